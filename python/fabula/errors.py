@@ -1,0 +1,99 @@
+"""What can go wrong, as one tree of exceptions.
+
+    EngineError
+    ├── InvalidArgument      (ValueError)    a setting or value out of its range
+    │   └── ContextOverflow                  more tokens than the context holds; carries both numbers
+    ├── OutOfMemory          (MemoryError)   the system refused memory
+    ├── Unsupported                          well-formed, but not offered here (family, tensor type, instruction set)
+    ├── NonFinite            (ArithmeticError)  logits hold NaN or infinity: a damaged model
+    ├── ModelNotFound        (LookupError)   no place knows a model of that name
+    ├── ModelFileError       (OSError)       a model file is damaged, incomplete or hostile; names file and field
+    │   ├── TokenizerError                   its vocabulary or merges cannot be used
+    │   └── TemplateError                    its chat template fails; carries the template's line
+    └── DownloadError        (OSError)       the network or the server failed, or the bytes are not those expected
+
+Each is also the builtin a Python user would expect, so `except ValueError` keeps working. `status` is the native
+library's code where the failure came from there, else None.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of everything Fabula raises on purpose."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidArgument(EngineError, ValueError):
+    """A setting or value is out of its range; the message names it and the range."""
+
+
+class ContextOverflow(InvalidArgument):
+    """More tokens were given than the context holds.
+
+    Attributes:
+        n_tokens: tokens that were asked for.
+        context: tokens that fit.
+    """
+
+    def __init__(self, message: str, *, n_tokens: int, context: int) -> None:
+        super().__init__(message)
+        self.n_tokens = n_tokens
+        self.context = context
+
+
+class OutOfMemory(EngineError, MemoryError):
+    """The system refused memory; nothing was changed."""
+
+
+class Unsupported(EngineError):
+    """The request is well-formed, but this build, CPU or version does not offer it."""
+
+
+class NonFinite(EngineError, ArithmeticError):
+    """Logits hold NaN or infinity: the model's weights or its input are damaged."""
+
+
+class ModelNotFound(EngineError, LookupError):
+    """No path, cache, installed package or hub knows a model of that name."""
+
+
+class ModelFileError(EngineError, OSError):
+    """A model file is damaged, incomplete or hostile.
+
+    Attributes:
+        path: the file, as text.
+        field: the tensor, key or line at fault, "" when the whole file is meant.
+    """
+
+    def __init__(self, message: str, *, path: object = "", field: str = "") -> None:
+        super().__init__(message)
+        self.path = str(path)
+        self.field = field
+
+
+class TokenizerError(ModelFileError):
+    """The vocabulary, merges or pre-tokenizer cannot be used."""
+
+
+class TemplateError(ModelFileError):
+    """The model's chat template cannot be used or refused the messages.
+
+    Attributes:
+        line: 1-based line of the template, None when unknown.
+    """
+
+    def __init__(self, message: str, *, path: object = "", line: int | None = None) -> None:
+        super().__init__(message, path=path, field="" if line is None else f"line {line}")
+        self.line = line
+
+
+class DownloadError(EngineError, OSError):
+    """A download failed or its bytes are not those expected; nothing is left in place of the file."""

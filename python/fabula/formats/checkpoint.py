@@ -1,0 +1,79 @@
+"""What a model on disk offers, whatever its file format: a config, named tensors, and where its texts come from.
+
+Both readers speak Hugging Face's language: `config` has the keys of config.json and tensors have the names of a
+`transformers` checkpoint (`model.layers.0.self_attn.q_proj.weight`), so a model family is written once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class DType(enum.IntEnum):
+    """Number formats of tensors; values are those of `enum fb_dtype` in fabula.h."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    Q4_0 = 3
+    Q4_1 = 4
+    Q5_0 = 5
+    Q5_1 = 6
+    Q8_0 = 7
+    Q4_K = 8
+    Q5_K = 9
+    Q6_K = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: Hugging Face name.
+        dtype: format of its bytes.
+        shape: row-major, slowest dimension first, as in `transformers`: a linear weight is (out, in).
+        n_bytes: bytes that `Checkpoint.read` returns.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+class Checkpoint(Protocol):
+    """An opened model. Reading is by position, never by memory map, so a file that shrinks gives an error, not a signal.
+
+    Attributes:
+        path: the folder or .gguf file.
+        format: "safetensors" or "gguf".
+        config: keys and values as in config.json.
+        metadata: the GGUF key-values, empty for safetensors.
+        tensors: by Hugging Face name.
+    """
+
+    path: Path
+    format: str
+    config: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """Reads one tensor's raw bytes, uint8 [n_bytes], rows in Hugging Face's order.
+
+        Raises:
+            ModelFileError: no such tensor, or the file ended early.
+        """
+        ...
+
+    def close(self) -> None:
+        """Closes the files; may be called twice."""
+        ...
