@@ -106,6 +106,9 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
 /* Row `row` as f32 [n_cols]. */
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst);
 
+/* Elements packed so far that are NaN or infinite in the weight's format: damaged input, or numbers beyond f16's 65504. 0 for NULL. */
+int64_t fb_weight_non_finite(const fb_weight *weight);
+
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
 void fb_weight_free(fb_weight *weight);          /* only after every program that uses it was freed */
 

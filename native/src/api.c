@@ -1,0 +1,24 @@
+/* api.c - what the library says of itself: ABI number and struct sizes. Other public functions stand beside what they open. */
+#include "fabula.h"
+
+#include <string.h>
+
+uint32_t fb_abi_version(void) {
+    return FB_ABI_VERSION;
+}
+
+size_t fb_sizeof(const char *struct_name) {
+    static const struct {
+        const char *name;
+        size_t size;
+    } sizes[] = {
+        {"fb_op", sizeof(struct fb_op)},
+        {"fb_program_shape", sizeof(struct fb_program_shape)},
+        {"fb_sequence", sizeof(struct fb_sequence)},
+        {"fb_batch", sizeof(struct fb_batch)},
+        {"fb_sampling", sizeof(struct fb_sampling)},
+    };
+    for (size_t i = 0; struct_name && i < sizeof sizes / sizeof *sizes; i++)
+        if (strcmp(struct_name, sizes[i].name) == 0) return sizes[i].size;
+    return 0;
+}

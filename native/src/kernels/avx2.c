@@ -1,0 +1,105 @@
+/*
+ * avx2.c - kernels for AVX2 + FMA + F16C (Haswell, Zen and later): a vector of 16 floats is two registers of 8.
+ *
+ * Of the 16 registers a tile of 6 tokens x 1 panel takes 12 for sums, 2 for weights and 1 for the broadcast input: 12
+ * fused multiply-adds for 8 loads, which keeps both multiply units busy. One token takes 4 panels at once: 8 independent
+ * sums hide the 4-cycle latency, and 4 streams of weights keep more cache misses in flight than one.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <stdint.h>
+
+typedef struct {
+    __m256 low, high;
+} v16;
+
+#define EACH(value_low, value_high) ((v16){value_low, value_high})
+
+static inline v16 v16_zero(void) {
+    return EACH(_mm256_setzero_ps(), _mm256_setzero_ps());
+}
+static inline v16 v16_set1(float x) {
+    __m256 all = _mm256_set1_ps(x);
+    return EACH(all, all);
+}
+static inline v16 v16_load(const float *x) {
+    return EACH(_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8));
+}
+static inline void v16_store(float *out, v16 a) {
+    _mm256_storeu_ps(out, a.low);
+    _mm256_storeu_ps(out + 8, a.high);
+}
+static inline v16 v16_add(v16 a, v16 b) {
+    return EACH(_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high));
+}
+static inline v16 v16_mul(v16 a, v16 b) {
+    return EACH(_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high));
+}
+static inline v16 v16_div(v16 a, v16 b) {
+    return EACH(_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high));
+}
+static inline v16 v16_fma(v16 a, v16 b, v16 c) {
+    return EACH(_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high));
+}
+static inline v16 v16_negate_fma(v16 a, v16 b, v16 c) {
+    return EACH(_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high));
+}
+static inline v16 v16_min(v16 a, v16 b) {
+    return EACH(_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high));
+}
+static inline v16 v16_max(v16 a, v16 b) {
+    return EACH(_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high));
+}
+static inline v16 v16_round(v16 a) {
+    return EACH(_mm256_round_ps(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+        _mm256_round_ps(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline __m256 power_of_2(__m256 n) {
+    __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+static inline v16 v16_power_of_2(v16 n) {
+    return EACH(power_of_2(n.low), power_of_2(n.high));
+}
+static inline v16 v16_keep_at_least(v16 a, v16 x, v16 limit) {
+    return EACH(_mm256_and_ps(a.low, _mm256_cmp_ps(x.low, limit.low, _CMP_NLT_UQ)),
+        _mm256_and_ps(a.high, _mm256_cmp_ps(x.high, limit.high, _CMP_NLT_UQ)));
+}
+static inline v16 v16_load_f16(const uint16_t *x) {
+    return EACH(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)),
+        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + 8))));
+}
+static inline void v16_store_f16(uint16_t *out, v16 a) {
+    _mm_storeu_si128((__m128i *)out, _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)(out + 8), _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline __m256 widen_bf16_8(const uint16_t *x) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline v16 v16_load_bf16(const uint16_t *x) {
+    return EACH(widen_bf16_8(x), widen_bf16_8(x + 8));
+}
+/* Round to nearest even on the bits: add 0x7fff plus the lowest bit that stays; NaN becomes quiet instead of rounding. */
+static inline __m256i round_bf16(__m256 a) {
+    __m256i bits = _mm256_castps_si256(a);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+}
+static inline void v16_store_bf16(uint16_t *out, v16 a) {
+    __m256i packed = _mm256_packus_epi32(round_bf16(a.low), round_bf16(a.high));
+    _mm256_storeu_si256((__m256i *)out, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
+#define TILES(X)                                                                                                       \
+    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
+#define KERNEL_TABLE fb_kernels_avx2
+
+#include "kernels/simd.h"
+#else
+typedef int fb_no_avx2_here; /* a translation unit must not be empty */
+#endif

@@ -1,0 +1,87 @@
+/*
+ * kernels.h - the inner loops, as a table of function pointers with one contract each.
+ *
+ * reference.c fills the whole table with plain loops and is the specification; avx2.c and avx512.c fill it with faster
+ * loops that give the SAME BITS. That is possible because every sum has one fixed order, stated here:
+ *
+ *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and takes its terms one by one in
+ *              order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run side by side in
+ *              registers, but never share a sum.
+ *   sums       a sum over n numbers runs in 16 lanes (number i goes to lane i % 16), and the lanes are then folded:
+ *              lane j + lane j+8, then +4, +2, +1.
+ *   exp        one polynomial, the same operations in the same order everywhere (see exp.h).
+ *
+ * So a token's result does not depend on its batch, on the number of threads or on the CPU's vector length.
+ *
+ * Kernels get pointers and sizes and give numbers: no allocation, no I/O, no threads, no globals, no failure. Pointers
+ * need no alignment beyond their element's. Sizes may be any number, 0 included.
+ */
+#ifndef FABULA_KERNELS_H
+#define FABULA_KERNELS_H
+
+#include "fabula.h"
+
+enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
+
+/* Number formats a kernel table reads weights in: F32, F16, BF16. */
+enum { FB_KERNEL_DTYPES = 3 };
+
+/* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
+ *   panels   n_panels panels of [n_k][16] elements, panel p at element p * panel_stride
+ *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used */
+typedef void (*fb_gemm_kernel)(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate);
+
+struct fb_kernels {
+    fb_gemm_kernel gemm[FB_KERNEL_DTYPES];
+
+    /* out = (x * (1 / sqrt(sum(x^2) / n + eps))) * weight; out may be x */
+    void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *out);
+
+    /* largest of n >= 1 numbers; NaN is passed over unless all are NaN */
+    float (*max)(const float *x, size_t n);
+
+    /* out = exp(x * scale - shift); returns the sum of out; out may be x */
+    float (*exp_sum)(const float *x, size_t n, float scale, float shift, float *out);
+
+    /* x = x * factor */
+    void (*scale)(float *x, size_t n, float factor);
+
+    /* a = fma(b, b_factor, a * a_factor): two partial attention results become one */
+    void (*merge)(float *a, float a_factor, const float *b, float b_factor, size_t n);
+
+    /* y = y + x */
+    void (*add)(float *y, const float *x, size_t n);
+
+    /* out = gate / (1 + exp(-gate)) * up; out may be gate or up */
+    void (*swiglu)(const float *gate, const float *up, size_t n, float *out);
+
+    /* (a, b) = (fma(a, cos, -(b sin)), fma(b, cos, a sin)) for n pairs */
+    void (*rotate)(float *a, float *b, const float *cos, const float *sin, size_t n);
+
+    /* f32 to and from a weight format; rounding to nearest even */
+    void (*narrow[FB_KERNEL_DTYPES])(const float *x, size_t n, void *out);
+    void (*widen[FB_KERNEL_DTYPES])(const void *x, size_t n, float *out);
+};
+
+/* The table of an available instruction set (resolve AUTO first); never NULL for one that fb_isa_available affirms. */
+const struct fb_kernels *fb_kernels_of(enum fb_isa isa);
+
+extern const struct fb_kernels fb_kernels_reference;
+#if defined(__x86_64__)
+extern const struct fb_kernels fb_kernels_avx2;
+extern const struct fb_kernels fb_kernels_avx512;
+#endif
+
+/* Folds 16 lanes into one sum, in the order stated above. */
+static inline float fb_fold(const float lanes[FB_LANES]) {
+    float s[8];
+    for (int j = 0; j < 8; j++)
+        s[j] = lanes[j] + lanes[j + 8];
+    for (int step = 4; step >= 1; step /= 2)
+        for (int j = 0; j < step; j++)
+            s[j] += s[j + step];
+    return s[0];
+}
+
+#endif

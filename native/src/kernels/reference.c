@@ -1,0 +1,162 @@
+/*
+ * reference.c - every kernel as a plain loop: the specification that the fast ones are compared with, bit for bit.
+ *
+ * Written to be read, not to be fast (fmaf may be a call on a CPU without the instruction). Contracts stand in kernels.h.
+ */
+#include "kernels/exp.h"
+#include "kernels/kernels.h"
+#include "quant/convert.h"
+
+#include <math.h>
+#include <string.h>
+
+static float element(enum fb_dtype dtype, const void *base, size_t index) {
+    if (dtype == FB_F32) return ((const float *)base)[index];
+    uint16_t bits = ((const uint16_t *)base)[index];
+    return dtype == FB_F16 ? fb_f16_to_f32(bits) : fb_bf16_to_f32(bits);
+}
+
+static void gemm(enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
+    const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t p = 0; p < n_panels; p++)
+            for (size_t j = 0; j < FB_LANES; j++) {
+                float *out = &y[t * ldy + p * FB_LANES + j];
+                float sum = accumulate ? *out : 0.0f;
+                for (size_t k = 0; k < n_k; k++)
+                    sum = fmaf(element(dtype, panels, p * panel_stride + k * FB_LANES + j), x[t * ldx + k], sum);
+                *out = sum;
+            }
+}
+
+static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_F32, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void rms_norm(const float *x, const float *weight, size_t n, float eps, float *out) {
+    float lanes[FB_LANES] = {0};
+    for (size_t i = 0; i < n; i++)
+        lanes[i % FB_LANES] = fmaf(x[i], x[i], lanes[i % FB_LANES]);
+    float factor = 1.0f / sqrtf(fb_fold(lanes) / (float)n + eps);
+    for (size_t i = 0; i < n; i++)
+        out[i] = x[i] * factor * weight[i];
+}
+
+static float max(const float *x, size_t n) {
+    float best = -INFINITY;
+    for (size_t i = 0; i < n; i++)
+        best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+static float exp_f32(float x) {
+    bool vanishes = x < FB_EXP_LOW;
+    x = x > FB_EXP_HIGH ? FB_EXP_HIGH : x;
+    x = vanishes ? FB_EXP_LOW : x;
+    float n = nearbyintf(x * FB_EXP_LOG2E);
+    float r = fmaf(n, -FB_EXP_LN2_HI, x);
+    r = fmaf(n, -FB_EXP_LN2_LO, r);
+    float p = FB_EXP_P0;
+    p = fmaf(p, r, FB_EXP_P1);
+    p = fmaf(p, r, FB_EXP_P2);
+    p = fmaf(p, r, FB_EXP_P3);
+    p = fmaf(p, r, FB_EXP_P4);
+    p = fmaf(p, r, FB_EXP_P5);
+    p = fmaf(p, r * r, r) + 1.0f;
+    if (vanishes) return 0.0f;
+    if (isnan(x)) return x;
+    uint32_t power = (uint32_t)((int32_t)n + 127) << 23; /* 2^n */
+    float factor;
+    memcpy(&factor, &power, sizeof factor);
+    return p * factor;
+}
+
+static float exp_sum(const float *x, size_t n, float scale, float shift, float *out) {
+    float lanes[FB_LANES] = {0};
+    for (size_t i = 0; i < n; i++) {
+        out[i] = exp_f32(fmaf(x[i], scale, -shift));
+        lanes[i % FB_LANES] += out[i];
+    }
+    return fb_fold(lanes);
+}
+
+static void scale(float *x, size_t n, float factor) {
+    for (size_t i = 0; i < n; i++)
+        x[i] *= factor;
+}
+
+static void merge(float *a, float a_factor, const float *b, float b_factor, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        a[i] = fmaf(b[i], b_factor, a[i] * a_factor);
+}
+
+static void add(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        y[i] += x[i];
+}
+
+static void swiglu(const float *gate, const float *up, size_t n, float *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+}
+
+static void rotate(float *a, float *b, const float *cos, const float *sin, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float first = a[i], second = b[i];
+        a[i] = fmaf(first, cos[i], -(second * sin[i]));
+        b[i] = fmaf(second, cos[i], first * sin[i]);
+    }
+}
+
+static void narrow_f32(const float *x, size_t n, void *out) {
+    memcpy(out, x, n * sizeof *x);
+}
+
+static void narrow_f16(const float *x, size_t n, void *out) {
+    for (size_t i = 0; i < n; i++)
+        ((uint16_t *)out)[i] = fb_f32_to_f16(x[i]);
+}
+
+static void narrow_bf16(const float *x, size_t n, void *out) {
+    for (size_t i = 0; i < n; i++)
+        ((uint16_t *)out)[i] = fb_f32_to_bf16(x[i]);
+}
+
+static void widen_f32(const void *x, size_t n, float *out) {
+    memcpy(out, x, n * sizeof *out);
+}
+
+static void widen_f16(const void *x, size_t n, float *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = fb_f16_to_f32(((const uint16_t *)x)[i]);
+}
+
+static void widen_bf16(const void *x, size_t n, float *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = fb_bf16_to_f32(((const uint16_t *)x)[i]);
+}
+
+const struct fb_kernels fb_kernels_reference = {
+    .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .rms_norm = rms_norm,
+    .max = max,
+    .exp_sum = exp_sum,
+    .scale = scale,
+    .merge = merge,
+    .add = add,
+    .swiglu = swiglu,
+    .rotate = rotate,
+    .narrow = {narrow_f32, narrow_f16, narrow_bf16},
+    .widen = {widen_f32, widen_f16, widen_bf16},
+};

@@ -1,0 +1,15 @@
+/* select.c - from an instruction set to its table. */
+#include "kernels/kernels.h"
+
+const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
+    switch (isa) {
+#if defined(__x86_64__)
+    case FB_ISA_AVX2:
+        return &fb_kernels_avx2;
+    case FB_ISA_AVX512:
+        return &fb_kernels_avx512;
+#endif
+    default:
+        return &fb_kernels_reference;
+    }
+}

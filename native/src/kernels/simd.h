@@ -1,0 +1,312 @@
+/*
+ * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.c and avx512.c include it after saying what such a
+ * vector is. A file that includes this defines before:
+ *
+ *   v16                      16 floats, lane j for row j of a panel
+ *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma v16_negate_fma (c - a b) v16_round (to even)
+ *   v16_min v16_max          second operand where either is NaN
+ *   v16_power_of_2           2^n of whole numbers in -126 .. 127
+ *   v16_keep_at_least        a where x >= limit or x is NaN, else 0
+ *   v16_load_f16 v16_load_bf16 v16_store_f16 v16_store_bf16
+ *   SUMS                     how many v16 sums stay in registers beside the weights and one broadcast
+ *   MAX_TOKENS MAX_PANELS    largest tile: tokens x panels <= SUMS
+ *   TILES(X)                 X(tokens, panels) for every tile with panels <= tile_panels(tokens)
+ *   KERNEL_TABLE             name of the table
+ *
+ * Every order of summation is the one of kernels.h, so the result equals reference.c bit for bit.
+ */
+#include "kernels/exp.h"
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
+enum { SLICE = 256 };
+
+/* ---- Matrix products ---------------------------------------------------------------------------------------------- */
+
+INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
+    if (dtype == FB_F32) return v16_load((const float *)panels + index);
+    if (dtype == FB_F16) return v16_load_f16((const uint16_t *)panels + index);
+    return v16_load_bf16((const uint16_t *)panels + index);
+}
+
+/* One tile: n_tokens x n_panels sums in registers over all k. The three first arguments are constants wherever this is
+ * called, so each tile becomes straight code. */
+INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
+    size_t panel_stride, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate) {
+    v16 sums[SUMS];
+    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
+        _Pragma("GCC unroll 16") for (size_t t = 0; t < n_tokens; t++)
+            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    for (size_t k = 0; k < n_k; k++) {
+        v16 weights[MAX_PANELS];
+        _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
+            weights[p] = load_weights(dtype, panels, p * panel_stride + k * FB_LANES);
+        _Pragma("GCC unroll 16") for (size_t t = 0; t < n_tokens; t++) {
+            v16 input = v16_set1(x[t * ldx + k]);
+            _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
+                sums[p * n_tokens + t] = v16_fma(weights[p], input, sums[p * n_tokens + t]);
+        }
+    }
+    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
+        _Pragma("GCC unroll 16") for (size_t t = 0; t < n_tokens; t++)
+            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+}
+
+/* Panels a tile of so many tokens takes: as many as fit the registers. */
+INLINE size_t tile_panels(size_t n_tokens) {
+    size_t n = SUMS / n_tokens;
+    return n < 1 ? 1 : n > MAX_PANELS ? MAX_PANELS : n;
+}
+
+INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
+    const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
+    for (size_t t = 0; t < n_tokens; t += MAX_TOKENS) {
+        size_t tokens = n_tokens - t < MAX_TOKENS ? n_tokens - t : MAX_TOKENS;
+        size_t step = tile_panels(tokens);
+        for (size_t p = 0; p < n_panels; p += step) {
+            size_t count = n_panels - p < step ? n_panels - p : step;
+            const void *from = (const char *)panels + p * panel_stride * element_bytes;
+            const float *in = x + t * ldx;
+            float *out = y + t * ldy + p * FB_LANES;
+            switch (tokens * 8 + count) {
+#define TILE_CASE(T, P)                                                                                                \
+    case (T) * 8 + (P):                                                                                                \
+        tile(dtype, T, P, from, panel_stride, n_k, in, ldx, out, ldy, accumulate);                                     \
+        break;
+                TILES(TILE_CASE)
+#undef TILE_CASE
+            default:
+                __builtin_unreachable();
+            }
+        }
+    }
+}
+
+/* Few tokens: weights are widened in registers, on their way into the product. Many: slice by slice a panel is widened into
+ * L1 once and used by all tokens, so that the conversion costs next to nothing. */
+INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
+    const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    if (n_tokens <= MAX_TOKENS) {
+        gemm_tiles(dtype, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+        return;
+    }
+    const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
+    const size_t group = tile_panels(MAX_TOKENS);
+    _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
+    for (size_t p = 0; p < n_panels; p += group) {
+        size_t count = n_panels - p < group ? n_panels - p : group;
+        for (size_t k = 0; k < n_k || k == 0; k += SLICE) {
+            size_t length = n_k - k < SLICE ? n_k - k : SLICE;
+            const char *from = (const char *)panels + (p * panel_stride + k * FB_LANES) * element_bytes;
+            const void *wide = from;
+            size_t stride = panel_stride;
+            if (dtype != FB_F32) {
+                for (size_t q = 0; q < count; q++)
+                    for (size_t i = 0; i < length; i++)
+                        v16_store(slice + (q * SLICE + i) * FB_LANES,
+                            load_weights(dtype, from, q * panel_stride + i * FB_LANES));
+                wide = slice;
+                stride = SLICE * FB_LANES;
+            }
+            gemm_tiles(FB_F32, wide, stride, count, length, x + k, ldx, n_tokens, y + p * FB_LANES, ldy,
+                accumulate || k > 0);
+        }
+    }
+}
+
+static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_F32, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+/* ---- Elementwise and sums ----------------------------------------------------------------------------------------- */
+
+/* The last n < 16 numbers, padded with zeros to a whole vector. */
+INLINE v16 load_tail(const float *x, size_t n) {
+    float padded[FB_LANES] = {0};
+    memcpy(padded, x, n * sizeof *x);
+    return v16_load(padded);
+}
+
+INLINE void store_tail(float *out, v16 value, size_t n) {
+    float padded[FB_LANES];
+    v16_store(padded, value);
+    memcpy(out, padded, n * sizeof *out);
+}
+
+/* Runs `expression` of the vectors X(pointer) over n numbers into out; X loads a whole vector, or the padded tail. */
+#define MAP(n, out, expression)                                                                                        \
+    do {                                                                                                               \
+        size_t map_i = 0;                                                                                              \
+        for (; map_i + FB_LANES <= (n); map_i += FB_LANES) {                                                           \
+            const size_t rest = FB_LANES;                                                                              \
+            (void)rest;                                                                                                \
+            v16_store((out) + map_i, expression);                                                                      \
+        }                                                                                                              \
+        if (map_i < (n)) {                                                                                             \
+            const size_t rest = (n) - map_i;                                                                           \
+            store_tail((out) + map_i, expression, rest);                                                               \
+        }                                                                                                              \
+    } while (0)
+#define X(pointer) (rest == FB_LANES ? v16_load((pointer) + map_i) : load_tail((pointer) + map_i, rest))
+
+INLINE v16 exp_v16(v16 x) {
+    v16 clamped = v16_max(v16_set1(FB_EXP_LOW), v16_min(v16_set1(FB_EXP_HIGH), x));
+    v16 n = v16_round(v16_mul(clamped, v16_set1(FB_EXP_LOG2E)));
+    v16 r = v16_negate_fma(n, v16_set1(FB_EXP_LN2_HI), clamped);
+    r = v16_negate_fma(n, v16_set1(FB_EXP_LN2_LO), r);
+    v16 p = v16_set1(FB_EXP_P0);
+    p = v16_fma(p, r, v16_set1(FB_EXP_P1));
+    p = v16_fma(p, r, v16_set1(FB_EXP_P2));
+    p = v16_fma(p, r, v16_set1(FB_EXP_P3));
+    p = v16_fma(p, r, v16_set1(FB_EXP_P4));
+    p = v16_fma(p, r, v16_set1(FB_EXP_P5));
+    p = v16_add(v16_fma(p, v16_mul(r, r), r), v16_set1(1.0f));
+    return v16_keep_at_least(v16_mul(p, v16_power_of_2(n)), x, v16_set1(FB_EXP_LOW));
+}
+
+static void rms_norm(const float *x, const float *weight, size_t n, float eps, float *out) {
+    v16 squares = v16_zero();
+    size_t i = 0;
+    for (; i + FB_LANES <= n; i += FB_LANES) {
+        v16 value = v16_load(x + i);
+        squares = v16_fma(value, value, squares);
+    }
+    if (i < n) {
+        v16 value = load_tail(x + i, n - i);
+        squares = v16_fma(value, value, squares);
+    }
+    float lanes[FB_LANES];
+    v16_store(lanes, squares);
+    v16 factor = v16_set1(1.0f / sqrtf(fb_fold(lanes) / (float)n + eps));
+    MAP(n, out, v16_mul(v16_mul(X(x), factor), X(weight)));
+}
+
+static float max(const float *x, size_t n) {
+    v16 best = v16_set1(-INFINITY);
+    size_t i = 0;
+    for (; i + FB_LANES <= n; i += FB_LANES)
+        best = v16_max(v16_load(x + i), best);
+    float lanes[FB_LANES];
+    v16_store(lanes, best);
+    for (; i < n; i++)
+        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    for (int j = 1; j < FB_LANES; j++)
+        lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+    return lanes[0];
+}
+
+static float exp_sum(const float *x, size_t n, float factor, float shift, float *out) {
+    v16 sum = v16_zero(), factors = v16_set1(factor), minus_shift = v16_set1(-shift);
+    size_t i = 0;
+    for (; i + FB_LANES <= n; i += FB_LANES) {
+        v16 value = exp_v16(v16_fma(v16_load(x + i), factors, minus_shift));
+        v16_store(out + i, value);
+        sum = v16_add(sum, value);
+    }
+    if (i < n) {
+        store_tail(out + i, exp_v16(v16_fma(load_tail(x + i, n - i), factors, minus_shift)), n - i);
+        sum = v16_add(sum, load_tail(out + i, n - i));
+    }
+    float lanes[FB_LANES];
+    v16_store(lanes, sum);
+    return fb_fold(lanes);
+}
+
+static void scale(float *x, size_t n, float factor) {
+    MAP(n, x, v16_mul(X(x), v16_set1(factor)));
+}
+
+static void merge(float *a, float a_factor, const float *b, float b_factor, size_t n) {
+    MAP(n, a, v16_fma(X(b), v16_set1(b_factor), v16_mul(X(a), v16_set1(a_factor))));
+}
+
+static void add(float *y, const float *x, size_t n) {
+    MAP(n, y, v16_add(X(y), X(x)));
+}
+
+INLINE v16 swiglu_v16(v16 gate, v16 up) {
+    v16 minus_gate = v16_mul(gate, v16_set1(-1.0f));
+    return v16_mul(v16_div(gate, v16_add(v16_set1(1.0f), exp_v16(minus_gate))), up);
+}
+
+static void swiglu(const float *gate, const float *up, size_t n, float *out) {
+    MAP(n, out, swiglu_v16(X(gate), X(up)));
+}
+
+static void rotate(float *a, float *b, const float *cos, const float *sin, size_t n) {
+    for (size_t i = 0; i < n; i += FB_LANES) {
+        const size_t map_i = i, rest = n - i < FB_LANES ? n - i : FB_LANES;
+        v16 first = X(a), second = X(b), cosine = X(cos), sine = X(sin);
+        v16 minus = v16_mul(v16_mul(second, sine), v16_set1(-1.0f));
+        store_tail(a + i, v16_fma(first, cosine, minus), rest);
+        store_tail(b + i, v16_fma(second, cosine, v16_mul(first, sine)), rest);
+    }
+}
+
+/* ---- Number formats ----------------------------------------------------------------------------------------------- */
+
+static void narrow_f32(const float *x, size_t n, void *out) {
+    memcpy(out, x, n * sizeof *x);
+}
+
+static void widen_f32(const void *x, size_t n, float *out) {
+    memcpy(out, x, n * sizeof *out);
+}
+
+#define FORMAT(name)                                                                                                   \
+    static void narrow_##name(const float *x, size_t n, void *out) {                                                   \
+        size_t i = 0;                                                                                                  \
+        for (; i + FB_LANES <= n; i += FB_LANES)                                                                       \
+            v16_store_##name((uint16_t *)out + i, v16_load(x + i));                                                    \
+        if (i < n) {                                                                                                   \
+            uint16_t padded[FB_LANES];                                                                                 \
+            v16_store_##name(padded, load_tail(x + i, n - i));                                                         \
+            memcpy((uint16_t *)out + i, padded, (n - i) * sizeof *padded);                                             \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void widen_##name(const void *x, size_t n, float *out) {                                                    \
+        size_t i = 0;                                                                                                  \
+        for (; i + FB_LANES <= n; i += FB_LANES)                                                                       \
+            v16_store(out + i, v16_load_##name((const uint16_t *)x + i));                                              \
+        if (i < n) {                                                                                                   \
+            uint16_t padded[FB_LANES] = {0};                                                                           \
+            memcpy(padded, (const uint16_t *)x + i, (n - i) * sizeof *padded);                                         \
+            store_tail(out + i, v16_load_##name(padded), n - i);                                                       \
+        }                                                                                                              \
+    }
+FORMAT(f16)
+FORMAT(bf16)
+#undef FORMAT
+#undef X
+#undef MAP
+
+const struct fb_kernels KERNEL_TABLE = {
+    .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .rms_norm = rms_norm,
+    .max = max,
+    .exp_sum = exp_sum,
+    .scale = scale,
+    .merge = merge,
+    .add = add,
+    .swiglu = swiglu,
+    .rotate = rotate,
+    .narrow = {narrow_f32, narrow_f16, narrow_bf16},
+    .widen = {widen_f32, widen_f16, widen_bf16},
+};

@@ -1,0 +1,287 @@
+/* attention.c - causal attention over pages. See attention.h. */
+#include "ops/attention.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    KEY_BLOCK = 256, /* positions; 8 pages. One score row is 1 KiB */
+    TILE_ROWS = 48   /* queries in a tile, heads x tokens: with KEY_BLOCK scores each 48 KiB, beside two pages in L2 */
+};
+
+/* Shape of a tile, the same in every layer of a program. */
+struct layout {
+    size_t head_dim, padded; /* padded to whole panels */
+    size_t group;            /* query heads per KV head */
+    size_t tile_tokens, tile_rows;
+};
+
+static struct layout layout_of(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
+    struct layout l = {.head_dim = (size_t)head_dim, .padded = (size_t)(head_dim + 15) / 16 * 16};
+    l.group = (size_t)(n_heads / n_kv_heads);
+    l.tile_tokens = l.group >= TILE_ROWS ? 1 : TILE_ROWS / l.group;
+    l.tile_rows = l.tile_tokens * l.group;
+    return l;
+}
+
+/* What a thread works in. `sum` and `part` hold m and l per row and o per row and dimension. */
+struct partial {
+    float *max, *length, *values; /* [rows], [rows], [rows][padded] */
+};
+
+struct workspace {
+    float *q;      /* [tile_rows][head_dim] */
+    float *scores; /* [tile_rows][KEY_BLOCK] */
+    struct partial sum, part;
+};
+
+static size_t partial_floats(const struct layout *l, size_t rows) {
+    return rows * (l->padded + 2);
+}
+
+static struct partial partial_at(const struct layout *l, float *memory, size_t rows) {
+    (void)l;
+    return (struct partial){.max = memory, .length = memory + rows, .values = memory + 2 * rows};
+}
+
+size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
+    struct layout l = layout_of(n_heads, n_kv_heads, head_dim);
+    size_t floats = l.tile_rows * (l.head_dim + KEY_BLOCK) + 2 * partial_floats(&l, l.tile_rows);
+    return (floats * sizeof(float) + 63) / 64 * 64;
+}
+
+static struct workspace workspace_of(const struct fb_attention *a, const struct layout *l, int thread) {
+    float *memory = (float *)(void *)(a->scratch + (size_t)thread * a->scratch_bytes);
+    struct workspace w = {.q = memory, .scores = memory + l->tile_rows * l->head_dim};
+    float *rest = w.scores + l->tile_rows * KEY_BLOCK;
+    w.sum = partial_at(l, rest, l->tile_rows);
+    w.part = partial_at(l, rest + partial_floats(l, l->tile_rows), l->tile_rows);
+    return w;
+}
+
+static struct layout layout_for(const struct fb_attention *a) {
+    return layout_of(a->n_heads, a->pool->n_kv_heads, a->pool->head_dim);
+}
+
+/* A tile: which queries, and which key blocks any of them sees. */
+struct tile {
+    const struct fb_sequence *sequence;
+    int32_t kv_head;
+    int32_t first_token, n_tokens; /* within the sequence's share of the batch */
+    int32_t first_row;             /* of its first token in the batch */
+    int32_t first_block, end_block;
+};
+
+static int32_t lowest_visible(const struct fb_attention *a, int32_t position) {
+    return a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
+}
+
+static struct tile tile_of(
+    const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
+    struct tile t = {.sequence = &a->sequences[sequence], .kv_head = kv_head};
+    t.first_token = index * (int32_t)l->tile_tokens;
+    int32_t rest = t.sequence->n_tokens - t.first_token;
+    t.n_tokens = rest < (int32_t)l->tile_tokens ? rest : (int32_t)l->tile_tokens;
+    t.first_row = a->first_row[sequence] + t.first_token;
+    int32_t first_position = t.sequence->n_past + t.first_token;
+    t.first_block = lowest_visible(a, first_position) / KEY_BLOCK;
+    t.end_block = (first_position + t.n_tokens - 1) / KEY_BLOCK + 1;
+    return t;
+}
+
+/* Gathers the tile's queries so that they lie head_dim apart: row = token x group + head of the group. */
+static void gather_queries(const struct fb_attention *a, const struct layout *l, const struct tile *t, float *q) {
+    for (int32_t i = 0; i < t->n_tokens; i++)
+        memcpy(q + (size_t)i * l->group * l->head_dim,
+            a->q + (size_t)(t->first_row + i) * a->ldq + (size_t)t->kv_head * l->group * l->head_dim,
+            l->group * l->head_dim * sizeof *q);
+}
+
+/* The partial result of every query of the tile over one key block. */
+static void attend_block(const struct fb_attention *a, const struct layout *l, const struct tile *t, int32_t block,
+    const struct workspace *w, struct partial out) {
+    const size_t rows = (size_t)t->n_tokens * l->group;
+    const int32_t start = block * KEY_BLOCK;
+    const int32_t first_position = t->sequence->n_past + t->first_token;
+    const int32_t last_position = first_position + t->n_tokens - 1;
+    /* Pages of the block that hold a key somebody of the tile sees. */
+    const int32_t low = lowest_visible(a, first_position) > start ? lowest_visible(a, first_position) : start;
+    const int32_t high = last_position < start + KEY_BLOCK - 1 ? last_position : start + KEY_BLOCK - 1;
+    const int32_t first_page = low / FB_PAGE_POSITIONS, last_page = high / FB_PAGE_POSITIONS;
+    const fb_gemm_kernel gemm = a->kernels->gemm[a->pool->dtype];
+
+    for (int32_t page = first_page; page <= last_page; page++) {
+        const char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
+        const size_t panels = (size_t)(high - page * FB_PAGE_POSITIONS) / 16 + 1;
+        gemm(slab, l->head_dim * 16, panels < 2 ? panels : 2, l->head_dim, w->q, l->head_dim, rows,
+            w->scores + (page * FB_PAGE_POSITIONS - start), KEY_BLOCK, false);
+    }
+
+    /* Softmax without its division, over what each query sees; the rest of its row becomes 0. */
+    const int32_t first_column = first_page * FB_PAGE_POSITIONS - start, end_column = high - start + 1;
+    for (size_t r = 0; r < rows; r++) {
+        float *scores = w->scores + r * KEY_BLOCK;
+        const int32_t position = first_position + (int32_t)(r / l->group);
+        int32_t from = lowest_visible(a, position) - start, to = position - start + 1;
+        if (from < first_column) from = first_column;
+        if (to > end_column) to = end_column;
+        if (from >= to) {
+            memset(scores + first_column, 0, (size_t)(end_column - first_column) * sizeof *scores);
+            out.max[r] = -INFINITY;
+            out.length[r] = 0.0f;
+            continue;
+        }
+        const size_t n = (size_t)(to - from);
+        out.max[r] = a->kernels->max(scores + from, n) * a->scale;
+        out.length[r] = a->kernels->exp_sum(scores + from, n, a->scale, out.max[r], scores + from);
+        memset(scores + first_column, 0, (size_t)(from - first_column) * sizeof *scores);
+        memset(scores + to, 0, (size_t)(end_column - to) * sizeof *scores);
+    }
+
+    for (int32_t page = first_page; page <= last_page; page++) {
+        char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
+        const int32_t positions = high - page * FB_PAGE_POSITIONS + 1; /* written ones; behind them may lie anything */
+        gemm(fb_slab_v(a->pool, slab), (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16,
+            (size_t)(positions < FB_PAGE_POSITIONS ? positions : FB_PAGE_POSITIONS),
+            w->scores + (page * FB_PAGE_POSITIONS - start), KEY_BLOCK, rows, out.values, l->padded, page > first_page);
+    }
+}
+
+/* sum = sum merged with part, row by row. A part in which a query saw nothing changes nothing. */
+static void merge_partial(
+    const struct fb_attention *a, const struct layout *l, size_t rows, struct partial sum, struct partial part) {
+    for (size_t r = 0; r < rows; r++) {
+        if (part.length[r] == 0.0f) continue;
+        float *values = sum.values + r * l->padded;
+        const float *more = part.values + r * l->padded;
+        if (sum.length[r] == 0.0f) {
+            memcpy(values, more, l->padded * sizeof *values);
+            sum.length[r] = part.length[r];
+            sum.max[r] = part.max[r];
+            continue;
+        }
+        const float top = sum.max[r] > part.max[r] ? sum.max[r] : part.max[r];
+        const float distance[2] = {sum.max[r] - top, part.max[r] - top};
+        float factors[2];
+        a->kernels->exp_sum(distance, 2, 1.0f, 0.0f, factors);
+        a->kernels->merge(values, factors[0], more, factors[1], l->padded);
+        sum.length[r] = fmaf(part.length[r], factors[1], sum.length[r] * factors[0]);
+        sum.max[r] = top;
+    }
+}
+
+/* out = o / l for every query of the tile. */
+static void store_result(
+    const struct fb_attention *a, const struct layout *l, const struct tile *t, struct partial sum) {
+    for (int32_t i = 0; i < t->n_tokens; i++)
+        for (size_t g = 0; g < l->group; g++) {
+            size_t r = (size_t)i * l->group + g;
+            float *values = sum.values + r * l->padded;
+            a->kernels->scale(values, l->head_dim, 1.0f / sum.length[r]);
+            memcpy(a->out + (size_t)(t->first_row + i) * a->ld_out + ((size_t)t->kv_head * l->group + g) * l->head_dim,
+                values, l->head_dim * sizeof *values);
+        }
+}
+
+static int32_t tiles_in(const struct layout *l, const struct fb_sequence *sequence) {
+    return (sequence->n_tokens + (int32_t)l->tile_tokens - 1) / (int32_t)l->tile_tokens;
+}
+
+/* Whether key blocks become items: when tiles alone leave threads idle, some tile has several blocks, and the parts fit. */
+static bool should_split(const struct fb_attention *a, const struct layout *l, int n_threads) {
+    int64_t tiles = 0, parts = 0;
+    size_t floats = 0;
+    for (int32_t s = 0; s < a->n_sequences; s++) {
+        tiles += (int64_t)tiles_in(l, &a->sequences[s]) * a->pool->n_kv_heads;
+        if (tiles > (int64_t)4 * n_threads) return false;
+        if (tiles_in(l, &a->sequences[s]) > 1) return false;
+        struct tile t = tile_of(a, l, s, 0, 0);
+        int64_t blocks = t.end_block - t.first_block;
+        parts += blocks * a->pool->n_kv_heads;
+        floats += (size_t)(blocks * a->pool->n_kv_heads) * partial_floats(l, (size_t)t.n_tokens * l->group);
+        if (floats > FB_PARTIAL_FLOATS) return false;
+    }
+    return n_threads > 1 && parts > tiles;
+}
+
+int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
+    const struct layout l = layout_for(a);
+    a->split = should_split(a, &l, n_threads);
+    a->offsets[0] = 0;
+    for (int32_t s = 0; s < a->n_sequences; s++) {
+        int64_t count = tiles_in(&l, &a->sequences[s]);
+        if (a->split) {
+            struct tile t = tile_of(a, &l, s, 0, 0);
+            count = t.end_block - t.first_block;
+        }
+        a->offsets[s + 1] = a->offsets[s] + count * a->pool->n_kv_heads;
+    }
+    return a->offsets[a->n_sequences];
+}
+
+/* The sequence whose items hold `index`. */
+static int32_t sequence_of(const struct fb_attention *a, int64_t index) {
+    int32_t low = 0, high = a->n_sequences - 1;
+    while (low < high) {
+        int32_t middle = (low + high + 1) / 2;
+        if (a->offsets[middle] <= index)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+/* Where the part (sequence, KV head, block) lies: parts of one sequence have one size, so its first part's place follows from
+ * the sequences before it. */
+static struct partial part_at(
+    const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t block_index) {
+    size_t floats = 0;
+    for (int32_t s = 0; s < sequence; s++)
+        floats += (size_t)(a->offsets[s + 1] - a->offsets[s]) *
+                  partial_floats(l, (size_t)a->sequences[s].n_tokens * l->group);
+    const size_t rows = (size_t)a->sequences[sequence].n_tokens * l->group;
+    const size_t blocks = (size_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / (size_t)a->pool->n_kv_heads;
+    floats += ((size_t)kv_head * blocks + (size_t)block_index) * partial_floats(l, rows);
+    return partial_at(l, a->partials + floats, rows);
+}
+
+void fb_attention_item(const struct fb_attention *a, int64_t index, int thread) {
+    const struct layout l = layout_for(a);
+    const struct workspace w = workspace_of(a, &l, thread);
+    const int32_t sequence = sequence_of(a, index), n_kv_heads = a->pool->n_kv_heads;
+    const int32_t within = (int32_t)(index - a->offsets[sequence]);
+    if (a->split) {
+        const int32_t blocks = (int32_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / n_kv_heads;
+        const int32_t kv_head = within / blocks, block = within % blocks;
+        const struct tile t = tile_of(a, &l, sequence, kv_head, 0);
+        gather_queries(a, &l, &t, w.q);
+        attend_block(a, &l, &t, t.first_block + block, &w, part_at(a, &l, sequence, kv_head, block));
+        return;
+    }
+    /* Long tiles (late positions) first, so that no thread is left with one at the end. */
+    const int32_t tiles = tiles_in(&l, &a->sequences[sequence]);
+    const struct tile t = tile_of(a, &l, sequence, within % n_kv_heads, tiles - 1 - within / n_kv_heads);
+    gather_queries(a, &l, &t, w.q);
+    attend_block(a, &l, &t, t.first_block, &w, w.sum);
+    for (int32_t block = t.first_block + 1; block < t.end_block; block++) {
+        attend_block(a, &l, &t, block, &w, w.part);
+        merge_partial(a, &l, (size_t)t.n_tokens * l.group, w.sum, w.part);
+    }
+    store_result(a, &l, &t, w.sum);
+}
+
+int64_t fb_attention_merge_items(const struct fb_attention *a) {
+    return a->split ? (int64_t)a->n_sequences * a->pool->n_kv_heads : 0;
+}
+
+void fb_attention_merge_item(const struct fb_attention *a, int64_t index) {
+    const struct layout l = layout_for(a);
+    const int32_t sequence = (int32_t)(index / a->pool->n_kv_heads);
+    const int32_t kv_head = (int32_t)(index % a->pool->n_kv_heads);
+    const struct tile t = tile_of(a, &l, sequence, kv_head, 0);
+    struct partial sum = part_at(a, &l, sequence, kv_head, 0);
+    for (int32_t block = 1; block < t.end_block - t.first_block; block++)
+        merge_partial(a, &l, (size_t)t.n_tokens * l.group, sum, part_at(a, &l, sequence, kv_head, block));
+    store_result(a, &l, &t, sum);
+}

@@ -1,0 +1,54 @@
+/*
+ * attention.h - causal attention of a batch over paged K and V, as items that threads share.
+ *
+ * Keys are cut into blocks of KEY_BLOCK positions at fixed places. Of each block a query gets a partial result: the largest
+ * score, the sum of exponentials, and the weighted sum of V. Partial results are merged in the order of the blocks:
+ *
+ *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)   (Milakov & Gimelshein 2018)
+ *
+ * Where the cuts lie and in which order the parts meet depends on positions only, never on threads or on the batch; so the
+ * bits are the same whether one thread walks all blocks or many take one each and merge later.
+ *
+ * An item holds a tile of queries: the heads of a group that share a KV head times a few tokens. All of them read the same
+ * pages, which are panels, so both products run on the matrix kernel.
+ */
+#ifndef FABULA_OPS_ATTENTION_H
+#define FABULA_OPS_ATTENTION_H
+
+#include "kernels/kernels.h"
+#include "kv/pages.h"
+
+struct fb_attention {
+    const struct fb_kernels *kernels;
+    const struct fb_page_pool *pool;
+    const struct fb_sequence *sequences;
+    int32_t n_sequences;
+    const int32_t *first_row; /* [n_sequences]: row of a sequence's first token in the batch */
+    int32_t n_heads;
+    int32_t layer, window;
+    float scale;
+    const float *q; /* [n_tokens][ldq], heads side by side */
+    float *out;     /* [n_tokens][ld_out] */
+    size_t ldq, ld_out;
+    char *scratch;  /* n_threads x fb_attention_scratch_bytes */
+    size_t scratch_bytes;
+    float *partials;  /* room for partial results, FB_PARTIAL_FLOATS */
+    int64_t *offsets; /* [n_sequences + 1]: first item (or first part, when split) of each sequence */
+    bool split;       /* key blocks are items of their own; set by fb_attention_items */
+};
+
+/* Floats of partial results a step may keep: 4 MiB, enough to split 100k positions over threads. */
+enum { FB_PARTIAL_FLOATS = 1 << 20 };
+
+/* Bytes of scratch one thread needs. */
+size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim);
+
+/* Number of items of the first stage; decides whether to split and fills `offsets`. */
+int64_t fb_attention_items(struct fb_attention *attention, int n_threads);
+void fb_attention_item(const struct fb_attention *attention, int64_t index, int thread);
+
+/* Number of items of the second stage, which merges what was split; 0 when nothing was. */
+int64_t fb_attention_merge_items(const struct fb_attention *attention);
+void fb_attention_merge_item(const struct fb_attention *attention, int64_t index);
+
+#endif

@@ -1,0 +1,68 @@
+/*
+ * program.h - a model as a flat list of operators, checked and planned.
+ *
+ *     create.c   checks every operator against the shape and the buffers, copies vectors, cuts the list into stages
+ *     plan.c     decides where buffers lie
+ *     run.c      checks a batch and executes the stages in one parallel region
+ *
+ * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow each other in one
+ * stage: the thread that holds a token carries it through all of them. Products and attention are stages of their own.
+ */
+#ifndef FABULA_PROGRAM_H
+#define FABULA_PROGRAM_H
+
+#include "kernels/kernels.h"
+#include "kv/pages.h"
+#include "ops/attention.h"
+#include "ops/linear.h"
+#include "base/team.h"
+
+struct fb_buffer {
+    int32_t width;       /* numbers per token */
+    size_t stride;       /* floats from token to token: width rounded up to 16 */
+    bool per_output;     /* rows are wanted outputs, not tokens */
+    int32_t first_write, last_use; /* operators; -1 when unused */
+    float *data;         /* set by the plan */
+    size_t offset;       /* floats into the arena */
+};
+
+enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION };
+
+struct fb_stage {
+    enum fb_stage_kind kind;
+    int32_t first_op, n_ops;
+    bool per_output;
+};
+
+struct fb_program {
+    struct fb_program_shape shape;
+    const struct fb_kernels *kernels;
+    int32_t n_threads;
+    struct fb_op *ops;
+    int32_t n_ops;
+    struct fb_buffer *buffers;
+    struct fb_stage *stages;
+    int32_t n_stages;
+    float *vectors; /* every op's vectors, copied */
+    size_t n_vector_floats;
+    float *inv_freq; /* [rotary_dim / 2] */
+
+    /* Memory of a run, taken once. */
+    float *arena; /* all buffers */
+    size_t arena_floats;
+    float *cos_sin;     /* [max_tokens][rotary_dim]: cos of each pair, then sin */
+    int32_t *positions; /* [max_tokens] */
+    int32_t *owners;    /* [max_tokens]: sequence of each token */
+    int32_t *first_row; /* [max_tokens] */
+    int64_t *offsets;   /* [n_threads][max_tokens + 1] */
+    float *partials;
+    char *attention_scratch;
+    size_t attention_scratch_bytes; /* of one thread */
+    struct fb_counter *counters;    /* [2 n_stages] */
+    size_t scratch_bytes;           /* all of the above */
+};
+
+/* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows each. */
+size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
+
+#endif

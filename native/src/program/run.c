@@ -1,0 +1,285 @@
+/* run.c - checks a batch and executes a program over it in one parallel region. See program.h. */
+#include "program/program.h"
+
+#include "base/status.h"
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+/* What the threads of one run share. */
+struct run {
+    struct fb_program *program;
+    const struct fb_batch *batch;
+    fb_page_pool *pool;
+    float *logits;
+    atomic_int non_finite;
+    struct fb_barrier barrier;
+};
+
+/* ---- Checks ------------------------------------------------------------------------------------------------------- */
+
+static enum fb_status check_pool(const struct fb_program *p, const fb_page_pool *pool) {
+    FB_REQUIRE(pool->n_layers == p->shape.n_layers && pool->n_kv_heads == p->shape.n_kv_heads &&
+                   pool->head_dim == p->shape.head_dim,
+        "the page pool has %d layers, %d KV heads of %d; the program has %d, %d of %d", pool->n_layers,
+        pool->n_kv_heads, pool->head_dim, p->shape.n_layers, p->shape.n_kv_heads, p->shape.head_dim);
+    return FB_OK;
+}
+
+static enum fb_status check_sequence(const fb_page_pool *pool, const struct fb_sequence *s, int32_t index) {
+    FB_REQUIRE(s->n_tokens >= 1 && s->n_past >= 0, "sequence %d: n_tokens %d must be 1 or more, n_past %d 0 or more",
+        index, s->n_tokens, s->n_past);
+    int64_t end = (int64_t)s->n_past + s->n_tokens;
+    FB_REQUIRE(end <= INT32_MAX, "sequence %d: %lld positions are too many", index, (long long)end);
+    int64_t needed = (end + FB_PAGE_POSITIONS - 1) / FB_PAGE_POSITIONS;
+    FB_REQUIRE(s->pages && s->n_pages >= needed, "sequence %d: %d pages for %lld positions, %lld are needed", index,
+        s->n_pages, (long long)end, (long long)needed);
+    for (int64_t i = 0; i < needed; i++)
+        FB_REQUIRE(s->pages[i] >= 0 && s->pages[i] < pool->n_pages, "sequence %d: page %d of a pool of %d", index,
+            s->pages[i], pool->n_pages);
+    return FB_OK;
+}
+
+/* No page may be written by two sequences of the batch. (One may read what lies before in a page that another writes: the
+ * positions differ.) Quadratic in the written pages, which are few: one a sequence in decode, the chunk's in prefill. */
+static enum fb_status check_writers(const struct fb_batch *batch) {
+    for (int32_t a = 1; a < batch->n_sequences; a++) {
+        const struct fb_sequence *writer = &batch->sequences[a];
+        const int32_t first = writer->n_past / FB_PAGE_POSITIONS;
+        const int32_t last = (writer->n_past + writer->n_tokens - 1) / FB_PAGE_POSITIONS;
+        for (int32_t b = 0; b < a; b++) {
+            const struct fb_sequence *other = &batch->sequences[b];
+            const int32_t from = other->n_past / FB_PAGE_POSITIONS;
+            const int32_t to = (other->n_past + other->n_tokens - 1) / FB_PAGE_POSITIONS;
+            for (int32_t i = first; i <= last; i++)
+                for (int32_t j = from; j <= to; j++)
+                    FB_REQUIRE(writer->pages[i] != other->pages[j], "sequences %d and %d both write page %d", a, b,
+                        writer->pages[i]);
+        }
+    }
+    return FB_OK;
+}
+
+static enum fb_status check_batch(
+    const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits) {
+    FB_REQUIRE(batch->struct_size == sizeof *batch, "batch.struct_size is %u, must be %zu", batch->struct_size,
+        sizeof *batch);
+    FB_REQUIRE(batch->n_tokens >= 1 && batch->n_tokens <= p->shape.max_tokens, "n_tokens is %d, must be 1 .. %d",
+        batch->n_tokens, p->shape.max_tokens);
+    FB_REQUIRE(batch->tokens && batch->sequences && batch->n_sequences >= 1, "tokens or sequences are missing");
+    FB_REQUIRE(batch->n_outputs >= 0 && batch->n_outputs <= batch->n_tokens && (batch->outputs || !batch->n_outputs),
+        "n_outputs is %d, must be 0 .. %d", batch->n_outputs, batch->n_tokens);
+    FB_REQUIRE(n_logits == (size_t)batch->n_outputs * (size_t)p->shape.vocab_size,
+        "room for %zu logits, %d outputs x %d are needed", n_logits, batch->n_outputs, p->shape.vocab_size);
+    for (int32_t i = 0; i < batch->n_tokens; i++)
+        FB_REQUIRE(batch->tokens[i] >= 0 && batch->tokens[i] < p->shape.vocab_size,
+            "token %d is id %d, the vocabulary has %d", i, batch->tokens[i], p->shape.vocab_size);
+    int64_t n_tokens = 0;
+    for (int32_t i = 0; i < batch->n_sequences; i++) {
+        FB_TRY(check_sequence(pool, &batch->sequences[i], i));
+        n_tokens += batch->sequences[i].n_tokens;
+    }
+    FB_REQUIRE(n_tokens == batch->n_tokens, "the sequences hold %lld tokens, the batch %d", (long long)n_tokens,
+        batch->n_tokens);
+    for (int32_t i = 0; i < batch->n_outputs; i++)
+        FB_REQUIRE(batch->outputs[i] >= 0 && batch->outputs[i] < batch->n_tokens &&
+                       (i == 0 || batch->outputs[i] > batch->outputs[i - 1]),
+            "outputs[%d] is row %d: rows must ascend within 0 .. %d", i, batch->outputs[i], batch->n_tokens - 1);
+    return check_writers(batch);
+}
+
+/* ---- Operators that work row by row ------------------------------------------------------------------------------- */
+
+static float *row_of(const struct fb_program *p, int32_t buffer, size_t row) {
+    return p->buffers[buffer].data + row * p->buffers[buffer].stride;
+}
+
+static void embed(const struct run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    float *out = row_of(p, op->out, row);
+    fb_weight_gather_row(op->weight, run->batch->tokens[row], out);
+    if (op->scale != 1.0f) p->kernels->scale(out, (size_t)op->weight->n_cols, op->scale);
+    /* The angles of this token's position, used by every layer. The product is rounded to f32 as transformers does, the
+     * functions are those of the C library in double, so they are as good as exact. */
+    const size_t half = (size_t)p->shape.rotary_dim / 2;
+    float *cosines = p->cos_sin + row * 2 * half, *sines = cosines + half;
+    for (size_t i = 0; i < half; i++) {
+        const float angle = (float)p->positions[row] * p->inv_freq[i];
+        cosines[i] = (float)cos((double)angle) * p->shape.rope_scale;
+        sines[i] = (float)sin((double)angle) * p->shape.rope_scale;
+    }
+}
+
+static void head_norm(const struct fb_program *p, const struct fb_op *op, size_t row) {
+    const size_t dim = (size_t)p->shape.head_dim;
+    float *head = row_of(p, op->in, row);
+    for (int32_t h = 0; h < p->shape.n_heads + p->shape.n_kv_heads; h++, head += dim)
+        p->kernels->rms_norm(head, h < p->shape.n_heads ? op->vector : op->vector2, dim, op->eps, head);
+}
+
+static void rope(const struct fb_program *p, const struct fb_op *op, size_t row) {
+    const size_t half = (size_t)p->shape.rotary_dim / 2;
+    const float *cosines = p->cos_sin + row * 2 * half;
+    float *head = row_of(p, op->in, row);
+    for (int32_t h = 0; h < p->shape.n_heads + p->shape.n_kv_heads; h++, head += p->shape.head_dim)
+        p->kernels->rotate(head, head + half, cosines, cosines + half, half);
+}
+
+static void kv_write(const struct run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
+    const int32_t position = p->positions[row], page = sequence->pages[position / FB_PAGE_POSITIONS];
+    const int32_t dim = p->shape.head_dim, n_kv_heads = p->shape.n_kv_heads;
+    const float *k = row_of(p, op->in, row) + (size_t)p->shape.n_heads * (size_t)dim;
+    const float *v = k + (size_t)n_kv_heads * (size_t)dim;
+    for (int32_t h = 0; h < n_kv_heads; h++, k += dim, v += dim)
+        fb_slab_write(run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS, k, v);
+}
+
+static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    switch (op->kind) {
+    case FB_OP_EMBED:
+        embed(run, op, row);
+        break;
+    case FB_OP_RMS_NORM:
+        p->kernels->rms_norm(
+            row_of(p, op->in, row), op->vector, (size_t)op->vector_length, op->eps, row_of(p, op->out, row));
+        break;
+    case FB_OP_HEAD_NORM:
+        head_norm(p, op, row);
+        break;
+    case FB_OP_ROPE:
+        rope(p, op, row);
+        break;
+    case FB_OP_KV_WRITE:
+        kv_write(run, op, row);
+        break;
+    case FB_OP_GATHER_OUTPUTS:
+        memcpy(row_of(p, op->out, row), row_of(p, op->in, (size_t)run->batch->outputs[row]),
+            (size_t)p->buffers[op->in].width * sizeof(float));
+        break;
+    default: /* products and attention have stages of their own */
+        break;
+    }
+}
+
+/* ---- Stages ------------------------------------------------------------------------------------------------------- */
+
+static int64_t next_item(struct fb_counter *counter) {
+    return atomic_fetch_add_explicit(&counter->next, 1, memory_order_relaxed);
+}
+
+static void run_rows(const struct run *run, const struct fb_stage *stage, struct fb_counter *counter, size_t n_rows) {
+    const int64_t block = n_rows < 64 ? 1 : 8; /* rows in an item */
+    for (int64_t i; (i = next_item(counter)) * block < (int64_t)n_rows;)
+        for (size_t row = (size_t)(i * block); row < n_rows && row < (size_t)((i + 1) * block); row++)
+            for (int32_t o = 0; o < stage->n_ops; o++)
+                run_row(run, &run->program->ops[stage->first_op + o], row);
+}
+
+static void run_linear(struct run *run, const struct fb_op *op, struct fb_counter *counter, size_t n_rows, int n_threads) {
+    const struct fb_program *p = run->program;
+    const struct fb_buffer *in = &p->buffers[op->in];
+    struct fb_linear linear = {.kernels = p->kernels,
+        .weight = op->weight,
+        .x = in->data,
+        .ldx = in->stride,
+        .bias = op->vector,
+        .n_tokens = n_rows,
+        .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
+    if (op->kind == FB_OP_LOGITS) {
+        linear.out = run->logits;
+        linear.width = linear.ld_out = (size_t)p->shape.vocab_size;
+        linear.non_finite = &run->non_finite;
+    } else {
+        const struct fb_buffer *out = &p->buffers[op->out];
+        linear.out = out->data;
+        linear.width = (size_t)out->width;
+        linear.ld_out = out->stride;
+    }
+    if (op->residual >= 0) {
+        linear.residual = p->buffers[op->residual].data;
+        linear.ld_residual = p->buffers[op->residual].stride;
+    }
+    const int64_t n_items = fb_linear_items(&linear, n_threads);
+    for (int64_t i; (i = next_item(counter)) < n_items;)
+        fb_linear_item(&linear, i);
+}
+
+/* Two counters: one for the tiles or key blocks, one for merging what was split. Every thread works out the same list of
+ * items in memory of its own: for a few sequences that is cheaper than a barrier. */
+static void run_attention(struct run *run, const struct fb_op *op, struct fb_counter *counters, int thread, int n_threads) {
+    struct fb_program *p = run->program;
+    const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
+    struct fb_attention attention = {.kernels = p->kernels,
+        .pool = run->pool,
+        .sequences = run->batch->sequences,
+        .n_sequences = run->batch->n_sequences,
+        .first_row = p->first_row,
+        .n_heads = p->shape.n_heads,
+        .layer = op->layer,
+        .window = op->window,
+        .scale = op->scale,
+        .q = in->data,
+        .ldq = in->stride,
+        .out = out->data,
+        .ld_out = out->stride,
+        .scratch = p->attention_scratch,
+        .scratch_bytes = p->attention_scratch_bytes,
+        .partials = p->partials,
+        .offsets = p->offsets + (size_t)thread * ((size_t)run->batch->n_sequences + 1)};
+    const int64_t n_items = fb_attention_items(&attention, n_threads);
+    for (int64_t i; (i = next_item(&counters[0])) < n_items;)
+        fb_attention_item(&attention, i, thread);
+    const int64_t n_merges = fb_attention_merge_items(&attention);
+    if (n_merges == 0) return;
+    fb_barrier_wait(&run->barrier, n_threads);
+    for (int64_t i; (i = next_item(&counters[1])) < n_merges;)
+        fb_attention_merge_item(&attention, i);
+}
+
+static void run_stages(struct run *run, int thread, int n_threads) {
+    const struct fb_program *p = run->program;
+    for (int32_t s = 0; s < p->n_stages; s++) {
+        const struct fb_stage *stage = &p->stages[s];
+        const size_t n_rows = (size_t)(stage->per_output ? run->batch->n_outputs : run->batch->n_tokens);
+        struct fb_counter *counters = &p->counters[2 * s];
+        if (n_rows == 0) break; /* nobody wants logits: the rest of the program is for outputs only */
+        if (stage->kind == FB_STAGE_ROWS)
+            run_rows(run, stage, counters, n_rows);
+        else if (stage->kind == FB_STAGE_LINEAR)
+            run_linear(run, &p->ops[stage->first_op], counters, n_rows, n_threads);
+        else
+            run_attention(run, &p->ops[stage->first_op], counters, thread, n_threads);
+        if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);
+    }
+}
+
+/* Fills the per-token tables that every stage reads. */
+static void lay_out(struct fb_program *p, const struct fb_batch *batch) {
+    int32_t row = 0;
+    for (int32_t s = 0; s < batch->n_sequences; s++) {
+        p->first_row[s] = row;
+        for (int32_t i = 0; i < batch->sequences[s].n_tokens; i++, row++) {
+            p->positions[row] = batch->sequences[s].n_past + i;
+            p->owners[row] = s;
+        }
+    }
+    memset(p->counters, 0, 2 * (size_t)p->n_stages * sizeof *p->counters);
+}
+
+enum fb_status fb_program_run(
+    fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits) {
+    FB_REQUIRE(program && pool && batch && (logits || n_logits == 0), "program, pool, batch or logits is null");
+    FB_TRY(check_pool(program, pool));
+    FB_TRY(check_batch(program, pool, batch, n_logits));
+    lay_out(program, batch);
+    struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
+#pragma omp parallel num_threads(program->n_threads)
+    run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
+    if (atomic_load(&run.non_finite))
+        return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
+    return FB_OK;
+}

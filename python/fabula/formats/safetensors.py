@@ -1,0 +1,402 @@
+"""Reads a Hugging Face model folder: config.json with model.safetensors, or with shards under an index.
+
+A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes:
+
+    [u64 n][header: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ..., "__metadata__"}][data]
+
+Format: https://github.com/huggingface/safetensors#format. The `safetensors` library judges each header first;
+then stricter rules of our own hold: every byte of data belongs to exactly one tensor, sizes equal shape x
+dtype in whole numbers, no name twice. Bytes are read by position at the header's offsets, so BF16 needs no
+torch and no file stays mapped into memory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from fabula.errors import ModelFileError, Unsupported
+from fabula.formats.checkpoint import DType, TensorInfo
+from fabula.formats.readfile import (
+    file_size,
+    open_regular,
+    parse_json_object,
+    read_at,
+    read_json_object,
+    shown,
+)
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Limits on what a stranger's file may ask of us. The first is the format's own; the others leave every known
+# model room.
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 65_536
+MAX_DIMS = 4  # of a tensor that can be read
+MAX_RANK = 64  # of any tensor; as in NumPy and PyTorch
+MAX_SHARDS = 512  # each holds a file descriptor, of which a process usually has 1,024
+MAX_CONFIG_BYTES = 1_000_000
+MAX_INDEX_BYTES = 16_000_000
+# JSON structure (commas, colons, brackets) that parsing may turn into objects. A tensor needs about 13, so
+# 65,536 of them stay below; without it 100 MB of "[],[]," would take gigabytes.
+_MAX_STRUCTURE = 2_000_000
+
+_READABLE = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
+# Bits of an element, as in the format's list of dtypes. A dtype not listed here is left to the library's own
+# check.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
+    "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor as its header has it; `offset` counts from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """An open file with its checked header; `aliases` maps names to the tensor whose bytes they share."""
+
+    path: Path
+    file: io.FileIO
+    entries: dict[str, _Entry]
+    aliases: dict[str, str]
+
+
+class _TensorTable(Mapping[str, TensorInfo]):
+    """Tensors by name: iterates over those Fabula can read, raises Unsupported when asked for another."""
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], unreadable: dict[str, str]) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._unreadable = unreadable
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        if name in self._unreadable:
+            raise Unsupported(f"{self._path}: tensor {shown(name)} {self._unreadable[name]}")
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class SafetensorsCheckpoint:
+    """An opened model folder; see `fabula.formats.checkpoint.Checkpoint`. Made by `open_safetensors`.
+
+    Tensors of other dtypes than F32, F16 and BF16, or of more than four dimensions, do not stand in the way:
+    they are left out of `tensors` when it is iterated, and only asking for one of them raises Unsupported.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], shards: list[_Shard]) -> None:
+        self.path = path
+        self.format = "safetensors"
+        self.config: Mapping[str, Any] = config
+        self.metadata: Mapping[str, Any] = {}
+        self._files = [shard.file for shard in shards]
+        self._places: dict[str, tuple[_Shard, _Entry]] = {}
+        tensors: dict[str, TensorInfo] = {}
+        unreadable: dict[str, str] = {}
+        for shard in shards:
+            names = {name: name for name in shard.entries} | shard.aliases
+            for name, stored in names.items():
+                entry = shard.entries[stored]
+                dtype = _READABLE.get(entry.dtype)
+                if dtype is None:
+                    unreadable[name] = (
+                        f"is {entry.dtype}; Fabula reads F32, F16 and BF16 from safetensors files"
+                    )
+                elif len(entry.shape) > MAX_DIMS:
+                    unreadable[name] = f"has {len(entry.shape)} dimensions; Fabula reads at most {MAX_DIMS}"
+                else:
+                    tensors[name] = TensorInfo(name, dtype, entry.shape, entry.n_bytes)
+                    self._places[name] = (shard, entry)
+        self.tensors: Mapping[str, TensorInfo] = _TensorTable(path, tensors, unreadable)
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """Reads one tensor's raw bytes by position, uint8 [n_bytes], row-major, little-endian.
+
+        Raises:
+            ModelFileError: no such tensor, the file ended early, or the checkpoint is closed.
+            Unsupported: the tensor is of a dtype or rank Fabula does not read.
+            OutOfMemory: no room for the bytes.
+        """
+        if name not in self.tensors:
+            raise ModelFileError(
+                f"{self.path}: holds no tensor {shown(name)}", path=self.path, field=str(name)
+            )
+        shard, entry = self._places[name]
+        return read_at(shard.file, entry.offset, entry.n_bytes, path=shard.path, field=name)
+
+    def close(self) -> None:
+        """Closes the files; may be called twice."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_safetensors(path: Path) -> SafetensorsCheckpoint:
+    """Opens a Hugging Face folder, or one .safetensors file that lies beside a config.json.
+
+    In a folder `model.safetensors` is taken if there is one, else the shards of
+    `model.safetensors.index.json`.
+
+    Raises:
+        ModelFileError: a file is missing, damaged, incomplete or hostile; the message names file and reason.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    config = read_json_object(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    with ExitStack() as stack:
+        if path != folder:
+            shards = [_open_shard(path, stack)]
+        elif (folder / WEIGHTS_FILE).exists():
+            shards = [_open_shard(folder / WEIGHTS_FILE, stack)]
+        elif (folder / INDEX_FILE).exists():
+            shards = _open_indexed(folder, stack)
+        else:
+            raise ModelFileError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}", path=folder)
+        checkpoint = SafetensorsCheckpoint(folder, config, shards)
+        stack.pop_all()  # nothing failed: from here on the checkpoint owns the files
+    return checkpoint
+
+
+def _open_indexed(folder: Path, stack: ExitStack) -> list[_Shard]:
+    """Opens the shards an index names and keeps of each only the tensors that the index places there."""
+    index_path = folder / INDEX_FILE
+    weight_map = read_json_object(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileError(
+            f"{index_path}: weight_map is not an object with entries", path=index_path, field="weight_map"
+        )
+    if len(weight_map) > MAX_TENSORS:
+        raise ModelFileError(
+            f"{index_path}: names {len(weight_map)} tensors, more than {MAX_TENSORS}", path=index_path
+        )
+    wanted: dict[str, list[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            raise ModelFileError(
+                f"{index_path}: the file of tensor {shown(name)} is not text", path=index_path, field=name
+            )
+        wanted.setdefault(file_name, []).append(name)
+    if len(wanted) > MAX_SHARDS:
+        raise ModelFileError(
+            f"{index_path}: names {len(wanted)} shards, more than {MAX_SHARDS}", path=index_path
+        )
+    for file_name, names in wanted.items():  # all before the first is opened
+        _check_shard_name(folder, file_name, index_path, names[0])
+    shards = []
+    for file_name, names in wanted.items():
+        whole = _open_shard(folder / file_name, stack)
+        for name in names:
+            if name not in whole.entries and name not in whole.aliases:
+                raise ModelFileError(
+                    f"{whole.path}: holds no tensor {shown(name)}, although {INDEX_FILE} places it there",
+                    path=whole.path,
+                    field=name,
+                )
+        keep = {whole.aliases.get(name, name) for name in names}
+        shards.append(
+            _Shard(
+                whole.path,
+                whole.file,
+                {name: entry for name, entry in whole.entries.items() if name in keep},
+                {name: stored for name, stored in whole.aliases.items() if stored in keep},
+            )
+        )
+    return shards
+
+
+def _check_shard_name(folder: Path, file_name: str, index_path: Path, tensor: str) -> None:
+    """Refuses a shard name that leaves the model's folder, by its text or through a symbolic link.
+
+    The Hugging Face cache links snapshots/<commit>/<file> to blobs/<hash> of the same models--<owner>--<name>
+    folder; links that stay inside that folder are taken.
+    """
+
+    def fail(reason: str) -> ModelFileError:
+        return ModelFileError(
+            f"{index_path}: tensor {shown(tensor)} is placed in {shown(file_name)}, {reason}",
+            path=index_path,
+            field=tensor,
+        )
+
+    if (
+        not file_name.endswith(".safetensors")
+        or "/" in file_name
+        or "\\" in file_name
+        or file_name.startswith(".")
+        or not file_name.isprintable()
+    ):
+        raise fail("which is not the plain name of a .safetensors file")
+    try:
+        target = (folder / file_name).resolve(strict=True)
+    except FileNotFoundError:
+        raise fail(f"which is missing from {folder}; download the model again") from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        raise fail(f"which cannot be opened: {error}") from None
+    home = folder.resolve()
+    allowed = [home, *(parent for parent in home.parents if parent.name.startswith("models--"))][:2]
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise fail("a symbolic link that leaves the model's folder")
+
+
+def _open_shard(path: Path, stack: ExitStack) -> _Shard:
+    """Opens one .safetensors file and checks its whole header; `stack` closes it if anything fails."""
+    file = stack.enter_context(open_regular(path))
+    size = file_size(file)
+    if size < 8:
+        raise ModelFileError(f"{path}: has {size} bytes, too few for a safetensors file", path=path)
+    n_header = int.from_bytes(read_at(file, 0, 8, path=path).tobytes(), "little")
+    if not 2 <= n_header <= MAX_HEADER_BYTES:
+        raise ModelFileError(
+            f"{path}: header length is {n_header}, must be 2 to {MAX_HEADER_BYTES}", path=path, field="header"
+        )
+    if n_header > size - 8:
+        raise ModelFileError(
+            f"{path}: header length is {n_header}, but only {size - 8} bytes follow;"
+            " the file was cut or is not a safetensors file",
+            path=path,
+            field="header",
+        )
+    head = read_at(file, 0, 8 + n_header, path=path).tobytes()
+    _ask_library(path, head, size)
+    entries, aliases = _parse_header(path, head[8:], first=8 + n_header, size=size)
+    return _Shard(path, file, entries, aliases)
+
+
+def _ask_library(path: Path, head: bytes, size: int) -> None:
+    """Lets the `safetensors` library judge the header.
+
+    The library maps the file into memory, where a file that shrinks meanwhile would end the process. So it is
+    shown an anonymous file of the same size that holds the same header and no data; where the system has
+    none, the file itself.
+    """
+    try:
+        fd = os.memfd_create("fabula-header")
+    except (AttributeError, OSError):
+        fd = -1
+    try:
+        shown_path = path
+        if fd >= 0 and Path(f"/proc/self/fd/{fd}").exists():
+            os.truncate(fd, size)
+            os.pwrite(fd, head, 0)
+            shown_path = Path(f"/proc/self/fd/{fd}")
+        with safe_open(shown_path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(
+            f"{path}: is not a valid safetensors file: {shown(error, 300)}", path=path, field="header"
+        ) from None
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _parse_header(
+    path: Path, raw: bytes, *, first: int, size: int
+) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Parses a header the library accepted and applies the stricter rules.
+
+    Args:
+        path: the file, for messages.
+        raw: the JSON text, which may be padded with spaces at its end.
+        first: position of the first data byte in the file.
+        size: bytes of the whole file.
+
+    Returns:
+        Tensors by name, and aliases (name -> name of the tensor whose bytes it shares).
+    """
+
+    def fail(name: str, reason: str) -> ModelFileError:
+        where = f"tensor {shown(name)}" if name else "header"
+        return ModelFileError(f"{path}: {where} {reason}", path=path, field=name or "header")
+
+    if raw[:1] != b"{" or raw.rstrip(b" ")[-1:] != b"}":
+        raise fail("", "is not one JSON object padded with spaces")
+    if sum(map(raw.count, (b",", b":", b"[", b"{"))) > _MAX_STRUCTURE:
+        raise fail("", f"has more structure than {MAX_TENSORS} tensors need")
+    header = parse_json_object(raw, path=path, what="header")
+    metadata = header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise fail("", f"names {len(header)} tensors, more than {MAX_TENSORS}")
+
+    entries: dict[str, _Entry] = {}
+    for name, value in header.items():
+        dtype, shape, offsets = (
+            (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+            if isinstance(value, dict)
+            else (None,) * 3
+        )
+        if (
+            not isinstance(dtype, str)
+            or not _is_counts(shape)
+            or not _is_counts(offsets)
+            or len(offsets) != 2
+        ):
+            raise fail(name, "lacks a dtype, a shape or two data_offsets")
+        if len(shape) > MAX_RANK:
+            raise fail(name, f"has {len(shape)} dimensions")
+        begin, end = offsets
+        if begin > end or first + end > size:
+            raise fail(name, f"lies at bytes {begin} to {end} of {size - first}")
+        bits = _BITS.get(dtype)
+        if bits is not None and prod(shape) * bits != 8 * (end - begin):
+            raise fail(name, f"has shape {shape[:8]} of {dtype}, which is not {end - begin} bytes")
+        entries[name] = _Entry(dtype, tuple(shape), first + begin, end - begin)
+
+    expected = first
+    previous_offset = -1
+    # By offset, empty tensors first; one of those is followed by a tensor at the same offset unless it ends
+    # the file.
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
+        if entry.offset == previous_offset:
+            raise fail(name, "begins where another tensor begins")
+        if entry.offset != expected:
+            raise fail(name, "overlaps another tensor" if entry.offset < expected else "follows a gap")
+        previous_offset = entry.offset
+        expected += entry.n_bytes
+    if expected != size:
+        raise fail("", f"accounts for {expected} of {size} bytes; something is appended to the file")
+
+    # Writers that store shared tensors once (safetensors.torch.save_model) note the others as name -> stored
+    # name.
+    aliases = {
+        name: stored
+        for name, stored in (metadata if isinstance(metadata, dict) else {}).items()
+        if isinstance(stored, str) and stored in entries and name not in entries
+    }
+    return entries, aliases
+
+
+def _is_counts(value: object) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of whole numbers of at least 0 (JSON's true is none)."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
