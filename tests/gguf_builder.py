@@ -1,15 +1,15 @@
 """Writes GGUF files byte by byte, right ones and wrong ones: every field can be given a value of its own.
 
-`Key` and `Tensor` write themselves; `build` puts them together. Where a field is None the right value is worked
-out, so a test breaks one thing and leaves the rest as it should be. `small_llama` is a whole model of two layers
-whose every tensor has its place in a real one.
+`Key` and `Tensor` write themselves; `build` puts them together. Where a field is None the right value is
+worked out, so a test breaks one thing and leaves the rest as it should be. `small_keys` and `small_tensors`
+are a whole model of two layers.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def key(name: str, kind: int, value: object) -> Key:
 
 @dataclass
 class Tensor:
-    """A tensor of zeros, or of `data`. dims in GGUF's order, fastest first; `offset` replaces the right one."""
+    """A tensor of zeros, or of `data`; dims in GGUF's order, fastest first."""
 
     name: str | bytes
     dims: Sequence[int]
@@ -85,12 +85,11 @@ class Tensor:
 
 @dataclass
 class Parts:
-    """A file as its pieces; `header_bytes` is where the padding before the data begins."""
+    """A file in two pieces; between them lies the padding to the alignment."""
 
     header: bytes
     data: bytes = b""
     alignment: int = 32
-    fields: dict[str, int] = field(default_factory=dict)
 
     @property
     def file(self) -> bytes:
@@ -127,7 +126,7 @@ def build(keys: Sequence[Key] = (), tensors: Sequence[Tensor] = (), **overrides:
     return build_parts(keys, tensors, **overrides).file  # type: ignore[arg-type]
 
 
-# ---- A whole small model ---------------------------------------------------------------------------------------
+# ---- A whole small model ------------------------------------------------------------------------------
 
 VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, LAYERS = 8, 64, 96, 4, 2, 2
 

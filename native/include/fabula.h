@@ -144,7 +144,7 @@ enum fb_op_kind {
     FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight`                                             */
     FB_OP_RMS_NORM = 2,       /* out = in / sqrt(mean(in^2) + eps) * vector                                             */
     FB_OP_LINEAR = 3,         /* out = in weight^T (+ vector as bias) (+ buffer `residual`, which may be `out`)         */
-    FB_OP_LINEAR_SWIGLU = 4,  /* weight holds gate and up woven by 16 rows; out = silu(gate) * up, width n_rows / 2     */
+    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) hold gate and up woven by 16 rows; out = silu(gate) * up             */
     FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2`          */
     FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position       */
     FB_OP_KV_WRITE = 7,       /* K and V of `in` into the sequence's pages, layer `layer`                               */

@@ -45,13 +45,16 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     const size_t column = linear->swiglu ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;
     if (column >= linear->width) return;
     const size_t count = linear->width - column < outputs ? linear->width - column : outputs;
+    const size_t n_biased = (size_t)linear->weight->n_rows - first_panel * FB_LANES < ld
+                                ? (size_t)linear->weight->n_rows - first_panel * FB_LANES
+                                : ld;
     for (size_t t = 0; t < n_tokens; t++) {
         float *result = tile + t * ld;
+        if (linear->bias) linear->kernels->add(result, linear->bias + first_panel * FB_LANES, n_biased);
         if (linear->swiglu)
             for (size_t p = 0; p + 1 < n_panels; p += 2)
                 linear->kernels->swiglu(
                     result + p * FB_LANES, result + (p + 1) * FB_LANES, FB_LANES, result + p / 2 * FB_LANES);
-        if (linear->bias) linear->kernels->add(result, linear->bias + column, count);
         if (linear->residual)
             linear->kernels->add(
                 result, linear->residual + (first_token + t) * linear->ld_residual + column, count);

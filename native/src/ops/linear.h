@@ -16,7 +16,7 @@ struct fb_linear {
     const struct fb_kernels *kernels;
     const struct fb_weight *weight;
     const float *x;        /* [n_tokens][ldx] */
-    const float *bias;     /* [width] or NULL */
+    const float *bias;     /* [weight rows] or NULL */
     const float *residual; /* [n_tokens][ld_residual] or NULL */
     float *out;            /* [n_tokens][ld_out], its first `width` columns written */
     size_t ldx, ld_residual, ld_out;

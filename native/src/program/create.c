@@ -73,7 +73,7 @@ static enum fb_status check_vectors(const struct fb_program *p, int32_t i, int32
         FB_REQUIRE(op->vector_length == in_width, "op %d (rms_norm): %d weights for a width of %d", i,
             op->vector_length, in_width);
     else if (is_product(op))
-        FB_REQUIRE(op->vector_length == 0 || (op->kind != FB_OP_LINEAR_SWIGLU && op->vector_length == op->weight->n_rows),
+        FB_REQUIRE(op->vector_length == 0 || op->vector_length == op->weight->n_rows,
             "op %d: a bias of %d for %d rows", i, op->vector_length, op->weight->n_rows);
     else if (op->kind == FB_OP_HEAD_NORM)
         FB_REQUIRE(op->vector_length == p->shape.head_dim && op->vector2_length == p->shape.head_dim,

@@ -74,7 +74,9 @@ def cache_folder() -> Path:
         DownloadError: no home, and the temporary folder's place is taken by somebody else.
     """
     if chosen := os.environ.get("FABULA_CACHE"):
-        return Path(os.path.expandvars(chosen)).expanduser().absolute()
+        with contextlib.suppress(RuntimeError):  # ~user, but no such user: taken as it stands
+            return Path(chosen).expanduser().absolute()
+        return Path(chosen).absolute()
     # A relative $XDG_CACHE_HOME is to be ignored (XDG Base Directory Specification).
     if (xdg := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
         return xdg / "fabula"
@@ -246,6 +248,10 @@ def filling(name: str) -> Iterator[Path]:
             raise _cannot_write(cache, error) from None
         try:
             yield scratch
+        except EngineError:
+            raise
+        except OSError as error:
+            raise _cannot_write(scratch, error) from None
         finally:
             shutil.rmtree(scratch.parent, ignore_errors=True)
 

@@ -229,11 +229,10 @@ def _run(
         try:
             while process.poll() is None:
                 tail = _tail(log_path)
-                done = _bytes_below(scratch)
-                told = _RAW_PROGRESS.findall(tail)
-                if told:  # pip's own count, else the size of its files
-                    done, size = map(int, told[-1])
-                    total = size or total
+                # pip's own count, else the size of its files. It counts small files of the index too, and
+                # says 0 for a size it does not know.
+                told = [int(n) for n, size in _RAW_PROGRESS.findall(tail) if int(size) in (0, total)]
+                done = told[-1] if told else _bytes_below(scratch / "tmp") + _bytes_below(scratch / "wheel")
                 if (done, tail) != state:
                     state, changed = (done, tail), time.monotonic()
                     if progress is not None:

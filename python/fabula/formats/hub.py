@@ -64,7 +64,10 @@ def parse_hub_name(name: str) -> HubName | None:
 
 def hub_installed() -> bool:
     """Whether the huggingface_hub package can be imported."""
-    return importlib.util.find_spec("huggingface_hub") is not None
+    try:
+        return importlib.util.find_spec("huggingface_hub") is not None
+    except (ImportError, ValueError):  # ValueError: a module without a spec took the name
+        return False
 
 
 def find_downloaded(name: HubName) -> Path | None:
@@ -90,11 +93,11 @@ def fetch(name: HubName, *, force: bool = False, progress: Progress | None = Non
         ModelNotFound: no such repository or file.
         DownloadError: the network or the server failed, access is refused, or the bytes are wrong.
     """
-    with _reporting(name, progress):
-        try:
+    try:
+        with _reporting(name, progress):
             path = _call_hub(name, force_download=force)
-        except Exception as error:  # a foreign package's boundary: everything it raises becomes one of ours
-            raise _translate(name, error) from error
+    except Exception as error:  # a foreign package's boundary: everything it raises becomes one of ours
+        raise _translate(name, error) from error
     if name.file is None and not has_safetensors(path):
         raise ModelNotFound(
             f"{name.repo} on the hub holds no {WEIGHTS_FILE};"

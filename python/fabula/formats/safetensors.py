@@ -46,6 +46,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536
 MAX_DIMS = 4  # of a tensor that can be read
 MAX_RANK = 64  # of any tensor; as in NumPy and PyTorch
+MAX_DIM = 2**40  # also of an empty tensor, whose other dimensions no byte vouches for
 MAX_SHARDS = 512  # each holds a file descriptor, of which a process usually has 1,024
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 16_000_000
@@ -363,8 +364,8 @@ def _parse_header(
             or len(offsets) != 2
         ):
             raise fail(name, "lacks a dtype, a shape or two data_offsets")
-        if len(shape) > MAX_RANK:
-            raise fail(name, f"has {len(shape)} dimensions")
+        if len(shape) > MAX_RANK or any(dim > MAX_DIM for dim in shape):
+            raise fail(name, f"has {len(shape)} dimensions, {shape[:8]}; beyond {MAX_RANK} or {MAX_DIM}")
         begin, end = offsets
         if begin > end or first + end > size:
             raise fail(name, f"lies at bytes {begin} to {end} of {size - first}")

@@ -1,0 +1,148 @@
+"""A loaded model as the engine sees it: a program, its page pool, and steps over sequences.
+
+A runner executes one step at a time (a lock guards it), so several callers may hold sequences and take turns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula import _native
+from fabula.errors import ContextOverflow, InvalidArgument
+from fabula.formats.checkpoint import Checkpoint, DType
+from fabula.kv.pages import PagePool, Sequence
+from fabula.models.builder import ProgramBuilder
+from fabula.models.config import ModelConfig
+from fabula.models.families import family_of
+from fabula.models.rope import make_rope
+
+if TYPE_CHECKING:
+    from fabula._native import Isa
+
+PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
+SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
+
+
+class Runner:
+    """Program + pages of one model.
+
+    Args:
+        checkpoint: opened model; read completely during construction.
+        weights: precision of the packed matrices, F32, F16 or BF16.
+        kv: precision of K and V, F32 or F16.
+        n_threads: threads of every step.
+        context: positions a sequence may have; None takes the model's own length.
+        isa: instruction set, for tests.
+        progress: called with (bytes read, bytes in all) while tensors are packed.
+
+    Raises:
+        ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        weights: DType,
+        kv: DType,
+        n_threads: int,
+        context: int | None = None,
+        isa: Isa = "auto",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        family = family_of(checkpoint.config, checkpoint.path)
+        self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
+        config = self.config
+        if context is not None and not 1 <= context <= 1 << 24:
+            raise InvalidArgument(f"context is {context}, must be 1 .. 2^24")
+        self.context = context or config.context_length
+        rope = make_rope(config.rope, config.head_dim, config.context_length, self.context, checkpoint.path)
+        builder = ProgramBuilder(checkpoint, weights, n_threads, progress)
+        family.emit(builder, config)
+        self.max_tokens = min(PREFILL_CHUNK, self.context)
+        shape = _native.Shape(
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            rotary_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            max_tokens=self.max_tokens,
+            rope_scale=rope.scale,
+        )
+        self.program = _native.Program(shape, builder.widths, rope.inv_freq, builder.ops, n_threads=n_threads, isa=isa)
+        self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
+        n_pages = SEQUENCES_AT_FULL_LENGTH * -(-self.context // _native.PAGE_POSITIONS)
+        self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim)
+        self._lock = threading.Lock()
+
+    def sequence(self) -> Sequence:
+        """A new, empty sequence in this model's pool."""
+        return Sequence(self.pool)
+
+    def check_room(self, sequence: Sequence, n_new: int) -> None:
+        """Raises ContextOverflow unless `n_new` tokens fit behind what the sequence holds."""
+        total = sequence.n_tokens + n_new
+        if total > self.context:
+            raise ContextOverflow(
+                f"{total} tokens do not fit the context of {self.context}", n_tokens=total, context=self.context
+            )
+
+    def step(
+        self, parts: list[tuple[Sequence, npt.NDArray[np.int32]]], outputs: npt.ArrayLike
+    ) -> npt.NDArray[np.float32]:
+        """One batch: appends tokens to sequences and returns logits, float32 [n_outputs, vocab_size].
+
+        Args:
+            parts: sequences with the token ids to append, at most `max_tokens` in all.
+            outputs: ascending rows of the batch whose logits are wanted.
+
+        Raises:
+            ContextOverflow: a sequence would grow beyond the context; nothing was changed.
+            OutOfMemory: no free pages; nothing was changed.
+            NonFinite: the logits are damaged; the sequences keep their former length.
+        """
+        batch = []
+        for sequence, tokens in parts:
+            self.check_room(sequence, len(tokens))
+            pages = sequence.reserve(sequence.n_tokens + len(tokens))
+            batch.append(_native.BatchSequence(pages, sequence.n_tokens, tokens))
+        with self._lock:
+            logits = self.program.run(self.pool.native, batch, outputs)
+        for sequence, tokens in parts:
+            sequence.n_tokens += len(tokens)
+        return logits
+
+    def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Appends a prompt chunk by chunk and returns the last token's logits, float32 [vocab_size].
+
+        Raises:
+            ContextOverflow: before anything is computed.
+        """
+        self.check_room(sequence, len(tokens))
+        logits = np.empty((0, 0), np.float32)
+        for start, chunk in self._chunks(tokens):
+            last = start + len(chunk) == len(tokens)
+            logits = self.step([(sequence, chunk)], [len(chunk) - 1] if last else [])
+        return logits[0]
+
+    def all_logits(self, tokens: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits of every token of a text, chunk by chunk, float32 [<= max_tokens, vocab_size]."""
+        with self.sequence() as sequence:
+            self.check_room(sequence, len(tokens))
+            for _, chunk in self._chunks(tokens):
+                yield self.step([(sequence, chunk)], np.arange(len(chunk)))
+
+    def _chunks(self, tokens: npt.NDArray[np.int32]) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+        for start in range(0, len(tokens), self.max_tokens):
+            yield start, tokens[start : start + self.max_tokens]
+
+    def close(self) -> None:
+        """Frees program, weights and pages; may be called twice."""
+        self.program.close()
+        self.pool.close()

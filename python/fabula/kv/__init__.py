@@ -1,0 +1,1 @@
+"""Who owns which KV page: Python keeps the tables, the native pool keeps the bytes."""

@@ -1,0 +1,185 @@
+"""Builds a program: reads tensors as a family names them, packs them, and collects operators and buffers.
+
+Each tensor is read, packed and dropped before the next one, so the peak of memory is the packed size plus one tensor. Every tensor's
+shape is checked against what the config promises; a weight that holds NaN or infinity is packed but warned about, and a turn that
+meets it fails with NonFinite.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula import _native
+from fabula._native import Op, Weight
+from fabula.errors import ModelFileError
+from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+
+F32 = npt.NDArray[np.float32]
+
+EMBED, RMS_NORM, LINEAR, LINEAR_SWIGLU, HEAD_NORM = 1, 2, 3, 4, 5
+ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS = 6, 7, 8, 9, 10
+
+PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
+
+
+class DamagedWeightWarning(UserWarning):
+    """A tensor holds NaN or infinity, or numbers that the chosen precision cannot hold."""
+
+
+class ProgramBuilder:
+    """Collects what fb_program_create needs while a family's file reads like the model's description.
+
+    Args:
+        checkpoint: where tensors come from.
+        weights: precision matrices are packed in.
+        n_threads: threads that pack.
+        progress: called after each tensor with (bytes read so far, bytes in all).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: DType,
+        n_threads: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = weights
+        self.n_threads = n_threads
+        self.ops: list[Op] = []
+        self.widths: list[int] = []
+        self.weights: list[Weight] = []
+        self._progress = progress
+        self._done = 0
+        self._total = sum(info.n_bytes for info in checkpoint.tensors.values())
+
+    # ---- Tensors ----------------------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """The tensor's entry, after its shape was compared with the config's."""
+        info = self.checkpoint.tensors.get(name)
+        path = self.checkpoint.path
+        if info is None:
+            raise ModelFileError(f"{path}: tensor {name!r} is missing", path=path, field=name)
+        if tuple(info.shape) != shape:
+            raise ModelFileError(
+                f"{path}: tensor {name!r} has shape {list(info.shape)}, the config asks for {list(shape)}",
+                path=path,
+                field=name,
+            )
+        block = _native.dtype_block(info.dtype)[0]
+        if shape[-1] % block:
+            raise ModelFileError(
+                f"{path}: tensor {name!r} has rows of {shape[-1]}, not whole blocks of {block}", path=path, field=name
+            )
+        return info
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> tuple[npt.NDArray[np.uint8], DType]:
+        """One tensor's bytes and format."""
+        info = self._check(name, shape)
+        raw = self.checkpoint.read(name)
+        self._done += info.n_bytes
+        if self._progress:
+            self._progress(self._done, self._total)
+        return raw, info.dtype
+
+    def vector(self, name: str, length: int) -> F32:
+        """A tensor [length] as float32."""
+        raw, dtype = self._read(name, (length,))
+        vector = _native.dequantize(dtype, raw, length)
+        if not np.isfinite(vector).all():
+            self._warn(name)
+        return vector
+
+    def joined(self, names: Sequence[str], lengths: Sequence[int]) -> F32:
+        """Vectors one behind the other, in the order of `stacked`."""
+        return np.concatenate([self.vector(name, n) for name, n in zip(names, lengths, strict=True)])
+
+    def _warn(self, name: str) -> None:
+        warnings.warn(
+            f"{self.checkpoint.path}: tensor {name!r} holds NaN, infinity or numbers beyond {self.dtype.name}",
+            DamagedWeightWarning,
+            stacklevel=2,
+        )
+
+    def _pack(self, weight: Weight, name: str, rows: int, first_row: int, row_block: int, row_step: int) -> None:
+        raw, dtype = self._read(name, (rows, weight.n_cols))
+        before = weight.n_non_finite
+        weight.pack_rows(
+            raw, dtype, rows, first_row=first_row, row_block=row_block, row_step=row_step, n_threads=self.n_threads
+        )
+        if weight.n_non_finite > before:
+            self._warn(name)
+
+    def stacked(self, names: Sequence[str], rows: Sequence[int], n_cols: int) -> Weight:
+        """Matrices [rows[i], n_cols] on top of each other."""
+        for name, n_rows in zip(names, rows, strict=True):
+            self._check(name, (n_rows, n_cols))  # before memory is taken for sizes that only the config claims
+        weight = Weight(self.dtype, sum(rows), n_cols)
+        first = 0
+        for name, n_rows in zip(names, rows, strict=True):
+            self._pack(weight, name, n_rows, first, 1, 1)
+            first += n_rows
+        self.weights.append(weight)
+        return weight
+
+    def woven(self, names: tuple[str, str], n_rows: int, n_cols: int) -> Weight:
+        """Two matrices [n_rows, n_cols], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
+        for name in names:
+            self._check(name, (n_rows, n_cols))
+        padded = -(-n_rows // PANEL_ROWS) * PANEL_ROWS
+        weight = Weight(self.dtype, 2 * padded, n_cols)
+        for i, name in enumerate(names):
+            self._pack(weight, name, n_rows, i * PANEL_ROWS, PANEL_ROWS, 2)
+        self.weights.append(weight)
+        return weight
+
+    def woven_bias(self, names: tuple[str, str], length: int) -> F32:
+        """Two biases [length] in the order of `woven`."""
+        padded = -(-length // PANEL_ROWS) * PANEL_ROWS
+        halves = [np.pad(self.vector(name, length), (0, padded - length)) for name in names]
+        return np.stack([half.reshape(-1, PANEL_ROWS) for half in halves], axis=1).reshape(-1)
+
+    # ---- Operators --------------------------------------------------------------------------------------------------
+
+    def buffer(self, width: int) -> int:
+        """A new buffer of `width` numbers per token."""
+        self.widths.append(width)
+        return len(self.widths) - 1
+
+    def embed(self, weight: Weight, out: int) -> None:
+        self.ops.append(Op(kind=EMBED, weight=weight, out=out))
+
+    def rms_norm(self, x: int, out: int, weight: F32, eps: float) -> None:
+        self.ops.append(Op(kind=RMS_NORM, input=x, out=out, vector=weight, eps=eps))
+
+    def linear(self, x: int, out: int, weight: Weight, *, bias: F32 | None = None, residual: int = -1) -> None:
+        self.ops.append(Op(kind=LINEAR, input=x, out=out, weight=weight, vector=bias, residual=residual))
+
+    def linear_swiglu(self, x: int, out: int, weight: Weight, *, bias: F32 | None = None) -> None:
+        self.ops.append(Op(kind=LINEAR_SWIGLU, input=x, out=out, weight=weight, vector=bias))
+
+    def head_norm(self, qkv: int, q_weight: F32, k_weight: F32, eps: float) -> None:
+        self.ops.append(Op(kind=HEAD_NORM, input=qkv, vector=q_weight, vector2=k_weight, eps=eps))
+
+    def rope(self, qkv: int) -> None:
+        self.ops.append(Op(kind=ROPE, input=qkv))
+
+    def kv_write(self, qkv: int, layer: int) -> None:
+        self.ops.append(Op(kind=KV_WRITE, input=qkv, layer=layer))
+
+    def attention(self, qkv: int, out: int, layer: int, *, window: int, scale: float) -> None:
+        self.ops.append(Op(kind=ATTENTION, input=qkv, out=out, layer=layer, window=window, scale=scale))
+
+    def gather_outputs(self, x: int, out: int) -> None:
+        self.ops.append(Op(kind=GATHER_OUTPUTS, input=x, out=out))
+
+    def logits(self, x: int, weight: Weight) -> None:
+        self.ops.append(Op(kind=LOGITS, input=x, weight=weight))

@@ -1,0 +1,168 @@
+"""Rotary embeddings: from a config's theta and scaling to one frequency per rotated pair.
+
+    angle(position, i) = position * inv_freq[i],   inv_freq[i] = theta^(-2 i / dim) without scaling     (Su et al. 2021)
+
+Scaling kinds, as transformers names them, each with its source:
+    linear    positions are divided by a factor                                   (kaiokendev 2023; Chen et al. 2023)
+    dynamic   theta grows with the context                                        (NTK-aware, bloc97 2023)
+    yarn      slow pairs are interpolated, fast ones kept, cos and sin are scaled (Peng et al. 2023)
+    llama3    long waves are divided, short ones kept, smooth between              (Llama 3.1 release)
+    longrope  a factor per pair, one list for short and one for long contexts      (Ding et al. 2024)
+    frequency_factors  a factor per pair stored in a GGUF file
+
+`dynamic` and `longrope` depend on the length of the context: here it is the context the model is loaded with, once, so
+that keys in the cache never have to be rotated again. Up to the length a model was trained with that changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.errors import ModelFileError, Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Angles of a model.
+
+    Attributes:
+        inv_freq: float32 [head_dim / 2], radians per position.
+        scale: factor on cos and sin.
+    """
+
+    inv_freq: npt.NDArray[np.float32]
+    scale: float
+
+
+class _Values:
+    """The rope mapping with checks that name file and key."""
+
+    def __init__(self, rope: Mapping[str, Any], path: Path) -> None:
+        self.rope, self.path = rope, path
+
+    def error(self, key: str, problem: str) -> ModelFileError:
+        return ModelFileError(f"{self.path}: config rope {key!r} {problem}", path=self.path, field=key)
+
+    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
+        value = self.rope.get(key)
+        if value is None:
+            if default is None:
+                raise self.error(key, "is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
+            raise self.error(key, f"is {value!r}, must be a number above {above:g}")
+        return float(value)
+
+    def factors(self, key: str, length: int) -> npt.NDArray[np.float64]:
+        value = self.rope.get(key)
+        if (
+            not isinstance(value, list)
+            or len(value) != length
+            or not all(isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in value)
+        ):
+            raise self.error(key, f"must be a list of {length} numbers above 0")
+        return np.asarray(value, np.float64)
+
+
+def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, context: int, path: Path) -> Rope:
+    """Computes the frequencies.
+
+    Args:
+        rope: theta and scaling from `ModelConfig.rope`.
+        head_dim: rotated dimensions of a head.
+        trained_context: max_position_embeddings.
+        context: positions the model is loaded for.
+        path: named in errors.
+
+    Raises:
+        ModelFileError: a scaling value is missing or out of range.
+        Unsupported: a scaling kind Fabula does not know.
+    """
+    values = _Values(rope, path)
+    theta = values.number("rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    plain = theta**-exponents
+    if kind == "default" or kind is None:
+        return _rope(plain)
+    if kind == "linear":
+        return _rope(plain / values.number("factor"))
+    if kind == "dynamic":
+        factor = values.number("factor")
+        if context > trained_context:
+            stretch = factor * context / trained_context - (factor - 1)
+            theta *= stretch ** (head_dim / (head_dim - 2))
+        return _rope(theta**-exponents)
+    if kind == "llama3":
+        return _llama3(values, plain, trained_context)
+    if kind == "yarn":
+        return _yarn(values, plain, theta, head_dim, trained_context)
+    if kind == "longrope":
+        return _longrope(values, plain, trained_context, context)
+    if kind == "frequency_factors":
+        return _rope(plain / values.factors("factors", head_dim // 2))
+    raise Unsupported(
+        f"{path}: rope scaling {kind!r} is unknown; known are default, linear, dynamic, yarn, llama3, longrope"
+    )
+
+
+def _rope(inv_freq: npt.NDArray[np.float64], scale: float = 1.0) -> Rope:
+    return Rope(inv_freq.astype(np.float32), scale)
+
+
+def _llama3(values: _Values, plain: npt.NDArray[np.float64], trained_context: int) -> Rope:
+    """Waves longer than the old context / low_freq_factor are divided, shorter than / high_freq_factor kept."""
+    factor = values.number("factor")
+    low, high = values.number("low_freq_factor"), values.number("high_freq_factor")
+    old_context = values.number("original_max_position_embeddings", float(trained_context))
+    if high <= low:
+        raise values.error("high_freq_factor", f"is {high:g}, must be above low_freq_factor {low:g}")
+    wavelength = 2 * math.pi / plain
+    smooth = np.clip((old_context / wavelength - low) / (high - low), 0.0, 1.0)
+    return _rope((1 - smooth) * plain / factor + smooth * plain)
+
+
+def _yarn(values: _Values, plain: npt.NDArray[np.float64], theta: float, dim: int, trained_context: int) -> Rope:
+    """Pairs that turn more than beta_fast times within the old context stay, less than beta_slow are interpolated."""
+    old_context = values.number("original_max_position_embeddings", float(trained_context))
+    factor = values.number("factor", trained_context / old_context)
+    fast, slow = values.number("beta_fast", 32.0), values.number("beta_slow", 1.0)
+
+    def pair_of(turns: float) -> float:
+        return dim * math.log(old_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(fast), pair_of(slow)
+    if values.rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # as transformers does, so that the ramp below has a slope
+    interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+    inv_freq = plain / factor * interpolated + plain * (1 - interpolated)
+
+    def scale_of(stretch: float, weight: float = 1.0) -> float:
+        return 1.0 if stretch <= 1 else 0.1 * weight * math.log(stretch) + 1.0
+
+    if values.rope.get("attention_factor") is not None:
+        scale = values.number("attention_factor")
+    elif values.rope.get("mscale") and values.rope.get("mscale_all_dim"):
+        all_dim = values.number("mscale_all_dim")
+        scale = scale_of(factor, values.number("mscale")) / scale_of(factor, all_dim)
+    else:
+        scale = scale_of(factor)
+    return _rope(inv_freq, scale)
+
+
+def _longrope(values: _Values, plain: npt.NDArray[np.float64], trained_context: int, context: int) -> Rope:
+    old_context = values.number("original_max_position_embeddings", float(trained_context))
+    factors = values.factors("long_factor" if context > old_context else "short_factor", plain.size)
+    factor = values.number("factor", trained_context / old_context)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old_context))
+    return _rope(plain / factors, values.number("attention_factor", default))

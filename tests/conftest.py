@@ -1,0 +1,40 @@
+"""Fixtures: real models where they lie at hand, tiny random checkpoints made by transformers everywhere.
+
+A real model is looked for where a user would have it (Fabula's cache) and, for the story model, in the folder FABULA_TEST_MODELS
+or ../shared/models beside the project. Tests that need one skip with the reason when it is absent.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fabula.errors import EngineError
+from fabula.formats.locate import locate
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file."""
+    try:
+        return locate("smollm2-135m-instruct", fetch=os.environ.get("FABULA_TEST_DOWNLOAD") == "1")
+    except EngineError as error:
+        pytest.skip(f"SmolLM2 is not at hand (`fabula pull smollm2-135m-instruct` fetches it): {error}")
+
+
+@pytest.fixture(scope="session")
+def story_folder() -> Path:
+    """The TinyStories model: a 656K-parameter Llama in safetensors."""
+    folders = [Path(os.environ["FABULA_TEST_MODELS"])] if "FABULA_TEST_MODELS" in os.environ else []
+    folders.append(PROJECT.parent / "shared" / "models")
+    for folder in folders:
+        if (folder / "story" / "config.json").is_file():
+            return folder / "story"
+    pytest.skip("the story model is not at hand (set FABULA_TEST_MODELS to the folder that holds story/)")
