@@ -20,6 +20,7 @@ from fabula.errors import EngineError, ModelFileError, Unsupported
 from fabula.formats import gguf as reader
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import GgufFile
+from fabula.formats.gguf_names import open_gguf
 from gguf_builder import (
     ARRAY,
     BLOCKS,
@@ -365,6 +366,13 @@ def test_limit_of_arrays(write, refuse) -> None:
     )
 
 
+def test_limit_of_strings_in_all_arrays(write, refuse) -> None:
+    half = struct.pack("<IQ", STRING, reader.MAX_ARRAY_ITEMS // 2) + bytes(8 * (reader.MAX_ARRAY_ITEMS // 2))
+    GgufFile(write(build([Key("a", ARRAY, half), Key("b", ARRAY, half)]))).close()
+    one = Key("c", ARRAY, array(STRING, [""]))
+    refuse(build([Key("a", ARRAY, half), Key("b", ARRAY, half), one]), "'c'", str(reader.MAX_ARRAY_ITEMS + 1))
+
+
 def test_limit_of_the_header(tmp_path: Path) -> None:
     block = struct.pack("<IQ", UINT64, reader.MAX_ARRAY_ITEMS)  # 16 MB each, as holes in a sparse file
     path = tmp_path / "model.gguf"
@@ -421,6 +429,12 @@ def _use(path: Path) -> None:
             size_of_block, bytes_of_block = reader.BLOCKS[tensor.dtype]
             assert np.prod(tensor.shape) // size_of_block * bytes_of_block == tensor.n_bytes
             assert file.read(name).size == tensor.n_bytes
+    model = open_gguf(path)
+    try:
+        for name, info in model.tensors.items():
+            assert model.read(name).size == info.n_bytes
+    finally:
+        model.close()
 
 
 def test_m20_random_damage(tmp_path: Path) -> None:

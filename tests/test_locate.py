@@ -409,8 +409,9 @@ def test_partial_models_are_never_taken(setting: Setting) -> None:
     assert locate.list_cached() == []
 
 
+@pytest.mark.usefixtures("setting")
 @pytest.mark.parametrize("damage", ["flip", "cut", "grow"])
-def test_changed_bytes_are_noticed(setting: Setting, damage: str) -> None:
+def test_changed_bytes_are_noticed(damage: str) -> None:
     path = locate.pull(NAME)
     data = bytearray(CONTENT)
     data[1000] ^= 1

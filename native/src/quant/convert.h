@@ -55,8 +55,7 @@ static inline uint16_t fb_f32_to_f16(float value) {
     if (magnitude >= 0x47800000u) { /* 65536 and above, infinity */
         return (uint16_t)(sign | 0x7C00u);
     }
-    if (magnitude >=
-        0x38800000u) { /* 2^-14 and above: normal; 65520 and above carries into infinity */
+    if (magnitude >= 0x38800000u) { /* 2^-14 and above: normal; 65520 carries into infinity */
         const uint32_t rebased = magnitude - (112u << 23);
         return (uint16_t)(sign | ((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13));
     }

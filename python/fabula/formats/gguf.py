@@ -34,7 +34,9 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536
 MAX_KEYS = 65_536
 MAX_STRING_BYTES = 1 << 20
-MAX_ARRAY_ITEMS = 2_000_000
+MAX_ARRAY_ITEMS = (
+    2_000_000  # of one array; for arrays of strings, which grow sixfold in memory, of all together
+)
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
 DEFAULT_ALIGNMENT = 32
@@ -166,6 +168,7 @@ class _Header:
         self._size = file_size(file)
         self._data = bytearray()
         self._pos = 0
+        self._n_strings = 0
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, GgufTensor] = {}
         self._alignment = DEFAULT_ALIGNMENT
@@ -306,6 +309,11 @@ class _Header:
             raise self._error(field, f"has {count} items, at most {MAX_ARRAY_ITEMS} allowed")
         if kind != _STRING:
             return self._read_numbers(kind, count, field)
+        self._n_strings += count
+        if self._n_strings > MAX_ARRAY_ITEMS:
+            raise self._error(
+                field, f"brings the strings in arrays to {self._n_strings}, at most {MAX_ARRAY_ITEMS} allowed"
+            )
         if 8 * count > self._size - self._pos:  # the lengths alone would not fit
             raise self._error(
                 field, f"{count} strings do not fit into the {self._size - self._pos} bytes left"

@@ -98,9 +98,8 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "") -> dict[str, A
         what: part of the file that is meant ("header"), "" for all of it.
 
     Raises:
-        ModelFileError: not UTF-8, not JSON, not an object, a key twice, NaN or Infinity, a number beyond 64
-        bits, or
-            nested too deep.
+        ModelFileError: not UTF-8, not JSON, not an object, a key twice, half a UTF-16 pair, NaN or Infinity,
+            a number beyond 64 bits, or nested too deep.
     """
     where = f"{path}: {what}" if what else str(path)
 
@@ -149,6 +148,11 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "") -> dict[str, A
         raise OutOfMemory(f"{where}: no memory to parse {len(data)} bytes of JSON") from None
     if not isinstance(value, dict):
         fail(f"is a JSON {type(value).__name__}, not an object")
+    if b"\\ud" in data or b"\\uD" in data:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            fail("holds half a UTF-16 pair, which UTF-8 cannot carry")
     return value
 
 

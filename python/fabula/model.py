@@ -1,0 +1,261 @@
+"""`Model`: the SDK's front door. Weights, tokenizer and chat template of one checkpoint, ready to answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.engine.generation import Generation
+from fabula.engine.runner import Runner
+from fabula.engine.sampling import SamplingParams
+from fabula.engine.threads import default_threads
+from fabula.errors import InvalidArgument, TemplateError, TokenizerError
+from fabula.formats.checkpoint import Checkpoint, DType
+from fabula.formats.download import DEFAULT_MODEL, Progress
+from fabula.formats.locate import locate
+from fabula.formats.open import open_checkpoint
+from fabula.models.config import ModelConfig
+from fabula.text.template import ChatTemplate
+from fabula.text.tokenizer import Tokenizer
+
+WeightsName = Literal["auto", "f32", "f16", "bf16"]
+KvName = Literal["f16", "f32"]
+
+_WEIGHTS = {"f32": DType.F32, "f16": DType.F16, "bf16": DType.BF16}
+_KV = {"f16": DType.F16, "f32": DType.F32}
+
+
+class Model:
+    """A loaded model.
+
+    Example:
+        >>> with Model.load() as model:
+        ...     for piece in model.generate("Once upon a time", SamplingParams(max_tokens=20)):
+        ...         print(piece.text, end="")
+
+    Attributes:
+        path: folder or file it was read from.
+        config: sizes; see `ModelConfig`.
+        tokenizer: `encode` and `decode`.
+        weights: precision of the matrices, "f32", "f16" or "bf16".
+        kv: precision of the KV cache.
+        threads: threads of every step.
+        context: positions a text may have.
+    """
+
+    def __init__(self, path: Path, runner: Runner, tokenizer: Tokenizer, weights: str, kv: str, threads: int) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.weights, self.kv, self.threads = weights, kv, threads
+        self._runner = runner
+        self._template: ChatTemplate | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        weights: WeightsName = "auto",
+        kv: KvName = "f16",
+        threads: int | None = None,
+        context: int | None = None,
+        fetch: bool = True,
+        fetch_progress: Progress | None = None,
+        load_progress: Callable[[int, int], None] | None = None,
+    ) -> Model:
+        """Finds a model, fetches it where it is missing, and loads it.
+
+        Args:
+            name_or_path: a Hugging Face folder, a .gguf file, or a name; see `fabula pull --help`.
+            weights: precision of the matrices. "auto" keeps the checkpoint's own; quantised checkpoints become f16.
+            kv: precision of the KV cache.
+            threads: None takes what this process may really use (affinity, CPU quota, physical cores).
+            context: positions a text may have; None takes the model's own length.
+            fetch: whether a missing model may be downloaded.
+            fetch_progress: told about a download's bytes.
+            load_progress: called with (bytes read, bytes in all) while weights are packed.
+
+        Raises:
+            ModelNotFound: no place knows the name.
+            DownloadError: fetching failed.
+            ModelFileError: a file is damaged; names file and tensor or key.
+            Unsupported: a family, tensor type or tokenizer kind Fabula does not know.
+            InvalidArgument: an option is out of its range.
+            OutOfMemory: the system refused memory.
+        """
+        if weights not in ("auto", *_WEIGHTS):
+            raise InvalidArgument(f"weights is {weights!r}, must be one of auto, {', '.join(_WEIGHTS)}")
+        if kv not in _KV:
+            raise InvalidArgument(f"kv is {kv!r}, must be one of {', '.join(_KV)}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise InvalidArgument(f"threads is {threads}, must be 1 .. 1024")
+        n_threads = threads or default_threads()
+        path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
+        checkpoint = open_checkpoint(path)
+        try:
+            tokenizer = load_tokenizer(checkpoint)
+            dtype = _WEIGHTS[weights] if weights != "auto" else own_precision(checkpoint)
+            runner = Runner(
+                checkpoint,
+                weights=dtype,
+                kv=_KV[kv],
+                n_threads=n_threads,
+                context=context,
+                progress=load_progress,
+            )
+        finally:
+            checkpoint.close()
+        if tokenizer.vocab_size > runner.config.vocab_size:
+            runner.close()
+            raise TokenizerError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {runner.config.vocab_size}",
+                path=path,
+                field="vocab_size",
+            )
+        return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads)
+
+    # ---- What it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._runner.config
+
+    @property
+    def context(self) -> int:
+        return self._runner.context
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed matrices."""
+        return self._runner.weight_bytes
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The model's chat template.
+
+        Raises:
+            TemplateError: it has none, or it cannot be compiled.
+        """
+        if self._template is None:
+            source = self.tokenizer.chat_template
+            if source is None:
+                raise TemplateError(
+                    f"{self.path}: the model has no chat template; use generate(), or a model made for chat",
+                    path=self.path,
+                )
+            self._template = self.tokenizer.make_template(source)
+        return self._template
+
+    # ---- What it does -----------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Scores of every next token behind each token of a text.
+
+        Args:
+            token_ids: ids in 0 .. vocab_size-1, at least one, at most `context`.
+
+        Returns:
+            float32 [n_tokens, vocab_size]; row i scores what follows token i.
+
+        Raises:
+            InvalidArgument: empty, or an id outside the vocabulary.
+            ContextOverflow: more tokens than the context holds.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise InvalidArgument("token_ids must be a list of at least one whole number")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise InvalidArgument(f"token ids must lie in 0 .. {self.config.vocab_size - 1}")
+        return np.concatenate(list(self._runner.all_logits(ids.astype(np.int32))))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+    ) -> Generation:
+        """Continues a text.
+
+        Args:
+            prompt: text (the model's start token is added where its tokenizer asks for one), or token ids as they are.
+            params: sampling settings; None for the defaults.
+            special: whether control tokens written in the text are control tokens instead of text.
+
+        Returns:
+            An iterator of `Piece`; nothing is computed before the first is asked for.
+
+        Raises:
+            InvalidArgument: an empty prompt or an id outside the vocabulary.
+            ContextOverflow: the prompt is longer than the context; carries both numbers.
+        """
+        ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else list(prompt)
+        return Generation(self._runner, self.tokenizer, ids, params or SamplingParams())
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> Generation:
+        """Answers a conversation: renders it through the model's chat template and continues it.
+
+        Args:
+            messages: each with "role" (system, user, assistant, tool) and "content".
+            params: sampling settings; None for the defaults.
+            template_options: passed to the template, e.g. `tools`.
+
+        Raises:
+            TemplateError: the model has no template, or the template refuses the messages; names its line.
+            InvalidArgument: a message without role or content.
+            ContextOverflow: the conversation is longer than the context.
+        """
+        return Generation(
+            self._runner, self.tokenizer, self.chat_ids(messages, **template_options), params or SamplingParams()
+        )
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
+        """The token ids of a conversation, ready for the next answer. Control tokens typed in a message stay text."""
+        return self.tokenizer.encode_chat(self.template, messages, **template_options)
+
+    # ---- Ends -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Frees weights and cache; may be called twice. Running generations must be done with."""
+        self._runner.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<fabula.Model {self.path.name}: {c.model_type}, {c.n_layers} layers, hidden {c.hidden_size}, "
+            f"vocabulary {c.vocab_size}, weights {self.weights}, kv {self.kv}, context {self.context}>"
+        )
+
+
+def own_precision(checkpoint: Checkpoint) -> DType:
+    """The precision "auto" stands for: that of most of the checkpoint's matrix bytes; f16 for quantised ones."""
+    totals = dict.fromkeys(DType, 0)
+    for info in checkpoint.tensors.values():
+        if len(info.shape) == 2:
+            totals[info.dtype] += info.n_bytes
+    most = max(totals, key=lambda dtype: totals[dtype])
+    return most if most in (DType.F32, DType.F16, DType.BF16) else DType.F16
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that lies with a checkpoint."""
+    if checkpoint.format == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata, checkpoint.path)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return Tokenizer.from_folder(folder)

@@ -1,0 +1,234 @@
+"""The operators of the engine one at a time: numpy in, numpy out, on the same kernels that models run on.
+
+Every function takes `threads` (None for what the process may really use) and `isa` ("auto", "reference", "avx2", "avx512"); the
+result does not depend on either, bit for bit. Inputs are converted to float32 and made contiguous where they are not.
+
+Example:
+    >>> import numpy as np
+    >>> from fabula import ops
+    >>> ops.rms_norm(np.array([[3.0, 4.0]]), np.ones(2), eps=0.0)
+    array([[0.84852815, 1.1313709 ]], dtype=float32)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula import _native
+from fabula._native import Isa
+from fabula.engine.threads import default_threads
+from fabula.errors import InvalidArgument
+from fabula.formats.checkpoint import DType
+
+__all__ = [
+    "Weight",
+    "gather",
+    "linear",
+    "masked_softmax",
+    "matmul_transb",
+    "pack",
+    "rms_norm",
+    "rope",
+    "self_attention",
+    "swiglu",
+]
+
+F32 = npt.NDArray[np.float32]
+Weight = _native.Weight
+Precision = Literal["f32", "f16", "bf16"]
+
+_DTYPES = {"f32": DType.F32, "f16": DType.F16, "bf16": DType.BF16}
+
+
+def _array(value: npt.ArrayLike, name: str, n_dims: int) -> F32:
+    array = np.ascontiguousarray(value, dtype=np.float32)
+    if array.ndim != n_dims or array.size == 0:
+        raise InvalidArgument(f"{name} has shape {list(array.shape)}, must have {n_dims} dimensions, none of them 0")
+    return array
+
+
+def _shape(array: npt.NDArray[np.generic] | F32, name: str, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise InvalidArgument(f"{name} has shape {list(array.shape)}, must be {list(expected)}")
+
+
+def _threads(threads: int | None) -> int:
+    return default_threads() if threads is None else threads
+
+
+def _indices(value: npt.ArrayLike, name: str) -> npt.NDArray[np.int32]:
+    array = np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidArgument(f"{name} must be a list of whole numbers")
+    if array.size and (array.min() < 0 or array.max() > 2**31 - 1):
+        raise InvalidArgument(f"{name} must lie in 0 .. 2^31 - 1")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _precision(name: str, value: str) -> DType:
+    if value not in _DTYPES:
+        raise InvalidArgument(f"{name} is {value!r}, must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[value]
+
+
+def rms_norm(
+    x: npt.ArrayLike, weight: npt.ArrayLike, *, eps: float = 1e-6, threads: int | None = None, isa: Isa = "auto"
+) -> F32:
+    """out = x / sqrt(mean(x^2) + eps) * weight, row by row.
+
+    Args:
+        x: float32 [n_rows, n_cols].
+        weight: float32 [n_cols].
+        eps: added to the mean square.
+
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+    rows, scale = _array(x, "x", 2), _array(weight, "weight", 1)
+    _shape(scale, "weight", (rows.shape[1],))
+    return _native.rms_norm(rows, scale, eps, _threads(threads), isa)
+
+
+def gather(table: npt.ArrayLike, ids: npt.ArrayLike, *, threads: int | None = None, isa: Isa = "auto") -> F32:
+    """out[i] = table[ids[i]]: an embedding lookup.
+
+    Args:
+        table: float32 [n_rows, n_cols].
+        ids: int32 [n_ids], each in 0 .. n_rows-1.
+    """
+    wanted = _indices(ids, "ids")
+    if wanted.size == 0:
+        return np.empty((0, _array(table, "table", 2).shape[1]), np.float32)
+    return _native.gather(_array(table, "table", 2), wanted, _threads(threads), isa)
+
+
+def masked_softmax(
+    x: npt.ArrayLike,
+    *,
+    causal: bool = True,
+    first_visible: int = 1,
+    threads: int | None = None,
+    isa: Isa = "auto",
+) -> F32:
+    """Softmax over the columns a row may see; the others become 0.
+
+    Args:
+        x: float32 [n_rows, n_cols].
+        causal: whether row r sees only its first `first_visible + r` columns.
+        first_visible: columns the first row sees, at least 1.
+    """
+    return _native.masked_softmax(_array(x, "x", 2), causal, first_visible, _threads(threads), isa)
+
+
+def swiglu(gate: npt.ArrayLike, up: npt.ArrayLike, *, threads: int | None = None, isa: Isa = "auto") -> F32:
+    """out = gate / (1 + exp(-gate)) * up, any shape.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+    left = np.ascontiguousarray(gate, dtype=np.float32)
+    right = np.ascontiguousarray(up, dtype=np.float32)
+    _shape(right, "up", left.shape)
+    return _native.swiglu(left, right, _threads(threads), isa)
+
+
+def pack(matrix: npt.ArrayLike, *, precision: Precision = "f32", threads: int | None = None) -> Weight:
+    """Packs a matrix [n_rows, n_cols], one output per row, for `linear`."""
+    rows = _array(matrix, "matrix", 2)
+    weight = Weight(_precision("precision", precision), *rows.shape)
+    weight.pack_rows(rows.view(np.uint8).reshape(-1), DType.F32, rows.shape[0], n_threads=_threads(threads))
+    return weight
+
+
+def linear(
+    x: npt.ArrayLike,
+    weight: Weight,
+    *,
+    bias: npt.ArrayLike | None = None,
+    residual: npt.ArrayLike | None = None,
+    threads: int | None = None,
+    isa: Isa = "auto",
+) -> F32:
+    """out = x weight^T (+ bias) (+ residual).
+
+    Args:
+        x: float32 [n_rows, weight.n_cols].
+        weight: packed by `pack`.
+        bias: float32 [weight.n_rows].
+        residual: float32 [n_rows, weight.n_rows].
+    """
+    rows = _array(x, "x", 2)
+    _shape(rows, "x", (rows.shape[0], weight.n_cols))
+    added = None if bias is None else _array(bias, "bias", 1)
+    if added is not None:
+        _shape(added, "bias", (weight.n_rows,))
+    base = None if residual is None else _array(residual, "residual", 2)
+    if base is not None:
+        _shape(base, "residual", (rows.shape[0], weight.n_rows))
+    return _native.linear(weight, rows, added, base, _threads(threads), isa)
+
+
+def matmul_transb(a: npt.ArrayLike, b: npt.ArrayLike, *, threads: int | None = None, isa: Isa = "auto") -> F32:
+    """out = a b^T: packs b, then multiplies. For a matrix used more than once, `pack` it and call `linear`.
+
+    Args:
+        a: float32 [m, k].
+        b: float32 [n, k].
+    """
+    return linear(a, pack(b, threads=threads), threads=threads, isa=isa)
+
+
+def rope(
+    x: npt.ArrayLike,
+    positions: npt.ArrayLike,
+    inv_freq: npt.ArrayLike,
+    *,
+    scale: float = 1.0,
+    threads: int | None = None,
+    isa: Isa = "auto",
+) -> F32:
+    """Rotates pairs (i, i + n) of every head by position * inv_freq[i], n = len(inv_freq).
+
+    Args:
+        x: float32 [n_rows, n_heads, head_dim].
+        positions: int32 [n_rows].
+        inv_freq: float32 [n], radians per position; 2 n <= head_dim.
+        scale: factor on cos and sin.
+
+    Source: Su et al. 2021, "RoFormer"; pairing as in transformers (first with second half).
+    """
+    heads, frequencies = _array(x, "x", 3), _array(inv_freq, "inv_freq", 1)
+    where = _indices(positions, "positions")
+    _shape(where, "positions", (heads.shape[0],))
+    return _native.rope(heads, where, frequencies, scale, _threads(threads), isa)
+
+
+def self_attention(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    kv: Literal["f32", "f16"] = "f32",
+    threads: int | None = None,
+    isa: Isa = "auto",
+) -> F32:
+    """Causal self-attention with grouped queries over paged K and V.
+
+    Args:
+        q: float32 [n_tokens, n_heads, head_dim].
+        k, v: float32 [n_tokens, n_kv_heads, head_dim]; n_kv_heads divides n_heads.
+        scale: factor on q.k; None for 1 / sqrt(head_dim).
+        window: a token sees itself and window - 1 before it; 0 for all.
+        kv: precision K and V are held in.
+    """
+    queries, keys, values = _array(q, "q", 3), _array(k, "k", 3), _array(v, "v", 3)
+    n_tokens, _, head_dim = queries.shape
+    _shape(keys, "k", (n_tokens, keys.shape[1], head_dim))
+    _shape(values, "v", keys.shape)
+    factor = head_dim**-0.5 if scale is None else scale
+    return _native.self_attention(
+        queries, keys, values, window, factor, _precision("kv", kv), _threads(threads), isa
+    )
