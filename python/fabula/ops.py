@@ -61,7 +61,7 @@ def _threads(threads: int | None) -> int:
 
 def _indices(value: npt.ArrayLike, name: str) -> npt.NDArray[np.int32]:
     array = np.asarray(value)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InvalidArgument(f"{name} must be a list of whole numbers")
     if array.size and (array.min() < 0 or array.max() > 2**31 - 1):
         raise InvalidArgument(f"{name} must lie in 0 .. 2^31 - 1")

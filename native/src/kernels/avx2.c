@@ -95,6 +95,7 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
 }
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
+#define TILE_PANELS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 3 : (tokens) == 3 ? 2 : 1)
 #define TILES(X)                                                                                                       \
     X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 #define KERNEL_TABLE fb_kernels_avx2

@@ -10,7 +10,8 @@
  *   v16_load_f16 v16_load_bf16 v16_store_f16 v16_store_bf16
  *   SUMS                     how many v16 sums stay in registers beside the weights and one broadcast
  *   MAX_TOKENS MAX_PANELS    largest tile: tokens x panels <= SUMS
- *   TILES(X)                 X(tokens, panels) for every tile with panels <= tile_panels(tokens)
+ *   TILE_PANELS(tokens)      panels a tile of so many tokens takes
+ *   TILES(X)                 X(tokens, panels) for every tile with panels up to that
  *   KERNEL_TABLE             name of the table
  *
  * Every order of summation is the one of kernels.h, so the result equals reference.c bit for bit.
@@ -57,18 +58,12 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
             v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
 }
 
-/* Panels a tile of so many tokens takes: as many as fit the registers. */
-INLINE size_t tile_panels(size_t n_tokens) {
-    size_t n = SUMS / n_tokens;
-    return n < 1 ? 1 : n > MAX_PANELS ? MAX_PANELS : n;
-}
-
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
     for (size_t t = 0; t < n_tokens; t += MAX_TOKENS) {
         size_t tokens = n_tokens - t < MAX_TOKENS ? n_tokens - t : MAX_TOKENS;
-        size_t step = tile_panels(tokens);
+        size_t step = TILE_PANELS(tokens);
         for (size_t p = 0; p < n_panels; p += step) {
             size_t count = n_panels - p < step ? n_panels - p : step;
             const void *from = (const char *)panels + p * panel_stride * element_bytes;
@@ -97,7 +92,7 @@ INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_str
         return;
     }
     const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
-    const size_t group = tile_panels(MAX_TOKENS);
+    const size_t group = TILE_PANELS(MAX_TOKENS);
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
     for (size_t p = 0; p < n_panels; p += group) {
         size_t count = n_panels - p < group ? n_panels - p : group;

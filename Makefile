@@ -1,0 +1,49 @@
+# The two commands of the README, and what they need. Everything happens in .venv; nothing outside this folder is changed but
+# Fabula's model cache.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
+
+.PHONY: run test lint sanitize format clean
+
+run: $(VENV)/installed
+	@$(BIN)/fabula run
+
+test: $(VENV)/tested-with
+	@$(BIN)/fabula pull smollm2-135m-instruct || echo "SmolLM2 could not be fetched: the tests that need it will skip"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/linted-with
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+
+format: $(VENV)/linted-with
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h')
+
+# The C tests, and the Python tests that drive the library hardest, on a build with AddressSanitizer and UBSan.
+sanitize: $(VENV)/tested-with
+	PYTHON=$(abspath $(BIN)/python) sh tests/native/sanitize.sh
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet .
+	@touch $@
+
+$(VENV)/tested-with: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet ".[test]"
+	@touch $@
+
+$(VENV)/linted-with: $(VENV)/tested-with
+	$(BIN)/python -m pip install --quiet ".[lint]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,94 @@
+/*
+ * sample.h - what the files of the sampler share: the candidates that a chain works on, and its steps.
+ *
+ *   sample.c          public functions, checks, the chain, the draw
+ *   sample_cut.c      candidates and the steps that drop candidates (top-k, top-p, min-p, typical, XTC)
+ *   sample_exp.c      exponentials
+ *   sample_history.c  the steps that change logits: bias, penalties, DRY
+ *   random.c          Philox 4x32-10
+ *
+ * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain reference draws the same
+ * token. Ties are always decided by the id: of two equal logits the lower id counts as the likelier.
+ */
+#ifndef FABULA_OPS_SAMPLE_H
+#define FABULA_OPS_SAMPLE_H
+
+#include "fabula.h"
+
+enum {
+    FB_SAMPLE_BINS = 1024,   /* bins of one pass of a selection: 8 KiB, they stay in L1 */
+    FB_DRY_MAX_MATCH = 4096, /* longest repetition DRY tells apart; scratch must not grow with it */
+    FB_STREAM_DRAW = 0,      /* random streams: the draw, and XTC's coin */
+    FB_STREAM_XTC = 1
+};
+
+/* The tokens still in the game, in slots 0 .. n-1 by ascending id. All arrays lie in the caller's scratch. */
+struct fb_candidates {
+    int32_t n, vocab_size;
+    bool whole;        /* nothing was dropped yet: slot i is token i, and `id` is not filled */
+    bool weighted;     /* weight and total belong to the logits as they are */
+    double total;      /* sum of the weights */
+    double *logit;     /* [n] -INFINITY for a banned token */
+    double *weight;    /* [n] exp(logit - highest logit at the time of weighing) */
+    double *mass;      /* [FB_SAMPLE_BINS] */
+    int32_t *id;       /* [n] */
+    int32_t *list;     /* [vocab_size] slots, for selections */
+    int32_t *per_token; /* [vocab_size] scratch by token id, never cleared as a whole */
+    int32_t *match;    /* [FB_DRY_MAX_MATCH] */
+};
+
+/* One call of the sampler; fields as in fb_sample. */
+struct fb_sample_request {
+    const float *logits;
+    int32_t vocab_size;
+    const struct fb_sampling *settings;
+    uint64_t position;
+    const int32_t *history;
+    int32_t n_history;
+    const int32_t *bias_ids;
+    const float *bias_values;
+    int32_t n_bias;
+    const int32_t *breakers;
+    int32_t n_breakers;
+};
+
+/* Id of a slot, and the slot of an id (-1 if it was dropped). */
+int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot);
+int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id);
+
+/* Makes all tokens candidates, with their f32 logits, and tells the highest; FB_NON_FINITE as told in fb_sample. */
+enum fb_status fb_candidates_load(struct fb_candidates *c, const float *logits, float *top);
+
+/* Makes weight and total; FB_INVALID_ARGUMENT if all candidates are banned. Every cut below calls it when it needs it. */
+enum fb_status fb_candidates_weigh(struct fb_candidates *c);
+
+/* Sum of n weights in the order that fb_candidates.total and the draw share. */
+double fb_block_sum(const double *weight, int32_t n);
+enum { FB_SUM_BLOCK = 256 };
+
+/* weight[i] = exp(logit[i] - top), for logits <= top. */
+void fb_exp_weights(const double *logit, int32_t n, double top, double *weight);
+
+/* log(sum(exp(logits))), `top` being the highest of them. */
+double fb_log_sum_exp(const float *logits, int32_t n, float top);
+
+/* Steps that change logits. */
+void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *request);
+void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *request);
+void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request);
+void fb_step_temperature(struct fb_candidates *c, double temperature);
+
+/* Steps that drop candidates; each keeps at least one. */
+enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k);
+enum fb_status fb_step_top_p(struct fb_candidates *c, double p);
+enum fb_status fb_step_typical_p(struct fb_candidates *c, double p);
+enum fb_status fb_step_min_p(struct fb_candidates *c, double p);
+enum fb_status fb_step_xtc(struct fb_candidates *c, double threshold);
+
+/* Philox 4x32-10 on any counter and key. */
+void fb_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+
+/* Uniform number in [0, 1): the upper 53 bits of words 0 and 1 of fb_random, times 2^-53. */
+double fb_uniform(uint64_t seed, uint64_t position, uint32_t stream);
+
+#endif

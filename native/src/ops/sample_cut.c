@@ -1,0 +1,309 @@
+/*
+ * sample_cut.c - weights of the candidates, and the steps of the sampler that drop candidates. See sample.h.
+ *
+ * A cut works on the distribution its predecessors left: probability = weight / total, total being renewed after each
+ * drop. No step sorts the vocabulary. top-k, top-p and typical-p need only the place where a sorted list would be cut,
+ * and find_cut() finds it by zooming into histograms; slots keep their order by id throughout.
+ */
+#include "ops/sample.h"
+#include "base/status.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+enum {
+    LANES = 8,        /* independent sums, for the latency of an addition: four SSE2 registers */
+    SORT_AT_MOST = 32, /* members of a bin that are sorted rather than spread over new bins */
+    GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k whose cut is guessed from the tops of FB_SAMPLE_BINS blocks */
+    GUESS_BINS_PER_NAT = 32
+};
+
+/* ---- Candidates -------------------------------------------------------------------------------------------------- */
+
+int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot) {
+    return c->whole ? slot : c->id[slot];
+}
+
+int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id) {
+    if (c->whole) return id;
+    int32_t low = 0, high = c->n;
+    while (low < high) {
+        const int32_t middle = low + (high - low) / 2;
+        if (c->id[middle] < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < c->n && c->id[low] == id ? low : -1;
+}
+
+static double highest(const double *x, int32_t n) {
+    double top[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+        top[lane] = -INFINITY;
+    int32_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            top[lane] = x[i + lane] > top[lane] ? x[i + lane] : top[lane];
+    for (; i < n; i++)
+        top[0] = x[i] > top[0] ? x[i] : top[0];
+    for (int lane = 1; lane < LANES; lane++)
+        top[0] = top[lane] > top[0] ? top[lane] : top[0];
+    return top[0];
+}
+
+enum fb_status fb_candidates_load(struct fb_candidates *c, const float *logits, float *top) {
+    const int32_t n = c->vocab_size;
+    int bad = 0;
+    for (int32_t i = 0; i < n; i++) {
+        bad |= !(logits[i] <= FLT_MAX); /* NaN too */
+        c->logit[i] = (double)logits[i];
+    }
+    c->n = n;
+    c->whole = true;
+    c->weighted = false;
+    if (bad) {
+        int32_t at = 0;
+        while (logits[at] <= FLT_MAX)
+            at++;
+        return fb_fail(FB_NON_FINITE, "logit of token %d is %g: the model or its input is damaged", at,
+            (double)logits[at]);
+    }
+    *top = (float)highest(c->logit, n);
+    if (*top == -INFINITY) return fb_fail(FB_NON_FINITE, "all %d logits are -infinity", n);
+    return FB_OK;
+}
+
+double fb_block_sum(const double *weight, int32_t n) {
+    double sum[LANES] = {0.0};
+    int32_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            sum[lane] += weight[i + lane];
+    for (int lane = 0; i < n; i++, lane++)
+        sum[lane] += weight[i];
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+static void renew_total(struct fb_candidates *c) {
+    c->total = 0.0;
+    for (int32_t i = 0; i < c->n; i += FB_SUM_BLOCK)
+        c->total += fb_block_sum(c->weight + i, c->n - i < FB_SUM_BLOCK ? c->n - i : FB_SUM_BLOCK);
+}
+
+enum fb_status fb_candidates_weigh(struct fb_candidates *c) {
+    if (c->weighted) return FB_OK;
+    const double top = highest(c->logit, c->n);
+    FB_REQUIRE(top > -INFINITY, "every token is banned: bias and earlier steps of the chain left none of %d",
+        c->vocab_size);
+    fb_exp_weights(c->logit, c->n, top, c->weight);
+    c->weighted = true;
+    renew_total(c);
+    return FB_OK;
+}
+
+/* Moves a candidate that stays down to slot `to`. */
+static inline void keep(struct fb_candidates *c, int32_t slot, int32_t to) {
+    c->id[to] = c->whole ? slot : c->id[slot];
+    c->logit[to] = c->logit[slot];
+    if (c->weighted) c->weight[to] = c->weight[slot];
+}
+
+static void end_cut(struct fb_candidates *c, int32_t n) {
+    c->n = n;
+    c->whole = false;
+    if (c->weighted) renew_total(c);
+}
+
+/* ---- Selection --------------------------------------------------------------------------------------------------- */
+
+/* How a step orders candidates: by logit, highest first, or by the distance of the logit from a centre, nearest first.
+ * Lower keys come first, equal keys by slot. */
+struct order {
+    bool by_distance;
+    double centre;
+};
+
+struct cut {
+    double key;   /* of the last candidate that stays */
+    int32_t slot;
+};
+
+static inline double key_of(const struct fb_candidates *c, struct order order, int32_t slot) {
+    return order.by_distance ? fabs(c->logit[slot] - order.centre) : -c->logit[slot];
+}
+
+static void sort_few(const struct fb_candidates *c, struct order order, int32_t *list, int32_t n) {
+    for (int32_t i = 1; i < n; i++) {
+        const int32_t slot = list[i];
+        const double key = key_of(c, order, slot);
+        int32_t j = i;
+        for (; j > 0 && key_of(c, order, list[j - 1]) > key; j--)
+            list[j] = list[j - 1];
+        list[j] = slot;
+    }
+}
+
+/*
+ * The shortest prefix, in the given order, of the n slots in c->list (ascending, none banned) whose mass reaches
+ * `target`; mass is the number of candidates or their weight. Returns its last member.
+ *
+ * Each round spreads the members over bins of equal width between their lowest and highest key, walks the bins to the
+ * one in which the target is reached and goes on with its members alone. The highest key always lands in another bin
+ * than the lowest, so rounds end; one or two are usual, and no input makes it quadratic, as could happen to quickselect.
+ */
+static struct cut find_cut(
+    const struct fb_candidates *c, struct order order, bool by_count, double target, int32_t n) {
+    int32_t *list = c->list;
+    double *mass = c->mass, before = 0.0;
+    while (n > SORT_AT_MOST) {
+        double low = INFINITY, high = -INFINITY;
+        for (int32_t i = 0; i < n; i++) {
+            const double key = key_of(c, order, list[i]);
+            low = key < low ? key : low;
+            high = key > high ? key : high;
+        }
+        if (!(high > low)) break; /* all equal: the list is sorted already */
+        /* Finite: keys of f32 origin lie at least 1e-200 apart and below 1e200. */
+        const double scale = FB_SAMPLE_BINS / (high - low);
+        memset(mass, 0, FB_SAMPLE_BINS * sizeof *mass);
+        for (int32_t i = 0; i < n; i++) {
+            const int32_t bin = (int32_t)((key_of(c, order, list[i]) - low) * scale);
+            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += by_count ? 1.0 : c->weight[list[i]];
+        }
+        int32_t wanted = 0;
+        while (wanted < FB_SAMPLE_BINS - 1 && before + mass[wanted] < target)
+            before += mass[wanted++];
+        int32_t members = 0;
+        for (int32_t i = 0; i < n; i++) {
+            const int32_t bin = (int32_t)((key_of(c, order, list[i]) - low) * scale);
+            list[members] = list[i];
+            members += (bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1) == wanted;
+        }
+        n = members;
+    }
+    if (n <= SORT_AT_MOST) sort_few(c, order, list, n);
+    int32_t last = 0;
+    for (;; last++) {
+        before += by_count ? 1.0 : c->weight[list[last]];
+        if (before >= target || last + 1 >= n) break;
+    }
+    return (struct cut){.key = key_of(c, order, list[last]), .slot = list[last]};
+}
+
+/* Lists the slots whose `values` are at least `floor`; returns how many. */
+static int32_t list_slots(const struct fb_candidates *c, const double *values, double floor) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n; i++) {
+        c->list[n] = i;
+        n += values[i] >= floor;
+    }
+    return n;
+}
+
+/*
+ * A logit that, most likely, some more than k candidates reach; too high a guess costs time, not truth. Of FB_SAMPLE_BINS
+ * blocks the highest logits are taken, and among those the k-th highest, to within a bin: k blocks then hold one each.
+ */
+static double guess_top_k(const struct fb_candidates *c, int32_t k) {
+    double *block_top = c->mass;
+    int32_t *count = c->match, n_blocks = 0;
+    const int32_t block = c->n / FB_SAMPLE_BINS + 1;
+    for (int32_t i = 0; i < c->n; i += block)
+        block_top[n_blocks++] = highest(c->logit + i, c->n - i < block ? c->n - i : block);
+    const double high = highest(block_top, n_blocks);
+    const double scale = GUESS_BINS_PER_NAT;
+    memset(count, 0, FB_SAMPLE_BINS * sizeof *count);
+    for (int32_t i = 0; i < n_blocks; i++) {
+        const double distance = (high - block_top[i]) * scale;
+        if (distance < FB_SAMPLE_BINS) count[(int32_t)distance]++;
+    }
+    int32_t bin = 0, reached = 0;
+    while (bin < FB_SAMPLE_BINS && (reached += count[bin]) < k)
+        bin++;
+    return bin < FB_SAMPLE_BINS ? high - (bin + 1) / scale : -DBL_MAX;
+}
+
+static void drop_behind(struct fb_candidates *c, struct order order, struct cut cut) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n; i++) {
+        const double key = key_of(c, order, i);
+        if (key < cut.key || (key == cut.key && i <= cut.slot)) keep(c, i, n++);
+    }
+    end_cut(c, n);
+}
+
+/* ---- Steps ------------------------------------------------------------------------------------------------------- */
+
+/* The k highest logits (Fan et al., "Hierarchical Neural Story Generation", 2018); 0 is off. */
+enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {
+    if (k == 0 || k >= c->n) return FB_OK;
+    int32_t n = 0;
+    if (k <= GUESS_AT_MOST) n = list_slots(c, c->logit, guess_top_k(c, k));
+    if (n < k) n = list_slots(c, c->logit, -DBL_MAX);
+    if (n <= k) return FB_OK;
+    const struct order order = {.by_distance = false};
+    drop_behind(c, order, find_cut(c, order, true, k, n));
+    return FB_OK;
+}
+
+/* Nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019): the fewest likeliest tokens whose
+ * probabilities sum to p or more. */
+enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
+    if (p >= 1.0) return FB_OK;
+    FB_TRY(fb_candidates_weigh(c));
+    /* All tokens below (1 - p) total / n together hold less than 1 - p, so the nucleus ends above them. Half of it, lest
+     * rounding matter. */
+    const int32_t n = list_slots(c, c->weight, 0.5 * (1.0 - p) * c->total / c->n);
+    const struct order order = {.by_distance = false};
+    drop_behind(c, order, find_cut(c, order, false, p * c->total, n));
+    return FB_OK;
+}
+
+/* Locally typical (Meister et al., "Locally Typical Sampling", 2022): the fewest tokens, those first whose surprise
+ * -log p is nearest to the entropy, whose probabilities sum to p or more. Both are log total minus something: a logit,
+ * and the mean logit; so the distance is that of the logit from the mean logit, and no logarithm is needed. */
+enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
+    if (p >= 1.0) return FB_OK;
+    FB_TRY(fb_candidates_weigh(c));
+    const double top = highest(c->logit, c->n); /* taken off before the sum, so that large logits cancel */
+    double sum = 0.0;
+    for (int32_t i = 0; i < c->n; i++)
+        if (c->weight[i] > 0.0) sum += c->weight[i] * (c->logit[i] - top);
+    const double mean = sum / c->total;
+    const struct order order = {.by_distance = true, .centre = top + mean};
+    const int32_t n = list_slots(c, c->logit, -DBL_MAX);
+    drop_behind(c, order, find_cut(c, order, false, p * c->total, n));
+    return FB_OK;
+}
+
+/* Tokens at least p times as likely as the likeliest (Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024). */
+enum fb_status fb_step_min_p(struct fb_candidates *c, double p) {
+    if (p == 0.0) return FB_OK;
+    FB_TRY(fb_candidates_weigh(c));
+    const double limit = p * highest(c->weight, c->n);
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n; i++)
+        if (c->weight[i] >= limit) keep(c, i, n++);
+    end_cut(c, n);
+    return FB_OK;
+}
+
+/* XTC, "exclude top choices", introduced by p-e-w in text-generation-webui, pull request 6335, 2024: of the tokens with
+ * a probability of `threshold` or more only the least likely stays (of equal ones the highest id). A threshold above one
+ * half never has two such tokens. */
+enum fb_status fb_step_xtc(struct fb_candidates *c, double threshold) {
+    if (threshold <= 0.0 || threshold > 0.5) return FB_OK;
+    FB_TRY(fb_candidates_weigh(c));
+    const double limit = threshold * c->total;
+    int32_t least = -1;
+    for (int32_t i = 0; i < c->n; i++)
+        if (c->weight[i] >= limit && (least < 0 || c->logit[i] <= c->logit[least])) least = i;
+    if (least < 0) return FB_OK;
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n; i++)
+        if (c->weight[i] < limit || i == least) keep(c, i, n++);
+    end_cut(c, n);
+    return FB_OK;
+}

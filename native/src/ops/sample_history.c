@@ -1,0 +1,127 @@
+/*
+ * sample_history.c - the steps of the sampler that change logits: bias, penalties, DRY, temperature. See sample.h.
+ *
+ * None touches more of the vocabulary than the tokens it is about, temperature aside: `per_token` is written for the
+ * tokens of the window before it is read, so it needs no clearing. All of them work on the ids that are left.
+ */
+#include "ops/sample.h"
+
+#include <float.h>
+#include <math.h>
+
+/* Last `window` tokens of the history; -1 means all. */
+static const int32_t *window_of(
+    const struct fb_sample_request *request, int32_t window, int32_t *n) {
+    *n = window < 0 || window > request->n_history ? request->n_history : window;
+    return *n ? request->history + (request->n_history - *n) : NULL;
+}
+
+/* logit += value, once per entry, in the order given; an id that stands twice gets both. */
+void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *request) {
+    for (int32_t i = 0; i < request->n_bias; i++) {
+        const int32_t slot = fb_candidate_slot(c, request->bias_ids[i]);
+        if (slot >= 0) c->logit[slot] += (double)request->bias_values[i];
+    }
+    c->weighted = c->weighted && request->n_bias == 0;
+}
+
+/*
+ * For each distinct token of the window, which counts `count` times in it:
+ *     logit = logit > 0 ? logit / repetition : logit * repetition      Keskar et al., "CTRL", 2019, section 4.1; the
+ *                                                                      sign rule is that of Hugging Face transformers
+ *     logit = logit - (count * frequency + presence)                   OpenAI's API reference
+ */
+void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *request) {
+    const struct fb_sampling *s = request->settings;
+    const double repetition = (double)s->repetition_penalty;
+    const double frequency = (double)s->frequency_penalty, presence = (double)s->presence_penalty;
+    int32_t n;
+    const int32_t *window = window_of(request, s->penalty_window, &n);
+    if (n == 0 || (repetition == 1.0 && frequency == 0.0 && presence == 0.0)) return;
+    int32_t *count = c->per_token;
+    for (int32_t i = 0; i < n; i++)
+        count[window[i]] = 0;
+    for (int32_t i = 0; i < n; i++)
+        count[window[i]]++;
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t token = window[i];
+        const int32_t slot = count[token] ? fb_candidate_slot(c, token) : -1;
+        if (slot >= 0) {
+            double logit = c->logit[slot];
+            logit = logit > 0.0 ? logit / repetition : logit * repetition;
+            c->logit[slot] = logit - ((double)count[token] * frequency + presence);
+        }
+        count[token] = 0; /* done */
+    }
+    c->weighted = false;
+}
+
+/*
+ * For each place i of the reversed window (s[0] is the last token), how far s[i..] repeats the end s[0..]; the repetition
+ * would go on with s[i - 1], so that token's longest match is raised. `match` holds the Z-function of the first
+ * n_pattern tokens (Gusfield, "Algorithms on Strings", 1997, section 1.4); lengths never pass n_pattern, and a look-up is
+ * always below the box it copies from, so the array need not be longer. Each comparison that holds moves `right` on:
+ * linear time.
+ */
+static void longest_matches(
+    const int32_t *last, int32_t n, int32_t n_pattern, int32_t *match, int32_t *longest) {
+    int32_t left = 0, right = 0;
+    for (int32_t i = 1; i < n; i++) {
+        int32_t length = 0;
+        if (i < right) length = match[i - left] < right - i ? match[i - left] : right - i;
+        while (length < n_pattern && i + length < n && last[-length] == last[-(i + length)])
+            length++;
+        if (i + length > right) {
+            left = i;
+            right = i + length;
+        }
+        if (i < n_pattern) match[i] = length;
+        const int32_t next = last[1 - i];
+        if (longest[next] >= 0 && length > longest[next]) longest[next] = length;
+    }
+}
+
+/*
+ * DRY ("don't repeat yourself"), introduced by p-e-w in text-generation-webui, pull request 5677, 2024: a token that would
+ * prolong a repetition of L >= allowed_length tokens loses multiplier * base^(L - allowed_length), L being the longest
+ * such repetition. Neither may a repetition reach over a breaker, nor is a breaker itself ever penalised.
+ * Repetitions longer than FB_DRY_MAX_MATCH count as that long, and a loss is FLT_MAX at most: DRY never bans.
+ */
+void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request) {
+    const struct fb_sampling *s = request->settings;
+    int32_t n;
+    const int32_t *window = window_of(request, s->dry_window, &n);
+    if (n < 2 || s->dry_multiplier == 0.0f) return;
+    int32_t *longest = c->per_token; /* -1 for a breaker */
+    for (int32_t i = 0; i < n; i++)
+        longest[window[i]] = 0;
+    for (int32_t i = 0; i < request->n_breakers; i++)
+        longest[request->breakers[i]] = -1;
+
+    const int32_t *last = window + n - 1;
+    int32_t n_pattern = 0;
+    while (n_pattern < n && n_pattern < FB_DRY_MAX_MATCH && longest[last[-n_pattern]] == 0)
+        n_pattern++;
+    if (n_pattern < s->dry_allowed_length) return;
+    longest_matches(last, n, n_pattern, c->match, longest);
+
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t token = window[i], length = longest[token];
+        if (length < s->dry_allowed_length) continue;
+        longest[token] = 0; /* done */
+        const int32_t slot = fb_candidate_slot(c, token);
+        const double power = pow((double)s->dry_base, (double)(length - s->dry_allowed_length));
+        const double loss = (double)s->dry_multiplier * power;
+        if (slot >= 0) c->logit[slot] -= loss < (double)FLT_MAX ? loss : (double)FLT_MAX;
+        c->weighted = false;
+    }
+}
+
+/* logit * (1 / temperature): one division instead of a vocabulary of them. */
+void fb_step_temperature(struct fb_candidates *c, double temperature) {
+    if (temperature == 1.0) return;
+    const double factor = 1.0 / temperature;
+    for (int32_t i = 0; i < c->n; i++)
+        c->logit[i] *= factor;
+    c->weighted = false;
+}

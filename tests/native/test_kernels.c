@@ -1,0 +1,200 @@
+/*
+ * test_kernels.c - every kernel of every instruction set against reference.c, bit for bit.
+ *
+ * Inputs are random and hostile: odd sizes and tails, misaligned pointers, zeros of both signs, subnormals, the largest
+ * finite numbers, infinities and NaN. Results must have the same bits; where one is NaN the other must be (its payload is free).
+ * A failure prints kernel, size and seed.
+ */
+#include "check.h"
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef FABULA_EMULATE_AVX512
+extern const struct fb_kernels fb_kernels_avx512_emulated;
+#endif
+
+enum { MOST = 40000 };
+static const char *const dtype_names[] = {"f32", "f16", "bf16"};
+
+static uint64_t state;
+
+static uint32_t next_random(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 32);
+}
+
+static float random_float(bool hostile) {
+    static const float special[] = {0.0f, -0.0f, 1e-40f, -1e-40f, 3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 1.0f,
+        -87.0f, -87.5f, 88.0f, 89.0f, 1e-10f, -1e10f};
+    if (hostile && next_random() % 4 == 0) return special[next_random() % (sizeof special / sizeof *special)];
+    return ((float)(int32_t)next_random() / 2147483648.0f) * (float)(1 << next_random() % 4);
+}
+
+static float *random_floats(size_t n, bool hostile) {
+    float *x = malloc((n + 1) * sizeof *x);
+    for (size_t i = 0; x && i < n; i++)
+        x[i] = random_float(hostile);
+    if (!x) abort();
+    return x;
+}
+
+static bool same(const float *a, const float *b, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(&a[i], &b[i], sizeof *a) != 0 && !(isnan(a[i]) && isnan(b[i]))) return false;
+    return true;
+}
+
+/* NaN payloads of 16-bit formats are free too: compare what they widen to. */
+static bool same_halfs(int dtype, const void *a, const void *b, size_t n) {
+    float *wide_a = random_floats(n, false), *wide_b = random_floats(n, false);
+    fb_kernels_reference.widen[dtype](a, n, wide_a);
+    fb_kernels_reference.widen[dtype](b, n, wide_b);
+    bool result = same(wide_a, wide_b, n);
+    free(wide_a);
+    free(wide_b);
+    return result;
+}
+
+static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t seed) {
+    static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25}, depths[] = {0, 1, 5, 64, 255, 256, 257, 600};
+    for (int dtype = 0; dtype < FB_KERNEL_DTYPES; dtype++)
+        for (size_t n_panels = 1; n_panels <= 5; n_panels++)
+            for (size_t ti = 0; ti < sizeof tokens / sizeof *tokens; ti++) {
+                state = seed + n_panels * 131 + ti;
+                const size_t n_tokens = tokens[ti], n_k = depths[next_random() % 8], gap = next_random() % 3 * 16;
+                const size_t stride = n_k * 16 + gap, ldx = n_k + next_random() % 5, ldy = n_panels * 16 + next_random() % 5;
+                const bool hostile = next_random() % 4 == 0, accumulate = next_random() % 2;
+                float *wide = random_floats(n_panels * stride + 16, hostile);
+                char *panels = malloc((n_panels * stride + 16) * 4 + 2);
+                char *odd = panels + 2 * (dtype != 0); /* misaligned for vectors, not for elements */
+                fb_kernels_reference.narrow[dtype](wide, n_panels * stride, odd);
+                float *x = random_floats(n_tokens * ldx + 1, hostile), *y = random_floats(n_tokens * ldy, false);
+                float *wanted = malloc(n_tokens * ldy * sizeof *wanted + 1);
+                memcpy(wanted, y, n_tokens * ldy * sizeof *y);
+                fb_kernels_reference.gemm[dtype](
+                    odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, wanted, ldy, accumulate);
+                k->gemm[dtype](odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate);
+                CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_%s: %zu panels, k %zu, %zu tokens, seed %llu", name,
+                    dtype_names[dtype], n_panels, n_k, n_tokens, (unsigned long long)seed);
+                free(wide);
+                free(panels);
+                free(x);
+                free(y);
+                free(wanted);
+            }
+}
+
+static void test_rest(const struct fb_kernels *k, const char *name, uint64_t seed, size_t n, bool hostile) {
+    const struct fb_kernels *ref = &fb_kernels_reference;
+    state = seed * 977 + n;
+    float *a = random_floats(n, hostile), *b = random_floats(n, hostile);
+    float *c = random_floats(n, false), *d = random_floats(n, false);
+    float *got = malloc((2 * n + 1) * sizeof *got), *wanted = malloc((2 * n + 1) * sizeof *wanted);
+#define EXPECT(kernel, count)                                                                                          \
+    CHECK_AT(same(got, wanted, count), "%s " kernel ": n %zu, %s, seed %llu", name, n, hostile ? "hostile" : "plain",  \
+        (unsigned long long)seed)
+
+    ref->rms_norm(a, b, n, 1e-5f, wanted);
+    k->rms_norm(a, b, n, 1e-5f, got);
+    EXPECT("rms_norm", n);
+
+    if (n) {
+        float top = ref->max(a, n), other = k->max(a, n);
+        CHECK_AT(top == other, "%s max: n %zu, seed %llu", name, n, (unsigned long long)seed);
+    }
+
+    wanted[n] = ref->exp_sum(a, n, 0.7f, 0.3f, wanted);
+    got[n] = k->exp_sum(a, n, 0.7f, 0.3f, got);
+    EXPECT("exp_sum", n + 1);
+
+    memcpy(got, a, n * sizeof *a);
+    memcpy(wanted, a, n * sizeof *a);
+    ref->scale(wanted, n, 1.7f);
+    k->scale(got, n, 1.7f);
+    EXPECT("scale", n);
+
+    ref->merge(wanted, 0.4f, b, 0.6f, n);
+    k->merge(got, 0.4f, b, 0.6f, n);
+    EXPECT("merge", n);
+
+    ref->add(wanted, c, n);
+    k->add(got, c, n);
+    EXPECT("add", n);
+
+    ref->swiglu(a, b, n, wanted);
+    k->swiglu(a, b, n, got);
+    EXPECT("swiglu", n);
+
+    memcpy(got, a, n * sizeof *a);
+    memcpy(got + n, b, n * sizeof *b);
+    memcpy(wanted, got, 2 * n * sizeof *got);
+    ref->rotate(wanted, wanted + n, c, d, n);
+    k->rotate(got, got + n, c, d, n);
+    EXPECT("rotate", 2 * n);
+
+    for (int dtype = 0; dtype < FB_KERNEL_DTYPES; dtype++) {
+        ref->narrow[dtype](a, n, wanted);
+        k->narrow[dtype](a, n, got);
+        CHECK_AT(same_halfs(dtype, got, wanted, n), "%s narrow_%s: n %zu, seed %llu", name, dtype_names[dtype], n,
+            (unsigned long long)seed);
+        ref->narrow[dtype](a, n, c);
+        ref->widen[dtype](c, n, wanted);
+        k->widen[dtype](c, n, got);
+        EXPECT("widen", n);
+    }
+#undef EXPECT
+    free(a);
+    free(b);
+    free(c);
+    free(d);
+    free(got);
+    free(wanted);
+}
+
+/* exp against the C library in double: the polynomial is as good as its header says. */
+static void test_exp_accuracy(void) {
+    double worst = 0.0;
+    for (float x = -86.9f; x < 88.0f; x += 0.00137f) {
+        float out;
+        fb_kernels_reference.exp_sum(&x, 1, 1.0f, 0.0f, &out);
+        double error = fabs((double)out / exp((double)x) - 1.0);
+        if (error > worst) worst = error;
+    }
+    CHECK_AT(worst < 2e-7, "exp is off by %g", worst);
+}
+
+int main(void) {
+    static const size_t sizes[] = {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 255, 1000};
+    const struct {
+        const char *name;
+        const struct fb_kernels *kernels;
+    } sets[] = {
+#if defined(__x86_64__)
+        {"avx2", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx2 : NULL},
+        {"avx512", fb_isa_available(FB_ISA_AVX512) ? &fb_kernels_avx512 : NULL},
+#endif
+#ifdef FABULA_EMULATE_AVX512
+        {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},
+#endif
+        {"reference", &fb_kernels_reference},
+    };
+    test_exp_accuracy();
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+        if (!sets[i].kernels) {
+            printf("skipped: this CPU lacks %s\n", sets[i].name);
+            continue;
+        }
+        for (uint64_t seed = 1; seed <= 20; seed++) {
+            test_gemm(sets[i].kernels, sets[i].name, seed);
+            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+                for (int hostile = 0; hostile < 2; hostile++)
+                    test_rest(sets[i].kernels, sets[i].name, seed, sizes[s], hostile);
+        }
+        printf("tested: %s\n", sets[i].name);
+    }
+    return check_result();
+}
