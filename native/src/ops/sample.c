@@ -1,10 +1,12 @@
 /*
- * sample.c - the sampler's public functions: checks, the chain of steps, the draw. See sample.h for its other files.
+ * sample.c - the sampler's public functions: checks, the chain of steps, the draw. See sample.h for
+ * its other files.
  *
- * The whole vocabulary takes part in every step; nothing is cut that the caller did not ask to be cut. Order of events:
- * logits are checked and weighed as they are (for `logprob`), the chain changes and drops candidates, and one uniform
- * number picks by inverse CDF in the order of ids. Temperature 0 is greedy: of the chain only bias, penalties and DRY
- * run, wherever they stand, and the highest logit wins, even if the chain has no temperature step.
+ * The whole vocabulary takes part in every step; nothing is cut that the caller did not ask to be
+ * cut. Order of events: logits are checked and weighed as they are (for `logprob`), the chain
+ * changes and drops candidates, and one uniform number picks by inverse CDF in the order of ids.
+ * Temperature 0 is greedy: of the chain only bias, penalties and DRY run, wherever they stand, and
+ * the highest logit wins, even if the chain has no temperature step.
  */
 #include "ops/sample.h"
 #include "base/status.h"
@@ -15,11 +17,13 @@
 
 enum { MAX_VOCAB = 1 << 30 }; /* rows of the largest fb_weight */
 
-/* llama.cpp's order, with the bias in front: cuts see the model's own probabilities, and temperature only spreads what is
- * left. Hugging Face transformers put temperature first; then a high one widens top-p and min-p too. */
+/* llama.cpp's order, with the bias in front: cuts see the model's own probabilities, and
+ * temperature only spreads what is left. Hugging Face transformers put temperature first; then a
+ * high one widens top-p and min-p too. */
 void fb_sampling_default(struct fb_sampling *out) {
-    static const uint8_t chain[] = {FB_SAMPLER_BIAS, FB_SAMPLER_PENALTIES, FB_SAMPLER_DRY, FB_SAMPLER_TOP_K,
-        FB_SAMPLER_TYPICAL_P, FB_SAMPLER_TOP_P, FB_SAMPLER_MIN_P, FB_SAMPLER_XTC, FB_SAMPLER_TEMPERATURE};
+    static const uint8_t chain[] = {FB_SAMPLER_BIAS, FB_SAMPLER_PENALTIES, FB_SAMPLER_DRY,
+        FB_SAMPLER_TOP_K, FB_SAMPLER_TYPICAL_P, FB_SAMPLER_TOP_P, FB_SAMPLER_MIN_P, FB_SAMPLER_XTC,
+        FB_SAMPLER_TEMPERATURE};
     if (!out) return;
     *out = (struct fb_sampling){
         .struct_size = sizeof *out,
@@ -37,18 +41,20 @@ void fb_sampling_default(struct fb_sampling *out) {
     memcpy(out->chain, chain, sizeof chain);
 }
 
-/* ---- Checks ------------------------------------------------------------------------------------------------------ */
+/* ---- Checks
+ * ------------------------------------------------------------------------------------------------------
+ */
 
 static enum fb_status check_range(const char *name, float value, float low, float high) {
-    FB_REQUIRE(value >= low && value <= high, "%s is %g, must be in %g .. %g", name, (double)value, (double)low,
-        (double)high);
+    FB_REQUIRE(value >= low && value <= high, "%s is %g, must be in %g .. %g", name, (double)value,
+        (double)low, (double)high);
     return FB_OK;
 }
 
 /* (0, high] */
 static enum fb_status check_positive(const char *name, float value, float high) {
-    FB_REQUIRE(value > 0.0f && value <= high, "%s is %g, must be above 0 and at most %g", name, (double)value,
-        (double)high);
+    FB_REQUIRE(value > 0.0f && value <= high, "%s is %g, must be above 0 and at most %g", name,
+        (double)value, (double)high);
     return FB_OK;
 }
 
@@ -59,8 +65,8 @@ static enum fb_status check_least(const char *name, int32_t value, int32_t low) 
 
 static enum fb_status check_settings(const struct fb_sampling *s) {
     FB_REQUIRE(s, "settings is NULL");
-    FB_REQUIRE(s->struct_size == sizeof *s, "struct_size of the settings is %u, must be %zu", s->struct_size,
-        sizeof *s);
+    FB_REQUIRE(s->struct_size == sizeof *s, "struct_size of the settings is %u, must be %zu",
+        s->struct_size, sizeof *s);
     FB_TRY(check_range("temperature", s->temperature, 0.0f, FLT_MAX));
     FB_TRY(check_least("top_k", s->top_k, 0));
     FB_TRY(check_positive("top_p", s->top_p, 1.0f));
@@ -76,45 +82,51 @@ static enum fb_status check_settings(const struct fb_sampling *s) {
     FB_TRY(check_least("dry_window", s->dry_window, -1));
     FB_TRY(check_range("xtc_probability", s->xtc_probability, 0.0f, 1.0f));
     FB_TRY(check_range("xtc_threshold", s->xtc_threshold, 0.0f, 1.0f));
-    FB_REQUIRE(s->n_chain >= 0 && s->n_chain <= FB_MAX_CHAIN, "n_chain is %d, must be in 0 .. %d", s->n_chain,
-        FB_MAX_CHAIN);
+    FB_REQUIRE(s->n_chain >= 0 && s->n_chain <= FB_MAX_CHAIN, "n_chain is %d, must be in 0 .. %d",
+        s->n_chain, FB_MAX_CHAIN);
     uint32_t seen = 0;
     for (int32_t i = 0; i < s->n_chain; i++) {
         const uint32_t step = s->chain[i];
-        FB_REQUIRE(step >= FB_SAMPLER_BIAS && step <= FB_SAMPLER_XTC, "chain[%d] is %u, must be in %d .. %d", i,
-            step, FB_SAMPLER_BIAS, FB_SAMPLER_XTC);
-        FB_REQUIRE(!(seen >> step & 1), "chain[%d] is %u, a step that stands in the chain already", i, step);
+        FB_REQUIRE(step >= FB_SAMPLER_BIAS && step <= FB_SAMPLER_XTC,
+            "chain[%d] is %u, must be in %d .. %d", i, step, FB_SAMPLER_BIAS, FB_SAMPLER_XTC);
+        FB_REQUIRE(!(seen >> step & 1), "chain[%d] is %u, a step that stands in the chain already",
+            i, step);
         seen |= 1u << step;
     }
     return FB_OK;
 }
 
-static enum fb_status check_ids(const char *name, const int32_t *ids, int32_t n, int32_t vocab_size) {
+static enum fb_status check_ids(
+    const char *name, const int32_t *ids, int32_t n, int32_t vocab_size) {
     FB_REQUIRE(n >= 0, "n_%s is %d, must be 0 or more", name, n);
     FB_REQUIRE(n == 0 || ids, "%s is NULL, but n_%s is %d", name, name, n);
     for (int32_t i = 0; i < n; i++)
-        FB_REQUIRE(ids[i] >= 0 && ids[i] < vocab_size, "%s[%d] is token %d, must be in 0 .. %d", name, i, ids[i],
-            vocab_size - 1);
+        FB_REQUIRE(ids[i] >= 0 && ids[i] < vocab_size, "%s[%d] is token %d, must be in 0 .. %d",
+            name, i, ids[i], vocab_size - 1);
     return FB_OK;
 }
 
 static enum fb_status check_request(const struct fb_sample_request *r, const void *work) {
     FB_REQUIRE(r->logits, "logits is NULL");
-    FB_REQUIRE(r->vocab_size >= 1 && r->vocab_size <= MAX_VOCAB, "vocab_size is %d, must be in 1 .. %d",
-        r->vocab_size, MAX_VOCAB);
+    FB_REQUIRE(r->vocab_size >= 1 && r->vocab_size <= MAX_VOCAB,
+        "vocab_size is %d, must be in 1 .. %d", r->vocab_size, MAX_VOCAB);
     FB_REQUIRE(work && (uintptr_t)work % 16 == 0, "work is NULL or not 16-byte aligned");
     FB_TRY(check_settings(r->settings));
     FB_TRY(check_ids("history", r->history, r->n_history, r->vocab_size));
     FB_TRY(check_ids("breakers", r->breakers, r->n_breakers, r->vocab_size));
     FB_TRY(check_ids("bias", r->bias_ids, r->n_bias, r->vocab_size));
-    FB_REQUIRE(r->n_bias == 0 || r->bias_values, "bias_values is NULL, but n_bias is %d", r->n_bias);
+    FB_REQUIRE(
+        r->n_bias == 0 || r->bias_values, "bias_values is NULL, but n_bias is %d", r->n_bias);
     for (int32_t i = 0; i < r->n_bias; i++)
-        FB_REQUIRE(r->bias_values[i] <= FLT_MAX, "bias of token %d is %g, must be a finite number or -infinity",
-            r->bias_ids[i], (double)r->bias_values[i]);
+        FB_REQUIRE(r->bias_values[i] <= FLT_MAX,
+            "bias of token %d is %g, must be a finite number or -infinity", r->bias_ids[i],
+            (double)r->bias_values[i]);
     return FB_OK;
 }
 
-/* ---- Scratch ----------------------------------------------------------------------------------------------------- */
+/* ---- Scratch
+ * -----------------------------------------------------------------------------------------------------
+ */
 
 /*
  * double [vocab] logit, [vocab] weight, [FB_SAMPLE_BINS] mass
@@ -138,34 +150,54 @@ static struct fb_candidates candidates_in(void *work, int32_t vocab_size) {
     return c;
 }
 
-/* ---- Chain and draw ---------------------------------------------------------------------------------------------- */
+/* ---- Chain and draw
+ * ---------------------------------------------------------------------------------------------- */
 
-static enum fb_status run_step(struct fb_candidates *c, const struct fb_sample_request *r, int step) {
+/* Whether a step of the chain changes logits and has something to do. */
+static bool changes_logits(const struct fb_sample_request *r, int step) {
     const struct fb_sampling *s = r->settings;
     switch (step) {
-    case FB_SAMPLER_BIAS: fb_step_bias(c, r); return FB_OK;
-    case FB_SAMPLER_PENALTIES: fb_step_penalties(c, r); return FB_OK;
-    case FB_SAMPLER_DRY: fb_step_dry(c, r); return FB_OK;
-    case FB_SAMPLER_TEMPERATURE: fb_step_temperature(c, (double)s->temperature); return FB_OK;
-    case FB_SAMPLER_TOP_K: return fb_step_top_k(c, s->top_k);
-    case FB_SAMPLER_TYPICAL_P: return fb_step_typical_p(c, (double)s->typical_p);
-    case FB_SAMPLER_TOP_P: return fb_step_top_p(c, (double)s->top_p);
-    case FB_SAMPLER_MIN_P: return fb_step_min_p(c, (double)s->min_p);
-    default: /* XTC; its coin is tossed even if the threshold is off, streams are independent */
-        if (fb_uniform(s->seed, r->position, FB_STREAM_XTC) >= (double)s->xtc_probability) return FB_OK;
-        return fb_step_xtc(c, (double)s->xtc_threshold);
+    case FB_SAMPLER_BIAS:
+        return r->n_bias > 0;
+    case FB_SAMPLER_PENALTIES:
+        return r->n_history > 0 && (s->repetition_penalty != 1.0f || s->frequency_penalty != 0.0f ||
+                                       s->presence_penalty != 0.0f);
+    case FB_SAMPLER_DRY:
+        return r->n_history > 1 && s->dry_multiplier > 0.0f;
+    default:
+        return false;
     }
 }
 
-static bool changes_logits(int step) {
-    return step == FB_SAMPLER_BIAS || step == FB_SAMPLER_PENALTIES || step == FB_SAMPLER_DRY;
-}
-
-static enum fb_status run_chain(struct fb_candidates *c, const struct fb_sample_request *r) {
-    const bool greedy = r->settings->temperature == 0.0f;
-    for (int32_t i = 0; i < r->settings->n_chain; i++)
-        if (!greedy || changes_logits(r->settings->chain[i])) FB_TRY(run_step(c, r, r->settings->chain[i]));
-    return FB_OK;
+static enum fb_status run_step(
+    struct fb_candidates *c, const struct fb_sample_request *r, int step) {
+    const struct fb_sampling *s = r->settings;
+    switch (step) {
+    case FB_SAMPLER_BIAS:
+        fb_step_bias(c, r);
+        return FB_OK;
+    case FB_SAMPLER_PENALTIES:
+        fb_step_penalties(c, r);
+        return FB_OK;
+    case FB_SAMPLER_DRY:
+        fb_step_dry(c, r);
+        return FB_OK;
+    case FB_SAMPLER_TEMPERATURE:
+        fb_step_temperature(c, (double)s->temperature);
+        return FB_OK;
+    case FB_SAMPLER_TOP_K:
+        return fb_step_top_k(c, s->top_k);
+    case FB_SAMPLER_TYPICAL_P:
+        return fb_step_typical_p(c, (double)s->typical_p);
+    case FB_SAMPLER_TOP_P:
+        return fb_step_top_p(c, (double)s->top_p);
+    case FB_SAMPLER_MIN_P:
+        return fb_step_min_p(c, (double)s->min_p);
+    default: /* XTC, behind its coin */
+        if (fb_uniform(s->seed, r->position, FB_STREAM_XTC) >= (double)s->xtc_probability)
+            return FB_OK;
+        return fb_step_xtc(c, (double)s->xtc_threshold);
+    }
 }
 
 /* Slot of the highest logit, the first of equal ones; FB_INVALID_ARGUMENT if all are banned. */
@@ -182,9 +214,36 @@ static enum fb_status pick_highest(const struct fb_candidates *c, int32_t *slot)
     return FB_OK;
 }
 
-/* First slot, by ascending id, at which the running sum of weights exceeds u * total. Whole blocks are skipped by the very
- * sums that `total` was added up from, so the search always ends inside; within a block rounding may leave the sum a hair
- * short, then its last slot of any weight is meant. */
+static enum fb_status run_greedy(
+    struct fb_candidates *c, const struct fb_sample_request *r, float top, int32_t *token) {
+    bool changed = false;
+    for (int32_t i = 0; i < r->settings->n_chain; i++) {
+        const int step = r->settings->chain[i];
+        if (!changes_logits(r, step)) continue;
+        if (!changed) fb_candidates_load(c, r->logits);
+        changed = true;
+        FB_TRY(run_step(c, r, step));
+    }
+    if (changed) return pick_highest(c, token);
+    int32_t at = 0;
+    while (r->logits[at] < top)
+        at++;
+    *token = at;
+    return FB_OK;
+}
+
+/* Leaves the candidates weighted. */
+static enum fb_status run_chain(struct fb_candidates *c, const struct fb_sample_request *r) {
+    fb_candidates_load(c, r->logits);
+    for (int32_t i = 0; i < r->settings->n_chain; i++)
+        FB_TRY(run_step(c, r, r->settings->chain[i]));
+    return fb_candidates_weigh(c);
+}
+
+/* First slot, by ascending id, at which the running sum of weights exceeds u * total. Whole blocks
+ * are skipped by the very sums that `total` was added up from, so the search always ends inside;
+ * within a block rounding may leave the sum a hair short, then its last slot of any weight is
+ * meant. */
 static int32_t pick_at(const struct fb_candidates *c, double u) {
     const double target = u * c->total;
     double sum = 0.0;
@@ -203,53 +262,55 @@ static int32_t pick_at(const struct fb_candidates *c, double u) {
     return at;
 }
 
-enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
-    const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
+/* ---- Public functions
+ * -------------------------------------------------------------------------------------------- */
+
+enum fb_status fb_sample(const float *logits, int32_t vocab_size,
+    const struct fb_sampling *settings, uint64_t position, const int32_t *history,
+    int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
     const int32_t *breakers, int32_t n_breakers, void *work, int32_t *token, float *logprob) {
-    const struct fb_sample_request request = {logits, vocab_size, settings, position, history, n_history, bias_ids,
-        bias_values, n_bias, breakers, n_breakers};
+    const struct fb_sample_request request = {logits, vocab_size, settings, position, history,
+        n_history, bias_ids, bias_values, n_bias, breakers, n_breakers};
+    float top;
     FB_REQUIRE(token && logprob, "token or logprob is NULL");
     FB_TRY(check_request(&request, work));
+    FB_TRY(fb_check_logits(logits, vocab_size, &top));
     struct fb_candidates c = candidates_in(work, vocab_size);
-    float top;
-    FB_TRY(fb_candidates_load(&c, logits, &top));
-    FB_TRY(run_chain(&c, &request));
-    int32_t slot = 0;
+    int32_t drawn = 0;
     if (settings->temperature == 0.0f) {
-        FB_TRY(pick_highest(&c, &slot));
+        FB_TRY(run_greedy(&c, &request, top, &drawn));
     } else {
-        FB_TRY(fb_candidates_weigh(&c));
-        slot = pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW));
+        FB_TRY(run_chain(&c, &request));
+        drawn = fb_candidate_id(
+            &c, pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW)));
     }
-    const int32_t drawn = fb_candidate_id(&c, slot);
     *token = drawn;
     *logprob = (float)((double)logits[drawn] - fb_log_sum_exp(logits, vocab_size, top));
     return FB_OK;
 }
 
-enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, const struct fb_sampling *settings,
-    uint64_t position, const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values,
-    int32_t n_bias, const int32_t *breakers, int32_t n_breakers, void *work, float *probabilities) {
-    const struct fb_sample_request request = {logits, vocab_size, settings, position, history, n_history, bias_ids,
-        bias_values, n_bias, breakers, n_breakers};
+enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size,
+    const struct fb_sampling *settings, uint64_t position, const int32_t *history,
+    int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
+    const int32_t *breakers, int32_t n_breakers, void *work, float *probabilities) {
+    const struct fb_sample_request request = {logits, vocab_size, settings, position, history,
+        n_history, bias_ids, bias_values, n_bias, breakers, n_breakers};
+    float top;
     FB_REQUIRE(probabilities, "probabilities is NULL");
     FB_TRY(check_request(&request, work));
+    FB_TRY(fb_check_logits(logits, vocab_size, &top));
     struct fb_candidates c = candidates_in(work, vocab_size);
-    float top;
-    FB_TRY(fb_candidates_load(&c, logits, &top));
-    FB_TRY(run_chain(&c, &request));
     int32_t best = 0;
     const bool greedy = settings->temperature == 0.0f;
     if (greedy)
-        FB_TRY(pick_highest(&c, &best));
+        FB_TRY(run_greedy(&c, &request, top, &best));
     else
-        FB_TRY(fb_candidates_weigh(&c));
+        FB_TRY(run_chain(&c, &request));
     memset(probabilities, 0, (size_t)vocab_size * sizeof *probabilities);
-    if (greedy) {
-        probabilities[fb_candidate_id(&c, best)] = 1.0f;
-        return FB_OK;
-    }
-    for (int32_t i = 0; i < c.n; i++)
-        probabilities[fb_candidate_id(&c, i)] = (float)(c.weight[i] / c.total);
+    if (greedy)
+        probabilities[best] = 1.0f;
+    else
+        for (int32_t i = 0; i < c.n; i++)
+            probabilities[fb_candidate_id(&c, i)] = (float)(c.weight[i] / c.total);
     return FB_OK;
 }

@@ -1,14 +1,15 @@
 /*
- * sample.h - what the files of the sampler share: the candidates that a chain works on, and its steps.
+ * sample.h - what the files of the sampler share: the candidates that a chain works on, and its
+ * steps.
  *
  *   sample.c          public functions, checks, the chain, the draw
- *   sample_cut.c      candidates and the steps that drop candidates (top-k, top-p, min-p, typical, XTC)
- *   sample_exp.c      exponentials
- *   sample_history.c  the steps that change logits: bias, penalties, DRY
- *   random.c          Philox 4x32-10
+ *   sample_cut.c      candidates and the steps that drop candidates (top-k, top-p, min-p, typical,
+ * XTC) sample_exp.c      exponentials sample_history.c  the steps that change logits: bias,
+ * penalties, DRY random.c          Philox 4x32-10
  *
- * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain reference draws the same
- * token. Ties are always decided by the id: of two equal logits the lower id counts as the likelier.
+ * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain
+ * reference draws the same token. Ties are always decided by the id: of two equal logits the lower
+ * id counts as the likelier.
  */
 #ifndef FABULA_OPS_SAMPLE_H
 #define FABULA_OPS_SAMPLE_H
@@ -22,19 +23,20 @@ enum {
     FB_STREAM_XTC = 1
 };
 
-/* The tokens still in the game, in slots 0 .. n-1 by ascending id. All arrays lie in the caller's scratch. */
+/* The tokens still in the game, in slots 0 .. n-1 by ascending id. All arrays lie in the caller's
+ * scratch. */
 struct fb_candidates {
     int32_t n, vocab_size;
-    bool whole;        /* nothing was dropped yet: slot i is token i, and `id` is not filled */
-    bool weighted;     /* weight and total belong to the logits as they are */
-    double total;      /* sum of the weights */
-    double *logit;     /* [n] -INFINITY for a banned token */
-    double *weight;    /* [n] exp(logit - highest logit at the time of weighing) */
-    double *mass;      /* [FB_SAMPLE_BINS] */
-    int32_t *id;       /* [n] */
-    int32_t *list;     /* [vocab_size] slots, for selections */
+    bool whole;         /* nothing was dropped yet: slot i is token i, and `id` is not filled */
+    bool weighted;      /* weight and total belong to the logits as they are */
+    double total;       /* sum of the weights */
+    double *logit;      /* [n] -INFINITY for a banned token */
+    double *weight;     /* [n] exp(logit - highest logit at the time of weighing) */
+    double *mass;       /* [FB_SAMPLE_BINS] */
+    int32_t *id;        /* [n] */
+    int32_t *list;      /* [vocab_size] slots, for selections */
     int32_t *per_token; /* [vocab_size] scratch by token id, never cleared as a whole */
-    int32_t *match;    /* [FB_DRY_MAX_MATCH] */
+    int32_t *match;     /* [FB_DRY_MAX_MATCH] */
 };
 
 /* One call of the sampler; fields as in fb_sample. */
@@ -56,10 +58,14 @@ struct fb_sample_request {
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot);
 int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id);
 
-/* Makes all tokens candidates, with their f32 logits, and tells the highest; FB_NON_FINITE as told in fb_sample. */
-enum fb_status fb_candidates_load(struct fb_candidates *c, const float *logits, float *top);
+/* Tells the highest of n logits; FB_NON_FINITE as told in fb_sample. */
+enum fb_status fb_check_logits(const float *logits, int32_t n, float *top);
 
-/* Makes weight and total; FB_INVALID_ARGUMENT if all candidates are banned. Every cut below calls it when it needs it. */
+/* Makes all tokens candidates with these logits. */
+void fb_candidates_load(struct fb_candidates *c, const float *logits);
+
+/* Makes weight and total; FB_INVALID_ARGUMENT if all candidates are banned. Every cut below calls
+ * it when it needs it. */
 enum fb_status fb_candidates_weigh(struct fb_candidates *c);
 
 /* Sum of n weights in the order that fb_candidates.total and the draw share. */

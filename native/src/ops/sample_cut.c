@@ -1,9 +1,11 @@
 /*
- * sample_cut.c - weights of the candidates, and the steps of the sampler that drop candidates. See sample.h.
+ * sample_cut.c - weights of the candidates, and the steps of the sampler that drop candidates. See
+ * sample.h.
  *
- * A cut works on the distribution its predecessors left: probability = weight / total, total being renewed after each
- * drop. No step sorts the vocabulary. top-k, top-p and typical-p need only the place where a sorted list would be cut,
- * and find_cut() finds it by zooming into histograms; slots keep their order by id throughout.
+ * A cut works on the distribution its predecessors left: probability = weight / total, total being
+ * renewed after each drop. No step sorts the vocabulary. top-k, top-p and typical-p need only the
+ * place where a sorted list would be cut, and find_cut() finds it by zooming into histograms; slots
+ * keep their order by id throughout.
  */
 #include "ops/sample.h"
 #include "base/status.h"
@@ -13,13 +15,17 @@
 #include <string.h>
 
 enum {
-    LANES = 8,        /* independent sums, for the latency of an addition: four SSE2 registers */
+    F32_LANES = 16,
+    LANES = 8,         /* independent sums, for the latency of an addition: four SSE2 registers */
     SORT_AT_MOST = 32, /* members of a bin that are sorted rather than spread over new bins */
-    GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k whose cut is guessed from the tops of FB_SAMPLE_BINS blocks */
+    GUESS_AT_MOST = FB_SAMPLE_BINS /
+                    4, /* highest k whose cut is guessed from the tops of FB_SAMPLE_BINS blocks */
     GUESS_BINS_PER_NAT = 32
 };
 
-/* ---- Candidates -------------------------------------------------------------------------------------------------- */
+/* ---- Candidates
+ * --------------------------------------------------------------------------------------------------
+ */
 
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot) {
     return c->whole ? slot : c->id[slot];
@@ -53,26 +59,40 @@ static double highest(const double *x, int32_t n) {
     return top[0];
 }
 
-enum fb_status fb_candidates_load(struct fb_candidates *c, const float *logits, float *top) {
-    const int32_t n = c->vocab_size;
+enum fb_status fb_check_logits(const float *logits, int32_t n, float *top) {
+    float best[F32_LANES];
+    for (int lane = 0; lane < F32_LANES; lane++)
+        best[lane] = -INFINITY;
     int bad = 0;
-    for (int32_t i = 0; i < n; i++) {
-        bad |= !(logits[i] <= FLT_MAX); /* NaN too */
-        c->logit[i] = (double)logits[i];
+    int32_t i = 0;
+    for (; i + F32_LANES <= n; i += F32_LANES)
+        for (int lane = 0; lane < F32_LANES; lane++) {
+            const float x = logits[i + lane];
+            bad |= !(x <= FLT_MAX); /* NaN too */
+            best[lane] = x > best[lane] ? x : best[lane];
+        }
+    for (; i < n; i++) {
+        bad |= !(logits[i] <= FLT_MAX);
+        best[0] = logits[i] > best[0] ? logits[i] : best[0];
     }
-    c->n = n;
+    for (i = 0; bad && logits[i] <= FLT_MAX;)
+        i++;
+    if (bad)
+        return fb_fail(FB_NON_FINITE, "logit of token %d is %g: the model or its input is damaged",
+            i, (double)logits[i]);
+    for (int lane = 1; lane < F32_LANES; lane++)
+        best[0] = best[lane] > best[0] ? best[lane] : best[0];
+    if (best[0] == -INFINITY) return fb_fail(FB_NON_FINITE, "all %d logits are -infinity", n);
+    *top = best[0];
+    return FB_OK;
+}
+
+void fb_candidates_load(struct fb_candidates *c, const float *logits) {
+    for (int32_t i = 0; i < c->vocab_size; i++)
+        c->logit[i] = (double)logits[i];
+    c->n = c->vocab_size;
     c->whole = true;
     c->weighted = false;
-    if (bad) {
-        int32_t at = 0;
-        while (logits[at] <= FLT_MAX)
-            at++;
-        return fb_fail(FB_NON_FINITE, "logit of token %d is %g: the model or its input is damaged", at,
-            (double)logits[at]);
-    }
-    *top = (float)highest(c->logit, n);
-    if (*top == -INFINITY) return fb_fail(FB_NON_FINITE, "all %d logits are -infinity", n);
-    return FB_OK;
 }
 
 double fb_block_sum(const double *weight, int32_t n) {
@@ -95,7 +115,8 @@ static void renew_total(struct fb_candidates *c) {
 enum fb_status fb_candidates_weigh(struct fb_candidates *c) {
     if (c->weighted) return FB_OK;
     const double top = highest(c->logit, c->n);
-    FB_REQUIRE(top > -INFINITY, "every token is banned: bias and earlier steps of the chain left none of %d",
+    FB_REQUIRE(top > -INFINITY,
+        "every token is banned: bias and earlier steps of the chain left none of %d",
         c->vocab_size);
     fb_exp_weights(c->logit, c->n, top, c->weight);
     c->weighted = true;
@@ -116,17 +137,19 @@ static void end_cut(struct fb_candidates *c, int32_t n) {
     if (c->weighted) renew_total(c);
 }
 
-/* ---- Selection --------------------------------------------------------------------------------------------------- */
+/* ---- Selection
+ * ---------------------------------------------------------------------------------------------------
+ */
 
-/* How a step orders candidates: by logit, highest first, or by the distance of the logit from a centre, nearest first.
- * Lower keys come first, equal keys by slot. */
+/* How a step orders candidates: by logit, highest first, or by the distance of the logit from a
+ * centre, nearest first. Lower keys come first, equal keys by slot. */
 struct order {
     bool by_distance;
     double centre;
 };
 
 struct cut {
-    double key;   /* of the last candidate that stays */
+    double key; /* of the last candidate that stays */
     int32_t slot;
 };
 
@@ -146,12 +169,13 @@ static void sort_few(const struct fb_candidates *c, struct order order, int32_t 
 }
 
 /*
- * The shortest prefix, in the given order, of the n slots in c->list (ascending, none banned) whose mass reaches
- * `target`; mass is the number of candidates or their weight. Returns its last member.
+ * The shortest prefix, in the given order, of the n slots in c->list (ascending, none banned) whose
+ * mass reaches `target`; mass is the number of candidates or their weight. Returns its last member.
  *
- * Each round spreads the members over bins of equal width between their lowest and highest key, walks the bins to the
- * one in which the target is reached and goes on with its members alone. The highest key always lands in another bin
- * than the lowest, so rounds end; one or two are usual, and no input makes it quadratic, as could happen to quickselect.
+ * Each round spreads the members over bins of equal width between their lowest and highest key,
+ * walks the bins to the one in which the target is reached and goes on with its members alone. The
+ * highest key always lands in another bin than the lowest, so rounds end; one or two are usual, and
+ * no input makes it quadratic, as could happen to quickselect.
  */
 static struct cut find_cut(
     const struct fb_candidates *c, struct order order, bool by_count, double target, int32_t n) {
@@ -170,7 +194,8 @@ static struct cut find_cut(
         memset(mass, 0, FB_SAMPLE_BINS * sizeof *mass);
         for (int32_t i = 0; i < n; i++) {
             const int32_t bin = (int32_t)((key_of(c, order, list[i]) - low) * scale);
-            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += by_count ? 1.0 : c->weight[list[i]];
+            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += by_count ? 1.0
+                                                                              : c->weight[list[i]];
         }
         int32_t wanted = 0;
         while (wanted < FB_SAMPLE_BINS - 1 && before + mass[wanted] < target)
@@ -203,8 +228,9 @@ static int32_t list_slots(const struct fb_candidates *c, const double *values, d
 }
 
 /*
- * A logit that, most likely, some more than k candidates reach; too high a guess costs time, not truth. Of FB_SAMPLE_BINS
- * blocks the highest logits are taken, and among those the k-th highest, to within a bin: k blocks then hold one each.
+ * A logit that, most likely, some more than k candidates reach; too high a guess costs time, not
+ * truth. Of FB_SAMPLE_BINS blocks the highest logits are taken, and among those the k-th highest,
+ * to within a bin: k blocks then hold one each.
  */
 static double guess_top_k(const struct fb_candidates *c, int32_t k) {
     double *block_top = c->mass;
@@ -234,7 +260,9 @@ static void drop_behind(struct fb_candidates *c, struct order order, struct cut 
     end_cut(c, n);
 }
 
-/* ---- Steps ------------------------------------------------------------------------------------------------------- */
+/* ---- Steps
+ * -------------------------------------------------------------------------------------------------------
+ */
 
 /* The k highest logits (Fan et al., "Hierarchical Neural Story Generation", 2018); 0 is off. */
 enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {
@@ -248,26 +276,28 @@ enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {
     return FB_OK;
 }
 
-/* Nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019): the fewest likeliest tokens whose
- * probabilities sum to p or more. */
+/* Nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019): the fewest
+ * likeliest tokens whose probabilities sum to p or more. */
 enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    /* All tokens below (1 - p) total / n together hold less than 1 - p, so the nucleus ends above them. Half of it, lest
-     * rounding matter. */
+    /* All tokens below (1 - p) total / n together hold less than 1 - p, so the nucleus ends above
+     * them. Half of it, lest rounding matter. */
     const int32_t n = list_slots(c, c->weight, 0.5 * (1.0 - p) * c->total / c->n);
     const struct order order = {.by_distance = false};
     drop_behind(c, order, find_cut(c, order, false, p * c->total, n));
     return FB_OK;
 }
 
-/* Locally typical (Meister et al., "Locally Typical Sampling", 2022): the fewest tokens, those first whose surprise
- * -log p is nearest to the entropy, whose probabilities sum to p or more. Both are log total minus something: a logit,
- * and the mean logit; so the distance is that of the logit from the mean logit, and no logarithm is needed. */
+/* Locally typical (Meister et al., "Locally Typical Sampling", 2022): the fewest tokens, those
+ * first whose surprise -log p is nearest to the entropy, whose probabilities sum to p or more. Both
+ * are log total minus something: a logit, and the mean logit; so the distance is that of the logit
+ * from the mean logit, and no logarithm is needed. */
 enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    const double top = highest(c->logit, c->n); /* taken off before the sum, so that large logits cancel */
+    const double top = highest(
+        c->logit, c->n); /* taken off before the sum, so that large logits cancel */
     double sum = 0.0;
     for (int32_t i = 0; i < c->n; i++)
         if (c->weight[i] > 0.0) sum += c->weight[i] * (c->logit[i] - top);
@@ -278,7 +308,8 @@ enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
     return FB_OK;
 }
 
-/* Tokens at least p times as likely as the likeliest (Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024). */
+/* Tokens at least p times as likely as the likeliest (Nguyen et al., "Turning Up the Heat: Min-p
+ * Sampling", 2024). */
 enum fb_status fb_step_min_p(struct fb_candidates *c, double p) {
     if (p == 0.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
@@ -290,9 +321,9 @@ enum fb_status fb_step_min_p(struct fb_candidates *c, double p) {
     return FB_OK;
 }
 
-/* XTC, "exclude top choices", introduced by p-e-w in text-generation-webui, pull request 6335, 2024: of the tokens with
- * a probability of `threshold` or more only the least likely stays (of equal ones the highest id). A threshold above one
- * half never has two such tokens. */
+/* XTC, "exclude top choices", introduced by p-e-w in text-generation-webui, pull request 6335,
+ * 2024: of the tokens with a probability of `threshold` or more only the least likely stays (of
+ * equal ones the highest id). A threshold above one half never has two such tokens. */
 enum fb_status fb_step_xtc(struct fb_candidates *c, double threshold) {
     if (threshold <= 0.0 || threshold > 0.5) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));

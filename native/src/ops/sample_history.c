@@ -1,8 +1,10 @@
 /*
- * sample_history.c - the steps of the sampler that change logits: bias, penalties, DRY, temperature. See sample.h.
+ * sample_history.c - the steps of the sampler that change logits: bias, penalties, DRY,
+ * temperature. See sample.h.
  *
- * None touches more of the vocabulary than the tokens it is about, temperature aside: `per_token` is written for the
- * tokens of the window before it is read, so it needs no clearing. All of them work on the ids that are left.
+ * None touches more of the vocabulary than the tokens it is about, temperature aside: `per_token`
+ * is written for the tokens of the window before it is read, so it needs no clearing. All of them
+ * work on the ids that are left.
  */
 #include "ops/sample.h"
 
@@ -27,9 +29,9 @@ void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *reque
 
 /*
  * For each distinct token of the window, which counts `count` times in it:
- *     logit = logit > 0 ? logit / repetition : logit * repetition      Keskar et al., "CTRL", 2019, section 4.1; the
- *                                                                      sign rule is that of Hugging Face transformers
- *     logit = logit - (count * frequency + presence)                   OpenAI's API reference
+ *     logit = logit > 0 ? logit / repetition : logit * repetition      Keskar et al., "CTRL", 2019,
+ * section 4.1; the sign rule is that of Hugging Face transformers logit = logit - (count *
+ * frequency + presence)                   OpenAI's API reference
  */
 void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *request) {
     const struct fb_sampling *s = request->settings;
@@ -57,11 +59,11 @@ void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *
 }
 
 /*
- * For each place i of the reversed window (s[0] is the last token), how far s[i..] repeats the end s[0..]; the repetition
- * would go on with s[i - 1], so that token's longest match is raised. `match` holds the Z-function of the first
- * n_pattern tokens (Gusfield, "Algorithms on Strings", 1997, section 1.4); lengths never pass n_pattern, and a look-up is
- * always below the box it copies from, so the array need not be longer. Each comparison that holds moves `right` on:
- * linear time.
+ * For each place i of the reversed window (s[0] is the last token), how far s[i..] repeats the end
+ * s[0..]; the repetition would go on with s[i - 1], so that token's longest match is raised.
+ * `match` holds the Z-function of the first n_pattern tokens (Gusfield, "Algorithms on Strings",
+ * 1997, section 1.4); lengths never pass n_pattern, and a look-up is always below the box it copies
+ * from, so the array need not be longer. Each comparison that holds moves `right` on: linear time.
  */
 static void longest_matches(
     const int32_t *last, int32_t n, int32_t n_pattern, int32_t *match, int32_t *longest) {
@@ -82,10 +84,11 @@ static void longest_matches(
 }
 
 /*
- * DRY ("don't repeat yourself"), introduced by p-e-w in text-generation-webui, pull request 5677, 2024: a token that would
- * prolong a repetition of L >= allowed_length tokens loses multiplier * base^(L - allowed_length), L being the longest
- * such repetition. Neither may a repetition reach over a breaker, nor is a breaker itself ever penalised.
- * Repetitions longer than FB_DRY_MAX_MATCH count as that long, and a loss is FLT_MAX at most: DRY never bans.
+ * DRY ("don't repeat yourself"), introduced by p-e-w in text-generation-webui, pull request 5677,
+ * 2024: a token that would prolong a repetition of L >= allowed_length tokens loses multiplier *
+ * base^(L - allowed_length), L being the longest such repetition. Neither may a repetition reach
+ * over a breaker, nor is a breaker itself ever penalised. Repetitions longer than FB_DRY_MAX_MATCH
+ * count as that long, and a loss is FLT_MAX at most: DRY never bans.
  */
 void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request) {
     const struct fb_sampling *s = request->settings;

@@ -1,0 +1,71 @@
+"""Who may know whom: the order of layers, checked over `#include` and `import`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+# From the bottom up; a folder may include itself and what stands before it.
+C_LAYERS = ["base", "quant", "kernels", "kv", "ops", "program", "bench"]
+# quant/weight.c packs with the kernels' converters, which themselves need quant/convert.h.
+C_EXCEPTIONS = {("quant", "kernels")}
+
+PYTHON_LAYERS: list[set[str]] = [
+    {"errors", "_cdef"},
+    {"_ffi"},
+    {"_native"},
+    {"formats"},
+    {"models", "kv", "text"},
+    {"engine"},
+    {"ops", "model"},
+    {"bench"},
+    {"cli"},
+]
+ONLY = {"_ffi": {"_native"}, "_cdef": {"_ffi"}}
+
+
+@pytest.mark.skipif(not (PROJECT / "native").is_dir(), reason="needs a checkout")
+def test_c_layers() -> None:
+    checked = 0
+    for path in sorted((PROJECT / "native" / "src").rglob("*.[ch]")):
+        folder = path.parent.name
+        if folder not in C_LAYERS:
+            continue
+        for layer in re.findall(r'#include "(\w+)/', path.read_text(encoding="utf-8")):
+            checked += 1
+            allowed = C_LAYERS.index(layer) <= C_LAYERS.index(folder) or (folder, layer) in C_EXCEPTIONS
+            assert allowed, f"{path.name} in {folder}/ includes {layer}/"
+    assert checked > 50
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, function bodies included, type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} if node.module != "fabula" else {f"fabula.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("fabula.")}
+
+
+@pytest.mark.skipif(not (PROJECT / "python").is_dir(), reason="needs a checkout")
+def test_python_layers() -> None:
+    level = {name: i for i, names in enumerate(PYTHON_LAYERS) for name in names}
+    package = PROJECT / "python" / "fabula"
+    checked = 0
+    for path in sorted(package.rglob("*.py")):
+        unit = path.relative_to(package).parts[0].removesuffix(".py")
+        if unit in ("__init__", "__main__", "_cdef"):
+            continue
+        for other in _imports(path) & level.keys():
+            checked += 1
+            assert level[other] < level[unit] or other == unit, f"{path.name} ({unit}) imports fabula.{other}"
+            if other in ONLY:
+                assert unit in ONLY[other] | {other}, f"{path.name} ({unit}) may not import fabula.{other}"
+    assert checked > 50
