@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,20 @@ def smollm2_gguf() -> Path:
         return locate("smollm2-135m-instruct", fetch=os.environ.get("FABULA_TEST_DOWNLOAD") == "1")
     except EngineError as error:
         pytest.skip(f"SmolLM2 is not at hand (`fabula pull smollm2-135m-instruct` fetches it): {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_transformers(smollm2_gguf: Path) -> Any:
+    """transformers' own reading of SmolLM2's tokenizer: an independent conversion of the same file."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import pre_tokenizers
+
+    loaded = transformers.AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    # Its converter knows no pre-tokenizer kinds; SmolLM2's own tokenizer.json cuts digits one by one, then as GPT-2 does.
+    loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    return loaded
 
 
 @pytest.fixture(scope="session")

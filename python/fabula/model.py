@@ -195,7 +195,7 @@ class Model:
             ContextOverflow: the prompt is longer than the context; carries both numbers.
         """
         ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else list(prompt)
-        return Generation(self._runner, self.tokenizer, ids, params or SamplingParams())
+        return Generation(self._runner, self.tokenizer, ids, params or SamplingParams(), continues=True)
 
     def chat(
         self,

@@ -41,9 +41,7 @@ void fb_sampling_default(struct fb_sampling *out) {
     memcpy(out->chain, chain, sizeof chain);
 }
 
-/* ---- Checks
- * ------------------------------------------------------------------------------------------------------
- */
+/* ---- Checks --------------------------------------------------------------------------------- */
 
 static enum fb_status check_range(const char *name, float value, float low, float high) {
     FB_REQUIRE(value >= low && value <= high, "%s is %g, must be in %g .. %g", name, (double)value,
@@ -124,9 +122,7 @@ static enum fb_status check_request(const struct fb_sample_request *r, const voi
     return FB_OK;
 }
 
-/* ---- Scratch
- * -----------------------------------------------------------------------------------------------------
- */
+/* ---- Scratch -------------------------------------------------------------------------------- */
 
 /*
  * double [vocab] logit, [vocab] weight, [FB_SAMPLE_BINS] mass
@@ -150,8 +146,7 @@ static struct fb_candidates candidates_in(void *work, int32_t vocab_size) {
     return c;
 }
 
-/* ---- Chain and draw
- * ---------------------------------------------------------------------------------------------- */
+/* ---- Chain and draw ------------------------------------------------------------------------- */
 
 /* Whether a step of the chain changes logits and has something to do. */
 static bool changes_logits(const struct fb_sample_request *r, int step) {
@@ -262,8 +257,7 @@ static int32_t pick_at(const struct fb_candidates *c, double u) {
     return at;
 }
 
-/* ---- Public functions
- * -------------------------------------------------------------------------------------------- */
+/* ---- Public functions ----------------------------------------------------------------------- */
 
 enum fb_status fb_sample(const float *logits, int32_t vocab_size,
     const struct fb_sampling *settings, uint64_t position, const int32_t *history,
@@ -285,7 +279,9 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size,
             &c, pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW)));
     }
     *token = drawn;
-    *logprob = (float)((double)logits[drawn] - fb_log_sum_exp(logits, vocab_size, top));
+    const double log_sum = fb_log_sum_exp(logits, vocab_size, top);
+    const double log_p = ((double)logits[drawn] - (double)top) - log_sum;
+    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON wants it */
     return FB_OK;
 }
 

@@ -2,10 +2,11 @@
  * sample.h - what the files of the sampler share: the candidates that a chain works on, and its
  * steps.
  *
- *   sample.c          public functions, checks, the chain, the draw
- *   sample_cut.c      candidates and the steps that drop candidates (top-k, top-p, min-p, typical,
- * XTC) sample_exp.c      exponentials sample_history.c  the steps that change logits: bias,
- * penalties, DRY random.c          Philox 4x32-10
+ *  - sample.c: public functions, checks, the chain, the draw
+ *  - sample_cut.c: candidates and the steps that drop some (top-k, top-p, min-p, typical, XTC)
+ *  - sample_exp.c: exponentials
+ *  - sample_history.c: the steps that change logits (bias, penalties, DRY)
+ *  - random.c: Philox 4x32-10
  *
  * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain
  * reference draws the same token. Ties are always decided by the id: of two equal logits the lower
@@ -75,7 +76,7 @@ enum { FB_SUM_BLOCK = 256 };
 /* weight[i] = exp(logit[i] - top), for logits <= top. */
 void fb_exp_weights(const double *logit, int32_t n, double top, double *weight);
 
-/* log(sum(exp(logits))), `top` being the highest of them. */
+/* log(sum(exp(logits - top))), `top` being the highest of them. */
 double fb_log_sum_exp(const float *logits, int32_t n, float top);
 
 /* Steps that change logits. */

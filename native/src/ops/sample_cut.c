@@ -15,17 +15,14 @@
 #include <string.h>
 
 enum {
+    LANES = 8, /* independent sums, for the latency of an addition: four SSE2 registers */
     F32_LANES = 16,
-    LANES = 8,         /* independent sums, for the latency of an addition: four SSE2 registers */
     SORT_AT_MOST = 32, /* members of a bin that are sorted rather than spread over new bins */
-    GUESS_AT_MOST = FB_SAMPLE_BINS /
-                    4, /* highest k whose cut is guessed from the tops of FB_SAMPLE_BINS blocks */
+    GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k that guess_top_k() is tried for */
     GUESS_BINS_PER_NAT = 32
 };
 
-/* ---- Candidates
- * --------------------------------------------------------------------------------------------------
- */
+/* ---- Candidates ----------------------------------------------------------------------------- */
 
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot) {
     return c->whole ? slot : c->id[slot];
@@ -137,9 +134,7 @@ static void end_cut(struct fb_candidates *c, int32_t n) {
     if (c->weighted) renew_total(c);
 }
 
-/* ---- Selection
- * ---------------------------------------------------------------------------------------------------
- */
+/* ---- Selection ------------------------------------------------------------------------------ */
 
 /* How a step orders candidates: by logit, highest first, or by the distance of the logit from a
  * centre, nearest first. Lower keys come first, equal keys by slot. */
@@ -260,17 +255,17 @@ static void drop_behind(struct fb_candidates *c, struct order order, struct cut 
     end_cut(c, n);
 }
 
-/* ---- Steps
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- Steps ---------------------------------------------------------------------------------- */
 
 /* The k highest logits (Fan et al., "Hierarchical Neural Story Generation", 2018); 0 is off. */
 enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {
     if (k == 0 || k >= c->n) return FB_OK;
     int32_t n = 0;
     if (k <= GUESS_AT_MOST) n = list_slots(c, c->logit, guess_top_k(c, k));
-    if (n < k) n = list_slots(c, c->logit, -DBL_MAX);
-    if (n <= k) return FB_OK;
+    if (n < k) {
+        n = list_slots(c, c->logit, -DBL_MAX);
+        if (n <= k) return FB_OK; /* the rest is banned */
+    }
     const struct order order = {.by_distance = false};
     drop_behind(c, order, find_cut(c, order, true, k, n));
     return FB_OK;

@@ -85,5 +85,5 @@ double fb_log_sum_exp(const float *logits, int32_t n, float top) {
     }
     for (; i < n; i++)
         sum += (double)exp_f32((v4){logits[i] - top})[0];
-    return (double)top + log(sum);
+    return log(sum);
 }

@@ -29,9 +29,10 @@ void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *reque
 
 /*
  * For each distinct token of the window, which counts `count` times in it:
- *     logit = logit > 0 ? logit / repetition : logit * repetition      Keskar et al., "CTRL", 2019,
- * section 4.1; the sign rule is that of Hugging Face transformers logit = logit - (count *
- * frequency + presence)                   OpenAI's API reference
+ *  - repetition (Keskar et al., "CTRL", 2019, section 4.1; the sign rule is that of transformers):
+ *        logit = logit > 0 ? logit / repetition : logit * repetition
+ *  - frequency and presence (OpenAI's API reference):
+ *        logit = logit - (count * frequency + presence)
  */
 void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *request) {
     const struct fb_sampling *s = request->settings;

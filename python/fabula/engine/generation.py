@@ -70,6 +70,12 @@ class Generation(Iterator[Piece]):
 
     Iterate over it, or call `text()` for everything at once. `cancel()` ends it early; so does leaving a `with` block.
 
+    Args:
+        runner, tokenizer: of the model.
+        prompt_ids: token ids to go on from.
+        params: sampling settings.
+        continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
+
     Attributes:
         prompt_ids: the prompt's token ids.
         token_ids: ids drawn so far, the end token included.
@@ -83,6 +89,8 @@ class Generation(Iterator[Piece]):
         tokenizer: Tokenizer,
         prompt_ids: Sequence[int],
         params: SamplingParams,
+        *,
+        continues: bool = False,
     ) -> None:
         if not prompt_ids:
             raise InvalidArgument("the prompt is empty: give at least one token")
@@ -98,7 +106,7 @@ class Generation(Iterator[Piece]):
         self._ends = frozenset(params.stop_tokens) | (frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self._params, runner.config.vocab_size, tuple({ids[-1] for ids in breakers if ids}))
-        self._decoder = tokenizer.stream_decoder()
+        self._decoder = tokenizer.stream_decoder(continues=continues)
         self._stops = StopMatcher(params.stop)
         self._sequence = runner.sequence()
         runner.check_room(self._sequence, len(self.prompt_ids))

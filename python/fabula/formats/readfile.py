@@ -89,13 +89,16 @@ def read_at(
     return buffer
 
 
-def parse_json_object(data: bytes, *, path: Path, what: str = "") -> dict[str, Any]:
+def parse_json_object(
+    data: bytes, *, path: Path, what: str = "", wide_integers: bool = False
+) -> dict[str, Any]:
     """Parses a JSON object strictly.
 
     Args:
         data: the whole text.
         path: file it came from, for messages.
         what: part of the file that is meant ("header"), "" for all of it.
+        wide_integers: whether numbers of up to 40 digits pass; transformers writes 10^30 where it means "no limit".
 
     Raises:
         ModelFileError: not UTF-8, not JSON, not an object, a key twice, half a UTF-16 pair, NaN or Infinity,
@@ -111,6 +114,8 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "") -> dict[str, A
 
     def parse_int(text: str) -> int:
         # The length comes first: turning very many digits into an int takes quadratic time.
+        if wide_integers and len(text) <= 40:
+            return int(text)
         if len(text) > 20 or not _INT_MIN <= (value := int(text)) <= _INT_MAX:
             fail(f"the number {shown(text)} does not fit 64 bits")
         return value
@@ -156,7 +161,7 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "") -> dict[str, A
     return value
 
 
-def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+def read_json_object(path: Path, *, max_bytes: int, wide_integers: bool = False) -> dict[str, Any]:
     """Reads and parses a JSON file of at most `max_bytes` bytes.
 
     Raises:
@@ -167,4 +172,4 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
         if size > max_bytes:
             raise ModelFileError(f"{path}: has {size} bytes, more than the {max_bytes} allowed", path=path)
         data = read_at(file, 0, size, path=path)
-    return parse_json_object(data.tobytes(), path=path)
+    return parse_json_object(data.tobytes(), path=path, wide_integers=wide_integers)

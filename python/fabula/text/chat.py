@@ -1,0 +1,91 @@
+"""From messages to token ids, with the template's control tokens as control tokens and the user's as text.
+
+A template renders one string in which its scaffolding and the users' words are mixed; encoded with control tokens parsed, a user who
+types "<|im_end|>" would end their own turn. So where a message holds the text of a control token, each such place is marked with a
+character that occurs nowhere else before rendering; afterwards the string is cut at the unmarked control tokens, the marks are
+taken out, and what lies between is encoded as plain text. Where no message holds any, which is nearly always, the string is encoded in
+one go, exactly as transformers does it.
+
+Cutting is what the tokenizer itself does first, so the ids are the same; only a vocabulary that puts a space in front of the very first
+word alone (prepend_scheme "first") may see one more space behind a control token, in such a conversation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fabula.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from fabula.text.tokenizer import Tokenizer
+
+# Private-use characters to mark with; one that the conversation does not hold is taken.
+_MARKS = [chr(code) for code in range(0xE000, 0xF8FF)]
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
+) -> list[int]:
+    """Token ids of a conversation.
+
+    Raises:
+        TemplateError: the template fails or refuses.
+        InvalidArgument: a message is malformed.
+    """
+    pattern = _pattern(tokenizer)
+    if pattern is None or not _holds(messages, pattern):
+        return tokenizer.encode(template.render(messages, **options), add_bos=False, special=True)
+    everything = template.source + repr(messages)
+    mark = next(mark for mark in _MARKS if mark not in everything)
+    marked = [_marked(message, pattern, mark) for message in messages]
+    return _encode_marked(tokenizer, template.render(marked, **options), pattern, mark)
+
+
+def _pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Matches any control token, the longest first."""
+    tokens = sorted((token for token in tokenizer.special_tokens if token), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in tokens)) if tokens else None
+
+
+def _holds(value: object, pattern: re.Pattern[str]) -> bool:
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_holds(item, pattern) for item in value.values())
+    return isinstance(value, list | tuple) and any(_holds(item, pattern) for item in value)
+
+
+def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
+    """The same value with the mark behind the first character of every control token in it. What remains may hold another, shorter
+    token, or one that only arises with the mark; the search goes on until none is left."""
+    if isinstance(value, str):
+        while (match := pattern.search(value)) is not None:
+            cut = match.start() + 1
+            value = value[:cut] + mark + value[cut:]
+        return value
+    if isinstance(value, Mapping):
+        return {key: _marked(item, pattern, mark) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, pattern, mark) for item in value]
+    return value
+
+
+def _encode_marked(tokenizer: Tokenizer, text: str, pattern: re.Pattern[str], mark: str) -> list[int]:
+    """Ids of a marked text: unmarked control tokens as such, the rest plain. A control token that takes the blanks beside it
+    (lstrip, rstrip) takes them here too."""
+    ids: list[int] = []
+    start, strip_left = 0, False
+    for match in pattern.finditer(text):
+        token = tokenizer.added_tokens[match[0]]
+        ids += _plain(tokenizer, text[start : match.start()], mark, strip_left, token.lstrip)
+        ids.append(tokenizer.special_tokens[match[0]])
+        start, strip_left = match.end(), token.rstrip
+    return ids + _plain(tokenizer, text[start:], mark, strip_left, False)
+
+
+def _plain(tokenizer: Tokenizer, text: str, mark: str, strip_left: bool, strip_right: bool) -> list[int]:
+    text = text.lstrip() if strip_left else text
+    text = text.rstrip() if strip_right else text
+    return tokenizer.encode(text.replace(mark, ""), add_bos=False) if text else []

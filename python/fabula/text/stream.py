@@ -1,0 +1,71 @@
+"""From token ids to text, a token at a time, never showing half a character.
+
+Both kinds of vocabulary reduce to bytes: in a byte-level one every character of a token stands for a byte (GPT-2's table), in a
+SentencePiece-like one a token is UTF-8 text with "▁" for a space, or one byte written <0xE2>. So a token is a byte string, a text is
+their sequence, and an incremental UTF-8 decoder does the rest: what may still become a character is held back, what cannot is
+U+FFFD. Cost per token does not depend on the length of the text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Mapping
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_table() -> dict[str, int]:
+    """GPT-2's map from the character that stands for a byte to the byte (Radford et al. 2019, encoder.py's rule): printable bytes
+    stand for themselves, the others take the code points from 256 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    table = {chr(byte): byte for byte in printable}
+    rest = (byte for byte in range(256) if byte not in printable)
+    return table | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+BYTE_OF_CHARACTER: Mapping[str, int] = _byte_table()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of a byte-level token; a token outside the table (an added one) is its own UTF-8."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode("utf-8", "replace")
+
+
+def sentencepiece_bytes(token: str) -> bytes:
+    """The bytes of a SentencePiece-like token: <0xE2> is one byte, "▁" a space."""
+    match = _BYTE_TOKEN.fullmatch(token)
+    if match:
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode("utf-8", "replace")
+
+
+class IncrementalDecoder:
+    """Turns ids into text piece by piece; made by `Tokenizer.stream_decoder`.
+
+    Args:
+        bytes_of: the bytes of every id, b"" for those that are skipped.
+        strip_space: whether one space at the very beginning is dropped (SentencePiece puts it there itself).
+    """
+
+    def __init__(self, bytes_of: Mapping[int, bytes], strip_space: bool) -> None:
+        self._bytes_of = bytes_of
+        self._strip = strip_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; often "" inside a character of several tokens."""
+        return self._clean(self._decoder.decode(self._bytes_of[token_id]))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for bytes that never became a character."""
+        return self._clean(self._decoder.decode(b"", True))
+
+    def _clean(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text

@@ -1,0 +1,238 @@
+"""`Tokenizer`: one face for tokenizer.json and for a GGUF vocabulary, both run by the `tokenizers` library.
+
+Control tokens ("<|im_end|>") typed by a user are text: `encode` parses them only when told to, and `encode_chat` lets only those
+of the template's own scaffolding through (see `text/chat.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from fabula.errors import InvalidArgument, TokenizerError, Unsupported
+from fabula.formats.readfile import parse_json_object
+from fabula.text.stream import IncrementalDecoder, byte_level_bytes, sentencepiece_bytes
+from fabula.text.template import ChatTemplate
+
+MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use (256k tokens with merges) has 35 MB
+MAX_TOKEN_BYTES = 1 << 16
+MAX_VOCABULARY = 1 << 22
+
+# Tokens that end an answer besides the one the config names, where a vocabulary has them as control tokens.
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<|end|>")
+
+
+class Tokenizer:
+    """Encodes and decodes; safe to use from several threads.
+
+    Attributes:
+        path: where it was read from.
+        kind: "byte-level" or "sentencepiece".
+        vocab_size: largest id + 1, added tokens included.
+        bos_id: start token, None when there is none.
+        eos_ids: tokens that end an answer.
+        add_bos: whether `encode` puts the start token in front by itself.
+        special_tokens: control tokens and their ids.
+        chat_template: source of the chat template, None when there is none.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        path: Path,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        add_bos: bool = False,
+        chat_template: str | None = None,
+        named_special: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self._backend = backend
+        self._lock = threading.Lock()
+        added = backend.get_added_tokens_decoder()
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._check_vocabulary(vocabulary)
+        self._tokens: dict[int, str] = {token_id: token for token, token_id in vocabulary.items()}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_tokens.values())
+        self.added_tokens = {token.content: token for token in added.values()}
+        self.kind, self._strip_space = self._decoder_kind()
+        bytes_of = byte_level_bytes if self.kind == "byte-level" else sentencepiece_bytes
+        self._bytes = {i: token.encode() if i in added else bytes_of(token) for i, token in self._tokens.items()}
+        self._visible = self._bytes | dict.fromkeys(self.special_ids, b"")
+        self.bos_id = self._check_id("bos", bos_id)
+        self.eos_ids = tuple(dict.fromkeys(i for i in eos_ids if self._check_id("eos", i) is not None))
+        self.add_bos = add_bos and self.bos_id is not None
+        self.chat_template = chat_template
+        self.named_special = dict(named_special or {})
+
+    # ---- Where it comes from ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Reads tokenizer.json and what lies beside it in a Hugging Face folder.
+
+        Raises:
+            TokenizerError: a file is missing or damaged.
+            Unsupported: a decoder that is neither byte-level nor SentencePiece-like.
+        """
+        from fabula.text.folder import read_folder
+
+        return read_folder(folder)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+        """Builds the tokenizer that a GGUF file describes.
+
+        Raises:
+            TokenizerError: a key is missing, of the wrong type, or contradicts another.
+            Unsupported: a vocabulary or pre-tokenizer kind Fabula does not know.
+        """
+        from fabula.text.gguf_tokenizer import read_gguf
+
+        return read_gguf(metadata, path)
+
+    def _check_vocabulary(self, vocabulary: Mapping[str, int]) -> None:
+        if not vocabulary:
+            raise TokenizerError(f"{self.path}: the vocabulary is empty", path=self.path, field="vocab")
+        if self.vocab_size > MAX_VOCABULARY or min(vocabulary.values()) < 0:
+            raise TokenizerError(
+                f"{self.path}: token ids reach {self.vocab_size - 1}, at most {MAX_VOCABULARY - 1} is allowed",
+                path=self.path,
+                field="vocab",
+            )
+        longest = max(vocabulary, key=len)
+        if len(longest) > MAX_TOKEN_BYTES:
+            raise TokenizerError(
+                f"{self.path}: token {vocabulary[longest]} has {len(longest)} characters, at most {MAX_TOKEN_BYTES}",
+                path=self.path,
+                field="vocab",
+            )
+
+    def _check_id(self, name: str, token_id: int | None) -> int | None:
+        if token_id is not None and token_id not in self._tokens:
+            raise TokenizerError(
+                f"{self.path}: the {name} token has id {token_id}, which the vocabulary of {self.vocab_size} lacks",
+                path=self.path,
+                field=f"{name}_token_id",
+            )
+        return token_id
+
+    def _decoder_kind(self) -> tuple[str, bool]:
+        """("byte-level" or "sentencepiece", whether a leading space is dropped), read from the decoder's description."""
+        state = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b"{}"
+        decoder = json.loads(state)
+        steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
+        kinds = [step.get("type") for step in steps]
+        if "ByteLevel" in kinds:
+            return "byte-level", False
+        for step in steps:
+            if step.get("type") == "Metaspace":
+                return "sentencepiece", step.get("prepend_scheme", "always") != "never"
+        if "Replace" in kinds or "ByteFallback" in kinds:
+            strips = [step for step in steps if step.get("type") == "Strip" and step.get("start")]
+            return "sentencepiece", bool(strips)
+        raise Unsupported(f"{self.path}: the tokenizer's decoder {kinds} is neither byte-level nor SentencePiece-like")
+
+    # ---- Encoding ---------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text without lone surrogates.
+            add_bos: whether the start token goes in front; None leaves it to the model's own habit.
+            special: whether control tokens written in the text are control tokens; else they are plain text.
+
+        Raises:
+            InvalidArgument: the text cannot be encoded as UTF-8, or a start token is wanted and there is none.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"the text holds a lone surrogate at position {error.start}") from None
+        wanted = self.add_bos if add_bos is None else add_bos
+        if wanted and self.bos_id is None:
+            raise InvalidArgument(f"{self.path}: the tokenizer has no start token")
+        with self._lock:
+            self._backend.encode_special_tokens = not special
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
+
+    def encode_chat(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation rendered through a template; see `text/chat.py`."""
+        from fabula.text.chat import encode_chat
+
+        return encode_chat(self, template, messages, **options)
+
+    def make_template(self, source: str) -> ChatTemplate:
+        """A chat template that knows this tokenizer's control tokens by name (bos_token, eos_token, ...)."""
+        names = dict(self.named_special)
+        if self.bos_id is not None:
+            names.setdefault("bos_token", self._tokens[self.bos_id])
+        if self.eos_ids:
+            names.setdefault("eos_token", self._tokens[self.eos_ids[0]])
+        return ChatTemplate(source, path=self.path, special_tokens=names)
+
+    # ---- Decoding ---------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            InvalidArgument: an id is outside the vocabulary.
+        """
+        decoder = self.stream_decoder(skip_special=skip_special)
+        return "".join([decoder.push(self._known(i)) for i in ids]) + decoder.flush()
+
+    def stream_decoder(self, *, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder:
+        """A decoder that takes ids one at a time and never shows half a character.
+
+        Args:
+            skip_special: whether control tokens leave no text.
+            continues: whether the ids follow a text, so that a space at their beginning is a real one.
+        """
+        return IncrementalDecoder(
+            self._visible if skip_special else self._bytes, self._strip_space and not continues
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary writes it ("Ġthe", "▁the", "<0xE2>")."""
+        return self._tokens[self._known(token_id)]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes the token stands for."""
+        return self._bytes[self._known(token_id)]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it, None when there is none."""
+        return self._backend.token_to_id(token)
+
+    def _known(self, token_id: int) -> int:
+        if token_id not in self._tokens:
+            raise InvalidArgument(f"token id {token_id} is not in the vocabulary of {self.vocab_size}")
+        return token_id
+
+
+def build_backend(description: str | bytes, path: Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer from its JSON, with every way it may fail turned into TokenizerError."""
+    data = description if isinstance(description, bytes) else description.encode()
+    if len(data) > MAX_TOKENIZER_BYTES:
+        raise TokenizerError(f"{path}: the tokenizer has {len(data)} bytes, at most {MAX_TOKENIZER_BYTES}", path=path)
+    parse_json_object(data, path=path)
+    try:
+        return tokenizers.Tokenizer.from_buffer(data)
+    except BaseException as error:
+        # A panic of the Rust library is no Exception, and must not end the process.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise TokenizerError(f"{path}: the tokenizer cannot be built: {str(error)[:200]}", path=path) from None
