@@ -1,7 +1,7 @@
 """Fixtures: real models where they lie at hand, tiny random checkpoints made by transformers everywhere.
 
-A real model is looked for where a user would have it (Fabula's cache) and, for the story model, in the folder FABULA_TEST_MODELS
-or ../shared/models beside the project. Tests that need one skip with the reason when it is absent.
+A real model is looked for where a user would have it (Fabula's cache) and, for the story model, in the folder
+FABULA_TEST_MODELS or ../shared/models beside the project. Tests that need one skip with the reason when it is absent.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def smollm2_transformers(smollm2_gguf: Path) -> Any:
     from tokenizers import pre_tokenizers
 
     loaded = transformers.AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-    # Its converter knows no pre-tokenizer kinds; SmolLM2's own tokenizer.json cuts digits one by one, then as GPT-2 does.
+    # Its converter knows no pre-tokenizer kinds; SmolLM2's own tokenizer.json cuts digits one by one, then as GPT-2
+    # does.
     loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )

@@ -76,9 +76,7 @@ def test_random_bytes(dtype: DType) -> None:
 @given(n_blocks=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
 def test_any_number_of_blocks(dtype: DType, n_blocks: int, seed: int) -> None:
     raw = random_blocks(dtype, n_blocks, seed)
-    assert same_bits(
-        _native.dequantize(dtype, raw.reshape(-1), n_blocks * BLOCKS[dtype][0]), reference(dtype, raw)
-    )
+    assert same_bits(_native.dequantize(dtype, raw.reshape(-1), n_blocks * BLOCKS[dtype][0]), reference(dtype, raw))
 
 
 @QUANTISED
@@ -190,9 +188,7 @@ def test_smollm2_dequantises_whole(smollm2_gguf: Path) -> None:
             seconds += time.perf_counter() - started
             assert np.isfinite(values).all()
             if i % 20 == 3 and tensor.dtype in SCALES:
-                assert same_bits(values, reference(tensor.dtype, raw.reshape(-1, BLOCKS[tensor.dtype][1]))), (
-                    name
-                )
+                assert same_bits(values, reference(tensor.dtype, raw.reshape(-1, BLOCKS[tensor.dtype][1]))), name
             n_elements += n
     print(f"{n_elements} elements in {seconds:.3f} s")
     assert n_elements == 134_515_008

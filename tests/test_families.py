@@ -1,7 +1,7 @@
 """Each family against transformers on tiny random checkpoints, with shapes that fit no register.
 
-Bound: |Δlogit| <= 1e-4 max|logit| in f32. Both sides compute in f32 but sum in another order; the differences grow with the square root
-of the number of terms, and two layers stay a factor of ten below the bound.
+Bound: |Δlogit| <= 1e-4 max|logit| in f32. Both sides compute in f32 but sum in another order; the differences grow
+with the square root of the number of terms, and two layers stay a factor of ten below the bound.
 """
 
 from __future__ import annotations

@@ -76,9 +76,7 @@ def test_every_value_type(write) -> None:
             assert found == value
             assert type(found) is {FLOAT32: float, FLOAT64: float, BOOL: bool, STRING: str}.get(kind, int)
         numbers = file.metadata["numbers"]
-        assert (
-            isinstance(numbers, np.ndarray) and numbers.dtype == np.int32 and numbers.tolist() == [-1, 2, 3]
-        )
+        assert isinstance(numbers, np.ndarray) and numbers.dtype == np.int32 and numbers.tolist() == [-1, 2, 3]
         assert not numbers.flags.writeable
         assert file.metadata["flags"].tolist() == [True, False]
         assert file.metadata["words"] == ["a", "", "ü"]
@@ -130,9 +128,7 @@ def test_same_as_the_gguf_package(tmp_path: Path) -> None:
         writer.add_tensor(name, tensor)
         wanted[name] = (shape, tensor.tobytes())
     for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
-        raw = gguf.quants.quantize(
-            rng.standard_normal((4, 64)).astype(np.float32), gguf.GGMLQuantizationType[kind]
-        )
+        raw = gguf.quants.quantize(rng.standard_normal((4, 64)).astype(np.float32), gguf.GGMLQuantizationType[kind])
         writer.add_tensor(kind, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
         wanted[kind] = ((4, 64), raw.tobytes())
     writer.write_header_to_file()

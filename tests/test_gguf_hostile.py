@@ -324,9 +324,7 @@ def test_m13_tails(refuse, write) -> None:
 def test_m19_wrong_type_or_shape(refuse) -> None:
     good = Tensor("a", [64, 4], Q4_1)
     behind = Tensor("b", [64])
-    refuse(
-        build(tensors=[Tensor("a", [64, 4], Q8_0, good.bytes()), behind]), "'b'", "overlaps", "must be 288"
-    )
+    refuse(build(tensors=[Tensor("a", [64, 4], Q8_0, good.bytes()), behind]), "'b'", "overlaps", "must be 288")
     refuse(build(tensors=[Tensor("a", [32, 4], Q4_1, good.bytes()), behind]), "'b'", "hole", "must be 96")
     refuse(build(tensors=[Tensor("a", [64, 4], F32, good.bytes())]), "'a'")
     refuse(build(tensors=[Tensor("a", [64, 3], Q4_1, good.bytes())]), "follow the last tensor")
@@ -352,18 +350,14 @@ def test_limit_of_strings(write, refuse) -> None:
     with GgufFile(write(build([key("a", STRING, text), Key("b", ARRAY, array(STRING, [text]))]))) as file:
         assert file.metadata["a"] == text and file.metadata["b"] == [text]
     refuse(build([key("a", STRING, text + "x")]), "'a'", str(reader.MAX_STRING_BYTES))
-    refuse(
-        build([Key("a", ARRAY, array(STRING, ["ok", text + "x"]))]), "item 1", str(reader.MAX_STRING_BYTES)
-    )
+    refuse(build([Key("a", ARRAY, array(STRING, ["ok", text + "x"]))]), "item 1", str(reader.MAX_STRING_BYTES))
 
 
 def test_limit_of_arrays(write, refuse) -> None:
     n = reader.MAX_ARRAY_ITEMS
     with GgufFile(write(build([Key("a", ARRAY, struct.pack("<IQ", UINT8, n) + bytes(n))]))) as file:
         assert file.metadata["a"].shape == (n,)
-    refuse(
-        build([Key("a", ARRAY, struct.pack("<IQ", UINT8, n + 1) + bytes(n + 1))]), "'a'", str(n + 1), str(n)
-    )
+    refuse(build([Key("a", ARRAY, struct.pack("<IQ", UINT8, n + 1) + bytes(n + 1))]), "'a'", str(n + 1), str(n))
 
 
 def test_limit_of_strings_in_all_arrays(write, refuse) -> None:

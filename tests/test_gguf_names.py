@@ -134,9 +134,7 @@ def test_what_keys_change(checkpoint) -> None:
     assert (no_window["model_type"], no_window["sliding_window"]) == ("llama", None)
     assert config(without="tokenizer.ggml.tokens")["vocab_size"] == VOCAB  # from the embedding
     assert config(tensors=[])["vocab_size"] == VOCAB  # from the tokens
-    ends = config(
-        key("tokenizer.ggml.eot_token_id", UINT32, 5), key("tokenizer.ggml.eom_token_id", UINT32, 2)
-    )
+    ends = config(key("tokenizer.ggml.eot_token_id", UINT32, 5), key("tokenizer.ggml.eom_token_id", UINT32, 2))
     assert ends["eos_token_id"] == [2, 5]
     assert config(without="tokenizer.ggml.eos_token_id")["eos_token_id"] is None
 
@@ -244,9 +242,7 @@ def test_biases_of_q_and_k_are_put_back_too(checkpoint, kind: int, n_bytes: int)
 # ---- Refusals ----------------------------------------------------------------------------------------
 
 
-def _refused(
-    checkpoint, keys: list[Key], tensors: list[Tensor], error: type[EngineError], *words: str
-) -> None:
+def _refused(checkpoint, keys: list[Key], tensors: list[Tensor], error: type[EngineError], *words: str) -> None:
     before = _open_files()
     with pytest.raises(error) as caught:
         checkpoint(keys, tensors)
@@ -298,9 +294,7 @@ def test_numbers_out_of_range(checkpoint, name: str, value: float) -> None:
 @pytest.mark.parametrize("name", ["bos", "eos", "padding", "eot", "eom"])
 def test_token_ids_beyond_the_vocabulary(checkpoint, name: str) -> None:
     wrong = key(f"tokenizer.ggml.{name}_token_id", UINT32, VOCAB)
-    _refused(
-        checkpoint, replaced(small_keys(), wrong), small_tensors(), ModelFileError, str(wrong.name), "0 to 7"
-    )
+    _refused(checkpoint, replaced(small_keys(), wrong), small_tensors(), ModelFileError, str(wrong.name), "0 to 7")
 
 
 def test_vocabulary_and_embedding_disagree(checkpoint) -> None:

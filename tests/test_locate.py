@@ -484,9 +484,7 @@ def test_processes_download_once_and_survive_a_kill(setting: Setting) -> None:
             "FAKE_MODE": mode,
             "FAKE_SECONDS": "0.5",
         }
-        return subprocess.Popen(
-            [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
 
     first = start("hang")
     until = time.monotonic() + 20

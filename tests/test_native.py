@@ -1,5 +1,5 @@
-"""The native library through its Python face: operators against NumPy, the same bits on every instruction set and thread count,
-and every status provoked: wrong arguments leave a clear sentence and nothing changed.
+"""The native library through its Python face: operators against NumPy, the same bits on every
+instruction set, and every status provoked: wrong arguments leave a clear sentence and nothing changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def everywhere(call: Any) -> F32:
     return np.asarray(results[0])
 
 
-# ---- Operators ----------------------------------------------------------------------------------------------------------
+# ---- Operators ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 16), (2, 577), (40, 72)])
@@ -91,7 +91,8 @@ def test_linear(rows: int, cols: int, tokens: int, precision: Any, extras: tuple
         if term is not None:
             expected = expected + term
             size = size + np.abs(term)
-    # Each of `cols` roundings loses at most half a unit of the running sum, which never exceeds the sum of absolute terms.
+    # Each of `cols` roundings loses at most half a unit of the running sum, which never exceeds the sum of absolute
+    # terms.
     assert (np.abs(ours - expected) <= 1.2e-7 * (cols + 3) * size).all()
     one_by_one = np.concatenate(
         [
@@ -145,7 +146,14 @@ def test_rope() -> None:
 
 @pytest.mark.parametrize(
     ("n_tokens", "heads", "kv_heads", "dim", "window"),
-    [(1, 1, 1, 2, 0), (31, 4, 4, 16, 0), (33, 6, 2, 20, 0), (300, 4, 1, 72, 0), (280, 9, 3, 64, 50), (600, 2, 2, 10, 257)],
+    [
+        (1, 1, 1, 2, 0),
+        (31, 4, 4, 16, 0),
+        (33, 6, 2, 20, 0),
+        (300, 4, 1, 72, 0),
+        (280, 9, 3, 64, 50),
+        (600, 2, 2, 10, 257),
+    ],
 )
 def test_self_attention(n_tokens: int, heads: int, kv_heads: int, dim: int, window: int) -> None:
     q, k, v = (random(n_tokens, n, dim, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
@@ -161,7 +169,7 @@ def test_self_attention(n_tokens: int, heads: int, kv_heads: int, dim: int, wind
     np.testing.assert_allclose(half, expected, rtol=2e-2, atol=4e-3)
 
 
-# ---- Wrong arguments ----------------------------------------------------------------------------------------------------
+# ---- Wrong arguments ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,7 +247,7 @@ def test_errors_belong_to_their_thread() -> None:
     assert _native.ffi.string(_native.lib.fb_last_error()) == b"n_rows is -3, must be 1 .. 2^30"
 
 
-# ---- Pages --------------------------------------------------------------------------------------------------------------
+# ---- Pages -------------------------------------------------------------------------------------------------
 
 
 def test_pages_copy_read_write_zero() -> None:
@@ -258,7 +266,7 @@ def test_pages_copy_read_write_zero() -> None:
     pool.close()
 
 
-# ---- Programs -----------------------------------------------------------------------------------------------------------
+# ---- Programs ----------------------------------------------------------------------------------------------
 
 SHAPE = Shape(n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, rotary_dim=8, vocab_size=20, max_tokens=64)
 INV_FREQ = np.array([1.0, 0.1, 0.01, 0.001], np.float32)

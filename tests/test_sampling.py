@@ -249,9 +249,7 @@ def test_temperature_last_or_first_changes_what_top_p_keeps() -> None:
     assert kept(p, temperature=100.0, top_p=0.55, chain=("temperature", "top_p")) == [0, 1]
 
 
-def logits_after(
-    logits: list[float], history: list[int], breakers: tuple[int, ...] = (), **chosen: Any
-) -> np.ndarray:
+def logits_after(logits: list[float], history: list[int], breakers: tuple[int, ...] = (), **chosen: Any) -> np.ndarray:
     """Logits after the chain, up to a constant that leaves the last token's as it was."""
     sampler = Sampler(SamplingParams(seed=0, **chosen), len(logits), breakers)
     p = sampler.probabilities(np.asarray(logits, np.float32), history, 0).astype(np.float64)
@@ -401,16 +399,9 @@ BAD_SETTINGS: list[tuple[str, Any]] = [
     *(("dry_multiplier", v) for v in (-1.0, NAN, INF)),
     *(("dry_base", v) for v in (0.9, NAN, INF)),
     *(("dry_allowed_length", v) for v in (0, 1.5)),
-    *(
-        (name, v)
-        for name in ("dry_breakers", "stop")
-        for v in ("abc", ("",), (1,), ("x" * 257,), ("é" * 129,))
-    ),
+    *((name, v) for name in ("dry_breakers", "stop") for v in ("abc", ("",), (1,), ("x" * 257,), ("é" * 129,))),
     *((name, v) for name in ("dry_breakers", "stop") for v in (("\ud800",), ("a",) * 17, {"a"}, None)),
-    *(
-        ("logit_bias", v)
-        for v in ({-1: 1.0}, {1: NAN}, {1: INF}, {1: 1e39}, {1: "2"}, {True: 1.0}, {1.0: 1.0})
-    ),
+    *(("logit_bias", v) for v in ({-1: 1.0}, {1: NAN}, {1: INF}, {1: 1e39}, {1: "2"}, {True: 1.0}, {1.0: 1.0})),
     *(("logit_bias", v) for v in (5, "ab", dict.fromkeys(range(1025), 1.0))),
     *((name, v) for name in ("banned_tokens", "stop_tokens") for v in ((-1,), (1.5,), (True,), 3, "12")),
     *(("seed", v) for v in (-1, 2**64, 1.0, True)),
@@ -496,9 +487,7 @@ BAD_STRUCT: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def native(
-    settings: Any, *, logits: Any = (1.0, 2.0), history: Any = (), bias: Any = (), breakers: Any = ()
-) -> Any:
+def native(settings: Any, *, logits: Any = (1.0, 2.0), history: Any = (), bias: Any = (), breakers: Any = ()) -> Any:
     row = np.asarray(logits, np.float32)
     arguments = (
         row,
@@ -555,9 +544,7 @@ def test_banning_everything_is_refused(temperature: float) -> None:
     with pytest.raises(InvalidArgument, match="every token is banned"):
         native(_native.sampling_struct(temperature=temperature), bias=((0, -INF), (1, -INF)))
     with pytest.raises(InvalidArgument, match="every token is banned"):
-        Sampler(SamplingParams(temperature=temperature), 2).sample(
-            np.zeros(2, np.float32), [], 0, banned=[0, 1]
-        )
+        Sampler(SamplingParams(temperature=temperature), 2).sample(np.zeros(2, np.float32), [], 0, banned=[0, 1])
 
 
 def test_sampler_checks_what_it_is_given() -> None:

@@ -72,7 +72,8 @@ def test_marks_change_nothing_else(smollm2: Tokenizer, template: ChatTemplate) -
 
 def test_helpers() -> None:
     source = (
-        "{{ bos_token }}{%- for m in messages if m.role != 'system' %}{{ loop.index }}:{{ m.content | trim }};{% endfor %}"
+        "{{ bos_token }}{%- for m in messages if m.role != 'system' %}"
+        "{{ loop.index }}:{{ m.content | trim }};{% endfor %}"
         "{{ {'b': [1, 'ä<'], 'a': none} | tojson }}{{ strftime_now('%Y') | length }}"
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
         "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{% generation %}G{% endgeneration %}"
@@ -80,13 +81,19 @@ def test_helpers() -> None:
         "{{ enable_thinking }}{{ range(3) | list }}"
     )
     template = ChatTemplate(source, special_tokens={"bos_token": "<s>"})
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " u "}, {"role": "tool", "content": "t"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": " u "},
+        {"role": "tool", "content": "t"},
+    ]
     text = template.render(messages, enable_thinking=False)
     assert text == '<s>1:u;2:t;{"b": [1, "ä<"], "a": null}42GababTruebFalse[0, 1, 2]'
 
 
 def test_a_refusal_tells_line_and_text() -> None:
-    template = ChatTemplate("{% for m in messages %}\n{% if m.role == 'tool' %}\n{{ raise_exception('no tools') }}{% endif %}{% endfor %}")
+    template = ChatTemplate(
+        "{% for m in messages %}\n{% if m.role == 'tool' %}\n{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    )
     assert template.render([{"role": "user", "content": "x"}]).strip() == ""
     with pytest.raises(TemplateError, match="line 3: no tools") as caught:
         template.render([{"role": "tool", "content": "x"}])
@@ -95,13 +102,22 @@ def test_a_refusal_tells_line_and_text() -> None:
 
 @pytest.mark.parametrize(
     ("source", "line"),
-    [("{% if %}", 1), ("a\n{% endfor %}", 2), ("{{ 'x' }}\n\n{{ nope( }}", 3), ("{% unknown %}", 1), ("{% for x in y %}", 1)],
+    [
+        ("{% if %}", 1),
+        ("a\n{% endfor %}", 2),
+        ("{{ 'x' }}\n\n{{ nope( }}", 3),
+        ("{% unknown %}", 1),
+        ("{% for x in y %}", 1),
+    ],
 )
 def test_syntax_errors_tell_the_line(source: str, line: int) -> None:
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(source, path="model.gguf")
     assert caught.value.line == line
     assert "model.gguf" in str(caught.value)
+
+
+GROW = "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = "
 
 
 @pytest.mark.parametrize(
@@ -117,22 +133,25 @@ def test_syntax_errors_tell_the_line(source: str, line: int) -> None:
         "{% import 'os' as os %}",
         "{{ range(10**6) }}",
         "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{{ 1 }}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+        "{{ 1 }}{% endfor %}{% endfor %}{% endfor %}",
         "{{ 'x' * 10**9 }}",
         "{{ 10**9 * 'x' }}",
         "{{ [0] * 10**9 }}",
         "{{ 10**(10**9) }}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ''.join([ns.s, ns.s]) %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('x', 'xxxxxxxx') %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s | replace('x', 'xxxxxxxx') %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = '%s%s' % (ns.s, ns.s) %}{% endfor %}",
-        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set ns.s = '{0}{0}'.format(ns.s) %}{% endfor %}",
+        GROW + "ns.s + ns.s %}{% endfor %}",
+        GROW + "ns.s ~ ns.s %}{% endfor %}",
+        GROW + "[ns.s, ns.s] | join %}{% endfor %}",
+        GROW + "''.join([ns.s, ns.s]) %}{% endfor %}",
+        GROW + "ns.s.replace('x', 'xxxxxxxx') %}{% endfor %}",
+        GROW + "ns.s | replace('x', 'xxxxxxxx') %}{% endfor %}",
+        "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}"
+        "{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}",
+        GROW + "'%s%s' % (ns.s, ns.s) %}{% endfor %}",
+        GROW + "'{0}{0}'.format(ns.s) %}{% endfor %}",
         "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}",
-        "{% set ns = namespace(l=[], s='x' * 4000000) %}{% for i in range(99999) %}{% set b %}{{ ns.s }}{{ i }}{% endset %}"
+        "{% set ns = namespace(l=[], s='x' * 4000000) %}{% for i in range(99999) %}"
+        "{% set b %}{{ ns.s }}{{ i }}{% endset %}"
         "{% set ns.l = ns.l + [b] %}{% endfor %}",
         "{{ 'x'.center(10**9) }}",
         "{{ 'x'.ljust(10**9) }}",

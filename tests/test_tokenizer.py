@@ -1,4 +1,4 @@
-"""Tokenizers from both file formats against the `tokenizers` library itself, streaming decode, and hostile vocabularies."""
+"""Tokenizers of both file formats against the `tokenizers` library, streaming decode, and hostile vocabularies."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def byte_level() -> dict[str, Any]:
 
 
 def sentencepiece_metadata(folder: Path) -> dict[str, Any]:
-    """What a GGUF converter would write for a SentencePiece-like tokenizer.json: scores that fall with the merge rank."""
+    """What a GGUF converter would write for a SentencePiece-like tokenizer.json: scores fall with the merge rank."""
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -84,7 +84,7 @@ def sentencepiece_metadata(folder: Path) -> dict[str, Any]:
     }
 
 
-# ---- Equal to the reference ---------------------------------------------------------------------------------------------
+# ---- Equal to the reference --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -141,7 +141,7 @@ def test_scores_give_the_merges(story: Tokenizer, story_folder: Path, text: str)
     assert (built.bos_id, built.eos_ids, built.add_bos) == (1, (2,), True)
 
 
-# ---- Streaming ----------------------------------------------------------------------------------------------------------
+# ---- Streaming ---------------------------------------------------------------------------------------------
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -199,7 +199,7 @@ def test_long_streams_cost_the_same_per_token(byte_level: dict[str, Any]) -> Non
     assert not decoder._decoder.getstate()[0], "nothing is kept but an unfinished character"
 
 
-# ---- Wrong input --------------------------------------------------------------------------------------------------------
+# ---- Wrong input -------------------------------------------------------------------------------------------
 
 
 def test_wrong_text_and_ids(byte_level: dict[str, Any]) -> None:
@@ -216,6 +216,14 @@ def test_wrong_text_and_ids(byte_level: dict[str, Any]) -> None:
 
 
 SP = {"tokenizer.ggml.model": "llama"}
+
+
+def sentencepiece(tokens: list[str], scores: Any, kinds: list[int]) -> dict[str, Any]:
+    return SP | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": np.array(kinds),
+    }
 
 
 @pytest.mark.parametrize(
@@ -242,10 +250,10 @@ SP = {"tokenizer.ggml.model": "llama"}
         ({"tokenizer.chat_template": 5}, TokenizerError, "must be a text"),
         (SP, TokenizerError, "scores is missing"),
         (SP | {"tokenizer.ggml.scores": np.zeros(2)}, TokenizerError, "has 2 entries"),
-        (SP | {"tokenizer.ggml.tokens": ["a", "<0x-1>"], "tokenizer.ggml.scores": np.zeros(2), "tokenizer.ggml.token_type": np.array([1, 6])}, TokenizerError, "<0x-1>"),
-        (SP | {"tokenizer.ggml.tokens": ["a", "<0xZZ>"], "tokenizer.ggml.scores": np.zeros(2), "tokenizer.ggml.token_type": np.array([1, 6])}, TokenizerError, "<0xZZ>"),
-        (SP | {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": np.array([0, np.nan]), "tokenizer.ggml.token_type": np.array([1, 1])}, TokenizerError, "NaN"),
-        (SP | {"tokenizer.ggml.tokens": ["a", "b" * 600], "tokenizer.ggml.scores": np.zeros(2), "tokenizer.ggml.token_type": np.array([1, 1])}, TokenizerError, "600 characters"),
+        (sentencepiece(["a", "<0x-1>"], np.zeros(2), [1, 6]), TokenizerError, "<0x-1>"),
+        (sentencepiece(["a", "<0xZZ>"], np.zeros(2), [1, 6]), TokenizerError, "<0xZZ>"),
+        (sentencepiece(["a", "b"], np.array([0, np.nan]), [1, 1]), TokenizerError, "NaN"),
+        (sentencepiece(["a", "b" * 600], np.zeros(2), [1, 1]), TokenizerError, "600 characters"),
     ],
 )  # fmt: skip
 def test_hostile_gguf_vocabularies(

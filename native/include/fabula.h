@@ -1,16 +1,18 @@
 /*
  * fabula.h - the public C API of Fabula's native library.
  *
- * What it holds: packed weights, programs (a model as a flat list of operators), a pool of KV pages, the sampler, and each
- * operator on its own. What it does not hold: files, tokenizers, sessions, schedulers; those live in Python.
+ * What it holds: packed weights, programs (a model as a flat list of operators), a pool of KV pages, the sampler, and
+ * each operator on its own. What it does not hold: files, tokenizers, sessions, schedulers; those live in Python.
  *
  * Rules that every function keeps:
  *   - A fallible function returns enum fb_status; FB_OK is 0. On any other value nothing was changed, and
  *     fb_last_error() tells what was wrong, in the calling thread, until that thread's next failure.
  *   - `_free(NULL)` is allowed, never fails and never touches the last error.
- *   - The library never prints, exits or aborts, and never reads files or the environment (OpenMP's runtime reads its own).
+ *   - The library never prints, exits or aborts, and never reads files or the environment (OpenMP's runtime reads its
+ * own).
  *   - Matrices are row-major; shapes stand as [rows, columns]. Sizes of memory are size_t, counts are int32_t.
- *   - Results do not depend on the number of threads, on the batch a token came in, or on the instruction set chosen: each
+ *   - Results do not depend on the number of threads, on the batch a token came in, or on the instruction set chosen:
+ * each
  *     output is summed in one fixed order (see src/kernels/kernels.h).
  *
  * Everything between the two markers is plain C that cffi reads as it stands: no macro, no include, no attribute.
@@ -29,7 +31,8 @@ extern "C" {
 
 /* cffi: begin */
 
-/* ---- Status and library ------------------------------------------------------------------------------------------- */
+/* ---- Status and library -------------------------------------------------------------------------------------------
+ * */
 
 #define FB_ABI_VERSION 1 /* raised whenever a declaration below changes; compared by the Python package at import */
 
@@ -47,8 +50,9 @@ uint32_t fb_abi_version(void);
 /* Text of the calling thread's last failure, "" before the first. Valid until that thread fails again. */
 const char *fb_last_error(void);
 
-/* sizeof of the named public struct ("fb_op", "fb_batch", "fb_sequence", "fb_sampling", "fb_program_shape"), 0 if unknown.
- * The Python package compares it with its own view at import, so that a stale library cannot be called by accident. */
+/* sizeof of the named public struct ("fb_op", "fb_batch", "fb_sequence", "fb_sampling", "fb_program_shape"), 0 if
+ * unknown. The Python package compares it with its own view at import, so that a stale library cannot be called by
+ * accident. */
 size_t fb_sizeof(const char *struct_name);
 
 /* Instruction sets with kernels of their own. REFERENCE is plain C and exists on every machine. */
@@ -85,7 +89,8 @@ size_t fb_dtype_block_bytes(enum fb_dtype dtype);
  * n_elements must be a multiple of the block size and src_bytes exactly what they take. */
 enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_bytes, size_t n_elements, float *dst);
 
-/* ---- Weights ------------------------------------------------------------------------------------------------------ */
+/* ---- Weights ------------------------------------------------------------------------------------------------------
+ * */
 
 /* A matrix [n_rows, n_cols], one output per row, packed into panels of 16 rows:
  *     panel p, column k, lane j  ->  element (16 p + j, k), lanes contiguous.
@@ -96,35 +101,37 @@ typedef struct fb_weight fb_weight;
 enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, fb_weight **out);
 
 /* Fills rows first_row + row_step * i, i = 0 .. n_rows-1, from a row-major matrix [n_rows, n_cols] of any `src_dtype`.
- * `row_step` 1 stacks matrices on top of each other (q, k, v in one); with `row_block` 16 and row_step 2 two matrices are
- * woven panel by panel (gate and up), so that row r goes to first_row + (r / row_block) * row_block * row_step + r % row_block.
- * Rows between the last of a woven matrix and the next panel stay zero. n_threads >= 1. Not to be called on one weight
- * by two threads at once. */
+ * `row_step` 1 stacks matrices on top of each other (q, k, v in one); with `row_block` 16 and row_step 2 two matrices
+ * are woven panel by panel (gate and up), so that row r goes to first_row + (r / row_block) * row_block * row_step +
+ * r % row_block. Rows between the last of a woven matrix and the next panel stay zero. n_threads >= 1. Not to be
+ * called on one weight by two threads at once. */
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
     enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads);
 
 /* Row `row` as f32 [n_cols]. */
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst);
 
-/* Elements packed so far that are NaN or infinite in the weight's format: damaged input, or numbers beyond f16's 65504. 0 for NULL. */
+/* Elements packed so far that are NaN or infinite in the weight's format: damaged input, or numbers beyond f16's
+ * 65504. 0 for NULL. */
 int64_t fb_weight_non_finite(const fb_weight *weight);
 
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
 void fb_weight_free(fb_weight *weight);          /* only after every program that uses it was freed */
 
-/* ---- KV pages ----------------------------------------------------------------------------------------------------- */
+/* ---- KV pages -----------------------------------------------------------------------------------------------------
+ * */
 
 /* A pool of pages. A page holds FB_PAGE_POSITIONS positions of K and V for all layers and KV heads:
- *     per layer, per KV head:  K [2 blocks of 16 positions][head_dim][16]   then   V [head_dim / 16, rounded up][32][16]
- * K blocks and V blocks are panels like those of weights, so attention runs on the kernels of matrix products.
- * Who owns which page is the caller's business; the pool only holds bytes. One engine thread at a time. */
+ *     per layer, per KV head:  K [2 blocks of 16 positions][head_dim][16]   then   V [head_dim / 16, rounded
+ * up][32][16] K blocks and V blocks are panels like those of weights, so attention runs on the kernels of matrix
+ * products. Who owns which page is the caller's business; the pool only holds bytes. One engine thread at a time. */
 typedef struct fb_page_pool fb_page_pool;
 
 #define FB_PAGE_POSITIONS 32
 
 /* dtype: F32 or F16. Memory is reserved at once, but only touched pages take room. head_dim: 1 .. 1024. */
-enum fb_status fb_page_pool_create(enum fb_dtype dtype, int32_t n_pages, int32_t n_layers, int32_t n_kv_heads,
-    int32_t head_dim, fb_page_pool **out);
+enum fb_status fb_page_pool_create(
+    enum fb_dtype dtype, int32_t n_pages, int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
 void fb_page_pool_free(fb_page_pool *pool);
 size_t fb_page_bytes(const fb_page_pool *pool); /* bytes of one page; 0 for NULL */
 
@@ -135,94 +142,99 @@ enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page);
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes);
 enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, size_t n_bytes);
 
-/* ---- Programs ----------------------------------------------------------------------------------------------------- */
+/* ---- Programs -----------------------------------------------------------------------------------------------------
+ * */
 
-/* An operator of a program reads and writes buffers, numbered 0 .. n_buffers-1. A buffer holds one f32 row of a fixed width per token
- * of the batch (or, after GATHER_OUTPUTS, per wanted output). The program plans where buffers lie: two that are never
- * alive together share memory. */
+/* An operator of a program reads and writes buffers, numbered 0 .. n_buffers-1. A buffer holds one f32 row of a fixed
+ * width per token of the batch (or, after GATHER_OUTPUTS, per wanted output). The program plans where buffers lie:
+ * two that are never alive together share memory. */
 enum fb_op_kind {
-    FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight`                                             */
-    FB_OP_RMS_NORM = 2,       /* out = in / sqrt(mean(in^2) + eps) * vector                                             */
-    FB_OP_LINEAR = 3,         /* out = in weight^T (+ vector as bias) (+ buffer `residual`, which may be `out`)         */
-    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) hold gate and up woven by 16 rows; out = silu(gate) * up             */
-    FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2`          */
-    FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position       */
-    FB_OP_KV_WRITE = 7,       /* K and V of `in` into the sequence's pages, layer `layer`                               */
-    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`, causal, `window` > 0 limits how far back    */
-    FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows              */
-    FB_OP_LOGITS = 10         /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op       */
+    FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight` */
+    FB_OP_RMS_NORM = 2,       /* out = in / sqrt(mean(in^2) + eps) * vector */
+    FB_OP_LINEAR = 3,         /* out = in weight^T (+ vector as bias) (+ buffer `residual`, which may be `out`) */
+    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) hold gate and up woven by 16 rows; out = silu(gate) * up */
+    FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
+    FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
+    FB_OP_KV_WRITE = 7,       /* K and V of `in` into the sequence's pages, layer `layer` */
+    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
+    FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
+    FB_OP_LOGITS = 10         /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
 };
 
 struct fb_op {
     enum fb_op_kind kind;
-    int32_t in;               /* buffer read; -1 for EMBED */
-    int32_t out;              /* buffer written; -1 where the op works in place or writes the caller's logits */
-    int32_t residual;         /* LINEAR: buffer added to the product, -1 for none */
-    int32_t layer;            /* KV_WRITE, ATTENTION: 0 .. n_layers-1 */
-    int32_t window;           /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
-    const fb_weight *weight;  /* EMBED, LINEAR*, LOGITS; borrowed: it must outlive the program */
-    const float *vector;      /* norm weights [width], bias [n_rows], or q-head norm [head_dim]; copied */
-    const float *vector2;     /* HEAD_NORM: k-head norm [head_dim]; copied */
-    int32_t vector_length;    /* of `vector`; 0 when NULL */
+    int32_t in;              /* buffer read; -1 for EMBED */
+    int32_t out;             /* buffer written; -1 where the op works in place or writes the caller's logits */
+    int32_t residual;        /* LINEAR: buffer added to the product, -1 for none */
+    int32_t layer;           /* KV_WRITE, ATTENTION: 0 .. n_layers-1 */
+    int32_t window;          /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
+    const fb_weight *weight; /* EMBED, LINEAR*, LOGITS; borrowed: it must outlive the program */
+    const float *vector;     /* norm weights [width], bias [n_rows], or q-head norm [head_dim]; copied */
+    const float *vector2;    /* HEAD_NORM: k-head norm [head_dim]; copied */
+    int32_t vector_length;   /* of `vector`; 0 when NULL */
     int32_t vector2_length;
-    float eps;                /* norms */
-    float scale;              /* EMBED: factor on the row; ATTENTION: factor on q.k, usually 1/sqrt(head_dim) */
+    float eps;   /* norms */
+    float scale; /* EMBED: factor on the row; ATTENTION: factor on q.k, usually 1/sqrt(head_dim) */
 };
 
 /* What all operators of a program share. */
 struct fb_program_shape {
-    uint32_t struct_size;     /* sizeof(struct fb_program_shape) */
+    uint32_t struct_size; /* sizeof(struct fb_program_shape) */
     int32_t n_layers;
     int32_t n_heads;
-    int32_t n_kv_heads;       /* divides n_heads */
-    int32_t head_dim;         /* 1 .. 1024, even where ROPE is used */
-    int32_t rotary_dim;       /* leading part of a head that is rotated, even, <= head_dim */
+    int32_t n_kv_heads; /* divides n_heads */
+    int32_t head_dim;   /* 1 .. 1024, even where ROPE is used */
+    int32_t rotary_dim; /* leading part of a head that is rotated, even, <= head_dim */
     int32_t vocab_size;
-    int32_t max_tokens;       /* tokens in one batch at most: 1 .. 65536 */
+    int32_t max_tokens; /* tokens in one batch at most: 1 .. 65536 */
     int32_t n_buffers;
-    float rope_scale;         /* factor on cos and sin (YaRN's attention factor); 1 usually */
+    float rope_scale; /* factor on cos and sin (YaRN's attention factor); 1 usually */
 };
 
 typedef struct fb_program fb_program;
 
 /* Checks the operators (kinds, widths, aliasing, order), plans the buffers and takes the scratch memory.
- * inv_freq: f32 [rotary_dim / 2], the angle per position of each rotated pair (pair i is elements i and i + rotary_dim / 2).
- * buffer_widths: int32 [n_buffers]. Vectors and shapes are copied, weights borrowed. n_threads >= 1. */
-enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths, const float *inv_freq,
-    const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa, fb_program **out);
+ * inv_freq: f32 [rotary_dim / 2], the angle per position of each rotated pair (pair i is elements i and i +
+ * rotary_dim / 2). buffer_widths: int32 [n_buffers]. Vectors and shapes are copied, weights borrowed. n_threads >= 1.
+ * */
+enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
+    const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
+    fb_program **out);
 void fb_program_free(fb_program *program);
 size_t fb_program_scratch_bytes(const fb_program *program);
 
 /* One sequence's share of a batch: its tokens are appended behind the n_past positions already in its pages. */
 struct fb_sequence {
-    const int32_t *pages;     /* page of positions 32 i .. 32 i + 31; as many as n_past + n_tokens need */
+    const int32_t *pages; /* page of positions 32 i .. 32 i + 31; as many as n_past + n_tokens need */
     int32_t n_pages;
     int32_t n_past;
-    int32_t n_tokens;         /* >= 1 */
+    int32_t n_tokens; /* >= 1 */
 };
 
 struct fb_batch {
-    uint32_t struct_size;     /* sizeof(struct fb_batch) */
-    int32_t n_tokens;         /* sum over the sequences; <= max_tokens */
-    const int32_t *tokens;    /* [n_tokens], sequence after sequence */
+    uint32_t struct_size;  /* sizeof(struct fb_batch) */
+    int32_t n_tokens;      /* sum over the sequences; <= max_tokens */
+    const int32_t *tokens; /* [n_tokens], sequence after sequence */
     const struct fb_sequence *sequences;
     int32_t n_sequences;
-    const int32_t *outputs;   /* [n_outputs] rows of the batch whose logits are wanted, ascending, no row twice */
+    const int32_t *outputs; /* [n_outputs] rows of the batch whose logits are wanted, ascending, no row twice */
     int32_t n_outputs;
 };
 
 /* Runs the program over a batch in one parallel region. Writes the batch's positions of the pages and `logits`
  * [n_outputs, vocab_size], nothing else. Two sequences of a batch must not write the same page. On any error pages and
  * logits are as they were, except FB_NON_FINITE: the batch's positions hold what was computed and count for nothing. */
-enum fb_status fb_program_run(fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits,
-    size_t n_logits);
+enum fb_status fb_program_run(
+    fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
 
-/* ---- Sampling ----------------------------------------------------------------------------------------------------- */
+/* ---- Sampling -----------------------------------------------------------------------------------------------------
+ * */
 
-/* Steps of the sampling chain, run in the order of fb_sampling.chain. A step whose parameter is neutral does nothing. */
+/* Steps of the sampling chain, run in the order of fb_sampling.chain. A step whose parameter is neutral does nothing.
+ * */
 enum fb_sampler {
-    FB_SAMPLER_BIAS = 1,        /* logit_bias and banned tokens */
-    FB_SAMPLER_PENALTIES = 2,   /* repetition, frequency, presence */
+    FB_SAMPLER_BIAS = 1,      /* logit_bias and banned tokens */
+    FB_SAMPLER_PENALTIES = 2, /* repetition, frequency, presence */
     FB_SAMPLER_DRY = 3,
     FB_SAMPLER_TEMPERATURE = 4,
     FB_SAMPLER_TOP_K = 5,
@@ -253,7 +265,7 @@ struct fb_sampling {
     float xtc_threshold;        /* (0, 0.5] to have an effect */
     uint64_t seed;
     int32_t n_chain;
-    uint8_t chain[16];          /* enum fb_sampler, each at most once */
+    uint8_t chain[16]; /* enum fb_sampler, each at most once */
 };
 
 /* Neutral settings (temperature 1, everything else off) and the default chain order. */
@@ -273,8 +285,8 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct f
     const int32_t *breakers, int32_t n_breakers, void *work, int32_t *token, float *logprob);
 size_t fb_sample_work_bytes(int32_t vocab_size);
 
-/* The probabilities the chain leaves, f32 [vocab_size] (0 for what it cut), instead of a draw; XTC's coin is tossed as in
- * fb_sample. Same arguments. */
+/* The probabilities the chain leaves, f32 [vocab_size] (0 for what it cut), instead of a draw; XTC's coin is tossed
+ * as in fb_sample. Same arguments. */
 enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, const struct fb_sampling *settings,
     uint64_t position, const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values,
     int32_t n_bias, const int32_t *breakers, int32_t n_breakers, void *work, float *probabilities);
@@ -282,52 +294,56 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
 /* Four random words for (seed, position, stream): Philox 4x32-10 of Salmon et al., SC'11. */
 void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4]);
 
-/* ---- Operators on their own --------------------------------------------------------------------------------------- */
+/* ---- Operators on their own ---------------------------------------------------------------------------------------
+ * */
 
 /* The operators of programs, one at a time on the caller's arrays, on the same kernels. Arrays are f32, row-major, and
  * do not overlap unless told. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a bad size. */
 
 /* out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight;  x, out [n_rows, n_cols], weight [n_cols] */
-enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, int32_t n_threads,
-    enum fb_isa isa, float *out);
+enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
+    int32_t n_threads, enum fb_isa isa, float *out);
 
 /* out[i] = table[ids[i]];  table [n_rows, n_cols], ids [n_ids] each in 0 .. n_rows-1, out [n_ids, n_cols] */
 enum fb_status fb_gather(const float *table, int32_t n_rows, int32_t n_cols, const int32_t *ids, int32_t n_ids,
     int32_t n_threads, enum fb_isa isa, float *out);
 
-/* Softmax over the first visible(r) columns of each row, the rest becomes 0. visible(r) = min(n_cols, first_visible + r) when
- * causal, else n_cols. `first_visible` >= 1. x, out [n_rows, n_cols]; out may be x. */
+/* Softmax over the first visible(r) columns of each row, the rest becomes 0. visible(r) = min(n_cols, first_visible +
+ * r) when causal, else n_cols. `first_visible` >= 1. x, out [n_rows, n_cols]; out may be x. */
 enum fb_status fb_masked_softmax(const float *x, int32_t n_rows, int32_t n_cols, bool causal, int32_t first_visible,
     int32_t n_threads, enum fb_isa isa, float *out);
 
 /* out = silu(gate) * up, n numbers; out may be gate or up */
 enum fb_status fb_swiglu(const float *gate, const float *up, size_t n, int32_t n_threads, enum fb_isa isa, float *out);
 
-/* out = x weight^T (+ bias) (+ residual);  x [n_rows, weight columns], bias [weight rows] or NULL, residual and out [n_rows, weight
- * rows], residual NULL or equal to out or apart from it */
-enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias, const float *residual,
-    int32_t n_threads, enum fb_isa isa, float *out);
+/* out = x weight^T (+ bias) (+ residual);  x [n_rows, weight columns], bias [weight rows] or NULL, residual and out
+ * [n_rows, weight rows], residual NULL or equal to out or apart from it */
+enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
+    const float *residual, int32_t n_threads, enum fb_isa isa, float *out);
 
-/* Rotates pairs (i, i + rotary_dim / 2) of each head in place;  x [n_rows, n_heads, head_dim], positions [n_rows] >= 0 */
+/* Rotates pairs (i, i + rotary_dim / 2) of each head in place;  x [n_rows, n_heads, head_dim], positions [n_rows] >=
+ * 0 */
 enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32_t n_heads, int32_t head_dim,
     int32_t rotary_dim, const float *inv_freq, float rope_scale, int32_t n_threads, enum fb_isa isa);
 
-/* Causal self-attention of one sequence whose K and V are all given: q [n_tokens, n_heads, head_dim], k and v [n_tokens, n_kv_heads,
- * head_dim], out like q. Packs K and V into pages of `kv_dtype` first. window as in fb_op. */
+/* Causal self-attention of one sequence whose K and V are all given: q [n_tokens, n_heads, head_dim], k and v
+ * [n_tokens, n_kv_heads, head_dim], out like q. Packs K and V into pages of `kv_dtype` first. window as in fb_op. */
 enum fb_status fb_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
     int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype kv_dtype, int32_t n_threads,
     enum fb_isa isa, float *out);
 
-/* ---- Machine ------------------------------------------------------------------------------------------------------ */
+/* ---- Machine ------------------------------------------------------------------------------------------------------
+ * */
 
-/* Measures, for benchmarks: bytes/s of reading `n_bytes` of memory `n_repeats` times, and f32 multiply-add operations/s from
- * registers (an add and a multiply count as two). Median over repeats of at least 3. */
+/* Measures, for benchmarks: bytes/s of reading `n_bytes` of memory `n_repeats` times, and f32 multiply-add
+ * operations/s from registers (an add and a multiply count as two). Median over repeats of at least 3. */
 enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_threads, double *bytes_per_s);
 enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
 
 /* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
  * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */
-enum fb_status fb_serial_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out);
+enum fb_status fb_serial_rms_norm(
+    const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out);
 enum fb_status fb_serial_gather(const float *table, int32_t n_cols, const int32_t *ids, int32_t n_ids, float *out);
 enum fb_status fb_serial_masked_softmax(
     const float *x, int32_t n_rows, int32_t n_cols, bool causal, int32_t first_visible, float *out);
@@ -335,8 +351,8 @@ enum fb_status fb_serial_swiglu(const float *gate, const float *up, size_t n, fl
 enum fb_status fb_serial_matmul_transb(const float *a, const float *b, int32_t m, int32_t n, int32_t k, float *out);
 enum fb_status fb_serial_rope(float *x, const int32_t *positions, int32_t n_rows, int32_t n_heads, int32_t head_dim,
     int32_t rotary_dim, const float *inv_freq, float rope_scale);
-enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
-    int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out);
+enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens,
+    int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out);
 
 /* cffi: end */
 

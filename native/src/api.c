@@ -1,4 +1,5 @@
-/* api.c - what the library says of itself: ABI number and struct sizes. Other public functions stand beside what they open. */
+/* api.c - what the library says of itself: ABI number and struct sizes. Other public functions stand beside what they
+ * open. */
 #include "fabula.h"
 
 #include <string.h>

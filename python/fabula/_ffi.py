@@ -1,8 +1,8 @@
 """Opens the native library: the only importer of cffi's module.
 
-`_cdef.py` is written at build time from fabula.h and lies beside libfabula.so. Both are checked against each other when the
-library is opened: the ABI number and the size of every public struct, so a stale build is refused with a clear sentence
-instead of crashing later.
+`_cdef.py` is written at build time from fabula.h and lies beside libfabula.so. Both are checked against each other
+when the library is opened: the ABI number and the size of every public struct, so a stale build is refused with a
+clear sentence instead of crashing later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def _open() -> tuple[Any, Any]:
         from fabula import _cdef
     except ImportError as error:
         raise ImportError(
-            "Fabula's native part is not built: run `pip install .`, or `cmake -S . -B build && cmake --build build` in a checkout"
+            "Fabula's native part is not built: run `pip install .`, "
+            "or `cmake -S . -B build && cmake --build build` in a checkout"
         ) from error
     ffi: Any = _cdef.ffi
     path = Path(_cdef.__file__).with_name("libfabula.so")

@@ -1,8 +1,8 @@
 """The only caller of the native library: numpy arrays in, numpy arrays out, status codes turned into exceptions.
 
-Nothing here decides anything. Every function checks only what C cannot see (dtype, contiguity, lifetime) and leaves ranges and
-shapes to the library, whose message becomes the exception's text. Handles are wrapped in small classes that free themselves
-once, on close() or with the garbage collector.
+Nothing here decides anything. Every function checks only what C cannot see (dtype, contiguity, lifetime) and leaves
+ranges and shapes to the library, whose message becomes the exception's text. Handles are wrapped in small classes
+that free themselves once, on close() or with the garbage collector.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def isa_best() -> str:
     return next(name for name, value in _ISAS.items() if value == best)
 
 
-# ---- Number formats ---------------------------------------------------------------------------------------------------
+# ---- Number formats ----------------------------------------------------------------------------------------
 
 
 def dtype_block(dtype: int) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
     return out
 
 
-# ---- Weights ----------------------------------------------------------------------------------------------------------
+# ---- Weights -----------------------------------------------------------------------------------------------
 
 
 class Weight:
@@ -142,7 +142,7 @@ class Weight:
         return out
 
 
-# ---- KV pages ---------------------------------------------------------------------------------------------------------
+# ---- KV pages ----------------------------------------------------------------------------------------------
 
 
 class PagePool:
@@ -174,7 +174,7 @@ class PagePool:
         ffi.release(self.handle)
 
 
-# ---- Programs ---------------------------------------------------------------------------------------------------------
+# ---- Programs ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,9 +250,10 @@ class Program:
                 keep.append(_f32(op.vector2))
                 c_op.vector2, c_op.vector2_length = _floats(keep[-1]), keep[-1].size
         widths, frequencies = _i32(buffer_widths), _f32(inv_freq)
-        if frequencies.size != shape.rotary_dim // 2:
+        needed = shape.rotary_dim // 2
+        if frequencies.size != needed:
             raise InvalidArgument(
-                f"inv_freq holds {frequencies.size} numbers, rotary_dim {shape.rotary_dim} needs {shape.rotary_dim // 2}"
+                f"inv_freq holds {frequencies.size} numbers, rotary_dim {shape.rotary_dim} needs {needed}"
             )
         out = ffi.new("fb_program **")
         _check(
@@ -292,7 +293,7 @@ class Program:
         ffi.release(self.handle)
 
 
-# ---- Sampling ---------------------------------------------------------------------------------------------------------
+# ---- Sampling ----------------------------------------------------------------------------------------------
 
 
 def sampling_struct(*, chain: Sequence[int] | None = None, **fields: Any) -> Any:
@@ -353,7 +354,7 @@ def random_words(seed: int, position: int, stream: int) -> tuple[int, int, int, 
     return words[0], words[1], words[2], words[3]
 
 
-# ---- Operators on their own -------------------------------------------------------------------------------------------
+# ---- Operators on their own --------------------------------------------------------------------------------
 # Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes.
 
 
@@ -374,9 +375,7 @@ def gather(table: F32, ids: I32, n_threads: int, isa: Isa) -> F32:
 def masked_softmax(x: F32, causal: bool, first_visible: int, n_threads: int, isa: Isa) -> F32:
     out = np.empty_like(x)
     rows, cols = x.shape
-    _check(
-        lib.fb_masked_softmax(_floats(x), rows, cols, causal, first_visible, n_threads, _isa(isa), _floats(out))
-    )
+    _check(lib.fb_masked_softmax(_floats(x), rows, cols, causal, first_visible, n_threads, _isa(isa), _floats(out)))
     return out
 
 
@@ -408,9 +407,7 @@ def rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float, n_threads: in
     return out
 
 
-def self_attention(
-    q: F32, k: F32, v: F32, window: int, scale: float, kv_dtype: int, n_threads: int, isa: Isa
-) -> F32:
+def self_attention(q: F32, k: F32, v: F32, window: int, scale: float, kv_dtype: int, n_threads: int, isa: Isa) -> F32:
     out = np.empty_like(q)
     tokens, heads, dim = q.shape
     _check(
@@ -422,7 +419,7 @@ def self_attention(
     return out
 
 
-# ---- Machine and serial loops, for benchmarks -------------------------------------------------------------------------
+# ---- Machine and serial loops, for benchmarks --------------------------------------------------------------
 
 
 def measure_read(n_bytes: int, n_repeats: int, n_threads: int) -> float:

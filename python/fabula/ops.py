@@ -1,7 +1,8 @@
 """The operators of the engine one at a time: numpy in, numpy out, on the same kernels that models run on.
 
-Every function takes `threads` (None for what the process may really use) and `isa` ("auto", "reference", "avx2", "avx512"); the
-result does not depend on either, bit for bit. Inputs are converted to float32 and made contiguous where they are not.
+Every function takes `threads` (None for what the process may really use) and `isa` ("auto", "reference", "avx2",
+"avx512"); the result does not depend on either, bit for bit. Inputs are converted to float32 and made contiguous
+where they are not.
 
 Example:
     >>> import numpy as np
@@ -229,6 +230,4 @@ def self_attention(
     _shape(keys, "k", (n_tokens, keys.shape[1], head_dim))
     _shape(values, "v", keys.shape)
     factor = head_dim**-0.5 if scale is None else scale
-    return _native.self_attention(
-        queries, keys, values, window, factor, _precision("kv", kv), _threads(threads), isa
-    )
+    return _native.self_attention(queries, keys, values, window, factor, _precision("kv", kv), _threads(threads), isa)

@@ -11,21 +11,21 @@ static int check_failures = 0;
 
 /* Prints the failing expression and its place to stderr; the first 20 failures only, so that a
  * broken loop over all 65,536 halfs stays readable. */
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition) && check_failures++ < 20) {                                               \
-            fprintf(stderr, "%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition);          \
-        }                                                                                          \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition) && check_failures++ < 20) {                                                                   \
+            fprintf(stderr, "%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition);                              \
+        }                                                                                                              \
     } while (0)
 
 /* As CHECK, with the value that was being tested (printf form). */
-#define CHECK_AT(condition, ...)                                                                   \
-    do {                                                                                           \
-        if (!(condition) && check_failures++ < 20) {                                               \
-            fprintf(stderr, "%s:%d: CHECK(%s) failed at ", __FILE__, __LINE__, #condition);        \
-            fprintf(stderr, __VA_ARGS__);                                                          \
-            fputc('\n', stderr);                                                                   \
-        }                                                                                          \
+#define CHECK_AT(condition, ...)                                                                                       \
+    do {                                                                                                               \
+        if (!(condition) && check_failures++ < 20) {                                                                   \
+            fprintf(stderr, "%s:%d: CHECK(%s) failed at ", __FILE__, __LINE__, #condition);                            \
+            fprintf(stderr, __VA_ARGS__);                                                                              \
+            fputc('\n', stderr);                                                                                       \
+        }                                                                                                              \
     } while (0)
 
 /* Exit status of the test program: 0 if every check held. */

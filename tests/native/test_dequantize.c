@@ -17,8 +17,7 @@
 /* The value of a finite half by the formula of IEEE 754, in double arithmetic. */
 static double half_value(uint16_t half) {
     const int sign = half >> 15, exponent = (half >> 10) & 31, mantissa = half & 1023;
-    const double magnitude = exponent == 0 ? ldexp(mantissa, -24)
-                                           : ldexp(1024 + mantissa, exponent - 25);
+    const double magnitude = exponent == 0 ? ldexp(mantissa, -24) : ldexp(1024 + mantissa, exponent - 25);
     return sign ? -magnitude : magnitude;
 }
 
@@ -33,8 +32,7 @@ static void test_all_halfs(void) {
         const uint16_t back = fb_f32_to_f16(value);
         if (is_half_nan(half)) {
             CHECK_AT(isnan(value), "half 0x%04x", i);
-            CHECK_AT(
-                back == (half | 0x0200), "half 0x%04x", i); /* quieted, payload and sign kept */
+            CHECK_AT(back == (half | 0x0200), "half 0x%04x", i); /* quieted, payload and sign kept */
         } else if ((half & 0x7FFF) == 0x7C00) {
             CHECK_AT(isinf(value) && !!signbit(value) == (half >> 15), "half 0x%04x", i);
             CHECK_AT(back == half, "half 0x%04x", i);
@@ -72,8 +70,7 @@ static void test_bf16(void) {
         const uint16_t half = (uint16_t)i;
         const float value = fb_bf16_to_f32(half);
         CHECK_AT(fb_f32_bits(value) == i << 16, "bf16 0x%04x", i);
-        CHECK_AT(
-            fb_f32_to_bf16(value) == (isnan(value) ? (half | 0x0040) : half), "bf16 0x%04x", i);
+        CHECK_AT(fb_f32_to_bf16(value) == (isnan(value) ? (half | 0x0040) : half), "bf16 0x%04x", i);
         if ((half & 0x7F80) == 0x7F80) continue;
         const uint32_t middle = (i << 16) + 0x8000u; /* towards the next larger magnitude */
         const uint16_t even = (uint16_t)(half + half % 2);
@@ -229,19 +226,13 @@ static void test_arguments(void) {
         CHECK_AT(fb_dtype_block_size(dtype) == sizes[i], "dtype %d", i);
         CHECK_AT(fb_dtype_block_bytes(dtype) == bytes[i], "dtype %d", i);
         CHECK_AT(fb_dequantize(dtype, NULL, 0, 0, NULL) == FB_OK, "dtype %d", i);
-        CHECK_AT(
-            fb_dequantize(dtype, raw, bytes[i] - 1, size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
-        CHECK_AT(
-            fb_dequantize(dtype, raw, bytes[i] + 1, size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
-        CHECK_AT(
-            fb_dequantize(dtype, raw, 2 * bytes[i], size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
-        CHECK_AT(
-            fb_dequantize(dtype, NULL, bytes[i], size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
-        CHECK_AT(
-            fb_dequantize(dtype, raw, bytes[i], size, NULL) == FB_INVALID_ARGUMENT, "dtype %d", i);
+        CHECK_AT(fb_dequantize(dtype, raw, bytes[i] - 1, size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
+        CHECK_AT(fb_dequantize(dtype, raw, bytes[i] + 1, size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
+        CHECK_AT(fb_dequantize(dtype, raw, 2 * bytes[i], size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
+        CHECK_AT(fb_dequantize(dtype, NULL, bytes[i], size, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
+        CHECK_AT(fb_dequantize(dtype, raw, bytes[i], size, NULL) == FB_INVALID_ARGUMENT, "dtype %d", i);
         if (size > 1) {
-            CHECK_AT(fb_dequantize(dtype, raw, bytes[i], size - 1, x) == FB_INVALID_ARGUMENT,
-                "dtype %d", i);
+            CHECK_AT(fb_dequantize(dtype, raw, bytes[i], size - 1, x) == FB_INVALID_ARGUMENT, "dtype %d", i);
         }
     }
     /* 2^62 elements of f32 take 2^64 bytes, which wraps to 0. */
@@ -250,8 +241,7 @@ static void test_arguments(void) {
     CHECK(fb_dequantize((enum fb_dtype)11, raw, 4, 1, x) == FB_INVALID_ARGUMENT);
     CHECK(fb_dequantize((enum fb_dtype) - 1, raw, 4, 1, x) == FB_INVALID_ARGUMENT);
     CHECK(strstr(fb_last_error(), "dtype is -1") != NULL);
-    CHECK(fb_dtype_block_size((enum fb_dtype)99) == 0 &&
-          fb_dtype_block_bytes((enum fb_dtype) - 1) == 0);
+    CHECK(fb_dtype_block_size((enum fb_dtype)99) == 0 && fb_dtype_block_bytes((enum fb_dtype) - 1) == 0);
     CHECK(x[0] == 7.0f);
 }
 

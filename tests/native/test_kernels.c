@@ -2,8 +2,8 @@
  * test_kernels.c - every kernel of every instruction set against reference.c, bit for bit.
  *
  * Inputs are random and hostile: odd sizes and tails, misaligned pointers, zeros of both signs, subnormals, the largest
- * finite numbers, infinities and NaN. Results must have the same bits; where one is NaN the other must be (its payload is free).
- * A failure prints kernel, size and seed.
+ * finite numbers, infinities and NaN. Results must have the same bits; where one is NaN the other must be (its
+ * payload is free). A failure prints kernel, size and seed.
  */
 #include "check.h"
 #include "kernels/kernels.h"
@@ -66,7 +66,8 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
             for (size_t ti = 0; ti < sizeof tokens / sizeof *tokens; ti++) {
                 state = seed + n_panels * 131 + ti;
                 const size_t n_tokens = tokens[ti], n_k = depths[next_random() % 8], gap = next_random() % 3 * 16;
-                const size_t stride = n_k * 16 + gap, ldx = n_k + next_random() % 5, ldy = n_panels * 16 + next_random() % 5;
+                const size_t stride = n_k * 16 + gap, ldx = n_k + next_random() % 5,
+                             ldy = n_panels * 16 + next_random() % 5;
                 const bool hostile = next_random() % 4 == 0, accumulate = next_random() % 2;
                 float *wide = random_floats(n_panels * stride + 16, hostile);
                 char *panels = malloc((n_panels * stride + 16) * 4 + 2);

@@ -116,9 +116,7 @@ class Trace:
             self.logits[token] += f32(value)
 
     def _window(self, size: int) -> list[int]:
-        return (
-            self._history if size < 0 else self._history[len(self._history) - min(size, len(self._history)) :]
-        )
+        return self._history if size < 0 else self._history[len(self._history) - min(size, len(self._history)) :]
 
     def penalties(self) -> None:
         repetition = f32(self._params.repetition_penalty)
@@ -134,9 +132,7 @@ class Trace:
             return
         allowed = self._params.dry_allowed_length
         largest = float(np.finfo(np.float32).max)
-        for token, length in longest_repetitions(
-            self._window(self._params.dry_window), self._breakers
-        ).items():
+        for token, length in longest_repetitions(self._window(self._params.dry_window), self._breakers).items():
             if length >= allowed:
                 try:
                     loss = multiplier * base ** (length - allowed)

@@ -1,4 +1,5 @@
-/* cpu.c - instruction sets, asked of the compiler's CPUID helper (which also checks that the system saves the registers). */
+/* cpu.c - instruction sets, asked of the compiler's CPUID helper (which also checks that the system saves the
+ * registers). */
 #include "base/cpu.h"
 
 #include "base/status.h"

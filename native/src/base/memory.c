@@ -28,8 +28,8 @@ void *fb_memory_take(size_t n_bytes) {
     }
     /* Map one huge page more than needed, then cut the ends off so that the rest starts on a 2 MiB border. */
     size_t size = round_up(n_bytes, HUGE_PAGE);
-    char *raw =
-        mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *raw = mmap(
+        NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) return NULL;
     char *memory = (char *)round_up((uintptr_t)raw, HUGE_PAGE);
     size_t before = (size_t)(memory - raw);

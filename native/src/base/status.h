@@ -1,8 +1,8 @@
 /*
  * status.h - how the library fails: a status code plus one line of text for the calling thread.
  *
- * The text is thread-local and is the library's only mutable file-scope object. OpenMP workers never fail: everything that can
- * go wrong is checked before a parallel region, so the text always lands in the thread that called the API.
+ * The text is thread-local and is the library's only mutable file-scope object. OpenMP workers never fail: everything
+ * that can go wrong is checked before a parallel region, so the text always lands in the thread that called the API.
  */
 #ifndef FABULA_BASE_STATUS_H
 #define FABULA_BASE_STATUS_H

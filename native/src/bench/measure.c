@@ -1,8 +1,9 @@
 /*
- * measure.c - the machine's limits, measured the way the engine meets them: a stream of reads, and multiply-adds in registers.
+ * measure.c - the machine's limits, measured the way the engine meets them: a stream of reads, and multiply-adds in
+ * registers.
  *
- * Reads sum 64-byte lines in the widest vectors the basic instruction set has; at memory speed that is not the limit. The
- * multiply-adds are those of the matrix kernel itself on a panel that stays in L1, at its best tile.
+ * Reads sum 64-byte lines in the widest vectors the basic instruction set has; at memory speed that is not the limit.
+ * The multiply-adds are those of the matrix kernel itself on a panel that stays in L1, at its best tile.
  */
 #include "base/cpu.h"
 #include "base/memory.h"
@@ -46,8 +47,7 @@ static uint64_t sum_words(const uint64_t *words, size_t n) {
     uint64_t sums[8] = {0};
     for (size_t i = 0; i + 8 <= quarter; i += 8)
         for (size_t j = 0; j < 8; j++)
-            sums[j] +=
-                words[i + j] + words[quarter + i + j] + words[2 * quarter + i + j] + words[3 * quarter + i + j];
+            sums[j] += words[i + j] + words[quarter + i + j] + words[2 * quarter + i + j] + words[3 * quarter + i + j];
     uint64_t sum = 0;
     for (size_t j = 0; j < 8; j++)
         sum += sums[j];

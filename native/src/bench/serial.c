@@ -10,7 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum fb_status fb_serial_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out) {
+enum fb_status fb_serial_rms_norm(
+    const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out) {
     FB_REQUIRE(x && weight && out, "x, weight or out is null");
     const size_t n = (size_t)n_cols;
     for (size_t r = 0; r < (size_t)n_rows; r++) {
@@ -95,8 +96,8 @@ enum fb_status fb_serial_rope(float *x, const int32_t *positions, int32_t n_rows
     return FB_OK;
 }
 
-enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
-    int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out) {
+enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens,
+    int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out) {
     FB_REQUIRE(q && k && v && out, "q, k, v or out is null");
     const size_t n = (size_t)n_tokens, heads = (size_t)n_heads, kv_heads = (size_t)n_kv_heads, dim = (size_t)head_dim;
     float *scores = malloc(n * sizeof *scores);

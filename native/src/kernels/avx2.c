@@ -2,8 +2,8 @@
  * avx2.c - kernels for AVX2 + FMA + F16C (Haswell, Zen and later): a vector of 16 floats is two registers of 8.
  *
  * Of the 16 registers a tile of 6 tokens x 1 panel takes 12 for sums, 2 for weights and 1 for the broadcast input: 12
- * fused multiply-adds for 8 loads, which keeps both multiply units busy. One token takes 4 panels at once: 8 independent
- * sums hide the 4-cycle latency, and 4 streams of weights keep more cache misses in flight than one.
+ * fused multiply-adds for 8 loads, which keeps both multiply units busy. One token takes 4 panels at once: 8
+ * independent sums hide the 4-cycle latency, and 4 streams of weights keep more cache misses in flight than one.
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -80,7 +80,8 @@ static inline __m256 widen_bf16_8(const uint16_t *x) {
 static inline v16 v16_load_bf16(const uint16_t *x) {
     return EACH(widen_bf16_8(x), widen_bf16_8(x + 8));
 }
-/* Round to nearest even on the bits: add 0x7fff plus the lowest bit that stays; NaN becomes quiet instead of rounding. */
+/* Round to nearest even on the bits: add 0x7fff plus the lowest bit that stays; NaN becomes quiet instead of
+ * rounding. */
 static inline __m256i round_bf16(__m256 a) {
     __m256i bits = _mm256_castps_si256(a);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -96,8 +97,7 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
 #define TILE_PANELS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 3 : (tokens) == 3 ? 2 : 1)
-#define TILES(X)                                                                                                       \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
+#define TILES(X)     X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 #define KERNEL_TABLE fb_kernels_avx2
 
 #include "kernels/simd.h"

@@ -57,8 +57,7 @@ static inline v16 v16_load_f16(const uint16_t *x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
 }
 static inline void v16_store_f16(uint16_t *out, v16 a) {
-    _mm256_storeu_si256(
-        (__m256i *)out, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i *)out, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline v16 v16_load_bf16(const uint16_t *x) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
@@ -78,8 +77,11 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
 #define TILE_PANELS(tokens) ((tokens) == 1 ? 4 : 2)
 #define TILES(X)                                                                                                       \
-    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2)    \
-    X(7, 1) X(7, 2) X(8, 1) X(8, 2) X(9, 1) X(9, 2) X(10, 1) X(10, 2) X(11, 1) X(11, 2) X(12, 1) X(12, 2)
+    X(1, 1)                                                                                                            \
+    X(1, 2)                                                                                                            \
+    X(1, 3)                                                                                                            \
+    X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2) X(7, 1) X(7, 2) X(8, 1)    \
+        X(8, 2) X(9, 1) X(9, 2) X(10, 1) X(10, 2) X(11, 1) X(11, 2) X(12, 1) X(12, 2)
 #define KERNEL_TABLE fb_kernels_avx512
 
 #include "kernels/simd.h"

@@ -1,6 +1,6 @@
 /*
- * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.c and avx512.c include it after saying what such a
- * vector is. A file that includes this defines before:
+ * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.c and avx512.c include it after saying
+ * what such a vector is. A file that includes this defines before:
  *
  *   v16                      16 floats, lane j for row j of a panel
  *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma v16_negate_fma (c - a b) v16_round (to even)
@@ -27,7 +27,8 @@
 /* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
 enum { SLICE = 256 };
 
-/* ---- Matrix products ---------------------------------------------------------------------------------------------- */
+/* ---- Matrix products ----------------------------------------------------------------------------------------------
+ * */
 
 INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
     if (dtype == FB_F32) return v16_load((const float *)panels + index);
@@ -40,9 +41,8 @@ INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t in
 INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
     size_t panel_stride, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate) {
     v16 sums[SUMS];
-    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
-        _Pragma("GCC unroll 16") for (size_t t = 0; t < n_tokens; t++)
-            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++) _Pragma("GCC unroll 16") for (size_t t = 0;
+        t < n_tokens; t++) sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
     for (size_t k = 0; k < n_k; k++) {
         v16 weights[MAX_PANELS];
         _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
@@ -53,9 +53,8 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
                 sums[p * n_tokens + t] = v16_fma(weights[p], input, sums[p * n_tokens + t]);
         }
     }
-    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
-        _Pragma("GCC unroll 16") for (size_t t = 0; t < n_tokens; t++)
-            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++) _Pragma("GCC unroll 16") for (size_t t = 0;
+        t < n_tokens; t++) v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
 }
 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
@@ -83,8 +82,8 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t pan
     }
 }
 
-/* Few tokens: weights are widened in registers, on their way into the product. Many: slice by slice a panel is widened into
- * L1 once and used by all tokens, so that the conversion costs next to nothing. */
+/* Few tokens: weights are widened in registers, on their way into the product. Many: slice by slice a panel is
+ * widened into L1 once and used by all tokens, so that the conversion costs next to nothing. */
 INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     if (n_tokens <= MAX_TOKENS) {
@@ -109,8 +108,8 @@ INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_str
                 wide = slice;
                 stride = SLICE * FB_LANES;
             }
-            gemm_tiles(FB_F32, wide, stride, count, length, x + k, ldx, n_tokens, y + p * FB_LANES, ldy,
-                accumulate || k > 0);
+            gemm_tiles(
+                FB_F32, wide, stride, count, length, x + k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0);
         }
     }
 }
@@ -130,7 +129,8 @@ static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, 
     gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
-/* ---- Elementwise and sums ----------------------------------------------------------------------------------------- */
+/* ---- Elementwise and sums -----------------------------------------------------------------------------------------
+ * */
 
 /* The last n < 16 numbers, padded with zeros to a whole vector. */
 INLINE v16 load_tail(const float *x, size_t n) {
@@ -255,7 +255,8 @@ static void rotate(float *a, float *b, const float *cos, const float *sin, size_
     }
 }
 
-/* ---- Number formats ----------------------------------------------------------------------------------------------- */
+/* ---- Number formats -----------------------------------------------------------------------------------------------
+ * */
 
 static void narrow_f32(const float *x, size_t n, void *out) {
     memcpy(out, x, n * sizeof *x);

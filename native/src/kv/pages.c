@@ -10,8 +10,8 @@
 
 enum { MAX_HEAD_DIM = 1024, MAX_COUNT = 1 << 20 };
 
-enum fb_status fb_page_pool_create(enum fb_dtype dtype, int32_t n_pages, int32_t n_layers, int32_t n_kv_heads,
-    int32_t head_dim, fb_page_pool **out) {
+enum fb_status fb_page_pool_create(
+    enum fb_dtype dtype, int32_t n_pages, int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
     FB_REQUIRE(out, "out is null");
     FB_REQUIRE(dtype == FB_F32 || dtype == FB_F16, "KV is held in f32 or f16, not in dtype %d", (int)dtype);
     FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);

@@ -1,8 +1,8 @@
 /*
  * pages.h - the pool of KV pages and the way into one.
  *
- * A page holds 32 positions of every layer; per layer and KV head it is a slab of two panels (16 lanes = 16 positions, or
- * 16 lanes = 16 dimensions), in the shape that fb_kernels.gemm multiplies:
+ * A page holds 32 positions of every layer; per layer and KV head it is a slab of two panels (16 lanes = 16
+ * positions, or 16 lanes = 16 dimensions), in the shape that fb_kernels.gemm multiplies:
  *
  *     K   [2 blocks of 16 positions][head_dim][16]        scores of 16 positions = panel x query
  *     V   [head_dim / 16, rounded up][32 positions][16]   16 outputs = panel x probabilities
@@ -30,8 +30,7 @@ static inline size_t fb_slab_element(const struct fb_page_pool *pool, int32_t la
 
 /* K of a slab; V follows k_elements later. */
 static inline char *fb_slab(const struct fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head) {
-    return pool->memory + (size_t)page * pool->page_bytes +
-           fb_slab_element(pool, layer, kv_head) * pool->element_bytes;
+    return pool->memory + (size_t)page * pool->page_bytes + fb_slab_element(pool, layer, kv_head) * pool->element_bytes;
 }
 
 static inline char *fb_slab_v(const struct fb_page_pool *pool, char *slab) {

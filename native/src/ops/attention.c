@@ -187,7 +187,8 @@ static int32_t tiles_in(const struct layout *l, const struct fb_sequence *sequen
     return (sequence->n_tokens + (int32_t)l->tile_tokens - 1) / (int32_t)l->tile_tokens;
 }
 
-/* Whether key blocks become items: when tiles alone leave threads idle, some tile has several blocks, and the parts fit. */
+/* Whether key blocks become items: when tiles alone leave threads idle, some tile has several blocks, and the parts
+ * fit. */
 static bool should_split(const struct fb_attention *a, const struct layout *l, int n_threads) {
     int64_t tiles = 0, parts = 0;
     size_t floats = 0;
@@ -232,8 +233,8 @@ static int32_t sequence_of(const struct fb_attention *a, int64_t index) {
     return low;
 }
 
-/* Where the part (sequence, KV head, block) lies: parts of one sequence have one size, so its first part's place follows from
- * the sequences before it. */
+/* Where the part (sequence, KV head, block) lies: parts of one sequence have one size, so its first part's place
+ * follows from the sequences before it. */
 static struct partial part_at(
     const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t block_index) {
     size_t floats = 0;

@@ -1,16 +1,17 @@
 /*
  * attention.h - causal attention of a batch over paged K and V, as items that threads share.
  *
- * Keys are cut into blocks of KEY_BLOCK positions at fixed places. Of each block a query gets a partial result: the largest
- * score, the sum of exponentials, and the weighted sum of V. Partial results are merged in the order of the blocks:
+ * Keys are cut into blocks of KEY_BLOCK positions at fixed places. Of each block a query gets a partial result: the
+ * largest score, the sum of exponentials, and the weighted sum of V. Partial results are merged in the order of the
+ * blocks:
  *
  *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)   (Milakov & Gimelshein 2018)
  *
- * Where the cuts lie and in which order the parts meet depends on positions only, never on threads or on the batch; so the
- * bits are the same whether one thread walks all blocks or many take one each and merge later.
+ * Where the cuts lie and in which order the parts meet depends on positions only, never on threads or on the batch;
+ * so the bits are the same whether one thread walks all blocks or many take one each and merge later.
  *
- * An item holds a tile of queries: the heads of a group that share a KV head times a few tokens. All of them read the same
- * pages, which are panels, so both products run on the matrix kernel.
+ * An item holds a tile of queries: the heads of a group that share a KV head times a few tokens. All of them read the
+ * same pages, which are panels, so both products run on the matrix kernel.
  */
 #ifndef FABULA_OPS_ATTENTION_H
 #define FABULA_OPS_ATTENTION_H
@@ -30,7 +31,7 @@ struct fb_attention {
     const float *q; /* [n_tokens][ldq], heads side by side */
     float *out;     /* [n_tokens][ld_out] */
     size_t ldq, ld_out;
-    char *scratch;  /* n_threads x fb_attention_scratch_bytes */
+    char *scratch; /* n_threads x fb_attention_scratch_bytes */
     size_t scratch_bytes;
     float *partials;  /* room for partial results, FB_PARTIAL_FLOATS */
     int64_t *offsets; /* [n_sequences + 1]: first item (or first part, when split) of each sequence */

@@ -4,8 +4,8 @@
 #include <string.h>
 
 enum {
-    MAX_GROUP = 4,     /* panels in an item: 64 rows, as many streams as one core keeps in flight */
-    TOKEN_BLOCK = 96,  /* tokens in an item: their slice of 256 columns is 96 KiB and stays in L2; 96 = 16 x 6 = 8 x 12 */
+    MAX_GROUP = 4,    /* panels in an item: 64 rows, as many streams as one core keeps in flight */
+    TOKEN_BLOCK = 96, /* tokens in an item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };
 
@@ -56,8 +56,7 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
                 linear->kernels->swiglu(
                     result + p * FB_LANES, result + (p + 1) * FB_LANES, FB_LANES, result + p / 2 * FB_LANES);
         if (linear->residual)
-            linear->kernels->add(
-                result, linear->residual + (first_token + t) * linear->ld_residual + column, count);
+            linear->kernels->add(result, linear->residual + (first_token + t) * linear->ld_residual + column, count);
         if (linear->non_finite && !all_finite(result, count))
             atomic_store_explicit(linear->non_finite, 1, memory_order_relaxed);
         memcpy(linear->out + (first_token + t) * linear->ld_out + column, result, count * sizeof *result);

@@ -1,8 +1,9 @@
 /*
  * linear.h - out = x weight^T with whatever is fused behind it, as items that threads share.
  *
- * An item is a group of panels x a block of tokens. Its product goes into a tile on the stack and from there, once, to its place:
- * with bias and residual added, or through SwiGLU. So `residual` may be `out`, and no item sees another's sums.
+ * An item is a group of panels x a block of tokens. Its product goes into a tile on the stack and from there, once,
+ * to its place: with bias and residual added, or through SwiGLU. So `residual` may be `out`, and no item sees
+ * another's sums.
  */
 #ifndef FABULA_OPS_LINEAR_H
 #define FABULA_OPS_LINEAR_H

@@ -21,9 +21,8 @@ enum { MAX_VOCAB = 1 << 30 }; /* rows of the largest fb_weight */
  * temperature only spreads what is left. Hugging Face transformers put temperature first; then a
  * high one widens top-p and min-p too. */
 void fb_sampling_default(struct fb_sampling *out) {
-    static const uint8_t chain[] = {FB_SAMPLER_BIAS, FB_SAMPLER_PENALTIES, FB_SAMPLER_DRY,
-        FB_SAMPLER_TOP_K, FB_SAMPLER_TYPICAL_P, FB_SAMPLER_TOP_P, FB_SAMPLER_MIN_P, FB_SAMPLER_XTC,
-        FB_SAMPLER_TEMPERATURE};
+    static const uint8_t chain[] = {FB_SAMPLER_BIAS, FB_SAMPLER_PENALTIES, FB_SAMPLER_DRY, FB_SAMPLER_TOP_K,
+        FB_SAMPLER_TYPICAL_P, FB_SAMPLER_TOP_P, FB_SAMPLER_MIN_P, FB_SAMPLER_XTC, FB_SAMPLER_TEMPERATURE};
     if (!out) return;
     *out = (struct fb_sampling){
         .struct_size = sizeof *out,
@@ -44,15 +43,15 @@ void fb_sampling_default(struct fb_sampling *out) {
 /* ---- Checks --------------------------------------------------------------------------------- */
 
 static enum fb_status check_range(const char *name, float value, float low, float high) {
-    FB_REQUIRE(value >= low && value <= high, "%s is %g, must be in %g .. %g", name, (double)value,
-        (double)low, (double)high);
+    FB_REQUIRE(
+        value >= low && value <= high, "%s is %g, must be in %g .. %g", name, (double)value, (double)low, (double)high);
     return FB_OK;
 }
 
 /* (0, high] */
 static enum fb_status check_positive(const char *name, float value, float high) {
-    FB_REQUIRE(value > 0.0f && value <= high, "%s is %g, must be above 0 and at most %g", name,
-        (double)value, (double)high);
+    FB_REQUIRE(
+        value > 0.0f && value <= high, "%s is %g, must be above 0 and at most %g", name, (double)value, (double)high);
     return FB_OK;
 }
 
@@ -63,8 +62,8 @@ static enum fb_status check_least(const char *name, int32_t value, int32_t low) 
 
 static enum fb_status check_settings(const struct fb_sampling *s) {
     FB_REQUIRE(s, "settings is NULL");
-    FB_REQUIRE(s->struct_size == sizeof *s, "struct_size of the settings is %u, must be %zu",
-        s->struct_size, sizeof *s);
+    FB_REQUIRE(
+        s->struct_size == sizeof *s, "struct_size of the settings is %u, must be %zu", s->struct_size, sizeof *s);
     FB_TRY(check_range("temperature", s->temperature, 0.0f, FLT_MAX));
     FB_TRY(check_least("top_k", s->top_k, 0));
     FB_TRY(check_positive("top_p", s->top_p, 1.0f));
@@ -80,45 +79,41 @@ static enum fb_status check_settings(const struct fb_sampling *s) {
     FB_TRY(check_least("dry_window", s->dry_window, -1));
     FB_TRY(check_range("xtc_probability", s->xtc_probability, 0.0f, 1.0f));
     FB_TRY(check_range("xtc_threshold", s->xtc_threshold, 0.0f, 1.0f));
-    FB_REQUIRE(s->n_chain >= 0 && s->n_chain <= FB_MAX_CHAIN, "n_chain is %d, must be in 0 .. %d",
-        s->n_chain, FB_MAX_CHAIN);
+    FB_REQUIRE(
+        s->n_chain >= 0 && s->n_chain <= FB_MAX_CHAIN, "n_chain is %d, must be in 0 .. %d", s->n_chain, FB_MAX_CHAIN);
     uint32_t seen = 0;
     for (int32_t i = 0; i < s->n_chain; i++) {
         const uint32_t step = s->chain[i];
-        FB_REQUIRE(step >= FB_SAMPLER_BIAS && step <= FB_SAMPLER_XTC,
-            "chain[%d] is %u, must be in %d .. %d", i, step, FB_SAMPLER_BIAS, FB_SAMPLER_XTC);
-        FB_REQUIRE(!(seen >> step & 1), "chain[%d] is %u, a step that stands in the chain already",
-            i, step);
+        FB_REQUIRE(step >= FB_SAMPLER_BIAS && step <= FB_SAMPLER_XTC, "chain[%d] is %u, must be in %d .. %d", i, step,
+            FB_SAMPLER_BIAS, FB_SAMPLER_XTC);
+        FB_REQUIRE(!(seen >> step & 1), "chain[%d] is %u, a step that stands in the chain already", i, step);
         seen |= 1u << step;
     }
     return FB_OK;
 }
 
-static enum fb_status check_ids(
-    const char *name, const int32_t *ids, int32_t n, int32_t vocab_size) {
+static enum fb_status check_ids(const char *name, const int32_t *ids, int32_t n, int32_t vocab_size) {
     FB_REQUIRE(n >= 0, "n_%s is %d, must be 0 or more", name, n);
     FB_REQUIRE(n == 0 || ids, "%s is NULL, but n_%s is %d", name, name, n);
     for (int32_t i = 0; i < n; i++)
-        FB_REQUIRE(ids[i] >= 0 && ids[i] < vocab_size, "%s[%d] is token %d, must be in 0 .. %d",
-            name, i, ids[i], vocab_size - 1);
+        FB_REQUIRE(ids[i] >= 0 && ids[i] < vocab_size, "%s[%d] is token %d, must be in 0 .. %d", name, i, ids[i],
+            vocab_size - 1);
     return FB_OK;
 }
 
 static enum fb_status check_request(const struct fb_sample_request *r, const void *work) {
     FB_REQUIRE(r->logits, "logits is NULL");
-    FB_REQUIRE(r->vocab_size >= 1 && r->vocab_size <= MAX_VOCAB,
-        "vocab_size is %d, must be in 1 .. %d", r->vocab_size, MAX_VOCAB);
+    FB_REQUIRE(r->vocab_size >= 1 && r->vocab_size <= MAX_VOCAB, "vocab_size is %d, must be in 1 .. %d", r->vocab_size,
+        MAX_VOCAB);
     FB_REQUIRE(work && (uintptr_t)work % 16 == 0, "work is NULL or not 16-byte aligned");
     FB_TRY(check_settings(r->settings));
     FB_TRY(check_ids("history", r->history, r->n_history, r->vocab_size));
     FB_TRY(check_ids("breakers", r->breakers, r->n_breakers, r->vocab_size));
     FB_TRY(check_ids("bias", r->bias_ids, r->n_bias, r->vocab_size));
-    FB_REQUIRE(
-        r->n_bias == 0 || r->bias_values, "bias_values is NULL, but n_bias is %d", r->n_bias);
+    FB_REQUIRE(r->n_bias == 0 || r->bias_values, "bias_values is NULL, but n_bias is %d", r->n_bias);
     for (int32_t i = 0; i < r->n_bias; i++)
-        FB_REQUIRE(r->bias_values[i] <= FLT_MAX,
-            "bias of token %d is %g, must be a finite number or -infinity", r->bias_ids[i],
-            (double)r->bias_values[i]);
+        FB_REQUIRE(r->bias_values[i] <= FLT_MAX, "bias of token %d is %g, must be a finite number or -infinity",
+            r->bias_ids[i], (double)r->bias_values[i]);
     return FB_OK;
 }
 
@@ -155,8 +150,8 @@ static bool changes_logits(const struct fb_sample_request *r, int step) {
     case FB_SAMPLER_BIAS:
         return r->n_bias > 0;
     case FB_SAMPLER_PENALTIES:
-        return r->n_history > 0 && (s->repetition_penalty != 1.0f || s->frequency_penalty != 0.0f ||
-                                       s->presence_penalty != 0.0f);
+        return r->n_history > 0 &&
+               (s->repetition_penalty != 1.0f || s->frequency_penalty != 0.0f || s->presence_penalty != 0.0f);
     case FB_SAMPLER_DRY:
         return r->n_history > 1 && s->dry_multiplier > 0.0f;
     default:
@@ -164,8 +159,7 @@ static bool changes_logits(const struct fb_sample_request *r, int step) {
     }
 }
 
-static enum fb_status run_step(
-    struct fb_candidates *c, const struct fb_sample_request *r, int step) {
+static enum fb_status run_step(struct fb_candidates *c, const struct fb_sample_request *r, int step) {
     const struct fb_sampling *s = r->settings;
     switch (step) {
     case FB_SAMPLER_BIAS:
@@ -189,8 +183,7 @@ static enum fb_status run_step(
     case FB_SAMPLER_MIN_P:
         return fb_step_min_p(c, (double)s->min_p);
     default: /* XTC, behind its coin */
-        if (fb_uniform(s->seed, r->position, FB_STREAM_XTC) >= (double)s->xtc_probability)
-            return FB_OK;
+        if (fb_uniform(s->seed, r->position, FB_STREAM_XTC) >= (double)s->xtc_probability) return FB_OK;
         return fb_step_xtc(c, (double)s->xtc_threshold);
     }
 }
@@ -259,12 +252,11 @@ static int32_t pick_at(const struct fb_candidates *c, double u) {
 
 /* ---- Public functions ----------------------------------------------------------------------- */
 
-enum fb_status fb_sample(const float *logits, int32_t vocab_size,
-    const struct fb_sampling *settings, uint64_t position, const int32_t *history,
-    int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
+enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
+    const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
     const int32_t *breakers, int32_t n_breakers, void *work, int32_t *token, float *logprob) {
-    const struct fb_sample_request request = {logits, vocab_size, settings, position, history,
-        n_history, bias_ids, bias_values, n_bias, breakers, n_breakers};
+    const struct fb_sample_request request = {logits, vocab_size, settings, position, history, n_history, bias_ids,
+        bias_values, n_bias, breakers, n_breakers};
     float top;
     FB_REQUIRE(token && logprob, "token or logprob is NULL");
     FB_TRY(check_request(&request, work));
@@ -275,8 +267,7 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size,
         FB_TRY(run_greedy(&c, &request, top, &drawn));
     } else {
         FB_TRY(run_chain(&c, &request));
-        drawn = fb_candidate_id(
-            &c, pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW)));
+        drawn = fb_candidate_id(&c, pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW)));
     }
     *token = drawn;
     const double log_sum = fb_log_sum_exp(logits, vocab_size, top);
@@ -285,12 +276,11 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size,
     return FB_OK;
 }
 
-enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size,
-    const struct fb_sampling *settings, uint64_t position, const int32_t *history,
-    int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
-    const int32_t *breakers, int32_t n_breakers, void *work, float *probabilities) {
-    const struct fb_sample_request request = {logits, vocab_size, settings, position, history,
-        n_history, bias_ids, bias_values, n_bias, breakers, n_breakers};
+enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, const struct fb_sampling *settings,
+    uint64_t position, const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values,
+    int32_t n_bias, const int32_t *breakers, int32_t n_breakers, void *work, float *probabilities) {
+    const struct fb_sample_request request = {logits, vocab_size, settings, position, history, n_history, bias_ids,
+        bias_values, n_bias, breakers, n_breakers};
     float top;
     FB_REQUIRE(probabilities, "probabilities is NULL");
     FB_TRY(check_request(&request, work));

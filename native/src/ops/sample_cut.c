@@ -17,7 +17,7 @@
 enum {
     LANES = 8, /* independent sums, for the latency of an addition: four SSE2 registers */
     F32_LANES = 16,
-    SORT_AT_MOST = 32, /* members of a bin that are sorted rather than spread over new bins */
+    SORT_AT_MOST = 32,                  /* members of a bin that are sorted rather than spread over new bins */
     GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k that guess_top_k() is tried for */
     GUESS_BINS_PER_NAT = 32
 };
@@ -75,8 +75,8 @@ enum fb_status fb_check_logits(const float *logits, int32_t n, float *top) {
     for (i = 0; bad && logits[i] <= FLT_MAX;)
         i++;
     if (bad)
-        return fb_fail(FB_NON_FINITE, "logit of token %d is %g: the model or its input is damaged",
-            i, (double)logits[i]);
+        return fb_fail(
+            FB_NON_FINITE, "logit of token %d is %g: the model or its input is damaged", i, (double)logits[i]);
     for (int lane = 1; lane < F32_LANES; lane++)
         best[0] = best[lane] > best[0] ? best[lane] : best[0];
     if (best[0] == -INFINITY) return fb_fail(FB_NON_FINITE, "all %d logits are -infinity", n);
@@ -112,9 +112,8 @@ static void renew_total(struct fb_candidates *c) {
 enum fb_status fb_candidates_weigh(struct fb_candidates *c) {
     if (c->weighted) return FB_OK;
     const double top = highest(c->logit, c->n);
-    FB_REQUIRE(top > -INFINITY,
-        "every token is banned: bias and earlier steps of the chain left none of %d",
-        c->vocab_size);
+    FB_REQUIRE(
+        top > -INFINITY, "every token is banned: bias and earlier steps of the chain left none of %d", c->vocab_size);
     fb_exp_weights(c->logit, c->n, top, c->weight);
     c->weighted = true;
     renew_total(c);
@@ -172,8 +171,7 @@ static void sort_few(const struct fb_candidates *c, struct order order, int32_t 
  * highest key always lands in another bin than the lowest, so rounds end; one or two are usual, and
  * no input makes it quadratic, as could happen to quickselect.
  */
-static struct cut find_cut(
-    const struct fb_candidates *c, struct order order, bool by_count, double target, int32_t n) {
+static struct cut find_cut(const struct fb_candidates *c, struct order order, bool by_count, double target, int32_t n) {
     int32_t *list = c->list;
     double *mass = c->mass, before = 0.0;
     while (n > SORT_AT_MOST) {
@@ -189,8 +187,7 @@ static struct cut find_cut(
         memset(mass, 0, FB_SAMPLE_BINS * sizeof *mass);
         for (int32_t i = 0; i < n; i++) {
             const int32_t bin = (int32_t)((key_of(c, order, list[i]) - low) * scale);
-            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += by_count ? 1.0
-                                                                              : c->weight[list[i]];
+            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += by_count ? 1.0 : c->weight[list[i]];
         }
         int32_t wanted = 0;
         while (wanted < FB_SAMPLE_BINS - 1 && before + mass[wanted] < target)
@@ -291,8 +288,7 @@ enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
 enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    const double top = highest(
-        c->logit, c->n); /* taken off before the sum, so that large logits cancel */
+    const double top = highest(c->logit, c->n); /* taken off before the sum, so that large logits cancel */
     double sum = 0.0;
     for (int32_t i = 0; i < c->n; i++)
         if (c->weight[i] > 0.0) sum += c->weight[i] * (c->logit[i] - top);

@@ -36,13 +36,10 @@ static inline v2 exp_f64(v2 x) {
     const v2 shifted = x * EXP_LOG2E + ROUND_F64, n = shifted - ROUND_F64;
     const v2 r = (x - n * EXP_LN2_HI) - n * EXP_LN2_LO, rr = r * r;
     const v2 p = r * ((1.26177193074810590878e-4 * rr + 3.02994407707441961300e-2) * rr + 1.0);
-    const v2 q = ((3.00198505138664455042e-6 * rr + 2.52448340349684104192e-3) * rr +
-                     2.27265548208155028766e-1) *
-                     rr +
+    const v2 q = ((3.00198505138664455042e-6 * rr + 2.52448340349684104192e-3) * rr + 2.27265548208155028766e-1) * rr +
                  2.0;
     const v2 e = 1.0 + 2.0 * (p / (q - p));
-    const v2 power = (v2)(((u2)shifted + 1023)
-                          << 52); /* 2^n: the shift drops all but the integer */
+    const v2 power = (v2)(((u2)shifted + 1023) << 52); /* 2^n: the shift drops all but the integer */
     return (v2)((u2)(e * power) & (u2)(x >= EXP_LOW));
 }
 
@@ -50,8 +47,7 @@ void fb_exp_weights(const double *logit, int32_t n, double top, double *weight) 
     int32_t i = 0;
     for (; i + 2 <= n; i += 2) {
         v2 x;
-        memcpy(&x, logit + i,
-            sizeof x); /* a plain unaligned load; the size must be a constant for that */
+        memcpy(&x, logit + i, sizeof x); /* a plain unaligned load; the size must be a constant for that */
         x = exp_f64(x - top);
         memcpy(weight + i, &x, sizeof x);
     }
@@ -64,8 +60,7 @@ void fb_exp_weights(const double *logit, int32_t n, double top, double *weight) 
 static inline v4 exp_f32(v4 x) {
     const v4 shifted = x * FB_EXP_LOG2E + ROUND_F32, n = shifted - ROUND_F32;
     const v4 r = (x - n * FB_EXP_LN2_HI) - n * FB_EXP_LN2_LO, rr = r * r;
-    const v4 p = ((FB_EXP_P0 * r + FB_EXP_P1) * rr + (FB_EXP_P2 * r + FB_EXP_P3)) * rr +
-                 (FB_EXP_P4 * r + FB_EXP_P5);
+    const v4 p = ((FB_EXP_P0 * r + FB_EXP_P1) * rr + (FB_EXP_P2 * r + FB_EXP_P3)) * rr + (FB_EXP_P4 * r + FB_EXP_P5);
     const v4 e = p * rr + (r + 1.0f);
     const v4 power = (v4)(((u4)shifted + 127) << 23);
     return (v4)((u4)(e * power) & (u4)(x >= FB_EXP_LOW));

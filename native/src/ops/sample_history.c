@@ -12,8 +12,7 @@
 #include <math.h>
 
 /* Last `window` tokens of the history; -1 means all. */
-static const int32_t *window_of(
-    const struct fb_sample_request *request, int32_t window, int32_t *n) {
+static const int32_t *window_of(const struct fb_sample_request *request, int32_t window, int32_t *n) {
     *n = window < 0 || window > request->n_history ? request->n_history : window;
     return *n ? request->history + (request->n_history - *n) : NULL;
 }
@@ -66,8 +65,7 @@ void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *
  * 1997, section 1.4); lengths never pass n_pattern, and a look-up is always below the box it copies
  * from, so the array need not be longer. Each comparison that holds moves `right` on: linear time.
  */
-static void longest_matches(
-    const int32_t *last, int32_t n, int32_t n_pattern, int32_t *match, int32_t *longest) {
+static void longest_matches(const int32_t *last, int32_t n, int32_t n_pattern, int32_t *match, int32_t *longest) {
     int32_t left = 0, right = 0;
     for (int32_t i = 1; i < n; i++) {
         int32_t length = 0;

@@ -1,7 +1,8 @@
 /*
  * standalone.c - the operators one at a time, on the caller's arrays: fb_rms_norm, fb_gather, ... of fabula.h.
  *
- * Each checks its arguments, says what an item is, and runs the same kernels as a program in a parallel region of its own.
+ * Each checks its arguments, says what an item is, and runs the same kernels as a program in a parallel region of its
+ * own.
  */
 #include "base/cpu.h"
 #include "base/memory.h"
@@ -58,8 +59,8 @@ static void rms_norm_item(void *context, int64_t index, int thread) {
         job->kernels->rms_norm(job->x + r * job->n_cols, job->y, job->n_cols, job->eps, job->out + r * job->n_cols);
 }
 
-enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, int32_t n_threads,
-    enum fb_isa isa, float *out) {
+enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
+    int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(x && weight && out, "x, weight or out is null");
     FB_REQUIRE(eps >= 0.0f && isfinite(eps), "eps must be finite and not negative");
     struct job job = {.x = x, .y = weight, .eps = eps, .out = out};
@@ -131,8 +132,8 @@ static void linear_item(void *context, int64_t index, int thread) {
     fb_linear_item(context, index);
 }
 
-enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias, const float *residual,
-    int32_t n_threads, enum fb_isa isa, float *out) {
+enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
+    const float *residual, int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(weight && x && out, "weight, x or out is null");
     struct job job = {.x = x};
     FB_TRY(open_job(&job, n_rows, weight->n_cols, n_threads, isa));

@@ -73,8 +73,8 @@ static enum fb_status check_vectors(const struct fb_program *p, int32_t i, int32
         FB_REQUIRE(op->vector_length == in_width, "op %d (rms_norm): %d weights for a width of %d", i,
             op->vector_length, in_width);
     else if (is_product(op))
-        FB_REQUIRE(op->vector_length == 0 || op->vector_length == op->weight->n_rows,
-            "op %d: a bias of %d for %d rows", i, op->vector_length, op->weight->n_rows);
+        FB_REQUIRE(op->vector_length == 0 || op->vector_length == op->weight->n_rows, "op %d: a bias of %d for %d rows",
+            i, op->vector_length, op->weight->n_rows);
     else if (op->kind == FB_OP_HEAD_NORM)
         FB_REQUIRE(op->vector_length == p->shape.head_dim && op->vector2_length == p->shape.head_dim,
             "op %d (head_norm): %d and %d weights for head_dim %d", i, op->vector_length, op->vector2_length,
@@ -99,8 +99,8 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
         FB_REQUIRE(op->in >= 0 && op->in < s->n_buffers, "op %d: in is buffer %d of %d", i, op->in, s->n_buffers);
         struct fb_buffer *in = &p->buffers[op->in];
         FB_REQUIRE(in->first_write >= 0, "op %d: reads buffer %d before anything wrote it", i, op->in);
-        FB_REQUIRE(in->per_output == *gathered || op->kind == FB_OP_GATHER_OUTPUTS,
-            "op %d: buffer %d holds rows of %s", i, op->in, in->per_output ? "outputs" : "tokens");
+        FB_REQUIRE(in->per_output == *gathered || op->kind == FB_OP_GATHER_OUTPUTS, "op %d: buffer %d holds rows of %s",
+            i, op->in, in->per_output ? "outputs" : "tokens");
         in->last_use = i;
         in_width = in->width;
     }
@@ -171,7 +171,8 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
     return FB_OK;
 }
 
-/* Row by row operators that follow each other become one stage. GATHER_OUTPUTS changes what a row is, so it ends one. */
+/* Row by row operators that follow each other become one stage. GATHER_OUTPUTS changes what a row is, so it ends one.
+ * */
 static void cut_stages(struct fb_program *p) {
     bool gathered = false, open = false;
     for (int32_t i = 0; i < p->n_ops; i++) {
@@ -187,8 +188,7 @@ static void cut_stages(struct fb_program *p) {
             p->stages[p->n_stages - 1].n_ops++;
             continue;
         }
-        p->stages[p->n_stages++] =
-            (struct fb_stage){.kind = kind, .first_op = i, .n_ops = 1, .per_output = gathered};
+        p->stages[p->n_stages++] = (struct fb_stage){.kind = kind, .first_op = i, .n_ops = 1, .per_output = gathered};
         open = kind == FB_STAGE_ROWS;
     }
 }
@@ -273,8 +273,9 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     return take_memory(p);
 }
 
-enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths, const float *inv_freq,
-    const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa, fb_program **out) {
+enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
+    const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
+    fb_program **out) {
     FB_REQUIRE(shape && buffer_widths && inv_freq && ops && out, "shape, buffer_widths, inv_freq, ops or out is null");
     FB_TRY(check_shape(shape));
     FB_REQUIRE(n_ops >= 1 && n_ops <= MAX_OPS, "n_ops is %d, must be 1 .. %d", n_ops, MAX_OPS);

@@ -1,9 +1,9 @@
 /*
  * plan.c - where buffers lie in the arena.
  *
- * A buffer is alive from the operator that first writes it to the one that last touches it. In the order of first writes each gets the
- * lowest place where it overlaps no buffer alive at the same time: first fit, which for a chain of layers finds the
- * handful of places that every layer reuses.
+ * A buffer is alive from the operator that first writes it to the one that last touches it. In the order of first
+ * writes each gets the lowest place where it overlaps no buffer alive at the same time: first fit, which for a chain
+ * of layers finds the handful of places that every layer reuses.
  */
 #include "program/program.h"
 

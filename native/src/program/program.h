@@ -5,8 +5,9 @@
  *     plan.c     decides where buffers lie
  *     run.c      checks a batch and executes the stages in one parallel region
  *
- * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow each other in one
- * stage: the thread that holds a token carries it through all of them. Products and attention are stages of their own.
+ * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow
+ * each other in one stage: the thread that holds a token carries it through all of them. Products and attention are
+ * stages of their own.
  */
 #ifndef FABULA_PROGRAM_H
 #define FABULA_PROGRAM_H
@@ -18,12 +19,12 @@
 #include "base/team.h"
 
 struct fb_buffer {
-    int32_t width;       /* numbers per token */
-    size_t stride;       /* floats from token to token: width rounded up to 16 */
-    bool per_output;     /* rows are wanted outputs, not tokens */
+    int32_t width;                 /* numbers per token */
+    size_t stride;                 /* floats from token to token: width rounded up to 16 */
+    bool per_output;               /* rows are wanted outputs, not tokens */
     int32_t first_write, last_use; /* operators; -1 when unused */
-    float *data;         /* set by the plan */
-    size_t offset;       /* floats into the arena */
+    float *data;                   /* set by the plan */
+    size_t offset;                 /* floats into the arena */
 };
 
 enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION };
@@ -62,7 +63,8 @@ struct fb_program {
     size_t scratch_bytes;           /* all of the above */
 };
 
-/* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows each. */
+/* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows
+ * each. */
 size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
 
 #endif

@@ -17,7 +17,8 @@ struct run {
     struct fb_barrier barrier;
 };
 
-/* ---- Checks ------------------------------------------------------------------------------------------------------- */
+/* ---- Checks -------------------------------------------------------------------------------------------------------
+ * */
 
 static enum fb_status check_pool(const struct fb_program *p, const fb_page_pool *pool) {
     FB_REQUIRE(pool->n_layers == p->shape.n_layers && pool->n_kv_heads == p->shape.n_kv_heads &&
@@ -41,8 +42,9 @@ static enum fb_status check_sequence(const fb_page_pool *pool, const struct fb_s
     return FB_OK;
 }
 
-/* No page may be written by two sequences of the batch. (One may read what lies before in a page that another writes: the
- * positions differ.) Quadratic in the written pages, which are few: one a sequence in decode, the chunk's in prefill. */
+/* No page may be written by two sequences of the batch. (One may read what lies before in a page that another writes:
+ * the positions differ.) Quadratic in the written pages, which are few: one a sequence in decode, the chunk's in
+ * prefill. */
 static enum fb_status check_writers(const struct fb_batch *batch) {
     for (int32_t a = 1; a < batch->n_sequences; a++) {
         const struct fb_sequence *writer = &batch->sequences[a];
@@ -63,8 +65,8 @@ static enum fb_status check_writers(const struct fb_batch *batch) {
 
 static enum fb_status check_batch(
     const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits) {
-    FB_REQUIRE(batch->struct_size == sizeof *batch, "batch.struct_size is %u, must be %zu", batch->struct_size,
-        sizeof *batch);
+    FB_REQUIRE(
+        batch->struct_size == sizeof *batch, "batch.struct_size is %u, must be %zu", batch->struct_size, sizeof *batch);
     FB_REQUIRE(batch->n_tokens >= 1 && batch->n_tokens <= p->shape.max_tokens, "n_tokens is %d, must be 1 .. %d",
         batch->n_tokens, p->shape.max_tokens);
     FB_REQUIRE(batch->tokens && batch->sequences && batch->n_sequences >= 1, "tokens or sequences are missing");
@@ -89,7 +91,8 @@ static enum fb_status check_batch(
     return check_writers(batch);
 }
 
-/* ---- Operators that work row by row ------------------------------------------------------------------------------- */
+/* ---- Operators that work row by row -------------------------------------------------------------------------------
+ * */
 
 static float *row_of(const struct fb_program *p, int32_t buffer, size_t row) {
     return p->buffers[buffer].data + row * p->buffers[buffer].stride;
@@ -134,7 +137,8 @@ static void kv_write(const struct run *run, const struct fb_op *op, size_t row) 
     const float *k = row_of(p, op->in, row) + (size_t)p->shape.n_heads * (size_t)dim;
     const float *v = k + (size_t)n_kv_heads * (size_t)dim;
     for (int32_t h = 0; h < n_kv_heads; h++, k += dim, v += dim)
-        fb_slab_write(run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS, k, v);
+        fb_slab_write(
+            run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS, k, v);
 }
 
 static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
@@ -165,7 +169,8 @@ static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
     }
 }
 
-/* ---- Stages ------------------------------------------------------------------------------------------------------- */
+/* ---- Stages -------------------------------------------------------------------------------------------------------
+ * */
 
 static int64_t next_item(struct fb_counter *counter) {
     return atomic_fetch_add_explicit(&counter->next, 1, memory_order_relaxed);
@@ -179,7 +184,8 @@ static void run_rows(const struct run *run, const struct fb_stage *stage, struct
                 run_row(run, &run->program->ops[stage->first_op + o], row);
 }
 
-static void run_linear(struct run *run, const struct fb_op *op, struct fb_counter *counter, size_t n_rows, int n_threads) {
+static void run_linear(
+    struct run *run, const struct fb_op *op, struct fb_counter *counter, size_t n_rows, int n_threads) {
     const struct fb_program *p = run->program;
     const struct fb_buffer *in = &p->buffers[op->in];
     struct fb_linear linear = {.kernels = p->kernels,
@@ -208,9 +214,10 @@ static void run_linear(struct run *run, const struct fb_op *op, struct fb_counte
         fb_linear_item(&linear, i);
 }
 
-/* Two counters: one for the tiles or key blocks, one for merging what was split. Every thread works out the same list of
- * items in memory of its own: for a few sequences that is cheaper than a barrier. */
-static void run_attention(struct run *run, const struct fb_op *op, struct fb_counter *counters, int thread, int n_threads) {
+/* Two counters: one for the tiles or key blocks, one for merging what was split. Every thread works out the same list
+ * of items in memory of its own: for a few sequences that is cheaper than a barrier. */
+static void run_attention(
+    struct run *run, const struct fb_op *op, struct fb_counter *counters, int thread, int n_threads) {
     struct fb_program *p = run->program;
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
     struct fb_attention attention = {.kernels = p->kernels,

@@ -13,8 +13,7 @@
 
 #include <stdint.h>
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-    "blocks are read in place: little-endian hosts only");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blocks are read in place: little-endian hosts only");
 
 #define FB_BLOCK __attribute__((packed, may_alias))
 

@@ -71,8 +71,7 @@ static inline float fb_bf16_to_f32(uint16_t half) {
 
 static inline uint16_t fb_f32_to_bf16(float value) {
     const uint32_t bits = fb_f32_bits(value);
-    if ((bits & 0x7FFFFFFFu) >
-        0x7F800000u) { /* NaN: its payload may lie in the half that is cut off */
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) { /* NaN: its payload may lie in the half that is cut off */
         return (uint16_t)((bits >> 16) | 0x0040u);
     }
     return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);

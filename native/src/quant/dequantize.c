@@ -67,8 +67,7 @@ static void dequantize_bf16(const uint8_t *src, size_t n, float *restrict dst) {
 
 /* ---- Blocks of 32 --------------------------------------------------------------------------- */
 
-static void dequantize_q4_0(
-    const struct fb_block_q4_0 *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q4_0(const struct fb_block_q4_0 *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
         const float d = fb_f16_to_f32(block->d);
         for (int j = 0; j < 16; j++) {
@@ -78,8 +77,7 @@ static void dequantize_q4_0(
     }
 }
 
-static void dequantize_q4_1(
-    const struct fb_block_q4_1 *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q4_1(const struct fb_block_q4_1 *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
         const float d = fb_f16_to_f32(block->d);
         const float m = fb_f16_to_f32(block->m);
@@ -99,8 +97,7 @@ static int32_t q5_high(const uint8_t *qs, uint32_t qh, int j) {
     return (int32_t)((uint32_t)(qs[j] >> 4) | ((qh >> (j + 16)) & 1u) << 4);
 }
 
-static void dequantize_q5_0(
-    const struct fb_block_q5_0 *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q5_0(const struct fb_block_q5_0 *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
         const float d = fb_f16_to_f32(block->d);
         const uint32_t qh = block->qh;
@@ -111,8 +108,7 @@ static void dequantize_q5_0(
     }
 }
 
-static void dequantize_q5_1(
-    const struct fb_block_q5_1 *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q5_1(const struct fb_block_q5_1 *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
         const float d = fb_f16_to_f32(block->d);
         const float m = fb_f16_to_f32(block->m);
@@ -124,8 +120,7 @@ static void dequantize_q5_1(
     }
 }
 
-static void dequantize_q8_0(
-    const struct fb_block_q8_0 *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q8_0(const struct fb_block_q8_0 *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
         const float d = fb_f16_to_f32(block->d);
         for (int j = 0; j < 32; j++) {
@@ -149,8 +144,7 @@ static void unpack_scale_min(const uint8_t *scales, int s, float *scale, float *
     }
 }
 
-static void dequantize_q4_k(
-    const struct fb_block_q4_k *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q4_k(const struct fb_block_q4_k *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++) {
         const float d = fb_f16_to_f32(block->d);
         const float dmin = fb_f16_to_f32(block->dmin);
@@ -167,8 +161,7 @@ static void dequantize_q4_k(
     }
 }
 
-static void dequantize_q5_k(
-    const struct fb_block_q5_k *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q5_k(const struct fb_block_q5_k *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++) {
         const float d = fb_f16_to_f32(block->d);
         const float dmin = fb_f16_to_f32(block->dmin);
@@ -186,8 +179,7 @@ static void dequantize_q5_k(
     }
 }
 
-static void dequantize_q6_k(
-    const struct fb_block_q6_k *block, size_t n_blocks, float *restrict dst) {
+static void dequantize_q6_k(const struct fb_block_q6_k *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++) {
         const float d = fb_f16_to_f32(block->d);
         for (int s = 0; s < 16; s++, dst += 16) {
@@ -245,18 +237,17 @@ void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, 
     }
 }
 
-enum fb_status fb_dequantize(
-    enum fb_dtype dtype, const void *src, size_t src_bytes, size_t n_elements, float *dst) {
+enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_bytes, size_t n_elements, float *dst) {
     FB_REQUIRE(is_known(dtype), "dtype is %d, must be one of enum fb_dtype", (int)dtype);
     const size_t block_size = (size_t)fb_dtype_block_size(dtype);
     const size_t block_bytes = fb_dtype_block_bytes(dtype);
-    FB_REQUIRE(n_elements % block_size == 0,
-        "n_elements is %zu, must be a multiple of the block size %zu", n_elements, block_size);
+    FB_REQUIRE(n_elements % block_size == 0, "n_elements is %zu, must be a multiple of the block size %zu", n_elements,
+        block_size);
     const size_t n_blocks = n_elements / block_size;
     /* By division: the product of a hostile count could wrap. */
     FB_REQUIRE(src_bytes % block_bytes == 0 && src_bytes / block_bytes == n_blocks,
-        "src_bytes is %zu, must be %zu blocks of %zu bytes for %zu elements", src_bytes, n_blocks,
-        block_bytes, n_elements);
+        "src_bytes is %zu, must be %zu blocks of %zu bytes for %zu elements", src_bytes, n_blocks, block_bytes,
+        n_elements);
     if (n_elements == 0) return FB_OK;
     FB_REQUIRE(src != NULL, "src is NULL");
     FB_REQUIRE(dst != NULL, "dst is NULL");

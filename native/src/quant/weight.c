@@ -72,7 +72,8 @@ static int64_t count_non_finite(const float *x, size_t n) {
     return count;
 }
 
-/* Packs source rows 16 index .. 16 index + 15: chunk by chunk they become f32, then the weight's format, then columns. */
+/* Packs source rows 16 index .. 16 index + 15: chunk by chunk they become f32, then the weight's format, then
+ * columns. */
 static void pack_sixteen(void *context, int64_t index, int thread) {
     (void)thread;
     const struct packing *job = context;
@@ -121,8 +122,8 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
         "n_rows %d, first_row %d, row_block %d, row_step %d: the second from 0, the others from 1", n_rows, first_row,
         row_block, row_step);
     FB_REQUIRE(n_threads >= 1, "n_threads is %d, must be 1 or more", n_threads);
-    FB_REQUIRE(weight->n_cols % block_size == 0, "rows of %d elements are not whole blocks of %d", weight->n_cols,
-        block_size);
+    FB_REQUIRE(
+        weight->n_cols % block_size == 0, "rows of %d elements are not whole blocks of %d", weight->n_cols, block_size);
     int64_t last = (int64_t)n_rows - 1;
     int64_t end = first_row + last / row_block * row_block * row_step + last % row_block;
     FB_REQUIRE(end < weight->n_rows, "the last row would be %lld, the weight has %d", (long long)end, weight->n_rows);

@@ -17,7 +17,7 @@
 struct fb_weight {
     enum fb_dtype dtype; /* F32, F16 or BF16 */
     int32_t n_rows, n_cols;
-    int32_t n_panels;    /* n_rows / 16, rounded up */
+    int32_t n_panels; /* n_rows / 16, rounded up */
     size_t element_bytes;
     size_t n_bytes;
     atomic_llong non_finite;

@@ -29,9 +29,10 @@ class Piece:
 
     Attributes:
         token_id: the token drawn.
-        text: text that became certain with it; may be empty (half a character, a possible stop string) or belong to several tokens.
-        logprob: natural log-probability of the token under the plain softmax of the logits.
-        finish_reason: None while more may come; "stop" (end token, stop token or stop string), "length" (max_tokens, or the
+        text: text that became certain with it; may be empty (half a character, a possible stop string) or belong to
+        several tokens. logprob: natural log-probability of the token under the plain softmax of the logits.
+        finish_reason: None while more may come; "stop" (end token, stop token or stop string), "length" (max_tokens,
+        or the
             context is full).
         top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
     """
@@ -103,7 +104,9 @@ class Generation(Iterator[Piece]):
         self.seed = params.resolved_seed()
         self._params = replace(params, seed=self.seed)
         self._runner = runner
-        self._ends = frozenset(params.stop_tokens) | (frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids))
+        self._ends = frozenset(params.stop_tokens) | (
+            frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
+        )
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self._params, runner.config.vocab_size, tuple({ids[-1] for ids in breakers if ids}))
         self._decoder = tokenizer.stream_decoder(continues=continues)

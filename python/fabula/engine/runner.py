@@ -129,7 +129,8 @@ class Runner:
         for start, chunk in self._chunks(tokens):
             last = start + len(chunk) == len(tokens)
             logits = self.step([(sequence, chunk)], [len(chunk) - 1] if last else [])
-        return logits[0]
+        scores: npt.NDArray[np.float32] = logits[0]
+        return scores
 
     def all_logits(self, tokens: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of every token of a text, chunk by chunk, float32 [<= max_tokens, vocab_size]."""

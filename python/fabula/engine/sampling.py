@@ -151,9 +151,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, _INT_MAX)
             if self.min_tokens > self.max_tokens:
-                raise InvalidArgument(
-                    f"min_tokens is {self.min_tokens}, must be at most max_tokens {self.max_tokens}"
-                )
+                raise InvalidArgument(f"min_tokens is {self.min_tokens}, must be at most max_tokens {self.max_tokens}")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidArgument(f"ignore_eos is {self.ignore_eos!r}, must be True or False")
         for name in ("banned_tokens", "stop_tokens"):
@@ -193,9 +191,7 @@ class SamplingParams:
             except UnicodeEncodeError:
                 n_bytes = 0  # a lone surrogate
             if not 1 <= n_bytes <= MAX_STOP_BYTES:
-                raise InvalidArgument(
-                    f"{name} holds {text!r}, must be text of 1 .. {MAX_STOP_BYTES} bytes of UTF-8"
-                )
+                raise InvalidArgument(f"{name} holds {text!r}, must be text of 1 .. {MAX_STOP_BYTES} bytes of UTF-8")
 
     def _chain(self) -> None:
         chain = self._sequence("chain", "names of steps")
@@ -213,16 +209,12 @@ class SamplingParams:
         except (TypeError, ValueError):
             raise InvalidArgument(f"logit_bias is {value!r}, must map token ids to numbers") from None
         if len(pairs) > MAX_LOGIT_BIAS:
-            raise InvalidArgument(
-                f"logit_bias holds {len(pairs)} tokens, at most {MAX_LOGIT_BIAS} are allowed"
-            )
+            raise InvalidArgument(f"logit_bias holds {len(pairs)} tokens, at most {MAX_LOGIT_BIAS} are allowed")
         for token, bias in pairs.items():
             _check_integer("logit_bias", token, 0, _INT_MAX)
             number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
             if not number or not (-_FLOAT_MAX <= bias <= _FLOAT_MAX or bias == -math.inf):
-                raise InvalidArgument(
-                    f"logit_bias of token {token} is {bias!r}, must be a finite float32 or -inf"
-                )
+                raise InvalidArgument(f"logit_bias of token {token} is {bias!r}, must be a finite float32 or -inf")
         ordered = tuple((token, float(pairs[token])) for token in sorted(pairs))
         object.__setattr__(self, "logit_bias", ordered)
 
@@ -309,22 +301,16 @@ class Sampler:
         """
         return _native.sample(*self._arguments(logits, history, position, banned))
 
-    def probabilities(
-        self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()
-    ) -> F32:
+    def probabilities(self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()) -> F32:
         """The distribution that `sample` draws from: float32 [vocab_size], 0 for what the chain dropped.
 
         Arguments and errors as in `sample`.
         """
         return _native.sample_probabilities(*self._arguments(logits, history, position, banned))
 
-    def _arguments(
-        self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int]
-    ) -> tuple[Any, ...]:
+    def _arguments(self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int]) -> tuple[Any, ...]:
         if logits.dtype != np.float32 or logits.shape != (self.vocab_size,):
-            raise InvalidArgument(
-                f"logits are {logits.dtype} {logits.shape}, must be float32 ({self.vocab_size},)"
-            )
+            raise InvalidArgument(f"logits are {logits.dtype} {logits.shape}, must be float32 ({self.vocab_size},)")
         tokens = np.ascontiguousarray(history, np.int32)
         if tokens.ndim != 1:
             raise InvalidArgument(f"history has shape {tokens.shape}, must be one row of token ids")

@@ -1,8 +1,8 @@
 """How many threads this process may really use.
 
-A container often sees all cores of its host but may use the time of two; more threads than that fight each other at every
-barrier. So the default is the smallest of three numbers: cores in the affinity mask, the cgroup's CPU quota rounded down, and
-physical cores (two hardware threads of one core share the units that the kernels keep busy).
+A container often sees all cores of its host but may use the time of two; more threads than that fight each other at
+every barrier. So the default is the smallest of three numbers: cores in the affinity mask, the cgroup's CPU quota
+rounded down, and physical cores (two hardware threads of one core share the units that the kernels keep busy).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
         lines = []
     folders = [root, root / "cpu", root / "cpu,cpuacct"]
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / controllers if controllers else root

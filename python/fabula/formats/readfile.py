@@ -57,9 +57,7 @@ def file_size(file: io.FileIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def read_at(
-    file: io.FileIO, offset: int, n_bytes: int, *, path: Path, field: str = ""
-) -> npt.NDArray[np.uint8]:
+def read_at(file: io.FileIO, offset: int, n_bytes: int, *, path: Path, field: str = "") -> npt.NDArray[np.uint8]:
     """Reads `n_bytes` bytes at `offset` into a new array, uint8 [n_bytes].
 
     Raises:
@@ -89,9 +87,7 @@ def read_at(
     return buffer
 
 
-def parse_json_object(
-    data: bytes, *, path: Path, what: str = "", wide_integers: bool = False
-) -> dict[str, Any]:
+def parse_json_object(data: bytes, *, path: Path, what: str = "", wide_integers: bool = False) -> dict[str, Any]:
     """Parses a JSON object strictly.
 
     Args:

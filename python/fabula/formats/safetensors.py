@@ -126,9 +126,7 @@ class SafetensorsCheckpoint:
                 entry = shard.entries[stored]
                 dtype = _READABLE.get(entry.dtype)
                 if dtype is None:
-                    unreadable[name] = (
-                        f"is {entry.dtype}; Fabula reads F32, F16 and BF16 from safetensors files"
-                    )
+                    unreadable[name] = f"is {entry.dtype}; Fabula reads F32, F16 and BF16 from safetensors files"
                 elif len(entry.shape) > MAX_DIMS:
                     unreadable[name] = f"has {len(entry.shape)} dimensions; Fabula reads at most {MAX_DIMS}"
                 else:
@@ -145,9 +143,7 @@ class SafetensorsCheckpoint:
             OutOfMemory: no room for the bytes.
         """
         if name not in self.tensors:
-            raise ModelFileError(
-                f"{self.path}: holds no tensor {shown(name)}", path=self.path, field=str(name)
-            )
+            raise ModelFileError(f"{self.path}: holds no tensor {shown(name)}", path=self.path, field=str(name))
         shard, entry = self._places[name]
         return read_at(shard.file, entry.offset, entry.n_bytes, path=shard.path, field=name)
 
@@ -198,9 +194,7 @@ def _open_indexed(folder: Path, stack: ExitStack) -> list[_Shard]:
             f"{index_path}: weight_map is not an object with entries", path=index_path, field="weight_map"
         )
     if len(weight_map) > MAX_TENSORS:
-        raise ModelFileError(
-            f"{index_path}: names {len(weight_map)} tensors, more than {MAX_TENSORS}", path=index_path
-        )
+        raise ModelFileError(f"{index_path}: names {len(weight_map)} tensors, more than {MAX_TENSORS}", path=index_path)
     wanted: dict[str, list[str]] = {}
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
@@ -209,9 +203,7 @@ def _open_indexed(folder: Path, stack: ExitStack) -> list[_Shard]:
             )
         wanted.setdefault(file_name, []).append(name)
     if len(wanted) > MAX_SHARDS:
-        raise ModelFileError(
-            f"{index_path}: names {len(wanted)} shards, more than {MAX_SHARDS}", path=index_path
-        )
+        raise ModelFileError(f"{index_path}: names {len(wanted)} shards, more than {MAX_SHARDS}", path=index_path)
     for file_name, names in wanted.items():  # all before the first is opened
         _check_shard_name(folder, file_name, index_path, names[0])
     shards = []
@@ -322,9 +314,7 @@ def _ask_library(path: Path, head: bytes, size: int) -> None:
             os.close(fd)
 
 
-def _parse_header(
-    path: Path, raw: bytes, *, first: int, size: int
-) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _parse_header(path: Path, raw: bytes, *, first: int, size: int) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Parses a header the library accepted and applies the stricter rules.
 
     Args:
@@ -353,16 +343,9 @@ def _parse_header(
     entries: dict[str, _Entry] = {}
     for name, value in header.items():
         dtype, shape, offsets = (
-            (value.get(key) for key in ("dtype", "shape", "data_offsets"))
-            if isinstance(value, dict)
-            else (None,) * 3
+            (value.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(value, dict) else (None,) * 3
         )
-        if (
-            not isinstance(dtype, str)
-            or not _is_counts(shape)
-            or not _is_counts(offsets)
-            or len(offsets) != 2
-        ):
+        if not isinstance(dtype, str) or not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
             raise fail(name, "lacks a dtype, a shape or two data_offsets")
         if len(shape) > MAX_RANK or any(dim > MAX_DIM for dim in shape):
             raise fail(name, f"has {len(shape)} dimensions, {shape[:8]}; beyond {MAX_RANK} or {MAX_DIM}")

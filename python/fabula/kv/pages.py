@@ -1,7 +1,7 @@
 """Page accounting: a pool hands out page numbers, a sequence lists the pages its positions lie in.
 
-The tokens are the truth and KV is a cache: a sequence can be truncated to any length, and what lies behind is computed anew when it is
-needed. Pages are given back when the sequence is truncated below them or closed.
+The tokens are the truth and KV is a cache: a sequence can be truncated to any length, and what lies behind is
+computed anew when it is needed. Pages are given back when the sequence is truncated below them or closed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Builds a program: reads tensors as a family names them, packs them, and collects operators and buffers.
 
-Each tensor is read, packed and dropped before the next one, so the peak of memory is the packed size plus one tensor. Every tensor's
-shape is checked against what the config promises; a weight that holds NaN or infinity is packed but warned about, and a turn that
-meets it fails with NonFinite.
+Each tensor is read, packed and dropped before the next one, so the peak of memory is the packed size plus one tensor.
+Every tensor's shape is checked against what the config promises; a weight that holds NaN or infinity is packed but
+warned about, and a turn that meets it fails with NonFinite.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The numbers of a decoder model, read from config.json and checked before any weight is touched.
 
-Keys are Hugging Face's (both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`). A config comes from a file
-nobody vouches for: every value is checked for type and range, and sizes that do not fit each other are refused here.
+Keys are Hugging Face's (both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`). A config comes
+from a file nobody vouches for: every value is checked for type and range, and sizes that do not fit each other are
+refused here.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def read_config(
         config: config.json's content.
         path: named in errors.
         qkv_bias: True when the family always has biases on q, k and v, None to read `attention_bias`.
-        windowed: "never", "always" (every layer has `sliding_window`, when set), or "switched" (`use_sliding_window` and
+        windowed: "never", "always" (every layer has `sliding_window`, when set), or "switched" (`use_sliding_window`
+        and
             `max_window_layers`, or `layer_types`, say which).
 
     Raises:

@@ -5,7 +5,8 @@
                 x += down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))
 
-What differs between families (biases, norms of q and k, windows) are switches of the config; a family's own file says which it uses.
+What differs between families (biases, norms of q and k, windows) are switches of the config; a family's own file says
+which it uses.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """From messages to token ids, with the template's control tokens as control tokens and the user's as text.
 
-A template renders one string in which its scaffolding and the users' words are mixed; encoded with control tokens parsed, a user who
-types "<|im_end|>" would end their own turn. So where a message holds the text of a control token, each such place is marked with a
-character that occurs nowhere else before rendering; afterwards the string is cut at the unmarked control tokens, the marks are
-taken out, and what lies between is encoded as plain text. Where no message holds any, which is nearly always, the string is encoded in
-one go, exactly as transformers does it.
+A template renders one string in which its scaffolding and the users' words are mixed; encoded with control tokens
+parsed, a user who types "<|im_end|>" would end their own turn. So where a message holds the text of a control token,
+each such place is marked with a character that occurs nowhere else before rendering; afterwards the string is cut at
+the unmarked control tokens, the marks are taken out, and what lies between is encoded as plain text. Where no message
+holds any, which is nearly always, the string is encoded in one go, exactly as transformers does it.
 
-Cutting is what the tokenizer itself does first, so the ids are the same; only a vocabulary that puts a space in front of the very first
-word alone (prepend_scheme "first") may see one more space behind a control token, in such a conversation.
+Cutting is what the tokenizer itself does first, so the ids are the same; only a vocabulary that puts a space in front
+of the very first word alone (prepend_scheme "first") may see one more space behind a control token, in such a
+conversation.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def _holds(value: object, pattern: re.Pattern[str]) -> bool:
 
 
 def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
-    """The same value with the mark behind the first character of every control token in it. What remains may hold another, shorter
-    token, or one that only arises with the mark; the search goes on until none is left."""
+    """The same value with the mark behind the first character of every control token in it. What remains may hold
+    another, shorter token, or one that only arises with the mark; the search goes on until none is left."""
     if isinstance(value, str):
         while (match := pattern.search(value)) is not None:
             cut = match.start() + 1
@@ -73,8 +74,8 @@ def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
 
 
 def _encode_marked(tokenizer: Tokenizer, text: str, pattern: re.Pattern[str], mark: str) -> list[int]:
-    """Ids of a marked text: unmarked control tokens as such, the rest plain. A control token that takes the blanks beside it
-    (lstrip, rstrip) takes them here too."""
+    """Ids of a marked text: unmarked control tokens as such, the rest plain. A control token that takes the blanks
+    beside it (lstrip, rstrip) takes them here too."""
     ids: list[int] = []
     start, strip_left = 0, False
     for match in pattern.finditer(text):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fabula.errors import TokenizerError
 from fabula.formats.readfile import file_size, open_regular, read_at, read_json_object
@@ -62,7 +62,7 @@ def _optional(path: Path) -> Mapping[str, Any]:
     return read_json_object(path, max_bytes=MAX_SETTINGS_BYTES, wide_integers=True) if path.is_file() else {}
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -78,7 +78,7 @@ def _first_id(backend: Any, text: str | None, *ids: object) -> int | None:
     if found is not None:
         return found
     for value in ids:
-        if isinstance(value, int) and _is_id(value) and backend.id_to_token(value) is not None:
+        if _is_id(value) and backend.id_to_token(value) is not None:
             return value
     return None
 
@@ -93,7 +93,9 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
         named = {
             entry["name"]: entry["template"]
             for entry in value
-            if isinstance(entry, Mapping) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+            if isinstance(entry, Mapping)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("template"), str)
         }
         value = named.get("default", next(iter(named.values()), None))
     return value if isinstance(value, str) else None

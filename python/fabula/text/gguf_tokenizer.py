@@ -1,7 +1,8 @@
 """A GGUF vocabulary as the tokenizer it was made from.
 
-Two kinds exist in the families Fabula runs: byte-level BPE ("gpt2" with a pre-tokenizer by name) and SentencePiece-like BPE with
-scores instead of merges ("llama"). Key names and values are those of the GGUF specification and llama.cpp's converter.
+Two kinds exist in the families Fabula runs: byte-level BPE ("gpt2" with a pre-tokenizer by name) and
+SentencePiece-like BPE with scores instead of merges ("llama"). Key names and values are those of the GGUF
+specification and llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # How text is cut before merging, by tokenizer.ggml.pre. Patterns are those of the models' own tokenizer.json.
 _LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -165,7 +167,7 @@ def _check_tokens(keys: _Keys, tokens: Sequence[str]) -> None:
 def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
     """Byte-level BPE: merges are in the file."""
     pre = keys.text("tokenizer.ggml.pre", "gpt-2")
-    if pre not in _PRE_TOKENIZERS:
+    if pre is None or pre not in _PRE_TOKENIZERS:
         raise Unsupported(
             f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(_PRE_TOKENIZERS))}"
         )
@@ -196,8 +198,8 @@ def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _sentencepiece(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
-    """SentencePiece's BPE keeps a score a piece: the merge that makes the piece of the highest score goes first. Every way to cut a
-    piece into two known ones is a merge of that piece's rank."""
+    """SentencePiece's BPE keeps a score a piece: the merge that makes the piece of the highest score goes first.
+    Every way to cut a piece into two known ones is a merge of that piece's rank."""
     scores = keys.numbers("tokenizer.ggml.scores", "fiu", len(tokens))
     if scores is None:
         raise keys.error("tokenizer.ggml.scores", "is missing")
@@ -206,13 +208,17 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     for i, kind in enumerate(kinds):
         if kind == BYTE and not _BYTE_TOKEN.fullmatch(tokens[i]):
-            raise keys.error("tokenizer.ggml.tokens", f"entry {i} is {shown(tokens[i])}, a byte token is <0x00> .. <0xFF>")
+            raise keys.error(
+                "tokenizer.ggml.tokens", f"entry {i} is {shown(tokens[i])}, a byte token is <0x00> .. <0xFF>"
+            )
     merges: list[tuple[float, int, int, int, str, str]] = []
     for i, token in enumerate(tokens):
         if kinds[i] != NORMAL or len(token) < 2:
             continue
         if len(token) > _LONGEST_PIECE:
-            raise keys.error("tokenizer.ggml.tokens", f"entry {i} has {len(token)} characters, at most {_LONGEST_PIECE}")
+            raise keys.error(
+                "tokenizer.ggml.tokens", f"entry {i} has {len(token)} characters, at most {_LONGEST_PIECE}"
+            )
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:

@@ -1,9 +1,9 @@
 """From token ids to text, a token at a time, never showing half a character.
 
-Both kinds of vocabulary reduce to bytes: in a byte-level one every character of a token stands for a byte (GPT-2's table), in a
-SentencePiece-like one a token is UTF-8 text with "▁" for a space, or one byte written <0xE2>. So a token is a byte string, a text is
-their sequence, and an incremental UTF-8 decoder does the rest: what may still become a character is held back, what cannot is
-U+FFFD. Cost per token does not depend on the length of the text.
+Both kinds of vocabulary reduce to bytes: in a byte-level one every character of a token stands for a byte (GPT-2's
+table), in a SentencePiece-like one a token is UTF-8 text with "▁" for a space, or one byte written <0xE2>. So a token
+is a byte string, a text is their sequence, and an incremental UTF-8 decoder does the rest: what may still become a
+character is held back, what cannot is U+FFFD. Cost per token does not depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_table() -> dict[str, int]:
-    """GPT-2's map from the character that stands for a byte to the byte (Radford et al. 2019, encoder.py's rule): printable bytes
-    stand for themselves, the others take the code points from 256 on, in order."""
+    """GPT-2's map from the character that stands for a byte to the byte (Radford et al. 2019, encoder.py's rule):
+    printable bytes stand for themselves, the others take the code points from 256 on, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     table = {chr(byte): byte for byte in printable}
     rest = (byte for byte in range(256) if byte not in printable)

@@ -1,7 +1,7 @@
 """Chat templates: Jinja as models ship it, in a sandbox that a hostile template cannot leave, nor keep busy.
 
-jinja2's ImmutableSandboxedEnvironment stops attribute walks and changes to what is passed in. It has no limits on size and time, so
-these are added, each at the place where work or memory is made:
+jinja2's ImmutableSandboxedEnvironment stops attribute walks and changes to what is passed in. It has no limits on
+size and time, so these are added, each at the place where work or memory is made:
 
     source        64 KiB, 20,000 syntax nodes
     loops, calls  every iteration and every call counts against one budget, which also looks at the clock
@@ -71,6 +71,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with the budget of the render in progress, one per thread."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
+
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation], autoescape=False
@@ -92,7 +93,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def budget(self, value: Budget) -> None:
         self._local.budget = value
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         return concatenate(pieces, self.budget)
 
     def _join(self, parts: Iterable[Any]) -> str:
@@ -162,7 +163,7 @@ def _walk(tree: nodes.Node) -> Iterator[nodes.Node]:
         waiting.extend(node.iter_child_nodes())
 
 
-def _filtered(name: str, value: nodes.Expr) -> nodes.Filter:
+def _filtered(name: str, value: nodes.Node) -> nodes.Filter:
     return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
 
 
@@ -289,7 +290,7 @@ def _message(message: object, index: int) -> dict[str, Any]:
 
 
 def _plain(value: object, name: str, depth: int = 0) -> Any:
-    """A copy made of nothing but dicts, lists, text, numbers, booleans and None: a template must not meet live objects."""
+    """A copy made of dicts, lists, text, numbers, booleans and None: a template must not meet live objects."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if depth > 64:

@@ -1,7 +1,7 @@
 """`Tokenizer`: one face for tokenizer.json and for a GGUF vocabulary, both run by the `tokenizers` library.
 
-Control tokens ("<|im_end|>") typed by a user are text: `encode` parses them only when told to, and `encode_chat` lets only those
-of the template's own scaffolding through (see `text/chat.py`).
+Control tokens ("<|im_end|>") typed by a user are text: `encode` parses them only when told to, and `encode_chat` lets
+only those of the template's own scaffolding through (see `text/chat.py`).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Tokenizer:
         return token_id
 
     def _decoder_kind(self) -> tuple[str, bool]:
-        """("byte-level" or "sentencepiece", whether a leading space is dropped), read from the decoder's description."""
+        """("byte-level" or "sentencepiece", whether a leading space is dropped), from the decoder's description."""
         state = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b"{}"
         decoder = json.loads(state)
         steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
@@ -166,9 +166,7 @@ class Tokenizer:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
 
-    def encode_chat(
-        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
-    ) -> list[int]:
+    def encode_chat(self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation rendered through a template; see `text/chat.py`."""
         from fabula.text.chat import encode_chat
 
@@ -201,9 +199,7 @@ class Tokenizer:
             skip_special: whether control tokens leave no text.
             continues: whether the ids follow a text, so that a space at their beginning is a real one.
         """
-        return IncrementalDecoder(
-            self._visible if skip_special else self._bytes, self._strip_space and not continues
-        )
+        return IncrementalDecoder(self._visible if skip_special else self._bytes, self._strip_space and not continues)
 
     def token_text(self, token_id: int) -> str:
         """The token as the vocabulary writes it ("Ġthe", "▁the", "<0xE2>")."""

@@ -1,7 +1,8 @@
 /*
  * avx512.c - the AVX-512 kernels on a CPU that has only AVX2, so that their arithmetic is tested on every machine.
  *
- * SIMDe supplies most intrinsics from pairs of 256-bit ones; the handful its stable release lacks follow here, as two halves.
+ * SIMDe supplies most intrinsics from pairs of 256-bit ones; the handful its stable release lacks follow here, as two
+ * halves.
  */
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -48,8 +49,8 @@ static simde__m512i emulated_cvtepu16_epi32(__m256i a) {
 static __m256i emulated_cvtepi32_epi16(simde__m512i a) {
     simde__m512i_private in = simde__m512i_to_private(a);
     const __m256i low_halves = _mm256_set1_epi32(0xffff);
-    __m256i packed =
-        _mm256_packus_epi32(_mm256_and_si256(in.m256i[0], low_halves), _mm256_and_si256(in.m256i[1], low_halves));
+    __m256i packed = _mm256_packus_epi32(
+        _mm256_and_si256(in.m256i[0], low_halves), _mm256_and_si256(in.m256i[1], low_halves));
     return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 
