@@ -1,0 +1,103 @@
+"""Fabula: run language models on the machine you have.
+
+>>> from fabula import Model, SamplingParams
+>>> with Model.load() as model:
+...     print(model.generate("Once upon a time", SamplingParams(max_tokens=40)).text())
+
+Names are imported when they are first used, so that `import fabula` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fabula import errors, ops
+    from fabula.engine.generation import Generation, Piece, Timings
+    from fabula.engine.sampling import SamplingParams
+    from fabula.errors import (
+        ContextOverflow,
+        DownloadError,
+        EngineError,
+        InvalidArgument,
+        ModelFileError,
+        ModelNotFound,
+        NonFinite,
+        OutOfMemory,
+        TemplateError,
+        TokenizerError,
+        Unsupported,
+    )
+    from fabula.formats.locate import pull
+    from fabula.model import Model
+    from fabula.models.builder import DamagedWeightWarning
+    from fabula.models.config import ModelConfig
+    from fabula.text.tokenizer import Tokenizer
+
+# Where each public name lives; "" for a module of that name.
+_HOMES = {
+    "ContextOverflow": "errors",
+    "DamagedWeightWarning": "models.builder",
+    "DownloadError": "errors",
+    "EngineError": "errors",
+    "Generation": "engine.generation",
+    "InvalidArgument": "errors",
+    "Model": "model",
+    "ModelConfig": "models.config",
+    "ModelFileError": "errors",
+    "ModelNotFound": "errors",
+    "NonFinite": "errors",
+    "OutOfMemory": "errors",
+    "Piece": "engine.generation",
+    "SamplingParams": "engine.sampling",
+    "TemplateError": "errors",
+    "Timings": "engine.generation",
+    "Tokenizer": "text.tokenizer",
+    "TokenizerError": "errors",
+    "Unsupported": "errors",
+    "errors": "",
+    "ops": "",
+    "pull": "formats.locate",
+}
+
+__all__ = [
+    "ContextOverflow",
+    "DamagedWeightWarning",
+    "DownloadError",
+    "EngineError",
+    "Generation",
+    "InvalidArgument",
+    "Model",
+    "ModelConfig",
+    "ModelFileError",
+    "ModelNotFound",
+    "NonFinite",
+    "OutOfMemory",
+    "Piece",
+    "SamplingParams",
+    "TemplateError",
+    "Timings",
+    "Tokenizer",
+    "TokenizerError",
+    "Unsupported",
+    "__version__",
+    "errors",
+    "ops",
+    "pull",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'fabula' has no attribute {name!r}")
+    value = getattr(import_module(f"fabula.{home}"), name) if home else import_module(f"fabula.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,93 @@
+"""What commands share with a terminal: notes on stderr, progress bars, and text that cannot steer the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Control characters but newline and tab. A model may print anything, and a terminal obeys escape sequences.
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def err() -> Console:
+    """The console of stderr; colours only on a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str, *, style: str = "dim") -> None:
+    """One line for the person, on stderr."""
+    from rich.text import Text
+
+    err().print(Text(text.translate(_CONTROLS), style=style))
+
+
+def complain(text: str) -> None:
+    """An error, as one red line on stderr."""
+    from rich.text import Text
+
+    err().print(Text("error: ", style="bold red") + Text(text.translate(_CONTROLS), style="not bold red"))
+
+
+def emit(text: str) -> None:
+    """Writes a model's text to stdout at once; a terminal gets no control characters."""
+    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+class Bar:
+    """A progress bar on stderr, drawn only on a terminal."""
+
+    def __init__(self, start: Callable[[str, int | None], Callable[[int, int | None], None]]) -> None:
+        self._start = start
+        self._update: Callable[[int, int | None], None] | None = None
+        self._title = ""
+
+    def show(self, title: str, done: int, total: int | None) -> None:
+        """Draws `done` of `total` bytes; another title begins another bar."""
+        if self._update is None or title != self._title:
+            self._title = title
+            self._update = self._start(title, total)
+        self._update(done, total)
+
+
+class FetchProgress:
+    """Feeds a download into a bar; satisfies `fabula.formats.download.Progress`."""
+
+    def __init__(self, bar: Bar, title: str) -> None:
+        self._bar, self._title = bar, title
+
+    def update(self, done_bytes: int, total_bytes: int | None) -> None:
+        self._bar.show(self._title, done_bytes, total_bytes)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Bar]:
+    """Progress bars that vanish when the block ends. Off a terminal each title is written once."""
+    console = err()
+    if not console.is_terminal:
+
+        def announce(title: str, total: int | None) -> Callable[[int, int | None], None]:
+            # Loading takes a second; only a download is worth a line in a log.
+            if title.startswith("fetching"):
+                note(title if total is None else f"{title} ({total / 1e6:.0f} MB)")
+            return lambda *_: None
+
+        yield Bar(announce)
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def start(title: str, total: int | None) -> Callable[[int, int | None], None]:
+            task = progress.add_task(title, total=total)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield Bar(start)

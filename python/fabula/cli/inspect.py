@@ -1,0 +1,148 @@
+"""`fabula inspect`: what a model file holds, read without its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fabula.cli.console import FetchProgress, bars
+from fabula.cli.options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from fabula.formats.checkpoint import Checkpoint
+
+_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+@click.command(short_help="Tell what a model file holds, without loading its weights.")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--template", is_flag=True, help="Print the chat template and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
+    """Tell family, shapes, sizes in memory, tokenizer and chat template of MODEL.
+
+    \b
+    Examples:
+      fabula inspect
+      fabula inspect ./model.gguf --tensors
+      fabula inspect ./my-model --json
+      fabula inspect --template
+    """
+    from fabula.formats.locate import locate
+    from fabula.formats.open import open_checkpoint
+    from fabula.model import load_tokenizer
+
+    with bars() as bar:
+        path = locate(model, progress=FetchProgress(bar, f"fetching {model}"))
+    checkpoint = open_checkpoint(path)
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+        if template:
+            click.echo(json.dumps(tokenizer.chat_template) if as_json else tokenizer.chat_template or "")
+            return
+        facts = describe(checkpoint)
+        facts["tokenizer"] = {
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_ids": list(tokenizer.eos_ids),
+            "adds_bos": tokenizer.add_bos,
+            "special_tokens": tokenizer.special_tokens,
+        }
+        facts["chat_template"] = tokenizer.chat_template
+        if tensors:
+            facts["tensors"] = [
+                {"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape), "n_bytes": info.n_bytes}
+                for info in checkpoint.tensors.values()
+            ]
+    finally:
+        checkpoint.close()
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        _print(facts)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes of a checkpoint: its own, and those it would take in memory in each precision."""
+    from fabula.models.families import family_of
+
+    family = family_of(checkpoint.config, checkpoint.path)
+    config = family.read(checkpoint.config, checkpoint.path)
+    infos = list(checkpoint.tensors.values())
+    if config.tied:
+        infos = [info for info in infos if info.name != "lm_head.weight"]
+    matrices = sum(math.prod(info.shape) for info in infos if len(info.shape) > 1)
+    vectors = sum(math.prod(info.shape) for info in infos if len(info.shape) < 2)
+    on_disk: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        on_disk[info.dtype.name] = on_disk.get(info.dtype.name, 0) + info.n_bytes
+    kv_numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    window = max(config.windows, default=0)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "family": family.name,
+        "n_parameters": matrices + vectors,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "sliding_window": window or None,
+        "tied_embeddings": config.tied,
+        "rope": dict(config.rope),
+        "bytes_on_disk": on_disk,
+        "bytes_in_memory": {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
+        "kv_bytes_per_token": {name: kv_numbers * _BYTES[name] for name in ("f32", "f16")},
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def size(n_bytes: int) -> str:
+        return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.1f} kB"
+
+    tokens = facts["tokenizer"]
+    names = {number: name for name, number in tokens["special_tokens"].items()}
+    bos = "none" if tokens["bos_id"] is None else f"{tokens['bos_id']} {names.get(tokens['bos_id'], '')}".strip()
+    template = facts["chat_template"]
+    rope = ", ".join(f"{key} {value}" for key, value in facts["rope"].items() if not isinstance(value, list))
+    rows = [
+        ("file", f"{facts['path']} ({facts['format']})"),
+        ("family", f"{facts['family']}, {facts['n_parameters'] / 1e6:,.1f} M parameters"),
+        ("layers", f"{facts['n_layers']} of hidden size {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
+        ("heads", f"{facts['n_heads']} of {facts['head_dim']}, {facts['n_kv_heads']} for keys and values"),
+        ("vocabulary", f"{facts['vocab_size']:,}{', tied' if facts['tied_embeddings'] else ''}"),
+        (
+            "context",
+            f"{facts['context_length']:,} tokens"
+            + (f", window {facts['sliding_window']}" if facts["sliding_window"] else ""),
+        ),
+        ("rope", rope),
+        ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
+        ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),
+        ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),
+        ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),
+        ("start token", bos + (", added to texts" if tokens["adds_bos"] else "")),
+        ("end tokens", ", ".join(f"{i} {names.get(i, '')}".strip() for i in tokens["eos_ids"]) or "none"),
+        ("chat template", f"{len(template):,} characters (--template prints it)" if template else "none"),
+    ]
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in rows:
+        console.print(Text(f"{name:14}", style="bold") + Text(value, style="not bold"))
+    if "tensors" in facts:
+        table = Table("tensor", "type", "shape", "bytes", box=None, pad_edge=False, header_style="bold")
+        for info in facts["tensors"]:
+            table.add_row(info["name"], info["dtype"], " x ".join(map(str, info["shape"])), f"{info['n_bytes']:,}")
+        console.print(table)

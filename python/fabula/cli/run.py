@@ -1,0 +1,39 @@
+"""`fabula run`: the first thing a new user sees."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from fabula.cli.options import ModelOptions, model_options, sampling_options
+
+if TYPE_CHECKING:
+    from fabula.engine.sampling import SamplingParams
+
+OPENING = "Once upon a time, in a lighthouse at the edge of the sea, there lived an old keeper who"
+
+
+@click.command(short_help="Chat in a terminal; anywhere else tell a short story.")
+@model_options
+@sampling_options(temperature=0.7, top_p=0.9, max_tokens=512)
+def run(loading: ModelOptions, params: SamplingParams) -> None:
+    """Start a chat. Without a terminal on stdin or stdout, tell a short story and end.
+
+    \b
+    Examples:
+      fabula run
+      fabula run --model ./my-model
+      fabula run < /dev/null
+    """
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from fabula.cli.chat import converse
+
+        converse(loading, params, system=None)
+        return
+    from dataclasses import replace
+
+    from fabula.cli.story import tell
+
+    tell(OPENING, loading, replace(params, max_tokens=min(params.max_tokens or 120, 120)), as_json=False)

@@ -1,0 +1,96 @@
+"""`fabula story`: continues a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fabula.cli.console import emit, note
+from fabula.cli.options import ModelOptions, model_options, sampling_options
+
+if TYPE_CHECKING:
+    from fabula.engine.generation import Generation
+    from fabula.engine.sampling import SamplingParams
+
+
+@click.command(short_help="Continue a text.")
+@click.argument("prompt", required=False)
+@model_options
+@sampling_options(temperature=0.8, top_p=0.95, max_tokens=256)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done instead of streaming.")
+def story(prompt: str | None, loading: ModelOptions, params: SamplingParams, as_json: bool) -> None:
+    """Continue PROMPT as a text, streaming what comes. Without PROMPT it is read from stdin.
+
+    Ctrl-C ends the story where it is.
+
+    \b
+    Examples:
+      fabula story "Once upon a time, a lighthouse keeper"
+      fabula story --seed 7 --max-tokens 100 --temperature 0.6 "The last train"
+      fabula story --json "It was" < /dev/null
+      cat beginning.txt | fabula story
+    """
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("give the beginning of a story, in quotes, or pipe it in")
+        prompt = sys.stdin.read()
+    tell(prompt, loading, params, as_json=as_json)
+
+
+def tell(prompt: str, loading: ModelOptions, params: SamplingParams, *, as_json: bool) -> None:
+    """Loads the model and writes the continuation of `prompt` to stdout."""
+    with loading.load() as model, model.generate(prompt, params) as generation:
+        if not as_json:
+            emit(prompt)
+        text = follow(generation, show=not as_json)
+        if as_json:
+            click.echo(json.dumps({"prompt": prompt, "text": text, **report(generation), "model": str(loading.model)}))
+            return
+        emit("\n")
+        if sys.stderr.isatty():
+            note(summary(generation))
+
+
+def follow(generation: Generation, *, show: bool) -> str:
+    """Runs a generation to its end or to Ctrl-C, and returns its text."""
+    texts: list[str] = []
+    try:
+        for piece in generation:
+            texts.append(piece.text)
+            if show:
+                emit(piece.text)
+    except KeyboardInterrupt:
+        generation.cancel()
+    return "".join(texts)
+
+
+def report(generation: Generation) -> dict[str, Any]:
+    """What --json tells of a generation besides its text."""
+    return {
+        "token_ids": generation.token_ids,
+        "prompt_ids": generation.prompt_ids,
+        "finish_reason": generation.finish_reason,
+        "seed": generation.seed,
+        "timings": dataclasses.asdict(generation.timings),
+    }
+
+
+def summary(generation: Generation) -> str:
+    """The line below an answer."""
+    t = generation.timings
+    parts = [
+        f"{t.generated_tokens} tokens",
+        f"{t.tokens_per_s:.0f} tokens/s",
+        f"first after {t.first_token_ms / 1e3:.2f} s",
+        f"prompt {t.prompt_tokens} tokens",
+        f"seed {generation.seed}",
+    ]
+    if generation.finish_reason != "stop":
+        parts.append(
+            {"length": "cut at --max-tokens or the context", "cancelled": "stopped"}[str(generation.finish_reason)]
+        )
+    return " · ".join(parts)
