@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -154,8 +155,22 @@ class Chat:
         self._model, self._params, self._read = model, params, read
         self._conversation = conversation
         self._answers = 0
+        self._answering = False
 
     def run(self) -> None:
+        """Reads and answers until the end."""
+        before = signal.signal(signal.SIGINT, self._interrupted)
+        try:
+            self._loop()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupted(self, *_: object) -> None:
+        """Ctrl-C, unless the line editor has the terminal: stops an answer, and means nothing between two."""
+        if self._answering:
+            raise KeyboardInterrupt
+
+    def _loop(self) -> None:
         while True:
             try:
                 line = self._read().strip()
@@ -205,13 +220,9 @@ class Chat:
         if params.seed is not None:  # a fixed seed repeats the whole chat, yet not each answer of it
             params = dataclasses.replace(params, seed=(params.seed + self._answers) % 2**64)
         self._answers += 1
-        generation: Generation | None = None
-        text = ""
         try:
             with self._model.chat(talk.messages, params) as generation:
-                text = follow(generation, show=True)
-        except KeyboardInterrupt:
-            pass  # between two pieces; what was said so far is kept
+                text = self._stream(generation)
         except ContextOverflow as error:
             talk.take_back()
             complain(f"{error}. /undo shortens the conversation, /reset begins a new one")
@@ -222,6 +233,17 @@ class Chat:
             return
         emit("\n")
         talk.add("assistant", text)
-        if generation is not None and generation.token_ids and err().is_terminal:
+        if err().is_terminal:
             used = len(generation.prompt_ids) + len(generation.token_ids)
             note(f"{summary(generation)} · context {used}/{self._model.context}")
+
+    def _stream(self, generation: Generation) -> str:
+        """Shows an answer as it comes and returns it, or what came before Ctrl-C."""
+        self._answering = True
+        try:
+            return follow(generation, show=True)
+        except KeyboardInterrupt:  # it came just before the first or behind the last piece
+            generation.cancel()
+            return self._model.tokenizer.decode(generation.token_ids)
+        finally:
+            self._answering = False

@@ -75,7 +75,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read us has gone; Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1
     except (EngineError, ImportError) as error:
         if "--debug" in words:
             raise

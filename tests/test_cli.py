@@ -1,0 +1,320 @@
+"""The command line as a person and as a script use it: in process where possible, in a terminal where it matters."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fabula import Model, SamplingParams, __version__
+from fabula.cli.chat import Chat, Conversation
+from fabula.cli.main import run
+from tiny import CHATML, random_tensors, write_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def fabula(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*words: object) -> Result:
+        with pytest.raises(SystemExit) as end:
+            run([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Result(int(end.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def shell(*words: object, text: str = "", **more: Any) -> Result:
+    """The command in a process of its own, fed from a pipe."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fabula", *map(str, words)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **more,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+# ---- Help, version, errors ------------------------------------------------------------------------------------
+
+
+def test_version_and_help(fabula: Any) -> None:
+    assert fabula("--version").out == f"fabula, version {__version__}\n"
+    shown = fabula("--help")
+    assert shown.code == 0
+    for command in ("bench", "chat", "inspect", "pull", "run", "story"):
+        assert f"  {command} " in shown.out
+        assert "Examples:" in fabula(command, "--help").out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["nope"], 2, "No such command 'nope'"),
+        (["story", "x", "--temperature", "-1"], 2, "temperature is -1.0"),
+        (["story", "x", "--max-tokens", "0"], 2, "max_tokens is 0"),
+        (["story", "x", "--weights", "q3"], 2, "'q3' is not one of"),
+        (["story", "x", "--model", "/no/such/model"], 1, "error: /no/such/model: no such file or folder"),
+        (["inspect", "/no/such/model"], 1, "error: /no/such/model"),
+        (["chat", "--prompt", ""], 2, "the message is empty"),
+    ],
+)
+def test_errors_are_short_and_typed(fabula: Any, words: list[str], code: int, text: str) -> None:
+    result = fabula(*words)
+    assert (result.code, result.out) == (code, "")
+    assert text in result.err and "Traceback" not in result.err
+    assert "\x1b" not in result.err, "colours are for terminals"
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = shell("--debug", "inspect", "/no/such/model")
+    assert result.code == 1 and "Traceback" in result.err and "ModelNotFound" in result.err
+
+
+def test_a_damaged_model_is_one_line(fabula: Any, tmp_path: Path) -> None:
+    broken = write_model(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    result = fabula("story", "x", "--model", broken)
+    assert result.code == 1 and str(weights) in result.err and len(result.err.splitlines()) == 1
+
+
+# ---- Story and chat -------------------------------------------------------------------------------------------
+
+
+def test_story_as_json(fabula: Any, tiny: Path) -> None:
+    words = ("story", "the cat", "--model", tiny, "--json", "--seed", 5, "--max-tokens", 12)
+    first, second = (json.loads(fabula(*words).out) for _ in range(2))
+    assert set(first) == {
+        *("prompt", "text", "token_ids", "prompt_ids", "finish_reason", "seed", "model", "timings"),
+    }
+    assert first["token_ids"] == second["token_ids"] and first["text"] == second["text"]
+    assert first["prompt"] == "the cat" and first["seed"] == 5
+    assert first["timings"]["generated_tokens"] == len(first["token_ids"]) <= 12
+    with Model.load(tiny) as model:
+        params = SamplingParams(temperature=0.8, top_p=0.95, seed=5, max_tokens=12)
+        assert model.generate("the cat", params).text() == first["text"]
+
+
+def test_story_streams_prompt_and_text(fabula: Any, tiny: Path) -> None:
+    common = ("--model", tiny, "--seed", 5, "--max-tokens", 12)
+    text = json.loads(fabula("story", "the cat", "--json", *common).out)["text"]
+    result = fabula("story", "the cat", *common)
+    assert result.out == "the cat" + text + "\n" and result.err == ""
+
+
+def test_story_from_a_pipe(tiny: Path) -> None:
+    result = shell("story", "--model", tiny, "--max-tokens", "3", "--json", text="a beginning")
+    assert result.code == 0 and json.loads(result.out)["prompt"] == "a beginning"
+
+
+def test_a_prompt_beyond_the_context(fabula: Any, tiny: Path) -> None:
+    result = fabula("story", "word " * 300, "--model", tiny, "--context", 50)
+    assert result.code == 1 and "do not fit the context of 50" in result.err
+
+
+def test_chat_answers_a_pipe(tiny: Path) -> None:
+    plain = shell("chat", "--model", tiny, "--seed", 1, "-n", 8, text="hello\n")
+    found = json.loads(shell("chat", "--model", tiny, "--seed", 1, "-n", 8, "--json", text="hello\n").out)
+    assert plain.code == 0 and plain.out == found["text"] + "\n"
+    assert [m["role"] for m in found["messages"]] == ["user", "assistant"]
+    assert found["messages"][0]["content"] == "hello"
+
+
+def test_a_reader_that_goes_away_causes_no_noise(tiny: Path) -> None:
+    command = f"{sys.executable} -m fabula story x --model {tiny} --max-tokens 400 | head -c 5"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and len(done.stdout) == 5
+
+
+def test_run_without_a_terminal_tells_a_story(tiny: Path) -> None:
+    result = shell("run", "--model", tiny, "--max-tokens", "10")
+    assert result.code == 0 and result.out.startswith("Once upon a time, in a lighthouse")
+
+
+def test_slash_commands(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = iter(["/help", "hello", "/regen", "more", "/undo", "/undo", "/undo", "/system Be kind.", "hi", "/reset"])
+    seen: list[list[dict[str, str]]] = []
+    talk = Conversation()
+
+    def read() -> str:
+        seen.append([dict(message) for message in talk.messages])
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    with Model.load(tiny) as model:
+        Chat(model, SamplingParams(max_tokens=6, seed=3), talk, read).run()
+    roles = [[message["role"] for message in messages] for messages in seen]
+    once, twice = ["user", "assistant"], ["user", "assistant"] * 2
+    assert roles == [[], [], once, once, twice, once, [], [], ["system"], ["system", *once], ["system"]]
+    assert seen[2][1]["content"] != seen[3][1]["content"], "another answer, not the same one again"
+    assert "/regen" in capsys.readouterr().err
+
+
+def test_a_message_too_long_is_taken_back(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = iter(["hi", "long " * 200, "/exit"])
+    talk = Conversation()
+    with Model.load(tiny, context=80) as model:
+        Chat(model, SamplingParams(max_tokens=4, seed=3), talk, lambda: next(lines)).run()
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+    assert "/undo shortens" in capsys.readouterr().err
+
+
+# ---- Inspect and pull -----------------------------------------------------------------------------------------
+
+
+def test_inspect(fabula: Any, tiny: Path) -> None:
+    found = json.loads(fabula("inspect", tiny, "--json", "--tensors").out)
+    assert (found["family"], found["n_layers"], found["head_dim"]) == ("Llama", 2, 6)
+    assert len(found["tensors"]) == 21 and found["tensors"][0]["dtype"] == "F32"
+    n_numbers = sum(info["n_bytes"] for info in found["tensors"]) // 4
+    assert found["n_parameters"] == n_numbers and found["bytes_on_disk"] == {"F32": 4 * n_numbers}
+    assert found["kv_bytes_per_token"] == {"f32": 2 * 2 * 2 * 6 * 4, "f16": 2 * 2 * 2 * 6 * 2}
+    assert found["tokenizer"]["special_tokens"]["<|im_end|>"] == 3
+    assert fabula("inspect", tiny, "--template").out.strip() == CHATML.strip()
+    shown = fabula("inspect", tiny, "--tensors").out
+    assert "Llama" in shown and "model.layers.1.mlp.up_proj.weight" in shown
+
+
+def test_inspect_reads_no_weights(fabula: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fabula.formats.safetensors import SafetensorsCheckpoint
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", refuse)
+    assert fabula("inspect", tiny).code == 0
+
+
+def test_pull_lists_and_refuses(fabula: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FABULA_CACHE", str(tmp_path))
+    rows = json.loads(fabula("pull", "--list", "--json").out)
+    assert [(row["name"], row["cached"]) for row in rows] == [("smollm2-135m-instruct", False)]
+    assert "not here" in fabula("pull", "--list").out
+    result = fabula("pull", "no-such-model")
+    assert result.code == 1 and "no-such-model" in result.err
+
+
+def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> None:
+    result = fabula("chat", "--model", smollm2_gguf, "--prompt", "What is the capital of France?", "--temperature", 0)
+    assert "Paris" in result.out
+
+
+# ---- In a terminal --------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A program on a pseudo-terminal."""
+
+    def __init__(self, *words: object) -> None:
+        self._fd, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")  # 40 rows of 120
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fabula", *map(str, words)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )
+        os.close(slave)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def wait_for(self, text: str, *, seconds: float = 60.0) -> str:
+        """Reads on until `text` has come behind what was read before, and returns what came."""
+        start, end = len(self.text), time.monotonic() + seconds
+        while text not in self.text[start:]:
+            ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                raise AssertionError(f"{text!r} did not come; there was {self.text[start:]!r}")
+            try:
+                self.text += os.read(self._fd, 65536).decode(errors="replace")
+            except OSError:
+                raise AssertionError(f"the program ended; there was {self.text[start:]!r}") from None
+        return self.text[start:]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        os.close(self._fd)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Any]:
+    opened: list[Terminal] = []
+
+    def start(*words: object) -> Terminal:
+        opened.append(Terminal(*words))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, tmp_path: Path) -> None:
+    """An answer that would go on for minutes, stopped in the middle; then the next one, then the end."""
+    tensors = random_tensors()
+    tensors["lm_head.weight"][:4] = 0.0  # control tokens are never the likeliest
+    endless = write_model(tmp_path / "endless", config={"max_position_embeddings": 65536}, tensors=tensors)
+    chat = terminal("chat", "--model", endless, "--max-tokens", 60000, "--temperature", 0)
+    chat.wait_for("> ")
+    chat.type("hello\r")
+    chat.wait_for("hello")
+    time.sleep(1.0)
+    chat.type("\x03")
+    assert "stopped" in chat.wait_for("tokens/s")
+    chat.type("\x03" * 3)  # at no particular moment
+    chat.type("/undo\r")
+    chat.wait_for("taken back")
+    chat.wait_for("> ")
+    time.sleep(0.5)
+    chat.type("\x03")
+    chat.wait_for("Ctrl-D leaves")
+    chat.type("/exit\r")
+    assert chat.process.wait(30) == 0
+
+
+def test_colours_only_on_a_terminal(terminal: Any) -> None:
+    shown = terminal("inspect", "/no/such/model")
+    assert "\x1b[" in shown.wait_for("no such file or folder")
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    from fabula.cli.console import _CONTROLS
+
+    text = "a\x1b]0;title\x07b\x9b2Jc\r\x7f\nd\té"
+    assert text.translate(_CONTROLS) == "a\ufffd]0;title\ufffdb\ufffd2Jc\ufffd\ufffd\nd\té"

@@ -1,0 +1,54 @@
+"""The examples run as a reader would run them, and stay short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny import write_model
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("examples") / "tiny")
+
+
+def run(name: str, *words: object, text: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_story(tiny: Path) -> None:
+    first, second = (run("story.py", "the cat", "--model", tiny, "--seed", 3, "--max-tokens", 20) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the cat") and "seed 3]" in first.stdout
+    assert first.stdout.split("\n\n[")[0] == second.stdout.split("\n\n[")[0]
+
+
+def test_chat(tiny: Path) -> None:
+    done = run("chat.py", "--model", tiny, "--seed", 3, text="hello\n\nand now\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") >= 4
+
+
+@pytest.mark.parametrize("name", ["story.py", "chat.py"])
+def test_errors_without_traceback(name: str) -> None:
+    done = run(name, "--model", "/no/such/model", text="hi\n")
+    assert done.returncode == 1 and "error: /no/such/model" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_real_model_answers(smollm2_gguf: Path) -> None:
+    done = run("chat.py", "--model", smollm2_gguf, "--seed", 1, text="Hello!\n")
+    assert done.returncode == 0, done.stderr
+    answer = done.stdout.removeprefix("> ").removesuffix("> ")
+    assert len(answer.split()) > 3
