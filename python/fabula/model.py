@@ -90,10 +90,11 @@ class Model:
         """
         if weights not in ("auto", *_WEIGHTS):
             raise InvalidArgument(f"weights is {weights!r}, must be one of auto, {', '.join(_WEIGHTS)}")
-        if kv not in _KV:
+        if kv not in tuple(_KV):
             raise InvalidArgument(f"kv is {kv!r}, must be one of {', '.join(_KV)}")
-        if threads is not None and not 1 <= threads <= 1024:
-            raise InvalidArgument(f"threads is {threads}, must be 1 .. 1024")
+        for name, value, most in (("threads", threads, 1024), ("context", context, 1 << 24)):
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
         checkpoint = open_checkpoint(path)
@@ -166,12 +167,7 @@ class Model:
             InvalidArgument: empty, or an id outside the vocabulary.
             ContextOverflow: more tokens than the context holds.
         """
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise InvalidArgument("token_ids must be a list of at least one whole number")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise InvalidArgument(f"token ids must lie in 0 .. {self.config.vocab_size - 1}")
-        return np.concatenate(list(self._runner.all_logits(ids.astype(np.int32))))
+        return np.concatenate(list(self._runner.all_logits(self._runner.token_ids(token_ids))))
 
     def generate(
         self,
@@ -194,7 +190,7 @@ class Model:
             InvalidArgument: an empty prompt or an id outside the vocabulary.
             ContextOverflow: the prompt is longer than the context; carries both numbers.
         """
-        ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else prompt
         return Generation(self._runner, self.tokenizer, ids, params or SamplingParams(), continues=True)
 
     def chat(

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
-from fabula.errors import InvalidArgument
 from fabula.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -93,12 +92,10 @@ class Generation(Iterator[Piece]):
         *,
         continues: bool = False,
     ) -> None:
-        if not prompt_ids:
-            raise InvalidArgument("the prompt is empty: give at least one token")
-        outside = [i for i in prompt_ids if not 0 <= i < runner.config.vocab_size]
-        if outside:
-            raise InvalidArgument(f"token id {outside[0]} is outside the vocabulary of {runner.config.vocab_size}")
-        self.prompt_ids = list(prompt_ids)
+        self._history = runner.token_ids(prompt_ids)
+        if params.stop_tokens:
+            runner.token_ids(params.stop_tokens)
+        self.prompt_ids: list[int] = self._history.tolist()
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.seed = params.resolved_seed()
@@ -113,7 +110,6 @@ class Generation(Iterator[Piece]):
         self._stops = StopMatcher(params.stop)
         self._sequence = runner.sequence()
         runner.check_room(self._sequence, len(self.prompt_ids))
-        self._history = np.asarray(self.prompt_ids, np.int32)
         self._logits: npt.NDArray[np.float32] | None = None
         self._start = self._prompt_end = self._first = self._last = 0.0
 
@@ -157,7 +153,7 @@ class Generation(Iterator[Piece]):
         """Text that is certain after this token, and whether it ends the answer."""
         if token in self._ends:
             return self._flush(), "stop"
-        text = self._decoder.push(token)
+        text = self._text_of(token)
         if len(self.token_ids) > self._params.min_tokens or not self._params.min_tokens:
             text, stop = self._stops.feed(text)
             if stop is not None:
@@ -167,6 +163,13 @@ class Generation(Iterator[Piece]):
         if len(self.token_ids) >= limit:
             return text + self._flush(), "length"
         return text, None
+
+    def _text_of(self, token: int) -> str:
+        """Text that is certain after this token; an id that only pads the model's vocabulary has none."""
+        try:
+            return self._decoder.push(token)
+        except KeyError:
+            return ""
 
     def _flush(self) -> str:
         """What decoder and stop matcher still hold back; a stop string may become complete in it."""

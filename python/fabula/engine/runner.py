@@ -6,7 +6,7 @@ A runner executes one step at a time (a lock guards it), so several callers may 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,8 @@ from fabula.models.rope import make_rope
 
 if TYPE_CHECKING:
     from fabula._native import Isa
+
+I32 = npt.NDArray[np.int32]
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
@@ -80,6 +82,25 @@ class Runner:
         n_pages = SEQUENCES_AT_FULL_LENGTH * -(-self.context // _native.PAGE_POSITIONS)
         self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim)
         self._lock = threading.Lock()
+        self._closed = False
+
+    def token_ids(self, ids: object) -> I32:
+        """Token ids that a caller gave, as int32 [n].
+
+        Raises:
+            InvalidArgument: not a sequence of whole numbers, empty, or an id outside the vocabulary.
+        """
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise InvalidArgument(f"token ids must be a sequence of whole numbers, not {type(ids).__name__}")
+        values = list(ids)
+        if not values:
+            raise InvalidArgument("the prompt is empty: give at least one token")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise InvalidArgument(f"token ids must be whole numbers, not {type(value).__name__}")
+            if not 0 <= value < self.config.vocab_size:
+                raise InvalidArgument(f"token id {value} is outside the vocabulary of {self.config.vocab_size}")
+        return np.asarray(values, np.int32)
 
     def sequence(self) -> Sequence:
         """A new, empty sequence in this model's pool."""
@@ -106,6 +127,7 @@ class Runner:
             ContextOverflow: a sequence would grow beyond the context; nothing was changed.
             OutOfMemory: no free pages; nothing was changed.
             NonFinite: the logits are damaged; the sequences keep their former length.
+            InvalidArgument: the model was closed.
         """
         batch = []
         for sequence, tokens in parts:
@@ -113,6 +135,8 @@ class Runner:
             pages = sequence.reserve(sequence.n_tokens + len(tokens))
             batch.append(_native.BatchSequence(pages, sequence.n_tokens, tokens))
         with self._lock:
+            if self._closed:  # the library's memory is gone
+                raise InvalidArgument("the model is closed")
             logits = self.program.run(self.pool.native, batch, outputs)
         for sequence, tokens in parts:
             sequence.n_tokens += len(tokens)
@@ -144,6 +168,8 @@ class Runner:
             yield start, tokens[start : start + self.max_tokens]
 
     def close(self) -> None:
-        """Frees program, weights and pages; may be called twice."""
-        self.program.close()
-        self.pool.close()
+        """Frees program, weights and pages once no step runs any more; may be called twice."""
+        with self._lock:
+            self._closed = True
+            self.program.close()
+            self.pool.close()

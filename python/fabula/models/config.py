@@ -139,7 +139,7 @@ def read_config(
         intermediate_size=read.integer("intermediate_size", 1, _MAX_WIDTH),
         vocab_size=read.integer("vocab_size", 1, _MAX_VOCABULARY),
         context_length=read.integer("max_position_embeddings", 1, _MAX_CONTEXT, 2048),
-        rms_norm_eps=read.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-30, 1.0, 1e-6),  # a row of zeros must not become 0 / 0
         rope=_rope(read),
         windows=_windows(read, n_layers, windowed),
         tied=read.flag("tie_word_embeddings", False),
@@ -178,9 +178,9 @@ def _windows(read: ConfigReader, n_layers: int, windowed: str) -> tuple[int, ...
     kinds = read.config.get("layer_types")
     if kinds is not None:
         known = {"full_attention": 0, "sliding_attention": window}
-        if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in known for kind in kinds):
+        if not isinstance(kinds, list) or len(kinds) != n_layers or any(str(kind) not in known for kind in kinds):
             raise read.error("layer_types", f"must list {' or '.join(known)} for each of {n_layers} layers")
-        return tuple(known[kind] for kind in kinds)
+        return tuple(known[str(kind)] for kind in kinds)
     if not read.flag("use_sliding_window", False):
         return none
     first = read.integer("max_window_layers", 0, _MAX_LAYERS, n_layers)

@@ -86,6 +86,20 @@ def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, cont
         Unsupported: a scaling kind Fabula does not know.
     """
     values = _Values(rope, path)
+    try:
+        with np.errstate(all="ignore"):
+            made = _make(values, head_dim, trained_context, context)
+        usable = np.isfinite(made.inv_freq).all() and math.isfinite(made.scale)
+    except (ArithmeticError, ValueError):  # numbers in their ranges, but of sizes that no formula bears
+        usable = False
+    if not usable:
+        raise values.error("rope_theta", "and the scaling's numbers give frequencies that are not finite")
+    return made
+
+
+def _make(values: _Values, head_dim: int, trained_context: int, context: int) -> Rope:
+    """`make_rope` before the result is looked at."""
+    rope = values.rope
     theta = values.number("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -109,7 +123,7 @@ def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, cont
     if kind == "frequency_factors":
         return _rope(plain / values.factors("factors", head_dim // 2))
     raise Unsupported(
-        f"{path}: rope scaling {kind!r} is unknown; known are default, linear, dynamic, yarn, llama3, longrope"
+        f"{values.path}: rope scaling {kind!r} is unknown; known are default, linear, dynamic, yarn, llama3, longrope"
     )
 
 
