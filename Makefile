@@ -30,6 +30,7 @@ sanitize: $(VENV)/tested-with
 	PYTHON=$(abspath $(BIN)/python) sh tests/native/sanitize.sh
 
 $(BIN)/python:
+	@echo "making a virtual environment in $(VENV) and building Fabula there; this takes about a minute"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

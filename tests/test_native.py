@@ -385,6 +385,39 @@ def test_damaged_weights_fail_the_step() -> None:
         damaged.run(pool, [sequence([0], 0, [5])], [0])
 
 
+def test_many_threads_give_the_bits_of_one() -> None:
+    """Wide enough for every thread to take part: two prompts, then a mixed batch, on every instruction set."""
+    shape = Shape(n_layers=1, n_heads=8, n_kv_heads=2, head_dim=40, rotary_dim=8, vocab_size=500, max_tokens=300)
+    embedding = ops.pack(random(500, 72), precision="f16")
+    operators = [
+        Op(kind=1, weight=embedding, out=0),
+        Op(kind=2, input=0, out=1, vector=np.ones(72, np.float32), eps=1e-6),
+        Op(kind=3, input=1, out=2, weight=ops.pack(random(480, 72, seed=1))),
+        Op(kind=6, input=2),
+        Op(kind=7, input=2),
+        Op(kind=8, input=2, out=3, scale=0.35),
+        Op(kind=3, input=3, out=0, weight=ops.pack(random(72, 320, seed=2)), residual=0),
+        Op(kind=4, input=0, out=4, weight=ops.pack(random(384, 72, seed=3))),
+        Op(kind=3, input=4, out=0, weight=ops.pack(random(72, 187, seed=4)), residual=0),
+        Op(kind=9, input=0, out=5),
+        Op(kind=10, input=5, weight=embedding),
+    ]
+    tokens = np.random.default_rng(0).integers(0, 500, 290).tolist()
+    results = []
+    for isa in ISAS:
+        for n_threads in (1,) if isa == "reference" else (1, 2, 3, 7):
+            pool = PagePool(DType.F16, 16, 1, 2, 40)
+            made = Program(shape, [72, 72, 480, 320, 187, 72], INV_FREQ, operators, n_threads=n_threads, isa=isa)
+            first, second = [5, 1, 7, 3, 9, 2, 11], [0, 4, 6, 8, 10, 12, 13]
+            batch = [sequence(first, 0, tokens[:150]), sequence(second, 0, tokens[150:])]
+            prompt = made.run(pool, batch, np.arange(0, 290, 7))
+            batch = [sequence(first, 150, tokens[:60]), sequence(second, 140, tokens[60:61])]
+            results.append(np.concatenate([prompt, made.run(pool, batch, [3, 59, 60])]))
+    assert results
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 def test_stale_pages_are_never_read() -> None:
     """Pages full of NaN, as a poisoned allocator would leave them: positions not written must not matter."""
     clean, poisoned = (PagePool(DType.F32, 4, 1, 1, 8) for _ in range(2))

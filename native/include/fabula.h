@@ -31,8 +31,7 @@ extern "C" {
 
 /* cffi: begin */
 
-/* ---- Status and library -------------------------------------------------------------------------------------------
- * */
+/* ---- Status and library ------------------------------------------------------------------------------------------ */
 
 #define FB_ABI_VERSION 1 /* raised whenever a declaration below changes; compared by the Python package at import */
 
@@ -89,8 +88,7 @@ size_t fb_dtype_block_bytes(enum fb_dtype dtype);
  * n_elements must be a multiple of the block size and src_bytes exactly what they take. */
 enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_bytes, size_t n_elements, float *dst);
 
-/* ---- Weights ------------------------------------------------------------------------------------------------------
- * */
+/* ---- Weights ----------------------------------------------------------------------------------------------------- */
 
 /* A matrix [n_rows, n_cols], one output per row, packed into panels of 16 rows:
  *     panel p, column k, lane j  ->  element (16 p + j, k), lanes contiguous.
@@ -118,8 +116,7 @@ int64_t fb_weight_non_finite(const fb_weight *weight);
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
 void fb_weight_free(fb_weight *weight);          /* only after every program that uses it was freed */
 
-/* ---- KV pages -----------------------------------------------------------------------------------------------------
- * */
+/* ---- KV pages ---------------------------------------------------------------------------------------------------- */
 
 /* A pool of pages. A page holds FB_PAGE_POSITIONS positions of K and V for all layers and KV heads:
  *     per layer, per KV head:  K [2 blocks of 16 positions][head_dim][16]   then   V [head_dim / 16, rounded
@@ -142,8 +139,7 @@ enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page);
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes);
 enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, size_t n_bytes);
 
-/* ---- Programs -----------------------------------------------------------------------------------------------------
- * */
+/* ---- Programs ---------------------------------------------------------------------------------------------------- */
 
 /* An operator of a program reads and writes buffers, numbered 0 .. n_buffers-1. A buffer holds one f32 row of a fixed
  * width per token of the batch (or, after GATHER_OUTPUTS, per wanted output). The program plans where buffers lie:
@@ -227,8 +223,7 @@ struct fb_batch {
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
 
-/* ---- Sampling -----------------------------------------------------------------------------------------------------
- * */
+/* ---- Sampling ---------------------------------------------------------------------------------------------------- */
 
 /* Steps of the sampling chain, run in the order of fb_sampling.chain. A step whose parameter is neutral does nothing.
  * */
@@ -294,8 +289,7 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
 /* Four random words for (seed, position, stream): Philox 4x32-10 of Salmon et al., SC'11. */
 void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4]);
 
-/* ---- Operators on their own ---------------------------------------------------------------------------------------
- * */
+/* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
 /* The operators of programs, one at a time on the caller's arrays, on the same kernels. Arrays are f32, row-major, and
  * do not overlap unless told. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a bad size. */
@@ -332,8 +326,7 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype kv_dtype, int32_t n_threads,
     enum fb_isa isa, float *out);
 
-/* ---- Machine ------------------------------------------------------------------------------------------------------
- * */
+/* ---- Machine ----------------------------------------------------------------------------------------------------- */
 
 /* Measures, for benchmarks: bytes/s of reading `n_bytes` of memory `n_repeats` times, and f32 multiply-add
  * operations/s from registers (an add and a multiply count as two). Median over repeats of at least 3. */

@@ -12,7 +12,7 @@
 #include "quant/blocks.h"
 #include "quant/convert.h"
 
-/* ---- 16-bit floats -------------------------------------------------------------------------- */
+/* ---- 16-bit floats ----------------------------------------------------------------------------------------------- */
 
 /* The value of a finite half by the formula of IEEE 754, in double arithmetic. */
 static double half_value(uint16_t half) {
@@ -82,7 +82,7 @@ static void test_bf16(void) {
     CHECK(fb_f32_to_bf16(fb_f32_from_bits(0x7F7FFFFFu)) == 0x7F80); /* FLT_MAX rounds to infinity */
 }
 
-/* ---- Blocks --------------------------------------------------------------------------------- */
+/* ---- Blocks ------------------------------------------------------------------------------------------------------ */
 
 enum { MAX_BLOCK = 256 };
 
@@ -212,7 +212,7 @@ static void test_plain_formats(void) {
     CHECK(memcmp(x, floats, sizeof floats) == 0);
 }
 
-/* ---- Arguments ------------------------------------------------------------------------------ */
+/* ---- Arguments --------------------------------------------------------------------------------------------------- */
 
 static void test_arguments(void) {
     static const size_t bytes[] = {4, 2, 2, 18, 20, 22, 24, 34, 144, 176, 210};

@@ -76,12 +76,11 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
 #define TILE_PANELS(tokens) ((tokens) == 1 ? 4 : 2)
-#define TILES(X)                                                                                                       \
-    X(1, 1)                                                                                                            \
-    X(1, 2)                                                                                                            \
-    X(1, 3)                                                                                                            \
-    X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2) X(7, 1) X(7, 2) X(8, 1)    \
-        X(8, 2) X(9, 1) X(9, 2) X(10, 1) X(10, 2) X(11, 1) X(11, 2) X(12, 1) X(12, 2)
+/* clang-format off */
+#define TILES(X) \
+    X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2) \
+    X(7, 1) X(7, 2) X(8, 1) X(8, 2) X(9, 1) X(9, 2) X(10, 1) X(10, 2) X(11, 1) X(11, 2) X(12, 1) X(12, 2)
+/* clang-format on */
 #define KERNEL_TABLE fb_kernels_avx512
 
 #include "kernels/simd.h"

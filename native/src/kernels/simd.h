@@ -23,12 +23,12 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
 enum { SLICE = 256 };
 
-/* ---- Matrix products ----------------------------------------------------------------------------------------------
- * */
+/* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
 INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
     if (dtype == FB_F32) return v16_load((const float *)panels + index);
@@ -41,20 +41,31 @@ INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t in
 INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
     size_t panel_stride, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate) {
     v16 sums[SUMS];
-    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++) _Pragma("GCC unroll 16") for (size_t t = 0;
-        t < n_tokens; t++) sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    }
     for (size_t k = 0; k < n_k; k++) {
         v16 weights[MAX_PANELS];
-        _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
+        UNROLL
+        for (size_t p = 0; p < n_panels; p++)
             weights[p] = load_weights(dtype, panels, p * panel_stride + k * FB_LANES);
-        _Pragma("GCC unroll 16") for (size_t t = 0; t < n_tokens; t++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++) {
             v16 input = v16_set1(x[t * ldx + k]);
-            _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++)
+            UNROLL
+            for (size_t p = 0; p < n_panels; p++)
                 sums[p * n_tokens + t] = v16_fma(weights[p], input, sums[p * n_tokens + t]);
         }
     }
-    _Pragma("GCC unroll 16") for (size_t p = 0; p < n_panels; p++) _Pragma("GCC unroll 16") for (size_t t = 0;
-        t < n_tokens; t++) v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    }
 }
 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
@@ -129,8 +140,7 @@ static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, 
     gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
-/* ---- Elementwise and sums -----------------------------------------------------------------------------------------
- * */
+/* ---- Elementwise and sums ---------------------------------------------------------------------------------------- */
 
 /* The last n < 16 numbers, padded with zeros to a whole vector. */
 INLINE v16 load_tail(const float *x, size_t n) {
@@ -255,8 +265,7 @@ static void rotate(float *a, float *b, const float *cos, const float *sin, size_
     }
 }
 
-/* ---- Number formats -----------------------------------------------------------------------------------------------
- * */
+/* ---- Number formats ---------------------------------------------------------------------------------------------- */
 
 static void narrow_f32(const float *x, size_t n, void *out) {
     memcpy(out, x, n * sizeof *x);

@@ -40,7 +40,7 @@ void fb_sampling_default(struct fb_sampling *out) {
     memcpy(out->chain, chain, sizeof chain);
 }
 
-/* ---- Checks --------------------------------------------------------------------------------- */
+/* ---- Checks ------------------------------------------------------------------------------------------------------ */
 
 static enum fb_status check_range(const char *name, float value, float low, float high) {
     FB_REQUIRE(
@@ -117,7 +117,7 @@ static enum fb_status check_request(const struct fb_sample_request *r, const voi
     return FB_OK;
 }
 
-/* ---- Scratch -------------------------------------------------------------------------------- */
+/* ---- Scratch ----------------------------------------------------------------------------------------------------- */
 
 /*
  * double [vocab] logit, [vocab] weight, [FB_SAMPLE_BINS] mass
@@ -141,7 +141,7 @@ static struct fb_candidates candidates_in(void *work, int32_t vocab_size) {
     return c;
 }
 
-/* ---- Chain and draw ------------------------------------------------------------------------- */
+/* ---- Chain and draw ---------------------------------------------------------------------------------------------- */
 
 /* Whether a step of the chain changes logits and has something to do. */
 static bool changes_logits(const struct fb_sample_request *r, int step) {
@@ -250,7 +250,7 @@ static int32_t pick_at(const struct fb_candidates *c, double u) {
     return at;
 }
 
-/* ---- Public functions ----------------------------------------------------------------------- */
+/* ---- Public functions -------------------------------------------------------------------------------------------- */
 
 enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
     const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,

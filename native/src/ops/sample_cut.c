@@ -22,7 +22,7 @@ enum {
     GUESS_BINS_PER_NAT = 32
 };
 
-/* ---- Candidates ----------------------------------------------------------------------------- */
+/* ---- Candidates -------------------------------------------------------------------------------------------------- */
 
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot) {
     return c->whole ? slot : c->id[slot];
@@ -133,7 +133,7 @@ static void end_cut(struct fb_candidates *c, int32_t n) {
     if (c->weighted) renew_total(c);
 }
 
-/* ---- Selection ------------------------------------------------------------------------------ */
+/* ---- Selection --------------------------------------------------------------------------------------------------- */
 
 /* How a step orders candidates: by logit, highest first, or by the distance of the logit from a
  * centre, nearest first. Lower keys come first, equal keys by slot. */
@@ -252,7 +252,7 @@ static void drop_behind(struct fb_candidates *c, struct order order, struct cut 
     end_cut(c, n);
 }
 
-/* ---- Steps ---------------------------------------------------------------------------------- */
+/* ---- Steps ------------------------------------------------------------------------------------------------------- */
 
 /* The k highest logits (Fan et al., "Hierarchical Neural Story Generation", 2018); 0 is off. */
 enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {

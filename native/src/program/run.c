@@ -17,8 +17,7 @@ struct run {
     struct fb_barrier barrier;
 };
 
-/* ---- Checks -------------------------------------------------------------------------------------------------------
- * */
+/* ---- Checks ------------------------------------------------------------------------------------------------------ */
 
 static enum fb_status check_pool(const struct fb_program *p, const fb_page_pool *pool) {
     FB_REQUIRE(pool->n_layers == p->shape.n_layers && pool->n_kv_heads == p->shape.n_kv_heads &&
@@ -91,8 +90,7 @@ static enum fb_status check_batch(
     return check_writers(batch);
 }
 
-/* ---- Operators that work row by row -------------------------------------------------------------------------------
- * */
+/* ---- Operators that work row by row ------------------------------------------------------------------------------ */
 
 static float *row_of(const struct fb_program *p, int32_t buffer, size_t row) {
     return p->buffers[buffer].data + row * p->buffers[buffer].stride;
@@ -169,8 +167,7 @@ static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
     }
 }
 
-/* ---- Stages -------------------------------------------------------------------------------------------------------
- * */
+/* ---- Stages ------------------------------------------------------------------------------------------------------ */
 
 static int64_t next_item(struct fb_counter *counter) {
     return atomic_fetch_add_explicit(&counter->next, 1, memory_order_relaxed);
@@ -264,6 +261,29 @@ static void run_stages(struct run *run, int thread, int n_threads) {
     }
 }
 
+/* Multiply-adds below which one thread is as fast as many: about 5 us of work, as much as a step's barriers take. It
+ * also keeps a tiny model from waiting for a second thread that a busy machine does not let run. */
+enum { ALONE_BELOW = 250000 };
+
+/* Threads for a batch; the result does not depend on it. */
+static int threads_for(const struct fb_program *p, const struct fb_batch *batch) {
+    int64_t work = 0;
+    for (int32_t i = 0; i < p->n_ops && work < ALONE_BELOW; i++) {
+        const struct fb_op *op = &p->ops[i];
+        const bool per_output = op->kind == FB_OP_LOGITS || (op->in >= 0 && p->buffers[op->in].per_output);
+        if (op->weight && op->kind != FB_OP_EMBED)
+            work += (int64_t)op->weight->n_rows * op->weight->n_cols *
+                    (per_output ? batch->n_outputs : batch->n_tokens);
+        if (op->kind != FB_OP_ATTENTION) continue;
+        for (int32_t s = 0; s < batch->n_sequences; s++) {
+            const struct fb_sequence *sequence = &batch->sequences[s];
+            work += 2 * (int64_t)p->shape.n_heads * p->shape.head_dim * sequence->n_tokens *
+                    (sequence->n_past + sequence->n_tokens);
+        }
+    }
+    return work < ALONE_BELOW ? 1 : p->n_threads;
+}
+
 /* Fills the per-token tables that every stage reads. */
 static void lay_out(struct fb_program *p, const struct fb_batch *batch) {
     int32_t row = 0;
@@ -284,7 +304,8 @@ enum fb_status fb_program_run(
     FB_TRY(check_batch(program, pool, batch, n_logits));
     lay_out(program, batch);
     struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
-#pragma omp parallel num_threads(program->n_threads)
+    const int n_threads = threads_for(program, batch);
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
     if (atomic_load(&run.non_finite))
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");

@@ -17,7 +17,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blocks are read in pl
 
 #define FB_BLOCK __attribute__((packed, may_alias))
 
-/* ---- Blocks of 32 --------------------------------------------------------------------------- */
+/* ---- Blocks of 32 ------------------------------------------------------------------------------------------------ */
 
 /* In the 4-bit and 5-bit formats byte j of qs holds element j in its low nibble and element j + 16
  * in its high nibble. */
@@ -68,7 +68,7 @@ struct FB_BLOCK fb_block_q8_0 {
 };
 _Static_assert(sizeof(struct fb_block_q8_0) == 34, "q8_0: 34 bytes for 32 elements");
 
-/* ---- Blocks of 256 -------------------------------------------------------------------------- */
+/* ---- Blocks of 256 ----------------------------------------------------------------------------------------------- */
 
 /*  byte  0   2      4                   16                 144
  *        | d | dmin | scales: 12 bytes  | qs: 128 bytes    |

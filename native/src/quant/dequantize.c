@@ -45,7 +45,7 @@ size_t fb_dtype_block_bytes(enum fb_dtype dtype) {
     return is_known(dtype) ? (size_t)block_shapes[dtype].bytes : 0;
 }
 
-/* ---- Plain formats -------------------------------------------------------------------------- */
+/* ---- Plain formats ----------------------------------------------------------------------------------------------- */
 
 static uint16_t load_u16(const uint8_t *bytes) {
     uint16_t value;
@@ -65,7 +65,7 @@ static void dequantize_bf16(const uint8_t *src, size_t n, float *restrict dst) {
     }
 }
 
-/* ---- Blocks of 32 --------------------------------------------------------------------------- */
+/* ---- Blocks of 32 ------------------------------------------------------------------------------------------------ */
 
 static void dequantize_q4_0(const struct fb_block_q4_0 *block, size_t n_blocks, float *restrict dst) {
     for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
@@ -129,7 +129,7 @@ static void dequantize_q8_0(const struct fb_block_q8_0 *block, size_t n_blocks, 
     }
 }
 
-/* ---- Blocks of 256 -------------------------------------------------------------------------- */
+/* ---- Blocks of 256 ----------------------------------------------------------------------------------------------- */
 
 /* The 6-bit scale and min of sub-block `s` (0 .. 7); the packing is drawn in blocks.h. */
 static void unpack_scale_min(const uint8_t *scales, int s, float *scale, float *min) {
@@ -197,7 +197,7 @@ static void dequantize_q6_k(const struct fb_block_q6_k *block, size_t n_blocks, 
     }
 }
 
-/* ---- Entrances ------------------------------------------------------------------------------ */
+/* ---- Entrances --------------------------------------------------------------------------------------------------- */
 
 void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, float *dst) {
     switch (dtype) {
