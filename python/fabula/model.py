@@ -20,6 +20,7 @@ from fabula.formats.download import DEFAULT_MODEL, Progress
 from fabula.formats.locate import locate
 from fabula.formats.open import open_checkpoint
 from fabula.models.config import ModelConfig
+from fabula.models.families import family_of
 from fabula.text.template import ChatTemplate
 from fabula.text.tokenizer import Tokenizer
 
@@ -100,6 +101,7 @@ class Model:
         checkpoint = open_checkpoint(path)
         try:
             tokenizer = load_tokenizer(checkpoint)
+            check_vocabulary(tokenizer, checkpoint)
             dtype = _WEIGHTS[weights] if weights != "auto" else own_precision(checkpoint)
             runner = Runner(
                 checkpoint,
@@ -111,13 +113,6 @@ class Model:
             )
         finally:
             checkpoint.close()
-        if tokenizer.vocab_size > runner.config.vocab_size:
-            runner.close()
-            raise TokenizerError(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {runner.config.vocab_size}",
-                path=path,
-                field="vocab_size",
-            )
         return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads)
 
     # ---- What it is -------------------------------------------------------------------------------------------------
@@ -247,6 +242,18 @@ def own_precision(checkpoint: Checkpoint) -> DType:
             totals[info.dtype] += info.n_bytes
     most = max(totals, key=lambda dtype: totals[dtype])
     return most if most in (DType.F32, DType.F16, DType.BF16) else DType.F16
+
+
+def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    """Raises TokenizerError if the tokenizer has ids that the model has no embedding for."""
+    path = checkpoint.path
+    n_rows = family_of(checkpoint.config, path).read(checkpoint.config, path).vocab_size
+    if tokenizer.vocab_size > n_rows:
+        raise TokenizerError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {n_rows}",
+            path=path,
+            field="vocab_size",
+        )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

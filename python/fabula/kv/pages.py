@@ -29,7 +29,8 @@ class PagePool:
     def __init__(self, dtype: DType, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
         self.native = _native.PagePool(dtype, n_pages, n_layers, n_kv_heads, head_dim)
         self._free = list(range(n_pages - 1, -1, -1))
-        self._lock = threading.Lock()
+        # Re-entrant: the garbage collector may give back a forgotten sequence's pages in the middle of `take`.
+        self._lock = threading.RLock()
 
     @property
     def n_pages(self) -> int:

@@ -163,7 +163,7 @@ def _rope(read: ConfigReader) -> Mapping[str, Any]:
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
         raise read.error("rope_theta", f"is {_shown(theta)}, must be a number above 0")
     merged["rope_theta"] = float(theta)
-    if read.config.get("partial_rotary_factor", merged.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (read.config.get("partial_rotary_factor") or merged.get("partial_rotary_factor") or 1.0) != 1.0:
         raise Unsupported(f"{read.path}: config 'partial_rotary_factor' other than 1 is not offered for this family")
     return merged
 
