@@ -356,37 +356,40 @@ def random_words(seed: int, position: int, stream: int) -> tuple[int, int, int, 
 
 # ---- Operators on their own --------------------------------------------------------------------------------
 # Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes.
+# `out`, where given, takes the result.
 
 
-def rms_norm(x: F32, weight: F32, eps: float, n_threads: int, isa: Isa) -> F32:
-    out = np.empty_like(x)
+def rms_norm(x: F32, weight: F32, eps: float, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
+    out = np.empty_like(x) if out is None else out
     rows, cols = x.shape
     _check(lib.fb_rms_norm(_floats(x), _floats(weight), rows, cols, eps, n_threads, _isa(isa), _floats(out)))
     return out
 
 
-def gather(table: F32, ids: I32, n_threads: int, isa: Isa) -> F32:
+def gather(table: F32, ids: I32, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
     rows, cols = table.shape
-    out = np.empty((ids.size, cols), np.float32)
+    out = np.empty((ids.size, cols), np.float32) if out is None else out
     _check(lib.fb_gather(_floats(table), rows, cols, _ints(ids), ids.size, n_threads, _isa(isa), _floats(out)))
     return out
 
 
-def masked_softmax(x: F32, causal: bool, first_visible: int, n_threads: int, isa: Isa) -> F32:
-    out = np.empty_like(x)
+def masked_softmax(x: F32, causal: bool, first_visible: int, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
+    out = np.empty_like(x) if out is None else out
     rows, cols = x.shape
     _check(lib.fb_masked_softmax(_floats(x), rows, cols, causal, first_visible, n_threads, _isa(isa), _floats(out)))
     return out
 
 
-def swiglu(gate: F32, up: F32, n_threads: int, isa: Isa) -> F32:
-    out = np.empty_like(gate)
+def swiglu(gate: F32, up: F32, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
+    out = np.empty_like(gate) if out is None else out
     _check(lib.fb_swiglu(_floats(gate), _floats(up), gate.size, n_threads, _isa(isa), _floats(out)))
     return out
 
 
-def linear(weight: Weight, x: F32, bias: F32 | None, residual: F32 | None, n_threads: int, isa: Isa) -> F32:
-    out = np.empty((x.shape[0], weight.n_rows), np.float32)
+def linear(
+    weight: Weight, x: F32, bias: F32 | None, residual: F32 | None, n_threads: int, isa: Isa, out: F32 | None = None
+) -> F32:
+    out = np.empty((x.shape[0], weight.n_rows), np.float32) if out is None else out
     _check(
         lib.fb_linear(
             weight.handle, _floats(x), x.shape[0], _floats(bias), _floats(residual), n_threads, _isa(isa), _floats(out)
@@ -395,8 +398,14 @@ def linear(weight: Weight, x: F32, bias: F32 | None, residual: F32 | None, n_thr
     return out
 
 
-def rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float, n_threads: int, isa: Isa) -> F32:
-    out = x.copy()
+def rope(
+    x: F32, positions: I32, inv_freq: F32, rope_scale: float, n_threads: int, isa: Isa, out: F32 | None = None
+) -> F32:
+    """`out` may be `x`: in place."""
+    if out is None:
+        out = x.copy()
+    elif out is not x:
+        np.copyto(out, x)
     rows, heads, dim = x.shape
     _check(
         lib.fb_rope(
@@ -407,8 +416,10 @@ def rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float, n_threads: in
     return out
 
 
-def self_attention(q: F32, k: F32, v: F32, window: int, scale: float, kv_dtype: int, n_threads: int, isa: Isa) -> F32:
-    out = np.empty_like(q)
+def self_attention(
+    q: F32, k: F32, v: F32, window: int, scale: float, kv_dtype: int, n_threads: int, isa: Isa, out: F32 | None = None
+) -> F32:
+    out = np.empty_like(q) if out is None else out
     tokens, heads, dim = q.shape
     _check(
         lib.fb_self_attention(

@@ -1,0 +1,1 @@
+"""Measuring: operators against plain loops, models against other engines, perplexity."""

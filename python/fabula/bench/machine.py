@@ -1,0 +1,76 @@
+"""What this machine can do at most: bytes read from memory and multiply-adds in registers, a second."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fabula import _native
+
+_READ_BYTES = 512 << 20  # larger than any cache
+_REPEATS = 7
+_TRIES = 3  # a busy moment must not lower a limit
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine and its measured limits.
+
+    Attributes:
+        cpu: the processor's name.
+        isa: instruction set that "auto" stands for.
+        cores: cores this process may run on.
+        threads: threads the limits were measured with.
+        read_bytes_per_s: streaming reads of memory.
+        flops_per_s: f32 multiply-adds of the matrix kernel on numbers in L1; one counts as two operations.
+    """
+
+    cpu: str
+    isa: str
+    cores: int
+    threads: int
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    @classmethod
+    def measure(cls, threads: int, *, read_bytes: int = _READ_BYTES, repeats: int = _REPEATS) -> Machine:
+        """Measures the limits with `threads` threads, each the best of three medians; takes a few seconds."""
+        return cls(
+            cpu=cpu_name(),
+            isa=_native.isa_best(),
+            cores=_cores(),
+            threads=threads,
+            read_bytes_per_s=max(_native.measure_read(read_bytes, repeats, threads) for _ in range(_TRIES)),
+            flops_per_s=max(_native.measure_fma(repeats, threads) for _ in range(_TRIES)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, {self.isa}, {self.threads} of {self.cores} cores: "
+            f"reads {self.read_bytes_per_s / 1e9:.1f} GB/s, multiply-adds {self.flops_per_s / 1e9:.0f} GFLOP/s"
+        )
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1

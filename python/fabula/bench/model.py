@@ -1,0 +1,283 @@
+"""How fast a model reads a prompt and writes an answer, alone or in turns with other engines on the same weights.
+
+A decoded token reads every packed matrix once, so decoding cannot be faster than the memory's bandwidth / weight bytes.
+A prompt token is multiplied with every matrix of the layers, so reading a prompt cannot be faster than the
+multiply-adds per second / those weights. Both are limits from below on the work: attention comes on top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from fabula.bench.machine import Machine
+from fabula.bench.status import Status, silent
+from fabula.bench.timing import Times, turns
+from fabula.engine.sampling import SamplingParams
+from fabula.errors import InvalidArgument
+from fabula.model import Model
+
+AGREEMENT_TOKENS = 32
+_PAUSE_S = 0.05  # between engines: threads that wait for work by spinning go to sleep
+# What all engines read; repeated to the length asked for.
+_TEXT = (
+    "The lighthouse keeper climbed the stairs every evening before the sun went down. He carried oil for the lamp, a "
+    "piece of bread and an old book about the stars. When the storm came, he counted the ships that passed the rocks, "
+    "and he wrote their names down so that nobody would be forgotten. "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One prompt read and one answer written.
+
+    Attributes:
+        prefill_s: seconds for the prompt, its last logits and the first token.
+        decode_s: seconds for the tokens after the first.
+        tokens: greedy tokens, the first included.
+    """
+
+    prefill_s: float
+    decode_s: float
+    tokens: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Something that answers greedily, never stopping early.
+
+    Attributes:
+        name: for the table.
+        settings: by case, "prefill" and "decode".
+    """
+
+    name: str
+    settings: dict[str, str]
+
+    def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
+        """Reads a prompt of token ids from an empty cache and writes `n_tokens` tokens."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# Makes the other engines for a loaded model: (model, positions needed, status) -> engines.
+MakePeers = Callable[[Model, int, Status], list[Engine]]
+
+
+class Fabula:
+    """A loaded model through the SDK, sampler and text decoding included."""
+
+    name = "fabula"
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.settings = dict.fromkeys(("prefill", "decode"), f"{model.threads} threads")
+
+    def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
+        params = SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
+        with self._model.generate(prompt, params) as generation:
+            start = time.perf_counter()
+            next(generation)
+            first = time.perf_counter()
+            for _ in generation:
+                pass
+            end = time.perf_counter()
+            return Run(first - start, end - first, tuple(generation.token_ids))
+
+    def close(self) -> None:
+        self._model.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """One line of the table: a case, and one other engine or none. Speeds in `unit`, medians over the rounds.
+
+    Attributes:
+        ours_mean, peer_mean: the same as means.
+        ratio: ours / peer.
+        limit: what this machine could reach; see above. limit_share: ours / limit.
+        agreement: how many of the first 32 greedy tokens of a short prompt are the same in both, up to the first that
+            is not.
+    """
+
+    case: str
+    model: str
+    weights: str
+    kv: str
+    threads: int
+    unit: str = "tokens/s"
+    tokens: int
+    rounds: int
+    ours: float
+    ours_mean: float
+    peer: float | None = None
+    peer_mean: float | None = None
+    peer_name: str | None = None
+    peer_settings: str | None = None
+    ratio: float | None = None
+    limit: float
+    limit_share: float
+    agreement: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How much is read and written: prompt tokens, tokens decoded after the first, rounds."""
+
+    prompt_tokens: int = 512
+    tokens: int = 64
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "tokens", "rounds"):
+            if not 1 <= getattr(self, name) <= 1 << 20:
+                raise InvalidArgument(f"{name} is {getattr(self, name)}, must be 1 .. 2^20")
+
+    @property
+    def context(self) -> int:
+        """Positions that a run takes, and at least what the comparison of answers takes."""
+        return max(self.prompt_tokens + self.tokens + 1, 3 * AGREEMENT_TOKENS)
+
+
+@dataclass(slots=True)
+class _Seconds:
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def bench_models(
+    models: Sequence[Model],
+    machine: Machine,
+    lengths: Lengths,
+    *,
+    make_peers: MakePeers | None = None,
+    status: Status = silent,
+) -> list[ModelRow]:
+    """Measures loaded models and, for each, other engines on the same weights: all take turns in one run.
+
+    Args:
+        models: usually one model in several precisions; left open. Each context must hold `lengths.context` positions.
+        machine: the measured limits.
+        lengths: how much is read and written.
+        make_peers: makes the other engines of a model; None for none.
+        status: told what is being done.
+
+    Raises:
+        InvalidArgument: a model's context is too short.
+    """
+    for model in models:
+        if lengths.context > model.context:
+            raise InvalidArgument(
+                f"the measurement takes {lengths.context} positions, the context holds {model.context}"
+            )
+    groups: list[list[Engine]] = []
+    try:
+        for model in models:
+            groups.append([Fabula(model)])
+            groups[-1] += make_peers(model, lengths.context, status) if make_peers else []
+        answers = [
+            [engine.run(prompt_ids(model, AGREEMENT_TOKENS), AGREEMENT_TOKENS).tokens for engine in group]
+            for model, group in zip(models, groups, strict=True)
+        ]
+        status(f"{lengths.rounds} rounds of {', '.join(engine.name for group in groups for engine in group)}")
+        seconds = _measure(models, groups, lengths)
+    finally:
+        for group in groups:
+            for peer in group[1:]:
+                peer.close()
+    rows = []
+    for case, n_tokens in (("prefill", lengths.prompt_tokens), ("decode", lengths.tokens)):
+        for model, group, said, measured in zip(models, groups, answers, seconds, strict=True):
+            limit = limits(model, machine, lengths.prompt_tokens)[case]
+            times = [Times.of(getattr(values, case)) for values in measured]
+            peers: list[int | None] = [*range(1, len(group))] or [None]
+            rows += [_row(case, n_tokens, model, group, times, said, peer, limit) for peer in peers]
+    return rows
+
+
+def _measure(models: Sequence[Model], groups: list[list[Engine]], lengths: Lengths) -> list[list[_Seconds]]:
+    """Seconds of every engine, by model and engine."""
+    prompts = [prompt_ids(model, lengths.prompt_tokens) for model in models]
+    seconds = [[_Seconds() for _ in group] for group in groups]
+    everyone = [(i, j) for i, group in enumerate(groups) for j in range(len(group))]
+    for i, j in everyone:
+        groups[i][j].run(prompts[i], min(lengths.tokens, 8) + 1)
+    for i, j in turns(everyone, lengths.rounds):
+        time.sleep(_PAUSE_S)
+        run = groups[i][j].run(prompts[i], lengths.tokens + 1)
+        seconds[i][j].prefill.append(run.prefill_s)
+        seconds[i][j].decode.append(run.decode_s)
+    return seconds
+
+
+def _row(
+    case: str,
+    n_tokens: int,
+    model: Model,
+    group: list[Engine],
+    times: list[Times],
+    answers: list[tuple[int, ...]],
+    peer: int | None,
+    limit: float,
+) -> ModelRow:
+    """The line of one engine of a model's group, by its place there; None for the model alone."""
+    ours, theirs = times[0], times[peer] if peer else None
+    return ModelRow(
+        case=case,
+        model=model.path.name,
+        weights=model.weights,
+        kv=model.kv,
+        threads=model.threads,
+        tokens=n_tokens,
+        rounds=ours.n,
+        ours=n_tokens / ours.median,
+        ours_mean=n_tokens / ours.mean,
+        peer=n_tokens / theirs.median if theirs else None,
+        peer_mean=n_tokens / theirs.mean if theirs else None,
+        peer_name=group[peer].name if peer else None,
+        peer_settings=group[peer].settings[case] if peer else None,
+        ratio=theirs.median / ours.median if theirs else None,
+        limit=limit,
+        limit_share=n_tokens / ours.median / limit,
+        agreement=agreement(answers[0], answers[peer]) if peer else None,
+    )
+
+
+def limits(model: Model, machine: Machine, prompt_tokens: int) -> dict[str, float]:
+    """Tokens a second that cannot be passed, by case.
+
+    The rows of an embedding are looked up, not multiplied: where it is not also the head it does not count. The head is
+    multiplied once a prompt, with its last token.
+    """
+    c = model.config
+    table = c.vocab_size * c.hidden_size
+    attention = 2 * c.hidden_size * c.head_dim * (c.n_heads + c.n_kv_heads)
+    layers = c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    element_bytes = 4 if model.weights == "f32" else 2
+    read = model.weight_bytes - (0 if c.tied else table * element_bytes)
+    return {
+        "prefill": machine.flops_per_s / (2 * (layers + table / prompt_tokens)),
+        "decode": machine.read_bytes_per_s / read,
+    }
+
+
+def prompt_ids(model: Model, n_tokens: int) -> list[int]:
+    """`n_tokens` ids of a plain text, the start token in front where the model is used to one."""
+    ids = model.tokenizer.encode(_TEXT)
+    more = model.tokenizer.encode(_TEXT, add_bos=False)
+    while len(ids) < n_tokens:
+        ids += more
+    return ids[:n_tokens]
+
+
+def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens are the same before the first that is not."""
+    for i, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+        if left != right:
+            return i
+    return min(len(ours), len(theirs))

@@ -1,0 +1,289 @@
+"""Every operator against the same loop in plain serial C: same numbers first, then how long each takes.
+
+Speeds of memory-bound operators count the bytes that must move once (inputs read, results written); those of the others
+count multiplications and additions. Shares are of the machine's measured limit, streaming reads or multiply-adds;
+data that fits a cache (SwiGLU's here) can pass the limit of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula import _native, ops
+from fabula.bench.machine import Machine
+from fabula.bench.status import Status, silent
+from fabula.bench.timing import Times, interleaved, measure
+from fabula.errors import EngineError
+from fabula.formats.checkpoint import DType
+
+F32 = npt.NDArray[np.float32]
+
+QUICK = 20  # how many times smaller the quick sizes are, about
+_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One operator with its data.
+
+    Attributes:
+        name, size: what is measured, for the reader.
+        tolerance: see `difference`.
+        work: bytes to move, or operations, of one call.
+        bound: what the operator waits for.
+        serial: the plain loop; fast: the operators by precision of the weights. Each returns its result, in memory that
+            was taken beforehand.
+    """
+
+    name: str
+    size: str
+    tolerance: float
+    work: float
+    bound: Literal["memory", "compute"]
+    serial: Callable[[], F32]
+    fast: dict[str, Callable[[], F32]]
+
+
+@dataclass(frozen=True, slots=True)
+class OpRow:
+    """One line of the table; times in seconds, speeds in `unit`.
+
+    Attributes:
+        ratio: serial median / optimised median.
+        difference, tolerance: largest difference found and allowed; see `difference`.
+        share: speed / limit.
+    """
+
+    op: str
+    weights: str
+    size: str
+    threads: int
+    serial_mean: float
+    serial_median: float
+    mean: float
+    median: float
+    n: int
+    ratio: float
+    unit: str
+    speed: float
+    limit: float
+    share: float
+    difference: float
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench_ops(
+    machine: Machine, *, quick: bool = False, min_seconds: float = 1.0, status: Status = silent
+) -> list[OpRow]:
+    """Measures every operator with the machine's threads.
+
+    Args:
+        machine: its measured limits and the threads to use.
+        quick: sizes about 20 times smaller, for a test that everything works.
+        min_seconds: each case repeats until the serial loop took about this long, and five times at least.
+        status: told what is being measured.
+
+    Raises:
+        EngineError: an operator's result differs from the serial loop's.
+    """
+    rows: list[OpRow] = []
+    for make in CASES:
+        case = make(QUICK if quick else 1, machine.threads)
+        status(f"{case.name} {case.size}")
+        rows += _rows(case, machine, min_seconds)
+    return rows
+
+
+def difference(result: F32, expected: F32) -> float:
+    """Largest difference of two arrays, each row's (last axis) measured by the largest number expected in it."""
+    largest = np.maximum(np.abs(expected).max(axis=-1), np.finfo(np.float32).tiny)
+    return float((np.abs(result - expected).max(axis=-1) / largest).max())
+
+
+def _rows(case: Case, machine: Machine, min_seconds: float) -> Iterator[OpRow]:
+    expected = case.serial().copy()
+    differences = {name: difference(fast(), expected) for name, fast in case.fast.items()}
+    for name, found in differences.items():
+        if not found <= case.tolerance:  # NaN must fail as well
+            raise EngineError(
+                f"{case.name} ({name}): differs from the serial loop by {found:.1e}, allowed are {case.tolerance:.1e}"
+            )
+    estimate = measure(case.serial, warmup=0, repeats=1).median
+    rounds = min(max(5, math.ceil(min_seconds / max(estimate, 1e-6))), 500)
+    times = interleaved({"serial": case.serial, **case.fast}, rounds, warmup=2)
+    for name in case.fast:
+        yield _row(case, name, times["serial"], times[name], machine, differences[name])
+
+
+def _row(case: Case, weights: str, serial: Times, fast: Times, machine: Machine, found: float) -> OpRow:
+    memory = case.bound == "memory"
+    limit = (machine.read_bytes_per_s if memory else machine.flops_per_s) / 1e9
+    speed = case.work / fast.median / 1e9
+    return OpRow(
+        op=case.name,
+        weights=weights,
+        size=case.size,
+        threads=machine.threads,
+        serial_mean=serial.mean,
+        serial_median=serial.median,
+        mean=fast.mean,
+        median=fast.median,
+        n=fast.n,
+        ratio=serial.median / fast.median,
+        unit="GB/s" if memory else "GFLOP/s",
+        speed=speed,
+        limit=limit,
+        share=speed / limit,
+        difference=found,
+        tolerance=case.tolerance,
+    )
+
+
+# ---- Cases ---------------------------------------------------------------------------------------------------------
+# `less` is the factor by which a case is to be smaller. Tolerances leave room for the serial loops' long chains of
+# additions: the more terms of one sign, the more.
+
+
+def _random(*shape: int, seed: int = 0) -> F32:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def _filled(shape: tuple[int, ...]) -> F32:
+    """Memory for a result, touched, so that no page faults are measured."""
+    return np.full(shape, np.nan, np.float32)
+
+
+def _rms_norm(less: int, threads: int) -> Case:
+    x, weight = _random(8192 // less, 4096), _random(4096, seed=1)
+    plain, out = _filled(x.shape), _filled(x.shape)
+
+    def serial() -> F32:
+        _native.serial_rms_norm(x, weight, _EPS, plain)
+        return plain
+
+    def fast() -> F32:
+        return _native.rms_norm(x, weight, _EPS, threads, "auto", out)
+
+    size = f"{x.shape[0]} x {x.shape[1]}"
+    return Case("rms_norm", size, 2e-5, 2.0 * x.nbytes, "memory", serial, {"f32": fast})
+
+
+def _gather(less: int, threads: int) -> Case:
+    table = _random(49152 // less, 576)
+    ids = np.random.default_rng(1).integers(0, table.shape[0], 40960 // less).astype(np.int32)
+    plain, out = _filled((ids.size, 576)), _filled((ids.size, 576))
+
+    def serial() -> F32:
+        _native.serial_gather(table, ids, plain)
+        return plain
+
+    def fast() -> F32:
+        return _native.gather(table, ids, threads, "auto", out)
+
+    size = f"{ids.size} of {table.shape[0]} x {table.shape[1]}"
+    return Case("gather", size, 0.0, 2.0 * plain.nbytes, "memory", serial, {"f32": fast})
+
+
+def _masked_softmax(less: int, threads: int) -> Case:
+    rows, cols = 4096 // less, 16384 // min(less, 2)
+    x = _random(rows, cols) * np.float32(3)
+    first = cols - rows + 1  # a chunk of a prompt at the end of its context
+    plain, out = _filled(x.shape), _filled(x.shape)
+    visible = float(np.minimum(first + np.arange(rows), cols).sum())
+
+    def serial() -> F32:
+        _native.serial_masked_softmax(x, True, first, plain)
+        return plain
+
+    def fast() -> F32:
+        return _native.masked_softmax(x, True, first, threads, "auto", out)
+
+    work = 4 * visible + out.nbytes
+    return Case("masked_softmax", f"{rows} x {cols}, causal", 2e-4, work, "memory", serial, {"f32": fast})
+
+
+def _swiglu(less: int, threads: int) -> Case:
+    gate, up = _random(256 // less, 1536) * np.float32(3), _random(256 // less, 1536, seed=1)
+    plain, out = _filled(gate.shape), _filled(gate.shape)
+
+    def serial() -> F32:
+        _native.serial_swiglu(gate, up, plain)
+        return plain
+
+    def fast() -> F32:
+        return _native.swiglu(gate, up, threads, "auto", out)
+
+    size = f"{gate.shape[0]} x {gate.shape[1]}"
+    return Case("swiglu", size, 1e-5, 3.0 * gate.nbytes, "memory", serial, {"f32": fast})
+
+
+def _matmul_transb(less: int, threads: int) -> Case:
+    m, n, k = 512 // min(less, 4), 2048 // max(1, less // 4), 1536
+    a = _random(m, k)
+    # Multiples of 1/64 below 2: f32, f16 and bf16 hold them exactly, so one serial result fits all three.
+    b = np.random.default_rng(1).integers(-127, 128, (n, k)).astype(np.float32) / np.float32(64)
+    plain = _filled((m, n))
+
+    def serial() -> F32:
+        _native.serial_matmul_transb(a, b, plain)
+        return plain
+
+    def fast(precision: Literal["f32", "f16", "bf16"]) -> Callable[[], F32]:
+        weight, out = ops.pack(b, precision=precision, threads=threads), _filled((m, n))
+        return lambda: _native.linear(weight, a, None, None, threads, "auto", out)
+
+    variants = {"f32": fast("f32"), "f16": fast("f16"), "bf16": fast("bf16")}
+    return Case("matmul_transb", f"{m} x {n} x {k}", 1e-5, 2.0 * m * n * k, "compute", serial, variants)
+
+
+def _rope(less: int, threads: int) -> Case:
+    rows, heads, dim = 10240 // less, 9, 64
+    x = _random(rows, heads, dim)
+    positions = np.arange(rows, dtype=np.int32)
+    inv_freq = (1e5 ** (-np.arange(0, dim, 2) / dim)).astype(np.float32)
+    plain, out = x.copy(), x.copy()
+
+    def serial() -> F32:
+        _native.serial_rope(plain, positions, inv_freq, 1.0)
+        return plain
+
+    def fast() -> F32:
+        return _native.rope(out, positions, inv_freq, 1.0, threads, "auto", out)
+
+    return Case("rope", f"{rows} x {heads} x {dim}", 1e-5, 2.0 * x.nbytes, "memory", serial, {"f32": fast})
+
+
+def _self_attention(less: int, threads: int) -> Case:
+    tokens, heads, kv_heads, dim = 256 // math.isqrt(less), 9, 3, 64
+    q, k, v = (
+        _random(tokens, heads, dim),
+        _random(tokens, kv_heads, dim, seed=1),
+        _random(tokens, kv_heads, dim, seed=2),
+    )
+    plain, out = _filled(q.shape), _filled(q.shape)
+    scale = dim**-0.5
+
+    def serial() -> F32:
+        _native.serial_self_attention(q, k, v, 0, scale, plain)
+        return plain
+
+    def fast() -> F32:
+        return _native.self_attention(q, k, v, 0, scale, DType.F32, threads, "auto", out)
+
+    work = 4.0 * dim * heads * (tokens * (tokens + 1) / 2)
+    size = f"{tokens} x {heads} ({kv_heads}) x {dim}"
+    return Case("self_attention", size, 2e-5, work, "compute", serial, {"f32": fast})
+
+
+CASES: tuple[Callable[[int, int], Case], ...] = (
+    _rms_norm, _gather, _masked_softmax, _swiglu, _matmul_transb, _rope, _self_attention,
+)  # fmt: skip
