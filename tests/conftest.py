@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+import tiny
 from fabula.errors import EngineError
+from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
+from fabula.text.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,6 +34,14 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Tokenizer:
+    """SmolLM2's tokenizer, from the GGUF file."""
+    file = GgufFile(smollm2_gguf)
+    file.close()
+    return Tokenizer.from_gguf(file.metadata, smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
 def smollm2_transformers(smollm2_gguf: Path) -> Any:
     """transformers' own reading of SmolLM2's tokenizer: an independent conversion of the same file."""
     transformers = pytest.importorskip("transformers")
@@ -43,6 +54,12 @@ def smollm2_transformers(smollm2_gguf: Path) -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     return loaded
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama; not to be changed, a test that wants another writes its own."""
+    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -40,13 +40,8 @@ SHORT = SamplingParams(max_tokens=8, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("models") / "good")
-
-
-@pytest.fixture(scope="module")
-def model(good: Path) -> Iterator[Model]:
-    with Model.load(good, threads=1) as loaded:
+def model(tiny_folder: Path) -> Iterator[Model]:
+    with Model.load(tiny_folder, threads=1) as loaded:
         yield loaded
 
 
@@ -58,7 +53,7 @@ def answer(model: Model) -> list[int]:
 
 
 @pytest.fixture
-def refuse(good: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch) -> Refuse:
+def refuse(tiny_folder: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch) -> Refuse:
     def refuse_(folder: Path, *words: str, error: type[EngineError] = ModelFileError, field: str = "") -> None:
         """Loading fails as wanted, takes little memory, keeps none, and leaves the good model as it was."""
         packed: list[weakref.ref[Weight]] = []
@@ -84,7 +79,7 @@ def refuse(good: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch) -> Re
             assert isinstance(refusal, ModelFileError)
             assert refusal.field == field
             assert folder.name in refusal.path
-        with Model.load(good, threads=1) as again:
+        with Model.load(tiny_folder, threads=1) as again:
             generation = again.generate("the winter", SHORT)
             generation.text()
             assert generation.token_ids == answer
@@ -343,6 +338,6 @@ def test_token_ids(ids: Any, model: Model) -> None:
         *({"weights": "q4"}, {"weights": ["f16"]}, {"kv": "bf16"}, {"kv": ["f16"]}),
     ],
 )
-def test_options(options: dict[str, Any], good: Path) -> None:
+def test_options(options: dict[str, Any], tiny_folder: Path) -> None:
     with pytest.raises(InvalidArgument, match=next(iter(options))):
-        Model.load(good, **options)
+        Model.load(tiny_folder, **options)

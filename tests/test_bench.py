@@ -24,7 +24,6 @@ from fabula.bench.timing import Times, interleaved, measure, turns
 from fabula.cli.bench import bench
 from fabula.errors import EngineError, InvalidArgument
 from fabula.model import Model
-from tiny import write_model
 
 MACHINE = Machine(cpu="x", isa="avx2", cores=2, threads=2, read_bytes_per_s=1e10, flops_per_s=1e11)
 LIGHTHOUSE = Path(__file__).parent / "data" / "lighthouse.txt"
@@ -33,11 +32,6 @@ TEXT = "the winter in the lighthouse was long, and all the others were on the sh
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(bench, list(arguments), catch_exceptions=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 # ---- Timing --------------------------------------------------------------------------------------------------------
@@ -169,9 +163,9 @@ KEYS = {"case", "model", "weights", "kv", "threads", "unit", "ours", "peer", "pe
 KEYS |= {"limit", "limit_share", "agreement"}
 
 
-def test_model_json(folder: Path) -> None:
+def test_model_json(tiny_folder: Path) -> None:
     sizes = ["--prompt-tokens", "40", "--tokens", "5", "--rounds", "2", "--threads", "1"]
-    result = call("model", "--model", str(folder), "--weights", "f32", "--weights", "f16", *sizes, "--json")
+    result = call("model", "--model", str(tiny_folder), "--weights", "f32", "--weights", "f16", *sizes, "--json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [(row["case"], row["weights"]) for row in rows] == [
@@ -184,8 +178,8 @@ def test_model_json(folder: Path) -> None:
         assert row["peer"] is row["ratio"] is row["peer_name"] is None
 
 
-def test_model_table(folder: Path) -> None:
-    result = call("model", "--model", str(folder), "--prompt-tokens", "9", "--tokens", "2", "--rounds", "1")
+def test_model_table(tiny_folder: Path) -> None:
+    result = call("model", "--model", str(tiny_folder), "--prompt-tokens", "9", "--tokens", "2", "--rounds", "1")
     assert result.exit_code == 0
     assert "prefill" in result.stdout and "decode" in result.stdout
 
@@ -206,9 +200,9 @@ class Slow:
         self.closed = True
 
 
-def test_model_beside_a_peer(folder: Path) -> None:
+def test_model_beside_a_peer(tiny_folder: Path) -> None:
     slow = Slow()
-    with Model.load(folder, weights="f32", threads=1) as model:
+    with Model.load(tiny_folder, weights="f32", threads=1) as model:
         rows = bench_models([model], MACHINE, Lengths(40, 6, 3), make_peers=lambda *_: [slow])
         bounds = limits(model, MACHINE, 40)
         matrices = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40)
@@ -224,33 +218,33 @@ def test_model_beside_a_peer(folder: Path) -> None:
     assert prefill.rounds == 3
 
 
-def test_model_beyond_the_context(folder: Path) -> None:
-    with Model.load(folder, context=100) as model, pytest.raises(InvalidArgument, match="takes 141 positions"):
+def test_model_beyond_the_context(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder, context=100) as model, pytest.raises(InvalidArgument, match="takes 141 positions"):
         bench_models([model], MACHINE, Lengths(100, 40, 1))
     with pytest.raises(InvalidArgument, match="rounds is 0"):
         Lengths(rounds=0)
 
 
-def test_prompt_and_agreement(folder: Path) -> None:
-    with Model.load(folder) as model:
+def test_prompt_and_agreement(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder) as model:
         assert [len(prompt_ids(model, n)) for n in (1, 32, 1000)] == [1, 32, 1000]
         assert prompt_ids(model, 1000)[:32] == prompt_ids(model, 32)
     assert agreement([1, 2, 3], [1, 2, 4]) == 2
     assert agreement([1, 2, 3], [1, 2, 3]) == 3
 
 
-def test_missing_peers_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peers_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
-    with Model.load(folder) as model:
+    with Model.load(tiny_folder) as model:
         assert peers.make_peers(model, 100, told.append) == []
     assert len(told) == 2 and all('pip install "fabula[peers]"' in line for line in told)
 
 
-def test_transformers_on_the_same_weights(folder: Path) -> None:
+def test_transformers_on_the_same_weights(tiny_folder: Path) -> None:
     pytest.importorskip("transformers")
     told: list[str] = []
-    with Model.load(folder, weights="f32", kv="f32", threads=1) as model:
+    with Model.load(tiny_folder, weights="f32", kv="f32", threads=1) as model:
         found = peers.make_peers(model, 100, told.append)
         assert [peer.name for peer in found] == ["transformers"]
         assert any("llama.cpp is not measured" in line for line in told)  # missing, or no GGUF to start from
@@ -296,8 +290,8 @@ def expected_perplexity(model: Model, text: str, window: int, start: list[int]) 
 
 
 @pytest.mark.parametrize("with_start", [False, True])
-def test_perplexity(folder: Path, with_start: bool) -> None:
-    with Model.load(folder, weights="f32") as model:
+def test_perplexity(tiny_folder: Path, with_start: bool) -> None:
+    with Model.load(tiny_folder, weights="f32") as model:
         model.tokenizer.add_bos = with_start
         found = perplexity(model, TEXT, window=200)
         value, n = expected_perplexity(model, TEXT, 200, [0] if with_start else [])
@@ -305,14 +299,14 @@ def test_perplexity(folder: Path, with_start: bool) -> None:
     assert found.n_tokens == n and found.weights == "f32" and found.window == 200
 
 
-def test_a_last_window_of_one_token_predicts_nothing(folder: Path) -> None:
-    with Model.load(folder, weights="f32") as model:
+def test_a_last_window_of_one_token_predicts_nothing(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder, weights="f32") as model:
         model.tokenizer.add_bos = False
         found = perplexity(model, "abcde", window=2)
         assert (found.n_tokens, found.n_windows) == (2, 2)
 
 
-def test_perplexity_errors(folder: Path, tmp_path: Path) -> None:
+def test_perplexity_errors(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="cannot be read: No such file"):
         read_text(tmp_path / "absent.txt")
     with pytest.raises(InvalidArgument, match="cannot be read"):
@@ -323,7 +317,7 @@ def test_perplexity_errors(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InvalidArgument, match="UTF-8"):
         read_text(tmp_path / "latin.txt")
-    with Model.load(folder) as model:
+    with Model.load(tiny_folder) as model:
         model.tokenizer.add_bos = False
         with pytest.raises(InvalidArgument, match="too few"):
             perplexity(model, "a")
@@ -331,9 +325,9 @@ def test_perplexity_errors(folder: Path, tmp_path: Path) -> None:
             perplexity(model, TEXT, window=601)
 
 
-def test_perplexity_command(folder: Path, tmp_path: Path) -> None:
+def test_perplexity_command(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ["perplexity", str(tmp_path / "text.txt"), "--model", str(folder), "--window", "100"]
+    arguments = ["perplexity", str(tmp_path / "text.txt"), "--model", str(tiny_folder), "--window", "100"]
     result = call(*arguments, "--compare", "f32", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -342,7 +336,7 @@ def test_perplexity_command(folder: Path, tmp_path: Path) -> None:
     assert abs(found["relative_difference"]) < 0.01
     assert "relative difference" in call(*arguments, "--compare", "f32").stdout
     with pytest.raises(InvalidArgument, match="cannot be read"):
-        call("perplexity", str(tmp_path / "absent.txt"), "--model", str(folder))
+        call("perplexity", str(tmp_path / "absent.txt"), "--model", str(tiny_folder))
 
 
 def test_half_precision_keeps_the_perplexity(smollm2_gguf: Path) -> None:

@@ -25,11 +25,6 @@ from fabula.cli.main import run
 from tiny import CHATML, random_tensors, write_model
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("cli") / "tiny")
-
-
 @dataclass(frozen=True)
 class Result:
     code: int
@@ -108,8 +103,8 @@ def test_a_damaged_model_is_one_line(fabula: Any, tmp_path: Path) -> None:
 # ---- Story and chat -------------------------------------------------------------------------------------------
 
 
-def test_story_as_json(fabula: Any, tiny: Path) -> None:
-    words = ("story", "the cat", "--model", tiny, "--json", "--seed", 5, "--max-tokens", 12)
+def test_story_as_json(fabula: Any, tiny_folder: Path) -> None:
+    words = ("story", "the cat", "--model", tiny_folder, "--json", "--seed", 5, "--max-tokens", 12)
     first, second = (json.loads(fabula(*words).out) for _ in range(2))
     assert set(first) == {
         *("prompt", "text", "token_ids", "prompt_ids", "finish_reason", "seed", "model", "timings"),
@@ -117,48 +112,48 @@ def test_story_as_json(fabula: Any, tiny: Path) -> None:
     assert first["token_ids"] == second["token_ids"] and first["text"] == second["text"]
     assert first["prompt"] == "the cat" and first["seed"] == 5
     assert first["timings"]["generated_tokens"] == len(first["token_ids"]) <= 12
-    with Model.load(tiny) as model:
+    with Model.load(tiny_folder) as model:
         params = SamplingParams(temperature=0.8, top_p=0.95, seed=5, max_tokens=12)
         assert model.generate("the cat", params).text() == first["text"]
 
 
-def test_story_streams_prompt_and_text(fabula: Any, tiny: Path) -> None:
-    common = ("--model", tiny, "--seed", 5, "--max-tokens", 12)
+def test_story_streams_prompt_and_text(fabula: Any, tiny_folder: Path) -> None:
+    common = ("--model", tiny_folder, "--seed", 5, "--max-tokens", 12)
     text = json.loads(fabula("story", "the cat", "--json", *common).out)["text"]
     result = fabula("story", "the cat", *common)
     assert result.out == "the cat" + text + "\n" and result.err == ""
 
 
-def test_story_from_a_pipe(tiny: Path) -> None:
-    result = shell("story", "--model", tiny, "--max-tokens", "3", "--json", text="a beginning")
+def test_story_from_a_pipe(tiny_folder: Path) -> None:
+    result = shell("story", "--model", tiny_folder, "--max-tokens", "3", "--json", text="a beginning")
     assert result.code == 0 and json.loads(result.out)["prompt"] == "a beginning"
 
 
-def test_a_prompt_beyond_the_context(fabula: Any, tiny: Path) -> None:
-    result = fabula("story", "word " * 300, "--model", tiny, "--context", 50)
+def test_a_prompt_beyond_the_context(fabula: Any, tiny_folder: Path) -> None:
+    result = fabula("story", "word " * 300, "--model", tiny_folder, "--context", 50)
     assert result.code == 1 and "do not fit the context of 50" in result.err
 
 
-def test_chat_answers_a_pipe(tiny: Path) -> None:
-    plain = shell("chat", "--model", tiny, "--seed", 1, "-n", 8, text="hello\n")
-    found = json.loads(shell("chat", "--model", tiny, "--seed", 1, "-n", 8, "--json", text="hello\n").out)
+def test_chat_answers_a_pipe(tiny_folder: Path) -> None:
+    plain = shell("chat", "--model", tiny_folder, "--seed", 1, "-n", 8, text="hello\n")
+    found = json.loads(shell("chat", "--model", tiny_folder, "--seed", 1, "-n", 8, "--json", text="hello\n").out)
     assert plain.code == 0 and plain.out == found["text"] + "\n"
     assert [m["role"] for m in found["messages"]] == ["user", "assistant"]
     assert found["messages"][0]["content"] == "hello"
 
 
-def test_a_reader_that_goes_away_causes_no_noise(tiny: Path) -> None:
-    command = f"{sys.executable} -m fabula story x --model {tiny} --max-tokens 400 | head -c 5"
+def test_a_reader_that_goes_away_causes_no_noise(tiny_folder: Path) -> None:
+    command = f"{sys.executable} -m fabula story x --model {tiny_folder} --max-tokens 400 | head -c 5"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == "" and len(done.stdout) == 5
 
 
-def test_run_without_a_terminal_tells_a_story(tiny: Path) -> None:
-    result = shell("run", "--model", tiny, "--max-tokens", "10")
+def test_run_without_a_terminal_tells_a_story(tiny_folder: Path) -> None:
+    result = shell("run", "--model", tiny_folder, "--max-tokens", "10")
     assert result.code == 0 and result.out.startswith("Once upon a time, in a lighthouse")
 
 
-def test_slash_commands(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = iter(["/help", "hello", "/regen", "more", "/undo", "/undo", "/undo", "/system Be kind.", "hi", "/reset"])
     seen: list[list[dict[str, str]]] = []
     talk = Conversation()
@@ -170,7 +165,7 @@ def test_slash_commands(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
             raise EOFError
         return line
 
-    with Model.load(tiny) as model:
+    with Model.load(tiny_folder) as model:
         Chat(model, SamplingParams(max_tokens=6, seed=3), talk, read).run()
     roles = [[message["role"] for message in messages] for messages in seen]
     once, twice = ["user", "assistant"], ["user", "assistant"] * 2
@@ -179,10 +174,10 @@ def test_slash_commands(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "/regen" in capsys.readouterr().err
 
 
-def test_a_message_too_long_is_taken_back(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_too_long_is_taken_back(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = iter(["hi", "long " * 200, "/exit"])
     talk = Conversation()
-    with Model.load(tiny, context=80) as model:
+    with Model.load(tiny_folder, context=80) as model:
         Chat(model, SamplingParams(max_tokens=4, seed=3), talk, lambda: next(lines)).run()
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
     assert "/undo shortens" in capsys.readouterr().err
@@ -191,27 +186,27 @@ def test_a_message_too_long_is_taken_back(tiny: Path, capsys: pytest.CaptureFixt
 # ---- Inspect and pull -----------------------------------------------------------------------------------------
 
 
-def test_inspect(fabula: Any, tiny: Path) -> None:
-    found = json.loads(fabula("inspect", tiny, "--json", "--tensors").out)
+def test_inspect(fabula: Any, tiny_folder: Path) -> None:
+    found = json.loads(fabula("inspect", tiny_folder, "--json", "--tensors").out)
     assert (found["family"], found["n_layers"], found["head_dim"]) == ("Llama", 2, 6)
     assert len(found["tensors"]) == 21 and found["tensors"][0]["dtype"] == "F32"
     n_numbers = sum(info["n_bytes"] for info in found["tensors"]) // 4
     assert found["n_parameters"] == n_numbers and found["bytes_on_disk"] == {"F32": 4 * n_numbers}
     assert found["kv_bytes_per_token"] == {"f32": 2 * 2 * 2 * 6 * 4, "f16": 2 * 2 * 2 * 6 * 2}
     assert found["tokenizer"]["special_tokens"]["<|im_end|>"] == 3
-    assert fabula("inspect", tiny, "--template").out.strip() == CHATML.strip()
-    shown = fabula("inspect", tiny, "--tensors").out
+    assert fabula("inspect", tiny_folder, "--template").out.strip() == CHATML.strip()
+    shown = fabula("inspect", tiny_folder, "--tensors").out
     assert "Llama" in shown and "model.layers.1.mlp.up_proj.weight" in shown
 
 
-def test_inspect_reads_no_weights(fabula: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_reads_no_weights(fabula: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fabula.formats.safetensors import SafetensorsCheckpoint
 
     def refuse(*_: object) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", refuse)
-    assert fabula("inspect", tiny).code == 0
+    assert fabula("inspect", tiny_folder).code == 0
 
 
 def test_pull_lists_and_refuses(fabula: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import write_model
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("examples") / "tiny")
 
 
 def run(name: str, *words: object, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -28,15 +21,17 @@ def test_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60
 
 
-def test_story(tiny: Path) -> None:
-    first, second = (run("story.py", "the cat", "--model", tiny, "--seed", 3, "--max-tokens", 20) for _ in range(2))
+def test_story(tiny_folder: Path) -> None:
+    first, second = (
+        run("story.py", "the cat", "--model", tiny_folder, "--seed", 3, "--max-tokens", 20) for _ in range(2)
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("the cat") and "seed 3]" in first.stdout
     assert first.stdout.split("\n\n[")[0] == second.stdout.split("\n\n[")[0]
 
 
-def test_chat(tiny: Path) -> None:
-    done = run("chat.py", "--model", tiny, "--seed", 3, text="hello\n\nand now\n")
+def test_chat(tiny_folder: Path) -> None:
+    done = run("chat.py", "--model", tiny_folder, "--seed", 3, text="hello\n\nand now\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") >= 4
 

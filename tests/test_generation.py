@@ -25,13 +25,8 @@ EOS = 1
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("generation") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> Iterator[Model]:
-    with Model.load(folder, threads=1) as model:
+def loaded(tiny_folder: Path) -> Iterator[Model]:
+    with Model.load(tiny_folder, threads=1) as model:
         yield model
 
 
@@ -134,8 +129,8 @@ def test_held_back_text_comes_out_at_the_end(model: Model) -> None:
     assert joined(pieces) == whole
 
 
-def test_context_full(folder: Path) -> None:
-    with Model.load(folder, threads=1, context=40) as small:
+def test_context_full(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder, threads=1, context=40) as small:
         for n_prompt in (1, 33, 39, 40):
             settings = params(max_tokens=None)
             generation, pieces = run(small, settings, [5] * n_prompt)
@@ -144,8 +139,8 @@ def test_context_full(folder: Path) -> None:
             assert free(small)
 
 
-def test_prompt_longer_than_the_context(folder: Path) -> None:
-    with Model.load(folder, threads=1, context=32) as small:
+def test_prompt_longer_than_the_context(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder, threads=1, context=32) as small:
         for call in (small.logits, small.generate):
             with pytest.raises(ContextOverflow, match=r"33.*32") as caught:
                 call([5] * 33)
@@ -292,9 +287,9 @@ def test_banning_everything_fails_and_cancels(model: Model) -> None:
     assert generation.finish_reason == "cancelled"
 
 
-def test_too_many_at_once(folder: Path) -> None:
+def test_too_many_at_once(tiny_folder: Path) -> None:
     """The pool holds four texts of full length; the fifth is told so, and the others go on."""
-    with Model.load(folder, threads=1, context=32) as small:
+    with Model.load(tiny_folder, threads=1, context=32) as small:
         running = [small.generate([5, 6], params(max_tokens=3)) for _ in range(4)]
         for generation in running:
             next(generation)
@@ -314,8 +309,8 @@ def test_interleaved_generations(model: Model) -> None:
     assert [generation.token_ids for generation in running] == alone
 
 
-def test_closed_model(folder: Path) -> None:
-    model = Model.load(folder, threads=1)
+def test_closed_model(tiny_folder: Path) -> None:
+    model = Model.load(tiny_folder, threads=1)
     generation = model.generate([5, 6], GREEDY)
     next(generation)
     model.close()

@@ -385,7 +385,7 @@ def test_partial_models_are_never_taken(setting: Setting) -> None:
     broken += [
         json.dumps(fields | change)
         for change in (
-            {"file": "../../../work/x.gguf"},
+            {"file": "../../../elsewhere/x.gguf"},
             {"file": ".."},
             {"file": 1},
             {"size": "1"},

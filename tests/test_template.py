@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fabula.errors import InvalidArgument, TemplateError
-from fabula.formats.gguf import GgufFile
 from fabula.text.template import BUILTIN_TEMPLATES, MAX_SOURCE, ChatTemplate
 from fabula.text.tokenizer import Tokenizer
 
@@ -24,13 +22,6 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": ""}],
     [{"role": "user", "content": "你好，{{ messages }} {% if %} <|not special|>"}],
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_gguf: Path) -> Tokenizer:
-    file = GgufFile(smollm2_gguf)
-    file.close()
-    return Tokenizer.from_gguf(file.metadata, smollm2_gguf)
 
 
 @pytest.fixture(scope="module")

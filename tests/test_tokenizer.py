@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabula.errors import InvalidArgument, ModelFileError, TokenizerError, Unsupported
-from fabula.formats.gguf import GgufFile
 from fabula.text.stream import BYTE_OF_CHARACTER
 from fabula.text.tokenizer import Tokenizer
 
@@ -31,13 +30,6 @@ TEXTS = [
     "ＦＵＬＬ ｗｉｄｔｈ ﬁ ligature ½ ² №",
     "a" * 300,
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_gguf: Path) -> Tokenizer:
-    file = GgufFile(smollm2_gguf)
-    file.close()
-    return Tokenizer.from_gguf(file.metadata, smollm2_gguf)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 
 enum { LINE = 64 };
-static const size_t HUGE_PAGE = (size_t)2 << 20;
+static const size_t PAGE = 65536, HUGE_PAGE = (size_t)2 << 20;
 
 static size_t round_up(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
@@ -26,15 +26,16 @@ void *fb_memory_take(size_t n_bytes) {
         if (memory) memset(memory, 0, size);
         return memory;
     }
-    /* Map one huge page more than needed, then cut the ends off so that the rest starts on a 2 MiB border. */
-    size_t size = round_up(n_bytes, HUGE_PAGE);
+    /* Map one huge page more than needed, then cut the ends off so that the rest starts on a 2 MiB border. The end is
+     * not rounded up to one: a hundred matrices would waste a hundred megabytes. */
+    size_t size = round_up(n_bytes, PAGE);
     char *raw = mmap(
         NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) return NULL;
     char *memory = (char *)round_up((uintptr_t)raw, HUGE_PAGE);
     size_t before = (size_t)(memory - raw);
     if (before) munmap(raw, before);
-    munmap(memory + size, HUGE_PAGE - before);
+    if (before < HUGE_PAGE) munmap(memory + size, HUGE_PAGE - before);
     madvise(memory, size, MADV_HUGEPAGE); /* a wish: refusal costs speed only */
     return memory;
 }
@@ -44,5 +45,5 @@ void fb_memory_release(void *memory, size_t n_bytes) {
     if (n_bytes < HUGE_PAGE)
         free(memory);
     else
-        munmap(memory, round_up(n_bytes, HUGE_PAGE));
+        munmap(memory, round_up(n_bytes, PAGE));
 }
