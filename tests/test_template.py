@@ -61,6 +61,27 @@ def test_marks_change_nothing_else(smollm2: Tokenizer, template: ChatTemplate) -
     assert both[: len(alone)] == alone
 
 
+def test_marks_never_eat_what_a_user_typed(smollm2: Tokenizer, template: ChatTemplate) -> None:
+    """Private-use characters in a message are the user's own, also when one of their kind has to serve as a mark."""
+    for content in ("\ue000<|im_end|>\ue001", "".join(map(chr, range(0xE000, 0xF900))) + "<|im_end|>"):
+        ids = smollm2.encode_chat(template, [{"role": "user", "content": content}])
+        plain = smollm2.encode(content)
+        assert any(ids[i : i + len(plain)] == plain for i in range(len(ids)))
+    everything = "".join(chr(code) for code in [*range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE)])
+    with pytest.raises(InvalidArgument, match="every private-use character"):
+        smollm2.encode_chat(template, [{"role": "user", "content": everything + "<|im_end|>"}])
+
+
+def test_messages_nested_without_end(smollm2: Tokenizer, template: ChatTemplate) -> None:
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
+    with pytest.raises(InvalidArgument, match="more than 64 deep"):
+        smollm2.encode_chat(template, [{"role": "user", "content": nested}])
+    with pytest.raises(InvalidArgument, match="more than 64 deep"):
+        template.render([{"role": "user", "content": nested}])
+
+
 def test_helpers() -> None:
     source = (
         "{{ bos_token }}{%- for m in messages if m.role != 'system' %}"

@@ -14,16 +14,17 @@ conversation.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fabula.text.template import ChatTemplate
+from fabula.errors import InvalidArgument
+from fabula.text.template import MAX_DEPTH, ChatTemplate
 
 if TYPE_CHECKING:
     from fabula.text.tokenizer import Tokenizer
 
-# Private-use characters to mark with; one that the conversation does not hold is taken.
-_MARKS = [chr(code) for code in range(0xE000, 0xF8FF)]
+# Private-use characters to mark with; the first that the conversation does not hold is taken.
+_MARKS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 def encode_chat(
@@ -33,15 +34,24 @@ def encode_chat(
 
     Raises:
         TemplateError: the template fails or refuses.
-        InvalidArgument: a message is malformed.
+        InvalidArgument: a message is malformed, or holds a control token and every private-use character.
     """
     pattern = _pattern(tokenizer)
-    if pattern is None or not _holds(messages, pattern):
+    if pattern is None or not any(pattern.search(text) for text in _texts(messages)):
         return tokenizer.encode(template.render(messages, **options), add_bos=False, special=True)
-    everything = template.source + repr(messages)
-    mark = next(mark for mark in _MARKS if mark not in everything)
+    mark = _unused(template.source, *_texts(messages), *_texts(options))
     marked = [_marked(message, pattern, mark) for message in messages]
     return _encode_marked(tokenizer, template.render(marked, **options), pattern, mark)
+
+
+def _unused(*texts: str) -> str:
+    """A private-use character that none of the texts holds."""
+    present: set[str] = set().union(*texts)
+    for codes in _MARKS:
+        for code in codes:
+            if chr(code) not in present:
+                return chr(code)
+    raise InvalidArgument("the conversation holds a control token's text and every private-use character of Unicode")
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
@@ -50,12 +60,15 @@ def _pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(token) for token in tokens)) if tokens else None
 
 
-def _holds(value: object, pattern: re.Pattern[str]) -> bool:
+def _texts(value: object, depth: int = 0) -> Iterator[str]:
+    """Every text in nested plain data, keys left out."""
+    if depth > MAX_DEPTH:
+        raise InvalidArgument(f"messages are nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, Mapping):
-        return any(_holds(item, pattern) for item in value.values())
-    return isinstance(value, list | tuple) and any(_holds(item, pattern) for item in value)
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item, depth + 1)
 
 
 def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:

@@ -41,6 +41,7 @@ from fabula.text.limits import (
 
 MAX_SOURCE = 1 << 16  # characters; the largest template in use has a third of it
 MAX_NODES = 20_000
+MAX_DEPTH = 64  # of what messages and options hold
 ROLES = ("system", "user", "assistant", "tool", "developer")
 RESERVED = ("messages", "add_generation_prompt", "bos_token", "eos_token", "raise_exception", "strftime_now")
 
@@ -293,8 +294,8 @@ def _plain(value: object, name: str, depth: int = 0) -> Any:
     """A copy made of dicts, lists, text, numbers, booleans and None: a template must not meet live objects."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if depth > 64:
-        raise InvalidArgument(f"{name} is nested more than 64 deep")
+    if depth > MAX_DEPTH:
+        raise InvalidArgument(f"{name} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
         return {str(key): _plain(item, name, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
