@@ -1,12 +1,15 @@
-"""Page accounting: a pool hands out page numbers, a sequence lists the pages its positions lie in.
+"""Page accounting: a pool counts who holds each page, a sequence lists the pages its positions lie in.
 
-The tokens are the truth and KV is a cache: a sequence can be truncated to any length, and what lies behind is
-computed anew when it is needed. Pages are given back when the sequence is truncated below them or closed.
+The tokens are the truth and KV is a cache: a sequence can be truncated to any length or forked at any length, and what
+lies behind is computed anew when it is needed. A fork shares every page, so it costs nothing but counting. Positions
+are only ever appended; so two holders may share a page that is partly filled, and the first that appends to it goes on
+in place as long as nobody has written there before. Only one that finds its next position taken gets a copy.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,27 @@ from fabula import _native
 from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUsage:
+    """Pages of a pool at one moment.
+
+    Attributes:
+        n_pages: in all.
+        n_used: held by somebody.
+        n_shared: held by more than one.
+        page_bytes: bytes of a page.
+    """
+
+    n_pages: int
+    n_used: int
+    n_shared: int
+    page_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        return self.n_used * self.page_bytes
 
 
 class PagePool:
@@ -29,6 +53,8 @@ class PagePool:
     def __init__(self, dtype: DType, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
         self.native = _native.PagePool(dtype, n_pages, n_layers, n_kv_heads, head_dim)
         self._free = list(range(n_pages - 1, -1, -1))
+        self._holders = [0] * n_pages
+        self._filled = [0] * n_pages  # positions of a page that some holder has written
         # Re-entrant: the garbage collector may give back a forgotten sequence's pages in the middle of `take`.
         self._lock = threading.RLock()
 
@@ -44,8 +70,14 @@ class PagePool:
     def page_bytes(self) -> int:
         return self.native.page_bytes
 
+    def usage(self) -> PoolUsage:
+        """How many pages are held, and how many of them by several."""
+        with self._lock:
+            used = sum(1 for n in self._holders if n)
+            return PoolUsage(self.n_pages, used, sum(1 for n in self._holders if n > 1), self.page_bytes)
+
     def take(self, n: int) -> list[int]:
-        """Takes n pages, all or none.
+        """Takes n pages that nobody holds, all or none.
 
         Raises:
             OutOfMemory: fewer are free; says how many.
@@ -56,12 +88,60 @@ class PagePool:
                     f"the KV cache has {len(self._free)} of {self.n_pages} pages free, {n} are needed; close other "
                     f"generations or load the model with a smaller context"
                 )
-            return [self._free.pop() for _ in range(n)]
+            pages = [self._free.pop() for _ in range(n)]
+            for page in pages:
+                self._holders[page], self._filled[page] = 1, 0
+            return pages
+
+    def share(self, pages: list[int]) -> None:
+        """Counts one more holder of each page."""
+        with self._lock:
+            for page in pages:
+                self._holders[page] += 1
 
     def give_back(self, pages: list[int]) -> None:
-        """Returns pages that `take` handed out."""
+        """Counts one holder less of each page; a page without any is free."""
         with self._lock:
-            self._free.extend(pages)
+            for page in pages:
+                self._holders[page] -= 1
+                if self._holders[page] == 0:
+                    self._free.append(page)
+
+    def append_to(self, page: int, offset: int, end: int) -> int:
+        """Makes positions offset .. end-1 of a page a holder's own to write.
+
+        Args:
+            page: that the caller holds, with its own positions 0 .. offset-1.
+            offset, end: 0 <= offset < end <= PAGE_POSITIONS.
+
+        Returns:
+            The page, or a copy that takes its place in the caller's list, if another holder wrote there before.
+
+        Raises:
+            OutOfMemory: a copy is needed and no page is free; nothing was changed.
+        """
+        with self._lock:
+            if self._holders[page] > 1 and self._filled[page] > offset:
+                (copy,) = self.take(1)
+                self.native.copy(copy, page)
+                self.give_back([page])
+                page = copy
+            self._filled[page] = end
+            return page
+
+    def check(self, held: list[list[int]]) -> None:
+        """Compares the counts with what is really held; for tests.
+
+        Args:
+            held: the page lists of every sequence of this pool.
+
+        Raises:
+            AssertionError: a count is wrong, or a page is both free and held.
+        """
+        with self._lock:
+            counts = np.bincount(np.array([page for pages in held for page in pages], np.int64), minlength=self.n_pages)
+            assert counts.tolist() == self._holders, "holders are miscounted"
+            assert sorted(self._free) == [page for page in range(self.n_pages) if not counts[page]]
 
     def close(self) -> None:
         """Frees the memory; may be called twice. No sequence may be used afterwards."""
@@ -80,16 +160,46 @@ class Sequence:
         self._pages: list[int] = []
         self.n_tokens = 0
 
+    @property
+    def pages(self) -> list[int]:
+        """Page numbers, that of positions 32 i .. 32 i + 31 at place i."""
+        return list(self._pages)
+
     def reserve(self, n_tokens: int) -> npt.NDArray[np.int32]:
-        """Makes room for `n_tokens` positions in all and returns the page table, int32 [n_pages].
+        """Makes room to append up to `n_tokens` positions in all and returns the page table, int32 [n_pages].
 
         Raises:
-            OutOfMemory: the pool has too few free pages; nothing was taken.
+            OutOfMemory: the pool has too few free pages; nothing was changed that anybody could see.
         """
-        missing = -(-n_tokens // PAGE_POSITIONS) - len(self._pages)
-        if missing > 0:
-            self._pages += self._pool.take(missing)
+        first, offset = divmod(self.n_tokens, PAGE_POSITIONS)
+        needed = -(-n_tokens // PAGE_POSITIONS)
+        fresh = self._pool.take(max(0, needed - len(self._pages)))
+        try:
+            for i in range(first, min(needed, len(self._pages))):
+                end = min(n_tokens - i * PAGE_POSITIONS, PAGE_POSITIONS)
+                self._pages[i] = self._pool.append_to(self._pages[i], offset if i == first else 0, end)
+        except OutOfMemory:
+            self._pool.give_back(fresh)
+            raise
+        for i, page in enumerate(fresh, len(self._pages)):
+            self._pool.append_to(page, 0, min(n_tokens - i * PAGE_POSITIONS, PAGE_POSITIONS))
+        self._pages += fresh
         return np.asarray(self._pages, np.int32)
+
+    def fork(self, n_tokens: int | None = None) -> Sequence:
+        """Another sequence with the first `n_tokens` positions (None: all) of this one; shares their pages.
+
+        Raises:
+            InvalidArgument: `n_tokens` is negative or more than is held.
+        """
+        n_tokens = self.n_tokens if n_tokens is None else n_tokens
+        if not 0 <= n_tokens <= self.n_tokens:
+            raise InvalidArgument(f"cannot fork at {n_tokens} tokens, {self.n_tokens} are held")
+        other = Sequence(self._pool)
+        pages = self._pages[: -(-n_tokens // PAGE_POSITIONS)]
+        self._pool.share(pages)
+        other._pages, other.n_tokens = pages, n_tokens
+        return other
 
     def truncate(self, n_tokens: int) -> None:
         """Forgets the positions from `n_tokens` on and gives back pages that hold nothing else.
