@@ -22,6 +22,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"formats"},
     {"models", "kv", "text"},
     {"engine"},
+    {"sessions"},
     {"ops", "model"},
     {"bench"},
     {"cli"},

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ModelNotFound,
         NonFinite,
         OutOfMemory,
+        SessionBusy,
         TemplateError,
         TokenizerError,
         Unsupported,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from fabula.model import Model
     from fabula.models.builder import DamagedWeightWarning
     from fabula.models.config import ModelConfig
+    from fabula.sessions.session import Reply, Session
+    from fabula.sessions.turn import Turn
     from fabula.text.tokenizer import Tokenizer
 
 # Where each public name lives; "" for a module of that name.
@@ -52,11 +55,15 @@ _HOMES = {
     "NonFinite": "errors",
     "OutOfMemory": "errors",
     "Piece": "engine.generation",
+    "Reply": "sessions.session",
     "SamplingParams": "engine.sampling",
+    "Session": "sessions.session",
+    "SessionBusy": "errors",
     "TemplateError": "errors",
     "Timings": "engine.generation",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
+    "Turn": "sessions.turn",
     "Unsupported": "errors",
     "errors": "",
     "ops": "",
@@ -77,11 +84,15 @@ __all__ = [
     "NonFinite",
     "OutOfMemory",
     "Piece",
+    "Reply",
     "SamplingParams",
+    "Session",
+    "SessionBusy",
     "TemplateError",
     "Timings",
     "Tokenizer",
     "TokenizerError",
+    "Turn",
     "Unsupported",
     "__version__",
     "errors",

@@ -5,6 +5,7 @@
     │   └── ContextOverflow                  more tokens than the context holds; carries both numbers
     ├── OutOfMemory          (MemoryError)   the system refused memory
     ├── Unsupported                          well-formed, but not offered here (family, tensor type, instruction set)
+    ├── SessionBusy                          another reply of the session is being made
     ├── NonFinite            (ArithmeticError)  logits hold NaN or infinity: a damaged model
     ├── ModelNotFound        (LookupError)   no place knows a model of that name
     ├── ModelFileError       (OSError)       a model file is damaged, incomplete or hostile; names file and field
@@ -59,6 +60,10 @@ class Unsupported(EngineError):
 
 class NonFinite(EngineError, ArithmeticError):
     """Logits hold NaN or infinity: the model's weights or its input are damaged."""
+
+
+class SessionBusy(EngineError):
+    """A session makes one reply at a time, and another one is not finished; cancel it or wait for its end."""
 
 
 class ModelNotFound(EngineError, LookupError):

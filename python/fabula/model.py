@@ -21,6 +21,9 @@ from fabula.formats.locate import locate
 from fabula.formats.open import open_checkpoint
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
+from fabula.sessions.host import Host
+from fabula.sessions.session import Session
+from fabula.sessions.snapshots import Snapshots
 from fabula.text.template import ChatTemplate
 from fabula.text.tokenizer import Tokenizer
 
@@ -54,7 +57,7 @@ class Model:
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
-        self._template: ChatTemplate | None = None
+        self._host = Host(runner, tokenizer, TemplateOf(tokenizer, path), Snapshots(runner.pool))
 
     @classmethod
     def load(
@@ -137,15 +140,7 @@ class Model:
         Raises:
             TemplateError: it has none, or it cannot be compiled.
         """
-        if self._template is None:
-            source = self.tokenizer.chat_template
-            if source is None:
-                raise TemplateError(
-                    f"{self.path}: the model has no chat template; use generate(), or a model made for chat",
-                    path=self.path,
-                )
-            self._template = self.tokenizer.make_template(source)
-        return self._template
+        return self._host.template()
 
     # ---- What it does -----------------------------------------------------------------------------------------------
 
@@ -214,6 +209,18 @@ class Model:
         """The token ids of a conversation, ready for the next answer. Control tokens typed in a message stay text."""
         return self.tokenizer.encode_chat(self.template, messages, **template_options)
 
+    def session(
+        self, id: str | None = None, *, system: str | None = None, params: SamplingParams | None = None
+    ) -> Session:
+        """A new session: a conversation or story whose turns can be walked.
+
+        Args:
+            id: its name; None makes a random one.
+            system: system message of a chat.
+            params: sampling settings of turns that bring none.
+        """
+        return Session(self._host, id=id, system=system, params=params)
+
     # ---- Ends -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -232,6 +239,25 @@ class Model:
             f"<fabula.Model {self.path.name}: {c.model_type}, {c.n_layers} layers, hidden {c.hidden_size}, "
             f"vocabulary {c.vocab_size}, weights {self.weights}, kv {self.kv}, context {self.context}>"
         )
+
+
+class TemplateOf:
+    """Compiles a model's chat template when it is first asked for; raises as `Model.template`."""
+
+    def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
+        self._tokenizer, self._path = tokenizer, path
+        self._template: ChatTemplate | None = None
+
+    def __call__(self) -> ChatTemplate:
+        if self._template is None:
+            source = self._tokenizer.chat_template
+            if source is None:
+                raise TemplateError(
+                    f"{self._path}: the model has no chat template; use generate(), or a model made for chat",
+                    path=self._path,
+                )
+            self._template = self._tokenizer.make_template(source)
+        return self._template
 
 
 def own_precision(checkpoint: Checkpoint) -> DType:

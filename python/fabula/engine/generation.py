@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
+from fabula.kv.pages import Sequence as KvSequence
 from fabula.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -49,14 +50,16 @@ class Timings:
 
     Attributes:
         prompt_tokens, generated_tokens: counts.
+        reused_tokens: tokens of the prompt whose K and V were there already; only the others were computed.
         prompt_ms: time spent on the prompt.
         first_token_ms: from the start to the first token.
         total_ms: from the start to the last token.
-        prompt_tokens_per_s: speed of the prompt.
+        prompt_tokens_per_s: speed of the part of the prompt that was computed.
         tokens_per_s: speed of decoding, the first token left out; 0 before the second.
     """
 
     prompt_tokens: int
+    reused_tokens: int
     generated_tokens: int
     prompt_ms: float
     first_token_ms: float
@@ -75,6 +78,8 @@ class Generation(Iterator[Piece]):
         prompt_ids: token ids to go on from.
         params: sampling settings.
         continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
+        sequence: KV pages of a beginning of the prompt, shorter than it; they are extended and stay the caller's. None
+            for pages of its own, given back at the end.
 
     Attributes:
         prompt_ids: the prompt's token ids.
@@ -91,6 +96,7 @@ class Generation(Iterator[Piece]):
         params: SamplingParams,
         *,
         continues: bool = False,
+        sequence: KvSequence | None = None,
     ) -> None:
         self._history = runner.token_ids(prompt_ids)
         if params.stop_tokens:
@@ -108,8 +114,10 @@ class Generation(Iterator[Piece]):
         self._sampler = Sampler(self._params, runner.config.vocab_size, tuple({ids[-1] for ids in breakers if ids}))
         self._decoder = tokenizer.stream_decoder(continues=continues)
         self._stops = StopMatcher(params.stop)
-        self._sequence = runner.sequence()
-        runner.check_room(self._sequence, len(self.prompt_ids))
+        self._owned = sequence is None
+        self._sequence = runner.sequence() if sequence is None else sequence
+        self._reused = self._sequence.n_tokens
+        runner.check_room(self._sequence, len(self.prompt_ids) - self._reused)
         self._logits: npt.NDArray[np.float32] | None = None
         self._start = self._prompt_end = self._first = self._last = 0.0
 
@@ -139,7 +147,7 @@ class Generation(Iterator[Piece]):
         """Logits behind everything known so far."""
         if self._logits is None:
             self._start = time.perf_counter()
-            self._logits = self._runner.prefill(self._sequence, self._history)
+            self._logits = self._runner.prefill(self._sequence, self._history[self._reused :])
             self._prompt_end = time.perf_counter()
         else:
             self._logits = self._runner.step([(self._sequence, self._history[-1:])], [0])[0]
@@ -193,7 +201,8 @@ class Generation(Iterator[Piece]):
 
     def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
-        self._sequence.close()
+        if self._owned:
+            self._sequence.close()
 
     def cancel(self) -> None:
         """Ends the generation and gives its KV pages back; may be called at any time, and twice."""
@@ -223,10 +232,11 @@ class Generation(Iterator[Piece]):
         prompt_s, decode_s = self._prompt_end - self._start, self._last - self._first
         return Timings(
             prompt_tokens=len(self.prompt_ids),
+            reused_tokens=self._reused,
             generated_tokens=n,
             prompt_ms=1e3 * prompt_s,
             first_token_ms=1e3 * max(0.0, self._first - self._start),
             total_ms=1e3 * max(0.0, self._last - self._start),
-            prompt_tokens_per_s=len(self.prompt_ids) / prompt_s if prompt_s > 0 else 0.0,
+            prompt_tokens_per_s=(len(self.prompt_ids) - self._reused) / prompt_s if prompt_s > 0 else 0.0,
             tokens_per_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else 0.0,
         )

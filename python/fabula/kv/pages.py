@@ -9,6 +9,7 @@ in place as long as nobody has written there before. Only one that finds its nex
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,8 +56,9 @@ class PagePool:
         self._free = list(range(n_pages - 1, -1, -1))
         self._holders = [0] * n_pages
         self._filled = [0] * n_pages  # positions of a page that some holder has written
+        self.reclaim: Callable[[int], None] | None = None  # asked to set pages free until so many are
         # Re-entrant: the garbage collector may give back a forgotten sequence's pages in the middle of `take`.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     @property
     def n_pages(self) -> int:
@@ -72,7 +74,7 @@ class PagePool:
 
     def usage(self) -> PoolUsage:
         """How many pages are held, and how many of them by several."""
-        with self._lock:
+        with self.lock:
             used = sum(1 for n in self._holders if n)
             return PoolUsage(self.n_pages, used, sum(1 for n in self._holders if n > 1), self.page_bytes)
 
@@ -82,7 +84,9 @@ class PagePool:
         Raises:
             OutOfMemory: fewer are free; says how many.
         """
-        with self._lock:
+        with self.lock:
+            if n > len(self._free) and self.reclaim is not None:
+                self.reclaim(n)
             if n > len(self._free):
                 raise OutOfMemory(
                     f"the KV cache has {len(self._free)} of {self.n_pages} pages free, {n} are needed; close other "
@@ -95,13 +99,13 @@ class PagePool:
 
     def share(self, pages: list[int]) -> None:
         """Counts one more holder of each page."""
-        with self._lock:
+        with self.lock:
             for page in pages:
                 self._holders[page] += 1
 
     def give_back(self, pages: list[int]) -> None:
         """Counts one holder less of each page; a page without any is free."""
-        with self._lock:
+        with self.lock:
             for page in pages:
                 self._holders[page] -= 1
                 if self._holders[page] == 0:
@@ -120,7 +124,7 @@ class PagePool:
         Raises:
             OutOfMemory: a copy is needed and no page is free; nothing was changed.
         """
-        with self._lock:
+        with self.lock:
             if self._holders[page] > 1 and self._filled[page] > offset:
                 (copy,) = self.take(1)
                 self.native.copy(copy, page)
@@ -138,7 +142,7 @@ class PagePool:
         Raises:
             AssertionError: a count is wrong, or a page is both free and held.
         """
-        with self._lock:
+        with self.lock:
             counts = np.bincount(np.array([page for pages in held for page in pages], np.int64), minlength=self.n_pages)
             assert counts.tolist() == self._holders, "holders are miscounted"
             assert sorted(self._free) == [page for page in range(self.n_pages) if not counts[page]]
@@ -196,8 +200,9 @@ class Sequence:
         if not 0 <= n_tokens <= self.n_tokens:
             raise InvalidArgument(f"cannot fork at {n_tokens} tokens, {self.n_tokens} are held")
         other = Sequence(self._pool)
-        pages = self._pages[: -(-n_tokens // PAGE_POSITIONS)]
-        self._pool.share(pages)
+        with self._pool.lock:
+            pages = self._pages[: -(-n_tokens // PAGE_POSITIONS)]
+            self._pool.share(pages)
         other._pages, other.n_tokens = pages, n_tokens
         return other
 
@@ -210,13 +215,18 @@ class Sequence:
         if not 0 <= n_tokens <= self.n_tokens:
             raise InvalidArgument(f"cannot truncate to {n_tokens} tokens, {self.n_tokens} are held")
         keep = -(-n_tokens // PAGE_POSITIONS)
-        self._pool.give_back(self._pages[keep:])
-        del self._pages[keep:]
-        self.n_tokens = n_tokens
+        with self._pool.lock:
+            self._pool.give_back(self._pages[keep:])
+            del self._pages[keep:]
+            self.n_tokens = n_tokens
 
     def close(self) -> None:
         """Gives back every page; may be called twice."""
         self.truncate(0)
+
+    def __del__(self) -> None:
+        if hasattr(self, "n_tokens"):
+            self.close()
 
     def __enter__(self) -> Sequence:
         return self

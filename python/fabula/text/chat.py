@@ -36,12 +36,56 @@ def encode_chat(
         TemplateError: the template fails or refuses.
         InvalidArgument: a message is malformed, or holds a control token and every private-use character.
     """
-    pattern = _pattern(tokenizer)
-    if pattern is None or not any(pattern.search(text) for text in _texts(messages)):
-        return tokenizer.encode(template.render(messages, **options), add_bos=False, special=True)
-    mark = _unused(template.source, *_texts(messages), *_texts(options))
-    marked = [_marked(message, pattern, mark) for message in messages]
-    return _encode_marked(tokenizer, template.render(marked, **options), pattern, mark)
+    marks = Marks(tokenizer, template, messages, options)
+    return marks.encode(template.render(marks.messages, **options))
+
+
+class Marks:
+    """Messages ready to be rendered, and the way back from the rendered text to ids.
+
+    Args:
+        tokenizer, template: of the model.
+        messages: of the conversation.
+        options: for the template.
+
+    Attributes:
+        messages: those given, with control tokens in them marked.
+
+    Raises:
+        InvalidArgument: the messages hold a control token and every private-use character.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._texts = [template.source, *_texts(messages), *_texts(options)]
+        self._pattern = _pattern(tokenizer)
+        self._mark = ""
+        self.messages: Sequence[Mapping[str, Any]] = messages
+        if self._pattern is not None and any(self._pattern.search(text) for text in _texts(messages)):
+            self._mark = self.unused()
+            self.messages = [_marked(message, self._pattern, self._mark) for message in messages]
+
+    def unused(self) -> str:
+        """A private-use character that neither messages, options and template hold nor was given out before.
+
+        Raises:
+            InvalidArgument: there is none.
+        """
+        character = _unused(*self._texts)
+        self._texts.append(character)
+        return character
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of rendered text, or of a part of it that begins and ends beside a control token or an answer."""
+        if self._pattern is None or not self._mark:
+            return self._tokenizer.encode(text, add_bos=False, special=True)
+        return _encode_marked(self._tokenizer, text, self._pattern, self._mark)
 
 
 def _unused(*texts: str) -> str:

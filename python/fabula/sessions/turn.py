@@ -1,0 +1,115 @@
+"""A turn: one node of a session's tree, and the snapshot that going back to it restores.
+
+A turn keeps what it added: the ids of its prompt and of its answer, and the page numbers of K and V behind them.
+Nothing of its past is copied; the past is its parent. So a turn costs its own tokens and a list of page numbers,
+whatever came before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+from fabula.engine.generation import FinishReason, Timings
+from fabula.engine.sampling import SamplingParams
+from fabula.kv.pages import Sequence
+
+
+@dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
+class Turn:
+    """One exchange, or one piece of a story. Never changes once it is in the tree, its tags aside.
+
+    Attributes:
+        parent: the turn before; None for the empty start.
+        number: distance from the start: 1 is the first exchange.
+        chat: whether prompt and answer went through the chat template.
+        prompt: what the user said, or the text given to a story.
+        text: the answer.
+        kept: how many ids of the parent's past this turn goes on from: all, unless the template worded the past anew.
+        prompt_ids: ids behind those, up to the answer.
+        token_ids: ids of the answer as they were drawn, its end token included.
+        params: sampling settings, with the seed that was used.
+        finish_reason: as in `Piece`; "cancelled" marks a partial turn.
+        timings: counts and times; prompt tokens reused and computed.
+        created_at: seconds since 1970.
+        tags: names the user gave it.
+        kv: K and V of its ids, but for the last; shared with the turns around it. A cache: it may be empty.
+        forks: sessions that were forked here and are in use.
+    """
+
+    parent: Turn | None
+    number: int
+    chat: bool = False
+    prompt: str = ""
+    text: str = ""
+    kept: int = 0
+    prompt_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    params: SamplingParams | None = None
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None
+    created_at: float = field(default_factory=time.time)
+    tags: set[str] = field(default_factory=set)
+    kv: Sequence | None = None
+    forks: WeakSet[Any] = field(default_factory=WeakSet)
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the prompt whose K and V were there already."""
+        return self.timings.reused_tokens if self.timings else 0
+
+    @property
+    def recomputed(self) -> int:
+        """Tokens of the past whose K and V had to be computed again; new words do not count, nor the last token of an
+        answer, which was drawn but never read."""
+        if self.timings is None or self.parent is None:
+            return 0
+        return max(0, self.parent.n_ids - 1 - self.timings.reused_tokens)
+
+    @property
+    def n_ids(self) -> int:
+        """Ids from the start to this turn's end."""
+        return self.kept + len(self.prompt_ids) + len(self.token_ids)
+
+    def ids(self) -> list[int]:
+        """Every id from the start to this turn's end."""
+        pieces: list[tuple[int, ...]] = []
+        end = self.n_ids  # ids that are wanted of what this turn and its past hold
+        for turn in self.lineage():
+            own = (*turn.prompt_ids, *turn.token_ids)
+            if end > turn.kept:
+                pieces.append(own[: end - turn.kept])
+                end = turn.kept
+        return [token for piece in reversed(pieces) for token in piece]
+
+    def lineage(self) -> Iterator[Turn]:
+        """This turn, its parent, and so on to the empty start."""
+        turn: Turn | None = self
+        while turn is not None:
+            yield turn
+            turn = turn.parent
+
+    def __repr__(self) -> str:
+        return f"<Turn {self.number} {self.finish_reason or 'start'} {self.prompt[:30]!r} -> {self.text[:30]!r}>"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a person or a script wants to know of it; no ids."""
+        timings = self.timings
+        return {
+            "number": self.number,
+            "prompt": self.prompt,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "seed": self.params.seed if self.params else None,
+            "prompt_tokens": timings.prompt_tokens if timings else 0,
+            "reused": self.reused,
+            "recomputed": self.recomputed,
+            "generated": len(self.token_ids),
+            "first_token_ms": timings.first_token_ms if timings else 0.0,
+            "tokens_per_s": timings.tokens_per_s if timings else 0.0,
+            "tags": sorted(self.tags),
+            "created_at": self.created_at,
+        }
