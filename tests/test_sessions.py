@@ -132,6 +132,16 @@ def test_a_fork_goes_on_alone(model: Model) -> None:
     assert last.recomputed == 0 and last.token_ids == tuple(alone(model, last)), "the past it shares is still there"
 
 
+def test_a_fork_keeps_its_past_alive(model: Model) -> None:
+    session = model.session()
+    first, second, _ = talk(session, "one", "two", "three")
+    fork = session.fork(2)
+    session.rollback(1, prune=True)
+    session.delete()
+    last = talk(fork, "four")[-1]
+    assert fork.path[:2] == [first, second] and last.reused == second.n_ids - 1 and last.recomputed == 0
+
+
 def test_delete_frees_what_is_held(model: Model) -> None:
     session = model.session()
     turns = talk(session, "one", "two " * 20)
@@ -281,6 +291,17 @@ def test_a_template_that_rewords_the_past_is_noticed(tmp_path: Path) -> None:
         first, second = talk(model.session(), "one", "two")
         assert second.kept < first.n_ids and second.recomputed > 0
         assert second.token_ids == tuple(alone(model, second))
+
+
+def test_a_reworded_past_never_lends_its_pages(tmp_path: Path) -> None:
+    """The second turn's pages are gone; the first's fit the third only as far as the second went on from them."""
+    with Model.load(tiny.write_model(tmp_path / "m", template=COUNTING), threads=1) as model:
+        session = model.session()
+        _, second = talk(session, "one", "two")
+        assert second.kv is not None
+        second.kv.close()
+        third = talk(session, "three")[-1]
+        assert third.token_ids == tuple(alone(model, third))
 
 
 # ---- Pages run out --------------------------------------------------------------------------------------------
