@@ -270,6 +270,7 @@ TRIMMED = tiny.CHATML.replace("message['content'] }}", "message['content'] | tri
 THOUGHTLESS = tiny.CHATML.replace(
     "message['content'] }}", "message['content'].split('e')[-1] if message.role == 'assistant' else message.content }}"
 )
+EXCITED = tiny.CHATML.replace("['content'] }}", "['content'] }}{% if messages | length > 1 %}!{% endif %}")
 COUNTING = "{{ messages | length }}" + tiny.CHATML
 
 
@@ -295,12 +296,13 @@ def test_a_template_that_rewords_the_past_is_noticed(tmp_path: Path) -> None:
 
 def test_a_reworded_past_never_lends_its_pages(tmp_path: Path) -> None:
     """The second turn's pages are gone; the first's fit the third only as far as the second went on from them."""
-    with Model.load(tiny.write_model(tmp_path / "m", template=COUNTING), threads=1) as model:
+    with Model.load(tiny.write_model(tmp_path / "m", template=EXCITED), threads=1) as model:
         session = model.session()
-        _, second = talk(session, "one", "two")
-        assert second.kv is not None
+        first, second = talk(session, "one", "two")
+        assert 0 < second.kept < first.n_ids and second.kv is not None
         second.kv.close()
         third = talk(session, "three")[-1]
+        assert third.kept == second.n_ids and third.reused == second.kept
         assert third.token_ids == tuple(alone(model, third))
 
 
