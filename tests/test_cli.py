@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from fabula import Model, SamplingParams, __version__
-from fabula.cli.chat import Chat, Conversation
+from fabula.cli.chat import Chat
 from fabula.cli.main import run
 from tiny import CHATML, random_tensors, write_model
 
@@ -153,34 +153,60 @@ def test_run_without_a_terminal_tells_a_story(tiny_folder: Path) -> None:
     assert result.code == 0 and result.out.startswith("Once upon a time, in a lighthouse")
 
 
-def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = iter(["/help", "hello", "/regen", "more", "/undo", "/undo", "/undo", "/system Be kind.", "hi", "/reset"])
-    seen: list[list[dict[str, str]]] = []
-    talk = Conversation()
+class Lines:
+    """Lines that a person types, and where the session stood before each."""
 
-    def read() -> str:
-        seen.append([dict(message) for message in talk.messages])
-        line = next(lines, None)
+    def __init__(self, *lines: str) -> None:
+        self._lines = iter(lines)
+        self.chat: Chat | None = None
+        self.heads: list[tuple[int, str]] = []
+
+    def __call__(self) -> str:
+        assert self.chat is not None
+        head = self.chat.session.head
+        self.heads.append((head.number, head.text))
+        line = next(self._lines, None)
         if line is None:
             raise EOFError
         return line
 
-    with Model.load(tiny_folder) as model:
-        Chat(model, SamplingParams(max_tokens=6, seed=3), talk, read).run()
-    roles = [[message["role"] for message in messages] for messages in seen]
-    once, twice = ["user", "assistant"], ["user", "assistant"] * 2
-    assert roles == [[], [], once, once, twice, once, [], [], ["system"], ["system", *once], ["system"]]
-    assert seen[2][1]["content"] != seen[3][1]["content"], "another answer, not the same one again"
-    assert "/regen" in capsys.readouterr().err
+    def run(self, model: Model, params: SamplingParams) -> Chat:
+        self.chat = Chat(model, params, self)
+        self.chat.run()
+        return self.chat
+
+
+def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(
+        *("/help", "hello", "/regen", "more", "/undo", "/undo", "/undo", "/redo", "/goto 1", "/goto 9", "/edit bye"),
+        *("/tree", "/goto 0", "/redo", "/nonsense", "/system Be kind.", "hi", "/reset"),
+    )
+    with Model.load(tiny_folder, threads=1) as model:
+        chat = lines.run(model, SamplingParams(max_tokens=6, seed=3))
+    numbers = [number for number, _ in lines.heads]
+    assert numbers == [0, 0, 1, 1, 2, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 0]
+    texts = [text for _, text in lines.heads]
+    assert texts[2] != texts[3], "another answer, not the same one again"
+    assert texts[9] == texts[2], "turn 1 of the tree is the first answer"
+    said = capsys.readouterr().err
+    for part in (
+        "/regen ",
+        "no turn -1",
+        "0 .. 3; /tree",
+        "bye →",
+        "← here",
+        "no command",
+        "at the beginning",
+    ):
+        assert part in said, part
+    assert chat.session.turns == []
 
 
 def test_a_message_too_long_is_taken_back(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = iter(["hi", "long " * 200, "/exit"])
-    talk = Conversation()
-    with Model.load(tiny_folder, context=80) as model:
-        Chat(model, SamplingParams(max_tokens=4, seed=3), talk, lambda: next(lines)).run()
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
-    assert "/undo shortens" in capsys.readouterr().err
+    with Model.load(tiny_folder, threads=1, context=80) as model:
+        chat = Lines("hi", "long " * 200).run(model, SamplingParams(max_tokens=4, seed=3))
+        assert [turn.prompt for turn in chat.session.path] == ["hi"]
+    assert "/undo goes back" in capsys.readouterr().err
 
 
 # ---- Inspect and pull -----------------------------------------------------------------------------------------
@@ -294,7 +320,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, tmp_path: Path) 
     assert "stopped" in chat.wait_for("tokens/s")
     chat.type("\x03" * 3)  # at no particular moment
     chat.type("/undo\r")
-    chat.wait_for("taken back")
+    chat.wait_for("at the beginning")
     chat.wait_for("> ")
     time.sleep(0.5)
     chat.type("\x03")

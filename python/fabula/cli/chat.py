@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -14,55 +15,26 @@ import click
 from fabula.cli.console import complain, emit, err, note
 from fabula.cli.options import ModelOptions, model_options, sampling_options
 from fabula.cli.story import follow, report, summary
-from fabula.errors import ContextOverflow, EngineError
+from fabula.errors import ContextOverflow, InvalidArgument
 
 if TYPE_CHECKING:
-    from fabula.engine.generation import Generation
     from fabula.engine.sampling import SamplingParams
     from fabula.model import Model
+    from fabula.sessions.session import Reply, Session
+    from fabula.sessions.turn import Turn
 
 HELP = """\
-/regen         answer the last message again
-/undo          take the last message and its answer back
+/regen         answer the last message again; the first answer stays in the tree
+/edit TEXT     say this in place of the last message
+/undo          go back one turn
+/redo          take the last step back
+/tree          every turn of this chat, the numbers for /goto, and where we are
+/goto N        go on from turn N of the tree; 0 is the beginning
 /reset         begin a new conversation
 /system TEXT   set the system message (empty: remove it) and begin anew
 /help          this list
 /exit          leave (Ctrl-D too)
 Ctrl-C stops an answer. Escape, then Enter, begins a new line."""
-
-
-class Conversation:
-    """Messages of one chat, and what the slash commands do to them.
-
-    Attributes:
-        messages: system message if any, then user and assistant in turn.
-    """
-
-    def __init__(self, system: str | None = None) -> None:
-        self.messages: list[dict[str, str]] = []
-        self.reset(system)
-
-    def reset(self, system: str | None) -> None:
-        """Starts anew, with this system message."""
-        self.messages = [{"role": "system", "content": system}] if system else []
-
-    @property
-    def system(self) -> str | None:
-        first = self.messages[0] if self.messages else {}
-        return first["content"] if first.get("role") == "system" else None
-
-    def add(self, role: str, content: str) -> None:
-        self.messages.append({"role": role, "content": content})
-
-    def take_back(self, *, keep_question: bool = False) -> bool:
-        """Drops the last exchange, or its answer only; False if there is none."""
-        if not any(message["role"] == "user" for message in self.messages):
-            return False
-        while self.messages[-1]["role"] != "user":
-            self.messages.pop()
-        if not keep_question:
-            self.messages.pop()
-        return True
 
 
 @click.command(short_help="Chat with a model in the terminal.")
@@ -92,18 +64,18 @@ def chat(loading: ModelOptions, params: SamplingParams, system: str | None, prom
         return
     if not prompt:
         raise click.UsageError("the message is empty")
-    conversation = Conversation(system)
-    conversation.add("user", prompt)
-    with loading.load() as model, model.chat(conversation.messages, params) as generation:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    with loading.load() as model, model.chat(messages, params) as generation:
         text = follow(generation, show=not as_json)
         if not as_json:
             emit("\n")
             return
-        conversation.add("assistant", text)
+        messages.append({"role": "assistant", "content": text})
         click.echo(
             json.dumps(
                 {
-                    "messages": conversation.messages,
+                    "messages": messages,
                     "text": text,
                     **report(generation),
                     "model": loading.model,
@@ -119,7 +91,7 @@ def converse(loading: ModelOptions, params: SamplingParams, system: str | None) 
         note(
             f"{model.path.name} · {model.weights} · {model.threads} threads · context {model.context} · /help for help"
         )
-        Chat(model, params, Conversation(system), line_reader()).run()
+        Chat(model, params, line_reader(), system=system).run()
 
 
 def line_reader() -> Callable[[], str]:
@@ -145,15 +117,19 @@ class Chat:
     Args:
         model: to answer.
         params: sampling settings of every answer.
-        conversation: to go on with.
         read: returns the next line; EOFError ends the chat, KeyboardInterrupt drops the line.
+        system: system message.
+
+    Attributes:
+        session: the conversation.
     """
 
     def __init__(
-        self, model: Model, params: SamplingParams, conversation: Conversation, read: Callable[[], str]
+        self, model: Model, params: SamplingParams, read: Callable[[], str], *, system: str | None = None
     ) -> None:
         self._model, self._params, self._read = model, params, read
-        self._conversation = conversation
+        self._system = system
+        self.session = model.session(system=system)
         self._answers = 0
         self._answering = False
 
@@ -179,71 +155,117 @@ class Chat:
                 continue
             except EOFError:
                 return
-            if not line:
-                continue
-            if not line.startswith("/"):
-                self._conversation.add("user", line)
-                self._answer()
-            elif not self._obey(line):
-                return
+            if line.startswith("/"):
+                command, _, rest = line.partition(" ")
+                if command in ("/exit", "/quit", "/bye"):
+                    return
+                self._obey(command, rest.strip())
+            elif line:
+                self._answer(partial(self.session.say, line))
 
-    def _obey(self, line: str) -> bool:
-        """Does what a slash command says; False to leave."""
-        command, _, rest = line.partition(" ")
-        talk = self._conversation
-        match command:
-            case "/exit" | "/quit" | "/bye":
-                return False
-            case "/help":
-                note(HELP)
-            case "/reset":
-                talk.reset(talk.system)
-                note("a new conversation")
-            case "/system":
-                talk.reset(rest.strip() or None)
-                note("a new conversation with this system message" if rest.strip() else "no system message")
-            case "/undo":
-                note("taken back" if talk.take_back() else "there is nothing to take back")
-            case "/regen":
-                if talk.take_back(keep_question=True):
-                    self._answer()
-                else:
-                    note("there is nothing to answer again")
-            case _:
-                note(f"{command} is no command; /help lists them")
-        return True
+    def _obey(self, command: str, rest: str) -> None:
+        """Does what a slash command says; one that makes no sense now is told so."""
+        session = self.session
+        try:
+            match command:
+                case "/help":
+                    note(HELP)
+                case "/reset":
+                    self._begin(self._system)
+                case "/system":
+                    self._begin(rest or None)
+                case "/undo":
+                    session.rollback(session.head.number - 1)
+                    self._tell_head()
+                case "/redo":
+                    session.redo()
+                    self._tell_head()
+                case "/goto":
+                    session.rollback(self._numbered(rest))
+                    self._tell_head()
+                case "/tree":
+                    draw(session)
+                case "/regen":
+                    self._answer(session.regenerate)
+                case "/edit":
+                    if not rest:
+                        raise InvalidArgument("/edit takes the new message")
+                    self._answer(partial(session.edit, session.head, rest))
+                case _:
+                    note(f"{command} is no command; /help lists them")
+        except InvalidArgument as error:
+            note(str(error))
 
-    def _answer(self) -> None:
-        """Streams the answer to the last message. A message that cannot be answered is taken back."""
-        talk = self._conversation
+    def _begin(self, system: str | None) -> None:
+        self.session.delete()
+        self._system = system
+        self.session = self._model.session(system=system)
+        note(f"a new conversation{' with a system message' if system else ''}")
+
+    def _numbered(self, text: str) -> Turn:
+        """The turn of that number in the drawn tree."""
+        turns = self.session.turns
+        if not text.isdecimal() or int(text) > len(turns):
+            raise InvalidArgument(f"/goto takes a number of the tree, 0 .. {len(turns)}; /tree shows it")
+        return turns[int(text) - 1] if int(text) else list(self.session.head.lineage())[-1]
+
+    def _tell_head(self) -> None:
+        head = self.session.head
+        words = f"at turn {head.number}: {shorten(head.prompt)} → {shorten(head.text)}"
+        note(words if head.number else "at the beginning")
+
+    def _answer(self, begin: Callable[[SamplingParams], Reply]) -> None:
+        """Streams an answer. A message that cannot be answered leaves the conversation as it was."""
         params = self._params
         if params.seed is not None:  # a fixed seed repeats the whole chat, yet not each answer of it
             params = dataclasses.replace(params, seed=(params.seed + self._answers) % 2**64)
         self._answers += 1
         try:
-            with self._model.chat(talk.messages, params) as generation:
-                text = self._stream(generation)
+            with begin(params) as reply:
+                self._stream(reply)
         except ContextOverflow as error:
-            talk.take_back()
-            complain(f"{error}. /undo shortens the conversation, /reset begins a new one")
-            return
-        except EngineError as error:
-            talk.take_back()
-            complain(str(error))
+            complain(f"{error}. /undo goes back, /reset begins anew")
             return
         emit("\n")
-        talk.add("assistant", text)
-        if err().is_terminal:
-            used = len(generation.prompt_ids) + len(generation.token_ids)
-            note(f"{summary(generation)} · context {used}/{self._model.context}")
+        turn = reply.turn
+        if turn is not None and turn.timings is not None and turn.token_ids and err().is_terminal:
+            line = summary(turn.timings, turn.finish_reason, turn.params.seed if turn.params else None)
+            note(f"{line} · context {turn.n_ids}/{self._model.context}")
 
-    def _stream(self, generation: Generation) -> str:
-        """Shows an answer as it comes and returns it, or what came before Ctrl-C."""
+    def _stream(self, reply: Reply) -> None:
+        """Shows an answer as it comes, until its end or Ctrl-C; the session keeps what was said."""
         self._answering = True
         try:
-            return follow(generation, show=True)
-        except KeyboardInterrupt:  # it came just before the first or behind the last piece
-            generation.cancel()
-            return self._model.tokenizer.decode(generation.token_ids)
+            for piece in reply:
+                emit(piece.text)
+        except KeyboardInterrupt:
+            reply.cancel()
         finally:
             self._answering = False
+
+
+def shorten(text: str, length: int = 40) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def draw(session: Session) -> None:
+    """Draws the tree on stderr, with the numbers that /goto takes."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    turns = session.turns
+    numbers = {turn: i for i, turn in enumerate(turns, 1)}
+    start = list(session.head.lineage())[-1]
+    here = Text("  ← here", style="bold green")
+    tree = Tree(Text("0 the beginning") + (here if session.head is start else Text("")))
+    nodes = {start: tree}
+    for turn in turns:  # parents come first
+        label = Text(f"{numbers[turn]} ", style="bold") + Text(shorten(turn.prompt), style="not bold green")
+        label += Text(f" → {shorten(turn.text)}", style="not bold")
+        if turn is session.head:
+            label += here
+        assert turn.parent is not None
+        nodes[turn] = nodes[turn.parent].add(label)
+    err().print(tree)

@@ -13,7 +13,7 @@ from fabula.cli.console import emit, note
 from fabula.cli.options import ModelOptions, model_options, sampling_options
 
 if TYPE_CHECKING:
-    from fabula.engine.generation import Generation
+    from fabula.engine.generation import Generation, Timings
     from fabula.engine.sampling import SamplingParams
 
 
@@ -52,7 +52,7 @@ def tell(prompt: str, loading: ModelOptions, params: SamplingParams, *, as_json:
             return
         emit("\n")
         if sys.stderr.isatty():
-            note(summary(generation))
+            note(summary(generation.timings, generation.finish_reason, generation.seed))
 
 
 def follow(generation: Generation, *, show: bool) -> str:
@@ -79,18 +79,16 @@ def report(generation: Generation) -> dict[str, Any]:
     }
 
 
-def summary(generation: Generation) -> str:
+def summary(t: Timings, finish_reason: str | None, seed: int | None) -> str:
     """The line below an answer."""
-    t = generation.timings
     parts = [
         f"{t.generated_tokens} tokens",
         f"{t.tokens_per_s:.0f} tokens/s",
         f"first after {t.first_token_ms / 1e3:.2f} s",
-        f"prompt {t.prompt_tokens} tokens",
-        f"seed {generation.seed}",
+        f"prompt {t.prompt_tokens} tokens" + (f", {t.reused_tokens} reused" if t.reused_tokens else ""),
+        f"seed {seed}",
     ]
-    if generation.finish_reason != "stop":
-        parts.append(
-            {"length": "cut at --max-tokens or the context", "cancelled": "stopped"}[str(generation.finish_reason)]
-        )
+    ends = {"length": "cut at --max-tokens or the context", "cancelled": "stopped"}
+    if finish_reason in ends:
+        parts.append(ends[finish_reason])
     return " · ".join(parts)
