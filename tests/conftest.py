@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 import tiny
@@ -20,6 +21,11 @@ from fabula.text.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples every time, so that a change is judged by what it changed; FABULA_TEST_RANDOM=1 looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+if os.environ.get("FABULA_TEST_RANDOM") != "1":
+    hypothesis.settings.load_profile("fixed")
 
 PROJECT = Path(__file__).resolve().parent.parent
 

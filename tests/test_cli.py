@@ -143,7 +143,8 @@ def test_chat_answers_a_pipe(tiny_folder: Path) -> None:
 
 
 def test_a_reader_that_goes_away_causes_no_noise(tiny_folder: Path) -> None:
-    command = f"{sys.executable} -m fabula story x --model {tiny_folder} --max-tokens 400 | head -c 5"
+    words = f"story 'the cat sat' --model {tiny_folder} --max-tokens 400 --seed 5"
+    command = f"{sys.executable} -m fabula {words} | head -c 5"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == "" and len(done.stdout) == 5
 
