@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 import tiny
-from fabula import ContextOverflow, InvalidArgument, Model, OutOfMemory, SamplingParams, SessionBusy, TemplateError
+from fabula import (
+    ContextOverflow,
+    DamagedWeightWarning,
+    InvalidArgument,
+    Model,
+    NonFinite,
+    OutOfMemory,
+    SamplingParams,
+    SessionBusy,
+    TemplateError,
+)
 from fabula.engine.generation import Generation
 from fabula.sessions.session import Session
 from fabula.sessions.turn import Turn
@@ -222,6 +232,28 @@ def test_errors_change_nothing(tiny_folder: Path) -> None:
         with pytest.raises(InvalidArgument, match="needs a session of its own"):
             session.tell(5)
         talk(session, "two")
+
+
+def test_a_damaged_model_leaves_the_session_as_it_was(tmp_path: Path) -> None:
+    tensors = tiny.random_tensors()
+    folder = tiny.write_model(tmp_path / "m", tensors=tensors)
+    with Model.load(folder, threads=1) as model:
+        (bad,) = model.tokenizer.encode("~")
+    tensors["model.embed_tokens.weight"][bad] = float("nan")
+    with pytest.warns(DamagedWeightWarning):
+        model = Model.load(tiny.write_model(folder, tensors=tensors), threads=1)
+    with model:
+        session = model.session()
+        session.tell(prompt="fine", params=SamplingParams(temperature=0, max_tokens=1)).text()
+        head, used = session.head, model._runner.pool.usage().n_used
+        reply = session.tell(prompt="~", params=SHORT)
+        with pytest.raises(NonFinite):
+            reply.text()
+        assert reply.turn is None and session.turns == [head] and session.head is head
+        del reply
+        gc.collect()
+        assert model._runner.pool.usage().n_used == used
+        session.tell(prompt="fine again", params=SamplingParams(temperature=0, max_tokens=1)).text()
 
 
 def test_no_template(tmp_path: Path) -> None:

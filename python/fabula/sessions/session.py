@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from fabula.engine.generation import Generation, Piece, Timings
 from fabula.engine.sampling import SamplingParams
-from fabula.errors import InvalidArgument, SessionBusy
+from fabula.errors import EngineError, InvalidArgument, SessionBusy
 from fabula.sessions.host import Host
 from fabula.sessions.turn import Turn
 from fabula.text.continuation import encode_next
@@ -28,19 +28,25 @@ class Reply(Iterator[Piece]):
     turn.
 
     Attributes:
-        turn: the finished turn; None while pieces may come.
+        turn: the finished turn; None while pieces may come, and when an error ended the reply: then the session is as
+            it was before.
     """
 
     def __init__(self, session: Session, generation: Generation, draft: Turn) -> None:
         self.turn: Turn | None = None
+        self._done = False
         self._session, self._generation, self._draft = session, generation, draft
         self._texts: list[str] = []
 
     def __next__(self) -> Piece:
-        if self.turn is not None:
+        if self._done:
             raise StopIteration
         try:
             piece = next(self._generation)
+        except EngineError:
+            self._done = True
+            self._session._settle(None)
+            raise
         except BaseException:
             self.cancel()
             raise
@@ -57,7 +63,7 @@ class Reply(Iterator[Piece]):
 
     def cancel(self) -> None:
         """Ends the reply; may be called at any time, and twice. A reply without any token leaves no turn."""
-        if self.turn is None:
+        if not self._done:
             self._generation.cancel()
             self._finish()
 
@@ -66,13 +72,14 @@ class Reply(Iterator[Piece]):
         return self._generation.timings
 
     def _finish(self) -> None:
+        self._done = True
         g, draft = self._generation, self._draft
         draft.text = "".join(self._texts)
         draft.token_ids = tuple(g.token_ids)
         draft.finish_reason = g.finish_reason
         draft.timings = g.timings
-        self.turn = draft
-        self._session._settle(draft if g.token_ids else None)
+        self.turn = draft if g.token_ids else None
+        self._session._settle(self.turn)
 
     def __enter__(self) -> Reply:
         return self
