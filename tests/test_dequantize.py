@@ -6,7 +6,6 @@ payload are left open, so the scales of random blocks are made finite.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import gguf
@@ -166,29 +165,15 @@ def test_sizes_that_do_not_fit(dtype: DType) -> None:
         _native.dequantize(11, raw, 1)
 
 
-def test_speed() -> None:
-    """16 M elements of Q4_1 take about 0.02 s on one core; the bound leaves room for a busy machine."""
-    raw = random_blocks(DType.Q4_1, 1 << 19, seed=3).reshape(-1)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        _native.dequantize(DType.Q4_1, raw, 1 << 24)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
-
-
 def test_smollm2_dequantises_whole(smollm2_gguf: Path) -> None:
-    n_elements, seconds = 0, 0.0
+    n_elements = 0
     with GgufFile(smollm2_gguf) as file:
         for i, (name, tensor) in enumerate(file.tensors.items()):
             raw = file.read(name)
             n = int(np.prod(tensor.shape))
-            started = time.perf_counter()
             values = _native.dequantize(tensor.dtype, raw, n)
-            seconds += time.perf_counter() - started
             assert np.isfinite(values).all()
             if i % 20 == 3 and tensor.dtype in SCALES:
                 assert same_bits(values, reference(tensor.dtype, raw.reshape(-1, BLOCKS[tensor.dtype][1]))), name
             n_elements += n
-    print(f"{n_elements} elements in {seconds:.3f} s")
     assert n_elements == 134_515_008

@@ -6,7 +6,6 @@ The `gguf` package writes and reads the same files as a second opinion.
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import gguf
@@ -169,13 +168,8 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
 
 
 def test_smollm2_header(smollm2_gguf: Path) -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        file = GgufFile(smollm2_gguf)
-        seconds.append(time.perf_counter() - started)
-        file.close()
-    assert min(seconds) < 0.3
+    file = GgufFile(smollm2_gguf)
+    file.close()
     assert len(file.tensors) == 272
     assert len(file.metadata["tokenizer.ggml.tokens"]) == 49152
     assert len(file.metadata["tokenizer.ggml.merges"]) == 48900

