@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,15 +274,33 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def wait_for(self, text: str, *, seconds: float = 60.0) -> str:
+    def wait_for(self, text: str) -> str:
         """Reads on until `text` has come behind what was read before, and returns what came."""
+        return self._read_until(lambda came: text in came, repr(text))
+
+    def wait_for_more(self, n: int) -> str:
+        """Reads on until n more characters have come."""
+        return self._read_until(lambda came: len(came) >= n, f"{n} characters")
+
+    def type_until(self, typed: str, text: str) -> None:
+        """Types the same again and again until `text` comes: for keys that count only once somebody listens."""
+        for _ in range(120):
+            self.type(typed)
+            try:
+                self._read_until(lambda came: text in came, repr(text), seconds=0.5)
+            except TimeoutError:
+                continue
+            return
+        raise AssertionError(f"{text!r} did not come; there was {self.text[-500:]!r}")
+
+    def _read_until(self, enough: Callable[[str], bool], what: str, *, seconds: float = 60.0) -> str:
         start, end = len(self.text), time.monotonic() + seconds
-        while text not in self.text[start:]:
+        while not enough(self.text[start:]):
             ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
             if not ready:
-                raise AssertionError(f"{text!r} did not come; there was {self.text[start:]!r}")
+                raise TimeoutError(f"{what} did not come; there was {self.text[start:]!r}")
             try:
-                self.text += os.read(self._fd, 65536).decode(errors="replace")
+                self.text += os.read(self._fd, 4096).decode(errors="replace")
             except OSError:
                 raise AssertionError(f"the program ended; there was {self.text[start:]!r}") from None
         return self.text[start:]
@@ -316,16 +334,13 @@ def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, tmp_path: Path) 
     chat.wait_for("> ")
     chat.type("hello\r")
     chat.wait_for("hello")
-    time.sleep(1.0)
+    chat.wait_for_more(3000)  # of the answer
     chat.type("\x03")
     assert "stopped" in chat.wait_for("tokens/s")
     chat.type("\x03" * 3)  # at no particular moment
     chat.type("/undo\r")
     chat.wait_for("at the beginning")
-    chat.wait_for("> ")
-    time.sleep(0.5)
-    chat.type("\x03")
-    chat.wait_for("Ctrl-D leaves")
+    chat.type_until("\x03", "Ctrl-D leaves")
     chat.type("/exit\r")
     assert chat.process.wait(30) == 0
 
