@@ -6,7 +6,9 @@ FABULA_TEST_MODELS or ../shared/models beside the project. Tests that need one s
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import tiny
 from fabula.errors import EngineError
 from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
+from fabula.model import Model
 from fabula.text.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,6 +69,20 @@ def smollm2_transformers(smollm2_gguf: Path) -> Any:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama; not to be changed, a test that wants another writes its own."""
     return tiny.write_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def loaded_tiny(tiny_folder: Path) -> Iterator[Model]:
+    with Model.load(tiny_folder, threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+def tiny_model(loaded_tiny: Model) -> Iterator[Model]:
+    """The tiny model; every test must leave all its pages free."""
+    yield loaded_tiny
+    gc.collect()
+    assert loaded_tiny._runner.pool.n_free == loaded_tiny._runner.pool.n_pages
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,15 @@ from fabula.cli.main import run
 from tiny import CHATML, random_tensors, write_model
 
 
+@pytest.fixture(scope="module")
+def folder_without_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that greedily goes on for 65,536 tokens: control tokens are never the likeliest."""
+    tensors = random_tensors()
+    tensors["lm_head.weight"][:4] = 0.0
+    folder = tmp_path_factory.mktemp("models") / "endless"
+    return write_model(folder, config={"max_position_embeddings": 65536}, tensors=tensors)
+
+
 @dataclass(frozen=True)
 class Result:
     code: int
@@ -149,9 +158,13 @@ def test_a_reader_that_goes_away_causes_no_noise(tiny_folder: Path) -> None:
     assert done.stderr == "" and len(done.stdout) == 5
 
 
-def test_run_without_a_terminal_tells_a_story(tiny_folder: Path) -> None:
-    result = shell("run", "--model", tiny_folder, "--max-tokens", "10")
-    assert result.code == 0 and result.out.startswith("Once upon a time, in a lighthouse")
+def test_run_without_a_terminal_tells_a_story(folder_without_end: Path) -> None:
+    lengths = []
+    for words in ((), ("--max-tokens", 10), ("--max-tokens", 300)):
+        result = shell("run", "--model", folder_without_end, "--seed", 1, "--temperature", 0, *words)
+        assert result.code == 0 and result.out.startswith("Once upon a time, in a lighthouse")
+        lengths.append(len(result.out))
+    assert lengths[1] < lengths[0] < lengths[2], "120 tokens unless a length is asked for"
 
 
 class Lines:
@@ -325,12 +338,9 @@ def terminal() -> Iterator[Any]:
         each.close()
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, folder_without_end: Path) -> None:
     """An answer that would go on for minutes, stopped in the middle; then the next one, then the end."""
-    tensors = random_tensors()
-    tensors["lm_head.weight"][:4] = 0.0  # control tokens are never the likeliest
-    endless = write_model(tmp_path / "endless", config={"max_position_embeddings": 65536}, tensors=tensors)
-    chat = terminal("chat", "--model", endless, "--max-tokens", 60000, "--temperature", 0)
+    chat = terminal("chat", "--model", folder_without_end, "--max-tokens", 60000, "--temperature", 0)
     chat.wait_for("> ")
     chat.type("hello\r")
     chat.wait_for("hello")

@@ -6,7 +6,7 @@ The reference is `Model.logits`, which has tests of its own against transformers
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 EOS = 1
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Iterator[Model]:
-    with Model.load(tiny_folder, threads=1) as model:
-        yield model
-
-
 @pytest.fixture
-def model(loaded: Model) -> Iterator[Model]:
-    """The model; every test must leave all its pages free."""
-    yield loaded
-    assert free(loaded)
+def model(tiny_model: Model) -> Model:
+    return tiny_model
 
 
 def free(model: Model) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,18 +32,9 @@ from fabula.sessions.turn import Turn
 SHORT = SamplingParams(temperature=1.0, max_tokens=9, seed=11)
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> Iterator[Model]:
-    with Model.load(tiny_folder, threads=1) as model:
-        yield model
-
-
 @pytest.fixture
-def model(loaded: Model) -> Iterator[Model]:
-    """The model; every test must leave all its pages free."""
-    yield loaded
-    gc.collect()
-    assert loaded._runner.pool.n_free == loaded._runner.pool.n_pages
+def model(tiny_model: Model) -> Model:
+    return tiny_model
 
 
 def alone(model: Model, turn: Turn) -> list[int]:

@@ -12,6 +12,7 @@ from fabula.cli.options import ModelOptions, model_options, sampling_options
 if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
 
+STORY_TOKENS = 120  # unless --max-tokens says otherwise
 OPENING = "Once upon a time, in a lighthouse at the edge of the sea, there lived an old keeper who"
 
 
@@ -36,4 +37,7 @@ def run(loading: ModelOptions, params: SamplingParams) -> None:
 
     from fabula.cli.story import tell
 
-    tell(OPENING, loading, replace(params, max_tokens=min(params.max_tokens or 120, 120)), as_json=False)
+    source = click.get_current_context().get_parameter_source("max_tokens")
+    if source is click.core.ParameterSource.DEFAULT:
+        params = replace(params, max_tokens=STORY_TOKENS)
+    tell(OPENING, loading, params, as_json=False)

@@ -215,10 +215,6 @@ class Generation(Iterator[Piece]):
     def __exit__(self, *_: object) -> None:
         self.cancel()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_sequence"):
-            self.cancel()
-
     # ---- Results ----------------------------------------------------------------------------------------------------
 
     def text(self) -> str:

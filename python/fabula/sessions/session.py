@@ -311,8 +311,9 @@ class Session:
         messages = [*self._messages(parent), {"role": "user", "content": text}]
         with self._lock:
             self._check_free()
-            ids = encode_next(self._host.tokenizer, self._host.template(), messages, parent.ids())
-            return self._start(parent, text, ids, params or self.params, continues=False)
+            past = parent.ids()
+            ids = encode_next(self._host.tokenizer, self._host.template(), messages, past)
+            return self._start(parent, past, text, ids, params or self.params, continues=False)
 
     def _tell(self, parent: Turn, text: str, params: SamplingParams | None) -> Reply:
         if parent.number and parent.chat:
@@ -321,16 +322,17 @@ class Session:
         with self._lock:
             self._check_free()
             past = parent.ids()
-            if past and past[-1] in tokenizer.eos_ids:
-                past.pop()  # the story goes on behind its end
-            new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not past else []
-            if not past and not new:
+            ended = bool(past) and past[-1] in tokenizer.eos_ids
+            story = past[:-1] if ended else past  # it goes on behind its end
+            new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not story else []
+            if not story and not new:
                 raise InvalidArgument("there is no text to continue: give a prompt")
-            return self._start(parent, text, past + new, params or self.params, continues=True)
+            return self._start(parent, past, text, story + new, params or self.params, continues=True)
 
-    def _start(self, parent: Turn, prompt: str, ids: list[int], params: SamplingParams, *, continues: bool) -> Reply:
-        """Begins a reply behind the longest past that the new ids share with the parent's."""
-        past = parent.ids()
+    def _start(
+        self, parent: Turn, past: list[int], prompt: str, ids: list[int], params: SamplingParams, *, continues: bool
+    ) -> Reply:
+        """Begins a reply to `ids`, behind as much of the parent's ids `past` as they begin with."""
         kept = next((i for i, (a, b) in enumerate(zip(past, ids, strict=False)) if a != b), min(len(past), len(ids)))
         runner, snapshots = self._host.runner, self._host.snapshots
         sequence = snapshots.fork(parent, min(kept, len(ids) - 1)) or runner.sequence()

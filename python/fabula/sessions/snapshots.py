@@ -30,8 +30,8 @@ class Snapshots:
     def add(self, turn: Turn) -> None:
         """Takes charge of a finished turn, as the one used last."""
         with self._pool.lock:
-            key = id(turn)
-            self._turns[key] = weakref.ref(turn, lambda _: self._turns.pop(key, None))
+            key, turns = id(turn), self._turns  # the callback must not keep the pool alive
+            turns[key] = weakref.ref(turn, lambda _: turns.pop(key, None))
 
     def fork(self, turn: Turn, n_tokens: int) -> Sequence | None:
         """The longest beginning of a turn's ids whose K and V are there, `n_tokens` at most; None if there are none."""
