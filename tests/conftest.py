@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import hypothesis
 import pytest
 
 import tiny
+from fabula.engine.scheduler import Load
 from fabula.errors import EngineError
 from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
@@ -82,6 +84,9 @@ def tiny_model(loaded_tiny: Model) -> Iterator[Model]:
     """The tiny model; every test must leave all its pages free."""
     yield loaded_tiny
     gc.collect()
+    while loaded_tiny._engine.scheduler.load != Load(0, 0):  # until it has let go of what nobody reads any more
+        time.sleep(0.001)
+    loaded_tiny.clear_cache()
     assert loaded_tiny._runner.pool.n_free == loaded_tiny._runner.pool.n_pages
 
 

@@ -253,6 +253,7 @@ def test_damaged_weights(name: str, value: float, tmp_path: Path) -> None:
             with pytest.raises(NonFinite):
                 next(generation)
             assert generation.finish_reason == "cancelled"
+            model.clear_cache()
             assert pool.n_free == pool.n_pages
 
 

@@ -19,7 +19,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"errors", "_cdef"},
     {"_ffi"},
     {"_native"},
-    {"formats"},
+    {"formats", "store"},
     {"models", "kv", "text"},
     {"engine"},
     {"sessions"},

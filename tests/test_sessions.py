@@ -20,7 +20,6 @@ from fabula import (
     InvalidArgument,
     Model,
     NonFinite,
-    OutOfMemory,
     SamplingParams,
     SessionBusy,
     TemplateError,
@@ -41,7 +40,8 @@ def alone(model: Model, turn: Turn) -> list[int]:
     """The answer of a turn from scratch: no session, no pages from before."""
     assert turn.params is not None
     prompt = turn.ids()[: turn.n_ids - len(turn.token_ids)]
-    generation = Generation(model._runner, model.tokenizer, prompt, turn.params, continues=not turn.chat)
+    model.clear_cache()
+    generation = Generation(model._engine, prompt, turn.params, continues=not turn.chat)
     generation.text()
     return generation.token_ids
 
@@ -139,7 +139,7 @@ def test_a_fork_keeps_its_past_alive(model: Model) -> None:
     session.rollback(1, prune=True)
     session.delete()
     last = talk(fork, "four")[-1]
-    assert fork.path[:2] == [first, second] and last.reused == second.n_ids - 1 and last.recomputed == 0
+    assert fork.path[:2] == [first, second] and last.reused >= second.n_ids - 1 and last.recomputed == 0
 
 
 def test_delete_frees_what_is_held(model: Model) -> None:
@@ -334,8 +334,8 @@ def test_a_reworded_past_never_lends_its_pages(tmp_path: Path) -> None:
 def test_old_turns_give_up_their_pages(tiny_folder: Path) -> None:
     with Model.load(tiny_folder, threads=1, context=128) as model:  # pages for four such contexts
         sessions = [model.session() for _ in range(12)]
-        for session in sessions:
-            talk(session, "some words to fill pages with, " * 2)
+        for i, session in enumerate(sessions):
+            talk(session, f"{i} words to fill pages with, " * 2)
         assert any(session.head.kv is not None and not session.head.kv.n_tokens for session in sessions)
         for session in sessions:
             turn = talk(session, "x")[-1]
@@ -343,15 +343,14 @@ def test_old_turns_give_up_their_pages(tiny_folder: Path) -> None:
             assert turn.reused + turn.recomputed >= turn.parent.n_ids - 1 if turn.parent else False
 
 
-def test_a_reply_in_the_making_is_never_robbed(tiny_folder: Path) -> None:
+def test_replies_that_give_way_say_the_same(tiny_folder: Path) -> None:
     with Model.load(tiny_folder, threads=1, context=64) as model:
-        long = replace(SHORT, max_tokens=60, ignore_eos=True)
-        replies = [model.session().tell(prompt="a", params=long) for _ in range(4)]
-        for _ in range(50):
+        long = replace(SHORT, max_tokens=50, ignore_eos=True)
+        replies = [model.session().tell(prompt=f"{i} a", params=long) for i in range(9)]  # pages for four
+        for _ in range(40):
             for reply in replies:
                 next(reply)
-        with pytest.raises(OutOfMemory):
-            model.session().tell(prompt="one more", params=long).text()
+        assert any(reply._generation._request.n_preempted for reply in replies)
         for reply in replies:
             reply.text()
             assert reply.turn is not None and list(reply.turn.token_ids) == alone(model, reply.turn)
@@ -446,13 +445,14 @@ class Walks(RuleBasedStateMachine):
     @rule(n=st.integers(1, 40))
     def evict(self, n: int) -> None:
         pool = self.model._runner.pool
-        self.model._host.snapshots._reclaim(pool.n_free + n)
+        self.model._engine.cache._reclaim(pool.n_free + n)
 
     def teardown(self) -> None:
         for session in self.sessions:
             session.delete()
         self.sessions = []
         gc.collect()
+        self.model.clear_cache()
         assert self.model._runner.pool.n_free == self.model._runner.pool.n_pages
 
 

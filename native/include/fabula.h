@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 1 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 2 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -199,12 +199,22 @@ enum fb_status fb_program_create(const struct fb_program_shape *shape, const int
 void fb_program_free(fb_program *program);
 size_t fb_program_scratch_bytes(const fb_program *program);
 
-/* One sequence's share of a batch: its tokens are appended behind the n_past positions already in its pages. */
+/* One sequence's share of a batch: its tokens are appended behind the n_past positions already in its pages.
+ *
+ * With a window W and S sinks (Xiao et al. 2023, "attention sinks") the token at position p >= S + W sees the first S
+ * positions and the last W, itself included; before that it sees all. It sees the sinks as if they lay right before the
+ * window: sink j at distance S + W - 1 - j, so no distance grows beyond what the model was trained on. What a token
+ * sees depends on its position only, not on the batch it came in. An operator's own window, if it is shorter than S + W,
+ * hides the sinks. */
 struct fb_sequence {
-    const int32_t *pages; /* page of positions 32 i .. 32 i + 31; as many as n_past + n_tokens need */
+    const int32_t
+        *pages; /* page of positions 32 i .. 32 i + 31; as many as n_past + n_tokens need. -1 where no token of
+                             the batch sees anything: between the sinks' page and the first visible position's */
     int32_t n_pages;
     int32_t n_past;
     int32_t n_tokens; /* >= 1 */
+    int32_t window;   /* W: 0 for everything, else >= 1 */
+    int32_t n_sinks;  /* S: 0 .. FB_PAGE_POSITIONS; 0 without a window */
 };
 
 struct fb_batch {

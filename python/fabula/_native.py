@@ -145,6 +145,13 @@ class Weight:
 # ---- KV pages ----------------------------------------------------------------------------------------------
 
 
+def page_bytes(dtype: int, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
+    """Bytes of a page of that shape; the layout stands in fabula.h."""
+    lanes = -(-head_dim // 16) * 16
+    elements = n_layers * n_kv_heads * PAGE_POSITIONS * (head_dim + lanes)
+    return elements * int(lib.fb_dtype_block_bytes(dtype))
+
+
 class PagePool:
     """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
 
@@ -210,11 +217,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class BatchSequence:
-    """One sequence's share of a batch: pages int32, positions already held, tokens to append."""
+    """One sequence's share of a batch: pages int32, positions already held, tokens to append; see struct fb_sequence."""
 
     pages: I32
     n_past: int
     tokens: I32
+    window: int = 0
+    n_sinks: int = 0
 
 
 class Program:
@@ -280,6 +289,7 @@ class Program:
         for c_sequence, sequence, pages in zip(c_sequences, sequences, keep, strict=False):
             c_sequence.pages, c_sequence.n_pages = _ints(pages), pages.size
             c_sequence.n_past, c_sequence.n_tokens = sequence.n_past, len(sequence.tokens)
+            c_sequence.window, c_sequence.n_sinks = sequence.window, sequence.n_sinks
         batch = ffi.new("struct fb_batch *")
         batch.struct_size = ffi.sizeof("struct fb_batch")
         batch.n_tokens, batch.tokens = tokens.size, _ints(tokens)

@@ -6,12 +6,19 @@
     ├── OutOfMemory          (MemoryError)   the system refused memory
     ├── Unsupported                          well-formed, but not offered here (family, tensor type, instruction set)
     ├── SessionBusy                          another reply of the session is being made
+    ├── EngineBusy                           too many requests wait already; come again later
     ├── NonFinite            (ArithmeticError)  logits hold NaN or infinity: a damaged model
     ├── ModelNotFound        (LookupError)   no place knows a model of that name
     ├── ModelFileError       (OSError)       a model file is damaged, incomplete or hostile; names file and field
     │   ├── TokenizerError                   its vocabulary or merges cannot be used
     │   └── TemplateError                    its chat template fails; carries the template's line
-    └── DownloadError        (OSError)       the network or the server failed, or the bytes are not those expected
+    ├── DownloadError        (OSError)       the network or the server failed, or the bytes are not those expected
+    └── StoreError           (OSError)       what is kept on disk cannot be read or written; names place and cause
+        ├── StoreFull                        no room is left on the disk
+        ├── StoreReadOnly                    the place cannot be written
+        ├── StoreCorrupt                     bytes are not those that were written
+        ├── StoreTooNew                      written by a newer version of Fabula
+        └── StoreLocked                      another process uses it
 
 Each is also the builtin a Python user would expect, so `except ValueError` keeps working. `status` is the native
 library's code where the failure came from there, else None.
@@ -66,6 +73,18 @@ class SessionBusy(EngineError):
     """A session makes one reply at a time, and another one is not finished; cancel it or wait for its end."""
 
 
+class EngineBusy(EngineError):
+    """As many requests wait as may; nothing was begun.
+
+    Attributes:
+        n_waiting: requests in the queue.
+    """
+
+    def __init__(self, message: str, *, n_waiting: int) -> None:
+        super().__init__(message)
+        self.n_waiting = n_waiting
+
+
 class ModelNotFound(EngineError, LookupError):
     """No path, cache, installed package or hub knows a model of that name."""
 
@@ -102,3 +121,35 @@ class TemplateError(ModelFileError):
 
 class DownloadError(EngineError, OSError):
     """A download failed or its bytes are not those expected; nothing is left in place of the file."""
+
+
+class StoreError(EngineError, OSError):
+    """What is kept on disk (sessions, spilled pages) cannot be read or written; what is in memory is untouched.
+
+    Attributes:
+        path: the file, folder or address, as text, without any password.
+    """
+
+    def __init__(self, message: str, *, path: object = "") -> None:
+        super().__init__(message)
+        self.path = str(path)
+
+
+class StoreFull(StoreError):
+    """No room is left on the disk; free some and try again."""
+
+
+class StoreReadOnly(StoreError):
+    """The file or folder cannot be written."""
+
+
+class StoreCorrupt(StoreError):
+    """Bytes are not those that were written, or what they say cannot be."""
+
+
+class StoreTooNew(StoreError):
+    """Written by a newer version of Fabula, which this one cannot read."""
+
+
+class StoreLocked(StoreError):
+    """Another process uses it; only one may write at a time."""

@@ -10,20 +10,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fabula.engine.generation import Generation
+from fabula.engine.generation import Engine, Generation
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
+from fabula.engine.scheduler import Scheduler
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, TemplateError, TokenizerError
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.download import DEFAULT_MODEL, Progress
 from fabula.formats.locate import locate
 from fabula.formats.open import open_checkpoint
+from fabula.kv.cache import KvCache
+from fabula.kv.pages import PoolUsage
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
 from fabula.sessions.host import Host
 from fabula.sessions.session import Session
-from fabula.sessions.snapshots import Snapshots
 from fabula.text.template import ChatTemplate
 from fabula.text.tokenizer import Tokenizer
 
@@ -52,12 +54,22 @@ class Model:
         context: positions a text may have.
     """
 
-    def __init__(self, path: Path, runner: Runner, tokenizer: Tokenizer, weights: str, kv: str, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        weights: str,
+        kv: str,
+        threads: int,
+        scheduler: Scheduler | None = None,
+    ) -> None:
         self.path = path
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
-        self._host = Host(runner, tokenizer, TemplateOf(tokenizer, path), Snapshots(runner.pool))
+        self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
+        self._host = Host(self._engine, TemplateOf(tokenizer, path))
 
     @classmethod
     def load(
@@ -68,9 +80,11 @@ class Model:
         kv: KvName = "f16",
         threads: int | None = None,
         context: int | None = None,
+        kv_memory: int | None = None,
         fetch: bool = True,
         fetch_progress: Progress | None = None,
         load_progress: Callable[[int, int], None] | None = None,
+        scheduler: Scheduler | None = None,
     ) -> Model:
         """Finds a model, fetches it where it is missing, and loads it.
 
@@ -80,9 +94,11 @@ class Model:
             kv: precision of the KV cache.
             threads: None takes what this process may really use (affinity, CPU quota, physical cores).
             context: positions a text may have; None takes the model's own length.
+            kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory.
             fetch: whether a missing model may be downloaded.
             fetch_progress: told about a download's bytes.
             load_progress: called with (bytes read, bytes in all) while weights are packed.
+            scheduler: runs the model's requests together with those of other models; None for one of its own.
 
         Raises:
             ModelNotFound: no place knows the name.
@@ -96,7 +112,11 @@ class Model:
             raise InvalidArgument(f"weights is {weights!r}, must be one of auto, {', '.join(_WEIGHTS)}")
         if kv not in tuple(_KV):
             raise InvalidArgument(f"kv is {kv!r}, must be one of {', '.join(_KV)}")
-        for name, value, most in (("threads", threads, 1024), ("context", context, 1 << 24)):
+        for name, value, most in (
+            ("threads", threads, 1024),
+            ("context", context, 1 << 24),
+            ("kv_memory", kv_memory, 1 << 50),
+        ):
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
         n_threads = threads or default_threads()
@@ -112,11 +132,12 @@ class Model:
                 kv=_KV[kv],
                 n_threads=n_threads,
                 context=context,
+                kv_memory=kv_memory,
                 progress=load_progress,
             )
         finally:
             checkpoint.close()
-        return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads)
+        return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads, scheduler)
 
     # ---- What it is -------------------------------------------------------------------------------------------------
 
@@ -174,14 +195,15 @@ class Model:
             special: whether control tokens written in the text are control tokens instead of text.
 
         Returns:
-            An iterator of `Piece`; nothing is computed before the first is asked for.
+            An iterator of `Piece`. The engine begins at once and works ahead of the reader by a few pieces.
 
         Raises:
             InvalidArgument: an empty prompt or an id outside the vocabulary.
             ContextOverflow: the prompt is longer than the context; carries both numbers.
+            EngineBusy: too many requests wait already.
         """
         ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else prompt
-        return Generation(self._runner, self.tokenizer, ids, params or SamplingParams(), continues=True)
+        return Generation(self._engine, ids, params or SamplingParams(), continues=True)
 
     def chat(
         self,
@@ -201,9 +223,7 @@ class Model:
             InvalidArgument: a message without role or content.
             ContextOverflow: the conversation is longer than the context.
         """
-        return Generation(
-            self._runner, self.tokenizer, self.chat_ids(messages, **template_options), params or SamplingParams()
-        )
+        return Generation(self._engine, self.chat_ids(messages, **template_options), params or SamplingParams())
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
         """The token ids of a conversation, ready for the next answer. Control tokens typed in a message stay text."""
@@ -221,10 +241,22 @@ class Model:
         """
         return Session(self._host, id=id, system=system, params=params)
 
+    # ---- Memory -----------------------------------------------------------------------------------------------------
+
+    @property
+    def kv_usage(self) -> PoolUsage:
+        """Pages of the KV cache: used, shared, cached, on disk."""
+        return self._engine.cache.usage()
+
+    def clear_cache(self) -> None:
+        """Gives up K and V of everything that is not being said just now; sessions compute theirs again when needed."""
+        self._engine.cache.clear()
+
     # ---- Ends -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Frees weights and cache; may be called twice. Running generations must be done with."""
+        """Frees weights and cache; may be called twice. Running generations end with an error."""
+        self._engine.scheduler.drop(self._runner)
         self._runner.close()
 
     def __enter__(self) -> Model:

@@ -70,11 +70,8 @@ struct tile {
     int32_t first_token, n_tokens; /* within the sequence's share of the batch */
     int32_t first_row;             /* of its first token in the batch */
     int32_t first_block, end_block;
+    bool sinks; /* some query sees the sinks outside its window */
 };
-
-static int32_t lowest_visible(const struct fb_attention *a, int32_t position) {
-    return a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
-}
 
 static struct tile tile_of(
     const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
@@ -84,8 +81,10 @@ static struct tile tile_of(
     t.n_tokens = rest < (int32_t)l->tile_tokens ? rest : (int32_t)l->tile_tokens;
     t.first_row = a->first_row[sequence] + t.first_token;
     int32_t first_position = t.sequence->n_past + t.first_token;
-    t.first_block = lowest_visible(a, first_position) / KEY_BLOCK;
-    t.end_block = (first_position + t.n_tokens - 1) / KEY_BLOCK + 1;
+    const int32_t last_position = first_position + t.n_tokens - 1;
+    t.first_block = fb_lowest_visible(t.sequence, a->window, first_position) / KEY_BLOCK;
+    t.end_block = last_position / KEY_BLOCK + 1;
+    t.sinks = fb_sees_sinks(t.sequence, a->window, last_position);
     return t;
 }
 
@@ -97,6 +96,48 @@ static void gather_queries(const struct fb_attention *a, const struct layout *l,
             l->group * l->head_dim * sizeof *q);
 }
 
+/* Softmax without its division over columns from .. to-1 of a row's scores; columns first .. end-1 around them become
+ * 0. A row that sees nothing gets length 0. */
+static void weigh_scores(const struct fb_attention *a, float *scores, int32_t first, int32_t end, int32_t from,
+    int32_t to, const struct partial *out, size_t row) {
+    if (from >= to) {
+        memset(scores + first, 0, (size_t)(end - first) * sizeof *scores);
+        out->max[row] = -INFINITY;
+        out->length[row] = 0.0f;
+        return;
+    }
+    const size_t n = (size_t)(to - from);
+    out->max[row] = a->kernels->max(scores + from, n) * a->scale;
+    out->length[row] = a->kernels->exp_sum(scores + from, n, a->scale, out->max[row], scores + from);
+    memset(scores + first, 0, (size_t)(from - first) * sizeof *scores);
+    memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
+}
+
+/* The partial result of every query of the tile over the sinks outside its window. Turns the queries in `w`. */
+static void attend_sinks(const struct fb_attention *a, const struct layout *l, const struct tile *t,
+    const struct workspace *w, struct partial out) {
+    const size_t rows = (size_t)t->n_tokens * l->group, half = (size_t)a->rotary_dim / 2;
+    const int32_t n_sinks = t->sequence->n_sinks;
+    const int32_t first_position = t->sequence->n_past + t->first_token;
+    const fb_gemm_kernel gemm = a->kernels->gemm[a->pool->dtype];
+    for (size_t r = 0; r < rows; r++) {
+        const int32_t token = (int32_t)(r / l->group);
+        if (!fb_sees_sinks(t->sequence, a->window, first_position + token)) continue;
+        const float *cosines = a->sink_turns + (size_t)(t->first_row + token) * 2 * half;
+        float *q = w->q + r * l->head_dim;
+        a->kernels->rotate(q, q + half, cosines, cosines + half, half);
+    }
+    char *slab = fb_slab(a->pool, t->sequence->pages[0], a->layer, t->kv_head);
+    const size_t panels = (size_t)(n_sinks - 1) / 16 + 1;
+    gemm(slab, l->head_dim * 16, panels, l->head_dim, w->q, l->head_dim, rows, w->scores, KEY_BLOCK, false);
+    for (size_t r = 0; r < rows; r++) {
+        const bool sees = fb_sees_sinks(t->sequence, a->window, first_position + (int32_t)(r / l->group));
+        weigh_scores(a, w->scores + r * KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
+    }
+    gemm(fb_slab_v(a->pool, slab), (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, (size_t)n_sinks, w->scores,
+        KEY_BLOCK, rows, out.values, l->padded, false);
+}
+
 /* The partial result of every query of the tile over one key block. */
 static void attend_block(const struct fb_attention *a, const struct layout *l, const struct tile *t, int32_t block,
     const struct workspace *w, struct partial out) {
@@ -105,7 +146,8 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     const int32_t first_position = t->sequence->n_past + t->first_token;
     const int32_t last_position = first_position + t->n_tokens - 1;
     /* Pages of the block that hold a key somebody of the tile sees. */
-    const int32_t low = lowest_visible(a, first_position) > start ? lowest_visible(a, first_position) : start;
+    const int32_t visible = fb_lowest_visible(t->sequence, a->window, first_position);
+    const int32_t low = visible > start ? visible : start;
     const int32_t high = last_position < start + KEY_BLOCK - 1 ? last_position : start + KEY_BLOCK - 1;
     const int32_t first_page = low / FB_PAGE_POSITIONS, last_page = high / FB_PAGE_POSITIONS;
     const fb_gemm_kernel gemm = a->kernels->gemm[a->pool->dtype];
@@ -122,20 +164,10 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     for (size_t r = 0; r < rows; r++) {
         float *scores = w->scores + r * KEY_BLOCK;
         const int32_t position = first_position + (int32_t)(r / l->group);
-        int32_t from = lowest_visible(a, position) - start, to = position - start + 1;
+        int32_t from = fb_lowest_visible(t->sequence, a->window, position) - start, to = position - start + 1;
         if (from < first_column) from = first_column;
         if (to > end_column) to = end_column;
-        if (from >= to) {
-            memset(scores + first_column, 0, (size_t)(end_column - first_column) * sizeof *scores);
-            out.max[r] = -INFINITY;
-            out.length[r] = 0.0f;
-            continue;
-        }
-        const size_t n = (size_t)(to - from);
-        out.max[r] = a->kernels->max(scores + from, n) * a->scale;
-        out.length[r] = a->kernels->exp_sum(scores + from, n, a->scale, out.max[r], scores + from);
-        memset(scores + first_column, 0, (size_t)(from - first_column) * sizeof *scores);
-        memset(scores + to, 0, (size_t)(end_column - to) * sizeof *scores);
+        weigh_scores(a, scores, first_column, end_column, from, to, &out, r);
     }
 
     for (int32_t page = first_page; page <= last_page; page++) {
@@ -145,6 +177,22 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
             (size_t)(positions < FB_PAGE_POSITIONS ? positions : FB_PAGE_POSITIONS),
             w->scores + (page * FB_PAGE_POSITIONS - start), KEY_BLOCK, rows, out.values, l->padded, page > first_page);
     }
+}
+
+/* Number of partial results of each query of the tile, and one of them: the sinks come first. */
+static int32_t parts_of(const struct tile *t) {
+    return t->end_block - t->first_block + (t->sinks ? 1 : 0);
+}
+
+static void attend_part(const struct fb_attention *a, const struct layout *l, const struct tile *t, int32_t index,
+    const struct workspace *w, struct partial out) {
+    if (t->sinks && index == 0) {
+        gather_queries(a, l, t, w->q);
+        attend_sinks(a, l, t, w, out);
+        return;
+    }
+    if (index == (t->sinks ? 1 : 0) || a->split) gather_queries(a, l, t, w->q);
+    attend_block(a, l, t, t->first_block + index - (t->sinks ? 1 : 0), w, out);
 }
 
 /* sum = sum merged with part, row by row. A part in which a query saw nothing changes nothing. */
@@ -197,9 +245,9 @@ static bool should_split(const struct fb_attention *a, const struct layout *l, i
         if (tiles > (int64_t)4 * n_threads) return false;
         if (tiles_in(l, &a->sequences[s]) > 1) return false;
         struct tile t = tile_of(a, l, s, 0, 0);
-        int64_t blocks = t.end_block - t.first_block;
-        parts += blocks * a->pool->n_kv_heads;
-        floats += (size_t)(blocks * a->pool->n_kv_heads) * partial_floats(l, (size_t)t.n_tokens * l->group);
+        const int64_t count = (int64_t)parts_of(&t) * a->pool->n_kv_heads;
+        parts += count;
+        floats += (size_t)count * partial_floats(l, (size_t)t.n_tokens * l->group);
         if (floats > FB_PARTIAL_FLOATS) return false;
     }
     return n_threads > 1 && parts > tiles;
@@ -212,8 +260,8 @@ int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
     for (int32_t s = 0; s < a->n_sequences; s++) {
         int64_t count = tiles_in(&l, &a->sequences[s]);
         if (a->split) {
-            struct tile t = tile_of(a, &l, s, 0, 0);
-            count = t.end_block - t.first_block;
+            const struct tile t = tile_of(a, &l, s, 0, 0);
+            count = parts_of(&t);
         }
         a->offsets[s + 1] = a->offsets[s] + count * a->pool->n_kv_heads;
     }
@@ -233,17 +281,17 @@ static int32_t sequence_of(const struct fb_attention *a, int64_t index) {
     return low;
 }
 
-/* Where the part (sequence, KV head, block) lies: parts of one sequence have one size, so its first part's place
+/* Where the part (sequence, KV head, index) lies: parts of one sequence have one size, so its first part's place
  * follows from the sequences before it. */
 static struct partial part_at(
-    const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t block_index) {
+    const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
     size_t floats = 0;
     for (int32_t s = 0; s < sequence; s++)
         floats += (size_t)(a->offsets[s + 1] - a->offsets[s]) *
                   partial_floats(l, (size_t)a->sequences[s].n_tokens * l->group);
     const size_t rows = (size_t)a->sequences[sequence].n_tokens * l->group;
-    const size_t blocks = (size_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / (size_t)a->pool->n_kv_heads;
-    floats += ((size_t)kv_head * blocks + (size_t)block_index) * partial_floats(l, rows);
+    const size_t parts = (size_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / (size_t)a->pool->n_kv_heads;
+    floats += ((size_t)kv_head * parts + (size_t)index) * partial_floats(l, rows);
     return partial_at(l, a->partials + floats, rows);
 }
 
@@ -253,20 +301,18 @@ void fb_attention_item(const struct fb_attention *a, int64_t index, int thread) 
     const int32_t sequence = sequence_of(a, index), n_kv_heads = a->pool->n_kv_heads;
     const int32_t within = (int32_t)(index - a->offsets[sequence]);
     if (a->split) {
-        const int32_t blocks = (int32_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / n_kv_heads;
-        const int32_t kv_head = within / blocks, block = within % blocks;
+        const int32_t parts = (int32_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / n_kv_heads;
+        const int32_t kv_head = within / parts, part = within % parts;
         const struct tile t = tile_of(a, &l, sequence, kv_head, 0);
-        gather_queries(a, &l, &t, w.q);
-        attend_block(a, &l, &t, t.first_block + block, &w, part_at(a, &l, sequence, kv_head, block));
+        attend_part(a, &l, &t, part, &w, part_at(a, &l, sequence, kv_head, part));
         return;
     }
     /* Long tiles (late positions) first, so that no thread is left with one at the end. */
     const int32_t tiles = tiles_in(&l, &a->sequences[sequence]);
     const struct tile t = tile_of(a, &l, sequence, within % n_kv_heads, tiles - 1 - within / n_kv_heads);
-    gather_queries(a, &l, &t, w.q);
-    attend_block(a, &l, &t, t.first_block, &w, w.sum);
-    for (int32_t block = t.first_block + 1; block < t.end_block; block++) {
-        attend_block(a, &l, &t, block, &w, w.part);
+    attend_part(a, &l, &t, 0, &w, w.sum);
+    for (int32_t part = 1; part < parts_of(&t); part++) {
+        attend_part(a, &l, &t, part, &w, w.part);
         merge_partial(a, &l, (size_t)t.n_tokens * l.group, w.sum, w.part);
     }
     store_result(a, &l, &t, w.sum);
@@ -282,7 +328,7 @@ void fb_attention_merge_item(const struct fb_attention *a, int64_t index) {
     const int32_t kv_head = (int32_t)(index % a->pool->n_kv_heads);
     const struct tile t = tile_of(a, &l, sequence, kv_head, 0);
     struct partial sum = part_at(a, &l, sequence, kv_head, 0);
-    for (int32_t block = 1; block < t.end_block - t.first_block; block++)
-        merge_partial(a, &l, (size_t)t.n_tokens * l.group, sum, part_at(a, &l, sequence, kv_head, block));
+    for (int32_t part = 1; part < parts_of(&t); part++)
+        merge_partial(a, &l, (size_t)t.n_tokens * l.group, sum, part_at(a, &l, sequence, kv_head, part));
     store_result(a, &l, &t, sum);
 }

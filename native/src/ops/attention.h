@@ -12,6 +12,10 @@
  *
  * An item holds a tile of queries: the heads of a group that share a KV head times a few tokens. All of them read the
  * same pages, which are panels, so both products run on the matrix kernel.
+ *
+ * Where a sequence slides (struct fb_sequence), sinks are one more part, merged before the first block. Their keys stay
+ * as they were written; instead the query is turned back from its position p to S + W - 1, where the distance to sink j
+ * is S + W - 1 - j. So pages never change and can be shared by tokens at any position.
  */
 #ifndef FABULA_OPS_ATTENTION_H
 #define FABULA_OPS_ATTENTION_H
@@ -28,6 +32,8 @@ struct fb_attention {
     int32_t n_heads;
     int32_t layer, window;
     float scale;
+    const float *sink_turns; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences that slide are read */
+    int32_t rotary_dim;
     const float *q; /* [n_tokens][ldq], heads side by side */
     float *out;     /* [n_tokens][ld_out] */
     size_t ldq, ld_out;
@@ -37,6 +43,20 @@ struct fb_attention {
     int64_t *offsets; /* [n_sequences + 1]: first item (or first part, when split) of each sequence */
     bool split;       /* key blocks are items of their own; set by fb_attention_items */
 };
+
+/* The lowest position of the window of a token at `position`; `window` is the operator's own, 0 for none. */
+static inline int32_t fb_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position) {
+    int32_t low = window > 0 && position >= window ? position - window + 1 : 0;
+    if (sequence->window > 0 && position - sequence->window >= sequence->n_sinks && position - sequence->window >= low)
+        low = position - sequence->window + 1;
+    return low;
+}
+
+/* Whether the sinks lie outside the window of a token at `position`, and are seen there. */
+static inline bool fb_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position) {
+    const int64_t reach = (int64_t)sequence->n_sinks + sequence->window;
+    return sequence->n_sinks > 0 && position >= reach && (window == 0 || window >= reach);
+}
 
 /* Floats of partial results a step may keep: 4 MiB, enough to split 100k positions over threads. */
 enum { FB_PARTIAL_FLOATS = 1 << 20 };

@@ -230,6 +230,7 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->attention_scratch_bytes = fb_attention_scratch_bytes(s->n_heads, s->n_kv_heads, s->head_dim);
     p->arena = take(p, p->arena_floats, sizeof(float), &failed);
     p->cos_sin = take(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
+    p->sink_turns = take(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
     p->positions = take(p, rows, sizeof(int32_t), &failed);
     p->owners = take(p, rows, sizeof(int32_t), &failed);
     p->first_row = take(p, rows, sizeof(int32_t), &failed);
@@ -313,6 +314,7 @@ void fb_program_free(fb_program *p) {
     const size_t rows = (size_t)p->shape.max_tokens;
     fb_memory_release(p->arena, p->arena_floats * sizeof(float));
     fb_memory_release(p->cos_sin, rows * (size_t)p->shape.rotary_dim * sizeof(float));
+    fb_memory_release(p->sink_turns, rows * (size_t)p->shape.rotary_dim * sizeof(float));
     fb_memory_release(p->positions, rows * sizeof(int32_t));
     fb_memory_release(p->owners, rows * sizeof(int32_t));
     fb_memory_release(p->first_row, rows * sizeof(int32_t));

@@ -52,6 +52,7 @@ struct fb_program {
     float *arena; /* all buffers */
     size_t arena_floats;
     float *cos_sin;     /* [max_tokens][rotary_dim]: cos of each pair, then sin */
+    float *sink_turns;  /* likewise: what turns a query from its own position to where sinks see it; see attention.h */
     int32_t *positions; /* [max_tokens] */
     int32_t *owners;    /* [max_tokens]: sequence of each token */
     int32_t *first_row; /* [max_tokens] */

@@ -35,9 +35,15 @@ static enum fb_status check_sequence(const fb_page_pool *pool, const struct fb_s
     int64_t needed = (end + FB_PAGE_POSITIONS - 1) / FB_PAGE_POSITIONS;
     FB_REQUIRE(s->pages && s->n_pages >= needed, "sequence %d: %d pages for %lld positions, %lld are needed", index,
         s->n_pages, (long long)end, (long long)needed);
-    for (int64_t i = 0; i < needed; i++)
-        FB_REQUIRE(s->pages[i] >= 0 && s->pages[i] < pool->n_pages, "sequence %d: page %d of a pool of %d", index,
-            s->pages[i], pool->n_pages);
+    FB_REQUIRE(s->window >= 0 && s->n_sinks >= 0 && s->n_sinks <= (s->window ? FB_PAGE_POSITIONS : 0),
+        "sequence %d: window %d must be 0 or more, n_sinks %d 0 .. %d", index, s->window, s->n_sinks,
+        s->window ? FB_PAGE_POSITIONS : 0);
+    const int32_t first_visible = fb_lowest_visible(s, 0, s->n_past) / FB_PAGE_POSITIONS;
+    for (int32_t i = 0; i < (int32_t)needed; i++) {
+        const bool hidden = i < first_visible && !(i == 0 && s->n_sinks > 0);
+        FB_REQUIRE((hidden && s->pages[i] == -1) || (s->pages[i] >= 0 && s->pages[i] < pool->n_pages),
+            "sequence %d: page %d of a pool of %d", index, s->pages[i], pool->n_pages);
+    }
     return FB_OK;
 }
 
@@ -109,6 +115,16 @@ static void embed(const struct run *run, const struct fb_op *op, size_t row) {
         const float angle = (float)p->positions[row] * p->inv_freq[i];
         cosines[i] = (float)cos((double)angle) * p->shape.rope_scale;
         sines[i] = (float)sin((double)angle) * p->shape.rope_scale;
+    }
+    const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
+    if (!fb_sees_sinks(sequence, 0, p->positions[row])) return;
+    /* From the angle the query gets to the one it has where sinks see it: the difference of both as they are rounded. */
+    const float seen_at = (float)(sequence->n_sinks + sequence->window - 1);
+    cosines = p->sink_turns + row * 2 * half, sines = cosines + half;
+    for (size_t i = 0; i < half; i++) {
+        const float from = (float)p->positions[row] * p->inv_freq[i], to = seen_at * p->inv_freq[i];
+        cosines[i] = (float)cos((double)to - (double)from);
+        sines[i] = (float)sin((double)to - (double)from);
     }
 }
 
@@ -226,6 +242,8 @@ static void run_attention(
         .layer = op->layer,
         .window = op->window,
         .scale = op->scale,
+        .sink_turns = p->sink_turns,
+        .rotary_dim = p->shape.rotary_dim,
         .q = in->data,
         .ldq = in->stride,
         .out = out->data,

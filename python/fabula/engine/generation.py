@@ -1,47 +1,43 @@
-"""One generation: prefill the prompt, then draw, decode and step until something ends it.
+"""One generation, as its reader sees it: an iterator of pieces over a request that the scheduler runs.
 
-A `Generation` is an iterator of pieces. Work happens in `__next__`, one step of the model at a time, so stopping is
-simply not asking for more: nothing runs on behind the caller's back.
+The engine works ahead of the reader by a few pieces and then waits for him. What he has not read does not count: a
+generation that is cancelled holds exactly the tokens that were read.
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from fabula.engine.decoding import Decoding, FinishReason, Piece
+from fabula.engine.request import Item, Request
 from fabula.engine.runner import Runner
-from fabula.engine.sampling import Sampler, SamplingParams
-from fabula.engine.stop import StopMatcher
+from fabula.engine.sampling import SamplingParams
+from fabula.engine.scheduler import Scheduler
+from fabula.errors import EngineError, InvalidArgument
+from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence as KvSequence
+from fabula.kv.prefix import EVERYTHING, Window
 from fabula.text.tokenizer import Tokenizer
-
-FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token brought.
+class Engine:
+    """What answers are made with.
 
     Attributes:
-        token_id: the token drawn.
-        text: text that became certain with it; may be empty (half a character, a possible stop string) or belong to
-        several tokens. logprob: natural log-probability of the token under the plain softmax of the logits.
-        finish_reason: None while more may come; "stop" (end token, stop token or stop string), "length" (max_tokens,
-        or the
-            context is full).
-        top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
+        runner, tokenizer: of the model.
+        cache: K and V of what was said.
+        scheduler: runs requests; other models may share it.
     """
 
-    token_id: int
-    text: str
-    logprob: float
-    finish_reason: FinishReason | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    runner: Runner
+    tokenizer: Tokenizer
+    cache: KvCache
+    scheduler: Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +47,10 @@ class Timings:
     Attributes:
         prompt_tokens, generated_tokens: counts.
         reused_tokens: tokens of the prompt whose K and V were there already; only the others were computed.
-        prompt_ms: time spent on the prompt.
-        first_token_ms: from the start to the first token.
-        total_ms: from the start to the last token.
+        queued_ms: time before its prompt was begun.
+        prompt_ms: time spent on the prompt, beside other requests.
+        first_token_ms: from the request to the first token.
+        total_ms: from the request to the last token.
         prompt_tokens_per_s: speed of the part of the prompt that was computed.
         tokens_per_s: speed of decoding, the first token left out; 0 before the second.
     """
@@ -61,6 +58,7 @@ class Timings:
     prompt_tokens: int
     reused_tokens: int
     generated_tokens: int
+    queued_ms: float
     prompt_ms: float
     first_token_ms: float
     total_ms: float
@@ -68,146 +66,186 @@ class Timings:
     tokens_per_s: float
 
 
-class Generation(Iterator[Piece]):
-    """Pieces of one answer, made as they are asked for.
+class Generation(Iterator[Piece], AsyncIterator[Piece]):
+    """Pieces of one answer, as the engine makes them.
 
-    Iterate over it, or call `text()` for everything at once. `cancel()` ends it early; so does leaving a `with` block.
+    Iterate over it (`for` or `async for`), or call `text()` for everything at once. `cancel()` ends it early; so does
+    leaving a `with` block, or forgetting it.
 
     Args:
-        runner, tokenizer: of the model.
+        engine: of the model.
         prompt_ids: token ids to go on from.
         params: sampling settings.
         continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
-        sequence: KV pages of a beginning of the prompt, shorter than it; they are extended and stay the caller's. None
-            for pages of its own, given back at the end.
+        begun: ids the answer begins with already.
+        sequence: KV pages of a beginning of the prompt, handed over. They come back, longer, as `sequence`. None for
+            pages of its own, left to the cache at the end.
+        window: what tokens see, where `sequence` does not say it.
+        salt: of the owner; K and V are shared under the same salt only.
+        timeout: seconds until it ends by itself, with reason "timeout"; None for never.
 
     Attributes:
         prompt_ids: the prompt's token ids.
-        token_ids: ids drawn so far, the end token included.
+        token_ids: ids read so far, the end token included, behind those of `begun`.
+        begun_text: the text of `begun`.
         seed: the seed in use, so that a random answer can be had again.
-        finish_reason: None until the end; then as in `Piece`, or "cancelled".
+        finish_reason: None until the end; then as in `Piece`, or "cancelled", or "timeout".
+
+    Raises:
+        InvalidArgument: an empty prompt, an id outside the vocabulary, or a setting out of its range.
+        ContextOverflow: the prompt is longer than the context; carries both numbers.
+        EngineBusy: too many requests wait already.
     """
 
     def __init__(
         self,
-        runner: Runner,
-        tokenizer: Tokenizer,
+        engine: Engine,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
         continues: bool = False,
+        begun: Sequence[int] = (),
         sequence: KvSequence | None = None,
+        window: Window = EVERYTHING,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> None:
-        self._history = runner.token_ids(prompt_ids)
-        if params.stop_tokens:
-            runner.token_ids(params.stop_tokens)
-        self.prompt_ids: list[int] = self._history.tolist()
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.seed = params.resolved_seed()
-        self._params = replace(params, seed=self.seed)
-        self._runner = runner
-        self._ends = frozenset(params.stop_tokens) | (
-            frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
+        runner = engine.runner
+        prompt = runner.token_ids(prompt_ids)
+        for ids in (params.stop_tokens, begun):
+            if ids:
+                runner.token_ids(ids)
+        if timeout is not None and not timeout > 0:
+            raise InvalidArgument(f"timeout is {timeout!r}, must be seconds above 0")
+        self._engine, self._owned = engine, sequence is None
+        sequence = runner.sequence(window) if sequence is None else sequence
+        n_known = len(prompt) + len(begun)
+        runner.check_room(n_known, sequence.window)
+        decoding = Decoding(
+            engine.tokenizer,
+            runner.config.vocab_size,
+            prompt,
+            params,
+            room=runner.room(n_known, sequence.window),
+            continues=continues,
+            begun=begun,
         )
-        breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
-        self._sampler = Sampler(self._params, runner.config.vocab_size, tuple({ids[-1] for ids in breakers if ids}))
-        self._decoder = tokenizer.stream_decoder(continues=continues)
-        self._stops = StopMatcher(params.stop)
-        self._owned = sequence is None
-        self._sequence = runner.sequence() if sequence is None else sequence
-        self._reused = self._sequence.n_tokens
-        runner.check_room(self._sequence, len(self.prompt_ids) - self._reused)
-        self._logits: npt.NDArray[np.float32] | None = None
-        self._start = self._prompt_end = self._first = self._last = 0.0
+        self.prompt_ids: list[int] = prompt.tolist()
+        self.token_ids: list[int] = list(begun)
+        self.begun_text = decoding.begun_text
+        self.seed = decoding.params.resolved_seed()
+        self.finish_reason: FinishReason | None = None
+        self._n_begun = len(begun)
+        self._first = self._last = 0.0
+        self._lock = threading.Lock()  # one may read while another cancels
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._request = Request(runner, engine.cache, decoding, sequence, salt=salt, deadline=deadline)
+        engine.scheduler.submit(self._request)
 
-    # ---- Iteration --------------------------------------------------------------------------------------------------
+    # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def __next__(self) -> Piece:
         if self.finish_reason is not None:
             raise StopIteration
         try:
-            logits = self._next_logits()
-            token, logprob = self._draw(logits)
-            self.token_ids.append(token)
-            text, reason = self._read(token)
-        except BaseException:
+            item = self._request.items.get()
+        except BaseException:  # Ctrl-C
             self.cancel()
             raise
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-        piece = Piece(token, text, logprob, reason, self._top(logits))
-        if reason:
-            self._finish(reason)
-        else:
-            self._append(token)
+        piece = self._read(item)
+        if piece is None:
+            raise StopIteration
         return piece
 
-    def _next_logits(self) -> npt.NDArray[np.float32]:
-        """Logits behind everything known so far."""
-        if self._logits is None:
-            self._start = time.perf_counter()
-            self._logits = self._runner.prefill(self._sequence, self._history[self._reused :])
-            self._prompt_end = time.perf_counter()
-        else:
-            self._logits = self._runner.step([(self._sequence, self._history[-1:])], [0])[0]
-        return self._logits
+    def __aiter__(self) -> Generation:
+        return self
 
-    def _draw(self, logits: npt.NDArray[np.float32]) -> tuple[int, float]:
-        held = sorted(self._ends) if len(self.token_ids) < self._params.min_tokens else []
-        return self._sampler.sample(logits, self._history, len(self._history), banned=held)
-
-    def _read(self, token: int) -> tuple[str, FinishReason | None]:
-        """Text that is certain after this token, and whether it ends the answer."""
-        if token in self._ends:
-            return self._flush(), "stop"
-        text = self._text_of(token)
-        if len(self.token_ids) > self._params.min_tokens or not self._params.min_tokens:
-            text, stop = self._stops.feed(text)
-            if stop is not None:
-                return text, "stop"
-        full = self._runner.context - len(self.prompt_ids)
-        limit = full if self._params.max_tokens is None else min(full, self._params.max_tokens)
-        if len(self.token_ids) >= limit:
-            return text + self._flush(), "length"
-        return text, None
-
-    def _text_of(self, token: int) -> str:
-        """Text that is certain after this token; an id that only pads the model's vocabulary has none."""
+    async def __anext__(self) -> Piece:
+        if self.finish_reason is not None:
+            raise StopAsyncIteration
         try:
-            return self._decoder.push(token)
-        except KeyError:
-            return ""
+            await self._arrival()
+        except BaseException:  # the task was cancelled
+            self._request.abandoned = True
+            await asyncio.shield(asyncio.to_thread(self.cancel))
+            raise
+        piece = self._read(self._request.items.get())
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
 
-    def _flush(self) -> str:
-        """What decoder and stop matcher still hold back; a stop string may become complete in it."""
-        text, stop = self._stops.feed(self._decoder.flush())
-        return text if stop is not None else text + self._stops.flush()
+    async def _arrival(self) -> None:
+        """Waits until an item can be read."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
-    def _append(self, token: int) -> None:
-        self._history = np.append(self._history, np.int32(token))
+        def wake() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(arrived.set)
 
-    def _top(self, logits: npt.NDArray[np.float32]) -> tuple[tuple[int, float], ...]:
-        n = self._params.n_logprobs
-        if not n:
-            return ()
-        best = np.argpartition(-logits, min(n, logits.size - 1))[:n]
-        best = best[np.lexsort((best, -logits[best]))]
-        wide = logits.astype(np.float64)
-        total = float(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
-        return tuple((int(i), float(wide[i]) - total) for i in best)
+        self._request.listen(wake)
+        if self._request.items.empty():
+            await arrived.wait()
+
+    def _read(self, item: Item) -> Piece | None:
+        """Takes in what the scheduler says; None at an end without a piece."""
+        request = self._request
+        with self._lock:
+            if self.finish_reason is not None:  # cancelled meanwhile
+                return None
+            if item.piece is not None:
+                self.token_ids.append(item.piece.token_id)
+                self._last = item.at
+                self._first = self._first or item.at
+                was_paused = request.paused
+                request.n_read += 1
+                if was_paused:
+                    self._engine.scheduler.wake()
+            if item.error is not None:
+                self._finish("cancelled")
+                raise item.error
+            if item.reason is not None:
+                self._finish(item.reason)
+            return item.piece
+
+    def text(self) -> str:
+        """Runs to the end and returns the text of all pieces not yet taken."""
+        return "".join(piece.text for piece in self)
+
+    async def atext(self) -> str:
+        """`text`, without blocking the event loop."""
+        return "".join([piece.text async for piece in self])
 
     # ---- Ends -------------------------------------------------------------------------------------------------------
 
     def _finish(self, reason: FinishReason) -> None:
+        """The scheduler has let go of the request; what was not read is taken back."""
         self.finish_reason = reason
-        if self._owned:
-            self._sequence.close()
+        sequence = self._request.sequence
+        try:
+            sequence.truncate(sequence.usable(len(self.prompt_ids) + len(self.token_ids)))
+        except EngineError:  # its pages were set free with the model
+            return
+        if self._owned and sequence.n_tokens:
+            self._engine.cache.keep(sequence, owned=True)
 
     def cancel(self) -> None:
-        """Ends the generation and gives its KV pages back; may be called at any time, and twice."""
+        """Ends the generation; may be called at any time, and twice. What was read so far stays."""
         if self.finish_reason is None:
-            self._finish("cancelled")
+            self._engine.scheduler.cancel(self._request)
+            with self._lock:
+                if self.finish_reason is None:
+                    self._finish("cancelled")
+
+    def abandon(self) -> None:
+        """Ends the generation without waiting for it; nobody may use it afterwards. Safe in a destructor."""
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+            self._request.abandoned = True
+            self._engine.scheduler.wake()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_request"):
+            self.abandon()
 
     def __enter__(self) -> Generation:
         return self
@@ -217,22 +255,29 @@ class Generation(Iterator[Piece]):
 
     # ---- Results ----------------------------------------------------------------------------------------------------
 
-    def text(self) -> str:
-        """Runs to the end and returns the text of all pieces not yet taken."""
-        return "".join(piece.text for piece in self)
+    @property
+    def sequence(self) -> KvSequence:
+        """K and V of what was computed; the caller's again once `finish_reason` is set."""
+        return self._request.sequence
 
     @property
     def timings(self) -> Timings:
         """Times so far."""
-        n = len(self.token_ids)
-        prompt_s, decode_s = self._prompt_end - self._start, self._last - self._first
+        request, clock = self._request, self._request.clock
+        n = len(self.token_ids) - self._n_begun
+        prompt_s = max(0.0, clock.prompt_done - clock.started)
+        decode_s = self._last - self._first
         return Timings(
-            prompt_tokens=len(self.prompt_ids),
-            reused_tokens=self._reused,
+            prompt_tokens=request.n_prompt,
+            reused_tokens=request.n_reused,
             generated_tokens=n,
+            queued_ms=1e3 * max(0.0, clock.started - clock.submitted),
             prompt_ms=1e3 * prompt_s,
-            first_token_ms=1e3 * max(0.0, self._first - self._start),
-            total_ms=1e3 * max(0.0, self._last - self._start),
-            prompt_tokens_per_s=(len(self.prompt_ids) - self._reused) / prompt_s if prompt_s > 0 else 0.0,
+            first_token_ms=1e3 * max(0.0, self._first - clock.submitted),
+            total_ms=1e3 * max(0.0, self._last - clock.submitted),
+            prompt_tokens_per_s=(request.n_prompt - request.n_reused) / prompt_s if prompt_s > 0 else 0.0,
             tokens_per_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else 0.0,
         )
+
+
+__all__ = ["Engine", "FinishReason", "Generation", "Piece", "Timings"]

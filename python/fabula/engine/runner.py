@@ -1,21 +1,24 @@
 """A loaded model as the engine sees it: a program, its page pool, and steps over sequences.
 
-A runner executes one step at a time (a lock guards it), so several callers may hold sequences and take turns.
+A runner executes one step at a time (a lock guards it), so several callers may hold sequences and take turns. Where
+there are many requests, the scheduler decides what a step holds.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
-from fabula.errors import ContextOverflow, InvalidArgument
+from fabula.errors import ContextOverflow, EngineError, InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
+from fabula.kv.prefix import EVERYTHING, Window
 from fabula.models.builder import ProgramBuilder
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
@@ -26,8 +29,17 @@ if TYPE_CHECKING:
 
 I32 = npt.NDArray[np.int32]
 
+MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
+
+
+class Part(NamedTuple):
+    """One sequence's share of a step, its pages reserved."""
+
+    sequence: Sequence
+    share: _native.BatchSequence
+    n_tokens: int
 
 
 class Runner:
@@ -39,6 +51,7 @@ class Runner:
         kv: precision of K and V, F32 or F16.
         n_threads: threads of every step.
         context: positions a sequence may have; None takes the model's own length.
+        kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
         isa: instruction set, for tests.
         progress: called with (bytes read, bytes in all) while tensors are packed.
 
@@ -54,6 +67,7 @@ class Runner:
         kv: DType,
         n_threads: int,
         context: int | None = None,
+        kv_memory: int | None = None,
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -80,8 +94,11 @@ class Runner:
         self.program = _native.Program(shape, builder.widths, rope.inv_freq, builder.ops, n_threads=n_threads, isa=isa)
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
         n_pages = SEQUENCES_AT_FULL_LENGTH * -(-self.context // _native.PAGE_POSITIONS)
+        if kv_memory is not None:
+            n_pages = max(1, kv_memory // _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim))
         self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim)
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._closed = False
 
     def token_ids(self, ids: object) -> I32:
@@ -95,23 +112,28 @@ class Runner:
         values = list(ids)
         if not values:
             raise InvalidArgument("the prompt is empty: give at least one token")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise InvalidArgument(f"token ids must be whole numbers, not {type(value).__name__}")
-            if not 0 <= value < self.config.vocab_size:
-                raise InvalidArgument(f"token id {value} is outside the vocabulary of {self.config.vocab_size}")
+        for kind in {type(value) for value in values}:
+            if kind is bool or not issubclass(kind, int | np.integer):
+                raise InvalidArgument(f"token ids must be whole numbers, not {kind.__name__}")
+        low, high = min(values), max(values)
+        if low < 0 or high >= self.config.vocab_size:
+            outside = low if low < 0 else high
+            raise InvalidArgument(f"token id {outside} is outside the vocabulary of {self.config.vocab_size}")
         return np.asarray(values, np.int32)
 
-    def sequence(self) -> Sequence:
+    def sequence(self, window: Window = EVERYTHING) -> Sequence:
         """A new, empty sequence in this model's pool."""
-        return Sequence(self.pool)
+        return Sequence(self.pool, window)
 
-    def check_room(self, sequence: Sequence, n_new: int) -> None:
-        """Raises ContextOverflow unless `n_new` tokens fit behind what the sequence holds."""
-        total = sequence.n_tokens + n_new
-        if total > self.context:
+    def room(self, n_tokens: int, window: Window = EVERYTHING) -> int:
+        """How many tokens fit behind `n_tokens` others: up to the context, or without end where a window slides."""
+        return (MAX_POSITIONS if window.slides else self.context) - n_tokens
+
+    def check_room(self, n_tokens: int, window: Window = EVERYTHING) -> None:
+        """Raises ContextOverflow unless a text of `n_tokens` fits."""
+        if self.room(n_tokens, window) < 0:
             raise ContextOverflow(
-                f"{total} tokens do not fit the context of {self.context}", n_tokens=total, context=self.context
+                f"{n_tokens} tokens do not fit the context of {self.context}", n_tokens=n_tokens, context=self.context
             )
 
     def step(
@@ -129,17 +151,32 @@ class Runner:
             NonFinite: the logits are damaged; the sequences keep their former length.
             InvalidArgument: the model was closed.
         """
-        batch = []
-        for sequence, tokens in parts:
-            self.check_room(sequence, len(tokens))
-            pages = sequence.reserve(sequence.n_tokens + len(tokens))
-            batch.append(_native.BatchSequence(pages, sequence.n_tokens, tokens))
+        return self.run([self.prepare(sequence, tokens) for sequence, tokens in parts], outputs)
+
+    def prepare(self, sequence: Sequence, tokens: I32) -> Part:
+        """Reserves pages for tokens to be appended, to be run next.
+
+        Raises:
+            ContextOverflow: the sequence would grow beyond the context; nothing was changed.
+            OutOfMemory: no free pages; nothing was changed.
+        """
+        self.check_room(sequence.n_tokens + len(tokens), sequence.window)
+        pages = sequence.reserve(sequence.n_tokens + len(tokens))
+        window = sequence.window
+        return Part(
+            sequence, _native.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
+        )
+
+    def run(self, parts: list[Part], outputs: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """One batch of prepared parts; arguments, results and errors as `step`."""
+        if os.getpid() != self._pid:  # threads, and what they held, are not copied by fork
+            raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
         with self._lock:
             if self._closed:  # the library's memory is gone
                 raise InvalidArgument("the model is closed")
-            logits = self.program.run(self.pool.native, batch, outputs)
-        for sequence, tokens in parts:
-            sequence.n_tokens += len(tokens)
+            logits = self.program.run(self.pool.native, [part.share for part in parts], outputs)
+        for part in parts:
+            part.sequence.n_tokens += part.n_tokens
         return logits
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -148,7 +185,7 @@ class Runner:
         Raises:
             ContextOverflow: before anything is computed.
         """
-        self.check_room(sequence, len(tokens))
+        self.check_room(sequence.n_tokens + len(tokens), sequence.window)
         logits = np.empty((0, 0), np.float32)
         for start, chunk in self._chunks(tokens):
             last = start + len(chunk) == len(tokens)
@@ -159,7 +196,7 @@ class Runner:
     def all_logits(self, tokens: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of every token of a text, chunk by chunk, float32 [<= max_tokens, vocab_size]."""
         with self.sequence() as sequence:
-            self.check_room(sequence, len(tokens))
+            self.check_room(len(tokens))
             for _, chunk in self._chunks(tokens):
                 yield self.step([(sequence, chunk)], np.arange(len(chunk)))
 

@@ -4,6 +4,8 @@ The tokens are the truth and KV is a cache: a sequence can be truncated to any l
 lies behind is computed anew when it is needed. A fork shares every page, so it costs nothing but counting. Positions
 are only ever appended; so two holders may share a page that is partly filled, and the first that appends to it goes on
 in place as long as nobody has written there before. Only one that finds its next position taken gets a copy.
+
+A text whose tokens see a sliding window gives back the pages behind it: its list of pages has a hole.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from fabula import _native
 from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
+from fabula.kv.prefix import EVERYTHING, PrefixIndex, Window
+
+HOLE = -1  # in place of a page that no token to come sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,8 @@ class PoolUsage:
         n_pages: in all.
         n_used: held by somebody.
         n_shared: held by more than one.
+        n_cached: of those used, held only by what no running request needs: given up when pages run out.
+        n_spilled: on disk.
         page_bytes: bytes of a page.
     """
 
@@ -36,10 +43,20 @@ class PoolUsage:
     n_used: int
     n_shared: int
     page_bytes: int
+    n_cached: int = 0
+    n_spilled: int = 0
 
     @property
     def used_bytes(self) -> int:
         return self.n_used * self.page_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        return self.n_cached * self.page_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        return self.n_spilled * self.page_bytes
 
 
 class PagePool:
@@ -56,6 +73,7 @@ class PagePool:
         self._free = list(range(n_pages - 1, -1, -1))
         self._holders = [0] * n_pages
         self._filled = [0] * n_pages  # positions of a page that some holder has written
+        self.index = PrefixIndex()  # under `lock`
         self.reclaim: Callable[[int], None] | None = None  # asked to set pages free until so many are
         # Re-entrant: the garbage collector may give back a forgotten sequence's pages in the middle of `take`.
         self.lock = threading.RLock()
@@ -98,18 +116,32 @@ class PagePool:
             return pages
 
     def share(self, pages: list[int]) -> None:
-        """Counts one more holder of each page."""
+        """Counts one more holder of each page; holes count for nothing."""
         with self.lock:
             for page in pages:
-                self._holders[page] += 1
+                if page != HOLE:
+                    self._holders[page] += 1
 
     def give_back(self, pages: list[int]) -> None:
         """Counts one holder less of each page; a page without any is free."""
         with self.lock:
             for page in pages:
+                if page == HOLE:
+                    continue
                 self._holders[page] -= 1
                 if self._holders[page] == 0:
+                    self.index.forget(page)
                     self._free.append(page)
+
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return self._holders[page]
+
+    def name(self, page: int, key: bytes) -> None:
+        """Lets others find a full page that the caller holds by the hash of its text."""
+        with self.lock:
+            self._filled[page] = PAGE_POSITIONS
+            self.index.add(key, page)
 
     def append_to(self, page: int, offset: int, end: int) -> int:
         """Makes positions offset .. end-1 of a page a holder's own to write.
@@ -130,6 +162,7 @@ class PagePool:
                 self.native.copy(copy, page)
                 self.give_back([page])
                 page = copy
+            self.index.forget(page)  # it will hold something else
             self._filled[page] = end
             return page
 
@@ -143,9 +176,11 @@ class PagePool:
             AssertionError: a count is wrong, or a page is both free and held.
         """
         with self.lock:
-            counts = np.bincount(np.array([page for pages in held for page in pages], np.int64), minlength=self.n_pages)
+            really = [page for pages in held for page in pages if page != HOLE]
+            counts = np.bincount(np.array(really, np.int64), minlength=self.n_pages)
             assert counts.tolist() == self._holders, "holders are miscounted"
             assert sorted(self._free) == [page for page in range(self.n_pages) if not counts[page]]
+            assert all(counts[page] for page in self.index.pages()), "a free page can be found"
 
     def close(self) -> None:
         """Frees the memory; may be called twice. No sequence may be used afterwards."""
@@ -155,18 +190,33 @@ class PagePool:
 class Sequence:
     """The pages of one growing text. Use as a context manager, or call `close()`.
 
+    Args:
+        pool: where the pages lie.
+        window: what the text's tokens see.
+
     Attributes:
-        n_tokens: positions whose K and V are held.
+        n_tokens: positions whose K and V were computed; of those no token to come sees, the pages may be gone.
+        window: as given.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, window: Window = EVERYTHING) -> None:
         self._pool = pool
         self._pages: list[int] = []
+        self._hole = 0  # pages from that of the sinks up to here are given back
+        self.window = window
         self.n_tokens = 0
+
+    @classmethod
+    def of(cls, pool: PagePool, pages: list[int], window: Window = EVERYTHING) -> Sequence:
+        """A sequence of full pages that the caller holds and hands over; holes where nothing is seen."""
+        sequence = cls(pool, window)
+        sequence._pages, sequence.n_tokens = pages, len(pages) * PAGE_POSITIONS
+        sequence._hole = next((i for i in range(len(pages), 0, -1) if pages[i - 1] == HOLE), 0)
+        return sequence
 
     @property
     def pages(self) -> list[int]:
-        """Page numbers, that of positions 32 i .. 32 i + 31 at place i."""
+        """Page numbers, that of positions 32 i .. 32 i + 31 at place i; -1 for one that was given back."""
         return list(self._pages)
 
     def reserve(self, n_tokens: int) -> npt.NDArray[np.int32]:
@@ -190,35 +240,58 @@ class Sequence:
         self._pages += fresh
         return np.asarray(self._pages, np.int32)
 
+    def slide(self, n_tokens: int) -> None:
+        """Gives back the pages that no token behind the first `n_tokens` sees."""
+        first = 1 if self.window.n_sinks else 0
+        end = self.window.first_page(n_tokens)
+        start = max(first, self._hole)
+        if end > start:
+            with self._pool.lock:
+                self._pool.give_back(self._pages[start:end])
+                self._pages[start:end] = [HOLE] * (end - start)
+                self._hole = end
+
+    def usable(self, n_tokens: int) -> int:
+        """The longest beginning, of `n_tokens` at most, behind which a text can go on: all that it sees is held."""
+        n_tokens = min(n_tokens, self.n_tokens)
+        if not self._hole or self.window.first_page(n_tokens) >= self._hole:
+            return n_tokens
+        return min(n_tokens, PAGE_POSITIONS if self.window.n_sinks else 0)
+
     def fork(self, n_tokens: int | None = None) -> Sequence:
         """Another sequence with the first `n_tokens` positions (None: all) of this one; shares their pages.
 
         Raises:
-            InvalidArgument: `n_tokens` is negative or more than is held.
+            InvalidArgument: `n_tokens` is negative or more than is held, or pages it needs were given back.
         """
         n_tokens = self.n_tokens if n_tokens is None else n_tokens
-        if not 0 <= n_tokens <= self.n_tokens:
-            raise InvalidArgument(f"cannot fork at {n_tokens} tokens, {self.n_tokens} are held")
-        other = Sequence(self._pool)
+        self._check("fork", n_tokens)
+        other = Sequence(self._pool, self.window)
         with self._pool.lock:
             pages = self._pages[: -(-n_tokens // PAGE_POSITIONS)]
             self._pool.share(pages)
         other._pages, other.n_tokens = pages, n_tokens
+        other._hole = min(self._hole, len(pages))
         return other
 
     def truncate(self, n_tokens: int) -> None:
         """Forgets the positions from `n_tokens` on and gives back pages that hold nothing else.
 
         Raises:
-            InvalidArgument: `n_tokens` is negative or more than is held.
+            InvalidArgument: as `fork`.
         """
-        if not 0 <= n_tokens <= self.n_tokens:
-            raise InvalidArgument(f"cannot truncate to {n_tokens} tokens, {self.n_tokens} are held")
+        self._check("truncate", n_tokens)
         keep = -(-n_tokens // PAGE_POSITIONS)
         with self._pool.lock:
             self._pool.give_back(self._pages[keep:])
             del self._pages[keep:]
-            self.n_tokens = n_tokens
+            self.n_tokens, self._hole = n_tokens, min(self._hole, keep)
+
+    def _check(self, verb: str, n_tokens: int) -> None:
+        if not 0 <= n_tokens <= self.n_tokens:
+            raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens, {self.n_tokens} are held")
+        if self.usable(n_tokens) < n_tokens:
+            raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens: the window has moved on")
 
     def close(self) -> None:
         """Gives back every page; may be called twice."""

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fabula.engine.runner import Runner
-from fabula.sessions.snapshots import Snapshots
+from fabula.engine.generation import Engine
 from fabula.text.template import ChatTemplate
-from fabula.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A loaded model and the snapshots of all its sessions.
+    """A loaded model.
 
     Attributes:
-        runner, tokenizer: of the model.
+        engine: makes its answers.
         template: returns its chat template, or raises TemplateError.
-        snapshots: K and V of finished turns.
     """
 
-    runner: Runner
-    tokenizer: Tokenizer
+    engine: Engine
     template: Callable[[], ChatTemplate]
-    snapshots: Snapshots

@@ -78,6 +78,7 @@ class Reply(Iterator[Piece]):
         draft.token_ids = tuple(g.token_ids)
         draft.finish_reason = g.finish_reason
         draft.timings = g.timings
+        draft.kv = g.sequence
         self.turn = draft if g.token_ids else None
         self._session._settle(self.turn)
 
@@ -254,7 +255,7 @@ class Session:
         """Forgets every turn made here, but for what forks go on from, and returns the bytes of K and V set free."""
         with self._lock:
             self.stop()
-            pool = self._host.runner.pool
+            pool = self._host.engine.runner.pool
             before = pool.n_free
             self._root.forks.discard(self)
             self._drop(self._turns)
@@ -312,13 +313,13 @@ class Session:
         with self._lock:
             self._check_free()
             past = parent.ids()
-            ids = encode_next(self._host.tokenizer, self._host.template(), messages, past)
+            ids = encode_next(self._host.engine.tokenizer, self._host.template(), messages, past)
             return self._start(parent, past, text, ids, params or self.params, continues=False)
 
     def _tell(self, parent: Turn, text: str, params: SamplingParams | None) -> Reply:
         if parent.number and parent.chat:
             raise InvalidArgument("this session is a chat; tell() needs a session of its own")
-        tokenizer = self._host.tokenizer
+        tokenizer = self._host.engine.tokenizer
         with self._lock:
             self._check_free()
             past = parent.ids()
@@ -334,9 +335,9 @@ class Session:
     ) -> Reply:
         """Begins a reply to `ids`, behind as much of the parent's ids `past` as they begin with."""
         kept = next((i for i, (a, b) in enumerate(zip(past, ids, strict=False)) if a != b), min(len(past), len(ids)))
-        runner, snapshots = self._host.runner, self._host.snapshots
-        sequence = snapshots.fork(parent, min(kept, len(ids) - 1)) or runner.sequence()
-        generation = Generation(runner, self._host.tokenizer, ids, params, continues=continues, sequence=sequence)
+        engine = self._host.engine
+        sequence = parent.fork_kv(min(kept, len(ids) - 1), engine.cache) or engine.runner.sequence()
+        generation = Generation(engine, ids, params, continues=continues, sequence=sequence)
         draft = Turn(
             parent=parent,
             number=parent.number + 1,
@@ -345,7 +346,6 @@ class Session:
             kept=kept,
             prompt_ids=tuple(ids[kept:]),
             params=replace(params, seed=generation.seed),
-            kv=sequence,
         )
         reply = Reply(self, generation, draft)
         self._running = weakref.ref(reply)
@@ -356,7 +356,8 @@ class Session:
         with self._lock:
             self._running = None
             if turn is not None:
-                self._host.snapshots.add(turn)
+                if turn.kv is not None:
+                    self._host.engine.cache.keep(turn.kv)
                 self._turns.append(turn)
                 self.head, self._undone = turn, []
 

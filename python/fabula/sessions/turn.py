@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 from fabula.engine.generation import FinishReason, Timings
 from fabula.engine.sampling import SamplingParams
+from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence
 
 
@@ -84,6 +85,17 @@ class Turn:
                 pieces.append(own[: end - turn.kept])
                 end = turn.kept
         return [token for piece in reversed(pieces) for token in piece]
+
+    def fork_kv(self, n_tokens: int, cache: KvCache) -> Sequence | None:
+        """The longest beginning of its ids whose K and V a turn of its past holds, `n_tokens` at most; None if there
+        is none."""
+        for past in self.lineage():
+            usable = past.kv.usable(n_tokens) if past.kv is not None else 0
+            if usable > 0 and past.kv is not None:
+                cache.touch(past.kv)
+                return past.kv.fork(usable)
+            n_tokens = min(n_tokens, past.kept)
+        return None
 
     def lineage(self) -> Iterator[Turn]:
         """This turn, its parent, and so on to the empty start."""

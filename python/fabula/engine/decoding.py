@@ -1,0 +1,157 @@
+"""One answer as a calculation: logits in, tokens and certain text out. No threads, no pages, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.engine.sampling import Sampler, SamplingParams
+from fabula.engine.stop import StopMatcher
+from fabula.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token brought.
+
+    Attributes:
+        token_id: the token drawn.
+        text: text that became certain with it; may be empty (half a character, a possible stop string) or belong to
+            several tokens.
+        logprob: natural log-probability of the token under the plain softmax of the logits.
+        finish_reason: None while more may come; "stop" (end token, stop token or stop string), "length" (max_tokens,
+            or the context is full).
+        top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    finish_reason: FinishReason | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class History:
+    """Token ids that grow at the end without being copied each time."""
+
+    def __init__(self, ids: I32) -> None:
+        self._buffer = np.empty(max(64, 2 * len(ids)), np.int32)
+        self._buffer[: len(ids)] = ids
+        self._n = len(ids)
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def ids(self) -> I32:
+        """int32 [n], a view."""
+        return self._buffer[: self._n]
+
+    def append(self, token: int) -> None:
+        if self._n == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+        self._buffer[self._n] = token
+        self._n += 1
+
+
+class Decoding:
+    """Draws the tokens of one answer and reads them as text until something ends it.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: length of the logits.
+        prompt: token ids to go on from.
+        params: sampling settings; the seed is resolved.
+        room: tokens that may be drawn at most, besides what `params` says.
+        continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
+        begun: ids the answer begins with already; they count as drawn, but not for the limits of `params`.
+
+    Attributes:
+        history: prompt and answer so far.
+        begun_text: the text of `begun`.
+        params: with the seed in use.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        prompt: I32,
+        params: SamplingParams,
+        *,
+        room: int,
+        continues: bool = False,
+        begun: Sequence[int] = (),
+    ) -> None:
+        self.params = replace(params, seed=params.resolved_seed())
+        self.history = History(np.concatenate([prompt, np.asarray(begun, np.int32)]))
+        self._n_drawn = 0
+        self._room = room if params.max_tokens is None else min(room, params.max_tokens)
+        self._ends = frozenset(params.stop_tokens) | (
+            frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
+        )
+        breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
+        self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
+        self._decoder = tokenizer.stream_decoder(continues=continues)
+        self._stops = StopMatcher(params.stop)
+        self.begun_text = "".join(self._text_of(token) for token in begun)
+
+    def accept(self, logits: npt.NDArray[np.float32]) -> Piece:
+        """Draws the next token.
+
+        Args:
+            logits: float32 [vocab_size], behind the last token of the history.
+
+        Raises:
+            NonFinite, InvalidArgument: as `Sampler.sample`.
+        """
+        history = self.history
+        held = sorted(self._ends) if self._n_drawn < self.params.min_tokens else []
+        token, logprob = self._sampler.sample(logits, history.ids, len(history), banned=held)
+        history.append(token)
+        self._n_drawn += 1
+        text, reason = self._read(token)
+        return Piece(token, text, logprob, reason, likeliest(logits, self.params.n_logprobs))
+
+    def _read(self, token: int) -> tuple[str, FinishReason | None]:
+        """Text that is certain after this token, and whether it ends the answer."""
+        if token in self._ends:
+            return self._flush(), "stop"
+        text = self._text_of(token)
+        if self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
+            text, stop = self._stops.feed(text)
+            if stop is not None:
+                return text, "stop"
+        if self._n_drawn >= self._room:
+            return text + self._flush(), "length"
+        return text, None
+
+    def _text_of(self, token: int) -> str:
+        """Text that is certain after this token; an id that only pads the model's vocabulary has none."""
+        try:
+            return self._decoder.push(token)
+        except KeyError:
+            return ""
+
+    def _flush(self) -> str:
+        """What decoder and stop matcher still hold back; a stop string may become complete in it."""
+        text, stop = self._stops.feed(self._decoder.flush())
+        return text if stop is not None else text + self._stops.flush()
+
+
+def likeliest(logits: npt.NDArray[np.float32], n: int) -> tuple[tuple[int, float], ...]:
+    """The n likeliest tokens and their natural log-probabilities under the plain softmax, best first."""
+    if not n:
+        return ()
+    best = np.argpartition(-logits, min(n, logits.size - 1))[:n]
+    best = best[np.lexsort((best, -logits[best]))]
+    wide = logits.astype(np.float64)
+    total = float(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
+    return tuple((int(i), float(wide[i]) - total) for i in best)

@@ -1,0 +1,447 @@
+"""The engine's heart: one thread that computes, for every model and every request of the process.
+
+Each step is one batch of one model. It holds the next token of every request that is drawing, and chunks of prompts
+that are being read, so that nobody waits for somebody else's prompt to end:
+
+    admit     waiting requests in their order, as long as there are pages; K and V of what others said already are taken
+              over, from the cache or from a request that is just reading the same words
+    plan      tokens of all that draw, then prompts within what is left of the budget: the oldest gets at least half, the
+              rest goes to the shortest, so no prompt starves and none holds up a short one
+    step      one call into the native library; meanwhile other Python threads run
+    tell      each reader gets its piece; ends, errors and deadlines are settled
+
+While somebody draws, the budget for prompts is measured in time: a step may take about twice as long as without them.
+When pages run out, the youngest request gives up its K and V and waits; it goes on later with the same tokens.
+
+Results do not depend on any of this: a token's logits are the same bits in every batch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula._native import PAGE_POSITIONS
+from fabula.engine.decoding import FinishReason
+from fabula.engine.request import Item, Request, State
+from fabula.engine.runner import Part, Runner
+from fabula.errors import EngineBusy, EngineError, InvalidArgument, NonFinite, OutOfMemory
+
+MAX_RUNNING = 64  # requests in one batch
+MAX_WAITING = 128
+IDLE_S = 1.0  # then the thread ends; the next request begins a new one
+PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
+MIN_CHUNK = 16  # prompt tokens in a step while others draw
+STRETCH = 2.0  # how much longer a step may take for the sake of prompts
+
+
+class Pace:
+    """What a step of one model costs, measured as it goes, and how much prompt fits beside those that draw."""
+
+    def __init__(self) -> None:
+        self._draw_s = 0.0  # a step without prompts
+        self._token_s = 0.0  # a prompt's token beside it
+
+    def chunk(self, n_drawing: int, most: int) -> int:
+        """Prompt tokens for the next step."""
+        if not n_drawing:
+            return most
+        if not self._draw_s or not self._token_s:
+            return min(MIN_CHUNK, most)
+        return max(min(MIN_CHUNK, most), min(most, int((STRETCH - 1) * self._draw_s / self._token_s)))
+
+    def measured(self, n_drawing: int, n_prompt: int, seconds: float) -> None:
+        """Learns from a step."""
+        if n_drawing and not n_prompt:
+            self._draw_s = seconds if not self._draw_s else 0.8 * self._draw_s + 0.2 * seconds
+        elif n_drawing and self._draw_s:
+            token_s = max(seconds - self._draw_s, 0.0) / n_prompt
+            self._token_s = token_s if not self._token_s else 0.8 * self._token_s + 0.2 * token_s
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much there is to do.
+
+    Attributes:
+        n_running, n_waiting: requests.
+    """
+
+    n_running: int
+    n_waiting: int
+
+
+class Scheduler:
+    """Runs requests. Its thread starts with the first one and ends when there has been nothing to do for a while.
+
+    Args:
+        max_running: requests in one batch, of one model.
+        max_waiting: requests that may wait; more are refused.
+    """
+
+    def __init__(self, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING) -> None:
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._inbox: queue.SimpleQueue[tuple[str, Request | Runner | threading.Event | None]] = queue.SimpleQueue()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # the longest admitted first
+        self._paces: weakref.WeakKeyDictionary[Runner, Pace] = weakref.WeakKeyDictionary()
+        self._room = False  # something ended since waiting requests were looked at
+        self._turn = 0
+        self._start_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._n_outstanding = 0  # requests submitted and not done
+        self._pid = os.getpid()
+        _schedulers.add(self)
+
+    # ---- For every thread -------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Begins a request.
+
+        Raises:
+            EngineBusy: as many wait as may.
+            EngineError: the process was forked since.
+        """
+        if os.getpid() != self._pid:
+            raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
+        with self._start_lock:
+            if self._n_outstanding >= self._max_running + self._max_waiting:
+                raise EngineBusy(
+                    f"{self._n_outstanding} requests run or wait already; try again later",
+                    n_waiting=len(self._waiting),
+                )
+            self._n_outstanding += 1
+            self._inbox.put(("submit", request))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="fabula-engine", daemon=True)
+                self._thread.start()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request and waits until the scheduler has let go of it: one step at most. May be called twice."""
+        request.abandoned = True
+        if threading.current_thread() is self._thread or os.getpid() != self._pid:
+            return  # it is let go of after this step; or there is nobody to wait for
+        self.wake()
+        request.done.wait()
+
+    def wake(self) -> None:
+        """Something changed that the thread should look at. Safe in a destructor."""
+        self._inbox.put(("wake", None))
+
+    def drop(self, runner: Runner) -> None:
+        """Ends every request of a model, with an error for their readers, and waits for it."""
+        settled = threading.Event()
+        with self._start_lock:
+            if self._thread is None or self._thread is threading.current_thread() or os.getpid() != self._pid:
+                return
+            self._inbox.put(("drop", runner))
+            self._inbox.put(("settled", settled))
+        settled.wait()
+
+    @property
+    def load(self) -> Load:
+        """Requests at this moment."""
+        n_running = len(self._running)
+        return Load(n_running, max(0, self._n_outstanding - n_running))
+
+    def stop(self) -> None:
+        """Ends everything; for the end of the process."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
+            self._inbox.put(("stop", None))
+            thread.join()
+
+    # ---- The thread -------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            while self._take_commands():
+                self._settle_ends()
+                self._admit()
+                runner = self._next_runner()
+                if runner is not None:
+                    self._step(runner)
+        except (
+            BaseException
+        ) as error:  # a fault of the engine: every reader learns of it, and the next request begins anew
+            with self._start_lock:
+                self._thread = None
+            for request in [*self._running, *self._waiting]:
+                self._finish(request, error=EngineError(f"the engine failed: {error!r}"))
+            raise
+
+    def _take_commands(self) -> bool:
+        """Reads the inbox; waits for something if there is nothing to compute. False when the thread should end."""
+        busy = any(not request.paused for request in self._running) or (self._waiting and self._room)
+        pause = None if busy else PAUSE_S if self._running or self._waiting else IDLE_S
+        while True:
+            try:
+                command, about = self._inbox.get(timeout=pause) if pause is not None else self._inbox.get_nowait()
+            except queue.Empty:
+                return not (pause == IDLE_S and self._end_thread())
+            pause = None
+            if isinstance(about, Request):
+                self._waiting.append(about)
+            elif isinstance(about, Runner):
+                self._drop(about)
+            elif isinstance(about, threading.Event):
+                about.set()
+            elif command == "stop":
+                for request in [*self._running, *self._waiting]:
+                    self._finish(request, "cancelled")
+                with self._start_lock:
+                    self._thread = None
+                return False
+
+    def _end_thread(self) -> bool:
+        """Whether the thread may end: nothing came in since it looked."""
+        with self._start_lock:
+            if not self._inbox.empty():
+                return False
+            self._thread = None
+            return True
+
+    def _drop(self, runner: Runner) -> None:
+        for request in [r for r in (*self._running, *self._waiting) if r.runner is runner]:
+            self._finish(request, error=InvalidArgument("the model is closed"))
+
+    def _settle_ends(self) -> None:
+        """Lets go of requests that nobody reads any more or whose time is up."""
+        for request in [r for r in (*self._running, *self._waiting) if r.abandoned or r.deadline is not None]:
+            if request.abandoned:
+                self._finish(request, "cancelled")
+            elif request.deadline is not None and time.monotonic() >= request.deadline:
+                self._finish(request, "timeout")
+
+    def _finish(self, request: Request, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
+        """Lets go of a request; a reader that waits learns why, unless its last piece said so."""
+        if request.state is State.RUNNING:
+            self._running.remove(request)
+        elif request.state is State.WAITING and request in self._waiting:
+            self._waiting.remove(request)
+        request.state = State.DONE
+        request.cache.keep(request.sequence)  # nobody computes with it: it may be given up
+        self._room = True
+        with self._start_lock:
+            self._n_outstanding -= 1
+        request.done.set()
+        if reason is not None or error is not None:
+            request.tell(Item(None, time.perf_counter(), reason, error))
+
+    # ---- Admission --------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        self._room = False
+        full: set[Runner] = set()  # somebody waits for pages: those behind wait too, or it would never get them
+        for request in list(self._waiting):
+            if request.runner in full or request.paused:
+                continue
+            if sum(r.runner is request.runner for r in self._running) >= self._max_running:
+                continue
+            try:
+                if not self._find_past(request):
+                    continue  # somebody is just computing what it needs
+                if not self._fits(request):
+                    full.add(request.runner)
+                    continue
+            except Exception as error:
+                self._finish(request, error=error)
+                continue
+            self._waiting.remove(request)
+            request.state = State.RUNNING
+            if not request.clock.started:
+                request.clock.started = time.perf_counter()
+                request.n_reused = request.sequence.n_tokens
+            self._running.append(request)
+
+    def _find_past(self, request: Request) -> bool:
+        """Takes over K and V that are there already. False if more is just being computed by another request."""
+        have = request.sequence.n_tokens
+        keys = request.keys()
+        if len(keys) * PAGE_POSITIONS > have:
+            found = request.cache.find(keys, request.sequence.window)
+            if found is not None:
+                if found.n_tokens > have:
+                    request.adopt(found)
+                    have = found.n_tokens
+                else:
+                    found.close()
+        history = request.decoding.history.ids
+        for other in self._running:
+            if (
+                other.runner is not request.runner
+                or other.salt != request.salt
+                or other.sequence.window != request.sequence.window
+            ):
+                continue
+            theirs = other.decoding.history.ids
+            n = min(len(history) - 1, len(theirs))
+            if n < have + PAGE_POSITIONS and not (n > have and other.n_pending <= 1):
+                continue
+            differ = np.flatnonzero(history[:n] != theirs[:n])
+            common = int(differ[0]) if differ.size else n
+            usable = other.sequence.usable(common)
+            if usable > have:
+                if usable == common or other.n_pending <= 1:
+                    request.adopt(other.sequence.fork(usable))
+                    have = usable
+                    continue
+            if common >= have + PAGE_POSITIONS and other.sequence.n_tokens < common and other.n_pending > 1:
+                return False
+        return True
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there are pages for all its tokens and one more, with those that can be given up for it."""
+        pool = request.runner.pool
+        n_tokens = len(request.decoding.history) + 1
+        first = request.sequence.window.first_page(request.sequence.n_tokens)
+        needed = -(-n_tokens // PAGE_POSITIONS) - max(first, request.sequence.n_tokens // PAGE_POSITIONS)
+        if needed <= pool.n_free or not any(r.runner is request.runner for r in self._running):
+            return True
+        for paused in [r for r in reversed(self._running) if r.runner is request.runner and r.paused]:
+            if needed <= self._n_available(request):
+                break
+            self._preempt(paused)  # its reader is slow, and may be waiting for this one
+        return needed <= self._n_available(request) or not any(r.runner is request.runner for r in self._running)
+
+    def _n_available(self, request: Request) -> int:
+        """Pages that are free or can be given up."""
+        usage = request.cache.usage()
+        return usage.n_pages - usage.n_used + usage.n_cached
+
+    # ---- Steps ------------------------------------------------------------------------------------------------------
+
+    def _next_runner(self) -> Runner | None:
+        """The model whose turn it is among those with something to compute."""
+        runners = list(dict.fromkeys(r.runner for r in self._running if not r.paused))
+        if not runners:
+            return None
+        self._turn += 1
+        return runners[self._turn % len(runners)]
+
+    def _plan(self, runner: Runner) -> list[tuple[Request, int]]:
+        """Which requests get how many tokens computed, the longest admitted first."""
+        active = [r for r in self._running if r.runner is runner and not r.paused]
+        drawing = [r for r in active if r.n_pending == 1][: runner.max_tokens]
+        reading = [r for r in active if r.n_pending > 1]
+        share = dict.fromkeys(drawing, 1)
+        budget = self._pace(runner).chunk(len(drawing), runner.max_tokens - len(drawing))
+        if reading:
+            oldest = reading[0]
+            shortest = sorted(reading[1:], key=lambda r: r.n_pending)
+            least = (budget + 1) // 2 if shortest else budget
+            share[oldest] = min(oldest.n_pending, least)
+            budget -= share[oldest]
+            for request in shortest:
+                share[request] = min(request.n_pending, budget)
+                budget -= share[request]
+            share[oldest] += min(oldest.n_pending - share[oldest], budget)
+        return [(request, share[request]) for request in active if share.get(request, 0) > 0]
+
+    def _pace(self, runner: Runner) -> Pace:
+        return self._paces.setdefault(runner, Pace())
+
+    def _step(self, runner: Runner) -> None:
+        """Computes one batch of a model and tells the readers."""
+        batch: list[tuple[Request, Part]] = []
+        for request, n in self._plan(runner):
+            if request.state is State.RUNNING:  # or it gave way to one before it
+                part = self._prepare(request, n, batch)
+                if part is not None:
+                    batch.append((request, part))
+        if not batch:
+            return
+        rows = np.cumsum([part.n_tokens for _, part in batch]) - 1
+        wanted = [i for i, (request, part) in enumerate(batch) if part.n_tokens == request.n_pending]
+        start = time.perf_counter()
+        try:
+            logits = runner.run([part for _, part in batch], rows[wanted])
+        except NonFinite as error:
+            self._find_damaged(batch, error)
+            return
+        except Exception as error:
+            for request, _ in batch:
+                self._finish(request, error=error)
+            return
+        n_prompt = sum(part.n_tokens for _, part in batch if part.n_tokens > 1)
+        n_drawing = sum(part.n_tokens == 1 for _, part in batch)
+        self._pace(runner).measured(n_drawing, n_prompt, time.perf_counter() - start)
+        for request, _ in batch:
+            request.name_pages()
+        for i, row in enumerate(wanted):
+            self._draw(batch[row][0], logits[i])
+
+    def _prepare(self, request: Request, n: int, batch: list[tuple[Request, Part]]) -> Part | None:
+        """Reserves pages for a request's next tokens. Where there are none, the youngest request that has not got its
+        own in this step gives way; None if that is this one."""
+        while True:
+            try:
+                return request.runner.prepare(request.sequence, request.next_tokens(n))
+            except OutOfMemory as error:
+                served = {other for other, _ in batch}
+                others = [r for r in self._running if r.runner is request.runner and r is not request]
+                victim = next((r for r in reversed(others) if r not in served and r.sequence.pages), None)
+                if victim is None and not others:
+                    self._finish(request, error=error)
+                    return None
+                self._preempt(victim or request)
+                if victim is None:
+                    return None
+            except EngineError as error:
+                self._finish(request, error=error)
+                return None
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        request.state = State.WAITING
+        request.n_preempted += 1
+        request.release()
+        self._waiting.appendleft(request)
+
+    def _draw(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
+        """Draws a request's next token and hands it out."""
+        now = time.perf_counter()
+        request.clock.prompt_done = request.clock.prompt_done or now
+        try:
+            piece = request.decoding.accept(logits)
+        except Exception as error:
+            self._finish(request, error=error)
+            return
+        if piece.finish_reason:
+            self._finish(request)
+        request.tell(Item(piece, time.perf_counter(), piece.finish_reason))
+
+    def _find_damaged(self, batch: list[tuple[Request, Part]], error: NonFinite) -> None:
+        """Somebody's logits are damaged: everybody's are computed alone, and who fails again is out."""
+        if len(batch) == 1:
+            self._finish(batch[0][0], error=error)
+            return
+        for request, part in batch:
+            outputs = [part.n_tokens - 1] if part.n_tokens == request.n_pending else []
+            try:
+                logits = request.runner.run([part], outputs)
+            except EngineError as own:
+                self._finish(request, error=own)
+                continue
+            request.name_pages()
+            if outputs:
+                self._draw(request, logits[0])
+
+
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread inside the library at the interpreter's end would wake up in a world taken down."""
+    for scheduler in list(_schedulers):
+        scheduler.stop()

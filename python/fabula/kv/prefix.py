@@ -1,0 +1,103 @@
+"""Which page holds K and V of which text: full pages by the hash of every token up to their end.
+
+K and V of a position depend on the tokens up to it, and on what each of them could see. So a full page is named by a
+chain of hashes: that of the page before it, its own 32 tokens, and, from where a sliding window hides something, the
+window. Two texts that begin alike have the same names for their common pages, and find each other's K and V by them.
+
+The chain begins with a salt. Sequences of different salts never share a name, so one owner cannot learn by timing what
+another has asked (prompt stealing by cache hits, e.g. arXiv 2409.20002).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula._native import PAGE_POSITIONS
+
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a token sees: the first `n_sinks` positions and the last `size`; see struct fb_sequence.
+
+    Attributes:
+        size: positions, the token's own included; 0 for everything.
+        n_sinks: 0 .. 32.
+    """
+
+    size: int = 0
+    n_sinks: int = 0
+
+    @property
+    def slides(self) -> bool:
+        return self.size > 0
+
+    def first_visible(self, position: int) -> int:
+        """The lowest position of the window of a token at `position`."""
+        return position - self.size + 1 if self.slides and position >= self.n_sinks + self.size else 0
+
+    def first_page(self, n_tokens: int) -> int:
+        """The first page, behind that of the sinks, of which a token behind `n_tokens` others sees something."""
+        return self.first_visible(n_tokens) // PAGE_POSITIONS
+
+
+EVERYTHING = Window()
+
+
+class KeyChain:
+    """Names of the full pages of one growing text.
+
+    Args:
+        salt: of its owner.
+        window: what its tokens see.
+    """
+
+    def __init__(self, salt: str, window: Window = EVERYTHING) -> None:
+        self._start = blake2b(salt.encode(), digest_size=KEY_BYTES, person=b"fabula prefix").digest()
+        self._window = window
+        self._keys: list[bytes] = []
+
+    def keys(self, ids: npt.NDArray[np.int32]) -> list[bytes]:
+        """The names of all full pages of a text that begins with the texts given before; 16 bytes each."""
+        for page in range(len(self._keys), len(ids) // PAGE_POSITIONS):
+            before = self._keys[-1] if self._keys else self._start
+            name = blake2b(before, digest_size=KEY_BYTES)
+            name.update(ids[page * PAGE_POSITIONS : (page + 1) * PAGE_POSITIONS].astype("<i4").tobytes())
+            if self._window.first_visible((page + 1) * PAGE_POSITIONS - 1):
+                name.update(b"%d %d" % (self._window.size, self._window.n_sinks))
+            self._keys.append(name.digest())
+        return self._keys
+
+
+class PrefixIndex:
+    """Names of pages, both ways. Not thread-safe: the pool's lock guards it."""
+
+    def __init__(self) -> None:
+        self._pages: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+
+    def add(self, key: bytes, page: int) -> None:
+        """Names a full page, unless the name or the page is taken."""
+        if key not in self._pages and page not in self._keys:
+            self._pages[key], self._keys[page] = page, key
+
+    def page(self, key: bytes) -> int | None:
+        return self._pages.get(key)
+
+    def key(self, page: int) -> bytes | None:
+        return self._keys.get(page)
+
+    def forget(self, page: int) -> None:
+        """A page is free, or about to be written over."""
+        key = self._keys.pop(page, None)
+        if key is not None:
+            del self._pages[key]
+
+    def pages(self) -> list[int]:
+        """Every page that has a name."""
+        return list(self._keys)
