@@ -112,11 +112,8 @@ class Model:
             raise InvalidArgument(f"weights is {weights!r}, must be one of auto, {', '.join(_WEIGHTS)}")
         if kv not in tuple(_KV):
             raise InvalidArgument(f"kv is {kv!r}, must be one of {', '.join(_KV)}")
-        for name, value, most in (
-            ("threads", threads, 1024),
-            ("context", context, 1 << 24),
-            ("kv_memory", kv_memory, 1 << 50),
-        ):
+        limits = (("threads", threads, 1024), ("context", context, 1 << 24), ("kv_memory", kv_memory, 1 << 50))
+        for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
         n_threads = threads or default_threads()

@@ -117,6 +117,10 @@ class Request:
         """The reader is far behind."""
         return self.n_made - self.n_read >= READ_AHEAD
 
+    def may_share(self, other: Request) -> bool:
+        """Whether both may use the same K and V where their tokens are the same."""
+        return other.runner is self.runner and other.salt == self.salt and other.sequence.window == self.sequence.window
+
     def next_tokens(self, n: int) -> npt.NDArray[np.int32]:
         """The next n tokens to compute."""
         start = self.sequence.n_tokens

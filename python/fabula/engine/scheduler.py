@@ -3,10 +3,10 @@
 Each step is one batch of one model. It holds the next token of every request that is drawing, and chunks of prompts
 that are being read, so that nobody waits for somebody else's prompt to end:
 
-    admit     waiting requests in their order, as long as there are pages; K and V of what others said already are taken
+    admit     waiting requests in their order, as long as there are pages; K and V of what was said already are taken
               over, from the cache or from a request that is just reading the same words
-    plan      tokens of all that draw, then prompts within what is left of the budget: the oldest gets at least half, the
-              rest goes to the shortest, so no prompt starves and none holds up a short one
+    plan      tokens of all that draw, then prompts within what is left of the budget: the oldest gets at least half,
+              the rest goes to the shortest, so no prompt starves and none holds up a short one
     step      one call into the native library; meanwhile other Python threads run
     tell      each reader gets its piece; ends, errors and deadlines are settled
 
@@ -170,9 +170,7 @@ class Scheduler:
                 runner = self._next_runner()
                 if runner is not None:
                     self._step(runner)
-        except (
-            BaseException
-        ) as error:  # a fault of the engine: every reader learns of it, and the next request begins anew
+        except BaseException as error:  # every reader learns of it; the next request begins anew
             with self._start_lock:
                 self._thread = None
             for request in [*self._running, *self._waiting]:
@@ -269,34 +267,21 @@ class Scheduler:
         keys = request.keys()
         if len(keys) * PAGE_POSITIONS > have:
             found = request.cache.find(keys, request.sequence.window)
-            if found is not None:
-                if found.n_tokens > have:
-                    request.adopt(found)
-                    have = found.n_tokens
-                else:
-                    found.close()
-        history = request.decoding.history.ids
+            if found is not None and found.n_tokens > have:
+                request.adopt(found)
+                have = found.n_tokens
+        history = request.decoding.history.ids[:-1]  # the last token must be computed for its logits
         for other in self._running:
-            if (
-                other.runner is not request.runner
-                or other.salt != request.salt
-                or other.sequence.window != request.sequence.window
-            ):
+            if not request.may_share(other):
                 continue
-            theirs = other.decoding.history.ids
-            n = min(len(history) - 1, len(theirs))
-            if n < have + PAGE_POSITIONS and not (n > have and other.n_pending <= 1):
-                continue
-            differ = np.flatnonzero(history[:n] != theirs[:n])
-            common = int(differ[0]) if differ.size else n
-            usable = other.sequence.usable(common)
-            if usable > have:
-                if usable == common or other.n_pending <= 1:
-                    request.adopt(other.sequence.fork(usable))
-                    have = usable
-                    continue
-            if common >= have + PAGE_POSITIONS and other.sequence.n_tokens < common and other.n_pending > 1:
+            common = common_length(history, other.decoding.history.ids)
+            still_reads = other.n_pending > 1 and other.sequence.n_tokens < common
+            if still_reads and common >= have + PAGE_POSITIONS:
                 return False
+            usable = other.sequence.usable(common)
+            if usable > have and not still_reads:
+                request.adopt(other.sequence.fork(usable))
+                have = usable
         return True
 
     def _fits(self, request: Request) -> bool:
@@ -435,6 +420,13 @@ class Scheduler:
             request.name_pages()
             if outputs:
                 self._draw(request, logits[0])
+
+
+def common_length(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
+    """How many tokens two texts begin with alike."""
+    n = min(len(a), len(b))
+    different = a[:n] != b[:n]
+    return int(different.argmax()) if different.any() else n
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
