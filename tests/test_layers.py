@@ -24,6 +24,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"engine"},
     {"sessions"},
     {"ops", "model"},
+    {"workspace"},
     {"bench"},
     {"cli"},
 ]

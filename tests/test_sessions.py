@@ -261,7 +261,7 @@ def test_a_story_in_pieces_is_the_story_in_one(model: Model) -> None:
     params = SamplingParams(temperature=1.0, seed=4, max_tokens=24, ignore_eos=True)
     whole = model.session()
     whole.tell(prompt="the cat", params=params).text()
-    pieces = model.session(params=params)
+    pieces = model.session(sampling=params)
     pieces.tell(10, prompt="the cat").text()
     for _ in range(2):
         pieces.tell(7).text()
@@ -350,7 +350,7 @@ def test_replies_that_give_way_say_the_same(tiny_folder: Path) -> None:
         for _ in range(40):
             for reply in replies:
                 next(reply)
-        assert any(reply._generation._request.n_preempted for reply in replies)
+        assert any(reply.generation._request.n_preempted for reply in replies)
         for reply in replies:
             reply.text()
             assert reply.turn is not None and list(reply.turn.token_ids) == alone(model, reply.turn)

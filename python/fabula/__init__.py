@@ -16,11 +16,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fabula import errors, ops
-    from fabula.engine.generation import Generation, Piece, Timings
+    from fabula.engine.decoding import Piece
+    from fabula.engine.generation import Generation, Timings
     from fabula.engine.sampling import SamplingParams
     from fabula.errors import (
         ContextOverflow,
         DownloadError,
+        EngineBusy,
         EngineError,
         InvalidArgument,
         ModelFileError,
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
         NonFinite,
         OutOfMemory,
         SessionBusy,
+        StoreCorrupt,
+        StoreError,
+        StoreFull,
+        StoreLocked,
+        StoreReadOnly,
+        StoreTooNew,
         TemplateError,
         TokenizerError,
         Unsupported,
@@ -36,15 +44,21 @@ if TYPE_CHECKING:
     from fabula.model import Model
     from fabula.models.builder import DamagedWeightWarning
     from fabula.models.config import ModelConfig
-    from fabula.sessions.session import Reply, Session
+    from fabula.sessions.policy import ContextPolicy
+    from fabula.sessions.reply import Reply
+    from fabula.sessions.session import Alternative, Session
     from fabula.sessions.turn import Turn
     from fabula.text.tokenizer import Tokenizer
+    from fabula.workspace import Workspace
 
 # Where each public name lives; "" for a module of that name.
 _HOMES = {
+    "Alternative": "sessions.session",
     "ContextOverflow": "errors",
+    "ContextPolicy": "sessions.policy",
     "DamagedWeightWarning": "models.builder",
     "DownloadError": "errors",
+    "EngineBusy": "errors",
     "EngineError": "errors",
     "Generation": "engine.generation",
     "InvalidArgument": "errors",
@@ -54,26 +68,36 @@ _HOMES = {
     "ModelNotFound": "errors",
     "NonFinite": "errors",
     "OutOfMemory": "errors",
-    "Piece": "engine.generation",
-    "Reply": "sessions.session",
+    "Piece": "engine.decoding",
+    "Reply": "sessions.reply",
     "SamplingParams": "engine.sampling",
     "Session": "sessions.session",
     "SessionBusy": "errors",
+    "StoreCorrupt": "errors",
+    "StoreError": "errors",
+    "StoreFull": "errors",
+    "StoreLocked": "errors",
+    "StoreReadOnly": "errors",
+    "StoreTooNew": "errors",
     "TemplateError": "errors",
     "Timings": "engine.generation",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
     "Turn": "sessions.turn",
     "Unsupported": "errors",
+    "Workspace": "workspace",
     "errors": "",
     "ops": "",
     "pull": "formats.locate",
 }
 
 __all__ = [
+    "Alternative",
     "ContextOverflow",
+    "ContextPolicy",
     "DamagedWeightWarning",
     "DownloadError",
+    "EngineBusy",
     "EngineError",
     "Generation",
     "InvalidArgument",
@@ -88,12 +112,19 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SessionBusy",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreFull",
+    "StoreLocked",
+    "StoreReadOnly",
+    "StoreTooNew",
     "TemplateError",
     "Timings",
     "Tokenizer",
     "TokenizerError",
     "Turn",
     "Unsupported",
+    "Workspace",
     "__version__",
     "errors",
     "ops",

@@ -217,7 +217,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class BatchSequence:
-    """One sequence's share of a batch: pages int32, positions already held, tokens to append; see struct fb_sequence."""
+    """One sequence's share of a batch: pages int32, positions already held, tokens to append; as in fb_sequence."""
 
     pages: I32
     n_past: int

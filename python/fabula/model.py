@@ -18,13 +18,16 @@ from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, TemplateError, TokenizerError
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.download import DEFAULT_MODEL, Progress
+from fabula.formats.fingerprint import Fingerprinting
 from fabula.formats.locate import locate
 from fabula.formats.open import open_checkpoint
 from fabula.kv.cache import KvCache
 from fabula.kv.pages import PoolUsage
+from fabula.kv.spill import Fingerprint
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
-from fabula.sessions.host import Host
+from fabula.sessions.host import Host, Served
+from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.session import Session
 from fabula.text.template import ChatTemplate
 from fabula.text.tokenizer import Tokenizer
@@ -63,13 +66,16 @@ class Model:
         kv: str,
         threads: int,
         scheduler: Scheduler | None = None,
+        digest: str = "",
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
         self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
-        self._host = Host(self._engine, TemplateOf(tokenizer, path))
+        self._digest = digest
+        self._template = TemplateOf(tokenizer, path)
+        self._host = Host(path.name, Served(self._engine, self._template))
 
     @classmethod
     def load(
@@ -118,7 +124,7 @@ class Model:
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
-        checkpoint = open_checkpoint(path)
+        checkpoint = Fingerprinting(open_checkpoint(path))
         try:
             tokenizer = load_tokenizer(checkpoint)
             check_vocabulary(tokenizer, checkpoint)
@@ -134,7 +140,7 @@ class Model:
             )
         finally:
             checkpoint.close()
-        return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads, scheduler)
+        return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads, scheduler, checkpoint.digest)
 
     # ---- What it is -------------------------------------------------------------------------------------------------
 
@@ -158,7 +164,7 @@ class Model:
         Raises:
             TemplateError: it has none, or it cannot be compiled.
         """
-        return self._host.template()
+        return self._template()
 
     # ---- What it does -----------------------------------------------------------------------------------------------
 
@@ -227,16 +233,39 @@ class Model:
         return self.tokenizer.encode_chat(self.template, messages, **template_options)
 
     def session(
-        self, id: str | None = None, *, system: str | None = None, params: SamplingParams | None = None
+        self,
+        id: str | None = None,
+        *,
+        system: str | None = None,
+        sampling: SamplingParams | None = None,
+        context_policy: ContextPolicy | str | None = None,
+        tenant: str = "",
     ) -> Session:
-        """A new session: a conversation or story whose turns can be walked.
+        """A new session in memory: a conversation or story whose turns can be walked. `Workspace.session` keeps them.
 
         Args:
-            id: its name; None makes a random one.
+            id: its name, 1 .. 128 of A-Z a-z 0-9 . _ -; None makes a random one.
             system: system message of a chat.
-            params: sampling settings of turns that bring none.
+            sampling: settings of turns that bring none.
+            context_policy: what happens when the context is full: "error", "slide", "drop_oldest_turns", or a
+                `ContextPolicy`.
+            tenant: its owner; K and V of equal texts are shared with sessions of the same owner only.
+
+        Raises:
+            InvalidArgument: a setting out of its range.
         """
-        return Session(self._host, id=id, system=system, params=params)
+        return Session(self._host, id=id, tenant=tenant, system=system, params=sampling, policy=context_policy)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What K and V of a text depend on beside the text; equal for models that may share them."""
+        c = self.config
+        return Fingerprint(
+            weights=f"{self._digest}-{self.weights}",
+            tokenizer=self.tokenizer.fingerprint,
+            kv=self.kv,
+            layout=f"1: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {self.context}",
+        )
 
     # ---- Memory -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +282,9 @@ class Model:
 
     def close(self) -> None:
         """Frees weights and cache; may be called twice. Running generations end with an error."""
+        self._host.detach()
         self._engine.scheduler.drop(self._runner)
+        self._engine.cache.close()
         self._runner.close()
 
     def __enter__(self) -> Model:

@@ -20,7 +20,8 @@ from fabula.errors import ContextOverflow, InvalidArgument
 if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
     from fabula.model import Model
-    from fabula.sessions.session import Reply, Session
+    from fabula.sessions.reply import Reply
+    from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
 
 HELP = """\

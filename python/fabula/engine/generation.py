@@ -237,9 +237,8 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
                     self._finish("cancelled")
 
     def abandon(self) -> None:
-        """Ends the generation without waiting for it; nobody may use it afterwards. Safe in a destructor."""
+        """Lets the engine end it soon, without waiting for it; `cancel` may follow. Safe in a destructor."""
         if self.finish_reason is None:
-            self.finish_reason = "cancelled"
             self._request.abandoned = True
             self._engine.scheduler.wake()
 

@@ -6,6 +6,7 @@ where they are read back instead of computed. Either way nothing is lost: tokens
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from typing import Protocol
@@ -70,6 +71,11 @@ class KvCache:
                 self._anonymous[key] = sequence
                 while len(self._anonymous) > self._n_anonymous:
                     self._anonymous.popitem(last=False)[1].close()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever looks at several sequences at once."""
+        return self._pool.lock
 
     def touch(self, sequence: Sequence) -> None:
         """A kept sequence was used."""
@@ -176,6 +182,11 @@ class KvCache:
         """Gives everything up."""
         for sequence in self._sequences():
             self.give_up(sequence)
+
+    def close(self) -> None:
+        """Gives everything up for good, as its pool is going; nothing goes to disk any more."""
+        self.spill = None
+        self.clear()
 
     def _sequences(self) -> list[Sequence]:
         with self._pool.lock:

@@ -1,138 +1,74 @@
-"""A session: a tree of turns with a head. Going back moves the head; nothing is deleted unless asked.
+"""A session: a tree of turns that grows by answers.
 
-Turns are shared between a session and its forks: each session lists the turns it made, and reaches older ones by their
-parents. K and V of a turn are given back when the last session that lists it, or a turn behind it, is gone.
+A turn goes on from its parent's ids as they were drawn, and from its parent's K and V where they still are. Making a
+turn again, editing it, taking another token at any place: each is a sibling beside what was there.
 """
 
 from __future__ import annotations
 
-import threading
-import uuid
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from fabula.engine.generation import Generation, Piece, Timings
 from fabula.engine.sampling import SamplingParams
-from fabula.errors import EngineError, InvalidArgument, SessionBusy
-from fabula.sessions.host import Host
-from fabula.sessions.turn import Turn
-from fabula.text.continuation import encode_next
+from fabula.errors import InvalidArgument
+from fabula.sessions.growth import Growing, Plan
+from fabula.sessions.prompts import messages_of
+from fabula.sessions.reply import Reply
+from fabula.sessions.turn import START, Turn
+
+MAX_BRANCHES = 32
 
 
-class Reply(Iterator[Piece]):
-    """An answer in the making: pieces as they come; the turn is in the tree when the last one was given out.
-
-    `cancel()`, leaving a `with` block or forgetting the reply ends it early; what was said so far stays, as a partial
-    turn.
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could stand at a place of an answer.
 
     Attributes:
-        turn: the finished turn; None while pieces may come, and when an error ended the reply: then the session is as
-            it was before.
+        token_id: for `fork_at`.
+        text: of the token alone.
+        logprob: natural log-probability under the plain softmax of the logits.
+        chosen: whether it is the one that stands there.
     """
 
-    def __init__(self, session: Session, generation: Generation, draft: Turn) -> None:
-        self.turn: Turn | None = None
-        self._done = False
-        self._session, self._generation, self._draft = session, generation, draft
-        self._texts: list[str] = []
-
-    def __next__(self) -> Piece:
-        if self._done:
-            raise StopIteration
-        try:
-            piece = next(self._generation)
-        except EngineError:
-            self._done = True
-            self._session._settle(None)
-            raise
-        except BaseException:
-            self.cancel()
-            raise
-        self._texts.append(piece.text)
-        if piece.finish_reason:
-            self._finish()
-        return piece
-
-    def text(self) -> str:
-        """Runs to the end and returns the whole text."""
-        for _ in self:
-            pass
-        return "".join(self._texts)
-
-    def cancel(self) -> None:
-        """Ends the reply; may be called at any time, and twice. A reply without any token leaves no turn."""
-        if not self._done:
-            self._generation.cancel()
-            self._finish()
-
-    @property
-    def timings(self) -> Timings:
-        return self._generation.timings
-
-    def _finish(self) -> None:
-        self._done = True
-        g, draft = self._generation, self._draft
-        draft.text = "".join(self._texts)
-        draft.token_ids = tuple(g.token_ids)
-        draft.finish_reason = g.finish_reason
-        draft.timings = g.timings
-        draft.kv = g.sequence
-        self.turn = draft if g.token_ids else None
-        self._session._settle(self.turn)
-
-    def __enter__(self) -> Reply:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        self.cancel()
+    token_id: int
+    text: str
+    logprob: float
+    chosen: bool
 
 
-class Session:
+class Session(Growing):
     """A conversation, or a story, that can be walked.
 
-    Made by `Model.session`. `say` answers messages through the chat template, `tell` continues a text; a session does
-    the one or the other. One reply is made at a time.
+    Made by `Model.session` and `Workspace.session`. `say` answers messages through the chat template, `tell` continues
+    a text; a session does the one or the other. One reply is made at a time, or several of one `branch`. Verbs that
+    begin a reply take `wait`: False raises SessionBusy while another reply is being made, True waits for its end, a
+    number waits so many seconds. Callers that wait get their turn in the order they came.
 
     Attributes:
         id: its name.
+        tenant: its owner; K and V are shared with sessions of the same owner only.
         head: the turn that the next one follows.
         params: sampling settings of turns that bring none.
+        system: system message of a chat.
+        policy: what happens when the context is full.
     """
-
-    def __init__(
-        self,
-        host: Host,
-        *,
-        id: str | None = None,
-        system: str | None = None,
-        params: SamplingParams | None = None,
-        base: Turn | None = None,
-    ) -> None:
-        self.id = uuid.uuid4().hex if id is None else id
-        self.params = params or SamplingParams()
-        self._host = host
-        self._system = system
-        self._root = base if base is not None else Turn(parent=None, number=0)
-        self._root.forks.add(self)
-        self.head = self._root
-        self._turns: list[Turn] = []  # made here, oldest first
-        self._undone: list[Turn] = []  # heads that rollback left, for redo
-        self._running: weakref.ref[Reply] | None = None
-        self._lock = threading.RLock()
 
     # ---- Going on ---------------------------------------------------------------------------------------------------
 
-    def say(self, text: str, params: SamplingParams | None = None) -> Reply:
+    def say(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        wait: bool | float = False,
+        timeout: float | None = None,
+    ) -> Reply:
         """Answers a message.
 
         Args:
             text: the user's message.
             params: sampling settings of this turn; None takes the session's.
+            wait: for the end of another reply; see the class.
+            timeout: seconds until the answer ends by itself, with reason "timeout".
 
         Returns:
             A stream of pieces; the turn stands in the tree behind the last one.
@@ -142,11 +78,18 @@ class Session:
             ContextOverflow: the conversation does not fit; carries both numbers, and nothing has changed.
             InvalidArgument: the session tells a story.
             TemplateError: the model has no chat template, or it refuses.
+            EngineBusy: too many requests wait already.
         """
-        return self._say(self.head, text, params)
+        return self._go(lambda: self._next(self.head, text, params, chat=True), wait, timeout)[0]
 
     def tell(
-        self, n_tokens: int | None = None, *, prompt: str | None = None, params: SamplingParams | None = None
+        self,
+        n_tokens: int | None = None,
+        *,
+        prompt: str | None = None,
+        params: SamplingParams | None = None,
+        wait: bool | float = False,
+        timeout: float | None = None,
     ) -> Reply:
         """Continues the story.
 
@@ -154,243 +97,215 @@ class Session:
             n_tokens: tokens at most; None leaves it to `params`.
             prompt: text to add before going on; the beginning needs some.
             params: sampling settings of this turn; None takes the session's.
+            wait, timeout: as `say`.
 
         Raises:
-            SessionBusy, ContextOverflow: as `say`.
+            SessionBusy, ContextOverflow, EngineBusy: as `say`.
             InvalidArgument: the session is a chat, or there is no text to continue.
         """
-        return self._tell(self.head, prompt or "", self._limited(params, n_tokens))
+        chosen = params or self.params
+        chosen = chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens)
+        return self._go(lambda: self._next(self.head, prompt or "", chosen, chat=False), wait, timeout)[0]
 
-    def regenerate(self, params: SamplingParams | None = None) -> Reply:
+    def regenerate(self, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
         """Answers the head's prompt again, as a sibling of the head: with `params`, or the settings of before and a new
         seed."""
-        turn = self._made(self.head)
-        return self._again(turn, turn.prompt, params or replace(self._params(turn), seed=None))
 
-    def edit(self, turn: int | Turn, text: str, params: SamplingParams | None = None) -> Reply:
+        def plan() -> Plan:
+            turn = self._made(self.head)
+            return self._again(turn, turn.prompt, params or replace(self._params(turn), seed=None))
+
+        return self._go(plan, wait)[0]
+
+    def edit(
+        self, turn: int | Turn, text: str, params: SamplingParams | None = None, *, wait: bool | float = False
+    ) -> Reply:
         """Says something else in place of a turn's prompt, as its sibling."""
-        found = self._made(self._find(turn))
-        return self._again(found, text, params or replace(self._params(found), seed=None))
 
-    def replay(self, turn: int | Turn, params: SamplingParams | None = None) -> Reply:
+        def plan() -> Plan:
+            found = self._made(self._find(turn))
+            return self._again(found, text, params or replace(self._params(found), seed=None))
+
+        return self._go(plan, wait)[0]
+
+    def replay(self, turn: int | Turn, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
         """Does a turn again from its parent: the same tokens with the same settings, or others with `params`."""
-        found = self._made(self._find(turn))
-        return self._again(found, found.prompt, params or self._params(found))
 
-    def _again(self, turn: Turn, prompt: str, params: SamplingParams) -> Reply:
-        assert turn.parent is not None
-        make = self._say if turn.chat else self._tell
-        return make(turn.parent, prompt, params)
+        def plan() -> Plan:
+            found = self._made(self._find(turn))
+            if found.n_begun:
+                return self._from_inside(found, list(found.token_ids[: found.n_begun]), params or self._params(found))
+            return self._again(found, found.prompt, params or self._params(found))
+
+        return self._go(plan, wait)[0]
+
+    def continue_(
+        self, n_tokens: int | None = None, *, params: SamplingParams | None = None, wait: bool | float = False
+    ) -> Reply:
+        """Goes on where the head's answer stopped, as a sibling of it that begins with the same tokens.
+
+        With the settings of before this gives what would have come next. The head stays as it is.
+
+        Args:
+            n_tokens: further tokens at most; None leaves it to `params`.
+            params: sampling settings; None takes the head's.
+            wait: as `say`.
+        """
+
+        def plan() -> Plan:
+            turn = self._made(self.head)
+            chosen = params or self._params(turn)
+            ended = turn.token_ids[-1] in self._host.engine.tokenizer.eos_ids
+            begun = list(turn.token_ids[:-1] if ended else turn.token_ids)
+            return self._from_inside(turn, begun, chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens))
+
+        return self._go(plan, wait)[0]
+
+    def fork_at(
+        self,
+        turn: int | Turn,
+        position: int,
+        token: int,
+        params: SamplingParams | None = None,
+        *,
+        wait: bool | float = False,
+    ) -> Reply:
+        """Takes another token at a place of an answer and goes on from there, as a sibling of the turn.
+
+        Args:
+            turn: whose answer.
+            position: of the token in the answer, from 0; its length appends one.
+            token: id to put there, see `alternatives`.
+            params: sampling settings; None takes the turn's.
+            wait: as `say`.
+
+        Raises:
+            InvalidArgument: no such turn, place or token.
+        """
+
+        def plan() -> Plan:
+            found = self._made(self._find(turn))
+            self._check_place(found, position)
+            begun = [*found.token_ids[:position], *self._host.engine.runner.token_ids([token]).tolist()]
+            return self._from_inside(found, begun, params or self._params(found))
+
+        return self._go(plan, wait)[0]
+
+    def branch(
+        self, n: int, text: str | None = None, params: SamplingParams | None = None, *, wait: bool | float = False
+    ) -> list[Reply]:
+        """n alternatives of the next turn, made side by side; the head stays where it is until one is chosen by
+        `rollback`.
+
+        Args:
+            n: 1 .. 32.
+            text: the message they answer, or text a story goes on with. None for more answers to the head's message,
+                or for the story as it is.
+            params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's.
+            wait: as `say`.
+
+        Raises:
+            as `say`; InvalidArgument: n is out of its range.
+        """
+        if type(n) is not int or not 1 <= n <= MAX_BRANCHES:
+            raise InvalidArgument(f"n is {n!r}, must be a whole number in 1 .. {MAX_BRANCHES}")
+
+        def plan() -> Plan:
+            head, chosen = self.head, params or self.params
+            if head.number and head.chat and text is None:
+                return self._again(head, head.prompt, chosen)
+            return self._next(head, text or "", chosen, chat=head.chat if head.number else text is not None)
+
+        return self._go(plan, wait, n=n)
+
+    def alternatives(self, turn: int | Turn, position: int, n: int = 10) -> list[Alternative]:
+        """The likeliest tokens at a place of an answer, best first; nothing of the prompt is computed again.
+
+        Args:
+            turn: whose answer.
+            position: in the answer, from 0; its length for what could come next.
+            n: 1 .. 20.
+
+        Raises:
+            InvalidArgument: no such turn or place.
+        """
+        with self._lock:
+            found = self._made(self._find(turn))
+            self._check_place(found, position)
+            engine = self._host.engine
+            begun = found.token_ids[:position]
+            prompt = found.ids()[: found.n_ids - len(found.token_ids)]
+            sequence = found.fork_kv(len(prompt) + position - 1, engine.cache)
+            one = SamplingParams(temperature=0.0, max_tokens=1, n_logprobs=n)
+            generation = self._generation(prompt, one, found.chat, begun, sequence)
+        piece = next(generation)
+        there = found.token_ids[position] if position < len(found.token_ids) else None
+        return [
+            Alternative(token, engine.tokenizer.decode([token], skip_special=False), logprob, token == there)
+            for token, logprob in piece.top_logprobs
+        ]
 
     # ---- Walking ----------------------------------------------------------------------------------------------------
 
-    def rollback(self, turn: int | Turn = 1, *, prune: bool = False) -> Turn:
-        """Makes an earlier turn the head. A reply being made is stopped first and stays as a partial turn.
-
-        Args:
-            turn: a turn of this tree, or the number of one on the path to the head; 0 is the empty start.
-            prune: also delete the turns behind it, with their K and V.
-
-        Returns:
-            The new head. Nothing is computed; the time does not depend on the length.
-
-        Raises:
-            InvalidArgument: no such turn.
-        """
-        with self._lock:
-            target = self._find(turn)
-            self.stop()
-            if target is not self.head:
-                self._undone.append(self.head)
-            self.head = target
-            if prune:
-                self._drop([t for t in self._turns if t is not target and target in t.lineage()])
-            return target
-
     def stop(self) -> None:
-        """Stops the reply that is being made, if there is one; what was said so far stays as a partial turn."""
+        """Stops the replies that are being made; what was read of them so far stays, as partial turns."""
         with self._lock:
-            reply = self._running() if self._running else None
-            if reply is not None:
+            self._collect()
+            for reply in list(self._running):
                 reply.cancel()
-
-    def redo(self) -> Turn:
-        """Takes the last rollback back.
-
-        Raises:
-            InvalidArgument: there was none, or a turn was made since.
-        """
-        with self._lock:
-            if not self._undone:
-                raise InvalidArgument("there is nothing to redo: no rollback since the last turn")
-            self.head = self._undone.pop()
-            return self.head
-
-    @contextmanager
-    def at(self, turn: int | Turn) -> Iterator[Session]:
-        """Makes a turn the head for a `with` block."""
-        with self._lock:
-            before, undone = self.head, list(self._undone)
-            self.rollback(turn)
-        try:
-            yield self
-        finally:
-            with self._lock:
-                self.rollback(before)
-                self._undone = undone
 
     def fork(self, turn: int | Turn | None = None, *, id: str | None = None) -> Session:
         """A new session that shares this one's past up to a turn (None: the head) and goes on alone."""
         with self._lock:
             base = self.head if turn is None else self._find(turn)
-            return Session(self._host, id=id, system=self._system, params=self.params, base=base)
+            fork = Session(
+                self._host,
+                id=id,
+                tenant=self.tenant,
+                system=self.system,
+                params=self.params,
+                policy=self.policy,
+                base=base,
+                keeper=self._keeper,
+            )
+            if self._keeper is not None:
+                self._keeper.opened(fork)
+            return fork
 
     def tag(self, turn: int | Turn, name: str) -> None:
         """Gives a turn a name."""
-        if not name:
-            raise InvalidArgument("the tag is empty")
-        self._find(turn).tags.add(name)
+        super().tag(turn, name)
+        self._tags_changed(self._find(turn))
+
+    def untag(self, turn: int | Turn, name: str) -> None:
+        """Takes a name away; nothing happens if the turn does not have it."""
+        super().untag(turn, name)
+        self._tags_changed(self._find(turn))
 
     def delete(self) -> int:
         """Forgets every turn made here, but for what forks go on from, and returns the bytes of K and V set free."""
         with self._lock:
             self.stop()
-            pool = self._host.engine.runner.pool
-            before = pool.n_free
+            pool = self._host.engine.runner.pool if self._host.is_loaded else None
+            before = pool.n_free if pool is not None else 0
             self._root.forks.discard(self)
+            if self._keeper is not None:
+                self._keeper.deleted(self, self._turns)
+                self._keeper = None
             self._drop(self._turns)
-            self._root = self.head = Turn(parent=None, number=0)
-            self._root.forks.add(self)
-            return (pool.n_free - before) * pool.page_bytes
-
-    def _drop(self, turns: list[Turn]) -> None:
-        """Takes turns out of the tree and gives back their K and V, but for those that live on in a fork."""
-        needed = {past for turn in turns if turn.forks for past in turn.lineage()}
-        for turn in turns:
-            if turn not in needed and turn.kv is not None:
-                turn.kv.close()
-        gone = set(turns)
-        self._turns = [turn for turn in self._turns if turn not in gone]
-        self._undone = []
+            self._root = self.head = START
+            return (pool.n_free - before) * pool.page_bytes if pool is not None else 0
 
     # ---- Looking ----------------------------------------------------------------------------------------------------
 
     @property
-    def turns(self) -> list[Turn]:
-        """Every turn of the tree: the past that was forked from, then those made here, oldest first."""
-        past = [turn for turn in self._root.lineage() if turn.number > 0]
-        return [*reversed(past), *self._turns]
-
-    @property
-    def path(self) -> list[Turn]:
-        """The turns from the first to the head."""
-        return [turn for turn in self.head.lineage() if turn.number > 0][::-1]
-
-    def children(self, turn: Turn) -> list[Turn]:
-        """The turns that follow a turn, oldest first."""
-        return [child for child in self.turns if child.parent is turn]
-
-    @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation on the path, as `Model.chat` takes it."""
-        return self._messages(self.head)
+        return messages_of(self.system, self.path)
 
-    def diff(self, a: int | Turn, b: int | Turn) -> tuple[list[Turn], list[Turn]]:
-        """The turns that only lead to `a`, and those that only lead to `b`, in order."""
-        first, second = self._find(a), self._find(b)
-        in_first, in_second = set(first.lineage()), set(second.lineage())
-        return (
-            [turn for turn in first.lineage() if turn not in in_second][::-1],
-            [turn for turn in second.lineage() if turn not in in_first][::-1],
-        )
-
-    # ---- Inside -----------------------------------------------------------------------------------------------------
-
-    def _say(self, parent: Turn, text: str, params: SamplingParams | None) -> Reply:
-        if parent.number and not parent.chat:
-            raise InvalidArgument("this session tells a story; say() needs a session of its own")
-        messages = [*self._messages(parent), {"role": "user", "content": text}]
+    @property
+    def is_busy(self) -> bool:
+        """Whether a reply is being made."""
         with self._lock:
-            self._check_free()
-            past = parent.ids()
-            ids = encode_next(self._host.engine.tokenizer, self._host.template(), messages, past)
-            return self._start(parent, past, text, ids, params or self.params, continues=False)
-
-    def _tell(self, parent: Turn, text: str, params: SamplingParams | None) -> Reply:
-        if parent.number and parent.chat:
-            raise InvalidArgument("this session is a chat; tell() needs a session of its own")
-        tokenizer = self._host.engine.tokenizer
-        with self._lock:
-            self._check_free()
-            past = parent.ids()
-            ended = bool(past) and past[-1] in tokenizer.eos_ids
-            story = past[:-1] if ended else past  # it goes on behind its end
-            new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not story else []
-            if not story and not new:
-                raise InvalidArgument("there is no text to continue: give a prompt")
-            return self._start(parent, past, text, story + new, params or self.params, continues=True)
-
-    def _start(
-        self, parent: Turn, past: list[int], prompt: str, ids: list[int], params: SamplingParams, *, continues: bool
-    ) -> Reply:
-        """Begins a reply to `ids`, behind as much of the parent's ids `past` as they begin with."""
-        kept = next((i for i, (a, b) in enumerate(zip(past, ids, strict=False)) if a != b), min(len(past), len(ids)))
-        engine = self._host.engine
-        sequence = parent.fork_kv(min(kept, len(ids) - 1), engine.cache) or engine.runner.sequence()
-        generation = Generation(engine, ids, params, continues=continues, sequence=sequence)
-        draft = Turn(
-            parent=parent,
-            number=parent.number + 1,
-            chat=not continues,
-            prompt=prompt,
-            kept=kept,
-            prompt_ids=tuple(ids[kept:]),
-            params=replace(params, seed=generation.seed),
-        )
-        reply = Reply(self, generation, draft)
-        self._running = weakref.ref(reply)
-        return reply
-
-    def _settle(self, turn: Turn | None) -> None:
-        """A reply has ended: its turn becomes the head."""
-        with self._lock:
-            self._running = None
-            if turn is not None:
-                if turn.kv is not None:
-                    self._host.engine.cache.keep(turn.kv)
-                self._turns.append(turn)
-                self.head, self._undone = turn, []
-
-    def _check_free(self) -> None:
-        if self._running is not None and self._running() is not None:
-            raise SessionBusy(f"session {self.id} is making another reply; stop() ends it")
-
-    def _limited(self, params: SamplingParams | None, n_tokens: int | None) -> SamplingParams:
-        chosen = params or self.params
-        return chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens)
-
-    def _params(self, turn: Turn) -> SamplingParams:
-        return turn.params or self.params
-
-    def _find(self, turn: int | Turn) -> Turn:
-        """A turn of this tree: itself, or by its number on the path."""
-        if isinstance(turn, Turn):
-            if any(turn is known for known in (*self._root.lineage(), *self._turns)):
-                return turn
-            raise InvalidArgument(f"{turn!r} is no turn of session {self.id}")
-        for known in self.head.lineage():
-            if known.number == turn:
-                return known
-        raise InvalidArgument(f"there is no turn {turn} on the path, which has 0 .. {self.head.number}")
-
-    def _made(self, turn: Turn) -> Turn:
-        """The turn, if it holds words; the empty start has none to make again."""
-        if turn.parent is None:
-            raise InvalidArgument("nothing was said yet: turn 0 is the empty start")
-        return turn
-
-    def _messages(self, turn: Turn) -> list[dict[str, str]]:
-        messages = [{"role": "system", "content": self._system}] if self._system else []
-        for past in [t for t in turn.lineage() if t.number > 0][::-1]:
-            messages += [{"role": "user", "content": past.prompt}, {"role": "assistant", "content": past.text}]
-        return messages
+            self._collect()
+            return bool(self._running)

@@ -8,6 +8,7 @@ whatever came before.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from fabula.engine.generation import FinishReason, Timings
 from fabula.engine.sampling import SamplingParams
 from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence
+from fabula.sessions.policy import Cut
 
 
 @dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
@@ -24,6 +26,7 @@ class Turn:
     """One exchange, or one piece of a story. Never changes once it is in the tree, its tags aside.
 
     Attributes:
+        id: its name, the same wherever the turn is known.
         parent: the turn before; None for the empty start.
         number: distance from the start: 1 is the first exchange.
         chat: whether prompt and answer went through the chat template.
@@ -32,15 +35,19 @@ class Turn:
         kept: how many ids of the parent's past this turn goes on from: all, unless the template worded the past anew.
         prompt_ids: ids behind those, up to the answer.
         token_ids: ids of the answer as they were drawn, its end token included.
+        n_begun: how many of them were given, not drawn: chosen by hand, or taken over from a partial turn.
         params: sampling settings, with the seed that was used.
         finish_reason: as in `Piece`; "cancelled" marks a partial turn.
         timings: counts and times; prompt tokens reused and computed.
+        cut: what of the past the model did not see; None for nothing.
+        why_recomputed: why K and V of its past were not there; "" if they were.
         created_at: seconds since 1970.
         tags: names the user gave it.
         kv: K and V of its ids, but for the last; shared with the turns around it. A cache: it may be empty.
         forks: sessions that were forked here and are in use.
     """
 
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     parent: Turn | None
     number: int
     chat: bool = False
@@ -49,9 +56,12 @@ class Turn:
     kept: int = 0
     prompt_ids: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
+    n_begun: int = 0
     params: SamplingParams | None = None
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
+    cut: Cut | None = None
+    why_recomputed: str = ""
     created_at: float = field(default_factory=time.time)
     tags: set[str] = field(default_factory=set)
     kv: Sequence | None = None
@@ -68,7 +78,8 @@ class Turn:
         answer, which was drawn but never read."""
         if self.timings is None or self.parent is None:
             return 0
-        return max(0, self.parent.n_ids - 1 - self.timings.reused_tokens)
+        known = self.kept + len(self.prompt_ids) + self.n_begun if self.n_begun else self.parent.n_ids
+        return max(0, min(known - 1, self.timings.prompt_tokens) - self.timings.reused_tokens)
 
     @property
     def n_ids(self) -> int:
@@ -89,12 +100,13 @@ class Turn:
     def fork_kv(self, n_tokens: int, cache: KvCache) -> Sequence | None:
         """The longest beginning of its ids whose K and V a turn of its past holds, `n_tokens` at most; None if there
         is none."""
-        for past in self.lineage():
-            usable = past.kv.usable(n_tokens) if past.kv is not None else 0
-            if usable > 0 and past.kv is not None:
-                cache.touch(past.kv)
-                return past.kv.fork(usable)
-            n_tokens = min(n_tokens, past.kept)
+        with cache.lock:  # or they are given up between looking and taking
+            for past in self.lineage():
+                usable = past.kv.usable(n_tokens) if past.kv is not None else 0
+                if usable > 0 and past.kv is not None:
+                    cache.touch(past.kv)
+                    return past.kv.fork(usable)
+                n_tokens = min(n_tokens, past.kept)
         return None
 
     def lineage(self) -> Iterator[Turn]:
@@ -114,14 +126,20 @@ class Turn:
             "number": self.number,
             "prompt": self.prompt,
             "text": self.text,
+            "id": self.id,
             "finish_reason": self.finish_reason,
             "seed": self.params.seed if self.params else None,
             "prompt_tokens": timings.prompt_tokens if timings else 0,
             "reused": self.reused,
             "recomputed": self.recomputed,
-            "generated": len(self.token_ids),
+            "why_recomputed": self.why_recomputed,
+            "generated": len(self.token_ids) - self.n_begun,
+            "cut": self.cut.to_json() if self.cut else None,
             "first_token_ms": timings.first_token_ms if timings else 0.0,
             "tokens_per_s": timings.tokens_per_s if timings else 0.0,
             "tags": sorted(self.tags),
             "created_at": self.created_at,
         }
+
+
+START = Turn(id="", parent=None, number=0)  # the empty start of every tree

@@ -6,6 +6,7 @@ only those of the template's own scaffolding through (see `text/chat.py`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -212,6 +213,11 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it, None when there is none."""
         return self._backend.token_to_id(token)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that text and ids depend on, 32 hexadecimal digits."""
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
 
     def _known(self, token_id: int) -> int:
         if token_id not in self._tokens:

@@ -1,0 +1,59 @@
+"""Telling two checkpoints apart without reading them twice: a digest over what is read while a model is loaded.
+
+It covers every tensor's name, format and shape, and samples of its bytes, spread evenly. Training changes nearly every
+number of the tensors it touches, so a few of them tell; a checkpoint made on purpose to look like another is not meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.formats.checkpoint import Checkpoint, TensorInfo
+
+SAMPLES, SAMPLE_BYTES = 16, 4096
+
+
+class Fingerprinting:
+    """A checkpoint that takes note of what is read from it; otherwise as the one given.
+
+    Args:
+        checkpoint: to read from.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._digests: dict[str, bytes] = {}
+        self.path: Path = checkpoint.path
+        self.format: str = checkpoint.format
+        self.config: Mapping[str, Any] = checkpoint.config
+        self.metadata: Mapping[str, Any] = checkpoint.metadata
+        self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """Reads one tensor's raw bytes; see `Checkpoint.read`."""
+        raw = self._checkpoint.read(name)
+        info = self.tensors[name]
+        digest = blake2b(f"{name} {info.dtype.name} {info.shape}".encode(), digest_size=16)
+        last = max(0, raw.size - SAMPLE_BYTES)
+        for start in sorted({i * last // (SAMPLES - 1) for i in range(SAMPLES)}):
+            digest.update(raw[start : start + SAMPLE_BYTES].tobytes())
+        self._digests[name] = digest.digest()
+        return raw
+
+    def close(self) -> None:
+        """Closes the files; may be called twice."""
+        self._checkpoint.close()
+
+    @property
+    def digest(self) -> str:
+        """Of every tensor read so far, in 32 hexadecimal digits; the order of reading does not matter."""
+        whole = blake2b(digest_size=16)
+        for name in sorted(self._digests):
+            whole.update(self._digests[name])
+        return whole.hexdigest()

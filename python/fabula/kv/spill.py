@@ -1,0 +1,400 @@
+"""A disk tier for KV pages: files that outlive the process, each one page of one model's KV.
+
+    <folder>/lock                           held (flock) by the one process that uses the folder
+    <folder>/<fingerprint>/manifest.json    format, what the pages were computed from, bytes of a page
+    <folder>/<fingerprint>/a3/a34f...       one page, named by its key: a header, then the bytes as they are in memory
+
+A spilled page is only a cache: what cannot be written is left out and what does not check out is thrown away; both are
+remembered instead of raised. Files come into place whole, by rename, and are not synced: one that a loss of power cut
+short fails its checksum. The index lives in memory, made by one scan when the folder is opened; modification times
+carry the order of use over a restart. Only names of this scheme are ever removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import struct
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly, StoreTooNew
+
+KEY_BYTES = 16
+_FORMAT = 1  # of manifest and page files
+_MAGIC = b"FbKV"
+_HEADER = struct.Struct("<4sIQ16s")  # magic, format, page_bytes, BLAKE2b-128 of key, fingerprint and page
+_MANIFEST = "manifest.json"
+_DRAFT = ".tmp"  # ends the name of a file that is being written
+_HOME = re.compile("[0-9a-f]{32}")
+_PAGE = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}(\.tmp)?")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_TOUCH_NS = 60_000_000_000  # a page's time is renewed at most once a minute
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a page's bytes depend on beside its tokens; pages serve only where all four are equal.
+
+    Attributes:
+        weights, tokenizer: digests.
+        kv: format of K and V, "f32" or "f16".
+        layout: the page layout in words, its version and shape.
+    """
+
+    weights: str
+    tokenizer: str
+    kv: str
+    layout: str
+
+    @property
+    def key(self) -> str:
+        """Digest of all four, 32 hexadecimal digits."""
+        text = json.dumps([self.weights, self.tokenizer, self.kv, self.layout])
+        return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
+
+    def difference(self, other: Fingerprint) -> str:
+        """What differs, in words, `self` being "here" and `other` "there"; "" when nothing does."""
+        parts = {
+            "the weights differ": self.weights != other.weights,
+            "the tokenizers differ": self.tokenizer != other.tokenizer,
+            f"KV is {self.kv} here, {other.kv} there": self.kv != other.kv,
+            f"the page layout is {self.layout} here, {other.layout} there": self.layout != other.layout,
+        }
+        return ", ".join(text for text, differs in parts.items() if differs)
+
+
+class _Manifest(NamedTuple):
+    fingerprint: Fingerprint
+    page_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        return _HEADER.size + self.page_bytes
+
+
+class _PageId(NamedTuple):
+    home: str  # key of the fingerprint
+    key: bytes
+
+
+class SpillFolder:
+    """Pages of one fingerprint in a folder that several fingerprints, but only one process at a time, may use.
+
+    A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes]. Thread-safe; pages are read and written outside the
+    lock. After `close()` nothing is found and nothing is kept.
+
+    Args:
+        folder: made if missing, for this user alone.
+        fingerprint: what the pages are computed from.
+        page_bytes: bytes of a page.
+        budget_bytes: files of pages of all fingerprints together; the least recently used go first.
+
+    Attributes:
+        n_pages: pages of this fingerprint.
+        folder_bytes: files of pages of all fingerprints, what the budget limits.
+        n_damaged: files found damaged, cut, foreign or of an older format, and removed.
+        last_error: the last reason for which a page was not kept or not found where it should be; None before.
+
+    Raises:
+        StoreLocked: another process, or another SpillFolder of this one, uses the folder.
+        StoreReadOnly, StoreFull: the folder cannot be written, or the disk has no room even for the manifest.
+        StoreTooNew: a newer version of Fabula keeps pages in the folder; nothing was changed.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Fingerprint, page_bytes: int, budget_bytes: int) -> None:
+        if page_bytes < 1 or budget_bytes < 0:
+            raise InvalidArgument(f"page_bytes {page_bytes} must be 1 or more, budget_bytes {budget_bytes} 0 or more")
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.page_bytes = page_bytes
+        self.budget_bytes = budget_bytes
+        self.n_damaged = 0
+        self.last_error: StoreError | None = None
+        self._home = fingerprint.key
+        self._file_bytes = _HEADER.size + page_bytes
+        self._manifests = {self._home: _Manifest(fingerprint, page_bytes)}  # of every fingerprint with pages here
+        self._stamps: OrderedDict[_PageId, int] = OrderedDict()  # files' modification times, least recently used first
+        self._writing: set[bytes] = set()
+        self.n_pages = 0
+        self.folder_bytes = 0
+        self._stamp = 0  # the last one given
+        # Re-entrant: the garbage collector may discard a forgotten page in the middle of another call.
+        self._lock = threading.RLock()
+        self._closed = False
+        try:
+            self._lock_file = _take_lock(folder)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.close)
+                self._scan()
+                undo.pop_all()
+        except OSError as error:
+            raise error if isinstance(error, StoreError) else _store_error(folder, error) from None
+
+    def put(self, key: bytes, data: Bytes) -> bool:
+        """Keeps a page; those that were not used for longest make room for it.
+
+        Returns:
+            Whether it was written. False when it is there already, or was refused: then `last_error` says why.
+        """
+        self._check(key, data)
+        with self._lock:
+            if self._closed or key in self._writing or self._use(key) or not self._make_room(self._file_bytes):
+                return False
+            self._writing.add(key)
+            self.folder_bytes += self._file_bytes
+            stamp = self._next_stamp()
+        page = _PageId(self._home, key)
+        path = self._path(page)
+        draft = path.with_name(path.name + _DRAFT)
+        kept = False
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                file.write(self._header(key, data))
+                file.write(data.data)
+                file.flush()
+                os.utime(file.fileno(), ns=(stamp, stamp))
+            with self._lock:
+                if not self._closed:
+                    draft.replace(path)
+                    self._stamps[page] = stamp
+                    self.n_pages += 1
+                    kept = True
+        except OSError as error:
+            self.last_error = _store_error(path, error)
+        finally:
+            with self._lock, contextlib.suppress(OSError):
+                self._writing.discard(key)
+                if not kept:
+                    self.folder_bytes -= self._file_bytes
+                    draft.unlink()
+        return kept
+
+    def get(self, key: bytes, out: Bytes) -> bool:
+        """Reads a page into `out`, whose bytes count only when True is returned.
+
+        Returns:
+            Whether the page is there and whole. One that is not whole is removed.
+        """
+        self._check(key, out)
+        page = _PageId(self._home, key)
+        with self._lock:
+            if not self._use(key):
+                return False
+            stamp = self._stamps[page]
+        path = self._path(page)
+        try:
+            if self._read(path, key, out):
+                return True
+            error: StoreError = StoreCorrupt(f"{path}: not the bytes that were written; removed", path=path)
+        except OSError as cause:
+            error = StoreError(f"cannot read {path}: {cause.strerror or cause}", path=path)
+            if cause.errno not in (errno.ENOENT, errno.EIO):  # too many open files, say: the page is not to blame
+                self.last_error = error
+                return False
+        with self._lock:
+            if self._stamps.get(page) == stamp:  # else another call removed the page, and perhaps put it anew
+                self._forget(page)
+                self.last_error = error
+                self.n_damaged += isinstance(error, StoreCorrupt)
+        return False
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return (self._home, key) in self._stamps
+
+    def discard(self, key: bytes) -> None:
+        """Removes a page if it is there."""
+        with self._lock:
+            self._forget(_PageId(self._home, key))
+
+    def clear(self) -> None:
+        """Removes every page of this fingerprint; those of others stay."""
+        with self._lock:
+            for page in [page for page in self._stamps if page.home == self._home]:
+                self._forget(page)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of this fingerprint's files."""
+        return self.n_pages * self._file_bytes
+
+    def other_fingerprints(self) -> list[Fingerprint]:
+        """Fingerprints of the other pages in the folder, the most recently used first."""
+        with self._lock:
+            homes = dict.fromkeys(page.home for page in reversed(self._stamps))
+            return [self._manifests[home].fingerprint for home in homes if home != self._home]
+
+    def close(self) -> None:
+        """Lets other processes use the folder; may be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._stamps.clear()
+            self.n_pages = 0
+            # Said aloud, since a child that was forked meanwhile holds a copy of the descriptor.
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            self._lock_file.close()
+
+    # ---- Index (the caller holds the lock) and files -----------------------------------------------------------------
+
+    def _path(self, page: _PageId) -> Path:
+        name = page.key.hex()
+        return self.folder / page.home / name[:2] / name
+
+    def _next_stamp(self) -> int:
+        """The time in ns, but later than any given before: the order must survive coarse and corrected clocks."""
+        self._stamp = max(self._stamp + 1, time.time_ns())
+        return self._stamp
+
+    def _use(self, key: bytes) -> bool:
+        """Whether a page is there; makes it the most recently used."""
+        page = _PageId(self._home, key)
+        if page not in self._stamps:
+            return False
+        self._stamps.move_to_end(page)
+        stamp = self._next_stamp()
+        if stamp - self._stamps[page] >= _TOUCH_NS:
+            self._stamps[page] = stamp
+            with contextlib.suppress(OSError):
+                os.utime(self._path(page), ns=(stamp, stamp))
+        return True
+
+    def _make_room(self, n_bytes: int) -> bool:
+        """Removes the least recently used until `n_bytes` more fit the budget; False if they never will."""
+        while self.folder_bytes + n_bytes > self.budget_bytes:
+            if n_bytes > self.budget_bytes or not self._stamps:
+                text = f"{self.folder}: the budget of {self.budget_bytes} bytes has no room for a page of {n_bytes}"
+                self.last_error = StoreFull(text, path=self.folder)
+                return False
+            self._forget(next(iter(self._stamps)))
+        return True
+
+    def _forget(self, page: _PageId) -> None:
+        """Removes a page and its file if it is there."""
+        if self._stamps.pop(page, None) is None:
+            return
+        self.folder_bytes -= self._manifests[page.home].file_bytes
+        self.n_pages -= page.home == self._home
+        try:
+            self._path(page).unlink(missing_ok=True)
+        except OSError as error:
+            self.last_error = _store_error(self._path(page), error)
+
+    def _check(self, key: bytes, page: Bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise InvalidArgument(f"a key has {KEY_BYTES} bytes, this one {len(key)}")
+        if page.dtype != np.uint8 or page.shape != (self.page_bytes,) or not page.flags.c_contiguous:
+            raise InvalidArgument(f"a page is contiguous uint8 [{self.page_bytes}], not {page.dtype} {page.shape}")
+
+    def _header(self, key: bytes, data: Bytes) -> bytes:
+        checksum = hashlib.blake2b(key + self._home.encode("ascii"), digest_size=16)
+        checksum.update(data.data)
+        return _HEADER.pack(_MAGIC, _FORMAT, self.page_bytes, checksum.digest())
+
+    def _read(self, path: Path, key: bytes, out: Bytes) -> bool:
+        """Whether the file is whole and this page's; its bytes are then in `out`."""
+        with path.open("rb") as file:
+            header = file.read(_HEADER.size)
+            whole = file.readinto(out.data) == self.page_bytes and not file.read(1)
+        return whole and header == self._header(key, out)
+
+    def _scan(self) -> None:
+        """Fills the index, removes what is of no use, and makes this fingerprint's folder."""
+        homes = [home for home in self.folder.iterdir() if _HOME.fullmatch(home.name) and home.is_dir()]
+        found: list[tuple[int, _PageId]] = []
+        for home, manifest in [(home, _read_manifest(home)) for home in homes]:
+            own, n_before = self._manifests.get(home.name, manifest), len(found)
+            (home / (_MANIFEST + _DRAFT)).unlink(missing_ok=True)
+            for path in list(home.glob("??/*")):
+                named = _PAGE.fullmatch(f"{path.parent.name}/{path.name}")
+                if not named or not path.is_file():
+                    continue
+                info = path.stat()
+                if not named[2] and manifest and manifest == own and info.st_size == manifest.file_bytes:
+                    found.append((info.st_mtime_ns, _PageId(home.name, bytes.fromhex(path.name))))
+                else:
+                    self.n_damaged += not named[2]  # a draft was left by a process that died; it is no damage
+                    path.unlink()
+            if len(found) == n_before:
+                _remove_empty(home)
+            elif manifest:
+                self._manifests[home.name] = manifest
+        for stamp, page in sorted(found):
+            self._stamps[page] = self._stamp = stamp
+            self.folder_bytes += self._manifests[page.home].file_bytes
+            self.n_pages += page.home == self._home
+        home = self.folder / self._home
+        home.mkdir(mode=0o700, exist_ok=True)
+        if not (home / _MANIFEST).exists():
+            _write_manifest(home, self._manifests[self._home])
+        self._make_room(0)
+
+
+def _store_error(path: Path, error: OSError) -> StoreError:
+    kind = StoreFull if error.errno in _FULL else StoreReadOnly if error.errno in _READ_ONLY else StoreError
+    return kind(f"cannot write {path}: {error.strerror or error}", path=path)
+
+
+def _take_lock(folder: Path) -> IO[bytes]:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreReadOnly(f"cannot write {folder}", path=folder)
+    file = (folder / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        locked = StoreLocked(f"{folder} is in use by another process", path=folder)
+        raise locked if isinstance(error, BlockingIOError) else error from None
+    return file
+
+
+def _remove_empty(home: Path) -> None:
+    """Removes the folder of a fingerprint without pages, as far as nothing else lies in it."""
+    (home / _MANIFEST).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for folder in [*home.iterdir(), home]:
+            folder.rmdir()
+
+
+def _read_manifest(home: Path) -> _Manifest | None:
+    """A fingerprint's manifest; None when it is missing or not as `_write_manifest` left it. Raises StoreTooNew."""
+    try:
+        with (home / _MANIFEST).open("rb") as file:
+            value = json.loads(file.read(65_536))
+        version = value["format"]
+        if type(version) is int and version > _FORMAT:
+            raise StoreTooNew(f"{home} is of format {version}, this version of Fabula reads {_FORMAT}", path=home)
+        manifest = _Manifest(Fingerprint(**value["fingerprint"]), value["page_bytes"])
+        sound = version == _FORMAT and type(manifest.page_bytes) is int and manifest.fingerprint.key == home.name
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return manifest if sound else None
+
+
+def _write_manifest(home: Path, manifest: _Manifest) -> None:
+    fields = {"format": _FORMAT, "fingerprint": asdict(manifest.fingerprint), "page_bytes": manifest.page_bytes}
+    draft = home / (_MANIFEST + _DRAFT)
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(fields, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())  # once a model; a manifest lost with the power would cost every page
+    draft.replace(home / _MANIFEST)

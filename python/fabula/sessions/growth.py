@@ -1,0 +1,297 @@
+"""How a session's tree grows: planning a turn, waiting for one's turn, making the reply, taking the turn in."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakSet
+
+from fabula.engine.generation import Generation
+from fabula.engine.sampling import SamplingParams
+from fabula.errors import InvalidArgument, SessionBusy
+from fabula.kv.pages import Sequence as KvSequence
+from fabula.sessions.host import Host
+from fabula.sessions.keeper import Keeper
+from fabula.sessions.policy import ContextPolicy, Cut
+from fabula.sessions.prompts import Prompt, chat_prompt, common_length, story_prompt
+from fabula.sessions.reply import Reply
+from fabula.sessions.tree import Tree
+from fabula.sessions.turn import Turn
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_POLL_S = 0.05  # how often a caller that waits looks for replies that were forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A turn to be made.
+
+    Attributes:
+        parent: it goes behind.
+        text: what the user said.
+        chat: through the template or not.
+        prompt: ids it goes on from.
+        params: sampling settings.
+        source: turn whose K and V hold most of them.
+        begun: ids the answer begins with.
+    """
+
+    parent: Turn
+    text: str
+    chat: bool
+    prompt: Prompt
+    params: SamplingParams
+    source: Turn
+    begun: list[int]
+
+
+class Growing(Tree):
+    """A tree that grows by answers of a model; what `Session` is built on.
+
+    Args:
+        host: the model.
+        id: its name, 1 .. 128 of A-Z a-z 0-9 . _ -; None makes a random one.
+        tenant: its owner.
+        system: system message of a chat.
+        params: sampling settings of turns that bring none.
+        policy: what happens when the context is full.
+        base: the turn it was forked from; None for an empty start.
+        keeper: where it is kept; None for in memory only.
+        created_at: seconds since 1970; None for now.
+        vocabulary: fingerprint of the tokenizer its ids are of; None for the host's.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        id: str | None = None,
+        tenant: str = "",
+        system: str | None = None,
+        params: SamplingParams | None = None,
+        policy: ContextPolicy | str | None = None,
+        base: Turn | None = None,
+        keeper: Keeper | None = None,
+        created_at: float | None = None,
+        vocabulary: str | None = None,
+    ) -> None:
+        super().__init__(base)
+        if id is not None and (not isinstance(id, str) or not _ID.fullmatch(id)):
+            raise InvalidArgument(f"session id {id!r} must be 1 .. 128 of A-Z a-z 0-9 . _ -")
+        self.id = uuid.uuid4().hex if id is None else id
+        self.tenant = tenant
+        self.params = params or SamplingParams()
+        self.system = system
+        self.policy = ContextPolicy.of(policy)
+        if host.is_loaded:
+            self.policy.visible(host.engine.runner.context)
+        self.created_at = time.time() if created_at is None else created_at
+        self.vocabulary = host.vocabulary if vocabulary is None else vocabulary
+        self._host, self._keeper = host, keeper
+        self._running: WeakSet[Reply] = WeakSet()
+        self._free = threading.Condition(self._lock)
+        self._line: deque[object] = deque()  # callers that wait, in their order
+        self._left: deque[Reply] = deque()  # replies that were forgotten; filled by destructors
+
+    # ---- Planning a turn --------------------------------------------------------------------------------------------
+
+    def _next(self, parent: Turn, text: str, params: SamplingParams | None, *, chat: bool) -> Plan:
+        """A turn behind `parent`."""
+        if parent.number and parent.chat is not chat:
+            kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
+            raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
+        chosen, served = params or self.params, self._host.served
+        engine, policy = served.engine, self.policy
+        if chat:
+            prompt = chat_prompt(engine, served.template(), policy, chosen, parent, self.system, text)
+        else:
+            prompt = story_prompt(engine, policy, chosen, parent, text)
+        return Plan(parent, text, chat, prompt, chosen, parent, [])
+
+    def _again(self, turn: Turn, prompt: str, params: SamplingParams) -> Plan:
+        """A sibling of a turn."""
+        assert turn.parent is not None
+        return self._next(turn.parent, prompt, params, chat=turn.chat)
+
+    def _from_inside(self, turn: Turn, begun: list[int], params: SamplingParams) -> Plan:
+        """A sibling of a turn that has its prompt and begins with `begun`."""
+        assert turn.parent is not None
+        ids = turn.ids()[: turn.n_ids - len(turn.token_ids)]
+        prompt = Prompt(ids, turn.kept, turn.cut)
+        return Plan(turn.parent, turn.prompt, turn.chat, prompt, params, turn, begun)
+
+    def _check_place(self, turn: Turn, position: int) -> None:
+        if type(position) is not int or not 0 <= position <= len(turn.token_ids):
+            raise InvalidArgument(f"position is {position!r}, must be 0 .. {len(turn.token_ids)}")
+
+    def _params(self, turn: Turn) -> SamplingParams:
+        return turn.params or self.params
+
+    # ---- Making it --------------------------------------------------------------------------------------------------
+
+    def _go(
+        self, plan: Callable[[], Plan], wait: bool | float, timeout: float | None = None, *, n: int = 1
+    ) -> list[Reply]:
+        """Begins n replies as planned, once it is this caller's turn."""
+        with self._lock:
+            self._await_turn(wait)
+            self._check_vocabulary()
+            planned = plan()
+            seed = planned.params.seed
+            replies = []
+            try:
+                for i in range(n):
+                    params = planned.params if seed is None else replace(planned.params, seed=(seed + i) % 2**64)
+                    replies.append(self._start(planned, params, timeout, selects=n == 1))
+            except BaseException:
+                for reply in replies:
+                    reply.cancel()
+                raise
+            return replies
+
+    def _check_vocabulary(self) -> None:
+        """Raises InvalidArgument if the model's tokenizer is not the one this session's ids are of."""
+        there = self._host.served.vocabulary
+        if self.vocabulary and there and self.vocabulary != there:
+            raise InvalidArgument(
+                f"session {self.id} was written with another tokenizer than that of {self._host.name}: its token ids "
+                f"mean something else there; export its text, or load the model it was made with"
+            )
+        self.vocabulary = self.vocabulary or there
+
+    def _await_turn(self, wait: bool | float) -> None:
+        """Returns when no reply is being made and nobody came earlier; the lock is held by the caller.
+
+        Raises:
+            SessionBusy: it takes longer than the caller would wait.
+        """
+        end = None if wait is True else time.monotonic() + float(wait)
+        ticket = object()
+        self._line.append(ticket)
+        try:
+            while True:
+                self._collect()
+                if self._line[0] is ticket and not self._running:
+                    return
+                left = _POLL_S if end is None else min(_POLL_S, end - time.monotonic())
+                if left <= 0:
+                    raise SessionBusy(f"session {self.id} is making another reply; stop() ends it, wait=True waits")
+                self._free.wait(left)
+        finally:
+            self._line.remove(ticket)
+            self._free.notify_all()
+
+    def _start(self, plan: Plan, params: SamplingParams, timeout: float | None, *, selects: bool) -> Reply:
+        """Begins a reply behind as much of what is known already as its prompt begins with."""
+        engine, ids = self._host.engine, plan.prompt.ids
+        known = plan.source.ids()
+        reach = min(common_length(known, [*ids, *plan.begun]), len(ids) + len(plan.begun) - 1)
+        sequence = plan.source.fork_kv(reach, engine.cache)
+        generation = self._generation(ids, params, plan.chat, plan.begun, sequence, timeout)
+        draft = Turn(
+            parent=plan.parent,
+            number=plan.parent.number + 1,
+            chat=plan.chat,
+            prompt=plan.text,
+            kept=plan.prompt.kept,
+            prompt_ids=tuple(ids[plan.prompt.kept :]),
+            n_begun=len(plan.begun),
+            params=replace(params, seed=generation.seed),
+            cut=plan.prompt.cut,
+        )
+        reply = Reply(generation, draft, self._settle, self._left.append, selects=selects)
+        self._running.add(reply)
+        if self._keeper is not None:
+            self._keeper.begun(reply, draft, self)
+        return reply
+
+    def _generation(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        chat: bool,
+        begun: Sequence[int],
+        sequence: KvSequence | None,
+        timeout: float | None = None,
+    ) -> Generation:
+        engine = self._host.engine
+        if sequence is None:
+            sequence = engine.runner.sequence(self.policy.visible(engine.runner.context))
+        return Generation(
+            engine,
+            ids,
+            params,
+            continues=not chat,
+            begun=begun,
+            sequence=sequence,
+            salt=self.tenant,
+            timeout=timeout,
+        )
+
+    def _settle(self, reply: Reply, turn: Turn | None) -> None:
+        """A reply has ended: its turn is in the tree, and the head if nobody is to choose between several.
+
+        Raises:
+            StoreError: the turn could not be kept; the session is as it was before.
+        """
+        with self._lock:
+            if reply.is_done:
+                return
+            taken: Turn | None = None
+            try:
+                if turn is not None:
+                    self._complete(turn, reply.generation)
+                if self._keeper is not None:
+                    self._keeper.ended(reply, turn, self)
+                taken = turn
+            finally:
+                reply.close(taken)
+                self._running.discard(reply)
+                if taken is not None:
+                    self._take_in(taken, reply.selects)
+                self._free.notify_all()
+
+    def _take_in(self, turn: Turn, selects: bool) -> None:
+        self._turns.append(turn)
+        if turn.kv is not None:
+            self._host.engine.cache.keep(turn.kv)
+        if selects:
+            self.head, self._undone = turn, []
+
+    def _complete(self, turn: Turn, generation: Generation) -> None:
+        """Fills in what is known at the end."""
+        turn.kv = generation.sequence
+        window = turn.kv.window
+        hidden = window.first_visible(turn.n_ids - 1) - window.n_sinks
+        if hidden > 0:
+            turn.cut = Cut("slide", hidden)
+        if turn.recomputed and turn.parent is not None and turn.kept == turn.parent.n_ids:
+            cold = self._host.served.why_cold
+            turn.why_recomputed = cold or "K and V of the past were given up for others, or not kept"
+        elif turn.recomputed:
+            anew, shorter = "the prompt words the past anew", "the oldest turns were left out"
+            turn.why_recomputed = anew if turn.cut is None else shorter
+
+    def _collect(self) -> None:
+        """Takes in replies that were forgotten before their end."""
+        with self._lock:
+            while self._left:
+                self._left.popleft().cancel()
+
+    def _head_moved(self) -> None:
+        if self._keeper is not None:
+            self._keeper.head_moved(self)
+
+    def _tags_changed(self, turn: Turn) -> None:
+        if self._keeper is not None:
+            self._keeper.tagged(turn)
+
+    def _drop(self, turns: list[Turn]) -> None:
+        if self._keeper is not None and turns:
+            self._keeper.dropped(self, turns)
+        super()._drop(turns)

@@ -1,0 +1,279 @@
+"""Keeping sessions: between trees in memory and rows in a store.
+
+A finished turn is committed before its reply says so. A running one is written from time to time, so that a crash
+leaves it as a partial turn. The head follows without being waited for, in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fabula.engine.generation import Timings
+from fabula.engine.sampling import SamplingParams
+from fabula.errors import StoreCorrupt
+from fabula.sessions.policy import ContextPolicy, Cut
+from fabula.sessions.turn import START, Turn
+from fabula.store.records import SessionRecord, TurnRecord
+from fabula.store.store import Store
+
+if TYPE_CHECKING:
+    from fabula.sessions.growth import Growing
+    from fabula.sessions.reply import Reply
+    from fabula.store.writer import Watch
+
+
+class Keeper:
+    """Keeps every session of a store.
+
+    Args:
+        store: where they are kept.
+
+    Attributes:
+        sessions: those in use, by tenant and id.
+        turns: those in use, by id: sessions that were forked share theirs.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.sessions: weakref.WeakValueDictionary[tuple[str, str], Growing] = weakref.WeakValueDictionary()
+        self.turns: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
+        self.lock = threading.RLock()
+        self._watches: weakref.WeakKeyDictionary[Reply, Watch] = weakref.WeakKeyDictionary()
+
+    # ---- What sessions tell -----------------------------------------------------------------------------------------
+
+    def opened(self, session: Growing) -> None:
+        """A new session: it is in the store when this returns."""
+        with self.lock:
+            self.sessions[session.tenant, session.id] = session
+        self.store.put_session(session_record(session)).result()
+
+    def changed(self, session: Growing) -> None:
+        """Its settings are others."""
+        self.store.put_session(session_record(session)).result()
+
+    def begun(self, reply: Reply, draft: Turn, session: Growing) -> None:
+        """A reply is being made: it is written down from time to time."""
+        made, owner = weakref.ref(reply), weakref.ref(session)
+
+        def snapshot() -> tuple[TurnRecord, SessionRecord] | None:
+            reply, session = made(), owner()
+            if reply is None or session is None or len(reply.generation.token_ids) <= draft.n_begun:
+                return None
+            record = turn_record(reply.draft(), session.id)
+            return dataclasses.replace(record, finish_reason=None), session_record(session)
+
+        self._watches[reply] = self.store.watch(snapshot)
+
+    def ended(self, reply: Reply, turn: Turn | None, session: Growing) -> None:
+        """A reply has ended, with a turn or without: it is committed when this returns.
+
+        Raises:
+            StoreError: it could not be; the store is as it was before.
+        """
+        watch = self._watches.pop(reply, None)
+        if watch is not None:
+            watch.close(discard=turn is None)
+        if turn is None:
+            return
+        head, undone = (turn, []) if reply.selects else (session.head, session._undone)
+        self.store.put_turn(turn_record(turn, session.id), session_record(session, head, undone)).result()
+        self.turns[turn.id] = turn
+
+    def head_moved(self, session: Growing) -> None:
+        """Another turn is the head."""
+        self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._undone))
+
+    def tagged(self, turn: Turn) -> None:
+        """A turn has other tags: they are in the store when this returns."""
+        self.store.put_tags(turn.id, turn.tags).result()
+
+    def dropped(self, session: Growing, turns: list[Turn]) -> None:
+        """Turns are taken out of a session: gone from the store when this returns, but for those that forks need."""
+        needed = self._needed(session, turns)
+        gone = [turn.id for turn in turns if turn not in needed]
+        left = [turn.id for turn in turns if turn in needed]
+        self.store.delete_turns(session_record(session, undone=[]), gone, left).result()
+
+    def deleted(self, session: Growing, turns: list[Turn]) -> None:
+        """A session is deleted: gone from the store when this returns, but for turns that forks need."""
+        needed = self._needed(session, turns)
+        orphans = self._orphans(session)
+        delete = [turn.id for turn in turns if turn not in needed] + orphans
+        orphan = [turn.id for turn in turns if turn in needed]
+        self.store.delete_session(session.tenant, session.id, delete, orphan).result()
+        with self.lock:
+            self.sessions.pop((session.tenant, session.id), None)
+
+    def _needed(self, session: Growing, turns: list[Turn]) -> set[Turn]:
+        """Of these turns, those that another session of the store goes on from."""
+        mine = {turn.id: turn for turn in turns}
+        return {mine[id] for id in self._pasts_of_others(session) if id in mine}
+
+    def _pasts_of_others(self, session: Growing) -> set[str]:
+        """Ids of every turn that sessions forked from somewhere go on from, but this one."""
+        found: set[str] = set()
+        for summary in self.store.sessions(session.tenant):
+            record = summary.record
+            if record.base_id is None or record.id == session.id or record.base_id in found:
+                continue
+            _, turns = self.store.load(record.tenant, record.id)
+            found |= {turn.id for turn in turns if turn.session_id != record.id}
+        return found
+
+    def _orphans(self, session: Growing) -> list[str]:
+        """Turns of deleted sessions that only this one goes on from."""
+        _, turns = self.store.load(session.tenant, session.id)
+        left = [turn.id for turn in turns if turn.session_id is None]
+        others = self._pasts_of_others(session) if left else set()
+        return [id for id in left if id not in others]
+
+    # ---- Coming back ------------------------------------------------------------------------------------------------
+
+    def load(self, tenant: str, id: str) -> tuple[SessionRecord, list[Turn], dict[str, Turn]]:
+        """A session of the store.
+
+        Returns:
+            Its record, the turns it lists itself (oldest first), and every turn that can be reached, by id.
+
+        Raises:
+            InvalidArgument: there is no such session.
+            StoreCorrupt: a row is damaged; names session and turn.
+        """
+        record, turns = self.store.load(tenant, id)
+        known: dict[str, Turn] = {}
+        own: list[Turn] = []
+        with self.lock:
+            for row in turns:
+                turn = self.turns.get(row.id)
+                if turn is None:
+                    turn = self.turns[row.id] = turn_of(row, known.get(row.parent_id or ""))
+                known[row.id] = turn
+                if row.session_id == id:
+                    own.append(turn)
+        return record, own, known
+
+
+# ---- Records --------------------------------------------------------------------------------------------------------
+
+
+def head_ids(head: Turn, undone: list[Turn]) -> tuple[str | None, tuple[str, ...]]:
+    """The head and the heads of redo as the store names them: the empty start has no name but "" among the latter."""
+    return head.id or None, tuple(turn.id for turn in undone)
+
+
+def session_record(session: Growing, head: Turn | None = None, undone: list[Turn] | None = None) -> SessionRecord:
+    """A session as it is kept, with another head if given."""
+    head_id, undone_ids = head_ids(
+        session.head if head is None else head, session._undone if undone is None else undone
+    )
+    host, base = session._host, session._root
+    return SessionRecord(
+        id=session.id,
+        tenant=session.tenant,
+        model=host.name,
+        fingerprint=host.fingerprint,
+        settings={
+            "system": session.system,
+            "params": params_json(session.params),
+            "policy": session.policy.to_json(),
+            "vocabulary": session.vocabulary,
+        },
+        base_id=base.id or None,
+        head_id=head_id,
+        undone=undone_ids,
+        created_at=session.created_at,
+        updated_at=time.time(),
+    )
+
+
+def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
+    """A turn as it is kept."""
+    parent = turn.parent
+    return TurnRecord(
+        id=turn.id,
+        session_id=session_id,
+        parent_id=parent.id or None if parent is not None else None,
+        number=turn.number,
+        chat=turn.chat,
+        prompt=turn.prompt,
+        text=turn.text,
+        kept=turn.kept,
+        prompt_ids=turn.prompt_ids,
+        token_ids=turn.token_ids,
+        params={"sampling": params_json(turn.params or SamplingParams()), "n_begun": turn.n_begun},
+        finish_reason=turn.finish_reason,
+        timings={**dataclasses.asdict(turn.timings), "why_recomputed": turn.why_recomputed} if turn.timings else None,
+        cut=turn.cut.to_json() if turn.cut else None,
+        created_at=turn.created_at,
+        tags=tuple(turn.tags),
+    )
+
+
+def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
+    """The turn of a record; one that was being made when the process died is partial: "cancelled".
+
+    Raises:
+        StoreCorrupt: it does not say what a turn says.
+    """
+    try:
+        timings = dict(record.timings) if record.timings is not None else None
+        why = timings.pop("why_recomputed") if timings else ""
+        return Turn(
+            id=record.id,
+            parent=parent if parent is not None else START,
+            number=record.number,
+            chat=record.chat,
+            prompt=record.prompt,
+            text=record.text,
+            kept=record.kept,
+            prompt_ids=record.prompt_ids,
+            token_ids=record.token_ids,
+            n_begun=record.params["n_begun"],
+            params=params_of(record.params["sampling"]),
+            finish_reason=record.finish_reason or "cancelled",  # type: ignore[arg-type]
+            timings=Timings(**timings) if timings else None,
+            cut=Cut(**record.cut) if record.cut else None,
+            why_recomputed=why,
+            created_at=record.created_at,
+            tags=set(record.tags),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreCorrupt(f"turn {record.id} does not say what a turn says: {error!r}") from None
+
+
+def policy_of(settings: Mapping[str, Any]) -> ContextPolicy:
+    """The context policy among a session's settings."""
+    return ContextPolicy.from_json(settings["policy"])
+
+
+def params_json(params: SamplingParams) -> dict[str, Any]:
+    """Sampling settings as JSON: those that are not the default; -inf as text."""
+    default = SamplingParams()
+    found = {
+        field.name: value
+        for field in dataclasses.fields(params)
+        if (value := getattr(params, field.name)) != getattr(default, field.name)
+    }
+    if "logit_bias" in found:
+        pairs = dict(found["logit_bias"]).items()
+        found["logit_bias"] = [[token, "-inf" if bias == -math.inf else bias] for token, bias in pairs]
+    return found
+
+
+def params_of(value: Mapping[str, Any]) -> SamplingParams:
+    """Sampling settings from JSON.
+
+    Raises:
+        InvalidArgument, TypeError: it says something else.
+    """
+    found = dict(value)
+    if "logit_bias" in found:
+        found["logit_bias"] = {token: float(bias) for token, bias in found["logit_bias"]}
+    return SamplingParams(**found)

@@ -1,0 +1,150 @@
+"""The ids a turn's answer goes on from: the past as it was drawn, what is new, and nothing that does not fit.
+
+With `drop_oldest_turns` a prompt that leaves too little room for an answer is made again without the oldest turns,
+until a quarter of the context is free: so many turns pass before the rest has to be computed anew again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fabula.engine.generation import Engine
+from fabula.engine.sampling import SamplingParams
+from fabula.errors import ContextOverflow, InvalidArgument
+from fabula.sessions.policy import ContextPolicy, Cut
+from fabula.sessions.turn import Turn
+from fabula.text.continuation import encode_next
+from fabula.text.template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What an answer goes on from.
+
+    Attributes:
+        ids: the whole prompt.
+        kept: how many of them are the beginning of the parent's.
+        cut: what was left out.
+    """
+
+    ids: list[int]
+    kept: int
+    cut: Cut | None = None
+
+
+def messages_of(system: str | None, turns: list[Turn], text: str | None = None) -> list[dict[str, str]]:
+    """A conversation as chat templates take it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.text}]
+    return messages if text is None else [*messages, {"role": "user", "content": text}]
+
+
+def chat_prompt(
+    engine: Engine,
+    template: ChatTemplate,
+    policy: ContextPolicy,
+    params: SamplingParams,
+    parent: Turn,
+    system: str | None,
+    text: str,
+) -> Prompt:
+    """The prompt of the next answer of a chat.
+
+    Raises:
+        TemplateError, InvalidArgument: as `encode_chat`.
+        ContextOverflow: it does not fit, whatever may be left out.
+    """
+
+    past, seen = parent.ids(), seen_turns(parent)
+
+    def without(n: int) -> list[int]:
+        """The conversation without its n oldest turns; the other answers stand as they were drawn."""
+        known: list[int] = []
+        turns = seen[n:]
+        for i, turn in enumerate(turns):
+            messages = messages_of(system, turns[:i], turn.prompt)
+            known = [*encode_next(engine.tokenizer, template, messages, known), *turn.token_ids]
+        return encode_next(engine.tokenizer, template, messages_of(system, turns, text), known)
+
+    ids = encode_next(engine.tokenizer, template, messages_of(system, seen, text), past)
+    return _fitted(engine, policy, params, parent, past, ids, without)
+
+
+def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, text: str) -> Prompt:
+    """The prompt of the next piece of a story.
+
+    Raises:
+        InvalidArgument: there is no text to continue.
+        ContextOverflow: it does not fit, whatever may be left out.
+    """
+    tokenizer = engine.tokenizer
+    new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not parent.number else []
+    past, seen = parent.ids(), seen_turns(parent)
+
+    def unended(ids: list[int]) -> list[int]:
+        return ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids  # it goes on behind its end
+
+    def without(n: int) -> list[int]:
+        """The story without its n oldest turns; instead of none at all, as much of the last one's end as fits."""
+        story: list[int] = []
+        for turn in seen[n:] or seen[-1:]:
+            words = tokenizer.encode(turn.prompt, add_bos=False) if turn.prompt else []
+            story = [*unended(story), *words, *turn.token_ids]
+        start, story = tokenizer.encode(""), [*unended(story), *new]
+        room = goal(engine.runner.context, params) - len(start)
+        return [*start, *(story[-room:] if n == len(seen) else story)]
+
+    ids = [*unended(past), *new]
+    if not ids:
+        raise InvalidArgument("there is no text to continue: give a prompt")
+    return _fitted(engine, policy, params, parent, past, ids, without)
+
+
+def seen_turns(parent: Turn) -> list[Turn]:
+    """The turns up to `parent` that its past has not left out, from the first."""
+    first = parent.cut.n_turns if parent.cut is not None else 0
+    return [turn for turn in parent.lineage() if turn.number > first][::-1]
+
+
+def goal(context: int, params: SamplingParams) -> int:
+    """Tokens a prompt may have once something must be left out."""
+    answer = context // 4 if params.max_tokens is None else min(params.max_tokens, context // 2)
+    return context - max(answer, context // 4)
+
+
+def _fitted(
+    engine: Engine,
+    policy: ContextPolicy,
+    params: SamplingParams,
+    parent: Turn,
+    past: list[int],
+    ids: list[int],
+    without: Callable[[int], list[int]],
+) -> Prompt:
+    """The prompt `ids`, or one without some of the oldest turns, as the policy says."""
+    context, n_seen = engine.runner.context, len(seen_turns(parent))
+    drops = policy.name == "drop_oldest_turns"
+    cut = parent.cut if drops else None
+    answer = min(params.max_tokens or 1, context // 4)
+    if drops and len(ids) + answer > context:
+        n_before, n_all = (cut.n_tokens if cut is not None else 0), len(ids)
+        for n in range(1, n_seen + 1):
+            ids = without(n)
+            cut = Cut(policy.name, n_before + max(0, n_all - len(ids)), parent.number - n_seen + n)
+            if len(ids) <= goal(context, params):
+                break
+    if policy.name != "slide" and len(ids) > context:
+        raise ContextOverflow(
+            f"{len(ids)} tokens do not fit the context of {context}", n_tokens=len(ids), context=context
+        )
+    return Prompt(ids, common_length(past, ids), cut)
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

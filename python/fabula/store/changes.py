@@ -1,0 +1,130 @@
+"""The writes, as SQL. Each function runs in a transaction of the caller's, and may run again after a rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+
+import sqlalchemy as sa
+
+from fabula.errors import InvalidArgument
+from fabula.store.reading import find_session
+from fabula.store.records import Row, session_row
+from fabula.store.schema import sessions, tags, turns
+
+_MAX_LIST = 500  # values in one statement
+
+
+def put_session(connection: sa.Connection, row: Row) -> None:
+    """Inserts or updates a session."""
+    _put(connection, sessions, ("tenant", "id"), row)
+
+
+def put_turn(connection: sa.Connection, turn: Row, tags: Sequence[str], session: Row) -> None:
+    """Inserts or updates a turn, its tags and its session."""
+    put_session(connection, session)
+    # A turn stays where it was made: an id that another session or tenant uses is refused by the primary key.
+    _put(connection, turns, ("id", "tenant", "session_id"), turn)
+    _set_tags(connection, turn["id"], tags)
+
+
+def put_tags(connection: sa.Connection, turn_id: str, tags: Sequence[str]) -> None:
+    """Replaces the tags of a turn.
+
+    Raises:
+        InvalidArgument: there is no such turn.
+    """
+    if connection.scalar(sa.select(turns.c.id).where(turns.c.id == turn_id)) is None:
+        raise InvalidArgument(f"there is no turn {turn_id!r} in the store")
+    _set_tags(connection, turn_id, tags)
+
+
+def set_head(
+    connection: sa.Connection, tenant: str, id: str, head_id: str | None, undone: tuple[str, ...], updated_at: float
+) -> None:
+    """Moves the head of a session.
+
+    Raises:
+        InvalidArgument: there is no such session.
+        Damaged: its row is not as it was written.
+    """
+    session = find_session(connection, tenant, id)
+    if session is None:
+        raise InvalidArgument(f"there is no session {id!r}")
+    put_session(connection, session_row(replace(session, head_id=head_id, undone=undone, updated_at=updated_at)))
+
+
+def delete_turns(connection: sa.Connection, session: Row, ids: Iterable[str], orphan: Iterable[str]) -> None:
+    """Deletes turns of a session, whose row goes with it, and leaves other turns of it to sessions forked from them.
+
+    Raises:
+        InvalidArgument: another session begins at one of them.
+    """
+    put_session(connection, session)
+    _leave(connection, session["tenant"], session["id"], orphan)
+    _delete_turns(connection, session["tenant"], session["id"], ids)
+
+
+def delete_session(
+    connection: sa.Connection, tenant: str, id: str, delete: Iterable[str], orphan: Iterable[str]
+) -> None:
+    """Deletes a session and turns, and leaves other turns of it to the sessions forked from them. One that is not there
+    is deleted already.
+
+    Raises:
+        InvalidArgument: another session begins at a turn to delete.
+    """
+    delete = list(delete)
+    _leave(connection, tenant, id, chain(delete, orphan))  # a turn that names the session would keep it from going
+    connection.execute(sa.delete(sessions).where(sessions.c.tenant == tenant, sessions.c.id == id))
+    _delete_turns(connection, tenant, id, delete)
+
+
+def discard_draft(connection: sa.Connection, turn: Row) -> None:
+    """Deletes a turn that came to nothing; a session whose head it was goes back to the turn before."""
+    session = find_session(connection, turn["tenant"], turn["session_id"])
+    if session is not None and session.head_id == turn["id"]:
+        put_session(connection, session_row(replace(session, head_id=turn["parent_id"])))
+    _delete_turns(connection, turn["tenant"], turn["session_id"], [turn["id"]])
+
+
+def _put(connection: sa.Connection, table: sa.Table, key: tuple[str, ...], row: Row) -> None:
+    """Updates the row with the same key, or inserts it."""
+    update = sa.update(table).where(*(table.c[name] == row[name] for name in key)).values(row)
+    if connection.execute(update).rowcount == 0:
+        connection.execute(sa.insert(table), row)
+
+
+def _set_tags(connection: sa.Connection, turn_id: str, names: Sequence[str]) -> None:
+    connection.execute(sa.delete(tags).where(tags.c.turn_id == turn_id))
+    if names:
+        connection.execute(sa.insert(tags), [{"turn_id": turn_id, "tag": name} for name in names])
+
+
+def _leave(connection: sa.Connection, tenant: str, session_id: str, ids: Iterable[str]) -> None:
+    """Turns of a session belong to none."""
+    mine = (turns.c.tenant == tenant, turns.c.session_id == session_id)
+    for some in _batches(ids):
+        connection.execute(sa.update(turns).where(*mine, turns.c.id.in_(some)).values(session_id=None))
+
+
+def _delete_turns(connection: sa.Connection, tenant: str, session_id: str, ids: Iterable[str]) -> None:
+    """Deletes turns that the session lists, or none."""
+    mine = (turns.c.tenant == tenant, sa.or_(turns.c.session_id == session_id, turns.c.session_id.is_(None)))
+    found: list[tuple[int, str]] = []
+    for some in _batches(ids):
+        begun = connection.scalar(sa.select(sessions.c.id).where(sessions.c.base_id.in_(some)).limit(1))
+        if begun is not None:
+            raise InvalidArgument(f"a turn cannot be deleted, as session {begun!r} begins at it")
+        query = sa.select(turns.c.number, turns.c.id).where(*mine, turns.c.id.in_(some))
+        found += [(number, id) for number, id in connection.execute(query)]
+    # Children before parents: a foreign key is checked at the end of each statement.
+    for some in _batches(id for _, id in sorted(found, reverse=True)):
+        connection.execute(sa.delete(turns).where(turns.c.id.in_(some)))
+
+
+def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(ids)
+    while some := list(islice(rest, _MAX_LIST)):
+        yield some

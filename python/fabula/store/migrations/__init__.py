@@ -1,0 +1,1 @@
+"""Schema versions, oldest first in versions/; alembic runs them."""

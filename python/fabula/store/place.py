@@ -1,0 +1,195 @@
+"""Where a store lies: what a path or URL means, the lock of a file, and connections to it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError
+
+from fabula.errors import InvalidArgument, StoreError, StoreLocked
+
+_FILE = "sessions.sqlite3"  # in a folder
+_FILE_SUFFIXES = {".sqlite3", ".sqlite", ".db"}
+_PRAGMAS = """
+    PRAGMA busy_timeout = 5000;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = FULL;
+    PRAGMA foreign_keys = ON;
+    PRAGMA trusted_schema = OFF;
+    PRAGMA cell_size_check = ON;
+    PRAGMA journal_size_limit = 16777216;
+    PRAGMA temp_store = MEMORY;
+"""  # temp_store: nothing that was said goes to the folder of temporary files
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a store lies.
+
+    Attributes:
+        url: for SQLAlchemy.
+        name: the path, or the URL without secrets, for messages.
+        file: SQLite's file; None for a server.
+    """
+
+    url: sa.URL
+    name: str
+    file: Path | None
+
+    def without_secrets(self, message: str) -> str:
+        """A message of somebody else's with the URL's secrets taken out."""
+        secrets = [self.url.password, *(v for k, v in self.url.query.items() if "pass" in k)]
+        for secret in secrets:
+            if secret:
+                message = message.replace(str(secret), "***")
+        return message
+
+
+def find_place(place: str | os.PathLike[str]) -> Place:
+    """What a path or URL means.
+
+    Args:
+        place: a file's path (one that exists, or ends with .sqlite3, .sqlite or .db), a folder's, in which the file is
+            then sessions.sqlite3, or a URL (sqlite:///path, postgresql+psycopg://user:password@host/database).
+
+    Raises:
+        InvalidArgument: a URL that means nothing here.
+    """
+    text = os.fspath(place)
+    if "://" not in text:
+        return _file_place(Path(text))
+    try:
+        url = sa.make_url(text)
+        driver = url.drivername
+    except (ArgumentError, ValueError):
+        raise InvalidArgument(
+            "the store's URL cannot be read; it is not repeated here, as it may hold a password"
+        ) from None
+    if driver in ("sqlite", "sqlite+pysqlite"):
+        if url.query or url.database in (None, "", ":memory:"):
+            raise InvalidArgument("a store in SQLite is a file: sqlite:///path, without a query")
+        return _file_place(Path(str(url.database)))
+    if driver in ("postgresql", "postgresql+psycopg"):
+        shown = url.set(query={}).render_as_string(hide_password=True)
+        return Place(url.set(drivername="postgresql+psycopg"), shown, None)
+    raise InvalidArgument(f"a store cannot lie in {driver}; give a path, sqlite:/// or postgresql+psycopg://")
+
+
+def _file_place(path: Path) -> Place:
+    path = path.absolute()
+    if path.is_dir() or (path.suffix not in _FILE_SUFFIXES and not path.exists()):
+        path /= _FILE
+    return Place(sa.URL.create("sqlite", database=str(path)), str(path), path)
+
+
+def prepare_file(file: Path) -> FileLock:
+    """Makes a database's folder and file, for this user alone, and takes its lock.
+
+    Raises:
+        StoreLocked: another process, or another store of this one, has it.
+        OSError: the system refuses.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(file)
+    try:
+        # Only now, as closing a file gives up every lock of SQLite that this process has on it. SQLite gives the files
+        # beside it the same mode.
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        _fsync_folder(file.parent)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Makes new names in a folder survive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class FileLock:
+    """An exclusive lock on <file>.lock, which the kernel releases when this process ends, however it ends."""
+
+    _held: ClassVar[weakref.WeakSet[FileLock]] = weakref.WeakSet()
+
+    def __init__(self, file: Path) -> None:
+        self._fd = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise StoreLocked(f"{file}: another process uses it, or another store of this one", path=file) from None
+        except OSError:
+            os.close(self._fd)
+            raise
+        self._held.add(self)
+
+    def close(self) -> None:
+        """Releases it, once. In a child made by fork this only closes the child's copy; the lock stays its parent's."""
+        if self in self._held:
+            self._held.discard(self)
+            os.close(self._fd)
+
+    @classmethod
+    def leave_to_parent(cls) -> None:
+        """After fork, in the child: a copy of the lock must not outlive the process that holds it."""
+        for lock in list(cls._held):
+            lock.close()
+
+
+os.register_at_fork(after_in_child=FileLock.leave_to_parent)
+
+
+def make_engine(place: Place) -> sa.Engine:
+    """Connections to a place; none is made yet. Statements' values never stand in messages.
+
+    Raises:
+        StoreError: the database's driver is not installed.
+    """
+    try:
+        engine = sa.create_engine(place.url, hide_parameters=True, pool_pre_ping=place.file is None)
+    except ModuleNotFoundError as error:
+        raise StoreError(
+            f'{place.name}: {error.name} is not installed; `pip install "psycopg[binary]"`', path=place.name
+        ) from None
+    if place.file is not None:
+        sa.event.listen(engine, "connect", _set_up_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def connect(engine: sa.Engine, *, write: bool) -> sa.Connection:
+    """A connection whose transactions write, or see one state of the database from beginning to end."""
+    if engine.dialect.name == "sqlite":
+        return engine.connect().execution_options(sqlite_begin="BEGIN IMMEDIATE" if write else "BEGIN")
+    return engine.connect().execution_options(isolation_level="READ COMMITTED" if write else "REPEATABLE READ")
+
+
+def checkpoint(connection: sa.Connection) -> None:
+    """Moves what SQLite's write-ahead log holds into the database file; does nothing elsewhere."""
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def _set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # transactions begin where SQLAlchemy says, schema changes included
+    # Bytes that are no UTF-8 must reach the checksum, which names their row, instead of failing the whole query.
+    connection.text_factory = lambda data: data.decode(errors="surrogateescape")
+    for pragma in _PRAGMAS.split(";")[:-1]:
+        connection.execute(pragma).fetchall()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))

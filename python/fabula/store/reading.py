@@ -1,0 +1,151 @@
+"""The reads, as SQL. Each function runs in a transaction of the caller's, which sees one state of the database."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from fabula.errors import InvalidArgument
+from fabula.store.records import (
+    Damaged,
+    Row,
+    SessionRecord,
+    SessionSummary,
+    TurnRecord,
+    session_of,
+    turn_of,
+)
+from fabula.store.schema import sessions, tags, turns
+
+
+def find_session(connection: sa.Connection, tenant: str, id: str) -> SessionRecord | None:
+    """A session; None when there is no such.
+
+    Raises:
+        Damaged: its row is not as it was written.
+    """
+    query = sa.select(sessions).where(sessions.c.tenant == tenant, sessions.c.id == id)
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else _session(dict(row))
+
+
+def list_sessions(connection: sa.Connection, tenant: str | None) -> tuple[list[SessionSummary], list[str]]:
+    """Sessions, the one that was changed last first, and what is wrong with those that are damaged."""
+    own = sa.select(sa.func.count()).where(turns.c.tenant == sessions.c.tenant, turns.c.session_id == sessions.c.id)
+    query = sa.select(sessions, own.scalar_subquery().label("n_turns")).order_by(sessions.c.updated_at.desc())
+    if tenant is not None:
+        query = query.where(sessions.c.tenant == tenant)
+    found, problems = [], []
+    for row in connection.execute(query).mappings():
+        columns = dict(row)
+        n_turns = columns.pop("n_turns")
+        try:
+            found.append(SessionSummary(_session(columns), n_turns))
+        except Damaged as damage:
+            problems.append(str(damage))
+    return found, problems
+
+
+def load(connection: sa.Connection, tenant: str, id: str) -> tuple[SessionRecord, list[TurnRecord]]:
+    """A session, and every turn it reaches.
+
+    Raises:
+        InvalidArgument: there is no such session.
+        Damaged: a row of it is not as it was written, or missing.
+    """
+    session = find_session(connection, tenant, id)
+    if session is None:
+        raise InvalidArgument(f"there is no session {id!r}")
+    step = sa.select(turns.c.id, turns.c.parent_id).where(turns.c.tenant == tenant, turns.c.id == session.base_id)
+    # UNION drops what was seen before, so that damaged parents which lead in a circle come to an end.
+    lineage = step.cte("lineage", recursive=True)
+    lineage = lineage.union(sa.select(turns.c.id, turns.c.parent_id).where(turns.c.id == lineage.c.parent_id))
+    belongs = sa.or_(
+        sa.and_(turns.c.tenant == tenant, turns.c.session_id == id),
+        turns.c.id.in_(sa.select(lineage.c.id)),
+    )
+    names: dict[str, list[str]] = defaultdict(list)
+    tagged = sa.select(tags.c.turn_id, tags.c.tag).join(turns, turns.c.id == tags.c.turn_id).where(belongs)
+    for turn_id, tag in connection.execute(tagged):
+        names[turn_id].append(tag)
+    query = sa.select(turns).where(belongs).order_by(turns.c.created_at, turns.c.number)
+    found = []
+    for row in connection.execute(query).mappings():
+        try:
+            found.append(turn_of(dict(row), names[row["id"]]))
+        except Damaged as damage:
+            raise Damaged(f"session {id!r}: turn {row['id']!r} is damaged: {damage}") from None
+    known = {turn.id for turn in found}
+    for role, turn_id in (("base", session.base_id), ("head", session.head_id)):
+        if turn_id is not None and turn_id not in known:
+            raise Damaged(f"session {id!r}: turn {turn_id!r}, its {role}, is missing")
+    return session, _parents_first(session, found)
+
+
+def check(connection: sa.Connection) -> list[str]:
+    """What is wrong with the database, in words: structure, every row's checksum, and turns that are referred to but
+    missing. Reads everything."""
+    problems = []
+    if connection.dialect.name == "sqlite":
+        verdicts = connection.exec_driver_sql("PRAGMA integrity_check").scalars()
+        problems += [f"SQLite: {verdict}" for verdict in verdicts if verdict != "ok"]
+    parents: dict[str, str | None] = {}
+    listed: set[tuple[str, str]] = set()
+    for row in _stream(connection, turns):
+        parents[row["id"]] = row["parent_id"]
+        if row["session_id"] is not None:
+            listed.add((row["tenant"], row["session_id"]))
+        try:
+            turn_of(row, ())
+        except Damaged as damage:
+            problems.append(f"session {row['session_id']!r}: turn {row['id']!r} is damaged: {damage}")
+    problems += [
+        f"turn {id!r}: turn {parent!r} before it is missing"
+        for id, parent in parents.items()
+        if parent is not None and parent not in parents
+    ]
+    for row in _stream(connection, sessions):
+        listed.discard((row["tenant"], row["id"]))
+        try:
+            session = _session(row)
+        except Damaged as damage:
+            problems.append(str(damage))
+            continue
+        for turn_id in {session.base_id, session.head_id, *session.undone} - {None, *parents}:
+            problems.append(f"session {session.id!r}: turn {turn_id!r} is missing")
+    problems += [f"session {id!r} of tenant {tenant!r} has turns, but is missing" for tenant, id in sorted(listed)]
+    return problems
+
+
+def _stream(connection: sa.Connection, table: sa.Table) -> Iterator[Row]:
+    rows = connection.execution_options(yield_per=200).execute(sa.select(table)).mappings()
+    return (dict(row) for row in rows)
+
+
+def _session(row: Row) -> SessionRecord:
+    try:
+        return session_of(row)
+    except Damaged as damage:
+        raise Damaged(f"session {row['id']!r} of tenant {row['tenant']!r} is damaged: {damage}") from None
+
+
+def _parents_first(session: SessionRecord, found: list[TurnRecord]) -> list[TurnRecord]:
+    """Turns in the order given, oldest first, save that a clock which was set back puts no child before its parent."""
+    waiting = {turn.id: turn for turn in found}
+    ordered: dict[str, TurnRecord] = {}
+    for turn in found:
+        path = []
+        step: TurnRecord | None = turn
+        while step is not None and step.id not in ordered:
+            path.append(step)
+            parent_id = step.parent_id
+            # A turn on this path has been taken out of `waiting`, so parents in a circle are found missing.
+            del waiting[step.id]
+            if parent_id is None or parent_id in ordered:
+                break
+            if (step := waiting.get(parent_id)) is None:
+                raise Damaged(f"session {session.id!r}: turn {parent_id!r} before turn {path[-1].id!r} is missing")
+        ordered.update((past.id, past) for past in reversed(path))
+    return list(ordered.values())

@@ -1,0 +1,298 @@
+"""`Workspace`: sessions that stay. A data folder with a store and pages on disk, and the models loaded in this process."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from fabula.engine.sampling import SamplingParams
+from fabula.engine.scheduler import Scheduler
+from fabula.errors import InvalidArgument, StoreError
+from fabula.formats.download import DEFAULT_MODEL
+from fabula.kv.spill import SpillFolder
+from fabula.model import Model
+from fabula.sessions.host import Host, Served
+from fabula.sessions.keeper import Keeper, params_of, policy_of
+from fabula.sessions.policy import ContextPolicy
+from fabula.sessions.session import Session
+from fabula.sessions.turn import START
+from fabula.store import SessionSummary, Store
+
+SPILL_BYTES = 1 << 30
+
+
+def default_folder() -> Path:
+    """Where sessions are kept: $FABULA_DATA, or `fabula` in the user's data folder."""
+    if "FABULA_DATA" in os.environ:
+        return Path(os.environ["FABULA_DATA"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "fabula"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "fabula"
+
+
+class Workspace:
+    """Sessions that outlive the process, and the models they talk to.
+
+    Example:
+        >>> with Workspace() as workspace:
+        ...     session = workspace.session("letters")
+        ...     print(session.say("Where were we?").text())
+
+    One process at a time may use a folder. Models are loaded by `load`, or when a session needs its own; one scheduler
+    runs the requests of all of them.
+
+    Args:
+        folder: of the data; None for the user's, see `default_folder`.
+        store: SQLAlchemy URL of another place for the sessions, such as PostgreSQL; None for a file in the folder.
+        spill_bytes: of pages of K and V on disk, for each model; 0 for none.
+
+    Raises:
+        StoreLocked: another process uses the folder.
+        StoreReadOnly, StoreCorrupt, StoreTooNew, StoreError: it cannot be used; says why.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None = None, *, store: str | None = None, spill_bytes: int = SPILL_BYTES
+    ) -> None:
+        self.folder = default_folder() if folder is None else Path(folder)
+        self._spill_bytes = spill_bytes
+        self._scheduler = Scheduler()
+        self._keeper = Keeper(Store.open(self.folder if store is None else store))
+        self._hosts: dict[str, Host] = {}
+        self._models: dict[str, Model] = {}
+        self._spills: dict[str, SpillFolder] = {}
+        self._options: dict[str, dict[str, Any]] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+
+    # ---- Models -----------------------------------------------------------------------------------------------------
+
+    def load(self, model: str | os.PathLike[str] = DEFAULT_MODEL, *, name: str | None = None, **options: Any) -> Model:
+        """Loads a model, if it is not loaded yet.
+
+        Args:
+            model: as `Model.load` takes it.
+            name: what sessions call it; None for what `model` says.
+            options: as `Model.load` takes them.
+
+        Raises:
+            as `Model.load`.
+        """
+        name = os.fspath(model) if name is None else name
+        with self._lock:
+            self._check_open()
+            if name in self._models:
+                return self._models[name]
+            self._options[name] = {"name_or_path": model, **options}
+            loaded = Model.load(model, scheduler=self._scheduler, **options)
+            try:
+                self._host(name).attach(self._served(name, loaded))
+            except BaseException:
+                loaded.close()
+                raise
+            self._models[name] = loaded
+            return loaded
+
+    def unload(self, name: str) -> None:
+        """Frees a model. Its sessions stay: they load it again when they need it. Replies being made end with an error.
+
+        Raises:
+            InvalidArgument: it is not loaded.
+        """
+        with self._lock:
+            model = self._models.pop(name, None)
+            if model is None:
+                raise InvalidArgument(f"{name} is not loaded; loaded are {', '.join(self._models) or 'none'}")
+            self._hosts[name].detach()
+            model._engine.scheduler.drop(model._runner)
+            model._engine.cache.save_all()
+            model.close()
+            spill = self._spills.pop(name, None)
+            if spill is not None:
+                spill.close()
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The loaded models by name."""
+        with self._lock:
+            return dict(self._models)
+
+    def _served(self, name: str, model: Model) -> Served:
+        """A loaded model for its sessions, with its pages on disk if there is a place for them."""
+        fingerprint, why_cold = model.fingerprint, ""
+        if self._spill_bytes:
+            slug = re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-40:] + "-" + blake2b(name.encode(), digest_size=4).hexdigest()
+            try:
+                spill = SpillFolder(
+                    self.folder / "pages" / slug, fingerprint, model._runner.pool.page_bytes, self._spill_bytes
+                )
+            except StoreError as error:  # sessions do without: K and V can be computed
+                why_cold = f"pages are not kept on disk: {error}"
+            else:
+                self._spills[name] = model._engine.cache.spill = spill
+                others = spill.other_fingerprints()
+                if others and not spill.n_pages:
+                    why_cold = f"the pages on disk are of another model: {fingerprint.difference(others[0])}"
+        return Served(model._engine, model._template, fingerprint.key, fingerprint.tokenizer, why_cold)
+
+    def _host(self, name: str) -> Host:
+        with self._lock:
+            if name not in self._hosts:
+                self._hosts[name] = Host(name, load=lambda: self._load_again(name))
+            return self._hosts[name]
+
+    def _load_again(self, name: str) -> None:
+        options = self._options.get(name, {"name_or_path": name})
+        self.load(options["name_or_path"], name=name, **{k: v for k, v in options.items() if k != "name_or_path"})
+
+    # ---- Sessions ---------------------------------------------------------------------------------------------------
+
+    def session(
+        self,
+        id: str | None = None,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        sampling: SamplingParams | None = None,
+        context_policy: ContextPolicy | str | None = None,
+        tenant: str = "",
+    ) -> Session:
+        """Opens a session, or begins a new one.
+
+        Args:
+            id: its name; None for a new one with a random name.
+            model: name of the model it talks to; None for the only one loaded, or the default.
+            system, sampling, context_policy: of a new session, as `Model.session`; for one that exists they change
+                what is said from now on, where they are given.
+            tenant: its owner; the same id may exist for two.
+
+        Raises:
+            InvalidArgument: a setting out of its range, or the session talks to another model.
+            StoreError, StoreCorrupt: it cannot be read or written.
+        """
+        with self._lock:
+            self._check_open()
+            found = self._find(tenant, id) if id is not None else None
+            if found is not None:
+                self._change(found, model, system, sampling, context_policy)
+                return found
+            host = self._host(model or self._default_model())
+            session = Session(
+                host,
+                id=id,
+                tenant=tenant,
+                system=system,
+                params=sampling,
+                policy=context_policy,
+                keeper=self._keeper,
+            )
+            self._keeper.opened(session)
+            return session
+
+    def open(self, id: str, *, tenant: str = "") -> Session:
+        """Opens a session that exists.
+
+        Raises:
+            InvalidArgument: there is none of that name.
+            StoreCorrupt: it is damaged; names what.
+        """
+        with self._lock:
+            self._check_open()
+            found = self._find(tenant, id)
+            if found is None:
+                raise InvalidArgument(f"there is no session {id!r}")
+            return found
+
+    def sessions(self, tenant: str | None = None) -> list[SessionSummary]:
+        """Sessions, the one changed last first: of a tenant, or all."""
+        return self._keeper.store.sessions(tenant)
+
+    def delete(self, id: str, *, tenant: str = "") -> int:
+        """Deletes a session, and returns the bytes of K and V set free.
+
+        Raises:
+            InvalidArgument: there is none of that name.
+        """
+        return self.open(id, tenant=tenant).delete()
+
+    def _find(self, tenant: str, id: str) -> Session | None:
+        """A session in use, or from the store."""
+        keeper = self._keeper
+        live = keeper.sessions.get((tenant, id))
+        if isinstance(live, Session):
+            return live
+        try:
+            record, own, known = keeper.load(tenant, id)
+        except InvalidArgument:  # there is none
+            return None
+        session = Session(
+            self._host(record.model),
+            id=id,
+            tenant=tenant,
+            system=record.settings["system"],
+            params=params_of(record.settings["params"]),
+            policy=policy_of(record.settings),
+            base=known.get(record.base_id or ""),
+            keeper=keeper,
+            created_at=record.created_at,
+            vocabulary=record.settings["vocabulary"],
+        )
+        session._turns = own
+        session.head = known.get(record.head_id or "", START)
+        session._undone = [known.get(id, START) for id in record.undone]
+        keeper.sessions[tenant, id] = session
+        return session
+
+    def _change(
+        self,
+        session: Session,
+        model: str | None,
+        system: str | None,
+        sampling: SamplingParams | None,
+        policy: ContextPolicy | str | None,
+    ) -> None:
+        if model is not None and model != session._host.name:
+            raise InvalidArgument(f"session {session.id} talks to {session._host.name}, not to {model}")
+        if policy is not None and ContextPolicy.of(policy) != session.policy:
+            raise InvalidArgument(f"session {session.id} has the context policy {session.policy.name} for good")
+        if system is not None and system != session.system and session.turns:
+            raise InvalidArgument(f"session {session.id} has begun with another system message; begin a new session")
+        if (sampling is not None and sampling != session.params) or (system is not None and system != session.system):
+            session.params = sampling or session.params
+            session.system = session.system if system is None else system
+            self._keeper.changed(session)
+
+    def _default_model(self) -> str:
+        if len(self._models) > 1:
+            raise InvalidArgument(f"say which model: {', '.join(self._models)}")
+        return next(iter(self._models), DEFAULT_MODEL)
+
+    # ---- Ends -------------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the workspace is closed")
+
+    def close(self) -> None:
+        """Unloads every model, with pages kept on disk, and closes the store; may be called twice."""
+        with self._lock:
+            for session in list(self._keeper.sessions.values()):
+                if isinstance(session, Session):
+                    with suppress(StoreError):
+                        session.stop()
+            for name in list(self._models):
+                self.unload(name)
+            self._closed = True
+            self._keeper.store.close()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

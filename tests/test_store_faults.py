@@ -1,0 +1,95 @@
+"""The store when disks fail, power is lost and processes are killed: what was acknowledged is there all the same.
+
+More of it than usual: FABULA_TEST_KILLS, rounds of kill -9; FABULA_TEST_FAULT_STRIDE=1, every single write and sync
+made to fail instead of one in so many; FABULA_TEST_POWER, moments at which power is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fabula.store import Store
+
+FAULTS = Path(__file__).parent / "faults"
+sys.path.insert(0, str(FAULTS))
+
+from power import Disk, events  # noqa: E402
+from work import Ledger  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that makes writes fail, to be preloaded."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler (cc)")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, FAULTS / "shim.c"], check=True)
+    return library
+
+
+def run(program: str, *arguments: object, shim: Path | None = None) -> str:
+    """Runs a program of faults/ and returns what it says."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", str(FAULTS / program), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | ({"LD_PRELOAD": str(shim)} if shim else {}),
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert result.stderr == ""
+    return result.stdout
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("error", "mode"),
+    [
+        (errno.ENOSPC, "once"),
+        (errno.EIO, "once"),
+        (errno.ENOSPC, "lasting"),
+        (errno.EDQUOT, "lasting"),
+        (errno.EIO, "lasting"),
+        (0, "short"),
+    ],
+)
+def test_failing_writes_and_syncs(shim: Path, tmp_path: Path, error: int, mode: str) -> None:
+    stride = int(os.environ.get("FABULA_TEST_FAULT_STRIDE", "17"))
+    n_calls = int(run("fail.py", tmp_path, error, mode, stride, shim=shim))
+    assert n_calls > 100, "the work came to its end, and the fault to many of its writes"
+
+
+def test_loss_of_power(shim: Path, tmp_path: Path) -> None:
+    run("record.py", tmp_path / "live", tmp_path / "journal", 40, shim=shim)
+    recorded = list(events((tmp_path / "journal").read_bytes()))
+    assert {event.what for event in recorded} >= set("WTSUN")
+    rng = random.Random(5)
+    cuts = set(rng.sample(range(len(recorded)), int(os.environ.get("FABULA_TEST_POWER", "80"))))
+    disk, ledger = Disk(), Ledger()
+    for at, event in enumerate(recorded):
+        if at in cuts:
+            folder = tmp_path / str(at)
+            folder.mkdir()
+            disk.restore(folder, rng)
+            with Store.open(folder) as store:
+                ledger.verify(store)
+            shutil.rmtree(folder)
+        disk.apply(event)
+        if event.what == "N":
+            ledger.note(event.data.decode())
+    assert len(ledger.kept) == 40 and ledger.gone
+
+
+@pytest.mark.timeout(3000)
+def test_kill_9(tmp_path: Path) -> None:
+    n_rounds = int(os.environ.get("FABULA_TEST_KILLS", "30"))
+    assert int(run("kill.py", tmp_path, n_rounds, 3)) > n_rounds, "what was acknowledged was looked for"
