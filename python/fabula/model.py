@@ -55,6 +55,7 @@ class Model:
         kv: precision of the KV cache.
         threads: threads of every step.
         context: positions a text may have.
+        fingerprint: what K and V of a text depend on beside the text; equal for models that may share them.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Model:
         self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
         self._digest = digest
         self._template = TemplateOf(tokenizer, path)
-        self._host = Host(path.name, Served(self._engine, self._template))
+        self.fingerprint = self._fingerprint()
+        served = Served(self._engine, self._template, self.fingerprint.key, self.fingerprint.tokenizer)
+        self._host = Host(path.name, served)
 
     @classmethod
     def load(
@@ -256,9 +259,15 @@ class Model:
         """
         return Session(self._host, id=id, tenant=tenant, system=system, params=sampling, policy=context_policy)
 
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What K and V of a text depend on beside the text; equal for models that may share them."""
+    def import_(
+        self, data: Mapping[str, Any], *, id: str | None = None, kv: str | os.PathLike[str] | None = None
+    ) -> Session:
+        """A session in memory from what `Session.export` gave; arguments and errors as `Workspace.import_`."""
+        from fabula.sessions.archive import import_session
+
+        return import_session(data, self._host, id=id, kv=kv)
+
+    def _fingerprint(self) -> Fingerprint:
         c = self.config
         return Fingerprint(
             weights=f"{self._digest}-{self.weights}",

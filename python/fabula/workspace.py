@@ -1,4 +1,4 @@
-"""`Workspace`: sessions that stay. A data folder with a store and pages on disk, and the models loaded in this process."""
+"""`Workspace`: sessions that stay. A data folder with a store and pages on disk, and the models of this process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +18,7 @@ from fabula.errors import InvalidArgument, StoreError
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
 from fabula.model import Model
+from fabula.sessions.archive import import_session
 from fabula.sessions.host import Host, Served
 from fabula.sessions.keeper import Keeper, params_of, policy_of
 from fabula.sessions.policy import ContextPolicy
@@ -212,6 +214,34 @@ class Workspace:
     def sessions(self, tenant: str | None = None) -> list[SessionSummary]:
         """Sessions, the one changed last first: of a tenant, or all."""
         return self._keeper.store.sessions(tenant)
+
+    def import_(
+        self,
+        data: Mapping[str, Any],
+        *,
+        id: str | None = None,
+        tenant: str = "",
+        kv: str | os.PathLike[str] | None = None,
+    ) -> Session:
+        """Takes in a session that `Session.export` gave.
+
+        Args:
+            data: JSON data.
+            id: its name; None for the one it had.
+            tenant: its owner.
+            kv: file with its K and V; loads the model.
+
+        Raises:
+            InvalidArgument: there is a session of that name, or the data is damaged; says what.
+            StoreError, StoreCorrupt: it cannot be kept, or K and V are of another model or damaged.
+        """
+        with self._lock:
+            self._check_open()
+            model = data.get("model") if isinstance(data, Mapping) else None
+            host = self._host(model if isinstance(model, str) and model else self._default_model())
+            if kv is not None:
+                _ = host.served  # loads it
+            return import_session(data, host, id=id, tenant=tenant, kv=kv, keeper=self._keeper)
 
     def delete(self, id: str, *, tenant: str = "") -> int:
         """Deletes a session, and returns the bytes of K and V set free.

@@ -7,7 +7,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakSet
 
@@ -153,6 +154,17 @@ class Growing(Tree):
                     reply.cancel()
                 raise
             return replies
+
+    @contextmanager
+    def quiet(self, wait: bool | float = False) -> Iterator[None]:
+        """Holds the session still: no reply is being made, and none begins.
+
+        Raises:
+            SessionBusy: one is, and takes longer than the caller would wait.
+        """
+        with self._lock:
+            self._await_turn(wait)
+            yield
 
     def _check_vocabulary(self) -> None:
         """Raises InvalidArgument if the model's tokenizer is not the one this session's ids are of."""

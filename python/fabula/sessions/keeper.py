@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabula.engine.generation import Timings
 from fabula.engine.sampling import SamplingParams
-from fabula.errors import StoreCorrupt
+from fabula.errors import InvalidArgument, StoreCorrupt
 from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.turn import START, Turn
 from fabula.store.records import SessionRecord, TurnRecord
@@ -53,6 +53,32 @@ class Keeper:
         with self.lock:
             self.sessions[session.tenant, session.id] = session
         self.store.put_session(session_record(session)).result()
+
+    def taken_in(self, session: Growing) -> None:
+        """A session with turns made elsewhere: all of it is in the store when this returns, or nothing.
+
+        Raises:
+            InvalidArgument: there is one of that name.
+            StoreError: it could not be.
+        """
+        with self.lock:
+            if any(summary.record.id == session.id for summary in self.store.sessions(session.tenant)):
+                raise InvalidArgument(f"there is a session {session.id!r} already; give another name")
+            self.sessions[session.tenant, session.id] = session
+        last = session_record(session)
+        first = dataclasses.replace(last, head_id=None, undone=())
+        waits = [self.store.put_session(first)]
+        waits += [self.store.put_turn(turn_record(turn, session.id), first) for turn in session._turns]
+        waits.append(self.store.put_session(last))
+        try:
+            for wait in waits:
+                wait.result()
+        except BaseException:
+            self.sessions.pop((session.tenant, session.id), None)
+            turns = [turn.id for turn in session._turns]
+            self.store.delete_session(session.tenant, session.id, turns).result()
+            raise
+        self.turns.update({turn.id: turn for turn in session._turns})
 
     def changed(self, session: Growing) -> None:
         """Its settings are others."""

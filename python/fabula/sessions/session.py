@@ -6,7 +6,9 @@ turn again, editing it, taking another token at any place: each is a sibling bes
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
@@ -295,6 +297,21 @@ class Session(Growing):
             self._drop(self._turns)
             self._root = self.head = START
             return (pool.n_free - before) * pool.page_bytes if pool is not None else 0
+
+    def export(self, *, kv: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The whole session as JSON data, for `Workspace.import_` or `Model.import_`.
+
+        Args:
+            kv: safetensors file to write K and V to, as far as they are in memory, so that they need not be computed
+                again.
+
+        Raises:
+            SessionBusy: a reply is being made.
+            StoreError: the file cannot be written.
+        """
+        from fabula.sessions.archive import export_session  # which makes sessions
+
+        return export_session(self, kv=kv)
 
     # ---- Looking ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,246 @@
+"""A session as data that can be carried elsewhere: JSON, and on request its K and V as a safetensors file.
+
+The JSON holds what the store holds: every turn with its ids as they were drawn. Full pages of K and V go under the name
+"<turn>/<place>", once each; they are taken in only by a model with the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula._native import PAGE_POSITIONS
+from fabula.errors import InvalidArgument, OutOfMemory, StoreCorrupt, StoreError
+from fabula.kv.pages import HOLE, Sequence
+from fabula.kv.prefix import KeyChain
+from fabula.sessions.keeper import Keeper, params_of, policy_of, session_record, turn_of, turn_record
+from fabula.sessions.session import Session
+from fabula.sessions.turn import START, Turn
+from fabula.store.records import TurnRecord
+
+if TYPE_CHECKING:
+    from fabula.sessions.host import Host
+
+FORMAT, VERSION = "fabula session", 1
+MAX_TURNS = 100_000
+_FIELDS: dict[str, tuple[type, ...]] = {  # of a turn, and what they may hold
+    "id": (str,), "parent_id": (str, type(None)), "number": (int,), "chat": (bool,), "prompt": (str,), "text": (str,),
+    "kept": (int,), "prompt_ids": (list,), "token_ids": (list,), "params": (dict,),
+    "finish_reason": (str, type(None)), "timings": (dict, type(None)), "cut": (dict, type(None)),
+    "created_at": (int, float), "tags": (list,),
+}  # fmt: skip
+
+
+# ---- Out ------------------------------------------------------------------------------------------------------------
+
+
+def export_session(session: Session, *, kv: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """A session as JSON data.
+
+    Args:
+        session: with no reply being made.
+        kv: file to write K and V to, as far as they are in memory; None for none.
+
+    Raises:
+        SessionBusy: a reply is being made.
+        StoreError: the file cannot be written; nothing is left of it.
+    """
+    with session.quiet():
+        turns = session.turns
+        record = session_record(session)
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "id": record.id,
+            "model": record.model,
+            "fingerprint": record.fingerprint,
+            "settings": dict(record.settings),
+            "head": record.head_id,
+            "undone": list(record.undone),
+            "created_at": record.created_at,
+            "turns": [_turn_json(turn) for turn in turns],
+        }
+        if kv is not None:
+            _write_kv(Path(kv), _pages_of(session, turns), record.fingerprint)
+        return data
+
+
+def _turn_json(turn: Turn) -> dict[str, Any]:
+    fields = dataclasses.asdict(turn_record(turn, None))
+    del fields["session_id"]
+    return fields | {name: list(fields[name]) for name in ("prompt_ids", "token_ids", "tags")}
+
+
+def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.uint8]]:
+    """Full pages that turns hold, each once."""
+    pool = session._host.engine.runner.pool
+    pages: dict[str, npt.NDArray[np.uint8]] = {}
+    seen: set[int] = set()
+    with pool.lock:
+        for turn in turns:
+            held = turn.kv.pages[: turn.kv.n_tokens // PAGE_POSITIONS] if turn.kv is not None else []
+            for i, page in enumerate(held):
+                if page != HOLE and page not in seen:
+                    seen.add(page)
+                    pages[f"{turn.id}/{i}"] = pool.native.read(page)
+    return pages
+
+
+def _write_kv(path: Path, pages: Mapping[str, npt.NDArray[np.uint8]], fingerprint: str) -> None:
+    from safetensors.numpy import save_file
+
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        save_file(dict(pages), draft, {"format": FORMAT, "fingerprint": fingerprint})
+        draft.replace(path)
+    except Exception as error:  # safetensors raises its own kind for a full disk
+        draft.unlink(missing_ok=True)
+        raise StoreError(f"{path}: K and V cannot be written: {error}", path=path) from error
+
+
+# ---- In -------------------------------------------------------------------------------------------------------------
+
+
+def import_session(
+    data: Mapping[str, Any],
+    host: Host,
+    *,
+    id: str | None = None,
+    tenant: str = "",
+    kv: str | os.PathLike[str] | None = None,
+    keeper: Keeper | None = None,
+) -> Session:
+    """A session from what `export_session` gave; its turns get new names, so that it may be taken in twice.
+
+    Args:
+        data: JSON data.
+        host: the model it talks to.
+        id: its name; None for the one it had.
+        tenant: its owner.
+        kv: file with K and V; None for none.
+        keeper: where it is kept; None for in memory.
+
+    Raises:
+        InvalidArgument: the data is not an exported session; names the field.
+        StoreError: K and V are of another model, or the session cannot be kept.
+        StoreCorrupt: the file with K and V is damaged.
+    """
+    _check_head(data)
+    turns = _turns_of(data["turns"])
+    named = {"": START} | turns
+    try:
+        settings = data["settings"]
+        session = Session(
+            host,
+            id=data["id"] if id is None else id,
+            tenant=tenant,
+            system=settings["system"],
+            params=params_of(settings["params"]),
+            policy=policy_of(settings),
+            keeper=keeper,
+            created_at=float(data["created_at"]),
+            vocabulary=settings["vocabulary"],
+        )
+        session._turns = list(turns.values())
+        session.head = named[data["head"] or ""]
+        session._undone = [named[name] for name in data["undone"]]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(f"the exported session is damaged: {error!r}") from None
+    if kv is not None:
+        _read_kv(Path(kv), data["turns"], turns, session)
+    if keeper is not None:
+        keeper.taken_in(session)
+    return session
+
+
+def _check_head(data: Mapping[str, Any]) -> None:
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        raise InvalidArgument('this is not an exported session: "format" is missing or something else')
+    if data.get("version") != VERSION:
+        raise InvalidArgument(f"the exported session has version {data.get('version')!r}; this Fabula reads {VERSION}")
+    turns = data.get("turns")
+    if not isinstance(turns, list) or len(turns) > MAX_TURNS:
+        raise InvalidArgument(f'"turns" must be a list of at most {MAX_TURNS}')
+
+
+def _turns_of(rows: list[Any]) -> dict[str, Turn]:
+    """Turns by their former names, parents first."""
+    turns: dict[str, Turn] = {}
+    for i, row in enumerate(rows):
+        where = f"turn {i} of the exported session"
+        if not isinstance(row, dict) or row.keys() != _FIELDS.keys():
+            raise InvalidArgument(f"{where} must have the fields {', '.join(_FIELDS)}")
+        for name, kinds in _FIELDS.items():
+            if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
+                raise InvalidArgument(f"{where}: {name} is {row[name]!r:.80}")
+        for name in ("prompt_ids", "token_ids"):
+            if any(type(token) is not int or not 0 <= token < 1 << 31 for token in row[name]):
+                raise InvalidArgument(f"{where}: {name} holds what is no token id")
+        if any(not isinstance(tag, str) for tag in row["tags"]):
+            raise InvalidArgument(f"{where}: tags must be texts")
+        parent = START if row["parent_id"] is None else turns.get(row["parent_id"])
+        if parent is None or row["id"] in turns or not row["id"]:
+            raise InvalidArgument(f"{where}: its parent does not come before it, or its id comes twice")
+        if row["number"] != parent.number + 1 or not 0 <= row["kept"] <= parent.n_ids or not row["token_ids"]:
+            raise InvalidArgument(f"{where}: its number, kept or token_ids do not follow from its parent")
+        fields = row | {name: tuple(row[name]) for name in ("prompt_ids", "token_ids", "tags")}
+        fields |= {"id": uuid.uuid4().hex, "parent_id": None, "session_id": None}
+        try:
+            turns[row["id"]] = turn_of(TurnRecord(**fields), parent)
+        except StoreCorrupt as error:
+            raise InvalidArgument(f"{where}: {error}") from None
+        if not 0 <= turns[row["id"]].n_begun <= len(row["token_ids"]):
+            raise InvalidArgument(f"{where}: n_begun is out of its range")
+    return turns
+
+
+def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], session: Session) -> None:
+    """Takes in pages; as many as there is room for."""
+    from safetensors import safe_open
+
+    engine, fingerprint = session._host.engine, session._host.fingerprint
+    pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            theirs = (file.metadata() or {}).get("fingerprint")
+            if theirs != fingerprint or not fingerprint:
+                raise StoreError(
+                    f"{path}: K and V were computed by another model, or in another precision; import without them",
+                    path=path,
+                )
+            names = set(file.keys())
+            for row in rows:
+                turn = turns[row["id"]]
+                keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
+                read: list[Sequence] = []  # holds the pages until the turn does
+                for i, key in enumerate(keys):
+                    if f"{row['id']}/{i}" in names and pool.index.page(key) is None:
+                        data = file.get_tensor(f"{row['id']}/{i}")
+                        if data.dtype != np.uint8 or data.shape != (pool.page_bytes,):
+                            raise StoreCorrupt(f"{path}: {row['id']}/{i} is no page of this model", path=path)
+                        (page,) = pool.take(1)
+                        pool.native.write(page, data)
+                        pool.name(page, key)
+                        read.append(Sequence.of(pool, [page]))
+                turn.kv = engine.cache.find(keys, window)
+                if turn.kv is not None:
+                    engine.cache.keep(turn.kv)
+                for sequence in read:
+                    sequence.close()
+    except OutOfMemory:  # the rest is computed when it is needed
+        return
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreCorrupt(f"{path}: K and V cannot be read: {error}", path=path) from error
+    except Exception as error:  # safetensors' own kind
+        raise StoreCorrupt(f"{path}: K and V cannot be read: {error}", path=path) from error
