@@ -181,21 +181,21 @@ class Workspace:
         with self._lock:
             self._check_open()
             found = self._find(tenant, id) if id is not None else None
-            if found is not None:
-                self._change(found, model, system, sampling, context_policy)
-                return found
-            host = self._host(model or self._default_model())
-            session = Session(
-                host,
-                id=id,
-                tenant=tenant,
-                system=system,
-                params=sampling,
-                policy=context_policy,
-                keeper=self._keeper,
-            )
-            self._keeper.opened(session)
-            return session
+            if found is None:
+                session = Session(
+                    self._host(model or self._default_model()),
+                    id=id,
+                    tenant=tenant,
+                    system=system,
+                    params=sampling,
+                    policy=context_policy,
+                    keeper=self._keeper,
+                )
+                self._keeper.opened(session)
+                return session
+        # Without the lock: a session's own lock comes before it, as the session may have to load its model.
+        self._change(found, model, system, sampling, context_policy)
+        return found
 
     def open(self, id: str, *, tenant: str = "") -> Session:
         """Opens a session that exists.
@@ -312,14 +312,17 @@ class Workspace:
     def close(self) -> None:
         """Unloads every model, with pages kept on disk, and closes the store; may be called twice."""
         with self._lock:
-            for session in list(self._keeper.sessions.values()):
-                if isinstance(session, Session):
-                    with suppress(StoreError):
-                        session.stop()
+            if self._closed:
+                return
+            self._closed = True
+            sessions = [session for session in self._keeper.sessions.values() if isinstance(session, Session)]
+        for session in sessions:  # without the lock: one of them may be waiting for it
+            with suppress(StoreError):
+                session.stop()
+        with self._lock:
             for name in list(self._models):
                 self.unload(name)
-            self._closed = True
-            self._keeper.store.close()
+        self._keeper.store.close()
 
     def __enter__(self) -> Workspace:
         return self

@@ -26,7 +26,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
-enum { SLICE = 256 };
+enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
@@ -71,8 +71,11 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
-    for (size_t t = 0; t < n_tokens; t += MAX_TOKENS) {
-        size_t tokens = n_tokens - t < MAX_TOKENS ? n_tokens - t : MAX_TOKENS;
+    size_t tokens;
+    for (size_t t = 0; t < n_tokens; t += tokens) {
+        /* Tiles of nearly the same size: one of 12 and one of 4 would take longer than two of 8. */
+        const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
+        tokens = (rest + n_tiles - 1) / n_tiles;
         size_t step = TILE_PANELS(tokens);
         for (size_t p = 0; p < n_panels; p += step) {
             size_t count = n_panels - p < step ? n_panels - p : step;
@@ -97,7 +100,7 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t pan
  * widened into L1 once and used by all tokens, so that the conversion costs next to nothing. */
 INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
-    if (n_tokens <= MAX_TOKENS) {
+    if (n_tokens <= IN_REGISTERS) {
         gemm_tiles(dtype, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
         return;
     }

@@ -21,23 +21,34 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def clean(text: str) -> str:
+    """Text that cannot steer the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def shorten(text: str, length: int = 40) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(clean(text).split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
 def note(text: str, *, style: str = "dim") -> None:
     """One line for the person, on stderr."""
     from rich.text import Text
 
-    err().print(Text(text.translate(_CONTROLS), style=style))
+    err().print(Text(clean(text), style=style))
 
 
 def complain(text: str) -> None:
     """An error, as one red line on stderr."""
     from rich.text import Text
 
-    err().print(Text("error: ", style="bold red") + Text(text.translate(_CONTROLS), style="not bold red"))
+    err().print(Text("error: ", style="bold red") + Text(clean(text), style="not bold red"))
 
 
 def emit(text: str) -> None:
     """Writes a model's text to stdout at once; a terminal gets no control characters."""
-    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

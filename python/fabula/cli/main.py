@@ -21,6 +21,7 @@ _COMMANDS = {
     "inspect": ("fabula.cli.inspect", "inspect", "Tell what a model file holds, without loading its weights."),
     "pull": ("fabula.cli.pull", "pull", "Bring a model onto this machine."),
     "run": ("fabula.cli.run", "run", "Chat in a terminal; anywhere else tell a short story."),
+    "sessions": ("fabula.cli.sessions", "sessions", "List, show, export, import, delete and check kept conversations."),
     "story": ("fabula.cli.story", "story", "Continue a text."),
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -14,6 +15,8 @@ from fabula.cli.console import FetchProgress, bars
 if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
     from fabula.model import KvName, Model, WeightsName
+    from fabula.sessions.policy import ContextPolicy
+    from fabula.workspace import Workspace
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -50,13 +53,19 @@ class ModelOptions:
     threads: int | None
     context: int | None
 
-    def load(self) -> Model:
-        """Loads the model behind progress bars on stderr."""
+    @property
+    def name(self) -> str:
+        """What kept sessions call the model: a path means the same from every folder."""
+        return str(Path(self.model).resolve()) if Path(self.model).exists() else self.model
+
+    def load(self, workspace: Workspace | None = None) -> Model:
+        """Loads the model behind progress bars on stderr: into a workspace, if there is one."""
         from fabula.model import Model
 
+        load = Model.load if workspace is None else workspace.load
         with bars() as bar:
-            return Model.load(
-                self.model,
+            return load(
+                self.model if workspace is None else self.name,
                 weights=cast("WeightsName", self.weights),
                 kv=cast("KvName", self.kv),
                 threads=self.threads,
@@ -84,6 +93,23 @@ def _number(name: str, field: str, default: float, text: str) -> Callable[[Any],
     return click.option(name, field, type=float, default=default, show_default=True, metavar="X", help=text)
 
 
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "seed", "max_tokens", "stop"),
+)
+
+
+def is_given(name: str) -> bool:
+    """Whether an option of the command that runs stands on its command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def with_given(before: SamplingParams, params: SamplingParams) -> SamplingParams:
+    """The settings a session has, with those of `params` that stand on the command line in their place."""
+    return replace(before, **{name: getattr(params, name) for name in _SAMPLING if is_given(name)})
+
+
 def sampling_options(*, temperature: float, top_p: float, max_tokens: int) -> Callable[[_Function], _Function]:
     """Adds the sampling options with these defaults; the command gets them as `params`, a SamplingParams."""
     options = (
@@ -105,14 +131,9 @@ def sampling_options(*, temperature: float, top_p: float, max_tokens: int) -> Ca
     )  # fmt: skip
 
     def decorate(function: _Function) -> _Function:
-        names = [
-            *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty"),
-            *("presence_penalty", "seed", "max_tokens", "stop"),
-        ]
-
         @functools.wraps(function)
         def command(*args: Any, **given: Any) -> Any:
-            params = sampling_params({name: given.pop(name) for name in names})
+            params = sampling_params({name: given.pop(name) for name in _SAMPLING})
             return function(*args, params=params, **given)
 
         for option in reversed(options):
@@ -129,5 +150,89 @@ def sampling_params(settings: dict[str, Any]) -> SamplingParams:
 
     try:
         return SamplingParams(**settings)
+    except InvalidArgument as error:
+        raise click.UsageError(str(error)) from None
+
+
+data_option = click.option(
+    "--data", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+    help="Folder the conversations are kept in; default: $FABULA_DATA, or one of the user's.",
+)  # fmt: skip
+
+_KEEPING = (
+    data_option,
+    click.option("--no-save", is_flag=True, help="Keep nothing: the conversation ends with the program."),
+    click.option("--session", metavar="NAME", help="Open this one, or begin one of this name."),
+    click.option("--resume", is_flag=True, help="Go on with the one changed last."),
+    click.option(
+        "--context-policy", type=click.Choice(["error", "slide", "drop_oldest_turns"]),
+        help="When the context is full: refuse (the default), see the latest words only, or leave out oldest turns.",
+    ),
+    click.option("--window", type=int, metavar="N", help="Tokens that --context-policy slide sees."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Which session a conversation in the terminal is, where it is kept, and what it does when its context is full.
+
+    Attributes:
+        data: folder; None for the user's.
+        save: whether anything is kept.
+        session: its name; None for a new one.
+        resume: whether the one changed last goes on.
+        policy: None for that of the session, or the default.
+    """
+
+    data: Path | None = None
+    save: bool = True
+    session: str | None = None
+    resume: bool = False
+    policy: ContextPolicy | None = None
+
+    def refuse(self) -> None:
+        """Raises UsageError if a session is asked for where only one answer is given."""
+        if self.session is not None or self.resume or self.policy is not None:
+            raise click.UsageError(
+                "--session, --resume, --context-policy and --window are for a conversation in a terminal"
+            )
+
+
+def keeping_options(function: _Function) -> _Function:
+    """Adds --data, --session and their companions; the command gets them as `keeping`, a Keeping."""
+
+    @functools.wraps(function)
+    def command(
+        *args: Any,
+        data: Path | None,
+        no_save: bool,
+        session: str | None,
+        resume: bool,
+        context_policy: str | None,
+        window: int | None,
+        **rest: Any,
+    ) -> Any:
+        if resume and session is not None:
+            raise click.UsageError("--resume and --session each name a session; give one of them")
+        if no_save and (resume or data is not None):
+            raise click.UsageError("--no-save keeps nothing and finds nothing; leave out --resume and --data")
+        policy = _policy(context_policy, window)
+        return function(*args, keeping=Keeping(data, not no_save, session, resume, policy), **rest)
+
+    for option in reversed(_KEEPING):
+        command = option(command)
+    return cast(_Function, command)
+
+
+def _policy(name: str | None, window: int | None) -> ContextPolicy | None:
+    if window is not None and name != "slide":
+        raise click.UsageError("--window needs --context-policy slide")
+    if name is None:
+        return None
+    from fabula.errors import InvalidArgument
+    from fabula.sessions.policy import ContextPolicy
+
+    try:
+        return replace(ContextPolicy.of(name), window=window)
     except InvalidArgument as error:
         raise click.UsageError(str(error)) from None

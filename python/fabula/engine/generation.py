@@ -17,7 +17,7 @@ from fabula.engine.request import Item, Request
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
-from fabula.errors import EngineError, InvalidArgument
+from fabula.errors import InvalidArgument
 from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.kv.prefix import EVERYTHING, Window
@@ -89,6 +89,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         token_ids: ids read so far, the end token included, behind those of `begun`.
         begun_text: the text of `begun`.
         seed: the seed in use, so that a random answer can be had again.
+        engine: as given.
         finish_reason: None until the end; then as in `Piece`, or "cancelled", or "timeout".
 
     Raises:
@@ -117,7 +118,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
                 runner.token_ids(ids)
         if timeout is not None and not timeout > 0:
             raise InvalidArgument(f"timeout is {timeout!r}, must be seconds above 0")
-        self._engine, self._owned = engine, sequence is None
+        self.engine, self._owned = engine, sequence is None
         sequence = runner.sequence(window) if sequence is None else sequence
         n_known = len(prompt) + len(begun)
         runner.check_room(n_known, sequence.window)
@@ -133,6 +134,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self.prompt_ids: list[int] = prompt.tolist()
         self.token_ids: list[int] = list(begun)
         self.begun_text = decoding.begun_text
+        self._texts: list[str] = [decoding.begun_text]
         self.seed = decoding.params.resolved_seed()
         self.finish_reason: FinishReason | None = None
         self._n_begun = len(begun)
@@ -194,12 +196,13 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
                 return None
             if item.piece is not None:
                 self.token_ids.append(item.piece.token_id)
+                self._texts.append(item.piece.text)
                 self._last = item.at
                 self._first = self._first or item.at
                 was_paused = request.paused
                 request.n_read += 1
                 if was_paused:
-                    self._engine.scheduler.wake()
+                    self.engine.scheduler.wake()
             if item.error is not None:
                 self._finish("cancelled")
                 raise item.error
@@ -221,17 +224,15 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         """The scheduler has let go of the request; what was not read is taken back."""
         self.finish_reason = reason
         sequence = self._request.sequence
-        try:
+        with self.engine.cache.lock:  # or it is given up in between
             sequence.truncate(sequence.usable(len(self.prompt_ids) + len(self.token_ids)))
-        except EngineError:  # its pages were set free with the model
-            return
         if self._owned and sequence.n_tokens:
-            self._engine.cache.keep(sequence, owned=True)
+            self.engine.cache.keep(sequence, owned=True)
 
     def cancel(self) -> None:
         """Ends the generation; may be called at any time, and twice. What was read so far stays."""
         if self.finish_reason is None:
-            self._engine.scheduler.cancel(self._request)
+            self.engine.scheduler.cancel(self._request)
             with self._lock:
                 if self.finish_reason is None:
                     self._finish("cancelled")
@@ -240,7 +241,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         """Lets the engine end it soon, without waiting for it; `cancel` may follow. Safe in a destructor."""
         if self.finish_reason is None:
             self._request.abandoned = True
-            self._engine.scheduler.wake()
+            self.engine.scheduler.wake()
 
     def __del__(self) -> None:
         if hasattr(self, "_request"):
@@ -253,6 +254,11 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self.cancel()
 
     # ---- Results ----------------------------------------------------------------------------------------------------
+
+    def read_so_far(self) -> tuple[tuple[int, ...], str]:
+        """The ids and the text of all that was read, `begun` included, at one moment."""
+        with self._lock:
+            return tuple(self.token_ids), "".join(self._texts)
 
     @property
     def sequence(self) -> KvSequence:

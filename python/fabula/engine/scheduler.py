@@ -171,10 +171,7 @@ class Scheduler:
                 if runner is not None:
                     self._step(runner)
         except BaseException as error:  # every reader learns of it; the next request begins anew
-            with self._start_lock:
-                self._thread = None
-            for request in [*self._running, *self._waiting]:
-                self._finish(request, error=EngineError(f"the engine failed: {error!r}"))
+            self._end(EngineError(f"the engine failed: {error!r}"))
             raise
 
     def _take_commands(self) -> bool:
@@ -194,11 +191,22 @@ class Scheduler:
             elif isinstance(about, threading.Event):
                 about.set()
             elif command == "stop":
-                for request in [*self._running, *self._waiting]:
-                    self._finish(request, "cancelled")
-                with self._start_lock:
-                    self._thread = None
+                self._end(None)
                 return False
+
+    def _end(self, error: EngineError | None) -> None:
+        """Ends everything, also what is still in the inbox; the next request begins a new thread."""
+        with self._start_lock:
+            self._thread = None
+            left = []
+            while not self._inbox.empty():
+                left.append(self._inbox.get()[1])
+        self._waiting += [about for about in left if isinstance(about, Request)]
+        for request in [*self._running, *self._waiting]:
+            self._finish(request, None if error else "cancelled", error)
+        for about in left:
+            if isinstance(about, threading.Event):
+                about.set()
 
     def _end_thread(self) -> bool:
         """Whether the thread may end: nothing came in since it looked."""

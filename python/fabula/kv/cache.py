@@ -77,6 +77,10 @@ class KvCache:
         """Held by whoever looks at several sequences at once."""
         return self._pool.lock
 
+    def owns(self, sequence: Sequence) -> bool:
+        """Whether a sequence's pages are of this cache's pool, not of a model that was unloaded."""
+        return sequence.pool is self._pool
+
     def touch(self, sequence: Sequence) -> None:
         """A kept sequence was used."""
         with self._pool.lock:

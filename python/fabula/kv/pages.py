@@ -195,12 +195,13 @@ class Sequence:
         window: what the text's tokens see.
 
     Attributes:
+        pool: as given.
         n_tokens: positions whose K and V were computed; of those no token to come sees, the pages may be gone.
         window: as given.
     """
 
     def __init__(self, pool: PagePool, window: Window = EVERYTHING) -> None:
-        self._pool = pool
+        self.pool = pool
         self._pages: list[int] = []
         self._hole = 0  # pages from that of the sinks up to here are given back
         self.window = window
@@ -227,16 +228,16 @@ class Sequence:
         """
         first, offset = divmod(self.n_tokens, PAGE_POSITIONS)
         needed = -(-n_tokens // PAGE_POSITIONS)
-        fresh = self._pool.take(max(0, needed - len(self._pages)))
+        fresh = self.pool.take(max(0, needed - len(self._pages)))
         try:
             for i in range(first, min(needed, len(self._pages))):
                 end = min(n_tokens - i * PAGE_POSITIONS, PAGE_POSITIONS)
-                self._pages[i] = self._pool.append_to(self._pages[i], offset if i == first else 0, end)
+                self._pages[i] = self.pool.append_to(self._pages[i], offset if i == first else 0, end)
         except OutOfMemory:
-            self._pool.give_back(fresh)
+            self.pool.give_back(fresh)
             raise
         for i, page in enumerate(fresh, len(self._pages)):
-            self._pool.append_to(page, 0, min(n_tokens - i * PAGE_POSITIONS, PAGE_POSITIONS))
+            self.pool.append_to(page, 0, min(n_tokens - i * PAGE_POSITIONS, PAGE_POSITIONS))
         self._pages += fresh
         return np.asarray(self._pages, np.int32)
 
@@ -246,8 +247,8 @@ class Sequence:
         end = self.window.first_page(n_tokens)
         start = max(first, self._hole)
         if end > start:
-            with self._pool.lock:
-                self._pool.give_back(self._pages[start:end])
+            with self.pool.lock:
+                self.pool.give_back(self._pages[start:end])
                 self._pages[start:end] = [HOLE] * (end - start)
                 self._hole = end
 
@@ -264,14 +265,14 @@ class Sequence:
         Raises:
             InvalidArgument: `n_tokens` is negative or more than is held, or pages it needs were given back.
         """
-        n_tokens = self.n_tokens if n_tokens is None else n_tokens
-        self._check("fork", n_tokens)
-        other = Sequence(self._pool, self.window)
-        with self._pool.lock:
+        other = Sequence(self.pool, self.window)
+        with self.pool.lock:
+            n_tokens = self.n_tokens if n_tokens is None else n_tokens
+            self._check("fork", n_tokens)
             pages = self._pages[: -(-n_tokens // PAGE_POSITIONS)]
-            self._pool.share(pages)
-        other._pages, other.n_tokens = pages, n_tokens
-        other._hole = min(self._hole, len(pages))
+            self.pool.share(pages)
+            other._pages, other.n_tokens = pages, n_tokens
+            other._hole = min(self._hole, len(pages))
         return other
 
     def truncate(self, n_tokens: int) -> None:
@@ -280,10 +281,10 @@ class Sequence:
         Raises:
             InvalidArgument: as `fork`.
         """
-        self._check("truncate", n_tokens)
         keep = -(-n_tokens // PAGE_POSITIONS)
-        with self._pool.lock:
-            self._pool.give_back(self._pages[keep:])
+        with self.pool.lock:
+            self._check("truncate", n_tokens)
+            self.pool.give_back(self._pages[keep:])
             del self._pages[keep:]
             self.n_tokens, self._hole = n_tokens, min(self._hole, keep)
 

@@ -139,6 +139,7 @@ class Growing(Tree):
         self, plan: Callable[[], Plan], wait: bool | float, timeout: float | None = None, *, n: int = 1
     ) -> list[Reply]:
         """Begins n replies as planned, once it is this caller's turn."""
+        _ = self._host.served  # loaded before the lock is taken: whoever unloads it may wait for the lock
         with self._lock:
             self._await_turn(wait)
             self._check_vocabulary()
@@ -265,14 +266,14 @@ class Growing(Tree):
                 reply.close(taken)
                 self._running.discard(reply)
                 if taken is not None:
-                    self._take_in(taken, reply.selects)
+                    self._take_in(taken, reply)
                 self._free.notify_all()
 
-    def _take_in(self, turn: Turn, selects: bool) -> None:
+    def _take_in(self, turn: Turn, reply: Reply) -> None:
         self._turns.append(turn)
         if turn.kv is not None:
-            self._host.engine.cache.keep(turn.kv)
-        if selects:
+            reply.generation.engine.cache.keep(turn.kv)
+        if reply.selects:
             self.head, self._undone = turn, []
 
     def _complete(self, turn: Turn, generation: Generation) -> None:
@@ -283,7 +284,7 @@ class Growing(Tree):
         if hidden > 0:
             turn.cut = Cut("slide", hidden)
         if turn.recomputed and turn.parent is not None and turn.kept == turn.parent.n_ids:
-            cold = self._host.served.why_cold
+            cold = self._host.served.why_cold if self._host.is_loaded else ""
             turn.why_recomputed = cold or "K and V of the past were given up for others, or not kept"
         elif turn.recomputed:
             anew, shorter = "the prompt words the past anew", "the oldest turns were left out"
@@ -299,9 +300,10 @@ class Growing(Tree):
         if self._keeper is not None:
             self._keeper.head_moved(self)
 
-    def _tags_changed(self, turn: Turn) -> None:
+    def _set_tags(self, turn: Turn, tags: set[str]) -> None:
         if self._keeper is not None:
-            self._keeper.tagged(turn)
+            self._keeper.tagged(turn, tags)
+        super()._set_tags(turn, tags)
 
     def _drop(self, turns: list[Turn]) -> None:
         if self._keeper is not None and turns:

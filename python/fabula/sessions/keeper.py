@@ -44,6 +44,7 @@ class Keeper:
         self.sessions: weakref.WeakValueDictionary[tuple[str, str], Growing] = weakref.WeakValueDictionary()
         self.turns: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
         self.lock = threading.RLock()
+        self._drafts: dict[tuple[str, str], set[str]] = {}  # that may be left in the store, by session
         self._watches: weakref.WeakKeyDictionary[Reply, Watch] = weakref.WeakKeyDictionary()
 
     # ---- What sessions tell -----------------------------------------------------------------------------------------
@@ -90,7 +91,9 @@ class Keeper:
 
         def snapshot() -> tuple[TurnRecord, SessionRecord] | None:
             reply, session = made(), owner()
-            if reply is None or session is None or len(reply.generation.token_ids) <= draft.n_begun:
+            if reply is None or session is None:
+                raise ReferenceError("the reply was forgotten")
+            if len(reply.generation.token_ids) <= draft.n_begun:
                 return None
             record = turn_record(reply.draft(), session.id)
             return dataclasses.replace(record, finish_reason=None), session_record(session)
@@ -109,21 +112,27 @@ class Keeper:
         if turn is None:
             return
         head, undone = (turn, []) if reply.selects else (session.head, session._undone)
-        self.store.put_turn(turn_record(turn, session.id), session_record(session, head, undone)).result()
+        try:
+            self.store.put_turn(turn_record(turn, session.id), session_record(session, head, undone)).result()
+        except BaseException:
+            self._drafts.setdefault((session.tenant, session.id), set()).add(turn.id)
+            if watch is not None:
+                watch.close(discard=True)  # a full disk may refuse this too
+            raise
         self.turns[turn.id] = turn
 
     def head_moved(self, session: Growing) -> None:
         """Another turn is the head."""
         self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._undone))
 
-    def tagged(self, turn: Turn) -> None:
-        """A turn has other tags: they are in the store when this returns."""
-        self.store.put_tags(turn.id, turn.tags).result()
+    def tagged(self, turn: Turn, tags: set[str]) -> None:
+        """A turn gets other tags: they are in the store when this returns."""
+        self.store.put_tags(turn.id, tags).result()
 
     def dropped(self, session: Growing, turns: list[Turn]) -> None:
         """Turns are taken out of a session: gone from the store when this returns, but for those that forks need."""
         needed = self._needed(session, turns)
-        gone = [turn.id for turn in turns if turn not in needed]
+        gone = [turn.id for turn in turns if turn not in needed] + self._left_drafts(session)
         left = [turn.id for turn in turns if turn in needed]
         self.store.delete_turns(session_record(session, undone=[]), gone, left).result()
 
@@ -131,11 +140,14 @@ class Keeper:
         """A session is deleted: gone from the store when this returns, but for turns that forks need."""
         needed = self._needed(session, turns)
         orphans = self._orphans(session)
-        delete = [turn.id for turn in turns if turn not in needed] + orphans
+        delete = [turn.id for turn in turns if turn not in needed] + orphans + self._left_drafts(session)
         orphan = [turn.id for turn in turns if turn in needed]
         self.store.delete_session(session.tenant, session.id, delete, orphan).result()
         with self.lock:
             self.sessions.pop((session.tenant, session.id), None)
+
+    def _left_drafts(self, session: Growing) -> list[str]:
+        return list(self._drafts.pop((session.tenant, session.id), ()))
 
     def _needed(self, session: Growing, turns: list[Turn]) -> set[Turn]:
         """Of these turns, those that another session of the store goes on from."""
@@ -172,6 +184,7 @@ class Keeper:
             InvalidArgument: there is no such session.
             StoreCorrupt: a row is damaged; names session and turn.
         """
+        self.store.flush()  # a head that moved may still be on its way
         record, turns = self.store.load(tenant, id)
         known: dict[str, Turn] = {}
         own: list[Turn] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 
 from fabula.engine.generation import Generation, Piece, Timings
 from fabula.errors import EngineError
@@ -39,7 +40,6 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         self.generation, self.selects = generation, selects
         self._draft = draft
         self._settle, self._left = settle, left
-        self._texts: list[str] = [generation.begun_text]
         self._done = False
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
@@ -58,7 +58,6 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         except BaseException:
             self.cancel()
             raise
-        self._texts.append(piece.text)
         if piece.finish_reason:
             self._finish()
         return piece
@@ -80,7 +79,6 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         except BaseException:
             await asyncio.shield(asyncio.to_thread(self.cancel))
             raise
-        self._texts.append(piece.text)
         if piece.finish_reason:
             await asyncio.to_thread(self._finish)  # it may wait for the disk
         return piece
@@ -89,13 +87,13 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         """Runs to the end and returns the whole text, with `begun_text`."""
         for _ in self:
             pass
-        return "".join(self._texts)
+        return self.generation.read_so_far()[1]
 
     async def atext(self) -> str:
         """`text`, without blocking the event loop."""
         async for _ in self:
             pass
-        return "".join(self._texts)
+        return self.generation.read_so_far()[1]
 
     @property
     def timings(self) -> Timings:
@@ -128,13 +126,15 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         self._settle(self, None)
 
     def draft(self) -> Turn:
-        """The turn as far as it was read."""
-        generation, draft = self.generation, self._draft
-        draft.text = "".join(self._texts)
-        draft.token_ids = tuple(generation.token_ids)
-        draft.finish_reason = generation.finish_reason
-        draft.timings = generation.timings
-        return draft
+        """The turn as far as it was read; each time another object of the same name."""
+        token_ids, text = self.generation.read_so_far()
+        return replace(
+            self._draft,
+            text=text,
+            token_ids=token_ids,
+            finish_reason=self.generation.finish_reason,
+            timings=self.generation.timings,
+        )
 
     def __enter__(self) -> Reply:
         return self

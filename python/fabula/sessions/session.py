@@ -274,16 +274,6 @@ class Session(Growing):
                 self._keeper.opened(fork)
             return fork
 
-    def tag(self, turn: int | Turn, name: str) -> None:
-        """Gives a turn a name."""
-        super().tag(turn, name)
-        self._tags_changed(self._find(turn))
-
-    def untag(self, turn: int | Turn, name: str) -> None:
-        """Takes a name away; nothing happens if the turn does not have it."""
-        super().untag(turn, name)
-        self._tags_changed(self._find(turn))
-
     def delete(self) -> int:
         """Forgets every turn made here, but for what forks go on from, and returns the bytes of K and V set free."""
         with self._lock:

@@ -78,9 +78,9 @@ class Tree:
             InvalidArgument: there was none, or a turn was made since.
         """
         with self._lock:
+            self.stop()  # first: a reply that is being made becomes a turn, and then there is nothing to redo
             if not self._undone:
                 raise InvalidArgument("there is nothing to redo: no rollback since the last turn")
-            self.stop()
             self.head = self._undone.pop()
             self._head_moved()
             return self.head
@@ -103,11 +103,15 @@ class Tree:
         """Gives a turn a name."""
         if not name:
             raise InvalidArgument("the tag is empty")
-        self._made(self._find(turn)).tags.add(name)
+        with self._lock:
+            found = self._made(self._find(turn))
+            self._set_tags(found, {*found.tags, name})
 
     def untag(self, turn: int | Turn, name: str) -> None:
         """Takes a name away; nothing happens if the turn does not have it."""
-        self._find(turn).tags.discard(name)
+        with self._lock:
+            found = self._made(self._find(turn))
+            self._set_tags(found, found.tags - {name})
 
     # ---- Looking ----------------------------------------------------------------------------------------------------
 
@@ -178,6 +182,9 @@ class Tree:
 
     def _collect(self) -> None:
         """Takes in what came to its end unseen."""
+
+    def _set_tags(self, turn: Turn, tags: set[str]) -> None:
+        turn.tags = tags
 
     def _head_moved(self) -> None:
         """The head is another turn."""

@@ -102,7 +102,7 @@ class Turn:
         is none."""
         with cache.lock:  # or they are given up between looking and taking
             for past in self.lineage():
-                usable = past.kv.usable(n_tokens) if past.kv is not None else 0
+                usable = past.kv.usable(n_tokens) if past.kv is not None and cache.owns(past.kv) else 0
                 if usable > 0 and past.kv is not None:
                     cache.touch(past.kv)
                     return past.kv.fork(usable)

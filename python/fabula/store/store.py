@@ -156,7 +156,8 @@ class Store:
         Args:
             snapshot: called by the store's thread; gives the turn and its session as they are now, or None while there
                 is nothing to keep. All writes wait for it, so it must be quick, and must not take a lock whose holder
-                waits for a write. What it raises, and a failure to write, go to `last_error`.
+                waits for a write. What it raises, and a failure to write, go to `last_error`; ReferenceError says that
+                there will be nothing any more.
 
         Returns:
             To be closed before the finished turn is put, under the same id.

@@ -239,6 +239,11 @@ class Writer:
     def _take(self, watch: Watch) -> _Draft | None:
         try:
             return watch.take()
+        except ReferenceError:  # what made the draft is gone: it stays as it was stored last
+            with self._changed:
+                if watch in self._watches:
+                    self._watches.remove(watch)
+            return None
         except Exception as error:
             self.last_error = translate(error, self._place)
             return None

@@ -1,0 +1,251 @@
+"""What a person sees of a session: its tree, where he is, alternatives side by side, figures of an answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from fabula.cli.console import clean, err, note, shorten
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from fabula.cli.shelf import Listed
+    from fabula.kv.pages import PoolUsage
+    from fabula.sessions.reply import Reply
+    from fabula.sessions.session import Alternative, Session
+    from fabula.sessions.turn import Turn
+
+ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time"}  # of answers that did not end
+_LAST = 12  # turns of an unbranched stretch that are drawn
+_DEPTH = 12  # branches above and below the head that are drawn
+_RECENT = 600  # characters of the last turn that are shown when a session is opened
+
+
+# ---- The tree -------------------------------------------------------------------------------------------------------
+
+
+def tree_of(session: Session) -> Tree:
+    """The tree with the numbers that /goto takes. Turns that follow each other stand below each other, and only
+    branches are indented; of a long stretch the last turns are drawn."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    turns = session.turns
+    start = list(session.head.lineage())[-1]
+    numbers = {start: 0} | {turn: i for i, turn in enumerate(turns, 1)}
+    children: dict[Turn, list[Turn]] = {turn: [] for turn in numbers}
+    for turn in turns:
+        assert turn.parent is not None
+        children[turn.parent].append(turn)
+
+    def draw(stretch: list[Turn]) -> Text:
+        shown = [
+            turn for i, turn in enumerate(stretch) if i >= len(stretch) - _LAST or turn.tags or turn is session.head
+        ]
+        lines = []
+        n_before = 0
+        for turn in shown:
+            hidden = stretch.index(turn, n_before) - n_before
+            n_before += hidden + 1
+            if hidden:
+                lines.append(Text(f"… {hidden} turns", style="dim"))
+            lines.append(_line(turn, numbers[turn], here=turn is session.head))
+        return Text("\n").join(lines)
+
+    top = _top(session.head, children)
+    root: Tree | None = None
+    waiting: list[tuple[Turn, Tree | None, int]] = [(top, None, 0)]
+    while waiting:
+        turn, above, depth = waiting.pop()
+        if above is not None and depth > 2 * _DEPTH:
+            above.add(Text("…", style="dim"))
+            continue
+        stretch = [turn]
+        while len(children[stretch[-1]]) == 1:
+            stretch += children[stretch[-1]]
+        label = draw(stretch)
+        if above is None and top is not start:
+            label = Text(f"… {top.number} turns\n", style="dim") + label
+        node = Tree(label) if above is None else above.add(label)
+        root = root or node
+        waiting += [(child, node, depth + 1) for child in reversed(children[stretch[-1]])]
+    assert root is not None
+    return root
+
+
+def _top(head: Turn, children: dict[Turn, list[Turn]]) -> Turn:
+    """The start, or the turn that begins the drawing where the head lies behind many branches."""
+    n_branches = 0
+    top = head
+    for turn in head.lineage():
+        n_branches += len(children[turn]) > 1
+        if n_branches > _DEPTH:
+            break
+        top = turn
+    return top
+
+
+def _line(turn: Turn, number: int, *, here: bool) -> Text:
+    from rich.text import Text
+
+    line = Text(f"{number} ", style="bold")
+    if turn.parent is None:
+        line.append("the beginning", style="not bold")
+    if turn.prompt:
+        line.append(shorten(turn.prompt), style="not bold green")
+    if turn.text:
+        line.append((" → " if turn.prompt else "→ ") + shorten(turn.text), style="not bold")
+    for tag in sorted(turn.tags):
+        line.append(f"  [{clean(tag)}]", style="not bold yellow")
+    if turn.finish_reason in ENDS:
+        line.append(f"  ({ENDS[turn.finish_reason]})", style="not bold dim")
+    if here:
+        line.append("  ← here", style="bold green")
+    return line
+
+
+# ---- Where we are ---------------------------------------------------------------------------------------------------
+
+
+def show_head(session: Session) -> None:
+    """One line on where we are."""
+    head = session.head
+    said = f"{shorten(head.prompt)} → {shorten(head.text)}" if head.prompt else f"→ {shorten(head.text)}"
+    note(f"at turn {head.number}: {said}" if head.number else "at the beginning")
+
+
+def show_opened(session: Session) -> None:
+    """Where a session stands that was opened: its last turns, the very last one as far as it fits."""
+    from rich.text import Text
+
+    head = session.head
+    note(f"{session.id} · turn {head.number} of {len(session.turns)}")
+    if head.parent is not None and head.parent.number:
+        note(f"{shorten(head.parent.prompt, 60)} → {shorten(head.parent.text, 60)}")
+    if not head.number:
+        return
+    prompt, text = Text(), Text(("…" + clean(head.text[-_RECENT:])) if len(head.text) > _RECENT else clean(head.text))
+    if head.prompt:
+        prompt = Text(f"> {clean(head.prompt)}\n" if head.chat else clean(head.prompt), style="green")
+    err().print(prompt + text)
+    if head.finish_reason in ENDS:
+        note(f"this answer was {ENDS[head.finish_reason]}; /continue goes on with it")
+
+
+# ---- Alternatives ---------------------------------------------------------------------------------------------------
+
+
+def stream_branches(replies: Sequence[Reply], numbered: Callable[[Turn], int]) -> None:
+    """Runs replies side by side: columns of what they say now, and above them each one that has ended.
+
+    Args:
+        replies: being made.
+        numbered: gives the number of a turn in the tree.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    console = err()
+    texts = [reply.begun_text for reply in replies]
+    running = list(range(len(replies)))
+    with ExitStack() as stack:
+        for reply in replies:
+            stack.enter_context(reply)
+        live = stack.enter_context(Live(console=console, transient=True)) if console.is_terminal else None
+        while running:
+            for i in list(running):
+                piece = next(replies[i], None)
+                texts[i] += piece.text if piece is not None else ""
+                if not replies[i].is_done:
+                    continue
+                running.remove(i)
+                turn = replies[i].turn
+                if turn is not None:
+                    console.print(Text(f"{numbered(turn)} ", style="bold") + Text(clean(turn.text), style="not bold"))
+            if live is not None:
+                live.update(_columns([texts[i] for i in running]))
+
+
+def _columns(texts: list[str]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    width = max(1, err().width // max(1, len(texts)) - 2)
+    grid = Table.grid(*[""] * len(texts), expand=True, padding=(0, 1))
+    grid.add_row(*(Text(clean(text)[-8 * width :], style="dim") for text in texts))
+    return grid
+
+
+def show_alternatives(found: Sequence[Alternative], before: str) -> None:
+    """Tokens that could stand at a place, numbered, below the words before it."""
+    from rich.text import Text
+
+    tail = " ".join(clean(before).split())[-60:]
+    err().print(Text(f"… {tail}", style="dim"))
+    for i, alternative in enumerate(found, 1):
+        line = Text(f"{i:>3} ", style="bold") + Text(f"{alternative.text!r:20}", style="not bold")
+        line.append(f"{math.exp(alternative.logprob):7.2%}", style="not bold dim")
+        line.append("  ← stands there" if alternative.chosen else "", style="bold green")
+        err().print(line)
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------------
+
+
+def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
+    """Figures of an answer, and of the pages of K and V."""
+    t = turn.timings
+    rows = [("answer", f"{len(turn.token_ids) - turn.n_begun} tokens, ended by {turn.finish_reason}")]
+    if t is not None:
+        rows[0] = (
+            "answer",
+            f"{t.generated_tokens} tokens at {t.tokens_per_s:.0f} tokens/s, the first after {t.first_token_ms:.0f} ms, "
+            f"ended by {turn.finish_reason}",
+        )
+        rows += [
+            ("prompt", f"{t.prompt_tokens} tokens: {turn.reused} reused, {t.prompt_tokens - turn.reused} computed"),
+            ("recomputed", f"{turn.recomputed}{f': {turn.why_recomputed}' if turn.why_recomputed else ''}"),
+        ]
+    if turn.cut is None:
+        rows.append(("left out", "nothing"))
+    else:
+        turns = f"{turn.cut.n_turns} turns, " if turn.cut.n_turns else ""
+        rows.append(("left out", f"{turns}{turn.cut.n_tokens} tokens, by {turn.cut.policy}"))
+    rows += [
+        ("context", f"{turn.n_ids} of {context} tokens"),
+        (
+            "pages",
+            f"{usage.n_used} of {usage.n_pages} used, {usage.n_shared} shared, {usage.n_cached} cached, "
+            f"{usage.n_spilled} on disk; {usage.page_bytes / 1e3:.0f} kB each",
+        ),
+    ]
+    note("\n".join(f"{name:11} {value}" for name, value in rows))
+
+
+def ago(seconds_since_1970: float) -> str:
+    """When something was, as a person says it."""
+    seconds = max(0, int(time.time() - seconds_since_1970))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return "just now"
+
+
+def sessions_table(items: Sequence[Listed], here: str = "") -> RenderableType:
+    """A list of sessions."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("name", "turns", "changed", "model", "first words", box=None, pad_edge=False, header_style="bold")
+    for item in items:
+        name = Text(clean(item.name), style="bold green" if item.name == here else "bold")
+        words = Text(shorten(item.first_words)) if not item.problem else Text("damaged", style="red")
+        model = shorten(item.model.rpartition("/")[2], 30)
+        table.add_row(name, str(item.n_turns), ago(item.changed_at), model, words)
+    return table
