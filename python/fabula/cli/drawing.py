@@ -36,9 +36,10 @@ def tree_of(session: Session) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
+    from fabula.sessions.turn import START
+
     turns = session.turns
-    start = list(session.head.lineage())[-1]
-    numbers = {start: 0} | {turn: i for i, turn in enumerate(turns, 1)}
+    numbers = {START: 0} | {turn: i for i, turn in enumerate(turns, 1)}
     children: dict[Turn, list[Turn]] = {turn: [] for turn in numbers}
     for turn in turns:
         assert turn.parent is not None
@@ -70,7 +71,7 @@ def tree_of(session: Session) -> Tree:
         while len(children[stretch[-1]]) == 1:
             stretch += children[stretch[-1]]
         label = draw(stretch)
-        if above is None and top is not start:
+        if above is None and top is not START:
             label = Text(f"… {top.number} turns\n", style="dim") + label
         node = Tree(label) if above is None else above.add(label)
         root = root or node

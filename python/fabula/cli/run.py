@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fabula.cli.options import ModelOptions, model_options, sampling_options
+from fabula.cli.options import Keeping, ModelOptions, model_options, sampling_options
 
 if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
@@ -20,7 +20,7 @@ OPENING = "Once upon a time, in a lighthouse at the edge of the sea, there lived
 @model_options
 @sampling_options(temperature=0.7, top_p=0.9, max_tokens=512)
 def run(loading: ModelOptions, params: SamplingParams) -> None:
-    """Start a chat. Without a terminal on stdin or stdout, tell a short story and end.
+    """Start a chat, kept as `fabula chat` keeps it. Without a terminal on stdin or stdout, tell a short story and end.
 
     \b
     Examples:
@@ -29,9 +29,9 @@ def run(loading: ModelOptions, params: SamplingParams) -> None:
       fabula run < /dev/null
     """
     if sys.stdin.isatty() and sys.stdout.isatty():
-        from fabula.cli.chat import converse
+        from fabula.cli.talk import converse
 
-        converse(loading, params, system=None)
+        converse(loading, params, Keeping())
         return
     from dataclasses import replace
 

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def told_if_locked(way_out: str) -> Iterator[None]:
+    """While opening a store: the error of one that another process uses says what can be done."""
+    try:
+        yield
+    except StoreLocked as error:
+        raise StoreLocked(f"{error}. Another fabula is running on this folder: {way_out}", path=error.path) from None
+
+
+@contextmanager
 def open_workspace(folder: Path | None, *, way_out: str) -> Iterator[Workspace]:
     """The workspace of a folder; None for the user's.
 
@@ -35,10 +44,8 @@ def open_workspace(folder: Path | None, *, way_out: str) -> Iterator[Workspace]:
     """
     from fabula.workspace import Workspace  # imports the database: half a second
 
-    try:
+    with told_if_locked(way_out):
         workspace = Workspace(folder)
-    except StoreLocked as error:
-        raise StoreLocked(f"{error}. Another fabula is running on this folder: {way_out}", path=error.path) from None
     with workspace:
         yield workspace
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fabula.cli.console import emit, note
-from fabula.cli.options import ModelOptions, model_options, sampling_options
+from fabula.cli.options import Keeping, ModelOptions, keeping_options, model_options, sampling_options
 
 if TYPE_CHECKING:
     from fabula.engine.generation import Generation, Timings
@@ -21,19 +21,32 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @model_options
 @sampling_options(temperature=0.8, top_p=0.95, max_tokens=256)
+@click.option("--once", is_flag=True, help="In a terminal too: tell one piece and end; nothing is kept.")
+@keeping_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done instead of streaming.")
-def story(prompt: str | None, loading: ModelOptions, params: SamplingParams, as_json: bool) -> None:
+def story(
+    prompt: str | None, loading: ModelOptions, params: SamplingParams, once: bool, keeping: Keeping, as_json: bool
+) -> None:
     """Continue PROMPT as a text, streaming what comes. Without PROMPT it is read from stdin.
 
-    Ctrl-C ends the story where it is.
+    In a terminal the story goes on piece by piece: Enter continues, text is added first, and /help lists what else
+    can be typed. Every piece is kept. Ctrl-C ends a piece where it is.
 
     \b
     Examples:
       fabula story "Once upon a time, a lighthouse keeper"
-      fabula story --seed 7 --max-tokens 100 --temperature 0.6 "The last train"
+      fabula story --session lighthouse --max-tokens 80
+      fabula story --resume
+      fabula story --once --seed 7 --max-tokens 100 --temperature 0.6 "The last train"
       fabula story --json "It was" < /dev/null
       cat beginning.txt | fabula story
     """
+    if sys.stdin.isatty() and sys.stdout.isatty() and not once and not as_json:
+        from fabula.cli.talk import converse
+
+        converse(loading, params, keeping, kind="story", prompt=prompt)
+        return
+    keeping.refuse()
     if prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("give the beginning of a story, in quotes, or pipe it in")

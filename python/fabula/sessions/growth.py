@@ -136,9 +136,15 @@ class Growing(Tree):
     # ---- Making it --------------------------------------------------------------------------------------------------
 
     def _go(
-        self, plan: Callable[[], Plan], wait: bool | float, timeout: float | None = None, *, n: int = 1
+        self,
+        plan: Callable[[], Plan],
+        wait: bool | float,
+        timeout: float | None = None,
+        *,
+        n: int = 1,
+        selects: bool = True,
     ) -> list[Reply]:
-        """Begins n replies as planned, once it is this caller's turn."""
+        """Begins n replies as planned, once it is this caller's turn; whether theirs become the head."""
         _ = self._host.served  # loaded before the lock is taken: whoever unloads it may wait for the lock
         with self._lock:
             self._await_turn(wait)
@@ -149,7 +155,7 @@ class Growing(Tree):
             try:
                 for i in range(n):
                     params = planned.params if seed is None else replace(planned.params, seed=(seed + i) % 2**64)
-                    replies.append(self._start(planned, params, timeout, selects=n == 1))
+                    replies.append(self._start(planned, params, timeout, selects=selects))
             except BaseException:
                 for reply in replies:
                     reply.cancel()

@@ -218,7 +218,7 @@ class Session(Growing):
                 return self._again(head, head.prompt, chosen)
             return self._next(head, text or "", chosen, chat=head.chat if head.number else text is not None)
 
-        return self._go(plan, wait, n=n)
+        return self._go(plan, wait, n=n, selects=False)
 
     def alternatives(self, turn: int | Turn, position: int, n: int = 10) -> list[Alternative]:
         """The likeliest tokens at a place of an answer, best first; nothing of the prompt is computed again.

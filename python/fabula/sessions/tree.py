@@ -63,6 +63,8 @@ class Tree:
             if target is not self.head:
                 self._undone.append(self.head)
             self.head = target
+            if prune:
+                self._undone = []
             self._head_moved()
             if prune:
                 self._drop([t for t in self._turns if t is not target and target in t.lineage()])
