@@ -1,10 +1,10 @@
 """Many sessions at once: speed together, a shared beginning held once, and nobody made to wait for a long prompt.
 
-    python benchmarks/many_sessions.py [--model NAME] [--json]
+python benchmarks/many_sessions.py [--model NAME] [--json]
 
-    decode    tokens/s of 1, 4, 16 sessions together, in turns; the ratio to one
-    shared    pages and computed tokens of 16 sessions with one system prompt of about 1,000 tokens
-    arrival   time between tokens of sessions that draw, while a prompt of 4,000 tokens arrives: median and p99
+decode    tokens/s of 1, 4, 16 sessions together, in turns; the ratio to one
+shared    pages and computed tokens of 16 sessions with one system prompt of about 1,000 tokens
+arrival   time between tokens of sessions that draw, while a prompt of 4,000 tokens arrives: median and p99
 """
 
 from __future__ import annotations

@@ -47,3 +47,13 @@ def test_the_real_model_answers(smollm2_gguf: Path) -> None:
     assert done.returncode == 0, done.stderr
     answer = done.stdout.removeprefix("> ").removesuffix("> ")
     assert len(answer.split()) > 3
+
+
+def test_tree(tiny_folder: Path, tmp_path: Path) -> None:
+    for times in (1, 2):
+        done = run("tree.py", "--data", tmp_path / "data", "--model", tiny_folder)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[0] == "the beginning" and sum("<- here" in line for line in lines) == 1
+        assert sum("'Name a city by a river.'" in line for line in lines) == times
+        assert sum("'And what can I see there?'" in line for line in lines) == 2 * times
