@@ -5,7 +5,7 @@ Run it twice: the second time it goes on where the first one ended.
 
 import argparse
 
-from fabula import SamplingParams, Session, Workspace
+from fabula import EngineError, SamplingParams, Session, Workspace
 
 
 def draw(session: Session) -> None:
@@ -40,11 +40,10 @@ def main() -> None:
         session.tag(session.head, "seen")
 
         draw(session)
-        head = session.head
-        print(
-            f"{head.reused} tokens reused, {head.recomputed} computed again; {workspace.models[arguments.model].kv_usage}"
-        )
+        print(f"{session.head.reused} tokens reused, {session.head.recomputed} computed again")
 
 
-if __name__ == "__main__":
+try:
     main()
+except EngineError as error:
+    raise SystemExit(f"error: {error}") from None

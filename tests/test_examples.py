@@ -36,9 +36,9 @@ def test_chat(tiny_folder: Path) -> None:
     assert done.stdout.count("> ") >= 4
 
 
-@pytest.mark.parametrize("name", ["story.py", "chat.py"])
-def test_errors_without_traceback(name: str) -> None:
-    done = run(name, "--model", "/no/such/model", text="hi\n")
+@pytest.mark.parametrize("name", ["story.py", "chat.py", "tree.py"])
+def test_errors_without_traceback(name: str, tmp_path: Path) -> None:
+    done = run(name, "--model", "/no/such/model", *(["--data", tmp_path] if name == "tree.py" else []), text="hi\n")
     assert done.returncode == 1 and "error: /no/such/model" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -151,7 +151,7 @@ def _branches(talk: Talk, rest: str) -> None:
     made = range(before + 1, len(session.turns) + 1)
     talk.choices = {str(number): partial(_goto, talk, str(number)) for number in made}
     if made:
-        note(f"{', '.join(talk.choices)} goes on from there; Enter stays at {session.turns.index(head) + 1}")
+        note(f"type {' or '.join(talk.choices)} to go on from there; Enter stays at {session.turns.index(head) + 1}")
 
 
 @_command("/alternatives [PLACE]", "what else could stand at a place of the last answer; its end if none is given")

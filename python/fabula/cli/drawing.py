@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time"}  # of answers that did not end
 _LAST = 12  # turns of an unbranched stretch that are drawn
-_DEPTH = 12  # branches above and below the head that are drawn
+_DEPTH = 6  # branches above and below the head that are drawn
 _RECENT = 600  # characters of the last turn that are shown when a session is opened
 
 
@@ -168,7 +168,9 @@ def stream_branches(replies: Sequence[Reply], numbered: Callable[[Turn], int]) -
                 running.remove(i)
                 turn = replies[i].turn
                 if turn is not None:
-                    console.print(Text(f"{numbered(turn)} ", style="bold") + Text(clean(turn.text), style="not bold"))
+                    console.print(
+                        Text(f"{numbered(turn)} ", style="bold") + Text(clean(turn.text).strip(), style="not bold")
+                    )
             if live is not None:
                 live.update(_columns([texts[i] for i in running]))
 

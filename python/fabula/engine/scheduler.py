@@ -139,9 +139,11 @@ class Scheduler:
 
     def drop(self, runner: Runner) -> None:
         """Ends every request of a model, with an error for their readers, and waits for it."""
+        if os.getpid() != self._pid:  # the thread was not copied, and its locks may be held for ever
+            return
         settled = threading.Event()
         with self._start_lock:
-            if self._thread is None or self._thread is threading.current_thread() or os.getpid() != self._pid:
+            if self._thread is None or self._thread is threading.current_thread():
                 return
             self._inbox.put(("drop", runner))
             self._inbox.put(("settled", settled))

@@ -153,34 +153,41 @@ class KvCache:
     def _reclaim(self, n_free: int) -> None:
         """Gives up K and V, the longest unused first, until `n_free` pages are free or nothing is left."""
         for ref in list(self._kept.values()):
-            if self._pool.n_free >= n_free:
-                return
             sequence = ref()
-            if sequence is not None:
-                self.give_up(sequence)
+            while sequence is not None and sequence.n_tokens and self._pool.n_free < n_free:
+                self._shorten(sequence)
+
+    def _shorten(self, sequence: Sequence) -> None:
+        """Gives up the last page of a sequence; all of it, if what is left would not do."""
+        n_left = (sequence.n_tokens - 1) // PAGE_POSITIONS * PAGE_POSITIONS
+        if not n_left or sequence.usable(n_left) < n_left:
+            self.give_up(sequence)
+            return
+        self._save(sequence.pages[-1:])
+        sequence.truncate(n_left)
 
     def give_up(self, sequence: Sequence) -> None:
         """Closes a sequence; its full pages that nobody else holds go to disk if there is a place."""
         with self._pool.lock:
-            self._save(sequence)
+            self._save(sequence.pages)
             sequence.close()
             self._kept.pop(id(sequence), None)
             self._anonymous.pop(id(sequence), None)
 
-    def _save(self, sequence: Sequence, *, shared: bool = False) -> None:
+    def _save(self, pages: list[int], *, shared: bool = False) -> None:
+        """Writes full pages to disk that nobody else holds, or all of them."""
         if self.spill is None:
             return
-        for page in sequence.pages:
+        for page in pages:
             key = self._pool.index.key(page) if page != HOLE else None
-            last = shared or self._pool.holders(page) == 1
-            if key is not None and last and key not in self.spill:
+            if key is not None and (shared or self._pool.holders(page) == 1) and key not in self.spill:
                 self.spill.put(key, self._pool.native.read(page))
 
     def save_all(self) -> None:
         """Writes every kept page to disk, so that a process to come finds it."""
         for sequence in self._sequences():
             with self._pool.lock:
-                self._save(sequence, shared=True)
+                self._save(sequence.pages, shared=True)
 
     def clear(self) -> None:
         """Gives everything up."""

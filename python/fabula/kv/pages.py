@@ -10,7 +10,9 @@ A text whose tokens see a sliding window gives back the pages behind it: its lis
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,6 +79,7 @@ class PagePool:
         self.reclaim: Callable[[int], None] | None = None  # asked to set pages free until so many are
         # Re-entrant: the garbage collector may give back a forgotten sequence's pages in the middle of `take`.
         self.lock = threading.RLock()
+        _pools.add(self)
 
     @property
     def n_pages(self) -> int:
@@ -185,6 +188,18 @@ class PagePool:
     def close(self) -> None:
         """Frees the memory; may be called twice. No sequence may be used afterwards."""
         self.native.close()
+
+
+_pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child: a lock that another thread held there stays held for ever, and destructors want it."""
+    for pool in _pools:
+        pool.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Sequence:
