@@ -529,7 +529,7 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(StoreLocked, match="in use by another process"):
+        with pytest.raises(StoreLocked, match="another process uses it"):
             opened(tmp_path)
         holder.kill()
         holder.communicate()

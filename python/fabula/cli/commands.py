@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fabula.cli.console import err, note
-from fabula.cli.drawing import sessions_table, show_alternatives, show_head, show_stats, stream_branches, tree_of
+from fabula.cli.drawing import (
+    number_of,
+    numbered,
+    sessions_table,
+    show_alternatives,
+    show_branches,
+    show_head,
+    show_stats,
+    stream_branches,
+    tree_of,
+)
 from fabula.cli.shelf import read_json, write_json
 from fabula.errors import InvalidArgument
 
@@ -95,17 +105,12 @@ def _redo(talk: Talk, _: str) -> None:
 
 @_command("/goto N", "go on from turn N of the tree, or from the turn with that tag; 0 is the beginning")
 def _goto(talk: Talk, rest: str) -> None:
-    turns = talk.session.turns
+    turns = numbered(talk.session)
     tagged = [turn for turn in turns if rest in turn.tags]
-    if tagged:
-        target = tagged[-1]
-    else:
-        number = int(rest) if rest.isascii() and rest.isdecimal() else len(turns) + 1
-        if number > len(turns):
-            raise InvalidArgument(f"/goto takes a number of the tree, 0 .. {len(turns)}, or a tag; /tree shows them")
-        # The empty start is number 0 of every path.
-        target = turns[number - 1] if number else list(talk.session.head.lineage())[-1]
-    talk.session.rollback(target)
+    number = int(rest) if rest.isascii() and rest.isdecimal() else len(turns) + 1
+    if number > len(turns) and not tagged:
+        raise InvalidArgument(f"/goto takes a number of the tree, 0 .. {len(turns)}, or a tag; /tree shows them")
+    talk.session.rollback(tagged[-1] if tagged else turns[number - 1] if number else 0)
     show_head(talk.session)
 
 
@@ -116,8 +121,9 @@ def _tree(talk: Talk, _: str) -> None:
 
 @_command("/tag NAME", "give this turn a name")
 def _tag(talk: Talk, rest: str) -> None:
-    talk.session.tag(_head(talk), _needed(rest, "/tag NAME"))
-    note(f"turn {talk.session.head.number} is tagged {rest}")
+    head, session = _head(talk), talk.session
+    session.tag(head, _needed(rest, "/tag NAME"))
+    note(f"turn {number_of(session, head)} is tagged {rest}")
 
 
 # ---- Making turns ---------------------------------------------------------------------------------------------------
@@ -145,13 +151,15 @@ def _continue(talk: Talk, rest: str) -> None:
 @_command("/branches [N]", "N other answers side by side (3); type the number of one to go on from it")
 def _branches(talk: Talk, rest: str) -> None:
     n, head, session = _number(rest or "3", "/branches N"), _head(talk), talk.session
-    before = len(session.turns)
+    replies = session.branch(n, params=talk.params())
     with talk.interruptible():
-        stream_branches(session.branch(n, params=talk.params()), lambda turn: session.turns.index(turn) + 1)
-    made = range(before + 1, len(session.turns) + 1)
-    talk.choices = {str(number): partial(_goto, talk, str(number)) for number in made}
+        stream_branches(replies)
+    made = [reply.turn for reply in replies if reply.turn is not None]
+    show_branches(session, made)
+    numbers = [str(number_of(session, turn)) for turn in made]
+    talk.choices = {number: partial(_goto, talk, number) for number in numbers}
     if made:
-        note(f"type {' or '.join(talk.choices)} to go on from there; Enter stays at {session.turns.index(head) + 1}")
+        note(f"type {' or '.join(numbers)} to go on from there; Enter stays at {number_of(session, head)}")
 
 
 @_command("/alternatives [PLACE]", "what else could stand at a place of the last answer; its end if none is given")
@@ -176,7 +184,7 @@ def _alternatives(talk: Talk, rest: str) -> None:
 def _fork(talk: Talk, rest: str) -> None:
     _head(talk)
     talk.session = talk.shelf.fork(talk.session, rest or talk.new_name())
-    note(f"in {talk.session.id}, which goes on from turn {talk.session.head.number}")
+    note(f"in {talk.session.id}, which goes on from turn {number_of(talk.session, talk.session.head)}")
 
 
 @_command("/system TEXT", "set the system message (empty: remove it) and begin anew")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,16 @@ _DEPTH = 6  # branches above and below the head that are drawn
 _RECENT = 600  # characters of the last turn that are shown when a session is opened
 
 
+def numbered(session: Session) -> list[Turn]:
+    """Every turn in the order they were begun, which is theirs in the store too; a person counts them from 1."""
+    return sorted(session.turns, key=lambda turn: turn.created_at)
+
+
+def number_of(session: Session, turn: Turn) -> int:
+    """The number of a turn in the tree; 0 for the empty start."""
+    return numbered(session).index(turn) + 1 if turn.number else 0
+
+
 # ---- The tree -------------------------------------------------------------------------------------------------------
 
 
@@ -38,7 +48,7 @@ def tree_of(session: Session) -> Tree:
 
     from fabula.sessions.turn import START
 
-    turns = session.turns
+    turns = numbered(session)
     numbers = {START: 0} | {turn: i for i, turn in enumerate(turns, 1)}
     children: dict[Turn, list[Turn]] = {turn: [] for turn in numbers}
     for turn in turns:
@@ -100,8 +110,8 @@ def _line(turn: Turn, number: int, *, here: bool) -> Text:
         line.append("the beginning", style="not bold")
     if turn.prompt:
         line.append(shorten(turn.prompt), style="not bold green")
-    if turn.text:
-        line.append((" → " if turn.prompt else "→ ") + shorten(turn.text), style="not bold")
+    if turn.parent is not None:
+        line.append((" → " if turn.prompt else "→ ") + _said(turn), style="not bold")
     for tag in sorted(turn.tags):
         line.append(f"  [{clean(tag)}]", style="not bold yellow")
     if turn.finish_reason in ENDS:
@@ -111,14 +121,18 @@ def _line(turn: Turn, number: int, *, here: bool) -> Text:
     return line
 
 
+def _said(turn: Turn, length: int = 40) -> str:
+    return shorten(turn.text, length) or "(nothing)"
+
+
 # ---- Where we are ---------------------------------------------------------------------------------------------------
 
 
 def show_head(session: Session) -> None:
     """One line on where we are."""
     head = session.head
-    said = f"{shorten(head.prompt)} → {shorten(head.text)}" if head.prompt else f"→ {shorten(head.text)}"
-    note(f"at turn {head.number}: {said}" if head.number else "at the beginning")
+    number = number_of(session, head)
+    note(f"at turn {number}: {shorten(head.prompt)} → {_said(head)}" if number else "at the beginning")
 
 
 def show_opened(session: Session) -> None:
@@ -126,9 +140,9 @@ def show_opened(session: Session) -> None:
     from rich.text import Text
 
     head = session.head
-    note(f"{session.id} · turn {head.number} of {len(session.turns)}")
+    note(f"{session.id} · at turn {number_of(session, head)} of {len(session.turns)}")
     if head.parent is not None and head.parent.number:
-        note(f"{shorten(head.parent.prompt, 60)} → {shorten(head.parent.text, 60)}")
+        note(f"{shorten(head.parent.prompt, 60)} → {_said(head.parent, 60)}")
     if not head.number:
         return
     prompt, text = Text(), Text(("…" + clean(head.text[-_RECENT:])) if len(head.text) > _RECENT else clean(head.text))
@@ -142,37 +156,31 @@ def show_opened(session: Session) -> None:
 # ---- Alternatives ---------------------------------------------------------------------------------------------------
 
 
-def stream_branches(replies: Sequence[Reply], numbered: Callable[[Turn], int]) -> None:
-    """Runs replies side by side: columns of what they say now, and above them each one that has ended.
-
-    Args:
-        replies: being made.
-        numbered: gives the number of a turn in the tree.
-    """
+def stream_branches(replies: Sequence[Reply]) -> None:
+    """Runs replies to their ends, with what they say side by side as it comes."""
     from rich.live import Live
-    from rich.text import Text
 
     console = err()
     texts = [reply.begun_text for reply in replies]
-    running = list(range(len(replies)))
     with ExitStack() as stack:
         for reply in replies:
             stack.enter_context(reply)
         live = stack.enter_context(Live(console=console, transient=True)) if console.is_terminal else None
-        while running:
-            for i in list(running):
-                piece = next(replies[i], None)
+        while not all(reply.is_done for reply in replies):
+            for i, reply in enumerate(replies):
+                piece = next(reply, None)
                 texts[i] += piece.text if piece is not None else ""
-                if not replies[i].is_done:
-                    continue
-                running.remove(i)
-                turn = replies[i].turn
-                if turn is not None:
-                    console.print(
-                        Text(f"{numbered(turn)} ", style="bold") + Text(clean(turn.text).strip(), style="not bold")
-                    )
             if live is not None:
-                live.update(_columns([texts[i] for i in running]))
+                live.update(_columns(texts))
+
+
+def show_branches(session: Session, turns: Sequence[Turn]) -> None:
+    """Turns below each other, with their numbers in the tree."""
+    from rich.text import Text
+
+    for turn in turns:
+        label = Text(f"{number_of(session, turn)} ", style="bold")
+        err().print(label + Text(clean(turn.text).strip() or "(nothing)", style="not bold"))
 
 
 def _columns(texts: list[str]) -> RenderableType:
@@ -204,16 +212,13 @@ def show_alternatives(found: Sequence[Alternative], before: str) -> None:
 def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
     """Figures of an answer, and of the pages of K and V."""
     t = turn.timings
-    rows = [("answer", f"{len(turn.token_ids) - turn.n_begun} tokens, ended by {turn.finish_reason}")]
+    speed = f" at {t.tokens_per_s:.0f} tokens/s, the first after {t.first_token_ms:.0f} ms" if t is not None else ""
+    rows = [("answer", f"{len(turn.token_ids) - turn.n_begun} tokens{speed}, ended by {turn.finish_reason}")]
     if t is not None:
-        rows[0] = (
-            "answer",
-            f"{t.generated_tokens} tokens at {t.tokens_per_s:.0f} tokens/s, the first after {t.first_token_ms:.0f} ms, "
-            f"ended by {turn.finish_reason}",
-        )
+        why = f": {turn.why_recomputed}" if turn.why_recomputed else ""
         rows += [
             ("prompt", f"{t.prompt_tokens} tokens: {turn.reused} reused, {t.prompt_tokens - turn.reused} computed"),
-            ("recomputed", f"{turn.recomputed}{f': {turn.why_recomputed}' if turn.why_recomputed else ''}"),
+            ("recomputed", f"{turn.recomputed}{why}"),
         ]
     if turn.cut is None:
         rows.append(("left out", "nothing"))
@@ -245,7 +250,9 @@ def sessions_table(items: Sequence[Listed], here: str = "") -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "turns", "changed", "model", "first words", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "turns", "changed", "model", "first words"):
+        table.add_column(title, no_wrap=True)
     for item in items:
         name = Text(clean(item.name), style="bold green" if item.name == here else "bold")
         words = Text(shorten(item.first_words)) if not item.problem else Text("damaged", style="red")

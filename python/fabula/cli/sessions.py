@@ -66,7 +66,8 @@ def list_(data: Path | None, as_json: bool) -> None:
 
         from fabula.cli.drawing import sessions_table
 
-        Console(highlight=False).print(sessions_table(items))
+        width = None if sys.stdout.isatty() else 200
+        Console(highlight=False, width=width).print(sessions_table(items))
     else:
         note(f"no sessions in {workspace.folder}")
     for item in items:
@@ -113,7 +114,9 @@ def show(name: str, data: Path | None, as_json: bool) -> None:
 
 def _described(workspace: Workspace, session: Session) -> dict[str, Any]:
     record = find_record(workspace, session.id)
-    turns = session.turns
+    from fabula.cli.drawing import numbered
+
+    turns = numbered(session)
     numbers = {turn: i for i, turn in enumerate(turns, 1)}
     return {
         "name": session.id,

@@ -40,7 +40,7 @@ MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128
 IDLE_S = 1.0  # then the thread ends; the next request begins a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
-MIN_CHUNK = 16  # prompt tokens in a step while others draw
+MIN_CHUNK = 11  # prompt tokens in a step while others draw: with one that draws they fill a tile of the matrix kernels
 STRETCH = 2.0  # how much longer a step may take for the sake of prompts
 
 
@@ -382,6 +382,8 @@ class Scheduler:
             try:
                 return request.runner.prepare(request.sequence, request.next_tokens(n))
             except OutOfMemory as error:
+                if self._take_from_waiting(request.runner):
+                    continue
                 served = {other for other, _ in batch}
                 others = [r for r in self._running if r.runner is request.runner and r is not request]
                 victim = next((r for r in reversed(others) if r not in served and r.sequence.pages), None)
@@ -394,6 +396,13 @@ class Scheduler:
             except EngineError as error:
                 self._finish(request, error=error)
                 return None
+
+    def _take_from_waiting(self, runner: Runner) -> bool:
+        """Lets the youngest request that waits give up the K and V it brought; False if none has any."""
+        holder = next((r for r in reversed(self._waiting) if r.runner is runner and r.sequence.pages), None)
+        if holder is not None:
+            holder.release()
+        return holder is not None
 
     def _preempt(self, request: Request) -> None:
         self._running.remove(request)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -25,12 +24,13 @@ import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly, StoreTooNew
+from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreReadOnly, StoreTooNew
+from fabula.locking import FileLock
 
 KEY_BYTES = 16
 _FORMAT = 1  # of manifest and page files
@@ -138,7 +138,7 @@ class SpillFolder:
         self._lock = threading.RLock()
         self._closed = False
         try:
-            self._lock_file = _take_lock(folder)
+            self._file_lock = _take_lock(folder)
             with contextlib.ExitStack() as undo:
                 undo.callback(self.close)
                 self._scan()
@@ -249,9 +249,7 @@ class SpillFolder:
             self._closed = True
             self._stamps.clear()
             self.n_pages = 0
-            # Said aloud, since a child that was forked meanwhile holds a copy of the descriptor.
-            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-            self._lock_file.close()
+            self._file_lock.close()
 
     # ---- Index (the caller holds the lock) and files -----------------------------------------------------------------
 
@@ -353,18 +351,11 @@ def _store_error(path: Path, error: OSError) -> StoreError:
     return kind(f"cannot write {path}: {error.strerror or error}", path=path)
 
 
-def _take_lock(folder: Path) -> IO[bytes]:
+def _take_lock(folder: Path) -> FileLock:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StoreReadOnly(f"cannot write {folder}", path=folder)
-    file = (folder / "lock").open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        locked = StoreLocked(f"{folder} is in use by another process", path=folder)
-        raise locked if isinstance(error, BlockingIOError) else error from None
-    return file
+    return FileLock(folder / "lock", folder)
 
 
 def _remove_empty(home: Path) -> None:

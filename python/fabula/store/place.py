@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError
 
-from fabula.errors import InvalidArgument, StoreError, StoreLocked
+from fabula.errors import InvalidArgument, StoreError
+from fabula.locking import FileLock
 
 _FILE = "sessions.sqlite3"  # in a folder
 _FILE_SUFFIXES = {".sqlite3", ".sqlite", ".db"}
@@ -97,7 +96,7 @@ def prepare_file(file: Path) -> FileLock:
         OSError: the system refuses.
     """
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = FileLock(file)
+    lock = FileLock(file.with_name(file.name + ".lock"), file)
     try:
         # Only now, as closing a file gives up every lock of SQLite that this process has on it. SQLite gives the files
         # beside it the same mode.
@@ -116,39 +115,6 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-class FileLock:
-    """An exclusive lock on <file>.lock, which the kernel releases when this process ends, however it ends."""
-
-    _held: ClassVar[weakref.WeakSet[FileLock]] = weakref.WeakSet()
-
-    def __init__(self, file: Path) -> None:
-        self._fd = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise StoreLocked(f"{file}: another process uses it, or another store of this one", path=file) from None
-        except OSError:
-            os.close(self._fd)
-            raise
-        self._held.add(self)
-
-    def close(self) -> None:
-        """Releases it, once. In a child made by fork this only closes the child's copy; the lock stays its parent's."""
-        if self in self._held:
-            self._held.discard(self)
-            os.close(self._fd)
-
-    @classmethod
-    def leave_to_parent(cls) -> None:
-        """After fork, in the child: a copy of the lock must not outlive the process that holds it."""
-        for lock in list(cls._held):
-            lock.close()
-
-
-os.register_at_fork(after_in_child=FileLock.leave_to_parent)
 
 
 def make_engine(place: Place) -> sa.Engine:

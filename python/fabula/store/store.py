@@ -14,10 +14,11 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from fabula.errors import EngineError, InvalidArgument, StoreError
+from fabula.locking import FileLock
 from fabula.store import changes, reading
 from fabula.store.failures import translate
 from fabula.store.migrate import migrate
-from fabula.store.place import FileLock, Place, connect, find_place, make_engine, prepare_file
+from fabula.store.place import Place, connect, find_place, make_engine, prepare_file
 from fabula.store.records import (
     Damaged,
     SessionRecord,
