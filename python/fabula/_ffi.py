@@ -24,7 +24,8 @@ def _open() -> tuple[Any, Any]:
     ffi: Any = _cdef.ffi
     path = Path(_cdef.__file__).with_name("libfabula.so")
     try:
-        lib: Any = ffi.dlopen(str(path))
+        # Never unmapped: at the interpreter's end destructors and the library's own threads may outlive this module.
+        lib: Any = ffi.dlopen(str(path), ffi.RTLD_NOW | getattr(ffi, "RTLD_NODELETE", 0))
     except OSError as error:
         raise ImportError(f"cannot load {path.name}: {error}; build Fabula again") from error
     if lib.fb_abi_version() != lib.FB_ABI_VERSION:

@@ -257,10 +257,9 @@ class Workspace:
         live = keeper.sessions.get((tenant, id))
         if isinstance(live, Session):
             return live
-        try:
-            record, own, known = keeper.load(tenant, id)
-        except InvalidArgument:  # there is none
+        if keeper.store.find(tenant, id) is None:
             return None
+        record, own, known = keeper.load(tenant, id)
         session = Session(
             self._host(record.model),
             id=id,

@@ -17,8 +17,8 @@ from fabula.cli.drawing import (
     show_branches,
     show_head,
     show_stats,
+    show_tree,
     stream_branches,
-    tree_of,
 )
 from fabula.cli.shelf import read_json, write_json
 from fabula.errors import InvalidArgument
@@ -116,7 +116,7 @@ def _goto(talk: Talk, rest: str) -> None:
 
 @_command("/tree", "every turn, the numbers for /goto, and where we are")
 def _tree(talk: Talk, _: str) -> None:
-    err().print(tree_of(talk.session))
+    show_tree(talk.session, err())
 
 
 @_command("/tag NAME", "give this turn a name")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fabula.cli.console import clean, err, note, shorten
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.text import Text
     from rich.tree import Tree
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time"}  # of answers that did not end
 _LAST = 12  # turns of an unbranched stretch that are drawn
 _DEPTH = 6  # branches above and below the head that are drawn
+_WIDTH = 200  # columns a tree is drawn in at least
 _RECENT = 600  # characters of the last turn that are shown when a session is opened
 
 
@@ -38,6 +39,12 @@ def number_of(session: Session, turn: Turn) -> int:
 
 
 # ---- The tree -------------------------------------------------------------------------------------------------------
+
+
+def show_tree(session: Session, console: Console) -> None:
+    """Draws the tree; a narrow terminal wraps what does not fit, so that no mark at the end of a line is lost."""
+    console.width = max(console.width, _WIDTH)
+    console.print(tree_of(session), soft_wrap=True)
 
 
 def tree_of(session: Session) -> Tree:

@@ -99,10 +99,10 @@ def show(name: str, data: Path | None, as_json: bool) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        from fabula.cli.drawing import tree_of
+        from fabula.cli.drawing import show_tree
 
         console = Console(highlight=False, soft_wrap=True)
-        console.print(tree_of(session))
+        show_tree(session, console)
         if session.system:
             console.print(Text(f"\n{clean(session.system)}", style="dim"))
         story = Text("\n")

@@ -50,10 +50,25 @@ class Keeper:
     # ---- What sessions tell -----------------------------------------------------------------------------------------
 
     def opened(self, session: Growing) -> None:
-        """A new session: it is in the store when this returns."""
+        """A new session: it is in the store when this returns.
+
+        Raises:
+            InvalidArgument: there is one of that name.
+        """
+        self._register(session)
+        try:
+            self.store.put_session(session_record(session)).result()
+        except BaseException:
+            self.sessions.pop((session.tenant, session.id), None)
+            raise
+
+    def _register(self, session: Growing) -> None:
+        """Takes a name for a new session."""
+        key = (session.tenant, session.id)
         with self.lock:
-            self.sessions[session.tenant, session.id] = session
-        self.store.put_session(session_record(session)).result()
+            if key in self.sessions or self.store.find(*key) is not None:
+                raise InvalidArgument(f"there is a session {session.id!r} already; give another name")
+            self.sessions[key] = session
 
     def taken_in(self, session: Growing) -> None:
         """A session with turns made elsewhere: all of it is in the store when this returns, or nothing.
@@ -62,10 +77,7 @@ class Keeper:
             InvalidArgument: there is one of that name.
             StoreError: it could not be.
         """
-        with self.lock:
-            if any(summary.record.id == session.id for summary in self.store.sessions(session.tenant)):
-                raise InvalidArgument(f"there is a session {session.id!r} already; give another name")
-            self.sessions[session.tenant, session.id] = session
+        self._register(session)
         last = session_record(session)
         first = dataclasses.replace(last, head_id=None, undone=())
         waits = [self.store.put_session(first)]

@@ -193,6 +193,14 @@ class Store:
             self._writer.last_error = translate(Damaged("; ".join(problems)), self._place)
         return found
 
+    def find(self, tenant: str, id: str) -> SessionRecord | None:
+        """A session's record, without its turns; None if there is no such session.
+
+        Raises:
+            StoreCorrupt: it is not as it was written.
+        """
+        return self._read(partial(reading.find_session, tenant=tenant, id=id))
+
     def load(self, tenant: str, id: str) -> tuple[SessionRecord, list[TurnRecord]]:
         """A session with its own turns and the past it was forked from: oldest first, parents before children.
 
