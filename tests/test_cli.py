@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from fabula import Model, SamplingParams, __version__
-from fabula.cli.chat import Chat
 from fabula.cli.main import run
+from fabula.cli.shelf import Shelf
+from fabula.cli.talk import Talk
 from tiny import CHATML, random_tensors, write_model
 
 
@@ -72,7 +73,7 @@ def test_version_and_help(fabula: Any) -> None:
     assert fabula("--version").out == f"fabula, version {__version__}\n"
     shown = fabula("--help")
     assert shown.code == 0
-    for command in ("bench", "chat", "inspect", "pull", "run", "story"):
+    for command in ("bench", "chat", "inspect", "pull", "run", "sessions", "story"):
         assert f"  {command} " in shown.out
         assert "Examples:" in fabula(command, "--help").out
 
@@ -172,22 +173,23 @@ class Lines:
 
     def __init__(self, *lines: str) -> None:
         self._lines = iter(lines)
-        self.chat: Chat | None = None
+        self.talk: Talk | None = None
         self.heads: list[tuple[int, str]] = []
 
     def __call__(self) -> str:
-        assert self.chat is not None
-        head = self.chat.session.head
+        assert self.talk is not None
+        head = self.talk.session.head
         self.heads.append((head.number, head.text))
         line = next(self._lines, None)
         if line is None:
             raise EOFError
         return line
 
-    def run(self, model: Model, params: SamplingParams) -> Chat:
-        self.chat = Chat(model, params, self)
-        self.chat.run()
-        return self.chat
+    def run(self, shelf: Shelf, params: SamplingParams, *, kind: str = "chat", name: str | None = None) -> Talk:
+        session = shelf.blank(name or shelf.new_name(kind), params=params)
+        self.talk = Talk(shelf, session, self, kind=kind)
+        self.talk.run()
+        return self.talk
 
 
 def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +198,7 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
         *("/tree", "/goto 0", "/redo", "/nonsense", "/system Be kind.", "hi", "/reset"),
     )
     with Model.load(tiny_folder, threads=1) as model:
-        chat = lines.run(model, SamplingParams(max_tokens=6, seed=3))
+        talk = lines.run(Shelf(model), SamplingParams(max_tokens=6, seed=3))
     numbers = [number for number, _ in lines.heads]
     assert numbers == [0, 0, 1, 1, 2, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 0]
     texts = [text for _, text in lines.heads]
@@ -205,21 +207,21 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     for part in (
         "/regen ",
-        "no turn -1",
-        "0 .. 3; /tree",
+        "at the beginning: nothing was said",
+        "0 .. 3, or a tag; /tree",
         "bye →",
         "← here",
         "no command",
         "at the beginning",
     ):
         assert part in said, part
-    assert chat.session.turns == []
+    assert talk.session.turns == []
 
 
 def test_a_message_too_long_is_taken_back(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Model.load(tiny_folder, threads=1, context=80) as model:
-        chat = Lines("hi", "long " * 200).run(model, SamplingParams(max_tokens=4, seed=3))
-        assert [turn.prompt for turn in chat.session.path] == ["hi"]
+        talk = Lines("hi", "long " * 200).run(Shelf(model), SamplingParams(max_tokens=4, seed=3))
+        assert [turn.prompt for turn in talk.session.path] == ["hi"]
     assert "/undo goes back" in capsys.readouterr().err
 
 
@@ -267,9 +269,9 @@ def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> N
 
 
 class Terminal:
-    """A program on a pseudo-terminal."""
+    """A program on a pseudo-terminal, with a folder for its data."""
 
-    def __init__(self, *words: object) -> None:
+    def __init__(self, data: Path, *words: object) -> None:
         self._fd, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")  # 40 rows of 120
         self.process = subprocess.Popen(
@@ -279,7 +281,7 @@ class Terminal:
             stderr=slave,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+            env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "FABULA_DATA": str(data)},
         )
         os.close(slave)
         self.text = ""
@@ -326,11 +328,11 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Any]:
+def terminal(tmp_path: Path) -> Iterator[Any]:
     opened: list[Terminal] = []
 
     def start(*words: object) -> Terminal:
-        opened.append(Terminal(*words))
+        opened.append(Terminal(tmp_path, *words))
         return opened[-1]
 
     yield start

@@ -252,7 +252,6 @@ class Talk:
     def go_to(self, session: Session) -> None:
         """Goes to a session that exists, and shows where it stands."""
         self.session = session
-        _take_up(session)
         show_opened(session)
 
     @contextmanager
@@ -268,10 +267,3 @@ class Talk:
         """Ctrl-C, unless the line editor has the terminal. Between two answers it means nothing."""
         if self._answering:  # another thread, as this one may hold the session's lock just now
             threading.Thread(target=self.session.stop, daemon=True).start()
-
-
-def _take_up(session: Session) -> None:
-    """Goes to the newest answer if it was stopped behind the head: a process that dies does not move the head."""
-    newest = next(reversed(session.turns), None)
-    if newest is not None and newest.finish_reason == "cancelled" and newest.parent is session.head:
-        session.rollback(newest)

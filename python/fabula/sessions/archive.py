@@ -79,17 +79,23 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 
 
 def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.uint8]]:
-    """Full pages that turns hold, each once."""
-    pool = session._host.engine.runner.pool
+    """Full pages of turns, each once: those they hold, or that are found by their text, on disk too."""
+    engine = session._host.engine
+    pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
     pages: dict[str, npt.NDArray[np.uint8]] = {}
-    seen: set[int] = set()
-    with pool.lock:
-        for turn in turns:
-            held = turn.kv.pages[: turn.kv.n_tokens // PAGE_POSITIONS] if turn.kv is not None else []
-            for i, page in enumerate(held):
-                if page != HOLE and page not in seen:
-                    seen.add(page)
-                    pages[f"{turn.id}/{i}"] = pool.native.read(page)
+    seen: set[bytes] = set()
+    for turn in turns:
+        keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
+        with pool.lock:
+            kv = turn.kv.fork() if turn.kv is not None and turn.kv.n_tokens and engine.cache.owns(turn.kv) else None
+            kv = kv or engine.cache.find(keys, window)
+            if kv is None:
+                continue
+            with kv:
+                for i, (key, page) in enumerate(zip(keys, kv.pages[: kv.n_tokens // PAGE_POSITIONS], strict=False)):
+                    if page != HOLE and key not in seen:
+                        seen.add(key)
+                        pages[f"{turn.id}/{i}"] = pool.native.read(page)
     return pages
 
 

@@ -98,7 +98,7 @@ class Keeper:
         self.store.put_session(session_record(session)).result()
 
     def begun(self, reply: Reply, draft: Turn, session: Growing) -> None:
-        """A reply is being made: it is written down from time to time."""
+        """A reply is being made: it is written down from time to time, as the head if it is to be that."""
         made, owner = weakref.ref(reply), weakref.ref(session)
 
         def snapshot() -> tuple[TurnRecord, SessionRecord] | None:
@@ -107,8 +107,9 @@ class Keeper:
                 raise ReferenceError("the reply was forgotten")
             if len(reply.generation.token_ids) <= draft.n_begun:
                 return None
-            record = turn_record(reply.draft(), session.id)
-            return dataclasses.replace(record, finish_reason=None), session_record(session)
+            turn = reply.draft()
+            record = dataclasses.replace(turn_record(turn, session.id), finish_reason=None)
+            return record, session_record(session, *((turn, []) if reply.selects else (None, None)))
 
         self._watches[reply] = self.store.watch(snapshot)
 
@@ -122,6 +123,7 @@ class Keeper:
         if watch is not None:
             watch.close(discard=turn is None)
         if turn is None:
+            self.head_moved(session)  # a checkpoint may have moved it to the draft
             return
         head, undone = (turn, []) if reply.selects else (session.head, session._undone)
         try:
@@ -130,6 +132,7 @@ class Keeper:
             self._drafts.setdefault((session.tenant, session.id), set()).add(turn.id)
             if watch is not None:
                 watch.close(discard=True)  # a full disk may refuse this too
+            self.head_moved(session)
             raise
         self.turns[turn.id] = turn
 
@@ -164,24 +167,13 @@ class Keeper:
     def _needed(self, session: Growing, turns: list[Turn]) -> set[Turn]:
         """Of these turns, those that another session of the store goes on from."""
         mine = {turn.id: turn for turn in turns}
-        return {mine[id] for id in self._pasts_of_others(session) if id in mine}
-
-    def _pasts_of_others(self, session: Growing) -> set[str]:
-        """Ids of every turn that sessions forked from somewhere go on from, but this one."""
-        found: set[str] = set()
-        for summary in self.store.sessions(session.tenant):
-            record = summary.record
-            if record.base_id is None or record.id == session.id or record.base_id in found:
-                continue
-            _, turns = self.store.load(record.tenant, record.id)
-            found |= {turn.id for turn in turns if turn.session_id != record.id}
-        return found
+        return {mine[id] for id in self.store.pasts_of_others(session.tenant, session.id) if id in mine}
 
     def _orphans(self, session: Growing) -> list[str]:
         """Turns of deleted sessions that only this one goes on from."""
         _, turns = self.store.load(session.tenant, session.id)
         left = [turn.id for turn in turns if turn.session_id is None]
-        others = self._pasts_of_others(session) if left else set()
+        others = self.store.pasts_of_others(session.tenant, session.id) if left else set()
         return [id for id in left if id not in others]
 
     # ---- Coming back ------------------------------------------------------------------------------------------------

@@ -31,6 +31,16 @@ def find_session(connection: sa.Connection, tenant: str, id: str) -> SessionReco
     return None if row is None else _session(dict(row))
 
 
+def pasts_of_others(connection: sa.Connection, tenant: str, id: str) -> set[str]:
+    """Ids of every turn that sessions of a tenant were forked from, up to the beginning, one session left out."""
+    others = (sessions.c.tenant == tenant, sessions.c.id != id, sessions.c.base_id.is_not(None))
+    lineage = sa.select(sessions.c.base_id.label("id")).where(*others).cte("lineage", recursive=True)
+    before = (
+        sa.select(turns.c.parent_id).join(lineage, turns.c.id == lineage.c.id).where(turns.c.parent_id.is_not(None))
+    )
+    return set(connection.scalars(sa.select(lineage.union(before).c.id)))
+
+
 def list_sessions(connection: sa.Connection, tenant: str | None) -> tuple[list[SessionSummary], list[str]]:
     """Sessions, the one that was changed last first, and what is wrong with those that are damaged."""
     own = sa.select(sa.func.count()).where(turns.c.tenant == sessions.c.tenant, turns.c.session_id == sessions.c.id)

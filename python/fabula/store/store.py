@@ -210,6 +210,10 @@ class Store:
         """
         return self._read(partial(reading.load, tenant=tenant, id=id))
 
+    def pasts_of_others(self, tenant: str, id: str) -> set[str]:
+        """Ids of every turn that a tenant's sessions, but for `id`, were forked from, up to the beginning."""
+        return self._read(partial(reading.pasts_of_others, tenant=tenant, id=id))
+
     def check(self) -> list[str]:
         """Reads everything and says what is wrong, in words; nothing, if all is well."""
         try:
