@@ -10,6 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fabula.engine.decoding import Decoding, FinishReason, Piece
@@ -181,7 +182,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(arrived.set)
 
         self._request.listen(wake)

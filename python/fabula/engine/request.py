@@ -164,7 +164,10 @@ class Request:
         self.items.put(item)
         listener, self._listener = self._listener, None
         if listener is not None:
-            listener()
+            try:
+                listener()
+            except Exception:  # the reader's fault must not end the engine's thread
+                self.abandoned = True
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Calls `listener` once, from the scheduler's thread, when the next item is there."""

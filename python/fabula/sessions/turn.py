@@ -78,8 +78,9 @@ class Turn:
         answer, which was drawn but never read."""
         if self.timings is None or self.parent is None:
             return 0
-        known = self.kept + len(self.prompt_ids) + self.n_begun if self.n_begun else self.parent.n_ids
-        return max(0, min(known - 1, self.timings.prompt_tokens) - self.timings.reused_tokens)
+        prompt = self.kept + len(self.prompt_ids)
+        known = prompt + self.n_begun if self.n_begun else min(prompt, self.parent.n_ids)
+        return max(0, known - 1 - self.timings.reused_tokens)
 
     @property
     def n_ids(self) -> int:
@@ -101,13 +102,19 @@ class Turn:
         """The longest beginning of its ids whose K and V a turn of its past holds, `n_tokens` at most; None if there
         is none."""
         with cache.lock:  # or they are given up between looking and taking
+            best: Sequence | None = None
+            most = 0
             for past in self.lineage():
+                if most >= n_tokens:  # what lies before is shorter
+                    break
                 usable = past.kv.usable(n_tokens) if past.kv is not None and cache.owns(past.kv) else 0
-                if usable > 0 and past.kv is not None:
-                    cache.touch(past.kv)
-                    return past.kv.fork(usable)
+                if usable > most:
+                    best, most = past.kv, usable
                 n_tokens = min(n_tokens, past.kept)
-        return None
+            if best is None:
+                return None
+            cache.touch(best)
+            return best.fork(most)
 
     def lineage(self) -> Iterator[Turn]:
         """This turn, its parent, and so on to the empty start."""
