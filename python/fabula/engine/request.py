@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -164,10 +165,8 @@ class Request:
         self.items.put(item)
         listener, self._listener = self._listener, None
         if listener is not None:
-            try:
+            with suppress(Exception):  # the reader's fault must not end the engine's thread
                 listener()
-            except Exception:  # the reader's fault must not end the engine's thread
-                self.abandoned = True
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Calls `listener` once, from the scheduler's thread, when the next item is there."""
