@@ -1,0 +1,630 @@
+"""The law of sessions: whatever was done, in whatever order, every turn is what it would be from scratch.
+
+A machine does what users do, at random, with a workspace whose pages run out all the time. Beside it walk a naive model
+of the trees (`Shadow`) and a second model of the same folder that never shares anything (the oracle). After every step
+tokens, trees, and the count of every page are compared. FABULA_TEST_LAWS=20 does twenty times as much.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+import tiny
+from fabula import (
+    ContextOverflow,
+    ContextPolicy,
+    InvalidArgument,
+    Model,
+    Reply,
+    SamplingParams,
+    Session,
+    Turn,
+    Workspace,
+)
+from fabula._native import page_bytes
+from fabula.engine.generation import Generation
+from fabula.formats.checkpoint import DType
+from fabula.kv.pages import Sequence
+
+CONTEXT, N_PAGES = 128, 11  # each text has at most 4 pages, and with a window as many
+LONGEST = 400  # ids of a text with a window
+WAIT_S = 30.0
+TEXTS = [
+    "the sea",
+    "a",
+    "why <|im_end|>?",
+    "",
+    "in the west, the stone is on the hill and there we",
+    "é😀 " * 6,
+    "stone " * 8,
+]
+POLICIES = [ContextPolicy(), ContextPolicy("slide", window=50), ContextPolicy("drop_oldest_turns")]
+MORE = int(os.environ.get("FABULA_TEST_LAWS", "1"))
+
+every_sequence: weakref.WeakSet[Sequence] = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True)
+def _watched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists every sequence there is, so that the count of each page can be compared with who really holds it."""
+    begin = Sequence.__init__
+
+    def watched(self: Sequence, *arguments: Any, **more: Any) -> None:
+        begin(self, *arguments, **more)
+        every_sequence.add(self)
+
+    monkeypatch.setattr(Sequence, "__init__", watched)
+
+
+# ---- What ought to be -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Leaf:
+    """A turn as its reader saw it."""
+
+    id: str
+    parent: Leaf | None
+    prompt: str = ""
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    tags: set[str] = field(default_factory=set)
+
+    @property
+    def number(self) -> int:
+        return 0 if self.parent is None else self.parent.number + 1
+
+    def lineage(self) -> Iterator[Leaf]:
+        leaf: Leaf | None = self
+        while leaf is not None:
+            yield leaf
+            leaf = leaf.parent
+
+
+ROOT = Leaf("", None)
+
+
+@dataclass(eq=False)
+class Shadow:
+    """A session as naively as can be: lists."""
+
+    id: str
+    policy: ContextPolicy
+    chat: bool
+    base: Leaf
+    head: Leaf
+    own: list[Leaf] = field(default_factory=list)
+    undone: list[Leaf] = field(default_factory=list)
+
+    def known(self) -> list[Leaf]:
+        return [*[leaf for leaf in self.base.lineage() if leaf.parent is not None][::-1], *self.own]
+
+    def take_in(self, leaf: Leaf, selects: bool) -> None:
+        self.own.append(leaf)
+        if selects:
+            self.head, self.undone = leaf, []
+
+    def go_to(self, leaf: Leaf, prune: bool) -> None:
+        if leaf is not self.head:
+            self.undone.append(self.head)
+        self.head = leaf
+        if prune:
+            self.own = [other for other in self.own if other is leaf or leaf not in other.lineage()]
+            self.undone = []
+
+
+@dataclass
+class Live:
+    """A reply in the making and what was read of it."""
+
+    reply: Reply
+    shadow: Shadow
+    parent: Leaf
+    prompt: str
+    texts: list[str]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.reply.generation.token_ids
+
+
+# ---- The machine ----------------------------------------------------------------------------------------------------
+
+
+class Laws(RuleBasedStateMachine):
+    """Everything that can be done with sessions, at random."""
+
+    folder: Path
+    oracle: Model
+    options: dict[str, Any]
+    place: Path
+    n_days = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).n_days += 1
+        self.data = self.place / str(self.n_days)
+        self.sessions: dict[str, Session] = {}
+        self.shadows: list[Shadow] = []
+        self.n = 0
+        self.judged: set[str] = set()
+        self.open()
+        for policy, chat in ((0, True), (1, False), (2, True)):
+            self.begin(policy, chat)
+
+    def open(self) -> None:
+        self.workspace = Workspace(self.data)
+        self.model = self.workspace.load(self.folder, name="tiny", **self.options)
+
+    @property
+    def pool(self) -> Any:
+        return self.model._runner.pool
+
+    # ---- Helpers ----------------------------------------------------------------------------------------------------
+
+    def pick(self, i: int) -> tuple[Session, Shadow]:
+        shadow = self.shadows[i % len(self.shadows)]
+        if shadow.id not in self.sessions:
+            self.sessions[shadow.id] = self.workspace.open(shadow.id)
+        return self.sessions[shadow.id], shadow
+
+    def params(self, n: int, hot: bool) -> SamplingParams:
+        self.n += 1
+        return SamplingParams(temperature=1.0 if hot else 0.0, seed=self.n, max_tokens=n, ignore_eos=self.n % 3 == 0)
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Turns that nobody reaches any more give up their pages at once, even if somebody still looks at them."""
+        before = {turn for session in self.sessions.values() for turn in session.turns}
+        yield
+        for turn in before - {turn for session in self.sessions.values() for turn in session.turns}:
+            assert turn.kv is None or not turn.kv.pages
+
+    def turn(self, session: Session, leaf: Leaf) -> Turn | int:
+        return next((turn for turn in session.turns if turn.id == leaf.id), 0)
+
+    def leaf_of(self, turn: Turn, live: Live) -> Leaf:
+        return Leaf(turn.id, live.parent, live.prompt, "".join(live.texts), turn.ids(), list(live.ids), None)
+
+    def fits(self, shadow: Shadow) -> bool:
+        return len(shadow.head.ids) < (LONGEST if shadow.policy.name == "slide" else 10**9)
+
+    def begin_reply(self, session: Session, shadow: Shadow, text: str, params: SamplingParams) -> Live | None:
+        """Says or tells; None when the context is full, which must change nothing."""
+        parent = shadow.head
+        if not shadow.chat and not text and parent is ROOT:
+            text = "the"
+        try:
+            reply = session.say(text, params) if shadow.chat else session.tell(prompt=text, params=params)
+        except ContextOverflow as error:
+            assert error.n_tokens > error.context == CONTEXT and shadow.policy.name != "slide"
+            return None
+        return Live(reply, shadow, parent, text, [reply.begun_text])
+
+    def read(self, live: Live, n: int = 10**6) -> None:
+        """Reads n pieces of a reply, or to its end; the shadow takes in what became of it."""
+        for _ in range(n):
+            piece = next(live.reply, None)
+            if piece is None:
+                break
+            live.texts.append(piece.text)
+            if piece.finish_reason:
+                self.ended(live, piece.finish_reason)
+                break
+
+    def ended(self, live: Live, reason: str, *, selects: bool = True) -> None:
+        turn = live.reply.turn
+        if turn is None:
+            assert len(live.texts) == 1 and reason == "cancelled", "only a reply without a word leaves no turn"
+            return
+        assert turn.finish_reason == reason
+        leaf = self.leaf_of(turn, live)
+        leaf.finish_reason = reason
+        live.shadow.take_in(leaf, selects)
+        self.judge(turn, live.shadow.policy)
+
+    def judge(self, turn: Turn, policy: ContextPolicy) -> None:
+        """The answer must be that of a model which knows nothing but the prompt."""
+        assert turn.params is not None and turn.id not in self.judged
+        self.judged.add(turn.id)
+        ids = turn.ids()
+        n_drawn = len(turn.token_ids) - turn.n_begun
+        self.oracle.clear_cache()
+        with Generation(
+            self.oracle._engine,
+            ids[: turn.n_ids - len(turn.token_ids)],
+            turn.params,
+            continues=not turn.chat,
+            begun=turn.token_ids[: turn.n_begun],
+            window=policy.visible(CONTEXT),
+        ) as alone:
+            drawn = [piece.token_id for _, piece in zip(range(n_drawn), alone, strict=False)]
+        assert list(turn.token_ids[turn.n_begun :]) == drawn
+        assert turn.finish_reason in ("cancelled", alone.finish_reason)
+
+    def settled(self) -> None:
+        """Waits until the engine has nothing to do; replies that are read slowly pause."""
+        scheduler, end = self.model._engine.scheduler, time.monotonic() + WAIT_S
+        while scheduler.load.n_waiting or any(not request.paused for request in list(scheduler._running)):
+            assert time.monotonic() < end, f"requests do not come to rest: {scheduler.load}"
+            time.sleep(0.0005)
+        passed = threading.Event()
+        if scheduler._thread is not None:
+            scheduler._inbox.put(("settled", passed))
+            passed.wait(2)  # it may have ended for lack of work meanwhile
+
+    # ---- What is done -----------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.shadows) < 6)
+    @rule(policy=st.integers(0, 2), chat=st.booleans())
+    def begin(self, policy: int, chat: bool) -> None:
+        self.n += 1
+        name = f"s{self.n}"
+        system = "s" if chat else None
+        self.sessions[name] = self.workspace.session(name, system=system, context_policy=POLICIES[policy])
+        self.shadows.append(Shadow(name, POLICIES[policy], chat, ROOT, ROOT))
+
+    @rule(i=st.integers(0, 9), text=st.sampled_from(TEXTS), n=st.integers(1, 14), hot=st.booleans())
+    def go_on(self, i: int, text: str, n: int, hot: bool) -> None:
+        session, shadow = self.pick(i)
+        if self.fits(shadow):
+            live = self.begin_reply(session, shadow, text, self.params(n, hot))
+            if live is not None:
+                self.read(live)
+
+    @rule(i=st.integers(0, 9), n=st.integers(2, 5), text=st.sampled_from(TEXTS))
+    def go_on_for_long(self, i: int, n: int, text: str) -> None:
+        for _ in range(n):
+            self.go_on(i, text, 14, True)
+
+    @rule(i=st.integers(0, 9), n=st.integers(0, 6), length=st.sampled_from([8, 60]), how=st.integers(0, 3))
+    def stop_early(self, i: int, n: int, length: int, how: int) -> None:
+        session, shadow = self.pick(i)
+        if not self.fits(shadow):
+            return
+        live = self.begin_reply(session, shadow, "stop", replace(self.params(length, True), ignore_eos=True))
+        if live is None:
+            return
+        self.read(live, n)
+        if live.reply.is_done:  # the context is full
+            return
+        if how == 0:
+            live.reply.cancel()
+        elif how == 1:
+            session.stop()
+        elif how == 2:
+            live.reply._left(live.reply)  # as its destructor does
+        else:
+            target = shadow.head
+            session.rollback(self.turn(session, target))
+            self.ended(live, "cancelled")
+            shadow.go_to(target, False)
+            return
+        assert not session.is_busy
+        self.ended(live, "cancelled")
+
+    @rule(i=st.integers(0, 9), n=st.integers(0, 30), prune=st.booleans())
+    def rollback_along_the_path(self, i: int, n: int, prune: bool) -> None:
+        session, shadow = self.pick(i)
+        number = n % (shadow.head.number + 1)
+        target = next(leaf for leaf in shadow.head.lineage() if leaf.number == number)
+        with self.dropping():
+            assert session.rollback(number, prune=prune).id == target.id
+        shadow.go_to(target, prune)
+
+    @rule(i=st.integers(0, 9), n=st.integers(0, 30), prune=st.booleans())
+    def rollback_anywhere(self, i: int, n: int, prune: bool) -> None:
+        session, shadow = self.pick(i)
+        if shadow.known():
+            target = shadow.known()[n % len(shadow.known())]
+            with self.dropping():
+                session.rollback(self.turn(session, target), prune=prune)
+            shadow.go_to(target, prune)
+
+    @rule(i=st.integers(0, 9))
+    def redo(self, i: int) -> None:
+        session, shadow = self.pick(i)
+        if shadow.undone:
+            assert session.redo().id == shadow.undone[-1].id
+            shadow.head = shadow.undone.pop()
+        else:
+            with pytest.raises(InvalidArgument, match="nothing to redo"):
+                session.redo()
+
+    @rule(i=st.integers(0, 9), k=st.integers(0, 30), text=st.sampled_from(TEXTS[:4]), what=st.integers(0, 2))
+    def another_answer(self, i: int, k: int, text: str, what: int) -> None:
+        """Regenerates the head, or edits or replays any turn."""
+        session, shadow = self.pick(i)
+        leaves = [shadow.head] if what == 0 else shadow.known()
+        if not leaves or leaves == [ROOT] or not self.fits(shadow):
+            return
+        leaf = leaves[k % len(leaves)]
+        turn = self.turn(session, leaf)
+        assert isinstance(turn, Turn)
+        if what == 1 and not shadow.chat and leaf.parent is ROOT:
+            text = text or "the"
+        params = self.params(7, True)
+        try:
+            if what == 0:
+                reply = session.regenerate(params)
+            else:
+                reply = session.edit(turn, text, params) if what == 1 else session.replay(turn)
+        except ContextOverflow:
+            return
+        live = Live(reply, shadow, leaf.parent or ROOT, text if what == 1 else leaf.prompt, [reply.begun_text])
+        self.read(live)
+        if what == 2 and leaf.finish_reason != "cancelled" and reply.turn is not None:
+            assert list(reply.turn.token_ids) == leaf.answer
+
+    @rule(i=st.integers(0, 9), n=st.integers(1, 9))
+    def continue_the_head(self, i: int, n: int) -> None:
+        session, shadow = self.pick(i)
+        if shadow.head is ROOT or not self.fits(shadow):
+            return
+        leaf = shadow.head
+        try:
+            reply = session.continue_(n)
+        except ContextOverflow:
+            return
+        live = Live(reply, shadow, leaf.parent or ROOT, leaf.prompt, [reply.begun_text])
+        self.read(live)
+        ended = leaf.answer[-1] in self.model.tokenizer.eos_ids
+        assert reply.turn is not None and list(reply.turn.token_ids[: reply.turn.n_begun]) == (
+            leaf.answer[:-1] if ended else leaf.answer
+        )
+
+    @rule(i=st.integers(0, 9), k=st.integers(0, 30), place=st.integers(0, 30), token=st.integers(4, tiny.VOCAB - 1))
+    def take_another_token(self, i: int, k: int, place: int, token: int) -> None:
+        session, shadow = self.pick(i)
+        if not shadow.known() or not self.fits(shadow):
+            return
+        leaf = shadow.known()[k % len(shadow.known())]
+        place %= len(leaf.answer) + 1
+        turn = self.turn(session, leaf)
+        try:
+            likely = session.alternatives(turn, place, 5)
+            reply = session.fork_at(turn, place, token, self.params(6, True))
+        except ContextOverflow:
+            return
+        assert [a.chosen for a in likely] == [[a.token_id] == leaf.answer[place : place + 1] for a in likely]
+        live = Live(reply, shadow, leaf.parent or ROOT, leaf.prompt, [reply.begun_text])
+        self.read(live)
+        assert reply.turn is not None and list(reply.turn.token_ids[: place + 1]) == [*leaf.answer[:place], token]
+
+    @rule(i=st.integers(0, 9), n=st.integers(2, 4), order=st.randoms(use_true_random=False), cut=st.booleans())
+    def branch(self, i: int, n: int, order: Any, cut: bool) -> None:
+        session, shadow = self.pick(i)
+        if not self.fits(shadow):
+            return
+        head, text = shadow.head, "which"
+        try:
+            replies = session.branch(n, text, self.params(8, True))
+        except InvalidArgument as error:
+            assert isinstance(error, ContextOverflow) or not shadow.chat
+            return
+        if head is ROOT and not shadow.chat:  # words make a chat of an empty session
+            shadow.chat = True
+        lives = [Live(reply, shadow, head, text, [reply.begun_text]) for reply in replies]
+        self.read_in_turns(lives, order, cut, selects=False)
+        assert session.head.id == head.id
+
+    @rule(order=st.randoms(use_true_random=False), cut=st.booleans(), length=st.sampled_from([12, 60]))
+    def several_at_once(self, order: Any, cut: bool, length: int) -> None:
+        """Replies of several sessions, piece by piece in any order; some are cancelled on the way."""
+        lives = []
+        for i in range(len(self.shadows)):
+            session, shadow = self.pick(i)
+            if self.fits(shadow):
+                live = self.begin_reply(session, shadow, "all", self.params(length, True))
+                lives += [] if live is None else [live]
+        self.read_in_turns(lives, order, cut)
+
+    def read_in_turns(self, lives: list[Live], order: Any, cut: bool, *, selects: bool = True) -> None:
+        while lives:
+            live = order.choice(lives)
+            if cut and order.random() < 0.05:
+                live.reply.cancel()
+                reason: str | None = "cancelled"
+            else:
+                piece = next(live.reply)
+                live.texts.append(piece.text)
+                reason = piece.finish_reason
+            if reason:
+                self.ended(live, reason, selects=selects)
+                lives.remove(live)
+
+    @rule(i=st.integers(0, 9), k=st.integers(0, 30), name=st.sampled_from(["x", "good", "日本"]), off=st.booleans())
+    def tag(self, i: int, k: int, name: str, off: bool) -> None:
+        session, shadow = self.pick(i)
+        if shadow.known():
+            leaf = shadow.known()[k % len(shadow.known())]
+            turn = self.turn(session, leaf)
+            if off:
+                session.untag(turn, name)
+                leaf.tags.discard(name)
+            else:
+                session.tag(turn, name)
+                leaf.tags.add(name)
+
+    @precondition(lambda self: len(self.shadows) < 7)
+    @rule(i=st.integers(0, 9), k=st.integers(0, 30))
+    def fork(self, i: int, k: int) -> None:
+        session, shadow = self.pick(i)
+        leaves = [ROOT, *shadow.known()]
+        leaf = leaves[k % len(leaves)]
+        if leaf is ROOT and shadow.head is not ROOT:
+            leaf = shadow.head
+        self.n += 1
+        name = f"s{self.n}"
+        self.sessions[name] = session.fork(self.turn(session, leaf), id=name)
+        self.shadows.append(Shadow(name, shadow.policy, shadow.chat, leaf, leaf))
+
+    @precondition(lambda self: len(self.shadows) > 2)
+    @rule(i=st.integers(0, 9))
+    def delete(self, i: int) -> None:
+        _, shadow = self.pick(i)
+        with self.dropping():
+            assert self.workspace.delete(shadow.id) >= 0
+            del self.sessions[shadow.id]
+        self.shadows.remove(shadow)
+
+    @rule(i=st.integers(0, 9), with_kv=st.booleans())
+    def carry(self, i: int, with_kv: bool) -> None:
+        """Exports a session, deletes it and takes it in again."""
+        session, shadow = self.pick(i)
+        if any(other is not shadow and set(other.base.lineage()) & set(shadow.own) for other in self.shadows):
+            return  # forks know its turns by their ids, which change
+        file = self.data / "kv.safetensors" if with_kv else None
+        exported = session.export(kv=file)
+        self.workspace.delete(shadow.id)
+        carried = self.sessions[shadow.id] = self.workspace.import_(exported, kv=file)
+        named = {"": ROOT}
+        for old, turn in zip(exported["turns"], carried.turns, strict=True):
+            leaf = next(leaf for leaf in shadow.known() if leaf.id == old["id"])
+            copy = named[leaf.id] = replace(leaf, id=turn.id, parent=named[(leaf.parent or ROOT).id], tags={*leaf.tags})
+            self.judged.add(copy.id)
+        shadow.own = [named[leaf.id] for leaf in shadow.known()]
+        shadow.head, shadow.undone = named[shadow.head.id], [named[leaf.id] for leaf in shadow.undone]
+        shadow.base = ROOT
+
+    @rule(n=st.integers(1, N_PAGES))
+    def evict(self, n: int) -> None:
+        with self.pool.lock:
+            self.model._engine.cache._reclaim(self.pool.n_free + n)
+
+    @rule()
+    def clear_cache(self) -> None:
+        self.model.clear_cache()
+
+    @rule(clean=st.booleans())
+    def load_again(self, clean: bool) -> None:
+        """Unloads the model, which writes K and V to disk; or they are lost there, too."""
+        self.workspace.unload("tiny")
+        if clean:
+            shutil.rmtree(self.data / "pages")
+        self.model = self.workspace.load(self.folder, name="tiny", **self.options)
+
+    @rule(i=st.integers(0, 9), k=st.integers(0, 30))
+    def forget_and_open(self, i: int, k: int) -> None:
+        """What was done last must be there even if nobody holds the session any more."""
+        session, shadow = self.pick(i)
+        number = k % (shadow.head.number + 1)
+        shadow.go_to(next(leaf for leaf in shadow.head.lineage() if leaf.number == number), False)
+        session.rollback(number)
+        del session, self.sessions[shadow.id]
+        gc.collect()
+        self.compare(*self.pick(i))
+
+    @rule(busy=st.booleans())
+    def reopen(self, busy: bool) -> None:
+        live = None
+        if busy:
+            session, shadow = self.pick(0)
+            if self.fits(shadow):
+                live = self.begin_reply(session, shadow, "end", replace(self.params(60, True), ignore_eos=True))
+            if live is not None:
+                self.read(live, 2)
+        going = live is not None and not live.reply.is_done
+        self.workspace.close()
+        if going:
+            self.ended(live, "cancelled")
+        self.sessions.clear()
+        gc.collect()
+        self.open()
+        for i in range(len(self.shadows)):
+            self.pick(i)
+        assert self.workspace._keeper.store.check() == []
+
+    # ---- What must be so --------------------------------------------------------------------------------------------
+
+    def compare(self, session: Session, shadow: Shadow) -> None:
+        known = {turn.id: turn for turn in session.turns}
+        assert known.keys() == {leaf.id for leaf in shadow.known()}
+        for leaf in shadow.known():
+            turn = known[leaf.id]
+            assert turn.parent is not None and leaf.parent is not None
+            assert (turn.parent.id, turn.number) == (leaf.parent.id, leaf.number)
+            assert (turn.prompt, turn.text, turn.tags) == (leaf.prompt, leaf.text, leaf.tags)
+            assert (turn.ids(), list(turn.token_ids)) == (leaf.ids, leaf.answer)
+            assert turn.finish_reason == leaf.finish_reason
+        assert session.head.id == shadow.head.id
+        assert [turn.id for turn in session.path] == [leaf.id for leaf in shadow.head.lineage()][:-1][::-1]
+        assert [turn.id for turn in session._undone] == [leaf.id for leaf in shadow.undone]
+
+    @invariant()
+    def trees_are_as_they_ought_to_be(self) -> None:
+        for i in range(len(self.shadows)):
+            self.compare(*self.pick(i))
+
+    @invariant()
+    def every_page_is_accounted_for(self) -> None:
+        self.settled()
+        gc.collect(0)
+        held = [sequence for sequence in every_sequence if sequence.pool is self.pool and sequence.pages]
+        self.pool.check([sequence.pages for sequence in held])
+        turns = {turn for session in self.sessions.values() for turn in session.turns}
+        owned = {id(turn.kv) for turn in turns} | {id(s) for s in self.model._engine.cache._anonymous.values()}
+        strangers = [s for s in held if id(s) not in owned]
+        if strangers:  # a turn that was dropped may live on in a cycle
+            gc.collect()
+            held = [sequence for sequence in every_sequence if sequence.pool is self.pool and sequence.pages]
+            strangers = [s for s in held if id(s) not in owned]
+        assert not strangers, "pages are held for nobody"
+        for sequence in held:
+            assert len(sequence.pages) == -(-sequence.n_tokens // 32)
+        for turn in turns:
+            assert turn.kv is None or turn.kv.n_tokens <= turn.n_ids, "what nobody read is taken back"
+        usage = self.model.kv_usage
+        assert usage.n_used == usage.n_pages - self.pool.n_free == usage.n_cached
+        assert usage.used_bytes == usage.n_used * self.pool.page_bytes
+
+    def teardown(self) -> None:
+        for shadow in list(self.shadows):
+            self.workspace.delete(shadow.id)
+        self.sessions.clear()
+        gc.collect()
+        self.model.clear_cache()
+        assert self.model.kv_usage.n_used == self.model.kv_usage.used_bytes == 0
+        assert self.workspace.sessions() == [] and self.workspace._keeper.store.check() == []
+        self.workspace.close()
+        shutil.rmtree(self.data)
+
+
+@pytest.mark.timeout(3600 if MORE > 1 else 120)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kv", ["f32", "f16"])
+def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
+    tiny_folder: Path, tmp_path: Path, kv: Any, threads: int
+) -> None:
+    n_bytes = N_PAGES * page_bytes(DType.F32 if kv == "f32" else DType.F16, 2, 2, 6)
+    options = {"kv": kv, "threads": threads, "context": CONTEXT, "kv_memory": n_bytes}
+    with Model.load(tiny_folder, kv=kv, threads=1, context=CONTEXT) as oracle:
+        attributes = {"folder": tiny_folder, "oracle": oracle, "options": options, "place": tmp_path}
+        machine = type("Machine", (Laws,), attributes)
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=7 * MORE,
+                stateful_step_count=30,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                print_blob=False,
+            ),
+        )
