@@ -621,7 +621,7 @@ def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=7 * MORE,
+                max_examples=5 * MORE,
                 stateful_step_count=30,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
