@@ -40,8 +40,8 @@ MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128
 IDLE_S = 1.0  # then the thread ends; the next request begins a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
-MIN_CHUNK = 11  # prompt tokens in a step while others draw: with one that draws they fill a tile of the matrix kernels
-STRETCH = 2.0  # how much longer a step may take for the sake of prompts
+MIN_CHUNK = 4  # prompt tokens in a step while others draw
+STRETCH = 2.4  # how much longer a step may take for the sake of prompts
 
 
 class Pace:
