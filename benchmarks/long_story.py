@@ -3,8 +3,8 @@
     python benchmarks/long_story.py [--model NAME] [--tokens N] [--window W] [--json]
 
 Perplexity is that of the model's own text under the plain softmax of its own logits: what it would climb if the model
-lost the thread once the beginning is gone. A repetition penalty over the last 512 tokens keeps it a text: without one a
-small model soon repeats a sentence for ever, whatever it sees, at a perplexity of 1.
+lost the thread once the beginning is gone. DRY holds back what repeats the last 4,000 tokens: without it a small model
+soon repeats a sentence for ever, whatever it sees, at a perplexity of 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object a line")
     arguments = parser.parse_args()
     params = SamplingParams(
-        temperature=0.9, top_p=0.95, repetition_penalty=1.15, penalty_window=512, ignore_eos=True, seed=arguments.seed
+        temperature=1.0, min_p=0.02, dry_multiplier=1.0, dry_window=4000, ignore_eos=True, seed=arguments.seed
     )
     with Model.load(arguments.model) as model:
         policy = ContextPolicy("slide", window=arguments.window)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -462,3 +464,24 @@ def test_every_walk_equals_doing_it_from_scratch(tiny_folder: Path, kv: Any, thr
     with Model.load(tiny_folder, kv=kv, threads=threads) as model:
         machine = type("Machine", (Walks,), {"model": model})
         run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=25, deadline=None))
+
+
+def test_a_deleted_session_says_nothing_more(model: Model) -> None:
+    session = model.session()
+    reply = session.say("one", replace(SHORT, max_tokens=200, ignore_eos=True))
+    next(reply)
+    failures: list[str] = []
+
+    def wait() -> None:
+        try:
+            session.say("two", SHORT, wait=True)
+        except InvalidArgument as error:
+            failures.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not session._line:
+        time.sleep(0.001)
+    session.delete()
+    waiting.join()
+    assert failures == [f"session {session.id} was deleted"] and session.turns == []

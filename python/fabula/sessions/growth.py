@@ -94,6 +94,7 @@ class Growing(Tree):
         self.created_at = time.time() if created_at is None else created_at
         self.vocabulary = host.vocabulary if vocabulary is None else vocabulary
         self._host, self._keeper = host, keeper
+        self._deleted = False
         self._running: WeakSet[Reply] = WeakSet()
         self._free = threading.Condition(self._lock)
         self._line: deque[object] = deque()  # callers that wait, in their order
@@ -188,6 +189,7 @@ class Growing(Tree):
 
         Raises:
             SessionBusy: it takes longer than the caller would wait.
+            InvalidArgument: the session was deleted, perhaps meanwhile.
         """
         end = None if wait is True else time.monotonic() + float(wait)
         ticket = object()
@@ -195,6 +197,8 @@ class Growing(Tree):
         try:
             while True:
                 self._collect()
+                if self._deleted:
+                    raise InvalidArgument(f"session {self.id} was deleted")
                 if self._line[0] is ticket and not self._running:
                     return
                 left = _POLL_S if end is None else min(_POLL_S, end - time.monotonic())

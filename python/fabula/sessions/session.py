@@ -286,6 +286,7 @@ class Session(Growing):
                 self._keeper = None
             self._drop(self._turns)
             self._root = self.head = START
+            self._deleted = True
             return (pool.n_free - before) * pool.page_bytes if pool is not None else 0
 
     def export(self, *, kv: str | os.PathLike[str] | None = None) -> dict[str, Any]:
