@@ -477,7 +477,7 @@ def test_a_crash_leaves_the_partial_answer(terminal: Any, endless_folder: Path, 
     with Workspace(tmp_path) as workspace:
         (summary,) = workspace.sessions()
         partial, longer = workspace.open(summary.record.id).turns
-        assert partial.finish_reason == "cancelled" and partial.prompt == "hello" and len(partial.token_ids) > 100
+        assert partial.finish_reason == "interrupted" and partial.prompt == "hello" and len(partial.token_ids) > 100
         assert longer.token_ids[: len(partial.token_ids)] == partial.token_ids
         assert len(longer.token_ids) == len(partial.token_ids) + 15
         assert workspace.open(summary.record.id).head is longer

@@ -197,8 +197,9 @@ class Day:
         found = {}
         for turn in session.turns:
             assert turn.params is not None and turn.params.seed is not None
-            stopped = turn.params.ignore_eos and len(turn.token_ids) == 1 + turn.params.seed % 9
-            if turn.finish_reason != "cancelled" or stopped:
+            n_read = 1 + turn.params.seed % 9  # of one that is stopped on purpose
+            stopped = turn.finish_reason == "cancelled" and turn.params.ignore_eos and len(turn.token_ids) == n_read
+            if stopped or turn.finish_reason not in ("cancelled", "interrupted"):
                 found[turn.params.seed] = turn
         return found
 

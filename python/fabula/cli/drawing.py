@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fabula.sessions.session import Alternative, Session
     from fabula.sessions.turn import Turn
 
-ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time"}  # of answers that did not end
+# Of answers that did not end by themselves.
+ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time", "interrupted": "interrupted"}
 _LAST = 12  # turns of an unbranched stretch that are drawn
 _DEPTH = 6  # branches above and below the head that are drawn
 _WIDTH = 200  # columns a tree is drawn in at least

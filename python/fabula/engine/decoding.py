@@ -13,7 +13,8 @@ from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
 from fabula.text.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+# The last: the process ended while the answer was being made; seen on turns that come back from a store.
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "interrupted"]
 I32 = npt.NDArray[np.int32]
 
 

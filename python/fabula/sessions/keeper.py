@@ -260,7 +260,7 @@ def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
 
 
 def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
-    """The turn of a record; one that was being made when the process died is partial: "cancelled".
+    """The turn of a record; one that was being made when the process died is partial: "interrupted".
 
     Raises:
         StoreCorrupt: it does not say what a turn says.
@@ -280,7 +280,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             token_ids=record.token_ids,
             n_begun=record.params["n_begun"],
             params=params_of(record.params["sampling"]),
-            finish_reason=record.finish_reason or "cancelled",  # type: ignore[arg-type]
+            finish_reason=record.finish_reason or "interrupted",  # type: ignore[arg-type]
             timings=Timings(**timings) if timings else None,
             cut=Cut(**record.cut) if record.cut else None,
             why_recomputed=why,

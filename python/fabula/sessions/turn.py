@@ -37,7 +37,7 @@ class Turn:
         token_ids: ids of the answer as they were drawn, its end token included.
         n_begun: how many of them were given, not drawn: chosen by hand, or taken over from a partial turn.
         params: sampling settings, with the seed that was used.
-        finish_reason: as in `Piece`; "cancelled" marks a partial turn.
+        finish_reason: as in `Piece`; "cancelled", "timeout" and "interrupted" (the process ended) mark a partial turn.
         timings: counts and times; prompt tokens reused and computed.
         cut: what of the past the model did not see; None for nothing.
         why_recomputed: why K and V of its past were not there; "" if they were.
