@@ -204,6 +204,7 @@ class Day:
         return found
 
     def do(self, op: Op) -> None:
+        self.say("using", op.session)  # one that was deleted begins anew, if what led to that is done again
         session = self._workspace.session(op.session, model="tiny", system="Be kind.")
         known: dict[int, Turn | int] = {0: 0, **self.turns(session)}
         at = known[op.at]
@@ -270,7 +271,9 @@ class Ledger:
     def note(self, line: str) -> None:
         self.n_acks += 1
         what, *about = json.loads(line)
-        if what == "open":
+        if what == "using":
+            self.gone.discard(about[0])
+        elif what == "open":
             assert about[0] < MAX_OPEN_S, f"opening took {about[0]:.1f} s"
         elif what == "turn":
             self.turns[about[0], about[1]] = (about[2], about[3])
@@ -298,8 +301,9 @@ class Ledger:
         """Compares a store with what must be there; how many partial turns it holds."""
         assert store.check() == []
         found = read(store)
-        for (session, number), (ids, text) in self.turns.items():
+        for (session, number), (ids, text) in list(self.turns.items()):
             if session in self.pruning and number not in {number for number, _ in found[session]}:
+                del self.turns[session, number]  # pruned, if nobody heard of it
                 continue
             assert (number, True) in found[session], f"turn {number} of {session} was acknowledged"
             turn = found[session][number, True]
