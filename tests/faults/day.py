@@ -136,6 +136,10 @@ def plan(seed: int, number: int) -> list[Op]:
                 del heads[fork], known[fork]
         elif chance < 0.9:
             behind = [t for t in known[session] if t != some and some in lineage(t, parent_of)]
+            # Not what a fork goes on from: found there, it would look as if nothing had to be done again here.
+            others = {t for other, head in heads.items() if other != session for t in lineage(head, parent_of)}
+            if others & set(behind):
+                continue
             ops.append(Op("prune", session, 0, some))
             heads[session] = some
             known[session] = [t for t in known[session] if t not in behind]
