@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +102,32 @@ def story_folder() -> Path:
         if (folder / "story" / "config.json").is_file():
             return folder / "story"
     pytest.skip("the story model is not at hand (set FABULA_TEST_MODELS to the folder that holds story/)")
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that makes writes fail, to be preloaded."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler (cc)")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    subprocess.run(
+        [compiler, "-O1", "-shared", "-fPIC", "-o", library, PROJECT / "tests" / "faults" / "shim.c"], check=True
+    )
+    return library
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Any]:
+    """Starts `fabula` with the given words in a terminal of its own; all are ended at the end."""
+    from test_cli import Terminal
+
+    opened: list[Terminal] = []
+
+    def start(*words: object) -> Terminal:
+        opened.append(Terminal(tmp_path, *words))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,19 +325,6 @@ class Terminal:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         os.close(self._fd)
-
-
-@pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Any]:
-    opened: list[Terminal] = []
-
-    def start(*words: object) -> Terminal:
-        opened.append(Terminal(tmp_path, *words))
-        return opened[-1]
-
-    yield start
-    for each in opened:
-        each.close()
 
 
 def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, folder_without_end: Path) -> None:

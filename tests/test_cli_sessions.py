@@ -25,7 +25,7 @@ from fabula.cli.shelf import Shelf
 from fabula.errors import InvalidArgument, StoreFull
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
-from test_cli import Lines, Result, Terminal
+from test_cli import Lines, Result
 from tiny import random_tensors, write_model
 
 SIX = SamplingParams(max_tokens=6, seed=3)
@@ -406,19 +406,6 @@ def test_help_loads_no_database() -> None:
 
 
 # ---- In a terminal --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Any]:
-    opened: list[Terminal] = []
-
-    def start(*words: object) -> Terminal:
-        opened.append(Terminal(tmp_path, *words))
-        return opened[-1]
-
-    yield start
-    for each in opened:
-        each.close()
 
 
 def seen(text: str) -> str:

@@ -17,7 +17,7 @@ C_EXCEPTIONS = {("quant", "kernels")}
 
 PYTHON_LAYERS: list[set[str]] = [
     {"errors", "_cdef"},
-    {"_ffi", "locking"},
+    {"_ffi", "files"},
     {"_native"},
     {"formats", "store"},
     {"models", "kv", "text"},

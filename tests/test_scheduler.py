@@ -32,8 +32,8 @@ from fabula.engine.scheduler import Load, Scheduler
 from fabula.formats.checkpoint import DType
 from fabula.kv.pages import HOLE, PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, Window
+from threaded import WAIT_S, in_threads
 
-WAIT_S = 20.0
 RNG = np.random.default_rng(3)
 HOT = SamplingParams(temperature=1.0, seed=5, max_tokens=20, ignore_eos=True, n_logprobs=2)
 
@@ -162,25 +162,6 @@ def settled(model: Model) -> bool:
     wait_for(lambda: model._engine.scheduler.load == Load(0, 0))
     model.clear_cache()
     return model._runner.pool.n_free == model._runner.pool.n_pages
-
-
-def in_threads(*work: Callable[[], Any]) -> list[Any]:
-    """Runs functions at the same time; what they return or raise."""
-    results: list[Any] = [None] * len(work)
-
-    def run(i: int) -> None:
-        try:
-            results[i] = work[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-        assert not thread.is_alive(), "it hangs"
-    return results
 
 
 # ---- The same tokens, whoever else is there -------------------------------------------------------------------------

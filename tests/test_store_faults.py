@@ -25,17 +25,6 @@ from power import Disk, events  # noqa: E402
 from work import Ledger  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that makes writes fail, to be preloaded."""
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("needs Linux and a C compiler (cc)")
-    library = tmp_path_factory.mktemp("shim") / "shim.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, FAULTS / "shim.c"], check=True)
-    return library
-
-
 def run(program: str, *arguments: object, shim: Path | None = None) -> str:
     """Runs a program of faults/ and returns what it says."""
     result = subprocess.run(

@@ -37,13 +37,13 @@ from fabula import (
 from fabula._native import page_bytes
 from fabula.engine.generation import Generation
 from fabula.formats.checkpoint import DType
+from threaded import WAIT_S, in_threads
 
 FAULTS = Path(__file__).parent / "faults"
 SHORT = SamplingParams(temperature=1.0, max_tokens=9, seed=11)
 LONG = SamplingParams(temperature=1.0, max_tokens=300, seed=12, ignore_eos=True)
 PAGE = page_bytes(DType.F16, 2, 2, 6)
 PAST = "a b c d e f g " * 6
-WAIT_S = 20.0
 
 
 class Desk:
@@ -121,25 +121,6 @@ def told(session: Session) -> dict[str, Any]:
         "undone": [turn.id for turn in session._undone],
         "settings": (session.system, session.params, session.policy, session.created_at, session.vocabulary),
     }  # fmt: skip
-
-
-def together(*work: Callable[[], Any]) -> list[Any]:
-    """Runs functions at the same time; what they return or raise."""
-    results: list[Any] = [None] * len(work)
-
-    def run(i: int) -> None:
-        try:
-            results[i] = work[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-        assert not thread.is_alive(), "it hangs"
-    return results
 
 
 # ---- Coming back ----------------------------------------------------------------------------------------------------
@@ -475,7 +456,7 @@ def test_a_piece_that_comes_with_the_end(desk: Desk) -> None:
             nonlocal n
             piece, n = super().__next__(), n + 1
             if n == 4:
-                together(reply.cancel)
+                in_threads(reply.cancel)
             return piece
 
     generation.__class__ = Interrupted
@@ -529,7 +510,7 @@ def test_nobody_holds_two_locks_in_two_orders(desk: Desk) -> None:
             session.turns  # noqa: B018
             desk.workspace.close()
 
-    results = together(lambda: session.say("two", SHORT).text(), other)
+    results = in_threads(lambda: session.say("two", SHORT).text(), other)
     assert results[1] is None and isinstance(results[0], str | InvalidArgument)
 
 
@@ -560,7 +541,7 @@ def test_many_callers_at_once(desk: Desk) -> None:
                 pass
         return n
 
-    results = together(*[lambda seed=seed: work(seed) for seed in range(4)])
+    results = in_threads(*[lambda seed=seed: work(seed) for seed in range(4)])
     assert all(isinstance(n, int) and n > 5 for n in results), results
     assert desk.store.check() == []
     before = {summary.record.id: told(desk.workspace.open(summary.record.id)) for summary in desk.workspace.sessions()}
@@ -822,17 +803,6 @@ def test_a_tag_that_cannot_be_kept(desk: Desk, failing: Callable[[str], None]) -
     del session
     desk.again()
     assert desk.session().path[0].tags == {"good"}
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that makes writes fail, to be preloaded."""
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("needs Linux and a C compiler (cc)")
-    library = tmp_path_factory.mktemp("shim") / "shim.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, FAULTS / "shim.c"], check=True)
-    return library
 
 
 FULL_DISK = """

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from fabula.errors import DownloadError, EngineError, ModelFileError
+from fabula.files import fsync_folder
 from fabula.formats.readfile import read_json_object
 
 _RECORD = "model.json"
@@ -274,19 +275,10 @@ def install(name: str, file: Path, *, source: str, sha256: str) -> CachedModel:
         info = path.stat()
         record = _Record(name, file.name, source, sha256, info.st_size, info.st_mtime_ns)
         _write_record(folder, record, info.st_mtime_ns)
-        _fsync_folder(folder)
+        fsync_folder(folder)
     except OSError as error:
         raise _cannot_write(folder, error) from None
     return _cached(path, record)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a loss of power."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def copy_hashed(source: IO[bytes], target: Path, *, max_bytes: int) -> tuple[int, str]:

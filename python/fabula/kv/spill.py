@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreReadOnly, StoreTooNew
-from fabula.locking import FileLock
+from fabula.files import FileLock
 
 KEY_BYTES = 16
 _FORMAT = 1  # of manifest and page files

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError
 
 from fabula.errors import InvalidArgument, StoreError
-from fabula.locking import FileLock
+from fabula.files import FileLock, fsync_folder
 
 _FILE = "sessions.sqlite3"  # in a folder
 _FILE_SUFFIXES = {".sqlite3", ".sqlite", ".db"}
@@ -101,20 +101,11 @@ def prepare_file(file: Path) -> FileLock:
         # Only now, as closing a file gives up every lock of SQLite that this process has on it. SQLite gives the files
         # beside it the same mode.
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        _fsync_folder(file.parent)
+        fsync_folder(file.parent)
     except BaseException:
         lock.close()
         raise
     return lock
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Makes new names in a folder survive a loss of power."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def make_engine(place: Place) -> sa.Engine:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from fabula.errors import EngineError, InvalidArgument, StoreError
-from fabula.locking import FileLock
+from fabula.files import FileLock
 from fabula.store import changes, reading
 from fabula.store.failures import translate
 from fabula.store.migrate import migrate

@@ -1,4 +1,4 @@
-"""A lock on a file that says: one process at a time uses what lies beside it."""
+"""What the keepers of files share: a lock for one process at a time, and names that survive a loss of power."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ class FileLock:
 
 
 os.register_at_fork(after_in_child=FileLock.leave_to_parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes new names in a folder survive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
