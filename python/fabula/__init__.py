@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fabula import errors, ops
+    from fabula.engine.constraint import Constraint
     from fabula.engine.decoding import Piece
     from fabula.engine.generation import Generation, Timings
     from fabula.engine.sampling import SamplingParams
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         NonFinite,
         OutOfMemory,
         SessionBusy,
+        SessionExists,
+        SessionNotFound,
         StoreCorrupt,
         StoreError,
         StoreFull,
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 # Where each public name lives; "" for a module of that name.
 _HOMES = {
     "Alternative": "sessions.session",
+    "Constraint": "engine.constraint",
     "ContextOverflow": "errors",
     "ContextPolicy": "sessions.policy",
     "DamagedWeightWarning": "models.builder",
@@ -73,6 +77,8 @@ _HOMES = {
     "SamplingParams": "engine.sampling",
     "Session": "sessions.session",
     "SessionBusy": "errors",
+    "SessionExists": "errors",
+    "SessionNotFound": "errors",
     "StoreCorrupt": "errors",
     "StoreError": "errors",
     "StoreFull": "errors",
@@ -93,6 +99,7 @@ _HOMES = {
 
 __all__ = [
     "Alternative",
+    "Constraint",
     "ContextOverflow",
     "ContextPolicy",
     "DamagedWeightWarning",
@@ -112,6 +119,8 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SessionBusy",
+    "SessionExists",
+    "SessionNotFound",
     "StoreCorrupt",
     "StoreError",
     "StoreFull",

@@ -2,7 +2,9 @@
 
     EngineError
     ├── InvalidArgument      (ValueError)    a setting or value out of its range
-    │   └── ContextOverflow                  more tokens than the context holds; carries both numbers
+    │   ├── ContextOverflow                  more tokens than the context holds; carries both numbers
+    │   ├── SessionNotFound  (LookupError)   there is no session of that name, or it was deleted
+    │   └── SessionExists                    there is one of that name already
     ├── OutOfMemory          (MemoryError)   the system refused memory
     ├── Unsupported                          well-formed, but not offered here (family, tensor type, instruction set)
     ├── SessionBusy                          another reply of the session is being made
@@ -55,6 +57,14 @@ class ContextOverflow(InvalidArgument):
         super().__init__(message)
         self.n_tokens = n_tokens
         self.context = context
+
+
+class SessionNotFound(InvalidArgument, LookupError):
+    """There is no session of that name, or it was deleted."""
+
+
+class SessionExists(InvalidArgument):
+    """There is a session of that name already; nothing was changed."""
 
 
 class OutOfMemory(EngineError, MemoryError):

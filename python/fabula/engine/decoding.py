@@ -9,12 +9,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fabula.engine.grammar import Guide
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
+from fabula.errors import NonFinite
 from fabula.text.tokenizer import Tokenizer
 
 # The last: the process ended while the answer was being made; seen on turns that come back from a store.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "interrupted"]
+F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 
@@ -26,9 +29,9 @@ class Piece:
         token_id: the token drawn.
         text: text that became certain with it; may be empty (half a character, a possible stop string) or belong to
             several tokens.
-        logprob: natural log-probability of the token under the plain softmax of the logits.
-        finish_reason: None while more may come; "stop" (end token, stop token or stop string), "length" (max_tokens,
-            or the context is full).
+        logprob: natural log-probability of the token under the plain softmax of the logits, before any constraint.
+        finish_reason: None while more may come; "stop" (end token, stop token, stop string, or a constraint that lets
+            nothing follow), "length" (max_tokens, or the context is full).
         top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
     """
 
@@ -65,6 +68,9 @@ class History:
 class Decoding:
     """Draws the tokens of one answer and reads them as text until something ends it.
 
+    Under a constraint only tokens that it allows are drawn, whatever else the settings say: end tokens are not held
+    back or let pass where nothing else may follow, and stop strings count only where the answer might have ended.
+
     Args:
         tokenizer: of the model.
         vocab_size: length of the logits.
@@ -78,6 +84,10 @@ class Decoding:
         history: prompt and answer so far.
         begun_text: the text of `begun`.
         params: with the seed in use.
+
+    Raises:
+        InvalidArgument: the constraint cannot be compiled or forbids what the answer begins with.
+        EngineBusy: too many constraints are being compiled.
     """
 
     def __init__(
@@ -98,38 +108,67 @@ class Decoding:
         self._ends = frozenset(params.stop_tokens) | (
             frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
         )
+        self._may_stop = True  # whether the answer may end before the token that was drawn last
+        self._ignored_ends = list(tokenizer.eos_ids) if params.ignore_eos else []
+        self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
         self._decoder = tokenizer.stream_decoder(continues=continues)
         self._stops = StopMatcher(params.stop)
+        self._guide = None if params.constraint is None else Guide(tokenizer, vocab_size, params.constraint, begun)
         self.begun_text = "".join(self._text_of(token) for token in begun)
 
-    def accept(self, logits: npt.NDArray[np.float32]) -> Piece:
+    def accept(self, logits: F32) -> Piece:
         """Draws the next token.
 
         Args:
             logits: float32 [vocab_size], behind the last token of the history.
 
         Raises:
-            NonFinite, InvalidArgument: as `Sampler.sample`.
+            NonFinite, InvalidArgument: as `Sampler.sample`; also if every token that the constraint allows is banned,
+                or its grammar becomes too complex.
         """
         history = self.history
-        held = sorted(self._ends) if self._n_drawn < self.params.min_tokens else []
-        token, logprob = self._sampler.sample(logits, history.ids, len(history), banned=held)
+        if self._guide is None:
+            held = sorted(self._ends) if self._n_drawn < self.params.min_tokens else []
+            token, logprob = self._sampler.sample(logits, history.ids, len(history), banned=held)
+        else:
+            token, logprob = self._draw_allowed(logits, self._guide)
         history.append(token)
         self._n_drawn += 1
         text, reason = self._read(token)
         return Piece(token, text, logprob, reason, likeliest(logits, self.params.n_logprobs))
 
+    def _draw_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
+        """A token that the constraint allows, and its log-probability among all."""
+        allowed = guide.allowed
+        held = self._all_ends if self._n_drawn < self.params.min_tokens else self._ignored_ends
+        if held and not guide.is_complete:
+            others = allowed.copy()
+            others[held] = False
+            allowed = others if others.any() else allowed
+        total = log_sum_exp(logits)
+        if not np.isfinite(total):
+            raise NonFinite("the logits hold NaN or infinity: the model's weights or its input are damaged")
+        masked = np.where(allowed, logits, np.float32(-np.inf))
+        token, _ = self._sampler.sample(masked, self.history.ids, len(self.history))
+        self._may_stop = guide.may_end
+        guide.advance(token)
+        return token, float(logits[token]) - total
+
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         """Text that is certain after this token, and whether it ends the answer."""
-        if token in self._ends:
+        if token in self._ends and self._may_stop:
             return self._flush(), "stop"
-        text = self._text_of(token)
-        if self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
+        text, guide = self._text_of(token), self._guide
+        if not self._may_stop:
+            text = self._stops.flush() + text  # what stands before a stop string here would be no answer
+        elif self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
             text, stop = self._stops.feed(text)
             if stop is not None:
                 return text, "stop"
+        if guide is not None and guide.is_complete:
+            return text + self._flush(), "stop"
         if self._n_drawn >= self._room:
             return text + self._flush(), "length"
         return text, None
@@ -156,3 +195,10 @@ def likeliest(logits: npt.NDArray[np.float32], n: int) -> tuple[tuple[int, float
     wide = logits.astype(np.float64)
     total = float(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
     return tuple((int(i), float(wide[i]) - total) for i in best)
+
+
+def log_sum_exp(logits: F32) -> float:
+    """The logarithm of the plain softmax's denominator; NaN if the logits hold NaN or infinity, or nothing finite."""
+    with np.errstate(invalid="ignore"):
+        top = logits.max()
+        return float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))

@@ -179,6 +179,8 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
 
     async def _arrival(self) -> None:
         """Waits until an item can be read."""
+        if not self._request.items.empty():
+            return
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

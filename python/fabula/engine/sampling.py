@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
+from fabula.engine.constraint import Constraint
 from fabula.errors import InvalidArgument
 
 F32 = npt.NDArray[np.float32]
@@ -94,6 +95,9 @@ class SamplingParams:
         stop_tokens: ids that end the generation like the model's own end tokens.
         ignore_eos: the model's end tokens do not end the generation.
         n_logprobs: how many of the likeliest tokens are told with each token; 0 .. 20.
+        constraint: what the answer must look like; None for anything. It wins over every other setting: end tokens
+            come only where the answer may end, and always where nothing else may follow; stop strings and
+            `stop_tokens` are taken as text where it may not.
 
     Raises:
         InvalidArgument: a value has the wrong type or is out of its range.
@@ -125,6 +129,7 @@ class SamplingParams:
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     n_logprobs: int = 0
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "dry_multiplier"):
@@ -154,6 +159,8 @@ class SamplingParams:
                 raise InvalidArgument(f"min_tokens is {self.min_tokens}, must be at most max_tokens {self.max_tokens}")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidArgument(f"ignore_eos is {self.ignore_eos!r}, must be True or False")
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise InvalidArgument(f"constraint is {self.constraint!r:.80}, must be a Constraint or None")
         for name in ("banned_tokens", "stop_tokens"):
             ids = self._sequence(name, "token ids")
             for token in ids:

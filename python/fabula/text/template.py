@@ -25,6 +25,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes as nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -207,6 +208,7 @@ class ChatTemplate:
     ) -> None:
         self.source, self.path = source, path
         self._special = dict(special_tokens or {})
+        self._variables: frozenset[str] | None = None  # found when they are first asked for
         self._max_output, self._max_seconds = max_output, max_seconds
         if len(source) > MAX_SOURCE:
             raise self._error(f"it has {len(source)} characters, at most {MAX_SOURCE} are read", None)
@@ -220,8 +222,14 @@ class ChatTemplate:
         except (LimitError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise self._error(str(error) or type(error).__name__, None) from None
 
+    def reads(self, name: str) -> bool:
+        """Whether the template asks for a variable, such as `tools`."""
+        if self._variables is None:
+            self._variables = frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)))
+        return name in self._variables
+
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **options: Any
     ) -> str:
         """Renders a conversation.
 

@@ -1,0 +1,309 @@
+"""A compiled constraint, and the walk of one answer through it.
+
+The work is that of the `llguidance` library: an Earley parser over a lexer that is built as it goes, which says for
+every place which tokens may come next. It gets the bytes of our vocabulary, so every kind of tokenizer works alike.
+
+Grammars come from strangers. What the library itself does not bound is bounded here, and in `engine/constraint.py`:
+
+    stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: a thread of its own has 64 MiB
+    time        a caller waits 2 s; the library's fuel ends what still runs soon after that
+    forcing     off: text that can only go on in one way would be tokenized again at every token, 50 ms for 48 KB
+    memory      compiled grammars are kept, the latest used, up to a number and an estimate of their bytes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fabula.engine.constraint import MAX_MESSAGE, Constraint
+from fabula.errors import EngineBusy, InvalidArgument
+from fabula.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+COMPILE_SECONDS = 2.0
+MAX_COMPILING = 4  # at a time, those nobody waits for any more included
+STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it
+
+MAX_CACHED = 128  # compiled grammars of one tokenizer
+MAX_CACHED_BYTES = 64 << 20
+MAX_GRAMMAR_BYTES = 16 << 20  # a grammar whose lexer has grown beyond this is compiled anew
+# The library does not tell how much it holds. All of it is made while it works: 60 .. 130 MB a second were measured
+# for exploding lexers and large remainders. Ordinary masks take 15 us and make nothing.
+BYTES_PER_SECOND = 128 << 20
+FREE_SECONDS = 100e-6
+
+
+class Grammar:
+    """A compiled constraint; answers walk through copies of it, which share its lexer.
+
+    Attributes:
+        n_bytes: estimate of what it holds.
+        is_spent: its lexer went over a limit; it is of no use any more.
+    """
+
+    def __init__(self, matcher: LLMatcher, n_bytes: int) -> None:
+        self._matcher = matcher
+        self.n_bytes = n_bytes
+        self.is_spent = False
+
+    def start(self) -> LLMatcher:
+        return self._matcher.deep_copy()
+
+    def worked(self, seconds: float) -> None:
+        """Notes time in which the lexer may have grown."""
+        self.n_bytes += int(max(0.0, seconds - FREE_SECONDS) * BYTES_PER_SECOND)
+
+
+class _Bytes:
+    """A tokenizer as `TokenizerWrapper` asks for it. The library holds this as long as the Vocabulary lives, and must
+    not keep the tokenizer alive by it. Since nothing is forced, no text is ever tokenized."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = weakref.ref(tokenizer)
+        self.eos_token_id = next(iter(tokenizer.eos_ids), None)  # None: the library adds one behind the others
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = _all_bytes(tokenizer)
+        self.special_token_ids = sorted(tokenizer.special_ids)
+
+    def __call__(self, text: bytes) -> list[int]:
+        tokenizer = self._tokenizer()
+        return tokenizer.encode(text.decode("utf-8", "replace"), add_bos=False) if tokenizer is not None else []
+
+
+class Vocabulary:
+    """A tokenizer's tokens as the library takes them, and the grammars compiled for it, the latest used. Thread-safe.
+
+    Args:
+        tokenizer: of a model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
+
+        self.n_tokens = tokenizer.vocab_size
+        ends = list(tokenizer.eos_ids) or None
+        self._tokens: LLTokenizer = LLTokenizer(TokenizerWrapper(_Bytes(tokenizer)), eos_token=ends)
+        # 64 KiB of words compile with 100,000 of initial fuel, common schemas are followed with 20,000 a step, and a
+        # state takes about 1 KiB.
+        self._limits: LLParserLimits = LLParserLimits(
+            initial_lexer_fuel=250_000,
+            step_lexer_fuel=100_000,
+            step_max_items=20_000,
+            max_lexer_states=50_000,
+            max_grammar_size=200_000,
+            verbose_errors=False,
+        )
+        self._lock = threading.Lock()
+        self._grammars: OrderedDict[Constraint, Grammar] = OrderedDict()
+
+    def grammar(self, constraint: Constraint) -> Grammar:
+        """The compiled constraint.
+
+        Raises:
+            InvalidArgument: it cannot be compiled, takes too long, or no text satisfies it; says why.
+            EngineBusy: too many are being compiled.
+        """
+        with self._lock:
+            found = self._grammars.get(constraint)
+            if found is not None and not found.is_spent and found.n_bytes <= MAX_GRAMMAR_BYTES:
+                self._grammars.move_to_end(constraint)
+                self._evict()
+                return found
+        lark = constraint.to_lark()
+        done: list[Grammar | InvalidArgument] = []
+        _run_beside(lambda: done.append(self._compile(constraint, lark)), constraint.kind)
+        compiled = done[0]
+        if isinstance(compiled, InvalidArgument):
+            raise compiled
+        with self._lock:
+            self._grammars[constraint] = compiled
+            self._grammars.move_to_end(constraint)
+            self._evict()
+        return compiled
+
+    def _evict(self) -> None:
+        while len(self._grammars) > MAX_CACHED or self.n_cached_bytes > MAX_CACHED_BYTES:
+            self._grammars.popitem(last=False)
+
+    @property
+    def n_cached(self) -> int:
+        """Grammars that are kept."""
+        return len(self._grammars)
+
+    @property
+    def n_cached_bytes(self) -> int:
+        """Estimate of what they hold."""
+        return sum(grammar.n_bytes for grammar in self._grammars.values())
+
+    def _compile(self, constraint: Constraint, lark: str) -> Grammar | InvalidArgument:
+        from llguidance import LLMatcher
+
+        start = time.perf_counter()
+        # Behind the source, so that the lines of messages are its own; options only ever add up.
+        source = json.dumps({"grammars": [{"lark_grammar": lark + '\n%llguidance {"no_forcing": true}\n'}]})
+        matcher = LLMatcher(self._tokens, source, log_level=0, limits=self._limits)
+        trial = matcher.deep_copy()
+        if not matcher.is_error():
+            trial.compute_bitmask()
+        if trial.is_error():
+            return InvalidArgument(f"{constraint.kind}: {shortened(trial.get_error())}")
+        grammar = Grammar(matcher, (1 << 16) + 16 * len(lark))
+        grammar.worked(time.perf_counter() - start)
+        return grammar
+
+
+def _all_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of every id; none for ids that stand for nothing, which the library never allows."""
+    tokens = []
+    for i in range(tokenizer.vocab_size):
+        try:
+            tokens.append(tokenizer.token_bytes(i))
+        except InvalidArgument:
+            tokens.append(b"")
+    return tokens
+
+
+_compiling = threading.BoundedSemaphore(MAX_COMPILING)
+_stack_lock = threading.Lock()
+
+
+def _run_beside(work: Callable[[], object], kind: str) -> None:
+    """Runs work in a thread with a large stack, for as long as a caller would wait.
+
+    Raises:
+        InvalidArgument: it takes longer; the thread ends by itself.
+        EngineBusy: too many run.
+    """
+    if not _compiling.acquire(timeout=COMPILE_SECONDS):
+        raise EngineBusy(f"{MAX_COMPILING} grammars are being compiled; try again later", n_waiting=MAX_COMPILING)
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            _compiling.release()
+            done.set()
+
+    # The size is the process's; a thread that somebody else starts meanwhile gets more address space, no more memory.
+    with _stack_lock:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="fabula-grammar").start()
+        except BaseException:
+            _compiling.release()
+            raise
+        finally:
+            threading.stack_size(before)
+    if not done.wait(COMPILE_SECONDS):
+        raise InvalidArgument(f"{kind}: it takes more than {COMPILE_SECONDS:g} s to compile; make it simpler")
+
+
+def shortened(message: str) -> str:
+    """The library's message without excerpts of the source."""
+    if message.startswith("NoExtensionBias"):
+        return "no text satisfies it"
+    message = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: ", "", message)
+    found = re.search(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
+    if found is not None:
+        return found[1][:MAX_MESSAGE]
+    lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^|<non-verbose/>)", line)]
+    return " ".join(" ".join(lines).split())[:MAX_MESSAGE] or message[:MAX_MESSAGE]
+
+
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
+_vocabularies_lock = threading.Lock()
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """The one Vocabulary of a tokenizer, made when it is first asked for (0.1 s for 49,000 tokens)."""
+    with _vocabularies_lock:
+        found = _vocabularies.get(tokenizer)
+        if found is None:
+            found = _vocabularies[tokenizer] = Vocabulary(tokenizer)
+        return found
+
+
+# ---- Walking --------------------------------------------------------------------------------------------------------
+
+
+class Guide:
+    """One answer's way through a grammar. One thread at a time may use it.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: length of the logits.
+        constraint: what the answer must look like.
+        begun: ids it begins with.
+
+    Attributes:
+        allowed: bool [vocab_size], the tokens that may come next; end tokens where the answer may end.
+        is_complete: nothing but an end may follow.
+        may_end: the answer so far satisfies the constraint.
+
+    Raises:
+        InvalidArgument: the constraint cannot be compiled, or forbids an id of `begun`.
+        EngineBusy: too many are being compiled.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, constraint: Constraint, begun: Sequence[int] = ()
+    ) -> None:
+        vocabulary = vocabulary_of(tokenizer)
+        self._kind = constraint.kind
+        self._n_tokens = min(vocab_size, vocabulary.n_tokens)
+        self._ends = np.asarray([i for i in tokenizer.eos_ids if i < vocab_size], np.int64)
+        self._grammar = vocabulary.grammar(constraint)
+        self._matcher = self._grammar.start()
+        self.allowed = np.zeros(vocab_size, np.bool_)
+        n_valid = self._matcher.try_consume_tokens([int(i) for i in begun]) if len(begun) else 0
+        if n_valid < len(begun):
+            raise InvalidArgument(
+                f"{self._kind}: the constraint forbids what the answer begins with, at token {n_valid} "
+                f"({tokenizer.decode([begun[n_valid]], skip_special=False)!r:.60})"
+            )
+        self._look()
+        if not self.allowed.any():
+            raise InvalidArgument(f"{self._kind}: the answer is complete already, and the model has no end token")
+
+    def advance(self, token: int) -> None:
+        """Takes a token that `allowed` allows.
+
+        Raises:
+            InvalidArgument: the grammar is too complex to go on.
+        """
+        if not self._matcher.consume_token(token):
+            self._fail()
+        self._look()
+
+    def _look(self) -> None:
+        matcher, start = self._matcher, time.perf_counter()
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        self._grammar.worked(time.perf_counter() - start)
+        if matcher.is_error():
+            self._fail()
+        self.allowed[: self._n_tokens] = np.unpackbits(mask, bitorder="little", count=self._n_tokens).view(np.bool_)
+        self.may_end = matcher.is_accepting() or matcher.is_stopped()
+        self.is_complete = matcher.is_stopped() or (
+            self.may_end and bool(np.count_nonzero(self.allowed) <= np.count_nonzero(self.allowed[self._ends]))
+        )
+
+    def _fail(self) -> None:
+        message = self._matcher.get_error()
+        if message.startswith("NoExtensionBias"):
+            raise InvalidArgument(
+                f"{self._kind}: the grammar has a dead end: nothing may follow here, not even the end"
+            )
+        self._grammar.is_spent = True
+        raise InvalidArgument(f"{self._kind}: the grammar is too complex: {shortened(message)}")
