@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fabula.engine.sampling import SamplingParams
-from fabula.engine.scheduler import Scheduler
-from fabula.errors import InvalidArgument, StoreError
+from fabula.engine.scheduler import MAX_RUNNING, MAX_WAITING, Load, Scheduler
+from fabula.errors import InvalidArgument, SessionNotFound, StoreError
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
 from fabula.model import Model
 from fabula.sessions.archive import import_session
+from fabula.sessions.growth import is_session_id
 from fabula.sessions.host import Host, Served
 from fabula.sessions.keeper import Keeper, params_of, policy_of
 from fabula.sessions.policy import ContextPolicy
@@ -53,6 +54,7 @@ class Workspace:
         folder: of the data; None for the user's, see `default_folder`.
         store: SQLAlchemy URL of another place for the sessions, such as PostgreSQL; None for a file in the folder.
         spill_bytes: of pages of K and V on disk, for each model; 0 for none.
+        max_running, max_waiting: answers that share the engine's steps, and those that wait for that.
 
     Raises:
         StoreLocked: another process uses the folder.
@@ -60,11 +62,17 @@ class Workspace:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None = None, *, store: str | None = None, spill_bytes: int = SPILL_BYTES
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        store: str | None = None,
+        spill_bytes: int = SPILL_BYTES,
+        max_running: int = MAX_RUNNING,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
         self.folder = default_folder() if folder is None else Path(folder)
         self._spill_bytes = spill_bytes
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(max_running=max_running, max_waiting=max_waiting)
         self._keeper = Keeper(Store.open(self.folder if store is None else store))
         self._hosts: dict[str, Host] = {}
         self._models: dict[str, Model] = {}
@@ -125,6 +133,11 @@ class Workspace:
         with self._lock:
             return dict(self._models)
 
+    @property
+    def load_now(self) -> Load:
+        """How many answers are made, and how many wait, just now."""
+        return self._scheduler.load
+
     def _served(self, name: str, model: Model) -> Served:
         """A loaded model for its sessions, with its pages on disk if there is a place for them."""
         fingerprint, why_cold = model.fingerprint, ""
@@ -163,6 +176,7 @@ class Workspace:
         system: str | None = None,
         sampling: SamplingParams | None = None,
         context_policy: ContextPolicy | str | None = None,
+        title: str | None = None,
         tenant: str = "",
     ) -> Session:
         """Opens a session, or begins a new one.
@@ -172,6 +186,7 @@ class Workspace:
             model: name of the model it talks to; None for the only one loaded, or the default.
             system, sampling, context_policy: of a new session, as `Model.session`; for one that exists they change
                 what is said from now on, where they are given.
+            title: what people call it, one line of at most 200 characters; None leaves it, or leaves it empty.
             tenant: its owner; the same id may exist for two.
 
         Raises:
@@ -190,30 +205,46 @@ class Workspace:
                     params=sampling,
                     policy=context_policy,
                     keeper=self._keeper,
+                    title=title or "",
                 )
                 self._keeper.opened(session)
                 return session
         # Without the lock: a session's own lock comes before it, as the session may have to load its model.
-        self._change(found, model, system, sampling, context_policy)
+        if model is not None and model != found.model:
+            raise InvalidArgument(f"session {found.id} talks to {found.model}, not to {model}")
+        if context_policy is not None and ContextPolicy.of(context_policy) != found.policy:
+            raise InvalidArgument(f"session {found.id} has the context policy {found.policy.name} for good")
+        found.configure(title=title, sampling=sampling, system=system)
         return found
 
     def open(self, id: str, *, tenant: str = "") -> Session:
         """Opens a session that exists.
 
         Raises:
-            InvalidArgument: there is none of that name.
+            SessionNotFound: there is none of that name.
             StoreCorrupt: it is damaged; names what.
         """
         with self._lock:
             self._check_open()
-            found = self._find(tenant, id)
+            found = self._find(tenant, id) if is_session_id(id) else None
             if found is None:
-                raise InvalidArgument(f"there is no session {id!r}")
+                raise SessionNotFound(f"there is no session {id!r}")
             return found
 
     def sessions(self, tenant: str | None = None) -> list[SessionSummary]:
         """Sessions, the one changed last first: of a tenant, or all."""
         return self._keeper.store.sessions(tenant)
+
+    def has(self, id: str, *, tenant: str = "") -> bool:
+        """Whether there is a session of that name; False for what is no name."""
+        if not is_session_id(id):
+            return False
+        live = self._keeper.sessions.get((tenant, id))
+        return live is not None or self._keeper.store.find(tenant, id) is not None
+
+    def n_sessions(self, tenant: str | None = None) -> int:
+        """How many sessions there are, of a tenant or of all."""
+        return self._keeper.store.count(tenant)
 
     def import_(
         self,
@@ -232,7 +263,8 @@ class Workspace:
             kv: file with its K and V; loads the model.
 
         Raises:
-            InvalidArgument: there is a session of that name, or the data is damaged; says what.
+            SessionExists: there is a session of that name.
+            InvalidArgument: the data is damaged; says what.
             StoreError, StoreCorrupt: it cannot be kept, or K and V are of another model or damaged.
         """
         with self._lock:
@@ -247,7 +279,7 @@ class Workspace:
         """Deletes a session, and returns the bytes of K and V set free.
 
         Raises:
-            InvalidArgument: there is none of that name.
+            SessionNotFound: there is none of that name.
         """
         return self.open(id, tenant=tenant).delete()
 
@@ -271,31 +303,13 @@ class Workspace:
             keeper=keeper,
             created_at=record.created_at,
             vocabulary=record.settings["vocabulary"],
+            title=record.settings.get("title", ""),
         )
         session._turns = own
         session.head = known.get(record.head_id or "", START)
         session._undone = [known.get(id, START) for id in record.undone]
         keeper.sessions[tenant, id] = session
         return session
-
-    def _change(
-        self,
-        session: Session,
-        model: str | None,
-        system: str | None,
-        sampling: SamplingParams | None,
-        policy: ContextPolicy | str | None,
-    ) -> None:
-        if model is not None and model != session._host.name:
-            raise InvalidArgument(f"session {session.id} talks to {session._host.name}, not to {model}")
-        if policy is not None and ContextPolicy.of(policy) != session.policy:
-            raise InvalidArgument(f"session {session.id} has the context policy {session.policy.name} for good")
-        if system is not None and system != session.system and session.turns:
-            raise InvalidArgument(f"session {session.id} has begun with another system message; begin a new session")
-        if (sampling is not None and sampling != session.params) or (system is not None and system != session.system):
-            session.params = sampling or session.params
-            session.system = session.system if system is None else system
-            self._keeper.changed(session)
 
     def _default_model(self) -> str:
         if len(self._models) > 1:

@@ -36,6 +36,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # of a turn, and what they may hold
     "finish_reason": (str, type(None)), "timings": (dict, type(None)), "cut": (dict, type(None)),
     "created_at": (int, float), "tags": (list,),
 }  # fmt: skip
+_OPTIONAL = {"said": (dict,)}  # there where `prompt` does not say it all
 
 
 # ---- Out ------------------------------------------------------------------------------------------------------------
@@ -75,6 +76,8 @@ def export_session(session: Session, *, kv: str | os.PathLike[str] | None = None
 def _turn_json(turn: Turn) -> dict[str, Any]:
     fields = dataclasses.asdict(turn_record(turn, None))
     del fields["session_id"]
+    if fields["said"] is None:
+        del fields["said"]
     return fields | {name: list(fields[name]) for name in ("prompt_ids", "token_ids", "tags")}
 
 
@@ -153,6 +156,7 @@ def import_session(
             keeper=keeper,
             created_at=float(data["created_at"]),
             vocabulary=settings["vocabulary"],
+            title=settings.get("title", ""),
         )
         session._turns = list(turns.values())
         session.head = named[data["head"] or ""]
@@ -183,9 +187,9 @@ def _turns_of(rows: list[Any]) -> dict[str, Turn]:
     turns: dict[str, Turn] = {}
     for i, row in enumerate(rows):
         where = f"turn {i} of the exported session"
-        if not isinstance(row, dict) or row.keys() != _FIELDS.keys():
+        if not isinstance(row, dict) or row.keys() - _OPTIONAL.keys() != _FIELDS.keys():
             raise InvalidArgument(f"{where} must have the fields {', '.join(_FIELDS)}")
-        for name, kinds in _FIELDS.items():
+        for name, kinds in (_FIELDS | {name: kinds for name, kinds in _OPTIONAL.items() if name in row}).items():
             if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
                 raise InvalidArgument(f"{where}: {name} is {row[name]!r:.80}")
         for name in ("prompt_ids", "token_ids"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import unicodedata
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +15,38 @@ from weakref import WeakSet
 
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
-from fabula.errors import InvalidArgument, SessionBusy
+from fabula.errors import InvalidArgument, SessionBusy, SessionNotFound
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.sessions.host import Host
 from fabula.sessions.keeper import Keeper
 from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.prompts import Prompt, chat_prompt, common_length, story_prompt
 from fabula.sessions.reply import Reply
+from fabula.sessions.said import Said
 from fabula.sessions.tree import Tree
 from fabula.sessions.turn import Turn
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+MAX_TITLE = 200  # characters
 _POLL_S = 0.05  # how often a caller that waits looks for replies that were forgotten
+
+
+def is_session_id(id: object) -> bool:
+    """Whether a session may be called so."""
+    return isinstance(id, str) and _ID.fullmatch(id) is not None
+
+
+def checked_title(title: object) -> str:
+    """The title of a session.
+
+    Raises:
+        InvalidArgument: it is too long, or holds what is no visible text.
+    """
+    if not isinstance(title, str) or len(title) > MAX_TITLE:
+        raise InvalidArgument(f"title must be text of at most {MAX_TITLE} characters")
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in title):
+        raise InvalidArgument(f"title {title!r:.60} must be one line without control characters")
+    return title
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +55,7 @@ class Plan:
 
     Attributes:
         parent: it goes behind.
-        text: what the user said.
+        said: by the user.
         chat: through the template or not.
         prompt: ids it goes on from.
         params: sampling settings.
@@ -43,7 +64,7 @@ class Plan:
     """
 
     parent: Turn
-    text: str
+    said: Said
     chat: bool
     prompt: Prompt
     params: SamplingParams
@@ -65,6 +86,7 @@ class Growing(Tree):
         keeper: where it is kept; None for in memory only.
         created_at: seconds since 1970; None for now.
         vocabulary: fingerprint of the tokenizer its ids are of; None for the host's.
+        title: what people call it, one line.
     """
 
     def __init__(
@@ -80,14 +102,15 @@ class Growing(Tree):
         keeper: Keeper | None = None,
         created_at: float | None = None,
         vocabulary: str | None = None,
+        title: str = "",
     ) -> None:
         super().__init__(base)
-        if id is not None and (not isinstance(id, str) or not _ID.fullmatch(id)):
+        if id is not None and not is_session_id(id):
             raise InvalidArgument(f"session id {id!r} must be 1 .. 128 of A-Z a-z 0-9 . _ -")
         self.id = uuid.uuid4().hex if id is None else id
         self.tenant = tenant
         self.params = params or SamplingParams()
-        self.system = system
+        self.system, self.title = system, checked_title(title)
         self.policy = ContextPolicy.of(policy)
         if host.is_loaded:
             self.policy.visible(host.engine.runner.context)
@@ -100,32 +123,41 @@ class Growing(Tree):
         self._line: deque[object] = deque()  # callers that wait, in their order
         self._left: deque[Reply] = deque()  # replies that were forgotten; filled by destructors
 
+    @property
+    def model(self) -> str:
+        """Name of the model it talks to."""
+        return self._host.name
+
     # ---- Planning a turn --------------------------------------------------------------------------------------------
 
-    def _next(self, parent: Turn, text: str, params: SamplingParams | None, *, chat: bool) -> Plan:
+    def _next(self, parent: Turn, said: Said, params: SamplingParams | None, *, chat: bool) -> Plan:
         """A turn behind `parent`."""
+        chosen = params or self.params
+        return Plan(parent, said, chat, self._prompt(parent, said, chosen, chat=chat), chosen, parent, [])
+
+    def _prompt(self, parent: Turn, said: Said, params: SamplingParams, *, chat: bool) -> Prompt:
+        """What an answer behind `parent` goes on from; changes nothing."""
         if parent.number and parent.chat is not chat:
             kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
             raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
-        chosen, served = params or self.params, self._host.served
-        engine, policy = served.engine, self.policy
+        served = self._host.served
         if chat:
-            prompt = chat_prompt(engine, served.template(), policy, chosen, parent, self.system, text)
-        else:
-            prompt = story_prompt(engine, policy, chosen, parent, text)
-        return Plan(parent, text, chat, prompt, chosen, parent, [])
+            return chat_prompt(served.engine, served.template(), self.policy, params, parent, self.system, said)
+        if said.to_json() is not None:
+            raise InvalidArgument("a story goes on with text; messages and template_options are for a chat")
+        return story_prompt(served.engine, self.policy, params, parent, said.text)
 
-    def _again(self, turn: Turn, prompt: str, params: SamplingParams) -> Plan:
+    def _again(self, turn: Turn, said: Said, params: SamplingParams) -> Plan:
         """A sibling of a turn."""
         assert turn.parent is not None
-        return self._next(turn.parent, prompt, params, chat=turn.chat)
+        return self._next(turn.parent, said, params, chat=turn.chat)
 
     def _from_inside(self, turn: Turn, begun: list[int], params: SamplingParams) -> Plan:
         """A sibling of a turn that has its prompt and begins with `begun`."""
         assert turn.parent is not None
         ids = turn.ids()[: turn.n_ids - len(turn.token_ids)]
         prompt = Prompt(ids, turn.kept, turn.cut)
-        return Plan(turn.parent, turn.prompt, turn.chat, prompt, params, turn, begun)
+        return Plan(turn.parent, turn.said, turn.chat, prompt, params, turn, begun)
 
     def _check_place(self, turn: Turn, position: int) -> None:
         if type(position) is not int or not 0 <= position <= len(turn.token_ids):
@@ -189,7 +221,7 @@ class Growing(Tree):
 
         Raises:
             SessionBusy: it takes longer than the caller would wait.
-            InvalidArgument: the session was deleted, perhaps meanwhile.
+            SessionNotFound: the session was deleted, perhaps meanwhile.
         """
         end = None if wait is True else time.monotonic() + float(wait)
         ticket = object()
@@ -197,8 +229,7 @@ class Growing(Tree):
         try:
             while True:
                 self._collect()
-                if self._deleted:
-                    raise InvalidArgument(f"session {self.id} was deleted")
+                self._check_there()
                 if self._line[0] is ticket and not self._running:
                     return
                 left = _POLL_S if end is None else min(_POLL_S, end - time.monotonic())
@@ -220,7 +251,7 @@ class Growing(Tree):
             parent=plan.parent,
             number=plan.parent.number + 1,
             chat=plan.chat,
-            prompt=plan.text,
+            said=plan.said,
             kept=plan.prompt.kept,
             prompt_ids=tuple(ids[plan.prompt.kept :]),
             n_begun=len(plan.begun),
@@ -306,6 +337,10 @@ class Growing(Tree):
             while self._left:
                 self._left.popleft().cancel()
 
+    def _check_there(self) -> None:
+        if self._deleted:
+            raise SessionNotFound(f"session {self.id} was deleted")
+
     def _head_moved(self) -> None:
         if self._keeper is not None:
             self._keeper.head_moved(self)
@@ -315,7 +350,7 @@ class Growing(Tree):
             self._keeper.tagged(turn, tags)
         super()._set_tags(turn, tags)
 
-    def _drop(self, turns: list[Turn]) -> None:
+    def _drop(self, turns: list[Turn]) -> int:
         if self._keeper is not None and turns:
             self._keeper.dropped(self, turns)
-        super()._drop(turns)
+        return super()._drop(turns)

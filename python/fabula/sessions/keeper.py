@@ -14,10 +14,12 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fabula.engine.constraint import Constraint
 from fabula.engine.generation import Timings
 from fabula.engine.sampling import SamplingParams
-from fabula.errors import InvalidArgument, StoreCorrupt
+from fabula.errors import SessionExists, StoreCorrupt
 from fabula.sessions.policy import ContextPolicy, Cut
+from fabula.sessions.said import Said
 from fabula.sessions.turn import START, Turn
 from fabula.store.records import SessionRecord, TurnRecord
 from fabula.store.store import Store
@@ -53,7 +55,7 @@ class Keeper:
         """A new session: it is in the store when this returns.
 
         Raises:
-            InvalidArgument: there is one of that name.
+            SessionExists: there is one of that name.
         """
         self._register(session)
         try:
@@ -67,14 +69,14 @@ class Keeper:
         key = (session.tenant, session.id)
         with self.lock:
             if key in self.sessions or self.store.find(*key) is not None:
-                raise InvalidArgument(f"there is a session {session.id!r} already; give another name")
+                raise SessionExists(f"there is a session {session.id!r} already; give another name")
             self.sessions[key] = session
 
     def taken_in(self, session: Growing) -> None:
         """A session with turns made elsewhere: all of it is in the store when this returns, or nothing.
 
         Raises:
-            InvalidArgument: there is one of that name.
+            SessionExists: there is one of that name.
             StoreError: it could not be.
         """
         self._register(session)
@@ -185,7 +187,7 @@ class Keeper:
             Its record, the turns it lists itself (oldest first), and every turn that can be reached, by id.
 
         Raises:
-            InvalidArgument: there is no such session.
+            SessionNotFound: there is no such session.
             StoreCorrupt: a row is damaged; names session and turn.
         """
         self.store.flush()  # a head that moved may still be on its way
@@ -227,7 +229,8 @@ def session_record(session: Growing, head: Turn | None = None, undone: list[Turn
             "params": params_json(session.params),
             "policy": session.policy.to_json(),
             "vocabulary": session.vocabulary,
-        },
+        }
+        | ({"title": session.title} if session.title else {}),
         base_id=base.id or None,
         head_id=head_id,
         undone=undone_ids,
@@ -254,6 +257,7 @@ def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
         finish_reason=turn.finish_reason,
         timings={**dataclasses.asdict(turn.timings), "why_recomputed": turn.why_recomputed} if turn.timings else None,
         cut=turn.cut.to_json() if turn.cut else None,
+        said=turn.said.to_json(),
         created_at=turn.created_at,
         tags=tuple(turn.tags),
     )
@@ -273,7 +277,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             parent=parent if parent is not None else START,
             number=record.number,
             chat=record.chat,
-            prompt=record.prompt,
+            said=Said.from_json(record.prompt, record.said),
             text=record.text,
             kept=record.kept,
             prompt_ids=record.prompt_ids,
@@ -307,6 +311,8 @@ def params_json(params: SamplingParams) -> dict[str, Any]:
     if "logit_bias" in found:
         pairs = dict(found["logit_bias"]).items()
         found["logit_bias"] = [[token, "-inf" if bias == -math.inf else bias] for token, bias in pairs]
+    if params.constraint is not None:
+        found["constraint"] = dataclasses.asdict(params.constraint)
     return found
 
 
@@ -319,4 +325,6 @@ def params_of(value: Mapping[str, Any]) -> SamplingParams:
     found = dict(value)
     if "logit_bias" in found:
         found["logit_bias"] = {token: float(bias) for token, bias in found["logit_bias"]}
+    if "constraint" in found:
+        found["constraint"] = Constraint(**found["constraint"])
     return SamplingParams(**found)

@@ -6,13 +6,16 @@ until a quarter of the context is free: so many turns pass before the rest has t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fabula.engine.generation import Engine
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import ContextOverflow, InvalidArgument
 from fabula.sessions.policy import ContextPolicy, Cut
+from fabula.sessions.said import Said
+from fabula.sessions.tools import with_tools
 from fabula.sessions.turn import Turn
 from fabula.text.continuation import encode_next
 from fabula.text.template import ChatTemplate
@@ -33,12 +36,21 @@ class Prompt:
     cut: Cut | None = None
 
 
-def messages_of(system: str | None, turns: list[Turn], text: str | None = None) -> list[dict[str, str]]:
+def messages_of(system: str | None, turns: Sequence[Turn], said: Said | None = None) -> list[dict[str, Any]]:
     """A conversation as chat templates take it."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
-        messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.text}]
-    return messages if text is None else [*messages, {"role": "user", "content": text}]
+        _say(messages, turn.said)
+        messages.append({"role": "assistant", "content": turn.text})
+    if said is not None:
+        _say(messages, said)
+    return messages
+
+
+def _say(messages: list[dict[str, Any]], said: Said) -> None:
+    if said.words_answer and messages and messages[-1]["role"] == "assistant":
+        messages.pop()  # that answer stands at the head of what is said
+    messages += said.messages
 
 
 def chat_prompt(
@@ -48,28 +60,56 @@ def chat_prompt(
     params: SamplingParams,
     parent: Turn,
     system: str | None,
-    text: str,
+    said: Said,
 ) -> Prompt:
     """The prompt of the next answer of a chat.
 
     Raises:
-        TemplateError, InvalidArgument: as `encode_chat`.
+        TemplateError, InvalidArgument: as `encode_chat` and `with_tools`.
         ContextOverflow: it does not fit, whatever may be left out.
     """
+    if said.words_answer and not parent.number:
+        raise InvalidArgument("messages[0].role is 'assistant', but there is no answer before it")
+    tokenizer, past, seen = engine.tokenizer, parent.ids(), seen_turns(parent)
 
-    past, seen = parent.ids(), seen_turns(parent)
+    def worded(turns: Sequence[Turn], new: Said, options: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
+        return _worded(template, messages_of(system, turns, new), options)
 
     def without(n: int) -> list[int]:
-        """The conversation without its n oldest turns; the other answers stand as they were drawn."""
+        """The conversation without its n oldest turns, all of it rendered as the new prompt is; the other answers stand
+        as they were drawn."""
         known: list[int] = []
         turns = seen[n:]
         for i, turn in enumerate(turns):
-            messages = messages_of(system, turns[:i], turn.prompt)
-            known = [*encode_next(engine.tokenizer, template, messages, known), *turn.token_ids]
-        return encode_next(engine.tokenizer, template, messages_of(system, turns, text), known)
+            messages, options = worded(turns[:i], turn.said, said.options)
+            known = [*encode_next(tokenizer, template, messages, known, options), *turn.token_ids]
+        messages, options = worded(turns, said, said.options)
+        return encode_next(tokenizer, template, messages, known, options)
 
-    ids = encode_next(engine.tokenizer, template, messages_of(system, seen, text), past)
-    return _fitted(engine, policy, params, parent, past, ids, without)
+    def may_begin(n: int) -> bool:
+        """Whether the conversation may begin behind its n oldest turns: a tool's result stays with the call."""
+        return not (seen[n].said if n < len(seen) else said).answers_call
+
+    messages, options = worded(seen, said, said.options)
+    if said.options == parent.said.options:
+        ids = encode_next(tokenizer, template, messages, past, options)
+    else:
+        before = worded(seen[:-1], parent.said, parent.said.options) if seen else None
+        ids = encode_next(tokenizer, template, messages, past, options, before)
+        if ids[: len(past)] != past:
+            ids = without(0)
+    return _fitted(engine, policy, params, parent, past, ids, without, may_begin)
+
+
+def _worded(
+    template: ChatTemplate, messages: list[dict[str, Any]], options: Mapping[str, Any]
+) -> tuple[list[Any], Mapping[str, Any]]:
+    """Messages and options as the template can read them: it may know nothing of tools."""
+    tools = options.get("tools")
+    if not tools and not any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
+        return messages, options
+    found, more = with_tools(messages, tools or (), template)
+    return found, {name: value for name, value in options.items() if name != "tools"} | more
 
 
 def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, text: str) -> Prompt:
@@ -122,6 +162,7 @@ def _fitted(
     past: list[int],
     ids: list[int],
     without: Callable[[int], list[int]],
+    may_begin: Callable[[int], bool] = lambda _: True,
 ) -> Prompt:
     """The prompt `ids`, or one without some of the oldest turns, as the policy says."""
     context, n_seen = engine.runner.context, len(seen_turns(parent))
@@ -130,7 +171,7 @@ def _fitted(
     answer = min(params.max_tokens or 1, context // 4)
     if drops and len(ids) + answer > context:
         n_before, n_all = (cut.n_tokens if cut is not None else 0), len(ids)
-        for n in range(1, n_seen + 1):
+        for n in filter(may_begin, range(1, n_seen + 1)):
             ids = without(n)
             cut = Cut(policy.name, n_before + max(0, n_all - len(ids)), parent.number - n_seen + n)
             if len(ids) <= goal(context, params):

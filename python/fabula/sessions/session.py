@@ -203,7 +203,8 @@ class Session(Growing):
             n: 1 .. 32.
             text: the message they answer, or text a story goes on with. None for more answers to the head's message,
                 or for the story as it is.
-            params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's.
+            params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's, with the head's
+                constraint where its message is answered again.
             wait: as `say`.
 
         Raises:
@@ -215,7 +216,8 @@ class Session(Growing):
         def plan() -> Plan:
             head, chosen = self.head, params or self.params
             if head.number and head.chat and text is None:
-                return self._again(head, head.prompt, chosen)
+                kept = replace(self.params, constraint=self._params(head).constraint)
+                return self._again(head, head.prompt, params or kept)
             return self._next(head, text or "", chosen, chat=head.chat if head.number else text is not None)
 
         return self._go(plan, wait, n=n, selects=False)

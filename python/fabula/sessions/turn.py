@@ -19,6 +19,7 @@ from fabula.engine.sampling import SamplingParams
 from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence
 from fabula.sessions.policy import Cut
+from fabula.sessions.said import Said
 
 
 @dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
@@ -30,7 +31,7 @@ class Turn:
         parent: the turn before; None for the empty start.
         number: distance from the start: 1 is the first exchange.
         chat: whether prompt and answer went through the chat template.
-        prompt: what the user said, or the text given to a story.
+        said: what the user said, or the text given to a story.
         text: the answer.
         kept: how many ids of the parent's past this turn goes on from: all, unless the template worded the past anew.
         prompt_ids: ids behind those, up to the answer.
@@ -51,7 +52,7 @@ class Turn:
     parent: Turn | None
     number: int
     chat: bool = False
-    prompt: str = ""
+    said: Said = Said("")  # noqa: RUF009 - it never changes
     text: str = ""
     kept: int = 0
     prompt_ids: tuple[int, ...] = ()
@@ -66,6 +67,11 @@ class Turn:
     tags: set[str] = field(default_factory=set)
     kv: Sequence | None = None
     forks: WeakSet[Any] = field(default_factory=WeakSet)
+
+    @property
+    def prompt(self) -> str:
+        """What was said before the answer, as a person reads it."""
+        return self.said.text
 
     @property
     def reused(self) -> int:
@@ -102,19 +108,28 @@ class Turn:
         """The longest beginning of its ids whose K and V a turn of its past holds, `n_tokens` at most; None if there
         is none."""
         with cache.lock:  # or they are given up between looking and taking
-            best: Sequence | None = None
-            most = 0
-            for past in self.lineage():
-                if most >= n_tokens:  # what lies before is shorter
-                    break
-                usable = past.kv.usable(n_tokens) if past.kv is not None and cache.owns(past.kv) else 0
-                if usable > most:
-                    best, most = past.kv, usable
-                n_tokens = min(n_tokens, past.kept)
+            best, most = self._longest_kv(n_tokens, cache)
             if best is None:
                 return None
             cache.touch(best)
             return best.fork(most)
+
+    def n_held(self, n_tokens: int, cache: KvCache) -> int:
+        """How many ids `fork_kv` would give K and V of."""
+        with cache.lock:
+            return self._longest_kv(n_tokens, cache)[1]
+
+    def _longest_kv(self, n_tokens: int, cache: KvCache) -> tuple[Sequence | None, int]:
+        best: Sequence | None = None
+        most = 0
+        for past in self.lineage():
+            if most >= n_tokens:  # what lies before is shorter
+                break
+            usable = past.kv.usable(n_tokens) if past.kv is not None and cache.owns(past.kv) else 0
+            if usable > most:
+                best, most = past.kv, usable
+            n_tokens = min(n_tokens, past.kept)
+        return best, most
 
     def lineage(self) -> Iterator[Turn]:
         """This turn, its parent, and so on to the empty start."""
@@ -127,11 +142,13 @@ class Turn:
         return f"<Turn {self.number} {self.finish_reason or 'start'} {self.prompt[:30]!r} -> {self.text[:30]!r}>"
 
     def to_json(self) -> dict[str, Any]:
-        """What a person or a script wants to know of it; no ids."""
+        """What a person or a script wants to know of it; no token ids. `messages` is null where `prompt` says all."""
         timings = self.timings
         return {
             "number": self.number,
             "prompt": self.prompt,
+            "messages": None if self.said.given is None else self.said.messages,
+            "template_options": self.said.own_options,
             "text": self.text,
             "id": self.id,
             "finish_reason": self.finish_reason,

@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 import sqlalchemy as sa
 
-from fabula.errors import InvalidArgument
+from fabula.errors import InvalidArgument, SessionNotFound
 from fabula.store.reading import find_session
 from fabula.store.records import Row, session_row
 from fabula.store.schema import sessions, tags, turns
@@ -46,12 +46,12 @@ def set_head(
     """Moves the head of a session.
 
     Raises:
-        InvalidArgument: there is no such session.
+        SessionNotFound: there is no such session.
         Damaged: its row is not as it was written.
     """
     session = find_session(connection, tenant, id)
     if session is None:
-        raise InvalidArgument(f"there is no session {id!r}")
+        raise SessionNotFound(f"there is no session {id!r}")
     put_session(connection, session_row(replace(session, head_id=head_id, undone=undone, updated_at=updated_at)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from fabula.errors import InvalidArgument
+from fabula.errors import SessionNotFound
 from fabula.store.records import (
     Damaged,
     Row,
@@ -58,16 +58,22 @@ def list_sessions(connection: sa.Connection, tenant: str | None) -> tuple[list[S
     return found, problems
 
 
+def count_sessions(connection: sa.Connection, tenant: str | None) -> int:
+    """How many sessions there are, of a tenant or of all."""
+    query = sa.select(sa.func.count()).select_from(sessions)
+    return connection.scalar(query if tenant is None else query.where(sessions.c.tenant == tenant)) or 0
+
+
 def load(connection: sa.Connection, tenant: str, id: str) -> tuple[SessionRecord, list[TurnRecord]]:
     """A session, and every turn it reaches.
 
     Raises:
-        InvalidArgument: there is no such session.
+        SessionNotFound: there is no such session.
         Damaged: a row of it is not as it was written, or missing.
     """
     session = find_session(connection, tenant, id)
     if session is None:
-        raise InvalidArgument(f"there is no session {id!r}")
+        raise SessionNotFound(f"there is no session {id!r}")
     step = sa.select(turns.c.id, turns.c.parent_id).where(turns.c.tenant == tenant, turns.c.id == session.base_id)
     # UNION drops what was seen before, so that damaged parents which lead in a circle come to an end.
     lineage = step.cte("lineage", recursive=True)

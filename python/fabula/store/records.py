@@ -44,6 +44,7 @@ class TurnRecord:
         finish_reason: why the answer ended; None when it was being made as this was written.
         timings: counts and times, as JSON; None when unknown.
         cut: what was left out of the past to fit the context, as JSON; None for nothing.
+        said: messages and options of the template, as JSON; None where `prompt` says it all.
         created_at: seconds since 1970.
         tags: names the user gave it, sorted, each once.
     """
@@ -64,6 +65,7 @@ class TurnRecord:
     cut: Mapping[str, Any] | None
     created_at: float
     tags: tuple[str, ...] = ()
+    said: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,21 @@ class SessionSummary:
     record: SessionRecord
     n_turns: int
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return str(self.record.settings.get("title", ""))
+
+    @property
+    def created_at(self) -> float:
+        """Seconds since 1970."""
+        return self.record.created_at
+
+    @property
+    def updated_at(self) -> float:
+        """When its turns, head or settings changed last; seconds since 1970."""
+        return self.record.updated_at
+
 
 # ---- To rows --------------------------------------------------------------------------------------------------------
 
@@ -133,6 +150,7 @@ def turn_row(turn: TurnRecord, tenant: str) -> Row:
         "finish_reason": None if turn.finish_reason is None else _name(what + "finish_reason", turn.finish_reason),
         "timings": None if turn.timings is None else _json(what + "timings", dict(turn.timings)),
         "cut": None if turn.cut is None else _json(what + "cut", dict(turn.cut)),
+        "said": None if turn.said is None else _json(what + "said", dict(turn.said)),
         "created_at": _time(what + "created_at", turn.created_at),
     }
     return row | {"checksum": checksum(row)}
@@ -195,6 +213,7 @@ def turn_of(row: Row, tags: Iterable[str]) -> TurnRecord:
             finish_reason=row["finish_reason"],
             timings=None if row["timings"] is None else json.loads(row["timings"]),
             cut=None if row["cut"] is None else json.loads(row["cut"]),
+            said=None if row["said"] is None else json.loads(row["said"]),
             created_at=row["created_at"],
             tags=tuple(sorted(tags)),
         )

@@ -56,6 +56,7 @@ turns = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("checksum", Bytes, nullable=False),
     sa.Column("cut", sa.Text),  # JSON
+    sa.Column("said", sa.Text),  # JSON
     sa.ForeignKeyConstraint(["tenant", "session_id"], ["sessions.tenant", "sessions.id"]),
     sa.Index("turns_session", "tenant", "session_id"),
     sa.Index("turns_parent", "parent_id"),

@@ -193,6 +193,10 @@ class Store:
             self._writer.last_error = translate(Damaged("; ".join(problems)), self._place)
         return found
 
+    def count(self, tenant: str | None = None) -> int:
+        """How many sessions there are, of a tenant or of all."""
+        return self._read(partial(reading.count_sessions, tenant=tenant))
+
     def find(self, tenant: str, id: str) -> SessionRecord | None:
         """A session's record, without its turns; None if there is no such session.
 
@@ -205,7 +209,7 @@ class Store:
         """A session with its own turns and the past it was forked from: oldest first, parents before children.
 
         Raises:
-            InvalidArgument: there is no such session.
+            SessionNotFound: there is no such session.
             StoreCorrupt: a row is not as it was written; names session and turn.
         """
         return self._read(partial(reading.load, tenant=tenant, id=id))

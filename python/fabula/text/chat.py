@@ -28,7 +28,7 @@ _MARKS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FF
 
 
 def encode_chat(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], /, **options: Any
 ) -> list[int]:
     """Token ids of a conversation.
 
@@ -37,7 +37,7 @@ def encode_chat(
         InvalidArgument: a message is malformed, or holds a control token and every private-use character.
     """
     marks = Marks(tokenizer, template, messages, options)
-    return marks.encode(template.render(marks.messages, **options))
+    return marks.encode(template.render(marks.messages, **marks.options[0]))
 
 
 class Marks:
@@ -46,10 +46,10 @@ class Marks:
     Args:
         tokenizer, template: of the model.
         messages: of the conversation.
-        options: for the template.
+        options: for the template; several, if it is to be rendered with each of them.
 
     Attributes:
-        messages: those given, with control tokens in them marked.
+        messages, options: those given, with control tokens in them marked.
 
     Raises:
         InvalidArgument: the messages hold a control token and every private-use character.
@@ -60,16 +60,19 @@ class Marks:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
-        options: Mapping[str, Any],
+        *options: Mapping[str, Any],
     ) -> None:
         self._tokenizer = tokenizer
-        self._texts = [template.source, *_texts(messages), *_texts(options)]
+        given = [*_texts(messages), *_texts(options)]
+        self._texts = [template.source, *given]
         self._pattern = _pattern(tokenizer)
         self._mark = ""
         self.messages: Sequence[Mapping[str, Any]] = messages
-        if self._pattern is not None and any(self._pattern.search(text) for text in _texts(messages)):
+        self.options: Sequence[Mapping[str, Any]] = options
+        if self._pattern is not None and any(self._pattern.search(text) for text in given):
             self._mark = self.unused()
-            self.messages = [_marked(message, self._pattern, self._mark) for message in messages]
+            self.messages = _marked(messages, self._pattern, self._mark)
+            self.options = _marked(options, self._pattern, self._mark)
 
     def unused(self) -> str:
         """A private-use character that neither messages, options and template hold nor was given out before.
@@ -105,13 +108,13 @@ def _pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 def _texts(value: object, depth: int = 0) -> Iterator[str]:
-    """Every text in nested plain data, keys left out."""
+    """Every text in nested plain data, keys too: those of a tool's arguments are its caller's."""
     if depth > MAX_DEPTH:
         raise InvalidArgument(f"messages are nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
+        for item in (*value.keys(), *value.values()) if isinstance(value, Mapping) else value:
             yield from _texts(item, depth + 1)
 
 
@@ -124,7 +127,7 @@ def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
             value = value[:cut] + mark + value[cut:]
         return value
     if isinstance(value, Mapping):
-        return {key: _marked(item, pattern, mark) for key, item in value.items()}
+        return {_marked(key, pattern, mark): _marked(item, pattern, mark) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_marked(item, pattern, mark) for item in value]
     return value

@@ -167,7 +167,9 @@ class Tokenizer:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
 
-    def encode_chat(self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    def encode_chat(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], /, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation rendered through a template; see `text/chat.py`."""
         from fabula.text.chat import encode_chat
 

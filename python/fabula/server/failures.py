@@ -1,0 +1,115 @@
+"""What a client is told when something fails: one shape everywhere, that of OpenAI's API.
+
+    {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": "invalid_value"}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fabula import errors
+
+# error -> status and code; the first that fits. Sources: RFC 9110 and RFC 4918 (507); the codes that OpenAI has are OpenAI's.
+_TABLE: tuple[tuple[type[errors.EngineError], int, str], ...] = (
+    (errors.ContextOverflow, 400, "context_length_exceeded"),
+    (errors.SessionNotFound, 404, "session_not_found"),
+    (errors.SessionExists, 409, "session_exists"),
+    (errors.InvalidArgument, 400, "invalid_value"),
+    (errors.SessionBusy, 409, "session_busy"),
+    (errors.EngineBusy, 503, "engine_busy"),
+    (errors.ModelNotFound, 404, "model_not_found"),
+    (errors.TemplateError, 400, "template_error"),
+    (errors.Unsupported, 400, "unsupported"),
+    (errors.OutOfMemory, 503, "out_of_memory"),
+    (errors.StoreFull, 507, "store_full"),
+    (errors.StoreReadOnly, 507, "store_read_only"),
+    (errors.StoreCorrupt, 500, "store_corrupt"),
+    (errors.StoreError, 500, "store_error"),
+    (errors.NonFinite, 500, "model_damaged"),
+    (errors.EngineError, 500, "engine_error"),
+)
+RETRY_AFTER_S = 2  # of a full queue: about the time that an answer takes
+
+
+class ApiError(Exception):
+    """A request fails, with what the client is told.
+
+    Attributes:
+        status: of HTTP.
+        code: for programs.
+        message: for people: what, where, and what to do.
+        param: the field at fault; None for none.
+        retry_after: seconds until it may work; None for not said.
+        details: further fields of the error object.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.retry_after, self.details = retry_after, details
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for the kind of error."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
+        if self.status == 404:
+            return "not_found_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> dict[str, Any]:
+        """JSON for the client."""
+        about = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": about | self.details}
+
+    def headers(self) -> Mapping[str, str]:
+        """Headers that go with it."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(max(1, round(self.retry_after)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+
+def of_engine(error: errors.EngineError) -> ApiError:
+    """What a client is told of an error of the engine."""
+    status, code = next((status, code) for kind, status, code in _TABLE if isinstance(error, kind))
+    details: dict[str, Any] = {}
+    if isinstance(error, errors.ContextOverflow):
+        details = {"n_tokens": error.n_tokens, "context": error.context}
+    param = None
+    if code == "invalid_value":  # the messages of settings begin with the setting's name
+        first = error.message.split(" ", 1)[0]
+        param = first if first.isidentifier() and "_" in first or first in _PLAIN_NAMES else None
+    message = error.message
+    if isinstance(error, (errors.StoreError, errors.ModelFileError)) and not isinstance(error, errors.TemplateError):
+        message = f"{code.replace('_', ' ')}; the server's log says where"  # a client has no business with paths
+    return ApiError(
+        status, code, message, param=param, retry_after=RETRY_AFTER_S if status == 503 else None, **details
+    )
+
+
+_PLAIN_NAMES = frozenset({"temperature", "seed", "stop", "chain", "n", "position", "title", "timeout"})
+
+
+def not_found(what: str, name: str) -> ApiError:
+    """404 for a session, stream or model that the caller does not have."""
+    return ApiError(404, f"{what}_not_found", f"there is no {what} {name[:128]!r}")
+
+
+INTERNAL = ApiError(500, "internal_error", "the server failed; its log says why under this request's id")

@@ -1,0 +1,225 @@
+"""The gate: what every request passes before anything else looks at it, and what every response carries.
+
+In this order: is the server stopping, is it called by a name it has, does a page of another site call, who is it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from quart import Quart, Response, g, request
+
+from fabula.errors import InvalidArgument
+from fabula.server.failures import ApiError
+from fabula.server.settings import Settings
+
+# Where nobody is asked who he is: pages, the description of the API, and whether the server lives.
+OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/favicon.ico"})
+OPEN_BEHIND = "/static/"
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MIN_KEY_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """API keys, by the hash of each.
+
+    Attributes:
+        names: name by SHA-256 digest.
+    """
+
+    names: dict[bytes, str]
+
+    @classmethod
+    def read(cls, path: Path) -> Keys:
+        """Keys from a file: `name:key` or `name:sha256:hash` on each line; # begins a comment.
+
+        Raises:
+            InvalidArgument: it cannot be read, or a line says something else; names the line, never the key.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"keys: {path}: {error}") from None
+        names: dict[bytes, str] = {}
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            name, _, key = text.partition(":")
+            if not _KEY_NAME.fullmatch(name):
+                raise InvalidArgument(f"keys: {path}: line {number} must begin with a name and a colon")
+            if name in names.values():
+                raise InvalidArgument(f"keys: {path}: line {number} has the name {name} again")
+            if key.startswith("sha256:"):
+                digest = _hash(key[7:])
+                if digest is None:
+                    raise InvalidArgument(f"keys: {path}: line {number} must have 64 hexadecimal digits behind sha256:")
+            elif len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+                raise InvalidArgument(
+                    f"keys: {path}: the key on line {number} must be {MIN_KEY_LENGTH} or more printable ASCII letters; "
+                    "`fabula keys` makes one"
+                )
+            else:
+                digest = hashlib.sha256(key.encode()).digest()
+            names[digest] = name
+        if not names:
+            raise InvalidArgument(f"keys: {path}: holds no key")
+        return cls(names)
+
+    def owner(self, key: str) -> str | None:
+        """The name of a key; None if it is none. Takes the same time for every wrong key."""
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for known, name in self.names.items():
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+
+def _hash(text: str) -> bytes | None:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        return None
+    return digest if len(digest) == 32 else None
+
+
+def new_key() -> str:
+    """A random key of 256 bits."""
+    return "fab_" + secrets.token_urlsafe(32)
+
+
+# ---- Names of the server --------------------------------------------------------------------------------------------
+
+
+def host_of(header: str) -> str:
+    """The host of a Host header, without its port, in lower case."""
+    text = header.strip().lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") <= 1 else text
+
+
+def is_known_host(header: str, allowed: tuple[str, ...]) -> bool:
+    """Whether the server may be called so.
+
+    A page whose name an attacker points at this machine (DNS rebinding) calls by that name; addresses and the machine's
+    own names cannot be pointed elsewhere.
+    """
+    host = host_of(header)
+    try:
+        ipaddress.ip_address(host)
+        return True
+    except ValueError:
+        pass
+    own = socket.gethostname().lower()
+    known = {"localhost", own, own.partition(".")[0] + ".local", *(name.lower() for name in allowed)}
+    return host in known or host.endswith(".localhost")
+
+
+def is_own_origin(origin: str, host_header: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a page of this origin may call: one of the server's own, or one that was named."""
+    scheme, _, rest = origin.partition("://")
+    if origin.rstrip("/") in {name.rstrip("/") for name in allowed}:
+        return True
+    return scheme in ("http", "https") and rest.lower() == host_header.strip().lower()
+
+
+# ---- The gate -------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Lets requests in.
+
+    Args:
+        settings: of the server.
+        keys: None for a server without.
+
+    Attributes:
+        is_draining: whether the server is stopping: then nothing new begins.
+    """
+
+    def __init__(self, settings: Settings, keys: Keys | None) -> None:
+        self._settings, self._keys = settings, keys
+        self.is_draining = False
+
+    def install(self, app: Quart) -> None:
+        """Puts the gate in front of an app."""
+        app.before_request(self._enter)
+        app.after_request(self._leave)
+
+    async def _enter(self) -> Response | None:
+        given = request.headers.get("X-Request-Id", "")
+        g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        g.begun = time.perf_counter()
+        g.tenant = ""
+        settings = self._settings
+        host = request.headers.get("Host", "")
+        if (self._keys is None or settings.allow_host) and not is_known_host(host, settings.allow_host):
+            raise ApiError(
+                403, "host_not_allowed", f"the server is not called {host[:128]!r}; --allow-host names further names"
+            )
+        origin = request.headers.get("Origin")
+        if origin is not None and not is_own_origin(origin, host, settings.cors):
+            raise ApiError(
+                403, "origin_not_allowed", f"pages of {origin[:128]!r} may not call this server; --cors names those that may"
+            )
+        if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
+            return Response(status=204)  # a preflight carries no key
+        if self._keys is not None and not is_open(request.path):
+            g.tenant = self._who()
+        if self.is_draining and request.path != "/health":
+            raise ApiError(503, "stopping", "the server is stopping; come again soon", retry_after=5)
+        return None
+
+    def _who(self) -> str:
+        """The owner of the key that came with the request."""
+        assert self._keys is not None
+        values = request.headers.getlist("Authorization")
+        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+        if owner is None:
+            raise ApiError(401, "invalid_api_key", "send a key of this server: `Authorization: Bearer KEY`")
+        return owner
+
+    async def _leave(self, response: Response) -> Response:
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.headers["X-Request-Id"] = g.get("request_id", "")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin.rstrip("/") in {name.rstrip("/") for name in self._settings.cors}:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers.add("Vary", "Origin")
+            response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID, X-Request-Id"
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, OPTIONS"
+            response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+        return response
+
+
+def is_open(path: str) -> bool:
+    """Whether a path needs no key."""
+    return path in OPEN or path.startswith(OPEN_BEHIND)

@@ -1,0 +1,286 @@
+"""What Fabula's own API replies with: models for the description of the API, and the JSON of turns and answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fabula.engine.generation import Timings
+from fabula.sessions.reply import Reply
+from fabula.sessions.session import Session
+from fabula.sessions.turn import Turn
+
+
+class Told(BaseModel):
+    """A reply."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorAbout(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Told):
+    """An error."""
+
+    error: ErrorAbout
+
+
+class UsageReply(Told):
+    """Tokens of an answer. Reused ones cost nothing; recomputed ones are of the past, and are 0 unless K and V were
+    given up."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+    generated_tokens: int
+
+
+class TimingsReply(Told):
+    """How long an answer took."""
+
+    queued_ms: float
+    prompt_ms: float
+    first_token_ms: float
+    total_ms: float
+    prompt_tokens_per_s: float
+    tokens_per_s: float
+
+
+class CutReply(Told):
+    """What of the past the model did not see."""
+
+    policy: str
+    n_tokens: int
+    n_turns: int
+
+
+class AnswerReply(Told):
+    """An answer. `turn` is null if it was stopped before its first token: then the session is as before."""
+
+    session_id: str
+    stream_id: str
+    model: str
+    turn: int | None
+    turn_id: str | None
+    text: str
+    finish_reason: Literal["stop", "length", "cancelled", "timeout", "interrupted"] | None
+    seed: int
+    usage: UsageReply
+    timings: TimingsReply
+    why_recomputed: str
+    cut: CutReply | None
+
+
+class BegunReply(Told):
+    """An answer that is made in the background; `GET /streams/{stream_id}` reads it."""
+
+    session_id: str
+    stream_id: str
+
+
+class TurnReply(BaseModel):
+    """A turn."""
+
+    model_config = ConfigDict(extra="allow")
+    number: int
+    id: str
+    prompt: str
+    text: str
+    finish_reason: str | None
+
+
+class HeadReply(Told):
+    """Where a session stands. Nothing was computed to get there."""
+
+    session_id: str
+    head: int
+    head_id: str
+    path: list[TurnReply]
+    recomputed_tokens: Literal[0] = 0
+    pruned_turns: int = 0
+
+
+class DeletedReply(Told):
+    """A session is gone."""
+
+    session_id: str
+    freed_bytes: int = Field(description="Of K and V.")
+
+
+class BranchesReply(Told):
+    """Answers side by side; `/rollback` to one of their turn ids chooses it."""
+
+    session_id: str
+    stream_id: str
+    replies: list[AnswerReply]
+
+
+class ForkReply(Told):
+    """A session that shares another's past."""
+
+    session_id: str
+    head: int
+    head_id: str
+
+
+class StoppedReply(Told):
+    """Answers that were stopped."""
+
+    stopped: int
+
+
+class AlternativeReply(Told):
+    """A token that could stand somewhere."""
+
+    token_id: int
+    text: str
+    logprob: float
+    chosen: bool
+
+
+class AlternativesReply(Told):
+    """Tokens that could stand at a place, the likeliest first."""
+
+    alternatives: list[AlternativeReply]
+
+
+class SessionAbout(BaseModel):
+    """A session in a list."""
+
+    model_config = ConfigDict(extra="allow")
+    session_id: str
+    title: str
+    model: str
+    n_turns: int
+    created_at: float
+    updated_at: float
+
+
+class SessionsReply(Told):
+    """Sessions, the one changed last first."""
+
+    sessions: list[SessionAbout]
+
+
+class SessionReply(BaseModel):
+    """A session: its settings and the turns from the first to the head."""
+
+    model_config = ConfigDict(extra="allow")
+    session_id: str
+    title: str
+    model: str
+    system: str | None
+    head: int
+    head_id: str
+    busy: bool
+    n_turns: int
+    sampling: dict[str, Any]
+    context_policy: dict[str, Any]
+    path: list[TurnReply]
+
+
+class TreeReply(BaseModel):
+    """Every turn of a session, parents before children."""
+
+    model_config = ConfigDict(extra="allow")
+    session_id: str
+    head_id: str
+    turns: list[dict[str, Any]]
+
+
+class TagsReply(Told):
+    """Names of a turn."""
+
+    turn_id: str
+    tags: list[str]
+
+
+class TokensReply(Told):
+    """Token ids of a text."""
+
+    tokens: list[int]
+    n_tokens: int
+
+
+class TextReply(Told):
+    """The text of token ids."""
+
+    text: str
+
+
+class CountReply(Told):
+    """Whether a message fits, and what it would cost."""
+
+    prompt_tokens: int
+    new_tokens: int
+    context: int
+    fits: bool
+    max_answer: int
+    cut: CutReply | None
+
+
+class HealthReply(BaseModel):
+    """How the server is."""
+
+    model_config = ConfigDict(extra="allow")
+    status: Literal["ready", "loading", "degraded", "stopping"]
+    live: bool
+    ready: bool
+    version: str
+    models: list[dict[str, Any]]
+
+
+# ---- JSON of what there is ------------------------------------------------------------------------------------------
+
+
+def timings_json(timings: Timings) -> dict[str, float]:
+    """Times of an answer; its counts are in `usage`."""
+    return {name: round(value, 3) for name, value in asdict(timings).items() if not name.endswith("_tokens")}
+
+
+def answer_json(session: Session, reply: Reply, stream_id: str) -> dict[str, Any]:
+    """An answer that has ended, as `AnswerReply`."""
+    turn, generation = reply.turn, reply.generation
+    timings = generation.timings
+    return {
+        "session_id": session.id,
+        "stream_id": stream_id,
+        "model": session.model,
+        "turn": turn.number if turn is not None else None,
+        "turn_id": turn.id if turn is not None else None,
+        "text": turn.text if turn is not None else "",
+        "finish_reason": generation.finish_reason,
+        "seed": generation.seed,
+        "usage": {
+            "prompt_tokens": timings.prompt_tokens,
+            "reused_tokens": timings.reused_tokens,
+            "recomputed_tokens": turn.recomputed if turn is not None else 0,
+            "generated_tokens": timings.generated_tokens,
+        },
+        "timings": timings_json(timings),
+        "why_recomputed": turn.why_recomputed if turn is not None else "",
+        "cut": turn.cut.to_json() if turn is not None and turn.cut is not None else None,
+    }
+
+
+def head_json(session: Session, n_pruned: int = 0) -> dict[str, Any]:
+    """Where a session stands, as `HeadReply`."""
+    path = session.path
+    head: Turn = session.head
+    return {
+        "session_id": session.id,
+        "head": head.number,
+        "head_id": head.id,
+        "path": [turn.to_json() for turn in path],
+        "recomputed_tokens": 0,
+        "pruned_turns": n_pruned,
+    }

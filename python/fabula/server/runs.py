@@ -1,0 +1,274 @@
+"""Runs: answers that clients of the server wait for, and the log of events that a stream is read from.
+
+A run takes the pieces of its answers as the engine makes them and keeps them, so that a stream that broke can be joined
+again at any event. A run that nobody reads any more is cancelled, unless it was asked to go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fabula.engine.decoding import Piece
+from fabula.engine.generation import Generation
+from fabula.errors import EngineError
+from fabula.server.failures import INTERNAL, ApiError, of_engine
+from fabula.server.observer import Observer
+from fabula.sessions.reply import Reply
+
+Source = Reply | Generation
+
+LAG = 64  # events that a reader may be behind before the answer waits for it
+LAG_S = 30.0  # seconds that it waits; then the reader is given up
+KEEP_ALIVE_S = 15.0  # between comments on a stream that has no news; proxies cut what is silent for longer
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened in a run.
+
+    Attributes:
+        kind: "start", "token", "done", "cancelled" or "error".
+        index: which of the run's answers, from 0.
+        piece: of a token.
+        data: JSON, of everything else.
+    """
+
+    kind: str
+    index: int = 0
+    piece: Piece | None = None
+    data: dict[str, Any] | None = None
+
+
+class Run:
+    """Answers in the making.
+
+    Args:
+        sources: the answers.
+        tenant: whose they are.
+        model: name of the model.
+        describe: JSON of an answer that has ended, by its index; called in a worker thread.
+        start: JSON of the first event.
+        background: whether it goes on when nobody reads.
+        observers: told what happens.
+
+    Attributes:
+        id: to join it again.
+        events: what happened so far.
+        session_id: of the session the answers belong to; None for none.
+        is_done: whether all have ended.
+        error: what failed first, of all of them; None for nothing.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        tenant: str,
+        model: str,
+        describe: Callable[[int], dict[str, Any]],
+        start: dict[str, Any] | None = None,
+        session_id: str | None = None,
+        background: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.id = "run_" + secrets.token_urlsafe(16)
+        self.sources, self.tenant, self.model, self.session_id = tuple(sources), tenant, model, session_id
+        self.background, self.is_done, self.error = background, False, None
+        self.results: list[dict[str, Any] | None] = [None] * len(self.sources)
+        self.finished_at = 0.0
+        self._describe, self._observers = describe, observers
+        self.events: list[Event] = [Event("start", data={"stream_id": self.id} | (start or {}))]
+        self._readers: set[_Reader] = set()
+        self._stopping = False
+        self._moved = asyncio.Event()  # a reader took something, or left
+        self._left = len(self.sources)
+        self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.sources))]
+
+    error: ApiError | None
+
+    # ---- Making -----------------------------------------------------------------------------------------------------
+
+    async def _pump(self, index: int) -> None:
+        """Takes the pieces of one answer to its end."""
+        source = self.sources[index]
+        told = self._observers
+        for observer in told:
+            observer.answer_begun(self)
+        last = time.perf_counter()
+        event: Event | None = None
+        try:
+            async for piece in source:
+                now = time.perf_counter()
+                for observer in told:
+                    observer.token(self, source, now - last)
+                last = now
+                self._append(Event("token", index, piece))
+                if self._is_behind():
+                    await self._wait_for_readers()
+                if self._stopping:  # pieces that were made ahead are not read: the turn ends here
+                    await asyncio.to_thread(source.cancel)
+            event = await self._ended(index)
+        except EngineError as error:
+            event = self._failed(of_engine(error), index, error)
+        except asyncio.CancelledError:
+            event = self._failed(ApiError(503, "stopped", "the server was stopped"), index, None)
+            raise
+        except Exception as error:
+            event = self._failed(INTERNAL, index, error)
+        finally:
+            for observer in told:
+                observer.answer_ended(self, source, event.kind if event is not None else "error")
+            self._left -= 1
+            if not self._left:
+                self.is_done, self.finished_at = True, time.monotonic()
+            if event is not None:
+                self._append(event)
+
+    async def _ended(self, index: int) -> Event:
+        result = self.results[index] = await asyncio.to_thread(self._describe, index)
+        return Event("cancelled" if self._generation(index).finish_reason == "cancelled" else "done", index, data=result)
+
+    def _failed(self, told: ApiError, index: int, error: BaseException | None) -> Event:
+        self.error = self.error or told
+        if error is not None:
+            for observer in self._observers:
+                observer.failed(self, error)
+        return Event("error", index, data=told.body())
+
+    def _generation(self, index: int) -> Generation:
+        source = self.sources[index]
+        return source.generation if isinstance(source, Reply) else source
+
+    def _append(self, event: Event) -> None:
+        self.events.append(event)
+        for reader in self._readers:
+            reader.news.set()
+
+    # ---- Reading ----------------------------------------------------------------------------------------------------
+
+    async def follow(self, after: int = -1) -> AsyncIterator[list[tuple[int, Event]]]:
+        """Events behind number `after`, as many at a time as there are; an empty list when there is no news for a while.
+
+        Whoever leaves before the end may thereby end the run.
+        """
+        reader = _Reader(after + 1)
+        self._readers.add(reader)
+        try:
+            while not reader.given_up:
+                if reader.position < len(self.events):
+                    first, reader.position = reader.position, len(self.events)
+                    self._moved.set()
+                    yield list(enumerate(self.events[first : reader.position], first))
+                elif self.is_done:
+                    return
+                else:
+                    reader.news.clear()
+                    try:
+                        async with asyncio.timeout(KEEP_ALIVE_S):
+                            await reader.news.wait()
+                    except TimeoutError:
+                        yield []
+        finally:
+            self._readers.discard(reader)
+            self._moved.set()
+            if not self._readers and not self.background and not self.is_done:
+                self.abandon()
+
+    async def finish(self) -> list[dict[str, Any]]:
+        """Waits for the end.
+
+        Returns:
+            What `describe` said of each answer.
+
+        Raises:
+            ApiError: an answer failed.
+        """
+        async for _ in self.follow():
+            pass
+        if self.error is not None:
+            raise self.error
+        return [result for result in self.results if result is not None]
+
+    def _is_behind(self) -> bool:
+        """Whether every reader is too far behind: one that is fast keeps the run going for all."""
+        if not self._readers:
+            return False
+        return len(self.events) - max(reader.position for reader in self._readers) > LAG
+
+    async def _wait_for_readers(self) -> None:
+        while self._is_behind() and not self._stopping:
+            self._moved.clear()
+            try:
+                async with asyncio.timeout(LAG_S):
+                    await self._moved.wait()
+            except TimeoutError:
+                for reader in self._readers:
+                    reader.given_up = True
+                if not self.background:
+                    self.abandon()
+                return
+
+    # ---- Ends -------------------------------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """Ends the answers soon; nothing blocks."""
+        self._stopping = True
+        self._moved.set()
+        for i in range(len(self.sources)):
+            self._generation(i).abandon()
+
+    async def stop(self) -> None:
+        """Ends the answers; they keep what was read. Returns when they have ended."""
+        self.abandon()
+        await asyncio.wait(self._tasks)
+
+
+class _Reader:
+    """One who reads a run: where he is, and whether there is news."""
+
+    def __init__(self, position: int) -> None:
+        self.position, self.news, self.given_up = position, asyncio.Event(), False
+
+
+class Runs:
+    """The runs of a server: those in the making, and those that ended a while ago.
+
+    Args:
+        keep_s: seconds a finished one is kept.
+        most: finished ones that are kept.
+    """
+
+    def __init__(self, keep_s: float, most: int = 256) -> None:
+        self._keep_s, self._most = keep_s, most
+        self._runs: OrderedDict[str, Run] = OrderedDict()
+
+    def add(self, run: Run) -> None:
+        """Takes a run in, and lets go of old ones."""
+        self.forget_old()
+        self._runs[run.id] = run
+
+    def find(self, id: str, tenant: str) -> Run | None:
+        """A run of this owner."""
+        run = self._runs.get(id)
+        return run if run is not None and run.tenant == tenant else None
+
+    def forget_old(self) -> None:
+        """Lets go of runs that ended too long ago."""
+        done = [run for run in self._runs.values() if run.is_done]
+        old = time.monotonic() - self._keep_s
+        for run in [run for run in done if run.finished_at < old] + done[: max(0, len(done) - self._most)]:
+            self._runs.pop(run.id, None)
+
+    def active(self, tenant: str | None = None) -> list[Run]:
+        """Those in the making, of an owner or all."""
+        return [run for run in self._runs.values() if not run.is_done and tenant in (None, run.tenant)]
+
+    def of_session(self, tenant: str, session_id: str) -> list[Run]:
+        """Those in the making of a session."""
+        return [run for run in self.active(tenant) if run.session_id == session_id]

@@ -1,0 +1,286 @@
+"""Bodies of Fabula's own API, as clients write them. Unknown fields are refused, and nothing is converted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fabula.engine.constraint import Constraint
+from fabula.engine.sampling import MAX_LOGPROBS, STEPS, SamplingParams
+from fabula.errors import InvalidArgument
+from fabula.sessions.policy import ContextPolicy
+from fabula.sessions.session import MAX_BRANCHES
+
+
+class Strict(BaseModel):
+    """A body that holds the fields it names and no others, of the types it names."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def _within(low: float | None = None, high: float | None = None, above: float | None = None, text: str = "") -> Any:
+    """Limits for the description only: SamplingParams checks them, and names both in its message."""
+    limits = {"minimum": low, "maximum": high, "exclusiveMinimum": above}
+    return Field(None, description=text, json_schema_extra={k: v for k, v in limits.items() if v is not None})
+
+
+SessionId = Annotated[str, Field(description="1 to 128 of `A-Za-z0-9._-`.")]
+TurnRef = Annotated[int | str, Field(description="A turn: its number on the path (0 is the empty start), or its id.")]
+
+
+class ConstraintBody(Strict):
+    """What an answer must be; one of these."""
+
+    json_schema: dict[str, Any] | None = Field(None, description="JSON that satisfies this schema.")
+    json_object: Literal[True] | None = Field(None, description="Some JSON object.")
+    regex: str | None = Field(None, description="A text that this regular expression matches as a whole.")
+    lark: str | None = Field(None, description="A text of this grammar, in Lark's notation.")
+    gbnf: str | None = Field(None, description="A text of this grammar, in llama.cpp's notation.")
+
+    def made(self) -> Constraint:
+        """The constraint.
+
+        Raises:
+            InvalidArgument: none is given, or more than one, or it is too large.
+        """
+        given = {name: value for name, value in self if value is not None}
+        if len(given) != 1:
+            raise InvalidArgument(
+                "constraint must have one of json_schema, json_object, regex, lark and gbnf; "
+                f"it has {' and '.join(given) or 'none'}"
+            )
+        ((kind, source),) = given.items()
+        if kind == "json_object":
+            return Constraint.json_object()
+        make = {
+            "json_schema": Constraint.json_schema,
+            "regex": Constraint.regex,
+            "lark": Constraint.lark,
+            "gbnf": Constraint.gbnf,
+        }[kind]
+        return make(source)
+
+
+class Sampling(Strict):
+    """Sampling settings, by the names of the SDK's `SamplingParams`. What is left out is as the session has it."""
+
+    temperature: float | None = _within(0, text="0 takes the likeliest token.")
+    top_k: int | None = _within(0, 2**31 - 1, text="Keep the k likeliest; 0 is off.")
+    top_p: float | None = _within(high=1, above=0, text="Keep the likeliest that make up this probability.")
+    min_p: float | None = _within(0, 1, text="Keep tokens at least so many times as likely as the likeliest.")
+    typical_p: float | None = _within(high=1, above=0, text="Keep what is nearest to the expected surprise.")
+    repetition_penalty: float | None = _within(above=0, text="Above 1 makes repetition rarer.")
+    penalty_window: int | None = _within(-1, 2**31 - 1, text="Last tokens that penalties see; -1 all.")
+    frequency_penalty: float | None = _within(text="Subtracted once per occurrence.")
+    presence_penalty: float | None = _within(text="Subtracted once per token seen.")
+    dry_multiplier: float | None = _within(0, text="DRY: 0 is off.")
+    dry_base: float | None = _within(1)
+    dry_allowed_length: int | None = _within(1, 2**31 - 1)
+    dry_window: int | None = _within(-1, 2**31 - 1)
+    dry_breakers: list[str] | None = Field(None, json_schema_extra={"maxItems": 16})
+    xtc_probability: float | None = _within(0, 1, text="XTC: 0 is off.")
+    xtc_threshold: float | None = _within(0, 1)
+    logit_bias: dict[str, float] | None = Field(None, description="Number added, by token id; at most 1,024.")
+    banned_tokens: list[int] | None = Field(None, description="Token ids that are never drawn.")
+    seed: int | None = _within(0, 2**64 - 1, text="Makes the answer repeatable.")
+    chain: list[str] | None = Field(None, description=f"Order of the steps, out of {', '.join(STEPS)}.")
+    max_len: int | None = _within(1, 2**31 - 1, text="Tokens to generate at most. `max_tokens` is another name for it.")
+    max_tokens: int | None = _within(1, 2**31 - 1)
+    min_tokens: int | None = _within(0, 2**31 - 1, text="The answer does not end before so many.")
+    stop: list[str] | str | None = Field(None, description="Texts that end the answer; at most 16 of 256 bytes.")
+    stop_tokens: list[int] | None = Field(None, description="Token ids that end the answer.")
+    ignore_eos: bool | None = Field(None, description="The model's end tokens do not end the answer.")
+    n_logprobs: int | None = _within(0, MAX_LOGPROBS, text="Likeliest tokens told with each.")
+    constraint: ConstraintBody | None = None
+
+    def params(self, base: SamplingParams) -> SamplingParams:
+        """The settings `base` with those that are given in their place.
+
+        Raises:
+            InvalidArgument: one is out of its range.
+        """
+        given: dict[str, Any] = {
+            name: value
+            for name in Sampling.model_fields
+            if name != "max_len" and (value := getattr(self, name)) is not None
+        }
+        if self.max_len is not None:
+            if self.max_tokens is not None:
+                raise InvalidArgument("max_len and max_tokens are two names of one setting; give one of them")
+            given["max_tokens"] = self.max_len
+        if "logit_bias" in given:
+            given["logit_bias"] = {_token(token): bias for token, bias in given["logit_bias"].items()}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        if self.constraint is not None:
+            given["constraint"] = self.constraint.made()
+        return replace(base, **given) if given else base
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is given."""
+        return all(getattr(self, name) is None for name in Sampling.model_fields)
+
+
+def _token(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 10:
+        raise InvalidArgument(f"logit_bias has the key {text[:40]!r}, must be a token id")
+    return int(text)
+
+
+class Answering(Sampling):
+    """How an answer is sent."""
+
+    stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")
+    background: bool = Field(
+        False, description="Go on when the client leaves. Without `stream` the reply is sent at once, with status 202."
+    )
+
+
+class Opening(Answering):
+    """A session to join, or to begin."""
+
+    session_id: str | None = Field(
+        None, description="A session, which is begun if there is none; without it a new one gets a random id."
+    )
+    model: str | None = Field(None, description="The model a new session talks to.")
+    system: str | None = Field(None, description="System message of a new session.")
+    title: str | None = Field(None, description="What people call the session.")
+    context_policy: Literal["error", "slide", "drop_oldest_turns"] | None = Field(
+        None, description="What happens when the context of a new session is full."
+    )
+    window: int | None = Field(None, description="Tokens that the policy `slide` sees.")
+
+    def policy(self) -> ContextPolicy | None:
+        """The context policy; None for not given."""
+        if self.context_policy is None and self.window is None:
+            return None
+        if self.window is not None and self.context_policy != "slide":
+            raise InvalidArgument("window needs the context_policy slide")
+        return replace(ContextPolicy.of(self.context_policy), window=self.window)
+
+
+class ChatBody(Opening):
+    """A message to answer."""
+
+    message: str = Field(description="What the user says.")
+
+
+class StoryBody(Opening):
+    """A text to continue."""
+
+    prompt: str | None = Field(None, description="Text to add before going on; the beginning needs some.")
+
+
+class SessionBody(Strict):
+    """A session that exists."""
+
+    session_id: SessionId
+
+
+class RollbackBody(SessionBody):
+    """A turn to go back to."""
+
+    target_turn: TurnRef = 1
+    prune: bool = Field(False, description="Delete the turns that lie behind it.")
+
+
+class ForkBody(SessionBody):
+    """Where a session is forked."""
+
+    turn: TurnRef | None = Field(None, description="Default: the head.")
+    new_session_id: str | None = Field(None, description="Default: a random one.")
+
+
+class AgainBody(Answering):
+    """A session whose head is answered again, or continued."""
+
+    session_id: SessionId
+
+
+class EditBody(AgainBody):
+    """Something else said in place of a turn's message."""
+
+    turn: TurnRef
+    message: str
+
+
+class ReplayBody(AgainBody):
+    """A turn to make again as it was."""
+
+    turn: TurnRef
+
+
+class ForkAtBody(AgainBody):
+    """Another token at a place of an answer."""
+
+    turn: TurnRef
+    position: int = Field(description="Of the token in the answer, from 0.", json_schema_extra={"minimum": 0})
+    token_id: int = Field(json_schema_extra={"minimum": 0})
+
+
+class BranchBody(AgainBody):
+    """Several answers side by side."""
+
+    n: int = Field(description="How many.", json_schema_extra={"minimum": 1, "maximum": MAX_BRANCHES})
+    message: str | None = Field(None, description="What they answer; without it, the head's message again.")
+
+
+class AlternativesBody(SessionBody):
+    """A place of an answer."""
+
+    turn: TurnRef
+    position: int = Field(json_schema_extra={"minimum": 0})
+    n: int = Field(10, json_schema_extra={"minimum": 1, "maximum": MAX_LOGPROBS})
+
+
+class TagBody(SessionBody):
+    """A name for a turn, given or taken away."""
+
+    turn: TurnRef
+    tag: str = Field(json_schema_extra={"minLength": 1})
+    remove: bool = False
+
+
+class StopBody(Strict):
+    """What to stop; one of the two."""
+
+    session_id: str | None = None
+    stream_id: str | None = None
+
+
+class SettingsBody(Strict):
+    """Settings of a session to change; what is left out stays."""
+
+    title: str | None = Field(None, json_schema_extra={"maxLength": 200})
+    system: str | None = Field(None, description="Only before the first turn.")
+    sampling: Sampling | None = None
+
+
+class TextBody(Strict):
+    """A text for a model's tokenizer."""
+
+    text: str
+    model: str | None = None
+    special: bool = Field(False, description="Whether control tokens written in the text are control tokens.")
+    add_bos: bool = Field(False, description="Whether the model's start token is put in front.")
+
+
+class TokensBody(Strict):
+    """Token ids."""
+
+    tokens: list[int]
+    model: str | None = None
+    skip_special: bool = Field(True, description="Leave control tokens out of the text.")
+
+
+class CountBody(Strict):
+    """A message, to know whether it fits."""
+
+    session_id: str | None = None
+    message: str = ""
+    story: bool = Field(False, description="Whether the message is a text to continue.")
+    system: str | None = None
+    model: str | None = None

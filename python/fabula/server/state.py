@@ -1,0 +1,227 @@
+"""What a running server holds: its workspace, the models it loads, runs, limits. One object, found by `server()`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+from quart import current_app
+
+from fabula.errors import EngineError, InvalidArgument
+from fabula.model import Model
+from fabula.server.failures import ApiError, not_found
+from fabula.server.limits import Limits
+from fabula.server.observer import Observer
+from fabula.server.runs import Run, Runs
+from fabula.server.settings import Settings
+from fabula.sessions.session import Session
+from fabula.workspace import Workspace
+
+T = TypeVar("T")
+
+N_THREADS = 32  # for what blocks: tokenizing, waiting for a commit. None of it lasts long
+N_SESSIONS = 256  # used last, which keep their trees in memory
+
+
+@dataclass(slots=True)
+class Serving:
+    """A model of the server and how far it is.
+
+    Attributes:
+        name: clients call it so.
+        place: where it comes from.
+        state: what happens to it.
+        done, total: bytes fetched or read.
+        error: why it failed.
+        model: when ready.
+    """
+
+    name: str
+    place: str
+    state: Literal["waiting", "fetching", "loading", "ready", "failed"] = "waiting"
+    done: int = 0
+    total: int | None = None
+    error: str = ""
+    model: Model | None = None
+
+    def update(self, done_bytes: int, total_bytes: int | None) -> None:
+        """A download has come so far; satisfies `fabula.formats.download.Progress`."""
+        self.state, self.done, self.total = "fetching", done_bytes, total_bytes
+
+    def loaded(self, done: int, total: int) -> None:
+        """So much of the weights is read."""
+        self.state, self.done, self.total = "loading", done, total
+
+    def to_json(self) -> dict[str, Any]:
+        """For /health."""
+        found: dict[str, Any] = {"name": self.name, "state": self.state}
+        if self.state in ("fetching", "loading"):
+            found["progress"] = round(self.done / self.total, 3) if self.total else None
+        if self.error:
+            found["error"] = self.error
+        return found
+
+
+class Server:
+    """A server's state.
+
+    Args:
+        workspace: its sessions; closed by whoever made it.
+        settings: of the server.
+
+    Attributes:
+        models: by the names clients use.
+        runs: answers in the making.
+        limits: of each key.
+        observers: told what happens.
+        begun_at: seconds since 1970.
+    """
+
+    def __init__(self, workspace: Workspace, settings: Settings) -> None:
+        self.workspace, self.settings = workspace, settings
+        self.models = {name: Serving(name, place) for name, place in settings.models}
+        self.runs = Runs(settings.replay_s)
+        self.limits = Limits(settings, workspace)
+        self.observers: list[Observer] = []
+        self.begun_at = time.time()
+        self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")
+        self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        self._loading: asyncio.Task[None] | None = None
+
+    # ---- Life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begins to load the models."""
+        asyncio.get_running_loop().set_default_executor(self._threads)
+        self._loading = asyncio.create_task(self._load_all())
+
+    async def _load_all(self) -> None:
+        for serving in self.models.values():
+            try:
+                await asyncio.to_thread(self._load, serving)
+            except Exception as error:
+                serving.state = "failed"
+                serving.error = str(error) if isinstance(error, EngineError) else "see the server's log"
+                for observer in self.observers:
+                    observer.failed(None, error)
+
+    def _load(self, serving: Serving) -> None:
+        settings = self.settings
+        serving.state = "loading"
+        serving.model = self.workspace.load(
+            serving.place,
+            name=serving.name,
+            weights=cast(Any, settings.weights),
+            kv=cast(Any, settings.kv),
+            context=settings.context,
+            kv_memory=settings.kv_memory,
+            threads=settings.threads,
+            fetch=settings.fetch,
+            fetch_progress=serving,
+            load_progress=serving.loaded,
+        )
+        serving.state = "ready"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model is loaded."""
+        return all(serving.state == "ready" for serving in self.models.values())
+
+    async def stop(self) -> None:
+        """Ends what is being made and lets the models go; the workspace stays open."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])  # a load cannot be broken off
+        await asyncio.gather(*(run.stop() for run in self.runs.active()))
+        self._sessions.clear()
+
+    # ---- Models and sessions ----------------------------------------------------------------------------------------
+
+    def model(self, name: str | None) -> Serving:
+        """A model that is ready; None for the first.
+
+        Raises:
+            ApiError: 404, there is none of that name; 503, it is not loaded yet, or could not be.
+        """
+        serving = next(iter(self.models.values())) if name is None else self.models.get(name)
+        if serving is None:
+            raise not_found("model", name or "")
+        if serving.state == "failed":
+            raise ApiError(503, "model_failed", f"model {serving.name} could not be loaded; /health says why")
+        if serving.state != "ready" or serving.model is None:
+            raise ApiError(503, "model_loading", f"model {serving.name} is being loaded", retry_after=1)
+        return serving
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Runs what may block in a worker thread."""
+        return await asyncio.to_thread(function)
+
+    def open(self, tenant: str, id: str) -> Session:
+        """A session that exists; blocks.
+
+        Raises:
+            SessionNotFound: there is none, or it belongs to another key.
+            ApiError: it talks to a model that is not served, or not ready.
+        """
+        return self._served(self.workspace.open(id, tenant=tenant))
+
+    def _served(self, session: Session) -> Session:
+        if session.model not in self.models:
+            raise ApiError(
+                409, "model_not_served", f"the session talks to {session.model}, which this server does not serve"
+            )
+        self.model(session.model)
+        self.remember(session)
+        return session
+
+    def join(self, tenant: str, id: str | None, model: str | None, **settings: Any) -> Session:
+        """The session of that name, or a new one; blocks.
+
+        Raises:
+            InvalidArgument: a setting that cannot be, or cannot be changed any more.
+            ApiError: as `open`, or the caller has too many.
+        """
+        if id is not None and self.workspace.has(id, tenant=tenant):
+            session = self.open(tenant, id)
+            given = {name: value for name, value in settings.items() if value is not None}
+            return self.workspace.session(id, tenant=tenant, model=model, **given) if given or model else session
+        self.limits.check_sessions(tenant)
+        session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
+        self.remember(session)
+        return session
+
+    def remember(self, session: Session) -> None:
+        """Keeps a session's tree in memory for a while."""
+        key = (session.tenant, session.id)
+        self._sessions[key] = session
+        self._sessions.move_to_end(key)
+        while len(self._sessions) > N_SESSIONS:
+            self._sessions.popitem(last=False)
+
+    def forget(self, session: Session) -> None:
+        """Lets go of a session that was deleted."""
+        self._sessions.pop((session.tenant, session.id), None)
+
+    # ---- Runs -------------------------------------------------------------------------------------------------------
+
+    def begin(self, run: Run) -> Run:
+        """Takes a run in, which from now on counts among its owner's."""
+        self.runs.add(run)
+        return run
+
+    def load(self) -> dict[str, int]:
+        """Answers that are made, and those that wait."""
+        load = self.workspace.load_now
+        return {"running": load.n_running, "waiting": load.n_waiting}
+
+
+def server() -> Server:
+    """The server of the app that handles the current request."""
+    found = current_app.extensions["fabula"]
+    if not isinstance(found, Server):
+        raise InvalidArgument("the app was not made by fabula.server.create_app")
+    return found

@@ -1,0 +1,170 @@
+"""What a turn says before its answer: a text, or messages; and what its prompt is rendered with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fabula.errors import InvalidArgument
+from fabula.text.template import MAX_DEPTH, RESERVED
+
+Message = Mapping[str, Any]
+Saying = str | Sequence[Message]
+
+ROLES = ("user", "tool", "system", "developer")
+_TEXTS = ("name", "tool_call_id")  # of a message; what else it holds is between the caller and the template
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a turn says before its answer.
+
+    Attributes:
+        text: what a person reads: the last message of the user, or else all messages.
+        given: the messages; None for one of the user's that says `text` and nothing else.
+        options: of the chat template, such as `tools`.
+    """
+
+    text: str
+    given: tuple[dict[str, Any], ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, saying: Saying, options: Mapping[str, Any] | None = None) -> Said:
+        """What a caller says.
+
+        Args:
+            saying: the user's text, or messages with a role of `ROLES` and text as content. Before them may stand one
+                of the assistant: the answer before, with the `tool_calls` that the template shall read in it.
+            options: of the chat template; plain JSON data.
+
+        Raises:
+            InvalidArgument: it is something else; names the place.
+        """
+        checked = _options(options)
+        if isinstance(saying, str):
+            return cls(saying, None, checked)
+        if not isinstance(saying, Sequence) or isinstance(saying, bytes | bytearray):
+            raise InvalidArgument(f"what is said must be text or a list of messages, not {type(saying).__name__}")
+        given = tuple(_message(message, i) for i, message in enumerate(saying))
+        new = [message for message in given if message["role"] != "assistant"]
+        if not new:
+            raise InvalidArgument("messages must hold at least one that is new")
+        if len(given) == 1 and given[0].keys() == {"role", "content"} and given[0]["role"] == "user":
+            return cls(given[0]["content"], None, checked)
+        users = [message["content"] for message in new if message["role"] == "user"]
+        text = users[-1] if users else "\n".join(message["content"] for message in new)
+        return cls(text, given, checked)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What is said as messages; the caller's own to change."""
+        if self.given is None:
+            return [{"role": "user", "content": self.text}]
+        return copy.deepcopy(list(self.given))
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The options; the caller's own to change."""
+        return copy.deepcopy(dict(self.options))
+
+    @property
+    def words_answer(self) -> bool:
+        """Whether the first message is the answer before, as the template shall read it."""
+        return self.given is not None and self.given[0]["role"] == "assistant"
+
+    @property
+    def answers_call(self) -> bool:
+        """Whether it means nothing without the turn before."""
+        return self.given is not None and self.given[0]["role"] in ("assistant", "tool")
+
+    def with_options(self, options: Mapping[str, Any] | None) -> Said:
+        """The same with other options; None leaves them.
+
+        Raises:
+            InvalidArgument: as `of`.
+        """
+        return self if options is None else replace(self, options=_options(options))
+
+    # ---- As JSON ----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any] | None:
+        """As JSON, without `text`; None if that says it all."""
+        found: dict[str, Any] = {}
+        if self.given is not None:
+            found["messages"] = self.messages
+        if self.options:
+            found["options"] = self.own_options
+        return found or None
+
+    @classmethod
+    def from_json(cls, text: str, value: Mapping[str, Any] | None) -> Said:
+        """From JSON and the text.
+
+        Raises:
+            InvalidArgument: it says something else.
+        """
+        if value is None:
+            return cls(text)
+        if not isinstance(value, Mapping) or not value.keys() <= {"messages", "options"}:
+            raise InvalidArgument("what was said must hold messages and options, and nothing else")
+        said = cls.of(value.get("messages", text), value.get("options"))
+        if said.text != text:
+            raise InvalidArgument("the prompt is not the text of the messages")
+        return said
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def _message(value: object, index: int) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"{where} must be an object with role and content")
+    role, content = value.get("role"), value.get("content")
+    words_answer = role == "assistant" and index == 0
+    if role not in ROLES and not words_answer:
+        raise InvalidArgument(f"{where}.role is {str(role)[:40]!r}, must be one of {', '.join(ROLES)}")
+    if not isinstance(content, str) and not (words_answer and content is None):
+        raise InvalidArgument(f"{where}.content must be text")
+    for name in _TEXTS:
+        if name in value and not isinstance(value[name], str):
+            raise InvalidArgument(f"{where}.{name} must be text")
+    calls = value.get("tool_calls")
+    if words_answer and not (isinstance(calls, list) and calls and all(isinstance(call, Mapping) for call in calls)):
+        raise InvalidArgument(f"{where}.tool_calls must be a list of calls: an answer without any stands as it is")
+    return _plain(value, where)
+
+
+def _options(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InvalidArgument("template_options must be an object")
+    for name in value:
+        if name in RESERVED:
+            raise InvalidArgument(f"template option {name!r} is set by Fabula itself")
+    return _plain(value, "template_options")
+
+
+def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A copy made of what JSON knows, so that what is kept is what was rendered."""
+    try:
+        text = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
+        text.encode()
+        plain: dict[str, Any] = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{what} is no plain JSON data: {error}") from None
+    if _is_deeper(plain, MAX_DEPTH):
+        raise InvalidArgument(f"{what} is nested more than {MAX_DEPTH} deep")
+    return plain
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
