@@ -47,19 +47,21 @@ if TYPE_CHECKING:
     from fabula.model import Model
     from fabula.models.builder import DamagedWeightWarning
     from fabula.models.config import ModelConfig
+    from fabula.sessions.looking import Alternative, Count
     from fabula.sessions.policy import ContextPolicy
     from fabula.sessions.reply import Reply
-    from fabula.sessions.session import Alternative, Session
+    from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
     from fabula.text.tokenizer import Tokenizer
     from fabula.workspace import Workspace
 
 # Where each public name lives; "" for a module of that name.
 _HOMES = {
-    "Alternative": "sessions.session",
+    "Alternative": "sessions.looking",
     "Constraint": "engine.constraint",
     "ContextOverflow": "errors",
     "ContextPolicy": "sessions.policy",
+    "Count": "sessions.looking",
     "DamagedWeightWarning": "models.builder",
     "DownloadError": "errors",
     "EngineBusy": "errors",
@@ -102,6 +104,7 @@ __all__ = [
     "Constraint",
     "ContextOverflow",
     "ContextPolicy",
+    "Count",
     "DamagedWeightWarning",
     "DownloadError",
     "EngineBusy",

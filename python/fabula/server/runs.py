@@ -56,6 +56,7 @@ class Run:
         start: JSON of the first event.
         background: whether it goes on when nobody reads.
         observers: told what happens.
+        request_id: of the request that began it, for logs.
 
     Attributes:
         id: to join it again.
@@ -76,10 +77,13 @@ class Run:
         session_id: str | None = None,
         background: bool = False,
         observers: Sequence[Observer] = (),
+        request_id: str = "",
     ) -> None:
         self.id = "run_" + secrets.token_urlsafe(16)
         self.sources, self.tenant, self.model, self.session_id = tuple(sources), tenant, model, session_id
-        self.background, self.is_done, self.error = background, False, None
+        self.request_id = request_id
+        self.background, self.is_done = background, False
+        self.error: ApiError | None = None
         self.results: list[dict[str, Any] | None] = [None] * len(self.sources)
         self.finished_at = 0.0
         self._describe, self._observers = describe, observers
@@ -89,8 +93,6 @@ class Run:
         self._moved = asyncio.Event()  # a reader took something, or left
         self._left = len(self.sources)
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.sources))]
-
-    error: ApiError | None
 
     # ---- Making -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from quart import current_app
 from fabula.errors import EngineError, InvalidArgument
 from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
+from fabula.server.gate import Gate
 from fabula.server.limits import Limits
 from fabula.server.observer import Observer
 from fabula.server.runs import Run, Runs
@@ -78,6 +79,7 @@ class Server:
         models: by the names clients use.
         runs: answers in the making.
         limits: of each key.
+        gate: in front of it.
         observers: told what happens.
         begun_at: seconds since 1970.
     """
@@ -91,6 +93,7 @@ class Server:
         self.begun_at = time.time()
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        self.gate: Gate = Gate(settings, None)
         self._loading: asyncio.Task[None] | None = None
 
     # ---- Life -------------------------------------------------------------------------------------------------------

@@ -131,9 +131,15 @@ class Growing(Tree):
     # ---- Planning a turn --------------------------------------------------------------------------------------------
 
     def _next(self, parent: Turn, said: Said, params: SamplingParams | None, *, chat: bool) -> Plan:
-        """A turn behind `parent`."""
-        chosen = params or self.params
-        return Plan(parent, said, chat, self._prompt(parent, said, chosen, chat=chat), chosen, parent, [])
+        """A turn behind `parent`.
+
+        Raises:
+            ContextOverflow: it does not fit, whatever may be left out.
+        """
+        chosen, runner = params or self.params, self._host.engine.runner
+        prompt = self._prompt(parent, said, chosen, chat=chat)
+        runner.check_room(len(prompt.ids), self.policy.visible(runner.context))
+        return Plan(parent, said, chat, prompt, chosen, parent, [])
 
     def _prompt(self, parent: Turn, said: Said, params: SamplingParams, *, chat: bool) -> Prompt:
         """What an answer behind `parent` goes on from; changes nothing."""

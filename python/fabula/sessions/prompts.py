@@ -1,7 +1,8 @@
-"""The ids a turn's answer goes on from: the past as it was drawn, what is new, and nothing that does not fit.
+"""The ids a turn's answer goes on from: the past as it was drawn, and what is new.
 
 With `drop_oldest_turns` a prompt that leaves too little room for an answer is made again without the oldest turns,
-until a quarter of the context is free: so many turns pass before the rest has to be computed anew again.
+until a quarter of the context is free: so many turns pass before the rest has to be computed anew again. Whether the
+prompt fits the context in the end is for the caller to check.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from fabula.engine.generation import Engine
 from fabula.engine.sampling import SamplingParams
-from fabula.errors import ContextOverflow, InvalidArgument
+from fabula.errors import InvalidArgument
 from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.said import Said
 from fabula.sessions.tools import with_tools
@@ -66,7 +67,6 @@ def chat_prompt(
 
     Raises:
         TemplateError, InvalidArgument: as `encode_chat` and `with_tools`.
-        ContextOverflow: it does not fit, whatever may be left out.
     """
     if said.words_answer and not parent.number:
         raise InvalidArgument("messages[0].role is 'assistant', but there is no answer before it")
@@ -117,7 +117,6 @@ def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, 
 
     Raises:
         InvalidArgument: there is no text to continue.
-        ContextOverflow: it does not fit, whatever may be left out.
     """
     tokenizer = engine.tokenizer
     new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not parent.number else []
@@ -176,10 +175,6 @@ def _fitted(
             cut = Cut(policy.name, n_before + max(0, n_all - len(ids)), parent.number - n_seen + n)
             if len(ids) <= goal(context, params):
                 break
-    if policy.name != "slide" and len(ids) > context:
-        raise ContextOverflow(
-            f"{len(ids)} tokens do not fit the context of {context}", n_tokens=len(ids), context=context
-        )
     return Prompt(ids, common_length(past, ids), cut)
 
 

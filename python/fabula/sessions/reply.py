@@ -83,6 +83,11 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
             await asyncio.to_thread(self._finish)  # it may wait for the disk
         return piece
 
+    @property
+    def number(self) -> int:
+        """The number its turn has, or will have."""
+        return self._draft.number
+
     def text(self) -> str:
         """Runs to the end and returns the whole text, with `begun_text`."""
         for _ in self:

@@ -7,43 +7,30 @@ turn again, editing it, taking another token at any place: each is a sibling bes
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
-from fabula.sessions.growth import Growing, Plan
-from fabula.sessions.prompts import messages_of
+from fabula.sessions.growth import Plan, checked_title
+from fabula.sessions.looking import Looking
 from fabula.sessions.reply import Reply
-from fabula.sessions.turn import START, Turn
+from fabula.sessions.said import Said, Saying
+from fabula.sessions.tree import TurnRef
+from fabula.sessions.turn import START
 
 MAX_BRANCHES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """A token that could stand at a place of an answer.
-
-    Attributes:
-        token_id: for `fork_at`.
-        text: of the token alone.
-        logprob: natural log-probability under the plain softmax of the logits.
-        chosen: whether it is the one that stands there.
-    """
-
-    token_id: int
-    text: str
-    logprob: float
-    chosen: bool
-
-
-class Session(Growing):
+class Session(Looking):
     """A conversation, or a story, that can be walked.
 
     Made by `Model.session` and `Workspace.session`. `say` answers messages through the chat template, `tell` continues
     a text; a session does the one or the other. One reply is made at a time, or several of one `branch`. Verbs that
     begin a reply take `wait`: False raises SessionBusy while another reply is being made, True waits for its end, a
-    number waits so many seconds. Callers that wait get their turn in the order they came.
+    number waits so many seconds. Callers that wait get their turn in the order they came. A turn is named by its number
+    on the path to the head, by its id, or by itself.
 
     Attributes:
         id: its name.
@@ -52,23 +39,31 @@ class Session(Growing):
         params: sampling settings of turns that bring none.
         system: system message of a chat.
         policy: what happens when the context is full.
+        title: what people call it.
     """
 
     # ---- Going on ---------------------------------------------------------------------------------------------------
 
     def say(
         self,
-        text: str,
+        said: Saying,
         params: SamplingParams | None = None,
         *,
+        template_options: Mapping[str, Any] | None = None,
         wait: bool | float = False,
         timeout: float | None = None,
     ) -> Reply:
-        """Answers a message.
+        """Answers a message, or several.
 
         Args:
-            text: the user's message.
+            said: the user's message; or a list of messages, each with "role" (user, tool, system, developer),
+                "content" (text), and what else the template reads, such as "name" and "tool_call_id". The first may be
+                of the assistant: the answer before, with the "tool_calls" that a template is to read in it; what was
+                drawn stays as it was drawn.
             params: sampling settings of this turn; None takes the session's.
+            template_options: for the chat template, such as `tools`; plain JSON data. They are this turn's: the same
+                ones, given with every turn, keep K and V of the past valid; with others the template may word the past
+                anew, and then that is computed again.
             wait: for the end of another reply; see the class.
             timeout: seconds until the answer ends by itself, with reason "timeout".
 
@@ -78,11 +73,12 @@ class Session(Growing):
         Raises:
             SessionBusy: another reply is being made.
             ContextOverflow: the conversation does not fit; carries both numbers, and nothing has changed.
-            InvalidArgument: the session tells a story.
+            InvalidArgument: a message is malformed, names the place; or the session tells a story.
             TemplateError: the model has no chat template, or it refuses.
             EngineBusy: too many requests wait already.
         """
-        return self._go(lambda: self._next(self.head, text, params, chat=True), wait, timeout)[0]
+        new = Said.of(said, template_options)
+        return self._go(lambda: self._next(self.head, new, params, chat=True), wait, timeout)[0]
 
     def tell(
         self,
@@ -107,7 +103,7 @@ class Session(Growing):
         """
         chosen = params or self.params
         chosen = chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens)
-        return self._go(lambda: self._next(self.head, prompt or "", chosen, chat=False), wait, timeout)[0]
+        return self._go(lambda: self._next(self.head, Said(prompt or ""), chosen, chat=False), wait, timeout)[0]
 
     def regenerate(self, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
         """Answers the head's prompt again, as a sibling of the head: with `params`, or the settings of before and a new
@@ -115,29 +111,37 @@ class Session(Growing):
 
         def plan() -> Plan:
             turn = self._made(self.head)
-            return self._again(turn, turn.prompt, params or replace(self._params(turn), seed=None))
+            return self._again(turn, turn.said, params or replace(self._params(turn), seed=None))
 
         return self._go(plan, wait)[0]
 
     def edit(
-        self, turn: int | Turn, text: str, params: SamplingParams | None = None, *, wait: bool | float = False
+        self,
+        turn: TurnRef,
+        said: Saying,
+        params: SamplingParams | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        wait: bool | float = False,
     ) -> Reply:
-        """Says something else in place of a turn's prompt, as its sibling."""
+        """Says something else in place of a turn's prompt, as its sibling; None keeps the turn's `template_options`."""
+        new = Said.of(said, template_options)
 
         def plan() -> Plan:
             found = self._made(self._find(turn))
-            return self._again(found, text, params or replace(self._params(found), seed=None))
+            words = new.with_options(found.said.options) if template_options is None else new
+            return self._again(found, words, params or replace(self._params(found), seed=None))
 
         return self._go(plan, wait)[0]
 
-    def replay(self, turn: int | Turn, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
+    def replay(self, turn: TurnRef, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
         """Does a turn again from its parent: the same tokens with the same settings, or others with `params`."""
 
         def plan() -> Plan:
             found = self._made(self._find(turn))
             if found.n_begun:
                 return self._from_inside(found, list(found.token_ids[: found.n_begun]), params or self._params(found))
-            return self._again(found, found.prompt, params or self._params(found))
+            return self._again(found, found.said, params or self._params(found))
 
         return self._go(plan, wait)[0]
 
@@ -165,7 +169,7 @@ class Session(Growing):
 
     def fork_at(
         self,
-        turn: int | Turn,
+        turn: TurnRef,
         position: int,
         token: int,
         params: SamplingParams | None = None,
@@ -194,17 +198,24 @@ class Session(Growing):
         return self._go(plan, wait)[0]
 
     def branch(
-        self, n: int, text: str | None = None, params: SamplingParams | None = None, *, wait: bool | float = False
+        self,
+        n: int,
+        said: Saying | None = None,
+        params: SamplingParams | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        wait: bool | float = False,
     ) -> list[Reply]:
         """n alternatives of the next turn, made side by side; the head stays where it is until one is chosen by
         `rollback`.
 
         Args:
             n: 1 .. 32.
-            text: the message they answer, or text a story goes on with. None for more answers to the head's message,
-                or for the story as it is.
+            said: what they answer, as `say` takes it, or text a story goes on with. None for more answers to the head's
+                message, or for the story as it is.
             params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's, with the head's
                 constraint where its message is answered again.
+            template_options: as `say`; where the head's message is answered again, None keeps the head's.
             wait: as `say`.
 
         Raises:
@@ -213,41 +224,16 @@ class Session(Growing):
         if type(n) is not int or not 1 <= n <= MAX_BRANCHES:
             raise InvalidArgument(f"n is {n!r}, must be a whole number in 1 .. {MAX_BRANCHES}")
 
+        new = Said.of("" if said is None else said, template_options)
+
         def plan() -> Plan:
-            head, chosen = self.head, params or self.params
-            if head.number and head.chat and text is None:
+            head = self.head
+            if head.number and head.chat and said is None:
                 kept = replace(self.params, constraint=self._params(head).constraint)
-                return self._again(head, head.prompt, params or kept)
-            return self._next(head, text or "", chosen, chat=head.chat if head.number else text is not None)
+                return self._again(head, head.said.with_options(template_options), params or kept)
+            return self._next(head, new, params, chat=head.chat if head.number else said is not None)
 
         return self._go(plan, wait, n=n, selects=False)
-
-    def alternatives(self, turn: int | Turn, position: int, n: int = 10) -> list[Alternative]:
-        """The likeliest tokens at a place of an answer, best first; nothing of the prompt is computed again.
-
-        Args:
-            turn: whose answer.
-            position: in the answer, from 0; its length for what could come next.
-            n: 1 .. 20.
-
-        Raises:
-            InvalidArgument: no such turn or place.
-        """
-        with self._lock:
-            found = self._made(self._find(turn))
-            self._check_place(found, position)
-            engine = self._host.engine
-            begun = found.token_ids[:position]
-            prompt = found.ids()[: found.n_ids - len(found.token_ids)]
-            sequence = found.fork_kv(len(prompt) + position - 1, engine.cache)
-            one = SamplingParams(temperature=0.0, max_tokens=1, n_logprobs=n)
-            generation = self._generation(prompt, one, found.chat, begun, sequence)
-        piece = next(generation)
-        there = found.token_ids[position] if position < len(found.token_ids) else None
-        return [
-            Alternative(token, engine.tokenizer.decode([token], skip_special=False), logprob, token == there)
-            for token, logprob in piece.top_logprobs
-        ]
 
     # ---- Walking ----------------------------------------------------------------------------------------------------
 
@@ -258,10 +244,10 @@ class Session(Growing):
             for reply in list(self._running):
                 reply.cancel()
 
-    def fork(self, turn: int | Turn | None = None, *, id: str | None = None) -> Session:
+    def fork(self, turn: TurnRef | None = None, *, id: str | None = None) -> Session:
         """A new session that shares this one's past up to a turn (None: the head) and goes on alone."""
         with self._lock:
-            base = self.head if turn is None else self._find(turn)
+            base = self._find(self.head if turn is None else turn)
             fork = Session(
                 self._host,
                 id=id,
@@ -271,6 +257,7 @@ class Session(Growing):
                 policy=self.policy,
                 base=base,
                 keeper=self._keeper,
+                title=self.title,
             )
             if self._keeper is not None:
                 self._keeper.opened(fork)
@@ -280,16 +267,51 @@ class Session(Growing):
         """Forgets every turn made here, but for what forks go on from, and returns the bytes of K and V set free."""
         with self._lock:
             self.stop()
-            pool = self._host.engine.runner.pool if self._host.is_loaded else None
-            before = pool.n_free if pool is not None else 0
-            self._root.forks.discard(self)
             if self._keeper is not None:
                 self._keeper.deleted(self, self._turns)
                 self._keeper = None
-            self._drop(self._turns)
+            self._root.forks.discard(self)
+            n_bytes = self._drop(self._turns)
             self._root = self.head = START
             self._deleted = True
-            return (pool.n_free - before) * pool.page_bytes if pool is not None else 0
+            return n_bytes
+
+    def configure(
+        self, *, title: str | None = None, sampling: SamplingParams | None = None, system: str | None = None
+    ) -> None:
+        """Changes settings; None leaves one as it is. They are kept when this returns.
+
+        Args:
+            title: what people call it, one line of at most 200 characters.
+            sampling: settings of turns that bring none.
+            system: system message, as long as nothing was said.
+
+        Raises:
+            InvalidArgument: the title is malformed, or the conversation has begun with another system message.
+            SessionNotFound: the session was deleted.
+            StoreError: they cannot be kept; nothing has changed.
+        """
+        with self._lock:
+            self._check_there()
+            self._collect()
+            before = (self.title, self.params, self.system)
+            begun = bool(self.head.number or self._turns or self._running)
+            if system is not None and system != self.system and begun:
+                raise InvalidArgument(f"session {self.id} has begun with another system message; begin a new session")
+            after = (
+                self.title if title is None else checked_title(title),
+                self.params if sampling is None else sampling,
+                self.system if system is None else system,
+            )
+            if after == before:
+                return
+            self.title, self.params, self.system = after
+            try:
+                if self._keeper is not None:
+                    self._keeper.changed(self)
+            except BaseException:
+                self.title, self.params, self.system = before
+                raise
 
     def export(self, *, kv: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """The whole session as JSON data, for `Workspace.import_` or `Model.import_`.
@@ -305,17 +327,3 @@ class Session(Growing):
         from fabula.sessions.archive import export_session  # which makes sessions
 
         return export_session(self, kv=kv)
-
-    # ---- Looking ----------------------------------------------------------------------------------------------------
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation on the path, as `Model.chat` takes it."""
-        return messages_of(self.system, self.path)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a reply is being made."""
-        with self._lock:
-            self._collect()
-            return bool(self._running)

@@ -1,0 +1,94 @@
+"""From a verb of a session to a response: the run that makes the answer, sent whole or as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quart import Response, g
+
+from fabula.engine.generation import Generation
+from fabula.server.replies import answer_json
+from fabula.server.runs import Run, Source
+from fabula.server.schemas import Answering
+from fabula.server.state import Server, server
+from fabula.server.stream import native, response
+from fabula.sessions.reply import Reply
+from fabula.sessions.session import Session
+
+Made = tuple[Session, Sequence[Reply]]
+
+
+async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: int = 1) -> Any:
+    """The response to a request for answers.
+
+    Args:
+        how: whether they are streamed, and whether they need a reader.
+        make: finds the session and begins the replies; runs in a worker thread.
+        n: how many there will be, to check the key's limits before.
+    """
+    state, tenant = server(), g.tenant
+    state.limits.check_answers(state.runs, tenant, n)
+    session, replies = await state.call(lambda: make(state, tenant))
+    run = run_of(state, session, replies, background=how.background)
+    if how.stream:
+        return response(native(run))
+    if how.background:
+        return {"session_id": session.id, "stream_id": run.id}, 202
+    results = await run.finish()
+    if len(results) == 1:
+        return results[0]
+    return {"session_id": session.id, "stream_id": run.id, "replies": results}
+
+
+def run_of(state: Server, session: Session, replies: Sequence[Reply], *, background: bool = False) -> Run:
+    """A run of a session's replies."""
+    tenant = session.tenant
+    run: Run
+
+    def describe(index: int) -> dict[str, Any]:
+        state.limits.pay(tenant, replies[index].timings)
+        return answer_json(session, replies[index], run.id)
+
+    start = {"session_id": session.id, "model": session.model, "turn": replies[0].number}
+    begun = [reply.begun_text for reply in replies]
+    if any(begun):
+        start["begun_text"] = begun[0]
+    if len(replies) > 1:
+        start["n"] = len(replies)
+    run = Run(
+        replies,
+        tenant=tenant,
+        model=session.model,
+        describe=describe,
+        start=start,
+        session_id=session.id,
+        background=background,
+        observers=state.observers,
+        request_id=g.get("request_id", ""),
+    )
+    return state.begin(run)
+
+
+def run_of_texts(
+    state: Server, tenant: str, model: str, generations: Sequence[Generation], describe: Callable[[int], dict[str, Any]]
+) -> Run:
+    """A run of generations that belong to no session."""
+
+    def paid(index: int) -> dict[str, Any]:
+        state.limits.pay(tenant, generations[index].timings)
+        return describe(index)
+
+    sources: Sequence[Source] = generations
+    run = Run(
+        sources,
+        tenant=tenant,
+        model=model,
+        describe=paid,
+        observers=state.observers,
+        request_id=g.get("request_id", ""),
+    )
+    return state.begin(run)
+
+
+__all__ = ["Made", "Response", "answered", "run_of", "run_of_texts"]

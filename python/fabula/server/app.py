@@ -1,0 +1,179 @@
+"""Makes the app: everything a request meets, put together in one place. Any ASGI host may run it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from quart import Quart, Request, Response, g, request
+from quart.json.provider import DefaultJSONProvider
+from quart_schema import QuartSchema, RequestSchemaValidationError
+from werkzeug.exceptions import HTTPException
+
+from fabula.errors import EngineError, InvalidArgument
+from fabula.server import body
+from fabula.server.describe import Describer, info
+from fabula.server.failures import INTERNAL, ApiError, of_engine
+from fabula.server.gate import Gate, Keys
+from fabula.server.invalid import told
+from fabula.server.routes import blueprints
+from fabula.server.settings import Settings
+from fabula.server.state import Server, server
+from fabula.server.stream import dumps
+from fabula.workspace import Workspace
+
+IMPORT_FACTOR = 32  # a session that is imported may be so many times as long as another request
+
+
+def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
+    """The server as an ASGI app.
+
+    Args:
+        workspace: holds the sessions; stays open when the app ends.
+        settings: None for the defaults.
+
+    Raises:
+        InvalidArgument: the keys cannot be read, or other machines can reach the address and there are none.
+    """
+    settings = settings or Settings()
+    keys = Keys.read(settings.keys) if settings.keys is not None else None
+    check_access(settings)
+    app = Quart("fabula.server", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["BODY_TIMEOUT"] = settings.body_s
+    app.config["QUART_SCHEMA_CONVERSION_PREFERENCE"] = "pydantic"
+    app.request_class = _request_class(settings)
+    QuartSchema(
+        app,
+        swagger_ui_path=None,
+        redoc_ui_path=None,
+        scalar_ui_path=None,
+        info=info(),
+        conversion_preference="pydantic",
+        openapi_provider_class=Describer,
+        security_schemes={"key": {"type": "http", "scheme": "bearer"}} if keys is not None else None,
+        security=[{"key": []}] if keys is not None else None,
+    )
+    app.json = _Json(app)
+    state = Server(workspace, settings)
+    app.extensions["fabula"] = state
+    state.gate = Gate(settings, keys)
+    state.gate.install(app)
+    app.after_request(_watch)
+    _handle_errors(app)
+    for blueprint in blueprints():
+        app.register_blueprint(blueprint)
+    app.before_serving(state.start)
+    app.after_serving(state.stop)
+    return app
+
+
+def check_access(settings: Settings) -> None:
+    """Raises InvalidArgument if anybody on the network could use the server."""
+    if settings.keys is None and not settings.insecure and not settings.is_loopback:
+        raise InvalidArgument(
+            f"other machines can reach {settings.host}, so API keys are needed: --keys FILE (`fabula keys` makes them), "
+            "or --insecure to serve whoever comes"
+        )
+
+
+class _Json(DefaultJSONProvider):
+    """JSON in and out: read strictly, written as it is."""
+
+    sort_keys = False
+    ensure_ascii = False
+
+    def loads(self, s: str | bytes, **_kwargs: Any) -> Any:
+        return body.parse(s.encode() if isinstance(s, str) else s)
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        return Response(dumps(self._prepare_response_obj(args, kwargs)) + "\n", mimetype="application/json")
+
+
+def _request_class(settings: Settings) -> type[Request]:
+    class ApiRequest(Request):
+        """A request whose body may be as long as its path allows."""
+
+        def __init__(self, method: str, scheme: str, path: str, *args: Any, **kwargs: Any) -> None:
+            if path == "/sessions/import":
+                kwargs["max_content_length"] = IMPORT_FACTOR * settings.max_body_bytes
+            super().__init__(method, scheme, path, *args, **kwargs)
+
+        async def get_json(self, *_args: Any, **_kwargs: Any) -> Any:
+            if not self.is_json:
+                raise ApiError(415, "unsupported_media_type", "send JSON, with the header Content-Type: application/json")
+            if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise ApiError(415, "unsupported_encoding", "send the body without Content-Encoding")
+            if self.content_length is not None and self.content_length > (self.max_content_length or 0):
+                raise too_large(self.max_content_length or 0)
+            return body.parse(await self.get_data(cache=False))
+
+    return ApiRequest
+
+
+def too_large(most: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"the body is larger than {most} bytes", limit=most)
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+
+
+def _handle_errors(app: Quart) -> None:
+    @app.errorhandler(ApiError)
+    async def api_error(error: ApiError) -> Response:
+        return _respond(error)
+
+    @app.errorhandler(EngineError)
+    async def engine_error(error: EngineError) -> Response:
+        found = of_engine(error)
+        if found.status >= 500:
+            _tell(error)
+        return _respond(found)
+
+    @app.errorhandler(RequestSchemaValidationError)
+    async def invalid(error: RequestSchemaValidationError) -> Response:
+        return _respond(told(error.validation_error))
+
+    @app.errorhandler(HTTPException)
+    async def http(error: HTTPException) -> Response:
+        status = error.code or 500
+        if status == 413:
+            return _respond(too_large(request.max_content_length or 0))
+        words = {404: "there is no such path", 405: f"the path does not answer {request.method}"}
+        words[408] = "the body took too long to arrive"
+        message = words.get(status, error.description or error.name)
+        found = ApiError(status, error.name.lower().replace(" ", "_"), message)
+        response = _respond(found)
+        if status == 405:
+            response.headers["Allow"] = ", ".join(sorted(getattr(error, "valid_methods", None) or []))
+        return response
+
+    @app.errorhandler(Exception)
+    async def unexpected(error: Exception) -> Response:
+        _tell(error)
+        return _respond(INTERNAL)
+
+
+def _tell(error: BaseException) -> None:
+    for observer in server().observers:
+        observer.failed(None, error)
+
+
+def _respond(error: ApiError) -> Response:
+    response = Response(dumps(error.body()) + "\n", status=error.status, mimetype="application/json")
+    response.headers.update(error.headers())
+    return response
+
+
+async def _watch(response: Response) -> Response:
+    seconds = time.perf_counter() - g.get("begun", time.perf_counter())
+    rule = request.url_rule
+    for observer in server().observers:
+        observer.request_ended(
+            method=request.method,
+            route=rule.rule if rule is not None else "",
+            status=response.status_code,
+            seconds=seconds,
+            request_id=g.get("request_id", ""),
+        )
+    return response

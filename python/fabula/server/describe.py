@@ -1,0 +1,92 @@
+"""The description of the API: OpenAPI as quart-schema makes it, with what every route has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from quart_schema import Info, OpenAPIProvider, document_response
+from quart_schema.openapi import License
+
+from fabula import __version__
+from fabula.server.gate import is_open
+from fabula.server.replies import ErrorReply
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STATUSES = {
+    400: "The request cannot be: says which field, and what is allowed.",
+    401: "No key of this server came with it.",
+    403: "Called by a name the server does not have, or by a page of another site.",
+    404: "There is no such thing, or it belongs to another key.",
+    408: "The body took too long.",
+    409: "Not now: a reply of the session is being made, or it is full.",
+    413: "Too large.",
+    415: "Not JSON.",
+    429: "The key has used what it may; `Retry-After` says when it may go on.",
+    500: "The server failed.",
+    503: "Too much to do, a model is being loaded, or the server is stopping; `Retry-After` says when to come again.",
+    507: "No room on the disk.",
+}
+READING = (400, 401, 403, 404, 503)
+WRITING = (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 507)
+
+
+def info() -> Info:
+    """What the API is."""
+    return Info(
+        title="Fabula",
+        version=__version__,
+        license=License(name="Apache-2.0", identifier="Apache-2.0"),
+        description=(
+            "A conversation is a tree you can walk: every turn is a snapshot. Going back, forking and doing again cost "
+            "nothing and are exact."
+        ),
+    )
+
+
+def fails(*statuses: int) -> Callable[[F], F]:
+    """Documents the errors of a route."""
+
+    def decorate(function: F) -> F:
+        for status in statuses:
+            function = document_response(ErrorReply, status)(function)
+        return function
+
+    return decorate
+
+
+def streams(function: F) -> F:
+    """Documents that a route may send events instead of JSON."""
+    function._fabula_streams = True  # type: ignore[attr-defined]
+    return function
+
+
+class Describer(OpenAPIProvider):
+    """The OpenAPI document of a server."""
+
+    def schema(self) -> dict[str, Any]:
+        found: dict[str, Any] = super().schema()
+        views = {}
+        for rule in self._app.url_map.iter_rules():
+            path = _braces(rule.rule)
+            views[path] = self._app.view_functions[rule.endpoint]
+        for path, operations in found.get("paths", {}).items():
+            for method, operation in operations.items():
+                if "requestBody" in operation:
+                    operation["requestBody"]["required"] = True
+                if is_open(path):
+                    operation["security"] = []
+                responses = operation.get("responses", {})
+                for status, response in responses.items():
+                    if int(status) in STATUSES:
+                        response["description"] = STATUSES[int(status)]
+                view = views.get(path)
+                if method in ("get", "post") and getattr(view, "_fabula_streams", False) and "200" in responses:
+                    responses["200"].setdefault("content", {})["text/event-stream"] = {"schema": {"type": "string"}}
+        return found
+
+
+def _braces(rule: str) -> str:
+    """A rule in OpenAPI's notation."""
+    return "/".join("{" + part[1:-1].rpartition(":")[2] + "}" if part.startswith("<") else part for part in rule.split("/"))

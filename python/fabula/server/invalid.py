@@ -1,0 +1,46 @@
+"""What is wrong with a body, in a sentence: pydantic's errors, told as the engine tells its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from fabula.server.failures import ApiError
+
+
+def told(error: Any) -> ApiError:
+    """400 for a body that is not as it must be; names the first field that is wrong, and how many more are."""
+    if not isinstance(error, ValidationError):
+        return ApiError(400, "invalid_body", f"the body must be a JSON object: {error}")
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    param = path_of(first["loc"])
+    message = f"{param}: {_sentence(first)}" if param else f"the body {_sentence(first)}"
+    if len(problems) > 1:
+        others = sorted({path_of(problem["loc"]) for problem in problems[1:]} - {param, ""})
+        message += f" (and {', '.join(others[:8])})" if others else ""
+    code = "unknown_field" if first["type"] == "extra_forbidden" else "invalid_value"
+    if first["type"] == "missing":
+        code = "missing_field"
+    return ApiError(400, code, message, param=param or None)
+
+
+def path_of(loc: tuple[int | str, ...]) -> str:
+    """The place of a field, such as messages[0].content."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text[:200]
+
+
+def _sentence(problem: Any) -> str:
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return "there is no such field"
+    if kind == "missing":
+        return "is missing"
+    given = repr(problem.get("input"))
+    given = given if len(given) <= 60 else given[:59] + "…"
+    words = problem["msg"].replace("Input should be", "must be").replace("a valid ", "a ")
+    return f"is {given}, {words}" if words.startswith("must be") else words

@@ -1,0 +1,12 @@
+"""The routes of the server, a file for each part of the API."""
+
+from __future__ import annotations
+
+from quart import Blueprint
+
+
+def blueprints() -> list[Blueprint]:
+    """Every part of the API."""
+    from fabula.server.routes import chat, docs, health, sessions, streams, text, walk
+
+    return [module.routes for module in (chat, walk, sessions, streams, text, health, docs)]

@@ -1,0 +1,188 @@
+"""Saying and telling: routes that make answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quart import Blueprint
+from quart_schema import document_response, tag, validate_request
+
+from fabula.server.answering import Made, answered
+from fabula.server.describe import WRITING, fails, streams
+from fabula.server.replies import AnswerReply, BegunReply, BranchesReply
+from fabula.server.schemas import (
+    AgainBody,
+    BranchBody,
+    ChatBody,
+    EditBody,
+    ForkAtBody,
+    Opening,
+    ReplayBody,
+    StoryBody,
+)
+from fabula.server.state import Server
+from fabula.sessions.session import Session
+
+routes = Blueprint("chat", __name__)
+
+
+def _join(state: Server, tenant: str, data: Opening) -> Session:
+    session = state.join(
+        tenant, data.session_id, data.model, system=data.system, title=data.title, context_policy=data.policy()
+    )
+    state.limits.check_turns(session)
+    return session
+
+
+def _open(state: Server, tenant: str, data: AgainBody, n: int = 1) -> Session:
+    session = state.open(tenant, data.session_id)
+    state.limits.check_turns(session, n)
+    return session
+
+
+@routes.post("/chat")
+@streams
+@tag(["Conversation"])
+@validate_request(ChatBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def chat(data: ChatBody) -> Any:
+    """Answers a message: in the session of that id, or in a new one."""
+
+    def make(state: Server, tenant: str) -> Made:
+        state.limits.check_text(data.message, "message")
+        session = _join(state, tenant, data)
+        return session, [session.say(data.message, data.params(session.params), timeout=state.settings.answer_s)]
+
+    return await answered(data, make)
+
+
+@routes.post("/story")
+@streams
+@tag(["Conversation"])
+@validate_request(StoryBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def story(data: StoryBody) -> Any:
+    """Continues a text: that of a session, or a new one."""
+
+    def make(state: Server, tenant: str) -> Made:
+        state.limits.check_text(data.prompt or "", "prompt")
+        session = _join(state, tenant, data)
+        params = data.params(session.params)
+        return session, [session.tell(prompt=data.prompt, params=params, timeout=state.settings.answer_s)]
+
+    return await answered(data, make)
+
+
+@routes.post("/regenerate")
+@streams
+@tag(["Tree"])
+@validate_request(AgainBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def regenerate(data: AgainBody) -> Any:
+    """Answers the head's message again, beside the answer that stands there."""
+
+    def make(state: Server, tenant: str) -> Made:
+        session = _open(state, tenant, data)
+        given = None if data.is_empty else data.params(session.head.params or session.params)
+        return session, [session.regenerate(given, timeout=state.settings.answer_s)]
+
+    return await answered(data, make)
+
+
+@routes.post("/edit")
+@streams
+@tag(["Tree"])
+@validate_request(EditBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def edit(data: EditBody) -> Any:
+    """Says something else in place of a turn's message, beside that turn."""
+
+    def make(state: Server, tenant: str) -> Made:
+        state.limits.check_text(data.message, "message")
+        session = _open(state, tenant, data)
+        given = None if data.is_empty else data.params(session.params)
+        return session, [session.edit(data.turn, data.message, given, timeout=state.settings.answer_s)]
+
+    return await answered(data, make)
+
+
+@routes.post("/continue")
+@streams
+@tag(["Tree"])
+@validate_request(AgainBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def continue_(data: AgainBody) -> Any:
+    """Goes on where the head's answer stopped, beside it: with the settings of before, what would have come next."""
+
+    def make(state: Server, tenant: str) -> Made:
+        session = _open(state, tenant, data)
+        given = None if data.is_empty else data.params(session.head.params or session.params)
+        return session, [session.continue_(params=given, timeout=state.settings.answer_s)]
+
+    return await answered(data, make)
+
+
+@routes.post("/replay")
+@streams
+@tag(["Tree"])
+@validate_request(ReplayBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def replay(data: ReplayBody) -> Any:
+    """Makes a turn again from its parent: the same tokens with the same settings."""
+
+    def make(state: Server, tenant: str) -> Made:
+        session = _open(state, tenant, data)
+        given = None if data.is_empty else data.params(session.turn(data.turn).params or session.params)
+        return session, [session.replay(data.turn, given, timeout=state.settings.answer_s)]
+
+    return await answered(data, make)
+
+
+@routes.post("/fork_at")
+@streams
+@tag(["Tree"])
+@validate_request(ForkAtBody)
+@document_response(AnswerReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def fork_at(data: ForkAtBody) -> Any:
+    """Takes another token at a place of an answer and goes on from there."""
+
+    def make(state: Server, tenant: str) -> Made:
+        session = _open(state, tenant, data)
+        given = None if data.is_empty else data.params(session.turn(data.turn).params or session.params)
+        timeout = state.settings.answer_s
+        return session, [session.fork_at(data.turn, data.position, data.token_id, given, timeout=timeout)]
+
+    return await answered(data, make)
+
+
+@routes.post("/branch")
+@streams
+@tag(["Tree"])
+@validate_request(BranchBody)
+@document_response(BranchesReply, 200)
+@document_response(BegunReply, 202)
+@fails(*WRITING)
+async def branch(data: BranchBody) -> Any:
+    """Several answers side by side; the head stays until one is chosen by `/rollback` to its turn id."""
+
+    def make(state: Server, tenant: str) -> Made:
+        state.limits.check_text(data.message or "", "message")
+        session = _open(state, tenant, data, max(1, data.n))
+        given = None if data.is_empty else data.params(session.params)
+        return session, session.branch(data.n, data.message, given, timeout=state.settings.answer_s)
+
+    return await answered(data, make, n=max(1, data.n))

@@ -1,0 +1,125 @@
+"""A readable page of the API's description, made from it; needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from quart import Blueprint, Response, current_app
+from quart_schema import hide
+
+routes = Blueprint("docs", __name__)
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
+summary { cursor: pointer; padding: .3rem 0 } code { font: 14px/1.4 ui-monospace, monospace }
+.method { display: inline-block; width: 4rem; font-weight: 600 } .quiet { color: #595959 }
+table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem } td, th { text-align: left; vertical-align: top; padding: .25rem .6rem; border-top: 1px solid #ddd }
+details { margin: .2rem 0 } details[open] > summary { font-weight: 600 }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #161616 } .quiet { color: #a5a5a5 } td, th, h2 { border-color: #444 } a { color: #8ab4f8 } }
+"""
+
+
+@routes.get("/docs/style.css")
+@hide
+async def style() -> Response:
+    return Response(STYLE, mimetype="text/css")
+
+
+@routes.get("/docs")
+@hide
+async def docs() -> Response:
+    """The page."""
+    schema = current_app.extensions["QUART_SCHEMA"].openapi_provider.schema()
+    return Response(page(schema), mimetype="text/html")
+
+
+def page(schema: dict[str, Any]) -> str:
+    """HTML of an OpenAPI document."""
+    about, groups = schema["info"], {}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            group = (operation.get("tags") or ["Other"])[0]
+            groups.setdefault(group, []).append(_operation(path, method, operation, schema))
+    parts = "".join(f"<h2>{escape(name)}</h2>{''.join(found)}" for name, found in groups.items())
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<title>{escape(about["title"])} API</title><link rel="stylesheet" href="/docs/style.css"></head><body>'
+        f'<h1>{escape(about["title"])} API</h1><p class="quiet">Version {escape(about["version"])} · '
+        f'<a href="/openapi.json">OpenAPI document</a></p><p>{escape(about.get("description") or "")}</p>{parts}'
+        "</body></html>"
+    )
+
+
+def _operation(path: str, method: str, operation: dict[str, Any], schema: dict[str, Any]) -> str:
+    parts = [f"<p>{escape(operation.get('description') or operation.get('summary') or '')}</p>"]
+    rows = [
+        (one["name"], one.get("schema", {}), one.get("required", False), one.get("description", ""))
+        for one in operation.get("parameters", [])
+    ]
+    if rows:
+        parts.append(_table("Parameter", rows))
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+    if body is not None:
+        parts.append(_fields("Body", body, schema))
+    for status, response in sorted(operation.get("responses", {}).items()):
+        if status.startswith("2"):
+            content = response.get("content", {})
+            found = content.get("application/json", {}).get("schema")
+            stream = " or a stream of events" if "text/event-stream" in content else ""
+            parts.append(f"<p>{escape(status)}{stream}: {escape(response.get('description') or '')}</p>")
+            if found is not None:
+                parts.append(_fields("Reply", found, schema))
+    errors = [
+        f"<tr><td>{escape(status)}</td><td>{escape(response.get('description') or '')}</td></tr>"
+        for status, response in sorted(operation.get("responses", {}).items())
+        if not status.startswith("2")
+    ]
+    if errors:
+        parts.append(f"<details><summary class='quiet'>Errors</summary><table>{''.join(errors)}</table></details>")
+    title = escape(operation.get("summary") or "")
+    return (
+        f'<details id="{escape(method + path.replace("/", "-"))}"><summary><code><span class="method">'
+        f'{escape(method.upper())}</span>{escape(path)}</code> <span class="quiet">{title}</span></summary>'
+        f"{''.join(parts)}</details>"
+    )
+
+
+def _fields(title: str, found: dict[str, Any], schema: dict[str, Any]) -> str:
+    found = _resolved(found, schema)
+    required = set(found.get("required", []))
+    rows = [(name, about, name in required, about.get("description", "")) for name, about in found.get("properties", {}).items()]
+    return _table(title, rows) if rows else ""
+
+
+def _table(title: str, rows: list[tuple[str, dict[str, Any], bool, str]]) -> str:
+    cells = "".join(
+        f"<tr><td><code>{escape(name)}</code>{' *' if needed else ''}</td><td><code>{escape(_kind(about))}</code></td>"
+        f"<td>{escape(text or '')}</td></tr>"
+        for name, about, needed, text in rows
+    )
+    return f"<table><tr><th>{escape(title)}</th><th></th><th></th></tr>{cells}</table>"
+
+
+def _resolved(found: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    reference = found.get("$ref", "")
+    if not reference:
+        return found
+    target: dict[str, Any] = schema.get("components", {}).get("schemas", {}).get(reference.rpartition("/")[2], {})
+    return target
+
+
+def _kind(about: dict[str, Any]) -> str:
+    """The type of a field, in words."""
+    if "$ref" in about:
+        return str(about["$ref"]).rpartition("/")[2]
+    if "anyOf" in about:
+        return " | ".join(_kind(one) for one in about["anyOf"])
+    if "enum" in about:
+        return " | ".join(str(one) for one in about["enum"])
+    if "const" in about:
+        return str(about["const"])
+    if about.get("type") == "array":
+        return f"[{_kind(about.get('items', {}))}]"
+    return str(about.get("type", "any"))

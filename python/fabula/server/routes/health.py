@@ -1,0 +1,37 @@
+"""How the server is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quart import Blueprint
+from quart_schema import document_response, tag
+
+from fabula import __version__
+from fabula.server.describe import fails
+from fabula.server.replies import HealthReply
+from fabula.server.state import server
+
+routes = Blueprint("health", __name__)
+
+
+@routes.get("/health")
+@tag(["Server"])
+@document_response(HealthReply, 200)
+@document_response(HealthReply, 503)
+@fails(403)
+async def health() -> Any:
+    """Whether the server lives and is ready. 200 when it is, 503 while models are loaded or it is stopping."""
+    state = server()
+    failed = any(serving.state == "failed" for serving in state.models.values())
+    stopping = state.gate.is_draining
+    ready = state.is_ready and not stopping
+    word = "stopping" if stopping else "ready" if ready else "degraded" if failed else "loading"
+    return {
+        "status": word,
+        "live": True,
+        "ready": ready,
+        "version": __version__,
+        "models": [serving.to_json() for serving in state.models.values()],
+        "answers": state.load(),
+    }, 200 if ready else 503

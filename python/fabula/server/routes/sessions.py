@@ -1,0 +1,168 @@
+"""Sessions as things: lists, settings, trees, export and import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+from quart import Blueprint, Response, g, request
+from quart_schema import document_response, tag, validate_querystring, validate_request
+
+from fabula.engine.sampling import SamplingParams
+from fabula.server.describe import READING, WRITING, fails
+from fabula.server.failures import ApiError
+from fabula.server.replies import SessionReply, SessionsReply, TreeReply
+from fabula.server.schemas import SettingsBody
+from fabula.server.state import server
+from fabula.server.stream import dumps
+from fabula.sessions.keeper import params_json
+from fabula.sessions.session import Session
+
+routes = Blueprint("sessions", __name__)
+
+HIDDEN = "resp."  # sessions that /v1/responses keeps
+
+
+class ListQuery(BaseModel):
+    """Which of the sessions."""
+
+    limit: int = Field(100, ge=1, le=1000)
+    offset: int = Field(0, ge=0, le=2**31 - 1)
+
+
+class ImportQuery(BaseModel):
+    """What an imported session is called."""
+
+    id: str | None = Field(None, description="Default: the name it had.")
+
+
+class ImportBody(BaseModel):
+    """A session, as `/sessions/{id}/export` gives it."""
+
+    model_config = {"extra": "allow"}
+
+
+def about(session: Session) -> dict[str, Any]:
+    """A session's settings and its path."""
+    return {
+        "session_id": session.id,
+        "title": session.title,
+        "model": session.model,
+        "system": session.system,
+        "head": session.head.number,
+        "head_id": session.head.id,
+        "busy": session.is_busy,
+        "n_turns": session.n_turns,
+        "created_at": session.created_at,
+        "sampling": params_json(session.params),
+        "context_policy": session.policy.to_json(),
+        "path": [turn.to_json() for turn in session.path],
+    }
+
+
+@routes.get("/sessions")
+@tag(["Sessions"])
+@validate_querystring(ListQuery)
+@document_response(SessionsReply, 200)
+@fails(*READING)
+async def sessions(query_args: ListQuery) -> Any:
+    """The sessions of this key, the one changed last first."""
+    state, tenant = server(), g.tenant
+    found = [one for one in await state.call(lambda: state.workspace.sessions(tenant)) if not one.id.startswith(HIDDEN)]
+    page = found[query_args.offset : query_args.offset + query_args.limit]
+    return {
+        "sessions": [
+            {
+                "session_id": one.id,
+                "title": one.title,
+                "model": one.model,
+                "n_turns": one.n_turns,
+                "created_at": one.created_at,
+                "updated_at": one.updated_at,
+            }
+            for one in page
+        ]
+    }
+
+
+@routes.get("/sessions/<id>")
+@tag(["Sessions"])
+@document_response(SessionReply, 200)
+@fails(*READING)
+async def session(id: str) -> Any:
+    """A session: its settings, and the turns from the first to the head."""
+    state, tenant = server(), g.tenant
+    return await state.call(lambda: about(state.workspace.open(id, tenant=tenant)))
+
+
+@routes.patch("/sessions/<id>")
+@tag(["Sessions"])
+@validate_request(SettingsBody)
+@document_response(SessionReply, 200)
+@fails(*WRITING)
+async def change(id: str, data: SettingsBody) -> Any:
+    """Changes settings of a session, for what is said from now on."""
+    state, tenant = server(), g.tenant
+
+    def work() -> dict[str, Any]:
+        session = state.open(tenant, id)
+        params = data.sampling.params(SamplingParams()) if data.sampling is not None else None
+        session.configure(title=data.title, system=data.system, sampling=params)
+        return about(session)
+
+    return await state.call(work)
+
+
+@routes.get("/sessions/<id>/tree")
+@tag(["Sessions"])
+@document_response(TreeReply, 200)
+@fails(*READING)
+async def tree(id: str) -> Any:
+    """Every turn of a session, parents before children."""
+    state, tenant = server(), g.tenant
+    return await state.call(lambda: tree_json(state.workspace.open(id, tenant=tenant)))
+
+
+def tree_json(session: Session) -> dict[str, Any]:
+    """A session's tree, as `TreeReply`."""
+    found = session.tree_json()
+    return {"session_id": session.id} | found
+
+
+@routes.get("/sessions/<id>/export")
+@tag(["Sessions"])
+@document_response(ImportBody, 200)
+@fails(*READING, 409)
+async def export(id: str) -> Any:
+    """The whole session as JSON, for `/sessions/import` here or elsewhere."""
+    state, tenant = server(), g.tenant
+    text = await state.call(lambda: dumps(state.workspace.open(id, tenant=tenant).export()))
+    response = Response(text + "\n", mimetype="application/json")
+    response.headers["Content-Disposition"] = f'attachment; filename="{id}.json"'
+    return response
+
+
+@routes.post("/sessions/import")
+@tag(["Sessions"])
+@validate_querystring(ImportQuery)
+@validate_request(ImportBody)
+@document_response(SessionReply, 201)
+@fails(*WRITING)
+async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
+    """Takes in a session that was exported. K and V are computed again when it goes on."""
+    del data  # parsed once more below: pydantic's copy would lose nothing, but it is not the plain JSON
+    state, tenant = server(), g.tenant
+    value = await request.get_json()
+
+    def work() -> dict[str, Any]:
+        state.limits.check_sessions(tenant)
+        model = value.get("model")
+        if isinstance(model, str) and model not in state.models:
+            raise ApiError(
+                409, "model_not_served", f"the session talks to {model[:128]!r}, which this server does not serve"
+            )
+        session = state.workspace.import_(value, id=query_args.id, tenant=tenant)
+        state.remember(session)
+        return about(session)
+
+    return await state.call(work), 201
