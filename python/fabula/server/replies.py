@@ -106,7 +106,7 @@ class HeadReply(Told):
     head_id: str
     path: list[TurnReply]
     recomputed_tokens: Literal[0] = 0
-    pruned_turns: int = 0
+    freed_bytes: int = Field(0, description="Of K and V of turns that were pruned.")
 
 
 class DeletedReply(Told):
@@ -272,7 +272,7 @@ def answer_json(session: Session, reply: Reply, stream_id: str) -> dict[str, Any
     }
 
 
-def head_json(session: Session, n_pruned: int = 0) -> dict[str, Any]:
+def head_json(session: Session) -> dict[str, Any]:
     """Where a session stands, as `HeadReply`."""
     path = session.path
     head: Turn = session.head
@@ -282,5 +282,5 @@ def head_json(session: Session, n_pruned: int = 0) -> dict[str, Any]:
         "head_id": head.id,
         "path": [turn.to_json() for turn in path],
         "recomputed_tokens": 0,
-        "pruned_turns": n_pruned,
+        "freed_bytes": 0,
     }

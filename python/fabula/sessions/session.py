@@ -105,7 +105,9 @@ class Session(Looking):
         chosen = chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens)
         return self._go(lambda: self._next(self.head, Said(prompt or ""), chosen, chat=False), wait, timeout)[0]
 
-    def regenerate(self, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
+    def regenerate(
+        self, params: SamplingParams | None = None, *, wait: bool | float = False, timeout: float | None = None
+    ) -> Reply:
         """Answers the head's prompt again, as a sibling of the head: with `params`, or the settings of before and a new
         seed."""
 
@@ -113,7 +115,7 @@ class Session(Looking):
             turn = self._made(self.head)
             return self._again(turn, turn.said, params or replace(self._params(turn), seed=None))
 
-        return self._go(plan, wait)[0]
+        return self._go(plan, wait, timeout)[0]
 
     def edit(
         self,
@@ -123,6 +125,7 @@ class Session(Looking):
         *,
         template_options: Mapping[str, Any] | None = None,
         wait: bool | float = False,
+        timeout: float | None = None,
     ) -> Reply:
         """Says something else in place of a turn's prompt, as its sibling; None keeps the turn's `template_options`."""
         new = Said.of(said, template_options)
@@ -132,9 +135,16 @@ class Session(Looking):
             words = new.with_options(found.said.options) if template_options is None else new
             return self._again(found, words, params or replace(self._params(found), seed=None))
 
-        return self._go(plan, wait)[0]
+        return self._go(plan, wait, timeout)[0]
 
-    def replay(self, turn: TurnRef, params: SamplingParams | None = None, *, wait: bool | float = False) -> Reply:
+    def replay(
+        self,
+        turn: TurnRef,
+        params: SamplingParams | None = None,
+        *,
+        wait: bool | float = False,
+        timeout: float | None = None,
+    ) -> Reply:
         """Does a turn again from its parent: the same tokens with the same settings, or others with `params`."""
 
         def plan() -> Plan:
@@ -143,10 +153,15 @@ class Session(Looking):
                 return self._from_inside(found, list(found.token_ids[: found.n_begun]), params or self._params(found))
             return self._again(found, found.said, params or self._params(found))
 
-        return self._go(plan, wait)[0]
+        return self._go(plan, wait, timeout)[0]
 
     def continue_(
-        self, n_tokens: int | None = None, *, params: SamplingParams | None = None, wait: bool | float = False
+        self,
+        n_tokens: int | None = None,
+        *,
+        params: SamplingParams | None = None,
+        wait: bool | float = False,
+        timeout: float | None = None,
     ) -> Reply:
         """Goes on where the head's answer stopped, as a sibling of it that begins with the same tokens.
 
@@ -155,7 +170,7 @@ class Session(Looking):
         Args:
             n_tokens: further tokens at most; None leaves it to `params`.
             params: sampling settings; None takes the head's.
-            wait: as `say`.
+            wait, timeout: as `say`.
         """
 
         def plan() -> Plan:
@@ -165,7 +180,7 @@ class Session(Looking):
             begun = list(turn.token_ids[:-1] if ended else turn.token_ids)
             return self._from_inside(turn, begun, chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens))
 
-        return self._go(plan, wait)[0]
+        return self._go(plan, wait, timeout)[0]
 
     def fork_at(
         self,
@@ -175,6 +190,7 @@ class Session(Looking):
         params: SamplingParams | None = None,
         *,
         wait: bool | float = False,
+        timeout: float | None = None,
     ) -> Reply:
         """Takes another token at a place of an answer and goes on from there, as a sibling of the turn.
 
@@ -183,7 +199,7 @@ class Session(Looking):
             position: of the token in the answer, from 0; its length appends one.
             token: id to put there, see `alternatives`.
             params: sampling settings; None takes the turn's.
-            wait: as `say`.
+            wait, timeout: as `say`.
 
         Raises:
             InvalidArgument: no such turn, place or token.
@@ -195,7 +211,7 @@ class Session(Looking):
             begun = [*found.token_ids[:position], *self._host.engine.runner.token_ids([token]).tolist()]
             return self._from_inside(found, begun, params or self._params(found))
 
-        return self._go(plan, wait)[0]
+        return self._go(plan, wait, timeout)[0]
 
     def branch(
         self,
@@ -205,6 +221,7 @@ class Session(Looking):
         *,
         template_options: Mapping[str, Any] | None = None,
         wait: bool | float = False,
+        timeout: float | None = None,
     ) -> list[Reply]:
         """n alternatives of the next turn, made side by side; the head stays where it is until one is chosen by
         `rollback`.
@@ -216,7 +233,7 @@ class Session(Looking):
             params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's, with the head's
                 constraint where its message is answered again.
             template_options: as `say`; where the head's message is answered again, None keeps the head's.
-            wait: as `say`.
+            wait, timeout: as `say`.
 
         Raises:
             as `say`; InvalidArgument: n is out of its range.
@@ -233,7 +250,7 @@ class Session(Looking):
                 return self._again(head, head.said.with_options(template_options), params or kept)
             return self._next(head, new, params, chat=head.chat if head.number else said is not None)
 
-        return self._go(plan, wait, n=n, selects=False)
+        return self._go(plan, wait, timeout, n=n, selects=False)
 
     # ---- Walking ----------------------------------------------------------------------------------------------------
 

@@ -140,6 +140,15 @@ class Tree:
             found = self._made(self._find(turn))
             self._set_tags(found, found.tags - {name})
 
+    def turn(self, ref: TurnRef) -> Turn:
+        """A turn of this tree, by its number on the path or by its id.
+
+        Raises:
+            InvalidArgument: there is none.
+        """
+        with self._lock:
+            return self._find(ref)
+
     # ---- Looking ----------------------------------------------------------------------------------------------------
 
     @property

@@ -36,9 +36,9 @@ async def rollback(data: RollbackBody) -> Any:
 
     def work() -> dict[str, Any]:
         session = state.open(tenant, data.session_id)
-        before = session.n_turns
-        session.rollback(data.target_turn, prune=data.prune)
-        return head_json(session, max(0, before - session.n_turns) if data.prune else 0)
+        session.rollback(data.target_turn)
+        freed = session.prune(session.head) if data.prune else 0
+        return head_json(session) | {"freed_bytes": freed}
 
     return await state.call(work)
 
