@@ -192,7 +192,7 @@ def test_data_nested_too_deep(model: Model, nested: int) -> None:
     for _ in range(nested):
         deep = [deep]
     for said, options in (([{**RESULT, "more": deep}], None), ("x", {"more": deep})):
-        with pytest.raises(InvalidArgument, match="more than 64 deep|no plain JSON"):
+        with pytest.raises(InvalidArgument, match=r"more than 64 deep|no plain JSON"):
             model.session().say(said, template_options=options)
 
 

@@ -181,7 +181,7 @@ struct fb_program_shape {
     int32_t n_kv_heads; /* divides n_heads */
     int32_t head_dim;   /* 1 .. 1024, even where ROPE is used */
     int32_t rotary_dim; /* leading part of a head that is rotated, even, <= head_dim */
-    int32_t vocab_size;
+    int32_t vocab_size; /* token ids are below it */
     int32_t max_tokens; /* tokens in one batch at most: 1 .. 65536 */
     int32_t n_buffers;
     float rope_scale; /* factor on cos and sin (YaRN's attention factor); 1 usually */
@@ -228,7 +228,7 @@ struct fb_batch {
 };
 
 /* Runs the program over a batch in one parallel region. Writes the batch's positions of the pages and `logits`
- * [n_outputs, vocab_size], nothing else. Two sequences of a batch must not write the same page. On any error pages and
+ * [n_outputs, rows of the last op's weight], nothing else. Two sequences of a batch must not write the same page. On any error pages and
  * logits are as they were, except FB_NON_FINITE: the batch's positions hold what was computed and count for nothing. */
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);

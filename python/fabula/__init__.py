@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fabula import errors, ops
     from fabula.engine.constraint import Constraint
     from fabula.engine.decoding import Piece
+    from fabula.engine.embedding import Embeddings
     from fabula.engine.generation import Generation, Timings
     from fabula.engine.sampling import SamplingParams
     from fabula.errors import (
@@ -64,6 +65,7 @@ _HOMES = {
     "Count": "sessions.looking",
     "DamagedWeightWarning": "models.builder",
     "DownloadError": "errors",
+    "Embeddings": "engine.embedding",
     "EngineBusy": "errors",
     "EngineError": "errors",
     "Generation": "engine.generation",
@@ -107,6 +109,7 @@ __all__ = [
     "Count",
     "DamagedWeightWarning",
     "DownloadError",
+    "Embeddings",
     "EngineBusy",
     "EngineError",
     "Generation",

@@ -273,6 +273,8 @@ class Program:
         self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
         self.shape = shape
         self.n_threads = n_threads
+        last = ops[-1].weight if ops else None
+        self.n_outputs = last.n_rows if last is not None else 0  # numbers of a row that is wanted
         # Borrowed by C: they must live as long as the program.
         self._weights = [op.weight for op in ops if op.weight is not None]
 
@@ -281,7 +283,7 @@ class Program:
         return int(lib.fb_program_scratch_bytes(self.handle))
 
     def run(self, pool: PagePool, sequences: Sequence[BatchSequence], outputs: npt.ArrayLike) -> F32:
-        """Runs one batch; `outputs` are the rows whose logits are wanted. Returns float32 [n_outputs, vocab_size]."""
+        """Runs one batch; `outputs` are the rows whose logits are wanted. Returns float32 [n_rows, self.n_outputs]."""
         tokens = np.concatenate([_i32(s.tokens) for s in sequences]) if sequences else np.empty(0, np.int32)
         wanted = _i32(outputs)
         c_sequences = ffi.new("struct fb_sequence[]", max(len(sequences), 1))
@@ -295,7 +297,7 @@ class Program:
         batch.n_tokens, batch.tokens = tokens.size, _ints(tokens)
         batch.sequences, batch.n_sequences = c_sequences, len(sequences)
         batch.outputs, batch.n_outputs = _ints(wanted), wanted.size
-        logits = np.empty((wanted.size, self.shape.vocab_size), np.float32)
+        logits = np.empty((wanted.size, self.n_outputs), np.float32)
         _check(lib.fb_program_run(self.handle, pool.handle, batch, _floats(logits), logits.size))
         return logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
 from fabula.engine.generation import Engine, Generation
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
@@ -75,6 +77,8 @@ class Model:
         self._runner = runner
         self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
         self._digest = digest
+        self._embedders: Embedder | None = None  # made when it is first asked for
+        self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)
         self.fingerprint = self._fingerprint()
         served = Served(self._engine, self._template, self.fingerprint.key, self.fingerprint.tokenizer)
@@ -234,6 +238,40 @@ class Model:
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
         """The token ids of a conversation, ready for the next answer. Control tokens typed in a message stay text."""
         return self.tokenizer.encode_chat(self.template, messages, **template_options)
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Embeddings:
+        """A vector for each text, of what the model makes of it: its hidden states behind the last norm, pooled.
+
+        Any model gives vectors; those of a model that was not trained for it tell texts apart only roughly. The answer
+        to one text does not depend on the others.
+
+        Args:
+            texts: at least one, none of them empty.
+            pooling: "mean" of all tokens, which suits models trained to continue texts (Muennighoff, 2022, weighs by
+                position instead), "last" token, or "first".
+            normalize: whether vectors have length 1, so that their product is the cosine of their angle.
+            should_stop: asked between steps; True ends with EngineError.
+
+        Raises:
+            InvalidArgument: no text, an empty one, or an unknown pooling.
+            ContextOverflow: a text is longer than the context; names it and carries both numbers.
+            OutOfMemory: no pages are free for it.
+        """
+        ids = [self.tokenizer.encode(text) for text in checked_texts(texts)]
+        return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
+
+    def _embedder(self) -> Embedder:
+        with self._embedder_lock:
+            if self._embedders is None:
+                self._embedders = Embedder(self._runner)
+            return self._embedders
 
     def session(
         self,

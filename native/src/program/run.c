@@ -77,8 +77,9 @@ static enum fb_status check_batch(
     FB_REQUIRE(batch->tokens && batch->sequences && batch->n_sequences >= 1, "tokens or sequences are missing");
     FB_REQUIRE(batch->n_outputs >= 0 && batch->n_outputs <= batch->n_tokens && (batch->outputs || !batch->n_outputs),
         "n_outputs is %d, must be 0 .. %d", batch->n_outputs, batch->n_tokens);
-    FB_REQUIRE(n_logits == (size_t)batch->n_outputs * (size_t)p->shape.vocab_size,
-        "room for %zu logits, %d outputs x %d are needed", n_logits, batch->n_outputs, p->shape.vocab_size);
+    const int32_t n_rows = p->ops[p->n_ops - 1].weight->n_rows;
+    FB_REQUIRE(n_logits == (size_t)batch->n_outputs * (size_t)n_rows, "room for %zu logits, %d outputs x %d are needed",
+        n_logits, batch->n_outputs, n_rows);
     for (int32_t i = 0; i < batch->n_tokens; i++)
         FB_REQUIRE(batch->tokens[i] >= 0 && batch->tokens[i] < p->shape.vocab_size,
             "token %d is id %d, the vocabulary has %d", i, batch->tokens[i], p->shape.vocab_size);
@@ -210,7 +211,7 @@ static void run_linear(
         .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
     if (op->kind == FB_OP_LOGITS) {
         linear.out = run->logits;
-        linear.width = linear.ld_out = (size_t)p->shape.vocab_size;
+        linear.width = linear.ld_out = (size_t)op->weight->n_rows;
         linear.non_finite = &run->non_finite;
     } else {
         const struct fb_buffer *out = &p->buffers[op->out];

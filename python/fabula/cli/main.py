@@ -18,9 +18,12 @@ from fabula.errors import EngineError
 _COMMANDS = {
     "bench": ("fabula.cli.bench", "bench", "Measure operators, models and perplexity on this machine."),
     "chat": ("fabula.cli.chat", "chat", "Chat with a model in the terminal."),
+    "config": ("fabula.cli.serve", "config", "Check the settings of the server."),
     "inspect": ("fabula.cli.inspect", "inspect", "Tell what a model file holds, without loading its weights."),
+    "keys": ("fabula.cli.serve", "keys", "Make an API key for the server."),
     "pull": ("fabula.cli.pull", "pull", "Bring a model onto this machine."),
     "run": ("fabula.cli.run", "run", "Chat in a terminal; anywhere else tell a short story."),
+    "serve": ("fabula.cli.serve", "serve", "Serve conversations over HTTP, to OpenAI's clients too."),
     "sessions": ("fabula.cli.sessions", "sessions", "List, show, export, import, delete and check kept conversations."),
     "story": ("fabula.cli.story", "story", "Continue a text."),
 }
@@ -53,6 +56,7 @@ def cli(debug: bool) -> None:
     \b
     Examples:
       fabula chat
+      fabula serve
       fabula story "Once upon a time, a lighthouse keeper"
       fabula inspect ./model.gguf
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -32,6 +33,17 @@ I32 = npt.NDArray[np.int32]
 MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
+
+
+class Recipe(NamedTuple):
+    """What a program was made of, to make another one of the same weights."""
+
+    shape: _native.Shape
+    widths: list[int]
+    inv_freq: npt.ArrayLike
+    ops: list[_native.Op]
+    n_threads: int
+    isa: Isa
 
 
 class Part(NamedTuple):
@@ -91,6 +103,7 @@ class Runner:
             max_tokens=self.max_tokens,
             rope_scale=rope.scale,
         )
+        self.recipe = Recipe(shape, builder.widths, rope.inv_freq, builder.ops, n_threads, isa)
         self.program = _native.Program(shape, builder.widths, rope.inv_freq, builder.ops, n_threads=n_threads, isa=isa)
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
         n_pages = SEQUENCES_AT_FULL_LENGTH * -(-self.context // _native.PAGE_POSITIONS)
@@ -167,17 +180,32 @@ class Runner:
             sequence, _native.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
         )
 
-    def run(self, parts: list[Part], outputs: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """One batch of prepared parts; arguments, results and errors as `step`."""
+    def run(
+        self, parts: list[Part], outputs: npt.ArrayLike, program: _native.Program | None = None
+    ) -> npt.NDArray[np.float32]:
+        """One batch of prepared parts; arguments, results and errors as `step`. `program`: None for the model's own."""
         if os.getpid() != self._pid:  # threads, and what they held, are not copied by fork
             raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
         with self._lock:
             if self._closed:  # the library's memory is gone
                 raise InvalidArgument("the model is closed")
-            logits = self.program.run(self.pool.native, [part.share for part in parts], outputs)
+            logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
         for part in parts:
             part.sequence.n_tokens += part.n_tokens
         return logits
+
+    def hidden_program(self, max_tokens: int) -> _native.Program:
+        """The same program up to the last norm: its rows are hidden states, float32 [hidden_size].
+
+        It shares the weights, and has buffers of its own for `max_tokens` tokens. The library ends a program with a
+        product, so the states are multiplied by the identity matrix, which changes no number.
+        """
+        recipe, n = self.recipe, self.config.hidden_size
+        identity = _native.Weight(DType.F32, n, n)
+        identity.pack_rows(np.eye(n, dtype=np.float32).view(np.uint8).reshape(-1), DType.F32, n)
+        ops = [*recipe.ops[:-1], replace(recipe.ops[-1], weight=identity)]
+        shape = replace(recipe.shape, max_tokens=max_tokens)
+        return _native.Program(shape, recipe.widths, recipe.inv_freq, ops, n_threads=recipe.n_threads, isa=recipe.isa)
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends a prompt chunk by chunk and returns the last token's logits, float32 [vocab_size].

@@ -101,7 +101,9 @@ def _request_class(settings: Settings) -> type[Request]:
 
         async def get_json(self, *_args: Any, **_kwargs: Any) -> Any:
             if not self.is_json:
-                raise ApiError(415, "unsupported_media_type", "send JSON, with the header Content-Type: application/json")
+                raise ApiError(
+                    415, "unsupported_media_type", "send JSON, with the header Content-Type: application/json"
+                )
             if self.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise ApiError(415, "unsupported_encoding", "send the body without Content-Encoding")
             if self.content_length is not None and self.content_length > (self.max_content_length or 0):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from quart_schema import Info, OpenAPIProvider, document_response
-from quart_schema.openapi import License
 
 from fabula import __version__
 from fabula.server.gate import is_open
@@ -37,7 +36,6 @@ def info() -> Info:
     return Info(
         title="Fabula",
         version=__version__,
-        license=License(name="Apache-2.0", identifier="Apache-2.0"),
         description=(
             "A conversation is a tree you can walk: every turn is a snapshot. Going back, forking and doing again cost "
             "nothing and are exact."
@@ -67,6 +65,10 @@ class Describer(OpenAPIProvider):
 
     def schema(self) -> dict[str, Any]:
         found: dict[str, Any] = super().schema()
+        found["info"]["license"] = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                operation["responses"] = {str(status): one for status, one in operation["responses"].items()}
         views = {}
         for rule in self._app.url_map.iter_rules():
             path = _braces(rule.rule)
@@ -79,7 +81,7 @@ class Describer(OpenAPIProvider):
                     operation["security"] = []
                 responses = operation.get("responses", {})
                 for status, response in responses.items():
-                    if int(status) in STATUSES:
+                    if int(status) in STATUSES and "ErrorReply" in str(response):
                         response["description"] = STATUSES[int(status)]
                 view = views.get(path)
                 if method in ("get", "post") and getattr(view, "_fabula_streams", False) and "200" in responses:
@@ -89,4 +91,6 @@ class Describer(OpenAPIProvider):
 
 def _braces(rule: str) -> str:
     """A rule in OpenAPI's notation."""
-    return "/".join("{" + part[1:-1].rpartition(":")[2] + "}" if part.startswith("<") else part for part in rule.split("/"))
+    return "/".join(
+        "{" + part[1:-1].rpartition(":")[2] + "}" if part.startswith("<") else part for part in rule.split("/")
+    )

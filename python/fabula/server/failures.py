@@ -1,6 +1,6 @@
 """What a client is told when something fails: one shape everywhere, that of OpenAI's API.
 
-    {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": "invalid_value"}}
+{"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": "invalid_value"}}
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def of_engine(error: errors.EngineError) -> ApiError:
     message = error.message
     if isinstance(error, (errors.StoreError, errors.ModelFileError)) and not isinstance(error, errors.TemplateError):
         message = f"{code.replace('_', ' ')}; the server's log says where"  # a client has no business with paths
-    return ApiError(
-        status, code, message, param=param, retry_after=RETRY_AFTER_S if status == 503 else None, **details
-    )
+    return ApiError(status, code, message, param=param, retry_after=RETRY_AFTER_S if status == 503 else None, **details)
 
 
 _PLAIN_NAMES = frozenset({"temperature", "seed", "stop", "chain", "n", "position", "title", "timeout"})

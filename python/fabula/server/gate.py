@@ -111,6 +111,11 @@ def new_key() -> str:
     return "fab_" + secrets.token_urlsafe(32)
 
 
+def is_key_name(name: str) -> bool:
+    """Whether a key may be called so."""
+    return _KEY_NAME.fullmatch(name) is not None
+
+
 # ---- Names of the server --------------------------------------------------------------------------------------------
 
 
@@ -184,7 +189,9 @@ class Gate:
         origin = request.headers.get("Origin")
         if origin is not None and not is_own_origin(origin, host, settings.cors):
             raise ApiError(
-                403, "origin_not_allowed", f"pages of {origin[:128]!r} may not call this server; --cors names those that may"
+                403,
+                "origin_not_allowed",
+                f"pages of {origin[:128]!r} may not call this server; --cors names those that may",
             )
         if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
             return Response(status=204)  # a preflight carries no key
@@ -214,7 +221,9 @@ class Gate:
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers.add("Vary", "Origin")
             response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-            response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID, X-Request-Id"
+            response.headers["Access-Control-Allow-Headers"] = (
+                "Authorization, Content-Type, Last-Event-ID, X-Request-Id"
+            )
             response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, OPTIONS"
             response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
         return response

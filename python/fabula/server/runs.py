@@ -134,7 +134,9 @@ class Run:
 
     async def _ended(self, index: int) -> Event:
         result = self.results[index] = await asyncio.to_thread(self._describe, index)
-        return Event("cancelled" if self._generation(index).finish_reason == "cancelled" else "done", index, data=result)
+        return Event(
+            "cancelled" if self._generation(index).finish_reason == "cancelled" else "done", index, data=result
+        )
 
     def _failed(self, told: ApiError, index: int, error: BaseException | None) -> Event:
         self.error = self.error or told

@@ -88,7 +88,11 @@ class Settings:
             object.__setattr__(self, name, value)
             if about["choices"] and value not in about["choices"]:
                 raise InvalidArgument(f"{name} is {value!r}, must be one of {', '.join(about['choices'])}")
-            if isinstance(value, (int, float)) and about["low"] is not None and not about["low"] <= value <= about["high"]:
+            if (
+                isinstance(value, (int, float))
+                and about["low"] is not None
+                and not about["low"] <= value <= about["high"]
+            ):
                 raise InvalidArgument(f"{name} is {value!r}, must be in {about['low']:g} .. {about['high']:g}")
         if not self.model:
             raise InvalidArgument("model is empty, the server needs one at least")
@@ -168,7 +172,16 @@ def from_text(name: str, text: str) -> Any:
     if get_origin(plain) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if plain is bool:
-        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
         if text.strip().lower() not in words:
             raise InvalidArgument(f"{name} is {text!r}, must be true or false")
         return words[text.strip().lower()]

@@ -109,6 +109,16 @@ class SessionSummary:
     n_turns: int
 
     @property
+    def id(self) -> str:
+        """Its name among its tenant's."""
+        return self.record.id
+
+    @property
+    def model(self) -> str:
+        """Name of the model it talks to."""
+        return self.record.model
+
+    @property
     def title(self) -> str:
         """What people call it."""
         return str(self.record.settings.get("title", ""))

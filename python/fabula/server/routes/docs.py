@@ -89,7 +89,10 @@ def _operation(path: str, method: str, operation: dict[str, Any], schema: dict[s
 def _fields(title: str, found: dict[str, Any], schema: dict[str, Any]) -> str:
     found = _resolved(found, schema)
     required = set(found.get("required", []))
-    rows = [(name, about, name in required, about.get("description", "")) for name, about in found.get("properties", {}).items()]
+    rows = [
+        (name, about, name in required, about.get("description", ""))
+        for name, about in found.get("properties", {}).items()
+    ]
     return _table(title, rows) if rows else ""
 
 

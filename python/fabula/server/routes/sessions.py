@@ -68,17 +68,21 @@ def about(session: Session) -> dict[str, Any]:
 async def sessions(query_args: ListQuery) -> Any:
     """The sessions of this key, the one changed last first."""
     state, tenant = server(), g.tenant
-    found = [one for one in await state.call(lambda: state.workspace.sessions(tenant)) if not one.id.startswith(HIDDEN)]
+    found = [
+        one
+        for one in await state.call(lambda: state.workspace.sessions(tenant))
+        if not one.record.id.startswith(HIDDEN)
+    ]
     page = found[query_args.offset : query_args.offset + query_args.limit]
     return {
         "sessions": [
             {
-                "session_id": one.id,
+                "session_id": one.record.id,
                 "title": one.title,
-                "model": one.model,
+                "model": one.record.model,
                 "n_turns": one.n_turns,
-                "created_at": one.created_at,
-                "updated_at": one.updated_at,
+                "created_at": one.record.created_at,
+                "updated_at": one.record.updated_at,
             }
             for one in page
         ]

@@ -20,7 +20,10 @@ class StreamQuery(BaseModel):
     """Where to go on."""
 
     after: int | None = Field(
-        None, ge=-1, le=2**53, description="Number of the last event that was read; the header Last-Event-ID says the same."
+        None,
+        ge=-1,
+        le=2**53,
+        description="Number of the last event that was read; the header Last-Event-ID says the same.",
     )
 
 

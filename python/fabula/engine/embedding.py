@@ -1,0 +1,136 @@
+"""Embeddings: texts as vectors, pooled from the hidden states of a model's last layer.
+
+Texts share steps with each other but not with answers: between two steps whoever waits for the model gets his.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.engine.runner import Runner
+from fabula.errors import ContextOverflow, EngineError, InvalidArgument
+from fabula.kv.pages import Sequence
+
+F32 = npt.NDArray[np.float32]
+Pooling = Literal["mean", "last", "first"]
+STEP_TOKENS = 256  # of all texts together: short enough that answers hardly wait
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Texts as vectors.
+
+    Attributes:
+        vectors: float32 [n_texts, hidden_size].
+        n_tokens: of each text.
+    """
+
+    vectors: F32
+    n_tokens: tuple[int, ...]
+
+
+def checked_texts(texts: Items[str]) -> Items[str]:
+    """The texts, if there are some and none is empty.
+
+    Raises:
+        InvalidArgument: otherwise; names the first at fault.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Items) or not texts:
+        raise InvalidArgument("texts must be a list of texts, with one at least")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise InvalidArgument(f"texts[{i}] is {text!r:.40}, must be text with a character at least")
+    return texts
+
+
+class Embedder:
+    """Makes vectors with a model's weights, in buffers of its own. One caller at a time; others wait.
+
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._step_tokens = min(STEP_TOKENS, runner.context)
+        self._program = runner.hidden_program(self._step_tokens)
+        self._lock = threading.Lock()
+
+    def embed(
+        self,
+        ids: Items[Items[int]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Embeddings:
+        """The vectors of texts given as token ids; settings and errors as `Model.embed`."""
+        if pooling not in get_args(Pooling):
+            raise InvalidArgument(f"pooling is {pooling!r}, must be one of {', '.join(get_args(Pooling))}")
+        tokens = [self._runner.token_ids(text) for text in ids]
+        for i, text in enumerate(tokens):
+            if len(text) > self._runner.context:
+                raise ContextOverflow(
+                    f"texts[{i}] has {len(text)} tokens, which do not fit the context of {self._runner.context}",
+                    n_tokens=len(text),
+                    context=self._runner.context,
+                )
+        vectors = np.zeros((len(tokens), self._runner.config.hidden_size), np.float64)
+        with self._lock, ExitStack() as held:
+            work = [(i, text) for i, text in enumerate(tokens)]
+            open_sequence: Sequence | None = None  # of the text that did not fit the step before as a whole
+            while work:
+                if should_stop():
+                    raise EngineError("the embedding was stopped")
+                used: list[Sequence] = []
+                parts, rows, room = [], [], self._step_tokens
+                while work and room:
+                    i, text = work[0]
+                    sequence = open_sequence or held.enter_context(self._runner.sequence())
+                    share, rest = text[:room], text[room:]
+                    parts.append(self._runner.prepare(sequence, share))
+                    rows.append((i, len(share), sequence.n_tokens == 0, not len(rest)))
+                    room -= len(share)
+                    if len(rest):
+                        work[0], open_sequence = (i, rest), sequence
+                    else:
+                        work.pop(0)
+                        open_sequence = None
+                        used.append(sequence)
+                n_rows = sum(n for _, n, _, _ in rows)
+                states = self._runner.run(parts, np.arange(n_rows), self._program)
+                _pool(vectors, states, rows, pooling)
+                for sequence in used:
+                    sequence.close()
+        if pooling == "mean":
+            vectors /= np.array([[len(text)] for text in tokens])
+        if normalize:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return Embeddings(vectors.astype(np.float32), tuple(len(text) for text in tokens))
+
+
+def _pool(vectors: npt.NDArray[np.float64], states: F32, rows: list[tuple[int, int, bool, bool]], pooling: str) -> None:
+    """Adds a step's hidden states to the texts' vectors. Token by token: a text's sum has one order, however it was cut.
+
+    Args:
+        rows: of each part, in order: its text, its tokens, whether it holds the first and the last of the text.
+    """
+    start = 0
+    for i, n, has_first, has_last in rows:
+        share = states[start : start + n]
+        start += n
+        if pooling == "mean":
+            for state in share:
+                vectors[i] += state
+        elif pooling == "first" and has_first:
+            vectors[i] = share[0]
+        elif pooling == "last" and has_last:
+            vectors[i] = share[-1]
