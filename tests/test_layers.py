@@ -25,7 +25,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"sessions"},
     {"ops", "model"},
     {"workspace"},
-    {"bench"},
+    {"bench", "server"},
     {"cli"},
 ]
 ONLY = {"_ffi": {"_native"}, "_cdef": {"_ffi"}}

@@ -41,7 +41,7 @@ def write_old_store(folder: Path, ledger: Ledger) -> None:
                 connection.execute(sa.insert(sessions), session_row(session_of(number)))
             for number in range(N_OLD):
                 row = turn_row(turn_of(number), "t")
-                del row["cut"]
+                del row["cut"], row["said"]
                 connection.execute(sa.insert(turns), row)
                 ledger.note(f"kept {number}")
     engine.dispose()

@@ -110,8 +110,7 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
     if (op->kind == FB_OP_EMBED)
         FB_REQUIRE(op->weight->n_rows >= s->vocab_size, "op %d (embed): %d rows for a vocabulary of %d", i,
             op->weight->n_rows, s->vocab_size);
-    if (op->kind == FB_OP_LOGITS)
-        FB_REQUIRE(*gathered, "op %d (logits): needs gather_outputs before", i);
+    if (op->kind == FB_OP_LOGITS) FB_REQUIRE(*gathered, "op %d (logits): needs gather_outputs before", i);
     if (op->kind == FB_OP_HEAD_NORM || op->kind == FB_OP_ROPE || op->kind == FB_OP_KV_WRITE ||
         op->kind == FB_OP_ATTENTION) {
         const int64_t qkv = ((int64_t)s->n_heads + 2 * (int64_t)s->n_kv_heads) * s->head_dim;

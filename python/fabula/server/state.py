@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -181,8 +182,9 @@ class Server:
         self.remember(session)
         return session
 
-    def join(self, tenant: str, id: str | None, model: str | None, **settings: Any) -> Session:
-        """The session of that name, or a new one; blocks.
+    @contextmanager
+    def joined(self, tenant: str, id: str | None, model: str | None, **settings: Any) -> Iterator[Session]:
+        """The session of that name, or a new one, which is deleted again if the block fails; blocks.
 
         Raises:
             InvalidArgument: a setting that cannot be, or cannot be changed any more.
@@ -191,11 +193,18 @@ class Server:
         if id is not None and self.workspace.has(id, tenant=tenant):
             session = self.open(tenant, id)
             given = {name: value for name, value in settings.items() if value is not None}
-            return self.workspace.session(id, tenant=tenant, model=model, **given) if given or model else session
+            yield self.workspace.session(id, tenant=tenant, model=model, **given) if given or model else session
+            return
         self.limits.check_sessions(tenant)
         session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
         self.remember(session)
-        return session
+        try:
+            yield session
+        except BaseException:
+            self.forget(session)
+            if not session.n_turns and not session.is_busy:  # nobody else has come to use it meanwhile
+                session.delete()
+            raise
 
     def remember(self, session: Session) -> None:
         """Keeps a session's tree in memory for a while."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from quart import Blueprint
@@ -26,12 +28,12 @@ from fabula.sessions.session import Session
 routes = Blueprint("chat", __name__)
 
 
-def _join(state: Server, tenant: str, data: Opening) -> Session:
-    session = state.join(
-        tenant, data.session_id, data.model, system=data.system, title=data.title, context_policy=data.policy()
-    )
-    state.limits.check_turns(session)
-    return session
+@contextmanager
+def _joined(state: Server, tenant: str, data: Opening) -> Iterator[Session]:
+    settings = {"system": data.system, "title": data.title, "context_policy": data.policy()}
+    with state.joined(tenant, data.session_id, data.model, **settings) as session:
+        state.limits.check_turns(session)
+        yield session
 
 
 def _open(state: Server, tenant: str, data: AgainBody, n: int = 1) -> Session:
@@ -52,8 +54,9 @@ async def chat(data: ChatBody) -> Any:
 
     def make(state: Server, tenant: str) -> Made:
         state.limits.check_text(data.message, "message")
-        session = _join(state, tenant, data)
-        return session, [session.say(data.message, data.params(session.params), timeout=state.settings.answer_s)]
+        with _joined(state, tenant, data) as session:
+            params = data.params(session.params)
+            return session, [session.say(data.message, params, timeout=state.settings.answer_s)]
 
     return await answered(data, make)
 
@@ -70,9 +73,9 @@ async def story(data: StoryBody) -> Any:
 
     def make(state: Server, tenant: str) -> Made:
         state.limits.check_text(data.prompt or "", "prompt")
-        session = _join(state, tenant, data)
-        params = data.params(session.params)
-        return session, [session.tell(prompt=data.prompt, params=params, timeout=state.settings.answer_s)]
+        with _joined(state, tenant, data) as session:
+            params = data.params(session.params)
+            return session, [session.tell(prompt=data.prompt, params=params, timeout=state.settings.answer_s)]
 
     return await answered(data, make)
 

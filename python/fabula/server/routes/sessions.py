@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, Field
-from quart import Blueprint, Response, g, request
+from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
 from fabula.engine.sampling import SamplingParams
@@ -154,9 +154,8 @@ async def export(id: str) -> Any:
 @fails(*WRITING)
 async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
     """Takes in a session that was exported. K and V are computed again when it goes on."""
-    del data  # parsed once more below: pydantic's copy would lose nothing, but it is not the plain JSON
     state, tenant = server(), g.tenant
-    value = await request.get_json()
+    value = data.model_extra or {}
 
     def work() -> dict[str, Any]:
         state.limits.check_sessions(tenant)

@@ -1,0 +1,130 @@
+"""A server as a process, for tests: started, asked, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+READY_S = 60.0
+
+
+class Running:
+    """`fabula serve` as a process on a free port.
+
+    Args:
+        data: folder of its sessions.
+        model: folder or file.
+        flags: further ones.
+        wait: whether to return only when the model is loaded.
+
+    Attributes:
+        address: URL.
+        errors: what it wrote on stderr so far.
+    """
+
+    def __init__(self, data: Path, model: str | Path, *flags: str, wait: bool = True, key: str = "") -> None:
+        words = [sys.executable, "-m", "fabula", "serve", "--port", "0", "--data", str(data), "--model", str(model)]
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("FABULA_")}
+        package = Path(__file__).resolve().parent.parent / "python"
+        if "PYTHONPATH" in os.environ or (package / "fabula" / "_cdef.py").exists():
+            variables["PYTHONPATH"] = os.environ.get("PYTHONPATH") or str(package)
+        self.process = subprocess.Popen(
+            [*words, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+            env=variables,
+        )  # fmt: skip
+        self.errors: list[str] = []
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        line = self.process.stdout.readline()
+        if " at http" not in line:
+            self.process.wait(READY_S)
+            self._reader.join(5)
+            raise AssertionError(f"the server did not start: {line!r} {''.join(self.errors)}")
+        self.address = line.split()[-1]
+        self.port = int(self.address.rpartition(":")[2])
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(base_url=self.address, timeout=60, headers=headers)
+        if wait:
+            self.wait_until_ready()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line)
+
+    def wait_until_ready(self) -> None:
+        end = time.monotonic() + READY_S
+        while self.client.get("/health").status_code != 200:
+            assert time.monotonic() < end, self.client.get("/health").text
+            time.sleep(0.05)
+
+    # ---- Asking -----------------------------------------------------------------------------------------------------
+
+    def post(self, path: str, status: int = 200, /, **body: Any) -> Any:
+        """The JSON that a route replies with."""
+        response = self.client.post(path, json=body)
+        assert response.status_code == status, response.text
+        return response.json()
+
+    def get(self, path: str, status: int = 200, /) -> Any:
+        response = self.client.get(path)
+        assert response.status_code == status, response.text
+        return response.json()
+
+    def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """Every event of a stream, with `id` and `event` beside its data."""
+        with self.client.stream("POST", path, json=body | {"stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            return list(parse(response.iter_lines()))
+
+    # ---- Ending -----------------------------------------------------------------------------------------------------
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout: float = 60) -> int:
+        """Asks the process to end, and returns its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        finally:
+            self.client.close()
+            self._reader.join(5)
+            for pipe in (self.process.stdout, self.process.stderr):
+                if pipe is not None:
+                    pipe.close()
+        return code
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+
+
+def parse(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Events of a stream's lines."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        name, _, value = line.partition(": ")
+        if name == "data":
+            found |= json.loads(value)
+        elif name in ("id", "event"):
+            found[f"#{name}"] = value
+        elif not line and found:
+            yield found
+            found = {}
