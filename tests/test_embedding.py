@@ -12,7 +12,6 @@ import pytest
 from fabula import ContextOverflow, InvalidArgument, Model, SamplingParams
 from fabula.engine.embedding import STEP_TOKENS, Embedder
 from fabula.errors import EngineError
-
 from test_families import CASES, load, make_checkpoint
 
 

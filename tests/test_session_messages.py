@@ -275,6 +275,15 @@ def test_control_tokens_in_messages_are_text(hermes: Model, token: str, n_before
 
 
 @pytest.mark.parametrize("token", CONTROL)
+def test_control_tokens_in_keys_alone_are_text(hermes: Model, token: str) -> None:
+    parameters = {"type": "object", "properties": {token: {}}}
+    tools = [{"type": "function", "function": {"name": "now", "description": "", "parameters": parameters}}]
+    turn = say(hermes.session(), "x", template_options={"tools": tools})
+    assert [i for i in prompt_of(turn) if i in hermes.tokenizer.special_ids] == [2, 3, 2, 3, 2]
+    assert token in shown(hermes, turn).split("<|im_start|>user")[0].removeprefix("<|im_start|>").split("properties")[1]
+
+
+@pytest.mark.parametrize("token", CONTROL)
 @pytest.mark.parametrize("ends", [True, False])
 def test_control_tokens_in_calls_are_text(hermes: Model, token: str, ends: bool) -> None:
     session = hermes.session()

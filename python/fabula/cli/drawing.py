@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from fabula.cli.shelf import Listed
     from fabula.kv.pages import PoolUsage
-    from fabula.sessions.reply import Reply
     from fabula.sessions.looking import Alternative
+    from fabula.sessions.reply import Reply
     from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
 

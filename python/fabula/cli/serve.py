@@ -66,7 +66,9 @@ _CONFIG = click.option(
 
 
 @click.command(
-    epilog="Every option is also a variable (--max-streams: FABULA_MAX_STREAMS) and a line of the file (max_streams = 8)."
+    epilog=(
+        "Every option is also a variable (--max-streams: FABULA_MAX_STREAMS) and a line of the file (max_streams = 8)."
+    )
 )
 @_CONFIG
 @settings_options

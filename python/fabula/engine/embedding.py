@@ -118,7 +118,7 @@ class Embedder:
 
 
 def _pool(vectors: npt.NDArray[np.float64], states: F32, rows: list[tuple[int, int, bool, bool]], pooling: str) -> None:
-    """Adds a step's hidden states to the texts' vectors. Token by token: a text's sum has one order, however it was cut.
+    """Adds a step's hidden states to the texts' vectors. Token by token: a sum has one order, however a text was cut.
 
     Args:
         rows: of each part, in order: its text, its tokens, whether it holds the first and the last of the text.

@@ -72,8 +72,8 @@ def check_access(settings: Settings) -> None:
     """Raises InvalidArgument if anybody on the network could use the server."""
     if settings.keys is None and not settings.insecure and not settings.is_loopback:
         raise InvalidArgument(
-            f"other machines can reach {settings.host}, so API keys are needed: --keys FILE (`fabula keys` makes them), "
-            "or --insecure to serve whoever comes"
+            f"other machines can reach {settings.host}, so API keys are needed: --keys FILE (`fabula keys` makes "
+            "them), or --insecure to serve whoever comes"
         )
 
 
@@ -84,7 +84,8 @@ class _Json(DefaultJSONProvider):
     ensure_ascii = False
 
     def loads(self, s: str | bytes, **_kwargs: Any) -> Any:
-        return body.parse(s.encode() if isinstance(s, str) else s)
+        data: bytes = s.encode() if isinstance(s, str) else s
+        return body.parse(data)
 
     def response(self, *args: Any, **kwargs: Any) -> Response:
         return Response(dumps(self._prepare_response_obj(args, kwargs)) + "\n", mimetype="application/json")

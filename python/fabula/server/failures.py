@@ -10,7 +10,7 @@ from typing import Any
 
 from fabula import errors
 
-# error -> status and code; the first that fits. Sources: RFC 9110 and RFC 4918 (507); the codes that OpenAI has are OpenAI's.
+# error -> status and code; the first that fits. Statuses: RFC 9110, RFC 4918 (507). Codes that OpenAI has are OpenAI's.
 _TABLE: tuple[tuple[type[errors.EngineError], int, str], ...] = (
     (errors.ContextOverflow, 400, "context_length_exceeded"),
     (errors.SessionNotFound, 404, "session_not_found"),
@@ -95,7 +95,7 @@ def of_engine(error: errors.EngineError) -> ApiError:
     param = None
     if code == "invalid_value":  # the messages of settings begin with the setting's name
         first = error.message.split(" ", 1)[0]
-        param = first if first.isidentifier() and "_" in first or first in _PLAIN_NAMES else None
+        param = first if (first.isidentifier() and "_" in first) or first in _PLAIN_NAMES else None
     message = error.message
     if isinstance(error, (errors.StoreError, errors.ModelFileError)) and not isinstance(error, errors.TemplateError):
         message = f"{code.replace('_', ' ')}; the server's log says where"  # a client has no business with paths

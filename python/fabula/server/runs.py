@@ -157,7 +157,7 @@ class Run:
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
     async def follow(self, after: int = -1) -> AsyncIterator[list[tuple[int, Event]]]:
-        """Events behind number `after`, as many at a time as there are; an empty list when there is no news for a while.
+        """Events behind number `after`, as many at a time as there are; an empty list when nothing happens for a while.
 
         Whoever leaves before the end may thereby end the run.
         """

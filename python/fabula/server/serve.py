@@ -1,8 +1,8 @@
 """Runs the app in this process, under Hypercorn, until somebody stops it.
 
 One process, as sessions live in its memory. Stopping is gentle: nothing new begins, answers in the making get a while,
-what is left is told that the server stops, and everything said is on disk when the process ends. Who asks twice does not
-wait.
+what is left is told that the server stops, and everything said is on disk when the process ends. Who asks twice does
+not wait.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ async def _serve(app: Quart, settings: Settings, sock: socket.socket, ready: Cal
     stop = Stop(app, settings)
     stop.listen()
     told = asyncio.create_task(_tell_when_up(sock, ready))
-    framework: ASGIFramework = app  # type: ignore[assignment]
+    framework: ASGIFramework = app
     try:
         await hypercorn_serve(framework, config, shutdown_trigger=stop.wait, mode="asgi")
     finally:

@@ -1,4 +1,4 @@
-"""What can be set of a server, in one table: each field of `Settings` is a flag, a variable and a line of the TOML file.
+"""What can be set of a server, in one table: each row of `Settings` is a flag, a variable and a line of a TOML file.
 
 The flag of `max_body_bytes` is `--max-body-bytes`, its variable FABULA_MAX_BODY_BYTES. A flag goes before a variable, a
 variable before the file, the file before the default.
@@ -22,11 +22,17 @@ from fabula.workspace import SPILL_BYTES
 MAX_FILE_BYTES = 1 << 20
 
 
-def _setting(default: Any, text: str, *, group: str, low: float | None = None, high: float | None = None,
-             choices: tuple[str, ...] = (), metavar: str = "") -> Any:  # fmt: skip
-    """A row of the table: its default, what it means, and what is allowed."""
-    about = {"text": text, "group": group, "low": low, "high": high, "choices": choices, "metavar": metavar}
-    return field(default=default, metadata=about)
+def _about(
+    group: str,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+) -> dict[str, Any]:
+    """What a row means, and what is allowed."""
+    return {"text": text, "group": group, "low": low, "high": high, "choices": choices, "metavar": metavar}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,49 +43,150 @@ class Settings:
         InvalidArgument: a value has the wrong type or is out of its range.
     """
 
-    # fmt: off
-    host: str = _setting("127.0.0.1", "Address to listen at.", group="Address")
-    port: int = _setting(8000, "0 takes a free one.", group="Address", low=0, high=65535)
-    certificate: Path | None = _setting(None, "PEM file for HTTPS; needs --private-key.", group="Address", metavar="FILE")
-    private_key: Path | None = _setting(None, "PEM file of the certificate's key.", group="Address", metavar="FILE")
+    # ---- Address ----------------------------------------------------------------------------------------------------
 
-    model: tuple[str, ...] = _setting((DEFAULT_MODEL,), "Folder, .gguf file or name; `name=path` gives it a name. May be given several times; the first answers requests that name none.", group="Models", metavar="NAME")
-    weights: str = _setting("auto", "Precision of the weights in memory.", group="Models", choices=("auto", "f32", "f16", "bf16"))
-    kv: str = _setting("f16", "Precision of the KV cache.", group="Models", choices=("f16", "f32"))
-    context: int | None = _setting(None, "Tokens a conversation may have; default: the model's own length.", group="Models", low=1, high=1 << 24)
-    kv_memory: int | None = _setting(None, "Bytes of the KV cache, for each model; default: four texts of the whole context.", group="Models", low=1, high=1 << 50)
-    threads: int | None = _setting(None, "Default: as many as this process may use.", group="Models", low=1, high=1024)
-    fetch: bool = _setting(True, "Whether a missing model may be downloaded.", group="Models")
+    host: str = field(default="127.0.0.1", metadata=_about("Address", "Address to listen at."))
+    port: int = field(default=8000, metadata=_about("Address", "0 takes a free one.", low=0, high=65535))
+    certificate: Path | None = field(
+        default=None, metadata=_about("Address", "PEM file for HTTPS; needs --private-key.", metavar="FILE")
+    )
+    private_key: Path | None = field(
+        default=None, metadata=_about("Address", "PEM file of the certificate's key.", metavar="FILE")
+    )
 
-    data: Path | None = _setting(None, "Folder sessions are kept in; default: one of the user's.", group="Storage", metavar="FOLDER")
-    store: str | None = _setting(None, "SQLAlchemy URL of another place for the sessions, such as PostgreSQL.", group="Storage", metavar="URL")
-    spill_bytes: int = _setting(SPILL_BYTES, "Of pages of K and V on disk, for each model; 0 for none.", group="Storage", low=0, high=1 << 50)
+    # ---- Models -----------------------------------------------------------------------------------------------------
 
-    keys: Path | None = _setting(None, "File of API keys, a line each: `name:key`, or `name:sha256:` and the key's hash. Needed where other machines can reach the address.", group="Access", metavar="FILE")
-    insecure: bool = _setting(False, "Serve other machines without keys.", group="Access")
-    allow_host: tuple[str, ...] = _setting((), "Host names by which the server may be called, beside its own addresses.", group="Access", metavar="NAME")
-    cors: tuple[str, ...] = _setting((), "Origins whose pages may call the API, such as https://example.org.", group="Access", metavar="ORIGIN")
+    model: tuple[str, ...] = field(
+        default=(DEFAULT_MODEL,),
+        metadata=_about(
+            "Models",
+            "Folder, .gguf file or name; `name=path` gives it a name. May be given several times; the first "
+            "answers requests that name none.",
+            metavar="NAME",
+        ),
+    )
+    weights: str = field(
+        default="auto",
+        metadata=_about("Models", "Precision of the weights in memory.", choices=("auto", "f32", "f16", "bf16")),
+    )
+    kv: str = field(default="f16", metadata=_about("Models", "Precision of the KV cache.", choices=("f16", "f32")))
+    context: int | None = field(
+        default=None,
+        metadata=_about(
+            "Models", "Tokens a conversation may have; default: the model's own length.", low=1, high=1 << 24
+        ),
+    )
+    kv_memory: int | None = field(
+        default=None,
+        metadata=_about(
+            "Models",
+            "Bytes of the KV cache, for each model; default: four texts of the whole context.",
+            low=1,
+            high=1 << 50,
+        ),
+    )
+    threads: int | None = field(
+        default=None, metadata=_about("Models", "Default: as many as this process may use.", low=1, high=1024)
+    )
+    fetch: bool = field(default=True, metadata=_about("Models", "Whether a missing model may be downloaded."))
 
-    max_body_bytes: int = _setting(2_000_000, "Of a request's body.", group="Limits", low=1024, high=1 << 32)
-    max_message_bytes: int = _setting(1_000_000, "Of one message, as UTF-8.", group="Limits", low=1, high=1 << 32)
-    max_messages: int = _setting(1024, "Of one request.", group="Limits", low=1, high=1 << 20)
-    max_sessions: int = _setting(1000, "Of one key.", group="Limits", low=1, high=1 << 30)
-    max_turns: int = _setting(10_000, "Of one session.", group="Limits", low=1, high=1 << 30)
-    max_streams: int = _setting(64, "Answers one key may have in the making.", group="Limits", low=1, high=1 << 20)
-    tokens_per_minute: int = _setting(0, "Prompt and answer, of one key; 0 for no limit.", group="Limits", low=0, high=1 << 40)
-    max_running: int = _setting(64, "Answers that share the engine's steps.", group="Limits", low=1, high=4096)
-    max_waiting: int = _setting(128, "Answers that wait for one of those places; more get 503.", group="Limits", low=1, high=1 << 20)
-    answer_s: float = _setting(600.0, "Seconds one answer may take; then it ends with reason timeout.", group="Limits", low=1, high=1e6)
-    idle_s: float = _setting(15.0, "Seconds a connection may be idle, or take to send its headers.", group="Limits", low=1, high=1e6)
-    body_s: float = _setting(60.0, "Seconds a request's body may take.", group="Limits", low=1, high=1e6)
-    replay_s: float = _setting(300.0, "Seconds a finished stream can still be read again.", group="Limits", low=0, high=1e6)
-    grace_s: float = _setting(30.0, "Seconds answers in the making have to end when the server stops.", group="Limits", low=0, high=1e6)
+    # ---- Storage ----------------------------------------------------------------------------------------------------
 
-    log_format: str = _setting("text", "How logs are written.", group="Logs", choices=("text", "json"))
-    log_level: str = _setting("info", "Least weight of what is logged.", group="Logs", choices=("debug", "info", "warning", "error"))
-    log_texts: bool = _setting(False, "Log what users write and models answer.", group="Logs")
-    traces: bool = _setting(False, "OpenTelemetry traces; needs fabula[otel], which the OTEL_ variables set up.", group="Logs")
-    # fmt: on
+    data: Path | None = field(
+        default=None,
+        metadata=_about("Storage", "Folder sessions are kept in; default: one of the user's.", metavar="FOLDER"),
+    )
+    store: str | None = field(
+        default=None,
+        metadata=_about(
+            "Storage", "SQLAlchemy URL of another place for the sessions, such as PostgreSQL.", metavar="URL"
+        ),
+    )
+    spill_bytes: int = field(
+        default=SPILL_BYTES,
+        metadata=_about("Storage", "Of pages of K and V on disk, for each model; 0 for none.", low=0, high=1 << 50),
+    )
+
+    # ---- Access -----------------------------------------------------------------------------------------------------
+
+    keys: Path | None = field(
+        default=None,
+        metadata=_about(
+            "Access",
+            "File of API keys, a line each: `name:key`, or `name:sha256:` and the key's hash. Needed where "
+            "other machines can reach the address.",
+            metavar="FILE",
+        ),
+    )
+    insecure: bool = field(default=False, metadata=_about("Access", "Serve other machines without keys."))
+    allow_host: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            "Access", "Host names by which the server may be called, beside its own addresses.", metavar="NAME"
+        ),
+    )
+    cors: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            "Access", "Origins whose pages may call the API, such as https://example.org.", metavar="ORIGIN"
+        ),
+    )
+
+    # ---- Limits -----------------------------------------------------------------------------------------------------
+
+    max_body_bytes: int = field(
+        default=2_000_000, metadata=_about("Limits", "Of a request's body.", low=1024, high=1 << 32)
+    )
+    max_message_bytes: int = field(
+        default=1_000_000, metadata=_about("Limits", "Of one message, as UTF-8.", low=1, high=1 << 32)
+    )
+    max_messages: int = field(default=1024, metadata=_about("Limits", "Of one request.", low=1, high=1 << 20))
+    max_sessions: int = field(default=1000, metadata=_about("Limits", "Of one key.", low=1, high=1 << 30))
+    max_turns: int = field(default=10_000, metadata=_about("Limits", "Of one session.", low=1, high=1 << 30))
+    max_streams: int = field(
+        default=64, metadata=_about("Limits", "Answers one key may have in the making.", low=1, high=1 << 20)
+    )
+    tokens_per_minute: int = field(
+        default=0, metadata=_about("Limits", "Prompt and answer, of one key; 0 for no limit.", low=0, high=1 << 40)
+    )
+    max_running: int = field(
+        default=64, metadata=_about("Limits", "Answers that share the engine's steps.", low=1, high=4096)
+    )
+    max_waiting: int = field(
+        default=128,
+        metadata=_about("Limits", "Answers that wait for one of those places; more get 503.", low=1, high=1 << 20),
+    )
+    answer_s: float = field(
+        default=600.0,
+        metadata=_about("Limits", "Seconds one answer may take; then it ends with reason timeout.", low=1, high=1e6),
+    )
+    idle_s: float = field(
+        default=15.0,
+        metadata=_about("Limits", "Seconds a connection may be idle, or take to send its headers.", low=1, high=1e6),
+    )
+    body_s: float = field(
+        default=60.0, metadata=_about("Limits", "Seconds a request's body may take.", low=1, high=1e6)
+    )
+    replay_s: float = field(
+        default=300.0, metadata=_about("Limits", "Seconds a finished stream can still be read again.", low=0, high=1e6)
+    )
+    grace_s: float = field(
+        default=30.0,
+        metadata=_about("Limits", "Seconds answers in the making have to end when the server stops.", low=0, high=1e6),
+    )
+
+    # ---- Logs -------------------------------------------------------------------------------------------------------
+
+    log_format: str = field(default="text", metadata=_about("Logs", "How logs are written.", choices=("text", "json")))
+    log_level: str = field(
+        default="info",
+        metadata=_about("Logs", "Least weight of what is logged.", choices=("debug", "info", "warning", "error")),
+    )
+    log_texts: bool = field(default=False, metadata=_about("Logs", "Log what users write and models answer."))
+    traces: bool = field(
+        default=False,
+        metadata=_about("Logs", "OpenTelemetry traces; needs fabula[otel], which the OTEL_ variables set up."),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():

@@ -11,13 +11,26 @@ from quart_schema import hide
 routes = Blueprint("docs", __name__)
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-summary { cursor: pointer; padding: .3rem 0 } code { font: 14px/1.4 ui-monospace, monospace }
-.method { display: inline-block; width: 4rem; font-weight: 600 } .quiet { color: #595959 }
-table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem } td, th { text-align: left; vertical-align: top; padding: .25rem .6rem; border-top: 1px solid #ddd }
-details { margin: .2rem 0 } details[open] > summary { font-weight: 600 }
-@media (prefers-color-scheme: dark) { body { color: #ddd; background: #161616 } .quiet { color: #a5a5a5 } td, th, h2 { border-color: #444 } a { color: #8ab4f8 } }
+body {
+  font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff;
+}
+h1 { margin-bottom: 0 }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
+summary { cursor: pointer; padding: .3rem 0 }
+code { font: 14px/1.4 ui-monospace, monospace }
+.method { display: inline-block; width: 4rem; font-weight: 600 }
+.quiet { color: #595959 }
+table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem }
+td, th { text-align: left; vertical-align: top; padding: .25rem .6rem; border-top: 1px solid #ddd }
+details { margin: .2rem 0 }
+details[open] > summary { font-weight: 600 }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #161616 }
+  .quiet { color: #a5a5a5 }
+  td, th, h2 { border-color: #444 }
+  a { color: #8ab4f8 }
+}
 """
 
 
@@ -37,7 +50,8 @@ async def docs() -> Response:
 
 def page(schema: dict[str, Any]) -> str:
     """HTML of an OpenAPI document."""
-    about, groups = schema["info"], {}
+    about: dict[str, Any] = schema["info"]
+    groups: dict[str, list[str]] = {}
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             group = (operation.get("tags") or ["Other"])[0]

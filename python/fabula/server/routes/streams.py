@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel, Field
 from quart import Blueprint, g, request
 from quart_schema import tag, validate_querystring
-from pydantic import BaseModel, Field
 
 from fabula.server.describe import READING, fails, streams
 from fabula.server.failures import ApiError, not_found
