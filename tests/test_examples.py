@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from serving import Running
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -36,7 +39,25 @@ def test_chat(tiny_folder: Path) -> None:
     assert done.stdout.count("> ") >= 4
 
 
-@pytest.mark.parametrize("name", ["story.py", "chat.py", "tree.py"])
+def test_story_tree(tiny_folder: Path) -> None:
+    done = run("story_tree.py", "the cat", "--model", tiny_folder, "--max-tokens", 12)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the cat") and done.stdout.count("--- way ") == 3
+    assert done.stdout.count("and so it ended") == 2 and ", 0 recomputed]" in done.stdout
+    assert done.stdout.endswith("6 turns in the tree, 3 on the path\n")
+
+
+def test_client_rest(tiny_folder: Path, tmp_path: Path) -> None:
+    with Running(tmp_path, tiny_folder) as running:
+        command = ["sh", str(EXAMPLES / "client_rest.sh")]
+        variables = os.environ | {"FABULA_URL": running.address}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("> POST /") == 5 and '"head":1' in done.stdout and "freed_bytes" in done.stdout
+    assert "event: start" in done.stdout and "event: done" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["story.py", "chat.py", "tree.py", "story_tree.py"])
 def test_errors_without_traceback(name: str, tmp_path: Path) -> None:
     done = run(name, "--model", "/no/such/model", *(["--data", tmp_path] if name == "tree.py" else []), text="hi\n")
     assert done.returncode == 1 and "error: /no/such/model" in done.stderr and "Traceback" not in done.stderr

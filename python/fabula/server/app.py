@@ -109,7 +109,8 @@ def _request_class(settings: Settings) -> type[Request]:
                 raise ApiError(415, "unsupported_encoding", "send the body without Content-Encoding")
             if self.content_length is not None and self.content_length > (self.max_content_length or 0):
                 raise too_large(self.max_content_length or 0)
-            return body.parse(await self.get_data(cache=False))
+            data = await self.get_data(cache=False)
+            return body.parse(data if isinstance(data, bytes) else data.encode())
 
     return ApiRequest
 

@@ -1,0 +1,53 @@
+"""A story that forks: several ways on, one is taken, and then the other end is read too.
+
+python examples/story_tree.py "Once upon a time, a fox"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fabula import EngineError, Model, SamplingParams
+
+
+def tell(beginning: str, model_name: str, n_tokens: int, seed: int) -> None:
+    with Model.load(model_name) as model:
+        story = model.session(sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=seed))
+        story.tell(n_tokens, prompt=beginning).text()
+        print(f"{beginning}{story.head.text}\n")
+
+        # Three ways on, computed side by side over the pages of what they have in common.
+        ways = story.branch(3, params=SamplingParams(temperature=1.0, seed=seed + 1, max_tokens=n_tokens))
+        for number, way in enumerate(ways, 1):
+            print(f"--- way {number}: {way.text().strip()}\n")
+
+        for way in (ways[0], ways[2]):  # walk to one, go on; then to another
+            if way.turn is None:
+                continue
+            story.rollback(way.turn)
+            story.tell(n_tokens).text()
+            print(f"--- and so it ended: {story.head.text.strip()}")
+            print(
+                f"    [turn {story.head.number}: {story.head.reused} tokens reused, {story.head.recomputed} recomputed]\n"
+            )
+        print(f"{len(story.turns)} turns in the tree, {len(story.path)} on the path")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("beginning", nargs="?", default="Once upon a time, a fox who could read")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    try:
+        tell(given.beginning, given.model, given.max_tokens, given.seed)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

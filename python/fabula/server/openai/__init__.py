@@ -1,0 +1,16 @@
+"""OpenAI's API, as far as a server of language models can speak it: chat, completions, responses, embeddings, models.
+
+Clients of that API need another address and nothing else. What stands in a request and cannot be done is refused by its
+name, so that nobody believes in a setting that has no effect; fields that ask for nothing are listed as `Tolerated`.
+"""
+
+from __future__ import annotations
+
+from quart import Blueprint
+
+
+def blueprints() -> list[Blueprint]:
+    """The routes below /v1."""
+    from fabula.server.openai import chat, completions, embeddings, models, responses
+
+    return [module.routes for module in (models, chat, completions, responses, embeddings)]

@@ -1,0 +1,254 @@
+"""`/v1/chat/completions`: answers to conversations that the client keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from quart import Blueprint, g
+from quart_schema import document_response, tag, validate_request
+
+from fabula.engine.generation import Generation
+from fabula.engine.sampling import SamplingParams
+from fabula.server.answering import run_of_texts
+from fabula.server.describe import WRITING, fails, streams
+from fabula.server.openai.format import (
+    DONE,
+    Json,
+    begin,
+    chat_logprob,
+    choices_of,
+    fingerprint,
+    follow,
+    is_end,
+    line,
+    pieces_of,
+    reason_of,
+    refuse,
+    schema_constraint,
+    usage,
+)
+from fabula.server.openai.messages import check_many, plain_messages
+from fabula.server.openai.replies import ChatCompletionReply
+from fabula.server.openai.schemas import ChatCompletionBody
+from fabula.server.runs import Event, Run
+from fabula.server.state import Server, Serving, server
+from fabula.server.stream import response
+from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, ToolCallReader, parse_tool_calls
+from fabula.sessions.calls import Event as Read
+from fabula.sessions.tools import tool_constraint, with_tools
+
+routes = Blueprint("openai_chat", __name__)
+
+
+@routes.post("/v1/chat/completions")
+@streams
+@tag(["OpenAI"])
+@validate_request(ChatCompletionBody)
+@document_response(ChatCompletionReply, 200)
+@fails(*WRITING)
+async def chat_completions(data: ChatCompletionBody) -> Any:
+    """Answers a conversation. Nothing is kept, but the beginning it shares with an earlier one is not computed again."""
+    state, tenant = server(), g.tenant
+    n = choices_of(data)
+    state.limits.check_answers(state.runs, tenant, n)
+    serving = state.model(data.model)
+    generations = await state.call(lambda: _begin(state, serving, tenant, data, n))
+    chat: Chat
+
+    def describe(index: int) -> Json:
+        return chat.choice(index)
+
+    run = run_of_texts(state, tenant, serving.name, generations, describe)
+    chat = Chat(data, serving, generations, run)
+    if data.stream:
+        return response(follow(run, chat.chunks, chat.last))
+    choices = await run.finish()
+    return chat.about("chat.completion") | {"choices": choices, "usage": usage(generations, n)}
+
+
+def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBody, n: int) -> list[Generation]:
+    """Reads the request and begins its answers; blocks."""
+    model = serving.model
+    assert model is not None
+    check_many(len(data.messages), state.settings.max_messages, "messages")
+    messages = plain_messages(data.messages, state.limits)
+    params = params_of(data)
+    options: Json = {}
+    tools = data.tools if calls_are_read(data) and data.tools else []
+    if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
+        messages, options = with_tools(messages, tools, model.template)
+    ids = model.chat_ids(messages, **options)
+    return begin(model, [ids], params, n, continues=False, tenant=tenant, timeout=state.settings.answer_s)
+
+
+def calls_are_read(data: ChatCompletionBody) -> bool:
+    """Whether the answer may call tools. With the choice "none" the model is not told of them."""
+    return bool(data.tools) and data.tool_choice != "none"
+
+
+def params_of(data: ChatCompletionBody) -> SamplingParams:
+    """The settings of a request, on top of OpenAI's defaults, which are plain sampling.
+
+    Raises:
+        ApiError: two fields exclude each other.
+        InvalidArgument: a value is out of its range.
+    """
+    if data.n_logprobs is not None:
+        raise refuse("n_logprobs", "is called top_logprobs here", "unknown_field")
+    params = data.params(SamplingParams())
+    if data.max_completion_tokens is not None:
+        if params.max_tokens is not None:
+            raise refuse("max_tokens", "and max_completion_tokens are two names of one setting; give one of them")
+        params = replace(params, max_tokens=data.max_completion_tokens)
+    if data.top_logprobs is not None:
+        if not data.logprobs:
+            raise refuse("top_logprobs", "needs logprobs: true")
+        params = replace(params, n_logprobs=data.top_logprobs)
+    constraint = params.constraint
+    wanted = data.response_format
+    if wanted is not None and wanted.type != "text":
+        if constraint is not None:
+            raise refuse("constraint", "and response_format exclude each other")
+        if wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise refuse("response_format.json_schema", "is missing", "missing_field")
+            about = wanted.json_schema
+            params = replace(
+                params,
+                constraint=schema_constraint(about.schema_, about.strict, "response_format.json_schema.schema"),
+            )
+        else:
+            params = replace(params, constraint=schema_constraint({"type": "object"}, False, "response_format"))
+    if calls_are_read(data):
+        if params.constraint is not None:
+            raise refuse("tools", "and a constraint on the answer exclude each other", "unsupported")
+        parallel = data.parallel_tool_calls is not False
+        params = replace(params, constraint=tool_constraint(data.tools or [], data.tool_choice, parallel))
+    elif data.tool_choice not in (None, "none", "auto"):
+        raise refuse("tool_choice", "needs tools")
+    return params
+
+
+class Chat:
+    """The answers to one request, as OpenAI's API tells them.
+
+    Args:
+        data: the request.
+        serving: the model.
+        generations: the answers.
+        run: makes them.
+    """
+
+    def __init__(self, data: ChatCompletionBody, serving: Serving, generations: list[Generation], run: Run) -> None:
+        assert serving.model is not None
+        self._data, self._generations, self._run = data, generations, run
+        self._tokenizer = serving.model.tokenizer
+        self._common: Json = {
+            "id": "chatcmpl-" + run.id.removeprefix("run_"),
+            "created": int(time.time()),
+            "model": serving.name,
+            "system_fingerprint": fingerprint(serving.model),
+        }
+        self._reads_calls = calls_are_read(data)
+        self._readers = [ToolCallReader() for _ in generations]
+        self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
+
+    def about(self, kind: str) -> Json:
+        """What every object about the answers begins with."""
+        return {"id": self._common["id"], "object": kind} | self._common
+
+    def call_id(self, index: int, call: int) -> str:
+        """The name of an answer's call."""
+        return f"call_{self._common['id'][-16:]}_{index}_{call}"
+
+    # ---- Whole ------------------------------------------------------------------------------------------------------
+
+    def choice(self, index: int) -> Json:
+        """An answer that has ended."""
+        generation = self._generations[index]
+        text = generation.read_so_far()[1]
+        reason = reason_of(generation.finish_reason)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if self._reads_calls:
+            content, calls = parse_tool_calls(text)
+            message["content"] = content
+            if calls:
+                message["content"] = content or None
+                message["tool_calls"] = [
+                    {
+                        "id": self.call_id(index, i),
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for i, call in enumerate(calls)
+                ]
+                reason = "tool_calls" if reason == "stop" else reason
+        return {"index": index, "message": message, "logprobs": self._logprobs(index), "finish_reason": reason}
+
+    def _logprobs(self, index: int) -> Json | None:
+        if not self._data.logprobs:
+            return None
+        generation = self._generations[index]
+        pieces = [piece for piece in pieces_of(self._run, index) if not is_end(piece, generation)]
+        return {"content": [chat_logprob(self._tokenizer, piece) for piece in pieces], "refusal": None}
+
+    # ---- Streamed ---------------------------------------------------------------------------------------------------
+
+    def chunks(self, event: Event) -> Iterator[bytes]:
+        """The lines of an event."""
+        if event.kind == "start":
+            for index in range(len(self._generations)):
+                yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        elif event.piece is not None:
+            generation, piece = self._generations[event.index], event.piece
+            logprobs = None
+            if self._data.logprobs and not is_end(piece, generation):
+                logprobs = {"content": [chat_logprob(self._tokenizer, piece)], "refusal": None}
+            deltas = self._deltas(event.index, piece.text)
+            if logprobs is not None and not deltas:
+                deltas = [{"content": ""}]
+            for i, delta in enumerate(deltas):
+                yield self._chunk(event.index, delta, logprobs=logprobs if i == 0 else None)
+        elif event.kind == "error":
+            yield line(event.data or {})
+        else:
+            rest = self._readers[event.index].finish() if self._reads_calls else []
+            for delta in self._read(event.index, rest):
+                yield self._chunk(event.index, delta)
+            yield self._chunk(event.index, {}, reason=(event.data or {})["finish_reason"])
+
+    def _deltas(self, index: int, text: str) -> list[Json]:
+        if not text:
+            return []
+        return self._read(index, self._readers[index].feed(text)) if self._reads_calls else [{"content": text}]
+
+    def _read(self, index: int, events: list[Read]) -> list[Json]:
+        """What the reader of calls has found."""
+        return [delta for event in events if (delta := self._delta(index, event)) is not None]
+
+    def _delta(self, index: int, event: Read) -> Json | None:
+        match event:
+            case Content(text):
+                return {"content": text}
+            case CallBegun(call, name):
+                about = {"id": self.call_id(index, call), "type": "function"}
+                return {"tool_calls": [{"index": call, **about, "function": {"name": name, "arguments": ""}}]}
+            case Arguments(call, text):
+                return {"tool_calls": [{"index": call, "function": {"arguments": text}}]} if text else None
+            case CallEnded():
+                return None
+
+    def _chunk(self, index: int, delta: Json, *, logprobs: Json | None = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        chunk = self.about("chat.completion.chunk") | {"choices": [choice]}
+        return line(chunk | {"usage": None} if self._wants_usage else chunk)
+
+    def last(self) -> Iterator[bytes]:
+        """The lines at the end."""
+        if self._wants_usage:
+            told = usage(self._generations, len(self._generations))
+            yield line(self.about("chat.completion.chunk") | {"choices": [], "usage": told})
+        yield DONE

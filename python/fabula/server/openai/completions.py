@@ -1,0 +1,216 @@
+"""`/v1/completions`: texts that go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from quart import Blueprint, g
+from quart_schema import document_response, tag, validate_request
+
+from fabula.engine.decoding import Piece
+from fabula.engine.generation import Generation
+from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
+from fabula.server.answering import run_of_texts
+from fabula.server.describe import WRITING, fails, streams
+from fabula.server.openai.format import (
+    DONE,
+    Json,
+    begin,
+    choices_of,
+    fingerprint,
+    follow,
+    is_end,
+    line,
+    pieces_of,
+    reason_of,
+    refuse,
+    token_name,
+    usage,
+)
+from fabula.server.openai.replies import CompletionReply
+from fabula.server.openai.schemas import CompletionBody
+from fabula.server.runs import Event, Run
+from fabula.server.state import Server, Serving, server
+from fabula.server.stream import response
+
+routes = Blueprint("openai_completions", __name__)
+
+MAX_TOKENS = 16  # of an answer, where a request does not say; the default of OpenAI's API
+
+Prompt = str | list[int]
+
+
+@routes.post("/v1/completions")
+@streams
+@tag(["OpenAI"])
+@validate_request(CompletionBody)
+@document_response(CompletionReply, 200)
+@fails(*WRITING)
+async def completions(data: CompletionBody) -> Any:
+    """Continues texts. `max_tokens` is 16 unless it is given."""
+    state, tenant = server(), g.tenant
+    n, prompts = choices_of(data), prompts_of(data)
+    state.limits.check_answers(state.runs, tenant, n * len(prompts))
+    serving = state.model(data.model)
+    generations = await state.call(lambda: _begin(state, serving, tenant, data, prompts, n))
+    texts: Texts
+
+    def describe(index: int) -> Json:
+        return texts.choice(index)
+
+    run = run_of_texts(state, tenant, serving.name, generations, describe)
+    texts = Texts(data, serving, prompts, n, generations, run)
+    if data.stream:
+        return response(follow(run, texts.chunks, texts.last))
+    choices = await run.finish()
+    return texts.about() | {"choices": choices, "usage": usage(generations, n)}
+
+
+def prompts_of(data: CompletionBody) -> list[Prompt]:
+    """The prompts of a request: texts or token ids."""
+    given: Any = data.prompt
+    prompts: list[Prompt] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    if not prompts or not all(prompts):
+        raise refuse("prompt", "is empty; there must be something to go on from")
+    return prompts
+
+
+def _begin(
+    state: Server, serving: Serving, tenant: str, data: CompletionBody, prompts: list[Prompt], n: int
+) -> list[Generation]:
+    """Reads the request and begins its answers; blocks."""
+    model = serving.model
+    assert model is not None
+    params = params_of(data, n)
+    ids = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            state.limits.check_text(prompt, "prompt")
+            ids.append(model.tokenizer.encode(prompt))
+        else:
+            ids.append(prompt)
+    return begin(model, ids, params, n, continues=True, tenant=tenant, timeout=state.settings.answer_s)
+
+
+def params_of(data: CompletionBody, n: int) -> SamplingParams:
+    """The settings of a request, on top of OpenAI's defaults.
+
+    Raises:
+        ApiError: a field asks for what cannot be done.
+        InvalidArgument: a value is out of its range.
+    """
+    if data.suffix:
+        raise refuse("suffix", "is not supported: the models continue texts, they do not fill gaps", "unsupported")
+    if data.best_of not in (None, n):
+        raise refuse("best_of", f"is {data.best_of}, must be n, {n}: every answer is returned", "unsupported")
+    if data.n_logprobs is not None:
+        raise refuse("n_logprobs", "is called logprobs here", "unknown_field")
+    if data.logprobs is not None and not 0 <= data.logprobs <= MAX_LOGPROBS:
+        raise refuse("logprobs", f"is {data.logprobs}, must be in 0 .. {MAX_LOGPROBS}")
+    if data.echo and data.logprobs is not None:
+        raise refuse("echo", "and logprobs exclude each other: prompts have no probabilities here", "unsupported")
+    params = replace(data.params(SamplingParams()), n_logprobs=data.logprobs or 0)
+    return params if params.max_tokens is not None else replace(params, max_tokens=max(MAX_TOKENS, params.min_tokens))
+
+
+class Texts:
+    """The answers to one request, as OpenAI's API tells them.
+
+    Args:
+        data: the request.
+        serving: the model.
+        prompts: texts or ids.
+        n: answers to each.
+        generations: the answers, those to a prompt side by side.
+        run: makes them.
+    """
+
+    def __init__(
+        self,
+        data: CompletionBody,
+        serving: Serving,
+        prompts: list[Prompt],
+        n: int,
+        generations: list[Generation],
+        run: Run,
+    ) -> None:
+        assert serving.model is not None
+        self._data, self._prompts, self._n, self._generations, self._run = data, prompts, n, generations, run
+        self._tokenizer = serving.model.tokenizer
+        self._common: Json = {
+            "id": "cmpl-" + run.id.removeprefix("run_"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": serving.name,
+            "system_fingerprint": fingerprint(serving.model),
+        }
+        self._offsets = [0] * len(generations)
+        self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
+
+    def about(self) -> Json:
+        """What every object about the answers begins with."""
+        return dict(self._common)
+
+    def _echo(self, index: int) -> str:
+        """What stands in front of an answer."""
+        if not self._data.echo:
+            return ""
+        prompt = self._prompts[index // self._n]
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    def choice(self, index: int) -> Json:
+        """An answer that has ended."""
+        generation = self._generations[index]
+        text = self._echo(index) + generation.read_so_far()[1]
+        logprobs = self._logprobs(pieces_of(self._run, index), generation, 0)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason_of(generation.finish_reason)}
+
+    def _logprobs(self, pieces: list[Piece], generation: Generation, offset: int) -> Json | None:
+        """Tokens with their probabilities; offsets count characters from the answer's beginning."""
+        if self._data.logprobs is None:
+            return None
+        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for piece in pieces:
+            if not is_end(piece, generation):
+                told["tokens"].append(token_name(self._tokenizer, piece.token_id))
+                told["token_logprobs"].append(piece.logprob)
+                told["text_offset"].append(offset)
+                told["top_logprobs"].append(
+                    {token_name(self._tokenizer, token): logprob for token, logprob in piece.top_logprobs} or None
+                )
+            offset += len(piece.text)
+        return told
+
+    # ---- Streamed ---------------------------------------------------------------------------------------------------
+
+    def chunks(self, event: Event) -> Iterator[bytes]:
+        """The lines of an event."""
+        index, piece = event.index, event.piece
+        if event.kind == "start":
+            for one in range(len(self._generations)):
+                if self._data.echo:
+                    yield self._chunk(one, self._echo(one))
+        elif piece is not None:
+            generation = self._generations[index]
+            logprobs = self._logprobs([piece], generation, self._offsets[index])
+            self._offsets[index] += len(piece.text)
+            if piece.text or (logprobs is not None and logprobs["tokens"]):
+                yield self._chunk(index, piece.text, logprobs=logprobs)
+        elif event.kind == "error":
+            yield line(event.data or {})
+        else:
+            yield self._chunk(index, "", reason=(event.data or {})["finish_reason"])
+
+    def _chunk(self, index: int, text: str, *, logprobs: Json | None = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        chunk = self.about() | {"choices": [choice]}
+        return line(chunk | {"usage": None} if self._wants_usage else chunk)
+
+    def last(self) -> Iterator[bytes]:
+        """The lines at the end."""
+        if self._wants_usage:
+            yield line(self.about() | {"choices": [], "usage": usage(self._generations, self._n)})
+        yield DONE

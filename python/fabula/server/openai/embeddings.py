@@ -1,0 +1,75 @@
+"""`/v1/embeddings`: texts as vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from typing import Any
+
+from quart import Blueprint, g
+from quart_schema import document_response, tag, validate_request
+
+from fabula.engine.generation import Timings
+from fabula.server.describe import WRITING, fails
+from fabula.server.openai.format import refuse
+from fabula.server.openai.replies import EmbeddingsReply
+from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
+from fabula.server.state import server
+
+routes = Blueprint("openai_embeddings", __name__)
+
+
+@routes.post("/v1/embeddings")
+@tag(["OpenAI"])
+@validate_request(EmbeddingBody)
+@document_response(EmbeddingsReply, 200)
+@fails(*WRITING)
+async def embeddings(data: EmbeddingBody) -> Any:
+    """Turns texts into vectors of length 1. A model that was not trained for it tells texts apart only roughly."""
+    state, tenant = server(), g.tenant
+    texts = texts_of(data)
+    for i, text in enumerate(texts):
+        state.limits.check_text(text, "input" if isinstance(data.input, str) else f"input[{i}]")
+    state.limits.check_answers(state.runs, tenant)
+    serving = state.model(data.model)
+    model = serving.model
+    assert model is not None
+    size = model.config.hidden_size
+    if data.dimensions not in (None, size):
+        raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
+    left = threading.Event()
+    try:
+        found = await state.call(lambda: model.embed(texts, pooling=data.pooling or "mean", should_stop=left.is_set))
+    except asyncio.CancelledError:  # the client has gone
+        left.set()
+        raise
+    n_tokens = sum(found.n_tokens)
+    state.limits.pay(tenant, Timings(n_tokens, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    as_bytes = data.encoding_format == "base64"
+
+    def told(vector: Any) -> Any:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.tolist()
+
+    vectors = [
+        {"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(found.vectors)
+    ]
+    return {
+        "object": "list",
+        "data": vectors,
+        "model": serving.name,
+        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
+    }
+
+
+def texts_of(data: EmbeddingBody) -> list[str]:
+    """The texts of a request."""
+    given: Any = [data.input] if isinstance(data.input, str) else data.input
+    if not given or len(given) > MAX_INPUTS:
+        raise refuse("input", f"holds {len(given)} texts, must hold 1 .. {MAX_INPUTS}")
+    if not all(isinstance(text, str) for text in given):
+        raise refuse("input", "holds token ids; send texts", "unsupported")
+    for i, text in enumerate(given):
+        if not text:
+            raise refuse("input" if isinstance(data.input, str) else f"input[{i}]", "is empty")
+    return list(given)

@@ -1,0 +1,158 @@
+"""Bodies of OpenAI's API. Every optional field may be null, as clients send it for "not set".
+
+Beside OpenAI's fields stand those of `Sampling`, the settings of Fabula's own API under the same names: top_k, min_p,
+repetition_penalty, constraint, and so on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fabula.server.schemas import Sampling, Strict
+
+MAX_CHOICES = 8  # of one prompt
+MAX_INPUTS = 2048  # texts of one request for embeddings; the same as OpenAI's
+
+
+class StreamOptions(Strict):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool | None = Field(None, description="Whether a last chunk tells how many tokens were used.")
+    include_obfuscation: bool | None = Field(None, description="Has no effect: nothing is padded.")
+
+
+class Tolerated(Strict):
+    """Fields that OpenAI's clients send and that ask for nothing a server of one's own could do."""
+
+    user: str | None = Field(None, description="Has no effect: keys name callers.")
+    metadata: dict[str, Any] | None = Field(None, description="Has no effect but for /v1/responses, which returns it.")
+    service_tier: str | None = Field(None, description="Has no effect.")
+    safety_identifier: str | None = Field(None, description="Has no effect.")
+    prompt_cache_key: str | None = Field(None, description="Has no effect: equal beginnings are always reused.")
+    prompt_cache_retention: str | None = Field(None, description="Has no effect.")
+
+
+class Message(Strict):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = Field(None, description='Text, or a list of parts, {"type": "text", "text": "..."}.')
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = Field(None, description="Of the assistant.")
+    tool_call_id: str | None = Field(None, description="Of a tool's result.")
+    refusal: str | None = Field(None, description="Has no effect.")
+    annotations: list[Any] | None = Field(None, description="Has no effect.")
+    audio: None = None
+    function_call: None = None
+
+
+class JsonSchema(Strict):
+    """A schema that the answer satisfies."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="Whether a keyword that cannot be enforced is an error.")
+
+
+class ResponseFormat(Strict):
+    """What the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Asked(Sampling, Tolerated):
+    """What chat and completions have in common."""
+
+    model: str | None = Field(None, description="Default: the server's first.")
+    n: int | None = Field(None, json_schema_extra={"minimum": 1, "maximum": MAX_CHOICES})
+    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
+    stream_options: StreamOptions | None = None
+
+
+class ChatCompletionBody(Asked):
+    """A conversation to answer."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = Field(None, description='"none", "auto", "required", or a function by its name.')
+    parallel_tool_calls: bool | None = None
+    store: bool | None = Field(None, description="Has no effect: nothing is kept.")
+    reasoning_effort: str | None = Field(None, description="Has no effect.")
+    verbosity: str | None = Field(None, description="Has no effect.")
+    prediction: dict[str, Any] | None = Field(None, description="Has no effect.")
+    modalities: list[Literal["text"]] | None = None
+
+
+class CompletionBody(Asked):
+    """A text to continue."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Texts, or token ids.")
+    best_of: int | None = Field(None, description="Must be n.")
+    echo: bool | None = Field(None, description="Whether the prompt stands in front of the answer.")
+    logprobs: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    suffix: str | None = Field(None, description="Must be empty: the models continue texts, they do not fill gaps.")
+
+
+class EmbeddingBody(Tolerated):
+    """Texts to turn into vectors."""
+
+    input: str | list[str] | list[int] | list[list[int]] = Field(description="Texts; token ids are refused.")
+    model: str | None = Field(None, description="Default: the server's first.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: of float32, little-endian. Default: float."
+    )
+    dimensions: int | None = Field(None, description="Must be the size the model has.")
+    pooling: Literal["mean", "last", "first"] | None = Field(None, description="Default: mean.")
+
+
+class TextFormat(Strict):
+    """What the text of a response must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextSettings(Strict):
+    """How the text of a response is."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = Field(None, description="Has no effect.")
+
+
+class ResponseBody(Sampling, Tolerated):
+    """What is said in a conversation that the server keeps."""
+
+    input: str | list[dict[str, Any]] = Field(description="The user's text, or a list of items.")
+    model: str | None = Field(None, description="Default: that of the previous response, or the server's first.")
+    previous_response_id: str | None = Field(
+        None, description="The response to go on from: the last one or any before it. Nothing of its past is computed."
+    )
+    instructions: str | None = Field(
+        None,
+        description="System message. It stays for what follows; another one later is said there, as a system message.",
+    )
+    max_output_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    stream: bool | None = Field(None, description="Send the response as server-sent events while it is made.")
+    stream_options: StreamOptions | None = None
+    store: bool | None = Field(None, description="false: the response is forgotten as soon as it is sent.")
+    text: TextSettings | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = Field(None, description='"none", "auto", "required", or a function by its name.')
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="auto: the oldest turns are left out when the context is full. Set when a conversation begins."
+    )
+    background: Literal[False] | None = None
+    include: list[str] | None = Field(None, description="Has no effect.")
+    reasoning: dict[str, Any] | None = Field(None, description="Has no effect.")
