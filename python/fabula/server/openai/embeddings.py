@@ -51,9 +51,7 @@ async def embeddings(data: EmbeddingBody) -> Any:
     def told(vector: Any) -> Any:
         return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.tolist()
 
-    vectors = [
-        {"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(found.vectors)
-    ]
+    vectors = [{"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(found.vectors)]
     return {
         "object": "list",
         "data": vectors,

@@ -62,9 +62,7 @@ def begin(
         for prompt in prompts:
             for i in range(n):
                 one = params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64)
-                made.append(
-                    Generation(model._engine, prompt, one, continues=continues, salt=tenant, timeout=timeout)
-                )
+                made.append(Generation(model._engine, prompt, one, continues=continues, salt=tenant, timeout=timeout))
     except BaseException:
         for generation in made:
             generation.abandon()

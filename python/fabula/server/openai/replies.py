@@ -75,7 +75,7 @@ class ResponseReply(Loose):
     id: str
     object: Literal["response"]
     created_at: float
-    status: Literal["completed", "incomplete", "cancelled", "in_progress"]
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
     model: str
     output: list[dict[str, Any]]
     usage: dict[str, Any] | None

@@ -151,7 +151,8 @@ class ResponseBody(Sampling, Tolerated):
     tool_choice: Any = Field(None, description='"none", "auto", "required", or a function by its name.')
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
-        None, description="auto: the oldest turns are left out when the context is full. Set when a conversation begins."
+        None,
+        description="auto: the oldest turns are left out when the context is full. Set when a conversation begins.",
     )
     background: Literal[False] | None = None
     include: list[str] | None = Field(None, description="Has no effect.")

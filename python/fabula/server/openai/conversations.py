@@ -1,0 +1,94 @@
+"""The sessions behind responses. A response is a turn, and its id says which: any of them can be gone on from.
+
+They are sessions like others, with hidden names. What follows the last response of a session goes on in it; what follows
+an earlier one, or one that is being answered just now, goes on in a fork, which shares the past and computes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from weakref import WeakKeyDictionary
+
+from fabula.errors import InvalidArgument, SessionNotFound
+from fabula.server.failures import ApiError
+from fabula.server.routes.sessions import HIDDEN
+from fabula.server.state import Server
+from fabula.sessions.session import Session
+from fabula.sessions.turn import Turn
+
+MAX_CONVERSATIONS = 1000  # of one key; the one unused longest makes room for a new one
+DELETED = "deleted"  # tag of a response that was deleted while others go on from it
+
+_ID = re.compile(r"resp_([0-9a-f]{24})_([0-9a-f]{32})")
+_LOCKS: WeakKeyDictionary[Session, threading.Lock] = WeakKeyDictionary()
+_GUARD = threading.Lock()
+
+
+def new_name() -> str:
+    """A random name of a session."""
+    return HIDDEN + secrets.token_hex(12)
+
+
+def response_id(session_id: str, turn_id: str) -> str:
+    """The name of a response."""
+    return f"resp_{session_id.removeprefix(HIDDEN)}_{turn_id}"
+
+
+def lock_of(session: Session) -> threading.Lock:
+    """Held from looking at a session's head until its next turn has begun."""
+    with _GUARD:
+        return _LOCKS.setdefault(session, threading.Lock())
+
+
+def find(state: Server, tenant: str, id: str) -> tuple[Session, Turn] | None:
+    """A response's session and turn; None if there is none. Blocks."""
+    match = _ID.fullmatch(id)
+    if match is None:
+        return None
+    try:
+        session = state.open(tenant, HIDDEN + match[1])
+        turn = session.turn(match[2])
+    except (SessionNotFound, InvalidArgument):
+        return None
+    return None if DELETED in turn.tags else (session, turn)
+
+
+def make_room(state: Server, tenant: str) -> None:
+    """Deletes conversations of a key that were unused longest, until it may have another one; blocks.
+
+    Raises:
+        ApiError: 429, the key's other sessions are too many.
+    """
+    n_all = state.workspace.n_sessions(tenant)
+    most_all = state.settings.max_sessions
+    if n_all < min(MAX_CONVERSATIONS, most_all):
+        return
+    hidden = [one.record.id for one in state.workspace.sessions(tenant) if one.record.id.startswith(HIDDEN)]
+    while hidden and (len(hidden) >= MAX_CONVERSATIONS or n_all >= most_all):
+        session = state.workspace.open(hidden.pop(), tenant=tenant)
+        if not session.is_busy:
+            session.delete()
+            state.forget(session)
+            n_all -= 1
+    state.limits.check_sessions(tenant)
+
+
+def delete(session: Session, turn: Turn) -> None:
+    """Deletes a response. Where others go on from it, its words stay for them, and only its name is gone; blocks."""
+    with lock_of(session):
+        own = turn in session.turns and turn is session.head and not session.is_busy
+        if not own or turn.parent is None:
+            session.tag(turn.id, DELETED)
+            return
+        before = turn.parent.id
+        if turn.number == 1:
+            session.delete()
+        else:
+            session.rollback(before if before else 0, prune=True)
+
+
+def not_found(id: str) -> ApiError:
+    """404 for a response that the caller does not have."""
+    return ApiError(404, "response_not_found", f"there is no response {id[:128]!r}")

@@ -1,0 +1,211 @@
+"""The items of a response: what is said, from the client's; what was answered, for the client, whole or as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fabula.server.limits import Limits
+from fabula.server.openai.format import Json, refuse
+from fabula.server.openai.messages import text_of
+from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, ToolCallReader
+from fabula.sessions.calls import Event as Read
+
+ROLES = ("user", "assistant", "system", "developer")
+IGNORED = ("reasoning",)  # of other models; nothing is said with it
+
+# ---- What is said ---------------------------------------------------------------------------------------------------
+
+
+def messages_of(given: str | list[Json], limits: Limits) -> list[Json]:
+    """Messages from the input of a request.
+
+    Raises:
+        ApiError: an item cannot be read, or is too long; names the place.
+    """
+    if isinstance(given, str):
+        limits.check_text(given, "input")
+        return [{"role": "user", "content": given}]
+    found: list[Json] = []
+    for i, item in enumerate(given):
+        where = f"input[{i}]"
+        kind = item.get("type") or ("message" if "role" in item else None)
+        if kind == "message":
+            found.append(_message(item, where))
+        elif kind == "function_call_output":
+            output = text_of(item.get("output"), f"{where}.output")
+            found.append({"role": "tool", "content": output, "tool_call_id": _text(item, "call_id", where)})
+        elif kind == "function_call":
+            _add_call(found, item, where)
+        elif kind not in IGNORED:
+            raise refuse(
+                f"{where}.type",
+                f"is {str(kind)[:40]!r}, must be message, function_call or function_call_output",
+                "unsupported",
+            )
+        if found:
+            limits.check_text(found[-1]["content"], where)
+    if not found or found[-1]["role"] == "assistant":
+        raise refuse("input", "must end with something to answer")
+    return found
+
+
+def _message(item: Json, where: str) -> Json:
+    role = item.get("role")
+    if role not in ROLES:
+        raise refuse(f"{where}.role", f"is {str(role)[:40]!r}, must be one of {', '.join(ROLES)}")
+    return {
+        "role": "system" if role == "developer" else role,
+        "content": text_of(item.get("content"), f"{where}.content"),
+    }
+
+
+def _add_call(found: list[Json], item: Json, where: str) -> None:
+    """A call belongs to the assistant's message before it, if there is one."""
+    if not found or found[-1]["role"] != "assistant":
+        found.append({"role": "assistant", "content": ""})
+    call = {
+        "id": _text(item, "call_id", where),
+        "type": "function",
+        "function": {"name": _text(item, "name", where), "arguments": _text(item, "arguments", where)},
+    }
+    found[-1].setdefault("tool_calls", []).append(call)
+
+
+def _text(item: Json, name: str, where: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise refuse(f"{where}.{name}", "must be text")
+    return value
+
+
+def tools_of(given: list[Json] | None) -> list[Json]:
+    """Definitions of tools as chat has them, from the flat ones of a response.
+
+    Raises:
+        ApiError: one is no function.
+    """
+    found = []
+    for i, tool in enumerate(given or []):
+        if tool.get("type") != "function":
+            raise refuse(
+                f"tools[{i}].type", f"is {str(tool.get('type'))[:40]!r}: only functions can be called", "unsupported"
+            )
+        found.append({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}})
+    return found
+
+
+def flat_tools(tools: list[Json]) -> list[Json]:
+    """Chat's definitions as a response has them."""
+    return [{"type": "function"} | tool["function"] for tool in tools]
+
+
+# ---- What was answered ----------------------------------------------------------------------------------------------
+
+
+class Output:
+    """The items of an answer, built from its text as it comes.
+
+    Args:
+        key: makes their ids, the same each time.
+        reads_calls: whether calls of tools are looked for.
+
+    Attributes:
+        items: so far.
+    """
+
+    def __init__(self, key: str, reads_calls: bool) -> None:
+        self._key = key
+        self._reader = ToolCallReader() if reads_calls else None
+        self._blanks, self._is_open, self._cut = "", False, False
+        self.items: list[Json] = []
+
+    def feed(self, text: str) -> Iterator[Json]:
+        """Takes more of the text; the events it makes."""
+        if not text:
+            return
+        for event in self._reader.feed(text) if self._reader is not None else [Content(text)]:
+            yield from self._take(event)
+
+    def finish(self, *, is_whole: bool) -> Iterator[Json]:
+        """At the end of the text; `is_whole` unless it was cut off. There is always an item."""
+        for event in self._reader.finish() if self._reader is not None else []:
+            yield from self._take(event)
+        self._cut = not is_whole
+        if not self.items:
+            yield from self._say(self._blanks)
+        yield from self._close()
+
+    def _take(self, event: Read) -> Iterator[Json]:
+        match event:
+            case Content(text):
+                yield from self._say(text)
+            case CallBegun(_, name):
+                yield from self._close()
+                yield from self._begin_call(name)
+            case Arguments(_, text):
+                self.items[-1]["arguments"] += text
+                yield self._about("response.function_call_arguments.delta", delta=text)
+            case CallEnded(_, is_valid, _):
+                item = self.items[-1]
+                item["status"] = "completed" if is_valid else "incomplete"
+                arguments = item["arguments"]
+                yield self._about("response.function_call_arguments.done", name=item["name"], arguments=arguments)
+                yield self._added("response.output_item.done")
+
+    def _say(self, text: str) -> Iterator[Json]:
+        if not self._is_open:
+            text, self._blanks = self._blanks + text, ""
+            if self._reader is not None and text and text.isspace():  # there may be nothing but calls
+                self._blanks = text
+                return
+            self._is_open = True
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            item = {
+                "id": f"msg_{self._key}_{len(self.items)}",
+                "type": "message",
+                "role": "assistant",
+                "status": "in_progress",
+                "content": [],
+            }
+            self.items.append(item)
+            yield self._added("response.output_item.added")
+            item["content"] = [part]
+            yield self._about("response.content_part.added", content_index=0, part=dict(part))
+        if text:
+            self.items[-1]["content"][0]["text"] += text
+            yield self._about("response.output_text.delta", content_index=0, delta=text, logprobs=[])
+
+    def _close(self) -> Iterator[Json]:
+        """Nothing more is said in the message that is open."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        item = self.items[-1]
+        item["status"] = "incomplete" if self._cut else "completed"
+        part = item["content"][0]
+        yield self._about("response.output_text.done", content_index=0, text=part["text"], logprobs=[])
+        yield self._about("response.content_part.done", content_index=0, part=dict(part))
+        yield self._added("response.output_item.done")
+
+    def _begin_call(self, name: str) -> Iterator[Json]:
+        self._blanks = ""
+        n = len(self.items)
+        self.items.append(
+            {
+                "id": f"fc_{self._key}_{n}",
+                "type": "function_call",
+                "call_id": f"call_{self._key[-16:]}_{n}",
+                "name": name,
+                "arguments": "",
+                "status": "in_progress",
+            }
+        )
+        yield self._added("response.output_item.added")
+
+    def _added(self, kind: str) -> Json:
+        return {"type": kind, "output_index": len(self.items) - 1, "item": dict(self.items[-1])}
+
+    def _about(self, kind: str, **details: Any) -> Json:
+        index = len(self.items) - 1
+        return {"type": kind, "item_id": self.items[index]["id"], "output_index": index, **details}

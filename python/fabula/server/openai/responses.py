@@ -1,0 +1,323 @@
+"""`/v1/responses`: conversations that the server keeps, each response a place to go on from."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quart import Blueprint, g
+from quart_schema import document_response, tag, validate_request
+
+from fabula.engine.generation import Generation
+from fabula.engine.sampling import SamplingParams
+from fabula.server.describe import READING, WRITING, fails, streams
+from fabula.server.openai import conversations
+from fabula.server.openai.format import Json, begin, follow, refuse, schema_constraint
+from fabula.server.openai.items import Output, messages_of, tools_of
+from fabula.server.openai.messages import check_many
+from fabula.server.openai.replies import DeletedReply, ResponseReply
+from fabula.server.openai.schemas import ResponseBody
+from fabula.server.openai.told import of_request, of_turn, status_of, usage
+from fabula.server.runs import Event, Run
+from fabula.server.state import Server, Serving, server
+from fabula.server.stream import dumps, response
+from fabula.sessions.reply import Reply
+from fabula.sessions.session import Session
+from fabula.sessions.tools import tool_constraint, with_tools
+from fabula.sessions.turn import Turn
+
+routes = Blueprint("openai_responses", __name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A response in the making.
+
+    Attributes:
+        id: its name.
+        key: of its items' names.
+        model: name of the model.
+        source: what makes it.
+        session: it belongs to; None for none.
+        is_kept: whether it can be gone on from.
+    """
+
+    id: str
+    key: str
+    model: str
+    source: Reply | Generation
+    session: Session | None
+    is_kept: bool
+
+    @property
+    def generation(self) -> Generation:
+        return self.source.generation if isinstance(self.source, Reply) else self.source
+
+
+@routes.post("/v1/responses")
+@streams
+@tag(["OpenAI"])
+@validate_request(ResponseBody)
+@document_response(ResponseReply, 200)
+@fails(*WRITING)
+async def create(data: ResponseBody) -> Any:
+    """Answers, behind any earlier response or as the beginning of a conversation.
+
+    An input that brings its own history, with items of the assistant, is answered like `store: false`.
+    """
+    state, tenant = server(), g.tenant
+    state.limits.check_answers(state.runs, tenant)
+    begun = await state.call(lambda: _begin(state, tenant, data))
+    told: Telling
+
+    def describe(_: int) -> Json:
+        state.limits.pay(tenant, begun.source.timings)
+        if begun.session is not None and not begun.is_kept:
+            begun.session.delete()
+            state.forget(begun.session)
+        return told.whole()
+
+    run = Run(
+        [begun.source],
+        tenant=tenant,
+        model=begun.model,
+        describe=describe,
+        session_id=begun.session.id if begun.session is not None else None,
+        observers=state.observers,
+        request_id=g.get("request_id", ""),
+    )
+    state.begin(run)
+    told = Telling(data, begun)
+    if data.stream:
+        return response(follow(run, told.events, lambda: ()))
+    return (await run.finish())[0]
+
+
+@routes.get("/v1/responses/<id>")
+@tag(["OpenAI"])
+@document_response(ResponseReply, 200)
+@fails(*READING)
+async def read(id: str) -> Any:
+    """A response, as far as it is kept: `metadata` and `user` are not."""
+    state, tenant = server(), g.tenant
+
+    def work() -> Json:
+        session, turn = _found(state, tenant, id)
+        return of_turn(id, session, turn)
+
+    return await state.call(work)
+
+
+@routes.delete("/v1/responses/<id>")
+@tag(["OpenAI"])
+@document_response(DeletedReply, 200)
+@fails(*READING)
+async def delete(id: str) -> Any:
+    """Deletes a response. Those that go on from it stay, and with them what was said in it."""
+    state, tenant = server(), g.tenant
+    await state.call(lambda: conversations.delete(*_found(state, tenant, id)))
+    return {"id": id, "object": "response", "deleted": True}
+
+
+def _found(state: Server, tenant: str, id: str) -> tuple[Session, Turn]:
+    found = conversations.find(state, tenant, id)
+    if found is None:
+        raise conversations.not_found(id)
+    return found
+
+
+# ---- Beginning ------------------------------------------------------------------------------------------------------
+
+
+def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
+    """Reads the request and begins its answer; blocks."""
+    if isinstance(data.input, list):
+        check_many(len(data.input), state.settings.max_messages, "input")
+    messages = messages_of(data.input, state.limits)
+    if data.instructions:
+        state.limits.check_text(data.instructions, "instructions")
+    params, tools = params_of(data), told_tools(data)
+    has_history = any(message["role"] == "assistant" for message in messages)
+    if data.previous_response_id is not None:
+        if has_history:
+            raise refuse("input", "holds what the assistant said; with previous_response_id that is known already")
+        return _go_on(state, tenant, data, messages, params, tools)
+    serving = state.model(data.model)
+    if has_history or data.store is False:
+        return _answer_once(state, tenant, serving, data, messages, params, tools)
+    conversations.make_room(state, tenant)
+    policy = "drop_oldest_turns" if data.truncation == "auto" else None
+    session = state.workspace.session(
+        conversations.new_name(), model=serving.name, system=data.instructions, context_policy=policy, tenant=tenant
+    )
+    state.remember(session)
+    return _say(state, session, messages, params, tools, is_new=True)
+
+
+def _go_on(
+    state: Server, tenant: str, data: ResponseBody, messages: list[Json], params: SamplingParams, tools: list[Json]
+) -> Begun:
+    """A response behind another one."""
+    found = conversations.find(state, tenant, data.previous_response_id or "")
+    if found is None:
+        raise refuse("previous_response_id", "names no response", "previous_response_not_found")
+    session, turn = found
+    if data.model not in (None, session.model):
+        raise refuse("model", f"is {data.model!r:.128}, but the conversation talks to {session.model}")
+    if data.truncation == "auto" and session.policy.name != "drop_oldest_turns":
+        raise refuse("truncation", "was disabled when the conversation began, and stays so", "unsupported")
+    if data.instructions and data.instructions != _instructions(session, turn):
+        messages = [{"role": "system", "content": data.instructions}, *messages]
+    with conversations.lock_of(session):
+        if data.store is not False and session.head is turn and not session.is_busy:
+            return _say(state, session, messages, params, tools, is_new=False)
+        conversations.make_room(state, tenant)
+        fork = session.fork(turn, id=conversations.new_name())
+    state.remember(fork)
+    return _say(state, fork, messages, params, tools, is_new=True, is_kept=data.store is not False)
+
+
+def _instructions(session: Session, turn: Turn) -> str | None:
+    """What the system said last up to a turn."""
+    for past in turn.lineage():
+        said = [message["content"] for message in past.said.messages if message["role"] == "system"]
+        if said:
+            return str(said[-1])
+    return session.system
+
+
+def _say(
+    state: Server,
+    session: Session,
+    messages: list[Json],
+    params: SamplingParams,
+    tools: list[Json],
+    *,
+    is_new: bool,
+    is_kept: bool = True,
+) -> Begun:
+    """Begins a turn; a session that was made for it goes where it fails."""
+    try:
+        state.limits.check_turns(session)
+        options = {"tools": tools} if tools else None
+        reply = session.say(messages, params, template_options=options, timeout=state.settings.answer_s)
+    except BaseException:
+        if is_new:
+            session.delete()
+            state.forget(session)
+        raise
+    key = reply.draft().id
+    return Begun(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept)
+
+
+def _answer_once(
+    state: Server,
+    tenant: str,
+    serving: Serving,
+    data: ResponseBody,
+    messages: list[Json],
+    params: SamplingParams,
+    tools: list[Json],
+) -> Begun:
+    """An answer that is not kept."""
+    model = serving.model
+    assert model is not None
+    if data.instructions:
+        messages = [{"role": "system", "content": data.instructions}, *messages]
+    worded, options = with_tools(messages, tools, model.template)
+    ids = model.chat_ids(worded, **options)
+    generation = begin(model, [ids], params, 1, continues=False, tenant=tenant, timeout=state.settings.answer_s)[0]
+    key = secrets.token_hex(16)
+    return Begun(f"resp_{key}", key, serving.name, generation, None, False)
+
+
+def told_tools(data: ResponseBody) -> list[Json]:
+    """The tools that the model is told of: none with the choice "none"."""
+    return [] if data.tool_choice == "none" else tools_of(data.tools)
+
+
+def params_of(data: ResponseBody) -> SamplingParams:
+    """The settings of a request, on top of OpenAI's defaults, which are plain sampling.
+
+    Raises:
+        ApiError: two fields exclude each other, or one asks for what cannot be done.
+        InvalidArgument: a value is out of its range.
+    """
+    if data.n_logprobs is not None or "message.output_text.logprobs" in (data.include or []):
+        raise refuse("include", "cannot hold probabilities; /v1/chat/completions tells them", "unsupported")
+    params = data.params(SamplingParams())
+    if data.max_output_tokens is not None:
+        if params.max_tokens is not None:
+            raise refuse("max_tokens", "and max_output_tokens are two names of one setting; give one of them")
+        params = replace(params, max_tokens=data.max_output_tokens)
+    wanted = data.text.format if data.text is not None else None
+    if wanted is not None and wanted.type != "text":
+        if params.constraint is not None:
+            raise refuse("constraint", "and text.format exclude each other")
+        schema = wanted.schema_ if wanted.type == "json_schema" else {"type": "object"}
+        params = replace(params, constraint=schema_constraint(schema, wanted.strict, "text.format.schema"))
+    tools = told_tools(data)
+    if tools:
+        if params.constraint is not None:
+            raise refuse("tools", "and a constraint on the answer exclude each other", "unsupported")
+        parallel = data.parallel_tool_calls is not False
+        params = replace(params, constraint=tool_constraint(tools, data.tool_choice, parallel))
+    elif data.tool_choice not in (None, "none", "auto"):
+        raise refuse("tool_choice", "needs tools")
+    return params
+
+
+# ---- Telling --------------------------------------------------------------------------------------------------------
+
+
+class Telling:
+    """A response as it is told, whole or in events.
+
+    Args:
+        data: the request.
+        begun: the response.
+    """
+
+    def __init__(self, data: ResponseBody, begun: Begun) -> None:
+        self._data, self._begun = data, begun
+        self._output = Output(begun.key, bool(told_tools(data)))
+        self._about = of_request(data, begun.id, begun.model, is_kept=begun.is_kept, params=params_of(data))
+        self._n = 0
+
+    def whole(self) -> Json:
+        """The response when it has ended."""
+        generation = self._begun.generation
+        status, details = status_of(generation.finish_reason)
+        output = Output(self._begun.key, bool(told_tools(self._data)))
+        for _ in (*output.feed(generation.read_so_far()[1]), *output.finish(is_whole=status == "completed")):
+            pass
+        told = {"status": status, "incomplete_details": details, "output": output.items}
+        return self._about | told | {"usage": usage(generation.timings)}
+
+    def events(self, event: Event) -> Iterator[bytes]:
+        """The lines of an event."""
+        if event.kind == "start":
+            yield self._line({"type": "response.created", "response": self._about})
+            yield self._line({"type": "response.in_progress", "response": self._about})
+        elif event.piece is not None:
+            for one in self._output.feed(event.piece.text):
+                yield self._line(one)
+        elif event.kind == "error":
+            error = (event.data or {}).get("error", {})
+            told = {name: error.get(name) for name in ("code", "message", "param")}
+            yield self._line({"type": "error"} | told)
+            failed = {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
+            yield self._line({"type": "response.failed", "response": self._about | failed})
+        else:
+            whole = event.data or {}
+            for one in self._output.finish(is_whole=whole["status"] == "completed"):
+                yield self._line(one)
+            kind = "completed" if whole["status"] == "completed" else "incomplete"
+            yield self._line({"type": f"response.{kind}", "response": whole})
+
+    def _line(self, data: Json) -> bytes:
+        numbered = data | {"sequence_number": self._n}
+        self._n += 1
+        return f"event: {data['type']}\ndata: {dumps(numbered)}\n\n".encode()

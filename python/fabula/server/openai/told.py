@@ -1,0 +1,122 @@
+"""A response as a JSON object: from its request while it is made, from its turn later on."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from fabula.engine.constraint import Constraint
+from fabula.engine.generation import Timings
+from fabula.engine.sampling import SamplingParams
+from fabula.server.openai.conversations import response_id
+from fabula.server.openai.format import Json
+from fabula.server.openai.items import Output, flat_tools
+from fabula.server.openai.schemas import ResponseBody
+from fabula.sessions.session import Session
+from fabula.sessions.turn import Turn
+
+
+def status_of(reason: str | None) -> tuple[str, Json | None]:
+    """How a response ended. One that was cancelled or out of time was cut off, like one that is long enough."""
+    if reason == "stop":
+        return "completed", None
+    return "incomplete", {"reason": "max_output_tokens"}
+
+
+def usage(timings: Timings) -> Json:
+    """Tokens of a response; cached are those that were not computed."""
+    return {
+        "input_tokens": timings.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": timings.reused_tokens},
+        "output_tokens": timings.generated_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": timings.prompt_tokens + timings.generated_tokens,
+    }
+
+
+def _common(id: str, model: str, params: SamplingParams, **more: Any) -> Json:
+    """What every response says."""
+    return {
+        "id": id,
+        "object": "response",
+        "created_at": time.time(),
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": params.max_tokens,
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": True,
+        "temperature": params.temperature,
+        "text": {"format": _format(params.constraint)},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": params.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": None,
+        "metadata": {},
+    } | more
+
+
+def _format(constraint: Constraint | None) -> Json:
+    """What the text must be, in OpenAI's words; grammars have none there."""
+    if constraint is None or constraint.kind not in ("json_schema", "json_object"):
+        return {"type": "text"}
+    schema = json.loads(constraint.source) if constraint.source else {"type": "object"}
+    if isinstance(schema, dict):
+        schema.pop("x-guidance", None)
+    if schema == {"type": "object"}:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "name": "response", "schema": schema, "strict": False}
+
+
+def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params: SamplingParams) -> Json:
+    """A response that was just begun."""
+    about = _common(
+        id,
+        model,
+        params,
+        instructions=data.instructions,
+        parallel_tool_calls=data.parallel_tool_calls is not False,
+        previous_response_id=data.previous_response_id,
+        store=is_kept,
+        tool_choice="auto" if data.tool_choice is None else data.tool_choice,
+        tools=data.tools or [],
+        truncation=data.truncation or "disabled",
+        user=data.user,
+        metadata=data.metadata or {},
+    )
+    if data.text is not None and data.text.format is not None:
+        about["text"] = {"format": data.text.format.model_dump(by_alias=True, exclude_none=True)}
+    return about
+
+
+def of_turn(id: str, session: Session, turn: Turn) -> Json:
+    """A response that has ended."""
+    tools = list(turn.said.own_options.get("tools", []))
+    status, details = status_of(turn.finish_reason)
+    output = Output(turn.id, bool(tools))
+    for _ in (*output.feed(turn.text), *output.finish(is_whole=status == "completed")):
+        pass
+    parent = turn.parent
+    return _common(
+        id,
+        session.model,
+        turn.params or SamplingParams(),
+        created_at=turn.created_at,
+        status=status,
+        incomplete_details=details,
+        instructions=session.system,
+        output=output.items,
+        previous_response_id=response_id(session.id, parent.id) if parent is not None and parent.number else None,
+        tools=flat_tools(tools),
+        truncation="auto" if session.policy.name == "drop_oldest_turns" else "disabled",
+        usage=usage(turn.timings) if turn.timings is not None else None,
+    )
