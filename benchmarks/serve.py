@@ -51,6 +51,7 @@ class Heard:
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
     by_turn: dict[int, list[float]] = field(default_factory=dict)
+    memory_mb: list[int] = field(default_factory=list)  # resident, six times from begin to end
 
 
 class Client:
@@ -85,9 +86,9 @@ class Client:
         body |= {"stream": True, "temperature": 0.7, "seed": self.number}
         reader, writer = await asyncio.open_connection("127.0.0.1", PORTS[self.kind])
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n"
         begun = last = time.perf_counter()
-        writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
+        writer.write(head.encode() + b"Content-Type: application/json\r\nConnection: close\r\n\r\n" + data)
         texts: list[str] = []
         try:
             status = await reader.readline()
@@ -146,15 +147,21 @@ def start(kind: str, words: list[str]) -> subprocess.Popen[bytes]:
     raise SystemExit(f"{kind} did not come up")
 
 
-async def measure(kind: str, n_clients: int, seconds: float, n_tokens: int) -> Heard:
+async def measure(kind: str, n_clients: int, seconds: float, n_tokens: int, pid: int = 0) -> Heard:
     heard = Heard()
     end = time.perf_counter() + seconds
     clients = [Client(kind, number, n_tokens) for number in range(n_clients)]
-    await asyncio.gather(*(client.chat(heard, end) for client in clients))
+
+    async def watch() -> None:
+        for _ in range(6):
+            heard.memory_mb.append(round(memory_mb(pid)))
+            await asyncio.sleep(seconds / 5.2)
+
+    await asyncio.gather(*(client.chat(heard, end) for client in clients), *([watch()] if pid else []))
     return heard
 
 
-def report(kind: str, n_clients: int, seconds: float, heard: Heard, before: float, after: float) -> dict[str, Any]:
+def report(kind: str, n_clients: int, seconds: float, heard: Heard) -> dict[str, Any]:
     def ms(values: list[float], share: float) -> float:
         return 1e3 * sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
@@ -164,7 +171,7 @@ def report(kind: str, n_clients: int, seconds: float, heard: Heard, before: floa
         "failed": heard.n_failed, "first_p50_ms": ms(heard.first, 0.5), "first_p99_ms": ms(heard.first, 0.99),
         "between_p50_ms": ms(heard.between, 0.5), "between_p99_ms": ms(heard.between, 0.99),
         "first_by_turn_ms": {turn: round(value, 1) for turn, value in turns.items()},
-        "memory_mb": [round(before), round(after)],
+        "memory_mb": heard.memory_mb,
     }  # fmt: skip
     shown = {name: round(value, 1) if isinstance(value, float) else value for name, value in found.items()}
     print(json.dumps(shown), flush=True)
@@ -194,9 +201,7 @@ def overhead(model: str, rounds: int) -> None:
                 own = [time.perf_counter() for _ in loaded.session().say(MESSAGES[0], params)]
                 served_s, own_s = (times[-1] - times[0]) / 255, (own[-1] - own[0]) / 255
                 ratios.append(served_s / own_s)
-                print(
-                    f"{1e3 * own_s:.3f} ms/token from the SDK, {1e3 * served_s:.3f} ms/token over HTTP: {ratios[-1]:.3f}"
-                )
+                print(f"{1e3 * own_s:.3f} ms/token from the SDK, {1e3 * served_s:.3f} over HTTP: {ratios[-1]:.3f}")
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
@@ -224,22 +229,23 @@ def main() -> None:
         if given.peer:
             words["peer"] = [given.peer, "-m", "llama_cpp.server", "--model", model, "--port", str(PORTS["peer"]),
                              "--n_ctx", "8192", "--n_threads", str(given.threads), "--n_threads_batch",
-                             str(given.threads), "--chat_format", "chatml", "--flash_attn", "true", "--interrupt_requests", "false"]  # fmt: skip
+                             str(given.threads), "--chat_format", "chatml", "--flash_attn", "true",
+                             "--interrupt_requests", "false"]  # fmt: skip
         rates: dict[str, dict[int, float]] = {}
         for n_clients in map(int, given.clients.split(",")):
             for kind, command in words.items():
                 process = start(kind, command)
                 try:
                     asyncio.run(measure(kind, min(n_clients, 4), 3, 16))
-                    before = memory_mb(process.pid)
-                    heard = asyncio.run(measure(kind, n_clients, given.seconds, given.tokens))
-                    found = report(kind, n_clients, given.seconds, heard, before, memory_mb(process.pid))
+                    heard = asyncio.run(measure(kind, n_clients, given.seconds, given.tokens, process.pid))
+                    found = report(kind, n_clients, given.seconds, heard)
                     rates.setdefault(kind, {})[n_clients] = found["tokens_per_s"]
                 finally:
                     process.send_signal(signal.SIGTERM)
                     process.wait(60)
         for n_clients, rate in rates.get("peer", {}).items():
-            print(f"{n_clients} clients: {rates['fabula'][n_clients] / rate:.2f} x the peer")
+            if rate:
+                print(f"{n_clients} clients: {rates['fabula'][n_clients] / rate:.2f} x the peer")
 
 
 if __name__ == "__main__":

@@ -26,14 +26,20 @@ class Running:
         model: folder or file.
         flags: further ones.
         wait: whether to return only when the model is loaded.
+        key: sent with each request.
+        host: "hypercorn", or "uvicorn" to see that the app does not depend on its host.
 
     Attributes:
         address: URL.
         errors: what it wrote on stderr so far.
     """
 
-    def __init__(self, data: Path, model: str | Path, *flags: str, wait: bool = True, key: str = "") -> None:
-        words = [sys.executable, "-m", "fabula", "serve", "--port", "0", "--data", str(data), "--model", str(model)]
+    def __init__(
+        self, data: Path, model: str | Path, *flags: str, wait: bool = True, key: str = "", host: str = "hypercorn"
+    ) -> None:
+        under_uvicorn = [str(Path(__file__).with_name("under_uvicorn.py"))]
+        program = ["-m", "fabula", "serve"] if host == "hypercorn" else under_uvicorn
+        words = [sys.executable, *program, "--port", "0", "--data", str(data), "--model", str(model)]
         variables = {name: value for name, value in os.environ.items() if not name.startswith("FABULA_")}
         package = Path(__file__).resolve().parent.parent / "python"
         if "PYTHONPATH" in os.environ or (package / "fabula" / "_cdef.py").exists():

@@ -15,13 +15,13 @@ import pytest
 from serving import Running, parse
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["hypercorn", "uvicorn"])
 def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Running]:
     try:
         model = request.getfixturevalue("smollm2_gguf")
     except pytest.skip.Exception:
         model = request.getfixturevalue("tiny_folder")
-    with Running(tmp_path_factory.mktemp("served"), model) as running:
+    with Running(tmp_path_factory.mktemp("served"), model, host=request.param) as running:
         yield running
 
 

@@ -11,6 +11,10 @@ from quart import Blueprint
 
 def blueprints() -> list[Blueprint]:
     """The routes below /v1."""
-    from fabula.server.openai import chat, completions, embeddings, models, responses
+    from fabula.server.openai.chat import routes as chat
+    from fabula.server.openai.completions import routes as completions
+    from fabula.server.openai.embeddings import routes as embeddings
+    from fabula.server.openai.models import routes as models
+    from fabula.server.openai.responses import routes as responses
 
-    return [module.routes for module in (models, chat, completions, responses, embeddings)]
+    return [models, chat, completions, responses, embeddings]

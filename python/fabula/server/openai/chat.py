@@ -50,7 +50,7 @@ routes = Blueprint("openai_chat", __name__)
 @document_response(ChatCompletionReply, 200)
 @fails(*WRITING)
 async def chat_completions(data: ChatCompletionBody) -> Any:
-    """Answers a conversation. Nothing is kept, but the beginning it shares with an earlier one is not computed again."""
+    """Answers a conversation. Nothing of it is kept, but what it shares with an earlier one is not computed again."""
     state, tenant = server(), g.tenant
     n = choices_of(data)
     state.limits.check_answers(state.runs, tenant, n)

@@ -166,12 +166,8 @@ class Texts:
         generation = self._generations[index]
         text = self._echo(index) + generation.read_so_far()[1]
         logprobs = self._logprobs(pieces_of(self._run, index), generation, 0)
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": reason_of(generation.finish_reason),
-        }
+        reason = reason_of(generation.finish_reason)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, pieces: list[Piece], generation: Generation, offset: int) -> Json | None:
         """Tokens with their probabilities; offsets count characters from the answer's beginning."""

@@ -1,7 +1,8 @@
 """The sessions behind responses. A response is a turn, and its id says which: any of them can be gone on from.
 
-They are sessions like others, with hidden names. What follows the last response of a session goes on in it; what follows
-an earlier one, or one that is being answered just now, goes on in a fork, which shares the past and computes nothing.
+They are sessions like others, with hidden names. What follows the last response of a session goes on in it; what
+follows an earlier one, or one that is being answered just now, goes on in a fork, which shares the past and computes
+nothing.
 """
 
 from __future__ import annotations

@@ -160,8 +160,8 @@ class Output:
                 self._blanks = text
                 return
             self._is_open = True
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            item = {
+            part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            item: Json = {
                 "id": f"msg_{self._key}_{len(self.items)}",
                 "type": "message",
                 "role": "assistant",

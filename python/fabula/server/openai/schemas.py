@@ -152,7 +152,7 @@ class ResponseBody(Sampling, Tolerated):
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
         None,
-        description="auto: the oldest turns are left out when the context is full. Set when a conversation begins.",
+        description="auto: the oldest turns are left out when the context is full. Set as a conversation begins.",
     )
     background: Literal[False] | None = None
     include: list[str] | None = Field(None, description="Has no effect.")
