@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,14 +56,23 @@ class Served:
         self._log = (folder / "log").open("w+")
         command = [sys.executable, "-m", "fabula", "serve", "--port", "0", "--data", folder / "data", *words]
         self._process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=self._log, text=True)
+        try:
+            self.address = self._reached(folder / "log")
+        except BaseException:
+            self.close()
+            raise
+
+    def _reached(self, log: Path) -> str:
+        """Its address, once its models are loaded."""
         assert self._process.stdout is not None
         first = self._process.stdout.readline()
-        self.address = first.rpartition(" at ")[2].strip()
-        assert self.address.startswith("http"), first + (folder / "log").read_text()
+        address = first.rpartition(" at ")[2].strip()
+        assert address.startswith("http"), first + log.read_text()
         end = time.monotonic() + 60
-        while httpx.get(self.address + "/health").status_code != 200:
-            assert time.monotonic() < end, (folder / "log").read_text()
+        while httpx.get(address + "/health").status_code != 200:
+            assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
+        return address
 
     @property
     def client(self) -> Any:
@@ -79,7 +90,7 @@ class Served:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of a tiny random model."""
     folder = tmp_path_factory.mktemp("small")
-    model = tiny.write_model(folder / "tiny", tiny.CONFIG | {"max_position_embeddings": 4096})
+    model = tiny.write_model(folder / "tiny", config={"max_position_embeddings": 4096})
     served = Served(folder, "--model", f"tiny={model}", "--threads", 1)
     yield served
     served.close()
@@ -471,3 +482,54 @@ def test_errors_are_the_clients_own(small: Served) -> None:
         assert bad.value.param == "frequency_penalty"
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve("resp_" + "0" * 24 + "_" + "0" * 32)
+
+
+# ---- Other programs -------------------------------------------------------------------------------------------------
+
+
+def test_langchain(real: Served) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports; what it does with the server is not warned about
+        langchain = pytest.importorskip("langchain_openai")
+    settings: dict[str, Any] = {
+        "base_url": real.address + "/v1",
+        "api_key": "none",
+        "model": "smollm2",
+        "max_retries": 0,
+    }
+    chat = langchain.ChatOpenAI(temperature=0, max_tokens=40, **settings)
+    answer = chat.invoke("What is the capital of France?")
+    assert "Paris" in answer.content and answer.usage_metadata["output_tokens"] > 0
+    assert "".join(chunk.content for chunk in chat.stream("What is the capital of France?")) == answer.content
+    city = chat.with_structured_output(CITY | {"title": "city", "description": "A city"}, method="json_schema")
+    assert set(city.invoke("Rome has 300 people.")) == {"name", "people"}
+    called = chat.bind_tools([WEATHER], tool_choice="get_weather").invoke("What is the weather in Rome?")
+    assert called.tool_calls[0]["name"] == "get_weather" and called.tool_calls[0]["args"]["city"]
+    again = langchain.ChatOpenAI(use_responses_api=True, max_tokens=16, **settings).invoke("Hello!")
+    assert again.text
+    embeddings = langchain.OpenAIEmbeddings(check_embedding_ctx_length=False, **settings)
+    assert len(embeddings.embed_query("a cat")) == 576
+
+
+def test_llm(real: Served, tmp_path: Path) -> None:
+    pytest.importorskip("llm")
+    model = {"model_id": "fabula", "model_name": "smollm2", "api_base": real.address + "/v1", "api_key_name": "fabula"}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
+    (tmp_path / "keys.json").write_text('{"fabula": "none"}')
+    for words in ([], ["--no-stream"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "llm", "-m", "fabula", "-o", "temperature", "0", "-o", "max_tokens", "20", *words,
+             "What is the capital of France?"],
+            env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, input="", capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+
+
+def test_the_example(small: Served) -> None:
+    command = [sys.executable, str(PROJECT / "examples" / "client_openai.py"), "--address"]
+    done = subprocess.run([*command, small.address], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A stream:") and done.stdout.count("tokens reused]") == 2
+    assert "[0 of" not in done.stdout
+    done = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Runs the server's app under uvicorn instead of Hypercorn: it must not depend on its host. Takes flags of `fabula serve`."""
+"""Runs the server's app under uvicorn, as it must not depend on its host; takes the flags of `fabula serve`."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: in
         n: how many there will be, to check the key's limits before.
     """
     state, tenant = server(), g.tenant
-    state.limits.check_answers(state.runs, tenant, n)
-    session, replies = await state.call(lambda: make(state, tenant))
-    run = run_of(state, session, replies, background=how.background)
+    with state.limits.beginning(state.runs, tenant, n):
+        session, replies = await state.call(lambda: make(state, tenant))
+        run = run_of(state, session, replies, background=how.background)
     if how.stream:
         return response(native(run))
     if how.background:

@@ -22,7 +22,7 @@ from fabula.server.failures import ApiError
 from fabula.server.settings import Settings
 
 # Where nobody is asked who he is: pages, the description of the API, and whether the server lives.
-OPEN = frozenset({"/", "/docs", "/openapi.json", "/health", "/favicon.ico"})
+OPEN = frozenset({"/", "/docs", "/docs/style.css", "/openapi.json", "/health", "/favicon.ico"})
 OPEN_BEHIND = "/static/"
 
 HEADERS = {

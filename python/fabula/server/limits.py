@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fabula.engine.generation import Timings
 from fabula.server.failures import ApiError
@@ -45,11 +47,26 @@ class Limits:
     def __init__(self, settings: Settings, workspace: Workspace) -> None:
         self._settings, self._workspace = settings, workspace
         self._buckets: dict[str, Bucket] = {}  # by key; keys are few and known
+        self._beginning: dict[str, int] = {}  # by key
+
+    @contextmanager
+    def beginning(self, runs: Runs, tenant: str, n: int = 1) -> Iterator[None]:
+        """Counts n answers that are about to begin among a key's, until their run is there.
+
+        Raises:
+            ApiError: 429, the key may not begin so many now.
+        """
+        self.check_answers(runs, tenant, n)
+        self._beginning[tenant] = self._beginning.get(tenant, 0) + n
+        try:
+            yield
+        finally:
+            self._beginning[tenant] -= n
 
     def check_answers(self, runs: Runs, tenant: str, n: int = 1) -> None:
         """Raises ApiError 429 if a key may not begin n answers now."""
         most = self._settings.max_streams
-        have = sum(len(run.sources) for run in runs.active(tenant))
+        have = sum(len(run.sources) for run in runs.active(tenant)) + self._beginning.get(tenant, 0)
         if have + n > most:
             raise ApiError(
                 429,

@@ -41,6 +41,7 @@ class Serving:
         done, total: bytes fetched or read.
         error: why it failed.
         model: when ready.
+        is_stopping: whether to break off.
     """
 
     name: str
@@ -50,14 +51,21 @@ class Serving:
     total: int | None = None
     error: str = ""
     model: Model | None = None
+    is_stopping: bool = False
+
+    def _go_on(self) -> None:
+        if self.is_stopping:  # whoever tells us of progress is broken off
+            raise EngineError("the server was stopped")
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
         """A download has come so far; satisfies `fabula.formats.download.Progress`."""
         self.state, self.done, self.total = "fetching", done_bytes, total_bytes
+        self._go_on()
 
     def loaded(self, done: int, total: int) -> None:
         """So much of the weights is read."""
         self.state, self.done, self.total = "loading", done, total
+        self._go_on()
 
     def to_json(self) -> dict[str, Any]:
         """For /health."""
@@ -138,8 +146,10 @@ class Server:
 
     async def stop(self) -> None:
         """Ends what is being made and lets the models go; the workspace stays open."""
+        for serving in self.models.values():
+            serving.is_stopping = True
         if self._loading is not None:
-            await asyncio.wait([self._loading])  # a load cannot be broken off
+            await asyncio.wait([self._loading])
         await asyncio.gather(*(run.stop() for run in self.runs.active()))
         self._sessions.clear()
 

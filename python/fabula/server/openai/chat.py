@@ -53,15 +53,15 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
     """Answers a conversation. Nothing of it is kept, but what it shares with an earlier one is not computed again."""
     state, tenant = server(), g.tenant
     n = choices_of(data)
-    state.limits.check_answers(state.runs, tenant, n)
     serving = state.model(data.model)
-    generations = await state.call(lambda: _begin(state, serving, tenant, data, n))
     chat: Chat
 
     def describe(index: int) -> Json:
         return chat.choice(index)
 
-    run = run_of_texts(state, tenant, serving.name, generations, describe)
+    with state.limits.beginning(state.runs, tenant, n):
+        generations = await state.call(lambda: _begin(state, serving, tenant, data, n))
+        run = run_of_texts(state, tenant, serving.name, generations, describe)
     chat = Chat(data, serving, generations, run)
     if data.stream:
         return response(follow(run, chat.chunks, chat.last))

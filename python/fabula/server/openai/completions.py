@@ -53,15 +53,15 @@ async def completions(data: CompletionBody) -> Any:
     """Continues texts. `max_tokens` is 16 unless it is given."""
     state, tenant = server(), g.tenant
     n, prompts = choices_of(data), prompts_of(data)
-    state.limits.check_answers(state.runs, tenant, n * len(prompts))
     serving = state.model(data.model)
-    generations = await state.call(lambda: _begin(state, serving, tenant, data, prompts, n))
     texts: Texts
 
     def describe(index: int) -> Json:
         return texts.choice(index)
 
-    run = run_of_texts(state, tenant, serving.name, generations, describe)
+    with state.limits.beginning(state.runs, tenant, n * len(prompts)):
+        generations = await state.call(lambda: _begin(state, serving, tenant, data, prompts, n))
+        run = run_of_texts(state, tenant, serving.name, generations, describe)
     texts = Texts(data, serving, prompts, n, generations, run)
     if data.stream:
         return response(follow(run, texts.chunks, texts.last))

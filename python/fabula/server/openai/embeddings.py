@@ -31,7 +31,6 @@ async def embeddings(data: EmbeddingBody) -> Any:
     texts = texts_of(data)
     for i, text in enumerate(texts):
         state.limits.check_text(text, "input" if isinstance(data.input, str) else f"input[{i}]")
-    state.limits.check_answers(state.runs, tenant)
     serving = state.model(data.model)
     model = serving.model
     assert model is not None
@@ -40,7 +39,10 @@ async def embeddings(data: EmbeddingBody) -> Any:
         raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
     left = threading.Event()
     try:
-        found = await state.call(lambda: model.embed(texts, pooling=data.pooling or "mean", should_stop=left.is_set))
+        with state.limits.beginning(state.runs, tenant):
+            found = await state.call(
+                lambda: model.embed(texts, pooling=data.pooling or "mean", should_stop=left.is_set)
+            )
     except asyncio.CancelledError:  # the client has gone
         left.set()
         raise

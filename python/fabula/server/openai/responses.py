@@ -68,8 +68,7 @@ async def create(data: ResponseBody) -> Any:
     An input that brings its own history, with items of the assistant, is answered like `store: false`.
     """
     state, tenant = server(), g.tenant
-    state.limits.check_answers(state.runs, tenant)
-    begun = await state.call(lambda: _begin(state, tenant, data))
+    begun: Begun
     told: Telling
 
     def describe(_: int) -> Json:
@@ -79,16 +78,18 @@ async def create(data: ResponseBody) -> Any:
             state.forget(begun.session)
         return told.whole()
 
-    run = Run(
-        [begun.source],
-        tenant=tenant,
-        model=begun.model,
-        describe=describe,
-        session_id=begun.session.id if begun.session is not None else None,
-        observers=state.observers,
-        request_id=g.get("request_id", ""),
-    )
-    state.begin(run)
+    with state.limits.beginning(state.runs, tenant):
+        begun = await state.call(lambda: _begin(state, tenant, data))
+        run = Run(
+            [begun.source],
+            tenant=tenant,
+            model=begun.model,
+            describe=describe,
+            session_id=begun.session.id if begun.session is not None else None,
+            observers=state.observers,
+            request_id=g.get("request_id", ""),
+        )
+        state.begin(run)
     told = Telling(data, begun)
     if data.stream:
         return response(follow(run, told.events, lambda: ()))
