@@ -60,7 +60,7 @@ class Running:
         self.address = line.split()[-1]
         self.port = int(self.address.rpartition(":")[2])
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(base_url=self.address, timeout=60, headers=headers)
+        self.client = httpx.Client(base_url=self.address, timeout=240, headers=headers)
         if wait:
             self.wait_until_ready()
 

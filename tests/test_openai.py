@@ -41,10 +41,6 @@ CITY = {
     "required": ["name", "people"],
     "additionalProperties": False,
 }
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 NO_BLANKS = {"4": -100, "5": -100}  # of which a random model would write many between the parts of JSON
 
 
@@ -533,3 +529,24 @@ def test_the_example(small: Served) -> None:
     assert "[0 of" not in done.stdout
     done = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: ")
+
+
+def test_who_leaves_ends_the_answer(small: Served) -> None:
+    asked = {"messages": user("hi"), "max_tokens": 3000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked) as response:
+        next(response.iter_text())
+    end = time.monotonic() + 10
+    while httpx.get(small.address + "/health").json()["answers"]["running"]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_description_names_the_routes(small: Served) -> None:
+    found = httpx.get(small.address + "/openapi.json").json()
+    assert {path for path in found["paths"] if path.startswith("/v1/")} == {
+        "/v1/models", "/v1/models/{id}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+        "/v1/responses", "/v1/responses/{id}",
+    }  # fmt: skip
+    chat = found["paths"]["/v1/chat/completions"]["post"]
+    assert "text/event-stream" in chat["responses"]["200"]["content"] and chat["tags"] == ["OpenAI"]
+    assert "schema" in found["components"]["schemas"]["JsonSchema"]["properties"]

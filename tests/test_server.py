@@ -45,20 +45,20 @@ def test_chat_rollback_delete(served: Running) -> None:
     first = served.client.post("/chat", content=body, headers=json_type)
     assert first.status_code == 200, first.text
     check_answer(first.json(), "abc123", 1)
-    second = served.client.post("/chat", content=body, headers=json_type).json()
+    second = served.post("/chat", session_id="abc123", message="And you?", max_len=8)
     check_answer(second, "abc123", 2)
     assert second["usage"]["recomputed_tokens"] == 0
     # What was said is not computed again, but for the last token of the answer, which was drawn and never read.
     known = first.json()["usage"]["prompt_tokens"] + first.json()["usage"]["generated_tokens"]
     assert second["usage"]["reused_tokens"] >= known - 1
-    third = served.client.post("/chat", content=body, headers=json_type).json()
+    third = served.post("/chat", session_id="abc123", message="Why?", max_len=8)
     check_answer(third, "abc123", 3)
 
     back = served.client.post("/rollback", content='{"session_id": "abc123", "target_turn": 2}', headers=json_type)
     assert back.status_code == 200 and back.json()["head"] == 2 and back.json()["recomputed_tokens"] == 0
     assert [turn["number"] for turn in back.json()["path"]] == [1, 2]
     assert back.json()["head_id"] == second["turn_id"]
-    again = served.client.post("/chat", content=body, headers=json_type).json()
+    again = served.post("/chat", session_id="abc123", message="Since when?", max_len=8)
     check_answer(again, "abc123", 3)
     assert again["usage"]["recomputed_tokens"] == 0 and again["turn_id"] != third["turn_id"]
 

@@ -42,30 +42,43 @@ IDLE_S = 1.0  # then the thread ends; the next request begins a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
 MIN_CHUNK = 4  # prompt tokens in a step while others draw
 STRETCH = 2.4  # how much longer a step may take for the sake of prompts
+MAX_MEASURED = 256  # tokens of a step that teaches what steps cost; attention makes longer ones another matter
 
 
 class Pace:
-    """What a step of one model costs, measured as it goes, and how much prompt fits beside those that draw."""
+    """What a step of one model costs, measured as it goes, and how much prompt fits beside those that draw.
+
+    A step is taken to last `base + token * n` seconds for n tokens, drawn or read: weights pass by once, and each token
+    is multiplied with them. Both numbers are least squares over the last steps, the older ones weighing less.
+    """
 
     def __init__(self) -> None:
-        self._draw_s = 0.0  # a step without prompts
-        self._token_s = 0.0  # a prompt's token beside it
+        self._sums = [0.0] * 5  # of 1, n, n^2, t, n t
 
     def chunk(self, n_drawing: int, most: int) -> int:
         """Prompt tokens for the next step."""
         if not n_drawing:
             return most
-        if not self._draw_s or not self._token_s:
-            return min(MIN_CHUNK, most)
-        return max(min(MIN_CHUNK, most), min(most, int((STRETCH - 1) * self._draw_s / self._token_s)))
+        base, token = self.cost()
+        extra = int((STRETCH - 1) * (base / token + n_drawing)) if token > 0 else 0
+        return min(max(MIN_CHUNK, extra), most)
 
-    def measured(self, n_drawing: int, n_prompt: int, seconds: float) -> None:
+    def cost(self) -> tuple[float, float]:
+        """Seconds of a step without tokens, and of a token; (0, 0) before the first step."""
+        w, n, nn, t, nt = self._sums
+        if not w:
+            return 0.0, 0.0
+        n, nn, t, nt = n / w, nn / w, t / w, nt / w
+        variance = nn - n * n
+        # Steps of one size say nothing of the slope; then a token costs its share, which is the most it can.
+        token = (nt - n * t) / variance if variance > 0.01 * n * n else t / n
+        token = min(max(token, 0.02 * t / n), t / n)
+        return t - token * n, token
+
+    def measured(self, n_tokens: int, seconds: float) -> None:
         """Learns from a step."""
-        if n_drawing and not n_prompt:
-            self._draw_s = seconds if not self._draw_s else 0.8 * self._draw_s + 0.2 * seconds
-        elif n_drawing and self._draw_s:
-            token_s = max(seconds - self._draw_s, 0.0) / n_prompt
-            self._token_s = token_s if not self._token_s else 0.8 * self._token_s + 0.2 * token_s
+        new = (1.0, n_tokens, n_tokens * n_tokens, seconds, n_tokens * seconds)
+        self._sums = [0.95 * old + one for old, one in zip(self._sums, new, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,9 +380,9 @@ class Scheduler:
             for request, _ in batch:
                 self._finish(request, error=error)
             return
-        n_prompt = sum(part.n_tokens for _, part in batch if part.n_tokens > 1)
-        n_drawing = sum(part.n_tokens == 1 for _, part in batch)
-        self._pace(runner).measured(n_drawing, n_prompt, time.perf_counter() - start)
+        n_tokens = sum(part.n_tokens for _, part in batch)
+        if n_tokens <= MAX_MEASURED:
+            self._pace(runner).measured(n_tokens, time.perf_counter() - start)
         for request, _ in batch:
             request.name_pages()
         for i, row in enumerate(wanted):

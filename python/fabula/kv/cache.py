@@ -49,6 +49,7 @@ class KvCache:
     def __init__(self, pool: PagePool, n_anonymous: int = 16) -> None:
         self._pool = pool
         self._n_anonymous = n_anonymous
+        self._n_evicted = 0
         self.spill: Spill | None = None
         self._kept: OrderedDict[int, weakref.ref[Sequence]] = OrderedDict()
         self._anonymous: OrderedDict[int, Sequence] = OrderedDict()
@@ -152,10 +153,12 @@ class KvCache:
 
     def _reclaim(self, n_free: int) -> None:
         """Gives up K and V, the longest unused first, until `n_free` pages are free or nothing is left."""
+        before = self._pool.n_free
         for ref in list(self._kept.values()):
             sequence = ref()
             while sequence is not None and sequence.n_tokens and self._pool.n_free < n_free:
                 self._shorten(sequence)
+        self._n_evicted += max(0, self._pool.n_free - before)
 
     def _shorten(self, sequence: Sequence) -> None:
         """Gives up the last page of a sequence; all of it, if what is left would not do."""
@@ -215,4 +218,6 @@ class KvCache:
                     counts[page] = counts.get(page, 0) + 1
             cached = sum(1 for page, n in counts.items() if page != HOLE and n == self._pool.holders(page))
             n_spilled = 0 if self.spill is None else self.spill.n_pages
-            return PoolUsage(usage.n_pages, usage.n_used, usage.n_shared, usage.page_bytes, cached, n_spilled)
+            return PoolUsage(
+                usage.n_pages, usage.n_used, usage.n_shared, usage.page_bytes, cached, n_spilled, self._n_evicted
+            )

@@ -38,6 +38,7 @@ class PoolUsage:
         n_shared: held by more than one.
         n_cached: of those used, held only by what no running request needs: given up when pages run out.
         n_spilled: on disk.
+        n_evicted: that were given up for others since the model was loaded.
         page_bytes: bytes of a page.
     """
 
@@ -47,6 +48,7 @@ class PoolUsage:
     page_bytes: int
     n_cached: int = 0
     n_spilled: int = 0
+    n_evicted: int = 0
 
     @property
     def used_bytes(self) -> int:

@@ -16,6 +16,7 @@ from fabula.server.describe import Describer, info
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
 from fabula.server.invalid import told
+from fabula.server.logs import Log
 from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
@@ -57,6 +58,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     app.json = _Json(app)
     state = Server(workspace, settings)
     app.extensions["fabula"] = state
+    state.observers += [state.metrics, Log(settings)]
     state.gate = Gate(settings, keys)
     state.gate.install(app)
     app.after_request(_watch)

@@ -21,6 +21,7 @@ from hypercorn.typing import ASGIFramework
 from quart import Quart
 
 from fabula.errors import InvalidArgument
+from fabula.server import logs
 from fabula.server.app import check_access, create_app
 from fabula.server.gate import Keys
 from fabula.server.settings import Settings
@@ -44,6 +45,7 @@ def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) ->
         StoreError: the data folder cannot be used, or another process uses it.
     """
     check_access(settings)
+    logs.set_up(settings)
     if settings.keys is not None:
         Keys.read(settings.keys)  # before anything is opened
     sock = listen(settings.host, settings.port)

@@ -18,6 +18,7 @@ from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
 from fabula.server.gate import Gate
 from fabula.server.limits import Limits
+from fabula.server.metrics import Metrics
 from fabula.server.observer import Observer
 from fabula.server.runs import Run, Runs
 from fabula.server.settings import Settings
@@ -89,6 +90,7 @@ class Server:
         runs: answers in the making.
         limits: of each key.
         gate: in front of it.
+        metrics: counts what happens.
         observers: told what happens.
         begun_at: seconds since 1970.
     """
@@ -98,6 +100,7 @@ class Server:
         self.models = {name: Serving(name, place) for name, place in settings.models}
         self.runs = Runs(settings.replay_s)
         self.limits = Limits(settings, workspace)
+        self.metrics = Metrics(self)
         self.observers: list[Observer] = []
         self.begun_at = time.time()
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")

@@ -76,18 +76,17 @@ def make_room(state: Server, tenant: str) -> None:
     state.limits.check_sessions(tenant)
 
 
-def delete(session: Session, turn: Turn) -> None:
+def delete(state: Server, session: Session, turn: Turn) -> None:
     """Deletes a response. Where others go on from it, its words stay for them, and only its name is gone; blocks."""
     with lock_of(session):
-        own = turn in session.turns and turn is session.head and not session.is_busy
-        if not own or turn.parent is None:
+        own = session.turns[len(session.turns) - session.n_turns :]
+        if session.is_busy or turn is not session.head or turn not in own or turn.parent is None:
             session.tag(turn.id, DELETED)
-            return
-        before = turn.parent.id
-        if turn.number == 1:
+        elif len(own) == 1:
             session.delete()
+            state.forget(session)
         else:
-            session.rollback(before if before else 0, prune=True)
+            session.rollback(turn.parent, prune=True)
 
 
 def not_found(id: str) -> ApiError:

@@ -133,7 +133,7 @@ class Output:
             yield from self._take(event)
         self._cut = not is_whole
         if not self.items:
-            yield from self._say(self._blanks)
+            yield from self._say("", waits=False)
         yield from self._close()
 
     def _take(self, event: Read) -> Iterator[Json]:
@@ -153,10 +153,10 @@ class Output:
                 yield self._about("response.function_call_arguments.done", name=item["name"], arguments=arguments)
                 yield self._added("response.output_item.done")
 
-    def _say(self, text: str) -> Iterator[Json]:
+    def _say(self, text: str, *, waits: bool = True) -> Iterator[Json]:
         if not self._is_open:
             text, self._blanks = self._blanks + text, ""
-            if self._reader is not None and text and text.isspace():  # there may be nothing but calls
+            if waits and self._reader is not None and text.isspace():  # there may be nothing but calls
                 self._blanks = text
                 return
             self._is_open = True

@@ -118,7 +118,7 @@ async def read(id: str) -> Any:
 async def delete(id: str) -> Any:
     """Deletes a response. Those that go on from it stay, and with them what was said in it."""
     state, tenant = server(), g.tenant
-    await state.call(lambda: conversations.delete(*_found(state, tenant, id)))
+    await state.call(lambda: conversations.delete(state, *_found(state, tenant, id)))
     return {"id": id, "object": "response", "deleted": True}
 
 
@@ -172,7 +172,8 @@ def _go_on(
     if data.instructions and data.instructions != _instructions(session, turn):
         messages = [{"role": "system", "content": data.instructions}, *messages]
     with conversations.lock_of(session):
-        if data.store is not False and session.head is turn and not session.is_busy:
+        # In this order: an answer that ends in between moves the head.
+        if data.store is not False and not session.is_busy and session.head is turn:
             return _say(state, session, messages, params, tools, is_new=False)
         conversations.make_room(state, tenant)
         fork = session.fork(turn, id=conversations.new_name())
@@ -183,7 +184,7 @@ def _go_on(
 def _instructions(session: Session, turn: Turn) -> str | None:
     """What the system said last up to a turn."""
     for past in turn.lineage():
-        said = [message["content"] for message in past.said.messages if message["role"] == "system"]
+        said = [message["content"] for message in past.said.given or () if message["role"] == "system"]
         if said:
             return str(said[-1])
     return session.system

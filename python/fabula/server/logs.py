@@ -1,0 +1,136 @@
+"""The server's log: a line on stderr for each request and each answer, as text or as JSON. Without what users write.
+
+Every value that came from a client is escaped, so that none can begin a line of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from quart import g, has_request_context
+
+from fabula.errors import EngineError
+from fabula.server.metrics import generation_of
+from fabula.server.observer import Observer
+from fabula.server.settings import Settings
+from fabula.sessions.reply import Reply
+
+if TYPE_CHECKING:
+    from fabula.server.runs import Run, Source
+
+logger = logging.getLogger("fabula.server")
+QUIET = frozenset({"/health", "/metrics"})  # asked every few seconds by machines
+
+
+def set_up(settings: Settings) -> None:
+    """Sends the log to stderr as the settings say; for the process that serves."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(settings.log_level.upper())
+
+
+def escaped(value: object) -> str:
+    """A value on one line: control characters, line ends and what turns the direction of text are escaped."""
+    text = str(value)
+    return (
+        text
+        if text.isascii() and text.isprintable()
+        else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    )
+
+
+class TextLines(logging.Formatter):
+    """`2026-01-31T12:00:00.000Z info answer model=... tokens=...`"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        words = [stamp(record), record.levelname.lower(), escaped(record.getMessage())]
+        for name, value in fields_of(record).items():
+            shown = escaped(value)
+            words.append(f"{name}={json.dumps(shown) if ' ' in shown or not shown else shown}")
+        return " ".join(words)
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object on each line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        about = {"time": stamp(record), "level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps(about | fields_of(record), default=str)
+
+
+def stamp(record: logging.LogRecord) -> str:
+    """When it happened, in UTC (RFC 3339)."""
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What a record says beside its message."""
+    found: dict[str, Any] = getattr(record, "fields", {})
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+class Log(Observer):
+    """Writes down what happens in a server.
+
+    Args:
+        settings: say whether texts may be written.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._texts = settings.log_texts
+
+    def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
+        level = logging.DEBUG if route in QUIET else logging.INFO if status < 500 else logging.WARNING
+        tenant = g.get("tenant", "") if has_request_context() else ""
+        about = {"request": request_id, "method": method, "route": route or "none", "status": status, "key": tenant}
+        _log(level, "request", about | {"ms": round(1e3 * seconds, 1)})
+
+    def answer_ended(self, run: Run, source: Source, kind: str) -> None:
+        generation = generation_of(source)
+        timings = generation.timings
+        about: dict[str, Any] = {
+            "request": run.request_id,
+            "stream": run.id,
+            "key": run.tenant,
+            "model": run.model,
+            "session": run.session_id,
+            "end": generation.finish_reason or kind,
+            "prompt_tokens": timings.prompt_tokens,
+            "reused_tokens": timings.reused_tokens,
+            "generated_tokens": timings.generated_tokens,
+            "queued_ms": round(timings.queued_ms, 1),
+            "first_token_ms": round(timings.first_token_ms, 1),
+            "tokens_per_s": round(timings.tokens_per_s, 1),
+        }
+        if self._texts:
+            about["text"] = generation.read_so_far()[1]
+            if isinstance(source, Reply):
+                about["prompt"] = source.draft().prompt
+        _log(logging.INFO, "answer", about)
+
+    def failed(self, run: Run | None, error: BaseException) -> None:
+        request = run.request_id if run is not None else g.get("request_id", "") if has_request_context() else ""
+        about: dict[str, Any] = {"request": request, "error": type(error).__name__}
+        if isinstance(error, EngineError):  # its message is ours
+            about["about"] = error.message
+        else:  # a message of elsewhere may quote what a user wrote: the places do not
+            about["at"] = " < ".join(
+                f"{frame.name} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
+                for frame in reversed(traceback.extract_tb(error.__traceback__))
+            )
+            if self._texts:
+                about["about"] = str(error)
+        _log(logging.ERROR, "failed", about)
+
+
+def _log(level: int, message: str, fields: dict[str, Any]) -> None:
+    if logger.isEnabledFor(level):
+        logger.log(level, message, extra={"fields": fields})

@@ -1,0 +1,19 @@
+"""What the server counts."""
+
+from __future__ import annotations
+
+from quart import Blueprint, Response
+from quart_schema import hide
+
+from fabula.server.metrics import CONTENT_TYPE
+from fabula.server.state import server
+
+routes = Blueprint("metrics", __name__)
+
+
+@routes.get("/metrics")
+@hide
+async def metrics() -> Response:
+    """For Prometheus; needs a key where keys are needed."""
+    state = server()
+    return Response(await state.call(state.metrics.text), content_type=CONTENT_TYPE)
