@@ -242,9 +242,9 @@ class Workspace:
         live = self._keeper.sessions.get((tenant, id))
         return live is not None or self._keeper.store.find(tenant, id) is not None
 
-    def n_sessions(self, tenant: str | None = None) -> int:
-        """How many sessions there are, of a tenant or of all."""
-        return self._keeper.store.count(tenant)
+    def n_sessions(self, tenant: str | None = None, *, but: str = "") -> int:
+        """How many sessions there are, of a tenant or of all; without those whose names begin with `but`."""
+        return self._keeper.store.count(tenant, but)
 
     def import_(
         self,

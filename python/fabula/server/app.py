@@ -21,6 +21,7 @@ from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
 from fabula.server.stream import dumps
+from fabula.server.telemetry import Traces
 from fabula.workspace import Workspace
 
 IMPORT_FACTOR = 32  # a session that is imported may be so many times as long as another request
@@ -58,8 +59,9 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     app.json = _Json(app)
     state = Server(workspace, settings)
     app.extensions["fabula"] = state
-    state.observers += [state.metrics, Log(settings)]
+    state.observers += [state.metrics, Log(settings), *([Traces()] if settings.traces else [])]
     state.gate = Gate(settings, keys)
+    app.before_request(_notice)
     state.gate.install(app)
     app.after_request(_watch)
     _handle_errors(app)
@@ -169,6 +171,11 @@ def _respond(error: ApiError) -> Response:
     response = Response(dumps(error.body()) + "\n", status=error.status, mimetype="application/json")
     response.headers.update(error.headers())
     return response
+
+
+async def _notice() -> None:
+    for observer in server().observers:
+        observer.request_begun()
 
 
 async def _watch(response: Response) -> Response:

@@ -221,10 +221,9 @@ class Gate:
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers.add("Vary", "Origin")
             response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-            response.headers["Access-Control-Allow-Headers"] = (
-                "Authorization, Content-Type, Last-Event-ID, X-Request-Id"
-            )
-            response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, OPTIONS"
+            asked = request.headers.get("Access-Control-Request-Headers", "")
+            response.headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type, Last-Event-ID"
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, DELETE, OPTIONS"
             response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
         return response
 

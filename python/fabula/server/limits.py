@@ -13,6 +13,8 @@ from fabula.server.settings import Settings
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
 
+HIDDEN = "resp."  # sessions that hold the responses of OpenAI's API; they are limited on their own
+
 
 class Bucket:
     """Tokens that flow in steadily, up to a minute's worth (a token bucket; RFC 2697 has the idea).
@@ -101,7 +103,7 @@ class Limits:
     def check_sessions(self, tenant: str) -> None:
         """Raises ApiError 429 if a key may not have another session; blocks."""
         most = self._settings.max_sessions
-        have = self._workspace.n_sessions(tenant)
+        have = self._workspace.n_sessions(tenant, but=HIDDEN)
         if have >= most:
             raise ApiError(
                 429, "too_many_sessions", f"this key has {have} sessions, {most} are allowed; delete one", limit=most

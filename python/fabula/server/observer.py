@@ -11,10 +11,13 @@ if TYPE_CHECKING:
 class Observer:
     """Told what happens in a server, in the event loop's thread; does nothing of it itself."""
 
+    def request_begun(self) -> None:
+        """A request came in; `quart.request` is it."""
+
     def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
         """A response's headers are ready. `route` is the rule, such as /sessions/<id>; "" for none."""
 
-    def answer_begun(self, run: Run) -> None:
+    def answer_begun(self, run: Run, source: Source) -> None:
         """An answer was given to the engine."""
 
     def token(self, run: Run, source: Source, seconds: float) -> None:

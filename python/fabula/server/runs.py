@@ -101,7 +101,7 @@ class Run:
         source = self.sources[index]
         told = self._observers
         for observer in told:
-            observer.answer_begun(self)
+            observer.answer_begun(self, source)
         last = time.perf_counter()
         event: Event | None = None
         try:

@@ -193,9 +193,9 @@ class Store:
             self._writer.last_error = translate(Damaged("; ".join(problems)), self._place)
         return found
 
-    def count(self, tenant: str | None = None) -> int:
-        """How many sessions there are, of a tenant or of all."""
-        return self._read(partial(reading.count_sessions, tenant=tenant))
+    def count(self, tenant: str | None = None, but: str = "") -> int:
+        """How many sessions there are, of a tenant or of all; without those whose names begin with `but`."""
+        return self._read(partial(reading.count_sessions, tenant=tenant, but=but))
 
     def find(self, tenant: str, id: str) -> SessionRecord | None:
         """A session's record, without its turns; None if there is no such session.

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from fabula.errors import InvalidArgument, SessionNotFound
 from fabula.server.failures import ApiError
-from fabula.server.routes.sessions import HIDDEN
+from fabula.server.limits import HIDDEN
 from fabula.server.state import Server
 from fabula.sessions.session import Session
 from fabula.sessions.turn import Turn

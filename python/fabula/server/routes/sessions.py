@@ -11,6 +11,7 @@ from quart_schema import document_response, tag, validate_querystring, validate_
 from fabula.engine.sampling import SamplingParams
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.failures import ApiError
+from fabula.server.limits import HIDDEN
 from fabula.server.replies import SessionReply, SessionsReply, TreeReply
 from fabula.server.schemas import SettingsBody
 from fabula.server.state import server
@@ -19,8 +20,6 @@ from fabula.sessions.keeper import params_json
 from fabula.sessions.session import Session
 
 routes = Blueprint("sessions", __name__)
-
-HIDDEN = "resp."  # sessions that /v1/responses keeps
 
 
 class ListQuery(BaseModel):
