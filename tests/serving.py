@@ -56,6 +56,8 @@ class Running:
         if " at http" not in line:
             self.process.wait(READY_S)
             self._reader.join(5)
+            self.process.stdout.close()
+            self.process.stderr.close()
             raise AssertionError(f"the server did not start: {line!r} {''.join(self.errors)}")
         self.address = line.split()[-1]
         self.port = int(self.address.rpartition(":")[2])

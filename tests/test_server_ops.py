@@ -46,6 +46,7 @@ def test_metrics_move(served: Running) -> None:
     served.client.get("/chat")
     for i in range(5):
         served.client.get(f"/nothing/{i}")
+        served.client.request(f"X{i}", "/chat")
     after = counted(served)
     name = found["model"]
 
@@ -61,7 +62,8 @@ def test_metrics_move(served: Running) -> None:
     assert more("fabula_requests_total|POST|/chat|200") == 1 and more("fabula_requests_total|GET|none|404") == 5
     assert after["fabula_sessions"] == 1 and after[f"fabula_model_ready|{name}"] == 1
     assert after[f"fabula_kv_pages|used|{name}"] > 0 and after[f"fabula_kv_evicted_pages_total|{name}"] == 0
-    assert not any("/nothing/" in key for key in after)  # clients cannot make new labels
+    assert more("fabula_requests_total|other|none|405") == 5
+    assert not any("/nothing/" in key or "|X" in key for key in after)  # clients cannot make new labels
 
 
 def test_logs_tell_what_happened_and_no_texts(served: Running) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 from quart import Quart, Request, Response, g, request
 from quart.json.provider import DefaultJSONProvider
 from quart_schema import QuartSchema, RequestSchemaValidationError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestTimeout
 
 from fabula.errors import EngineError, InvalidArgument
 from fabula.server import body
@@ -113,8 +114,13 @@ def _request_class(settings: Settings) -> type[Request]:
                 raise ApiError(415, "unsupported_encoding", "send the body without Content-Encoding")
             if self.content_length is not None and self.content_length > (self.max_content_length or 0):
                 raise too_large(self.max_content_length or 0)
-            data = await self.get_data(cache=False)
-            return body.parse(data if isinstance(data, bytes) else data.encode())
+            # Not Quart's get_data: under it, until Python 3.12, wait_for may swallow that the client has gone.
+            try:
+                async with asyncio.timeout(settings.body_s):
+                    data: bytes = await self.body
+            except TimeoutError:
+                raise RequestTimeout from None
+            return body.parse(data)
 
     return ApiRequest
 

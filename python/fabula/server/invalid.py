@@ -36,6 +36,8 @@ def path_of(loc: tuple[int | str, ...]) -> str:
 
 def _sentence(problem: Any) -> str:
     kind = problem["type"]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "must be a JSON object"
     if kind == "extra_forbidden":
         return "there is no such field"
     if kind == "missing":

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fabula.server.state import Server
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+FIRST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
 BETWEEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 5.0)
 REQUEST_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 
@@ -68,7 +69,8 @@ class Metrics(Observer):
 
     def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
         del request_id
-        self._requests.labels(method, route or "none", str(status)).inc()
+        known = method if method in METHODS else "other"  # a client may call them what he likes
+        self._requests.labels(known, route or "none", str(status)).inc()
         self._request_s.labels(route or "none").observe(seconds)
 
     def token(self, run: Run, source: Source, seconds: float) -> None:

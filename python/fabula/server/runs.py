@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +89,13 @@ class Run:
         self.finished_at = 0.0
         self._describe, self._observers = describe, observers
         self.events: list[Event] = [Event("start", data={"stream_id": self.id} | (start or {}))]
-        self._readers: set[_Reader] = set()
+        self._readers: set[Reader] = set()
         self._stopping = False
         self._moved = asyncio.Event()  # a reader took something, or left
         self._left = len(self.sources)
+        for observer in observers:
+            for source in self.sources:
+                observer.answer_begun(self, source)
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.sources))]
 
     # ---- Making -----------------------------------------------------------------------------------------------------
@@ -100,8 +104,6 @@ class Run:
         """Takes the pieces of one answer to its end."""
         source = self.sources[index]
         told = self._observers
-        for observer in told:
-            observer.answer_begun(self, source)
         last = time.perf_counter()
         event: Event | None = None
         try:
@@ -156,33 +158,29 @@ class Run:
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
-    async def follow(self, after: int = -1) -> AsyncIterator[list[tuple[int, Event]]]:
+    def follow(self, after: int = -1) -> Follower:
         """Events behind number `after`, as many at a time as there are; an empty list when nothing happens for a while.
 
-        Whoever leaves before the end may thereby end the run.
+        Whoever leaves before the end may thereby end the run. He counts from now on, not from the first event he takes:
+        a client may leave before that.
         """
-        reader = _Reader(after + 1)
+        return Follower(self, after)
+
+    def join(self, reader: Reader) -> None:
+        """One more reads."""
         self._readers.add(reader)
-        try:
-            while not reader.given_up:
-                if reader.position < len(self.events):
-                    first, reader.position = reader.position, len(self.events)
-                    self._moved.set()
-                    yield list(enumerate(self.events[first : reader.position], first))
-                elif self.is_done:
-                    return
-                else:
-                    reader.news.clear()
-                    try:
-                        async with asyncio.timeout(KEEP_ALIVE_S):
-                            await reader.news.wait()
-                    except TimeoutError:
-                        yield []
-        finally:
+
+    def leave(self, reader: Reader) -> None:
+        """One reads no longer; may be told twice."""
+        if reader in self._readers:
             self._readers.discard(reader)
             self._moved.set()
             if not self._readers and not self.background and not self.is_done:
                 self.abandon()
+
+    def taken(self) -> None:
+        """A reader has taken events."""
+        self._moved.set()
 
     async def finish(self) -> list[dict[str, Any]]:
         """Waits for the end.
@@ -193,8 +191,12 @@ class Run:
         Raises:
             ApiError: an answer failed.
         """
-        async for _ in self.follow():
-            pass
+        follower = self.follow()
+        try:
+            async for _ in follower:
+                pass
+        finally:
+            follower.close()
         if self.error is not None:
             raise self.error
         return [result for result in self.results if result is not None]
@@ -233,11 +235,47 @@ class Run:
         await asyncio.wait(self._tasks)
 
 
-class _Reader:
+class Reader:
     """One who reads a run: where he is, and whether there is news."""
 
     def __init__(self, position: int) -> None:
         self.position, self.news, self.given_up = position, asyncio.Event(), False
+
+
+class Follower(AsyncIterator[list[tuple[int, Event]]]):
+    """Follows a run from an event on; see `Run.follow`. Forgotten or closed, it leaves."""
+
+    def __init__(self, run: Run, after: int) -> None:
+        self._run, self._reader = run, Reader(after + 1)
+        self._loop = asyncio.get_running_loop()
+        run.join(self._reader)
+
+    async def __anext__(self) -> list[tuple[int, Event]]:
+        run, reader = self._run, self._reader
+        while not reader.given_up:
+            if reader.position < len(run.events):
+                first, reader.position = reader.position, len(run.events)
+                run.taken()
+                return list(enumerate(run.events[first : reader.position], first))
+            if run.is_done:
+                break
+            reader.news.clear()
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_S):
+                    await reader.news.wait()
+            except TimeoutError:
+                return []
+        self.close()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Reads no longer; may be called twice."""
+        self._run.leave(self._reader)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_loop"):
+            with suppress(RuntimeError):  # the loop was closed
+                self._loop.call_soon_threadsafe(self._run.leave, self._reader)
 
 
 class Runs:

@@ -8,7 +8,7 @@ from typing import Any
 
 from quart import Response
 
-from fabula.server.runs import Event, Run
+from fabula.server.runs import Event, Follower, Run
 
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -28,14 +28,17 @@ def dumps(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
-async def native(run: Run, after: int = -1) -> AsyncIterator[bytes]:
+def native(run: Run, after: int = -1) -> AsyncIterator[bytes]:
     """The events of a run behind number `after`, in the form of Fabula's own API."""
-    follow = run.follow(after)
+    return _native(run.follow(after))
+
+
+async def _native(follower: Follower) -> AsyncIterator[bytes]:
     try:
-        async for events in follow:
+        async for events in follower:
             yield "".join([encode(number, event) for number, event in events]).encode() if events else KEEP_ALIVE
     finally:
-        await follow.aclose()  # type: ignore[attr-defined]  # at once, not when it is collected: the run may end
+        follower.close()
 
 
 def encode(number: int, event: Event) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quart import g, has_request_context, request
 
 from fabula.errors import InvalidArgument
-from fabula.server.metrics import generation_of
+from fabula.server.metrics import METHODS, generation_of
 from fabula.server.observer import Observer
 
 if TYPE_CHECKING:
@@ -40,17 +40,17 @@ class Traces(Observer):
 
     def request_begun(self) -> None:
         parent = self._propagate.extract(dict(request.headers))
-        g.span = self._tracer.start_span(request.method, context=parent, kind=self._trace.SpanKind.SERVER)
+        g.span = self._tracer.start_span("request", context=parent, kind=self._trace.SpanKind.SERVER)
 
     def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
         del seconds
         span = g.pop("span", None)
         if span is None:
             return
-        span.update_name(f"{method} {route}".strip())
+        span.update_name(f"{method if method in METHODS else 'HTTP'} {route}".strip())
         span.set_attributes(
             {
-                "http.request.method": method,
+                "http.request.method": method if method in METHODS else "_OTHER",
                 "http.route": route,
                 "http.response.status_code": status,
                 "fabula.request.id": request_id,

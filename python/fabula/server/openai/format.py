@@ -13,7 +13,7 @@ from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
 from fabula.server.failures import ApiError
 from fabula.server.openai.schemas import MAX_CHOICES, Asked
-from fabula.server.runs import Event, Run
+from fabula.server.runs import Event, Follower, Run
 from fabula.server.stream import KEEP_ALIVE, dumps
 from fabula.text.tokenizer import Tokenizer
 
@@ -128,20 +128,25 @@ def chat_logprob(tokenizer: Tokenizer, piece: Piece) -> Json:
 # ---- Streams --------------------------------------------------------------------------------------------------------
 
 
-async def follow(
+def follow(
     run: Run, told: Callable[[Event], Iterable[bytes]], last: Callable[[], Iterable[bytes]]
 ) -> AsyncIterator[bytes]:
     """A run as a stream: `told` makes the lines of an event, `last` those at the end."""
-    events_of = run.follow()
+    return _follow(run, run.follow(), told, last)
+
+
+async def _follow(
+    run: Run, follower: Follower, told: Callable[[Event], Iterable[bytes]], last: Callable[[], Iterable[bytes]]
+) -> AsyncIterator[bytes]:
     try:
-        async for events in events_of:
+        async for events in follower:
             lines = b"".join([line for _, event in events for line in told(event)])
             if lines or not events:
                 yield lines or KEEP_ALIVE
         if run.is_done:
             yield b"".join(last())
     finally:
-        await events_of.aclose()  # type: ignore[attr-defined]  # at once: the run may end
+        follower.close()
 
 
 def line(data: Json) -> bytes:

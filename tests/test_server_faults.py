@@ -1,0 +1,247 @@
+"""Clients that leave, read slowly or come twice; a server that is stopped: nothing is lost, and nobody is held up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fabula import Workspace
+from fabula.server import Settings, create_app
+from serving import Running, parse
+
+LONG = {"message": "the whale", "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Running]:
+    with Running(tmp_path_factory.mktemp("faults"), tiny_folder, "--context", "20000") as running:
+        yield running
+
+
+def connection(running: Running, **body: Any) -> socket.socket:
+    """A connection that has asked for an answer and read nothing."""
+    data = json.dumps(body).encode()
+    head = "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
+    sock = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+    sock.sendall(head.encode() + data)
+    return sock
+
+
+def wait_idle(running: Running, seconds: float) -> float:
+    """Seconds until the engine has nothing to do."""
+    begun = time.monotonic()
+    while sum(running.get("/health")["answers"].values()):
+        assert time.monotonic() - begun < seconds, "the engine is still busy"
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+# ---- Clients that leave ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("after", [0.0, 0.002, 0.01, 0.05])
+def test_clients_that_leave(served: Running, stream: bool, after: float) -> None:
+    for i in range(25):
+        sock = connection(served, **LONG, session_id=f"gone-{i}", max_len=5000, stream=stream)
+        time.sleep(after)
+        if i % 2:  # reset instead of closed
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        sock.close()
+    assert wait_idle(served, 5) < 1.0
+    for i in range(25):
+        response = served.client.post("/delete_session", json={"session_id": f"gone-{i}"})
+        assert response.status_code in (200, 404)  # it left before the session was there
+
+
+def test_pages_come_back(served: Running) -> None:
+    sock = connection(served, **LONG, session_id="pages", max_len=5000, stream=True)
+    sock.recv(100)
+    sock.close()
+    wait_idle(served, 5)
+    turn = served.get("/sessions/pages")["path"]
+    assert not turn or turn[-1]["finish_reason"] == "cancelled"
+    assert served.post("/delete_session", session_id="pages")["freed_bytes"] > 0
+
+
+def test_two_at_once(served: Running) -> None:
+    statuses: list[int] = []
+    barrier = threading.Barrier(4)
+
+    def chat() -> None:
+        barrier.wait()
+        body = LONG | {"session_id": "twice", "max_len": 300}
+        statuses.append(httpx.post(f"{served.address}/chat", json=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=chat) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses.count(200) >= 1 and set(statuses) <= {200, 409} and 409 in statuses
+    assert served.get("/sessions/twice")["n_turns"] == statuses.count(200)
+
+
+def test_delete_while_it_is_being_made(served: Running) -> None:
+    with served.client.stream(
+        "POST", "/chat", json=LONG | {"session_id": "doomed", "max_len": 9000, "stream": True}
+    ) as reply:
+        events = parse(reply.iter_lines())
+        first = next(events)
+        freed = httpx.post(f"{served.address}/delete_session", json={"session_id": "doomed"}, timeout=60)
+        assert freed.status_code == 200
+        last = list(events)[-1]
+    assert first["#event"] == "start" and last["#event"] == "cancelled"
+    assert served.get("/sessions/doomed", 404)
+
+
+def test_turns_that_are_not_there(served: Running) -> None:
+    served.post("/chat", session_id="turns", message="a", max_len=2)
+    served.post("/chat", session_id="turns", message="b", max_len=2)
+    for turn in (-1, 3, 2**40, "none"):
+        assert "turn" in served.post("/rollback", 400, session_id="turns", target_turn=turn)["error"]["message"]
+    for _ in range(2):  # it may be asked twice
+        assert served.post("/rollback", session_id="turns", target_turn=0)["head"] == 0
+    assert served.get("/sessions/turns")["n_turns"] == 2
+    served.post("/delete_session", session_id="turns")
+    assert served.post("/rollback", 404, session_id="turns", target_turn=0)
+
+
+# ---- Readers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_reader_holds_up_nobody(served: Running) -> None:
+    at_first = samples(served)
+    slow = connection(served, **LONG, session_id="slow", max_len=18_000, stream=True, n_logprobs=20)
+    slow.recv(100)
+    quick = served.events("/chat", **LONG, session_id="quick", max_len=200)
+    assert len(quick) == 202
+    end = time.monotonic() + 40
+    before = -1.0
+    while time.monotonic() < end:  # buffers fill, then the answer waits for its reader
+        now = samples(served)
+        if now == before:
+            break
+        before = now
+        time.sleep(1)
+    assert served.get("/sessions/slow")["busy"] and now - at_first < 18_000
+    slow.close()
+    wait_idle(served, 10)
+
+
+def samples(running: Running) -> float:
+    """Tokens that were made so far."""
+    lines = running.client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("fabula_between_tokens_seconds_count"))
+
+
+def test_joining_again_anywhere(served: Running) -> None:
+    begun = served.post("/chat", 202, **LONG, session_id="again", max_len=60, background=True)
+    path = f"/streams/{begun['stream_id']}"
+    whole = list(parse(served.client.get(path).iter_lines()))
+    assert len(whole) == 62
+    for after in range(-1, 61, 7):
+        assert list(parse(served.client.get(path, params={"after": after}).iter_lines())) == whole[after + 1 :]
+
+
+def test_a_stream_longer_than_the_hosts_patience(tiny_folder: Path, tmp_path: Path) -> None:
+    """Quart cuts responses after RESPONSE_TIMEOUT, a minute unless set; here it is shorter than the stream."""
+
+    async def ask() -> str:
+        with Workspace(tmp_path) as workspace:
+            app = create_app(workspace, Settings(model=(str(tiny_folder),)))
+            app.config["RESPONSE_TIMEOUT"] = 0.3
+            async with app.test_app():
+                client = app.test_client()
+                while (await client.get("/health", headers={"Host": "localhost"})).status_code != 200:
+                    await asyncio.sleep(0.01)
+                body = LONG | {"max_len": 100, "stream": True}
+                async with client.request(
+                    "/chat", method="POST", headers={"Host": "localhost", "Content-Type": "application/json"}
+                ) as sent:
+                    await sent.send(json.dumps(body).encode())
+                    await sent.send_complete()
+                    received = b""
+                    while b"event: done" not in received:
+                        received += await sent.receive()
+                        await asyncio.sleep(0.02)  # a reader who takes his time
+                    return received.decode()
+
+    begun = time.monotonic()
+    text = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert text.count("event: token") == 100 and time.monotonic() - begun > 0.5
+
+
+# ---- Stopping -------------------------------------------------------------------------------------------------------
+
+
+def streams(running: Running, n: int, max_len: int) -> tuple[list[threading.Thread], list[str]]:
+    """n readers of streams, and the last event of each that ended."""
+    last: list[str] = []
+    begun = threading.Barrier(n + 1)
+
+    def read(i: int) -> None:
+        body = LONG | {"session_id": f"s{i}", "max_len": max_len, "stream": True}
+        with httpx.stream("POST", f"{running.address}/chat", json=body, timeout=60) as response:
+            name = ""
+            for number, event in enumerate(parse(response.iter_lines())):
+                name = event["#event"]
+                if number == 1:
+                    begun.wait()
+            last.append(name)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    begun.wait(30)
+    return threads, last
+
+
+@pytest.mark.parametrize(("max_len", "ends"), [(40, {"done"}), (15_000, {"cancelled"})])
+def test_a_gentle_stop(tiny_folder: Path, tmp_path: Path, max_len: int, ends: set[str]) -> None:
+    running = Running(tmp_path, tiny_folder, "--grace-s", "4", "--context", "20000")
+    threads, last = streams(running, 20, max_len)
+    begun = time.monotonic()
+    assert running.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - begun < 4 + 6
+    for thread in threads:
+        thread.join(10)
+    assert len(last) == 20 and set(last) <= ends | {"done"}
+    with Running(tmp_path, tiny_folder, "--context", "20000") as again:
+        turn = again.get("/sessions/s0")["path"][0]
+        assert turn["finish_reason"] in ("length", "cancelled") and turn["text"]
+
+
+def test_a_stopping_server_begins_nothing_and_who_asks_twice_does_not_wait(tiny_folder: Path, tmp_path: Path) -> None:
+    running = Running(tmp_path, tiny_folder, "--grace-s", "60", "--context", "20000")
+    threads, last = streams(running, 2, 15_000)
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with contextlib.suppress(httpx.HTTPError):
+        refused = httpx.post(f"{running.address}/chat", json=LONG)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
+        assert httpx.get(f"{running.address}/health").json()["status"] == "stopping"
+    begun = time.monotonic()
+    assert running.stop(signal.SIGTERM) == 0 and time.monotonic() - begun < 8
+    for thread in threads:
+        thread.join(10)
+    assert last == ["cancelled", "cancelled"]
+
+
+def test_one_server_for_a_folder(served: Running, tiny_folder: Path, tmp_path: Path) -> None:
+    with Running(tmp_path, tiny_folder), pytest.raises(AssertionError, match=r"(?i)another process"):
+        Running(tmp_path, tiny_folder)
+    with pytest.raises(AssertionError, match="--port names another"):
+        Running(tmp_path / "other", tiny_folder, "--port", str(served.port))
