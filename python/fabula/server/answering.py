@@ -19,16 +19,16 @@ from fabula.sessions.session import Session
 Made = tuple[Session, Sequence[Reply]]
 
 
-async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: int = 1) -> Any:
+async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: int | None = None) -> Any:
     """The response to a request for answers.
 
     Args:
         how: whether they are streamed, and whether they need a reader.
         make: finds the session and begins the replies; runs in a worker thread.
-        n: how many there will be, to check the key's limits before.
+        n: how many there will be, side by side; None for one alone.
     """
     state, tenant = server(), g.tenant
-    with state.limits.beginning(state.runs, tenant, n):
+    with state.limits.beginning(state.runs, tenant, 1 if n is None else n):
         session, replies = await state.call(lambda: make(state, tenant))
         run = run_of(state, session, replies, background=how.background)
     if how.stream:
@@ -36,7 +36,7 @@ async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: in
     if how.background:
         return {"session_id": session.id, "stream_id": run.id}, 202
     results = await run.finish()
-    if len(results) == 1:
+    if n is None:
         return results[0]
     return {"session_id": session.id, "stream_id": run.id, "replies": results}
 

@@ -85,7 +85,7 @@ class Describer(OpenAPIProvider):
                         response["description"] = STATUSES[int(status)]
                 view = views.get(path)
                 if method in ("get", "post") and getattr(view, "_fabula_streams", False) and "200" in responses:
-                    responses["200"].setdefault("content", {})["text/event-stream"] = {"schema": {"type": "string"}}
+                    responses["200"].setdefault("content", {})["text/event-stream"] = {"schema": {}}
         return found
 
 
