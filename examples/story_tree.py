@@ -28,9 +28,7 @@ def tell(beginning: str, model_name: str, n_tokens: int, seed: int) -> None:
             story.rollback(way.turn)
             story.tell(n_tokens).text()
             print(f"--- and so it ended: {story.head.text.strip()}")
-            print(
-                f"    [turn {story.head.number}: {story.head.reused} tokens reused, {story.head.recomputed} recomputed]\n"
-            )
+            print(f"    [turn {story.head.number}: {story.head.reused} reused, {story.head.recomputed} recomputed]\n")
         print(f"{len(story.turns)} turns in the tree, {len(story.path)} on the path")
 
 
