@@ -1,13 +1,11 @@
 """Embeddings: texts as vectors, pooled from the hidden states of a model's last layer.
 
-Texts share steps with each other but not with answers, whose steps go first and whose pages too: a text whose K and V
-were taken away is begun again, to the same bits.
+Texts share steps with each other but not with answers: between two steps whoever waits for the model gets his.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
@@ -21,11 +19,9 @@ from fabula.engine.runner import Runner
 from fabula.errors import ContextOverflow, EngineError, InvalidArgument
 from fabula.kv.pages import Sequence
 
-I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last", "first"]
-STEP_TOKENS = 256  # of all texts together, at most: more are not computed faster
-POLL_S = 0.1  # how often a caller that waits for others asks whether to stop
+STEP_TOKENS = 256  # of all texts together: short enough that answers hardly wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +51,8 @@ def checked_texts(texts: Items[str]) -> Items[str]:
     return texts
 
 
-class _Text:
-    """A text on its way to a vector.
-
-    Args:
-        tokens: int32 [n_tokens].
-        vector: float64 [hidden_size], filled in place; for "mean" with the sum.
-        pooling: how.
-    """
-
-    def __init__(self, tokens: I32, vector: npt.NDArray[np.float64], pooling: Pooling) -> None:
-        self.tokens = tokens
-        self._vector, self._pooling = vector, pooling
-
-    def add(self, before: int, states: F32) -> bool:
-        """Takes in the hidden states of tokens before, before + 1, ...; True when they end the text."""
-        last = before + len(states) == len(self.tokens)
-        if self._pooling == "mean":
-            if not before:  # also when it was begun again
-                self._vector[:] = 0
-            for state in states:  # one by one: the sum has one order, however the text was cut
-                self._vector += state
-        elif self._pooling == "first" and not before:
-            self._vector[:] = states[0]
-        elif self._pooling == "last" and last:
-            self._vector[:] = states[-1]
-        return last
-
-
 class Embedder:
-    """Makes vectors with a model's weights, in buffers of its own. May be called by several threads.
+    """Makes vectors with a model's weights, in buffers of its own. One caller at a time; others wait.
 
     Args:
         runner: of the model.
@@ -92,9 +60,9 @@ class Embedder:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._most = min(STEP_TOKENS, runner.context)
-        self._program = runner.hidden_program(self._most)
-        self._lock = threading.Lock()  # held from a text's first step to its last: one at a time is half computed
+        self._step_tokens = min(STEP_TOKENS, runner.context)
+        self._program = runner.hidden_program(self._step_tokens)
+        self._lock = threading.Lock()
 
     def embed(
         self,
@@ -116,50 +84,53 @@ class Embedder:
                     context=self._runner.context,
                 )
         vectors = np.zeros((len(tokens), self._runner.config.hidden_size), np.float64)
-        work = deque(_Text(text, vector, pooling) for text, vector in zip(tokens, vectors, strict=True))
-        while work:
-            self._wait_for_turn(should_stop)
-            try:
-                self._until_whole(work, should_stop)
-            finally:
-                self._lock.release()
+        with self._lock, ExitStack() as held:
+            work = [(i, text) for i, text in enumerate(tokens)]
+            open_sequence: Sequence | None = None  # of the text that did not fit the step before as a whole
+            while work:
+                if should_stop():
+                    raise EngineError("the embedding was stopped")
+                used: list[Sequence] = []
+                parts, rows, room = [], [], self._step_tokens
+                while work and room:
+                    i, text = work[0]
+                    sequence = open_sequence or held.enter_context(self._runner.sequence())
+                    share, rest = text[:room], text[room:]
+                    parts.append(self._runner.prepare(sequence, share))
+                    rows.append((i, len(share), sequence.n_tokens == 0, not len(rest)))
+                    room -= len(share)
+                    if len(rest):
+                        work[0], open_sequence = (i, rest), sequence
+                    else:
+                        work.pop(0)
+                        open_sequence = None
+                        used.append(sequence)
+                n_rows = sum(n for _, n, _, _ in rows)
+                states = self._runner.run(parts, np.arange(n_rows), self._program)
+                _pool(vectors, states, rows, pooling)
+                for sequence in used:
+                    sequence.close()
         if pooling == "mean":
             vectors /= np.array([[len(text)] for text in tokens])
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return Embeddings(vectors.astype(np.float32), tuple(len(text) for text in tokens))
 
-    def _wait_for_turn(self, should_stop: Callable[[], bool]) -> None:
-        while not self._lock.acquire(timeout=POLL_S):
-            _check(should_stop)
 
-    def _until_whole(self, work: deque[_Text], should_stop: Callable[[], bool]) -> None:
-        """Takes steps until some texts are done and none is half done. Whoever waits for its turn comes next."""
-        with ExitStack() as held:
-            half: Sequence | None = None  # that of the first text, where a step ended within it
-            while True:
-                _check(should_stop)
-                room = min(self._most, self._runner.n_beside())
-                shares: list[tuple[Sequence, I32, int]] = []
-                for text in work:
-                    if not room:
-                        break
-                    sequence = half or held.enter_context(self._runner.sequence())
-                    half = None
-                    n = min(room, len(text.tokens) - sequence.n_tokens)
-                    shares.append((sequence, text.tokens, n))
-                    room -= n
-                done = self._runner.run_beside(self._program, shares)
-                for (sequence, _, _), (before, states) in zip(shares, done, strict=False):
-                    if work[0].add(before, states):
-                        work.popleft()
-                        sequence.close()
-                    else:
-                        half = sequence
-                if half is None:
-                    return
+def _pool(vectors: npt.NDArray[np.float64], states: F32, rows: list[tuple[int, int, bool, bool]], pooling: str) -> None:
+    """Adds a step's hidden states to the texts' vectors. Token by token: a sum has one order, however a text was cut.
 
-
-def _check(should_stop: Callable[[], bool]) -> None:
-    if should_stop():
-        raise EngineError("the embedding was stopped")
+    Args:
+        rows: of each part, in order: its text, its tokens, whether it holds the first and the last of the text.
+    """
+    start = 0
+    for i, n, has_first, has_last in rows:
+        share = states[start : start + n]
+        start += n
+        if pooling == "mean":
+            for state in share:
+                vectors[i] += state
+        elif pooling == "first" and has_first:
+            vectors[i] = share[0]
+        elif pooling == "last" and has_last:
+            vectors[i] = share[-1]

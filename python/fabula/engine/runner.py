@@ -1,16 +1,13 @@
 """A loaded model as the engine sees it: a program, its page pool, and steps over sequences.
 
 A runner executes one step at a time (a lock guards it), so several callers may hold sequences and take turns. Where
-there are many requests, the scheduler decides what a step holds. Work beside the requests, such as embeddings, lets
-their steps go first and gives its pages up for them.
+there are many requests, the scheduler decides what a step holds.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
-from fabula.errors import ContextOverflow, EngineError, InvalidArgument, OutOfMemory
+from fabula.errors import ContextOverflow, EngineError, InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, Window
@@ -36,10 +33,6 @@ I32 = npt.NDArray[np.int32]
 MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
-QUIET_S = 1.0  # without a step, after which no request counts as running
-BESIDE_S = 0.5  # what a batch beside the requests may take at most: one may come at any time
-STRETCH = 1.4  # what it may take while they run, in steps of theirs: as much as the scheduler gives to prompts
-MIN_BESIDE, MIN_ALONE = 16, 64  # tokens of such a batch, for the matrix kernels' sake
 
 
 class Recipe(NamedTuple):
@@ -117,12 +110,7 @@ class Runner:
         if kv_memory is not None:
             n_pages = max(1, kv_memory // _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim))
         self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim)
-        # `_lock` is held during a step. A request holds `_first` too, from before it waits for `_lock`: work beside the
-        # requests passes through `_first`, so it cannot take two steps while one of theirs waits.
-        self._first, self._lock = threading.Lock(), threading.Lock()
-        self._beside: weakref.WeakSet[Sequence] = weakref.WeakSet()  # under `_lock`
-        self._step_s, self._step_end = 0.0, -QUIET_S  # the last step of a request: seconds it took, when it ended
-        self._token_s = 0.0  # seconds of a token in the last batch beside them
+        self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
 
@@ -183,102 +171,28 @@ class Runner:
 
         Raises:
             ContextOverflow: the sequence would grow beyond the context; nothing was changed.
-            OutOfMemory: no free pages, not even those of work beside the requests; nothing was changed.
+            OutOfMemory: no free pages; nothing was changed.
         """
         self.check_room(sequence.n_tokens + len(tokens), sequence.window)
-        try:
-            return self._reserve(sequence, tokens)
-        except OutOfMemory:
-            if not self._take_from_beside():
-                raise
-            return self._reserve(sequence, tokens)
-
-    def _reserve(self, sequence: Sequence, tokens: I32) -> Part:
         pages = sequence.reserve(sequence.n_tokens + len(tokens))
         window = sequence.window
         return Part(
             sequence, _native.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
         )
 
-    def _take_from_beside(self) -> bool:
-        """Gives back what work beside the requests holds; it computes it again. False if that is nothing."""
-        with self._first, self._lock:
-            held = [sequence for sequence in self._beside if sequence.pages]
-            for sequence in held:
-                sequence.close()
-        return bool(held)
-
-    def run(self, parts: list[Part], outputs: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """One batch of prepared parts; arguments, results and errors as `step`."""
-        self._check_process()
-        with self._first, self._lock:
-            start = time.monotonic()
-            logits = self._run(self.program, parts, outputs)
-            self._step_end = time.monotonic()
-            self._step_s = self._step_end - start
-        return logits
-
-    def _run(self, program: _native.Program, parts: list[Part], outputs: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """One batch, under the lock."""
-        if self._closed:  # the library's memory is gone
-            raise InvalidArgument("the model is closed")
-        rows = program.run(self.pool.native, [part.share for part in parts], outputs)
-        for part in parts:
-            part.sequence.n_tokens += part.n_tokens
-        return rows
-
-    def _check_process(self) -> None:
+    def run(
+        self, parts: list[Part], outputs: npt.ArrayLike, program: _native.Program | None = None
+    ) -> npt.NDArray[np.float32]:
+        """One batch of prepared parts; arguments, results and errors as `step`. `program`: None for the model's own."""
         if os.getpid() != self._pid:  # threads, and what they held, are not copied by fork
             raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
-
-    # ---- Beside the requests ----------------------------------------------------------------------------------------
-
-    def run_beside(
-        self, program: _native.Program, shares: list[tuple[Sequence, I32, int]]
-    ) -> list[tuple[int, npt.NDArray[np.float32]]]:
-        """One batch that is no request's: the next tokens of some texts, as far as there are pages for them.
-
-        Before the next batch a request may take a sequence's pages: it is empty then, and its text begins anew.
-
-        Args:
-            program: that of the model or a `hidden_program`.
-            shares: sequences, with the whole text of each and how many of its tokens to append at most.
-
-        Returns:
-            For each of the first shares, one at least: the tokens that came before, and the rows of those appended,
-            float32 [n_tokens, program.n_outputs].
-
-        Raises:
-            OutOfMemory: no free pages even for the first; nothing was changed.
-            NonFinite: rows are damaged; the sequences keep their former length.
-            InvalidArgument: the model was closed.
-        """
-        self._check_process()
-        with self._first:
-            pass
         with self._lock:
-            parts: list[Part] = []
-            for sequence, text, n in shares:
-                self._beside.add(sequence)
-                try:
-                    parts.append(self._reserve(sequence, text[sequence.n_tokens : sequence.n_tokens + n]))
-                except OutOfMemory:
-                    if not parts:
-                        raise
-                    break
-            ends = np.cumsum([part.n_tokens for part in parts])
-            start = time.monotonic()
-            rows = self._run(program, parts, np.arange(ends[-1]))
-            self._token_s = (time.monotonic() - start) / len(rows)
-        befores = [part.share.n_past for part in parts]
-        return list(zip(befores, np.split(rows, ends[:-1]), strict=True))
-
-    def n_beside(self) -> int:
-        """How many tokens the next batch beside the requests should have, so that they wait only shortly for it."""
-        running = self._first.locked() or time.monotonic() - self._step_end < QUIET_S
-        seconds = min(STRETCH * self._step_s, BESIDE_S) if running else BESIDE_S
-        least = MIN_BESIDE if running else MIN_ALONE
-        return max(least, int(seconds / self._token_s)) if self._token_s else least
+            if self._closed:  # the library's memory is gone
+                raise InvalidArgument("the model is closed")
+            logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
+        for part in parts:
+            part.sequence.n_tokens += part.n_tokens
+        return logits
 
     def hidden_program(self, max_tokens: int) -> _native.Program:
         """The same program up to the last norm: its rows are hidden states, float32 [hidden_size].
