@@ -70,8 +70,8 @@ class Pace:
             return 0.0, 0.0
         n, nn, t, nt = n / w, nn / w, t / w, nt / w
         variance = nn - n * n
-        # Steps of nearly one size say little of the slope but the noise: the less they differ, the nearer a token is taken
-        # to its share of the time, which is the most it can cost.
+        # Steps of nearly one size say little of the slope but the noise: the less they differ, the nearer a token is
+        # taken to its share of the time, which is the most it can cost.
         ridge = 4 + n * n / 16
         token = (nt - n * t + ridge * t / n) / (variance + ridge)
         token = min(max(token, 0.02 * t / n), t / n)
