@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 2 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 3 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -77,7 +77,10 @@ enum fb_dtype {
     FB_Q8_0 = 7,
     FB_Q4_K = 8,
     FB_Q5_K = 9,
-    FB_Q6_K = 10
+    FB_Q6_K = 10,
+    FB_Q2_K = 11,
+    FB_Q3_K = 12,
+    FB_IQ4_NL = 13
 };
 
 /* Elements in one block of `dtype` (1 for the plain formats), and its bytes. 0 for an unknown dtype. */
