@@ -7,8 +7,8 @@
  * row of scales around the one that puts the extreme on the last level, lets each levels choose their best d, and from
  * the best of all goes on in turns until E no longer falls.
  *
- * All functions are inlined with a constant n (16 or 32): their loops become vector code without branches. Sums fold
- * in halves, always in the same order, so every compiler's vectors give the same bits.
+ * All functions are inlined with a constant n (16 or 32), and their loops become vector code without branches. Sums run
+ * in four lanes on every machine, so every compiler gives the same bits.
  */
 #ifndef FABULA_QUANT_QUANTIZE_FIT_H
 #define FABULA_QUANT_QUANTIZE_FIT_H
@@ -19,12 +19,15 @@
 
 enum { FB_FIT_MAX = 32 };
 
-/* Sum of n = 16 or 32 numbers, which are destroyed. */
-FB_INLINE float fb_fold(int n, float *terms) {
-    for (int half = n / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++)
-            terms[j] += terms[j + half];
-    return terms[0];
+/* Four floats anywhere in memory. Sums run in such lanes, element j in lane j % 4. */
+typedef float fb_four __attribute__((vector_size(16), aligned(4), may_alias));
+
+FB_INLINE fb_four fb_at(const float *x) {
+    return *(const fb_four *)x;
+}
+
+FB_INLINE float fb_fold(fb_four sum) {
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 /* The nearest whole number, halves to even, of |value| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction. */
@@ -42,29 +45,36 @@ FB_INLINE void fb_levels(int n, const float *x, float m, float inverse, float lo
     }
 }
 
-/* sum a b, and sum a b c */
+/* sum a, sum a b, sum a b c */
+FB_INLINE float fb_sum(int n, const float *a) {
+    fb_four sum = {0};
+    for (int j = 0; j < n; j += 4)
+        sum += fb_at(a + j);
+    return fb_fold(sum);
+}
+
 FB_INLINE float fb_dot(int n, const float *a, const float *b) {
-    float terms[FB_FIT_MAX];
-    for (int j = 0; j < n; j++)
-        terms[j] = a[j] * b[j];
-    return fb_fold(n, terms);
+    fb_four sum = {0};
+    for (int j = 0; j < n; j += 4)
+        sum += fb_at(a + j) * fb_at(b + j);
+    return fb_fold(sum);
 }
 
 FB_INLINE float fb_dot3(int n, const float *a, const float *b, const float *c) {
-    float terms[FB_FIT_MAX];
-    for (int j = 0; j < n; j++)
-        terms[j] = a[j] * b[j] * c[j];
-    return fb_fold(n, terms);
+    fb_four sum = {0};
+    for (int j = 0; j < n; j += 4)
+        sum += fb_at(a + j) * fb_at(b + j) * fb_at(c + j);
+    return fb_fold(sum);
 }
 
 /* E of the levels under scale d and offset m. */
 FB_INLINE float fb_fit_error(int n, const float *x, const float *w, const float *levels, float d, float m) {
-    float terms[FB_FIT_MAX];
-    for (int j = 0; j < n; j++) {
-        const float miss = d * levels[j] + m - x[j];
-        terms[j] = w[j] * miss * miss;
+    fb_four sum = {0};
+    for (int j = 0; j < n; j += 4) {
+        const fb_four miss = d * fb_at(levels + j) + m - fb_at(x + j);
+        sum += fb_at(w + j) * miss * miss;
     }
-    return fb_fold(n, terms);
+    return fb_fold(sum);
 }
 
 /* ---- Without an offset ------------------------------------------------------------------------------------------- */
@@ -138,12 +148,8 @@ FB_INLINE float fb_fit_affine(
     float scale = 0.0f;
     *offset = min;
     if (max - min < 0x1p-100f) return 0.0f;
-    float ones[FB_FIT_MAX], levels[FB_FIT_MAX];
-    for (int j = 0; j < n; j++) {
-        ones[j] = 1.0f;
-        levels[j] = 0.0f;
-    }
-    const float sum_w = fb_dot(n, w, ones), sum_x = fb_dot(n, w, x);
+    const float levels[FB_FIT_MAX] = {0};
+    const float sum_w = fb_sum(n, w), sum_x = fb_dot(n, w, x);
     float error = fb_fit_error(n, x, w, levels, 0.0f, min);
     for (int i = 0; i < n_steps; i++) {
         const float t = first + step * (float)i;
