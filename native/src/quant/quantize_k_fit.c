@@ -8,8 +8,9 @@
  *
  * Weights say which errors count: large numbers take part in large products. ggml weighs by x^2 in q3_k and q6_k, by |x|
  * in q2_k and by sqrt(mean x^2) + |x| in q4_k and q5_k (ggml-quants.c, without an importance matrix). Alone, x^2 and |x|
- * let small numbers go anywhere; with a share of their mean added, all three errors, plain, |x|- and x^2-weighted, come
- * out below those of ggml on normal, heavy-tailed and real rows (tests/test_quantize.py holds the first).
+ * let small numbers go anywhere; with a share of their mean added, the plain and the |x|-weighted error come out below
+ * those of ggml on normal, heavy-tailed and real rows (tests/test_quantize.py holds the plain one), and the x^2-weighted
+ * one below or, for q2_k on heavy tails, level.
  *
  * Everything is computed on x / 2^e with the largest magnitude in [1, 2), so no square over- or underflows.
  */
