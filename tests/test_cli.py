@@ -73,7 +73,7 @@ def test_version_and_help(fabula: Any) -> None:
     assert fabula("--version").out == f"fabula, version {__version__}\n"
     shown = fabula("--help")
     assert shown.code == 0
-    for command in ("bench", "chat", "inspect", "pull", "run", "sessions", "story"):
+    for command in ("bench", "chat", "inspect", "pull", "quantize", "run", "sessions", "story"):
         assert f"  {command} " in shown.out
         assert "Examples:" in fabula(command, "--help").out
 

@@ -23,7 +23,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"models", "kv", "text"},
     {"engine"},
     {"sessions"},
-    {"ops", "model"},
+    {"ops", "model", "export"},
     {"workspace"},
     {"bench", "server"},
     {"cli"},

@@ -33,14 +33,14 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 2 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 3 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
     FB_INVALID_ARGUMENT = 1, /* a value out of its range, a shape that does not fit, a null pointer */
     FB_OUT_OF_MEMORY = 2,    /* the system refused memory */
     FB_UNSUPPORTED = 3,      /* well-formed, but not offered here: e.g. an instruction set this CPU lacks */
-    FB_NON_FINITE = 4        /* logits hold NaN or infinity: the model or its input is damaged */
+    FB_NON_FINITE = 4        /* logits, or numbers to quantise, hold NaN or infinity: damaged model or input */
 };
 
 /* Number of the interface this library was built with; equals FB_ABI_VERSION of its header. */
@@ -77,7 +77,10 @@ enum fb_dtype {
     FB_Q8_0 = 7,
     FB_Q4_K = 8,
     FB_Q5_K = 9,
-    FB_Q6_K = 10
+    FB_Q6_K = 10,
+    FB_Q2_K = 11,
+    FB_Q3_K = 12,
+    FB_IQ4_NL = 13
 };
 
 /* Elements in one block of `dtype` (1 for the plain formats), and its bytes. 0 for an unknown dtype. */
@@ -87,6 +90,14 @@ size_t fb_dtype_block_bytes(enum fb_dtype dtype);
 /* Turns `n_elements` numbers of `dtype` at `src` (src_bytes long, no alignment needed) into f32 at `dst`.
  * n_elements must be a multiple of the block size and src_bytes exactly what they take. */
 enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_bytes, size_t n_elements, float *dst);
+
+/* Turns a matrix f32 [n_rows, n_cols] into `dtype` at `dst` (no alignment needed), row after row. n_cols must be a
+ * multiple of the block size and dst_bytes exactly what the blocks take. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 round to the
+ * scale of each block's extreme; the others search the scale of least weighted error. The bytes do not depend on
+ * n_threads >= 1. FB_NON_FINITE, with row and column in the text, if a number is NaN, infinite or too large for the
+ * format; `dst` then holds nothing of use. */
+enum fb_status fb_quantize(enum fb_dtype dtype, const float *src, int32_t n_rows, int32_t n_cols, int32_t n_threads,
+    void *dst, size_t dst_bytes);
 
 /* ---- Weights ----------------------------------------------------------------------------------------------------- */
 

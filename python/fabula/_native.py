@@ -94,6 +94,20 @@ def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
     return out
 
 
+def quantize(dtype: int, rows: F32, n_threads: int = 1) -> npt.NDArray[np.uint8]:
+    """Turns float32 [n_rows, n_cols] into raw bytes of any dtype, uint8 [n_bytes]; see fb_quantize."""
+    rows = _f32(rows)
+    n_rows, n_cols = rows.shape
+    size, n_bytes = dtype_block(dtype)
+    out = np.empty(rows.size // size * n_bytes if size else 0, np.uint8)
+    _check(
+        lib.fb_quantize(
+            dtype, _floats(rows), n_rows, n_cols, n_threads, ffi.cast("void *", out.ctypes.data), out.nbytes
+        )
+    )
+    return out
+
+
 # ---- Weights -----------------------------------------------------------------------------------------------
 
 

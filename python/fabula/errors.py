@@ -76,7 +76,7 @@ class Unsupported(EngineError):
 
 
 class NonFinite(EngineError, ArithmeticError):
-    """Logits hold NaN or infinity: the model's weights or its input are damaged."""
+    """Logits, or numbers to quantise, hold NaN or infinity: the model's weights or its input are damaged."""
 
 
 class SessionBusy(EngineError):

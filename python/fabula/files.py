@@ -1,14 +1,28 @@
-"""What the keepers of files share: a lock for one process at a time, and names that survive a loss of power."""
+"""What the keepers of files share: a lock for one process at a time, names that survive a loss of power, and files that
+appear only when they are whole."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
+import secrets
 import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
-from fabula.errors import StoreLocked
+from fabula.errors import InvalidArgument, StoreError, StoreFull, StoreLocked, StoreReadOnly
+
+# What a failure of the system means for whoever keeps files.
+ERRORS_OF_WRITING: Mapping[int, type[StoreError]] = {
+    errno.ENOSPC: StoreFull,
+    errno.EDQUOT: StoreFull,
+    errno.EROFS: StoreReadOnly,
+    errno.EACCES: StoreReadOnly,
+    errno.EPERM: StoreReadOnly,
+}
 
 
 class FileLock:
@@ -64,3 +78,46 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which appears under its name, on disk for good, when the block ends well, and never otherwise.
+
+    Until then it lies beside that name, hidden; a block that raises leaves nothing.
+
+    Args:
+        path: its name.
+        overwrite: whether a file of that name may be replaced.
+
+    Raises:
+        InvalidArgument: there is a file of that name, or a folder, or no folder to put it in.
+        StoreFull, StoreReadOnly, StoreError: the system refused.
+    """
+    if path.is_dir():
+        raise InvalidArgument(f"{path}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"{path}: there is no folder {path.parent}")
+    _refuse_existing(path, overwrite)
+    draft = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _refuse_existing(path, overwrite)
+        draft.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, StoreError) or error.errno is None:
+            raise
+        kind = ERRORS_OF_WRITING.get(error.errno, StoreError)
+        raise kind(f"{path}: cannot be written: {error.strerror}", path=path) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is in place by now, or could not be made
+            draft.unlink()
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if not overwrite and path.exists():
+        raise InvalidArgument(f"{path}: exists already, and was not to be overwritten")

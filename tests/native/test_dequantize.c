@@ -133,6 +133,12 @@ static void test_blocks_of_32(void) {
     q8_0.qs[31] = 127;
     decode(FB_Q8_0, &q8_0, x);
     CHECK(x[0] == 192.0f && x[31] == -190.5f && x[1] == 0.0f);
+
+    struct fb_block_iq4_nl iq4_nl = {.d = HALF};
+    iq4_nl.qs[0] = 0xF0;  /* element 0: level 0, element 16: level 15 */
+    iq4_nl.qs[15] = 0x78; /* element 15: level 8, element 31: level 7 */
+    decode(FB_IQ4_NL, &iq4_nl, x);
+    CHECK(x[0] == -63.5f && x[16] == 56.5f && x[15] == 0.5f && x[31] == -5.0f);
 }
 
 /* Scales and mins of q4_k and q5_k: scale 0 = 1, scale 1 = 63, scale 5 = 0x2A, min 0 = 2, min 5 =
@@ -195,6 +201,41 @@ static void test_blocks_of_256(void) {
     CHECK(x[255] == 0.5f * -128 * 31);
 }
 
+static void test_two_and_three_bits(void) {
+    float x[MAX_BLOCK];
+
+    struct fb_block_q2_k q2_k = {.d = HALF, .dmin = QUARTER};
+    q2_k.scales[0] = 0x21; /* elements 0 .. 15: scale 1, min 2 */
+    q2_k.scales[3] = 0xF3; /* elements 48 .. 63 */
+    q2_k.scales[15] = 0x0F;
+    q2_k.qs[0] = 0x03;       /* run 0 element 0: 3 */
+    q2_k.qs[31] = 0x08;      /* run 1 element 31: 2 */
+    q2_k.qs[32 + 31] = 0x40; /* second half, run 3 element 31: 1 */
+    decode(FB_Q2_K, &q2_k, x);
+    CHECK(x[0] == 0.5f * 1 * 3 - 0.25f * 2);
+    CHECK(x[1] == -0.5f);
+    CHECK(x[63] == 0.5f * 3 * 2 - 0.25f * 15);
+    CHECK(x[255] == 0.5f * 15 * 1);
+    CHECK(x[100] == 0.0f);
+
+    struct fb_block_q3_k q3_k = {.d = HALF};
+    q3_k.scales[0] = 0x5A;         /* lower halves: scale 0 = 0xA, scale 8 = 0x5 */
+    q3_k.scales[8] = 3 | 2 << 4;   /* upper: scale 0 = 11 1010 = 58, scale 8 = 10 0101 = 37 */
+    q3_k.scales[7] = 0x10;         /* lower: scale 15 = 0x1 */
+    q3_k.scales[11] = 1 << 6;      /* upper: scale 15 = 01 0001 = 17 */
+    q3_k.qs[0] = 0x02;             /* first half, run 0 element 0: 2 */
+    q3_k.hmask[0] = 1 << 0;        /* + 4 */
+    q3_k.qs[32] = 0x03;            /* second half, run 0 element 0: 3, without its third bit */
+    q3_k.qs[32 + 31] = 0x40;       /* second half, run 3 element 31: 1 */
+    q3_k.hmask[31] = 1 << (4 + 3); /* + 4 */
+    decode(FB_Q3_K, &q3_k, x);
+    CHECK(x[0] == 0.5f * (58 - 32) * (6 - 4));
+    CHECK(x[1] == 0.5f * (58 - 32) * -4);
+    CHECK(x[128] == 0.5f * (37 - 32) * (3 - 4));
+    CHECK(x[255] == 0.5f * (17 - 32) * (5 - 4));
+    CHECK(x[16] == 0.5f * -32 * -4);
+}
+
 static void test_plain_formats(void) {
     const uint16_t halfs[3] = {0x3C00, 0x0001, 0xC000};
     const uint16_t brains[3] = {0x3F80, 0x0001, 0xC000};
@@ -215,12 +256,12 @@ static void test_plain_formats(void) {
 /* ---- Arguments --------------------------------------------------------------------------------------------------- */
 
 static void test_arguments(void) {
-    static const size_t bytes[] = {4, 2, 2, 18, 20, 22, 24, 34, 144, 176, 210};
-    static const int32_t sizes[] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256};
+    static const size_t bytes[] = {4, 2, 2, 18, 20, 22, 24, 34, 144, 176, 210, 84, 110, 18};
+    static const int32_t sizes[] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256, 32};
     const uint8_t raw[400] = {0};
     float x[512];
     x[0] = 7.0f;
-    for (int i = 0; i < 11; i++) {
+    for (int i = 0; i < 14; i++) {
         const enum fb_dtype dtype = (enum fb_dtype)i;
         const size_t size = (size_t)sizes[i];
         CHECK_AT(fb_dtype_block_size(dtype) == sizes[i], "dtype %d", i);
@@ -238,7 +279,7 @@ static void test_arguments(void) {
     /* 2^62 elements of f32 take 2^64 bytes, which wraps to 0. */
     CHECK(fb_dequantize(FB_F32, raw, 0, (size_t)1 << 62, x) == FB_INVALID_ARGUMENT);
     CHECK(strstr(fb_last_error(), "src_bytes") != NULL);
-    CHECK(fb_dequantize((enum fb_dtype)11, raw, 4, 1, x) == FB_INVALID_ARGUMENT);
+    CHECK(fb_dequantize((enum fb_dtype)14, raw, 4, 1, x) == FB_INVALID_ARGUMENT);
     CHECK(fb_dequantize((enum fb_dtype) - 1, raw, 4, 1, x) == FB_INVALID_ARGUMENT);
     CHECK(strstr(fb_last_error(), "dtype is -1") != NULL);
     CHECK(fb_dtype_block_size((enum fb_dtype)99) == 0 && fb_dtype_block_bytes((enum fb_dtype) - 1) == 0);
@@ -251,6 +292,7 @@ int main(void) {
     test_bf16();
     test_blocks_of_32();
     test_blocks_of_256();
+    test_two_and_three_bits();
     test_plain_formats();
     test_arguments();
     return check_result();

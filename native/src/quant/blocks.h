@@ -68,6 +68,18 @@ struct FB_BLOCK fb_block_q8_0 {
 };
 _Static_assert(sizeof(struct fb_block_q8_0) == 34, "q8_0: 34 bytes for 32 elements");
 
+/*  byte  0   2                18
+ *        | d | qs: 16 bytes   |        x = d * fb_iq4_nl_values[q],  q = 0 .. 15 */
+struct FB_BLOCK fb_block_iq4_nl {
+    uint16_t d;
+    uint8_t qs[16];
+};
+_Static_assert(sizeof(struct fb_block_iq4_nl) == 18, "iq4_nl: 18 bytes for 32 elements");
+
+/* The levels of iq4_nl: dense around zero, where weights are. Source: kvalues_iq4nl of ggml-common.h; the table is part
+ * of the format. */
+static const int8_t fb_iq4_nl_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 /* ---- Blocks of 256 ----------------------------------------------------------------------------------------------- */
 
 /*  byte  0   2      4                   16                 144
@@ -120,5 +132,40 @@ struct FB_BLOCK fb_block_q6_k {
     uint16_t d;
 };
 _Static_assert(sizeof(struct fb_block_q6_k) == 210, "q6_k: 210 bytes for 256 elements");
+
+/*  byte  0                  16             80  82     84
+ *        | scales: 16 bytes | qs: 64 bytes | d | dmin |
+ *
+ *  16 sub-blocks of 16 elements, each with a scale (low nibble) and a min (high nibble):
+ *     x = d * scale * q - dmin * min,  q = 0 .. 3
+ *
+ *  Each half of 128 elements owns 32 bytes of qs: bits 2 r, 2 r + 1 of byte j are element j of its run r = 0 .. 3 of 32
+ *  elements. */
+struct FB_BLOCK fb_block_q2_k {
+    uint8_t scales[16];
+    uint8_t qs[64];
+    uint16_t d;
+    uint16_t dmin;
+};
+_Static_assert(sizeof(struct fb_block_q2_k) == 84, "q2_k: 84 bytes for 256 elements");
+
+/*  byte  0                 32             96                 108 110
+ *        | hmask: 32 bytes | qs: 64 bytes | scales: 12 bytes | d |
+ *
+ *  16 sub-blocks of 16 elements:  x = d * (scale - 32) * (q - 4),  scale = 0 .. 63,  q = 0 .. 7.
+ *
+ *  The lower two bits of q lie in qs as in q2_k; its third bit, for element j of run r of half h, is bit 4 h + r of
+ *  hmask[j].
+ *
+ *  The sixteen 6-bit scales, bit 7 on the left:
+ *     bytes 0 .. 7    [ scale i+8, lower 4 | scale i, lower 4 ]                                          i = 0 .. 7
+ *     bytes 8 .. 11   [ scale i+12, upper 2 | scale i+8, upper 2 | scale i+4, upper 2 | scale i, upper 2 ]  i = 0 .. 3 */
+struct FB_BLOCK fb_block_q3_k {
+    uint8_t hmask[32];
+    uint8_t qs[64];
+    uint8_t scales[12];
+    uint16_t d;
+};
+_Static_assert(sizeof(struct fb_block_q3_k) == 110, "q3_k: 110 bytes for 256 elements");
 
 #endif

@@ -31,6 +31,9 @@ static const struct {
     [FB_Q4_K] = {256, sizeof(struct fb_block_q4_k)},
     [FB_Q5_K] = {256, sizeof(struct fb_block_q5_k)},
     [FB_Q6_K] = {256, sizeof(struct fb_block_q6_k)},
+    [FB_Q2_K] = {256, sizeof(struct fb_block_q2_k)},
+    [FB_Q3_K] = {256, sizeof(struct fb_block_q3_k)},
+    [FB_IQ4_NL] = {32, sizeof(struct fb_block_iq4_nl)},
 };
 
 static bool is_known(enum fb_dtype dtype) {
@@ -129,6 +132,16 @@ static void dequantize_q8_0(const struct fb_block_q8_0 *block, size_t n_blocks, 
     }
 }
 
+static void dequantize_iq4_nl(const struct fb_block_iq4_nl *block, size_t n_blocks, float *restrict dst) {
+    for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
+        const float d = fb_f16_to_f32(block->d);
+        for (int j = 0; j < 16; j++) {
+            dst[j] = d * (float)fb_iq4_nl_values[block->qs[j] & 0xF];
+            dst[j + 16] = d * (float)fb_iq4_nl_values[block->qs[j] >> 4];
+        }
+    }
+}
+
 /* ---- Blocks of 256 ----------------------------------------------------------------------------------------------- */
 
 /* The 6-bit scale and min of sub-block `s` (0 .. 7); the packing is drawn in blocks.h. */
@@ -197,6 +210,42 @@ static void dequantize_q6_k(const struct fb_block_q6_k *block, size_t n_blocks, 
     }
 }
 
+static void dequantize_q2_k(const struct fb_block_q2_k *block, size_t n_blocks, float *restrict dst) {
+    for (; n_blocks > 0; n_blocks--, block++) {
+        const float d = fb_f16_to_f32(block->d);
+        const float dmin = fb_f16_to_f32(block->dmin);
+        for (int s = 0; s < 16; s++, dst += 16) {
+            const float factor = d * (float)(block->scales[s] & 0xF), offset = dmin * (float)(block->scales[s] >> 4);
+            const uint8_t *qs = block->qs + 32 * (s / 8) + 16 * (s % 2);
+            const int shift = s % 8 / 2 * 2;
+            for (int j = 0; j < 16; j++) {
+                dst[j] = factor * (float)((qs[j] >> shift) & 3) - offset;
+            }
+        }
+    }
+}
+
+/* The 6-bit scale of sub-block `s` (0 .. 15) of q3_k, without its offset of 32. */
+static int q3_k_scale(const uint8_t *scales, int s) {
+    const int low = (scales[s % 8] >> (4 * (s / 8))) & 0xF;
+    return (low | ((scales[8 + s % 4] >> (2 * (s / 4))) & 3) << 4) - 32;
+}
+
+static void dequantize_q3_k(const struct fb_block_q3_k *block, size_t n_blocks, float *restrict dst) {
+    for (; n_blocks > 0; n_blocks--, block++) {
+        const float d = fb_f16_to_f32(block->d);
+        for (int s = 0; s < 16; s++, dst += 16) {
+            const float factor = d * (float)q3_k_scale(block->scales, s);
+            const int run = s % 8 / 2, half = s / 8, first = 16 * (s % 2);
+            const uint8_t *qs = block->qs + 32 * half + first, *hmask = block->hmask + first;
+            for (int j = 0; j < 16; j++) {
+                const int q = ((qs[j] >> (2 * run)) & 3) | ((hmask[j] >> (4 * half + run)) & 1) << 2;
+                dst[j] = factor * (float)(q - 4);
+            }
+        }
+    }
+}
+
 /* ---- Entrances --------------------------------------------------------------------------------------------------- */
 
 void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, float *dst) {
@@ -233,6 +282,15 @@ void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, 
         break;
     case FB_Q6_K:
         dequantize_q6_k(src, n_elements / 256, dst);
+        break;
+    case FB_Q2_K:
+        dequantize_q2_k(src, n_elements / 256, dst);
+        break;
+    case FB_Q3_K:
+        dequantize_q3_k(src, n_elements / 256, dst);
+        break;
+    case FB_IQ4_NL:
+        dequantize_iq4_nl(src, n_elements / 32, dst);
         break;
     }
 }

@@ -22,6 +22,7 @@ _COMMANDS = {
     "inspect": ("fabula.cli.inspect", "inspect", "Tell what a model file holds, without loading its weights."),
     "keys": ("fabula.cli.serve", "keys", "Make an API key for the server."),
     "pull": ("fabula.cli.pull", "pull", "Bring a model onto this machine."),
+    "quantize": ("fabula.cli.quantize", "quantize", "Write a model as a smaller GGUF file."),
     "run": ("fabula.cli.run", "run", "Chat in a terminal; anywhere else tell a short story."),
     "serve": ("fabula.cli.serve", "serve", "Serve conversations over HTTP, to OpenAI's clients too."),
     "sessions": ("fabula.cli.sessions", "sessions", "List, show, export, import, delete and check kept conversations."),

@@ -30,6 +30,9 @@ class DType(enum.IntEnum):
     Q4_K = 8
     Q5_K = 9
     Q6_K = 10
+    Q2_K = 11
+    Q3_K = 12
+    IQ4_NL = 13
 
 
 @dataclass(frozen=True, slots=True)

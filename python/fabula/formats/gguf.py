@@ -61,16 +61,20 @@ BLOCKS: dict[DType, tuple[int, int]] = {
     DType.Q4_K: (256, 144),
     DType.Q5_K: (256, 176),
     DType.Q6_K: (256, 210),
+    DType.Q2_K: (256, 84),
+    DType.Q3_K: (256, 110),
+    DType.IQ4_NL: (32, 18),
 }
 
 # Tensor type numbers of ggml (enum ggml_type).
 _DTYPES = {
     0: DType.F32, 1: DType.F16, 2: DType.Q4_0, 3: DType.Q4_1, 6: DType.Q5_0, 7: DType.Q5_1, 8: DType.Q8_0,
-    12: DType.Q4_K, 13: DType.Q5_K, 14: DType.Q6_K, 30: DType.BF16,
+    10: DType.Q2_K, 11: DType.Q3_K, 12: DType.Q4_K, 13: DType.Q5_K, 14: DType.Q6_K, 20: DType.IQ4_NL, 30: DType.BF16,
 }  # fmt: skip
+TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 _OTHER_TYPES = {
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
     27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 

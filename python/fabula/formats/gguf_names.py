@@ -57,10 +57,12 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z_]+)\.(weight|bias)")
+_GGUF_NAMES = {theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items())}
+_HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
 _ROPE_FREQS = "rope_freqs.weight"
 _TOKENS = "tokenizer.ggml.tokens"
 _INT32_MAX = 2**31 - 1
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the block layouts of blocks.h
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the block layouts of blocks.h
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -123,6 +125,21 @@ def _unpermute(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.ND
     """Rows (head, pair, member) of GGUF's llama into (head, member, pair); raw is uint8 [n_bytes]."""
     rows = raw.reshape(n_rows // head_dim, head_dim // 2, 2, raw.size // n_rows)
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+
+
+def permute_rows(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
+    """Rows (head, member, pair) of Hugging Face into (head, pair, member) of GGUF's llama; raw is uint8 [n_bytes]."""
+    rows = raw.reshape(n_rows // head_dim, 2, head_dim // 2, raw.size // n_rows)
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+
+
+def gguf_name(name: str) -> str | None:
+    """GGUF's name of a Hugging Face tensor; None if it has none."""
+    if name in _GGUF_NAMES:
+        return _GGUF_NAMES[name]
+    match = _HF_LAYER_TENSOR.fullmatch(name)
+    part = None if match is None else _GGUF_NAMES.get(match[2])
+    return None if match is None or part is None else f"blk.{match[1]}.{part}.{match[3]}"
 
 
 # ---- Keys ---------------------------------------------------------------------------------------------
@@ -241,12 +258,12 @@ def _refuse_unusual(file: GgufFile, keys: _Keys, arch: str) -> None:
         )
     if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0:
         raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")
-    version = keys.integer("general.quantization_version", _QUANTIZATION_VERSION, low=0)
+    version = keys.integer("general.quantization_version", QUANTIZATION_VERSION, low=0)
     quantised = any(BLOCKS[tensor.dtype][0] > 1 for tensor in file.tensors.values())
-    if quantised and version != _QUANTIZATION_VERSION:
+    if quantised and version != QUANTIZATION_VERSION:
         raise keys.unsupported(
             "general.quantization_version",
-            f"is {version}, must be {_QUANTIZATION_VERSION}; quantise the model again",
+            f"is {version}, must be {QUANTIZATION_VERSION}; quantise the model again",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -10,16 +9,10 @@ from pathlib import Path
 from sqlalchemy.exc import IntegrityError
 
 from fabula.errors import EngineError, StoreCorrupt, StoreError, StoreFull, StoreReadOnly
+from fabula.files import ERRORS_OF_WRITING
 from fabula.store.place import Place
 from fabula.store.records import Damaged
 
-_BY_ERRNO = {
-    errno.ENOSPC: StoreFull,
-    errno.EDQUOT: StoreFull,
-    errno.EROFS: StoreReadOnly,
-    errno.EACCES: StoreReadOnly,
-    errno.EPERM: StoreReadOnly,
-}
 _BY_SQLITE_CODE = {
     sqlite3.SQLITE_FULL: StoreFull,
     sqlite3.SQLITE_READONLY: StoreReadOnly,
@@ -56,11 +49,11 @@ def _kind(reason: BaseException, place: Place) -> type[StoreError]:
     if isinstance(reason, Damaged):
         return StoreCorrupt
     if isinstance(reason, OSError):
-        return _BY_ERRNO.get(reason.errno or 0, StoreError)
+        return ERRORS_OF_WRITING.get(reason.errno or 0, StoreError)
     if isinstance(reason, sqlite3.Error):
         code = getattr(reason, "sqlite_errorcode", 0) & 0xFF  # the rest of it says more than is asked here
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and place.file is not None:
-            return _BY_ERRNO.get(_errno_of_writing(place.file.parent), StoreError)
+            return ERRORS_OF_WRITING.get(_errno_of_writing(place.file.parent), StoreError)
         return _BY_SQLITE_CODE.get(code, StoreError)
     return _BY_SQLSTATE.get(getattr(reason, "sqlstate", None) or "", StoreError)
 

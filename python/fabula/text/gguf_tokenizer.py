@@ -37,7 +37,7 @@ def _split(pattern: str) -> list[dict[str, Any]]:
 
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
+PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTE_LEVEL],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
     "llama-bpe": _split(_LLAMA3),
@@ -167,9 +167,9 @@ def _check_tokens(keys: _Keys, tokens: Sequence[str]) -> None:
 def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
     """Byte-level BPE: merges are in the file."""
     pre = keys.text("tokenizer.ggml.pre", "gpt-2")
-    if pre is None or pre not in _PRE_TOKENIZERS:
+    if pre is None or pre not in PRE_TOKENIZERS:
         raise Unsupported(
-            f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(_PRE_TOKENIZERS))}"
+            f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
     vocabulary = {token: i for i, token in enumerate(tokens)}
     key = "tokenizer.ggml.merges"
@@ -185,7 +185,7 @@ def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
     return {
         "version": "1.0",
         "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {

@@ -216,6 +216,11 @@ class Tokenizer:
         """The id of a token as the vocabulary writes it, None when there is none."""
         return self._backend.token_to_id(token)
 
+    def description(self) -> Mapping[str, Any]:
+        """The tokenizer as the content of a tokenizer.json."""
+        found: Mapping[str, Any] = json.loads(self._backend.to_str())
+        return found
+
     @property
     def fingerprint(self) -> str:
         """Digest of everything that text and ids depend on, 32 hexadecimal digits."""

@@ -1,0 +1,323 @@
+"""Writes any model that Fabula reads as a GGUF file of another precision, tensor by tensor.
+
+A Hugging Face folder is translated: its config, tokenizer and chat template become key-values (metadata.py,
+vocabulary.py), and the rows of q and k go into the order that the architecture `llama` has in GGUF. A GGUF file keeps
+its key-values and rows as they are. In memory are one tensor's bytes, and a piece of it in f32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula import _native
+from fabula.engine.threads import default_threads
+from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
+from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors
+from fabula.export.recipe import KINDS, Shape, dtype_for, role_of
+from fabula.export.vocabulary import vocabulary_keys
+from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+from fabula.formats.gguf import BLOCKS, GgufFile
+from fabula.formats.gguf_names import QUANTIZATION_VERSION, gguf_name, permute_rows
+from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
+from fabula.formats.open import open_checkpoint
+from fabula.formats.readfile import shown
+from fabula.models.config import ModelConfig
+from fabula.models.families import family_of
+from fabula.text.tokenizer import Tokenizer
+
+__all__ = ["Report", "Role", "quantize_model"]
+
+_PIECE = 1 << 22  # elements in f32 at a time: 16 MiB
+_ROPE_FREQS = "rope_freqs.weight"
+_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # older checkpoints keep what follows from the config
+
+
+@dataclass(slots=True)
+class Role:
+    """What became of the tensors of one part of the model, e.g. all ffn_down.
+
+    Attributes:
+        name: see `role_of`.
+        n_parameters: numbers in them.
+        bytes_before, bytes_after: of their data.
+        dtypes: formats written, and how many tensors in each.
+        missed, total: sums of squares of errors and of numbers.
+    """
+
+    name: str
+    n_parameters: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    missed: float = 0.0
+    total: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative RMS error: the root of the errors' squares over the numbers' squares."""
+        return math.sqrt(self.missed / self.total) if self.total > 0 else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_after / self.n_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        kind: of file, a key of `KINDS`.
+        file_bytes: its size.
+        roles: by part of the model.
+        fallbacks: tensors whose rows did not fit the format's blocks.
+        requantised: whether the source was quantised already, so errors add up.
+    """
+
+    path: Path
+    kind: str
+    file_bytes: int
+    roles: tuple[Role, ...]
+    fallbacks: int
+    requantised: bool
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(role.n_parameters for role in self.roles)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(role.bytes_before for role in self.roles)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(role.bytes_after for role in self.roles)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_after / self.n_parameters
+
+    @property
+    def error(self) -> float:
+        """Relative RMS error over all tensors."""
+        total = sum(role.total for role in self.roles)
+        return math.sqrt(sum(role.missed for role in self.roles) / total) if total > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the source by its GGUF name, with rows in GGUF's order; `read` gives uint8 [n_bytes]."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    n_bytes: int
+    read: Callable[[], npt.NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    metadata: Mapping[str, Value]
+    tensors: list[_Tensor]
+    shape: Shape
+
+
+def quantize_model(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    kind: str,
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Writes the model at `source` to the GGUF file `target`.
+
+    Args:
+        source: Hugging Face folder, .safetensors or .gguf file.
+        target: file to write; it appears when it is complete.
+        kind: a key of `fabula.export.recipe.KINDS`, e.g. "q4_k_m".
+        threads: None for what the process may really use.
+        overwrite: whether `target` may be replaced.
+        progress: told how many bytes of the source's tensors are done, and how many there are.
+
+    Raises:
+        InvalidArgument: an unknown kind, or `target` exists.
+        ModelFileError: the source is damaged or incomplete.
+        NonFinite: a tensor holds NaN, infinity or a number too large for its format; the message names the place.
+        Unsupported: a family, vocabulary or setting that GGUF has no words for.
+        StoreFull, StoreReadOnly, StoreError: the target cannot be written.
+    """
+    if kind not in KINDS:
+        raise InvalidArgument(f"type is {shown(kind)}, must be one of {', '.join(KINDS)}")
+    n_threads = default_threads() if threads is None else threads
+    path = Path(source)
+    with _opened(path) as model:
+        chosen = [dtype_for(KINDS[kind], t.name, t.shape, model.shape) for t in model.tensors]
+        new = [NewTensor(t.name, dtype, t.shape) for t, dtype in zip(model.tensors, chosen, strict=True)]
+        metadata = {
+            **model.metadata,
+            "general.file_type": KINDS[kind].file_type,
+            "general.quantization_version": QUANTIZATION_VERSION,
+        }
+        roles: dict[str, Role] = {}
+        done, total = 0, sum(tensor.n_bytes for tensor in model.tensors)
+        with GgufWriter(target, metadata, new, overwrite=overwrite) as writer:
+            for tensor, result in zip(model.tensors, new, strict=True):
+                role = roles.setdefault(role_of(tensor.name), Role(role_of(tensor.name)))
+                raw = tensor.read()
+                n_rows = math.prod(tensor.shape[:-1])
+                for first, piece in _pieces(tensor, raw, n_rows):
+                    _write_piece(writer, path, tensor, result, first, piece, role, n_threads)
+                    if progress is not None:
+                        progress(done + (first + len(piece)) * tensor.n_bytes // n_rows, total)
+                done += tensor.n_bytes
+                role.n_parameters += math.prod(tensor.shape)
+                role.bytes_before += tensor.n_bytes
+                role.bytes_after += result.n_bytes
+                role.dtypes[result.dtype.name] = role.dtypes.get(result.dtype.name, 0) + 1
+        whole_blocks = [t.shape[-1] % BLOCKS[KINDS[kind].dtype][0] == 0 for t in model.tensors if len(t.shape) > 1]
+    return Report(
+        path=Path(target),
+        kind=kind,
+        file_bytes=writer.n_bytes,
+        roles=tuple(sorted(roles.values(), key=lambda role: -role.n_parameters)),
+        fallbacks=whole_blocks.count(False),
+        requantised=any(
+            BLOCKS[t.dtype][0] > 1 and t.dtype is not d for t, d in zip(model.tensors, chosen, strict=True)
+        ),
+    )
+
+
+def _pieces(tensor: _Tensor, raw: npt.NDArray[np.uint8], n_rows: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Runs of whole rows, uint8 [rows, row_bytes], each with the number of its first row."""
+    rows = raw.reshape(n_rows, -1)
+    step = max(1, _PIECE // tensor.shape[-1])
+    for first in range(0, n_rows, step):
+        yield first, rows[first : first + step]
+
+
+def _write_piece(
+    writer: GgufWriter,
+    path: Path,
+    tensor: _Tensor,
+    result: NewTensor,
+    first: int,
+    piece: npt.NDArray[np.uint8],
+    role: Role,
+    n_threads: int,
+) -> None:
+    n_cols = tensor.shape[-1]
+    values = _native.dequantize(tensor.dtype, piece.reshape(-1), len(piece) * n_cols)
+    try:
+        out = _native.quantize(result.dtype, values.reshape(-1, n_cols), n_threads)
+    except NonFinite as error:
+        start = f", rows counted from {first}" if first else ""
+        raise NonFinite(f"{path}: tensor {shown(tensor.name)}{start}: {error}", status=error.status) from None
+    if result.dtype is tensor.dtype:
+        out = piece.reshape(-1)  # as it was: another search would only add to its error
+    else:
+        back = _native.dequantize(result.dtype, out, values.size)
+        role.missed += float(np.square(back - values, dtype=np.float64).sum())
+    role.total += float(np.square(values, dtype=np.float64).sum())
+    writer.write(result.name, out)
+
+
+# ---- Sources --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Source]:
+    checkpoint = open_checkpoint(path)
+    try:
+        family = family_of(checkpoint.config, checkpoint.path)
+        config = family.read(checkpoint.config, checkpoint.path)
+        shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
+        if checkpoint.format == "gguf":
+            with GgufFile(checkpoint.path) as file:
+                yield _from_gguf(file, shape)
+        else:
+            yield _from_folder(checkpoint, config, shape)
+    finally:
+        checkpoint.close()
+
+
+def _from_gguf(file: GgufFile, shape: Shape) -> _Source:
+    metadata: dict[str, Value] = {}
+    for key, value in file.metadata.items():
+        if not key.startswith(("split.", "quantize.")):  # of the file it was, not of the model
+            metadata[key] = cast("Value", value)
+    tensors = [
+        _Tensor(t.name, t.dtype, t.shape, t.n_bytes, lambda name=t.name: file.read(name))  # type: ignore[misc]
+        for t in file.tensors.values()
+    ]
+    return _Source(metadata, tensors, shape)
+
+
+def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _Source:
+    path = checkpoint.path
+    folder = path if path.is_dir() else path.parent
+    metadata = config_keys(config, folder.resolve().name or "model", path)
+    metadata |= vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
+    wanted = _expected(checkpoint, config)
+    tensors: list[_Tensor] = []
+    factors = frequency_factors(config, path)
+    if factors is not None:
+        raw = factors.view(np.uint8)
+        tensors.append(_Tensor(_ROPE_FREQS, DType.F32, factors.shape, factors.nbytes, lambda: raw))
+    for name, info in wanted.items():
+        tensors.append(_Tensor(name, info.dtype, info.shape, info.n_bytes, _reader(checkpoint, config, name, info)))
+    return _Source(metadata, tensors, shape)
+
+
+def _reader(
+    checkpoint: Checkpoint, config: ModelConfig, name: str, info: TensorInfo
+) -> Callable[[], npt.NDArray[np.uint8]]:
+    """Reads a tensor; q and k of what GGUF calls llama get the order of rows that GGUF has there."""
+    permuted = ARCHITECTURES[config.model_type] == "llama" and role_of(name.replace(".bias", ".weight")) in (
+        "attn_q",
+        "attn_k",
+    )
+
+    def read() -> npt.NDArray[np.uint8]:
+        raw = checkpoint.read(info.name)
+        return permute_rows(raw, info.shape[0], config.head_dim) if permuted else raw
+
+    return read
+
+
+def _expected(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorInfo]:
+    """The checkpoint's tensors by GGUF name, in the order of the model, all that it needs and nothing unknown."""
+    by_name: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(_NOT_WEIGHTS) or (config.tied and name == "lm_head.weight"):
+            continue
+        translated = gguf_name(name)
+        if translated is None:
+            raise Unsupported(f"{checkpoint.path}: tensor {shown(name)}: GGUF has no name for it in this family")
+        by_name[translated] = info
+    order = ["token_embd.weight"]
+    layer = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
+    if config.model_type == "qwen3":
+        layer += ["attn_q_norm", "attn_k_norm"]
+    for i in range(config.n_layers):
+        order += [f"blk.{i}.{part}.weight" for part in layer]
+    order += ["output_norm.weight"] + ([] if config.tied else ["output.weight"])
+    for name in order:
+        if name not in by_name:
+            raise ModelFileError(f"{checkpoint.path}: tensor for {name} is missing", path=checkpoint.path, field=name)
+    rest = [name for name in by_name if name not in set(order)]
+    if any(name.endswith(".weight") for name in rest):
+        extra = next(name for name in rest if name.endswith(".weight"))
+        raise Unsupported(f"{checkpoint.path}: tensor {shown(by_name[extra].name)}: not part of this model's config")
+    return {name: by_name[name] for name in [*order, *rest]}

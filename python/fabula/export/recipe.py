@@ -1,0 +1,125 @@
+"""Which format each tensor of a file gets: the same that llama.cpp gives it.
+
+    f32 f16 bf16               every matrix in it
+    q8_0 q6_k q5_k q3_k ...    every matrix in it
+    q2_k q4_k iq4_nl           a few tensors of the first layers, or attn_v, attn_output and ffn_down, in more bits
+    q4_k_m q5_k_m              attn_v and ffn_down of the first, the last and every third layer in Q6_K
+
+The head, or the embedding that is one too, is in Q6_K or better. Vectors (norms, biases) stay F32. Rows that are no
+whole number of a format's blocks fall back to a format in blocks of 32, and to F16 where even that does not fit.
+
+Source: facts of llama.cpp's src/llama-quant.cpp. Its names for q4_k, q5_k and q3_k are Q4_K_S, Q5_K_S and Q3_K_S.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fabula.formats.checkpoint import DType
+from fabula.formats.gguf import BLOCKS
+
+_LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        dtype: of matrices that nothing else is said of.
+        file_type: llama.cpp's number of it (enum llama_ftype), `general.file_type`.
+    """
+
+    dtype: DType
+    file_type: int
+
+
+KINDS: Mapping[str, Kind] = {
+    "f32": Kind(DType.F32, 0),
+    "f16": Kind(DType.F16, 1),
+    "bf16": Kind(DType.BF16, 32),
+    "q8_0": Kind(DType.Q8_0, 7),
+    "q6_k": Kind(DType.Q6_K, 18),
+    "q5_k_m": Kind(DType.Q5_K, 17),
+    "q5_k": Kind(DType.Q5_K, 16),
+    "q5_1": Kind(DType.Q5_1, 9),
+    "q5_0": Kind(DType.Q5_0, 8),
+    "q4_k_m": Kind(DType.Q4_K, 15),
+    "q4_k": Kind(DType.Q4_K, 14),
+    "q4_1": Kind(DType.Q4_1, 3),
+    "q4_0": Kind(DType.Q4_0, 2),
+    "iq4_nl": Kind(DType.IQ4_NL, 25),
+    "q3_k": Kind(DType.Q3_K, 11),
+    "q2_k": Kind(DType.Q2_K, 10),
+}
+
+_FALLBACK = {
+    DType.Q2_K: DType.Q4_0,
+    DType.Q3_K: DType.Q4_0,
+    DType.Q4_K: DType.Q5_0,
+    DType.Q5_K: DType.Q5_1,
+    DType.Q6_K: DType.Q8_0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a choice depends on beside the tensor.
+
+    Attributes:
+        n_layers: of the model.
+        queries_per_kv: query heads that share a KV head.
+        tied: whether the embedding is the head too.
+    """
+
+    n_layers: int
+    queries_per_kv: int
+    tied: bool
+
+
+def role_of(name: str) -> str:
+    """A tensor's part in the model, by its GGUF name: "embedding", "head", "attn_q", ..., or "norms and biases"."""
+    if name == "token_embd.weight":
+        return "embedding"
+    if name == "output.weight":
+        return "head"
+    match = _LAYER.fullmatch(name)
+    return match[2] if match and not match[2].endswith("norm") else "norms and biases"
+
+
+def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DType:
+    """The format of a tensor, by its GGUF name."""
+    role = role_of(name)
+    if len(shape) < 2 or role == "norms and biases":
+        return DType.F32
+    if BLOCKS[kind.dtype][0] == 1:
+        return kind.dtype
+    dtype = kind.dtype
+    if role == "head" or (role == "embedding" and model.tied):
+        # Every logit passes here, so it gets more bits than the rest.
+        dtype = DType.Q6_K if dtype is not DType.Q8_0 and shape[-1] % BLOCKS[dtype][0] == 0 else DType.Q8_0
+    elif match := _LAYER.fullmatch(name):
+        dtype = _mixed(kind, role, int(match[1]), model)
+    if shape[-1] % BLOCKS[dtype][0]:
+        dtype = _FALLBACK.get(dtype, DType.F16)
+    return DType.F16 if shape[-1] % BLOCKS[dtype][0] else dtype
+
+
+def _mixed(kind: Kind, role: str, layer: int, model: Shape) -> DType:
+    """The format of a layer's matrix before its rows are looked at."""
+    many_queries = model.queries_per_kv >= 4  # then attn_v is small beside the rest
+    eighth = model.n_layers // 8
+    if kind is KINDS["q2_k"]:
+        if role == "attn_v":
+            return DType.Q4_K if many_queries else DType.Q3_K
+        return DType.Q3_K if role in ("attn_output", "ffn_down") else kind.dtype
+    if kind is KINDS["q4_k"] or kind is KINDS["iq4_nl"]:
+        values = many_queries if kind is KINDS["iq4_nl"] else layer < 4
+        more = (role == "attn_v" and values) or (role == "ffn_down" and layer < eighth)
+        return DType.Q5_K if more else kind.dtype
+    if kind is KINDS["q4_k_m"] or kind is KINDS["q5_k_m"]:
+        more = layer < eighth or layer >= 7 * model.n_layers // 8 or (layer - eighth) % 3 == 2
+        return DType.Q6_K if more and role in ("attn_v", "ffn_down") else kind.dtype
+    return kind.dtype

@@ -1,0 +1,181 @@
+"""A tokenizer.json as GGUF key-values: the reverse of text/gguf_tokenizer.py.
+
+GGUF does not say how text is cut before merging; it names a way that readers know. So every name is tried, and the one
+is taken with which the tokenizer made from the key-values cuts sample texts like the original. Where none does, the
+model is refused: it would read and write gibberish.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fabula.errors import EngineError, TokenizerError, Unsupported
+from fabula.formats.gguf_write import Value
+from fabula.formats.readfile import shown
+from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
+from fabula.text.tokenizer import END_TOKENS, Tokenizer
+
+# Names that mean different things; PRE_TOKENIZERS has synonyms besides.
+_NAMES = ("smollm", "gpt-2", "llama-bpe", "qwen2")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+# Texts that ways of cutting differ on: digits in a row, contractions, runs of spaces and lines, other scripts, letters
+# in pieces, symbols, code.
+SAMPLES = (
+    "Hello, world! It's 1234567890 o'clock; we'll see, they'VE said.",
+    "  two  spaces   three\tand\ttabs \n\n\n lines \r\n end  ",
+    "Grüße aus Köln, cafe\u0301 und café, naïve — “quotes” … 3.14159e-10 €99,95",
+    "日本語のテキスト、漢字とかな。 한국어 텍스트. Русский текст, ещё раз. العربية ١٢٣ हिन्दी १२३",
+    "👩‍👩‍👧 emoji 🙂🙂 ℝ² ½ ① ﬁ ａｂｃ１２３",
+    "for (int i = 0; i < 100; ++i) { printf(\"%d\\n\", a[i] * b[i]); } // x_y-z\n    return;\n",
+    "A don't DON'T I'M i'm 's'S 12 345 6 7890 v1.2.3 2026-01-31T23:59:59Z \u00a0nbsp\u3000wide",
+    "",
+    " ",
+    "\n",
+)  # fmt: skip
+
+
+def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
+    """The key-values of a tokenizer.
+
+    Args:
+        tokenizer: read from a Hugging Face folder.
+        vocab_size: rows of the embedding; ids without a token get one that no text contains.
+
+    Raises:
+        TokenizerError: more tokens than rows.
+        Unsupported: a vocabulary or a way of cutting text that GGUF has no words for.
+    """
+    description = tokenizer.description()
+    model = description["model"]
+    if model.get("type") != "BPE":
+        raise Unsupported(f"{tokenizer.path}: a tokenizer of type {shown(model.get('type'))}; GGUF is written for BPE")
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the embedding has {vocab_size} rows",
+            path=tokenizer.path,
+            field="vocab",
+        )
+    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    tokens, types = _tokens(description, vocab_size)
+    shared: dict[str, Value] = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.asarray(types, np.int32),
+        **_special_ids(tokenizer),
+    }
+    if tokenizer.chat_template is not None:
+        shared["tokenizer.chat_template"] = tokenizer.chat_template
+    if tokenizer.kind == "byte-level":
+        candidates = _byte_level(description, merges, tokenizer.path)
+    else:
+        candidates = _sentencepiece(tokens, types, merges)
+    for candidate in candidates:
+        keys = {**candidate, **shared}
+        if _cuts_alike(tokenizer, keys):
+            return keys
+    raise Unsupported(
+        f"{tokenizer.path}: text is cut in a way that GGUF readers have no name for; known are {', '.join(_NAMES)} "
+        "and SentencePiece's"
+    )
+
+
+def _tokens(description: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Every id's token and type."""
+    by_id: dict[int, str] = {token_id: token for token, token_id in description["model"]["vocab"].items()}
+    types = dict.fromkeys(by_id, NORMAL)
+    for token_id, token in by_id.items():
+        if description["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(token):
+            types[token_id] = BYTE
+    for added in description.get("added_tokens", []):
+        by_id[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    unknown = description["model"].get("unk_token")
+    taken = set(by_id.values())
+    for token_id in range(vocab_size):
+        if token_id not in by_id:
+            filler = f"[PAD{token_id}]"
+            by_id[token_id] = filler if filler not in taken else f"[PAD{token_id}-unused]"
+            types[token_id] = UNUSED
+        elif by_id[token_id] == unknown:
+            types[token_id] = UNKNOWN
+    return [by_id[i] for i in range(vocab_size)], [types[i] for i in range(vocab_size)]
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
+    ids: dict[str, Value] = {"tokenizer.ggml.add_bos_token": tokenizer.add_bos}
+    if tokenizer.bos_id is not None:
+        ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
+    if tokenizer.eos_ids:
+        ids["tokenizer.ggml.eos_token_id"] = tokenizer.eos_ids[0]
+    # Readers know the usual ends of a turn by their text; two others can be named.
+    others = [i for i in tokenizer.eos_ids[1:] if tokenizer.token_text(i) not in END_TOKENS]
+    for key, token_id in zip(("eot", "eom"), others, strict=False):
+        ids[f"tokenizer.ggml.{key}_token_id"] = token_id
+    for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
+        text = tokenizer.named_special.get(name)
+        if text is not None and (found := tokenizer.id_of(text)) is not None:
+            ids[f"tokenizer.ggml.{key}_token_id"] = found
+    return ids
+
+
+def _byte_level(
+    description: Mapping[str, Any], merges: Sequence[Sequence[str]], path: Path
+) -> Iterable[dict[str, Value]]:
+    for i, merge in enumerate(merges):
+        if len(merge) != 2 or any(" " in part or not part for part in merge):
+            raise Unsupported(f"{path}: merge {i} is {shown(merge)}, GGUF holds two tokens with a space between")
+    joined = [" ".join(merge) for merge in merges]
+    # The one that looks the same comes first: on a small vocabulary several may cut alike.
+    looks = _steps(description.get("pre_tokenizer"))
+    names = sorted(_NAMES, key=lambda name: _steps(PRE_TOKENIZERS[name]) != looks)
+    for name in names:
+        yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": joined}
+
+
+def _steps(described: Any) -> list[str]:
+    """A pre-tokenizer as a flat list of its steps, without what does not change the tokens."""
+    if isinstance(described, Mapping) and described.get("type") == "Sequence":
+        described = described.get("pretokenizers", [])
+    steps = described if isinstance(described, list) else [described] if described else []
+    kept = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    return [json.dumps(step, sort_keys=True) for step in kept]
+
+
+def _sentencepiece(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]
+) -> Iterable[dict[str, Value]]:
+    """Scores stand for the order of merges: the earlier a piece is made, the higher."""
+    order: dict[str, int] = {}
+    for merge in merges:
+        order.setdefault("".join(merge), len(order))
+    last = len(order)
+    scores = [
+        -float(order.get(token, last)) if kind == NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)
+    ]
+    for prefix in (True, False):
+        yield {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.scores": np.asarray(scores, np.float32),
+            "tokenizer.ggml.add_space_prefix": prefix,
+        }
+
+
+def _cuts_alike(tokenizer: Tokenizer, keys: Mapping[str, Value]) -> bool:
+    try:
+        made = Tokenizer.from_gguf(keys, tokenizer.path)
+    except EngineError:
+        return False
+    # SentencePiece models disagree among themselves on the space beside a control token, so there it stands alone.
+    around = "a{} b" if tokenizer.kind == "byte-level" else "{}"
+    return all(
+        made.encode(text, add_bos=False, special=special) == tokenizer.encode(text, add_bos=False, special=special)
+        for text in (*SAMPLES, *(around.format(token) for token in tokenizer.special_tokens))
+        for special in (False, True)
+    )
