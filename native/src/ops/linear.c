@@ -37,9 +37,15 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
 
     float tile[TOKEN_BLOCK * MAX_GROUP * FB_LANES];
     const size_t ld = n_panels * FB_LANES;
-    linear->kernels->gemm[linear->weight->dtype](fb_weight_panel(linear->weight, first_panel),
-        fb_weight_panel_stride(linear->weight), n_panels, (size_t)linear->weight->n_cols,
-        linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false);
+    const struct fb_weight *weight = linear->weight;
+    const char *panels = fb_weight_panel(weight, first_panel);
+    const size_t n_cols = (size_t)weight->n_cols;
+    if (fb_is_quantised(weight->dtype))
+        linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
+            linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
+    else
+        linear->kernels->gemm[weight->dtype](panels, fb_weight_panel_stride(weight), n_panels, n_cols,
+            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false);
 
     const size_t outputs = linear->swiglu ? ld / 2 : ld; /* per token */
     const size_t column = linear->swiglu ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;

@@ -198,14 +198,55 @@ static void run_rows(const struct run *run, const struct fb_stage *stage, struct
                 run_row(run, &run->program->ops[stage->first_op + o], row);
 }
 
-static void run_linear(
-    struct run *run, const struct fb_op *op, struct fb_counter *counter, size_t n_rows, int n_threads) {
+/* What the products of a stage read. */
+struct inputs {
+    const float *x; /* [rows][ldx] */
+    const struct fb_activation *activations;
+    size_t ldx, ld_activations;
+};
+
+static void prepare_row(
+    const struct fb_program *p, const struct fb_stage *stage, size_t row, float *x, struct fb_activation *activations) {
+    const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
+    if (norm) p->kernels->rms_norm(row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
+    if (stage->is_quantised)
+        p->kernels->quantise(x, (size_t)p->buffers[p->ops[stage->first_op].in].width / FB_BLOCK_COLUMNS, activations);
+}
+
+/* Norm and rounding of a stage's inputs: few rows by every thread for itself, many shared out. */
+static struct inputs prepare_inputs(struct run *run, const struct fb_stage *stage, struct fb_counter *counter,
+    size_t n_rows, int thread, int n_threads) {
     const struct fb_program *p = run->program;
-    const struct fb_buffer *in = &p->buffers[op->in];
+    const int32_t number = p->ops[stage->first_op].in;
+    const struct fb_buffer *in = &p->buffers[number];
+    struct inputs inputs = {
+        .x = in->data, .ldx = in->stride, .activations = p->activations, .ld_activations = p->activation_blocks};
+    if (stage->norm < 0 && !stage->is_quantised) return inputs;
+    if (n_rows > FB_OWN_ROWS) {
+        for (int64_t row; (row = next_item(counter)) < (int64_t)n_rows;)
+            prepare_row(p, stage, (size_t)row, row_of(p, number, (size_t)row),
+                p->activations + (size_t)row * p->activation_blocks);
+        fb_barrier_wait(&run->barrier, n_threads);
+        return inputs;
+    }
+    struct fb_activation *activations = (struct fb_activation *)(p->own_inputs + (size_t)thread * p->own_input_bytes);
+    float *own = (float *)(activations + FB_OWN_ROWS * p->activation_blocks);
+    inputs.activations = activations;
+    if (stage->norm >= 0) inputs.x = own;
+    for (size_t row = 0; row < n_rows; row++)
+        prepare_row(p, stage, row, stage->norm >= 0 ? own + row * in->stride : in->data + row * in->stride,
+            activations + row * p->activation_blocks);
+    return inputs;
+}
+
+static struct fb_linear linear_of(struct run *run, const struct fb_op *op, const struct inputs *inputs, size_t n_rows) {
+    const struct fb_program *p = run->program;
     struct fb_linear linear = {.kernels = p->kernels,
         .weight = op->weight,
-        .x = in->data,
-        .ldx = in->stride,
+        .x = inputs->x,
+        .ldx = inputs->ldx,
+        .activations = inputs->activations,
+        .ld_activations = inputs->ld_activations,
         .bias = op->vector,
         .n_tokens = n_rows,
         .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
@@ -215,17 +256,31 @@ static void run_linear(
         linear.non_finite = &run->non_finite;
     } else {
         const struct fb_buffer *out = &p->buffers[op->out];
-        linear.out = out->data;
-        linear.width = (size_t)out->width;
+        linear.out = out->data + op->column;
+        linear.width = op->kind == FB_OP_LINEAR ? (size_t)op->weight->n_rows : (size_t)out->width;
         linear.ld_out = out->stride;
     }
     if (op->residual >= 0) {
         linear.residual = p->buffers[op->residual].data;
         linear.ld_residual = p->buffers[op->residual].stride;
     }
-    const int64_t n_items = fb_linear_items(&linear, n_threads);
-    for (int64_t i; (i = next_item(counter)) < n_items;)
-        fb_linear_item(&linear, i);
+    return linear;
+}
+
+/* Two counters: one for the products, one for the rows of their input. The items of products side by side follow each
+ * other. */
+static void run_products(struct run *run, const struct fb_stage *stage, struct fb_counter *counters, size_t n_rows,
+    int thread, int n_threads) {
+    const struct inputs inputs = prepare_inputs(run, stage, &counters[1], n_rows, thread, n_threads);
+    const struct fb_op *op = &run->program->ops[stage->first_op], *end = op + stage->n_ops;
+    int64_t item = next_item(&counters[0]), first = 0;
+    for (; op < end; op++) {
+        struct fb_linear linear = linear_of(run, op, &inputs, n_rows);
+        const int64_t n_items = fb_linear_items(&linear, n_threads);
+        for (; item < first + n_items; item = next_item(&counters[0]))
+            fb_linear_item(&linear, item - first);
+        first += n_items;
+    }
 }
 
 /* Two counters: one for the tiles or key blocks, one for merging what was split. Every thread works out the same list
@@ -273,7 +328,7 @@ static void run_stages(struct run *run, int thread, int n_threads) {
         if (stage->kind == FB_STAGE_ROWS)
             run_rows(run, stage, counters, n_rows);
         else if (stage->kind == FB_STAGE_LINEAR)
-            run_linear(run, &p->ops[stage->first_op], counters, n_rows, n_threads);
+            run_products(run, stage, counters, n_rows, thread, n_threads);
         else
             run_attention(run, &p->ops[stage->first_op], counters, thread, n_threads);
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);

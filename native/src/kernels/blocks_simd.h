@@ -1,0 +1,345 @@
+/*
+ * blocks_simd.h - products with quantised weights, written once over vectors; included by simd.h. Besides what simd.h asks
+ * for, the file that includes it says:
+ *
+ *   v64                      64 bytes: a line of a block
+ *   v64_load v64_store v64_and (with one byte everywhere) v64_or
+ *   v64_left v64_right       shifts of 16-bit lanes by a constant; what crosses from byte to byte is masked here
+ *   v64_lookup               bytes 0 .. 15 to those of a table of 16
+ *   v16i                     16 int32, lane j for row j of a panel
+ *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all lanes)
+ *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes takes their zero point of 128 into account
+ *   v16i_start               -(sum of activations) << shift in all lanes
+ *   v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i v16_to_codes (16 f32 to 16 int8, rounding to even)
+ *   BLOCK_TOKENS BLOCK_PANELS   largest tile: tokens x panels;   BLOCK_TILES(X)  X(tokens, panels) for each
+ *
+ * One token: lines are opened in registers, straight from memory. Many: eight blocks of a panel are opened into L1 once,
+ * and every tile of tokens uses them.
+ */
+#include "quant/blocks.h"
+
+enum { SLICE_BLOCKS = 8 }; /* opened at a time: 4 KiB of codes a panel */
+
+/* Opened blocks of some panels, as tiles take them. */
+struct slice {
+    _Alignas(64) uint8_t codes[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
+    float scales[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES], offsets[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES];
+};
+
+/* ---- Opening ----------------------------------------------------------------------------------------------------- */
+
+INLINE v64 take_bits(v64 line, const int from, const int to, const int mask) {
+    return v64_and(from > to ? v64_right(line, from - to) : from < to ? v64_left(line, to - from) : line, mask);
+}
+
+INLINE void open_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_OPEN_LINES]) {
+    const int bits = fb_layout_of(dtype).bits;
+    const uint8_t *high = codes + (bits >= 4 ? 4 : 2) * FB_LINE;
+    UNROLL
+    for (int q = 0; q < FB_OPEN_LINES; q++) {
+        if (bits == 8)
+            lines[q] = v64_load(codes + q * FB_LINE);
+        else if (bits >= 4)
+            lines[q] = take_bits(v64_load(codes + q % 4 * FB_LINE), q / 4 * 4, 0, 15);
+        else
+            lines[q] = take_bits(v64_load(codes + q / 4 * FB_LINE), q % 4 * 2, 0, 3);
+        if (bits == 6) lines[q] = v64_or(lines[q], take_bits(v64_load(high + q / 4 * FB_LINE), q % 4 * 2, 4, 48));
+        if (bits == 5 || bits == 3)
+            lines[q] = v64_or(lines[q], take_bits(v64_load(high), q, bits - 1, 1 << (bits - 1)));
+        if (dtype == FB_IQ4_NL) lines[q] = v64_lookup(fb_iq4_nl_values, lines[q]);
+    }
+}
+
+INLINE v16 minus(v16 x) {
+    return v16_mul(x, v16_set1(-1.0f));
+}
+
+/* Scale and offset of group g; `scales` are those of the block, `supers` those of its 256 columns. */
+INLINE void open_scales(
+    const enum fb_dtype dtype, const int g, const char *scales, const char *supers, v16 *scale, v16 *offset) {
+    const uint16_t *halfs = (const uint16_t *)scales, *wide = (const uint16_t *)supers;
+    const uint8_t *bytes = (const uint8_t *)scales + 16 * g;
+    switch (fb_layout_of(dtype).kind) {
+    case FB_SCALE_D:
+        *scale = v16_load_f16(halfs);
+        break;
+    case FB_SCALE_D_M:
+        *scale = v16_load_f16(halfs);
+        *offset = v16_load_f16(halfs + 16);
+        break;
+    case FB_SCALE_K:
+        *scale = v16_mul(v16_load_f16(wide), v16_from_v16i(v16i_load_u8(bytes)));
+        *offset = minus(v16_mul(v16_load_f16(wide + 16), v16_from_v16i(v16i_load_u8(bytes + 16))));
+        break;
+    case FB_SCALE_K16:
+        *scale = v16_mul(v16_load_f16(wide), v16_from_v16i(v16i_load_s8(bytes)));
+        break;
+    default:
+        *scale = v16_mul(v16_load_f16(wide), v16_from_v16i(v16i_and(v16i_load_u8(bytes), 15)));
+        *offset = minus(v16_mul(v16_load_f16(wide + 16), v16_from_v16i(v16i_right(v16i_load_u8(bytes), 4))));
+    }
+}
+
+/* ---- One token --------------------------------------------------------------------------------------------------- */
+
+INLINE v16i start_of(const int zero_shift, const bool is_wide, const int32_t *minus_sum) {
+    if (zero_shift == 0 || (is_wide && DOT_KNOWS_ZERO)) return v16i_start(NULL, 0);
+    return v16i_start(minus_sum, zero_shift);
+}
+
+INLINE void one_token(const enum fb_dtype dtype, const size_t n_panels, const char *panels, size_t n_cols,
+    const struct fb_activation *x, float *y) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    const int n_groups = (int)fb_groups(dtype);
+    const size_t stride = fb_panel_bytes(dtype, n_cols);
+    const size_t scales_at = fb_scales_at(dtype, n_cols), supers_at = fb_supers_at(dtype, n_cols);
+    v16 sums[4];
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++)
+        sums[p] = v16_zero();
+    for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++, x++) {
+        UNROLL
+        for (size_t p = 0; p < n_panels; p++) {
+            const char *panel = panels + p * stride;
+            v64 lines[FB_OPEN_LINES];
+            open_lines(dtype, (const uint8_t *)panel + b * FB_LINE * layout.bits, lines);
+            UNROLL
+            for (int g = 0; g < n_groups; g++) {
+                const int whole_or_half = n_groups == 1 ? 0 : 1 + g;
+                v16i dot = start_of(layout.zero_shift, layout.is_wide, &x->minus_sums[whole_or_half]);
+                UNROLL
+                for (int i = 0; i < FB_OPEN_LINES / n_groups; i++) {
+                    const int q = g * FB_OPEN_LINES / n_groups + i;
+                    dot = v16i_dot(dot, lines[q], x->codes + 4 * q, layout.is_wide);
+                }
+                v16 scale, offset;
+                open_scales(dtype, g, panel + scales_at + b * layout.scale_bytes,
+                    panel + supers_at + b / 8 * layout.super_bytes, &scale, &offset);
+                sums[p] = v16_fma(v16_from_v16i(dot), v16_mul(scale, v16_set1(x->scale)), sums[p]);
+                if (fb_has_offset(dtype)) sums[p] = v16_fma(offset, v16_set1(x->sums[whole_or_half]), sums[p]);
+            }
+        }
+    }
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++)
+        v16_store(y + p * FB_LANES, sums[p]);
+}
+
+INLINE void one_token_gemm(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, float *y) {
+    const size_t stride = fb_panel_bytes(dtype, n_cols);
+    size_t p = 0;
+    for (; p + 4 <= n_panels; p += 4)
+        one_token(dtype, 4, panels + p * stride, n_cols, x, y + p * FB_LANES);
+    for (; p + 2 <= n_panels; p += 2)
+        one_token(dtype, 2, panels + p * stride, n_cols, x, y + p * FB_LANES);
+    if (p < n_panels) one_token(dtype, 1, panels + p * stride, n_cols, x, y + p * FB_LANES);
+}
+
+/* ---- Many tokens ------------------------------------------------------------------------------------------------- */
+
+/* Opens `n_blocks` blocks of a panel from `block` on. Codes that are whole bytes stay where they are. */
+INLINE void open_slice(const enum fb_dtype dtype, const char *panel, size_t n_cols, size_t block, size_t n_blocks,
+    size_t p, struct slice *slice) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    for (size_t i = 0; i < n_blocks; i++) {
+        if (layout.bits != 8) {
+            v64 lines[FB_OPEN_LINES];
+            open_lines(dtype, (const uint8_t *)panel + (block + i) * FB_LINE * layout.bits, lines);
+            UNROLL
+            for (int q = 0; q < FB_OPEN_LINES; q++)
+                v64_store(slice->codes[p][i] + q * FB_LINE, lines[q]);
+        }
+        for (int g = 0; g < (int)fb_groups(dtype); g++) {
+            v16 scale, offset;
+            open_scales(dtype, g, panel + fb_scales_at(dtype, n_cols) + (block + i) * layout.scale_bytes,
+                panel + fb_supers_at(dtype, n_cols) + (block + i) / 8 * layout.super_bytes, &scale, &offset);
+            v16_store(slice->scales[p][i][g], scale);
+            if (fb_has_offset(dtype)) v16_store(slice->offsets[p][i][g], offset);
+        }
+    }
+}
+
+/* What tiles must know of a format, as constants. */
+struct tile_kind {
+    int n_groups;
+    bool has_offset, is_wide;
+};
+
+/* One tile over the blocks of a slice. `codes` of panel p at p * stride, block b at 512 b. */
+INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels, const uint8_t *codes,
+    size_t stride, const struct slice *slice, size_t n_blocks, int zero_shift, const struct fb_activation *x,
+    size_t ldx, float *y, size_t ldy, bool accumulate) {
+    v16 sums[BLOCK_TOKENS * BLOCK_PANELS];
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    }
+    for (size_t b = 0; b < n_blocks; b++) {
+        UNROLL
+        for (int g = 0; g < kind.n_groups; g++) {
+            const int whole_or_half = kind.n_groups == 1 ? 0 : 1 + g;
+            v16i dots[BLOCK_TOKENS * BLOCK_PANELS];
+            UNROLL
+            for (size_t t = 0; t < n_tokens; t++) {
+                v16i start = kind.has_offset || (kind.is_wide && DOT_KNOWS_ZERO)
+                                 ? v16i_start(NULL, 0)
+                                 : v16i_start(&x[t * ldx + b].minus_sums[whole_or_half], zero_shift);
+                UNROLL
+                for (size_t p = 0; p < n_panels; p++)
+                    dots[p * n_tokens + t] = start;
+            }
+            UNROLL
+            for (int i = 0; i < FB_OPEN_LINES / kind.n_groups; i++) {
+                const int q = g * FB_OPEN_LINES / kind.n_groups + i;
+                v64 lines[BLOCK_PANELS];
+                UNROLL
+                for (size_t p = 0; p < n_panels; p++)
+                    lines[p] = v64_load(codes + p * stride + b * FB_OPEN_LINES * FB_LINE + (size_t)q * FB_LINE);
+                UNROLL
+                for (size_t t = 0; t < n_tokens; t++) {
+                    UNROLL
+                    for (size_t p = 0; p < n_panels; p++)
+                        dots[p * n_tokens + t] = v16i_dot(
+                            dots[p * n_tokens + t], lines[p], x[t * ldx + b].codes + 4 * q, kind.is_wide);
+                }
+            }
+            UNROLL
+            for (size_t p = 0; p < n_panels; p++) {
+                v16 scale = v16_load(slice->scales[p][b][g]);
+                UNROLL
+                for (size_t t = 0; t < n_tokens; t++) {
+                    const struct fb_activation *in = &x[t * ldx + b];
+                    v16 *sum = &sums[p * n_tokens + t];
+                    const v16 dot = v16_from_v16i(dots[p * n_tokens + t]);
+                    *sum = v16_fma(dot, v16_mul(scale, v16_set1(in->scale)), *sum);
+                    if (kind.has_offset)
+                        *sum = v16_fma(v16_load(slice->offsets[p][b][g]), v16_set1(in->sums[whole_or_half]), *sum);
+                }
+            }
+        }
+    }
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    }
+}
+
+INLINE void block_tiles(const struct tile_kind kind, const uint8_t *codes, size_t stride, const struct slice *slice,
+    size_t n_panels, size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate) {
+    size_t tokens;
+    for (size_t t = 0; t < n_tokens; t += tokens) {
+        const size_t rest = n_tokens - t, n_tiles = (rest + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        tokens = (rest + n_tiles - 1) / n_tiles;
+        const struct fb_activation *in = x + t * ldx;
+        float *out = y + t * ldy;
+        switch (tokens * 4 + n_panels) {
+#define TILE_CASE(T, P)                                                                                                \
+    case (T) * 4 + (P):                                                                                                \
+        block_tile(kind, T, P, codes, stride, slice, n_blocks, zero_shift, in, ldx, out, ldy, accumulate);             \
+        break;
+            BLOCK_TILES(TILE_CASE)
+#undef TILE_CASE
+        default:
+            __builtin_unreachable();
+        }
+    }
+}
+
+/* The kinds of tiles there are: one function each, shared by the formats. */
+#define TILE_KIND(name, n_groups, has_offset, is_wide)                                                                 \
+    static __attribute__((noinline)) void name(const uint8_t *codes, size_t stride, const struct slice *slice,         \
+        size_t n_panels, size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens,  \
+        float *y, size_t ldy, bool accumulate) {                                                                       \
+        const struct tile_kind kind = {n_groups, has_offset, is_wide};                                                 \
+        block_tiles(kind, codes, stride, slice, n_panels, n_blocks, zero_shift, x, ldx, n_tokens, y, ldy, accumulate); \
+    }
+TILE_KIND(tiles_wide, 1, false, true)
+TILE_KIND(tiles_32, 1, false, false)
+TILE_KIND(tiles_32_offset, 1, true, false)
+TILE_KIND(tiles_16, 2, false, false)
+TILE_KIND(tiles_16_offset, 2, true, false)
+#undef TILE_KIND
+
+INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    const size_t panel_bytes = fb_panel_bytes(dtype, n_cols), total = n_cols / FB_BLOCK_COLUMNS;
+    struct slice slice;
+    for (size_t p = 0; p < n_panels; p += BLOCK_PANELS) {
+        const size_t count = n_panels - p < BLOCK_PANELS ? n_panels - p : BLOCK_PANELS;
+        const char *from = panels + p * panel_bytes;
+        for (size_t b = 0; b < total; b += SLICE_BLOCKS) {
+            const size_t n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
+            for (size_t i = 0; i < count; i++)
+                open_slice(dtype, from + i * panel_bytes, n_cols, b, n_blocks, i, &slice);
+            const bool in_place = layout.bits == 8;
+            const uint8_t *codes = in_place ? (const uint8_t *)from + b * FB_OPEN_LINES * FB_LINE : slice.codes[0][0];
+            const size_t stride = in_place ? panel_bytes : sizeof slice.codes[0];
+            (layout.is_wide                                      ? tiles_wide
+                : fb_groups(dtype) == 1 && !fb_has_offset(dtype) ? tiles_32
+                : fb_groups(dtype) == 1                          ? tiles_32_offset
+                : !fb_has_offset(dtype)                          ? tiles_16
+                                        : tiles_16_offset)(codes, stride, &slice, count, n_blocks, layout.zero_shift,
+                x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
+        }
+    }
+}
+
+static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
+#define FORMAT_CASE(name)                                                                                              \
+    case name:                                                                                                         \
+        if (n_tokens == 1)                                                                                             \
+            one_token_gemm(name, panels, n_panels, n_cols, x, y);                                                      \
+        else                                                                                                           \
+            many_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                     \
+        break;
+    switch (dtype) {
+        FORMAT_CASE(FB_Q8_0)
+        FORMAT_CASE(FB_Q4_0)
+        FORMAT_CASE(FB_Q4_1)
+        FORMAT_CASE(FB_Q5_0)
+        FORMAT_CASE(FB_Q5_1)
+        FORMAT_CASE(FB_Q4_K)
+        FORMAT_CASE(FB_Q5_K)
+        FORMAT_CASE(FB_Q6_K)
+        FORMAT_CASE(FB_Q2_K)
+        FORMAT_CASE(FB_Q3_K)
+        FORMAT_CASE(FB_IQ4_NL)
+    default:
+        break;
+    }
+#undef FORMAT_CASE
+}
+
+/* ---- Activations ------------------------------------------------------------------------------------------------- */
+
+static void quantise(const float *x, size_t n_blocks, struct fb_activation *out) {
+    for (; n_blocks > 0; n_blocks--, x += FB_BLOCK_COLUMNS, out++) {
+        const v16 low = v16_load(x), high = v16_load(x + FB_LANES);
+        const uint32_t bits = v16_top_magnitude(low, high);
+        float top;
+        memcpy(&top, &bits, sizeof top);
+        memset(out, 0, sizeof *out);
+        if (!(top < INFINITY)) {
+            out->scale = out->sums[0] = out->sums[1] = out->sums[2] = NAN;
+            continue;
+        }
+        if (top < 1e-30f) continue;
+        const v16 inverse = v16_set1(127.0f / top);
+        const int32_t first = v16_to_codes(v16_mul(low, inverse), out->codes);
+        const int32_t second = v16_to_codes(v16_mul(high, inverse), out->codes + FB_LANES);
+        const int32_t sums[3] = {first + second, first, second};
+        out->scale = top / 127.0f;
+        for (int s = 0; s < 3; s++) {
+            out->sums[s] = out->scale * (float)sums[s];
+            out->minus_sums[s] = -sums[s];
+        }
+    }
+}
