@@ -72,7 +72,7 @@ static void test_layout(enum fb_dtype dtype, uint64_t seed) {
         const char *some[16];
         for (size_t j = 0; j < 16; j++)
             some[j] = (int)((mask >> j) & 1) == call ? rows + j * row_bytes : NULL;
-        damaged += fb_pack_panel(dtype, some, n_cols, 0, n_cols / FB_BLOCK_COLUMNS, panel);
+        damaged += fb_pack_panel(dtype, some, 0, n_cols / FB_BLOCK_COLUMNS, panel);
     }
     int64_t damaged_numbers = 0;
     for (size_t j = 0; j < 16; j++) {
@@ -91,7 +91,8 @@ static void test_layout(enum fb_dtype dtype, uint64_t seed) {
 }
 
 static void fill_inputs(float *x, size_t n, bool tame) {
-    static const float special[] = {0.0f, -0.0f, 1e-40f, -1e-40f, 3.4e38f, INFINITY, -INFINITY, NAN, 1e-30f, 2.5f, 0.5f};
+    static const float special[] = {
+        0.0f, -0.0f, 1e-40f, -1e-40f, 3.4e38f, INFINITY, -INFINITY, NAN, 1e-30f, 2.5f, 0.5f};
     for (size_t i = 0; i < n; i++) {
         x[i] = ((float)(int32_t)next_random() / 2147483648.0f) * (float)(1 << next_random() % 8);
         if (!tame && next_random() % 64 == 0) x[i] = special[next_random() % (sizeof special / sizeof *special)];
@@ -139,7 +140,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
         const char *all[16];
         for (size_t j = 0; j < 16; j++)
             all[j] = rows + j * row_bytes;
-        fb_pack_panel(dtype, all, n_cols, 0, n_cols / FB_BLOCK_COLUMNS, panels + p * panel_bytes);
+        fb_pack_panel(dtype, all, 0, n_cols / FB_BLOCK_COLUMNS, panels + p * panel_bytes);
     }
     fill_inputs(x, n_tokens * ldx * 32, tame);
     fb_kernels_reference.quantise(x, n_tokens * ldx, activations);

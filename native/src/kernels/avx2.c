@@ -138,6 +138,9 @@ static inline v16i v16i_start(const int32_t *minus_sum, int shift) {
     if (minus_sum) all = _mm256_sll_epi32(_mm256_set1_epi32(*minus_sum), _mm_cvtsi32_si128(shift));
     return BOTH(all, all);
 }
+static inline v16i v16i_add(v16i a, v16i b) {
+    return BOTH(_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high));
+}
 static inline v16i v16i_load_u8(const uint8_t *x) {
     return BOTH(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x)),
         _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(x + 8))));

@@ -108,6 +108,9 @@ static inline v16i v16i_start(const int32_t *minus_sum, int shift) {
     if (!minus_sum) return _mm512_setzero_si512();
     return _mm512_sll_epi32(_mm512_set1_epi32(*minus_sum), _mm_cvtsi32_si128(shift));
 }
+static inline v16i v16i_add(v16i a, v16i b) {
+    return _mm512_add_epi32(a, b);
+}
 static inline v16i v16i_load_u8(const uint8_t *x) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x));
 }

@@ -10,11 +10,11 @@
  *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all lanes)
  *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes takes their zero point of 128 into account
  *   v16i_start               -(sum of activations) << shift in all lanes
- *   v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i v16_to_codes (16 f32 to 16 int8, rounding to even)
+ *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i v16_to_codes (16 f32 to 16 int8, rounding to even)
  *   BLOCK_TOKENS BLOCK_PANELS   largest tile: tokens x panels;   BLOCK_TILES(X)  X(tokens, panels) for each
  *
- * One token: lines are opened in registers, straight from memory. Many: eight blocks of a panel are opened into L1 once,
- * and every tile of tokens uses them.
+ * One token: lines are opened in registers, straight from memory, panel after panel in the order they lie. Many: eight
+ * blocks of a panel are opened into L1 once, and every tile of tokens uses them.
  */
 #include "quant/blocks.h"
 
@@ -54,10 +54,23 @@ INLINE v16 minus(v16 x) {
     return v16_mul(x, v16_set1(-1.0f));
 }
 
-/* Scale and offset of group g; `scales` are those of the block, `supers` those of its 256 columns. */
+/* What 256 columns have in common, as f32: D and M. */
+struct supers {
+    v16 scale, minus_offset;
+};
+
+INLINE struct supers open_supers(const enum fb_dtype dtype, const char *at) {
+    const uint16_t *halfs = (const uint16_t *)at;
+    struct supers supers = {v16_zero(), v16_zero()};
+    if (fb_layout_of(dtype).super_bytes >= 32) supers.scale = v16_load_f16(halfs);
+    if (fb_layout_of(dtype).super_bytes >= 64) supers.minus_offset = minus(v16_load_f16(halfs + 16));
+    return supers;
+}
+
+/* Scale and offset of group g of the block whose scales lie at `scales`. */
 INLINE void open_scales(
-    const enum fb_dtype dtype, const int g, const char *scales, const char *supers, v16 *scale, v16 *offset) {
-    const uint16_t *halfs = (const uint16_t *)scales, *wide = (const uint16_t *)supers;
+    const enum fb_dtype dtype, const int g, const char *scales, const struct supers *supers, v16 *scale, v16 *offset) {
+    const uint16_t *halfs = (const uint16_t *)scales;
     const uint8_t *bytes = (const uint8_t *)scales + 16 * g;
     switch (fb_layout_of(dtype).kind) {
     case FB_SCALE_D:
@@ -68,15 +81,15 @@ INLINE void open_scales(
         *offset = v16_load_f16(halfs + 16);
         break;
     case FB_SCALE_K:
-        *scale = v16_mul(v16_load_f16(wide), v16_from_v16i(v16i_load_u8(bytes)));
-        *offset = minus(v16_mul(v16_load_f16(wide + 16), v16_from_v16i(v16i_load_u8(bytes + 16))));
+        *scale = v16_mul(supers->scale, v16_from_v16i(v16i_load_u8(bytes)));
+        *offset = v16_mul(supers->minus_offset, v16_from_v16i(v16i_load_u8(bytes + 16)));
         break;
     case FB_SCALE_K16:
-        *scale = v16_mul(v16_load_f16(wide), v16_from_v16i(v16i_load_s8(bytes)));
+        *scale = v16_mul(supers->scale, v16_from_v16i(v16i_load_s8(bytes)));
         break;
     default:
-        *scale = v16_mul(v16_load_f16(wide), v16_from_v16i(v16i_and(v16i_load_u8(bytes), 15)));
-        *offset = minus(v16_mul(v16_load_f16(wide + 16), v16_from_v16i(v16i_right(v16i_load_u8(bytes), 4))));
+        *scale = v16_mul(supers->scale, v16_from_v16i(v16i_and(v16i_load_u8(bytes), 15)));
+        *offset = v16_mul(supers->minus_offset, v16_from_v16i(v16i_right(v16i_load_u8(bytes), 4)));
     }
 }
 
@@ -87,73 +100,71 @@ INLINE v16i start_of(const int zero_shift, const bool is_wide, const int32_t *mi
     return v16i_start(minus_sum, zero_shift);
 }
 
-INLINE void one_token(const enum fb_dtype dtype, const size_t n_panels, const char *panels, size_t n_cols,
-    const struct fb_activation *x, float *y) {
+/* One block of a panel for one token. The dot products of a block run in two chains, to be half as long. */
+INLINE v16 one_block(
+    const enum fb_dtype dtype, const char *block, const struct supers *supers, const struct fb_activation *x, v16 sum) {
     const struct fb_layout layout = fb_layout_of(dtype);
-    const int n_groups = (int)fb_groups(dtype);
-    const size_t stride = fb_panel_bytes(dtype, n_cols);
-    const size_t scales_at = fb_scales_at(dtype, n_cols), supers_at = fb_supers_at(dtype, n_cols);
-    v16 sums[4];
+    const int n_groups = (int)fb_groups(dtype), n_lines = FB_OPEN_LINES / n_groups;
+    v64 lines[FB_OPEN_LINES];
+    open_lines(dtype, (const uint8_t *)block, lines);
     UNROLL
-    for (size_t p = 0; p < n_panels; p++)
-        sums[p] = v16_zero();
-    for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++, x++) {
+    for (int g = 0; g < n_groups; g++) {
+        const int whole_or_half = n_groups == 1 ? 0 : 1 + g;
+        v16i even = start_of(layout.zero_shift, layout.is_wide, &x->minus_sums[whole_or_half]);
+        v16i odd = v16i_start(NULL, 0);
         UNROLL
-        for (size_t p = 0; p < n_panels; p++) {
-            const char *panel = panels + p * stride;
-            v64 lines[FB_OPEN_LINES];
-            open_lines(dtype, (const uint8_t *)panel + b * FB_LINE * layout.bits, lines);
-            UNROLL
-            for (int g = 0; g < n_groups; g++) {
-                const int whole_or_half = n_groups == 1 ? 0 : 1 + g;
-                v16i dot = start_of(layout.zero_shift, layout.is_wide, &x->minus_sums[whole_or_half]);
-                UNROLL
-                for (int i = 0; i < FB_OPEN_LINES / n_groups; i++) {
-                    const int q = g * FB_OPEN_LINES / n_groups + i;
-                    dot = v16i_dot(dot, lines[q], x->codes + 4 * q, layout.is_wide);
-                }
-                v16 scale, offset;
-                open_scales(dtype, g, panel + scales_at + b * layout.scale_bytes,
-                    panel + supers_at + b / 8 * layout.super_bytes, &scale, &offset);
-                sums[p] = v16_fma(v16_from_v16i(dot), v16_mul(scale, v16_set1(x->scale)), sums[p]);
-                if (fb_has_offset(dtype)) sums[p] = v16_fma(offset, v16_set1(x->sums[whole_or_half]), sums[p]);
-            }
+        for (int i = 0; i < n_lines; i += 2) {
+            const int q = g * n_lines + i;
+            even = v16i_dot(even, lines[q], x->codes + 4 * q, layout.is_wide);
+            odd = v16i_dot(odd, lines[q + 1], x->codes + 4 * q + 4, layout.is_wide);
         }
+        v16 scale, offset;
+        open_scales(dtype, g, block + layout.bits * FB_LINE, supers, &scale, &offset);
+        sum = v16_fma(v16_from_v16i(v16i_add(even, odd)), v16_mul(scale, v16_set1(x->scale)), sum);
+        if (fb_has_offset(dtype)) sum = v16_fma(offset, v16_set1(x->sums[whole_or_half]), sum);
     }
-    UNROLL
-    for (size_t p = 0; p < n_panels; p++)
-        v16_store(y + p * FB_LANES, sums[p]);
+    return sum;
 }
 
-INLINE void one_token_gemm(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+INLINE void one_token(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, float *y) {
-    const size_t stride = fb_panel_bytes(dtype, n_cols);
-    size_t p = 0;
-    for (; p + 4 <= n_panels; p += 4)
-        one_token(dtype, 4, panels + p * stride, n_cols, x, y + p * FB_LANES);
-    for (; p + 2 <= n_panels; p += 2)
-        one_token(dtype, 2, panels + p * stride, n_cols, x, y + p * FB_LANES);
-    if (p < n_panels) one_token(dtype, 1, panels + p * stride, n_cols, x, y + p * FB_LANES);
+    const size_t block_bytes = fb_block_bytes(dtype), super_bytes = fb_layout_of(dtype).super_bytes;
+    const size_t n_blocks = n_cols / FB_BLOCK_COLUMNS;
+    const char *next = panels;
+    for (size_t p = 0; p < n_panels; p++) {
+        v16 sum = v16_zero();
+        struct supers supers = {v16_zero(), v16_zero()};
+        for (size_t b = 0; b < n_blocks; b++, next += block_bytes) {
+            if (super_bytes && b % 8 == 0) {
+                supers = open_supers(dtype, next);
+                next += super_bytes;
+            }
+            sum = one_block(dtype, next, &supers, x + b, sum);
+        }
+        v16_store(y + p * FB_LANES, sum);
+    }
 }
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
 
-/* Opens `n_blocks` blocks of a panel from `block` on. Codes that are whole bytes stay where they are. */
-INLINE void open_slice(const enum fb_dtype dtype, const char *panel, size_t n_cols, size_t block, size_t n_blocks,
-    size_t p, struct slice *slice) {
+/* Opens `n_blocks` blocks of a panel from `block` on, which begins 256 columns. Codes that are whole bytes stay where
+ * they are. */
+INLINE void open_slice(
+    const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
     const struct fb_layout layout = fb_layout_of(dtype);
-    for (size_t i = 0; i < n_blocks; i++) {
+    const struct supers supers = open_supers(dtype, panel + fb_supers_at(dtype, block));
+    const char *from = panel + fb_block_at(dtype, block);
+    for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
         if (layout.bits != 8) {
             v64 lines[FB_OPEN_LINES];
-            open_lines(dtype, (const uint8_t *)panel + (block + i) * FB_LINE * layout.bits, lines);
+            open_lines(dtype, (const uint8_t *)from, lines);
             UNROLL
             for (int q = 0; q < FB_OPEN_LINES; q++)
                 v64_store(slice->codes[p][i] + q * FB_LINE, lines[q]);
         }
         for (int g = 0; g < (int)fb_groups(dtype); g++) {
             v16 scale, offset;
-            open_scales(dtype, g, panel + fb_scales_at(dtype, n_cols) + (block + i) * layout.scale_bytes,
-                panel + fb_supers_at(dtype, n_cols) + (block + i) / 8 * layout.super_bytes, &scale, &offset);
+            open_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
             v16_store(slice->scales[p][i][g], scale);
             if (fb_has_offset(dtype)) v16_store(slice->offsets[p][i][g], offset);
         }
@@ -166,10 +177,16 @@ struct tile_kind {
     bool has_offset, is_wide;
 };
 
-/* One tile over the blocks of a slice. `codes` of panel p at p * stride, block b at 512 b. */
-INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels, const uint8_t *codes,
-    size_t stride, const struct slice *slice, size_t n_blocks, int zero_shift, const struct fb_activation *x,
-    size_t ldx, float *y, size_t ldy, bool accumulate) {
+/* Where opened codes lie: those of panel p, block b at p * panel_stride + b * block_stride. */
+struct codes {
+    const uint8_t *at;
+    size_t panel_stride, block_stride;
+};
+
+/* One tile over the blocks of a slice. */
+INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels, struct codes codes,
+    const struct slice *slice, size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, float *y,
+    size_t ldy, bool accumulate) {
     v16 sums[BLOCK_TOKENS * BLOCK_PANELS];
     UNROLL
     for (size_t p = 0; p < n_panels; p++) {
@@ -197,7 +214,8 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
                 v64 lines[BLOCK_PANELS];
                 UNROLL
                 for (size_t p = 0; p < n_panels; p++)
-                    lines[p] = v64_load(codes + p * stride + b * FB_OPEN_LINES * FB_LINE + (size_t)q * FB_LINE);
+                    lines[p] = v64_load(
+                        codes.at + p * codes.panel_stride + b * codes.block_stride + (size_t)q * FB_LINE);
                 UNROLL
                 for (size_t t = 0; t < n_tokens; t++) {
                     UNROLL
@@ -229,9 +247,9 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
     }
 }
 
-INLINE void block_tiles(const struct tile_kind kind, const uint8_t *codes, size_t stride, const struct slice *slice,
-    size_t n_panels, size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens,
-    float *y, size_t ldy, bool accumulate) {
+INLINE void block_tiles(const struct tile_kind kind, struct codes codes, const struct slice *slice, size_t n_panels,
+    size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy,
+    bool accumulate) {
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         const size_t rest = n_tokens - t, n_tiles = (rest + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
@@ -241,7 +259,7 @@ INLINE void block_tiles(const struct tile_kind kind, const uint8_t *codes, size_
         switch (tokens * 4 + n_panels) {
 #define TILE_CASE(T, P)                                                                                                \
     case (T) * 4 + (P):                                                                                                \
-        block_tile(kind, T, P, codes, stride, slice, n_blocks, zero_shift, in, ldx, out, ldy, accumulate);             \
+        block_tile(kind, T, P, codes, slice, n_blocks, zero_shift, in, ldx, out, ldy, accumulate);                     \
         break;
             BLOCK_TILES(TILE_CASE)
 #undef TILE_CASE
@@ -253,11 +271,11 @@ INLINE void block_tiles(const struct tile_kind kind, const uint8_t *codes, size_
 
 /* The kinds of tiles there are: one function each, shared by the formats. */
 #define TILE_KIND(name, n_groups, has_offset, is_wide)                                                                 \
-    static __attribute__((noinline)) void name(const uint8_t *codes, size_t stride, const struct slice *slice,         \
-        size_t n_panels, size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens,  \
-        float *y, size_t ldy, bool accumulate) {                                                                       \
+    static __attribute__((noinline)) void name(struct codes codes, const struct slice *slice, size_t n_panels,         \
+        size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y,         \
+        size_t ldy, bool accumulate) {                                                                                 \
         const struct tile_kind kind = {n_groups, has_offset, is_wide};                                                 \
-        block_tiles(kind, codes, stride, slice, n_panels, n_blocks, zero_shift, x, ldx, n_tokens, y, ldy, accumulate); \
+        block_tiles(kind, codes, slice, n_panels, n_blocks, zero_shift, x, ldx, n_tokens, y, ldy, accumulate);         \
     }
 TILE_KIND(tiles_wide, 1, false, true)
 TILE_KIND(tiles_32, 1, false, false)
@@ -277,16 +295,16 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
         for (size_t b = 0; b < total; b += SLICE_BLOCKS) {
             const size_t n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
             for (size_t i = 0; i < count; i++)
-                open_slice(dtype, from + i * panel_bytes, n_cols, b, n_blocks, i, &slice);
-            const bool in_place = layout.bits == 8;
-            const uint8_t *codes = in_place ? (const uint8_t *)from + b * FB_OPEN_LINES * FB_LINE : slice.codes[0][0];
-            const size_t stride = in_place ? panel_bytes : sizeof slice.codes[0];
+                open_slice(dtype, from + i * panel_bytes, b, n_blocks, i, &slice);
+            const struct codes opened = {slice.codes[0][0], sizeof slice.codes[0], sizeof slice.codes[0][0]};
+            const struct codes in_place = {
+                (const uint8_t *)from + fb_block_at(dtype, b), panel_bytes, fb_block_bytes(dtype)};
             (layout.is_wide                                      ? tiles_wide
                 : fb_groups(dtype) == 1 && !fb_has_offset(dtype) ? tiles_32
                 : fb_groups(dtype) == 1                          ? tiles_32_offset
                 : !fb_has_offset(dtype)                          ? tiles_16
-                                        : tiles_16_offset)(codes, stride, &slice, count, n_blocks, layout.zero_shift,
-                x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
+                                        : tiles_16_offset)(layout.bits == 8 ? in_place : opened, &slice, count,
+                n_blocks, layout.zero_shift, x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
         }
     }
 }
@@ -296,7 +314,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
 #define FORMAT_CASE(name)                                                                                              \
     case name:                                                                                                         \
         if (n_tokens == 1)                                                                                             \
-            one_token_gemm(name, panels, n_panels, n_cols, x, y);                                                      \
+            one_token(name, panels, n_panels, n_cols, x, y);                                                           \
         else                                                                                                           \
             many_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                     \
         break;

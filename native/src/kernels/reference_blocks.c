@@ -45,7 +45,7 @@ void fb_reference_gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_
             memset(y + t * ldy + p * FB_LANES, 0, FB_LANES * sizeof *y);
         for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++) {
             struct fb_open_block open;
-            fb_open_block(dtype, panel, n_cols, b, &open);
+            fb_open_block(dtype, panel, b, &open);
             for (size_t t = 0; t < n_tokens; t++)
                 for (size_t j = 0; j < FB_LANES; j++)
                     for (size_t g = 0; g < n_groups; g++) {

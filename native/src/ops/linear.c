@@ -4,7 +4,8 @@
 #include <string.h>
 
 enum {
-    MAX_GROUP = 4,    /* panels in an item: 64 rows, as many streams as one core keeps in flight */
+    MAX_GROUP = 4,    /* panels in an item; an even number, for gate and up */
+    FEW_TOKENS = 4,   /* then panels are read at the speed of memory, and an item of two takes about a microsecond */
     TOKEN_BLOCK = 96, /* tokens in an item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };
@@ -13,6 +14,7 @@ int64_t fb_linear_items(struct fb_linear *linear, int n_threads) {
     const size_t n_panels = (size_t)linear->weight->n_panels;
     const size_t blocks = (linear->n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
     size_t group = MAX_GROUP;
+    if (linear->n_tokens <= FEW_TOKENS) group = 2;
     while (group > 2 && n_panels / group * blocks < (size_t)n_threads * ITEMS_PER_THREAD)
         group /= 2;
     linear->group = group;

@@ -198,7 +198,8 @@ static void cut_stages(struct fb_program *p) {
         struct fb_stage *before = p->n_stages ? &p->stages[p->n_stages - 1] : NULL;
         gathered = gathered || op->kind == FB_OP_GATHER_OUTPUTS;
         const bool joins = before && before->kind == kind && op->kind != FB_OP_GATHER_OUTPUTS &&
-                           (kind == FB_STAGE_ROWS || (kind == FB_STAGE_LINEAR && runs_beside(op - 1, op)));
+                           (kind == FB_STAGE_ROWS ||
+                               (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_BESIDE && runs_beside(op - 1, op)));
         if (joins)
             before->n_ops++;
         else
@@ -298,7 +299,7 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->attention_scratch = take(p, (size_t)p->n_threads, p->attention_scratch_bytes, &failed);
     p->activations = take(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
     p->own_inputs = take(p, (size_t)p->n_threads, p->own_input_bytes, &failed);
-    p->counters = take(p, 2 * (size_t)p->n_stages, sizeof(struct fb_counter), &failed);
+    p->counters = take(p, 2 * (size_t)p->n_stages * (size_t)p->n_threads, sizeof(struct fb_counter), &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
     for (int32_t i = 0; i < s->n_buffers; i++)
         if (p->buffers[i].data) p->buffers[i].data = p->arena + p->buffers[i].offset;
@@ -385,7 +386,7 @@ void fb_program_free(fb_program *p) {
     fb_memory_release(p->attention_scratch, (size_t)p->n_threads * p->attention_scratch_bytes);
     fb_memory_release(p->activations, rows * p->activation_blocks * sizeof *p->activations);
     fb_memory_release(p->own_inputs, (size_t)p->n_threads * p->own_input_bytes);
-    fb_memory_release(p->counters, 2 * (size_t)p->n_stages * sizeof(struct fb_counter));
+    fb_memory_release(p->counters, 2 * (size_t)p->n_stages * (size_t)p->n_threads * sizeof(struct fb_counter));
     free(p->ops);
     free(p->buffers);
     free(p->stages);

@@ -25,6 +25,9 @@
 /* Rows up to which every thread makes a stage's inputs for itself. */
 enum { FB_OWN_ROWS = 4 };
 
+/* Products of a stage at most; q, k and v are three. */
+enum { FB_MOST_BESIDE = 8 };
+
 struct fb_buffer {
     int32_t width;                 /* numbers per token */
     size_t stride;                 /* floats from token to token: width rounded up to 16 */
@@ -74,7 +77,7 @@ struct fb_program {
     size_t own_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* of one thread */
-    struct fb_counter *counters;    /* [2 n_stages] */
+    struct fb_counter *counters;    /* [n_stages][2][n_threads], for as many threads as a run has */
     size_t scratch_bytes;           /* all of the above */
 };
 

@@ -231,14 +231,14 @@ static void scale_at(
     }
 }
 
-void fb_open_block(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t block, struct fb_open_block *out) {
+void fb_open_block(enum fb_dtype dtype, const char *panel, size_t block, struct fb_open_block *out) {
     const struct fb_layout layout = fb_layout_of(dtype);
-    open_codes(layout.bits, (const uint8_t *)panel + block * FB_LINE * layout.bits, out->codes);
+    const char *lines = panel + fb_block_at(dtype, block);
+    open_codes(layout.bits, (const uint8_t *)lines, out->codes);
     if (dtype == FB_IQ4_NL)
         for (size_t i = 0; i < sizeof out->codes; i++)
             out->codes[i] = (uint8_t)(fb_iq4_nl_values[out->codes[i]] + 128);
-    const char *scales = panel + fb_scales_at(dtype, n_cols) + block * layout.scale_bytes;
-    const char *supers = panel + fb_supers_at(dtype, n_cols) + block / 8 * layout.super_bytes;
+    const char *scales = lines + FB_LINE * layout.bits, *supers = panel + fb_supers_at(dtype, block);
     for (int g = 0; g < (int)fb_groups(dtype); g++)
         for (int j = 0; j < 16; j++)
             scale_at(dtype, scales, supers, j, g, &out->scale[g][j], &out->offset[g][j]);
@@ -248,9 +248,8 @@ void fb_open_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j
     const struct fb_layout layout = fb_layout_of(dtype);
     const int zero = layout.zero_shift ? 1 << layout.zero_shift : 0, n_groups = (int)fb_groups(dtype);
     for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++, dst += FB_BLOCK_COLUMNS) {
-        const uint8_t *lines = (const uint8_t *)panel + b * FB_LINE * layout.bits;
-        const char *scales = panel + fb_scales_at(dtype, n_cols) + b * layout.scale_bytes;
-        const char *supers = panel + fb_supers_at(dtype, n_cols) + b / 8 * layout.super_bytes;
+        const uint8_t *lines = (const uint8_t *)panel + fb_block_at(dtype, b);
+        const char *scales = (const char *)lines + FB_LINE * layout.bits, *supers = panel + fb_supers_at(dtype, b);
         float scale[2], offset[2];
         for (int g = 0; g < n_groups; g++)
             scale_at(dtype, scales, supers, (int)j, g, &scale[g], &offset[g]);
@@ -300,8 +299,8 @@ static bool is_finite_f16(uint16_t half) {
 }
 
 /* A format known to the compiler makes the loops of its reading straight. */
-static inline __attribute__((always_inline)) int64_t pack_panel(const enum fb_dtype dtype, const char *const rows[16],
-    size_t n_cols, size_t first_block, size_t n_blocks, char *panel) {
+static inline __attribute__((always_inline)) int64_t pack_panel(
+    const enum fb_dtype dtype, const char *const rows[16], size_t first_block, size_t n_blocks, char *panel) {
     const struct fb_layout layout = fb_layout_of(dtype);
     int64_t damaged = 0;
     bool is_whole = true;
@@ -309,9 +308,8 @@ static inline __attribute__((always_inline)) int64_t pack_panel(const enum fb_dt
         is_whole = is_whole && rows[j];
     for (size_t b = 0; b < n_blocks; b++) {
         const size_t block = first_block + b;
-        uint8_t *lines = (uint8_t *)panel + block * FB_LINE * layout.bits;
-        char *scales = panel + fb_scales_at(dtype, n_cols) + block * layout.scale_bytes;
-        char *supers = panel + fb_supers_at(dtype, n_cols) + block / 8 * layout.super_bytes;
+        uint8_t *lines = (uint8_t *)panel + fb_block_at(dtype, block);
+        char *scales = (char *)lines + FB_LINE * layout.bits, *supers = panel + fb_supers_at(dtype, block);
         uint8_t open[FB_OPEN_LINES * FB_LINE];
         if (!is_whole) open_codes(layout.bits, lines, open);
         for (size_t j = 0; j < 16; j++) {
@@ -329,10 +327,10 @@ static inline __attribute__((always_inline)) int64_t pack_panel(const enum fb_dt
 }
 
 int64_t fb_pack_panel(
-    enum fb_dtype dtype, const char *const rows[16], size_t n_cols, size_t first_block, size_t n_blocks, char *panel) {
+    enum fb_dtype dtype, const char *const rows[16], size_t first_block, size_t n_blocks, char *panel) {
 #define CASE(name)                                                                                                     \
     case name:                                                                                                         \
-        return pack_panel(name, rows, n_cols, first_block, n_blocks, panel);
+        return pack_panel(name, rows, first_block, n_blocks, panel);
     switch (dtype) {
         CASE(FB_Q8_0)
         CASE(FB_Q4_0)

@@ -1,7 +1,13 @@
 /*
  * layout.h - how a quantised matrix lies in memory: panels of 16 rows, in blocks of 32 columns.
  *
- *     panel    | codes of block 0, 1, 2, ... | scales of block 0, 1, 2, ... | supers of columns 0 .. 255, ... | padding |
+ *     panel            | 256 columns | 256 columns | ...
+ *     256 columns      | supers | block 0 | block 1 | ... | block 7 |     supers only in the formats that have them
+ *     block            | codes | scales |
+ *
+ * so that a product reads a panel, and the panels behind it, as one unbroken stream: that is how a core gets the most out
+ * of its memory. (Measured on a Zen 4 server, one token: codes and scales in planes apart, four panels side by side,
+ * 16 GB/s; one panel after the other in this order 29 GB/s, what a core can read at all.)
  *
  * A code of b bits takes b bits: the codes of a block (16 rows x 32 columns) are b lines of 64 bytes. Opened, they are 8
  * lines of bytes; byte 4 j + i of line q is the code of row j, column 4 q + i. That is what the integer dot products of
@@ -91,18 +97,22 @@ static inline size_t fb_groups(enum fb_dtype dtype) {
     return kind == FB_SCALE_K16 || kind == FB_SCALE_K16_M ? 2 : 1;
 }
 
-/* Where the planes of a panel begin, in bytes from the panel. */
-static inline size_t fb_scales_at(enum fb_dtype dtype, size_t n_cols) {
-    return n_cols / FB_BLOCK_COLUMNS * FB_LINE * fb_layout_of(dtype).bits;
+static inline size_t fb_block_bytes(enum fb_dtype dtype) {
+    return (size_t)fb_layout_of(dtype).bits * FB_LINE + fb_layout_of(dtype).scale_bytes;
 }
 
-static inline size_t fb_supers_at(enum fb_dtype dtype, size_t n_cols) {
-    return fb_scales_at(dtype, n_cols) + n_cols / FB_BLOCK_COLUMNS * fb_layout_of(dtype).scale_bytes;
+/* Where the supers of a block's 256 columns begin, in bytes from the panel; and its codes. */
+static inline size_t fb_supers_at(enum fb_dtype dtype, size_t block) {
+    return block / 8 * (fb_layout_of(dtype).super_bytes + 8 * fb_block_bytes(dtype));
+}
+
+static inline size_t fb_block_at(enum fb_dtype dtype, size_t block) {
+    return fb_supers_at(dtype, block) + fb_layout_of(dtype).super_bytes + block % 8 * fb_block_bytes(dtype);
 }
 
 static inline size_t fb_panel_bytes(enum fb_dtype dtype, size_t n_cols) {
-    const size_t end = fb_supers_at(dtype, n_cols) + n_cols / FB_SUPER_COLUMNS * fb_layout_of(dtype).super_bytes;
-    return (end + FB_LINE - 1) / FB_LINE * FB_LINE;
+    return n_cols / FB_SUPER_COLUMNS * fb_layout_of(dtype).super_bytes +
+           n_cols / FB_BLOCK_COLUMNS * fb_block_bytes(dtype);
 }
 
 /* One block of panels for the code that has no hurry: 16 rows x 32 columns. */
@@ -112,7 +122,7 @@ struct fb_open_block {
 };
 
 /* Opens block `block` of a panel. */
-void fb_open_block(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t block, struct fb_open_block *out);
+void fb_open_block(enum fb_dtype dtype, const char *panel, size_t block, struct fb_open_block *out);
 
 /* Row `j` of a panel as f32 [n_cols]: the numbers that the file's blocks stand for. */
 void fb_open_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j, float *dst);
@@ -121,6 +131,6 @@ void fb_open_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j
  * first_block on, NULL for a row that keeps what `panel` holds. Formats of 256 columns: both numbers are multiples of 8.
  * Returns how many elements have a scale or an offset that is not finite. */
 int64_t fb_pack_panel(
-    enum fb_dtype dtype, const char *const rows[16], size_t n_cols, size_t first_block, size_t n_blocks, char *panel);
+    enum fb_dtype dtype, const char *const rows[16], size_t first_block, size_t n_blocks, char *panel);
 
 #endif

@@ -128,7 +128,7 @@ static int64_t pack_blocks(const struct packing *job, const int32_t source[16], 
     if (job->src_dtype == weight->dtype) {
         for (int32_t j = 0; j < 16; j++)
             if (source[j] >= 0) rows[j] = source_at(job, source[j], 0);
-        return fb_pack_panel(weight->dtype, rows, n_cols, 0, n_cols / FB_BLOCK_COLUMNS, panel);
+        return fb_pack_panel(weight->dtype, rows, 0, n_cols / FB_BLOCK_COLUMNS, panel);
     }
     int64_t non_finite = 0;
     float wide[CHUNK];
@@ -141,8 +141,7 @@ static int64_t pack_blocks(const struct packing *job, const int32_t source[16], 
             quantise_chunk(weight->dtype, wide, length, blocks[j]);
             rows[j] = blocks[j];
         }
-        non_finite += fb_pack_panel(
-            weight->dtype, rows, n_cols, k / FB_BLOCK_COLUMNS, length / FB_BLOCK_COLUMNS, panel);
+        non_finite += fb_pack_panel(weight->dtype, rows, k / FB_BLOCK_COLUMNS, length / FB_BLOCK_COLUMNS, panel);
     }
     return non_finite;
 }
