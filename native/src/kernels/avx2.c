@@ -2,8 +2,8 @@
  * avx2.c - kernels for AVX2 + FMA + F16C (Haswell, Zen and later): a vector of 16 floats is two registers of 8.
  *
  * Of the 16 registers a tile of 6 tokens x 1 panel takes 12 for sums, 2 for weights and 1 for the broadcast input: 12
- * fused multiply-adds for 8 loads, which keeps both multiply units busy. One token takes 4 panels at once: 8
- * independent sums hide the 4-cycle latency, and 4 streams of weights keep more cache misses in flight than one.
+ * fused multiply-adds for 8 loads, which keeps both multiply units busy. One token takes one panel: its two sums wait for
+ * each other, but a core reads one stream from memory faster than several.
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -203,7 +203,7 @@ enum { BLOCK_TOKENS = 3, BLOCK_PANELS = 1 };
 #define BLOCK_TILES(X) X(1, 1) X(2, 1) X(3, 1)
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
-#define TILE_PANELS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 3 : (tokens) == 3 ? 2 : 1)
+#define TILE_PANELS(tokens) ((tokens) == 1 ? 1 : (tokens) == 2 ? 3 : (tokens) == 3 ? 2 : 1)
 #define TILES(X)     X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 #define KERNEL_TABLE fb_kernels_avx2
 

@@ -3,7 +3,7 @@
  * (avx512_vnni.c), dot products of bytes are one instruction.
  *
  * Of the 32 registers a tile of 12 tokens x 2 panels takes 24 for sums, 2 for weights and 1 for the broadcast input: 24
- * fused multiply-adds for 14 loads. One token takes 4 panels at once, as in avx2.c.
+ * fused multiply-adds for 14 loads. One token takes one panel, as in avx2.c.
  */
 #include <immintrin.h>
 #include <stdbool.h>
@@ -172,7 +172,7 @@ enum { BLOCK_TOKENS = 6, BLOCK_PANELS = 2 };
 /* clang-format on */
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
-#define TILE_PANELS(tokens) ((tokens) == 1 ? 4 : 2)
+#define TILE_PANELS(tokens) ((tokens) == 1 ? 1 : 2)
 /* clang-format off */
 #define TILES(X) \
     X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2) \

@@ -20,10 +20,18 @@
 
 enum { SLICE_BLOCKS = 8 }; /* opened at a time: 4 KiB of codes a panel */
 
-/* Opened blocks of some panels, as tiles take them. */
+/* Blocks of some panels, as tiles take them. */
 struct slice {
-    _Alignas(64) uint8_t codes[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
+    _Alignas(64) uint8_t opened[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
     float scales[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES], offsets[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES];
+    size_t n_panels, n_blocks;
+    int zero_shift;
+    /* Codes of panel p, block b lie at p * panel_stride + b * block_stride: in `opened`, or where the weight is. */
+    const uint8_t *codes;
+    size_t panel_stride, block_stride;
+    /* What will be read next: tiles ask memory for it while they multiply. */
+    const char *next;
+    size_t next_stride, next_bytes; /* from panel to panel, of a block */
 };
 
 /* ---- Opening ----------------------------------------------------------------------------------------------------- */
@@ -160,7 +168,7 @@ INLINE void open_slice(
             open_lines(dtype, (const uint8_t *)from, lines);
             UNROLL
             for (int q = 0; q < FB_OPEN_LINES; q++)
-                v64_store(slice->codes[p][i] + q * FB_LINE, lines[q]);
+                v64_store(slice->opened[p][i] + q * FB_LINE, lines[q]);
         }
         for (int g = 0; g < (int)fb_groups(dtype); g++) {
             v16 scale, offset;
@@ -177,16 +185,10 @@ struct tile_kind {
     bool has_offset, is_wide;
 };
 
-/* Where opened codes lie: those of panel p, block b at p * panel_stride + b * block_stride. */
-struct codes {
-    const uint8_t *at;
-    size_t panel_stride, block_stride;
-};
-
-/* One tile over the blocks of a slice. */
-INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels, struct codes codes,
-    const struct slice *slice, size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, float *y,
-    size_t ldy, bool accumulate) {
+/* One tile over the blocks of a slice; the first of a slice fetches what comes next. */
+INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels,
+    const struct slice *slice, bool fetches, const struct fb_activation *x, size_t ldx, float *y, size_t ldy,
+    bool accumulate) {
     v16 sums[BLOCK_TOKENS * BLOCK_PANELS];
     UNROLL
     for (size_t p = 0; p < n_panels; p++) {
@@ -194,7 +196,11 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
         for (size_t t = 0; t < n_tokens; t++)
             sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
     }
-    for (size_t b = 0; b < n_blocks; b++) {
+    for (size_t b = 0; b < slice->n_blocks; b++) {
+        if (fetches)
+            for (size_t p = 0; p < n_panels; p++)
+                for (size_t i = 0; i < slice->next_bytes; i += FB_LINE)
+                    __builtin_prefetch(slice->next + p * slice->next_stride + b * slice->next_bytes + i, 0, 2);
         UNROLL
         for (int g = 0; g < kind.n_groups; g++) {
             const int whole_or_half = kind.n_groups == 1 ? 0 : 1 + g;
@@ -203,7 +209,7 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
             for (size_t t = 0; t < n_tokens; t++) {
                 v16i start = kind.has_offset || (kind.is_wide && DOT_KNOWS_ZERO)
                                  ? v16i_start(NULL, 0)
-                                 : v16i_start(&x[t * ldx + b].minus_sums[whole_or_half], zero_shift);
+                                 : v16i_start(&x[t * ldx + b].minus_sums[whole_or_half], slice->zero_shift);
                 UNROLL
                 for (size_t p = 0; p < n_panels; p++)
                     dots[p * n_tokens + t] = start;
@@ -215,7 +221,7 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
                 UNROLL
                 for (size_t p = 0; p < n_panels; p++)
                     lines[p] = v64_load(
-                        codes.at + p * codes.panel_stride + b * codes.block_stride + (size_t)q * FB_LINE);
+                        slice->codes + p * slice->panel_stride + b * slice->block_stride + (size_t)q * FB_LINE);
                 UNROLL
                 for (size_t t = 0; t < n_tokens; t++) {
                     UNROLL
@@ -247,19 +253,18 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
     }
 }
 
-INLINE void block_tiles(const struct tile_kind kind, struct codes codes, const struct slice *slice, size_t n_panels,
-    size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy,
-    bool accumulate) {
+INLINE void block_tiles(const struct tile_kind kind, const struct slice *slice, const struct fb_activation *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         const size_t rest = n_tokens - t, n_tiles = (rest + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
         const struct fb_activation *in = x + t * ldx;
         float *out = y + t * ldy;
-        switch (tokens * 4 + n_panels) {
+        switch (tokens * 4 + slice->n_panels) {
 #define TILE_CASE(T, P)                                                                                                \
     case (T) * 4 + (P):                                                                                                \
-        block_tile(kind, T, P, codes, slice, n_blocks, zero_shift, in, ldx, out, ldy, accumulate);                     \
+        block_tile(kind, T, P, slice, t == 0, in, ldx, out, ldy, accumulate);                                          \
         break;
             BLOCK_TILES(TILE_CASE)
 #undef TILE_CASE
@@ -270,12 +275,13 @@ INLINE void block_tiles(const struct tile_kind kind, struct codes codes, const s
 }
 
 /* The kinds of tiles there are: one function each, shared by the formats. */
+typedef void (*tiles_function)(const struct slice *slice, const struct fb_activation *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate);
 #define TILE_KIND(name, n_groups, has_offset, is_wide)                                                                 \
-    static __attribute__((noinline)) void name(struct codes codes, const struct slice *slice, size_t n_panels,         \
-        size_t n_blocks, int zero_shift, const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y,         \
-        size_t ldy, bool accumulate) {                                                                                 \
+    static __attribute__((noinline)) void name(const struct slice *slice, const struct fb_activation *x, size_t ldx,   \
+        size_t n_tokens, float *y, size_t ldy, bool accumulate) {                                                      \
         const struct tile_kind kind = {n_groups, has_offset, is_wide};                                                 \
-        block_tiles(kind, codes, slice, n_panels, n_blocks, zero_shift, x, ldx, n_tokens, y, ldy, accumulate);         \
+        block_tiles(kind, slice, x, ldx, n_tokens, y, ldy, accumulate);                                                \
     }
 TILE_KIND(tiles_wide, 1, false, true)
 TILE_KIND(tiles_32, 1, false, false)
@@ -284,27 +290,39 @@ TILE_KIND(tiles_16, 2, false, false)
 TILE_KIND(tiles_16_offset, 2, true, false)
 #undef TILE_KIND
 
+INLINE tiles_function tiles_of(const enum fb_dtype dtype) {
+    if (fb_layout_of(dtype).is_wide) return tiles_wide;
+    if (fb_groups(dtype) == 1) return fb_has_offset(dtype) ? tiles_32_offset : tiles_32;
+    return fb_has_offset(dtype) ? tiles_16_offset : tiles_16;
+}
+
 INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
     const struct fb_layout layout = fb_layout_of(dtype);
     const size_t panel_bytes = fb_panel_bytes(dtype, n_cols), total = n_cols / FB_BLOCK_COLUMNS;
     struct slice slice;
+    slice.zero_shift = layout.zero_shift;
+    slice.next_stride = panel_bytes;
+    slice.next_bytes = fb_block_bytes(dtype);
     for (size_t p = 0; p < n_panels; p += BLOCK_PANELS) {
-        const size_t count = n_panels - p < BLOCK_PANELS ? n_panels - p : BLOCK_PANELS;
         const char *from = panels + p * panel_bytes;
+        slice.n_panels = n_panels - p < BLOCK_PANELS ? n_panels - p : BLOCK_PANELS;
         for (size_t b = 0; b < total; b += SLICE_BLOCKS) {
-            const size_t n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
-            for (size_t i = 0; i < count; i++)
-                open_slice(dtype, from + i * panel_bytes, b, n_blocks, i, &slice);
-            const struct codes opened = {slice.codes[0][0], sizeof slice.codes[0], sizeof slice.codes[0][0]};
-            const struct codes in_place = {
-                (const uint8_t *)from + fb_block_at(dtype, b), panel_bytes, fb_block_bytes(dtype)};
-            (layout.is_wide                                      ? tiles_wide
-                : fb_groups(dtype) == 1 && !fb_has_offset(dtype) ? tiles_32
-                : fb_groups(dtype) == 1                          ? tiles_32_offset
-                : !fb_has_offset(dtype)                          ? tiles_16
-                                        : tiles_16_offset)(layout.bits == 8 ? in_place : opened, &slice, count,
-                n_blocks, layout.zero_shift, x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
+            slice.n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
+            for (size_t i = 0; i < slice.n_panels; i++)
+                open_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
+            if (layout.bits == 8) {
+                slice.codes = (const uint8_t *)from + fb_block_at(dtype, b);
+                slice.panel_stride = panel_bytes;
+                slice.block_stride = fb_block_bytes(dtype);
+            } else {
+                slice.codes = slice.opened[0][0];
+                slice.panel_stride = sizeof slice.opened[0];
+                slice.block_stride = sizeof slice.opened[0][0];
+            }
+            slice.next = b + SLICE_BLOCKS < total ? from + fb_supers_at(dtype, b + SLICE_BLOCKS)
+                                                  : from + BLOCK_PANELS * panel_bytes;
+            tiles_of(dtype)(&slice, x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
         }
     }
 }
