@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -23,6 +23,7 @@ from fabula import Model, SamplingParams, __version__
 from fabula.cli.main import run
 from fabula.cli.shelf import Shelf
 from fabula.cli.talk import Talk
+from fabula.model import WeightsName
 from tiny import CHATML, random_tensors, write_model
 
 
@@ -84,7 +85,7 @@ def test_version_and_help(fabula: Any) -> None:
         (["nope"], 2, "No such command 'nope'"),
         (["story", "x", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["story", "x", "--max-tokens", "0"], 2, "max_tokens is 0"),
-        (["story", "x", "--weights", "q3"], 2, "'q3' is not one of"),
+        (["story", "x", "--weights", "q9"], 2, "'q9' is not one of"),
         (["story", "x", "--model", "/no/such/model"], 1, "error: /no/such/model: no such file or folder"),
         (["inspect", "/no/such/model"], 1, "error: /no/such/model"),
         (["chat", "--prompt", ""], 2, "the message is empty"),
@@ -261,8 +262,16 @@ def test_pull_lists_and_refuses(fabula: Any, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> None:
-    result = fabula("chat", "--model", smollm2_gguf, "--prompt", "What is the capital of France?", "--temperature", 0)
-    assert "Paris" in result.out
+    # At four bits and with inputs of eight, as in the file, the model is not sure of it; other engines' answer is no better.
+    words = ("--model", smollm2_gguf, "--weights", "f16", "--temperature", 0)
+    assert "Paris" in fabula("chat", *words, "--prompt", "What is the capital of France?").out
+
+
+def test_names_of_precisions_are_those_of_the_models() -> None:
+    from fabula.cli.options import WEIGHTS
+    from fabula.models.precision import NAMES
+
+    assert WEIGHTS == NAMES and set(get_args(WeightsName)) == set(NAMES)
 
 
 # ---- In a terminal --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fabula.cli.quantize import TYPES
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, TokenizerError, Unsupported
 from fabula.export import quantize as export
 from fabula.export.quantize import quantize_model
-from fabula.export.recipe import KINDS, Shape, dtype_for, role_of
+from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.gguf import BLOCKS, GgufFile
 from fabula.formats.open import open_checkpoint

@@ -5,7 +5,7 @@ instruction set, and every status provoked: wrong arguments leave a clear senten
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from fabula._native import BatchSequence, Op, PagePool, Program, Shape, Weight
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 
-ISAS: list[Any] = [isa for isa in ("reference", "avx2", "avx512") if _native.isa_available(isa)]
+ISAS: list[Any] = [isa for isa in ("reference", "avx2", "avx512", "avx512_vnni") if _native.isa_available(isa)]
 F32 = npt.NDArray[np.float32]
 
 
@@ -131,6 +131,82 @@ def test_numbers_beyond_the_precision_are_counted() -> None:
     assert ops.pack(matrix, precision="bf16").n_non_finite == 2
 
 
+BLOCK_FORMATS = [dtype for dtype in DType if _native.dtype_block(dtype)[0] > 1]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    dtype=st.sampled_from(BLOCK_FORMATS),
+    rows=st.integers(1, 90),
+    blocks=st.integers(1, 11),
+    tokens=st.integers(1, 14),
+    extras=st.tuples(st.booleans(), st.booleans()),
+)
+def test_linear_of_blocks(
+    dtype: DType, rows: int, blocks: int, tokens: int, extras: tuple[bool, bool]
+) -> None:
+    size = _native.dtype_block(dtype)[0]
+    cols = size * (blocks if size == 32 else 1 + blocks % 3)
+    matrix, x = random(rows, cols), random(tokens, cols, seed=1)
+    x[:, ::32] *= 20  # blocks that one number dominates
+    x[-1, :32] = 0.0
+    bias = random(rows, seed=2) if extras[0] else None
+    residual = random(tokens, rows, seed=3) if extras[1] else None
+    weight = ops.pack(matrix, precision=cast(Any, dtype.name.lower()))
+    held = _native.dequantize(dtype, _native.quantize(dtype, matrix), rows * cols).reshape(rows, cols)
+    np.testing.assert_array_equal(np.stack([weight.row(i) for i in range(rows)]), held)
+    ours = everywhere(lambda **how: ops.linear(x, weight, bias=bias, residual=residual, **how))
+
+    # Each number of the input is off by half a step of its block at most.
+    steps = np.abs(x).reshape(tokens, -1, 32).max(axis=2) / 127
+    expected = x.astype(np.float64) @ held.T.astype(np.float64)
+    allowed = 0.5001 * np.repeat(steps, 32, axis=1).astype(np.float64) @ np.abs(held).T + 1e-5 * (
+        1 + np.abs(x).astype(np.float64) @ np.abs(held).T
+    )
+    for term in (bias, residual):
+        if term is not None:
+            expected = expected + term
+    assert (np.abs(ours - expected) <= allowed).all()
+    one_by_one = [
+        ops.linear(x[i : i + 1], weight, bias=bias, residual=None if residual is None else residual[i : i + 1])
+        for i in range(tokens)
+    ]
+    np.testing.assert_array_equal(np.concatenate(one_by_one), ours)
+
+
+def test_damage_reaches_the_results_of_blocks() -> None:
+    x = random(3, 64)
+    x[1, 40] = np.nan
+    x[2, 3] = np.inf
+    result = ops.linear(x, ops.pack(random(20, 64), precision="q8_0"))
+    assert np.isfinite(result[0]).all() and np.isnan(result[1:]).all()
+    matrix = random(20, 64)
+    matrix[7, 1] = np.nan
+    weight = ops.pack(matrix, precision="q8_0")
+    assert weight.n_non_finite > 0 and np.isnan(weight.row(7)).any()
+    assert np.flatnonzero(np.isnan(ops.linear(x[:1], weight)[0])).tolist() == [7]
+
+
+@pytest.mark.parametrize("dtype", BLOCK_FORMATS)
+def test_stacked_rows_of_blocks(dtype: DType) -> None:
+    """Matrices that share a panel, and two woven by panels with a gap behind."""
+    size = _native.dtype_block(dtype)[0]
+    raw = [_native.quantize(dtype, random(n, 2 * size, seed=n)) for n in (5, 30, 21)]
+    rows = [_native.dequantize(dtype, part, part.size // _native.dtype_block(dtype)[1] * size) for part in raw]
+    wanted = np.concatenate(rows).reshape(-1, 2 * size)
+    weight = Weight(dtype, 56, 2 * size)
+    for part, n, first in zip(raw, (5, 30, 21), (0, 5, 35), strict=True):
+        weight.pack_rows(part, dtype, n, first_row=first, n_threads=2)
+    np.testing.assert_array_equal(np.stack([weight.row(i) for i in range(56)]), wanted)
+    woven = Weight(dtype, 64, 2 * size)
+    for i in range(2):
+        woven.pack_rows(raw[2], dtype, 21, first_row=16 * i, row_block=16, row_step=2)
+    gate, up = [*range(16), *range(32, 37)], [*range(16, 32), *range(48, 53)]
+    for places in (gate, up):
+        np.testing.assert_array_equal(np.stack([woven.row(i) for i in places]), wanted[35:])
+    assert not woven.row(40).any()
+
+
 def test_rope() -> None:
     x, positions = random(6, 3, 40), np.array([0, 1, 2, 500, 8191, 100_000])
     inv_freq = (10000.0 ** -(np.arange(10) / 10)).astype(np.float32)
@@ -193,7 +269,8 @@ def test_self_attention(n_tokens: int, heads: int, kv_heads: int, dim: int, wind
         (lambda: ops.self_attention(random(2, 3, 4), random(2, 2, 4), random(2, 2, 4)), "must divide n_heads 3"),
         (lambda: ops.self_attention(random(2, 2, 4), random(2, 2, 4), random(2, 2, 4), scale=0.0), "scale"),
         (lambda: ops.self_attention(random(2, 2, 4), random(2, 2, 4), random(2, 2, 4), window=-1), "window"),
-        (lambda: Weight(DType.Q4_0, 1, 32), "f32, f16 or bf16"),
+        (lambda: Weight(DType.Q4_0, 1, 33), "whole blocks of 32"),
+        (lambda: Weight(cast(Any, 99), 1, 32), "dtype is 99"),
         (lambda: Weight(DType.F32, 0, 32), "n_rows is 0"),
         (lambda: Weight(DType.F32, 2, 2).row(2), "row is 2"),
         (lambda: Weight(DType.F32, 2, 2).pack_rows(np.zeros(8, np.uint8), DType.F32, 2), "16 are needed|src has 8"),
@@ -215,7 +292,7 @@ def test_wrong_arguments(call: Any, text: str) -> None:
 
 
 def test_missing_instruction_set() -> None:
-    missing: list[Any] = [isa for isa in ("avx2", "avx512") if not _native.isa_available(isa)]
+    missing: list[Any] = [isa for isa in ("avx2", "avx512", "avx512_vnni") if not _native.isa_available(isa)]
     for isa in missing:
         with pytest.raises(Unsupported, match="lacks instruction set"):
             ops.rms_norm(random(2, 3), random(3), isa=isa)
@@ -311,7 +388,7 @@ def changed(index: int, **fields: Any) -> list[Op]:
         (lambda: small_ops()[:-1], "one logits op, at its end"),
         (lambda: changed(1, kind=11), "kind 11 is unknown"),
         (lambda: changed(1, input=6), "in is buffer 6 of 6"),
-        (lambda: changed(1, input=3), "before anything wrote it"),
+        (lambda: changed(1, input=3), "before all of it was written"),
         (lambda: changed(1, vector=np.ones(5, np.float32)), "5 weights for a width of 16"),
         (lambda: changed(1, eps=-1.0), "eps"),
         (lambda: changed(2, weight=ops.pack(random(32, 17))), "17 columns"),

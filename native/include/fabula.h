@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 3 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 4 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -55,17 +55,16 @@ const char *fb_last_error(void);
 size_t fb_sizeof(const char *struct_name);
 
 /* Instruction sets with kernels of their own. REFERENCE is plain C and exists on every machine. */
-enum fb_isa { FB_ISA_AUTO = 0, FB_ISA_REFERENCE = 1, FB_ISA_AVX2 = 2, FB_ISA_AVX512 = 3 };
+enum fb_isa { FB_ISA_AUTO = 0, FB_ISA_REFERENCE = 1, FB_ISA_AVX2 = 2, FB_ISA_AVX512 = 3, FB_ISA_AVX512_VNNI = 4 };
 
 /* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
- * AVX512 for F + BW + VL + DQ). */
+ * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI). */
 bool fb_isa_available(enum fb_isa isa);
 
 /* The best available instruction set: what AUTO stands for. */
 enum fb_isa fb_isa_best(void);
 
-/* Number formats. The first three are formats weights can be held in; the others are GGUF block formats that
- * fb_weight_pack_rows and fb_dequantize read. Values are this library's own, not GGUF's. */
+/* Number formats of weights: three plain ones, and GGUF's block formats. Values are this library's own, not GGUF's. */
 enum fb_dtype {
     FB_F32 = 0,
     FB_F16 = 1,
@@ -103,13 +102,16 @@ enum fb_status fb_quantize(enum fb_dtype dtype, const float *src, int32_t n_rows
 
 /* A matrix [n_rows, n_cols], one output per row, packed into panels of 16 rows:
  *     panel p, column k, lane j  ->  element (16 p + j, k), lanes contiguous.
- * Rows beyond n_rows in the last panel are zero. Immutable once packed; may be shared by threads and programs. */
+ * Block formats keep every bit of their blocks (native/src/quant/layout.h draws their panels); products with them round
+ * their input to 8 bits in blocks of 32. Rows beyond n_rows in the last panel are zero. Immutable once packed; may be shared
+ * by threads and programs. */
 typedef struct fb_weight fb_weight;
 
-/* A zeroed matrix of `dtype` (F32, F16 or BF16) on 2 MiB-aligned memory. n_rows and n_cols: 1 .. 2^30. */
+/* A zeroed matrix of `dtype` on 2 MiB-aligned memory. n_rows and n_cols: 1 .. 2^30, n_cols a multiple of its block size. */
 enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, fb_weight **out);
 
-/* Fills rows first_row + row_step * i, i = 0 .. n_rows-1, from a row-major matrix [n_rows, n_cols] of any `src_dtype`.
+/* Fills rows first_row + row_step * i, i = 0 .. n_rows-1, from a row-major matrix [n_rows, n_cols] of any `src_dtype`,
+ * rounded to the weight's format as fb_quantize does where that is another.
  * `row_step` 1 stacks matrices on top of each other (q, k, v in one); with `row_block` 16 and row_step 2 two matrices
  * are woven panel by panel (gate and up), so that row r goes to first_row + (r / row_block) * row_block * row_step +
  * r % row_block. Rows between the last of a woven matrix and the next panel stay zero. n_threads >= 1. Not to be
@@ -156,25 +158,27 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
  * width per token of the batch (or, after GATHER_OUTPUTS, per wanted output). The program plans where buffers lie:
  * two that are never alive together share memory. */
 enum fb_op_kind {
-    FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight` */
-    FB_OP_RMS_NORM = 2,       /* out = in / sqrt(mean(in^2) + eps) * vector */
-    FB_OP_LINEAR = 3,         /* out = in weight^T (+ vector as bias) (+ buffer `residual`, which may be `out`) */
-    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) hold gate and up woven by 16 rows; out = silu(gate) * up */
-    FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
-    FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
-    FB_OP_KV_WRITE = 7,       /* K and V of `in` into the sequence's pages, layer `layer` */
-    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
+    FB_OP_EMBED = 1,         /* out[t] = scale * row tokens[t] of `weight` */
+    FB_OP_RMS_NORM = 2,      /* out = in / sqrt(mean(in^2) + eps) * vector */
+    FB_OP_LINEAR = 3,        /* out from `column` on = in weight^T (+ vector as bias) (+ buffer `residual`, which may be
+                                 `out`) */
+    FB_OP_LINEAR_SWIGLU = 4, /* weight (and bias) hold gate and up woven by 16 rows; out = silu(gate) * up */
+    FB_OP_HEAD_NORM = 5,     /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
+    FB_OP_ROPE = 6,          /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
+    FB_OP_KV_WRITE = 7,      /* K and V of `in` into the sequence's pages, layer `layer` */
+    FB_OP_ATTENTION = 8,     /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
     FB_OP_LOGITS = 10         /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
 };
 
 struct fb_op {
     enum fb_op_kind kind;
-    int32_t in;              /* buffer read; -1 for EMBED */
-    int32_t out;             /* buffer written; -1 where the op works in place or writes the caller's logits */
-    int32_t residual;        /* LINEAR: buffer added to the product, -1 for none */
-    int32_t layer;           /* KV_WRITE, ATTENTION: 0 .. n_layers-1 */
-    int32_t window;          /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
+    int32_t in;       /* buffer read; -1 for EMBED */
+    int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
+    int32_t residual; /* LINEAR: buffer added to the product, -1 for none */
+    int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 */
+    int32_t column;   /* LINEAR: first column of `out` that the product fills; columns before are filled already */
+    int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
     const fb_weight *weight; /* EMBED, LINEAR*, LOGITS; borrowed: it must outlive the program */
     const float *vector;     /* norm weights [width], bias [n_rows], or q-head norm [head_dim]; copied */
     const float *vector2;    /* HEAD_NORM: k-head norm [head_dim]; copied */

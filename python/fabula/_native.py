@@ -19,7 +19,7 @@ from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, 
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-Isa = Literal["auto", "reference", "avx2", "avx512"]
+Isa = Literal["auto", "reference", "avx2", "avx512", "avx512_vnni"]
 
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
 
@@ -34,6 +34,7 @@ _ISAS: dict[str, int] = {
     "reference": lib.FB_ISA_REFERENCE,
     "avx2": lib.FB_ISA_AVX2,
     "avx512": lib.FB_ISA_AVX512,
+    "avx512_vnni": lib.FB_ISA_AVX512_VNNI,
 }
 
 
@@ -206,6 +207,7 @@ class Op:
     input: int = -1
     out: int = -1
     residual: int = -1
+    column: int = 0
     layer: int = 0
     window: int = 0
     weight: Weight | None = None
@@ -261,7 +263,7 @@ class Program:
         c_ops = ffi.new("struct fb_op[]", len(ops))
         keep: list[F32] = []
         for c_op, op in zip(c_ops, ops, strict=True):
-            c_op.kind, c_op.out, c_op.residual = op.kind, op.out, op.residual
+            c_op.kind, c_op.out, c_op.residual, c_op.column = op.kind, op.out, op.residual, op.column
             c_op.layer, c_op.window, c_op.eps, c_op.scale = op.layer, op.window, op.eps, op.scale
             setattr(c_op, "in", op.input)
             if op.weight is not None:

@@ -28,16 +28,20 @@ from fabula.kv.pages import PoolUsage
 from fabula.kv.spill import Fingerprint
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
+from fabula.models.precision import NAMES as PRECISIONS
+from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.host import Host, Served
 from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.session import Session
 from fabula.text.template import ChatTemplate
 from fabula.text.tokenizer import Tokenizer
 
-WeightsName = Literal["auto", "f32", "f16", "bf16"]
+WeightsName = Literal[
+    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
+    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
+]  # fmt: skip
 KvName = Literal["f16", "f32"]
 
-_WEIGHTS = {"f32": DType.F32, "f16": DType.F16, "bf16": DType.BF16}
 _KV = {"f16": DType.F16, "f32": DType.F32}
 
 
@@ -53,7 +57,7 @@ class Model:
         path: folder or file it was read from.
         config: sizes; see `ModelConfig`.
         tokenizer: `encode` and `decode`.
-        weights: precision of the matrices, "f32", "f16" or "bf16".
+        weights: precision of the matrices, e.g. "f16" or "q8_0"; of most of them where they differ.
         kv: precision of the KV cache.
         threads: threads of every step.
         context: positions a text may have.
@@ -103,7 +107,8 @@ class Model:
 
         Args:
             name_or_path: a Hugging Face folder, a .gguf file, or a name; see `fabula pull --help`.
-            weights: precision of the matrices. "auto" keeps the checkpoint's own; quantised checkpoints become f16.
+            weights: precision of the matrices in memory. "auto" keeps every matrix as the checkpoint has it; the others
+                round when they load, as `fabula quantize` does ("q8", "q4", ... are short for q8_0, q4_k_m, ...).
             kv: precision of the KV cache.
             threads: None takes what this process may really use (affinity, CPU quota, physical cores).
             context: positions a text may have; None takes the model's own length.
@@ -121,8 +126,8 @@ class Model:
             InvalidArgument: an option is out of its range.
             OutOfMemory: the system refused memory.
         """
-        if weights not in ("auto", *_WEIGHTS):
-            raise InvalidArgument(f"weights is {weights!r}, must be one of auto, {', '.join(_WEIGHTS)}")
+        if weights not in PRECISIONS:
+            raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
         if kv not in tuple(_KV):
             raise InvalidArgument(f"kv is {kv!r}, must be one of {', '.join(_KV)}")
         limits = (("threads", threads, 1024), ("context", context, 1 << 24), ("kv_memory", kv_memory, 1 << 50))
@@ -135,10 +140,11 @@ class Model:
         try:
             tokenizer = load_tokenizer(checkpoint)
             check_vocabulary(tokenizer, checkpoint)
-            dtype = _WEIGHTS[weights] if weights != "auto" else own_precision(checkpoint)
+            config = family_of(checkpoint.config, path).read(checkpoint.config, path)
+            label = label_of(weights, checkpoint)
             runner = Runner(
                 checkpoint,
-                weights=dtype,
+                weights=precision_of(weights, config),
                 kv=_KV[kv],
                 n_threads=n_threads,
                 context=context,
@@ -147,7 +153,8 @@ class Model:
             )
         finally:
             checkpoint.close()
-        return cls(path, runner, tokenizer, dtype.name.lower(), kv, n_threads, scheduler, checkpoint.digest)
+        digest = f"{checkpoint.digest}-{identity_of(weights, checkpoint)}"
+        return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest)
 
     # ---- What it is -------------------------------------------------------------------------------------------------
 
@@ -308,7 +315,7 @@ class Model:
     def _fingerprint(self) -> Fingerprint:
         c = self.config
         return Fingerprint(
-            weights=f"{self._digest}-{self.weights}",
+            weights=self._digest,
             tokenizer=self.tokenizer.fingerprint,
             kv=self.kv,
             layout=f"1: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {self.context}",
@@ -365,16 +372,6 @@ class TemplateOf:
                 )
             self._template = self._tokenizer.make_template(source)
         return self._template
-
-
-def own_precision(checkpoint: Checkpoint) -> DType:
-    """The precision "auto" stands for: that of most of the checkpoint's matrix bytes; f16 for quantised ones."""
-    totals = dict.fromkeys(DType, 0)
-    for info in checkpoint.tensors.values():
-        if len(info.shape) == 2:
-            totals[info.dtype] += info.n_bytes
-    most = max(totals, key=lambda dtype: totals[dtype])
-    return most if most in (DType.F32, DType.F16, DType.BF16) else DType.F16
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

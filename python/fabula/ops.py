@@ -1,8 +1,8 @@
 """The operators of the engine one at a time: numpy in, numpy out, on the same kernels that models run on.
 
 Every function takes `threads` (None for what the process may really use) and `isa` ("auto", "reference", "avx2",
-"avx512"); the result does not depend on either, bit for bit. Inputs are converted to float32 and made contiguous
-where they are not.
+"avx512", "avx512_vnni"); the result does not depend on either, bit for bit. Inputs are converted to float32 and made
+contiguous where they are not.
 
 Example:
     >>> import numpy as np
@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -39,9 +40,12 @@ __all__ = [
 
 F32 = npt.NDArray[np.float32]
 Weight = _native.Weight
-Precision = Literal["f32", "f16", "bf16"]
+Precision = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k"
+]
 
-_DTYPES = {"f32": DType.F32, "f16": DType.F16, "bf16": DType.BF16}
+_DTYPES = {dtype.name.lower(): dtype for dtype in DType}
+_KV = {name: _DTYPES[name] for name in ("f32", "f16")}
 
 
 def _array(value: npt.ArrayLike, name: str, n_dims: int) -> F32:
@@ -69,10 +73,10 @@ def _indices(value: npt.ArrayLike, name: str) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _precision(name: str, value: str) -> DType:
-    if value not in _DTYPES:
-        raise InvalidArgument(f"{name} is {value!r}, must be one of {', '.join(_DTYPES)}")
-    return _DTYPES[value]
+def _precision(name: str, value: str, among: Mapping[str, DType]) -> DType:
+    if value not in among:
+        raise InvalidArgument(f"{name} is {value!r}, must be one of {', '.join(among)}")
+    return among[value]
 
 
 def rms_norm(
@@ -137,7 +141,7 @@ def swiglu(gate: npt.ArrayLike, up: npt.ArrayLike, *, threads: int | None = None
 def pack(matrix: npt.ArrayLike, *, precision: Precision = "f32", threads: int | None = None) -> Weight:
     """Packs a matrix [n_rows, n_cols], one output per row, for `linear`."""
     rows = _array(matrix, "matrix", 2)
-    weight = Weight(_precision("precision", precision), *rows.shape)
+    weight = Weight(_precision("precision", precision, _DTYPES), *rows.shape)
     weight.pack_rows(rows.view(np.uint8).reshape(-1), DType.F32, rows.shape[0], n_threads=_threads(threads))
     return weight
 
@@ -230,4 +234,4 @@ def self_attention(
     _shape(keys, "k", (n_tokens, keys.shape[1], head_dim))
     _shape(values, "v", keys.shape)
     factor = head_dim**-0.5 if scale is None else scale
-    return _native.self_attention(queries, keys, values, window, factor, _precision("kv", kv), _threads(threads), isa)
+    return _native.self_attention(queries, keys, values, window, factor, _precision("kv", kv, _KV), _threads(threads), isa)

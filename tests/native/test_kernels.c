@@ -91,10 +91,12 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
 
 static void test_rest(const struct fb_kernels *k, const char *name, uint64_t seed, size_t n, bool hostile) {
     const struct fb_kernels *ref = &fb_kernels_reference;
+    if (n > MOST) abort(); /* and the compiler knows that no product below overflows */
     state = seed * 977 + n;
     float *a = random_floats(n, hostile), *b = random_floats(n, hostile);
     float *c = random_floats(n, false), *d = random_floats(n, false);
     float *got = malloc((2 * n + 1) * sizeof *got), *wanted = malloc((2 * n + 1) * sizeof *wanted);
+    if (!got || !wanted) abort();
 #define EXPECT(kernel, count)                                                                                          \
     CHECK_AT(same(got, wanted, count), "%s " kernel ": n %zu, %s, seed %llu", name, n, hostile ? "hostile" : "plain",  \
         (unsigned long long)seed)
@@ -177,6 +179,7 @@ int main(void) {
 #if defined(__x86_64__)
         {"avx2", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx2 : NULL},
         {"avx512", fb_isa_available(FB_ISA_AVX512) ? &fb_kernels_avx512 : NULL},
+        {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
 #endif
 #ifdef FABULA_EMULATE_AVX512
         {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},

@@ -33,15 +33,17 @@ void fb_barrier_wait(struct fb_barrier *barrier, int n_threads) {
 }
 
 void fb_team_run(fb_item_function item, void *context, int64_t n_items, int n_threads) {
+    enum { MOST_SHARES = 64 }; /* more threads take from the same shares */
     if (n_threads > n_items) n_threads = n_items < 1 ? 1 : (int)n_items;
-    struct fb_counter counter = {0};
+    const int n_shares = n_threads < MOST_SHARES ? n_threads : MOST_SHARES;
+    struct fb_counter counters[MOST_SHARES];
+    for (int i = 0; i < n_shares; i++)
+        atomic_init(&counters[i].next, 0);
 #pragma omp parallel num_threads(n_threads)
     {
-        int thread = omp_get_thread_num();
-        for (;;) {
-            int64_t index = atomic_fetch_add_explicit(&counter.next, 1, memory_order_relaxed);
-            if (index >= n_items) break;
+        const int thread = omp_get_thread_num();
+        struct fb_items items = fb_items_of(counters, n_items, thread % n_shares, n_shares);
+        for (int64_t index; (index = fb_next_item(&items)) >= 0;)
             item(context, index, thread);
-        }
     }
 }

@@ -1,8 +1,9 @@
 /*
  * team.h - how the threads of one parallel region share work and wait for each other.
  *
- * Work is a list of stages, each with a number of items. A thread takes the next item from the stage's counter, so a
- * core that is slowed by a neighbour simply takes fewer; after a stage everybody meets at a barrier. The barrier
+ * Work is a list of stages, each with a number of items. A thread takes the items of its own share in order, which lie
+ * one behind the other in memory, and then from the shares of the others: a core that is slowed by a neighbour simply
+ * takes fewer. After a stage everybody meets at a barrier. The barrier
  * spins for a while, since the next stage is microseconds away, then gives its core up to whoever needs it.
  */
 #ifndef FABULA_BASE_TEAM_H
@@ -15,6 +16,30 @@
 struct fb_counter {
     _Alignas(64) atomic_llong next;
 };
+
+/* The items of a stage as one thread sees them: `counters` [n_threads], one for each share. */
+struct fb_items {
+    struct fb_counter *counters;
+    int64_t n_items;
+    int thread, n_threads;
+    int n_done; /* shares that this thread found empty: its own, then those after it */
+};
+
+static inline struct fb_items fb_items_of(struct fb_counter *counters, int64_t n_items, int thread, int n_threads) {
+    return (struct fb_items){counters, n_items, thread, n_threads, 0};
+}
+
+/* The next item for this thread, -1 when there is none left. */
+static inline int64_t fb_next_item(struct fb_items *items) {
+    for (; items->n_done < items->n_threads; items->n_done++) {
+        const int share = (items->thread + items->n_done) % items->n_threads;
+        const int64_t first = items->n_items * share / items->n_threads;
+        const int64_t end = items->n_items * (share + 1) / items->n_threads;
+        const int64_t index = first + atomic_fetch_add_explicit(&items->counters[share].next, 1, memory_order_relaxed);
+        if (index < end) return index;
+    }
+    return -1;
+}
 
 struct fb_barrier {
     _Alignas(64) atomic_int arrived;

@@ -7,6 +7,10 @@
  *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and takes its terms one by one in
  *              order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run side by side in
  *              registers, but never share a sum.
+ *   blocks     of quantised weights: activations are rounded to 8 bits in blocks of 32 of one scale, dot products within a
+ *              group of 16 or 32 columns are whole numbers and so exact, and an output takes them group by group:
+ *                  y = fma(dot - zero * sum of codes, weight scale * activation scale, y)
+ *                  y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
  *   sums       a sum over n numbers runs in 16 lanes (number i goes to lane i % 16), and the lanes are then folded:
  *              lane j + lane j+8, then +4, +2, +1.
  *   exp        one polynomial, the same operations in the same order everywhere (see exp.h).
@@ -20,6 +24,7 @@
 #define FABULA_KERNELS_H
 
 #include "fabula.h"
+#include "quant/layout.h"
 
 enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 
@@ -32,8 +37,29 @@ enum { FB_KERNEL_DTYPES = 3 };
 typedef void (*fb_gemm_kernel)(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x,
     size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate);
 
+/* 32 neighbouring activations of a token, one cache line: x is about scale * code. Index 0 of the sums is the whole block,
+ * 1 and 2 are its halves of 16. */
+struct fb_activation {
+    int8_t codes[FB_BLOCK_COLUMNS]; /* -127 .. 127 */
+    float scale;                    /* largest magnitude / 127; NaN where a number was NaN or infinite */
+    float sums[3];                  /* scale * (sum of codes) */
+    int32_t minus_sums[3];          /* -(sum of codes) */
+    int32_t unused;
+};
+
+/* y[t][16 p + j] = row 16 p + j of panels of quantised blocks (layout.h), times token t
+ *   panels   n_panels panels of fb_panel_bytes(dtype, n_cols)
+ *   x        [n_tokens][ldx] blocks, the first n_cols / 32 used;   y  [n_tokens][ldy], its first 16 n_panels columns used */
+typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
+
+/* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
+typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
+
 struct fb_kernels {
     fb_gemm_kernel gemm[FB_KERNEL_DTYPES];
+    fb_gemm_blocks_kernel gemm_blocks;
+    fb_quantise_kernel quantise;
 
     /* out = (x * (1 / sqrt(sum(x^2) / n + eps))) * weight; out may be x */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *out);
@@ -71,7 +97,13 @@ extern const struct fb_kernels fb_kernels_reference;
 #if defined(__x86_64__)
 extern const struct fb_kernels fb_kernels_avx2;
 extern const struct fb_kernels fb_kernels_avx512;
+extern const struct fb_kernels fb_kernels_avx512_vnni;
 #endif
+
+/* reference.c's table takes these from reference_blocks.c. */
+void fb_reference_gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
+void fb_reference_quantise(const float *x, size_t n_blocks, struct fb_activation *out);
 
 /* Folds 16 lanes into one sum, in the order stated above. */
 static inline float fb_fold(const float lanes[FB_LANES]) {

@@ -150,6 +150,8 @@ static void widen_bf16(const void *x, size_t n, float *out) {
 
 const struct fb_kernels fb_kernels_reference = {
     .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .gemm_blocks = fb_reference_gemm_blocks,
+    .quantise = fb_reference_quantise,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

@@ -143,6 +143,8 @@ static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, 
     gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
+#include "kernels/blocks_simd.h"
+
 /* ---- Elementwise and sums ---------------------------------------------------------------------------------------- */
 
 /* The last n < 16 numbers, padded with zeros to a whole vector. */
@@ -307,6 +309,8 @@ FORMAT(bf16)
 
 const struct fb_kernels KERNEL_TABLE = {
     .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .gemm_blocks = gemm_blocks,
+    .quantise = quantise,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

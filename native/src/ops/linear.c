@@ -4,7 +4,8 @@
 #include <string.h>
 
 enum {
-    MAX_GROUP = 4,    /* panels in an item: 64 rows, as many streams as one core keeps in flight */
+    MAX_GROUP = 4,    /* panels in an item; an even number, for gate and up */
+    FEW_TOKENS = 4,   /* then panels are read at the speed of memory, and an item of two takes about a microsecond */
     TOKEN_BLOCK = 96, /* tokens in an item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };
@@ -13,6 +14,7 @@ int64_t fb_linear_items(struct fb_linear *linear, int n_threads) {
     const size_t n_panels = (size_t)linear->weight->n_panels;
     const size_t blocks = (linear->n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
     size_t group = MAX_GROUP;
+    if (linear->n_tokens <= FEW_TOKENS) group = 2;
     while (group > 2 && n_panels / group * blocks < (size_t)n_threads * ITEMS_PER_THREAD)
         group /= 2;
     linear->group = group;
@@ -37,9 +39,15 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
 
     float tile[TOKEN_BLOCK * MAX_GROUP * FB_LANES];
     const size_t ld = n_panels * FB_LANES;
-    linear->kernels->gemm[linear->weight->dtype](fb_weight_panel(linear->weight, first_panel),
-        fb_weight_panel_stride(linear->weight), n_panels, (size_t)linear->weight->n_cols,
-        linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false);
+    const struct fb_weight *weight = linear->weight;
+    const char *panels = fb_weight_panel(weight, first_panel);
+    const size_t n_cols = (size_t)weight->n_cols;
+    if (fb_is_quantised(weight->dtype))
+        linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
+            linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
+    else
+        linear->kernels->gemm[weight->dtype](panels, fb_weight_panel_stride(weight), n_panels, n_cols,
+            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false);
 
     const size_t outputs = linear->swiglu ? ld / 2 : ld; /* per token */
     const size_t column = linear->swiglu ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;

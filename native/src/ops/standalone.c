@@ -132,6 +132,13 @@ static void linear_item(void *context, int64_t index, int thread) {
     fb_linear_item(context, index);
 }
 
+static void quantise_item(void *context, int64_t index, int thread) {
+    (void)thread;
+    const struct fb_linear *linear = context;
+    struct fb_activation *out = (struct fb_activation *)linear->activations + (size_t)index * linear->ld_activations;
+    linear->kernels->quantise(linear->x + (size_t)index * linear->ldx, linear->ld_activations, out);
+}
+
 enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
     const float *residual, int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(weight && x && out, "weight, x or out is null");
@@ -148,7 +155,18 @@ enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows
         .ld_out = (size_t)weight->n_rows,
         .n_tokens = (size_t)n_rows,
         .width = (size_t)weight->n_rows};
+    void *activations = NULL;
+    size_t n_bytes = 0;
+    if (fb_is_quantised(weight->dtype)) {
+        linear.ld_activations = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
+        n_bytes = (size_t)n_rows * linear.ld_activations * sizeof(struct fb_activation);
+        activations = fb_memory_take(n_bytes);
+        if (!activations) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to 8 bits", n_rows);
+        linear.activations = activations;
+        fb_team_run(quantise_item, &linear, n_rows, n_threads);
+    }
     fb_team_run(linear_item, &linear, fb_linear_items(&linear, n_threads), n_threads);
+    if (activations) fb_memory_release(activations, n_bytes);
     return FB_OK;
 }
 

@@ -56,8 +56,6 @@ static int32_t result_width(const struct fb_program *p, const struct fb_op *op, 
     case FB_OP_RMS_NORM:
     case FB_OP_GATHER_OUTPUTS:
         return in_width;
-    case FB_OP_LINEAR:
-        return op->weight->n_rows;
     case FB_OP_ATTENTION:
         return p->shape.n_heads * p->shape.head_dim;
     default:
@@ -93,12 +91,14 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
     FB_REQUIRE((op->kind == FB_OP_LOGITS) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!has_weight(op) || op->weight, "op %d: its weight is null", i);
     FB_REQUIRE(isfinite(op->scale), "op %d: scale is not finite", i);
+    FB_REQUIRE(op->column == 0 || op->kind == FB_OP_LINEAR, "op %d: only linear writes from a column on", i);
 
     int32_t in_width = 0;
     if (reads_buffer(op)) {
         FB_REQUIRE(op->in >= 0 && op->in < s->n_buffers, "op %d: in is buffer %d of %d", i, op->in, s->n_buffers);
         struct fb_buffer *in = &p->buffers[op->in];
-        FB_REQUIRE(in->first_write >= 0, "op %d: reads buffer %d before anything wrote it", i, op->in);
+        FB_REQUIRE(in->first_write >= 0 && in->filled == in->width,
+            "op %d: reads buffer %d before all of it was written", i, op->in);
         FB_REQUIRE(in->per_output == *gathered || op->kind == FB_OP_GATHER_OUTPUTS, "op %d: buffer %d holds rows of %s",
             i, op->in, in->per_output ? "outputs" : "tokens");
         in->last_use = i;
@@ -140,6 +140,13 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
                        out->width > op->weight->n_rows / 2 - 16,
             "op %d (linear_swiglu): %d woven rows give a width just up to %d, buffer %d is %d", i, op->weight->n_rows,
             op->weight->n_rows / 2, op->out, out->width);
+    } else if (op->kind == FB_OP_LINEAR) {
+        FB_REQUIRE(op->column >= 0 && (int64_t)op->column + op->weight->n_rows <= out->width,
+            "op %d: %d rows from column %d on do not fit buffer %d of %d", i, op->weight->n_rows, op->column, op->out,
+            out->width);
+        FB_REQUIRE(op->column == 0 || (out->first_write >= 0 && op->column == out->filled),
+            "op %d: column %d of buffer %d does not follow what was written, %d columns", i, op->column, op->out,
+            out->filled);
     } else {
         FB_REQUIRE(out->width == width, "op %d: the result is %d wide, buffer %d is %d", i, width, op->out, out->width);
     }
@@ -151,7 +158,8 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
         FB_REQUIRE(op->residual >= 0 && op->residual < s->n_buffers, "op %d: residual is buffer %d of %d", i,
             op->residual, s->n_buffers);
         struct fb_buffer *residual = &p->buffers[op->residual];
-        FB_REQUIRE(residual->first_write >= 0 && residual->width == width && residual->per_output == *gathered,
+        FB_REQUIRE(residual->first_write >= 0 && residual->filled == out->width && residual->width == out->width &&
+                       op->column == 0 && residual->per_output == *gathered,
             "op %d: buffer %d cannot be its residual", i, op->residual);
         residual->last_use = i;
     } else {
@@ -164,29 +172,81 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
     FB_REQUIRE(out->per_output == *gathered, "op %d: buffer %d holds rows of %s", i, op->out,
         out->per_output ? "outputs" : "tokens");
     if (out->last_use < i) out->last_use = i;
+    out->filled = op->kind == FB_OP_LINEAR ? op->column + op->weight->n_rows : out->width;
     return FB_OK;
 }
 
-/* Row by row operators that follow each other become one stage. GATHER_OUTPUTS changes what a row is, so it ends one.
- * */
+/* Whether two products, one after the other, may run side by side: the second reads nothing that the first writes. */
+static bool runs_beside(const struct fb_op *first, const struct fb_op *second) {
+    return first->kind == FB_OP_LINEAR && second->kind == FB_OP_LINEAR && first->in == second->in &&
+           first->out == second->out && second->column > first->column && second->residual == -1;
+}
+
+static int32_t last_op(const struct fb_stage *stage) {
+    return stage->first_op + stage->n_ops - 1;
+}
+
+/* Row by row operators that follow each other become one stage, as do products that may run side by side.
+ * GATHER_OUTPUTS changes what a row is, so a stage begins with it. */
 static void cut_stages(struct fb_program *p) {
-    bool gathered = false, open = false;
+    bool gathered = false;
     for (int32_t i = 0; i < p->n_ops; i++) {
         const struct fb_op *op = &p->ops[i];
         const enum fb_stage_kind kind = is_product(op)                ? FB_STAGE_LINEAR
                                         : op->kind == FB_OP_ATTENTION ? FB_STAGE_ATTENTION
                                                                       : FB_STAGE_ROWS;
-        if (op->kind == FB_OP_GATHER_OUTPUTS) {
-            gathered = true;
-            open = false;
-        }
-        if (kind == FB_STAGE_ROWS && open) {
-            p->stages[p->n_stages - 1].n_ops++;
-            continue;
-        }
-        p->stages[p->n_stages++] = (struct fb_stage){.kind = kind, .first_op = i, .n_ops = 1, .per_output = gathered};
-        open = kind == FB_STAGE_ROWS;
+        struct fb_stage *before = p->n_stages ? &p->stages[p->n_stages - 1] : NULL;
+        gathered = gathered || op->kind == FB_OP_GATHER_OUTPUTS;
+        const bool joins = before && before->kind == kind && op->kind != FB_OP_GATHER_OUTPUTS &&
+                           (kind == FB_STAGE_ROWS ||
+                               (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_BESIDE && runs_beside(op - 1, op)));
+        if (joins)
+            before->n_ops++;
+        else
+            p->stages[p->n_stages++] = (struct fb_stage){
+                .kind = kind, .first_op = i, .n_ops = 1, .norm = -1, .per_output = gathered};
     }
+}
+
+/* Whether anything behind operator `i` reads what `buffer` holds now. */
+static bool is_read_later(const struct fb_program *p, int32_t buffer, int32_t i) {
+    for (i++; i < p->n_ops; i++) {
+        const struct fb_op *op = &p->ops[i];
+        if (op->in == buffer || op->residual == buffer) return true;
+        if (op->out == buffer) return false;
+    }
+    return false;
+}
+
+/* Moves a norm to the products that alone read its result, and notes which stages round their input. A norm moved so
+ * reads its input while the products write: they must not lie on each other. */
+static void prepare_products(struct fb_program *p) {
+    int32_t n_kept = 0;
+    for (int32_t s = 0; s < p->n_stages; s++) {
+        struct fb_stage stage = p->stages[s];
+        if (stage.kind == FB_STAGE_LINEAR) {
+            for (int32_t i = stage.first_op; i <= last_op(&stage); i++) {
+                const struct fb_weight *weight = p->ops[i].weight;
+                const size_t n_blocks = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
+                if (!fb_is_quantised(weight->dtype)) continue;
+                stage.is_quantised = true;
+                if (n_blocks > p->activation_blocks) p->activation_blocks = n_blocks;
+            }
+            struct fb_stage *before = &p->stages[n_kept - 1]; /* there is one: EMBED comes first */
+            const struct fb_op *norm = &p->ops[last_op(before)];
+            const bool writes_its_input = p->ops[stage.first_op].out >= 0 && p->ops[stage.first_op].out == norm->in;
+            if (before->kind == FB_STAGE_ROWS && norm->kind == FB_OP_RMS_NORM && norm->out != norm->in &&
+                norm->out == p->ops[stage.first_op].in && !writes_its_input &&
+                !is_read_later(p, norm->out, last_op(&stage))) {
+                stage.norm = last_op(before);
+                struct fb_buffer *in = &p->buffers[norm->in];
+                if (in->last_use < last_op(&stage)) in->last_use = last_op(&stage);
+                if (--before->n_ops == 0) n_kept--;
+            }
+        }
+        p->stages[n_kept++] = stage;
+    }
+    p->n_stages = n_kept;
 }
 
 static void copy_vectors(struct fb_program *p) {
@@ -222,6 +282,10 @@ static enum fb_status take_memory(struct fb_program *p) {
     const struct fb_program_shape *s = &p->shape;
     const size_t rows = (size_t)s->max_tokens;
     bool failed = false;
+    size_t widest = 0;
+    for (int32_t i = 0; i < s->n_buffers; i++)
+        widest = p->buffers[i].stride > widest ? p->buffers[i].stride : widest;
+    p->own_input_bytes = FB_OWN_ROWS * (widest * sizeof(float) + p->activation_blocks * sizeof *p->activations);
     p->arena_floats = fb_plan_buffers(p->buffers, s->n_buffers, rows);
     p->attention_scratch_bytes = fb_attention_scratch_bytes(s->n_heads, s->n_kv_heads, s->head_dim);
     p->arena = take(p, p->arena_floats, sizeof(float), &failed);
@@ -233,7 +297,9 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->offsets = take(p, (rows + 1) * (size_t)p->n_threads, sizeof(int64_t), &failed);
     p->partials = take(p, FB_PARTIAL_FLOATS, sizeof(float), &failed);
     p->attention_scratch = take(p, (size_t)p->n_threads, p->attention_scratch_bytes, &failed);
-    p->counters = take(p, 2 * (size_t)p->n_stages, sizeof(struct fb_counter), &failed);
+    p->activations = take(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
+    p->own_inputs = take(p, (size_t)p->n_threads, p->own_input_bytes, &failed);
+    p->counters = take(p, 2 * (size_t)p->n_stages * (size_t)p->n_threads, sizeof(struct fb_counter), &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
     for (int32_t i = 0; i < s->n_buffers; i++)
         if (p->buffers[i].data) p->buffers[i].data = p->arena + p->buffers[i].offset;
@@ -267,6 +333,7 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     if (!p->vectors) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program's vectors");
     copy_vectors(p);
     cut_stages(p);
+    prepare_products(p);
     return take_memory(p);
 }
 
@@ -317,7 +384,9 @@ void fb_program_free(fb_program *p) {
     fb_memory_release(p->offsets, (rows + 1) * (size_t)p->n_threads * sizeof(int64_t));
     fb_memory_release(p->partials, FB_PARTIAL_FLOATS * sizeof(float));
     fb_memory_release(p->attention_scratch, (size_t)p->n_threads * p->attention_scratch_bytes);
-    fb_memory_release(p->counters, 2 * (size_t)p->n_stages * sizeof(struct fb_counter));
+    fb_memory_release(p->activations, rows * p->activation_blocks * sizeof *p->activations);
+    fb_memory_release(p->own_inputs, (size_t)p->n_threads * p->own_input_bytes);
+    fb_memory_release(p->counters, 2 * (size_t)p->n_stages * (size_t)p->n_threads * sizeof(struct fb_counter));
     free(p->ops);
     free(p->buffers);
     free(p->stages);

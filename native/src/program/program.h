@@ -6,8 +6,12 @@
  *     run.c      checks a batch and executes the stages in one parallel region
  *
  * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow
- * each other in one stage: the thread that holds a token carries it through all of them. Products and attention are
- * stages of their own.
+ * each other in one stage: the thread that holds a token carries it through all of them. Products that read the same
+ * buffer and write into the same one are a stage, attention is one of its own.
+ *
+ * A stage of products may begin with a norm, and with rounding its input to 8 bits for quantised weights. For a few rows
+ * every thread does that for itself, in memory of its own, which takes less time than a barrier; for many the rows are
+ * shared out, and a barrier follows.
  */
 #ifndef FABULA_PROGRAM_H
 #define FABULA_PROGRAM_H
@@ -18,10 +22,17 @@
 #include "ops/linear.h"
 #include "base/team.h"
 
+/* Rows up to which every thread makes a stage's inputs for itself. */
+enum { FB_OWN_ROWS = 4 };
+
+/* Products of a stage at most; q, k and v are three. */
+enum { FB_MOST_BESIDE = 8 };
+
 struct fb_buffer {
     int32_t width;                 /* numbers per token */
     size_t stride;                 /* floats from token to token: width rounded up to 16 */
     bool per_output;               /* rows are wanted outputs, not tokens */
+    int32_t filled;                /* columns written since the first; while operators are checked */
     int32_t first_write, last_use; /* operators; -1 when unused */
     float *data;                   /* set by the plan */
     size_t offset;                 /* floats into the arena */
@@ -32,6 +43,8 @@ enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION };
 struct fb_stage {
     enum fb_stage_kind kind;
     int32_t first_op, n_ops;
+    int32_t norm;      /* LINEAR: the RMS_NORM that belongs to it, -1 for none */
+    bool is_quantised; /* LINEAR: some weight takes activations rounded to 8 bits */
     bool per_output;
 };
 
@@ -58,9 +71,13 @@ struct fb_program {
     int32_t *first_row; /* [max_tokens] */
     int64_t *offsets;   /* [n_threads][max_tokens + 1] */
     float *partials;
+    struct fb_activation *activations; /* [max_tokens][activation_blocks] */
+    size_t activation_blocks;          /* of the widest input of a quantised weight */
+    char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs that a thread makes for itself */
+    size_t own_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* of one thread */
-    struct fb_counter *counters;    /* [2 n_stages] */
+    struct fb_counter *counters;    /* [n_stages][2][n_threads], for as many threads as a run has */
     size_t scratch_bytes;           /* all of the above */
 };
 

@@ -186,26 +186,76 @@ static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------ */
 
-static int64_t next_item(struct fb_counter *counter) {
-    return atomic_fetch_add_explicit(&counter->next, 1, memory_order_relaxed);
+/* A thread's place in the stage it runs. */
+struct place {
+    struct fb_counter *counters; /* [2][n_threads] of the stage */
+    int thread, n_threads;
+};
+
+static struct fb_items items_of(const struct place *place, int which, int64_t n_items) {
+    return fb_items_of(place->counters + which * place->n_threads, n_items, place->thread, place->n_threads);
 }
 
-static void run_rows(const struct run *run, const struct fb_stage *stage, struct fb_counter *counter, size_t n_rows) {
-    const int64_t block = n_rows < 64 ? 1 : 8; /* rows in an item */
-    for (int64_t i; (i = next_item(counter)) * block < (int64_t)n_rows;)
-        for (size_t row = (size_t)(i * block); row < n_rows && row < (size_t)((i + 1) * block); row++)
+static void run_rows(const struct run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
+    const size_t block = n_rows < 64 ? 1 : 8; /* rows in an item */
+    struct fb_items items = items_of(place, 0, (int64_t)((n_rows + block - 1) / block));
+    for (int64_t i; (i = fb_next_item(&items)) >= 0;)
+        for (size_t row = (size_t)i * block; row < n_rows && row < ((size_t)i + 1) * block; row++)
             for (int32_t o = 0; o < stage->n_ops; o++)
                 run_row(run, &run->program->ops[stage->first_op + o], row);
 }
 
-static void run_linear(
-    struct run *run, const struct fb_op *op, struct fb_counter *counter, size_t n_rows, int n_threads) {
+/* What the products of a stage read. */
+struct inputs {
+    const float *x; /* [rows][ldx] */
+    const struct fb_activation *activations;
+    size_t ldx, ld_activations;
+};
+
+static void prepare_row(
+    const struct fb_program *p, const struct fb_stage *stage, size_t row, float *x, struct fb_activation *activations) {
+    const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
+    if (norm) p->kernels->rms_norm(row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
+    if (stage->is_quantised)
+        p->kernels->quantise(x, (size_t)p->buffers[p->ops[stage->first_op].in].width / FB_BLOCK_COLUMNS, activations);
+}
+
+/* Norm and rounding of a stage's inputs: few rows by every thread for itself, many shared out. */
+static struct inputs prepare_inputs(
+    struct run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
     const struct fb_program *p = run->program;
-    const struct fb_buffer *in = &p->buffers[op->in];
+    const int32_t number = p->ops[stage->first_op].in;
+    const struct fb_buffer *in = &p->buffers[number];
+    struct inputs inputs = {
+        .x = in->data, .ldx = in->stride, .activations = p->activations, .ld_activations = p->activation_blocks};
+    if (stage->norm < 0 && !stage->is_quantised) return inputs;
+    if (n_rows > FB_OWN_ROWS) {
+        struct fb_items items = items_of(place, 1, (int64_t)n_rows);
+        for (int64_t row; (row = fb_next_item(&items)) >= 0;)
+            prepare_row(p, stage, (size_t)row, row_of(p, number, (size_t)row),
+                p->activations + (size_t)row * p->activation_blocks);
+        fb_barrier_wait(&run->barrier, place->n_threads);
+        return inputs;
+    }
+    struct fb_activation *activations = (struct fb_activation *)(p->own_inputs +
+                                                                 (size_t)place->thread * p->own_input_bytes);
+    float *own = (float *)(activations + FB_OWN_ROWS * p->activation_blocks);
+    inputs.activations = activations;
+    if (stage->norm >= 0) inputs.x = own;
+    for (size_t row = 0; row < n_rows; row++)
+        prepare_row(p, stage, row, stage->norm >= 0 ? own + row * in->stride : in->data + row * in->stride,
+            activations + row * p->activation_blocks);
+    return inputs;
+}
+
+static struct fb_linear linear_of(struct run *run, const struct fb_op *op, const struct inputs *inputs, size_t n_rows) {
+    const struct fb_program *p = run->program;
     struct fb_linear linear = {.kernels = p->kernels,
         .weight = op->weight,
-        .x = in->data,
-        .ldx = in->stride,
+        .x = inputs->x,
+        .ldx = inputs->ldx,
+        .activations = inputs->activations,
+        .ld_activations = inputs->ld_activations,
         .bias = op->vector,
         .n_tokens = n_rows,
         .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
@@ -215,23 +265,38 @@ static void run_linear(
         linear.non_finite = &run->non_finite;
     } else {
         const struct fb_buffer *out = &p->buffers[op->out];
-        linear.out = out->data;
-        linear.width = (size_t)out->width;
+        linear.out = out->data + op->column;
+        linear.width = op->kind == FB_OP_LINEAR ? (size_t)op->weight->n_rows : (size_t)out->width;
         linear.ld_out = out->stride;
     }
     if (op->residual >= 0) {
         linear.residual = p->buffers[op->residual].data;
         linear.ld_residual = p->buffers[op->residual].stride;
     }
-    const int64_t n_items = fb_linear_items(&linear, n_threads);
-    for (int64_t i; (i = next_item(counter)) < n_items;)
-        fb_linear_item(&linear, i);
+    return linear;
 }
 
-/* Two counters: one for the tiles or key blocks, one for merging what was split. Every thread works out the same list
+/* The items of products side by side follow each other. */
+static void run_products(struct run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
+    const struct inputs inputs = prepare_inputs(run, stage, place, n_rows);
+    struct fb_linear products[FB_MOST_BESIDE];
+    int64_t ends[FB_MOST_BESIDE], n_items = 0;
+    for (int32_t o = 0; o < stage->n_ops; o++) {
+        products[o] = linear_of(run, &run->program->ops[stage->first_op + o], &inputs, n_rows);
+        ends[o] = n_items += fb_linear_items(&products[o], place->n_threads);
+    }
+    struct fb_items items = items_of(place, 0, n_items);
+    for (int64_t i; (i = fb_next_item(&items)) >= 0;) {
+        int32_t o = 0;
+        while (i >= ends[o])
+            o++;
+        fb_linear_item(&products[o], o ? i - ends[o - 1] : i);
+    }
+}
+
+/* Tiles or key blocks, then the merging of what was split. Every thread works out the same list
  * of items in memory of its own: for a few sequences that is cheaper than a barrier. */
-static void run_attention(
-    struct run *run, const struct fb_op *op, struct fb_counter *counters, int thread, int n_threads) {
+static void run_attention(struct run *run, const struct fb_op *op, const struct place *place) {
     struct fb_program *p = run->program;
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
     struct fb_attention attention = {.kernels = p->kernels,
@@ -252,14 +317,15 @@ static void run_attention(
         .scratch = p->attention_scratch,
         .scratch_bytes = p->attention_scratch_bytes,
         .partials = p->partials,
-        .offsets = p->offsets + (size_t)thread * ((size_t)run->batch->n_sequences + 1)};
-    const int64_t n_items = fb_attention_items(&attention, n_threads);
-    for (int64_t i; (i = next_item(&counters[0])) < n_items;)
-        fb_attention_item(&attention, i, thread);
+        .offsets = p->offsets + (size_t)place->thread * ((size_t)run->batch->n_sequences + 1)};
+    struct fb_items items = items_of(place, 0, fb_attention_items(&attention, place->n_threads));
+    for (int64_t i; (i = fb_next_item(&items)) >= 0;)
+        fb_attention_item(&attention, i, place->thread);
     const int64_t n_merges = fb_attention_merge_items(&attention);
     if (n_merges == 0) return;
-    fb_barrier_wait(&run->barrier, n_threads);
-    for (int64_t i; (i = next_item(&counters[1])) < n_merges;)
+    fb_barrier_wait(&run->barrier, place->n_threads);
+    struct fb_items merges = items_of(place, 1, n_merges);
+    for (int64_t i; (i = fb_next_item(&merges)) >= 0;)
         fb_attention_merge_item(&attention, i);
 }
 
@@ -268,14 +334,14 @@ static void run_stages(struct run *run, int thread, int n_threads) {
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_stage *stage = &p->stages[s];
         const size_t n_rows = (size_t)(stage->per_output ? run->batch->n_outputs : run->batch->n_tokens);
-        struct fb_counter *counters = &p->counters[2 * s];
+        const struct place place = {&p->counters[2 * s * n_threads], thread, n_threads};
         if (n_rows == 0) break; /* nobody wants logits: the rest of the program is for outputs only */
         if (stage->kind == FB_STAGE_ROWS)
-            run_rows(run, stage, counters, n_rows);
+            run_rows(run, stage, &place, n_rows);
         else if (stage->kind == FB_STAGE_LINEAR)
-            run_linear(run, &p->ops[stage->first_op], counters, n_rows, n_threads);
+            run_products(run, stage, &place, n_rows);
         else
-            run_attention(run, &p->ops[stage->first_op], counters, thread, n_threads);
+            run_attention(run, &p->ops[stage->first_op], &place);
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);
     }
 }
@@ -304,7 +370,7 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch)
 }
 
 /* Fills the per-token tables that every stage reads. */
-static void lay_out(struct fb_program *p, const struct fb_batch *batch) {
+static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_threads) {
     int32_t row = 0;
     for (int32_t s = 0; s < batch->n_sequences; s++) {
         p->first_row[s] = row;
@@ -313,7 +379,7 @@ static void lay_out(struct fb_program *p, const struct fb_batch *batch) {
             p->owners[row] = s;
         }
     }
-    memset(p->counters, 0, 2 * (size_t)p->n_stages * sizeof *p->counters);
+    memset(p->counters, 0, 2 * (size_t)p->n_stages * (size_t)n_threads * sizeof *p->counters);
 }
 
 enum fb_status fb_program_run(
@@ -321,9 +387,9 @@ enum fb_status fb_program_run(
     FB_REQUIRE(program && pool && batch && (logits || n_logits == 0), "program, pool, batch or logits is null");
     FB_TRY(check_pool(program, pool));
     FB_TRY(check_batch(program, pool, batch, n_logits));
-    lay_out(program, batch);
     struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
     const int n_threads = threads_for(program, batch);
+    lay_out(program, batch, n_threads);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
     if (atomic_load(&run.non_finite))

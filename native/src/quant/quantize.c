@@ -61,6 +61,10 @@ static const struct {
     [FB_IQ4_NL] = {fb_quantize_iq4_nl, "IQ4_NL"},
 };
 
+size_t fb_quantize_blocks(enum fb_dtype dtype, const float *src, size_t n_blocks, void *dst) {
+    return formats[dtype].quantise(src, n_blocks, dst);
+}
+
 struct quantising {
     const float *src;
     char *dst;

@@ -13,6 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "fabula.h"
 #include "quant/convert.h"
 
 size_t fb_quantize_q4_0(const float *src, size_t n_blocks, void *dst);
@@ -27,6 +28,9 @@ size_t fb_quantize_q3_k(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q4_k(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q5_k(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q6_k(const float *src, size_t n_blocks, void *dst);
+
+/* By format; the plain ones count as blocks of one. */
+size_t fb_quantize_blocks(enum fb_dtype dtype, const float *src, size_t n_blocks, void *dst);
 
 /* Whether a number rounds to a finite half. */
 static inline bool fb_fits_f16(float value) {

@@ -7,6 +7,7 @@
 #include "kernels/kernels.h"
 #include "quant/convert.h"
 #include "quant/dequantize.h"
+#include "quant/quantize.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -23,12 +24,16 @@ static bool is_plain(enum fb_dtype dtype) {
 
 enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, fb_weight **out) {
     FB_REQUIRE(out, "out is null");
-    FB_REQUIRE(is_plain(dtype), "weights are held in f32, f16 or bf16, not in dtype %d", (int)dtype);
+    const int32_t block_size = fb_dtype_block_size(dtype);
+    FB_REQUIRE(block_size > 0, "dtype is %d, must be one of enum fb_dtype", (int)dtype);
     FB_REQUIRE(n_rows >= 1 && n_rows <= MAX_DIMENSION, "n_rows is %d, must be 1 .. 2^30", n_rows);
     FB_REQUIRE(n_cols >= 1 && n_cols <= MAX_DIMENSION, "n_cols is %d, must be 1 .. 2^30", n_cols);
+    FB_REQUIRE(n_cols % block_size == 0, "rows of %d elements are not whole blocks of %d", n_cols, block_size);
     int32_t n_panels = (n_rows + 15) / 16;
-    size_t element_bytes = fb_dtype_block_bytes(dtype), n_bytes;
-    if (!fb_size_multiply((size_t)n_panels * 16 * element_bytes, (size_t)n_cols, &n_bytes))
+    const size_t panel_bytes = is_plain(dtype) ? (size_t)n_cols * 16 * fb_dtype_block_bytes(dtype)
+                                               : fb_panel_bytes(dtype, (size_t)n_cols);
+    size_t n_bytes;
+    if (!fb_size_multiply((size_t)n_panels, panel_bytes, &n_bytes))
         return fb_fail(FB_OUT_OF_MEMORY, "a weight of %d x %d does not fit memory", n_rows, n_cols);
     struct fb_weight *weight = calloc(1, sizeof *weight);
     char *panels = weight ? fb_memory_take(n_bytes) : NULL;
@@ -40,7 +45,7 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
     weight->n_rows = n_rows;
     weight->n_cols = n_cols;
     weight->n_panels = n_panels;
-    weight->element_bytes = element_bytes;
+    weight->panel_bytes = panel_bytes;
     weight->n_bytes = n_bytes;
     weight->panels = panels;
     *out = weight;
@@ -56,9 +61,12 @@ struct packing {
     int32_t block_size, first_row, row_block, row_step, n_rows;
 };
 
-/* Where source row i goes. */
-static int32_t target_row(const struct packing *job, int32_t i) {
-    return job->first_row + i / job->row_block * job->row_block * job->row_step + i % job->row_block;
+/* The source row that goes to row `row` of the weight, -1 for none. */
+static int32_t source_row(const struct packing *job, int64_t row) {
+    const int64_t behind = row - job->first_row, period = (int64_t)job->row_block * job->row_step;
+    if (behind < 0 || behind % period >= job->row_block) return -1;
+    const int64_t source = behind / period * job->row_block + behind % period;
+    return source < job->n_rows ? (int32_t)source : -1;
 }
 
 /* Counts NaN and infinity, which alone have all exponent bits set. */
@@ -72,45 +80,84 @@ static int64_t count_non_finite(const float *x, size_t n) {
     return count;
 }
 
-/* Packs source rows 16 index .. 16 index + 15: chunk by chunk they become f32, then the weight's format, then
- * columns. */
-static void pack_sixteen(void *context, int64_t index, int thread) {
-    (void)thread;
-    const struct packing *job = context;
-    struct fb_weight *weight = job->weight;
-    const int32_t first = (int32_t)index * 16, count = job->n_rows - first < 16 ? job->n_rows - first : 16;
+static const char *source_at(const struct packing *job, int32_t row, int32_t column) {
+    return job->src + (size_t)row * job->row_bytes + (size_t)(column / job->block_size) * job->block_bytes;
+}
+
+/* Plain formats: chunk by chunk rows become f32, then the weight's format, then columns. */
+static int64_t pack_plain(const struct packing *job, const int32_t source[16], char *panel) {
+    const struct fb_weight *weight = job->weight;
     const int32_t n_cols = weight->n_cols;
-    char *target[16]; /* first element of each row inside its panel */
-    for (int32_t j = 0; j < count; j++) {
-        int32_t row = target_row(job, first + j);
-        size_t element = (size_t)(row / 16) * fb_weight_panel_stride(weight) + (size_t)(row % 16);
-        target[j] = weight->panels + element * weight->element_bytes;
-    }
     int64_t non_finite = 0;
     float wide[CHUNK];
     uint32_t narrow[CHUNK]; /* room for any plain format */
     for (int32_t k = 0; k < n_cols; k += CHUNK) {
         const size_t length = n_cols - k < CHUNK ? (size_t)(n_cols - k) : CHUNK;
-        for (int32_t j = 0; j < count; j++) {
-            const char *src = job->src + (size_t)(first + j) * job->row_bytes +
-                              (size_t)(k / job->block_size) * job->block_bytes;
-            fb_dequantize_row(job->src_dtype, src, length, wide);
+        for (int32_t j = 0; j < 16; j++) {
+            if (source[j] < 0) continue;
+            fb_dequantize_row(job->src_dtype, source_at(job, source[j], k), length, wide);
             job->kernels->narrow[weight->dtype](wide, length, narrow);
             if (weight->dtype != FB_F32) job->kernels->widen[weight->dtype](narrow, length, wide);
             non_finite += count_non_finite(wide, length);
-            if (weight->element_bytes == 4) {
-                uint32_t *out = (uint32_t *)target[j] + (size_t)k * 16;
+            if (weight->dtype == FB_F32) {
+                uint32_t *out = (uint32_t *)panel + (size_t)k * 16 + j;
                 for (size_t i = 0; i < length; i++)
                     out[i * 16] = narrow[i];
             } else {
                 const uint16_t *halfs = (const uint16_t *)narrow;
-                uint16_t *out = (uint16_t *)target[j] + (size_t)k * 16;
+                uint16_t *out = (uint16_t *)panel + (size_t)k * 16 + j;
                 for (size_t i = 0; i < length; i++)
                     out[i * 16] = halfs[i];
             }
         }
     }
-    if (non_finite) atomic_fetch_add(&weight->non_finite, non_finite);
+    return non_finite;
+}
+
+/* f32 into blocks of the weight's format. Numbers that no block can hold make it one of NaN, which a turn then reports. */
+static void quantise_chunk(enum fb_dtype dtype, const float *wide, size_t length, char *out) {
+    const size_t n_blocks = length / (size_t)fb_dtype_block_size(dtype), block_bytes = fb_dtype_block_bytes(dtype);
+    if (count_non_finite(wide, length) || fb_quantize_blocks(dtype, wide, n_blocks, out) < n_blocks)
+        memset(out, 0xff, n_blocks * block_bytes);
+}
+
+static int64_t pack_blocks(const struct packing *job, const int32_t source[16], char *panel) {
+    const struct fb_weight *weight = job->weight;
+    const size_t n_cols = (size_t)weight->n_cols;
+    const char *rows[16] = {0};
+    if (job->src_dtype == weight->dtype) {
+        for (int32_t j = 0; j < 16; j++)
+            if (source[j] >= 0) rows[j] = source_at(job, source[j], 0);
+        return fb_pack_panel(weight->dtype, rows, 0, n_cols / FB_BLOCK_COLUMNS, panel);
+    }
+    int64_t non_finite = 0;
+    float wide[CHUNK];
+    char blocks[16][CHUNK * 2]; /* 272 bytes are the most a format takes for 256 elements */
+    for (size_t k = 0; k < n_cols; k += CHUNK) {
+        const size_t length = n_cols - k < CHUNK ? n_cols - k : CHUNK;
+        for (int32_t j = 0; j < 16; j++) {
+            if (source[j] < 0) continue;
+            fb_dequantize_row(job->src_dtype, source_at(job, source[j], (int32_t)k), length, wide);
+            quantise_chunk(weight->dtype, wide, length, blocks[j]);
+            rows[j] = blocks[j];
+        }
+        non_finite += fb_pack_panel(weight->dtype, rows, k / FB_BLOCK_COLUMNS, length / FB_BLOCK_COLUMNS, panel);
+    }
+    return non_finite;
+}
+
+/* Fills the rows of one panel that the source has. */
+static void pack_one_panel(void *context, int64_t index, int thread) {
+    (void)thread;
+    const struct packing *job = context;
+    const int64_t number = job->first_row / 16 + index;
+    int32_t source[16];
+    for (int32_t j = 0; j < 16; j++)
+        source[j] = source_row(job, 16 * number + j);
+    char *panel = fb_weight_panel(job->weight, (size_t)number);
+    const int64_t non_finite = is_plain(job->weight->dtype) ? pack_plain(job, source, panel)
+                                                            : pack_blocks(job, source, panel);
+    if (non_finite) atomic_fetch_add(&job->weight->non_finite, non_finite);
 }
 
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
@@ -142,14 +189,16 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
         .row_block = row_block,
         .row_step = row_step,
         .n_rows = n_rows};
-    fb_team_run(pack_sixteen, &job, (n_rows + 15) / 16, n_threads);
+    fb_team_run(pack_one_panel, &job, end / 16 - first_row / 16 + 1, n_threads);
     return FB_OK;
 }
 
 void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst) {
     const char *panel = fb_weight_panel(weight, (size_t)(row / 16));
     const size_t lane = (size_t)(row % 16), n = (size_t)weight->n_cols;
-    if (weight->dtype == FB_F32) {
+    if (!is_plain(weight->dtype)) {
+        fb_open_row(weight->dtype, panel, n, lane, dst);
+    } else if (weight->dtype == FB_F32) {
         for (size_t k = 0; k < n; k++)
             dst[k] = ((const float *)panel)[k * 16 + lane];
     } else if (weight->dtype == FB_F16) {

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fabula.cli.options import WEIGHTS
 from fabula.cli.console import note
 from fabula.cli.options import DEFAULT_MODEL, ModelOptions
 
 if TYPE_CHECKING:
     from fabula.bench.machine import Machine
 
-_WEIGHTS = click.Choice(["auto", "f32", "f16", "bf16"])
+_WEIGHTS = click.Choice(WEIGHTS)
 _model = click.option(
     "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
     help="Folder, .gguf file, or name; see `fabula pull --help`.",

@@ -22,14 +22,20 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # as in formats/download.py, which takes too long to import for --help
 
+# As in models/precision.py, which takes too long to import for --help; a test compares them.
+WEIGHTS = (
+    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
+    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
+)  # fmt: skip
+
 _MODEL = (
     click.option(
         "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
         help="Folder, .gguf file, or name; see `fabula pull --help`.",
     ),
     click.option(
-        "--weights", type=click.Choice(["auto", "f32", "f16", "bf16"]), default="auto", show_default=True,
-        help="Precision of the weights in memory; auto keeps the file's, quantised ones become f16.",
+        "--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True, metavar="NAME",
+        help=f"Precision of the weights in memory: {', '.join(WEIGHTS)}. auto keeps the file's; q8, q4, ... round to it.",
     ),
     click.option(
         "--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Precision of the KV cache."

@@ -13,7 +13,7 @@ from fabula.cli.console import FetchProgress, bars, note
 if TYPE_CHECKING:
     from fabula.export.quantize import Report
 
-# As in export/recipe.py, which takes too long to import for --help; a test compares them.
+# As in models/recipe.py, which takes too long to import for --help; a test compares them.
 TYPES = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0", "iq4_nl",
     "q3_k", "q2_k",

@@ -23,6 +23,7 @@ from fabula.kv.prefix import EVERYTHING, Window
 from fabula.models.builder import ProgramBuilder
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
+from fabula.models.precision import Precision, everywhere
 from fabula.models.rope import make_rope
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Runner:
 
     Args:
         checkpoint: opened model; read completely during construction.
-        weights: precision of the packed matrices, F32, F16 or BF16.
+        weights: format of the packed matrices: one for all, or by each one's entry in the checkpoint.
         kv: precision of K and V, F32 or F16.
         n_threads: threads of every step.
         context: positions a sequence may have; None takes the model's own length.
@@ -75,7 +76,7 @@ class Runner:
         self,
         checkpoint: Checkpoint,
         *,
-        weights: DType,
+        weights: DType | Precision,
         kv: DType,
         n_threads: int,
         context: int | None = None,
@@ -90,7 +91,8 @@ class Runner:
             raise InvalidArgument(f"context is {context}, must be 1 .. 2^24")
         self.context = context or config.context_length
         rope = make_rope(config.rope, config.head_dim, config.context_length, self.context, checkpoint.path)
-        builder = ProgramBuilder(checkpoint, weights, n_threads, progress)
+        precision = everywhere(weights) if isinstance(weights, DType) else weights
+        builder = ProgramBuilder(checkpoint, precision, n_threads, progress)
         family.emit(builder, config)
         self.max_tokens = min(PREFILL_CHUNK, self.context)
         shape = _native.Shape(

@@ -22,7 +22,7 @@ from fabula import _native
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
 from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors
-from fabula.export.recipe import KINDS, Shape, dtype_for, role_of
+from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile
@@ -146,7 +146,7 @@ def quantize_model(
     Args:
         source: Hugging Face folder, .safetensors or .gguf file.
         target: file to write; it appears when it is complete.
-        kind: a key of `fabula.export.recipe.KINDS`, e.g. "q4_k_m".
+        kind: a key of `fabula.models.recipe.KINDS`, e.g. "q4_k_m".
         threads: None for what the process may really use.
         overwrite: whether `target` may be replaced.
         progress: told how many bytes of the source's tensors are done, and how many there are.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from fabula import _native
 from fabula._native import Op, Weight
 from fabula.errors import ModelFileError
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+from fabula.models.precision import Precision
 
 F32 = npt.NDArray[np.float32]
 
@@ -35,7 +37,7 @@ class ProgramBuilder:
 
     Args:
         checkpoint: where tensors come from.
-        weights: precision matrices are packed in.
+        weights: format of each matrix, by its entry in the checkpoint.
         n_threads: threads that pack.
         progress: called after each tensor with (bytes read so far, bytes in all).
     """
@@ -43,12 +45,12 @@ class ProgramBuilder:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        weights: DType,
+        weights: Precision,
         n_threads: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.dtype = weights
+        self._precision = weights
         self.n_threads = n_threads
         self.ops: list[Op] = []
         self.widths: list[int] = []
@@ -95,16 +97,16 @@ class ProgramBuilder:
         raw, dtype = self._read(name, (length,))
         vector = _native.dequantize(dtype, raw, length)
         if not np.isfinite(vector).all():
-            self._warn(name)
+            self._warn(name, DType.F32)
         return vector
 
     def joined(self, names: Sequence[str], lengths: Sequence[int]) -> F32:
         """Vectors one behind the other, in the order of `stacked`."""
         return np.concatenate([self.vector(name, n) for name, n in zip(names, lengths, strict=True)])
 
-    def _warn(self, name: str) -> None:
+    def _warn(self, name: str, dtype: DType) -> None:
         warnings.warn(
-            f"{self.checkpoint.path}: tensor {name!r} holds NaN, infinity or numbers beyond {self.dtype.name}",
+            f"{self.checkpoint.path}: tensor {name!r} holds NaN, infinity or numbers beyond {dtype.name}",
             DamagedWeightWarning,
             stacklevel=2,
         )
@@ -116,26 +118,37 @@ class ProgramBuilder:
             raw, dtype, rows, first_row=first_row, row_block=row_block, row_step=row_step, n_threads=self.n_threads
         )
         if weight.n_non_finite > before:
-            self._warn(name)
+            self._warn(name, DType(weight.dtype))
 
-    def stacked(self, names: Sequence[str], rows: Sequence[int], n_cols: int) -> Weight:
-        """Matrices [rows[i], n_cols] on top of each other."""
-        for name, n_rows in zip(names, rows, strict=True):
-            self._check(name, (n_rows, n_cols))  # before memory is taken for sizes that only the config claims
-        weight = Weight(self.dtype, sum(rows), n_cols)
-        first = 0
-        for name, n_rows in zip(names, rows, strict=True):
-            self._pack(weight, name, n_rows, first, 1, 1)
-            first += n_rows
-        self.weights.append(weight)
-        return weight
+    def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
+        """A matrix [n_rows, n_cols]."""
+        return self.stacked([name], [n_rows], n_cols)[0]
+
+    def stacked(self, names: Sequence[str], rows: Sequence[int], n_cols: int) -> list[Weight]:
+        """Matrices [rows[i], n_cols] on top of each other: one weight, or several where neighbours differ in format."""
+        # Shapes are checked before memory is taken for sizes that only the config claims.
+        dtypes = [
+            self._precision(self._check(name, (n_rows, n_cols))) for name, n_rows in zip(names, rows, strict=True)
+        ]
+        stack: list[Weight] = []
+        for dtype, group in groupby(zip(dtypes, names, rows, strict=True), key=lambda part: part[0]):
+            parts = list(group)
+            weight = Weight(dtype, sum(n_rows for _, _, n_rows in parts), n_cols)
+            first = 0
+            for _, name, n_rows in parts:
+                self._pack(weight, name, n_rows, first, 1, 1)
+                first += n_rows
+            stack.append(weight)
+        self.weights += stack
+        return stack
 
     def woven(self, names: tuple[str, str], n_rows: int, n_cols: int) -> Weight:
         """Two matrices [n_rows, n_cols], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
-        for name in names:
-            self._check(name, (n_rows, n_cols))
+        first, second = (self._precision(self._check(name, (n_rows, n_cols))) for name in names)
+        # A weight has one format; f16 holds what the formats in blocks do, and f32 what bf16 does too.
+        dtype = first if first is second else DType.F32 if {first, second} & {DType.F32, DType.BF16} else DType.F16
         padded = -(-n_rows // PANEL_ROWS) * PANEL_ROWS
-        weight = Weight(self.dtype, 2 * padded, n_cols)
+        weight = Weight(dtype, 2 * padded, n_cols)
         for i, name in enumerate(names):
             self._pack(weight, name, n_rows, i * PANEL_ROWS, PANEL_ROWS, 2)
         self.weights.append(weight)
@@ -160,8 +173,17 @@ class ProgramBuilder:
     def rms_norm(self, x: int, out: int, weight: F32, eps: float) -> None:
         self.ops.append(Op(kind=RMS_NORM, input=x, out=out, vector=weight, eps=eps))
 
-    def linear(self, x: int, out: int, weight: Weight, *, bias: F32 | None = None, residual: int = -1) -> None:
-        self.ops.append(Op(kind=LINEAR, input=x, out=out, weight=weight, vector=bias, residual=residual))
+    def linear(
+        self, x: int, out: int, weights: Sequence[Weight], *, bias: F32 | None = None, residual: int = -1
+    ) -> None:
+        """Products with matrices on top of each other; `bias` is as long as all of them."""
+        column = 0
+        for weight in weights:
+            part = None if bias is None else bias[column : column + weight.n_rows]
+            self.ops.append(
+                Op(kind=LINEAR, input=x, out=out, column=column, weight=weight, vector=part, residual=residual)
+            )
+            column += weight.n_rows
 
     def linear_swiglu(self, x: int, out: int, weight: Weight, *, bias: F32 | None = None) -> None:
         self.ops.append(Op(kind=LINEAR_SWIGLU, input=x, out=out, weight=weight, vector=bias))

@@ -27,7 +27,7 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         ModelFileError: a tensor is missing or has another shape than the config says.
     """
     q_width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    embedding = b.stacked(["model.embed_tokens.weight"], [c.vocab_size], c.hidden_size)
+    embedding = b.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
     x, h = b.buffer(c.hidden_size), b.buffer(c.hidden_size)
     qkv, attended = b.buffer(q_width + 2 * kv_width), b.buffer(q_width)
     inner = b.buffer(c.intermediate_size)
@@ -39,11 +39,11 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
 
         b.rms_norm(x, h, b.vector(prefix + "input_layernorm.weight", c.hidden_size), c.rms_norm_eps)
         names, rows = ("q_proj", "k_proj", "v_proj"), (q_width, kv_width, kv_width)
-        weight = b.stacked([f"{attention}{name}.weight" for name in names], rows, c.hidden_size)
+        weights = b.stacked([f"{attention}{name}.weight" for name in names], rows, c.hidden_size)
         bias = None
         if c.attention_bias:
             bias = b.joined([f"{attention}{name}.bias" for name in names], rows)
-        b.linear(h, qkv, weight, bias=bias)
+        b.linear(h, qkv, weights, bias=bias)
         if head_norm:
             q_norm = b.vector(attention + "q_norm.weight", c.head_dim)
             k_norm = b.vector(attention + "k_norm.weight", c.head_dim)
@@ -51,21 +51,21 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         b.rope(qkv)
         b.kv_write(qkv, layer)
         b.attention(qkv, attended, layer, window=c.windows[layer], scale=c.head_dim**-0.5)
-        weight = b.stacked([attention + "o_proj.weight"], [c.hidden_size], q_width)
+        weight = b.matrix(attention + "o_proj.weight", c.hidden_size, q_width)
         bias = b.vector(attention + "o_proj.bias", c.hidden_size) if c.output_bias else None
-        b.linear(attended, x, weight, bias=bias, residual=x)
+        b.linear(attended, x, [weight], bias=bias, residual=x)
 
         b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
         pair = (mlp + "gate_proj", mlp + "up_proj")
         weight = b.woven((pair[0] + ".weight", pair[1] + ".weight"), c.intermediate_size, c.hidden_size)
         bias = b.woven_bias((pair[0] + ".bias", pair[1] + ".bias"), c.intermediate_size) if c.mlp_bias else None
         b.linear_swiglu(h, inner, weight, bias=bias)
-        weight = b.stacked([mlp + "down_proj.weight"], [c.hidden_size], c.intermediate_size)
+        weight = b.matrix(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
         bias = b.vector(mlp + "down_proj.bias", c.hidden_size) if c.mlp_bias else None
-        b.linear(inner, x, weight, bias=bias, residual=x)
+        b.linear(inner, x, [weight], bias=bias, residual=x)
 
     wanted, normed = b.buffer(c.hidden_size), b.buffer(c.hidden_size)
     b.gather_outputs(x, wanted)
     b.rms_norm(wanted, normed, b.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
-    head = embedding if c.tied else b.stacked(["lm_head.weight"], [c.vocab_size], c.hidden_size)
+    head = embedding if c.tied else b.matrix("lm_head.weight", c.vocab_size, c.hidden_size)
     b.logits(normed, head)

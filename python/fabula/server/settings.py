@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fabula.models.precision import NAMES as PRECISIONS
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.workspace import SPILL_BYTES
@@ -67,7 +68,7 @@ class Settings:
     )
     weights: str = field(
         default="auto",
-        metadata=_about("Models", "Precision of the weights in memory.", choices=("auto", "f32", "f16", "bf16")),
+        metadata=_about("Models", "Precision of the weights in memory.", choices=PRECISIONS),
     )
     kv: str = field(default="f16", metadata=_about("Models", "Precision of the KV cache.", choices=("f16", "f32")))
     context: int | None = field(

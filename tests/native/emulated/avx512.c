@@ -54,7 +54,85 @@ static __m256i emulated_cvtepi32_epi16(simde__m512i a) {
     return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 
-#define fb_kernels_avx512 fb_kernels_avx512_emulated
+#undef _mm512_madd_epi16
+#undef _mm512_maddubs_epi16
+#define _mm512_madd_epi16    emulated_madd_epi16
+#define _mm512_maddubs_epi16 emulated_maddubs_epi16
+
+static simde__m512i emulated_madd_epi16(simde__m512i a, simde__m512i b) {
+    simde__m512i_private x = simde__m512i_to_private(a), y = simde__m512i_to_private(b), out;
+    out.m256i[0] = _mm256_madd_epi16(x.m256i[0], y.m256i[0]);
+    out.m256i[1] = _mm256_madd_epi16(x.m256i[1], y.m256i[1]);
+    return simde__m512i_from_private(out);
+}
+
+static simde__m512i emulated_maddubs_epi16(simde__m512i a, simde__m512i b) {
+    simde__m512i_private x = simde__m512i_to_private(a), y = simde__m512i_to_private(b), out;
+    out.m256i[0] = _mm256_maddubs_epi16(x.m256i[0], y.m256i[0]);
+    out.m256i[1] = _mm256_maddubs_epi16(x.m256i[1], y.m256i[1]);
+    return simde__m512i_from_private(out);
+}
+
+#undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepi8_epi32
+#undef _mm512_cvtepi32_ps
+#undef _mm512_cvtepi32_epi8
+#undef _mm512_reduce_add_epi32
+#undef _mm512_reduce_max_epi32
+#define _mm512_cvtepu8_epi32    emulated_cvtepu8_epi32
+#define _mm512_cvtepi8_epi32    emulated_cvtepi8_epi32
+#define _mm512_cvtepi32_ps      emulated_cvtepi32_ps
+#define _mm512_cvtepi32_epi8    emulated_cvtepi32_epi8
+#define _mm512_reduce_add_epi32 emulated_reduce_add_epi32
+#define _mm512_reduce_max_epi32 emulated_reduce_max_epi32
+
+static simde__m512i emulated_cvtepu8_epi32(__m128i a) {
+    simde__m512i_private out;
+    out.m256i[0] = _mm256_cvtepu8_epi32(a);
+    out.m256i[1] = _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8));
+    return simde__m512i_from_private(out);
+}
+
+static simde__m512i emulated_cvtepi8_epi32(__m128i a) {
+    simde__m512i_private out;
+    out.m256i[0] = _mm256_cvtepi8_epi32(a);
+    out.m256i[1] = _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8));
+    return simde__m512i_from_private(out);
+}
+
+static simde__m512 emulated_cvtepi32_ps(simde__m512i a) {
+    simde__m512i_private in = simde__m512i_to_private(a);
+    simde__m512_private out;
+    out.m256[0] = _mm256_cvtepi32_ps(in.m256i[0]);
+    out.m256[1] = _mm256_cvtepi32_ps(in.m256i[1]);
+    return simde__m512_from_private(out);
+}
+
+static __m128i emulated_cvtepi32_epi8(simde__m512i a) {
+    simde__m512i_private in = simde__m512i_to_private(a);
+    signed char out[16];
+    for (int j = 0; j < 16; j++)
+        out[j] = (signed char)in.i32[j];
+    return _mm_loadu_si128((const __m128i *)out);
+}
+
+static int emulated_reduce_add_epi32(simde__m512i a) {
+    simde__m512i_private in = simde__m512i_to_private(a);
+    int sum = 0;
+    for (int j = 0; j < 16; j++)
+        sum += in.i32[j];
+    return sum;
+}
+
+static int emulated_reduce_max_epi32(simde__m512i a) {
+    simde__m512i_private in = simde__m512i_to_private(a);
+    int most = in.i32[0];
+    for (int j = 1; j < 16; j++)
+        most = in.i32[j] > most ? in.i32[j] : most;
+    return most;
+}
+
+#define KERNEL_TABLE fb_kernels_avx512_emulated
 #include "kernels/kernels.h"
 extern const struct fb_kernels fb_kernels_avx512_emulated;
-#include "kernels/avx512.c"
+#include "kernels/avx512.h"

@@ -1,4 +1,4 @@
-"""Which format each tensor of a file gets: the same that llama.cpp gives it.
+"""Which format each tensor gets, in a file or in memory: the same that llama.cpp gives it.
 
     f32 f16 bf16               every matrix in it
     q8_0 q6_k q5_k q3_k ...    every matrix in it

@@ -1,0 +1,381 @@
+/*
+ * blocks_simd.h - products with quantised weights, written once over vectors; included by simd.h. Besides what simd.h asks
+ * for, the file that includes it says:
+ *
+ *   v64                      64 bytes: a line of a block
+ *   v64_load v64_store v64_and (with one byte everywhere) v64_or
+ *   v64_left v64_right       shifts of 16-bit lanes by a constant; what crosses from byte to byte is masked here
+ *   v64_lookup               bytes 0 .. 15 to those of a table of 16
+ *   v16i                     16 int32, lane j for row j of a panel
+ *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all lanes)
+ *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes takes their zero point of 128 into account
+ *   v16i_start               -(sum of activations) << shift in all lanes
+ *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i v16_to_codes (16 f32 to 16 int8, rounding to even)
+ *   BLOCK_TOKENS BLOCK_PANELS   largest tile: tokens x panels;   BLOCK_TILES(X)  X(tokens, panels) for each
+ *
+ * One token: lines are opened in registers, straight from memory, panel after panel in the order they lie. Many: eight
+ * blocks of a panel are opened into L1 once, and every tile of tokens uses them.
+ */
+#include "quant/blocks.h"
+
+enum { SLICE_BLOCKS = 8 }; /* opened at a time: 4 KiB of codes a panel */
+
+/* Blocks of some panels, as tiles take them. */
+struct slice {
+    _Alignas(64) uint8_t opened[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
+    float scales[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES], offsets[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES];
+    size_t n_panels, n_blocks;
+    int zero_shift;
+    /* Codes of panel p, block b lie at p * panel_stride + b * block_stride: in `opened`, or where the weight is. */
+    const uint8_t *codes;
+    size_t panel_stride, block_stride;
+    /* What will be read next: tiles ask memory for it while they multiply. */
+    const char *next;
+    size_t next_stride, next_bytes; /* from panel to panel, of a block */
+};
+
+/* ---- Opening ----------------------------------------------------------------------------------------------------- */
+
+INLINE v64 take_bits(v64 line, const int from, const int to, const int mask) {
+    return v64_and(from > to ? v64_right(line, from - to) : from < to ? v64_left(line, to - from) : line, mask);
+}
+
+INLINE void open_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_OPEN_LINES]) {
+    const int bits = fb_layout_of(dtype).bits;
+    const uint8_t *high = codes + (bits >= 4 ? 4 : 2) * FB_LINE;
+    UNROLL
+    for (int q = 0; q < FB_OPEN_LINES; q++) {
+        if (bits == 8)
+            lines[q] = v64_load(codes + q * FB_LINE);
+        else if (bits >= 4)
+            lines[q] = take_bits(v64_load(codes + q % 4 * FB_LINE), q / 4 * 4, 0, 15);
+        else
+            lines[q] = take_bits(v64_load(codes + q / 4 * FB_LINE), q % 4 * 2, 0, 3);
+        if (bits == 6) lines[q] = v64_or(lines[q], take_bits(v64_load(high + q / 4 * FB_LINE), q % 4 * 2, 4, 48));
+        if (bits == 5 || bits == 3)
+            lines[q] = v64_or(lines[q], take_bits(v64_load(high), q, bits - 1, 1 << (bits - 1)));
+        if (dtype == FB_IQ4_NL) lines[q] = v64_lookup(fb_iq4_nl_values, lines[q]);
+    }
+}
+
+INLINE v16 minus(v16 x) {
+    return v16_mul(x, v16_set1(-1.0f));
+}
+
+/* What 256 columns have in common, as f32: D and M. */
+struct supers {
+    v16 scale, minus_offset;
+};
+
+INLINE struct supers open_supers(const enum fb_dtype dtype, const char *at) {
+    const uint16_t *halfs = (const uint16_t *)at;
+    struct supers supers = {v16_zero(), v16_zero()};
+    if (fb_layout_of(dtype).super_bytes >= 32) supers.scale = v16_load_f16(halfs);
+    if (fb_layout_of(dtype).super_bytes >= 64) supers.minus_offset = minus(v16_load_f16(halfs + 16));
+    return supers;
+}
+
+/* Scale and offset of group g of the block whose scales lie at `scales`. */
+INLINE void open_scales(
+    const enum fb_dtype dtype, const int g, const char *scales, const struct supers *supers, v16 *scale, v16 *offset) {
+    const uint16_t *halfs = (const uint16_t *)scales;
+    const uint8_t *bytes = (const uint8_t *)scales + 16 * g;
+    switch (fb_layout_of(dtype).kind) {
+    case FB_SCALE_D:
+        *scale = v16_load_f16(halfs);
+        break;
+    case FB_SCALE_D_M:
+        *scale = v16_load_f16(halfs);
+        *offset = v16_load_f16(halfs + 16);
+        break;
+    case FB_SCALE_K:
+        *scale = v16_mul(supers->scale, v16_from_v16i(v16i_load_u8(bytes)));
+        *offset = v16_mul(supers->minus_offset, v16_from_v16i(v16i_load_u8(bytes + 16)));
+        break;
+    case FB_SCALE_K16:
+        *scale = v16_mul(supers->scale, v16_from_v16i(v16i_load_s8(bytes)));
+        break;
+    default:
+        *scale = v16_mul(supers->scale, v16_from_v16i(v16i_and(v16i_load_u8(bytes), 15)));
+        *offset = v16_mul(supers->minus_offset, v16_from_v16i(v16i_right(v16i_load_u8(bytes), 4)));
+    }
+}
+
+/* ---- One token --------------------------------------------------------------------------------------------------- */
+
+INLINE v16i start_of(const int zero_shift, const bool is_wide, const int32_t *minus_sum) {
+    if (zero_shift == 0 || (is_wide && DOT_KNOWS_ZERO)) return v16i_start(NULL, 0);
+    return v16i_start(minus_sum, zero_shift);
+}
+
+/* One block of a panel for one token. The dot products of a block run in two chains, to be half as long. */
+INLINE v16 one_block(
+    const enum fb_dtype dtype, const char *block, const struct supers *supers, const struct fb_activation *x, v16 sum) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    const int n_groups = (int)fb_groups(dtype), n_lines = FB_OPEN_LINES / n_groups;
+    v64 lines[FB_OPEN_LINES];
+    open_lines(dtype, (const uint8_t *)block, lines);
+    UNROLL
+    for (int g = 0; g < n_groups; g++) {
+        const int whole_or_half = n_groups == 1 ? 0 : 1 + g;
+        v16i even = start_of(layout.zero_shift, layout.is_wide, &x->minus_sums[whole_or_half]);
+        v16i odd = v16i_start(NULL, 0);
+        UNROLL
+        for (int i = 0; i < n_lines; i += 2) {
+            const int q = g * n_lines + i;
+            even = v16i_dot(even, lines[q], x->codes + 4 * q, layout.is_wide);
+            odd = v16i_dot(odd, lines[q + 1], x->codes + 4 * q + 4, layout.is_wide);
+        }
+        v16 scale, offset;
+        open_scales(dtype, g, block + layout.bits * FB_LINE, supers, &scale, &offset);
+        sum = v16_fma(v16_from_v16i(v16i_add(even, odd)), v16_mul(scale, v16_set1(x->scale)), sum);
+        if (fb_has_offset(dtype)) sum = v16_fma(offset, v16_set1(x->sums[whole_or_half]), sum);
+    }
+    return sum;
+}
+
+INLINE void one_token(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, float *y) {
+    const size_t block_bytes = fb_block_bytes(dtype), super_bytes = fb_layout_of(dtype).super_bytes;
+    const size_t n_blocks = n_cols / FB_BLOCK_COLUMNS;
+    const char *next = panels;
+    for (size_t p = 0; p < n_panels; p++) {
+        v16 sum = v16_zero();
+        struct supers supers = {v16_zero(), v16_zero()};
+        for (size_t b = 0; b < n_blocks; b++, next += block_bytes) {
+            if (super_bytes && b % 8 == 0) {
+                supers = open_supers(dtype, next);
+                next += super_bytes;
+            }
+            sum = one_block(dtype, next, &supers, x + b, sum);
+        }
+        v16_store(y + p * FB_LANES, sum);
+    }
+}
+
+/* ---- Many tokens ------------------------------------------------------------------------------------------------- */
+
+/* Opens `n_blocks` blocks of a panel from `block` on, which begins 256 columns. Codes that are whole bytes stay where
+ * they are. */
+INLINE void open_slice(
+    const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    const struct supers supers = open_supers(dtype, panel + fb_supers_at(dtype, block));
+    const char *from = panel + fb_block_at(dtype, block);
+    for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
+        if (layout.bits != 8) {
+            v64 lines[FB_OPEN_LINES];
+            open_lines(dtype, (const uint8_t *)from, lines);
+            UNROLL
+            for (int q = 0; q < FB_OPEN_LINES; q++)
+                v64_store(slice->opened[p][i] + q * FB_LINE, lines[q]);
+        }
+        for (int g = 0; g < (int)fb_groups(dtype); g++) {
+            v16 scale, offset;
+            open_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
+            v16_store(slice->scales[p][i][g], scale);
+            if (fb_has_offset(dtype)) v16_store(slice->offsets[p][i][g], offset);
+        }
+    }
+}
+
+/* What tiles must know of a format, as constants. */
+struct tile_kind {
+    int n_groups;
+    bool has_offset, is_wide;
+};
+
+/* One tile over the blocks of a slice; the first of a slice fetches what comes next. */
+INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels,
+    const struct slice *slice, bool fetches, const struct fb_activation *x, size_t ldx, float *y, size_t ldy,
+    bool accumulate) {
+    v16 sums[BLOCK_TOKENS * BLOCK_PANELS];
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    }
+    for (size_t b = 0; b < slice->n_blocks; b++) {
+        if (fetches)
+            for (size_t p = 0; p < n_panels; p++)
+                for (size_t i = 0; i < slice->next_bytes; i += FB_LINE)
+                    __builtin_prefetch(slice->next + p * slice->next_stride + b * slice->next_bytes + i, 0, 2);
+        UNROLL
+        for (int g = 0; g < kind.n_groups; g++) {
+            const int whole_or_half = kind.n_groups == 1 ? 0 : 1 + g;
+            v16i dots[BLOCK_TOKENS * BLOCK_PANELS];
+            UNROLL
+            for (size_t t = 0; t < n_tokens; t++) {
+                v16i start = kind.has_offset || (kind.is_wide && DOT_KNOWS_ZERO)
+                                 ? v16i_start(NULL, 0)
+                                 : v16i_start(&x[t * ldx + b].minus_sums[whole_or_half], slice->zero_shift);
+                UNROLL
+                for (size_t p = 0; p < n_panels; p++)
+                    dots[p * n_tokens + t] = start;
+            }
+            UNROLL
+            for (int i = 0; i < FB_OPEN_LINES / kind.n_groups; i++) {
+                const int q = g * FB_OPEN_LINES / kind.n_groups + i;
+                v64 lines[BLOCK_PANELS];
+                UNROLL
+                for (size_t p = 0; p < n_panels; p++)
+                    lines[p] = v64_load(
+                        slice->codes + p * slice->panel_stride + b * slice->block_stride + (size_t)q * FB_LINE);
+                UNROLL
+                for (size_t t = 0; t < n_tokens; t++) {
+                    UNROLL
+                    for (size_t p = 0; p < n_panels; p++)
+                        dots[p * n_tokens + t] = v16i_dot(
+                            dots[p * n_tokens + t], lines[p], x[t * ldx + b].codes + 4 * q, kind.is_wide);
+                }
+            }
+            UNROLL
+            for (size_t p = 0; p < n_panels; p++) {
+                v16 scale = v16_load(slice->scales[p][b][g]);
+                UNROLL
+                for (size_t t = 0; t < n_tokens; t++) {
+                    const struct fb_activation *in = &x[t * ldx + b];
+                    v16 *sum = &sums[p * n_tokens + t];
+                    const v16 dot = v16_from_v16i(dots[p * n_tokens + t]);
+                    *sum = v16_fma(dot, v16_mul(scale, v16_set1(in->scale)), *sum);
+                    if (kind.has_offset)
+                        *sum = v16_fma(v16_load(slice->offsets[p][b][g]), v16_set1(in->sums[whole_or_half]), *sum);
+                }
+            }
+        }
+    }
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    }
+}
+
+INLINE void block_tiles(const struct tile_kind kind, const struct slice *slice, const struct fb_activation *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t tokens;
+    for (size_t t = 0; t < n_tokens; t += tokens) {
+        const size_t rest = n_tokens - t, n_tiles = (rest + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        tokens = (rest + n_tiles - 1) / n_tiles;
+        const struct fb_activation *in = x + t * ldx;
+        float *out = y + t * ldy;
+        switch (tokens * 4 + slice->n_panels) {
+#define TILE_CASE(T, P)                                                                                                \
+    case (T) * 4 + (P):                                                                                                \
+        block_tile(kind, T, P, slice, t == 0, in, ldx, out, ldy, accumulate);                                          \
+        break;
+            BLOCK_TILES(TILE_CASE)
+#undef TILE_CASE
+        default:
+            __builtin_unreachable();
+        }
+    }
+}
+
+/* The kinds of tiles there are: one function each, shared by the formats. */
+typedef void (*tiles_function)(const struct slice *slice, const struct fb_activation *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate);
+#define TILE_KIND(name, n_groups, has_offset, is_wide)                                                                 \
+    static __attribute__((noinline)) void name(const struct slice *slice, const struct fb_activation *x, size_t ldx,   \
+        size_t n_tokens, float *y, size_t ldy, bool accumulate) {                                                      \
+        const struct tile_kind kind = {n_groups, has_offset, is_wide};                                                 \
+        block_tiles(kind, slice, x, ldx, n_tokens, y, ldy, accumulate);                                                \
+    }
+TILE_KIND(tiles_wide, 1, false, true)
+TILE_KIND(tiles_32, 1, false, false)
+TILE_KIND(tiles_32_offset, 1, true, false)
+TILE_KIND(tiles_16, 2, false, false)
+TILE_KIND(tiles_16_offset, 2, true, false)
+#undef TILE_KIND
+
+INLINE tiles_function tiles_of(const enum fb_dtype dtype) {
+    if (fb_layout_of(dtype).is_wide) return tiles_wide;
+    if (fb_groups(dtype) == 1) return fb_has_offset(dtype) ? tiles_32_offset : tiles_32;
+    return fb_has_offset(dtype) ? tiles_16_offset : tiles_16;
+}
+
+INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    const size_t panel_bytes = fb_panel_bytes(dtype, n_cols), total = n_cols / FB_BLOCK_COLUMNS;
+    struct slice slice;
+    slice.zero_shift = layout.zero_shift;
+    slice.next_stride = panel_bytes;
+    slice.next_bytes = fb_block_bytes(dtype);
+    for (size_t p = 0; p < n_panels; p += BLOCK_PANELS) {
+        const char *from = panels + p * panel_bytes;
+        slice.n_panels = n_panels - p < BLOCK_PANELS ? n_panels - p : BLOCK_PANELS;
+        for (size_t b = 0; b < total; b += SLICE_BLOCKS) {
+            slice.n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
+            for (size_t i = 0; i < slice.n_panels; i++)
+                open_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
+            if (layout.bits == 8) {
+                slice.codes = (const uint8_t *)from + fb_block_at(dtype, b);
+                slice.panel_stride = panel_bytes;
+                slice.block_stride = fb_block_bytes(dtype);
+            } else {
+                slice.codes = slice.opened[0][0];
+                slice.panel_stride = sizeof slice.opened[0];
+                slice.block_stride = sizeof slice.opened[0][0];
+            }
+            slice.next = b + SLICE_BLOCKS < total ? from + fb_supers_at(dtype, b + SLICE_BLOCKS)
+                                                  : from + BLOCK_PANELS * panel_bytes;
+            tiles_of(dtype)(&slice, x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
+        }
+    }
+}
+
+static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
+#define FORMAT_CASE(name)                                                                                              \
+    case name:                                                                                                         \
+        if (n_tokens == 1)                                                                                             \
+            one_token(name, panels, n_panels, n_cols, x, y);                                                           \
+        else                                                                                                           \
+            many_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                     \
+        break;
+    switch (dtype) {
+        FORMAT_CASE(FB_Q8_0)
+        FORMAT_CASE(FB_Q4_0)
+        FORMAT_CASE(FB_Q4_1)
+        FORMAT_CASE(FB_Q5_0)
+        FORMAT_CASE(FB_Q5_1)
+        FORMAT_CASE(FB_Q4_K)
+        FORMAT_CASE(FB_Q5_K)
+        FORMAT_CASE(FB_Q6_K)
+        FORMAT_CASE(FB_Q2_K)
+        FORMAT_CASE(FB_Q3_K)
+        FORMAT_CASE(FB_IQ4_NL)
+    default:
+        break;
+    }
+#undef FORMAT_CASE
+}
+
+/* ---- Activations ------------------------------------------------------------------------------------------------- */
+
+static void quantise(const float *x, size_t n_blocks, struct fb_activation *out) {
+    for (; n_blocks > 0; n_blocks--, x += FB_BLOCK_COLUMNS, out++) {
+        const v16 low = v16_load(x), high = v16_load(x + FB_LANES);
+        const uint32_t bits = v16_top_magnitude(low, high);
+        float top;
+        memcpy(&top, &bits, sizeof top);
+        memset(out, 0, sizeof *out);
+        if (!(top < INFINITY)) {
+            out->scale = out->sums[0] = out->sums[1] = out->sums[2] = NAN;
+            continue;
+        }
+        if (top < 1e-30f) continue;
+        const v16 inverse = v16_set1(127.0f / top);
+        const int32_t first = v16_to_codes(v16_mul(low, inverse), out->codes);
+        const int32_t second = v16_to_codes(v16_mul(high, inverse), out->codes + FB_LANES);
+        const int32_t sums[3] = {first + second, first, second};
+        out->scale = top / 127.0f;
+        for (int s = 0; s < 3; s++) {
+            out->sums[s] = out->scale * (float)sums[s];
+            out->minus_sums[s] = -sums[s];
+        }
+    }
+}
