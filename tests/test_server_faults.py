@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
 import socket
@@ -39,38 +38,81 @@ def connection(running: Running, **body: Any) -> socket.socket:
     return sock
 
 
-def wait_idle(running: Running, seconds: float) -> float:
-    """Seconds until the engine has nothing to do."""
-    begun = time.monotonic()
+def wait_idle(running: Running) -> None:
+    """Returns when the engine has nothing to do."""
+    end = time.monotonic() + 60
     while sum(running.get("/health")["answers"].values()):
-        assert time.monotonic() - begun < seconds, "the engine is still busy"
+        assert time.monotonic() < end, "the engine is still busy"
         time.sleep(0.01)
-    return time.monotonic() - begun
+
+
+def ended(running: Running) -> dict[str, float]:
+    """How many answers ended, by how."""
+    lines = running.client.get("/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith("fabula_answers_total{")]
+    return {line.partition('kind="')[2].partition('"')[0]: float(line.split()[-1]) for line in found}
+
+
+def leave(sock: socket.socket, hard: bool) -> None:
+    """Closes a connection; `hard`: by a reset."""
+    if hard:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    sock.close()
 
 
 # ---- Clients that leave ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("after", [0.0, 0.002, 0.01, 0.05])
-def test_clients_that_leave(served: Running, stream: bool, after: float) -> None:
-    for i in range(25):
-        sock = connection(served, **LONG, session_id=f"gone-{i}", max_len=5000, stream=stream)
-        time.sleep(after)
-        if i % 2:  # reset instead of closed
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-        sock.close()
-    assert wait_idle(served, 5) < 1.0
-    for i in range(25):
-        response = served.client.post("/delete_session", json={"session_id": f"gone-{i}"})
-        assert response.status_code in (200, 404)  # it left before the session was there
+@pytest.mark.parametrize("stage", ["headers", "begin", "prefill", "decode"])
+def test_clients_that_leave(served: Running, stream: bool, stage: str) -> None:
+    """Two hundred in each stage, and nothing is made for them: no answer comes to its end, and nothing is left."""
+    before, n = ended(served), 200 if stage != "prefill" else 50
+    for i in range(n):
+        if stage == "headers":
+            sock = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+            sock.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-"[: 5 + i % 50])
+        else:
+            text = "a b c " * 2500 if stage == "prefill" else "the whale"
+            body = LONG | {"message": text, "session_id": f"gone-{i}", "max_len": 5000, "stream": stream}
+            sock = connection(served, **body)
+            if stage == "decode" and stream:
+                while b"event: token" not in sock.recv(65536):
+                    pass
+            elif stage != "begin":
+                time.sleep(0.004)
+        leave(sock, hard=bool(i % 2))
+    wait_idle(served)
+    after = ended(served)
+    assert after.get("done", 0) == before.get("done", 0) and after.get("error", 0) == before.get("error", 0)
+    end = time.monotonic() + 60
+    while kept := served.client.get("/sessions", params={"limit": 1000}).json()["sessions"]:
+        assert time.monotonic() < end, kept
+        for one in kept:  # those without a turn go by themselves, as they were begun for nothing
+            if one["n_turns"]:
+                served.post("/delete_session", session_id=one["session_id"])
+        time.sleep(0.01)
+
+
+def test_clients_that_leave_at_the_end(served: Running) -> None:
+    """In the last chunk: the answer has ended, whether they heard of it or not."""
+    for i in range(100):
+        sock = connection(served, **LONG, session_id="last", max_len=3, stream=True)
+        while b"event: done" not in sock.recv(65536):
+            pass
+        leave(sock, hard=bool(i % 2))
+    wait_idle(served)
+    about = served.get("/sessions/last")
+    assert about["n_turns"] == 100 and not about["busy"]
+    assert all(turn["finish_reason"] == "length" for turn in about["path"])
+    served.post("/delete_session", session_id="last")
 
 
 def test_pages_come_back(served: Running) -> None:
     sock = connection(served, **LONG, session_id="pages", max_len=5000, stream=True)
     sock.recv(100)
     sock.close()
-    wait_idle(served, 5)
+    wait_idle(served)
     turn = served.get("/sessions/pages")["path"]
     assert not turn or turn[-1]["finish_reason"] == "cancelled"
     assert served.post("/delete_session", session_id="pages")["freed_bytes"] > 0
@@ -90,8 +132,14 @@ def test_two_at_once(served: Running) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert statuses.count(200) >= 1 and set(statuses) <= {200, 409} and 409 in statuses
+    assert statuses.count(200) >= 1 and set(statuses) <= {200, 409}
     assert served.get("/sessions/twice")["n_turns"] == statuses.count(200)
+    held = connection(served, **LONG, session_id="twice", max_len=18_000, stream=True, n_logprobs=20)
+    held.recv(100)  # and no more: the answer is being made for as long as nobody reads on
+    assert served.post("/chat", 409, session_id="twice", message="too")["error"]["code"] == "session_busy"
+    held.close()
+    wait_idle(served)
+    assert served.get("/sessions/twice")["n_turns"] == statuses.count(200) + 1
 
 
 def test_delete_while_it_is_being_made(served: Running) -> None:
@@ -138,7 +186,7 @@ def test_a_slow_reader_holds_up_nobody(served: Running) -> None:
         time.sleep(1)
     assert served.get("/sessions/slow")["busy"] and now - at_first < 18_000
     slow.close()
-    wait_idle(served, 10)
+    wait_idle(served)
 
 
 def samples(running: Running) -> float:
@@ -162,7 +210,7 @@ def test_a_stream_longer_than_the_hosts_patience(tiny_folder: Path, tmp_path: Pa
     async def ask() -> tuple[str, float]:
         with Workspace(tmp_path) as workspace:
             app = create_app(workspace, Settings(model=(str(tiny_folder),), context=20_000))
-            app.config["RESPONSE_TIMEOUT"] = 0.1
+            app.config["RESPONSE_TIMEOUT"] = 0.02
             async with app.test_app():
                 client = app.test_client()
                 while (await client.get("/health", headers={"Host": "localhost"})).status_code != 200:
@@ -180,7 +228,7 @@ def test_a_stream_longer_than_the_hosts_patience(tiny_folder: Path, tmp_path: Pa
                     return received.decode(), time.monotonic() - begun
 
     text, seconds = asyncio.run(asyncio.wait_for(ask(), 60))
-    assert text.count("event: token") == 3000 and seconds > 0.2
+    assert text.count("event: token") == 3000 and seconds > 0.02
 
 
 # ---- Stopping -------------------------------------------------------------------------------------------------------
@@ -210,33 +258,32 @@ def streams(running: Running, n: int, max_len: int) -> tuple[list[threading.Thre
 
 @pytest.mark.parametrize(("max_len", "ends"), [(40, {"done"}), (15_000, {"cancelled"})])
 def test_a_gentle_stop(tiny_folder: Path, tmp_path: Path, max_len: int, ends: set[str]) -> None:
-    running = Running(tmp_path, tiny_folder, "--grace-s", "4", "--context", "20000")
+    grace_s = "60" if "done" in ends else "0.5"
+    running = Running(tmp_path, tiny_folder, "--grace-s", grace_s, "--context", "20000")
     threads, last = streams(running, 20, max_len)
-    begun = time.monotonic()
     assert running.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - begun < 4 + 6
     for thread in threads:
-        thread.join(10)
-    assert len(last) == 20 and set(last) <= ends | {"done"}
+        thread.join(60)
+    assert len(last) == 20 and set(last) == ends
     with Running(tmp_path, tiny_folder, "--context", "20000") as again:
         turn = again.get("/sessions/s0")["path"][0]
         assert turn["finish_reason"] in ("length", "cancelled") and turn["text"]
 
 
 def test_a_stopping_server_begins_nothing_and_who_asks_twice_does_not_wait(tiny_folder: Path, tmp_path: Path) -> None:
-    running = Running(tmp_path, tiny_folder, "--grace-s", "60", "--context", "20000")
-    threads, last = streams(running, 2, 15_000)
+    running = Running(tmp_path, tiny_folder, "--grace-s", "600", "--context", "20000")
+    held = connection(running, **LONG, session_id="held", max_len=18_000, stream=True, n_logprobs=20)
+    held.recv(100)  # and no more, so the answer does not end by itself
     running.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    with contextlib.suppress(httpx.HTTPError):
-        refused = httpx.post(f"{running.address}/chat", json=LONG)
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
-        assert httpx.get(f"{running.address}/health").json()["status"] == "stopping"
-    begun = time.monotonic()
-    assert running.stop(signal.SIGTERM) == 0 and time.monotonic() - begun < 8
-    for thread in threads:
-        thread.join(10)
-    assert last == ["cancelled", "cancelled"]
+    while httpx.get(f"{running.address}/health").json()["status"] != "stopping":
+        time.sleep(0.01)
+    refused = httpx.post(f"{running.address}/chat", json=LONG)
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert running.stop(signal.SIGTERM) == 0
+    with held.makefile("rb") as rest:
+        assert b"event: cancelled" in rest.read()
+    held.close()
 
 
 def test_one_server_for_a_folder(served: Running, tiny_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ class Workspace:
         self._models: dict[str, Model] = {}
         self._spills: dict[str, SpillFolder] = {}
         self._options: dict[str, dict[str, Any]] = {}
+        self._loading = threading.RLock()  # held by who loads a model, and taken before the other one
         self._lock = threading.RLock()
         self._closed = False
 
@@ -95,18 +96,22 @@ class Workspace:
             as `Model.load`.
         """
         name = os.fspath(model) if name is None else name
-        with self._lock:
-            self._check_open()
-            if name in self._models:
-                return self._models[name]
-            self._options[name] = {"name_or_path": model, **options}
+        with self._loading:
+            with self._lock:
+                self._check_open()
+                if name in self._models:
+                    return self._models[name]
+                self._options[name] = {"name_or_path": model, **options}
+            # Without the lock: it may take minutes, and sessions of other models go on meanwhile.
             loaded = Model.load(model, scheduler=self._scheduler, **options)
             try:
-                self._host(name).attach(self._served(name, loaded))
+                with self._lock:
+                    self._check_open()
+                    self._host(name).attach(self._served(name, loaded))
+                    self._models[name] = loaded
             except BaseException:
                 loaded.close()
                 raise
-            self._models[name] = loaded
             return loaded
 
     def unload(self, name: str) -> None:
@@ -267,7 +272,7 @@ class Workspace:
             InvalidArgument: the data is damaged; says what.
             StoreError, StoreCorrupt: it cannot be kept, or K and V are of another model or damaged.
         """
-        with self._lock:
+        with self._loading if kv is not None else nullcontext(), self._lock:
             self._check_open()
             model = data.get("model") if isinstance(data, Mapping) else None
             host = self._host(model if isinstance(model, str) and model else self._default_model())

@@ -110,17 +110,19 @@ def check(config: Path | None, as_json: bool, **given: Any) -> None:
       fabula config check --config fabula.toml --json
     """
     settings, sources = gathered(config, given)
-    from fabula.server.app import check_access
     from fabula.server.gate import Keys
+    from fabula.server.serve import check
 
-    check_access(settings)
+    found = check(settings)
     n_keys = len(Keys.read(settings.keys).names) if settings.keys is not None else 0
     if as_json:
-        click.echo(json.dumps({"settings": settings.shown(), "from": sources, "n_keys": n_keys}))
+        click.echo(json.dumps({"settings": settings.shown(), "from": sources, "n_keys": n_keys, "models": found}))
         return
     for name, value in settings.shown().items():
         shown = ", ".join(value) if isinstance(value, (list, tuple)) else "" if value is None else value
         click.echo(f"{name:<18} {shown!s:<28} {sources.get(name, '')}".rstrip())
+    for name, place in found.items():
+        note(f"model {name}: {place}")
     note(f"the settings are good; {n_keys} keys" if n_keys else "the settings are good; no keys")
 
 

@@ -93,6 +93,13 @@ def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progre
     raise _not_found(text, looked)
 
 
+def can_be_fetched(name: str) -> bool:
+    """Whether a model of this name may be somewhere to fetch it from; the network is not asked."""
+    text, is_path = _as_text(name)
+    known = text.lower() in KNOWN_MODELS
+    return known or (not is_path and hub.parse_hub_name(text) is not None and hub.hub_installed())
+
+
 def pull(name: str, *, force: bool = False, progress: Progress | None = None) -> Path:
     """Brings a model onto this machine.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: in
     """
     state, tenant = server(), g.tenant
     with state.limits.beginning(state.runs, tenant, 1 if n is None else n):
-        session, replies = await state.call(lambda: make(state, tenant))
+        session, replies = await _begun(state, lambda: make(state, tenant))
         run = run_of(state, session, replies, background=how.background)
     if how.stream:
         return response(native(run))
@@ -41,6 +42,29 @@ async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: in
     return {"session_id": session.id, "stream_id": run.id, "replies": results}
 
 
+async def _begun(state: Server, make: Callable[[], Made]) -> Made:
+    """What `make` begins in a worker thread, which goes on when the client leaves: then it is undone at its end."""
+    making = asyncio.create_task(state.call(make))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(lambda _: state.later(_undo(state, making)))
+        raise
+
+
+async def _undo(state: Server, making: asyncio.Task[Made]) -> None:
+    if making.cancelled() or making.exception() is not None:
+        return
+    session, replies = making.result()
+
+    def work() -> None:
+        for reply in replies:
+            reply.cancel()
+        state.drop_empty(session)
+
+    await state.call(work)
+
+
 def run_of(state: Server, session: Session, replies: Sequence[Reply], *, background: bool = False) -> Run:
     """A run of a session's replies."""
     tenant = session.tenant
@@ -48,7 +72,10 @@ def run_of(state: Server, session: Session, replies: Sequence[Reply], *, backgro
 
     def describe(index: int) -> dict[str, Any]:
         state.limits.pay(tenant, replies[index].timings)
-        return answer_json(session, replies[index], run.id)
+        told = answer_json(session, replies[index], run.id)
+        if run.is_left:
+            state.drop_empty(session)
+        return told
 
     start = {"session_id": session.id, "model": session.model, "turn": replies[0].number}
     begun = [reply.begun_text for reply in replies]

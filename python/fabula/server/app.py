@@ -25,6 +25,7 @@ from fabula.server.stream import dumps
 from fabula.server.telemetry import Traces
 from fabula.workspace import Workspace
 
+SMALL_BODY = 32_768  # bytes that are read at once, by the event loop's thread
 IMPORT_FACTOR = 32  # a session that is imported may be so many times as long as another request
 
 
@@ -48,6 +49,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     app.request_class = _request_class(settings)
     QuartSchema(
         app,
+        openapi_path=None,  # routes/docs.py has it
         swagger_ui_path=None,
         redoc_ui_path=None,
         scalar_ui_path=None,
@@ -120,7 +122,9 @@ def _request_class(settings: Settings) -> type[Request]:
                     data: bytes = await self.body
             except TimeoutError:
                 raise RequestTimeout from None
-            return body.parse(data)
+            if len(data) < SMALL_BODY:
+                return body.parse(data)
+            return await asyncio.to_thread(body.parse, data)  # takes some 50 ms for each MB
 
     return ApiRequest
 

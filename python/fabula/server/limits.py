@@ -16,6 +16,17 @@ from fabula.workspace import Workspace
 HIDDEN = "resp."  # sessions that hold the responses of OpenAI's API; they are limited on their own
 
 
+def check_free(id: str | None) -> None:
+    """Raises ApiError 400 for a name that only the server gives."""
+    if id is not None and id.startswith(HIDDEN):
+        raise ApiError(
+            400,
+            "invalid_value",
+            f"session_id begins with {HIDDEN!r}, as the sessions behind /v1/responses do; choose another",
+            param="session_id",
+        )
+
+
 class Bucket:
     """Tokens that flow in steadily, up to a minute's worth (a token bucket; RFC 2697 has the idea).
 
@@ -119,6 +130,14 @@ class Limits:
                 f"session {session.id} has {have} turns and {n} more were asked for; {most} are allowed: "
                 "roll back with prune, or begin another session",
                 limit=most,
+            )
+
+    def check_import(self, n: int) -> None:
+        """Raises ApiError 413 if a session with so many turns may not be taken in."""
+        most = self._settings.max_turns
+        if n > most:
+            raise ApiError(
+                413, "too_many_turns", f"turns holds {n} turns, {most} are allowed", param="turns", limit=most
             )
 
     def check_text(self, text: str, param: str) -> None:

@@ -55,6 +55,10 @@ class Metrics(Observer):
             "fabula_between_tokens_seconds", "Between two tokens of an answer.", ("model",), buckets=BETWEEN_S,
             registry=registry,
         )  # fmt: skip
+        self._queued = Histogram(
+            "fabula_queue_seconds", "Time an answer waited for its place.", ("model",), buckets=FIRST_S,
+            registry=registry,
+        )  # fmt: skip
         self._tokens = Counter(
             "fabula_tokens", "Tokens: of prompts, of those the reused ones, and generated.", ("model", "kind"),
             registry=registry,
@@ -86,6 +90,7 @@ class Metrics(Observer):
     def answer_ended(self, run: Run, source: Source, kind: str) -> None:
         self._answers.labels(run.model, kind).inc()
         timings = generation_of(source).timings
+        self._queued.labels(run.model).observe(timings.queued_ms / 1e3)
         self._tokens.labels(run.model, "prompt").inc(timings.prompt_tokens)
         self._tokens.labels(run.model, "reused").inc(timings.reused_tokens)
         self._tokens.labels(run.model, "generated").inc(timings.generated_tokens)

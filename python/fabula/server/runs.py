@@ -26,6 +26,8 @@ Source = Reply | Generation
 
 LAG = 64  # events that a reader may be behind before the answer waits for it
 LAG_S = 30.0  # seconds that it waits; then the reader is given up
+MAX_KEPT = 256  # runs that have ended, to be joined again
+MAX_KEPT_EVENTS = 200_000  # of those runs together: some 100 MB, less without `n_logprobs`
 KEEP_ALIVE_S = 15.0  # between comments on a stream that has no news; proxies cut what is silent for longer
 
 
@@ -64,6 +66,7 @@ class Run:
         events: what happened so far.
         session_id: of the session the answers belong to; None for none.
         is_done: whether all have ended.
+        is_left: whether it ends because nobody reads any more.
         error: what failed first, of all of them; None for nothing.
     """
 
@@ -83,7 +86,7 @@ class Run:
         self.id = "run_" + secrets.token_urlsafe(16)
         self.sources, self.tenant, self.model, self.session_id = tuple(sources), tenant, model, session_id
         self.request_id = request_id
-        self.background, self.is_done = background, False
+        self.background, self.is_done, self.is_left = background, False, False
         self.error: ApiError | None = None
         self.results: list[dict[str, Any] | None] = [None] * len(self.sources)
         self.finished_at = 0.0
@@ -176,6 +179,7 @@ class Run:
             self._readers.discard(reader)
             self._moved.set()
             if not self._readers and not self.background and not self.is_done:
+                self.is_left = True
                 self.abandon()
 
     def taken(self) -> None:
@@ -203,9 +207,8 @@ class Run:
 
     def _is_behind(self) -> bool:
         """Whether every reader is too far behind: one that is fast keeps the run going for all."""
-        if not self._readers:
-            return False
-        return len(self.events) - max(reader.position for reader in self._readers) > LAG
+        positions = [reader.position for reader in self._readers if not reader.given_up]
+        return bool(positions) and len(self.events) - max(positions) > LAG
 
     async def _wait_for_readers(self) -> None:
         while self._is_behind() and not self._stopping:
@@ -282,12 +285,11 @@ class Runs:
     """The runs of a server: those in the making, and those that ended a while ago.
 
     Args:
-        keep_s: seconds a finished one is kept.
-        most: finished ones that are kept.
+        keep_s: seconds a finished one is kept, unless there are too many.
     """
 
-    def __init__(self, keep_s: float, most: int = 256) -> None:
-        self._keep_s, self._most = keep_s, most
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
         self._runs: OrderedDict[str, Run] = OrderedDict()
 
     def add(self, run: Run) -> None:
@@ -301,11 +303,12 @@ class Runs:
         return run if run is not None and run.tenant == tenant else None
 
     def forget_old(self) -> None:
-        """Lets go of runs that ended too long ago."""
-        done = [run for run in self._runs.values() if run.is_done]
-        old = time.monotonic() - self._keep_s
-        for run in [run for run in done if run.finished_at < old] + done[: max(0, len(done) - self._most)]:
-            self._runs.pop(run.id, None)
+        """Lets go of runs that ended too long ago, and of the oldest where there are too many."""
+        old, n_kept, n_events = time.monotonic() - self._keep_s, 0, 0
+        for run in reversed([run for run in self._runs.values() if run.is_done]):
+            n_kept, n_events = n_kept + 1, n_events + len(run.events)
+            if run.finished_at < old or n_kept > MAX_KEPT or n_events > MAX_KEPT_EVENTS:
+                del self._runs[run.id]
 
     def active(self, tenant: str | None = None) -> list[Run]:
         """Those in the making, of an owner or all."""

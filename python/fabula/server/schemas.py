@@ -256,7 +256,7 @@ class SettingsBody(Strict):
 
     title: str | None = Field(None, json_schema_extra={"maxLength": 200})
     system: str | None = Field(None, description="Only before the first turn.")
-    sampling: Sampling | None = None
+    sampling: Sampling | None = Field(None, description="Settings of what is said from now on; those left out stay.")
 
 
 class TextBody(Strict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import resource
 import signal
 import socket
@@ -20,13 +21,14 @@ from hypercorn.config import Config, Sockets
 from hypercorn.typing import ASGIFramework
 from quart import Quart
 
-from fabula.errors import InvalidArgument
+from fabula.errors import InvalidArgument, ModelNotFound
+from fabula.formats.locate import can_be_fetched, locate
 from fabula.server import logs
 from fabula.server.app import check_access, create_app
 from fabula.server.gate import Keys
 from fabula.server.settings import Settings
 from fabula.server.state import Server
-from fabula.workspace import Workspace
+from fabula.workspace import Workspace, default_folder
 
 BACKLOG = 1024
 MAX_FILES = 65_536  # a connection is an open file, and the usual limit is 1,024
@@ -41,13 +43,12 @@ def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) ->
         ready: called with the address once it can be reached; models may still be loading.
 
     Raises:
-        InvalidArgument: the address cannot be used, keys are missing or cannot be read.
+        InvalidArgument: the address cannot be used; or as `check`.
+        ModelNotFound: as `check`.
         StoreError: the data folder cannot be used, or another process uses it.
     """
-    check_access(settings)
+    check(settings)
     logs.set_up(settings)
-    if settings.keys is not None:
-        Keys.read(settings.keys)  # before anything is opened
     sock = listen(settings.host, settings.port)
     with contextlib.closing(sock):
         raise_file_limit()
@@ -61,6 +62,40 @@ def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) ->
             app = create_app(workspace, settings)
             scheme = "http" if settings.certificate is None else "https"
             asyncio.run(_serve(app, settings, sock, lambda: ready(address(sock, scheme))))
+
+
+def check(settings: Settings) -> dict[str, str]:
+    """Whether a server with these settings could start, as far as one can tell before anything is opened.
+
+    Returns:
+        What is there and what is still to be fetched, by the names of models.
+
+    Raises:
+        InvalidArgument: keys are missing or cannot be read, neither can the certificate, or no data can be written.
+        ModelNotFound: a model is nowhere, and nothing of its name can be fetched.
+    """
+    check_access(settings)
+    if settings.keys is not None:
+        Keys.read(settings.keys)
+    try:
+        hypercorn_config(settings).create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one
+        raise InvalidArgument(
+            f"certificate: {settings.certificate} and {settings.private_key} cannot be used: {error}"
+        ) from None
+    folder = default_folder() if settings.data is None else settings.data
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InvalidArgument(f"data is {folder}, where nothing can be written")
+    found = {}
+    for name, place in settings.models:
+        try:
+            found[name] = str(locate(place, fetch=False))
+        except ModelNotFound:
+            if not settings.fetch or not can_be_fetched(place):
+                raise
+            found[name] = "will be fetched"
+    return found
 
 
 def listen(host: str, port: int) -> socket.socket:

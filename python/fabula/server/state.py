@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
+from weakref import WeakSet
 
 from quart import current_app
 
-from fabula.errors import EngineError, InvalidArgument
+from fabula.errors import EngineError, InvalidArgument, SessionNotFound
 from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
 from fabula.server.gate import Gate
-from fabula.server.limits import Limits
+from fabula.server.limits import Limits, check_free
 from fabula.server.metrics import Metrics
 from fabula.server.observer import Observer
 from fabula.server.runs import Run, Runs
@@ -105,6 +107,9 @@ class Server:
         self.begun_at = time.time()
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        self._opening = threading.Lock()
+        self._new: WeakSet[Session] = WeakSet()  # begun by this process; some have no turn yet
+        self._later: set[asyncio.Task[None]] = set()
         self.gate: Gate = Gate(settings, None)
         self._loading: asyncio.Task[None] | None = None
 
@@ -120,6 +125,8 @@ class Server:
             try:
                 await asyncio.to_thread(self._load, serving)
             except Exception as error:
+                if serving.is_stopping:
+                    return
                 serving.state = "failed"
                 serving.error = str(error) if isinstance(error, EngineError) else "see the server's log"
                 for observer in self.observers:
@@ -154,6 +161,7 @@ class Server:
         if self._loading is not None:
             await asyncio.wait([self._loading])
         await asyncio.gather(*(run.stop() for run in self.runs.active()))
+        await asyncio.gather(*self._later, return_exceptions=True)
         self._sessions.clear()
 
     # ---- Models and sessions ----------------------------------------------------------------------------------------
@@ -172,6 +180,12 @@ class Server:
         if serving.state != "ready" or serving.model is None:
             raise ApiError(503, "model_loading", f"model {serving.name} is being loaded", retry_after=1)
         return serving
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Runs what may block in a worker thread."""
@@ -201,23 +215,43 @@ class Server:
 
         Raises:
             InvalidArgument: a setting that cannot be, or cannot be changed any more.
-            ApiError: as `open`, or the caller has too many.
+            ApiError: as `open` and `opening`.
         """
+        check_free(id)
         if id is not None and self.workspace.has(id, tenant=tenant):
             session = self.open(tenant, id)
             given = {name: value for name, value in settings.items() if value is not None}
             yield self.workspace.session(id, tenant=tenant, model=model, **given) if given or model else session
             return
-        self.limits.check_sessions(tenant)
-        session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
+        with self.opening(tenant, id):
+            session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
+        self._new.add(session)
         self.remember(session)
         try:
             yield session
         except BaseException:
-            self.forget(session)
-            if not session.n_turns and not session.is_busy:  # nobody else has come to use it meanwhile
-                session.delete()
+            self.drop_empty(session)
             raise
+
+    def drop_empty(self, session: Session) -> None:
+        """Deletes a session that was begun here for an answer that never began, if nobody else uses it; blocks."""
+        if session in self._new and not session.n_turns and not session.is_busy:
+            self._new.discard(session)
+            self.forget(session)
+            with suppress(SessionNotFound):
+                session.delete()
+
+    @contextmanager
+    def opening(self, tenant: str, id: str | None) -> Iterator[None]:
+        """Room for one more session of that name, until it is there; blocks.
+
+        Raises:
+            ApiError: 400, the name is the server's own; 429, the key may not have another session.
+        """
+        check_free(id)
+        with self._opening:  # or two that come at once would both find the last place free
+            self.limits.check_sessions(tenant)
+            yield
 
     def remember(self, session: Session) -> None:
         """Keeps a session's tree in memory for a while."""

@@ -8,7 +8,12 @@ from typing import Any
 from quart import Blueprint, Response, current_app
 from quart_schema import hide
 
+from fabula.server.state import server
+from fabula.server.stream import dumps
+
 routes = Blueprint("docs", __name__)
+
+DESCRIBED = "fabula.described"
 
 STYLE = """
 body {
@@ -44,8 +49,29 @@ async def style() -> Response:
 @hide
 async def docs() -> Response:
     """The page."""
-    schema = current_app.extensions["QUART_SCHEMA"].openapi_provider.schema()
-    return Response(page(schema), mimetype="text/html")
+    return Response((await _described())[1], mimetype="text/html")
+
+
+@routes.get("/openapi.json")
+@hide
+async def openapi() -> Response:
+    """The document it is made from."""
+    return Response((await _described())[0], mimetype="application/json")
+
+
+async def _described() -> tuple[str, str]:
+    """The description as JSON and as HTML. Made once: it takes a fifth of a second, and anybody may ask for it."""
+    extensions = current_app.extensions
+    if DESCRIBED not in extensions:
+        provider = extensions["QUART_SCHEMA"].openapi_provider
+
+        def make() -> tuple[str, str]:
+            schema = provider.schema()
+            return dumps(schema) + "\n", page(schema)
+
+        extensions[DESCRIBED] = await server().call(make)
+    found: tuple[str, str] = extensions[DESCRIBED]
+    return found
 
 
 def page(schema: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from pydantic import BaseModel, Field
 from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
-from fabula.engine.sampling import SamplingParams
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.failures import ApiError
 from fabula.server.limits import HIDDEN
@@ -109,7 +108,7 @@ async def change(id: str, data: SettingsBody) -> Any:
 
     def work() -> dict[str, Any]:
         session = state.open(tenant, id)
-        params = data.sampling.params(SamplingParams()) if data.sampling is not None else None
+        params = data.sampling.params(session.params) if data.sampling is not None else None
         session.configure(title=data.title, system=data.system, sampling=params)
         return about(session)
 
@@ -157,13 +156,15 @@ async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
     value = data.model_extra or {}
 
     def work() -> dict[str, Any]:
-        state.limits.check_sessions(tenant)
-        model = value.get("model")
+        model, turns = value.get("model"), value.get("turns")
+        state.limits.check_import(len(turns) if isinstance(turns, list) else 0)
         if isinstance(model, str) and model not in state.models:
             raise ApiError(
                 409, "model_not_served", f"the session talks to {model[:128]!r}, which this server does not serve"
             )
-        session = state.workspace.import_(value, id=query_args.id, tenant=tenant)
+        id = query_args.id or value.get("id")
+        with state.opening(tenant, id if isinstance(id, str) else None):
+            session = state.workspace.import_(value, id=query_args.id, tenant=tenant)
         state.remember(session)
         return about(session)
 

@@ -71,8 +71,8 @@ async def fork(data: ForkBody) -> Any:
 
     def work() -> dict[str, Any]:
         session = state.open(tenant, data.session_id)
-        state.limits.check_sessions(tenant)
-        fork = session.fork(data.turn, id=data.new_session_id)
+        with state.opening(tenant, data.new_session_id):
+            fork = session.fork(data.turn, id=data.new_session_id)
         state.remember(fork)
         return {"session_id": fork.id, "head": fork.head.number, "head_id": fork.head.id}
 
