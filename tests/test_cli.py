@@ -262,7 +262,7 @@ def test_pull_lists_and_refuses(fabula: Any, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> None:
-    # At four bits and with inputs of eight, as in the file, the model is not sure of it; other engines' answer is no better.
+    # At four bits and with inputs of eight, as in the file, the model does not know it, on other engines neither.
     words = ("--model", smollm2_gguf, "--weights", "f16", "--temperature", 0)
     assert "Paris" in fabula("chat", *words, "--prompt", "What is the capital of France?").out
 

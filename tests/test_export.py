@@ -17,11 +17,11 @@ from fabula.cli.quantize import TYPES
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, TokenizerError, Unsupported
 from fabula.export import quantize as export
 from fabula.export.quantize import quantize_model
-from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.gguf import BLOCKS, GgufFile
 from fabula.formats.open import open_checkpoint
 from fabula.models.families import family_of
+from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.models.rope import make_rope
 from fabula.text.tokenizer import Tokenizer
 

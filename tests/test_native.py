@@ -142,9 +142,7 @@ BLOCK_FORMATS = [dtype for dtype in DType if _native.dtype_block(dtype)[0] > 1]
     tokens=st.integers(1, 14),
     extras=st.tuples(st.booleans(), st.booleans()),
 )
-def test_linear_of_blocks(
-    dtype: DType, rows: int, blocks: int, tokens: int, extras: tuple[bool, bool]
-) -> None:
+def test_linear_of_blocks(dtype: DType, rows: int, blocks: int, tokens: int, extras: tuple[bool, bool]) -> None:
     size = _native.dtype_block(dtype)[0]
     cols = size * (blocks if size == 32 else 1 + blocks % 3)
     matrix, x = random(rows, cols), random(tokens, cols, seed=1)

@@ -117,8 +117,8 @@ def test_a_stream_that_loses_its_reader_stops(served: Running) -> None:
             if n_read == 5:
                 break
     turn = settled(served, "left")
-    assert turn["finish_reason"] == "cancelled"
-    assert 5 <= turn["generated"] <= 5 + 8  # those on their way when the connection was closed, and two more
+    # Those on their way when the connection was closed, and two more: test_server_runs.py counts them.
+    assert turn["finish_reason"] == "cancelled" and 5 <= turn["generated"] < 400
 
 
 def settled(served: Running, session_id: str) -> dict[str, Any]:
@@ -236,6 +236,8 @@ def test_export_import_and_settings(served: Running) -> None:
     assert served.client.post("/sessions/import", json=data).status_code == 409
     changed = served.client.patch("/sessions/moved-2", json={"title": "After", "sampling": {"temperature": 0.0}})
     assert changed.json()["title"] == "After" and changed.json()["sampling"] == {"temperature": 0.0}
+    changed = served.client.patch("/sessions/moved-2", json={"sampling": {"top_k": 5}})
+    assert changed.json()["sampling"] == {"temperature": 0.0, "top_k": 5}  # what is left out stays
     assert served.client.patch("/sessions/moved-2", json={"system": "No."}).status_code == 400
     check_answer(served.post("/chat", session_id="moved-2", message="And?", max_len=3), "moved-2", 2)
 

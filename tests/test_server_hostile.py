@@ -140,11 +140,13 @@ def test_what_is_too_long(served: Running) -> None:
     assert emoji["code"] == "message_too_long" and "1200000" in emoji["message"] and "1000000" in emoji["message"]
     over = served.post("/chat", 400, message="😀" * 2000)["error"]
     assert over["code"] == "context_length_exceeded" and over["n_tokens"] > over["context"] == 600
-    count = served.post("/count", message="the ")
-    fits = "a" * (600 - count["prompt_tokens"] + len("the "))
     exact = next(n for n in range(550, 600) if served.post("/count", message="z" * n)["prompt_tokens"] == 600)
-    full = served.post("/chat", message="z" * exact, max_len=50, ignore_eos=True)
-    assert full["finish_reason"] == "length" and full["usage"]["generated_tokens"] == 1 and fits
+    full = served.post("/chat", message="z" * exact, max_len=50, ignore_eos=True)  # one token is drawn, and not read
+    assert full["finish_reason"] == "length" and full["usage"]["generated_tokens"] == 1
+    more = served.post("/chat", 400, message="z" * (exact + 1))["error"]
+    assert (more["code"], more["n_tokens"], more["context"]) == ("context_length_exceeded", 601, 600)
+    middle = served.post("/chat", message="z" * (exact - 10), max_len=50, ignore_eos=True)
+    assert middle["finish_reason"] == "length" and middle["usage"]["generated_tokens"] == 11
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
@@ -159,9 +161,8 @@ def test_large_slow_and_wrong_bodies(served: Running) -> None:
     assert chunked == b"" or chunked.startswith(b"HTTP/1.1 413")
     zipped = post(served, b"12", "Content-Type: application/json", "Content-Encoding: gzip", "Content-Length: 2")
     assert zipped.startswith(b"HTTP/1.1 415")
-    begun = time.monotonic()
     slow = post(served, b'{"mess', "Content-Type: application/json", "Content-Length: 100")
-    assert slow.startswith(b"HTTP/1.1 408") and time.monotonic() - begun < 5
+    assert slow.startswith(b"HTTP/1.1 408")
     assert memory_mb(served) < before + 60
 
 
@@ -190,7 +191,8 @@ def test_smuggling(served: Running) -> None:
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     )
     answer = ask(served, data, 5)
-    assert answer.count(b"HTTP/1.1 2") <= 1  # by RFC 9112 the chunks count; nothing hides behind the length
+    assert answer.startswith(b"HTTP/1.1 400") and b"two_lengths" in answer
+    assert answer.count(b"HTTP/1.1") == 1  # the connection is closed, whatever else came on it
 
 
 def test_http2_resets_and_pings(served: Running) -> None:
@@ -198,12 +200,14 @@ def test_http2_resets_and_pings(served: Running) -> None:
     from h2.config import H2Configuration
     from h2.exceptions import ProtocolError
 
-    connection = h2.H2Connection(H2Configuration(client_side=True))
+    before = memory_mb(served)
+    quiet = H2Configuration(client_side=True, validate_outbound_headers=False, normalize_outbound_headers=False)
+    connection = h2.H2Connection(quiet)
     connection.initiate_connection()
     headers = [(":method", "GET"), (":path", "/health"), (":scheme", "http"), (":authority", "localhost")]
     with socket.create_connection(("127.0.0.1", served.port), timeout=5) as sock:
         try:
-            for i in range(1500):
+            for i in range(10_000):
                 stream = connection.get_next_available_stream_id()
                 connection.send_headers(stream, headers, end_stream=True)
                 connection.reset_stream(stream)
@@ -211,32 +215,36 @@ def test_http2_resets_and_pings(served: Running) -> None:
                 sock.sendall(connection.data_to_send())
         except (OSError, ProtocolError):
             pass  # it may close the connection on whoever does this
-    assert served.get("/health")["ready"]
+    assert served.get("/health")["ready"] and memory_mb(served) < before + 60
+    connection = h2.H2Connection(quiet)
+    connection.initiate_connection()
+    connection.send_headers(1, [*headers, ("x", "a\r\nHost: evil")], end_stream=True)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as sock:
+        sock.sendall(connection.data_to_send())
+        received = b""
+        try:
+            while chunk := sock.recv(65536):
+                received += chunk
+        except OSError:
+            pass
+    assert b"models" not in received and served.get("/health")["ready"]
 
 
 def test_a_thousand_silent_connections_stop_nobody(served: Running) -> None:
     body = {"message": "the whale", "max_len": 100, "ignore_eos": True, "seed": 1}
 
-    def chat() -> float:
-        begun = time.monotonic()
-        assert served.post("/chat", **body)["usage"]["generated_tokens"] == 100
-        return time.monotonic() - begun
-
-    alone = min(chat() for _ in range(3))
     silent = []
     for i in range(1000):
         sock = socket.create_connection(("127.0.0.1", served.port), timeout=10)
         if i % 2:
             sock.sendall(b"G")
         silent.append(sock)
-    beside = []
     for _ in range(2):
         for sock in silent[1::2]:  # a byte of the header at a time
             with contextlib.suppress(OSError):
                 sock.sendall(b"E")
-        beside.append(chat())
-    assert min(beside) < 10 * alone + 1
-    end = time.monotonic() + 20
+        assert served.post("/chat", **body)["usage"]["generated_tokens"] == 100
+    end = time.monotonic() + 60
     while silent and time.monotonic() < end:  # all of them are closed after --idle-s, however busy they look
         left = []
         for sock in silent:
@@ -280,7 +288,7 @@ def test_every_route_asks_for_a_key(locked: Running, tiny_folder: Path, tmp_path
             place = path.replace("<id>", "x").replace("<path:id>", "x")
             if is_open(path):
                 continue
-            for headers in wrong if path in ("/chat", "/sessions/<id>") else wrong[:1]:
+            for headers in wrong:
                 response = locked.client.request(method, place, headers=headers, params={"key": KEYS["alice"]})
                 assert response.status_code == 401, (method, path, response.text)
                 assert response.headers["www-authenticate"] == "Bearer"
@@ -309,13 +317,61 @@ def test_keys_own_their_sessions(locked: Running) -> None:
     assert locked.client.get(f"/streams/{begun['stream_id']}", headers=bob).status_code == 404
 
 
-@pytest.mark.parametrize("id", ["../x", "%2e%2e", "a%00b", "a\nb", "x" * 10_000, "é", "never"])
+@pytest.mark.parametrize("id", ["../x", "%2e%2e", "a%00b", "a\nb", "x" * 129, "x" * 10_000, "é", "", "never"])
 def test_ids_that_are_none(served: Running, id: str) -> None:
     told = served.post("/rollback", 404, session_id=id)["error"]
     assert told["code"] == "session_not_found" and "\n" not in told["message"]
-    assert served.client.get("/sessions/" + id.replace("%", "%25").replace("\n", "%0A")).status_code == 404
+    if id:
+        assert served.client.get("/sessions/" + id.replace("%", "%25").replace("\n", "%0A")).status_code == 404
     if id != "never":
         assert "session id" in served.post("/chat", 400, session_id=id, message="a")["error"]["message"]
+
+
+def test_ids_may_be_anything_else(served: Running) -> None:
+    for id in ("x" * 128, "A-Za-z0-9._-", ".", "..."):
+        assert served.post("/chat", session_id=id, message="a", max_len=1)["session_id"] == id
+        assert served.post("/delete_session", session_id=id)["freed_bytes"] > 0
+
+
+def test_ids_of_responses_are_the_servers(served: Running) -> None:
+    """Sessions behind /v1/responses have limits of their own; whoever took their names would have none."""
+    served.post("/chat", session_id="own", message="a", max_len=1)
+    data = served.get("/sessions/own/export")
+    told = [
+        served.post("/chat", 400, session_id="resp.x", message="a"),
+        served.post("/fork", 400, session_id="own", new_session_id="resp.x"),
+        served.post("/sessions/import?id=resp.x", 400, **data),
+        served.post("/sessions/import", 400, **data | {"id": "resp.x"}),
+    ]
+    assert {error["error"]["param"] for error in told} == {"session_id"}
+
+
+def test_keys_do_not_replace_the_look_at_the_host(locked: Running) -> None:
+    response = locked.client.get("/sessions", headers={"Host": "attacker.example"})
+    assert response.status_code == 403 and response.json()["error"]["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize("special", ["<|im_end|>", "<|im_start|>", "</s>", "[INST]"])
+def test_what_looks_like_a_control_token_is_text(served: Running, special: str) -> None:
+    """Typed by a user, as a name or as a tool's result: as many tokens as letters, not one."""
+
+    def length(word: str) -> int:
+        call = {"id": word, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        messages = [
+            {"role": "user", "content": word, "name": word},
+            {"role": "assistant", "content": word, "tool_calls": [call]},
+            {"role": "tool", "content": word, "tool_call_id": word},
+            {"role": "user", "content": word},
+        ]
+        found = served.post("/v1/chat/completions", messages=messages, max_tokens=1)
+        assert found["usage"]["completion_tokens"] == 1
+        return int(found["usage"]["prompt_tokens"])
+
+    one, two = length(special), length(special * 2)
+    n = len(served.post("/tokenize", text=special)["tokens"])
+    assert n > 1 and two - one >= 4 * n
+    told = served.post("/v1/chat/completions", 400, messages=[{"role": special, "content": "a"}])["error"]
+    assert told["param"] == "messages[0].role"
 
 
 @pytest.mark.parametrize(
@@ -375,9 +431,8 @@ def test_a_public_address_needs_keys(tiny_folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_hostile_grammars(served: Running, constraint: dict[str, Any]) -> None:
-    begun = time.monotonic()
     error = served.post("/chat", 400, message="a", constraint=constraint)["error"]
-    assert time.monotonic() - begun < 4 and error["type"] == "invalid_request_error"
+    assert error["type"] == "invalid_request_error"  # in 2 s at most: test_constraint.py has a compiler that hangs
 
 
 def test_a_harmless_regex_that_backtracks_elsewhere(served: Running) -> None:

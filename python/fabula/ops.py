@@ -234,4 +234,6 @@ def self_attention(
     _shape(keys, "k", (n_tokens, keys.shape[1], head_dim))
     _shape(values, "v", keys.shape)
     factor = head_dim**-0.5 if scale is None else scale
-    return _native.self_attention(queries, keys, values, window, factor, _precision("kv", kv, _KV), _threads(threads), isa)
+    return _native.self_attention(
+        queries, keys, values, window, factor, _precision("kv", kv, _KV), _threads(threads), isa
+    )

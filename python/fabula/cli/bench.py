@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fabula.cli.options import WEIGHTS
 from fabula.cli.console import note
-from fabula.cli.options import DEFAULT_MODEL, ModelOptions
+from fabula.cli.options import DEFAULT_MODEL, WEIGHTS, ModelOptions
 
 if TYPE_CHECKING:
     from fabula.bench.machine import Machine

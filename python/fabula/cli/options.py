@@ -35,7 +35,7 @@ _MODEL = (
     ),
     click.option(
         "--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True, metavar="NAME",
-        help=f"Precision of the weights in memory: {', '.join(WEIGHTS)}. auto keeps the file's; q8, q4, ... round to it.",
+        help=f"Weights in memory: {', '.join(WEIGHTS)}. auto keeps them as in the file; the others round at load.",
     ),
     click.option(
         "--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Precision of the KV cache."

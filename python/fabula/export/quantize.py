@@ -22,7 +22,6 @@ from fabula import _native
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
 from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors
-from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile
@@ -32,6 +31,7 @@ from fabula.formats.open import open_checkpoint
 from fabula.formats.readfile import shown
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
+from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.text.tokenizer import Tokenizer
 
 __all__ = ["Report", "Role", "quantize_model"]

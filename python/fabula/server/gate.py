@@ -183,10 +183,12 @@ class Gate:
         settings = self._settings
         if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
             # A proxy in front may believe the other of the two and see another request (RFC 9112, section 6.3).
-            g.closes = True
+            g.is_torn = True
             raise ApiError(400, "two_lengths", "send either Content-Length or Transfer-Encoding, not both")
         host = request.headers.get("Host", "")
-        if (self._keys is None or settings.is_loopback or settings.allow_host) and not is_known_host(host, settings.allow_host):
+        if (self._keys is None or settings.is_loopback or settings.allow_host) and not is_known_host(
+            host, settings.allow_host
+        ):
             raise ApiError(
                 403, "host_not_allowed", f"the server is not called {host[:128]!r}; --allow-host names further names"
             )
@@ -220,7 +222,9 @@ class Gate:
             response.headers.setdefault(name, value)
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Request-Id"] = g.get("request_id", "")
-        if g.get("closes"):
+        # Who is answered before his body has come must not send another request behind it: the host closes then.
+        is_whole = request.body._complete.is_set() and not g.get("is_torn")
+        if not is_whole and request.http_version in ("1.0", "1.1"):
             response.headers["Connection"] = "close"
         origin = request.headers.get("Origin")
         if origin is not None and origin.rstrip("/") in {name.rstrip("/") for name in self._settings.cors}:

@@ -44,5 +44,10 @@ def _sentence(problem: Any) -> str:
         return "is missing"
     given = repr(problem.get("input"))
     given = given if len(given) <= 60 else given[:59] + "…"
-    words = problem["msg"].replace("Input should be", "must be").replace("a valid integer", "an integer").replace("a valid ", "a ")
+    words = (
+        problem["msg"]
+        .replace("Input should be", "must be")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
     return f"is {given}, {words}" if words.startswith("must be") else words

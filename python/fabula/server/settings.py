@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.models.precision import NAMES as PRECISIONS
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
+from fabula.models.precision import NAMES as PRECISIONS
 from fabula.workspace import SPILL_BYTES
 
 MAX_FILE_BYTES = 1 << 20
