@@ -146,7 +146,7 @@ def test_what_is_too_long(served: Running) -> None:
     more = served.post("/chat", 400, message="z" * (exact + 1))["error"]
     assert (more["code"], more["n_tokens"], more["context"]) == ("context_length_exceeded", 601, 600)
     middle = served.post("/chat", message="z" * (exact - 10), max_len=50, ignore_eos=True)
-    assert middle["finish_reason"] == "length" and middle["usage"]["generated_tokens"] == 11
+    assert middle["finish_reason"] == "length" and middle["usage"]["generated_tokens"] == 10
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
