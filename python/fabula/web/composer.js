@@ -1,0 +1,56 @@
+// Where a message is written. It grows, keeps its draft over reloads, and tells whether the message fits.
+
+import { t } from "./i18n.js";
+import { h, icon } from "./ui.js";
+
+const draftKey = (state) => `fabula.draft.${state.session?.session_id || "new"}`;
+
+export function mountComposer(root, store) {
+  const warning = h("p.warning", { hidden: true, role: "alert" });
+  const box = h("textarea", { rows: 1, placeholder: t("placeholder"), "aria-label": t("message"), id: "composer", enterKeyHint: "send" });
+  const button = h("button.send", { type: "submit", title: t("send"), "aria-label": t("send") }, icon("send"));
+  const form = h("form.composer", { onsubmit: (event) => { event.preventDefault(); store.state.live.size ? store.do.stop() : send(); } }, box, button);
+  root.append(warning, form);
+  let counting = 0;
+
+  function grow() {
+    box.style.setProperty("block-size", "auto");
+    box.style.setProperty("block-size", `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`);
+  }
+
+  async function send() {
+    const text = box.value.trim();
+    if (!text || !store.state.online) return;
+    const kept = draftKey(store.state);
+    box.value = "";
+    grow();
+    localStorage.removeItem(kept);
+    const before = store.state.turns.size;
+    await store.do.send(text);
+    if (store.state.turns.size === before && !store.state.live.size && !box.value) { box.value = text; grow(); } // it was refused: nothing typed is lost
+  }
+
+  box.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!store.state.live.size) send(); }
+  });
+  box.addEventListener("input", () => {
+    grow();
+    localStorage.setItem(draftKey(store.state), box.value);
+    clearTimeout(counting);
+    counting = setTimeout(() => store.do.count(box.value), 400);
+  });
+
+  function draw(state, changed) {
+    if (changed.has("session")) { box.value = localStorage.getItem(draftKey(state)) || ""; grow(); }
+    if (changed.has("session") || changed.has("tree")) if (state.session) store.do.count(box.value);
+    const busy = state.live.size > 0, label = busy ? t("stop") : t("send");
+    button.classList.toggle("stopping", busy);
+    if (button.title !== label) { button.title = label; button.setAttribute("aria-label", label); button.replaceChildren(icon(busy ? "stop" : "send")); }
+    const count = state.count;
+    warning.hidden = !(count && !count.fits && box.value);
+    if (!warning.hidden) warning.textContent = t("contextFull", { used: count.prompt_tokens, all: count.context });
+  }
+  draw(store.state, new Set(["session"]));
+  if (matchMedia("(hover: hover)").matches) box.focus();
+  return { unmount: store.subscribe(draw) };
+}
