@@ -24,7 +24,7 @@ def short(served: Running) -> str:
 def test_first_visit_to_first_words(page: Page) -> None:
     assert page.find(".welcome p").count() == 3 and page.find(".starter").count() == 3
     page.find(".starter").first.click()
-    page.find(".live .rest, .live .markdown", has_text="e").first.wait_for()
+    page.find(".live .rest:not(.waiting), .live .markdown", has_text="e").first.wait_for()
     assert "/#/chat/" in page.page.url
     page.button("Stop").click()
     page.settled(1)
@@ -32,6 +32,13 @@ def test_first_visit_to_first_words(page: Page) -> None:
     page.find(".sessions .open", has_text="Tell me a story").wait_for()  # it is called by its first words
     page.page.reload()
     page.settled(1)
+
+
+def test_stopped_before_its_first_word(page: Page) -> None:
+    page.page.route("**/chat", lambda route: route.abort())
+    page.find(".starter").first.click()
+    page.find(".toast.bad").wait_for()
+    assert page.find("#composer").input_value() == "Tell me a story about a lighthouse keeper."
 
 
 def test_versions(page: Page, short: str) -> None:
@@ -174,7 +181,7 @@ def test_reload_in_the_middle(page: Page, served: Running) -> None:
     page.page.press("#set-max_tokens", "Tab")
     page.page.keyboard.press("Escape")
     page.say("Tell me a very long story.")
-    page.find(".live .rest, .live .markdown", has_text="e").first.wait_for()
+    page.find(".live .rest:not(.waiting), .live .markdown", has_text="e").first.wait_for()
     page.page.wait_for_url("**/#/chat/**")
     page.page.reload()
     page.find(".turn").first.wait_for()

@@ -31,7 +31,7 @@ export function mountChat(root, store) {
   }
 
   function welcome() {
-    const starters = ["starter1", "starter2", "starter3"].map((name) => h("button.starter", { type: "button", onclick: () => { sticks = true; store.do.send(t(name)); } }, t(name)));
+    const starters = ["starter1", "starter2", "starter3"].map((name) => h("button.starter", { type: "button", onclick: () => { sticks = true; composer.send(t(name)); } }, t(name)));
     return h("section.welcome", {}, h("img", { src: "/static/icon.svg", alt: "", width: 44, height: 44 }),
       h("p.lead", {}, t("welcome1")), h("p", {}, t("welcome2")), h("p", {}, t("welcome3")), h("div.starters", {}, starters));
   }

@@ -9,7 +9,7 @@ export function mountComposer(root, store) {
   const warning = h("p.warning", { hidden: true, role: "alert" });
   const box = h("textarea", { rows: 1, placeholder: t("placeholder"), "aria-label": t("message"), id: "composer", enterKeyHint: "send" });
   const button = h("button.send", { type: "submit", title: t("send"), "aria-label": t("send") }, icon("send"));
-  const form = h("form.composer", { onsubmit: (event) => { event.preventDefault(); store.state.live.size ? store.do.stop() : send(); } }, box, button);
+  const form = h("form.composer", { onsubmit: (event) => { event.preventDefault(); if (store.state.live.size) store.do.stop(); else send(); } }, box, button);
   root.append(warning, form);
   let counting = 0;
 
@@ -18,8 +18,7 @@ export function mountComposer(root, store) {
     box.style.setProperty("block-size", `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`);
   }
 
-  async function send() {
-    const text = box.value.trim();
+  async function send(text = box.value.trim()) {
     if (!text || !store.state.online) return;
     const kept = draftKey(store.state);
     box.value = "";
@@ -27,7 +26,7 @@ export function mountComposer(root, store) {
     localStorage.removeItem(kept);
     const before = store.state.turns.size;
     await store.do.send(text);
-    if (store.state.turns.size === before && !store.state.live.size && !box.value) { box.value = text; grow(); } // it was refused: nothing typed is lost
+    if (store.state.turns.size === before && !store.state.live.size && !box.value) { box.value = text; grow(); } // refused, or stopped before its first word: nothing is lost
   }
 
   box.addEventListener("keydown", (event) => {
@@ -52,5 +51,5 @@ export function mountComposer(root, store) {
   }
   draw(store.state, new Set(["session"]));
   if (matchMedia("(hover: hover)").matches) box.focus();
-  return { unmount: store.subscribe(draw) };
+  return { send, unmount: store.subscribe(draw) };
 }
