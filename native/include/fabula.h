@@ -55,10 +55,18 @@ const char *fb_last_error(void);
 size_t fb_sizeof(const char *struct_name);
 
 /* Instruction sets with kernels of their own. REFERENCE is plain C and exists on every machine. */
-enum fb_isa { FB_ISA_AUTO = 0, FB_ISA_REFERENCE = 1, FB_ISA_AVX2 = 2, FB_ISA_AVX512 = 3, FB_ISA_AVX512_VNNI = 4 };
+enum fb_isa {
+    FB_ISA_AUTO = 0,
+    FB_ISA_REFERENCE = 1,
+    FB_ISA_AVX2 = 2,
+    FB_ISA_AVX512 = 3,
+    FB_ISA_AVX512_VNNI = 4,
+    FB_ISA_AVX_VNNI = 5
+};
 
 /* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
- * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI). */
+ * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX_VNNI
+ * for AVX2 and the VNNI of CPUs without AVX-512). */
 bool fb_isa_available(enum fb_isa isa);
 
 /* The best available instruction set: what AUTO stands for. */
