@@ -476,6 +476,13 @@ def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
     return float(out[0])
 
 
+def measure_dot(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
+    """Operations per second of products of bytes; see fb_measure_dot."""
+    out = ffi.new("double *")
+    _check(lib.fb_measure_dot(n_repeats, n_threads, _isa(isa), out))
+    return float(out[0])
+
+
 def serial_rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:
     _check(lib.fb_serial_rms_norm(_floats(x), _floats(weight), *x.shape, eps, _floats(out)))
 

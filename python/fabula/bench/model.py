@@ -258,10 +258,12 @@ def limits(model: Model, machine: Machine, prompt_tokens: int) -> dict[str, floa
     table = c.vocab_size * c.hidden_size
     attention = 2 * c.hidden_size * c.head_dim * (c.n_heads + c.n_kv_heads)
     layers = c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    element_bytes = 4 if model.weights == "f32" else 2
-    read = model.weight_bytes - (0 if c.tied else table * element_bytes)
+    is_plain = model.weights in ("f32", "f16", "bf16")
+    # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
+    everything = layers + table * (1 if c.tied else 2)
+    read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
     return {
-        "prefill": machine.flops_per_s / (2 * (layers + table / prompt_tokens)),
+        "prefill": (machine.flops_per_s if is_plain else machine.dots_per_s) / (2 * (layers + table / prompt_tokens)),
         "decode": machine.read_bytes_per_s / read,
     }
 

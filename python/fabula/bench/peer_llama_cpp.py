@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 
@@ -20,8 +19,10 @@ from fabula.bench.model import Run
 from fabula.bench.status import Status
 from fabula.bench.timing import interleaved
 from fabula.errors import EngineError, Unsupported
-from fabula.formats.open import is_gguf
+from fabula.export.quantize import quantize_model
+from fabula.formats.open import is_gguf, open_checkpoint
 from fabula.model import Model
+from fabula.models.precision import label_of
 
 _TRIAL_PROMPT, _TRIAL_TOKENS, _TRIAL_ROUNDS = 512, 12, 3
 _QUIET = llama_cpp.llama_log_callback(lambda *_: None)
@@ -36,27 +37,13 @@ class _Setting:
         return f"{self.threads} threads, flash attention {'on' if self.flash else 'off'}"
 
 
-def write_gguf(source: Path, target: Path, weights: str) -> None:
-    """Writes a GGUF file anew with its matrices in f32, f16 or bf16; metadata and names stay, vectors become f32."""
-    kinds = gguf.GGMLQuantizationType
-    kind = {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16}[weights]
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
-    # The writer writes these itself, or they tell of the old quantisation.
-    dropped = {"general.architecture", "general.file_type", "general.quantization_version"}
-    for name, field in reader.fields.items():
-        if name in dropped or name.startswith("GGUF."):
-            continue
-        items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
-    for tensor in reader.tensors:
-        data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        own = kind if data.ndim > 1 else kinds.F32
-        writer.add_tensor(tensor.name, gguf.quants.quantize(data, own), raw_dtype=own)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def _precision_of(path: Path) -> str:
+    """What a file's matrices are in."""
+    checkpoint = open_checkpoint(path)
+    try:
+        return label_of("auto", checkpoint)
+    finally:
+        checkpoint.close()
 
 
 class LlamaCpp:
@@ -97,8 +84,10 @@ class LlamaCpp:
             raise Unsupported("the model is not a GGUF file")
         status(f"{model.weights}: writing a GGUF for llama.cpp and trying its settings")
         with tempfile.TemporaryDirectory(prefix="fabula-bench-") as folder:
-            path = Path(folder) / "model.gguf"
-            write_gguf(model.path, path, model.weights)
+            path = model.path
+            if model.weights != _precision_of(model.path):
+                path = Path(folder) / "model.gguf"
+                quantize_model(model.path, path, model.weights)
             engine = cls(
                 path,
                 threads=model.threads,
@@ -173,8 +162,7 @@ class LlamaCpp:
             params.flash_attn_type = (
                 llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
             )
-            kinds = gguf.GGMLQuantizationType
-            params.type_k = params.type_v = int(kinds.F16 if self._kv == "f16" else kinds.F32)
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_F16 if self._kv == "f16" else llama_cpp.GGML_TYPE_F32
             self._contexts[flash] = llama_cpp.llama_init_from_model(self._model, params) or None
         return self._contexts[flash]
 

@@ -51,6 +51,8 @@ class Transformers:
         """
         if model.config.model_type != "llama":
             raise Unsupported(f"only Llama is built here, the model is {model.config.model_type}")
+        if model.weights not in _DTYPES:
+            raise Unsupported(f"it computes in f32, f16 or bf16, the weights are in {model.weights}")
         status(f"{model.weights}: building transformers' model")
         checkpoint = open_checkpoint(model.path)
         try:
