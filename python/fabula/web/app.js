@@ -86,7 +86,9 @@ async function askForKey() {
   asking = true;
   const value = await ask(t("apiKey"), "", { type: "password", help: key.get() ? `${t("apiKeyWrong")} ${t("apiKeyHelp")}` : t("apiKeyHelp") });
   asking = false;
-  if (value) store.do.setKey(value.trim());
+  if (!value) return;
+  await store.do.setKey(value.trim());
+  if (!store.state.needsKey) route(); // what the address asks for could not be opened without it
 }
 
 function showStatus(state) {

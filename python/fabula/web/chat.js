@@ -16,22 +16,22 @@ export function mountChat(root, store) {
   const scroller = h("div.scroller", { tabIndex: 0, "aria-label": t("chat") }, log);
   const foot = h("div.composer-box");
   root.append(head, scroller, foot);
-  const composer = mountComposer(foot, store);
-
   const shown = new Map(); // turn id or stream id -> {element, mark}
-  let wasAnswering = false, sticks = true;
+  let wasAnswering = false, sticks = true, shownId = store.state.session?.session_id;
+  const composer = mountComposer(foot, store, () => { sticks = true; });
   scroller.addEventListener("scroll", () => { sticks = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60; });
 
   function element(key, mark, make) {
     const known = shown.get(key);
-    if (known && known.mark === mark) return known.element;
+    // A change that is being written stays, whatever happens to its turn meanwhile.
+    if (known && (known.mark === mark || known.element.querySelector("form.edit"))) return known.element;
     const made = { element: make(), mark };
     shown.set(key, made);
     return made.element;
   }
 
   function welcome() {
-    const starters = ["starter1", "starter2", "starter3"].map((name) => h("button.starter", { type: "button", onclick: () => { sticks = true; composer.send(t(name)); } }, t(name)));
+    const starters = ["starter1", "starter2", "starter3"].map((name) => h("button.starter", { type: "button", onclick: () => composer.send(t(name)) }, t(name)));
     return h("section.welcome", {}, h("img", { src: "/static/icon.svg", alt: "", width: 44, height: 44 }),
       h("p.lead", {}, t("welcome1")), h("p", {}, t("welcome2")), h("p", {}, t("welcome3")), h("div.starters", {}, starters));
   }
@@ -81,7 +81,9 @@ export function mountChat(root, store) {
   draw(store.state);
   drawHead(store.state);
   const leave = store.subscribe((state, changed) => {
-    if (changed.has("session")) { shown.clear(); sticks = true; }
+    const id = state.session?.session_id;
+    if (changed.has("opened") && id !== shownId) { shown.clear(); sticks = true; }
+    shownId = id;
     if (changed.has("tree") || changed.has("live") || changed.has("session")) draw(state);
     if (changed.has("session") || changed.has("count") || changed.has("tree")) drawHead(state);
   });

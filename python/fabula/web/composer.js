@@ -5,13 +5,19 @@ import { h, icon } from "./ui.js";
 
 const draftKey = (state) => `fabula.draft.${state.session?.session_id || "new"}`;
 
-export function mountComposer(root, store) {
+function keepDraft(key, text) {
+  if (text) localStorage.setItem(key, text);
+  else localStorage.removeItem(key);
+}
+
+/** @param onsend called when a message goes off, however it was sent. */
+export function mountComposer(root, store, onsend) {
   const warning = h("p.warning", { hidden: true, role: "alert" });
   const box = h("textarea", { rows: 1, placeholder: t("placeholder"), "aria-label": t("message"), id: "composer", enterKeyHint: "send" });
   const button = h("button.send", { type: "submit", title: t("send"), "aria-label": t("send") }, icon("send"));
   const form = h("form.composer", { onsubmit: (event) => { event.preventDefault(); if (store.state.live.size) store.do.stop(); else send(); } }, box, button);
   root.append(warning, form);
-  let counting = 0;
+  let counting = 0, shownKey = draftKey(store.state), visits = 0;
 
   function grow() {
     box.style.setProperty("block-size", "auto");
@@ -20,13 +26,18 @@ export function mountComposer(root, store) {
 
   async function send(text = box.value.trim()) {
     if (!text || !store.state.online) return;
-    const kept = draftKey(store.state);
+    const kept = shownKey, mine = visits;
     box.value = "";
     grow();
-    localStorage.removeItem(kept);
-    const before = store.state.turns.size;
-    await store.do.send(text);
-    if (store.state.turns.size === before && !store.state.live.size && !box.value) { box.value = text; grow(); } // refused, or stopped before its first word: nothing is lost
+    keepDraft(kept, "");
+    onsend();
+    if (await store.do.send(text)) return;
+    // Refused, or stopped before its first word: the words go back, to where they were written.
+    if (visits !== mine) { if (!localStorage.getItem(kept)) keepDraft(kept, text); return; }
+    if (box.value) return;
+    box.value = text;
+    keepDraft(shownKey, text);
+    grow();
   }
 
   box.addEventListener("keydown", (event) => {
@@ -34,13 +45,18 @@ export function mountComposer(root, store) {
   });
   box.addEventListener("input", () => {
     grow();
-    localStorage.setItem(draftKey(store.state), box.value);
+    keepDraft(shownKey, box.value);
     clearTimeout(counting);
     counting = setTimeout(() => store.do.count(box.value), 400);
   });
 
   function draw(state, changed) {
-    if (changed.has("session")) { box.value = localStorage.getItem(draftKey(state)) || ""; grow(); }
+    const key = draftKey(state);
+    if (key !== shownKey) {
+      if (changed.has("opened")) { visits++; box.value = localStorage.getItem(key) || ""; grow(); }
+      else { keepDraft(shownKey, ""); keepDraft(key, box.value); } // the first message began a session: what was typed since goes with it
+      shownKey = key;
+    }
     if (changed.has("session") || changed.has("tree")) if (state.session) store.do.count(box.value);
     const busy = state.live.size > 0, label = busy ? t("stop") : t("send");
     button.classList.toggle("stopping", busy);
@@ -49,6 +65,8 @@ export function mountComposer(root, store) {
     warning.hidden = !(count && !count.fits && box.value);
     if (!warning.hidden) warning.textContent = t("contextFull", { used: count.prompt_tokens, all: count.context });
   }
+  box.value = localStorage.getItem(shownKey) || "";
+  grow();
   draw(store.state, new Set(["session"]));
   if (matchMedia("(hover: hover)").matches) box.focus();
   return { send, unmount: store.subscribe(draw) };

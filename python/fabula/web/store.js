@@ -10,6 +10,9 @@
 //   state.lost              {prompt, text} of an answer that ended with its server before it was written down; null for none
 //   state.draft             settings of a session that is not begun yet
 //
+// Subscribers hear which of these changed, by name; "session" is any change of the settings, "opened" that another session
+// (or none) is shown now. Words that are being written are replaced on "opened" only; what happens elsewhere leaves them.
+//
 // Every verb that makes an answer asks for a stream that goes on in the background; the stream is read here, joined again
 // when the connection breaks, and found again after a reload through the session's own events.
 
@@ -94,20 +97,28 @@ const list = guarded(async () => {
 // ---- The open session -----------------------------------------------------------------------------------------------
 
 let following = null; // AbortController of the open session's events
+let visit = 0; // counts sessions that were opened; what was begun for an older one must not touch the page
+let reading = new Set(); // streams that are read for this visit
 
 function clear() {
   following?.abort();
   following = null;
+  visit++;
+  reading = new Set();
   Object.assign(state, { session: null, turns: new Map(), path: [], headId: "", canRedo: false, live: new Map(), lost: null, count: null });
-  touch("session", "tree", "live");
+  touch("session", "opened", "tree", "live");
 }
 
 const open = guarded(async (id) => {
   if (state.session?.session_id === id) return;
   clear();
   if (!id) return;
-  state.session = await api.get(`/sessions/${id}`);
+  const mine = visit, session = await api.get(`/sessions/${id}`);
+  if (mine !== visit) return;
+  state.session = session;
+  touch("opened");
   await reload();
+  if (mine !== visit) return;
   follow(id);
   if (!state.sessions.some((one) => one.session_id === id)) list();
 });
@@ -143,6 +154,7 @@ function siblings(turn) {
 async function follow(id) {
   const control = new AbortController();
   following = control;
+  let again = false;
   for (let wait = 300; !control.signal.aborted; wait = Math.min(wait * 2, 5000)) {
     try {
       for await (const { event, data } of api.events("GET", `/sessions/${id}/events`, undefined, control.signal)) {
@@ -150,7 +162,8 @@ async function follow(id) {
         if (state.session?.session_id !== id) return;
         if (event === "state") {
           data.streams.forEach((start) => join(start, -1));
-          if (data.head_id !== state.headId) await reload();
+          if (again || data.head_id !== state.headId) await reload();
+          again = true;
         } else if (event === "begun") join(data, -1);
         else if (event === "ended") { if (!state.live.has(data.stream_id)) await reload(); }
         else if (event === "deleted") { onNotice(t("deletedElsewhere")); location.hash = "#/"; return; }
@@ -169,27 +182,30 @@ async function follow(id) {
 function liveOf(start) {
   const n = start.n || 1;
   const answers = Array.from({ length: n }, () => ({ text: start.begun_text || "", blocks: [], done: false, result: null, begunAt: performance.now(), nTokens: 0 }));
-  return { streamId: start.stream_id, parentId: start.parent_id, prompt: start.prompt, selects: start.selects, answers, last: -1, broken: false };
+  return { streamId: start.stream_id, parentId: start.parent_id, prompt: start.prompt, selects: start.selects, answers, last: -1, broken: false, before: new Set(state.turns.keys()) };
 }
 
-const reading = new Set();
-
-/** Reads an answer that somebody began, from an event on, until it ends; a connection that breaks is made again. */
-async function join(start, after) {
+/** Reads an answer that somebody began, from an event on; one that is not there any more is in the tree by now. */
+function join(start, after) {
   if (reading.has(start.stream_id)) return;
-  await read(() => api.events("GET", `/streams/${start.stream_id}?after=${after}`), start.stream_id);
+  read(() => api.events("GET", `/streams/${start.stream_id}?after=${after}`), start.stream_id)
+    .catch((error) => { if (error.status !== 404) fail(error); });
 }
 
+/**
+ * Reads an answer until it ends or another session is opened; a connection that breaks is made again.
+ * Resolves to whether the tree has what was asked for; true also when nobody is here any more to see it.
+ */
 async function read(connect, streamId = null) {
-  let live = null, wait = 300, gone = false;
-  const session = state.session?.session_id;
-  if (streamId) reading.add(streamId);
+  let live = null, wait = 300, gone = false, landed = false;
+  const mine = visit, begunHere = reading, isHere = () => mine === visit;
+  if (streamId) begunHere.add(streamId);
   const take = ({ id, event, data }) => {
     if (event === "start") {
       if (!live) {
         live = liveOf(data);
-        reading.add(live.streamId);
-        if (state.session?.session_id === data.session_id || !state.session) state.live.set(live.streamId, live);
+        begunHere.add(live.streamId);
+        state.live.set(live.streamId, live);
       }
     } else if (live) {
       const answer = live.answers[data.index || 0];
@@ -210,11 +226,12 @@ async function read(connect, streamId = null) {
     for (;;) {
       try {
         for await (const found of connect()) {
+          if (!isHere()) return true;
           take(found);
           wait = 300;
           if (found.event === "start" && !state.session) await begun(found.data.session_id);
         }
-        if (!live || live.answers.every((answer) => answer.done)) break;
+        if (!isHere() || !live || live.answers.every((answer) => answer.done)) break;
       } catch (error) {
         if (error instanceof api.ApiError) {
           if (live && error.status === 404) { gone = true; onNotice(t("interrupted")); }
@@ -226,25 +243,29 @@ async function read(connect, streamId = null) {
       touch("live");
       await new Promise((resolve) => setTimeout(resolve, wait));
       wait = Math.min(wait * 2, 4000);
-      if (state.session?.session_id !== session && session) return;
+      if (!isHere()) return true;
       connect = () => api.events("GET", `/streams/${live.streamId}?after=${live.last}`);
     }
   } finally {
-    if (live) {
-      const known = state.turns.size;
-      if (state.session) await reload().catch(() => {});
-      if (gone && state.turns.size === known) state.lost = { prompt: live.prompt, text: live.answers[0].text };
+    begunHere.delete(streamId);
+    if (live && isHere()) {
+      await reload().catch(() => {});
+      landed = [...state.turns.values()].some((turn) => !live.before.has(turn.id) && turn.parent_id === (live.parentId || ""));
+      if (gone && !landed && isHere()) state.lost = { prompt: live.prompt, text: live.answers[0].text };
       state.live.delete(live.streamId);
-      reading.delete(live.streamId);
+      begunHere.delete(live.streamId);
       touch("live");
-      list();
     }
+    if (live) list();
   }
+  return landed || gone || !isHere();
 }
 
 /** A session that was just made by the first message. */
 async function begun(id) {
-  state.session = await api.get(`/sessions/${id}`);
+  const mine = visit, session = await api.get(`/sessions/${id}`);
+  if (mine !== visit) return;
+  state.session = session;
   state.draft = { ...BEGIN_WITH };
   touch("session");
   history.replaceState(null, "", location.hash.startsWith("#/story") ? `#/story/${id}` : `#/chat/${id}`);
@@ -329,7 +350,7 @@ const verbs = {
     touch("count");
   }),
   search: (text) => { state.search = text; return list(); },
-  setKey: (value) => { api.key.set(value); state.needsKey = false; list(); if (state.session) reload(); },
+  setKey: (value) => { api.key.set(value); state.needsKey = false; return list(); },
 };
 
 export const store = {

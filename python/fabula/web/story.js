@@ -35,14 +35,21 @@ export function mountStory(root, store) {
 
   const textOf = (state) => state.path.map((id) => { const turn = state.turns.get(id); return turn.prompt + turn.text; }).join("");
   let told = ""; // what the turns of the path say
+  let shownKey = draftKey(store.state), visits = 0;
+  let draft = localStorage.getItem(shownKey) || ""; // words that differ from it, as long as they are not told
 
   function grow() {
     paper.style.setProperty("block-size", "auto");
     paper.style.setProperty("block-size", `${paper.scrollHeight + 8}px`);
     words.textContent = t("wordsOf", { n: (paper.value.match(/\S+/g) || []).length });
   }
+  function keepDraft(key, text) {
+    draft = text;
+    if (text) localStorage.setItem(key, text);
+    else localStorage.removeItem(key);
+  }
   function keep() {
-    localStorage.setItem(draftKey(store.state), paper.value === told ? "" : paper.value);
+    keepDraft(shownKey, paper.value === told ? "" : paper.value);
     grow();
   }
   paper.addEventListener("input", keep);
@@ -67,12 +74,18 @@ export function mountStory(root, store) {
     const text = paper.value.slice(0, cursor).replace(/\s+$/, (end) => (end.includes("\n") ? end : ""));
     if (!text.trim()) { paper.focus(); return; }
     const { turn, rest } = difference(state, text);
+    // Words behind the cursor that the tree has are dropped; those that were never told stay behind what is told now.
+    const untold = difference(state, paper.value).rest.length, behind = paper.value.slice(Math.max(text.length, paper.value.length - untold));
+    const mine = visits;
     if (state.session && turn !== state.headId) await store.do.rollback(turn || 0);
-    localStorage.removeItem(draftKey(state));
-    if (n === 1) { await store.do.tell(rest, { max_tokens: 60 }); return; }
     // Several ways need a turn to begin from: the words are told first, with the shortest of answers.
-    if (rest || !state.session) await store.do.tell(rest, { max_tokens: 1 });
-    await store.do.branch(n, null, { max_tokens: 60 });
+    const isTold = n > 1 && !rest && state.session ? true : await store.do.tell(rest, { max_tokens: n === 1 ? 60 : 1 });
+    if (mine !== visits) return; // another story is shown by now
+    if (!isTold) { draw(store.state, new Set(["tree"])); return; } // refused: the draft is still there
+    const all = textOf(store.state) + behind;
+    keepDraft(shownKey, behind.trim() ? all : "");
+    if (n > 1) await store.do.branch(n, null, { max_tokens: 60 });
+    draw(store.state, new Set(["tree"]));
   }
 
   /** Other tokens where the cursor is, with how likely they are. */
@@ -98,10 +111,17 @@ export function mountStory(root, store) {
     on.textContent = busy ? t("stop") : t("writeOn");
     ways.disabled = busy;
     back.disabled = !state.headId || busy;
-    if (changed.has("session") || changed.has("tree")) {
+    const key = draftKey(state);
+    if (key !== shownKey) {
+      const words = draft;
+      if (changed.has("opened")) { visits++; draft = localStorage.getItem(key) || ""; }
+      else { keepDraft(shownKey, ""); keepDraft(key, words); } // the first words began a session
+      shownKey = key;
+    }
+    if (changed.has("session") || changed.has("tree") || changed.has("opened")) {
       told = textOf(state);
-      const draft = localStorage.getItem(draftKey(state));
-      if (!busy) paper.value = draft || told;
+      const shown = draft || told;
+      if (!busy && paper.value !== shown) paper.value = shown;
     }
     const lives = [...state.live.values()];
     const single = lives.find((live) => live.selects);
@@ -122,5 +142,6 @@ export function mountStory(root, store) {
     if (busy) page.say(t("answering"));
   }
   draw(store.state, new Set(["session"]));
-  return { unmount: store.subscribe(draw) };
+  const leave = store.subscribe(draw);
+  return { unmount() { visits++; leave(); } };
 }

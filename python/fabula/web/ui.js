@@ -116,13 +116,20 @@ export function menu(anchor, items) {
   buttons[0]?.focus();
 }
 
-/** Copies text; tells whether it could. */
+/** Copies text; tells whether it could. Over plain HTTP from another machine browsers offer the old way only. */
 export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    return false;
+    const before = document.activeElement;
+    const box = h("textarea.sr-only", { value: text, "aria-hidden": "true" });
+    document.body.append(box);
+    box.select();
+    const done = document.execCommand("copy");
+    box.remove();
+    before?.focus();
+    return done;
   }
 }
 
