@@ -19,9 +19,9 @@ from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
 from fabula.model import Model
 from fabula.sessions.archive import import_session
-from fabula.sessions.growth import is_session_id
 from fabula.sessions.host import Host, Served
 from fabula.sessions.keeper import Keeper, params_of, policy_of
+from fabula.sessions.names import is_session_id
 from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START
@@ -309,6 +309,7 @@ class Workspace:
             created_at=record.created_at,
             vocabulary=record.settings["vocabulary"],
             title=record.settings.get("title", ""),
+            tags=record.settings.get("tags", ()),
         )
         session._turns = own
         session.head = known.get(record.head_id or "", START)

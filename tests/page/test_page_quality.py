@@ -22,14 +22,26 @@ def axe() -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("place", ["", "#/chat/{id}", "#/tree/{id}", "#/story/{id}", "settings", "keys"])
+@pytest.mark.parametrize(
+    "place", ["", "#/chat/{id}", "#/tree/{id}", "#/story/{id}", "settings", "keys", "notes", "closer"]
+)
 def test_no_barriers(open_page: Callable[..., Page], served: Running, axe: str, scheme: str, place: str) -> None:
     page = open_page(color_scheme=scheme, bypass_csp=True)
     if "{id}" in place:
         code = '```python\ndef f(x):  # a comment\n    return "text" + str(1)\n```\n'
         text = f"# Title\n\nSome *words* and `code`.\n\n{code}"
         place = place.format(id=crafted(served, [(None, text), ("t0", "Then.")]))
-    page.open(place if place.startswith("#") else "")
+    if place in ("notes", "closer"):
+        made = served.post("/story", prompt="Once there was a whale.", max_len=8, ignore_eos=True)
+        served.post("/write", session_id=made["session_id"], text="It is white.", frozen=True)
+        page.open(f"#/story/{made['session_id']}")
+        page.page.click(f"#{place}:not([disabled])")
+        page.find(".notes li" if place == "notes" else ".token").first.wait_for()
+        if place == "closer":
+            page.find(".token").first.hover()
+            page.find(".alternatives button").first.wait_for()
+    else:
+        page.open(place if place.startswith("#") else "")
     if place in ("settings", "keys"):
         page.find(".starter").first.wait_for()
         page.page.click("#settings-button") if place == "settings" else page.button("Keys").click()

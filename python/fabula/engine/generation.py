@@ -264,6 +264,16 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             return tuple(self.token_ids), "".join(self._texts)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the next piece can be read without waiting."""
+        return not self._request.items.empty()
+
+    @property
+    def made_at(self) -> float:
+        """time.perf_counter() when the engine made the piece that was read last; 0 before the first."""
+        return self._last
+
+    @property
     def sequence(self) -> KvSequence:
         """K and V of what was computed; the caller's again once `finish_reason` is set."""
         return self._request.sequence

@@ -153,12 +153,27 @@ class AlternativesReply(Told):
     alternatives: list[AlternativeReply]
 
 
+class TokenReply(Told):
+    """A token of an answer."""
+
+    token_id: int
+    text: str
+
+
+class TurnTokensReply(Told):
+    """The tokens of an answer, in their order."""
+
+    turn_id: str
+    tokens: list[TokenReply]
+
+
 class SessionAbout(BaseModel):
     """A session in a list."""
 
     model_config = ConfigDict(extra="allow")
     session_id: str
     title: str
+    tags: list[str]
     model: str
     n_turns: int
     created_at: float
@@ -177,6 +192,7 @@ class SessionReply(BaseModel):
     model_config = ConfigDict(extra="allow")
     session_id: str
     title: str
+    tags: list[str]
     model: str
     system: str | None
     head: int

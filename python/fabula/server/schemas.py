@@ -30,6 +30,9 @@ SessionId = Annotated[str, Field(description="1 to 128 of `A-Za-z0-9._-`.")]
 TurnRef = Annotated[int | str, Field(description="A turn: its number on the path (0 is the empty start), or its id.")]
 
 
+Policy = Literal["error", "slide", "drop_oldest_turns"]
+
+
 class ConstraintBody(Strict):
     """What an answer must be; one of these."""
 
@@ -118,6 +121,14 @@ class Sampling(Strict):
             given["constraint"] = self.constraint.made()
         return replace(base, **given) if given else base
 
+    def changed(self, base: SamplingParams) -> SamplingParams:
+        """As `params`, with the default in place of what is given as null."""
+        default = SamplingParams()
+        nulls = {
+            "max_tokens" if name == "max_len" else name for name in self.model_fields_set if getattr(self, name) is None
+        }
+        return self.params(replace(base, **{name: getattr(default, name) for name in nulls}))
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing is given."""
@@ -148,9 +159,10 @@ class Opening(Answering):
     model: str | None = Field(None, description="The model a new session talks to.")
     system: str | None = Field(None, description="System message of a new session.")
     title: str | None = Field(None, description="What people call the session.")
-    context_policy: Literal["error", "slide", "drop_oldest_turns"] | None = Field(
-        None, description="What happens when the context of a new session is full."
+    sampling: Sampling | None = Field(
+        None, description="Settings of the session, for this turn and later ones that bring none."
     )
+    context_policy: Policy | None = Field(None, description="What happens when the context of a new session is full.")
     window: int | None = Field(None, description="Tokens that the policy `slide` sees.")
 
     def policy(self) -> ContextPolicy | None:
@@ -172,6 +184,18 @@ class StoryBody(Opening):
     """A text to continue."""
 
     prompt: str | None = Field(None, description="Text to add before going on; the beginning needs some.")
+
+
+class WriteBody(Strict):
+    """A piece of a story, as its author wrote it."""
+
+    session_id: str | None = Field(None, description="As for `/story`.")
+    text: str = Field(description="The piece.", json_schema_extra={"minLength": 1})
+    frozen: bool = Field(False, description="A note: the model reads it, and it is no part of the story.")
+    model: str | None = Field(None, description="The model a new session talks to.")
+    title: str | None = Field(None, description="What people call the session.", json_schema_extra={"maxLength": 200})
+    sampling: Sampling | None = Field(None, description="Settings of the session.")
+    context_policy: Policy | None = Field(None, description="What happens when the context of a new session is full.")
 
 
 class SessionBody(Strict):
@@ -228,6 +252,19 @@ class BranchBody(AgainBody):
     message: str | None = Field(None, description="What they answer; without it, the head's message again.")
 
 
+class RewriteBody(SessionBody):
+    """Other words in place of an answer."""
+
+    turn: TurnRef
+    text: str = Field(json_schema_extra={"minLength": 1})
+
+
+class TurnBody(SessionBody):
+    """A turn."""
+
+    turn: TurnRef
+
+
 class AlternativesBody(SessionBody):
     """A place of an answer."""
 
@@ -256,7 +293,14 @@ class SettingsBody(Strict):
 
     title: str | None = Field(None, json_schema_extra={"maxLength": 200})
     system: str | None = Field(None, description="Only before the first turn.")
-    sampling: Sampling | None = Field(None, description="Settings of what is said from now on; those left out stay.")
+    sampling: Sampling | None = Field(
+        None, description="Settings of what is said from now on; those left out stay, null is the default."
+    )
+    tags: list[str] | None = Field(
+        None,
+        description="Names it has in common with others; they replace those of before.",
+        json_schema_extra={"maxItems": 16},
+    )
 
 
 class TextBody(Strict):

@@ -78,6 +78,15 @@ class Serving:
             found["progress"] = round(self.done / self.total, 3) if self.total else None
         if self.error:
             found["error"] = self.error
+        if self.state == "ready" and self.model is not None:
+            usage = self.model.kv_usage
+            found |= {
+                "weights": self.model.weights,
+                "weight_bytes": self.model.weight_bytes,
+                "context": self.model.context,
+                "cache_bytes": usage.used_bytes,
+                "cache_limit_bytes": usage.n_pages * usage.page_bytes,
+            }
         return found
 
 

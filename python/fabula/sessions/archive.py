@@ -22,7 +22,7 @@ from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
 from fabula.sessions.keeper import Keeper, params_of, policy_of, session_record, turn_of, turn_record
 from fabula.sessions.session import Session
-from fabula.sessions.turn import START, Turn
+from fabula.sessions.turn import START, WRITTEN, Turn
 from fabula.store.records import TurnRecord
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def import_session(
             created_at=float(data["created_at"]),
             vocabulary=settings["vocabulary"],
             title=settings.get("title", ""),
+            tags=settings.get("tags", ()),
         )
         session._turns = list(turns.values())
         session.head = named[data["head"] or ""]
@@ -182,6 +183,11 @@ def _check_head(data: Mapping[str, Any]) -> None:
         raise InvalidArgument(f'"turns" must be a list of at most {MAX_TURNS}')
 
 
+def _has_words(row: Mapping[str, Any]) -> bool:
+    """Whether a turn says anything: an answer, or a piece of a story that was written by hand."""
+    return bool(row["token_ids"] or (row["finish_reason"] == WRITTEN and row["prompt_ids"]))
+
+
 def _turns_of(rows: list[Any]) -> dict[str, Turn]:
     """Turns by their former names, parents first."""
     turns: dict[str, Turn] = {}
@@ -200,7 +206,7 @@ def _turns_of(rows: list[Any]) -> dict[str, Turn]:
         parent = START if row["parent_id"] is None else turns.get(row["parent_id"])
         if parent is None or row["id"] in turns or not row["id"]:
             raise InvalidArgument(f"{where}: its parent does not come before it, or its id comes twice")
-        if row["number"] != parent.number + 1 or not 0 <= row["kept"] <= parent.n_ids or not row["token_ids"]:
+        if row["number"] != parent.number + 1 or not 0 <= row["kept"] <= parent.n_ids or not _has_words(row):
             raise InvalidArgument(f"{where}: its number, kept or token_ids do not follow from its parent")
         fields = row | {name: tuple(row[name]) for name in ("prompt_ids", "token_ids", "tags")}
         fields |= {"id": uuid.uuid4().hex, "parent_id": None, "session_id": None}

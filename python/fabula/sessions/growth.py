@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-import unicodedata
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from weakref import WeakSet
 
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument, SessionBusy, SessionNotFound
+from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.sessions.host import Host
 from fabula.sessions.keeper import Keeper
+from fabula.sessions.names import checked_tags, checked_title, is_session_id
 from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.prompts import Prompt, chat_prompt, common_length, story_prompt
 from fabula.sessions.reply import Reply
 from fabula.sessions.said import Said
 from fabula.sessions.tree import Tree
-from fabula.sessions.turn import Turn
+from fabula.sessions.turn import WRITTEN, Turn
 
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-MAX_TITLE = 200  # characters
 _POLL_S = 0.05  # how often a caller that waits looks for replies that were forgotten
 
 
-def is_session_id(id: object) -> bool:
-    """Whether a session may be called so."""
-    return isinstance(id, str) and _ID.fullmatch(id) is not None
-
-
-def checked_title(title: object) -> str:
-    """The title of a session.
-
-    Raises:
-        InvalidArgument: it is too long, or holds what is no visible text.
-    """
-    if not isinstance(title, str) or len(title) > MAX_TITLE:
-        raise InvalidArgument(f"title must be text of at most {MAX_TITLE} characters")
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in title):
-        raise InvalidArgument(f"title {title!r:.60} must be one line without control characters")
-    return title
+def check_not_mixed(parent: Turn, *, chat: bool) -> None:
+    """Raises InvalidArgument where a chat would go on as a story, or the reverse."""
+    if parent.number and parent.chat is not chat:
+        kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
+        raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +75,7 @@ class Growing(Tree):
         created_at: seconds since 1970; None for now.
         vocabulary: fingerprint of the tokenizer its ids are of; None for the host's.
         title: what people call it, one line.
+        tags: names that it has in common with others.
     """
 
     def __init__(
@@ -103,6 +92,7 @@ class Growing(Tree):
         created_at: float | None = None,
         vocabulary: str | None = None,
         title: str = "",
+        tags: Iterable[str] = (),
     ) -> None:
         super().__init__(base)
         if id is not None and not is_session_id(id):
@@ -110,7 +100,7 @@ class Growing(Tree):
         self.id = uuid.uuid4().hex if id is None else id
         self.tenant = tenant
         self.params = params or SamplingParams()
-        self.system, self.title = system, checked_title(title)
+        self.system, self.title, self.tags = system, checked_title(title), checked_tags(tags)
         self.policy = ContextPolicy.of(policy)
         if host.is_loaded:
             self.policy.visible(host.engine.runner.context)
@@ -143,9 +133,7 @@ class Growing(Tree):
 
     def _prompt(self, parent: Turn, said: Said, params: SamplingParams, *, chat: bool) -> Prompt:
         """What an answer behind `parent` goes on from; changes nothing."""
-        if parent.number and parent.chat is not chat:
-            kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
-            raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
+        check_not_mixed(parent, chat=chat)
         served = self._host.served
         if chat:
             return chat_prompt(served.engine, served.template(), self.policy, params, parent, self.system, said)
@@ -320,8 +308,21 @@ class Growing(Tree):
         self._turns.append(turn)
         if turn.kv is not None:
             reply.generation.engine.cache.keep(turn.kv)
+            self._lend(turn, turn.kv, reply.generation.engine.cache)
         if reply.selects:
             self.head, self._undone = turn, []
+
+    def _lend(self, turn: Turn, kv: KvSequence, cache: KvCache) -> None:
+        """Turns before it that were written by hand hold K and V too, now that their words were read."""
+        kept = turn.kept
+        with cache.lock:  # or they are given up between looking and taking
+            for past in islice(turn.lineage(), 1, None):
+                if past.finish_reason != WRITTEN or kept < past.n_ids or kv.usable(past.n_ids) < past.n_ids:
+                    break
+                if past.kv is None or past.kv.usable(past.n_ids) < past.n_ids:
+                    past.kv = kv.fork(past.n_ids)
+                    cache.keep(past.kv)
+                kept = min(kept, past.kept)
 
     def _complete(self, turn: Turn, generation: Generation) -> None:
         """Fills in what is known at the end."""

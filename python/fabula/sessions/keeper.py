@@ -138,6 +138,15 @@ class Keeper:
             raise
         self.turns[turn.id] = turn
 
+    def written(self, turn: Turn, session: Growing) -> None:
+        """A turn was written by hand, and is the head: it is committed when this returns.
+
+        Raises:
+            StoreError: it could not be; the store is as it was before.
+        """
+        self.store.put_turn(turn_record(turn, session.id), session_record(session, turn, [])).result()
+        self.turns[turn.id] = turn
+
     def head_moved(self, session: Growing) -> None:
         """Another turn is the head."""
         self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._undone))
@@ -230,7 +239,8 @@ def session_record(session: Growing, head: Turn | None = None, undone: list[Turn
             "policy": session.policy.to_json(),
             "vocabulary": session.vocabulary,
         }
-        | ({"title": session.title} if session.title else {}),
+        | ({"title": session.title} if session.title else {})
+        | ({"tags": list(session.tags)} if session.tags else {}),
         base_id=base.id or None,
         head_id=head_id,
         undone=undone_ids,
@@ -253,7 +263,8 @@ def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
         kept=turn.kept,
         prompt_ids=turn.prompt_ids,
         token_ids=turn.token_ids,
-        params={"sampling": params_json(turn.params or SamplingParams()), "n_begun": turn.n_begun},
+        params={"sampling": params_json(turn.params or SamplingParams()), "n_begun": turn.n_begun}
+        | ({"frozen": True} if turn.frozen else {}),
         finish_reason=turn.finish_reason,
         timings={**dataclasses.asdict(turn.timings), "why_recomputed": turn.why_recomputed} if turn.timings else None,
         cut=turn.cut.to_json() if turn.cut else None,
@@ -288,6 +299,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             timings=Timings(**timings) if timings else None,
             cut=Cut(**record.cut) if record.cut else None,
             why_recomputed=why,
+            frozen=record.params.get("frozen") is True,
             created_at=record.created_at,
             tags=set(record.tags),
         )

@@ -160,6 +160,17 @@ class Looking(Growing):
             cut=cut,
         )
 
+    def tokens(self, turn: TurnRef) -> list[tuple[int, str]]:
+        """The tokens of an answer, each with the text that came with it: "" where a letter needs the next one too.
+
+        Raises:
+            InvalidArgument: no such turn.
+        """
+        with self._lock:
+            found = self._made(self._find(turn))
+        decoder = self._host.served.engine.tokenizer.stream_decoder(continues=not found.chat)
+        return [(token, decoder.push(token)) for token in found.token_ids]
+
     def alternatives(self, turn: TurnRef, position: int, n: int = 10) -> list[Alternative]:
         """The likeliest tokens at a place of an answer, best first; nothing of the prompt is computed again.
 

@@ -121,19 +121,27 @@ def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, 
     tokenizer = engine.tokenizer
     new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not parent.number else []
     past, seen = parent.ids(), seen_turns(parent)
+    notes = [turn for turn in parent.lineage() if turn.frozen][::-1]
 
     def unended(ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids  # it goes on behind its end
 
     def without(n: int) -> list[int]:
-        """The story without its n oldest turns; instead of none at all, as much of the last one's end as fits."""
-        story: list[int] = []
-        for turn in seen[n:] or seen[-1:]:
-            words = tokenizer.encode(turn.prompt, add_bos=False) if turn.prompt else []
-            story = [*unended(story), *words, *turn.token_ids]
-        start, story = tokenizer.encode(""), [*unended(story), *new]
-        room = goal(engine.runner.context, params) - len(start)
+        """The story without its n oldest turns, its notes aside; instead of none at all, as much of the last one's end
+        as fits."""
+        left = seen[n:] or seen[-1:]
+        kept = sorted({*notes, *left}, key=lambda turn: turn.number)
+        front = next((i for i, turn in enumerate(kept) if not turn.frozen), len(kept))
+        start, story = [*tokenizer.encode(""), *words_of(kept[:front], [])], words_of(kept[front:], new)
+        room = max(1, goal(engine.runner.context, params) - len(start))
         return [*start, *(story[-room:] if n == len(seen) else story)]
+
+    def words_of(turns: Sequence[Turn], new: list[int]) -> list[int]:
+        ids: list[int] = []
+        for turn in turns:
+            words = tokenizer.encode(turn.prompt, add_bos=False) if turn.prompt else []
+            ids = [*unended(ids), *words, *turn.token_ids]
+        return [*unended(ids), *new]
 
     ids = [*unended(past), *new]
     if not ids:
@@ -142,9 +150,9 @@ def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, 
 
 
 def seen_turns(parent: Turn) -> list[Turn]:
-    """The turns up to `parent` that its past has not left out, from the first."""
+    """The turns up to `parent` that its past has not left out, from the first; notes, which never are, aside."""
     first = parent.cut.n_turns if parent.cut is not None else 0
-    return [turn for turn in parent.lineage() if turn.number > first][::-1]
+    return [turn for turn in parent.lineage() if turn.number > first and not turn.frozen][::-1]
 
 
 def goal(context: int, params: SamplingParams) -> int:
@@ -164,15 +172,15 @@ def _fitted(
     may_begin: Callable[[int], bool] = lambda _: True,
 ) -> Prompt:
     """The prompt `ids`, or one without some of the oldest turns, as the policy says."""
-    context, n_seen = engine.runner.context, len(seen_turns(parent))
+    context, seen = engine.runner.context, seen_turns(parent)
     drops = policy.name == "drop_oldest_turns"
     cut = parent.cut if drops else None
     answer = min(params.max_tokens or 1, context // 4)
     if drops and len(ids) + answer > context:
         n_before, n_all = (cut.n_tokens if cut is not None else 0), len(ids)
-        for n in filter(may_begin, range(1, n_seen + 1)):
+        for n in filter(may_begin, range(1, len(seen) + 1)):
             ids = without(n)
-            cut = Cut(policy.name, n_before + max(0, n_all - len(ids)), parent.number - n_seen + n)
+            cut = Cut(policy.name, n_before + max(0, n_all - len(ids)), seen[n - 1].number)
             if len(ids) <= goal(context, params):
                 break
     return Prompt(ids, common_length(past, ids), cut)

@@ -7,23 +7,24 @@ turn again, editing it, taking another token at any place: each is a sibling bes
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
-from fabula.sessions.growth import Plan, checked_title
-from fabula.sessions.looking import Looking
+from fabula.sessions.growth import Plan
+from fabula.sessions.names import checked_tags, checked_title
 from fabula.sessions.reply import Reply
 from fabula.sessions.said import Said, Saying
 from fabula.sessions.tree import TurnRef
-from fabula.sessions.turn import START
+from fabula.sessions.turn import START, WRITTEN
+from fabula.sessions.writing import Writing
 
 MAX_BRANCHES = 32
 
 
-class Session(Looking):
+class Session(Writing):
     """A conversation, or a story, that can be walked.
 
     Made by `Model.session` and `Workspace.session`. `say` answers messages through the chat template, `tell` continues
@@ -40,6 +41,7 @@ class Session(Looking):
         system: system message of a chat.
         policy: what happens when the context is full.
         title: what people call it.
+        tags: names that it has in common with others.
     """
 
     # ---- Going on ---------------------------------------------------------------------------------------------------
@@ -149,6 +151,8 @@ class Session(Looking):
 
         def plan() -> Plan:
             found = self._made(self._find(turn))
+            if found.finish_reason == WRITTEN:
+                raise InvalidArgument(f"turn {found.number} was written by hand: there is nothing to make again")
             if found.n_begun:
                 return self._from_inside(found, list(found.token_ids[: found.n_begun]), params or self._params(found))
             return self._again(found, found.said, params or self._params(found))
@@ -176,7 +180,7 @@ class Session(Looking):
         def plan() -> Plan:
             turn = self._made(self.head)
             chosen = params or self._params(turn)
-            ended = turn.token_ids[-1] in self._host.engine.tokenizer.eos_ids
+            ended = turn.token_ids[-1:] and turn.token_ids[-1] in self._host.engine.tokenizer.eos_ids
             begun = list(turn.token_ids[:-1] if ended else turn.token_ids)
             return self._from_inside(turn, begun, chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens))
 
@@ -275,6 +279,7 @@ class Session(Looking):
                 base=base,
                 keeper=self._keeper,
                 title=self.title,
+                tags=self.tags,
             )
             if self._keeper is not None:
                 self._keeper.opened(fork)
@@ -294,7 +299,12 @@ class Session(Looking):
             return n_bytes
 
     def configure(
-        self, *, title: str | None = None, sampling: SamplingParams | None = None, system: str | None = None
+        self,
+        *,
+        title: str | None = None,
+        sampling: SamplingParams | None = None,
+        system: str | None = None,
+        tags: Iterable[str] | None = None,
     ) -> None:
         """Changes settings; None leaves one as it is. They are kept when this returns.
 
@@ -302,16 +312,17 @@ class Session(Looking):
             title: what people call it, one line of at most 200 characters.
             sampling: settings of turns that bring none.
             system: system message, as long as nothing was said.
+            tags: at most 16, each of 1 .. 60 characters; they replace those of before.
 
         Raises:
-            InvalidArgument: the title is malformed, or the conversation has begun with another system message.
+            InvalidArgument: title or tags are malformed, or the conversation has begun with another system message.
             SessionNotFound: the session was deleted.
             StoreError: they cannot be kept; nothing has changed.
         """
         with self._lock:
             self._check_there()
             self._collect()
-            before = (self.title, self.params, self.system)
+            before = (self.title, self.params, self.system, self.tags)
             begun = bool(self.head.number or self._turns or self._running)
             if system is not None and system != self.system and begun:
                 raise InvalidArgument(f"session {self.id} has begun with another system message; begin a new session")
@@ -319,15 +330,16 @@ class Session(Looking):
                 self.title if title is None else checked_title(title),
                 self.params if sampling is None else sampling,
                 self.system if system is None else system,
+                self.tags if tags is None else checked_tags(tags),
             )
             if after == before:
                 return
-            self.title, self.params, self.system = after
+            self.title, self.params, self.system, self.tags = after
             try:
                 if self._keeper is not None:
                     self._keeper.changed(self)
             except BaseException:
-                self.title, self.params, self.system = before
+                self.title, self.params, self.system, self.tags = before
                 raise
 
     def export(self, *, kv: str | os.PathLike[str] | None = None) -> dict[str, Any]:

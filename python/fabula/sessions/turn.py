@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 from fabula.engine.generation import FinishReason, Timings
@@ -20,6 +20,9 @@ from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence
 from fabula.sessions.policy import Cut
 from fabula.sessions.said import Said
+
+End = FinishReason | Literal["written"]
+WRITTEN: Literal["written"] = "written"  # by hand, no part of it drawn
 
 
 @dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
@@ -38,11 +41,13 @@ class Turn:
         token_ids: ids of the answer as they were drawn, its end token included.
         n_begun: how many of them were given, not drawn: chosen by hand, or taken over from a partial turn.
         params: sampling settings, with the seed that was used.
-        finish_reason: as in `Piece`; "cancelled", "timeout" and "interrupted" (the process ended) mark a partial turn.
+        finish_reason: as in `Piece`; "cancelled", "timeout" and "interrupted" (the process ended) mark a partial turn;
+            "written" one that a person wrote.
         timings: counts and times; prompt tokens reused and computed.
         cut: what of the past the model did not see; None for nothing.
         why_recomputed: why K and V of its past were not there; "" if they were.
         created_at: seconds since 1970.
+        frozen: whether it is a note: what the model reads, but no part of the story.
         tags: names the user gave it.
         kv: K and V of its ids, but for the last; shared with the turns around it. A cache: it may be empty.
         forks: sessions that were forked here and are in use.
@@ -59,11 +64,12 @@ class Turn:
     token_ids: tuple[int, ...] = ()
     n_begun: int = 0
     params: SamplingParams | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: End | None = None
     timings: Timings | None = None
     cut: Cut | None = None
     why_recomputed: str = ""
     created_at: float = field(default_factory=time.time)
+    frozen: bool = False
     tags: set[str] = field(default_factory=set)
     kv: Sequence | None = None
     forks: WeakSet[Any] = field(default_factory=WeakSet)
@@ -80,18 +86,30 @@ class Turn:
 
     @property
     def recomputed(self) -> int:
-        """Tokens of the past whose K and V had to be computed again; new words do not count, nor the last token of an
-        answer, which was drawn but never read."""
+        """Tokens of the past whose K and V had to be computed again; new words do not count, nor those written by hand
+        that no answer stands behind yet, nor the last token of an answer, which was drawn but never read."""
         if self.timings is None or self.parent is None:
             return 0
         prompt = self.kept + len(self.prompt_ids)
-        known = prompt + self.n_begun if self.n_begun else min(prompt, self.parent.n_ids)
+        known = prompt + self.n_begun if self.n_begun else min(prompt, self.parent.n_ids - self.parent.n_unread)
         return max(0, known - 1 - self.timings.reused_tokens)
 
     @property
     def n_ids(self) -> int:
         """Ids from the start to this turn's end."""
         return self.kept + len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def n_unread(self) -> int:
+        """Ids at its end that were written by hand: when it was, no answer had made the model read them."""
+        n = 0
+        for turn in self.lineage():
+            if turn.finish_reason != WRITTEN:
+                break
+            n += len(turn.token_ids or turn.prompt_ids)
+            if turn.token_ids:  # the prompt before them was answered once
+                break
+        return n
 
     def ids(self) -> list[int]:
         """Every id from the start to this turn's end."""
@@ -161,6 +179,7 @@ class Turn:
             "cut": self.cut.to_json() if self.cut else None,
             "first_token_ms": timings.first_token_ms if timings else 0.0,
             "tokens_per_s": timings.tokens_per_s if timings else 0.0,
+            "frozen": self.frozen,
             "tags": sorted(self.tags),
             "created_at": self.created_at,
         }

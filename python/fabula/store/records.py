@@ -124,6 +124,11 @@ class SessionSummary:
         return str(self.record.settings.get("title", ""))
 
     @property
+    def tags(self) -> tuple[str, ...]:
+        """Names it has in common with others."""
+        return tuple(self.record.settings.get("tags", ()))
+
+    @property
     def created_at(self) -> float:
         """Seconds since 1970."""
         return self.record.created_at

@@ -60,6 +60,8 @@ async function route() {
   document.body.classList.remove("with-sidebar");
   if (id) await store.open(id);
   else if (store.state.session || shown !== kind) store.clear();
+  const first = store.state.turns.values().next().value;
+  if (id && kind === "chat" && first && !first.chat) { location.replace(`#/story/${id}`); return; } // it tells a story
   if (shown !== kind || !view) {
     view?.unmount();
     main.replaceChildren();

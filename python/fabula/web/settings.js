@@ -11,7 +11,7 @@ const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penal
 
 export function openSettings(store) {
   const state = store.state, session = state.session;
-  const now = session ? { ...NEUTRAL, ...session.sampling } : { ...NEUTRAL, ...state.draft };
+  const now = session ? { ...NEUTRAL, ...session.sampling } : { ...NEUTRAL, ...state.draft.sampling };
   const isFixed = Boolean(session && state.turns.size);
   const save = (settings) => store.do.configure(settings);
   const inputs = {};
@@ -23,7 +23,7 @@ export function openSettings(store) {
     return h("div.setting", {}, h("label", { htmlFor: range.id }, t(name)), shown, range, h("p.help", { id: `help-${name}` }, t(`${name}Help`)));
   };
   const whole = (name, label) => {
-    const box = h("input", { type: "number", min: name === "seed" ? 0 : 1, value: now[name] ?? "", id: `set-${name}`, "aria-describedby": `help-${name}`, onchange: () => { if (box.value !== "") save({ sampling: { [name]: Number(box.value) } }); } });
+    const box = h("input", { type: "number", min: name === "seed" ? 0 : 1, value: now[name] ?? "", id: `set-${name}`, "aria-describedby": `help-${name}`, onchange: () => save({ sampling: { [name]: box.value === "" ? null : Number(box.value) } }) });
     return h("div.setting", {}, h("label", { htmlFor: box.id }, t(label)), box, h("p.help", { id: `help-${name}` }, t(`${name}Help`)));
   };
 

@@ -41,6 +41,7 @@ export function mountSidebar(root, store) {
   const actions = (session) => [
     [t("rename"), async () => { const title = await ask(t("rename"), session.title); if (title !== null) store.do.rename(session.session_id, title); }],
     [t("exportFile"), async () => { const data = await store.do.exportSession(session.session_id); if (data) download(`${session.session_id}.json`, JSON.stringify(data), "application/json"); }],
+    [t("tagSession"), async () => { const words = await ask(t("tagSession"), session.tags.join(", "), { help: t("tagSessionHelp") }); if (words !== null) store.do.setTags(session.session_id, words.split(/[,，]/).map((word) => word.trim().slice(0, 60)).filter(Boolean)); }],
     null,
     [t("remove"), () => page.removeLater(session)],
   ];
@@ -50,7 +51,8 @@ export function mountSidebar(root, store) {
     list.replaceChildren(...seen.map((session) => {
       const isOpen = state.session?.session_id === session.session_id;
       const more = iconButton("more", t("more"), () => menu(more, actions(session)));
-      return h(`li${isOpen ? ".open" : ""}`, {}, h("a", { href: `#/chat/${session.session_id}`, "aria-current": isOpen ? "page" : null }, session.title || t("untitled")), more);
+      return h(`li${isOpen ? ".open" : ""}`, {}, h("a", { href: `#/chat/${session.session_id}`, "aria-current": isOpen ? "page" : null }, session.title || t("untitled"),
+        session.tags.length ? h("span.tags", {}, session.tags.map((tag) => h("span", {}, tag))) : null), more);
     }));
     if (!seen.length) list.append(h("li.empty", {}, state.search ? t("noneFound") : t("noSessions")));
   }
@@ -58,6 +60,8 @@ export function mountSidebar(root, store) {
   function drawModel(state) {
     const found = state.health?.models?.[0];
     model.replaceChildren(h("span.dot", { className: `dot ${state.online && state.health?.ready ? "good" : "bad"}` }), found ? found.name : "…");
+    const mb = (bytes) => Math.round(bytes / 1e6).toLocaleString(language());
+    if (found?.weight_bytes) model.append(h("small", {}, t("memory", { weights: mb(found.weight_bytes), used: mb(found.cache_bytes), all: mb(found.cache_limit_bytes) })));
     model.title = state.health ? `Fabula ${state.health.version}` : "";
   }
 

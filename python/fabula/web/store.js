@@ -20,7 +20,7 @@ import * as api from "./api.js";
 import { t } from "./i18n.js";
 import { Renderer } from "./render.js";
 
-const BEGIN_WITH = { temperature: 0.7, top_p: 0.9, top_k: 40 }; // "balanced": what new sessions of this page draw with
+const BEGIN_WITH = { sampling: { temperature: 0.7, top_p: 0.9, top_k: 40 } }; // "balanced": what new sessions of this page draw with
 
 const state = {
   health: null, online: true, needsKey: false, sessions: [], search: "", session: null, turns: new Map(), path: [], headId: "",
@@ -276,6 +276,8 @@ const answer = guarded((path, body) => read(() => api.events("POST", path, { ...
 
 const here = () => ({ session_id: state.session.session_id });
 const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft });
+/** A story that outgrows the context goes on without its oldest pieces, unless it was set to stop. */
+const telling = (text) => (state.session ? here() : { context_policy: "drop_oldest_turns", ...opening(text) });
 
 /** What a session is called until somebody calls it otherwise: how its first words begin. */
 function titleOf(text) {
@@ -287,7 +289,21 @@ function titleOf(text) {
 
 const verbs = {
   send: (message) => { state.lost = null; return answer("/chat", { ...opening(message), message }); },
-  tell: (prompt, sampling = {}) => answer("/story", { ...opening(prompt || ""), ...sampling, ...(prompt ? { prompt } : {}) }),
+  tell: (prompt, sampling = {}) => answer("/story", { ...telling(prompt || ""), ...sampling, ...(prompt ? { prompt } : {}) }),
+  /** Puts words into the story, or a note for the model, without an answer. Resolves to whether they are there. */
+  write: guarded(async (text, frozen = false) => {
+    const mine = visit, isNew = !state.session, { system: _, ...body } = telling(frozen ? t("untitled") : text);
+    const told = await api.post("/write", { ...body, text, frozen });
+    if (mine !== visit) return false;
+    if (isNew) await begun(told.session_id);
+    await reload();
+    if (isNew) list();
+    return true;
+  }),
+  rewrite: guarded(async (turnId, text) => {
+    await api.post("/rewrite", { ...here(), turn: turnId, text });
+    await reload();
+  }),
   regenerate: () => answer("/regenerate", here()),
   continueReply: () => answer("/continue", here()),
   edit: (turnId, message) => answer("/edit", { ...here(), turn: turnId, message }),
@@ -318,11 +334,12 @@ const verbs = {
     await reload();
   }),
   alternatives: guarded(async (turnId, position) => (await api.post("/alternatives", { ...here(), turn: turnId, position, n: 8 })).alternatives),
-  tokens: guarded(async (text) => (await api.post("/tokenize", { text, model: state.session.model })).tokens),
+  turnTokens: guarded(async (turnId) => (await api.post("/turn_tokens", { ...here(), turn: turnId })).tokens),
   configure: guarded(async (settings) => {
     if (!state.session) {
       const { sampling = {}, ...rest } = settings;
-      state.draft = { ...state.draft, ...rest, ...sampling };
+      const drawn = Object.entries({ ...state.draft.sampling, ...sampling }).filter(([, value]) => value !== null);
+      state.draft = { ...state.draft, ...rest, sampling: Object.fromEntries(drawn) };
       touch("session");
       return;
     }
@@ -333,6 +350,10 @@ const verbs = {
   rename: guarded(async (id, title) => {
     await api.patch(`/sessions/${id}`, { title });
     if (state.session?.session_id === id) await reload();
+    await list();
+  }),
+  setTags: guarded(async (id, tags) => {
+    await api.patch(`/sessions/${id}`, { tags });
     await list();
   }),
   remove: (id) => api.postLast("/delete_session", { session_id: id }).catch(fail),

@@ -5,9 +5,11 @@
 // the old way stays in the tree.
 
 import { page } from "./app.js";
+import { closerElement } from "./closer.js";
 import { t } from "./i18n.js";
+import { openNotes } from "./notes.js";
 import { openSettings } from "./settings.js";
-import { download, h, icon, iconButton, menu, toast } from "./ui.js";
+import { download, h, icon, iconButton, menu } from "./ui.js";
 
 const WAYS = 3;
 const draftKey = (state) => `fabula.story.${state.session?.session_id || "new"}`;
@@ -22,18 +24,23 @@ export function mountStory(root, store) {
   const back = iconButton("back", t("undoStory"), () => { const state = store.state; if (state.headId) store.do.rollback(state.turns.get(state.headId)?.parent_id || 0); });
   const more = iconButton("more", t("more"), () => menu(more, [
     [t("chapter"), () => { paper.value = `${paper.value.trimEnd()}\n\n## `; keep(); paper.focus(); }],
-    [t("takeOther"), otherWords],
     [t("redoStory"), () => store.do.redo()],
     null,
     [t("exportText"), () => download("story.md", `# ${store.state.session?.title || t("untitled")}\n\n${paper.value.trim()}\n`, "text/markdown")],
     [t("exportTxt"), () => download("story.txt", `${paper.value.trim().replace(/^## /gm, "")}\n`, "text/plain")],
     [t("tree"), () => { if (store.state.session) location.hash = `#/tree/${store.state.session.session_id}`; }],
   ]));
-  root.append(h("header.view-head", {}, title, words, iconButton("tune", t("storyStart"), () => openSettings(store)), more),
-    h("div.scroller.story", {}, h("p.help", {}, t("storyHelp")), paper, cards),
-    h("div.story-foot", {}, on, ways, back));
+  const closer = h("button.button", { type: "button", id: "closer", "aria-pressed": "false", onclick: () => lookCloser(!close) }, t("closer"));
+  const notes = h("button.quiet.small", { type: "button", id: "notes", onclick: () => openNotes(store) }, icon("book"), t("notes"));
+  const help = h("p.help", {}, t("storyHelp"));
+  let close = null; // the closer look, while it lasts
+  root.append(h("header.view-head", {}, title, words, notes, iconButton("tune", t("storyStart"), () => openSettings(store)), more),
+    h("div.scroller.story", {}, help, paper, cards),
+    h("div.story-foot", {}, on, ways, closer, back));
 
-  const textOf = (state) => state.path.map((id) => { const turn = state.turns.get(id); return turn.prompt + turn.text; }).join("");
+  // Notes are read by the model and are no part of the story.
+  const partOf = (turn) => (turn.frozen ? "" : turn.prompt + turn.text);
+  const textOf = (state) => state.path.map((id) => partOf(state.turns.get(id))).join("");
   let told = ""; // what the turns of the path say
   let shownKey = draftKey(store.state), visits = 0;
   let draft = localStorage.getItem(shownKey) || ""; // words that differ from it, as long as they are not told
@@ -59,7 +66,7 @@ export function mountStory(root, store) {
   function difference(state, text) {
     let at = 0, turn = "";
     for (const id of state.path) {
-      const one = state.turns.get(id), part = one.prompt + one.text;
+      const part = partOf(state.turns.get(id));
       if (!text.startsWith(part, at)) break;
       at += part.length;
       turn = id;
@@ -78,8 +85,8 @@ export function mountStory(root, store) {
     const untold = difference(state, paper.value).rest.length, behind = paper.value.slice(Math.max(text.length, paper.value.length - untold));
     const mine = visits;
     if (state.session && turn !== state.headId) await store.do.rollback(turn || 0);
-    // Several ways need a turn to begin from: the words are told first, with the shortest of answers.
-    const isTold = n > 1 && !rest && state.session ? true : await store.do.tell(rest, { max_tokens: n === 1 ? 60 : 1 });
+    // Several ways need a turn to begin from: the words are put there first.
+    const isTold = n === 1 ? await store.do.tell(rest, { max_tokens: 60 }) : !rest || await store.do.write(rest);
     if (mine !== visits) return; // another story is shown by now
     if (!isTold) { draw(store.state, new Set(["tree"])); return; } // refused: the draft is still there
     const all = textOf(store.state) + behind;
@@ -88,21 +95,16 @@ export function mountStory(root, store) {
     draw(store.state, new Set(["tree"]));
   }
 
-  /** Other tokens where the cursor is, with how likely they are. */
-  async function otherWords() {
-    const state = store.state;
-    let at = paper.selectionStart, id = null;
-    for (const one of state.path) {
-      const turn = state.turns.get(one);
-      if (at < turn.prompt.length + turn.text.length) { id = at >= turn.prompt.length ? one : null; at -= turn.prompt.length; break; }
-      at -= turn.prompt.length + turn.text.length;
-    }
-    if (!id) { toast(t("takeOther"), { seconds: 3 }); return; }
-    const turn = state.turns.get(id);
-    const before = await store.do.tokens(turn.text.slice(0, at));
-    const found = before && await store.do.alternatives(id, Math.min(before.length, Math.max(0, turn.generated - 1)));
-    if (!found) return;
-    menu(more, found.map((one) => [`${one.chosen ? "✓ " : ""}“${one.text}” · ${t("probability", { p: (Math.exp(one.logprob) * 100).toFixed(1) })}`, () => store.do.forkAt(id, Math.min(before.length, Math.max(0, turn.generated - 1)), one.token_id)]));
+  /** Shows the words as tokens, with what else could stand there; or the paper again. */
+  function lookCloser(wanted) {
+    close?.remove();
+    close = wanted ? closerElement(store, () => { lookCloser(false); paper.focus(); }) : null;
+    if (close) paper.before(close);
+    paper.hidden = help.hidden = Boolean(close);
+    closer.setAttribute("aria-pressed", String(Boolean(close)));
+    closer.textContent = t(close ? "closerLeave" : "closer");
+    if (close) close.querySelector(".closer").focus();
+    else grow();
   }
 
   function draw(state, changed) {
@@ -110,6 +112,7 @@ export function mountStory(root, store) {
     const busy = state.live.size > 0;
     on.textContent = busy ? t("stop") : t("writeOn");
     ways.disabled = busy;
+    closer.disabled = busy || !state.headId;
     back.disabled = !state.headId || busy;
     const key = draftKey(state);
     if (key !== shownKey) {
@@ -120,6 +123,7 @@ export function mountStory(root, store) {
     }
     if (changed.has("session") || changed.has("tree") || changed.has("opened")) {
       told = textOf(state);
+      if (close) lookCloser(Boolean(state.headId) && !busy); // the words are others now
       const shown = draft || told;
       if (!busy && paper.value !== shown) paper.value = shown;
     }
@@ -135,7 +139,7 @@ export function mountStory(root, store) {
     if (many) many.answers.forEach((answer) => choices.push(h("div.card.growing", {}, answer.text || "…")));
     else if (state.headId) for (const id of state.turns.get(state.headId)?.children || []) {
       const turn = state.turns.get(id);
-      choices.push(h("div.card", {}, h("p", {}, turn.prompt + turn.text), h("button.quiet.small", { type: "button", onclick: () => store.do.rollback(id) }, icon("go"), t("choose"))));
+      if (!turn.frozen) choices.push(h("div.card", {}, h("p", {}, turn.prompt + turn.text), h("button.quiet.small", { type: "button", onclick: () => store.do.rollback(id) }, icon("go"), t("choose"))));
     }
     cards.replaceChildren(...choices);
     grow();

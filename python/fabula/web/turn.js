@@ -6,6 +6,7 @@ import { showBlocks } from "./render.js";
 import { ask, copy, h, icon, iconButton, menu, toast } from "./ui.js";
 
 const seconds = (ms) => Math.round(ms);
+const detailed = new Set(); // turns whose details are shown
 
 /** An answer's text as markdown, plain until the server has rendered it. */
 function textElement(store, text) {
@@ -36,19 +37,20 @@ export function turnElement(store, turn, beside, { isHead }) {
   root.dataset.turn = turn.id;
   const at = beside.indexOf(turn.id);
 
-  function editing() {
-    const box = h("textarea", { value: turn.prompt, rows: Math.min(10, turn.prompt.split("\n").length + 1), "aria-label": t("edit") });
-    const done = () => { form.replaceWith(message); };
+  /** Lets words be changed in their place; Enter sends a message, an answer may have lines of its own. */
+  function editing(place, text, label, hasLines, change) {
+    const box = h("textarea", { value: text, rows: Math.min(hasLines ? 20 : 10, Math.ceil(text.length / 80) + text.split("\n").length), "aria-label": t("edit") });
+    const done = () => { form.replaceWith(place); };
     const form = h("form.edit", {
-      onsubmit: (event) => { event.preventDefault(); done(); if (box.value.trim()) store.do.edit(turn.id, box.value); },
-      onkeydown: (event) => { if (event.key === "Escape") { event.stopPropagation(); done(); } if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); form.requestSubmit(); } },
-    }, box, h("div.row", {}, h("button.primary", { type: "submit" }, t("save")), h("button.quiet", { type: "button", onclick: done }, t("cancel"))));
-    message.replaceWith(form);
+      onsubmit: (event) => { event.preventDefault(); done(); if (box.value.trim() && box.value !== text) change(box.value); },
+      onkeydown: (event) => { if (event.key === "Escape") { event.stopPropagation(); done(); } if (event.key === "Enter" && (hasLines ? event.ctrlKey || event.metaKey : !event.shiftKey) && !event.isComposing) { event.preventDefault(); form.requestSubmit(); } },
+    }, box, h("div.row", {}, h("button.primary", { type: "submit" }, label), h("button.quiet", { type: "button", onclick: done }, t("cancel"))));
+    place.replaceWith(form);
     box.focus();
   }
 
   const message = h("div.message", {}, turn.prompt ? said(turn.prompt) : null,
-    turn.prompt ? h("div.tools.mine", {}, iconButton("edit", t("edit"), editing), iconButton("copy", t("copy"), async () => { if (await copy(turn.prompt)) toast(t("copied"), { seconds: 2 }); })) : null);
+    turn.prompt ? h("div.tools.mine", {}, iconButton("edit", t("edit"), () => editing(message, turn.prompt, t("save"), false, (text) => store.do.edit(turn.id, text))), iconButton("copy", t("copy"), async () => { if (await copy(turn.prompt)) toast(t("copied"), { seconds: 2 }); })) : null);
 
   const move = (by) => {
     // The version's own last word: its newest descendant.
@@ -60,14 +62,14 @@ export function turnElement(store, turn, beside, { isHead }) {
     iconButton("left", t("previous"), () => move(-1), { disabled: at === 0 }), h("span", { title: t("version", { i: at + 1, n: beside.length }) }, `${at + 1}/${beside.length}`),
     iconButton("right", t("next"), () => move(1), { disabled: at === beside.length - 1 })) : null;
 
-  const reasons = { stop: "stop_reason", length: "length", cancelled: "cancelled", timeout: "timeout", interrupted: "interrupted_reason" };
-  const details = h("p.details", { hidden: true }, [
+  const reasons = { stop: "stop_reason", written: "written", length: "length", cancelled: "cancelled", timeout: "timeout", interrupted: "interrupted_reason" };
+  const details = h("p.details", { hidden: !detailed.has(turn.id) }, [
     t("generated", { n: turn.generated }), turn.tokens_per_s ? t("tokensPerS", { n: turn.tokens_per_s.toFixed(1) }) : "", turn.first_token_ms ? t("firstToken", { ms: seconds(turn.first_token_ms) }) : "",
     t("computed", { n: turn.prompt_tokens }), t("reused", { n: turn.reused }), turn.recomputed ? t("recomputed", { n: turn.recomputed }) : "", t(reasons[turn.finish_reason] || "stop_reason"), turn.seed !== null ? t("seed", { n: turn.seed }) : "",
   ].filter(Boolean).join(" · "));
 
   const more = iconButton("more", t("more"), () => menu(more, [
-    [t("details"), () => { details.hidden = !details.hidden; }],
+    [t("details"), () => { details.hidden = !details.hidden; details.hidden ? detailed.delete(turn.id) : detailed.add(turn.id); }],
     isHead ? null : [t("backHere"), () => store.do.rollback(turn.id)],
     [t("alternatives", { n: 3 }), async () => { if (!isHead) await store.do.rollback(turn.id); store.do.branch(3); page.toggleTree(true); }],
     [t("forkHere"), async () => { const id = await store.do.fork(turn.id); if (id) { toast(t("forked"), { seconds: 4 }); location.hash = `#/chat/${id}`; } }],
@@ -75,14 +77,15 @@ export function turnElement(store, turn, beside, { isHead }) {
     ...turn.tags.map((tag) => [t("untag", { tag }), () => store.do.tag(turn.id, tag, true)]),
   ].filter((item, i, all) => item !== null || all[i - 1])));
 
-  const isCut = turn.finish_reason !== "stop";
+  const isCut = turn.finish_reason !== "stop", words = textElement(store, turn.text);
   const tools = h("div.tools", {}, versions,
     iconButton("copy", t("copy"), async () => { if (await copy(turn.text)) toast(t("copied"), { seconds: 2 }); }),
+    iconButton("edit", t("editAnswer"), () => editing(words, turn.text, t("keep"), true, (text) => store.do.rewrite(turn.id, text))),
     isHead ? iconButton("again", t("regenerate"), () => store.do.regenerate()) : null,
     isHead && isCut ? h("button.quiet.small", { type: "button", onclick: () => store.do.continueReply() }, icon("go"), t("continueReply")) : null,
     more, turn.tags.map((tag) => h("span.tag", {}, icon("tag"), tag)),
     isCut ? h("span.reason", {}, t(reasons[turn.finish_reason] || "interrupted_reason")) : null);
-  root.append(message, h("div.answer", {}, h("span.sr-only", {}, `${t("model")}: `), textElement(store, turn.text), tools, details));
+  root.append(message, h("div.answer", {}, h("span.sr-only", {}, `${t("model")}: `), words, tools, details));
   return root;
 }
 

@@ -26,7 +26,7 @@ class ListQuery(BaseModel):
 
     limit: int = Field(100, ge=1, le=1000)
     offset: int = Field(0, ge=0, le=2**31 - 1)
-    search: str = Field("", max_length=200, description="Letters that the title or the id holds, in any case.")
+    search: str = Field("", max_length=200, description="Letters that the title, a tag or the id holds, in any case.")
 
 
 class ImportQuery(BaseModel):
@@ -46,6 +46,7 @@ def about(session: Session) -> dict[str, Any]:
     return {
         "session_id": session.id,
         "title": session.title,
+        "tags": list(session.tags),
         "model": session.model,
         "system": session.system,
         "head": session.head.number,
@@ -71,7 +72,7 @@ async def sessions(query_args: ListQuery) -> Any:
         one
         for one in await state.call(lambda: state.workspace.sessions(tenant))
         if not one.record.id.startswith(HIDDEN)
-        and query_args.search.casefold() in f"{one.title}\n{one.record.id}".casefold()
+        and query_args.search.casefold() in "\n".join((one.title, one.record.id, *one.tags)).casefold()
     ]
     page = found[query_args.offset : query_args.offset + query_args.limit]
     return {
@@ -79,6 +80,7 @@ async def sessions(query_args: ListQuery) -> Any:
             {
                 "session_id": one.record.id,
                 "title": one.title,
+                "tags": list(one.tags),
                 "model": one.record.model,
                 "n_turns": one.n_turns,
                 "created_at": one.record.created_at,
@@ -110,8 +112,8 @@ async def change(id: str, data: SettingsBody) -> Any:
 
     def work() -> tuple[Session, dict[str, Any]]:
         session = state.open(tenant, id)
-        params = data.sampling.params(session.params) if data.sampling is not None else None
-        session.configure(title=data.title, system=data.system, sampling=params)
+        params = data.sampling.changed(session.params) if data.sampling is not None else None
+        session.configure(title=data.title, system=data.system, sampling=params, tags=data.tags)
         return session, about(session)
 
     session, told = await state.call(work)

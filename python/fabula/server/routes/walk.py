@@ -1,4 +1,4 @@
-"""Walking: routes that move about in a tree and compute nothing."""
+"""Walking and writing: routes that move about in a tree, or put words into it, and compute nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
+from fabula.engine.sampling import SamplingParams
 from fabula.server.describe import WRITING, fails
 from fabula.server.failures import ApiError, not_found
 from fabula.server.replies import (
@@ -17,9 +18,20 @@ from fabula.server.replies import (
     HeadReply,
     StoppedReply,
     TagsReply,
+    TurnTokensReply,
     head_json,
 )
-from fabula.server.schemas import AlternativesBody, ForkBody, RollbackBody, SessionBody, StopBody, TagBody
+from fabula.server.schemas import (
+    AlternativesBody,
+    ForkBody,
+    RewriteBody,
+    RollbackBody,
+    SessionBody,
+    StopBody,
+    TagBody,
+    TurnBody,
+    WriteBody,
+)
 from fabula.server.state import server
 from fabula.sessions.session import Session
 
@@ -128,6 +140,69 @@ async def stop(data: StopBody) -> Any:
     for run in runs:
         await run.stop()
     return {"stopped": len(runs)}
+
+
+@routes.post("/write")
+@tag(["Tree"])
+@validate_request(WriteBody)
+@document_response(HeadReply, 200)
+@fails(*WRITING)
+async def write(data: WriteBody) -> Any:
+    """Adds a piece to a story as its author wrote it, or a note for the model; nothing is computed."""
+    state, tenant = server(), g.tenant
+
+    def work() -> tuple[Session, dict[str, Any]]:
+        state.limits.check_text(data.text, "text")
+        settings: dict[str, Any] = {"title": data.title, "context_policy": data.context_policy}
+        if data.sampling is not None:
+            settings["sampling"] = data.sampling.params(SamplingParams())
+        with state.joined(tenant, data.session_id, data.model, **settings) as session:
+            state.limits.check_turns(session)
+            session.write(data.text, frozen=data.frozen)
+        return session, head_json(session)
+
+    session, told = await state.call(work)
+    state.feed.changed(session, "tree")
+    return told
+
+
+@routes.post("/rewrite")
+@tag(["Tree"])
+@validate_request(RewriteBody)
+@document_response(HeadReply, 200)
+@fails(*WRITING)
+async def rewrite(data: RewriteBody) -> Any:
+    """Puts other words in place of an answer, beside it; nothing is computed. `/continue` goes on with them."""
+    state, tenant = server(), g.tenant
+
+    def work() -> tuple[Session, dict[str, Any]]:
+        state.limits.check_text(data.text, "text")
+        session = state.open(tenant, data.session_id)
+        state.limits.check_turns(session)
+        session.rewrite(data.turn, data.text)
+        return session, head_json(session)
+
+    session, told = await state.call(work)
+    state.feed.changed(session, "tree")
+    return told
+
+
+@routes.post("/turn_tokens")
+@tag(["Tree"])
+@validate_request(TurnBody)
+@document_response(TurnTokensReply, 200)
+@fails(*WRITING)
+async def turn_tokens(data: TurnBody) -> Any:
+    """The tokens of an answer, each with its text."""
+    state, tenant = server(), g.tenant
+
+    def work() -> dict[str, Any]:
+        session = state.open(tenant, data.session_id)
+        tokens = session.tokens(data.turn)
+        id = session.turn(data.turn).id
+        return {"turn_id": id, "tokens": [{"token_id": token, "text": text} for token, text in tokens]}
+
+    return await state.call(work)
 
 
 @routes.post("/alternatives")
