@@ -26,7 +26,7 @@ from fabula.cli.bench import bench
 from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
 
-MACHINE = Machine(cpu="x", isa="avx2", cores=2, threads=2, read_bytes_per_s=1e10, flops_per_s=1e11)
+MACHINE = Machine(cpu="x", isa="avx2", cores=2, threads=2, read_bytes_per_s=1e10, flops_per_s=1e11, dots_per_s=2e11)
 LIGHTHOUSE = Path(__file__).parent / "data" / "lighthouse.txt"
 TEXT = "the winter in the lighthouse was long, and all the others were on the shore. " * 30
 

@@ -174,7 +174,7 @@ def test_threads_and_instruction_sets_give_the_same_bits(tmp_path: Path) -> None
     make_checkpoint(tmp_path, "Qwen3", ODD)
     ids = np.random.default_rng(4).integers(0, 203, 300).astype(np.int32)
     results = []
-    for isa in ("reference", "avx2", "avx512", "avx512_vnni"):
+    for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni"):
         if not _native.isa_available(isa):
             continue
         for n_threads in (1, 2, 3):

@@ -18,7 +18,9 @@ from fabula._native import BatchSequence, Op, PagePool, Program, Shape, Weight
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 
-ISAS: list[Any] = [isa for isa in ("reference", "avx2", "avx512", "avx512_vnni") if _native.isa_available(isa)]
+ISAS: list[Any] = [
+    isa for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni") if _native.isa_available(isa)
+]
 F32 = npt.NDArray[np.float32]
 
 
@@ -290,7 +292,9 @@ def test_wrong_arguments(call: Any, text: str) -> None:
 
 
 def test_missing_instruction_set() -> None:
-    missing: list[Any] = [isa for isa in ("avx2", "avx512", "avx512_vnni") if not _native.isa_available(isa)]
+    missing: list[Any] = [
+        isa for isa in ("avx2", "avx_vnni", "avx512", "avx512_vnni") if not _native.isa_available(isa)
+    ]
     for isa in missing:
         with pytest.raises(Unsupported, match="lacks instruction set"):
             ops.rms_norm(random(2, 3), random(3), isa=isa)

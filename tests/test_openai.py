@@ -95,7 +95,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def real(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of SmolLM2."""
-    served = Served(tmp_path_factory.mktemp("real"), "--model", f"smollm2={smollm2_gguf}")
+    served = Served(tmp_path_factory.mktemp("real"), "--model", f"smollm2={smollm2_gguf}", "--weights", "f16")
     yield served
     served.close()
 

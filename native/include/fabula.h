@@ -55,10 +55,18 @@ const char *fb_last_error(void);
 size_t fb_sizeof(const char *struct_name);
 
 /* Instruction sets with kernels of their own. REFERENCE is plain C and exists on every machine. */
-enum fb_isa { FB_ISA_AUTO = 0, FB_ISA_REFERENCE = 1, FB_ISA_AVX2 = 2, FB_ISA_AVX512 = 3, FB_ISA_AVX512_VNNI = 4 };
+enum fb_isa {
+    FB_ISA_AUTO = 0,
+    FB_ISA_REFERENCE = 1,
+    FB_ISA_AVX2 = 2,
+    FB_ISA_AVX512 = 3,
+    FB_ISA_AVX512_VNNI = 4,
+    FB_ISA_AVX_VNNI = 5
+};
 
 /* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
- * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI). */
+ * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX_VNNI
+ * for AVX2 and the VNNI of CPUs without AVX-512). */
 bool fb_isa_available(enum fb_isa isa);
 
 /* The best available instruction set: what AUTO stands for. */
@@ -357,6 +365,9 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
  * operations/s from registers (an add and a multiply count as two). Median over repeats of at least 3. */
 enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_threads, double *bytes_per_s);
 enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
+
+/* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
+enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
 
 /* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
  * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */

@@ -19,7 +19,7 @@ from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, 
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-Isa = Literal["auto", "reference", "avx2", "avx512", "avx512_vnni"]
+Isa = Literal["auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni"]
 
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
 
@@ -35,6 +35,7 @@ _ISAS: dict[str, int] = {
     "avx2": lib.FB_ISA_AVX2,
     "avx512": lib.FB_ISA_AVX512,
     "avx512_vnni": lib.FB_ISA_AVX512_VNNI,
+    "avx_vnni": lib.FB_ISA_AVX_VNNI,
 }
 
 
@@ -472,6 +473,13 @@ def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
     """f32 operations per second of multiply-adds in registers; see fb_measure_fma."""
     out = ffi.new("double *")
     _check(lib.fb_measure_fma(n_repeats, n_threads, _isa(isa), out))
+    return float(out[0])
+
+
+def measure_dot(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
+    """Operations per second of products of bytes; see fb_measure_dot."""
+    out = ffi.new("double *")
+    _check(lib.fb_measure_dot(n_repeats, n_threads, _isa(isa), out))
     return float(out[0])
 
 

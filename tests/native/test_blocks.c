@@ -12,6 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+extern const struct fb_kernels fb_kernels_avx_vnni_emulated;
+#endif
 #ifdef FABULA_EMULATE_AVX512
 extern const struct fb_kernels fb_kernels_avx512_emulated;
 #endif
@@ -183,6 +186,8 @@ int main(void) {
 #if defined(__x86_64__)
         {"avx2", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx2 : NULL},
         {"avx512", fb_isa_available(FB_ISA_AVX512) ? &fb_kernels_avx512 : NULL},
+        {"avx_vnni", fb_isa_available(FB_ISA_AVX_VNNI) ? &fb_kernels_avx_vnni : NULL},
+        {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
 #endif
 #ifdef FABULA_EMULATE_AVX512

@@ -3,7 +3,8 @@
  * registers.
  *
  * Reads sum 64-byte lines in the widest vectors the basic instruction set has; at memory speed that is not the limit.
- * The multiply-adds are those of the matrix kernel itself on a panel that stays in L1, at its best tile.
+ * A thread reads one stream: side by side several are slower. The multiply-adds are those of the matrix kernels themselves,
+ * in f32 and of bytes, on panels that stay in L1, at their best tile.
  */
 #include "base/cpu.h"
 #include "base/memory.h"
@@ -41,13 +42,12 @@ static enum fb_status check(int32_t n_repeats, int32_t n_threads, const double *
     return FB_OK;
 }
 
-/* Sum of n words (a multiple of 32) in four independent streams a quarter apart, as a kernel with four panels reads. */
+/* Sum of n words (a multiple of 8). */
 static uint64_t sum_words(const uint64_t *words, size_t n) {
-    const size_t quarter = n / 4;
     uint64_t sums[8] = {0};
-    for (size_t i = 0; i + 8 <= quarter; i += 8)
+    for (size_t i = 0; i + 8 <= n; i += 8)
         for (size_t j = 0; j < 8; j++)
-            sums[j] += words[i + j] + words[quarter + i + j] + words[2 * quarter + i + j] + words[3 * quarter + i + j];
+            sums[j] += words[i + j];
     uint64_t sum = 0;
     for (size_t j = 0; j < 8; j++)
         sum += sums[j];
@@ -108,5 +108,40 @@ enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa 
     }
     const double flops = 2.0 * PANELS * FB_LANES * K * TOKENS * (double)calls * (double)n_threads;
     *flops_per_s = total > 0.0f ? flops / median(times, n_repeats) : 0.0;
+    return FB_OK;
+}
+
+enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s) {
+    FB_TRY(check(n_repeats, n_threads, ops_per_s));
+    enum fb_isa chosen;
+    FB_TRY(fb_isa_resolve(isa, &chosen));
+    const fb_gemm_blocks_kernel gemm = fb_kernels_of(chosen)->gemm_blocks;
+    enum { PANELS = 2, K = 256, TOKENS = 12, CALLS = 500, BLOCKS = K / FB_BLOCK_COLUMNS };
+    const size_t calls = chosen == FB_ISA_REFERENCE ? 1 : CALLS;
+    double times[MAX_REPEATS];
+    float total = 0.0f;
+    for (int32_t r = -1; r < n_repeats; r++) {
+        const double start = now();
+#pragma omp parallel num_threads(n_threads) reduction(+ : total)
+        {
+            /* 9 KiB of panels with codes and scales above 0, and 6 KiB of activations. */
+            char panels[PANELS * BLOCKS * (8 * FB_LINE + 32)];
+            struct fb_activation x[TOKENS * BLOCKS];
+            float y[TOKENS * PANELS * FB_LANES] = {0};
+            memset(panels, 0x2c, sizeof panels);
+            memset(x, 0, sizeof x);
+            for (size_t i = 0; i < TOKENS * BLOCKS; i++) {
+                x[i].scale = 1.0f;
+                x[i].minus_sums[0] = -(int32_t)FB_BLOCK_COLUMNS;
+                memset(x[i].codes, 1, sizeof x[i].codes);
+            }
+            for (size_t i = 0; i < calls; i++)
+                gemm(FB_Q8_0, panels, PANELS, K, x, BLOCKS, TOKENS, y, PANELS * FB_LANES);
+            total += y[0] != 0.0f;
+        }
+        if (r >= 0) times[r] = now() - start;
+    }
+    const double ops = 2.0 * PANELS * FB_LANES * K * TOKENS * (double)calls * (double)n_threads;
+    *ops_per_s = total > 0.0f ? ops / median(times, n_repeats) : 0.0;
     return FB_OK;
 }

@@ -96,6 +96,7 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa);
 extern const struct fb_kernels fb_kernels_reference;
 #if defined(__x86_64__)
 extern const struct fb_kernels fb_kernels_avx2;
+extern const struct fb_kernels fb_kernels_avx_vnni;
 extern const struct fb_kernels fb_kernels_avx512;
 extern const struct fb_kernels fb_kernels_avx512_vnni;
 #endif

@@ -6,6 +6,8 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
 #if defined(__x86_64__)
     case FB_ISA_AVX2:
         return &fb_kernels_avx2;
+    case FB_ISA_AVX_VNNI:
+        return &fb_kernels_avx_vnni;
     case FB_ISA_AVX512:
         return &fb_kernels_avx512;
     case FB_ISA_AVX512_VNNI:

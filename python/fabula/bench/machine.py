@@ -26,6 +26,7 @@ class Machine:
         threads: threads the limits were measured with.
         read_bytes_per_s: streaming reads of memory.
         flops_per_s: f32 multiply-adds of the matrix kernel on numbers in L1; one counts as two operations.
+        dots_per_s: likewise of the kernel for weights in blocks, on bytes.
     """
 
     cpu: str
@@ -34,6 +35,7 @@ class Machine:
     threads: int
     read_bytes_per_s: float
     flops_per_s: float
+    dots_per_s: float
 
     @classmethod
     def measure(cls, threads: int, *, read_bytes: int = _READ_BYTES, repeats: int = _REPEATS) -> Machine:
@@ -45,6 +47,7 @@ class Machine:
             threads=threads,
             read_bytes_per_s=max(_native.measure_read(read_bytes, repeats, threads) for _ in range(_TRIES)),
             flops_per_s=max(_native.measure_fma(repeats, threads) for _ in range(_TRIES)),
+            dots_per_s=max(_native.measure_dot(repeats, threads) for _ in range(_TRIES)),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -53,7 +56,8 @@ class Machine:
     def __str__(self) -> str:
         return (
             f"{self.cpu}, {self.isa}, {self.threads} of {self.cores} cores: "
-            f"reads {self.read_bytes_per_s / 1e9:.1f} GB/s, multiply-adds {self.flops_per_s / 1e9:.0f} GFLOP/s"
+            f"reads {self.read_bytes_per_s / 1e9:.1f} GB/s, multiply-adds {self.flops_per_s / 1e9:.0f} GFLOP/s, "
+            f"of bytes {self.dots_per_s / 1e9:.0f} GOP/s"
         )
 
 

@@ -303,19 +303,21 @@ def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 
 
     The rows of an embedding are looked up, not multiplied: where it is not also the head it does not count. The head is
     multiplied once a prompt, with its last token. A decoded token reads K and V of its prompt; sequences together read
-    the weights once, and the K and V that they share once. Multiply-adds are counted at the f32 peak (prefill), which
-    integer kernels may pass.
+    the weights once, and the K and V that they share once. Multiply-adds of quantised weights are counted at the peak of
+    products of bytes.
     """
     c = model.config
     table = c.vocab_size * c.hidden_size
     attention = 2 * c.hidden_size * c.head_dim * (c.n_heads + c.n_kv_heads)
     layers = c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    element_bytes = 4 if model.weights == "f32" else 2
-    read = model.weight_bytes - (0 if c.tied else table * element_bytes)
+    is_plain = model.weights in ("f32", "f16", "bf16")
+    # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
+    everything = layers + table * (1 if c.tied else 2)
+    read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
     position = 2 * c.n_layers * c.n_kv_heads * c.head_dim * (4 if model.kv == "f32" else 2)
     every = read + position * (shared + sequences * (prompt_tokens - shared))
     return {
-        "prefill": machine.flops_per_s / (2 * (layers + table / prompt_tokens)),
+        "prefill": (machine.flops_per_s if is_plain else machine.dots_per_s) / (2 * (layers + table / prompt_tokens)),
         "decode": machine.read_bytes_per_s / (read + position * prompt_tokens),
         "together": sequences * machine.read_bytes_per_s / every,
     }

@@ -81,6 +81,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     on_disk: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         on_disk[info.dtype.name] = on_disk.get(info.dtype.name, 0) + info.n_bytes
+    as_it_is = sum(info.n_bytes for info in infos if len(info.shape) > 1)
     kv_numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
     window = max(config.windows, default=0)
     return {
@@ -100,7 +101,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied_embeddings": config.tied,
         "rope": dict(config.rope),
         "bytes_on_disk": on_disk,
-        "bytes_in_memory": {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
+        "bytes_in_memory": {"auto": as_it_is + 4 * vectors}
+        | {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
         "kv_bytes_per_token": {name: kv_numbers * _BYTES[name] for name in ("f32", "f16")},
     }
 

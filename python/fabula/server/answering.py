@@ -77,7 +77,9 @@ def run_of(state: Server, session: Session, replies: Sequence[Reply], *, backgro
             state.drop_empty(session)
         return told
 
-    start = {"session_id": session.id, "model": session.model, "turn": replies[0].number}
+    first = replies[0]
+    start: dict[str, Any] = {"session_id": session.id, "model": session.model, "turn": first.number}
+    start |= {"parent_id": first.parent_id, "prompt": first.prompt, "selects": first.selects}
     begun = [reply.begun_text for reply in replies]
     if any(begun):
         start["begun_text"] = begun[0]

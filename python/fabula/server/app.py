@@ -62,7 +62,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     app.json = _Json(app)
     state = Server(workspace, settings)
     app.extensions["fabula"] = state
-    state.observers += [state.metrics, Log(settings), *([Traces()] if settings.traces else [])]
+    state.observers += [state.metrics, state.feed, Log(settings), *([Traces()] if settings.traces else [])]
     state.gate = Gate(settings, keys)
     app.before_request(_notice)
     state.gate.install(app)

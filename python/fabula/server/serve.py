@@ -216,4 +216,5 @@ class Stop:
                 async with asyncio.timeout(min(left, 0.1)):
                     await self._urgent.wait()
         await asyncio.gather(*(run.stop() for run in self._server.runs.active()))
+        self._server.feed.close()
         await asyncio.sleep(0.05)  # readers get their last event

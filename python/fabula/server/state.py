@@ -18,6 +18,7 @@ from quart import current_app
 from fabula.errors import EngineError, InvalidArgument, SessionNotFound
 from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
+from fabula.server.feed import Feed
 from fabula.server.gate import Gate
 from fabula.server.limits import Limits, check_free
 from fabula.server.metrics import Metrics
@@ -93,6 +94,7 @@ class Server:
         limits: of each key.
         gate: in front of it.
         metrics: counts what happens.
+        feed: tells pages what happens to sessions.
         observers: told what happens.
         begun_at: seconds since 1970.
     """
@@ -103,6 +105,7 @@ class Server:
         self.runs = Runs(settings.replay_s)
         self.limits = Limits(settings, workspace)
         self.metrics = Metrics(self)
+        self.feed = Feed()
         self.observers: list[Observer] = []
         self.begun_at = time.time()
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")

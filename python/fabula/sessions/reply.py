@@ -88,6 +88,16 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         """The number its turn has, or will have."""
         return self._draft.number
 
+    @property
+    def prompt(self) -> str:
+        """What it answers, as a person reads it."""
+        return self._draft.prompt
+
+    @property
+    def parent_id(self) -> str:
+        """The turn it follows; "" for the empty start."""
+        return self._draft.parent.id if self._draft.parent is not None else ""
+
     def text(self) -> str:
         """Runs to the end and returns the whole text, with `begun_text`."""
         for _ in self:

@@ -26,6 +26,7 @@ class ListQuery(BaseModel):
 
     limit: int = Field(100, ge=1, le=1000)
     offset: int = Field(0, ge=0, le=2**31 - 1)
+    search: str = Field("", max_length=200, description="Letters that the title or the id holds, in any case.")
 
 
 class ImportQuery(BaseModel):
@@ -70,6 +71,7 @@ async def sessions(query_args: ListQuery) -> Any:
         one
         for one in await state.call(lambda: state.workspace.sessions(tenant))
         if not one.record.id.startswith(HIDDEN)
+        and query_args.search.casefold() in f"{one.title}\n{one.record.id}".casefold()
     ]
     page = found[query_args.offset : query_args.offset + query_args.limit]
     return {
@@ -106,13 +108,15 @@ async def change(id: str, data: SettingsBody) -> Any:
     """Changes settings of a session, for what is said from now on."""
     state, tenant = server(), g.tenant
 
-    def work() -> dict[str, Any]:
+    def work() -> tuple[Session, dict[str, Any]]:
         session = state.open(tenant, id)
         params = data.sampling.params(session.params) if data.sampling is not None else None
         session.configure(title=data.title, system=data.system, sampling=params)
-        return about(session)
+        return session, about(session)
 
-    return await state.call(work)
+    session, told = await state.call(work)
+    state.feed.changed(session, "settings")
+    return told
 
 
 @routes.get("/sessions/<id>/tree")

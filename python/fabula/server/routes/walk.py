@@ -21,6 +21,7 @@ from fabula.server.replies import (
 )
 from fabula.server.schemas import AlternativesBody, ForkBody, RollbackBody, SessionBody, StopBody, TagBody
 from fabula.server.state import server
+from fabula.sessions.session import Session
 
 routes = Blueprint("walk", __name__)
 
@@ -34,13 +35,15 @@ async def rollback(data: RollbackBody) -> Any:
     """Goes back (or across) to a turn. An answer that is being made stops first. Nothing is computed."""
     state, tenant = server(), g.tenant
 
-    def work() -> dict[str, Any]:
+    def work() -> tuple[Session, dict[str, Any]]:
         session = state.open(tenant, data.session_id)
         session.rollback(data.target_turn)
         freed = session.prune(session.head) if data.prune else 0
-        return head_json(session) | {"freed_bytes": freed}
+        return session, head_json(session) | {"freed_bytes": freed}
 
-    return await state.call(work)
+    session, told = await state.call(work)
+    state.feed.changed(session, "tree" if data.prune else "head")
+    return told
 
 
 @routes.post("/redo")
@@ -52,12 +55,14 @@ async def redo(data: SessionBody) -> Any:
     """Takes the last rollback back."""
     state, tenant = server(), g.tenant
 
-    def work() -> dict[str, Any]:
+    def work() -> tuple[Session, dict[str, Any]]:
         session = state.open(tenant, data.session_id)
         session.redo()
-        return head_json(session)
+        return session, head_json(session)
 
-    return await state.call(work)
+    session, told = await state.call(work)
+    state.feed.changed(session, "head")
+    return told
 
 
 @routes.post("/fork")
@@ -88,13 +93,15 @@ async def delete_session(data: SessionBody) -> Any:
     """Deletes a session, but for turns that forks go on from. An answer that is being made stops first."""
     state, tenant = server(), g.tenant
 
-    def work() -> dict[str, Any]:
+    def work() -> tuple[Session, int]:
         session = state.workspace.open(data.session_id, tenant=tenant)
         freed = session.delete()
         state.forget(session)
-        return {"session_id": session.id, "freed_bytes": freed}
+        return session, freed
 
-    return await state.call(work)
+    session, freed = await state.call(work)
+    state.feed.changed(session, "deleted")
+    return {"session_id": session.id, "freed_bytes": freed}
 
 
 @routes.post("/stop")
@@ -149,10 +156,12 @@ async def tags(data: TagBody) -> Any:
     """Gives a turn a name, or takes one away."""
     state, tenant = server(), g.tenant
 
-    def work() -> dict[str, Any]:
+    def work() -> tuple[Session, dict[str, Any]]:
         session = state.open(tenant, data.session_id)
         (session.untag if data.remove else session.tag)(data.turn, data.tag)
         turn = session.turn(data.turn)
-        return {"turn_id": turn.id, "tags": sorted(turn.tags)}
+        return session, {"turn_id": turn.id, "tags": sorted(turn.tags)}
 
-    return await state.call(work)
+    session, told = await state.call(work)
+    state.feed.changed(session, "tags", **told)
+    return told

@@ -1,0 +1,147 @@
+// The story: one growing text. The reader writes, the model goes on, and the tree keeps every way it could have gone.
+//
+// The text on the page is that of the path. Words added behind its end are told to the model with the next continuation. A
+// change further up goes back to the turn before the change and tells the rest again as one piece: nothing is overwritten,
+// the old way stays in the tree.
+
+import { page } from "./app.js";
+import { t } from "./i18n.js";
+import { openSettings } from "./settings.js";
+import { download, h, icon, iconButton, menu, toast } from "./ui.js";
+
+const WAYS = 3;
+const draftKey = (state) => `fabula.story.${state.session?.session_id || "new"}`;
+
+export function mountStory(root, store) {
+  const paper = h("textarea.paper", { "aria-label": t("story"), placeholder: t("storyPlaceholder"), spellcheck: false, id: "paper" });
+  const cards = h("div.cards", { "aria-live": "off" });
+  const words = h("span.quiet");
+  const title = h("h1");
+  const on = h("button.primary", { type: "button", id: "write-on", onclick: () => writeOn(1) }, t("writeOn"));
+  const ways = h("button.button", { type: "button", id: "ways", onclick: () => writeOn(WAYS) }, t("ways", { n: WAYS }));
+  const back = iconButton("back", t("undoStory"), () => { const state = store.state; if (state.headId) store.do.rollback(state.turns.get(state.headId)?.parent_id || 0); });
+  const more = iconButton("more", t("more"), () => menu(more, [
+    [t("chapter"), () => { paper.value = `${paper.value.trimEnd()}\n\n## `; keep(); paper.focus(); }],
+    [t("takeOther"), otherWords],
+    [t("redoStory"), () => store.do.redo()],
+    null,
+    [t("exportText"), () => download("story.md", `# ${store.state.session?.title || t("untitled")}\n\n${paper.value.trim()}\n`, "text/markdown")],
+    [t("exportTxt"), () => download("story.txt", `${paper.value.trim().replace(/^## /gm, "")}\n`, "text/plain")],
+    [t("tree"), () => { if (store.state.session) location.hash = `#/tree/${store.state.session.session_id}`; }],
+  ]));
+  root.append(h("header.view-head", {}, title, words, iconButton("tune", t("storyStart"), () => openSettings(store)), more),
+    h("div.scroller.story", {}, h("p.help", {}, t("storyHelp")), paper, cards),
+    h("div.story-foot", {}, on, ways, back));
+
+  const textOf = (state) => state.path.map((id) => { const turn = state.turns.get(id); return turn.prompt + turn.text; }).join("");
+  let told = ""; // what the turns of the path say
+  let shownKey = draftKey(store.state), visits = 0;
+  let draft = localStorage.getItem(shownKey) || ""; // words that differ from it, as long as they are not told
+
+  function grow() {
+    paper.style.setProperty("block-size", "auto");
+    paper.style.setProperty("block-size", `${paper.scrollHeight + 8}px`);
+    words.textContent = t("wordsOf", { n: (paper.value.match(/\S+/g) || []).length });
+  }
+  function keepDraft(key, text) {
+    draft = text;
+    if (text) localStorage.setItem(key, text);
+    else localStorage.removeItem(key);
+  }
+  function keep() {
+    keepDraft(shownKey, paper.value === told ? "" : paper.value);
+    grow();
+  }
+  paper.addEventListener("input", keep);
+  paper.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); writeOn(1); } });
+
+  /** What must be said so that the path says `text`: the turn to go back to, and the words behind it. */
+  function difference(state, text) {
+    let at = 0, turn = "";
+    for (const id of state.path) {
+      const one = state.turns.get(id), part = one.prompt + one.text;
+      if (!text.startsWith(part, at)) break;
+      at += part.length;
+      turn = id;
+    }
+    return { turn, rest: text.slice(at) };
+  }
+
+  async function writeOn(n) {
+    const state = store.state;
+    if (state.live.size) { store.do.stop(); return; }
+    const cursor = document.activeElement === paper && paper.selectionStart < paper.value.length && paper.selectionStart > 0 ? paper.selectionStart : paper.value.length;
+    const text = paper.value.slice(0, cursor).replace(/\s+$/, (end) => (end.includes("\n") ? end : ""));
+    if (!text.trim()) { paper.focus(); return; }
+    const { turn, rest } = difference(state, text);
+    // Words behind the cursor that the tree has are dropped; those that were never told stay behind what is told now.
+    const untold = difference(state, paper.value).rest.length, behind = paper.value.slice(Math.max(text.length, paper.value.length - untold));
+    const mine = visits;
+    if (state.session && turn !== state.headId) await store.do.rollback(turn || 0);
+    // Several ways need a turn to begin from: the words are told first, with the shortest of answers.
+    const isTold = n > 1 && !rest && state.session ? true : await store.do.tell(rest, { max_tokens: n === 1 ? 60 : 1 });
+    if (mine !== visits) return; // another story is shown by now
+    if (!isTold) { draw(store.state, new Set(["tree"])); return; } // refused: the draft is still there
+    const all = textOf(store.state) + behind;
+    keepDraft(shownKey, behind.trim() ? all : "");
+    if (n > 1) await store.do.branch(n, null, { max_tokens: 60 });
+    draw(store.state, new Set(["tree"]));
+  }
+
+  /** Other tokens where the cursor is, with how likely they are. */
+  async function otherWords() {
+    const state = store.state;
+    let at = paper.selectionStart, id = null;
+    for (const one of state.path) {
+      const turn = state.turns.get(one);
+      if (at < turn.prompt.length + turn.text.length) { id = at >= turn.prompt.length ? one : null; at -= turn.prompt.length; break; }
+      at -= turn.prompt.length + turn.text.length;
+    }
+    if (!id) { toast(t("takeOther"), { seconds: 3 }); return; }
+    const turn = state.turns.get(id);
+    const before = await store.do.tokens(turn.text.slice(0, at));
+    const found = before && await store.do.alternatives(id, Math.min(before.length, Math.max(0, turn.generated - 1)));
+    if (!found) return;
+    menu(more, found.map((one) => [`${one.chosen ? "✓ " : ""}“${one.text}” · ${t("probability", { p: (Math.exp(one.logprob) * 100).toFixed(1) })}`, () => store.do.forkAt(id, Math.min(before.length, Math.max(0, turn.generated - 1)), one.token_id)]));
+  }
+
+  function draw(state, changed) {
+    title.textContent = state.session?.title || t("newStory");
+    const busy = state.live.size > 0;
+    on.textContent = busy ? t("stop") : t("writeOn");
+    ways.disabled = busy;
+    back.disabled = !state.headId || busy;
+    const key = draftKey(state);
+    if (key !== shownKey) {
+      const words = draft;
+      if (changed.has("opened")) { visits++; draft = localStorage.getItem(key) || ""; }
+      else { keepDraft(shownKey, ""); keepDraft(key, words); } // the first words began a session
+      shownKey = key;
+    }
+    if (changed.has("session") || changed.has("tree") || changed.has("opened")) {
+      told = textOf(state);
+      const shown = draft || told;
+      if (!busy && paper.value !== shown) paper.value = shown;
+    }
+    const lives = [...state.live.values()];
+    const single = lives.find((live) => live.selects);
+    if (single) {
+      const at = single.parentId ? state.path.slice(0, state.path.indexOf(single.parentId) + 1) : [];
+      paper.value = textOf({ ...state, path: at }) + single.prompt + single.answers[0].text;
+    }
+    paper.readOnly = busy;
+    const choices = [];
+    const many = lives.find((live) => !live.selects && live.answers.length > 1);
+    if (many) many.answers.forEach((answer) => choices.push(h("div.card.growing", {}, answer.text || "…")));
+    else if (state.headId) for (const id of state.turns.get(state.headId)?.children || []) {
+      const turn = state.turns.get(id);
+      choices.push(h("div.card", {}, h("p", {}, turn.prompt + turn.text), h("button.quiet.small", { type: "button", onclick: () => store.do.rollback(id) }, icon("go"), t("choose"))));
+    }
+    cards.replaceChildren(...choices);
+    grow();
+    if (busy) page.say(t("answering"));
+  }
+  draw(store.state, new Set(["session"]));
+  const leave = store.subscribe(draw);
+  return { unmount() { visits++; leave(); } };
+}

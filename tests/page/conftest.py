@@ -1,0 +1,124 @@
+"""A browser and a server for tests of the page. They skip, with the reason, where there is no Chromium."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from serving import Running
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+# By module: while a browser is open, playwright keeps an event loop in this thread.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def served(browser: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Running]:
+    del browser  # without one nothing is started
+    try:
+        model = request.getfixturevalue("smollm2_gguf")
+    except pytest.skip.Exception:
+        model = request.getfixturevalue("tiny_folder")
+    with Running(tmp_path_factory.mktemp("page"), model) as running:
+        yield running
+
+
+class Page:
+    """A page of the server: playwright's own, and what tests do with it.
+
+    Attributes:
+        page: playwright's page.
+        complaints: errors of the console and refusals of the Content-Security-Policy; none are wanted.
+    """
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page, self.address = page, address
+        self.complaints: list[str] = []
+        page.on("console", lambda message: self._told(message))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _told(self, message: Any) -> None:
+        # A server that is down is told by the browser too; the page shows it in its own words.
+        if message.type == "error" and "ERR_" not in message.text and "status of" not in message.text:
+            self.complaints.append(message.text)
+
+    def open(self, place: str = "") -> Page:
+        self.page.goto(f"{self.address}/{place}")
+        return self
+
+    def find(self, selector: str, **how: Any) -> Any:
+        return self.page.locator(selector, **how)
+
+    def button(self, label: str) -> Any:
+        return self.page.get_by_role("button", name=label, exact=True)
+
+    def choose(self, label: str) -> None:
+        self.page.get_by_role("menuitem", name=label, exact=True).click()
+
+    def say(self, text: str) -> None:
+        self.page.fill("#composer", text)
+        self.page.press("#composer", "Enter")
+
+    def settled(self, n_turns: int) -> None:
+        """Waits until so many turns are shown and none is being made."""
+        self.find(".turn.live").wait_for(state="detached", timeout=60_000)
+        end = time.monotonic() + 60
+        while self.find(".turn:not(.live)").count() != n_turns or self.find(".turn.live").count():
+            assert time.monotonic() < end, f"{self.find('.turn').count()} turns are shown, not {n_turns}"
+            self.page.wait_for_timeout(30)
+
+    @property
+    def session_id(self) -> str:
+        return str(self.page.url).rpartition("/")[2]
+
+
+@pytest.fixture
+def open_page(browser: Any, served: Running) -> Iterator[Callable[..., Page]]:
+    """Opens pages, each for a reader of its own; at the end none may have complained."""
+    contexts, pages = [], []
+
+    def open(address: str = "", **how: Any) -> Page:
+        contexts.append(browser.new_context(viewport=how.pop("viewport", {"width": 1280, "height": 800}), **how))
+        contexts[-1].set_default_timeout(20_000)
+        pages.append(Page(contexts[-1].new_page(), address or served.address))
+        return pages[-1]
+
+    yield open
+    for context in contexts:
+        context.close()
+    assert [page.complaints for page in pages if page.complaints] == []
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Page]) -> Page:
+    return open_page().open()
+
+
+def crafted(served: Running, texts: list[tuple[str | None, str]]) -> str:
+    """A session whose turns say what they are told: (id of the parent or None, text); ids are t0, t1, ..."""
+    made = served.post("/chat", message="x", max_len=1)
+    data = served.get(f"/sessions/{made['session_id']}/export")
+    turn = data["turns"][0]
+    numbers: dict[str | None, int] = {None: 0}
+    data["turns"] = []
+    for i, (parent, text) in enumerate(texts):
+        numbers[f"t{i}"] = numbers[parent] + 1
+        data["turns"].append(turn | {"id": f"t{i}", "parent_id": parent, "number": numbers[f"t{i}"], "text": text})
+    data |= {"id": f"crafted-{made['session_id'][:12]}", "head": "t0"}
+    return str(served.post("/sessions/import", 201, **data)["session_id"])
