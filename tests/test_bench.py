@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fabula.bench.perplexity import perplexity, read_text
 from fabula.bench.status import silent
 from fabula.bench.timing import Times, interleaved, measure, turns
 from fabula.cli.bench import bench
-from fabula.errors import EngineError, InvalidArgument
+from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
 
 MACHINE = Machine(cpu="x", isa="avx2", cores=2, threads=2, read_bytes_per_s=1e10, flops_per_s=1e11, dots_per_s=2e11)
@@ -167,7 +168,7 @@ def test_model_json(tiny_folder: Path) -> None:
     sizes = ["--prompt-tokens", "40", "--tokens", "5", "--rounds", "2", "--threads", "1"]
     result = call("model", "--model", str(tiny_folder), "--weights", "f32", "--weights", "f16", *sizes, "--json")
     assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(row["case"], row["weights"]) for row in rows] == [
         ("prefill", "f32"), ("prefill", "f16"), ("decode", "f32"), ("decode", "f16"),
     ]  # fmt: skip
@@ -196,6 +197,11 @@ class Slow:
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
         return Run(2.0, 0.5 * (n_tokens - 1), tuple(range(n_tokens)) if prompt else ())
 
+    def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float:
+        assert all(list(prompt[:shared]) == list(prompts[0][:shared]) for prompt in prompts)
+        assert len({tuple(prompt) for prompt in prompts}) == len(prompts) and n_tokens > 0
+        return 8.0
+
     def close(self) -> None:
         self.closed = True
 
@@ -216,6 +222,32 @@ def test_model_beside_a_peer(tiny_folder: Path) -> None:
     assert (decode.case, decode.peer, decode.peer_settings) == ("decode", 2.0, "d")
     assert decode.ratio == pytest.approx(decode.ours / 2.0)
     assert prefill.rounds == 3
+
+
+def test_sequences_together(tiny_folder: Path) -> None:
+    with Model.load(tiny_folder, weights="f32", threads=1) as model:
+        rows = bench_models([model], MACHINE, Lengths(40, 20, 3, 3, 30), make_peers=lambda *_: [Slow()])
+        alone, shared = limits(model, MACHINE, 40, 3), limits(model, MACHINE, 40, 3, 30)
+        assert limits(model, MACHINE, 40)["decode"] < alone["together"] < shared["together"]
+    (row,) = rows
+    assert (row.case, row.tokens, row.rounds) == ("together", 60, 3)
+    assert row.peer == pytest.approx(8.0) and row.ratio == pytest.approx(row.ours / 8.0)
+    assert row.ours_spread[0] <= row.ours <= row.ours_spread[1]
+    with pytest.raises(InvalidArgument, match="shared is 40"):
+        Lengths(40, shared=40)
+
+
+def test_a_peer_without_llama_cpp_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    from fabula.bench.peer_llama_cpp import LlamaCpp
+
+    with pytest.raises(Unsupported, match="cannot be run"):
+        LlamaCpp(tmp_path / "a", threads=1, kv="f16", n_positions=8, python=str(tmp_path / "absent"))
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(Unsupported, match="is llama_cpp installed"):
+        LlamaCpp(tmp_path / "a", threads=1, kv="f16", n_positions=8, python=str(python))
+    assert call("model", "--model", str(tiny_folder), "--peer-python", str(python)).exit_code == 2
 
 
 def test_model_beyond_the_context(tiny_folder: Path) -> None:
@@ -254,21 +286,23 @@ def test_transformers_on_the_same_weights(tiny_folder: Path) -> None:
         found[0].close()
 
 
-def test_llama_cpp_on_the_same_weights(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llama_cpp")
-    from fabula.bench import peer_llama_cpp
+@pytest.mark.parametrize("weights", ["auto", "q8_0"])
+def test_llama_cpp_on_the_same_weights(smollm2_gguf: Path, weights: Any) -> None:
+    python = os.environ.get("FABULA_PEER_PYTHON")
+    if python is None:
+        pytest.importorskip("llama_cpp")
     from fabula.bench.peer_llama_cpp import LlamaCpp
 
-    monkeypatch.setattr(peer_llama_cpp, "_TRIAL_PROMPT", 16)
-    monkeypatch.setattr(peer_llama_cpp, "_TRIAL_TOKENS", 3)
-    with Model.load(smollm2_gguf, weights="f16", context=160) as model:
-        peer = LlamaCpp.of(model, 160, silent)
+    with Model.load(smollm2_gguf, weights=weights, context=160, threads=1) as model:
+        peer = LlamaCpp.of(model, 64, silent, n_sequences=2, python=python)
         prompt = prompt_ids(model, 32)
         theirs = peer.run(prompt, 16)
         assert theirs.prefill_s > 0 and theirs.decode_s > 0
-        # f16 products are summed in another precision there: the first words must agree, not all.
+        # Products are summed in another precision there: the first words must agree, not all.
         assert agreement(bench_model_module.Fabula(model).run(prompt, 16).tokens, theirs.tokens) >= 4
         assert peer.run(prompt, 16).tokens == theirs.tokens
+        assert peer.together([prompt, [*prompt[:20], *prompt[:12]]], 20, 4) > 0
+        assert "threads" in peer.settings["together"]
         peer.close()
         peer.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -59,6 +60,11 @@ class Engine(Protocol):
         """Reads a prompt of token ids from an empty cache and writes `n_tokens` tokens."""
         ...
 
+    def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float | None:
+        """Tokens a second of all prompts answered at the same time, `n_tokens` each, from the moment when all are
+        read; their first `shared` ids are the same. None from an engine that cannot."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -77,6 +83,7 @@ class Fabula:
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
+        self._model.clear_cache()
         with self._model.generate(prompt, params) as generation:
             start = time.perf_counter()
             next(generation)
@@ -85,6 +92,25 @@ class Fabula:
                 pass
             end = time.perf_counter()
             return Run(first - start, end - first, tuple(generation.token_ids))
+
+    def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float:
+        del shared  # the cache of prefixes finds it
+        self._model.clear_cache()
+        params = SamplingParams(temperature=0.0, max_tokens=n_tokens + 1, ignore_eos=True)
+        times: list[list[float]] = [[] for _ in prompts]
+
+        def drain(ids: Sequence[int], out: list[float]) -> None:
+            with self._model.generate(ids, params) as generation:
+                for _ in generation:
+                    out.append(time.perf_counter())
+
+        with ThreadPoolExecutor(len(prompts)) as readers:
+            for _ in readers.map(drain, prompts, times):
+                pass
+        begin, end = max(t[0] for t in times), min(t[-1] for t in times)
+        if end <= begin:
+            raise InvalidArgument(f"{n_tokens} tokens are over before all prompts are read; decode more")
+        return sum(begin < t <= end for answer in times for t in answer) / (end - begin)
 
     def close(self) -> None:
         self._model.close()
@@ -95,7 +121,7 @@ class ModelRow:
     """One line of the table: a case, and one other engine or none. Speeds in `unit`, medians over the rounds.
 
     Attributes:
-        ours_mean, peer_mean: the same as means.
+        ours_mean, peer_mean: the same as means. ours_spread, peer_spread: the slowest and the quickest round.
         ratio: ours / peer.
         limit: what this machine could reach; see above. limit_share: ours / limit.
         agreement: how many of the first 32 greedy tokens of a short prompt are the same in both, up to the first that
@@ -112,8 +138,10 @@ class ModelRow:
     rounds: int
     ours: float
     ours_mean: float
+    ours_spread: tuple[float, float]
     peer: float | None = None
     peer_mean: float | None = None
+    peer_spread: tuple[float, float] | None = None
     peer_name: str | None = None
     peer_settings: str | None = None
     ratio: float | None = None
@@ -127,16 +155,21 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How much is read and written: prompt tokens, tokens decoded after the first, rounds."""
+    """How much is read and written: prompt tokens, tokens decoded after the first, rounds; sequences answered together
+    (1: none), whose prompts begin with the same `shared` ids."""
 
     prompt_tokens: int = 512
     tokens: int = 64
     rounds: int = 5
+    sequences: int = 1
+    shared: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "tokens", "rounds"):
+        for name in ("prompt_tokens", "tokens", "rounds", "sequences"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, must be 1 .. 2^20")
+        if not 0 <= self.shared < self.prompt_tokens:
+            raise InvalidArgument(f"shared is {self.shared}, must be 0 .. {self.prompt_tokens - 1}, less than a prompt")
 
     @property
     def context(self) -> int:
@@ -148,6 +181,7 @@ class Lengths:
 class _Seconds:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    together: list[float] = field(default_factory=list)
 
 
 def bench_models(
@@ -191,10 +225,16 @@ def bench_models(
             for peer in group[1:]:
                 peer.close()
     rows = []
-    for case, n_tokens in (("prefill", lengths.prompt_tokens), ("decode", lengths.tokens)):
+    cases = [("prefill", lengths.prompt_tokens), ("decode", lengths.tokens)]
+    if lengths.sequences > 1:
+        cases = [("together", lengths.sequences * lengths.tokens)]
+    for case, n_tokens in cases:
         for model, group, said, measured in zip(models, groups, answers, seconds, strict=True):
-            limit = limits(model, machine, lengths.prompt_tokens)[case]
-            times = [Times.of(getattr(values, case)) for values in measured]
+            limit = limits(model, machine, lengths.prompt_tokens, lengths.sequences, lengths.shared)[case]
+            seconds_of = [getattr(values, case) for values in measured]
+            times = [Times.of(values) for values in seconds_of if values]
+            group = [engine for engine, values in zip(group, seconds_of, strict=True) if values]
+            said = [answer for answer, values in zip(said, seconds_of, strict=True) if values]
             peers: list[int | None] = [*range(1, len(group))] or [None]
             rows += [_row(case, n_tokens, model, group, times, said, peer, limit) for peer in peers]
     return rows
@@ -205,6 +245,14 @@ def _measure(models: Sequence[Model], groups: list[list[Engine]], lengths: Lengt
     prompts = [prompt_ids(model, lengths.prompt_tokens) for model in models]
     seconds = [[_Seconds() for _ in group] for group in groups]
     everyone = [(i, j) for i, group in enumerate(groups) for j in range(len(group))]
+    if lengths.sequences > 1:
+        many = [sequence_prompts(prompt_ids(m, lengths.prompt_tokens + lengths.sequences), lengths) for m in models]
+        for r, (i, j) in enumerate(turns(everyone, lengths.rounds + 1)):
+            time.sleep(_PAUSE_S)
+            speed = groups[i][j].together(many[i], lengths.shared, lengths.tokens)
+            if speed and r >= len(everyone):  # the first round warms up, and lets peers choose
+                seconds[i][j].together.append(lengths.sequences * lengths.tokens / speed)
+        return seconds
     for i, j in everyone:
         groups[i][j].run(prompts[i], min(lengths.tokens, 8) + 1)
     for i, j in turns(everyone, lengths.rounds):
@@ -237,8 +285,10 @@ def _row(
         rounds=ours.n,
         ours=n_tokens / ours.median,
         ours_mean=n_tokens / ours.mean,
+        ours_spread=(n_tokens / ours.high, n_tokens / ours.low),
         peer=n_tokens / theirs.median if theirs else None,
         peer_mean=n_tokens / theirs.mean if theirs else None,
+        peer_spread=(n_tokens / theirs.high, n_tokens / theirs.low) if theirs else None,
         peer_name=group[peer].name if peer else None,
         peer_settings=group[peer].settings[case] if peer else None,
         ratio=theirs.median / ours.median if theirs else None,
@@ -248,11 +298,13 @@ def _row(
     )
 
 
-def limits(model: Model, machine: Machine, prompt_tokens: int) -> dict[str, float]:
+def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 1, shared: int = 0) -> dict[str, float]:
     """Tokens a second that cannot be passed, by case.
 
     The rows of an embedding are looked up, not multiplied: where it is not also the head it does not count. The head is
-    multiplied once a prompt, with its last token.
+    multiplied once a prompt, with its last token. A decoded token reads K and V of its prompt; sequences together read
+    the weights once, and the K and V that they share once. Multiply-adds of quantised weights are counted at the peak of
+    products of bytes.
     """
     c = model.config
     table = c.vocab_size * c.hidden_size
@@ -262,10 +314,20 @@ def limits(model: Model, machine: Machine, prompt_tokens: int) -> dict[str, floa
     # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
     everything = layers + table * (1 if c.tied else 2)
     read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
+    position = 2 * c.n_layers * c.n_kv_heads * c.head_dim * (4 if model.kv == "f32" else 2)
+    every = read + position * (shared + sequences * (prompt_tokens - shared))
     return {
         "prefill": (machine.flops_per_s if is_plain else machine.dots_per_s) / (2 * (layers + table / prompt_tokens)),
-        "decode": machine.read_bytes_per_s / read,
+        "decode": machine.read_bytes_per_s / (read + position * prompt_tokens),
+        "together": sequences * machine.read_bytes_per_s / every,
     }
+
+
+def sequence_prompts(ids: Sequence[int], lengths: Lengths) -> list[list[int]]:
+    """A prompt for every sequence: the shared ids, then the text from another place on for each."""
+    own = lengths.prompt_tokens - lengths.shared
+    start = lengths.shared
+    return [[*ids[:start], *ids[start + s : start + s + own]] for s in range(lengths.sequences)]
 
 
 def prompt_ids(model: Model, n_tokens: int) -> list[int]:

@@ -47,12 +47,12 @@ class Transformers:
         """The engine for a loaded model.
 
         Raises:
-            Unsupported: the model is no Llama, or has other tensors.
+            Unsupported: the model is no Llama, has other tensors, or quantised weights.
         """
         if model.config.model_type != "llama":
             raise Unsupported(f"only Llama is built here, the model is {model.config.model_type}")
         if model.weights not in _DTYPES:
-            raise Unsupported(f"it computes in f32, f16 or bf16, the weights are in {model.weights}")
+            raise Unsupported(f"it computes in {', '.join(_DTYPES)}, the weights are {model.weights}")
         status(f"{model.weights}: building transformers' model")
         checkpoint = open_checkpoint(model.path)
         try:
@@ -76,6 +76,9 @@ class Transformers:
                 token, cache = self._step(tokens[-1:], cache)
                 tokens.append(token)
             return Run(first - start, time.perf_counter() - first, tuple(tokens))
+
+    def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> None:
+        """Not measured: its batches pad, and share nothing."""
 
     def close(self) -> None:
         """Lets the weights go."""

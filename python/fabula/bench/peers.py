@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fabula.bench.model import Engine
 from fabula.bench.status import Status
@@ -13,41 +14,48 @@ from fabula.model import Model
 INSTALL = 'pip install "fabula[peers]"'
 
 
-def make_peers(model: Model, n_positions: int, status: Status) -> list[Engine]:
+def make_peers(
+    model: Model, n_positions: int, status: Status, *, llama: Mapping[str, Any] | None = None
+) -> list[Engine]:
     """Every engine that is installed and can run this model; one line to `status` for each that cannot.
 
     Args:
         model: a loaded model; its file is read again.
         n_positions: positions a sequence must have room for.
         status: told what is being done.
+        llama: more for `LlamaCpp.of`: how many sequences, precision of its cache, the interpreter that has it.
     """
+    options = dict(llama or {})
     engines: list[Engine] = []
     for name, modules, make in _PEERS:
+        if name == "llama.cpp" and options.get("python"):
+            modules = ()  # they are that interpreter's affair
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:
             status(f"{name} is not measured: {' and '.join(missing)} missing; {INSTALL}")
             continue
         try:
-            engines.append(make(model, n_positions, status))
+            engines.append(make(model, n_positions, status, options))
         except (EngineError, ImportError, OSError, RuntimeError) as error:
             status(f"{name} is not measured: {error}")
     return engines
 
 
-def _llama_cpp(model: Model, n_positions: int, status: Status) -> Engine:
+def _llama_cpp(model: Model, n_positions: int, status: Status, options: dict[str, Any]) -> Engine:
     from fabula.bench.peer_llama_cpp import LlamaCpp
 
-    return LlamaCpp.of(model, n_positions, status)
+    return LlamaCpp.of(model, n_positions, status, **options)
 
 
-def _transformers(model: Model, n_positions: int, status: Status) -> Engine:
+def _transformers(model: Model, n_positions: int, status: Status, options: dict[str, Any]) -> Engine:
     from fabula.bench.peer_transformers import Transformers
 
-    del n_positions  # its cache grows
+    del n_positions, options  # its cache grows
     return Transformers.of(model, status)
 
 
-_PEERS: tuple[tuple[str, tuple[str, ...], Callable[[Model, int, Status], Engine]], ...] = (
-    ("llama.cpp", ("llama_cpp", "gguf"), _llama_cpp),
+_Make = Callable[[Model, int, Status, dict[str, Any]], Engine]
+_PEERS: tuple[tuple[str, tuple[str, ...], _Make], ...] = (
+    ("llama.cpp", ("llama_cpp",), _llama_cpp),
     ("transformers", ("torch", "transformers"), _transformers),
 )

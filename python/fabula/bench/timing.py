@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fabula.errors import InvalidArgument
@@ -22,17 +22,19 @@ class Times:
     """Seconds of `n` calls.
 
     Attributes:
-        mean, median: seconds.
+        mean, median: seconds. low, high: of the quickest and the slowest call.
         n: calls that were measured.
     """
 
     mean: float
     median: float
     n: int
+    low: float = field(default=0.0, compare=False)
+    high: float = field(default=0.0, compare=False)
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Times:
-        return cls(statistics.fmean(seconds), statistics.median(seconds), len(seconds))
+        return cls(statistics.fmean(seconds), statistics.median(seconds), len(seconds), min(seconds), max(seconds))
 
 
 def measure(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fabula.bench.machine import Machine
 
 _WEIGHTS = click.Choice(WEIGHTS)
+_TEXTS = 4  # texts of the whole context that a model's KV cache holds
 _model = click.option(
     "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
     help="Folder, .gguf file, or name; see `fabula pull --help`.",
@@ -88,8 +89,32 @@ def ops(quick: bool, threads: int | None, as_json: bool) -> None:
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Medians over N rounds."
 )
+@click.option(
+    "--sequences",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Decode N prompts at the same time instead of one.",
+)
+@click.option(
+    "--shared",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Tokens at their beginning that the prompts of --sequences have in common.",
+)
 @click.option("--peers", is_flag=True, help="Measure llama.cpp and transformers in turns, on the same weights.")
-@_json
+@click.option(
+    "--peer-python",
+    metavar="FILE",
+    help="Python interpreter that has llama-cpp-python; default: the one that runs this.",
+)
+@click.option(
+    "--peer-kv", type=click.Choice(["f16", "f32", "q8_0"]), help="Precision of llama.cpp's KV cache; default: as --kv."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line on stdout and nothing else.")
 def model(
     model: str,
     weights: tuple[str, ...],
@@ -98,37 +123,53 @@ def model(
     prompt_tokens: int,
     tokens: int,
     rounds: int,
+    sequences: int,
+    shared: int,
     peers: bool,
+    peer_python: str | None,
+    peer_kv: str | None,
     as_json: bool,
 ) -> None:
     """Measure how fast a model reads a prompt (prefill) and writes greedily (decode), in tokens a second.
 
     Everything that is compared, precisions and engines, is in memory at once and takes turns. Shares are of what this
     machine's memory (decode) and multiply-adds (prefill) allow. Other engines need
-    `pip install "fabula[peers]"`; llama.cpp gets the threads and the flash attention it is fastest with, and
-    "same tokens" tells how many of 32 greedy tokens agree.
+    `pip install "fabula[peers]"`; llama.cpp reads the same GGUF file (or one of the same weights, written for it), gets
+    the threads, flash attention and batch it is fastest with, and "same tokens" tells how many of 32 greedy tokens
+    agree. Decoding happens behind the prompt, so a long one measures decoding at that context.
 
     \b
     Examples:
       fabula bench model
       fabula bench model --weights f32 --weights f16 --peers
+      fabula bench model --model ./model-q8.gguf --peers --peer-python ./peers/bin/python
+      fabula bench model --weights q8_0 --prompt-tokens 8000 --rounds 3 --peers --peer-kv q8_0
+      fabula bench model --weights q4_0 --sequences 16 --prompt-tokens 1100 --shared 1024 --peers
       fabula bench model --model ./model.gguf --threads 4 --json
     """  # fmt: skip
     from contextlib import ExitStack
+    from functools import partial
 
     from fabula.bench.model import Lengths, bench_models
     from fabula.bench.peers import make_peers
 
-    lengths = Lengths(prompt_tokens, tokens, rounds)
+    if peer_python is not None and not peers:
+        raise click.UsageError("--peer-python needs --peers")
+    if shared and sequences == 1:
+        raise click.UsageError("--shared needs --sequences")
+    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared)
+    context = lengths.context * max(1, -(-sequences // _TEXTS))
+    make = partial(make_peers, llama={"n_sequences": sequences, "kv": peer_kv, "python": peer_python})
     machine = _machine(threads)
     with ExitStack() as stack:
         loaded = [
-            stack.enter_context(ModelOptions(model, precision, kv, machine.threads, lengths.context).load())
+            stack.enter_context(ModelOptions(model, precision, kv, machine.threads, context).load())
             for precision in weights
         ]
-        rows = bench_models(loaded, machine, lengths, make_peers=make_peers if peers else None, status=note)
+        rows = bench_models(loaded, machine, lengths, make_peers=make if peers else None, status=note)
     if as_json:
-        _print_json([row.to_json() for row in rows])
+        for row in rows:
+            click.echo(json.dumps(row.to_json()))
         return
     from fabula.bench.report import model_table, show
 

@@ -1,0 +1,213 @@
+"""llama.cpp in a process of its own, so that it may live in another Python environment.
+
+Run by path, not imported: needs llama_cpp and numpy, nothing of Fabula. Reads one JSON object a line on stdin and
+answers each with one on stdout, `{"error": text}` where it failed:
+
+    {"do": "load", "path": file, "threads": most, "kv": "f16", "positions": n, "sequences": n}
+        -> {"settings": {"prefill": text, "decode": text}}, the fastest that were found
+    {"do": "run", "prompt": [ids], "tokens": n}                  -> {"prefill_s", "decode_s", "tokens": [ids]}
+    {"do": "together", "prompts": [[ids]], "shared": n, "tokens": n}  -> {"decode_s", "settings"}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+_TRIAL_PROMPT, _TRIAL_TOKENS, _TRIAL_ROUNDS = 512, 12, 3
+_UBATCHES = (512, 2048)  # llama.cpp's own choice, and one that reads a long prompt in fewer passes
+_KV = {"f32": 0, "f16": 1, "q8_0": 8}  # enum ggml_type
+_QUIET = llama_cpp.llama_log_callback(lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    threads: int
+    flash: bool
+    ubatch: int
+    unified: bool = True
+
+    def __str__(self) -> str:
+        flash = "on" if self.flash else "off"
+        cache = "" if self.unified else ", a cache per sequence"
+        return f"{self.threads} threads, flash attention {flash}, ubatch {self.ubatch}{cache}"
+
+
+class Worker:
+    """A model, and contexts by their settings but for threads, made when they are first used."""
+
+    def __init__(self, path: str, threads: int, kv: str, positions: int, sequences: int) -> None:
+        llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model: Any = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        if not self._model:
+            raise RuntimeError("it cannot load the model")
+        self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._threads, self._kv, self._positions, self._sequences = threads, kv, positions, sequences
+        self._context: Any = None
+        self._made: tuple[Any, ...] | None = None
+        self._batch = llama_cpp.llama_batch_init(positions * sequences, 0, 1)
+        self._best: dict[str, Setting] = {}
+
+    def choose(self) -> dict[str, str]:
+        """Tries threads, flash attention and ubatch in turns, and keeps what is fastest for each case."""
+        n_prompt = max(1, min(_TRIAL_PROMPT, self._positions - _TRIAL_TOKENS, self._n_vocab))
+        if self._positions > 4 * _TRIAL_PROMPT:  # what wins on a short prompt need not on a long one
+            n_prompt = min(4 * _TRIAL_PROMPT, self._n_vocab)
+        prompt = list(range(n_prompt))
+        prefill: dict[Setting, list[float]] = {}
+        decode: dict[Setting, list[float]] = {}
+        for _ in range(_TRIAL_ROUNDS):
+            for setting in self._settings():
+                if self._ready(setting, 1) is None:
+                    continue
+                start = time.perf_counter()
+                self._step(prompt, 0)
+                prefill.setdefault(setting, []).append(time.perf_counter() - start)
+                start = time.perf_counter()
+                for i in range(min(_TRIAL_TOKENS, self._positions - n_prompt)):
+                    self._step([0], n_prompt + i)
+                decode.setdefault(setting, []).append(time.perf_counter() - start)
+        return {case: self._keep(case, times) for case, times in (("prefill", prefill), ("decode", decode))}
+
+    def run(self, prompt: Sequence[int], n_tokens: int) -> dict[str, Any]:
+        """Reads a prompt and answers greedily, each with its best settings."""
+        before, after = self._best["prefill"], self._best["decode"]
+        self._ready(before, 1)
+        start = time.perf_counter()
+        tokens = [self._step(prompt, 0)]
+        prefill_s = time.perf_counter() - start
+        if (before.flash, before.ubatch) != (after.flash, after.ubatch):
+            self._ready(after, 1)
+            self._step(prompt, 0)
+        llama_cpp.llama_set_n_threads(self._context, after.threads, after.threads)
+        start = time.perf_counter()
+        for i in range(n_tokens - 1):
+            tokens.append(self._step(tokens[-1:], len(prompt) + i))
+        return {"prefill_s": prefill_s, "decode_s": time.perf_counter() - start, "tokens": tokens}
+
+    def together(self, prompts: list[list[int]], shared: int, n_tokens: int) -> dict[str, Any]:
+        """Decodes `n_tokens` for every prompt, one batch a step; the first `shared` ids are computed once for all."""
+        if "together" not in self._best:
+            times: dict[Setting, list[float]] = {}
+            for setting in self._settings(split=True):
+                if self._ready(setting, len(prompts)) is not None:
+                    times[setting] = [self._decode_all(prompts, shared, min(n_tokens, _TRIAL_TOKENS))]
+            self._keep("together", times)
+        self._ready(self._best["together"], len(prompts))
+        return {"decode_s": self._decode_all(prompts, shared, n_tokens), "settings": self._told("together")}
+
+    def _settings(self, split: bool = False) -> list[Setting]:
+        counts = {1, self._threads} | {1 << i for i in range(10) if 1 << i < self._threads}
+        ubatches = [u for u in _UBATCHES if u == _UBATCHES[0] or (self._positions > _UBATCHES[0] and not split)]
+        return [
+            Setting(threads, flash, ubatch, unified)
+            for flash in (False, True)
+            for ubatch in ubatches
+            for unified in ((True, False) if split else (True,))
+            for threads in sorted(counts)
+        ]
+
+    def _keep(self, case: str, times: dict[Setting, list[float]]) -> str:
+        if not times:
+            raise RuntimeError("it cannot make a context")
+        self._best[case] = min(times, key=lambda setting: statistics.median(times[setting]))
+        return self._told(case)
+
+    def _told(self, case: str) -> str:
+        return f"{version('llama-cpp-python')}, {self._best[case]}, kv {self._kv}"
+
+    def _ready(self, setting: Setting, sequences: int) -> Any:
+        """The context of a setting, empty; None where llama.cpp refuses it (a quantised V without flash attention).
+        One lives at a time, so that memory holds one cache."""
+        wanted = (setting.flash, setting.ubatch, setting.unified, sequences)
+        if self._made != wanted:
+            if self._context:
+                llama_cpp.llama_free(self._context)
+            params = llama_cpp.llama_context_default_params()
+            params.n_ctx = params.n_batch = self._positions * sequences
+            params.n_ubatch = setting.ubatch
+            params.n_seq_max = sequences
+            params.kv_unified = setting.unified
+            params.flash_attn_type = (
+                llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setting.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
+            params.type_k = params.type_v = _KV[self._kv]
+            self._context, self._made = llama_cpp.llama_init_from_model(self._model, params) or None, wanted
+        if self._context:
+            llama_cpp.llama_set_n_threads(self._context, setting.threads, setting.threads)
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+        return self._context
+
+    def _step(self, tokens: Sequence[int], position: int) -> int:
+        """Appends tokens to sequence 0 and returns the likeliest next one."""
+        last = len(tokens) - 1
+        self._decode([(token, position + i, 0, i == last) for i, token in enumerate(tokens)])
+        return self._likeliest(-1)
+
+    def _decode_all(self, prompts: list[list[int]], shared: int, n_tokens: int) -> float:
+        memory = llama_cpp.llama_get_memory(self._context)
+        llama_cpp.llama_memory_clear(memory, False)
+        if shared:
+            self._step(prompts[0][:shared], 0)
+            for s in range(1, len(prompts)):
+                llama_cpp.llama_memory_seq_cp(memory, 0, s, -1, -1)
+        tokens = []
+        for s, prompt in enumerate(prompts):
+            own, last = prompt[shared:], len(prompt) - 1
+            self._decode([(token, shared + i, s, shared + i == last) for i, token in enumerate(own)])
+            tokens.append(self._likeliest(-1))
+        start = time.perf_counter()
+        for i in range(n_tokens):
+            self._decode([(tokens[s], len(prompts[s]) + i, s, True) for s in range(len(prompts))])
+            tokens = [self._likeliest(s) for s in range(len(prompts))]
+        return time.perf_counter() - start
+
+    def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
+        """One batch of (token, position, sequence, logits wanted)."""
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        if llama_cpp.llama_decode(self._context, batch):
+            raise RuntimeError("decoding failed")
+
+    def _likeliest(self, row: int) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self._context, row)
+        return int(np.ctypeslib.as_array(logits, shape=(self._n_vocab,)).argmax())
+
+
+def main() -> None:
+    worker: Worker | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "load":
+                worker = Worker(*(request[key] for key in ("path", "threads", "kv", "positions", "sequences")))
+                answer: dict[str, Any] = {"settings": worker.choose()}
+            elif worker is None:
+                raise RuntimeError("no model is loaded")
+            elif request["do"] == "run":
+                answer = worker.run(request["prompt"], request["tokens"])
+            else:
+                answer = worker.together(request["prompts"], request["shared"], request["tokens"])
+        except Exception as error:  # told to the other side, which decides
+            answer = {"error": f"{error or type(error).__name__}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
