@@ -191,7 +191,7 @@ class Slow:
     name = "slow"
 
     def __init__(self) -> None:
-        self.settings = {"prefill": "p", "decode": "d"}
+        self.settings = {"prefill": "p", "decode": "d", "together": "t"}
         self.closed = False
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
