@@ -303,8 +303,8 @@ def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 
 
     The rows of an embedding are looked up, not multiplied: where it is not also the head it does not count. The head is
     multiplied once a prompt, with its last token. A decoded token reads K and V of its prompt; sequences together read
-    the weights once, and the K and V that they share once. Multiply-adds of quantised weights are counted at the peak of
-    products of bytes.
+    the weights once, and the K and V that they share once. Multiply-adds of quantised weights are counted at the peak
+    of products of bytes.
     """
     c = model.config
     table = c.vocab_size * c.hidden_size

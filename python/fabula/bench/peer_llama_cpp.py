@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,8 @@ class LlamaCpp:
     def close(self) -> None:
         """Ends the worker; may be called twice."""
         if self._process.stdin and not self._process.stdin.closed:
-            try:
+            with suppress(BrokenPipeError):  # it ended before
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass  # it ended before
         try:
             self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
