@@ -164,12 +164,12 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 }
 #endif
 
-/* Of 32 registers a tile of 6 tokens x 2 panels takes 12 for dot products, 12 for sums, 2 for lines and 1 broadcast. */
+/* Of 32 registers a pass or a tile of 6 tokens takes 6 or 12 each for dot products and sums, beside lines, scales and one
+ * broadcast. More tokens than 24 come in tiles of 5 or 6. */
+enum { FEW_TOKENS = 6, MOST_PASSES = 4 };
+#define FEW_PASSES(X) X(6, 5) X(4, 3) X(2, 2) X(1, 1)
 enum { BLOCK_TOKENS = 6, BLOCK_PANELS = 2 };
-/* clang-format off */
-#define BLOCK_TILES(X) \
-    X(1, 1) X(1, 2) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
-/* clang-format on */
+#define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
 #define TILE_PANELS(tokens) ((tokens) == 1 ? 1 : 2)
