@@ -85,6 +85,15 @@ struct fb_kernels {
     /* (a, b) = (fma(a, cos, -(b sin)), fma(b, cos, a sin)) for n pairs */
     void (*rotate)(float *a, float *b, const float *cos, const float *sin, size_t n);
 
+    /* Loops over a vocabulary (vocabulary.h). The highest of n logits; false if one is NaN or +infinity. The highest of n. */
+    bool (*top_logit)(const float *logits, size_t n, float *top);
+    double (*highest)(const double *x, size_t n);
+    void (*to_double)(const float *x, size_t n, double *out);
+    /* weight = exp(logit - top), for logits <= top; sums of weights, in 8 lanes; log(sum(exp(logits - top))) */
+    void (*exp_weights)(const double *logit, size_t n, double top, double *weight);
+    double (*weight_sum)(const double *weight, size_t n);
+    double (*log_sum_exp)(const float *logits, size_t n, float top);
+
     /* f32 to and from a weight format; rounding to nearest even */
     void (*narrow[FB_KERNEL_DTYPES])(const float *x, size_t n, void *out);
     void (*widen[FB_KERNEL_DTYPES])(const void *x, size_t n, float *out);

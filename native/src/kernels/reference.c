@@ -148,6 +148,8 @@ static void widen_bf16(const void *x, size_t n, float *out) {
         out[i] = fb_bf16_to_f32(((const uint16_t *)x)[i]);
 }
 
+#include "kernels/vocabulary.h"
+
 const struct fb_kernels fb_kernels_reference = {
     .gemm = {gemm_f32, gemm_f16, gemm_bf16},
     .gemm_blocks = fb_reference_gemm_blocks,
@@ -162,4 +164,5 @@ const struct fb_kernels fb_kernels_reference = {
     .rotate = rotate,
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},
     .widen = {widen_f32, widen_f16, widen_bf16},
+    VOCABULARY_KERNELS,
 };

@@ -307,6 +307,8 @@ FORMAT(bf16)
 #undef X
 #undef MAP
 
+#include "kernels/vocabulary.h"
+
 const struct fb_kernels KERNEL_TABLE = {
     .gemm = {gemm_f32, gemm_f16, gemm_bf16},
     .gemm_blocks = gemm_blocks,
@@ -321,4 +323,5 @@ const struct fb_kernels KERNEL_TABLE = {
     .rotate = rotate,
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},
     .widen = {widen_f32, widen_f16, widen_bf16},
+    VOCABULARY_KERNELS,
 };

@@ -131,7 +131,7 @@ size_t fb_sample_work_bytes(int32_t vocab_size) {
 
 static struct fb_candidates candidates_in(void *work, int32_t vocab_size) {
     const size_t n = (size_t)vocab_size;
-    struct fb_candidates c = {.vocab_size = vocab_size, .logit = work};
+    struct fb_candidates c = {.kernels = fb_kernels_of(fb_isa_best()), .vocab_size = vocab_size, .logit = work};
     c.weight = c.logit + n;
     c.mass = c.weight + n;
     c.id = (int32_t *)(void *)(c.mass + FB_SAMPLE_BINS);
@@ -237,7 +237,7 @@ static int32_t pick_at(const struct fb_candidates *c, double u) {
     double sum = 0.0;
     int32_t first = 0;
     for (; first + FB_SUM_BLOCK < c->n; first += FB_SUM_BLOCK) {
-        const double block = fb_block_sum(c->weight + first, FB_SUM_BLOCK);
+        const double block = c->kernels->weight_sum(c->weight + first, FB_SUM_BLOCK);
         if (sum + block > target) break;
         sum += block;
     }
@@ -260,8 +260,8 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct f
     float top;
     FB_REQUIRE(token && logprob, "token or logprob is NULL");
     FB_TRY(check_request(&request, work));
-    FB_TRY(fb_check_logits(logits, vocab_size, &top));
     struct fb_candidates c = candidates_in(work, vocab_size);
+    FB_TRY(fb_check_logits(c.kernels, logits, vocab_size, &top));
     int32_t drawn = 0;
     if (settings->temperature == 0.0f) {
         FB_TRY(run_greedy(&c, &request, top, &drawn));
@@ -270,7 +270,7 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct f
         drawn = fb_candidate_id(&c, pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW)));
     }
     *token = drawn;
-    const double log_sum = fb_log_sum_exp(logits, vocab_size, top);
+    const double log_sum = c.kernels->log_sum_exp(logits, (size_t)vocab_size, top);
     const double log_p = ((double)logits[drawn] - (double)top) - log_sum;
     *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON wants it */
     return FB_OK;
@@ -284,8 +284,8 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
     float top;
     FB_REQUIRE(probabilities, "probabilities is NULL");
     FB_TRY(check_request(&request, work));
-    FB_TRY(fb_check_logits(logits, vocab_size, &top));
     struct fb_candidates c = candidates_in(work, vocab_size);
+    FB_TRY(fb_check_logits(c.kernels, logits, vocab_size, &top));
     int32_t best = 0;
     const bool greedy = settings->temperature == 0.0f;
     if (greedy)

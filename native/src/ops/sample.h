@@ -4,7 +4,7 @@
  *
  *  - sample.c: public functions, checks, the chain, the draw
  *  - sample_cut.c: candidates and the steps that drop some (top-k, top-p, min-p, typical, XTC)
- *  - sample_exp.c: exponentials
+ *  - kernels/vocabulary.h: loops over all of a vocabulary
  *  - sample_history.c: the steps that change logits (bias, penalties, DRY)
  *  - random.c: Philox 4x32-10
  *
@@ -15,7 +15,7 @@
 #ifndef FABULA_OPS_SAMPLE_H
 #define FABULA_OPS_SAMPLE_H
 
-#include "fabula.h"
+#include "kernels/kernels.h"
 
 enum {
     FB_SAMPLE_BINS = 1024,   /* bins of one pass of a selection: 8 KiB, they stay in L1 */
@@ -27,6 +27,7 @@ enum {
 /* The tokens still in the game, in slots 0 .. n-1 by ascending id. All arrays lie in the caller's
  * scratch. */
 struct fb_candidates {
+    const struct fb_kernels *kernels;
     int32_t n, vocab_size;
     bool whole;         /* nothing was dropped yet: slot i is token i, and `id` is not filled */
     bool weighted;      /* weight and total belong to the logits as they are */
@@ -60,7 +61,7 @@ int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot);
 int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id);
 
 /* Tells the highest of n logits; FB_NON_FINITE as told in fb_sample. */
-enum fb_status fb_check_logits(const float *logits, int32_t n, float *top);
+enum fb_status fb_check_logits(const struct fb_kernels *kernels, const float *logits, int32_t n, float *top);
 
 /* Makes all tokens candidates with these logits. */
 void fb_candidates_load(struct fb_candidates *c, const float *logits);
@@ -69,15 +70,8 @@ void fb_candidates_load(struct fb_candidates *c, const float *logits);
  * it when it needs it. */
 enum fb_status fb_candidates_weigh(struct fb_candidates *c);
 
-/* Sum of n weights in the order that fb_candidates.total and the draw share. */
-double fb_block_sum(const double *weight, int32_t n);
+/* Weights are summed in blocks of so many: in this order fb_candidates.total and the draw agree. */
 enum { FB_SUM_BLOCK = 256 };
-
-/* weight[i] = exp(logit[i] - top), for logits <= top. */
-void fb_exp_weights(const double *logit, int32_t n, double top, double *weight);
-
-/* log(sum(exp(logits - top))), `top` being the highest of them. */
-double fb_log_sum_exp(const float *logits, int32_t n, float top);
 
 /* Steps that change logits. */
 void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *request);

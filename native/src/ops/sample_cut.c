@@ -15,8 +15,6 @@
 #include <string.h>
 
 enum {
-    LANES = 8, /* independent sums, for the latency of an addition: four SSE2 registers */
-    F32_LANES = 16,
     SORT_AT_MOST = 32,                  /* members of a bin that are sorted rather than spread over new bins */
     GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k that guess_top_k() is tried for */
     GUESS_BINS_PER_NAT = 32
@@ -41,80 +39,39 @@ int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id) {
     return low < c->n && c->id[low] == id ? low : -1;
 }
 
-static double highest(const double *x, int32_t n) {
-    double top[LANES];
-    for (int lane = 0; lane < LANES; lane++)
-        top[lane] = -INFINITY;
-    int32_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++)
-            top[lane] = x[i + lane] > top[lane] ? x[i + lane] : top[lane];
-    for (; i < n; i++)
-        top[0] = x[i] > top[0] ? x[i] : top[0];
-    for (int lane = 1; lane < LANES; lane++)
-        top[0] = top[lane] > top[0] ? top[lane] : top[0];
-    return top[0];
-}
-
-enum fb_status fb_check_logits(const float *logits, int32_t n, float *top) {
-    float best[F32_LANES];
-    for (int lane = 0; lane < F32_LANES; lane++)
-        best[lane] = -INFINITY;
-    int bad = 0;
-    int32_t i = 0;
-    for (; i + F32_LANES <= n; i += F32_LANES)
-        for (int lane = 0; lane < F32_LANES; lane++) {
-            const float x = logits[i + lane];
-            bad |= !(x <= FLT_MAX); /* NaN too */
-            best[lane] = x > best[lane] ? x : best[lane];
-        }
-    for (; i < n; i++) {
-        bad |= !(logits[i] <= FLT_MAX);
-        best[0] = logits[i] > best[0] ? logits[i] : best[0];
-    }
-    for (i = 0; bad && logits[i] <= FLT_MAX;)
-        i++;
-    if (bad)
+enum fb_status fb_check_logits(const struct fb_kernels *kernels, const float *logits, int32_t n, float *top) {
+    if (!kernels->top_logit(logits, (size_t)n, top)) {
+        int32_t i = 0;
+        while (logits[i] <= FLT_MAX)
+            i++;
         return fb_fail(
             FB_NON_FINITE, "logit of token %d is %g: the model or its input is damaged", i, (double)logits[i]);
-    for (int lane = 1; lane < F32_LANES; lane++)
-        best[0] = best[lane] > best[0] ? best[lane] : best[0];
-    if (best[0] == -INFINITY) return fb_fail(FB_NON_FINITE, "all %d logits are -infinity", n);
-    *top = best[0];
+    }
+    if (*top == -INFINITY) return fb_fail(FB_NON_FINITE, "all %d logits are -infinity", n);
     return FB_OK;
 }
 
 void fb_candidates_load(struct fb_candidates *c, const float *logits) {
-    for (int32_t i = 0; i < c->vocab_size; i++)
-        c->logit[i] = (double)logits[i];
+    c->kernels->to_double(logits, (size_t)c->vocab_size, c->logit);
     c->n = c->vocab_size;
     c->whole = true;
     c->weighted = false;
 }
 
-double fb_block_sum(const double *weight, int32_t n) {
-    double sum[LANES] = {0.0};
-    int32_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++)
-            sum[lane] += weight[i + lane];
-    for (int lane = 0; i < n; i++, lane++)
-        sum[lane] += weight[i];
-    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-}
-
 static void renew_total(struct fb_candidates *c) {
     c->total = 0.0;
-    for (int32_t i = 0; i < c->n; i += FB_SUM_BLOCK)
-        c->total += fb_block_sum(c->weight + i, c->n - i < FB_SUM_BLOCK ? c->n - i : FB_SUM_BLOCK);
+    for (int32_t i = 0; i < c->n; i += FB_SUM_BLOCK) {
+        const int32_t n = c->n - i < FB_SUM_BLOCK ? c->n - i : FB_SUM_BLOCK;
+        c->total += c->kernels->weight_sum(c->weight + i, (size_t)n);
+    }
 }
 
 enum fb_status fb_candidates_weigh(struct fb_candidates *c) {
     if (c->weighted) return FB_OK;
-    const double top = highest(c->logit, c->n);
+    const double top = c->kernels->highest(c->logit, (size_t)c->n);
     FB_REQUIRE(
         top > -INFINITY, "every token is banned: bias and earlier steps of the chain left none of %d", c->vocab_size);
-    fb_exp_weights(c->logit, c->n, top, c->weight);
+    c->kernels->exp_weights(c->logit, (size_t)c->n, top, c->weight);
     c->weighted = true;
     renew_total(c);
     return FB_OK;
@@ -229,8 +186,8 @@ static double guess_top_k(const struct fb_candidates *c, int32_t k) {
     int32_t *count = c->match, n_blocks = 0;
     const int32_t block = c->n / FB_SAMPLE_BINS + 1;
     for (int32_t i = 0; i < c->n; i += block)
-        block_top[n_blocks++] = highest(c->logit + i, c->n - i < block ? c->n - i : block);
-    const double high = highest(block_top, n_blocks);
+        block_top[n_blocks++] = c->kernels->highest(c->logit + i, (size_t)(c->n - i < block ? c->n - i : block));
+    const double high = c->kernels->highest(block_top, (size_t)n_blocks);
     const double scale = GUESS_BINS_PER_NAT;
     memset(count, 0, FB_SAMPLE_BINS * sizeof *count);
     for (int32_t i = 0; i < n_blocks; i++) {
@@ -288,7 +245,8 @@ enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
 enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    const double top = highest(c->logit, c->n); /* taken off before the sum, so that large logits cancel */
+    const double top = c->kernels->highest(
+        c->logit, (size_t)c->n); /* taken off before the sum, so that large logits cancel */
     double sum = 0.0;
     for (int32_t i = 0; i < c->n; i++)
         if (c->weight[i] > 0.0) sum += c->weight[i] * (c->logit[i] - top);
@@ -304,7 +262,7 @@ enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
 enum fb_status fb_step_min_p(struct fb_candidates *c, double p) {
     if (p == 0.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    const double limit = p * highest(c->weight, c->n);
+    const double limit = p * c->kernels->highest(c->weight, (size_t)c->n);
     int32_t n = 0;
     for (int32_t i = 0; i < c->n; i++)
         if (c->weight[i] >= limit) keep(c, i, n++);

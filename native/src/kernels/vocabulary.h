@@ -1,0 +1,159 @@
+/*
+ * vocabulary.h - loops over a vocabulary, for the sampler: included by reference.c and by simd.h, so that one source becomes the
+ * code of every instruction set. Written with the vector types of GCC and Clang, which are lowered to what the machine has; lanes
+ * are independent and nothing is fused, so results are the same everywhere.
+ *
+ * Weights are double, because they decide which token is drawn; the sum behind `logprob` is of f32 terms and errs by about
+ * 1e-7, which is what an f32 result can tell.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef double d8 __attribute__((vector_size(64)));
+typedef uint64_t u8x8 __attribute__((vector_size(64)));
+typedef float f16x __attribute__((vector_size(64)));
+typedef uint32_t u16x __attribute__((vector_size(64)));
+
+enum { SUM_F32 = 256 }; /* f32 terms added up, 16 in a lane, before their sum goes on in double */
+
+/* Added and taken off again these round to an integer, which then stands in the low bits. */
+#define ROUND_F64 0x1.8p52
+#define ROUND_F32 0x1.8p23f
+
+/* exp(x) for x <= 0 by Cephes' rational form (Moshier, netlib cephes/double/exp.c), relative error about 2e-16. 0 below -700:
+ * e^-700 is 1e-304, close to where doubles lose digits. */
+#define EXP64_LOW    (-700.0)
+#define EXP64_LOG2E  1.4426950408889634073599
+#define EXP64_LN2_HI 6.93145751953125e-1
+#define EXP64_LN2_LO 1.42860682030941723212e-6
+
+/* out = exp(x - top) for 8 numbers. Below the limit or at -infinity the arithmetic yields garbage, which the mask turns into 0. */
+static inline void exp_of_8(const double *x, double top, double *out) {
+    d8 in;
+    memcpy(&in, x, sizeof in);
+    in -= top;
+    const d8 shifted = in * EXP64_LOG2E + ROUND_F64, n = shifted - ROUND_F64;
+    const d8 r = (in - n * EXP64_LN2_HI) - n * EXP64_LN2_LO, rr = r * r;
+    const d8 p = r * ((1.26177193074810590878e-4 * rr + 3.02994407707441961300e-2) * rr + 1.0);
+    const d8 q = ((3.00198505138664455042e-6 * rr + 2.52448340349684104192e-3) * rr + 2.27265548208155028766e-1) * rr +
+                 2.0;
+    const d8 e = 1.0 + 2.0 * (p / (q - p));
+    const d8 power = (d8)(((u8x8)shifted + 1023) << 52); /* 2^n: the shift drops all but the integer */
+    const d8 result = (d8)((u8x8)(e * power) & (u8x8)(in >= EXP64_LOW));
+    memcpy(out, &result, sizeof result);
+}
+
+static void exp_weights(const double *logit, size_t n, double top, double *weight) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        exp_of_8(logit + i, top, weight + i);
+    if (i < n) {
+        double in[8], out[8];
+        for (size_t lane = 0; lane < 8; lane++)
+            in[lane] = lane < n - i ? logit[i + lane] : top;
+        exp_of_8(in, top, out);
+        memcpy(weight + i, out, (n - i) * sizeof *out);
+    }
+}
+
+/* part += exp(x - top) for 16 numbers <= top, as told in exp.h. Terms of the polynomial are paired (Estrin), which shortens the
+ * chain of operations that the loop waits for. */
+static inline void add_exp_of_16(const float *x, float top, f16x *part) {
+    f16x in;
+    memcpy(&in, x, sizeof in);
+    in -= top;
+    const f16x shifted = in * FB_EXP_LOG2E + ROUND_F32, n = shifted - ROUND_F32;
+    const f16x r = (in - n * FB_EXP_LN2_HI) - n * FB_EXP_LN2_LO, rr = r * r;
+    const f16x p = ((FB_EXP_P0 * r + FB_EXP_P1) * rr + (FB_EXP_P2 * r + FB_EXP_P3)) * rr + (FB_EXP_P4 * r + FB_EXP_P5);
+    const f16x e = p * rr + (r + 1.0f);
+    const f16x power = (f16x)(((u16x)shifted + 127) << 23);
+    *part += (f16x)((u16x)(e * power) & (u16x)(in >= FB_EXP_LOW));
+}
+
+static double log_sum_exp(const float *logits, size_t n, float top) {
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i += SUM_F32) {
+        const size_t end = n - i < SUM_F32 ? n : i + SUM_F32;
+        f16x part = {0.0f};
+        size_t k = i;
+        for (; k + 16 <= end; k += 16)
+            add_exp_of_16(logits + k, top, &part);
+        if (k < end) {
+            float padded[16];
+            for (size_t lane = 0; lane < 16; lane++)
+                padded[lane] = lane < end - k ? logits[k + lane] : -FLT_MAX;
+            add_exp_of_16(padded, top, &part);
+        }
+        for (int lane = 0; lane < 16; lane++)
+            sum += (double)part[lane];
+    }
+    return log(sum);
+}
+
+static double weight_sum(const double *weight, size_t n) {
+    d8 sum = {0.0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        d8 x;
+        memcpy(&x, weight + i, sizeof x);
+        sum += x;
+    }
+    for (size_t lane = 0; i < n; i++, lane++)
+        sum[lane] += weight[i];
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+static double highest(const double *x, size_t n) {
+    d8 top;
+    for (int lane = 0; lane < 8; lane++)
+        top[lane] = -INFINITY;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        d8 in;
+        memcpy(&in, x + i, sizeof in);
+        const u8x8 is_more = (u8x8)(in > top);
+        top = (d8)(((u8x8)in & is_more) | ((u8x8)top & ~is_more));
+    }
+    for (; i < n; i++)
+        top[0] = x[i] > top[0] ? x[i] : top[0];
+    for (int lane = 1; lane < 8; lane++)
+        top[0] = top[lane] > top[0] ? top[lane] : top[0];
+    return top[0];
+}
+
+static bool top_logit(const float *logits, size_t n, float *top) {
+    f16x best;
+    u16x bad = {0};
+    for (int lane = 0; lane < 16; lane++)
+        best[lane] = -INFINITY;
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        f16x in;
+        memcpy(&in, logits + i, sizeof in);
+        bad |= ~(u16x)(in <= FLT_MAX); /* NaN too */
+        const u16x is_more = (u16x)(in > best);
+        best = (f16x)(((u16x)in & is_more) | ((u16x)best & ~is_more));
+    }
+    for (; i < n; i++) {
+        bad[0] |= !(logits[i] <= FLT_MAX);
+        best[0] = logits[i] > best[0] ? logits[i] : best[0];
+    }
+    uint32_t any = bad[0];
+    for (int lane = 1; lane < 16; lane++) {
+        any |= bad[lane];
+        best[0] = best[lane] > best[0] ? best[lane] : best[0];
+    }
+    *top = best[0];
+    return any == 0;
+}
+
+static void to_double(const float *x, size_t n, double *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = (double)x[i];
+}
+
+#define VOCABULARY_KERNELS                                                                                             \
+    .top_logit = top_logit, .to_double = to_double, .highest = highest, .exp_weights = exp_weights,                    \
+    .weight_sum = weight_sum, .log_sum_exp = log_sum_exp
