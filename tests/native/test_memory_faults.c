@@ -6,12 +6,14 @@
  * FB_OUT_OF_MEMORY, leaves what its pointers point to as it was, keeps no memory, and works when called again.
  */
 #include <errno.h>
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+#include "base/memory.h"
 #include "check.h"
 #include "fabula.h"
 
@@ -274,8 +276,36 @@ static enum fb_status measure_read(size_t n_bytes) {
     return status;
 }
 
-CALL(measure_small_read, measure_read(1 << 16))
+CALL(measure_small_read, measure_read(1 << 14))
 CALL(measure_large_read, measure_read(4 << 20))
+
+/* Blocks of a middle size share mappings: where no further one can be had, what there is is given out and stays whole. */
+static void check_shared_mappings(void) {
+    enum { MOST = 100, BYTES = 1 << 20 };
+    const long before = atomic_load(&n_mapped_bytes), blocks = atomic_load(&n_blocks);
+    char *taken[MOST];
+    int n = 0;
+    taken[n++] = fb_memory_take(BYTES);
+    CHECK(taken[0]);
+    atomic_store(&n_requests, 0);
+    refuse_first = 1, refuse_last = LONG_MAX;
+    while (n < MOST && (taken[n] = fb_memory_take(BYTES)))
+        n++;
+    CHECK(n < MOST);
+    refuse_first = 0;
+    while (n < MOST && (taken[n] = fb_memory_take(BYTES)))
+        n++;
+    CHECK(n == MOST);
+    for (int i = 0; i < n; i++) {
+        CHECK((uintptr_t)taken[i] % 64 == 0 && taken[i][0] == 0 && taken[i][BYTES - 1] == 0);
+        memset(taken[i], i + 1, BYTES);
+    }
+    for (int i = 0; i < n; i++) {
+        CHECK(taken[i][0] == i + 1 && taken[i][BYTES - 1] == i + 1);
+        fb_memory_release(taken[i], BYTES);
+    }
+    CHECK(atomic_load(&n_mapped_bytes) == before && atomic_load(&n_blocks) == blocks);
+}
 
 /* ---- Calls that take none ---------------------------------------------------------------------------------------- */
 
@@ -350,6 +380,7 @@ static void test_beyond_the_address_space(void) {
 }
 
 int main(void) {
+    check_shared_mappings();
     for (int32_t i = 0; i < N_FLOATS; i++)
         input[i] = 0.25f + (float)(i % 7) / 8.0f;
     for (int32_t i = 0; i < LONG; i++)

@@ -2,33 +2,36 @@
  * memory.c - aligned memory. See memory.h.
  *
  * Large blocks come straight from mmap: a fresh mapping is zero, so it need not be touched (the thread that packs a
- * weight touches it first), and MADV_HUGEPAGE saves the TLB misses that 4 KiB pages cost a stream of weights.
+ * weight touches it first), and MADV_HUGEPAGE saves what 4 KiB pages cost a stream of weights: TLB misses, and a
+ * prefetcher that stops at each border. The matrices of a small model are smaller than a huge page, so blocks of a
+ * middle size share mappings, one behind the other; a mapping goes when the last of its blocks is released.
  */
 #include "base/memory.h"
 
+#include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+enum { SHARES_MAPPINGS = 0 }; /* every block alone, so that what lies behind it is out of bounds */
+#else
+enum { SHARES_MAPPINGS = 1 };
+#endif
+
 enum { LINE = 64 };
 static const size_t PAGE = 65536, HUGE_PAGE = (size_t)2 << 20;
+static const size_t SHARED_FROM = 65536, SHARED_BYTES = (size_t)32 << 20;
 
 static size_t round_up(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
-void *fb_memory_take(size_t n_bytes) {
-    if (n_bytes > SIZE_MAX / 2) return NULL;
-    if (n_bytes < HUGE_PAGE) {
-        size_t size = round_up(n_bytes ? n_bytes : 1, LINE);
-        void *memory = aligned_alloc(LINE, size);
-        if (memory) memset(memory, 0, size);
-        return memory;
-    }
+static void *map(size_t size) {
     /* Map one huge page more than needed, then cut the ends off so that the rest starts on a 2 MiB border. The end is
      * not rounded up to one: a hundred matrices would waste a hundred megabytes. */
-    size_t size = round_up(n_bytes, PAGE);
     char *raw = mmap(
         NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) return NULL;
@@ -40,10 +43,77 @@ void *fb_memory_take(size_t n_bytes) {
     return memory;
 }
 
+/* ---- Shared mappings --------------------------------------------------------------------------------------------- */
+
+struct shared {
+    struct shared *next;
+    char *memory; /* [SHARED_BYTES] */
+    size_t used;
+    int64_t n_blocks; /* that are not released */
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct shared *all; /* the first one gives out blocks, the others are full */
+
+static void *take_shared(size_t n_bytes) {
+    const size_t size = round_up(n_bytes, LINE);
+    void *memory = NULL;
+    pthread_mutex_lock(&lock);
+    if (!all || all->used + size > SHARED_BYTES) {
+        struct shared *fresh = calloc(1, sizeof *fresh);
+        if (fresh) fresh->memory = map(SHARED_BYTES);
+        if (!fresh || !fresh->memory) {
+            free(fresh);
+            goto done;
+        }
+        fresh->next = all;
+        all = fresh;
+    }
+    memory = all->memory + all->used;
+    all->used += size;
+    all->n_blocks++;
+done:
+    pthread_mutex_unlock(&lock);
+    return memory;
+}
+
+static void release_shared(const char *block) {
+    pthread_mutex_lock(&lock);
+    for (struct shared **at = &all; *at; at = &(*at)->next) {
+        struct shared *mapping = *at;
+        if (block < mapping->memory || block >= mapping->memory + SHARED_BYTES) continue;
+        if (--mapping->n_blocks == 0) {
+            *at = mapping->next;
+            munmap(mapping->memory, SHARED_BYTES);
+            free(mapping);
+        }
+        break;
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+static bool is_shared(size_t n_bytes) {
+    return SHARES_MAPPINGS && n_bytes >= SHARED_FROM && n_bytes < HUGE_PAGE;
+}
+
+/* ---- Blocks ------------------------------------------------------------------------------------------------------ */
+
+void *fb_memory_take(size_t n_bytes) {
+    if (n_bytes > SIZE_MAX / 2) return NULL;
+    if (is_shared(n_bytes)) return take_shared(n_bytes);
+    if (n_bytes >= HUGE_PAGE) return map(round_up(n_bytes, PAGE));
+    size_t size = round_up(n_bytes ? n_bytes : 1, LINE);
+    void *memory = aligned_alloc(LINE, size);
+    if (memory) memset(memory, 0, size);
+    return memory;
+}
+
 void fb_memory_release(void *memory, size_t n_bytes) {
     if (!memory) return;
-    if (n_bytes < HUGE_PAGE)
-        free(memory);
-    else
+    if (is_shared(n_bytes))
+        release_shared(memory);
+    else if (n_bytes >= HUGE_PAGE)
         munmap(memory, round_up(n_bytes, PAGE));
+    else
+        free(memory);
 }

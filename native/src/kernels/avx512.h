@@ -172,7 +172,7 @@ enum { BLOCK_TOKENS = 6, BLOCK_PANELS = 2 };
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
-#define TILE_PANELS(tokens) ((tokens) == 1 ? 1 : 2)
+#define TILE_PANELS(tokens) ((tokens) <= 3 ? 1 : 2)
 /* clang-format off */
 #define TILES(X) \
     X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(4, 2) X(5, 1) X(5, 2) X(6, 1) X(6, 2) \

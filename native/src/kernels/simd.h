@@ -26,7 +26,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
-enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS };
+enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
@@ -76,7 +76,9 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t pan
         /* Tiles of nearly the same size: one of 12 and one of 4 would take longer than two of 8. */
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
-        size_t step = TILE_PANELS(tokens);
+        /* Two panels in one page of memory are read one after the other: processors foresee one stream in a page, and K
+         * and V lie so. */
+        const size_t step = panel_stride * element_bytes < MEMORY_PAGE ? 1 : TILE_PANELS(tokens);
         for (size_t p = 0; p < n_panels; p += step) {
             size_t count = n_panels - p < step ? n_panels - p : step;
             const void *from = (const char *)panels + p * panel_stride * element_bytes;

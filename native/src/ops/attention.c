@@ -138,32 +138,6 @@ static void attend_sinks(const struct fb_attention *a, const struct layout *l, c
         KEY_BLOCK, rows, out.values, l->padded, false);
 }
 
-/* K of pages first .. last of a tile's head, and behind them V of the same pages: the pieces a key block is read in. */
-struct pieces {
-    const struct fb_attention *a;
-    const struct tile *t;
-    int32_t first, last;
-};
-
-/* Asks memory for piece `i`. Pages lie anywhere, so the processor cannot foresee the next one; it matters where few queries
- * pass over a page, which is then read at the speed of memory. */
-static void fetch(const struct pieces *pieces, int32_t i) {
-    const struct fb_page_pool *pool = pieces->a->pool;
-    const int32_t n = pieces->last - pieces->first + 1;
-    if (i >= 2 * n) return;
-    const int32_t page = pieces->t->sequence->pages[pieces->first + i % n];
-    char *slab = fb_slab(pool, page, pieces->a->layer, pieces->t->kv_head);
-    const char *at = i < n ? slab : fb_slab_v(pool, slab);
-    const size_t n_bytes = (i < n ? pool->k_elements : pool->slab_elements - pool->k_elements) * pool->element_bytes;
-    for (size_t byte = 0; byte < n_bytes; byte += 64)
-        __builtin_prefetch(at + byte, 0, 2);
-}
-
-enum {
-    FEW_ROWS = 16,
-    AHEAD = 2
-}; /* queries of a tile that is read at the speed of memory; pieces fetched before use */
-
 /* The partial result of every query of the tile over one key block. */
 static void attend_block(const struct fb_attention *a, const struct layout *l, const struct tile *t, int32_t block,
     const struct workspace *w, struct partial out) {
@@ -177,13 +151,8 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     const int32_t high = last_position < start + KEY_BLOCK - 1 ? last_position : start + KEY_BLOCK - 1;
     const int32_t first_page = low / FB_PAGE_POSITIONS, last_page = high / FB_PAGE_POSITIONS;
     const fb_gemm_kernel gemm = a->kernels->gemm[a->pool->dtype];
-    const struct pieces pieces = {a, t, first_page, last_page};
-    const bool fetches = rows <= FEW_ROWS;
-    for (int32_t i = 0; fetches && i < AHEAD; i++)
-        fetch(&pieces, i);
 
     for (int32_t page = first_page; page <= last_page; page++) {
-        if (fetches) fetch(&pieces, page - first_page + AHEAD);
         const char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
         const size_t panels = (size_t)(high - page * FB_PAGE_POSITIONS) / 16 + 1;
         gemm(slab, l->head_dim * 16, panels < 2 ? panels : 2, l->head_dim, w->q, l->head_dim, rows,
@@ -202,7 +171,6 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     }
 
     for (int32_t page = first_page; page <= last_page; page++) {
-        if (fetches) fetch(&pieces, last_page - first_page + 1 + page - first_page + AHEAD);
         char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
         const int32_t positions = high - page * FB_PAGE_POSITIONS + 1; /* written ones; behind them may lie anything */
         gemm(fb_slab_v(a->pool, slab), (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16,
