@@ -184,11 +184,10 @@ def test_a_closer_look(page: Page, served: Running, story: str) -> None:
     other = page.find(".alternatives button:not(.chosen)").first
     other.wait_for()
     other.click()
-    page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
-    page.page.wait_for_function(
-        "!document.querySelector('#paper').readOnly && !document.querySelector('#paper').hidden"
-    )
-    turns = served.get(f"/sessions/{story}/tree")["turns"]
+    end = time.monotonic() + 60
+    while len(turns := served.get(f"/sessions/{story}/tree")["turns"]) < 2:
+        assert time.monotonic() < end, "no other way is told"
+        page.page.wait_for_timeout(50)
     assert len(turns) == 2 and turns[0]["parent_id"] == turns[1]["parent_id"]
     first, second = (served.post("/turn_tokens", session_id=story, turn=turn["id"])["tokens"] for turn in turns)
     assert first[:4] == second[:4] and first[4] != second[4]

@@ -32,9 +32,9 @@ MAX_KEPT_EVENTS = 200_000  # of those runs together: some 100 MB, less without `
 KEEP_ALIVE_S = 15.0  # between comments on a stream that has no news; proxies cut what is silent for longer
 
 # Pieces of a fast answer travel together: every write wakes a reader, which takes time from what computes. The first
-# goes at once; later ones wait a tenth of the time the answer has taken, up to a fiftieth of a second, and never for
+# goes at once; later ones wait a tenth of the time the answer has taken, up to a thirtieth of a second, and never for
 # more than eight others.
-MAX_REST_S, REST_SHARE, MAX_TOGETHER = 0.02, 0.1, 8
+MAX_REST_S, REST_SHARE, MAX_TOGETHER = 1 / 30, 0.1, 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ const sidebar = h("nav.sidebar", { "aria-label": t("sessions") });
 const opener = iconButton("menu", t("menu"), () => document.body.classList.toggle("with-sidebar"), { id: "opener" });
 const shade = h("div.shade", { onclick: () => document.body.classList.remove("with-sidebar") });
 
+document.querySelector("#booting")?.remove();
 document.body.append(sidebar, shade, h("div.content", {}, opener, status, h("div.views", {}, main, aside)), live);
 
 export const page = {

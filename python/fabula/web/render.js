@@ -1,6 +1,6 @@
 // Markdown as HTML, made by the server. A growing text keeps the blocks that cannot change and sends only its last one.
 
-const EVERY_MS = 125; // a growing text is sent so often at most
+const EVERY_MS = 350; // a growing text is sent so often at most
 const KEPT = 400; // finished texts whose blocks are remembered
 
 export class Renderer {

@@ -28,15 +28,21 @@ const state = {
 };
 const subscribers = new Set();
 const changed = new Set();
-let frame = 0;
+let frame = 0, timer = 0, drawnAt = 0;
+const LIVE_MS = 125;
 
+/** Something changed. Words of an answer that grows are drawn eight times a second, anything else with the next frame. */
 function touch(...keys) {
   keys.forEach((key) => changed.add(key));
-  if (!frame) frame = requestAnimationFrame(flush);
+  if (frame) return;
+  const rest = LIVE_MS - (performance.now() - drawnAt);
+  if (changed.size > 1 || !changed.has("live") || rest <= 0) frame = requestAnimationFrame(flush);
+  else timer ||= setTimeout(() => { timer = 0; if (changed.size) frame ||= requestAnimationFrame(flush); }, rest);
 }
 
 function flush() {
   frame = 0;
+  drawnAt = performance.now();
   const keys = new Set(changed);
   changed.clear();
   for (const subscriber of subscribers) subscriber(state, keys);
