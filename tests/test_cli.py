@@ -268,10 +268,11 @@ def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> N
 
 
 def test_names_of_precisions_are_those_of_the_models() -> None:
-    from fabula.cli.options import WEIGHTS
+    from fabula.cli.options import KV_NAMES, WEIGHTS
+    from fabula.kv.format import KV_NAMES as KV
     from fabula.models.precision import NAMES
 
-    assert WEIGHTS == NAMES and set(get_args(WeightsName)) == set(NAMES)
+    assert KV_NAMES == KV and WEIGHTS == NAMES and set(get_args(WeightsName)) == set(NAMES)
 
 
 # ---- In a terminal --------------------------------------------------------------------------------------------

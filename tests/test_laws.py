@@ -38,7 +38,7 @@ from fabula import (
 )
 from fabula._native import page_bytes
 from fabula.engine.generation import Generation
-from fabula.formats.checkpoint import DType
+from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import Sequence
 
 CONTEXT, N_PAGES = 128, 11  # each text has at most 4 pages, and with a window as many
@@ -609,11 +609,11 @@ class Laws(RuleBasedStateMachine):
 
 @pytest.mark.timeout(3600 if MORE > 1 else 120)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8:bf16"])
 def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
     tiny_folder: Path, tmp_path: Path, kv: Any, threads: int
 ) -> None:
-    n_bytes = N_PAGES * page_bytes(DType.F32 if kv == "f32" else DType.F16, 2, 2, 6)
+    n_bytes = N_PAGES * page_bytes(kv_dtypes(kv), 2, 2, 6)
     options = {"kv": kv, "threads": threads, "context": CONTEXT, "kv_memory": n_bytes}
     with Model.load(tiny_folder, kv=kv, threads=1, context=CONTEXT) as oracle:
         attributes = {"folder": tiny_folder, "oracle": oracle, "options": options, "place": tmp_path}

@@ -241,8 +241,30 @@ def test_self_attention(n_tokens: int, heads: int, kv_heads: int, dim: int, wind
     exp = np.exp(scores - scores.max(axis=2, keepdims=True))
     expected = np.einsum("hts,shd->thd", exp / exp.sum(axis=2, keepdims=True), values)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
-    half = everywhere(lambda **how: ops.self_attention(q, k, v, window=window, kv="f16", **how))
-    np.testing.assert_allclose(half, expected, rtol=2e-2, atol=4e-3)
+    for kv, atol in (
+        ("f16", 4e-3),
+        ("bf16", 3e-2),
+        ("q8", 2e-2),
+        ("q8:f32", 2e-2),
+        ("f16:q8", 2e-2),
+        ("f32:bf16", 2e-2),
+    ):
+        held = everywhere(lambda kv=kv, **how: ops.self_attention(q, k, v, window=window, kv=kv, **how))
+        np.testing.assert_allclose(held, expected, rtol=2e-2, atol=atol)
+
+
+def test_bytes_of_k_and_v_have_a_scale_for_each_head() -> None:
+    """One position a thousand times as large as the others does not make them coarse; a damaged one is seen."""
+    q, k, v = (random(40, 1, 16, seed=i) for i in range(3))
+    k[7] *= 1e-3
+    v[7] *= 1000
+    exact, held = (ops.self_attention(q, k, v, kv=kv) for kv in ("f32", "q8"))
+    np.testing.assert_allclose(held[:7], exact[:7], atol=2e-2)
+    v[9] = 0
+    np.testing.assert_array_equal(ops.self_attention(q, k, v, kv="q8")[:9], held[:9])
+    v[20, 0, 3] = np.inf
+    held = ops.self_attention(q, k, v, kv="q8")
+    assert np.isnan(held[20:]).all()
 
 
 # ---- Wrong arguments ---------------------------------------------------------------------------------------
@@ -277,7 +299,9 @@ def test_self_attention(n_tokens: int, heads: int, kv_heads: int, dim: int, wind
         (lambda: Weight(DType.F32, 2, 2).pack_rows(np.zeros(24, np.uint8), DType.F32, 3), "the last row would be 2"),
         (lambda: Weight(DType.F32, 2, 33).pack_rows(np.zeros(36, np.uint8), DType.Q4_0, 1), "whole blocks of 32"),
         (lambda: Weight(DType.F32, 2, 2).pack_rows(np.zeros(8, np.uint8), 99, 1), "src_dtype 99"),
-        (lambda: PagePool(DType.BF16, 1, 1, 1, 8), "f32 or f16"),
+        (lambda: PagePool(DType.Q4_0, 1, 1, 1, 8), "f32, f16, bf16 or q8_0"),
+        (lambda: PagePool((DType.F16, DType.Q4_K), 1, 1, 1, 8), "not in dtypes 1 and 8"),
+        (lambda: ops.self_attention(random(1, 1, 2), random(1, 1, 2), random(1, 1, 2), kv="q8:"), "kv is 'q8:'"),
         (lambda: PagePool(DType.F16, 0, 1, 1, 8), "n_pages is 0"),
         (lambda: PagePool(DType.F16, 1, 1, 1, 2000), "head_dim is 2000"),
         (lambda: PagePool(DType.F16, 2, 1, 1, 8).copy(0, 2), "src is page 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_bad_windows(tiny_folder: Path) -> None:
 
 
 def test_page_bytes_as_the_library_counts_them() -> None:
-    for dtype in (DType.F32, DType.F16):
+    formats = (DType.F32, DType.F16, DType.BF16, DType.Q8_0)
+    for dtype in (*formats, *product(formats, formats)):
         for shape in ((2, 3, 24), (1, 1, 16), (5, 2, 7)):
             assert _native.page_bytes(dtype, *shape) == PagePool(dtype, 1, *shape).page_bytes

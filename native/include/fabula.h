@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 4 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 5 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -140,16 +140,17 @@ void fb_weight_free(fb_weight *weight);          /* only after every program tha
 /* ---- KV pages ---------------------------------------------------------------------------------------------------- */
 
 /* A pool of pages. A page holds FB_PAGE_POSITIONS positions of K and V for all layers and KV heads:
- *     per layer, per KV head:  K [2 blocks of 16 positions][head_dim][16]   then   V [head_dim / 16, rounded
- * up][32][16] K blocks and V blocks are panels like those of weights, so attention runs on the kernels of matrix
- * products. Who owns which page is the caller's business; the pool only holds bytes. One engine thread at a time. */
+ *     per layer, per KV head:  K [2 blocks of 16 positions][head_dim][16]   then   V [head_dim / 16, rounded up][32][16]
+ * K blocks and V blocks are panels like those of weights, so attention runs on the kernels of matrix products. Each of K and
+ * V may be F32, F16, BF16 or Q8_0: then it holds signed bytes, and behind them one f32 [32], the scale of each position's
+ * head. Who owns which page is the caller's business; the pool only holds bytes. One engine thread at a time. */
 typedef struct fb_page_pool fb_page_pool;
 
 #define FB_PAGE_POSITIONS 32
 
-/* dtype: F32 or F16. Memory is reserved at once, but only touched pages take room. head_dim: 1 .. 1024. */
-enum fb_status fb_page_pool_create(
-    enum fb_dtype dtype, int32_t n_pages, int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
+/* Memory is reserved at once, but only touched pages take room. head_dim: 1 .. 1024. */
+enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
+    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
 void fb_page_pool_free(fb_page_pool *pool);
 size_t fb_page_bytes(const fb_page_pool *pool); /* bytes of one page; 0 for NULL */
 
@@ -354,10 +355,10 @@ enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32
     int32_t rotary_dim, const float *inv_freq, float rope_scale, int32_t n_threads, enum fb_isa isa);
 
 /* Causal self-attention of one sequence whose K and V are all given: q [n_tokens, n_heads, head_dim], k and v
- * [n_tokens, n_kv_heads, head_dim], out like q. Packs K and V into pages of `kv_dtype` first. window as in fb_op. */
+ * [n_tokens, n_kv_heads, head_dim], out like q. Packs K and V into pages of their dtypes first. window as in fb_op. */
 enum fb_status fb_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
-    int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype kv_dtype, int32_t n_threads,
-    enum fb_isa isa, float *out);
+    int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype k_dtype, enum fb_dtype v_dtype,
+    int32_t n_threads, enum fb_isa isa, float *out);
 
 /* ---- Machine ----------------------------------------------------------------------------------------------------- */
 

@@ -161,19 +161,30 @@ class Weight:
 # ---- KV pages ----------------------------------------------------------------------------------------------
 
 
-def page_bytes(dtype: int, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
+KvDTypes = int | tuple[int, int]  # of K and V, or of each
+
+
+def _of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
+    return dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
+
+
+def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
     """Bytes of a page of that shape; the layout stands in fabula.h."""
+
+    def part(dtype: int, dimensions: int) -> int:
+        return dimensions + 4 if dtype == lib.FB_Q8_0 else dimensions * int(lib.fb_dtype_block_bytes(dtype))
+
+    k, v = _of_k_and_v(dtypes)
     lanes = -(-head_dim // 16) * 16
-    elements = n_layers * n_kv_heads * PAGE_POSITIONS * (head_dim + lanes)
-    return elements * int(lib.fb_dtype_block_bytes(dtype))
+    return n_layers * n_kv_heads * PAGE_POSITIONS * (part(k, head_dim) + part(v, lanes))
 
 
 class PagePool:
     """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
 
-    def __init__(self, dtype: int, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, dtypes: KvDTypes, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
         out = ffi.new("fb_page_pool **")
-        _check(lib.fb_page_pool_create(dtype, n_pages, n_layers, n_kv_heads, head_dim, out))
+        _check(lib.fb_page_pool_create(*_of_k_and_v(dtypes), n_pages, n_layers, n_kv_heads, head_dim, out))
         self.handle: Any = ffi.gc(out[0], lib.fb_page_pool_free)
         self.n_pages = n_pages
         self.page_bytes = int(lib.fb_page_bytes(self.handle))
@@ -446,14 +457,22 @@ def rope(
 
 
 def self_attention(
-    q: F32, k: F32, v: F32, window: int, scale: float, kv_dtype: int, n_threads: int, isa: Isa, out: F32 | None = None
+    q: F32,
+    k: F32,
+    v: F32,
+    window: int,
+    scale: float,
+    kv_dtypes: KvDTypes,
+    n_threads: int,
+    isa: Isa,
+    out: F32 | None = None,
 ) -> F32:
     out = np.empty_like(q) if out is None else out
     tokens, heads, dim = q.shape
     _check(
         lib.fb_self_attention(
-            _floats(q), _floats(k), _floats(v), tokens, heads, k.shape[1], dim, window, scale, kv_dtype, n_threads,
-            _isa(isa), _floats(out),
+            _floats(q), _floats(k), _floats(v), tokens, heads, k.shape[1], dim, window, scale,
+            *_of_k_and_v(kv_dtypes), n_threads, _isa(isa), _floats(out),
         )
     )  # fmt: skip
     return out

@@ -18,12 +18,13 @@ from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, TemplateError, TokenizerError
-from fabula.formats.checkpoint import Checkpoint, DType
+from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.download import DEFAULT_MODEL, Progress
 from fabula.formats.fingerprint import Fingerprinting
 from fabula.formats.locate import locate
 from fabula.formats.open import open_checkpoint
 from fabula.kv.cache import KvCache
+from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
 from fabula.kv.spill import Fingerprint
 from fabula.models.config import ModelConfig
@@ -40,9 +41,7 @@ WeightsName = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
     "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
 ]  # fmt: skip
-KvName = Literal["f16", "f32"]
-
-_KV = {"f16": DType.F16, "f32": DType.F32}
+KvName = str  # one of `fabula.kv.format.KV_NAMES`
 
 
 class Model:
@@ -109,7 +108,7 @@ class Model:
             name_or_path: a Hugging Face folder, a .gguf file, or a name; see `fabula pull --help`.
             weights: precision of the matrices in memory. "auto" keeps every matrix as the checkpoint has it; the others
                 round when they load, as `fabula quantize` does ("q8", "q4", ... are short for q8_0, q4_k_m, ...).
-            kv: precision of the KV cache.
+            kv: format of the KV cache: "f16", "f32", "bf16" or "q8", or two of them for K and V apart, as "q8:f16".
             threads: None takes what this process may really use (affinity, CPU quota, physical cores).
             context: positions a text may have; None takes the model's own length.
             kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory.
@@ -128,8 +127,7 @@ class Model:
         """
         if weights not in PRECISIONS:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
-        if kv not in tuple(_KV):
-            raise InvalidArgument(f"kv is {kv!r}, must be one of {', '.join(_KV)}")
+        kv_formats = kv_dtypes(kv)
         limits = (("threads", threads, 1024), ("context", context, 1 << 24), ("kv_memory", kv_memory, 1 << 50))
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
@@ -145,7 +143,7 @@ class Model:
             runner = Runner(
                 checkpoint,
                 weights=precision_of(weights, config),
-                kv=_KV[kv],
+                kv=kv_formats,
                 n_threads=n_threads,
                 context=context,
                 kv_memory=kv_memory,

@@ -24,6 +24,7 @@ from fabula._native import Isa
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import DType
+from fabula.kv.format import kv_dtypes
 
 __all__ = [
     "Weight",
@@ -45,7 +46,6 @@ Precision = Literal[
 ]
 
 _DTYPES = {dtype.name.lower(): dtype for dtype in DType}
-_KV = {name: _DTYPES[name] for name in ("f32", "f16")}
 
 
 def _array(value: npt.ArrayLike, name: str, n_dims: int) -> F32:
@@ -216,7 +216,7 @@ def self_attention(
     *,
     scale: float | None = None,
     window: int = 0,
-    kv: Literal["f32", "f16"] = "f32",
+    kv: str = "f32",
     threads: int | None = None,
     isa: Isa = "auto",
 ) -> F32:
@@ -227,13 +227,11 @@ def self_attention(
         k, v: float32 [n_tokens, n_kv_heads, head_dim]; n_kv_heads divides n_heads.
         scale: factor on q.k; None for 1 / sqrt(head_dim).
         window: a token sees itself and window - 1 before it; 0 for all.
-        kv: precision K and V are held in.
+        kv: what K and V are held in: "f32", "f16", "bf16" or "q8", or two of them as "K:V".
     """
     queries, keys, values = _array(q, "q", 3), _array(k, "k", 3), _array(v, "v", 3)
     n_tokens, _, head_dim = queries.shape
     _shape(keys, "k", (n_tokens, keys.shape[1], head_dim))
     _shape(values, "v", keys.shape)
     factor = head_dim**-0.5 if scale is None else scale
-    return _native.self_attention(
-        queries, keys, values, window, factor, _precision("kv", kv, _KV), _threads(threads), isa
-    )
+    return _native.self_attention(queries, keys, values, window, factor, kv_dtypes(kv), _threads(threads), isa)

@@ -187,7 +187,7 @@ CALL(create_large_weight, create_weight(FB_F32, 1000, 1000))
 
 static enum fb_status create_pool(int32_t n_pages) {
     fb_page_pool *made = (fb_page_pool *)&nothing;
-    const enum fb_status status = fb_page_pool_create(FB_F16, n_pages, 2, 1, HEAD_DIM, &made);
+    const enum fb_status status = fb_page_pool_create(FB_F16, FB_F16, n_pages, 2, 1, HEAD_DIM, &made);
     CHECK((made == (fb_page_pool *)&nothing) == (status != FB_OK));
     if (status == FB_OK) fb_page_pool_free(made);
     return status;
@@ -242,7 +242,7 @@ static enum fb_status attend(int32_t n_tokens, int32_t n_heads, int32_t n_kv_hea
     const size_t n = (size_t)n_tokens * (size_t)n_heads * (size_t)head_dim;
     mark_output(n);
     return check_output(fb_self_attention(input, input, input, n_tokens, n_heads, n_kv_heads, head_dim, 0, 0.25f,
-                            FB_F32, 2, FB_ISA_AUTO, output),
+                            FB_F32, FB_F32, 2, FB_ISA_AUTO, output),
         n);
 }
 
@@ -374,8 +374,8 @@ static enum fb_status sample(void) {
 static void test_beyond_the_address_space(void) {
     CHECK(create_weight(FB_F32, 1 << 30, 1 << 30) == FB_OUT_OF_MEMORY);
     fb_page_pool *made = (fb_page_pool *)&nothing;
-    CHECK(fb_page_pool_create(FB_F32, INT32_MAX, 1 << 20, 1 << 20, 1024, &made) == FB_OUT_OF_MEMORY);
-    CHECK(fb_page_pool_create(FB_F32, 1 << 10, 1 << 20, 1 << 15, 1024, &made) == FB_OUT_OF_MEMORY);
+    CHECK(fb_page_pool_create(FB_F32, FB_F32, INT32_MAX, 1 << 20, 1 << 20, 1024, &made) == FB_OUT_OF_MEMORY);
+    CHECK(fb_page_pool_create(FB_F32, FB_F32, 1 << 10, 1 << 20, 1 << 15, 1024, &made) == FB_OUT_OF_MEMORY);
     CHECK(made == (fb_page_pool *)&nothing && n_mapped_bytes == 0);
 }
 
@@ -396,7 +396,7 @@ int main(void) {
     to_qkv = packed(QKV, WIDTH);
     woven = packed(2 * WIDTH, WIDTH);
     vocabulary = packed(N_VOCAB, WIDTH);
-    CHECK(fb_page_pool_create(FB_F16, 3, 1, 1, HEAD_DIM, &pool) == FB_OK);
+    CHECK(fb_page_pool_create(FB_F16, FB_F16, 3, 1, 1, HEAD_DIM, &pool) == FB_OK);
     sweep("fb_program_create, small", create_small_program, -1);
     sweep("fb_program_create, large", create_large_program, -1);
     CHECK(make_program(N_TOKENS, &program) == FB_OK);

@@ -58,6 +58,7 @@ typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_ac
 
 struct fb_kernels {
     fb_gemm_kernel gemm[FB_KERNEL_DTYPES];
+    fb_gemm_kernel gemm_bytes; /* panels of signed bytes, each as the whole number it is */
     fb_gemm_blocks_kernel gemm_blocks;
     fb_quantise_kernel quantise;
 
@@ -76,8 +77,9 @@ struct fb_kernels {
     /* a = fma(b, b_factor, a * a_factor): two partial attention results become one */
     void (*merge)(float *a, float a_factor, const float *b, float b_factor, size_t n);
 
-    /* y = y + x */
+    /* y = y + x;  y = y x */
     void (*add)(float *y, const float *x, size_t n);
+    void (*multiply)(float *y, const float *x, size_t n);
 
     /* out = gate / (1 + exp(-gate)) * up; out may be gate or up */
     void (*swiglu)(const float *gate, const float *up, size_t n, float *out);

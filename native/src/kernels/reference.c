@@ -13,6 +13,7 @@
 
 static float element(enum fb_dtype dtype, const void *base, size_t index) {
     if (dtype == FB_F32) return ((const float *)base)[index];
+    if (dtype == FB_Q8_0) return (float)((const int8_t *)base)[index];
     uint16_t bits = ((const uint16_t *)base)[index];
     return dtype == FB_F16 ? fb_f16_to_f32(bits) : fb_bf16_to_f32(bits);
 }
@@ -43,6 +44,11 @@ static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, s
 static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void rms_norm(const float *x, const float *weight, size_t n, float eps, float *out) {
@@ -102,6 +108,11 @@ static void merge(float *a, float a_factor, const float *b, float b_factor, size
         a[i] = fmaf(b[i], b_factor, a[i] * a_factor);
 }
 
+static void multiply(float *y, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        y[i] = y[i] * x[i];
+}
+
 static void add(float *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++)
         y[i] += x[i];
@@ -152,6 +163,7 @@ static void widen_bf16(const void *x, size_t n, float *out) {
 
 const struct fb_kernels fb_kernels_reference = {
     .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .gemm_bytes = gemm_bytes,
     .gemm_blocks = fb_reference_gemm_blocks,
     .quantise = fb_reference_quantise,
     .rms_norm = rms_norm,
@@ -160,6 +172,7 @@ const struct fb_kernels fb_kernels_reference = {
     .scale = scale,
     .merge = merge,
     .add = add,
+    .multiply = multiply,
     .swiglu = swiglu,
     .rotate = rotate,
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},

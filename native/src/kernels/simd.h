@@ -30,9 +30,15 @@ enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
+/* Bytes stand under the number of Q8_0. */
+INLINE size_t bytes_of(const enum fb_dtype dtype) {
+    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
+}
+
 INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
     if (dtype == FB_F32) return v16_load((const float *)panels + index);
     if (dtype == FB_F16) return v16_load_f16((const uint16_t *)panels + index);
+    if (dtype == FB_Q8_0) return v16_from_v16i(v16i_load_s8((const uint8_t *)panels + index));
     return v16_load_bf16((const uint16_t *)panels + index);
 }
 
@@ -70,7 +76,7 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
-    const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
+    const size_t element_bytes = bytes_of(dtype);
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         /* Tiles of nearly the same size: one of 12 and one of 4 would take longer than two of 8. */
@@ -106,7 +112,7 @@ INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_str
         gemm_tiles(dtype, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
         return;
     }
-    const size_t element_bytes = dtype == FB_F32 ? 4 : 2;
+    const size_t element_bytes = bytes_of(dtype);
     const size_t group = TILE_PANELS(MAX_TOKENS);
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
     for (size_t p = 0; p < n_panels; p += group) {
@@ -143,6 +149,11 @@ static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, s
 static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 #include "kernels/blocks_simd.h"
@@ -253,6 +264,10 @@ static void add(float *y, const float *x, size_t n) {
     MAP(n, y, v16_add(X(y), X(x)));
 }
 
+static void multiply(float *y, const float *x, size_t n) {
+    MAP(n, y, v16_mul(X(y), X(x)));
+}
+
 INLINE v16 swiglu_v16(v16 gate, v16 up) {
     v16 minus_gate = v16_mul(gate, v16_set1(-1.0f));
     return v16_mul(v16_div(gate, v16_add(v16_set1(1.0f), exp_v16(minus_gate))), up);
@@ -313,6 +328,7 @@ FORMAT(bf16)
 
 const struct fb_kernels KERNEL_TABLE = {
     .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .gemm_bytes = gemm_bytes,
     .gemm_blocks = gemm_blocks,
     .quantise = quantise,
     .rms_norm = rms_norm,
@@ -321,6 +337,7 @@ const struct fb_kernels KERNEL_TABLE = {
     .scale = scale,
     .merge = merge,
     .add = add,
+    .multiply = multiply,
     .swiglu = swiglu,
     .rotate = rotate,
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},

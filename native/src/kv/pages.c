@@ -5,24 +5,39 @@
 #include "base/status.h"
 #include "kernels/kernels.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_HEAD_DIM = 1024, MAX_COUNT = 1 << 20 };
 
-enum fb_status fb_page_pool_create(
-    enum fb_dtype dtype, int32_t n_pages, int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
+static size_t element_bytes(enum fb_dtype dtype) {
+    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
+}
+
+static struct fb_kv_part part_of(enum fb_dtype dtype, size_t dimensions) {
+    const size_t elements = (size_t)FB_PAGE_POSITIONS * dimensions;
+    const size_t scales = dtype == FB_Q8_0 ? FB_PAGE_POSITIONS * sizeof(float) : 0;
+    return (struct fb_kv_part){dtype, elements, elements * element_bytes(dtype) + scales};
+}
+
+static bool holds_kv(enum fb_dtype dtype) {
+    return dtype == FB_F32 || dtype == FB_F16 || dtype == FB_BF16 || dtype == FB_Q8_0;
+}
+
+enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
+    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
     FB_REQUIRE(out, "out is null");
-    FB_REQUIRE(dtype == FB_F32 || dtype == FB_F16, "KV is held in f32 or f16, not in dtype %d", (int)dtype);
+    FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
+        "K and V are held in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
     FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
     FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_COUNT, "n_layers is %d, must be 1 .. %d", n_layers, MAX_COUNT);
     FB_REQUIRE(n_kv_heads >= 1 && n_kv_heads <= MAX_COUNT, "n_kv_heads is %d, must be 1 .. %d", n_kv_heads, MAX_COUNT);
     FB_REQUIRE(head_dim >= 1 && head_dim <= MAX_HEAD_DIM, "head_dim is %d, must be 1 .. %d", head_dim, MAX_HEAD_DIM);
-    size_t element_bytes = dtype == FB_F32 ? 4 : 2;
-    size_t k_elements = (size_t)FB_PAGE_POSITIONS * (size_t)head_dim;
-    size_t v_elements = (size_t)FB_PAGE_POSITIONS * (size_t)((head_dim + 15) / 16 * 16);
-    size_t slab_bytes = (k_elements + v_elements) * element_bytes, page_bytes, n_bytes;
-    if (!fb_size_multiply(slab_bytes, (size_t)n_layers * (size_t)n_kv_heads, &page_bytes) ||
+    const struct fb_kv_part k = part_of(k_dtype, (size_t)head_dim);
+    const struct fb_kv_part v = part_of(v_dtype, (size_t)(head_dim + 15) / 16 * 16);
+    size_t page_bytes, n_bytes;
+    if (!fb_size_multiply(k.bytes + v.bytes, (size_t)n_layers * (size_t)n_kv_heads, &page_bytes) ||
         !fb_size_multiply(page_bytes, (size_t)n_pages, &n_bytes))
         return fb_fail(FB_OUT_OF_MEMORY, "%d KV pages do not fit memory", n_pages);
     struct fb_page_pool *pool = calloc(1, sizeof *pool);
@@ -31,14 +46,12 @@ enum fb_status fb_page_pool_create(
         free(pool);
         return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", n_pages, n_bytes);
     }
-    *pool = (struct fb_page_pool){.dtype = dtype,
+    *pool = (struct fb_page_pool){.k = k,
+        .v = v,
         .n_pages = n_pages,
         .n_layers = n_layers,
         .n_kv_heads = n_kv_heads,
         .head_dim = head_dim,
-        .element_bytes = element_bytes,
-        .k_elements = k_elements,
-        .slab_elements = k_elements + v_elements,
         .page_bytes = page_bytes,
         .n_bytes = n_bytes,
         .memory = memory};
@@ -93,26 +106,56 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
     return FB_OK;
 }
 
+/* Rounds n numbers to whole multiples of a scale, which is returned; NaN if one of them is NaN or infinite. */
+static float to_bytes(const float *x, size_t n, int8_t *codes) {
+    float top = 0.0f;
+    bool is_finite = true;
+    for (size_t i = 0; i < n; i++) {
+        const float magnitude = fabsf(x[i]);
+        is_finite = is_finite && magnitude < INFINITY;
+        top = magnitude > top ? magnitude : top;
+    }
+    memset(codes, 0, n);
+    if (!is_finite) return NAN;
+    if (top < 1e-30f) return 0.0f;
+    const float inverse = 127.0f / top;
+    for (size_t i = 0; i < n; i++)
+        codes[i] = (int8_t)lrintf(x[i] * inverse);
+    return top / 127.0f;
+}
+
 void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *slab, int32_t position,
     const float *k, const float *v) {
     const size_t head_dim = (size_t)pool->head_dim, at = (size_t)position;
     const size_t first = at / 16 * 16 * head_dim + at % 16; /* element of dimension 0 inside K */
-    uint32_t narrow[MAX_HEAD_DIM];                          /* room for either format */
-    kernels->narrow[pool->dtype](k, head_dim, narrow);
-    if (pool->element_bytes == 4) {
-        uint32_t *out = (uint32_t *)slab + first;
+    uint32_t narrow[MAX_HEAD_DIM];                          /* room for any format */
+    float *k_scales = fb_part_scales(&pool->k, slab);
+    if (k_scales)
+        k_scales[at] = to_bytes(k, head_dim, (int8_t *)narrow);
+    else
+        kernels->narrow[pool->k.dtype](k, head_dim, narrow);
+    switch (element_bytes(pool->k.dtype)) {
+    case 4:
         for (size_t d = 0; d < head_dim; d++)
-            out[d * 16] = narrow[d];
-    } else {
-        const uint16_t *halfs = (const uint16_t *)narrow;
-        uint16_t *out = (uint16_t *)slab + first;
+            ((uint32_t *)(void *)slab)[first + d * 16] = narrow[d];
+        break;
+    case 2:
         for (size_t d = 0; d < head_dim; d++)
-            out[d * 16] = halfs[d];
+            ((uint16_t *)(void *)slab)[first + d * 16] = ((const uint16_t *)narrow)[d];
+        break;
+    default:
+        for (size_t d = 0; d < head_dim; d++)
+            slab[first + d * 16] = ((const char *)narrow)[d];
     }
     char *to = fb_slab_v(pool, slab);
+    float *v_scales = fb_part_scales(&pool->v, to);
+    if (v_scales) v_scales[at] = to_bytes(v, head_dim, (int8_t *)narrow);
     for (size_t d = 0; d < head_dim; d += 16) {
-        size_t lanes = head_dim - d < 16 ? head_dim - d : 16;
-        size_t element = (d / 16 * FB_PAGE_POSITIONS + at) * 16;
-        kernels->narrow[pool->dtype](v + d, lanes, to + element * pool->element_bytes);
+        const size_t lanes = head_dim - d < 16 ? head_dim - d : 16;
+        const size_t element = (d / 16 * FB_PAGE_POSITIONS + at) * 16;
+        if (v_scales)
+            memcpy(to + element, (const char *)narrow + d, lanes);
+        else
+            kernels->narrow[pool->v.dtype](v + d, lanes, to + element * element_bytes(pool->v.dtype));
     }
 }

@@ -1,43 +1,51 @@
 /*
  * pages.h - the pool of KV pages and the way into one.
  *
- * A page holds 32 positions of every layer; per layer and KV head it is a slab of two panels (16 lanes = 16
- * positions, or 16 lanes = 16 dimensions), in the shape that fb_kernels.gemm multiplies:
+ * A page holds 32 positions of every layer; per layer and KV head it is a slab of two parts, both panels (16 lanes = 16
+ * positions, or 16 lanes = 16 dimensions) in the shape that fb_kernels.gemm multiplies:
  *
  *     K   [2 blocks of 16 positions][head_dim][16]        scores of 16 positions = panel x query
  *     V   [head_dim / 16, rounded up][32 positions][16]   16 outputs = panel x probabilities
  *
- * Lanes of V beyond head_dim stay zero.
+ * Lanes of V beyond head_dim stay zero. A part in bytes has a scale for each position behind its panels: scores of K are
+ * multiplied by it, and the probabilities that V is summed up with.
  */
 #ifndef FABULA_KV_PAGES_H
 #define FABULA_KV_PAGES_H
 
-#include "fabula.h"
+#include "kernels/kernels.h"
+
+/* K or V of a slab. */
+struct fb_kv_part {
+    enum fb_dtype dtype; /* F32, F16, BF16, or Q8_0 for bytes */
+    size_t elements, bytes;
+};
 
 struct fb_page_pool {
-    enum fb_dtype dtype; /* F32 or F16 */
+    struct fb_kv_part k, v;
     int32_t n_pages, n_layers, n_kv_heads, head_dim;
-    size_t element_bytes;
-    size_t k_elements;    /* of one slab's K: 32 head_dim */
-    size_t slab_elements; /* K and V of one layer and head */
     size_t page_bytes, n_bytes;
     char *memory;
 };
 
-static inline size_t fb_slab_element(const struct fb_page_pool *pool, int32_t layer, int32_t kv_head) {
-    return ((size_t)layer * (size_t)pool->n_kv_heads + (size_t)kv_head) * pool->slab_elements;
-}
-
-/* K of a slab; V follows k_elements later. */
+/* A slab; it begins with K. */
 static inline char *fb_slab(const struct fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head) {
-    return pool->memory + (size_t)page * pool->page_bytes + fb_slab_element(pool, layer, kv_head) * pool->element_bytes;
+    const size_t index = (size_t)layer * (size_t)pool->n_kv_heads + (size_t)kv_head;
+    return pool->memory + (size_t)page * pool->page_bytes + index * (pool->k.bytes + pool->v.bytes);
 }
 
 static inline char *fb_slab_v(const struct fb_page_pool *pool, char *slab) {
-    return slab + pool->k_elements * pool->element_bytes;
+    return slab + pool->k.bytes;
 }
 
-struct fb_kernels;
+/* The scales [32] of a part in bytes, NULL for another. */
+static inline float *fb_part_scales(const struct fb_kv_part *part, char *at) {
+    return part->dtype == FB_Q8_0 ? (float *)(void *)(at + part->elements) : NULL;
+}
+
+static inline fb_gemm_kernel fb_part_gemm(const struct fb_kv_part *part, const struct fb_kernels *kernels) {
+    return part->dtype == FB_Q8_0 ? kernels->gemm_bytes : kernels->gemm[part->dtype];
+}
 
 /* Writes one position (0 .. 31 of its page) of one head: k and v f32 [head_dim]. */
 void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *slab, int32_t position,

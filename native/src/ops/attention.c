@@ -113,13 +113,36 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
     memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
 }
 
+/* Scores [rows][KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. */
+static void score_keys(const struct fb_attention *a, const struct layout *l, char *slab, size_t panels, const float *q,
+    size_t rows, float *scores) {
+    const struct fb_kv_part *k = &a->pool->k;
+    fb_part_gemm(k, a->kernels)(
+        slab, l->head_dim * 16, panels, l->head_dim, q, l->head_dim, rows, scores, KEY_BLOCK, false);
+    const float *scales = fb_part_scales(k, slab);
+    for (size_t r = 0; scales && r < rows; r++)
+        a->kernels->multiply(scores + r * KEY_BLOCK, scales, panels * 16);
+}
+
+/* values [rows][padded] = (accumulate ? values : 0) + weights times V of the first n positions of a slab. The weights are
+ * used up. */
+static void sum_values(const struct fb_attention *a, const struct layout *l, char *slab, size_t n, float *weights,
+    size_t rows, float *values, bool accumulate) {
+    const struct fb_kv_part *v = &a->pool->v;
+    char *at = fb_slab_v(a->pool, slab);
+    const float *scales = fb_part_scales(v, at);
+    for (size_t r = 0; scales && r < rows; r++)
+        a->kernels->multiply(weights + r * KEY_BLOCK, scales, n);
+    fb_part_gemm(v, a->kernels)(
+        at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, n, weights, KEY_BLOCK, rows, values, l->padded, accumulate);
+}
+
 /* The partial result of every query of the tile over the sinks outside its window. Turns the queries in `w`. */
 static void attend_sinks(const struct fb_attention *a, const struct layout *l, const struct tile *t,
     const struct workspace *w, struct partial out) {
     const size_t rows = (size_t)t->n_tokens * l->group, half = (size_t)a->rotary_dim / 2;
     const int32_t n_sinks = t->sequence->n_sinks;
     const int32_t first_position = t->sequence->n_past + t->first_token;
-    const fb_gemm_kernel gemm = a->kernels->gemm[a->pool->dtype];
     for (size_t r = 0; r < rows; r++) {
         const int32_t token = (int32_t)(r / l->group);
         if (!fb_sees_sinks(t->sequence, a->window, first_position + token)) continue;
@@ -129,13 +152,12 @@ static void attend_sinks(const struct fb_attention *a, const struct layout *l, c
     }
     char *slab = fb_slab(a->pool, t->sequence->pages[0], a->layer, t->kv_head);
     const size_t panels = (size_t)(n_sinks - 1) / 16 + 1;
-    gemm(slab, l->head_dim * 16, panels, l->head_dim, w->q, l->head_dim, rows, w->scores, KEY_BLOCK, false);
+    score_keys(a, l, slab, panels, w->q, rows, w->scores);
     for (size_t r = 0; r < rows; r++) {
         const bool sees = fb_sees_sinks(t->sequence, a->window, first_position + (int32_t)(r / l->group));
         weigh_scores(a, w->scores + r * KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
     }
-    gemm(fb_slab_v(a->pool, slab), (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, (size_t)n_sinks, w->scores,
-        KEY_BLOCK, rows, out.values, l->padded, false);
+    sum_values(a, l, slab, (size_t)n_sinks, w->scores, rows, out.values, false);
 }
 
 /* The partial result of every query of the tile over one key block. */
@@ -150,13 +172,11 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     const int32_t low = visible > start ? visible : start;
     const int32_t high = last_position < start + KEY_BLOCK - 1 ? last_position : start + KEY_BLOCK - 1;
     const int32_t first_page = low / FB_PAGE_POSITIONS, last_page = high / FB_PAGE_POSITIONS;
-    const fb_gemm_kernel gemm = a->kernels->gemm[a->pool->dtype];
 
     for (int32_t page = first_page; page <= last_page; page++) {
-        const char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
+        char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
         const size_t panels = (size_t)(high - page * FB_PAGE_POSITIONS) / 16 + 1;
-        gemm(slab, l->head_dim * 16, panels < 2 ? panels : 2, l->head_dim, w->q, l->head_dim, rows,
-            w->scores + (page * FB_PAGE_POSITIONS - start), KEY_BLOCK, false);
+        score_keys(a, l, slab, panels < 2 ? panels : 2, w->q, rows, w->scores + (page * FB_PAGE_POSITIONS - start));
     }
 
     /* Softmax without its division, over what each query sees; the rest of its row becomes 0. */
@@ -173,9 +193,8 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     for (int32_t page = first_page; page <= last_page; page++) {
         char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
         const int32_t positions = high - page * FB_PAGE_POSITIONS + 1; /* written ones; behind them may lie anything */
-        gemm(fb_slab_v(a->pool, slab), (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16,
-            (size_t)(positions < FB_PAGE_POSITIONS ? positions : FB_PAGE_POSITIONS),
-            w->scores + (page * FB_PAGE_POSITIONS - start), KEY_BLOCK, rows, out.values, l->padded, page > first_page);
+        sum_values(a, l, slab, (size_t)(positions < FB_PAGE_POSITIONS ? positions : FB_PAGE_POSITIONS),
+            w->scores + (page * FB_PAGE_POSITIONS - start), rows, out.values, page > first_page);
     }
 }
 

@@ -236,8 +236,8 @@ static void fill_page(void *context, int64_t index, int thread) {
 }
 
 enum fb_status fb_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
-    int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype kv_dtype, int32_t n_threads,
-    enum fb_isa isa, float *out) {
+    int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype k_dtype, enum fb_dtype v_dtype,
+    int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(q && k && v && out, "q, k, v or out is null");
     FB_REQUIRE(n_kv_heads >= 1 && n_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads %d must divide n_heads %d",
         n_kv_heads, n_heads);
@@ -247,7 +247,7 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     FB_TRY(open_job(&job, n_tokens, head_dim, n_threads, isa));
     const int32_t n_pages = (n_tokens - 1) / FB_PAGE_POSITIONS + 1;
     fb_page_pool *pool;
-    FB_TRY(fb_page_pool_create(kv_dtype, n_pages, 1, n_kv_heads, head_dim, &pool));
+    FB_TRY(fb_page_pool_create(k_dtype, v_dtype, n_pages, 1, n_kv_heads, head_dim, &pool));
 
     const size_t page_bytes = (size_t)n_pages * sizeof(int32_t), partial_bytes = FB_PARTIAL_FLOATS * sizeof(float);
     const size_t scratch_bytes = fb_attention_scratch_bytes(n_heads, n_kv_heads, head_dim);

@@ -26,7 +26,7 @@ import numpy as np
 
 _TRIAL_PROMPT, _TRIAL_TOKENS, _TRIAL_ROUNDS = 512, 12, 3
 _UBATCHES = (512, 2048)  # llama.cpp's own choice, and one that reads a long prompt in fewer passes
-_KV = {"f32": 0, "f16": 1, "q8_0": 8}  # enum ggml_type
+_KV = {"f32": 0, "f16": 1, "q8": 8, "bf16": 30}  # enum ggml_type
 _QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 
 
@@ -144,7 +144,8 @@ class Worker:
             params.flash_attn_type = (
                 llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setting.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
             )
-            params.type_k = params.type_v = _KV[self._kv]
+            k, _, v = self._kv.partition(":")
+            params.type_k, params.type_v = _KV[k], _KV[v or k]
             self._context, self._made = llama_cpp.llama_init_from_model(self._model, params) or None, wanted
         if self._context:
             llama_cpp.llama_set_n_threads(self._context, setting.threads, setting.threads)

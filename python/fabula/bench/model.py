@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
@@ -314,7 +315,7 @@ def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 
     # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
     everything = layers + table * (1 if c.tied else 2)
     read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
-    position = 2 * c.n_layers * c.n_kv_heads * c.head_dim * (4 if model.kv == "f32" else 2)
+    position = model.kv_usage.page_bytes / PAGE_POSITIONS
     every = read + position * (shared + sequences * (prompt_tokens - shared))
     return {
         "prefill": (machine.flops_per_s if is_plain else machine.dots_per_s) / (2 * (layers + table / prompt_tokens)),

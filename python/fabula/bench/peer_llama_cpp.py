@@ -29,7 +29,7 @@ class LlamaCpp:
     Args:
         path: a GGUF file.
         threads: at most this many.
-        kv: precision of its cache, "f16", "f32" or "q8_0".
+        kv: format of its cache, as a model's.
         n_positions: length of a sequence.
         n_sequences: sequences that are decoded together, at most.
         python: interpreter that has llama_cpp; None for this one.

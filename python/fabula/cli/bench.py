@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fabula.cli.console import note
-from fabula.cli.options import DEFAULT_MODEL, WEIGHTS, ModelOptions
+from fabula.cli.options import DEFAULT_MODEL, KV_NAMES, WEIGHTS, ModelOptions
 
 if TYPE_CHECKING:
     from fabula.bench.machine import Machine
@@ -21,7 +21,12 @@ _model = click.option(
     help="Folder, .gguf file, or name; see `fabula pull --help`.",
 )  # fmt: skip
 _kv = click.option(
-    "--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Precision of the KV cache."
+    "--kv",
+    type=click.Choice(KV_NAMES),
+    default="f16",
+    show_default=True,
+    metavar="NAME",
+    help="KV cache: f16, f32, bf16, q8; or K:V, such as q8:f16.",
 )
 _threads = click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads; default: what this process may use."
@@ -111,9 +116,7 @@ def ops(quick: bool, threads: int | None, as_json: bool) -> None:
     metavar="FILE",
     help="Python interpreter that has llama-cpp-python; default: the one that runs this.",
 )
-@click.option(
-    "--peer-kv", type=click.Choice(["f16", "f32", "q8_0"]), help="Precision of llama.cpp's KV cache; default: as --kv."
-)
+@click.option("--peer-kv", type=click.Choice(KV_NAMES), help="Precision of llama.cpp's KV cache; default: as --kv.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line on stdout and nothing else.")
 def model(
     model: str,
@@ -143,7 +146,7 @@ def model(
       fabula bench model
       fabula bench model --weights f32 --weights f16 --peers
       fabula bench model --model ./model-q8.gguf --peers --peer-python ./peers/bin/python
-      fabula bench model --weights q8_0 --prompt-tokens 8000 --rounds 3 --peers --peer-kv q8_0
+      fabula bench model --weights q8_0 --prompt-tokens 8000 --rounds 3 --peers --peer-kv q8
       fabula bench model --weights q4_0 --sequences 16 --prompt-tokens 1100 --shared 1024 --peers
       fabula bench model --model ./model.gguf --threads 4 --json
     """  # fmt: skip

@@ -14,7 +14,7 @@ from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
-    from fabula.model import KvName, Model, WeightsName
+    from fabula.model import Model, WeightsName
     from fabula.sessions.policy import ContextPolicy
     from fabula.workspace import Workspace
 
@@ -28,6 +28,10 @@ WEIGHTS = (
     "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
 )  # fmt: skip
 
+# Of the KV cache: for both, or for K and V apart.
+_KV = ("f16", "f32", "bf16", "q8")
+KV_NAMES = (*_KV, *(f"{k}:{v}" for k in _KV for v in _KV if k != v))
+
 _MODEL = (
     click.option(
         "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
@@ -38,7 +42,8 @@ _MODEL = (
         help=f"Weights in memory: {', '.join(WEIGHTS)}. auto keeps them as in the file; the others round at load.",
     ),
     click.option(
-        "--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Precision of the KV cache."
+        "--kv", type=click.Choice(KV_NAMES), default="f16", show_default=True, metavar="NAME",
+        help="KV cache in memory: f16, f32, bf16, q8; or K:V, such as q8:f16.",
     ),
     click.option(
         "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: as many as this process may use."
@@ -73,7 +78,7 @@ class ModelOptions:
             return load(
                 self.model if workspace is None else self.name,
                 weights=cast("WeightsName", self.weights),
-                kv=cast("KvName", self.kv),
+                kv=self.kv,
                 threads=self.threads,
                 context=self.context,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),

@@ -61,7 +61,7 @@ class Runner:
     Args:
         checkpoint: opened model; read completely during construction.
         weights: format of the packed matrices: one for all, or by each one's entry in the checkpoint.
-        kv: precision of K and V, F32 or F16.
+        kv: formats of K and of V.
         n_threads: threads of every step.
         context: positions a sequence may have; None takes the model's own length.
         kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
@@ -77,7 +77,7 @@ class Runner:
         checkpoint: Checkpoint,
         *,
         weights: DType | Precision,
-        kv: DType,
+        kv: tuple[DType, DType],
         n_threads: int,
         context: int | None = None,
         kv_memory: int | None = None,

@@ -67,13 +67,15 @@ class PagePool:
     """A fixed number of pages of `PAGE_POSITIONS` positions each. Thread-safe.
 
     Args:
-        dtype: F32 or F16.
+        dtypes: of K and V, or of each: F32, F16, BF16, or Q8_0 for bytes with a scale.
         n_pages: pages in all; only touched ones take memory.
         n_layers, n_kv_heads, head_dim: shape of a position's K and V.
     """
 
-    def __init__(self, dtype: DType, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
-        self.native = _native.PagePool(dtype, n_pages, n_layers, n_kv_heads, head_dim)
+    def __init__(
+        self, dtypes: DType | tuple[DType, DType], n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int
+    ) -> None:
+        self.native = _native.PagePool(dtypes, n_pages, n_layers, n_kv_heads, head_dim)
         self._free = list(range(n_pages - 1, -1, -1))
         self._holders = [0] * n_pages
         self._filled = [0] * n_pages  # positions of a page that some holder has written

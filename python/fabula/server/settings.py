@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
+from fabula.kv.format import KV_NAMES
 from fabula.models.precision import NAMES as PRECISIONS
 from fabula.workspace import SPILL_BYTES
 
@@ -70,7 +71,7 @@ class Settings:
         default="auto",
         metadata=_about("Models", "Precision of the weights in memory.", choices=PRECISIONS),
     )
-    kv: str = field(default="f16", metadata=_about("Models", "Precision of the KV cache.", choices=("f16", "f32")))
+    kv: str = field(default="f16", metadata=_about("Models", "Format of the KV cache; K:V for two.", choices=KV_NAMES))
     context: int | None = field(
         default=None,
         metadata=_about(

@@ -1,0 +1,24 @@
+"""What K and V are held in: names such as "f16" for both, or "q8:f16" for K and V apart."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from fabula.errors import InvalidArgument
+from fabula.formats.checkpoint import DType
+
+_FORMATS = {"f16": DType.F16, "f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}
+KV_NAMES = (*_FORMATS, *(f"{k}:{v}" for k, v in product(_FORMATS, _FORMATS) if k != v))
+
+
+def kv_dtypes(name: object) -> tuple[DType, DType]:
+    """The formats of K and of V. "q8" is bytes with a scale for each position's head, 8.5 bits a number in heads of 64.
+
+    Raises:
+        InvalidArgument: there is no such name.
+    """
+    k, _, v = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if name not in KV_NAMES:
+        one = ", ".join(_FORMATS)
+        raise InvalidArgument(f"kv is {name!r}, must be one of {one}, or two of them as K:V, such as q8:f16")
+    return _FORMATS[k], _FORMATS[v or k]
