@@ -336,7 +336,7 @@ def test_token_ids(ids: Any, model: Model) -> None:
     [
         *({"context": value} for value in (0, -1, 1.5, "8", True, 2**25)),
         *({"threads": value} for value in (0, -1, 1.5, "8", True, 2**25)),
-        *({"weights": "q9"}, {"weights": ["f16"]}, {"kv": "bf16"}, {"kv": ["f16"]}),
+        *({"weights": "q9"}, {"weights": ["f16"]}, {"kv": "q4"}, {"kv": "q8:"}, {"kv": ["f16"]}),
     ],
 )
 def test_options(options: dict[str, Any], tiny_folder: Path) -> None:

@@ -84,8 +84,10 @@ class Describer(OpenAPIProvider):
                     if int(status) in STATUSES and "ErrorReply" in str(response):
                         response["description"] = STATUSES[int(status)]
                 view = views.get(path)
-                if method in ("get", "post") and getattr(view, "_fabula_streams", False) and "200" in responses:
-                    responses["200"].setdefault("content", {})["text/event-stream"] = {"schema": {}}
+                if method in ("get", "post") and getattr(view, "_fabula_streams", False):
+                    responses.setdefault("200", {"description": "Events."}).setdefault("content", {})[
+                        "text/event-stream"
+                    ] = {"schema": {}}
         return found
 
 

@@ -283,7 +283,10 @@ const answer = guarded((path, body) => read(() => api.events("POST", path, { ...
 const here = () => ({ session_id: state.session.session_id });
 const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft });
 /** A story that outgrows the context goes on without its oldest pieces, unless it was set to stop. */
-const telling = (text) => (state.session ? here() : { context_policy: "drop_oldest_turns", ...opening(text) });
+const telling = (text) => {
+  if (!state.session) return { context_policy: "drop_oldest_turns", ...opening(text) };
+  return text && !state.session.title ? { ...here(), title: titleOf(text) } : here(); // its notes came before its words
+};
 
 /** What a session is called until somebody calls it otherwise: how its first words begin. */
 function titleOf(text) {
@@ -298,7 +301,7 @@ const verbs = {
   tell: (prompt, sampling = {}) => answer("/story", { ...telling(prompt || ""), ...sampling, ...(prompt ? { prompt } : {}) }),
   /** Puts words into the story, or a note for the model, without an answer. Resolves to whether they are there. */
   write: guarded(async (text, frozen = false) => {
-    const mine = visit, isNew = !state.session, { system: _, ...body } = telling(frozen ? t("untitled") : text);
+    const mine = visit, isNew = !state.session, { system: _, ...body } = telling(frozen ? "" : text);
     const told = await api.post("/write", { ...body, text, frozen });
     if (mine !== visit) return false;
     if (isNew) await begun(told.session_id);

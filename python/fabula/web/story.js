@@ -11,7 +11,7 @@ import { openNotes } from "./notes.js";
 import { openSettings } from "./settings.js";
 import { download, h, icon, iconButton, menu } from "./ui.js";
 
-const WAYS = 3;
+const WAYS = 3, PIECE = 60; // ways offered at once; tokens of a piece, unless the settings say how long
 const draftKey = (state) => `fabula.story.${state.session?.session_id || "new"}`;
 
 export function mountStory(root, store) {
@@ -62,6 +62,8 @@ export function mountStory(root, store) {
   paper.addEventListener("input", keep);
   paper.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); writeOn(1); } });
 
+  const length = () => (store.state.session || store.state.draft).sampling.max_tokens ?? PIECE;
+
   /** What must be said so that the path says `text`: the turn to go back to, and the words behind it. */
   function difference(state, text) {
     let at = 0, turn = "";
@@ -86,12 +88,12 @@ export function mountStory(root, store) {
     const mine = visits;
     if (state.session && turn !== state.headId) await store.do.rollback(turn || 0);
     // Several ways need a turn to begin from: the words are put there first.
-    const isTold = n === 1 ? await store.do.tell(rest, { max_tokens: 60 }) : !rest || await store.do.write(rest);
+    const isTold = n === 1 ? await store.do.tell(rest, { max_tokens: length() }) : !rest || await store.do.write(rest);
     if (mine !== visits) return; // another story is shown by now
     if (!isTold) { draw(store.state, new Set(["tree"])); return; } // refused: the draft is still there
     const all = textOf(store.state) + behind;
     keepDraft(shownKey, behind.trim() ? all : "");
-    if (n > 1) await store.do.branch(n, null, { max_tokens: 60 });
+    if (n > 1) await store.do.branch(n, null, { max_tokens: length() });
     draw(store.state, new Set(["tree"]));
   }
 
