@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -245,8 +246,19 @@ _STRUCT_FIELDS = (
 )  # fmt: skip
 
 
+_scratch = threading.local()
+
+
+def _scratch_for(vocab_size: int) -> Any:
+    """Memory that a draw works in. A thread has one, of the size that was wanted last: answers that have ended and are
+    still known to somebody hold none."""
+    if getattr(_scratch, "vocab_size", None) != vocab_size:
+        _scratch.work, _scratch.vocab_size = _native.sample_work(vocab_size), vocab_size
+    return _scratch.work
+
+
 class Sampler:
-    """Draws tokens by one set of settings. Holds scratch memory, so one thread at a time may use it.
+    """Draws tokens by one set of settings. Its scratch memory, 28 bytes a token of the vocabulary, is its thread's.
 
     Attributes:
         params: the settings.
@@ -286,7 +298,6 @@ class Sampler:
             seed=self.seed,
             **{name: getattr(params, name) for name in _STRUCT_FIELDS},
         )
-        self._work = _native.sample_work(vocab_size)
 
     def sample(
         self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()
@@ -335,5 +346,5 @@ class Sampler:
             ids,
             values,
             self._breakers,
-            self._work,
+            _scratch_for(self.vocab_size),
         )
