@@ -226,11 +226,11 @@ def test_model_beside_a_peer(tiny_folder: Path) -> None:
 
 def test_sequences_together(tiny_folder: Path) -> None:
     with Model.load(tiny_folder, weights="f32", threads=1) as model:
-        rows = bench_models([model], MACHINE, Lengths(40, 20, 3, 3, 30), make_peers=lambda *_: [Slow()])
+        rows = bench_models([model], MACHINE, Lengths(40, 100, 3, 3, 30), make_peers=lambda *_: [Slow()])
         alone, shared = limits(model, MACHINE, 40, 3), limits(model, MACHINE, 40, 3, 30)
         assert limits(model, MACHINE, 40)["decode"] < alone["together"] < shared["together"]
     (row,) = rows
-    assert (row.case, row.tokens, row.rounds) == ("together", 60, 3)
+    assert (row.case, row.tokens, row.rounds) == ("together", 300, 3)
     assert row.peer == pytest.approx(8.0) and row.ratio == pytest.approx(row.ours / 8.0)
     assert row.ours_spread[0] <= row.ours <= row.ours_spread[1]
     with pytest.raises(InvalidArgument, match="shared is 40"):

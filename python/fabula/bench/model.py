@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
+from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
 from fabula.model import Model
@@ -100,13 +102,14 @@ class Fabula:
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens + 1, ignore_eos=True)
         times: list[list[float]] = [[] for _ in prompts]
 
-        def drain(ids: Sequence[int], out: list[float]) -> None:
-            with self._model.generate(ids, params) as generation:
-                for _ in generation:
-                    out.append(time.perf_counter())
+        def drain(generation: Generation, out: list[float]) -> None:
+            for _ in generation:
+                out.append(generation.made_at)
 
-        with ThreadPoolExecutor(len(prompts)) as readers:
-            for _ in readers.map(drain, prompts, times):
+        # All are begun before one is read: none runs further ahead of its reader than some tokens.
+        with ExitStack() as stack, ThreadPoolExecutor(len(prompts)) as readers:
+            generations = [stack.enter_context(self._model.generate(ids, params)) for ids in prompts]
+            for _ in readers.map(drain, generations, times):
                 pass
         begin, end = max(t[0] for t in times), min(t[-1] for t in times)
         if end <= begin:
