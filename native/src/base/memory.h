@@ -4,8 +4,8 @@
 
 #include <stddef.h>
 
-/* Zeroed memory, 64-byte aligned; from 2 MiB on it is anonymous, 2 MiB-aligned and asks for huge pages, and only
- * touched pages take room. NULL if the system refuses. n_bytes 0 gives one line. */
+/* Zeroed memory, 64-byte aligned; from 64 KiB on it is anonymous and asks for huge pages, and only touched pages take
+ * room. From 2 MiB on it is 2 MiB-aligned; smaller blocks share mappings, which go with the last of their blocks. NULL if the system refuses. n_bytes 0 gives one line. */
 void *fb_memory_take(size_t n_bytes);
 
 /* Gives back what fb_memory_take returned; the size must be the same. NULL is allowed. */
