@@ -131,6 +131,10 @@ static void test_rest(const struct fb_kernels *k, const char *name, uint64_t see
     k->add(got, c, n);
     EXPECT("add", n);
 
+    ref->multiply(wanted, c, n);
+    k->multiply(got, c, n);
+    EXPECT("multiply", n);
+
     ref->swiglu(a, b, n, wanted);
     k->swiglu(a, b, n, got);
     EXPECT("swiglu", n);
@@ -159,6 +163,40 @@ static void test_rest(const struct fb_kernels *k, const char *name, uint64_t see
     free(d);
     free(got);
     free(wanted);
+}
+
+/* The sampler's loops: the same bits everywhere, and as good as the C library's in double. */
+static void test_vocabulary(const struct fb_kernels *k, const char *name, uint64_t seed, size_t n) {
+    enum { FEW = 1000 };
+    const struct fb_kernels *ref = &fb_kernels_reference;
+    static double x[FEW], other[FEW], got[FEW], wanted[FEW];
+    if (n == 0 || n > FEW) return;
+    state = seed * 613 + n;
+    float *logits = random_floats(n, false), top = 0, same_top = 0;
+    if (n > 3) logits[n / 2] = -INFINITY; /* banned */
+    CHECK_AT(ref->top_logit(logits, n, &top) && k->top_logit(logits, n, &same_top) && top == same_top,
+        "%s top_logit: n %zu", name, n);
+    ref->to_double(logits, n, x);
+    k->to_double(logits, n, other);
+    CHECK_AT(memcmp(x, other, n * sizeof *x) == 0, "%s to_double: n %zu", name, n);
+    CHECK_AT(k->highest(x, n) == (double)top, "%s highest: n %zu", name, n);
+    ref->exp_weights(x, n, (double)top, wanted);
+    k->exp_weights(x, n, (double)top, got);
+    CHECK_AT(memcmp(got, wanted, n * sizeof *got) == 0, "%s exp_weights: n %zu", name, n);
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        const double exact = exp(x[i] - (double)top);
+        sum += exact;
+        CHECK_AT(fabs(got[i] - exact) <= 1e-14 * exact, "%s exp_weights: %g of %g", name, got[i], exact);
+    }
+    CHECK_AT(k->weight_sum(got, n) == ref->weight_sum(got, n) && fabs(k->weight_sum(got, n) - sum) < 1e-12 * sum,
+        "%s weight_sum: n %zu", name, n);
+    const double log_sum = k->log_sum_exp(logits, n, top);
+    CHECK_AT(log_sum == ref->log_sum_exp(logits, n, top) && fabs(log_sum - log(sum)) < 1e-6, "%s log_sum_exp: n %zu",
+        name, n);
+    logits[n - 1] = seed % 2 ? NAN : INFINITY;
+    CHECK_AT(!k->top_logit(logits, n, &top), "%s top_logit of a damaged one: n %zu", name, n);
+    free(logits);
 }
 
 /* exp against the C library in double: the polynomial is as good as its header says. */
@@ -199,9 +237,11 @@ int main(void) {
         }
         for (uint64_t seed = 1; seed <= 20; seed++) {
             test_gemm(sets[i].kernels, sets[i].name, seed);
-            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
                 for (int hostile = 0; hostile < 2; hostile++)
                     test_rest(sets[i].kernels, sets[i].name, seed, sizes[s], hostile);
+                test_vocabulary(sets[i].kernels, sets[i].name, seed, sizes[s]);
+            }
         }
         printf("tested: %s\n", sets[i].name);
     }
