@@ -19,7 +19,9 @@ from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 
 ISAS: list[Any] = [
-    isa for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni") if _native.isa_available(isa)
+    isa
+    for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+    if _native.isa_available(isa)
 ]
 F32 = npt.NDArray[np.float32]
 
@@ -87,7 +89,11 @@ def test_linear(rows: int, cols: int, tokens: int, precision: Any, extras: tuple
     weight = ops.pack(matrix, precision=precision)
     held = np.stack([weight.row(i) for i in range(rows)])
     ours = everywhere(lambda **how: ops.linear(x, weight, bias=bias, residual=residual, **how))
-    expected = x.astype(np.float64) @ held.T.astype(np.float64)
+    taken = x
+    if precision == "bf16":  # inputs are rounded to what the weights are
+        inputs = ops.pack(x, precision=precision)
+        taken = np.stack([inputs.row(i) for i in range(tokens)])
+    expected = taken.astype(np.float64) @ held.T.astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(held).T.astype(np.float64) + 1
     for term in (bias, residual):
         if term is not None:
@@ -317,7 +323,7 @@ def test_wrong_arguments(call: Any, text: str) -> None:
 
 def test_missing_instruction_set() -> None:
     missing: list[Any] = [
-        isa for isa in ("avx2", "avx_vnni", "avx512", "avx512_vnni") if not _native.isa_available(isa)
+        isa for isa in ("avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16") if not _native.isa_available(isa)
     ]
     for isa in missing:
         with pytest.raises(Unsupported, match="lacks instruction set"):

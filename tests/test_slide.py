@@ -22,7 +22,9 @@ from fabula.kv.prefix import Window
 from reference import llama
 
 ISAS: list[Any] = [
-    isa for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni") if _native.isa_available(isa)
+    isa
+    for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
+    if _native.isa_available(isa)
 ]
 IDS = np.random.default_rng(3).integers(0, tiny.VOCAB, 150).astype(np.int32)
 F32 = npt.NDArray[np.float32]

@@ -61,12 +61,13 @@ enum fb_isa {
     FB_ISA_AVX2 = 2,
     FB_ISA_AVX512 = 3,
     FB_ISA_AVX512_VNNI = 4,
-    FB_ISA_AVX_VNNI = 5
+    FB_ISA_AVX_VNNI = 5,
+    FB_ISA_AVX512_BF16 = 6
 };
 
 /* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
- * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX_VNNI
- * for AVX2 and the VNNI of CPUs without AVX-512). */
+ * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX512_BF16 for
+ * these and BF16, AVX_VNNI for AVX2 and the VNNI of CPUs without AVX-512). */
 bool fb_isa_available(enum fb_isa isa);
 
 /* The best available instruction set: what AUTO stands for. */

@@ -189,6 +189,7 @@ int main(void) {
         {"avx_vnni", fb_isa_available(FB_ISA_AVX_VNNI) ? &fb_kernels_avx_vnni : NULL},
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
+        {"avx512_bf16", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_bf16 : NULL},
 #endif
 #ifdef FABULA_EMULATE_AVX512
         {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},

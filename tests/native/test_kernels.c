@@ -7,6 +7,7 @@
  */
 #include "check.h"
 #include "kernels/kernels.h"
+#include "quant/convert.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -90,6 +91,49 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
                 free(y);
                 free(wanted);
             }
+}
+
+/* Of numbers below the smallest normal f32 a result may know nothing; so none are among the inputs, nor products that are
+ * so small. */
+static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t seed) {
+    static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25, 49, 60},
+                        columns[] = {1, 2, 3, 64, 255, 256, 257, 600};
+    for (size_t n_panels = 1; n_panels <= 5; n_panels++)
+        for (size_t ti = 0; ti < sizeof tokens / sizeof *tokens; ti++) {
+            state = seed + n_panels * 257 + ti;
+            const size_t n_tokens = tokens[ti], n_cols = columns[next_random() % 8], held = (n_cols + 1) / 2 * 2;
+            const size_t ldx = held + next_random() % 3, ldy = n_panels * 16 + next_random() % 5;
+            const bool hostile = next_random() % 4 == 0;
+            uint16_t *panels = malloc((n_panels * held * 16 + 1) * sizeof *panels), *odd = panels + 1;
+            uint16_t *x = malloc((n_tokens * ldx + 1) * sizeof *x),
+                     *wanted_x = malloc((n_tokens * ldx + 1) * sizeof *x);
+            float *y = random_floats(n_tokens * ldy, false), *wanted = malloc(n_tokens * ldy * sizeof *wanted);
+            if (!panels || !x || !wanted_x || !wanted) abort();
+            for (size_t i = 0; i < n_panels * held * 16; i++) {
+                const float number = random_float(hostile);
+                odd[i] = fb_f32_to_bf16(fabsf(number) < 1e-9f ? 0.0f : number);
+            }
+            memcpy(wanted, y, n_tokens * ldy * sizeof *y);
+            for (size_t t = 0; t < n_tokens; t++) {
+                float *row = random_floats(n_cols, hostile);
+                for (size_t i = 0; i < n_cols; i++)
+                    if (fabsf(row[i]) < 1e-9f) row[i] = 0.0f;
+                fb_kernels_reference.round_pairs(row, n_cols, wanted_x + t * ldx);
+                k->round_pairs(row, n_cols, x + t * ldx);
+                CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held), "%s round_pairs: n %zu, seed %llu",
+                    name, n_cols, (unsigned long long)seed);
+                free(row);
+            }
+            fb_kernels_reference.gemm_pairs(odd, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy);
+            k->gemm_pairs(odd, n_panels, n_cols, x, ldx, n_tokens, y, ldy);
+            CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_pairs: %zu panels, %zu columns, %zu tokens, seed %llu",
+                name, n_panels, n_cols, n_tokens, (unsigned long long)seed);
+            free(panels);
+            free(x);
+            free(wanted_x);
+            free(y);
+            free(wanted);
+        }
 }
 
 static void test_rest(const struct fb_kernels *k, const char *name, uint64_t seed, size_t n, bool hostile) {
@@ -223,6 +267,7 @@ int main(void) {
         {"avx_vnni", fb_isa_available(FB_ISA_AVX_VNNI) ? &fb_kernels_avx_vnni : NULL},
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
+        {"avx512_bf16", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_bf16 : NULL},
 #endif
 #ifdef FABULA_EMULATE_AVX512
         {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},
@@ -237,6 +282,7 @@ int main(void) {
         }
         for (uint64_t seed = 1; seed <= 20; seed++) {
             test_gemm(sets[i].kernels, sets[i].name, seed);
+            test_pairs(sets[i].kernels, sets[i].name, seed);
             for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
                 for (int hostile = 0; hostile < 2; hostile++)
                     test_rest(sets[i].kernels, sets[i].name, seed, sizes[s], hostile);

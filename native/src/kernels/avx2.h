@@ -133,6 +133,14 @@ static inline v64 v64_lookup(const int8_t table[16], v64 a) {
     return BOTH(_mm256_xor_si256(_mm256_shuffle_epi8(all, a.low), sign),
         _mm256_xor_si256(_mm256_shuffle_epi8(all, a.high), sign));
 }
+static inline v16 v16_first_of_pairs(v64 a) {
+    return EACH(_mm256_castsi256_ps(_mm256_slli_epi32(a.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.high, 16)));
+}
+static inline v16 v16_second_of_pairs(v64 a) {
+    const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
+    return EACH(
+        _mm256_castsi256_ps(_mm256_and_si256(a.low, mask)), _mm256_castsi256_ps(_mm256_and_si256(a.high, mask)));
+}
 static inline v16i v16i_start(const int32_t *minus_sum, int shift) {
     __m256i all = _mm256_setzero_si256();
     if (minus_sum) all = _mm256_sll_epi32(_mm256_set1_epi32(*minus_sum), _mm_cvtsi32_si128(shift));

@@ -1,6 +1,6 @@
 /*
  * avx512.h - vectors of AVX-512 F + BW + VL + DQ for simd.h: 16 floats are one register. Where the compiler may use VNNI
- * (avx512_vnni.c), dot products of bytes are one instruction.
+ * (avx512_vnni.c), dot products of bytes are one instruction; with BF16 (avx512_bf16.c) those of pairs of bf16 are, too.
  *
  * Of the 32 registers a tile of 12 tokens x 2 panels takes 24 for sums, 2 for weights and 1 for the broadcast input: 24
  * fused multiply-adds for 14 loads. One token takes one panel, as in avx2.c.
@@ -104,6 +104,12 @@ static inline v64 v64_lookup(const int8_t table[16], v64 a) {
     const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
     return _mm512_xor_si512(_mm512_shuffle_epi8(all, a), _mm512_set1_epi8((char)0x80));
 }
+static inline v16 v16_first_of_pairs(v64 a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
+}
+static inline v16 v16_second_of_pairs(v64 a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000)));
+}
 static inline v16i v16i_start(const int32_t *minus_sum, int shift) {
     if (!minus_sum) return _mm512_setzero_si512();
     return _mm512_sll_epi32(_mm512_set1_epi32(*minus_sum), _mm_cvtsi32_si128(shift));
@@ -142,6 +148,15 @@ static inline __m512i four_of(const int8_t *x) {
     memcpy(&four, x, sizeof four);
     return _mm512_set1_epi32(four);
 }
+
+#ifdef __AVX512BF16__
+static inline v16 dot_pair(v16 sums, v64 line, const uint16_t *x) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return _mm512_dpbf16_ps(sums, (__m512bh)line, (__m512bh)_mm512_set1_epi32(pair));
+}
+#define FABULA_DOT_PAIR dot_pair
+#endif
 
 #ifdef __AVX512VNNI__
 enum { DOT_KNOWS_ZERO = 0 };

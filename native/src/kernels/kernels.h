@@ -11,6 +11,8 @@
  *              group of 16 or 32 columns are whole numbers and so exact, and an output takes them group by group:
  *                  y = fma(dot - zero * sum of codes, weight scale * activation scale, y)
  *                  y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
+ *   pairs      products with bf16 weights, of inputs rounded to bf16: as products, but of each pair of columns the second
+ *              comes first. Numbers and sums below the smallest normal f32 may count as zero: instructions for it do that.
  *   sums       a sum over n numbers runs in 16 lanes (number i goes to lane i % 16), and the lanes are then folded:
  *              lane j + lane j+8, then +4, +2, +1.
  *   exp        one polynomial, the same operations in the same order everywhere (see exp.h).
@@ -53,6 +55,12 @@ struct fb_activation {
 typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
 
+/* y[t][16 p + j] = row 16 p + j of panels of bf16, times token t
+ *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; of an odd number the last pair ends in 0
+ *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used */
+typedef void (*fb_gemm_pairs_kernel)(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy);
+
 /* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
 typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
@@ -61,6 +69,8 @@ struct fb_kernels {
     fb_gemm_kernel gemm_bytes; /* panels of signed bytes, each as the whole number it is */
     fb_gemm_blocks_kernel gemm_blocks;
     fb_quantise_kernel quantise;
+    fb_gemm_pairs_kernel gemm_pairs;
+    void (*round_pairs)(const float *x, size_t n, uint16_t *out); /* to bf16, and a 0 behind an odd number of them */
 
     /* out = (x * (1 / sqrt(sum(x^2) / n + eps))) * weight; out may be x */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *out);
@@ -110,6 +120,7 @@ extern const struct fb_kernels fb_kernels_avx2;
 extern const struct fb_kernels fb_kernels_avx_vnni;
 extern const struct fb_kernels fb_kernels_avx512;
 extern const struct fb_kernels fb_kernels_avx512_vnni;
+extern const struct fb_kernels fb_kernels_avx512_bf16;
 #endif
 
 /* reference.c's table takes these from reference_blocks.c. */

@@ -51,6 +51,27 @@ static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels,
     gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
+static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy) {
+    const size_t n_pairs = (n_cols + 1) / 2;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t r = 0; r < n_panels * FB_LANES; r++) {
+            const uint16_t *row = panels + (r / FB_LANES * n_pairs * FB_LANES + r % FB_LANES) * 2;
+            float sum = 0.0f;
+            for (size_t k = 0; k < n_pairs; k++, row += 2 * FB_LANES) {
+                sum = fmaf(fb_bf16_to_f32(row[1]), fb_bf16_to_f32(x[t * ldx + 2 * k + 1]), sum);
+                sum = fmaf(fb_bf16_to_f32(row[0]), fb_bf16_to_f32(x[t * ldx + 2 * k]), sum);
+            }
+            y[t * ldy + r] = sum;
+        }
+}
+
+static void round_pairs(const float *x, size_t n, uint16_t *out) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = fb_f32_to_bf16(x[i]);
+    if (n % 2) out[n] = 0;
+}
+
 static void rms_norm(const float *x, const float *weight, size_t n, float eps, float *out) {
     float lanes[FB_LANES] = {0};
     for (size_t i = 0; i < n; i++)
@@ -166,6 +187,8 @@ const struct fb_kernels fb_kernels_reference = {
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = fb_reference_gemm_blocks,
     .quantise = fb_reference_quantise,
+    .gemm_pairs = gemm_pairs,
+    .round_pairs = round_pairs,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

@@ -12,6 +12,8 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
         return &fb_kernels_avx512;
     case FB_ISA_AVX512_VNNI:
         return &fb_kernels_avx512_vnni;
+    case FB_ISA_AVX512_BF16:
+        return &fb_kernels_avx512_bf16;
 #endif
     default:
         return &fb_kernels_reference;

@@ -8,6 +8,8 @@
  *   v16_power_of_2           2^n of whole numbers in -126 .. 127
  *   v16_keep_at_least        a where x >= limit or x is NaN, else 0
  *   v16_load_f16 v16_load_bf16 v16_store_f16 v16_store_bf16
+ *   v16_first_of_pairs v16_second_of_pairs    of 16 pairs of bf16 in a v64
+ *   FABULA_DOT_PAIR          where one instruction multiplies pairs of bf16 and adds: (sums, line, x)
  *   SUMS                     how many v16 sums stay in registers beside the weights and one broadcast
  *   MAX_TOKENS MAX_PANELS    largest tile: tokens x panels <= SUMS
  *   TILE_PANELS(tokens)      panels a tile of so many tokens takes
@@ -18,6 +20,7 @@
  */
 #include "kernels/exp.h"
 #include "kernels/kernels.h"
+#include "quant/convert.h"
 
 #include <math.h>
 #include <string.h>
@@ -324,6 +327,8 @@ FORMAT(bf16)
 #undef X
 #undef MAP
 
+#include "kernels/pairs_simd.h"
+
 #include "kernels/vocabulary.h"
 
 const struct fb_kernels KERNEL_TABLE = {
@@ -331,6 +336,8 @@ const struct fb_kernels KERNEL_TABLE = {
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = gemm_blocks,
     .quantise = quantise,
+    .gemm_pairs = gemm_pairs,
+    .round_pairs = round_pairs,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

@@ -16,12 +16,14 @@
 struct fb_linear {
     const struct fb_kernels *kernels;
     const struct fb_weight *weight;
-    const float *x;                          /* [n_tokens][ldx]; plain weights take it, quantised ones `activations` */
+    /* The inputs in the format that the weight takes: f32 and f16 `x`, bf16 `pairs`, blocks `activations`. */
+    const float *x;                          /* [n_tokens][ldx] */
+    const uint16_t *pairs;                   /* [n_tokens][ld_pairs] */
     const struct fb_activation *activations; /* [n_tokens][ld_activations] blocks */
     const float *bias;                       /* [weight rows] or NULL */
     const float *residual;                   /* [n_tokens][ld_residual] or NULL */
     float *out;                              /* [n_tokens][ld_out], its first `width` columns written */
-    size_t ldx, ld_activations, ld_residual, ld_out;
+    size_t ldx, ld_pairs, ld_activations, ld_residual, ld_out;
     size_t n_tokens, width;
     bool swiglu;            /* panels 2 i and 2 i + 1 are gate and up; width is half the rows */
     atomic_int *non_finite; /* NULL, or raised when a result is NaN or infinite */

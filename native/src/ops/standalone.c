@@ -132,6 +132,13 @@ static void linear_item(void *context, int64_t index, int thread) {
     fb_linear_item(context, index);
 }
 
+static void round_pairs_item(void *context, int64_t index, int thread) {
+    (void)thread;
+    const struct fb_linear *linear = context;
+    linear->kernels->round_pairs(linear->x + (size_t)index * linear->ldx, linear->ldx,
+        (uint16_t *)linear->pairs + (size_t)index * linear->ld_pairs);
+}
+
 static void quantise_item(void *context, int64_t index, int thread) {
     (void)thread;
     const struct fb_linear *linear = context;
@@ -155,18 +162,25 @@ enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows
         .ld_out = (size_t)weight->n_rows,
         .n_tokens = (size_t)n_rows,
         .width = (size_t)weight->n_rows};
-    void *activations = NULL;
+    void *rounded = NULL;
     size_t n_bytes = 0;
     if (fb_is_quantised(weight->dtype)) {
         linear.ld_activations = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
         n_bytes = (size_t)n_rows * linear.ld_activations * sizeof(struct fb_activation);
-        activations = fb_memory_take(n_bytes);
-        if (!activations) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to 8 bits", n_rows);
-        linear.activations = activations;
+        rounded = fb_memory_take(n_bytes);
+        if (!rounded) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to 8 bits", n_rows);
+        linear.activations = rounded;
         fb_team_run(quantise_item, &linear, n_rows, n_threads);
+    } else if (weight->dtype == FB_BF16) {
+        linear.ld_pairs = ((size_t)weight->n_cols + 1) / 2 * 2;
+        n_bytes = (size_t)n_rows * linear.ld_pairs * sizeof(uint16_t);
+        rounded = fb_memory_take(n_bytes);
+        if (!rounded) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to bf16", n_rows);
+        linear.pairs = rounded;
+        fb_team_run(round_pairs_item, &linear, n_rows, n_threads);
     }
     fb_team_run(linear_item, &linear, fb_linear_items(&linear, n_threads), n_threads);
-    if (activations) fb_memory_release(activations, n_bytes);
+    if (rounded) fb_memory_release(rounded, n_bytes);
     return FB_OK;
 }
 

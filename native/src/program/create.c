@@ -228,6 +228,11 @@ static void prepare_products(struct fb_program *p) {
             for (int32_t i = stage.first_op; i <= last_op(&stage); i++) {
                 const struct fb_weight *weight = p->ops[i].weight;
                 const size_t n_blocks = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
+                const size_t width = ((size_t)weight->n_cols + 31) / 32 * 32;
+                if (weight->dtype == FB_BF16) {
+                    stage.is_paired = true;
+                    if (width > p->pair_stride) p->pair_stride = width;
+                }
                 if (!fb_is_quantised(weight->dtype)) continue;
                 stage.is_quantised = true;
                 if (n_blocks > p->activation_blocks) p->activation_blocks = n_blocks;
@@ -285,7 +290,8 @@ static enum fb_status take_memory(struct fb_program *p) {
     size_t widest = 0;
     for (int32_t i = 0; i < s->n_buffers; i++)
         widest = p->buffers[i].stride > widest ? p->buffers[i].stride : widest;
-    p->own_input_bytes = FB_OWN_ROWS * (widest * sizeof(float) + p->activation_blocks * sizeof *p->activations);
+    p->own_input_bytes = FB_OWN_ROWS * (widest * sizeof(float) + p->activation_blocks * sizeof *p->activations +
+                                           p->pair_stride * sizeof *p->pairs);
     p->arena_floats = fb_plan_buffers(p->buffers, s->n_buffers, rows);
     p->attention_scratch_bytes = fb_attention_scratch_bytes(s->n_heads, s->n_kv_heads, s->head_dim);
     p->arena = take(p, p->arena_floats, sizeof(float), &failed);
@@ -298,6 +304,7 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->partials = take(p, FB_PARTIAL_FLOATS, sizeof(float), &failed);
     p->attention_scratch = take(p, (size_t)p->n_threads, p->attention_scratch_bytes, &failed);
     p->activations = take(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
+    p->pairs = take(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
     p->own_inputs = take(p, (size_t)p->n_threads, p->own_input_bytes, &failed);
     p->counters = take(p, 2 * (size_t)p->n_stages * (size_t)p->n_threads, sizeof(struct fb_counter), &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
@@ -385,6 +392,7 @@ void fb_program_free(fb_program *p) {
     fb_memory_release(p->partials, FB_PARTIAL_FLOATS * sizeof(float));
     fb_memory_release(p->attention_scratch, (size_t)p->n_threads * p->attention_scratch_bytes);
     fb_memory_release(p->activations, rows * p->activation_blocks * sizeof *p->activations);
+    fb_memory_release(p->pairs, rows * p->pair_stride * sizeof *p->pairs);
     fb_memory_release(p->own_inputs, (size_t)p->n_threads * p->own_input_bytes);
     fb_memory_release(p->counters, 2 * (size_t)p->n_stages * (size_t)p->n_threads * sizeof(struct fb_counter));
     free(p->ops);

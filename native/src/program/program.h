@@ -9,7 +9,7 @@
  * each other in one stage: the thread that holds a token carries it through all of them. Products that read the same
  * buffer and write into the same one are a stage, attention is one of its own.
  *
- * A stage of products may begin with a norm, and with rounding its input to 8 bits for quantised weights. For a few rows
+ * A stage of products may begin with a norm, and with rounding its input to what its weights take (bf16, 8 bits). For a few rows
  * every thread does that for itself, in memory of its own, which takes less time than a barrier; for many the rows are
  * shared out, and a barrier follows.
  */
@@ -45,6 +45,7 @@ struct fb_stage {
     int32_t first_op, n_ops;
     int32_t norm;      /* LINEAR: the RMS_NORM that belongs to it, -1 for none */
     bool is_quantised; /* LINEAR: some weight takes activations rounded to 8 bits */
+    bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
 };
 
@@ -73,6 +74,8 @@ struct fb_program {
     float *partials;
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantised weight */
+    uint16_t *pairs;                   /* [max_tokens][pair_stride]: inputs rounded to bf16 */
+    size_t pair_stride;                /* width of the widest input of a bf16 weight, rounded up to 32 */
     char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs that a thread makes for itself */
     size_t own_input_bytes;
     char *attention_scratch;

@@ -208,16 +208,18 @@ static void run_rows(const struct run *run, const struct fb_stage *stage, const 
 /* What the products of a stage read. */
 struct inputs {
     const float *x; /* [rows][ldx] */
+    const uint16_t *pairs;
     const struct fb_activation *activations;
-    size_t ldx, ld_activations;
+    size_t ldx, ld_pairs, ld_activations;
 };
 
-static void prepare_row(
-    const struct fb_program *p, const struct fb_stage *stage, size_t row, float *x, struct fb_activation *activations) {
+static void prepare_row(const struct fb_program *p, const struct fb_stage *stage, size_t row, float *x, uint16_t *pairs,
+    struct fb_activation *activations) {
+    const size_t width = (size_t)p->buffers[p->ops[stage->first_op].in].width;
     const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
     if (norm) p->kernels->rms_norm(row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
-    if (stage->is_quantised)
-        p->kernels->quantise(x, (size_t)p->buffers[p->ops[stage->first_op].in].width / FB_BLOCK_COLUMNS, activations);
+    if (stage->is_quantised) p->kernels->quantise(x, width / FB_BLOCK_COLUMNS, activations);
+    if (stage->is_paired) p->kernels->round_pairs(x, width, pairs);
 }
 
 /* Norm and rounding of a stage's inputs: few rows by every thread for itself, many shared out. */
@@ -226,13 +228,17 @@ static struct inputs prepare_inputs(
     const struct fb_program *p = run->program;
     const int32_t number = p->ops[stage->first_op].in;
     const struct fb_buffer *in = &p->buffers[number];
-    struct inputs inputs = {
-        .x = in->data, .ldx = in->stride, .activations = p->activations, .ld_activations = p->activation_blocks};
-    if (stage->norm < 0 && !stage->is_quantised) return inputs;
+    struct inputs inputs = {.x = in->data,
+        .ldx = in->stride,
+        .pairs = p->pairs,
+        .ld_pairs = p->pair_stride,
+        .activations = p->activations,
+        .ld_activations = p->activation_blocks};
+    if (stage->norm < 0 && !stage->is_quantised && !stage->is_paired) return inputs;
     if (n_rows > FB_OWN_ROWS) {
         struct fb_items items = items_of(place, 1, (int64_t)n_rows);
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
-            prepare_row(p, stage, (size_t)row, row_of(p, number, (size_t)row),
+            prepare_row(p, stage, (size_t)row, row_of(p, number, (size_t)row), p->pairs + (size_t)row * p->pair_stride,
                 p->activations + (size_t)row * p->activation_blocks);
         fb_barrier_wait(&run->barrier, place->n_threads);
         return inputs;
@@ -240,11 +246,14 @@ static struct inputs prepare_inputs(
     struct fb_activation *activations = (struct fb_activation *)(p->own_inputs +
                                                                  (size_t)place->thread * p->own_input_bytes);
     float *own = (float *)(activations + FB_OWN_ROWS * p->activation_blocks);
+    uint16_t *pairs = (uint16_t *)(p->own_inputs + ((size_t)place->thread + 1) * p->own_input_bytes) -
+                      FB_OWN_ROWS * p->pair_stride;
     inputs.activations = activations;
+    inputs.pairs = pairs;
     if (stage->norm >= 0) inputs.x = own;
     for (size_t row = 0; row < n_rows; row++)
         prepare_row(p, stage, row, stage->norm >= 0 ? own + row * in->stride : in->data + row * in->stride,
-            activations + row * p->activation_blocks);
+            pairs + row * p->pair_stride, activations + row * p->activation_blocks);
     return inputs;
 }
 
@@ -254,6 +263,8 @@ static struct fb_linear linear_of(struct run *run, const struct fb_op *op, const
         .weight = op->weight,
         .x = inputs->x,
         .ldx = inputs->ldx,
+        .pairs = inputs->pairs,
+        .ld_pairs = inputs->ld_pairs,
         .activations = inputs->activations,
         .ld_activations = inputs->ld_activations,
         .bias = op->vector,

@@ -30,7 +30,8 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
     FB_REQUIRE(n_cols >= 1 && n_cols <= MAX_DIMENSION, "n_cols is %d, must be 1 .. 2^30", n_cols);
     FB_REQUIRE(n_cols % block_size == 0, "rows of %d elements are not whole blocks of %d", n_cols, block_size);
     int32_t n_panels = (n_rows + 15) / 16;
-    const size_t panel_bytes = is_plain(dtype) ? (size_t)n_cols * 16 * fb_dtype_block_bytes(dtype)
+    const size_t n_held = dtype == FB_BF16 ? ((size_t)n_cols + 1) / 2 * 2 : (size_t)n_cols;
+    const size_t panel_bytes = is_plain(dtype) ? n_held * 16 * fb_dtype_block_bytes(dtype)
                                                : fb_panel_bytes(dtype, (size_t)n_cols);
     size_t n_bytes;
     if (!fb_size_multiply((size_t)n_panels, panel_bytes, &n_bytes))
@@ -103,6 +104,11 @@ static int64_t pack_plain(const struct packing *job, const int32_t source[16], c
                 uint32_t *out = (uint32_t *)panel + (size_t)k * 16 + j;
                 for (size_t i = 0; i < length; i++)
                     out[i * 16] = narrow[i];
+            } else if (weight->dtype == FB_BF16) {
+                const uint16_t *halfs = (const uint16_t *)narrow;
+                uint16_t *out = (uint16_t *)panel + (size_t)k * 16 + 2 * j; /* CHUNK is even */
+                for (size_t i = 0; i < length; i++)
+                    out[i / 2 * 32 + i % 2] = halfs[i];
             } else {
                 const uint16_t *halfs = (const uint16_t *)narrow;
                 uint16_t *out = (uint16_t *)panel + (size_t)k * 16 + j;
@@ -206,7 +212,7 @@ void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *ds
             dst[k] = fb_f16_to_f32(((const uint16_t *)panel)[k * 16 + lane]);
     } else {
         for (size_t k = 0; k < n; k++)
-            dst[k] = fb_bf16_to_f32(((const uint16_t *)panel)[k * 16 + lane]);
+            dst[k] = fb_bf16_to_f32(((const uint16_t *)panel)[k / 2 * 32 + 2 * lane + k % 2]);
     }
 }
 

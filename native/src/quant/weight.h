@@ -4,6 +4,10 @@
  *     panel p:   k = 0            k = 1                 k = n_cols - 1
  *              [ w(16p..16p+15,0) w(16p..16p+15,1) ...  w(16p..16p+15,n_cols-1) ]     16 x n_cols elements, contiguous
  *
+ * In bf16 two columns lie together, of an odd number the last beside 0:
+ *
+ *              [ w(16p,0) w(16p,1) w(16p+1,0) w(16p+1,1) ... w(16p+15,1) | w(16p,2) w(16p,3) ...
+ *
  * One vector load takes one column of 16 outputs, so a product needs no horizontal sum, and a panel is read as one
  * unbroken stream whether one token is multiplied or a thousand. Panels of the block formats are drawn in layout.h.
  */

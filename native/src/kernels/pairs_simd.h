@@ -1,0 +1,135 @@
+/*
+ * pairs_simd.h - products with bf16 weights and inputs rounded to bf16; simd.h includes it. A line of 64 bytes holds two
+ * columns of 16 rows, so that one instruction of the CPUs that have it (AVX-512 BF16) multiplies and adds both. The others
+ * take the two apart: for few tokens in registers, for many slice by slice as f32 in L1.
+ *
+ * The order of a sum is that instruction's: of each pair of columns the second comes first.
+ */
+
+/* 16 sums + the line's two columns times the two inputs at x. */
+INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
+#ifdef FABULA_DOT_PAIR
+    return FABULA_DOT_PAIR(sums, line, x);
+#else
+    return v16_fma(v16_first_of_pairs(line), v16_set1(fb_bf16_to_f32(x[0])),
+        v16_fma(v16_second_of_pairs(line), v16_set1(fb_bf16_to_f32(x[1])), sums));
+#endif
+}
+
+INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16_t *panels, size_t panel_stride,
+    size_t n_pairs, const uint16_t *x, size_t ldx, float *y, size_t ldy, bool accumulate) {
+    v16 sums[SUMS];
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
+    }
+    for (size_t k = 0; k < n_pairs; k++) {
+        v64 lines[MAX_PANELS];
+        UNROLL
+        for (size_t p = 0; p < n_panels; p++)
+            lines[p] = v64_load((const uint8_t *)(panels + p * panel_stride) + k * FB_LINE);
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++) {
+            UNROLL
+            for (size_t p = 0; p < n_panels; p++)
+                sums[p * n_tokens + t] = pair_fma(sums[p * n_tokens + t], lines[p], x + t * ldx + 2 * k);
+        }
+    }
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    }
+}
+
+INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_pairs, const uint16_t *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t tokens;
+    for (size_t t = 0; t < n_tokens; t += tokens) {
+        const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
+        tokens = (rest + n_tiles - 1) / n_tiles;
+        const size_t step = TILE_PANELS(tokens);
+        for (size_t p = 0; p < n_panels; p += step) {
+            const size_t count = n_panels - p < step ? n_panels - p : step;
+            const uint16_t *from = panels + p * panel_stride, *in = x + t * ldx;
+            float *out = y + t * ldy + p * FB_LANES;
+            switch (tokens * 8 + count) {
+#define TILE_CASE(T, P)                                                                                                \
+    case (T) * 8 + (P):                                                                                                \
+        pair_tile(T, P, from, panel_stride, n_pairs, in, ldx, out, ldy, accumulate);                                   \
+        break;
+                TILES(TILE_CASE)
+#undef TILE_CASE
+            default:
+                __builtin_unreachable();
+            }
+        }
+    }
+}
+
+#ifdef FABULA_DOT_PAIR
+
+/* Slices keep two panels in L1 while all tokens pass. */
+static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy) {
+    const size_t n_pairs = (n_cols + 1) / 2, stride = n_pairs * 2 * FB_LANES;
+    if (n_tokens <= MAX_TOKENS) {
+        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, false);
+        return;
+    }
+    const size_t group = TILE_PANELS(MAX_TOKENS);
+    for (size_t p = 0; p < n_panels; p += group) {
+        const size_t count = n_panels - p < group ? n_panels - p : group;
+        for (size_t k = 0; k < n_pairs; k += SLICE)
+            pair_tiles(panels + p * stride + k * 2 * FB_LANES, stride, count, n_pairs - k < SLICE ? n_pairs - k : SLICE,
+                x + 2 * k, ldx, n_tokens, y + p * FB_LANES, ldy, k > 0);
+    }
+}
+
+#else
+
+enum { PAIR_TOKENS = 4 * MAX_TOKENS }; /* whose inputs are widened at a time, beside the slices of the panels */
+
+/* Many tokens: panels and inputs become f32 with the columns of each pair exchanged, so that a plain product takes them in
+ * the right order. */
+static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy) {
+    const size_t n_pairs = (n_cols + 1) / 2, stride = n_pairs * 2 * FB_LANES;
+    if (n_tokens <= MAX_TOKENS) {
+        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, false);
+        return;
+    }
+    const size_t group = TILE_PANELS(MAX_TOKENS);
+    _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES], inputs[PAIR_TOKENS * SLICE];
+    for (size_t p = 0; p < n_panels; p += group) {
+        const size_t count = n_panels - p < group ? n_panels - p : group;
+        for (size_t k = 0; k < n_pairs; k += SLICE / 2) {
+            const size_t length = n_pairs - k < SLICE / 2 ? n_pairs - k : SLICE / 2;
+            for (size_t q = 0; q < count; q++)
+                for (size_t i = 0; i < length; i++) {
+                    const v64 line = v64_load((const uint8_t *)(panels + (p + q) * stride) + (k + i) * FB_LINE);
+                    float *out = slice + (q * SLICE + 2 * i) * FB_LANES;
+                    v16_store(out, v16_second_of_pairs(line));
+                    v16_store(out + FB_LANES, v16_first_of_pairs(line));
+                }
+            for (size_t t = 0; t < n_tokens; t += PAIR_TOKENS) {
+                const size_t tokens = n_tokens - t < PAIR_TOKENS ? n_tokens - t : PAIR_TOKENS;
+                for (size_t i = 0; i < tokens; i++)
+                    for (size_t j = 0; j < 2 * length; j++)
+                        inputs[i * SLICE + j] = fb_bf16_to_f32(x[(t + i) * ldx + 2 * k + (j ^ 1)]);
+                gemm_tiles(FB_F32, slice, SLICE * FB_LANES, count, 2 * length, inputs, SLICE, tokens,
+                    y + t * ldy + p * FB_LANES, ldy, k > 0);
+            }
+        }
+    }
+}
+
+#endif
+
+static void round_pairs(const float *x, size_t n, uint16_t *out) {
+    narrow_bf16(x, n, out);
+    if (n % 2) out[n] = 0;
+}
