@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tiny
+from fabula.engine import scheduler as scheduler_module
 from fabula.engine.generation import Generation, Piece
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Load
@@ -264,6 +265,7 @@ def test_abandoned_generation(model: Model) -> None:
 
 @pytest.mark.parametrize("n_good", [0, 3])
 def test_an_exception_inside_a_step_cancels(n_good: int, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_STEPS", 1)
     run_step, n_steps = model._runner.run, 0
 
     def run_some(*arguments: Any) -> Any:

@@ -26,6 +26,7 @@ import tiny
 from fabula import EngineBusy, EngineError, InvalidArgument, Model, NonFinite, OutOfMemory, Piece, SamplingParams
 from fabula._native import page_bytes
 from fabula.engine import request as request_module
+from fabula.engine import scheduler as scheduler_module
 from fabula.engine.generation import Generation
 from fabula.engine.runner import Part, Runner
 from fabula.engine.scheduler import Load, Scheduler
@@ -87,7 +88,7 @@ def wishes(n: int, seed: int, longest: int = 150) -> list[Wish]:
 
 
 class Steps:
-    """What each step of a model holds, and a gate before them.
+    """What each step of a model holds, and a gate before them. Every token is a step of its own.
 
     Attributes:
         held: of each step, the tokens of each request's sequence.
@@ -108,6 +109,7 @@ class Steps:
             return run(parts, outputs)
 
         monkeypatch.setattr(model._runner, "run", watched)
+        monkeypatch.setattr(scheduler_module, "MAX_STEPS", 1)
 
     @property
     def n_computed(self) -> int:

@@ -324,6 +324,36 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
 /* Four random words for (seed, position, stream): Philox 4x32-10 of Salmon et al., SC'11. */
 void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4]);
 
+/* ---- Drawing several tokens in one call --------------------------------------------------------------------------- */
+
+/* A sequence that draws. Sampling arguments as in fb_sample, which gets the position n_history + n_drawn. */
+struct fb_draw {
+    struct fb_sequence sequence; /* n_tokens 1; pages for n_past + n_steps positions */
+    int32_t n_steps;             /* tokens to draw at most, >= 1 */
+    int32_t n_drawn;             /* result */
+    int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last of them not computed yet; those
+                                    that are drawn are written behind them */
+    int32_t n_history;
+    int32_t n_ends;
+    const int32_t *ends; /* tokens after which it draws no more */
+    float *logprobs;     /* [n_steps], results */
+    const struct fb_sampling *settings;
+    const int32_t *bias_ids;
+    const float *bias_values;
+    int32_t n_bias;
+    int32_t n_breakers;
+    const int32_t *breakers;
+};
+
+/* Up to n_steps steps over the sequences, each of which computes the last token of every one that still draws, and draws
+ * its next: the tokens that fb_program_run and fb_sample would give. Ends early when none draws any more, and after a step
+ * behind which *stop, that another thread may set, is not 0. A sequence whose draw fails stops with fewer tokens and no
+ * end token; fb_sample tells why. An error in the first step is returned, a later one ends the call: the next meets it.
+ *   logits    scratch of at least n_draws x vocab_size
+ *   seconds   [n_steps] since the call for each step;  n_done  how many steps there were */
+enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct fb_draw *draws, int32_t n_draws,
+    int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds, int32_t *n_done);
+
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
 /* The operators of programs, one at a time on the caller's arrays, on the same kernels. Arrays are f32, row-major, and

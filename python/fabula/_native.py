@@ -70,6 +70,19 @@ def _ints(array: I32) -> Any:
     return ffi.cast("int32_t *", array.ctypes.data)
 
 
+class Flag:
+    """A number that a running call of the library looks at between its steps; any thread may set it."""
+
+    def __init__(self) -> None:
+        self.memory = ffi.new("int32_t[1]")
+
+    def set(self) -> None:
+        self.memory[0] = 1
+
+    def clear(self) -> None:
+        self.memory[0] = 0
+
+
 def isa_available(name: Isa) -> bool:
     """Whether this CPU and build can run the kernels of `name`."""
     return bool(lib.fb_isa_available(_isa(name)))
@@ -255,6 +268,31 @@ class BatchSequence:
     n_sinks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What fb_sample takes of one answer: struct fb_sampling, bias and DRY's breakers."""
+
+    settings: Any
+    bias_ids: I32
+    bias_values: F32
+    breakers: I32
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sequence that draws up to `n_steps` tokens, none behind one of `ends`; as in struct fb_draw.
+
+    `history` int32 has room for n_history + n_steps tokens; what is drawn is written behind the first n_history.
+    """
+
+    share: BatchSequence
+    n_steps: int
+    history: I32
+    n_history: int
+    ends: I32
+    sampling: Sampling
+
+
 class Program:
     """A checked and planned list of operators; see fb_program in fabula.h."""
 
@@ -304,6 +342,7 @@ class Program:
         self.n_threads = n_threads
         last = ops[-1].weight if ops else None
         self.n_outputs = last.n_rows if last is not None else 0  # numbers of a row that is wanted
+        self._draw_logits = np.empty(0, np.float32)
         # Borrowed by C: they must live as long as the program.
         self._weights = [op.weight for op in ops if op.weight is not None]
 
@@ -329,6 +368,42 @@ class Program:
         logits = np.empty((wanted.size, self.n_outputs), np.float32)
         _check(lib.fb_program_run(self.handle, pool.handle, batch, _floats(logits), logits.size))
         return logits
+
+    def draw(
+        self, pool: PagePool, draws: Sequence[Draw], n_steps: int, stop: Any
+    ) -> tuple[list[tuple[I32, F32]], npt.NDArray[np.float64]]:
+        """Up to n_steps steps over sequences that draw; see fb_program_draw. `stop`: int32_t[1] of cffi.
+
+        Returns:
+            The tokens and logprobs of each sequence, and when each step was done, in seconds since the call.
+        """
+        c_draws = ffi.new("struct fb_draw[]", len(draws))
+        logprobs = np.empty((len(draws), n_steps), np.float32)
+        seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
+        for i, (c, draw) in enumerate(zip(c_draws, draws, strict=True)):
+            share, sampling, sequence = draw.share, draw.sampling, c.sequence
+            sequence.pages, sequence.n_pages = _ints(share.pages), share.pages.size
+            sequence.n_past, sequence.n_tokens = share.n_past, 1
+            sequence.window, sequence.n_sinks = share.window, share.n_sinks
+            c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), _ints(draw.history), draw.n_history
+            c.ends, c.n_ends, c.logprobs = _ints(draw.ends), draw.ends.size, _floats(logprobs[i])
+            c.settings, c.breakers, c.n_breakers = sampling.settings, _ints(sampling.breakers), sampling.breakers.size
+            c.bias_ids, c.n_bias = _ints(sampling.bias_ids), sampling.bias_ids.size
+            c.bias_values = _floats(sampling.bias_values)
+        n_logits = len(draws) * self.n_outputs
+        if self._draw_logits.size < n_logits:
+            self._draw_logits = np.empty(n_logits, np.float32)
+        _check(
+            lib.fb_program_draw(
+                self.handle, pool.handle, c_draws, len(draws), n_steps, stop,
+                _floats(self._draw_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
+            )
+        )  # fmt: skip
+        drawn = []
+        for c, draw, row in zip(c_draws, draws, logprobs, strict=True):
+            n = int(c.n_drawn)
+            drawn.append((draw.history[draw.n_history : draw.n_history + n].copy(), row[:n]))
+        return drawn, seconds[: n_done[0]]
 
     def close(self) -> None:
         ffi.release(self.handle)

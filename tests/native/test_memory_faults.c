@@ -307,6 +307,30 @@ static void check_shared_mappings(void) {
     CHECK(atomic_load(&n_mapped_bytes) == before && atomic_load(&n_blocks) == blocks);
 }
 
+/* Four tokens each of two sequences. */
+static enum fb_status draw_tokens(void) {
+    enum { STEPS = 4 };
+    const int32_t pages[] = {0, 1};
+    int32_t history[2][STEPS + 1] = {{1}, {2}}, n_done = -1;
+    float logprobs[2][STEPS];
+    double seconds[STEPS];
+    struct fb_sampling settings;
+    struct fb_draw draws[2];
+    fb_sampling_default(&settings);
+    for (int i = 0; i < 2; i++)
+        draws[i] = (struct fb_draw){.sequence = {.pages = &pages[i], .n_pages = 1, .n_tokens = 1},
+            .n_steps = STEPS,
+            .history = history[i],
+            .n_history = 1,
+            .logprobs = logprobs[i],
+            .settings = &settings};
+    mark_output(2 * N_VOCAB);
+    const enum fb_status status = fb_program_draw(
+        program, pool, draws, 2, STEPS, NULL, output, 2 * N_VOCAB, seconds, &n_done);
+    CHECK(status == FB_OK ? n_done == STEPS && draws[0].n_drawn == STEPS : n_done == -1 && history[0][1] == 0);
+    return check_output(status, 2 * N_VOCAB);
+}
+
 /* ---- Calls that take none ---------------------------------------------------------------------------------------- */
 
 static enum fb_status run_program(void) {
@@ -410,6 +434,7 @@ int main(void) {
     sweep("fb_measure_read, large", measure_large_read, 1);
 
     sweep("fb_program_run", run_program, 0);
+    sweep("fb_program_draw", draw_tokens, -1);
     sweep("fb_page_*", move_pages, 0);
     sweep("fb_weight_pack_rows", pack_weight, 0);
     sweep("fb_dequantize", dequantize, 0);

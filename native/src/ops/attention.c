@@ -5,8 +5,7 @@
 #include <string.h>
 
 enum {
-    KEY_BLOCK = 256, /* positions; 8 pages. One score row is 1 KiB */
-    TILE_ROWS = 48   /* queries in a tile, heads x tokens: with KEY_BLOCK scores each 48 KiB, beside two pages in L2 */
+    TILE_ROWS = 48 /* queries in a tile, heads x tokens: with FB_KEY_BLOCK scores each 48 KiB, beside two pages in L2 */
 };
 
 /* Shape of a tile, the same in every layer of a program. */
@@ -31,7 +30,7 @@ struct partial {
 
 struct workspace {
     float *q;      /* [tile_rows][head_dim] */
-    float *scores; /* [tile_rows][KEY_BLOCK] */
+    float *scores; /* [tile_rows][FB_KEY_BLOCK] */
     struct partial sum, part;
 };
 
@@ -46,14 +45,14 @@ static struct partial partial_at(const struct layout *l, float *memory, size_t r
 
 size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
     struct layout l = layout_of(n_heads, n_kv_heads, head_dim);
-    size_t floats = l.tile_rows * (l.head_dim + KEY_BLOCK) + 2 * partial_floats(&l, l.tile_rows);
+    size_t floats = l.tile_rows * (l.head_dim + FB_KEY_BLOCK) + 2 * partial_floats(&l, l.tile_rows);
     return (floats * sizeof(float) + 63) / 64 * 64;
 }
 
 static struct workspace workspace_of(const struct fb_attention *a, const struct layout *l, int thread) {
     float *memory = (float *)(void *)(a->scratch + (size_t)thread * a->scratch_bytes);
     struct workspace w = {.q = memory, .scores = memory + l->tile_rows * l->head_dim};
-    float *rest = w.scores + l->tile_rows * KEY_BLOCK;
+    float *rest = w.scores + l->tile_rows * FB_KEY_BLOCK;
     w.sum = partial_at(l, rest, l->tile_rows);
     w.part = partial_at(l, rest + partial_floats(l, l->tile_rows), l->tile_rows);
     return w;
@@ -82,8 +81,8 @@ static struct tile tile_of(
     t.first_row = a->first_row[sequence] + t.first_token;
     int32_t first_position = t.sequence->n_past + t.first_token;
     const int32_t last_position = first_position + t.n_tokens - 1;
-    t.first_block = fb_lowest_visible(t.sequence, a->window, first_position) / KEY_BLOCK;
-    t.end_block = last_position / KEY_BLOCK + 1;
+    t.first_block = fb_lowest_visible(t.sequence, a->window, first_position) / FB_KEY_BLOCK;
+    t.end_block = last_position / FB_KEY_BLOCK + 1;
     t.sinks = fb_sees_sinks(t.sequence, a->window, last_position);
     return t;
 }
@@ -113,15 +112,15 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
     memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
 }
 
-/* Scores [rows][KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. */
+/* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. */
 static void score_keys(const struct fb_attention *a, const struct layout *l, char *slab, size_t panels, const float *q,
     size_t rows, float *scores) {
     const struct fb_kv_part *k = &a->pool->k;
     fb_part_gemm(k, a->kernels)(
-        slab, l->head_dim * 16, panels, l->head_dim, q, l->head_dim, rows, scores, KEY_BLOCK, false);
+        slab, l->head_dim * 16, panels, l->head_dim, q, l->head_dim, rows, scores, FB_KEY_BLOCK, false);
     const float *scales = fb_part_scales(k, slab);
     for (size_t r = 0; scales && r < rows; r++)
-        a->kernels->multiply(scores + r * KEY_BLOCK, scales, panels * 16);
+        a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
 }
 
 /* values [rows][padded] = (accumulate ? values : 0) + weights times V of the first n positions of a slab. The weights are
@@ -132,9 +131,9 @@ static void sum_values(const struct fb_attention *a, const struct layout *l, cha
     char *at = fb_slab_v(a->pool, slab);
     const float *scales = fb_part_scales(v, at);
     for (size_t r = 0; scales && r < rows; r++)
-        a->kernels->multiply(weights + r * KEY_BLOCK, scales, n);
-    fb_part_gemm(v, a->kernels)(
-        at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, n, weights, KEY_BLOCK, rows, values, l->padded, accumulate);
+        a->kernels->multiply(weights + r * FB_KEY_BLOCK, scales, n);
+    fb_part_gemm(v, a->kernels)(at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, n, weights, FB_KEY_BLOCK, rows,
+        values, l->padded, accumulate);
 }
 
 /* The partial result of every query of the tile over the sinks outside its window. Turns the queries in `w`. */
@@ -155,7 +154,7 @@ static void attend_sinks(const struct fb_attention *a, const struct layout *l, c
     score_keys(a, l, slab, panels, w->q, rows, w->scores);
     for (size_t r = 0; r < rows; r++) {
         const bool sees = fb_sees_sinks(t->sequence, a->window, first_position + (int32_t)(r / l->group));
-        weigh_scores(a, w->scores + r * KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
+        weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
     }
     sum_values(a, l, slab, (size_t)n_sinks, w->scores, rows, out.values, false);
 }
@@ -164,13 +163,13 @@ static void attend_sinks(const struct fb_attention *a, const struct layout *l, c
 static void attend_block(const struct fb_attention *a, const struct layout *l, const struct tile *t, int32_t block,
     const struct workspace *w, struct partial out) {
     const size_t rows = (size_t)t->n_tokens * l->group;
-    const int32_t start = block * KEY_BLOCK;
+    const int32_t start = block * FB_KEY_BLOCK;
     const int32_t first_position = t->sequence->n_past + t->first_token;
     const int32_t last_position = first_position + t->n_tokens - 1;
     /* Pages of the block that hold a key somebody of the tile sees. */
     const int32_t visible = fb_lowest_visible(t->sequence, a->window, first_position);
     const int32_t low = visible > start ? visible : start;
-    const int32_t high = last_position < start + KEY_BLOCK - 1 ? last_position : start + KEY_BLOCK - 1;
+    const int32_t high = last_position < start + FB_KEY_BLOCK - 1 ? last_position : start + FB_KEY_BLOCK - 1;
     const int32_t first_page = low / FB_PAGE_POSITIONS, last_page = high / FB_PAGE_POSITIONS;
 
     for (int32_t page = first_page; page <= last_page; page++) {
@@ -182,7 +181,7 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     /* Softmax without its division, over what each query sees; the rest of its row becomes 0. */
     const int32_t first_column = first_page * FB_PAGE_POSITIONS - start, end_column = high - start + 1;
     for (size_t r = 0; r < rows; r++) {
-        float *scores = w->scores + r * KEY_BLOCK;
+        float *scores = w->scores + r * FB_KEY_BLOCK;
         const int32_t position = first_position + (int32_t)(r / l->group);
         int32_t from = fb_lowest_visible(t->sequence, a->window, position) - start, to = position - start + 1;
         if (from < first_column) from = first_column;
@@ -254,14 +253,14 @@ static int32_t tiles_in(const struct layout *l, const struct fb_sequence *sequen
     return (sequence->n_tokens + (int32_t)l->tile_tokens - 1) / (int32_t)l->tile_tokens;
 }
 
-/* Whether key blocks become items: when tiles alone leave threads idle, some tile has several blocks, and the parts
- * fit. */
+/* Whether key blocks become items: when some of them are shared, or tiles alone leave threads idle and some tile has
+ * several blocks; and if the parts fit. */
 static bool should_split(const struct fb_attention *a, const struct layout *l, int n_threads) {
     int64_t tiles = 0, parts = 0;
     size_t floats = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
         tiles += (int64_t)tiles_in(l, &a->sequences[s]) * a->pool->n_kv_heads;
-        if (tiles > (int64_t)4 * n_threads) return false;
+        if (tiles > (int64_t)4 * n_threads && !a->sharing) return false;
         if (tiles_in(l, &a->sequences[s]) > 1) return false;
         struct tile t = tile_of(a, l, s, 0, 0);
         const int64_t count = (int64_t)parts_of(&t) * a->pool->n_kv_heads;
@@ -269,20 +268,28 @@ static bool should_split(const struct fb_attention *a, const struct layout *l, i
         floats += (size_t)count * partial_floats(l, (size_t)t.n_tokens * l->group);
         if (floats > FB_PARTIAL_FLOATS) return false;
     }
-    return n_threads > 1 && parts > tiles;
+    return a->sharing || (n_threads > 1 && parts > tiles);
+}
+
+int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads) {
+    return (int32_t)layout_of(n_heads, n_kv_heads, 1).tile_tokens;
 }
 
 int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
     const struct layout l = layout_for(a);
+    if (a->window > 0) a->sharing = NULL; /* blocks that one token sees whole another may not */
     a->split = should_split(a, &l, n_threads);
-    a->offsets[0] = 0;
+    a->offsets[0] = a->places[0] = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
-        int64_t count = tiles_in(&l, &a->sequences[s]);
+        int64_t count = tiles_in(&l, &a->sequences[s]), floats = 0;
         if (a->split) {
             const struct tile t = tile_of(a, &l, s, 0, 0);
             count = parts_of(&t);
+            floats = count * a->pool->n_kv_heads * (int64_t)partial_floats(&l, (size_t)t.n_tokens * l.group);
+            if (a->sharing) count -= a->sharing[s].n_blocks;
         }
         a->offsets[s + 1] = a->offsets[s] + count * a->pool->n_kv_heads;
+        a->places[s + 1] = a->places[s] + floats;
     }
     return a->offsets[a->n_sequences];
 }
@@ -300,18 +307,52 @@ static int32_t sequence_of(const struct fb_attention *a, int64_t index) {
     return low;
 }
 
-/* Where the part (sequence, KV head, index) lies: parts of one sequence have one size, so its first part's place
- * follows from the sequences before it. */
+/* Where the part (sequence, KV head, index) lies: parts of one sequence have one size. */
 static struct partial part_at(
     const struct fb_attention *a, const struct layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
-    size_t floats = 0;
-    for (int32_t s = 0; s < sequence; s++)
-        floats += (size_t)(a->offsets[s + 1] - a->offsets[s]) *
-                  partial_floats(l, (size_t)a->sequences[s].n_tokens * l->group);
     const size_t rows = (size_t)a->sequences[sequence].n_tokens * l->group;
-    const size_t parts = (size_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / (size_t)a->pool->n_kv_heads;
-    floats += ((size_t)kv_head * parts + (size_t)index) * partial_floats(l, rows);
-    return partial_at(l, a->partials + floats, rows);
+    const size_t floats = (size_t)(a->places[sequence + 1] - a->places[sequence]);
+    const size_t parts = floats / (partial_floats(l, rows) * (size_t)a->pool->n_kv_heads);
+    const size_t before = ((size_t)kv_head * parts + (size_t)index) * partial_floats(l, rows);
+    return partial_at(l, a->partials + (size_t)a->places[sequence] + before, rows);
+}
+
+/* The partial results of the queries of a leader and those who share block `block` with it, all of which see it whole.
+ * Goes where each would have put its own. */
+static void attend_shared(const struct fb_attention *a, const struct layout *l, int32_t leader, int32_t kv_head,
+    int32_t block, const struct workspace *w) {
+    int32_t members[TILE_ROWS];
+    size_t n_members = 0;
+    for (int32_t s = leader; s < a->n_sequences; s++)
+        if (s == leader || (a->sharing[s].leader == leader && a->sharing[s].n_blocks > block)) members[n_members++] = s;
+    const size_t rows = n_members * l->group;
+    for (size_t m = 0; m < n_members; m++) {
+        const struct tile t = tile_of(a, l, members[m], kv_head, 0);
+        gather_queries(a, l, &t, w->q + m * l->group * l->head_dim);
+    }
+    const int32_t *pages = a->sequences[leader].pages + block * (FB_KEY_BLOCK / FB_PAGE_POSITIONS);
+    for (int32_t i = 0; i < FB_KEY_BLOCK / FB_PAGE_POSITIONS; i++)
+        score_keys(
+            a, l, fb_slab(a->pool, pages[i], a->layer, kv_head), 2, w->q, rows, w->scores + i * FB_PAGE_POSITIONS);
+    for (size_t r = 0; r < rows; r++)
+        weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, FB_KEY_BLOCK, 0, FB_KEY_BLOCK, &w->part, r);
+    for (int32_t i = 0; i < FB_KEY_BLOCK / FB_PAGE_POSITIONS; i++)
+        sum_values(a, l, fb_slab(a->pool, pages[i], a->layer, kv_head), FB_PAGE_POSITIONS,
+            w->scores + i * FB_PAGE_POSITIONS, rows, w->part.values, i > 0);
+    for (size_t m = 0; m < n_members; m++) {
+        const struct partial to = part_at(a, l, members[m], kv_head, block);
+        memcpy(to.max, w->part.max + m * l->group, l->group * sizeof *to.max);
+        memcpy(to.length, w->part.length + m * l->group, l->group * sizeof *to.length);
+        memcpy(to.values, w->part.values + m * l->group * l->padded, l->group * l->padded * sizeof *to.values);
+    }
+}
+
+/* Whether others share this block of a sequence with it. */
+static bool leads(const struct fb_attention *a, int32_t sequence, int32_t block) {
+    if (!a->sharing || a->sharing[sequence].leader != sequence) return false;
+    for (int32_t s = sequence + 1; s < a->n_sequences; s++)
+        if (a->sharing[s].leader == sequence && a->sharing[s].n_blocks > block) return true;
+    return false;
 }
 
 void fb_attention_item(const struct fb_attention *a, int64_t index, int thread) {
@@ -321,7 +362,12 @@ void fb_attention_item(const struct fb_attention *a, int64_t index, int thread) 
     const int32_t within = (int32_t)(index - a->offsets[sequence]);
     if (a->split) {
         const int32_t parts = (int32_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / n_kv_heads;
-        const int32_t kv_head = within / parts, part = within % parts;
+        const int32_t kv_head = within / parts;
+        const int32_t part = within % parts + (a->sharing ? a->sharing[sequence].n_blocks : 0);
+        if (leads(a, sequence, part)) {
+            attend_shared(a, &l, sequence, kv_head, part, &w);
+            return;
+        }
         const struct tile t = tile_of(a, &l, sequence, kv_head, 0);
         attend_part(a, &l, &t, part, &w, part_at(a, &l, sequence, kv_head, part));
         return;

@@ -1,7 +1,7 @@
 /*
  * attention.h - causal attention of a batch over paged K and V, as items that threads share.
  *
- * Keys are cut into blocks of KEY_BLOCK positions at fixed places. Of each block a query gets a partial result: the
+ * Keys are cut into blocks of FB_KEY_BLOCK positions at fixed places. Of each block a query gets a partial result: the
  * largest score, the sum of exponentials, and the weighted sum of V. Partial results are merged in the order of the
  * blocks:
  *
@@ -22,6 +22,7 @@
 
 #include "kernels/kernels.h"
 #include "kv/pages.h"
+#include "ops/sharing.h"
 
 struct fb_attention {
     const struct fb_kernels *kernels;
@@ -39,9 +40,11 @@ struct fb_attention {
     size_t ldq, ld_out;
     char *scratch; /* n_threads x fb_attention_scratch_bytes */
     size_t scratch_bytes;
-    float *partials;  /* room for partial results, FB_PARTIAL_FLOATS */
-    int64_t *offsets; /* [n_sequences + 1]: first item (or first part, when split) of each sequence */
-    bool split;       /* key blocks are items of their own; set by fb_attention_items */
+    float *partials;                  /* room for partial results, FB_PARTIAL_FLOATS */
+    const struct fb_sharing *sharing; /* [n_sequences], or NULL where nothing is shared; see sharing.h */
+    int64_t *offsets;                 /* [n_sequences + 1]: first item of each sequence */
+    int64_t *places; /* [n_sequences + 1]: where the partial results of each begin, in floats; when split */
+    bool split;      /* key blocks are items of their own; set by fb_attention_items */
 };
 
 /* The lowest position of the window of a token at `position`; `window` is the operator's own, 0 for none. */
@@ -64,7 +67,10 @@ enum { FB_PARTIAL_FLOATS = 1 << 20 };
 /* Bytes of scratch one thread needs. */
 size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim);
 
-/* Number of items of the first stage; decides whether to split and fills `offsets`. */
+/* How many sequences may share a block with each other. */
+int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads);
+
+/* Number of items of the first stage; decides whether to split and fills `offsets` and `places`. */
 int64_t fb_attention_items(struct fb_attention *attention, int n_threads);
 void fb_attention_item(const struct fb_attention *attention, int64_t index, int thread);
 

@@ -278,7 +278,7 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
         fb_team_run(fill_page, &filling, (int64_t)n_pages * n_kv_heads, n_threads);
         const struct fb_sequence sequence = {.pages = pages, .n_pages = n_pages, .n_tokens = n_tokens};
         const int32_t first_row = 0;
-        int64_t offsets[2];
+        int64_t offsets[2], places[2];
         struct fb_attention attention = {.kernels = job.kernels,
             .pool = pool,
             .sequences = &sequence,
@@ -294,7 +294,8 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
             .scratch = scratch,
             .scratch_bytes = scratch_bytes,
             .partials = partials,
-            .offsets = offsets};
+            .offsets = offsets,
+            .places = places};
         fb_team_run(attention_item, &attention, fb_attention_items(&attention, n_threads), n_threads);
         fb_team_run(attention_merge_item, &attention, fb_attention_merge_items(&attention), n_threads);
     }

@@ -283,6 +283,10 @@ static void *take(struct fb_program *p, size_t count, size_t size, bool *failed)
     return memory;
 }
 
+static size_t drawing_threads(const struct fb_program *p) {
+    return (size_t)(p->n_threads < FB_DRAWING_THREADS ? p->n_threads : FB_DRAWING_THREADS);
+}
+
 static enum fb_status take_memory(struct fb_program *p) {
     const struct fb_program_shape *s = &p->shape;
     const size_t rows = (size_t)s->max_tokens;
@@ -300,13 +304,16 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->positions = take(p, rows, sizeof(int32_t), &failed);
     p->owners = take(p, rows, sizeof(int32_t), &failed);
     p->first_row = take(p, rows, sizeof(int32_t), &failed);
-    p->offsets = take(p, (rows + 1) * (size_t)p->n_threads, sizeof(int64_t), &failed);
+    p->offsets = take(p, 2 * (rows + 1) * (size_t)p->n_threads, sizeof(int64_t), &failed);
+    p->sharing = take(p, rows, sizeof *p->sharing, &failed);
     p->partials = take(p, FB_PARTIAL_FLOATS, sizeof(float), &failed);
     p->attention_scratch = take(p, (size_t)p->n_threads, p->attention_scratch_bytes, &failed);
     p->activations = take(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
     p->pairs = take(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
     p->own_inputs = take(p, (size_t)p->n_threads, p->own_input_bytes, &failed);
     p->counters = take(p, 2 * (size_t)p->n_stages * (size_t)p->n_threads, sizeof(struct fb_counter), &failed);
+    p->draw_work_bytes = (fb_sample_work_bytes(s->vocab_size) + 63) / 64 * 64;
+    p->draw_work = take(p, drawing_threads(p), p->draw_work_bytes, &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
     for (int32_t i = 0; i < s->n_buffers; i++)
         if (p->buffers[i].data) p->buffers[i].data = p->arena + p->buffers[i].offset;
@@ -388,12 +395,14 @@ void fb_program_free(fb_program *p) {
     fb_memory_release(p->positions, rows * sizeof(int32_t));
     fb_memory_release(p->owners, rows * sizeof(int32_t));
     fb_memory_release(p->first_row, rows * sizeof(int32_t));
-    fb_memory_release(p->offsets, (rows + 1) * (size_t)p->n_threads * sizeof(int64_t));
+    fb_memory_release(p->sharing, rows * sizeof *p->sharing);
+    fb_memory_release(p->offsets, 2 * (rows + 1) * (size_t)p->n_threads * sizeof(int64_t));
     fb_memory_release(p->partials, FB_PARTIAL_FLOATS * sizeof(float));
     fb_memory_release(p->attention_scratch, (size_t)p->n_threads * p->attention_scratch_bytes);
     fb_memory_release(p->activations, rows * p->activation_blocks * sizeof *p->activations);
     fb_memory_release(p->pairs, rows * p->pair_stride * sizeof *p->pairs);
     fb_memory_release(p->own_inputs, (size_t)p->n_threads * p->own_input_bytes);
+    fb_memory_release(p->draw_work, drawing_threads(p) * p->draw_work_bytes);
     fb_memory_release(p->counters, 2 * (size_t)p->n_stages * (size_t)p->n_threads * sizeof(struct fb_counter));
     free(p->ops);
     free(p->buffers);

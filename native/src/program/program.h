@@ -4,6 +4,7 @@
  *     create.c   checks every operator against the shape and the buffers, copies vectors, cuts the list into stages
  *     plan.c     decides where buffers lie
  *     run.c      checks a batch and executes the stages in one parallel region
+ *     draw.c     runs one step after the other, drawing tokens between them
  *
  * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow
  * each other in one stage: the thread that holds a token carries it through all of them. Products that read the same
@@ -27,6 +28,9 @@ enum { FB_OWN_ROWS = 4 };
 
 /* Products of a stage at most; q, k and v are three. */
 enum { FB_MOST_BESIDE = 8 };
+
+/* Threads that draw tokens of a step at most: each needs scratch of 28 bytes a token of the vocabulary. */
+enum { FB_DRAWING_THREADS = 8 };
 
 struct fb_buffer {
     int32_t width;                 /* numbers per token */
@@ -70,7 +74,9 @@ struct fb_program {
     int32_t *positions; /* [max_tokens] */
     int32_t *owners;    /* [max_tokens]: sequence of each token */
     int32_t *first_row; /* [max_tokens] */
-    int64_t *offsets;   /* [n_threads][max_tokens + 1] */
+    int64_t *offsets;   /* [n_threads][2][max_tokens + 1]: offsets and places of attention */
+    struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
+    bool shares;                /* some have key blocks in common */
     float *partials;
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantised weight */
@@ -80,8 +86,11 @@ struct fb_program {
     size_t own_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* of one thread */
-    struct fb_counter *counters;    /* [n_stages][2][n_threads], for as many threads as a run has */
-    size_t scratch_bytes;           /* all of the above */
+    char *draw_work;                /* [min(n_threads, FB_DRAWING_THREADS)][draw_work_bytes] */
+    size_t draw_work_bytes;
+    struct fb_crew crew;         /* of steps of few tokens, which meet at a barrier every some microseconds */
+    struct fb_counter *counters; /* [n_stages][2][n_threads], for as many threads as a run has */
+    size_t scratch_bytes;        /* all of the above */
 };
 
 /* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows

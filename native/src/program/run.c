@@ -14,6 +14,7 @@ struct run {
     fb_page_pool *pool;
     float *logits;
     atomic_int non_finite;
+    int64_t left_ns; /* when the first thread was done: from then on it waits for the end of the region */
     struct fb_barrier barrier;
 };
 
@@ -328,7 +329,9 @@ static void run_attention(struct run *run, const struct fb_op *op, const struct 
         .scratch = p->attention_scratch,
         .scratch_bytes = p->attention_scratch_bytes,
         .partials = p->partials,
-        .offsets = p->offsets + (size_t)place->thread * ((size_t)run->batch->n_sequences + 1)};
+        .sharing = p->shares ? p->sharing : NULL};
+    attention.offsets = p->offsets + (size_t)place->thread * 2 * ((size_t)p->shape.max_tokens + 1);
+    attention.places = attention.offsets + p->shape.max_tokens + 1;
     struct fb_items items = items_of(place, 0, fb_attention_items(&attention, place->n_threads));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         fb_attention_item(&attention, i, place->thread);
@@ -361,8 +364,11 @@ static void run_stages(struct run *run, int thread, int n_threads) {
  * also keeps a tiny model from waiting for a second thread that a busy machine does not let run. */
 enum { ALONE_BELOW = 250000 };
 
+/* Tokens of a step up to which its stages are so short that a thread put aside by the system costs more than it does. */
+enum { SHORT_STAGES = 32 };
+
 /* Threads for a batch; the result does not depend on it. */
-static int threads_for(const struct fb_program *p, const struct fb_batch *batch) {
+static int threads_for(const struct fb_program *p, const struct fb_batch *batch, int64_t now_ns) {
     int64_t work = 0;
     for (int32_t i = 0; i < p->n_ops && work < ALONE_BELOW; i++) {
         const struct fb_op *op = &p->ops[i];
@@ -377,7 +383,8 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch)
                     (sequence->n_past + sequence->n_tokens);
         }
     }
-    return work < ALONE_BELOW ? 1 : p->n_threads;
+    if (work < ALONE_BELOW) return 1;
+    return batch->n_tokens <= SHORT_STAGES ? fb_crew_size(&p->crew, p->n_threads, now_ns) : p->n_threads;
 }
 
 /* Fills the per-token tables that every stage reads. */
@@ -390,6 +397,8 @@ static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_th
             p->owners[row] = s;
         }
     }
+    const int32_t most = fb_attention_most_members(p->shape.n_heads, p->shape.n_kv_heads);
+    p->shares = fb_find_sharing(batch->sequences, batch->n_sequences, most, p->sharing);
     memset(p->counters, 0, 2 * (size_t)p->n_stages * (size_t)n_threads * sizeof *p->counters);
 }
 
@@ -399,10 +408,18 @@ enum fb_status fb_program_run(
     FB_TRY(check_pool(program, pool));
     FB_TRY(check_batch(program, pool, batch, n_logits));
     struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
-    const int n_threads = threads_for(program, batch);
+    const int64_t start = fb_now_ns();
+    const int n_threads = threads_for(program, batch, start);
     lay_out(program, batch, n_threads);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
+    {
+        run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
+        if (omp_get_thread_num() == 0) run.left_ns = fb_now_ns();
+    }
+    if (batch->n_tokens <= SHORT_STAGES && n_threads > 1) {
+        const int64_t end = fb_now_ns(), waited = atomic_load(&run.barrier.lost_ns) / (n_threads - 1);
+        fb_crew_learn(&program->crew, program->n_threads, n_threads, end, end - start, waited + end - run.left_ns);
+    }
     if (atomic_load(&run.non_finite))
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
     return FB_OK;

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fabula import _native
 from fabula.engine.grammar import Guide
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
@@ -58,10 +59,14 @@ class History:
         """int32 [n], a view."""
         return self._buffer[: self._n]
 
-    def append(self, token: int) -> None:
-        if self._n == len(self._buffer):
+    def room_for(self, n: int) -> I32:
+        """The buffer behind `ids`, with room for n tokens more."""
+        while self._n + n > len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
-        self._buffer[self._n] = token
+        return self._buffer
+
+    def append(self, token: int) -> None:
+        self.room_for(1)[self._n] = token
         self._n += 1
 
 
@@ -108,6 +113,7 @@ class Decoding:
         self._ends = frozenset(params.stop_tokens) | (
             frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
         )
+        self._end_ids = np.array(sorted(self._ends), np.int32)
         self._may_stop = True  # whether the answer may end before the token that was drawn last
         self._ignored_ends = list(tokenizer.eos_ids) if params.ignore_eos else []
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
@@ -134,10 +140,29 @@ class Decoding:
             token, logprob = self._sampler.sample(logits, history.ids, len(history), banned=held)
         else:
             token, logprob = self._draw_allowed(logits, self._guide)
-        history.append(token)
+        return self.take(token, logprob, likeliest(logits, self.params.n_logprobs))
+
+    def take(self, token: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...] = ()) -> Piece:
+        """Goes on with a token that was drawn."""
+        self.history.append(token)
         self._n_drawn += 1
         text, reason = self._read(token)
-        return Piece(token, text, logprob, reason, likeliest(logits, self.params.n_logprobs))
+        return Piece(token, text, logprob, reason, top_logprobs)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that may be drawn before the answer is as long as it may be."""
+        return self._room - self._n_drawn
+
+    @property
+    def draws_alone(self) -> bool:
+        """Whether the native library can draw the next tokens: nobody here looks at logits, or at tokens in between."""
+        return self._guide is None and not self.params.n_logprobs and self._n_drawn >= self.params.min_tokens
+
+    def drawn_by(self, share: _native.BatchSequence, n_steps: int) -> _native.Draw:
+        """What the native library needs to draw up to `n_steps` tokens."""
+        history = self.history.room_for(n_steps)
+        return _native.Draw(share, n_steps, history, len(self.history), self._end_ids, self._sampler.sampling)
 
     def _draw_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""

@@ -116,11 +116,16 @@ class Request:
     @property
     def paused(self) -> bool:
         """The reader is far behind."""
-        return self.n_made - self.n_read >= READ_AHEAD
+        return self.read_ahead <= 0
 
     def may_share(self, other: Request) -> bool:
         """Whether both may use the same K and V where their tokens are the same."""
         return other.runner is self.runner and other.salt == self.salt and other.sequence.window == self.sequence.window
+
+    @property
+    def read_ahead(self) -> int:
+        """Pieces that may be made before the request pauses."""
+        return READ_AHEAD - (self.n_made - self.n_read)
 
     def next_tokens(self, n: int) -> npt.NDArray[np.int32]:
         """The next n tokens to compute."""
@@ -132,8 +137,9 @@ class Request:
         history = self.decoding.history.ids
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
-    def name_pages(self) -> None:
-        """Lets others find the pages that are full by now, and gives back those behind the window."""
+    def name_pages(self, n_untold: int = 0) -> None:
+        """Lets others find the pages that are full by now, and gives back those behind the window. The reader will get
+        `n_untold` more pieces of what was made."""
         n_full = self.sequence.n_tokens // PAGE_POSITIONS
         if n_full > self._n_named:
             keys, pages = self._chain.keys(self.decoding.history.ids), self.sequence.pages
@@ -142,7 +148,7 @@ class Request:
                     self.runner.pool.name(pages[i], keys[i])
             self._n_named = n_full
         if self.sequence.window.slides:  # as far as the reader is: what he has not read may be taken back
-            self.sequence.slide(self.sequence.n_tokens - (self.n_made - self.n_read))
+            self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_untold - self.n_read))
 
     def adopt(self, sequence: Sequence) -> None:
         """Takes a sequence with more of the prompt in place of its own."""

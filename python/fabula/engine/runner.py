@@ -168,15 +168,16 @@ class Runner:
         """
         return self.run([self.prepare(sequence, tokens) for sequence, tokens in parts], outputs)
 
-    def prepare(self, sequence: Sequence, tokens: I32) -> Part:
-        """Reserves pages for tokens to be appended, to be run next.
+    def prepare(self, sequence: Sequence, tokens: I32, n_more: int = 0) -> Part:
+        """Reserves pages for tokens to be appended, to be run next, and for `n_more` behind them.
 
         Raises:
             ContextOverflow: the sequence would grow beyond the context; nothing was changed.
             OutOfMemory: no free pages; nothing was changed.
         """
-        self.check_room(sequence.n_tokens + len(tokens), sequence.window)
-        pages = sequence.reserve(sequence.n_tokens + len(tokens))
+        end = sequence.n_tokens + len(tokens) + n_more
+        self.check_room(end, sequence.window)
+        pages = sequence.reserve(end)
         window = sequence.window
         return Part(
             sequence, _native.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
@@ -195,6 +196,33 @@ class Runner:
         for part in parts:
             part.sequence.n_tokens += part.n_tokens
         return logits
+
+    def draw(
+        self, draws: list[tuple[Sequence, _native.Draw]], n_steps: int, stop: _native.Flag
+    ) -> tuple[list[tuple[I32, npt.NDArray[np.float32]]], npt.NDArray[np.float64]]:
+        """Up to `n_steps` steps in which sequences compute their last token and draw their next.
+
+        Args:
+            draws: each sequence with what it draws, its pages reserved (`prepare`).
+            n_steps: 1 or more.
+            stop: ends the call behind a step when it is set.
+
+        Returns:
+            Tokens and logprobs of each, and when each step was done, in seconds since the call. Sequences are as long
+            as what they computed: all but the last token drawn.
+
+        Raises:
+            NonFinite, InvalidArgument: as `run`; nothing was drawn.
+        """
+        if os.getpid() != self._pid:
+            raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
+        with self._lock:
+            if self._closed:
+                raise InvalidArgument("the model is closed")
+            drawn, seconds = self.program.draw(self.pool.native, [draw for _, draw in draws], n_steps, stop.memory)
+        for (sequence, _), (tokens, _) in zip(draws, drawn, strict=True):
+            sequence.n_tokens += len(tokens)
+        return drawn, seconds
 
     def hidden_program(self, max_tokens: int) -> _native.Program:
         """The same program up to the last norm: its rows are hidden states, float32 [hidden_size].

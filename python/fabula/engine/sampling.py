@@ -299,6 +299,11 @@ class Sampler:
             **{name: getattr(params, name) for name in _STRUCT_FIELDS},
         )
 
+    @property
+    def sampling(self) -> _native.Sampling:
+        """What the native library draws with."""
+        return _native.Sampling(self._settings, self._bias_ids, self._bias_values, self._breakers)
+
     def sample(
         self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()
     ) -> tuple[int, float]:

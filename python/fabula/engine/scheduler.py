@@ -30,8 +30,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fabula import _native
 from fabula._native import PAGE_POSITIONS
-from fabula.engine.decoding import FinishReason
+from fabula.engine.decoding import FinishReason, Piece
+from fabula.engine.pace import Pace
 from fabula.engine.request import Item, Request, State
 from fabula.engine.runner import Part, Runner
 from fabula.errors import EngineBusy, EngineError, InvalidArgument, NonFinite, OutOfMemory
@@ -40,47 +42,9 @@ MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128
 IDLE_S = 1.0  # then the thread ends; the next request begins a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
-MIN_CHUNK = 4  # prompt tokens in a step while others draw
-STRETCH = 2.4  # how much longer a step may take for the sake of prompts
+TELL_S = 0.016  # readers hear at least so often, a frame of a screen, where a call draws several tokens
+MAX_STEPS = 32  # tokens of a request in one call
 MAX_MEASURED = 256  # tokens of a step that teaches what steps cost; attention makes longer ones another matter
-
-
-class Pace:
-    """What a step of one model costs, measured as it goes, and how much prompt fits beside those that draw.
-
-    A step is taken to last `base + token * n` seconds for n tokens, drawn or read: weights pass by once, and each token
-    is multiplied with them. Both numbers are least squares over the last steps, the older ones weighing less.
-    """
-
-    def __init__(self) -> None:
-        self._sums = [0.0] * 5  # of 1, n, n^2, t, n t
-
-    def chunk(self, n_drawing: int, most: int) -> int:
-        """Prompt tokens for the next step."""
-        if not n_drawing:
-            return most
-        base, token = self.cost()
-        extra = int((STRETCH - 1) * (base / token + n_drawing)) if token > 0 else 0
-        return min(max(MIN_CHUNK, extra), most)
-
-    def cost(self) -> tuple[float, float]:
-        """Seconds of a step without tokens, and of a token; (0, 0) before the first step."""
-        w, n, nn, t, nt = self._sums
-        if not w:
-            return 0.0, 0.0
-        n, nn, t, nt = n / w, nn / w, t / w, nt / w
-        variance = nn - n * n
-        # Steps of nearly one size say little of the slope but the noise: the less they differ, the nearer a token is
-        # taken to its share of the time, which is the most it can cost.
-        ridge = 4 + n * n / 16
-        token = (nt - n * t + ridge * t / n) / (variance + ridge)
-        token = min(max(token, 0.02 * t / n), t / n)
-        return t - token * n, token
-
-    def measured(self, n_tokens: int, seconds: float) -> None:
-        """Learns from a step."""
-        new = (1.0, n_tokens, n_tokens * n_tokens, seconds, n_tokens * seconds)
-        self._sums = [0.95 * old + one for old, one in zip(self._sums, new, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +72,7 @@ class Scheduler:
         self._inbox: queue.SimpleQueue[tuple[str, Request | Runner | threading.Event | None]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # the longest admitted first
+        self._interrupt = _native.Flag()  # set when something came into the inbox: a call that draws many tokens ends
         self._paces: weakref.WeakKeyDictionary[Runner, Pace] = weakref.WeakKeyDictionary()
         self._room = False  # something ended since waiting requests were looked at
         self._turn = 0
@@ -135,7 +100,7 @@ class Scheduler:
                     n_waiting=len(self._waiting),
                 )
             self._n_outstanding += 1
-            self._inbox.put(("submit", request))
+            self._tell(("submit", request))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="fabula-engine", daemon=True)
                 self._thread.start()
@@ -150,7 +115,11 @@ class Scheduler:
 
     def wake(self) -> None:
         """Something changed that the thread should look at. Safe in a destructor."""
-        self._inbox.put(("wake", None))
+        self._tell(("wake", None))
+
+    def _tell(self, command: tuple[str, Request | Runner | threading.Event | None]) -> None:
+        self._inbox.put(command)
+        self._interrupt.set()
 
     def drop(self, runner: Runner) -> None:
         """Ends every request of a model, with an error for their readers, and waits for it."""
@@ -160,8 +129,8 @@ class Scheduler:
         with self._start_lock:
             if self._thread is None or self._thread is threading.current_thread():
                 return
-            self._inbox.put(("drop", runner))
-            self._inbox.put(("settled", settled))
+            self._tell(("drop", runner))
+            self._tell(("settled", settled))
         settled.wait()
 
     @property
@@ -174,7 +143,7 @@ class Scheduler:
         """Ends everything; for the end of the process."""
         thread = self._thread
         if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
-            self._inbox.put(("stop", None))
+            self._tell(("stop", None))
             thread.join()
 
     # ---- The thread -------------------------------------------------------------------------------------------------
@@ -195,6 +164,7 @@ class Scheduler:
         """Reads the inbox; waits for something if there is nothing to compute. False when the thread should end."""
         busy = any(not request.paused for request in self._running) or (self._waiting and self._room)
         pause = None if busy else PAUSE_S if self._running or self._waiting else IDLE_S
+        self._interrupt.clear()  # before looking: what comes in from now on sets it again
         while True:
             try:
                 command, about = self._inbox.get(timeout=pause) if pause is not None else self._inbox.get_nowait()
@@ -362,8 +332,12 @@ class Scheduler:
 
     def _step(self, runner: Runner) -> None:
         """Computes one batch of a model and tells the readers."""
+        plan = self._plan(runner)
+        n_steps = self._steps_alone(runner, plan)
+        if n_steps > 1 and self._draw_steps(runner, [request for request, _ in plan], n_steps):
+            return
         batch: list[tuple[Request, Part]] = []
-        for request, n in self._plan(runner):
+        for request, n in plan:
             if request.state is State.RUNNING:  # or it gave way to one before it
                 part = self._prepare(request, n, batch)
                 if part is not None:
@@ -389,6 +363,52 @@ class Scheduler:
             request.name_pages()
         for i, row in enumerate(wanted):
             self._draw(batch[row][0], logits[i])
+
+    def _steps_alone(self, runner: Runner, plan: list[tuple[Request, int]]) -> int:
+        """How many steps the native library can make by itself: somebody who reads a prompt, a constraint or logprobs
+        leave it one."""
+        if not all(request.n_pending == 1 and request.decoding.draws_alone for request, _ in plan):
+            return 1
+        base, token = self._pace(runner).cost()
+        step = base + token * len(plan)
+        most = int(TELL_S / step) if step > 0 else 1
+        return min(most, MAX_STEPS, *(request.read_ahead for request, _ in plan))
+
+    def _draw_steps(self, runner: Runner, requests: list[Request], n_steps: int) -> bool:
+        """Several steps in one call; False if nothing was done, for want of pages or because something is wrong that a
+        single step will find."""
+        draws = []
+        try:
+            for request in requests:
+                n = min(n_steps, request.decoding.n_left)
+                part = runner.prepare(request.sequence, request.next_tokens(1), n - 1)
+                draws.append((request.sequence, request.decoding.drawn_by(part.share, n)))
+            start = time.perf_counter()
+            drawn, seconds = runner.draw(draws, n_steps, self._interrupt)
+        except EngineError:
+            return False
+        except Exception as error:
+            for request in requests:
+                self._finish(request, error=error)
+            return True
+        self._pace(runner).measured(len(requests), seconds[-1] / len(seconds))
+        for request, (tokens, logprobs) in zip(requests, drawn, strict=True):
+            self._take(request, tokens.tolist(), logprobs.tolist(), start + seconds)
+        return all(len(tokens) for tokens, _ in drawn)
+
+    def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
+        """Hands out tokens that were drawn; those behind the answer's end never were."""
+        pieces: list[Piece] = []
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            pieces.append(request.decoding.take(token, logprob))
+            if pieces[-1].finish_reason:
+                break
+        request.sequence.n_tokens -= len(tokens) - len(pieces)
+        request.name_pages(len(pieces))
+        if pieces and pieces[-1].finish_reason:
+            self._finish(request)
+        for piece, at in zip(pieces, times.tolist(), strict=False):
+            request.tell(Item(piece, at, piece.finish_reason))
 
     def _prepare(self, request: Request, n: int, batch: list[tuple[Request, Part]]) -> Part | None:
         """Reserves pages for a request's next tokens. Where there are none, the youngest request that has not got its

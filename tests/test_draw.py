@@ -1,0 +1,179 @@
+"""Several tokens in one call of the library: the tokens, log-probabilities and pages of one step after the other."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+from fabula import DamagedWeightWarning, InvalidArgument, Model, NonFinite, SamplingParams, _native
+from fabula.engine import request as request_module
+from fabula.engine import scheduler as scheduler_module
+from fabula.engine.decoding import Decoding
+from fabula.engine.runner import Runner
+from fabula.kv.pages import Sequence
+from fabula.kv.prefix import EVERYTHING, Window
+
+N_STEPS = 12
+SETTINGS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, seed=1),
+    SamplingParams(temperature=1.2, seed=2, top_k=7, repetition_penalty=1.3, logit_bias={5: 2.0}, banned_tokens=(9,)),
+    SamplingParams(temperature=0.9, seed=3, dry_multiplier=0.8, dry_breakers=("a",), xtc_probability=0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Any:
+    with Model.load(tiny_folder, threads=2) as loaded:
+        yield loaded
+
+
+def decoding(model: Model, ids: list[int], params: SamplingParams, room: int = N_STEPS) -> Decoding:
+    return Decoding(model.tokenizer, model.config.vocab_size, np.array(ids, np.int32), params, room=room)
+
+
+def one_by_one(runner: Runner, sequence: Sequence, answer: Decoding) -> list[tuple[int, float]]:
+    pieces = []
+    while not pieces or not pieces[-1].finish_reason:
+        pieces.append(answer.accept(runner.step([(sequence, answer.history.ids[-1:])], [0])[0]))
+    return [(piece.token_id, piece.logprob) for piece in pieces]
+
+
+@pytest.mark.parametrize("window", [EVERYTHING, Window(16, 2)])
+def test_drawn_tokens_are_those_of_single_steps(model: Model, window: Window) -> None:
+    runner = model._runner
+    texts = [[3 + i, 7, 11, *range(20, 20 + 9 * i)] for i in range(len(SETTINGS))]
+    wanted = []
+    for ids, params in zip(texts, SETTINGS, strict=True):
+        with runner.sequence(window) as sequence:
+            runner.prefill(sequence, np.array(ids[:-1], np.int32))
+            wanted.append(one_by_one(runner, sequence, decoding(model, ids, params)))
+    sequences = [runner.sequence(window) for _ in texts]
+    draws = []
+    for sequence, ids, params in zip(sequences, texts, SETTINGS, strict=True):
+        runner.prefill(sequence, np.array(ids[:-1], np.int32))
+        answer = decoding(model, ids, params)
+        part = runner.prepare(sequence, answer.history.ids[-1:].copy(), N_STEPS - 1)
+        draws.append((sequence, answer.drawn_by(part.share, N_STEPS)))
+    drawn, seconds = runner.draw(draws, N_STEPS, _native.Flag())
+    for (tokens, logprobs), expected in zip(drawn, wanted, strict=True):
+        assert list(zip(tokens.tolist(), logprobs.tolist(), strict=True)) == expected
+    assert len(seconds) == max(len(expected) for expected in wanted) and (np.diff(seconds) > 0).all()
+    for sequence, ids, expected in zip(sequences, texts, wanted, strict=True):
+        assert sequence.n_tokens == len(ids) - 1 + len(expected)
+        sequence.close()
+
+
+def test_a_flag_ends_the_call_behind_a_step(model: Model) -> None:
+    runner, flag = model._runner, _native.Flag()
+    for is_set in (True, False):
+        flag.set() if is_set else flag.clear()
+        with runner.sequence() as sequence:
+            answer = decoding(model, [5], SamplingParams(temperature=0.0, ignore_eos=True))
+            part = runner.prepare(sequence, np.array([5], np.int32), N_STEPS - 1)
+            drawn, seconds = runner.draw([(sequence, answer.drawn_by(part.share, N_STEPS))], N_STEPS, flag)
+            assert len(drawn[0][0]) == len(seconds) == (1 if is_set else N_STEPS)
+
+
+def test_bad_arguments(model: Model) -> None:
+    runner = model._runner
+    with runner.sequence() as sequence:
+        answer = decoding(model, [5], SamplingParams(temperature=0.0))
+        part = runner.prepare(sequence, np.array([5], np.int32))
+        draw = answer.drawn_by(part.share, 4)
+        far = replace(draw, share=replace(part.share, n_past=_native.PAGE_POSITIONS - 2))
+        for bad, words in (
+            (far, "pages"),
+            (replace(draw, n_steps=0), "n_steps"),
+            (replace(draw, n_history=0), "n_history"),
+        ):
+            with pytest.raises(InvalidArgument, match=words):
+                runner.draw([(sequence, bad)], 4, _native.Flag())
+        with pytest.raises(InvalidArgument, match="n_draws"):
+            runner.draw([], 4, _native.Flag())
+        assert sequence.n_tokens == 0
+
+
+def answers(model: Model, seed: int) -> list[tuple[list[Any], str | None, str]]:
+    """Requests of many kinds at once; what each brought, how it ended, and what a second one behind it brings."""
+    rng = random.Random(seed)
+    begun = []
+    for _ in range(6):
+        prompt = [rng.randrange(3, tiny.VOCAB) for _ in range(rng.randrange(1, 60))]
+        params = replace(rng.choice(SETTINGS), max_tokens=rng.randrange(1, 40), min_tokens=rng.choice([0, 0, 5]))
+        params = replace(params, stop=rng.choice([(), ("e",), ("th", "a ")]), ignore_eos=rng.random() < 0.5)
+        begun.append(model.generate(prompt, params))
+    found = []
+    for generation in begun:
+        pieces = list(generation)
+        after = model.generate(
+            [*generation.prompt_ids, *generation.token_ids], SamplingParams(temperature=0.0, max_tokens=5)
+        )
+        found.append((pieces, generation.finish_reason, after.text()))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_do_not_depend_on_how_many_tokens_a_call_draws(
+    model: Model, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(scheduler_module, "TELL_S", 10.0)
+    results = []
+    for most in (1, 3, 32):
+        monkeypatch.setattr(scheduler_module, "MAX_STEPS", most)
+        model.clear_cache()
+        results.append(answers(model, seed))
+    assert results[0] == results[1] == results[2]
+
+
+def test_calls_draw_many_tokens_and_no_more_than_are_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "TELL_S", 10.0)
+    counts: list[int] = []
+    draw = model._runner.draw
+
+    def watched(draws: Any, n_steps: int, stop: Any) -> Any:
+        result = draw(draws, n_steps, stop)
+        counts.append(len(result[1]))
+        return result
+
+    monkeypatch.setattr(model._runner, "draw", watched)
+    with model.generate([5], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=100)) as generation:
+        assert len(list(generation)) == 100
+    assert sum(counts) >= 90 and max(counts) > 4
+    assert max(counts) <= request_module.READ_AHEAD
+
+
+def test_bans_hold_and_a_draw_without_any_token_has_its_usual_error(model: Model) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    everything = tuple(range(tiny.VOCAB))
+    with model.generate([5], replace(params, banned_tokens=everything[:-1])) as generation:
+        assert [piece.token_id for piece in generation] == [tiny.VOCAB - 1] * 20
+    with (
+        model.generate([5], replace(params, banned_tokens=everything)) as generation,
+        pytest.raises(InvalidArgument, match="banned"),
+    ):
+        next(generation)
+
+
+def test_logits_that_break_in_the_middle(model: Model, tmp_path: Path) -> None:
+    """The embedding of the fifth token drawn is damaged: what was drawn up to it stays, then the error comes."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=12)
+    with model.generate([5], params) as generation:
+        expected = [piece.token_id for piece in generation]
+    n_good = next(i for i in range(4, 12) if expected[i] not in [5, *expected[:i]])
+    tensors = tiny.random_tensors()
+    tensors["model.embed_tokens.weight"][expected[n_good]] = np.nan
+    tiny.write_model(tmp_path, tensors=tensors)
+    with pytest.warns(DamagedWeightWarning):
+        damaged = Model.load(tmp_path, threads=2)
+    with damaged, damaged.generate([5], params) as generation:
+        found = [next(generation).token_id for _ in range(n_good + 1)]
+        assert found == expected[: n_good + 1]
+        with pytest.raises(NonFinite):
+            next(generation)
