@@ -19,7 +19,7 @@ from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, 
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-Isa = Literal["auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni"]
+Isa = Literal["auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "neon", "neon_dotprod", "neon_i8mm"]
 
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
 
@@ -36,6 +36,9 @@ _ISAS: dict[str, int] = {
     "avx512": lib.FB_ISA_AVX512,
     "avx512_vnni": lib.FB_ISA_AVX512_VNNI,
     "avx_vnni": lib.FB_ISA_AVX_VNNI,
+    "neon": lib.FB_ISA_NEON,
+    "neon_dotprod": lib.FB_ISA_NEON_DOTPROD,
+    "neon_i8mm": lib.FB_ISA_NEON_I8MM,
 }
 
 

@@ -2,7 +2,8 @@
  * test_blocks.c - panels of quantised blocks: read back as the numbers of the file's blocks, and multiplied by every
  * instruction set with the bits of reference_blocks.c.
  *
- * Blocks are random bytes, so every code and scale occurs, in many tests NaN and infinite scales too.
+ * Blocks are random bytes, so every code and scale occurs, in many tests NaN and infinite scales too. `test_blocks 3` takes 3
+ * seeds instead of 40.
  */
 #include "check.h"
 #include "kernels/kernels.h"
@@ -178,7 +179,8 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     free(got);
 }
 
-int main(void) {
+int main(int n_arguments, char **arguments) {
+    const uint64_t n_seeds = n_arguments > 1 ? strtoull(arguments[1], NULL, 10) : 40;
     const struct {
         const char *name;
         const struct fb_kernels *kernels;
@@ -189,13 +191,17 @@ int main(void) {
         {"avx_vnni", fb_isa_available(FB_ISA_AVX_VNNI) ? &fb_kernels_avx_vnni : NULL},
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
+#elif defined(__aarch64__)
+        {"neon", fb_isa_available(FB_ISA_NEON) ? &fb_kernels_neon : NULL},
+        {"neon_dotprod", fb_isa_available(FB_ISA_NEON_DOTPROD) ? &fb_kernels_neon_dotprod : NULL},
+        {"neon_i8mm", fb_isa_available(FB_ISA_NEON_I8MM) ? &fb_kernels_neon_i8mm : NULL},
 #endif
 #ifdef FABULA_EMULATE_AVX512
         {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},
 #endif
         {"reference", &fb_kernels_reference},
     };
-    for (uint64_t seed = 1; seed <= 40; seed++)
+    for (uint64_t seed = 1; seed <= n_seeds; seed++)
         for (int d = 0; d < N_DTYPES; d++)
             test_layout(dtypes[d], seed);
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
@@ -203,7 +209,7 @@ int main(void) {
             printf("skipped: this CPU lacks %s\n", sets[i].name);
             continue;
         }
-        for (uint64_t seed = 1; seed <= 40; seed++) {
+        for (uint64_t seed = 1; seed <= n_seeds; seed++) {
             test_quantise(sets[i].kernels, sets[i].name, seed);
             for (int d = 0; d < N_DTYPES; d++)
                 test_gemm(sets[i].kernels, sets[i].name, dtypes[d], seed);

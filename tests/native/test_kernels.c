@@ -3,7 +3,7 @@
  *
  * Inputs are random and hostile: odd sizes and tails, misaligned pointers, zeros of both signs, subnormals, the largest
  * finite numbers, infinities and NaN. Results must have the same bits; where one is NaN the other must be (its
- * payload is free). A failure prints kernel, size and seed.
+ * payload is free). A failure prints kernel, size and seed. `test_kernels 3` takes 3 seeds instead of 20.
  */
 #include "check.h"
 #include "kernels/kernels.h"
@@ -211,7 +211,8 @@ static void test_exp_accuracy(void) {
     CHECK_AT(worst < 2e-7, "exp is off by %g", worst);
 }
 
-int main(void) {
+int main(int n_arguments, char **arguments) {
+    const uint64_t n_seeds = n_arguments > 1 ? strtoull(arguments[1], NULL, 10) : 20;
     static const size_t sizes[] = {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 255, 1000};
     const struct {
         const char *name;
@@ -223,6 +224,10 @@ int main(void) {
         {"avx_vnni", fb_isa_available(FB_ISA_AVX_VNNI) ? &fb_kernels_avx_vnni : NULL},
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
+#elif defined(__aarch64__)
+        {"neon", fb_isa_available(FB_ISA_NEON) ? &fb_kernels_neon : NULL},
+        {"neon_dotprod", fb_isa_available(FB_ISA_NEON_DOTPROD) ? &fb_kernels_neon_dotprod : NULL},
+        {"neon_i8mm", fb_isa_available(FB_ISA_NEON_I8MM) ? &fb_kernels_neon_i8mm : NULL},
 #endif
 #ifdef FABULA_EMULATE_AVX512
         {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},
@@ -235,7 +240,7 @@ int main(void) {
             printf("skipped: this CPU lacks %s\n", sets[i].name);
             continue;
         }
-        for (uint64_t seed = 1; seed <= 20; seed++) {
+        for (uint64_t seed = 1; seed <= n_seeds; seed++) {
             test_gemm(sets[i].kernels, sets[i].name, seed);
             for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
                 for (int hostile = 0; hostile < 2; hostile++)

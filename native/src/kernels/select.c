@@ -12,6 +12,13 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
         return &fb_kernels_avx512;
     case FB_ISA_AVX512_VNNI:
         return &fb_kernels_avx512_vnni;
+#elif defined(__aarch64__)
+    case FB_ISA_NEON:
+        return &fb_kernels_neon;
+    case FB_ISA_NEON_DOTPROD:
+        return &fb_kernels_neon_dotprod;
+    case FB_ISA_NEON_I8MM:
+        return &fb_kernels_neon_i8mm;
 #endif
     default:
         return &fb_kernels_reference;
