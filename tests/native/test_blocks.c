@@ -101,10 +101,11 @@ static void fill_inputs(float *x, size_t n, bool tame) {
         x[i] = ((float)(int32_t)next_random() / 2147483648.0f) * (float)(1 << next_random() % 8);
         if (!tame && next_random() % 64 == 0) x[i] = special[next_random() % (sizeof special / sizeof *special)];
     }
-    for (size_t i = 0; i + 32 <= n; i += 32) /* blocks of zeros, of halves that round to even, of subnormals */
+    /* Blocks of zeros, of subnormals, and of halves that round to even: behind their first number they are a block too. */
+    for (size_t i = 0; i + 32 <= n; i += 32)
         if (next_random() % 8 == 0)
             for (size_t j = 0; j < 32; j++)
-                x[i + j] = i % 3 == 0 ? 0.0f : i % 3 == 1 ? (float)(j == 0 ? 127 : (int)j) + 0.5f * (j > 0) : 1e-39f;
+                x[i + j] = i % 3 == 0 ? 0.0f : i % 3 == 1 ? j == 1 ? 127.0f : (float)j + 0.5f : 1e-39f;
 }
 
 static void test_quantise(const struct fb_kernels *k, const char *name, uint64_t seed) {
