@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
 
-.PHONY: run test lint sanitize format clean
+.PHONY: run test lint sanitize aarch64 format clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
@@ -29,6 +29,10 @@ format: $(VENV)/linted-with
 # The C tests, and the Python tests that drive the library hardest, on a build with AddressSanitizer and UBSan.
 sanitize: $(VENV)/tested-with
 	PYTHON=$(abspath $(BIN)/python) sh tests/native/sanitize.sh
+
+# The C tests on AArch64, cross-compiled and run under qemu-user.
+aarch64: $(VENV)/tested-with
+	PYTHON=$(abspath $(BIN)/python) sh tests/native/aarch64.sh
 
 $(BIN)/python:
 	@echo "making a virtual environment in $(VENV) and building Fabula there; this takes about a minute"

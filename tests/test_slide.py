@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,7 @@ from fabula.kv.pages import HOLE
 from fabula.kv.prefix import Window
 from reference import llama
 
-ISAS: list[Any] = [
-    isa
-    for isa in ("reference", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
-    if _native.isa_available(isa)
-]
+ISAS: list[Any] = [isa for isa in get_args(_native.Isa) if isa != "auto" and _native.isa_available(isa)]
 IDS = np.random.default_rng(3).integers(0, tiny.VOCAB, 150).astype(np.int32)
 F32 = npt.NDArray[np.float32]
 

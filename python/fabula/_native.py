@@ -19,7 +19,9 @@ from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, 
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-Isa = Literal["auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16"]
+Isa = Literal[
+    "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm"
+]  # fmt: skip
 
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
 
@@ -37,6 +39,9 @@ _ISAS: dict[str, int] = {
     "avx512_vnni": lib.FB_ISA_AVX512_VNNI,
     "avx_vnni": lib.FB_ISA_AVX_VNNI,
     "avx512_bf16": lib.FB_ISA_AVX512_BF16,
+    "neon": lib.FB_ISA_NEON,
+    "neon_dotprod": lib.FB_ISA_NEON_DOTPROD,
+    "neon_i8mm": lib.FB_ISA_NEON_I8MM,
 }
 
 

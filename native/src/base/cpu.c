@@ -1,8 +1,48 @@
-/* cpu.c - instruction sets, asked of the compiler's CPUID helper (which also checks that the system saves the
- * registers). */
+/* cpu.c - instruction sets. On x86-64 the compiler's CPUID helper is asked (which also checks that the system saves the
+ * registers), on AArch64 the system. */
 #include "base/cpu.h"
 
 #include "base/status.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13) /* of a kernel's headers older than 5.10 */
+#endif
+
+static bool has_dotprod(void) {
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+
+static bool has_i8mm(void) {
+    return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static bool has_feature(const char *name) {
+    int value = 0;
+    size_t n_bytes = sizeof value;
+    return sysctlbyname(name, &value, &n_bytes, NULL, 0) == 0 && value != 0;
+}
+
+static bool has_dotprod(void) {
+    return has_feature("hw.optional.arm.FEAT_DotProd");
+}
+
+static bool has_i8mm(void) {
+    return has_feature("hw.optional.arm.FEAT_I8MM");
+}
+#elif defined(__aarch64__)
+static bool has_dotprod(void) {
+    return false;
+}
+
+static bool has_i8mm(void) {
+    return false;
+}
+#endif
 
 bool fb_isa_available(enum fb_isa isa) {
     switch (isa) {
@@ -22,6 +62,13 @@ bool fb_isa_available(enum fb_isa isa) {
         return fb_isa_available(FB_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
     case FB_ISA_AVX512_BF16:
         return fb_isa_available(FB_ISA_AVX512_VNNI) && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+    case FB_ISA_NEON:
+        return true;
+    case FB_ISA_NEON_DOTPROD:
+        return has_dotprod();
+    case FB_ISA_NEON_I8MM:
+        return has_dotprod() && has_i8mm();
 #endif
     default:
         return false;
@@ -34,12 +81,15 @@ enum fb_isa fb_isa_best(void) {
     if (fb_isa_available(FB_ISA_AVX512)) return FB_ISA_AVX512;
     if (fb_isa_available(FB_ISA_AVX_VNNI)) return FB_ISA_AVX_VNNI;
     if (fb_isa_available(FB_ISA_AVX2)) return FB_ISA_AVX2;
+    if (fb_isa_available(FB_ISA_NEON_I8MM)) return FB_ISA_NEON_I8MM;
+    if (fb_isa_available(FB_ISA_NEON_DOTPROD)) return FB_ISA_NEON_DOTPROD;
+    if (fb_isa_available(FB_ISA_NEON)) return FB_ISA_NEON;
     return FB_ISA_REFERENCE;
 }
 
 enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out) {
-    FB_REQUIRE(wanted >= FB_ISA_AUTO && wanted <= FB_ISA_AVX512_BF16, "isa is %d, must be 0 .. %d", (int)wanted,
-        (int)FB_ISA_AVX512_BF16);
+    FB_REQUIRE(wanted >= FB_ISA_AUTO && wanted <= FB_ISA_NEON_I8MM, "isa is %d, must be 0 .. %d", (int)wanted,
+        (int)FB_ISA_NEON_I8MM);
     if (!fb_isa_available(wanted)) return fb_fail(FB_UNSUPPORTED, "this CPU lacks instruction set %d", (int)wanted);
     *out = wanted == FB_ISA_AUTO ? fb_isa_best() : wanted;
     return FB_OK;

@@ -1,8 +1,8 @@
 /*
  * kernels.h - the inner loops, as a table of function pointers with one contract each.
  *
- * reference.c fills the whole table with plain loops and is the specification; avx2.c and avx512.c fill it with faster
- * loops that give the SAME BITS. That is possible because every sum has one fixed order, stated here:
+ * reference.c fills the whole table with plain loops and is the specification; the fast tables (avx2.h, avx512.h,
+ * neon.h) give the SAME BITS. That is possible because every sum has one fixed order, stated here:
  *
  *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and takes its terms one by one in
  *              order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run side by side in
@@ -121,6 +121,10 @@ extern const struct fb_kernels fb_kernels_avx_vnni;
 extern const struct fb_kernels fb_kernels_avx512;
 extern const struct fb_kernels fb_kernels_avx512_vnni;
 extern const struct fb_kernels fb_kernels_avx512_bf16;
+#elif defined(__aarch64__)
+extern const struct fb_kernels fb_kernels_neon;
+extern const struct fb_kernels fb_kernels_neon_dotprod;
+extern const struct fb_kernels fb_kernels_neon_i8mm;
 #endif
 
 /* reference.c's table takes these from reference_blocks.c. */

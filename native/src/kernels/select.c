@@ -14,6 +14,13 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
         return &fb_kernels_avx512_vnni;
     case FB_ISA_AVX512_BF16:
         return &fb_kernels_avx512_bf16;
+#elif defined(__aarch64__)
+    case FB_ISA_NEON:
+        return &fb_kernels_neon;
+    case FB_ISA_NEON_DOTPROD:
+        return &fb_kernels_neon_dotprod;
+    case FB_ISA_NEON_I8MM:
+        return &fb_kernels_neon_i8mm;
 #endif
     default:
         return &fb_kernels_reference;

@@ -1,6 +1,6 @@
 /*
- * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.c and avx512.c include it after saying
- * what such a vector is. A file that includes this defines before:
+ * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.h, avx512.h and neon.h include it after
+ * saying what such a vector is. A file that includes this defines before:
  *
  *   v16                      16 floats, lane j for row j of a panel
  *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma v16_negate_fma (c - a b) v16_round (to even)
