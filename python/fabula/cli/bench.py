@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from fabula.cli.bench_accuracy import perplexity
+from fabula.cli.bench_sessions import serve, sessions
 from fabula.cli.bench_speed import load, model, ops
 from fabula.cli.console import note
 
@@ -23,6 +24,8 @@ def bench() -> None:
     Examples:
       fabula bench ops
       fabula bench model --peers --weights f32 --weights f16 --plot model.png
+      fabula bench sessions --peers
+      fabula bench serve --clients 16 --seconds 60
       fabula bench load --weights q8_0
       fabula bench perplexity book.txt --weights f16 --compare f32
     """
@@ -47,5 +50,5 @@ def plot(file: Path, out: Path) -> None:
     note(f"{out}: drawn")
 
 
-for _command in (ops, model, load, perplexity, plot):
+for _command in (ops, model, sessions, serve, load, perplexity, plot):
     bench.add_command(_command)
