@@ -15,7 +15,7 @@ from fabula.bench.load import bench_load
 from fabula.bench.peer_llama_cpp import LlamaStates
 from fabula.bench.serve import Served, bench_serve, free_port, running
 from fabula.bench.sessions import bench_sessions, in_turns
-from fabula.errors import EngineError, InvalidArgument, Unsupported
+from fabula.errors import EngineError, InvalidArgument
 from fabula.model import Model
 
 # ---- Sessions ------------------------------------------------------------------------------------------------------
@@ -106,8 +106,11 @@ def test_load(tiny_folder: Path, tmp_path: Path) -> None:
 def test_load_errors(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="rounds is 0"):
         bench_load(tiny_folder, threads=1, rounds=0)
-    with pytest.raises(Unsupported, match=r"llama.cpp is not measured: .*is llama_cpp installed there"):
-        bench_load(tiny_folder, weights="f16", threads=1, rounds=1, peers=True, python=str(broken_python(tmp_path)))
+    told: list[str] = []
+    python = str(broken_python(tmp_path))
+    rows = bench_load(tiny_folder, weights="f16", threads=1, rounds=1, peers=True, python=python, status=told.append)
+    assert rows[0].ours and rows[0].peer is None
+    assert any("llama.cpp is not measured" in line and "is llama_cpp installed" in line for line in told)
     with pytest.raises(EngineError):
         bench_load(tmp_path, threads=1)
 

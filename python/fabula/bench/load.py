@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,21 @@ from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.bench.worker import Worker
-from fabula.errors import EngineError, InvalidArgument, Unsupported
-from fabula.model import Model
+from fabula.errors import EngineError, InvalidArgument
+from fabula.model import Model, WeightsName
 
 PROMPT = "The lighthouse keeper climbed the stairs"
 ROUNDS = 5
 _POSITIONS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What is started, and what each process is asked for."""
+
+    name: str
+    start: Callable[[], Worker]
+    request: Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -40,7 +50,7 @@ class _Measured:
 def bench_load(
     path: Path,
     *,
-    weights: str = "auto",
+    weights: WeightsName = "auto",
     kv: str = "f16",
     threads: int,
     rounds: int = ROUNDS,
@@ -53,61 +63,58 @@ def bench_load(
     Args:
         path: the model. With `peers`, a GGUF file of the weights is written for both where it is none of that format.
         rounds: processes of each engine that count; medians are told.
-        peers: whether llama.cpp is measured too. python: interpreter that has it; None for this one.
+        peers: whether llama.cpp is measured too; that it cannot be is told. python: interpreter that has it; None for
+            this one.
 
     Raises:
         InvalidArgument: rounds is out of its range.
-        EngineError: a process failed.
+        EngineError: the model cannot be loaded.
     """
     if not 1 <= rounds <= 1000:
         raise InvalidArgument(f"rounds is {rounds}, must be 1 .. 1000")
-    with Model.load(path, weights=weights, kv=kv, threads=threads, context=_POSITIONS, fetch=False) as model:  # type: ignore[arg-type]
-        prompt = model.tokenizer.encode(PROMPT)
-        if not peers:
-            model.close()
-            return _measure(path, path.name, weights, prompt, kv, threads, rounds, {}, status)
-        with gguf_of(model, status) as same:
-            model.close()  # what is measured shall have the memory
-            engines = {"llama.cpp": lambda: start_worker(python)}
-            return _measure(same, path.name, "auto", prompt, kv, threads, rounds, engines, status)
+    with ExitStack() as stack:
+        model = stack.enter_context(
+            Model.load(path, weights=weights, kv=kv, threads=threads, context=_POSITIONS, fetch=False)
+        )
+        same = stack.enter_context(gguf_of(model, status)) if peers else path
+        model.close()  # what is measured shall have the memory
+        request = {
+            "path": str(same),
+            "threads": threads,
+            "kv": kv,
+            "positions": _POSITIONS,
+            "prompt": model.tokenizer.encode(PROMPT),
+        }
+        ours = _Engine("fabula", _start_ours, {**request, "weights": "auto" if peers else weights})
+        engines = [ours, _Engine("llama.cpp", lambda: start_worker(python), request)] if peers else [ours]
+        found = _measure(engines, rounds, status)
+    return _rows(path.name, kv, threads, found)
 
 
-def _measure(
-    path: Path,
-    name: str,
-    weights: str,
-    prompt: list[int],
-    kv: str,
-    threads: int,
-    rounds: int,
-    peers: Mapping[str, Callable[[], Worker]],
-    status: Status,
-) -> list[Row]:
-    request = {"path": str(path), "threads": threads, "kv": kv, "positions": _POSITIONS, "prompt": prompt}
-    starts: dict[str, Callable[[], Worker]] = {"fabula": _start_ours, **peers}
-    requests = {"fabula": {**request, "weights": weights}}
-    found = {engine: _Measured() for engine in starts}
-    for engine in list(starts):
-        status(f"{engine}: a first process, which is not counted")
+def _measure(engines: Sequence[_Engine], rounds: int, status: Status) -> dict[str, _Measured]:
+    """By name, ours first; one that fails at once is told and left out, but for ours."""
+    found: dict[str, _Measured] = {}
+    for engine in engines:
+        status(f"{engine.name}: a first process, which is not counted")
         try:
-            _once(starts[engine], requests.get(engine, request), _Measured())
-        except Unsupported:
-            raise
+            _once(engine, _Measured())
         except EngineError as error:
-            if engine == "fabula":
+            if engine is engines[0]:
                 raise
-            raise Unsupported(f"{engine} is not measured: {error}") from None
-    status(f"{rounds} rounds of {', '.join(starts)}")
-    for engine in turns(list(starts), rounds):
-        _once(starts[engine], requests.get(engine, request), found[engine])
-    return _rows(name, kv, threads, found)
+            status(f"{engine.name} is not measured: {error}")
+            continue
+        found[engine.name] = _Measured()
+    status(f"{rounds} rounds of {', '.join(found)}")
+    for engine in turns([engine for engine in engines if engine.name in found], rounds):
+        _once(engine, found[engine.name])
+    return found
 
 
-def _once(start: Callable[[], Worker], request: Mapping[str, Any], measured: _Measured) -> None:
+def _once(engine: _Engine, measured: _Measured) -> None:
     begin = time.perf_counter()
-    worker = start()
+    worker = engine.start()
     try:
-        measured.answer = worker.ask("first", **request)
+        measured.answer = worker.ask("first", **engine.request)
         measured.seconds.append(time.perf_counter() - begin)
         peak = worker.peak_bytes
         if peak is not None:

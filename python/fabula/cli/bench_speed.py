@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -26,6 +27,9 @@ from fabula.cli.bench_options import (
 )
 from fabula.cli.console import note
 from fabula.cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    from fabula.model import WeightsName
 
 _TEXTS = 4  # texts of the whole context that a model's KV cache holds
 
@@ -200,7 +204,7 @@ def load(
     n_threads = n_threads_of(threads)
     rows = bench_load(
         located(model),
-        weights=weights,
+        weights=cast("WeightsName", weights),
         kv=kv,
         threads=n_threads,
         rounds=rounds,
