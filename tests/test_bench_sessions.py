@@ -161,12 +161,17 @@ def test_clients_count_what_is_refused() -> None:
         writer.write(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
         writer.close()
 
+    async def breaking_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.1 200 OK\r\n\r\nevent: error\ndata: {"error": {"message": "no room"}}\n\n')
+        writer.close()
+
     async def go() -> list[Heard]:
-        server = await asyncio.start_server(refusing, "127.0.0.1", 0)
-        async with server:
-            port = server.sockets[0].getsockname()[1]
-            refused = await chat_with("peer", port, 2, 0.2, 4)
-        return [refused, await chat_with("fabula", free_port(), 1, 0.2, 4)]
+        heard = [await chat_with("fabula", free_port(), 1, 0.2, 4)]
+        for answer in (refusing, breaking_off):
+            async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+                heard.append(await chat_with("peer", server.sockets[0].getsockname()[1], 2, 0.2, 4))
+        return heard
 
     for heard in asyncio.run(go()):
         assert heard.n_failed > 0 and heard.n_answers == heard.n_tokens == 0

@@ -101,7 +101,7 @@ class _Client:
                 said.append({"role": "assistant", "content": answer})
 
     async def _ask(self, heard: Heard, turn: int, said: list[dict[str, str]], end: float) -> str | None:
-        """One turn; None if it was refused."""
+        """One turn; None if it was refused, or broke off."""
         body: dict[str, Any] = {"stream": True, "temperature": 0.7, "seed": self._number}
         if self._kind == "fabula":
             path = "/chat"
@@ -119,8 +119,10 @@ class _Client:
             if b" 200 " not in await reader.readline():
                 return None
             while line := await reader.readline():
-                text = self._text_of(json.loads(line[6:])) if line.startswith(b"data: {") else None
-                if text is None:
+                event = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+                if "error" in event:
+                    return None
+                if (text := self._text_of(event)) is None:
                     continue
                 now = time.perf_counter()
                 if now < end:

@@ -101,7 +101,7 @@ def draw(rows: Sequence[Json], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     figure = Figure(figsize=(_WIDTH_IN, sum(heights) + 0.8), dpi=_DPI, layout="constrained")
-    figure.suptitle("\n".join(map(_plain, title(rows).splitlines())), fontsize=11)
+    figure.suptitle("\n".join(_plain(line, _LINE) for line in title(rows).splitlines()), fontsize=11)
     axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     engines = list(dict.fromkeys(name for panel in shown for case in panel.cases for name in case.values))
     for panel, ax in zip(shown, axes, strict=False):
@@ -244,7 +244,7 @@ def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
         )  # fmt: skip
     ax.set_xlabel("operations per byte, logarithmic")
     ax.set_ylabel("GOP/s, logarithmic")
-    ax.set_title("roofline of this machine", fontsize=10)
+    ax.set_title("roofline of this machine, and what Fabula reaches", fontsize=10)
     ax.grid(which="major", color="0.88", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -262,9 +262,9 @@ def _columns(names: Iterable[str]) -> int:
     return max(1, _LINE // (min(_LABEL, max(map(len, names))) + 8))
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, most: int = _LABEL) -> str:
     """Text that matplotlib takes for no formula, shortened where it would push everything else aside."""
-    short = text if len(text) <= _LABEL else text[: _LABEL - 1] + "…"
+    short = text if len(text) <= most else text[: most - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
 
 

@@ -109,9 +109,9 @@ def bench_serve(
                 kinds.append("peer")
         except EngineError as error:
             status(f"{PEER} is not measured: {error}")
-    for n_clients in clients:
+    for i, n_clients in enumerate(clients):
         heard = {}
-        for kind in kinds:
+        for kind in kinds[i % len(kinds) :] + kinds[: i % len(kinds)]:  # each is the first one in turn
             with running(served, kind) as (port, pid):
                 status(f"{_clients(n_clients)}, {seconds:g} s: {'fabula' if kind == 'fabula' else PEER}")
                 asyncio.run(chat_with(kind, port, min(n_clients, 4), min(3.0, seconds), 16))
