@@ -12,7 +12,7 @@ import pytest
 
 from benching import TEXT, broken_python, call, peer_python, rows_of
 from fabula.bench.accuracy import bench_accuracy
-from fabula.bench.perplexity import perplexity, read_text
+from fabula.bench.perplexity import Tally, perplexity, read_text
 from fabula.bench.status import silent
 from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
@@ -147,7 +147,8 @@ def test_perplexity_beside_a_peer(tiny_folder: Path, tmp_path: Path) -> None:
         assert (row["peer_name"], row["peer_settings"]) == ("llama.cpp", "a stand-in")
         assert row["difference_to_peer"] == pytest.approx(row["ours"] / row["peer"] - 1)
         assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])
-        assert abs(row["difference_to_peer"]) < 1e-3 and row["peer_same_top"] > 0.9
+        assert abs(row["difference_to_peer"]) < 1e-3 and 0 <= row["difference_to_peer_error"] < 1e-3
+        assert row["peer_same_top"] > 0.9
     assert half["peer_kl_mean"] == pytest.approx(half["kl_mean"], rel=0.5)
     table = call(*arguments, same).stdout
     assert "its KL mean" in table and "ours to it" in table
@@ -168,6 +169,24 @@ def test_the_gate(tiny_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "llama.cpp is not measured" in result.stderr
     with pytest.raises(Unsupported, match="is llama_cpp installed there"):
         call(*arguments, *broken, "--gate", "0.3")
+
+
+def test_the_error_of_a_difference() -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 40, 9)).astype(np.float32)
+    targets = np.arange(40) % 9
+    one, other = Tally(), Tally()
+    for part in logits[:3]:
+        one.add(part, targets)
+        other.add(part + np.float32(3), targets)  # the same probabilities
+    assert one.error_to(other) == pytest.approx(0, abs=1e-6) and one.perplexity == pytest.approx(other.perplexity)
+    more = Tally()
+    for part in logits[3:]:
+        more.add(part, targets)
+    differences = np.concatenate(one.losses) - np.concatenate(more.losses)
+    assert one.error_to(more) == pytest.approx(np.std(differences, ddof=1) / math.sqrt(120))
+    single = Tally()
+    single.add(logits[0][:1], targets[:1])
+    assert single.error_to(single) is None
 
 
 def test_another_vocabulary_is_told(tiny_folder: Path) -> None:

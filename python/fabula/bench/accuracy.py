@@ -105,7 +105,7 @@ def beyond(rows: Sequence[Row], percent: float) -> list[str]:
         elif not 100 * abs(difference) <= percent:
             lines.append(
                 f"{row.weights}: perplexity {row.ours:.4f} is {difference:+.3%} from {row.peer_name}'s {row.peer:.4f}, "
-                f"allowed are {percent:g} %"
+                f"allowed are {percent:g} %; standard error {row.more['difference_to_peer_error'] or 0:.3%}"
             )
     return lines
 
@@ -119,6 +119,7 @@ def _row(
         "n_tokens": tally.n_tokens,
         **_distances("", tally, base),
         "difference_to_peer": tally.perplexity / found - 1 if found else None,
+        "difference_to_peer_error": tally.error_to(theirs) if found else None,
         **_distances("peer_", theirs if peer else None, base),
     }
     return Row(

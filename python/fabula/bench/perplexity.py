@@ -49,13 +49,13 @@ class Tally:
     """What is counted window by window; sums in float64.
 
     Attributes:
-        losses, divergences: sums of parts.
+        losses: -ln p of each token, in parts. divergences: sums of parts.
         divergence_max: the largest of one token.
         n_same: tokens whose likeliest successor is the reference's.
     """
 
     n_tokens: int = 0
-    losses: list[float] = field(default_factory=list)
+    losses: list[npt.NDArray[np.float64]] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     divergence_max: float = 0.0
     n_same: int = 0
@@ -66,7 +66,7 @@ class Tally:
             wanted = targets[first : first + _ROWS]
             part = slice(first, first + len(wanted))
             log_p = _log_softmax(logits[part])
-            self.losses.append(-float(log_p[np.arange(len(wanted)), wanted].sum()))
+            self.losses.append(-log_p[np.arange(len(wanted)), wanted])
             if reference is None:
                 continue
             log_r = _log_softmax(reference[part])
@@ -78,7 +78,13 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(math.fsum(self.losses) / self.n_tokens)
+        return math.exp(math.fsum(np.concatenate(self.losses)) / self.n_tokens)
+
+    def error_to(self, other: Tally) -> float | None:
+        """Standard error of the relative difference of the perplexities of one text, from the tokens' own differences;
+        None for a single token."""
+        differences = np.concatenate(self.losses) - np.concatenate(other.losses)
+        return float(differences.std(ddof=1)) / math.sqrt(self.n_tokens) if self.n_tokens > 1 else None
 
     @property
     def divergence_mean(self) -> float:

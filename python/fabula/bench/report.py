@@ -69,7 +69,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     peers = any(row.peer for row in rows)
     numbers = ["window", "tokens", "perplexity"]
     numbers += ["difference", "KL mean", "KL max", "same first"] if compare else []
-    numbers += ["peer's", "ours to it"] if peers else []
+    numbers += ["peer's", "ours to it", "± error"] if peers else []
     numbers += ["its difference", "its KL mean", "its KL max", "its same first"] if peers and compare else []
     table = _table(("weights", "kv", *(("peer",) if peers else ())), numbers)
     for row in rows:
@@ -77,7 +77,15 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
         cells = [row.weights or "", row.kv or "", *([row.peer_name or ""] if peers else [])]
         cells += [str(more["window"]), str(more["n_tokens"]), _told(row.ours, ".4f")]
         cells += _distances(more, "") if compare else []
-        cells += [_told(row.peer, ".4f"), _told(more["difference_to_peer"], "+.3%")] if peers else []
+        cells += (
+            [
+                _told(row.peer, ".4f"),
+                _told(more["difference_to_peer"], "+.3%"),
+                _told(more["difference_to_peer_error"], ".3%"),
+            ]
+            if peers
+            else []
+        )
         cells += _distances(more, "peer_") if peers and compare else []
         table.add_row(*cells)
     return table
