@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,29 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
+from benching import MACHINE, call, rows_of
 from fabula import _native
 from fabula.bench import model as bench_model_module
 from fabula.bench import peers
 from fabula.bench.machine import Machine, cpu_name
 from fabula.bench.model import Lengths, Run, agreement, bench_models, limits, prompt_ids
 from fabula.bench.ops import bench_ops, difference
-from fabula.bench.perplexity import perplexity, read_text
+from fabula.bench.row import KEYS as ROW_KEYS
+from fabula.bench.row import Row, read_rows
 from fabula.bench.status import silent
 from fabula.bench.timing import Times, interleaved, measure, turns
-from fabula.cli.bench import bench
+from fabula.bench.worker import Worker, memory_bytes
 from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
-
-MACHINE = Machine(cpu="x", isa="avx2", cores=2, threads=2, read_bytes_per_s=1e10, flops_per_s=1e11, dots_per_s=2e11)
-LIGHTHOUSE = Path(__file__).parent / "data" / "lighthouse.txt"
-TEXT = "the winter in the lighthouse was long, and all the others were on the shore. " * 30
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(bench, list(arguments), catch_exceptions=False)
-
 
 # ---- Timing --------------------------------------------------------------------------------------------------------
 
@@ -108,19 +99,26 @@ OPERATORS += ["matmul_transb"] * 3 + ["rope", "self_attention"]
 
 
 def test_ops_json() -> None:
-    result = call("ops", "--quick", "--json", "--threads", "2")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["machine"]["threads"] == 2
-    rows = found["rows"]
+    rows = rows_of(call("ops", "--quick", "--json", "--threads", "2"))
     assert [row["op"] for row in rows] == OPERATORS
     assert [row["weights"] for row in rows if row["op"] == "matmul_transb"] == ["f32", "f16", "bf16"]
     for row in rows:
+        assert row["case"] == f"{row['op']} {row['size']}" and row["threads"] == row["machine"]["threads"] == 2
+        assert row["peer_name"] == "serial C" and row["model"] is row["kv"] is None
         assert row["ratio"] == pytest.approx(row["serial_median"] / row["median"])
-        assert row["ratio"] > 0 and row["speed"] > 0 and row["mean"] > 0 and row["n"] >= 5
-        assert row["share"] == pytest.approx(row["speed"] / row["limit"])
+        assert row["ratio"] == pytest.approx(row["ours"] / row["peer"]) and row["ours"] == row["speed"]
+        assert row["ours"] > 0 and row["mean"] > 0 and row["n"] >= 5
+        for name in ("ours", "peer"):
+            low, high = row[f"{name}_spread"]
+            assert low <= row[name] * (1 + 1e-9) and row[name] <= high * (1 + 1e-9)
+        assert row["limit_share"] == pytest.approx(row["ours"] / row["limit"])
         assert 0 <= row["difference"] <= row["tolerance"]
-        assert row["unit"] == ("GFLOP/s" if row["op"] in ("matmul_transb", "self_attention") else "GB/s")
+        is_compute = row["op"] in ("matmul_transb", "self_attention")
+        assert row["unit"] == ("GFLOP/s" if is_compute else "GB/s")
+        per_byte = row["gop_per_s"] / row["ours"] if not is_compute else row["operations_per_byte"]
+        assert row["operations_per_byte"] == pytest.approx(per_byte)
+    sparse, dense = (next(r for r in rows if r["op"] == op) for op in ("gather", "matmul_transb"))
+    assert sparse["operations_per_byte"] == 0 and dense["operations_per_byte"] > 10
 
 
 def test_ops_table() -> None:
@@ -160,23 +158,26 @@ def test_difference_is_measured_row_by_row() -> None:
 
 # ---- Models --------------------------------------------------------------------------------------------------------
 
-KEYS = {"case", "model", "weights", "kv", "threads", "unit", "ours", "peer", "peer_name", "peer_settings", "ratio"}
-KEYS |= {"limit", "limit_share", "agreement"}
-
 
 def test_model_json(tiny_folder: Path) -> None:
     sizes = ["--prompt-tokens", "40", "--tokens", "5", "--rounds", "2", "--threads", "1"]
-    result = call("model", "--model", str(tiny_folder), "--weights", "f32", "--weights", "f16", *sizes, "--json")
-    assert result.exit_code == 0, result.output
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    rows = rows_of(call("model", "--model", str(tiny_folder), "--weights", "f32", "--weights", "f16", *sizes, "--json"))
     assert [(row["case"], row["weights"]) for row in rows] == [
         ("prefill", "f32"), ("prefill", "f16"), ("decode", "f32"), ("decode", "f16"),
     ]  # fmt: skip
     for row in rows:
-        assert row.keys() >= KEYS
-        assert row["ours"] > 0 and row["limit"] > 0 and row["unit"] == "tokens/s" and row["kv"] == "f16"
+        assert (
+            row["agreement"] is None
+            and row["ours"] > 0
+            and row["limit"] > 0
+            and row["unit"] == "tokens/s"
+            and row["kv"] == "f16"
+        )
         assert row["limit_share"] == pytest.approx(row["ours"] / row["limit"])
         assert row["peer"] is row["ratio"] is row["peer_name"] is None
+        peak = "read_bytes_per_s" if row["case"] == "decode" else "flops_per_s"
+        per_unit = row["operations_per_byte"] if row["case"] == "decode" else 1
+        assert row["limit_share"] == pytest.approx(1e9 * row["gop_per_s"] / (row["machine"][peak] * per_unit))
 
 
 def test_model_table(tiny_folder: Path) -> None:
@@ -307,85 +308,74 @@ def test_llama_cpp_on_the_same_weights(smollm2_gguf: Path, weights: Any) -> None
         peer.close()
 
 
-# ---- Perplexity ----------------------------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------------------------
 
 
-def expected_perplexity(model: Model, text: str, window: int, start: list[int]) -> tuple[float, int]:
-    ids = model.tokenizer.encode(text, add_bos=False)
-    losses: list[float] = []
-    for first in range(0, len(ids), window):
-        tokens = start + ids[first : first + window]
-        if len(tokens) < 2:
-            continue
-        logits = model.logits(tokens).astype(np.float64)
-        for row, token in zip(logits[:-1], tokens[1:], strict=True):
-            losses.append(math.log(np.exp(row - row.max()).sum()) + row.max() - row[token])
-    return math.exp(sum(losses) / len(losses)), len(losses)
+def test_a_ratio_above_one_is_better() -> None:
+    fast = Row(case="a", unit="tokens/s", ours=20.0, peer=10.0, limit=40.0)
+    assert (fast.ratio, fast.limit_share) == (2.0, 0.5)
+    slow = Row(case="b", unit="ms", ours=20.0, peer=10.0, limit=5.0, more={"depth": 3})
+    assert (slow.ratio, slow.limit_share) == (0.5, 0.25)
+    assert list(slow.to_json()) == [*ROW_KEYS, "depth"]
+    assert Row(case="c", unit="ms", ours=None, peer=10.0).ratio is None
 
 
-@pytest.mark.parametrize("with_start", [False, True])
-def test_perplexity(tiny_folder: Path, with_start: bool) -> None:
-    with Model.load(tiny_folder, weights="f32") as model:
-        model.tokenizer.add_bos = with_start
-        found = perplexity(model, TEXT, window=200)
-        value, n = expected_perplexity(model, TEXT, 200, [0] if with_start else [])
-    assert found.perplexity == pytest.approx(value, rel=1e-12)
-    assert found.n_tokens == n and found.weights == "f32" and found.window == 200
-
-
-def test_a_last_window_of_one_token_predicts_nothing(tiny_folder: Path) -> None:
-    with Model.load(tiny_folder, weights="f32") as model:
-        model.tokenizer.add_bos = False
-        found = perplexity(model, "abcde", window=2)
-        assert (found.n_tokens, found.n_windows) == (2, 2)
-
-
-def test_perplexity_errors(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="cannot be read: No such file"):
-        read_text(tmp_path / "absent.txt")
-    with pytest.raises(InvalidArgument, match="cannot be read"):
-        read_text(tmp_path)
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(InvalidArgument, match="is empty"):
-        read_text(tmp_path / "empty.txt")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+def test_a_file_of_rows_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(Row(case="a", unit="ms", ours=1.0).to_json())
+    path.write_text(f"{good}\n\n{good}\n")
+    assert len(read_rows(path)) == 2
+    bad = {
+        "line 1 .* no object": "[1]",
+        "line 1 is not what": "{",
+        "limit_share missing": good.replace("limit_share", "limit_"),
+        "ours is not a number": good.replace("1.0", '"fast"'),
+        "peer is not a number": good.replace('"peer": null', '"peer": NaN'),
+        "limit is not a number": good.replace('"limit": null', '"limit": -1'),
+        "unit is not a text": good.replace('"ms"', "3"),
+        "machine is no object": good[:-1] + ', "machine": 3}',
+        "flops_per_s is not a number": good[:-1] + ', "machine": {"flops_per_s": "many"}}',
+        "holds no rows": "\n",
+    }
+    for message, line in bad.items():
+        path.write_text(line)
+        with pytest.raises(InvalidArgument, match=message):
+            read_rows(path)
+    path.write_bytes(b"\xff")
     with pytest.raises(InvalidArgument, match="UTF-8"):
-        read_text(tmp_path / "latin.txt")
-    with Model.load(tiny_folder) as model:
-        model.tokenizer.add_bos = False
-        with pytest.raises(InvalidArgument, match="too few"):
-            perplexity(model, "a")
-        with pytest.raises(InvalidArgument, match="window is 601"):
-            perplexity(model, TEXT, window=601)
-
-
-def test_perplexity_command(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ["perplexity", str(tmp_path / "text.txt"), "--model", str(tiny_folder), "--window", "100"]
-    result = call(*arguments, "--compare", "f32", "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert (found["weights"], found["compare"]["weights"]) == ("f16", "f32")
-    assert found["relative_difference"] == pytest.approx(found["perplexity"] / found["compare"]["perplexity"] - 1)
-    assert abs(found["relative_difference"]) < 0.01
-    assert "relative difference" in call(*arguments, "--compare", "f32").stdout
+        read_rows(path)
     with pytest.raises(InvalidArgument, match="cannot be read"):
-        call("perplexity", str(tmp_path / "absent.txt"), "--model", str(tiny_folder))
+        read_rows(tmp_path / "absent")
 
 
-def test_half_precision_keeps_the_perplexity(smollm2_gguf: Path) -> None:
-    if not LIGHTHOUSE.is_file():
-        pytest.skip("tests/data/lighthouse.txt is not there")
-    text = read_text(LIGHTHOUSE)
-    assert len(text.encode()) >= 20_000
-    found = {}
-    for weights in ("f16", "f32"):
-        with Model.load(smollm2_gguf, weights=weights, context=512) as model:  # type: ignore[arg-type]
-            found[weights] = perplexity(model, text).perplexity
-    assert found["f16"] == pytest.approx(found["f32"], rel=1e-3)
-    assert 2 < found["f32"] < 100
+# ---- Workers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_says_something_else() -> None:
+    worker = Worker("echo", ["/bin/sh", "-c", 'read line; echo hello; read line; echo \'{"error": "no room"}\''])
+    with pytest.raises(EngineError, match="says 'hello'"):
+        worker.ask("anything")
+    with pytest.raises(EngineError, match="echo: no room"):
+        worker.ask("anything")
+    worker.close()
+    worker.close()
+    with pytest.raises(EngineError, match="has ended"):
+        worker.ask("anything")
+    with pytest.raises(Unsupported, match="cannot be run: No such file"):
+        Worker("x", ["/nowhere/python"])
+
+
+def test_memory_of_a_process() -> None:
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("needs Linux")
+    now, most = memory_bytes(os.getpid()), memory_bytes(os.getpid(), "VmHWM")
+    assert now and most and 1 << 20 < now <= most
+    assert memory_bytes(1 << 30) is None
+
+
+# ---- Help ----------------------------------------------------------------------------------------------------------
 
 
 def test_help_shows_examples() -> None:
-    for command in ([], ["ops"], ["model"], ["perplexity"]):
+    for command in ([], ["ops"], ["model"], ["sessions"], ["serve"], ["load"], ["perplexity"], ["plot"]):
         assert "Examples:\n" in call(*command, "--help").stdout

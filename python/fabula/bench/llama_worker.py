@@ -3,10 +3,15 @@
 Run by path, not imported: needs llama_cpp and numpy, nothing of Fabula. Reads one JSON object a line on stdin and
 answers each with one on stdout, `{"error": text}` where it failed:
 
-    {"do": "load", "path": file, "threads": most, "kv": "f16", "positions": n, "sequences": n}
-        -> {"settings": {"prefill": text, "decode": text}}, the fastest that were found
+    {"do": "load", "path": file, "threads": most, "kv": "f16", "positions": n, "sequences": n, "choose": bool}
+        -> {"settings": {"prefill": text, "decode": text}}, the fastest that were found, or the plain ones
     {"do": "run", "prompt": [ids], "tokens": n}                  -> {"prefill_s", "decode_s", "tokens": [ids]}
     {"do": "together", "prompts": [[ids]], "shared": n, "tokens": n}  -> {"decode_s", "settings"}
+    {"do": "logits", "tokens": [ids], "file": path}              -> {"rows"}, written there as f32, one fewer than ids
+    {"do": "first", "path", "threads", "kv", "positions", "prompt": [ids]}  -> {"token", "settings"}, loaded for it
+    {"do": "hold", "path", "threads", "kv", "positions"}         -> {"settings"}, llama-cpp-python's own class
+    {"do": "read", "tokens": [ids]}                              -> {"bytes"} of its state
+    {"do": "save_and_load"}                                      -> {"seconds"}
 """
 
 from __future__ import annotations
@@ -82,6 +87,24 @@ class Worker:
                 decode.setdefault(setting, []).append(time.perf_counter() - start)
         return {case: self._keep(case, times) for case, times in (("prefill", prefill), ("decode", decode))}
 
+    def plain(self) -> dict[str, str]:
+        """All threads, and flash attention only where a cache cannot do without."""
+        for flash in (False, True):
+            setting = Setting(self._threads, flash, _UBATCHES[0])
+            if self._ready(setting, 1) is not None:
+                self._best = {"prefill": setting, "decode": setting}
+                return {case: self._told(case) for case in self._best}
+        raise RuntimeError("it cannot make a context")
+
+    def logits(self, tokens: Sequence[int], path: str) -> int:
+        """Writes the logits behind every token but the last; how many rows."""
+        self._ready(self._best["prefill"], 1)
+        n_rows = len(tokens) - 1
+        self._decode([(token, i, 0, True) for i, token in enumerate(tokens[:n_rows])])
+        rows = llama_cpp.llama_get_logits(self._context)
+        np.ctypeslib.as_array(rows, shape=(n_rows * self._n_vocab,)).tofile(path)
+        return n_rows
+
     def run(self, prompt: Sequence[int], n_tokens: int) -> dict[str, Any]:
         """Reads a prompt and answers greedily, each with its best settings."""
         before, after = self._best["prefill"], self._best["decode"]
@@ -152,6 +175,11 @@ class Worker:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
         return self._context
 
+    def first(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """The first token behind a prompt, with the plain settings."""
+        settings = self.plain()
+        return {"token": self._step(prompt, 0), "settings": settings["decode"]}
+
     def _step(self, tokens: Sequence[int], position: int) -> int:
         """Appends tokens to sequence 0 and returns the likeliest next one."""
         last = len(tokens) - 1
@@ -191,20 +219,92 @@ class Worker:
         return int(np.ctypeslib.as_array(logits, shape=(self._n_vocab,)).argmax())
 
 
+class Holder:
+    """A conversation in llama-cpp-python's own class, which saves and loads its whole state."""
+
+    def __init__(self, path: str, threads: int, kv: str, positions: int) -> None:
+        k, _, v = kv.partition(":")
+        self._llama = llama_cpp.Llama(
+            path,
+            n_ctx=positions,
+            n_threads=threads,
+            type_k=_KV[k],
+            type_v=_KV[v or k],
+            flash_attn="q8" in (k, v),  # a quantised V needs it
+            verbose=False,
+        )
+        self._state: Any = None
+        self.settings = f"{version('llama-cpp-python')}, save_state and load_state, kv {kv}"
+
+    def read(self, tokens: Sequence[int]) -> int:
+        self._llama.reset()
+        self._llama.eval(tokens)
+        self._state = self._llama.save_state()
+        return int(self._state.llama_state_size)
+
+    def save_and_load(self) -> float:
+        start = time.perf_counter()
+        self._state = self._llama.save_state()
+        self._llama.load_state(self._state)
+        return time.perf_counter() - start
+
+
+class Answers:
+    """What each request does, by its name."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._holder: Holder | None = None
+
+    def __call__(self, do: str, **request: Any) -> dict[str, Any]:
+        if do not in ("load", "run", "together", "logits", "first", "hold", "read", "save_and_load"):
+            raise RuntimeError(f"it cannot {do}")
+        answer: dict[str, Any] = getattr(self, do)(**request)
+        return answer
+
+    def load(self, choose: bool = True, **request: Any) -> dict[str, Any]:
+        self._worker = Worker(**request)
+        return {"settings": self._worker.choose() if choose else self._worker.plain()}
+
+    def run(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+        return self._loaded().run(prompt, tokens)
+
+    def together(self, prompts: list[list[int]], shared: int, tokens: int) -> dict[str, Any]:
+        return self._loaded().together(prompts, shared, tokens)
+
+    def logits(self, tokens: list[int], file: str) -> dict[str, Any]:
+        return {"rows": self._loaded().logits(tokens, file)}
+
+    def first(self, prompt: list[int], **request: Any) -> dict[str, Any]:
+        self._worker = Worker(**request, sequences=1)
+        return self._worker.first(prompt)
+
+    def hold(self, **request: Any) -> dict[str, Any]:
+        self._holder = Holder(**request)
+        return {"settings": self._holder.settings}
+
+    def read(self, tokens: list[int]) -> dict[str, Any]:
+        return {"bytes": self._held().read(tokens)}
+
+    def save_and_load(self) -> dict[str, Any]:
+        return {"seconds": self._held().save_and_load()}
+
+    def _loaded(self) -> Worker:
+        if self._worker is None:
+            raise RuntimeError("no model is loaded")
+        return self._worker
+
+    def _held(self) -> Holder:
+        if self._holder is None:
+            raise RuntimeError("no conversation is held")
+        return self._holder
+
+
 def main() -> None:
-    worker: Worker | None = None
+    answers = Answers()
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            if request["do"] == "load":
-                worker = Worker(*(request[key] for key in ("path", "threads", "kv", "positions", "sequences")))
-                answer: dict[str, Any] = {"settings": worker.choose()}
-            elif worker is None:
-                raise RuntimeError("no model is loaded")
-            elif request["do"] == "run":
-                answer = worker.run(request["prompt"], request["tokens"])
-            else:
-                answer = worker.together(request["prompts"], request["shared"], request["tokens"])
+            answer = answers(**json.loads(line))
         except Exception as error:  # told to the other side, which decides
             answer = {"error": f"{error or type(error).__name__}"}
         print(json.dumps(answer), flush=True)

@@ -61,6 +61,11 @@ class Machine:
         )
 
 
+def about(threads: int) -> dict[str, Any]:
+    """What a machine is, for rows of measurements that have no limit."""
+    return {"cpu": cpu_name(), "isa": _native.isa_best(), "cores": _cores(), "threads": threads}
+
+
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name as the system tells it."""
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
@@ -130,6 +130,7 @@ class ModelRow:
         limit: what this machine could reach; see above. limit_share: ours / limit.
         agreement: how many of the first 32 greedy tokens of a short prompt are the same in both, up to the first that
             is not.
+        operations_per_byte, gop_per_s: of the multiply-adds that the limit counts, to the bytes that must be read.
     """
 
     case: str
@@ -152,6 +153,8 @@ class ModelRow:
     limit: float
     limit_share: float
     agreement: int | None = None
+    operations_per_byte: float
+    gop_per_s: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -234,13 +237,13 @@ def bench_models(
         cases = [("together", lengths.sequences * lengths.tokens)]
     for case, n_tokens in cases:
         for model, group, said, measured in zip(models, groups, answers, seconds, strict=True):
-            limit = limits(model, machine, lengths.prompt_tokens, lengths.sequences, lengths.shared)[case]
+            work = work_of(model, lengths.prompt_tokens, lengths.sequences, lengths.shared)[case]
             seconds_of = [getattr(values, case) for values in measured]
             times = [Times.of(values) for values in seconds_of if values]
             group = [engine for engine, values in zip(group, seconds_of, strict=True) if values]
             said = [answer for answer, values in zip(said, seconds_of, strict=True) if values]
             peers: list[int | None] = [*range(1, len(group))] or [None]
-            rows += [_row(case, n_tokens, model, group, times, said, peer, limit) for peer in peers]
+            rows += [_row(case, n_tokens, model, group, times, said, peer, work, machine) for peer in peers]
     return rows
 
 
@@ -275,10 +278,12 @@ def _row(
     times: list[Times],
     answers: list[tuple[int, ...]],
     peer: int | None,
-    limit: float,
+    work: Work,
+    machine: Machine,
 ) -> ModelRow:
     """The line of one engine of a model's group, by its place there; None for the model alone."""
     ours, theirs = times[0], times[peer] if peer else None
+    limit = work.limit(machine)
     return ModelRow(
         case=case,
         model=model.path.name,
@@ -299,11 +304,40 @@ def _row(
         limit=limit,
         limit_share=n_tokens / ours.median / limit,
         agreement=agreement(answers[0], answers[peer]) if peer else None,
+        operations_per_byte=work.operations / work.n_bytes,
+        gop_per_s=n_tokens / ours.median * work.operations / 1e9,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a token takes at least.
+
+    Attributes:
+        operations: multiply-adds with the weights, one counting as two. n_bytes: read from memory.
+        bound: which of both the case waits for. on_bytes: whether the products are of bytes.
+    """
+
+    operations: float
+    n_bytes: float
+    bound: Literal["memory", "compute"]
+    on_bytes: bool
+
+    def limit(self, machine: Machine) -> float:
+        """Tokens a second that cannot be passed."""
+        if self.bound == "memory":
+            return machine.read_bytes_per_s / self.n_bytes
+        return (machine.dots_per_s if self.on_bytes else machine.flops_per_s) / self.operations
+
+
 def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 1, shared: int = 0) -> dict[str, float]:
-    """Tokens a second that cannot be passed, by case.
+    """Tokens a second that cannot be passed, by case."""
+    work = work_of(model, prompt_tokens, sequences, shared)
+    return {case: each.limit(machine) for case, each in work.items()}
+
+
+def work_of(model: Model, prompt_tokens: int, sequences: int = 1, shared: int = 0) -> dict[str, Work]:
+    """What a token takes, by case.
 
     The rows of an embedding are looked up, not multiplied: where it is not also the head it does not count. The head is
     multiplied once a prompt, with its last token. A decoded token reads K and V of its prompt; sequences together read
@@ -314,16 +348,17 @@ def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 
     table = c.vocab_size * c.hidden_size
     attention = 2 * c.hidden_size * c.head_dim * (c.n_heads + c.n_kv_heads)
     layers = c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    is_plain = model.weights in ("f32", "f16", "bf16")
+    on_bytes = model.weights not in ("f32", "f16", "bf16")
     # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
     everything = layers + table * (1 if c.tied else 2)
     read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
     position = model.kv_usage.page_bytes / PAGE_POSITIONS
     every = read + position * (shared + sequences * (prompt_tokens - shared))
+    drawn = 2.0 * (layers + table)
     return {
-        "prefill": (machine.flops_per_s if is_plain else machine.dots_per_s) / (2 * (layers + table / prompt_tokens)),
-        "decode": machine.read_bytes_per_s / (read + position * prompt_tokens),
-        "together": sequences * machine.read_bytes_per_s / every,
+        "prefill": Work(2 * (layers + table / prompt_tokens), read / prompt_tokens, "compute", on_bytes),
+        "decode": Work(drawn, read + position * prompt_tokens, "memory", on_bytes),
+        "together": Work(drawn, every / sequences, "memory", on_bytes),
     }
 
 

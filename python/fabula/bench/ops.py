@@ -1,7 +1,8 @@
 """Every operator against the same loop in plain serial C: same numbers first, then how long each takes.
 
 Speeds of memory-bound operators count the bytes that must move once (inputs read, results written); those of the others
-count multiplications and additions. Shares are of the machine's measured limit, streaming reads or multiply-adds;
+count multiplications and additions. For the roofline both are counted for all, an exponential or a division as one
+operation. Shares are of the machine's measured limit, streaming reads or multiply-adds;
 data that fits a cache (SwiGLU's here) can pass the limit of memory.
 """
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from fabula import _native, ops
 from fabula.bench.machine import Machine
+from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, interleaved, measure
 from fabula.errors import EngineError
@@ -35,7 +37,7 @@ class Case:
     Attributes:
         name, size: what is measured, for the reader.
         tolerance: see `difference`.
-        work: bytes to move, or operations, of one call.
+        operations: of one call. moved: bytes to move in one call, by precision of the weights.
         bound: what the operator waits for.
         serial: the plain loop; fast: the operators by precision of the weights. Each returns its result, in memory that
             was taken beforehand.
@@ -44,7 +46,8 @@ class Case:
     name: str
     size: str
     tolerance: float
-    work: float
+    operations: float
+    moved: dict[str, float]
     bound: Literal["memory", "compute"]
     serial: Callable[[], F32]
     fast: dict[str, Callable[[], F32]]
@@ -55,6 +58,7 @@ class OpRow:
     """One line of the table; times in seconds, speeds in `unit`.
 
     Attributes:
+        serial_spread, spread: seconds of the quickest and the slowest call.
         ratio: serial median / optimised median.
         difference, tolerance: largest difference found and allowed; see `difference`.
         share: speed / limit.
@@ -66,8 +70,10 @@ class OpRow:
     threads: int
     serial_mean: float
     serial_median: float
+    serial_spread: tuple[float, float]
     mean: float
     median: float
+    spread: tuple[float, float]
     n: int
     ratio: float
     unit: str
@@ -76,9 +82,30 @@ class OpRow:
     share: float
     difference: float
     tolerance: float
+    operations_per_byte: float
+    gop_per_s: float
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The keys of every measurement, ours and the serial loop's as speeds; then the row's own."""
+        own = {name: value for name, value in asdict(self).items() if name not in ("ratio", "limit", "share")}
+        work = self.speed * self.median  # of one call
+        row = Row(
+            case=f"{self.op} {self.size}",
+            weights=self.weights,
+            threads=self.threads,
+            unit=self.unit,
+            ours=self.speed,
+            peer=self.speed / self.ratio,
+            peer_name="serial C",
+            peer_settings="1 thread, compiled with the library",
+            limit=self.limit,
+            more={
+                **own,
+                "ours_spread": [work / each for each in reversed(self.spread)],
+                "peer_spread": [work / each for each in reversed(self.serial_spread)],
+            },
+        )
+        return row.to_json()
 
 
 def bench_ops(
@@ -127,7 +154,8 @@ def _rows(case: Case, machine: Machine, min_seconds: float) -> Iterator[OpRow]:
 def _row(case: Case, weights: str, serial: Times, fast: Times, machine: Machine, found: float) -> OpRow:
     memory = case.bound == "memory"
     limit = (machine.read_bytes_per_s if memory else machine.flops_per_s) / 1e9
-    speed = case.work / fast.median / 1e9
+    moved = case.moved[weights]
+    speed = (moved if memory else case.operations) / fast.median / 1e9
     return OpRow(
         op=case.name,
         weights=weights,
@@ -135,8 +163,10 @@ def _row(case: Case, weights: str, serial: Times, fast: Times, machine: Machine,
         threads=machine.threads,
         serial_mean=serial.mean,
         serial_median=serial.median,
+        serial_spread=(serial.low, serial.high),
         mean=fast.mean,
         median=fast.median,
+        spread=(fast.low, fast.high),
         n=fast.n,
         ratio=serial.median / fast.median,
         unit="GB/s" if memory else "GFLOP/s",
@@ -145,6 +175,8 @@ def _row(case: Case, weights: str, serial: Times, fast: Times, machine: Machine,
         share=speed / limit,
         difference=found,
         tolerance=case.tolerance,
+        operations_per_byte=case.operations / moved,
+        gop_per_s=case.operations / fast.median / 1e9,
     )
 
 
@@ -174,7 +206,8 @@ def _rms_norm(less: int, threads: int) -> Case:
         return _native.rms_norm(x, weight, _EPS, threads, "auto", out)
 
     size = f"{x.shape[0]} x {x.shape[1]}"
-    return Case("rms_norm", size, 2e-5, 2.0 * x.nbytes, "memory", serial, {"f32": fast})
+    # A square, a sum, and two factors.
+    return Case("rms_norm", size, 2e-5, 4.0 * x.size, {"f32": 2.0 * x.nbytes}, "memory", serial, {"f32": fast})
 
 
 def _gather(less: int, threads: int) -> Case:
@@ -190,7 +223,7 @@ def _gather(less: int, threads: int) -> Case:
         return _native.gather(table, ids, threads, "auto", out)
 
     size = f"{ids.size} of {table.shape[0]} x {table.shape[1]}"
-    return Case("gather", size, 0.0, 2.0 * plain.nbytes, "memory", serial, {"f32": fast})
+    return Case("gather", size, 0.0, 0.0, {"f32": 2.0 * plain.nbytes}, "memory", serial, {"f32": fast})
 
 
 def _masked_softmax(less: int, threads: int) -> Case:
@@ -207,8 +240,10 @@ def _masked_softmax(less: int, threads: int) -> Case:
     def fast() -> F32:
         return _native.masked_softmax(x, True, first, threads, "auto", out)
 
-    work = 4 * visible + out.nbytes
-    return Case("masked_softmax", f"{rows} x {cols}, causal", 2e-4, work, "memory", serial, {"f32": fast})
+    moved = {"f32": 4 * visible + out.nbytes}
+    # The largest, a difference, its exponential, a sum, and a factor.
+    size, work = f"{rows} x {cols}, causal", 5 * visible
+    return Case("masked_softmax", size, 2e-4, work, moved, "memory", serial, {"f32": fast})
 
 
 def _swiglu(less: int, threads: int) -> Case:
@@ -223,7 +258,8 @@ def _swiglu(less: int, threads: int) -> Case:
         return _native.swiglu(gate, up, threads, "auto", out)
 
     size = f"{gate.shape[0]} x {gate.shape[1]}"
-    return Case("swiglu", size, 1e-5, 3.0 * gate.nbytes, "memory", serial, {"f32": fast})
+    # An exponential, a sum, a division, a product; and the sign.
+    return Case("swiglu", size, 1e-5, 5.0 * gate.size, {"f32": 3.0 * gate.nbytes}, "memory", serial, {"f32": fast})
 
 
 def _matmul_transb(less: int, threads: int) -> Case:
@@ -242,7 +278,8 @@ def _matmul_transb(less: int, threads: int) -> Case:
         return lambda: _native.linear(weight, a, None, None, threads, "auto", out)
 
     variants = {"f32": fast("f32"), "f16": fast("f16"), "bf16": fast("bf16")}
-    return Case("matmul_transb", f"{m} x {n} x {k}", 1e-5, 2.0 * m * n * k, "compute", serial, variants)
+    moved = {name: a.nbytes + plain.nbytes + float(b.size) * (4 if name == "f32" else 2) for name in variants}
+    return Case("matmul_transb", f"{m} x {n} x {k}", 1e-5, 2.0 * m * n * k, moved, "compute", serial, variants)
 
 
 def _rope(less: int, threads: int) -> Case:
@@ -259,7 +296,9 @@ def _rope(less: int, threads: int) -> Case:
     def fast() -> F32:
         return _native.rope(out, positions, inv_freq, 1.0, threads, "auto", out)
 
-    return Case("rope", f"{rows} x {heads} x {dim}", 1e-5, 2.0 * x.nbytes, "memory", serial, {"f32": fast})
+    # Two numbers take four products and two sums; cosines and sines are counted once for all heads.
+    size, work = f"{rows} x {heads} x {dim}", 3.0 * x.size + 2.0 * rows * dim
+    return Case("rope", size, 1e-5, work, {"f32": 2.0 * x.nbytes}, "memory", serial, {"f32": fast})
 
 
 def _self_attention(less: int, threads: int) -> Case:
@@ -281,7 +320,8 @@ def _self_attention(less: int, threads: int) -> Case:
 
     work = 4.0 * dim * heads * (tokens * (tokens + 1) / 2)
     size = f"{tokens} x {heads} ({kv_heads}) x {dim}"
-    return Case("self_attention", size, 2e-5, work, "compute", serial, {"f32": fast})
+    moved = {"f32": float(q.nbytes + k.nbytes + v.nbytes + out.nbytes)}
+    return Case("self_attention", size, 2e-5, work, moved, "compute", serial, {"f32": fast})
 
 
 CASES: tuple[Callable[[int, int], Case], ...] = (

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from fabula.bench.model import Run
 from fabula.bench.status import Status
+from fabula.bench.worker import Worker
 from fabula.errors import EngineError, Unsupported
 from fabula.export.quantize import quantize_model
 from fabula.formats.open import is_gguf, open_checkpoint
 from fabula.model import Model
 from fabula.models.precision import label_of
 
-_CLOSE_S = 10.0
 _WORKER = Path(__file__).with_name("llama_worker.py")
 
 
@@ -33,6 +33,7 @@ class LlamaCpp:
         n_positions: length of a sequence.
         n_sequences: sequences that are decoded together, at most.
         python: interpreter that has llama_cpp; None for this one.
+        choose: whether it looks for its fastest settings; else all threads and no flash attention, where that works.
 
     Raises:
         Unsupported: the interpreter, or llama.cpp in it, does not work with the file.
@@ -41,24 +42,21 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(
-        self, path: Path, *, threads: int, kv: str, n_positions: int, n_sequences: int = 1, python: str | None = None
+        self,
+        path: Path,
+        *,
+        threads: int,
+        kv: str,
+        n_positions: int,
+        n_sequences: int = 1,
+        python: str | None = None,
+        choose: bool = True,
     ) -> None:
-        python = python or sys.executable
-        try:
-            self._process = subprocess.Popen(
-                [python, str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        except OSError as error:
-            raise Unsupported(f"{python} cannot be run: {error.strerror or error}") from None
-        try:
-            request = {"path": str(path), "threads": threads, "kv": kv, "positions": n_positions}
-            self.settings: dict[str, str] = self._ask("load", **request, sequences=n_sequences)["settings"]
-        except EngineError as error:
-            self.close()
-            raise Unsupported(f"{error} ({python})") from None
-        except BaseException:
-            self.close()
-            raise
+        self._worker = start_worker(python)
+        request = {"path": str(path), "threads": threads, "kv": kv, "positions": n_positions}
+        with _closing_on_error(self._worker, python):
+            told = self._worker.ask("load", **request, sequences=n_sequences, choose=choose)
+            self.settings: dict[str, str] = told["settings"]
 
     @classmethod
     def of(
@@ -70,16 +68,12 @@ class LlamaCpp:
         n_sequences: int = 1,
         kv: str | None = None,
         python: str | None = None,
+        choose: bool = True,
     ) -> LlamaCpp:
-        """The engine for a loaded model, its best settings found: on the model's own file where that has the weights'
-        precision, else on a file that `fabula quantize` would write."""
-        with tempfile.TemporaryDirectory(prefix="fabula-bench-") as folder:
-            path = model.path.resolve()
-            if not is_gguf(path) or _label(path) != model.weights:
-                path = Path(folder) / "model.gguf"
-                status(f"{model.weights}: writing a GGUF for llama.cpp")
-                quantize_model(model.path, path, model.weights, threads=model.threads)
-            status(f"{model.weights}: trying llama.cpp's settings")
+        """The engine for a loaded model, on the file of `gguf_of`."""
+        with gguf_of(model, status) as path:
+            if choose:
+                status(f"{model.weights}: trying llama.cpp's settings")
             # Its memory map stays when the folder goes.
             return cls(
                 path,
@@ -88,44 +82,92 @@ class LlamaCpp:
                 n_positions=n_positions,
                 n_sequences=n_sequences,
                 python=python,
+                choose=choose,
             )
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
-        told = self._ask("run", prompt=list(prompt), tokens=n_tokens)
+        told = self._worker.ask("run", prompt=list(prompt), tokens=n_tokens)
         return Run(told["prefill_s"], told["decode_s"], tuple(told["tokens"]))
 
     def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float:
-        told = self._ask("together", prompts=[list(ids) for ids in prompts], shared=shared, tokens=n_tokens)
+        told = self._worker.ask("together", prompts=[list(ids) for ids in prompts], shared=shared, tokens=n_tokens)
         self.settings["together"] = told["settings"]
         return len(prompts) * n_tokens / float(told["decode_s"])
 
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits behind every token but the last, read from an empty cache."""
+        with tempfile.TemporaryDirectory(prefix="fabula-bench-") as folder:
+            path = Path(folder) / "logits"
+            n_rows = self._worker.ask("logits", tokens=list(tokens), file=str(path))["rows"]
+            rows = np.fromfile(path, np.float32)
+        if n_rows != len(tokens) - 1 or rows.size % n_rows:
+            raise EngineError(f"llama.cpp: {n_rows} rows of logits for {len(tokens)} tokens")
+        return rows.reshape(n_rows, -1)
+
     def close(self) -> None:
         """Ends the worker; may be called twice."""
-        if self._process.stdin and not self._process.stdin.closed:
-            with suppress(BrokenPipeError):  # it ended before
-                self._process.stdin.close()
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
+        self._worker.close()
 
-    def _ask(self, what: str, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps({"do": what, **request}) + "\n")
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            raise EngineError("llama.cpp's process has ended; is llama_cpp installed there?") from None
-        line = self._process.stdout.readline()
-        if not line:
-            raise EngineError("llama.cpp's process has ended; is llama_cpp installed there?")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise EngineError(f"llama.cpp: {answer['error']}")
-        return answer
+
+class LlamaStates:
+    """A conversation in llama-cpp-python, whose whole state is saved and loaded: how it goes back.
+
+    Args:
+        path: a GGUF file.
+        kv: format of its cache.
+        n_positions: that its context holds.
+
+    Raises:
+        Unsupported: the interpreter, or llama.cpp in it, does not work with the file.
+    """
+
+    def __init__(self, path: Path, *, threads: int, kv: str, n_positions: int, python: str | None = None) -> None:
+        self._worker = start_worker(python)
+        request = {"path": str(path), "threads": threads, "kv": kv, "positions": n_positions}
+        with _closing_on_error(self._worker, python):
+            self.settings: str = self._worker.ask("hold", **request)["settings"]
+
+    def read(self, tokens: Sequence[int]) -> int:
+        """Makes a conversation of these tokens the current one; the bytes of its state."""
+        return int(self._worker.ask("read", tokens=list(tokens))["bytes"])
+
+    def save_and_load(self) -> float:
+        """Seconds that saving the state and loading it take."""
+        return float(self._worker.ask("save_and_load")["seconds"])
+
+    def close(self) -> None:
+        """Ends the worker; may be called twice."""
+        self._worker.close()
+
+
+def start_worker(python: str | None) -> Worker:
+    """A worker process that waits for its first question; None is the interpreter that runs this."""
+    return Worker("llama.cpp", [python or sys.executable, str(_WORKER)], hint="; is llama_cpp installed there?")
+
+
+@contextmanager
+def gguf_of(model: Model, status: Status) -> Iterator[Path]:
+    """The model's own file where that has the weights' precision, else one that `fabula quantize` would write, which is
+    removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="fabula-bench-") as folder:
+        path = model.path.resolve()
+        if not is_gguf(path) or _label(path) != model.weights:
+            path = Path(folder) / "model.gguf"
+            status(f"{model.weights}: writing a GGUF for llama.cpp")
+            quantize_model(model.path, path, model.weights, threads=model.threads)
+        yield path
+
+
+@contextmanager
+def _closing_on_error(worker: Worker, python: str | None) -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        worker.close()
+        raise Unsupported(f"{error} ({python or sys.executable})") from None
+    except BaseException:
+        worker.close()
+        raise
 
 
 def _label(path: Path) -> str:

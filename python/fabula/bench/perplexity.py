@@ -1,17 +1,17 @@
-"""Perplexity of a text: how surprised a model is by each next token, the usual check of a precision.
+"""Perplexity of a text: how surprised a model is by each next token, the usual check of a precision; and how far its
+guesses are from those of another.
 
 The text's tokens are cut into windows that do not overlap; each is read from an empty cache, behind the start token
 where the model's tokenizer puts one. perplexity = exp(mean of -ln p(token)), in float64, over every token that has
-one before it in its window.
+one before it in its window. The divergence of Kullback and Leibler, sum of r (ln r - ln p) over the vocabulary in nats,
+is taken for the same tokens, r being the reference's probabilities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from fabula.model import Model
 
 DEFAULT_WINDOW = 512
 _MAX_FILE_BYTES = 1 << 30
+F32 = npt.NDArray[np.float32]
+
 _ROWS = 64  # rows of logits widened to float64 at a time
 
 
@@ -41,8 +43,52 @@ class Perplexity:
     weights: str
     kv: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted window by window; sums in float64.
+
+    Attributes:
+        losses: -ln p of each token, in parts. divergences: sums of parts.
+        divergence_max: the largest of one token.
+        n_same: tokens whose likeliest successor is the reference's.
+    """
+
+    n_tokens: int = 0
+    losses: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    divergence_max: float = 0.0
+    n_same: int = 0
+
+    def add(self, logits: F32, targets: npt.NDArray[np.int64], reference: F32 | None = None) -> None:
+        """Counts a window, some rows at a time: row i of `logits`, and of the reference's, predicts target i."""
+        for first in range(0, len(targets), _ROWS):
+            wanted = targets[first : first + _ROWS]
+            part = slice(first, first + len(wanted))
+            log_p = _log_softmax(logits[part])
+            self.losses.append(-log_p[np.arange(len(wanted)), wanted])
+            if reference is None:
+                continue
+            log_r = _log_softmax(reference[part])
+            divergences = np.maximum((np.exp(log_r) * (log_r - log_p)).sum(axis=1), 0.0)  # rounding may go below
+            self.divergences.append(float(divergences.sum()))
+            self.divergence_max = max(self.divergence_max, float(divergences.max()))
+            self.n_same += int((logits[part].argmax(axis=1) == reference[part].argmax(axis=1)).sum())
+        self.n_tokens += len(targets)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(math.fsum(np.concatenate(self.losses)) / self.n_tokens)
+
+    def error_to(self, other: Tally) -> float | None:
+        """Standard error of the relative difference of the perplexities of one text, from the tokens' own differences;
+        None for a single token."""
+        differences = np.concatenate(self.losses) - np.concatenate(other.losses)
+        return float(differences.std(ddof=1)) / math.sqrt(self.n_tokens) if self.n_tokens > 1 else None
+
+    @property
+    def divergence_mean(self) -> float:
+        return math.fsum(self.divergences) / self.n_tokens
 
 
 def read_text(path: Path) -> str:
@@ -77,6 +123,20 @@ def perplexity(model: Model, text: str, *, window: int = DEFAULT_WINDOW, status:
     Raises:
         InvalidArgument: the text is too short, or the window out of range.
     """
+    windows = windows_of(model, text, window)
+    tally = Tally()
+    for i, tokens in enumerate(windows):
+        status(f"{model.weights}: window {i + 1} of {len(windows)}")
+        tally.add(model.logits(tokens)[:-1], np.asarray(tokens[1:]))
+    return Perplexity(tally.perplexity, tally.n_tokens, len(windows), window, model.weights, model.kv)
+
+
+def windows_of(model: Model, text: str, window: int) -> list[list[int]]:
+    """The text's ids, cut into windows; each has something to predict.
+
+    Raises:
+        InvalidArgument: the text is too short, or the window out of range.
+    """
     start = [model.tokenizer.bos_id] if model.tokenizer.add_bos and model.tokenizer.bos_id is not None else []
     highest = model.context - len(start)
     if not 2 <= window <= highest:
@@ -85,20 +145,11 @@ def perplexity(model: Model, text: str, *, window: int = DEFAULT_WINDOW, status:
     windows = [w for i in range(0, len(ids), window) if len(w := start + ids[i : i + window]) > 1]
     if not windows:
         raise InvalidArgument(f"the text has {len(ids)} tokens, too few to predict one")
-    losses = []
-    for i, tokens in enumerate(windows):
-        status(f"{model.weights}: window {i + 1} of {len(windows)}")
-        losses += list(_losses(model.logits(tokens), np.asarray(tokens[1:])))
-    total = math.fsum(losses)
-    n_tokens = sum(len(tokens) - 1 for tokens in windows)
-    return Perplexity(math.exp(total / n_tokens), n_tokens, len(windows), window, model.weights, model.kv)
+    return windows
 
 
-def _losses(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> Iterator[float]:
-    """Sums of -ln p(target), some rows at a time; the last row of `logits` predicts what nobody knows."""
-    for first in range(0, len(targets), _ROWS):
-        wanted = targets[first : first + _ROWS]
-        rows = logits[first : first + len(wanted)].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        chosen = rows[np.arange(len(wanted)), wanted]
-        yield float((np.log(np.exp(rows).sum(axis=1)) - chosen).sum())
+def _log_softmax(logits: F32) -> npt.NDArray[np.float64]:
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return rows

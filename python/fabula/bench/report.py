@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from fabula.bench.model import ModelRow
     from fabula.bench.ops import OpRow
-    from fabula.bench.perplexity import Perplexity
+    from fabula.bench.row import Row
 
 _PIPE_WIDTH = 200  # without a terminal nothing is cut off
 
@@ -63,12 +63,78 @@ def model_table(rows: Sequence[ModelRow]) -> Table:
     return table
 
 
-def perplexity_table(results: Sequence[Perplexity]) -> Table:
-    """Perplexity by precision."""
-    table = _table(("weights", "kv"), ("window", "tokens", "perplexity"))
-    for r in results:
-        table.add_row(r.weights, r.kv, str(r.window), str(r.n_tokens), f"{r.perplexity:.4f}")
+def perplexity_table(rows: Sequence[Row]) -> Table:
+    """Perplexity by precision; distances from a reference, and those of another engine, where they were measured."""
+    compare = any(row.more["compare"] for row in rows)
+    peers = any(row.peer for row in rows)
+    numbers = ["window", "tokens", "perplexity"]
+    numbers += ["difference", "KL mean", "KL max", "same first"] if compare else []
+    numbers += ["peer's", "ours to it", "± error"] if peers else []
+    numbers += ["its difference", "its KL mean", "its KL max", "its same first"] if peers and compare else []
+    table = _table(("weights", "kv", *(("peer",) if peers else ())), numbers)
+    for row in rows:
+        more = row.more
+        cells = [row.weights or "", row.kv or "", *([row.peer_name or ""] if peers else [])]
+        cells += [str(more["window"]), str(more["n_tokens"]), _told(row.ours, ".4f")]
+        cells += _distances(more, "") if compare else []
+        cells += (
+            [
+                _told(row.peer, ".4f"),
+                _told(more["difference_to_peer"], "+.3%"),
+                _told(more["difference_to_peer_error"], ".3%"),
+            ]
+            if peers
+            else []
+        )
+        cells += _distances(more, "peer_") if peers and compare else []
+        table.add_row(*cells)
     return table
+
+
+def sessions_table(rows: Sequence[Row]) -> Table:
+    """What going back costs, and what a peer needs for the same."""
+    peers = any(row.peer is not None for row in rows)
+    table = _table(
+        ("case",),
+        ("depth", "tokens", "p50 ms", "p99 ms", "recomputed", "bytes", *(("peer's ms", "ratio") if peers else ())),
+        ("settings",) if peers else (),
+    )
+    for row in rows:
+        more = row.more
+        cells = [row.case, str(more["depth"]), str(more["n_tokens"]), f"{more['p50_ms']:.4f}", f"{more['p99_ms']:.4f}"]
+        cells += [str(more["recomputed"]), f"{more['bytes']:,}"]
+        if peers:
+            cells += [_told(row.peer, ".1f"), _told(row.ratio, ",.0f"), row.peer_settings or ""]
+        table.add_row(*cells)
+    return table
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """Any rows: a value, the peer's, the ratio."""
+    peers = any(row.peer_name is not None for row in rows)
+    limits = any(row.limit is not None for row in rows)
+    table = _table(
+        ("case", "weights", "kv"),
+        ("threads", "value", *(("limit", "of limit") if limits else ()), *(("peer's", "ratio") if peers else ())),
+        ("peer", "settings") if peers else (),
+    )
+    for row in rows:
+        cells = [row.case, row.weights or "", row.kv or "", str(row.threads or "")]
+        cells += [f"{_told(row.ours, ',.1f')} {row.unit}"]
+        cells += [_told(row.limit, ",.1f"), _told(row.limit_share, ".0%")] if limits else []
+        if peers:
+            cells += [_told(row.peer, ",.1f"), _told(row.ratio, ".2f"), row.peer_name or "", row.peer_settings or ""]
+        table.add_row(*cells)
+    return table
+
+
+def _distances(more: Mapping[str, Any], prefix: str) -> list[str]:
+    forms = {"relative_difference": "+.3%", "kl_mean": ".6f", "kl_max": ".4f", "same_top": ".2%"}
+    return [_told(more[prefix + name], form) for name, form in forms.items()]
+
+
+def _told(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def show(*parts: Table | str) -> None:

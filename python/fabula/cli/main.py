@@ -16,7 +16,7 @@ from fabula.errors import EngineError
 
 # name -> (module, attribute, line of help): the list can be shown without importing any of them.
 _COMMANDS = {
-    "bench": ("fabula.cli.bench", "bench", "Measure operators, models and perplexity on this machine."),
+    "bench": ("fabula.cli.bench", "bench", "Measure speed, memory and accuracy on this machine."),
     "chat": ("fabula.cli.chat", "chat", "Chat with a model in the terminal."),
     "config": ("fabula.cli.serve", "config", "Check the settings of the server."),
     "inspect": ("fabula.cli.inspect", "inspect", "Tell what a model file holds, without loading its weights."),

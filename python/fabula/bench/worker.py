@@ -1,0 +1,94 @@
+"""A process that answers questions, a JSON object a line: llama.cpp in an interpreter of its own, or a fresh Fabula."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fabula.errors import EngineError, Unsupported
+
+_CLOSE_S = 10.0
+
+
+class Worker:
+    """A started process.
+
+    Args:
+        name: for errors.
+        words: its command line, the interpreter first.
+        hint: said behind "has ended" when it ends unasked.
+
+    Raises:
+        Unsupported: it cannot be started.
+    """
+
+    def __init__(self, name: str, words: Sequence[str], *, hint: str = "") -> None:
+        self._name, self._hint = name, hint
+        try:
+            self._process = subprocess.Popen(list(words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise Unsupported(f"{words[0]} cannot be run: {error.strerror or error}") from None
+
+    def ask(self, what: str, **request: Any) -> dict[str, Any]:
+        """The answer to a question.
+
+        Raises:
+            EngineError: the process failed, ended, or says something else than an answer.
+        """
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps({"do": what, **request}) + "\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            raise self._ended() from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EngineError(f"{self._name}: its process says {line.strip()[:80]!r} where an answer is due")
+        if "error" in answer:
+            raise EngineError(f"{self._name}: {answer['error']}")
+        return answer
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory it had resident until now; None where the system does not tell.
+
+        What getrusage tells of a child begins with its parent's memory, so it is not asked.
+        """
+        return memory_bytes(self._process.pid, "VmHWM")
+
+    def close(self) -> None:
+        """Ends the process; may be called twice."""
+        if self._process.stdin and not self._process.stdin.closed:
+            with suppress(BrokenPipeError):  # it ended before
+                self._process.stdin.close()
+        try:
+            self._process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+
+    def _ended(self) -> EngineError:
+        return EngineError(f"{self._name}'s process has ended{self._hint}")
+
+
+def memory_bytes(pid: int, what: str = "VmRSS") -> int | None:
+    """Memory of a process as Linux tells it: VmRSS is resident now, VmHWM was at most; None anywhere else."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
