@@ -576,6 +576,13 @@ def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
     return float(out[0])
 
 
+def measure_pairs(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
+    """Operations per second of products of bf16; see fb_measure_pairs."""
+    out = ffi.new("double *")
+    _check(lib.fb_measure_pairs(n_repeats, n_threads, _isa(isa), out))
+    return float(out[0])
+
+
 def measure_dot(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
     """Operations per second of products of bytes; see fb_measure_dot."""
     out = ffi.new("double *")
