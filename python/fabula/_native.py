@@ -194,8 +194,9 @@ def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) 
         return dimensions + 4 if dtype == lib.FB_Q8_0 else dimensions * int(lib.fb_dtype_block_bytes(dtype))
 
     k, v = _of_k_and_v(dtypes)
+    held = -(-head_dim // 2) * 2 if k == lib.FB_BF16 else head_dim
     lanes = -(-head_dim // 16) * 16
-    return n_layers * n_kv_heads * PAGE_POSITIONS * (part(k, head_dim) + part(v, lanes))
+    return n_layers * n_kv_heads * PAGE_POSITIONS * (part(k, held) + part(v, lanes))
 
 
 class PagePool:

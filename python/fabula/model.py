@@ -316,7 +316,7 @@ class Model:
             weights=self._digest,
             tokenizer=self.tokenizer.fingerprint,
             kv=self.kv,
-            layout=f"1: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {self.context}",
+            layout=f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {self.context}",
         )
 
     # ---- Memory -----------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_is
             memset(panels, 0x3c, sizeof panels);
             memset(x, 0x3c, sizeof x);
             for (size_t i = 0; i < calls; i++)
-                gemm(panels, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES);
+                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false);
             total += y[0];
         }
         if (r >= 0) times[r] = now() - start;

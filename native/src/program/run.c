@@ -153,8 +153,8 @@ static void kv_write(const struct run *run, const struct fb_op *op, size_t row) 
     const float *k = row_of(p, op->in, row) + (size_t)p->shape.n_heads * (size_t)dim;
     const float *v = k + (size_t)n_kv_heads * (size_t)dim;
     for (int32_t h = 0; h < n_kv_heads; h++, k += dim, v += dim)
-        fb_slab_write(
-            run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS, k, v);
+        fb_slab_write(run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS,
+            position == sequence->n_past + sequence->n_tokens - 1, k, v);
 }
 
 static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
