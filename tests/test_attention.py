@@ -1,4 +1,4 @@
-"""Attention over pages: the bits of each sequence alone where several read the same K and V together, whatever pages held."""
+"""Attention over pages: the bits of each sequence alone, whoever reads the same K and V, and whatever pages held."""
 
 from __future__ import annotations
 
