@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
+from fabula.bench.neighbours import neighbours
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.engine.generation import Generation
@@ -163,18 +164,21 @@ class ModelRow:
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """How much is read and written: prompt tokens, tokens decoded after the first, rounds; sequences answered together
-    (1: none), whose prompts begin with the same `shared` ids."""
+    (1: none), whose prompts begin with the same `shared` ids; processes that compute beside."""
 
     prompt_tokens: int = 512
     tokens: int = 64
     rounds: int = 5
     sequences: int = 1
     shared: int = 0
+    neighbours: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "tokens", "rounds", "sequences"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, must be 1 .. 2^20")
+        if not 0 <= self.neighbours <= 1024:
+            raise InvalidArgument(f"neighbours is {self.neighbours}, must be 0 .. 1024")
         if not 0 <= self.shared < self.prompt_tokens:
             raise InvalidArgument(f"shared is {self.shared}, must be 0 .. {self.prompt_tokens - 1}, less than a prompt")
 
@@ -226,7 +230,8 @@ def bench_models(
             for model, group in zip(models, groups, strict=True)
         ]
         status(f"{lengths.rounds} rounds of {', '.join(engine.name for group in groups for engine in group)}")
-        seconds = _measure(models, groups, lengths)
+        with neighbours(lengths.neighbours):  # peers chose their settings on a quiet machine
+            seconds = _measure(models, groups, lengths)
     finally:
         for group in groups:
             for peer in group[1:]:
