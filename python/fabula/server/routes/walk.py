@@ -8,7 +8,6 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
-from fabula.engine.sampling import SamplingParams
 from fabula.server.changing import Changed, changed
 from fabula.server.describe import WRITING, fails
 from fabula.server.failures import ApiError, not_found
@@ -143,10 +142,8 @@ async def write(data: WriteBody) -> Any:
 
     def change(state: Server, tenant: str) -> Changed:
         state.limits.check_text(data.text, "text")
-        settings: dict[str, Any] = {"title": data.title, "context_policy": data.context_policy}
-        if data.sampling is not None:
-            settings["sampling"] = data.sampling.params(SamplingParams())
-        with state.joined(tenant, data.session_id, data.model, **settings) as session:
+        settings = {"title": data.title, "context_policy": data.context_policy}
+        with state.joined(tenant, data.session_id, data.model, data.sampling, **settings) as session:
             state.limits.check_turns(session)
             session.write(data.text, frozen=data.frozen)
         return session, head_json(session)
