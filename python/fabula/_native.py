@@ -187,17 +187,6 @@ def _of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
     return dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
 
 
-def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-    """Bytes of a page of that shape; the layout stands in fabula.h."""
-
-    def part(dtype: int, dimensions: int) -> int:
-        return dimensions + 4 if dtype == lib.FB_Q8_0 else dimensions * int(lib.fb_dtype_block_bytes(dtype))
-
-    k, v = _of_k_and_v(dtypes)
-    lanes = -(-head_dim // 16) * 16
-    return n_layers * n_kv_heads * PAGE_POSITIONS * (part(k, head_dim) + part(v, lanes))
-
-
 class PagePool:
     """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
 
@@ -225,6 +214,15 @@ class PagePool:
 
     def close(self) -> None:
         ffi.release(self.handle)
+
+
+def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
+    """Bytes of a page of that shape: of a pool of one, which is reserved and never touched."""
+    pool = PagePool(dtypes, 1, n_layers, n_kv_heads, head_dim)
+    try:
+        return pool.page_bytes
+    finally:
+        pool.close()
 
 
 # ---- Programs ----------------------------------------------------------------------------------------------
