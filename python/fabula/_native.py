@@ -187,18 +187,6 @@ def _of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
     return dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
 
 
-def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-    """Bytes of a page of that shape; the layout stands in fabula.h."""
-
-    def part(dtype: int, dimensions: int) -> int:
-        return dimensions + 4 if dtype == lib.FB_Q8_0 else dimensions * int(lib.fb_dtype_block_bytes(dtype))
-
-    k, v = _of_k_and_v(dtypes)
-    held = -(-head_dim // 2) * 2 if k == lib.FB_BF16 else head_dim
-    lanes = -(-head_dim // 16) * 16
-    return n_layers * n_kv_heads * PAGE_POSITIONS * (part(k, held) + part(v, lanes))
-
-
 class PagePool:
     """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
 
@@ -226,6 +214,15 @@ class PagePool:
 
     def close(self) -> None:
         ffi.release(self.handle)
+
+
+def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
+    """Bytes of a page of that shape: of a pool of one, which is reserved and never touched."""
+    pool = PagePool(dtypes, 1, n_layers, n_kv_heads, head_dim)
+    try:
+        return pool.page_bytes
+    finally:
+        pool.close()
 
 
 # ---- Programs ----------------------------------------------------------------------------------------------

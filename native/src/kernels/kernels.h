@@ -33,6 +33,11 @@ enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 /* Number formats a kernel table reads weights in: F32, F16, BF16. */
 enum { FB_KERNEL_DTYPES = 3 };
 
+/* Bytes of an element of panels in one of these formats, or in signed bytes, which stand under the number of Q8_0. */
+static inline size_t fb_element_bytes(enum fb_dtype dtype) {
+    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
+}
+
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
  *   panels   n_panels panels of [n_k][16] elements, panel p at element p * panel_stride
  *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used */

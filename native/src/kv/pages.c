@@ -11,14 +11,10 @@
 
 enum { MAX_HEAD_DIM = 1024, MAX_COUNT = 1 << 20 };
 
-static size_t element_bytes(enum fb_dtype dtype) {
-    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
-}
-
 static struct fb_kv_part part_of(enum fb_dtype dtype, size_t dimensions) {
     const size_t elements = (size_t)FB_PAGE_POSITIONS * dimensions;
     const size_t scales = dtype == FB_Q8_0 ? FB_PAGE_POSITIONS * sizeof(float) : 0;
-    return (struct fb_kv_part){dtype, elements, elements * element_bytes(dtype) + scales};
+    return (struct fb_kv_part){dtype, elements, elements * fb_element_bytes(dtype) + scales};
 }
 
 static bool holds_kv(enum fb_dtype dtype) {
@@ -161,7 +157,7 @@ static void write_v(const struct fb_page_pool *pool, const struct fb_kernels *ke
         if (scales)
             memcpy(to + element, codes + d, lanes);
         else
-            kernels->narrow[pool->v.dtype](v + d, lanes, to + element * element_bytes(pool->v.dtype));
+            kernels->narrow[pool->v.dtype](v + d, lanes, to + element * fb_element_bytes(pool->v.dtype));
     }
 }
 
@@ -180,7 +176,7 @@ void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *ker
         k_scales[at] = to_bytes(k, head_dim, (int8_t *)narrow);
     else
         kernels->narrow[pool->k.dtype](k, head_dim, narrow);
-    switch (element_bytes(pool->k.dtype)) {
+    switch (fb_element_bytes(pool->k.dtype)) {
     case 4:
         for (size_t d = 0; d < head_dim; d++)
             ((uint32_t *)(void *)slab)[first + d * 16] = narrow[d];

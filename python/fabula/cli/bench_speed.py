@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from fabula.cli.bench_options import (
-    KV_CHOICE,
     check_peers,
     check_plot,
     give,
     json_option,
-    kv_option,
     located,
     many_weights_option,
     measured_machine,
-    model_option,
     n_threads_of,
     peer_python_option,
     peers_option,
@@ -26,7 +23,7 @@ from fabula.cli.bench_options import (
     weights_option,
 )
 from fabula.cli.console import note
-from fabula.cli.options import ModelOptions
+from fabula.cli.options import KV_CHOICE, ModelOptions, kv_option, model_option
 
 if TYPE_CHECKING:
     from fabula.model import WeightsName
