@@ -32,12 +32,12 @@ from fabula.errors import (
     StoreReadOnly,
     StoreTooNew,
 )
-from fabula.store import SessionRecord, Store, TurnRecord
 from fabula.store.failures import translate
 from fabula.store.migrate import migrate
 from fabula.store.place import connect, find_place, make_engine
-from fabula.store.records import session_row, turn_row
+from fabula.store.records import SessionRecord, TurnRecord, session_row, turn_row
 from fabula.store.schema import VERSION_TABLE, metadata, sessions, tags, turns
+from fabula.store.store import Store
 
 WAIT_S = 30  # only tells a hang from an answer
 
@@ -467,7 +467,7 @@ def test_migrations_make_the_tables_that_are_used(store: Store) -> None:
 def test_opening_says_nothing_and_leaves_logging_alone(tmp_path: Path) -> None:
     program = """
 import logging, sys
-from fabula.store import Store
+from fabula.store.store import Store
 before = {name: logging.getLogger(name).level for name in ("", "alembic", "sqlalchemy", "sqlalchemy.engine")}
 Store.open(sys.argv[1]).close()
 assert before == {name: logging.getLogger(name).level for name in before} and not logging.root.handlers
@@ -508,7 +508,9 @@ def test_a_store_is_locked_within_a_process(tmp_path: Path) -> None:
 
 
 def test_a_store_is_locked_across_processes_until_its_holder_dies(tmp_path: Path) -> None:
-    program = "import sys, time; from fabula.store import Store; s = Store.open(sys.argv[1]); print(1, flush=True)"
+    program = (
+        "import sys, time; from fabula.store.store import Store; s = Store.open(sys.argv[1]); print(1, flush=True)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{program}; time.sleep(600)", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -541,7 +543,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     program = """
 import ctypes, sys
 from fabula.errors import StoreReadOnly
-from fabula.store import Store
+from fabula.store.store import Store
 # The right to pass over file modes, which root has, goes: capset() with version 3 of its header, and no capability.
 header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 assert ctypes.CDLL(None).capset(header, none) == 0

