@@ -51,6 +51,7 @@ PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3"}  # their tokenizer.json sets ignore_merges
 _NORMALIZED = {"qwen2"}  # their tokenizer.json normalises to NFC
 
+_MERGES = "tokenizer.ggml.merges"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_PIECE = 512  # characters; SentencePiece itself stops at 16. Merges are found by cutting a piece everywhere.
 
@@ -123,7 +124,7 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         for token, kind in zip(tokens, kinds, strict=True)
         if kind in _ADDED and token
     ]
-    backend = _build(description, added, path)
+    backend = _build(keys, description, added)
     bos_id = keys.token_id("tokenizer.ggml.bos_token_id", len(tokens))
     ends = [keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
     bos_text = None if bos_id is None else tokens[bos_id]
@@ -146,14 +147,19 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     )
 
 
-def _build(description: Mapping[str, Any], added: list[AddedToken], path: Path) -> Backend:
+def _build(keys: _Keys, description: Mapping[str, Any], added: list[AddedToken]) -> Backend:
     """What the library makes of a tokenizer.json of this content. Only its small parts go through JSON: tokens and
     merges in it, written, checked and read again, would take five times as long."""
     bpe = dict(description["model"])
+    path = keys.path
     backend = build_backend(json.dumps({**description, "model": {"type": "BPE", "vocab": {}, "merges": []}}), path)
-    with building(path):
-        backend.model = models.BPE(**bpe)
-        backend.add_tokens(added)
+    try:
+        with building(path):
+            backend.model = models.BPE(**bpe)
+            backend.add_tokens(added)
+    except TokenizerError:
+        _check_merges(keys, bpe["vocab"])  # says which entry it was
+        raise
     return backend
 
 
@@ -182,16 +188,9 @@ def _byte_level(keys: _Keys, vocabulary: Mapping[str, int]) -> dict[str, Any]:
         raise Unsupported(
             f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
-    key = "tokenizer.ggml.merges"
-    merges = []
-    for i, merge in enumerate(keys.texts(key) or []):
-        left, separator, right = merge.partition(" ")
-        if not separator or not left or not right:
-            raise keys.error(key, f"entry {i} is {shown(merge)}, must be two tokens with a space between")
-        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
-            missing = next(token for token in (left, right, left + right) if token not in vocabulary)
-            raise keys.error(key, f"entry {i} names {shown(missing)}, which is not in the vocabulary")
-        merges.append((left, right))
+    merges = [tuple(merge.split(" ", 1)) for merge in keys.texts(_MERGES) or []]
+    if "" in vocabulary:  # the library would take a merge with nothing
+        _check_merges(keys, vocabulary)
     return {
         "version": "1.0",
         "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
@@ -204,6 +203,18 @@ def _byte_level(keys: _Keys, vocabulary: Mapping[str, int]) -> dict[str, Any]:
             "ignore_merges": pre in _WHOLE_WORDS_FIRST,
         },
     }
+
+
+def _check_merges(keys: _Keys, vocabulary: Mapping[str, int]) -> None:
+    """Raises TokenizerError for the first merge that is none. The library looks for the same and is faster, but does
+    not tell the entry."""
+    for i, merge in enumerate(keys.texts(_MERGES, optional=True) or []):
+        left, separator, right = merge.partition(" ")
+        if not separator or not left or not right:
+            raise keys.error(_MERGES, f"entry {i} is {shown(merge)}, must be two tokens with a space between")
+        for token in (left, right, left + right):
+            if token not in vocabulary:
+                raise keys.error(_MERGES, f"entry {i} names {shown(token)}, which is not in the vocabulary")
 
 
 def _sentencepiece(
