@@ -26,7 +26,6 @@ from fabula.formats.open import open_checkpoint
 from fabula.kv.cache import KvCache
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
-from fabula.kv.spill import Fingerprint
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.precision import NAMES as PRECISIONS
@@ -35,6 +34,7 @@ from fabula.sessions.host import Host, Served
 from fabula.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from fabula.kv.spill import Fingerprint
     from fabula.sessions.policy import ContextPolicy
     from fabula.sessions.session import Session
     from fabula.text.template import ChatTemplate
@@ -388,6 +388,8 @@ class FingerprintOf:
         self._fingerprint: Fingerprint | None = None
 
     def __call__(self) -> Fingerprint:
+        from fabula.kv.spill import Fingerprint
+
         with self._lock:
             if self._fingerprint is None:
                 assert self._tokenizer is not None

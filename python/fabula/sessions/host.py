@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from fabula.engine.generation import Engine
 from fabula.errors import InvalidArgument
-from fabula.kv.spill import Fingerprint
 
 if TYPE_CHECKING:
+    from fabula.kv.spill import Fingerprint
     from fabula.text.template import ChatTemplate
 
 
