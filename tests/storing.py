@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fabula.store import SessionRecord, Store, TurnRecord
+from fabula.store.records import SessionRecord, TurnRecord
+from fabula.store.store import Store
 
 WAIT_S = 30  # only tells a hang from an answer
 

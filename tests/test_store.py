@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fabula.errors import InvalidArgument, StoreError
-from fabula.store import SessionRecord, Store, TurnRecord
 from fabula.store.place import connect
+from fabula.store.records import SessionRecord, TurnRecord
 from fabula.store.schema import sessions, tags, turns
+from fabula.store.store import Store
 from storing import WAIT_S, Draft, Gate, a_session, a_turn, chain, done, put_all
 
 

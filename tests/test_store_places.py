@@ -18,12 +18,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly, StoreTooNew
-from fabula.store import Store, TurnRecord
 from fabula.store.failures import translate
 from fabula.store.migrate import migrate
 from fabula.store.place import connect, find_place, make_engine
-from fabula.store.records import session_row, turn_row
+from fabula.store.records import TurnRecord, session_row, turn_row
 from fabula.store.schema import VERSION_TABLE, metadata, sessions, turns
+from fabula.store.store import Store
 from storing import WAIT_S, Draft, Gate, a_session, chain, done, put_all
 
 
@@ -73,7 +73,7 @@ def test_migrations_make_the_tables_that_are_used(store: Store) -> None:
 def test_opening_says_nothing_and_leaves_logging_alone(tmp_path: Path) -> None:
     program = """
 import logging, sys
-from fabula.store import Store
+from fabula.store.store import Store
 before = {name: logging.getLogger(name).level for name in ("", "alembic", "sqlalchemy", "sqlalchemy.engine")}
 Store.open(sys.argv[1]).close()
 assert before == {name: logging.getLogger(name).level for name in before} and not logging.root.handlers
@@ -114,7 +114,9 @@ def test_a_store_is_locked_within_a_process(tmp_path: Path) -> None:
 
 
 def test_a_store_is_locked_across_processes_until_its_holder_dies(tmp_path: Path) -> None:
-    program = "import sys, time; from fabula.store import Store; s = Store.open(sys.argv[1]); print(1, flush=True)"
+    program = (
+        "import sys, time; from fabula.store.store import Store as S; s = S.open(sys.argv[1]); print(1, flush=True)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{program}; time.sleep(600)", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -147,7 +149,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     program = """
 import ctypes, sys
 from fabula.errors import StoreReadOnly
-from fabula.store import Store
+from fabula.store.store import Store
 # The right to pass over file modes, which root has, goes: capset() with version 3 of its header, and no capability.
 header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 assert ctypes.CDLL(None).capset(header, none) == 0
@@ -339,7 +341,7 @@ def test_the_end_of_the_interpreter_writes_what_is_queued(tmp_path: Path) -> Non
     program = """
 import sys
 from storing import *
-from fabula.store import Store
+from fabula.store.store import Store
 store = Store.open(sys.argv[1])
 put_all(store, chain(30))
 store.watch(Draft())
@@ -355,7 +357,7 @@ def test_a_forked_child_is_told_so(tmp_path: Path) -> None:
 import os, sys
 from storing import *
 from fabula.errors import StoreError, StoreLocked
-from fabula.store import Store
+from fabula.store.store import Store
 store = Store.open(sys.argv[1])
 done(*put_all(store, chain(3)))
 watch = store.watch(lambda: None)
