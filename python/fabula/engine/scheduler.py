@@ -406,6 +406,7 @@ class Scheduler:
             if pieces[-1].finish_reason:
                 break
         request.sequence.n_tokens -= len(tokens) - len(pieces)
+        request.sequence.settle()
         request.name_pages(len(pieces))
         if pieces and pieces[-1].finish_reason:
             self._finish(request)
