@@ -69,8 +69,9 @@ static enum fb_status check_writers(const struct fb_batch *batch) {
     return FB_OK;
 }
 
-static enum fb_status check_batch(
+enum fb_status fb_check_batch(
     const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits) {
+    FB_TRY(check_pool(p, pool));
     FB_REQUIRE(
         batch->struct_size == sizeof *batch, "batch.struct_size is %u, must be %zu", batch->struct_size, sizeof *batch);
     FB_REQUIRE(batch->n_tokens >= 1 && batch->n_tokens <= p->shape.max_tokens, "n_tokens is %d, must be 1 .. %d",
@@ -405,8 +406,7 @@ static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_th
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits) {
     FB_REQUIRE(program && pool && batch && (logits || n_logits == 0), "program, pool, batch or logits is null");
-    FB_TRY(check_pool(program, pool));
-    FB_TRY(check_batch(program, pool, batch, n_logits));
+    FB_TRY(fb_check_batch(program, pool, batch, n_logits));
     struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
     const int64_t start = fb_now_ns();
     const int n_threads = threads_for(program, batch, start);
