@@ -14,7 +14,7 @@
 #include "device.h"
 #include "kernels.h"
 
-enum { THREADS = 256, WARP = 32, KEYS = FB_CUDA_KEY_BLOCK, PAGE = FB_PAGE_POSITIONS, N_STATS = 6 };
+enum { THREADS = 256, KEYS = FB_CUDA_KEY_BLOCK, PAGE = FB_PAGE_POSITIONS, N_STATS = 6 };
 
 /* ---- What a tile sees -------------------------------------------------------------------------------------------- */
 
@@ -147,7 +147,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
     const fb_cuda_tile tile = a.tiles[number];
     const fb_cuda_sequence sequence = a.batch.sequences[tile.sequence];
     const tile_view view = view_of(sequence, tile, group, R, a.window);
-    const int thread = (int)threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const int thread = (int)threadIdx.x, warp = thread / FB_WARP, lane = thread % FB_WARP;
     const int slices = padded < THREADS ? THREADS / padded : 1, slice = padded < THREADS ? thread / padded : 0;
     const int64_t slab = ((int64_t)a.layer * a.pages.n_kv_heads + kv_head) * (a.pages.k.bytes + a.pages.v.bytes);
     const int32_t begin = IS_SPLIT ? (int32_t)blockIdx.z : 0, end = IS_SPLIT ? begin + 1 : view.n_parts;
@@ -216,7 +216,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
         }
         __syncthreads();
 
-        for (int r = warp; r < R; r += THREADS / WARP) {
+        for (int r = warp; r < R; r += THREADS / FB_WARP) {
             const int32_t position = sequence.n_past + (tile.first_row + r) / group;
             int32_t from = 0, to = 0;
             if (r < view.n_rows && is_sinks) {
@@ -225,17 +225,17 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
                 from = lowest_visible(sequence, a.window, position) - start;
                 to = position - start < high ? position - start + 1 : high + 1;
             }
-            float x[KEYS / WARP], top = -INFINITY, length = 0.0f;
+            float x[KEYS / FB_WARP], top = -INFINITY, length = 0.0f;
 #pragma unroll
-            for (int i = 0; i < KEYS / WARP; i++) {
-                const int column = i * WARP + lane;
+            for (int i = 0; i < KEYS / FB_WARP; i++) {
+                const int column = i * FB_WARP + lane;
                 x[i] = column >= from && column < to ? scores[r * KEYS + column] : -INFINITY;
                 top = x[i] > top ? x[i] : top;
             }
             top = fb_warp_max(top) * a.scale;
 #pragma unroll
-            for (int i = 0; i < KEYS / WARP; i++) {
-                const int column = i * WARP + lane;
+            for (int i = 0; i < KEYS / FB_WARP; i++) {
+                const int column = i * FB_WARP + lane;
                 x[i] = column >= from && column < to ? fb_exp(fmaf(x[i], a.scale, -top)) : 0.0f;
                 length += x[i];
                 if (i >= first_page && i <= last_page)

@@ -100,6 +100,8 @@ FB_DEVICE float fb_exp(float x) {
     return vanishes ? 0.0f : p * fb_float_of_bits((uint32_t)((int32_t)n + 127) << 23);
 }
 
+enum { FB_WARP = 32 };
+
 /* Folds a warp's 32 numbers by halves; every lane gets the result. */
 FB_DEVICE float fb_warp_sum(float x) {
     for (int step = 16; step >= 1; step /= 2)

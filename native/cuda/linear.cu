@@ -45,13 +45,15 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
     const int half = (int)threadIdx.x / (LANES * FB_MOST_SEGMENTS); /* the second of two panels */
     const int32_t n_halves = a.swiglu ? 2 : 1, panel = (int32_t)blockIdx.x * n_halves + half;
     const int32_t n_cols = a.weight.n_cols, n_chunks = chunks_of(n_cols), length = segment_chunks(n_chunks);
-    const int64_t first_token = (int64_t)blockIdx.y * N;
     const char *at = a.weight.panels + (size_t)panel * a.weight.panel_bytes;
 
     float sum[N];
+    const float *from[N]; /* behind the last token it once more: its sums go nowhere */
 #pragma unroll
-    for (int t = 0; t < N; t++)
+    for (int t = 0; t < N; t++) {
         sum[t] = 0.0f;
+        from[t] = a.x + (t < a.n_tokens ? t : a.n_tokens - 1) * a.ldx;
+    }
     for (int32_t chunk = segment * length; chunk < (segment + 1) * length && chunk < n_chunks; chunk++) {
         fb_chunk<D> opened;
         opened.load(at, n_cols, chunk, lane);
@@ -62,8 +64,7 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
             opened.quad(q, w);
 #pragma unroll
             for (int t = 0; t < N; t++) {
-                if (first_token + t >= a.n_tokens) continue;
-                const float *x = a.x + (first_token + t) * a.ldx + column;
+                const float *x = from[t] + column;
                 float in[4];
                 if constexpr (!fb_chunk<D>::is_plain) {
                     fb_load4(x, in);
@@ -83,14 +84,14 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
     __syncthreads();
 
     const int token = (int)threadIdx.x / LANES;
-    if (token >= N || first_token + token >= a.n_tokens) return;
+    if (token >= a.n_tokens) return;
     float total[2] = {0.0f, 0.0f};
     for (int h = 0; h < n_halves; h++)
         for (int s = 0; s < FB_MOST_SEGMENTS && s * length < n_chunks; s++) {
             const float part = sums[((h * FB_MOST_SEGMENTS + s) * N + token) * LANES + lane];
             total[h] = s == 0 ? part : total[h] + part;
         }
-    finish(a, first_token + token, (int32_t)blockIdx.x * n_halves, lane, total[0], total[1]);
+    finish(a, token, (int32_t)blockIdx.x * n_halves, lane, total[0], total[1]);
 }
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
@@ -125,11 +126,12 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
                     ws[(4 * q + i) * W_STRIDE + thread] = w[i];
             }
         }
-#pragma unroll
-        for (int i = 0; i < TILE_TOKENS * FB_CHUNK / TILE_THREADS; i++) {
-            const int at = thread + i * TILE_THREADS, token = at / FB_CHUNK, k = at % FB_CHUNK;
-            const bool is_there = first_token + token < a.n_tokens && chunk * FB_CHUNK + k < n_cols;
-            xs[k * X_STRIDE + token] = is_there ? a.x[(first_token + token) * a.ldx + chunk * FB_CHUNK + k] : 0.0f;
+        const int32_t column = chunk * FB_CHUNK + thread % FB_CHUNK;
+#pragma unroll 4
+        for (int token = thread / FB_CHUNK; token < TILE_TOKENS; token += TILE_THREADS / FB_CHUNK) {
+            const bool is_there = first_token + token < a.n_tokens && column < n_cols;
+            const float x = is_there ? a.x[(first_token + token) * a.ldx + column] : 0.0f;
+            xs[thread % FB_CHUNK * X_STRIDE + token] = x;
         }
         __syncthreads();
 #pragma unroll 4

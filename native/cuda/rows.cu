@@ -1,7 +1,7 @@
 /* rows.cu - the operators that work row by row. Contracts stand in kernels.h. */
 #include "weights.cuh"
 
-enum { ROW_THREADS = 256, WARP = 32 };
+enum { ROW_THREADS = 256 };
 
 /* ---- Embedding --------------------------------------------------------------------------------------------------- */
 
@@ -43,7 +43,7 @@ int fb_cuda_embed(const struct fb_cuda_weight *weight, const int32_t *tokens, in
 
 static __global__ void rms_norm_kernel(
     const float *in, int64_t ld_in, const float *weight, int32_t n, float eps, float *out, int64_t ld_out) {
-    FB_SHARED(float, sums, ROW_THREADS / WARP);
+    FB_SHARED(float, sums, ROW_THREADS / FB_WARP);
     const float *x = in + (int64_t)blockIdx.x * ld_in;
     float *y = out + (int64_t)blockIdx.x * ld_out;
     const int32_t thread = (int32_t)threadIdx.x;
@@ -51,10 +51,10 @@ static __global__ void rms_norm_kernel(
     for (int32_t i = thread; i < n; i += ROW_THREADS)
         sum = fmaf(x[i], x[i], sum);
     sum = fb_warp_sum(sum);
-    if (thread % WARP == 0) sums[thread / WARP] = sum;
+    if (thread % FB_WARP == 0) sums[thread / FB_WARP] = sum;
     __syncthreads();
     sum = sums[0];
-    for (int w = 1; w < ROW_THREADS / WARP; w++)
+    for (int w = 1; w < ROW_THREADS / FB_WARP; w++)
         sum += sums[w];
     const float factor = 1.0f / sqrtf(sum / (float)n + eps);
     for (int32_t i = thread; i < n; i += ROW_THREADS)
@@ -70,23 +70,23 @@ int fb_cuda_rms_norm(const float *in, int64_t ld_in, const float *weight, int32_
 /* A warp takes a head, a block of threads the next 8 of a row. */
 static __global__ void head_norm_kernel(float *x, int64_t ldx, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
     const float *q_weight, const float *k_weight, float eps) {
-    const int32_t head = (int32_t)(blockIdx.y * (ROW_THREADS / WARP) + threadIdx.x / WARP);
-    const int32_t lane = (int32_t)(threadIdx.x % WARP);
+    const int32_t head = (int32_t)(blockIdx.y * (ROW_THREADS / FB_WARP) + threadIdx.x / FB_WARP);
+    const int32_t lane = (int32_t)(threadIdx.x % FB_WARP);
     if (head >= n_heads + n_kv_heads) return; /* the whole warp */
     float *values = x + (int64_t)blockIdx.x * ldx + (int64_t)head * head_dim;
     const float *weight = head < n_heads ? q_weight : k_weight;
     float sum = 0.0f;
-    for (int32_t i = lane; i < head_dim; i += WARP)
+    for (int32_t i = lane; i < head_dim; i += FB_WARP)
         sum = fmaf(values[i], values[i], sum);
     sum = fb_warp_sum(sum);
     const float factor = 1.0f / sqrtf(sum / (float)head_dim + eps);
-    for (int32_t i = lane; i < head_dim; i += WARP)
+    for (int32_t i = lane; i < head_dim; i += FB_WARP)
         values[i] = values[i] * factor * weight[i];
 }
 
 int fb_cuda_head_norm(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
     const float *q_weight, const float *k_weight, float eps, fb_cuda_stream stream) {
-    const int32_t per_block = ROW_THREADS / WARP;
+    const int32_t per_block = ROW_THREADS / FB_WARP;
     const dim3 grid((unsigned)n_rows, (unsigned)((n_heads + n_kv_heads + per_block - 1) / per_block));
     return fb_launch(
         head_norm_kernel, grid, ROW_THREADS, 0, stream, x, ldx, n_heads, n_kv_heads, head_dim, q_weight, k_weight, eps);
@@ -158,7 +158,7 @@ FB_DEVICE void write_part(
     if (part.dtype == FB_Q8_0) {
         float top = 0.0f;
         bool is_finite = true;
-        for (int32_t d = lane; d < head_dim; d += WARP) {
+        for (int32_t d = lane; d < head_dim; d += FB_WARP) {
             const float magnitude = fabsf(from[d]);
             is_finite = is_finite && fb_is_finite(magnitude);
             top = magnitude > top ? magnitude : top;
@@ -172,7 +172,7 @@ FB_DEVICE void write_part(
                                                                       : is_zero  ? 0.0f
                                                                                  : top / 127.0f;
     }
-    for (int32_t d = lane; d < head_dim; d += WARP) {
+    for (int32_t d = lane; d < head_dim; d += FB_WARP) {
         const int64_t at = is_k ? k_element(head_dim, position, d) : v_element(position, d);
         if (part.dtype == FB_F32)
             reinterpret_cast<float *>(to)[at] = from[d];
@@ -189,8 +189,8 @@ FB_DEVICE void write_part(
 static __global__ void kv_write_kernel(
     const float *x, int64_t ldx, fb_cuda_batch batch, int32_t n_heads, fb_cuda_pages pages, int32_t layer) {
     const int32_t row = (int32_t)blockIdx.x, head = (int32_t)blockIdx.y, position = batch.positions[row];
-    const bool is_k = threadIdx.x < WARP;
-    const int lane = (int)(threadIdx.x % WARP);
+    const bool is_k = threadIdx.x < FB_WARP;
+    const int lane = (int)(threadIdx.x % FB_WARP);
     const fb_cuda_sequence sequence = batch.sequences[batch.owners[row]];
     const int32_t page = batch.pages[sequence.first_page + position / FB_PAGE_POSITIONS];
     char *slab = pages.memory + page * pages.page_bytes +
@@ -203,7 +203,7 @@ static __global__ void kv_write_kernel(
 int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,
     const struct fb_cuda_pages *pages, int32_t layer, fb_cuda_stream stream) {
     const dim3 grid((unsigned)batch->n_tokens, (unsigned)pages->n_kv_heads);
-    return fb_launch(kv_write_kernel, grid, 2 * WARP, 0, stream, x, ldx, *batch, n_heads, *pages, layer);
+    return fb_launch(kv_write_kernel, grid, 2 * FB_WARP, 0, stream, x, ldx, *batch, n_heads, *pages, layer);
 }
 
 /* ---- Outputs ----------------------------------------------------------------------------------------------------- */
