@@ -19,12 +19,12 @@ lint: $(VENV)/linted-with
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 format: $(VENV)/linted-with
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 # The C tests, and the Python tests that drive the library hardest, on a build with AddressSanitizer and UBSan.
 sanitize: $(VENV)/tested-with

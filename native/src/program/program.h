@@ -94,8 +94,8 @@ struct fb_program {
 };
 
 /* Whether a batch may run with a pool of that shape, whose memory is not looked at. */
-enum fb_status fb_check_batch(const struct fb_program *program, const struct fb_page_pool *pool,
-    const struct fb_batch *batch, size_t n_logits);
+enum fb_status fb_check_batch(
+    const struct fb_program *program, const struct fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits);
 
 /* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows
  * each. */
