@@ -13,7 +13,16 @@ from fabula.bench.machine import Machine
 from fabula.bench.row import KEYS
 from fabula.cli.bench import bench
 
-MACHINE = Machine(cpu="x", isa="avx2", cores=2, threads=2, read_bytes_per_s=1e10, flops_per_s=1e11, dots_per_s=2e11)
+MACHINE = Machine(
+    cpu="x",
+    isa="avx2",
+    cores=2,
+    threads=2,
+    read_bytes_per_s=1e10,
+    flops_per_s=1e11,
+    pairs_per_s=1.5e11,
+    dots_per_s=2e11,
+)
 TEXT = "the winter in the lighthouse was long, and all the others were on the shore. " * 30
 
 

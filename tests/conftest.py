@@ -35,6 +35,8 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 if os.environ.get("FABULA_TEST_RANDOM") != "1":
     hypothesis.settings.load_profile("fixed")
 
+pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing"]  # fixtures that several files of tests share
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 

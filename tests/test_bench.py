@@ -17,6 +17,7 @@ from fabula.bench import model as bench_model_module
 from fabula.bench import peers
 from fabula.bench.machine import Machine, cpu_name
 from fabula.bench.model import Lengths, Run, agreement, bench_models, limits, prompt_ids
+from fabula.bench.neighbours import neighbours
 from fabula.bench.ops import bench_ops, difference
 from fabula.bench.row import KEYS as ROW_KEYS
 from fabula.bench.row import Row, read_rows
@@ -379,3 +380,19 @@ def test_memory_of_a_process() -> None:
 def test_help_shows_examples() -> None:
     for command in ([], ["ops"], ["model"], ["sessions"], ["serve"], ["load"], ["perplexity"], ["plot"]):
         assert "Examples:\n" in call(*command, "--help").stdout
+
+
+def test_busy_neighbours_end_with_the_measurement(tiny_folder: Path) -> None:
+    few = ("--prompt-tokens", "9", "--tokens", "2", "--rounds", "1")
+    rows = rows_of(call("model", "--model", str(tiny_folder), *few, "--neighbours", "2", "--json"))
+    assert [row["case"] for row in rows] == ["prefill", "decode"]
+    with neighbours(2):
+        assert len(busy_children()) == 2
+    assert not busy_children()
+    assert call("model", "--neighbours", "-1").exit_code == 2
+
+
+def busy_children() -> list[str]:
+    tasks = Path("/proc/self/task").glob("*/children")
+    pids = [pid for task in tasks for pid in task.read_text().split()]
+    return [pid for pid in pids if b"os.read(0, 1)" in Path(f"/proc/{pid}/cmdline").read_bytes()]

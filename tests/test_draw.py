@@ -177,3 +177,21 @@ def test_logits_that_break_in_the_middle(model: Model, tmp_path: Path) -> None:
         assert found == expected[: n_good + 1]
         with pytest.raises(NonFinite):
             next(generation)
+
+
+def test_texts_go_on_in_the_page_where_the_last_answer_ended(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room reserved for tokens that were not drawn does not count as written: nothing is copied."""
+    monkeypatch.setattr(scheduler_module, "TELL_S", 10.0)
+    copies: list[tuple[int, int]] = []
+    copy = model._runner.pool.native.copy
+    monkeypatch.setattr(model._runner.pool.native, "copy", lambda *pages: copies.append(pages) or copy(*pages))
+    model.clear_cache()
+    session = model.session()
+    params = SamplingParams(temperature=1.0, ignore_eos=True, banned_tokens=(0, 1, 2, 3))
+    for i in range(10):
+        session.tell(7, prompt="the cat" if i == 0 else "", params=replace(params, seed=i)).text()
+    assert session.head.n_ids > 2 * _native.PAGE_POSITIONS and not copies
+    session.rollback(3)
+    session.tell(7, prompt="", params=replace(params, seed=99)).text()
+    assert len(copies) == 1  # of the page in which another branch went on
+    session.delete()

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import tiny
-from fabula import (
-    ContextOverflow,
-    ContextPolicy,
-    InvalidArgument,
-    Model,
-    Reply,
-    SamplingParams,
-    Session,
-    Turn,
-    Workspace,
-)
+from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
 from fabula._native import page_bytes
 from fabula.engine.generation import Generation
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import Sequence
+from shadows import ROOT, Leaf, Live, Shadow
 
 CONTEXT, N_PAGES = 128, 11  # each text has at most 4 pages, and with a window as many
 LONGEST = 400  # ids of a text with a window
@@ -69,80 +60,6 @@ def _watched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         every_sequence.add(self)
 
     monkeypatch.setattr(Sequence, "__init__", watched)
-
-
-# ---- What ought to be -----------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Leaf:
-    """A turn as its reader saw it."""
-
-    id: str
-    parent: Leaf | None
-    prompt: str = ""
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    answer: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    tags: set[str] = field(default_factory=set)
-
-    @property
-    def number(self) -> int:
-        return 0 if self.parent is None else self.parent.number + 1
-
-    def lineage(self) -> Iterator[Leaf]:
-        leaf: Leaf | None = self
-        while leaf is not None:
-            yield leaf
-            leaf = leaf.parent
-
-
-ROOT = Leaf("", None)
-
-
-@dataclass(eq=False)
-class Shadow:
-    """A session as naively as can be: lists."""
-
-    id: str
-    policy: ContextPolicy
-    chat: bool
-    base: Leaf
-    head: Leaf
-    own: list[Leaf] = field(default_factory=list)
-    undone: list[Leaf] = field(default_factory=list)
-
-    def known(self) -> list[Leaf]:
-        return [*[leaf for leaf in self.base.lineage() if leaf.parent is not None][::-1], *self.own]
-
-    def take_in(self, leaf: Leaf, selects: bool) -> None:
-        self.own.append(leaf)
-        if selects:
-            self.head, self.undone = leaf, []
-
-    def go_to(self, leaf: Leaf, prune: bool) -> None:
-        if leaf is not self.head:
-            self.undone.append(self.head)
-        self.head = leaf
-        if prune:
-            self.own = [other for other in self.own if other is leaf or leaf not in other.lineage()]
-            self.undone = []
-
-
-@dataclass
-class Live:
-    """A reply in the making and what was read of it."""
-
-    reply: Reply
-    shadow: Shadow
-    parent: Leaf
-    prompt: str
-    texts: list[str]
-
-    @property
-    def ids(self) -> list[int]:
-        return self.reply.generation.token_ids
 
 
 # ---- The machine ----------------------------------------------------------------------------------------------------

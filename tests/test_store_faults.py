@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fabula.store import Store
+from fabula.store.store import Store
 
 FAULTS = Path(__file__).parent / "faults"
 sys.path.insert(0, str(FAULTS))

@@ -133,6 +133,35 @@ def test_scores_give_the_merges(story: Tokenizer, story_folder: Path, text: str)
     assert (built.bos_id, built.eos_ids, built.add_bos) == (1, (2,), True)
 
 
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_gguf_vocabulary_is_what_its_json_would_be(byte_level: dict[str, Any], pre: str) -> None:
+    """It does not go through JSON, and is the same tokenizer, from the order of merges to the flags of added tokens."""
+    built = Tokenizer.from_gguf({**byte_level, "tokenizer.ggml.pre": pre}, Path("model.gguf"))
+    tokens, merges = byte_level["tokenizer.ggml.tokens"], byte_level["tokenizer.ggml.merges"]
+    description = dict(built.description())
+    assert description["model"]["vocab"] == {token: i for i, token in enumerate(tokens)}
+    assert [tuple(merge) for merge in description["model"]["merges"]] == [tuple(m.split(" ")) for m in merges]
+    assert description["model"]["ignore_merges"] == (pre == "llama-bpe")
+    added = [(token["id"], token["content"], token["special"]) for token in description["added_tokens"]]
+    n = len(tokens)
+    assert added == [(n - 3, "<|start|>", True), (n - 2, "<|im_end|>", True), (n - 1, "<think>", False)]
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    assert not any(token[flag] for token in description["added_tokens"] for flag in flags)
+    assert built._backend.get_vocab(with_added_tokens=True) == {built.token_text(i): i for i in range(n)}
+    again = tokenizers.Tokenizer.from_str(json.dumps(description))
+    assert again.to_str() == built._backend.to_str()
+    for text in TEXTS:
+        assert built.encode(text, add_bos=False) == again.encode(text, add_special_tokens=False).ids or "<|" in text
+
+
+def test_smollm2_is_what_its_json_would_be(smollm2: Tokenizer) -> None:
+    written = smollm2._backend.to_str()
+    assert tokenizers.Tokenizer.from_str(written).to_str() == written
+    assert smollm2._backend.get_vocab(with_added_tokens=True) == {
+        smollm2.token_text(i): i for i in range(smollm2.vocab_size)
+    }
+
+
 # ---- Streaming ---------------------------------------------------------------------------------------------
 
 
@@ -207,6 +236,17 @@ def test_wrong_text_and_ids(byte_level: dict[str, Any]) -> None:
         Tokenizer.from_gguf(byte_level, Path("model.gguf")).encode("a", add_bos=True)
 
 
+def test_nothing_cannot_be_merged(byte_level: dict[str, Any]) -> None:
+    """Not even where the vocabulary has a token without text."""
+    metadata = byte_level | {"tokenizer.ggml.tokens": [*byte_level["tokenizer.ggml.tokens"], ""]}
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = Tokenizer.from_gguf(metadata, Path("model.gguf"))
+    assert tokenizer.token_bytes(tokenizer.vocab_size - 1) == b""
+    metadata["tokenizer.ggml.merges"] = [*metadata["tokenizer.ggml.merges"], " h"]
+    with pytest.raises(TokenizerError, match="two tokens with a space"):
+        Tokenizer.from_gguf(metadata, Path("model.gguf"))
+
+
 SP = {"tokenizer.ggml.model": "llama"}
 
 
@@ -235,6 +275,9 @@ def sentencepiece(tokens: list[str], scores: Any, kinds: list[int]) -> dict[str,
         ({"tokenizer.ggml.merges": ["th"]}, TokenizerError, "two tokens with a space"),
         ({"tokenizer.ggml.merges": ["t zebra"]}, TokenizerError, "names 'zebra'"),
         ({"tokenizer.ggml.merges": [" "]}, TokenizerError, "two tokens"),
+        ({"tokenizer.ggml.merges": ["t h", "x"]}, TokenizerError, "entry 1 is 'x'"),
+        ({"tokenizer.ggml.merges": ["t h", "t h e"]}, TokenizerError, "entry 1 names 'h e'"),
+        ({"tokenizer.ggml.merges": ["t h", "h t"]}, TokenizerError, "entry 1 names 'ht'"),
         ({"tokenizer.ggml.bos_token_id": 10**6}, TokenizerError, "bos_token_id is 1000000"),
         ({"tokenizer.ggml.eos_token_id": -1}, TokenizerError, "eos_token_id is -1"),
         ({"tokenizer.ggml.eos_token_id": True}, TokenizerError, "eos_token_id is True"),

@@ -271,6 +271,25 @@ def test_tags_and_nulls_over_http(served: Running) -> None:
     assert served.client.patch(f"/sessions/{id}", json={"tags": ["x" * 61]}).status_code == 400
 
 
+def test_sampling_of_a_session_that_exists_is_merged(served: Running) -> None:
+    id = post(served, "/write", text="Once ", sampling={"seed": 4, "top_k": 7})["session_id"]
+
+    def sampling() -> Any:
+        return served.client.get(f"/sessions/{id}").json()["sampling"]
+
+    post(served, "/write", session_id=id, text="upon ", sampling={"temperature": 0.5})
+    assert sampling() == {"temperature": 0.5, "top_k": 7, "seed": 4}
+    post(served, "/story", session_id=id, max_len=2, sampling={"seed": None, "min_p": 0.1})
+    assert sampling() == {"temperature": 0.5, "top_k": 7, "min_p": 0.1}
+    post(served, "/write", session_id=id, text="a ")
+    assert sampling() == {"temperature": 0.5, "top_k": 7, "min_p": 0.1}
+    error = post(served, "/write", 400, session_id=id, text="time ", sampling={"temperature": -1.0})["error"]
+    assert error["code"] == "invalid_value" and sampling() == {"temperature": 0.5, "top_k": 7, "min_p": 0.1}
+    talk = post(served, "/chat", message="hello", max_len=2, sampling={"seed": None, "top_k": 3})["session_id"]
+    post(served, "/chat", session_id=talk, message="again", max_len=2, sampling={"top_p": 0.9})
+    assert served.client.get(f"/sessions/{talk}").json()["sampling"] == {"top_k": 3, "top_p": 0.9}
+
+
 def test_health_tells_of_memory(served: Running) -> None:
     (model,) = served.client.get("/health").json()["models"]
     assert model["weight_bytes"] > 0 and model["context"] > 0 and model["weights"]

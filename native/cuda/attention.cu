@@ -11,6 +11,7 @@
  * the blocks and the sinks first: by the same threads, which walk the parts one after the other (a prompt), or each part by
  * threads of its own and the merge by merge_kernel (few tokens that see a long past).
  */
+#include "pages.cuh"
 #include "device.h"
 #include "kernels.h"
 
@@ -65,12 +66,11 @@ FB_DEVICE float scale_of(const fb_cuda_part &part, const char *at, int32_t posit
 /* Of R queries over a lane's position of K; q [R][stride]. */
 template <fb_dtype D, int R>
 FB_DEVICE void score(const char *k, int32_t head_dim, const float *q, int32_t stride, int lane, float sum[R]) {
-    const int64_t first = (int64_t)(lane / 16 * 16) * head_dim + lane % 16;
     for (int32_t d = 0; d < head_dim; d += 4) {
         float key[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            key[i] = d + i < head_dim ? element(D, k, first + (d + i) * 16) : 0.0f;
+            key[i] = d + i < head_dim ? element(D, k, fb_k_element(D, head_dim, lane, d + i)) : 0.0f;
 #pragma unroll
         for (int r = 0; r < R; r++) {
             float query[4];
@@ -85,12 +85,11 @@ FB_DEVICE void score(const char *k, int32_t head_dim, const float *q, int32_t st
 /* sum += weights times dimension d of V's positions from .. end-1; weights [R][KEYS], 0 for what a query does not see. */
 template <fb_dtype D, int R>
 FB_DEVICE void add_values(const char *v, int32_t d, int32_t from, int32_t end, const float *weights, float sum[R]) {
-    const int64_t first = (int64_t)(d / 16 * PAGE) * 16 + d % 16;
     for (int32_t p = from / 4 * 4; p < end; p += 4) {
         float value[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            value[i] = p + i >= from && p + i < end ? element(D, v, first + (p + i) * 16) : 0.0f;
+            value[i] = p + i >= from && p + i < end ? element(D, v, fb_v_element(D, p + i, d)) : 0.0f;
 #pragma unroll
         for (int r = 0; r < R; r++) {
             float weight[4];

@@ -401,6 +401,7 @@ static enum fb_status run_ops(fb_cuda_program *p, const struct fb_cuda_pages *pa
 enum fb_status fb_cuda_program_run(
     fb_cuda_program *p, fb_cuda_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits) {
     FB_REQUIRE(p && pool && batch && (logits || n_logits == 0), "program, pool, batch or logits is null");
+    FB_TRY(fb_check_pool(p->program, &pool->shape));
     FB_TRY(fb_check_batch(p->program, &pool->shape, batch, n_logits));
     struct description d;
     struct fb_cuda_pages pages;

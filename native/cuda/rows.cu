@@ -1,4 +1,5 @@
 /* rows.cu - the operators that work row by row. Contracts stand in kernels.h. */
+#include "pages.cuh"
 #include "weights.cuh"
 
 enum { ROW_THREADS = 256 };
@@ -142,18 +143,9 @@ int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t
 
 /* ---- K and V ----------------------------------------------------------------------------------------------------- */
 
-/* Where dimension d of a position lies in K: [2 blocks of 16 positions][head_dim][16]; and in V: [head_dim / 16][32][16]. */
-FB_DEVICE int64_t k_element(int32_t head_dim, int32_t position, int32_t d) {
-    return (int64_t)(position / 16 * 16) * head_dim + position % 16 + d * 16;
-}
-
-FB_DEVICE int64_t v_element(int32_t position, int32_t d) {
-    return (int64_t)(d / 16 * FB_PAGE_POSITIONS + position) * 16 + d % 16;
-}
-
-/* One position of K or V by a warp, as fb_slab_write does it. */
-FB_DEVICE void write_part(
-    const fb_cuda_part &part, char *to, bool is_k, int32_t head_dim, int32_t position, const float *from, int lane) {
+/* One position of K or V by a warp, as fb_slab_write does it: in bf16 the other half of a pair without one is zero. */
+FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t head_dim, int32_t position, bool is_last,
+    const float *from, int lane) {
     float inverse = 0.0f;
     if (part.dtype == FB_Q8_0) {
         float top = 0.0f;
@@ -173,13 +165,17 @@ FB_DEVICE void write_part(
                                                                                  : top / 127.0f;
     }
     for (int32_t d = lane; d < head_dim; d += FB_WARP) {
-        const int64_t at = is_k ? k_element(head_dim, position, d) : v_element(position, d);
+        const int64_t at = is_k ? fb_k_element(part.dtype, head_dim, position, d)
+                                : fb_v_element(part.dtype, position, d);
         if (part.dtype == FB_F32)
             reinterpret_cast<float *>(to)[at] = from[d];
         else if (part.dtype == FB_F16)
             reinterpret_cast<uint16_t *>(to)[at] = fb_f16_of_float(from[d]);
-        else if (part.dtype == FB_BF16)
+        else if (part.dtype == FB_BF16) {
             reinterpret_cast<uint16_t *>(to)[at] = fb_bf16_of_float(from[d]);
+            if (is_k ? d % 2 == 0 && d == head_dim - 1 : position % 2 == 0 && is_last)
+                reinterpret_cast<uint16_t *>(to)[at + 1] = 0;
+        }
         else
             reinterpret_cast<int8_t *>(to)[at] = inverse == 0.0f ? (int8_t)0 : (int8_t)rintf(from[d] * inverse);
     }
@@ -197,7 +193,7 @@ static __global__ void kv_write_kernel(
                  ((int64_t)layer * pages.n_kv_heads + head) * (pages.k.bytes + pages.v.bytes);
     const int32_t from = n_heads + head + (is_k ? 0 : pages.n_kv_heads);
     write_part(is_k ? pages.k : pages.v, is_k ? slab : slab + pages.k.bytes, is_k, pages.head_dim,
-        position % FB_PAGE_POSITIONS, x + row * ldx + (int64_t)from * pages.head_dim, lane);
+        position % FB_PAGE_POSITIONS, position == sequence.n_past + sequence.n_tokens - 1, x + row * ldx + (int64_t)from * pages.head_dim, lane);
 }
 
 int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,

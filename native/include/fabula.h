@@ -402,6 +402,9 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
 enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_threads, double *bytes_per_s);
 enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
 
+/* As fb_measure_fma, of the kernel for bf16 weights. */
+enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
+
 /* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
 enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
 

@@ -187,17 +187,6 @@ def _of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
     return dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
 
 
-def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-    """Bytes of a page of that shape; the layout stands in fabula.h."""
-
-    def part(dtype: int, dimensions: int) -> int:
-        return dimensions + 4 if dtype == lib.FB_Q8_0 else dimensions * int(lib.fb_dtype_block_bytes(dtype))
-
-    k, v = _of_k_and_v(dtypes)
-    lanes = -(-head_dim // 16) * 16
-    return n_layers * n_kv_heads * PAGE_POSITIONS * (part(k, head_dim) + part(v, lanes))
-
-
 class PagePool:
     """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
 
@@ -225,6 +214,15 @@ class PagePool:
 
     def close(self) -> None:
         ffi.release(self.handle)
+
+
+def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
+    """Bytes of a page of that shape: of a pool of one, which is reserved and never touched."""
+    pool = PagePool(dtypes, 1, n_layers, n_kv_heads, head_dim)
+    try:
+        return pool.page_bytes
+    finally:
+        pool.close()
 
 
 # ---- Programs ----------------------------------------------------------------------------------------------
@@ -573,6 +571,13 @@ def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
     """f32 operations per second of multiply-adds in registers; see fb_measure_fma."""
     out = ffi.new("double *")
     _check(lib.fb_measure_fma(n_repeats, n_threads, _isa(isa), out))
+    return float(out[0])
+
+
+def measure_pairs(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
+    """Operations per second of products of bf16; see fb_measure_pairs."""
+    out = ffi.new("double *")
+    _check(lib.fb_measure_pairs(n_repeats, n_threads, _isa(isa), out))
     return float(out[0])
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +26,18 @@ from fabula.formats.open import open_checkpoint
 from fabula.kv.cache import KvCache
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
-from fabula.kv.spill import Fingerprint
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.precision import NAMES as PRECISIONS
 from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.host import Host, Served
-from fabula.sessions.policy import ContextPolicy
-from fabula.sessions.session import Session
-from fabula.text.template import ChatTemplate
 from fabula.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fabula.kv.spill import Fingerprint
+    from fabula.sessions.policy import ContextPolicy
+    from fabula.sessions.session import Session
+    from fabula.text.template import ChatTemplate
 
 WeightsName = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
@@ -60,7 +62,6 @@ class Model:
         kv: precision of the KV cache.
         threads: threads of every step.
         context: positions a text may have.
-        fingerprint: what K and V of a text depend on beside the text; equal for models that may share them.
     """
 
     def __init__(
@@ -79,13 +80,13 @@ class Model:
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
         self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
-        self._digest = digest
         self._embedders: Embedder | None = None  # made when it is first asked for
         self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)
-        self.fingerprint = self._fingerprint()
-        served = Served(self._engine, self._template, self.fingerprint.key, self.fingerprint.tokenizer)
-        self._host = Host(path.name, served)
+        c = runner.config
+        layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
+        self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
+        self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
 
     @classmethod
     def load(
@@ -168,6 +169,11 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of the packed matrices."""
         return self._runner.weight_bytes
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What K and V of a text depend on beside the text; equal for models that may share them."""
+        return self._fingerprint()
 
     @property
     def template(self) -> ChatTemplate:
@@ -300,6 +306,8 @@ class Model:
         Raises:
             InvalidArgument: a setting out of its range.
         """
+        from fabula.sessions.session import Session
+
         return Session(self._host, id=id, tenant=tenant, system=system, params=sampling, policy=context_policy)
 
     def import_(
@@ -309,15 +317,6 @@ class Model:
         from fabula.sessions.archive import import_session
 
         return import_session(data, self._host, id=id, kv=kv)
-
-    def _fingerprint(self) -> Fingerprint:
-        c = self.config
-        return Fingerprint(
-            weights=self._digest,
-            tokenizer=self.tokenizer.fingerprint,
-            kv=self.kv,
-            layout=f"1: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {self.context}",
-        )
 
     # ---- Memory -----------------------------------------------------------------------------------------------------
 
@@ -370,6 +369,35 @@ class TemplateOf:
                 )
             self._template = self._tokenizer.make_template(source)
         return self._template
+
+
+class FingerprintOf:
+    """Finds a model's fingerprint when it is first asked for: the tokenizer's digest takes longer than a token.
+
+    Args:
+        tokenizer: of the model; let go of when its digest is known.
+        weights: digest of them.
+        kv: format of K and V.
+        layout: of their pages, in words.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, weights: str, kv: str, layout: str) -> None:
+        self._tokenizer: Tokenizer | None = tokenizer
+        self._weights, self._kv, self._layout = weights, kv, layout
+        self._lock = threading.Lock()
+        self._fingerprint: Fingerprint | None = None
+
+    def __call__(self) -> Fingerprint:
+        from fabula.kv.spill import Fingerprint
+
+        with self._lock:
+            if self._fingerprint is None:
+                assert self._tokenizer is not None
+                self._fingerprint = Fingerprint(
+                    weights=self._weights, tokenizer=self._tokenizer.fingerprint, kv=self._kv, layout=self._layout
+                )
+                self._tokenizer = None
+            return self._fingerprint
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

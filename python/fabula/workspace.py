@@ -25,7 +25,8 @@ from fabula.sessions.names import is_session_id
 from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START
-from fabula.store import SessionSummary, Store
+from fabula.store.records import SessionSummary
+from fabula.store.store import Store
 
 SPILL_BYTES = 1 << 30
 
@@ -145,8 +146,9 @@ class Workspace:
 
     def _served(self, name: str, model: Model) -> Served:
         """A loaded model for its sessions, with its pages on disk if there is a place for them."""
-        fingerprint, why_cold = model.fingerprint, ""
+        why_cold = ""
         if self._spill_bytes:
+            fingerprint = model.fingerprint
             slug = re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-40:] + "-" + blake2b(name.encode(), digest_size=4).hexdigest()
             try:
                 spill = SpillFolder(
@@ -159,7 +161,7 @@ class Workspace:
                 others = spill.other_fingerprints()
                 if others and not spill.n_pages:
                     why_cold = f"the pages on disk are of another model: {fingerprint.difference(others[0])}"
-        return Served(model._engine, model._template, fingerprint.key, fingerprint.tokenizer, why_cold)
+        return Served(model._engine, model._template, model._fingerprint, why_cold)
 
     def _host(self, name: str) -> Host:
         with self._lock:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fabula import SamplingParams, Session, Turn, Workspace
-from fabula.store import Store, TurnRecord
+from fabula.store.records import TurnRecord
+from fabula.store.store import Store
 
 MAX_OPEN_S = 5.0
 N_WORKERS = 3

@@ -16,7 +16,7 @@ from pathlib import Path
 from work import Ledger, checkpoint_often, steps
 
 from fabula.errors import StoreError, StoreFull
-from fabula.store import Store
+from fabula.store.store import Store
 
 N_TURNS = 8
 MODES = {"once": 0, "lasting": 1, "short": 2}

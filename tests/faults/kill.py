@@ -18,11 +18,11 @@ from pathlib import Path
 import sqlalchemy as sa
 from work import SIDE, Ledger, checkpoint_often, session_of, steps, turn_of
 
-from fabula.store import Store
 from fabula.store.migrate import migrate
 from fabula.store.place import connect, find_place, make_engine
 from fabula.store.records import session_row, turn_row
 from fabula.store.schema import sessions, turns
+from fabula.store.store import Store
 
 ROUNDS_OF_A_FOLDER = 5
 N_OLD = SIDE - 1  # turns of a store of the first schema version

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from work import checkpoint_often, steps
 
-from fabula.store import Store
+from fabula.store.store import Store
 
 
 def main(folder: Path, journal: Path, n_turns: int) -> None:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from fabula.store import SessionRecord, Store, TurnRecord
+from fabula.store.records import SessionRecord, TurnRecord
+from fabula.store.store import Store
 
 SIDE = 7  # each so many turns comes one that nothing follows, and that is deleted again
 

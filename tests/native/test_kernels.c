@@ -106,13 +106,14 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
             state = seed + n_panels * 257 + ti;
             const size_t n_tokens = tokens[ti], n_cols = columns[next_random() % 8], held = (n_cols + 1) / 2 * 2;
             const size_t ldx = held + next_random() % 3, ldy = n_panels * 16 + next_random() % 5;
-            const bool hostile = next_random() % 4 == 0;
-            uint16_t *panels = malloc((n_panels * held * 16 + 1) * sizeof *panels), *odd = panels + 1;
+            const size_t stride = held * 16 + next_random() % 3 * 32;
+            const bool hostile = next_random() % 4 == 0, accumulate = next_random() % 2;
+            uint16_t *panels = malloc((n_panels * stride + 1) * sizeof *panels), *odd = panels + 1;
             uint16_t *x = malloc((n_tokens * ldx + 1) * sizeof *x),
                      *wanted_x = malloc((n_tokens * ldx + 1) * sizeof *x);
             float *y = random_floats(n_tokens * ldy, false), *wanted = malloc(n_tokens * ldy * sizeof *wanted);
             if (!panels || !x || !wanted_x || !wanted) abort();
-            for (size_t i = 0; i < n_panels * held * 16; i++) {
+            for (size_t i = 0; i < n_panels * stride; i++) {
                 const float number = random_float(hostile);
                 odd[i] = fb_f32_to_bf16(fabsf(number) < 1e-9f ? 0.0f : number);
             }
@@ -127,8 +128,9 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
                     name, n_cols, (unsigned long long)seed);
                 free(row);
             }
-            fb_kernels_reference.gemm_pairs(odd, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy);
-            k->gemm_pairs(odd, n_panels, n_cols, x, ldx, n_tokens, y, ldy);
+            fb_kernels_reference.gemm_pairs(
+                odd, stride, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy, accumulate);
+            k->gemm_pairs(odd, stride, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate);
             CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_pairs: %zu panels, %zu columns, %zu tokens, seed %llu",
                 name, n_panels, n_cols, n_tokens, (unsigned long long)seed);
             free(panels);

@@ -373,6 +373,7 @@ CALL(soften, fb_masked_softmax(input, N_TOKENS, WIDTH, true, 1, 2, FB_ISA_AUTO, 
 CALL(gate, fb_swiglu(input, input, 10000, 2, FB_ISA_AUTO, output))
 CALL(multiply, fb_linear(square, input, N_TOKENS, input, NULL, 2, FB_ISA_AUTO, output))
 CALL(measure_fma, fb_measure_fma(3, 1, FB_ISA_REFERENCE, &flops_per_s))
+CALL(measure_pairs, fb_measure_pairs(3, 1, FB_ISA_REFERENCE, &flops_per_s))
 CALL(measure_dot, fb_measure_dot(3, 1, FB_ISA_REFERENCE, &flops_per_s))
 
 static enum fb_status sample(void) {
@@ -444,6 +445,7 @@ int main(void) {
     sweep("fb_swiglu", gate, 0);
     sweep("fb_linear", multiply, 0);
     sweep("fb_measure_fma", measure_fma, 0);
+    sweep("fb_measure_pairs", measure_pairs, 0);
     sweep("fb_measure_dot", measure_dot, 0);
     sweep("fb_sample", sample, 0);
 

@@ -1,6 +1,6 @@
 /*
  * test_sharing.c - which sequences of a batch share key blocks. That attention over them gives the same bits is tested in
- * test_attention_shared.py.
+ * test_attention.py.
  */
 #include "check.h"
 #include "ops/sharing.h"

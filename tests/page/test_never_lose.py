@@ -91,6 +91,49 @@ def test_what_another_tab_sends_takes_no_words(tabs: tuple[Page, Page], short: s
     assert one.find("#composer").input_value() == "A thought in the making"
 
 
+@pytest.mark.parametrize(("view", "place"), [("chat", "#composer"), ("story", "#paper")])
+def test_each_tab_has_words_of_its_own(tabs: tuple[Page, Page], view: str, place: str) -> None:
+    one, other = tabs
+    one.open(f"#/{view}")
+    one.page.fill(place, "of one tab")
+    other.open(f"#/{view}")
+    other.find(place).wait_for()
+    assert other.find(place).input_value() == ""
+    other.page.fill(place, "of the other")
+    for page, words in ((one, "of one tab"), (other, "of the other")):
+        page.page.reload()
+        page.find(place).wait_for()
+        assert page.find(place).input_value() == words
+
+
+def test_what_one_tab_sends_is_not_taken_from_another(tabs: tuple[Page, Page], short: str) -> None:
+    one, other = tabs
+    one.open(f"#/chat/{short}").settled(1)
+    other.open(f"#/chat/{short}").settled(1)
+    other.page.fill("#composer", "Go on.")
+    one.page.fill("#composer", "A thought in the making")
+    other.page.press("#composer", "Enter")
+    other.settled(2)
+    for page, words in ((one, "A thought in the making"), (other, "")):
+        page.page.bring_to_front()
+        page.page.reload()
+        page.settled(2)
+        assert page.find("#composer").input_value() == words
+
+
+def test_words_for_a_session_outlive_their_tab(tabs: tuple[Page, Page], short: str) -> None:
+    one, other = tabs
+    one.open(f"#/chat/{short}").settled(1)
+    one.page.fill("#composer", "A thought in the making")
+    one.page.close()
+    other.open(f"#/chat/{short}").settled(1)
+    assert other.find("#composer").input_value() == "A thought in the making"
+    other.page.fill("#composer", "")
+    other.page.reload()
+    other.settled(1)
+    assert other.find("#composer").input_value() == ""
+
+
 def test_a_change_in_the_making_stays(page: Page, served: Running, short: str) -> None:
     page.open(f"#/chat/{short}").settled(1)
     page.find(".message").hover()

@@ -111,6 +111,34 @@ enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa 
     return FB_OK;
 }
 
+enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s) {
+    FB_TRY(check(n_repeats, n_threads, flops_per_s));
+    enum fb_isa chosen;
+    FB_TRY(fb_isa_resolve(isa, &chosen));
+    const fb_gemm_pairs_kernel gemm = fb_kernels_of(chosen)->gemm_pairs;
+    enum { PANELS = 2, K = 128, TOKENS = 12, CALLS = 2000 }; /* 8 KiB of panels and 3 KiB of x */
+    const size_t calls = chosen == FB_ISA_REFERENCE ? 1 : CALLS;
+    double times[MAX_REPEATS];
+    float total = 0.0f;
+    for (int32_t r = -1; r < n_repeats; r++) {
+        const double start = now();
+#pragma omp parallel num_threads(n_threads) reduction(+ : total)
+        {
+            uint16_t panels[PANELS * K * FB_LANES], x[TOKENS * K];
+            float y[TOKENS * PANELS * FB_LANES] = {0};
+            memset(panels, 0x3c, sizeof panels);
+            memset(x, 0x3c, sizeof x);
+            for (size_t i = 0; i < calls; i++)
+                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false);
+            total += y[0];
+        }
+        if (r >= 0) times[r] = now() - start;
+    }
+    const double flops = 2.0 * PANELS * FB_LANES * K * TOKENS * (double)calls * (double)n_threads;
+    *flops_per_s = total > 0.0f ? flops / median(times, n_repeats) : 0.0;
+    return FB_OK;
+}
+
 enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s) {
     FB_TRY(check(n_repeats, n_threads, ops_per_s));
     enum fb_isa chosen;

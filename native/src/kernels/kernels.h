@@ -33,6 +33,11 @@ enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 /* Number formats a kernel table reads weights in: F32, F16, BF16. */
 enum { FB_KERNEL_DTYPES = 3 };
 
+/* Bytes of an element of panels in one of these formats, or in signed bytes, which stand under the number of Q8_0. */
+static inline size_t fb_element_bytes(enum fb_dtype dtype) {
+    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
+}
+
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
  *   panels   n_panels panels of [n_k][16] elements, panel p at element p * panel_stride
  *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used */
@@ -55,11 +60,12 @@ struct fb_activation {
 typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
 
-/* y[t][16 p + j] = row 16 p + j of panels of bf16, times token t
- *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; of an odd number the last pair ends in 0
+/* y[t][16 p + j] = (accumulate ? y : 0) + row 16 p + j of panels of bf16, times token t
+ *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns, panel p at element p * panel_stride; of an odd
+ *            number the last pair ends in a finite number
  *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used */
-typedef void (*fb_gemm_pairs_kernel)(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy);
+typedef void (*fb_gemm_pairs_kernel)(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_cols,
+    const uint16_t *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate);
 
 /* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
 typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);

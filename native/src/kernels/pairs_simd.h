@@ -51,7 +51,8 @@ INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_pan
     for (size_t t = 0; t < n_tokens; t += tokens) {
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
-        const size_t step = TILE_PANELS(tokens);
+        /* As in gemm_tiles: K and V lie within a page of memory. What many tokens read comes from L1. */
+        const size_t step = panel_stride * 2 < MEMORY_PAGE && n_tokens <= IN_REGISTERS ? 1 : TILE_PANELS(tokens);
         for (size_t p = 0; p < n_panels; p += step) {
             const size_t count = n_panels - p < step ? n_panels - p : step;
             const uint16_t *from = panels + p * panel_stride, *in = x + t * ldx;
@@ -73,11 +74,11 @@ INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_pan
 #ifdef FABULA_DOT_PAIR
 
 /* Slices keep two panels in L1 while all tokens pass. */
-static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy) {
-    const size_t n_pairs = (n_cols + 1) / 2, stride = n_pairs * 2 * FB_LANES;
-    if (n_tokens <= MAX_TOKENS) {
-        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, false);
+static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, size_t n_cols, const uint16_t *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    const size_t n_pairs = (n_cols + 1) / 2;
+    if (n_tokens <= MAX_TOKENS || n_pairs == 0) {
+        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate);
         return;
     }
     const size_t group = TILE_PANELS(MAX_TOKENS);
@@ -85,7 +86,7 @@ static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, c
         const size_t count = n_panels - p < group ? n_panels - p : group;
         for (size_t k = 0; k < n_pairs; k += SLICE)
             pair_tiles(panels + p * stride + k * 2 * FB_LANES, stride, count, n_pairs - k < SLICE ? n_pairs - k : SLICE,
-                x + 2 * k, ldx, n_tokens, y + p * FB_LANES, ldy, k > 0);
+                x + 2 * k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0);
     }
 }
 
@@ -95,11 +96,11 @@ enum { PAIR_TOKENS = 4 * MAX_TOKENS }; /* whose inputs are widened at a time, be
 
 /* Many tokens: panels and inputs become f32 with the columns of each pair exchanged, so that a plain product takes them in
  * the right order. */
-static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy) {
-    const size_t n_pairs = (n_cols + 1) / 2, stride = n_pairs * 2 * FB_LANES;
-    if (n_tokens <= MAX_TOKENS) {
-        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, false);
+static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, size_t n_cols, const uint16_t *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    const size_t n_pairs = (n_cols + 1) / 2;
+    if (n_tokens <= MAX_TOKENS || n_pairs == 0) {
+        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate);
         return;
     }
     const size_t group = TILE_PANELS(MAX_TOKENS);
@@ -121,7 +122,7 @@ static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, c
                     for (size_t j = 0; j < 2 * length; j++)
                         inputs[i * SLICE + j] = fb_bf16_to_f32(x[(t + i) * ldx + 2 * k + (j ^ 1)]);
                 gemm_tiles(FB_F32, slice, SLICE * FB_LANES, count, 2 * length, inputs, SLICE, tokens,
-                    y + t * ldy + p * FB_LANES, ldy, k > 0);
+                    y + t * ldy + p * FB_LANES, ldy, accumulate || k > 0);
             }
         }
     }

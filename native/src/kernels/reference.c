@@ -51,13 +51,13 @@ static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels,
     gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
-static void gemm_pairs(const uint16_t *panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy) {
+static void gemm_pairs(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_cols, const uint16_t *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     const size_t n_pairs = (n_cols + 1) / 2;
     for (size_t t = 0; t < n_tokens; t++)
         for (size_t r = 0; r < n_panels * FB_LANES; r++) {
-            const uint16_t *row = panels + (r / FB_LANES * n_pairs * FB_LANES + r % FB_LANES) * 2;
-            float sum = 0.0f;
+            const uint16_t *row = panels + r / FB_LANES * panel_stride + r % FB_LANES * 2;
+            float sum = accumulate ? y[t * ldy + r] : 0.0f;
             for (size_t k = 0; k < n_pairs; k++, row += 2 * FB_LANES) {
                 sum = fmaf(fb_bf16_to_f32(row[1]), fb_bf16_to_f32(x[t * ldx + 2 * k + 1]), sum);
                 sum = fmaf(fb_bf16_to_f32(row[0]), fb_bf16_to_f32(x[t * ldx + 2 * k]), sum);

@@ -33,11 +33,6 @@ enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
-/* Bytes stand under the number of Q8_0. */
-INLINE size_t bytes_of(const enum fb_dtype dtype) {
-    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
-}
-
 INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
     if (dtype == FB_F32) return v16_load((const float *)panels + index);
     if (dtype == FB_F16) return v16_load_f16((const uint16_t *)panels + index);
@@ -79,7 +74,7 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
-    const size_t element_bytes = bytes_of(dtype);
+    const size_t element_bytes = fb_element_bytes(dtype);
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         /* Tiles of nearly the same size: one of 12 and one of 4 would take longer than two of 8. */
@@ -115,7 +110,7 @@ INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_str
         gemm_tiles(dtype, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
         return;
     }
-    const size_t element_bytes = bytes_of(dtype);
+    const size_t element_bytes = fb_element_bytes(dtype);
     const size_t group = TILE_PANELS(MAX_TOKENS);
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
     for (size_t p = 0; p < n_panels; p += group) {

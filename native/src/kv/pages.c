@@ -11,14 +11,10 @@
 
 enum { MAX_HEAD_DIM = 1024, MAX_COUNT = 1 << 20 };
 
-static size_t element_bytes(enum fb_dtype dtype) {
-    return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
-}
-
 static struct fb_kv_part part_of(enum fb_dtype dtype, size_t dimensions) {
     const size_t elements = (size_t)FB_PAGE_POSITIONS * dimensions;
     const size_t scales = dtype == FB_Q8_0 ? FB_PAGE_POSITIONS * sizeof(float) : 0;
-    return (struct fb_kv_part){dtype, elements, elements * element_bytes(dtype) + scales};
+    return (struct fb_kv_part){dtype, elements, elements * fb_element_bytes(dtype) + scales};
 }
 
 static bool holds_kv(enum fb_dtype dtype) {
@@ -33,7 +29,7 @@ enum fb_status fb_page_pool_lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype
     FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_COUNT, "n_layers is %d, must be 1 .. %d", n_layers, MAX_COUNT);
     FB_REQUIRE(n_kv_heads >= 1 && n_kv_heads <= MAX_COUNT, "n_kv_heads is %d, must be 1 .. %d", n_kv_heads, MAX_COUNT);
     FB_REQUIRE(head_dim >= 1 && head_dim <= MAX_HEAD_DIM, "head_dim is %d, must be 1 .. %d", head_dim, MAX_HEAD_DIM);
-    const struct fb_kv_part k = part_of(k_dtype, (size_t)head_dim);
+    const struct fb_kv_part k = part_of(k_dtype, fb_k_dimensions(k_dtype, (size_t)head_dim));
     const struct fb_kv_part v = part_of(v_dtype, (size_t)(head_dim + 15) / 16 * 16);
     size_t page_bytes, n_bytes;
     if (!fb_size_multiply(k.bytes + v.bytes, (size_t)n_layers * (size_t)n_kv_heads, &page_bytes) ||
@@ -132,8 +128,54 @@ static float to_bytes(const float *x, size_t n, int8_t *codes) {
     return top / 127.0f;
 }
 
+/* K and V of a position in bf16, in pairs. */
+static void write_k_pairs(const struct fb_kernels *kernels, uint16_t *to, size_t at, size_t head_dim, const float *k) {
+    uint16_t narrow[MAX_HEAD_DIM + 1];
+    const size_t held = fb_k_dimensions(FB_BF16, head_dim);
+    kernels->round_pairs(k, head_dim, narrow);
+    to += at / 16 * 16 * held + at % 16 * 2;
+    for (size_t d = 0; d < held; d++)
+        to[d / 2 * 32 + d % 2] = narrow[d];
+}
+
+static void write_v_pairs(
+    const struct fb_kernels *kernels, uint16_t *to, size_t at, bool is_last, size_t head_dim, const float *v) {
+    uint16_t narrow[MAX_HEAD_DIM + 1];
+    kernels->round_pairs(v, head_dim, narrow);
+    for (size_t d = 0; d < head_dim; d++) {
+        uint16_t *pair = to + (d / 16 * (FB_PAGE_POSITIONS / 2) + at / 2) * 32 + d % 16 * 2;
+        pair[at % 2] = narrow[d];
+        if (is_last && at % 2 == 0) pair[1] = 0;
+    }
+}
+
+static void write_v(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *to, size_t at,
+    bool is_last, const float *v) {
+    const size_t head_dim = (size_t)pool->head_dim;
+    if (pool->v.dtype == FB_BF16) {
+        write_v_pairs(kernels, (uint16_t *)(void *)to, at, is_last, head_dim, v);
+        return;
+    }
+    int8_t codes[MAX_HEAD_DIM];
+    float *scales = fb_part_scales(&pool->v, to);
+    if (scales) scales[at] = to_bytes(v, head_dim, codes);
+    for (size_t d = 0; d < head_dim; d += 16) {
+        const size_t lanes = head_dim - d < 16 ? head_dim - d : 16;
+        const size_t element = (d / 16 * FB_PAGE_POSITIONS + at) * 16;
+        if (scales)
+            memcpy(to + element, codes + d, lanes);
+        else
+            kernels->narrow[pool->v.dtype](v + d, lanes, to + element * fb_element_bytes(pool->v.dtype));
+    }
+}
+
 void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *slab, int32_t position,
-    const float *k, const float *v) {
+    bool is_last, const float *k, const float *v) {
+    write_v(pool, kernels, fb_slab_v(pool, slab), (size_t)position, is_last, v);
+    if (pool->k.dtype == FB_BF16) {
+        write_k_pairs(kernels, (uint16_t *)(void *)slab, (size_t)position, (size_t)pool->head_dim, k);
+        return;
+    }
     const size_t head_dim = (size_t)pool->head_dim, at = (size_t)position;
     const size_t first = at / 16 * 16 * head_dim + at % 16; /* element of dimension 0 inside K */
     uint32_t narrow[MAX_HEAD_DIM];                          /* room for any format */
@@ -142,7 +184,7 @@ void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *ker
         k_scales[at] = to_bytes(k, head_dim, (int8_t *)narrow);
     else
         kernels->narrow[pool->k.dtype](k, head_dim, narrow);
-    switch (element_bytes(pool->k.dtype)) {
+    switch (fb_element_bytes(pool->k.dtype)) {
     case 4:
         for (size_t d = 0; d < head_dim; d++)
             ((uint32_t *)(void *)slab)[first + d * 16] = narrow[d];
@@ -154,16 +196,5 @@ void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *ker
     default:
         for (size_t d = 0; d < head_dim; d++)
             slab[first + d * 16] = ((const char *)narrow)[d];
-    }
-    char *to = fb_slab_v(pool, slab);
-    float *v_scales = fb_part_scales(&pool->v, to);
-    if (v_scales) v_scales[at] = to_bytes(v, head_dim, (int8_t *)narrow);
-    for (size_t d = 0; d < head_dim; d += 16) {
-        const size_t lanes = head_dim - d < 16 ? head_dim - d : 16;
-        const size_t element = (d / 16 * FB_PAGE_POSITIONS + at) * 16;
-        if (v_scales)
-            memcpy(to + element, (const char *)narrow + d, lanes);
-        else
-            kernels->narrow[pool->v.dtype](v + d, lanes, to + element * element_bytes(pool->v.dtype));
     }
 }

@@ -7,6 +7,11 @@
  *     K   [2 blocks of 16 positions][head_dim][16]        scores of 16 positions = panel x query
  *     V   [head_dim / 16, rounded up][32 positions][16]   16 outputs = panel x probabilities
  *
+ * In bf16 both lie in pairs, as gemm_pairs multiplies them:
+ *
+ *     K   [2 blocks of 16 positions][head_dim / 2, rounded up][16][2 dimensions]
+ *     V   [head_dim / 16, rounded up][16][16][2 positions]
+ *
  * Lanes of V beyond head_dim stay zero. A part in bytes has a scale for each position behind its panels: scores of K are
  * multiplied by it, and the probabilities that V is summed up with.
  */
@@ -47,12 +52,18 @@ static inline float *fb_part_scales(const struct fb_kv_part *part, char *at) {
     return part->dtype == FB_Q8_0 ? (float *)(void *)(at + part->elements) : NULL;
 }
 
+/* Dimensions of K that a position takes. */
+static inline size_t fb_k_dimensions(enum fb_dtype dtype, size_t head_dim) {
+    return dtype == FB_BF16 ? (head_dim + 1) / 2 * 2 : head_dim;
+}
+
 static inline fb_gemm_kernel fb_part_gemm(const struct fb_kv_part *part, const struct fb_kernels *kernels) {
     return part->dtype == FB_Q8_0 ? kernels->gemm_bytes : kernels->gemm[part->dtype];
 }
 
-/* Writes one position (0 .. 31 of its page) of one head: k and v f32 [head_dim]. */
+/* Writes one position (0 .. 31 of its page) of one head: k and v f32 [head_dim]. Behind the last position that a step
+ * writes, V's other half of a pair becomes zero: it is multiplied, by zero. */
 void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *slab, int32_t position,
-    const float *k, const float *v);
+    bool is_last, const float *k, const float *v);
 
 #endif

@@ -29,8 +29,9 @@ struct partial {
 };
 
 struct workspace {
-    float *q;      /* [tile_rows][head_dim] */
-    float *scores; /* [tile_rows][FB_KEY_BLOCK] */
+    float *q;          /* [tile_rows][head_dim] */
+    uint16_t *q_pairs; /* [tile_rows][head_dim, rounded up to whole panels]: for K in bf16 */
+    float *scores;     /* [tile_rows][FB_KEY_BLOCK] */
     struct partial sum, part;
 };
 
@@ -45,13 +46,14 @@ static struct partial partial_at(const struct layout *l, float *memory, size_t r
 
 size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
     struct layout l = layout_of(n_heads, n_kv_heads, head_dim);
-    size_t floats = l.tile_rows * (l.head_dim + FB_KEY_BLOCK) + 2 * partial_floats(&l, l.tile_rows);
+    size_t floats = l.tile_rows * (l.head_dim + l.padded / 2 + FB_KEY_BLOCK) + 2 * partial_floats(&l, l.tile_rows);
     return (floats * sizeof(float) + 63) / 64 * 64;
 }
 
 static struct workspace workspace_of(const struct fb_attention *a, const struct layout *l, int thread) {
     float *memory = (float *)(void *)(a->scratch + (size_t)thread * a->scratch_bytes);
-    struct workspace w = {.q = memory, .scores = memory + l->tile_rows * l->head_dim};
+    struct workspace w = {.q = memory, .q_pairs = (uint16_t *)(void *)(memory + l->tile_rows * l->head_dim)};
+    w.scores = memory + l->tile_rows * (l->head_dim + l->padded / 2);
     float *rest = w.scores + l->tile_rows * FB_KEY_BLOCK;
     w.sum = partial_at(l, rest, l->tile_rows);
     w.part = partial_at(l, rest + partial_floats(l, l->tile_rows), l->tile_rows);
@@ -87,12 +89,22 @@ static struct tile tile_of(
     return t;
 }
 
-/* Gathers the tile's queries so that they lie head_dim apart: row = token x group + head of the group. */
-static void gather_queries(const struct fb_attention *a, const struct layout *l, const struct tile *t, float *q) {
+/* K in bf16 takes queries rounded to it. */
+static void round_queries(
+    const struct fb_attention *a, const struct layout *l, const struct workspace *w, size_t first_row, size_t rows) {
+    if (a->pool->k.dtype != FB_BF16) return;
+    for (size_t r = first_row; r < first_row + rows; r++)
+        a->kernels->round_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
+}
+
+/* Gathers the tile's queries, from a row on, so that they lie head_dim apart: row = token x group + head of the group. */
+static void gather_queries(const struct fb_attention *a, const struct layout *l, const struct tile *t,
+    const struct workspace *w, size_t first_row) {
     for (int32_t i = 0; i < t->n_tokens; i++)
-        memcpy(q + (size_t)i * l->group * l->head_dim,
+        memcpy(w->q + (first_row + (size_t)i * l->group) * l->head_dim,
             a->q + (size_t)(t->first_row + i) * a->ldq + (size_t)t->kv_head * l->group * l->head_dim,
-            l->group * l->head_dim * sizeof *q);
+            l->group * l->head_dim * sizeof *w->q);
+    round_queries(a, l, w, first_row, (size_t)t->n_tokens * l->group);
 }
 
 /* Softmax without its division over columns from .. to-1 of a row's scores; columns first .. end-1 around them become
@@ -113,11 +125,16 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
 }
 
 /* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. */
-static void score_keys(const struct fb_attention *a, const struct layout *l, char *slab, size_t panels, const float *q,
-    size_t rows, float *scores) {
+static void score_keys(const struct fb_attention *a, const struct layout *l, char *slab, size_t panels,
+    const struct workspace *w, size_t rows, float *scores) {
     const struct fb_kv_part *k = &a->pool->k;
+    if (k->dtype == FB_BF16) {
+        a->kernels->gemm_pairs((const uint16_t *)(const void *)slab, fb_k_dimensions(FB_BF16, l->head_dim) * 16, panels,
+            l->head_dim, w->q_pairs, l->padded, rows, scores, FB_KEY_BLOCK, false);
+        return;
+    }
     fb_part_gemm(k, a->kernels)(
-        slab, l->head_dim * 16, panels, l->head_dim, q, l->head_dim, rows, scores, FB_KEY_BLOCK, false);
+        slab, l->head_dim * 16, panels, l->head_dim, w->q, l->head_dim, rows, scores, FB_KEY_BLOCK, false);
     const float *scales = fb_part_scales(k, slab);
     for (size_t r = 0; scales && r < rows; r++)
         a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
@@ -129,6 +146,17 @@ static void sum_values(const struct fb_attention *a, const struct layout *l, cha
     size_t rows, float *values, bool accumulate) {
     const struct fb_kv_part *v = &a->pool->v;
     char *at = fb_slab_v(a->pool, slab);
+    if (v->dtype == FB_BF16) {
+        uint16_t rounded[TILE_ROWS * FB_PAGE_POSITIONS];
+        for (size_t first = 0; first < rows; first += TILE_ROWS) {
+            const size_t count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+            for (size_t r = 0; r < count; r++)
+                a->kernels->round_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
+            a->kernels->gemm_pairs((const uint16_t *)(const void *)at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16,
+                n, rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate);
+        }
+        return;
+    }
     const float *scales = fb_part_scales(v, at);
     for (size_t r = 0; scales && r < rows; r++)
         a->kernels->multiply(weights + r * FB_KEY_BLOCK, scales, n);
@@ -149,9 +177,10 @@ static void attend_sinks(const struct fb_attention *a, const struct layout *l, c
         float *q = w->q + r * l->head_dim;
         a->kernels->rotate(q, q + half, cosines, cosines + half, half);
     }
+    round_queries(a, l, w, 0, rows);
     char *slab = fb_slab(a->pool, t->sequence->pages[0], a->layer, t->kv_head);
     const size_t panels = (size_t)(n_sinks - 1) / 16 + 1;
-    score_keys(a, l, slab, panels, w->q, rows, w->scores);
+    score_keys(a, l, slab, panels, w, rows, w->scores);
     for (size_t r = 0; r < rows; r++) {
         const bool sees = fb_sees_sinks(t->sequence, a->window, first_position + (int32_t)(r / l->group));
         weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
@@ -175,7 +204,7 @@ static void attend_block(const struct fb_attention *a, const struct layout *l, c
     for (int32_t page = first_page; page <= last_page; page++) {
         char *slab = fb_slab(a->pool, t->sequence->pages[page], a->layer, t->kv_head);
         const size_t panels = (size_t)(high - page * FB_PAGE_POSITIONS) / 16 + 1;
-        score_keys(a, l, slab, panels < 2 ? panels : 2, w->q, rows, w->scores + (page * FB_PAGE_POSITIONS - start));
+        score_keys(a, l, slab, panels < 2 ? panels : 2, w, rows, w->scores + (page * FB_PAGE_POSITIONS - start));
     }
 
     /* Softmax without its division, over what each query sees; the rest of its row becomes 0. */
@@ -205,11 +234,11 @@ static int32_t parts_of(const struct tile *t) {
 static void attend_part(const struct fb_attention *a, const struct layout *l, const struct tile *t, int32_t index,
     const struct workspace *w, struct partial out) {
     if (t->sinks && index == 0) {
-        gather_queries(a, l, t, w->q);
+        gather_queries(a, l, t, w, 0);
         attend_sinks(a, l, t, w, out);
         return;
     }
-    if (index == (t->sinks ? 1 : 0) || a->split) gather_queries(a, l, t, w->q);
+    if (index == (t->sinks ? 1 : 0) || a->split) gather_queries(a, l, t, w, 0);
     attend_block(a, l, t, t->first_block + index - (t->sinks ? 1 : 0), w, out);
 }
 
@@ -328,12 +357,11 @@ static void attend_shared(const struct fb_attention *a, const struct layout *l, 
     const size_t rows = n_members * l->group;
     for (size_t m = 0; m < n_members; m++) {
         const struct tile t = tile_of(a, l, members[m], kv_head, 0);
-        gather_queries(a, l, &t, w->q + m * l->group * l->head_dim);
+        gather_queries(a, l, &t, w, m * l->group);
     }
     const int32_t *pages = a->sequences[leader].pages + block * (FB_KEY_BLOCK / FB_PAGE_POSITIONS);
     for (int32_t i = 0; i < FB_KEY_BLOCK / FB_PAGE_POSITIONS; i++)
-        score_keys(
-            a, l, fb_slab(a->pool, pages[i], a->layer, kv_head), 2, w->q, rows, w->scores + i * FB_PAGE_POSITIONS);
+        score_keys(a, l, fb_slab(a->pool, pages[i], a->layer, kv_head), 2, w, rows, w->scores + i * FB_PAGE_POSITIONS);
     for (size_t r = 0; r < rows; r++)
         weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, FB_KEY_BLOCK, 0, FB_KEY_BLOCK, &w->part, r);
     for (int32_t i = 0; i < FB_KEY_BLOCK / FB_PAGE_POSITIONS; i++)

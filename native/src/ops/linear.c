@@ -46,8 +46,9 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
     else if (weight->dtype == FB_BF16)
-        linear->kernels->gemm_pairs((const uint16_t *)(const void *)panels, n_panels, n_cols,
-            linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld);
+        linear->kernels->gemm_pairs((const uint16_t *)(const void *)panels, weight->panel_bytes / sizeof(uint16_t),
+            n_panels, n_cols, linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld,
+            false);
     else
         linear->kernels->gemm[weight->dtype](panels, fb_weight_panel_stride(weight), n_panels, n_cols,
             linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false);

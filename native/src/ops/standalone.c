@@ -245,7 +245,8 @@ static void fill_page(void *context, int64_t index, int thread) {
     for (int32_t i = 0; i < FB_PAGE_POSITIONS && page * FB_PAGE_POSITIONS + i < f->n_tokens; i++) {
         size_t row = (size_t)(page * FB_PAGE_POSITIONS + i) * (size_t)n_kv_heads + (size_t)head;
         size_t at = row * (size_t)f->pool->head_dim;
-        fb_slab_write(f->pool, f->kernels, slab, i, f->k + at, f->v + at);
+        fb_slab_write(
+            f->pool, f->kernels, slab, i, page * FB_PAGE_POSITIONS + i == f->n_tokens - 1, f->k + at, f->v + at);
     }
 }
 

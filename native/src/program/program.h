@@ -3,7 +3,7 @@
  *
  *     create.c   checks every operator against the shape and the buffers, copies vectors, cuts the list into stages
  *     plan.c     decides where buffers lie
- *     run.c      checks a batch and executes the stages in one parallel region
+ *     run.c      executes the stages over a batch, which check_batch.c has looked at, in one parallel region
  *     draw.c     runs one step after the other, drawing tokens between them
  *
  * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow
@@ -93,12 +93,14 @@ struct fb_program {
     size_t scratch_bytes;        /* all of the above */
 };
 
-/* Whether a batch may run with a pool of that shape, whose memory is not looked at. */
-enum fb_status fb_check_batch(
-    const struct fb_program *program, const struct fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits);
-
 /* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows
  * each. */
 size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
+
+/* Whether a pool has the program's shape, and whether a batch is whole: counts that agree, ids of the vocabulary, pages of the
+ * pool, none of which two sequences write. A pool's memory is not looked at. */
+enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *pool);
+enum fb_status fb_check_batch(
+    const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits);
 
 #endif

@@ -26,6 +26,7 @@ class Machine:
         threads: threads the limits were measured with.
         read_bytes_per_s: streaming reads of memory.
         flops_per_s: f32 multiply-adds of the matrix kernel on numbers in L1; one counts as two operations.
+        pairs_per_s: likewise of the kernel for bf16 weights.
         dots_per_s: likewise of the kernel for weights in blocks, on bytes.
     """
 
@@ -35,6 +36,7 @@ class Machine:
     threads: int
     read_bytes_per_s: float
     flops_per_s: float
+    pairs_per_s: float
     dots_per_s: float
 
     @classmethod
@@ -47,7 +49,14 @@ class Machine:
             threads=threads,
             read_bytes_per_s=max(_native.measure_read(read_bytes, repeats, threads) for _ in range(_TRIES)),
             flops_per_s=max(_native.measure_fma(repeats, threads) for _ in range(_TRIES)),
+            pairs_per_s=max(_native.measure_pairs(repeats, threads) for _ in range(_TRIES)),
             dots_per_s=max(_native.measure_dot(repeats, threads) for _ in range(_TRIES)),
+        )
+
+    def peak(self, weights: str) -> float:
+        """Multiply-adds a second of products with weights in this precision."""
+        return {"f32": self.flops_per_s, "f16": self.flops_per_s, "bf16": self.pairs_per_s}.get(
+            weights, self.dots_per_s
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -57,7 +66,7 @@ class Machine:
         return (
             f"{self.cpu}, {self.isa}, {self.threads} of {self.cores} cores: "
             f"reads {self.read_bytes_per_s / 1e9:.1f} GB/s, multiply-adds {self.flops_per_s / 1e9:.0f} GFLOP/s, "
-            f"of bytes {self.dots_per_s / 1e9:.0f} GOP/s"
+            f"of bf16 {self.pairs_per_s / 1e9:.0f} GFLOP/s, of bytes {self.dots_per_s / 1e9:.0f} GOP/s"
         )
 
 

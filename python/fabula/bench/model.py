@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
+from fabula.bench.neighbours import neighbours
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.engine.generation import Generation
@@ -163,18 +164,21 @@ class ModelRow:
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """How much is read and written: prompt tokens, tokens decoded after the first, rounds; sequences answered together
-    (1: none), whose prompts begin with the same `shared` ids."""
+    (1: none), whose prompts begin with the same `shared` ids; processes that compute beside."""
 
     prompt_tokens: int = 512
     tokens: int = 64
     rounds: int = 5
     sequences: int = 1
     shared: int = 0
+    neighbours: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "tokens", "rounds", "sequences"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, must be 1 .. 2^20")
+        if not 0 <= self.neighbours <= 1024:
+            raise InvalidArgument(f"neighbours is {self.neighbours}, must be 0 .. 1024")
         if not 0 <= self.shared < self.prompt_tokens:
             raise InvalidArgument(f"shared is {self.shared}, must be 0 .. {self.prompt_tokens - 1}, less than a prompt")
 
@@ -226,7 +230,8 @@ def bench_models(
             for model, group in zip(models, groups, strict=True)
         ]
         status(f"{lengths.rounds} rounds of {', '.join(engine.name for group in groups for engine in group)}")
-        seconds = _measure(models, groups, lengths)
+        with neighbours(lengths.neighbours):  # peers chose their settings on a quiet machine
+            seconds = _measure(models, groups, lengths)
     finally:
         for group in groups:
             for peer in group[1:]:
@@ -315,19 +320,19 @@ class Work:
 
     Attributes:
         operations: multiply-adds with the weights, one counting as two. n_bytes: read from memory.
-        bound: which of both the case waits for. on_bytes: whether the products are of bytes.
+        bound: which of both the case waits for. weights: their precision.
     """
 
     operations: float
     n_bytes: float
     bound: Literal["memory", "compute"]
-    on_bytes: bool
+    weights: str
 
     def limit(self, machine: Machine) -> float:
         """Tokens a second that cannot be passed."""
         if self.bound == "memory":
             return machine.read_bytes_per_s / self.n_bytes
-        return (machine.dots_per_s if self.on_bytes else machine.flops_per_s) / self.operations
+        return machine.peak(self.weights) / self.operations
 
 
 def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 1, shared: int = 0) -> dict[str, float]:
@@ -348,7 +353,6 @@ def work_of(model: Model, prompt_tokens: int, sequences: int = 1, shared: int = 
     table = c.vocab_size * c.hidden_size
     attention = 2 * c.hidden_size * c.head_dim * (c.n_heads + c.n_kv_heads)
     layers = c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    on_bytes = model.weights not in ("f32", "f16", "bf16")
     # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
     everything = layers + table * (1 if c.tied else 2)
     read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
@@ -356,9 +360,9 @@ def work_of(model: Model, prompt_tokens: int, sequences: int = 1, shared: int = 
     every = read + position * (shared + sequences * (prompt_tokens - shared))
     drawn = 2.0 * (layers + table)
     return {
-        "prefill": Work(2 * (layers + table / prompt_tokens), read / prompt_tokens, "compute", on_bytes),
-        "decode": Work(drawn, read + position * prompt_tokens, "memory", on_bytes),
-        "together": Work(drawn, every / sequences, "memory", on_bytes),
+        "prefill": Work(2 * (layers + table / prompt_tokens), read / prompt_tokens, "compute", model.weights),
+        "decode": Work(drawn, read + position * prompt_tokens, "memory", model.weights),
+        "together": Work(drawn, every / sequences, "memory", model.weights),
     }
 
 

@@ -217,6 +217,7 @@ def _draw_bars(ax: Any, panel: Panel, engines: Sequence[str]) -> None:
 
 def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
     reads, flops, dots = (machine[key] / 1e9 for key in ("read_bytes_per_s", "flops_per_s", "dots_per_s"))
+    pairs = (machine.get("pairs_per_s") or 0.0) / 1e9
     low = min(0.05, *(p.intensity for p in points)) / 1.5
     high = max(4 * dots / reads, *(p.intensity for p in points)) * 2
     ax.loglog()
@@ -229,7 +230,10 @@ def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
         low * 1.3, low * 1.3 * above, f"memory: {number(reads)} GB/s", fontsize=9,
         rotation=math.degrees(math.atan(above)), rotation_mode="anchor", transform_rotates_text=True,
     )  # fmt: skip
-    for peak, name, style in ((flops, "f32 multiply-adds", "--"), (dots, "products of bytes", "-.")):
+    peaks = [(flops, "f32 multiply-adds", "--"), (dots, "products of bytes", "-.")]
+    if pairs > 1.3 * flops:  # or the instruction set has none
+        peaks.append((pairs, "products of bf16", ":"))
+    for peak, name, style in peaks:
         ax.plot([peak / reads, high], [peak, peak], color="black", linewidth=1.6, linestyle=style)
         # Names go above, where no point lies; two peaks that are close have one name above and one below.
         higher = peak == max(flops, dots) or max(flops, dots) > 1.6 * peak

@@ -108,7 +108,7 @@ def _checked(row: Any) -> dict[str, Any]:
     if not isinstance(machine, dict):
         raise ValueError("machine is no object")
     _of_kind(machine, ("cpu", "isa"), (str, type(None)), "a text")
-    _numbers(machine, ("read_bytes_per_s", "flops_per_s", "dots_per_s"))
+    _numbers(machine, ("read_bytes_per_s", "flops_per_s", "pairs_per_s", "dots_per_s"))
     return row
 
 

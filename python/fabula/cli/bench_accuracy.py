@@ -13,15 +13,13 @@ from fabula.cli.bench_options import (
     check_peers,
     give,
     json_option,
-    kv_option,
-    model_option,
     n_threads_of,
     peer_python_option,
     peers_option,
     threads_option,
 )
 from fabula.cli.console import complain, note
-from fabula.cli.options import ModelOptions
+from fabula.cli.options import ModelOptions, kv_option, model_option
 
 if TYPE_CHECKING:
     from fabula.bench.accuracy import MakeReader, Reader

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fabula.cli.console import FetchProgress, bars, note
-from fabula.cli.options import DEFAULT_MODEL, KV_NAMES, WEIGHTS
+from fabula.cli.options import WEIGHTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,22 +18,13 @@ if TYPE_CHECKING:
     from fabula.bench.machine import Machine
 
 WEIGHTS_CHOICE = click.Choice(WEIGHTS)
-KV_CHOICE = click.Choice(KV_NAMES)
 
-model_option = click.option(
-    "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
-    help="Folder, .gguf file, or name; see `fabula pull --help`.",
-)  # fmt: skip
 weights_option = click.option(
     "--weights", type=WEIGHTS_CHOICE, default="auto", show_default=True, help="Precision of the weights."
 )
 many_weights_option = click.option(
     "--weights", type=WEIGHTS_CHOICE, multiple=True, default=("auto",), show_default=True,
     help="Precision of the weights; may be given several times.",
-)  # fmt: skip
-kv_option = click.option(
-    "--kv", type=KV_CHOICE, default="f16", show_default=True, metavar="NAME",
-    help="KV cache: f16, f32, bf16, q8; or K:V, such as q8:f16.",
 )  # fmt: skip
 threads_option = click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads; default: what this process may use."

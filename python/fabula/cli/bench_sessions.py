@@ -14,8 +14,6 @@ from fabula.cli.bench_options import (
     check_plot,
     give,
     json_option,
-    kv_option,
-    model_option,
     n_threads_of,
     peer_python_option,
     peers_option,
@@ -24,7 +22,7 @@ from fabula.cli.bench_options import (
     weights_option,
 )
 from fabula.cli.console import note
-from fabula.cli.options import ModelOptions
+from fabula.cli.options import ModelOptions, kv_option, model_option
 
 
 def _numbers(name: str, field: str, default: tuple[int, ...], text: str) -> Callable[[Any], Any]:

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from fabula.cli.bench_options import (
-    KV_CHOICE,
     check_peers,
     check_plot,
     give,
     json_option,
-    kv_option,
     located,
     many_weights_option,
     measured_machine,
-    model_option,
     n_threads_of,
     peer_python_option,
     peers_option,
@@ -26,7 +23,7 @@ from fabula.cli.bench_options import (
     weights_option,
 )
 from fabula.cli.console import note
-from fabula.cli.options import ModelOptions
+from fabula.cli.options import KV_CHOICE, ModelOptions, kv_option, model_option
 
 if TYPE_CHECKING:
     from fabula.model import WeightsName
@@ -93,6 +90,14 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
     metavar="N",
     help="Tokens at their beginning that the prompts of --sequences have in common.",
 )
+@click.option(
+    "--neighbours",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Busy processes beside, as on a machine that others use.",
+)
 @peers_option("Measure llama.cpp and transformers in turns, on the same weights.")
 @peer_python_option
 @click.option("--peer-kv", type=KV_CHOICE, help="Precision of llama.cpp's KV cache; default: as --kv.")
@@ -108,6 +113,7 @@ def model(
     rounds: int,
     sequences: int,
     shared: int,
+    neighbours: int,
     peers: bool,
     peer_python: str | None,
     peer_kv: str | None,
@@ -129,6 +135,7 @@ def model(
       fabula bench model --model ./model-q8.gguf --peers --peer-python ./peers/bin/python
       fabula bench model --weights q8_0 --prompt-tokens 8000 --rounds 3 --peers --peer-kv q8
       fabula bench model --weights q4_0 --sequences 16 --prompt-tokens 1100 --shared 1024 --peers
+      fabula bench model --weights q8_0 --neighbours 1 --peers
       fabula bench model --model ./model.gguf --threads 4 --json
       fabula bench model --weights f16 --weights q8_0 --peers --plot model.png
     """  # fmt: skip
@@ -142,7 +149,7 @@ def model(
     check_plot(plot)
     if shared and sequences == 1:
         raise click.UsageError("--shared needs --sequences")
-    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared)
+    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared, neighbours)
     context = lengths.context * max(1, -(-sequences // _TEXTS))
     make = partial(make_peers, llama={"n_sequences": sequences, "kv": peer_kv, "python": peer_python})
     machine = measured_machine(threads)
@@ -156,6 +163,8 @@ def model(
     from fabula.bench.report import model_table
 
     title = f"{rows[0].model}: {prompt_tokens} tokens of prompt, {tokens} decoded, medians of {rounds} rounds"
+    if neighbours:
+        title += f", {neighbours} busy beside"
     found = [row.to_json() for row in rows]
     give(found, machine.to_json(), lambda: (str(machine), title, model_table(rows)), as_json=as_json, plot=plot)
 

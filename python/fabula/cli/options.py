@@ -32,19 +32,24 @@ WEIGHTS = (
 _KV = ("f16", "f32", "bf16", "q8")
 KV_NAMES = (*_KV, *(f"{k}:{v}" for k in _KV for v in _KV if k != v))
 
+KV_CHOICE = click.Choice(KV_NAMES)
+
+model_option = click.option(
+    "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
+    help="Folder, .gguf file, or name; see `fabula pull --help`.",
+)  # fmt: skip
+kv_option = click.option(
+    "--kv", type=KV_CHOICE, default="f16", show_default=True, metavar="NAME",
+    help="KV cache in memory: f16, f32, bf16, q8; or K:V, such as q8:f16.",
+)  # fmt: skip
+
 _MODEL = (
-    click.option(
-        "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
-        help="Folder, .gguf file, or name; see `fabula pull --help`.",
-    ),
+    model_option,
     click.option(
         "--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True, metavar="NAME",
         help=f"Weights in memory: {', '.join(WEIGHTS)}. auto keeps them as in the file; the others round at load.",
     ),
-    click.option(
-        "--kv", type=click.Choice(KV_NAMES), default="f16", show_default=True, metavar="NAME",
-        help="KV cache in memory: f16, f32, bf16, q8; or K:V, such as q8:f16.",
-    ),
+    kv_option,
     click.option(
         "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: as many as this process may use."
     ),

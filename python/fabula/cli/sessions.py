@@ -226,7 +226,7 @@ def check(data: Path | None, as_json: bool) -> None:
       fabula sessions check
       fabula sessions check --data ./backup --json
     """
-    from fabula.store import Store
+    from fabula.store.store import Store
     from fabula.workspace import default_folder
 
     folder = data or default_folder()

@@ -6,7 +6,6 @@ generation that is cancelled holds exactly the tokens that were read.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -166,6 +165,8 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     async def __anext__(self) -> Piece:
         if self.finish_reason is not None:
             raise StopAsyncIteration
+        import asyncio  # here, as most programs do without it and it takes long
+
         try:
             await self._arrival()
         except BaseException:  # the task was cancelled
@@ -181,6 +182,8 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         """Waits until an item can be read."""
         if not self._request.items.empty():
             return
+        import asyncio
+
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

@@ -94,6 +94,7 @@ class Runner:
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         builder = ProgramBuilder(checkpoint, precision, n_threads, progress)
         family.emit(builder, config)
+        builder.pack()
         self.max_tokens = min(PREFILL_CHUNK, self.context)
         shape = _native.Shape(
             n_layers=config.n_layers,

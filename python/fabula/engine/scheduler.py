@@ -43,7 +43,7 @@ MAX_WAITING = 128
 IDLE_S = 1.0  # then the thread ends; the next request begins a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
 TELL_S = 0.016  # readers hear at least so often, a frame of a screen, where a call draws several tokens
-MAX_STEPS = 32  # tokens of a request in one call
+MAX_STEPS = PAGE_POSITIONS  # tokens of a request in one call: one page more at most
 MAX_MEASURED = 256  # tokens of a step that teaches what steps cost; attention makes longer ones another matter
 
 
@@ -371,8 +371,10 @@ class Scheduler:
             return 1
         base, token = self._pace(runner).cost()
         step = base + token * len(plan)
-        most = int(TELL_S / step) if step > 0 else 1
-        return min(most, MAX_STEPS, *(request.read_ahead for request, _ in plan))
+        most = min(int(TELL_S / step) if step > 0 else 1, MAX_STEPS, *(request.read_ahead for request, _ in plan))
+        if runner.pool.n_free < len(plan):  # nobody's past is given up for tokens to come: none goes beyond its page
+            most = min(most, *(PAGE_POSITIONS - request.sequence.n_tokens % PAGE_POSITIONS for request, _ in plan))
+        return most
 
     def _draw_steps(self, runner: Runner, requests: list[Request], n_steps: int) -> bool:
         """Several steps in one call; False if nothing was done, for want of pages or because something is wrong that a
@@ -404,6 +406,7 @@ class Scheduler:
             if pieces[-1].finish_reason:
                 break
         request.sequence.n_tokens -= len(tokens) - len(pieces)
+        request.sequence.settle()
         request.name_pages(len(pieces))
         if pieces and pieces[-1].finish_reason:
             self._finish(request)

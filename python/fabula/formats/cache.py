@@ -17,9 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +90,8 @@ def cache_folder() -> Path:
 
 def _temporary_folder() -> Path:
     """A folder among the temporary files that only this user can enter."""
+    import tempfile
+
     folder = Path(tempfile.gettempdir()) / f"fabula-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -227,6 +227,8 @@ def filling(name: str) -> Iterator[Path]:
     Raises:
         DownloadError: the cache cannot be written.
     """
+    import shutil
+
     cache = cache_folder()
     try:
         for part in ("locks", "models"):

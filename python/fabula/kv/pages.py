@@ -173,6 +173,11 @@ class PagePool:
             self._filled[page] = end
             return page
 
+    def take_back(self, page: int, end: int) -> None:
+        """Of what `append_to` made its holder's own, only positions before `end` were written."""
+        with self.lock:
+            self._filled[page] = min(self._filled[page], end)
+
     def check(self, held: list[list[int]]) -> None:
         """Compares the counts with what is really held; for tests.
 
@@ -259,6 +264,13 @@ class Sequence:
             self.pool.append_to(page, 0, min(n_tokens - i * PAGE_POSITIONS, PAGE_POSITIONS))
         self._pages += fresh
         return np.asarray(self._pages, np.int32)
+
+    def settle(self) -> None:
+        """Lets others append where room was reserved and nothing written."""
+        first, offset = divmod(self.n_tokens, PAGE_POSITIONS)
+        for i in range(first, len(self._pages)):
+            if self._pages[i] != HOLE:
+                self.pool.take_back(self._pages[i], offset if i == first else 0)
 
     def slide(self, n_tokens: int) -> None:
         """Gives back the pages that no token behind the first `n_tokens` sees."""

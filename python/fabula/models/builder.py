@@ -1,6 +1,5 @@
-"""Builds a program: reads tensors as a family names them, packs them, and collects operators and buffers.
+"""Builds a program: collects tensors as a family names them, operators and buffers; then the matrices are packed.
 
-Each tensor is read, packed and dropped before the next one, so the peak of memory is the packed size plus one tensor.
 Every tensor's shape is checked against what the config promises; a weight that holds NaN or infinity is packed but
 warned about, and a turn that meets it fails with NonFinite.
 """
@@ -18,6 +17,7 @@ from fabula import _native
 from fabula._native import Op, Weight
 from fabula.errors import ModelFileError
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+from fabula.models.packing import Packer, Packing, Part
 from fabula.models.precision import Precision
 
 F32 = npt.NDArray[np.float32]
@@ -35,11 +35,13 @@ class DamagedWeightWarning(UserWarning):
 class ProgramBuilder:
     """Collects what fb_program_create needs while a family's file reads like the model's description.
 
+    Vectors are read at once; matrices hold nothing before `pack`.
+
     Args:
         checkpoint: where tensors come from.
         weights: format of each matrix, by its entry in the checkpoint.
         n_threads: threads that pack.
-        progress: called after each tensor with (bytes read so far, bytes in all).
+        progress: called with (bytes read so far, bytes in all) as tensors are read.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ProgramBuilder:
         self.ops: list[Op] = []
         self.widths: list[int] = []
         self.weights: list[Weight] = []
+        self._packings: list[Packing] = []
         self._progress = progress
         self._done = 0
         self._total = sum(info.n_bytes for info in checkpoint.tensors.values())
@@ -83,19 +86,17 @@ class ProgramBuilder:
             )
         return info
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> tuple[npt.NDArray[np.uint8], DType]:
-        """One tensor's bytes and format."""
-        info = self._check(name, shape)
-        raw = self.checkpoint.read(name)
-        self._done += info.n_bytes
+    def _count(self, n_bytes: int) -> None:
+        """So many more bytes were read."""
+        self._done += n_bytes
         if self._progress:
             self._progress(self._done, self._total)
-        return raw, info.dtype
 
     def vector(self, name: str, length: int) -> F32:
         """A tensor [length] as float32."""
-        raw, dtype = self._read(name, (length,))
-        vector = _native.dequantize(dtype, raw, length)
+        info = self._check(name, (length,))
+        vector = _native.dequantize(info.dtype, self.checkpoint.read(name), length)
+        self._count(info.n_bytes)
         if not np.isfinite(vector).all():
             self._warn(name, DType.F32)
         return vector
@@ -111,13 +112,14 @@ class ProgramBuilder:
             stacklevel=2,
         )
 
-    def _pack(self, weight: Weight, name: str, rows: int, first_row: int, row_block: int, row_step: int) -> None:
-        raw, dtype = self._read(name, (rows, weight.n_cols))
-        before = weight.n_non_finite
-        weight.pack_rows(
-            raw, dtype, rows, first_row=first_row, row_block=row_block, row_step=row_step, n_threads=self.n_threads
-        )
-        if weight.n_non_finite > before:
+    def pack(self) -> None:
+        """Reads and packs the matrices that were asked for.
+
+        Raises:
+            ModelFileError, OutOfMemory: one cannot be read.
+        """
+        packer = Packer(self.checkpoint, self.n_threads, self._count)
+        for name, weight in packer.pack(self._packings):
             self._warn(name, DType(weight.dtype))
 
     def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
@@ -127,30 +129,29 @@ class ProgramBuilder:
     def stacked(self, names: Sequence[str], rows: Sequence[int], n_cols: int) -> list[Weight]:
         """Matrices [rows[i], n_cols] on top of each other: one weight, or several where neighbours differ in format."""
         # Shapes are checked before memory is taken for sizes that only the config claims.
-        dtypes = [
-            self._precision(self._check(name, (n_rows, n_cols))) for name, n_rows in zip(names, rows, strict=True)
-        ]
+        infos = [self._check(name, (n_rows, n_cols)) for name, n_rows in zip(names, rows, strict=True)]
         stack: list[Weight] = []
-        for dtype, group in groupby(zip(dtypes, names, rows, strict=True), key=lambda part: part[0]):
-            parts = list(group)
-            weight = Weight(dtype, sum(n_rows for _, _, n_rows in parts), n_cols)
-            first = 0
-            for _, name, n_rows in parts:
-                self._pack(weight, name, n_rows, first, 1, 1)
-                first += n_rows
+        for dtype, group in groupby(infos, key=self._precision):
+            n_rows, parts = 0, []
+            for info in group:
+                parts.append(Part(info, n_rows))
+                n_rows += info.shape[0]
+            weight = Weight(dtype, n_rows, n_cols)
+            self._packings.append(Packing(weight, parts))
             stack.append(weight)
         self.weights += stack
         return stack
 
     def woven(self, names: tuple[str, str], n_rows: int, n_cols: int) -> Weight:
         """Two matrices [n_rows, n_cols], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
-        first, second = (self._precision(self._check(name, (n_rows, n_cols))) for name in names)
+        infos = [self._check(name, (n_rows, n_cols)) for name in names]
+        first, second = (self._precision(info) for info in infos)
         # A weight has one format; f16 holds what the formats in blocks do, and f32 what bf16 does too.
         dtype = first if first is second else DType.F32 if {first, second} & {DType.F32, DType.BF16} else DType.F16
         padded = -(-n_rows // PANEL_ROWS) * PANEL_ROWS
         weight = Weight(dtype, 2 * padded, n_cols)
-        for i, name in enumerate(names):
-            self._pack(weight, name, n_rows, i * PANEL_ROWS, PANEL_ROWS, 2)
+        parts = [Part(info, i * PANEL_ROWS, PANEL_ROWS, 2) for i, info in enumerate(infos)]
+        self._packings.append(Packing(weight, parts))
         self.weights.append(weight)
         return weight
 

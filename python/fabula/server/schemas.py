@@ -160,7 +160,9 @@ class Opening(Answering):
     system: str | None = Field(None, description="System message of a new session.")
     title: str | None = Field(None, description="What people call the session.")
     sampling: Sampling | None = Field(
-        None, description="Settings of the session, for this turn and later ones that bring none."
+        None,
+        description="Settings of the session, for this turn and later ones that bring none; of a session that exists, "
+        "those left out stay, null is the default.",
     )
     context_policy: Policy | None = Field(None, description="What happens when the context of a new session is full.")
     window: int | None = Field(None, description="Tokens that the policy `slide` sees.")
@@ -194,7 +196,7 @@ class WriteBody(Strict):
     frozen: bool = Field(False, description="A note: the model reads it, and it is no part of the story.")
     model: str | None = Field(None, description="The model a new session talks to.")
     title: str | None = Field(None, description="What people call the session.", json_schema_extra={"maxLength": 200})
-    sampling: Sampling | None = Field(None, description="Settings of the session.")
+    sampling: Sampling | None = Field(None, description="Settings of the session, as for `/story`.")
     context_policy: Policy | None = Field(None, description="What happens when the context of a new session is full.")
 
 

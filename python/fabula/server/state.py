@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 from quart import current_app
 
+from fabula.engine.sampling import SamplingParams
 from fabula.errors import EngineError, InvalidArgument, SessionNotFound
 from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
@@ -24,6 +25,7 @@ from fabula.server.limits import Limits, check_free
 from fabula.server.metrics import Metrics
 from fabula.server.observer import Observer
 from fabula.server.runs import Run, Runs
+from fabula.server.schemas import Sampling
 from fabula.server.settings import Settings
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
@@ -222,8 +224,15 @@ class Server:
         return session
 
     @contextmanager
-    def joined(self, tenant: str, id: str | None, model: str | None, **settings: Any) -> Iterator[Session]:
+    def joined(
+        self, tenant: str, id: str | None, model: str | None, sampling: Sampling | None = None, **settings: Any
+    ) -> Iterator[Session]:
         """The session of that name, or a new one, which is deleted again if the block fails; blocks.
+
+        Args:
+            tenant, id, model: of the session; without `id` it is a new one.
+            sampling: settings put in place of those it has, as PATCH does.
+            settings: others, as `Workspace.session`; None leaves one as it is.
 
         Raises:
             InvalidArgument: a setting that cannot be, or cannot be changed any more.
@@ -232,9 +241,13 @@ class Server:
         check_free(id)
         if id is not None and self.workspace.has(id, tenant=tenant):
             session = self.open(tenant, id)
+            if sampling is not None:
+                settings["sampling"] = sampling.changed(session.params)
             given = {name: value for name, value in settings.items() if value is not None}
             yield self.workspace.session(id, tenant=tenant, model=model, **given) if given or model else session
             return
+        if sampling is not None:
+            settings["sampling"] = sampling.changed(SamplingParams())
         with self.opening(tenant, id):
             session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
         self._new.add(session)

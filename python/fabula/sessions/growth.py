@@ -202,7 +202,7 @@ class Growing(Tree):
 
     def _check_vocabulary(self) -> None:
         """Raises InvalidArgument if the model's tokenizer is not the one this session's ids are of."""
-        there = self._host.served.vocabulary
+        there = self._host.served.fingerprint().tokenizer
         if self.vocabulary and there and self.vocabulary != there:
             raise InvalidArgument(
                 f"session {self.id} was written with another tokenizer than that of {self._host.name}: its token ids "

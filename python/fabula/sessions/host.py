@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fabula.engine.generation import Engine
 from fabula.errors import InvalidArgument
-from fabula.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from fabula.kv.spill import Fingerprint
+    from fabula.text.template import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +21,13 @@ class Served:
     Attributes:
         engine: makes its answers.
         template: returns its chat template, or raises TemplateError.
-        fingerprint: of weights, tokenizer, and the layout of K and V; two with the same one may share pages on disk.
-        vocabulary: of the tokenizer alone; token ids mean the same under the same one.
+        fingerprint: returns that of weights, tokenizer, and the layout of K and V; found when it is first asked for.
         why_cold: why K and V of sessions kept on disk may be missing; "" if nothing speaks against them.
     """
 
     engine: Engine
     template: Callable[[], ChatTemplate]
-    fingerprint: str = ""
-    vocabulary: str = ""
+    fingerprint: Callable[[], Fingerprint]
     why_cold: str = ""
 
 
@@ -39,12 +41,11 @@ class Host:
 
     Attributes:
         name: of the model.
-        fingerprint, vocabulary: of the model that is or was loaded last.
     """
 
     def __init__(self, name: str = "", served: Served | None = None, load: Callable[[], object] | None = None) -> None:
         self.name = name
-        self.fingerprint = self.vocabulary = ""
+        self._fingerprint: Callable[[], Fingerprint] | None = None
         self._served: Served | None = None
         self._load = load
         if served is not None:
@@ -53,11 +54,21 @@ class Host:
     def attach(self, served: Served) -> None:
         """The model is loaded."""
         self._served = served
-        self.fingerprint, self.vocabulary = served.fingerprint, served.vocabulary
+        self._fingerprint = served.fingerprint
 
     def detach(self) -> None:
         """The model is no longer loaded."""
         self._served = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that is or was loaded last; two with the same one may share pages on disk. "" before."""
+        return "" if self._fingerprint is None else self._fingerprint().key
+
+    @property
+    def vocabulary(self) -> str:
+        """Of its tokenizer alone: token ids mean the same under the same one."""
+        return "" if self._fingerprint is None else self._fingerprint().tokenizer
 
     @property
     def is_loaded(self) -> bool:

@@ -22,11 +22,11 @@ from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.said import Said
 from fabula.sessions.turn import START, Turn
 from fabula.store.records import SessionRecord, TurnRecord
-from fabula.store.store import Store
 
 if TYPE_CHECKING:
     from fabula.sessions.growth import Growing
     from fabula.sessions.reply import Reply
+    from fabula.store.store import Store
     from fabula.store.writer import Watch
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabula.engine.generation import Engine
 from fabula.engine.sampling import SamplingParams
@@ -19,7 +19,9 @@ from fabula.sessions.said import Said
 from fabula.sessions.tools import with_tools
 from fabula.sessions.turn import Turn
 from fabula.text.continuation import encode_next
-from fabula.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from fabula.text.template import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabula.engine.constraint import WHITESPACE, Constraint
 from fabula.errors import InvalidArgument
 from fabula.sessions.calls import CLOSE, OPEN, ToolCall, ToolCallReader, parse_tool_calls
-from fabula.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from fabula.text.template import ChatTemplate
 
 __all__ = [
     "MAX_TOOLS",

@@ -8,12 +8,7 @@ changes     the writes, as SQL
 reading     the reads, as SQL
 writer      the thread that writes: group commit, and checkpoints of turns that are being made
 store       `Store`: all of it together
+
+Nothing is imported here: a session in memory needs only the records, and SQLAlchemy takes longer to import than a small
+model to load.
 """
-
-from __future__ import annotations
-
-from fabula.store.records import SessionRecord, SessionSummary, TurnRecord
-from fabula.store.store import Store
-from fabula.store.writer import Watch
-
-__all__ = ["SessionRecord", "SessionSummary", "Store", "TurnRecord", "Watch"]

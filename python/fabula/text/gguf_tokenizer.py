@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Backend
 
 from fabula.errors import TokenizerError, Unsupported
 from fabula.formats.readfile import shown
-from fabula.text.tokenizer import END_TOKENS, MAX_TOKEN_BYTES, Tokenizer, build_backend
+from fabula.text.tokenizer import END_TOKENS, MAX_TOKEN_BYTES, Tokenizer, build_backend, building
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_ADDED = (CONTROL, USER_DEFINED, UNKNOWN)  # cut out of a text before it is merged
 
 # How text is cut before merging, by tokenizer.ggml.pre. Patterns are those of the models' own tokenizer.json.
 _LLAMA3 = (
@@ -48,6 +51,7 @@ PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3"}  # their tokenizer.json sets ignore_merges
 _NORMALIZED = {"qwen2"}  # their tokenizer.json normalises to NFC
 
+_MERGES = "tokenizer.ggml.merges"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_PIECE = 512  # characters; SentencePiece itself stops at 16. Merges are found by cutting a piece everywhere.
 
@@ -105,34 +109,25 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """See `Tokenizer.from_gguf`."""
     keys = _Keys(metadata, path)
     tokens = keys.texts("tokenizer.ggml.tokens") or []
-    _check_tokens(keys, tokens)
+    ids = _ids_of(keys, tokens)
     types = keys.numbers("tokenizer.ggml.token_type", "iu", len(tokens))
-    kinds = [NORMAL] * len(tokens) if types is None else [int(kind) for kind in types]
+    kinds: list[int] = [NORMAL] * len(tokens) if types is None else types.tolist()
     model = keys.text("tokenizer.ggml.model")
     if model == "gpt2":
-        description = _byte_level(keys, tokens)
+        description = _byte_level(keys, ids)
     elif model == "llama":
-        description = _sentencepiece(keys, tokens, kinds)
+        description = _sentencepiece(keys, tokens, ids, kinds)
     else:
         raise Unsupported(f"{path}: tokenizer.ggml.model is {shown(model)}; known are gpt2 and llama")
-    description["added_tokens"] = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kinds[i] in (CONTROL, UNKNOWN),
-        }
-        for i, token in enumerate(tokens)
-        if kinds[i] in (CONTROL, USER_DEFINED, UNKNOWN) and token
+    added = [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in _ADDED and token
     ]
-    backend = build_backend(json.dumps(description), path)
+    backend = _build(keys, description, added)
     bos_id = keys.token_id("tokenizer.ggml.bos_token_id", len(tokens))
     ends = [keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
     bos_text = None if bos_id is None else tokens[bos_id]
-    ids = {token: i for i, token in enumerate(tokens)}
     ends += [ids[t] for t in END_TOKENS if t in ids and kinds[ids[t]] == CONTROL and t != bos_text]
     named = {}
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding"), ("eos_token", "eos"), ("bos_token", "bos")):
@@ -148,13 +143,34 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         add_bos=keys.flag("tokenizer.ggml.add_bos_token", model == "llama") and bos_id is not None,
         chat_template=keys.text("tokenizer.chat_template"),
         named_special=named,
+        vocabulary=ids,
     )
 
 
-def _check_tokens(keys: _Keys, tokens: Sequence[str]) -> None:
+def _build(keys: _Keys, description: Mapping[str, Any], added: list[AddedToken]) -> Backend:
+    """What the library makes of a tokenizer.json of this content. Only its small parts go through JSON: tokens and
+    merges in it, written, checked and read again, would take five times as long."""
+    bpe = dict(description["model"])
+    path = keys.path
+    backend = build_backend(json.dumps({**description, "model": {"type": "BPE", "vocab": {}, "merges": []}}), path)
+    try:
+        with building(path):
+            backend.model = models.BPE(**bpe)
+            backend.add_tokens(added)
+    except TokenizerError:
+        _check_merges(keys, bpe["vocab"])  # says which entry it was
+        raise
+    return backend
+
+
+def _ids_of(keys: _Keys, tokens: Sequence[str]) -> dict[str, int]:
+    """The vocabulary: every token's id."""
     key = "tokenizer.ggml.tokens"
     if not tokens:
         raise keys.error(key, "is empty")
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(ids) == len(tokens) and max(map(len, tokens)) <= MAX_TOKEN_BYTES:
+        return ids
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if len(token) > MAX_TOKEN_BYTES:
@@ -162,26 +178,19 @@ def _check_tokens(keys: _Keys, tokens: Sequence[str]) -> None:
         if token in seen:
             raise keys.error(key, f"entries {seen[token]} and {i} are both {shown(token)}")
         seen[token] = i
+    return ids
 
 
-def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
+def _byte_level(keys: _Keys, vocabulary: Mapping[str, int]) -> dict[str, Any]:
     """Byte-level BPE: merges are in the file."""
     pre = keys.text("tokenizer.ggml.pre", "gpt-2")
     if pre is None or pre not in PRE_TOKENIZERS:
         raise Unsupported(
             f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    key = "tokenizer.ggml.merges"
-    merges = []
-    for i, merge in enumerate(keys.texts(key) or []):
-        left, separator, right = merge.partition(" ")
-        if not separator or not left or not right:
-            raise keys.error(key, f"entry {i} is {shown(merge)}, must be two tokens with a space between")
-        for token in (left, right, left + right):
-            if token not in vocabulary:
-                raise keys.error(key, f"entry {i} names {shown(token)}, which is not in the vocabulary")
-        merges.append([left, right])
+    merges = [tuple(merge.split(" ", 1)) for merge in keys.texts(_MERGES) or []]
+    if "" in vocabulary:  # the library would take a merge with nothing
+        _check_merges(keys, vocabulary)
     return {
         "version": "1.0",
         "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
@@ -189,7 +198,6 @@ def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {
-            "type": "BPE",
             "vocab": vocabulary,
             "merges": merges,
             "ignore_merges": pre in _WHOLE_WORDS_FIRST,
@@ -197,7 +205,21 @@ def _byte_level(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
+def _check_merges(keys: _Keys, vocabulary: Mapping[str, int]) -> None:
+    """Raises TokenizerError for the first merge that is none. The library looks for the same and is faster, but does
+    not tell the entry."""
+    for i, merge in enumerate(keys.texts(_MERGES, optional=True) or []):
+        left, separator, right = merge.partition(" ")
+        if not separator or not left or not right:
+            raise keys.error(_MERGES, f"entry {i} is {shown(merge)}, must be two tokens with a space between")
+        for token in (left, right, left + right):
+            if token not in vocabulary:
+                raise keys.error(_MERGES, f"entry {i} names {shown(token)}, which is not in the vocabulary")
+
+
+def _sentencepiece(
+    keys: _Keys, tokens: Sequence[str], vocabulary: Mapping[str, int], kinds: Sequence[int]
+) -> dict[str, Any]:
     """SentencePiece's BPE keeps a score a piece: the merge that makes the piece of the highest score goes first.
     Every way to cut a piece into two known ones is a merge of that piece's rank."""
     scores = keys.numbers("tokenizer.ggml.scores", "fiu", len(tokens))
@@ -205,13 +227,13 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> 
         raise keys.error("tokenizer.ggml.scores", "is missing")
     if not np.isfinite(scores.astype(np.float64)).all():
         raise keys.error("tokenizer.ggml.scores", "holds NaN or infinity")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    order = (-scores.astype(np.float64)).tolist()
     for i, kind in enumerate(kinds):
         if kind == BYTE and not _BYTE_TOKEN.fullmatch(tokens[i]):
             raise keys.error(
                 "tokenizer.ggml.tokens", f"entry {i} is {shown(tokens[i])}, a byte token is <0x00> .. <0xFF>"
             )
-    merges: list[tuple[float, int, int, int, str, str]] = []
+    merges: list[tuple[float, int, int, int]] = []
     for i, token in enumerate(tokens):
         if kinds[i] != NORMAL or len(token) < 2:
             continue
@@ -220,10 +242,10 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> 
                 "tokenizer.ggml.tokens", f"entry {i} has {len(token)} characters, at most {_LONGEST_PIECE}"
             )
         for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((-float(scores[i]), i, vocabulary[left], vocabulary[right], left, right))
-    merges.sort(key=lambda merge: merge[:4])
+            left = vocabulary.get(token[:cut])
+            if left is not None and (right := vocabulary.get(token[cut:])) is not None:
+                merges.append((order[i], i, left, right))
+    merges.sort()
     unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     steps: list[dict[str, Any]] = [
@@ -241,11 +263,10 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> 
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": {
-            "type": "BPE",
             "unk_token": None if unknown is None else tokens[unknown],
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocabulary,
-            "merges": [[left, right] for *_, left, right in merges],
+            "merges": [(tokens[left], tokens[right]) for *_, left, right in merges],
         },
     }

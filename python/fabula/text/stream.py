@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -41,6 +41,25 @@ def sentencepiece_bytes(token: str) -> bytes:
     if match:
         return bytes([int(match[1], 16)])
     return token.replace("▁", " ").encode("utf-8", "replace")
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes of every id, each found when it is first asked for: a vocabulary is long, a text uses little of it.
+
+    Args:
+        tokens: as the vocabulary writes them, by id.
+        bytes_of: the bytes of one.
+        known: what is not to be asked of `bytes_of`.
+    """
+
+    def __init__(self, tokens: Mapping[int, str], bytes_of: Callable[[str], bytes], known: Mapping[int, bytes]) -> None:
+        super().__init__(known)
+        self._tokens, self._bytes_of = tokens, bytes_of
+
+    def __missing__(self, token_id: int) -> bytes:
+        """Raises KeyError for an id that no token has."""
+        found = self[token_id] = self._bytes_of(self._tokens[token_id])
+        return found
 
 
 class IncrementalDecoder:

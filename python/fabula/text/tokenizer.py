@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from fabula.errors import InvalidArgument, TokenizerError, Unsupported
 from fabula.formats.readfile import parse_json_object
-from fabula.text.stream import IncrementalDecoder, byte_level_bytes, sentencepiece_bytes
-from fabula.text.template import ChatTemplate
+from fabula.text.stream import IncrementalDecoder, TokenBytes, byte_level_bytes, sentencepiece_bytes
+
+if TYPE_CHECKING:
+    from fabula.text.template import ChatTemplate
 
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use (256k tokens with merges) has 35 MB
 MAX_TOKEN_BYTES = 1 << 16
@@ -30,6 +33,10 @@ END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<
 
 class Tokenizer:
     """Encodes and decodes; safe to use from several threads.
+
+    Args:
+        backend: cuts texts.
+        vocabulary: every token and its id, added ones too; None asks the backend, which takes a while.
 
     Attributes:
         path: where it was read from.
@@ -52,22 +59,25 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str | None = None,
         named_special: Mapping[str, str] | None = None,
+        vocabulary: Mapping[str, int] | None = None,
     ) -> None:
         self.path = path
         self._backend = backend
         self._lock = threading.Lock()
         added = backend.get_added_tokens_decoder()
-        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if vocabulary is None:
+            vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._check_vocabulary(vocabulary)
-        self._tokens: dict[int, str] = {token_id: token for token, token_id in vocabulary.items()}
+        self._tokens = dict(zip(vocabulary.values(), vocabulary, strict=True))
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
         self.added_tokens = {token.content: token for token in added.values()}
         self.kind, self._strip_space = self._decoder_kind()
         bytes_of = byte_level_bytes if self.kind == "byte-level" else sentencepiece_bytes
-        self._bytes = {i: token.encode() if i in added else bytes_of(token) for i, token in self._tokens.items()}
-        self._visible = self._bytes | dict.fromkeys(self.special_ids, b"")
+        known = {i: self._tokens[i].encode() for i in added}
+        self._bytes = TokenBytes(self._tokens, bytes_of, known)
+        self._visible = TokenBytes(self._tokens, bytes_of, known | dict.fromkeys(self.special_ids, b""))
         self.bos_id = self._check_id("bos", bos_id)
         self.eos_ids = tuple(dict.fromkeys(i for i in eos_ids if self._check_id("eos", i) is not None))
         self.add_bos = add_bos and self.bos_id is not None
@@ -182,6 +192,8 @@ class Tokenizer:
             names.setdefault("bos_token", self._tokens[self.bos_id])
         if self.eos_ids:
             names.setdefault("eos_token", self._tokens[self.eos_ids[0]])
+        from fabula.text.template import ChatTemplate
+
         return ChatTemplate(source, path=self.path, special_tokens=names)
 
     # ---- Decoding ---------------------------------------------------------------------------------------------------
@@ -238,8 +250,15 @@ def build_backend(description: str | bytes, path: Path) -> tokenizers.Tokenizer:
     if len(data) > MAX_TOKENIZER_BYTES:
         raise TokenizerError(f"{path}: the tokenizer has {len(data)} bytes, at most {MAX_TOKENIZER_BYTES}", path=path)
     parse_json_object(data, path=path)
-    try:
+    with building(path):
         return tokenizers.Tokenizer.from_buffer(data)
+
+
+@contextmanager
+def building(path: Path) -> Iterator[None]:
+    """Every way in which the library may fail to make a tokenizer becomes TokenizerError."""
+    try:
+        yield
     except BaseException as error:
         # A panic of the Rust library is no Exception, and must not end the process.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):

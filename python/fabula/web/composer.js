@@ -1,14 +1,8 @@
 // Where a message is written. It grows, keeps its draft over reloads, and tells whether the message fits.
 
+import { draftKey, draftOf, keepDraft } from "./drafts.js";
 import { t } from "./i18n.js";
 import { h, icon } from "./ui.js";
-
-const draftKey = (state) => `fabula.draft.${state.session?.session_id || "new"}`;
-
-function keepDraft(key, text) {
-  if (text) localStorage.setItem(key, text);
-  else localStorage.removeItem(key);
-}
 
 /** @param onsend called when a message goes off, however it was sent. */
 export function mountComposer(root, store, onsend) {
@@ -17,7 +11,7 @@ export function mountComposer(root, store, onsend) {
   const button = h("button.send", { type: "submit", title: t("send"), "aria-label": t("send") }, icon("send"));
   const form = h("form.composer", { onsubmit: (event) => { event.preventDefault(); if (store.state.live.size) store.do.stop(); else send(); } }, box, button);
   root.append(warning, form);
-  let counting = 0, shownKey = draftKey(store.state), visits = 0;
+  let counting = 0, shownKey = draftKey("draft", store.state), visits = 0;
 
   function grow() {
     box.style.setProperty("block-size", "auto");
@@ -33,7 +27,7 @@ export function mountComposer(root, store, onsend) {
     onsend();
     if (await store.do.send(text)) return;
     // Refused, or stopped before its first word: the words go back, to where they were written.
-    if (visits !== mine) { if (!localStorage.getItem(kept)) keepDraft(kept, text); return; }
+    if (visits !== mine) { if (!draftOf(kept)) keepDraft(kept, text); return; }
     if (box.value) return;
     box.value = text;
     keepDraft(shownKey, text);
@@ -51,9 +45,9 @@ export function mountComposer(root, store, onsend) {
   });
 
   function draw(state, changed) {
-    const key = draftKey(state);
+    const key = draftKey("draft", state);
     if (key !== shownKey) {
-      if (changed.has("opened")) { visits++; box.value = localStorage.getItem(key) || ""; grow(); }
+      if (changed.has("opened")) { visits++; box.value = draftOf(key); grow(); }
       else { keepDraft(shownKey, ""); keepDraft(key, box.value); } // the first message began a session: what was typed since goes with it
       shownKey = key;
     }
@@ -65,7 +59,7 @@ export function mountComposer(root, store, onsend) {
     warning.hidden = !(count && !count.fits && box.value);
     if (!warning.hidden) warning.textContent = t("contextFull", { used: count.prompt_tokens, all: count.context });
   }
-  box.value = localStorage.getItem(shownKey) || "";
+  box.value = draftOf(shownKey);
   grow();
   draw(store.state, new Set(["session"]));
   if (matchMedia("(hover: hover)").matches) box.focus();

@@ -6,13 +6,13 @@
 
 import { page } from "./app.js";
 import { closerElement } from "./closer.js";
+import { draftKey, draftOf, keepDraft } from "./drafts.js";
 import { t } from "./i18n.js";
 import { openNotes } from "./notes.js";
 import { openSettings } from "./settings.js";
 import { download, h, icon, iconButton, menu } from "./ui.js";
 
 const WAYS = 3, PIECE = 60; // ways offered at once; tokens of a piece, unless the settings say how long
-const draftKey = (state) => `fabula.story.${state.session?.session_id || "new"}`;
 
 export function mountStory(root, store) {
   const paper = h("textarea.paper", { "aria-label": t("story"), placeholder: t("storyPlaceholder"), spellcheck: false, id: "paper" });
@@ -42,21 +42,20 @@ export function mountStory(root, store) {
   const partOf = (turn) => (turn.frozen ? "" : turn.prompt + turn.text);
   const textOf = (state) => state.path.map((id) => partOf(state.turns.get(id))).join("");
   let told = ""; // what the turns of the path say
-  let shownKey = draftKey(store.state), visits = 0;
-  let draft = localStorage.getItem(shownKey) || ""; // words that differ from it, as long as they are not told
+  let shownKey = draftKey("story", store.state), visits = 0;
+  let draft = draftOf(shownKey); // words that differ from it, as long as they are not told
 
   function grow() {
     paper.style.setProperty("block-size", "auto");
     paper.style.setProperty("block-size", `${paper.scrollHeight + 8}px`);
     words.textContent = t("wordsOf", { n: (paper.value.match(/\S+/g) || []).length });
   }
-  function keepDraft(key, text) {
+  function remember(key, text) {
     draft = text;
-    if (text) localStorage.setItem(key, text);
-    else localStorage.removeItem(key);
+    keepDraft(key, text);
   }
   function keep() {
-    keepDraft(shownKey, paper.value === told ? "" : paper.value);
+    remember(shownKey, paper.value === told ? "" : paper.value);
     grow();
   }
   paper.addEventListener("input", keep);
@@ -92,7 +91,7 @@ export function mountStory(root, store) {
     if (mine !== visits) return; // another story is shown by now
     if (!isTold) { draw(store.state, new Set(["tree"])); return; } // refused: the draft is still there
     const all = textOf(store.state) + behind;
-    keepDraft(shownKey, behind.trim() ? all : "");
+    remember(shownKey, behind.trim() ? all : "");
     if (n > 1) await store.do.branch(n, null, { max_tokens: length() });
     draw(store.state, new Set(["tree"]));
   }
@@ -116,11 +115,11 @@ export function mountStory(root, store) {
     ways.disabled = busy;
     closer.disabled = busy || !state.headId;
     back.disabled = !state.headId || busy;
-    const key = draftKey(state);
+    const key = draftKey("story", state);
     if (key !== shownKey) {
       const words = draft;
-      if (changed.has("opened")) { visits++; draft = localStorage.getItem(key) || ""; }
-      else { keepDraft(shownKey, ""); keepDraft(key, words); } // the first words began a session
+      if (changed.has("opened")) { visits++; draft = draftOf(key); }
+      else { keepDraft(shownKey, ""); remember(key, words); } // the first words began a session
       shownKey = key;
     }
     if (changed.has("session") || changed.has("tree") || changed.has("opened")) {

@@ -80,7 +80,7 @@ struct setting {
                 round_head(c.k, k.data(), dim, &keys[(size_t)(p * n_kv + h) * dim]);
                 round_head(c.v, v.data(), dim, &values[(size_t)(p * n_kv + h) * dim]);
                 if (own[(size_t)(p / 32)] >= 0)
-                    access_slab_write(pool, own[(size_t)(p / 32)], LAYER, h, p % 32, k.data(), v.data());
+                    access_slab_write(pool, own[(size_t)(p / 32)], LAYER, h, p % 32, true, k.data(), v.data());
             }
         pages.push_back(own);
         first_row.push_back(n_rows);

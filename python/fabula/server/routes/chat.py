@@ -9,7 +9,6 @@ from typing import Any
 from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
-from fabula.engine.sampling import SamplingParams
 from fabula.server.answering import Made, answered
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.replies import AnswerReply, BegunReply, BranchesReply
@@ -31,10 +30,8 @@ routes = Blueprint("chat", __name__)
 
 @contextmanager
 def _joined(state: Server, tenant: str, data: Opening) -> Iterator[Session]:
-    settings: dict[str, Any] = {"system": data.system, "title": data.title, "context_policy": data.policy()}
-    if data.sampling is not None:
-        settings["sampling"] = data.sampling.params(SamplingParams())
-    with state.joined(tenant, data.session_id, data.model, **settings) as session:
+    settings = {"system": data.system, "title": data.title, "context_policy": data.policy()}
+    with state.joined(tenant, data.session_id, data.model, data.sampling, **settings) as session:
         state.limits.check_turns(session)
         yield session
 

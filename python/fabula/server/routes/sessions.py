@@ -8,12 +8,13 @@ from pydantic import BaseModel, Field
 from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
+from fabula.server.changing import Changed, changed
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.failures import ApiError
 from fabula.server.limits import HIDDEN
 from fabula.server.replies import SessionReply, SessionsReply, TreeReply
 from fabula.server.schemas import SettingsBody
-from fabula.server.state import server
+from fabula.server.state import Server, server
 from fabula.server.stream import dumps
 from fabula.sessions.keeper import params_json
 from fabula.sessions.session import Session
@@ -108,17 +109,14 @@ async def session(id: str) -> Any:
 @fails(*WRITING)
 async def change(id: str, data: SettingsBody) -> Any:
     """Changes settings of a session, for what is said from now on."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, dict[str, Any]]:
+    def configure(state: Server, tenant: str) -> Changed:
         session = state.open(tenant, id)
         params = data.sampling.changed(session.params) if data.sampling is not None else None
         session.configure(title=data.title, system=data.system, sampling=params, tags=data.tags)
         return session, about(session)
 
-    session, told = await state.call(work)
-    state.feed.changed(session, "settings")
-    return told
+    return await changed("settings", configure)
 
 
 @routes.get("/sessions/<id>/tree")

@@ -8,7 +8,7 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
-from fabula.engine.sampling import SamplingParams
+from fabula.server.changing import Changed, changed
 from fabula.server.describe import WRITING, fails
 from fabula.server.failures import ApiError, not_found
 from fabula.server.replies import (
@@ -32,8 +32,7 @@ from fabula.server.schemas import (
     TurnBody,
     WriteBody,
 )
-from fabula.server.state import server
-from fabula.sessions.session import Session
+from fabula.server.state import Server, server
 
 routes = Blueprint("walk", __name__)
 
@@ -45,17 +44,14 @@ routes = Blueprint("walk", __name__)
 @fails(*WRITING)
 async def rollback(data: RollbackBody) -> Any:
     """Goes back (or across) to a turn. An answer that is being made stops first. Nothing is computed."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, dict[str, Any]]:
+    def change(state: Server, tenant: str) -> Changed:
         session = state.open(tenant, data.session_id)
         session.rollback(data.target_turn)
         freed = session.prune(session.head) if data.prune else 0
         return session, head_json(session) | {"freed_bytes": freed}
 
-    session, told = await state.call(work)
-    state.feed.changed(session, "tree" if data.prune else "head")
-    return told
+    return await changed("tree" if data.prune else "head", change)
 
 
 @routes.post("/redo")
@@ -65,16 +61,13 @@ async def rollback(data: RollbackBody) -> Any:
 @fails(*WRITING)
 async def redo(data: SessionBody) -> Any:
     """Takes the last rollback back."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, dict[str, Any]]:
+    def change(state: Server, tenant: str) -> Changed:
         session = state.open(tenant, data.session_id)
         session.redo()
         return session, head_json(session)
 
-    session, told = await state.call(work)
-    state.feed.changed(session, "head")
-    return told
+    return await changed("head", change)
 
 
 @routes.post("/fork")
@@ -103,17 +96,14 @@ async def fork(data: ForkBody) -> Any:
 @fails(*WRITING)
 async def delete_session(data: SessionBody) -> Any:
     """Deletes a session, but for turns that forks go on from. An answer that is being made stops first."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, int]:
+    def change(state: Server, tenant: str) -> Changed:
         session = state.workspace.open(data.session_id, tenant=tenant)
         freed = session.delete()
         state.forget(session)
-        return session, freed
+        return session, {"session_id": session.id, "freed_bytes": freed}
 
-    session, freed = await state.call(work)
-    state.feed.changed(session, "deleted")
-    return {"session_id": session.id, "freed_bytes": freed}
+    return await changed("deleted", change)
 
 
 @routes.post("/stop")
@@ -149,21 +139,16 @@ async def stop(data: StopBody) -> Any:
 @fails(*WRITING)
 async def write(data: WriteBody) -> Any:
     """Adds a piece to a story as its author wrote it, or a note for the model; nothing is computed."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, dict[str, Any]]:
+    def change(state: Server, tenant: str) -> Changed:
         state.limits.check_text(data.text, "text")
-        settings: dict[str, Any] = {"title": data.title, "context_policy": data.context_policy}
-        if data.sampling is not None:
-            settings["sampling"] = data.sampling.params(SamplingParams())
-        with state.joined(tenant, data.session_id, data.model, **settings) as session:
+        settings = {"title": data.title, "context_policy": data.context_policy}
+        with state.joined(tenant, data.session_id, data.model, data.sampling, **settings) as session:
             state.limits.check_turns(session)
             session.write(data.text, frozen=data.frozen)
         return session, head_json(session)
 
-    session, told = await state.call(work)
-    state.feed.changed(session, "tree")
-    return told
+    return await changed("tree", change)
 
 
 @routes.post("/rewrite")
@@ -173,18 +158,15 @@ async def write(data: WriteBody) -> Any:
 @fails(*WRITING)
 async def rewrite(data: RewriteBody) -> Any:
     """Puts other words in place of an answer, beside it; nothing is computed. `/continue` goes on with them."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, dict[str, Any]]:
+    def change(state: Server, tenant: str) -> Changed:
         state.limits.check_text(data.text, "text")
         session = state.open(tenant, data.session_id)
         state.limits.check_turns(session)
         session.rewrite(data.turn, data.text)
         return session, head_json(session)
 
-    session, told = await state.call(work)
-    state.feed.changed(session, "tree")
-    return told
+    return await changed("tree", change)
 
 
 @routes.post("/turn_tokens")
@@ -229,14 +211,11 @@ async def alternatives(data: AlternativesBody) -> Any:
 @fails(*WRITING)
 async def tags(data: TagBody) -> Any:
     """Gives a turn a name, or takes one away."""
-    state, tenant = server(), g.tenant
 
-    def work() -> tuple[Session, dict[str, Any]]:
+    def change(state: Server, tenant: str) -> Changed:
         session = state.open(tenant, data.session_id)
         (session.untag if data.remove else session.tag)(data.turn, data.tag)
         turn = session.turn(data.turn)
         return session, {"turn_id": turn.id, "tags": sorted(turn.tags)}
 
-    session, told = await state.call(work)
-    state.feed.changed(session, "tags", **told)
-    return told
+    return await changed("tags", change, tell=True)

@@ -1,4 +1,4 @@
-"""Sequences that draw behind one prompt read its K and V once, together: the bits of each alone."""
+"""Attention over pages: the bits of each sequence alone, whoever reads the same K and V, and whatever pages held."""
 
 from __future__ import annotations
 
@@ -66,3 +66,28 @@ def test_shared_blocks_give_the_bits_of_each_alone(tiny_folder: Path, kv: Any, h
         for sequence in [*copies, *sequences]:
             sequence.close()
     runner.close()
+
+
+@pytest.mark.parametrize("kv", [(DType.BF16, DType.BF16), *KVS])
+def test_what_lies_in_unwritten_places_of_a_page_counts_for_nothing(tiny_folder: Path, kv: Any) -> None:
+    """Pages full of NaN: prompts, steps and forks of odd and even lengths give the same bits as in clean ones."""
+    rng = np.random.default_rng(6)
+    ids = rng.integers(0, tiny.VOCAB, 80).astype(np.int32)
+    results = []
+    for poisoned in (False, True):
+        runner = load(tiny_folder, kv, 2, "auto")
+        if poisoned:
+            noise = np.full(runner.pool.page_bytes, 0xFF, np.uint8)
+            for page in range(runner.pool.n_pages):
+                runner.pool.native.write(page, noise)
+        found = []
+        with runner.sequence() as text, runner.sequence(Window(20, 3)) as sliding:
+            for n in (1, 2, 5, 8, 33, 64, 65, 80):
+                for sequence in (text, sliding):
+                    found.append(runner.prefill(sequence, ids[sequence.n_tokens : n]))
+                with text.fork(n - 1) as other:
+                    found.append(runner.prefill(other, ids[-1:]))
+        results.append(np.stack(found))
+        runner.close()
+    assert np.isfinite(results[0]).all()
+    np.testing.assert_array_equal(results[0], results[1])

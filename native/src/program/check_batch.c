@@ -1,0 +1,82 @@
+/* check_batch.c - whether a program can run over a batch: sizes, tokens, pages. See program.h. */
+#include "program/program.h"
+
+#include "base/status.h"
+
+enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *pool) {
+    FB_REQUIRE(pool->n_layers == p->shape.n_layers && pool->n_kv_heads == p->shape.n_kv_heads &&
+                   pool->head_dim == p->shape.head_dim,
+        "the page pool has %d layers, %d KV heads of %d; the program has %d, %d of %d", pool->n_layers,
+        pool->n_kv_heads, pool->head_dim, p->shape.n_layers, p->shape.n_kv_heads, p->shape.head_dim);
+    return FB_OK;
+}
+
+static enum fb_status check_sequence(const fb_page_pool *pool, const struct fb_sequence *s, int32_t index) {
+    FB_REQUIRE(s->n_tokens >= 1 && s->n_past >= 0, "sequence %d: n_tokens %d must be 1 or more, n_past %d 0 or more",
+        index, s->n_tokens, s->n_past);
+    int64_t end = (int64_t)s->n_past + s->n_tokens;
+    FB_REQUIRE(end <= INT32_MAX, "sequence %d: %lld positions are too many", index, (long long)end);
+    int64_t needed = (end + FB_PAGE_POSITIONS - 1) / FB_PAGE_POSITIONS;
+    FB_REQUIRE(s->pages && s->n_pages >= needed, "sequence %d: %d pages for %lld positions, %lld are needed", index,
+        s->n_pages, (long long)end, (long long)needed);
+    FB_REQUIRE(s->window >= 0 && s->n_sinks >= 0 && s->n_sinks <= (s->window ? FB_PAGE_POSITIONS : 0),
+        "sequence %d: window %d must be 0 or more, n_sinks %d 0 .. %d", index, s->window, s->n_sinks,
+        s->window ? FB_PAGE_POSITIONS : 0);
+    const int32_t first_visible = fb_lowest_visible(s, 0, s->n_past) / FB_PAGE_POSITIONS;
+    for (int32_t i = 0; i < (int32_t)needed; i++) {
+        const bool hidden = i < first_visible && !(i == 0 && s->n_sinks > 0);
+        FB_REQUIRE((hidden && s->pages[i] == -1) || (s->pages[i] >= 0 && s->pages[i] < pool->n_pages),
+            "sequence %d: page %d of a pool of %d", index, s->pages[i], pool->n_pages);
+    }
+    return FB_OK;
+}
+
+/* No page may be written by two sequences of the batch. (One may read what lies before in a page that another writes:
+ * the positions differ.) Quadratic in the written pages, which are few: one a sequence in decode, the chunk's in
+ * prefill. */
+static enum fb_status check_writers(const struct fb_batch *batch) {
+    for (int32_t a = 1; a < batch->n_sequences; a++) {
+        const struct fb_sequence *writer = &batch->sequences[a];
+        const int32_t first = writer->n_past / FB_PAGE_POSITIONS;
+        const int32_t last = (writer->n_past + writer->n_tokens - 1) / FB_PAGE_POSITIONS;
+        for (int32_t b = 0; b < a; b++) {
+            const struct fb_sequence *other = &batch->sequences[b];
+            const int32_t from = other->n_past / FB_PAGE_POSITIONS;
+            const int32_t to = (other->n_past + other->n_tokens - 1) / FB_PAGE_POSITIONS;
+            for (int32_t i = first; i <= last; i++)
+                for (int32_t j = from; j <= to; j++)
+                    FB_REQUIRE(writer->pages[i] != other->pages[j], "sequences %d and %d both write page %d", a, b,
+                        writer->pages[i]);
+        }
+    }
+    return FB_OK;
+}
+
+enum fb_status fb_check_batch(
+    const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits) {
+    FB_REQUIRE(
+        batch->struct_size == sizeof *batch, "batch.struct_size is %u, must be %zu", batch->struct_size, sizeof *batch);
+    FB_REQUIRE(batch->n_tokens >= 1 && batch->n_tokens <= p->shape.max_tokens, "n_tokens is %d, must be 1 .. %d",
+        batch->n_tokens, p->shape.max_tokens);
+    FB_REQUIRE(batch->tokens && batch->sequences && batch->n_sequences >= 1, "tokens or sequences are missing");
+    FB_REQUIRE(batch->n_outputs >= 0 && batch->n_outputs <= batch->n_tokens && (batch->outputs || !batch->n_outputs),
+        "n_outputs is %d, must be 0 .. %d", batch->n_outputs, batch->n_tokens);
+    const int32_t n_rows = p->ops[p->n_ops - 1].weight->n_rows;
+    FB_REQUIRE(n_logits == (size_t)batch->n_outputs * (size_t)n_rows, "room for %zu logits, %d outputs x %d are needed",
+        n_logits, batch->n_outputs, n_rows);
+    for (int32_t i = 0; i < batch->n_tokens; i++)
+        FB_REQUIRE(batch->tokens[i] >= 0 && batch->tokens[i] < p->shape.vocab_size,
+            "token %d is id %d, the vocabulary has %d", i, batch->tokens[i], p->shape.vocab_size);
+    int64_t n_tokens = 0;
+    for (int32_t i = 0; i < batch->n_sequences; i++) {
+        FB_TRY(check_sequence(pool, &batch->sequences[i], i));
+        n_tokens += batch->sequences[i].n_tokens;
+    }
+    FB_REQUIRE(n_tokens == batch->n_tokens, "the sequences hold %lld tokens, the batch %d", (long long)n_tokens,
+        batch->n_tokens);
+    for (int32_t i = 0; i < batch->n_outputs; i++)
+        FB_REQUIRE(batch->outputs[i] >= 0 && batch->outputs[i] < batch->n_tokens &&
+                       (i == 0 || batch->outputs[i] > batch->outputs[i - 1]),
+            "outputs[%d] is row %d: rows must ascend within 0 .. %d", i, batch->outputs[i], batch->n_tokens - 1);
+    return check_writers(batch);
+}

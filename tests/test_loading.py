@@ -1,0 +1,172 @@
+"""What happens before the first token: what is imported, in which order tensors are read, and what is put off."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fabula import Model, ModelFileError, SamplingParams, _native
+from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+from fabula.models import packing
+from fabula.models.packing import Packer, Packing, Part
+from fabula.text.tokenizer import Tokenizer
+
+COLUMNS = 32
+
+
+class Files:
+    """A checkpoint in memory that knows how much of what it gave out is still held."""
+
+    path, format = Path("files"), "safetensors"
+    config: Mapping[str, Any] = {}
+    metadata: Mapping[str, Any] = {}
+
+    def __init__(self, rows: list[int], broken: tuple[int, ...] = ()) -> None:
+        rng = np.random.default_rng(5)
+        self.arrays = {f"t{i}": rng.standard_normal((n, COLUMNS)).astype(np.float32) for i, n in enumerate(rows)}
+        self.tensors = {n: TensorInfo(n, DType.F32, a.shape, a.nbytes) for n, a in self.arrays.items()}
+        self.broken = {f"t{i}" for i in broken}
+        self.held = self.most_held = 0
+        self.threads: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        self.threads.add(threading.current_thread().name)
+        if name in self.broken:
+            raise ModelFileError(f"{name} is broken")
+        raw = self.arrays[name].view(np.uint8).reshape(-1).copy()
+        with self._lock:
+            self.held += raw.nbytes
+            self.most_held = max(self.most_held, self.held)
+        weakref.finalize(raw, self._drop, raw.nbytes)
+        return raw
+
+    def _drop(self, n_bytes: int) -> None:
+        with self._lock:
+            self.held -= n_bytes
+
+    def close(self) -> None:
+        pass
+
+
+def packings_of(files: Files) -> list[Packing]:
+    """Each tensor a weight, but the last two one weight: they share a panel."""
+    infos = list(files.tensors.values())
+    found = [Packing(_native.Weight(DType.F16, i.shape[0], COLUMNS), [Part(i, 0)]) for i in infos[:-2]]
+    first, second = infos[-2:]
+    both = _native.Weight(DType.F16, first.shape[0] + second.shape[0], COLUMNS)
+    return [*found, Packing(both, [Part(first, 0), Part(second, first.shape[0])])]
+
+
+def rows_of(weight: _native.Weight) -> npt.NDArray[np.float32]:
+    return np.stack([weight.row(i) for i in range(weight.n_rows)])
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("large", [1, 5000, 1 << 20])
+def test_weights_are_packed_alike_by_any_threads(n_threads: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "LARGE", large)
+    files = Files([400, *[20 + i for i in range(60)], 7, 12])
+    packings, told = packings_of(files), list[int]()
+    checkpoint: Checkpoint = files
+    assert Packer(checkpoint, n_threads, told.append).pack(packings) == []
+    for item in packings:
+        wanted = np.concatenate([files.arrays[part.info.name] for part in item.parts])
+        np.testing.assert_array_equal(rows_of(item.weight), wanted.astype(np.float16).astype(np.float32))
+    assert sum(told) == sum(info.n_bytes for info in files.tensors.values())
+    assert files.most_held <= files.tensors["t0"].n_bytes  # no more than the largest tensor
+
+
+def test_threads_that_no_tensor_is_large_enough_for_are_not_started() -> None:
+    files = Files([30] * 40)
+    Packer(files, 8, lambda _: None).pack(packings_of(files))
+    assert files.threads == {threading.current_thread().name}
+    assert files.most_held == files.tensors["t0"].n_bytes
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_a_tensor_that_cannot_be_read_ends_it(n_threads: int) -> None:
+    files = Files([400, *[20] * 60], broken=(30, 31, 32, 33))
+    with pytest.raises(ModelFileError, match=r"t3[0-3] is broken"):
+        Packer(files, n_threads, lambda _: None).pack(packings_of(files))
+    assert not [thread for thread in threading.enumerate() if thread.name == "fabula-pack"]
+    assert not files.held
+
+
+def test_what_is_not_finite_is_told_in_order() -> None:
+    files = Files([400, *[20] * 60])
+    for name in ("t40", "t3", "t60"):
+        files.arrays[name][5, 5] = 1e30  # beyond f16
+    damaged = Packer(files, 4, lambda _: None).pack(packings_of(files))
+    assert [name for name, _ in damaged] == ["t3", "t40", "t60"]
+
+
+def test_progress_comes_from_the_thread_that_loads(tiny_folder: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    threads: set[int] = set()
+
+    def progress(done: int, total: int) -> None:
+        steps.append((done, total))
+        threads.add(threading.get_ident())
+
+    Model.load(tiny_folder, threads=3, load_progress=progress).close()
+    assert threads == {threading.get_ident()}
+    assert steps == sorted(steps) and len({total for _, total in steps}) == 1
+    done, total = steps[-1]
+    assert 0 < done <= total
+
+
+def test_a_progress_that_raises_ends_loading(tiny_folder: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        raise KeyError(done, total)
+
+    with pytest.raises(KeyError):
+        Model.load(tiny_folder, threads=2, load_progress=progress)
+    assert not [thread for thread in threading.enumerate() if thread.name == "fabula-pack"]
+
+
+# ---- Put off ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_found_when_it_is_asked_for(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    found = Tokenizer.fingerprint.fget
+    assert found is not None
+
+    def fingerprint(tokenizer: Tokenizer) -> str:
+        asked.append(1)
+        return str(found(tokenizer))
+
+    monkeypatch.setattr(Tokenizer, "fingerprint", property(fingerprint))
+    with Model.load(tiny_folder, threads=1) as model:
+        model.generate("a", SamplingParams(max_tokens=1)).text()
+        assert not asked
+        first = model.fingerprint
+        assert first.tokenizer == found(model.tokenizer)
+        assert model.session()._host.fingerprint == first.key
+        assert model.fingerprint is first and len(asked) == 1
+    with Model.load(tiny_folder, threads=1) as again:
+        session = again.session()
+    assert session._host.fingerprint == first.key  # also when the model is closed
+
+
+def test_a_first_token_imports_no_more_than_it_needs(tiny_folder: Path) -> None:
+    code = (
+        "import sys; from fabula import Model, SamplingParams; m = Model.load(sys.argv[1], threads=1);"
+        "next(m.generate('a', SamplingParams(max_tokens=1))); m.close();"
+        "others = ('sqlalchemy', 'alembic', 'jinja2', 'asyncio', 'subprocess', 'zipfile', 'quart', 'llguidance');"
+        "print([name for name in others if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
