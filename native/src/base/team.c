@@ -43,9 +43,15 @@ void fb_barrier_wait(struct fb_barrier *barrier, int n_threads) {
 
 /* A team of n that stands still for more than this share of its time is slower than one of n - 1: it would be at 1 / n if
  * n threads did n times as much, which memory does not let them. Times are those in which the system puts threads aside
- * for each other, some milliseconds, and how long a neighbour may be gone unnoticed. */
+ * for each other, some milliseconds, what waking a thread never takes, and how long a neighbour may be gone unnoticed. */
 static const double LOST_OF_A_THREAD = 0.6;
-enum { WINDOW_NS = 20000000, TRIAL_NS = 6000000, FIRST_REST_NS = 30000000, LONGEST_REST_NS = 500000000 };
+enum {
+    WINDOW_NS = 20000000,
+    TRIAL_NS = 6000000,
+    CERTAIN_NS = 1000000,
+    FIRST_REST_NS = 30000000,
+    LONGEST_REST_NS = 1000000000
+};
 
 int fb_crew_size(const struct fb_crew *crew, int full, int64_t now_ns) {
     return crew->size == 0 || crew->size >= full || now_ns >= crew->rest_until_ns ? full : crew->size;
@@ -56,8 +62,9 @@ void fb_crew_learn(struct fb_crew *crew, int full, int used, int64_t now_ns, int
     const bool is_trial = crew->size != 0 && used == full;
     crew->run_ns += run_ns;
     crew->lost_ns += lost_ns;
-    if (crew->run_ns < (is_trial ? TRIAL_NS : WINDOW_NS)) return;
     const bool is_slow = (double)crew->lost_ns * used > LOST_OF_A_THREAD * (double)crew->run_ns;
+    const bool is_plain = is_trial && is_slow && crew->lost_ns > CERTAIN_NS; /* a trial that fails is over at once */
+    if (crew->run_ns < (is_trial ? TRIAL_NS : WINDOW_NS) && !is_plain) return;
     crew->run_ns = crew->lost_ns = 0;
     if (!is_slow) {
         if (is_trial) *crew = (struct fb_crew){0};

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from fabula._native import PAGE_POSITIONS
@@ -101,6 +101,8 @@ class Fabula:
         del shared  # the cache of prefixes finds it
         self._model.clear_cache()
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens + 1, ignore_eos=True)
+        for ids in prompts:  # or the first would have answered before the last is read
+            self._model.generate(ids, replace(params, max_tokens=1)).text()
         times: list[list[float]] = [[] for _ in prompts]
 
         def drain(generation: Generation, out: list[float]) -> None:
