@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
 
-.PHONY: run test lint sanitize aarch64 format clean
+.PHONY: run test lint sanitize aarch64 cuda format clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
@@ -19,12 +19,12 @@ lint: $(VENV)/linted-with
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 format: $(VENV)/linted-with
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 # The C tests, and the Python tests that drive the library hardest, on a build with AddressSanitizer and UBSan.
 sanitize: $(VENV)/tested-with
@@ -33,6 +33,10 @@ sanitize: $(VENV)/tested-with
 # The C tests on AArch64, cross-compiled and run under qemu-user.
 aarch64: $(VENV)/tested-with
 	PYTHON=$(abspath $(BIN)/python) sh tests/native/aarch64.sh
+
+# The kernels for NVIDIA GPUs: that they compile and link. Their arithmetic is tested on the CPU, by `ctest`.
+cuda: $(VENV)/tested-with
+	PYTHON=$(abspath $(BIN)/python) sh tests/native/cuda.sh
 
 $(BIN)/python:
 	@echo "making a virtual environment in $(VENV) and building Fabula there; this takes about a minute"

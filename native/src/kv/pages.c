@@ -21,9 +21,8 @@ static bool holds_kv(enum fb_dtype dtype) {
     return dtype == FB_F32 || dtype == FB_F16 || dtype == FB_BF16 || dtype == FB_Q8_0;
 }
 
-enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
-    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
-    FB_REQUIRE(out, "out is null");
+enum fb_status fb_page_pool_lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
+    int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out) {
     FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
         "K and V are held in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
     FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
@@ -36,21 +35,30 @@ enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype,
     if (!fb_size_multiply(k.bytes + v.bytes, (size_t)n_layers * (size_t)n_kv_heads, &page_bytes) ||
         !fb_size_multiply(page_bytes, (size_t)n_pages, &n_bytes))
         return fb_fail(FB_OUT_OF_MEMORY, "%d KV pages do not fit memory", n_pages);
-    struct fb_page_pool *pool = calloc(1, sizeof *pool);
-    char *memory = pool ? fb_memory_take(n_bytes) : NULL;
-    if (!memory) {
-        free(pool);
-        return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", n_pages, n_bytes);
-    }
-    *pool = (struct fb_page_pool){.k = k,
+    *out = (struct fb_page_pool){.k = k,
         .v = v,
         .n_pages = n_pages,
         .n_layers = n_layers,
         .n_kv_heads = n_kv_heads,
         .head_dim = head_dim,
         .page_bytes = page_bytes,
-        .n_bytes = n_bytes,
-        .memory = memory};
+        .n_bytes = n_bytes};
+    return FB_OK;
+}
+
+enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
+    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
+    FB_REQUIRE(out, "out is null");
+    struct fb_page_pool shape;
+    FB_TRY(fb_page_pool_lay_out(k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, &shape));
+    struct fb_page_pool *pool = calloc(1, sizeof *pool);
+    char *memory = pool ? fb_memory_take(shape.n_bytes) : NULL;
+    if (!memory) {
+        free(pool);
+        return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", n_pages, shape.n_bytes);
+    }
+    *pool = shape;
+    pool->memory = memory;
     *out = pool;
     return FB_OK;
 }

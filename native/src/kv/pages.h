@@ -33,6 +33,10 @@ struct fb_page_pool {
     char *memory;
 };
 
+/* Fills everything of a pool but its memory, which may lie elsewhere; checks as fb_page_pool_create does. */
+enum fb_status fb_page_pool_lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
+    int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out);
+
 /* A slab; it begins with K. */
 static inline char *fb_slab(const struct fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head) {
     const size_t index = (size_t)layer * (size_t)pool->n_kv_heads + (size_t)kv_head;

@@ -98,7 +98,7 @@ struct fb_program {
 size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
 
 /* Whether a pool has the program's shape, and whether a batch is whole: counts that agree, ids of the vocabulary, pages of the
- * pool, none of which two sequences write. */
+ * pool, none of which two sequences write. A pool's memory is not looked at. */
 enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *pool);
 enum fb_status fb_check_batch(
     const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits);

@@ -1,0 +1,161 @@
+/*
+ * kernels.h - the operators of programs as kernels of an NVIDIA GPU: what is launched with what.
+ *
+ * Every pointer below is one into device memory. Weights and pages lie there byte for byte as the CPU holds them (quant/layout.h,
+ * quant/weight.h, kv/pages.h), so they are copied and never repacked.
+ *
+ * Results do not depend on the batch: each sum has one order, which the shape alone decides.
+ *
+ *     products    columns come in chunks of 32 and at most 16 segments of whole chunks. A segment starts at 0 and takes its terms one
+ *                 by one in order of k with fused multiply-adds; the segments are then added in order. So one token and a thousand
+ *                 get the same bits, though other kernels compute them.
+ *     attention   keys come in blocks of 256 positions at fixed places, whose parts are merged in order, whether one block of
+ *                 threads walks them or many take one each.
+ *     norms       256 (of a head: 32) threads take every 256th number, warps fold by halves, warps are added in order.
+ *
+ * Against the CPU they differ by rounding: inputs of products stay f32, where the CPU rounds those of quantised weights to 8 bits
+ * and those of bf16 weights to bf16.
+ *
+ * A launch returns 0 or a cudaError_t. It waits for nothing.
+ */
+#ifndef FABULA_CUDA_KERNELS_H
+#define FABULA_CUDA_KERNELS_H
+
+#include "fabula.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef void *fb_cuda_stream; /* a cudaStream_t */
+
+enum { FB_CUDA_KEY_BLOCK = 256, FB_CUDA_FEW_TOKENS = 8 };
+
+struct fb_cuda_weight {
+    enum fb_dtype dtype;
+    int32_t n_rows, n_cols;
+    size_t panel_bytes;
+    const char *panels;
+};
+
+/* K or V of a slab, and the pool they lie in. */
+struct fb_cuda_part {
+    enum fb_dtype dtype;
+    int64_t elements, bytes;
+};
+
+struct fb_cuda_pages {
+    struct fb_cuda_part k, v;
+    int32_t n_kv_heads, head_dim;
+    int64_t page_bytes;
+    char *memory;
+};
+
+/* A sequence of the batch; its pages stand from `first_page` on in the batch's list of pages. */
+struct fb_cuda_sequence {
+    int32_t first_page, n_past, n_tokens, window, n_sinks;
+    int32_t first_row; /* of its first token in the batch */
+};
+
+/* What the tokens of a batch are. */
+struct fb_cuda_batch {
+    int32_t n_tokens, n_sequences;
+    const int32_t *tokens, *positions, *owners; /* [n_tokens]; owner: its sequence */
+    const struct fb_cuda_sequence *sequences;   /* [n_sequences] */
+    const int32_t *pages;
+};
+
+/* ---- Row by row (rows.cu) ---------------------------------------------------------------------------------------- */
+
+/* out[t] = scale * row tokens[t];  out [n_tokens][ld_out] */
+int fb_cuda_embed(const struct fb_cuda_weight *weight, const int32_t *tokens, int32_t n_tokens, float scale, float *out,
+    int64_t ld_out, fb_cuda_stream stream);
+
+/* out = in / sqrt(mean(in^2) + eps) * weight of each row; out may be in */
+int fb_cuda_rms_norm(const float *in, int64_t ld_in, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
+    float *out, int64_t ld_out, fb_cuda_stream stream);
+
+/* In place on heads side by side in each row: the first n_heads by q_weight, n_kv_heads behind them by k_weight. */
+int fb_cuda_head_norm(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
+    const float *q_weight, const float *k_weight, float eps, fb_cuda_stream stream);
+
+/* cos_sin and sink_turns [n_tokens][rotary_dim]: cosines of each pair, then sines, of a token's position, and of what turns its
+ * query to where sinks see it. Rows of tokens that see no sinks are left as they are in sink_turns. */
+int fb_cuda_angles(const struct fb_cuda_batch *batch, const float *inv_freq, int32_t rotary_dim, float rope_scale,
+    float *cos_sin, float *sink_turns, fb_cuda_stream stream);
+
+/* In place on the first n_heads heads of each row. */
+int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t head_dim, int32_t rotary_dim,
+    const float *cos_sin, fb_cuda_stream stream);
+
+/* K and V of each row (behind n_heads heads of q) into the pages. */
+int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,
+    const struct fb_cuda_pages *pages, int32_t layer, fb_cuda_stream stream);
+
+/* out[i] = in[rows[i]] */
+int fb_cuda_gather(const float *in, int64_t ld_in, const int32_t *rows, int32_t n_rows, int32_t n_cols, float *out,
+    int64_t ld_out, fb_cuda_stream stream);
+
+/* ---- Products (linear.cu) ---------------------------------------------------------------------------------------- */
+
+/* As struct fb_linear of ops/linear.h. x and ldx are multiples of 4 floats. */
+struct fb_cuda_linear {
+    struct fb_cuda_weight weight;
+    const float *x;
+    const float *bias;     /* [weight rows] or NULL */
+    const float *residual; /* [n_tokens][ld_residual] or NULL; may be out */
+    float *out;            /* [n_tokens][ld_out], its first `width` columns written */
+    int64_t ldx, ld_residual, ld_out;
+    int32_t n_tokens, width;
+    bool swiglu;
+    int32_t *non_finite; /* NULL, or set to 1 when a result is NaN or infinite */
+};
+
+int fb_cuda_multiply(const struct fb_cuda_linear *linear, fb_cuda_stream stream);
+
+/* ---- Attention (attention.cu) ------------------------------------------------------------------------------------ */
+
+/* Queries that a block of threads takes: rows first_row .. of a sequence, where row = token x (heads in a group) + head. */
+struct fb_cuda_tile {
+    int32_t sequence, first_row;
+};
+
+struct fb_cuda_attention {
+    struct fb_cuda_batch batch;
+    struct fb_cuda_pages pages;
+    int32_t layer, window, n_heads;
+    float scale;
+    const float *sink_turns; /* [n_tokens][rotary_dim] */
+    int32_t rotary_dim;
+    const float *q; /* [n_tokens][ldq] */
+    float *out;     /* [n_tokens][ld_out] */
+    int64_t ldq, ld_out;
+    const struct fb_cuda_tile *tiles; /* [n_tiles], of fb_cuda_tiles */
+    int32_t n_tiles, tile_rows;
+    int32_t n_parts; /* of the tile that has most, when split; 0: a block of threads walks all parts of its tile */
+    float *partials; /* fb_cuda_partial_floats, when split */
+};
+
+/* Rows of a tile for heads of this size: 4, 8 or 16. Few where key blocks are split, as in decoding. */
+int32_t fb_cuda_tile_rows(int32_t head_dim, bool is_split);
+
+/* Fills `tiles` (host memory; NULL only counts) and returns how many there are. *n_parts: parts of the longest. */
+int32_t fb_cuda_tiles(const struct fb_cuda_sequence *sequences, int32_t n_sequences, int32_t group, int32_t tile_rows,
+    int32_t window, struct fb_cuda_tile *tiles, int32_t *n_parts);
+
+/* Floats of partial results of a split attention. */
+size_t fb_cuda_partial_floats(const struct fb_cuda_attention *attention);
+
+int fb_cuda_attend(const struct fb_cuda_attention *attention, fb_cuda_stream stream);
+
+/* ---- Sampling (sample.cu) ---------------------------------------------------------------------------------------- */
+
+/* Of each row of logits: the first of its highest, and its natural log-probability. non_finite[row] becomes 1 if a logit is NaN or
+ * +infinity or none is finite, else 0; token and logprob of such a row mean nothing. */
+int fb_cuda_greedy(const float *logits, int64_t ld_logits, int32_t n_rows, int32_t vocab_size, int32_t *tokens,
+    float *logprobs, int32_t *non_finite, fb_cuda_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

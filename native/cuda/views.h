@@ -1,0 +1,17 @@
+/* views.h - weights and page pools of the library, which C++ cannot include, as kernels take them. Pointers are the host's. */
+#ifndef FABULA_CUDA_VIEWS_H
+#define FABULA_CUDA_VIEWS_H
+
+#include "kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+void fb_cuda_weight_view(const fb_weight *weight, struct fb_cuda_weight *out);
+void fb_cuda_pages_view(const fb_page_pool *pool, struct fb_cuda_pages *out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,28 @@
+/* access.c - see access.h. */
+#include "access.h"
+
+#include "kv/pages.h"
+#include "ops/attention.h"
+#include "quant/layout.h"
+
+void access_layout(enum fb_dtype dtype, int32_t numbers[5]) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    numbers[0] = layout.bits;
+    numbers[1] = layout.zero_shift ? 1 << layout.zero_shift : 0;
+    numbers[2] = layout.kind;
+    numbers[3] = layout.scale_bytes;
+    numbers[4] = layout.super_bytes;
+}
+
+void access_slab_write(fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position,
+    bool is_last, const float *k, const float *v) {
+    fb_slab_write(pool, &fb_kernels_reference, fb_slab(pool, page, layer, kv_head), position, is_last, k, v);
+}
+
+int32_t access_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position) {
+    return fb_lowest_visible(sequence, window, position);
+}
+
+bool access_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position) {
+    return fb_sees_sinks(sequence, window, position);
+}

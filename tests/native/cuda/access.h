@@ -1,0 +1,24 @@
+/* access.h - what tests in C++ need of the library's insides, which C++ cannot include. */
+#ifndef FABULA_TESTS_ACCESS_H
+#define FABULA_TESTS_ACCESS_H
+
+#include "fabula.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* fb_layout_of: bits, zero point, kind, scale_bytes, super_bytes */
+void access_layout(enum fb_dtype dtype, int32_t numbers[5]);
+
+/* fb_slab_write with the plain loops */
+void access_slab_write(
+    fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position, bool is_last, const float *k, const float *v);
+
+int32_t access_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position);
+bool access_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,303 @@
+/*
+ * emulate.h - kernels of a GPU as host code: each thread of a block is a fiber, blocks run one after the other.
+ *
+ * A fiber runs until it waits: at __syncthreads for all threads of its block, in a shuffle for the 32 of its warp. Shared memory is
+ * taken for each block from the heap and filled with NaN, so AddressSanitizer sees what lies outside and tests see what was not
+ * written. With `backward` set, blocks and threads run in falling order: results that then differ want a barrier.
+ *
+ * A launch fails, with a line on stderr, when no thread can go on: some have left, or wait elsewhere, while others wait for
+ * them; or if a shuffle names not the whole warp, or meets another kind of shuffle.
+ */
+#ifndef FABULA_TESTS_EMULATE_H
+#define FABULA_TESTS_EMULATE_H
+
+#include "quant/convert.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define FB_SHARED(type, name, count)                                                                                   \
+    static const char name##_place = 0;                                                                                \
+    type *const name = static_cast<type *>(emulate::shared(&name##_place, sizeof(type) * (size_t)(count)))
+#define FB_SHARED_FLOATS(name)                                                                                         \
+    float *const name = static_cast<float *>(emulate::shared(nullptr, emulate::dynamic_bytes))
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulate {
+
+enum { WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 256 << 10 };
+enum class state { ready, waiting, done };
+
+struct fiber {
+    ucontext_t context;
+    char *stack;
+    void *fake_stack; /* AddressSanitizer's */
+    state now;
+    unsigned n_shuffles;
+};
+
+struct warp {
+    int arrived;
+    unsigned n_lanes;
+    uint64_t values[2][WARP]; /* two, for a lane may be a shuffle ahead of others */
+    int kinds[2][WARP];
+};
+
+struct piece {
+    const void *place;
+    void *memory;
+};
+
+inline bool backward = false;
+inline long n_launches = 0;
+inline size_t dynamic_bytes = 0;
+inline std::vector<fiber> fibers;
+inline std::vector<warp> warps;
+inline std::vector<piece> pieces;
+inline unsigned n_threads, current;
+inline unsigned block_arrived;
+inline const char *failure;
+inline ucontext_t scheduler;
+inline void *scheduler_fake_stack;
+inline const void *scheduler_stack;
+inline size_t scheduler_stack_bytes;
+inline void (*body)(void *);
+inline void *body_context;
+
+/* ---- Fibers ------------------------------------------------------------------------------------------------------ */
+
+/* Back to the scheduler. A fiber that is done does not return from here. */
+inline void leave(bool is_done) {
+    fiber &self = fibers[current];
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(is_done ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_bytes);
+#else
+    (void)is_done;
+#endif
+    swapcontext(&self.context, &scheduler);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fibers[current].fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+}
+
+inline void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+    body(body_context);
+    fibers[current].now = state::done;
+    leave(true);
+}
+
+inline void enter(unsigned index) {
+    current = index;
+    threadIdx = dim3(index, 0, 0);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibers[index].stack, STACK_BYTES);
+#endif
+    swapcontext(&scheduler, &fibers[index].context);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void wait_here() {
+    fibers[current].now = state::waiting;
+    leave(false);
+}
+
+inline void fail(const char *what) {
+    failure = what;
+    wait_here(); /* for ever */
+}
+
+/* ---- What kernels call ------------------------------------------------------------------------------------------- */
+
+inline void sync_block() {
+    if (++block_arrived < n_threads) {
+        wait_here();
+        return;
+    }
+    block_arrived = 0;
+    for (unsigned i = 0; i < n_threads; i++)
+        fibers[i].now = state::ready;
+}
+
+/* Every lane's value to everybody of the warp. `kind` tells shuffles apart. */
+inline const uint64_t *exchange(uint64_t value, unsigned mask, int kind) {
+    if (mask != 0xFFFFFFFFu) fail("a shuffle names not the whole warp");
+    warp &w = warps[current / WARP];
+    const unsigned slot = fibers[current].n_shuffles++ % 2, lane = current % WARP;
+    w.values[slot][lane] = value;
+    w.kinds[slot][lane] = kind;
+    if (++w.arrived < WARP) {
+        wait_here();
+    } else {
+        w.arrived = 0;
+        for (unsigned i = 0; i < WARP; i++) {
+            fibers[current / WARP * WARP + i].now = state::ready;
+            if (w.kinds[slot][i] != kind) fail("lanes of a warp meet in different shuffles");
+        }
+    }
+    return w.values[slot];
+}
+
+template <class T> T shuffle(T value, unsigned mask, unsigned source, int kind) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles take up to 8 bytes");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    const uint64_t *all = exchange(bits, mask, kind);
+    memcpy(&value, &all[source % WARP], sizeof value);
+    return value;
+}
+
+/* The block's memory for one declaration, taken by the thread that comes first. Bytes of 0xFF are NaN. */
+inline void *shared(const void *place, size_t n_bytes) {
+    for (const piece &p : pieces)
+        if (p.place == place) return p.memory;
+    void *memory = aligned_alloc(16, (n_bytes + 15) / 16 * 16);
+    if (!memory) abort();
+    memset(memory, 0xFF, n_bytes);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(static_cast<char *>(memory) + n_bytes, (n_bytes + 15) / 16 * 16 - n_bytes);
+#endif
+    pieces.push_back({place, memory});
+    return memory;
+}
+
+/* ---- Launch ------------------------------------------------------------------------------------------------------ */
+
+inline void prepare(unsigned threads) {
+    while (fibers.size() < threads) {
+        void *stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stack == MAP_FAILED) abort();
+        fibers.push_back({});
+        fibers.back().stack = static_cast<char *>(stack);
+    }
+    warps.assign((threads + WARP - 1) / WARP, warp{});
+    block_arrived = 0;
+    n_threads = threads;
+    for (unsigned i = 0; i < threads; i++) {
+        fiber &f = fibers[i];
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(f.stack, STACK_BYTES);
+#endif
+        f.now = state::ready;
+        f.n_shuffles = 0;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack;
+        f.context.uc_stack.ss_size = STACK_BYTES;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, fiber_main, 0);
+    }
+}
+
+inline bool run_block() {
+    prepare(blockDim.x);
+    for (bool went_on = true, is_done = false; !is_done;) {
+        if (!went_on) {
+            failure = "threads wait for others that have left or wait elsewhere";
+            break;
+        }
+        went_on = false;
+        is_done = true;
+        for (unsigned i = 0; i < n_threads && !failure; i++) {
+            const unsigned index = backward ? n_threads - 1 - i : i;
+            if (fibers[index].now == state::ready) {
+                enter(index);
+                went_on = true;
+            }
+            is_done = is_done && fibers[index].now == state::done;
+        }
+        if (failure) break;
+    }
+    for (const piece &p : pieces) {
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(p.memory, 1);
+#endif
+        free(p.memory);
+    }
+    pieces.clear();
+    if (failure) fprintf(stderr, "a launch failed: %s\n", failure);
+    return !failure;
+}
+
+} // namespace emulate
+
+template <class... P>
+static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, void *,
+    typename std::common_type<P>::type... arguments) {
+    auto call = [&] { kernel(arguments...); };
+    assert(threads >= 1 && threads <= emulate::MOST_THREADS && threads % emulate::WARP == 0);
+    assert(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.y <= 65535 && grid.z <= 65535);
+    emulate::n_launches++;
+    emulate::failure = nullptr;
+    emulate::body = [](void *context) { (*static_cast<decltype(call) *>(context))(); };
+    emulate::body_context = &call;
+    emulate::dynamic_bytes = shared_bytes;
+    gridDim = grid;
+    blockDim = dim3(threads);
+    const unsigned n_blocks = grid.x * grid.y * grid.z;
+    for (unsigned b = 0; b < n_blocks; b++) {
+        const unsigned index = emulate::backward ? n_blocks - 1 - b : b;
+        blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+        if (!emulate::run_block()) return 1;
+    }
+    return 0;
+}
+
+#define __syncthreads emulate::sync_block
+
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+    return emulate::shuffle(value, mask, emulate::current % emulate::WARP ^ (unsigned)lanes, lanes);
+}
+
+template <class T> T __shfl_sync(unsigned mask, T value, int source) {
+    return emulate::shuffle(value, mask, (unsigned)source, -1);
+}
+
+inline float fb_float_of_f16(uint16_t half) {
+    return fb_f16_to_f32(half);
+}
+
+inline uint16_t fb_f16_of_float(float value) {
+    return fb_f32_to_f16(value);
+}
+
+inline float fb_float_of_bits(uint32_t bits) {
+    return fb_f32_from_bits(bits);
+}
+
+inline uint32_t fb_bits_of_float(float value) {
+    return fb_f32_bits(value);
+}
+
+inline void fb_load4(const float *from, float to[4]) {
+    assert(reinterpret_cast<uintptr_t>(from) % 16 == 0);
+    memcpy(to, from, 4 * sizeof *to);
+}
+
+#endif

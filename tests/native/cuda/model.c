@@ -1,0 +1,213 @@
+/* model.c - see model.h. */
+#include "model.h"
+
+#include "check.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { WIDTH = 256, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 64, INNER = 250, LAYERS = 2 };
+enum { QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, MOST_OPS = 1 + 12 * LAYERS + 3 };
+enum { STREAM, NORMED, HEADS_IN, HEADS_OUT, MLP, ENDS, ENDS_NORMED, N_BUFFERS };
+
+struct model {
+    fb_weight *weights[2 + 6 * LAYERS];
+    int32_t n_weights, n_ops;
+    float norm[WIDTH], bias[QKV], head_norm[HEAD_DIM], frequencies[HEAD_DIM / 2];
+    struct fb_op ops[MOST_OPS];
+    fb_program *program;
+};
+
+static uint64_t state = 1;
+
+static void fill(float *x, size_t n, float size) {
+    for (size_t i = 0; i < n; i++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        x[i] = (float)(int32_t)(state >> 32) / 2147483648.0f * size;
+    }
+}
+
+/* [n_rows, n_cols], or with `woven` two of n_rows for SwiGLU. */
+static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool woven) {
+    float *rows = malloc((size_t)n_rows * (size_t)n_cols * sizeof *rows);
+    fb_weight *weight = NULL;
+    CHECK(fb_weight_create(dtype, woven ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
+    for (int32_t half = 0; half < (woven ? 2 : 1); half++) {
+        fill(rows, (size_t)n_rows * (size_t)n_cols, 0.1f);
+        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, FB_F32, rows,
+                  (size_t)n_rows * (size_t)n_cols * sizeof *rows, n_rows, 1) == FB_OK);
+    }
+    free(rows);
+    return m->weights[m->n_weights++] = weight;
+}
+
+static struct fb_op *add(struct model *m, enum fb_op_kind kind, int32_t in, int32_t out, const fb_weight *weight) {
+    struct fb_op *op = &m->ops[m->n_ops++];
+    *op = (struct fb_op){
+        .kind = kind, .in = in, .out = out, .residual = -1, .weight = weight, .eps = 1e-5f, .scale = 1};
+    if (kind == FB_OP_RMS_NORM) {
+        op->vector = m->norm;
+        op->vector_length = WIDTH;
+    }
+    return op;
+}
+
+/* q and k in one matrix with a bias and v in another, head norms, a window in the second layer, embedding and output tied. */
+static void add_layer(struct model *m, int32_t layer) {
+    static const enum fb_dtype formats[LAYERS][5] = {
+        {FB_Q4_K, FB_Q8_0, FB_F32, FB_Q6_K, FB_F16}, {FB_IQ4_NL, FB_BF16, FB_Q5_1, FB_Q2_K, FB_F32}};
+    const enum fb_dtype *of = formats[layer];
+    const int32_t qk = (HEADS + KV_HEADS) * HEAD_DIM;
+    add(m, FB_OP_RMS_NORM, STREAM, NORMED, NULL);
+    struct fb_op *op = add(m, FB_OP_LINEAR, NORMED, HEADS_IN, matrix(m, of[0], qk, WIDTH, false));
+    op->vector = m->bias;
+    op->vector_length = qk;
+    add(m, FB_OP_LINEAR, NORMED, HEADS_IN, matrix(m, of[1], KV_HEADS * HEAD_DIM, WIDTH, false))->column = qk;
+    op = add(m, FB_OP_HEAD_NORM, HEADS_IN, -1, NULL);
+    op->vector = op->vector2 = m->head_norm;
+    op->vector_length = op->vector2_length = HEAD_DIM;
+    add(m, FB_OP_ROPE, HEADS_IN, -1, NULL);
+    add(m, FB_OP_KV_WRITE, HEADS_IN, -1, NULL)->layer = layer;
+    op = add(m, FB_OP_ATTENTION, HEADS_IN, HEADS_OUT, NULL);
+    op->layer = layer;
+    op->scale = 0.125f;
+    op->window = layer ? 40 : 0;
+    add(m, FB_OP_LINEAR, HEADS_OUT, STREAM, matrix(m, of[2], WIDTH, WIDTH, false))->residual = STREAM;
+    add(m, FB_OP_RMS_NORM, STREAM, NORMED, NULL);
+    add(m, FB_OP_LINEAR_SWIGLU, NORMED, MLP, matrix(m, of[3], INNER, WIDTH, true));
+    add(m, FB_OP_LINEAR, MLP, STREAM, matrix(m, layer ? FB_F32 : FB_F16, WIDTH, INNER, false))->residual = STREAM;
+}
+
+struct model *model_create(void) {
+    static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH, WIDTH};
+    const struct fb_program_shape shape = {
+        sizeof shape, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, MODEL_VOCABULARY, MODEL_TOKENS, N_BUFFERS, 1.0f};
+    struct model *m = calloc(1, sizeof *m);
+    fill(m->norm, WIDTH, 1.0f);
+    fill(m->bias, QKV, 0.5f);
+    fill(m->head_norm, HEAD_DIM, 1.0f);
+    for (int i = 0; i < HEAD_DIM / 2; i++)
+        m->frequencies[i] = 1.0f / (float)(1 + i * i);
+    const fb_weight *embedding = matrix(m, FB_F16, MODEL_VOCABULARY, WIDTH, false);
+    add(m, FB_OP_EMBED, -1, STREAM, embedding)->scale = 2.0f;
+    for (int32_t layer = 0; layer < LAYERS; layer++)
+        add_layer(m, layer);
+    add(m, FB_OP_GATHER_OUTPUTS, STREAM, ENDS, NULL);
+    add(m, FB_OP_RMS_NORM, ENDS, ENDS_NORMED, NULL);
+    add(m, FB_OP_LOGITS, ENDS_NORMED, -1, embedding);
+    CHECK(fb_program_create(&shape, widths, m->frequencies, m->ops, m->n_ops, 1, FB_ISA_AUTO, &m->program) == FB_OK);
+    return m;
+}
+
+void model_free(struct model *m) {
+    fb_program_free(m->program);
+    for (int32_t i = 0; i < m->n_weights; i++)
+        fb_weight_free(m->weights[i]);
+    free(m);
+}
+
+const fb_program *model_program(const struct model *m) {
+    return m->program;
+}
+
+/* Runs a batch on the GPU, on the CPU too unless `pool` is NULL. Logits go to `got` and `wanted`. */
+static void run_both(const struct model *m, fb_page_pool *pool, fb_cuda_program *device, fb_cuda_pool *on_device,
+    const struct fb_batch *batch, float *wanted, float *got) {
+    const size_t n = (size_t)batch->n_outputs * MODEL_VOCABULARY;
+    if (pool) CHECK_AT(fb_program_run(m->program, pool, batch, wanted, n) == FB_OK, "%s", fb_last_error());
+    CHECK_AT(fb_cuda_program_run(device, on_device, batch, got, n) == FB_OK, "%s", fb_last_error());
+}
+
+static double difference(const float *got, const float *wanted, size_t n) {
+    double apart = 0.0, size = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        apart += pow((double)got[i] - (double)wanted[i], 2.0);
+        size += pow((double)wanted[i], 2.0);
+    }
+    return sqrt(apart / size);
+}
+
+enum { LENGTH = 44 };
+
+/* Logits of all positions of a text that comes in pieces; from then on as in `sequence`. */
+static void run_text(const struct model *m, fb_page_pool *pool, fb_cuda_program *device, fb_cuda_pool *on_device,
+    struct fb_sequence sequence, int32_t piece, float *wanted, float *got) {
+    int32_t tokens[LENGTH], outputs[LENGTH];
+    for (int32_t t = 0; t < LENGTH; t++) {
+        tokens[t] = (t * t + 3 * t) % MODEL_VOCABULARY;
+        outputs[t] = t;
+    }
+    for (int32_t past = 0; past < LENGTH; past += piece) {
+        const int32_t n = LENGTH - past < piece ? LENGTH - past : piece;
+        sequence.n_past = past;
+        sequence.n_tokens = n;
+        const struct fb_batch batch = {sizeof batch, n, tokens + past, &sequence, 1, outputs, n};
+        run_both(m, pool, device, on_device, &batch, wanted + past * MODEL_VOCABULARY, got + past * MODEL_VOCABULARY);
+    }
+}
+
+int model_compare(const struct model *m, fb_cuda_program *device, enum fb_dtype k, enum fb_dtype v, double tolerance) {
+    static float wanted[LENGTH * MODEL_VOCABULARY], got[LENGTH * MODEL_VOCABULARY], other[LENGTH * MODEL_VOCABULARY];
+    static const int32_t pages[5][3] = {{5, 3, 4}, {9, 8, 7}, {2, 0, 1}, {12, 11, 10}, {14, 15, 16}};
+    fb_page_pool *pool = NULL;
+    fb_cuda_pool *on_device = NULL;
+    CHECK(fb_page_pool_create(k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool) == FB_OK);
+    CHECK_AT(
+        fb_cuda_pool_create(k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &on_device) == FB_OK, "%s", fb_last_error());
+    const struct fb_sequence whole = {pages[0], 3, 0, 0, 0, 0}, again = {pages[1], 3, 0, 0, 0, 0};
+    const struct fb_sequence slides = {pages[2], 3, 0, 0, 30, 4}, slides_too = {pages[3], 3, 0, 0, 30, 4};
+    for (int32_t kind = 0; kind < 2; kind++) {
+        run_text(m, pool, device, on_device, kind ? slides : whole, 30, wanted, got);
+        const double apart = difference(got, wanted, LENGTH * MODEL_VOCABULARY);
+        CHECK_AT(apart <= tolerance, "K %d, V %d, kind %d: off by %g", (int)k, (int)v, kind, apart);
+        run_text(m, NULL, device, on_device, kind ? slides_too : again, kind ? 4 : 7, wanted, other);
+        CHECK_AT(memcmp(got, other, sizeof got) == 0, "K %d, V %d, kind %d: in pieces", (int)k, (int)v, kind);
+    }
+
+    /* Texts go on side by side, one of them twice, with a copy of its last page. */
+    const int32_t forked[3] = {pages[0][0], pages[4][1], pages[0][2]};
+    CHECK(fb_page_copy(pool, pages[4][1], pages[0][1]) == FB_OK);
+    CHECK(fb_cuda_page_copy(on_device, pages[4][1], pages[0][1]) == FB_OK);
+    const struct fb_sequence both[3] = {
+        {pages[0], 3, LENGTH, 1, 0, 0}, {forked, 3, LENGTH, 2, 0, 0}, {pages[2], 3, LENGTH, 3, 30, 4}};
+    const int32_t tokens[6] = {7, 8, 9, 10, 11, 12}, outputs[3] = {0, 2, 5};
+    const struct fb_batch batch = {sizeof batch, 6, tokens, both, 3, outputs, 3};
+    run_both(m, pool, device, on_device, &batch, wanted, got);
+    const double apart = difference(got, wanted, 3 * MODEL_VOCABULARY);
+    CHECK_AT(apart <= tolerance, "K %d, V %d: side by side off by %g", (int)k, (int)v, apart);
+    const struct fb_batch silent = {sizeof silent, 6, tokens, both, 3, NULL, 0};
+    CHECK(fb_cuda_program_run(device, on_device, &silent, NULL, 0) == FB_OK);
+    CHECK(fb_cuda_program_run(device, on_device, &batch, other, 5) == FB_INVALID_ARGUMENT);
+    CHECK(fb_cuda_program_run(device, on_device, &batch, other, 3 * MODEL_VOCABULARY) == FB_OK);
+    CHECK(memcmp(got, other, 3 * MODEL_VOCABULARY * sizeof *got) == 0);
+
+    /* Pages move. */
+    const size_t n_bytes = fb_page_bytes(pool);
+    char *page = malloc(n_bytes), *back = malloc(n_bytes);
+    CHECK(fb_cuda_page_bytes(on_device) == n_bytes);
+    CHECK(fb_page_read(pool, pages[0][0], page, n_bytes) == FB_OK);
+    CHECK(fb_cuda_page_write(on_device, 30, page, n_bytes) == FB_OK && fb_cuda_page_copy(on_device, 31, 30) == FB_OK);
+    CHECK(fb_cuda_page_read(on_device, 31, back, n_bytes) == FB_OK && memcmp(page, back, n_bytes) == 0);
+    memset(page, 0, n_bytes);
+    CHECK(fb_cuda_page_zero(on_device, 31) == FB_OK && fb_cuda_page_read(on_device, 31, back, n_bytes) == FB_OK);
+    CHECK(memcmp(page, back, n_bytes) == 0);
+    CHECK(fb_cuda_page_zero(on_device, MODEL_PAGES) == FB_INVALID_ARGUMENT);
+    CHECK(fb_cuda_page_read(on_device, 0, back, n_bytes - 1) == FB_INVALID_ARGUMENT);
+    free(page);
+    free(back);
+    fb_page_pool_free(pool);
+    fb_cuda_pool_free(on_device);
+    return check_result();
+}
+
+enum fb_status model_step(fb_cuda_program *device, float logits[MODEL_VOCABULARY]) {
+    const int32_t page = 1, token = 3, output = 0;
+    fb_cuda_pool *pool = NULL;
+    enum fb_status status = fb_cuda_pool_create(FB_F16, FB_F16, 2, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+    const struct fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
+    const struct fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1};
+    if (status == FB_OK) status = fb_cuda_program_run(device, pool, &batch, logits, MODEL_VOCABULARY);
+    fb_cuda_pool_free(pool);
+    return status;
+}
