@@ -144,8 +144,8 @@ int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t
 /* ---- K and V ----------------------------------------------------------------------------------------------------- */
 
 /* One position of K or V by a warp, as fb_slab_write does it: in bf16 the other half of a pair without one is zero. */
-FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t head_dim, int32_t position, bool is_last,
-    const float *from, int lane) {
+FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t head_dim, int32_t position,
+    bool is_last, const float *from, int lane) {
     float inverse = 0.0f;
     if (part.dtype == FB_Q8_0) {
         float top = 0.0f;
@@ -175,8 +175,7 @@ FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t
             reinterpret_cast<uint16_t *>(to)[at] = fb_bf16_of_float(from[d]);
             if (is_k ? d % 2 == 0 && d == head_dim - 1 : position % 2 == 0 && is_last)
                 reinterpret_cast<uint16_t *>(to)[at + 1] = 0;
-        }
-        else
+        } else
             reinterpret_cast<int8_t *>(to)[at] = inverse == 0.0f ? (int8_t)0 : (int8_t)rintf(from[d] * inverse);
     }
 }
@@ -193,7 +192,8 @@ static __global__ void kv_write_kernel(
                  ((int64_t)layer * pages.n_kv_heads + head) * (pages.k.bytes + pages.v.bytes);
     const int32_t from = n_heads + head + (is_k ? 0 : pages.n_kv_heads);
     write_part(is_k ? pages.k : pages.v, is_k ? slab : slab + pages.k.bytes, is_k, pages.head_dim,
-        position % FB_PAGE_POSITIONS, position == sequence.n_past + sequence.n_tokens - 1, x + row * ldx + (int64_t)from * pages.head_dim, lane);
+        position % FB_PAGE_POSITIONS, position == sequence.n_past + sequence.n_tokens - 1,
+        x + row * ldx + (int64_t)from * pages.head_dim, lane);
 }
 
 int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,

@@ -14,8 +14,8 @@ void access_layout(enum fb_dtype dtype, int32_t numbers[5]) {
     numbers[4] = layout.super_bytes;
 }
 
-void access_slab_write(fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position,
-    bool is_last, const float *k, const float *v) {
+void access_slab_write(fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position, bool is_last,
+    const float *k, const float *v) {
     fb_slab_write(pool, &fb_kernels_reference, fb_slab(pool, page, layer, kv_head), position, is_last, k, v);
 }
 

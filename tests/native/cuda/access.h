@@ -12,8 +12,8 @@ extern "C" {
 void access_layout(enum fb_dtype dtype, int32_t numbers[5]);
 
 /* fb_slab_write with the plain loops */
-void access_slab_write(
-    fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position, bool is_last, const float *k, const float *v);
+void access_slab_write(fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position, bool is_last,
+    const float *k, const float *v);
 
 int32_t access_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position);
 bool access_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position);

@@ -194,7 +194,8 @@ static void test_kv_write() {
                 const int32_t position = batch.positions[t], page = batch.pages[(size_t)(s.first_page + position / 32)];
                 for (int32_t h = 0; h < n_kv_heads; h++) {
                     const float *k = &x[t * ld + (size_t)(n_heads + h) * dim];
-                    access_slab_write(pool, page, layer, h, position % 32, position == s.n_past + s.n_tokens - 1, k, k + n_kv_heads * dim);
+                    access_slab_write(pool, page, layer, h, position % 32, position == s.n_past + s.n_tokens - 1, k,
+                        k + n_kv_heads * dim);
                 }
             }
             CHECK_AT(memcmp(memory.data, wanted.memory, n_bytes) == 0, "K %d, V %d, head_dim %d", format[0], format[1],
