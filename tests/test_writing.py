@@ -237,10 +237,12 @@ def post(served: Running, path: str, status: int = 200, **body: Any) -> Any:
 
 
 def test_writing_over_http(served: Running) -> None:
-    told = post(served, "/write", text="The fox is called Rust. ", frozen=True, title="Rust", sampling={"top_k": 7})
+    told = post(
+        served, "/write", text="The fox is called Rust. ", frozen=True, title="Rust", sampling={"top_k": 7, "seed": 1}
+    )
     id = told["session_id"]
     assert told["head"] == 1 and told["path"][0]["frozen"] is True and told["path"][0]["finish_reason"] == "written"
-    assert served.client.get(f"/sessions/{id}").json()["sampling"] == {"top_k": 7}
+    assert served.client.get(f"/sessions/{id}").json()["sampling"] == {"top_k": 7, "seed": 1}
     post(served, "/write", session_id=id, text="Once ")
     answer = post(served, "/story", session_id=id, prompt="he ", max_len=6, ignore_eos=True)
     assert answer["turn"] == 3 and answer["usage"]["recomputed_tokens"] == 0
