@@ -156,7 +156,9 @@ def title(rows: Sequence[Json]) -> str:
     what = ["fabula bench"]
     for key, form in (("model", "{}"), ("weights", "weights {}"), ("kv", "kv {}"), ("threads", "{} threads")):
         values = list(dict.fromkeys(row[key] for row in rows if row[key] is not None))
-        if len(values) == 1 or (key == "model" and values):
+        if key == "model" and len(values) > 2:
+            what.append(f"{len(values)} models")
+        elif len(values) == 1 or (key == "model" and values):
             what.append(form.format(" and ".join(map(str, values))))
     where = [str(machine[key]) for key in ("cpu", "isa") if machine.get(key)]
     return f"{', '.join(what)}\n{', '.join(where)}" if where else ", ".join(what)
@@ -235,11 +237,10 @@ def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
         peaks.append((pairs, "products of bf16", ":"))
     for peak, name, style in peaks:
         ax.plot([peak / reads, high], [peak, peak], color="black", linewidth=1.6, linestyle=style)
-        # Names go above, where no point lies; two peaks that are close have one name above and one below.
-        higher = peak == max(flops, dots) or max(flops, dots) > 1.6 * peak
+        # Names stand above, at the foot of each peak: points lie to the right of it or below.
         ax.annotate(
-            f"{name}: {number(peak)} GOP/s", (high, peak), xytext=(-4, 4 if higher else -4), fontsize=9,
-            textcoords="offset points", ha="right", va="bottom" if higher else "top",
+            f"{name}: {number(peak)} GOP/s", (peak / reads, peak), xytext=(22, 4), fontsize=9,
+            textcoords="offset points", ha="left", va="bottom",
         )  # fmt: skip
     for i, point in enumerate(points):
         ax.plot(
