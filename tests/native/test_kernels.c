@@ -68,7 +68,7 @@ static bool same_halfs(int dtype, const void *a, const void *b, size_t n) {
 
 static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t seed) {
     static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25}, depths[] = {0, 1, 5, 64, 255, 256, 257, 600};
-    for (int dtype = 0; dtype < FB_KERNEL_DTYPES; dtype++)
+    for (int dtype = 0; dtype < FB_GEMM_DTYPES; dtype++)
         for (size_t n_panels = 1; n_panels <= 5; n_panels++)
             for (size_t ti = 0; ti < sizeof tokens / sizeof *tokens; ti++) {
                 state = seed + n_panels * 131 + ti;

@@ -30,8 +30,8 @@
 
 enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 
-/* Number formats a kernel table reads weights in: F32, F16, BF16. */
-enum { FB_KERNEL_DTYPES = 3 };
+/* Number formats a kernel table converts: F32, F16, BF16; and those that `gemm` takes, which bf16 leaves to gemm_pairs. */
+enum { FB_KERNEL_DTYPES = 3, FB_GEMM_DTYPES = 2 };
 
 /* Bytes of an element of panels in one of these formats, or in signed bytes, which stand under the number of Q8_0. */
 static inline size_t fb_element_bytes(enum fb_dtype dtype) {
@@ -71,7 +71,7 @@ typedef void (*fb_gemm_pairs_kernel)(const uint16_t *panels, size_t panel_stride
 typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
 struct fb_kernels {
-    fb_gemm_kernel gemm[FB_KERNEL_DTYPES];
+    fb_gemm_kernel gemm[FB_GEMM_DTYPES];
     fb_gemm_kernel gemm_bytes; /* panels of signed bytes, each as the whole number it is */
     fb_gemm_blocks_kernel gemm_blocks;
     fb_quantise_kernel quantise;

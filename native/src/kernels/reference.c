@@ -14,8 +14,7 @@
 static float element(enum fb_dtype dtype, const void *base, size_t index) {
     if (dtype == FB_F32) return ((const float *)base)[index];
     if (dtype == FB_Q8_0) return (float)((const int8_t *)base)[index];
-    uint16_t bits = ((const uint16_t *)base)[index];
-    return dtype == FB_F16 ? fb_f16_to_f32(bits) : fb_bf16_to_f32(bits);
+    return fb_f16_to_f32(((const uint16_t *)base)[index]);
 }
 
 static void gemm(enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
@@ -39,11 +38,6 @@ static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, s
 static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
-}
-
-static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
-    gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
@@ -183,7 +177,7 @@ static void widen_bf16(const void *x, size_t n, float *out) {
 #include "kernels/vocabulary.h"
 
 const struct fb_kernels fb_kernels_reference = {
-    .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = fb_reference_gemm_blocks,
     .quantise = fb_reference_quantise,

@@ -36,8 +36,7 @@ enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
     if (dtype == FB_F32) return v16_load((const float *)panels + index);
     if (dtype == FB_F16) return v16_load_f16((const uint16_t *)panels + index);
-    if (dtype == FB_Q8_0) return v16_from_v16i(v16i_load_s8((const uint8_t *)panels + index));
-    return v16_load_bf16((const uint16_t *)panels + index);
+    return v16_from_v16i(v16i_load_s8((const uint8_t *)panels + index));
 }
 
 /* One tile: n_tokens x n_panels sums in registers over all k. The three first arguments are constants wherever this is
@@ -142,11 +141,6 @@ static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, s
 static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
-}
-
-static void gemm_bf16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
-    gemm(FB_BF16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
@@ -327,7 +321,7 @@ FORMAT(bf16)
 #include "kernels/vocabulary.h"
 
 const struct fb_kernels KERNEL_TABLE = {
-    .gemm = {gemm_f32, gemm_f16, gemm_bf16},
+    .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = gemm_blocks,
     .quantise = quantise,

@@ -57,6 +57,7 @@ static inline size_t fb_k_dimensions(enum fb_dtype dtype, size_t head_dim) {
     return dtype == FB_BF16 ? (head_dim + 1) / 2 * 2 : head_dim;
 }
 
+/* Of a part that is not in bf16, which gemm_pairs takes. */
 static inline fb_gemm_kernel fb_part_gemm(const struct fb_kv_part *part, const struct fb_kernels *kernels) {
     return part->dtype == FB_Q8_0 ? kernels->gemm_bytes : kernels->gemm[part->dtype];
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -188,15 +189,21 @@ class Runner:
         self, parts: list[Part], outputs: npt.ArrayLike, program: _native.Program | None = None
     ) -> npt.NDArray[np.float32]:
         """One batch of prepared parts; arguments, results and errors as `step`. `program`: None for the model's own."""
+        with self._in_use():
+            logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
+        for part in parts:
+            part.sequence.n_tokens += part.n_tokens
+        return logits
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """For one call into the library at a time, while there is a model."""
         if os.getpid() != self._pid:  # threads, and what they held, are not copied by fork
             raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
         with self._lock:
             if self._closed:  # the library's memory is gone
                 raise InvalidArgument("the model is closed")
-            logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
-        for part in parts:
-            part.sequence.n_tokens += part.n_tokens
-        return logits
+            yield
 
     def draw(
         self, draws: list[tuple[Sequence, _native.Draw]], n_steps: int, stop: _native.Flag
@@ -215,11 +222,7 @@ class Runner:
         Raises:
             NonFinite, InvalidArgument: as `run`; nothing was drawn.
         """
-        if os.getpid() != self._pid:
-            raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
-        with self._lock:
-            if self._closed:
-                raise InvalidArgument("the model is closed")
+        with self._in_use():
             drawn, seconds = self.program.draw(self.pool.native, [draw for _, draw in draws], n_steps, stop.memory)
         for (sequence, _), (tokens, _) in zip(draws, drawn, strict=True):
             sequence.n_tokens += len(tokens)
