@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -386,13 +387,7 @@ def test_busy_neighbours_end_with_the_measurement(tiny_folder: Path) -> None:
     few = ("--prompt-tokens", "9", "--tokens", "2", "--rounds", "1")
     rows = rows_of(call("model", "--model", str(tiny_folder), *few, "--neighbours", "2", "--json"))
     assert [row["case"] for row in rows] == ["prefill", "decode"]
-    with neighbours(2):
-        assert len(busy_children()) == 2
-    assert not busy_children()
+    with neighbours(2) as busy:
+        assert [process.poll() for process in busy] == [None, None]
+    assert [process.poll() for process in busy] == [-signal.SIGKILL] * 2
     assert call("model", "--neighbours", "-1").exit_code == 2
-
-
-def busy_children() -> list[str]:
-    tasks = Path("/proc/self/task").glob("*/children")
-    pids = [pid for task in tasks for pid in task.read_text().split()]
-    return [pid for pid in pids if b"os.read(0, 1)" in Path(f"/proc/{pid}/cmdline").read_bytes()]

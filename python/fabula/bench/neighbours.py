@@ -17,13 +17,13 @@ while True:
 
 
 @contextmanager
-def neighbours(n: int) -> Iterator[None]:
+def neighbours(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many busy processes while the block runs."""
     busy: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(n):
             busy.append(subprocess.Popen([sys.executable, "-S", "-c", _BUSY], stdin=subprocess.PIPE))
-        yield
+        yield busy
     finally:
         for process in busy:
             process.kill()
