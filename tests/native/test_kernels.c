@@ -84,8 +84,9 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
                 float *wanted = malloc(n_tokens * ldy * sizeof *wanted + 1);
                 memcpy(wanted, y, n_tokens * ldy * sizeof *y);
                 fb_kernels_reference.gemm[dtype](
-                    odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, wanted, ldy, accumulate);
-                k->gemm[dtype](odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate);
+                    odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, wanted, ldy, accumulate, NULL);
+                k->gemm[dtype](
+                    odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
                 CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_%s: %zu panels, k %zu, %zu tokens, seed %llu", name,
                     dtype_names[dtype], n_panels, n_k, n_tokens, (unsigned long long)seed);
                 free(wide);
@@ -129,8 +130,8 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
                 free(row);
             }
             fb_kernels_reference.gemm_pairs(
-                odd, stride, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy, accumulate);
-            k->gemm_pairs(odd, stride, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate);
+                odd, stride, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy, accumulate, NULL);
+            k->gemm_pairs(odd, stride, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
             CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_pairs: %zu panels, %zu columns, %zu tokens, seed %llu",
                 name, n_panels, n_cols, n_tokens, (unsigned long long)seed);
             free(panels);

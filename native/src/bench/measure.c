@@ -101,7 +101,7 @@ enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa 
             for (size_t i = 0; i < sizeof x / sizeof *x; i++)
                 x[i] = 0.25f;
             for (size_t i = 0; i < calls; i++)
-                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false);
+                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false, NULL);
             total += y[0];
         }
         if (r >= 0) times[r] = now() - start;
@@ -129,7 +129,7 @@ enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_is
             memset(panels, 0x3c, sizeof panels);
             memset(x, 0x3c, sizeof x);
             for (size_t i = 0; i < calls; i++)
-                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false);
+                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false, NULL);
             total += y[0];
         }
         if (r >= 0) times[r] = now() - start;

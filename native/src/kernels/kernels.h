@@ -40,9 +40,10 @@ static inline size_t fb_element_bytes(enum fb_dtype dtype) {
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
  *   panels   n_panels panels of [n_k][16] elements, panel p at element p * panel_stride
- *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used */
+ *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used
+ *   next     panels of the same shape that are read after these, and asked for meanwhile; NULL for none */
 typedef void (*fb_gemm_kernel)(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate);
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
 /* 32 neighbouring activations of a token, one cache line: x is about scale * code. Index 0 of the sums is the whole block,
  * 1 and 2 are its halves of 16. */
@@ -63,9 +64,10 @@ typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, s
 /* y[t][16 p + j] = (accumulate ? y : 0) + row 16 p + j of panels of bf16, times token t
  *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns, panel p at element p * panel_stride; of an odd
  *            number the last pair ends in a finite number
- *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used */
+ *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
+ *   next     as above */
 typedef void (*fb_gemm_pairs_kernel)(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_cols,
-    const uint16_t *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate);
+    const uint16_t *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
 /* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
 typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);

@@ -17,7 +17,7 @@ INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
 }
 
 INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16_t *panels, size_t panel_stride,
-    size_t n_pairs, const uint16_t *x, size_t ldx, float *y, size_t ldy, bool accumulate) {
+    size_t n_pairs, const uint16_t *x, size_t ldx, float *y, size_t ldy, bool accumulate, const void *next) {
     v16 sums[SUMS];
     UNROLL
     for (size_t p = 0; p < n_panels; p++) {
@@ -30,6 +30,9 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
             lines[p] = v64_load((const uint8_t *)(panels + p * panel_stride) + k * FB_LINE);
+        if (n_tokens <= ASKING_TOKENS) UNROLL
+        for (size_t p = 0; p < n_panels; p++)
+            __builtin_prefetch((const uint16_t *)next + p * panel_stride + k * FB_LINE / 2, 0, 2);
         UNROLL
         for (size_t t = 0; t < n_tokens; t++) {
             UNROLL
@@ -46,7 +49,7 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
 }
 
 INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_pairs, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
@@ -56,11 +59,12 @@ INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_pan
         for (size_t p = 0; p < n_panels; p += step) {
             const size_t count = n_panels - p < step ? n_panels - p : step;
             const uint16_t *from = panels + p * panel_stride, *in = x + t * ldx;
+            const void *after = next ? (const uint16_t *)next + p * panel_stride : from;
             float *out = y + t * ldy + p * FB_LANES;
             switch (tokens * 8 + count) {
 #define TILE_CASE(T, P)                                                                                                \
     case (T) * 8 + (P):                                                                                                \
-        pair_tile(T, P, from, panel_stride, n_pairs, in, ldx, out, ldy, accumulate);                                   \
+        pair_tile(T, P, from, panel_stride, n_pairs, in, ldx, out, ldy, accumulate, after);                            \
         break;
                 TILES(TILE_CASE)
 #undef TILE_CASE
@@ -75,10 +79,10 @@ INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_pan
 
 /* Slices keep two panels in L1 while all tokens pass. */
 static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t n_pairs = (n_cols + 1) / 2;
     if (n_tokens <= MAX_TOKENS || n_pairs == 0) {
-        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate);
+        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
     const size_t group = TILE_PANELS(MAX_TOKENS);
@@ -86,7 +90,7 @@ static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, s
         const size_t count = n_panels - p < group ? n_panels - p : group;
         for (size_t k = 0; k < n_pairs; k += SLICE)
             pair_tiles(panels + p * stride + k * 2 * FB_LANES, stride, count, n_pairs - k < SLICE ? n_pairs - k : SLICE,
-                x + 2 * k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0);
+                x + 2 * k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0, NULL);
     }
 }
 
@@ -97,10 +101,10 @@ enum { PAIR_TOKENS = 4 * MAX_TOKENS }; /* whose inputs are widened at a time, be
 /* Many tokens: panels and inputs become f32 with the columns of each pair exchanged, so that a plain product takes them in
  * the right order. */
 static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t n_pairs = (n_cols + 1) / 2;
     if (n_tokens <= MAX_TOKENS || n_pairs == 0) {
-        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate);
+        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
     const size_t group = TILE_PANELS(MAX_TOKENS);
@@ -122,7 +126,7 @@ static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, s
                     for (size_t j = 0; j < 2 * length; j++)
                         inputs[i * SLICE + j] = fb_bf16_to_f32(x[(t + i) * ldx + 2 * k + (j ^ 1)]);
                 gemm_tiles(FB_F32, slice, SLICE * FB_LANES, count, 2 * length, inputs, SLICE, tokens,
-                    y + t * ldy + p * FB_LANES, ldy, accumulate || k > 0);
+                    y + t * ldy + p * FB_LANES, ldy, accumulate || k > 0, NULL);
             }
         }
     }

@@ -31,22 +31,26 @@ static void gemm(enum fb_dtype dtype, const void *panels, size_t panel_stride, s
 }
 
 static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+    (void)next;
     gemm(FB_F32, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+    (void)next;
     gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+    (void)next;
     gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void gemm_pairs(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+    (void)next;
     const size_t n_pairs = (n_cols + 1) / 2;
     for (size_t t = 0; t < n_tokens; t++)
         for (size_t r = 0; r < n_panels * FB_LANES; r++) {

@@ -8,7 +8,7 @@
  *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)   (Milakov & Gimelshein 2018)
  *
  * Where the cuts lie and in which order the parts meet depends on positions only, never on threads or on the batch;
- * so the bits are the same whether one thread walks all blocks or many take one each and merge later.
+ * so the bits are the same whether one thread walks all blocks or many take one each, and the last merges them.
  *
  * An item holds a tile of queries: the heads of a group that share a KV head times a few tokens. All of them read the
  * same pages, which are panels, so both products run on the matrix kernel.
@@ -24,6 +24,19 @@
 #include "kv/pages.h"
 #include "ops/sharing.h"
 
+#include <stdatomic.h>
+
+/*
+ * Steps in which every sequence has one token may leave its heads as the products made them: an item does the rest to the
+ * queries it takes, and the one that attends the last key block of a KV head writes K and V of the token, which nobody else
+ * reads. It is a few hundred nanoseconds of work, and spares a stage of it and a barrier.
+ */
+struct fb_raw_heads {
+    const float *q_norm, *k_norm; /* [head_dim], NULL for none; with eps */
+    float eps;
+    const float *cos_sin; /* [n_tokens][rotary_dim]: cos of each pair, then sin; NULL where heads are not turned */
+};
+
 struct fb_attention {
     const struct fb_kernels *kernels;
     const struct fb_page_pool *pool;
@@ -35,12 +48,14 @@ struct fb_attention {
     float scale;
     const float *sink_turns; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences that slide are read */
     int32_t rotary_dim;
-    const float *q; /* [n_tokens][ldq], heads side by side */
+    const float *q; /* [n_tokens][ldq], heads side by side; where they are raw, K's and V's behind them */
     float *out;     /* [n_tokens][ld_out] */
     size_t ldq, ld_out;
     char *scratch; /* n_threads x fb_attention_scratch_bytes */
     size_t scratch_bytes;
     float *partials;                  /* room for partial results, FB_PARTIAL_FLOATS */
+    atomic_int *parts_left;           /* [n_sequences][KV heads]: 0 before, and again after all items */
+    const struct fb_raw_heads *raw;   /* NULL: heads are finished, K and V are in their pages */
     const struct fb_sharing *sharing; /* [n_sequences], or NULL where nothing is shared; see sharing.h */
     int64_t *offsets;                 /* [n_sequences + 1]: first item of each sequence */
     int64_t *places; /* [n_sequences + 1]: where the partial results of each begin, in floats; when split */
@@ -70,12 +85,8 @@ size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t h
 /* How many sequences may share a block with each other. */
 int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads);
 
-/* Number of items of the first stage; decides whether to split and fills `offsets` and `places`. */
+/* Number of items; decides whether to split and fills `offsets` and `places`. */
 int64_t fb_attention_items(struct fb_attention *attention, int n_threads);
 void fb_attention_item(const struct fb_attention *attention, int64_t index, int thread);
-
-/* Number of items of the second stage, which merges what was split; 0 when nothing was. */
-int64_t fb_attention_merge_items(const struct fb_attention *attention);
-void fb_attention_merge_item(const struct fb_attention *attention, int64_t index);
 
 #endif

@@ -48,10 +48,10 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     else if (weight->dtype == FB_BF16)
         linear->kernels->gemm_pairs((const uint16_t *)(const void *)panels, weight->panel_bytes / sizeof(uint16_t),
             n_panels, n_cols, linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld,
-            false);
+            false, NULL);
     else
         linear->kernels->gemm[weight->dtype](panels, fb_weight_panel_stride(weight), n_panels, n_cols,
-            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false);
+            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, NULL);
 
     const size_t outputs = linear->swiglu ? ld / 2 : ld; /* per token */
     const size_t column = linear->swiglu ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;

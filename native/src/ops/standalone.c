@@ -223,11 +223,6 @@ static void attention_item(void *context, int64_t index, int thread) {
     fb_attention_item(context, index, thread);
 }
 
-static void attention_merge_item(void *context, int64_t index, int thread) {
-    (void)thread;
-    fb_attention_merge_item(context, index);
-}
-
 /* K and V of one page and head, position by position. */
 struct filling {
     const struct fb_kernels *kernels;
@@ -269,8 +264,9 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     int32_t *pages = fb_memory_take(page_bytes);
     float *partials = fb_memory_take(partial_bytes);
     char *scratch = fb_memory_take(scratch_bytes * (size_t)n_threads);
+    atomic_int *parts_left = fb_memory_take((size_t)n_kv_heads * sizeof *parts_left);
     enum fb_status status = FB_OK;
-    if (!pages || !partials || !scratch) {
+    if (!pages || !partials || !scratch || !parts_left) {
         status = fb_fail(FB_OUT_OF_MEMORY, "no memory for attention over %d tokens", n_tokens);
     } else {
         for (int32_t i = 0; i < n_pages; i++)
@@ -295,14 +291,15 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
             .scratch = scratch,
             .scratch_bytes = scratch_bytes,
             .partials = partials,
+            .parts_left = parts_left,
             .offsets = offsets,
             .places = places};
         fb_team_run(attention_item, &attention, fb_attention_items(&attention, n_threads), n_threads);
-        fb_team_run(attention_merge_item, &attention, fb_attention_merge_items(&attention), n_threads);
     }
     fb_memory_release(pages, page_bytes);
     fb_memory_release(partials, partial_bytes);
     fb_memory_release(scratch, scratch_bytes * (size_t)n_threads);
+    fb_memory_release(parts_left, (size_t)n_kv_heads * sizeof *parts_left);
     fb_page_pool_free(pool);
     return status;
 }

@@ -1,4 +1,4 @@
-/* create.c - checks a program, cuts it into stages and takes its memory. See program.h. */
+/* create.c - checks a program and takes its memory. See program.h. */
 #include "program/program.h"
 
 #include "base/cpu.h"
@@ -44,10 +44,6 @@ static bool has_weight(const struct fb_op *op) {
            op->kind == FB_OP_LOGITS;
 }
 
-static bool is_product(const struct fb_op *op) {
-    return op->kind == FB_OP_LINEAR || op->kind == FB_OP_LINEAR_SWIGLU || op->kind == FB_OP_LOGITS;
-}
-
 /* The width `out` must have, given `in`; 0 where the kind does not say. */
 static int32_t result_width(const struct fb_program *p, const struct fb_op *op, int32_t in_width) {
     switch (op->kind) {
@@ -70,7 +66,7 @@ static enum fb_status check_vectors(const struct fb_program *p, int32_t i, int32
     if (op->kind == FB_OP_RMS_NORM)
         FB_REQUIRE(op->vector_length == in_width, "op %d (rms_norm): %d weights for a width of %d", i,
             op->vector_length, in_width);
-    else if (is_product(op))
+    else if (fb_is_product(op))
         FB_REQUIRE(op->vector_length == 0 || op->vector_length == op->weight->n_rows, "op %d: a bias of %d for %d rows",
             i, op->vector_length, op->weight->n_rows);
     else if (op->kind == FB_OP_HEAD_NORM)
@@ -104,7 +100,7 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
         in->last_use = i;
         in_width = in->width;
     }
-    if (is_product(op))
+    if (fb_is_product(op))
         FB_REQUIRE(op->weight->n_cols == in_width, "op %d: the weight has %d columns, buffer %d is %d wide", i,
             op->weight->n_cols, op->in, in_width);
     if (op->kind == FB_OP_EMBED)
@@ -176,84 +172,6 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
     return FB_OK;
 }
 
-/* Whether two products, one after the other, may run side by side: the second reads nothing that the first writes. */
-static bool runs_beside(const struct fb_op *first, const struct fb_op *second) {
-    return first->kind == FB_OP_LINEAR && second->kind == FB_OP_LINEAR && first->in == second->in &&
-           first->out == second->out && second->column > first->column && second->residual == -1;
-}
-
-static int32_t last_op(const struct fb_stage *stage) {
-    return stage->first_op + stage->n_ops - 1;
-}
-
-/* Row by row operators that follow each other become one stage, as do products that may run side by side.
- * GATHER_OUTPUTS changes what a row is, so a stage begins with it. */
-static void cut_stages(struct fb_program *p) {
-    bool gathered = false;
-    for (int32_t i = 0; i < p->n_ops; i++) {
-        const struct fb_op *op = &p->ops[i];
-        const enum fb_stage_kind kind = is_product(op)                ? FB_STAGE_LINEAR
-                                        : op->kind == FB_OP_ATTENTION ? FB_STAGE_ATTENTION
-                                                                      : FB_STAGE_ROWS;
-        struct fb_stage *before = p->n_stages ? &p->stages[p->n_stages - 1] : NULL;
-        gathered = gathered || op->kind == FB_OP_GATHER_OUTPUTS;
-        const bool joins = before && before->kind == kind && op->kind != FB_OP_GATHER_OUTPUTS &&
-                           (kind == FB_STAGE_ROWS ||
-                               (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_BESIDE && runs_beside(op - 1, op)));
-        if (joins)
-            before->n_ops++;
-        else
-            p->stages[p->n_stages++] = (struct fb_stage){
-                .kind = kind, .first_op = i, .n_ops = 1, .norm = -1, .per_output = gathered};
-    }
-}
-
-/* Whether anything behind operator `i` reads what `buffer` holds now. */
-static bool is_read_later(const struct fb_program *p, int32_t buffer, int32_t i) {
-    for (i++; i < p->n_ops; i++) {
-        const struct fb_op *op = &p->ops[i];
-        if (op->in == buffer || op->residual == buffer) return true;
-        if (op->out == buffer) return false;
-    }
-    return false;
-}
-
-/* Moves a norm to the products that alone read its result, and notes which stages round their input. A norm moved so
- * reads its input while the products write: they must not lie on each other. */
-static void prepare_products(struct fb_program *p) {
-    int32_t n_kept = 0;
-    for (int32_t s = 0; s < p->n_stages; s++) {
-        struct fb_stage stage = p->stages[s];
-        if (stage.kind == FB_STAGE_LINEAR) {
-            for (int32_t i = stage.first_op; i <= last_op(&stage); i++) {
-                const struct fb_weight *weight = p->ops[i].weight;
-                const size_t n_blocks = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
-                const size_t width = ((size_t)weight->n_cols + 31) / 32 * 32;
-                if (weight->dtype == FB_BF16) {
-                    stage.is_paired = true;
-                    if (width > p->pair_stride) p->pair_stride = width;
-                }
-                if (!fb_is_quantised(weight->dtype)) continue;
-                stage.is_quantised = true;
-                if (n_blocks > p->activation_blocks) p->activation_blocks = n_blocks;
-            }
-            struct fb_stage *before = &p->stages[n_kept - 1]; /* there is one: EMBED comes first */
-            const struct fb_op *norm = &p->ops[last_op(before)];
-            const bool writes_its_input = p->ops[stage.first_op].out >= 0 && p->ops[stage.first_op].out == norm->in;
-            if (before->kind == FB_STAGE_ROWS && norm->kind == FB_OP_RMS_NORM && norm->out != norm->in &&
-                norm->out == p->ops[stage.first_op].in && !writes_its_input &&
-                !is_read_later(p, norm->out, last_op(&stage))) {
-                stage.norm = last_op(before);
-                struct fb_buffer *in = &p->buffers[norm->in];
-                if (in->last_use < last_op(&stage)) in->last_use = last_op(&stage);
-                if (--before->n_ops == 0) n_kept--;
-            }
-        }
-        p->stages[n_kept++] = stage;
-    }
-    p->n_stages = n_kept;
-}
-
 static void copy_vectors(struct fb_program *p) {
     float *next = p->vectors;
     for (int32_t i = 0; i < p->n_ops; i++) {
@@ -306,6 +224,7 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->first_row = take(p, rows, sizeof(int32_t), &failed);
     p->offsets = take(p, 2 * (rows + 1) * (size_t)p->n_threads, sizeof(int64_t), &failed);
     p->sharing = take(p, rows, sizeof *p->sharing, &failed);
+    p->parts_left = take(p, rows * (size_t)s->n_kv_heads, sizeof *p->parts_left, &failed);
     p->partials = take(p, FB_PARTIAL_FLOATS, sizeof(float), &failed);
     p->attention_scratch = take(p, (size_t)p->n_threads, p->attention_scratch_bytes, &failed);
     p->activations = take(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
@@ -346,8 +265,7 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     p->vectors = calloc(p->n_vector_floats + 1, sizeof *p->vectors);
     if (!p->vectors) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program's vectors");
     copy_vectors(p);
-    cut_stages(p);
-    prepare_products(p);
+    fb_cut_stages(p);
     return take_memory(p);
 }
 
@@ -396,6 +314,7 @@ void fb_program_free(fb_program *p) {
     fb_memory_release(p->owners, rows * sizeof(int32_t));
     fb_memory_release(p->first_row, rows * sizeof(int32_t));
     fb_memory_release(p->sharing, rows * sizeof *p->sharing);
+    fb_memory_release(p->parts_left, rows * (size_t)p->shape.n_kv_heads * sizeof *p->parts_left);
     fb_memory_release(p->offsets, 2 * (rows + 1) * (size_t)p->n_threads * sizeof(int64_t));
     fb_memory_release(p->partials, FB_PARTIAL_FLOATS * sizeof(float));
     fb_memory_release(p->attention_scratch, (size_t)p->n_threads * p->attention_scratch_bytes);

@@ -1,7 +1,8 @@
 /*
  * program.h - a model as a flat list of operators, checked and planned.
  *
- *     create.c   checks every operator against the shape and the buffers, copies vectors, cuts the list into stages
+ *     create.c   checks every operator against the shape and the buffers, copies vectors, takes memory
+ *     stages.c   cuts the list into stages
  *     plan.c     decides where buffers lie
  *     run.c      executes the stages over a batch, which check_batch.c has looked at, in one parallel region
  *     draw.c     runs one step after the other, drawing tokens between them
@@ -12,7 +13,8 @@
  *
  * A stage of products may begin with a norm, and with rounding its input to what its weights take (bf16, 8 bits). For a few rows
  * every thread does that for itself, in memory of its own, which takes less time than a barrier; for many the rows are
- * shared out, and a barrier follows.
+ * shared out, and a barrier follows. What happens to heads between products and attention is done by attention, where
+ * every sequence has one token.
  */
 #ifndef FABULA_PROGRAM_H
 #define FABULA_PROGRAM_H
@@ -51,7 +53,12 @@ struct fb_stage {
     bool is_quantised; /* LINEAR: some weight takes activations rounded to 8 bits */
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
+    bool is_of_heads; /* ROWS: in steps of one token a sequence, the attention behind it does this; see fb_raw_heads */
 };
+
+static inline bool fb_is_product(const struct fb_op *op) {
+    return op->kind == FB_OP_LINEAR || op->kind == FB_OP_LINEAR_SWIGLU || op->kind == FB_OP_LOGITS;
+}
 
 struct fb_program {
     struct fb_program_shape shape;
@@ -77,6 +84,8 @@ struct fb_program {
     int64_t *offsets;   /* [n_threads][2][max_tokens + 1]: offsets and places of attention */
     struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
     bool shares;                /* some have key blocks in common */
+    bool is_single;             /* each has one token */
+    atomic_int *parts_left;     /* [max_tokens][n_kv_heads], see attention.h */
     float *partials;
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantised weight */
@@ -92,6 +101,9 @@ struct fb_program {
     struct fb_counter *counters; /* [n_stages][2][n_threads], for as many threads as a run has */
     size_t scratch_bytes;        /* all of the above */
 };
+
+/* Cuts checked operators into p->stages. */
+void fb_cut_stages(struct fb_program *p);
 
 /* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows
  * each. */

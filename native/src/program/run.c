@@ -226,9 +226,24 @@ static void run_products(struct run *run, const struct fb_stage *stage, const st
     }
 }
 
-/* Tiles or key blocks, then the merging of what was split. Every thread works out the same list
- * of items in memory of its own: for a few sequences that is cheaper than a barrier. */
-static void run_attention(struct run *run, const struct fb_op *op, const struct place *place) {
+/* What a stage of heads has left to the attention behind it. */
+static struct fb_raw_heads raw_heads(const struct fb_program *p, const struct fb_stage *stage) {
+    struct fb_raw_heads raw = {0};
+    for (int32_t o = 0; o < stage->n_ops; o++) {
+        const struct fb_op *op = &p->ops[stage->first_op + o];
+        if (op->kind == FB_OP_ROPE) raw.cos_sin = p->cos_sin;
+        if (op->kind != FB_OP_HEAD_NORM) continue;
+        raw.q_norm = op->vector;
+        raw.k_norm = op->vector2;
+        raw.eps = op->eps;
+    }
+    return raw;
+}
+
+/* Tiles or key blocks. Every thread works out the same list of items in memory of its own: for a few sequences that is
+ * cheaper than a barrier. */
+static void run_attention(
+    struct run *run, const struct fb_op *op, const struct fb_raw_heads *raw, const struct place *place) {
     struct fb_program *p = run->program;
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
     struct fb_attention attention = {.kernels = p->kernels,
@@ -249,18 +264,14 @@ static void run_attention(struct run *run, const struct fb_op *op, const struct 
         .scratch = p->attention_scratch,
         .scratch_bytes = p->attention_scratch_bytes,
         .partials = p->partials,
+        .parts_left = p->parts_left,
+        .raw = raw,
         .sharing = p->shares ? p->sharing : NULL};
     attention.offsets = p->offsets + (size_t)place->thread * 2 * ((size_t)p->shape.max_tokens + 1);
     attention.places = attention.offsets + p->shape.max_tokens + 1;
     struct fb_items items = items_of(place, 0, fb_attention_items(&attention, place->n_threads));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         fb_attention_item(&attention, i, place->thread);
-    const int64_t n_merges = fb_attention_merge_items(&attention);
-    if (n_merges == 0) return;
-    fb_barrier_wait(&run->barrier, place->n_threads);
-    struct fb_items merges = items_of(place, 1, n_merges);
-    for (int64_t i; (i = fb_next_item(&merges)) >= 0;)
-        fb_attention_merge_item(&attention, i);
 }
 
 static void run_stages(struct run *run, int thread, int n_threads) {
@@ -270,12 +281,16 @@ static void run_stages(struct run *run, int thread, int n_threads) {
         const size_t n_rows = (size_t)(stage->per_output ? run->batch->n_outputs : run->batch->n_tokens);
         const struct place place = {&p->counters[2 * s * n_threads], thread, n_threads};
         if (n_rows == 0) break; /* nobody wants logits: the rest of the program is for outputs only */
+        if (p->is_single && stage->is_of_heads) continue;
         if (stage->kind == FB_STAGE_ROWS)
             run_rows(run, stage, &place, n_rows);
         else if (stage->kind == FB_STAGE_LINEAR)
             run_products(run, stage, &place, n_rows);
-        else
-            run_attention(run, &p->ops[stage->first_op], &place);
+        else {
+            const bool is_raw = p->is_single && stage[-1].is_of_heads; /* there is one: EMBED comes first */
+            const struct fb_raw_heads raw = raw_heads(p, stage - 1);
+            run_attention(run, &p->ops[stage->first_op], is_raw ? &raw : NULL, &place);
+        }
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);
     }
 }
@@ -310,8 +325,10 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch,
 /* Fills the per-token tables that every stage reads. */
 static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_threads) {
     int32_t row = 0;
+    p->is_single = true;
     for (int32_t s = 0; s < batch->n_sequences; s++) {
         p->first_row[s] = row;
+        p->is_single = p->is_single && batch->sequences[s].n_tokens == 1;
         for (int32_t i = 0; i < batch->sequences[s].n_tokens; i++, row++) {
             p->positions[row] = batch->sequences[s].n_past + i;
             p->owners[row] = s;

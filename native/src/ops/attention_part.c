@@ -1,0 +1,295 @@
+/* attention_part.c - partial results of attention, and merging them. See attention_part.h. */
+#include "ops/attention_part.h"
+
+#include <math.h>
+#include <string.h>
+
+struct fb_tile_layout fb_tile_layout_of(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
+    struct fb_tile_layout l = {.head_dim = (size_t)head_dim, .padded = (size_t)(head_dim + 15) / 16 * 16};
+    l.group = (size_t)(n_heads / n_kv_heads);
+    l.tile_tokens = l.group >= FB_TILE_ROWS ? 1 : FB_TILE_ROWS / l.group;
+    l.tile_rows = l.tile_tokens * l.group;
+    return l;
+}
+
+size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
+    struct fb_tile_layout l = fb_tile_layout_of(n_heads, n_kv_heads, head_dim);
+    size_t floats = l.tile_rows * (l.head_dim + l.padded / 2 + FB_KEY_BLOCK) + 2 * fb_partial_floats(&l, l.tile_rows);
+    return (floats * sizeof(float) + 63) / 64 * 64;
+}
+
+struct fb_tile_work fb_tile_work_of(const struct fb_attention *a, const struct fb_tile_layout *l, int thread) {
+    float *memory = (float *)(void *)(a->scratch + (size_t)thread * a->scratch_bytes);
+    struct fb_tile_work w = {.q = memory, .q_pairs = (uint16_t *)(void *)(memory + l->tile_rows * l->head_dim)};
+    w.scores = memory + l->tile_rows * (l->head_dim + l->padded / 2);
+    float *rest = w.scores + l->tile_rows * FB_KEY_BLOCK;
+    w.sum = fb_partial_at(rest, l->tile_rows);
+    w.part = fb_partial_at(rest + fb_partial_floats(l, l->tile_rows), l->tile_rows);
+    return w;
+}
+
+struct fb_tile fb_tile_of(
+    const struct fb_attention *a, const struct fb_tile_layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
+    struct fb_tile t = {.sequence = &a->sequences[sequence], .kv_head = kv_head};
+    t.first_token = index * (int32_t)l->tile_tokens;
+    int32_t rest = t.sequence->n_tokens - t.first_token;
+    t.n_tokens = rest < (int32_t)l->tile_tokens ? rest : (int32_t)l->tile_tokens;
+    t.first_row = a->first_row[sequence] + t.first_token;
+    int32_t first_position = t.sequence->n_past + t.first_token;
+    const int32_t last_position = first_position + t.n_tokens - 1;
+    t.first_block = fb_lowest_visible(t.sequence, a->window, first_position) / FB_KEY_BLOCK;
+    t.end_block = last_position / FB_KEY_BLOCK + 1;
+    t.sinks = fb_sees_sinks(t.sequence, a->window, last_position);
+    return t;
+}
+
+/* K in bf16 takes queries rounded to it. */
+static void round_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile_work *w,
+    size_t first_row, size_t rows) {
+    if (a->pool->k.dtype != FB_BF16) return;
+    for (size_t r = first_row; r < first_row + rows; r++)
+        a->kernels->round_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
+}
+
+/* What is left to do to a head of a token, in place: see struct fb_raw_heads. */
+static void finish_head(const struct fb_attention *a, const float *norm, int32_t row, float *head) {
+    const struct fb_raw_heads *raw = a->raw;
+    const size_t half = (size_t)a->rotary_dim / 2;
+    if (norm) a->kernels->rms_norm(head, norm, (size_t)a->pool->head_dim, raw->eps, head);
+    if (!raw->cos_sin) return;
+    const float *cosines = raw->cos_sin + (size_t)row * 2 * half;
+    a->kernels->rotate(head, head + half, cosines, cosines + half, half);
+}
+
+/* Gathers the tile's queries, from a row on, so that they lie head_dim apart: row = token x group + head of the group. */
+static void gather_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
+    const struct fb_tile_work *w, size_t first_row) {
+    for (int32_t i = 0; i < t->n_tokens; i++)
+        memcpy(w->q + (first_row + (size_t)i * l->group) * l->head_dim,
+            a->q + (size_t)(t->first_row + i) * a->ldq + (size_t)t->kv_head * l->group * l->head_dim,
+            l->group * l->head_dim * sizeof *w->q);
+    for (size_t r = 0; a->raw && r < l->group; r++) /* of the one token */
+        finish_head(a, a->raw->q_norm, t->first_row, w->q + (first_row + r) * l->head_dim);
+    round_queries(a, l, w, first_row, (size_t)t->n_tokens * l->group);
+}
+
+/* Writes K and V of a tile's one token, whose heads are raw. */
+static void write_raw(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
+    const struct fb_tile_work *w) {
+    const int32_t position = t->sequence->n_past;
+    const float *heads = a->q + (size_t)t->first_row * a->ldq;
+    float *k = w->scores; /* not in use yet, and longer than a head */
+    memcpy(k, heads + (size_t)(a->n_heads + t->kv_head) * l->head_dim, l->head_dim * sizeof *k);
+    finish_head(a, a->raw->k_norm, t->first_row, k);
+    fb_slab_write(a->pool, a->kernels,
+        fb_slab(a->pool, t->sequence->pages[position / FB_PAGE_POSITIONS], a->layer, t->kv_head),
+        position % FB_PAGE_POSITIONS, true, k,
+        heads + (size_t)(a->n_heads + a->pool->n_kv_heads + t->kv_head) * l->head_dim);
+}
+
+/* Softmax without its division over columns from .. to-1 of a row's scores; columns first .. end-1 around them become
+ * 0. A row that sees nothing gets length 0. */
+static void weigh_scores(const struct fb_attention *a, float *scores, int32_t first, int32_t end, int32_t from,
+    int32_t to, const struct fb_partial *out, size_t row) {
+    if (from >= to) {
+        memset(scores + first, 0, (size_t)(end - first) * sizeof *scores);
+        out->max[row] = -INFINITY;
+        out->length[row] = 0.0f;
+        return;
+    }
+    const size_t n = (size_t)(to - from);
+    out->max[row] = a->kernels->max(scores + from, n) * a->scale;
+    out->length[row] = a->kernels->exp_sum(scores + from, n, a->scale, out->max[row], scores + from);
+    memset(scores + first, 0, (size_t)(from - first) * sizeof *scores);
+    memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
+}
+
+/* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. `next`: K or V that is read soon. */
+static void score_keys(const struct fb_attention *a, const struct fb_tile_layout *l, char *slab, size_t panels,
+    const struct fb_tile_work *w, size_t rows, float *scores, const char *next) {
+    const struct fb_kv_part *k = &a->pool->k;
+    if (k->dtype == FB_BF16) {
+        a->kernels->gemm_pairs((const uint16_t *)(const void *)slab, fb_k_dimensions(FB_BF16, l->head_dim) * 16, panels,
+            l->head_dim, w->q_pairs, l->padded, rows, scores, FB_KEY_BLOCK, false, next);
+        return;
+    }
+    fb_part_gemm(k, a->kernels)(
+        slab, l->head_dim * 16, panels, l->head_dim, w->q, l->head_dim, rows, scores, FB_KEY_BLOCK, false, next);
+    const float *scales = fb_part_scales(k, slab);
+    for (size_t r = 0; scales && r < rows; r++)
+        a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
+}
+
+/* values [rows][padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V. The weights are
+ * used up. `next`: V or K that is read soon. */
+static void sum_values(const struct fb_attention *a, const struct fb_tile_layout *l, char *at, size_t n, float *weights,
+    size_t rows, float *values, bool accumulate, const char *next) {
+    const struct fb_kv_part *v = &a->pool->v;
+    if (v->dtype == FB_BF16) {
+        uint16_t rounded[FB_TILE_ROWS * FB_PAGE_POSITIONS];
+        for (size_t first = 0; first < rows; first += FB_TILE_ROWS) {
+            const size_t count = rows - first < FB_TILE_ROWS ? rows - first : FB_TILE_ROWS;
+            for (size_t r = 0; r < count; r++)
+                a->kernels->round_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
+            a->kernels->gemm_pairs((const uint16_t *)(const void *)at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16,
+                n, rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate, next);
+        }
+        return;
+    }
+    const float *scales = fb_part_scales(v, at);
+    for (size_t r = 0; scales && r < rows; r++)
+        a->kernels->multiply(weights + r * FB_KEY_BLOCK, scales, n);
+    fb_part_gemm(v, a->kernels)(at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, n, weights, FB_KEY_BLOCK, rows,
+        values, l->padded, accumulate, next);
+}
+
+/* The partial result of every query of the tile over the sinks outside its window. Turns the queries in `w`. */
+static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
+    const struct fb_tile_work *w, struct fb_partial out) {
+    const size_t rows = (size_t)t->n_tokens * l->group, half = (size_t)a->rotary_dim / 2;
+    const int32_t n_sinks = t->sequence->n_sinks;
+    const int32_t first_position = t->sequence->n_past + t->first_token;
+    for (size_t r = 0; r < rows; r++) {
+        const int32_t token = (int32_t)(r / l->group);
+        if (!fb_sees_sinks(t->sequence, a->window, first_position + token)) continue;
+        const float *cosines = a->sink_turns + (size_t)(t->first_row + token) * 2 * half;
+        float *q = w->q + r * l->head_dim;
+        a->kernels->rotate(q, q + half, cosines, cosines + half, half);
+    }
+    round_queries(a, l, w, 0, rows);
+    char *slab = fb_slab(a->pool, t->sequence->pages[0], a->layer, t->kv_head);
+    const size_t panels = (size_t)(n_sinks - 1) / 16 + 1;
+    score_keys(a, l, slab, panels, w, rows, w->scores, NULL);
+    for (size_t r = 0; r < rows; r++) {
+        const bool sees = fb_sees_sinks(t->sequence, a->window, first_position + (int32_t)(r / l->group));
+        weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
+    }
+    sum_values(a, l, fb_slab_v(a->pool, slab), (size_t)n_sinks, w->scores, rows, out.values, false, NULL);
+}
+
+/* Pages that lie one behind the other in a sequence, as a block of keys reads them. */
+struct reading {
+    const int32_t *pages; /* the first of them */
+    int32_t n_pages;      /* of the block */
+    int32_t n_written;    /* behind the block there are more */
+    int32_t kv_head;
+};
+
+/* K of its pages, then V of them, then K of the pages behind them: the i-th of these, NULL behind the last. */
+static char *read_at(const struct fb_attention *a, const struct reading *r, int32_t i) {
+    const int32_t page = i < r->n_pages ? i : i - r->n_pages;
+    if (page >= r->n_written) return NULL;
+    char *slab = fb_slab(a->pool, r->pages[page], a->layer, r->kv_head);
+    return i < r->n_pages || i >= 2 * r->n_pages ? slab : fb_slab_v(a->pool, slab);
+}
+
+enum { AHEAD = 2 }; /* what is asked for while one of them is read */
+
+/* Scores of a block's keys, its first n_keys, into w->scores. */
+static void score_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct reading *r,
+    int32_t n_keys, const struct fb_tile_work *w, size_t rows) {
+    for (int32_t i = 0; i < r->n_pages; i++) {
+        const size_t panels = (size_t)(n_keys - i * FB_PAGE_POSITIONS - 1) / 16 + 1;
+        score_keys(a, l, read_at(a, r, i), panels < 2 ? panels : 2, w, rows, w->scores + i * FB_PAGE_POSITIONS,
+            read_at(a, r, i + AHEAD));
+    }
+}
+
+/* Their sums of V, weighted by w->scores. Behind the keys that are written may lie anything. */
+static void sum_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct reading *r,
+    int32_t n_keys, const struct fb_tile_work *w, size_t rows, float *values) {
+    for (int32_t i = 0; i < r->n_pages; i++) {
+        const int32_t rest = n_keys - i * FB_PAGE_POSITIONS;
+        sum_values(a, l, read_at(a, r, r->n_pages + i), (size_t)(rest < FB_PAGE_POSITIONS ? rest : FB_PAGE_POSITIONS),
+            w->scores + i * FB_PAGE_POSITIONS, rows, values, i > 0, read_at(a, r, r->n_pages + i + AHEAD));
+    }
+}
+
+/* The partial result of every query of the tile over one key block. */
+static void attend_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
+    int32_t block, const struct fb_tile_work *w, struct fb_partial out) {
+    const size_t rows = (size_t)t->n_tokens * l->group;
+    const int32_t first_position = t->sequence->n_past + t->first_token;
+    const int32_t last_position = first_position + t->n_tokens - 1;
+    /* Pages of the block that hold a key somebody of the tile sees. */
+    const int32_t visible = fb_lowest_visible(t->sequence, a->window, first_position);
+    const int32_t low = visible > block * FB_KEY_BLOCK ? visible : block * FB_KEY_BLOCK;
+    const int32_t end = block * FB_KEY_BLOCK + FB_KEY_BLOCK;
+    const int32_t first_page = low / FB_PAGE_POSITIONS, start = first_page * FB_PAGE_POSITIONS;
+    const int32_t n_keys = (last_position < end ? last_position + 1 : end) - start;
+    const struct reading r = {.pages = t->sequence->pages + first_page,
+        .n_pages = (n_keys - 1) / FB_PAGE_POSITIONS + 1,
+        .n_written = last_position / FB_PAGE_POSITIONS + 1 - first_page,
+        .kv_head = t->kv_head};
+    score_block(a, l, &r, n_keys, w, rows);
+    /* Softmax without its division, over what each query sees; the rest of its row becomes 0. */
+    for (size_t row = 0; row < rows; row++) {
+        const int32_t position = first_position + (int32_t)(row / l->group);
+        const int32_t from = fb_lowest_visible(t->sequence, a->window, position) - start, to = position - start + 1;
+        weigh_scores(
+            a, w->scores + row * FB_KEY_BLOCK, 0, n_keys, from > 0 ? from : 0, to < n_keys ? to : n_keys, &out, row);
+    }
+    sum_block(a, l, &r, n_keys, w, rows, out.values);
+}
+
+void fb_attend_together(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *members,
+    size_t n_members, int32_t block, const struct fb_tile_work *w) {
+    enum { PAGES = FB_KEY_BLOCK / FB_PAGE_POSITIONS };
+    const size_t rows = n_members * l->group;
+    for (size_t m = 0; m < n_members; m++)
+        gather_queries(a, l, &members[m], w, m * l->group);
+    const struct reading r = {.pages = members[0].sequence->pages + block * PAGES,
+        .n_pages = PAGES,
+        .n_written = PAGES,
+        .kv_head = members[0].kv_head};
+    score_block(a, l, &r, FB_KEY_BLOCK, w, rows);
+    for (size_t row = 0; row < rows; row++)
+        weigh_scores(a, w->scores + row * FB_KEY_BLOCK, 0, FB_KEY_BLOCK, 0, FB_KEY_BLOCK, &w->part, row);
+    sum_block(a, l, &r, FB_KEY_BLOCK, w, rows, w->part.values);
+}
+
+void fb_attend_part(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
+    int32_t index, const struct fb_tile_work *w, struct fb_partial out) {
+    if (a->raw && index == fb_tile_parts(t) - 1) write_raw(a, l, t, w);
+    if (t->sinks && index == 0) {
+        gather_queries(a, l, t, w, 0);
+        attend_sinks(a, l, t, w, out);
+        return;
+    }
+    if (index == (t->sinks ? 1 : 0) || a->split) gather_queries(a, l, t, w, 0);
+    attend_block(a, l, t, t->first_block + index - (t->sinks ? 1 : 0), w, out);
+}
+
+void fb_merge_partial(const struct fb_attention *a, const struct fb_tile_layout *l, size_t rows, struct fb_partial sum,
+    struct fb_partial part) {
+    for (size_t r = 0; r < rows; r++) {
+        if (part.length[r] == 0.0f) continue;
+        float *values = sum.values + r * l->padded;
+        const float *more = part.values + r * l->padded;
+        if (sum.length[r] == 0.0f) {
+            memcpy(values, more, l->padded * sizeof *values);
+            sum.length[r] = part.length[r];
+            sum.max[r] = part.max[r];
+            continue;
+        }
+        const float top = sum.max[r] > part.max[r] ? sum.max[r] : part.max[r];
+        const float distance[2] = {sum.max[r] - top, part.max[r] - top};
+        float factors[2];
+        a->kernels->exp_sum(distance, 2, 1.0f, 0.0f, factors);
+        a->kernels->merge(values, factors[0], more, factors[1], l->padded);
+        sum.length[r] = fmaf(part.length[r], factors[1], sum.length[r] * factors[0]);
+        sum.max[r] = top;
+    }
+}
+
+void fb_store_attended(
+    const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t, struct fb_partial sum) {
+    for (int32_t i = 0; i < t->n_tokens; i++)
+        for (size_t g = 0; g < l->group; g++) {
+            size_t r = (size_t)i * l->group + g;
+            float *values = sum.values + r * l->padded;
+            a->kernels->scale(values, l->head_dim, 1.0f / sum.length[r]);
+            memcpy(a->out + (size_t)(t->first_row + i) * a->ld_out + ((size_t)t->kv_head * l->group + g) * l->head_dim,
+                values, l->head_dim * sizeof *values);
+        }
+}

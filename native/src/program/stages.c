@@ -1,0 +1,104 @@
+/* stages.c - cuts a program into stages. See program.h. */
+#include "program/program.h"
+
+/* Whether two products, one after the other, may run side by side: the second reads nothing that the first writes. */
+static bool runs_beside(const struct fb_op *first, const struct fb_op *second) {
+    return first->kind == FB_OP_LINEAR && second->kind == FB_OP_LINEAR && first->in == second->in &&
+           first->out == second->out && second->column > first->column && second->residual == -1;
+}
+
+static int32_t last_op(const struct fb_stage *stage) {
+    return stage->first_op + stage->n_ops - 1;
+}
+
+/* Row by row operators that follow each other become one stage, as do products that may run side by side.
+ * GATHER_OUTPUTS changes what a row is, so a stage begins with it. */
+static void cut(struct fb_program *p) {
+    bool gathered = false;
+    for (int32_t i = 0; i < p->n_ops; i++) {
+        const struct fb_op *op = &p->ops[i];
+        const enum fb_stage_kind kind = fb_is_product(op)             ? FB_STAGE_LINEAR
+                                        : op->kind == FB_OP_ATTENTION ? FB_STAGE_ATTENTION
+                                                                      : FB_STAGE_ROWS;
+        struct fb_stage *before = p->n_stages ? &p->stages[p->n_stages - 1] : NULL;
+        gathered = gathered || op->kind == FB_OP_GATHER_OUTPUTS;
+        const bool joins = before && before->kind == kind && op->kind != FB_OP_GATHER_OUTPUTS &&
+                           (kind == FB_STAGE_ROWS ||
+                               (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_BESIDE && runs_beside(op - 1, op)));
+        if (joins)
+            before->n_ops++;
+        else
+            p->stages[p->n_stages++] = (struct fb_stage){
+                .kind = kind, .first_op = i, .n_ops = 1, .norm = -1, .per_output = gathered};
+    }
+}
+
+/* Whether anything behind operator `i` reads what `buffer` holds now. */
+static bool is_read_later(const struct fb_program *p, int32_t buffer, int32_t i) {
+    for (i++; i < p->n_ops; i++) {
+        const struct fb_op *op = &p->ops[i];
+        if (op->in == buffer || op->residual == buffer) return true;
+        if (op->out == buffer) return false;
+    }
+    return false;
+}
+
+/* Moves a norm to the products that alone read its result, and notes which stages round their input. A norm moved so
+ * reads its input while the products write: they must not lie on each other. */
+static void prepare_products(struct fb_program *p) {
+    int32_t n_kept = 0;
+    for (int32_t s = 0; s < p->n_stages; s++) {
+        struct fb_stage stage = p->stages[s];
+        if (stage.kind == FB_STAGE_LINEAR) {
+            for (int32_t i = stage.first_op; i <= last_op(&stage); i++) {
+                const struct fb_weight *weight = p->ops[i].weight;
+                const size_t n_blocks = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
+                const size_t width = ((size_t)weight->n_cols + 31) / 32 * 32;
+                if (weight->dtype == FB_BF16) {
+                    stage.is_paired = true;
+                    if (width > p->pair_stride) p->pair_stride = width;
+                }
+                if (!fb_is_quantised(weight->dtype)) continue;
+                stage.is_quantised = true;
+                if (n_blocks > p->activation_blocks) p->activation_blocks = n_blocks;
+            }
+            struct fb_stage *before = &p->stages[n_kept - 1]; /* there is one: EMBED comes first */
+            const struct fb_op *norm = &p->ops[last_op(before)];
+            const bool writes_its_input = p->ops[stage.first_op].out >= 0 && p->ops[stage.first_op].out == norm->in;
+            if (before->kind == FB_STAGE_ROWS && norm->kind == FB_OP_RMS_NORM && norm->out != norm->in &&
+                norm->out == p->ops[stage.first_op].in && !writes_its_input &&
+                !is_read_later(p, norm->out, last_op(&stage))) {
+                stage.norm = last_op(before);
+                struct fb_buffer *in = &p->buffers[norm->in];
+                if (in->last_use < last_op(&stage)) in->last_use = last_op(&stage);
+                if (--before->n_ops == 0) n_kept--;
+            }
+        }
+        p->stages[n_kept++] = stage;
+    }
+    p->n_stages = n_kept;
+}
+
+/* Finds attention whose heads may come raw: before it lie norms of heads, RoPE and the writing of K and V at most, in this
+ * order and of its buffer, which nobody reads later. */
+static void prepare_attention(struct fb_program *p) {
+    for (int32_t s = 1; s < p->n_stages; s++) {
+        struct fb_stage *before = &p->stages[s - 1];
+        const struct fb_op *attention = &p->ops[p->stages[s].first_op];
+        if (attention->kind != FB_OP_ATTENTION || before->kind != FB_STAGE_ROWS) continue;
+        if (is_read_later(p, attention->in, p->stages[s].first_op)) continue;
+        static const enum fb_op_kind order[] = {FB_OP_HEAD_NORM, FB_OP_ROPE, FB_OP_KV_WRITE};
+        int32_t i = before->first_op;
+        for (size_t o = 0; o < sizeof order / sizeof *order; o++)
+            if (i <= last_op(before) && p->ops[i].kind == order[o] && p->ops[i].in == attention->in) i++;
+        const struct fb_op *last = &p->ops[last_op(before)];
+        before->is_of_heads = i == last_op(before) + 1 && last->kind == FB_OP_KV_WRITE &&
+                              last->layer == attention->layer;
+    }
+}
+
+void fb_cut_stages(struct fb_program *p) {
+    cut(p);
+    prepare_products(p);
+    prepare_attention(p);
+}
