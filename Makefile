@@ -3,6 +3,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# What an extra of pyproject.toml names. `pip install .[test]` would build Fabula again, from the start.
+NEEDS = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
 
 .PHONY: run test lint sanitize aarch64 cuda format clean
@@ -48,11 +50,11 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	@touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet ".[test]"
+	$(BIN)/python -m pip install --quiet $$($(NEEDS) test)
 	@touch $@
 
 $(VENV)/linted-with: $(VENV)/tested-with
-	$(BIN)/python -m pip install --quiet ".[lint]"
+	$(BIN)/python -m pip install --quiet $$($(NEEDS) lint)
 	@touch $@
 
 clean:

@@ -125,10 +125,10 @@ def test_m2_tiny_file_with_an_array_of_2_to_63_is_refused_at_once(write, kind: i
     raw = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + string("abc") + struct.pack("<IIQ", ARRAY, kind, 2**63)
     path = write(raw)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ModelFileError, match=str(2**63)):
         GgufFile(path)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 1.0, "2^63 entries were looked at"
@@ -277,14 +277,14 @@ def test_m8_cut_anywhere(tmp_path: Path) -> None:
     with GgufFile(path) as file:
         last = max(t.offset + t.n_bytes for t in file.tensors.values())
     places = [random.Random(seed).randrange(len(parts.header), last) for _ in range(100)]
-    started = time.perf_counter()
+    started = time.process_time()
     for size in [last - 1, *places, *reversed(range(len(parts.header)))]:
         if path.stat().st_size < size:
             path.write_bytes(parts.file)
         os.truncate(path, size)
         with pytest.raises(ModelFileError):
             GgufFile(path)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_m9_file_shortened_while_in_use(write) -> None:
@@ -448,13 +448,13 @@ def test_m20_random_damage(tmp_path: Path) -> None:
             out.seek(0)
             out.write(raw)
             out.truncate(len(raw))
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 _use(path)
                 accepted += 1
             except EngineError as error:
                 assert str(path) in str(error)
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, time.process_time() - started)
     print(f"{accepted} accepted, slowest {slowest * 1000:.1f} ms")
     assert 0 < accepted < 20_000
     assert slowest < 5.0, "something hangs"

@@ -237,12 +237,12 @@ def test_m10_a_name_twice(write: Callable[..., Path]) -> None:
 
 def test_m10_structure_that_would_take_gigabytes(write: Callable[..., Path]) -> None:
     bomb = b"[" + b"[]," * 3_000_000 + b"[]]"
-    started = time.monotonic()
+    started = time.process_time()
     refuse(
         write(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":' + bomb + b"}}", b"1234"),
         "structure",
     )
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_m10_too_many_tensors(write: Callable[..., Path]) -> None:
@@ -292,10 +292,10 @@ def test_m11_ranges(write: Callable[..., Path], header: dict[str, Any], n_data: 
     ],
 )
 def test_m12_shapes_that_wrap(write: Callable[..., Path], shape: list[int]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for n in (0, 4, 8):
         refuse(write({"a": tensor(0, n, shape)}, bytes(n)))
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("tail", [b"\0", b"PK\x05\x06" + bytes(18), b"%PDF-1.7\n%%EOF\n"])

@@ -66,8 +66,8 @@ def leave(sock: socket.socket, hard: bool) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("stage", ["headers", "begin", "prefill", "decode"])
 def test_clients_that_leave(served: Running, stream: bool, stage: str) -> None:
-    """Two hundred in each stage, and nothing is made for them: no answer comes to its end, and nothing is left."""
-    before, n = ended(served), 200 if stage != "prefill" else 50
+    """Fifty in each stage, and nothing is made for them: no answer comes to its end, and nothing is left."""
+    before, n = ended(served), 50 if stage != "prefill" else 16
     for i in range(n):
         if stage == "headers":
             sock = socket.create_connection(("127.0.0.1", served.port), timeout=30)
@@ -96,14 +96,14 @@ def test_clients_that_leave(served: Running, stream: bool, stage: str) -> None:
 
 def test_clients_that_leave_at_the_end(served: Running) -> None:
     """In the last chunk: the answer has ended, whether they heard of it or not."""
-    for i in range(100):
+    for i in range(40):
         sock = connection(served, **LONG, session_id="last", max_len=3, stream=True)
         while b"event: done" not in sock.recv(65536):
             pass
         leave(sock, hard=bool(i % 2))
     wait_idle(served)
     about = served.get("/sessions/last")
-    assert about["n_turns"] == 100 and not about["busy"]
+    assert about["n_turns"] == 40 and not about["busy"]
     assert all(turn["finish_reason"] == "length" for turn in about["path"])
     served.post("/delete_session", session_id="last")
 

@@ -188,11 +188,11 @@ GROW = "{% set ns = namespace(s='xxxxxxxxxx') %}{% for i in range(60) %}{% set n
     ],
 )
 def test_harmful_templates_are_stopped(source: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
     assert str(caught.value)
-    assert time.monotonic() - start < 6.0, "2 s are allowed, on a busy machine a little more"
+    assert time.process_time() - start < 6.0, "2 s are allowed"
 
 
 @pytest.mark.parametrize("source", ["{{ self._TemplateReference__context }}", "{{ '{0.__class__}'.format('') }}"])
@@ -204,9 +204,9 @@ def test_every_limit_leaves_room_for_real_use() -> None:
     """A long conversation through a template with loops inside loops: far below the limits, and quick."""
     source = "{% for m in messages %}{% for w in m.content.split() %}{{ w | upper }} {% endfor %}{{ '\n' }}{% endfor %}"
     messages = [{"role": "user", "content": "word " * 100}] * 500
-    start = time.monotonic()
+    start = time.process_time()
     assert len(ChatTemplate(source).render(messages)) > 200_000
-    assert time.monotonic() - start < 4.0
+    assert time.process_time() - start < 4.0
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from fabula import SamplingParams, Session, Turn, Workspace
 from fabula.store.records import TurnRecord
 from fabula.store.store import Store
 
-MAX_OPEN_S = 5.0
+MAX_OPEN_S = 30.0  # only tells a hang from an answer
 N_WORKERS = 3
 MODEL_OPTIONS = {"threads": 1, "context": 512, "kv_memory": 1 << 19}  # pages for a few conversations: others go to disk
 

@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_SANITIZE=ON -DFABULA_NATIVE_TESTS=ON -DFABULA_WERROR=ON
 cmake --build "$build" -j "$(nproc)"
-(cd "$build" && ctest --output-on-failure)
+(cd "$build" && ctest -j "$(nproc)" --output-on-failure)
 
 # A copy of the package with the sanitized library. The interpreter itself is not instrumented, so the runtime is preloaded,
 # and leaks are not looked for (CPython keeps memory until the end on purpose).

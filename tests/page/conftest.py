@@ -95,7 +95,7 @@ def open_page(browser: Any, served: Running) -> Iterator[Callable[..., Page]]:
 
     def open(address: str = "", **how: Any) -> Page:
         contexts.append(browser.new_context(viewport=how.pop("viewport", {"width": 1280, "height": 800}), **how))
-        contexts[-1].set_default_timeout(20_000)
+        contexts[-1].set_default_timeout(60_000)
         pages.append(Page(contexts[-1].new_page(), address or served.address))
         return pages[-1]
 

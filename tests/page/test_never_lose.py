@@ -37,7 +37,7 @@ def long(served: Running) -> Iterator[str]:
 def tabs(browser: Any, served: Running) -> Iterator[tuple[Page, Page]]:
     """Two pages of one reader: they share what the browser keeps."""
     context = browser.new_context()
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     yield Page(context.new_page(), served.address), Page(context.new_page(), served.address)
     context.close()
 
