@@ -71,7 +71,7 @@ enum fb_isa {
 /* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
  * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX512_BF16 for these and BF16, AVX_VNNI
  * for AVX2 and the VNNI of CPUs without AVX-512; NEON for what every AArch64 CPU has, NEON_DOTPROD for SDOT besides,
- * NEON_I8MM for USDOT too). */
+ * NEON_I8MM for USDOT and SMMLA too). */
 bool fb_isa_available(enum fb_isa isa);
 
 /* The best available instruction set: what AUTO stands for. */

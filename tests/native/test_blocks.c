@@ -22,7 +22,7 @@ extern const struct fb_kernels fb_kernels_avx512_emulated;
 
 static const enum fb_dtype dtypes[] = {
     FB_Q8_0, FB_Q4_0, FB_Q4_1, FB_Q5_0, FB_Q5_1, FB_Q4_K, FB_Q5_K, FB_Q6_K, FB_Q2_K, FB_Q3_K, FB_IQ4_NL};
-enum { N_DTYPES = sizeof dtypes / sizeof *dtypes, MOST_COLUMNS = 1024, MOST_PANELS = 5, MOST_TOKENS = 25 };
+enum { N_DTYPES = sizeof dtypes / sizeof *dtypes, MOST_COLUMNS = 1024, MOST_PANELS = 5, MOST_TOKENS = 50 };
 
 static uint64_t state;
 
@@ -132,7 +132,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     const size_t n_cols = (1 + next_random() % (MOST_COLUMNS / 256)) * 256 -
                           (fb_dtype_block_size(dtype) == 32 ? next_random() % 8 * 32 : 0);
     const size_t n_panels = 1 + next_random() % MOST_PANELS;
-    const size_t n_tokens = next_random() % 3 ? 1 + next_random() % MOST_TOKENS : 1;
+    const size_t n_tokens = next_random() % 4 ? 1 + next_random() % MOST_TOKENS : 1;
     const size_t ldx = n_cols / 32 + next_random() % 3, ldy = n_panels * 16 + next_random() % 5;
     const size_t panel_bytes = fb_panel_bytes(dtype, n_cols);
     const size_t row_bytes = n_cols / (size_t)fb_dtype_block_size(dtype) * fb_dtype_block_bytes(dtype);

@@ -181,9 +181,8 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 
 /* Of 32 registers a pass or a tile of 6 tokens takes 6 or 12 each for dot products and sums, beside lines, scales and one
  * broadcast. More tokens than 24 come in tiles of 5 or 6. */
-enum { FEW_TOKENS = 6, MOST_PASSES = 4 };
-#define FEW_PASSES(X) X(6, 5) X(4, 3) X(2, 2) X(1, 1)
-enum { BLOCK_TOKENS = 6, BLOCK_PANELS = 2 };
+enum { FEW_TOKENS = 6, MOST_PASSES = 4, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
+#define FEW_PASSES(X)  X(6, 5) X(4, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
