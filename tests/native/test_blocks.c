@@ -14,10 +14,11 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-extern const struct fb_kernels fb_kernels_avx_vnni_emulated;
+#include "emulated/tiles.h"
+extern const struct fb_kernels fb_kernels_avx_vnni_emulated, fb_kernels_avx512_amx_emulated;
 #endif
 #ifdef FABULA_EMULATE_AVX512
-extern const struct fb_kernels fb_kernels_avx512_emulated;
+extern const struct fb_kernels fb_kernels_avx512_emulated, fb_kernels_amx_emulated;
 #endif
 
 static const enum fb_dtype dtypes[] = {
@@ -151,6 +152,9 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     fb_kernels_reference.quantise(x, n_tokens * ldx, activations);
     fb_kernels_reference.gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, wanted, ldy);
     k->gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, got, ldy);
+#if defined(__x86_64__)
+    CHECK_AT(!emulated_tiles_held(), "%s gemm_blocks: tiles not released, dtype %d", name, (int)dtype);
+#endif
     CHECK_AT(same(got, wanted, n_tokens * ldy), "%s gemm_blocks: dtype %d, %zu panels, k %zu, %zu tokens, seed %llu",
         name, (int)dtype, n_panels, n_cols, n_tokens, (unsigned long long)seed);
 
@@ -193,6 +197,10 @@ int main(int n_arguments, char **arguments) {
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
         {"avx512_bf16", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_bf16 : NULL},
+#ifdef FABULA_AMX
+        {"avx512_amx", fb_isa_available(FB_ISA_AVX512_AMX) ? &fb_kernels_avx512_amx : NULL},
+#endif
+        {"avx512_amx (emulated)", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_amx_emulated : NULL},
 #elif defined(__aarch64__)
         {"neon", fb_isa_available(FB_ISA_NEON) ? &fb_kernels_neon : NULL},
         {"neon_dotprod", fb_isa_available(FB_ISA_NEON_DOTPROD) ? &fb_kernels_neon_dotprod : NULL},
@@ -200,6 +208,7 @@ int main(int n_arguments, char **arguments) {
 #endif
 #ifdef FABULA_EMULATE_AVX512
         {"avx512 (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx512_emulated : NULL},
+        {"avx2 and amx (emulated)", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_amx_emulated : NULL},
 #endif
         {"reference", &fb_kernels_reference},
     };
@@ -218,5 +227,8 @@ int main(int n_arguments, char **arguments) {
         }
         printf("tested: %s\n", sets[i].name);
     }
+#if defined(__x86_64__)
+    CHECK(!fb_isa_available(FB_ISA_AVX512_BF16) || emulated_tile_dots() > 0);
+#endif
     return check_result();
 }
