@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 6 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 7 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -65,13 +65,15 @@ enum fb_isa {
     FB_ISA_AVX512_BF16 = 6,
     FB_ISA_NEON = 7,
     FB_ISA_NEON_DOTPROD = 8,
-    FB_ISA_NEON_I8MM = 9
+    FB_ISA_NEON_I8MM = 9,
+    FB_ISA_AVX512_AMX = 10
 };
 
 /* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
- * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX512_BF16 for these and BF16, AVX_VNNI
- * for AVX2 and the VNNI of CPUs without AVX-512; NEON for what every AArch64 CPU has, NEON_DOTPROD for SDOT besides,
- * NEON_I8MM for USDOT too). */
+ * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX512_BF16 for these and BF16, AVX512_AMX for these and
+ * AMX-INT8, AVX_VNNI for AVX2 and the VNNI of CPUs without AVX-512; NEON for what every AArch64 CPU has, NEON_DOTPROD for
+ * SDOT besides, NEON_I8MM for USDOT and SMMLA too). Linux lends AMX to a process that asks: where the CPU has it, this
+ * function, and whatever takes an `isa`, asks for it. */
 bool fb_isa_available(enum fb_isa isa);
 
 /* The best available instruction set: what AUTO stands for. */

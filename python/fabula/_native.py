@@ -20,7 +20,8 @@ from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Isa = Literal[
-    "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm"
+    "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_amx",
+    "neon", "neon_dotprod", "neon_i8mm",
 ]  # fmt: skip
 
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
@@ -42,6 +43,7 @@ _ISAS: dict[str, int] = {
     "neon": lib.FB_ISA_NEON,
     "neon_dotprod": lib.FB_ISA_NEON_DOTPROD,
     "neon_i8mm": lib.FB_ISA_NEON_I8MM,
+    "avx512_amx": lib.FB_ISA_AVX512_AMX,
 }
 
 

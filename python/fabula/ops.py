@@ -1,8 +1,8 @@
 """The operators of the engine one at a time: numpy in, numpy out, on the same kernels that models run on.
 
 Every function takes `threads` (None for what the process may really use) and `isa` ("auto", "reference", "avx2",
-"avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm"); the result does not depend on
-either, bit for bit. Inputs are converted to float32 and made contiguous where they are not.
+"avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx", "neon", "neon_dotprod", "neon_i8mm"); the result does
+not depend on either, bit for bit. Inputs are converted to float32 and made contiguous where they are not.
 
 Example:
     >>> import numpy as np

@@ -14,7 +14,8 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-extern const struct fb_kernels fb_kernels_avx_vnni_emulated;
+#include "emulated/tiles.h"
+extern const struct fb_kernels fb_kernels_avx_vnni_emulated, fb_kernels_avx512_amx_emulated;
 #endif
 #ifdef FABULA_EMULATE_AVX512
 extern const struct fb_kernels fb_kernels_avx512_emulated;
@@ -22,7 +23,7 @@ extern const struct fb_kernels fb_kernels_avx512_emulated;
 
 static const enum fb_dtype dtypes[] = {
     FB_Q8_0, FB_Q4_0, FB_Q4_1, FB_Q5_0, FB_Q5_1, FB_Q4_K, FB_Q5_K, FB_Q6_K, FB_Q2_K, FB_Q3_K, FB_IQ4_NL};
-enum { N_DTYPES = sizeof dtypes / sizeof *dtypes, MOST_COLUMNS = 1024, MOST_PANELS = 5, MOST_TOKENS = 25 };
+enum { N_DTYPES = sizeof dtypes / sizeof *dtypes, MOST_COLUMNS = 1024, MOST_PANELS = 5, MOST_TOKENS = 50 };
 
 static uint64_t state;
 
@@ -132,7 +133,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     const size_t n_cols = (1 + next_random() % (MOST_COLUMNS / 256)) * 256 -
                           (fb_dtype_block_size(dtype) == 32 ? next_random() % 8 * 32 : 0);
     const size_t n_panels = 1 + next_random() % MOST_PANELS;
-    const size_t n_tokens = next_random() % 3 ? 1 + next_random() % MOST_TOKENS : 1;
+    const size_t n_tokens = next_random() % 4 ? 1 + next_random() % MOST_TOKENS : 1;
     const size_t ldx = n_cols / 32 + next_random() % 3, ldy = n_panels * 16 + next_random() % 5;
     const size_t panel_bytes = fb_panel_bytes(dtype, n_cols);
     const size_t row_bytes = n_cols / (size_t)fb_dtype_block_size(dtype) * fb_dtype_block_bytes(dtype);
@@ -151,6 +152,9 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     fb_kernels_reference.quantise(x, n_tokens * ldx, activations);
     fb_kernels_reference.gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, wanted, ldy);
     k->gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, got, ldy);
+#if defined(__x86_64__)
+    CHECK_AT(!emulated_tiles_held(), "%s gemm_blocks: tiles not released, dtype %d", name, (int)dtype);
+#endif
     CHECK_AT(same(got, wanted, n_tokens * ldy), "%s gemm_blocks: dtype %d, %zu panels, k %zu, %zu tokens, seed %llu",
         name, (int)dtype, n_panels, n_cols, n_tokens, (unsigned long long)seed);
 
@@ -193,6 +197,10 @@ int main(int n_arguments, char **arguments) {
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
         {"avx512_bf16", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_bf16 : NULL},
+#ifdef FABULA_AMX
+        {"avx512_amx", fb_isa_available(FB_ISA_AVX512_AMX) ? &fb_kernels_avx512_amx : NULL},
+#endif
+        {"avx512_amx (emulated)", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_amx_emulated : NULL},
 #elif defined(__aarch64__)
         {"neon", fb_isa_available(FB_ISA_NEON) ? &fb_kernels_neon : NULL},
         {"neon_dotprod", fb_isa_available(FB_ISA_NEON_DOTPROD) ? &fb_kernels_neon_dotprod : NULL},
@@ -218,5 +226,8 @@ int main(int n_arguments, char **arguments) {
         }
         printf("tested: %s\n", sets[i].name);
     }
+#if defined(__x86_64__)
+    CHECK(!fb_isa_available(FB_ISA_AVX512_BF16) || emulated_tile_dots() > 0);
+#endif
     return check_result();
 }

@@ -279,6 +279,9 @@ int main(int n_arguments, char **arguments) {
         {"avx_vnni (emulated)", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx_vnni_emulated : NULL},
         {"avx512_vnni", fb_isa_available(FB_ISA_AVX512_VNNI) ? &fb_kernels_avx512_vnni : NULL},
         {"avx512_bf16", fb_isa_available(FB_ISA_AVX512_BF16) ? &fb_kernels_avx512_bf16 : NULL},
+#ifdef FABULA_AMX
+        {"avx512_amx", fb_isa_available(FB_ISA_AVX512_AMX) ? &fb_kernels_avx512_amx : NULL},
+#endif
 #elif defined(__aarch64__)
         {"neon", fb_isa_available(FB_ISA_NEON) ? &fb_kernels_neon : NULL},
         {"neon_dotprod", fb_isa_available(FB_ISA_NEON_DOTPROD) ? &fb_kernels_neon_dotprod : NULL},

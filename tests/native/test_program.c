@@ -147,7 +147,7 @@ int main(void) {
         run(&model, FB_ISA_REFERENCE, 1, caches[i].k, caches[i].v, TOKENS, wanted);
         const uint64_t hash = hash_of(wanted, sizeof wanted);
         CHECK_AT(!KNOWN_LIBRARY || hash == caches[i].hash, "cache %zu: 0x%016llx", i, (unsigned long long)hash);
-        for (int isa = FB_ISA_REFERENCE; isa <= FB_ISA_NEON_I8MM; isa++)
+        for (int isa = FB_ISA_REFERENCE; isa <= FB_ISA_AVX512_AMX; isa++)
             for (int p = isa == FB_ISA_REFERENCE; p < (isa == FB_ISA_REFERENCE ? 2 : 3); p++) {
                 if (!fb_isa_available((enum fb_isa)isa)) continue;
                 memset(got, 0, sizeof got);

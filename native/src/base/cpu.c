@@ -1,5 +1,5 @@
 /* cpu.c - instruction sets. On x86-64 the compiler's CPUID helper is asked (which also checks that the system saves the
- * registers), on AArch64 the system. */
+ * registers), on AArch64 the system, for AMX both. */
 #include "base/cpu.h"
 
 #include "base/status.h"
@@ -44,6 +44,33 @@ static bool has_i8mm(void) {
 }
 #endif
 
+#if defined(__x86_64__) && defined(__linux__) && defined(FABULA_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Tiles are 8 KiB a thread, which Linux saves only for processes that have asked; 5.16 and later, for older ones save them
+ * for nobody. It refuses where a thread's stack for signals is too small to hold them. */
+static bool has_amx(void) {
+    enum {
+        REQUEST_PERMISSION = 0x1023,       /* ARCH_REQ_XCOMP_PERM of asm/prctl.h */
+        TILE_DATA = 18,                    /* the part of the saved registers that it is asked for */
+        SAVES_TILES = 3 << 17,             /* in XCR0: their configuration and their data */
+        TILE_AND_INT8 = 1 << 24 | 1 << 25, /* CPUID 7, EDX */
+        OSXSAVE = 1 << 27                  /* CPUID 1, ECX: XGETBV may be executed */
+    };
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILE_AND_INT8) != TILE_AND_INT8) return false;
+    __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (a & SAVES_TILES) == SAVES_TILES && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#elif defined(__x86_64__)
+static bool has_amx(void) {
+    return false;
+}
+#endif
+
 bool fb_isa_available(enum fb_isa isa) {
     switch (isa) {
     case FB_ISA_AUTO:
@@ -62,6 +89,8 @@ bool fb_isa_available(enum fb_isa isa) {
         return fb_isa_available(FB_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
     case FB_ISA_AVX512_BF16:
         return fb_isa_available(FB_ISA_AVX512_VNNI) && __builtin_cpu_supports("avx512bf16");
+    case FB_ISA_AVX512_AMX:
+        return fb_isa_available(FB_ISA_AVX512_BF16) && has_amx();
 #elif defined(__aarch64__)
     case FB_ISA_NEON:
         return true;
@@ -76,6 +105,7 @@ bool fb_isa_available(enum fb_isa isa) {
 }
 
 enum fb_isa fb_isa_best(void) {
+    if (fb_isa_available(FB_ISA_AVX512_AMX)) return FB_ISA_AVX512_AMX;
     if (fb_isa_available(FB_ISA_AVX512_BF16)) return FB_ISA_AVX512_BF16;
     if (fb_isa_available(FB_ISA_AVX512_VNNI)) return FB_ISA_AVX512_VNNI;
     if (fb_isa_available(FB_ISA_AVX512)) return FB_ISA_AVX512;
@@ -88,8 +118,8 @@ enum fb_isa fb_isa_best(void) {
 }
 
 enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out) {
-    FB_REQUIRE(wanted >= FB_ISA_AUTO && wanted <= FB_ISA_NEON_I8MM, "isa is %d, must be 0 .. %d", (int)wanted,
-        (int)FB_ISA_NEON_I8MM);
+    FB_REQUIRE(wanted >= FB_ISA_AUTO && wanted <= FB_ISA_AVX512_AMX, "isa is %d, must be 0 .. %d", (int)wanted,
+        (int)FB_ISA_AVX512_AMX);
     if (!fb_isa_available(wanted)) return fb_fail(FB_UNSUPPORTED, "this CPU lacks instruction set %d", (int)wanted);
     *out = wanted == FB_ISA_AUTO ? fb_isa_best() : wanted;
     return FB_OK;

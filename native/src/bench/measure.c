@@ -81,95 +81,98 @@ enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_thre
     return FB_OK;
 }
 
-enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s) {
-    FB_TRY(check(n_repeats, n_threads, flops_per_s));
-    enum fb_isa chosen;
-    FB_TRY(fb_isa_resolve(isa, &chosen));
-    const fb_gemm_kernel gemm = fb_kernels_of(chosen)->gemm[FB_F32];
-    enum { PANELS = 2, K = 64, TOKENS = 12, CALLS = 2000 }; /* 8 KiB of panels and 3 KiB of x: all in L1 */
-    const size_t calls = chosen == FB_ISA_REFERENCE ? 1 : CALLS;
+/* Calls a kernel `n_calls` times on data of its own and returns a number that depends on the results. */
+typedef float (*measured_calls)(const struct fb_kernels *kernels, size_t n_calls);
+
+/* 12 tokens are whole tiles for every table; 32 are for AMX, whose tiles 12 do not reach. */
+enum { PANELS = 2, TOKENS = 12, TILE_TOKENS = 32 };
+
+/* Operations a second: a multiply and an add for each of the k terms of an output. */
+static enum fb_status measure_product(measured_calls calls, size_t n_calls, size_t n_tokens, size_t k,
+    int32_t n_repeats, int32_t n_threads, enum fb_isa chosen, double *ops_per_s) {
+    const struct fb_kernels *kernels = fb_kernels_of(chosen);
+    if (chosen == FB_ISA_REFERENCE) n_calls = 1;
     double times[MAX_REPEATS];
     float total = 0.0f;
     for (int32_t r = -1; r < n_repeats; r++) {
         const double start = now();
 #pragma omp parallel num_threads(n_threads) reduction(+ : total)
-        {
-            float panels[PANELS * K * FB_LANES], x[TOKENS * K], y[TOKENS * PANELS * FB_LANES];
-            memset(y, 0, sizeof y);
-            for (size_t i = 0; i < sizeof panels / sizeof *panels; i++)
-                panels[i] = 0.5f;
-            for (size_t i = 0; i < sizeof x / sizeof *x; i++)
-                x[i] = 0.25f;
-            for (size_t i = 0; i < calls; i++)
-                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false, NULL);
-            total += y[0];
-        }
+        total += calls(kernels, n_calls);
         if (r >= 0) times[r] = now() - start;
     }
-    const double flops = 2.0 * PANELS * FB_LANES * K * TOKENS * (double)calls * (double)n_threads;
-    *flops_per_s = total > 0.0f ? flops / median(times, n_repeats) : 0.0;
+    const double ops = 2.0 * PANELS * FB_LANES * (double)(k * n_tokens * n_calls) * (double)n_threads;
+    *ops_per_s = total > 0.0f ? ops / median(times, n_repeats) : 0.0;
     return FB_OK;
+}
+
+enum { FMA_K = 64, PAIRS_K = 128, DOT_K = 256, DOT_BLOCKS = DOT_K / FB_BLOCK_COLUMNS };
+
+/* 8 KiB of panels and 3 KiB of x. */
+static float call_fma(const struct fb_kernels *kernels, size_t n_calls) {
+    _Alignas(FB_LINE) float panels[PANELS * FMA_K * FB_LANES], x[TOKENS * FMA_K], y[TOKENS * PANELS * FB_LANES] = {0};
+    for (size_t i = 0; i < sizeof panels / sizeof *panels; i++)
+        panels[i] = 0.5f;
+    for (size_t i = 0; i < sizeof x / sizeof *x; i++)
+        x[i] = 0.25f;
+    for (size_t i = 0; i < n_calls; i++)
+        kernels->gemm[FB_F32](
+            panels, FMA_K * FB_LANES, PANELS, FMA_K, x, FMA_K, TOKENS, y, PANELS * FB_LANES, false, NULL);
+    return y[0];
+}
+
+/* 8 KiB of panels and 3 KiB of x. */
+static float call_pairs(const struct fb_kernels *kernels, size_t n_calls) {
+    _Alignas(FB_LINE) uint16_t panels[PANELS * PAIRS_K * FB_LANES], x[TOKENS * PAIRS_K];
+    float y[TOKENS * PANELS * FB_LANES] = {0};
+    memset(panels, 0x3c, sizeof panels);
+    memset(x, 0x3c, sizeof x);
+    for (size_t i = 0; i < n_calls; i++)
+        kernels->gemm_pairs(
+            panels, PAIRS_K * FB_LANES, PANELS, PAIRS_K, x, PAIRS_K, TOKENS, y, PANELS * FB_LANES, false, NULL);
+    return y[0];
+}
+
+/* 9 KiB of panels with codes and scales above 0, and 6 KiB of activations, or 16. */
+static float call_dot(const struct fb_kernels *kernels, size_t n_calls, size_t n_tokens) {
+    _Alignas(FB_LINE) char panels[PANELS * DOT_BLOCKS * (8 * FB_LINE + 32)];
+    _Alignas(FB_LINE) struct fb_activation x[TILE_TOKENS * DOT_BLOCKS];
+    float y[TILE_TOKENS * PANELS * FB_LANES] = {0};
+    memset(panels, 0x2c, sizeof panels);
+    memset(x, 0, sizeof x);
+    for (size_t i = 0; i < n_tokens * DOT_BLOCKS; i++) {
+        x[i].scale = 1.0f;
+        x[i].minus_sums[0] = -(int32_t)FB_BLOCK_COLUMNS;
+        memset(x[i].codes, 1, sizeof x[i].codes);
+    }
+    for (size_t i = 0; i < n_calls; i++)
+        kernels->gemm_blocks(FB_Q8_0, panels, PANELS, DOT_K, x, DOT_BLOCKS, n_tokens, y, PANELS * FB_LANES);
+    return y[0] != 0.0f;
+}
+
+static float call_dot_few(const struct fb_kernels *kernels, size_t n_calls) {
+    return call_dot(kernels, n_calls, TOKENS);
+}
+
+static float call_dot_tiles(const struct fb_kernels *kernels, size_t n_calls) {
+    return call_dot(kernels, n_calls, TILE_TOKENS);
+}
+
+enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s) {
+    FB_TRY(check(n_repeats, n_threads, flops_per_s));
+    FB_TRY(fb_isa_resolve(isa, &isa));
+    return measure_product(call_fma, 2000, TOKENS, FMA_K, n_repeats, n_threads, isa, flops_per_s);
 }
 
 enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s) {
     FB_TRY(check(n_repeats, n_threads, flops_per_s));
-    enum fb_isa chosen;
-    FB_TRY(fb_isa_resolve(isa, &chosen));
-    const fb_gemm_pairs_kernel gemm = fb_kernels_of(chosen)->gemm_pairs;
-    enum { PANELS = 2, K = 128, TOKENS = 12, CALLS = 2000 }; /* 8 KiB of panels and 3 KiB of x */
-    const size_t calls = chosen == FB_ISA_REFERENCE ? 1 : CALLS;
-    double times[MAX_REPEATS];
-    float total = 0.0f;
-    for (int32_t r = -1; r < n_repeats; r++) {
-        const double start = now();
-#pragma omp parallel num_threads(n_threads) reduction(+ : total)
-        {
-            uint16_t panels[PANELS * K * FB_LANES], x[TOKENS * K];
-            float y[TOKENS * PANELS * FB_LANES] = {0};
-            memset(panels, 0x3c, sizeof panels);
-            memset(x, 0x3c, sizeof x);
-            for (size_t i = 0; i < calls; i++)
-                gemm(panels, K * FB_LANES, PANELS, K, x, K, TOKENS, y, PANELS * FB_LANES, false, NULL);
-            total += y[0];
-        }
-        if (r >= 0) times[r] = now() - start;
-    }
-    const double flops = 2.0 * PANELS * FB_LANES * K * TOKENS * (double)calls * (double)n_threads;
-    *flops_per_s = total > 0.0f ? flops / median(times, n_repeats) : 0.0;
-    return FB_OK;
+    FB_TRY(fb_isa_resolve(isa, &isa));
+    return measure_product(call_pairs, 2000, TOKENS, PAIRS_K, n_repeats, n_threads, isa, flops_per_s);
 }
 
 enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s) {
     FB_TRY(check(n_repeats, n_threads, ops_per_s));
-    enum fb_isa chosen;
-    FB_TRY(fb_isa_resolve(isa, &chosen));
-    const fb_gemm_blocks_kernel gemm = fb_kernels_of(chosen)->gemm_blocks;
-    enum { PANELS = 2, K = 256, TOKENS = 12, CALLS = 500, BLOCKS = K / FB_BLOCK_COLUMNS };
-    const size_t calls = chosen == FB_ISA_REFERENCE ? 1 : CALLS;
-    double times[MAX_REPEATS];
-    float total = 0.0f;
-    for (int32_t r = -1; r < n_repeats; r++) {
-        const double start = now();
-#pragma omp parallel num_threads(n_threads) reduction(+ : total)
-        {
-            /* 9 KiB of panels with codes and scales above 0, and 6 KiB of activations. */
-            char panels[PANELS * BLOCKS * (8 * FB_LINE + 32)];
-            struct fb_activation x[TOKENS * BLOCKS];
-            float y[TOKENS * PANELS * FB_LANES] = {0};
-            memset(panels, 0x2c, sizeof panels);
-            memset(x, 0, sizeof x);
-            for (size_t i = 0; i < TOKENS * BLOCKS; i++) {
-                x[i].scale = 1.0f;
-                x[i].minus_sums[0] = -(int32_t)FB_BLOCK_COLUMNS;
-                memset(x[i].codes, 1, sizeof x[i].codes);
-            }
-            for (size_t i = 0; i < calls; i++)
-                gemm(FB_Q8_0, panels, PANELS, K, x, BLOCKS, TOKENS, y, PANELS * FB_LANES);
-            total += y[0] != 0.0f;
-        }
-        if (r >= 0) times[r] = now() - start;
-    }
-    const double ops = 2.0 * PANELS * FB_LANES * K * TOKENS * (double)calls * (double)n_threads;
-    *ops_per_s = total > 0.0f ? ops / median(times, n_repeats) : 0.0;
-    return FB_OK;
+    FB_TRY(fb_isa_resolve(isa, &isa));
+    if (isa == FB_ISA_AVX512_AMX)
+        return measure_product(call_dot_tiles, 500, TILE_TOKENS, DOT_K, n_repeats, n_threads, isa, ops_per_s);
+    return measure_product(call_dot_few, 500, TOKENS, DOT_K, n_repeats, n_threads, isa, ops_per_s);
 }

@@ -216,9 +216,8 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
     return BOTH(dot_8(sums.low, codes.low, four, is_wide), dot_8(sums.high, codes.high, four, is_wide));
 }
 
-enum { FEW_TOKENS = 3, MOST_PASSES = 4 };
-#define FEW_PASSES(X) X(3, 3) X(2, 2) X(1, 1)
-enum { BLOCK_TOKENS = 3, BLOCK_PANELS = 1 };
+enum { FEW_TOKENS = 3, MOST_PASSES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
+#define FEW_PASSES(X)  X(3, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(2, 1) X(3, 1)
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };

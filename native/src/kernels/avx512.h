@@ -1,6 +1,7 @@
 /*
  * avx512.h - vectors of AVX-512 F + BW + VL + DQ for simd.h: 16 floats are one register. Where the compiler may use VNNI
- * (avx512_vnni.c), dot products of bytes are one instruction; with BF16 (avx512_bf16.c) those of pairs of bf16 are, too.
+ * (avx512_vnni.c), dot products of bytes are one instruction; with BF16 (avx512_bf16.c) those of pairs of bf16 are, too, and
+ * with AMX (avx512_amx.c) those of bytes of many tokens go through its tiles (blocks_amx.h).
  *
  * Of the 32 registers a tile of 12 tokens x 2 panels takes 24 for sums, 2 for weights and 1 for the broadcast input: 24
  * fused multiply-adds for 14 loads. One token takes one panel, as in avx2.c.
@@ -89,6 +90,9 @@ static inline void v64_store(uint8_t *out, v64 a) {
 }
 static inline v64 v64_and(v64 a, int byte) {
     return _mm512_and_si512(a, _mm512_set1_epi8((char)byte));
+}
+static inline v64 v64_minus(v64 a, int byte) {
+    return _mm512_sub_epi8(a, _mm512_set1_epi8((char)byte));
 }
 static inline v64 v64_or(v64 a, v64 b) {
     return _mm512_or_si512(a, b);
@@ -181,9 +185,8 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 
 /* Of 32 registers a pass or a tile of 6 tokens takes 6 or 12 each for dot products and sums, beside lines, scales and one
  * broadcast. More tokens than 24 come in tiles of 5 or 6. */
-enum { FEW_TOKENS = 6, MOST_PASSES = 4 };
-#define FEW_PASSES(X) X(6, 5) X(4, 3) X(2, 2) X(1, 1)
-enum { BLOCK_TOKENS = 6, BLOCK_PANELS = 2 };
+enum { FEW_TOKENS = 6, MOST_PASSES = 4, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
+#define FEW_PASSES(X)  X(6, 5) X(4, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };

@@ -15,6 +15,9 @@
  *                               for `least` tokens or more, and then some of its tokens are computed for nothing
  *   MOST_PASSES                 up to so many a panel
  *   BLOCK_TOKENS BLOCK_PANELS   largest tile: tokens x panels;   BLOCK_TILES(X)  X(tokens, panels) for each
+ *   SCALE_REPEATS               how often a slice holds each scale
+ *   MATRIX_TILES                the header whose tiles use instructions for matrices of bytes, where the CPU has them:
+ *                               blocks_mmla.h or blocks_amx.h. Those take codes minus their zero point, as signed bytes
  *
  * Few tokens go another way, blocks_few_simd.h. Many: eight blocks of a panel are opened into L1 once, and every tile of
  * tokens uses them.
@@ -26,7 +29,8 @@ enum { SLICE_BLOCKS = 8 }; /* opened at a time: 4 KiB of codes a panel */
 /* Blocks of some panels, as tiles take them. */
 struct slice {
     _Alignas(64) uint8_t opened[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
-    float scales[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES], offsets[BLOCK_PANELS][SLICE_BLOCKS][2][FB_LANES];
+    float scales[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
+    float offsets[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     size_t n_panels, n_blocks;
     int zero_shift;
     /* Codes of panel p, block b lie at p * panel_stride + b * block_stride: in `opened`, or where the weight is. */
@@ -111,122 +115,45 @@ INLINE void open_scales(
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
 
-/* Opens `n_blocks` blocks of a panel from `block` on, which begins 256 columns. Codes that are whole bytes stay where
- * they are. */
-INLINE void open_slice(
-    const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
-    const struct fb_layout layout = fb_layout_of(dtype);
-    const struct supers supers = open_supers(dtype, panel + fb_supers_at(dtype, block));
-    const char *from = panel + fb_block_at(dtype, block);
-    for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
-        if (layout.bits != 8) {
-            v64 lines[FB_OPEN_LINES];
-            open_lines(dtype, (const uint8_t *)from, lines);
-            UNROLL
-            for (int q = 0; q < FB_OPEN_LINES; q++)
-                v64_store(slice->opened[p][i] + q * FB_LINE, lines[q]);
-        }
-        for (int g = 0; g < (int)fb_groups(dtype); g++) {
-            v16 scale = v16_zero(), offset = v16_zero();
-            open_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
-            v16_store(slice->scales[p][i][g], scale);
-            if (fb_has_offset(dtype)) v16_store(slice->offsets[p][i][g], offset);
-        }
-    }
-}
-
 /* What tiles must know of a format, as constants. */
 struct tile_kind {
     int n_groups;
     bool has_offset, is_wide;
 };
 
-/* One tile over the blocks of a slice; the first of a slice fetches what comes next. */
-INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels,
-    const struct slice *slice, bool fetches, const struct fb_activation *x, size_t ldx, float *y, size_t ldy,
-    bool accumulate) {
-    v16 sums[BLOCK_TOKENS * BLOCK_PANELS];
-    UNROLL
-    for (size_t p = 0; p < n_panels; p++) {
-        UNROLL
-        for (size_t t = 0; t < n_tokens; t++)
-            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
-    }
-    for (size_t b = 0; b < slice->n_blocks; b++) {
-        if (fetches)
-            for (size_t p = 0; p < n_panels; p++)
-                for (size_t i = 0; i < slice->next_bytes; i += FB_LINE)
-                    __builtin_prefetch(slice->next + p * slice->next_stride + b * slice->next_bytes + i, 0, 2);
-        UNROLL
-        for (int g = 0; g < 2; g++) {
-            if (g >= kind.n_groups) continue;
-            const int whole_or_half = kind.n_groups == 1 ? 0 : 1 + g;
-            v16i dots[BLOCK_TOKENS * BLOCK_PANELS];
-            UNROLL
-            for (size_t t = 0; t < n_tokens; t++) {
-                v16i start = kind.has_offset || (kind.is_wide && DOT_KNOWS_ZERO)
-                                 ? v16i_start(NULL, 0)
-                                 : v16i_start(&x[t * ldx + b].minus_sums[whole_or_half], slice->zero_shift);
-                UNROLL
-                for (size_t p = 0; p < n_panels; p++)
-                    dots[p * n_tokens + t] = start;
-            }
-            UNROLL
-            for (int q = 0; q < FB_OPEN_LINES; q++) {
-                if (q / (FB_OPEN_LINES / kind.n_groups) != g) continue;
-                v64 lines[BLOCK_PANELS];
-                UNROLL
-                for (size_t p = 0; p < n_panels; p++)
-                    lines[p] = v64_load(
-                        slice->codes + p * slice->panel_stride + b * slice->block_stride + (size_t)q * FB_LINE);
-                UNROLL
-                for (size_t t = 0; t < n_tokens; t++) {
-                    UNROLL
-                    for (size_t p = 0; p < n_panels; p++)
-                        dots[p * n_tokens + t] = v16i_dot(
-                            dots[p * n_tokens + t], lines[p], x[t * ldx + b].codes + 4 * q, kind.is_wide);
-                }
-            }
-            UNROLL
-            for (size_t p = 0; p < n_panels; p++) {
-                v16 scale = v16_load(slice->scales[p][b][g]);
-                UNROLL
-                for (size_t t = 0; t < n_tokens; t++) {
-                    const struct fb_activation *in = &x[t * ldx + b];
-                    v16 *sum = &sums[p * n_tokens + t];
-                    const v16 dot = v16_from_v16i(dots[p * n_tokens + t]);
-                    *sum = v16_fma(dot, v16_mul(scale, v16_set1(in->scale)), *sum);
-                    if (kind.has_offset)
-                        *sum = v16_fma(v16_load(slice->offsets[p][b][g]), v16_set1(in->sums[whole_or_half]), *sum);
-                }
-            }
-        }
-    }
-    UNROLL
-    for (size_t p = 0; p < n_panels; p++) {
-        UNROLL
-        for (size_t t = 0; t < n_tokens; t++)
-            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
-    }
+/* Asks memory for block b of the panels that come next. */
+INLINE void fetch_next(const struct slice *slice, size_t b, const size_t n_panels) {
+    for (size_t p = 0; p < n_panels; p++)
+        for (size_t i = 0; i < slice->next_bytes; i += FB_LINE)
+            __builtin_prefetch(slice->next + p * slice->next_stride + b * slice->next_bytes + i, 0, 2);
 }
 
-INLINE void block_tiles(const struct tile_kind kind, const struct slice *slice, const struct fb_activation *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
-    size_t tokens;
-    for (size_t t = 0; t < n_tokens; t += tokens) {
-        const size_t rest = n_tokens - t, n_tiles = (rest + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-        tokens = (rest + n_tiles - 1) / n_tiles;
-        const struct fb_activation *in = x + t * ldx;
-        float *out = y + t * ldy;
-        switch (tokens * 4 + slice->n_panels) {
-#define TILE_CASE(T, P)                                                                                                \
-    case (T) * 4 + (P):                                                                                                \
-        block_tile(kind, T, P, slice, t == 0, in, ldx, out, ldy, accumulate);                                          \
-        break;
-            BLOCK_TILES(TILE_CASE)
-#undef TILE_CASE
-        default:
-            __builtin_unreachable();
+#ifdef MATRIX_TILES
+enum { OPENS_SIGNED = 1 };
+#include MATRIX_TILES
+#else
+enum { OPENS_SIGNED = 0 };
+#include "kernels/blocks_dots.h"
+#endif
+
+/* Opens `n_blocks` blocks of a panel from `block` on, which begins 256 columns. Codes that are whole bytes stay where
+ * they are, unless tiles want them with their signs. */
+INLINE void open_slice(
+    const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
+    const struct fb_layout layout = fb_layout_of(dtype);
+    const struct supers supers = open_supers(dtype, panel + fb_supers_at(dtype, block));
+    const char *from = panel + fb_block_at(dtype, block);
+    for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
+        if (OPENS_SIGNED || layout.bits != 8) {
+            v64 lines[FB_OPEN_LINES];
+            open_lines(dtype, (const uint8_t *)from, lines);
+            store_opened(slice->opened[p][i], lines, layout.zero_shift);
+        }
+        for (int g = 0; g < (int)fb_groups(dtype); g++) {
+            v16 scale = v16_zero(), offset = v16_zero();
+            open_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
+            store_scales(slice->scales[p][i][g], scale);
+            if (fb_has_offset(dtype)) store_scales(slice->offsets[p][i][g], offset);
         }
     }
 }
@@ -248,7 +175,7 @@ TILE_KIND(tiles_16_offset, 2, true, false)
 #undef TILE_KIND
 
 INLINE tiles_function tiles_of(const enum fb_dtype dtype) {
-    if (fb_layout_of(dtype).is_wide) return tiles_wide;
+    if (fb_layout_of(dtype).is_wide && !OPENS_SIGNED) return tiles_wide;
     if (fb_groups(dtype) == 1) return fb_has_offset(dtype) ? tiles_32_offset : tiles_32;
     return fb_has_offset(dtype) ? tiles_16_offset : tiles_16;
 }
@@ -261,6 +188,7 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
     slice.zero_shift = layout.zero_shift;
     slice.next_stride = panel_bytes;
     slice.next_bytes = fb_block_bytes(dtype);
+    begin_tiles((int)fb_groups(dtype), n_tokens);
     for (size_t p = 0; p < n_panels; p += BLOCK_PANELS) {
         const char *from = panels + p * panel_bytes;
         slice.n_panels = n_panels - p < BLOCK_PANELS ? n_panels - p : BLOCK_PANELS;
@@ -268,7 +196,7 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
             slice.n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
             for (size_t i = 0; i < slice.n_panels; i++)
                 open_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
-            if (layout.bits == 8) {
+            if (!OPENS_SIGNED && layout.bits == 8) {
                 slice.codes = (const uint8_t *)from + fb_block_at(dtype, b);
                 slice.panel_stride = panel_bytes;
                 slice.block_stride = fb_block_bytes(dtype);
@@ -282,6 +210,7 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
             tiles_of(dtype)(&slice, x + b, ldx, n_tokens, y + p * FB_LANES, ldy, b > 0);
         }
     }
+    end_tiles();
 }
 
 static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,

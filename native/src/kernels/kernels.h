@@ -129,6 +129,9 @@ extern const struct fb_kernels fb_kernels_avx_vnni;
 extern const struct fb_kernels fb_kernels_avx512;
 extern const struct fb_kernels fb_kernels_avx512_vnni;
 extern const struct fb_kernels fb_kernels_avx512_bf16;
+#ifdef FABULA_AMX /* the compiler knows its instructions */
+extern const struct fb_kernels fb_kernels_avx512_amx;
+#endif
 #elif defined(__aarch64__)
 extern const struct fb_kernels fb_kernels_neon;
 extern const struct fb_kernels fb_kernels_neon_dotprod;

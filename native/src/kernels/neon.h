@@ -1,7 +1,7 @@
 /*
  * neon.h - vectors of AArch64's Advanced SIMD for simd.h: 16 floats are four registers of 4. The base table (neon.c) takes
  * what every AArch64 CPU has, conversions of f16 among it, and multiplies bytes by widening; neon_dotprod.c and neon_i8mm.c
- * multiply four at a time, in one instruction.
+ * multiply four at a time, in one instruction, and the latter eight where there are many tokens (blocks_mmla.h).
  *
  * The 32 registers hold as many bytes as AVX2's 16, so tiles are the same: 6 tokens x 1 panel take 24 registers for sums, 4
  * for weights and 1 for the input, which is multiplied out of one lane: 24 fused multiply-adds for 10 loads. Operands cannot
@@ -130,6 +130,10 @@ static inline void v64_store(uint8_t *out, v64 x) {
 static inline v64 v64_and(v64 x, int byte) {
     const v64 mask = ALL(v64, vdupq_n_u8((uint8_t)byte));
     return OF_2(v64, vandq_u8, x, mask);
+}
+static inline v64 v64_minus(v64 x, int byte) {
+    const v64 all = ALL(v64, vdupq_n_u8((uint8_t)byte));
+    return OF_2(v64, vsubq_u8, x, all);
 }
 static inline v64 v64_or(v64 x, v64 y) {
     return OF_2(v64, vorrq_u8, x, y);
@@ -262,10 +266,16 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 
 /* A pass or a tile of 3 tokens takes 12 registers each for dot products and sums, 4 for a line and 1 for activations; what
  * is left is for opening lines. */
-enum { FEW_TOKENS = 3, MOST_PASSES = 4 };
 #define FEW_PASSES(X) X(3, 3) X(2, 2) X(1, 1)
-enum { BLOCK_TOKENS = 3, BLOCK_PANELS = 1 };
+#if defined(FABULA_NEON_I8MM)
+/* Passes of few tokens stay with USDOT, to which a line is an operand as it lies. A block for 7 tokens is about 400 instructions
+ * in vector registers either way: from then on matrices, of which each further pair of tokens takes 70. */
+#define MATRIX_TILES "kernels/blocks_mmla.h"
+enum { FEW_TOKENS = 3, MOST_PASSES = 2, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
+#else
+enum { FEW_TOKENS = 3, MOST_PASSES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
 #define BLOCK_TILES(X) X(2, 1) X(3, 1)
+#endif
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 2 };
 #define TILE_PANELS(tokens) ((tokens) == 2 ? 2 : 1)

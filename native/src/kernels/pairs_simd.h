@@ -19,12 +19,7 @@ INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
 INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16_t *panels, size_t panel_stride,
     size_t n_pairs, const uint16_t *x, size_t ldx, float *y, size_t ldy, bool accumulate, const void *next) {
     v16 sums[SUMS];
-    UNROLL
-    for (size_t p = 0; p < n_panels; p++) {
-        UNROLL
-        for (size_t t = 0; t < n_tokens; t++)
-            sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
-    }
+    load_sums(n_tokens, n_panels, y, ldy, accumulate, sums);
     for (size_t k = 0; k < n_pairs; k++) {
         v64 lines[MAX_PANELS];
         UNROLL
@@ -40,12 +35,7 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
                 sums[p * n_tokens + t] = pair_fma(sums[p * n_tokens + t], lines[p], x + t * ldx + 2 * k);
         }
     }
-    UNROLL
-    for (size_t p = 0; p < n_panels; p++) {
-        UNROLL
-        for (size_t t = 0; t < n_tokens; t++)
-            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
-    }
+    store_sums(n_tokens, n_panels, sums, y, ldy);
 }
 
 INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_pairs, const uint16_t *x,

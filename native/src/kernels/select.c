@@ -14,6 +14,10 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
         return &fb_kernels_avx512_vnni;
     case FB_ISA_AVX512_BF16:
         return &fb_kernels_avx512_bf16;
+#ifdef FABULA_AMX
+    case FB_ISA_AVX512_AMX:
+        return &fb_kernels_avx512_amx;
+#endif
 #elif defined(__aarch64__)
     case FB_ISA_NEON:
         return &fb_kernels_neon;

@@ -44,18 +44,33 @@ INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t in
     return v16_from_v16i(v16i_load_s8((const uint8_t *)panels + index));
 }
 
-/* One tile: n_tokens x n_panels sums in registers over all k. The three first arguments are constants wherever this is
- * called, so each tile becomes straight code. */
-INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
-    size_t panel_stride, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate,
-    const void *next) {
-    v16 sums[SUMS];
+/* What a tile's sums begin with: sums[p * n_tokens + t] of token t and panel p. */
+INLINE void load_sums(
+    const size_t n_tokens, const size_t n_panels, const float *y, size_t ldy, bool accumulate, v16 *sums) {
     UNROLL
     for (size_t p = 0; p < n_panels; p++) {
         UNROLL
         for (size_t t = 0; t < n_tokens; t++)
             sums[p * n_tokens + t] = accumulate ? v16_load(y + t * ldy + p * FB_LANES) : v16_zero();
     }
+}
+
+INLINE void store_sums(const size_t n_tokens, const size_t n_panels, const v16 *sums, float *y, size_t ldy) {
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++) {
+        UNROLL
+        for (size_t t = 0; t < n_tokens; t++)
+            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
+    }
+}
+
+/* One tile: n_tokens x n_panels sums in registers over all k. The three first arguments are constants wherever this is
+ * called, so each tile becomes straight code. */
+INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
+    size_t panel_stride, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate,
+    const void *next) {
+    v16 sums[SUMS];
+    load_sums(n_tokens, n_panels, y, ldy, accumulate, sums);
     for (size_t k = 0; k < n_k; k++) {
         v16 weights[MAX_PANELS];
         UNROLL
@@ -72,12 +87,7 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
                 sums[p * n_tokens + t] = v16_fma(weights[p], input, sums[p * n_tokens + t]);
         }
     }
-    UNROLL
-    for (size_t p = 0; p < n_panels; p++) {
-        UNROLL
-        for (size_t t = 0; t < n_tokens; t++)
-            v16_store(y + t * ldy + p * FB_LANES, sums[p * n_tokens + t]);
-    }
+    store_sums(n_tokens, n_panels, sums, y, ldy);
 }
 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,

@@ -132,7 +132,9 @@ static int emulated_reduce_max_epi32(simde__m512i a) {
     return most;
 }
 
+#ifndef KERNEL_TABLE
 #define KERNEL_TABLE fb_kernels_avx512_emulated
+#endif
 #include "kernels/kernels.h"
-extern const struct fb_kernels fb_kernels_avx512_emulated;
+extern const struct fb_kernels KERNEL_TABLE;
 #include "kernels/avx512.h"
