@@ -6,7 +6,7 @@
  * written. With `backward` set, blocks and threads run in falling order: results that then differ want a barrier.
  *
  * A launch fails, with a line on stderr, when no thread can go on: some have left, or wait elsewhere, while others wait for
- * them; or if a shuffle names not the whole warp, or meets another kind of shuffle.
+ * them; or if a shuffle names not the whole warp, or meets another kind of shuffle. Launches of several threads wait for each other.
  */
 #ifndef FABULA_TESTS_EMULATE_H
 #define FABULA_TESTS_EMULATE_H
@@ -20,6 +20,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <mutex>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -71,6 +72,7 @@ struct piece {
     void *memory;
 };
 
+inline std::mutex one_launch; /* at a time */
 inline bool backward = false;
 inline long n_launches = 0;
 inline size_t dynamic_bytes = 0;
@@ -253,6 +255,7 @@ static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t s
     auto call = [&] { kernel(arguments...); };
     assert(threads >= 1 && threads <= emulate::MOST_THREADS && threads % emulate::WARP == 0);
     assert(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.y <= 65535 && grid.z <= 65535);
+    const std::lock_guard<std::mutex> guard(emulate::one_launch);
     emulate::n_launches++;
     emulate::failure = nullptr;
     emulate::body = [](void *context) { (*static_cast<decltype(call) *>(context))(); };
