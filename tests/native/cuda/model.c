@@ -29,17 +29,31 @@ static void fill(float *x, size_t n, float size) {
     }
 }
 
+enum { MOST_MATRICES = 2 * (2 + 6 * LAYERS) };
+
+/* Random numbers in a format, made once: some formats take their time, and tests make many models. */
+static const void *random_rows(int32_t number, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, size_t *n_bytes) {
+    static void *made[MOST_MATRICES];
+    const size_t n = (size_t)n_rows * (size_t)n_cols;
+    *n_bytes = n / (size_t)fb_dtype_block_size(dtype) * fb_dtype_block_bytes(dtype);
+    if (made[number]) return made[number];
+    float *rows = malloc(n * sizeof *rows);
+    fill(rows, n, 0.1f);
+    made[number] = malloc(*n_bytes);
+    CHECK(fb_quantize(dtype, rows, n_rows, n_cols, 1, made[number], *n_bytes) == FB_OK);
+    free(rows);
+    return made[number];
+}
+
 /* [n_rows, n_cols], or with `woven` two of n_rows for SwiGLU. */
 static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool woven) {
-    float *rows = malloc((size_t)n_rows * (size_t)n_cols * sizeof *rows);
     fb_weight *weight = NULL;
     CHECK(fb_weight_create(dtype, woven ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
     for (int32_t half = 0; half < (woven ? 2 : 1); half++) {
-        fill(rows, (size_t)n_rows * (size_t)n_cols, 0.1f);
-        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, FB_F32, rows,
-                  (size_t)n_rows * (size_t)n_cols * sizeof *rows, n_rows, 1) == FB_OK);
+        size_t n_bytes;
+        const void *rows = random_rows(2 * m->n_weights + half, dtype, n_rows, n_cols, &n_bytes);
+        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, dtype, rows, n_bytes, n_rows, 1) == FB_OK);
     }
-    free(rows);
     return m->weights[m->n_weights++] = weight;
 }
 
