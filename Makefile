@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NEEDS = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
 
-.PHONY: run test lint sanitize aarch64 cuda format clean
+.PHONY: run test lint sanitize aarch64 cuda emulated format clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
@@ -36,9 +36,13 @@ sanitize: $(VENV)/tested-with
 aarch64: $(VENV)/tested-with
 	PYTHON=$(abspath $(BIN)/python) sh tests/native/aarch64.sh
 
-# The kernels for NVIDIA GPUs: that they compile and link. Their arithmetic is tested on the CPU, by `ctest`.
+# The library for NVIDIA GPUs: that it compiles, links and says what is missing where there is none.
 cuda: $(VENV)/tested-with
 	PYTHON=$(abspath $(BIN)/python) sh tests/native/cuda.sh
+
+# The same library on GPUs that are emulated, under the Python tests that need one.
+emulated: $(VENV)/tested-with
+	PYTHON=$(abspath $(BIN)/python) sh tests/native/emulated.sh
 
 $(BIN)/python:
 	@echo "making a virtual environment in $(VENV) and building Fabula there; this takes about a minute"

@@ -20,8 +20,9 @@ import hypothesis
 import pytest
 
 import tiny
+from fabula import _native
 from fabula.engine.scheduler import Load
-from fabula.errors import EngineError
+from fabula.errors import DeviceError, EngineError, Unsupported
 from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
 from fabula.model import Model
@@ -38,6 +39,26 @@ if os.environ.get("FABULA_TEST_RANDOM") != "1":
 pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing"]  # fixtures that several files of tests share
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+# So that tests of sessions and pages run on a GPU, real or emulated: where they say nothing, models are loaded there.
+if "FABULA_TEST_DEVICE" in os.environ:
+    _load = Model.load.__func__  # type: ignore[attr-defined]
+
+    def _load_there(cls: type[Model], *args: Any, **options: Any) -> Model:
+        loaded: Model = _load(cls, *args, **{"device": os.environ["FABULA_TEST_DEVICE"]} | options)
+        return loaded
+
+    Model.load = classmethod(_load_there)  # type: ignore[assignment]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need a GPU, real or emulated, say why they do not run."""
+    if item.get_closest_marker("gpu"):
+        try:
+            _native.device_count()
+        except (Unsupported, DeviceError) as error:
+            pytest.skip(f"no GPU: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -1,43 +1,68 @@
 /*
- * program.h - programs and page pools on an NVIDIA GPU.
+ * program.h - a program of the library on an NVIDIA GPU, whose checks and plan of buffers it takes over.
  *
- * A device program is made from a program of the library, whose checks and plan of buffers it takes over; it runs the operators one
- * after the other on one stream. Weights are copied to the GPU once, byte for byte. Nothing here is public yet.
+ *     devices.c   GPUs and their memory: the table of functions that the library knows this folder by
+ *     program.c   what a program needs on the GPU
+ *     batch.c     what describes a batch there, and which way its attention goes
+ *     run.c       operators as launches on one stream, and the results' way back
  */
 #ifndef FABULA_CUDA_PROGRAM_H
 #define FABULA_CUDA_PROGRAM_H
 
-#include "fabula.h"
+#include "kernels.h"
+#include "program/program.h"
+#include "runtime.h"
 
-#ifdef __cplusplus
-extern "C" {
-#endif
+/* Memory that grows with the batches; `host` is pinned, where there is one. */
+struct fb_cuda_growing {
+    char *device, *host;
+    size_t n_bytes;
+};
 
-typedef struct fb_cuda_pool fb_cuda_pool;
-typedef struct fb_cuda_program fb_cuda_program;
+struct fb_cuda_program {
+    const fb_program *program;
+    fb_device *device;
+    cudaStream_t stream;
+    int32_t n_processors;
+    struct fb_cuda_weight *weights; /* [n_ops] */
+    char *fixed;                    /* all of the following, which lie on the GPU */
+    size_t n_fixed_bytes;
+    float *vectors, *inv_freq, *arena, *cos_sin, *sink_turns;
+    int32_t *non_finite;
+    int32_t *non_finite_here;        /* pinned */
+    struct fb_cuda_growing inputs;   /* what describes a batch */
+    struct fb_cuda_growing outputs;  /* logits, on the GPU only */
+    struct fb_cuda_growing partials; /* of attention, on the GPU only */
+    struct fb_cuda_growing drawn;    /* tokens, log-probabilities and damage of rows */
+};
 
-/* As fb_page_pool_create and the functions behind it, in memory of the GPU. A page's bytes are those of a pool of the CPU. Calls
- * return when they are done. */
-enum fb_status fb_cuda_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
-    int32_t n_kv_heads, int32_t head_dim, fb_cuda_pool **out);
-void fb_cuda_pool_free(fb_cuda_pool *pool);
-size_t fb_cuda_page_bytes(const fb_cuda_pool *pool);
-enum fb_status fb_cuda_page_copy(fb_cuda_pool *pool, int32_t dst, int32_t src);
-enum fb_status fb_cuda_page_zero(fb_cuda_pool *pool, int32_t page);
-enum fb_status fb_cuda_page_read(const fb_cuda_pool *pool, int32_t page, void *dst, size_t n_bytes);
-enum fb_status fb_cuda_page_write(fb_cuda_pool *pool, int32_t page, const void *src, size_t n_bytes);
+/* Where the parts of a batch's description lie, in bytes, and pointers to them on the GPU. */
+struct fb_cuda_description {
+    size_t tokens, positions, owners, outputs, sequences, pages, tiles, n_bytes;
+    struct fb_cuda_batch batch;
+    const struct fb_cuda_tile *device_tiles;
+    const int32_t *device_outputs;
+    int32_t n_tiles, tile_rows;
+    bool is_split;
+};
 
-/* `program` must outlive the result; its weights need not, once this has returned. */
-enum fb_status fb_cuda_program_create(const fb_program *program, fb_cuda_program **out);
-void fb_cuda_program_free(fb_cuda_program *program);
-size_t fb_cuda_program_bytes(const fb_cuda_program *program); /* of the GPU's memory, weights included */
-
-/* As fb_program_run. If memory for a larger batch is refused, program and pool are as they were; after any other failure of the GPU
- * the batch's positions hold nothing of use. */
+/* As the table of base/device.h has them. */
+enum fb_status fb_cuda_program_create(const fb_program *program, void **out);
+void fb_cuda_program_free(void *program);
 enum fb_status fb_cuda_program_run(
-    fb_cuda_program *program, fb_cuda_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
+    void *program, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results);
 
-#ifdef __cplusplus
-}
-#endif
+/* At least so many bytes; takes new memory before it gives up the old, so that a refusal changes nothing. */
+enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *memory, size_t n_bytes, bool has_host);
+
+/* Bytes rounded up to where the next part of an allocation begins. */
+size_t fb_cuda_aligned(size_t n_bytes);
+
+/* Takes memory for the batch's description and writes it; the copy to the GPU is only begun. */
+enum fb_status fb_cuda_describe(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_description *d);
+
+/* Floats of partial results that an attention takes, and parts of its longest tile (`out->n_parts`). */
+size_t fb_cuda_partials_of(const struct fb_program *program, const struct fb_cuda_sequence *sequences,
+    int32_t n_sequences, int32_t window, int32_t tile_rows, struct fb_cuda_attention *out);
+
 #endif

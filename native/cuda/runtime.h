@@ -6,10 +6,10 @@
 
 #include <cuda_runtime_api.h>
 
-/* FB_OK, FB_OUT_OF_MEMORY, or FB_UNSUPPORTED for all else: no GPU, a driver too old, a GPU that failed. */
+/* FB_OK; FB_DEVICE_MEMORY; FB_DEVICE_FAILED for all else, such as a GPU that failed. */
 enum fb_status fb_cuda_check(int error, const char *what);
 
-/* Memory of the GPU, freed by cudaFree; NULL for no bytes. *out stays as it is on failure. */
-enum fb_status fb_cuda_take(size_t n_bytes, const char *what, void **out);
+/* Calls of this thread go to a GPU. */
+enum fb_status fb_cuda_enter(int32_t index);
 
 #endif

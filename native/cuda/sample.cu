@@ -14,7 +14,21 @@ FB_DEVICE candidate better(candidate a, candidate b) {
     return b.logit > a.logit || (b.logit == a.logit && b.token < a.token) ? b : a;
 }
 
-/* A block of threads takes a row. Terms of the sum are f32, added in double: by each thread, by halves of a warp, warp after warp. */
+enum { SUM_TERMS = 16, SUM_LANES = 16 };
+
+/* exp(x) for x <= 0, in the operations of the CPU's sampler (kernels/vocabulary.h). */
+FB_DEVICE float exp_of(float x) {
+    const float round = 12582912.0f; /* 1.5 x 2^23: added and taken off again it rounds to an integer */
+    const float shifted = x * FB_EXP_LOG2E + round, n = shifted - round;
+    const float r = (x - n * FB_EXP_LN2_HI) - n * FB_EXP_LN2_LO, rr = r * r;
+    const float p = ((FB_EXP_P0 * r + FB_EXP_P1) * rr + (FB_EXP_P2 * r + FB_EXP_P3)) * rr + (FB_EXP_P4 * r + FB_EXP_P5);
+    const float e = p * rr + (r + 1.0f);
+    return x >= FB_EXP_LOW ? e * fb_float_of_bits((fb_bits_of_float(shifted) + 127u) << 23) : 0.0f;
+}
+
+/* A block of threads takes a row. A thread adds up 16 terms of the sum in f32, every 16th of 256, as the CPU's sampler does; such
+ * sums are added in double: by each thread, by halves of a warp, warp after warp. There the CPU has another order, which an f32
+ * result shows about once in ten million rows. */
 static __global__ void greedy_kernel(
     const float *logits, int64_t ld, int32_t n, int32_t *tokens, float *logprobs, int32_t *non_finite) {
     FB_SHARED(candidate, best, SAMPLE_WARPS);
@@ -45,8 +59,14 @@ static __global__ void greedy_kernel(
         any_damaged |= damaged[w];
     }
     double sum = 0.0;
-    for (int32_t i = thread; i < n; i += SAMPLE_THREADS)
-        sum += (double)fb_exp(row[i] - mine.logit);
+    const int32_t n_parts = (n + SUM_TERMS * SUM_LANES - 1) / (SUM_TERMS * SUM_LANES) * SUM_LANES;
+    for (int32_t i = thread; i < n_parts; i += SAMPLE_THREADS) {
+        float part = 0.0f;
+        int32_t k = i / SUM_LANES * SUM_LANES * SUM_TERMS + i % SUM_LANES;
+        for (int32_t term = 0; term < SUM_TERMS && k < n; term++, k += SUM_LANES)
+            part += exp_of(row[k] - mine.logit);
+        sum += (double)part;
+    }
     for (int step = 16; step >= 1; step /= 2)
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
     if (thread % 32 == 0) sums[warp] = sum;

@@ -40,7 +40,9 @@ enum fb_status {
     FB_INVALID_ARGUMENT = 1, /* a value out of its range, a shape that does not fit, a null pointer */
     FB_OUT_OF_MEMORY = 2,    /* the system refused memory */
     FB_UNSUPPORTED = 3,      /* well-formed, but not offered here: e.g. an instruction set this CPU lacks */
-    FB_NON_FINITE = 4        /* logits, or numbers to quantise, hold NaN or infinity: damaged model or input */
+    FB_NON_FINITE = 4,       /* logits, or numbers to quantise, hold NaN or infinity: damaged model or input */
+    FB_DEVICE_FAILED = 5,    /* a device failed, or its driver is missing or too old; the text holds the driver's own */
+    FB_DEVICE_MEMORY = 6     /* a device has not the memory, or its budget is used up */
 };
 
 /* Number of the interface this library was built with; equals FB_ABI_VERSION of its header. */
@@ -49,9 +51,9 @@ uint32_t fb_abi_version(void);
 /* Text of the calling thread's last failure, "" before the first. Valid until that thread fails again. */
 const char *fb_last_error(void);
 
-/* sizeof of the named public struct ("fb_op", "fb_batch", "fb_sequence", "fb_sampling", "fb_program_shape"), 0 if
- * unknown. The Python package compares it with its own view at import, so that a stale library cannot be called by
- * accident. */
+/* sizeof of the named public struct ("fb_op", "fb_batch", "fb_sequence", "fb_sampling", "fb_program_shape",
+ * "fb_device_info"), 0 if unknown. The Python package compares it with its own view at import, so that a stale library
+ * cannot be called by accident. */
 size_t fb_sizeof(const char *struct_name);
 
 /* Instruction sets with kernels of their own. REFERENCE is plain C and exists on every machine. */
@@ -113,6 +115,35 @@ enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_by
 enum fb_status fb_quantize(enum fb_dtype dtype, const float *src, int32_t n_rows, int32_t n_cols, int32_t n_threads,
     void *dst, size_t dst_bytes);
 
+/* ---- Devices ----------------------------------------------------------------------------------------------------- */
+
+/* A GPU that weights, pages and programs may lie on. Every build has these functions; one without CUDA answers
+ * FB_UNSUPPORTED. A handle may be shared by threads. Numbers on a device differ from the CPU's by rounding; on one device
+ * they are the same bits in every batch. */
+typedef struct fb_device fb_device;
+
+struct fb_device_info {
+    uint32_t struct_size; /* sizeof(struct fb_device_info), filled by the library */
+    int32_t compute_major, compute_minor, n_processors;
+    bool is_emulated; /* the kernels run on the CPU: a build for tests */
+    char name[128];
+    size_t memory_bytes, free_bytes;
+};
+
+/* How many devices there are. FB_UNSUPPORTED in a build without CUDA; FB_DEVICE_FAILED where the driver is missing, too old or finds
+ * no GPU. */
+enum fb_status fb_device_count(int32_t *n_devices);
+enum fb_status fb_device_describe(int32_t index, struct fb_device_info *out);
+
+/* Opens device `index`. What lies on it may take `memory_budget` bytes in all, 0 for what is free. FB_INVALID_ARGUMENT if
+ * there are fewer devices. */
+enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **out);
+
+/* Bytes taken through this handle, and those that may still be taken. */
+enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes);
+
+void fb_device_free(fb_device *device); /* what lies on the device stays until it is freed itself */
+
 /* ---- Weights ----------------------------------------------------------------------------------------------------- */
 
 /* A matrix [n_rows, n_cols], one output per row, packed into panels of 16 rows:
@@ -141,6 +172,10 @@ enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float 
  * 65504. 0 for NULL. */
 int64_t fb_weight_non_finite(const fb_weight *weight);
 
+/* Moves a packed weight to a device, byte for byte, and frees the memory it had. From then on only programs of that device
+ * handle take it. On failure it stays where it is. */
+enum fb_status fb_weight_move(fb_weight *weight, fb_device *device);
+
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
 void fb_weight_free(fb_weight *weight);          /* only after every program that uses it was freed */
 
@@ -158,6 +193,9 @@ typedef struct fb_page_pool fb_page_pool;
 /* Memory is reserved at once, but only touched pages take room. head_dim: 1 .. 1024. */
 enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
+/* The same in memory of a device, all of it taken at once; NULL for the CPU. A page's bytes are the same everywhere. */
+enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
+    int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
 void fb_page_pool_free(fb_page_pool *pool);
 size_t fb_page_bytes(const fb_page_pool *pool); /* bytes of one page; 0 for NULL */
 
@@ -227,6 +265,10 @@ typedef struct fb_program fb_program;
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
     const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
     fb_program **out);
+/* The same for a device, where all its weights must lie; NULL for the CPU. It runs over pools of that device handle. */
+enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
+    const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
+    enum fb_isa isa, fb_program **out);
 void fb_program_free(fb_program *program);
 size_t fb_program_scratch_bytes(const fb_program *program);
 
@@ -260,7 +302,8 @@ struct fb_batch {
 
 /* Runs the program over a batch in one parallel region. Writes the batch's positions of the pages and `logits`
  * [n_outputs, rows of the last op's weight], nothing else. Two sequences of a batch must not write the same page. On any error pages and
- * logits are as they were, except FB_NON_FINITE: the batch's positions hold what was computed and count for nothing. */
+ * logits are as they were, except FB_NON_FINITE and FB_DEVICE_FAILED: the batch's positions hold what was computed and count for
+ * nothing. */
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
     from fabula.errors import (
         ContextOverflow,
+        DeviceError,
+        DeviceOutOfMemory,
         DownloadError,
         EngineBusy,
         EngineError,
@@ -64,6 +66,8 @@ _HOMES = {
     "ContextPolicy": "sessions.policy",
     "Count": "sessions.looking",
     "DamagedWeightWarning": "models.builder",
+    "DeviceError": "errors",
+    "DeviceOutOfMemory": "errors",
     "DownloadError": "errors",
     "Embeddings": "engine.embedding",
     "EngineBusy": "errors",
@@ -108,6 +112,8 @@ __all__ = [
     "ContextPolicy",
     "Count",
     "DamagedWeightWarning",
+    "DeviceError",
+    "DeviceOutOfMemory",
     "DownloadError",
     "Embeddings",
     "EngineBusy",

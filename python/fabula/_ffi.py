@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_STRUCTS = ("fb_op", "fb_program_shape", "fb_sequence", "fb_batch", "fb_sampling")
+_STRUCTS = ("fb_op", "fb_program_shape", "fb_sequence", "fb_batch", "fb_sampling", "fb_device_info")
 
 
 def _open() -> tuple[Any, Any]:

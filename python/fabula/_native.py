@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._ffi import ffi, lib
-from fabula.errors import EngineError, InvalidArgument, NonFinite, OutOfMemory, Unsupported
+from fabula.errors import (
+    DeviceError,
+    DeviceOutOfMemory,
+    EngineError,
+    InvalidArgument,
+    NonFinite,
+    OutOfMemory,
+    Unsupported,
+)
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -31,6 +39,8 @@ _ERRORS: dict[int, type[EngineError]] = {
     lib.FB_OUT_OF_MEMORY: OutOfMemory,
     lib.FB_UNSUPPORTED: Unsupported,
     lib.FB_NON_FINITE: NonFinite,
+    lib.FB_DEVICE_FAILED: DeviceError,
+    lib.FB_DEVICE_MEMORY: DeviceOutOfMemory,
 }
 _ISAS: dict[str, int] = {
     "auto": lib.FB_ISA_AUTO,
@@ -131,6 +141,71 @@ def quantize(dtype: int, rows: F32, n_threads: int = 1) -> npt.NDArray[np.uint8]
     return out
 
 
+# ---- Devices -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A GPU: number, name, compute capability such as "9.0", memory in bytes; emulated: kernels run on the CPU."""
+
+    index: int
+    name: str
+    compute: str
+    n_processors: int
+    memory_bytes: int
+    free_bytes: int
+    is_emulated: bool
+
+
+def device_count() -> int:
+    """How many GPUs this machine has.
+
+    Raises:
+        Unsupported: a build without CUDA.
+        DeviceError: no driver, one that is too old, or no GPU.
+    """
+    n = ffi.new("int32_t *")
+    _check(lib.fb_device_count(n))
+    return int(n[0])
+
+
+def device_info(index: int) -> DeviceInfo:
+    """What a GPU is. Asking wakes it up, which takes some of its memory."""
+    info = ffi.new("struct fb_device_info *")
+    _check(lib.fb_device_describe(index, info))
+    name = ffi.string(info.name).decode("utf-8", "replace")
+    compute = f"{info.compute_major}.{info.compute_minor}"
+    return DeviceInfo(
+        index, name, compute, info.n_processors, info.memory_bytes, info.free_bytes, bool(info.is_emulated)
+    )
+
+
+class Device:
+    """A GPU to put weights, pages and programs on; see fb_device in fabula.h.
+
+    Args:
+        index: its number.
+        memory: bytes that all of them may take; None for what is free.
+    """
+
+    def __init__(self, index: int, memory: int | None = None) -> None:
+        out = ffi.new("fb_device **")
+        _check(lib.fb_device_open(index, memory or 0, out))
+        self.handle: Any = ffi.gc(out[0], lib.fb_device_free)
+        self.info = device_info(index)
+        self.name = f"cuda:{index}"
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes taken through this handle, and those that may still be taken."""
+        used, free = ffi.new("size_t *"), ffi.new("size_t *")
+        _check(lib.fb_device_memory(self.handle, used, free))
+        return int(used[0]), int(free[0])
+
+
+def _handle(device: Device | None) -> Any:
+    return ffi.NULL if device is None else device.handle
+
+
 # ---- Weights -----------------------------------------------------------------------------------------------
 
 
@@ -172,6 +247,10 @@ class Weight:
             )
         )  # fmt: skip
 
+    def move(self, device: Device) -> None:
+        """Moves it to a GPU, whose programs alone take it from then on."""
+        _check(lib.fb_weight_move(self.handle, device.handle))
+
     def row(self, index: int) -> F32:
         """Row `index` as float32 [n_cols]."""
         out = np.empty(self.n_cols, np.float32)
@@ -192,9 +271,21 @@ def _of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
 class PagePool:
     """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
 
-    def __init__(self, dtypes: KvDTypes, n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        dtypes: KvDTypes,
+        n_pages: int,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        device: Device | None = None,
+    ) -> None:
         out = ffi.new("fb_page_pool **")
-        _check(lib.fb_page_pool_create(*_of_k_and_v(dtypes), n_pages, n_layers, n_kv_heads, head_dim, out))
+        _check(
+            lib.fb_page_pool_create_on(
+                _handle(device), *_of_k_and_v(dtypes), n_pages, n_layers, n_kv_heads, head_dim, out
+            )
+        )
         self.handle: Any = ffi.gc(out[0], lib.fb_page_pool_free)
         self.n_pages = n_pages
         self.page_bytes = int(lib.fb_page_bytes(self.handle))
@@ -310,6 +401,7 @@ class Program:
         *,
         n_threads: int,
         isa: Isa = "auto",
+        device: Device | None = None,
     ) -> None:
         c_shape = ffi.new("struct fb_program_shape *")
         c_shape.struct_size = ffi.sizeof("struct fb_program_shape")
@@ -338,10 +430,11 @@ class Program:
             )
         out = ffi.new("fb_program **")
         _check(
-            lib.fb_program_create(
-                c_shape, _ints(widths), _floats(frequencies), c_ops, len(ops), n_threads, _isa(isa), out
+            lib.fb_program_create_on(
+                _handle(device), c_shape, _ints(widths), _floats(frequencies), c_ops, len(ops), n_threads, _isa(isa),
+                out,
             )
-        )
+        )  # fmt: skip
         self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
         self.shape = shape
         self.n_threads = n_threads

@@ -6,6 +6,8 @@
     │   ├── SessionNotFound  (LookupError)   there is no session of that name, or it was deleted
     │   └── SessionExists                    there is one of that name already
     ├── OutOfMemory          (MemoryError)   the system refused memory
+    │   └── DeviceOutOfMemory                a GPU has not the memory, or its budget is used up
+    ├── DeviceError                          a GPU failed, or its driver is missing or too old
     ├── Unsupported                          well-formed, but not offered here (family, tensor type, instruction set)
     ├── SessionBusy                          another reply of the session is being made
     ├── EngineBusy                           too many requests wait already; come again later
@@ -69,6 +71,14 @@ class SessionExists(InvalidArgument):
 
 class OutOfMemory(EngineError, MemoryError):
     """The system refused memory; nothing was changed."""
+
+
+class DeviceOutOfMemory(OutOfMemory):
+    """A GPU has not the memory, or its budget is used up; says how much is needed and free. Nothing was changed."""
+
+
+class DeviceError(EngineError):
+    """A GPU cannot be used: no driver, one that is too old, or the GPU failed. The message holds the driver's words."""
 
 
 class Unsupported(EngineError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fabula.engine.device import Placement
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
 from fabula.engine.generation import Engine, Generation
 from fabula.engine.runner import Runner
@@ -62,6 +63,8 @@ class Model:
         kv: precision of the KV cache.
         threads: threads of every step.
         context: positions a text may have.
+        device: where it runs: "cpu", or "cuda:0" and the like.
+        device_name: what the GPU is called; "" for the CPU.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Model:
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
+        if runner.device is not None:  # its K and V differ from the CPU's by rounding: a text must not mix them
+            layout += ", computed with CUDA"
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
         self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
 
@@ -98,6 +103,8 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         kv_memory: int | None = None,
+        device: str = "cpu",
+        device_memory: int | None = None,
         fetch: bool = True,
         fetch_progress: Progress | None = None,
         load_progress: Callable[[int, int], None] | None = None,
@@ -112,7 +119,10 @@ class Model:
             kv: format of the KV cache: "f16", "f32", "bf16" or "q8", or two of them for K and V apart, as "q8:f16".
             threads: None takes what this process may really use (affinity, CPU quota, physical cores).
             context: positions a text may have; None takes the model's own length.
-            kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory.
+            kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory,
+                except on a GPU, where the cache takes no more than is free.
+            device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU that has room for it, else the CPU.
+            device_memory: bytes of the GPU that the model may take, cache included; None for what is free.
             fetch: whether a missing model may be downloaded.
             fetch_progress: told about a download's bytes.
             load_progress: called with (bytes read, bytes in all) while weights are packed.
@@ -125,14 +135,22 @@ class Model:
             Unsupported: a family, tensor type or tokenizer kind Fabula does not know.
             InvalidArgument: an option is out of its range.
             OutOfMemory: the system refused memory.
+            DeviceOutOfMemory: the GPU has no room for it.
+            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA.
         """
         if weights not in PRECISIONS:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
         kv_formats = kv_dtypes(kv)
-        limits = (("threads", threads, 1024), ("context", context, 1 << 24), ("kv_memory", kv_memory, 1 << 50))
+        limits = (
+            ("threads", threads, 1024),
+            ("context", context, 1 << 24),
+            ("kv_memory", kv_memory, 1 << 50),
+            ("device_memory", device_memory, 1 << 50),
+        )
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
+        placement = Placement(device, device_memory)
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
         checkpoint = Fingerprinting(open_checkpoint(path))
@@ -149,6 +167,7 @@ class Model:
                 context=context,
                 kv_memory=kv_memory,
                 progress=load_progress,
+                placement=placement,
             )
         finally:
             checkpoint.close()
@@ -164,6 +183,14 @@ class Model:
     @property
     def context(self) -> int:
         return self._runner.context
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self._runner.device is None else self._runner.device.name
+
+    @property
+    def device_name(self) -> str:
+        return "" if self._runner.device is None else self._runner.device.info.name
 
     @property
     def weight_bytes(self) -> int:
@@ -348,7 +375,8 @@ class Model:
         c = self.config
         return (
             f"<fabula.Model {self.path.name}: {c.model_type}, {c.n_layers} layers, hidden {c.hidden_size}, "
-            f"vocabulary {c.vocab_size}, weights {self.weights}, kv {self.kv}, context {self.context}>"
+            f"vocabulary {c.vocab_size}, weights {self.weights}, kv {self.kv}, context {self.context}, "
+            f"device {self.device}>"
         )
 
 

@@ -1,10 +1,12 @@
 #!/bin/sh
-# Compiles the kernels for NVIDIA GPUs with warnings as errors, and runs a small model where there is a GPU. FABULA_CUDA_ARCHITECTURES, e.g.
-# "75-real;90a-real", says for what instead of everything. JOBS compilers run side by side (2). PYTHON names an interpreter. Without
-# nvcc it fails, unless FABULA_CUDA_OPTIONAL is 1. The CPU's side is not optimised: it is only linked.
+# Builds the library for NVIDIA GPUs with warnings as errors, runs a small model where there is a GPU, and asks from Python what it says
+# where there is none. FABULA_CUDA_ARCHITECTURES, e.g. "75-real;90a-real", says for what instead of everything. JOBS compilers run side
+# by side (2). PYTHON names an interpreter with the test packages. Without nvcc it fails, unless FABULA_CUDA_OPTIONAL is 1. The CPU's
+# side is not optimised: it is only linked.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/cuda
+python=${PYTHON:-python3}
 
 if ! command -v nvcc >/dev/null; then
     echo "the CUDA kernels are not compiled: nvcc is missing"
@@ -12,8 +14,15 @@ if ! command -v nvcc >/dev/null; then
     exit 1
 fi
 
-cmake -S "$top" -B "$build" -DPython_EXECUTABLE="${PYTHON:-python3}" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug \
+cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug \
     ${FABULA_CUDA_ARCHITECTURES:+"-DFABULA_CUDA_ARCHITECTURES=$FABULA_CUDA_ARCHITECTURES"}
-cmake --build "$build" --target fabula_cuda_model -j "${JOBS:-2}"
+cmake --build "$build" --target fabula fabula_cdef fabula_cuda_model -j "${JOBS:-2}"
 "$build/fabula_cuda_model"
+
+rm -rf "$build/package"
+mkdir -p "$build/package"
+cp -r "$top/python/fabula" "$build/package/"
+cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cd "$top"
+PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider tests/test_device.py
 echo "CUDA: the kernels were compiled for $(sed -n 's/^FABULA_CUDA_ARCHITECTURES:[A-Z]*=//p' "$build/CMakeCache.txt")"

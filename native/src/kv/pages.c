@@ -21,7 +21,8 @@ static bool holds_kv(enum fb_dtype dtype) {
     return dtype == FB_F32 || dtype == FB_F16 || dtype == FB_BF16 || dtype == FB_Q8_0;
 }
 
-enum fb_status fb_page_pool_lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
+/* Everything of a pool but its memory. */
+static enum fb_status lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out) {
     FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
         "K and V are held in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
@@ -46,26 +47,49 @@ enum fb_status fb_page_pool_lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype
     return FB_OK;
 }
 
+static enum fb_status take_memory(struct fb_page_pool *pool) {
+    if (!pool->device) {
+        pool->memory = fb_memory_take(pool->n_bytes);
+        if (pool->memory) return FB_OK;
+        return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", pool->n_pages, pool->n_bytes);
+    }
+    void *memory;
+    FB_TRY(fb_device_take(pool->device, "KV pages", pool->n_bytes, &memory));
+    pool->memory = memory;
+    const enum fb_status status = pool->device->kind->clear(pool->device->index, memory, pool->n_bytes);
+    if (status != FB_OK) fb_device_release(pool->device, memory, pool->n_bytes);
+    return status;
+}
+
 enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
+    return fb_page_pool_create_on(NULL, k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, out);
+}
+
+enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
+    int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
     FB_REQUIRE(out, "out is null");
     struct fb_page_pool shape;
-    FB_TRY(fb_page_pool_lay_out(k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, &shape));
+    FB_TRY(lay_out(k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, &shape));
+    shape.device = device;
     struct fb_page_pool *pool = calloc(1, sizeof *pool);
-    char *memory = pool ? fb_memory_take(shape.n_bytes) : NULL;
-    if (!memory) {
+    if (!pool) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a pool of pages");
+    const enum fb_status status = take_memory(&shape);
+    if (status != FB_OK) {
         free(pool);
-        return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", n_pages, shape.n_bytes);
+        return status;
     }
     *pool = shape;
-    pool->memory = memory;
     *out = pool;
     return FB_OK;
 }
 
 void fb_page_pool_free(fb_page_pool *pool) {
     if (!pool) return;
-    fb_memory_release(pool->memory, pool->n_bytes);
+    if (pool->device)
+        fb_device_release(pool->device, pool->memory, pool->n_bytes);
+    else
+        fb_memory_release(pool->memory, pool->n_bytes);
     free(pool);
 }
 
@@ -83,15 +107,22 @@ static char *page_at(const struct fb_page_pool *pool, int32_t page) {
     return pool->memory + (size_t)page * pool->page_bytes;
 }
 
+/* A page's bytes, one of them or both in the pool. */
+static enum fb_status copy(const struct fb_page_pool *pool, enum fb_way way, void *to, const void *from) {
+    if (pool->device) return pool->device->kind->copy(pool->device->index, way, to, from, pool->page_bytes);
+    memmove(to, from, pool->page_bytes);
+    return FB_OK;
+}
+
 enum fb_status fb_page_copy(fb_page_pool *pool, int32_t dst, int32_t src) {
     FB_TRY(check_page(pool, "dst", dst));
     FB_TRY(check_page(pool, "src", src));
-    memmove(page_at(pool, dst), page_at(pool, src), pool->page_bytes);
-    return FB_OK;
+    return copy(pool, FB_ON_DEVICE, page_at(pool, dst), page_at(pool, src));
 }
 
 enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page) {
     FB_TRY(check_page(pool, "page", page));
+    if (pool->device) return pool->device->kind->clear(pool->device->index, page_at(pool, page), pool->page_bytes);
     memset(page_at(pool, page), 0, pool->page_bytes);
     return FB_OK;
 }
@@ -99,15 +130,13 @@ enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page) {
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes) {
     FB_TRY(check_page(pool, "page", page));
     FB_REQUIRE(dst && n_bytes == pool->page_bytes, "dst has %zu bytes, a page has %zu", n_bytes, pool->page_bytes);
-    memcpy(dst, page_at(pool, page), n_bytes);
-    return FB_OK;
+    return copy(pool, FB_FROM_DEVICE, dst, page_at(pool, page));
 }
 
 enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, size_t n_bytes) {
     FB_TRY(check_page(pool, "page", page));
     FB_REQUIRE(src && n_bytes == pool->page_bytes, "src has %zu bytes, a page has %zu", n_bytes, pool->page_bytes);
-    memcpy(page_at(pool, page), src, n_bytes);
-    return FB_OK;
+    return copy(pool, FB_TO_DEVICE, page_at(pool, page), src);
 }
 
 /* Rounds n numbers to whole multiples of a scale, which is returned; NaN if one of them is NaN or infinite. */

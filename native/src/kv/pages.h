@@ -18,6 +18,7 @@
 #ifndef FABULA_KV_PAGES_H
 #define FABULA_KV_PAGES_H
 
+#include "base/device.h"
 #include "kernels/kernels.h"
 
 /* K or V of a slab. */
@@ -30,12 +31,9 @@ struct fb_page_pool {
     struct fb_kv_part k, v;
     int32_t n_pages, n_layers, n_kv_heads, head_dim;
     size_t page_bytes, n_bytes;
-    char *memory;
+    char *memory;      /* on the device, if there is one */
+    fb_device *device; /* NULL: the CPU */
 };
-
-/* Fills everything of a pool but its memory, which may lie elsewhere; checks as fb_page_pool_create does. */
-enum fb_status fb_page_pool_lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
-    int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out);
 
 /* A slab; it begins with K. */
 static inline char *fb_slab(const struct fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head) {

@@ -60,7 +60,7 @@ static enum fb_status check_least(const char *name, int32_t value, int32_t low) 
     return FB_OK;
 }
 
-static enum fb_status check_settings(const struct fb_sampling *s) {
+enum fb_status fb_check_sampling(const struct fb_sampling *s) {
     FB_REQUIRE(s, "settings is NULL");
     FB_REQUIRE(
         s->struct_size == sizeof *s, "struct_size of the settings is %u, must be %zu", s->struct_size, sizeof *s);
@@ -106,7 +106,7 @@ static enum fb_status check_request(const struct fb_sample_request *r, const voi
     FB_REQUIRE(r->vocab_size >= 1 && r->vocab_size <= MAX_VOCAB, "vocab_size is %d, must be in 1 .. %d", r->vocab_size,
         MAX_VOCAB);
     FB_REQUIRE(work && (uintptr_t)work % 16 == 0, "work is NULL or not 16-byte aligned");
-    FB_TRY(check_settings(r->settings));
+    FB_TRY(fb_check_sampling(r->settings));
     FB_TRY(check_ids("history", r->history, r->n_history, r->vocab_size));
     FB_TRY(check_ids("breakers", r->breakers, r->n_breakers, r->vocab_size));
     FB_TRY(check_ids("bias", r->bias_ids, r->n_bias, r->vocab_size));

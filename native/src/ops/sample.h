@@ -60,6 +60,9 @@ struct fb_sample_request {
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot);
 int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id);
 
+/* Whether settings are in their ranges, as fb_sample asks. */
+enum fb_status fb_check_sampling(const struct fb_sampling *settings);
+
 /* Tells the highest of n logits; FB_NON_FINITE as told in fb_sample. */
 enum fb_status fb_check_logits(const struct fb_kernels *kernels, const float *logits, int32_t n, float *top);
 

@@ -149,6 +149,7 @@ static void quantise_item(void *context, int64_t index, int thread) {
 enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
     const float *residual, int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(weight && x && out, "weight, x or out is null");
+    FB_REQUIRE(!weight->device, "the weight was moved to a device");
     struct job job = {.x = x};
     FB_TRY(open_job(&job, n_rows, weight->n_cols, n_threads, isa));
     struct fb_linear linear = {.kernels = job.kernels,

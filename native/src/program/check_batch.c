@@ -8,6 +8,7 @@ enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *poo
                    pool->head_dim == p->shape.head_dim,
         "the page pool has %d layers, %d KV heads of %d; the program has %d, %d of %d", pool->n_layers,
         pool->n_kv_heads, pool->head_dim, p->shape.n_layers, p->shape.n_kv_heads, p->shape.head_dim);
+    FB_REQUIRE(pool->device == p->device, "the page pool does not lie on the device the program runs on");
     return FB_OK;
 }
 

@@ -86,6 +86,7 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
     FB_REQUIRE((op->kind == FB_OP_EMBED) == (i == 0), "op %d: a program has one embed, at its beginning", i);
     FB_REQUIRE((op->kind == FB_OP_LOGITS) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!has_weight(op) || op->weight, "op %d: its weight is null", i);
+    FB_REQUIRE(!has_weight(op) || op->weight->device == p->device, "op %d: its weight lies elsewhere", i);
     FB_REQUIRE(isfinite(op->scale), "op %d: scale is not finite", i);
     FB_REQUIRE(op->column == 0 || op->kind == FB_OP_LINEAR, "op %d: only linear writes from a column on", i);
 
@@ -205,6 +206,20 @@ static size_t drawing_threads(const struct fb_program *p) {
     return (size_t)(p->n_threads < FB_DRAWING_THREADS ? p->n_threads : FB_DRAWING_THREADS);
 }
 
+static void take_draw_work(struct fb_program *p, bool *failed) {
+    p->draw_work_bytes = (fb_sample_work_bytes(p->shape.vocab_size) + 63) / 64 * 64;
+    p->draw_work = take(p, drawing_threads(p), p->draw_work_bytes, failed);
+}
+
+/* Of this process only what drawing takes; the rest is the device's. */
+static enum fb_status take_on_device(struct fb_program *p) {
+    bool failed = false;
+    p->arena_floats = fb_plan_buffers(p->buffers, p->shape.n_buffers, (size_t)p->shape.max_tokens);
+    take_draw_work(p, &failed);
+    if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory to draw tokens");
+    return p->device->kind->program_create(p, &p->on_device);
+}
+
 static enum fb_status take_memory(struct fb_program *p) {
     const struct fb_program_shape *s = &p->shape;
     const size_t rows = (size_t)s->max_tokens;
@@ -231,8 +246,7 @@ static enum fb_status take_memory(struct fb_program *p) {
     p->pairs = take(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
     p->own_inputs = take(p, (size_t)p->n_threads, p->own_input_bytes, &failed);
     p->counters = take(p, 2 * (size_t)p->n_stages * (size_t)p->n_threads, sizeof(struct fb_counter), &failed);
-    p->draw_work_bytes = (fb_sample_work_bytes(s->vocab_size) + 63) / 64 * 64;
-    p->draw_work = take(p, drawing_threads(p), p->draw_work_bytes, &failed);
+    take_draw_work(p, &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
     for (int32_t i = 0; i < s->n_buffers; i++)
         if (p->buffers[i].data) p->buffers[i].data = p->arena + p->buffers[i].offset;
@@ -266,12 +280,18 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     if (!p->vectors) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program's vectors");
     copy_vectors(p);
     fb_cut_stages(p);
-    return take_memory(p);
+    return p->device ? take_on_device(p) : take_memory(p);
 }
 
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
     const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
     fb_program **out) {
+    return fb_program_create_on(NULL, shape, buffer_widths, inv_freq, ops, n_ops, n_threads, isa, out);
+}
+
+enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
+    const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
+    enum fb_isa isa, fb_program **out) {
     FB_REQUIRE(shape && buffer_widths && inv_freq && ops && out, "shape, buffer_widths, inv_freq, ops or out is null");
     FB_TRY(check_shape(shape));
     FB_REQUIRE(n_ops >= 1 && n_ops <= MAX_OPS, "n_ops is %d, must be 1 .. %d", n_ops, MAX_OPS);
@@ -291,6 +311,7 @@ enum fb_status fb_program_create(const struct fb_program_shape *shape, const int
     p->n_threads = n_threads;
     p->ops = copied;
     p->n_ops = n_ops;
+    p->device = device;
     enum fb_status status = build(p, buffer_widths, inv_freq);
     if (status != FB_OK) {
         fb_program_free(p);
@@ -306,6 +327,7 @@ size_t fb_program_scratch_bytes(const fb_program *program) {
 
 void fb_program_free(fb_program *p) {
     if (!p) return;
+    if (p->on_device) p->device->kind->program_free(p->on_device);
     const size_t rows = (size_t)p->shape.max_tokens;
     fb_memory_release(p->arena, p->arena_floats * sizeof(float));
     fb_memory_release(p->cos_sin, rows * (size_t)p->shape.rotary_dim * sizeof(float));

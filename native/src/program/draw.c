@@ -1,10 +1,12 @@
 /*
  * draw.c - several steps in one call: each computes the last token of every sequence and draws its next. What is drawn
- * is what fb_program_run and fb_sample would give, one after the other.
+ * is what fb_program_run and fb_sample would give, one after the other. A device draws the likeliest token itself where
+ * nothing changes logits before; the logits of other sequences are copied from it.
  */
 #include "program/program.h"
 
 #include "base/status.h"
+#include "ops/sample.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +17,8 @@ struct drawing {
     int32_t *active; /* [n_draws] places of those that still draw */
     struct fb_sequence *sequences;
     int32_t *tokens, *outputs; /* [n_draws] */
-    bool *failed;
+    bool *failed, *is_greedy;  /* [n_draws] the latter: the device draws */
+    float *logprobs;           /* [n_draws] of tokens that the device drew; the tokens take the place of `tokens` */
     int32_t n_active;
     const float *logits;
     char *work;
@@ -37,12 +40,25 @@ static enum fb_status check_draw(const struct fb_program *p, const struct fb_dra
     return FB_OK;
 }
 
+/* Whether the likeliest token is drawn as the model has it. */
+static bool takes_likeliest(const struct fb_draw *d) {
+    const struct fb_sampling *s = d->settings;
+    return fb_check_sampling(s) == FB_OK && s->temperature == 0.0f && d->n_bias == 0 && s->repetition_penalty == 1.0f &&
+           s->frequency_penalty == 0.0f && s->presence_penalty == 0.0f && s->dry_multiplier == 0.0f;
+}
+
 /* Draws for one sequence. A failure ends it: whoever asked meets the reason again with fb_sample. */
 static void draw_one(void *context, int64_t index, int thread) {
     struct drawing *all = context;
     struct fb_draw *d = &all->draws[all->active[index]];
     const int32_t n = d->n_history + d->n_drawn;
     int32_t token;
+    if (all->is_greedy[index]) {
+        d->history[n] = all->tokens[index];
+        d->logprobs[d->n_drawn++] = all->logprobs[index];
+        all->failed[index] = false;
+        return;
+    }
     all->failed[index] = fb_sample(all->logits + (size_t)index * (size_t)all->vocab_size, all->vocab_size, d->settings,
                              (uint64_t)n, d->history, n, d->bias_ids, d->bias_values, d->n_bias, d->breakers,
                              d->n_breakers, all->work + (size_t)thread * all->work_bytes, &token,
@@ -68,6 +84,7 @@ static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct drawing 
         all->sequences[i].n_past += d->n_drawn;
         all->tokens[i] = d->history[d->n_history + d->n_drawn - 1];
         all->outputs[i] = i;
+        all->is_greedy[i] = p->device && takes_likeliest(d);
     }
     const struct fb_batch batch = {.struct_size = sizeof batch,
         .n_tokens = all->n_active,
@@ -76,7 +93,10 @@ static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct drawing 
         .n_sequences = all->n_active,
         .outputs = all->outputs,
         .n_outputs = all->n_active};
-    return fb_program_run(p, pool, &batch, logits, (size_t)all->n_active * (size_t)all->vocab_size);
+    const size_t n_logits = (size_t)all->n_active * (size_t)all->vocab_size;
+    const struct fb_results results = {logits, all->is_greedy, all->tokens, all->logprobs};
+    return p->device ? fb_program_run_on_device(p, pool, &batch, &results, n_logits)
+                     : fb_program_run(p, pool, &batch, logits, n_logits);
 }
 
 static void drop_finished(struct drawing *all) {
@@ -122,15 +142,17 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
     struct drawing all = {.draws = draws, .n_active = n_draws, .logits = logits, .vocab_size = vocab_size};
     all.sequences = calloc(n, sizeof *all.sequences);
     all.active = calloc(3 * n, sizeof *all.active);
-    all.failed = calloc(n, sizeof *all.failed);
+    all.failed = calloc(2 * n, sizeof *all.failed);
+    all.logprobs = calloc(n, sizeof *all.logprobs);
     all.work = program->draw_work;
     all.work_bytes = program->draw_work_bytes;
     enum fb_status status = FB_OK;
-    if (!all.sequences || !all.active || !all.failed) {
+    if (!all.sequences || !all.active || !all.failed || !all.logprobs) {
         status = fb_fail(FB_OUT_OF_MEMORY, "no memory to draw for %d sequences", n_draws);
     } else {
         all.tokens = all.active + n;
         all.outputs = all.tokens + n;
+        all.is_greedy = all.failed + n;
         for (int32_t i = 0; i < n_draws; i++) {
             all.active[i] = i;
             draws[i].n_drawn = 0;
@@ -140,5 +162,6 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
     free(all.sequences);
     free(all.active);
     free(all.failed);
+    free(all.logprobs);
     return status;
 }

@@ -15,10 +15,13 @@
  * every thread does that for itself, in memory of its own, which takes less time than a barrier; for many the rows are
  * shared out, and a barrier follows. What happens to heads between products and attention is done by attention, where
  * every sequence has one token.
+ *
+ * A program for a device is checked and planned like any other, but takes no memory for a run: the device's kind runs it.
  */
 #ifndef FABULA_PROGRAM_H
 #define FABULA_PROGRAM_H
 
+#include "base/device.h"
 #include "kernels/kernels.h"
 #include "kv/pages.h"
 #include "ops/attention.h"
@@ -71,7 +74,9 @@ struct fb_program {
     int32_t n_stages;
     float *vectors; /* every op's vectors, copied */
     size_t n_vector_floats;
-    float *inv_freq; /* [rotary_dim / 2] */
+    float *inv_freq;   /* [rotary_dim / 2] */
+    fb_device *device; /* NULL: the CPU */
+    void *on_device;   /* of the device's kind */
 
     /* Memory of a run, taken once. */
     float *arena; /* all buffers */
@@ -109,10 +114,14 @@ void fb_cut_stages(struct fb_program *p);
  * each. */
 size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
 
-/* Whether a pool has the program's shape, and whether a batch is whole: counts that agree, ids of the vocabulary, pages of the
+/* Whether a pool has the program's shape and lies where it runs, and whether a batch is whole: counts that agree, ids of the vocabulary, pages of the
  * pool, none of which two sequences write. A pool's memory is not looked at. */
 enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *pool);
 enum fb_status fb_check_batch(
     const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits);
+
+/* As fb_program_run, for a program of a device. */
+enum fb_status fb_program_run_on_device(struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
+    const struct fb_results *results, size_t n_logits);
 
 #endif

@@ -342,6 +342,8 @@ static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_th
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits) {
     FB_REQUIRE(program && pool && batch && (logits || n_logits == 0), "program, pool, batch or logits is null");
+    if (program->device)
+        return fb_program_run_on_device(program, pool, batch, &(struct fb_results){.logits = logits}, n_logits);
     FB_TRY(fb_check_pool(program, pool));
     FB_TRY(fb_check_batch(program, pool, batch, n_logits));
     struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
@@ -360,4 +362,11 @@ enum fb_status fb_program_run(
     if (atomic_load(&run.non_finite))
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
     return FB_OK;
+}
+
+enum fb_status fb_program_run_on_device(struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
+    const struct fb_results *results, size_t n_logits) {
+    FB_TRY(fb_check_pool(p, pool));
+    FB_TRY(fb_check_batch(p, pool, batch, n_logits));
+    return p->device->kind->program_run(p->on_device, pool, batch, results);
 }

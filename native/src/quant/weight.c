@@ -169,6 +169,7 @@ static void pack_one_panel(void *context, int64_t index, int thread) {
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
     enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads) {
     FB_REQUIRE(weight && src, "weight or src is null");
+    FB_REQUIRE(!weight->device, "the weight was moved to a device");
     int32_t block_size = fb_dtype_block_size(src_dtype);
     FB_REQUIRE(block_size > 0, "src_dtype %d is unknown", (int)src_dtype);
     FB_REQUIRE(n_rows >= 1 && first_row >= 0 && row_block >= 1 && row_step >= 1,
@@ -218,8 +219,26 @@ void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *ds
 
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst) {
     FB_REQUIRE(weight && dst, "weight or dst is null");
+    FB_REQUIRE(!weight->device, "the weight was moved to a device");
     FB_REQUIRE(row >= 0 && row < weight->n_rows, "row is %d, must be 0 .. %d", row, weight->n_rows - 1);
     fb_weight_gather_row(weight, row, dst);
+    return FB_OK;
+}
+
+enum fb_status fb_weight_move(fb_weight *weight, fb_device *device) {
+    FB_REQUIRE(weight && device, "weight or device is null");
+    FB_REQUIRE(!weight->device, "the weight was moved to a device before");
+    void *panels;
+    FB_TRY(fb_device_take(device, "a weight", weight->n_bytes, &panels));
+    const enum fb_status status = device->kind->copy(
+        device->index, FB_TO_DEVICE, panels, weight->panels, weight->n_bytes);
+    if (status != FB_OK) {
+        fb_device_release(device, panels, weight->n_bytes);
+        return status;
+    }
+    fb_memory_release(weight->panels, weight->n_bytes);
+    weight->panels = panels;
+    weight->device = device;
     return FB_OK;
 }
 
@@ -233,6 +252,9 @@ size_t fb_weight_bytes(const fb_weight *weight) {
 
 void fb_weight_free(fb_weight *weight) {
     if (!weight) return;
-    fb_memory_release(weight->panels, weight->n_bytes);
+    if (weight->device)
+        fb_device_release(weight->device, weight->panels, weight->n_bytes);
+    else
+        fb_memory_release(weight->panels, weight->n_bytes);
     free(weight);
 }

@@ -14,6 +14,7 @@
 #ifndef FABULA_QUANT_WEIGHT_H
 #define FABULA_QUANT_WEIGHT_H
 
+#include "base/device.h"
 #include "quant/layout.h"
 
 #include <stdatomic.h>
@@ -25,7 +26,8 @@ struct fb_weight {
     size_t panel_bytes;
     size_t n_bytes;
     atomic_llong non_finite;
-    char *panels;
+    char *panels;      /* on the device, if there is one */
+    fb_device *device; /* NULL: the CPU */
 };
 
 /* Elements of a panel of a plain format. */

@@ -56,6 +56,7 @@ def bench_load(
     rounds: int = ROUNDS,
     peers: bool = False,
     python: str | None = None,
+    device: str = "cpu",
     status: Status = silent,
 ) -> list[Row]:
     """Measures a model's start: time to the first token, and peak memory.
@@ -64,7 +65,7 @@ def bench_load(
         path: the model. With `peers`, a GGUF file of the weights is written for both where it is none of that format.
         rounds: processes of each engine that count; medians are told.
         peers: whether llama.cpp is measured too; that it cannot be is told. python: interpreter that has it; None for
-            this one.
+            this one. device: as `Model.load`, for Fabula.
 
     Raises:
         InvalidArgument: rounds is out of its range.
@@ -74,7 +75,7 @@ def bench_load(
         raise InvalidArgument(f"rounds is {rounds}, must be 1 .. 1000")
     with ExitStack() as stack:
         model = stack.enter_context(
-            Model.load(path, weights=weights, kv=kv, threads=threads, context=_POSITIONS, fetch=False)
+            Model.load(path, weights=weights, kv=kv, threads=threads, context=_POSITIONS, device=device, fetch=False)
         )
         same = stack.enter_context(gguf_of(model, status)) if peers else path
         model.close()  # what is measured shall have the memory
@@ -85,7 +86,7 @@ def bench_load(
             "positions": _POSITIONS,
             "prompt": model.tokenizer.encode(PROMPT),
         }
-        ours = _Engine("fabula", _start_ours, {**request, "weights": "auto" if peers else weights})
+        ours = _Engine("fabula", _start_ours, {**request, "weights": "auto" if peers else weights, "device": device})
         engines = [ours, _Engine("llama.cpp", lambda: start_worker(python), request)] if peers else [ours]
         found = _measure(engines, rounds, status)
     return _rows(path.name, kv, threads, found)

@@ -3,7 +3,8 @@
 Run with `python -m`. Reads one JSON object a line on stdin and answers with one on stdout, `{"error": text}` where it
 failed; then it waits until stdin is closed, so that its memory can be looked at:
 
-    {"do": "first", "path": file, "weights": name, "threads": n, "kv": "f16", "positions": n, "prompt": [ids]}
+    {"do": "first", "path": file, "weights": name, "threads": n, "kv": "f16", "positions": n, "prompt": [ids],
+     "device": name}
         -> {"token": id, "settings": text, "weights": name, "weight_bytes": n}
 """
 
@@ -20,11 +21,11 @@ from fabula.model import Model
 
 
 def first(
-    stack: ExitStack, path: str, weights: Any, threads: int, kv: str, positions: int, prompt: list[int]
+    stack: ExitStack, path: str, weights: Any, threads: int, kv: str, positions: int, prompt: list[int], device: str
 ) -> dict[str, Any]:
     """The answer; the model stays open as long as the stack."""
     model = stack.enter_context(
-        Model.load(path, weights=weights, threads=threads, kv=kv, context=positions, fetch=False)
+        Model.load(path, weights=weights, threads=threads, kv=kv, context=positions, device=device, fetch=False)
     )
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     with model.generate(prompt, params) as generation:

@@ -54,6 +54,7 @@ class Served:
     context: int
     python: str | None = None
     peer_path: Path | None = None
+    device: str = "cpu"
 
     @property
     def peer_settings(self) -> str:
@@ -68,7 +69,7 @@ class Served:
         if kind == "fabula":
             return [
                 *(sys.executable, "-m", "fabula", "serve", "--port", str(port), "--data", folder),
-                *("--model", str(self.path), "--weights", self.weights, "--kv", self.kv),
+                *("--model", str(self.path), "--weights", self.weights, "--kv", self.kv, "--device", self.device),
                 *("--threads", str(self.threads), "--max-sessions", "1000000", "--max-streams", "10000"),
             ]
         return [

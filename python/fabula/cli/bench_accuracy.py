@@ -19,7 +19,7 @@ from fabula.cli.bench_options import (
     threads_option,
 )
 from fabula.cli.console import complain, note
-from fabula.cli.options import ModelOptions, kv_option, model_option
+from fabula.cli.options import ModelOptions, device_option, kv_option, model_option
 
 if TYPE_CHECKING:
     from fabula.bench.accuracy import MakeReader, Reader
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 )
 @peers_option("Measure llama.cpp on the same weights, with the same ids.")
 @peer_python_option
+@device_option
 @click.option(
     "--gate", type=click.FloatRange(0), metavar="PERCENT",
     help="End with 1 where a perplexity is further than this from llama.cpp's; needs --peers.",
@@ -59,6 +60,7 @@ def perplexity(
     window: int,
     peers: bool,
     peer_python: str | None,
+    device: str,
     gate: float | None,
     as_json: bool,
 ) -> None:
@@ -88,7 +90,8 @@ def perplexity(
     n_threads = n_threads_of(threads)
     names = [*dict.fromkeys(weights), *([compare] if compare is not None and compare not in weights else [])]
     with ExitStack() as stack:
-        models = [stack.enter_context(ModelOptions(model, name, kv, n_threads, None).load()) for name in names]
+        options = [ModelOptions(model, name, kv, n_threads, None, device) for name in names]
+        models = [stack.enter_context(each.load()) for each in options]
         rows = bench_accuracy(
             models,
             text,

@@ -22,7 +22,7 @@ from fabula.cli.bench_options import (
     weights_option,
 )
 from fabula.cli.console import note
-from fabula.cli.options import ModelOptions, kv_option, model_option
+from fabula.cli.options import ModelOptions, device_option, kv_option, model_option
 
 
 def _numbers(name: str, field: str, default: tuple[int, ...], text: str) -> Callable[[Any], Any]:
@@ -46,6 +46,7 @@ def _numbers(name: str, field: str, default: tuple[int, ...], text: str) -> Call
 )  # fmt: skip
 @peers_option("Measure llama-cpp-python's save_state and load_state in turns, at each length.")
 @peer_python_option
+@device_option
 @plot_option
 @json_option
 def sessions(
@@ -59,6 +60,7 @@ def sessions(
     repeats: int,
     peers: bool,
     peer_python: str | None,
+    device: str,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -83,7 +85,7 @@ def sessions(
     check_plot(plot)
     n_threads = n_threads_of(threads)
     with ExitStack() as stack:
-        loaded = stack.enter_context(ModelOptions(model, weights, kv, n_threads, context).load())
+        loaded = stack.enter_context(ModelOptions(model, weights, kv, n_threads, context, device).load())
         peer = None
         if peers:
             path = stack.enter_context(gguf_of(loaded, note))
@@ -120,6 +122,7 @@ def sessions(
 )  # fmt: skip
 @peers_option("Measure llama-cpp-python's server in turns, on the same weights.")
 @peer_python_option
+@device_option
 @plot_option
 @json_option
 def serve(
@@ -133,6 +136,7 @@ def serve(
     overhead: int | None,
     peers: bool,
     peer_python: str | None,
+    device: str,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -162,11 +166,11 @@ def serve(
         raise click.UsageError("--overhead measures no peers")
     n_threads = n_threads_of(threads)
     with ExitStack() as stack:
-        loaded = stack.enter_context(ModelOptions(model, weights, kv, n_threads, None).load())
+        loaded = stack.enter_context(ModelOptions(model, weights, kv, n_threads, None, device).load())
         label = loaded.weights
         python = (peer_python or sys.executable) if peers else None
         peer_path = stack.enter_context(gguf_of(loaded, note)) if peers else None
-        served = Served(loaded.path, weights, loaded.kv, n_threads, loaded.context, python, peer_path)
+        served = Served(loaded.path, weights, loaded.kv, n_threads, loaded.context, python, peer_path, device)
         if overhead is not None:
             rows = bench_overhead(served, loaded, overhead, n_tokens=max(tokens, 256), status=note)
         else:

@@ -23,7 +23,7 @@ from fabula.cli.bench_options import (
     weights_option,
 )
 from fabula.cli.console import note
-from fabula.cli.options import KV_CHOICE, ModelOptions, kv_option, model_option
+from fabula.cli.options import KV_CHOICE, ModelOptions, device_option, kv_option, model_option
 
 if TYPE_CHECKING:
     from fabula.model import WeightsName
@@ -100,6 +100,7 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
 )
 @peers_option("Measure llama.cpp and transformers in turns, on the same weights.")
 @peer_python_option
+@device_option
 @click.option("--peer-kv", type=KV_CHOICE, help="Precision of llama.cpp's KV cache; default: as --kv.")
 @plot_option
 @json_option
@@ -116,6 +117,7 @@ def model(
     neighbours: int,
     peers: bool,
     peer_python: str | None,
+    device: str,
     peer_kv: str | None,
     plot: Path | None,
     as_json: bool,
@@ -155,7 +157,7 @@ def model(
     machine = measured_machine(threads)
     with ExitStack() as stack:
         loaded = [
-            stack.enter_context(ModelOptions(model, precision, kv, machine.threads, context).load())
+            stack.enter_context(ModelOptions(model, precision, kv, machine.threads, context, device).load())
             for precision in weights
         ]
         rows = bench_models(loaded, machine, lengths, make_peers=make if peers else None, status=note)
@@ -179,6 +181,7 @@ def model(
 )
 @peers_option("Measure llama.cpp in turns, on the same GGUF file.")
 @peer_python_option
+@device_option
 @plot_option
 @json_option
 def load(
@@ -189,6 +192,7 @@ def load(
     rounds: int,
     peers: bool,
     peer_python: str | None,
+    device: str,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -219,6 +223,7 @@ def load(
         rounds=rounds,
         peers=peers,
         python=peer_python,
+        device=device,
         status=note,
     )
     found = [row.to_json() for row in rows]

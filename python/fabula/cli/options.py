@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,13 @@ KV_NAMES = (*_KV, *(f"{k}:{v}" for k in _KV for v in _KV if k != v))
 
 KV_CHOICE = click.Choice(KV_NAMES)
 
+
+def _device_name(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    if not re.fullmatch(r"cpu|auto|cuda(:[0-9]{1,3})?", name):  # as in engine/device.py
+        raise click.BadParameter(f"{name!r} is none of cpu, auto, cuda, cuda:N.")
+    return name
+
+
 model_option = click.option(
     "-m", "--model", default=DEFAULT_MODEL, show_default=True, envvar="FABULA_MODEL", metavar="NAME",
     help="Folder, .gguf file, or name; see `fabula pull --help`.",
@@ -41,6 +49,10 @@ model_option = click.option(
 kv_option = click.option(
     "--kv", type=KV_CHOICE, default="f16", show_default=True, metavar="NAME",
     help="KV cache in memory: f16, f32, bf16, q8; or K:V, such as q8:f16.",
+)  # fmt: skip
+device_option = click.option(
+    "--device", callback=_device_name, default="cpu", show_default=True, envvar="FABULA_DEVICE", metavar="NAME",
+    help="Where the model runs: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room for it, else the CPU.",
 )  # fmt: skip
 
 _MODEL = (
@@ -56,6 +68,7 @@ _MODEL = (
     click.option(
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
     ),
+    device_option,
 )  # fmt: skip
 
 
@@ -68,6 +81,7 @@ class ModelOptions:
     kv: str
     threads: int | None
     context: int | None
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -86,6 +100,7 @@ class ModelOptions:
                 kv=self.kv,
                 threads=self.threads,
                 context=self.context,
+                device=self.device,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -96,9 +111,16 @@ def model_options(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def command(
-        *args: Any, model: str, weights: str, kv: str, threads: int | None, context: int | None, **rest: Any
+        *args: Any,
+        model: str,
+        weights: str,
+        kv: str,
+        threads: int | None,
+        context: int | None,
+        device: str,
+        **rest: Any,
     ) -> Any:
-        return function(*args, loading=ModelOptions(model, weights, kv, threads, context), **rest)
+        return function(*args, loading=ModelOptions(model, weights, kv, threads, context, device), **rest)
 
     for option in reversed(_MODEL):
         command = option(command)

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
-from fabula.errors import ContextOverflow, EngineError, InvalidArgument
+from fabula.engine.device import CPU, Placement
+from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, Window
@@ -35,6 +36,7 @@ I32 = npt.NDArray[np.int32]
 MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
+SHARE_OF_KV = 0.9  # of a GPU's free memory that pages may take; the rest is for batches, logits among them
 
 
 class Recipe(NamedTuple):
@@ -46,6 +48,7 @@ class Recipe(NamedTuple):
     ops: list[_native.Op]
     n_threads: int
     isa: Isa
+    device: _native.Device | None
 
 
 class Part(NamedTuple):
@@ -67,10 +70,12 @@ class Runner:
         context: positions a sequence may have; None takes the model's own length.
         kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
         isa: instruction set, for tests.
+        placement: where it may run.
         progress: called with (bytes read, bytes in all) while tensors are packed.
 
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
+        DeviceOutOfMemory: the GPU that was asked for has no room for it; the memory it had is free again.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Runner:
         kv_memory: int | None = None,
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
+        placement: Placement = CPU,
     ) -> None:
         family = family_of(checkpoint.config, checkpoint.path)
         self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
@@ -95,8 +101,12 @@ class Runner:
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         builder = ProgramBuilder(checkpoint, precision, n_threads, progress)
         family.emit(builder, config)
-        builder.pack()
         self.max_tokens = min(PREFILL_CHUNK, self.context)
+        self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
+        page_bytes = _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim)
+        text_pages = -(-self.context // _native.PAGE_POSITIONS)
+        buffer_bytes = 4 * self.max_tokens * sum(builder.widths)
+        self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
         shape = _native.Shape(
             n_layers=config.n_layers,
             n_heads=config.n_heads,
@@ -107,13 +117,21 @@ class Runner:
             max_tokens=self.max_tokens,
             rope_scale=rope.scale,
         )
-        self.recipe = Recipe(shape, builder.widths, rope.inv_freq, builder.ops, n_threads, isa)
-        self.program = _native.Program(shape, builder.widths, rope.inv_freq, builder.ops, n_threads=n_threads, isa=isa)
-        self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
-        n_pages = SEQUENCES_AT_FULL_LENGTH * -(-self.context // _native.PAGE_POSITIONS)
-        if kv_memory is not None:
-            n_pages = max(1, kv_memory // _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim))
-        self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim)
+        try:
+            builder.pack(self.device)
+            self.recipe = Recipe(shape, builder.widths, rope.inv_freq, builder.ops, n_threads, isa, self.device)
+            self.program = self._program(shape, builder.ops)
+            n_pages = SEQUENCES_AT_FULL_LENGTH * text_pages
+            if kv_memory is not None:
+                n_pages = max(1, kv_memory // page_bytes)
+            elif self.device is not None:
+                n_pages = min(n_pages, max(1, int(SHARE_OF_KV * self.device.memory()[1]) // page_bytes))
+            self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim, self.device)
+        except DeviceOutOfMemory as error:
+            raise DeviceOutOfMemory(
+                f"{error}; load it with smaller weights, a shorter context or less kv_memory, or on the CPU",
+                status=error.status,
+            ) from None
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -237,9 +255,22 @@ class Runner:
         recipe, n = self.recipe, self.config.hidden_size
         identity = _native.Weight(DType.F32, n, n)
         identity.pack_rows(np.eye(n, dtype=np.float32).view(np.uint8).reshape(-1), DType.F32, n)
+        if recipe.device is not None:
+            identity.move(recipe.device)
         ops = [*recipe.ops[:-1], replace(recipe.ops[-1], weight=identity)]
-        shape = replace(recipe.shape, max_tokens=max_tokens)
-        return _native.Program(shape, recipe.widths, recipe.inv_freq, ops, n_threads=recipe.n_threads, isa=recipe.isa)
+        return self._program(replace(recipe.shape, max_tokens=max_tokens), ops)
+
+    def _program(self, shape: _native.Shape, ops: list[_native.Op]) -> _native.Program:
+        recipe = self.recipe
+        return _native.Program(
+            shape,
+            recipe.widths,
+            recipe.inv_freq,
+            ops,
+            n_threads=recipe.n_threads,
+            isa=recipe.isa,
+            device=recipe.device,
+        )
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends a prompt chunk by chunk and returns the last token's logits, float32 [vocab_size].

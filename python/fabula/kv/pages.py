@@ -70,12 +70,19 @@ class PagePool:
         dtypes: of K and V, or of each: F32, F16, BF16, or Q8_0 for bytes with a scale.
         n_pages: pages in all; only touched ones take memory.
         n_layers, n_kv_heads, head_dim: shape of a position's K and V.
+        device: GPU they lie on, which takes memory for all at once; None for the CPU.
     """
 
     def __init__(
-        self, dtypes: DType | tuple[DType, DType], n_pages: int, n_layers: int, n_kv_heads: int, head_dim: int
+        self,
+        dtypes: DType | tuple[DType, DType],
+        n_pages: int,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        device: _native.Device | None = None,
     ) -> None:
-        self.native = _native.PagePool(dtypes, n_pages, n_layers, n_kv_heads, head_dim)
+        self.native = _native.PagePool(dtypes, n_pages, n_layers, n_kv_heads, head_dim, device)
         self._free = list(range(n_pages - 1, -1, -1))
         self._holders = [0] * n_pages
         self._filled = [0] * n_pages  # positions of a page that some holder has written

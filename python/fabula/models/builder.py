@@ -112,13 +112,14 @@ class ProgramBuilder:
             stacklevel=2,
         )
 
-    def pack(self) -> None:
-        """Reads and packs the matrices that were asked for.
+    def pack(self, device: _native.Device | None = None) -> None:
+        """Reads and packs the matrices that were asked for, and moves them to a GPU if one is given.
 
         Raises:
             ModelFileError, OutOfMemory: one cannot be read.
+            DeviceOutOfMemory, DeviceError: one cannot be moved.
         """
-        packer = Packer(self.checkpoint, self.n_threads, self._count)
+        packer = Packer(self.checkpoint, self.n_threads, self._count, device)
         for name, weight in packer.pack(self._packings):
             self._warn(name, DType(weight.dtype))
 

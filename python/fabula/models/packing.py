@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fabula._native import Weight
+from fabula._native import Device, Weight
 from fabula.formats.checkpoint import Checkpoint, TensorInfo
 
 LARGE = 16 << 20  # bytes of a tensor that all threads pack together
@@ -50,10 +50,13 @@ class Packer:
         checkpoint: where tensors come from; several threads read from it.
         n_threads: threads that pack.
         read: told the bytes of tensors that were read, from the thread that called `pack`.
+        device: GPU that each weight moves to when it is packed, so that this process never holds all of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, n_threads: int, read: Callable[[int], None]) -> None:
-        self._checkpoint, self._n_threads, self._read = checkpoint, n_threads, read
+    def __init__(
+        self, checkpoint: Checkpoint, n_threads: int, read: Callable[[int], None], device: Device | None = None
+    ) -> None:
+        self._checkpoint, self._n_threads, self._read, self._device = checkpoint, n_threads, read, device
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, Packing]] = []  # small ones, the first at the end
         self._n_read = 0  # bytes that nobody was told of
@@ -135,6 +138,8 @@ class Packer:
                 self._n_read += info.n_bytes
                 if weight.n_non_finite > before:
                     self._damaged.append((i, info.name, weight))
+        if self._device is not None:
+            weight.move(self._device)
 
     def _tell(self) -> None:
         with self._lock:

@@ -22,6 +22,7 @@ _TABLE: tuple[tuple[type[errors.EngineError], int, str], ...] = (
     (errors.TemplateError, 400, "template_error"),
     (errors.Unsupported, 400, "unsupported"),
     (errors.OutOfMemory, 503, "out_of_memory"),
+    (errors.DeviceError, 500, "device_failed"),
     (errors.StoreFull, 507, "store_full"),
     (errors.StoreReadOnly, 507, "store_read_only"),
     (errors.StoreCorrupt, 500, "store_corrupt"),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fabula.engine.device import check_device
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.format import KV_NAMES
@@ -83,6 +84,23 @@ class Settings:
         metadata=_about(
             "Models",
             "Bytes of the KV cache, for each model; default: four texts of the whole context.",
+            low=1,
+            high=1 << 50,
+        ),
+    )
+    device: str = field(
+        default="cpu",
+        metadata=_about(
+            "Models",
+            "Where models run: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room, else the CPU.",
+            metavar="NAME",
+        ),
+    )
+    device_memory: int | None = field(
+        default=None,
+        metadata=_about(
+            "Models",
+            "Bytes of a GPU that each model may take, its cache included; default: what is free.",
             low=1,
             high=1 << 50,
         ),
@@ -203,6 +221,7 @@ class Settings:
                 and not about["low"] <= value <= about["high"]
             ):
                 raise InvalidArgument(f"{name} is {value!r}, must be in {about['low']:g} .. {about['high']:g}")
+        check_device(self.device)
         if not self.model:
             raise InvalidArgument("model is empty, the server needs one at least")
         names = [name for name, _ in self.models]

@@ -84,6 +84,7 @@ class Serving:
             usage = self.model.kv_usage
             found |= {
                 "weights": self.model.weights,
+                "device": self.model.device,
                 "weight_bytes": self.model.weight_bytes,
                 "context": self.model.context,
                 "cache_bytes": usage.used_bytes,
@@ -156,6 +157,8 @@ class Server:
             kv=cast(Any, settings.kv),
             context=settings.context,
             kv_memory=settings.kv_memory,
+            device=settings.device,
+            device_memory=settings.device_memory,
             threads=settings.threads,
             fetch=settings.fetch,
             fetch_progress=serving,

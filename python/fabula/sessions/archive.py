@@ -230,7 +230,8 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
             theirs = (file.metadata() or {}).get("fingerprint")
             if theirs != fingerprint or not fingerprint:
                 raise StoreError(
-                    f"{path}: K and V were computed by another model, or in another precision; import without them",
+                    f"{path}: K and V were computed by another model, on another device or in another precision; "
+                    "import without them",
                     path=path,
                 )
             names = set(file.keys())

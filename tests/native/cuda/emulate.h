@@ -6,7 +6,7 @@
  * written. With `backward` set, blocks and threads run in falling order: results that then differ want a barrier.
  *
  * A launch fails, with a line on stderr, when no thread can go on: some have left, or wait elsewhere, while others wait for
- * them; or if a shuffle names not the whole warp, or meets another kind of shuffle.
+ * them; or if a shuffle names not the whole warp, or meets another kind of shuffle. Launches of several threads wait for each other.
  */
 #ifndef FABULA_TESTS_EMULATE_H
 #define FABULA_TESTS_EMULATE_H
@@ -14,12 +14,14 @@
 #include "quant/convert.h"
 
 #include <assert.h>
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <mutex>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -54,7 +56,12 @@ enum class state { ready, waiting, done };
 struct fiber {
     ucontext_t context;
     char *stack;
+#ifdef __SANITIZE_ADDRESS__
     void *fake_stack; /* AddressSanitizer's */
+#else
+    jmp_buf left; /* where it goes on: swapcontext would ask the system each time */
+    bool has_left;
+#endif
     state now;
     unsigned n_shuffles;
 };
@@ -71,6 +78,7 @@ struct piece {
     void *memory;
 };
 
+inline std::mutex one_launch; /* at a time */
 inline bool backward = false;
 inline long n_launches = 0;
 inline size_t dynamic_bytes = 0;
@@ -80,48 +88,80 @@ inline std::vector<piece> pieces;
 inline unsigned n_threads, current;
 inline unsigned block_arrived;
 inline const char *failure;
+#ifdef __SANITIZE_ADDRESS__
 inline ucontext_t scheduler;
 inline void *scheduler_fake_stack;
 inline const void *scheduler_stack;
 inline size_t scheduler_stack_bytes;
+#else
+inline jmp_buf scheduler;
+#endif
 inline void (*body)(void *);
 inline void *body_context;
 
 /* ---- Fibers ------------------------------------------------------------------------------------------------------ */
 
+#ifdef __SANITIZE_ADDRESS__
+
 /* Back to the scheduler. A fiber that is done does not return from here. */
 inline void leave(bool is_done) {
     fiber &self = fibers[current];
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(is_done ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_bytes);
-#else
-    (void)is_done;
-#endif
     swapcontext(&self.context, &scheduler);
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fibers[current].fake_stack, &scheduler_stack, &scheduler_stack_bytes);
-#endif
 }
 
 inline void fiber_main() {
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-#endif
     body(body_context);
     fibers[current].now = state::done;
     leave(true);
 }
 
+inline void go_on(fiber &f) {
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, STACK_BYTES);
+    swapcontext(&scheduler, &f.context);
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+}
+
+inline bool is_reusable(const fiber &) {
+    return false;
+}
+
+#else
+
+/* Back to the scheduler. A fiber that is done returns from here in another block. */
+inline void leave(bool) {
+    fiber &self = fibers[current];
+    self.has_left = true;
+    if (_setjmp(self.left) == 0) _longjmp(scheduler, 1);
+}
+
+inline void fiber_main() {
+    for (;;) {
+        body(body_context);
+        fibers[current].now = state::done;
+        leave(true);
+    }
+}
+
+inline void go_on(fiber &f) {
+    if (_setjmp(scheduler) != 0) return;
+    if (f.has_left) _longjmp(f.left, 1);
+    setcontext(&f.context);
+}
+
+/* Not one that a launch which failed left in the middle. */
+inline bool is_reusable(const fiber &f) {
+    return f.has_left && f.now == state::done;
+}
+
+#endif
+
 inline void enter(unsigned index) {
     current = index;
     threadIdx = dim3(index, 0, 0);
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibers[index].stack, STACK_BYTES);
-#endif
-    swapcontext(&scheduler, &fibers[index].context);
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
+    go_on(fibers[index]);
 }
 
 inline void wait_here() {
@@ -205,8 +245,13 @@ inline void prepare(unsigned threads) {
 #ifdef __SANITIZE_ADDRESS__
         __asan_unpoison_memory_region(f.stack, STACK_BYTES);
 #endif
+        const bool is_made = is_reusable(f);
         f.now = state::ready;
         f.n_shuffles = 0;
+        if (is_made) continue;
+#ifndef __SANITIZE_ADDRESS__
+        f.has_left = false;
+#endif
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack;
         f.context.uc_stack.ss_size = STACK_BYTES;
@@ -253,6 +298,7 @@ static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t s
     auto call = [&] { kernel(arguments...); };
     assert(threads >= 1 && threads <= emulate::MOST_THREADS && threads % emulate::WARP == 0);
     assert(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.y <= 65535 && grid.z <= 65535);
+    const std::lock_guard<std::mutex> guard(emulate::one_launch);
     emulate::n_launches++;
     emulate::failure = nullptr;
     emulate::body = [](void *context) { (*static_cast<decltype(call) *>(context))(); };

@@ -17,6 +17,7 @@ struct model {
     float norm[WIDTH], bias[QKV], head_norm[HEAD_DIM], frequencies[HEAD_DIM / 2];
     struct fb_op ops[MOST_OPS];
     fb_program *program;
+    fb_device *device;
 };
 
 static uint64_t state = 1;
@@ -28,17 +29,31 @@ static void fill(float *x, size_t n, float size) {
     }
 }
 
+enum { MOST_MATRICES = 2 * (2 + 6 * LAYERS) };
+
+/* Random numbers in a format, made once: some formats take their time, and tests make many models. */
+static const void *random_rows(int32_t number, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, size_t *n_bytes) {
+    static void *made[MOST_MATRICES];
+    const size_t n = (size_t)n_rows * (size_t)n_cols;
+    *n_bytes = n / (size_t)fb_dtype_block_size(dtype) * fb_dtype_block_bytes(dtype);
+    if (made[number]) return made[number];
+    float *rows = malloc(n * sizeof *rows);
+    fill(rows, n, 0.1f);
+    made[number] = malloc(*n_bytes);
+    CHECK(fb_quantize(dtype, rows, n_rows, n_cols, 1, made[number], *n_bytes) == FB_OK);
+    free(rows);
+    return made[number];
+}
+
 /* [n_rows, n_cols], or with `woven` two of n_rows for SwiGLU. */
 static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool woven) {
-    float *rows = malloc((size_t)n_rows * (size_t)n_cols * sizeof *rows);
     fb_weight *weight = NULL;
     CHECK(fb_weight_create(dtype, woven ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
     for (int32_t half = 0; half < (woven ? 2 : 1); half++) {
-        fill(rows, (size_t)n_rows * (size_t)n_cols, 0.1f);
-        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, FB_F32, rows,
-                  (size_t)n_rows * (size_t)n_cols * sizeof *rows, n_rows, 1) == FB_OK);
+        size_t n_bytes;
+        const void *rows = random_rows(2 * m->n_weights + half, dtype, n_rows, n_cols, &n_bytes);
+        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, dtype, rows, n_bytes, n_rows, 1) == FB_OK);
     }
-    free(rows);
     return m->weights[m->n_weights++] = weight;
 }
 
@@ -79,11 +94,13 @@ static void add_layer(struct model *m, int32_t layer) {
     add(m, FB_OP_LINEAR, MLP, STREAM, matrix(m, layer ? FB_F32 : FB_F16, WIDTH, INNER, false))->residual = STREAM;
 }
 
-struct model *model_create(void) {
+struct model *model_create(fb_device *device) {
     static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH, WIDTH};
     const struct fb_program_shape shape = {
         sizeof shape, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, MODEL_VOCABULARY, MODEL_TOKENS, N_BUFFERS, 1.0f};
     struct model *m = calloc(1, sizeof *m);
+    m->device = device;
+    state = 1;
     fill(m->norm, WIDTH, 1.0f);
     fill(m->bias, QKV, 0.5f);
     fill(m->head_norm, HEAD_DIM, 1.0f);
@@ -96,27 +113,32 @@ struct model *model_create(void) {
     add(m, FB_OP_GATHER_OUTPUTS, STREAM, ENDS, NULL);
     add(m, FB_OP_RMS_NORM, ENDS, ENDS_NORMED, NULL);
     add(m, FB_OP_LOGITS, ENDS_NORMED, -1, embedding);
-    CHECK(fb_program_create(&shape, widths, m->frequencies, m->ops, m->n_ops, 1, FB_ISA_AUTO, &m->program) == FB_OK);
-    return m;
+    enum fb_status status = FB_OK;
+    for (int32_t i = 0; device && status == FB_OK && i < m->n_weights; i++)
+        status = fb_weight_move(m->weights[i], device);
+    if (status == FB_OK)
+        status = fb_program_create_on(
+            device, &shape, widths, m->frequencies, m->ops, m->n_ops, 1, FB_ISA_AUTO, &m->program);
+    if (status == FB_OK) return m;
+    CHECK_AT(status == FB_DEVICE_FAILED || status == FB_DEVICE_MEMORY, "%d, %s", status, fb_last_error());
+    model_free(m);
+    return NULL;
 }
 
 void model_free(struct model *m) {
+    if (!m) return;
     fb_program_free(m->program);
     for (int32_t i = 0; i < m->n_weights; i++)
         fb_weight_free(m->weights[i]);
     free(m);
 }
 
-const fb_program *model_program(const struct model *m) {
-    return m->program;
-}
-
-/* Runs a batch on the GPU, on the CPU too unless `pool` is NULL. Logits go to `got` and `wanted`. */
-static void run_both(const struct model *m, fb_page_pool *pool, fb_cuda_program *device, fb_cuda_pool *on_device,
+/* Runs a batch on the device, on the CPU too unless `pool` is NULL. Logits go to `got` and `wanted`. */
+static void run_both(const struct model *m, fb_page_pool *pool, const struct model *on_device, fb_page_pool *pool_there,
     const struct fb_batch *batch, float *wanted, float *got) {
     const size_t n = (size_t)batch->n_outputs * MODEL_VOCABULARY;
     if (pool) CHECK_AT(fb_program_run(m->program, pool, batch, wanted, n) == FB_OK, "%s", fb_last_error());
-    CHECK_AT(fb_cuda_program_run(device, on_device, batch, got, n) == FB_OK, "%s", fb_last_error());
+    CHECK_AT(fb_program_run(on_device->program, pool_there, batch, got, n) == FB_OK, "%s", fb_last_error());
 }
 
 static double difference(const float *got, const float *wanted, size_t n) {
@@ -131,7 +153,7 @@ static double difference(const float *got, const float *wanted, size_t n) {
 enum { LENGTH = 44 };
 
 /* Logits of all positions of a text that comes in pieces; from then on as in `sequence`. */
-static void run_text(const struct model *m, fb_page_pool *pool, fb_cuda_program *device, fb_cuda_pool *on_device,
+static void run_text(const struct model *m, fb_page_pool *pool, const struct model *on_device, fb_page_pool *pool_there,
     struct fb_sequence sequence, int32_t piece, float *wanted, float *got) {
     int32_t tokens[LENGTH], outputs[LENGTH];
     for (int32_t t = 0; t < LENGTH; t++) {
@@ -143,71 +165,120 @@ static void run_text(const struct model *m, fb_page_pool *pool, fb_cuda_program 
         sequence.n_past = past;
         sequence.n_tokens = n;
         const struct fb_batch batch = {sizeof batch, n, tokens + past, &sequence, 1, outputs, n};
-        run_both(m, pool, device, on_device, &batch, wanted + past * MODEL_VOCABULARY, got + past * MODEL_VOCABULARY);
+        run_both(
+            m, pool, on_device, pool_there, &batch, wanted + past * MODEL_VOCABULARY, got + past * MODEL_VOCABULARY);
     }
 }
 
-int model_compare(const struct model *m, fb_cuda_program *device, enum fb_dtype k, enum fb_dtype v, double tolerance) {
+/* Three texts that go on from the same pages, one greedily as the device draws, one greedily as the CPU does (a bias that bans a
+ * token which is never likely), one at random: the first two get the same tokens, log-probabilities of them but for rounding. */
+static void check_drawing(const struct model *m, fb_page_pool *pool, const struct fb_sequence *from) {
+    enum { N = 3, STEPS = 5 };
+    static const int32_t pages[N][4] = {{20, 21, 22, 0}, {23, 24, 25, 0}, {26, 27, 28, 0}};
+    static float scratch[N * MODEL_VOCABULARY];
+    struct fb_sampling greedy, random;
+    fb_sampling_default(&greedy);
+    random = greedy;
+    greedy.temperature = 0.0f;
+    const int32_t banned = 5;
+    const float ban = -INFINITY;
+    int32_t history[N][LENGTH + 1 + STEPS];
+    float logprobs[N][STEPS];
+    struct fb_draw draws[N];
+    for (int32_t i = 0; i < N; i++) {
+        for (int32_t t = 0; t <= LENGTH; t++)
+            history[i][t] = 7;
+        for (int32_t page = 0; page < 2; page++)
+            CHECK(fb_page_copy(pool, pages[i][page], from->pages[page]) == FB_OK);
+        draws[i] = (struct fb_draw){.sequence = {pages[i], 3, LENGTH, 1, 0, 0},
+            .n_steps = STEPS,
+            .history = history[i],
+            .n_history = LENGTH + 1,
+            .logprobs = logprobs[i],
+            .settings = i == 2 ? &random : &greedy,
+            .bias_ids = &banned,
+            .bias_values = &ban,
+            .n_bias = i == 1};
+    }
+    double seconds[STEPS];
+    int32_t n_done = 0;
+    CHECK_AT(fb_program_draw(
+                 m->program, pool, draws, N, STEPS, NULL, scratch, N * MODEL_VOCABULARY, seconds, &n_done) == FB_OK,
+        "%s", fb_last_error());
+    CHECK(n_done == STEPS);
+    for (int32_t step = 0; step < STEPS; step++) {
+        CHECK_AT(history[0][LENGTH + 1 + step] == history[1][LENGTH + 1 + step], "step %d", step);
+        CHECK_AT(fabsf(logprobs[0][step] - logprobs[1][step]) <= 1e-5f, "step %d: %g and %g", step,
+            (double)logprobs[0][step], (double)logprobs[1][step]);
+    }
+    CHECK(draws[2].n_drawn == STEPS);
+}
+
+int model_compare(
+    const struct model *m, const struct model *on_device, enum fb_dtype k, enum fb_dtype v, double tolerance) {
     static float wanted[LENGTH * MODEL_VOCABULARY], got[LENGTH * MODEL_VOCABULARY], other[LENGTH * MODEL_VOCABULARY];
     static const int32_t pages[5][3] = {{5, 3, 4}, {9, 8, 7}, {2, 0, 1}, {12, 11, 10}, {14, 15, 16}};
     fb_page_pool *pool = NULL;
-    fb_cuda_pool *on_device = NULL;
+    fb_page_pool *pool_there = NULL;
     CHECK(fb_page_pool_create(k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool) == FB_OK);
     CHECK_AT(
-        fb_cuda_pool_create(k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &on_device) == FB_OK, "%s", fb_last_error());
+        fb_page_pool_create_on(on_device->device, k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool_there) == FB_OK,
+        "%s", fb_last_error());
     const struct fb_sequence whole = {pages[0], 3, 0, 0, 0, 0}, again = {pages[1], 3, 0, 0, 0, 0};
     const struct fb_sequence slides = {pages[2], 3, 0, 0, 30, 4}, slides_too = {pages[3], 3, 0, 0, 30, 4};
     for (int32_t kind = 0; kind < 2; kind++) {
-        run_text(m, pool, device, on_device, kind ? slides : whole, 30, wanted, got);
+        run_text(m, pool, on_device, pool_there, kind ? slides : whole, 30, wanted, got);
         const double apart = difference(got, wanted, LENGTH * MODEL_VOCABULARY);
         CHECK_AT(apart <= tolerance, "K %d, V %d, kind %d: off by %g", (int)k, (int)v, kind, apart);
-        run_text(m, NULL, device, on_device, kind ? slides_too : again, kind ? 4 : 7, wanted, other);
+        run_text(m, NULL, on_device, pool_there, kind ? slides_too : again, kind ? 4 : 7, wanted, other);
         CHECK_AT(memcmp(got, other, sizeof got) == 0, "K %d, V %d, kind %d: in pieces", (int)k, (int)v, kind);
     }
 
     /* Texts go on side by side, one of them twice, with a copy of its last page. */
     const int32_t forked[3] = {pages[0][0], pages[4][1], pages[0][2]};
     CHECK(fb_page_copy(pool, pages[4][1], pages[0][1]) == FB_OK);
-    CHECK(fb_cuda_page_copy(on_device, pages[4][1], pages[0][1]) == FB_OK);
+    CHECK(fb_page_copy(pool_there, pages[4][1], pages[0][1]) == FB_OK);
     const struct fb_sequence both[3] = {
         {pages[0], 3, LENGTH, 1, 0, 0}, {forked, 3, LENGTH, 2, 0, 0}, {pages[2], 3, LENGTH, 3, 30, 4}};
     const int32_t tokens[6] = {7, 8, 9, 10, 11, 12}, outputs[3] = {0, 2, 5};
     const struct fb_batch batch = {sizeof batch, 6, tokens, both, 3, outputs, 3};
-    run_both(m, pool, device, on_device, &batch, wanted, got);
+    run_both(m, pool, on_device, pool_there, &batch, wanted, got);
     const double apart = difference(got, wanted, 3 * MODEL_VOCABULARY);
     CHECK_AT(apart <= tolerance, "K %d, V %d: side by side off by %g", (int)k, (int)v, apart);
     const struct fb_batch silent = {sizeof silent, 6, tokens, both, 3, NULL, 0};
-    CHECK(fb_cuda_program_run(device, on_device, &silent, NULL, 0) == FB_OK);
-    CHECK(fb_cuda_program_run(device, on_device, &batch, other, 5) == FB_INVALID_ARGUMENT);
-    CHECK(fb_cuda_program_run(device, on_device, &batch, other, 3 * MODEL_VOCABULARY) == FB_OK);
+    CHECK(fb_program_run(on_device->program, pool_there, &silent, NULL, 0) == FB_OK);
+    CHECK(fb_program_run(on_device->program, pool_there, &batch, other, 5) == FB_INVALID_ARGUMENT);
+    CHECK(fb_program_run(on_device->program, pool_there, &batch, other, 3 * MODEL_VOCABULARY) == FB_OK);
     CHECK(memcmp(got, other, 3 * MODEL_VOCABULARY * sizeof *got) == 0);
+
+    check_drawing(on_device, pool_there, &both[0]);
 
     /* Pages move. */
     const size_t n_bytes = fb_page_bytes(pool);
     char *page = malloc(n_bytes), *back = malloc(n_bytes);
-    CHECK(fb_cuda_page_bytes(on_device) == n_bytes);
+    CHECK(fb_page_bytes(pool_there) == n_bytes);
     CHECK(fb_page_read(pool, pages[0][0], page, n_bytes) == FB_OK);
-    CHECK(fb_cuda_page_write(on_device, 30, page, n_bytes) == FB_OK && fb_cuda_page_copy(on_device, 31, 30) == FB_OK);
-    CHECK(fb_cuda_page_read(on_device, 31, back, n_bytes) == FB_OK && memcmp(page, back, n_bytes) == 0);
+    CHECK(fb_page_write(pool_there, 30, page, n_bytes) == FB_OK && fb_page_copy(pool_there, 31, 30) == FB_OK);
+    CHECK(fb_page_read(pool_there, 31, back, n_bytes) == FB_OK && memcmp(page, back, n_bytes) == 0);
     memset(page, 0, n_bytes);
-    CHECK(fb_cuda_page_zero(on_device, 31) == FB_OK && fb_cuda_page_read(on_device, 31, back, n_bytes) == FB_OK);
+    CHECK(fb_page_zero(pool_there, 31) == FB_OK && fb_page_read(pool_there, 31, back, n_bytes) == FB_OK);
     CHECK(memcmp(page, back, n_bytes) == 0);
-    CHECK(fb_cuda_page_zero(on_device, MODEL_PAGES) == FB_INVALID_ARGUMENT);
-    CHECK(fb_cuda_page_read(on_device, 0, back, n_bytes - 1) == FB_INVALID_ARGUMENT);
+    CHECK(fb_page_zero(pool_there, MODEL_PAGES) == FB_INVALID_ARGUMENT);
+    CHECK(fb_page_read(pool_there, 0, back, n_bytes - 1) == FB_INVALID_ARGUMENT);
     free(page);
     free(back);
     fb_page_pool_free(pool);
-    fb_cuda_pool_free(on_device);
+    fb_page_pool_free(pool_there);
     return check_result();
 }
 
-enum fb_status model_step(fb_cuda_program *device, float logits[MODEL_VOCABULARY]) {
+enum fb_status model_step(const struct model *m, float logits[MODEL_VOCABULARY]) {
     const int32_t page = 1, token = 3, output = 0;
-    fb_cuda_pool *pool = NULL;
-    enum fb_status status = fb_cuda_pool_create(FB_F16, FB_F16, 2, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+    fb_page_pool *pool = NULL;
+    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, LAYERS, KV_HEADS, HEAD_DIM, &pool);
     const struct fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
     const struct fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1};
-    if (status == FB_OK) status = fb_cuda_program_run(device, pool, &batch, logits, MODEL_VOCABULARY);
-    fb_cuda_pool_free(pool);
+    if (status == FB_OK) status = fb_program_run(m->program, pool, &batch, logits, MODEL_VOCABULARY);
+    fb_page_pool_free(pool);
     return status;
 }

@@ -1,8 +1,8 @@
-/* model.h - a small model in many formats, run on the CPU and as a program of the GPU, whichever runtime that is. */
+/* model.h - a small model in many formats, run on the CPU and on a device, whichever kind that is. */
 #ifndef FABULA_TESTS_CUDA_MODEL_H
 #define FABULA_TESTS_CUDA_MODEL_H
 
-#include "program.h"
+#include "fabula.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -11,17 +11,16 @@ extern "C" {
 enum { MODEL_VOCABULARY = 96, MODEL_TOKENS = 64, MODEL_PAGES = 40 };
 
 struct model;
-struct model *model_create(void);
+struct model *model_create(fb_device *device); /* the same numbers each time; NULL if the device refuses */
 void model_free(struct model *model);
-const fb_program *model_program(const struct model *model);
 
 /* Runs the same batches on both: a prompt, then tokens of several sequences, some of which slide. Logits may differ by
  * `tolerance` of their size, and must be the same bits in each of the ways to cut the prompt. Returns the number of failures. */
 int model_compare(
-    const struct model *model, fb_cuda_program *device, enum fb_dtype k, enum fb_dtype v, double tolerance);
+    const struct model *model, const struct model *on_device, enum fb_dtype k, enum fb_dtype v, double tolerance);
 
 /* One step over a pool of its own: FB_OK, or what failed. */
-enum fb_status model_step(fb_cuda_program *device, float logits[MODEL_VOCABULARY]);
+enum fb_status model_step(const struct model *model, float logits[MODEL_VOCABULARY]);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,93 @@
+/* devices.c - the GPUs of this machine and their memory, as base/device.h wants them. */
+#include "base/device.h"
+
+#include "program.h"
+#include "runtime.h"
+
+#include <string.h>
+
+#ifndef FABULA_CUDA_EMULATED
+#define FABULA_CUDA_EMULATED 0
+#endif
+
+static enum fb_status count(int32_t *out) {
+    int driver = 0, n = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+        cudaGetLastError();
+        return fb_fail(FB_DEVICE_FAILED, "no NVIDIA driver is installed (libcuda is missing)");
+    }
+    const int error = cudaGetDeviceCount(&n);
+    if (error == cudaErrorInsufficientDriver) {
+        cudaGetLastError();
+        return fb_fail(FB_DEVICE_FAILED, "the NVIDIA driver is too old: it knows CUDA %d.%d, this build needs %d.%d",
+            driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    }
+    if (error == cudaErrorNoDevice) {
+        cudaGetLastError();
+        return fb_fail(FB_DEVICE_FAILED, "the NVIDIA driver finds no GPU");
+    }
+    FB_TRY(fb_cuda_check(error, "counting GPUs"));
+    *out = n;
+    return FB_OK;
+}
+
+static enum fb_status describe(int32_t index, struct fb_device_info *out) {
+    struct cudaDeviceProp properties;
+    size_t n_free, n_bytes;
+    FB_TRY(fb_cuda_enter(index));
+    FB_TRY(fb_cuda_check(cudaGetDeviceProperties(&properties, index), "asking the GPU"));
+    FB_TRY(fb_cuda_check(cudaMemGetInfo(&n_free, &n_bytes), "asking the GPU for its memory"));
+    out->compute_major = properties.major;
+    out->compute_minor = properties.minor;
+    out->n_processors = properties.multiProcessorCount;
+    out->is_emulated = FABULA_CUDA_EMULATED;
+    out->memory_bytes = n_bytes;
+    out->free_bytes = n_free;
+    memcpy(out->name, properties.name, strnlen(properties.name, sizeof out->name - 1));
+    return FB_OK;
+}
+
+static enum fb_status take(int32_t index, size_t n_bytes, void **out) {
+    FB_TRY(fb_cuda_enter(index));
+    return fb_cuda_check(cudaMalloc(out, n_bytes), "taking memory");
+}
+
+static void release(int32_t index, void *memory) {
+    cudaSetDevice(index);
+    cudaFree(memory);
+}
+
+/* Some copies return before they are done, and the streams of programs do not wait for the default one. */
+static enum fb_status finish(int error, const char *what) {
+    FB_TRY(fb_cuda_check(error, what));
+    return fb_cuda_check(cudaDeviceSynchronize(), what);
+}
+
+static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes) {
+    static const enum cudaMemcpyKind kinds[] = {
+        [FB_TO_DEVICE] = cudaMemcpyHostToDevice,
+        [FB_FROM_DEVICE] = cudaMemcpyDeviceToHost,
+        [FB_ON_DEVICE] = cudaMemcpyDeviceToDevice,
+    };
+    if (to == from) return FB_OK;
+    FB_TRY(fb_cuda_enter(index));
+    return finish(cudaMemcpy(to, from, n_bytes, kinds[way]), "copying memory");
+}
+
+static enum fb_status clear(int32_t index, void *memory, size_t n_bytes) {
+    FB_TRY(fb_cuda_enter(index));
+    return finish(cudaMemset(memory, 0, n_bytes), "clearing memory");
+}
+
+const struct fb_device_kind *fb_device_kind_of_build(void) {
+    static const struct fb_device_kind kind = {.count = count,
+        .describe = describe,
+        .take = take,
+        .release = release,
+        .copy = copy,
+        .clear = clear,
+        .program_create = fb_cuda_program_create,
+        .program_free = fb_cuda_program_free,
+        .program_run = fb_cuda_program_run};
+    return &kind;
+}

@@ -1,0 +1,104 @@
+/* device.c - handles of devices, and the account of their memory. See device.h. */
+#include "base/device.h"
+
+#include "base/status.h"
+
+#include <stdlib.h>
+
+static enum fb_status find_kind(const struct fb_device_kind **out) {
+    *out = fb_device_kind_of_build();
+    return *out ? FB_OK : fb_fail(FB_UNSUPPORTED, "this build of Fabula has no CUDA: it was built without FABULA_CUDA");
+}
+
+static enum fb_status check_index(const struct fb_device_kind *kind, int32_t index) {
+    int32_t n;
+    FB_TRY(kind->count(&n));
+    FB_REQUIRE(index >= 0 && index < n, "there is no device %d: this machine has %d, numbered from 0", index, n);
+    return FB_OK;
+}
+
+enum fb_status fb_device_count(int32_t *n_devices) {
+    const struct fb_device_kind *kind;
+    FB_REQUIRE(n_devices, "n_devices is null");
+    FB_TRY(find_kind(&kind));
+    return kind->count(n_devices);
+}
+
+enum fb_status fb_device_describe(int32_t index, struct fb_device_info *out) {
+    const struct fb_device_kind *kind;
+    FB_REQUIRE(out, "out is null");
+    FB_TRY(find_kind(&kind));
+    FB_TRY(check_index(kind, index));
+    struct fb_device_info info = {.struct_size = sizeof info};
+    FB_TRY(kind->describe(index, &info));
+    *out = info;
+    return FB_OK;
+}
+
+enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **out) {
+    const struct fb_device_kind *kind;
+    FB_REQUIRE(out, "out is null");
+    FB_TRY(find_kind(&kind));
+    FB_TRY(check_index(kind, index));
+    struct fb_device_info info; /* a device that cannot be used says so here */
+    FB_TRY(kind->describe(index, &info));
+    struct fb_device *device = calloc(1, sizeof *device);
+    if (!device) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a device's handle");
+    device->kind = kind;
+    device->index = index;
+    device->budget = memory_budget;
+    atomic_init(&device->used, 0);
+    atomic_init(&device->n_holders, 1);
+    *out = device;
+    return FB_OK;
+}
+
+static void let_go(fb_device *device) {
+    if (atomic_fetch_sub(&device->n_holders, 1) == 1) free(device);
+}
+
+void fb_device_free(fb_device *device) {
+    if (device) let_go(device);
+}
+
+enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes) {
+    FB_REQUIRE(device && used_bytes && free_bytes, "device, used_bytes or free_bytes is null");
+    struct fb_device_info info;
+    FB_TRY(device->kind->describe(device->index, &info));
+    const size_t used = atomic_load(&device->used);
+    const size_t left = used < device->budget ? device->budget - used : 0;
+    *used_bytes = used;
+    *free_bytes = device->budget && left < info.free_bytes ? left : info.free_bytes;
+    return FB_OK;
+}
+
+static enum fb_status refuse(const fb_device *device, const char *what, size_t n_bytes) {
+    const double mib = 1024.0 * 1024.0;
+    size_t used, left;
+    FB_TRY(fb_device_memory(device, &used, &left));
+    return fb_fail(FB_DEVICE_MEMORY, "device %d has no memory for %s: it needs %.1f MiB, %.1f MiB are free%s",
+        device->index, what, (double)n_bytes / mib, (double)left / mib, device->budget ? " of its budget" : "");
+}
+
+enum fb_status fb_device_take(fb_device *device, const char *what, size_t n_bytes, void **out) {
+    void *memory = NULL;
+    if (n_bytes > 0) {
+        const size_t before = atomic_fetch_add(&device->used, n_bytes);
+        const bool fits = !device->budget || (before <= device->budget && n_bytes <= device->budget - before);
+        const enum fb_status status = fits ? device->kind->take(device->index, n_bytes, &memory) : FB_DEVICE_MEMORY;
+        if (status != FB_OK) {
+            atomic_fetch_sub(&device->used, n_bytes);
+            return status == FB_DEVICE_MEMORY ? refuse(device, what, n_bytes) : status;
+        }
+        atomic_fetch_add(&device->n_holders, 1);
+    }
+    *out = memory;
+    return FB_OK;
+}
+
+void fb_device_release(fb_device *device, void *memory, size_t n_bytes) {
+    if (!memory) return;
+    device->kind->release(device->index, memory);
+    atomic_fetch_sub(&device->used, n_bytes);
+    let_go(device);
+}

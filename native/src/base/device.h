@@ -1,0 +1,57 @@
+/*
+ * device.h - memory and programs that are not this process's own: a GPU's.
+ *
+ * A device is a number and a table of functions. What lies on one carries its handle (fb_weight, fb_page_pool, fb_program), and
+ * the public functions that touch its memory go through the table; a NULL handle is the CPU. Every allocation holds the handle, so
+ * it may be freed in any order. Which kind of device a build has is decided by what it is linked with: see fb_device_kind_of_build.
+ */
+#ifndef FABULA_BASE_DEVICE_H
+#define FABULA_BASE_DEVICE_H
+
+#include "fabula.h"
+
+#include <stdatomic.h>
+
+/* Results of a batch: rows of logits, or of some rows only the likeliest token. */
+struct fb_results {
+    float *logits;         /* [n_outputs][rows of the last op] */
+    const bool *is_greedy; /* [n_outputs] rows whose logits are not wanted; NULL for none */
+    int32_t *tokens;       /* [n_outputs] of those: the first of the highest, */
+    float *logprobs;       /* [n_outputs] and its log-probability */
+};
+
+enum fb_way { FB_TO_DEVICE, FB_FROM_DEVICE, FB_ON_DEVICE };
+
+/* Every function may be called by any thread and returns when its work is done. */
+struct fb_device_kind {
+    enum fb_status (*count)(int32_t *out);
+    enum fb_status (*describe)(int32_t index, struct fb_device_info *out);
+    enum fb_status (*take)(int32_t index, size_t n_bytes, void **out); /* FB_DEVICE_MEMORY if there is none */
+    void (*release)(int32_t index, void *memory);
+    enum fb_status (*copy)(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes);
+    enum fb_status (*clear)(int32_t index, void *memory, size_t n_bytes);
+
+    /* What a program that was checked and planned needs on its device. The program outlives it. */
+    enum fb_status (*program_create)(const fb_program *program, void **out);
+    void (*program_free)(void *on_device);
+    /* The batch was checked. */
+    enum fb_status (*program_run)(
+        void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results);
+};
+
+struct fb_device {
+    const struct fb_device_kind *kind;
+    int32_t index;
+    size_t budget;
+    atomic_size_t used;
+    atomic_int n_holders; /* the handle, and each allocation */
+};
+
+/* The GPUs of this build, NULL without CUDA: native/cuda/absent.c or native/cuda/devices.c. */
+const struct fb_device_kind *fb_device_kind_of_build(void);
+
+/* Memory of a device, counted. `what` it is for completes "no memory for ..."; NULL for no bytes. */
+enum fb_status fb_device_take(fb_device *device, const char *what, size_t n_bytes, void **out);
+void fb_device_release(fb_device *device, void *memory, size_t n_bytes);
+
+#endif

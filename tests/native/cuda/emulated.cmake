@@ -1,0 +1,10 @@
+# Devices for tests, included by the top when FABULA_CUDA is EMULATED: the code of native/cuda, its kernels as host code whose threads are
+# fibers, on a runtime that takes memory from the heap.
+enable_language(CXX)
+file(GLOB fabula_cuda_sources CONFIGURE_DEPENDS native/cuda/*.c)
+list(FILTER fabula_cuda_sources EXCLUDE REGEX "absent.c$")
+add_library(fabula_cuda STATIC ${fabula_cuda_sources} tests/native/cuda/kernels.cpp tests/native/cuda/runtime/heap.cpp)
+target_include_directories(fabula_cuda PRIVATE tests/native/cuda/runtime tests/native/cuda native/cuda native/include native/src)
+target_compile_definitions(fabula_cuda PRIVATE _GNU_SOURCE FABULA_CUDA_EMULATED=1)
+set_target_properties(fabula_cuda PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRESET hidden)
+target_compile_options(fabula_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off $<$<COMPILE_LANGUAGE:CXX>:-O2>)

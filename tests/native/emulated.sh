@@ -1,0 +1,21 @@
+#!/bin/sh
+# Builds the library with two emulated GPUs (tests/native/cuda/emulated.cmake) and runs the Python tests that need one, and those of
+# sessions and pages with their models there. PYTHON names the interpreter with the test packages. The CPU's side is not optimised.
+set -eu
+top=$(cd "$(dirname "$0")/../.." && pwd)
+build=$top/build/emulated
+python=${PYTHON:-python3}
+
+cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=EMULATED -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug
+cmake --build "$build" --target fabula fabula_cdef -j "${JOBS:-2}"
+
+rm -rf "$build/package"
+mkdir -p "$build/package"
+cp -r "$top/python/fabula" "$build/package/"
+cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cd "$top"
+export PYTHONPATH="$build/package"
+"$python" -m pytest -p no:cacheprovider tests/test_device.py
+# Of the long random walks over sessions one, which takes half a minute.
+FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py \
+    -k "not every_walk or 1-f16"
