@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benching import MACHINE, call, rows_of
-from fabula import _native
+from fabula import _native, _operators
 from fabula.bench import model as bench_model_module
 from fabula.bench import peers
 from fabula.bench.machine import Machine, cpu_name
@@ -133,20 +133,20 @@ def test_ops_table() -> None:
     "operator", ["rms_norm", "gather", "masked_softmax", "swiglu", "linear", "rope", "self_attention"]
 )
 def test_a_broken_operator_is_found(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
-    right = getattr(_native, operator)
+    right = getattr(_operators, operator)
 
     def wrong(*arguments: Any) -> Any:
         out = right(*arguments)
         out.reshape(-1)[-1] += 0.01 * np.abs(out).max()
         return out
 
-    monkeypatch.setattr(_native, operator, wrong)
+    monkeypatch.setattr(_operators, operator, wrong)
     with pytest.raises(EngineError, match="differs from the serial loop"):
         bench_ops(MACHINE, quick=True, min_seconds=0.0)
 
 
 def test_an_operator_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "swiglu", lambda *arguments: np.full_like(arguments[0], np.nan))
+    monkeypatch.setattr(_operators, "swiglu", lambda *arguments: np.full_like(arguments[0], np.nan))
     with pytest.raises(EngineError, match="swiglu"):
         bench_ops(MACHINE, quick=True, min_seconds=0.0)
 

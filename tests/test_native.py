@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabula import _native, ops
+from fabula import _native, _operators, ops
 from fabula._native import BatchSequence, Op, PagePool, Program, Shape, Weight
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
@@ -308,8 +308,8 @@ def test_bytes_of_k_and_v_have_a_scale_for_each_head() -> None:
         (lambda: PagePool(DType.F16, 1, 1, 1, 2000), "head_dim is 2000"),
         (lambda: PagePool(DType.F16, 2, 1, 1, 8).copy(0, 2), "src is page 2"),
         (lambda: PagePool(DType.F16, 2, 1, 1, 8).write(0, np.zeros(3, np.uint8)), "src has 3 bytes"),
-        (lambda: _native.measure_read(10, 3, 1), "n_bytes is 10"),
-        (lambda: _native.measure_fma(1, 1), "n_repeats is 1"),
+        (lambda: _operators.measure_read(10, 3, 1), "n_bytes is 10"),
+        (lambda: _operators.measure_fma(1, 1), "n_repeats is 1"),
     ],
 )
 def test_wrong_arguments(call: Any, text: str) -> None:

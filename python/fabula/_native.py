@@ -1,4 +1,4 @@
-"""The only caller of the native library: numpy arrays in, numpy arrays out, status codes turned into exceptions.
+"""The caller of the native library, beside `_operators`: numpy arrays in and out, status codes become exceptions.
 
 Nothing here decides anything. Every function checks only what C cannot see (dtype, contiguity, lifetime) and leaves
 ranges and shapes to the library, whose message becomes the exception's text. Handles are wrapped in small classes
@@ -57,14 +57,14 @@ _ISAS: dict[str, int] = {
 }
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
     """Raises the exception of a status other than FB_OK."""
     if status != lib.FB_OK:
         message = ffi.string(lib.fb_last_error()).decode("utf-8", "replace")
         raise _ERRORS.get(status, EngineError)(message, status=status)
 
 
-def _isa(name: str) -> int:
+def isa_number(name: str) -> int:
     try:
         return _ISAS[name]
     except KeyError:
@@ -79,11 +79,11 @@ def _i32(array: npt.ArrayLike) -> I32:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _floats(array: F32 | None) -> Any:
+def floats(array: F32 | None) -> Any:
     return ffi.NULL if array is None else ffi.cast("float *", array.ctypes.data)
 
 
-def _ints(array: I32) -> Any:
+def ints(array: I32) -> Any:
     return ffi.cast("int32_t *", array.ctypes.data)
 
 
@@ -102,7 +102,7 @@ class Flag:
 
 def isa_available(name: Isa) -> bool:
     """Whether this CPU and build can run the kernels of `name`."""
-    return bool(lib.fb_isa_available(_isa(name)))
+    return bool(lib.fb_isa_available(isa_number(name)))
 
 
 def isa_best() -> str:
@@ -123,7 +123,7 @@ def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
     """Turns raw bytes of any dtype into float32 [n_elements]."""
     raw = np.ascontiguousarray(raw, dtype=np.uint8)
     out = np.empty(n_elements, np.float32)
-    _check(lib.fb_dequantize(dtype, ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_elements, _floats(out)))
+    check(lib.fb_dequantize(dtype, ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_elements, floats(out)))
     return out
 
 
@@ -133,10 +133,8 @@ def quantize(dtype: int, rows: F32, n_threads: int = 1) -> npt.NDArray[np.uint8]
     n_rows, n_cols = rows.shape
     size, n_bytes = dtype_block(dtype)
     out = np.empty(rows.size // size * n_bytes if size else 0, np.uint8)
-    _check(
-        lib.fb_quantize(
-            dtype, _floats(rows), n_rows, n_cols, n_threads, ffi.cast("void *", out.ctypes.data), out.nbytes
-        )
+    check(
+        lib.fb_quantize(dtype, floats(rows), n_rows, n_cols, n_threads, ffi.cast("void *", out.ctypes.data), out.nbytes)
     )
     return out
 
@@ -165,14 +163,14 @@ def device_count() -> int:
         DeviceError: no driver, one that is too old, or no GPU.
     """
     n = ffi.new("int32_t *")
-    _check(lib.fb_device_count(n))
+    check(lib.fb_device_count(n))
     return int(n[0])
 
 
 def device_info(index: int) -> DeviceInfo:
     """What a GPU is. Asking wakes it up, which takes some of its memory."""
     info = ffi.new("struct fb_device_info *")
-    _check(lib.fb_device_describe(index, info))
+    check(lib.fb_device_describe(index, info))
     name = ffi.string(info.name).decode("utf-8", "replace")
     compute = f"{info.compute_major}.{info.compute_minor}"
     return DeviceInfo(
@@ -190,7 +188,7 @@ class Device:
 
     def __init__(self, index: int, memory: int | None = None) -> None:
         out = ffi.new("fb_device **")
-        _check(lib.fb_device_open(index, memory or 0, out))
+        check(lib.fb_device_open(index, memory or 0, out))
         self.handle: Any = ffi.gc(out[0], lib.fb_device_free)
         self.info = device_info(index)
         self.name = f"cuda:{index}"
@@ -198,7 +196,7 @@ class Device:
     def memory(self) -> tuple[int, int]:
         """Bytes taken through this handle, and those that may still be taken."""
         used, free = ffi.new("size_t *"), ffi.new("size_t *")
-        _check(lib.fb_device_memory(self.handle, used, free))
+        check(lib.fb_device_memory(self.handle, used, free))
         return int(used[0]), int(free[0])
 
 
@@ -214,7 +212,7 @@ class Weight:
 
     def __init__(self, dtype: int, n_rows: int, n_cols: int) -> None:
         out = ffi.new("fb_weight **")
-        _check(lib.fb_weight_create(dtype, n_rows, n_cols, out))
+        check(lib.fb_weight_create(dtype, n_rows, n_cols, out))
         self.handle: Any = ffi.gc(out[0], lib.fb_weight_free, lib.fb_weight_bytes(out[0]))
         self.dtype, self.n_rows, self.n_cols = dtype, n_rows, n_cols
 
@@ -240,7 +238,7 @@ class Weight:
     ) -> None:
         """Packs rows given as the raw bytes of a row-major matrix of any dtype; see fb_weight_pack_rows."""
         raw = np.ascontiguousarray(raw, dtype=np.uint8)
-        _check(
+        check(
             lib.fb_weight_pack_rows(
                 self.handle, first_row, row_block, row_step, dtype,
                 ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_rows, n_threads,
@@ -249,12 +247,12 @@ class Weight:
 
     def move(self, device: Device) -> None:
         """Moves it to a GPU, whose programs alone take it from then on."""
-        _check(lib.fb_weight_move(self.handle, device.handle))
+        check(lib.fb_weight_move(self.handle, device.handle))
 
     def row(self, index: int) -> F32:
         """Row `index` as float32 [n_cols]."""
         out = np.empty(self.n_cols, np.float32)
-        _check(lib.fb_weight_unpack_row(self.handle, index, _floats(out)))
+        check(lib.fb_weight_unpack_row(self.handle, index, floats(out)))
         return out
 
 
@@ -264,7 +262,7 @@ class Weight:
 KvDTypes = int | tuple[int, int]  # of K and V, or of each
 
 
-def _of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
+def of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
     return dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
 
 
@@ -281,9 +279,9 @@ class PagePool:
         device: Device | None = None,
     ) -> None:
         out = ffi.new("fb_page_pool **")
-        _check(
+        check(
             lib.fb_page_pool_create_on(
-                _handle(device), *_of_k_and_v(dtypes), n_pages, n_layers, n_kv_heads, head_dim, out
+                _handle(device), *of_k_and_v(dtypes), n_pages, n_layers, n_kv_heads, head_dim, out
             )
         )
         self.handle: Any = ffi.gc(out[0], lib.fb_page_pool_free)
@@ -291,19 +289,19 @@ class PagePool:
         self.page_bytes = int(lib.fb_page_bytes(self.handle))
 
     def copy(self, dst: int, src: int) -> None:
-        _check(lib.fb_page_copy(self.handle, dst, src))
+        check(lib.fb_page_copy(self.handle, dst, src))
 
     def zero(self, page: int) -> None:
-        _check(lib.fb_page_zero(self.handle, page))
+        check(lib.fb_page_zero(self.handle, page))
 
     def read(self, page: int) -> npt.NDArray[np.uint8]:
         out = np.empty(self.page_bytes, np.uint8)
-        _check(lib.fb_page_read(self.handle, page, ffi.cast("void *", out.ctypes.data), out.nbytes))
+        check(lib.fb_page_read(self.handle, page, ffi.cast("void *", out.ctypes.data), out.nbytes))
         return out
 
     def write(self, page: int, raw: npt.NDArray[np.uint8]) -> None:
         raw = np.ascontiguousarray(raw, dtype=np.uint8)
-        _check(lib.fb_page_write(self.handle, page, ffi.cast("void *", raw.ctypes.data), raw.nbytes))
+        check(lib.fb_page_write(self.handle, page, ffi.cast("void *", raw.ctypes.data), raw.nbytes))
 
     def close(self) -> None:
         ffi.release(self.handle)
@@ -418,10 +416,10 @@ class Program:
                 c_op.weight = op.weight.handle
             if op.vector is not None:
                 keep.append(_f32(op.vector))
-                c_op.vector, c_op.vector_length = _floats(keep[-1]), keep[-1].size
+                c_op.vector, c_op.vector_length = floats(keep[-1]), keep[-1].size
             if op.vector2 is not None:
                 keep.append(_f32(op.vector2))
-                c_op.vector2, c_op.vector2_length = _floats(keep[-1]), keep[-1].size
+                c_op.vector2, c_op.vector2_length = floats(keep[-1]), keep[-1].size
         widths, frequencies = _i32(buffer_widths), _f32(inv_freq)
         needed = shape.rotary_dim // 2
         if frequencies.size != needed:
@@ -429,10 +427,10 @@ class Program:
                 f"inv_freq holds {frequencies.size} numbers, rotary_dim {shape.rotary_dim} needs {needed}"
             )
         out = ffi.new("fb_program **")
-        _check(
+        check(
             lib.fb_program_create_on(
-                _handle(device), c_shape, _ints(widths), _floats(frequencies), c_ops, len(ops), n_threads, _isa(isa),
-                out,
+                _handle(device), c_shape, ints(widths), floats(frequencies), c_ops, len(ops), n_threads,
+                isa_number(isa), out,
             )
         )  # fmt: skip
         self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
@@ -455,16 +453,16 @@ class Program:
         c_sequences = ffi.new("struct fb_sequence[]", max(len(sequences), 1))
         keep = [_i32(s.pages) for s in sequences]
         for c_sequence, sequence, pages in zip(c_sequences, sequences, keep, strict=False):
-            c_sequence.pages, c_sequence.n_pages = _ints(pages), pages.size
+            c_sequence.pages, c_sequence.n_pages = ints(pages), pages.size
             c_sequence.n_past, c_sequence.n_tokens = sequence.n_past, len(sequence.tokens)
             c_sequence.window, c_sequence.n_sinks = sequence.window, sequence.n_sinks
         batch = ffi.new("struct fb_batch *")
         batch.struct_size = ffi.sizeof("struct fb_batch")
-        batch.n_tokens, batch.tokens = tokens.size, _ints(tokens)
+        batch.n_tokens, batch.tokens = tokens.size, ints(tokens)
         batch.sequences, batch.n_sequences = c_sequences, len(sequences)
-        batch.outputs, batch.n_outputs = _ints(wanted), wanted.size
+        batch.outputs, batch.n_outputs = ints(wanted), wanted.size
         logits = np.empty((wanted.size, self.n_outputs), np.float32)
-        _check(lib.fb_program_run(self.handle, pool.handle, batch, _floats(logits), logits.size))
+        check(lib.fb_program_run(self.handle, pool.handle, batch, floats(logits), logits.size))
         return logits
 
     def draw(
@@ -480,21 +478,21 @@ class Program:
         seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
         for i, (c, draw) in enumerate(zip(c_draws, draws, strict=True)):
             share, sampling, sequence = draw.share, draw.sampling, c.sequence
-            sequence.pages, sequence.n_pages = _ints(share.pages), share.pages.size
+            sequence.pages, sequence.n_pages = ints(share.pages), share.pages.size
             sequence.n_past, sequence.n_tokens = share.n_past, 1
             sequence.window, sequence.n_sinks = share.window, share.n_sinks
-            c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), _ints(draw.history), draw.n_history
-            c.ends, c.n_ends, c.logprobs = _ints(draw.ends), draw.ends.size, _floats(logprobs[i])
-            c.settings, c.breakers, c.n_breakers = sampling.settings, _ints(sampling.breakers), sampling.breakers.size
-            c.bias_ids, c.n_bias = _ints(sampling.bias_ids), sampling.bias_ids.size
-            c.bias_values = _floats(sampling.bias_values)
+            c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), ints(draw.history), draw.n_history
+            c.ends, c.n_ends, c.logprobs = ints(draw.ends), draw.ends.size, floats(logprobs[i])
+            c.settings, c.breakers, c.n_breakers = sampling.settings, ints(sampling.breakers), sampling.breakers.size
+            c.bias_ids, c.n_bias = ints(sampling.bias_ids), sampling.bias_ids.size
+            c.bias_values = floats(sampling.bias_values)
         n_logits = len(draws) * self.n_outputs
         if self._draw_logits.size < n_logits:
             self._draw_logits = np.empty(n_logits, np.float32)
-        _check(
+        check(
             lib.fb_program_draw(
                 self.handle, pool.handle, c_draws, len(draws), n_steps, stop,
-                _floats(self._draw_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
+                floats(self._draw_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
             )
         )  # fmt: skip
         drawn = []
@@ -535,8 +533,8 @@ def _sample_arguments(
     logits: F32, settings: Any, position: int, history: I32, bias_ids: I32, bias_values: F32, breakers: I32, work: Any
 ) -> tuple[Any, ...]:
     return (
-        _floats(logits), logits.size, settings, position, _ints(history), history.size,
-        _ints(bias_ids), _floats(bias_values), bias_ids.size, _ints(breakers), breakers.size,
+        floats(logits), logits.size, settings, position, ints(history), history.size,
+        ints(bias_ids), floats(bias_values), bias_ids.size, ints(breakers), breakers.size,
         ffi.cast("void *", work.ctypes.data),
     )  # fmt: skip
 
@@ -547,7 +545,7 @@ def sample(
     """Draws one token; see fb_sample. Returns (token id, natural log-probability under the plain softmax)."""
     token, logprob = ffi.new("int32_t *"), ffi.new("float *")
     arguments = _sample_arguments(logits, settings, position, history, bias_ids, bias_values, breakers, work)
-    _check(lib.fb_sample(*arguments, token, logprob))
+    check(lib.fb_sample(*arguments, token, logprob))
     return int(token[0]), float(logprob[0])
 
 
@@ -557,7 +555,7 @@ def sample_probabilities(
     """The probabilities the chain leaves, float32 [vocab_size]; see fb_sample_probabilities."""
     out = np.empty(logits.size, np.float32)
     arguments = _sample_arguments(logits, settings, position, history, bias_ids, bias_values, breakers, work)
-    _check(lib.fb_sample_probabilities(*arguments, _floats(out)))
+    check(lib.fb_sample_probabilities(*arguments, floats(out)))
     return out
 
 
@@ -566,156 +564,3 @@ def random_words(seed: int, position: int, stream: int) -> tuple[int, int, int, 
     words = ffi.new("uint32_t[4]")
     lib.fb_random(seed, position, stream, words)
     return words[0], words[1], words[2], words[3]
-
-
-# ---- Operators on their own --------------------------------------------------------------------------------
-# Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes.
-# `out`, where given, takes the result.
-
-
-def rms_norm(x: F32, weight: F32, eps: float, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
-    out = np.empty_like(x) if out is None else out
-    rows, cols = x.shape
-    _check(lib.fb_rms_norm(_floats(x), _floats(weight), rows, cols, eps, n_threads, _isa(isa), _floats(out)))
-    return out
-
-
-def gather(table: F32, ids: I32, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
-    rows, cols = table.shape
-    out = np.empty((ids.size, cols), np.float32) if out is None else out
-    _check(lib.fb_gather(_floats(table), rows, cols, _ints(ids), ids.size, n_threads, _isa(isa), _floats(out)))
-    return out
-
-
-def masked_softmax(x: F32, causal: bool, first_visible: int, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
-    out = np.empty_like(x) if out is None else out
-    rows, cols = x.shape
-    _check(lib.fb_masked_softmax(_floats(x), rows, cols, causal, first_visible, n_threads, _isa(isa), _floats(out)))
-    return out
-
-
-def swiglu(gate: F32, up: F32, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
-    out = np.empty_like(gate) if out is None else out
-    _check(lib.fb_swiglu(_floats(gate), _floats(up), gate.size, n_threads, _isa(isa), _floats(out)))
-    return out
-
-
-def linear(
-    weight: Weight, x: F32, bias: F32 | None, residual: F32 | None, n_threads: int, isa: Isa, out: F32 | None = None
-) -> F32:
-    out = np.empty((x.shape[0], weight.n_rows), np.float32) if out is None else out
-    _check(
-        lib.fb_linear(
-            weight.handle, _floats(x), x.shape[0], _floats(bias), _floats(residual), n_threads, _isa(isa), _floats(out)
-        )
-    )
-    return out
-
-
-def rope(
-    x: F32, positions: I32, inv_freq: F32, rope_scale: float, n_threads: int, isa: Isa, out: F32 | None = None
-) -> F32:
-    """`out` may be `x`: in place."""
-    if out is None:
-        out = x.copy()
-    elif out is not x:
-        np.copyto(out, x)
-    rows, heads, dim = x.shape
-    _check(
-        lib.fb_rope(
-            _floats(out), _ints(positions), rows, heads, dim, 2 * inv_freq.size, _floats(inv_freq), rope_scale,
-            n_threads, _isa(isa),
-        )
-    )  # fmt: skip
-    return out
-
-
-def self_attention(
-    q: F32,
-    k: F32,
-    v: F32,
-    window: int,
-    scale: float,
-    kv_dtypes: KvDTypes,
-    n_threads: int,
-    isa: Isa,
-    out: F32 | None = None,
-) -> F32:
-    out = np.empty_like(q) if out is None else out
-    tokens, heads, dim = q.shape
-    _check(
-        lib.fb_self_attention(
-            _floats(q), _floats(k), _floats(v), tokens, heads, k.shape[1], dim, window, scale,
-            *_of_k_and_v(kv_dtypes), n_threads, _isa(isa), _floats(out),
-        )
-    )  # fmt: skip
-    return out
-
-
-# ---- Machine and serial loops, for benchmarks --------------------------------------------------------------
-
-
-def measure_read(n_bytes: int, n_repeats: int, n_threads: int) -> float:
-    """Bytes per second of streaming reads; see fb_measure_read."""
-    out = ffi.new("double *")
-    _check(lib.fb_measure_read(n_bytes, n_repeats, n_threads, out))
-    return float(out[0])
-
-
-def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
-    """f32 operations per second of multiply-adds in registers; see fb_measure_fma."""
-    out = ffi.new("double *")
-    _check(lib.fb_measure_fma(n_repeats, n_threads, _isa(isa), out))
-    return float(out[0])
-
-
-def measure_pairs(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
-    """Operations per second of products of bf16; see fb_measure_pairs."""
-    out = ffi.new("double *")
-    _check(lib.fb_measure_pairs(n_repeats, n_threads, _isa(isa), out))
-    return float(out[0])
-
-
-def measure_dot(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
-    """Operations per second of products of bytes; see fb_measure_dot."""
-    out = ffi.new("double *")
-    _check(lib.fb_measure_dot(n_repeats, n_threads, _isa(isa), out))
-    return float(out[0])
-
-
-def serial_rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:
-    _check(lib.fb_serial_rms_norm(_floats(x), _floats(weight), *x.shape, eps, _floats(out)))
-
-
-def serial_gather(table: F32, ids: I32, out: F32) -> None:
-    _check(lib.fb_serial_gather(_floats(table), table.shape[1], _ints(ids), ids.size, _floats(out)))
-
-
-def serial_masked_softmax(x: F32, causal: bool, first_visible: int, out: F32) -> None:
-    _check(lib.fb_serial_masked_softmax(_floats(x), *x.shape, causal, first_visible, _floats(out)))
-
-
-def serial_swiglu(gate: F32, up: F32, out: F32) -> None:
-    _check(lib.fb_serial_swiglu(_floats(gate), _floats(up), gate.size, _floats(out)))
-
-
-def serial_matmul_transb(a: F32, b: F32, out: F32) -> None:
-    _check(lib.fb_serial_matmul_transb(_floats(a), _floats(b), *out.shape, a.shape[1], _floats(out)))
-
-
-def serial_rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float) -> None:
-    rows, heads, dim = x.shape
-    _check(
-        lib.fb_serial_rope(
-            _floats(x), _ints(positions), rows, heads, dim, 2 * inv_freq.size, _floats(inv_freq), rope_scale
-        )
-    )
-
-
-def serial_self_attention(q: F32, k: F32, v: F32, window: int, scale: float, out: F32) -> None:
-    tokens, heads, dim = q.shape
-    _check(
-        lib.fb_serial_self_attention(
-            _floats(q), _floats(k), _floats(v), tokens, heads, k.shape[1], dim, window, scale, _floats(out)
-        )
-    )

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _native
+from fabula import _native, _operators
 from fabula._native import Isa
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument
@@ -93,7 +93,7 @@ def rms_norm(
     """
     rows, scale = _array(x, "x", 2), _array(weight, "weight", 1)
     _shape(scale, "weight", (rows.shape[1],))
-    return _native.rms_norm(rows, scale, eps, _threads(threads), isa)
+    return _operators.rms_norm(rows, scale, eps, _threads(threads), isa)
 
 
 def gather(table: npt.ArrayLike, ids: npt.ArrayLike, *, threads: int | None = None, isa: Isa = "auto") -> F32:
@@ -106,7 +106,7 @@ def gather(table: npt.ArrayLike, ids: npt.ArrayLike, *, threads: int | None = No
     wanted = _indices(ids, "ids")
     if wanted.size == 0:
         return np.empty((0, _array(table, "table", 2).shape[1]), np.float32)
-    return _native.gather(_array(table, "table", 2), wanted, _threads(threads), isa)
+    return _operators.gather(_array(table, "table", 2), wanted, _threads(threads), isa)
 
 
 def masked_softmax(
@@ -124,7 +124,7 @@ def masked_softmax(
         causal: whether row r sees only its first `first_visible + r` columns.
         first_visible: columns the first row sees, at least 1.
     """
-    return _native.masked_softmax(_array(x, "x", 2), causal, first_visible, _threads(threads), isa)
+    return _operators.masked_softmax(_array(x, "x", 2), causal, first_visible, _threads(threads), isa)
 
 
 def swiglu(gate: npt.ArrayLike, up: npt.ArrayLike, *, threads: int | None = None, isa: Isa = "auto") -> F32:
@@ -135,7 +135,7 @@ def swiglu(gate: npt.ArrayLike, up: npt.ArrayLike, *, threads: int | None = None
     left = np.ascontiguousarray(gate, dtype=np.float32)
     right = np.ascontiguousarray(up, dtype=np.float32)
     _shape(right, "up", left.shape)
-    return _native.swiglu(left, right, _threads(threads), isa)
+    return _operators.swiglu(left, right, _threads(threads), isa)
 
 
 def pack(matrix: npt.ArrayLike, *, precision: Precision = "f32", threads: int | None = None) -> Weight:
@@ -171,7 +171,7 @@ def linear(
     base = None if residual is None else _array(residual, "residual", 2)
     if base is not None:
         _shape(base, "residual", (rows.shape[0], weight.n_rows))
-    return _native.linear(weight, rows, added, base, _threads(threads), isa)
+    return _operators.linear(weight, rows, added, base, _threads(threads), isa)
 
 
 def matmul_transb(a: npt.ArrayLike, b: npt.ArrayLike, *, threads: int | None = None, isa: Isa = "auto") -> F32:
@@ -206,7 +206,7 @@ def rope(
     heads, frequencies = _array(x, "x", 3), _array(inv_freq, "inv_freq", 1)
     where = _indices(positions, "positions")
     _shape(where, "positions", (heads.shape[0],))
-    return _native.rope(heads, where, frequencies, scale, _threads(threads), isa)
+    return _operators.rope(heads, where, frequencies, scale, _threads(threads), isa)
 
 
 def self_attention(
@@ -234,4 +234,4 @@ def self_attention(
     _shape(keys, "k", (n_tokens, keys.shape[1], head_dim))
     _shape(values, "v", keys.shape)
     factor = head_dim**-0.5 if scale is None else scale
-    return _native.self_attention(queries, keys, values, window, factor, kv_dtypes(kv), _threads(threads), isa)
+    return _operators.self_attention(queries, keys, values, window, factor, kv_dtypes(kv), _threads(threads), isa)

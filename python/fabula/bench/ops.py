@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _native, ops
+from fabula import _operators, ops
 from fabula.bench.machine import Machine
 from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
@@ -199,11 +199,11 @@ def _rms_norm(less: int, threads: int) -> Case:
     plain, out = _filled(x.shape), _filled(x.shape)
 
     def serial() -> F32:
-        _native.serial_rms_norm(x, weight, _EPS, plain)
+        _operators.serial_rms_norm(x, weight, _EPS, plain)
         return plain
 
     def fast() -> F32:
-        return _native.rms_norm(x, weight, _EPS, threads, "auto", out)
+        return _operators.rms_norm(x, weight, _EPS, threads, "auto", out)
 
     size = f"{x.shape[0]} x {x.shape[1]}"
     # A square, a sum, and two factors.
@@ -216,11 +216,11 @@ def _gather(less: int, threads: int) -> Case:
     plain, out = _filled((ids.size, 576)), _filled((ids.size, 576))
 
     def serial() -> F32:
-        _native.serial_gather(table, ids, plain)
+        _operators.serial_gather(table, ids, plain)
         return plain
 
     def fast() -> F32:
-        return _native.gather(table, ids, threads, "auto", out)
+        return _operators.gather(table, ids, threads, "auto", out)
 
     size = f"{ids.size} of {table.shape[0]} x {table.shape[1]}"
     return Case("gather", size, 0.0, 0.0, {"f32": 2.0 * plain.nbytes}, "memory", serial, {"f32": fast})
@@ -234,11 +234,11 @@ def _masked_softmax(less: int, threads: int) -> Case:
     visible = float(np.minimum(first + np.arange(rows), cols).sum())
 
     def serial() -> F32:
-        _native.serial_masked_softmax(x, True, first, plain)
+        _operators.serial_masked_softmax(x, True, first, plain)
         return plain
 
     def fast() -> F32:
-        return _native.masked_softmax(x, True, first, threads, "auto", out)
+        return _operators.masked_softmax(x, True, first, threads, "auto", out)
 
     moved = {"f32": 4 * visible + out.nbytes}
     # The largest, a difference, its exponential, a sum, and a factor.
@@ -251,11 +251,11 @@ def _swiglu(less: int, threads: int) -> Case:
     plain, out = _filled(gate.shape), _filled(gate.shape)
 
     def serial() -> F32:
-        _native.serial_swiglu(gate, up, plain)
+        _operators.serial_swiglu(gate, up, plain)
         return plain
 
     def fast() -> F32:
-        return _native.swiglu(gate, up, threads, "auto", out)
+        return _operators.swiglu(gate, up, threads, "auto", out)
 
     size = f"{gate.shape[0]} x {gate.shape[1]}"
     # An exponential, a sum, a division, a product; and the sign.
@@ -271,12 +271,12 @@ def _matmul_transb(less: int, threads: int) -> Case:
     plain = _filled((m, n))
 
     def serial() -> F32:
-        _native.serial_matmul_transb(a, b, plain)
+        _operators.serial_matmul_transb(a, b, plain)
         return plain
 
     def fast(precision: Literal["f32", "f16", "bf16"]) -> Callable[[], F32]:
         weight, out = ops.pack(b, precision=precision, threads=threads), _filled((m, n))
-        return lambda: _native.linear(weight, a, None, None, threads, "auto", out)
+        return lambda: _operators.linear(weight, a, None, None, threads, "auto", out)
 
     variants = {"f32": fast("f32"), "f16": fast("f16"), "bf16": fast("bf16")}
     moved = {name: a.nbytes + plain.nbytes + float(b.size) * (4 if name == "f32" else 2) for name in variants}
@@ -291,11 +291,11 @@ def _rope(less: int, threads: int) -> Case:
     plain, out = x.copy(), x.copy()
 
     def serial() -> F32:
-        _native.serial_rope(plain, positions, inv_freq, 1.0)
+        _operators.serial_rope(plain, positions, inv_freq, 1.0)
         return plain
 
     def fast() -> F32:
-        return _native.rope(out, positions, inv_freq, 1.0, threads, "auto", out)
+        return _operators.rope(out, positions, inv_freq, 1.0, threads, "auto", out)
 
     # Two numbers take four products and two sums; cosines and sines are counted once for all heads.
     size, work = f"{rows} x {heads} x {dim}", 3.0 * x.size + 2.0 * rows * dim
@@ -313,11 +313,11 @@ def _self_attention(less: int, threads: int) -> Case:
     scale = dim**-0.5
 
     def serial() -> F32:
-        _native.serial_self_attention(q, k, v, 0, scale, plain)
+        _operators.serial_self_attention(q, k, v, 0, scale, plain)
         return plain
 
     def fast() -> F32:
-        return _native.self_attention(q, k, v, 0, scale, DType.F32, threads, "auto", out)
+        return _operators.self_attention(q, k, v, 0, scale, DType.F32, threads, "auto", out)
 
     work = 4.0 * dim * heads * (tokens * (tokens + 1) / 2)
     size = f"{tokens} x {heads} ({kv_heads}) x {dim}"
