@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -65,6 +65,8 @@ class Worker:
         self._made: tuple[Any, ...] | None = None
         self._batch = llama_cpp.llama_batch_init(positions * sequences, 0, 1)
         self._best: dict[str, Setting] = {}
+        self._filled: tuple[list[list[int]], int] | None = None  # prompts, and how much of them is shared
+        self._begun: list[int] = []  # the first token behind each
 
     def choose(self) -> dict[str, str]:
         """Tries threads, flash attention and ubatch in turns, and keeps what is fastest for each case."""
@@ -122,15 +124,17 @@ class Worker:
         return {"prefill_s": prefill_s, "decode_s": time.perf_counter() - start, "tokens": tokens}
 
     def together(self, prompts: list[list[int]], shared: int, n_tokens: int) -> dict[str, Any]:
-        """Decodes `n_tokens` for every prompt, one batch a step; the first `shared` ids are computed once for all."""
+        """Decodes `n_tokens` for every prompt, one batch a step; the first `shared` ids are computed once for all.
+        Prompts are read once for all settings of a context, and again only if something else was done since."""
         if "together" not in self._best:
             times: dict[Setting, list[float]] = {}
             for setting in self._settings(split=True):
-                if self._ready(setting, len(prompts)) is not None:
-                    times[setting] = [self._decode_all(prompts, shared, min(n_tokens, _TRIAL_TOKENS))]
+                if self._fill(setting, prompts, shared):
+                    times[setting] = [self._draw(setting, min(n_tokens, _TRIAL_TOKENS))]
             self._keep("together", times)
-        self._ready(self._best["together"], len(prompts))
-        return {"decode_s": self._decode_all(prompts, shared, n_tokens), "settings": self._told("together")}
+        best = self._best["together"]
+        self._fill(best, prompts, shared)
+        return {"decode_s": self._draw(best, n_tokens), "settings": self._told("together")}
 
     def _settings(self, split: bool = False) -> list[Setting]:
         counts = {1, self._threads} | {1 << i for i in range(10) if 1 << i < self._threads}
@@ -152,10 +156,14 @@ class Worker:
     def _told(self, case: str) -> str:
         return f"{version('llama-cpp-python')}, {self._best[case]}, kv {self._kv}"
 
+    def _context_of(self, setting: Setting, sequences: int) -> tuple[Any, ...]:
+        return (setting.flash, setting.ubatch, setting.unified, sequences)
+
     def _ready(self, setting: Setting, sequences: int) -> Any:
         """The context of a setting, empty; None where llama.cpp refuses it (a quantised V without flash attention).
         One lives at a time, so that memory holds one cache."""
-        wanted = (setting.flash, setting.ubatch, setting.unified, sequences)
+        wanted = self._context_of(setting, sequences)
+        self._filled = None
         if self._made != wanted:
             if self._context:
                 llama_cpp.llama_free(self._context)
@@ -186,23 +194,36 @@ class Worker:
         self._decode([(token, position + i, 0, i == last) for i, token in enumerate(tokens)])
         return self._likeliest(-1)
 
-    def _decode_all(self, prompts: list[list[int]], shared: int, n_tokens: int) -> float:
-        memory = llama_cpp.llama_get_memory(self._context)
-        llama_cpp.llama_memory_clear(memory, False)
-        if shared:
-            self._step(prompts[0][:shared], 0)
-            for s in range(1, len(prompts)):
-                llama_cpp.llama_memory_seq_cp(memory, 0, s, -1, -1)
-        tokens = []
-        for s, prompt in enumerate(prompts):
-            own, last = prompt[shared:], len(prompt) - 1
-            self._decode([(token, shared + i, s, shared + i == last) for i, token in enumerate(own)])
-            tokens.append(self._likeliest(-1))
+    def _fill(self, setting: Setting, prompts: list[list[int]], shared: int) -> bool:
+        """Reads the prompts into the context of a setting, unless they are there; False where llama.cpp refuses it."""
+        if self._made != self._context_of(setting, len(prompts)) or self._filled != (prompts, shared):
+            if self._ready(replace(setting, threads=self._threads), len(prompts)) is None:
+                return False
+            if shared:
+                self._step(prompts[0][:shared], 0)
+                for s in range(1, len(prompts)):
+                    llama_cpp.llama_memory_seq_cp(llama_cpp.llama_get_memory(self._context), 0, s, -1, -1)
+            self._begun = []
+            for s, prompt in enumerate(prompts):
+                own, last = prompt[shared:], len(prompt) - 1
+                self._decode([(token, shared + i, s, shared + i == last) for i, token in enumerate(own)])
+                self._begun.append(self._likeliest(-1))
+            self._filled = (prompts, shared)
+        return True
+
+    def _draw(self, setting: Setting, n_tokens: int) -> float:
+        """Seconds of so many steps behind the prompts of `_fill`, which are as before afterwards."""
+        assert self._filled is not None
+        prompts, tokens = self._filled[0], self._begun
+        llama_cpp.llama_set_n_threads(self._context, setting.threads, setting.threads)
         start = time.perf_counter()
         for i in range(n_tokens):
             self._decode([(tokens[s], len(prompts[s]) + i, s, True) for s in range(len(prompts))])
             tokens = [self._likeliest(s) for s in range(len(prompts))]
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        for s, prompt in enumerate(prompts):
+            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), s, len(prompt), -1)
+        return seconds
 
     def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
         """One batch of (token, position, sequence, logits wanted)."""
