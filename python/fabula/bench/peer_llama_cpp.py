@@ -71,6 +71,7 @@ class LlamaCpp:
         choose: bool = True,
     ) -> LlamaCpp:
         """The engine for a loaded model, on the file of `gguf_of`."""
+        choose = choose and n_sequences == 1  # for more, `together` chooses
         with gguf_of(model, status) as path:
             if choose:
                 status(f"{model.weights}: trying llama.cpp's settings")
