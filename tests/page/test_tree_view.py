@@ -118,11 +118,12 @@ def test_a_story(page: Page, served: Running) -> None:
     assert longer.startswith(text) and len(longer) > len(text)
     # A change in the middle goes back to before it; the old way stays in the tree.
     n = len(served.get(f"/sessions/{page.session_id}/tree")["turns"])
-    page.page.fill("#paper", "Once upon a time there was a small ship.")
+    ship = "Once upon a time there was a small ship."
+    page.page.fill("#paper", ship)
     page.page.click("#write-on")
-    page.find("#write-on", has_text="Stop").wait_for()
+    page.page.wait_for_function(f"document.querySelector('#paper').value.length > {len(ship)}")
     page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
-    assert page.find("#paper").input_value().startswith("Once upon a time there was a small ship.")
+    assert page.find("#paper").input_value().startswith(ship)
     assert len(served.get(f"/sessions/{page.session_id}/tree")["turns"]) == n + 1
     with page.page.expect_download() as download:
         page.find(".view-head").get_by_role("button", name="More").click()

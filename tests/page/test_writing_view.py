@@ -36,7 +36,7 @@ def story(served: Running) -> str:
 
 def shown(page: Page, wanted: Callable[[str], bool]) -> None:
     """Waits until the paper says what is wanted."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not wanted(page.find("#paper").input_value()):
         assert time.monotonic() < end, page.find("#paper").input_value()
         page.page.wait_for_timeout(30)
@@ -133,7 +133,7 @@ def test_notes(page: Page, served: Running, story: str) -> None:
         (True, "The whale"), (False, "Once ther"), (True, "The sea i")
     ]  # fmt: skip
     page.page.click("#write-on")
-    page.find("#write-on", has_text="Stop").wait_for()
+    shown(page, lambda text: len(text) > len(before))
     page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
     longer = page.find("#paper").input_value()
     assert longer.startswith(before) and len(longer) > len(before) and "Moby" not in before
@@ -160,7 +160,7 @@ def test_a_note_before_the_story_begins(page: Page, served: Running) -> None:
     page.page.keyboard.press("Escape")
     page.page.fill("#paper", "It rained.")
     page.page.click("#write-on")
-    page.find("#write-on", has_text="Stop").wait_for()
+    shown(page, lambda text: len(text) > len("It rained."))
     page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
     told = served.get(f"/sessions/{page.session_id}")
     assert [turn["frozen"] for turn in told["path"]] == [True, False] and told["title"] == "It rained."
