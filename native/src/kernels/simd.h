@@ -31,10 +31,10 @@
 /* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
 enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 
-/* Tokens of a tile that asks for the panels after its own, line by line while it works: more are slower than memory. Into L2,
- * where more lines may be under way than into L1: of 4 KiB pieces that lie apart, a core of Zen 4 reads 16 GB/s so, and 8
- * without (or with all lines of a piece asked for at once, 13). */
-enum { ASKING_TOKENS = 4 };
+/* Tokens of a tile that asks for the panels after its own, line by line while it works; full tiles, as prompts have them, would be
+ * 3 % slower for it. Into L2, where more lines may be under way than into L1: of 4 KiB pieces that lie apart, a core of Zen 4
+ * reads 16 GB/s so, and 8 without (or with all lines of a piece asked for at once, 13). */
+enum { ASKING_TOKENS = MAX_TOKENS - 1 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
@@ -104,7 +104,8 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t pan
         for (size_t p = 0; p < n_panels; p += step) {
             size_t count = n_panels - p < step ? n_panels - p : step;
             const void *from = (const char *)panels + p * panel_stride * element_bytes;
-            const void *after = next ? (const char *)next + p * panel_stride * element_bytes : from;
+            /* The last tile asks: those before it wait for memory themselves. */
+            const void *after = next && n_tiles == 1 ? (const char *)next + p * panel_stride * element_bytes : from;
             const float *in = x + t * ldx;
             float *out = y + t * ldy + p * FB_LANES;
             switch (tokens * 8 + count) {

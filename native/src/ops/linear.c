@@ -42,6 +42,9 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     const struct fb_weight *weight = linear->weight;
     const char *panels = fb_weight_panel(weight, first_panel);
     const size_t n_cols = (size_t)weight->n_cols;
+    /* For few tokens this item's panels alone are as much as memory gives. */
+    const bool asks = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
+    const char *next = asks ? panels + n_panels * weight->panel_bytes : NULL;
     if (fb_is_quantised(weight->dtype))
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
@@ -51,7 +54,7 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
             false, NULL);
     else
         linear->kernels->gemm[weight->dtype](panels, fb_weight_panel_stride(weight), n_panels, n_cols,
-            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, NULL);
+            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, next);
 
     const size_t outputs = linear->swiglu ? ld / 2 : ld; /* per token */
     const size_t column = linear->swiglu ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;
