@@ -83,6 +83,13 @@ class Page:
             assert time.monotonic() < end, f"{self.find('.turn').count()} turns are shown, not {n_turns}"
             self.page.wait_for_timeout(30)
 
+    def shows_paper(self, wanted: Callable[[str], bool]) -> None:
+        """Waits until the paper says what is wanted."""
+        end = time.monotonic() + 60
+        while not wanted(self.find("#paper").input_value()):
+            assert time.monotonic() < end, self.find("#paper").input_value()
+            self.page.wait_for_timeout(30)
+
     @property
     def session_id(self) -> str:
         return str(self.page.url).rpartition("/")[2]

@@ -44,6 +44,7 @@ def test_walking_the_tree(page: Page, served: Running, family: tuple[str, list[s
     page.find(".folded", has_text="Unfold 2").wait_for()
     assert page.find(".node").count() == 4
     page.find(f".node[data-id='{b}']").click()
+    page.find(f".node.head[data-id='{b}']").wait_for()
     page.find(f".node[data-id='{e}']").click()
     page.find(f".node.head[data-id='{e}']").focus()
     page.page.keyboard.press("ArrowLeft")
@@ -121,7 +122,7 @@ def test_a_story(page: Page, served: Running) -> None:
     ship = "Once upon a time there was a small ship."
     page.page.fill("#paper", ship)
     page.page.click("#write-on")
-    page.page.wait_for_function(f"document.querySelector('#paper').value.length > {len(ship)}")
+    page.shows_paper(lambda text: len(text) > len(ship))
     page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
     assert page.find("#paper").input_value().startswith(ship)
     assert len(served.get(f"/sessions/{page.session_id}/tree")["turns"]) == n + 1

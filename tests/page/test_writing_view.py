@@ -4,7 +4,6 @@ a story looked at closely."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -32,14 +31,6 @@ def story(served: Running) -> str:
         sampling={"max_len": 12, "temperature": 0},
     )
     return str(made["session_id"])
-
-
-def shown(page: Page, wanted: Callable[[str], bool]) -> None:
-    """Waits until the paper says what is wanted."""
-    end = time.monotonic() + 60
-    while not wanted(page.find("#paper").input_value()):
-        assert time.monotonic() < end, page.find("#paper").input_value()
-        page.page.wait_for_timeout(30)
 
 
 def test_other_words_in_an_answer(page: Page, served: Running, short: str) -> None:
@@ -117,7 +108,7 @@ def test_a_story_opens_as_one(page: Page, story: str) -> None:
 
 def test_notes(page: Page, served: Running, story: str) -> None:
     page.open(f"#/story/{story}")
-    shown(page, lambda text: text.startswith("Once"))
+    page.shows_paper(lambda text: text.startswith("Once"))
     before = page.find("#paper").input_value()
     page.page.click("#notes")
     page.page.fill("#note", "The whale is called Moby.")
@@ -133,7 +124,7 @@ def test_notes(page: Page, served: Running, story: str) -> None:
         (True, "The whale"), (False, "Once ther"), (True, "The sea i")
     ]  # fmt: skip
     page.page.click("#write-on")
-    shown(page, lambda text: len(text) > len(before))
+    page.shows_paper(lambda text: len(text) > len(before))
     page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
     longer = page.find("#paper").input_value()
     assert longer.startswith(before) and len(longer) > len(before) and "Moby" not in before
@@ -144,7 +135,7 @@ def test_notes(page: Page, served: Running, story: str) -> None:
     page.find(".notes li", has_text="Ahab").wait_for()
     page.find(".notes li", has_text="warm").wait_for()
     page.page.keyboard.press("Escape")
-    shown(page, lambda text: text == longer)
+    page.shows_paper(lambda text: text == longer)
     told = served.get(f"/sessions/{story}")["path"]
     assert [turn["frozen"] for turn in told] == [True, False, True, False] and "Ahab" in told[0]["prompt"]
     turns = served.get(f"/sessions/{story}/tree")["turns"]
@@ -160,7 +151,7 @@ def test_a_note_before_the_story_begins(page: Page, served: Running) -> None:
     page.page.keyboard.press("Escape")
     page.page.fill("#paper", "It rained.")
     page.page.click("#write-on")
-    shown(page, lambda text: len(text) > len("It rained."))
+    page.shows_paper(lambda text: len(text) > len("It rained."))
     page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
     told = served.get(f"/sessions/{page.session_id}")
     assert [turn["frozen"] for turn in told["path"]] == [True, False] and told["title"] == "It rained."
@@ -170,7 +161,7 @@ def test_a_note_before_the_story_begins(page: Page, served: Running) -> None:
 
 def test_a_closer_look(page: Page, served: Running, story: str) -> None:
     page.open(f"#/story/{story}")
-    shown(page, lambda text: text.startswith("Once"))
+    page.shows_paper(lambda text: text.startswith("Once"))
     text = page.find("#paper").input_value()
     page.page.click("#closer")
     page.find('.token[data-position="4"]').wait_for()
