@@ -44,7 +44,7 @@ def test_walking_the_tree(page: Page, served: Running, family: tuple[str, list[s
     page.find(".folded", has_text="Unfold 2").wait_for()
     assert page.find(".node").count() == 4
     page.find(f".node[data-id='{b}']").click()
-    page.find(f".node.head[data-id='{b}']").wait_for()
+    page.find(".folded").wait_for(state="detached")
     page.find(f".node[data-id='{e}']").click()
     page.find(f".node.head[data-id='{e}']").focus()
     page.page.keyboard.press("ArrowLeft")
