@@ -46,12 +46,13 @@ static bool has_i8mm(void) {
 
 #if defined(__x86_64__) && defined(__linux__) && defined(FABULA_AMX)
 #include <cpuid.h>
+#include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 /* Tiles are 8 KiB a thread, which Linux saves only for processes that have asked; 5.16 and later, for older ones save them
  * for nobody. It refuses where a thread's stack for signals is too small to hold them. */
-static bool has_amx(void) {
+static bool ask_for_amx(void) {
     enum {
         REQUEST_PERMISSION = 0x1023,       /* ARCH_REQ_XCOMP_PERM of asm/prctl.h */
         TILE_DATA = 18,                    /* the part of the saved registers that it is asked for */
@@ -64,6 +65,18 @@ static bool has_amx(void) {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILE_AND_INT8) != TILE_AND_INT8) return false;
     __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
     return (a & SAVES_TILES) == SAVES_TILES && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+/* Asked once: CPUID takes microseconds in a virtual machine, and every draw wants the best instruction set. */
+static bool has_amx(void) {
+    enum { UNKNOWN, NO, YES };
+    static atomic_int known = UNKNOWN;
+    int has = atomic_load_explicit(&known, memory_order_relaxed);
+    if (has == UNKNOWN) {
+        has = ask_for_amx() ? YES : NO;
+        atomic_store_explicit(&known, has, memory_order_relaxed);
+    }
+    return has == YES;
 }
 #elif defined(__x86_64__)
 static bool has_amx(void) {

@@ -242,9 +242,11 @@ static struct fb_raw_heads raw_heads(const struct fb_program *p, const struct fb
 
 /* Tiles or key blocks. Every thread works out the same list of items in memory of its own: for a few sequences that is
  * cheaper than a barrier. */
-static void run_attention(
-    struct run *run, const struct fb_op *op, const struct fb_raw_heads *raw, const struct place *place) {
+static void run_attention(struct run *run, const struct fb_stage *stage, const struct place *place) {
     struct fb_program *p = run->program;
+    const struct fb_op *op = &p->ops[stage->first_op];
+    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* there is one: EMBED comes first */
+    const struct fb_raw_heads raw = is_raw ? raw_heads(p, stage - 1) : (struct fb_raw_heads){0};
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
     struct fb_attention attention = {.kernels = p->kernels,
         .pool = run->pool,
@@ -265,7 +267,7 @@ static void run_attention(
         .scratch_bytes = p->attention_scratch_bytes,
         .partials = p->partials,
         .parts_left = p->parts_left,
-        .raw = raw,
+        .raw = is_raw ? &raw : NULL,
         .sharing = p->shares ? p->sharing : NULL};
     attention.offsets = p->offsets + (size_t)place->thread * 2 * ((size_t)p->shape.max_tokens + 1);
     attention.places = attention.offsets + p->shape.max_tokens + 1;
@@ -286,11 +288,8 @@ static void run_stages(struct run *run, int thread, int n_threads) {
             run_rows(run, stage, &place, n_rows);
         else if (stage->kind == FB_STAGE_LINEAR)
             run_products(run, stage, &place, n_rows);
-        else {
-            const bool is_raw = p->is_single && stage[-1].is_of_heads; /* there is one: EMBED comes first */
-            const struct fb_raw_heads raw = raw_heads(p, stage - 1);
-            run_attention(run, &p->ops[stage->first_op], is_raw ? &raw : NULL, &place);
-        }
+        else
+            run_attention(run, stage, &place);
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);
     }
 }
