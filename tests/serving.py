@@ -77,6 +77,17 @@ class Running:
             assert time.monotonic() < end, self.client.get("/health").text
             time.sleep(0.05)
 
+    def wait_for_log(self, **fields: Any) -> list[dict[str, Any]]:
+        """All lines of the log as JSON, as soon as one of them has these fields: it is written behind the reply, and
+        read by another thread."""
+        end = time.monotonic() + READY_S
+        while True:
+            lines = [json.loads(line) for line in list(self.errors) if line.startswith("{")]
+            if any(line | fields == line for line in lines):
+                return lines
+            assert time.monotonic() < end, f"no line of the log has {fields}: {''.join(self.errors)}"
+            time.sleep(0.01)
+
     # ---- Asking -----------------------------------------------------------------------------------------------------
 
     def post(self, path: str, status: int = 200, /, **body: Any) -> Any:

@@ -70,9 +70,10 @@ def test_logs_tell_what_happened_and_no_texts(served: Running) -> None:
     served.client.get("/sessions/x", headers={"X-Request-Id": "good-id_1.2"})
     served.client.get("/sessions/x%0d%0aevil=1", headers={"X-Request-Id": "bad id"})
     served.post("/chat", session_id="logged", message="a secret whale", max_len=4, ignore_eos=True, title="hush")
-    lines = [json.loads(line) for line in served.errors if line.startswith("{")]
+    lines = served.wait_for_log(message="answer", session="logged")
     answers = [line for line in lines if line["message"] == "answer" and line.get("session") == "logged"]
     assert answers[0]["generated_tokens"] == 4 and answers[0]["end"] == "length" and answers[0]["level"] == "info"
+    lines = served.wait_for_log(message="request", request=answers[0]["request"])
     requests = [line for line in lines if line["message"] == "request"]
     assert any(line["request"] == "good-id_1.2" and line["status"] == 404 for line in requests)
     assert any(line["request"] == answers[0]["request"] and line["route"] == "/chat" for line in requests)
