@@ -45,7 +45,7 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
     const int half = (int)threadIdx.x / (LANES * FB_MOST_SEGMENTS); /* the second of two panels */
     const int32_t n_halves = a.swiglu ? 2 : 1, panel = (int32_t)blockIdx.x * n_halves + half;
     const int32_t n_cols = a.weight.n_cols, n_chunks = chunks_of(n_cols), length = segment_chunks(n_chunks);
-    const char *at = a.weight.panels + (size_t)panel * a.weight.panel_bytes;
+    const char *at = fb_panel_of<D>(a.weight, panel);
 
     float sum[N];
     const float *from[N]; /* behind the last token it once more: its sums go nowhere */
@@ -104,7 +104,7 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
     const int32_t n_panels = (a.weight.n_rows + LANES - 1) / LANES, first_panel = (int32_t)blockIdx.x * TILE_PANELS;
     const int64_t first_token = (int64_t)blockIdx.y * TILE_TOKENS;
     const int32_t opens = first_panel + thread / LANES; /* the panel of which this thread opens a row */
-    const char *panel = a.weight.panels + (size_t)(opens < n_panels ? opens : 0) * a.weight.panel_bytes;
+    const char *panel = fb_panel_of<D>(a.weight, opens < n_panels ? opens : 0);
     const int lanes = thread % 4 * 4, pair = thread / 4 % 4, tokens = thread / 16 * THREAD_TOKENS; /* what it sums */
 
     float total[THREAD_TOKENS][THREAD_ROWS], sum[THREAD_TOKENS][THREAD_ROWS];

@@ -10,7 +10,7 @@ enum { ROW_THREADS = 256 };
 template <fb_dtype D>
 static __global__ void embed_kernel(fb_cuda_weight weight, const int32_t *tokens, float scale, float *out, int64_t ld) {
     const int32_t token = tokens[blockIdx.x];
-    const char *panel = weight.panels + (size_t)(token / 16) * weight.panel_bytes;
+    const char *panel = fb_panel_of<D>(weight, token / 16);
     float *row = out + (int64_t)blockIdx.x * ld;
     for (int32_t chunk = (int32_t)threadIdx.x; chunk * FB_CHUNK < weight.n_cols; chunk += (int32_t)blockDim.x) {
         fb_chunk<D> opened;

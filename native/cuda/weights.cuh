@@ -109,14 +109,15 @@ template <fb_dtype D> struct fb_chunk {
 /* Plain formats: columns behind the last are 0. */
 template <> struct fb_chunk<FB_F32> {
     static constexpr bool is_plain = true;
+    static constexpr int line_bytes = 64;
     float values[FB_CHUNK];
 
     __device__ void load(const char *panel, int32_t n_cols, int32_t chunk, int lane) {
-        const float *column = reinterpret_cast<const float *>(panel) + (int64_t)chunk * FB_CHUNK * 16 + lane;
+        const float *column = reinterpret_cast<const float *>(panel) + (int64_t)chunk * FB_CHUNK * 32 + lane;
         const int32_t rest = n_cols - chunk * FB_CHUNK;
 #pragma unroll
         for (int k = 0; k < FB_CHUNK; k++)
-            values[k] = k < rest ? column[16 * k] : 0.0f;
+            values[k] = k < rest ? column[32 * k] : 0.0f;
     }
 
     __device__ void quad(int q, float w[4]) const {
@@ -128,14 +129,15 @@ template <> struct fb_chunk<FB_F32> {
 
 template <> struct fb_chunk<FB_F16> {
     static constexpr bool is_plain = true;
+    static constexpr int line_bytes = 32;
     uint16_t values[FB_CHUNK];
 
     __device__ void load(const char *panel, int32_t n_cols, int32_t chunk, int lane) {
-        const uint16_t *column = reinterpret_cast<const uint16_t *>(panel) + (int64_t)chunk * FB_CHUNK * 16 + lane;
+        const uint16_t *column = reinterpret_cast<const uint16_t *>(panel) + (int64_t)chunk * FB_CHUNK * 32 + lane;
         const int32_t rest = n_cols - chunk * FB_CHUNK;
 #pragma unroll
         for (int k = 0; k < FB_CHUNK; k++)
-            values[k] = k < rest ? column[16 * k] : (uint16_t)0;
+            values[k] = k < rest ? column[32 * k] : (uint16_t)0;
     }
 
     __device__ void quad(int q, float w[4]) const {
@@ -147,14 +149,15 @@ template <> struct fb_chunk<FB_F16> {
 
 template <> struct fb_chunk<FB_BF16> {
     static constexpr bool is_plain = true;
+    static constexpr int line_bytes = 64;
     uint32_t pairs[FB_CHUNK / 2];
 
     __device__ void load(const char *panel, int32_t n_cols, int32_t chunk, int lane) {
-        const uint32_t *pair = reinterpret_cast<const uint32_t *>(panel) + (int64_t)chunk * FB_CHUNK / 2 * 16 + lane;
+        const uint32_t *pair = reinterpret_cast<const uint32_t *>(panel) + (int64_t)chunk * FB_CHUNK / 2 * 32 + lane;
         const int32_t rest = n_cols - chunk * FB_CHUNK;
 #pragma unroll
         for (int k = 0; k < FB_CHUNK / 2; k++)
-            pairs[k] = 2 * k < rest ? pair[16 * k] : 0u;
+            pairs[k] = 2 * k < rest ? pair[32 * k] : 0u;
     }
 
     __device__ void quad(int q, float w[4]) const {
@@ -163,6 +166,13 @@ template <> struct fb_chunk<FB_BF16> {
             w[i] = fb_float_of_bf16(pairs[2 * q + i / 2] >> (16 * (i % 2)) & 0xFFFFu);
     }
 };
+
+/* Where a panel begins: of the plain formats two lie side by side, line beside line. */
+template <fb_dtype D> FB_DEVICE const char *fb_panel_of(const fb_cuda_weight &weight, int32_t panel) {
+    if constexpr (fb_chunk<D>::is_plain)
+        return weight.panels + (size_t)(panel / 2 * 2) * weight.panel_bytes + panel % 2 * fb_chunk<D>::line_bytes;
+    return weight.panels + (size_t)panel * weight.panel_bytes;
+}
 
 /* Calls `what<dtype>(arguments)` for the format known at run time; -1 for one that is unknown. */
 #define FB_FOR_DTYPE(dtype, what, ...)                                                                                 \

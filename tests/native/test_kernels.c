@@ -73,22 +73,24 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
             for (size_t ti = 0; ti < sizeof tokens / sizeof *tokens; ti++) {
                 state = seed + n_panels * 131 + ti;
                 const size_t n_tokens = tokens[ti], n_k = depths[next_random() % 8], gap = next_random() % 3 * 16;
+                const size_t width = 1 + next_random() % 2, held = (n_panels + 1) / 2 * 2;
                 const size_t stride = n_k * 16 + gap, ldx = n_k + next_random() % 5,
                              ldy = n_panels * 16 + next_random() % 5;
                 const bool hostile = next_random() % 4 == 0, accumulate = next_random() % 2;
-                float *wide = random_floats(n_panels * stride + 16, hostile);
-                char *panels = malloc((n_panels * stride + 16) * 4 + 2);
+                float *wide = random_floats(held * stride + 16, hostile);
+                char *panels = malloc((held * stride + 16) * 4 + 2);
                 char *odd = panels + 2 * (dtype != 0); /* misaligned for vectors, not for elements */
-                fb_kernels_reference.narrow[dtype](wide, n_panels * stride, odd);
+                fb_kernels_reference.narrow[dtype](wide, held * stride, odd);
+                const struct fb_panels all = {odd, width, stride};
                 float *x = random_floats(n_tokens * ldx + 1, hostile), *y = random_floats(n_tokens * ldy, false);
                 float *wanted = malloc(n_tokens * ldy * sizeof *wanted + 1);
                 memcpy(wanted, y, n_tokens * ldy * sizeof *y);
                 fb_kernels_reference.gemm[dtype](
-                    odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, wanted, ldy, accumulate, NULL);
-                k->gemm[dtype](
-                    odd, stride, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
-                CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_%s: %zu panels, k %zu, %zu tokens, seed %llu", name,
-                    dtype_names[dtype], n_panels, n_k, n_tokens, (unsigned long long)seed);
+                    all, n_panels, n_k, x + 1, ldx, n_tokens, wanted, ldy, accumulate, NULL);
+                k->gemm[dtype](all, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
+                CHECK_AT(same(y, wanted, n_tokens * ldy),
+                    "%s gemm_%s: %zu panels, width %zu, k %zu, %zu tokens, seed %llu", name, dtype_names[dtype],
+                    n_panels, width, n_k, n_tokens, (unsigned long long)seed);
                 free(wide);
                 free(panels);
                 free(x);
@@ -108,13 +110,14 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
             const size_t n_tokens = tokens[ti], n_cols = columns[next_random() % 8], held = (n_cols + 1) / 2 * 2;
             const size_t ldx = held + next_random() % 3, ldy = n_panels * 16 + next_random() % 5;
             const size_t stride = held * 16 + next_random() % 3 * 32;
+            const size_t width = 1 + next_random() % 2, n_held = (n_panels + 1) / 2 * 2;
             const bool hostile = next_random() % 4 == 0, accumulate = next_random() % 2;
-            uint16_t *panels = malloc((n_panels * stride + 1) * sizeof *panels), *odd = panels + 1;
+            uint16_t *panels = malloc((n_held * stride + 1) * sizeof *panels), *odd = panels + 1;
             uint16_t *x = malloc((n_tokens * ldx + 1) * sizeof *x),
                      *wanted_x = malloc((n_tokens * ldx + 1) * sizeof *x);
             float *y = random_floats(n_tokens * ldy, false), *wanted = malloc(n_tokens * ldy * sizeof *wanted);
             if (!panels || !x || !wanted_x || !wanted) abort();
-            for (size_t i = 0; i < n_panels * stride; i++) {
+            for (size_t i = 0; i < n_held * stride; i++) {
                 const float number = random_float(hostile);
                 odd[i] = fb_f32_to_bf16(fabsf(number) < 1e-9f ? 0.0f : number);
             }
@@ -129,11 +132,13 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
                     name, n_cols, (unsigned long long)seed);
                 free(row);
             }
+            const struct fb_panels all = {odd, width, stride};
             fb_kernels_reference.gemm_pairs(
-                odd, stride, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy, accumulate, NULL);
-            k->gemm_pairs(odd, stride, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
-            CHECK_AT(same(y, wanted, n_tokens * ldy), "%s gemm_pairs: %zu panels, %zu columns, %zu tokens, seed %llu",
-                name, n_panels, n_cols, n_tokens, (unsigned long long)seed);
+                all, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy, accumulate, NULL);
+            k->gemm_pairs(all, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
+            CHECK_AT(same(y, wanted, n_tokens * ldy),
+                "%s gemm_pairs: %zu panels, width %zu, %zu columns, %zu tokens, seed %llu", name, n_panels, width,
+                n_cols, n_tokens, (unsigned long long)seed);
             free(panels);
             free(x);
             free(wanted_x);

@@ -115,8 +115,8 @@ static float call_fma(const struct fb_kernels *kernels, size_t n_calls) {
     for (size_t i = 0; i < sizeof x / sizeof *x; i++)
         x[i] = 0.25f;
     for (size_t i = 0; i < n_calls; i++)
-        kernels->gemm[FB_F32](
-            panels, FMA_K * FB_LANES, PANELS, FMA_K, x, FMA_K, TOKENS, y, PANELS * FB_LANES, false, NULL);
+        kernels->gemm[FB_F32]((struct fb_panels){panels, PANELS, FMA_K * FB_LANES}, PANELS, FMA_K, x, FMA_K, TOKENS, y,
+            PANELS * FB_LANES, false, NULL);
     return y[0];
 }
 
@@ -127,8 +127,8 @@ static float call_pairs(const struct fb_kernels *kernels, size_t n_calls) {
     memset(panels, 0x3c, sizeof panels);
     memset(x, 0x3c, sizeof x);
     for (size_t i = 0; i < n_calls; i++)
-        kernels->gemm_pairs(
-            panels, PAIRS_K * FB_LANES, PANELS, PAIRS_K, x, PAIRS_K, TOKENS, y, PANELS * FB_LANES, false, NULL);
+        kernels->gemm_pairs((struct fb_panels){panels, PANELS, PAIRS_K * FB_LANES}, PANELS, PAIRS_K, x, PAIRS_K, TOKENS,
+            y, PANELS * FB_LANES, false, NULL);
     return y[0];
 }
 

@@ -38,12 +38,29 @@ static inline size_t fb_element_bytes(enum fb_dtype dtype) {
     return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
 }
 
+/* Panels of a plain format. A line is a column of a panel, 16 elements, or in bf16 a pair of columns, 32. Those of K and V lie one
+ * after the other. Those of weights lie two by two, line beside line: one stream of memory for sums that do not wait for each other.
+ *
+ *     width 1    panel 0: line 0, line 1, ...                            panel 1: line 0, line 1, ...
+ *     width 2    panels 0 and 1: line 0 of both, line 1 of both, ...     panels 2 and 3: ...
+ */
+struct fb_panels {
+    const void *first;
+    size_t width;
+    size_t stride; /* elements from one to the next, or from two to the next two by half */
+};
+
+/* Element where a panel begins. */
+static inline size_t fb_panel_at(const struct fb_panels *panels, size_t line, size_t p) {
+    return p / panels->width * panels->width * panels->stride + p % panels->width * line;
+}
+
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
- *   panels   n_panels panels of [n_k][16] elements, panel p at element p * panel_stride
+ *   panels   n_panels panels of [n_k][16] elements
  *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used
  *   next     panels of the same shape that are read after these, and asked for meanwhile; NULL for none */
-typedef void (*fb_gemm_kernel)(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
+typedef void (*fb_gemm_kernel)(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
 /* 32 neighbouring activations of a token, one cache line: x is about scale * code. Index 0 of the sums is the whole block,
  * 1 and 2 are its halves of 16. */
@@ -62,12 +79,11 @@ typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, s
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + row 16 p + j of panels of bf16, times token t
- *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns, panel p at element p * panel_stride; of an odd
- *            number the last pair ends in a finite number
+ *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; of an odd number the last pair ends in a finite number
  *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
  *   next     as above */
-typedef void (*fb_gemm_pairs_kernel)(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_cols,
-    const uint16_t *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
+typedef void (*fb_gemm_pairs_kernel)(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
 /* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
 typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);

@@ -6,6 +6,8 @@
  * The order of a sum is that instruction's: of each pair of columns the second comes first.
  */
 
+enum { PAIR_LINE = 2 * FB_LANES }; /* elements */
+
 /* 16 sums + the line's two columns times the two inputs at x. */
 INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
 #ifdef FABULA_DOT_PAIR
@@ -16,7 +18,8 @@ INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
 #endif
 }
 
-INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16_t *panels, size_t panel_stride,
+/* Panels are `apart` elements apart, pairs of columns `step`. */
+INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16_t *panels, size_t apart, size_t step,
     size_t n_pairs, const uint16_t *x, size_t ldx, float *y, size_t ldy, bool accumulate, const void *next) {
     v16 sums[SUMS];
     load_sums(n_tokens, n_panels, y, ldy, accumulate, sums);
@@ -24,10 +27,10 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
         v64 lines[MAX_PANELS];
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
-            lines[p] = v64_load((const uint8_t *)(panels + p * panel_stride) + k * FB_LINE);
+            lines[p] = v64_load((const uint8_t *)(panels + p * apart + k * step));
         if (n_tokens <= ASKING_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
-            __builtin_prefetch((const uint16_t *)next + p * panel_stride + k * FB_LINE / 2, 0, 2);
+            __builtin_prefetch((const uint16_t *)next + p * apart + k * step, 0, 2);
         UNROLL
         for (size_t t = 0; t < n_tokens; t++) {
             UNROLL
@@ -38,23 +41,25 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
     store_sums(n_tokens, n_panels, sums, y, ldy);
 }
 
-INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_pairs, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+INLINE void pair_tiles(const struct fb_panels panels, size_t n_panels, size_t n_pairs, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+    const size_t apart = panels.width == 1 ? panels.stride : PAIR_LINE, step = panels.width * PAIR_LINE;
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
-        /* As in gemm_tiles: K and V lie within a page of memory. What many tokens read comes from L1. */
-        const size_t step = panel_stride * 2 < MEMORY_PAGE && n_tokens <= IN_REGISTERS ? 1 : TILE_PANELS(tokens);
-        for (size_t p = 0; p < n_panels; p += step) {
-            const size_t count = n_panels - p < step ? n_panels - p : step;
-            const uint16_t *from = panels + p * panel_stride, *in = x + t * ldx;
-            const void *after = next ? (const uint16_t *)next + p * panel_stride : from;
+        /* What many tokens read comes from L1, where two streams do no harm. */
+        const size_t most = n_tokens > IN_REGISTERS ? TILE_PANELS(tokens)
+                                                    : panels_of_tile(&panels, sizeof(uint16_t), tokens);
+        for (size_t p = 0; p < n_panels; p += most) {
+            const size_t count = n_panels - p < most ? n_panels - p : most, at = fb_panel_at(&panels, PAIR_LINE, p);
+            const uint16_t *from = (const uint16_t *)panels.first + at, *in = x + t * ldx;
+            const void *after = next ? (const uint16_t *)next + at : from;
             float *out = y + t * ldy + p * FB_LANES;
             switch (tokens * 8 + count) {
 #define TILE_CASE(T, P)                                                                                                \
     case (T) * 8 + (P):                                                                                                \
-        pair_tile(T, P, from, panel_stride, n_pairs, in, ldx, out, ldy, accumulate, after);                            \
+        pair_tile(T, P, from, apart, step, n_pairs, in, ldx, out, ldy, accumulate, after);                             \
         break;
                 TILES(TILE_CASE)
 #undef TILE_CASE
@@ -68,19 +73,23 @@ INLINE void pair_tiles(const uint16_t *panels, size_t panel_stride, size_t n_pan
 #ifdef FABULA_DOT_PAIR
 
 /* Slices keep two panels in L1 while all tokens pass. */
-static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t n_pairs = (n_cols + 1) / 2;
     if (n_tokens <= MAX_TOKENS || n_pairs == 0) {
-        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
+        pair_tiles(panels, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
     const size_t group = TILE_PANELS(MAX_TOKENS);
     for (size_t p = 0; p < n_panels; p += group) {
         const size_t count = n_panels - p < group ? n_panels - p : group;
-        for (size_t k = 0; k < n_pairs; k += SLICE)
-            pair_tiles(panels + p * stride + k * 2 * FB_LANES, stride, count, n_pairs - k < SLICE ? n_pairs - k : SLICE,
-                x + 2 * k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0, NULL);
+        for (size_t k = 0; k < n_pairs; k += SLICE) {
+            struct fb_panels part = panels;
+            part.first = (const uint16_t *)panels.first + fb_panel_at(&panels, PAIR_LINE, p) +
+                         k * panels.width * PAIR_LINE;
+            pair_tiles(part, count, n_pairs - k < SLICE ? n_pairs - k : SLICE, x + 2 * k, ldx, n_tokens,
+                y + p * FB_LANES, ldy, accumulate || k > 0, NULL);
+        }
     }
 }
 
@@ -90,11 +99,11 @@ enum { PAIR_TOKENS = 4 * MAX_TOKENS }; /* whose inputs are widened at a time, be
 
 /* Many tokens: panels and inputs become f32 with the columns of each pair exchanged, so that a plain product takes them in
  * the right order. */
-static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t n_pairs = (n_cols + 1) / 2;
     if (n_tokens <= MAX_TOKENS || n_pairs == 0) {
-        pair_tiles(panels, stride, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
+        pair_tiles(panels, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
     const size_t group = TILE_PANELS(MAX_TOKENS);
@@ -105,7 +114,8 @@ static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, s
             const size_t length = n_pairs - k < SLICE / 2 ? n_pairs - k : SLICE / 2;
             for (size_t q = 0; q < count; q++)
                 for (size_t i = 0; i < length; i++) {
-                    const v64 line = v64_load((const uint8_t *)(panels + (p + q) * stride) + (k + i) * FB_LINE);
+                    const size_t at = fb_panel_at(&panels, PAIR_LINE, p + q) + (k + i) * panels.width * PAIR_LINE;
+                    const v64 line = v64_load((const uint8_t *)((const uint16_t *)panels.first + at));
                     float *out = slice + (q * SLICE + 2 * i) * FB_LANES;
                     v16_store(out, v16_second_of_pairs(line));
                     v16_store(out + FB_LANES, v16_first_of_pairs(line));
@@ -115,8 +125,8 @@ static void gemm_pairs(const uint16_t *panels, size_t stride, size_t n_panels, s
                 for (size_t i = 0; i < tokens; i++)
                     for (size_t j = 0; j < 2 * length; j++)
                         inputs[i * SLICE + j] = fb_bf16_to_f32(x[(t + i) * ldx + 2 * k + (j ^ 1)]);
-                gemm_tiles(FB_F32, slice, SLICE * FB_LANES, count, 2 * length, inputs, SLICE, tokens,
-                    y + t * ldy + p * FB_LANES, ldy, accumulate || k > 0, NULL);
+                gemm_tiles(FB_F32, (struct fb_panels){slice, 1, SLICE * FB_LANES}, count, 2 * length, inputs, SLICE,
+                    tokens, y + t * ldy + p * FB_LANES, ldy, accumulate || k > 0, NULL);
             }
         }
     }

@@ -17,46 +17,48 @@ static float element(enum fb_dtype dtype, const void *base, size_t index) {
     return fb_f16_to_f32(((const uint16_t *)base)[index]);
 }
 
-static void gemm(enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
-    const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
+static void gemm(enum fb_dtype dtype, struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     for (size_t t = 0; t < n_tokens; t++)
         for (size_t p = 0; p < n_panels; p++)
             for (size_t j = 0; j < FB_LANES; j++) {
                 float *out = &y[t * ldy + p * FB_LANES + j];
                 float sum = accumulate ? *out : 0.0f;
+                const size_t at = fb_panel_at(&panels, FB_LANES, p) + j;
                 for (size_t k = 0; k < n_k; k++)
-                    sum = fmaf(element(dtype, panels, p * panel_stride + k * FB_LANES + j), x[t * ldx + k], sum);
+                    sum = fmaf(element(dtype, panels.first, at + k * panels.width * FB_LANES), x[t * ldx + k], sum);
                 *out = sum;
             }
 }
 
-static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+static void gemm_f32(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate, const void *next) {
     (void)next;
-    gemm(FB_F32, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+    gemm(FB_F32, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
-static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+static void gemm_f16(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate, const void *next) {
     (void)next;
-    gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+    gemm(FB_F16, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
-static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+static void gemm_bytes(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     (void)next;
-    gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+    gemm(FB_Q8_0, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
-static void gemm_pairs(const uint16_t *panels, size_t panel_stride, size_t n_panels, size_t n_cols, const uint16_t *x,
-    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
+    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     (void)next;
     const size_t n_pairs = (n_cols + 1) / 2;
     for (size_t t = 0; t < n_tokens; t++)
         for (size_t r = 0; r < n_panels * FB_LANES; r++) {
-            const uint16_t *row = panels + r / FB_LANES * panel_stride + r % FB_LANES * 2;
+            const uint16_t *row = (const uint16_t *)panels.first + fb_panel_at(&panels, 2 * FB_LANES, r / FB_LANES) +
+                                  r % FB_LANES * 2;
             float sum = accumulate ? y[t * ldy + r] : 0.0f;
-            for (size_t k = 0; k < n_pairs; k++, row += 2 * FB_LANES) {
+            for (size_t k = 0; k < n_pairs; k++, row += panels.width * 2 * FB_LANES) {
                 sum = fmaf(fb_bf16_to_f32(row[1]), fb_bf16_to_f32(x[t * ldx + 2 * k + 1]), sum);
                 sum = fmaf(fb_bf16_to_f32(row[0]), fb_bf16_to_f32(x[t * ldx + 2 * k]), sum);
             }

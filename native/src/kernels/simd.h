@@ -64,10 +64,17 @@ INLINE void store_sums(const size_t n_tokens, const size_t n_panels, const v16 *
     }
 }
 
-/* One tile: n_tokens x n_panels sums in registers over all k. The three first arguments are constants wherever this is
- * called, so each tile becomes straight code. */
+/* How many panels a tile of so many tokens takes. Two that lie side by side are one stream. Others within one page of memory, as K
+ * and V have them, are read one after the other: processors foresee one stream in a page. */
+INLINE size_t panels_of_tile(const struct fb_panels *panels, size_t element_bytes, size_t tokens) {
+    if (panels->width == 2) return 2 * tokens <= SUMS ? 2 : 1;
+    return panels->stride * element_bytes < MEMORY_PAGE ? 1 : TILE_PANELS(tokens);
+}
+
+/* One tile: n_tokens x n_panels sums in registers over all k; panels are `apart` elements apart, columns `step`. The three first
+ * arguments are constants wherever this is called, so each tile becomes straight code. */
 INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
-    size_t panel_stride, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate,
+    size_t apart, size_t step, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate,
     const void *next) {
     v16 sums[SUMS];
     load_sums(n_tokens, n_panels, y, ldy, accumulate, sums);
@@ -75,10 +82,10 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
         v16 weights[MAX_PANELS];
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
-            weights[p] = load_weights(dtype, panels, p * panel_stride + k * FB_LANES);
+            weights[p] = load_weights(dtype, panels, p * apart + k * step);
         if (n_tokens <= ASKING_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
-            __builtin_prefetch((const char *)next + (p * panel_stride + k * FB_LANES) * fb_element_bytes(dtype), 0, 2);
+            __builtin_prefetch((const char *)next + (p * apart + k * step) * fb_element_bytes(dtype), 0, 2);
         UNROLL
         for (size_t t = 0; t < n_tokens; t++) {
             v16 input = v16_set1(x[t * ldx + k]);
@@ -90,28 +97,28 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
     store_sums(n_tokens, n_panels, sums, y, ldy);
 }
 
-INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
+INLINE void gemm_tiles(const enum fb_dtype dtype, const struct fb_panels panels, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t element_bytes = fb_element_bytes(dtype);
+    const size_t apart = panels.width == 1 ? panels.stride : FB_LANES, step = panels.width * FB_LANES;
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         /* Tiles of nearly the same size: one of 12 and one of 4 would take longer than two of 8. */
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
-        /* Two panels in one page of memory are read one after the other: processors foresee one stream in a page, and K
-         * and V lie so. */
-        const size_t step = panel_stride * element_bytes < MEMORY_PAGE ? 1 : TILE_PANELS(tokens);
-        for (size_t p = 0; p < n_panels; p += step) {
-            size_t count = n_panels - p < step ? n_panels - p : step;
-            const void *from = (const char *)panels + p * panel_stride * element_bytes;
+        const size_t most = panels_of_tile(&panels, element_bytes, tokens);
+        for (size_t p = 0; p < n_panels; p += most) {
+            const size_t count = n_panels - p < most ? n_panels - p : most;
+            const size_t at = fb_panel_at(&panels, FB_LANES, p) * element_bytes;
+            const char *from = (const char *)panels.first + at;
             /* The last tile asks: those before it wait for memory themselves. */
-            const void *after = next && n_tiles == 1 ? (const char *)next + p * panel_stride * element_bytes : from;
+            const char *after = next && n_tiles == 1 ? (const char *)next + at : from;
             const float *in = x + t * ldx;
             float *out = y + t * ldy + p * FB_LANES;
             switch (tokens * 8 + count) {
 #define TILE_CASE(T, P)                                                                                                \
     case (T) * 8 + (P):                                                                                                \
-        tile(dtype, T, P, from, panel_stride, n_k, in, ldx, out, ldy, accumulate, after);                              \
+        tile(dtype, T, P, from, apart, step, n_k, in, ldx, out, ldy, accumulate, after);                               \
         break;
                 TILES(TILE_CASE)
 #undef TILE_CASE
@@ -124,49 +131,49 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const void *panels, size_t pan
 
 /* Few tokens: weights are widened in registers, on their way into the product. Many: slice by slice a panel is
  * widened into L1 once and used by all tokens, so that the conversion costs next to nothing. */
-INLINE void gemm(const enum fb_dtype dtype, const void *panels, size_t panel_stride, size_t n_panels, size_t n_k,
-    const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
+INLINE void gemm(const enum fb_dtype dtype, const struct fb_panels panels, size_t n_panels, size_t n_k, const float *x,
+    size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     if (n_tokens <= IN_REGISTERS) {
-        gemm_tiles(dtype, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
+        gemm_tiles(dtype, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
-    const size_t element_bytes = fb_element_bytes(dtype);
-    const size_t group = TILE_PANELS(MAX_TOKENS);
+    const size_t group = TILE_PANELS(MAX_TOKENS), step = panels.width * FB_LANES;
+    /* Also one of two panels side by side is copied: its lines would take half of L1's sets. */
+    const bool copies = dtype != FB_F32 || group < panels.width;
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
     for (size_t p = 0; p < n_panels; p += group) {
-        size_t count = n_panels - p < group ? n_panels - p : group;
+        const size_t count = n_panels - p < group ? n_panels - p : group;
         for (size_t k = 0; k < n_k || k == 0; k += SLICE) {
-            size_t length = n_k - k < SLICE ? n_k - k : SLICE;
-            const char *from = (const char *)panels + (p * panel_stride + k * FB_LANES) * element_bytes;
-            const void *wide = from;
-            size_t stride = panel_stride;
-            if (dtype != FB_F32) {
-                for (size_t q = 0; q < count; q++)
-                    for (size_t i = 0; i < length; i++)
-                        v16_store(slice + (q * SLICE + i) * FB_LANES,
-                            load_weights(dtype, from, q * panel_stride + i * FB_LANES));
-                wide = slice;
-                stride = SLICE * FB_LANES;
+            const size_t length = n_k - k < SLICE ? n_k - k : SLICE;
+            struct fb_panels part = {slice, 1, SLICE * FB_LANES};
+            for (size_t q = 0; copies && q < count; q++) {
+                const size_t at = fb_panel_at(&panels, FB_LANES, p + q) + k * step;
+                for (size_t i = 0; i < length; i++)
+                    v16_store(slice + (q * SLICE + i) * FB_LANES, load_weights(dtype, panels.first, at + i * step));
             }
-            gemm_tiles(FB_F32, wide, stride, count, length, x + k, ldx, n_tokens, y + p * FB_LANES, ldy,
-                accumulate || k > 0, NULL);
+            if (!copies) {
+                part = panels;
+                part.first = (const float *)panels.first + fb_panel_at(&panels, FB_LANES, p) + k * step;
+            }
+            gemm_tiles(
+                FB_F32, part, count, length, x + k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0, NULL);
         }
     }
 }
 
-static void gemm_f32(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
-    gemm(FB_F32, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
+static void gemm_f32(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate, const void *next) {
+    gemm(FB_F32, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
 }
 
-static void gemm_f16(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
-    size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
-    gemm(FB_F16, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
+static void gemm_f16(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate, const void *next) {
+    gemm(FB_F16, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
 }
 
-static void gemm_bytes(const void *panels, size_t panel_stride, size_t n_panels, size_t n_k, const float *x, size_t ldx,
+static void gemm_bytes(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
-    gemm(FB_Q8_0, panels, panel_stride, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
+    gemm(FB_Q8_0, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
 }
 
 #include "kernels/blocks_simd.h"

@@ -109,12 +109,12 @@ static void score_keys(const struct fb_attention *a, const struct fb_tile_layout
     const struct fb_tile_work *w, size_t rows, float *scores, const char *next) {
     const struct fb_kv_part *k = &a->pool->k;
     if (k->dtype == FB_BF16) {
-        a->kernels->gemm_pairs((const uint16_t *)(const void *)slab, fb_k_dimensions(FB_BF16, l->head_dim) * 16, panels,
+        a->kernels->gemm_pairs((struct fb_panels){slab, 1, fb_k_dimensions(FB_BF16, l->head_dim) * 16}, panels,
             l->head_dim, w->q_pairs, l->padded, rows, scores, FB_KEY_BLOCK, false, next);
         return;
     }
-    fb_part_gemm(k, a->kernels)(
-        slab, l->head_dim * 16, panels, l->head_dim, w->q, l->head_dim, rows, scores, FB_KEY_BLOCK, false, next);
+    fb_part_gemm(k, a->kernels)((struct fb_panels){slab, 1, l->head_dim * 16}, panels, l->head_dim, w->q, l->head_dim,
+        rows, scores, FB_KEY_BLOCK, false, next);
     const float *scales = fb_part_scales(k, slab);
     for (size_t r = 0; scales && r < rows; r++)
         a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
@@ -131,16 +131,16 @@ static void sum_values(const struct fb_attention *a, const struct fb_tile_layout
             const size_t count = rows - first < FB_TILE_ROWS ? rows - first : FB_TILE_ROWS;
             for (size_t r = 0; r < count; r++)
                 a->kernels->round_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
-            a->kernels->gemm_pairs((const uint16_t *)(const void *)at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16,
-                n, rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate, next);
+            a->kernels->gemm_pairs((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->padded / 16, n,
+                rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate, next);
         }
         return;
     }
     const float *scales = fb_part_scales(v, at);
     for (size_t r = 0; scales && r < rows; r++)
         a->kernels->multiply(weights + r * FB_KEY_BLOCK, scales, n);
-    fb_part_gemm(v, a->kernels)(at, (size_t)FB_PAGE_POSITIONS * 16, l->padded / 16, n, weights, FB_KEY_BLOCK, rows,
-        values, l->padded, accumulate, next);
+    fb_part_gemm(v, a->kernels)((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->padded / 16, n, weights,
+        FB_KEY_BLOCK, rows, values, l->padded, accumulate, next);
 }
 
 /* The partial result of every query of the tile over the sinks outside its window. Turns the queries in `w`. */

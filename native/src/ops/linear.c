@@ -49,11 +49,10 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
     else if (weight->dtype == FB_BF16)
-        linear->kernels->gemm_pairs((const uint16_t *)(const void *)panels, weight->panel_bytes / sizeof(uint16_t),
-            n_panels, n_cols, linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld,
-            false, NULL);
+        linear->kernels->gemm_pairs(fb_weight_plain(weight, first_panel), n_panels, n_cols,
+            linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld, false, NULL);
     else
-        linear->kernels->gemm[weight->dtype](panels, fb_weight_panel_stride(weight), n_panels, n_cols,
+        linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, first_panel), n_panels, n_cols,
             linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, next);
 
     const size_t outputs = linear->swiglu ? ld / 2 : ld; /* per token */

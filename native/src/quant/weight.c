@@ -30,11 +30,12 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
     FB_REQUIRE(n_cols >= 1 && n_cols <= MAX_DIMENSION, "n_cols is %d, must be 1 .. 2^30", n_cols);
     FB_REQUIRE(n_cols % block_size == 0, "rows of %d elements are not whole blocks of %d", n_cols, block_size);
     int32_t n_panels = (n_rows + 15) / 16;
+    const size_t n_stored = is_plain(dtype) ? ((size_t)n_panels + 1) / 2 * 2 : (size_t)n_panels;
     const size_t n_held = dtype == FB_BF16 ? ((size_t)n_cols + 1) / 2 * 2 : (size_t)n_cols;
     const size_t panel_bytes = is_plain(dtype) ? n_held * 16 * fb_dtype_block_bytes(dtype)
                                                : fb_panel_bytes(dtype, (size_t)n_cols);
     size_t n_bytes;
-    if (!fb_size_multiply((size_t)n_panels, panel_bytes, &n_bytes))
+    if (!fb_size_multiply(n_stored, panel_bytes, &n_bytes))
         return fb_fail(FB_OUT_OF_MEMORY, "a weight of %d x %d does not fit memory", n_rows, n_cols);
     struct fb_weight *weight = calloc(1, sizeof *weight);
     char *panels = weight ? fb_memory_take(n_bytes) : NULL;
@@ -85,8 +86,19 @@ static const char *source_at(const struct packing *job, int32_t row, int32_t col
     return job->src + (size_t)row * job->row_bytes + (size_t)(column / job->block_size) * job->block_bytes;
 }
 
+/* A column, or in bf16 two, of the panels that lie side by side. */
+enum { STEP = 2 * FB_LANES, PAIR_STEP = 4 * FB_LANES };
+
+/* Where column 0 of a row of a plain format is. */
+static void *plain_row(const struct fb_weight *weight, int32_t row) {
+    const size_t panel = (size_t)row / FB_LANES, lane = (size_t)row % FB_LANES;
+    const size_t line = weight->dtype == FB_BF16 ? 2 * FB_LANES : FB_LANES;
+    const size_t element = panel % 2 * line + lane * line / FB_LANES;
+    return fb_weight_panel(weight, panel / 2 * 2) + element * fb_dtype_block_bytes(weight->dtype);
+}
+
 /* Plain formats: chunk by chunk rows become f32, then the weight's format, then columns. */
-static int64_t pack_plain(const struct packing *job, const int32_t source[16], char *panel) {
+static int64_t pack_plain(const struct packing *job, const int32_t source[16], int32_t first_row) {
     const struct fb_weight *weight = job->weight;
     const int32_t n_cols = weight->n_cols;
     int64_t non_finite = 0;
@@ -100,20 +112,21 @@ static int64_t pack_plain(const struct packing *job, const int32_t source[16], c
             job->kernels->narrow[weight->dtype](wide, length, narrow);
             if (weight->dtype != FB_F32) job->kernels->widen[weight->dtype](narrow, length, wide);
             non_finite += count_non_finite(wide, length);
+            void *row = plain_row(weight, first_row + j);
             if (weight->dtype == FB_F32) {
-                uint32_t *out = (uint32_t *)panel + (size_t)k * 16 + j;
+                uint32_t *out = (uint32_t *)row + (size_t)k * STEP;
                 for (size_t i = 0; i < length; i++)
-                    out[i * 16] = narrow[i];
+                    out[i * STEP] = narrow[i];
             } else if (weight->dtype == FB_BF16) {
                 const uint16_t *halfs = (const uint16_t *)narrow;
-                uint16_t *out = (uint16_t *)panel + (size_t)k * 16 + 2 * j; /* CHUNK is even */
+                uint16_t *out = (uint16_t *)row + (size_t)k / 2 * PAIR_STEP; /* CHUNK is even */
                 for (size_t i = 0; i < length; i++)
-                    out[i / 2 * 32 + i % 2] = halfs[i];
+                    out[i / 2 * PAIR_STEP + i % 2] = halfs[i];
             } else {
                 const uint16_t *halfs = (const uint16_t *)narrow;
-                uint16_t *out = (uint16_t *)panel + (size_t)k * 16 + j;
+                uint16_t *out = (uint16_t *)row + (size_t)k * STEP;
                 for (size_t i = 0; i < length; i++)
-                    out[i * 16] = halfs[i];
+                    out[i * STEP] = halfs[i];
             }
         }
     }
@@ -160,9 +173,9 @@ static void pack_one_panel(void *context, int64_t index, int thread) {
     int32_t source[16];
     for (int32_t j = 0; j < 16; j++)
         source[j] = source_row(job, 16 * number + j);
-    char *panel = fb_weight_panel(job->weight, (size_t)number);
-    const int64_t non_finite = is_plain(job->weight->dtype) ? pack_plain(job, source, panel)
-                                                            : pack_blocks(job, source, panel);
+    const int64_t non_finite = is_plain(job->weight->dtype)
+                                   ? pack_plain(job, source, (int32_t)(16 * number))
+                                   : pack_blocks(job, source, fb_weight_panel(job->weight, (size_t)number));
     if (non_finite) atomic_fetch_add(&job->weight->non_finite, non_finite);
 }
 
@@ -201,19 +214,21 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
 }
 
 void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst) {
-    const char *panel = fb_weight_panel(weight, (size_t)(row / 16));
-    const size_t lane = (size_t)(row % 16), n = (size_t)weight->n_cols;
+    const size_t n = (size_t)weight->n_cols;
     if (!is_plain(weight->dtype)) {
-        fb_open_row(weight->dtype, panel, n, lane, dst);
-    } else if (weight->dtype == FB_F32) {
+        fb_open_row(weight->dtype, fb_weight_panel(weight, (size_t)(row / 16)), n, (size_t)(row % 16), dst);
+        return;
+    }
+    const void *from = plain_row(weight, row);
+    if (weight->dtype == FB_F32) {
         for (size_t k = 0; k < n; k++)
-            dst[k] = ((const float *)panel)[k * 16 + lane];
+            dst[k] = ((const float *)from)[k * STEP];
     } else if (weight->dtype == FB_F16) {
         for (size_t k = 0; k < n; k++)
-            dst[k] = fb_f16_to_f32(((const uint16_t *)panel)[k * 16 + lane]);
+            dst[k] = fb_f16_to_f32(((const uint16_t *)from)[k * STEP]);
     } else {
         for (size_t k = 0; k < n; k++)
-            dst[k] = fb_bf16_to_f32(((const uint16_t *)panel)[k / 2 * 32 + 2 * lane + k % 2]);
+            dst[k] = fb_bf16_to_f32(((const uint16_t *)from)[k / 2 * PAIR_STEP + k % 2]);
     }
 }
 

@@ -1,20 +1,21 @@
 /*
- * weight.h - a weight matrix as panels of 16 rows.
+ * weight.h - a weight matrix as panels of 16 rows, the plain formats' two by two, of an odd number the last beside one of zeros.
  *
- *     panel p:   k = 0            k = 1                 k = n_cols - 1
- *              [ w(16p..16p+15,0) w(16p..16p+15,1) ...  w(16p..16p+15,n_cols-1) ]     16 x n_cols elements, contiguous
+ *     panels p, p + 1:   k = 0                               k = 1
+ *                      [ w(16p..16p+15,0) w(16p+16..16p+31,0) w(16p..16p+15,1) w(16p+16..16p+31,1) ...   32 x n_cols elements
  *
  * In bf16 two columns lie together, of an odd number the last beside 0:
  *
- *              [ w(16p,0) w(16p,1) w(16p+1,0) w(16p+1,1) ... w(16p+15,1) | w(16p,2) w(16p,3) ...
+ *                      [ w(16p,0) w(16p,1) w(16p+1,0) w(16p+1,1) ... w(16p+15,1) | w(16p+16,0) w(16p+16,1) ...
  *
- * One vector load takes one column of 16 outputs, so a product needs no horizontal sum, and a panel is read as one
+ * One vector load takes one column of 16 outputs, so a product needs no horizontal sum, and panels are read as one
  * unbroken stream whether one token is multiplied or a thousand. Panels of the block formats are drawn in layout.h.
  */
 #ifndef FABULA_QUANT_WEIGHT_H
 #define FABULA_QUANT_WEIGHT_H
 
 #include "base/device.h"
+#include "kernels/kernels.h"
 #include "quant/layout.h"
 
 #include <stdatomic.h>
@@ -30,13 +31,15 @@ struct fb_weight {
     fb_device *device; /* NULL: the CPU */
 };
 
-/* Elements of a panel of a plain format. */
-static inline size_t fb_weight_panel_stride(const struct fb_weight *weight) {
-    return (size_t)weight->n_cols * 16;
-}
-
+/* A panel of blocks, or where two panels of a plain format begin. */
 static inline char *fb_weight_panel(const struct fb_weight *weight, size_t panel) {
     return weight->panels + panel * weight->panel_bytes;
+}
+
+/* Panels of a plain format from an even number on. */
+static inline struct fb_panels fb_weight_plain(const struct fb_weight *weight, size_t panel) {
+    return (struct fb_panels){
+        fb_weight_panel(weight, panel), 2, weight->panel_bytes / fb_dtype_block_bytes(weight->dtype)};
 }
 
 /* Row as f32 [n_cols], no checks. */
