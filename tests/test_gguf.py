@@ -11,6 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fabula.errors import ModelFileError
 from fabula.formats.checkpoint import DType
@@ -186,3 +188,18 @@ def test_smollm2_bytes_as_the_gguf_package_reads_them(smollm2_gguf: Path) -> Non
         assert [t.name for t in theirs.tensors] == list(file.tensors)
         for tensor in theirs.tensors[1:60]:
             assert np.array_equal(file.read(tensor.name), tensor.data.reshape(-1).view(np.uint8)), tensor.name
+
+
+@given(
+    texts=st.lists(st.text(max_size=12) | st.sampled_from(["", "\0", "a\0b", "\u0100", "\U0001f40b"]), max_size=60),
+    lengths=st.lists(st.sampled_from([65_500, 65_536, 200_000]), max_size=3),
+    seed=st.randoms(use_true_random=False),
+)
+def test_lists_of_texts_of_every_length(tmp_path_factory, texts: list[str], lengths: list[int], seed) -> None:
+    """NULs, which the library leaves, and texts that the buffer does not hold yet."""
+    texts = texts + ["x" * length for length in lengths]
+    seed.shuffle(texts)
+    path = tmp_path_factory.mktemp("texts") / "a.gguf"
+    path.write_bytes(build([Key("a", ARRAY, array(STRING, texts)), key("b", UINT32, 7)]))
+    with GgufFile(path) as file:
+        assert file.metadata == {"a": texts, "b": 7}

@@ -171,6 +171,7 @@ def test_m3_text_that_is_not_utf8(refuse) -> None:
         "item 1",
         "UTF-8",
     )
+    refuse(build([Key("a", ARRAY, array(STRING, ["é", b"", b"xyz\xc3", "é"]))]), "item 2", "UTF-8", "byte 3")
     refuse(build([key("a", UINT32, 1), Key(b"\xed\xa0\x80", UINT32, bytes(4))]), "key 1", "UTF-8")
     refuse(build(tensors=[Tensor(b"\xff", [1])]), "tensor 0", "UTF-8")
 

@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 7 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 8 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -439,6 +439,14 @@ enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32
 enum fb_status fb_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
     int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype k_dtype, enum fb_dtype v_dtype,
     int32_t n_threads, enum fb_isa isa, float *out);
+
+/* ---- Files ------------------------------------------------------------------------------------------------------- */
+
+/* Strings as GGUF stores them, each a u64 length, little-endian, and so many bytes. Copies whole ones from the beginning of `bytes`
+ * to `out` [n_bytes], a NUL behind each, until `most` are there or one does not end in `bytes`, is longer than max_length, or holds
+ * a NUL itself. Tells how many they are, what they take of `bytes`, and what of `out`. */
+enum fb_status fb_join_strings(const void *bytes, size_t n_bytes, size_t most, size_t max_length, char *out,
+    size_t *n_strings, size_t *n_read, size_t *n_written);
 
 /* ---- Machine ----------------------------------------------------------------------------------------------------- */
 

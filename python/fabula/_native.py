@@ -119,6 +119,16 @@ def dtype_block(dtype: int) -> tuple[int, int]:
     return lib.fb_dtype_block_size(dtype), lib.fb_dtype_block_bytes(dtype)
 
 
+def join_strings(data: bytearray, start: int, most: int, max_length: int, out: bytearray) -> tuple[int, int, int]:
+    """Strings of a GGUF header from byte `start` on, one after the other into `out`, as long as `data`; how many, the
+    bytes they take of `data` and of `out`. See fb_join_strings."""
+    sizes = ffi.new("size_t[3]")
+    with ffi.from_buffer(data) as source, ffi.from_buffer(out, require_writable=True) as target:
+        n_bytes = min(len(data), len(out)) - start
+        check(lib.fb_join_strings(source + start, n_bytes, most, max_length, target, sizes, sizes + 1, sizes + 2))
+    return sizes[0], sizes[1], sizes[2]
+
+
 def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
     """Turns raw bytes of any dtype into float32 [n_elements]."""
     raw = np.ascontiguousarray(raw, dtype=np.uint8)

@@ -30,6 +30,7 @@ import llama_cpp
 import numpy as np
 
 _TRIAL_PROMPT, _TRIAL_TOKENS, _TRIAL_ROUNDS = 512, 12, 3
+_HOPELESS = 1.5  # a setting that took so many times the fastest one's time in both cases is not tried again
 _UBATCHES = (512, 2048)  # llama.cpp's own choice, and one that reads a long prompt in fewer passes
 _KV = {"f32": 0, "f16": 1, "q8": 8, "bf16": 30}  # enum ggml_type
 _QUIET = llama_cpp.llama_log_callback(lambda *_: None)
@@ -46,6 +47,10 @@ class Setting:
         flash = "on" if self.flash else "off"
         cache = "" if self.unified else ", a cache per sequence"
         return f"{self.threads} threads, flash attention {flash}, ubatch {self.ubatch}{cache}"
+
+
+def _is_near_best(setting: Setting, times: dict[Setting, list[float]]) -> bool:
+    return min(times[setting]) <= _HOPELESS * min(map(min, times.values()))
 
 
 class Worker:
@@ -76,8 +81,9 @@ class Worker:
         prompt = list(range(n_prompt))
         prefill: dict[Setting, list[float]] = {}
         decode: dict[Setting, list[float]] = {}
+        settings = self._settings()
         for _ in range(_TRIAL_ROUNDS):
-            for setting in self._settings():
+            for setting in settings:
                 if self._ready(setting, 1) is None:
                     continue
                 start = time.perf_counter()
@@ -87,6 +93,7 @@ class Worker:
                 for i in range(min(_TRIAL_TOKENS, self._positions - n_prompt)):
                     self._step([0], n_prompt + i)
                 decode.setdefault(setting, []).append(time.perf_counter() - start)
+            settings = [s for s in prefill if _is_near_best(s, prefill) or _is_near_best(s, decode)]
         return {case: self._keep(case, times) for case, times in (("prefill", prefill), ("decode", decode))}
 
     def plain(self) -> dict[str, str]:

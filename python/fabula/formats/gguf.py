@@ -26,6 +26,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from fabula._native import join_strings
 from fabula.errors import ModelFileError, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 from fabula.formats.readfile import file_size, open_regular, read_at, shown
@@ -169,6 +170,7 @@ class _Header:
         self._file = file
         self._size = file_size(file)
         self._data = bytearray()
+        self._joined = bytearray()  # room for strings, as long as _data
         self._pos = 0
         self._n_strings = 0
         self.metadata: dict[str, object] = {}
@@ -224,33 +226,45 @@ class _Header:
     def _strings(self, count: int, field: Callable[[int], str]) -> list[str]:
         """Reads `count` strings; `field(i)` names the i-th in messages.
 
-        One loop over local names, because vocabularies are long: 100,000 strings take about 30 ms.
+        The library joins all that the buffer holds, because vocabularies are long. What it leaves goes one by one: a
+        string that the buffer does not hold yet, one with a NUL, and one that is wrong.
         """
         out: list[str] = []
-        append, unpack, data, have, pos = out.append, _U64.unpack_from, self._data, len(self._data), self._pos
-        try:
-            for _ in range(count):
-                if have - pos < 8:
-                    self._pos = pos
-                    self._need(8, field(len(out)))
-                    have = len(data)
-                (length,) = unpack(data, pos)
-                pos += 8
-                if length > have - pos or length > MAX_STRING_BYTES:
-                    if length > MAX_STRING_BYTES:
-                        raise self._error(
-                            field(len(out)), f"string of {length} bytes, at most {MAX_STRING_BYTES} allowed"
-                        )
-                    self._pos = pos
-                    self._need(length, field(len(out)))
-                    have = len(data)
-                append(data[pos : pos + length].decode())
-                pos += length
-        except UnicodeDecodeError as error:
-            problem = f"string is not UTF-8: {error.reason} at its byte {error.start}"
-            raise self._error(field(len(out)), problem) from error
-        self._pos = pos
+        while len(out) < count:
+            out += self._joined_strings(count - len(out), lambda i: field(len(out) + i))
+            if len(out) < count:
+                out.append(self._string(field(len(out))))
         return out
+
+    def _joined_strings(self, most: int, field: Callable[[int], str]) -> list[str]:
+        if len(self._joined) < len(self._data):
+            self._joined = bytearray(len(self._data))
+        count, n_read, n_written = join_strings(self._data, self._pos, most, MAX_STRING_BYTES, self._joined)
+        if count == 0:
+            return []
+        with memoryview(self._joined) as joined:
+            data = bytes(joined[: n_written - 1])
+        try:
+            texts = data.decode().split("\0")
+        except UnicodeDecodeError as error:
+            begin = data.rfind(b"\0", 0, error.start) + 1
+            raise self._not_utf8(field(data.count(b"\0", 0, begin)), error, error.start - begin) from error
+        self._pos += n_read
+        return texts
+
+    def _string(self, field: str) -> str:
+        length = self._u64(field)
+        if length > MAX_STRING_BYTES:
+            raise self._error(field, f"string of {length} bytes, at most {MAX_STRING_BYTES} allowed")
+        self._need(length, field)
+        self._pos += length
+        try:
+            return self._data[self._pos - length : self._pos].decode()
+        except UnicodeDecodeError as error:
+            raise self._not_utf8(field, error, error.start) from error
+
+    def _not_utf8(self, field: str, error: UnicodeDecodeError, at: int) -> ModelFileError:
+        return self._error(field, f"string is not UTF-8: {error.reason} at its byte {at}")
 
     # ---- Parts ----------------------------------------------------------------------------------------
 
@@ -272,7 +286,7 @@ class _Header:
         raise Unsupported(f"{self._path}: version: is {version}, 2 and 3 are read; convert the model again")
 
     def _read_key(self, index: int) -> None:
-        (key,) = self._strings(1, lambda _: f"key {index}")
+        key = self._string(f"key {index}")
         if not key:
             raise self._error(f"key {index}", "has an empty name")
         field = f"key {shown(key)}"
@@ -283,7 +297,7 @@ class _Header:
             self._read_alignment(field, kind)
             value: object = self._alignment
         elif kind == _STRING:
-            (value,) = self._strings(1, lambda _: field)
+            value = self._string(field)
         elif kind == _ARRAY:
             value = self._read_array(field)
         else:
@@ -334,7 +348,7 @@ class _Header:
 
     def _read_tensor_info(self, index: int) -> GgufTensor:
         """Reads one tensor's entry; its offset still counts from the start of the data."""
-        (name,) = self._strings(1, lambda _: f"tensor {index}")
+        name = self._string(f"tensor {index}")
         if not name:
             raise self._error(f"tensor {index}", "has an empty name")
         field = f"tensor {shown(name)}"

@@ -69,7 +69,7 @@ class _Keys:
         value = self._metadata.get(key)
         if value is None and optional:
             return None
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= {str}:
             raise self.error(key, "is missing" if value is None else "must be a list of texts")
         return value
 
