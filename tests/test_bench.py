@@ -217,8 +217,8 @@ def test_model_beside_a_peer(tiny_folder: Path) -> None:
         matrices = 2 * (24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40)
         head = model.config.vocab_size * 24
         assert bounds["prefill"] == pytest.approx(1e11 / (2 * (matrices + head / 40)))
-        # Packed rows are rounded up to panels of 16.
-        assert 1e10 / (4 * (matrices + head)) * 0.75 < bounds["decode"] <= 1e10 / (4 * (matrices + head))
+        # Packed rows are rounded up to two panels of 16.
+        assert 1e10 / (4 * (matrices + head)) * 0.7 < bounds["decode"] <= 1e10 / (4 * (matrices + head))
     prefill, decode = rows
     assert slow.closed
     assert (prefill.case, prefill.peer, prefill.peer_settings) == ("prefill", 20.0, "p")

@@ -231,12 +231,12 @@ class _Header:
         """
         out: list[str] = []
         while len(out) < count:
-            out += self._joined_strings(count - len(out), lambda i: field(len(out) + i))
+            out += self._joined_strings(count - len(out), len(out), field)
             if len(out) < count:
                 out.append(self._string(field(len(out))))
         return out
 
-    def _joined_strings(self, most: int, field: Callable[[int], str]) -> list[str]:
+    def _joined_strings(self, most: int, first: int, field: Callable[[int], str]) -> list[str]:
         if len(self._joined) < len(self._data):
             self._joined = bytearray(len(self._data))
         count, n_read, n_written = join_strings(self._data, self._pos, most, MAX_STRING_BYTES, self._joined)
@@ -248,7 +248,7 @@ class _Header:
             texts = data.decode().split("\0")
         except UnicodeDecodeError as error:
             begin = data.rfind(b"\0", 0, error.start) + 1
-            raise self._not_utf8(field(data.count(b"\0", 0, begin)), error, error.start - begin) from error
+            raise self._not_utf8(field(first + data.count(b"\0", 0, begin)), error, error.start - begin) from error
         self._pos += n_read
         return texts
 
