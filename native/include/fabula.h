@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 7 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 8 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -452,6 +452,10 @@ enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_is
 
 /* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
 enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
+
+/* Bytes/s that a device's memory moves when `n_bytes` are copied from one place there to another, those read and those written both
+ * counted: the fastest of `n_repeats` copies behind a first one. Takes twice n_bytes meanwhile. */
+enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s);
 
 /* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
  * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */
