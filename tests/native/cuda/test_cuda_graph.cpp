@@ -9,7 +9,7 @@
 
 #include <vector>
 
-enum { MOST = 12, LONG_PAST = 600 };
+enum { MOST = 12, LONG_PAST = 540 }; /* behind a border of key blocks, across which the window of a layer sees */
 
 /* A model and its pages. */
 struct place {
@@ -80,8 +80,9 @@ struct place {
     }
 };
 
-/* Batches of every size, in turns with others, with and without a long past, whose attention is split where processors idle. */
-static void test_bits(fb_device *device) {
+/* Batches of every size, in turns with others, with and without a long past, whose attention is split where processors idle.
+ * Returns the logits of a last step. */
+static std::vector<float> test_bits(fb_device *device) {
     const place with(device, true), without(device, false);
     int32_t at = 0;
     for (int32_t round = 0; round < 3; round++)
@@ -94,9 +95,10 @@ static void test_bits(fb_device *device) {
     CHECK(with.step(5, 0, 98, true) == without.step(5, 0, 98, true));
     CHECK(with.pages() == without.pages());
     const fb_graph_info info = with.info(), none = without.info();
-    CHECK_AT(info.n_replayed >= 10 && info.n_graphs <= info.n_recorded, "%d replayed", (int)info.n_replayed);
+    CHECK_AT(info.n_replayed >= 8 && info.n_graphs <= info.n_recorded, "%d replayed", (int)info.n_replayed);
     CHECK_AT(info.status == FB_OK, "%s", info.reason);
     CHECK(none.n_recorded == 0 && none.n_replayed == 0 && none.n_launched == 32 && !none.is_on);
+    return with.step(5, 5, 12, true);
 }
 
 /* Sizes share graphs where they round to the same. The first is launched, the second recorded, the third replayed. */
@@ -229,11 +231,13 @@ int main() {
     fb_device *device = nullptr;
     CHECK(fb_device_open(0, 0, &device) == FB_OK);
     test_runtime();
+    std::vector<std::vector<float>> logits;
     for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not */
         fake_n_processors = n_processors;
         emulate::backward = n_processors == 1;
-        test_bits(device);
+        logits.push_back(test_bits(device));
     }
+    CHECK(logits[0] == logits[1]);
     test_table(device);
     test_limit(device);
     test_failures(device);
