@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NEEDS = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
 
-.PHONY: run test lint sanitize aarch64 cuda emulated format clean
+.PHONY: run test lint sanitize aarch64 cuda gpu emulated format clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
@@ -39,6 +39,10 @@ aarch64: $(VENV)/tested-with
 # The library for NVIDIA GPUs: that it compiles, links and says what is missing where there is none.
 cuda: $(VENV)/tested-with
 	PYTHON=$(abspath $(BIN)/python) sh tests/native/cuda.sh
+
+# Every test that needs a GPU, on one: operators under compute-sanitizer, then Python.
+gpu: $(VENV)/tested-with
+	PYTHON=$(abspath $(BIN)/python) sh tests/native/gpu.sh
 
 # The same library on GPUs that are emulated, under the Python tests that need one.
 emulated: $(VENV)/tested-with

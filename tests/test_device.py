@@ -67,6 +67,10 @@ def test_the_servers_settings() -> None:
 
 def test_the_cpu_is_the_default(tiny_model: Model) -> None:
     if tiny_model.device == "cpu":
+        with pytest.raises(Unsupported, match="have no graphs"):
+            tiny_model._runner.program.set_graphs(True)
+        with pytest.raises(Unsupported, match="have no graphs"):
+            _ = tiny_model._runner.program.graphs
         assert tiny_model.device_name == "" and "device cpu" in repr(tiny_model)
 
 
@@ -146,6 +150,23 @@ def test_a_token_has_the_same_bits_in_every_batch(on_gpu: Model) -> None:
                 found = runner.step([(one, part), (other, part[::-1].copy())], np.arange(len(part)))
                 rows.append(found)
             assert np.array_equal(np.concatenate(rows), wanted)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_give_the_same_bits(on_gpu: Model) -> None:
+    """Answers side by side, and pages behind them, whether each step is one launch or many."""
+    program, said = on_gpu._runner.program, []
+    for is_on in (True, False):
+        program.set_graphs(is_on)
+        before = program.graphs
+        on_gpu.clear_cache()
+        answers = [on_gpu.generate(PROMPT[i:], params) for i in range(3) for params in (GREEDY, RANDOM)]
+        said.append([[(piece.token_id, piece.logprob) for piece in answer] for answer in answers])
+        after = program.graphs
+        assert after.is_on == is_on and after.reason == ""
+        assert (after.n_replayed > before.n_replayed) == is_on
+    assert said[0] == said[1]
+    program.set_graphs(True)
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ FB_BOTH tile_view view_of(
     v.last_position = s.n_past + (tile.first_row + v.n_rows - 1) / group;
     v.first_block = lowest_visible(s, window, v.first_position) / KEYS;
     v.sinks = sees_sinks(s, window, v.last_position);
-    v.n_parts = v.last_position / KEYS + 1 - v.first_block + (v.sinks ? 1 : 0);
+    v.n_parts = v.n_rows > 0 ? v.last_position / KEYS + 1 - v.first_block + (v.sinks ? 1 : 0) : 0;
     return v;
 }
 

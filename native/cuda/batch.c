@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-enum { MOST_PARTIAL_FLOATS = 1 << 22 }; /* of a split attention: 16 MiB */
+enum { MOST_PARTIAL_FLOATS = 1 << 23 }; /* of a split attention: 32 MiB */
 
 static int32_t pages_of(const struct fb_sequence *sequence) {
     return (sequence->n_past + sequence->n_tokens - 1) / FB_PAGE_POSITIONS + 1;
@@ -15,65 +15,100 @@ static size_t place(struct fb_cuda_description *d, size_t count, size_t size) {
     return at;
 }
 
-size_t fb_cuda_partials_of(const struct fb_program *program, const struct fb_cuda_sequence *sequences,
-    int32_t n_sequences, int32_t window, int32_t tile_rows, struct fb_cuda_attention *out) {
-    const struct fb_program_shape *s = &program->shape;
-    *out = (struct fb_cuda_attention){.tile_rows = tile_rows, .window = window};
-    out->pages.head_dim = s->head_dim;
-    out->pages.n_kv_heads = s->n_kv_heads;
-    out->n_tiles = fb_cuda_tiles(
-        sequences, n_sequences, s->n_heads / s->n_kv_heads, tile_rows, window, NULL, &out->n_parts);
-    return fb_cuda_partial_floats(out);
+/* ---- Attention --------------------------------------------------------------------------------------------------- */
+
+int32_t fb_cuda_parts_within(const struct fb_cuda_description *d, int32_t window) {
+    if (window == 0 || d->n_parts == 0) return d->n_parts;
+    /* A tile's queries stand at tile_rows positions at most; what they see begins and ends anywhere in a key block, and sinks are a part. */
+    const int64_t seen = (int64_t)window + d->tile_rows;
+    const int64_t most = (seen + FB_CUDA_KEY_BLOCK - 2) / FB_CUDA_KEY_BLOCK + 2;
+    return most < d->n_parts ? (int32_t)most : d->n_parts;
+}
+
+/* Of a rounded step each token is a sequence, also those that are not there. */
+static int32_t tiles_of(const struct fb_cuda_rows *rows, int32_t n_found, int32_t group, int32_t tile_rows) {
+    return rows->is_rounded ? rows->n_tokens * ((group + tile_rows - 1) / tile_rows) : n_found;
 }
 
 /* Key blocks get threads of their own when tiles alone leave most of the GPU idle and some tile has several; if parts fit. The result
- * does not depend on it. */
+ * does not depend on it, nor on how many parts are made room for. */
 static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cuda_sequence *sequences,
     int32_t n_sequences, struct fb_cuda_description *d) {
     const struct fb_program *program = p->program;
-    const int32_t rows = fb_cuda_tile_rows(program->shape.head_dim, true);
-    struct fb_cuda_attention of;
-    size_t most = 0;
-    int32_t n_parts = 0, n_tiles = 0;
+    const int32_t group = program->shape.n_heads / program->shape.n_kv_heads, head_dim = program->shape.head_dim;
+    struct fb_cuda_attention of = {.tile_rows = fb_cuda_tile_rows(head_dim, true)};
+    int32_t n_found = 0, n_parts;
+    of.pages.head_dim = head_dim;
+    of.pages.n_kv_heads = program->shape.n_kv_heads;
     for (int32_t i = 0; i < program->n_ops; i++) {
         if (program->ops[i].kind != FB_OP_ATTENTION) continue;
-        const size_t floats = fb_cuda_partials_of(program, sequences, n_sequences, program->ops[i].window, rows, &of);
-        if (floats > most) most = floats;
-        if (of.n_parts > n_parts) n_parts = of.n_parts;
-        n_tiles = of.n_tiles;
+        n_found = fb_cuda_tiles(sequences, n_sequences, group, of.tile_rows, program->ops[i].window, NULL, &n_parts);
+        if (n_parts > of.n_parts) of.n_parts = n_parts;
     }
-    d->is_split = n_parts > 1 && most <= MOST_PARTIAL_FLOATS &&
-                  (int64_t)n_tiles * program->shape.n_kv_heads < 2 * (int64_t)p->n_processors;
-    d->tile_rows = fb_cuda_tile_rows(program->shape.head_dim, d->is_split);
-    fb_cuda_partials_of(program, sequences, n_sequences, 0, d->tile_rows, &of);
-    d->n_tiles = of.n_tiles;
-    return d->is_split ? fb_cuda_grow(p, &p->partials, most * sizeof(float), false) : FB_OK;
+    if (d->rows.is_rounded) of.n_parts = fb_cuda_round_up(of.n_parts);
+    of.n_tiles = tiles_of(&d->rows, n_found, group, of.tile_rows);
+    const size_t n_floats = fb_cuda_partial_floats(&of);
+    const bool is_split = of.n_parts > 1 && n_floats <= MOST_PARTIAL_FLOATS &&
+                          (int64_t)of.n_tiles * of.pages.n_kv_heads < 2 * (int64_t)p->n_processors;
+    d->n_parts = is_split ? of.n_parts : 0;
+    d->tile_rows = fb_cuda_tile_rows(head_dim, is_split);
+    return is_split ? fb_cuda_grow(p, &p->partials, n_floats * sizeof(float), false) : FB_OK;
 }
 
-enum fb_status fb_cuda_describe(
-    struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_description *d) {
-    const struct fb_program *program = p->program;
-    const size_t n_tokens = (size_t)batch->n_tokens, n_sequences = (size_t)batch->n_sequences;
+/* Fills the list of tiles, up to where the launch ends with such of a sequence of no tokens. */
+static void list_tiles(const struct fb_program *program, const struct fb_cuda_sequence *sequences, int32_t n_sequences,
+    struct fb_cuda_description *d, struct fb_cuda_tile *tiles) {
+    const int32_t group = program->shape.n_heads / program->shape.n_kv_heads;
+    int32_t n_parts;
+    const int32_t n_found = fb_cuda_tiles(sequences, n_sequences, group, d->tile_rows, 0, tiles, &n_parts);
+    d->n_tiles = tiles_of(&d->rows, n_found, group, d->tile_rows);
+    for (int32_t i = n_found; i < d->n_tiles; i++)
+        tiles[i] = (struct fb_cuda_tile){.sequence = n_sequences};
+}
+
+/* ---- The description --------------------------------------------------------------------------------------------- */
+
+/* Pages come last: how many there are changes from step to step, and where all the rest lies must not. */
+static enum fb_status lay_out(
+    struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_rows rows, struct fb_cuda_description *d) {
+    const struct fb_program_shape *shape = &p->program->shape;
+    const size_t n_tokens = (size_t)rows.n_tokens, group = (size_t)(shape->n_heads / shape->n_kv_heads);
+    const size_t n_sequences = rows.is_rounded ? n_tokens : (size_t)batch->n_sequences;
     size_t n_pages = 0;
-    for (size_t i = 0; i < n_sequences; i++)
+    for (int32_t i = 0; i < batch->n_sequences; i++)
         n_pages += (size_t)pages_of(&batch->sequences[i]);
-    const size_t group = (size_t)(program->shape.n_heads / program->shape.n_kv_heads);
     FB_REQUIRE(n_pages <= INT32_MAX, "%zu pages are too many for one batch", n_pages);
     FB_REQUIRE(
         n_tokens * group <= INT32_MAX / 2, "%zu tokens of %zu heads are too many for one batch", n_tokens, group);
-    *d = (struct fb_cuda_description){.n_bytes = 0};
+    *d = (struct fb_cuda_description){.rows = rows};
     d->sequences = place(d, n_sequences, sizeof(struct fb_cuda_sequence));
     d->tokens = place(d, n_tokens, sizeof(int32_t));
     d->positions = place(d, n_tokens, sizeof(int32_t));
     d->owners = place(d, n_tokens, sizeof(int32_t));
-    d->outputs = place(d, (size_t)batch->n_outputs, sizeof(int32_t));
-    d->pages = place(d, n_pages, sizeof(int32_t));
+    d->outputs = place(d, (size_t)rows.n_outputs, sizeof(int32_t));
     /* Tiles hold at least one row of a token's group: room for the most there can be. */
-    const size_t least_rows = (size_t)fb_cuda_tile_rows(program->shape.head_dim, true);
+    const size_t least_rows = (size_t)fb_cuda_tile_rows(shape->head_dim, true);
     d->tiles = place(d, n_tokens * group / least_rows + n_sequences, sizeof(struct fb_cuda_tile));
-    FB_TRY(fb_cuda_grow(p, &p->inputs, d->n_bytes, true));
+    d->pages = place(d, n_pages, sizeof(int32_t));
+    return fb_cuda_grow(p, &p->inputs, d->n_bytes, true);
+}
 
-    char *host = p->inputs.host, *device = p->inputs.device;
+/* What fills up the rows: token 0 at position 0 of a sequence of no tokens, and the first output once more. */
+static void fill_up(const struct fb_batch *batch, const struct fb_cuda_description *d, char *host) {
+    int32_t *tokens = (int32_t *)(void *)(host + d->tokens), *outputs = (int32_t *)(void *)(host + d->outputs);
+    int32_t *positions = (int32_t *)(void *)(host + d->positions), *owners = (int32_t *)(void *)(host + d->owners);
+    if (batch->n_tokens < d->rows.n_tokens)
+        ((struct fb_cuda_sequence *)(void *)(host + d->sequences))[batch->n_sequences] = (struct fb_cuda_sequence){
+            .first_row = batch->n_tokens};
+    for (int32_t row = batch->n_tokens; row < d->rows.n_tokens; row++) {
+        tokens[row] = positions[row] = 0;
+        owners[row] = batch->n_sequences;
+    }
+    for (int32_t i = batch->n_outputs; i < d->rows.n_outputs; i++)
+        outputs[i] = outputs[0];
+}
+
+static void write_batch(const struct fb_batch *batch, const struct fb_cuda_description *d, char *host) {
     struct fb_cuda_sequence *sequences = (struct fb_cuda_sequence *)(void *)(host + d->sequences);
     int32_t *positions = (int32_t *)(void *)(host + d->positions), *owners = (int32_t *)(void *)(host + d->owners);
     int32_t *pages = (int32_t *)(void *)(host + d->pages), row = 0, page = 0;
@@ -92,14 +127,20 @@ enum fb_status fb_cuda_describe(
             owners[row] = i;
         }
     }
-    memcpy(host + d->tokens, batch->tokens, n_tokens * sizeof(int32_t));
+    memcpy(host + d->tokens, batch->tokens, (size_t)batch->n_tokens * sizeof(int32_t));
     if (batch->n_outputs) memcpy(host + d->outputs, batch->outputs, (size_t)batch->n_outputs * sizeof(int32_t));
-    FB_TRY(choose_tiles(p, sequences, batch->n_sequences, d));
-    int32_t n_parts;
-    fb_cuda_tiles(sequences, batch->n_sequences, (int32_t)group, d->tile_rows, 0,
-        (struct fb_cuda_tile *)(void *)(host + d->tiles), &n_parts);
+    fill_up(batch, d, host);
+}
 
-    d->batch = (struct fb_cuda_batch){.n_tokens = batch->n_tokens,
+enum fb_status fb_cuda_describe(
+    struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_rows rows, struct fb_cuda_description *d) {
+    FB_TRY(lay_out(p, batch, rows, d));
+    char *host = p->inputs.host, *device = p->inputs.device;
+    const struct fb_cuda_sequence *sequences = (const struct fb_cuda_sequence *)(const void *)(host + d->sequences);
+    write_batch(batch, d, host);
+    FB_TRY(choose_tiles(p, sequences, batch->n_sequences, d));
+    list_tiles(p->program, sequences, batch->n_sequences, d, (struct fb_cuda_tile *)(void *)(host + d->tiles));
+    d->batch = (struct fb_cuda_batch){.n_tokens = rows.n_tokens,
         .n_sequences = batch->n_sequences,
         .tokens = (const int32_t *)(void *)(device + d->tokens),
         .positions = (const int32_t *)(void *)(device + d->positions),

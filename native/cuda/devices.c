@@ -88,6 +88,8 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
         .clear = clear,
         .program_create = fb_cuda_program_create,
         .program_free = fb_cuda_program_free,
-        .program_run = fb_cuda_program_run};
+        .program_run = fb_cuda_program_run,
+        .program_set_graphs = fb_cuda_set_graphs,
+        .program_graph_info = fb_cuda_graph_info};
     return &kind;
 }

@@ -51,7 +51,8 @@ struct fb_cuda_pages {
     char *memory;
 };
 
-/* A sequence of the batch; its pages stand from `first_page` on in the batch's list of pages. */
+/* A sequence of the batch; its pages stand from `first_page` on in the batch's list of pages. One of no tokens may own rows and
+ * tiles that only fill up a batch: they write no pages and get no attention. */
 struct fb_cuda_sequence {
     int32_t first_page, n_past, n_tokens, window, n_sinks;
     int32_t first_row; /* of its first token in the batch */
@@ -132,7 +133,8 @@ struct fb_cuda_attention {
     int64_t ldq, ld_out;
     const struct fb_cuda_tile *tiles; /* [n_tiles], of fb_cuda_tiles */
     int32_t n_tiles, tile_rows;
-    int32_t n_parts; /* of the tile that has most, when split; 0: a block of threads walks all parts of its tile */
+    int32_t
+        n_parts; /* at least those of the tile that has most, when split; 0: a block of threads walks all parts of its tile */
     float *partials; /* fb_cuda_partial_floats, when split */
 };
 

@@ -87,6 +87,7 @@ enum fb_status fb_cuda_program_create(const fb_program *program, void **out) {
     if (!p) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     p->program = program;
     p->device = program->device;
+    p->graphs.info.is_on = true;
     const enum fb_status status = build(p);
     if (status != FB_OK) {
         fb_cuda_program_free(p);
@@ -100,6 +101,7 @@ void fb_cuda_program_free(void *on_device) {
     struct fb_cuda_program *p = on_device;
     cudaSetDevice(p->device->index);
     if (p->stream) cudaStreamSynchronize(p->stream);
+    fb_cuda_drop_graphs(&p->graphs);
     give_up(p, &p->inputs);
     give_up(p, &p->outputs);
     give_up(p, &p->partials);

@@ -5,10 +5,12 @@
  *     program.c   what a program needs on the GPU
  *     batch.c     what describes a batch there, and which way its attention goes
  *     run.c       operators as launches on one stream, and the results' way back
+ *     graph.c     those launches recorded and replayed as one
  */
 #ifndef FABULA_CUDA_PROGRAM_H
 #define FABULA_CUDA_PROGRAM_H
 
+#include "graph.h"
 #include "kernels.h"
 #include "program/program.h"
 #include "runtime.h"
@@ -34,16 +36,18 @@ struct fb_cuda_program {
     struct fb_cuda_growing outputs;  /* logits, on the GPU only */
     struct fb_cuda_growing partials; /* of attention, on the GPU only */
     struct fb_cuda_growing drawn;    /* tokens, log-probabilities and damage of rows */
+    struct fb_cuda_graphs graphs;
 };
 
 /* Where the parts of a batch's description lie, in bytes, and pointers to them on the GPU. */
 struct fb_cuda_description {
     size_t tokens, positions, owners, outputs, sequences, pages, tiles, n_bytes;
+    struct fb_cuda_rows rows;
     struct fb_cuda_batch batch;
     const struct fb_cuda_tile *device_tiles;
     const int32_t *device_outputs;
     int32_t n_tiles, tile_rows;
-    bool is_split;
+    int32_t n_parts; /* of the longest tile when attention is split, 0 when it is not */
 };
 
 /* As the table of base/device.h has them. */
@@ -58,11 +62,15 @@ enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *m
 /* Bytes rounded up to where the next part of an allocation begins. */
 size_t fb_cuda_aligned(size_t n_bytes);
 
-/* Takes memory for the batch's description and writes it; the copy to the GPU is only begun. */
-enum fb_status fb_cuda_describe(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_description *d);
+/* Takes memory for the batch's description, of so many rows, and writes it; the copy to the GPU is only begun. */
+enum fb_status fb_cuda_describe(
+    struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_rows rows, struct fb_cuda_description *d);
 
-/* Floats of partial results that an attention takes, and parts of its longest tile (`out->n_parts`). */
-size_t fb_cuda_partials_of(const struct fb_program *program, const struct fb_cuda_sequence *sequences,
-    int32_t n_sequences, int32_t window, int32_t tile_rows, struct fb_cuda_attention *out);
+/* Parts that tiles of a split attention have at most, in a layer with this window. */
+int32_t fb_cuda_parts_within(const struct fb_cuda_description *d, int32_t window);
+
+/* Launches the program's operators one by one. They take no memory and wait for nothing, for a stream may be recording. */
+enum fb_status fb_cuda_launch_ops(
+    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits);
 
 #endif

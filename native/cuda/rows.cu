@@ -187,6 +187,7 @@ static __global__ void kv_write_kernel(
     const bool is_k = threadIdx.x < FB_WARP;
     const int lane = (int)(threadIdx.x % FB_WARP);
     const fb_cuda_sequence sequence = batch.sequences[batch.owners[row]];
+    if (sequence.n_tokens == 0) return; /* a row that only fills up the batch */
     const int32_t page = batch.pages[sequence.first_page + position / FB_PAGE_POSITIONS];
     char *slab = pages.memory + page * pages.page_bytes +
                  ((int64_t)layer * pages.n_kv_heads + head) * (pages.k.bytes + pages.v.bytes);

@@ -38,10 +38,10 @@ static int run_product(struct fb_cuda_program *p, const struct fb_op *op, int32_
 }
 
 static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, const struct fb_cuda_pages *pages,
-    const struct fb_cuda_description *d, const struct fb_cuda_sequence *sequences) {
+    const struct fb_cuda_description *d) {
     const struct fb_program_shape *s = &p->program->shape;
     const struct fb_buffer *buffers = p->program->buffers;
-    struct fb_cuda_attention a = {.batch = d->batch,
+    const struct fb_cuda_attention a = {.batch = d->batch,
         .pages = *pages,
         .layer = op->layer,
         .window = op->window,
@@ -56,12 +56,8 @@ static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, cons
         .tiles = d->device_tiles,
         .n_tiles = d->n_tiles,
         .tile_rows = d->tile_rows,
+        .n_parts = fb_cuda_parts_within(d, op->window),
         .partials = (float *)(void *)p->partials.device};
-    if (d->is_split) {
-        struct fb_cuda_attention of;
-        fb_cuda_partials_of(p->program, sequences, d->batch.n_sequences, op->window, d->tile_rows, &of);
-        a.n_parts = of.n_parts;
-    }
     return fb_cuda_attend(&a, p->stream);
 }
 
@@ -92,7 +88,7 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
     case FB_OP_KV_WRITE:
         return fb_cuda_kv_write(from, ld_in, &d->batch, s->n_heads, pages, op->layer, p->stream);
     case FB_OP_ATTENTION:
-        return run_attention(p, op, pages, d, (const struct fb_cuda_sequence *)(void *)(p->inputs.host + d->sequences));
+        return run_attention(p, op, pages, d);
     case FB_OP_GATHER_OUTPUTS:
         return fb_cuda_gather(from, ld_in, d->device_outputs, n_rows, in->width, to, ld_out, p->stream);
     default:
@@ -100,14 +96,15 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
     }
 }
 
-static enum fb_status run_ops(struct fb_cuda_program *p, const struct fb_cuda_pages *pages,
-    const struct fb_cuda_description *d, int32_t n_outputs, float *logits) {
+enum fb_status fb_cuda_launch_ops(
+    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits) {
     static const char *const names[] = {"", "embed", "rms_norm", "linear", "linear_swiglu", "head_norm", "rope",
         "kv_write", "attention", "gather_outputs", "logits"};
-    int32_t n_rows = d->batch.n_tokens;
+    int32_t n_rows = d->rows.n_tokens;
+    FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
     for (int32_t i = 0; i < p->program->n_ops; i++) {
         const struct fb_op *op = &p->program->ops[i];
-        if (op->kind == FB_OP_GATHER_OUTPUTS) n_rows = n_outputs;
+        if (op->kind == FB_OP_GATHER_OUTPUTS) n_rows = d->rows.n_outputs;
         if (n_rows == 0) break; /* nobody wants logits */
         FB_TRY(fb_cuda_check(run_op(p, op, pages, d, n_rows, logits), names[op->kind]));
     }
@@ -145,14 +142,13 @@ static enum fb_status copy_logits(
 }
 
 static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
-    const struct fb_results *results, bool draws) {
+    struct fb_cuda_rows rows, const struct fb_results *results, bool draws) {
     struct fb_cuda_description d;
     struct fb_cuda_pages pages;
     float *logits = (float *)(void *)p->outputs.device;
     fb_cuda_pages_view(pool, &pages);
-    FB_TRY(fb_cuda_describe(p, batch, &d));
-    FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
-    FB_TRY(run_ops(p, &pages, &d, batch->n_outputs, logits));
+    FB_TRY(fb_cuda_describe(p, batch, rows, &d));
+    FB_TRY(fb_cuda_run_step(p, &pages, &d, logits));
     if (draws) FB_TRY(draw(p, logits, batch->n_outputs));
     FB_TRY(copy_logits(p, logits, batch->n_outputs, results));
     return fb_cuda_check(
@@ -164,14 +160,15 @@ enum fb_status fb_cuda_program_run(
     void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results) {
     struct fb_cuda_program *p = on_device;
     const size_t n_rows = (size_t)batch->n_outputs;
+    const struct fb_cuda_rows rows = fb_cuda_rows_of(p, batch);
     const size_t width = (size_t)p->program->ops[p->program->n_ops - 1].weight->n_rows;
     bool draws = false;
     for (size_t i = 0; results->is_greedy && i < n_rows; i++)
         draws = draws || results->is_greedy[i];
     FB_TRY(fb_cuda_enter(p->device->index));
-    FB_TRY(fb_cuda_grow(p, &p->outputs, n_rows * width * sizeof(float), false));
+    FB_TRY(fb_cuda_grow(p, &p->outputs, (size_t)rows.n_outputs * width * sizeof(float), false));
     if (draws) FB_TRY(fb_cuda_grow(p, &p->drawn, 3 * n_rows * sizeof(int32_t), true));
-    const enum fb_status status = run_batch(p, pool, batch, results, draws);
+    const enum fb_status status = run_batch(p, pool, batch, rows, results, draws);
     /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
     const int error = cudaStreamSynchronize(p->stream);
     FB_TRY(status);

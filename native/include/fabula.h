@@ -307,6 +307,22 @@ struct fb_batch {
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
 
+/* A device's program records a step in which every sequence has one token when its size, rounded up, comes for the second time, and
+ * from then on launches it as a whole. That changes how long a step takes, never a bit of it. */
+struct fb_graph_info {
+    uint32_t struct_size; /* sizeof(struct fb_graph_info), filled by the library */
+    bool is_on;
+    int32_t n_graphs;                           /* recorded steps that are held */
+    int64_t n_recorded, n_replayed, n_launched; /* since the program was made; the last: steps operator by operator */
+    enum fb_status status;                      /* FB_OK, or why a step could not be recorded or launched as a whole: */
+    char reason[192];                           /* it ran operator by operator, and its size does so from then on */
+};
+
+/* Whether steps are recorded, as they are from the start; what was recorded goes. Not while the program runs. Both:
+ * FB_UNSUPPORTED for a program of the CPU. */
+enum fb_status fb_program_set_graphs(fb_program *program, bool is_on);
+enum fb_status fb_program_graph_info(const fb_program *program, struct fb_graph_info *out);
+
 /* ---- Sampling ---------------------------------------------------------------------------------------------------- */
 
 /* Steps of the sampling chain, run in the order of fb_sampling.chain. A step whose parameter is neutral does nothing.
@@ -460,6 +476,10 @@ enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_is
 
 /* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
 enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
+
+/* Bytes/s that a device's memory moves when `n_bytes` are copied from one place there to another, those read and those written both
+ * counted: the fastest of `n_repeats` copies behind a first one. Takes twice n_bytes meanwhile. */
+enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s);
 
 /* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
  * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */

@@ -19,6 +19,7 @@ size_t fb_sizeof(const char *struct_name) {
         {"fb_batch", sizeof(struct fb_batch)},
         {"fb_sampling", sizeof(struct fb_sampling)},
         {"fb_device_info", sizeof(struct fb_device_info)},
+        {"fb_graph_info", sizeof(struct fb_graph_info)},
     };
     for (size_t i = 0; struct_name && i < sizeof sizes / sizeof *sizes; i++)
         if (strcmp(struct_name, sizes[i].name) == 0) return sizes[i].size;

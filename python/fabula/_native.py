@@ -397,6 +397,19 @@ class Draw:
     sampling: Sampling
 
 
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """Steps of a program on a GPU: graphs that are held, recordings, steps replayed and steps launched operator by
+    operator; why one could not be recorded, or ""."""
+
+    is_on: bool
+    n_graphs: int
+    n_recorded: int
+    n_replayed: int
+    n_launched: int
+    reason: str
+
+
 class Program:
     """A checked and planned list of operators; see fb_program in fabula.h."""
 
@@ -510,6 +523,22 @@ class Program:
             n = int(c.n_drawn)
             drawn.append((draw.history[draw.n_history : draw.n_history + n].copy(), row[:n]))
         return drawn, seconds[: n_done[0]]
+
+    def set_graphs(self, is_on: bool) -> None:
+        """Whether steps on a GPU are recorded and launched as a whole, as they are from the start; for measurements.
+
+        Raises:
+            Unsupported: it runs on the CPU.
+        """
+        check(lib.fb_program_set_graphs(self.handle, is_on))
+
+    @property
+    def graphs(self) -> GraphInfo:
+        """What became of recorded steps; Unsupported on the CPU."""
+        info = ffi.new("struct fb_graph_info *")
+        check(lib.fb_program_graph_info(self.handle, info))
+        reason = ffi.string(info.reason).decode("utf-8", "replace")
+        return GraphInfo(bool(info.is_on), info.n_graphs, info.n_recorded, info.n_replayed, info.n_launched, reason)
 
     def close(self) -> None:
         ffi.release(self.handle)

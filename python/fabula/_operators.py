@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fabula._ffi import ffi, lib
-from fabula._native import F32, I32, Isa, KvDTypes, Weight, check, floats, ints, isa_number, of_k_and_v
+from fabula._native import F32, I32, Device, Isa, KvDTypes, Weight, check, floats, ints, isa_number, of_k_and_v
 
 
 def rms_norm(x: F32, weight: F32, eps: float, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
@@ -105,6 +105,13 @@ def measure_read(n_bytes: int, n_repeats: int, n_threads: int) -> float:
     """Bytes per second of streaming reads; see fb_measure_read."""
     out = ffi.new("double *")
     check(lib.fb_measure_read(n_bytes, n_repeats, n_threads, out))
+    return float(out[0])
+
+
+def measure_copy(device: Device, n_bytes: int, n_repeats: int) -> float:
+    """Bytes per second that a GPU's memory moves, those read and those written; see fb_measure_copy."""
+    out = ffi.new("double *")
+    check(lib.fb_measure_copy(device.handle, n_bytes, n_repeats, out))
     return float(out[0])
 
 

@@ -15,7 +15,7 @@ cp -r "$top/python/fabula" "$build/package/"
 cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package"
-"$python" -m pytest -p no:cacheprovider tests/test_device.py
+"$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_bench_gpu.py
 # Of the long random walks over sessions one, which takes half a minute.
 FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py \
     -k "not every_walk or 1-f16"

@@ -37,6 +37,9 @@ struct fb_device_kind {
     /* The batch was checked. */
     enum fb_status (*program_run)(
         void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results);
+    /* See fb_program_set_graphs; not while the program runs. */
+    void (*program_set_graphs)(void *on_device, bool is_on);
+    void (*program_graph_info)(const void *on_device, struct fb_graph_info *out);
 };
 
 struct fb_device {

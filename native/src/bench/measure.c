@@ -7,6 +7,7 @@
  * in f32 and of bytes, on panels that stay in L1, at their best tile.
  */
 #include "base/cpu.h"
+#include "base/device.h"
 #include "base/memory.h"
 #include "base/status.h"
 #include "kernels/kernels.h"
@@ -40,6 +41,30 @@ static enum fb_status check(int32_t n_repeats, int32_t n_threads, const double *
     FB_REQUIRE(n_threads >= 1 && n_threads <= MAX_MEASURE_THREADS, "n_threads is %d, must be 1 .. %d", n_threads,
         MAX_MEASURE_THREADS);
     return FB_OK;
+}
+
+enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s) {
+    FB_TRY(check(n_repeats, 1, bytes_per_s));
+    FB_REQUIRE(device, "device is null");
+    FB_REQUIRE(n_bytes >= 1 && n_bytes <= (size_t)1 << 40, "n_bytes is %zu, must be 1 .. 2^40", n_bytes);
+    const struct fb_device_kind *kind = device->kind;
+    void *from, *to;
+    FB_TRY(fb_device_take(device, "a measurement", n_bytes, &from));
+    enum fb_status status = fb_device_take(device, "a measurement", n_bytes, &to);
+    if (status == FB_OK) {
+        status = kind->clear(device->index, from, n_bytes);
+        double best = 0.0;
+        for (int32_t r = -1; r < n_repeats && status == FB_OK; r++) {
+            const double start = now();
+            status = kind->copy(device->index, FB_ON_DEVICE, to, from, n_bytes);
+            const double speed = 2.0 * (double)n_bytes / (now() - start);
+            if (r >= 0 && speed > best) best = speed;
+        }
+        if (status == FB_OK) *bytes_per_s = best;
+        fb_device_release(device, to, n_bytes);
+    }
+    fb_device_release(device, from, n_bytes);
+    return status;
 }
 
 /* Sum of n words (a multiple of 8). */

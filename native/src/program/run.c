@@ -369,3 +369,18 @@ enum fb_status fb_program_run_on_device(struct fb_program *p, const fb_page_pool
     FB_TRY(fb_check_batch(p, pool, batch, n_logits));
     return p->device->kind->program_run(p->on_device, pool, batch, results);
 }
+
+enum fb_status fb_program_set_graphs(fb_program *program, bool is_on) {
+    FB_REQUIRE(program, "program is null");
+    if (!program->device) return fb_fail(FB_UNSUPPORTED, "the CPU's programs have no graphs");
+    program->device->kind->program_set_graphs(program->on_device, is_on);
+    return FB_OK;
+}
+
+enum fb_status fb_program_graph_info(const fb_program *program, struct fb_graph_info *out) {
+    FB_REQUIRE(program && out, "program or out is null");
+    if (!program->device) return fb_fail(FB_UNSUPPORTED, "the CPU's programs have no graphs");
+    program->device->kind->program_graph_info(program->on_device, out);
+    out->struct_size = sizeof *out;
+    return FB_OK;
+}

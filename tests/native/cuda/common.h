@@ -1,9 +1,15 @@
-/* common.h - buffers that begin as NaN, random numbers, and the two comparisons that tests of kernels make. */
+/*
+ * common.h - buffers that begin as NaN, random numbers, and the two comparisons that tests of kernels make.
+ *
+ * Compiled by nvcc the same tests run on a GPU (tests/native/gpu.sh): buffers are then memory that both sides see, and launches have to
+ * wait for their end, as CUDA_LAUNCH_BLOCKING=1 makes them.
+ */
 #ifndef FABULA_TESTS_CUDA_COMMON_H
 #define FABULA_TESTS_CUDA_COMMON_H
 
 #include "access.h"
 #include "check.h"
+#include "quant/convert.h"
 #include "views.h"
 
 #include <math.h>
@@ -11,19 +17,48 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __CUDACC__
+
+namespace emulate {
+static bool backward; /* a GPU's threads have their own order */
+}
+
+static inline void *take_memory(size_t n_bytes) {
+    void *memory = nullptr;
+    const cudaError_t error = cudaMallocManaged(&memory, n_bytes);
+    if (error == cudaSuccess) return memory;
+    fprintf(stderr, "no memory for a test: %s\n", cudaGetErrorString(error));
+    exit(1);
+}
+
+static inline void release_memory(void *memory) {
+    cudaFree(memory);
+}
+
+#else
+
+static inline void *take_memory(size_t n_bytes) {
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 16, n_bytes)) abort();
+    return memory;
+}
+
+static inline void release_memory(void *memory) {
+    free(memory);
+}
+
+#endif
+
 /* Memory of exactly the size asked for, aligned to 16 bytes as launches want it; every byte 0xFF, which makes NaN. */
 template <class T> struct buffer {
     T *data;
     size_t n;
 
-    explicit buffer(size_t n_) : n(n_) {
-        void *memory = nullptr;
-        if (posix_memalign(&memory, 16, n * sizeof(T) + (n == 0))) abort();
-        data = static_cast<T *>(memory);
+    explicit buffer(size_t n_) : data(static_cast<T *>(take_memory(n_ * sizeof(T) + (n_ == 0)))), n(n_) {
         poison();
     }
     ~buffer() {
-        free(data);
+        release_memory(data);
     }
     buffer(const buffer &) = delete;
     buffer &operator=(const buffer &) = delete;

@@ -7,10 +7,12 @@
  *
  * A launch fails, with a line on stderr, when no thread can go on: some have left, or wait elsewhere, while others wait for
  * them; or if a shuffle names not the whole warp, or meets another kind of shuffle. Launches of several threads wait for each other.
+ * On a stream that records (capture.h) a launch is kept, with its arguments as they are, and fails when it is replayed.
  */
 #ifndef FABULA_TESTS_EMULATE_H
 #define FABULA_TESTS_EMULATE_H
 
+#include "capture.h"
 #include "quant/convert.h"
 
 #include <assert.h>
@@ -292,27 +294,36 @@ inline bool run_block() {
 
 } // namespace emulate
 
-template <class... P>
-static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, void *,
-    typename std::common_type<P>::type... arguments) {
-    auto call = [&] { kernel(arguments...); };
-    assert(threads >= 1 && threads <= emulate::MOST_THREADS && threads % emulate::WARP == 0);
-    assert(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.y <= 65535 && grid.z <= 65535);
-    const std::lock_guard<std::mutex> guard(emulate::one_launch);
-    emulate::n_launches++;
-    emulate::failure = nullptr;
-    emulate::body = [](void *context) { (*static_cast<decltype(call) *>(context))(); };
-    emulate::body_context = &call;
-    emulate::dynamic_bytes = shared_bytes;
+namespace emulate {
+
+/* All blocks of a grid, one after the other. */
+template <class F> int run_grid(dim3 grid, unsigned n_block_threads, size_t shared_bytes, const F &call) {
+    const std::lock_guard<std::mutex> guard(one_launch);
+    n_launches++;
+    failure = nullptr;
+    body = [](void *context) { (*static_cast<const F *>(context))(); };
+    body_context = const_cast<F *>(&call);
+    dynamic_bytes = shared_bytes;
     gridDim = grid;
-    blockDim = dim3(threads);
+    blockDim = dim3(n_block_threads);
     const unsigned n_blocks = grid.x * grid.y * grid.z;
     for (unsigned b = 0; b < n_blocks; b++) {
-        const unsigned index = emulate::backward ? n_blocks - 1 - b : b;
+        const unsigned index = backward ? n_blocks - 1 - b : b;
         blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
-        if (!emulate::run_block()) return 1;
+        if (!run_block()) return 1;
     }
     return 0;
+}
+
+} // namespace emulate
+
+template <class... P>
+static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, void *stream,
+    typename std::common_type<P>::type... arguments) {
+    assert(threads >= 1 && threads <= emulate::MOST_THREADS && threads % emulate::WARP == 0);
+    assert(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.y <= 65535 && grid.z <= 65535);
+    auto call = [=] { kernel(arguments...); };
+    return emulate::put(stream, [=] { return emulate::run_grid(grid, threads, shared_bytes, call); });
 }
 
 #define __syncthreads emulate::sync_block

@@ -133,6 +133,25 @@ void model_free(struct model *m) {
     free(m);
 }
 
+fb_program *model_program(const struct model *m) {
+    return m->program;
+}
+
+fb_page_pool *model_pool(const struct model *m, int32_t n_pages) {
+    fb_page_pool *pool = NULL;
+    CHECK_AT(fb_page_pool_create_on(m->device, FB_F32, FB_F32, n_pages, LAYERS, KV_HEADS, HEAD_DIM, &pool) == FB_OK,
+        "%s", fb_last_error());
+    const size_t n_bytes = fb_page_bytes(pool);
+    float *page = malloc(n_bytes);
+    state = 3;
+    for (int32_t i = 0; i < n_pages; i++) {
+        fill(page, n_bytes / sizeof *page, 1.0f);
+        CHECK(fb_page_write(pool, i, page, n_bytes) == FB_OK);
+    }
+    free(page);
+    return pool;
+}
+
 /* Runs a batch on the device, on the CPU too unless `pool` is NULL. Logits go to `got` and `wanted`. */
 static void run_both(const struct model *m, fb_page_pool *pool, const struct model *on_device, fb_page_pool *pool_there,
     const struct fb_batch *batch, float *wanted, float *got) {

@@ -13,6 +13,10 @@ enum { MODEL_VOCABULARY = 96, MODEL_TOKENS = 64, MODEL_PAGES = 40 };
 struct model;
 struct model *model_create(fb_device *device); /* the same numbers each time; NULL if the device refuses */
 void model_free(struct model *model);
+fb_program *model_program(const struct model *model);
+
+/* Pages of the model's shape in f32, where the model lies, holding random numbers: the same each time. */
+fb_page_pool *model_pool(const struct model *model, int32_t n_pages);
 
 /* Runs the same batches on both: a prompt, then tokens of several sequences, some of which slide. Logits may differ by
  * `tolerance` of their size, and must be the same bits in each of the ways to cut the prompt. Returns the number of failures. */

@@ -38,6 +38,7 @@ struct setting {
     size_t dim, n_heads, ldq, ld_out, n_rows = 0;
     fb_page_pool *pool = nullptr;
     fb_cuda_pages view;
+    size_t n_page_bytes; /* of all pages */
     buffer<float> frequencies;
     std::vector<std::vector<int32_t>> pages; /* of each sequence */
     std::vector<size_t> first_row;
@@ -51,7 +52,8 @@ struct setting {
             n_pages += (s.n_past + s.n_tokens + 31) / 32;
         CHECK(fb_page_pool_create(c.k, c.v, n_pages, LAYERS, c.n_kv_heads, c.head_dim, &pool) == FB_OK);
         fb_cuda_pages_view(pool, &view);
-        memset(view.memory, 0xFF, (size_t)n_pages * fb_page_bytes(pool));
+        n_page_bytes = (size_t)n_pages * fb_page_bytes(pool);
+        memset(view.memory, 0xFF, n_page_bytes);
         for (size_t i = 0; i < frequencies.n; i++)
             frequencies[i] = powf(1000.0f, -(float)i / (float)frequencies.n);
         int32_t next = n_pages - 1; /* falling, so that no page lies behind the one before */
@@ -159,6 +161,10 @@ struct setting {
         }
         buffer<int32_t> of_pages(list.size());
         memcpy(of_pages.data, list.data(), list.size() * sizeof(int32_t));
+        buffer<char> memory(n_page_bytes);
+        memcpy(memory.data, view.memory, n_page_bytes);
+        buffer<fb_cuda_sequence> of_sequences(sequences.size());
+        memcpy(of_sequences.data, sequences.data(), sequences.size() * sizeof(fb_cuda_sequence));
         buffer<float> queries(rows.size() * ldq), result(rows.size() * ld_out), turned(rows.size() * 2 * frequencies.n);
         for (size_t i = 0; i < rows.size(); i++) {
             memcpy(queries.data + i * ldq, &q[rows[i] * ldq], ldq * sizeof(float));
@@ -169,9 +175,10 @@ struct setting {
         fb_cuda_attention a = {};
         a.batch.n_tokens = (int32_t)rows.size();
         a.batch.n_sequences = (int32_t)sequences.size();
-        a.batch.sequences = sequences.data();
+        a.batch.sequences = of_sequences.data;
         a.batch.pages = of_pages.data;
         a.pages = view;
+        a.pages.memory = memory.data;
         a.layer = LAYER;
         a.window = c.window;
         a.n_heads = (int32_t)n_heads;

@@ -64,7 +64,8 @@ static void test_shape(fb_dtype dtype, const shape &s) {
             const size_t begin = (size_t)(most - n);
             buffer<float> in((size_t)n * ldx), out((size_t)n * ld);
             memcpy(in.data, x.data + begin * ldx, in.n * sizeof(float));
-            int32_t non_finite = 0;
+            buffer<int32_t> non_finite(1);
+            non_finite[0] = 0;
             fb_cuda_linear a = {};
             a.weight = on_device.view;
             a.x = in.data;
@@ -81,9 +82,9 @@ static void test_shape(fb_dtype dtype, const shape &s) {
             a.n_tokens = n;
             a.width = s.n_rows;
             a.swiglu = s.swiglu;
-            a.non_finite = &non_finite;
+            a.non_finite = non_finite.data;
             CHECK(fb_cuda_multiply(&a, nullptr) == 0);
-            CHECK(non_finite == 0);
+            CHECK(non_finite[0] == 0);
             difference d;
             for (size_t t = 0; t < (size_t)n; t++)
                 for (size_t c = 0; c < ld; c++) {
@@ -113,7 +114,8 @@ static void test_non_finite() {
         buffer<float> x((size_t)n * 8), out((size_t)n * 20);
         fill(x, 1.0f);
         x[9] = INFINITY;
-        int32_t non_finite = 0;
+        buffer<int32_t> non_finite(1);
+        non_finite[0] = 0;
         fb_cuda_linear a = {};
         a.weight = on_device.view;
         a.x = x.data;
@@ -121,9 +123,9 @@ static void test_non_finite() {
         a.out = out.data;
         a.ld_out = a.width = 20;
         a.n_tokens = n;
-        a.non_finite = &non_finite;
+        a.non_finite = non_finite.data;
         CHECK(fb_cuda_multiply(&a, nullptr) == 0);
-        CHECK(non_finite == 1);
+        CHECK(non_finite[0] == 1);
     }
     fb_weight_free(weight);
 }

@@ -1,7 +1,8 @@
 /*
  * cuda_runtime_api.h - the few calls of the CUDA runtime that native/cuda makes, on the host's heap, for tests without a GPU. Everything
- * happens at once; what is allocated is filled with 0xFF. There are two devices, of 256 MiB and of 1 MiB. Call number
- * `fake_fails_at` and no other fails, with an error of its kind.
+ * happens at once, or when its graph is launched; what is allocated is filled with 0xFF. There are two devices, of 256 MiB and of
+ * 1 MiB. Call number `fake_fails_at` and no other fails, with an error of its kind. While a thread records a stream, calls
+ * that wait or take or free memory fail and break the recording.
  */
 #ifndef FABULA_TESTS_CUDA_RUNTIME_API_H
 #define FABULA_TESTS_CUDA_RUNTIME_API_H
@@ -20,11 +21,16 @@ typedef enum {
     cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureInvalidated = 901,
     cudaErrorUnknown = 999
 } cudaError_t;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum { cudaDevAttrMultiProcessorCount = 16, cudaStreamNonBlocking = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct fake_stream *cudaStream_t;
+typedef struct fake_graph *cudaGraph_t;
+typedef struct fake_launchable *cudaGraphExec_t;
 
 struct cudaDeviceProp {
     char name[256];
@@ -32,7 +38,7 @@ struct cudaDeviceProp {
 };
 
 extern long fake_fails_at;    /* counts down; -1 for never */
-extern long fake_n_held;      /* allocations and streams not given back */
+extern long fake_n_held;      /* allocations, streams and graphs not given back */
 extern int fake_n_processors; /* of the GPU */
 
 cudaError_t cudaDriverGetVersion(int *version);
@@ -52,6 +58,12 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t st
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t launchable, cudaStream_t stream);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t launchable);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaDeviceSynchronize(void);
 cudaError_t cudaGetLastError(void);
 const char *cudaGetErrorString(cudaError_t error);

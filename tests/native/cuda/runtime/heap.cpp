@@ -1,6 +1,8 @@
 /* heap.cpp - see cuda_runtime_api.h. */
 #include "cuda_runtime_api.h"
 
+#include "capture.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,6 +11,16 @@
 
 long fake_fails_at = -1, fake_n_held = 0;
 int fake_n_processors = 4;
+
+struct fake_stream : emulate::stream {};
+
+struct fake_graph {
+    emulate::steps steps;
+};
+
+struct fake_launchable {
+    emulate::steps steps;
+};
 
 namespace {
 
@@ -23,6 +35,7 @@ std::mutex lock; /* of all below, and of the counters above */
 std::map<void *, block> blocks;
 size_t used[FAKE_DEVICES];
 thread_local int current;
+thread_local fake_stream *recording; /* by this thread */
 
 bool fails() {
     const std::lock_guard<std::mutex> guard(lock);
@@ -31,6 +44,18 @@ bool fails() {
 
 cudaError_t unless_it_fails() {
     return fails() ? cudaErrorUnknown : cudaSuccess;
+}
+
+/* Whether a call is one that may not be made now. */
+bool breaks_recording() {
+    if (recording) recording->is_broken = true;
+    return recording != nullptr;
+}
+
+/* Memory and handles are counted alike. */
+void hold(long change) {
+    const std::lock_guard<std::mutex> guard(lock);
+    fake_n_held += change;
 }
 
 } // namespace
@@ -71,6 +96,7 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *n_bytes) {
 }
 
 cudaError_t cudaMalloc(void **out, size_t n_bytes) {
+    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorMemoryAllocation;
     const std::lock_guard<std::mutex> guard(lock);
     if (n_bytes > memory_bytes[current] - used[current] || posix_memalign(out, 256, n_bytes))
@@ -83,10 +109,12 @@ cudaError_t cudaMalloc(void **out, size_t n_bytes) {
 }
 
 cudaError_t cudaFree(void *memory) {
+    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = blocks.find(memory);
     if (found == blocks.end()) abort();
     used[found->second.device] -= found->second.n_bytes;
+    memset(memory, 0xFF, found->second.n_bytes); /* for whoever still reads it */
     blocks.erase(found);
     free(memory);
     fake_n_held--;
@@ -101,43 +129,102 @@ cudaError_t cudaFreeHost(void *memory) {
     return cudaFree(memory);
 }
 
-cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, cudaMemcpyKind) {
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind, cudaStream_t stream) {
     if (fails()) return cudaErrorUnknown;
-    memcpy(to, from, n_bytes);
+    emulate::put(stream, [=] {
+        memcpy(to, from, n_bytes);
+        return 0;
+    });
     return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t) {
-    return cudaMemcpy(to, from, n_bytes, kind);
+cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind) {
+    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
+    return cudaMemcpyAsync(to, from, n_bytes, kind, nullptr);
+}
+
+cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t stream) {
+    if (fails()) return cudaErrorUnknown;
+    emulate::put(stream, [=] {
+        memset(to, value, n_bytes);
+        return 0;
+    });
+    return cudaSuccess;
 }
 
 cudaError_t cudaMemset(void *to, int value, size_t n_bytes) {
-    if (fails()) return cudaErrorUnknown;
-    memset(to, value, n_bytes);
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t) {
-    return cudaMemset(to, value, n_bytes);
+    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
+    return cudaMemsetAsync(to, value, n_bytes, nullptr);
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
-    void *memory;
-    if (cudaMalloc(&memory, 16) != cudaSuccess) return cudaErrorMemoryAllocation;
-    *out = static_cast<cudaStream_t>(memory);
+    if (fails()) return cudaErrorMemoryAllocation;
+    *out = new fake_stream;
+    hold(1);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return unless_it_fails();
+    return breaks_recording() ? cudaErrorStreamCaptureUnsupported : unless_it_fails();
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    return cudaFree(stream);
+    delete stream;
+    hold(-1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (recording || stream->is_recording) abort();
+    if (fails()) return cudaErrorUnknown;
+    stream->is_recording = true;
+    stream->is_broken = false;
+    stream->recorded.clear();
+    recording = stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
+    if (recording != stream) abort();
+    recording = nullptr;
+    stream->is_recording = false;
+    *out = nullptr;
+    if (stream->is_broken) return cudaErrorStreamCaptureInvalidated;
+    if (fails()) return cudaErrorUnknown;
+    *out = new fake_graph{stream->recorded};
+    hold(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
+    if (fails()) return cudaErrorMemoryAllocation;
+    *out = new fake_launchable{graph->steps};
+    hold(1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t launchable, cudaStream_t) {
+    if (fails()) return cudaErrorUnknown;
+    for (const auto &step : launchable->steps)
+        if (step() != 0) return cudaErrorUnknown;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t launchable) {
+    delete launchable;
+    hold(-1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    hold(-1);
+    return cudaSuccess;
 }
 
 cudaError_t cudaDeviceSynchronize() {
-    return unless_it_fails();
+    return breaks_recording() ? cudaErrorStreamCaptureUnsupported : unless_it_fails();
 }
 
 cudaError_t cudaGetLastError() {

@@ -1,0 +1,32 @@
+/*
+ * capture.h - how the emulation records a stream. What is put on a recording stream, launches (emulate.h) and copies
+ * (runtime/heap.cpp), is kept as a function to be called whenever the graph is launched. Calls that wait for the GPU or take memory
+ * break the recording, as they do on a real one.
+ */
+#ifndef FABULA_TESTS_CAPTURE_H
+#define FABULA_TESTS_CAPTURE_H
+
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace emulate {
+
+using steps = std::vector<std::function<int()>>;
+
+struct stream {
+    bool is_recording = false, is_broken = false;
+    steps recorded;
+};
+
+/* Runs a step now, or records it. */
+template <class F> int put(void *on, F step) {
+    stream *s = static_cast<stream *>(on);
+    if (!s || !s->is_recording) return step();
+    s->recorded.push_back(std::move(step));
+    return 0;
+}
+
+} // namespace emulate
+
+#endif

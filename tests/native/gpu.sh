@@ -1,0 +1,60 @@
+#!/bin/sh
+# Tests on an NVIDIA GPU; where there is none it says so and is done. Builds the library for the GPU at hand
+# (FABULA_CUDA_ARCHITECTURES, e.g. "90a-real", says for what instead), then runs
+#
+#     the tests of operators and a small model against the CPU, as they are,
+#     the same under compute-sanitizer: memcheck (memory outside of what was taken, or misaligned) and
+#     racecheck (shared memory that threads of a block write and read without a barrier between),
+#     the Python tests that need a GPU, and those of drawing, cache and sessions with their models there.
+#
+# By hand: CUDA_LAUNCH_BLOCKING=1 compute-sanitizer --tool racecheck build/gpu/fabula_cuda_attention
+#
+# PYTHON names an interpreter with the test packages. JOBS compilers run side by side (2). The CPU's side is not optimised.
+set -eu
+top=$(cd "$(dirname "$0")/../.." && pwd)
+build=$top/build/gpu
+python=${PYTHON:-python3}
+
+if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    echo "not run: there is no NVIDIA GPU (nvidia-smi is missing or lists none)"
+    exit 0
+fi
+if ! command -v nvcc >/dev/null; then
+    echo "the CUDA kernels are not compiled: nvcc is missing"
+    exit 1
+fi
+sanitizer=$(command -v compute-sanitizer || echo "$(dirname "$(command -v nvcc)")/compute-sanitizer")
+if ! [ -x "$sanitizer" ]; then
+    echo "compute-sanitizer is missing: it is a part of the CUDA toolkit (cuda-sanitizer)"
+    exit 1
+fi
+nvidia-smi -L
+
+programs="fabula_cuda_rows fabula_cuda_linear fabula_cuda_attention fabula_cuda_model"
+cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug \
+    -DFABULA_CUDA_ARCHITECTURES="${FABULA_CUDA_ARCHITECTURES:-native}"
+cmake --build "$build" --target fabula fabula_cdef $programs -j "${JOBS:-2}"
+
+# Tests read results as soon as a launch returns.
+export CUDA_LAUNCH_BLOCKING=1
+for program in $programs; do
+    echo "$program"
+    "$build/$program"
+done
+for tool in memcheck racecheck; do
+    for program in $programs; do
+        echo "$program under $tool"
+        "$sanitizer" --tool $tool --error-exitcode 1 "$build/$program"
+    done
+done
+unset CUDA_LAUNCH_BLOCKING
+
+rm -rf "$build/package"
+mkdir -p "$build/package"
+cp -r "$top/python/fabula" "$build/package/"
+cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cd "$top"
+export PYTHONPATH="$build/package"
+"$python" -m pytest -p no:cacheprovider -m gpu
+FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py
+echo "GPU: operators, model and Python tests have passed, compute-sanitizer found nothing"
