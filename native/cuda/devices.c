@@ -88,6 +88,9 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
         .clear = clear,
         .program_create = fb_cuda_program_create,
         .program_free = fb_cuda_program_free,
-        .program_run = fb_cuda_program_run};
+        .program_run = fb_cuda_program_run,
+        .group_open = fb_cuda_group_open,
+        .group_close = fb_cuda_group_close,
+        .group_run = fb_cuda_group_run};
     return &kind;
 }

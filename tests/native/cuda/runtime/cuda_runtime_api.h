@@ -1,6 +1,6 @@
 /*
  * cuda_runtime_api.h - the few calls of the CUDA runtime that native/cuda makes, on the host's heap, for tests without a GPU. Everything
- * happens at once; what is allocated is filled with 0xFF. There are two devices, of 256 MiB and of 1 MiB. Call number
+ * happens at once; what is allocated is filled with 0xFF. There are four devices, of 256 MiB, the second of 1 MiB. Call number
  * `fake_fails_at` and no other fails, with an error of its kind.
  */
 #ifndef FABULA_TESTS_CUDA_RUNTIME_API_H
@@ -13,13 +13,14 @@ extern "C" {
 #endif
 
 #define CUDART_VERSION 13000
-enum { FAKE_DEVICES = 2 };
+enum { FAKE_DEVICES = 4 };
 
 typedef enum {
     cudaSuccess = 0,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
+    cudaErrorNotReady = 600,
     cudaErrorUnknown = 999
 } cudaError_t;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
@@ -50,6 +51,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, enum cud
 cudaError_t cudaMemset(void *to, int value, size_t n_bytes);
 cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaDeviceSynchronize(void);

@@ -17,7 +17,7 @@ struct block {
     size_t n_bytes;
 };
 
-const size_t memory_bytes[FAKE_DEVICES] = {256 << 20, 1 << 20};
+const size_t memory_bytes[FAKE_DEVICES] = {256 << 20, 1 << 20, 256 << 20, 256 << 20};
 
 std::mutex lock; /* of all below, and of the counters above */
 std::map<void *, block> blocks;
@@ -126,6 +126,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
     if (cudaMalloc(&memory, 16) != cudaSuccess) return cudaErrorMemoryAllocation;
     *out = static_cast<cudaStream_t>(memory);
     return cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t) {
+    return unless_it_fails();
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
