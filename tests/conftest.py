@@ -40,12 +40,16 @@ pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing"]  # fix
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-# So that tests of sessions and pages run on a GPU, real or emulated: where they say nothing, models are loaded there.
+# So that tests of sessions and pages run on a GPU, real or emulated, or on several: where they say nothing, models are
+# loaded there.
 if "FABULA_TEST_DEVICE" in os.environ:
     _load = Model.load.__func__  # type: ignore[attr-defined]
 
     def _load_there(cls: type[Model], *args: Any, **options: Any) -> Model:
-        loaded: Model = _load(cls, *args, **{"device": os.environ["FABULA_TEST_DEVICE"]} | options)
+        there: dict[str, Any] = {"device": os.environ["FABULA_TEST_DEVICE"]}
+        if "device" not in options:
+            there["tensor_parallel"] = int(os.environ.get("FABULA_TEST_PARALLEL", "1"))
+        loaded: Model = _load(cls, *args, **there | options)
         return loaded
 
     Model.load = classmethod(_load_there)  # type: ignore[assignment]

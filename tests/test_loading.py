@@ -17,7 +17,7 @@ import pytest
 from fabula import Model, ModelFileError, SamplingParams, _native
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.models import packing
-from fabula.models.packing import Packer, Packing, Part
+from fabula.models.packing import Packer, Packing, Part, Place
 from fabula.text.tokenizer import Tokenizer
 
 COLUMNS = 32
@@ -58,13 +58,17 @@ class Files:
         pass
 
 
+def whole(info: TensorInfo, first_row: int) -> Part:
+    return Part(info, [Place(first_row, range(info.shape[0]), range(COLUMNS))])
+
+
 def packings_of(files: Files) -> list[Packing]:
     """Each tensor a weight, but the last two one weight: they share a panel."""
     infos = list(files.tensors.values())
-    found = [Packing(_native.Weight(DType.F16, i.shape[0], COLUMNS), [Part(i, 0)]) for i in infos[:-2]]
+    found = [Packing([_native.Weight(DType.F16, i.shape[0], COLUMNS)], [whole(i, 0)]) for i in infos[:-2]]
     first, second = infos[-2:]
     both = _native.Weight(DType.F16, first.shape[0] + second.shape[0], COLUMNS)
-    return [*found, Packing(both, [Part(first, 0), Part(second, first.shape[0])])]
+    return [*found, Packing([both], [whole(first, 0), whole(second, first.shape[0])])]
 
 
 def rows_of(weight: _native.Weight) -> npt.NDArray[np.float32]:
@@ -81,7 +85,7 @@ def test_weights_are_packed_alike_by_any_threads(n_threads: int, large: int, mon
     assert Packer(checkpoint, n_threads, told.append).pack(packings) == []
     for item in packings:
         wanted = np.concatenate([files.arrays[part.info.name] for part in item.parts])
-        np.testing.assert_array_equal(rows_of(item.weight), wanted.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(rows_of(item.weights[0]), wanted.astype(np.float16).astype(np.float32))
     assert sum(told) == sum(info.n_bytes for info in files.tensors.values())
     assert files.most_held <= files.tensors["t0"].n_bytes  # no more than the largest tensor
 

@@ -90,6 +90,9 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
         .program_free = fb_cuda_program_free,
         .program_run = fb_cuda_program_run,
         .program_set_graphs = fb_cuda_set_graphs,
-        .program_graph_info = fb_cuda_graph_info};
+        .program_graph_info = fb_cuda_graph_info,
+        .group_open = fb_cuda_group_open,
+        .group_close = fb_cuda_group_close,
+        .group_run = fb_cuda_group_run};
     return &kind;
 }

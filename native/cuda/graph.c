@@ -85,12 +85,12 @@ static bool refuse(struct fb_cuda_graphs *graphs, struct fb_cuda_graph *graph, c
 
 /* Other threads may take memory and copy meanwhile: the mode concerns this thread alone, and the stream does not wait for the
  * default one. */
-static bool record(
-    struct fb_cuda_program *p, struct fb_cuda_graph *graph, const struct fb_cuda_description *d, float *logits) {
+static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const struct fb_cuda_step *step) {
+    struct fb_cuda_step launched = *step;
     cudaGraph_t recorded = NULL;
     int error = cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal);
     if (error) return refuse(&p->graphs, graph, "beginning to record", error);
-    const enum fb_status status = fb_cuda_launch_ops(p, &graph->key.pages, d, logits);
+    const enum fb_status status = fb_cuda_launch(p, &launched);
     error = cudaStreamEndCapture(p->stream, &recorded); /* behind a failure too, or the stream would go on recording */
     if (!error && status != FB_OK) error = cudaErrorUnknown;
     if (!error) error = cudaGraphInstantiateWithFlags(&graph->launchable, recorded, 0);
@@ -105,31 +105,29 @@ static bool record(
 }
 
 /* Whether the step is on the stream. */
-static bool replay(
-    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits) {
+static bool replay(struct fb_cuda_program *p, const struct fb_cuda_step *step) {
     struct fb_cuda_graphs *graphs = &p->graphs;
-    const struct fb_cuda_graph_key key = {.n_tokens = d->rows.n_tokens,
-        .n_outputs = d->rows.n_outputs,
-        .n_parts = d->n_parts,
-        .pages = *pages,
+    const struct fb_cuda_graph_key key = {.n_tokens = step->d.rows.n_tokens,
+        .n_outputs = step->d.rows.n_outputs,
+        .n_parts = step->d.n_parts,
+        .pages = step->pages,
         .inputs = p->inputs.device,
         .outputs = p->outputs.device,
         .partials = p->partials.device};
     bool is_new;
     struct fb_cuda_graph *graph = look_up(graphs, &key, &is_new);
     graph->last_used = ++graphs->n_steps;
-    if (is_new || graph->is_refused || (!graph->launchable && !record(p, graph, d, logits))) return false;
+    if (is_new || graph->is_refused || (!graph->launchable && !record(p, graph, step))) return false;
     const int error = cudaGraphLaunch(graph->launchable, p->stream);
     if (error) return refuse(graphs, graph, "launching a recorded step", error);
     graphs->info.n_replayed++;
     return true;
 }
 
-enum fb_status fb_cuda_run_step(
-    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits) {
-    if (d->rows.is_rounded && replay(p, pages, d, logits)) return FB_OK;
+enum fb_status fb_cuda_run_step(struct fb_cuda_program *p, struct fb_cuda_step *step) {
+    if (step->d.rows.is_rounded && replay(p, step)) return FB_OK;
     p->graphs.info.n_launched++;
-    return fb_cuda_launch_ops(p, pages, d, logits);
+    return fb_cuda_launch(p, step);
 }
 
 /* ---- Asked and told ---------------------------------------------------------------------------------------------- */

@@ -47,16 +47,15 @@ struct fb_cuda_graphs {
 };
 
 struct fb_cuda_program;
-struct fb_cuda_description;
+struct fb_cuda_step;
 
 /* n of {1, 2, 3, 4, 6, 8, 12, 16, 24, ...}, or 0: at most half more than asked for. */
 int32_t fb_cuda_round_up(int32_t n);
 
 struct fb_cuda_rows fb_cuda_rows_of(const struct fb_cuda_program *p, const struct fb_batch *batch);
 
-/* Puts a batch's operators on the stream, as a graph or one by one. */
-enum fb_status fb_cuda_run_step(
-    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits);
+/* Puts a step's operators on the stream, as a graph or one by one. */
+enum fb_status fb_cuda_run_step(struct fb_cuda_program *p, struct fb_cuda_step *step);
 
 void fb_cuda_drop_graphs(struct fb_cuda_graphs *graphs);
 

@@ -150,6 +150,24 @@ size_t fb_cuda_partial_floats(const struct fb_cuda_attention *attention);
 
 int fb_cuda_attend(const struct fb_cuda_attention *attention, fb_cuda_stream stream);
 
+/* ---- Several GPUs (sums.cu) --------------------------------------------------------------------------------------- */
+
+/* Results of every GPU, side by side in the memory of one: part i begins i * part_floats behind `parts`. */
+struct fb_cuda_parts {
+    const float *parts;
+    int64_t part_floats, ld; /* of a part's rows */
+    int32_t n_parts;
+};
+
+/* out = ((part 0 + part 1) + part 2) ... + residual (or NULL), which may be out */
+int fb_cuda_sum(const struct fb_cuda_parts *parts, int32_t n_rows, int32_t n_cols, const float *residual,
+    int64_t ld_residual, float *out, int64_t ld_out, fb_cuda_stream stream);
+
+/* out [n_rows][n_cols] from parts of `ld` columns, of which the last begins where it ends with column n_cols. *non_finite becomes 1
+ * when a number is NaN or infinite. */
+int fb_cuda_line_up(const struct fb_cuda_parts *parts, int32_t n_rows, int32_t n_cols, float *out, int32_t *non_finite,
+    fb_cuda_stream stream);
+
 /* ---- Sampling (sample.cu) ---------------------------------------------------------------------------------------- */
 
 /* Of each row of logits: the first of its highest, and its natural log-probability. non_finite[row] becomes 1 if a logit is NaN or

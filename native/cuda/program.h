@@ -6,6 +6,8 @@
  *     batch.c     what describes a batch there, and which way its attention goes
  *     run.c       operators as launches on one stream, and the results' way back
  *     graph.c     those launches recorded and replayed as one
+ *     group.c     programs of several GPUs, which compute one batch together
+ *     exchange.c  NCCL, the library that moves what they exchange
  */
 #ifndef FABULA_CUDA_PROGRAM_H
 #define FABULA_CUDA_PROGRAM_H
@@ -37,6 +39,7 @@ struct fb_cuda_program {
     struct fb_cuda_growing partials; /* of attention, on the GPU only */
     struct fb_cuda_growing drawn;    /* tokens, log-probabilities and damage of rows */
     struct fb_cuda_graphs graphs;
+    struct fb_cuda_growing gathered; /* what the GPUs of a group have computed, on the GPU only */
 };
 
 /* Where the parts of a batch's description lie, in bytes, and pointers to them on the GPU. */
@@ -50,11 +53,37 @@ struct fb_cuda_description {
     int32_t n_parts; /* of the longest tile when attention is split, 0 when it is not */
 };
 
+/* A batch on its way through a program's operators. */
+struct fb_cuda_step {
+    struct fb_cuda_description d;
+    struct fb_cuda_pages pages;
+    float *logits;     /* where the last operator writes */
+    int32_t n_rows;    /* that operators work on now */
+    int32_t next_op;
+};
+
 /* As the table of base/device.h has them. */
 enum fb_status fb_cuda_program_create(const fb_program *program, void **out);
 void fb_cuda_program_free(void *program);
 enum fb_status fb_cuda_program_run(
     void *program, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results);
+
+enum fb_status fb_cuda_group_open(const int32_t *indices, int32_t n, void **out);
+void fb_cuda_group_close(void *group);
+enum fb_status fb_cuda_group_run(void *group, fb_program *const *parts, fb_page_pool *const *pools, int32_t n_results,
+    const struct fb_batch *batch, const struct fb_results *results);
+
+/* The steps of a run, in this order; none waits for the GPU. Results are rows of `width` numbers in p->outputs. fb_cuda_launch goes up to a
+ * sum over GPUs or the end; it takes no memory, for a stream may be recording. Results are taken when all is done. */
+enum fb_status fb_cuda_make_room(
+    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results);
+enum fb_status fb_cuda_begin(
+    struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
+    struct fb_cuda_rows rows, struct fb_cuda_step *step);
+enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step);
+enum fb_status fb_cuda_send_back(
+    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results);
+enum fb_status fb_cuda_take_results(const struct fb_cuda_program *p, int32_t n_rows, const struct fb_results *results);
 
 /* At least so many bytes; takes new memory before it gives up the old, so that a refusal changes nothing. */
 enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *memory, size_t n_bytes, bool has_host);
@@ -68,9 +97,5 @@ enum fb_status fb_cuda_describe(
 
 /* Parts that tiles of a split attention have at most, in a layer with this window. */
 int32_t fb_cuda_parts_within(const struct fb_cuda_description *d, int32_t window);
-
-/* Launches the program's operators one by one. They take no memory and wait for nothing, for a stream may be recording. */
-enum fb_status fb_cuda_launch_ops(
-    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits);
 
 #endif

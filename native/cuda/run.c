@@ -96,17 +96,27 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
     }
 }
 
-enum fb_status fb_cuda_launch_ops(
-    struct fb_cuda_program *p, const struct fb_cuda_pages *pages, const struct fb_cuda_description *d, float *logits) {
+enum fb_status fb_cuda_begin(
+    struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch, struct fb_cuda_rows rows,
+    struct fb_cuda_step *step) {
+    *step = (struct fb_cuda_step){.n_rows = rows.n_tokens};
+    fb_cuda_pages_view(pool, &step->pages);
+    FB_TRY(fb_cuda_enter(p->device->index));
+    return fb_cuda_describe(p, batch, rows, &step->d);
+}
+
+enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step) {
     static const char *const names[] = {"", "embed", "rms_norm", "linear", "linear_swiglu", "head_norm", "rope",
         "kv_write", "attention", "gather_outputs", "logits"};
-    int32_t n_rows = d->rows.n_tokens;
-    FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
-    for (int32_t i = 0; i < p->program->n_ops; i++) {
-        const struct fb_op *op = &p->program->ops[i];
-        if (op->kind == FB_OP_GATHER_OUTPUTS) n_rows = d->rows.n_outputs;
-        if (n_rows == 0) break; /* nobody wants logits */
-        FB_TRY(fb_cuda_check(run_op(p, op, pages, d, n_rows, logits), names[op->kind]));
+    FB_TRY(fb_cuda_enter(p->device->index));
+    if (step->next_op == 0)
+        FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
+    for (; step->next_op < p->program->n_ops; step->next_op++) {
+        const struct fb_op *op = &p->program->ops[step->next_op];
+        if (op->kind == FB_OP_SUM) break;
+        if (op->kind == FB_OP_GATHER_OUTPUTS) step->n_rows = step->d.rows.n_outputs;
+        if (step->n_rows == 0) break; /* nobody wants logits */
+        FB_TRY(fb_cuda_check(run_op(p, op, &step->pages, &step->d, step->n_rows, step->logits), names[op->kind]));
     }
     return FB_OK;
 }
@@ -127,8 +137,7 @@ static enum fb_status draw(struct fb_cuda_program *p, const float *logits, int32
 
 /* Logits of the rows that want them, in as few copies as they lie in one piece. */
 static enum fb_status copy_logits(
-    struct fb_cuda_program *p, const float *from, int32_t n_rows, const struct fb_results *results) {
-    const size_t width = (size_t)p->program->ops[p->program->n_ops - 1].weight->n_rows;
+    struct fb_cuda_program *p, const float *from, size_t width, int32_t n_rows, const struct fb_results *results) {
     const bool *skipped = results->is_greedy;
     for (int32_t row = 0, end; row < n_rows; row = end) {
         for (end = row + 1; end < n_rows && (!skipped || skipped[end] == skipped[row]); end++)
@@ -141,45 +150,59 @@ static enum fb_status copy_logits(
     return FB_OK;
 }
 
-static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
-    struct fb_cuda_rows rows, const struct fb_results *results, bool draws) {
-    struct fb_cuda_description d;
-    struct fb_cuda_pages pages;
-    float *logits = (float *)(void *)p->outputs.device;
-    fb_cuda_pages_view(pool, &pages);
-    FB_TRY(fb_cuda_describe(p, batch, rows, &d));
-    FB_TRY(fb_cuda_run_step(p, &pages, &d, logits));
-    if (draws) FB_TRY(draw(p, logits, batch->n_outputs));
-    FB_TRY(copy_logits(p, logits, batch->n_outputs, results));
+static bool draws(const struct fb_results *results, int32_t n_rows) {
+    for (int32_t i = 0; results->is_greedy && i < n_rows; i++)
+        if (results->is_greedy[i]) return true;
+    return false;
+}
+
+enum fb_status fb_cuda_make_room(
+    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results) {
+    FB_TRY(fb_cuda_enter(p->device->index));
+    FB_TRY(fb_cuda_grow(p, &p->outputs, (size_t)n_rows * (size_t)width * sizeof(float), false));
+    return draws(results, n_rows) ? fb_cuda_grow(p, &p->drawn, 3 * (size_t)n_rows * sizeof(int32_t), true) : FB_OK;
+}
+
+enum fb_status fb_cuda_send_back(
+    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results) {
+    const float *logits = (const float *)(const void *)p->outputs.device;
+    if (draws(results, n_rows)) FB_TRY(draw(p, logits, n_rows));
+    FB_TRY(copy_logits(p, logits, (size_t)width, n_rows, results));
     return fb_cuda_check(
         cudaMemcpyAsync(p->non_finite_here, p->non_finite, sizeof(int32_t), cudaMemcpyDeviceToHost, p->stream),
         "copying a flag");
 }
 
-enum fb_status fb_cuda_program_run(
-    void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results) {
-    struct fb_cuda_program *p = on_device;
-    const size_t n_rows = (size_t)batch->n_outputs;
-    const struct fb_cuda_rows rows = fb_cuda_rows_of(p, batch);
-    const size_t width = (size_t)p->program->ops[p->program->n_ops - 1].weight->n_rows;
-    bool draws = false;
-    for (size_t i = 0; results->is_greedy && i < n_rows; i++)
-        draws = draws || results->is_greedy[i];
-    FB_TRY(fb_cuda_enter(p->device->index));
-    FB_TRY(fb_cuda_grow(p, &p->outputs, (size_t)rows.n_outputs * width * sizeof(float), false));
-    if (draws) FB_TRY(fb_cuda_grow(p, &p->drawn, 3 * n_rows * sizeof(int32_t), true));
-    const enum fb_status status = run_batch(p, pool, batch, rows, results, draws);
-    /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
-    const int error = cudaStreamSynchronize(p->stream);
-    FB_TRY(status);
-    FB_TRY(fb_cuda_check(error, "running a batch"));
+enum fb_status fb_cuda_take_results(const struct fb_cuda_program *p, int32_t n_rows, const struct fb_results *results) {
     if (*p->non_finite_here)
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
     const int32_t *tokens = (const int32_t *)(const void *)p->drawn.host;
-    for (size_t i = 0; draws && i < n_rows; i++)
+    for (int32_t i = 0; results->is_greedy && i < n_rows; i++)
         if (results->is_greedy[i]) {
             results->tokens[i] = tokens[i];
             results->logprobs[i] = ((const float *)tokens)[n_rows + i];
         }
     return FB_OK;
+}
+
+static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
+    struct fb_cuda_rows rows, const struct fb_results *results) {
+    struct fb_cuda_step step;
+    FB_TRY(fb_cuda_begin(p, pool, batch, rows, &step));
+    step.logits = (float *)(void *)p->outputs.device;
+    FB_TRY(fb_cuda_run_step(p, &step));
+    return fb_cuda_send_back(p, p->program->n_results, batch->n_outputs, results);
+}
+
+enum fb_status fb_cuda_program_run(
+    void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results) {
+    struct fb_cuda_program *p = on_device;
+    const struct fb_cuda_rows rows = fb_cuda_rows_of(p, batch);
+    FB_TRY(fb_cuda_make_room(p, p->program->n_results, rows.n_outputs, results));
+    const enum fb_status status = run_batch(p, pool, batch, rows, results);
+    /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
+    const int error = cudaStreamSynchronize(p->stream);
+    FB_TRY(status);
+    FB_TRY(fb_cuda_check(error, "running a batch"));
+    return fb_cuda_take_results(p, batch->n_outputs, results);
 }

@@ -144,6 +144,14 @@ enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, siz
 
 void fb_device_free(fb_device *device); /* what lies on the device stays until it is freed itself */
 
+/* Devices that compute one model together, at most FB_MOST_MEMBERS, each once: a device for pools, whose pages it spreads over its
+ * members by KV heads, and for fb_program_join. Weights and programs lie on the members. It holds their handles, and links
+ * between them, for which CUDA needs the library NCCL (libnccl.so.2): FB_UNSUPPORTED where that is missing. Programs of one group
+ * run one at a time. When a member or a link fails, the group is of no use any more: FB_DEVICE_FAILED. */
+enum fb_status fb_device_join(fb_device *const *devices, int32_t n_devices, fb_device **out);
+
+#define FB_MOST_MEMBERS 16
+
 /* ---- Weights ----------------------------------------------------------------------------------------------------- */
 
 /* A matrix [n_rows, n_cols], one output per row, packed into panels of 16 rows:
@@ -193,7 +201,9 @@ typedef struct fb_page_pool fb_page_pool;
 /* Memory is reserved at once, but only touched pages take room. head_dim: 1 .. 1024. */
 enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
-/* The same in memory of a device, all of it taken at once; NULL for the CPU. A page's bytes are the same everywhere. */
+/* The same in memory of a device, all of it taken at once; NULL for the CPU. A page's bytes are the same everywhere. On a group each
+ * member holds n_kv_heads / (members) heads of every page, or, where members are more than heads, one that it shares with its
+ * neighbours: one number must divide the other. */
 enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
     int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
 void fb_page_pool_free(fb_page_pool *pool);
@@ -222,14 +232,16 @@ enum fb_op_kind {
     FB_OP_KV_WRITE = 7,      /* K and V of `in` into the sequence's pages, layer `layer` */
     FB_OP_ATTENTION = 8,     /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
-    FB_OP_LOGITS = 10         /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
+    FB_OP_LOGITS = 10,        /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
+    FB_OP_SUM = 11 /* out = residual (if any) + the sum of `in` of all programs that were joined, in their order;
+                                 on devices only */
 };
 
 struct fb_op {
     enum fb_op_kind kind;
     int32_t in;       /* buffer read; -1 for EMBED */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
-    int32_t residual; /* LINEAR: buffer added to the product, -1 for none */
+    int32_t residual; /* LINEAR, SUM: buffer added to the result, -1 for none */
     int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 */
     int32_t column;   /* LINEAR: first column of `out` that the product fills; columns before are filled already */
     int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
@@ -269,6 +281,14 @@ enum fb_status fb_program_create(const struct fb_program_shape *shape, const int
 enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
     const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
     enum fb_isa isa, fb_program **out);
+
+/* One model in parts, one for each member of `group` in its order: programs that were made on the members, each with its share of heads,
+ * of the columns between products, and of the rows of the last op, and a SUM wherever a product has only part of its columns. The
+ * joined program runs over pools of the group. Member i has KV heads as a pool of the group does, and of the n_results rows that the last
+ * op has in all, with c = n_results / (members), rounded up, the c rows from the smaller of i c and n_results - c on.
+ * Parts are borrowed, and cannot run by themselves if they hold a SUM. */
+enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32_t n_parts, int32_t n_kv_heads,
+    int32_t n_results, fb_program **out);
 void fb_program_free(fb_program *program);
 size_t fb_program_scratch_bytes(const fb_program *program);
 

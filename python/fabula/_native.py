@@ -203,6 +203,11 @@ class Device:
         self.info = device_info(index)
         self.name = f"cuda:{index}"
 
+    @property
+    def members(self) -> tuple[Device, ...]:
+        """The GPUs that it is: itself."""
+        return (self,)
+
     def memory(self) -> tuple[int, int]:
         """Bytes taken through this handle, and those that may still be taken."""
         used, free = ffi.new("size_t *"), ffi.new("size_t *")

@@ -63,7 +63,7 @@ class Model:
         kv: precision of the KV cache.
         threads: threads of every step.
         context: positions a text may have.
-        device: where it runs: "cpu", or "cuda:0" and the like.
+        device: where it runs: "cpu", "cuda:0" and the like, or several GPUs as "cuda:0+1".
         device_name: what the GPU is called; "" for the CPU.
     """
 
@@ -90,6 +90,8 @@ class Model:
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
         if runner.device is not None:  # its K and V differ from the CPU's by rounding: a text must not mix them
             layout += ", computed with CUDA"
+            if len(runner.device.members) > 1:  # so do the numbers of another number of parts
+                layout += f" on {len(runner.device.members)} GPUs"
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
         self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
 
@@ -105,6 +107,7 @@ class Model:
         kv_memory: int | None = None,
         device: str = "cpu",
         device_memory: int | None = None,
+        tensor_parallel: int = 1,
         fetch: bool = True,
         fetch_progress: Progress | None = None,
         load_progress: Callable[[int, int], None] | None = None,
@@ -122,7 +125,9 @@ class Model:
             kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory,
                 except on a GPU, where the cache takes no more than is free.
             device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU that has room for it, else the CPU.
-            device_memory: bytes of the GPU that the model may take, cache included; None for what is free.
+            device_memory: bytes of the GPU that the model may take, cache included; None for what is free. Of each GPU,
+                where there are several.
+            tensor_parallel: GPUs, from `device` on, that compute the model together, each its share of every layer.
             fetch: whether a missing model may be downloaded.
             fetch_progress: told about a download's bytes.
             load_progress: called with (bytes read, bytes in all) while weights are packed.
@@ -136,7 +141,7 @@ class Model:
             InvalidArgument: an option is out of its range.
             OutOfMemory: the system refused memory.
             DeviceOutOfMemory: the GPU has no room for it.
-            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA.
+            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA, or several GPUs no NCCL.
         """
         if weights not in PRECISIONS:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
@@ -150,7 +155,7 @@ class Model:
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
-        placement = Placement(device, device_memory)
+        placement = Placement(device, device_memory, tensor_parallel)
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
         checkpoint = Fingerprinting(open_checkpoint(path))

@@ -24,5 +24,5 @@ mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
 cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
-PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider tests/test_device.py
+PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_parallel.py
 echo "CUDA: the kernels were compiled for $(sed -n 's/^FABULA_CUDA_ARCHITECTURES:[A-Z]*=//p' "$build/CMakeCache.txt")"

@@ -53,16 +53,75 @@ enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **o
     return FB_OK;
 }
 
-static void let_go(fb_device *device) {
-    if (atomic_fetch_sub(&device->n_holders, 1) == 1) free(device);
+static enum fb_status check_members(fb_device *const *devices, int32_t n) {
+    FB_REQUIRE(n >= 2 && n <= FB_MOST_MEMBERS, "a group has %d devices, must have 2 .. %d", n, (int)FB_MOST_MEMBERS);
+    for (int32_t i = 0; i < n; i++) {
+        FB_REQUIRE(devices[i] && devices[i]->n_members == 0, "member %d of a group is null or a group itself", i);
+        for (int32_t j = 0; j < i; j++)
+            FB_REQUIRE(devices[i]->index != devices[j]->index, "device %d is in the group twice", devices[i]->index);
+    }
+    return FB_OK;
+}
+
+enum fb_status fb_device_join(fb_device *const *devices, int32_t n_devices, fb_device **out) {
+    int32_t indices[FB_MOST_MEMBERS];
+    FB_REQUIRE(devices && out, "devices or out is null");
+    FB_TRY(check_members(devices, n_devices));
+    struct fb_device *group = calloc(1, sizeof *group);
+    if (!group) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a group's handle");
+    group->kind = devices[0]->kind;
+    group->index = devices[0]->index;
+    atomic_init(&group->used, 0);
+    atomic_init(&group->n_holders, 1);
+    for (int32_t i = 0; i < n_devices; i++)
+        indices[i] = devices[i]->index;
+    const enum fb_status status = group->kind->group_open(indices, n_devices, &group->links);
+    if (status != FB_OK) {
+        free(group);
+        return status;
+    }
+    group->n_members = n_devices;
+    for (int32_t i = 0; i < n_devices; i++) {
+        group->members[i] = devices[i];
+        fb_device_hold(devices[i]);
+    }
+    *out = group;
+    return FB_OK;
+}
+
+void fb_device_hold(fb_device *device) {
+    atomic_fetch_add(&device->n_holders, 1);
+}
+
+void fb_device_let_go(fb_device *device) {
+    if (atomic_fetch_sub(&device->n_holders, 1) > 1) return;
+    if (device->n_members) device->kind->group_close(device->links);
+    for (int32_t i = 0; i < device->n_members; i++)
+        fb_device_let_go(device->members[i]);
+    free(device);
 }
 
 void fb_device_free(fb_device *device) {
-    if (device) let_go(device);
+    if (device) fb_device_let_go(device);
+}
+
+/* What all members have taken, and what fits if each takes as much as the one that has the least left. */
+static enum fb_status memory_of_group(const fb_device *group, size_t *used_bytes, size_t *free_bytes) {
+    size_t used = 0, least = SIZE_MAX;
+    for (int32_t i = 0; i < group->n_members; i++) {
+        size_t used_here, free_here;
+        FB_TRY(fb_device_memory(group->members[i], &used_here, &free_here));
+        used += used_here;
+        least = free_here < least ? free_here : least;
+    }
+    *used_bytes = used;
+    *free_bytes = least * (size_t)group->n_members;
+    return FB_OK;
 }
 
 enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes) {
     FB_REQUIRE(device && used_bytes && free_bytes, "device, used_bytes or free_bytes is null");
+    if (device->n_members) return memory_of_group(device, used_bytes, free_bytes);
     struct fb_device_info info;
     FB_TRY(device->kind->describe(device->index, &info));
     const size_t used = atomic_load(&device->used);
@@ -82,6 +141,7 @@ static enum fb_status refuse(const fb_device *device, const char *what, size_t n
 
 enum fb_status fb_device_take(fb_device *device, const char *what, size_t n_bytes, void **out) {
     void *memory = NULL;
+    FB_REQUIRE(device->n_members == 0, "%s must lie on one device, not on a group of %d", what, device->n_members);
     if (n_bytes > 0) {
         const size_t before = atomic_fetch_add(&device->used, n_bytes);
         const bool fits = !device->budget || (before <= device->budget && n_bytes <= device->budget - before);
@@ -90,7 +150,7 @@ enum fb_status fb_device_take(fb_device *device, const char *what, size_t n_byte
             atomic_fetch_sub(&device->used, n_bytes);
             return status == FB_DEVICE_MEMORY ? refuse(device, what, n_bytes) : status;
         }
-        atomic_fetch_add(&device->n_holders, 1);
+        fb_device_hold(device);
     }
     *out = memory;
     return FB_OK;
@@ -100,5 +160,5 @@ void fb_device_release(fb_device *device, void *memory, size_t n_bytes) {
     if (!memory) return;
     device->kind->release(device->index, memory);
     atomic_fetch_sub(&device->used, n_bytes);
-    let_go(device);
+    fb_device_let_go(device);
 }

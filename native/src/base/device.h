@@ -22,7 +22,7 @@ struct fb_results {
 
 enum fb_way { FB_TO_DEVICE, FB_FROM_DEVICE, FB_ON_DEVICE };
 
-/* Every function may be called by any thread and returns when its work is done. */
+/* Every function may be called by any thread and returns when its work is done; those of a group by one thread at a time. */
 struct fb_device_kind {
     enum fb_status (*count)(int32_t *out);
     enum fb_status (*describe)(int32_t index, struct fb_device_info *out);
@@ -40,6 +40,12 @@ struct fb_device_kind {
     /* See fb_program_set_graphs; not while the program runs. */
     void (*program_set_graphs)(void *on_device, bool is_on);
     void (*program_graph_info)(const void *on_device, struct fb_graph_info *out);
+
+    /* Links between devices, and a batch over programs and pools of each of them; n_results: rows of the last op in all. */
+    enum fb_status (*group_open)(const int32_t *indices, int32_t n, void **out);
+    void (*group_close)(void *links);
+    enum fb_status (*group_run)(void *links, fb_program *const *parts, fb_page_pool *const *pools, int32_t n_results,
+        const struct fb_batch *batch, const struct fb_results *results);
 };
 
 struct fb_device {
@@ -47,11 +53,18 @@ struct fb_device {
     int32_t index;
     size_t budget;
     atomic_size_t used;
-    atomic_int n_holders; /* the handle, and each allocation */
+    atomic_int n_holders;                /* the handle, each allocation, and groups */
+    fb_device *members[FB_MOST_MEMBERS]; /* of a group, on which itself nothing lies */
+    int32_t n_members;
+    void *links; /* of a group: the kind's */
 };
 
 /* The GPUs of this build, NULL without CUDA: native/cuda/absent.c or native/cuda/devices.c. */
 const struct fb_device_kind *fb_device_kind_of_build(void);
+
+/* One holder more, for what is no allocation, and one less. */
+void fb_device_hold(fb_device *device);
+void fb_device_let_go(fb_device *device);
 
 /* Memory of a device, counted. `what` it is for completes "no memory for ..."; NULL for no bytes. */
 enum fb_status fb_device_take(fb_device *device, const char *what, size_t n_bytes, void **out);

@@ -4,6 +4,7 @@
 #include "base/memory.h"
 #include "base/status.h"
 #include "kernels/kernels.h"
+#include "kv/split.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -47,11 +48,20 @@ static enum fb_status lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int3
     return FB_OK;
 }
 
+static bool is_split(const struct fb_page_pool *pool) {
+    return pool->device && pool->device->n_members;
+}
+
 static enum fb_status take_memory(struct fb_page_pool *pool) {
     if (!pool->device) {
         pool->memory = fb_memory_take(pool->n_bytes);
         if (pool->memory) return FB_OK;
         return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", pool->n_pages, pool->n_bytes);
+    }
+    if (is_split(pool)) {
+        FB_TRY(fb_split_create(pool));
+        fb_device_hold(pool->device);
+        return FB_OK;
     }
     void *memory;
     FB_TRY(fb_device_take(pool->device, "KV pages", pool->n_bytes, &memory));
@@ -86,10 +96,14 @@ enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, 
 
 void fb_page_pool_free(fb_page_pool *pool) {
     if (!pool) return;
-    if (pool->device)
+    if (is_split(pool)) {
+        fb_split_free(pool);
+        fb_device_let_go(pool->device);
+    } else if (pool->device) {
         fb_device_release(pool->device, pool->memory, pool->n_bytes);
-    else
+    } else {
         fb_memory_release(pool->memory, pool->n_bytes);
+    }
     free(pool);
 }
 
@@ -117,11 +131,13 @@ static enum fb_status copy(const struct fb_page_pool *pool, enum fb_way way, voi
 enum fb_status fb_page_copy(fb_page_pool *pool, int32_t dst, int32_t src) {
     FB_TRY(check_page(pool, "dst", dst));
     FB_TRY(check_page(pool, "src", src));
+    if (is_split(pool)) return fb_split_copy(pool, dst, src);
     return copy(pool, FB_ON_DEVICE, page_at(pool, dst), page_at(pool, src));
 }
 
 enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page) {
     FB_TRY(check_page(pool, "page", page));
+    if (is_split(pool)) return fb_split_zero(pool, page);
     if (pool->device) return pool->device->kind->clear(pool->device->index, page_at(pool, page), pool->page_bytes);
     memset(page_at(pool, page), 0, pool->page_bytes);
     return FB_OK;
@@ -130,12 +146,14 @@ enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page) {
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes) {
     FB_TRY(check_page(pool, "page", page));
     FB_REQUIRE(dst && n_bytes == pool->page_bytes, "dst has %zu bytes, a page has %zu", n_bytes, pool->page_bytes);
+    if (is_split(pool)) return fb_split_read(pool, page, dst);
     return copy(pool, FB_FROM_DEVICE, dst, page_at(pool, page));
 }
 
 enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, size_t n_bytes) {
     FB_TRY(check_page(pool, "page", page));
     FB_REQUIRE(src && n_bytes == pool->page_bytes, "src has %zu bytes, a page has %zu", n_bytes, pool->page_bytes);
+    if (is_split(pool)) return fb_split_write(pool, page, src);
     return copy(pool, FB_TO_DEVICE, page_at(pool, page), src);
 }
 

@@ -31,8 +31,9 @@ struct fb_page_pool {
     struct fb_kv_part k, v;
     int32_t n_pages, n_layers, n_kv_heads, head_dim;
     size_t page_bytes, n_bytes;
-    char *memory;      /* on the device, if there is one */
-    fb_device *device; /* NULL: the CPU */
+    char *memory;                                /* on the device, if there is one */
+    fb_device *device;                           /* NULL: the CPU */
+    struct fb_page_pool *parts[FB_MOST_MEMBERS]; /* on a group, instead of memory: see split.h */
 };
 
 /* A slab; it begins with K. */

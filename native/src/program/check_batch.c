@@ -62,7 +62,7 @@ enum fb_status fb_check_batch(
     FB_REQUIRE(batch->tokens && batch->sequences && batch->n_sequences >= 1, "tokens or sequences are missing");
     FB_REQUIRE(batch->n_outputs >= 0 && batch->n_outputs <= batch->n_tokens && (batch->outputs || !batch->n_outputs),
         "n_outputs is %d, must be 0 .. %d", batch->n_outputs, batch->n_tokens);
-    const int32_t n_rows = p->ops[p->n_ops - 1].weight->n_rows;
+    const int32_t n_rows = p->n_results;
     FB_REQUIRE(n_logits == (size_t)batch->n_outputs * (size_t)n_rows, "room for %zu logits, %d outputs x %d are needed",
         n_logits, batch->n_outputs, n_rows);
     for (int32_t i = 0; i < batch->n_tokens; i++)

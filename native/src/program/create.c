@@ -36,7 +36,8 @@ static bool reads_buffer(const struct fb_op *op) {
 
 static bool writes_buffer(const struct fb_op *op) {
     return op->kind == FB_OP_EMBED || op->kind == FB_OP_RMS_NORM || op->kind == FB_OP_LINEAR ||
-           op->kind == FB_OP_LINEAR_SWIGLU || op->kind == FB_OP_ATTENTION || op->kind == FB_OP_GATHER_OUTPUTS;
+           op->kind == FB_OP_LINEAR_SWIGLU || op->kind == FB_OP_ATTENTION || op->kind == FB_OP_GATHER_OUTPUTS ||
+           op->kind == FB_OP_SUM;
 }
 
 static bool has_weight(const struct fb_op *op) {
@@ -51,6 +52,7 @@ static int32_t result_width(const struct fb_program *p, const struct fb_op *op, 
         return op->weight->n_cols;
     case FB_OP_RMS_NORM:
     case FB_OP_GATHER_OUTPUTS:
+    case FB_OP_SUM:
         return in_width;
     case FB_OP_ATTENTION:
         return p->shape.n_heads * p->shape.head_dim;
@@ -82,7 +84,10 @@ static enum fb_status check_vectors(const struct fb_program *p, int32_t i, int32
 static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) {
     const struct fb_op *op = &p->ops[i];
     const struct fb_program_shape *s = &p->shape;
-    FB_REQUIRE(op->kind >= FB_OP_EMBED && op->kind <= FB_OP_LOGITS, "op %d: kind %d is unknown", i, (int)op->kind);
+    FB_REQUIRE(op->kind >= FB_OP_EMBED && op->kind <= FB_OP_SUM, "op %d: kind %d is unknown", i, (int)op->kind);
+    if (op->kind == FB_OP_SUM && !p->device)
+        return fb_fail(FB_UNSUPPORTED, "op %d: sums over devices are not for the CPU", i);
+    p->is_part = p->is_part || op->kind == FB_OP_SUM;
     FB_REQUIRE((op->kind == FB_OP_EMBED) == (i == 0), "op %d: a program has one embed, at its beginning", i);
     FB_REQUIRE((op->kind == FB_OP_LOGITS) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!has_weight(op) || op->weight, "op %d: its weight is null", i);
@@ -151,7 +156,7 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
         FB_REQUIRE(!*gathered && !p->buffers[op->in].per_output, "op %d: outputs are gathered once", i);
         *gathered = true;
     }
-    if (op->kind == FB_OP_LINEAR && op->residual != -1) {
+    if ((op->kind == FB_OP_LINEAR || op->kind == FB_OP_SUM) && op->residual != -1) {
         FB_REQUIRE(op->residual >= 0 && op->residual < s->n_buffers, "op %d: residual is buffer %d of %d", i,
             op->residual, s->n_buffers);
         struct fb_buffer *residual = &p->buffers[op->residual];
@@ -160,7 +165,7 @@ static enum fb_status check_op(struct fb_program *p, int32_t i, bool *gathered) 
             "op %d: buffer %d cannot be its residual", i, op->residual);
         residual->last_use = i;
     } else {
-        FB_REQUIRE(op->residual == -1, "op %d: only linear takes a residual", i);
+        FB_REQUIRE(op->residual == -1, "op %d: only linear and sum take a residual", i);
     }
     if (out->first_write < 0) {
         out->first_write = i;
@@ -211,12 +216,16 @@ static void take_draw_work(struct fb_program *p, bool *failed) {
     p->draw_work = take(p, drawing_threads(p), p->draw_work_bytes, failed);
 }
 
+enum fb_status fb_take_draw_work(struct fb_program *p) {
+    bool failed = false;
+    take_draw_work(p, &failed);
+    return failed ? fb_fail(FB_OUT_OF_MEMORY, "no memory to draw tokens") : FB_OK;
+}
+
 /* Of this process only what drawing takes; the rest is the device's. */
 static enum fb_status take_on_device(struct fb_program *p) {
-    bool failed = false;
     p->arena_floats = fb_plan_buffers(p->buffers, p->shape.n_buffers, (size_t)p->shape.max_tokens);
-    take_draw_work(p, &failed);
-    if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory to draw tokens");
+    FB_TRY(fb_take_draw_work(p));
     return p->device->kind->program_create(p, &p->on_device);
 }
 
@@ -279,6 +288,7 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     p->vectors = calloc(p->n_vector_floats + 1, sizeof *p->vectors);
     if (!p->vectors) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program's vectors");
     copy_vectors(p);
+    p->n_results = p->ops[p->n_ops - 1].weight->n_rows;
     fb_cut_stages(p);
     return p->device ? take_on_device(p) : take_memory(p);
 }
@@ -293,6 +303,7 @@ enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_s
     const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
     enum fb_isa isa, fb_program **out) {
     FB_REQUIRE(shape && buffer_widths && inv_freq && ops && out, "shape, buffer_widths, inv_freq, ops or out is null");
+    FB_REQUIRE(!device || device->n_members == 0, "a program lies on one device: those of a group are joined");
     FB_TRY(check_shape(shape));
     FB_REQUIRE(n_ops >= 1 && n_ops <= MAX_OPS, "n_ops is %d, must be 1 .. %d", n_ops, MAX_OPS);
     FB_REQUIRE(n_threads >= 1 && n_threads <= MAX_THREADS, "n_threads is %d, must be 1 .. %d", n_threads, MAX_THREADS);
@@ -328,6 +339,7 @@ size_t fb_program_scratch_bytes(const fb_program *program) {
 void fb_program_free(fb_program *p) {
     if (!p) return;
     if (p->on_device) p->device->kind->program_free(p->on_device);
+    if (p->parts[0]) fb_device_let_go(p->device);
     const size_t rows = (size_t)p->shape.max_tokens;
     fb_memory_release(p->arena, p->arena_floats * sizeof(float));
     fb_memory_release(p->cos_sin, rows * (size_t)p->shape.rotary_dim * sizeof(float));

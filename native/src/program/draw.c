@@ -131,9 +131,8 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
     const int32_t most = program->shape.max_tokens, vocab_size = program->shape.vocab_size;
     FB_REQUIRE(n_draws >= 1 && n_draws <= most, "n_draws is %d, must be 1 .. %d", n_draws, most);
     FB_REQUIRE(n_steps >= 1, "n_steps is %d, must be 1 or more", n_steps);
-    FB_REQUIRE(program->ops[program->n_ops - 1].weight->n_rows == vocab_size,
-        "the program ends with %d numbers, not with logits of %d tokens",
-        program->ops[program->n_ops - 1].weight->n_rows, vocab_size);
+    FB_REQUIRE(program->n_results == vocab_size, "the program ends with %d numbers, not with logits of %d tokens",
+        program->n_results, vocab_size);
     FB_REQUIRE(n_logits >= (size_t)n_draws * (size_t)vocab_size, "%zu logits, %d x %d are needed", n_logits, n_draws,
         vocab_size);
     for (int32_t i = 0; i < n_draws; i++)

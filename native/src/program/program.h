@@ -6,6 +6,7 @@
  *     plan.c     decides where buffers lie
  *     run.c      executes the stages over a batch, which check_batch.c has looked at, in one parallel region
  *     draw.c     runs one step after the other, drawing tokens between them
+ *     join.c     makes one of the programs of a group's devices
  *
  * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow
  * each other in one stage: the thread that holds a token carries it through all of them. Products that read the same
@@ -16,7 +17,8 @@
  * shared out, and a barrier follows. What happens to heads between products and attention is done by attention, where
  * every sequence has one token.
  *
- * A program for a device is checked and planned like any other, but takes no memory for a run: the device's kind runs it.
+ * A program for a device is checked and planned like any other, but takes no memory for a run: the device's kind runs it. One for a
+ * group has no operators of its own but only those of its parts.
  */
 #ifndef FABULA_PROGRAM_H
 #define FABULA_PROGRAM_H
@@ -74,9 +76,12 @@ struct fb_program {
     int32_t n_stages;
     float *vectors; /* every op's vectors, copied */
     size_t n_vector_floats;
-    float *inv_freq;   /* [rotary_dim / 2] */
-    fb_device *device; /* NULL: the CPU */
-    void *on_device;   /* of the device's kind */
+    float *inv_freq;                    /* [rotary_dim / 2] */
+    int32_t n_results;                  /* rows of the last op, of all parts */
+    fb_device *device;                  /* NULL: the CPU */
+    void *on_device;                    /* of the device's kind */
+    bool is_part;                       /* holds a SUM: only a joined program runs it */
+    fb_program *parts[FB_MOST_MEMBERS]; /* of a joined program, on the members of `device`; borrowed */
 
     /* Memory of a run, taken once. */
     float *arena; /* all buffers */
@@ -113,6 +118,9 @@ void fb_cut_stages(struct fb_program *p);
 /* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows
  * each. */
 size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
+
+/* What drawing takes of this process's memory. */
+enum fb_status fb_take_draw_work(struct fb_program *p);
 
 /* Whether a pool has the program's shape and lies where it runs, and whether a batch is whole: counts that agree, ids of the vocabulary, pages of the
  * pool, none of which two sequences write. A pool's memory is not looked at. */

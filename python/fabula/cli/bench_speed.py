@@ -23,7 +23,7 @@ from fabula.cli.bench_options import (
     weights_option,
 )
 from fabula.cli.console import note
-from fabula.cli.options import KV_CHOICE, ModelOptions, device_option, kv_option, model_option
+from fabula.cli.options import KV_CHOICE, ModelOptions, device_option, kv_option, model_option, parallel_option
 
 if TYPE_CHECKING:
     from fabula.model import WeightsName
@@ -101,6 +101,7 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
 @peers_option("Measure llama.cpp and transformers in turns, on the same weights.")
 @peer_python_option
 @device_option
+@parallel_option
 @click.option("--peer-kv", type=KV_CHOICE, help="Precision of llama.cpp's KV cache; default: as --kv.")
 @plot_option
 @json_option
@@ -118,6 +119,7 @@ def model(
     peers: bool,
     peer_python: str | None,
     device: str,
+    tensor_parallel: int,
     peer_kv: str | None,
     plot: Path | None,
     as_json: bool,
@@ -157,7 +159,9 @@ def model(
     machine = measured_machine(threads)
     with ExitStack() as stack:
         loaded = [
-            stack.enter_context(ModelOptions(model, precision, kv, machine.threads, context, device).load())
+            stack.enter_context(
+                ModelOptions(model, precision, kv, machine.threads, context, device, tensor_parallel).load()
+            )
             for precision in weights
         ]
         rows = bench_models(loaded, machine, lengths, make_peers=make if peers else None, status=note)

@@ -54,6 +54,11 @@ device_option = click.option(
     "--device", callback=_device_name, default="cpu", show_default=True, envvar="FABULA_DEVICE", metavar="NAME",
     help="Where the model runs: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room for it, else the CPU.",
 )  # fmt: skip
+# At most as many as in engine/device.py, which takes too long to import for --help.
+parallel_option = click.option(
+    "--tensor-parallel", type=click.IntRange(1, 16), default=1, show_default=True, envvar="FABULA_TENSOR_PARALLEL",
+    metavar="N", help="GPUs, from --device on, that compute the model together.",
+)  # fmt: skip
 
 _MODEL = (
     model_option,
@@ -69,6 +74,7 @@ _MODEL = (
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
     ),
     device_option,
+    parallel_option,
 )  # fmt: skip
 
 
@@ -82,6 +88,7 @@ class ModelOptions:
     threads: int | None
     context: int | None
     device: str = "cpu"
+    tensor_parallel: int = 1
 
     @property
     def name(self) -> str:
@@ -101,6 +108,7 @@ class ModelOptions:
                 threads=self.threads,
                 context=self.context,
                 device=self.device,
+                tensor_parallel=self.tensor_parallel,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -118,9 +126,11 @@ def model_options(function: _Function) -> _Function:
         threads: int | None,
         context: int | None,
         device: str,
+        tensor_parallel: int,
         **rest: Any,
     ) -> Any:
-        return function(*args, loading=ModelOptions(model, weights, kv, threads, context, device), **rest)
+        loading = ModelOptions(model, weights, kv, threads, context, device, tensor_parallel)
+        return function(*args, loading=loading, **rest)
 
     for option in reversed(_MODEL):
         command = option(command)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fabula.cli.console import clean, err, note
-from fabula.cli.options import ModelOptions, data_option, device_option
+from fabula.cli.options import ModelOptions, data_option, device_option, parallel_option
 from fabula.cli.shelf import find_record, listed, open_workspace, read_json, told_if_locked, write_json
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ def _described(workspace: Workspace, session: Session) -> dict[str, Any]:
     "--kv", type=click.Path(path_type=Path), metavar="FILE.safetensors", help="Also write its K and V; loads the model."
 )
 @device_option
+@parallel_option
 @data_option
-def export(name: str, file: Path | None, kv: Path | None, device: str, data: Path | None) -> None:
+def export(name: str, file: Path | None, kv: Path | None, device: str, tensor_parallel: int, data: Path | None) -> None:
     """Write the session NAME as JSON to FILE, or to stdout. FILE is there whole, or as it was before.
 
     K and V are those that were kept on disk; what is missing is computed by whoever imports the session.
@@ -160,7 +161,7 @@ def export(name: str, file: Path | None, kv: Path | None, device: str, data: Pat
         if kv is not None:
             record = find_record(workspace, name)
             if record is not None:
-                _load(workspace, record.model, device)
+                _load(workspace, record.model, device, tensor_parallel)
         content = workspace.open(name).export(kv=kv)
     if file is None:
         click.echo(json.dumps(content, ensure_ascii=False))
@@ -169,8 +170,8 @@ def export(name: str, file: Path | None, kv: Path | None, device: str, data: Pat
         note(f"{name}: {len(content['turns'])} turns written to {file}")
 
 
-def _load(workspace: Workspace, model: str, device: str) -> None:
-    ModelOptions(model, weights="auto", kv="f16", threads=None, context=None, device=device).load(workspace)
+def _load(workspace: Workspace, model: str, device: str, tensor_parallel: int) -> None:
+    ModelOptions(model, "auto", "f16", None, None, device, tensor_parallel).load(workspace)
 
 
 @sessions.command("import", short_help="Take in a session that was exported.")
@@ -178,8 +179,11 @@ def _load(workspace: Workspace, model: str, device: str) -> None:
 @click.option("--name", metavar="NAME", help="Its name here; default: the one it had.")
 @click.option("--kv", type=click.Path(path_type=Path), metavar="FILE", help="Its K and V; loads the model.")
 @device_option
+@parallel_option
 @data_option
-def import_(file: Path, name: str | None, kv: Path | None, device: str, data: Path | None) -> None:
+def import_(
+    file: Path, name: str | None, kv: Path | None, device: str, tensor_parallel: int, data: Path | None
+) -> None:
     """Take in a session from FILE, which `fabula sessions export` or /save wrote, and print its name.
 
     \b
@@ -190,7 +194,7 @@ def import_(file: Path, name: str | None, kv: Path | None, device: str, data: Pa
     content = read_json(file)
     with _open(data) as workspace:
         if kv is not None and isinstance(content, dict) and isinstance(content.get("model"), str):
-            _load(workspace, content["model"], device)
+            _load(workspace, content["model"], device, tensor_parallel)
         session = workspace.import_(content, id=name, kv=kv)
         click.echo(session.id)
 

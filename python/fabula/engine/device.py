@@ -1,4 +1,4 @@
-"""Where a model runs: the CPU, a GPU by its number, or the first one with room for it."""
+"""Where a model runs: the CPU, a GPU by its number, the first one with room for it, or several GPUs together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 
 from fabula import _native
+from fabula._parallel import MOST_DEVICES, DeviceGroup
 from fabula.errors import DeviceError, EngineError, InvalidArgument, Unsupported
 
 _NAME = re.compile(r"cpu|auto|cuda(?::([0-9]{1,3}))?")
@@ -23,36 +24,59 @@ def check_device(name: object) -> str:
     return name
 
 
+def check_parallel(n: object, device: str) -> int:
+    """How many GPUs compute a model together.
+
+    Raises:
+        InvalidArgument: no such number, or more than one of what is no GPU.
+    """
+    if type(n) is not int or not 1 <= n <= MOST_DEVICES:
+        raise InvalidArgument(f"tensor_parallel is {n!r}, must be a whole number in 1 .. {MOST_DEVICES}")
+    if n > 1 and device in ("cpu", "auto"):
+        raise InvalidArgument(f"tensor_parallel is {n} and device {device}: several GPUs need device cuda or cuda:N")
+    return n
+
+
 class Placement:
     """What may be chosen for one model.
 
     Args:
         name: "cpu"; "cuda" for the first GPU; "cuda:N"; "auto" for a GPU that has room, else the CPU.
         memory: bytes of a GPU that the model may take; None for what is free.
+        n_devices: GPUs from the one named on, which compute the model together.
 
     Raises:
         InvalidArgument: no name of a device, or there are fewer GPUs.
-        Unsupported: a GPU is asked for, and this build has no CUDA.
+        Unsupported: a GPU is asked for, and this build has no CUDA; or several, and NCCL is missing.
         DeviceError: a GPU is asked for, and the driver is missing, too old, or finds none.
     """
 
-    def __init__(self, name: str = "cpu", memory: int | None = None) -> None:
+    def __init__(self, name: str = "cpu", memory: int | None = None, n_devices: int = 1) -> None:
         check_device(name)
+        self.n_devices = check_parallel(n_devices, name)
         self._memory = memory
         self._device: _native.Device | None = None
-        self._n_devices = 0  # to try
+        self._n_tried = 0  # GPUs to try
         if name not in ("cpu", "auto"):
-            try:
-                self._device = _native.Device(int(name.partition(":")[2] or 0), memory)
-            except EngineError as error:
-                raise type(error)(f"device {name}: {error}; take device cpu or auto", status=error.status) from None
+            self._device = self._open(name, int(name.partition(":")[2] or 0))
         elif name == "auto":
             with suppress(Unsupported, DeviceError):  # then it is the CPU
-                self._n_devices = _native.device_count()
+                self._n_tried = _native.device_count()
+
+    def _open(self, name: str, first: int) -> _native.Device:
+        """The GPU that was named, or it and those behind it."""
+        n, remedy = self.n_devices, "take device cpu or auto"
+        if n > 1:
+            name, remedy = f"{name}, tensor_parallel {n}", "take tensor_parallel 1 or other GPUs"
+        try:
+            devices = [_native.Device(index, self._memory) for index in range(first, first + n)]
+            return devices[0] if n == 1 else DeviceGroup(devices)
+        except EngineError as error:
+            raise type(error)(f"device {name}: {error}; {remedy}", status=error.status) from None
 
     def choose(self, n_bytes: int) -> _native.Device | None:
         """The device for a model that takes so many bytes, None for the CPU."""
-        for index in range(self._n_devices):
+        for index in range(self._n_tried):
             with suppress(DeviceError):  # one that cannot be used is passed over
                 device = _native.Device(index, self._memory)
                 if n_bytes <= (1 - RESERVED) * device.memory()[1]:

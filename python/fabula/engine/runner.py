@@ -10,13 +10,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
+from fabula.engine.assembly import Assembly
 from fabula.engine.device import CPU, Placement
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType
@@ -25,8 +25,9 @@ from fabula.kv.prefix import EVERYTHING, Window
 from fabula.models.builder import ProgramBuilder
 from fabula.models.config import ModelConfig
 from fabula.models.families import family_of
-from fabula.models.precision import Precision, everywhere
+from fabula.models.precision import Precision, block_of, everywhere
 from fabula.models.rope import make_rope
+from fabula.models.shares import Shares
 
 if TYPE_CHECKING:
     from fabula._native import Isa
@@ -37,18 +38,6 @@ MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
 SHARE_OF_KV = 0.9  # of a GPU's free memory that pages may take; the rest is for batches, logits among them
-
-
-class Recipe(NamedTuple):
-    """What a program was made of, to make another one of the same weights."""
-
-    shape: _native.Shape
-    widths: list[int]
-    inv_freq: npt.ArrayLike
-    ops: list[_native.Op]
-    n_threads: int
-    isa: Isa
-    device: _native.Device | None
 
 
 class Part(NamedTuple):
@@ -99,18 +88,19 @@ class Runner:
         self.context = context or config.context_length
         rope = make_rope(config.rope, config.head_dim, config.context_length, self.context, checkpoint.path)
         precision = everywhere(weights) if isinstance(weights, DType) else weights
-        builder = ProgramBuilder(checkpoint, precision, n_threads, progress)
+        shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
+        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
         family.emit(builder, config)
         self.max_tokens = min(PREFILL_CHUNK, self.context)
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
         page_bytes = _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim)
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
-        buffer_bytes = 4 * self.max_tokens * sum(builder.widths)
+        buffer_bytes = 4 * self.max_tokens * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
         shape = _native.Shape(
             n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            n_kv_heads=config.n_kv_heads,
+            n_heads=shares.n_heads,
+            n_kv_heads=shares.n_kv_heads,
             head_dim=config.head_dim,
             rotary_dim=config.head_dim,
             vocab_size=config.vocab_size,
@@ -118,14 +108,16 @@ class Runner:
             rope_scale=rope.scale,
         )
         try:
-            builder.pack(self.device)
-            self.recipe = Recipe(shape, builder.widths, rope.inv_freq, builder.ops, n_threads, isa, self.device)
-            self.program = self._program(shape, builder.ops)
+            builder.pack(self.device.members if self.device else ())
+            self._assembly = Assembly(builder, config, shape, rope.inv_freq, isa, self.device)
+            self.program = self._assembly.program()
             n_pages = SEQUENCES_AT_FULL_LENGTH * text_pages
             if kv_memory is not None:
                 n_pages = max(1, kv_memory // page_bytes)
             elif self.device is not None:
-                n_pages = min(n_pages, max(1, int(SHARE_OF_KV * self.device.memory()[1]) // page_bytes))
+                part_bytes = _native.page_bytes(kv, config.n_layers, shares.n_kv_heads, config.head_dim)
+                free = min(member.memory()[1] for member in self.device.members)
+                n_pages = min(n_pages, max(1, int(SHARE_OF_KV * free) // part_bytes))
             self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim, self.device)
         except DeviceOutOfMemory as error:
             raise DeviceOutOfMemory(
@@ -247,30 +239,8 @@ class Runner:
         return drawn, seconds
 
     def hidden_program(self, max_tokens: int) -> _native.Program:
-        """The same program up to the last norm: its rows are hidden states, float32 [hidden_size].
-
-        It shares the weights, and has buffers of its own for `max_tokens` tokens. The library ends a program with a
-        product, so the states are multiplied by the identity matrix, which changes no number.
-        """
-        recipe, n = self.recipe, self.config.hidden_size
-        identity = _native.Weight(DType.F32, n, n)
-        identity.pack_rows(np.eye(n, dtype=np.float32).view(np.uint8).reshape(-1), DType.F32, n)
-        if recipe.device is not None:
-            identity.move(recipe.device)
-        ops = [*recipe.ops[:-1], replace(recipe.ops[-1], weight=identity)]
-        return self._program(replace(recipe.shape, max_tokens=max_tokens), ops)
-
-    def _program(self, shape: _native.Shape, ops: list[_native.Op]) -> _native.Program:
-        recipe = self.recipe
-        return _native.Program(
-            shape,
-            recipe.widths,
-            recipe.inv_freq,
-            ops,
-            n_threads=recipe.n_threads,
-            isa=recipe.isa,
-            device=recipe.device,
-        )
+        """The program whose rows are hidden states, float32 [hidden_size], for up to `max_tokens` tokens."""
+        return self._assembly.hidden_program(max_tokens)
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends a prompt chunk by chunk and returns the last token's logits, float32 [vocab_size].

@@ -1,5 +1,8 @@
 """Builds a program: collects tensors as a family names them, operators and buffers; then the matrices are packed.
 
+A model that several devices share is described once, too: what is made for each of them stands in a list, in their
+order, and the operators of each are collected apart.
+
 Every tensor's shape is checked against what the config promises; a weight that holds NaN or infinity is packed but
 warned about, and a turn that meets it fails with NonFinite.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +21,15 @@ from fabula import _native
 from fabula._native import Op, Weight
 from fabula.errors import ModelFileError
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
-from fabula.models.packing import Packer, Packing, Part
+from fabula.models.packing import Packer, Packing, Part, Place
 from fabula.models.precision import Precision
+from fabula.models.shares import Axis, Shares, check_columns, widths
 
 F32 = npt.NDArray[np.float32]
+Weights = list[Weight]  # of a matrix, each device's share
 
 EMBED, RMS_NORM, LINEAR, LINEAR_SWIGLU, HEAD_NORM = 1, 2, 3, 4, 5
-ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS = 6, 7, 8, 9, 10
+ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
 
@@ -41,7 +47,12 @@ class ProgramBuilder:
         checkpoint: where tensors come from.
         weights: format of each matrix, by its entry in the checkpoint.
         n_threads: threads that pack.
+        shares: what each device holds.
         progress: called with (bytes read so far, bytes in all) as tensors are read.
+
+    Attributes:
+        ops, widths: operators and widths of buffers, of each device.
+        weights: all of them, of all devices.
     """
 
     def __init__(
@@ -49,18 +60,22 @@ class ProgramBuilder:
         checkpoint: Checkpoint,
         weights: Precision,
         n_threads: int,
+        shares: Shares,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self._precision = weights
         self.n_threads = n_threads
-        self.ops: list[Op] = []
-        self.widths: list[int] = []
+        self.shares = shares
+        self.ops: list[list[Op]] = [[] for _ in range(shares.n)]
+        self.widths: list[list[int]] = [[] for _ in range(shares.n)]
         self.weights: list[Weight] = []
+        self._sums: int | None = None  # buffer of products that are parts of sums
         self._packings: list[Packing] = []
         self._progress = progress
         self._done = 0
         self._total = sum(info.n_bytes for info in checkpoint.tensors.values())
+        self._asked_for: set[str] = set()
 
     # ---- Tensors ----------------------------------------------------------------------------------------------------
 
@@ -84,6 +99,9 @@ class ProgramBuilder:
             raise ModelFileError(
                 f"{path}: tensor {name!r} has rows of {shape[-1]}, not whole blocks of {block}", path=path, field=name
             )
+        if name in self._asked_for:  # it is read once more
+            self._total += info.n_bytes
+        self._asked_for.add(name)
         return info
 
     def _count(self, n_bytes: int) -> None:
@@ -101,9 +119,13 @@ class ProgramBuilder:
             self._warn(name, DType.F32)
         return vector
 
-    def joined(self, names: Sequence[str], lengths: Sequence[int]) -> F32:
+    def joined(self, names: Sequence[str], axes: Sequence[Axis]) -> list[F32]:
         """Vectors one behind the other, in the order of `stacked`."""
-        return np.concatenate([self.vector(name, n) for name, n in zip(names, lengths, strict=True)])
+        vectors = [self.vector(name, axis.size) for name, axis in zip(names, axes, strict=True)]
+        shares = zip(*(axis.shares for axis in axes), strict=True)
+        return [
+            np.concatenate([v[r.start : r.stop] for v, r in zip(vectors, ranges, strict=True)]) for ranges in shares
+        ]
 
     def _warn(self, name: str, dtype: DType) -> None:
         warnings.warn(
@@ -112,98 +134,134 @@ class ProgramBuilder:
             stacklevel=2,
         )
 
-    def pack(self, device: _native.Device | None = None) -> None:
-        """Reads and packs the matrices that were asked for, and moves them to a GPU if one is given.
+    def pack(self, devices: Sequence[_native.Device] = ()) -> None:
+        """Reads and packs the matrices that were asked for, and moves each device's share there; none: the CPU.
 
         Raises:
             ModelFileError, OutOfMemory: one cannot be read.
             DeviceOutOfMemory, DeviceError: one cannot be moved.
         """
-        packer = Packer(self.checkpoint, self.n_threads, self._count, device)
+        packer = Packer(self.checkpoint, self.n_threads, self._count, devices)
         for name, weight in packer.pack(self._packings):
             self._warn(name, DType(weight.dtype))
 
-    def matrix(self, name: str, n_rows: int, n_cols: int) -> Weight:
-        """A matrix [n_rows, n_cols]."""
-        return self.stacked([name], [n_rows], n_cols)[0]
+    def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> Weights:
+        """A weight for each device, of so many rows, to be packed from `parts`."""
+        for part in parts:
+            for held in (dtype, part.info.dtype):
+                check_columns(part.info.name, columns, _native.dtype_block(held)[0])
+        weights = [Weight(dtype, n, len(share)) for n, share in zip(n_rows, columns.shares, strict=True)]
+        self._packings.append(Packing(weights, parts))
+        self.weights += weights
+        return weights
 
-    def stacked(self, names: Sequence[str], rows: Sequence[int], n_cols: int) -> list[Weight]:
-        """Matrices [rows[i], n_cols] on top of each other: one weight, or several where neighbours differ in format."""
+    def matrix(self, name: str, rows: Axis, columns: Axis) -> Weights:
+        """A matrix [rows, columns]."""
+        return self.stacked([name], [rows], columns)[0]
+
+    def stacked(self, names: Sequence[str], rows: Sequence[Axis], columns: Axis) -> list[Weights]:
+        """Matrices [rows[i], columns] on top of each other: one, or several where neighbours differ in format."""
         # Shapes are checked before memory is taken for sizes that only the config claims.
-        infos = [self._check(name, (n_rows, n_cols)) for name, n_rows in zip(names, rows, strict=True)]
-        stack: list[Weight] = []
-        for dtype, group in groupby(infos, key=self._precision):
-            n_rows, parts = 0, []
-            for info in group:
-                parts.append(Part(info, n_rows))
-                n_rows += info.shape[0]
-            weight = Weight(dtype, n_rows, n_cols)
-            self._packings.append(Packing(weight, parts))
-            stack.append(weight)
-        self.weights += stack
+        entries = [(self._check(name, (axis.size, columns.size)), axis) for name, axis in zip(names, rows, strict=True)]
+        stack: list[Weights] = []
+        for dtype, group in groupby(entries, key=lambda entry: self._precision(entry[0])):
+            first_rows, parts = [0] * self.shares.n, []
+            for info, axis in group:
+                shares = zip(first_rows, axis.shares, columns.shares, strict=True)
+                parts.append(Part(info, [Place(first, taken, across) for first, taken, across in shares]))
+                first_rows = [first + len(taken) for first, taken in zip(first_rows, axis.shares, strict=True)]
+            stack.append(self._weights(dtype, first_rows, columns, parts))
         return stack
 
-    def woven(self, names: tuple[str, str], n_rows: int, n_cols: int) -> Weight:
-        """Two matrices [n_rows, n_cols], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
-        infos = [self._check(name, (n_rows, n_cols)) for name in names]
+    def woven(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
+        """Two matrices [rows, columns], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
+        infos = [self._check(name, (rows.size, columns.size)) for name in names]
         first, second = (self._precision(info) for info in infos)
         # A weight has one format; f16 holds what the formats in blocks do, and f32 what bf16 does too.
         dtype = first if first is second else DType.F32 if {first, second} & {DType.F32, DType.BF16} else DType.F16
-        padded = -(-n_rows // PANEL_ROWS) * PANEL_ROWS
-        weight = Weight(dtype, 2 * padded, n_cols)
-        parts = [Part(info, i * PANEL_ROWS, PANEL_ROWS, 2) for i, info in enumerate(infos)]
-        self._packings.append(Packing(weight, parts))
-        self.weights.append(weight)
-        return weight
+        shares = list(zip(rows.shares, columns.shares, strict=True))
+        parts = [
+            Part(info, [Place(i * PANEL_ROWS, taken, across, PANEL_ROWS, 2) for taken, across in shares])
+            for i, info in enumerate(infos)
+        ]
+        return self._weights(dtype, [2 * _padded(len(taken)) for taken in rows.shares], columns, parts)
 
-    def woven_bias(self, names: tuple[str, str], length: int) -> F32:
-        """Two biases [length] in the order of `woven`."""
-        padded = -(-length // PANEL_ROWS) * PANEL_ROWS
-        halves = [np.pad(self.vector(name, length), (0, padded - length)) for name in names]
-        return np.stack([half.reshape(-1, PANEL_ROWS) for half in halves], axis=1).reshape(-1)
+    def woven_bias(self, names: tuple[str, str], axis: Axis) -> list[F32]:
+        """Two biases in the order of `woven`."""
+        halves = [self.vector(name, axis.size) for name in names]
+        return [_woven([half[share.start : share.stop] for half in halves]) for share in axis.shares]
 
     # ---- Operators --------------------------------------------------------------------------------------------------
 
-    def buffer(self, width: int) -> int:
-        """A new buffer of `width` numbers per token."""
-        self.widths.append(width)
-        return len(self.widths) - 1
+    def buffer(self, *axes: Axis) -> int:
+        """A new buffer, for each token as wide as a device's shares of all axes."""
+        for of_device, width in zip(self.widths, widths(axes), strict=True):
+            of_device.append(width)
+        return len(self.widths[0]) - 1
 
-    def embed(self, weight: Weight, out: int) -> None:
-        self.ops.append(Op(kind=EMBED, weight=weight, out=out))
+    def _add(
+        self, kind: int, *, weights: Weights | None = None, vectors: Sequence[F32] | None = None, **rest: Any
+    ) -> None:
+        """An operator of every device, which takes its own of `weights` and `vectors`."""
+        for i, ops in enumerate(self.ops):
+            weight = None if weights is None else weights[i]
+            vector = None if vectors is None else vectors[i]
+            ops.append(Op(kind=kind, weight=weight, vector=vector, **rest))
+
+    def embed(self, weights: Weights, out: int) -> None:
+        self._add(EMBED, weights=weights, out=out)
 
     def rms_norm(self, x: int, out: int, weight: F32, eps: float) -> None:
-        self.ops.append(Op(kind=RMS_NORM, input=x, out=out, vector=weight, eps=eps))
+        self._add(RMS_NORM, input=x, out=out, vectors=[weight] * self.shares.n, eps=eps)
 
-    def linear(
-        self, x: int, out: int, weights: Sequence[Weight], *, bias: F32 | None = None, residual: int = -1
-    ) -> None:
-        """Products with matrices on top of each other; `bias` is as long as all of them."""
-        column = 0
-        for weight in weights:
-            part = None if bias is None else bias[column : column + weight.n_rows]
-            self.ops.append(
-                Op(kind=LINEAR, input=x, out=out, column=column, weight=weight, vector=part, residual=residual)
-            )
-            column += weight.n_rows
+    def linear(self, x: int, out: int, stack: Sequence[Weights], *, bias: Sequence[F32] | None = None) -> None:
+        """Products with matrices on top of each other; a device's `bias` is as long as all of its shares."""
+        columns = [0] * self.shares.n
+        for weights in stack:
+            for i, weight in enumerate(weights):
+                part = None if bias is None else bias[i][columns[i] : columns[i] + weight.n_rows]
+                self.ops[i].append(Op(kind=LINEAR, input=x, out=out, column=columns[i], weight=weight, vector=part))
+                columns[i] += weight.n_rows
 
-    def linear_swiglu(self, x: int, out: int, weight: Weight, *, bias: F32 | None = None) -> None:
-        self.ops.append(Op(kind=LINEAR_SWIGLU, input=x, out=out, weight=weight, vector=bias))
+    def linear_onto(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
+        """Adds to `out` the product with a matrix of whose columns, and of `x`, each device has its share."""
+        n = self.shares.n
+        if n == 1:
+            self._add(LINEAR, input=x, out=out, weights=weights, vectors=None if bias is None else [bias], residual=out)
+            return
+        if self._sums is None:
+            self._sums = self.buffer(self.shares.hidden)
+        for i, ops in enumerate(self.ops):  # a bias is added once, by the first
+            ops.append(Op(kind=LINEAR, input=x, out=self._sums, weight=weights[i], vector=bias if i == 0 else None))
+        self._add(SUM, input=self._sums, out=out, residual=out)
+
+    def linear_swiglu(self, x: int, out: int, weights: Weights, *, bias: Sequence[F32] | None = None) -> None:
+        self._add(LINEAR_SWIGLU, input=x, out=out, weights=weights, vectors=bias)
 
     def head_norm(self, qkv: int, q_weight: F32, k_weight: F32, eps: float) -> None:
-        self.ops.append(Op(kind=HEAD_NORM, input=qkv, vector=q_weight, vector2=k_weight, eps=eps))
+        self._add(HEAD_NORM, input=qkv, vectors=[q_weight] * self.shares.n, vector2=k_weight, eps=eps)
 
     def rope(self, qkv: int) -> None:
-        self.ops.append(Op(kind=ROPE, input=qkv))
+        self._add(ROPE, input=qkv)
 
     def kv_write(self, qkv: int, layer: int) -> None:
-        self.ops.append(Op(kind=KV_WRITE, input=qkv, layer=layer))
+        self._add(KV_WRITE, input=qkv, layer=layer)
 
     def attention(self, qkv: int, out: int, layer: int, *, window: int, scale: float) -> None:
-        self.ops.append(Op(kind=ATTENTION, input=qkv, out=out, layer=layer, window=window, scale=scale))
+        self._add(ATTENTION, input=qkv, out=out, layer=layer, window=window, scale=scale)
 
     def gather_outputs(self, x: int, out: int) -> None:
-        self.ops.append(Op(kind=GATHER_OUTPUTS, input=x, out=out))
+        self._add(GATHER_OUTPUTS, input=x, out=out)
 
-    def logits(self, x: int, weight: Weight) -> None:
-        self.ops.append(Op(kind=LOGITS, input=x, weight=weight))
+    def logits(self, x: int, weights: Weights) -> None:
+        self._add(LOGITS, input=x, weights=weights)
+
+
+def _padded(n_rows: int) -> int:
+    return -(-n_rows // PANEL_ROWS) * PANEL_ROWS
+
+
+def _woven(halves: Sequence[F32]) -> F32:
+    length = len(halves[0])
+    padded = [np.pad(half, (0, _padded(length) - length)).reshape(-1, PANEL_ROWS) for half in halves]
+    return np.stack(padded, axis=1).reshape(-1)

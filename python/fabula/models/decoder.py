@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from fabula.models.builder import ProgramBuilder
 from fabula.models.config import ModelConfig
+from fabula.models.shares import whole
 
 
 def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) -> None:
@@ -26,11 +27,10 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
     Raises:
         ModelFileError: a tensor is missing or has another shape than the config says.
     """
-    q_width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    embedding = b.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
-    x, h = b.buffer(c.hidden_size), b.buffer(c.hidden_size)
-    qkv, attended = b.buffer(q_width + 2 * kv_width), b.buffer(q_width)
-    inner = b.buffer(c.intermediate_size)
+    s = b.shares
+    embedding = b.matrix("model.embed_tokens.weight", whole(c.vocab_size, s.n), s.hidden)
+    x, h = b.buffer(s.hidden), b.buffer(s.hidden)
+    qkv, attended, inner = b.buffer(s.q, s.kv, s.kv), b.buffer(s.q), b.buffer(s.inner)
 
     b.embed(embedding, x)
     for layer in range(c.n_layers):
@@ -38,12 +38,9 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
 
         b.rms_norm(x, h, b.vector(prefix + "input_layernorm.weight", c.hidden_size), c.rms_norm_eps)
-        names, rows = ("q_proj", "k_proj", "v_proj"), (q_width, kv_width, kv_width)
-        weights = b.stacked([f"{attention}{name}.weight" for name in names], rows, c.hidden_size)
-        bias = None
-        if c.attention_bias:
-            bias = b.joined([f"{attention}{name}.bias" for name in names], rows)
-        b.linear(h, qkv, weights, bias=bias)
+        names, rows = [attention + name for name in ("q_proj", "k_proj", "v_proj")], (s.q, s.kv, s.kv)
+        stack = b.stacked([name + ".weight" for name in names], rows, s.hidden)
+        b.linear(h, qkv, stack, bias=b.joined([name + ".bias" for name in names], rows) if c.attention_bias else None)
         if head_norm:
             q_norm = b.vector(attention + "q_norm.weight", c.head_dim)
             k_norm = b.vector(attention + "k_norm.weight", c.head_dim)
@@ -51,21 +48,27 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         b.rope(qkv)
         b.kv_write(qkv, layer)
         b.attention(qkv, attended, layer, window=c.windows[layer], scale=c.head_dim**-0.5)
-        weight = b.matrix(attention + "o_proj.weight", c.hidden_size, q_width)
-        bias = b.vector(attention + "o_proj.bias", c.hidden_size) if c.output_bias else None
-        b.linear(attended, x, [weight], bias=bias, residual=x)
+        weights = b.matrix(attention + "o_proj.weight", s.hidden, s.q)
+        b.linear_onto(
+            attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if c.output_bias else None
+        )
 
         b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
-        pair = (mlp + "gate_proj", mlp + "up_proj")
-        weight = b.woven((pair[0] + ".weight", pair[1] + ".weight"), c.intermediate_size, c.hidden_size)
-        bias = b.woven_bias((pair[0] + ".bias", pair[1] + ".bias"), c.intermediate_size) if c.mlp_bias else None
-        b.linear_swiglu(h, inner, weight, bias=bias)
-        weight = b.matrix(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size)
-        bias = b.vector(mlp + "down_proj.bias", c.hidden_size) if c.mlp_bias else None
-        b.linear(inner, x, [weight], bias=bias, residual=x)
+        gate, up, down = (mlp + name for name in ("gate_proj", "up_proj", "down_proj"))
+        weights = b.woven((gate + ".weight", up + ".weight"), s.inner, s.hidden)
+        b.linear_swiglu(
+            h, inner, weights, bias=b.woven_bias((gate + ".bias", up + ".bias"), s.inner) if c.mlp_bias else None
+        )
+        weights = b.matrix(down + ".weight", s.hidden, s.inner)
+        b.linear_onto(inner, x, weights, bias=b.vector(down + ".bias", c.hidden_size) if c.mlp_bias else None)
 
-    wanted, normed = b.buffer(c.hidden_size), b.buffer(c.hidden_size)
+    wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
     b.gather_outputs(x, wanted)
     b.rms_norm(wanted, normed, b.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
-    head = embedding if c.tied else b.matrix("lm_head.weight", c.vocab_size, c.hidden_size)
+    is_shared = c.tied and s.n == 1
+    head = (
+        embedding
+        if is_shared
+        else b.matrix("model.embed_tokens.weight" if c.tied else "lm_head.weight", s.vocabulary, s.hidden)
+    )
     b.logits(normed, head)

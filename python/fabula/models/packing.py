@@ -4,6 +4,8 @@ A small matrix is one thread's, from the file to its panels: nobody waits for th
 matrices, which on a busy machine took longer than packing. A large one is packed by all threads together, each of which
 touches its own share of the memory first.
 
+Where several devices share a matrix, the tensor is read once and each one's rows and columns are packed from it.
+
 Each tensor is read, packed and dropped, and no more are held at a time than are as large as the largest, so the peak of
 memory is the packed size plus one tensor.
 """
@@ -14,27 +16,46 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fabula._native import Device, Weight
+import numpy as np
+import numpy.typing as npt
+
+from fabula._native import Device, Weight, dtype_block
 from fabula.formats.checkpoint import Checkpoint, TensorInfo
 
 LARGE = 16 << 20  # bytes of a tensor that all threads pack together
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor and the rows of a weight it goes to; see fb_weight_pack_rows."""
+class Place:
+    """Rows and columns of a tensor, and the rows of a device's weight they go to; see fb_weight_pack_rows."""
 
-    info: TensorInfo
     first_row: int
+    rows: range
+    columns: range
     row_block: int = 1
     row_step: int = 1
+
+    def cut(self, raw: npt.NDArray[np.uint8], info: TensorInfo) -> npt.NDArray[np.uint8]:
+        """The bytes of its rows and columns; the columns are whole blocks."""
+        size, n_bytes = dtype_block(info.dtype)
+        rows = raw.reshape(info.shape[0], -1)
+        first, last = self.columns.start // size * n_bytes, self.columns.stop // size * n_bytes
+        return np.ascontiguousarray(rows[self.rows.start : self.rows.stop, first:last]).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor and where it goes, on each device."""
+
+    info: TensorInfo
+    places: Sequence[Place]
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A weight and the tensors it is packed from, one after the other: they may share a panel."""
+    """The weights of each device and the tensors they are packed from, one after the other: they may share a panel."""
 
-    weight: Weight
+    weights: Sequence[Weight]
     parts: Sequence[Part]
 
     @property
@@ -50,13 +71,14 @@ class Packer:
         checkpoint: where tensors come from; several threads read from it.
         n_threads: threads that pack.
         read: told the bytes of tensors that were read, from the thread that called `pack`.
-        device: GPU that each weight moves to when it is packed, so that this process never holds all of them.
+        devices: GPUs that the weights move to when they are packed, so that this process never holds all of them; none
+            for the CPU.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, n_threads: int, read: Callable[[int], None], device: Device | None = None
+        self, checkpoint: Checkpoint, n_threads: int, read: Callable[[int], None], devices: Sequence[Device] = ()
     ) -> None:
-        self._checkpoint, self._n_threads, self._read, self._device = checkpoint, n_threads, read, device
+        self._checkpoint, self._n_threads, self._read, self._devices = checkpoint, n_threads, read, devices
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, Packing]] = []  # small ones, the first at the end
         self._n_read = 0  # bytes that nobody was told of
@@ -119,27 +141,27 @@ class Packer:
             self._waiting.clear()
 
     def _pack(self, i: int, packing: Packing, n_threads: int) -> None:
-        weight = packing.weight
         for part in packing.parts:
             info = part.info
             raw = self._checkpoint.read(info.name)
-            before = weight.n_non_finite
-            weight.pack_rows(
-                raw,
-                info.dtype,
-                info.shape[0],
-                first_row=part.first_row,
-                row_block=part.row_block,
-                row_step=part.row_step,
-                n_threads=n_threads,
-            )
+            before = sum(weight.n_non_finite for weight in packing.weights)
+            for weight, place in zip(packing.weights, part.places, strict=True):
+                weight.pack_rows(
+                    place.cut(raw, info),
+                    info.dtype,
+                    len(place.rows),
+                    first_row=place.first_row,
+                    row_block=place.row_block,
+                    row_step=place.row_step,
+                    n_threads=n_threads,
+                )
             del raw  # before the next one is read
             with self._lock:
                 self._n_read += info.n_bytes
-                if weight.n_non_finite > before:
-                    self._damaged.append((i, info.name, weight))
-        if self._device is not None:
-            weight.move(self._device)
+                if sum(weight.n_non_finite for weight in packing.weights) > before:
+                    self._damaged.append((i, info.name, packing.weights[0]))
+        for weight, device in zip(packing.weights, self._devices, strict=False):
+            weight.move(device)
 
     def _tell(self) -> None:
         with self._lock:

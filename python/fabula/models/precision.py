@@ -46,6 +46,12 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
     return lambda info: dtype_for(kind, gguf_name(info.name) or info.name, info.shape, shape)
 
 
+def block_of(checkpoint: Checkpoint, precision: Precision, ending: str) -> int:
+    """Columns that stay together, in the file and in memory, in all matrices whose names end so."""
+    infos = [info for name, info in checkpoint.tensors.items() if name.endswith(ending) and len(info.shape) == 2]
+    return max((BLOCKS[dtype][0] for info in infos for dtype in (info.dtype, precision(info))), default=1)
+
+
 def label_of(name: str, checkpoint: Checkpoint) -> str:
     """How the weights are called: the format of most bytes for "auto", else the full name."""
     if name != "auto":

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.engine.device import check_device
+from fabula._parallel import MOST_DEVICES
+from fabula.engine.device import check_device, check_parallel
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.format import KV_NAMES
@@ -103,6 +104,12 @@ class Settings:
             "Bytes of a GPU that each model may take, its cache included; default: what is free.",
             low=1,
             high=1 << 50,
+        ),
+    )
+    tensor_parallel: int = field(
+        default=1,
+        metadata=_about(
+            "Models", "GPUs, from the device on, that compute each model together.", low=1, high=MOST_DEVICES
         ),
     )
     threads: int | None = field(
@@ -222,6 +229,7 @@ class Settings:
             ):
                 raise InvalidArgument(f"{name} is {value!r}, must be in {about['low']:g} .. {about['high']:g}")
         check_device(self.device)
+        check_parallel(self.tensor_parallel, self.device)
         if not self.model:
             raise InvalidArgument("model is empty, the server needs one at least")
         names = [name for name, _ in self.models]

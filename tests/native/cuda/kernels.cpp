@@ -3,3 +3,4 @@
 #include "linear.cu"
 #include "rows.cu"
 #include "sample.cu"
+#include "sums.cu"

@@ -1,8 +1,8 @@
 /*
  * cuda_runtime_api.h - the few calls of the CUDA runtime that native/cuda makes, on the host's heap, for tests without a GPU. Everything
- * happens at once, or when its graph is launched; what is allocated is filled with 0xFF. There are two devices, of 256 MiB and of
- * 1 MiB. Call number `fake_fails_at` and no other fails, with an error of its kind. While a thread records a stream, calls
- * that wait or take or free memory fail and break the recording.
+ * happens at once, or when its graph is launched; what is allocated is filled with 0xFF. There are four devices, of 256 MiB, the
+ * second of 1 MiB. Call number `fake_fails_at` and no other fails, with an error of its kind. While a thread records a stream,
+ * calls that wait or take or free memory fail and break the recording.
  */
 #ifndef FABULA_TESTS_CUDA_RUNTIME_API_H
 #define FABULA_TESTS_CUDA_RUNTIME_API_H
@@ -14,13 +14,14 @@ extern "C" {
 #endif
 
 #define CUDART_VERSION 13000
-enum { FAKE_DEVICES = 2 };
+enum { FAKE_DEVICES = 4 };
 
 typedef enum {
     cudaSuccess = 0,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100,
+    cudaErrorNotReady = 600,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureInvalidated = 901,
     cudaErrorUnknown = 999
@@ -56,6 +57,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, enum cud
 cudaError_t cudaMemset(void *to, int value, size_t n_bytes);
 cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode);

@@ -29,7 +29,7 @@ struct block {
     size_t n_bytes;
 };
 
-const size_t memory_bytes[FAKE_DEVICES] = {256 << 20, 1 << 20};
+const size_t memory_bytes[FAKE_DEVICES] = {256 << 20, 1 << 20, 256 << 20, 256 << 20};
 
 std::mutex lock; /* of all below, and of the counters above */
 std::map<void *, block> blocks;
@@ -162,6 +162,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
     *out = new fake_stream;
     hold(1);
     return cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t) {
+    return unless_it_fails();
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) {

@@ -1,0 +1,230 @@
+/*
+ * group.c - programs of several GPUs, which compute one batch together. See program.h.
+ *
+ * One thread launches the work of all: of each GPU in turn what comes before the next sum, then, as one group of calls of NCCL,
+ * what every GPU sends to every other, then the sums. NCCL only copies here. Every GPU adds the parts itself, in the order of the GPUs,
+ * because a sum made by NCCL has an order that depends on its size, and with it on the batch. The rows of the last operator are
+ * gathered in the same way and lined up by the first GPU, from where on results go the way of a single one.
+ */
+#include "base/status.h"
+#include "exchange.h"
+#include "program.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+
+struct group {
+    struct fb_nccl nccl;
+    fb_nccl_comm comms[FB_MOST_MEMBERS];
+    int devices[FB_MOST_MEMBERS];
+    int32_t n;
+    bool is_broken; /* links were given up: what they were about nobody knows */
+};
+
+/* Two groups on the same GPUs take turns: exchanges that two threads launch could meet in another order on each GPU, and then wait for
+ * each other without end. */
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+
+/* A batch on its way through the programs of a group. */
+struct group_run {
+    struct group *group;
+    struct fb_cuda_program *programs[FB_MOST_MEMBERS];
+    struct fb_cuda_step steps[FB_MOST_MEMBERS];
+};
+
+static enum fb_status check(const struct group *group, int error, const char *what) {
+    if (error == FB_NCCL_SUCCESS) return FB_OK;
+    cudaGetLastError(); /* NCCL leaves behind what it met */
+    return fb_fail(FB_DEVICE_FAILED, "%s: NCCL error %d, %s", what, error, group->nccl.get_error_string(error));
+}
+
+enum fb_status fb_cuda_group_open(const int32_t *indices, int32_t n, void **out) {
+    struct group *group = calloc(1, sizeof *group);
+    if (!group) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a group of GPUs");
+    group->n = n;
+    for (int32_t i = 0; i < n; i++)
+        group->devices[i] = indices[i];
+    enum fb_status status = fb_nccl_load(&group->nccl);
+    if (status == FB_OK)
+        status = check(group, group->nccl.comm_init_all(group->comms, n, group->devices), "linking GPUs");
+    if (status != FB_OK) {
+        free(group);
+        return status;
+    }
+    *out = group;
+    return FB_OK;
+}
+
+static void give_up_links(struct group *group) {
+    for (int32_t i = 0; i < group->n; i++)
+        group->nccl.comm_abort(group->comms[i]);
+    group->is_broken = true;
+}
+
+void fb_cuda_group_close(void *links) {
+    struct group *group = links;
+    for (int32_t i = 0; i < group->n && !group->is_broken; i++)
+        group->nccl.comm_destroy(group->comms[i]);
+    free(group);
+}
+
+/* Where a GPU puts its own part of what is gathered, and all others find theirs beside it. */
+static float *gathered(const struct fb_cuda_program *p, int32_t part, size_t part_floats) {
+    return (float *)(void *)p->gathered.device + (size_t)part * part_floats;
+}
+
+/* Floats from row to row of what a SUM adds up. */
+static size_t row_floats(const struct fb_cuda_program *p, const struct fb_op *sum) {
+    return p->program->buffers[sum->in].stride;
+}
+
+/* Memory for what is gathered at most: of every token that is summed, and of every row of the results. */
+static enum fb_status make_room(struct group_run *run, const struct fb_batch *batch) {
+    for (int32_t i = 0; i < run->group->n; i++) {
+        struct fb_cuda_program *p = run->programs[i];
+        size_t most = (size_t)batch->n_outputs * (size_t)p->program->n_results;
+        for (int32_t o = 0; o < p->program->n_ops; o++) {
+            const struct fb_op *op = &p->program->ops[o];
+            const size_t n_floats = op->kind == FB_OP_SUM ? (size_t)batch->n_tokens * row_floats(p, op) : 0;
+            most = n_floats > most ? n_floats : most;
+        }
+        FB_TRY(fb_cuda_enter(p->device->index));
+        FB_TRY(fb_cuda_grow(p, &p->gathered, (size_t)run->group->n * most * sizeof(float), false));
+    }
+    return FB_OK;
+}
+
+/* Every GPU gets `part_floats` numbers of each: its own from `from`, or from their place if that is NULL. */
+static enum fb_status gather(struct group_run *run, const float *const *from, size_t part_floats) {
+    struct group *group = run->group;
+    int error = group->nccl.group_start();
+    for (int32_t i = 0; i < group->n && error == FB_NCCL_SUCCESS; i++) {
+        struct fb_cuda_program *p = run->programs[i];
+        const float *own = from ? from[i] : gathered(p, i, part_floats);
+        error = group->nccl.all_gather(
+            own, gathered(p, 0, part_floats), part_floats, FB_NCCL_FLOAT32, group->comms[i], p->stream);
+    }
+    const int at_end = group->nccl.group_end(); /* also behind a failure, or the next call would belong to this group */
+    if (error == FB_NCCL_SUCCESS) error = at_end;
+    const enum fb_status status = check(group, error, "exchanging results between GPUs");
+    if (status != FB_OK) give_up_links(group);
+    return status;
+}
+
+static enum fb_status run_sum(struct group_run *run) {
+    const float *from[FB_MOST_MEMBERS];
+    const struct fb_cuda_step *first = &run->steps[0];
+    const int32_t number = first->next_op, n_rows = first->n_rows;
+    const size_t ld = row_floats(run->programs[0], &run->programs[0]->program->ops[number]);
+    const struct fb_cuda_parts shape = {
+        .part_floats = (int64_t)(ld * (size_t)n_rows), .ld = (int64_t)ld, .n_parts = run->group->n};
+    for (int32_t i = 0; i < run->group->n; i++) {
+        const struct fb_program *program = run->programs[i]->program;
+        from[i] = run->programs[i]->arena + program->buffers[program->ops[number].in].offset;
+    }
+    FB_TRY(gather(run, from, (size_t)shape.part_floats));
+    for (int32_t i = 0; i < run->group->n; i++) {
+        struct fb_cuda_program *p = run->programs[i];
+        const struct fb_buffer *buffers = p->program->buffers;
+        const struct fb_op *op = &p->program->ops[number];
+        const struct fb_buffer *out = &buffers[op->out], *residual = op->residual >= 0 ? &buffers[op->residual] : NULL;
+        struct fb_cuda_parts parts = shape;
+        parts.parts = gathered(p, 0, 0);
+        FB_TRY(fb_cuda_enter(p->device->index));
+        FB_TRY(fb_cuda_check(
+            fb_cuda_sum(&parts, n_rows, buffers[op->in].width, residual ? p->arena + residual->offset : NULL,
+                residual ? (int64_t)residual->stride : 0, p->arena + out->offset, (int64_t)out->stride, p->stream),
+            "sum"));
+        run->steps[i].next_op++;
+    }
+    return FB_OK;
+}
+
+/* Rows of the last operator, from all GPUs to the first, as one matrix in its outputs. */
+static enum fb_status line_up(struct group_run *run, int32_t n_rows, int32_t n_results) {
+    struct fb_cuda_program *p = run->programs[0];
+    if (n_rows == 0) return FB_OK;
+    const int64_t share = p->program->n_results;
+    const struct fb_cuda_parts parts = {
+        .parts = gathered(p, 0, 0), .part_floats = n_rows * share, .ld = share, .n_parts = run->group->n};
+    FB_TRY(gather(run, NULL, (size_t)parts.part_floats));
+    FB_TRY(fb_cuda_enter(p->device->index));
+    return fb_cuda_check(
+        fb_cuda_line_up(&parts, n_rows, n_results, (float *)(void *)p->outputs.device, p->non_finite, p->stream),
+        "lining up results");
+}
+
+static enum fb_status run_batch(struct group_run *run, fb_page_pool *const *pools, int32_t n_results,
+    const struct fb_batch *batch, const struct fb_results *results) {
+    const int32_t n = run->group->n;
+    const struct fb_cuda_rows rows = {.n_tokens = batch->n_tokens, .n_outputs = batch->n_outputs};
+    FB_TRY(fb_cuda_make_room(run->programs[0], n_results, batch->n_outputs, results));
+    FB_TRY(make_room(run, batch));
+    for (int32_t i = 0; i < n; i++) {
+        struct fb_cuda_program *p = run->programs[i];
+        FB_TRY(fb_cuda_begin(p, pools[i], batch, rows, &run->steps[i]));
+        run->steps[i].logits = gathered(p, i, (size_t)batch->n_outputs * (size_t)p->program->n_results);
+    }
+    for (;;) {
+        for (int32_t i = 0; i < n; i++)
+            FB_TRY(fb_cuda_launch(run->programs[i], &run->steps[i]));
+        const struct fb_cuda_step *first = &run->steps[0];
+        if (first->n_rows == 0 || first->next_op == run->programs[0]->program->n_ops) break;
+        FB_TRY(run_sum(run));
+    }
+    FB_TRY(line_up(run, batch->n_outputs, n_results));
+    FB_TRY(fb_cuda_enter(run->programs[0]->device->index));
+    return fb_cuda_send_back(run->programs[0], n_results, batch->n_outputs, results);
+}
+
+/* Whether a GPU still works, and what it or its link has met. */
+static enum fb_status look(const struct group_run *run, int32_t i, bool *works) {
+    const struct group *group = run->group;
+    int in_link = FB_NCCL_SUCCESS;
+    FB_TRY(fb_cuda_enter(run->programs[i]->device->index));
+    const int error = cudaStreamQuery(run->programs[i]->stream);
+    if (error == cudaErrorNotReady) {
+        cudaGetLastError(); /* no error, but kept as one */
+        *works = true;
+    } else {
+        FB_TRY(fb_cuda_check(error, "running a batch"));
+    }
+    FB_TRY(check(group, group->nccl.comm_get_async_error(group->comms[i], &in_link), "asking for a link"));
+    return in_link == FB_NCCL_IN_PROGRESS ? FB_OK : check(group, in_link, "a link between GPUs");
+}
+
+/* Until every GPU has done its work. One that fails would let the others wait for it without end: then links are given up, which ends
+ * what waits for them. */
+static enum fb_status wait_for_all(struct group_run *run) {
+    enum fb_status status = FB_OK;
+    for (bool works = true; works && status == FB_OK && !run->group->is_broken; sched_yield()) {
+        works = false;
+        for (int32_t i = 0; i < run->group->n && status == FB_OK; i++)
+            status = look(run, i, &works);
+    }
+    if (status != FB_OK) give_up_links(run->group);
+    for (int32_t i = 0; i < run->group->n && run->group->is_broken; i++) {
+        cudaSetDevice(run->programs[i]->device->index);
+        cudaStreamSynchronize(run->programs[i]->stream);
+        cudaGetLastError();
+    }
+    return status;
+}
+
+enum fb_status fb_cuda_group_run(void *links, fb_program *const *parts, fb_page_pool *const *pools, int32_t n_results,
+    const struct fb_batch *batch, const struct fb_results *results) {
+    struct group_run run = {.group = links};
+    if (run.group->is_broken)
+        return fb_fail(FB_DEVICE_FAILED, "the GPUs of this model lost each other in a batch before: load it again");
+    for (int32_t i = 0; i < run.group->n; i++)
+        run.programs[i] = parts[i]->on_device;
+    pthread_mutex_lock(&turn);
+    const enum fb_status status = run_batch(&run, pools, n_results, batch, results);
+    /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
+    const enum fb_status at_end = wait_for_all(&run);
+    pthread_mutex_unlock(&turn);
+    FB_TRY(at_end); /* before the other, whose text is gone if both failed */
+    FB_TRY(status);
+    return fb_cuda_take_results(run.programs[0], batch->n_outputs, results);
+}

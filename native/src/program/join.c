@@ -1,0 +1,70 @@
+/* join.c - programs of a group's devices as one. See program.h. */
+#include "base/memory.h"
+#include "base/status.h"
+#include "kv/split.h"
+#include "ops/sample.h"
+#include "program/program.h"
+
+#include <stdlib.h>
+
+/* Whether a part does what the first one does, operator by operator. */
+static enum fb_status check_alike(const fb_program *first, const fb_program *part, int32_t i) {
+    const struct fb_program_shape *a = &first->shape, *b = &part->shape;
+    FB_REQUIRE(a->n_layers == b->n_layers && a->n_heads == b->n_heads && a->n_kv_heads == b->n_kv_heads &&
+                   a->head_dim == b->head_dim && a->rotary_dim == b->rotary_dim && a->vocab_size == b->vocab_size &&
+                   a->max_tokens == b->max_tokens && first->n_ops == part->n_ops,
+        "part %d has another shape than the first", i);
+    for (int32_t o = 0; o < part->n_ops; o++) {
+        const struct fb_op *x = &first->ops[o], *y = &part->ops[o];
+        FB_REQUIRE(x->kind == y->kind, "part %d has another operator %d than the first", i, o);
+        FB_REQUIRE(x->kind != FB_OP_SUM || first->buffers[x->in].width == part->buffers[y->in].width,
+            "part %d sums %d numbers in operator %d, the first %d", i, part->buffers[y->in].width, o,
+            first->buffers[x->in].width);
+    }
+    return FB_OK;
+}
+
+static enum fb_status check_part(
+    const fb_device *group, fb_program *const *parts, int32_t i, int32_t n_kv_heads, int32_t n_results) {
+    const fb_program *part = parts[i];
+    const int32_t n_members = group->n_members;
+    FB_REQUIRE(part, "part %d is null", i);
+    FB_REQUIRE(part->device == group->members[i], "part %d does not lie on member %d of the group", i, i);
+    int32_t first, n_heads;
+    FB_TRY(fb_split_heads(n_kv_heads, n_members, i, &first, &n_heads));
+    FB_REQUIRE(part->shape.n_kv_heads == n_heads, "part %d has %d KV heads, its share of %d is %d", i,
+        part->shape.n_kv_heads, n_kv_heads, n_heads);
+    const int32_t share = (int32_t)(((int64_t)n_results + n_members - 1) / n_members);
+    FB_REQUIRE(part->n_results == share, "part %d ends with %d rows, its share of %d is %d", i, part->n_results,
+        n_results, share);
+    return check_alike(parts[0], part, i);
+}
+
+enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32_t n_parts, int32_t n_kv_heads,
+    int32_t n_results, fb_program **out) {
+    FB_REQUIRE(group && parts && out, "group, parts or out is null");
+    FB_REQUIRE(
+        n_parts >= 2 && n_parts == group->n_members, "%d parts for a group of %d devices", n_parts, group->n_members);
+    FB_REQUIRE(
+        n_kv_heads >= 1 && n_results >= 1, "n_kv_heads is %d, n_results %d, must be 1 or more", n_kv_heads, n_results);
+    for (int32_t i = 0; i < n_parts; i++)
+        FB_TRY(check_part(group, parts, i, n_kv_heads, n_results));
+    struct fb_program *p = calloc(1, sizeof *p);
+    if (!p) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
+    p->shape = parts[0]->shape;
+    p->shape.n_heads *= n_parts;
+    p->shape.n_kv_heads = n_kv_heads;
+    p->n_threads = parts[0]->n_threads;
+    p->n_results = n_results;
+    p->device = group;
+    fb_device_hold(group);
+    for (int32_t i = 0; i < n_parts; i++)
+        p->parts[i] = parts[i];
+    const enum fb_status status = fb_take_draw_work(p);
+    if (status != FB_OK) {
+        fb_program_free(p);
+        return status;
+    }
+    *out = p;
+    return FB_OK;
+}

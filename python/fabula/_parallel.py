@@ -1,0 +1,59 @@
+"""Calls of the native library for several devices that compute one model together; beside `_native`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fabula._ffi import ffi, lib
+from fabula._native import Device, Program, check
+
+MOST_DEVICES: int = lib.FB_MOST_MEMBERS
+
+
+class DeviceGroup(Device):
+    """GPUs linked to each other; see fb_device_join in fabula.h. Pools lie on it, weights and programs on its members.
+
+    Raises:
+        Unsupported: NCCL, which links them, is missing.
+        DeviceError: they cannot be linked.
+    """
+
+    def __init__(self, members: Sequence[Device]) -> None:
+        out = ffi.new("fb_device **")
+        check(lib.fb_device_join([device.handle for device in members], len(members), out))
+        self.handle: Any = ffi.gc(out[0], lib.fb_device_free)
+        self.info = members[0].info
+        self.name = "cuda:" + "+".join(str(device.info.index) for device in members)
+        self._members = tuple(members)
+
+    @property
+    def members(self) -> tuple[Device, ...]:
+        """The GPUs, in the order in which parts are added."""
+        return self._members
+
+
+class JoinedProgram(Program):
+    """Programs of a group's devices as one; see fb_program_join in fabula.h.
+
+    Args:
+        group: whose members the parts lie on, in this order.
+        parts: closed with it.
+        n_kv_heads, n_outputs: of the whole model: KV heads, and numbers of a row that is wanted.
+    """
+
+    def __init__(self, group: DeviceGroup, parts: Sequence[Program], n_kv_heads: int, n_outputs: int) -> None:
+        out = ffi.new("fb_program **")
+        handles = [part.handle for part in parts]
+        check(lib.fb_program_join(group.handle, handles, len(handles), n_kv_heads, n_outputs, out))
+        self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
+        self.shape, self.n_threads, self.n_outputs = parts[0].shape, parts[0].n_threads, n_outputs
+        self._draw_logits = np.empty(0, np.float32)
+        self._parts = tuple(parts)  # borrowed by C
+
+    def close(self) -> None:
+        super().close()
+        for part in self._parts:
+            part.close()

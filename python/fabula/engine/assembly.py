@@ -1,0 +1,78 @@
+"""The programs of a model: what its builder collected, on one device, or a part on each of several that are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula import _native
+from fabula._parallel import DeviceGroup, JoinedProgram
+from fabula.formats.checkpoint import DType
+from fabula.models.builder import ProgramBuilder
+from fabula.models.config import ModelConfig
+from fabula.models.shares import alike
+
+if TYPE_CHECKING:
+    from fabula._native import Isa
+
+
+class Assembly:
+    """Makes programs of the same weights.
+
+    Args:
+        builder: its matrices packed.
+        config: of the model.
+        shape: of each device's program.
+        inv_freq: as fb_program_create takes it.
+        isa: instruction set of the CPU.
+        device: where it runs; None for the CPU.
+    """
+
+    def __init__(
+        self,
+        builder: ProgramBuilder,
+        config: ModelConfig,
+        shape: _native.Shape,
+        inv_freq: npt.ArrayLike,
+        isa: Isa,
+        device: _native.Device | None,
+    ) -> None:
+        self._ops, self._widths, self._n_threads = builder.ops, builder.widths, builder.n_threads
+        self._config, self._shape, self._inv_freq, self._isa, self._device = config, shape, inv_freq, isa, device
+
+    def program(self) -> _native.Program:
+        """The model, whose rows are logits, float32 [vocab_size]."""
+        return self._make(self._shape, self._ops, self._config.vocab_size)
+
+    def hidden_program(self, max_tokens: int) -> _native.Program:
+        """The same up to the last norm: its rows are hidden states, float32 [hidden_size].
+
+        It shares the weights, and has buffers of its own for `max_tokens` tokens. The library ends a program with a
+        product, so the states are multiplied by the identity matrix, which changes no number.
+        """
+        n = self._config.hidden_size
+        identity = np.eye(n, dtype=np.float32)
+        ops = []
+        for i, rows in enumerate(alike(n, len(self._ops)).shares):
+            weight = _native.Weight(DType.F32, len(rows), n)
+            weight.pack_rows(identity[rows.start : rows.stop].view(np.uint8).reshape(-1), DType.F32, len(rows))
+            if self._device is not None:
+                weight.move(self._device.members[i])
+            ops.append([*self._ops[i][:-1], replace(self._ops[i][-1], weight=weight)])
+        return self._make(replace(self._shape, max_tokens=max_tokens), ops, n)
+
+    def _make(self, shape: _native.Shape, ops: Sequence[Sequence[_native.Op]], n_outputs: int) -> _native.Program:
+        devices = self._device.members if self._device else [None]
+        parts = [
+            _native.Program(
+                shape, widths, self._inv_freq, of_device, n_threads=self._n_threads, isa=self._isa, device=device
+            )
+            for widths, of_device, device in zip(self._widths, ops, devices, strict=True)
+        ]
+        if not isinstance(self._device, DeviceGroup):
+            return parts[0]
+        return JoinedProgram(self._device, parts, self._config.n_kv_heads, n_outputs)

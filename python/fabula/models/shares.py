@@ -1,0 +1,93 @@
+"""How a model is cut for several devices that compute it together: which rows and columns of matrices each one holds.
+
+    q, k, v     rows, by heads; with fewer KV heads than devices, neighbours hold the same one
+    o           columns, as the heads before it
+    gate, up    rows;  down: columns, as these
+    head        rows of the vocabulary
+    everything else, the embedding among it, every device has as a whole
+
+So a layer needs two sums over the devices, behind o and down. A matrix in blocks is cut between blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fabula.errors import InvalidArgument
+from fabula.models.config import ModelConfig
+
+
+class Axis(NamedTuple):
+    """The rows or columns of a matrix: how many, and which of them each device holds."""
+
+    size: int
+    shares: tuple[range, ...]
+
+
+def widths(axes: Sequence[Axis]) -> list[int]:
+    """What each device holds of axes side by side."""
+    return [sum(map(len, ranges)) for ranges in zip(*(axis.shares for axis in axes), strict=True)]
+
+
+def whole(size: int, n: int) -> Axis:
+    """Every one of n devices holds all."""
+    return Axis(size, (range(size),) * n)
+
+
+def alike(size: int, n: int) -> Axis:
+    """Shares of one length, as fb_program_join takes them: unless n divides the size, the last begin earlier."""
+    share = -(-size // n)
+    return Axis(size, tuple(range(first, first + share) for first in (min(i * share, size - share) for i in range(n))))
+
+
+class Shares:
+    """The axes of a model's matrices.
+
+    Args:
+        config: of the model.
+        n: devices.
+        block: columns of `down` that must stay together.
+
+    Attributes:
+        n_heads, n_kv_heads: of each device.
+        hidden, q, kv, inner, vocabulary: axes.
+
+    Raises:
+        InvalidArgument: heads, KV heads or blocks do not fit so many devices.
+    """
+
+    def __init__(self, config: ModelConfig, n: int = 1, block: int = 1) -> None:
+        self.n = n
+        if config.n_heads % n:
+            raise _misfit(n, f"{config.n_heads} heads do not divide by {n}")
+        if config.n_kv_heads % n and n % config.n_kv_heads:
+            raise _misfit(n, f"{config.n_kv_heads} KV heads neither divide by {n} nor divide it")
+        n_blocks = config.intermediate_size // block
+        if n > 1 and n_blocks < n:
+            raise _misfit(n, f"{config.intermediate_size} columns of down_proj in blocks of {block} are too few")
+        self.n_heads, self.n_kv_heads = config.n_heads // n, max(1, config.n_kv_heads // n)
+        self.hidden = whole(config.hidden_size, n)
+        self.q = self._heads(config.n_heads, self.n_heads, config.head_dim)
+        self.kv = self._heads(config.n_kv_heads, self.n_kv_heads, config.head_dim)
+        cuts = [i * n_blocks // n * block for i in range(n)] + [config.intermediate_size]
+        self.inner = Axis(config.intermediate_size, tuple(range(cuts[i], cuts[i + 1]) for i in range(n)))
+        self.vocabulary = alike(config.vocab_size, n)
+
+    def _heads(self, n_all: int, n_each: int, head_dim: int) -> Axis:
+        firsts = [i * n_all // self.n for i in range(self.n)]
+        return Axis(n_all * head_dim, tuple(range(f * head_dim, (f + n_each) * head_dim) for f in firsts))
+
+
+def _misfit(n: int, problem: str) -> InvalidArgument:
+    return InvalidArgument(f"tensor_parallel is {n}: the model's {problem}")
+
+
+def check_columns(name: str, columns: Axis, block: int) -> None:
+    """Raises InvalidArgument unless every device gets whole blocks of the matrix `name`."""
+    n = len(columns.shares)
+    for share in columns.shares:
+        if (share.start % block or share.stop % block) and len(share) < columns.size:
+            raise _misfit(
+                n, f"tensor {name!r} would be cut at columns {share.start} and {share.stop}, in blocks of {block}"
+            )
