@@ -120,20 +120,21 @@ static enum fb_status check_request(const struct fb_sample_request *r, const voi
 /* ---- Scratch ----------------------------------------------------------------------------------------------------- */
 
 /*
- * double [vocab] logit, [vocab] weight, [FB_SAMPLE_BINS] mass
+ * double [vocab] logit, [vocab] weight
+ * uint64 [FB_SAMPLE_BINS] mass
  * int32  [vocab] id, [vocab] list, [vocab] per_token, [FB_DRY_MAX_MATCH] match
  */
 size_t fb_sample_work_bytes(int32_t vocab_size) {
     if (vocab_size < 1 || vocab_size > MAX_VOCAB) return 0;
     const size_t n = (size_t)vocab_size;
-    return (2 * n + FB_SAMPLE_BINS) * sizeof(double) + (3 * n + FB_DRY_MAX_MATCH) * sizeof(int32_t);
+    return 2 * n * sizeof(double) + FB_SAMPLE_BINS * sizeof(uint64_t) + (3 * n + FB_DRY_MAX_MATCH) * sizeof(int32_t);
 }
 
 static struct fb_candidates candidates_in(void *work, int32_t vocab_size) {
     const size_t n = (size_t)vocab_size;
     struct fb_candidates c = {.kernels = fb_kernels_of(fb_isa_best()), .vocab_size = vocab_size, .logit = work};
     c.weight = c.logit + n;
-    c.mass = c.weight + n;
+    c.mass = (uint64_t *)(void *)(c.weight + n);
     c.id = (int32_t *)(void *)(c.mass + FB_SAMPLE_BINS);
     c.list = c.id + n;
     c.per_token = c.list + n;

@@ -34,7 +34,7 @@ struct fb_candidates {
     double total;       /* sum of the weights */
     double *logit;      /* [n] -INFINITY for a banned token */
     double *weight;     /* [n] exp(logit - highest logit at the time of weighing) */
-    double *mass;       /* [FB_SAMPLE_BINS] */
+    uint64_t *mass;     /* [FB_SAMPLE_BINS] */
     int32_t *id;        /* [n] */
     int32_t *list;      /* [vocab_size] slots, for selections */
     int32_t *per_token; /* [vocab_size] scratch by token id, never cleared as a whole */
