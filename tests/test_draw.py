@@ -90,7 +90,7 @@ def test_bad_arguments(model: Model) -> None:
         far = replace(draw, share=replace(part.share, n_past=_native.PAGE_POSITIONS - 2))
         for bad, words in (
             (far, "pages"),
-            (replace(draw, n_steps=0), "n_steps"),
+            (replace(draw, n_steps=-1), "n_steps"),
             (replace(draw, n_history=0), "n_history"),
         ):
             with pytest.raises(InvalidArgument, match=words):

@@ -33,7 +33,9 @@ struct fb_cuda_program {
     struct fb_cuda_growing inputs;   /* what describes a batch */
     struct fb_cuda_growing outputs;  /* logits, on the GPU only */
     struct fb_cuda_growing partials; /* of attention, on the GPU only */
-    struct fb_cuda_growing drawn;    /* tokens, log-probabilities and damage of rows */
+    struct fb_cuda_growing plans;    /* of draws, and the logits that they change */
+    struct fb_cuda_growing drawn;    /* tokens and log-probabilities */
+    struct fb_cuda_growing scratch;  /* of draws, on the GPU only */
 };
 
 /* Where the parts of a batch's description lie, in bytes, and pointers to them on the GPU. */

@@ -3,6 +3,8 @@
 
 #include "views.h"
 
+#include <string.h>
+
 static float *buffer_of(const struct fb_cuda_program *p, int32_t number) {
     return p->arena + p->program->buffers[number].offset;
 }
@@ -116,15 +118,56 @@ static enum fb_status run_ops(struct fb_cuda_program *p, const struct fb_cuda_pa
 
 /* ---- Results ----------------------------------------------------------------------------------------------------- */
 
-/* The likeliest tokens of all rows, on the GPU: tokens, then log-probabilities, then whether a row is damaged. */
-static enum fb_status draw(struct fb_cuda_program *p, const float *logits, int32_t n_rows) {
+/* Where plans and what is drawn by them lie, in bytes: in p->plans, in p->drawn. */
+struct drawing {
+    size_t changes, n_bytes;        /* plans come first */
+    size_t logprobs, n_drawn_bytes; /* tokens come first */
+    int32_t n_at_once;
+};
+
+enum { MOST_DRAW_BYTES = 64 << 20 }; /* of scratch, unless one row needs more */
+
+/* Takes the memory that drawing needs. */
+static enum fb_status prepare_drawing(
+    struct fb_cuda_program *p, const struct fb_results *results, struct drawing *out) {
+    const size_t n_plans = (size_t)results->n_plans;
+    const size_t row_bytes = fb_cuda_draw_bytes(p->program->shape.vocab_size);
+    const size_t most = row_bytes < MOST_DRAW_BYTES ? MOST_DRAW_BYTES / row_bytes : 1;
+    const size_t n_at_once = n_plans < most ? n_plans : most;
+    *out = (struct drawing){.n_at_once = (int32_t)n_at_once};
+    out->changes = fb_cuda_aligned(n_plans * sizeof *results->plans);
+    out->n_bytes = out->changes + (size_t)results->n_changes * sizeof *results->changes;
+    out->logprobs = fb_cuda_aligned(n_plans * sizeof(int32_t));
+    out->n_drawn_bytes = out->logprobs + n_plans * sizeof(float);
+    FB_TRY(fb_cuda_grow(p, &p->plans, out->n_bytes, true));
+    FB_TRY(fb_cuda_grow(p, &p->drawn, out->n_drawn_bytes, true));
+    return fb_cuda_grow(p, &p->scratch, n_at_once * row_bytes, false);
+}
+
+/* Draws by all plans, on the GPU, and begins to copy what was drawn. */
+static enum fb_status draw(
+    struct fb_cuda_program *p, const float *logits, const struct fb_results *results, const struct drawing *drawing) {
+    memcpy(p->plans.host, results->plans, (size_t)results->n_plans * sizeof *results->plans);
+    if (results->n_changes > 0)
+        memcpy(
+            p->plans.host + drawing->changes, results->changes, (size_t)results->n_changes * sizeof *results->changes);
+    FB_TRY(fb_cuda_check(
+        cudaMemcpyAsync(p->plans.device, p->plans.host, drawing->n_bytes, cudaMemcpyHostToDevice, p->stream),
+        "copying draws to the GPU"));
     const int32_t vocab_size = p->program->shape.vocab_size;
-    int32_t *tokens = (int32_t *)(void *)p->drawn.device;
-    const int error = fb_cuda_greedy(
-        logits, vocab_size, n_rows, vocab_size, tokens, (float *)tokens + n_rows, tokens + 2 * n_rows, p->stream);
-    FB_TRY(fb_cuda_check(error, "greedy"));
-    return fb_cuda_check(cudaMemcpyAsync(p->drawn.host, p->drawn.device, 2 * (size_t)n_rows * sizeof *tokens,
-                             cudaMemcpyDeviceToHost, p->stream),
+    const struct fb_cuda_draws draws = {.logits = logits,
+        .ld_logits = vocab_size,
+        .plans = (const struct fb_sample_plan *)(const void *)p->plans.device,
+        .changes = (const struct fb_sample_change *)(const void *)(p->plans.device + drawing->changes),
+        .n_plans = results->n_plans,
+        .vocab_size = vocab_size,
+        .tokens = (int32_t *)(void *)p->drawn.device,
+        .logprobs = (float *)(void *)(p->drawn.device + drawing->logprobs),
+        .scratch = p->scratch.device,
+        .n_at_once = drawing->n_at_once};
+    FB_TRY(fb_cuda_check(fb_cuda_draw(&draws, p->stream), "drawing"));
+    return fb_cuda_check(
+        cudaMemcpyAsync(p->drawn.host, p->drawn.device, drawing->n_drawn_bytes, cudaMemcpyDeviceToHost, p->stream),
         "copying tokens");
 }
 
@@ -132,7 +175,7 @@ static enum fb_status draw(struct fb_cuda_program *p, const float *logits, int32
 static enum fb_status copy_logits(
     struct fb_cuda_program *p, const float *from, int32_t n_rows, const struct fb_results *results) {
     const size_t width = (size_t)p->program->ops[p->program->n_ops - 1].weight->n_rows;
-    const bool *skipped = results->is_greedy;
+    const bool *skipped = results->is_drawn;
     for (int32_t row = 0, end; row < n_rows; row = end) {
         for (end = row + 1; end < n_rows && (!skipped || skipped[end] == skipped[row]); end++)
             continue;
@@ -145,7 +188,7 @@ static enum fb_status copy_logits(
 }
 
 static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
-    const struct fb_results *results, bool draws) {
+    const struct fb_results *results, const struct drawing *drawing) {
     struct fb_cuda_description d;
     struct fb_cuda_pages pages;
     float *logits = (float *)(void *)p->outputs.device;
@@ -153,7 +196,7 @@ static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *p
     FB_TRY(fb_cuda_describe(p, batch, &d));
     FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
     FB_TRY(run_ops(p, &pages, &d, batch->n_outputs, logits));
-    if (draws) FB_TRY(draw(p, logits, batch->n_outputs));
+    if (results->n_plans > 0) FB_TRY(draw(p, logits, results, drawing));
     FB_TRY(copy_logits(p, logits, batch->n_outputs, results));
     return fb_cuda_check(
         cudaMemcpyAsync(p->non_finite_here, p->non_finite, sizeof(int32_t), cudaMemcpyDeviceToHost, p->stream),
@@ -165,24 +208,21 @@ enum fb_status fb_cuda_program_run(
     struct fb_cuda_program *p = on_device;
     const size_t n_rows = (size_t)batch->n_outputs;
     const size_t width = (size_t)p->program->ops[p->program->n_ops - 1].weight->n_rows;
-    bool draws = false;
-    for (size_t i = 0; results->is_greedy && i < n_rows; i++)
-        draws = draws || results->is_greedy[i];
+    struct drawing drawing = {.n_at_once = 0};
     FB_TRY(fb_cuda_enter(p->device->index));
     FB_TRY(fb_cuda_grow(p, &p->outputs, n_rows * width * sizeof(float), false));
-    if (draws) FB_TRY(fb_cuda_grow(p, &p->drawn, 3 * n_rows * sizeof(int32_t), true));
-    const enum fb_status status = run_batch(p, pool, batch, results, draws);
+    if (results->n_plans > 0) FB_TRY(prepare_drawing(p, results, &drawing));
+    const enum fb_status status = run_batch(p, pool, batch, results, &drawing);
     /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
     const int error = cudaStreamSynchronize(p->stream);
     FB_TRY(status);
     FB_TRY(fb_cuda_check(error, "running a batch"));
     if (*p->non_finite_here)
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
-    const int32_t *tokens = (const int32_t *)(const void *)p->drawn.host;
-    for (size_t i = 0; draws && i < n_rows; i++)
-        if (results->is_greedy[i]) {
-            results->tokens[i] = tokens[i];
-            results->logprobs[i] = ((const float *)tokens)[n_rows + i];
-        }
+    for (int32_t i = 0; i < results->n_plans; i++) {
+        const int32_t row = results->plans[i].row;
+        results->tokens[row] = ((const int32_t *)(const void *)p->drawn.host)[i];
+        results->logprobs[row] = ((const float *)(const void *)(p->drawn.host + drawing.logprobs))[i];
+    }
     return FB_OK;
 }

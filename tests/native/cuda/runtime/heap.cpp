@@ -9,6 +9,7 @@
 
 long fake_fails_at = -1, fake_n_held = 0;
 int fake_n_processors = 4;
+size_t fake_bytes_from_device = 0;
 
 namespace {
 
@@ -101,8 +102,12 @@ cudaError_t cudaFreeHost(void *memory) {
     return cudaFree(memory);
 }
 
-cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, cudaMemcpyKind) {
+cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind) {
     if (fails()) return cudaErrorUnknown;
+    if (kind == cudaMemcpyDeviceToHost) {
+        const std::lock_guard<std::mutex> guard(lock);
+        fake_bytes_from_device += n_bytes;
+    }
     memcpy(to, from, n_bytes);
     return cudaSuccess;
 }
