@@ -68,17 +68,17 @@ static draw make_draw(int32_t n) {
     if (chance(4)) s->min_p = chance(6) ? 1.0f : shares[below(5)];
     if (chance(4)) s->xtc_probability = chance(2) ? 1.0f : 0.5f;
     if (chance(4)) s->xtc_threshold = 1e-4f;
-    if (chance(3)) s->repetition_penalty = 0.5f + below(10) / 5.0f;
+    if (chance(3)) s->repetition_penalty = 0.5f + (float)below(10) / 5.0f;
     if (chance(4)) s->frequency_penalty = random_number(1.0f);
     if (chance(4)) s->presence_penalty = random_number(1.0f);
     if (chance(3)) s->penalty_window = (int32_t)below(20);
     if (chance(3)) s->dry_multiplier = 0.8f;
     if (chance(3)) s->dry_window = (int32_t)below(60);
-    if (chance(3)) shuffle_chain(s);
+    if (chance(2)) shuffle_chain(s);
     for (uint32_t i = chance(3) ? 0 : below(80), most = 1 + below(12); i > 0; i--)
         d.history.push_back((int32_t)(below(most) % (uint32_t)n));
     for (uint32_t i = chance(2) ? 0 : below(chance(4) ? 2 * (uint32_t)n : 9); i > 0; i--) {
-        d.bias_ids.push_back((int32_t)below((uint32_t)n)); /* some twice, in no order */
+        d.bias_ids.push_back((int32_t)(below((uint32_t)n) % (chance(2) ? 8 : 1u << 30))); /* some twice, in no order */
         d.bias.push_back(chance(3) ? -INFINITY : random_number(4.0f));
     }
     if (chance(20))
@@ -140,7 +140,7 @@ static void compare(int32_t n, size_t n_draws) {
 
 int main(int argc, char **argv) {
     static const int32_t sizes[] = {1, 2, 31, 256, 257, 300, 511, 512, 513, 1025, 3000, 5003};
-    const int n_batches = argc > 1 ? atoi(argv[1]) : 36;
+    const int n_batches = argc > 1 ? atoi(argv[1]) : 60;
     for (int i = 0; i < n_batches; i++)
         compare(sizes[(size_t)i % (sizeof sizes / sizeof *sizes)], 1 + below(5));
     if (argc > 1) {
