@@ -163,7 +163,7 @@ struct fb_cuda_draws {
     int32_t *tokens; /* [n_plans] */
     float *logprobs;
     char *scratch;     /* at a multiple of 8 bytes: of fb_cuda_draw_bytes for each of n_at_once plans, */
-    int32_t n_at_once; /* which are gone through together */
+    int32_t n_at_once; /* which are gone through together, up to 65535 */
 };
 
 size_t fb_cuda_draw_bytes(int32_t vocab_size);

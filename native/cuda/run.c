@@ -125,15 +125,19 @@ struct drawing {
     int32_t n_at_once;
 };
 
-enum { MOST_DRAW_BYTES = 64 << 20 }; /* of scratch, unless one row needs more */
+enum {
+    MOST_DRAW_BYTES = 64 << 20,
+    MOST_DRAW_ROWS = 1024
+}; /* at once: of scratch, unless one row needs more; of a launch */
 
 /* Takes the memory that drawing needs. */
 static enum fb_status prepare_drawing(
     struct fb_cuda_program *p, const struct fb_results *results, struct drawing *out) {
     const size_t n_plans = (size_t)results->n_plans;
     const size_t row_bytes = fb_cuda_draw_bytes(p->program->shape.vocab_size);
-    const size_t most = row_bytes < MOST_DRAW_BYTES ? MOST_DRAW_BYTES / row_bytes : 1;
-    const size_t n_at_once = n_plans < most ? n_plans : most;
+    size_t n_at_once = row_bytes < MOST_DRAW_BYTES ? MOST_DRAW_BYTES / row_bytes : 1;
+    n_at_once = n_at_once < MOST_DRAW_ROWS ? n_at_once : MOST_DRAW_ROWS;
+    n_at_once = n_at_once < n_plans ? n_at_once : n_plans;
     *out = (struct drawing){.n_at_once = (int32_t)n_at_once};
     out->changes = fb_cuda_aligned(n_plans * sizeof *results->plans);
     out->n_bytes = out->changes + (size_t)results->n_changes * sizeof *results->changes;
