@@ -6,6 +6,7 @@ FABULA_TEST_DEVICE=cuda lets the tests of sessions, schedulers and pages load th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +184,63 @@ def test_answers_are_those_of_the_cpu(on_gpu: Model, tiny_folder: Path, params: 
     assert again.token_ids == got.token_ids
 
 
+DRAWS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "plain": SamplingParams(temperature=1.3),
+    "nucleus": SamplingParams(temperature=0.8, top_p=0.9, min_p=0.02),
+    "top_k": SamplingParams(temperature=1.5, top_k=9, repetition_penalty=1.2, frequency_penalty=0.3),
+    "typical": SamplingParams(typical_p=0.7, xtc_probability=0.5, presence_penalty=0.4, penalty_window=9),
+    "greedy with bias": SamplingParams(temperature=0.0, logit_bias={7: 2.0, 3: -1.0}, banned_tokens=(9, 4)),
+    "dry": SamplingParams(dry_multiplier=0.8, dry_allowed_length=1, dry_breakers=("a",)),
+    "chain": SamplingParams(temperature=0.5, top_k=40, top_p=0.7, chain=("temperature", "top_p", "top_k", "penalties")),
+}
+
+
 @pytest.mark.gpu
-def test_what_the_gpu_draws_is_what_the_cpu_draws(on_gpu: Model) -> None:
-    """Greedily; a bias that changes nothing leaves the draw to the CPU."""
-    here = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logit_bias={1: -1e-3})
-    there = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    pieces = [[(p.token_id, p.logprob) for p in on_gpu.generate(PROMPT, params)] for params in (here, there)]
-    assert [ids for ids, _ in pieces[0]] == [ids for ids, _ in pieces[1]]
-    for (_, a), (_, b) in zip(*pieces, strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+@pytest.mark.parametrize("params", DRAWS.values(), ids=DRAWS)
+def test_the_gpu_draws_what_the_cpu_draws_from_its_logits(
+    on_gpu: Model, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
+) -> None:
+    """Who asks for log-probabilities gets logits, from which the CPU draws; for others none are copied, not even in
+    steps that read a prompt."""
+    params = replace(params, seed=5, max_tokens=40, ignore_eos=True)
+    runner = on_gpu._runner
+    wanted = list(on_gpu.generate(PROMPT, replace(params, n_logprobs=1)))
+    assert all(len(piece.top_logprobs) == 1 for piece in wanted)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a step whose logits are copied")
+
+    monkeypatch.setattr(runner, "run", refuse)
+    scratch = np.full(4 * runner.program.n_outputs, np.nan, np.float32)
+    monkeypatch.setattr(runner.program, "_draw_logits", scratch)
+    on_gpu.clear_cache()
+    both = [on_gpu.generate(PROMPT, params), on_gpu.generate(PROMPT[:20], replace(params, max_tokens=9))]
+    got = [list(generation) for generation in both]
+    assert [piece.token_id for piece in got[0]] == [piece.token_id for piece in wanted] and len(got[1]) == 9
+    for a, b in zip(got[0], wanted, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-6)
+    assert np.isnan(scratch).all()
+
+
+@pytest.mark.gpu
+def test_a_prompt_is_read_beside_those_that_draw(on_gpu: Model) -> None:
+    """Whatever is beside it, an answer is the same."""
+    params = [replace(RANDOM, seed=i, max_tokens=30, n_logprobs=i // 3) for i in range(4)]
+    prompts = [PROMPT, PROMPT * 4, "words", PROMPT * 2]
+    alone = [on_gpu.generate(prompt, p).text() for prompt, p in zip(prompts, params, strict=True)]
+    on_gpu.clear_cache()
+    together = [on_gpu.generate(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    assert [generation.text() for generation in together] == alone
+
+
+@pytest.mark.gpu
+def test_a_draw_without_any_token(on_gpu: Model) -> None:
+    everything = tuple(range(on_gpu.config.vocab_size))
+    with pytest.raises(InvalidArgument, match="every token is banned"):
+        on_gpu.generate(PROMPT, replace(RANDOM, banned_tokens=everything)).text()
+    last = replace(RANDOM, banned_tokens=everything[:-1], max_tokens=3)
+    assert [piece.token_id for piece in on_gpu.generate(PROMPT, last)] == [everything[-1]] * 3
 
 
 @pytest.mark.gpu

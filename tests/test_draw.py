@@ -70,6 +70,34 @@ def test_drawn_tokens_are_those_of_single_steps(model: Model, window: Window) ->
         sequence.close()
 
 
+def test_texts_are_read_beside_those_that_draw(model: Model) -> None:
+    """A call's first step may compute many tokens of a sequence; with n_steps 0 it draws none."""
+    runner, ids = model._runner, [3, 7, 11, *range(20, 60)]
+    wanted = []
+    for params in SETTINGS:
+        with runner.sequence() as sequence:
+            answer = decoding(model, ids, params)
+            runner.prefill(sequence, np.array(ids[:-1], np.int32))
+            wanted.append(one_by_one(runner, sequence, answer))
+    sequences = [runner.sequence() for _ in (*SETTINGS, None)]
+    draws = []
+    for i, (sequence, params) in enumerate(zip(sequences, [*SETTINGS, SETTINGS[0]], strict=True)):
+        tokens, n_steps = np.array(ids[9 * i :], np.int32), N_STEPS if i < len(SETTINGS) else 0
+        if i:
+            runner.prefill(sequence, np.array(ids[: 9 * i], np.int32))
+        part = runner.prepare(sequence, tokens, max(n_steps - 1, 0))
+        draws.append((sequence, decoding(model, ids, params).drawn_by(part.share, n_steps)))
+    drawn, seconds = runner.draw(draws, N_STEPS, _native.Flag())
+    for (tokens, logprobs), expected in zip(drawn, wanted, strict=False):
+        assert list(zip(tokens.tolist(), logprobs.tolist(), strict=True)) == expected
+    assert len(drawn[-1][0]) == 0 and sequences[-1].n_tokens == len(ids)
+    assert len(seconds) == max(len(expected) for expected in wanted)
+    for sequence, expected in zip(sequences, wanted, strict=False):
+        assert sequence.n_tokens == len(ids) - 1 + len(expected)
+    for sequence in sequences:
+        sequence.close()
+
+
 def test_a_flag_ends_the_call_behind_a_step(model: Model) -> None:
     runner, flag = model._runner, _native.Flag()
     for is_set in (True, False):
@@ -90,7 +118,7 @@ def test_bad_arguments(model: Model) -> None:
         far = replace(draw, share=replace(part.share, n_past=_native.PAGE_POSITIONS - 2))
         for bad, words in (
             (far, "pages"),
-            (replace(draw, n_steps=0), "n_steps"),
+            (replace(draw, n_steps=-1), "n_steps"),
             (replace(draw, n_history=0), "n_history"),
         ):
             with pytest.raises(InvalidArgument, match=words):

@@ -2,7 +2,7 @@
  * device.h - what kernels are written with, so that the same source is compiled by nvcc for GPUs and by a C++ compiler for the
  * tests, where tests/native/cuda/emulate.h runs each thread of a block as a fiber.
  *
- * Kernels use __global__, __device__, threadIdx and its like, __syncthreads, __shfl_xor_sync and the functions below. nvcc is told
+ * Kernels use __global__, __device__, threadIdx and its like, __syncthreads, shuffles, atomicAdd of whole numbers and the functions below. nvcc is told
  * -fmad=false, the C++ compiler -ffp-contract=off: a multiply and an add fuse only where the source says fmaf, so both
  * compute the same bits wherever they do not call cos, sin or log.
  */
@@ -51,6 +51,14 @@ FB_DEVICE float fb_float_of_bits(uint32_t bits) {
 
 FB_DEVICE uint32_t fb_bits_of_float(float value) {
     return __float_as_uint(value);
+}
+
+FB_DEVICE double fb_double_of_bits(uint64_t bits) {
+    return __longlong_as_double((long long)bits);
+}
+
+FB_DEVICE uint64_t fb_bits_of_double(double value) {
+    return (uint64_t)__double_as_longlong(value);
 }
 
 /* 4 floats at a multiple of 16 bytes. */

@@ -226,5 +226,5 @@ enum fb_status fb_cuda_group_run(void *links, fb_program *const *parts, fb_page_
     pthread_mutex_unlock(&turn);
     FB_TRY(at_end); /* before the other, whose text is gone if both failed */
     FB_TRY(status);
-    return fb_cuda_take_results(run.programs[0], batch->n_outputs, results);
+    return fb_cuda_take_results(run.programs[0], results);
 }

@@ -11,6 +11,7 @@
  *                 get the same bits, though other kernels compute them.
  *     attention   keys come in blocks of 256 positions at fixed places, whose parts are merged in order, whether one block of
  *                 threads walks them or many take one each.
+ *     sampling    as the CPU's sampler: see candidates.cuh.
  *     norms       256 (of a head: 32) threads take every 256th number, warps fold by halves, warps are added in order.
  *
  * Against the CPU they differ by rounding: inputs of products stay f32, where the CPU rounds those of quantised weights to 8 bits
@@ -22,6 +23,7 @@
 #define FABULA_CUDA_KERNELS_H
 
 #include "fabula.h"
+#include "ops/sample_plan.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -170,10 +172,22 @@ int fb_cuda_line_up(const struct fb_cuda_parts *parts, int32_t n_rows, int32_t n
 
 /* ---- Sampling (sample.cu) ---------------------------------------------------------------------------------------- */
 
-/* Of each row of logits: the first of its highest, and its natural log-probability. non_finite[row] becomes 1 if a logit is NaN or
- * +infinity or none is finite, else 0; token and logprob of such a row mean nothing. */
-int fb_cuda_greedy(const float *logits, int64_t ld_logits, int32_t n_rows, int32_t vocab_size, int32_t *tokens,
-    float *logprobs, int32_t *non_finite, fb_cuda_stream stream);
+/* Draws a token by each plan, as fb_sample does from the same logits: the same token, and its log-probability but for the last bit
+ * of a logarithm. A token is -1 if all were banned, or if the row's logits are damaged. */
+struct fb_cuda_draws {
+    const float *logits; /* [rows][ld_logits] */
+    int64_t ld_logits;
+    const struct fb_sample_plan *plans; /* [n_plans] */
+    const struct fb_sample_change *changes;
+    int32_t n_plans, vocab_size;
+    int32_t *tokens; /* [n_plans] */
+    float *logprobs;
+    char *scratch;     /* at a multiple of 8 bytes: of fb_cuda_draw_bytes for each of n_at_once plans, */
+    int32_t n_at_once; /* which are gone through together, up to 65535 */
+};
+
+size_t fb_cuda_draw_bytes(int32_t vocab_size);
+int fb_cuda_draw(const struct fb_cuda_draws *draws, fb_cuda_stream stream);
 
 #ifdef __cplusplus
 }

@@ -105,8 +105,10 @@ void fb_cuda_program_free(void *on_device) {
     give_up(p, &p->inputs);
     give_up(p, &p->outputs);
     give_up(p, &p->partials);
+    give_up(p, &p->plans);
     give_up(p, &p->drawn);
     give_up(p, &p->gathered);
+    give_up(p, &p->scratch);
     if (p->non_finite_here) cudaFreeHost(p->non_finite_here);
     if (p->stream) cudaStreamDestroy(p->stream);
     free(p->weights);

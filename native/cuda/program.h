@@ -4,7 +4,8 @@
  *     devices.c   GPUs and their memory: the table of functions that the library knows this folder by
  *     program.c   what a program needs on the GPU
  *     batch.c     what describes a batch there, and which way its attention goes
- *     run.c       operators as launches on one stream, and the results' way back
+ *     run.c       operators as launches on one stream
+ *     results.c   drawing, and the results' way back
  *     graph.c     those launches recorded and replayed as one
  *     group.c     programs of several GPUs, which compute one batch together
  *     exchange.c  NCCL, the library that moves what they exchange
@@ -37,7 +38,9 @@ struct fb_cuda_program {
     struct fb_cuda_growing inputs;   /* what describes a batch */
     struct fb_cuda_growing outputs;  /* logits, on the GPU only */
     struct fb_cuda_growing partials; /* of attention, on the GPU only */
-    struct fb_cuda_growing drawn;    /* tokens, log-probabilities and damage of rows */
+    struct fb_cuda_growing plans;    /* of draws, and the logits that they change */
+    struct fb_cuda_growing drawn;    /* tokens and log-probabilities */
+    struct fb_cuda_growing scratch;  /* of draws, on the GPU only */
     struct fb_cuda_graphs graphs;
     struct fb_cuda_growing gathered; /* what the GPUs of a group have computed, on the GPU only */
 };
@@ -83,7 +86,7 @@ enum fb_status fb_cuda_begin(
 enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step);
 enum fb_status fb_cuda_send_back(
     struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results);
-enum fb_status fb_cuda_take_results(const struct fb_cuda_program *p, int32_t n_rows, const struct fb_results *results);
+enum fb_status fb_cuda_take_results(const struct fb_cuda_program *p, const struct fb_results *results);
 
 /* At least so many bytes; takes new memory before it gives up the old, so that a refusal changes nothing. */
 enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *memory, size_t n_bytes, bool has_host);

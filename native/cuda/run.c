@@ -1,7 +1,8 @@
-/* run.c - a program's operators as launches on one stream, and the results' way back. See program.h. */
+/* run.c - a program's operators as launches on one stream. See program.h. */
 #include "program.h"
 
 #include "views.h"
+
 
 static float *buffer_of(const struct fb_cuda_program *p, int32_t number) {
     return p->arena + p->program->buffers[number].offset;
@@ -121,70 +122,6 @@ enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *st
     return FB_OK;
 }
 
-/* ---- Results ----------------------------------------------------------------------------------------------------- */
-
-/* The likeliest tokens of all rows, on the GPU: tokens, then log-probabilities, then whether a row is damaged. */
-static enum fb_status draw(struct fb_cuda_program *p, const float *logits, int32_t n_rows) {
-    const int32_t vocab_size = p->program->shape.vocab_size;
-    int32_t *tokens = (int32_t *)(void *)p->drawn.device;
-    const int error = fb_cuda_greedy(
-        logits, vocab_size, n_rows, vocab_size, tokens, (float *)tokens + n_rows, tokens + 2 * n_rows, p->stream);
-    FB_TRY(fb_cuda_check(error, "greedy"));
-    return fb_cuda_check(cudaMemcpyAsync(p->drawn.host, p->drawn.device, 2 * (size_t)n_rows * sizeof *tokens,
-                             cudaMemcpyDeviceToHost, p->stream),
-        "copying tokens");
-}
-
-/* Logits of the rows that want them, in as few copies as they lie in one piece. */
-static enum fb_status copy_logits(
-    struct fb_cuda_program *p, const float *from, size_t width, int32_t n_rows, const struct fb_results *results) {
-    const bool *skipped = results->is_greedy;
-    for (int32_t row = 0, end; row < n_rows; row = end) {
-        for (end = row + 1; end < n_rows && (!skipped || skipped[end] == skipped[row]); end++)
-            continue;
-        if (skipped && skipped[row]) continue;
-        FB_TRY(fb_cuda_check(cudaMemcpyAsync(results->logits + (size_t)row * width, from + (size_t)row * width,
-                                 (size_t)(end - row) * width * sizeof *from, cudaMemcpyDeviceToHost, p->stream),
-            "copying logits"));
-    }
-    return FB_OK;
-}
-
-static bool draws(const struct fb_results *results, int32_t n_rows) {
-    for (int32_t i = 0; results->is_greedy && i < n_rows; i++)
-        if (results->is_greedy[i]) return true;
-    return false;
-}
-
-enum fb_status fb_cuda_make_room(
-    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results) {
-    FB_TRY(fb_cuda_enter(p->device->index));
-    FB_TRY(fb_cuda_grow(p, &p->outputs, (size_t)n_rows * (size_t)width * sizeof(float), false));
-    return draws(results, n_rows) ? fb_cuda_grow(p, &p->drawn, 3 * (size_t)n_rows * sizeof(int32_t), true) : FB_OK;
-}
-
-enum fb_status fb_cuda_send_back(
-    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results) {
-    const float *logits = (const float *)(const void *)p->outputs.device;
-    if (draws(results, n_rows)) FB_TRY(draw(p, logits, n_rows));
-    FB_TRY(copy_logits(p, logits, (size_t)width, n_rows, results));
-    return fb_cuda_check(
-        cudaMemcpyAsync(p->non_finite_here, p->non_finite, sizeof(int32_t), cudaMemcpyDeviceToHost, p->stream),
-        "copying a flag");
-}
-
-enum fb_status fb_cuda_take_results(const struct fb_cuda_program *p, int32_t n_rows, const struct fb_results *results) {
-    if (*p->non_finite_here)
-        return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
-    const int32_t *tokens = (const int32_t *)(const void *)p->drawn.host;
-    for (int32_t i = 0; results->is_greedy && i < n_rows; i++)
-        if (results->is_greedy[i]) {
-            results->tokens[i] = tokens[i];
-            results->logprobs[i] = ((const float *)tokens)[n_rows + i];
-        }
-    return FB_OK;
-}
-
 static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
     struct fb_cuda_rows rows, const struct fb_results *results) {
     struct fb_cuda_step step;
@@ -204,5 +141,5 @@ enum fb_status fb_cuda_program_run(
     const int error = cudaStreamSynchronize(p->stream);
     FB_TRY(status);
     FB_TRY(fb_cuda_check(error, "running a batch"));
-    return fb_cuda_take_results(p, batch->n_outputs, results);
+    return fb_cuda_take_results(p, results);
 }

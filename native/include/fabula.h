@@ -413,15 +413,15 @@ void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4
 
 /* A sequence that draws. Sampling arguments as in fb_sample, which gets the position n_history + n_drawn. */
 struct fb_draw {
-    struct fb_sequence sequence; /* n_tokens 1; pages for n_past + n_steps positions */
-    int32_t n_steps;             /* tokens to draw at most, >= 1 */
+    struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
+    int32_t n_steps;             /* tokens to draw at most; 0 for a sequence that is only computed, in the first step */
     int32_t n_drawn;             /* result */
-    int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last of them not computed yet; those
-                                    that are drawn are written behind them */
+    int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not
+                                    computed yet; those that are drawn are written behind them */
     int32_t n_history;
     int32_t n_ends;
     const int32_t *ends; /* tokens after which it draws no more */
-    float *logprobs;     /* [n_steps], results */
+    float *logprobs;     /* [n_steps], results; NULL if that is 0 */
     const struct fb_sampling *settings;
     const int32_t *bias_ids;
     const float *bias_values;
@@ -430,8 +430,9 @@ struct fb_draw {
     const int32_t *breakers;
 };
 
-/* Up to n_steps steps over the sequences, each of which computes the last token of every one that still draws, and draws
- * its next: the tokens that fb_program_run and fb_sample would give. Ends early when none draws any more, and after a step
+/* Up to n_steps steps over the sequences, each of which computes what is not computed yet of every one that still draws, and
+ * draws its next token: those that fb_program_run and fb_sample would give. A device draws where the logits are, which are
+ * not copied. Ends early when none draws any more, and after a step
  * behind which *stop, that another thread may set, is not 0. A sequence whose draw fails stops with fewer tokens and no
  * end token; fb_sample tells why. An error in the first step is returned, a later one ends the call: the next meets it.
  *   logits    scratch of at least n_draws x vocab_size

@@ -391,7 +391,8 @@ class Sampling:
 class Draw:
     """One sequence that draws up to `n_steps` tokens, none behind one of `ends`; as in struct fb_draw.
 
-    `history` int32 has room for n_history + n_steps tokens; what is drawn is written behind the first n_history.
+    `history` int32 has room for n_history + n_steps tokens, the share's at the end of the first n_history; those drawn
+    are written behind them. With n_steps 0 the share is only computed.
     """
 
     share: BatchSequence
@@ -507,7 +508,7 @@ class Program:
         for i, (c, draw) in enumerate(zip(c_draws, draws, strict=True)):
             share, sampling, sequence = draw.share, draw.sampling, c.sequence
             sequence.pages, sequence.n_pages = ints(share.pages), share.pages.size
-            sequence.n_past, sequence.n_tokens = share.n_past, 1
+            sequence.n_past, sequence.n_tokens = share.n_past, len(share.tokens)
             sequence.window, sequence.n_sinks = share.window, share.n_sinks
             c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), ints(draw.history), draw.n_history
             c.ends, c.n_ends, c.logprobs = ints(draw.ends), draw.ends.size, floats(logprobs[i])

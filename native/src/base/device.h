@@ -9,15 +9,19 @@
 #define FABULA_BASE_DEVICE_H
 
 #include "fabula.h"
+#include "ops/sample_plan.h"
 
 #include <stdatomic.h>
 
-/* Results of a batch: rows of logits, or of some rows only the likeliest token. */
+/* Results of a batch: rows of logits, or of some rows only the token that a plan draws from them. */
 struct fb_results {
-    float *logits;         /* [n_outputs][rows of the last op] */
-    const bool *is_greedy; /* [n_outputs] rows whose logits are not wanted; NULL for none */
-    int32_t *tokens;       /* [n_outputs] of those: the first of the highest, */
-    float *logprobs;       /* [n_outputs] and its log-probability */
+    float *logits;                          /* [n_outputs][rows of the last op] */
+    const bool *is_drawn;                   /* [n_outputs] rows whose logits are not wanted; NULL for none */
+    const struct fb_sample_plan *plans;     /* [n_plans] one for each of those, in order */
+    const struct fb_sample_change *changes; /* [n_changes] of all plans */
+    int32_t n_plans, n_changes;
+    int32_t *tokens; /* [n_outputs] of those: what was drawn; -1 if every token was banned */
+    float *logprobs; /* [n_outputs] and its log-probability, as fb_sample tells them */
 };
 
 enum fb_way { FB_TO_DEVICE, FB_FROM_DEVICE, FB_ON_DEVICE };

@@ -18,30 +18,19 @@ typedef uint32_t u16x __attribute__((vector_size(64)));
 
 enum { SUM_F32 = 256 }; /* f32 terms added up, 16 in a lane, before their sum goes on in double */
 
-/* Added and taken off again these round to an integer, which then stands in the low bits. */
-#define ROUND_F64 0x1.8p52
-#define ROUND_F32 0x1.8p23f
-
-/* exp(x) for x <= 0 by Cephes' rational form (Moshier, netlib cephes/double/exp.c), relative error about 2e-16. 0 below -700:
- * e^-700 is 1e-304, close to where doubles lose digits. */
-#define EXP64_LOW    (-700.0)
-#define EXP64_LOG2E  1.4426950408889634073599
-#define EXP64_LN2_HI 6.93145751953125e-1
-#define EXP64_LN2_LO 1.42860682030941723212e-6
-
-/* out = exp(x - top) for 8 numbers. Below the limit or at -infinity the arithmetic yields garbage, which the mask turns into 0. */
+/* out = exp(x - top) for 8 numbers, as told in exp.h. Below the limit or at -infinity the arithmetic yields garbage, which the
+ * mask turns into 0. */
 static inline void exp_of_8(const double *x, double top, double *out) {
     d8 in;
     memcpy(&in, x, sizeof in);
     in -= top;
-    const d8 shifted = in * EXP64_LOG2E + ROUND_F64, n = shifted - ROUND_F64;
-    const d8 r = (in - n * EXP64_LN2_HI) - n * EXP64_LN2_LO, rr = r * r;
-    const d8 p = r * ((1.26177193074810590878e-4 * rr + 3.02994407707441961300e-2) * rr + 1.0);
-    const d8 q = ((3.00198505138664455042e-6 * rr + 2.52448340349684104192e-3) * rr + 2.27265548208155028766e-1) * rr +
-                 2.0;
+    const d8 shifted = in * FB_EXP64_LOG2E + FB_EXP64_ROUND, n = shifted - FB_EXP64_ROUND;
+    const d8 r = (in - n * FB_EXP64_LN2_HI) - n * FB_EXP64_LN2_LO, rr = r * r;
+    const d8 p = r * ((FB_EXP64_P0 * rr + FB_EXP64_P1) * rr + 1.0);
+    const d8 q = ((FB_EXP64_Q0 * rr + FB_EXP64_Q1) * rr + FB_EXP64_Q2) * rr + 2.0;
     const d8 e = 1.0 + 2.0 * (p / (q - p));
     const d8 power = (d8)(((u8x8)shifted + 1023) << 52); /* 2^n: the shift drops all but the integer */
-    const d8 result = (d8)((u8x8)(e * power) & (u8x8)(in >= EXP64_LOW));
+    const d8 result = (d8)((u8x8)(e * power) & (u8x8)(in >= FB_EXP64_LOW));
     memcpy(out, &result, sizeof result);
 }
 
@@ -64,7 +53,7 @@ static inline void add_exp_of_16(const float *x, float top, f16x *part) {
     f16x in;
     memcpy(&in, x, sizeof in);
     in -= top;
-    const f16x shifted = in * FB_EXP_LOG2E + ROUND_F32, n = shifted - ROUND_F32;
+    const f16x shifted = in * FB_EXP_LOG2E + FB_EXP_ROUND, n = shifted - FB_EXP_ROUND;
     const f16x r = (in - n * FB_EXP_LN2_HI) - n * FB_EXP_LN2_LO, rr = r * r;
     const f16x p = ((FB_EXP_P0 * r + FB_EXP_P1) * rr + (FB_EXP_P2 * r + FB_EXP_P3)) * rr + (FB_EXP_P4 * r + FB_EXP_P5);
     const f16x e = p * rr + (r + 1.0f);
@@ -86,8 +75,10 @@ static double log_sum_exp(const float *logits, size_t n, float top) {
                 padded[lane] = lane < end - k ? logits[k + lane] : -FLT_MAX;
             add_exp_of_16(padded, top, &part);
         }
-        for (int lane = 0; lane < 16; lane++)
-            sum += (double)part[lane];
+        double fold[8]; /* by halves: GPUs follow this order too */
+        for (int lane = 0; lane < 8; lane++)
+            fold[lane] = (double)part[lane] + (double)part[lane + 8];
+        sum += ((fold[0] + fold[1]) + (fold[2] + fold[3])) + ((fold[4] + fold[5]) + (fold[6] + fold[7]));
     }
     return log(sum);
 }

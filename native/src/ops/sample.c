@@ -60,7 +60,7 @@ static enum fb_status check_least(const char *name, int32_t value, int32_t low) 
     return FB_OK;
 }
 
-enum fb_status fb_check_sampling(const struct fb_sampling *s) {
+static enum fb_status check_sampling(const struct fb_sampling *s) {
     FB_REQUIRE(s, "settings is NULL");
     FB_REQUIRE(
         s->struct_size == sizeof *s, "struct_size of the settings is %u, must be %zu", s->struct_size, sizeof *s);
@@ -101,12 +101,10 @@ static enum fb_status check_ids(const char *name, const int32_t *ids, int32_t n,
     return FB_OK;
 }
 
-static enum fb_status check_request(const struct fb_sample_request *r, const void *work) {
-    FB_REQUIRE(r->logits, "logits is NULL");
+enum fb_status fb_check_request(const struct fb_sample_request *r) {
     FB_REQUIRE(r->vocab_size >= 1 && r->vocab_size <= MAX_VOCAB, "vocab_size is %d, must be in 1 .. %d", r->vocab_size,
         MAX_VOCAB);
-    FB_REQUIRE(work && (uintptr_t)work % 16 == 0, "work is NULL or not 16-byte aligned");
-    FB_TRY(fb_check_sampling(r->settings));
+    FB_TRY(check_sampling(r->settings));
     FB_TRY(check_ids("history", r->history, r->n_history, r->vocab_size));
     FB_TRY(check_ids("breakers", r->breakers, r->n_breakers, r->vocab_size));
     FB_TRY(check_ids("bias", r->bias_ids, r->n_bias, r->vocab_size));
@@ -117,23 +115,30 @@ static enum fb_status check_request(const struct fb_sample_request *r, const voi
     return FB_OK;
 }
 
+static enum fb_status check_call(const struct fb_sample_request *r, const void *work) {
+    FB_REQUIRE(r->logits, "logits is NULL");
+    FB_REQUIRE(work && (uintptr_t)work % 16 == 0, "work is NULL or not 16-byte aligned");
+    return fb_check_request(r);
+}
+
 /* ---- Scratch ----------------------------------------------------------------------------------------------------- */
 
 /*
- * double [vocab] logit, [vocab] weight, [FB_SAMPLE_BINS] mass
+ * double [vocab] logit, [vocab] weight
+ * uint64 [FB_SAMPLE_BINS] mass
  * int32  [vocab] id, [vocab] list, [vocab] per_token, [FB_DRY_MAX_MATCH] match
  */
 size_t fb_sample_work_bytes(int32_t vocab_size) {
     if (vocab_size < 1 || vocab_size > MAX_VOCAB) return 0;
     const size_t n = (size_t)vocab_size;
-    return (2 * n + FB_SAMPLE_BINS) * sizeof(double) + (3 * n + FB_DRY_MAX_MATCH) * sizeof(int32_t);
+    return 2 * n * sizeof(double) + FB_SAMPLE_BINS * sizeof(uint64_t) + (3 * n + FB_DRY_MAX_MATCH) * sizeof(int32_t);
 }
 
-static struct fb_candidates candidates_in(void *work, int32_t vocab_size) {
+struct fb_candidates fb_candidates_in(void *work, int32_t vocab_size) {
     const size_t n = (size_t)vocab_size;
     struct fb_candidates c = {.kernels = fb_kernels_of(fb_isa_best()), .vocab_size = vocab_size, .logit = work};
     c.weight = c.logit + n;
-    c.mass = c.weight + n;
+    c.mass = (uint64_t *)(void *)(c.weight + n);
     c.id = (int32_t *)(void *)(c.mass + FB_SAMPLE_BINS);
     c.list = c.id + n;
     c.per_token = c.list + n;
@@ -259,8 +264,8 @@ enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct f
         bias_values, n_bias, breakers, n_breakers};
     float top;
     FB_REQUIRE(token && logprob, "token or logprob is NULL");
-    FB_TRY(check_request(&request, work));
-    struct fb_candidates c = candidates_in(work, vocab_size);
+    FB_TRY(check_call(&request, work));
+    struct fb_candidates c = fb_candidates_in(work, vocab_size);
     FB_TRY(fb_check_logits(c.kernels, logits, vocab_size, &top));
     int32_t drawn = 0;
     if (settings->temperature == 0.0f) {
@@ -283,8 +288,8 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
         bias_values, n_bias, breakers, n_breakers};
     float top;
     FB_REQUIRE(probabilities, "probabilities is NULL");
-    FB_TRY(check_request(&request, work));
-    struct fb_candidates c = candidates_in(work, vocab_size);
+    FB_TRY(check_call(&request, work));
+    struct fb_candidates c = fb_candidates_in(work, vocab_size);
     FB_TRY(fb_check_logits(c.kernels, logits, vocab_size, &top));
     int32_t best = 0;
     const bool greedy = settings->temperature == 0.0f;

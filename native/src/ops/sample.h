@@ -6,6 +6,7 @@
  *  - sample_cut.c: candidates and the steps that drop some (top-k, top-p, min-p, typical, XTC)
  *  - kernels/vocabulary.h: loops over all of a vocabulary
  *  - sample_history.c: the steps that change logits (bias, penalties, DRY)
+ *  - sample_plan.c: all of a draw that does not depend on logits, for a device
  *  - random.c: Philox 4x32-10
  *
  * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain
@@ -34,7 +35,7 @@ struct fb_candidates {
     double total;       /* sum of the weights */
     double *logit;      /* [n] -INFINITY for a banned token */
     double *weight;     /* [n] exp(logit - highest logit at the time of weighing) */
-    double *mass;       /* [FB_SAMPLE_BINS] */
+    uint64_t *mass;     /* [FB_SAMPLE_BINS] */
     int32_t *id;        /* [n] */
     int32_t *list;      /* [vocab_size] slots, for selections */
     int32_t *per_token; /* [vocab_size] scratch by token id, never cleared as a whole */
@@ -60,8 +61,11 @@ struct fb_sample_request {
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot);
 int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id);
 
-/* Whether settings are in their ranges, as fb_sample asks. */
-enum fb_status fb_check_sampling(const struct fb_sampling *settings);
+/* Whether settings and ids are in their ranges, as fb_sample asks; logits are not looked at. */
+enum fb_status fb_check_request(const struct fb_sample_request *request);
+
+/* Arrays of a call in the caller's scratch of fb_sample_work_bytes. */
+struct fb_candidates fb_candidates_in(void *work, int32_t vocab_size);
 
 /* Tells the highest of n logits; FB_NON_FINITE as told in fb_sample. */
 enum fb_status fb_check_logits(const struct fb_kernels *kernels, const float *logits, int32_t n, float *top);
@@ -81,6 +85,12 @@ void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *reque
 void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *request);
 void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request);
 void fb_step_temperature(struct fb_candidates *c, double temperature);
+
+/* The distinct tokens of a window that penalties are about, `count` [vocab_size] by token telling how often each is
+ * there; and those that DRY is about, `longest` telling minus the length of the repetition. Return how many. */
+int32_t fb_list_penalties(const struct fb_sample_request *request, int32_t *count, int32_t *list);
+int32_t fb_list_dry(const struct fb_sample_request *request, int32_t *longest, int32_t *match, int32_t *list);
+double fb_dry_loss(const struct fb_sampling *settings, int32_t length);
 
 /* Steps that drop candidates; each keeps at least one. */
 enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k);

@@ -6,6 +6,9 @@
  * renewed after each drop. No step sorts the vocabulary. top-k, top-p and typical-p need only the
  * place where a sorted list would be cut, and find_cut() finds it by zooming into histograms; slots
  * keep their order by id throughout.
+ *
+ * What find_cut() adds up are whole numbers, so its result does not depend on an order of sums: a GPU, which
+ * takes its candidates in another one (native/cuda/cuts.cuh), cuts at the same place.
  */
 #include "ops/sample.h"
 #include "base/status.h"
@@ -104,6 +107,30 @@ struct cut {
     int32_t slot;
 };
 
+/* What counts: every candidate as 1, or its weight times `scale`, rounded. */
+struct measure {
+    bool by_count;
+    double scale; /* takes the total to 2^61 .. 2^62: all masses together stay below 2^63 */
+    uint64_t target;
+};
+
+static struct measure measure_count(int32_t k) {
+    return (struct measure){.by_count = true, .target = (uint64_t)k};
+}
+
+/* The share p of the total. */
+static struct measure measure_weight(const struct fb_candidates *c, double p) {
+    int exponent;
+    (void)frexp(c->total, &exponent);
+    const double scale = ldexp(1.0, 62 - exponent);
+    return (struct measure){.scale = scale, .target = (uint64_t)ceil(p * c->total * scale)};
+}
+
+/* Rounded by hand, which is a conversion where rint() may be a call. */
+static inline uint64_t mass_of(const struct fb_candidates *c, const struct measure *measure, int32_t slot) {
+    return measure->by_count ? 1 : (uint64_t)(int64_t)(c->weight[slot] * measure->scale + 0.5);
+}
+
 static inline double key_of(const struct fb_candidates *c, struct order order, int32_t slot) {
     return order.by_distance ? fabs(c->logit[slot] - order.centre) : -c->logit[slot];
 }
@@ -121,16 +148,16 @@ static void sort_few(const struct fb_candidates *c, struct order order, int32_t 
 
 /*
  * The shortest prefix, in the given order, of the n slots in c->list (ascending, none banned) whose
- * mass reaches `target`; mass is the number of candidates or their weight. Returns its last member.
+ * mass reaches the target. Returns its last member.
  *
  * Each round spreads the members over bins of equal width between their lowest and highest key,
  * walks the bins to the one in which the target is reached and goes on with its members alone. The
  * highest key always lands in another bin than the lowest, so rounds end; one or two are usual, and
  * no input makes it quadratic, as could happen to quickselect.
  */
-static struct cut find_cut(const struct fb_candidates *c, struct order order, bool by_count, double target, int32_t n) {
+static struct cut find_cut(const struct fb_candidates *c, struct order order, struct measure measure, int32_t n) {
     int32_t *list = c->list;
-    double *mass = c->mass, before = 0.0;
+    uint64_t *mass = c->mass, before = 0;
     while (n > SORT_AT_MOST) {
         double low = INFINITY, high = -INFINITY;
         for (int32_t i = 0; i < n; i++) {
@@ -144,10 +171,10 @@ static struct cut find_cut(const struct fb_candidates *c, struct order order, bo
         memset(mass, 0, FB_SAMPLE_BINS * sizeof *mass);
         for (int32_t i = 0; i < n; i++) {
             const int32_t bin = (int32_t)((key_of(c, order, list[i]) - low) * scale);
-            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += by_count ? 1.0 : c->weight[list[i]];
+            mass[bin < FB_SAMPLE_BINS ? bin : FB_SAMPLE_BINS - 1] += mass_of(c, &measure, list[i]);
         }
         int32_t wanted = 0;
-        while (wanted < FB_SAMPLE_BINS - 1 && before + mass[wanted] < target)
+        while (wanted < FB_SAMPLE_BINS - 1 && before + mass[wanted] < measure.target)
             before += mass[wanted++];
         int32_t members = 0;
         for (int32_t i = 0; i < n; i++) {
@@ -160,8 +187,8 @@ static struct cut find_cut(const struct fb_candidates *c, struct order order, bo
     if (n <= SORT_AT_MOST) sort_few(c, order, list, n);
     int32_t last = 0;
     for (;; last++) {
-        before += by_count ? 1.0 : c->weight[list[last]];
-        if (before >= target || last + 1 >= n) break;
+        before += mass_of(c, &measure, list[last]);
+        if (before >= measure.target || last + 1 >= n) break;
     }
     return (struct cut){.key = key_of(c, order, list[last]), .slot = list[last]};
 }
@@ -182,7 +209,7 @@ static int32_t list_slots(const struct fb_candidates *c, const double *values, d
  * to within a bin: k blocks then hold one each.
  */
 static double guess_top_k(const struct fb_candidates *c, int32_t k) {
-    double *block_top = c->mass;
+    double *block_top = (double *)(void *)c->mass; /* not in use yet */
     int32_t *count = c->match, n_blocks = 0;
     const int32_t block = c->n / FB_SAMPLE_BINS + 1;
     for (int32_t i = 0; i < c->n; i += block)
@@ -204,7 +231,8 @@ static void drop_behind(struct fb_candidates *c, struct order order, struct cut 
     int32_t n = 0;
     for (int32_t i = 0; i < c->n; i++) {
         const double key = key_of(c, order, i);
-        if (key < cut.key || (key == cut.key && i <= cut.slot)) keep(c, i, n++);
+        if (key > cut.key) continue; /* nearly all */
+        if (key < cut.key || i <= cut.slot) keep(c, i, n++);
     }
     end_cut(c, n);
 }
@@ -218,10 +246,10 @@ enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {
     if (k <= GUESS_AT_MOST) n = list_slots(c, c->logit, guess_top_k(c, k));
     if (n < k) {
         n = list_slots(c, c->logit, -DBL_MAX);
-        if (n <= k) return FB_OK; /* the rest is banned */
+        if (n < k) return FB_OK; /* the rest is banned */
     }
     const struct order order = {.by_distance = false};
-    drop_behind(c, order, find_cut(c, order, true, k, n));
+    drop_behind(c, order, find_cut(c, order, measure_count(k), n));
     return FB_OK;
 }
 
@@ -234,7 +262,7 @@ enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
      * them. Half of it, lest rounding matter. */
     const int32_t n = list_slots(c, c->weight, 0.5 * (1.0 - p) * c->total / c->n);
     const struct order order = {.by_distance = false};
-    drop_behind(c, order, find_cut(c, order, false, p * c->total, n));
+    drop_behind(c, order, find_cut(c, order, measure_weight(c, p), n));
     return FB_OK;
 }
 
@@ -245,15 +273,19 @@ enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
 enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    const double top = c->kernels->highest(
-        c->logit, (size_t)c->n); /* taken off before the sum, so that large logits cancel */
-    double sum = 0.0;
-    for (int32_t i = 0; i < c->n; i++)
-        if (c->weight[i] > 0.0) sum += c->weight[i] * (c->logit[i] - top);
+    /* The highest is taken off before the sum, so that large logits cancel. */
+    const double top = c->kernels->highest(c->logit, (size_t)c->n);
+    double sum = 0.0, terms[FB_SUM_BLOCK]; /* in the order of sums of weights */
+    for (int32_t first = 0; first < c->n; first += FB_SUM_BLOCK) {
+        const int32_t n = c->n - first < FB_SUM_BLOCK ? c->n - first : FB_SUM_BLOCK;
+        for (int32_t i = 0; i < n; i++)
+            terms[i] = c->weight[first + i] > 0.0 ? c->weight[first + i] * (c->logit[first + i] - top) : 0.0;
+        sum += c->kernels->weight_sum(terms, (size_t)n);
+    }
     const double mean = sum / c->total;
     const struct order order = {.by_distance = true, .centre = top + mean};
     const int32_t n = list_slots(c, c->logit, -DBL_MAX);
-    drop_behind(c, order, find_cut(c, order, false, p * c->total, n));
+    drop_behind(c, order, find_cut(c, order, measure_weight(c, p), n));
     return FB_OK;
 }
 

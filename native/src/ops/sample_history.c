@@ -1,6 +1,7 @@
 /*
  * sample_history.c - the steps of the sampler that change logits: bias, penalties, DRY,
- * temperature. See sample.h.
+ * temperature. See sample.h. Which tokens penalties and DRY are
+ * about is listed without a look at logits: for a GPU, too (sample_plan.h).
  *
  * None touches more of the vocabulary than the tokens it is about, temperature aside: `per_token`
  * is written for the tokens of the window before it is read, so it needs no clearing. All of them
@@ -37,25 +38,27 @@ void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *
     const struct fb_sampling *s = request->settings;
     const double repetition = (double)s->repetition_penalty;
     const double frequency = (double)s->frequency_penalty, presence = (double)s->presence_penalty;
-    int32_t n;
+    const int32_t n = fb_list_penalties(request, c->per_token, c->list);
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t slot = fb_candidate_slot(c, c->list[i]);
+        if (slot < 0) continue;
+        double logit = c->logit[slot];
+        logit = logit > 0.0 ? logit / repetition : logit * repetition;
+        c->logit[slot] = logit - ((double)c->per_token[c->list[i]] * frequency + presence);
+    }
+    c->weighted = c->weighted && n == 0;
+}
+
+int32_t fb_list_penalties(const struct fb_sample_request *request, int32_t *count, int32_t *list) {
+    const struct fb_sampling *s = request->settings;
+    int32_t n, n_listed = 0;
     const int32_t *window = window_of(request, s->penalty_window, &n);
-    if (n == 0 || (repetition == 1.0 && frequency == 0.0 && presence == 0.0)) return;
-    int32_t *count = c->per_token;
+    if (s->repetition_penalty == 1.0f && s->frequency_penalty == 0.0f && s->presence_penalty == 0.0f) return 0;
     for (int32_t i = 0; i < n; i++)
         count[window[i]] = 0;
     for (int32_t i = 0; i < n; i++)
-        count[window[i]]++;
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t token = window[i];
-        const int32_t slot = count[token] ? fb_candidate_slot(c, token) : -1;
-        if (slot >= 0) {
-            double logit = c->logit[slot];
-            logit = logit > 0.0 ? logit / repetition : logit * repetition;
-            c->logit[slot] = logit - ((double)count[token] * frequency + presence);
-        }
-        count[token] = 0; /* done */
-    }
-    c->weighted = false;
+        if (count[window[i]]++ == 0) list[n_listed++] = window[i];
+    return n_listed;
 }
 
 /*
@@ -90,33 +93,42 @@ static void longest_matches(const int32_t *last, int32_t n, int32_t n_pattern, i
  * count as that long, and a loss is FLT_MAX at most: DRY never bans.
  */
 void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request) {
+    const int32_t n = fb_list_dry(request, c->per_token, c->match, c->list);
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t slot = fb_candidate_slot(c, c->list[i]);
+        if (slot >= 0) c->logit[slot] -= fb_dry_loss(request->settings, -c->per_token[c->list[i]]);
+    }
+    c->weighted = c->weighted && n == 0;
+}
+
+double fb_dry_loss(const struct fb_sampling *s, int32_t length) {
+    const double loss = (double)s->dry_multiplier * pow((double)s->dry_base, (double)(length - s->dry_allowed_length));
+    return loss < (double)FLT_MAX ? loss : (double)FLT_MAX;
+}
+
+int32_t fb_list_dry(const struct fb_sample_request *request, int32_t *longest, int32_t *match, int32_t *list) {
     const struct fb_sampling *s = request->settings;
     int32_t n;
     const int32_t *window = window_of(request, s->dry_window, &n);
-    if (n < 2 || s->dry_multiplier == 0.0f) return;
-    int32_t *longest = c->per_token; /* -1 for a breaker */
+    if (n < 2 || s->dry_multiplier == 0.0f) return 0;
     for (int32_t i = 0; i < n; i++)
         longest[window[i]] = 0;
     for (int32_t i = 0; i < request->n_breakers; i++)
         longest[request->breakers[i]] = -1;
 
     const int32_t *last = window + n - 1;
-    int32_t n_pattern = 0;
+    int32_t n_pattern = 0, n_listed = 0;
     while (n_pattern < n && n_pattern < FB_DRY_MAX_MATCH && longest[last[-n_pattern]] == 0)
         n_pattern++;
-    if (n_pattern < s->dry_allowed_length) return;
-    longest_matches(last, n, n_pattern, c->match, longest);
-
+    if (n_pattern < s->dry_allowed_length) return 0;
+    longest_matches(last, n, n_pattern, match, longest);
     for (int32_t i = 0; i < n; i++) {
-        const int32_t token = window[i], length = longest[token];
-        if (length < s->dry_allowed_length) continue;
-        longest[token] = 0; /* done */
-        const int32_t slot = fb_candidate_slot(c, token);
-        const double power = pow((double)s->dry_base, (double)(length - s->dry_allowed_length));
-        const double loss = (double)s->dry_multiplier * power;
-        if (slot >= 0) c->logit[slot] -= loss < (double)FLT_MAX ? loss : (double)FLT_MAX;
-        c->weighted = false;
+        const int32_t token = window[i];
+        if (longest[token] < s->dry_allowed_length) continue;
+        list[n_listed++] = token;
+        longest[token] = -longest[token]; /* done */
     }
+    return n_listed;
 }
 
 /* logit * (1 / temperature): one division instead of a vocabulary of them. */

@@ -1,7 +1,7 @@
 /*
- * draw.c - several steps in one call: each computes the last token of every sequence and draws its next. What is drawn
- * is what fb_program_run and fb_sample would give, one after the other. A device draws the likeliest token itself where
- * nothing changes logits before; the logits of other sequences are copied from it.
+ * draw.c - several steps in one call: each computes what is left of every sequence and draws its next token. What is drawn
+ * is what fb_program_run and fb_sample would give, one after the other. A device draws itself (ops/sample_plan.h), and no
+ * logits are copied from it.
  */
 #include "program/program.h"
 
@@ -16,9 +16,13 @@ struct drawing {
     struct fb_draw *draws;
     int32_t *active; /* [n_draws] places of those that still draw */
     struct fb_sequence *sequences;
-    int32_t *tokens, *outputs; /* [n_draws] */
-    bool *failed, *is_greedy;  /* [n_draws] the latter: the device draws */
-    float *logprobs;           /* [n_draws] of tokens that the device drew; the tokens take the place of `tokens` */
+    int32_t *tokens;              /* of the first step's sequences, which hold the most */
+    int32_t *outputs;             /* [n_draws] rows of the batch, of those that draw */
+    bool *failed, *is_drawn;      /* [n_draws] the latter: by the device */
+    struct fb_sample_plan *plans; /* [n_draws] of those */
+    struct fb_sample_changes changes;
+    int32_t *drawn;  /* [n_draws] by the device */
+    float *logprobs; /* [n_draws] */
     int32_t n_active;
     const float *logits;
     char *work;
@@ -27,45 +31,51 @@ struct drawing {
 };
 
 static enum fb_status check_draw(const struct fb_program *p, const struct fb_draw *d, int32_t i) {
+    const int32_t n_tokens = d->sequence.n_tokens;
+    FB_REQUIRE(n_tokens >= 1 && n_tokens <= p->shape.max_tokens,
+        "draw %d: its sequence appends %d tokens, must be 1 .. %d", i, n_tokens, p->shape.max_tokens);
+    FB_REQUIRE(d->n_steps >= 0 && d->n_history >= n_tokens && d->history && (d->logprobs || d->n_steps == 0),
+        "draw %d: n_steps %d must be 0 or more, n_history %d at least %d, history and logprobs not null", i, d->n_steps,
+        d->n_history, n_tokens);
     FB_REQUIRE(
-        d->sequence.n_tokens == 1, "draw %d: its sequence appends %d tokens, must be 1", i, d->sequence.n_tokens);
-    FB_REQUIRE(d->n_steps >= 1 && d->n_history >= 1 && d->history && d->logprobs,
-        "draw %d: n_steps %d and n_history %d must be 1 or more, history and logprobs not null", i, d->n_steps,
-        d->n_history);
-    FB_REQUIRE((int64_t)d->sequence.n_past + d->n_steps <= (int64_t)d->sequence.n_pages * FB_PAGE_POSITIONS,
-        "draw %d: %d pages for %d positions and %d steps", i, d->sequence.n_pages, d->sequence.n_past, d->n_steps);
+        (int64_t)d->sequence.n_past + n_tokens - 1 + d->n_steps <= (int64_t)d->sequence.n_pages * FB_PAGE_POSITIONS,
+        "draw %d: %d pages for %d positions, %d tokens and %d steps", i, d->sequence.n_pages, d->sequence.n_past,
+        n_tokens, d->n_steps);
     FB_REQUIRE(d->n_ends >= 0 && (d->n_ends == 0 || d->ends), "draw %d: ends is null, n_ends is %d", i, d->n_ends);
-    FB_REQUIRE(d->history[d->n_history - 1] >= 0 && d->history[d->n_history - 1] < p->shape.vocab_size,
-        "draw %d: its last token is %d", i, d->history[d->n_history - 1]);
+    for (int32_t t = d->n_history - n_tokens; t < d->n_history; t++)
+        FB_REQUIRE(d->history[t] >= 0 && d->history[t] < p->shape.vocab_size, "draw %d: its token %d is %d", i, t,
+            d->history[t]);
     return FB_OK;
 }
 
-/* Whether the likeliest token is drawn as the model has it. */
-static bool takes_likeliest(const struct fb_draw *d) {
-    const struct fb_sampling *s = d->settings;
-    return fb_check_sampling(s) == FB_OK && s->temperature == 0.0f && d->n_bias == 0 && s->repetition_penalty == 1.0f &&
-           s->frequency_penalty == 0.0f && s->presence_penalty == 0.0f && s->dry_multiplier == 0.0f;
+/* What is drawn next for a sequence. */
+static struct fb_sample_request request_of(const struct fb_draw *d, const float *logits, int32_t vocab_size) {
+    const int32_t n = d->n_history + d->n_drawn;
+    return (struct fb_sample_request){logits, vocab_size, d->settings, (uint64_t)n, d->history, n, d->bias_ids,
+        d->bias_values, d->n_bias, d->breakers, d->n_breakers};
 }
 
-/* Draws for one sequence. A failure ends it: whoever asked meets the reason again with fb_sample. */
+/* Draws for one sequence, or takes what the device drew. A failure ends it: whoever asked meets the reason again with
+ * fb_sample. */
 static void draw_one(void *context, int64_t index, int thread) {
     struct drawing *all = context;
     struct fb_draw *d = &all->draws[all->active[index]];
-    const int32_t n = d->n_history + d->n_drawn;
-    int32_t token;
-    if (all->is_greedy[index]) {
-        d->history[n] = all->tokens[index];
-        d->logprobs[d->n_drawn++] = all->logprobs[index];
-        all->failed[index] = false;
-        return;
+    const struct fb_sample_request r = request_of(
+        d, all->logits + (size_t)index * (size_t)all->vocab_size, all->vocab_size);
+    int32_t token = -1;
+    float logprob = 0.0f;
+    if (all->is_drawn[index]) {
+        token = all->drawn[index];
+        logprob = all->logprobs[index];
+        all->failed[index] = token < 0;
+    } else {
+        all->failed[index] = fb_sample(r.logits, r.vocab_size, r.settings, r.position, r.history, r.n_history,
+                                 r.bias_ids, r.bias_values, r.n_bias, r.breakers, r.n_breakers,
+                                 all->work + (size_t)thread * all->work_bytes, &token, &logprob) != FB_OK;
     }
-    all->failed[index] = fb_sample(all->logits + (size_t)index * (size_t)all->vocab_size, all->vocab_size, d->settings,
-                             (uint64_t)n, d->history, n, d->bias_ids, d->bias_values, d->n_bias, d->breakers,
-                             d->n_breakers, all->work + (size_t)thread * all->work_bytes, &token,
-                             &d->logprobs[d->n_drawn]) != FB_OK;
     if (all->failed[index]) return;
-    d->history[n] = token;
-    d->n_drawn++;
+    d->history[r.n_history] = token;
+    d->logprobs[d->n_drawn++] = logprob;
 }
 
 static bool goes_on(const struct fb_draw *d) {
@@ -76,27 +86,63 @@ static bool goes_on(const struct fb_draw *d) {
     return true;
 }
 
-/* Computes the last token of all that draw. */
-static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct drawing *all, float *logits) {
-    for (int32_t i = 0; i < all->n_active; i++) {
-        const struct fb_draw *d = &all->draws[all->active[i]];
-        all->sequences[i] = d->sequence;
-        all->sequences[i].n_past += d->n_drawn;
-        all->tokens[i] = d->history[d->n_history + d->n_drawn - 1];
-        all->outputs[i] = i;
-        all->is_greedy[i] = p->device && takes_likeliest(d);
+/* Writes down what the next step computes of a sequence; returns how many tokens. */
+static int32_t describe(const struct fb_draw *d, struct fb_sequence *sequence, int32_t *tokens) {
+    *sequence = d->sequence;
+    if (d->n_drawn > 0) {
+        sequence->n_past += d->sequence.n_tokens - 1 + d->n_drawn;
+        sequence->n_tokens = 1;
     }
+    const int32_t *from = d->history + d->n_history + d->n_drawn - sequence->n_tokens;
+    memcpy(tokens, from, (size_t)sequence->n_tokens * sizeof *tokens);
+    return sequence->n_tokens;
+}
+
+/* Plans the draws of a device. One that cannot be planned is left to fb_sample, which tells why. */
+static enum fb_status plan(struct drawing *all, struct fb_results *results) {
+    all->changes.n = 0;
+    for (int32_t i = 0; i < all->n_active; i++) {
+        const struct fb_sample_request request = request_of(&all->draws[all->active[i]], NULL, all->vocab_size);
+        struct fb_sample_plan *next = &all->plans[results->n_plans];
+        const enum fb_status status = fb_plan_sample(&request, all->work, &all->changes, next);
+        if (status == FB_OUT_OF_MEMORY) return status;
+        all->is_drawn[i] = status == FB_OK;
+        next->row = i;
+        results->n_plans += status == FB_OK;
+    }
+    results->is_drawn = all->is_drawn;
+    results->plans = all->plans;
+    results->changes = all->changes.all;
+    results->n_changes = all->changes.n;
+    results->tokens = all->drawn;
+    results->logprobs = all->logprobs;
+    return FB_OK;
+}
+
+/* Computes what is left of all sequences, and leaves those that draw. */
+static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct drawing *all, float *logits) {
+    const int32_t n_sequences = all->n_active;
+    int32_t n_tokens = 0, n_outputs = 0;
+    for (int32_t i = 0; i < n_sequences; i++) {
+        const int32_t place = all->active[i];
+        n_tokens += describe(&all->draws[place], &all->sequences[i], all->tokens + n_tokens);
+        if (all->draws[place].n_steps == 0) continue;
+        all->active[n_outputs] = place;
+        all->outputs[n_outputs++] = n_tokens - 1;
+    }
+    all->n_active = n_outputs;
     const struct fb_batch batch = {.struct_size = sizeof batch,
-        .n_tokens = all->n_active,
+        .n_tokens = n_tokens,
         .tokens = all->tokens,
         .sequences = all->sequences,
-        .n_sequences = all->n_active,
+        .n_sequences = n_sequences,
         .outputs = all->outputs,
-        .n_outputs = all->n_active};
-    const size_t n_logits = (size_t)all->n_active * (size_t)all->vocab_size;
-    const struct fb_results results = {logits, all->is_greedy, all->tokens, all->logprobs};
-    return p->device ? fb_program_run_on_device(p, pool, &batch, &results, n_logits)
-                     : fb_program_run(p, pool, &batch, logits, n_logits);
+        .n_outputs = n_outputs};
+    const size_t n_logits = (size_t)n_outputs * (size_t)all->vocab_size;
+    if (!p->device) return fb_program_run(p, pool, &batch, logits, n_logits);
+    struct fb_results results = {.logits = logits};
+    FB_TRY(plan(all, &results));
+    return fb_program_run_on_device(p, pool, &batch, &results, n_logits);
 }
 
 static void drop_finished(struct drawing *all) {
@@ -116,7 +162,7 @@ static enum fb_status run_steps(fb_program *p, fb_page_pool *pool, struct drawin
         if (status != FB_OK) return *n_done > 0 ? FB_OK : status; /* the next call meets it in its first step */
         if (all->n_active == 1)
             draw_one(all, 0, 0);
-        else
+        else if (all->n_active > 1)
             fb_team_run(draw_one, all, all->n_active, n_workers);
         drop_finished(all);
         seconds[(*n_done)++] = 1e-9 * (double)(fb_now_ns() - start);
@@ -135,23 +181,27 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
         program->n_results, vocab_size);
     FB_REQUIRE(n_logits >= (size_t)n_draws * (size_t)vocab_size, "%zu logits, %d x %d are needed", n_logits, n_draws,
         vocab_size);
-    for (int32_t i = 0; i < n_draws; i++)
+    size_t n = (size_t)n_draws, n_tokens = 0;
+    for (int32_t i = 0; i < n_draws; i++) {
         FB_TRY(check_draw(program, &draws[i], i));
-    const size_t n = (size_t)n_draws;
+        n_tokens += (size_t)draws[i].sequence.n_tokens;
+    }
     struct drawing all = {.draws = draws, .n_active = n_draws, .logits = logits, .vocab_size = vocab_size};
     all.sequences = calloc(n, sizeof *all.sequences);
-    all.active = calloc(3 * n, sizeof *all.active);
+    all.active = calloc(3 * n + n_tokens, sizeof *all.active);
     all.failed = calloc(2 * n, sizeof *all.failed);
+    all.plans = calloc(n, sizeof *all.plans);
     all.logprobs = calloc(n, sizeof *all.logprobs);
     all.work = program->draw_work;
     all.work_bytes = program->draw_work_bytes;
     enum fb_status status = FB_OK;
-    if (!all.sequences || !all.active || !all.failed || !all.logprobs) {
+    if (!all.sequences || !all.active || !all.failed || !all.plans || !all.logprobs) {
         status = fb_fail(FB_OUT_OF_MEMORY, "no memory to draw for %d sequences", n_draws);
     } else {
-        all.tokens = all.active + n;
-        all.outputs = all.tokens + n;
-        all.is_greedy = all.failed + n;
+        all.drawn = all.active + n;
+        all.outputs = all.drawn + n;
+        all.tokens = all.outputs + n;
+        all.is_drawn = all.failed + n;
         for (int32_t i = 0; i < n_draws; i++) {
             all.active[i] = i;
             draws[i].n_drawn = 0;
@@ -161,6 +211,8 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
     free(all.sequences);
     free(all.active);
     free(all.failed);
+    free(all.plans);
+    free(all.changes.all);
     free(all.logprobs);
     return status;
 }

@@ -160,9 +160,9 @@ class Decoding:
         return self._guide is None and not self.params.n_logprobs and self._n_drawn >= self.params.min_tokens
 
     def drawn_by(self, share: _native.BatchSequence, n_steps: int) -> _native.Draw:
-        """What the native library needs to draw up to `n_steps` tokens."""
-        history = self.history.room_for(n_steps)
-        return _native.Draw(share, n_steps, history, len(self.history), self._end_ids, self._sampler.sampling)
+        """What the native library needs to compute a share and draw up to `n_steps` tokens behind it."""
+        history, n_history = self.history.room_for(n_steps), share.n_past + len(share.tokens)
+        return _native.Draw(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
 
     def _draw_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""

@@ -218,7 +218,7 @@ class Runner:
     def draw(
         self, draws: list[tuple[Sequence, _native.Draw]], n_steps: int, stop: _native.Flag
     ) -> tuple[list[tuple[I32, npt.NDArray[np.float32]]], npt.NDArray[np.float64]]:
-        """Up to `n_steps` steps in which sequences compute their last token and draw their next.
+        """Up to `n_steps` steps in which sequences compute what is left of them and draw their next token.
 
         Args:
             draws: each sequence with what it draws, its pages reserved (`prepare`).
@@ -227,15 +227,18 @@ class Runner:
 
         Returns:
             Tokens and logprobs of each, and when each step was done, in seconds since the call. Sequences are as long
-            as what they computed: all but the last token drawn.
+            as what they computed: all but the last token drawn. One that could not draw is as it was.
 
         Raises:
             NonFinite, InvalidArgument: as `run`; nothing was drawn.
         """
         with self._in_use():
             drawn, seconds = self.program.draw(self.pool.native, [draw for _, draw in draws], n_steps, stop.memory)
-        for (sequence, _), (tokens, _) in zip(draws, drawn, strict=True):
-            sequence.n_tokens += len(tokens)
+        for (sequence, draw), (tokens, _) in zip(draws, drawn, strict=True):
+            if draw.n_steps == 0:
+                sequence.n_tokens += len(draw.share.tokens)
+            elif len(tokens):
+                sequence.n_tokens += len(draw.share.tokens) - 1 + len(tokens)
         return drawn, seconds
 
     def hidden_program(self, max_tokens: int) -> _native.Program:

@@ -288,6 +288,7 @@ class Sampler:
                 _check_integer(name, token, 0, vocab_size - 1)
         self.params, self.vocab_size, self.seed = params, vocab_size, params.resolved_seed()
         bias = dict(params.logit_bias) | dict.fromkeys(params.banned_tokens, -math.inf)
+        bias = dict(sorted(bias.items()))  # a device wants ascending ids
         self._bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
         self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
         self._breakers = np.asarray(breaker_ids, np.int32)

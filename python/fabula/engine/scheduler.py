@@ -334,8 +334,10 @@ class Scheduler:
         """Computes one batch of a model and tells the readers."""
         plan = self._plan(runner)
         n_steps = self._steps_alone(runner, plan)
-        if n_steps > 1 and self._draw_steps(runner, [request for request, _ in plan], n_steps):
-            return
+        if n_steps:
+            if self._draw_steps(runner, plan, n_steps):
+                return
+            plan = self._plan(runner)  # some may have gone on
         batch: list[tuple[Request, Part]] = []
         for request, n in plan:
             if request.state is State.RUNNING:  # or it gave way to one before it
@@ -365,41 +367,56 @@ class Scheduler:
             self._draw(batch[row][0], logits[i])
 
     def _steps_alone(self, runner: Runner, plan: list[tuple[Request, int]]) -> int:
-        """How many steps the native library can make by itself: somebody who reads a prompt, a constraint or logprobs
-        leave it one."""
-        if not all(request.n_pending == 1 and request.decoding.draws_alone for request, _ in plan):
-            return 1
+        """How many steps the native library can make by itself; 0 where it leaves a single one to be made here.
+
+        A constraint, or who wants logprobs, needs logits here. On a device every other step is the library's, for it
+        draws where the logits are; on the CPU that is worth it for several steps, in which nobody reads a prompt.
+        """
+        if not all(n < request.n_pending or request.decoding.draws_alone for request, n in plan):
+            return 0
+        least = 0 if runner.device is None else 1
+        if not all(request.n_pending == 1 for request, _ in plan):
+            return least
         base, token = self._pace(runner).cost()
         step = base + token * len(plan)
         most = min(int(TELL_S / step) if step > 0 else 1, MAX_STEPS, *(request.read_ahead for request, _ in plan))
         if runner.pool.n_free < len(plan):  # nobody's past is given up for tokens to come: none goes beyond its page
             most = min(most, *(PAGE_POSITIONS - request.sequence.n_tokens % PAGE_POSITIONS for request, _ in plan))
-        return most
+        return most if most > 1 else least
 
-    def _draw_steps(self, runner: Runner, requests: list[Request], n_steps: int) -> bool:
-        """Several steps in one call; False if nothing was done, for want of pages or because something is wrong that a
-        single step will find."""
+    def _draw_steps(self, runner: Runner, plan: list[tuple[Request, int]], n_steps: int) -> bool:
+        """Several steps in one call; False if not everybody went on, for want of pages or because something is wrong
+        that a single step will find."""
         draws = []
         try:
-            for request in requests:
-                n = min(n_steps, request.decoding.n_left)
-                part = runner.prepare(request.sequence, request.next_tokens(1), n - 1)
-                draws.append((request.sequence, request.decoding.drawn_by(part.share, n)))
+            for request, n in plan:
+                n_draws = min(n_steps, request.decoding.n_left) if n == request.n_pending else 0
+                part = runner.prepare(request.sequence, request.next_tokens(n), max(n_draws - 1, 0))
+                draws.append((request.sequence, request.decoding.drawn_by(part.share, n_draws)))
             start = time.perf_counter()
             drawn, seconds = runner.draw(draws, n_steps, self._interrupt)
         except EngineError:
             return False
         except Exception as error:
-            for request in requests:
+            for request, _ in plan:
                 self._finish(request, error=error)
             return True
-        self._pace(runner).measured(len(requests), seconds[-1] / len(seconds))
-        for request, (tokens, logprobs) in zip(requests, drawn, strict=True):
-            self._take(request, tokens.tolist(), logprobs.tolist(), start + seconds)
-        return all(len(tokens) for tokens, _ in drawn)
+        n_tokens = sum(n for _, n in plan)
+        if n_tokens <= max(MAX_MEASURED, len(plan)):
+            self._pace(runner).measured(n_tokens, seconds[-1] / len(seconds))
+        went_on = True
+        for (request, _), (_, draw), (tokens, logprobs) in zip(plan, draws, drawn, strict=True):
+            if draw.n_steps:
+                self._take(request, tokens.tolist(), logprobs.tolist(), start + seconds)
+                went_on = went_on and len(tokens) > 0
+            else:
+                request.name_pages()
+        return went_on
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
         """Hands out tokens that were drawn; those behind the answer's end never were."""
+        if tokens:
+            request.clock.prompt_done = request.clock.prompt_done or float(times[0])
         pieces: list[Piece] = []
         for token, logprob in zip(tokens, logprobs, strict=True):
             pieces.append(request.decoding.take(token, logprob))

@@ -3,6 +3,7 @@
 
 #include "kv/pages.h"
 #include "ops/attention.h"
+#include "ops/sample.h"
 #include "quant/layout.h"
 
 void access_layout(enum fb_dtype dtype, int32_t numbers[5]) {
@@ -25,4 +26,13 @@ int32_t access_lowest_visible(const struct fb_sequence *sequence, int32_t window
 
 bool access_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position) {
     return fb_sees_sinks(sequence, window, position);
+}
+
+enum fb_status access_plan(int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
+    const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
+    const int32_t *breakers, int32_t n_breakers, void *work, struct fb_sample_changes *changes,
+    struct fb_sample_plan *out) {
+    const struct fb_sample_request request = {
+        NULL, vocab_size, settings, position, history, n_history, bias_ids, bias_values, n_bias, breakers, n_breakers};
+    return fb_plan_sample(&request, work, changes, out);
 }

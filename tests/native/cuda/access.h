@@ -3,6 +3,7 @@
 #define FABULA_TESTS_ACCESS_H
 
 #include "fabula.h"
+#include "ops/sample_plan.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,6 +18,12 @@ void access_slab_write(fb_page_pool *pool, int32_t page, int32_t layer, int32_t 
 
 int32_t access_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position);
 bool access_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position);
+
+/* fb_plan_sample; arguments as of fb_sample */
+enum fb_status access_plan(int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
+    const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
+    const int32_t *breakers, int32_t n_breakers, void *work, struct fb_sample_changes *changes,
+    struct fb_sample_plan *out);
 
 #ifdef __cplusplus
 }

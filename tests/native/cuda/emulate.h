@@ -336,6 +336,13 @@ template <class T> T __shfl_sync(unsigned mask, T value, int source) {
     return emulate::shuffle(value, mask, (unsigned)source, -1);
 }
 
+/* In shared memory. One fiber runs at a time. */
+inline unsigned long long atomicAdd(unsigned long long *to, unsigned long long value) {
+    const unsigned long long before = *to;
+    *to += value;
+    return before;
+}
+
 inline float fb_float_of_f16(uint16_t half) {
     return fb_f16_to_f32(half);
 }
@@ -350,6 +357,18 @@ inline float fb_float_of_bits(uint32_t bits) {
 
 inline uint32_t fb_bits_of_float(float value) {
     return fb_f32_bits(value);
+}
+
+inline double fb_double_of_bits(uint64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint64_t fb_bits_of_double(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
 }
 
 inline void fb_load4(const float *from, float to[4]) {

@@ -189,48 +189,76 @@ static void run_text(const struct model *m, fb_page_pool *pool, const struct mod
     }
 }
 
-/* Three texts that go on from the same pages, one greedily as the device draws, one greedily as the CPU does (a bias that bans a
- * token which is never likely), one at random: the first two get the same tokens, log-probabilities of them but for rounding. */
+/* Settings of which each step of the chain has its turn. */
+static struct fb_sampling settings_of(int32_t kind) {
+    struct fb_sampling s;
+    fb_sampling_default(&s);
+    s.seed = 11;
+    s.temperature = kind == 0 ? 0.0f : 1.5f;
+    s.repetition_penalty = kind == 1 ? 1.0f : 1.3f;
+    s.top_k = kind == 2 ? 20 : 0;
+    s.top_p = kind == 2 ? 0.8f : 1.0f;
+    return s;
+}
+
+/* Texts that go on from the same pages, some tokens first, and one that only reads: what the device draws in one call is what
+ * fb_sample draws from the logits of one run after the other. */
 static void check_drawing(const struct model *m, fb_page_pool *pool, const struct fb_sequence *from) {
-    enum { N = 3, STEPS = 5 };
-    static const int32_t pages[N][4] = {{20, 21, 22, 0}, {23, 24, 25, 0}, {26, 27, 28, 0}};
+    enum { N = 4, STEPS = 5, DRAWN = 3, MOST = 4 };
+    static const int32_t pages[N][3] = {{20, 21, 22}, {23, 24, 25}, {26, 27, 28}, {17, 18, 19}};
+    static const int32_t bias_ids[2] = {9, 4};
+    static const float bias[2] = {-INFINITY, 1.0f};
     static float scratch[N * MODEL_VOCABULARY];
-    struct fb_sampling greedy, random;
-    fb_sampling_default(&greedy);
-    random = greedy;
-    greedy.temperature = 0.0f;
-    const int32_t banned = 5;
-    const float ban = -INFINITY;
-    int32_t history[N][LENGTH + 1 + STEPS];
+    static double work[64 * MODEL_VOCABULARY];
+    CHECK(sizeof work >= fb_sample_work_bytes(MODEL_VOCABULARY));
+    struct fb_sampling settings[N];
+    int32_t history[N][LENGTH + MOST + STEPS], again[LENGTH + MOST + STEPS];
     float logprobs[N][STEPS];
     struct fb_draw draws[N];
     for (int32_t i = 0; i < N; i++) {
-        for (int32_t t = 0; t <= LENGTH; t++)
-            history[i][t] = 7;
+        settings[i] = settings_of(i);
+        for (int32_t t = 0; t < LENGTH + MOST; t++)
+            history[i][t] = (7 * t + i) % 30;
         for (int32_t page = 0; page < 2; page++)
             CHECK(fb_page_copy(pool, pages[i][page], from->pages[page]) == FB_OK);
-        draws[i] = (struct fb_draw){.sequence = {pages[i], 3, LENGTH, 1, 0, 0},
-            .n_steps = STEPS,
+        draws[i] = (struct fb_draw){.sequence = {pages[i], 3, LENGTH, 1 + i, 0, 0},
+            .n_steps = i < DRAWN ? STEPS : 0,
             .history = history[i],
-            .n_history = LENGTH + 1,
-            .logprobs = logprobs[i],
-            .settings = i == 2 ? &random : &greedy,
-            .bias_ids = &banned,
-            .bias_values = &ban,
-            .n_bias = i == 1};
+            .n_history = LENGTH + 1 + i,
+            .logprobs = i < DRAWN ? logprobs[i] : NULL,
+            .settings = &settings[i],
+            .bias_ids = bias_ids,
+            .bias_values = bias,
+            .n_bias = i == 2 ? 2 : 0};
     }
+    for (size_t i = 0; i < N * MODEL_VOCABULARY; i++)
+        scratch[i] = NAN;
     double seconds[STEPS];
     int32_t n_done = 0;
     CHECK_AT(fb_program_draw(
                  m->program, pool, draws, N, STEPS, NULL, scratch, N * MODEL_VOCABULARY, seconds, &n_done) == FB_OK,
         "%s", fb_last_error());
-    CHECK(n_done == STEPS);
-    for (int32_t step = 0; step < STEPS; step++) {
-        CHECK_AT(history[0][LENGTH + 1 + step] == history[1][LENGTH + 1 + step], "step %d", step);
-        CHECK_AT(fabsf(logprobs[0][step] - logprobs[1][step]) <= 1e-5f, "step %d: %g and %g", step,
-            (double)logprobs[0][step], (double)logprobs[1][step]);
+    CHECK(n_done == STEPS && draws[DRAWN].n_drawn == 0);
+    for (size_t i = 0; i < N * MODEL_VOCABULARY; i++)
+        CHECK(isnan(scratch[i])); /* no logits came */
+    for (int32_t i = 0; i < DRAWN; i++) {
+        CHECK(draws[i].n_drawn == STEPS);
+        for (int32_t page = 0; page < 2; page++)
+            CHECK(fb_page_copy(pool, pages[i][page], from->pages[page]) == FB_OK);
+        memcpy(again, history[i], sizeof again);
+        for (int32_t step = 0; step < STEPS; step++) {
+            const int32_t n = draws[i].n_history + step, n_tokens = step ? 1 : 1 + i, output = n_tokens - 1;
+            const struct fb_sequence sequence = {pages[i], 3, n - n_tokens, n_tokens, 0, 0};
+            const struct fb_batch batch = {sizeof batch, n_tokens, again + n - n_tokens, &sequence, 1, &output, 1};
+            float logprob;
+            CHECK(fb_program_run(m->program, pool, &batch, scratch, MODEL_VOCABULARY) == FB_OK);
+            CHECK(fb_sample(scratch, MODEL_VOCABULARY, &settings[i], (uint64_t)n, again, n, bias_ids, bias,
+                      draws[i].n_bias, NULL, 0, work, &again[n], &logprob) == FB_OK);
+            CHECK_AT(again[n] == history[i][n], "text %d, step %d: %d, not %d", i, step, history[i][n], again[n]);
+            CHECK_AT(fabsf(logprob - logprobs[i][step]) <= 1e-6f * fabsf(logprob), "text %d, step %d: %g, not %g", i,
+                step, (double)logprobs[i][step], (double)logprob);
+        }
     }
-    CHECK(draws[2].n_drawn == STEPS);
 }
 
 int model_compare(
@@ -299,5 +327,26 @@ enum fb_status model_step(const struct model *m, float logits[MODEL_VOCABULARY])
     const struct fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1};
     if (status == FB_OK) status = fb_program_run(m->program, pool, &batch, logits, MODEL_VOCABULARY);
     fb_page_pool_free(pool);
+    return status;
+}
+
+enum fb_status model_draw(const struct model *m, int32_t *token, float *logprob) {
+    const int32_t page = 1;
+    int32_t history[] = {3, 4, 5, -1}, n_done;
+    float scratch[MODEL_VOCABULARY];
+    double seconds;
+    fb_page_pool *pool = NULL;
+    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+    const struct fb_sampling settings = settings_of(2);
+    struct fb_draw draw = {.sequence = {&page, 1, 0, 3, 0, 0},
+        .n_steps = 1,
+        .history = history,
+        .n_history = 3,
+        .logprobs = logprob,
+        .settings = &settings};
+    if (status == FB_OK)
+        status = fb_program_draw(m->program, pool, &draw, 1, 1, NULL, scratch, MODEL_VOCABULARY, &seconds, &n_done);
+    fb_page_pool_free(pool);
+    *token = history[3];
     return status;
 }

@@ -26,6 +26,9 @@ int model_compare(
 /* One step over a pool of its own: FB_OK, or what failed. */
 enum fb_status model_step(const struct model *model, float logits[MODEL_VOCABULARY]);
 
+/* The same, drawing a token. */
+enum fb_status model_draw(const struct model *model, int32_t *token, float *logprob);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,9 +1,8 @@
 /*
- * test_cuda_rows.cpp - operators that work row by row: embedding, norms, rope, pages, outputs, greedy drawing. Rows of weights and
+ * test_cuda_rows.cpp - operators that work row by row: embedding, norms, rope, pages, outputs. Rows of weights and
  * bytes of pages are compared with the CPU's bit by bit, the rest with loops in double.
  */
 #include "rows.cu"
-#include "sample.cu"
 
 #include "common.h"
 
@@ -217,45 +216,6 @@ static void test_gather() {
             CHECK(c < 290 ? out[i * 310 + c] == in[(size_t)rows[i] * 300 + c] : isnan(out[i * 310 + c]));
 }
 
-static void test_greedy() {
-    fb_sampling settings;
-    fb_sampling_default(&settings);
-    settings.temperature = 0.0f;
-    for (int32_t n : {1, 2, 511, 513, 5000}) {
-        enum { ROWS = 6 };
-        const size_t ld = (size_t)n + 7;
-        buffer<float> logits(ROWS * ld), logprobs(ROWS);
-        buffer<int32_t> tokens(ROWS), damaged(ROWS);
-        buffer<char> work(fb_sample_work_bytes(n));
-        fill(logits, 9.0f);
-        float *rows = logits.data;
-        for (int32_t i = n / 3; i < n; i += 7) /* ties: the first wins */
-            rows[ld + (size_t)i] = 11.0f;
-        rows[2 * ld + (size_t)n / 2] = NAN;
-        rows[3 * ld + (size_t)n - 1] = INFINITY;
-        for (int32_t i = 0; i < n; i++)
-            rows[4 * ld + (size_t)i] = -INFINITY, rows[5 * ld + (size_t)i] = i == n / 2 ? -3.0f : -INFINITY;
-        for (int order = 0; order < 2; order++) {
-            emulate::backward = order == 1;
-            CHECK(fb_cuda_greedy(
-                      logits.data, (int64_t)ld, ROWS, n, tokens.data, logprobs.data, damaged.data, nullptr) == 0);
-            for (size_t r = 0; r < ROWS; r++) {
-                int32_t token;
-                float logprob;
-                const fb_status status = fb_sample(rows + r * ld, n, &settings, 0, nullptr, 0, nullptr, nullptr, 0,
-                    nullptr, 0, work.data, &token, &logprob);
-                CHECK_AT(
-                    (damaged[r] != 0) == (status == FB_NON_FINITE) && damaged[r] == (r >= 2 && r <= 4), "row %zu", r);
-                if (status != FB_OK) continue;
-                CHECK_AT(tokens[r] == token, "row %zu of %d: %d, not %d", r, n, tokens[r], token);
-                CHECK_AT(fabsf(logprobs[r] - logprob) <= 1e-6f * (1.0f + fabsf(logprob)), "row %zu of %d: %g, not %g",
-                    r, n, (double)logprobs[r], (double)logprob);
-            }
-        }
-        emulate::backward = false;
-    }
-}
-
 int main() {
     test_embed();
     test_norms();
@@ -263,6 +223,5 @@ int main() {
     test_rope();
     test_kv_write();
     test_gather();
-    test_greedy();
     return check_result();
 }

@@ -38,9 +38,10 @@ struct cudaDeviceProp {
     int major, minor, multiProcessorCount;
 };
 
-extern long fake_fails_at;    /* counts down; -1 for never */
-extern long fake_n_held;      /* allocations, streams and graphs not given back */
-extern int fake_n_processors; /* of the GPU */
+extern long fake_fails_at;            /* counts down; -1 for never */
+extern size_t fake_bytes_from_device; /* copied to the host */
+extern long fake_n_held;              /* allocations, streams and graphs not given back */
+extern int fake_n_processors;         /* of the GPU */
 
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDeviceCount(int *n);

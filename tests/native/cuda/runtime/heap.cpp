@@ -11,6 +11,7 @@
 
 long fake_fails_at = -1, fake_n_held = 0;
 int fake_n_processors = 4;
+size_t fake_bytes_from_device = 0;
 
 struct fake_stream : emulate::stream {};
 
@@ -129,8 +130,12 @@ cudaError_t cudaFreeHost(void *memory) {
     return cudaFree(memory);
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     if (fails()) return cudaErrorUnknown;
+    if (kind == cudaMemcpyDeviceToHost) {
+        const std::lock_guard<std::mutex> guard(lock);
+        fake_bytes_from_device += n_bytes;
+    }
     emulate::put(stream, [=] {
         memcpy(to, from, n_bytes);
         return 0;
