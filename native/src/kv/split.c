@@ -17,7 +17,7 @@ enum fb_status fb_split_heads(int32_t n_kv_heads, int32_t n_members, int32_t mem
 enum fb_status fb_split_create(struct fb_page_pool *pool) {
     const fb_device *group = pool->device;
     for (int32_t i = 0; i < group->n_members; i++) {
-        int32_t first, n;
+        int32_t first = 0, n = 0;
         enum fb_status status = fb_split_heads(pool->n_kv_heads, group->n_members, i, &first, &n);
         if (status == FB_OK)
             status = fb_page_pool_create_on(group->members[i], pool->k.dtype, pool->v.dtype, pool->n_pages,
