@@ -4,7 +4,8 @@
  *     devices.c   GPUs and their memory: the table of functions that the library knows this folder by
  *     program.c   what a program needs on the GPU
  *     batch.c     what describes a batch there, and which way its attention goes
- *     run.c       operators as launches on one stream, and the results' way back
+ *     product.c   products, on tensor cores or ordinary ones
+ *     run.c       other operators as launches on one stream, and the results' way back
  */
 #ifndef FABULA_CUDA_PROGRAM_H
 #define FABULA_CUDA_PROGRAM_H
@@ -23,11 +24,14 @@ struct fb_cuda_program {
     const fb_program *program;
     fb_device *device;
     cudaStream_t stream;
-    int32_t n_processors;
+    int32_t n_processors, compute_major;
     struct fb_cuda_weight *weights; /* [n_ops] */
     char *fixed;                    /* all of the following, which lie on the GPU */
     size_t n_fixed_bytes;
     float *vectors, *inv_freq, *arena, *cos_sin, *sink_turns;
+    void *rounded;                  /* inputs of the product that comes next, in 16 bits; see fb_cuda_round */
+    int32_t rounded_from;           /* the buffer whose numbers these are; -1 for none */
+    struct fb_cuda_inputs inputs16; /* and how they lie */
     int32_t *non_finite;
     int32_t *non_finite_here;        /* pinned */
     struct fb_cuda_growing inputs;   /* what describes a batch */
@@ -46,6 +50,15 @@ struct fb_cuda_description {
     bool is_split;
 };
 
+static inline float *fb_cuda_buffer(const struct fb_cuda_program *p, int32_t number) {
+    return p->arena + p->program->buffers[number].offset;
+}
+
+/* A vector of an operator, where it lies on the GPU. */
+static inline const float *fb_cuda_vector(const struct fb_cuda_program *p, const float *vector) {
+    return vector ? p->vectors + (vector - p->program->vectors) : NULL;
+}
+
 /* As the table of base/device.h has them. */
 enum fb_status fb_cuda_program_create(const fb_program *program, void **out);
 void fb_cuda_program_free(void *program);
@@ -54,6 +67,12 @@ enum fb_status fb_cuda_program_run(
 
 /* At least so many bytes; takes new memory before it gives up the old, so that a refusal changes nothing. */
 enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *memory, size_t n_bytes, bool has_host);
+
+/* Bytes of inputs in 16 bits, for the product that takes most. */
+size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p);
+
+/* A product of n_rows tokens or outputs; logits go to `logits`. */
+enum fb_status fb_cuda_run_product(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows, float *logits);
 
 /* Bytes rounded up to where the next part of an allocation begins. */
 size_t fb_cuda_aligned(size_t n_bytes);

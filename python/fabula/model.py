@@ -88,8 +88,8 @@ class Model:
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
-        if runner.device is not None:  # its K and V differ from the CPU's by rounding: a text must not mix them
-            layout += ", computed with CUDA"
+        if runner.device is not None:  # K and V differ by rounding from the CPU's and other GPUs': a text must not mix them
+            layout += f", computed with CUDA {runner.device.info.compute}"
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
         self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
 

@@ -1,5 +1,7 @@
 /* kernels.cpp - all kernels as host code; see emulate.h. */
 #include "attention.cu"
+#include "inputs.cu"
 #include "linear.cu"
 #include "rows.cu"
 #include "sample.cu"
+#include "tensor.cu"

@@ -114,8 +114,9 @@ int main() {
     test_memory();
     test_places(device);
     int n_failures = 0;
-    for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not */
+    for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not; and bf16 on ordinary cores */
         fake_n_processors = n_processors;
+        fake_major = n_processors == 1 ? 7 : 8;
         emulate::backward = n_processors == 1;
         model *on_device = model_create(device);
         CHECK_AT(on_device, "%s", fb_last_error());

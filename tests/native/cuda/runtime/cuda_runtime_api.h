@@ -23,7 +23,7 @@ typedef enum {
     cudaErrorUnknown = 999
 } cudaError_t;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-enum { cudaDevAttrMultiProcessorCount = 16, cudaStreamNonBlocking = 1 };
+enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaStreamNonBlocking = 1 };
 typedef struct fake_stream *cudaStream_t;
 
 struct cudaDeviceProp {
@@ -34,6 +34,7 @@ struct cudaDeviceProp {
 extern long fake_fails_at;    /* counts down; -1 for never */
 extern long fake_n_held;      /* allocations and streams not given back */
 extern int fake_n_processors; /* of the GPU */
+extern int fake_major;        /* its compute capability */
 
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDeviceCount(int *n);
