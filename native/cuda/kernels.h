@@ -142,6 +142,28 @@ int fb_cuda_round(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols,
 int fb_cuda_multiply_inputs(
     const struct fb_cuda_linear *linear, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream);
 
+/* ---- Around products of cuBLASLt (opened.cu) --------------------------------------------------------------------- */
+
+/* Rows side by side in 16 bits: f16 after a power of two for each row, or bf16. */
+struct fb_cuda_rows {
+    enum fb_dtype dtype; /* FB_F16 or FB_BF16 */
+    int32_t width;       /* columns, with zeros behind the last: at most the next multiple of 32 */
+    uint16_t *halfs;     /* [rows][width] */
+    float *scales;       /* [rows]: what the row is multiplied with */
+};
+
+/* The rows of some panels; in bf16 a weight in bf16, any other in f16. */
+int fb_cuda_open_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
+    const struct fb_cuda_rows *out, fb_cuda_stream stream);
+
+/* Inputs of a product. */
+int fb_cuda_round_rows(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_rows *out,
+    fb_cuda_stream stream);
+
+/* What stands behind the sums [n_tokens][n_rows] of a weight's rows from a panel on, a multiple of 32 with SwiGLU. */
+int fb_cuda_finish(const struct fb_cuda_linear *linear, const struct fb_cuda_rows *weights,
+    const struct fb_cuda_rows *inputs, int32_t first_panel, int32_t n_rows, const float *sums, fb_cuda_stream stream);
+
 /* ---- Attention (attention.cu) ------------------------------------------------------------------------------------ */
 
 /* Queries that a block of threads takes: rows first_row .. of a sequence, where row = token x (heads in a group) + head. */

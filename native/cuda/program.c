@@ -77,6 +77,7 @@ static enum fb_status build(struct fb_cuda_program *p) {
     if (!p->weights) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     for (int32_t i = 0; i < program->n_ops; i++)
         if (program->ops[i].weight) fb_cuda_weight_view(program->ops[i].weight, &p->weights[i]);
+    if (p->device->products) FB_TRY(fb_cuda_library_create(p->device->products, &p->library));
     void *fixed;
     p->n_fixed_bytes = lay_out(p);
     FB_TRY(fb_device_take(p->device, "a program's buffers", p->n_fixed_bytes, &fixed));
@@ -108,6 +109,8 @@ void fb_cuda_program_free(void *on_device) {
     give_up(p, &p->outputs);
     give_up(p, &p->partials);
     give_up(p, &p->drawn);
+    give_up(p, &p->opened);
+    fb_cuda_library_free(p->library);
     if (p->non_finite_here) cudaFreeHost(p->non_finite_here);
     if (p->stream) cudaStreamDestroy(p->stream);
     free(p->weights);

@@ -4,13 +4,14 @@
  *     devices.c   GPUs and their memory: the table of functions that the library knows this folder by
  *     program.c   what a program needs on the GPU
  *     batch.c     what describes a batch there, and which way its attention goes
- *     product.c   products, on tensor cores or ordinary ones
+ *     product.c   products, by kernels of this library or by cuBLASLt
  *     run.c       other operators as launches on one stream, and the results' way back
  */
 #ifndef FABULA_CUDA_PROGRAM_H
 #define FABULA_CUDA_PROGRAM_H
 
 #include "kernels.h"
+#include "library.h"
 #include "program/program.h"
 #include "runtime.h"
 
@@ -38,6 +39,8 @@ struct fb_cuda_program {
     struct fb_cuda_growing outputs;  /* logits, on the GPU only */
     struct fb_cuda_growing partials; /* of attention, on the GPU only */
     struct fb_cuda_growing drawn;    /* tokens, log-probabilities and damage of rows */
+    struct fb_cuda_library *library; /* NULL unless products of many tokens go there */
+    struct fb_cuda_growing opened;   /* what such products take, on the GPU only */
 };
 
 /* Where the parts of a batch's description lie, in bytes, and pointers to them on the GPU. */
@@ -70,6 +73,9 @@ enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *m
 
 /* Bytes of inputs in 16 bits, for the product that takes most. */
 size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p);
+
+/* Takes memory for the products of a batch. */
+enum fb_status fb_cuda_prepare_products(struct fb_cuda_program *p, int32_t n_tokens, int32_t n_outputs);
 
 /* A product of n_rows tokens or outputs; logits go to `logits`. */
 enum fb_status fb_cuda_run_product(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows, float *logits);

@@ -128,6 +128,7 @@ static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *p
     float *logits = (float *)(void *)p->outputs.device;
     fb_cuda_pages_view(pool, &pages);
     FB_TRY(fb_cuda_describe(p, batch, &d));
+    FB_TRY(fb_cuda_prepare_products(p, batch->n_tokens, batch->n_outputs));
     FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
     FB_TRY(run_ops(p, &pages, &d, batch->n_outputs, logits));
     if (draws) FB_TRY(draw(p, logits, batch->n_outputs));

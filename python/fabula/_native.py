@@ -203,6 +203,14 @@ class Device:
         self.info = device_info(index)
         self.name = f"cuda:{index}"
 
+    def use_library(self, path: str | None) -> None:
+        """Lets programs made from now on compute products of many tokens with cuBLASLt; see fb_device_use_library.
+
+        Raises:
+            Unsupported: it cannot be loaded, or this build does not know it.
+        """
+        check(lib.fb_device_use_library(self.handle, ffi.NULL if path is None else path.encode()))
+
     def memory(self) -> tuple[int, int]:
         """Bytes taken through this handle, and those that may still be taken."""
         used, free = ffi.new("size_t *"), ffi.new("size_t *")

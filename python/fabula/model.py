@@ -88,8 +88,11 @@ class Model:
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
-        if runner.device is not None:  # K and V differ by rounding from the CPU's and other GPUs': a text must not mix them
+        if (
+            runner.device is not None
+        ):  # K and V differ by rounding from the CPU's and other GPUs': a text must not mix them
             layout += f", computed with CUDA {runner.device.info.compute}"
+            layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
         self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
 
@@ -105,6 +108,7 @@ class Model:
         kv_memory: int | None = None,
         device: str = "cpu",
         device_memory: int | None = None,
+        device_products: str = "own",
         fetch: bool = True,
         fetch_progress: Progress | None = None,
         load_progress: Callable[[int, int], None] | None = None,
@@ -123,6 +127,8 @@ class Model:
                 except on a GPU, where the cache takes no more than is free.
             device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU that has room for it, else the CPU.
             device_memory: bytes of the GPU that the model may take, cache included; None for what is free.
+            device_products: "own", or "library": on a GPU, cuBLASLt multiplies where 128 tokens or more come together.
+                It may be faster for long prompts, but what a token gets then depends on the tokens beside it.
             fetch: whether a missing model may be downloaded.
             fetch_progress: told about a download's bytes.
             load_progress: called with (bytes read, bytes in all) while weights are packed.
@@ -136,7 +142,8 @@ class Model:
             InvalidArgument: an option is out of its range.
             OutOfMemory: the system refused memory.
             DeviceOutOfMemory: the GPU has no room for it.
-            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA.
+            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA, or
+                cuBLASLt was asked for and cannot be loaded.
         """
         if weights not in PRECISIONS:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
@@ -150,7 +157,7 @@ class Model:
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
-        placement = Placement(device, device_memory)
+        placement = Placement(device, device_memory, device_products)
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
         checkpoint = Fingerprinting(open_checkpoint(path))

@@ -54,11 +54,19 @@ enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **o
 }
 
 static void let_go(fb_device *device) {
-    if (atomic_fetch_sub(&device->n_holders, 1) == 1) free(device);
+    if (atomic_fetch_sub(&device->n_holders, 1) != 1) return;
+    free(device->products);
+    free(device);
 }
 
 void fb_device_free(fb_device *device) {
     if (device) let_go(device);
+}
+
+enum fb_status fb_device_use_library(fb_device *device, const char *path) {
+    FB_REQUIRE(device, "device is null");
+    FB_REQUIRE(!device->products, "the device uses a library already");
+    return device->kind->load_products(device->index, path, &device->products);
 }
 
 enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes) {

@@ -55,6 +55,11 @@ device_option = click.option(
     help="Where the model runs: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room for it, else the CPU.",
 )  # fmt: skip
 
+products_option = click.option(
+    "--device-products", type=click.Choice(("own", "library")), default="own", show_default=True, metavar="NAME",
+    help="What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+)  # fmt: skip
+
 _MODEL = (
     model_option,
     click.option(
@@ -69,6 +74,7 @@ _MODEL = (
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
     ),
     device_option,
+    products_option,
 )  # fmt: skip
 
 
@@ -82,6 +88,7 @@ class ModelOptions:
     threads: int | None
     context: int | None
     device: str = "cpu"
+    device_products: str = "own"
 
     @property
     def name(self) -> str:
@@ -101,6 +108,7 @@ class ModelOptions:
                 threads=self.threads,
                 context=self.context,
                 device=self.device,
+                device_products=self.device_products,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -118,9 +126,11 @@ def model_options(function: _Function) -> _Function:
         threads: int | None,
         context: int | None,
         device: str,
+        device_products: str,
         **rest: Any,
     ) -> Any:
-        return function(*args, loading=ModelOptions(model, weights, kv, threads, context, device), **rest)
+        loading = ModelOptions(model, weights, kv, threads, context, device, device_products)
+        return function(*args, loading=loading, **rest)
 
     for option in reversed(_MODEL):
         command = option(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 
@@ -9,6 +10,8 @@ from fabula import _native
 from fabula.errors import DeviceError, EngineError, InvalidArgument, Unsupported
 
 _NAME = re.compile(r"cpu|auto|cuda(?::([0-9]{1,3}))?")
+PRODUCTS = ("own", "library")
+LIBRARY = "FABULA_CUBLASLT"  # the variable that names cuBLASLt's file where the system does not find it
 RESERVED = 0.05  # of a GPU's free memory that "auto" leaves for batches
 
 
@@ -23,21 +26,34 @@ def check_device(name: object) -> str:
     return name
 
 
+def check_products(name: object) -> str:
+    """What computes a GPU's products.
+
+    Raises:
+        InvalidArgument: there is no such thing.
+    """
+    if name not in PRODUCTS:
+        raise InvalidArgument(f"device_products is {name!r}, must be own or library")
+    return str(name)
+
+
 class Placement:
     """What may be chosen for one model.
 
     Args:
         name: "cpu"; "cuda" for the first GPU; "cuda:N"; "auto" for a GPU that has room, else the CPU.
         memory: bytes of a GPU that the model may take; None for what is free.
+        products: "own", or "library" for cuBLASLt where a GPU has many tokens to multiply.
 
     Raises:
-        InvalidArgument: no name of a device, or there are fewer GPUs.
-        Unsupported: a GPU is asked for, and this build has no CUDA.
+        InvalidArgument: no name of a device or of products, or there are fewer GPUs.
+        Unsupported: a GPU is asked for, and this build has no CUDA; or cuBLASLt, and it cannot be loaded.
         DeviceError: a GPU is asked for, and the driver is missing, too old, or finds none.
     """
 
-    def __init__(self, name: str = "cpu", memory: int | None = None) -> None:
+    def __init__(self, name: str = "cpu", memory: int | None = None, products: str = "own") -> None:
         check_device(name)
+        self.products = check_products(products)
         self._memory = memory
         self._device: _native.Device | None = None
         self._n_devices = 0  # to try
@@ -46,6 +62,7 @@ class Placement:
                 self._device = _native.Device(int(name.partition(":")[2] or 0), memory)
             except EngineError as error:
                 raise type(error)(f"device {name}: {error}; take device cpu or auto", status=error.status) from None
+            self._prepare(self._device)
         elif name == "auto":
             with suppress(Unsupported, DeviceError):  # then it is the CPU
                 self._n_devices = _native.device_count()
@@ -56,8 +73,18 @@ class Placement:
             with suppress(DeviceError):  # one that cannot be used is passed over
                 device = _native.Device(index, self._memory)
                 if n_bytes <= (1 - RESERVED) * device.memory()[1]:
+                    self._prepare(device)
                     return device
         return self._device
+
+    def _prepare(self, device: _native.Device) -> None:
+        if self.products == "own":
+            return
+        try:
+            device.use_library(os.environ.get(LIBRARY) or None)
+        except Unsupported as error:
+            text = f"device_products library: {error}; name its file in {LIBRARY}, or take device_products own"
+            raise Unsupported(text, status=error.status) from None
 
 
 CPU = Placement()

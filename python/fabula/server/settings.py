@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.engine.device import check_device
+from fabula.engine.device import check_device, check_products
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.format import KV_NAMES
@@ -103,6 +103,14 @@ class Settings:
             "Bytes of a GPU that each model may take, its cache included; default: what is free.",
             low=1,
             high=1 << 50,
+        ),
+    )
+    device_products: str = field(
+        default="own",
+        metadata=_about(
+            "Models",
+            "What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+            metavar="NAME",
         ),
     )
     threads: int | None = field(
@@ -222,6 +230,7 @@ class Settings:
             ):
                 raise InvalidArgument(f"{name} is {value!r}, must be in {about['low']:g} .. {about['high']:g}")
         check_device(self.device)
+        check_products(self.device_products)
         if not self.model:
             raise InvalidArgument("model is empty, the server needs one at least")
         names = [name for name, _ in self.models]

@@ -159,6 +159,7 @@ class Server:
             kv_memory=settings.kv_memory,
             device=settings.device,
             device_memory=settings.device_memory,
+            device_products=settings.device_products,
             threads=settings.threads,
             fetch=settings.fetch,
             fetch_progress=serving,

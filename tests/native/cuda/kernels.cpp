@@ -2,6 +2,7 @@
 #include "attention.cu"
 #include "inputs.cu"
 #include "linear.cu"
+#include "opened.cu"
 #include "rows.cu"
 #include "sample.cu"
 #include "tensor.cu"

@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-enum { MODEL_VOCABULARY = 96, MODEL_TOKENS = 64, MODEL_PAGES = 40 };
+enum { MODEL_VOCABULARY = 96, MODEL_TOKENS = 160, MODEL_PAGES = 40 };
 
 struct model;
 struct model *model_create(fb_device *device); /* the same numbers each time; NULL if the device refuses */
@@ -21,6 +21,9 @@ int model_compare(
 
 /* One step over a pool of its own: FB_OK, or what failed. */
 enum fb_status model_step(const struct model *model, float logits[MODEL_VOCABULARY]);
+
+/* Logits behind a prompt, over a pool of its own. */
+enum fb_status model_prompt(const struct model *model, int32_t n_tokens, float logits[MODEL_VOCABULARY]);
 
 #ifdef __cplusplus
 }
