@@ -37,7 +37,6 @@ FB_DEVICE uint32_t fb_iq4_nl_values(uint32_t codes) {
 
 template <fb_dtype D> struct fb_fragments {
     static constexpr fb_cuda_layout layout = fb_cuda_layout_of(D);
-    static constexpr int n_parts = 1; /* of inputs */
     static constexpr bool is_scaled = true, has_offset = fb_chunk<D>::has_offset;
     static constexpr int n_groups = layout.scales == FB_CUDA_K16 || layout.scales == FB_CUDA_K16_M ? 2
                                                                                                    : 1; /* of columns */
@@ -124,7 +123,7 @@ template <fb_dtype D> struct fb_fragments {
 
 /* Columns behind the last are 0. */
 template <> struct fb_fragments<FB_F16> {
-    static constexpr int n_parts = 1, n_groups = 1;
+    static constexpr int n_groups = 1;
     static constexpr bool is_scaled = false, has_offset = false;
     uint32_t raw[8]; /* of 4 columns of each step, both rows */
 
@@ -150,7 +149,7 @@ template <> struct fb_fragments<FB_F16> {
 };
 
 template <> struct fb_fragments<FB_BF16> {
-    static constexpr int n_parts = 2, n_groups = 1;
+    static constexpr int n_groups = 1;
     static constexpr bool is_scaled = false, has_offset = false;
     fb_words2 raw[4]; /* two pairs of columns of each step, both rows */
 

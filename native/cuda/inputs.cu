@@ -15,8 +15,7 @@ static int32_t whole_tiles(int32_t n_tokens) {
 size_t fb_cuda_inputs_view(
     enum fb_dtype dtype, int32_t n_tokens, int32_t n_cols, void *memory, struct fb_cuda_inputs *out) {
     const size_t n_rows = (size_t)whole_tiles(n_tokens), n_chunks = ((size_t)n_cols + FB_CHUNK - 1) / FB_CHUNK;
-    const size_t n_parts = dtype == FB_BF16 ? 2 : 1;
-    const size_t scales = n_parts * n_chunks * n_rows * FB_CHUNK * sizeof(uint16_t);
+    const size_t scales = FB_CUDA_PARTS * n_chunks * n_rows * FB_CHUNK * sizeof(uint16_t);
     const size_t sums = scales + n_rows * sizeof(float);
     *out = fb_cuda_inputs{};
     out->dtype = dtype;
@@ -35,6 +34,7 @@ static __global__ void round_f16_kernel(
     const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, fb_cuda_inputs out) {
     const int32_t token = (int32_t)blockIdx.x, lane = (int32_t)threadIdx.x % FB_WARP;
     const int32_t first = (int32_t)blockIdx.y * ROUND_CHUNKS, warp = (int32_t)threadIdx.x / FB_WARP;
+    const int64_t part = (int64_t)out.n_chunks * out.n_rows * FB_CHUNK;
     const bool is_token = token < n_tokens;
     const float *row = x + (is_token ? token : 0) * ldx;
     float inverse = 1.0f;
@@ -42,12 +42,15 @@ static __global__ void round_f16_kernel(
     if (threadIdx.x == 0 && blockIdx.y == 0) out.scales[token] = inverse;
     for (int32_t chunk = first + warp; chunk < first + ROUND_CHUNKS && chunk < out.n_chunks; chunk += FB_ROW_WARPS) {
         const int32_t column = chunk * FB_CHUNK + lane;
-        const uint16_t half = fb_f16_of_float(is_token && column < n_cols ? row[column] * power : 0.0f);
-        float sum = fb_float_of_f16(half);
+        const float value = is_token && column < n_cols ? row[column] * power : 0.0f;
+        const uint16_t high = fb_f16_of_float(value), low = fb_f16_of_float(value - fb_float_of_f16(high));
+        float sum = fb_float_of_f16(high) + fb_float_of_f16(low);
         for (int step = 8; step >= 1; step /= 2)
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
         const float both = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
-        out.halfs[((int64_t)chunk * out.n_rows + token) * FB_CHUNK + fb_input_place(lane)] = half;
+        uint16_t *to = out.halfs + ((int64_t)chunk * out.n_rows + token) * FB_CHUNK + fb_input_place(lane);
+        to[0] = high;
+        to[part] = low;
         float *sums = out.sums + (int64_t)chunk * FB_CUDA_SUMS * out.n_rows + token;
         if (lane % 16 == 0) sums[lane / 16 * out.n_rows] = sum;
         if (lane == 0) sums[2 * out.n_rows] = both;

@@ -14,7 +14,7 @@
  *                 threads walks them or many take one each.
  *     norms       256 (of a head: 32) threads take every 256th number, warps fold by halves, warps are added in order.
  *
- * Against the CPU they differ by rounding: on tensor cores inputs of products become f16, or two parts of bf16, where the CPU rounds
+ * Against the CPU they differ by rounding: on tensor cores inputs of products become two parts of f16 or bf16, where the CPU rounds
  * those of quantised weights to 8 bits and those of bf16 weights to bf16.
  *
  * A launch returns 0 or a cudaError_t. It waits for nothing.
@@ -30,7 +30,7 @@ extern "C" {
 
 typedef void *fb_cuda_stream; /* a cudaStream_t */
 
-enum { FB_CUDA_KEY_BLOCK = 256, FB_CUDA_FEW_TOKENS = 8, FB_CUDA_TILE_TOKENS = 64, FB_CUDA_SUMS = 3 };
+enum { FB_CUDA_KEY_BLOCK = 256, FB_CUDA_FEW_TOKENS = 8, FB_CUDA_TILE_TOKENS = 64, FB_CUDA_SUMS = 3, FB_CUDA_PARTS = 2 };
 
 struct fb_cuda_weight {
     enum fb_dtype dtype;
@@ -117,11 +117,11 @@ int fb_cuda_multiply(const struct fb_cuda_linear *linear, fb_cuda_stream stream)
 
 /* ---- Products on tensor cores (inputs.cu, tensor.cu) ------------------------------------------------------------- */
 
-/* Inputs rounded to 16 bits: to f16 after a power of two for each token, or to bf16 and what that left over once more. */
+/* Inputs in two parts of 16 bits: rounded, and what that left over rounded again. In f16 after a power of two for each token, or in bf16. */
 struct fb_cuda_inputs {
     enum fb_dtype dtype;      /* FB_F16 or FB_BF16 */
     int32_t n_rows, n_chunks; /* tokens in whole tiles; columns / 32, rounded up */
-    uint16_t *halfs;          /* [1 or 2 parts][n_chunks][n_rows][32], columns in the order of fragments.cuh */
+    uint16_t *halfs;          /* [FB_CUDA_PARTS][n_chunks][n_rows][32], columns in the order of fragments.cuh */
     float *scales;            /* [n_rows]: what a token's results are multiplied with */
     float *sums;              /* [n_chunks][FB_CUDA_SUMS][n_rows], f16 only: of columns 0 .. 15, 16 .. 31, and both */
 };

@@ -22,17 +22,21 @@ FB_DEVICE int32_t tensor_length(int32_t n_chunks) {
 
 /* What a lane has of 8 tokens' inputs of a chunk, and their sums where weights have offsets. */
 template <fb_dtype D> struct lane_inputs {
-    fb_words4 part[fb_fragments<D>::n_parts];
-    fb_floats2 sums[fb_fragments<D>::n_groups];
+    typedef fb_fragments<D> weights;
+    fb_words4 part[FB_CUDA_PARTS];
+    fb_floats2 sums[weights::n_groups];
 
-    /* Straight from memory; `token` is the first of the 8. */
+    /* From memory; `token` is the first of the 8. */
     __device__ void load(const fb_cuda_inputs &in, int32_t chunk, int64_t token, int lane) {
-        typedef fb_fragments<D> weights;
 #pragma unroll
-        for (int p = 0; p < weights::n_parts; p++) {
+        for (int p = 0; p < FB_CUDA_PARTS; p++) {
             const int64_t row = ((int64_t)p * in.n_chunks + chunk) * in.n_rows + token + lane / 4;
             part[p] = reinterpret_cast<const fb_words4 *>(in.halfs)[row * 4 + lane % 4];
         }
+        load_sums(in, chunk, token, lane);
+    }
+
+    __device__ void load_sums(const fb_cuda_inputs &in, int32_t chunk, int64_t token, int lane) {
         if constexpr (weights::has_offset) {
 #pragma unroll
             for (int i = 0; i < weights::n_groups; i++) {
@@ -62,23 +66,28 @@ template <fb_dtype D> struct opened_chunk {
         }
     }
 
+    /* sum += step s times both parts of 8 tokens. */
+    __device__ void step(float sum[4], int s, const lane_inputs<D> &x) const {
+#pragma unroll
+        for (int p = 0; p < FB_CUDA_PARTS; p++) {
+            if constexpr (D == FB_BF16)
+                fb_mma_bf16(sum, a[s], x.part[p].word + 2 * s);
+            else
+                fb_mma_f16(sum, a[s], x.part[p].word + 2 * s);
+        }
+    }
+
     /* sum += this chunk times 8 tokens. */
     __device__ void multiply(float sum[4], const lane_inputs<D> &x) const {
-        if constexpr (D == FB_BF16) {
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-                fb_mma_bf16(sum, a[s], x.part[0].word + 2 * s);
-                fb_mma_bf16(sum, a[s], x.part[1].word + 2 * s);
-            }
-        } else if constexpr (!weights::is_scaled) {
-            fb_mma_f16(sum, a[0], x.part[0].word);
-            fb_mma_f16(sum, a[1], x.part[0].word + 2);
+        if constexpr (!weights::is_scaled) {
+            step(sum, 0, x);
+            step(sum, 1, x);
         } else {
 #pragma unroll
             for (int i = 0; i < weights::n_groups; i++) {
                 float codes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (weights::n_groups == 1 || i == 0) fb_mma_f16(codes, a[0], x.part[0].word);
-                if (weights::n_groups == 1 || i == 1) fb_mma_f16(codes, a[1], x.part[0].word + 2);
+                if (weights::n_groups == 1 || i == 0) step(codes, 0, x);
+                if (weights::n_groups == 1 || i == 1) step(codes, 1, x);
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     sum[c] = fmaf(scale[i][c / 2], codes[c], sum[c]);
@@ -176,49 +185,23 @@ static __global__ void __launch_bounds__(SPLIT_THREADS, 2) split_kernel(fb_cuda_
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
 
-/* Inputs of a chunk and 64 tokens in shared memory, 16 bytes each: [part][token][4], then [group] sums of all tokens. */
-template <fb_dtype D> struct shared_tile {
-    typedef fb_fragments<D> weights;
-    static constexpr int n_numbers = weights::n_parts * FB_CUDA_TILE_TOKENS * 4, n_sums = FB_CUDA_TILE_TOKENS / 4;
-    static constexpr int size = n_numbers + (weights::has_offset ? weights::n_groups * n_sums : 0);
+/* Inputs of a chunk and 64 tokens in shared memory, 16 bytes each: [part][token][4]. Two of these and the totals are the 48 KiB that every
+ * GPU has. */
+enum { TILE_ROW = 4, TILE_PART = FB_CUDA_TILE_TOKENS * TILE_ROW, TILE_SIZE = FB_CUDA_PARTS * TILE_PART, STAGES = 2 };
 
-    static __device__ void copy(fb_words4 *tile, const fb_cuda_inputs &in, int32_t chunk, int64_t first_token) {
-        const int thread = (int)threadIdx.x;
+FB_DEVICE void copy_tile(fb_words4 *tile, const fb_cuda_inputs &in, int32_t chunk, int64_t first_token) {
 #pragma unroll
-        for (int i = 0; i < n_numbers / TILED_THREADS; i++) {
-            const int at = i * TILED_THREADS + thread, p = at / (FB_CUDA_TILE_TOKENS * 4);
-            const int64_t row = ((int64_t)p * in.n_chunks + chunk) * in.n_rows + first_token;
-            const fb_words4 *from = reinterpret_cast<const fb_words4 *>(in.halfs) + row * 4;
-            fb_copy_async(tile + at, from + at % (FB_CUDA_TILE_TOKENS * 4));
-        }
-        if constexpr (weights::has_offset) {
-            if (thread < weights::n_groups * n_sums) {
-                const int which = weights::n_groups == 2 ? thread / n_sums : 2;
-                const float *from = in.sums + ((int64_t)chunk * FB_CUDA_SUMS + which) * in.n_rows + first_token;
-                fb_copy_async(tile + n_numbers + thread, reinterpret_cast<const fb_words4 *>(from) + thread % n_sums);
-            }
-        }
+    for (int i = 0; i < TILE_SIZE / TILED_THREADS; i++) {
+        const int at = i * TILED_THREADS + (int)threadIdx.x;
+        const int64_t row = ((int64_t)(at / TILE_PART) * in.n_chunks + chunk) * in.n_rows + first_token;
+        fb_copy_async(tile + at, reinterpret_cast<const fb_words4 *>(in.halfs) + row * TILE_ROW + at % TILE_PART);
     }
-
-    static __device__ void read(const fb_words4 *tile, int n, int lane, lane_inputs<D> &x) {
-#pragma unroll
-        for (int p = 0; p < weights::n_parts; p++)
-            x.part[p] = tile[(p * FB_CUDA_TILE_TOKENS + 8 * n + lane / 4) * 4 + lane % 4];
-        if constexpr (weights::has_offset) {
-            const fb_floats2 *sums = reinterpret_cast<const fb_floats2 *>(tile + n_numbers);
-#pragma unroll
-            for (int i = 0; i < weights::n_groups; i++)
-                x.sums[i] = sums[i * FB_CUDA_TILE_TOKENS / 2 + 4 * n + lane % 4];
-        }
-    }
-};
+}
 
 template <fb_dtype D>
 static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_linear a, fb_cuda_inputs in) {
-    typedef shared_tile<D> tile;
-    constexpr int n_sums = 2 * TILED_COLUMNS * 4;                   /* of a lane */
-    constexpr int n_stages = fb_fragments<D>::n_parts == 2 ? 2 : 3; /* 48 KiB with the totals, what every GPU has */
-    FB_SHARED(fb_words4, tiles, n_stages * tile::size);
+    constexpr int n_sums = 2 * TILED_COLUMNS * 4; /* of a lane */
+    FB_SHARED(fb_words4, tiles, STAGES * TILE_SIZE);
     constexpr int n_totals = n_sums * TILED_THREADS; /* each thread its own; in registers they would halve the warps */
     FB_SHARED(float, totals, n_totals);
     const int thread = (int)threadIdx.x, lane = thread % FB_WARP;
@@ -234,19 +217,16 @@ static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_
 #pragma unroll
     for (int i = 0; i < n_sums; i++)
         sum[i / (n_sums / 2)][i / 4 % TILED_COLUMNS][i % 4] = 0.0f;
-#pragma unroll
-    for (int stage = 0; stage < n_stages - 1; stage++) {
-        if (stage < in.n_chunks) tile::copy(tiles + stage * tile::size, in, stage, first_token);
-        fb_copy_commit();
-    }
+    copy_tile(tiles, in, 0, first_token);
+    fb_copy_commit();
     fb_fragments<D> next[2];
     for (int p = 0; p < 2 && !is_idle; p++)
         next[p].load(panels[p], a.weight.n_cols, 0, lane);
     for (int32_t chunk = 0; chunk < in.n_chunks; chunk++) {
-        fb_copy_wait<n_stages - 2>();
+        fb_copy_wait<0>();
         __syncthreads(); /* the chunk's tile is there for everybody, and nobody reads the one before any more */
-        const int32_t coming = chunk + n_stages - 1;
-        if (coming < in.n_chunks) tile::copy(tiles + coming % n_stages * tile::size, in, coming, first_token);
+        const int32_t coming = chunk + 1;
+        if (coming < in.n_chunks) copy_tile(tiles + coming % STAGES * TILE_SIZE, in, coming, first_token);
         fb_copy_commit();
         if (is_idle) continue;
 
@@ -256,11 +236,13 @@ static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_
             opened[p].open(next[p], lane);
             if (chunk + 1 < in.n_chunks) next[p].load(panels[p], a.weight.n_cols, chunk + 1, lane);
         }
-        const fb_words4 *here = tiles + chunk % n_stages * tile::size;
+        const fb_words4 *here = tiles + chunk % STAGES * TILE_SIZE + lane / 4 * TILE_ROW + lane % 4;
 #pragma unroll
         for (int n = 0; n < TILED_COLUMNS; n++) {
             lane_inputs<D> x;
-            tile::read(here, n, lane, x);
+            for (int p = 0; p < FB_CUDA_PARTS; p++)
+                x.part[p] = here[p * TILE_PART + n * 8 * TILE_ROW];
+            x.load_sums(in, chunk, first_token + 8 * n, lane);
             opened[0].multiply(sum[0][n], x);
             opened[1].multiply(sum[1][n], x);
         }
