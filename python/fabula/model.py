@@ -88,9 +88,7 @@ class Model:
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
-        if (
-            runner.device is not None
-        ):  # K and V differ by rounding from the CPU's and other GPUs': a text must not mix them
+        if runner.device is not None:  # K and V are rounded as nowhere else: a text must not mix them with others
             layout += f", computed with CUDA {runner.device.info.compute}"
             layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
