@@ -58,10 +58,19 @@ def test_what_is_no_device(tiny_folder: Path, name: Any) -> None:
             Settings(device=name)
 
 
+@pytest.mark.parametrize("name", ["", "cublas", "Own", None, 1])
+def test_what_computes_no_products(tiny_folder: Path, name: Any) -> None:
+    with pytest.raises(InvalidArgument, match="must be own or library"):
+        Model.load(tiny_folder, device_products=name)
+    if isinstance(name, str):
+        with pytest.raises(InvalidArgument, match="device_products is"):
+            Settings(device_products=name)
+
+
 def test_the_servers_settings() -> None:
     settings = Settings(device=from_text("device", "cuda:1"), device_memory=from_text("device_memory", "1000"))
     assert (settings.device, settings.device_memory) == ("cuda:1", 1000)
-    assert Settings().device == "cpu"
+    assert Settings().device == "cpu" and Settings().device_products == "own"
     with pytest.raises(InvalidArgument, match="device_memory"):
         Settings(device_memory=0)
 
@@ -126,7 +135,7 @@ def on_gpu(tiny_folder: Path) -> Iterator[Model]:
     [("f32", "f32", 1e-5), ("f16", "f32", 1e-5), ("f32", "f16", 2e-3), ("f32", "q8", 2e-2), ("bf16", "bf16", 2e-2)],
 )
 def test_logits_are_those_of_the_cpu(tiny_folder: Path, weights: Any, kv: str, bound: float) -> None:
-    """Bounds: order of sums; rounding of K and V that lie between two numbers; inputs, which the CPU rounds to bf16."""
+    """Bounds: order of sums; inputs, which the CPU rounds to bf16; K and V between two numbers."""
     with (
         Model.load(tiny_folder, device="cpu", threads=1, weights=weights, kv=kv) as cpu,
         Model.load(tiny_folder, device="cuda", threads=1, weights=weights, kv=kv) as cuda,
@@ -313,6 +322,31 @@ def test_memory_that_a_gpu_has_not(tiny_folder: Path) -> None:
         filler.close()
         assert model.logits(ids).shape == (250, model.config.vocab_size)
         assert used <= device.memory()[0] <= 700_000
+
+
+@pytest.mark.gpu
+def test_a_library_of_products_that_is_missing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FABULA_CUBLASLT", "/nowhere/libcublasLt.so")
+    for device in ("cuda", "auto"):
+        with pytest.raises(Unsupported, match=r"device_products library: .*cuBLASLt.*device_products own"):
+            Model.load(tiny_folder, device=device, device_products="library", threads=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["f16", "bf16"])
+def test_long_prompts_by_a_library(tiny_folder: Path, weights: Any) -> None:
+    """Short ones get the same bits as without it; and pages are not taken for those computed without it."""
+    options: dict[str, Any] = {"device": "cuda", "threads": 1, "weights": weights, "kv": "f32"}
+    try:
+        model = Model.load(tiny_folder, device_products="library", **options)
+    except Unsupported:
+        pytest.skip("there is no cuBLASLt")
+    with model, Model.load(tiny_folder, **options) as own:
+        ids = (own.tokenizer.encode(PROMPT) * 12)[:150]
+        wanted, got = own.logits(ids), model.logits(ids)
+        assert 0.0 < np.linalg.norm(got - wanted) <= (2e-2 if weights == "bf16" else 2e-3) * np.linalg.norm(wanted)
+        assert np.array_equal(own.logits(ids[:100]), model.logits(ids[:100]))
+        assert model.fingerprint != own.fingerprint
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ int32_t fb_cuda_parts_within(const struct fb_cuda_description *d, int32_t window
 }
 
 /* Of a rounded step each token is a sequence, also those that are not there. */
-static int32_t tiles_of(const struct fb_cuda_rows *rows, int32_t n_found, int32_t group, int32_t tile_rows) {
+static int32_t tiles_of(const struct fb_cuda_extent *rows, int32_t n_found, int32_t group, int32_t tile_rows) {
     return rows->is_rounded ? rows->n_tokens * ((group + tile_rows - 1) / tile_rows) : n_found;
 }
 
@@ -69,8 +69,8 @@ static void list_tiles(const struct fb_program *program, const struct fb_cuda_se
 /* ---- The description --------------------------------------------------------------------------------------------- */
 
 /* Pages come last: how many there are changes from step to step, and where all the rest lies must not. */
-static enum fb_status lay_out(
-    struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_rows rows, struct fb_cuda_description *d) {
+static enum fb_status lay_out(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_extent rows,
+    struct fb_cuda_description *d) {
     const struct fb_program_shape *shape = &p->program->shape;
     const size_t n_tokens = (size_t)rows.n_tokens, group = (size_t)(shape->n_heads / shape->n_kv_heads);
     const size_t n_sequences = rows.is_rounded ? n_tokens : (size_t)batch->n_sequences;
@@ -132,8 +132,8 @@ static void write_batch(const struct fb_batch *batch, const struct fb_cuda_descr
     fill_up(batch, d, host);
 }
 
-enum fb_status fb_cuda_describe(
-    struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_rows rows, struct fb_cuda_description *d) {
+enum fb_status fb_cuda_describe(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_extent rows,
+    struct fb_cuda_description *d) {
     FB_TRY(lay_out(p, batch, rows, d));
     char *host = p->inputs.host, *device = p->inputs.device;
     const struct fb_cuda_sequence *sequences = (const struct fb_cuda_sequence *)(const void *)(host + d->sequences);

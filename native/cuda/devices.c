@@ -1,6 +1,7 @@
 /* devices.c - the GPUs of this machine and their memory, as base/device.h wants them. */
 #include "base/device.h"
 
+#include "library.h"
 #include "program.h"
 #include "runtime.h"
 
@@ -79,6 +80,14 @@ static enum fb_status clear(int32_t index, void *memory, size_t n_bytes) {
     return finish(cudaMemset(memory, 0, n_bytes), "clearing memory");
 }
 
+static enum fb_status load_products(int32_t index, const char *path, void **out) {
+    struct fb_cuda_functions *functions;
+    (void)index;
+    FB_TRY(fb_cuda_functions_load(path, &functions));
+    *out = functions;
+    return FB_OK;
+}
+
 const struct fb_device_kind *fb_device_kind_of_build(void) {
     static const struct fb_device_kind kind = {.count = count,
         .describe = describe,
@@ -86,6 +95,7 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
         .release = release,
         .copy = copy,
         .clear = clear,
+        .load_products = load_products,
         .program_create = fb_cuda_program_create,
         .program_free = fb_cuda_program_free,
         .program_run = fb_cuda_program_run,

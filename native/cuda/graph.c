@@ -14,8 +14,8 @@ int32_t fb_cuda_round_up(int32_t n) {
     return (int32_t)(n <= size / 4 * 3 ? size / 4 * 3 : size);
 }
 
-struct fb_cuda_rows fb_cuda_rows_of(const struct fb_cuda_program *p, const struct fb_batch *batch) {
-    struct fb_cuda_rows rows = {batch->n_tokens, batch->n_outputs, false};
+struct fb_cuda_extent fb_cuda_extent_of(const struct fb_cuda_program *p, const struct fb_batch *batch) {
+    struct fb_cuda_extent rows = {batch->n_tokens, batch->n_outputs, false};
     if (!p->graphs.info.is_on || batch->n_tokens != batch->n_sequences || batch->n_tokens > FB_CUDA_GRAPH_TOKENS)
         return rows;
     const int32_t most = p->program->shape.max_tokens; /* rows that buffers have */
@@ -30,7 +30,7 @@ struct fb_cuda_rows fb_cuda_rows_of(const struct fb_cuda_program *p, const struc
 /* ---- The table --------------------------------------------------------------------------------------------------- */
 
 static bool same_memory(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
-    return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials;
+    return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials && a->opened == b->opened;
 }
 
 static bool same_key(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
@@ -113,7 +113,8 @@ static bool replay(struct fb_cuda_program *p, const struct fb_cuda_step *step) {
         .pages = step->pages,
         .inputs = p->inputs.device,
         .outputs = p->outputs.device,
-        .partials = p->partials.device};
+        .partials = p->partials.device,
+        .opened = p->opened.device};
     bool is_new;
     struct fb_cuda_graph *graph = look_up(graphs, &key, &is_new);
     graph->last_used = ++graphs->n_steps;

@@ -20,7 +20,7 @@ enum {
 };
 
 /* Rows that a batch's launches work on. */
-struct fb_cuda_rows {
+struct fb_cuda_extent {
     int32_t n_tokens, n_outputs;
     bool is_rounded; /* the step may be a graph */
 };
@@ -29,7 +29,7 @@ struct fb_cuda_rows {
 struct fb_cuda_graph_key {
     int32_t n_tokens, n_outputs, n_parts;
     struct fb_cuda_pages pages;
-    const void *inputs, *outputs, *partials;
+    const void *inputs, *outputs, *partials, *opened;
 };
 
 struct fb_cuda_graph {
@@ -52,7 +52,7 @@ struct fb_cuda_step;
 /* n of {1, 2, 3, 4, 6, 8, 12, 16, 24, ...}, or 0: at most half more than asked for. */
 int32_t fb_cuda_round_up(int32_t n);
 
-struct fb_cuda_rows fb_cuda_rows_of(const struct fb_cuda_program *p, const struct fb_batch *batch);
+struct fb_cuda_extent fb_cuda_extent_of(const struct fb_cuda_program *p, const struct fb_batch *batch);
 
 /* Puts a step's operators on the stream, as a graph or one by one. */
 enum fb_status fb_cuda_run_step(struct fb_cuda_program *p, struct fb_cuda_step *step);

@@ -158,7 +158,7 @@ static enum fb_status line_up(struct group_run *run, int32_t n_rows, int32_t n_r
 static enum fb_status run_batch(struct group_run *run, fb_page_pool *const *pools, int32_t n_results,
     const struct fb_batch *batch, const struct fb_results *results) {
     const int32_t n = run->group->n;
-    const struct fb_cuda_rows rows = {.n_tokens = batch->n_tokens, .n_outputs = batch->n_outputs};
+    const struct fb_cuda_extent rows = {.n_tokens = batch->n_tokens, .n_outputs = batch->n_outputs};
     FB_TRY(fb_cuda_make_room(run->programs[0], n_results, batch->n_outputs, results));
     FB_TRY(make_room(run, batch));
     for (int32_t i = 0; i < n; i++) {

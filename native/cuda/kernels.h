@@ -6,16 +6,17 @@
  *
  * Results do not depend on the batch: each sum has one order, which the shape alone decides.
  *
- *     products    columns come in chunks of 32 and at most 16 segments of whole chunks. A segment starts at 0 and takes its terms one
- *                 by one in order of k with fused multiply-adds; the segments are then added in order. So one token and a thousand
+ *     products    columns come in chunks of 32 and at most 16 segments of whole chunks, on tensor cores 8. A segment starts at 0 and
+ *                 takes its terms one by one in order of k with fused multiply-adds; on tensor cores tile by tile, of block formats
+ *                 each block's codes from 0, then times its scale. The segments are then added in order. So one token and a thousand
  *                 get the same bits, though other kernels compute them.
  *     attention   keys come in blocks of 256 positions at fixed places, whose parts are merged in order, whether one block of
  *                 threads walks them or many take one each.
  *     sampling    as the CPU's sampler: see candidates.cuh.
  *     norms       256 (of a head: 32) threads take every 256th number, warps fold by halves, warps are added in order.
  *
- * Against the CPU they differ by rounding: inputs of products stay f32, where the CPU rounds those of quantised weights to 8 bits
- * and those of bf16 weights to bf16.
+ * Against the CPU they differ by rounding: on tensor cores inputs of products become two parts of f16 or bf16, where the CPU rounds
+ * those of quantised weights to 8 bits and those of bf16 weights to bf16.
  *
  * A launch returns 0 or a cudaError_t. It waits for nothing.
  */
@@ -31,7 +32,7 @@ extern "C" {
 
 typedef void *fb_cuda_stream; /* a cudaStream_t */
 
-enum { FB_CUDA_KEY_BLOCK = 256, FB_CUDA_FEW_TOKENS = 8 };
+enum { FB_CUDA_KEY_BLOCK = 256, FB_CUDA_FEW_TOKENS = 8, FB_CUDA_TILE_TOKENS = 64, FB_CUDA_SUMS = 3, FB_CUDA_PARTS = 2 };
 
 struct fb_cuda_weight {
     enum fb_dtype dtype;
@@ -114,7 +115,57 @@ struct fb_cuda_linear {
     int32_t *non_finite; /* NULL, or set to 1 when a result is NaN or infinite */
 };
 
+/* Weights in f32 or bf16. */
 int fb_cuda_multiply(const struct fb_cuda_linear *linear, fb_cuda_stream stream);
+
+/* ---- Products on tensor cores (inputs.cu, tensor.cu) ------------------------------------------------------------- */
+
+/* Inputs in two parts of 16 bits: rounded, and what that left over rounded again. In f16 after a power of two for each token, or in bf16. */
+struct fb_cuda_inputs {
+    enum fb_dtype dtype;      /* FB_F16 or FB_BF16 */
+    int32_t n_rows, n_chunks; /* tokens in whole tiles; columns / 32, rounded up */
+    uint16_t *halfs;          /* [FB_CUDA_PARTS][n_chunks][n_rows][32], columns in the order of fragments.cuh */
+    float *scales;            /* [n_rows]: what a token's results are multiplied with */
+    float *sums;              /* [n_chunks][FB_CUDA_SUMS][n_rows], f16 only: of columns 0 .. 15, 16 .. 31, and both */
+};
+
+/* What inputs of a weight's format are rounded to by a GPU of compute capability `compute_major`; FB_F32 if it is fb_cuda_multiply
+ * that multiplies it. */
+enum fb_dtype fb_cuda_inputs_dtype(enum fb_dtype weight, int32_t compute_major);
+
+/* How inputs lie in `memory`, which begins at a multiple of 16; returns how many bytes that are. NULL only counts. */
+size_t fb_cuda_inputs_view(
+    enum fb_dtype dtype, int32_t n_tokens, int32_t n_cols, void *memory, struct fb_cuda_inputs *out);
+
+/* x as for a product. */
+int fb_cuda_round(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_inputs *out,
+    fb_cuda_stream stream);
+
+/* The product of inputs that were rounded from linear->x, which itself is not read. */
+int fb_cuda_multiply_inputs(
+    const struct fb_cuda_linear *linear, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream);
+
+/* ---- Around products of cuBLASLt (opened.cu) --------------------------------------------------------------------- */
+
+/* Rows side by side in 16 bits: f16 after a power of two for each row, or bf16. */
+struct fb_cuda_rows {
+    enum fb_dtype dtype; /* FB_F16 or FB_BF16 */
+    int32_t width;       /* columns, with zeros behind the last: at most the next multiple of 32 */
+    uint16_t *halfs;     /* [rows][width] */
+    float *scales;       /* [rows]: what the row is multiplied with */
+};
+
+/* The rows of some panels; in bf16 a weight in bf16, any other in f16. */
+int fb_cuda_open_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
+    const struct fb_cuda_rows *out, fb_cuda_stream stream);
+
+/* Inputs of a product. */
+int fb_cuda_round_rows(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_rows *out,
+    fb_cuda_stream stream);
+
+/* What stands behind the sums [n_tokens][n_rows] of a weight's rows from a panel on, a multiple of 32 with SwiGLU. */
+int fb_cuda_finish(const struct fb_cuda_linear *linear, const struct fb_cuda_rows *weights,
+    const struct fb_cuda_rows *inputs, int32_t first_panel, int32_t n_rows, const float *sums, fb_cuda_stream stream);
 
 /* ---- Attention (attention.cu) ------------------------------------------------------------------------------------ */
 

@@ -1,5 +1,6 @@
 /*
- * linear.cu - out = x weight^T with bias, residual or SwiGLU behind it.
+ * linear.cu - out = x weight^T with bias, residual or SwiGLU behind it, on ordinary cores: weights in f32, and in bf16 on a GPU whose tensor
+ * cores do not know it. All others are tensor.cu's.
  *
  *     few tokens    a block of threads takes a panel (of SwiGLU a pair): 16 lanes x 16 segments of its columns. Weights are read once,
  *                   opened in registers, and multiplied with up to 8 tokens.
@@ -8,10 +9,11 @@
  *
  * Both sum as kernels.h tells and give the same bits.
  */
+#include "finish.cuh"
 #include "weights.cuh"
 
-enum { LANES = 16, TILE_TOKENS = 32, TILE_PANELS = 8, TILE_THREADS = 128, THREAD_TOKENS = 4, THREAD_ROWS = 8 };
-enum { X_STRIDE = TILE_TOKENS + 1, W_STRIDE = TILE_PANELS * LANES + 4 }; /* beside banks that others write */
+enum { TILE_TOKENS = 32, TILE_PANELS = 8, TILE_THREADS = 128, THREAD_TOKENS = 4, THREAD_ROWS = 8 };
+enum { X_STRIDE = TILE_TOKENS + 1, W_STRIDE = TILE_PANELS * FB_LANES + 4 }; /* beside banks that others write */
 enum { X_FLOATS = FB_CHUNK * X_STRIDE, W_FLOATS = FB_CHUNK * W_STRIDE };
 
 FB_DEVICE int32_t chunks_of(int32_t n_cols) {
@@ -22,27 +24,13 @@ FB_DEVICE int32_t segment_chunks(int32_t n_chunks) {
     return (n_chunks + FB_MOST_SEGMENTS - 1) / FB_MOST_SEGMENTS;
 }
 
-/* Puts a sum where it belongs. `panel` and `lane` name its row; with SwiGLU that of the gate, and `up` is the other sum. */
-FB_DEVICE void finish(const fb_cuda_linear &a, int64_t token, int32_t panel, int lane, float sum, float up) {
-    const int32_t row = panel * LANES + lane, column = a.swiglu ? panel / 2 * LANES + lane : row;
-    if (column >= a.width) return;
-    if (a.bias) sum += a.bias[row];
-    if (a.swiglu) {
-        if (a.bias) up += a.bias[row + LANES];
-        sum = sum / (1.0f + fb_exp(-sum)) * up;
-    }
-    if (a.residual) sum += a.residual[token * a.ld_residual + column];
-    if (a.non_finite && !fb_is_finite(sum)) *a.non_finite = 1;
-    a.out[token * a.ld_out + column] = sum;
-}
-
 /* ---- Few tokens -------------------------------------------------------------------------------------------------- */
 
 template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a) {
-    constexpr int n_sums = 2 * FB_MOST_SEGMENTS * N * LANES;
+    constexpr int n_sums = 2 * FB_MOST_SEGMENTS * N * FB_LANES;
     FB_SHARED(float, sums, n_sums);
-    const int lane = (int)threadIdx.x % LANES, segment = (int)threadIdx.x / LANES % FB_MOST_SEGMENTS;
-    const int half = (int)threadIdx.x / (LANES * FB_MOST_SEGMENTS); /* the second of two panels */
+    const int lane = (int)threadIdx.x % FB_LANES, segment = (int)threadIdx.x / FB_LANES % FB_MOST_SEGMENTS;
+    const int half = (int)threadIdx.x / (FB_LANES * FB_MOST_SEGMENTS); /* the second of two panels */
     const int32_t n_halves = a.swiglu ? 2 : 1, panel = (int32_t)blockIdx.x * n_halves + half;
     const int32_t n_cols = a.weight.n_cols, n_chunks = chunks_of(n_cols), length = segment_chunks(n_chunks);
     const char *at = fb_panel_of<D>(a.weight, panel);
@@ -80,18 +68,18 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
     }
 #pragma unroll
     for (int t = 0; t < N; t++)
-        sums[((half * FB_MOST_SEGMENTS + segment) * N + t) * LANES + lane] = sum[t];
+        sums[((half * FB_MOST_SEGMENTS + segment) * N + t) * FB_LANES + lane] = sum[t];
     __syncthreads();
 
-    const int token = (int)threadIdx.x / LANES;
+    const int token = (int)threadIdx.x / FB_LANES;
     if (token >= a.n_tokens) return;
     float total[2] = {0.0f, 0.0f};
     for (int h = 0; h < n_halves; h++)
         for (int s = 0; s < FB_MOST_SEGMENTS && s * length < n_chunks; s++) {
-            const float part = sums[((h * FB_MOST_SEGMENTS + s) * N + token) * LANES + lane];
+            const float part = sums[((h * FB_MOST_SEGMENTS + s) * N + token) * FB_LANES + lane];
             total[h] = s == 0 ? part : total[h] + part;
         }
-    finish(a, token, (int32_t)blockIdx.x * n_halves, lane, total[0], total[1]);
+    fb_finish(a, token, (int32_t)blockIdx.x * n_halves, lane, total[0], total[1]);
 }
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
@@ -101,9 +89,10 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
     FB_SHARED(float, ws, W_FLOATS); /* [column][panel][lane] */
     const int thread = (int)threadIdx.x;
     const int32_t n_cols = a.weight.n_cols, n_chunks = chunks_of(n_cols), length = segment_chunks(n_chunks);
-    const int32_t n_panels = (a.weight.n_rows + LANES - 1) / LANES, first_panel = (int32_t)blockIdx.x * TILE_PANELS;
+    const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES,
+                  first_panel = (int32_t)blockIdx.x * TILE_PANELS;
     const int64_t first_token = (int64_t)blockIdx.y * TILE_TOKENS;
-    const int32_t opens = first_panel + thread / LANES; /* the panel of which this thread opens a row */
+    const int32_t opens = first_panel + thread / FB_LANES; /* the panel of which this thread opens a row */
     const char *panel = fb_panel_of<D>(a.weight, opens < n_panels ? opens : 0);
     const int lanes = thread % 4 * 4, pair = thread / 4 % 4, tokens = thread / 16 * THREAD_TOKENS; /* what it sums */
 
@@ -116,7 +105,7 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
     for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
         {
             fb_chunk<D> opened;
-            opened.load(panel, n_cols, chunk, thread % LANES);
+            opened.load(panel, n_cols, chunk, thread % FB_LANES);
 #pragma unroll
             for (int q = 0; q < FB_CHUNK / 4; q++) {
                 float w[4];
@@ -137,8 +126,8 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
 #pragma unroll 4
         for (int k = 0; k < FB_CHUNK; k++) {
             float w[THREAD_ROWS];
-            fb_load4(ws + k * W_STRIDE + pair * 2 * LANES + lanes, w);
-            fb_load4(ws + k * W_STRIDE + (pair * 2 + 1) * LANES + lanes, w + 4);
+            fb_load4(ws + k * W_STRIDE + pair * 2 * FB_LANES + lanes, w);
+            fb_load4(ws + k * W_STRIDE + (pair * 2 + 1) * FB_LANES + lanes, w + 4);
 #pragma unroll
             for (int t = 0; t < THREAD_TOKENS; t++) {
                 const float x = xs[k * X_STRIDE + tokens + t];
@@ -165,17 +154,17 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
         for (int r = 0; r < 4; r++) {
             const int64_t token = first_token + tokens + t;
             if (token >= a.n_tokens) continue;
-            finish(a, token, gate, lanes + r, total[t][r], total[t][r + 4]);
-            if (!a.swiglu) finish(a, token, gate + 1, lanes + r, total[t][r + 4], 0.0f);
+            fb_finish(a, token, gate, lanes + r, total[t][r], total[t][r + 4]);
+            if (!a.swiglu) fb_finish(a, token, gate + 1, lanes + r, total[t][r + 4], 0.0f);
         }
 }
 
 /* ---- Launch ------------------------------------------------------------------------------------------------------ */
 
 template <fb_dtype D> static int multiply(const fb_cuda_linear &a, fb_cuda_stream stream) {
-    const unsigned n_panels = (unsigned)(a.weight.n_rows + LANES - 1) / LANES, n_tokens = (unsigned)a.n_tokens;
+    const unsigned n_panels = (unsigned)(a.weight.n_rows + FB_LANES - 1) / FB_LANES, n_tokens = (unsigned)a.n_tokens;
     if (a.n_tokens <= FB_CUDA_FEW_TOKENS) {
-        const unsigned n_halves = a.swiglu ? 2 : 1, threads = n_halves * LANES * FB_MOST_SEGMENTS;
+        const unsigned n_halves = a.swiglu ? 2 : 1, threads = n_halves * FB_LANES * FB_MOST_SEGMENTS;
         const dim3 grid(n_panels / n_halves);
         if (n_tokens == 1) return fb_launch(few_kernel<D, 1>, grid, threads, 0, stream, a);
         if (n_tokens <= 4) return fb_launch(few_kernel<D, 4>, grid, threads, 0, stream, a);
@@ -186,5 +175,12 @@ template <fb_dtype D> static int multiply(const fb_cuda_linear &a, fb_cuda_strea
 }
 
 int fb_cuda_multiply(const struct fb_cuda_linear *linear, fb_cuda_stream stream) {
-    return FB_FOR_DTYPE(linear->weight.dtype, multiply, *linear, stream);
+    switch (linear->weight.dtype) {
+    case FB_F32:
+        return multiply<FB_F32>(*linear, stream);
+    case FB_BF16:
+        return multiply<FB_BF16>(*linear, stream);
+    default:
+        return -1; /* tensor.cu's */
+    }
 }

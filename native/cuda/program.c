@@ -51,6 +51,7 @@ static size_t lay_out(struct fb_cuda_program *p) {
     p->arena = part(p, &at, program->arena_floats * sizeof(float));
     p->cos_sin = part(p, &at, angles);
     p->sink_turns = part(p, &at, angles);
+    p->rounded = part(p, &at, fb_cuda_rounded_bytes(p));
     p->non_finite = part(p, &at, sizeof(int32_t));
     return at;
 }
@@ -62,17 +63,21 @@ static enum fb_status upload(struct fb_cuda_program *p, void *to, const float *f
 
 static enum fb_status build(struct fb_cuda_program *p) {
     const struct fb_program *program = p->program;
-    int n_processors;
+    int n_processors, major;
     FB_TRY(fb_cuda_enter(p->device->index));
     FB_TRY(fb_cuda_check(
         cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, p->device->index), "asking the GPU"));
+    FB_TRY(fb_cuda_check(
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device->index), "asking the GPU"));
     p->n_processors = n_processors;
+    p->compute_major = major;
     FB_TRY(fb_cuda_check(cudaStreamCreateWithFlags(&p->stream, cudaStreamNonBlocking), "making a stream"));
     FB_TRY(fb_cuda_check(cudaMallocHost((void **)&p->non_finite_here, sizeof(int32_t)), "no pinned memory"));
     p->weights = calloc((size_t)program->n_ops, sizeof *p->weights);
     if (!p->weights) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     for (int32_t i = 0; i < program->n_ops; i++)
         if (program->ops[i].weight) fb_cuda_weight_view(program->ops[i].weight, &p->weights[i]);
+    if (p->device->products) FB_TRY(fb_cuda_library_create(p->device->products, &p->library));
     void *fixed;
     p->n_fixed_bytes = lay_out(p);
     FB_TRY(fb_device_take(p->device, "a program's buffers", p->n_fixed_bytes, &fixed));
@@ -109,6 +114,8 @@ void fb_cuda_program_free(void *on_device) {
     give_up(p, &p->drawn);
     give_up(p, &p->gathered);
     give_up(p, &p->scratch);
+    give_up(p, &p->opened);
+    fb_cuda_library_free(p->library);
     if (p->non_finite_here) cudaFreeHost(p->non_finite_here);
     if (p->stream) cudaStreamDestroy(p->stream);
     free(p->weights);

@@ -45,8 +45,7 @@ static enum fb_status draw(struct fb_cuda_program *p, const float *logits, const
     memcpy(p->plans.host, results->plans, (size_t)results->n_plans * sizeof *results->plans);
     if (results->n_changes > 0)
         memcpy(p->plans.host + d.changes, results->changes, (size_t)results->n_changes * sizeof *results->changes);
-    FB_TRY(fb_cuda_check(
-        cudaMemcpyAsync(p->plans.device, p->plans.host, d.n_bytes, cudaMemcpyHostToDevice, p->stream),
+    FB_TRY(fb_cuda_check(cudaMemcpyAsync(p->plans.device, p->plans.host, d.n_bytes, cudaMemcpyHostToDevice, p->stream),
         "copying draws to the GPU"));
     const int32_t vocab_size = p->program->shape.vocab_size;
     const struct fb_cuda_draws draws = {.logits = logits,

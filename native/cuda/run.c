@@ -3,41 +3,6 @@
 
 #include "views.h"
 
-
-static float *buffer_of(const struct fb_cuda_program *p, int32_t number) {
-    return p->arena + p->program->buffers[number].offset;
-}
-
-/* A vector of an operator, where it lies on the GPU. */
-static const float *vector_of(const struct fb_cuda_program *p, const float *vector) {
-    return vector ? p->vectors + (vector - p->program->vectors) : NULL;
-}
-
-static int run_product(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows, float *logits) {
-    const struct fb_buffer *buffers = p->program->buffers;
-    struct fb_cuda_linear a = {.weight = p->weights[op - p->program->ops],
-        .x = buffer_of(p, op->in),
-        .ldx = (int64_t)buffers[op->in].stride,
-        .bias = vector_of(p, op->vector),
-        .n_tokens = n_rows,
-        .width = op->weight->n_rows,
-        .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
-    if (op->kind == FB_OP_LOGITS) {
-        a.out = logits;
-        a.ld_out = a.width;
-        a.non_finite = p->non_finite;
-    } else {
-        a.out = buffer_of(p, op->out) + op->column;
-        a.ld_out = (int64_t)buffers[op->out].stride;
-        if (a.swiglu) a.width = buffers[op->out].width;
-    }
-    if (op->residual >= 0) {
-        a.residual = buffer_of(p, op->residual);
-        a.ld_residual = (int64_t)buffers[op->residual].stride;
-    }
-    return fb_cuda_multiply(&a, p->stream);
-}
-
 static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, const struct fb_cuda_pages *pages,
     const struct fb_cuda_description *d) {
     const struct fb_program_shape *s = &p->program->shape;
@@ -50,8 +15,8 @@ static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, cons
         .scale = op->scale,
         .sink_turns = p->sink_turns,
         .rotary_dim = s->rotary_dim,
-        .q = buffer_of(p, op->in),
-        .out = buffer_of(p, op->out),
+        .q = fb_cuda_buffer(p, op->in),
+        .out = fb_cuda_buffer(p, op->out),
         .ldq = (int64_t)buffers[op->in].stride,
         .ld_out = (int64_t)buffers[op->out].stride,
         .tiles = d->device_tiles,
@@ -63,11 +28,11 @@ static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, cons
 }
 
 static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struct fb_cuda_pages *pages,
-    const struct fb_cuda_description *d, int32_t n_rows, float *logits) {
+    const struct fb_cuda_description *d, int32_t n_rows) {
     const struct fb_program_shape *s = &p->program->shape;
     const struct fb_buffer *in = op->in >= 0 ? &p->program->buffers[op->in] : NULL;
     const struct fb_buffer *out = op->out >= 0 ? &p->program->buffers[op->out] : NULL;
-    float *from = in ? buffer_of(p, op->in) : NULL, *to = out ? buffer_of(p, op->out) : NULL;
+    float *from = in ? fb_cuda_buffer(p, op->in) : NULL, *to = out ? fb_cuda_buffer(p, op->out) : NULL;
     const int64_t ld_in = in ? (int64_t)in->stride : 0, ld_out = out ? (int64_t)out->stride : 0;
     int error;
     switch (op->kind) {
@@ -79,10 +44,10 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
                            &d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_turns, p->stream);
     case FB_OP_RMS_NORM:
         return fb_cuda_rms_norm(
-            from, ld_in, vector_of(p, op->vector), n_rows, op->vector_length, op->eps, to, ld_out, p->stream);
+            from, ld_in, fb_cuda_vector(p, op->vector), n_rows, op->vector_length, op->eps, to, ld_out, p->stream);
     case FB_OP_HEAD_NORM:
-        return fb_cuda_head_norm(from, ld_in, n_rows, s->n_heads, s->n_kv_heads, s->head_dim, vector_of(p, op->vector),
-            vector_of(p, op->vector2), op->eps, p->stream);
+        return fb_cuda_head_norm(from, ld_in, n_rows, s->n_heads, s->n_kv_heads, s->head_dim,
+            fb_cuda_vector(p, op->vector), fb_cuda_vector(p, op->vector2), op->eps, p->stream);
     case FB_OP_ROPE:
         return fb_cuda_rope(
             from, ld_in, n_rows, s->n_heads + s->n_kv_heads, s->head_dim, s->rotary_dim, p->cos_sin, p->stream);
@@ -93,37 +58,48 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
     case FB_OP_GATHER_OUTPUTS:
         return fb_cuda_gather(from, ld_in, d->device_outputs, n_rows, in->width, to, ld_out, p->stream);
     default:
-        return run_product(p, op, n_rows, logits);
+        return cudaErrorUnknown; /* products go another way */
     }
 }
 
-enum fb_status fb_cuda_begin(
-    struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch, struct fb_cuda_rows rows,
-    struct fb_cuda_step *step) {
+enum fb_status fb_cuda_begin(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
+    struct fb_cuda_extent rows, struct fb_cuda_step *step) {
     *step = (struct fb_cuda_step){.n_rows = rows.n_tokens};
     fb_cuda_pages_view(pool, &step->pages);
     FB_TRY(fb_cuda_enter(p->device->index));
-    return fb_cuda_describe(p, batch, rows, &step->d);
+    FB_TRY(fb_cuda_describe(p, batch, rows, &step->d));
+    return fb_cuda_prepare_products(p, rows.n_tokens, rows.n_outputs);
 }
 
 enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step) {
-    static const char *const names[] = {"", "embed", "rms_norm", "linear", "linear_swiglu", "head_norm", "rope",
-        "kv_write", "attention", "gather_outputs", "logits"};
+    static const char *const names[] = {[FB_OP_EMBED] = "embed",
+        [FB_OP_RMS_NORM] = "rms_norm",
+        [FB_OP_HEAD_NORM] = "head_norm",
+        [FB_OP_ROPE] = "rope",
+        [FB_OP_KV_WRITE] = "kv_write",
+        [FB_OP_ATTENTION] = "attention",
+        [FB_OP_GATHER_OUTPUTS] = "gather_outputs"};
     FB_TRY(fb_cuda_enter(p->device->index));
     if (step->next_op == 0)
         FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
+    p->rounded_from = -1;
     for (; step->next_op < p->program->n_ops; step->next_op++) {
         const struct fb_op *op = &p->program->ops[step->next_op];
         if (op->kind == FB_OP_SUM) break;
         if (op->kind == FB_OP_GATHER_OUTPUTS) step->n_rows = step->d.rows.n_outputs;
         if (step->n_rows == 0) break; /* nobody wants logits */
-        FB_TRY(fb_cuda_check(run_op(p, op, &step->pages, &step->d, step->n_rows, step->logits), names[op->kind]));
+        if (fb_is_product(op)) {
+            FB_TRY(fb_cuda_run_product(p, op, step->n_rows, step->logits));
+            continue;
+        }
+        FB_TRY(fb_cuda_check(run_op(p, op, &step->pages, &step->d, step->n_rows), names[op->kind]));
+        p->rounded_from = -1;
     }
     return FB_OK;
 }
 
 static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
-    struct fb_cuda_rows rows, const struct fb_results *results) {
+    struct fb_cuda_extent rows, const struct fb_results *results) {
     struct fb_cuda_step step;
     FB_TRY(fb_cuda_begin(p, pool, batch, rows, &step));
     step.logits = (float *)(void *)p->outputs.device;
@@ -134,7 +110,7 @@ static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *p
 enum fb_status fb_cuda_program_run(
     void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results) {
     struct fb_cuda_program *p = on_device;
-    const struct fb_cuda_rows rows = fb_cuda_rows_of(p, batch);
+    const struct fb_cuda_extent rows = fb_cuda_extent_of(p, batch);
     FB_TRY(fb_cuda_make_room(p, p->program->n_results, rows.n_outputs, results));
     const enum fb_status status = run_batch(p, pool, batch, rows, results);
     /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */

@@ -139,6 +139,11 @@ enum fb_status fb_device_describe(int32_t index, struct fb_device_info *out);
  * there are fewer devices. */
 enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **out);
 
+/* Lets programs made from now on compute products of many tokens (128 and more) with the vendor's library: on NVIDIA GPUs cuBLASLt, from
+ * the file `path`, or libcublasLt.so.13 or .12 where NULL. Results are then no longer the same bits in every batch. Not beside another
+ * call that has the handle. FB_UNSUPPORTED if the library is not there. */
+enum fb_status fb_device_use_library(fb_device *device, const char *path);
+
 /* Bytes taken through this handle, and those that may still be taken. */
 enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes);
 

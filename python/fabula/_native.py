@@ -208,6 +208,14 @@ class Device:
         """The GPUs that it is: itself."""
         return (self,)
 
+    def use_library(self, path: str | None) -> None:
+        """Lets programs made from now on compute products of many tokens with cuBLASLt; see fb_device_use_library.
+
+        Raises:
+            Unsupported: it cannot be loaded, or this build does not know it.
+        """
+        check(lib.fb_device_use_library(self.handle, ffi.NULL if path is None else path.encode()))
+
     def memory(self) -> tuple[int, int]:
         """Bytes taken through this handle, and those that may still be taken."""
         used, free = ffi.new("size_t *"), ffi.new("size_t *")

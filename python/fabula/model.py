@@ -88,10 +88,11 @@ class Model:
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
-        if runner.device is not None:  # its K and V differ from the CPU's by rounding: a text must not mix them
-            layout += ", computed with CUDA"
+        if runner.device is not None:  # K and V are rounded as nowhere else: a text must not mix them with others
+            layout += f", computed with CUDA {runner.device.info.compute}"
             if len(runner.device.members) > 1:  # so do the numbers of another number of parts
                 layout += f" on {len(runner.device.members)} GPUs"
+            layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
         self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
 
@@ -108,6 +109,7 @@ class Model:
         device: str = "cpu",
         device_memory: int | None = None,
         tensor_parallel: int = 1,
+        device_products: str = "own",
         fetch: bool = True,
         fetch_progress: Progress | None = None,
         load_progress: Callable[[int, int], None] | None = None,
@@ -128,6 +130,8 @@ class Model:
             device_memory: bytes of the GPU that the model may take, cache included; None for what is free. Of each GPU,
                 where there are several.
             tensor_parallel: GPUs, from `device` on, that compute the model together, each its share of every layer.
+            device_products: "own", or "library": on a GPU, cuBLASLt multiplies where 128 tokens or more come together.
+                It may be faster for long prompts, but what a token gets then depends on the tokens beside it.
             fetch: whether a missing model may be downloaded.
             fetch_progress: told about a download's bytes.
             load_progress: called with (bytes read, bytes in all) while weights are packed.
@@ -141,7 +145,8 @@ class Model:
             InvalidArgument: an option is out of its range.
             OutOfMemory: the system refused memory.
             DeviceOutOfMemory: the GPU has no room for it.
-            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA, or several GPUs no NCCL.
+            DeviceError: no driver, no GPU, or it failed. Unsupported: this build has no CUDA, several GPUs have no NCCL,
+                or cuBLASLt was asked for and cannot be loaded.
         """
         if weights not in PRECISIONS:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
@@ -155,7 +160,7 @@ class Model:
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
-        placement = Placement(device, device_memory, tensor_parallel)
+        placement = Placement(device, device_memory, tensor_parallel, device_products)
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
         checkpoint = Fingerprinting(open_checkpoint(path))

@@ -7,14 +7,14 @@ build=$top/build/emulated
 python=${PYTHON:-python3}
 
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=EMULATED -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug
-cmake --build "$build" --target fabula fabula_cdef -j "${JOBS:-2}"
+cmake --build "$build" --target fabula fabula_cdef fabula_products -j "${JOBS:-2}"
 
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
 cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
-export PYTHONPATH="$build/package" LD_LIBRARY_PATH="$build/nccl"
+export PYTHONPATH="$build/package" LD_LIBRARY_PATH="$build/nccl" FABULA_CUBLASLT="$build/libfabula_products.so"
 "$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
 # Of the long random walks over sessions one, which takes half a minute.
 FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py \

@@ -98,6 +98,7 @@ void fb_device_let_go(fb_device *device) {
     if (device->n_members) device->kind->group_close(device->links);
     for (int32_t i = 0; i < device->n_members; i++)
         fb_device_let_go(device->members[i]);
+    free(device->products);
     free(device);
 }
 
@@ -117,6 +118,12 @@ static enum fb_status memory_of_group(const fb_device *group, size_t *used_bytes
     *used_bytes = used;
     *free_bytes = least * (size_t)group->n_members;
     return FB_OK;
+}
+
+enum fb_status fb_device_use_library(fb_device *device, const char *path) {
+    FB_REQUIRE(device, "device is null");
+    FB_REQUIRE(!device->products, "the device uses a library already");
+    return device->kind->load_products(device->index, path, &device->products);
 }
 
 enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes) {

@@ -35,6 +35,9 @@ struct fb_device_kind {
     enum fb_status (*copy)(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes);
     enum fb_status (*clear)(int32_t index, void *memory, size_t n_bytes);
 
+    /* A vendor's library of products, from `path` or where the system finds it; what comes out is freed by free(). */
+    enum fb_status (*load_products)(int32_t index, const char *path, void **out);
+
     /* What a program that was checked and planned needs on its device. The program outlives it. */
     enum fb_status (*program_create)(const fb_program *program, void **out);
     void (*program_free)(void *on_device);
@@ -56,6 +59,7 @@ struct fb_device {
     const struct fb_device_kind *kind;
     int32_t index;
     size_t budget;
+    void *products; /* of load_products, NULL: the kind's own */
     atomic_size_t used;
     atomic_int n_holders;                /* the handle, each allocation, and groups */
     fb_device *members[FB_MOST_MEMBERS]; /* of a group, on which itself nothing lies */

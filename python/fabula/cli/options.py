@@ -60,6 +60,11 @@ parallel_option = click.option(
     metavar="N", help="GPUs, from --device on, that compute the model together.",
 )  # fmt: skip
 
+products_option = click.option(
+    "--device-products", type=click.Choice(("own", "library")), default="own", show_default=True, metavar="NAME",
+    help="What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+)  # fmt: skip
+
 _MODEL = (
     model_option,
     click.option(
@@ -75,6 +80,7 @@ _MODEL = (
     ),
     device_option,
     parallel_option,
+    products_option,
 )  # fmt: skip
 
 
@@ -89,6 +95,7 @@ class ModelOptions:
     context: int | None
     device: str = "cpu"
     tensor_parallel: int = 1
+    device_products: str = "own"
 
     @property
     def name(self) -> str:
@@ -109,6 +116,7 @@ class ModelOptions:
                 context=self.context,
                 device=self.device,
                 tensor_parallel=self.tensor_parallel,
+                device_products=self.device_products,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -127,9 +135,10 @@ def model_options(function: _Function) -> _Function:
         context: int | None,
         device: str,
         tensor_parallel: int,
+        device_products: str,
         **rest: Any,
     ) -> Any:
-        loading = ModelOptions(model, weights, kv, threads, context, device, tensor_parallel)
+        loading = ModelOptions(model, weights, kv, threads, context, device, tensor_parallel, device_products)
         return function(*args, loading=loading, **rest)
 
     for option in reversed(_MODEL):

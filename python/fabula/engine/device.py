@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 
@@ -10,6 +11,8 @@ from fabula._parallel import MOST_DEVICES, DeviceGroup
 from fabula.errors import DeviceError, EngineError, InvalidArgument, Unsupported
 
 _NAME = re.compile(r"cpu|auto|cuda(?::([0-9]{1,3}))?")
+PRODUCTS = ("own", "library")
+LIBRARY = "FABULA_CUBLASLT"  # the variable that names cuBLASLt's file where the system does not find it
 RESERVED = 0.05  # of a GPU's free memory that "auto" leaves for batches
 
 
@@ -37,6 +40,17 @@ def check_parallel(n: object, device: str) -> int:
     return n
 
 
+def check_products(name: object) -> str:
+    """What computes a GPU's products.
+
+    Raises:
+        InvalidArgument: there is no such thing.
+    """
+    if name not in PRODUCTS:
+        raise InvalidArgument(f"device_products is {name!r}, must be own or library")
+    return str(name)
+
+
 class Placement:
     """What may be chosen for one model.
 
@@ -44,21 +58,25 @@ class Placement:
         name: "cpu"; "cuda" for the first GPU; "cuda:N"; "auto" for a GPU that has room, else the CPU.
         memory: bytes of a GPU that the model may take; None for what is free.
         n_devices: GPUs from the one named on, which compute the model together.
+        products: "own", or "library" for cuBLASLt where a GPU has many tokens to multiply.
 
     Raises:
-        InvalidArgument: no name of a device, or there are fewer GPUs.
-        Unsupported: a GPU is asked for, and this build has no CUDA; or several, and NCCL is missing.
+        InvalidArgument: no name of a device or of products, or there are fewer GPUs.
+        Unsupported: a GPU is asked for, and this build has no CUDA; or several, and NCCL is missing; or cuBLASLt, and
+            it cannot be loaded.
         DeviceError: a GPU is asked for, and the driver is missing, too old, or finds none.
     """
 
-    def __init__(self, name: str = "cpu", memory: int | None = None, n_devices: int = 1) -> None:
+    def __init__(self, name: str = "cpu", memory: int | None = None, n_devices: int = 1, products: str = "own") -> None:
         check_device(name)
         self.n_devices = check_parallel(n_devices, name)
+        self.products = check_products(products)
         self._memory = memory
         self._device: _native.Device | None = None
         self._n_tried = 0  # GPUs to try
         if name not in ("cpu", "auto"):
             self._device = self._open(name, int(name.partition(":")[2] or 0))
+            self._prepare(self._device)
         elif name == "auto":
             with suppress(Unsupported, DeviceError):  # then it is the CPU
                 self._n_tried = _native.device_count()
@@ -80,8 +98,19 @@ class Placement:
             with suppress(DeviceError):  # one that cannot be used is passed over
                 device = _native.Device(index, self._memory)
                 if n_bytes <= (1 - RESERVED) * device.memory()[1]:
+                    self._prepare(device)
                     return device
         return self._device
+
+    def _prepare(self, device: _native.Device) -> None:
+        if self.products == "own":
+            return
+        try:
+            for member in device.members:
+                member.use_library(os.environ.get(LIBRARY) or None)
+        except Unsupported as error:
+            text = f"device_products library: {error}; name its file in {LIBRARY}, or take device_products own"
+            raise Unsupported(text, status=error.status) from None
 
 
 CPU = Placement()

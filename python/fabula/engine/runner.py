@@ -97,6 +97,7 @@ class Runner:
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
         buffer_bytes = 4 * self.max_tokens * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
+        self.products = "own" if self.device is None else placement.products
         shape = _native.Shape(
             n_layers=config.n_layers,
             n_heads=shares.n_heads,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fabula._parallel import MOST_DEVICES
-from fabula.engine.device import check_device, check_parallel
+from fabula.engine.device import check_device, check_parallel, check_products
 from fabula.errors import InvalidArgument
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.format import KV_NAMES
@@ -110,6 +110,14 @@ class Settings:
         default=1,
         metadata=_about(
             "Models", "GPUs, from the device on, that compute each model together.", low=1, high=MOST_DEVICES
+        ),
+    )
+    device_products: str = field(
+        default="own",
+        metadata=_about(
+            "Models",
+            "What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+            metavar="NAME",
         ),
     )
     threads: int | None = field(
@@ -230,6 +238,7 @@ class Settings:
                 raise InvalidArgument(f"{name} is {value!r}, must be in {about['low']:g} .. {about['high']:g}")
         check_device(self.device)
         check_parallel(self.tensor_parallel, self.device)
+        check_products(self.device_products)
         if not self.model:
             raise InvalidArgument("model is empty, the server needs one at least")
         names = [name for name, _ in self.models]

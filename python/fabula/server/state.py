@@ -160,6 +160,7 @@ class Server:
             device=settings.device,
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,
+            device_products=settings.device_products,
             threads=settings.threads,
             fetch=settings.fetch,
             fetch_progress=serving,

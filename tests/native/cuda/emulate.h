@@ -55,6 +55,13 @@ namespace emulate {
 enum { WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 256 << 10 };
 enum class state { ready, waiting, done };
 
+/* Of 16 bytes into shared memory. */
+struct copy {
+    void *to;
+    const void *from;
+    unsigned group;
+};
+
 struct fiber {
     ucontext_t context;
     char *stack;
@@ -66,13 +73,21 @@ struct fiber {
 #endif
     state now;
     unsigned n_shuffles;
+    std::vector<copy> copies; /* asked for and not waited for; see emulate_mma.h */
+    unsigned n_groups;
+};
+
+/* What a lane gives the others of its warp at once. */
+struct message {
+    uint64_t words[3];
 };
 
 struct warp {
     int arrived;
-    unsigned n_lanes;
-    uint64_t values[2][WARP]; /* two, for a lane may be a shuffle ahead of others */
+    message messages[2][WARP]; /* two, for a lane may be a shuffle ahead of others */
     int kinds[2][WARP];
+    bool is_multiplied[2]; /* whether the messages of tiles became `products`; see emulate_mma.h */
+    double products[2][WARP][4];
 };
 
 struct piece {
@@ -188,13 +203,14 @@ inline void sync_block() {
         fibers[i].now = state::ready;
 }
 
-/* Every lane's value to everybody of the warp. `kind` tells shuffles apart. */
-inline const uint64_t *exchange(uint64_t value, unsigned mask, int kind) {
+/* Every lane's message to everybody of the warp; returns the slot they lie in. `kind` tells shuffles apart. */
+inline unsigned exchange(const message &value, unsigned mask, int kind) {
     if (mask != 0xFFFFFFFFu) fail("a shuffle names not the whole warp");
     warp &w = warps[current / WARP];
     const unsigned slot = fibers[current].n_shuffles++ % 2, lane = current % WARP;
-    w.values[slot][lane] = value;
+    w.messages[slot][lane] = value;
     w.kinds[slot][lane] = kind;
+    w.is_multiplied[slot] = false;
     if (++w.arrived < WARP) {
         wait_here();
     } else {
@@ -204,15 +220,15 @@ inline const uint64_t *exchange(uint64_t value, unsigned mask, int kind) {
             if (w.kinds[slot][i] != kind) fail("lanes of a warp meet in different shuffles");
         }
     }
-    return w.values[slot];
+    return slot;
 }
 
 template <class T> T shuffle(T value, unsigned mask, unsigned source, int kind) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles take up to 8 bytes");
-    uint64_t bits = 0;
-    memcpy(&bits, &value, sizeof value);
-    const uint64_t *all = exchange(bits, mask, kind);
-    memcpy(&value, &all[source % WARP], sizeof value);
+    message m = {};
+    memcpy(m.words, &value, sizeof value);
+    const unsigned slot = exchange(m, mask, kind);
+    memcpy(&value, warps[current / WARP].messages[slot][source % WARP].words, sizeof value);
     return value;
 }
 
@@ -249,7 +265,8 @@ inline void prepare(unsigned threads) {
 #endif
         const bool is_made = is_reusable(f);
         f.now = state::ready;
-        f.n_shuffles = 0;
+        f.n_shuffles = f.n_groups = 0;
+        f.copies.clear();
         if (is_made) continue;
 #ifndef __SANITIZE_ADDRESS__
         f.has_left = false;
@@ -259,6 +276,10 @@ inline void prepare(unsigned threads) {
         f.context.uc_stack.ss_size = STACK_BYTES;
         f.context.uc_link = nullptr;
         makecontext(&f.context, fiber_main, 0);
+#ifdef __SANITIZE_ADDRESS__
+        f.context.uc_stack.ss_size =
+            0; /* or each switch would clear what is known of the whole stack, which takes its time */
+#endif
     }
 }
 

@@ -10,4 +10,9 @@ set_target_properties(fabula_cuda PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRES
 target_link_libraries(fabula_cuda PRIVATE ${CMAKE_DL_LIBS})
 include(tests/native/cuda/runtime/nccl.cmake)
 add_dependencies(fabula_cuda fake_nccl)
+# What multiplies in cuBLASLt's place, loaded as it would be.
+add_library(fabula_products SHARED tests/native/cuda/runtime/library.cpp)
+target_include_directories(fabula_products PRIVATE tests/native/cuda/runtime native/include native/src)
+set_target_properties(fabula_products PROPERTIES CXX_STANDARD 17)
+target_compile_options(fabula_products PRIVATE -Wall -Wextra -O2)
 target_compile_options(fabula_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off $<$<COMPILE_LANGUAGE:CXX>:-O2>)

@@ -350,3 +350,20 @@ enum fb_status model_draw(const struct model *m, int32_t *token, float *logprob)
     *token = history[3];
     return status;
 }
+
+enum fb_status model_prompt(const struct model *m, int32_t n_tokens, float logits[MODEL_VOCABULARY]) {
+    int32_t pages[MODEL_PAGES], tokens[MODEL_TOKENS];
+    for (int32_t i = 0; i < MODEL_PAGES; i++)
+        pages[i] = i;
+    for (int32_t t = 0; t < n_tokens; t++)
+        tokens[t] = (t * t + 5 * t) % MODEL_VOCABULARY;
+    fb_page_pool *pool = NULL;
+    enum fb_status status = fb_page_pool_create_on(
+        m->device, FB_F16, FB_F16, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+    const int32_t output = n_tokens - 1;
+    const struct fb_sequence sequence = {pages, (n_tokens - 1) / FB_PAGE_POSITIONS + 1, 0, n_tokens, 0, 0};
+    const struct fb_batch batch = {sizeof batch, n_tokens, tokens, &sequence, 1, &output, 1};
+    if (status == FB_OK) status = fb_program_run(m->program, pool, &batch, logits, MODEL_VOCABULARY);
+    fb_page_pool_free(pool);
+    return status;
+}

@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-enum { MODEL_VOCABULARY = 96, MODEL_TOKENS = 64, MODEL_PAGES = 40 };
+enum { MODEL_VOCABULARY = 96, MODEL_TOKENS = 160, MODEL_PAGES = 40 };
 
 struct model;
 struct model *model_create(fb_device *device); /* the same numbers each time; NULL if the device refuses */
@@ -28,6 +28,9 @@ enum fb_status model_step(const struct model *model, float logits[MODEL_VOCABULA
 
 /* The same, drawing a token. */
 enum fb_status model_draw(const struct model *model, int32_t *token, float *logprob);
+
+/* Logits behind a prompt, over a pool of its own. */
+enum fb_status model_prompt(const struct model *model, int32_t n_tokens, float logits[MODEL_VOCABULARY]);
 
 #ifdef __cplusplus
 }

@@ -69,14 +69,16 @@ struct place {
 
     /* Many tokens of one sequence: the memory of a step grows. */
     void grow() const {
+        enum { most = 2 * FB_PAGE_POSITIONS };
         const int32_t pages[] = {10, 11};
-        int32_t tokens[MODEL_TOKENS], outputs[MODEL_TOKENS];
-        for (int32_t t = 0; t < MODEL_TOKENS; t++)
+        int32_t tokens[most], outputs[most];
+        for (int32_t t = 0; t < most; t++)
             tokens[t] = outputs[t] = t;
-        const fb_sequence sequence = {pages, 2, 0, MODEL_TOKENS, 0, 0};
-        const fb_batch batch = {sizeof batch, MODEL_TOKENS, tokens, &sequence, 1, outputs, MODEL_TOKENS};
-        std::vector<float> logits(MODEL_TOKENS * MODEL_VOCABULARY);
-        CHECK(fb_program_run(model_program(m), pool, &batch, logits.data(), logits.size()) == FB_OK);
+        const fb_sequence sequence = {pages, 2, 0, most, 0, 0};
+        const fb_batch batch = {sizeof batch, most, tokens, &sequence, 1, outputs, most};
+        std::vector<float> logits(most * MODEL_VOCABULARY);
+        CHECK_AT(fb_program_run(model_program(m), pool, &batch, logits.data(), logits.size()) == FB_OK, "%s",
+            fb_last_error());
     }
 };
 

@@ -3,9 +3,12 @@
  * are those of the CPU, the same bits in every batch; and whatever call fails, nothing is lost and the next run works.
  */
 #include "check.h"
+#include "cublasLt.h"
 #include "cuda_runtime_api.h"
 #include "emulate.h"
 #include "model.h"
+
+#include <math.h>
 
 /* Every call of a step that draws fails once; what comes from the device is less than logits are. */
 static void test_failures_of_drawing(const model *m) {
@@ -124,6 +127,48 @@ static void test_places(fb_device *device) {
     CHECK(fake_n_held == 0);
 }
 
+/* Long prompts by cuBLASLt, short ones without; what is refused or fails leaves the model usable. */
+static void test_library(const model *on_cpu) {
+    enum { LONG = 140, SHORT = 12 };
+    float wanted[MODEL_VOCABULARY], logits[MODEL_VOCABULARY], short_logits[MODEL_VOCABULARY];
+    fb_device *device = nullptr;
+    CHECK(fb_device_use_library(nullptr, nullptr) == FB_INVALID_ARGUMENT);
+    CHECK(fb_device_open(0, size_t(24) << 20, &device) == FB_OK);
+    CHECK(fb_device_use_library(device, "/nowhere") == FB_UNSUPPORTED);
+    CHECK_AT(fb_device_use_library(device, PRODUCTS_LIBRARY) == FB_OK, "%s", fb_last_error());
+    CHECK(fb_device_use_library(device, PRODUCTS_LIBRARY) == FB_INVALID_ARGUMENT);
+    fake_library_fails_at(0);
+    CHECK(!model_create(device));
+    model *m = model_create(device);
+    fb_device_free(device); /* the model holds it */
+    CHECK(m && model_prompt(m, SHORT, short_logits) == FB_OK && fake_n_products() == 0);
+    CHECK(model_prompt(m, LONG, logits) == FB_DEVICE_MEMORY); /* of its budget: the workspace alone is more */
+    CHECK(model_prompt(m, SHORT, logits) == FB_OK && memcmp(logits, short_logits, sizeof logits) == 0);
+    model_free(m);
+    CHECK(fake_n_held == 0 && fake_library_n_held() == 0);
+
+    CHECK(fb_device_open(0, 0, &device) == FB_OK && fb_device_use_library(device, PRODUCTS_LIBRARY) == FB_OK);
+    m = model_create(device);
+    fb_device_free(device);
+    for (long at : {0, 4, 20}) {
+        fake_library_fails_at(at);
+        const fb_status status = model_prompt(m, LONG, logits);
+        CHECK(status == FB_DEVICE_FAILED || status == FB_DEVICE_MEMORY);
+    }
+    const long before = fake_n_products();
+    CHECK(model_prompt(m, LONG, logits) == FB_OK && model_prompt(on_cpu, LONG, wanted) == FB_OK);
+    CHECK_AT(fake_n_products() == before + 8, "%ld products", fake_n_products() - before);
+    double apart = 0.0, size = 0.0;
+    for (int i = 0; i < MODEL_VOCABULARY; i++) {
+        apart += (double)(logits[i] - wanted[i]) * (double)(logits[i] - wanted[i]);
+        size += (double)wanted[i] * (double)wanted[i];
+    }
+    CHECK_AT(apart <= 9e-4 * size, "off by %g", sqrt(apart / size));
+    CHECK(model_prompt(m, SHORT, logits) == FB_OK && memcmp(logits, short_logits, sizeof logits) == 0);
+    model_free(m);
+    CHECK(fake_n_held == 0 && fake_library_n_held() == 0);
+}
+
 int main() {
     model *m = model_create(nullptr);
     fb_device *device = nullptr;
@@ -132,9 +177,11 @@ int main() {
     test_refusals(device);
     test_memory();
     test_places(device);
+    test_library(m);
     int n_failures = 0;
-    for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not */
+    for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not; and bf16 on ordinary cores */
         fake_n_processors = n_processors;
+        fake_major = n_processors == 1 ? 7 : 8;
         emulate::backward = n_processors == 1;
         model *on_device = model_create(device);
         CHECK_AT(on_device, "%s", fb_last_error());

@@ -27,7 +27,7 @@ typedef enum {
     cudaErrorUnknown = 999
 } cudaError_t;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-enum { cudaDevAttrMultiProcessorCount = 16, cudaStreamNonBlocking = 1 };
+enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaStreamNonBlocking = 1 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct fake_stream *cudaStream_t;
 typedef struct fake_graph *cudaGraph_t;
@@ -42,6 +42,7 @@ extern long fake_fails_at;            /* counts down; -1 for never */
 extern size_t fake_bytes_from_device; /* copied to the host */
 extern long fake_n_held;              /* allocations, streams and graphs not given back */
 extern int fake_n_processors;         /* of the GPU */
+extern int fake_major;                /* its compute capability */
 
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDeviceCount(int *n);

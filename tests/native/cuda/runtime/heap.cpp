@@ -10,7 +10,7 @@
 #include <mutex>
 
 long fake_fails_at = -1, fake_n_held = 0;
-int fake_n_processors = 4;
+int fake_n_processors = 4, fake_major = 8;
 size_t fake_bytes_from_device = 0;
 
 struct fake_stream : emulate::stream {};
@@ -80,12 +80,13 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
     *out = {};
     strcpy(out->name, "emulated GPU");
+    out->major = fake_major;
     out->multiProcessorCount = fake_n_processors;
     return unless_it_fails();
 }
 
-cudaError_t cudaDeviceGetAttribute(int *value, int, int) {
-    *value = fake_n_processors;
+cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? fake_n_processors : fake_major;
     return unless_it_fails();
 }
 

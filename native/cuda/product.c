@@ -1,0 +1,155 @@
+/*
+ * product.c - products of a program: on tensor cores or ordinary ones, or many tokens by cuBLASLt where somebody asked for it. See
+ * program.h.
+ */
+#include "program.h"
+
+enum { PIECE_BYTES = 32 << 20, MOST_PIECE_ROWS = 4096, PAIR_ROWS = 32, LANES = 16 };
+
+/* ---- By cuBLASLt ------------------------------------------------------------------------------------------------- */
+
+/* How a product lies in p->opened: a piece of its weight in 16 bits, all inputs, and sums of that piece's rows. */
+struct opened_product {
+    int32_t n_piece_rows; /* a multiple of PAIR_ROWS */
+    struct fb_cuda_rows weights, inputs;
+    float *sums;
+    void *workspace;
+};
+
+static char *take(char *memory, size_t *at, size_t n_bytes) {
+    char *const here = memory ? memory + *at : NULL;
+    *at += fb_cuda_aligned(n_bytes);
+    return here;
+}
+
+/* Lays a product out in memory, NULL only to count; returns how many bytes that are. */
+static size_t lay_out(const struct fb_cuda_weight *weight, enum fb_dtype dtype, int32_t n_tokens, char *memory,
+    struct opened_product *out) {
+    const int32_t width = (weight->n_cols + 7) / 8 * 8; /* rows begin at multiples of 16 bytes */
+    const int32_t whole = (weight->n_rows + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS;
+    int32_t n_rows = PIECE_BYTES / (int32_t)sizeof(uint16_t) / width / PAIR_ROWS * PAIR_ROWS;
+    n_rows = n_rows < PAIR_ROWS ? PAIR_ROWS : n_rows > MOST_PIECE_ROWS ? MOST_PIECE_ROWS : n_rows;
+    n_rows = n_rows < whole ? n_rows : whole;
+    const size_t row_bytes = (size_t)width * sizeof(uint16_t);
+    size_t at = 0;
+    *out = (struct opened_product){.n_piece_rows = n_rows};
+    out->weights = (struct fb_cuda_rows){.dtype = dtype, .width = width};
+    out->inputs = out->weights;
+    out->workspace = take(memory, &at, FB_CUDA_WORKSPACE_BYTES);
+    out->weights.halfs = (uint16_t *)(void *)take(memory, &at, (size_t)n_rows * row_bytes);
+    out->weights.scales = (float *)(void *)take(memory, &at, (size_t)n_rows * sizeof(float));
+    out->inputs.halfs = (uint16_t *)(void *)take(memory, &at, (size_t)n_tokens * row_bytes);
+    out->inputs.scales = (float *)(void *)take(memory, &at, (size_t)n_tokens * sizeof(float));
+    out->sums = (float *)(void *)take(memory, &at, (size_t)n_tokens * (size_t)n_rows * sizeof(float));
+    return at;
+}
+
+/* Ordinary cores keep what they multiply, and few tokens are faster where weights are not opened first. */
+static bool goes_to_library(const struct fb_cuda_program *p, enum fb_dtype weight, int32_t n_tokens) {
+    return p->library && n_tokens >= FB_CUDA_LIBRARY_TOKENS && fb_cuda_inputs_dtype(weight, p->compute_major) != FB_F32;
+}
+
+static enum fb_dtype dtype_of_rows(enum fb_dtype weight) {
+    return weight == FB_BF16 ? FB_BF16 : FB_F16;
+}
+
+enum fb_status fb_cuda_prepare_products(struct fb_cuda_program *p, int32_t n_tokens, int32_t n_outputs) {
+    size_t most = 0;
+    for (int32_t i = 0; i < p->program->n_ops; i++) {
+        const struct fb_op *op = &p->program->ops[i];
+        if (!fb_is_product(op)) continue;
+        const int32_t n = p->program->buffers[op->in].per_output ? n_outputs : n_tokens;
+        if (!goes_to_library(p, op->weight->dtype, n)) continue;
+        struct opened_product product;
+        const size_t bytes = lay_out(&p->weights[i], dtype_of_rows(op->weight->dtype), n, NULL, &product);
+        most = bytes > most ? bytes : most;
+    }
+    return most ? fb_cuda_grow(p, &p->opened, most, false) : FB_OK;
+}
+
+/* A piece of rows after the other: opened, multiplied, finished. */
+static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_cuda_linear *a) {
+    struct opened_product o;
+    lay_out(&a->weight, dtype_of_rows(a->weight.dtype), a->n_tokens, p->opened.device, &o);
+    FB_TRY(fb_cuda_check(
+        fb_cuda_round_rows(a->x, a->ldx, a->n_tokens, a->weight.n_cols, &o.inputs, p->stream), "rounding inputs"));
+    const int32_t n_panels = (a->weight.n_rows + LANES - 1) / LANES, n_piece_panels = o.n_piece_rows / LANES;
+    for (int32_t panel = 0; panel < n_panels; panel += n_piece_panels) {
+        const int32_t n = n_panels - panel < n_piece_panels ? n_panels - panel : n_piece_panels;
+        const struct fb_cuda_matrices m = {.dtype = o.weights.dtype,
+            .n_rows = n * LANES,
+            .n_tokens = a->n_tokens,
+            .n_cols = o.weights.width,
+            .weights = o.weights.halfs,
+            .inputs = o.inputs.halfs,
+            .out = o.sums,
+            .workspace = o.workspace};
+        FB_TRY(fb_cuda_check(fb_cuda_open_rows(&a->weight, panel, n, &o.weights, p->stream), "opening a weight"));
+        FB_TRY(fb_cuda_library_multiply(p->library, &m, p->stream));
+        FB_TRY(fb_cuda_check(
+            fb_cuda_finish(a, &o.weights, &o.inputs, panel, m.n_rows, o.sums, p->stream), "finishing a product"));
+    }
+    return FB_OK;
+}
+
+/* ---- By kernels of this library ---------------------------------------------------------------------------------- */
+
+size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p) {
+    const struct fb_program *program = p->program;
+    struct fb_cuda_inputs inputs;
+    size_t most = 0;
+    for (int32_t i = 0; i < program->n_ops; i++) {
+        if (!fb_is_product(&program->ops[i])) continue;
+        const fb_weight *weight = program->ops[i].weight;
+        const enum fb_dtype dtype = fb_cuda_inputs_dtype(weight->dtype, p->compute_major);
+        if (dtype == FB_F32) continue;
+        const size_t n = fb_cuda_inputs_view(dtype, program->shape.max_tokens, weight->n_cols, NULL, &inputs);
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+/* The inputs of a product in 16 bits, unless the product before it had the same. */
+static int round_inputs(
+    struct fb_cuda_program *p, int32_t buffer, enum fb_dtype dtype, const struct fb_cuda_linear *product) {
+    if (p->rounded_from == buffer && p->inputs16.dtype == dtype) return 0;
+    fb_cuda_inputs_view(dtype, product->n_tokens, product->weight.n_cols, p->rounded, &p->inputs16);
+    p->rounded_from = buffer;
+    return fb_cuda_round(product->x, product->ldx, product->n_tokens, product->weight.n_cols, &p->inputs16, p->stream);
+}
+
+static int run_here(struct fb_cuda_program *p, int32_t buffer, const struct fb_cuda_linear *a) {
+    const enum fb_dtype dtype = fb_cuda_inputs_dtype(a->weight.dtype, p->compute_major);
+    if (dtype == FB_F32) return fb_cuda_multiply(a, p->stream);
+    const int error = round_inputs(p, buffer, dtype, a);
+    return error ? error : fb_cuda_multiply_inputs(a, &p->inputs16, p->stream);
+}
+
+enum fb_status fb_cuda_run_product(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows, float *logits) {
+    const struct fb_buffer *buffers = p->program->buffers;
+    struct fb_cuda_linear a = {.weight = p->weights[op - p->program->ops],
+        .x = fb_cuda_buffer(p, op->in),
+        .ldx = (int64_t)buffers[op->in].stride,
+        .bias = fb_cuda_vector(p, op->vector),
+        .n_tokens = n_rows,
+        .width = op->weight->n_rows,
+        .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
+    if (op->kind == FB_OP_LOGITS) {
+        a.out = logits;
+        a.ld_out = a.width;
+        a.non_finite = p->non_finite;
+    } else {
+        a.out = fb_cuda_buffer(p, op->out) + op->column;
+        a.ld_out = (int64_t)buffers[op->out].stride;
+        if (a.swiglu) a.width = buffers[op->out].width;
+    }
+    if (op->residual >= 0) {
+        a.residual = fb_cuda_buffer(p, op->residual);
+        a.ld_residual = (int64_t)buffers[op->residual].stride;
+    }
+    const enum fb_status status = goes_to_library(p, a.weight.dtype, n_rows)
+                                      ? run_in_library(p, &a)
+                                      : fb_cuda_check(run_here(p, op->in, &a), "a product");
+    if (op->out == p->rounded_from) p->rounded_from = -1;
+    return status;
+}
