@@ -413,7 +413,7 @@ def changed(index: int, **fields: Any) -> list[Op]:
     [
         (lambda: small_ops()[1:], "one embed, at its beginning"),
         (lambda: small_ops()[:-1], "one logits op, at its end"),
-        (lambda: changed(1, kind=11), "kind 11 is unknown"),
+        (lambda: changed(1, kind=12), "kind 12 is unknown"),
         (lambda: changed(1, input=6), "in is buffer 6 of 6"),
         (lambda: changed(1, input=3), "before all of it was written"),
         (lambda: changed(1, vector=np.ones(5, np.float32)), "5 weights for a width of 16"),
@@ -430,7 +430,7 @@ def changed(index: int, **fields: Any) -> list[Op]:
         (lambda: changed(5, scale=float("nan")), "scale is not finite"),
         (lambda: changed(5, window=-2), "window is -2"),
         (lambda: changed(6, residual=2), "cannot be its residual"),
-        (lambda: changed(1, residual=0), "only linear takes a residual"),
+        (lambda: changed(1, residual=0), "only linear and sum take a residual"),
         (lambda: changed(7, out=5), "woven rows"),
         (lambda: changed(9, kind=2, vector=np.ones(16, np.float32)), "needs gather_outputs"),
         (lambda: changed(0, weight=ops.pack(random(19, 16))), "19 rows for a vocabulary of 20"),

@@ -1,4 +1,5 @@
 /* results.c - drawing on the GPU, and the way back of what was drawn and of logits. See program.h. */
+#include "ops/sample_plan.h"
 #include "program.h"
 
 #include <string.h>

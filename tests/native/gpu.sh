@@ -30,7 +30,7 @@ if ! [ -x "$sanitizer" ]; then
 fi
 nvidia-smi -L
 
-programs="fabula_cuda_rows fabula_cuda_linear fabula_cuda_attention fabula_cuda_model"
+programs="fabula_cuda_rows fabula_cuda_linear fabula_cuda_tensor fabula_cuda_attention fabula_cuda_sample fabula_cuda_model"
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug \
     -DFABULA_CUDA_ARCHITECTURES="${FABULA_CUDA_ARCHITECTURES:-native}"
 cmake --build "$build" --target fabula fabula_cdef $programs -j "${JOBS:-2}"

@@ -9,9 +9,11 @@
 #define FABULA_BASE_DEVICE_H
 
 #include "fabula.h"
-#include "ops/sample_plan.h"
 
 #include <stdatomic.h>
+
+struct fb_sample_plan; /* ops/sample_plan.h */
+struct fb_sample_change;
 
 /* Results of a batch: rows of logits, or of some rows only the token that a plan draws from them. */
 struct fb_results {

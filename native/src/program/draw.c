@@ -3,6 +3,7 @@
  * is what fb_program_run and fb_sample would give, one after the other. A device draws itself (ops/sample_plan.h), and no
  * logits are copied from it.
  */
+#include "ops/sample_plan.h"
 #include "program/program.h"
 
 #include "base/status.h"

@@ -141,6 +141,7 @@ class ModelRow:
     weights: str
     kv: str
     threads: int
+    device: str
     unit: str = "tokens/s"
     tokens: int
     rounds: int
@@ -297,6 +298,7 @@ def _row(
         weights=model.weights,
         kv=model.kv,
         threads=model.threads,
+        device=model.device,
         tokens=n_tokens,
         rounds=ours.n,
         ours=n_tokens / ours.median,

@@ -390,7 +390,8 @@ class Scheduler:
         draws = []
         try:
             for request, n in plan:
-                n_draws = min(n_steps, request.decoding.n_left) if n == request.n_pending else 0
+                draws_now = n == request.n_pending  # also where nothing is left: then the answer ends with this token
+                n_draws = max(1, min(n_steps, request.decoding.n_left)) if draws_now else 0
                 part = runner.prepare(request.sequence, request.next_tokens(n), max(n_draws - 1, 0))
                 draws.append((request.sequence, request.decoding.drawn_by(part.share, n_draws)))
             start = time.perf_counter()

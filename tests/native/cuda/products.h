@@ -6,7 +6,6 @@
 #define FABULA_TESTS_CUDA_PRODUCTS_H
 
 #include "common.h"
-#include "emulate.h"
 
 #include <vector>
 

@@ -9,6 +9,17 @@
 
 #include "products.h"
 
+/* Compute capability of the GPU. */
+static int major_of_gpu() {
+#ifdef __CUDACC__
+    int major = 0;
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess);
+    return major;
+#else
+    return FB_TILE_COLUMNS == 8 ? 7 : 8;
+#endif
+}
+
 static int multiply_rounded(const fb_cuda_linear &a) {
     fb_cuda_inputs in;
     const enum fb_dtype dtype = fb_cuda_inputs_dtype(a.weight.dtype, 8);
@@ -41,9 +52,9 @@ static void test_inputs() {
                 const bool is_there = t < TOKENS && c < COLUMNS;
                 const double wanted = is_there ? (double)x[(size_t)(t * 80 + c)] : 0.0;
                 const uint16_t high = in.halfs[at], low = in.halfs[at + part];
-                const double got = dtype == FB_F16 ? ((double)fb_float_of_f16(high) + (double)fb_float_of_f16(low)) *
+                const double got = dtype == FB_F16 ? ((double)fb_f16_to_f32(high) + (double)fb_f16_to_f32(low)) *
                                                          (double)in.scales[t]
-                                                   : (double)fb_float_of_bf16(high) + (double)fb_float_of_bf16(low);
+                                                   : (double)fb_bf16_to_f32(high) + (double)fb_bf16_to_f32(low);
                 const double lost = dtype == FB_F16 ? 0x1p-21 : 0x1p-16, size = t < TOKENS ? (double)sizes[t] : 0.0;
                 CHECK_AT(fabs(got - wanted) <= lost * fabs(wanted) + 1e-9 * size + 0x1p-134, "%d, token %d: %g for %g",
                     (int)dtype, t, got, wanted);
@@ -55,7 +66,7 @@ static void test_inputs() {
                 for (int32_t c = 0; c < 32; c++)
                     for (int32_t part = 0; part < 2; part++) {
                         const int32_t row = (part * in.n_chunks + chunk) * in.n_rows + t;
-                        wanted[c / 16] += (double)fb_float_of_f16(in.halfs[row * 32 + fb_input_place(c)]);
+                        wanted[c / 16] += (double)fb_f16_to_f32(in.halfs[row * 32 + fb_input_place(c)]);
                     }
                 wanted[2] = wanted[0] + wanted[1];
                 for (int32_t i = 0; i < 3; i++)
@@ -65,7 +76,7 @@ static void test_inputs() {
 }
 
 static bool has_inputs(const fb_dtype dtype, double *tolerance) {
-    const enum fb_dtype inputs = fb_cuda_inputs_dtype(dtype, FB_TILE_COLUMNS == 8 ? 7 : 8);
+    const enum fb_dtype inputs = fb_cuda_inputs_dtype(dtype, major_of_gpu());
     *tolerance = inputs == FB_BF16 ? 3e-5 : 2e-6;
     return inputs != FB_F32;
 }
