@@ -146,7 +146,8 @@ class Model:
             OutOfMemory: the system refused memory.
             DeviceOutOfMemory: the GPU has no room for it.
             DeviceError: no driver, no GPU, or it failed.
-            Unsupported: this build has no CUDA, several GPUs have no NCCL, or cuBLASLt was asked for and cannot be loaded.
+            Unsupported: this build has no CUDA, several GPUs have no NCCL, or cuBLASLt was asked for and cannot be
+                loaded.
         """
         if weights not in PRECISIONS:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
