@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from devices import GREEDY, PROMPT, RANDOM
 from fabula import (
     DeviceError,
     DeviceOutOfMemory,
@@ -28,10 +29,6 @@ from fabula import (
 )
 from fabula.cli.main import run
 from fabula.server.settings import Settings, from_text
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-RANDOM = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
-PROMPT = "the cat went in there and then all was still on the hill"
 
 
 def missing() -> type[EngineError] | None:

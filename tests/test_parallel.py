@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import tiny
+from devices import GREEDY, PROMPT, RANDOM
 from fabula import (
     DeviceError,
     DeviceOutOfMemory,
@@ -33,10 +34,6 @@ from fabula._parallel import DeviceGroup
 from fabula.cli.main import run
 from fabula.models.builder import DamagedWeightWarning
 from fabula.server.settings import Settings, from_text
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-RANDOM = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
-PROMPT = "the cat went in there and then all was still on the hill"
 
 
 def n_gpus() -> int:

@@ -121,7 +121,7 @@ static enum fb_status memory_of_group(const fb_device *group, size_t *used_bytes
 }
 
 enum fb_status fb_device_use_library(fb_device *device, const char *path) {
-    FB_REQUIRE(device, "device is null");
+    FB_REQUIRE(device && device->n_members == 0, "device is null or a group: its members use a library each");
     FB_REQUIRE(!device->products, "the device uses a library already");
     return device->kind->load_products(device->index, path, &device->products);
 }
