@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,23 @@ def _ids_of(keys: _Keys, tokens: Sequence[str]) -> dict[str, int]:
     return ids
 
 
+class _Pairs(Sequence[tuple[str, ...]]):
+    """Merges as the library takes them, each cut in two when it is asked for: as many tuples at once would take a third
+    of a vocabulary's memory, and the time of looking through them for cycles."""
+
+    def __init__(self, merges: Sequence[str]) -> None:
+        self._merges = merges
+
+    def __len__(self) -> int:
+        return len(self._merges)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self._merges[index].split(" ", 1))
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return (tuple(merge.split(" ", 1)) for merge in self._merges)
+
+
 def _byte_level(keys: _Keys, vocabulary: Mapping[str, int]) -> dict[str, Any]:
     """Byte-level BPE: merges are in the file."""
     pre = keys.text("tokenizer.ggml.pre", "gpt-2")
@@ -188,7 +205,7 @@ def _byte_level(keys: _Keys, vocabulary: Mapping[str, int]) -> dict[str, Any]:
         raise Unsupported(
             f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in keys.texts(_MERGES) or []]
+    merges = _Pairs(keys.texts(_MERGES) or [])
     if "" in vocabulary:  # the library would take a merge with nothing
         _check_merges(keys, vocabulary)
     return {
