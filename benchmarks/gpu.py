@@ -8,12 +8,14 @@ copy      bytes read and written a second when memory is copied on the card: the
 matmul    torch's product of bf16 matrices: the limit of what waits for products. Without torch with CUDA there is none
 decode    tokens/s of 1, 4, 16 and 64 sequences together behind a past of so many tokens, drawn greedily, as the engine
           draws; also one sequence launched operator by operator instead of as a graph
-prefill   tokens/s of reading one prompt, in steps of 512 tokens; several are read one after the other, as fast as one
+prefill   tokens/s of reading one prompt, in steps as the engine takes them; several are read one after the other, as
+          fast as one; also with the products of cuBLASLt (device_products="library"), if it can be loaded
 
 Models are Llamas in the shapes of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B with random weights in bf16, q8_0 and
 q4_0, K and V in bf16; a past is pages of zeros, which take as long as any. `limit` is what the card could reach by the
 two limits: each step reads the weights once and every sequence's past. Beside it transformers on the same card, in
-bf16, if torch has the card; it reads the prompts of all sequences at once.
+bf16, if torch has the card; it reads the prompts of all sequences at once. Those rows come last: it
+compiles for minutes.
 
 What does not fit the time or the memory is left out, and told on stderr; so is what is being done. The card is the
 first one; CUDA_VISIBLE_DEVICES chooses another.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -39,8 +42,8 @@ import numpy as np
 
 from fabula import _native, _operators
 from fabula.bench.row import Row
-from fabula.engine.device import Placement
-from fabula.engine.runner import PREFILL_CHUNK, Runner
+from fabula.engine.device import LIBRARY, Placement
+from fabula.engine.runner import Runner
 from fabula.errors import DeviceError, DeviceOutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 from random_llama import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, TINY, LlamaShape, RandomLlama
@@ -68,7 +71,7 @@ class Plan:
     batches: Sequence[int] = (1, 4, 16, 64)
     prompts: Sequence[int] = (512, 4096)
     steps: int = 32
-    copy_bytes: int = 1 << 30
+    copy_bytes: int = 4 << 30
     matrix: int = 8192
     peers: Sequence[tuple[int, int]] = ((1, 512), (16, 512))
 
@@ -134,6 +137,8 @@ class Ours:
         on = self._runner.device
         assert on is not None  # "cuda" is a GPU or an error
         page_bytes = self._runner.pool.native.page_bytes
+        self._device = on
+        self._by_library: _native.Program | None = None
         self._pages_each = -(-plan.context // _native.PAGE_POSITIONS)
         n_pages = min(max(plan.batches) * self._pages_each, int(SHARE_FOR_PAGES * on.memory()[1]) // page_bytes)
         self._pool = _native.PagePool((KV, KV), max(n_pages, 1), shape.layers, shape.kv_heads, shape.head_dim, on)
@@ -156,16 +161,19 @@ class Ours:
             speeds.append(batch * (n_steps - 1) / (seconds[-1] - seconds[0]))
         return statistics.median(speeds)
 
-    def prefill(self, prompt: int, budget: Budget) -> float:
+    def prefill(self, prompt: int, budget: Budget, *, by_library: bool = False) -> float:
         """Tokens a second, the median of the rounds."""
+        program = self._library_program() if by_library else self._runner.program
+        first = min(prompt, self._runner.max_tokens)
+        self._read(program, first)  # also what is done but once
         start = time.perf_counter()
-        self._read(min(prompt, PREFILL_CHUNK))
-        budget.need((time.perf_counter() - start) * prompt / min(prompt, PREFILL_CHUNK))
+        self._read(program, first)
+        budget.need((time.perf_counter() - start) * prompt / first)
         speeds = []
         begun = time.perf_counter()
         while len(speeds) < ROUNDS and (not speeds or time.perf_counter() - begun < min(ENOUGH_S, budget.left)):
             start = time.perf_counter()
-            self._read(prompt)
+            self._read(program, prompt)
             speeds.append(prompt / (time.perf_counter() - start))
         return statistics.median(speeds)
 
@@ -187,12 +195,23 @@ class Ours:
         _, seconds = self._runner.program.draw(self._pool, draws, n_steps, _native.Flag().memory)
         return seconds
 
-    def _read(self, prompt: int) -> None:
-        for start in range(0, prompt, PREFILL_CHUNK):
-            tokens = np.full(min(PREFILL_CHUNK, prompt - start), 3, np.int32)
+    def _library_program(self) -> _native.Program:
+        """One whose products of many tokens are cuBLASLt's; the other keeps its own."""
+        if self._by_library is None:
+            try:
+                self._device.use_library(os.environ.get(LIBRARY) or None)
+            except Unsupported as error:
+                raise LeftOut(str(error)) from None
+            self._by_library = self._runner.another_program()
+        return self._by_library
+
+    def _read(self, program: _native.Program, prompt: int) -> None:
+        chunk = self._runner.max_tokens
+        for start in range(0, prompt, chunk):
+            tokens = np.full(min(chunk, prompt - start), 3, np.int32)
             share = _native.BatchSequence(self._pages(0, self._pages_each), start, tokens, 0, 0)
             is_last = start + len(tokens) == prompt
-            self._runner.program.run(self._pool, [share], [len(tokens) - 1] if is_last else [])
+            program.run(self._pool, [share], [len(tokens) - 1] if is_last else [])
 
     def decode_limit(self, limits: Limits, batch: int, past: int) -> float:
         every = sum(rows * columns for rows, columns in self.shape.matrices().values())
@@ -213,7 +232,7 @@ class Ours:
         """Gives all its memory back, that of the weights too, which lives as long as something refers to them."""
         self._pool.close()
         self._runner.close()
-        del self._runner
+        del self._runner, self._by_library
         gc.collect()
 
 
@@ -275,16 +294,18 @@ def model_rows(ours: Ours, plan: Plan, limits: Limits, budget: Budget) -> Iterat
     about = {"model": ours.shape.name, "weights": ours.dtype.name.lower(), "kv": KV.name.lower(), "unit": "tokens/s"}
 
     def row(case: str, batch: int, prompt: int) -> Row:
-        if case == "prefill":
-            speed = ours.prefill(prompt, budget)
-            return Row(case=f"prefill {prompt}", ours=speed, limit=ours.prefill_limit(limits, prompt), **about)
+        if case in ("prefill", "library"):
+            speed = ours.prefill(prompt, budget, by_library=case == "library")
+            name = f"prefill {prompt}" + (", cuBLASLt" if case == "library" else "")
+            return Row(case=name, ours=speed, limit=ours.prefill_limit(limits, prompt), **about)
         ours.set_graphs(case == "decode")
         speed = ours.decode(batch, prompt, plan.steps, budget)
         name = f"decode {batch} x {prompt}" + ("" if case == "decode" else ", by operators")
         return Row(case=name, ours=speed, limit=ours.decode_limit(limits, batch, prompt), **about)
 
     cases = [("decode", batch, prompt) for prompt in plan.prompts for batch in plan.batches]
-    cases += [("operators", 1, plan.prompts[0]), *(("prefill", 1, prompt) for prompt in plan.prompts)]
+    cases += [("operators", 1, plan.prompts[0])]
+    cases += [(case, 1, prompt) for case in ("prefill", "library") for prompt in plan.prompts]
     for key in cases:
         try:
             budget.need(0)
@@ -294,11 +315,12 @@ def model_rows(ours: Ours, plan: Plan, limits: Limits, budget: Budget) -> Iterat
 
 
 def measure(device: _native.Device, plan: Plan, budget: Budget) -> Iterator[Row]:
-    """Every row, as soon as it and what stands beside it are known."""
+    """Every row as soon as it is known, those that a peer stands beside at the end."""
     peers = peer_module()
     limits, rows = limits_of(device, plan, peers)
     yield from rows
     load_rate = LOAD_BYTES_PER_S
+    waiting: list[tuple[LlamaShape, tuple[str, int, int], Row]] = []  # for the peer, which comes last: it compiles
     for dtype in plan.weights:
         for shape in plan.shapes:
             what = f"{shape.name} {dtype.name.lower()}"
@@ -314,13 +336,16 @@ def measure(device: _native.Device, plan: Plan, budget: Budget) -> Iterator[Row]
             except (LeftOut, DeviceOutOfMemory) as error:
                 budget.leave_out(what, error)
                 continue
-            found = dict(model_rows(ours, plan, limits, budget))
+            for key, row in model_rows(ours, plan, limits, budget):
+                if peers is not None and dtype is DType.BF16 and key[0] != "operators" and key[1:] in plan.peers:
+                    waiting.append((shape, key, row))
+                else:
+                    yield row
             ours.close()
-            settings, speeds = "", {}
-            if peers is not None and dtype is DType.BF16:
-                settings, speeds = peer_speeds(shape, plan, peers, budget)
-            for key, row in found.items():
-                yield beside(row, speeds.get(key), settings)
+    for shape, of_shape in itertools.groupby(waiting, key=lambda row: row[0]):
+        settings, speeds = peer_speeds(shape, plan, peers, budget)
+        for _, (case, batch, prompt), row in of_shape:
+            yield beside(row, speeds.get(("prefill" if case == "library" else case, batch, prompt)), settings)
 
 
 def beside(row: Row, peer: float | None, settings: str) -> Row:
@@ -345,6 +370,8 @@ def check(is_tiny: bool, budget: Budget) -> bool:
         done = subprocess.run(command, cwd=PROJECT, stdout=sys.stderr, timeout=max(budget.left, 1))
     except subprocess.TimeoutExpired:
         return False
+    if done.returncode > 1:  # 1 tells that a comparison failed
+        sys.exit(f"nothing is measured: the comparisons did not run (pytest ended with {done.returncode})")
     return done.returncode == 0
 
 

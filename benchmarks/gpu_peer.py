@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import statistics
 import time
@@ -49,10 +50,10 @@ class Transformers:
             self._model: Any = transformers.LlamaForCausalLM._from_config(self._config, dtype=torch.bfloat16).eval()
         self._step: Callable[..., Any] = self._model.forward
         if is_compiled:
-            self._step = torch.compile(self._model.forward, mode="reduce-overhead", fullgraph=True)
+            self._step = torch.compile(self._model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
         parameters = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # the latter until 5.40
-        how = "torch.compile reduce-overhead" if is_compiled else "not compiled"
+        how = "steps torch.compile reduce-overhead, prompts as they are" if is_compiled else "not compiled"
         self.settings = f"{transformers.__version__}, torch {torch.__version__}, bf16, static cache, {how}"
 
     def run(self, batch: int, prompt: int, n_steps: int) -> tuple[float, float]:
@@ -86,6 +87,8 @@ class Transformers:
     def close(self) -> None:
         """Gives its memory back to the card."""
         self._model = self._step = None  # type: ignore[assignment]
+        torch.compiler.reset()  # what was compiled holds on to graphs and their memory
+        gc.collect()
         if self._device == "cuda":
             torch.cuda.empty_cache()
 

@@ -40,7 +40,7 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     rows = read_rows(out)
     assert all(row.keys() == {*KEYS, "device"} and row["device"] for row in rows)
     cases = ["decode 1 x 8", "decode 3 x 8", "decode 1 x 40", "decode 3 x 40", "decode 1 x 8, by operators"]
-    cases += ["prefill 8", "prefill 40"]
+    cases += ["prefill 8", "prefill 40", "prefill 8, cuBLASLt", "prefill 40, cuBLASLt"]
     for weights in ("bf16", "q8_0", "q4_0"):
         assert [row["case"] for row in rows if row["weights"] == weights and row["model"]] == cases
     assert rows[0]["case"] == "copy 1 MiB" and all(row["ours"] > 0 for row in rows if row["model"])
@@ -73,6 +73,39 @@ def test_measuring_copies() -> None:
     with pytest.raises(DeviceOutOfMemory, match="for a measurement"):  # twice that does not fit
         _operators.measure_copy(device, 1 << 20, 3)
     assert device.memory()[0] == 0
+
+
+class Peers:
+    """In gpu_peer's place."""
+
+    settings = "as the test says"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        assert config["max_position_embeddings"] > 8
+
+    @staticmethod
+    def matrix_peak(size: int) -> float:
+        return 1e12 * size
+
+    def run(self, *case: int) -> tuple[float, float]:
+        return 100.0 * case[0], 10.0 * case[0]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.gpu
+def test_the_peer_comes_last(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it stands beside waits for it, everything else does not."""
+    monkeypatch.setattr(
+        gpu, "peer_module", lambda: type("", (), {"Transformers": Peers, "matrix_peak": Peers.matrix_peak})
+    )
+    budget = gpu.Budget(time.perf_counter() + 600)
+    rows = [row for row in gpu.measure(_native.Device(0), gpu.TINY_PLAN, budget) if row.model]
+    beside = [(row.case, row.peer) for row in rows if row.peer is not None]
+    assert beside == [("decode 1 x 8", 10.0), ("prefill 8", 100.0), ("prefill 8, cuBLASLt", 100.0)]
+    assert all(row.weights == "bf16" and row.limit > 0 for row in rows[-3:])
+    assert all(row.peer is None for row in rows[:-3]) and len(rows) == 3 * 9
 
 
 def test_without_a_gpu() -> None:

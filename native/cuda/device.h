@@ -22,8 +22,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-/* Shared memory of a block: a fixed number of elements, or as many floats as the launch says. */
-#define FB_SHARED(type, name, count) __shared__ type name[count]
+/* Shared memory of a block: a fixed number of elements, or as many floats as the launch says. Either begins where 16 bytes may be loaded. */
+#define FB_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define FB_SHARED_FLOATS(name)       extern __shared__ __align__(16) float name[]
 
 template <class T> struct fb_same {

@@ -150,7 +150,7 @@ int fb_cuda_multiply_inputs(
 /* Rows side by side in 16 bits: f16 after a power of two for each row, or bf16. */
 struct fb_cuda_rows {
     enum fb_dtype dtype; /* FB_F16 or FB_BF16 */
-    int32_t width;       /* columns, with zeros behind the last: at most the next multiple of 32 */
+    int32_t width;       /* columns, with zeros behind the last: a multiple of 8, at most the next one of 32 */
     uint16_t *halfs;     /* [rows][width] */
     float *scales;       /* [rows]: what the row is multiplied with */
 };

@@ -6,6 +6,7 @@
 #if __has_include(<cublasLt.h>)
 
 #include <cublasLt.h>
+#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,9 +32,20 @@ struct fb_cuda_functions {
         cudaStream_t);
 };
 
+/* The way to a product, found before for others of the same sizes. */
+struct choice {
+    enum fb_dtype dtype;
+    int32_t n_rows, n_tokens, n_cols; /* n_rows is 0 where nothing is chosen yet */
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+enum { N_CHOICES = 64 }; /* a step has a handful of sizes, and prompts end in steps of all sizes */
+
 struct fb_cuda_library {
     const struct fb_cuda_functions *functions;
     cublasLtHandle_t handle;
+    struct choice choices[N_CHOICES];
+    size_t n_made; /* the next one takes the place of the oldest */
 };
 
 /* What describes one product. */
@@ -53,7 +65,9 @@ static enum fb_status check(cublasStatus_t status, const char *what) {
 
 static void *open_library(const char *path) {
     if (path) return dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    void *library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL);
+    int driver = 0; /* one of CUDA 12 loads the library of 13 and cannot start it */
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) (void)cudaGetLastError();
+    void *const library = driver >= 13000 ? dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL) : NULL;
     return library ? library : dlopen("libcublasLt.so.12", RTLD_NOW | RTLD_LOCAL);
 }
 
@@ -142,19 +156,36 @@ static void forget(const struct fb_cuda_functions *f, const struct description *
     if (d->operation) f->operation_destroy(d->operation);
 }
 
-static enum fb_status multiply(const struct fb_cuda_library *library, const struct fb_cuda_matrices *m,
+static enum fb_status choose(struct fb_cuda_library *library, const struct fb_cuda_matrices *m,
+    const struct description *d, const cublasLtMatmulAlgo_t **out) {
+    const struct fb_cuda_functions *const f = library->functions;
+    for (struct choice *c = library->choices; c < library->choices + N_CHOICES; c++)
+        if (c->n_rows == m->n_rows && c->n_tokens == m->n_tokens && c->n_cols == m->n_cols && c->dtype == m->dtype) {
+            *out = &c->algorithm;
+            return FB_OK;
+        }
+    cublasLtMatmulHeuristicResult_t found;
+    int n_found = 0;
+    FB_TRY(check(f->choose(library->handle, d->operation, d->weights, d->inputs, d->out, d->out, d->preference, 1,
+                     &found, &n_found),
+        "choosing a product"));
+    if (n_found == 0) return fb_fail(FB_DEVICE_FAILED, "cuBLASLt knows no way to a product");
+    FB_TRY(check(found.state, "choosing a product"));
+    struct choice *const c = &library->choices[library->n_made++ % N_CHOICES];
+    *c = (struct choice){m->dtype, m->n_rows, m->n_tokens, m->n_cols, found.algo};
+    *out = &c->algorithm;
+    return FB_OK;
+}
+
+static enum fb_status multiply(struct fb_cuda_library *library, const struct fb_cuda_matrices *m,
     const struct description *d, fb_cuda_stream stream) {
     const struct fb_cuda_functions *const f = library->functions;
     const float one = 1.0f, zero = 0.0f;
-    cublasLtMatmulHeuristicResult_t chosen;
-    int n_chosen = 0;
-    FB_TRY(check(f->choose(library->handle, d->operation, d->weights, d->inputs, d->out, d->out, d->preference, 1,
-                     &chosen, &n_chosen),
-        "choosing a product"));
-    if (n_chosen == 0) return fb_fail(FB_DEVICE_FAILED, "cuBLASLt knows no way to a product");
+    const cublasLtMatmulAlgo_t *algorithm;
+    FB_TRY(choose(library, m, d, &algorithm));
     return check(
         f->multiply(library->handle, d->operation, &one, m->weights, d->weights, m->inputs, d->inputs, &zero, m->out,
-            d->out, m->out, d->out, &chosen.algo, m->workspace, FB_CUDA_WORKSPACE_BYTES, (cudaStream_t)stream),
+            d->out, m->out, d->out, algorithm, m->workspace, FB_CUDA_WORKSPACE_BYTES, (cudaStream_t)stream),
         "a product of cuBLASLt");
 }
 

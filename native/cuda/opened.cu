@@ -3,6 +3,7 @@
  * end of a product. Contracts stand in kernels.h.
  */
 #include "finish.cuh"
+#include "mma.cuh"
 #include "powers.cuh"
 #include "weights.cuh"
 
@@ -38,13 +39,16 @@ template <fb_dtype D> static __global__ void open_kernel(fb_cuda_weight weight, 
     for (int32_t chunk = line; chunk < n_chunks; chunk += OPEN_LINES) {
         opened.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
-        for (int q = 0; q < FB_CHUNK / 4; q++) {
-            opened.quad(q, w);
-            for (int i = 0; i < 4; i++) {
-                const int32_t column = chunk * FB_CHUNK + 4 * q + i;
-                const uint16_t half = D == FB_BF16 ? fb_bf16_of_float(w[i]) : fb_f16_of_float(w[i] * power);
-                if (column < out.width) out.halfs[(int64_t)row * out.width + column] = half;
+        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighbours write rows that lie far apart */
+            const int32_t column = chunk * FB_CHUNK + 8 * o;
+            fb_words4 eight = {};
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (i % 4 == 0) opened.quad(2 * o + i / 4, w);
+                const uint32_t half = D == FB_BF16 ? fb_bf16_of_float(w[i % 4]) : fb_f16_of_float(w[i % 4] * power);
+                eight.word[i / 2] |= half << (16 * (i % 2));
             }
+            if (column < out.width) *(fb_words4 *)(out.halfs + (int64_t)row * out.width + column) = eight;
         }
     }
 }

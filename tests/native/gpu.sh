@@ -55,6 +55,6 @@ cp -r "$top/python/fabula" "$build/package/"
 cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package"
-"$python" -m pytest -p no:cacheprovider -m gpu
+"$python" -m pytest -p no:cacheprovider -m gpu tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
 FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py
 echo "GPU: operators, model and Python tests have passed, compute-sanitizer found nothing"

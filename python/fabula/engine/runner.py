@@ -36,6 +36,7 @@ I32 = npt.NDArray[np.int32]
 
 MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
+DEVICE_CHUNK = 2048  # the same on a GPU, where each step widens or reads all weights again, in a tenth of the time
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
 SHARE_OF_KV = 0.9  # of a GPU's free memory that pages may take; the rest is for batches, logits among them
 
@@ -91,12 +92,12 @@ class Runner:
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
         builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
         family.emit(builder, config)
-        self.max_tokens = min(PREFILL_CHUNK, self.context)
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
         page_bytes = _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim)
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
-        buffer_bytes = 4 * self.max_tokens * sum(map(sum, builder.widths))
+        buffer_bytes = 4 * min(DEVICE_CHUNK, self.context) * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
+        self.max_tokens = min(PREFILL_CHUNK if self.device is None else DEVICE_CHUNK, self.context)
         self.products = "own" if self.device is None else placement.products
         shape = _native.Shape(
             n_layers=config.n_layers,
@@ -241,6 +242,10 @@ class Runner:
             elif len(tokens):
                 sequence.n_tokens += len(draw.share.tokens) - 1 + len(tokens)
         return drawn, seconds
+
+    def another_program(self) -> _native.Program:
+        """The model's program once more, as its device is set now: with the same weights and buffers of its own."""
+        return self._assembly.program()
 
     def hidden_program(self, max_tokens: int) -> _native.Program:
         """The program whose rows are hidden states, float32 [hidden_size], for up to `max_tokens` tokens."""

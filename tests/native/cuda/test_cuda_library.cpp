@@ -83,6 +83,29 @@ static void test_failures() {
         CHECK(out[i] == 0.0f);
 }
 
+/* A way is chosen once for products of one size, and again when it was forgotten for many others. */
+static void test_choices() {
+    buffer<uint16_t> weights(16 * 8), inputs(100 * 8);
+    buffer<float> out(100 * 16);
+    buffer<char> workspace(FB_CUDA_WORKSPACE_BYTES);
+    memset(weights.data, 0, 16 * 8 * 2);
+    memset(inputs.data, 0, 100 * 8 * 2);
+    fb_cuda_matrices m = {FB_F16, 16, 1, 8, weights.data, inputs.data, out.data, workspace.data};
+    const long before = fake_n_choices();
+    for (int round = 0; round < 3; round++)
+        for (m.n_tokens = 60; m.n_tokens < 64; m.n_tokens++)
+            CHECK(fb_cuda_library_multiply(library, &m, nullptr) == FB_OK);
+    CHECK_AT(fake_n_choices() - before == 4, "%ld choices", fake_n_choices() - before);
+    m.dtype = FB_BF16;
+    m.n_tokens = 60;
+    CHECK(fb_cuda_library_multiply(library, &m, nullptr) == FB_OK && fake_n_choices() - before == 5);
+    for (m.n_tokens = 1; m.n_tokens <= 100; m.n_tokens++)
+        CHECK(fb_cuda_library_multiply(library, &m, nullptr) == FB_OK);
+    const long many = fake_n_choices();
+    m.n_tokens = 1;
+    CHECK(fb_cuda_library_multiply(library, &m, nullptr) == FB_OK && fake_n_choices() == many + 1);
+}
+
 int main() {
     static const std::vector<shape> plain = {{37, 31, false, true, true}, {21, 70, true, true, false}};
     static const std::vector<shape> blocks = {{52, 256, false, true, true}, {21, 512, true, true, true}};
@@ -96,6 +119,7 @@ int main() {
             test_shape(p, dtype, s, {41, 8, 1});
     }
     test_failures();
+    test_choices();
     fb_cuda_library_free(library);
     fb_cuda_library_free(nullptr);
     free(functions);

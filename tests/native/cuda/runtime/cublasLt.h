@@ -61,8 +61,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
     cublasLtMatrixLayout_t of_c, void *d, cublasLtMatrixLayout_t of_d, const cublasLtMatmulAlgo_t *algorithm,
     void *workspace, size_t workspace_bytes, cudaStream_t stream);
 
-/* How many of the calls above were products; and the call of any kind that fails, counted down, -1 for none. */
+/* How many of the calls above were products, and choices of a way to one; and the call of any kind that fails, counted down, -1 for none. */
 long fake_n_products(void);
+long fake_n_choices(void);
 void fake_library_fails_at(long call);
 long fake_library_n_held(void); /* handles, descriptions and the like not given back */
 

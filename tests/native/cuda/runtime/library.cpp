@@ -22,7 +22,7 @@ struct fake_preference {
 
 namespace {
 
-long n_products = 0, fails_at = -1, n_held = 0;
+long n_products = 0, n_choices = 0, fails_at = -1, n_held = 0;
 
 bool fails() {
     return fails_at >= 0 && fails_at-- == 0;
@@ -57,6 +57,10 @@ bool fits(const fake_operation *operation, const fake_layout *a, const fake_layo
 
 long fake_n_products() {
     return n_products;
+}
+
+long fake_n_choices() {
+    return n_choices;
 }
 
 void fake_library_fails_at(long call) {
@@ -126,6 +130,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     cublasLtMatmulPreference_t preference, int n_wanted, cublasLtMatmulHeuristicResult_t *out, int *n_found) {
     if (fails()) return CUBLAS_STATUS_INTERNAL_ERROR;
     if (!fits(operation, a, b, d) || n_wanted != 1) return CUBLAS_STATUS_INVALID_VALUE;
+    n_choices++;
     *out = {};
     out->algo.data[0] = preference->workspace_bytes;
     *n_found = 1;
