@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from fabula import _native, _operators
+from fabula import _native, _operators, _program, _sampling
 from fabula.bench.row import Row
 from fabula.engine.device import LIBRARY, Placement
 from fabula.engine.runner import Runner
@@ -138,7 +138,7 @@ class Ours:
         assert on is not None  # "cuda" is a GPU or an error
         page_bytes = self._runner.pool.native.page_bytes
         self._device = on
-        self._by_library: _native.Program | None = None
+        self._by_library: _program.Program | None = None
         self._pages_each = -(-plan.context // _native.PAGE_POSITIONS)
         n_pages = min(max(plan.batches) * self._pages_each, int(SHARE_FOR_PAGES * on.memory()[1]) // page_bytes)
         self._pool = _native.PagePool((KV, KV), max(n_pages, 1), shape.layers, shape.kv_heads, shape.head_dim, on)
@@ -185,17 +185,17 @@ class Ours:
 
     def _draw(self, batch: int, past: int, n_steps: int) -> Any:
         """When each step was done, in seconds."""
-        none, settings = np.empty(0, np.int32), _native.sampling_struct(temperature=0.0)
-        sampling = _native.Sampling(settings, none, np.empty(0, np.float32), none)
+        none, settings = np.empty(0, np.int32), _sampling.sampling_struct(temperature=0.0)
+        sampling = _program.Sampling(settings, none, np.empty(0, np.float32), none)
         draws = []
         for i in range(batch):
-            share = _native.BatchSequence(self._pages(i, self._pages_each), past, np.zeros(1, np.int32), 0, 0)
+            share = _program.BatchSequence(self._pages(i, self._pages_each), past, np.zeros(1, np.int32), 0, 0)
             history = np.full(past + 1 + n_steps, 3, np.int32)
-            draws.append(_native.Draw(share, n_steps, history, past + 1, none, sampling))
+            draws.append(_program.Draw(share, n_steps, history, past + 1, none, sampling))
         _, seconds = self._runner.program.draw(self._pool, draws, n_steps, _native.Flag().memory)
         return seconds
 
-    def _library_program(self) -> _native.Program:
+    def _library_program(self) -> _program.Program:
         """One whose products of many tokens are cuBLASLt's; the other keeps its own."""
         if self._by_library is None:
             try:
@@ -205,11 +205,11 @@ class Ours:
             self._by_library = self._runner.another_program()
         return self._by_library
 
-    def _read(self, program: _native.Program, prompt: int) -> None:
+    def _read(self, program: _program.Program, prompt: int) -> None:
         chunk = self._runner.max_tokens
         for start in range(0, prompt, chunk):
             tokens = np.full(min(chunk, prompt - start), 3, np.int32)
-            share = _native.BatchSequence(self._pages(0, self._pages_each), start, tokens, 0, 0)
+            share = _program.BatchSequence(self._pages(0, self._pages_each), start, tokens, 0, 0)
             is_last = start + len(tokens) == prompt
             program.run(self._pool, [share], [len(tokens) - 1] if is_last else [])
 

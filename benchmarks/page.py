@@ -31,10 +31,10 @@ TEXT = "Write a long list of things to see in a harbour, with **bold** words, an
 
 def paced_server(words: list[str]) -> None:
     """`fabula serve`, with steps that take `STEP_S` at least."""
-    from fabula import _native
+    from fabula import _program
     from fabula.cli import main
 
-    run = _native.Program.run
+    run = _program.Program.run
 
     def paced(*args: Any, **more: Any) -> Any:
         end = time.perf_counter() + STEP_S
@@ -42,7 +42,7 @@ def paced_server(words: list[str]) -> None:
         time.sleep(max(0.0, end - time.perf_counter()))
         return found
 
-    _native.Program.run = paced  # type: ignore[method-assign]
+    _program.Program.run = paced  # type: ignore[method-assign]
     sys.argv = ["fabula", *words]
     main()
 

@@ -19,7 +19,8 @@ PYTHON_LAYERS: list[set[str]] = [
     {"errors", "_cdef"},
     {"_ffi", "files"},
     {"_native"},
-    {"_operators", "_parallel"},
+    {"_program", "_sampling", "_operators"},
+    {"_parallel"},
     {"formats", "store"},
     {"models", "kv", "text"},
     {"engine"},
@@ -29,7 +30,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"bench", "server"},
     {"cli"},
 ]
-ONLY = {"_ffi": {"_native", "_operators", "_parallel"}, "_cdef": {"_ffi"}}
+ONLY = {"_ffi": {"_native", "_program", "_sampling", "_operators", "_parallel"}, "_cdef": {"_ffi"}}
 
 
 @pytest.mark.skipif(not (PROJECT / "native").is_dir(), reason="needs a checkout")

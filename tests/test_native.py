@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabula import _native, _operators, ops
-from fabula._native import BatchSequence, Op, PagePool, Program, Shape, Weight
+from fabula._native import PagePool, Weight
+from fabula._program import BatchSequence, Op, Program, Shape
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 

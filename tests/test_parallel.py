@@ -29,6 +29,7 @@ from fabula import (
     Unsupported,
     Workspace,
     _native,
+    _program,
 )
 from fabula._parallel import DeviceGroup
 from fabula.cli.main import run
@@ -359,7 +360,7 @@ def test_what_does_not_fit_a_group() -> None:
 def test_a_part_does_not_run_alone(pair: Model) -> None:
     part = pair._runner.program._parts[0]  # type: ignore[attr-defined]
     pool = _native.PagePool(0, 1, 2, 1, 6, pair._runner.device.members[0])  # type: ignore[union-attr]
-    share = _native.BatchSequence(np.zeros(1, np.int32), 0, np.ones(1, np.int32))
+    share = _program.BatchSequence(np.zeros(1, np.int32), 0, np.ones(1, np.int32))
     with pytest.raises(InvalidArgument, match="only the joined program runs"):
         part.run(pool, [share], [])
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fabula import _native
+from fabula import _sampling
 from fabula.engine.sampling import DEFAULT_CHAIN, STEPS, Sampler, SamplingParams
 from fabula.errors import InvalidArgument, NonFinite
 from reference import sampling as reference
@@ -324,13 +324,13 @@ def test_reference_philox_gives_the_published_numbers(counter: str, key: str, re
 
 
 def test_native_philox_gives_the_published_number() -> None:
-    assert _native.random_words(0, 0, 0) == words(KNOWN[0][2])
+    assert _sampling.random_words(0, 0, 0) == words(KNOWN[0][2])
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=200, deadline=None)
 def test_native_philox_equals_the_reference(seed: int, position: int, stream: int) -> None:
-    assert _native.random_words(seed, position, stream) == reference.random_words(seed, position, stream)
+    assert _sampling.random_words(seed, position, stream) == reference.random_words(seed, position, stream)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 5])
@@ -449,7 +449,7 @@ def test_settings_are_values() -> None:
 
 
 def test_steps_and_defaults_are_those_of_the_library() -> None:
-    neutral, struct = SamplingParams(), _native.sampling_struct()
+    neutral, struct = SamplingParams(), _sampling.sampling_struct()
     assert [struct.chain[i] for i in range(struct.n_chain)] == [STEPS[step] for step in DEFAULT_CHAIN]
     for name in (field.name for field in dataclasses.fields(neutral)):
         if hasattr(struct, name) and name not in ("chain", "seed"):
@@ -497,9 +497,9 @@ def native(settings: Any, *, logits: Any = (1.0, 2.0), history: Any = (), bias: 
         np.asarray([token for token, _ in bias], np.int32),
         np.asarray([value for _, value in bias], np.float32),
         np.asarray(breakers, np.int32),
-        _native.sample_work(2),
+        _sampling.sample_work(2),
     )
-    for call in (_native.sample_probabilities, _native.sample):
+    for call in (_sampling.sample_probabilities, _sampling.sample):
         result = call(*arguments)
     return result
 
@@ -507,12 +507,12 @@ def native(settings: Any, *, logits: Any = (1.0, 2.0), history: Any = (), bias: 
 @pytest.mark.parametrize(("fields", "message"), BAD_STRUCT, ids=lambda v: str(v)[:32])
 def test_the_library_checks_every_setting(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        native(_native.sampling_struct(**fields))
+        native(_sampling.sampling_struct(**fields))
 
 
 @pytest.mark.parametrize("bad", [-1, 2, 2**31 - 1, -(2**31)])
 def test_the_library_checks_every_id(bad: int) -> None:
-    struct = _native.sampling_struct()
+    struct = _sampling.sampling_struct()
     with pytest.raises(InvalidArgument, match=rf"history\[1\] is token {bad}, must be in 0 .. 1"):
         native(struct, history=(0, bad))
     with pytest.raises(InvalidArgument, match=rf"breakers\[0\] is token {bad}"):
@@ -524,25 +524,25 @@ def test_the_library_checks_every_id(bad: int) -> None:
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_the_library_checks_bias_values(bad: float) -> None:
     with pytest.raises(InvalidArgument, match="bias of token 1 is"):
-        native(_native.sampling_struct(), bias=((1, bad),))
+        native(_sampling.sampling_struct(), bias=((1, bad),))
 
 
 @pytest.mark.parametrize("row", [(NAN, 1.0), (0.0, INF), (-NAN, -INF)])
 def test_damaged_logits_are_refused_and_named(row: tuple[float, float]) -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(NonFinite, match=r"logit of token [01] is"):
-            native(_native.sampling_struct(temperature=temperature), logits=row)
+            native(_sampling.sampling_struct(temperature=temperature), logits=row)
 
 
 def test_nothing_finite_is_refused() -> None:
     with pytest.raises(NonFinite, match="all 2 logits are -inf"):
-        native(_native.sampling_struct(), logits=(-INF, -INF))
+        native(_sampling.sampling_struct(), logits=(-INF, -INF))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_banning_everything_is_refused(temperature: float) -> None:
     with pytest.raises(InvalidArgument, match="every token is banned"):
-        native(_native.sampling_struct(temperature=temperature), bias=((0, -INF), (1, -INF)))
+        native(_sampling.sampling_struct(temperature=temperature), bias=((0, -INF), (1, -INF)))
     with pytest.raises(InvalidArgument, match="every token is banned"):
         Sampler(SamplingParams(temperature=temperature), 2).sample(np.zeros(2, np.float32), [], 0, banned=[0, 1])
 
@@ -577,5 +577,5 @@ def test_logits_may_be_a_row_of_a_strided_matrix() -> None:
 
 
 def test_work_size_of_bad_vocabularies_is_zero() -> None:
-    assert _native.sample_work(0).size == 0
-    assert _native.sample_work(-5).size == 0
+    assert _sampling.sample_work(0).size == 0
+    assert _sampling.sample_work(-5).size == 0

@@ -12,7 +12,8 @@ import pytest
 
 import tiny
 from fabula import _native
-from fabula._native import BatchSequence, PagePool
+from fabula._native import PagePool
+from fabula._program import BatchSequence
 from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import DType

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fabula._ffi import ffi, lib
-from fabula._native import Device, Program, check
+from fabula._native import Device, check
+from fabula._program import Program
 
 MOST_DEVICES: int = lib.FB_MOST_MEMBERS
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _native
+from fabula import _native, _program
 from fabula._parallel import DeviceGroup, JoinedProgram
 from fabula.formats.checkpoint import DType
 from fabula.models.builder import ProgramBuilder
@@ -36,7 +36,7 @@ class Assembly:
         self,
         builder: ProgramBuilder,
         config: ModelConfig,
-        shape: _native.Shape,
+        shape: _program.Shape,
         inv_freq: npt.ArrayLike,
         isa: Isa,
         device: _native.Device | None,
@@ -44,11 +44,11 @@ class Assembly:
         self._ops, self._widths, self._n_threads = builder.ops, builder.widths, builder.n_threads
         self._config, self._shape, self._inv_freq, self._isa, self._device = config, shape, inv_freq, isa, device
 
-    def program(self) -> _native.Program:
+    def program(self) -> _program.Program:
         """The model, whose rows are logits, float32 [vocab_size]."""
         return self._make(self._shape, self._ops, self._config.vocab_size)
 
-    def hidden_program(self, max_tokens: int) -> _native.Program:
+    def hidden_program(self, max_tokens: int) -> _program.Program:
         """The same up to the last norm: its rows are hidden states, float32 [hidden_size].
 
         It shares the weights, and has buffers of its own for `max_tokens` tokens. The library ends a program with a
@@ -65,10 +65,10 @@ class Assembly:
             ops.append([*self._ops[i][:-1], replace(self._ops[i][-1], weight=weight)])
         return self._make(replace(self._shape, max_tokens=max_tokens), ops, n)
 
-    def _make(self, shape: _native.Shape, ops: Sequence[Sequence[_native.Op]], n_outputs: int) -> _native.Program:
+    def _make(self, shape: _program.Shape, ops: Sequence[Sequence[_program.Op]], n_outputs: int) -> _program.Program:
         devices = self._device.members if self._device else [None]
         parts = [
-            _native.Program(
+            _program.Program(
                 shape, widths, self._inv_freq, of_device, n_threads=self._n_threads, isa=self._isa, device=device
             )
             for widths, of_device, device in zip(self._widths, ops, devices, strict=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _native
+from fabula import _program
 from fabula.engine.grammar import Guide
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
@@ -159,10 +159,10 @@ class Decoding:
         """Whether the native library can draw the next tokens: nobody here looks at logits, or at tokens in between."""
         return self._guide is None and not self.params.n_logprobs and self._n_drawn >= self.params.min_tokens
 
-    def drawn_by(self, share: _native.BatchSequence, n_steps: int) -> _native.Draw:
+    def drawn_by(self, share: _program.BatchSequence, n_steps: int) -> _program.Draw:
         """What the native library needs to compute a share and draw up to `n_steps` tokens behind it."""
         history, n_history = self.history.room_for(n_steps), share.n_past + len(share.tokens)
-        return _native.Draw(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
+        return _program.Draw(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
 
     def _draw_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""

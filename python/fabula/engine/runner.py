@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _native
+from fabula import _native, _program
 from fabula.engine.assembly import Assembly
 from fabula.engine.device import CPU, Placement
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument
@@ -45,7 +45,7 @@ class Part(NamedTuple):
     """One sequence's share of a step, its pages reserved."""
 
     sequence: Sequence
-    share: _native.BatchSequence
+    share: _program.BatchSequence
     n_tokens: int
 
 
@@ -99,7 +99,7 @@ class Runner:
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
         self.max_tokens = min(PREFILL_CHUNK if self.device is None else DEVICE_CHUNK, self.context)
         self.products = "own" if self.device is None else placement.products
-        shape = _native.Shape(
+        shape = _program.Shape(
             n_layers=config.n_layers,
             n_heads=shares.n_heads,
             n_kv_heads=shares.n_kv_heads,
@@ -194,11 +194,11 @@ class Runner:
         pages = sequence.reserve(end)
         window = sequence.window
         return Part(
-            sequence, _native.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
+            sequence, _program.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
         )
 
     def run(
-        self, parts: list[Part], outputs: npt.ArrayLike, program: _native.Program | None = None
+        self, parts: list[Part], outputs: npt.ArrayLike, program: _program.Program | None = None
     ) -> npt.NDArray[np.float32]:
         """One batch of prepared parts; arguments, results and errors as `step`. `program`: None for the model's own."""
         with self._in_use():
@@ -218,7 +218,7 @@ class Runner:
             yield
 
     def draw(
-        self, draws: list[tuple[Sequence, _native.Draw]], n_steps: int, stop: _native.Flag
+        self, draws: list[tuple[Sequence, _program.Draw]], n_steps: int, stop: _native.Flag
     ) -> tuple[list[tuple[I32, npt.NDArray[np.float32]]], npt.NDArray[np.float64]]:
         """Up to `n_steps` steps in which sequences compute what is left of them and draw their next token.
 
@@ -243,11 +243,11 @@ class Runner:
                 sequence.n_tokens += len(draw.share.tokens) - 1 + len(tokens)
         return drawn, seconds
 
-    def another_program(self) -> _native.Program:
+    def another_program(self) -> _program.Program:
         """The model's program once more, as its device is set now: with the same weights and buffers of its own."""
         return self._assembly.program()
 
-    def hidden_program(self, max_tokens: int) -> _native.Program:
+    def hidden_program(self, max_tokens: int) -> _program.Program:
         """The program whose rows are hidden states, float32 [hidden_size], for up to `max_tokens` tokens."""
         return self._assembly.hidden_program(max_tokens)
 

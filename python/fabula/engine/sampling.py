@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _native
+from fabula import _program, _sampling
 from fabula.engine.constraint import Constraint
 from fabula.errors import InvalidArgument
 
@@ -253,7 +253,7 @@ def _scratch_for(vocab_size: int) -> Any:
     """Memory that a draw works in. A thread has one, of the size that was wanted last: answers that have ended and are
     still known to somebody hold none."""
     if getattr(_scratch, "vocab_size", None) != vocab_size:
-        _scratch.work, _scratch.vocab_size = _native.sample_work(vocab_size), vocab_size
+        _scratch.work, _scratch.vocab_size = _sampling.sample_work(vocab_size), vocab_size
     return _scratch.work
 
 
@@ -294,16 +294,16 @@ class Sampler:
         self._breakers = np.asarray(breaker_ids, np.int32)
         # Bans must hold whatever the chain, so the bias runs even if nobody named it.
         chain = params.chain if "bias" in params.chain else ("bias", *params.chain)
-        self._settings = _native.sampling_struct(
+        self._settings = _sampling.sampling_struct(
             chain=[STEPS[step] for step in chain],
             seed=self.seed,
             **{name: getattr(params, name) for name in _STRUCT_FIELDS},
         )
 
     @property
-    def sampling(self) -> _native.Sampling:
+    def sampling(self) -> _program.Sampling:
         """What the native library draws with."""
-        return _native.Sampling(self._settings, self._bias_ids, self._bias_values, self._breakers)
+        return _program.Sampling(self._settings, self._bias_ids, self._bias_values, self._breakers)
 
     def sample(
         self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()
@@ -323,14 +323,14 @@ class Sampler:
             InvalidArgument: an argument has a wrong shape, type or range, or every token was banned.
             NonFinite: the logits hold NaN or +infinity, or nothing finite.
         """
-        return _native.sample(*self._arguments(logits, history, position, banned))
+        return _sampling.sample(*self._arguments(logits, history, position, banned))
 
     def probabilities(self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()) -> F32:
         """The distribution that `sample` draws from: float32 [vocab_size], 0 for what the chain dropped.
 
         Arguments and errors as in `sample`.
         """
-        return _native.sample_probabilities(*self._arguments(logits, history, position, banned))
+        return _sampling.sample_probabilities(*self._arguments(logits, history, position, banned))
 
     def _arguments(self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int]) -> tuple[Any, ...]:
         if logits.dtype != np.float32 or logits.shape != (self.vocab_size,):

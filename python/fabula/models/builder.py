@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
-from fabula._native import Op, Weight
+from fabula._native import Weight
+from fabula._program import Op
 from fabula.errors import ModelFileError
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.models.packing import Packer, Packing, Part, Place

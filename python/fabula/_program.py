@@ -1,0 +1,230 @@
+"""Programs of the native library: operators, batches, and steps that draw; see fb_program in fabula.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula._ffi import ffi, lib
+from fabula._native import F32, I32, Device, Isa, PagePool, Weight, check, f32, floats, handle_of, i32, ints, isa_number
+from fabula.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operator of a program; fields as in struct fb_op."""
+
+    kind: int
+    input: int = -1
+    out: int = -1
+    residual: int = -1
+    column: int = 0
+    layer: int = 0
+    window: int = 0
+    weight: Weight | None = None
+    vector: F32 | None = None
+    vector2: F32 | None = None
+    eps: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the operators of a program share; fields as in struct fb_program_shape."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    vocab_size: int
+    max_tokens: int
+    rope_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSequence:
+    """One sequence's share of a batch: pages int32, positions already held, tokens to append; as in fb_sequence."""
+
+    pages: I32
+    n_past: int
+    tokens: I32
+    window: int = 0
+    n_sinks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What fb_sample takes of one answer: struct fb_sampling, bias and DRY's breakers."""
+
+    settings: Any
+    bias_ids: I32
+    bias_values: F32
+    breakers: I32
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sequence that draws up to `n_steps` tokens, none behind one of `ends`; as in struct fb_draw.
+
+    `history` int32 has room for n_history + n_steps tokens, the share's at the end of the first n_history; those drawn
+    are written behind them. With n_steps 0 the share is only computed.
+    """
+
+    share: BatchSequence
+    n_steps: int
+    history: I32
+    n_history: int
+    ends: I32
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """Steps of a program on a GPU: graphs that are held, recordings, steps replayed and steps launched operator by
+    operator; why one could not be recorded, or ""."""
+
+    is_on: bool
+    n_graphs: int
+    n_recorded: int
+    n_replayed: int
+    n_launched: int
+    reason: str
+
+
+class Program:
+    """A checked and planned list of operators; see fb_program in fabula.h."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        buffer_widths: Sequence[int],
+        inv_freq: npt.ArrayLike,
+        ops: Sequence[Op],
+        *,
+        n_threads: int,
+        isa: Isa = "auto",
+        device: Device | None = None,
+    ) -> None:
+        c_shape = ffi.new("struct fb_program_shape *")
+        c_shape.struct_size = ffi.sizeof("struct fb_program_shape")
+        for field in Shape.__slots__:
+            setattr(c_shape, field, getattr(shape, field))
+        c_shape.n_buffers = len(buffer_widths)
+        c_ops = ffi.new("struct fb_op[]", len(ops))
+        keep: list[F32] = []
+        for c_op, op in zip(c_ops, ops, strict=True):
+            c_op.kind, c_op.out, c_op.residual, c_op.column = op.kind, op.out, op.residual, op.column
+            c_op.layer, c_op.window, c_op.eps, c_op.scale = op.layer, op.window, op.eps, op.scale
+            setattr(c_op, "in", op.input)
+            if op.weight is not None:
+                c_op.weight = op.weight.handle
+            if op.vector is not None:
+                keep.append(f32(op.vector))
+                c_op.vector, c_op.vector_length = floats(keep[-1]), keep[-1].size
+            if op.vector2 is not None:
+                keep.append(f32(op.vector2))
+                c_op.vector2, c_op.vector2_length = floats(keep[-1]), keep[-1].size
+        widths, frequencies = i32(buffer_widths), f32(inv_freq)
+        needed = shape.rotary_dim // 2
+        if frequencies.size != needed:
+            raise InvalidArgument(
+                f"inv_freq holds {frequencies.size} numbers, rotary_dim {shape.rotary_dim} needs {needed}"
+            )
+        out = ffi.new("fb_program **")
+        check(
+            lib.fb_program_create_on(
+                handle_of(device), c_shape, ints(widths), floats(frequencies), c_ops, len(ops), n_threads,
+                isa_number(isa), out,
+            )
+        )  # fmt: skip
+        self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
+        self.shape = shape
+        self.n_threads = n_threads
+        last = ops[-1].weight if ops else None
+        self.n_outputs = last.n_rows if last is not None else 0  # numbers of a row that is wanted
+        self._draw_logits = np.empty(0, np.float32)
+        # Borrowed by C: they must live as long as the program.
+        self._weights = [op.weight for op in ops if op.weight is not None]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return int(lib.fb_program_scratch_bytes(self.handle))
+
+    def run(self, pool: PagePool, sequences: Sequence[BatchSequence], outputs: npt.ArrayLike) -> F32:
+        """Runs one batch; `outputs` are the rows whose logits are wanted. Returns float32 [n_rows, self.n_outputs]."""
+        tokens = np.concatenate([i32(s.tokens) for s in sequences]) if sequences else np.empty(0, np.int32)
+        wanted = i32(outputs)
+        c_sequences = ffi.new("struct fb_sequence[]", max(len(sequences), 1))
+        keep = [i32(s.pages) for s in sequences]
+        for c_sequence, sequence, pages in zip(c_sequences, sequences, keep, strict=False):
+            c_sequence.pages, c_sequence.n_pages = ints(pages), pages.size
+            c_sequence.n_past, c_sequence.n_tokens = sequence.n_past, len(sequence.tokens)
+            c_sequence.window, c_sequence.n_sinks = sequence.window, sequence.n_sinks
+        batch = ffi.new("struct fb_batch *")
+        batch.struct_size = ffi.sizeof("struct fb_batch")
+        batch.n_tokens, batch.tokens = tokens.size, ints(tokens)
+        batch.sequences, batch.n_sequences = c_sequences, len(sequences)
+        batch.outputs, batch.n_outputs = ints(wanted), wanted.size
+        logits = np.empty((wanted.size, self.n_outputs), np.float32)
+        check(lib.fb_program_run(self.handle, pool.handle, batch, floats(logits), logits.size))
+        return logits
+
+    def draw(
+        self, pool: PagePool, draws: Sequence[Draw], n_steps: int, stop: Any
+    ) -> tuple[list[tuple[I32, F32]], npt.NDArray[np.float64]]:
+        """Up to n_steps steps over sequences that draw; see fb_program_draw. `stop`: int32_t[1] of cffi.
+
+        Returns:
+            The tokens and logprobs of each sequence, and when each step was done, in seconds since the call.
+        """
+        c_draws = ffi.new("struct fb_draw[]", len(draws))
+        logprobs = np.empty((len(draws), n_steps), np.float32)
+        seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
+        for i, (c, draw) in enumerate(zip(c_draws, draws, strict=True)):
+            share, sampling, sequence = draw.share, draw.sampling, c.sequence
+            sequence.pages, sequence.n_pages = ints(share.pages), share.pages.size
+            sequence.n_past, sequence.n_tokens = share.n_past, len(share.tokens)
+            sequence.window, sequence.n_sinks = share.window, share.n_sinks
+            c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), ints(draw.history), draw.n_history
+            c.ends, c.n_ends, c.logprobs = ints(draw.ends), draw.ends.size, floats(logprobs[i])
+            c.settings, c.breakers, c.n_breakers = sampling.settings, ints(sampling.breakers), sampling.breakers.size
+            c.bias_ids, c.n_bias = ints(sampling.bias_ids), sampling.bias_ids.size
+            c.bias_values = floats(sampling.bias_values)
+        n_logits = len(draws) * self.n_outputs
+        if self._draw_logits.size < n_logits:
+            self._draw_logits = np.empty(n_logits, np.float32)
+        check(
+            lib.fb_program_draw(
+                self.handle, pool.handle, c_draws, len(draws), n_steps, stop,
+                floats(self._draw_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
+            )
+        )  # fmt: skip
+        drawn = []
+        for c, draw, row in zip(c_draws, draws, logprobs, strict=True):
+            n = int(c.n_drawn)
+            drawn.append((draw.history[draw.n_history : draw.n_history + n].copy(), row[:n]))
+        return drawn, seconds[: n_done[0]]
+
+    def set_graphs(self, is_on: bool) -> None:
+        """Whether steps on a GPU are recorded and launched as a whole, as they are from the start; for measurements.
+
+        Raises:
+            Unsupported: it runs on the CPU.
+        """
+        check(lib.fb_program_set_graphs(self.handle, is_on))
+
+    @property
+    def graphs(self) -> GraphInfo:
+        """What became of recorded steps; Unsupported on the CPU."""
+        info = ffi.new("struct fb_graph_info *")
+        check(lib.fb_program_graph_info(self.handle, info))
+        reason = ffi.string(info.reason).decode("utf-8", "replace")
+        return GraphInfo(bool(info.is_on), info.n_graphs, info.n_recorded, info.n_replayed, info.n_launched, reason)
+
+    def close(self) -> None:
+        ffi.release(self.handle)
