@@ -181,7 +181,7 @@ static enum fb_status multiply(struct fb_cuda_library *library, const struct fb_
     const struct description *d, fb_cuda_stream stream) {
     const struct fb_cuda_functions *const f = library->functions;
     const float one = 1.0f, zero = 0.0f;
-    const cublasLtMatmulAlgo_t *algorithm;
+    const cublasLtMatmulAlgo_t *algorithm = NULL;
     FB_TRY(choose(library, m, d, &algorithm));
     return check(
         f->multiply(library->handle, d->operation, &one, m->weights, d->weights, m->inputs, d->inputs, &zero, m->out,
