@@ -58,10 +58,12 @@ static void release(int32_t index, void *memory) {
     cudaFree(memory);
 }
 
-/* Some copies return before they are done, and the streams of programs do not wait for the default one. */
+/* Copies and clears go by this thread's own stream, of which alone they await the end. What waits for the whole GPU, or for the default
+ * stream, is refused while any thread records a graph there, and breaks what it records. Programs have done all work by the time
+ * they return, so nothing is to be waited for on their streams. */
 static enum fb_status finish(int error, const char *what) {
     FB_TRY(fb_cuda_check(error, what));
-    return fb_cuda_check(cudaDeviceSynchronize(), what);
+    return fb_cuda_check(cudaStreamSynchronize(cudaStreamPerThread), what);
 }
 
 static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes) {
@@ -72,12 +74,12 @@ static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void 
     };
     if (to == from) return FB_OK;
     FB_TRY(fb_cuda_enter(index));
-    return finish(cudaMemcpy(to, from, n_bytes, kinds[way]), "copying memory");
+    return finish(cudaMemcpyAsync(to, from, n_bytes, kinds[way], cudaStreamPerThread), "copying memory");
 }
 
 static enum fb_status clear(int32_t index, void *memory, size_t n_bytes) {
     FB_TRY(fb_cuda_enter(index));
-    return finish(cudaMemset(memory, 0, n_bytes), "clearing memory");
+    return finish(cudaMemsetAsync(memory, 0, n_bytes, cudaStreamPerThread), "clearing memory");
 }
 
 static enum fb_status load_products(int32_t index, const char *path, void **out) {

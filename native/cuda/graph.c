@@ -83,8 +83,13 @@ static bool refuse(struct fb_cuda_graphs *graphs, struct fb_cuda_graph *graph, c
     return false;
 }
 
-/* Other threads may take memory and copy meanwhile: the mode concerns this thread alone, and the stream does not wait for the
- * default one. */
+/* Whether a recording was broken, which another thread may have done. */
+static bool is_broken(int error) {
+    return error == cudaErrorStreamCaptureInvalidated || error == cudaErrorStreamCaptureUnsupported;
+}
+
+/* Other threads may take memory and copy meanwhile: the mode concerns this thread alone, the stream does not wait for the default one,
+ * and copies wait for streams of their own. */
 static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const struct fb_cuda_step *step) {
     struct fb_cuda_step launched = *step;
     cudaGraph_t recorded = NULL;
@@ -97,6 +102,10 @@ static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const
     if (recorded) cudaGraphDestroy(recorded);
     if (error) {
         graph->launchable = NULL;
+        if (is_broken(error) && ++graph->n_broken < FB_CUDA_MOST_BROKEN) {
+            cudaGetLastError(); /* or the next call would report it again */
+            return false;
+        }
         return refuse(&p->graphs, graph, "recording a step", error);
     }
     p->graphs.info.n_graphs++;

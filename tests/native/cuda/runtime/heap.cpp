@@ -8,12 +8,20 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 
 long fake_fails_at = -1, fake_n_held = 0;
 int fake_n_processors = 4, fake_major = 8;
 size_t fake_bytes_from_device = 0;
+void (*fake_while_recording)(void) = nullptr;
 
-struct fake_stream : emulate::stream {};
+struct fake_stream : emulate::stream {
+    int device = 0;
+    bool is_broken = false; /* what is recorded */
+};
+
+static fake_stream per_thread;
+const cudaStream_t cudaStreamPerThread = &per_thread;
 
 struct fake_graph {
     emulate::steps steps;
@@ -37,6 +45,7 @@ std::map<void *, block> blocks;
 size_t used[FAKE_DEVICES];
 thread_local int current;
 thread_local fake_stream *recording; /* by this thread */
+std::set<fake_stream *> recordings;  /* by all */
 
 bool fails() {
     const std::lock_guard<std::mutex> guard(lock);
@@ -47,10 +56,21 @@ cudaError_t unless_it_fails() {
     return fails() ? cudaErrorUnknown : cudaSuccess;
 }
 
-/* Whether a call is one that may not be made now. */
+/* Whether a call is one that may not be made now, because this thread records. */
 bool breaks_recording() {
+    const std::lock_guard<std::mutex> guard(lock);
     if (recording) recording->is_broken = true;
     return recording != nullptr;
+}
+
+/* Whether a call that waits for the whole device may not be made now, because some thread records there. */
+bool breaks_recordings() {
+    const std::lock_guard<std::mutex> guard(lock);
+    bool breaks = recording != nullptr;
+    if (recording) recording->is_broken = true;
+    for (fake_stream *stream : recordings)
+        if (stream->device == current) breaks = stream->is_broken = true;
+    return breaks;
 }
 
 /* Memory and handles are counted alike. */
@@ -132,6 +152,7 @@ cudaError_t cudaFreeHost(void *memory) {
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (!stream && breaks_recordings()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorUnknown;
     if (kind == cudaMemcpyDeviceToHost) {
         const std::lock_guard<std::mutex> guard(lock);
@@ -145,11 +166,11 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemc
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind) {
-    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     return cudaMemcpyAsync(to, from, n_bytes, kind, nullptr);
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t stream) {
+    if (!stream && breaks_recordings()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorUnknown;
     emulate::put(stream, [=] {
         memset(to, value, n_bytes);
@@ -159,13 +180,13 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t st
 }
 
 cudaError_t cudaMemset(void *to, int value, size_t n_bytes) {
-    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     return cudaMemsetAsync(to, value, n_bytes, nullptr);
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
     if (fails()) return cudaErrorMemoryAllocation;
     *out = new fake_stream;
+    (*out)->device = current;
     hold(1);
     return cudaSuccess;
 }
@@ -191,12 +212,19 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     stream->is_broken = false;
     stream->recorded.clear();
     recording = stream;
+    const std::lock_guard<std::mutex> guard(lock);
+    recordings.insert(stream);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
     if (recording != stream) abort();
+    if (fake_while_recording) fake_while_recording();
     recording = nullptr;
+    {
+        const std::lock_guard<std::mutex> guard(lock);
+        recordings.erase(stream);
+    }
     stream->is_recording = false;
     *out = nullptr;
     if (stream->is_broken) return cudaErrorStreamCaptureInvalidated;
@@ -234,7 +262,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 }
 
 cudaError_t cudaDeviceSynchronize() {
-    return breaks_recording() ? cudaErrorStreamCaptureUnsupported : unless_it_fails();
+    return breaks_recordings() ? cudaErrorStreamCaptureUnsupported : unless_it_fails();
 }
 
 cudaError_t cudaGetLastError() {
