@@ -50,12 +50,17 @@ static enum fb_status describe(int32_t index, struct fb_device_info *out) {
 
 static enum fb_status take(int32_t index, size_t n_bytes, void **out) {
     FB_TRY(fb_cuda_enter(index));
-    return fb_cuda_check(cudaMalloc(out, n_bytes), "taking memory");
+    fb_cuda_lock_memory();
+    const int error = cudaMalloc(out, n_bytes);
+    fb_cuda_unlock_memory();
+    return fb_cuda_check(error, "taking memory");
 }
 
 static void release(int32_t index, void *memory) {
     cudaSetDevice(index);
+    fb_cuda_lock_memory();
     cudaFree(memory);
+    fb_cuda_unlock_memory();
 }
 
 /* Copies and clears go by this thread's own stream, of which alone they await the end. What waits for the whole GPU, or for the default

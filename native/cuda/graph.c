@@ -41,7 +41,9 @@ static bool same_key(const struct fb_cuda_graph_key *a, const struct fb_cuda_gra
 
 static void drop(struct fb_cuda_graphs *graphs, int32_t number) {
     if (graphs->all[number].launchable) {
+        fb_cuda_lock_memory();
         cudaGraphExecDestroy(graphs->all[number].launchable);
+        fb_cuda_unlock_memory();
         graphs->info.n_graphs--;
     }
     graphs->all[number] = graphs->all[--graphs->n];
@@ -98,7 +100,11 @@ static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const
     const enum fb_status status = fb_cuda_launch(p, &launched);
     error = cudaStreamEndCapture(p->stream, &recorded); /* behind a failure too, or the stream would go on recording */
     if (!error && status != FB_OK) error = cudaErrorUnknown;
-    if (!error) error = cudaGraphInstantiateWithFlags(&graph->launchable, recorded, 0);
+    if (!error) {
+        fb_cuda_lock_memory(); /* it takes some */
+        error = cudaGraphInstantiateWithFlags(&graph->launchable, recorded, 0);
+        fb_cuda_unlock_memory();
+    }
     if (recorded) cudaGraphDestroy(recorded);
     if (error) {
         graph->launchable = NULL;

@@ -23,7 +23,7 @@ struct group {
 };
 
 /* Two groups on the same GPUs take turns: exchanges that two threads launch could meet in another order on each GPU, and then wait for
- * each other without end. */
+ * each other without end. Links are made and given up in turn too, as both take or free memory while another group may be open. */
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 
 /* A batch on its way through the programs of a group. */
@@ -46,8 +46,11 @@ enum fb_status fb_cuda_group_open(const int32_t *indices, int32_t n, void **out)
     for (int32_t i = 0; i < n; i++)
         group->devices[i] = indices[i];
     enum fb_status status = fb_nccl_load(&group->nccl);
-    if (status == FB_OK)
+    if (status == FB_OK) {
+        pthread_mutex_lock(&turn);
         status = check(group, group->nccl.comm_init_all(group->comms, n, group->devices), "linking GPUs");
+        pthread_mutex_unlock(&turn);
+    }
     if (status != FB_OK) {
         free(group);
         return status;
@@ -64,8 +67,10 @@ static void give_up_links(struct group *group) {
 
 void fb_cuda_group_close(void *links) {
     struct group *group = links;
+    pthread_mutex_lock(&turn);
     for (int32_t i = 0; i < group->n && !group->is_broken; i++)
         group->nccl.comm_destroy(group->comms[i]);
+    pthread_mutex_unlock(&turn);
     free(group);
 }
 
@@ -98,6 +103,7 @@ static enum fb_status make_room(struct group_run *run, const struct fb_batch *ba
 /* Every GPU gets `part_floats` numbers of each: its own from `from`, or from their place if that is NULL. */
 static enum fb_status gather(struct group_run *run, const float *const *from, size_t part_floats) {
     struct group *group = run->group;
+    fb_cuda_lock_memory(); /* nobody takes or frees any while only some GPUs have their part */
     int error = group->nccl.group_start();
     for (int32_t i = 0; i < group->n && error == FB_NCCL_SUCCESS; i++) {
         struct fb_cuda_program *p = run->programs[i];
@@ -106,6 +112,7 @@ static enum fb_status gather(struct group_run *run, const float *const *from, si
             own, gathered(p, 0, part_floats), part_floats, FB_NCCL_FLOAT32, group->comms[i], p->stream);
     }
     const int at_end = group->nccl.group_end(); /* also behind a failure, or the next call would belong to this group */
+    fb_cuda_unlock_memory();
     if (error == FB_NCCL_SUCCESS) error = at_end;
     const enum fb_status status = check(group, error, "exchanging results between GPUs");
     if (status != FB_OK) give_up_links(group);

@@ -9,7 +9,12 @@
 
 #include <dlfcn.h>
 
-static long *nccl_fails_at, *nccl_n_held;
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+static long *nccl_fails_at, *nccl_n_held, *nccl_n_in_group;
+static void (**nccl_group)(int is_open);
 
 /* ---- Kernels ----------------------------------------------------------------------------------------------------- */
 
@@ -227,6 +232,35 @@ static void test_failures(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
+/* While one thread runs batches, another makes and frees the same model: memory and links are never taken or freed between the launches
+ * of a group. */
+static void test_two_threads(const matrices &numbers) {
+    buffer<float> wanted(2 * VOCABULARY), got(2 * VOCABULARY);
+    std::atomic<bool> is_done{false};
+    std::atomic<long> n_made{0};
+    {
+        joined group;
+        CHECK(group.open(numbers, 2) == FB_OK && step(group.program, group.pool, 3, &wanted) == FB_OK);
+        *nccl_group = fake_open_group;
+        std::thread other([&] {
+            do {
+                joined another;
+                CHECK_AT(another.open(numbers, 2) == FB_OK, "%s", fb_last_error());
+                n_made++;
+            } while (!is_done);
+        });
+        for (int32_t i = 0; i < 100 || n_made < 10; i++) {
+            CHECK(step(group.program, group.pool, 3, &got) == FB_OK && got.same_as(wanted));
+            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other would hardly get its turn */
+        }
+        is_done = true;
+        other.join();
+        *nccl_group = nullptr;
+    }
+    CHECK_AT(fake_n_in_group == 0 && *nccl_n_in_group == 0, "%ld and %ld", fake_n_in_group, *nccl_n_in_group);
+    CHECK(fake_n_held == 0 && *nccl_n_held == 0);
+}
+
 /* Parts that are not what they must be. */
 static void test_refusals(const matrices &numbers) {
     joined group;
@@ -253,7 +287,9 @@ int main() {
     void *library = dlopen("libnccl.so.2", RTLD_NOW);
     nccl_fails_at = library ? static_cast<long *>(dlsym(library, "fake_nccl_fails_at")) : nullptr;
     nccl_n_held = library ? static_cast<long *>(dlsym(library, "fake_nccl_n_held")) : nullptr;
-    if (!nccl_fails_at || !nccl_n_held) {
+    nccl_n_in_group = library ? static_cast<long *>(dlsym(library, "fake_nccl_n_in_group")) : nullptr;
+    nccl_group = library ? reinterpret_cast<void (**)(int)>(dlsym(library, "fake_nccl_group")) : nullptr;
+    if (!nccl_fails_at || !nccl_n_held || !nccl_n_in_group || !nccl_group) {
         fprintf(stderr, "the emulated NCCL is not found: LD_LIBRARY_PATH must name its folder\n");
         return 1;
     }
@@ -272,6 +308,7 @@ int main() {
     CHECK(fb_page_pool_create(FB_F32, FB_F32, 4, 1, HEADS, 2, &pool) == FB_OK);
     test_numbers(numbers, whole, pool);
     test_failures(numbers);
+    test_two_threads(numbers);
     test_refusals(numbers);
     fb_page_pool_free(pool);
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);

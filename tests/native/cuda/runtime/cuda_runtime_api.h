@@ -40,12 +40,15 @@ struct cudaDeviceProp {
     int major, minor, multiProcessorCount;
 };
 
-extern long fake_fails_at;                 /* counts down; -1 for never */
-extern size_t fake_bytes_from_device;      /* copied to the host */
-extern long fake_n_held;                   /* allocations, streams and graphs not given back */
-extern int fake_n_processors;              /* of the GPU */
-extern int fake_major;                     /* its compute capability */
+extern long fake_fails_at;            /* counts down; -1 for never */
+extern size_t fake_bytes_from_device; /* copied to the host */
+extern long fake_n_held;              /* allocations, streams and graphs not given back */
+extern int fake_n_processors;         /* of the GPU */
+extern int fake_major;                /* its compute capability */
+extern long fake_n_in_group; /* calls that took or freed memory while a group of exchanges was open, of any thread */
 extern void (*fake_while_recording)(void); /* called before a recording ends; NULL for nothing */
+
+void fake_open_group(int is_open); /* told by the emulated NCCL, when a test lets it */
 
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDeviceCount(int *n);

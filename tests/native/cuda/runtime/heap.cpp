@@ -10,7 +10,7 @@
 #include <mutex>
 #include <set>
 
-long fake_fails_at = -1, fake_n_held = 0;
+long fake_fails_at = -1, fake_n_held = 0, fake_n_in_group = 0;
 int fake_n_processors = 4, fake_major = 8;
 size_t fake_bytes_from_device = 0;
 void (*fake_while_recording)(void) = nullptr;
@@ -46,6 +46,7 @@ size_t used[FAKE_DEVICES];
 thread_local int current;
 thread_local fake_stream *recording; /* by this thread */
 std::set<fake_stream *> recordings;  /* by all */
+bool group_is_open = false;
 
 bool fails() {
     const std::lock_guard<std::mutex> guard(lock);
@@ -73,6 +74,12 @@ bool breaks_recordings() {
     return breaks;
 }
 
+/* A call that takes or frees memory: on real GPUs it may wait for those to which a group was launched already. */
+void meet_group() {
+    const std::lock_guard<std::mutex> guard(lock);
+    fake_n_in_group += group_is_open;
+}
+
 /* Memory and handles are counted alike. */
 void hold(long change) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -80,6 +87,11 @@ void hold(long change) {
 }
 
 } // namespace
+
+void fake_open_group(int is_open) {
+    const std::lock_guard<std::mutex> guard(lock);
+    group_is_open = is_open;
+}
 
 cudaError_t cudaDriverGetVersion(int *version) {
     *version = CUDART_VERSION;
@@ -118,6 +130,7 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *n_bytes) {
 }
 
 cudaError_t cudaMalloc(void **out, size_t n_bytes) {
+    meet_group();
     if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorMemoryAllocation;
     const std::lock_guard<std::mutex> guard(lock);
@@ -131,6 +144,7 @@ cudaError_t cudaMalloc(void **out, size_t n_bytes) {
 }
 
 cudaError_t cudaFree(void *memory) {
+    meet_group();
     if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = blocks.find(memory);
@@ -235,6 +249,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
 }
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+    meet_group();
     if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorMemoryAllocation;
     *out = new fake_launchable{graph->steps};
@@ -250,6 +265,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t launchable, cudaStream_t) {
 }
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t launchable) {
+    meet_group();
     delete launchable;
     hold(-1);
     return cudaSuccess;
