@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct group {
     struct fb_nccl nccl;
@@ -39,7 +40,18 @@ static enum fb_status check(const struct group *group, int error, const char *wh
     return fb_fail(FB_DEVICE_FAILED, "%s: NCCL error %d, %s", what, error, group->nccl.get_error_string(error));
 }
 
+/* Where a launch returns only when it is done, the first GPU's part of an exchange waits for the others', which are never launched. */
+static enum fb_status check_launches(void) {
+    const char *value = getenv("CUDA_LAUNCH_BLOCKING");
+    if (!value || !*value || strcmp(value, "0") == 0) return FB_OK;
+    return fb_fail(FB_UNSUPPORTED,
+        "several GPUs would wait for each other without end while CUDA_LAUNCH_BLOCKING is %s: "
+        "unset it before the process starts",
+        value);
+}
+
 enum fb_status fb_cuda_group_open(const int32_t *indices, int32_t n, void **out) {
+    FB_TRY(check_launches());
     struct group *group = calloc(1, sizeof *group);
     if (!group) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a group of GPUs");
     group->n = n;

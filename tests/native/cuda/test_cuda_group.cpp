@@ -261,6 +261,23 @@ static void test_two_threads(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
+/* Where each launch waits for its end, exchanges would have none. */
+static void test_blocking(const matrices &numbers) {
+    for (const char *value : {"1", "2", "yes"}) {
+        joined group;
+        setenv("CUDA_LAUNCH_BLOCKING", value, 1);
+        CHECK(group.open(numbers, 2) == FB_UNSUPPORTED);
+        CHECK_AT(strstr(fb_last_error(), "unset it before"), "%s", fb_last_error());
+    }
+    for (const char *value : {"0", ""}) {
+        joined group;
+        setenv("CUDA_LAUNCH_BLOCKING", value, 1);
+        CHECK_AT(group.open(numbers, 2) == FB_OK, "%s", fb_last_error());
+    }
+    unsetenv("CUDA_LAUNCH_BLOCKING");
+    CHECK(fake_n_held == 0 && *nccl_n_held == 0);
+}
+
 /* Parts that are not what they must be. */
 static void test_refusals(const matrices &numbers) {
     joined group;
@@ -309,6 +326,7 @@ int main() {
     test_numbers(numbers, whole, pool);
     test_failures(numbers);
     test_two_threads(numbers);
+    test_blocking(numbers);
     test_refusals(numbers);
     fb_page_pool_free(pool);
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
