@@ -11,6 +11,8 @@
 #define FABULA_CUDA_EMULATED 0
 #endif
 
+enum { OLDEST = 75 }; /* Turing: tensor cores that take f16 by 8 columns */
+
 static enum fb_status count(int32_t *out) {
     int driver = 0, n = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
@@ -46,6 +48,26 @@ static enum fb_status describe(int32_t index, struct fb_device_info *out) {
     out->free_bytes = n_free;
     memcpy(out->name, properties.name, strnlen(properties.name, sizeof out->name - 1));
     return FB_OK;
+}
+
+/* Whether this build's kernels run there. One kernel tells for all, as all are compiled for the same architectures. */
+static enum fb_status check(int32_t index) {
+    struct fb_device_info info = {0};
+    FB_TRY(describe(index, &info)); /* a GPU that failed says so here */
+    const int32_t capability = 10 * info.compute_major + info.compute_minor;
+    if (capability < OLDEST)
+        return fb_fail(FB_DEVICE_FAILED, "%s is too old: it has compute capability %d.%d, Fabula needs %d.%d",
+            info.name, info.compute_major, info.compute_minor, OLDEST / 10, OLDEST % 10);
+    const int error = fb_cuda_find_code();
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+        error == cudaErrorUnsupportedPtxVersion) {
+        cudaGetLastError();
+        return fb_fail(FB_DEVICE_FAILED,
+            "this build of Fabula has no code for %s, of compute capability %d.%d: it was built with other "
+            "FABULA_CUDA_ARCHITECTURES",
+            info.name, info.compute_major, info.compute_minor);
+    }
+    return fb_cuda_check(error, "looking for kernels");
 }
 
 static enum fb_status take(int32_t index, size_t n_bytes, void **out) {
@@ -98,6 +120,7 @@ static enum fb_status load_products(int32_t index, const char *path, void **out)
 const struct fb_device_kind *fb_device_kind_of_build(void) {
     static const struct fb_device_kind kind = {.count = count,
         .describe = describe,
+        .check = check,
         .take = take,
         .release = release,
         .copy = copy,

@@ -113,6 +113,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
     *out = {};
     strcpy(out->name, "emulated GPU");
     out->major = fake_major;
+    out->minor = fake_major == 7 ? 5 : 0;
     out->multiProcessorCount = fake_n_processors;
     return unless_it_fails();
 }
