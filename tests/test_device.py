@@ -96,7 +96,7 @@ def test_auto_passes_over_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_native, "Device", Opened)
     assert getattr(Placement("auto").choose(9_000), "index", None) == 1
     assert Placement("auto").choose(11_000) is None
-    with pytest.raises(DeviceError, match="device cuda: this build .* no code for it; take device cpu or auto"):
+    with pytest.raises(DeviceError, match=r"device cuda: this build .* no code for it; take device cpu or auto"):
         Placement("cuda")
 
 

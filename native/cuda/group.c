@@ -194,7 +194,7 @@ static enum fb_status run_batch(struct group_run *run, fb_page_pool *const *pool
     }
     FB_TRY(line_up(run, batch->n_outputs, n_results));
     FB_TRY(fb_cuda_enter(run->programs[0]->device->index));
-    return fb_cuda_send_back(run->programs[0], n_results, batch->n_outputs, results);
+    return fb_cuda_send_drawn(run->programs[0], results);
 }
 
 /* Whether a GPU still works, and what it or its link has met. */
@@ -231,6 +231,18 @@ static enum fb_status wait_for_all(struct group_run *run) {
     return status;
 }
 
+/* Logits, when all GPUs are done: before that, the copy would wait in the driver for work that may never end, and nobody would ask the
+ * others and the links. */
+static enum fb_status copy_logits(
+    struct group_run *run, int32_t n_results, const struct fb_batch *batch, const struct fb_results *results) {
+    struct fb_cuda_program *p = run->programs[0];
+    FB_TRY(fb_cuda_enter(p->device->index));
+    const enum fb_status status = fb_cuda_send_logits(p, n_results, batch->n_outputs, results);
+    const int error = cudaStreamSynchronize(p->stream); /* also behind a failure: copies may be under way */
+    FB_TRY(status);
+    return fb_cuda_check(error, "copying logits");
+}
+
 enum fb_status fb_cuda_group_run(void *links, fb_program *const *parts, fb_page_pool *const *pools, int32_t n_results,
     const struct fb_batch *batch, const struct fb_results *results) {
     struct group_run run = {.group = links};
@@ -239,9 +251,10 @@ enum fb_status fb_cuda_group_run(void *links, fb_program *const *parts, fb_page_
     for (int32_t i = 0; i < run.group->n; i++)
         run.programs[i] = parts[i]->on_device;
     pthread_mutex_lock(&turn);
-    const enum fb_status status = run_batch(&run, pools, n_results, batch, results);
+    enum fb_status status = run_batch(&run, pools, n_results, batch, results);
     /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
     const enum fb_status at_end = wait_for_all(&run);
+    if (status == FB_OK && at_end == FB_OK) status = copy_logits(&run, n_results, batch, results);
     pthread_mutex_unlock(&turn);
     FB_TRY(at_end); /* before the other, whose text is gone if both failed */
     FB_TRY(status);

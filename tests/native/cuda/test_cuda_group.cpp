@@ -232,6 +232,26 @@ static void test_failures(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
+/* A link that fails in a batch is found out before anything waits for the GPUs: no logits are asked for. */
+static void test_lost_link(const matrices &numbers) {
+    buffer<float> got(2 * VOCABULARY);
+    int n_lost = 0;
+    for (long at = 0;; at++) {
+        joined group;
+        CHECK(group.open(numbers, 2) == FB_OK);
+        fake_bytes_to_pageable = 0;
+        *nccl_fails_at = at;
+        const fb_status status = step(group.program, group.pool, 3, &got);
+        const bool is_through = *nccl_fails_at >= 0;
+        *nccl_fails_at = -1;
+        CHECK(fake_bytes_to_pageable == (is_through ? got.n * sizeof(float) : 0) && is_through == (status == FB_OK));
+        if (is_through) break;
+        if (strstr(fb_last_error(), "asking for a link")) n_lost++;
+    }
+    CHECK_AT(n_lost == 2, "%d links were lost", n_lost); /* each of them once */
+    CHECK(fake_n_held == 0 && *nccl_n_held == 0);
+}
+
 /* While one thread runs batches, another makes and frees the same model: memory and links are never taken or freed between the launches
  * of a group. */
 static void test_two_threads(const matrices &numbers) {
@@ -325,6 +345,7 @@ int main() {
     CHECK(fb_page_pool_create(FB_F32, FB_F32, 4, 1, HEADS, 2, &pool) == FB_OK);
     test_numbers(numbers, whole, pool);
     test_failures(numbers);
+    test_lost_link(numbers);
     test_two_threads(numbers);
     test_blocking(numbers);
     test_refusals(numbers);

@@ -45,6 +45,7 @@ struct cudaDeviceProp {
 
 extern long fake_fails_at;            /* counts down; -1 for never */
 extern size_t fake_bytes_from_device; /* copied to the host */
+extern size_t fake_bytes_to_pageable; /* of those, to memory that is not pinned: such a copy waits for the stream */
 extern long fake_n_held;              /* allocations, streams and graphs not given back */
 extern int fake_n_processors;         /* of the GPU */
 extern int fake_major;                /* its compute capability */

@@ -6,13 +6,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>
 
 long fake_fails_at = -1, fake_n_held = 0, fake_n_in_group = 0;
 int fake_n_processors = 4, fake_major = 8;
-size_t fake_bytes_from_device = 0;
+size_t fake_bytes_from_device = 0, fake_bytes_to_pageable = 0;
 void (*fake_while_recording)(void) = nullptr;
 
 struct fake_stream : emulate::stream {
@@ -78,6 +79,14 @@ bool breaks_recordings() {
 void meet_group() {
     const std::lock_guard<std::mutex> guard(lock);
     fake_n_in_group += group_is_open;
+}
+
+/* Whether memory is what cudaMallocHost gave, or a part of it; the lock is held. */
+bool is_pinned(void *memory) {
+    const auto behind = blocks.upper_bound(memory);
+    if (behind == blocks.begin()) return false;
+    const auto &[begin, found] = *std::prev(behind);
+    return static_cast<char *>(memory) < static_cast<char *>(begin) + found.n_bytes;
 }
 
 /* Memory and handles are counted alike. */
@@ -172,6 +181,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemc
     if (kind == cudaMemcpyDeviceToHost) {
         const std::lock_guard<std::mutex> guard(lock);
         fake_bytes_from_device += n_bytes;
+        if (!is_pinned(to)) fake_bytes_to_pageable += n_bytes;
     }
     emulate::put(stream, [=] {
         memcpy(to, from, n_bytes);
