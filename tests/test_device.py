@@ -28,6 +28,7 @@ from fabula import (
     _native,
 )
 from fabula.cli.main import run
+from fabula.engine.device import Placement
 from fabula.server.settings import Settings, from_text
 
 
@@ -79,6 +80,24 @@ def test_the_cpu_is_the_default(tiny_model: Model) -> None:
         with pytest.raises(Unsupported, match="have no graphs"):
             _ = tiny_model._runner.program.graphs
         assert tiny_model.device_name == "" and "device cpu" in repr(tiny_model)
+
+
+def test_auto_passes_over_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Opened:
+        def __init__(self, index: int, _memory: int | None) -> None:
+            if index == 0:
+                raise DeviceError("this build of Fabula has no code for it")
+            self.index = index
+
+        def memory(self) -> tuple[int, int]:
+            return 0, 10_000
+
+    monkeypatch.setattr(_native, "device_count", lambda: 2)
+    monkeypatch.setattr(_native, "Device", Opened)
+    assert getattr(Placement("auto").choose(9_000), "index", None) == 1
+    assert Placement("auto").choose(11_000) is None
+    with pytest.raises(DeviceError, match=r"device cuda: this build .* no code for it; take device cpu or auto"):
+        Placement("cuda")
 
 
 # ---- Without a GPU --------------------------------------------------------------------------------------------------

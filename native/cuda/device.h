@@ -37,6 +37,12 @@ static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t s
     return (int)cudaGetLastError();
 }
 
+/* Whether the current GPU has code of a kernel: 0, or why not. */
+template <class... P> static int fb_find_code(void (*kernel)(P...)) {
+    cudaFuncAttributes attributes;
+    return (int)cudaFuncGetAttributes(&attributes, kernel);
+}
+
 FB_DEVICE float fb_float_of_f16(uint16_t half) {
     return __half2float(__ushort_as_half(half));
 }

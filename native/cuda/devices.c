@@ -11,6 +11,8 @@
 #define FABULA_CUDA_EMULATED 0
 #endif
 
+enum { OLDEST = 75 }; /* Turing: tensor cores that take f16 by 8 columns */
+
 static enum fb_status count(int32_t *out) {
     int driver = 0, n = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
@@ -48,20 +50,47 @@ static enum fb_status describe(int32_t index, struct fb_device_info *out) {
     return FB_OK;
 }
 
+/* Whether this build's kernels run there. One kernel tells for all, as all are compiled for the same architectures. */
+static enum fb_status check(int32_t index) {
+    struct fb_device_info info = {0};
+    FB_TRY(describe(index, &info)); /* a GPU that failed says so here */
+    const int32_t capability = 10 * info.compute_major + info.compute_minor;
+    if (capability < OLDEST)
+        return fb_fail(FB_DEVICE_FAILED, "%s is too old: it has compute capability %d.%d, Fabula needs %d.%d",
+            info.name, info.compute_major, info.compute_minor, OLDEST / 10, OLDEST % 10);
+    const int error = fb_cuda_find_code();
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+        error == cudaErrorUnsupportedPtxVersion) {
+        cudaGetLastError();
+        return fb_fail(FB_DEVICE_FAILED,
+            "this build of Fabula has no code for %s, of compute capability %d.%d: it was built with other "
+            "FABULA_CUDA_ARCHITECTURES",
+            info.name, info.compute_major, info.compute_minor);
+    }
+    return fb_cuda_check(error, "looking for kernels");
+}
+
 static enum fb_status take(int32_t index, size_t n_bytes, void **out) {
     FB_TRY(fb_cuda_enter(index));
-    return fb_cuda_check(cudaMalloc(out, n_bytes), "taking memory");
+    fb_cuda_lock_memory();
+    const int error = cudaMalloc(out, n_bytes);
+    fb_cuda_unlock_memory();
+    return fb_cuda_check(error, "taking memory");
 }
 
 static void release(int32_t index, void *memory) {
     cudaSetDevice(index);
+    fb_cuda_lock_memory();
     cudaFree(memory);
+    fb_cuda_unlock_memory();
 }
 
-/* Some copies return before they are done, and the streams of programs do not wait for the default one. */
+/* Copies and clears go by this thread's own stream, of which alone they await the end. What waits for the whole GPU, or for the default
+ * stream, is refused while any thread records a graph there, and breaks what it records. Programs have done all work by the time
+ * they return, so nothing is to be waited for on their streams. */
 static enum fb_status finish(int error, const char *what) {
     FB_TRY(fb_cuda_check(error, what));
-    return fb_cuda_check(cudaDeviceSynchronize(), what);
+    return fb_cuda_check(cudaStreamSynchronize(cudaStreamPerThread), what);
 }
 
 static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes) {
@@ -72,12 +101,12 @@ static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void 
     };
     if (to == from) return FB_OK;
     FB_TRY(fb_cuda_enter(index));
-    return finish(cudaMemcpy(to, from, n_bytes, kinds[way]), "copying memory");
+    return finish(cudaMemcpyAsync(to, from, n_bytes, kinds[way], cudaStreamPerThread), "copying memory");
 }
 
 static enum fb_status clear(int32_t index, void *memory, size_t n_bytes) {
     FB_TRY(fb_cuda_enter(index));
-    return finish(cudaMemset(memory, 0, n_bytes), "clearing memory");
+    return finish(cudaMemsetAsync(memory, 0, n_bytes, cudaStreamPerThread), "clearing memory");
 }
 
 static enum fb_status load_products(int32_t index, const char *path, void **out) {
@@ -91,6 +120,7 @@ static enum fb_status load_products(int32_t index, const char *path, void **out)
 const struct fb_device_kind *fb_device_kind_of_build(void) {
     static const struct fb_device_kind kind = {.count = count,
         .describe = describe,
+        .check = check,
         .take = take,
         .release = release,
         .copy = copy,

@@ -41,7 +41,9 @@ static bool same_key(const struct fb_cuda_graph_key *a, const struct fb_cuda_gra
 
 static void drop(struct fb_cuda_graphs *graphs, int32_t number) {
     if (graphs->all[number].launchable) {
+        fb_cuda_lock_memory();
         cudaGraphExecDestroy(graphs->all[number].launchable);
+        fb_cuda_unlock_memory();
         graphs->info.n_graphs--;
     }
     graphs->all[number] = graphs->all[--graphs->n];
@@ -83,8 +85,13 @@ static bool refuse(struct fb_cuda_graphs *graphs, struct fb_cuda_graph *graph, c
     return false;
 }
 
-/* Other threads may take memory and copy meanwhile: the mode concerns this thread alone, and the stream does not wait for the
- * default one. */
+/* Whether a recording was broken, which another thread may have done. */
+static bool is_broken(int error) {
+    return error == cudaErrorStreamCaptureInvalidated || error == cudaErrorStreamCaptureUnsupported;
+}
+
+/* Other threads may take memory and copy meanwhile: the mode concerns this thread alone, the stream does not wait for the default one,
+ * and copies wait for streams of their own. */
 static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const struct fb_cuda_step *step) {
     struct fb_cuda_step launched = *step;
     cudaGraph_t recorded = NULL;
@@ -93,10 +100,18 @@ static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const
     const enum fb_status status = fb_cuda_launch(p, &launched);
     error = cudaStreamEndCapture(p->stream, &recorded); /* behind a failure too, or the stream would go on recording */
     if (!error && status != FB_OK) error = cudaErrorUnknown;
-    if (!error) error = cudaGraphInstantiateWithFlags(&graph->launchable, recorded, 0);
+    if (!error) {
+        fb_cuda_lock_memory(); /* it takes some */
+        error = cudaGraphInstantiateWithFlags(&graph->launchable, recorded, 0);
+        fb_cuda_unlock_memory();
+    }
     if (recorded) cudaGraphDestroy(recorded);
     if (error) {
         graph->launchable = NULL;
+        if (is_broken(error) && ++graph->n_broken < FB_CUDA_MOST_BROKEN) {
+            cudaGetLastError(); /* or the next call would report it again */
+            return false;
+        }
         return refuse(&p->graphs, graph, "recording a step", error);
     }
     p->graphs.info.n_graphs++;

@@ -7,6 +7,8 @@
  *
  * A size that comes for the first time is launched operator by operator, which also loads its kernels: that may have to wait for the
  * GPU, and nothing may while a stream records. The second time records. Whatever fails on the way costs the graph, never the step.
+ * A recording that another thread breaks, with a call that waits for the whole GPU (of cuBLASLt, or of another library of the process), is
+ * begun again the next time the size comes.
  */
 #ifndef FABULA_CUDA_GRAPH_H
 #define FABULA_CUDA_GRAPH_H
@@ -16,7 +18,8 @@
 
 enum {
     FB_CUDA_GRAPH_TOKENS = 256, /* of a step; for more, launches hide behind the work */
-    FB_CUDA_MOST_GRAPHS = 32    /* of a program: two for every doubling of a batch, its outputs or the longest past */
+    FB_CUDA_MOST_GRAPHS = 32,   /* of a program: two for every doubling of a batch, its outputs or the longest past */
+    FB_CUDA_MOST_BROKEN = 3     /* recordings of a step that may be broken; then it is refused */
 };
 
 /* Rows that a batch's launches work on. */
@@ -36,6 +39,7 @@ struct fb_cuda_graph {
     struct fb_cuda_graph_key key;
     cudaGraphExec_t launchable; /* NULL: not recorded */
     bool is_refused;            /* nor will it be */
+    int32_t n_broken;           /* recordings that were broken */
     int64_t last_used;
 };
 

@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct group {
     struct fb_nccl nccl;
@@ -23,7 +24,7 @@ struct group {
 };
 
 /* Two groups on the same GPUs take turns: exchanges that two threads launch could meet in another order on each GPU, and then wait for
- * each other without end. */
+ * each other without end. Links are made and given up in turn too, as both take or free memory while another group may be open. */
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
 
 /* A batch on its way through the programs of a group. */
@@ -39,15 +40,29 @@ static enum fb_status check(const struct group *group, int error, const char *wh
     return fb_fail(FB_DEVICE_FAILED, "%s: NCCL error %d, %s", what, error, group->nccl.get_error_string(error));
 }
 
+/* Where a launch returns only when it is done, the first GPU's part of an exchange waits for the others', which are never launched. */
+static enum fb_status check_launches(void) {
+    const char *value = getenv("CUDA_LAUNCH_BLOCKING");
+    if (!value || !*value || strcmp(value, "0") == 0) return FB_OK;
+    return fb_fail(FB_UNSUPPORTED,
+        "several GPUs would wait for each other without end while CUDA_LAUNCH_BLOCKING is %s: "
+        "unset it before the process starts",
+        value);
+}
+
 enum fb_status fb_cuda_group_open(const int32_t *indices, int32_t n, void **out) {
+    FB_TRY(check_launches());
     struct group *group = calloc(1, sizeof *group);
     if (!group) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a group of GPUs");
     group->n = n;
     for (int32_t i = 0; i < n; i++)
         group->devices[i] = indices[i];
     enum fb_status status = fb_nccl_load(&group->nccl);
-    if (status == FB_OK)
+    if (status == FB_OK) {
+        pthread_mutex_lock(&turn);
         status = check(group, group->nccl.comm_init_all(group->comms, n, group->devices), "linking GPUs");
+        pthread_mutex_unlock(&turn);
+    }
     if (status != FB_OK) {
         free(group);
         return status;
@@ -64,8 +79,10 @@ static void give_up_links(struct group *group) {
 
 void fb_cuda_group_close(void *links) {
     struct group *group = links;
+    pthread_mutex_lock(&turn);
     for (int32_t i = 0; i < group->n && !group->is_broken; i++)
         group->nccl.comm_destroy(group->comms[i]);
+    pthread_mutex_unlock(&turn);
     free(group);
 }
 
@@ -98,6 +115,7 @@ static enum fb_status make_room(struct group_run *run, const struct fb_batch *ba
 /* Every GPU gets `part_floats` numbers of each: its own from `from`, or from their place if that is NULL. */
 static enum fb_status gather(struct group_run *run, const float *const *from, size_t part_floats) {
     struct group *group = run->group;
+    fb_cuda_lock_memory(); /* nobody takes or frees any while only some GPUs have their part */
     int error = group->nccl.group_start();
     for (int32_t i = 0; i < group->n && error == FB_NCCL_SUCCESS; i++) {
         struct fb_cuda_program *p = run->programs[i];
@@ -106,6 +124,7 @@ static enum fb_status gather(struct group_run *run, const float *const *from, si
             own, gathered(p, 0, part_floats), part_floats, FB_NCCL_FLOAT32, group->comms[i], p->stream);
     }
     const int at_end = group->nccl.group_end(); /* also behind a failure, or the next call would belong to this group */
+    fb_cuda_unlock_memory();
     if (error == FB_NCCL_SUCCESS) error = at_end;
     const enum fb_status status = check(group, error, "exchanging results between GPUs");
     if (status != FB_OK) give_up_links(group);
@@ -175,7 +194,7 @@ static enum fb_status run_batch(struct group_run *run, fb_page_pool *const *pool
     }
     FB_TRY(line_up(run, batch->n_outputs, n_results));
     FB_TRY(fb_cuda_enter(run->programs[0]->device->index));
-    return fb_cuda_send_back(run->programs[0], n_results, batch->n_outputs, results);
+    return fb_cuda_send_drawn(run->programs[0], results);
 }
 
 /* Whether a GPU still works, and what it or its link has met. */
@@ -212,6 +231,18 @@ static enum fb_status wait_for_all(struct group_run *run) {
     return status;
 }
 
+/* Logits, when all GPUs are done: before that, the copy would wait in the driver for work that may never end, and nobody would ask the
+ * others and the links. */
+static enum fb_status copy_logits(
+    struct group_run *run, int32_t n_results, const struct fb_batch *batch, const struct fb_results *results) {
+    struct fb_cuda_program *p = run->programs[0];
+    FB_TRY(fb_cuda_enter(p->device->index));
+    const enum fb_status status = fb_cuda_send_logits(p, n_results, batch->n_outputs, results);
+    const int error = cudaStreamSynchronize(p->stream); /* also behind a failure: copies may be under way */
+    FB_TRY(status);
+    return fb_cuda_check(error, "copying logits");
+}
+
 enum fb_status fb_cuda_group_run(void *links, fb_program *const *parts, fb_page_pool *const *pools, int32_t n_results,
     const struct fb_batch *batch, const struct fb_results *results) {
     struct group_run run = {.group = links};
@@ -220,9 +251,10 @@ enum fb_status fb_cuda_group_run(void *links, fb_program *const *parts, fb_page_
     for (int32_t i = 0; i < run.group->n; i++)
         run.programs[i] = parts[i]->on_device;
     pthread_mutex_lock(&turn);
-    const enum fb_status status = run_batch(&run, pools, n_results, batch, results);
+    enum fb_status status = run_batch(&run, pools, n_results, batch, results);
     /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
     const enum fb_status at_end = wait_for_all(&run);
+    if (status == FB_OK && at_end == FB_OK) status = copy_logits(&run, n_results, batch, results);
     pthread_mutex_unlock(&turn);
     FB_TRY(at_end); /* before the other, whose text is gone if both failed */
     FB_TRY(status);

@@ -96,6 +96,9 @@ int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t
 int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,
     const struct fb_cuda_pages *pages, int32_t layer, fb_cuda_stream stream);
 
+/* Whether this build has code for the GPU that the thread has entered: 0, or why not. */
+int fb_cuda_find_code(void);
+
 /* out[i] = in[rows[i]] */
 int fb_cuda_gather(const float *in, int64_t ld_in, const int32_t *rows, int32_t n_rows, int32_t n_cols, float *out,
     int64_t ld_out, fb_cuda_stream stream);

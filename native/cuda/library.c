@@ -2,6 +2,7 @@
 #include "library.h"
 
 #include "base/status.h"
+#include "runtime.h"
 
 #if __has_include(<cublasLt.h>)
 
@@ -112,7 +113,10 @@ enum fb_status fb_cuda_library_create(const struct fb_cuda_functions *functions,
     struct fb_cuda_library *const library = calloc(1, sizeof *library);
     if (!library) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a handle of cuBLASLt");
     library->functions = functions;
-    const enum fb_status status = check(functions->create(&library->handle), "starting cuBLASLt");
+    fb_cuda_lock_memory(); /* it takes some */
+    const cublasStatus_t created = functions->create(&library->handle);
+    fb_cuda_unlock_memory();
+    const enum fb_status status = check(created, "starting cuBLASLt");
     if (status != FB_OK) {
         free(library);
         return status;
@@ -123,7 +127,9 @@ enum fb_status fb_cuda_library_create(const struct fb_cuda_functions *functions,
 
 void fb_cuda_library_free(struct fb_cuda_library *library) {
     if (!library) return;
+    fb_cuda_lock_memory();
     library->functions->destroy(library->handle);
+    fb_cuda_unlock_memory();
     free(library);
 }
 
@@ -181,7 +187,7 @@ static enum fb_status multiply(struct fb_cuda_library *library, const struct fb_
     const struct description *d, fb_cuda_stream stream) {
     const struct fb_cuda_functions *const f = library->functions;
     const float one = 1.0f, zero = 0.0f;
-    const cublasLtMatmulAlgo_t *algorithm;
+    const cublasLtMatmulAlgo_t *algorithm = NULL;
     FB_TRY(choose(library, m, d, &algorithm));
     return check(
         f->multiply(library->handle, d->operation, &one, m->weights, d->weights, m->inputs, d->inputs, &zero, m->out,

@@ -12,9 +12,23 @@ size_t fb_cuda_aligned(size_t n_bytes) {
     return (n_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
+static enum fb_status take_pinned(size_t n_bytes, const char *what, void **out) {
+    fb_cuda_lock_memory();
+    const int error = cudaMallocHost(out, n_bytes);
+    fb_cuda_unlock_memory();
+    return fb_cuda_check(error, what);
+}
+
+static void release_pinned(void *memory) {
+    if (!memory) return;
+    fb_cuda_lock_memory();
+    cudaFreeHost(memory);
+    fb_cuda_unlock_memory();
+}
+
 static void give_up(struct fb_cuda_program *p, struct fb_cuda_growing *memory) {
     fb_device_release(p->device, memory->device, memory->n_bytes);
-    if (memory->host) cudaFreeHost(memory->host);
+    release_pinned(memory->host);
 }
 
 enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *memory, size_t n_bytes, bool has_host) {
@@ -23,7 +37,7 @@ enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *m
     void *device, *host = NULL;
     FB_TRY(fb_device_take(p->device, "a batch", n_bytes, &device));
     if (has_host) {
-        const enum fb_status status = fb_cuda_check(cudaMallocHost(&host, n_bytes), "no pinned memory for a batch");
+        const enum fb_status status = take_pinned(n_bytes, "no pinned memory for a batch", &host);
         if (status != FB_OK) {
             fb_device_release(p->device, device, n_bytes);
             return status;
@@ -72,7 +86,9 @@ static enum fb_status build(struct fb_cuda_program *p) {
     p->n_processors = n_processors;
     p->compute_major = major;
     FB_TRY(fb_cuda_check(cudaStreamCreateWithFlags(&p->stream, cudaStreamNonBlocking), "making a stream"));
-    FB_TRY(fb_cuda_check(cudaMallocHost((void **)&p->non_finite_here, sizeof(int32_t)), "no pinned memory"));
+    void *flag;
+    FB_TRY(take_pinned(sizeof(int32_t), "no pinned memory", &flag));
+    p->non_finite_here = flag;
     p->weights = calloc((size_t)program->n_ops, sizeof *p->weights);
     if (!p->weights) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     for (int32_t i = 0; i < program->n_ops; i++)
@@ -116,7 +132,7 @@ void fb_cuda_program_free(void *on_device) {
     give_up(p, &p->scratch);
     give_up(p, &p->opened);
     fb_cuda_library_free(p->library);
-    if (p->non_finite_here) cudaFreeHost(p->non_finite_here);
+    release_pinned(p->non_finite_here);
     if (p->stream) cudaStreamDestroy(p->stream);
     free(p->weights);
     fb_device_release(p->device, p->fixed, p->n_fixed_bytes); /* last: it may be what holds the device's handle */

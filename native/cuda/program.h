@@ -92,14 +92,16 @@ void fb_cuda_group_close(void *group);
 enum fb_status fb_cuda_group_run(void *group, fb_program *const *parts, fb_page_pool *const *pools, int32_t n_results,
     const struct fb_batch *batch, const struct fb_results *results);
 
-/* The steps of a run, in this order; none waits for the GPU. Results are rows of `width` numbers in p->outputs. fb_cuda_launch goes up to a
- * sum over GPUs or the end; it takes no memory, for a stream may be recording. Results are taken when all is done. */
+/* The steps of a run, in this order. Results are rows of `width` numbers in p->outputs. fb_cuda_launch goes up to a sum over GPUs or the end;
+ * it takes no memory, for a stream may be recording. What is drawn goes to pinned memory, logits to the caller's: a copy there may
+ * wait for all that comes before it, and no other step waits for the GPU. Results are taken when all is done. */
 enum fb_status fb_cuda_make_room(
     struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results);
 enum fb_status fb_cuda_begin(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
     struct fb_cuda_extent rows, struct fb_cuda_step *step);
 enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step);
-enum fb_status fb_cuda_send_back(
+enum fb_status fb_cuda_send_drawn(struct fb_cuda_program *p, const struct fb_results *results);
+enum fb_status fb_cuda_send_logits(
     struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results);
 enum fb_status fb_cuda_take_results(const struct fb_cuda_program *p, const struct fb_results *results);
 

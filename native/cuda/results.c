@@ -65,9 +65,11 @@ static enum fb_status draw(struct fb_cuda_program *p, const float *logits, const
         "copying tokens");
 }
 
-/* Logits of the rows that want them, in as few copies as they lie in one piece. */
-static enum fb_status copy_logits(
-    struct fb_cuda_program *p, const float *from, size_t width, int32_t n_rows, const struct fb_results *results) {
+/* Of the rows that want them, in as few copies as they lie in one piece. */
+enum fb_status fb_cuda_send_logits(
+    struct fb_cuda_program *p, int32_t n_results, int32_t n_rows, const struct fb_results *results) {
+    const float *from = (const float *)(const void *)p->outputs.device;
+    const size_t width = (size_t)n_results;
     const bool *skipped = results->is_drawn;
     for (int32_t row = 0, end; row < n_rows; row = end) {
         for (end = row + 1; end < n_rows && (!skipped || skipped[end] == skipped[row]); end++)
@@ -80,11 +82,8 @@ static enum fb_status copy_logits(
     return FB_OK;
 }
 
-enum fb_status fb_cuda_send_back(
-    struct fb_cuda_program *p, int32_t width, int32_t n_rows, const struct fb_results *results) {
-    const float *logits = (const float *)(const void *)p->outputs.device;
-    if (results->n_plans > 0) FB_TRY(draw(p, logits, results));
-    FB_TRY(copy_logits(p, logits, (size_t)width, n_rows, results));
+enum fb_status fb_cuda_send_drawn(struct fb_cuda_program *p, const struct fb_results *results) {
+    if (results->n_plans > 0) FB_TRY(draw(p, (const float *)(const void *)p->outputs.device, results));
     return fb_cuda_check(
         cudaMemcpyAsync(p->non_finite_here, p->non_finite, sizeof(int32_t), cudaMemcpyDeviceToHost, p->stream),
         "copying a flag");

@@ -217,3 +217,7 @@ int fb_cuda_gather(const float *in, int64_t ld_in, const int32_t *rows, int32_t 
     return fb_launch(
         gather_kernel, dim3((unsigned)n_rows), ROW_THREADS, 0, stream, in, ld_in, rows, n_cols, out, ld_out);
 }
+
+int fb_cuda_find_code(void) {
+    return fb_find_code(gather_kernel);
+}

@@ -104,7 +104,8 @@ static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *p
     FB_TRY(fb_cuda_begin(p, pool, batch, rows, &step));
     step.logits = (float *)(void *)p->outputs.device;
     FB_TRY(fb_cuda_run_step(p, &step));
-    return fb_cuda_send_back(p, p->program->n_results, batch->n_outputs, results);
+    FB_TRY(fb_cuda_send_drawn(p, results));
+    return fb_cuda_send_logits(p, p->program->n_results, batch->n_outputs, results);
 }
 
 enum fb_status fb_cuda_program_run(

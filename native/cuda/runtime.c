@@ -1,6 +1,10 @@
 /* runtime.c - see runtime.h. */
 #include "runtime.h"
 
+#include <pthread.h>
+
+static pthread_mutex_t memory = PTHREAD_MUTEX_INITIALIZER;
+
 enum fb_status fb_cuda_check(int error, const char *what) {
     if (error == cudaSuccess) return FB_OK;
     cudaGetLastError(); /* or the next call would report it again */
@@ -10,4 +14,12 @@ enum fb_status fb_cuda_check(int error, const char *what) {
 
 enum fb_status fb_cuda_enter(int32_t index) {
     return fb_cuda_check(cudaSetDevice(index), "choosing a GPU");
+}
+
+void fb_cuda_lock_memory(void) {
+    pthread_mutex_lock(&memory);
+}
+
+void fb_cuda_unlock_memory(void) {
+    pthread_mutex_unlock(&memory);
 }

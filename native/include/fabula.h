@@ -136,7 +136,7 @@ enum fb_status fb_device_count(int32_t *n_devices);
 enum fb_status fb_device_describe(int32_t index, struct fb_device_info *out);
 
 /* Opens device `index`. What lies on it may take `memory_budget` bytes in all, 0 for what is free. FB_INVALID_ARGUMENT if
- * there are fewer devices. */
+ * there are fewer devices; FB_DEVICE_FAILED for one that failed, that is too old, or that this build has no code for. */
 enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **out);
 
 /* Lets programs made from now on compute products of many tokens (128 and more) with the vendor's library: on NVIDIA GPUs cuBLASLt, from

@@ -40,8 +40,7 @@ enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **o
     FB_REQUIRE(out, "out is null");
     FB_TRY(find_kind(&kind));
     FB_TRY(check_index(kind, index));
-    struct fb_device_info info; /* a device that cannot be used says so here */
-    FB_TRY(kind->describe(index, &info));
+    FB_TRY(kind->check(index));
     struct fb_device *device = calloc(1, sizeof *device);
     if (!device) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a device's handle");
     device->kind = kind;

@@ -32,6 +32,7 @@ enum fb_way { FB_TO_DEVICE, FB_FROM_DEVICE, FB_ON_DEVICE };
 struct fb_device_kind {
     enum fb_status (*count)(int32_t *out);
     enum fb_status (*describe)(int32_t index, struct fb_device_info *out);
+    enum fb_status (*check)(int32_t index); /* FB_DEVICE_FAILED, and why, if it is one that this build cannot use */
     enum fb_status (*take)(int32_t index, size_t n_bytes, void **out); /* FB_DEVICE_MEMORY if there is none */
     void (*release)(int32_t index, void *memory);
     enum fb_status (*copy)(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes);

@@ -15,7 +15,7 @@ namespace emulate {
 using steps = std::vector<std::function<int()>>;
 
 struct stream {
-    bool is_recording = false, is_broken = false;
+    bool is_recording = false;
     steps recorded;
 };
 

@@ -1,12 +1,14 @@
 /*
  * test_cuda_graph.cpp - steps that are recorded and replayed, beside the same steps launched operator by operator: the same bits of
- * logits and of every page, whatever fills up the rows; graphs go when memory moves; what fails costs the graph only.
+ * logits and of every page, whatever fills up the rows; graphs go when memory moves; what fails costs the graph only; other threads
+ * may copy pages while a step is recorded.
  */
 #include "check.h"
 #include "cuda_runtime_api.h"
 #include "emulate.h"
 #include "model.h"
 
+#include <thread>
 #include <vector>
 
 enum { MOST = 12, LONG_PAST = 540 }; /* behind a border of key blocks, across which the window of a layer sees */
@@ -199,6 +201,65 @@ static void test_failures(fb_device *device) {
     CHECK(fake_n_held == before);
 }
 
+static const place *seen; /* by what other threads do while a step is recorded */
+static int n_meanwhile, n_to_break;
+
+/* Another thread reads, copies, clears and moves pages while every recording is under way. */
+static void copy_meanwhile() {
+    std::thread([] {
+        const size_t n_bytes = fb_page_bytes(seen->pool);
+        std::vector<char> page(n_bytes), copied(n_bytes);
+        n_meanwhile++;
+        CHECK_AT(fb_page_read(seen->pool, 1, page.data(), n_bytes) == FB_OK, "%s", fb_last_error());
+        CHECK_AT(fb_page_zero(seen->pool, 0) == FB_OK, "%s", fb_last_error());
+        CHECK_AT(fb_page_copy(seen->pool, 0, 1) == FB_OK, "%s", fb_last_error());
+        CHECK_AT(fb_page_read(seen->pool, 0, copied.data(), n_bytes) == FB_OK && copied == page, "%s", fb_last_error());
+        CHECK_AT(fb_page_write(seen->pool, 0, page.data(), n_bytes) == FB_OK, "%s", fb_last_error());
+    }).join();
+}
+
+static void test_copies_meanwhile(fb_device *device) {
+    const place here(device, true), without(device, false);
+    seen = &here;
+    fake_while_recording = copy_meanwhile;
+    n_meanwhile = 0;
+    for (int32_t at = 0; at < 4; at++)
+        for (int32_t n : {8, 3, 1}) /* the first takes the memory for all */
+            CHECK(here.step(n, n, at, false) == without.step(n, n, at, false));
+    fake_while_recording = nullptr;
+    const fb_graph_info info = here.info();
+    CHECK_AT(info.status == FB_OK, "%s", info.reason);
+    CHECK_AT(n_meanwhile == 3 && info.n_recorded == 3 && info.n_replayed == 9, "%d, %d, %d", n_meanwhile,
+        (int)info.n_recorded, (int)info.n_replayed);
+}
+
+/* Another thread waits for the whole device, which breaks the first recordings. */
+static void break_recording() {
+    std::thread([] {
+        CHECK(cudaSetDevice(0) == cudaSuccess);
+        if (n_to_break-- > 0) CHECK(cudaDeviceSynchronize() == cudaErrorStreamCaptureUnsupported);
+    }).join();
+}
+
+/* Two that are broken are begun again, with the third a size is given up. Steps run all the same. */
+static void test_broken_recordings(fb_device *device) {
+    const place without(device, false);
+    fake_while_recording = break_recording;
+    for (int32_t n_broken : {1, 2, 3}) {
+        const place here(device, true);
+        n_to_break = n_broken;
+        for (int32_t at = 0; at < 6; at++)
+            CHECK(here.step(3, 3, at, false) == without.step(3, 3, at, false));
+        const fb_graph_info info = here.info();
+        const bool is_given_up = n_broken == 3;
+        CHECK_AT(info.n_launched == (is_given_up ? 6 : 1 + n_broken), "%d: %d", n_broken, (int)info.n_launched);
+        CHECK(info.n_recorded == (is_given_up ? 0 : 1) && info.n_replayed == 6 - info.n_launched);
+        CHECK_AT((info.status != FB_OK) == is_given_up, "%d: %s", n_broken, info.reason);
+        if (is_given_up) CHECK_AT(strstr(info.reason, "CUDA error 901"), "%s", info.reason);
+    }
+    fake_while_recording = nullptr;
+}
+
 /* That the runtime of these tests refuses what a recording stream must not do. */
 static void test_runtime() {
     cudaStream_t stream = nullptr;
@@ -207,12 +268,20 @@ static void test_runtime() {
     char from[4] = "abc", to[4] = "";
     void *memory = nullptr;
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
-    for (int32_t call = 0; call < 4; call++) {
+    for (int32_t call = 0; call < 6; call++) {
         CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
         CHECK(cudaMemcpyAsync(to, from, 4, cudaMemcpyHostToDevice, stream) == cudaSuccess && to[0] == 0);
         if (call == 1) CHECK(cudaStreamSynchronize(stream) == cudaErrorStreamCaptureUnsupported);
         if (call == 2) CHECK(cudaMalloc(&memory, 4) == cudaErrorStreamCaptureUnsupported);
         if (call == 3) CHECK(cudaMemset(to, 0, 4) == cudaErrorStreamCaptureUnsupported);
+        if (call > 3)
+            std::thread([&] { /* another device's recordings are no concern of a call */
+                CHECK(cudaSetDevice(1) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess);
+                CHECK(cudaSetDevice(0) == cudaSuccess);
+                CHECK((call == 4 ? cudaMemcpy(to, from, 4, cudaMemcpyHostToDevice) : cudaDeviceSynchronize()) ==
+                      cudaErrorStreamCaptureUnsupported);
+            })
+                .join();
         const cudaError_t error = cudaStreamEndCapture(stream, &graph);
         CHECK(error == (call == 0 ? cudaSuccess : cudaErrorStreamCaptureInvalidated) &&
               (graph != nullptr) == (call == 0));
@@ -243,6 +312,8 @@ int main() {
     test_table(device);
     test_limit(device);
     test_failures(device);
+    test_copies_meanwhile(device);
+    test_broken_recordings(device);
     model *on_cpu = model_create(nullptr);
     fb_graph_info info;
     CHECK(fb_program_set_graphs(model_program(on_cpu), true) == FB_UNSUPPORTED);

@@ -9,7 +9,12 @@
 
 #include <dlfcn.h>
 
-static long *nccl_fails_at, *nccl_n_held;
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+static long *nccl_fails_at, *nccl_n_held, *nccl_n_in_group;
+static void (**nccl_group)(int is_open);
 
 /* ---- Kernels ----------------------------------------------------------------------------------------------------- */
 
@@ -227,6 +232,72 @@ static void test_failures(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
+/* A link that fails in a batch is found out before anything waits for the GPUs: no logits are asked for. */
+static void test_lost_link(const matrices &numbers) {
+    buffer<float> got(2 * VOCABULARY);
+    int n_lost = 0;
+    for (long at = 0;; at++) {
+        joined group;
+        CHECK(group.open(numbers, 2) == FB_OK);
+        fake_bytes_to_pageable = 0;
+        *nccl_fails_at = at;
+        const fb_status status = step(group.program, group.pool, 3, &got);
+        const bool is_through = *nccl_fails_at >= 0;
+        *nccl_fails_at = -1;
+        CHECK(fake_bytes_to_pageable == (is_through ? got.n * sizeof(float) : 0) && is_through == (status == FB_OK));
+        if (is_through) break;
+        if (strstr(fb_last_error(), "asking for a link")) n_lost++;
+    }
+    CHECK_AT(n_lost == 2, "%d links were lost", n_lost); /* each of them once */
+    CHECK(fake_n_held == 0 && *nccl_n_held == 0);
+}
+
+/* While one thread runs batches, another makes and frees the same model: memory and links are never taken or freed between the launches
+ * of a group. */
+static void test_two_threads(const matrices &numbers) {
+    buffer<float> wanted(2 * VOCABULARY), got(2 * VOCABULARY);
+    std::atomic<bool> is_done{false};
+    std::atomic<long> n_made{0};
+    {
+        joined group;
+        CHECK(group.open(numbers, 2) == FB_OK && step(group.program, group.pool, 3, &wanted) == FB_OK);
+        *nccl_group = fake_open_group;
+        std::thread other([&] {
+            do {
+                joined another;
+                CHECK_AT(another.open(numbers, 2) == FB_OK, "%s", fb_last_error());
+                n_made++;
+            } while (!is_done);
+        });
+        for (int32_t i = 0; i < 100 || n_made < 10; i++) {
+            CHECK(step(group.program, group.pool, 3, &got) == FB_OK && got.same_as(wanted));
+            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other would hardly get its turn */
+        }
+        is_done = true;
+        other.join();
+        *nccl_group = nullptr;
+    }
+    CHECK_AT(fake_n_in_group == 0 && *nccl_n_in_group == 0, "%ld and %ld", fake_n_in_group, *nccl_n_in_group);
+    CHECK(fake_n_held == 0 && *nccl_n_held == 0);
+}
+
+/* Where each launch waits for its end, exchanges would have none. */
+static void test_blocking(const matrices &numbers) {
+    for (const char *value : {"1", "2", "yes"}) {
+        joined group;
+        setenv("CUDA_LAUNCH_BLOCKING", value, 1);
+        CHECK(group.open(numbers, 2) == FB_UNSUPPORTED);
+        CHECK_AT(strstr(fb_last_error(), "unset it before"), "%s", fb_last_error());
+    }
+    for (const char *value : {"0", ""}) {
+        joined group;
+        setenv("CUDA_LAUNCH_BLOCKING", value, 1);
+        CHECK_AT(group.open(numbers, 2) == FB_OK, "%s", fb_last_error());
+    }
+    unsetenv("CUDA_LAUNCH_BLOCKING");
+    CHECK(fake_n_held == 0 && *nccl_n_held == 0);
+}
+
 /* Parts that are not what they must be. */
 static void test_refusals(const matrices &numbers) {
     joined group;
@@ -253,7 +324,9 @@ int main() {
     void *library = dlopen("libnccl.so.2", RTLD_NOW);
     nccl_fails_at = library ? static_cast<long *>(dlsym(library, "fake_nccl_fails_at")) : nullptr;
     nccl_n_held = library ? static_cast<long *>(dlsym(library, "fake_nccl_n_held")) : nullptr;
-    if (!nccl_fails_at || !nccl_n_held) {
+    nccl_n_in_group = library ? static_cast<long *>(dlsym(library, "fake_nccl_n_in_group")) : nullptr;
+    nccl_group = library ? reinterpret_cast<void (**)(int)>(dlsym(library, "fake_nccl_group")) : nullptr;
+    if (!nccl_fails_at || !nccl_n_held || !nccl_n_in_group || !nccl_group) {
         fprintf(stderr, "the emulated NCCL is not found: LD_LIBRARY_PATH must name its folder\n");
         return 1;
     }
@@ -272,6 +345,9 @@ int main() {
     CHECK(fb_page_pool_create(FB_F32, FB_F32, 4, 1, HEADS, 2, &pool) == FB_OK);
     test_numbers(numbers, whole, pool);
     test_failures(numbers);
+    test_lost_link(numbers);
+    test_two_threads(numbers);
+    test_blocking(numbers);
     test_refusals(numbers);
     fb_page_pool_free(pool);
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);

@@ -112,6 +112,23 @@ static void test_memory() {
     CHECK(fake_n_held == 0);
 }
 
+/* GPUs that the kernels were not compiled for are told apart from none; what is said of them stays. */
+static void test_strangers() {
+    fb_device *device = nullptr;
+    fb_device_info info;
+    fake_major = 6;
+    CHECK(fb_device_open(0, 0, &device) == FB_DEVICE_FAILED);
+    CHECK_AT(
+        strstr(fb_last_error(), "is too old: it has compute capability 6.0, Fabula needs 7.5"), "%s", fb_last_error());
+    fake_major = 9;
+    emulate::has_code = false;
+    CHECK(fb_device_open(0, 0, &device) == FB_DEVICE_FAILED && !device);
+    CHECK_AT(strstr(fb_last_error(), "no code for emulated GPU, of compute capability 9.0"), "%s", fb_last_error());
+    CHECK(fb_device_describe(0, &info) == FB_OK && info.compute_major == 9);
+    fake_major = 8;
+    emulate::has_code = true;
+}
+
 /* What moved is of no use to the CPU, and what did not is of none to the device. */
 static void test_places(fb_device *device) {
     const float row[32] = {1.0f};
@@ -176,6 +193,7 @@ int main() {
     test_failures();
     test_refusals(device);
     test_memory();
+    test_strangers();
     test_places(device);
     test_library(m);
     int n_failures = 0;

@@ -6,14 +6,23 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <iterator>
 #include <map>
 #include <mutex>
+#include <set>
 
-long fake_fails_at = -1, fake_n_held = 0;
+long fake_fails_at = -1, fake_n_held = 0, fake_n_in_group = 0;
 int fake_n_processors = 4, fake_major = 8;
-size_t fake_bytes_from_device = 0;
+size_t fake_bytes_from_device = 0, fake_bytes_to_pageable = 0;
+void (*fake_while_recording)(void) = nullptr;
 
-struct fake_stream : emulate::stream {};
+struct fake_stream : emulate::stream {
+    int device = 0;
+    bool is_broken = false; /* what is recorded */
+};
+
+static fake_stream per_thread;
+const cudaStream_t cudaStreamPerThread = &per_thread;
 
 struct fake_graph {
     emulate::steps steps;
@@ -37,6 +46,8 @@ std::map<void *, block> blocks;
 size_t used[FAKE_DEVICES];
 thread_local int current;
 thread_local fake_stream *recording; /* by this thread */
+std::set<fake_stream *> recordings;  /* by all */
+bool group_is_open = false;
 
 bool fails() {
     const std::lock_guard<std::mutex> guard(lock);
@@ -47,10 +58,35 @@ cudaError_t unless_it_fails() {
     return fails() ? cudaErrorUnknown : cudaSuccess;
 }
 
-/* Whether a call is one that may not be made now. */
+/* Whether a call is one that may not be made now, because this thread records. */
 bool breaks_recording() {
+    const std::lock_guard<std::mutex> guard(lock);
     if (recording) recording->is_broken = true;
     return recording != nullptr;
+}
+
+/* Whether a call that waits for the whole device may not be made now, because some thread records there. */
+bool breaks_recordings() {
+    const std::lock_guard<std::mutex> guard(lock);
+    bool breaks = recording != nullptr;
+    if (recording) recording->is_broken = true;
+    for (fake_stream *stream : recordings)
+        if (stream->device == current) breaks = stream->is_broken = true;
+    return breaks;
+}
+
+/* A call that takes or frees memory: on real GPUs it may wait for those to which a group was launched already. */
+void meet_group() {
+    const std::lock_guard<std::mutex> guard(lock);
+    fake_n_in_group += group_is_open;
+}
+
+/* Whether memory is what cudaMallocHost gave, or a part of it; the lock is held. */
+bool is_pinned(void *memory) {
+    const auto behind = blocks.upper_bound(memory);
+    if (behind == blocks.begin()) return false;
+    const auto &[begin, found] = *std::prev(behind);
+    return static_cast<char *>(memory) < static_cast<char *>(begin) + found.n_bytes;
 }
 
 /* Memory and handles are counted alike. */
@@ -60,6 +96,11 @@ void hold(long change) {
 }
 
 } // namespace
+
+void fake_open_group(int is_open) {
+    const std::lock_guard<std::mutex> guard(lock);
+    group_is_open = is_open;
+}
 
 cudaError_t cudaDriverGetVersion(int *version) {
     *version = CUDART_VERSION;
@@ -81,6 +122,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
     *out = {};
     strcpy(out->name, "emulated GPU");
     out->major = fake_major;
+    out->minor = fake_major == 7 ? 5 : 0;
     out->multiProcessorCount = fake_n_processors;
     return unless_it_fails();
 }
@@ -98,6 +140,7 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *n_bytes) {
 }
 
 cudaError_t cudaMalloc(void **out, size_t n_bytes) {
+    meet_group();
     if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorMemoryAllocation;
     const std::lock_guard<std::mutex> guard(lock);
@@ -111,6 +154,7 @@ cudaError_t cudaMalloc(void **out, size_t n_bytes) {
 }
 
 cudaError_t cudaFree(void *memory) {
+    meet_group();
     if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = blocks.find(memory);
@@ -132,10 +176,12 @@ cudaError_t cudaFreeHost(void *memory) {
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (!stream && breaks_recordings()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorUnknown;
     if (kind == cudaMemcpyDeviceToHost) {
         const std::lock_guard<std::mutex> guard(lock);
         fake_bytes_from_device += n_bytes;
+        if (!is_pinned(to)) fake_bytes_to_pageable += n_bytes;
     }
     emulate::put(stream, [=] {
         memcpy(to, from, n_bytes);
@@ -145,11 +191,11 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemc
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind) {
-    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     return cudaMemcpyAsync(to, from, n_bytes, kind, nullptr);
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t stream) {
+    if (!stream && breaks_recordings()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorUnknown;
     emulate::put(stream, [=] {
         memset(to, value, n_bytes);
@@ -159,13 +205,13 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t n_bytes, cudaStream_t st
 }
 
 cudaError_t cudaMemset(void *to, int value, size_t n_bytes) {
-    if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     return cudaMemsetAsync(to, value, n_bytes, nullptr);
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
     if (fails()) return cudaErrorMemoryAllocation;
     *out = new fake_stream;
+    (*out)->device = current;
     hold(1);
     return cudaSuccess;
 }
@@ -191,12 +237,19 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     stream->is_broken = false;
     stream->recorded.clear();
     recording = stream;
+    const std::lock_guard<std::mutex> guard(lock);
+    recordings.insert(stream);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
     if (recording != stream) abort();
+    if (fake_while_recording) fake_while_recording();
     recording = nullptr;
+    {
+        const std::lock_guard<std::mutex> guard(lock);
+        recordings.erase(stream);
+    }
     stream->is_recording = false;
     *out = nullptr;
     if (stream->is_broken) return cudaErrorStreamCaptureInvalidated;
@@ -207,6 +260,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
 }
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+    meet_group();
     if (breaks_recording()) return cudaErrorStreamCaptureUnsupported;
     if (fails()) return cudaErrorMemoryAllocation;
     *out = new fake_launchable{graph->steps};
@@ -222,6 +276,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t launchable, cudaStream_t) {
 }
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t launchable) {
+    meet_group();
     delete launchable;
     hold(-1);
     return cudaSuccess;
@@ -234,7 +289,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 }
 
 cudaError_t cudaDeviceSynchronize() {
-    return breaks_recording() ? cudaErrorStreamCaptureUnsupported : unless_it_fails();
+    return breaks_recordings() ? cudaErrorStreamCaptureUnsupported : unless_it_fails();
 }
 
 cudaError_t cudaGetLastError() {

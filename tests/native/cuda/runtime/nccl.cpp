@@ -1,10 +1,14 @@
 /*
  * nccl.cpp - the few functions of NCCL that native/cuda calls, for GPUs whose memory is the host's and whose streams do everything at
  * once: what is sent is copied when the group of calls ends. Call number `fake_nccl_fails_at` and no other fails; so does a group in
- * which not every GPU of a clique takes part, for which the real ones would wait without end.
+ * which not every GPU of a clique takes part, for which the real ones would wait without end. A test that has set `fake_nccl_group` is told
+ * when a group opens and ends, which then takes a while; links that another thread makes or ends meanwhile are counted.
  */
 #include <string.h>
 
+#include <atomic>
+#include <chrono>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -24,18 +28,21 @@ struct transfer {
 };
 
 std::vector<transfer> waiting;
+std::atomic<bool> is_open{false}; /* a group */
 
 } // namespace
 
 extern "C" {
 
-long fake_nccl_fails_at = -1, fake_nccl_n_held = 0;
+long fake_nccl_fails_at = -1, fake_nccl_n_held = 0, fake_nccl_n_in_group = 0;
+void (*fake_nccl_group)(int is_open) = nullptr;
 
 static int unless_it_fails() {
     return fake_nccl_fails_at >= 0 && fake_nccl_fails_at-- == 0 ? unhandled_cuda_error : success;
 }
 
 int ncclCommInitAll(comm **comms, int n, const int *) {
+    fake_nccl_n_in_group += is_open;
     if (unless_it_fails() != success) return unhandled_cuda_error;
     for (int i = 0; i < n; i++)
         comms[i] = new comm{i, n};
@@ -44,6 +51,7 @@ int ncclCommInitAll(comm **comms, int n, const int *) {
 }
 
 int ncclCommDestroy(comm *which) {
+    fake_nccl_n_in_group += is_open;
     delete which;
     fake_nccl_n_held--;
     return success;
@@ -59,6 +67,8 @@ int ncclCommGetAsyncError(comm *, int *error) {
 }
 
 int ncclGroupStart() {
+    is_open = true;
+    if (fake_nccl_group) fake_nccl_group(1);
     return unless_it_fails();
 }
 
@@ -68,7 +78,7 @@ int ncclAllGather(const void *from, void *to, size_t count, int type, comm *who,
     return unless_it_fails();
 }
 
-int ncclGroupEnd() {
+static int end_group() {
     const std::vector<transfer> all = std::move(waiting);
     waiting.clear();
     if (unless_it_fails() != success) return unhandled_cuda_error;
@@ -79,6 +89,14 @@ int ncclGroupEnd() {
                 memcpy(other.to + one.who->rank * one.count, one.from, one.count * sizeof(float));
     }
     return success;
+}
+
+int ncclGroupEnd() {
+    if (fake_nccl_group) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const int error = end_group();
+    if (fake_nccl_group) fake_nccl_group(0);
+    is_open = false;
+    return error;
 }
 
 const char *ncclGetErrorString(int) {
