@@ -3,13 +3,14 @@
 # (FABULA_CUDA_ARCHITECTURES, e.g. "90a-real", says for what instead), then runs
 #
 #     the tests of operators and a small model against the CPU, as they are,
-#     the same under compute-sanitizer: memcheck (memory outside of what was taken, or misaligned) and
-#     racecheck (shared memory that threads of a block write and read without a barrier between),
-#     the Python tests that need a GPU, and those of drawing, cache and sessions with their models there.
+#     the Python tests that need a GPU, and those of drawing, cache and sessions with their models there,
+#     and the first again under compute-sanitizer: memcheck (memory outside of what was taken, or misaligned) and
+#     racecheck (shared memory that threads of a block write and read without a barrier between).
 #
 # By hand: CUDA_LAUNCH_BLOCKING=1 compute-sanitizer --tool racecheck build/gpu/fabula_cuda_attention
 #
-# PYTHON names an interpreter with the test packages. JOBS compilers run side by side (2). The CPU's side is not optimised.
+# PYTHON names an interpreter with the test packages. JOBS compilers run side by side (2). The CPU's side is not optimised, unless
+# BUILD_TYPE is Release; then build/gpu/package also serves benchmarks/gpu.py, as PYTHONPATH.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/gpu
@@ -30,22 +31,21 @@ if ! [ -x "$sanitizer" ]; then
 fi
 nvidia-smi -L
 
+failed=0
+attempt() { # what follows runs all the same: time on a GPU may be short
+    echo "== $*"
+    "$@" || { failed=$((failed + 1)); echo "== FAILED: $*"; }
+}
+
 programs="fabula_cuda_rows fabula_cuda_linear fabula_cuda_tensor fabula_cuda_attention fabula_cuda_sample fabula_cuda_model"
-cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug \
+cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE="${BUILD_TYPE:-Debug}" \
     -DFABULA_CUDA_ARCHITECTURES="${FABULA_CUDA_ARCHITECTURES:-native}"
 cmake --build "$build" --target fabula fabula_cdef $programs -j "${JOBS:-2}"
 
 # Tests read results as soon as a launch returns.
 export CUDA_LAUNCH_BLOCKING=1
 for program in $programs; do
-    echo "$program"
-    "$build/$program"
-done
-for tool in memcheck racecheck; do
-    for program in $programs; do
-        echo "$program under $tool"
-        "$sanitizer" --tool $tool --error-exitcode 1 "$build/$program"
-    done
+    attempt "$build/$program"
 done
 unset CUDA_LAUNCH_BLOCKING
 
@@ -54,7 +54,15 @@ mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
 cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
-export PYTHONPATH="$build/package"
-"$python" -m pytest -p no:cacheprovider -m gpu tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
-FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py
+export PYTHONPATH="$build/package${PYTHONPATH:+:$PYTHONPATH}"
+attempt "$python" -m pytest -p no:cacheprovider -m gpu tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
+attempt env FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py
+
+export CUDA_LAUNCH_BLOCKING=1
+for tool in memcheck racecheck; do
+    for program in $programs; do
+        attempt "$sanitizer" --tool $tool --error-exitcode 1 "$build/$program"
+    done
+done
+[ $failed -eq 0 ] || { echo "GPU: $failed of these failed"; exit 1; }
 echo "GPU: operators, model and Python tests have passed, compute-sanitizer found nothing"
