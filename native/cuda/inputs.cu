@@ -1,6 +1,6 @@
 /* inputs.cu - inputs of products rounded to 16 bits, in the order of fragments.cuh. Contracts stand in kernels.h. */
 #include "fragments.cuh"
-#include "powers.cuh"
+#include "norm.cuh"
 
 enum { ROUND_CHUNKS = 64 }; /* of a block of threads */
 
@@ -29,53 +29,68 @@ size_t fb_cuda_inputs_view(
     return sums + (dtype == FB_BF16 ? 0 : n_chunks * FB_CUDA_SUMS * n_rows * sizeof(float));
 }
 
-/* A block takes ROUND_CHUNKS chunks of a token, a warp one after the other. Tokens behind the last become 0. */
-static __global__ void round_f16_kernel(
-    const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, fb_cuda_inputs out) {
-    const int32_t token = (int32_t)blockIdx.x, lane = (int32_t)threadIdx.x % FB_WARP;
-    const int32_t first = (int32_t)blockIdx.y * ROUND_CHUNKS, warp = (int32_t)threadIdx.x / FB_WARP;
+/* Chunks first .. last - 1 of a token by a block, a warp one after the other; `row` is NULL behind the last token: that becomes 0. */
+template <fb_dtype D>
+FB_DEVICE void round_row(
+    const float *row, int32_t token, int32_t n_cols, int32_t first, int32_t last, const fb_cuda_inputs &out) {
+    const int32_t lane = (int32_t)threadIdx.x % FB_WARP, warp = (int32_t)threadIdx.x / FB_WARP;
     const int64_t part = (int64_t)out.n_chunks * out.n_rows * FB_CHUNK;
-    const bool is_token = token < n_tokens;
-    const float *row = x + (is_token ? token : 0) * ldx;
-    float inverse = 1.0f;
-    const float power = is_token ? fb_power_for(fb_highest_of(row, n_cols), &inverse) : 0.0f; /* the whole block */
-    if (threadIdx.x == 0 && blockIdx.y == 0) out.scales[token] = inverse;
-    for (int32_t chunk = first + warp; chunk < first + ROUND_CHUNKS && chunk < out.n_chunks; chunk += FB_ROW_WARPS) {
+    float inverse = 1.0f, power = 1.0f;
+    if constexpr (D == FB_F16)
+        if (row) power = fb_power_for(fb_highest_of(row, n_cols), &inverse); /* the whole block */
+    if (threadIdx.x == 0 && first == 0) out.scales[token] = inverse;
+    for (int32_t chunk = first + warp; chunk < last && chunk < out.n_chunks; chunk += FB_ROW_WARPS) {
         const int32_t column = chunk * FB_CHUNK + lane;
-        const float value = is_token && column < n_cols ? row[column] * power : 0.0f;
-        const uint16_t high = fb_f16_of_float(value), low = fb_f16_of_float(value - fb_float_of_f16(high));
-        float sum = fb_float_of_f16(high) + fb_float_of_f16(low);
-        for (int step = 8; step >= 1; step /= 2)
-            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-        const float both = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
+        const float number = row && column < n_cols ? row[column] : 0.0f;
         uint16_t *to = out.halfs + ((int64_t)chunk * out.n_rows + token) * FB_CHUNK + fb_input_place(lane);
-        to[0] = high;
-        to[part] = low;
-        float *sums = out.sums + (int64_t)chunk * FB_CUDA_SUMS * out.n_rows + token;
-        if (lane % 16 == 0) sums[lane / 16 * out.n_rows] = sum;
-        if (lane == 0) sums[2 * out.n_rows] = both;
+        if constexpr (D == FB_BF16) {
+            const uint16_t high = fb_bf16_of_float(number);
+            to[0] = high;
+            to[part] = fb_bf16_of_float(number - fb_float_of_bf16(high));
+        } else {
+            const float value = number * power;
+            const uint16_t high = fb_f16_of_float(value), low = fb_f16_of_float(value - fb_float_of_f16(high));
+            float sum = fb_float_of_f16(high) + fb_float_of_f16(low);
+            for (int step = 8; step >= 1; step /= 2)
+                sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+            const float both = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 16);
+            to[0] = high;
+            to[part] = low;
+            float *sums = out.sums + (int64_t)chunk * FB_CUDA_SUMS * out.n_rows + token;
+            if (lane % 16 == 0) sums[lane / 16 * out.n_rows] = sum;
+            if (lane == 0) sums[2 * out.n_rows] = both;
+        }
     }
 }
 
-static __global__ void round_bf16_kernel(
-    const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, fb_cuda_inputs out) {
-    const int32_t token = (int32_t)blockIdx.x, lane = (int32_t)threadIdx.x % FB_WARP;
-    const int32_t first = (int32_t)blockIdx.y * ROUND_CHUNKS, warp = (int32_t)threadIdx.x / FB_WARP;
-    const int64_t part = (int64_t)out.n_chunks * out.n_rows * FB_CHUNK;
-    if (threadIdx.x == 0 && blockIdx.y == 0) out.scales[token] = 1.0f;
-    for (int32_t chunk = first + warp; chunk < first + ROUND_CHUNKS && chunk < out.n_chunks; chunk += FB_ROW_WARPS) {
-        const int32_t column = chunk * FB_CHUNK + lane;
-        const float value = token < n_tokens && column < n_cols ? x[token * ldx + column] : 0.0f;
-        const uint16_t high = fb_bf16_of_float(value);
-        uint16_t *to = out.halfs + ((int64_t)chunk * out.n_rows + token) * FB_CHUNK + fb_input_place(lane);
-        to[0] = high;
-        to[part] = fb_bf16_of_float(value - fb_float_of_bf16(high));
-    }
+/* A block takes ROUND_CHUNKS chunks of a token. */
+template <fb_dtype D>
+static __global__ void round_kernel(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, fb_cuda_inputs out) {
+    const int32_t token = (int32_t)blockIdx.x, first = (int32_t)blockIdx.y * ROUND_CHUNKS;
+    round_row<D>(token < n_tokens ? x + token * ldx : nullptr, token, n_cols, first, first + ROUND_CHUNKS, out);
+}
+
+/* A block takes a token. */
+template <fb_dtype D>
+static __global__ void norm_round_kernel(const float *in, int64_t ld_in, const float *weight, int32_t n_tokens,
+    int32_t n_cols, float eps, float *out, int64_t ld_out, fb_cuda_inputs inputs) {
+    const int32_t token = (int32_t)blockIdx.x;
+    float *const row = token < n_tokens ? out + token * ld_out : nullptr;
+    if (row) fb_norm_row(in + token * ld_in, weight, n_cols, eps, row);
+    __syncthreads();
+    round_row<D>(row, token, n_cols, 0, inputs.n_chunks, inputs);
 }
 
 int fb_cuda_round(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_inputs *out,
     fb_cuda_stream stream) {
     const dim3 grid((unsigned)out->n_rows, (unsigned)((out->n_chunks + ROUND_CHUNKS - 1) / ROUND_CHUNKS));
-    return fb_launch(out->dtype == FB_BF16 ? round_bf16_kernel : round_f16_kernel, grid, FB_ROW_THREADS, 0, stream, x,
-        ldx, n_tokens, n_cols, *out);
+    return fb_launch(out->dtype == FB_BF16 ? round_kernel<FB_BF16> : round_kernel<FB_F16>, grid, FB_ROW_THREADS, 0,
+        stream, x, ldx, n_tokens, n_cols, *out);
+}
+
+int fb_cuda_norm_round(const float *in, int64_t ld_in, const float *weight, int32_t n_tokens, int32_t n_cols, float eps,
+    float *out, int64_t ld_out, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream) {
+    return fb_launch(inputs->dtype == FB_BF16 ? norm_round_kernel<FB_BF16> : norm_round_kernel<FB_F16>,
+        dim3((unsigned)inputs->n_rows), FB_ROW_THREADS, 0, stream, in, ld_in, weight, n_tokens, n_cols, eps, out,
+        ld_out, *inputs);
 }

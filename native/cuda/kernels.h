@@ -96,6 +96,18 @@ int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t
 int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,
     const struct fb_cuda_pages *pages, int32_t layer, fb_cuda_stream stream);
 
+/* What is done to heads before attention. */
+struct fb_cuda_heads {
+    const float *q_weight, *k_weight; /* norms of heads, as above; NULL for none */
+    const float *cos_sin;             /* [n_tokens][rotary_dim]; NULL for no rope */
+    float eps;
+    int32_t n_heads, rotary_dim, layer;
+};
+
+/* fb_cuda_head_norm, fb_cuda_rope and fb_cuda_kv_write in one launch: the same bits. */
+int fb_cuda_place_heads(float *x, int64_t ldx, const struct fb_cuda_heads *heads, const struct fb_cuda_batch *batch,
+    const struct fb_cuda_pages *pages, fb_cuda_stream stream);
+
 /* Whether this build has code for the GPU that the thread has entered: 0, or why not. */
 int fb_cuda_find_code(void);
 
@@ -143,6 +155,10 @@ size_t fb_cuda_inputs_view(
 /* x as for a product. */
 int fb_cuda_round(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_inputs *out,
     fb_cuda_stream stream);
+
+/* fb_cuda_rms_norm, whose results are `out`, and fb_cuda_round of these in one launch: the same bits. */
+int fb_cuda_norm_round(const float *in, int64_t ld_in, const float *weight, int32_t n_tokens, int32_t n_cols, float eps,
+    float *out, int64_t ld_out, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream);
 
 /* The product of inputs that were rounded from linear->x, which itself is not read. */
 int fb_cuda_multiply_inputs(

@@ -118,6 +118,28 @@ static int round_inputs(
     return fb_cuda_round(product->x, product->ldx, product->n_tokens, product->weight.n_cols, &p->inputs16, p->stream);
 }
 
+/* Whether a norm's result is what the next operator multiplies, in 16 bits. */
+static bool is_rounded_next(const struct fb_cuda_program *p, const struct fb_op *norm, int32_t n_rows) {
+    const struct fb_op *const next = norm + 1;
+    if (next == p->program->ops + p->program->n_ops || !fb_is_product(next) || next->in != norm->out) return false;
+    return next->weight->n_cols == norm->vector_length && !goes_to_library(p, next->weight->dtype, n_rows) &&
+           fb_cuda_inputs_dtype(next->weight->dtype, p->compute_major) != FB_F32;
+}
+
+int fb_cuda_run_norm(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows) {
+    const struct fb_buffer *buffers = p->program->buffers;
+    const float *const in = fb_cuda_buffer(p, op->in), *const weight = fb_cuda_vector(p, op->vector);
+    float *const out = fb_cuda_buffer(p, op->out);
+    const int64_t ld_in = (int64_t)buffers[op->in].stride, ld_out = (int64_t)buffers[op->out].stride;
+    if (!is_rounded_next(p, op, n_rows))
+        return fb_cuda_rms_norm(in, ld_in, weight, n_rows, op->vector_length, op->eps, out, ld_out, p->stream);
+    fb_cuda_inputs_view(fb_cuda_inputs_dtype(op[1].weight->dtype, p->compute_major), n_rows, op->vector_length,
+        p->rounded, &p->inputs16);
+    p->rounded_from = op->out;
+    return fb_cuda_norm_round(
+        in, ld_in, weight, n_rows, op->vector_length, op->eps, out, ld_out, &p->inputs16, p->stream);
+}
+
 static int run_here(struct fb_cuda_program *p, int32_t buffer, const struct fb_cuda_linear *a) {
     const enum fb_dtype dtype = fb_cuda_inputs_dtype(a->weight.dtype, p->compute_major);
     if (dtype == FB_F32) return fb_cuda_multiply(a, p->stream);

@@ -115,6 +115,8 @@ size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p);
 enum fb_status fb_cuda_prepare_products(struct fb_cuda_program *p, int32_t n_tokens, int32_t n_outputs);
 
 /* A product of n_rows tokens or outputs; logits go to `logits`. */
+/* A norm of rows; what the product behind it takes of the result is then there, too. Returns an error of the launch. */
+int fb_cuda_run_norm(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows);
 enum fb_status fb_cuda_run_product(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows, float *logits);
 
 /* Bytes rounded up to where the next part of an allocation begins. */

@@ -1,8 +1,9 @@
 /* rows.cu - the operators that work row by row. Contracts stand in kernels.h. */
+#include "norm.cuh"
 #include "pages.cuh"
 #include "weights.cuh"
 
-enum { ROW_THREADS = 256 };
+enum { ROW_THREADS = FB_ROW_THREADS, HEADS_WARPS = 4 };
 
 /* ---- Embedding --------------------------------------------------------------------------------------------------- */
 
@@ -44,22 +45,7 @@ int fb_cuda_embed(const struct fb_cuda_weight *weight, const int32_t *tokens, in
 
 static __global__ void rms_norm_kernel(
     const float *in, int64_t ld_in, const float *weight, int32_t n, float eps, float *out, int64_t ld_out) {
-    FB_SHARED(float, sums, ROW_THREADS / FB_WARP);
-    const float *x = in + (int64_t)blockIdx.x * ld_in;
-    float *y = out + (int64_t)blockIdx.x * ld_out;
-    const int32_t thread = (int32_t)threadIdx.x;
-    float sum = 0.0f;
-    for (int32_t i = thread; i < n; i += ROW_THREADS)
-        sum = fmaf(x[i], x[i], sum);
-    sum = fb_warp_sum(sum);
-    if (thread % FB_WARP == 0) sums[thread / FB_WARP] = sum;
-    __syncthreads();
-    sum = sums[0];
-    for (int w = 1; w < ROW_THREADS / FB_WARP; w++)
-        sum += sums[w];
-    const float factor = 1.0f / sqrtf(sum / (float)n + eps);
-    for (int32_t i = thread; i < n; i += ROW_THREADS)
-        y[i] = x[i] * factor * weight[i];
+    fb_norm_row(in + (int64_t)blockIdx.x * ld_in, weight, n, eps, out + (int64_t)blockIdx.x * ld_out);
 }
 
 int fb_cuda_rms_norm(const float *in, int64_t ld_in, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
@@ -68,14 +54,8 @@ int fb_cuda_rms_norm(const float *in, int64_t ld_in, const float *weight, int32_
         rms_norm_kernel, dim3((unsigned)n_rows), ROW_THREADS, 0, stream, in, ld_in, weight, n_cols, eps, out, ld_out);
 }
 
-/* A warp takes a head, a block of threads the next 8 of a row. */
-static __global__ void head_norm_kernel(float *x, int64_t ldx, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
-    const float *q_weight, const float *k_weight, float eps) {
-    const int32_t head = (int32_t)(blockIdx.y * (ROW_THREADS / FB_WARP) + threadIdx.x / FB_WARP);
-    const int32_t lane = (int32_t)(threadIdx.x % FB_WARP);
-    if (head >= n_heads + n_kv_heads) return; /* the whole warp */
-    float *values = x + (int64_t)blockIdx.x * ldx + (int64_t)head * head_dim;
-    const float *weight = head < n_heads ? q_weight : k_weight;
+/* A warp takes a head. */
+FB_DEVICE void norm_head(float *values, const float *weight, int32_t head_dim, float eps, int lane) {
     float sum = 0.0f;
     for (int32_t i = lane; i < head_dim; i += FB_WARP)
         sum = fmaf(values[i], values[i], sum);
@@ -83,6 +63,15 @@ static __global__ void head_norm_kernel(float *x, int64_t ldx, int32_t n_heads, 
     const float factor = 1.0f / sqrtf(sum / (float)head_dim + eps);
     for (int32_t i = lane; i < head_dim; i += FB_WARP)
         values[i] = values[i] * factor * weight[i];
+}
+
+/* A block of threads takes the next 8 heads of a row. */
+static __global__ void head_norm_kernel(float *x, int64_t ldx, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
+    const float *q_weight, const float *k_weight, float eps) {
+    const int32_t head = (int32_t)(blockIdx.y * (ROW_THREADS / FB_WARP) + threadIdx.x / FB_WARP);
+    if (head >= n_heads + n_kv_heads) return; /* the whole warp */
+    norm_head(x + (int64_t)blockIdx.x * ldx + (int64_t)head * head_dim, head < n_heads ? q_weight : k_weight, head_dim,
+        eps, (int)(threadIdx.x % FB_WARP));
 }
 
 int fb_cuda_head_norm(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
@@ -121,16 +110,20 @@ int fb_cuda_angles(const struct fb_cuda_batch *batch, const float *inv_freq, int
         rope_scale, cos_sin, sink_turns);
 }
 
+/* A pair of a head, whose second number lies `half` behind the first. */
+FB_DEVICE void rotate(float *at, int32_t half, float cosine, float sine) {
+    const float first = at[0], second = at[half];
+    at[0] = fmaf(first, cosine, -(second * sine));
+    at[half] = fmaf(second, cosine, first * sine);
+}
+
 static __global__ void rope_kernel(
     float *x, int64_t ldx, int32_t n_heads, int32_t head_dim, int32_t half, const float *cos_sin) {
     float *row = x + (int64_t)blockIdx.x * ldx;
     const float *cosines = cos_sin + (int64_t)blockIdx.x * 2 * half;
     for (int32_t i = (int32_t)threadIdx.x; i < n_heads * half; i += (int32_t)blockDim.x) {
         const int32_t pair = i % half;
-        float *at = row + (int64_t)(i / half) * head_dim + pair;
-        const float first = at[0], second = at[half], c = cosines[pair], s = cosines[half + pair];
-        at[0] = fmaf(first, c, -(second * s));
-        at[half] = fmaf(second, c, first * s);
+        rotate(row + (int64_t)(i / half) * head_dim + pair, half, cosines[pair], cosines[half + pair]);
     }
 }
 
@@ -180,12 +173,10 @@ FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t
     }
 }
 
-/* A warp takes K or V of one head of one token. */
-static __global__ void kv_write_kernel(
-    const float *x, int64_t ldx, fb_cuda_batch batch, int32_t n_heads, fb_cuda_pages pages, int32_t layer) {
-    const int32_t row = (int32_t)blockIdx.x, head = (int32_t)blockIdx.y, position = batch.positions[row];
-    const bool is_k = threadIdx.x < FB_WARP;
-    const int lane = (int)(threadIdx.x % FB_WARP);
+/* K or V of one head of a token of `heads` heads of q, by a warp. */
+FB_DEVICE void write_head(const float *heads, int32_t row, const fb_cuda_batch &batch, int32_t n_heads,
+    const fb_cuda_pages &pages, int32_t layer, int32_t head, bool is_k, int lane) {
+    const int32_t position = batch.positions[row];
     const fb_cuda_sequence sequence = batch.sequences[batch.owners[row]];
     if (sequence.n_tokens == 0) return; /* a row that only fills up the batch */
     const int32_t page = batch.pages[sequence.first_page + position / FB_PAGE_POSITIONS];
@@ -194,13 +185,50 @@ static __global__ void kv_write_kernel(
     const int32_t from = n_heads + head + (is_k ? 0 : pages.n_kv_heads);
     write_part(is_k ? pages.k : pages.v, is_k ? slab : slab + pages.k.bytes, is_k, pages.head_dim,
         position % FB_PAGE_POSITIONS, position == sequence.n_past + sequence.n_tokens - 1,
-        x + row * ldx + (int64_t)from * pages.head_dim, lane);
+        heads + (int64_t)from * pages.head_dim, lane);
+}
+
+/* A block takes one head of one token, a warp K and one V. */
+static __global__ void kv_write_kernel(
+    const float *x, int64_t ldx, fb_cuda_batch batch, int32_t n_heads, fb_cuda_pages pages, int32_t layer) {
+    const int32_t row = (int32_t)blockIdx.x;
+    write_head(x + row * ldx, row, batch, n_heads, pages, layer, (int32_t)blockIdx.y, threadIdx.x < FB_WARP,
+        (int)(threadIdx.x % FB_WARP));
 }
 
 int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *batch, int32_t n_heads,
     const struct fb_cuda_pages *pages, int32_t layer, fb_cuda_stream stream) {
     const dim3 grid((unsigned)batch->n_tokens, (unsigned)pages->n_kv_heads);
     return fb_launch(kv_write_kernel, grid, 2 * FB_WARP, 0, stream, x, ldx, *batch, n_heads, *pages, layer);
+}
+
+/* ---- Heads, at once ---------------------------------------------------------------------------------------------- */
+
+/* A block takes a KV head of a token and the heads of q that share it: the group's, then K. */
+static __global__ void heads_kernel(float *x, int64_t ldx, fb_cuda_heads h, fb_cuda_batch batch, fb_cuda_pages pages) {
+    const int32_t row = (int32_t)blockIdx.x, kv_head = (int32_t)blockIdx.y, head_dim = pages.head_dim;
+    const int32_t group = h.n_heads / pages.n_kv_heads, half = h.cos_sin ? h.rotary_dim / 2 : 0;
+    const int warp = (int)(threadIdx.x / FB_WARP), lane = (int)(threadIdx.x % FB_WARP);
+    float *const heads = x + row * ldx, *const first = heads + (int64_t)kv_head * group * head_dim;
+    float *const k = heads + (int64_t)(h.n_heads + kv_head) * head_dim;
+    for (int32_t i = warp; h.q_weight && i <= group; i += HEADS_WARPS)
+        norm_head(
+            i < group ? first + (int64_t)i * head_dim : k, i < group ? h.q_weight : h.k_weight, head_dim, h.eps, lane);
+    __syncthreads();
+    const float *cosines = h.cos_sin + (int64_t)row * 2 * half;
+    for (int32_t i = (int32_t)threadIdx.x; i < (group + 1) * half; i += HEADS_WARPS * FB_WARP) {
+        const int32_t head = i / half, pair = i % half;
+        float *const at = head < group ? first + (int64_t)head * head_dim : k;
+        rotate(at + pair, half, cosines[pair], cosines[half + pair]);
+    }
+    __syncthreads();
+    if (warp < 2) write_head(heads, row, batch, h.n_heads, pages, h.layer, kv_head, warp == 0, lane);
+}
+
+int fb_cuda_place_heads(float *x, int64_t ldx, const struct fb_cuda_heads *heads, const struct fb_cuda_batch *batch,
+    const struct fb_cuda_pages *pages, fb_cuda_stream stream) {
+    const dim3 grid((unsigned)batch->n_tokens, (unsigned)pages->n_kv_heads);
+    return fb_launch(heads_kernel, grid, HEADS_WARPS * FB_WARP, 0, stream, x, ldx, *heads, *batch, *pages);
 }
 
 /* ---- Outputs ----------------------------------------------------------------------------------------------------- */

@@ -43,8 +43,7 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
                      : fb_cuda_angles(
                            &d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_turns, p->stream);
     case FB_OP_RMS_NORM:
-        return fb_cuda_rms_norm(
-            from, ld_in, fb_cuda_vector(p, op->vector), n_rows, op->vector_length, op->eps, to, ld_out, p->stream);
+        return fb_cuda_run_norm(p, op, n_rows);
     case FB_OP_HEAD_NORM:
         return fb_cuda_head_norm(from, ld_in, n_rows, s->n_heads, s->n_kv_heads, s->head_dim,
             fb_cuda_vector(p, op->vector), fb_cuda_vector(p, op->vector2), op->eps, p->stream);
@@ -60,6 +59,31 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
     default:
         return cudaErrorUnknown; /* products go another way */
     }
+}
+
+/* How many operators from this one on make one launch on heads: norms, rope and the writing of K and V, the last and one more at least. */
+static int32_t n_of_heads(const struct fb_program *program, int32_t first) {
+    static const enum fb_op_kind order[] = {FB_OP_HEAD_NORM, FB_OP_ROPE, FB_OP_KV_WRITE};
+    const struct fb_op *const ops = program->ops + first;
+    int32_t n = 0;
+    for (size_t k = 0; k < sizeof order / sizeof *order && first + n < program->n_ops; k++)
+        if (ops[n].kind == order[k] && ops[n].in == ops->in) n++;
+    return n > 1 && ops[n - 1].kind == FB_OP_KV_WRITE ? n : 0;
+}
+
+static int run_heads(struct fb_cuda_program *p, const struct fb_op *ops, int32_t n, const struct fb_cuda_pages *pages,
+    const struct fb_cuda_description *d) {
+    const struct fb_program_shape *s = &p->program->shape;
+    struct fb_cuda_heads heads = {.n_heads = s->n_heads, .rotary_dim = s->rotary_dim, .layer = ops[n - 1].layer};
+    for (int32_t i = 0; i < n; i++) {
+        if (ops[i].kind == FB_OP_ROPE) heads.cos_sin = p->cos_sin;
+        if (ops[i].kind != FB_OP_HEAD_NORM) continue;
+        heads.q_weight = fb_cuda_vector(p, ops[i].vector);
+        heads.k_weight = fb_cuda_vector(p, ops[i].vector2);
+        heads.eps = ops[i].eps;
+    }
+    return fb_cuda_place_heads(
+        fb_cuda_buffer(p, ops->in), (int64_t)p->program->buffers[ops->in].stride, &heads, &d->batch, pages, p->stream);
 }
 
 enum fb_status fb_cuda_begin(struct fb_cuda_program *p, const fb_page_pool *pool, const struct fb_batch *batch,
@@ -92,8 +116,14 @@ enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *st
             FB_TRY(fb_cuda_run_product(p, op, step->n_rows, step->logits));
             continue;
         }
-        FB_TRY(fb_cuda_check(run_op(p, op, &step->pages, &step->d, step->n_rows), names[op->kind]));
         p->rounded_from = -1;
+        const int32_t n = n_of_heads(p->program, step->next_op);
+        if (n > 0) {
+            FB_TRY(fb_cuda_check(run_heads(p, op, n, &step->pages, &step->d), "heads"));
+            step->next_op += n - 1;
+            continue;
+        }
+        FB_TRY(fb_cuda_check(run_op(p, op, &step->pages, &step->d, step->n_rows), names[op->kind]));
     }
     return FB_OK;
 }

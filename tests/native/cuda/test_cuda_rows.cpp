@@ -203,6 +203,50 @@ static void test_kv_write() {
         }
 }
 
+/* Norms, rope and pages at once, against one launch for each. */
+static void test_heads_at_once() {
+    const small_batch batch;
+    for (int32_t head_dim : {24, 40})
+        for (int32_t case_number = 0; case_number < 4; case_number++) {
+            const bool has_norm = case_number % 2 == 0, has_rope = case_number < 2;
+            const int32_t n_kv_heads = 2, n_heads = n_kv_heads * (case_number % 3 == 0 ? 5 : 1), n_layers = 2;
+            const size_t dim = (size_t)head_dim, ld = (size_t)(n_heads + 2 * n_kv_heads) * dim + 3;
+            const int32_t rotary_dim = head_dim - 4;
+            fb_page_pool *pool = nullptr;
+            CHECK(fb_page_pool_create(FB_F16, FB_Q8_0, PAGES, n_layers, n_kv_heads, head_dim, &pool) == FB_OK);
+            const size_t n_bytes = PAGES * fb_page_bytes(pool);
+            buffer<char> apart(n_bytes), together(n_bytes);
+            memset(apart.data, 0, n_bytes);
+            memset(together.data, 0, n_bytes);
+            buffer<float> x(TOKENS * ld), copy(TOKENS * ld), q(dim), k(dim), angles((size_t)(TOKENS * rotary_dim));
+            fill(x, 2.0f);
+            fill(q, 1.0f);
+            fill(k, 1.0f);
+            fill(angles, 1.0f);
+            memcpy(copy.data, x.data, x.n * sizeof(float));
+            fb_cuda_pages pages;
+            fb_cuda_pages_view(pool, &pages);
+            pages.memory = apart.data;
+            if (has_norm)
+                CHECK(fb_cuda_head_norm(x.data, (int64_t)ld, TOKENS, n_heads, n_kv_heads, head_dim, q.data, k.data,
+                          1e-5f, nullptr) == 0);
+            if (has_rope)
+                CHECK(fb_cuda_rope(x.data, (int64_t)ld, TOKENS, n_heads + n_kv_heads, head_dim, rotary_dim, angles.data,
+                          nullptr) == 0);
+            CHECK(fb_cuda_kv_write(x.data, (int64_t)ld, &batch.view, n_heads, &pages, 1, nullptr) == 0);
+            fb_cuda_heads heads = {};
+            if (has_norm) heads.q_weight = q.data, heads.k_weight = k.data, heads.eps = 1e-5f;
+            if (has_rope) heads.cos_sin = angles.data;
+            heads.n_heads = n_heads;
+            heads.rotary_dim = rotary_dim;
+            heads.layer = 1;
+            pages.memory = together.data;
+            CHECK(fb_cuda_place_heads(copy.data, (int64_t)ld, &heads, &batch.view, &pages, nullptr) == 0);
+            CHECK_AT(copy.same_as(x) && together.same_as(apart), "head_dim %d, case %d", head_dim, case_number);
+            fb_page_pool_free(pool);
+        }
+}
+
 /* ---- Outputs ----------------------------------------------------------------------------------------------------- */
 
 static void test_gather() {
@@ -222,6 +266,7 @@ int main() {
     test_head_norm();
     test_rope();
     test_kv_write();
+    test_heads_at_once();
     test_gather();
     return check_result();
 }

@@ -5,6 +5,7 @@
  * exact.
  */
 #include "inputs.cu"
+#include "rows.cu"
 #include "tensor.cu"
 
 #include "products.h"
@@ -75,6 +76,29 @@ static void test_inputs() {
     }
 }
 
+/* A norm and the rounding of what it gives at once, against one launch for each. */
+static void test_norm_and_inputs() {
+    enum { TOKENS = 3 };
+    for (int32_t n_cols : {77, 576, 2500})
+        for (fb_dtype dtype : {FB_F16, FB_BF16}) {
+            const size_t ld = (size_t)(n_cols + 3) / 4 * 4;
+            buffer<float> x(TOKENS * ld), weight((size_t)n_cols), apart(TOKENS * ld), together(TOKENS * ld);
+            fill(x, 2.0f);
+            fill(weight, 1.0f);
+            fb_cuda_inputs in;
+            const size_t n_bytes = fb_cuda_inputs_view(dtype, TOKENS, n_cols, nullptr, &in);
+            buffer<char> wanted(n_bytes), got(n_bytes);
+            fb_cuda_inputs_view(dtype, TOKENS, n_cols, wanted.data, &in);
+            CHECK(fb_cuda_rms_norm(
+                      x.data, (int64_t)ld, weight.data, TOKENS, n_cols, 1e-5f, apart.data, (int64_t)ld, nullptr) == 0);
+            CHECK(fb_cuda_round(apart.data, (int64_t)ld, TOKENS, n_cols, &in, nullptr) == 0);
+            fb_cuda_inputs_view(dtype, TOKENS, n_cols, got.data, &in);
+            CHECK(fb_cuda_norm_round(x.data, (int64_t)ld, weight.data, TOKENS, n_cols, 1e-5f, together.data,
+                      (int64_t)ld, &in, nullptr) == 0);
+            CHECK_AT(together.same_as(apart) && got.same_as(wanted), "%d columns, dtype %d", n_cols, (int)dtype);
+        }
+}
+
 static bool has_inputs(const fb_dtype dtype, double *tolerance) {
     const enum fb_dtype inputs = fb_cuda_inputs_dtype(dtype, major_of_gpu());
     *tolerance = inputs == FB_BF16 ? 3e-5 : 2e-6;
@@ -95,6 +119,7 @@ int main() {
     static const std::vector<int32_t> counts = {130, 65, 64, 33, 16, 9, 8, 7, 2, 1};
 #endif
     test_inputs();
+    test_norm_and_inputs();
     for (fb_dtype dtype : every_dtype) {
         double tolerance;
         if (!has_inputs(dtype, &tolerance)) continue;
