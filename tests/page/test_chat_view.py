@@ -161,6 +161,10 @@ def test_the_list(page: Page, served: Running, short: str, tmp_path: Path) -> No
     page.find("input[type=file]").set_input_files(tmp_path / "kept.json")
     page.page.wait_for_url(f"**/#/chat/{short}")
     page.settled(1)
+    page.page.fill(".search", "in none of the titles")
+    page.find(".sessions .empty").wait_for()
+    page.find("input[type=file]").set_input_files(tmp_path / "kept.json")  # its id is taken; the list does not tell
+    page.page.wait_for_url(f"**/#/chat/{short}-*")
     (tmp_path / "other.json").write_text("[1]")
     page.find("input[type=file]").set_input_files(tmp_path / "other.json")
     page.find(".toast.bad", has_text="no exported conversation").wait_for()

@@ -368,9 +368,11 @@ const verbs = {
   remove: (id) => api.postLast("/delete_session", { session_id: id }).catch(fail),
   exportSession: guarded((id) => api.get(`/sessions/${id}/export`)),
   importSession: guarded(async (data) => {
-    const ids = new Set(state.sessions.map((one) => one.session_id));
-    const id = ids.has(data.id) ? `${data.id.slice(0, 100)}-${Math.random().toString(36).slice(2, 8)}` : data.id;
-    const told = await api.post(`/sessions/import?id=${encodeURIComponent(id)}`, data);
+    const take = (id) => api.post(`/sessions/import?id=${encodeURIComponent(id)}`, data);
+    const told = await take(data.id).catch((error) => { // the server knows which ids are free; the list may be short or old
+      if (error.code !== "session_exists") throw error;
+      return take(`${data.id.slice(0, 100)}-${Math.random().toString(36).slice(2, 8)}`);
+    });
     await list();
     return told.session_id;
   }),
