@@ -42,7 +42,7 @@ import numpy as np
 
 from fabula import _native, _operators, _program, _sampling
 from fabula.bench.row import Row
-from fabula.engine.device import LIBRARY, Placement
+from fabula.engine.device import Placement, library_path
 from fabula.engine.runner import Runner
 from fabula.errors import DeviceError, DeviceOutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
@@ -199,7 +199,7 @@ class Ours:
         """One whose products of many tokens are cuBLASLt's; the other keeps its own."""
         if self._by_library is None:
             try:
-                self._device.use_library(os.environ.get(LIBRARY) or None)
+                self._device.use_library(library_path())
             except Unsupported as error:
                 raise LeftOut(str(error)) from None
             self._by_library = self._runner.another_program()

@@ -7,7 +7,6 @@
 #if __has_include(<cublasLt.h>)
 
 #include <cublasLt.h>
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>

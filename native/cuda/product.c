@@ -109,12 +109,18 @@ size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p) {
     return most;
 }
 
+/* What is rounded next: the first `n_cols` of a buffer's rows. */
+static void begin_rounding(
+    struct fb_cuda_program *p, int32_t buffer, enum fb_dtype dtype, int32_t n_tokens, int32_t n_cols) {
+    fb_cuda_inputs_view(dtype, n_tokens, n_cols, p->rounded, &p->inputs16);
+    p->rounded_from = buffer;
+}
+
 /* The inputs of a product in 16 bits, unless the product before it had the same. */
 static int round_inputs(
     struct fb_cuda_program *p, int32_t buffer, enum fb_dtype dtype, const struct fb_cuda_linear *product) {
     if (p->rounded_from == buffer && p->inputs16.dtype == dtype) return 0;
-    fb_cuda_inputs_view(dtype, product->n_tokens, product->weight.n_cols, p->rounded, &p->inputs16);
-    p->rounded_from = buffer;
+    begin_rounding(p, buffer, dtype, product->n_tokens, product->weight.n_cols);
     return fb_cuda_round(product->x, product->ldx, product->n_tokens, product->weight.n_cols, &p->inputs16, p->stream);
 }
 
@@ -133,9 +139,7 @@ int fb_cuda_run_norm(struct fb_cuda_program *p, const struct fb_op *op, int32_t 
     const int64_t ld_in = (int64_t)buffers[op->in].stride, ld_out = (int64_t)buffers[op->out].stride;
     if (!is_rounded_next(p, op, n_rows))
         return fb_cuda_rms_norm(in, ld_in, weight, n_rows, op->vector_length, op->eps, out, ld_out, p->stream);
-    fb_cuda_inputs_view(fb_cuda_inputs_dtype(op[1].weight->dtype, p->compute_major), n_rows, op->vector_length,
-        p->rounded, &p->inputs16);
-    p->rounded_from = op->out;
+    begin_rounding(p, op->out, fb_cuda_inputs_dtype(op[1].weight->dtype, p->compute_major), n_rows, op->vector_length);
     return fb_cuda_norm_round(
         in, ld_in, weight, n_rows, op->vector_length, op->eps, out, ld_out, &p->inputs16, p->stream);
 }

@@ -61,16 +61,6 @@ static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struc
     }
 }
 
-/* How many operators from this one on make one launch on heads: norms, rope and the writing of K and V, the last and one more at least. */
-static int32_t n_of_heads(const struct fb_program *program, int32_t first) {
-    static const enum fb_op_kind order[] = {FB_OP_HEAD_NORM, FB_OP_ROPE, FB_OP_KV_WRITE};
-    const struct fb_op *const ops = program->ops + first;
-    int32_t n = 0;
-    for (size_t k = 0; k < sizeof order / sizeof *order && first + n < program->n_ops; k++)
-        if (ops[n].kind == order[k] && ops[n].in == ops->in) n++;
-    return n > 1 && ops[n - 1].kind == FB_OP_KV_WRITE ? n : 0;
-}
-
 static int run_heads(struct fb_cuda_program *p, const struct fb_op *ops, int32_t n, const struct fb_cuda_pages *pages,
     const struct fb_cuda_description *d) {
     const struct fb_program_shape *s = &p->program->shape;
@@ -117,8 +107,8 @@ enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *st
             continue;
         }
         p->rounded_from = -1;
-        const int32_t n = n_of_heads(p->program, step->next_op);
-        if (n > 0) {
+        const int32_t n = fb_ops_of_heads(op, p->program->n_ops - step->next_op);
+        if (n > 1) { /* in one launch */
             FB_TRY(fb_cuda_check(run_heads(p, op, n, &step->pages, &step->d), "heads"));
             step->next_op += n - 1;
             continue;

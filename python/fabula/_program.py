@@ -162,9 +162,7 @@ class Program:
         c_sequences = ffi.new("struct fb_sequence[]", max(len(sequences), 1))
         keep = [i32(s.pages) for s in sequences]
         for c_sequence, sequence, pages in zip(c_sequences, sequences, keep, strict=False):
-            c_sequence.pages, c_sequence.n_pages = ints(pages), pages.size
-            c_sequence.n_past, c_sequence.n_tokens = sequence.n_past, len(sequence.tokens)
-            c_sequence.window, c_sequence.n_sinks = sequence.window, sequence.n_sinks
+            _describe(c_sequence, sequence, pages)
         batch = ffi.new("struct fb_batch *")
         batch.struct_size = ffi.sizeof("struct fb_batch")
         batch.n_tokens, batch.tokens = tokens.size, ints(tokens)
@@ -186,10 +184,8 @@ class Program:
         logprobs = np.empty((len(draws), n_steps), np.float32)
         seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
         for i, (c, draw) in enumerate(zip(c_draws, draws, strict=True)):
-            share, sampling, sequence = draw.share, draw.sampling, c.sequence
-            sequence.pages, sequence.n_pages = ints(share.pages), share.pages.size
-            sequence.n_past, sequence.n_tokens = share.n_past, len(share.tokens)
-            sequence.window, sequence.n_sinks = share.window, share.n_sinks
+            sampling = draw.sampling
+            _describe(c.sequence, draw.share, draw.share.pages)
             c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), ints(draw.history), draw.n_history
             c.ends, c.n_ends, c.logprobs = ints(draw.ends), draw.ends.size, floats(logprobs[i])
             c.settings, c.breakers, c.n_breakers = sampling.settings, ints(sampling.breakers), sampling.breakers.size
@@ -228,3 +224,9 @@ class Program:
 
     def close(self) -> None:
         ffi.release(self.handle)
+
+
+def _describe(c: Any, share: BatchSequence, pages: I32) -> None:
+    """Fills a struct fb_sequence; `pages` are the share's, and must live as long as it."""
+    c.pages, c.n_pages = ints(pages), pages.size
+    c.n_past, c.n_tokens, c.window, c.n_sinks = share.n_past, len(share.tokens), share.window, share.n_sinks

@@ -112,6 +112,10 @@ struct fb_program {
     size_t scratch_bytes;        /* all of the above */
 };
 
+/* How many of the operators, from the first on, are what is done to heads of one buffer: norms, RoPE and the writing of K and V, in this order;
+ * 0 if they do not end with the last. */
+int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops);
+
 /* Cuts checked operators into p->stages. */
 void fb_cut_stages(struct fb_program *p);
 

@@ -79,6 +79,14 @@ static void prepare_products(struct fb_program *p) {
     p->n_stages = n_kept;
 }
 
+int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops) {
+    static const enum fb_op_kind order[] = {FB_OP_HEAD_NORM, FB_OP_ROPE, FB_OP_KV_WRITE};
+    int32_t n = 0;
+    for (size_t o = 0; o < sizeof order / sizeof *order; o++)
+        if (n < n_ops && ops[n].kind == order[o] && ops[n].in == ops->in) n++;
+    return n > 0 && ops[n - 1].kind == FB_OP_KV_WRITE ? n : 0;
+}
+
 /* Finds attention whose heads may come raw: before it lie norms of heads, RoPE and the writing of K and V at most, in this
  * order and of its buffer, which nobody reads later. */
 static void prepare_attention(struct fb_program *p) {
@@ -87,13 +95,9 @@ static void prepare_attention(struct fb_program *p) {
         const struct fb_op *attention = &p->ops[p->stages[s].first_op];
         if (attention->kind != FB_OP_ATTENTION || before->kind != FB_STAGE_ROWS) continue;
         if (is_read_later(p, attention->in, p->stages[s].first_op)) continue;
-        static const enum fb_op_kind order[] = {FB_OP_HEAD_NORM, FB_OP_ROPE, FB_OP_KV_WRITE};
-        int32_t i = before->first_op;
-        for (size_t o = 0; o < sizeof order / sizeof *order; o++)
-            if (i <= last_op(before) && p->ops[i].kind == order[o] && p->ops[i].in == attention->in) i++;
         const struct fb_op *last = &p->ops[last_op(before)];
-        before->is_of_heads = i == last_op(before) + 1 && last->kind == FB_OP_KV_WRITE &&
-                              last->layer == attention->layer;
+        before->is_of_heads = fb_ops_of_heads(&p->ops[before->first_op], before->n_ops) == before->n_ops &&
+                              last->in == attention->in && last->layer == attention->layer;
     }
 }
 

@@ -51,6 +51,11 @@ def check_products(name: object) -> str:
     return str(name)
 
 
+def library_path() -> str | None:
+    """The file of cuBLASLt that LIBRARY names; None for where the system finds it."""
+    return os.environ.get(LIBRARY) or None
+
+
 class Placement:
     """What may be chosen for one model.
 
@@ -107,7 +112,7 @@ class Placement:
             return
         try:
             for member in device.members:
-                member.use_library(os.environ.get(LIBRARY) or None)
+                member.use_library(library_path())
         except Unsupported as error:
             text = f"device_products library: {error}; name its file in {LIBRARY}, or take device_products own"
             raise Unsupported(text, status=error.status) from None

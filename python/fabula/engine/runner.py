@@ -36,7 +36,7 @@ I32 = npt.NDArray[np.int32]
 
 MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
 PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
-DEVICE_CHUNK = 2048  # the same on a GPU, where each step widens or reads all weights again, in a tenth of the time
+DEVICE_CHUNK = 2048  # the same on a GPU, where each step reads, and for cuBLASLt opens, all weights again; by reckoning
 SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
 SHARE_OF_KV = 0.9  # of a GPU's free memory that pages may take; the rest is for batches, logits among them
 

@@ -52,26 +52,27 @@ static void test_loading() {
     CHECK(fb_cuda_library_create(functions, &library) == FB_OK);
 }
 
+/* Sixteen rows of eight columns times some tokens, all of them zeros. */
+struct zeros {
+    buffer<uint16_t> weights{16 * 8}, inputs;
+    buffer<float> out;
+    buffer<char> workspace{FB_CUDA_WORKSPACE_BYTES};
+    fb_cuda_matrices m;
+
+    explicit zeros(int32_t n_tokens) : inputs((size_t)n_tokens * 8), out((size_t)n_tokens * 16) {
+        memset(weights.data, 0, weights.n * sizeof(uint16_t));
+        memset(inputs.data, 0, inputs.n * sizeof(uint16_t));
+        m = {FB_F16, 16, n_tokens, 8, weights.data, inputs.data, out.data, workspace.data};
+    }
+};
+
 static void test_failures() {
-    buffer<uint16_t> weights(16 * 8), inputs(3 * 8);
-    buffer<float> out(3 * 16);
-    buffer<char> workspace(FB_CUDA_WORKSPACE_BYTES);
-    memset(weights.data, 0, 16 * 8 * 2);
-    memset(inputs.data, 0, 3 * 8 * 2);
-    fb_cuda_matrices m = {};
-    m.dtype = FB_F16;
-    m.n_rows = 16;
-    m.n_tokens = 3;
-    m.n_cols = 8;
-    m.weights = weights.data;
-    m.inputs = inputs.data;
-    m.out = out.data;
-    m.workspace = workspace.data;
+    zeros product(3);
     const long held = fake_library_n_held();
     long n_calls = 0;
     for (;; n_calls++) {
         fake_library_fails_at(n_calls);
-        const fb_status status = fb_cuda_library_multiply(library, &m, nullptr);
+        const fb_status status = fb_cuda_library_multiply(library, &product.m, nullptr);
         fake_library_fails_at(-1);
         CHECK(fake_library_n_held() == held);
         if (status == FB_OK) break;
@@ -79,18 +80,14 @@ static void test_failures() {
         CHECK_AT(strstr(fb_last_error(), "cuBLASLt error"), "%s", fb_last_error());
     }
     CHECK_AT(n_calls == 9, "%ld calls failed", n_calls);
-    for (size_t i = 0; i < out.n; i++)
-        CHECK(out[i] == 0.0f);
+    for (size_t i = 0; i < product.out.n; i++)
+        CHECK(product.out[i] == 0.0f);
 }
 
 /* A way is chosen once for products of one size, and again when it was forgotten for many others. */
 static void test_choices() {
-    buffer<uint16_t> weights(16 * 8), inputs(100 * 8);
-    buffer<float> out(100 * 16);
-    buffer<char> workspace(FB_CUDA_WORKSPACE_BYTES);
-    memset(weights.data, 0, 16 * 8 * 2);
-    memset(inputs.data, 0, 100 * 8 * 2);
-    fb_cuda_matrices m = {FB_F16, 16, 1, 8, weights.data, inputs.data, out.data, workspace.data};
+    zeros product(100);
+    fb_cuda_matrices &m = product.m;
     const long before = fake_n_choices();
     for (int round = 0; round < 3; round++)
         for (m.n_tokens = 60; m.n_tokens < 64; m.n_tokens++)
