@@ -1,5 +1,6 @@
 /* batch.c - what describes a batch on the GPU, and whether its attention is split. See program.h. */
 #include "program.h"
+#include "program/operators.h"
 
 #include <string.h>
 
@@ -41,7 +42,7 @@ static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cu
     of.pages.head_dim = head_dim;
     of.pages.n_kv_heads = program->shape.n_kv_heads;
     for (int32_t i = 0; i < program->n_ops; i++) {
-        if (program->ops[i].kind != FB_OP_ATTENTION) continue;
+        if (fb_operator_of(program->ops[i].kind)->stage != FB_STAGE_ATTENTION) continue;
         n_found = fb_cuda_tiles(sequences, n_sequences, group, of.tile_rows, program->ops[i].window, NULL, &n_parts);
         if (n_parts > of.n_parts) of.n_parts = n_parts;
     }

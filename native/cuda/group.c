@@ -9,6 +9,7 @@
 #include "base/status.h"
 #include "exchange.h"
 #include "program.h"
+#include "program/operators.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -103,7 +104,7 @@ static enum fb_status make_room(struct group_run *run, const struct fb_batch *ba
         size_t most = (size_t)batch->n_outputs * (size_t)p->program->n_results;
         for (int32_t o = 0; o < p->program->n_ops; o++) {
             const struct fb_op *op = &p->program->ops[o];
-            const size_t n_floats = op->kind == FB_OP_SUM ? (size_t)batch->n_tokens * row_floats(p, op) : 0;
+            const size_t n_floats = fb_op_is(op, FB_SPANS_DEVICES) ? (size_t)batch->n_tokens * row_floats(p, op) : 0;
             most = n_floats > most ? n_floats : most;
         }
         FB_TRY(fb_cuda_enter(p->device->index));

@@ -3,6 +3,7 @@
  * program.h.
  */
 #include "program.h"
+#include "program/operators.h"
 
 enum { PIECE_BYTES = 32 << 20, MOST_PIECE_ROWS = 4096, PAIR_ROWS = 32, LANES = 16 };
 
@@ -159,8 +160,8 @@ enum fb_status fb_cuda_run_product(struct fb_cuda_program *p, const struct fb_op
         .bias = fb_cuda_vector(p, op->vector),
         .n_tokens = n_rows,
         .width = op->weight->n_rows,
-        .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
-    if (op->kind == FB_OP_LOGITS) {
+        .swiglu = fb_op_is(op, FB_GATED)};
+    if (fb_op_is(op, FB_LAST)) {
         a.out = logits;
         a.ld_out = a.width;
         a.non_finite = p->non_finite;

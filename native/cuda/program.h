@@ -82,6 +82,7 @@ static inline const float *fb_cuda_vector(const struct fb_cuda_program *p, const
 }
 
 /* As the table of base/device.h has them. */
+bool fb_cuda_runs(enum fb_op_kind kind);
 enum fb_status fb_cuda_program_create(const fb_program *program, void **out);
 void fb_cuda_program_free(void *program);
 enum fb_status fb_cuda_program_run(

@@ -1,14 +1,62 @@
 /* run.c - a program's operators as launches on one stream. See program.h. */
 #include "program.h"
 
+#include "program/operators.h"
 #include "views.h"
 
-static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, const struct fb_cuda_pages *pages,
-    const struct fb_cuda_description *d) {
-    const struct fb_program_shape *s = &p->program->shape;
-    const struct fb_buffer *buffers = p->program->buffers;
+/* What operators that are no products are launched over. */
+struct launch {
+    struct fb_cuda_program *p;
+    const struct fb_cuda_pages *pages;
+    const struct fb_cuda_description *d;
+    int32_t n_rows;
+};
+
+static const struct fb_program_shape *shape_of(const struct launch *l) {
+    return &l->p->program->shape;
+}
+
+static int64_t stride_of(const struct launch *l, int32_t buffer) {
+    return (int64_t)l->p->program->buffers[buffer].stride;
+}
+
+static int launch_embed(const struct launch *l, const struct fb_op *op) {
+    struct fb_cuda_program *p = l->p;
+    const struct fb_program_shape *s = shape_of(l);
+    const int error = fb_cuda_embed(&p->weights[op - p->program->ops], l->d->batch.tokens, l->n_rows, op->scale,
+        fb_cuda_buffer(p, op->out), stride_of(l, op->out), p->stream);
+    return error ? error
+                 : fb_cuda_angles(
+                       &l->d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_turns, p->stream);
+}
+
+static int launch_norm(const struct launch *l, const struct fb_op *op) {
+    return fb_cuda_run_norm(l->p, op, l->n_rows);
+}
+
+static int launch_head_norm(const struct launch *l, const struct fb_op *op) {
+    const struct fb_program_shape *s = shape_of(l);
+    return fb_cuda_head_norm(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->n_rows, s->n_heads, s->n_kv_heads,
+        s->head_dim, fb_cuda_vector(l->p, op->vector), fb_cuda_vector(l->p, op->vector2), op->eps, l->p->stream);
+}
+
+static int launch_rope(const struct launch *l, const struct fb_op *op) {
+    const struct fb_program_shape *s = shape_of(l);
+    return fb_cuda_rope(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->n_rows, s->n_heads + s->n_kv_heads,
+        s->head_dim, s->rotary_dim, l->p->cos_sin, l->p->stream);
+}
+
+static int launch_kv_write(const struct launch *l, const struct fb_op *op) {
+    return fb_cuda_kv_write(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), &l->d->batch, shape_of(l)->n_heads,
+        l->pages, op->layer, l->p->stream);
+}
+
+static int launch_attention(const struct launch *l, const struct fb_op *op) {
+    struct fb_cuda_program *p = l->p;
+    const struct fb_program_shape *s = shape_of(l);
+    const struct fb_cuda_description *d = l->d;
     const struct fb_cuda_attention a = {.batch = d->batch,
-        .pages = *pages,
+        .pages = *l->pages,
         .layer = op->layer,
         .window = op->window,
         .n_heads = s->n_heads,
@@ -17,8 +65,8 @@ static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, cons
         .rotary_dim = s->rotary_dim,
         .q = fb_cuda_buffer(p, op->in),
         .out = fb_cuda_buffer(p, op->out),
-        .ldq = (int64_t)buffers[op->in].stride,
-        .ld_out = (int64_t)buffers[op->out].stride,
+        .ldq = stride_of(l, op->in),
+        .ld_out = stride_of(l, op->out),
         .tiles = d->device_tiles,
         .n_tiles = d->n_tiles,
         .tile_rows = d->tile_rows,
@@ -27,38 +75,31 @@ static int run_attention(struct fb_cuda_program *p, const struct fb_op *op, cons
     return fb_cuda_attend(&a, p->stream);
 }
 
-static int run_op(struct fb_cuda_program *p, const struct fb_op *op, const struct fb_cuda_pages *pages,
-    const struct fb_cuda_description *d, int32_t n_rows) {
-    const struct fb_program_shape *s = &p->program->shape;
-    const struct fb_buffer *in = op->in >= 0 ? &p->program->buffers[op->in] : NULL;
-    const struct fb_buffer *out = op->out >= 0 ? &p->program->buffers[op->out] : NULL;
-    float *from = in ? fb_cuda_buffer(p, op->in) : NULL, *to = out ? fb_cuda_buffer(p, op->out) : NULL;
-    const int64_t ld_in = in ? (int64_t)in->stride : 0, ld_out = out ? (int64_t)out->stride : 0;
-    int error;
-    switch (op->kind) {
-    case FB_OP_EMBED:
-        error = fb_cuda_embed(
-            &p->weights[op - p->program->ops], d->batch.tokens, n_rows, op->scale, to, ld_out, p->stream);
-        return error ? error
-                     : fb_cuda_angles(
-                           &d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_turns, p->stream);
-    case FB_OP_RMS_NORM:
-        return fb_cuda_run_norm(p, op, n_rows);
-    case FB_OP_HEAD_NORM:
-        return fb_cuda_head_norm(from, ld_in, n_rows, s->n_heads, s->n_kv_heads, s->head_dim,
-            fb_cuda_vector(p, op->vector), fb_cuda_vector(p, op->vector2), op->eps, p->stream);
-    case FB_OP_ROPE:
-        return fb_cuda_rope(
-            from, ld_in, n_rows, s->n_heads + s->n_kv_heads, s->head_dim, s->rotary_dim, p->cos_sin, p->stream);
-    case FB_OP_KV_WRITE:
-        return fb_cuda_kv_write(from, ld_in, &d->batch, s->n_heads, pages, op->layer, p->stream);
-    case FB_OP_ATTENTION:
-        return run_attention(p, op, pages, d);
-    case FB_OP_GATHER_OUTPUTS:
-        return fb_cuda_gather(from, ld_in, d->device_outputs, n_rows, in->width, to, ld_out, p->stream);
-    default:
-        return cudaErrorUnknown; /* products go another way */
-    }
+static int launch_gather(const struct launch *l, const struct fb_op *op) {
+    return fb_cuda_gather(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->d->device_outputs, l->n_rows,
+        l->p->program->buffers[op->in].width, fb_cuda_buffer(l->p, op->out), stride_of(l, op->out), l->p->stream);
+}
+
+/* How each kind gets onto the GPU; a kind without a row here is refused, by its name, when a program is made. */
+static const struct {
+    int (*launch)(const struct launch *l, const struct fb_op *op); /* NULL: a product or a sum, which go another way */
+    bool runs;
+} launches[] = {
+    [FB_OP_EMBED] = {launch_embed, true},
+    [FB_OP_RMS_NORM] = {launch_norm, true},
+    [FB_OP_LINEAR] = {NULL, true},
+    [FB_OP_LINEAR_SWIGLU] = {NULL, true},
+    [FB_OP_HEAD_NORM] = {launch_head_norm, true},
+    [FB_OP_ROPE] = {launch_rope, true},
+    [FB_OP_KV_WRITE] = {launch_kv_write, true},
+    [FB_OP_ATTENTION] = {launch_attention, true},
+    [FB_OP_GATHER_OUTPUTS] = {launch_gather, true},
+    [FB_OP_LOGITS] = {NULL, true},
+    [FB_OP_SUM] = {NULL, true},
+};
+
+bool fb_cuda_runs(enum fb_op_kind kind) {
+    return (int)kind >= 0 && (size_t)kind < sizeof launches / sizeof *launches && launches[kind].runs;
 }
 
 static int run_heads(struct fb_cuda_program *p, const struct fb_op *ops, int32_t n, const struct fb_cuda_pages *pages,
@@ -86,21 +127,14 @@ enum fb_status fb_cuda_begin(struct fb_cuda_program *p, const fb_page_pool *pool
 }
 
 enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step) {
-    static const char *const names[] = {[FB_OP_EMBED] = "embed",
-        [FB_OP_RMS_NORM] = "rms_norm",
-        [FB_OP_HEAD_NORM] = "head_norm",
-        [FB_OP_ROPE] = "rope",
-        [FB_OP_KV_WRITE] = "kv_write",
-        [FB_OP_ATTENTION] = "attention",
-        [FB_OP_GATHER_OUTPUTS] = "gather_outputs"};
     FB_TRY(fb_cuda_enter(p->device->index));
     if (step->next_op == 0)
         FB_TRY(fb_cuda_check(cudaMemsetAsync(p->non_finite, 0, sizeof(int32_t), p->stream), "clearing a flag"));
     p->rounded_from = -1;
     for (; step->next_op < p->program->n_ops; step->next_op++) {
         const struct fb_op *op = &p->program->ops[step->next_op];
-        if (op->kind == FB_OP_SUM) break;
-        if (op->kind == FB_OP_GATHER_OUTPUTS) step->n_rows = step->d.rows.n_outputs;
+        if (fb_op_is(op, FB_SPANS_DEVICES)) break;
+        if (fb_op_is(op, FB_GATHERS)) step->n_rows = step->d.rows.n_outputs;
         if (step->n_rows == 0) break; /* nobody wants logits */
         if (fb_is_product(op)) {
             FB_TRY(fb_cuda_run_product(p, op, step->n_rows, step->logits));
@@ -113,7 +147,8 @@ enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *st
             step->next_op += n - 1;
             continue;
         }
-        FB_TRY(fb_cuda_check(run_op(p, op, &step->pages, &step->d, step->n_rows), names[op->kind]));
+        const struct launch over = {p, &step->pages, &step->d, step->n_rows};
+        FB_TRY(fb_cuda_check(launches[op->kind].launch(&over, op), fb_operator_of(op->kind)->name));
     }
     return FB_OK;
 }

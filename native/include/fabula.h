@@ -1,21 +1,21 @@
 /*
  * fabula.h - the public C API of Fabula's native library.
  *
- * What it holds: packed weights, programs (a model as a flat list of operators), a pool of KV pages, the sampler, and
- * each operator on its own. What it does not hold: files, tokenizers, sessions, schedulers; those live in Python.
+ * It holds packed weights, programs (a model as a flat list of operators), the pool of KV pages, the sampler, and
+ * each operator on its own. It does not hold files, tokenizers, sessions or the scheduler; those are Python.
  *
- * Rules that every function keeps:
- *   - A fallible function returns enum fb_status; FB_OK is 0. On any other value nothing was changed, and
- *     fb_last_error() tells what was wrong, in the calling thread, until that thread's next failure.
- *   - `_free(NULL)` is allowed, never fails and never touches the last error.
- *   - The library never prints, exits or aborts, and never reads files or the environment (OpenMP's runtime reads its
- * own).
- *   - Matrices are row-major; shapes stand as [rows, columns]. Sizes of memory are size_t, counts are int32_t.
- *   - Results do not depend on the number of threads, on the batch a token came in, or on the instruction set chosen:
- * each
- *     output is summed in one fixed order (see src/kernels/kernels.h).
+ * Rules for every function:
+ *   - A function that can fail returns enum fb_status; FB_OK is 0. On any other value nothing has changed, and
+ *     fb_last_error() says why, in the calling thread, until that thread's next failure.
+ *   - `_free(NULL)` is allowed, never fails, and never touches the last error.
+ *   - The library never prints, exits or aborts, and never reads files or the environment. (OpenMP's runtime reads
+ *     its own variables.)
+ *   - Matrices are row-major; shapes read [rows, columns]. Memory sizes are size_t, counts are int32_t.
+ *   - Results do not depend on the number of threads, the batch, the instruction set, or the caller's
+ *     floating-point mode: each output is summed in one fixed order (src/kernels/kernels.h).
+ *   - A process may fork; the child may use everything but handles that another thread was using at that moment.
  *
- * Everything between the two markers is plain C that cffi reads as it stands: no macro, no include, no attribute.
+ * Everything between the two markers is plain C that cffi reads as it stands: no macros, includes or attributes.
  */
 #ifndef FABULA_H
 #define FABULA_H
@@ -40,23 +40,23 @@ enum fb_status {
     FB_INVALID_ARGUMENT = 1, /* a value out of its range, a shape that does not fit, a null pointer */
     FB_OUT_OF_MEMORY = 2,    /* the system refused memory */
     FB_UNSUPPORTED = 3,      /* well-formed, but not offered here: e.g. an instruction set this CPU lacks */
-    FB_NON_FINITE = 4,       /* logits, or numbers to quantise, hold NaN or infinity: damaged model or input */
-    FB_DEVICE_FAILED = 5,    /* a device failed, or its driver is missing or too old; the text holds the driver's own */
-    FB_DEVICE_MEMORY = 6     /* a device has not the memory, or its budget is used up */
+    FB_NON_FINITE = 4,       /* logits, or numbers to quantize, hold NaN or infinity: damaged model or input */
+    FB_DEVICE_FAILED = 5,    /* a device failed, or its driver is missing or too old; the text quotes the driver */
+    FB_DEVICE_MEMORY = 6     /* a device is out of memory, or its budget is used up */
 };
 
-/* Number of the interface this library was built with; equals FB_ABI_VERSION of its header. */
+/* FB_ABI_VERSION of the header that the library was built from. */
 uint32_t fb_abi_version(void);
 
-/* Text of the calling thread's last failure, "" before the first. Valid until that thread fails again. */
+/* Message of the calling thread's last failure, "" before the first. Valid until that thread fails again. */
 const char *fb_last_error(void);
 
 /* sizeof of the named public struct ("fb_op", "fb_batch", "fb_sequence", "fb_sampling", "fb_program_shape",
- * "fb_device_info"), 0 if unknown. The Python package compares it with its own view at import, so that a stale library
- * cannot be called by accident. */
+ * "fb_device_info"), 0 if unknown. The Python package compares it with its own at import and refuses a stale
+ * library. */
 size_t fb_sizeof(const char *struct_name);
 
-/* Instruction sets with kernels of their own. REFERENCE is plain C and exists on every machine. */
+/* Instruction sets with their own kernels. REFERENCE is plain C and exists on every machine. */
 enum fb_isa {
     FB_ISA_AUTO = 0,
     FB_ISA_REFERENCE = 1,
@@ -71,17 +71,21 @@ enum fb_isa {
     FB_ISA_AVX512_AMX = 10
 };
 
-/* Whether this CPU and this build can run the kernels of `isa` (AVX2 stands for AVX2 + FMA + F16C,
- * AVX512 for F + BW + VL + DQ, AVX512_VNNI for these and VNNI, AVX512_BF16 for these and BF16, AVX512_AMX for these and
- * AMX-INT8, AVX_VNNI for AVX2 and the VNNI of CPUs without AVX-512; NEON for what every AArch64 CPU has, NEON_DOTPROD for
- * SDOT besides, NEON_I8MM for USDOT and SMMLA too). Linux lends AMX to a process that asks: where the CPU has it, this
- * function, and whatever takes an `isa`, asks for it. */
+/* Whether this CPU and this build can run the kernels of `isa`:
+ *     AVX2          AVX2, FMA, F16C                    NEON          what every AArch64 CPU has
+ *     AVX_VNNI      and VNNI, without AVX-512          NEON_DOTPROD  and SDOT
+ *     AVX512        F, BW, VL, DQ                      NEON_I8MM     and USDOT, SMMLA
+ *     AVX512_VNNI   and VNNI
+ *     AVX512_BF16   and BF16
+ *     AVX512_AMX    and AMX-INT8
+ * Linux enables AMX per process, on request. This function, and whatever takes an `isa`, requests it. */
 bool fb_isa_available(enum fb_isa isa);
 
-/* The best available instruction set: what AUTO stands for. */
+/* The best available instruction set: what AUTO stands for. AMX and I8MM are taken only after a small product has
+ * given the reference's bits on this machine. */
 enum fb_isa fb_isa_best(void);
 
-/* Number formats of weights: three plain ones, and GGUF's block formats. Values are this library's own, not GGUF's. */
+/* Formats of weights: three plain ones, and GGUF's block formats. The values are this library's, not GGUF's. */
 enum fb_dtype {
     FB_F32 = 0,
     FB_F16 = 1,
@@ -103,23 +107,23 @@ enum fb_dtype {
 int32_t fb_dtype_block_size(enum fb_dtype dtype);
 size_t fb_dtype_block_bytes(enum fb_dtype dtype);
 
-/* Turns `n_elements` numbers of `dtype` at `src` (src_bytes long, no alignment needed) into f32 at `dst`.
- * n_elements must be a multiple of the block size and src_bytes exactly what they take. */
+/* Dequantizes `n_elements` numbers of `dtype` at `src` to f32 at `dst`. `src` needs no alignment; src_bytes is exactly
+ * what the elements take; n_elements is a multiple of the block size. */
 enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_bytes, size_t n_elements, float *dst);
 
-/* Turns a matrix f32 [n_rows, n_cols] into `dtype` at `dst` (no alignment needed), row after row. n_cols must be a
- * multiple of the block size and dst_bytes exactly what the blocks take. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 round to the
- * scale of each block's extreme; the others search the scale of least weighted error. The bytes do not depend on
- * n_threads >= 1. FB_NON_FINITE, with row and column in the text, if a number is NaN, infinite or too large for the
- * format; `dst` then holds nothing of use. */
+/* Quantizes a matrix f32 [n_rows, n_cols] to `dtype` at `dst`, row after row. `dst` needs no alignment; dst_bytes is
+ * exactly what the blocks take; n_cols is a multiple of the block size; n_threads >= 1 and does not change the bytes.
+ * Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 take the scale from each block's extreme; the others search the scale of the least
+ * weighted error. FB_NON_FINITE, with row and column in the message, if a number is NaN, infinite or too large for the
+ * format; the contents of `dst` are then undefined. */
 enum fb_status fb_quantize(enum fb_dtype dtype, const float *src, int32_t n_rows, int32_t n_cols, int32_t n_threads,
     void *dst, size_t dst_bytes);
 
 /* ---- Devices ----------------------------------------------------------------------------------------------------- */
 
-/* A GPU that weights, pages and programs may lie on. Every build has these functions; one without CUDA answers
- * FB_UNSUPPORTED. A handle may be shared by threads. Numbers on a device differ from the CPU's by rounding; on one device
- * they are the same bits in every batch. */
+/* A GPU that can hold weights, pages and programs. Every build has these functions; without CUDA they return
+ * FB_UNSUPPORTED. Threads may share a handle. Results on a device differ from the CPU's by rounding; on one device they
+ * have the same bits in every batch. */
 typedef struct fb_device fb_device;
 
 struct fb_device_info {
@@ -130,29 +134,31 @@ struct fb_device_info {
     size_t memory_bytes, free_bytes;
 };
 
-/* How many devices there are. FB_UNSUPPORTED in a build without CUDA; FB_DEVICE_FAILED where the driver is missing, too old or finds
+/* Counts devices. FB_UNSUPPORTED in a build without CUDA; FB_DEVICE_FAILED if the driver is missing, too old, or finds
  * no GPU. */
 enum fb_status fb_device_count(int32_t *n_devices);
 enum fb_status fb_device_describe(int32_t index, struct fb_device_info *out);
 
-/* Opens device `index`. What lies on it may take `memory_budget` bytes in all, 0 for what is free. FB_INVALID_ARGUMENT if
- * there are fewer devices; FB_DEVICE_FAILED for one that failed, that is too old, or that this build has no code for. */
+/* Opens device `index`. Everything on it may take `memory_budget` bytes together; 0 for what is free.
+ * FB_INVALID_ARGUMENT if there are fewer devices; FB_DEVICE_FAILED if it failed, is too old, or this build has no code
+ * for it. */
 enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **out);
 
-/* Lets programs made from now on compute products of many tokens (128 and more) with the vendor's library: on NVIDIA GPUs cuBLASLt, from
- * the file `path`, or libcublasLt.so.13 or .12 where NULL. Results are then no longer the same bits in every batch. Not beside another
- * call that has the handle. FB_UNSUPPORTED if the library is not there. */
+/* Makes programs created from now on compute products of 128 tokens and more with the vendor's library: cuBLASLt on
+ * NVIDIA GPUs, from the file `path`, or libcublasLt.so.13 or .12 for NULL. Results then depend on the batch. Must not
+ * run beside another call with the same handle. FB_UNSUPPORTED if the library is missing. */
 enum fb_status fb_device_use_library(fb_device *device, const char *path);
 
-/* Bytes taken through this handle, and those that may still be taken. */
+/* Bytes allocated through this handle, and bytes that it may still allocate. */
 enum fb_status fb_device_memory(const fb_device *device, size_t *used_bytes, size_t *free_bytes);
 
-void fb_device_free(fb_device *device); /* what lies on the device stays until it is freed itself */
+void fb_device_free(fb_device *device); /* weights, pools and programs on it stay valid until they are freed */
 
-/* Devices that compute one model together, at most FB_MOST_MEMBERS, each once: a device for pools, whose pages it spreads over its
- * members by KV heads, and for fb_program_join. Weights and programs lie on the members. It holds their handles, and links
- * between them, for which CUDA needs the library NCCL (libnccl.so.2): FB_UNSUPPORTED where that is missing. Programs of one group
- * run one at a time. When a member or a link fails, the group is of no use any more: FB_DEVICE_FAILED. */
+/* Joins 2 to FB_MOST_MEMBERS different devices into a group that computes one model (tensor parallelism). A group is a
+ * device for page pools, which it splits over its members by KV heads, and for fb_program_join; weights and programs
+ * are created on the members. It keeps their handles alive. CUDA links members by NCCL (libnccl.so.2):
+ * FB_UNSUPPORTED if that is missing. Programs of a group run one at a time. After a member or a link failed, every
+ * call on the group returns FB_DEVICE_FAILED. */
 enum fb_status fb_device_join(fb_device *const *devices, int32_t n_devices, fb_device **out);
 
 #define FB_MOST_MEMBERS 16
@@ -160,33 +166,33 @@ enum fb_status fb_device_join(fb_device *const *devices, int32_t n_devices, fb_d
 /* ---- Weights ----------------------------------------------------------------------------------------------------- */
 
 /* A matrix [n_rows, n_cols], one output per row, packed into panels of 16 rows:
- *     panel p, column k, lane j  ->  element (16 p + j, k), lanes contiguous.
- * Block formats keep every bit of their blocks (native/src/quant/layout.h draws their panels); products with them round
- * their input to 8 bits in blocks of 32. Rows beyond n_rows in the last panel are zero. Immutable once packed; may be shared
- * by threads and programs. */
+ *     panel p, column k, lane j  ->  element (16 p + j, k), lanes contiguous
+ * Block formats keep every bit of their blocks (native/src/quant/layout.h draws their panels); their products
+ * quantize the input to 8 bits in blocks of 32. Rows beyond n_rows in the last panel are zero. Immutable once
+ * packed; threads and programs may share it. */
 typedef struct fb_weight fb_weight;
 
-/* A zeroed matrix of `dtype` on 2 MiB-aligned memory. n_rows and n_cols: 1 .. 2^30, n_cols a multiple of its block size. */
+/* Creates a zeroed matrix of `dtype`. n_rows and n_cols are 1 .. 2^30, n_cols a multiple of the block size. */
 enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, fb_weight **out);
 
-/* Fills rows first_row + row_step * i, i = 0 .. n_rows-1, from a row-major matrix [n_rows, n_cols] of any `src_dtype`,
- * rounded to the weight's format as fb_quantize does where that is another.
- * `row_step` 1 stacks matrices on top of each other (q, k, v in one); with `row_block` 16 and row_step 2 two matrices
- * are woven panel by panel (gate and up), so that row r goes to first_row + (r / row_block) * row_block * row_step +
- * r % row_block. Rows between the last of a woven matrix and the next panel stay zero. n_threads >= 1. Not to be
- * called on one weight by two threads at once. */
+/* Packs a row-major matrix [n_rows, n_cols] of any `src_dtype` into a weight, quantized as by fb_quantize where the
+ * formats differ. Source row r becomes row
+ *     first_row + (r / row_block) * row_block * row_step + r % row_block
+ * so row_step 1 stacks matrices (q, k, v in one weight), and row_block 16 with row_step 2 interleaves two matrices
+ * panel by panel (gate and up); rows between the last one and the next panel stay zero. n_threads >= 1. Two threads
+ * must not pack the same weight at once. */
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
     enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads);
 
-/* Row `row` as f32 [n_cols]. */
+/* Dequantizes row `row` to f32 [n_cols]. */
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst);
 
-/* Elements packed so far that are NaN or infinite in the weight's format: damaged input, or numbers beyond f16's
- * 65504. 0 for NULL. */
+/* Counts the elements packed so far that are NaN or infinite in the weight's format: damaged input, or numbers beyond
+ * f16's 65504. 0 for NULL. */
 int64_t fb_weight_non_finite(const fb_weight *weight);
 
-/* Moves a packed weight to a device, byte for byte, and frees the memory it had. From then on only programs of that device
- * handle take it. On failure it stays where it is. */
+/* Moves a packed weight to a device, byte for byte, and frees its memory here. From then on only programs on that
+ * device handle take it. On failure it stays where it is. */
 enum fb_status fb_weight_move(fb_weight *weight, fb_device *device);
 
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
@@ -194,28 +200,28 @@ void fb_weight_free(fb_weight *weight);          /* only after every program tha
 
 /* ---- KV pages ---------------------------------------------------------------------------------------------------- */
 
-/* A pool of pages. A page holds FB_PAGE_POSITIONS positions of K and V for all layers and KV heads:
- *     per layer, per KV head:  K [2 blocks of 16 positions][head_dim][16]   then   V [head_dim / 16, rounded up][32][16]
- * K blocks and V blocks are panels like those of weights, so attention runs on the kernels of matrix products. Each of K and
- * V may be F32, F16, BF16 or Q8_0: then it holds signed bytes, and behind them one f32 [32], the scale of each position's
- * head. Who owns which page is the caller's business; the pool only holds bytes. One engine thread at a time. */
+/* A pool of KV pages. A page holds FB_PAGE_POSITIONS positions of K and V for all layers and KV heads:
+ *     per layer and KV head:  K [2 blocks of 16 positions][head_dim][16]  then  V [head_dim / 16, rounded up][32][16]
+ * K and V blocks are panels like those of weights, so attention runs on the kernels of matrix products. K and V are
+ * each F32, F16, BF16 or Q8_0; Q8_0 holds signed bytes, followed by one f32 [32], the scale of each position's
+ * head. The pool holds bytes; reference counts and page tables are the caller's. One engine thread at a time. */
 typedef struct fb_page_pool fb_page_pool;
 
 #define FB_PAGE_POSITIONS 32
 
-/* Memory is reserved at once, but only touched pages take room. head_dim: 1 .. 1024. */
+/* Reserves address space for all pages; only touched pages take memory. head_dim is 1 .. 1024. */
 enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
-/* The same in memory of a device, all of it taken at once; NULL for the CPU. A page's bytes are the same everywhere. On a group each
- * member holds n_kv_heads / (members) heads of every page, or, where members are more than heads, one that it shares with its
- * neighbours: one number must divide the other. */
+/* The same on a device, where all memory is allocated at once; NULL for the CPU. A page has the same bytes
+ * everywhere. On a group each member holds n_kv_heads / n_members heads of every page; with more members than
+ * heads, neighbors hold copies of one head. One number must divide the other. */
 enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
     int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
 void fb_page_pool_free(fb_page_pool *pool);
 size_t fb_page_bytes(const fb_page_pool *pool); /* bytes of one page; 0 for NULL */
 
-/* Copies page `src` over page `dst` (copy-on-write), writes zeros, or moves a page's bytes out of or into the pool.
- * `n_bytes` must equal fb_page_bytes. */
+/* Copies page `src` over page `dst` (for copy-on-write), zeroes a page, or reads and writes its bytes. `n_bytes` must
+ * equal fb_page_bytes. */
 enum fb_status fb_page_copy(fb_page_pool *pool, int32_t dst, int32_t src);
 enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page);
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes);
@@ -223,23 +229,22 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
 
 /* ---- Programs ---------------------------------------------------------------------------------------------------- */
 
-/* An operator of a program reads and writes buffers, numbered 0 .. n_buffers-1. A buffer holds one f32 row of a fixed
- * width per token of the batch (or, after GATHER_OUTPUTS, per wanted output). The program plans where buffers lie:
- * two that are never alive together share memory. */
+/* Operators read and write buffers, numbered 0 .. n_buffers-1. A buffer holds one f32 row of a fixed width per token of
+ * the batch or, after GATHER_OUTPUTS, per wanted output. The program plans their memory: buffers that are never alive
+ * together share it. */
 enum fb_op_kind {
     FB_OP_EMBED = 1,         /* out[t] = scale * row tokens[t] of `weight` */
     FB_OP_RMS_NORM = 2,      /* out = in / sqrt(mean(in^2) + eps) * vector */
     FB_OP_LINEAR = 3,        /* out from `column` on = in weight^T (+ vector as bias) (+ buffer `residual`, which may be
                                  `out`) */
-    FB_OP_LINEAR_SWIGLU = 4, /* weight (and bias) hold gate and up woven by 16 rows; out = silu(gate) * up */
+    FB_OP_LINEAR_SWIGLU = 4, /* weight (and bias) interleave gate and up by 16 rows; out = silu(gate) * up */
     FB_OP_HEAD_NORM = 5,     /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
     FB_OP_ROPE = 6,          /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
-    FB_OP_KV_WRITE = 7,      /* K and V of `in` into the sequence's pages, layer `layer` */
+    FB_OP_KV_WRITE = 7,      /* writes K and V of `in` to the sequence's pages, layer `layer` */
     FB_OP_ATTENTION = 8,     /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
     FB_OP_LOGITS = 10,        /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
-    FB_OP_SUM = 11 /* out = residual (if any) + the sum of `in` of all programs that were joined, in their order;
-                                 on devices only */
+    FB_OP_SUM = 11 /* out = residual (if any) + sum of `in` over the joined programs in their order; devices only */
 };
 
 struct fb_op {
@@ -259,7 +264,7 @@ struct fb_op {
     float scale; /* EMBED: factor on the row; ATTENTION: factor on q.k, usually 1/sqrt(head_dim) */
 };
 
-/* What all operators of a program share. */
+/* What the operators of a program have in common. */
 struct fb_program_shape {
     uint32_t struct_size; /* sizeof(struct fb_program_shape) */
     int32_t n_layers;
@@ -275,39 +280,39 @@ struct fb_program_shape {
 
 typedef struct fb_program fb_program;
 
-/* Checks the operators (kinds, widths, aliasing, order), plans the buffers and takes the scratch memory.
- * inv_freq: f32 [rotary_dim / 2], the angle per position of each rotated pair (pair i is elements i and i +
- * rotary_dim / 2). buffer_widths: int32 [n_buffers]. Vectors and shapes are copied, weights borrowed. n_threads >= 1.
- * */
+/* Checks the operators (kinds, widths, aliasing, order), plans the buffers and allocates scratch memory. inv_freq:
+ * f32 [rotary_dim / 2], the angle per position of each rotated pair; pair i is elements i and i + rotary_dim / 2.
+ * buffer_widths: int32 [n_buffers]. Vectors and shapes are copied, weights borrowed. n_threads >= 1. FB_UNSUPPORTED
+ * names the first operator that the CPU or the device cannot run. */
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
     const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
     fb_program **out);
-/* The same for a device, where all its weights must lie; NULL for the CPU. It runs over pools of that device handle. */
+/* The same on a device, which must hold all its weights; NULL for the CPU. It runs over pools of that device handle. */
 enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
     const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
     enum fb_isa isa, fb_program **out);
 
-/* One model in parts, one for each member of `group` in its order: programs that were made on the members, each with its share of heads,
- * of the columns between products, and of the rows of the last op, and a SUM wherever a product has only part of its columns. The
- * joined program runs over pools of the group. Member i has KV heads as a pool of the group does, and of the n_results rows that the last
- * op has in all, with c = n_results / (members), rounded up, the c rows from the smaller of i c and n_results - c on.
- * Parts are borrowed, and cannot run by themselves if they hold a SUM. */
+/* Joins the parts of one model, one program per member of `group` in its order. Each part has its share of the
+ * heads, of the columns between products and of the rows of the last op, and a SUM where a product has only part of
+ * its columns. The joined program runs over pools of the group. Member i has the KV heads that a pool of the group
+ * gives it, and of the n_results rows of the last op, with c = n_results / n_members rounded up, the c rows from
+ * min(i c, n_results - c) on. Parts are borrowed; those that hold a SUM cannot run alone. */
 enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32_t n_parts, int32_t n_kv_heads,
     int32_t n_results, fb_program **out);
 void fb_program_free(fb_program *program);
 size_t fb_program_scratch_bytes(const fb_program *program);
 
-/* One sequence's share of a batch: its tokens are appended behind the n_past positions already in its pages.
+/* One sequence's share of a batch: its tokens follow the n_past positions already in its pages.
  *
- * With a window W and S sinks (Xiao et al. 2023, "attention sinks") the token at position p >= S + W sees the first S
- * positions and the last W, itself included; before that it sees all. It sees the sinks as if they lay right before the
- * window: sink j at distance S + W - 1 - j, so no distance grows beyond what the model was trained on. What a token
- * sees depends on its position only, not on the batch it came in. An operator's own window, if it is shorter than S + W,
- * hides the sinks. */
+ * With a window W and S sinks (Xiao et al. 2023, "attention sinks") the token at position p >= S + W attends to the
+ * first S positions and the last W, itself included; before that, to all. Sinks appear to lie right before the
+ * window: sink j at distance S + W - 1 - j, so no distance exceeds what the model was trained on. What a token
+ * attends to depends on its position only, not on the batch. An operator's own window hides the sinks if it is
+ * shorter than S + W. */
 struct fb_sequence {
-    const int32_t
-        *pages; /* page of positions 32 i .. 32 i + 31; as many as n_past + n_tokens need. -1 where no token of
-                             the batch sees anything: between the sinks' page and the first visible position's */
+    /* Page table: pages[i] holds positions 32 i .. 32 i + 31, as many as n_past + n_tokens need. -1 where no token of
+     * the batch attends: between the page of the sinks and that of the first visible position. */
+    const int32_t *pages;
     int32_t n_pages;
     int32_t n_past;
     int32_t n_tokens; /* >= 1 */
@@ -326,32 +331,31 @@ struct fb_batch {
 };
 
 /* Runs the program over a batch in one parallel region. Writes the batch's positions of the pages and `logits`
- * [n_outputs, rows of the last op's weight], nothing else. Two sequences of a batch must not write the same page. On any error pages and
- * logits are as they were, except FB_NON_FINITE and FB_DEVICE_FAILED: the batch's positions hold what was computed and count for
- * nothing. */
+ * [n_outputs, rows of the last op's weight], nothing else. Two sequences of a batch must not write the same page. On an
+ * error pages and logits are unchanged, except after FB_NON_FINITE and FB_DEVICE_FAILED: then the batch's positions are
+ * undefined and must not be used. */
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
 
-/* A device's program records a step in which every sequence has one token when its size, rounded up, comes for the second time, and
- * from then on launches it as a whole. That changes how long a step takes, never a bit of it. */
+/* A device's program records a decode step (one token per sequence) as a CUDA graph when its size, rounded up,
+ * comes for the second time, and launches the graph from then on. That changes the time of a step, never its bits. */
 struct fb_graph_info {
     uint32_t struct_size; /* sizeof(struct fb_graph_info), filled by the library */
     bool is_on;
-    int32_t n_graphs;                           /* recorded steps that are held */
-    int64_t n_recorded, n_replayed, n_launched; /* since the program was made; the last: steps operator by operator */
-    enum fb_status status;                      /* FB_OK, or why a step could not be recorded or launched as a whole: */
-    char reason[192];                           /* it ran operator by operator, and its size does so from then on */
+    int32_t n_graphs;                           /* graphs held */
+    int64_t n_recorded, n_replayed, n_launched; /* since creation; n_launched: steps run operator by operator */
+    enum fb_status status;                      /* FB_OK, or why a step could not be recorded or launched as a graph; */
+    char reason[192];                           /* steps of its size run operator by operator from then on */
 };
 
-/* Whether steps are recorded, as they are from the start; what was recorded goes. Not while the program runs. Both:
- * FB_UNSUPPORTED for a program of the CPU. */
+/* Turns graphs on (as they are at first) or off and drops those held; not while the program runs. Both return
+ * FB_UNSUPPORTED for a program on the CPU. */
 enum fb_status fb_program_set_graphs(fb_program *program, bool is_on);
 enum fb_status fb_program_graph_info(const fb_program *program, struct fb_graph_info *out);
 
 /* ---- Sampling ---------------------------------------------------------------------------------------------------- */
 
-/* Steps of the sampling chain, run in the order of fb_sampling.chain. A step whose parameter is neutral does nothing.
- * */
+/* Steps of the sampling chain, run in the order of fb_sampling.chain. A step with a neutral parameter does nothing. */
 enum fb_sampler {
     FB_SAMPLER_BIAS = 1,      /* logit_bias and banned tokens */
     FB_SAMPLER_PENALTIES = 2, /* repetition, frequency, presence */
@@ -368,7 +372,7 @@ enum fb_sampler {
 
 struct fb_sampling {
     uint32_t struct_size;       /* sizeof(struct fb_sampling) */
-    float temperature;          /* >= 0; 0 takes the likeliest token (after bias, penalties and DRY) */
+    float temperature;          /* >= 0; 0 is greedy: the likeliest token after bias, penalties and DRY */
     int32_t top_k;              /* 0 off */
     float top_p;                /* (0, 1], 1 off */
     float min_p;                /* [0, 1], 0 off */
@@ -376,11 +380,11 @@ struct fb_sampling {
     float repetition_penalty;   /* > 0, 1 off */
     float frequency_penalty;    /* 0 off */
     float presence_penalty;     /* 0 off */
-    int32_t penalty_window;     /* last tokens of the history the three penalties see; -1 all, 0 none */
+    int32_t penalty_window;     /* last tokens of the history that the three penalties count; -1 all, 0 none */
     float dry_multiplier;       /* 0 off */
     float dry_base;             /* >= 1 */
     int32_t dry_allowed_length; /* >= 1 */
-    int32_t dry_window;         /* last tokens of the history DRY sees; -1 all, 0 none */
+    int32_t dry_window;         /* last tokens of the history that DRY searches; -1 all, 0 none */
     float xtc_probability;      /* [0, 1], 0 off */
     float xtc_threshold;        /* (0, 0.5] to have an effect */
     uint64_t seed;
@@ -391,21 +395,21 @@ struct fb_sampling {
 /* Neutral settings (temperature 1, everything else off) and the default chain order. */
 void fb_sampling_default(struct fb_sampling *out);
 
-/* Draws one token.
- *   logits      f32 [vocab_size], left as they are
- *   position    of the drawn token in its sequence; with the seed it keys the random numbers (Philox 4x32-10)
+/* Samples one token.
+ *   logits      f32 [vocab_size], unchanged
+ *   position    of the sampled token in its sequence; with the seed it keys the random numbers (Philox 4x32-10)
  *   history     the tokens so far, oldest first (penalties, DRY)
  *   bias        ids [n_bias] with values [n_bias]; -INFINITY bans
  *   breakers    tokens at which DRY's matches end [n_breakers]
  *   work        scratch of fb_sample_work_bytes(vocab_size) bytes, 16-byte aligned
- *   token       the id drawn;  logprob  its natural log-probability under the plain softmax of `logits`
- * FB_NON_FINITE if logits hold NaN or +infinity or nothing finite; FB_INVALID_ARGUMENT if everything was banned. */
+ *   token       the sampled id;  logprob  its natural log-probability under the plain softmax of `logits`
+ * FB_NON_FINITE if logits hold NaN or +infinity or nothing finite; FB_INVALID_ARGUMENT if every token is banned. */
 enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
     const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
     const int32_t *breakers, int32_t n_breakers, void *work, int32_t *token, float *logprob);
 size_t fb_sample_work_bytes(int32_t vocab_size);
 
-/* The probabilities the chain leaves, f32 [vocab_size] (0 for what it cut), instead of a draw; XTC's coin is tossed
+/* The probabilities that the chain leaves, f32 [vocab_size], 0 for what it removed; XTC's random number is the same
  * as in fb_sample. Same arguments. */
 enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, const struct fb_sampling *settings,
     uint64_t position, const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values,
@@ -414,18 +418,18 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
 /* Four random words for (seed, position, stream): Philox 4x32-10 of Salmon et al., SC'11. */
 void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4]);
 
-/* ---- Drawing several tokens in one call --------------------------------------------------------------------------- */
+/* ---- Decoding several tokens in one call ------------------------------------------------------------------------- */
 
-/* A sequence that draws. Sampling arguments as in fb_sample, which gets the position n_history + n_drawn. */
+/* A sequence that is decoded. Sampling arguments as in fb_sample, which gets the position n_history + n_drawn. */
 struct fb_draw {
     struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
-    int32_t n_steps;             /* tokens to draw at most; 0 for a sequence that is only computed, in the first step */
-    int32_t n_drawn;             /* result */
+    int32_t n_steps;             /* tokens to sample at most; 0: a prefill chunk, computed in the first step only */
+    int32_t n_drawn;             /* result: tokens sampled */
     int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not
-                                    computed yet; those that are drawn are written behind them */
+                                    computed yet; sampled tokens are appended */
     int32_t n_history;
     int32_t n_ends;
-    const int32_t *ends; /* tokens after which it draws no more */
+    const int32_t *ends; /* end tokens: the sequence stops behind one */
     float *logprobs;     /* [n_steps], results; NULL if that is 0 */
     const struct fb_sampling *settings;
     const int32_t *bias_ids;
@@ -435,20 +439,22 @@ struct fb_draw {
     const int32_t *breakers;
 };
 
-/* Up to n_steps steps over the sequences, each of which computes what is not computed yet of every one that still draws, and
- * draws its next token: those that fb_program_run and fb_sample would give. A device draws where the logits are, which are
- * not copied. Ends early when none draws any more, and after a step
- * behind which *stop, that another thread may set, is not 0. A sequence whose draw fails stops with fewer tokens and no
- * end token; fb_sample tells why. An error in the first step is returned, a later one ends the call: the next meets it.
+/* Runs up to n_steps decode steps. Each computes the tokens of every active sequence that are not computed yet and
+ * samples its next token: those that fb_program_run and fb_sample would give. A device samples where the logits
+ * are, and does not copy them. Ends early when no sequence is active, and after a step at which *stop, which
+ * another thread may set, is not 0. A sequence whose sampling fails stops with fewer tokens and no end token;
+ * fb_sample says why. An error in the first step is returned; a later one ends the call, and the next call meets
+ * it.
  *   logits    scratch of at least n_draws x vocab_size
- *   seconds   [n_steps] since the call for each step;  n_done  how many steps there were */
+ *   seconds   [n_steps] since the call for each step;  n_done  how many steps ran */
 enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct fb_draw *draws, int32_t n_draws,
     int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds, int32_t *n_done);
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
-/* The operators of programs, one at a time on the caller's arrays, on the same kernels. Arrays are f32, row-major, and
- * do not overlap unless told. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a bad size. */
+/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32, row-
+ * major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a
+ * bad size. */
 
 /* out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight;  x, out [n_rows, n_cols], weight [n_cols] */
 enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
@@ -471,22 +477,23 @@ enum fb_status fb_swiglu(const float *gate, const float *up, size_t n, int32_t n
 enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
     const float *residual, int32_t n_threads, enum fb_isa isa, float *out);
 
-/* Rotates pairs (i, i + rotary_dim / 2) of each head in place;  x [n_rows, n_heads, head_dim], positions [n_rows] >=
- * 0 */
+/* Rotates pairs (i, i + rotary_dim / 2) of each head in place;  x [n_rows, n_heads, head_dim], positions [n_rows]
+ * >= 0 */
 enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32_t n_heads, int32_t head_dim,
     int32_t rotary_dim, const float *inv_freq, float rope_scale, int32_t n_threads, enum fb_isa isa);
 
-/* Causal self-attention of one sequence whose K and V are all given: q [n_tokens, n_heads, head_dim], k and v
- * [n_tokens, n_kv_heads, head_dim], out like q. Packs K and V into pages of their dtypes first. window as in fb_op. */
+/* Causal self-attention of one sequence: q [n_tokens, n_heads, head_dim], k and v [n_tokens, n_kv_heads, head_dim], out
+ * like q. Packs K and V into pages of their dtypes first. window as in fb_op. */
 enum fb_status fb_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens, int32_t n_heads,
     int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, enum fb_dtype k_dtype, enum fb_dtype v_dtype,
     int32_t n_threads, enum fb_isa isa, float *out);
 
 /* ---- Files ------------------------------------------------------------------------------------------------------- */
 
-/* Strings as GGUF stores them, each a u64 length, little-endian, and so many bytes. Copies whole ones from the beginning of `bytes`
- * to `out` [n_bytes], a NUL behind each, until `most` are there or one does not end in `bytes`, is longer than max_length, or holds
- * a NUL itself. Tells how many they are, what they take of `bytes`, and what of `out`. */
+/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes`
+ * to `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within
+ * `bytes`, is longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the
+ * bytes written. */
 enum fb_status fb_join_strings(const void *bytes, size_t n_bytes, size_t most, size_t max_length, char *out,
     size_t *n_strings, size_t *n_read, size_t *n_written);
 
@@ -503,8 +510,8 @@ enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_is
 /* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
 enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
 
-/* Bytes/s that a device's memory moves when `n_bytes` are copied from one place there to another, those read and those written both
- * counted: the fastest of `n_repeats` copies behind a first one. Takes twice n_bytes meanwhile. */
+/* Bytes/s of copying `n_bytes` from one place of a device's memory to another, reads and writes both counted: the
+ * fastest of `n_repeats` copies after a first one. Allocates twice n_bytes meanwhile. */
 enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s);
 
 /* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "fabula.h"
 
+#include <fenv.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -156,6 +157,15 @@ int main(void) {
                     threads[p], pieces[p]);
             }
     }
+    /* A caller's rounding mode is nothing to the results, and is left as it was. */
+    CHECK(fesetround(FE_TOWARDZERO) == 0);
+    for (int32_t n_threads = 1; n_threads <= 2; n_threads++) {
+        memset(got, 0, sizeof got);
+        run(&model, FB_ISA_AUTO, n_threads, FB_F32, FB_Q8_0, 17, got);
+        CHECK_AT(memcmp(got, wanted, sizeof got) == 0, "rounding mode, %d threads", n_threads);
+        CHECK(fegetround() == FE_TOWARDZERO);
+    }
+    fesetround(FE_TONEAREST);
     for (int layer = 0; layer < LAYERS; layer++)
         for (int w = 0; w < 4; w++)
             fb_weight_free(model.matrices[layer][w]);

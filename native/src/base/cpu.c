@@ -1,8 +1,6 @@
-/* cpu.c - instruction sets. On x86-64 the compiler's CPUID helper is asked (which also checks that the system saves the
+/* cpu.c - which instruction sets this CPU, its operating system and this build offer together. On x86-64 the compiler's CPUID helper is asked (which also checks that the system saves the
  * registers), on AArch64 the system, for AMX both. */
-#include "base/cpu.h"
-
-#include "base/status.h"
+#include "fabula.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -115,25 +113,4 @@ bool fb_isa_available(enum fb_isa isa) {
     default:
         return false;
     }
-}
-
-enum fb_isa fb_isa_best(void) {
-    if (fb_isa_available(FB_ISA_AVX512_AMX)) return FB_ISA_AVX512_AMX;
-    if (fb_isa_available(FB_ISA_AVX512_BF16)) return FB_ISA_AVX512_BF16;
-    if (fb_isa_available(FB_ISA_AVX512_VNNI)) return FB_ISA_AVX512_VNNI;
-    if (fb_isa_available(FB_ISA_AVX512)) return FB_ISA_AVX512;
-    if (fb_isa_available(FB_ISA_AVX_VNNI)) return FB_ISA_AVX_VNNI;
-    if (fb_isa_available(FB_ISA_AVX2)) return FB_ISA_AVX2;
-    if (fb_isa_available(FB_ISA_NEON_I8MM)) return FB_ISA_NEON_I8MM;
-    if (fb_isa_available(FB_ISA_NEON_DOTPROD)) return FB_ISA_NEON_DOTPROD;
-    if (fb_isa_available(FB_ISA_NEON)) return FB_ISA_NEON;
-    return FB_ISA_REFERENCE;
-}
-
-enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out) {
-    FB_REQUIRE(wanted >= FB_ISA_AUTO && wanted <= FB_ISA_AVX512_AMX, "isa is %d, must be 0 .. %d", (int)wanted,
-        (int)FB_ISA_AVX512_AMX);
-    if (!fb_isa_available(wanted)) return fb_fail(FB_UNSUPPORTED, "this CPU lacks instruction set %d", (int)wanted);
-    *out = wanted == FB_ISA_AUTO ? fb_isa_best() : wanted;
-    return FB_OK;
 }

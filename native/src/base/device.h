@@ -41,6 +41,9 @@ struct fb_device_kind {
     /* A vendor's library of products, from `path` or where the system finds it; what comes out is freed by free(). */
     enum fb_status (*load_products)(int32_t index, const char *path, void **out);
 
+    /* Whether programs may hold operators of this kind. */
+    bool (*runs)(enum fb_op_kind kind);
+
     /* What a program that was checked and planned needs on its device. The program outlives it. */
     enum fb_status (*program_create)(const fb_program *program, void **out);
     void (*program_free)(void *on_device);

@@ -39,7 +39,9 @@ static void *map(size_t size) {
     size_t before = (size_t)(memory - raw);
     if (before) munmap(raw, before);
     if (before < HUGE_PAGE) munmap(memory + size, HUGE_PAGE - before);
+#ifdef MADV_HUGEPAGE
     madvise(memory, size, MADV_HUGEPAGE); /* a wish: refusal costs speed only */
+#endif
     return memory;
 }
 

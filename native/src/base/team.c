@@ -1,6 +1,8 @@
 /* team.c - barrier, size of the team, and single-stage regions. See team.h. */
 #include "base/team.h"
 
+#include "base/float_mode.h"
+
 #include <omp.h>
 #include <sched.h>
 #include <time.h>
@@ -88,9 +90,11 @@ void fb_team_run(fb_item_function item, void *context, int64_t n_items, int n_th
         atomic_init(&counters[i].next, 0);
 #pragma omp parallel num_threads(n_threads)
     {
+        const fb_float_mode mode = fb_float_mode_enter();
         const int thread = omp_get_thread_num();
         struct fb_items items = fb_items_of(counters, n_items, thread % n_shares, n_shares);
         for (int64_t index; (index = fb_next_item(&items)) >= 0;)
             item(context, index, thread);
+        fb_float_mode_leave(mode);
     }
 }

@@ -39,6 +39,8 @@ static inline int64_t fb_next_item(struct fb_items *items) {
         const int share = (items->thread + items->n_done) % items->n_threads;
         const int64_t first = items->n_items * share / items->n_threads;
         const int64_t end = items->n_items * (share + 1) / items->n_threads;
+        /* Others' shares are mostly empty by then: looking costs less than counting, which takes the line from its owner. */
+        if (first + atomic_load_explicit(&items->counters[share].next, memory_order_relaxed) >= end) continue;
         const int64_t index = first + atomic_fetch_add_explicit(&items->counters[share].next, 1, memory_order_relaxed);
         if (index < end) return index;
     }

@@ -6,7 +6,6 @@
  * A thread reads one stream: side by side several are slower. The multiply-adds are those of the matrix kernels themselves,
  * in f32 and of bytes, on panels that stay in L1, at their best tile.
  */
-#include "base/cpu.h"
 #include "base/device.h"
 #include "base/memory.h"
 #include "base/status.h"

@@ -138,6 +138,13 @@ struct fb_kernels {
 /* The table of an available instruction set (resolve AUTO first); never NULL for one that fb_isa_available affirms. */
 const struct fb_kernels *fb_kernels_of(enum fb_isa isa);
 
+/* Turns AUTO into the best set. FB_INVALID_ARGUMENT for a value outside the enum, FB_UNSUPPORTED for a set that is
+ * missing here. */
+enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out);
+
+/* Whether a table's products of quantized weights are bit for bit the reference's, on a small matrix of each kind of layout. */
+bool fb_kernels_agree(const struct fb_kernels *kernels);
+
 extern const struct fb_kernels fb_kernels_reference;
 #if defined(__x86_64__)
 extern const struct fb_kernels fb_kernels_avx2;

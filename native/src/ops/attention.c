@@ -11,22 +11,24 @@ static int32_t tiles_in(const struct fb_tile_layout *l, const struct fb_sequence
     return (sequence->n_tokens + (int32_t)l->tile_tokens - 1) / (int32_t)l->tile_tokens;
 }
 
-/* Whether key blocks become items: when some of them are shared, or tiles alone leave threads idle and some tile has
- * several blocks; and if the parts fit. */
-static bool should_split(const struct fb_attention *a, const struct fb_tile_layout *l, int n_threads) {
+/* Key blocks become items when some of them are shared, or when tiles alone leave threads idle and some tile has several blocks. */
+size_t fb_attention_partials(const struct fb_attention *a, int n_threads) {
+    const struct fb_tile_layout l = layout_for(a);
+    const bool shares = a->sharing &&
+                        a->window == 0; /* within a window, blocks that one token sees whole another may not */
     int64_t tiles = 0, parts = 0;
     size_t floats = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
-        tiles += (int64_t)tiles_in(l, &a->sequences[s]) * a->pool->n_kv_heads;
-        if (tiles > (int64_t)4 * n_threads && !a->sharing) return false;
-        if (tiles_in(l, &a->sequences[s]) > 1) return false;
-        struct fb_tile t = fb_tile_of(a, l, s, 0, 0);
+        tiles += (int64_t)tiles_in(&l, &a->sequences[s]) * a->pool->n_kv_heads;
+        if (tiles > (int64_t)4 * n_threads && !shares) return 0;
+        if (tiles_in(&l, &a->sequences[s]) > 1) return 0;
+        struct fb_tile t = fb_tile_of(a, &l, s, 0, 0);
         const int64_t count = (int64_t)fb_tile_parts(&t) * a->pool->n_kv_heads;
         parts += count;
-        floats += (size_t)count * fb_partial_floats(l, (size_t)t.n_tokens * l->group);
-        if (floats > FB_PARTIAL_FLOATS) return false;
+        floats += (size_t)count * fb_partial_floats(&l, (size_t)t.n_tokens * l.group);
+        if (floats > FB_MOST_PARTIALS) return 0;
     }
-    return a->sharing || (n_threads > 1 && parts > tiles);
+    return shares || (n_threads > 1 && parts > tiles) ? floats : 0;
 }
 
 int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads) {
@@ -35,8 +37,9 @@ int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads) {
 
 int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
     const struct fb_tile_layout l = layout_for(a);
-    if (a->window > 0) a->sharing = NULL; /* blocks that one token sees whole another may not */
-    a->split = should_split(a, &l, n_threads);
+    const size_t n_partials = fb_attention_partials(a, n_threads);
+    if (a->window > 0) a->sharing = NULL;
+    a->split = n_partials > 0 && n_partials <= a->n_partials;
     a->offsets[0] = a->places[0] = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
         int64_t count = tiles_in(&l, &a->sequences[s]), floats = 0;

@@ -53,13 +53,14 @@ struct fb_attention {
     size_t ldq, ld_out;
     char *scratch; /* n_threads x fb_attention_scratch_bytes */
     size_t scratch_bytes;
-    float *partials;                  /* room for partial results, FB_PARTIAL_FLOATS */
+    float *partials; /* [n_partials] room for partial results; see fb_attention_partials */
+    size_t n_partials;
     atomic_int *parts_left;           /* [n_sequences][KV heads]: 0 before, and again after all items */
     const struct fb_raw_heads *raw;   /* NULL: heads are finished, K and V are in their pages */
     const struct fb_sharing *sharing; /* [n_sequences], or NULL where nothing is shared; see sharing.h */
     int64_t *offsets;                 /* [n_sequences + 1]: first item of each sequence */
     int64_t *places; /* [n_sequences + 1]: where the partial results of each begin, in floats; when split */
-    bool split;      /* key blocks are items of their own; set by fb_attention_items */
+    bool split;      /* key blocks are items of their own: set by fb_attention_items, if n_partials are enough */
 };
 
 /* The lowest position of the window of a token at `position`; `window` is the operator's own, 0 for none. */
@@ -76,14 +77,19 @@ static inline bool fb_sees_sinks(const struct fb_sequence *sequence, int32_t win
     return sequence->n_sinks > 0 && position >= reach && (window == 0 || window >= reach);
 }
 
-/* Floats of partial results a step may keep: 4 MiB, enough to split 100k positions over threads. */
-enum { FB_PARTIAL_FLOATS = 1 << 20 };
+/* Floats of partial results that a step keeps at most: 256 MiB. 16 sequences of 32,000 positions of an 8B model take 34 million, one
+ * of 128,000 positions of a 70B model 4 million. Memory is taken by need. */
+enum { FB_MOST_PARTIALS = 1 << 26 };
 
 /* Bytes of scratch one thread needs. */
 size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim);
 
 /* How many sequences may share a block with each other. */
 int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads);
+
+/* Floats of partial results with which the batch's key blocks become items of their own; 0 where tiles alone are as good. Does not
+ * look at `partials`. */
+size_t fb_attention_partials(const struct fb_attention *attention, int n_threads);
 
 /* Number of items; decides whether to split and fills `offsets` and `places`. */
 int64_t fb_attention_items(struct fb_attention *attention, int n_threads);

@@ -22,11 +22,15 @@ int64_t fb_linear_items(struct fb_linear *linear, int n_threads) {
 }
 
 static bool all_finite(const float *x, size_t n) {
-    /* x - x is 0 for a finite number and NaN otherwise. */
-    float sum = 0.0f;
-    for (size_t i = 0; i < n; i++)
-        sum += x[i] - x[i];
-    return sum == 0.0f;
+    /* An exponent of all ones is infinity or NaN. Whole numbers, so that compilers use vectors. */
+    const uint32_t exponent = 0x7F800000;
+    uint32_t found = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        found |= (bits & exponent) == exponent;
+    }
+    return found == 0;
 }
 
 void fb_linear_item(const struct fb_linear *linear, int64_t index) {

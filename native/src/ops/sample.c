@@ -9,6 +9,7 @@
  * the highest logit wins, even if the chain has no temperature step.
  */
 #include "ops/sample.h"
+#include "base/float_mode.h"
 #include "base/status.h"
 
 #include <float.h>
@@ -257,27 +258,54 @@ static int32_t pick_at(const struct fb_candidates *c, double u) {
 
 /* ---- Public functions -------------------------------------------------------------------------------------------- */
 
+static enum fb_status sample(const struct fb_sample_request *r, void *work, int32_t *token, float *logprob) {
+    float top;
+    FB_TRY(check_call(r, work));
+    struct fb_candidates c = fb_candidates_in(work, r->vocab_size);
+    FB_TRY(fb_check_logits(c.kernels, r->logits, r->vocab_size, &top));
+    int32_t sampled = 0;
+    if (r->settings->temperature == 0.0f) {
+        FB_TRY(run_greedy(&c, r, top, &sampled));
+    } else {
+        FB_TRY(run_chain(&c, r));
+        sampled = fb_candidate_id(&c, pick_at(&c, fb_uniform(r->settings->seed, r->position, FB_STREAM_DRAW)));
+    }
+    *token = sampled;
+    const double log_sum = c.kernels->log_sum_exp(r->logits, (size_t)r->vocab_size, top);
+    const double log_p = ((double)r->logits[sampled] - (double)top) - log_sum;
+    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON wants it */
+    return FB_OK;
+}
+
 enum fb_status fb_sample(const float *logits, int32_t vocab_size, const struct fb_sampling *settings, uint64_t position,
     const int32_t *history, int32_t n_history, const int32_t *bias_ids, const float *bias_values, int32_t n_bias,
     const int32_t *breakers, int32_t n_breakers, void *work, int32_t *token, float *logprob) {
     const struct fb_sample_request request = {logits, vocab_size, settings, position, history, n_history, bias_ids,
         bias_values, n_bias, breakers, n_breakers};
-    float top;
     FB_REQUIRE(token && logprob, "token or logprob is NULL");
-    FB_TRY(check_call(&request, work));
-    struct fb_candidates c = fb_candidates_in(work, vocab_size);
-    FB_TRY(fb_check_logits(c.kernels, logits, vocab_size, &top));
-    int32_t drawn = 0;
-    if (settings->temperature == 0.0f) {
-        FB_TRY(run_greedy(&c, &request, top, &drawn));
-    } else {
-        FB_TRY(run_chain(&c, &request));
-        drawn = fb_candidate_id(&c, pick_at(&c, fb_uniform(settings->seed, position, FB_STREAM_DRAW)));
-    }
-    *token = drawn;
-    const double log_sum = c.kernels->log_sum_exp(logits, (size_t)vocab_size, top);
-    const double log_p = ((double)logits[drawn] - (double)top) - log_sum;
-    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON wants it */
+    const fb_float_mode mode = fb_float_mode_enter();
+    const enum fb_status status = sample(&request, work, token, logprob);
+    fb_float_mode_leave(mode);
+    return status;
+}
+
+static enum fb_status find_probabilities(const struct fb_sample_request *r, void *work, float *probabilities) {
+    float top;
+    FB_TRY(check_call(r, work));
+    struct fb_candidates c = fb_candidates_in(work, r->vocab_size);
+    FB_TRY(fb_check_logits(c.kernels, r->logits, r->vocab_size, &top));
+    int32_t best = 0;
+    const bool greedy = r->settings->temperature == 0.0f;
+    if (greedy)
+        FB_TRY(run_greedy(&c, r, top, &best));
+    else
+        FB_TRY(run_chain(&c, r));
+    memset(probabilities, 0, (size_t)r->vocab_size * sizeof *probabilities);
+    if (greedy)
+        probabilities[best] = 1.0f;
+    else
+        for (int32_t i = 0; i < c.n; i++)
+            probabilities[fb_candidate_id(&c, i)] = (float)(c.weight[i] / c.total);
     return FB_OK;
 }
 
@@ -286,22 +314,9 @@ enum fb_status fb_sample_probabilities(const float *logits, int32_t vocab_size, 
     int32_t n_bias, const int32_t *breakers, int32_t n_breakers, void *work, float *probabilities) {
     const struct fb_sample_request request = {logits, vocab_size, settings, position, history, n_history, bias_ids,
         bias_values, n_bias, breakers, n_breakers};
-    float top;
     FB_REQUIRE(probabilities, "probabilities is NULL");
-    FB_TRY(check_call(&request, work));
-    struct fb_candidates c = fb_candidates_in(work, vocab_size);
-    FB_TRY(fb_check_logits(c.kernels, logits, vocab_size, &top));
-    int32_t best = 0;
-    const bool greedy = settings->temperature == 0.0f;
-    if (greedy)
-        FB_TRY(run_greedy(&c, &request, top, &best));
-    else
-        FB_TRY(run_chain(&c, &request));
-    memset(probabilities, 0, (size_t)vocab_size * sizeof *probabilities);
-    if (greedy)
-        probabilities[best] = 1.0f;
-    else
-        for (int32_t i = 0; i < c.n; i++)
-            probabilities[fb_candidate_id(&c, i)] = (float)(c.weight[i] / c.total);
-    return FB_OK;
+    const fb_float_mode mode = fb_float_mode_enter();
+    const enum fb_status status = find_probabilities(&request, work, probabilities);
+    fb_float_mode_leave(mode);
+    return status;
 }

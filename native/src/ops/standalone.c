@@ -4,7 +4,7 @@
  * Each checks its arguments, says what an item is, and runs the same kernels as a program in a parallel region of its
  * own.
  */
-#include "base/cpu.h"
+#include "base/float_mode.h"
 #include "base/memory.h"
 #include "base/status.h"
 #include "base/team.h"
@@ -207,12 +207,14 @@ enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32
     const size_t half = job.n_cols, n_bytes = job.n_rows * 2 * half * sizeof(float);
     float *cos_sin = fb_memory_take(n_bytes);
     if (!cos_sin) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the angles of %d rows", n_rows);
+    const fb_float_mode mode = fb_float_mode_enter();
     for (size_t r = 0; r < job.n_rows; r++)
         for (size_t i = 0; i < half; i++) {
             const float angle = (float)positions[r] * inv_freq[i];
             cos_sin[r * 2 * half + i] = (float)cos((double)angle) * rope_scale;
             cos_sin[r * 2 * half + half + i] = (float)sin((double)angle) * rope_scale;
         }
+    fb_float_mode_leave(mode);
     job.cos_sin = cos_sin;
     job.rows_per_item = BLOCK / (job.n_heads * job.head_dim) + 1;
     run_job(rope_item, &job, n_threads);
@@ -260,14 +262,13 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     fb_page_pool *pool;
     FB_TRY(fb_page_pool_create(k_dtype, v_dtype, n_pages, 1, n_kv_heads, head_dim, &pool));
 
-    const size_t page_bytes = (size_t)n_pages * sizeof(int32_t), partial_bytes = FB_PARTIAL_FLOATS * sizeof(float);
+    const size_t page_bytes = (size_t)n_pages * sizeof(int32_t);
     const size_t scratch_bytes = fb_attention_scratch_bytes(n_heads, n_kv_heads, head_dim);
     int32_t *pages = fb_memory_take(page_bytes);
-    float *partials = fb_memory_take(partial_bytes);
     char *scratch = fb_memory_take(scratch_bytes * (size_t)n_threads);
     atomic_int *parts_left = fb_memory_take((size_t)n_kv_heads * sizeof *parts_left);
     enum fb_status status = FB_OK;
-    if (!pages || !partials || !scratch || !parts_left) {
+    if (!pages || !scratch || !parts_left) {
         status = fb_fail(FB_OUT_OF_MEMORY, "no memory for attention over %d tokens", n_tokens);
     } else {
         for (int32_t i = 0; i < n_pages; i++)
@@ -291,14 +292,12 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
             .ld_out = (size_t)n_heads * (size_t)head_dim,
             .scratch = scratch,
             .scratch_bytes = scratch_bytes,
-            .partials = partials,
             .parts_left = parts_left,
             .offsets = offsets,
             .places = places};
         fb_team_run(attention_item, &attention, fb_attention_items(&attention, n_threads), n_threads);
     }
     fb_memory_release(pages, page_bytes);
-    fb_memory_release(partials, partial_bytes);
     fb_memory_release(scratch, scratch_bytes * (size_t)n_threads);
     fb_memory_release(parts_left, (size_t)n_kv_heads * sizeof *parts_left);
     fb_page_pool_free(pool);

@@ -1,49 +1,54 @@
 /*
  * plan.c - where buffers lie in the arena.
  *
- * A buffer is alive from the operator that first writes it to the one that last touches it. In the order of first
- * writes each gets the lowest place where it overlaps no buffer alive at the same time: first fit, which for a chain
- * of layers finds the handful of places that every layer reuses.
+ * A buffer is alive from the operator that first writes it to the one that last touches it. In the order of first writes each gets
+ * the lowest offset where it overlaps no buffer alive at the same time: first fit, which for a chain of layers finds the handful
+ * of offsets that every layer reuses. The buffers alive are kept in the order of their offsets, so one walk over them finds the
+ * first gap; a program has few at a time, so planning costs little more than sorting.
  */
 #include "program/program.h"
 
-static bool alive_together(const struct fb_buffer *a, const struct fb_buffer *b) {
-    return a->first_write <= b->last_use && b->first_write <= a->last_use;
+#include "base/status.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int by_first_write(const void *a, const void *b) {
+    const struct fb_buffer *x = *(struct fb_buffer *const *)a, *y = *(struct fb_buffer *const *)b;
+    if (x->first_write != y->first_write) return x->first_write < y->first_write ? -1 : 1;
+    return x < y ? -1 : x > y; /* ties by number */
 }
 
-size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows) {
-    size_t arena = 0;
-    for (int32_t order = 0; order < n_buffers; order++) {
-        /* The next buffer by first write; ties by number. */
-        struct fb_buffer *buffer = NULL;
-        int32_t rank = 0;
-        for (int32_t i = 0; i < n_buffers; i++) {
-            rank = 0;
-            for (int32_t j = 0; j < n_buffers; j++)
-                rank += buffers[j].first_write < buffers[i].first_write ||
-                        (buffers[j].first_write == buffers[i].first_write && j < i);
-            if (rank == order) {
-                buffer = &buffers[i];
-                break;
-            }
-        }
-        if (!buffer || buffer->first_write < 0) continue; /* never used: no place */
-        const size_t size = buffer->stride * rows;
-        size_t place = 0;
-        for (bool moved = true; moved;) {
-            moved = false;
-            for (int32_t i = 0; i < n_buffers; i++) {
-                const struct fb_buffer *other = &buffers[i];
-                if (other == buffer || !other->data || !alive_together(buffer, other)) continue;
-                if (place < other->offset + other->stride * rows && other->offset < place + size) {
-                    place = other->offset + other->stride * rows;
-                    moved = true;
-                }
-            }
-        }
-        buffer->offset = place;
-        buffer->data = (float *)1; /* placed; the caller turns offsets into addresses */
-        if (place + size > arena) arena = place + size;
+/* Places a buffer among those alive, [n_alive] by offset; returns how many are alive then. */
+static int32_t place(struct fb_buffer *buffer, struct fb_buffer **alive, int32_t n_alive, size_t rows) {
+    const size_t size = buffer->stride * rows;
+    int32_t n = 0;
+    for (int32_t i = 0; i < n_alive; i++)
+        if (alive[i]->last_use >= buffer->first_write) alive[n++] = alive[i];
+    buffer->offset = 0;
+    int32_t at = 0;
+    while (at < n && buffer->offset + size > alive[at]->offset) {
+        buffer->offset = alive[at]->offset + alive[at]->stride * rows;
+        at++;
     }
-    return arena;
+    memmove(alive + at + 1, alive + at, (size_t)(n - at) * sizeof *alive);
+    alive[at] = buffer;
+    return n + 1;
+}
+
+enum fb_status fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows, size_t *n_floats) {
+    struct fb_buffer **order = calloc(2 * (size_t)n_buffers, sizeof *order), **alive = order + n_buffers;
+    if (!order) return fb_fail(FB_OUT_OF_MEMORY, "no memory to plan %d buffers", n_buffers);
+    int32_t n = 0, n_alive = 0;
+    for (int32_t i = 0; i < n_buffers; i++)
+        if (buffers[i].first_write >= 0) order[n++] = &buffers[i]; /* others are never used: no place */
+    qsort(order, (size_t)n, sizeof *order, by_first_write);
+    *n_floats = 0;
+    for (int32_t i = 0; i < n; i++) {
+        n_alive = place(order[i], alive, n_alive, rows);
+        const size_t end = order[i]->offset + order[i]->stride * rows;
+        if (end > *n_floats) *n_floats = end;
+    }
+    free(order);
+    return FB_OK;
 }

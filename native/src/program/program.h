@@ -1,12 +1,14 @@
 /*
  * program.h - a model as a flat list of operators, checked and planned.
  *
- *     create.c   checks every operator against the shape and the buffers, copies vectors, takes memory
- *     stages.c   cuts the list into stages
- *     plan.c     decides where buffers lie
- *     run.c      executes the stages over a batch, which check_batch.c has looked at, in one parallel region
- *     draw.c     runs one step after the other, drawing tokens between them
- *     join.c     makes one of the programs of a group's devices
+ *     operators.c  the table of operator kinds, and the check of one operator against it
+ *     create.c     checks the whole program, copies its vectors, takes memory
+ *     stages.c     cuts the list into stages
+ *     plan.c       decides where buffers lie
+ *     run.c        executes the stages over a batch, which check_batch.c has checked, in one parallel region; rows.c has the
+ *                  operators that work row by row
+ *     draw.c       runs one step after the other, sampling tokens between them
+ *     join.c       makes one of the programs of a group's devices
  *
  * A stage is what happens between two barriers. Operators that work token by token (norms, rope, writing KV) follow
  * each other in one stage: the thread that holds a token carries it through all of them. Products that read the same
@@ -61,9 +63,16 @@ struct fb_stage {
     bool is_of_heads; /* ROWS: in steps of one token a sequence, the attention behind it does this; see fb_raw_heads */
 };
 
-static inline bool fb_is_product(const struct fb_op *op) {
-    return op->kind == FB_OP_LINEAR || op->kind == FB_OP_LINEAR_SWIGLU || op->kind == FB_OP_LOGITS;
-}
+/* Whether the operator multiplies by a weight: those of FB_STAGE_LINEAR. */
+bool fb_is_product(const struct fb_op *op);
+
+/* A block of scratch memory. */
+struct fb_scratch {
+    void *memory;
+    size_t n_bytes;
+};
+
+enum { FB_MOST_SCRATCH = 24 };
 
 struct fb_program {
     struct fb_program_shape shape;
@@ -92,11 +101,11 @@ struct fb_program {
     int32_t *owners;    /* [max_tokens]: sequence of each token */
     int32_t *first_row; /* [max_tokens] */
     int64_t *offsets;   /* [n_threads][2][max_tokens + 1]: offsets and places of attention */
-    struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
-    bool shares;                /* some have key blocks in common */
-    bool is_single;             /* each has one token */
-    atomic_int *parts_left;     /* [max_tokens][n_kv_heads], see attention.h */
-    float *partials;
+    struct fb_sharing *sharing;        /* [max_tokens]: of the batch's sequences */
+    bool shares;                       /* some have key blocks in common */
+    bool is_single;                    /* each has one token */
+    atomic_int *parts_left;            /* [max_tokens][n_kv_heads], see attention.h */
+    struct fb_scratch partials;        /* of attention; grown when a step is worth splitting, see lay_out */
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantised weight */
     uint16_t *pairs;                   /* [max_tokens][pair_stride]: inputs rounded to bf16 */
@@ -109,21 +118,22 @@ struct fb_program {
     size_t draw_work_bytes;
     struct fb_crew crew;         /* of steps of few tokens, which meet at a barrier every some microseconds */
     struct fb_counter *counters; /* [n_stages][2][n_threads], for as many threads as a run has */
-    size_t scratch_bytes;        /* all of the above */
+    struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above but `partials`: freed by a loop */
+    int32_t n_scratch;
 };
 
-/* How many of the operators, from the first on, are what is done to heads of one buffer: norms, RoPE and the writing of K and V, in this order;
- * 0 if they do not end with the last. */
+/* How many of the operators, from the first on, finish heads of one buffer in the order of their head_step; 0 if K and V are not
+ * written by the last of them. */
 int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops);
 
 /* Cuts checked operators into p->stages. */
 void fb_cut_stages(struct fb_program *p);
 
-/* Fills offset of every buffer so that two alive at once do not overlap; returns the floats needed for `rows` rows
- * each. */
-size_t fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows);
+/* Fills offset of every buffer so that two alive at once do not overlap, and tells the floats needed for `rows` rows each.
+ * FB_OUT_OF_MEMORY if there is no memory to sort them. */
+enum fb_status fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, size_t rows, size_t *n_floats);
 
-/* What drawing takes of this process's memory. */
+/* Takes what sampling needs of this process's memory. */
 enum fb_status fb_take_draw_work(struct fb_program *p);
 
 /* Whether a pool has the program's shape and lies where it runs, and whether a batch is whole: counts that agree, ids of the vocabulary, pages of the

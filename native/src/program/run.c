@@ -1,109 +1,15 @@
-/* run.c - executes a program over a batch in one parallel region; check_batch.c looks at the batch before. See program.h. */
-#include "program/program.h"
+/*
+ * run.c - executes a program over a batch in one parallel region; check_batch.c has checked the batch before. See program.h.
+ */
+#include "program/run.h"
 
+#include "base/float_mode.h"
+#include "base/memory.h"
 #include "base/status.h"
+#include "program/operators.h"
 
-#include <math.h>
 #include <omp.h>
 #include <string.h>
-
-/* What the threads of one run share. */
-struct run {
-    struct fb_program *program;
-    const struct fb_batch *batch;
-    fb_page_pool *pool;
-    float *logits;
-    atomic_int non_finite;
-    int64_t left_ns; /* when the first thread was done: from then on it waits for the end of the region */
-    struct fb_barrier barrier;
-};
-
-/* ---- Operators that work row by row ------------------------------------------------------------------------------ */
-
-static float *row_of(const struct fb_program *p, int32_t buffer, size_t row) {
-    return p->buffers[buffer].data + row * p->buffers[buffer].stride;
-}
-
-static void embed(const struct run *run, const struct fb_op *op, size_t row) {
-    const struct fb_program *p = run->program;
-    float *out = row_of(p, op->out, row);
-    fb_weight_gather_row(op->weight, run->batch->tokens[row], out);
-    if (op->scale != 1.0f) p->kernels->scale(out, (size_t)op->weight->n_cols, op->scale);
-    /* The angles of this token's position, used by every layer. The product is rounded to f32 as transformers does, the
-     * functions are those of the C library in double, so they are as good as exact. */
-    const size_t half = (size_t)p->shape.rotary_dim / 2;
-    float *cosines = p->cos_sin + row * 2 * half, *sines = cosines + half;
-    for (size_t i = 0; i < half; i++) {
-        const float angle = (float)p->positions[row] * p->inv_freq[i];
-        cosines[i] = (float)cos((double)angle) * p->shape.rope_scale;
-        sines[i] = (float)sin((double)angle) * p->shape.rope_scale;
-    }
-    const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
-    if (!fb_sees_sinks(sequence, 0, p->positions[row])) return;
-    /* From the angle the query gets to the one it has where sinks see it: the difference of both as they are rounded. */
-    const float seen_at = (float)(sequence->n_sinks + sequence->window - 1);
-    cosines = p->sink_turns + row * 2 * half, sines = cosines + half;
-    for (size_t i = 0; i < half; i++) {
-        const float from = (float)p->positions[row] * p->inv_freq[i], to = seen_at * p->inv_freq[i];
-        cosines[i] = (float)cos((double)to - (double)from);
-        sines[i] = (float)sin((double)to - (double)from);
-    }
-}
-
-static void head_norm(const struct fb_program *p, const struct fb_op *op, size_t row) {
-    const size_t dim = (size_t)p->shape.head_dim;
-    float *head = row_of(p, op->in, row);
-    for (int32_t h = 0; h < p->shape.n_heads + p->shape.n_kv_heads; h++, head += dim)
-        p->kernels->rms_norm(head, h < p->shape.n_heads ? op->vector : op->vector2, dim, op->eps, head);
-}
-
-static void rope(const struct fb_program *p, const struct fb_op *op, size_t row) {
-    const size_t half = (size_t)p->shape.rotary_dim / 2;
-    const float *cosines = p->cos_sin + row * 2 * half;
-    float *head = row_of(p, op->in, row);
-    for (int32_t h = 0; h < p->shape.n_heads + p->shape.n_kv_heads; h++, head += p->shape.head_dim)
-        p->kernels->rotate(head, head + half, cosines, cosines + half, half);
-}
-
-static void kv_write(const struct run *run, const struct fb_op *op, size_t row) {
-    const struct fb_program *p = run->program;
-    const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
-    const int32_t position = p->positions[row], page = sequence->pages[position / FB_PAGE_POSITIONS];
-    const int32_t dim = p->shape.head_dim, n_kv_heads = p->shape.n_kv_heads;
-    const float *k = row_of(p, op->in, row) + (size_t)p->shape.n_heads * (size_t)dim;
-    const float *v = k + (size_t)n_kv_heads * (size_t)dim;
-    for (int32_t h = 0; h < n_kv_heads; h++, k += dim, v += dim)
-        fb_slab_write(run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS,
-            position == sequence->n_past + sequence->n_tokens - 1, k, v);
-}
-
-static void run_row(const struct run *run, const struct fb_op *op, size_t row) {
-    const struct fb_program *p = run->program;
-    switch (op->kind) {
-    case FB_OP_EMBED:
-        embed(run, op, row);
-        break;
-    case FB_OP_RMS_NORM:
-        p->kernels->rms_norm(
-            row_of(p, op->in, row), op->vector, (size_t)op->vector_length, op->eps, row_of(p, op->out, row));
-        break;
-    case FB_OP_HEAD_NORM:
-        head_norm(p, op, row);
-        break;
-    case FB_OP_ROPE:
-        rope(p, op, row);
-        break;
-    case FB_OP_KV_WRITE:
-        kv_write(run, op, row);
-        break;
-    case FB_OP_GATHER_OUTPUTS:
-        memcpy(row_of(p, op->out, row), row_of(p, op->in, (size_t)run->batch->outputs[row]),
-            (size_t)p->buffers[op->in].width * sizeof(float));
-        break;
-    default: /* products and attention have stages of their own */
-        break;
-    }
-}
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------ */
 
@@ -117,13 +23,14 @@ static struct fb_items items_of(const struct place *place, int which, int64_t n_
     return fb_items_of(place->counters + which * place->n_threads, n_items, place->thread, place->n_threads);
 }
 
-static void run_rows(const struct run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
+static void run_rows(const struct fb_run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
     const size_t block = n_rows < 64 ? 1 : 8; /* rows in an item */
+    const struct fb_op *ops = &run->program->ops[stage->first_op];
     struct fb_items items = items_of(place, 0, (int64_t)((n_rows + block - 1) / block));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         for (size_t row = (size_t)i * block; row < n_rows && row < ((size_t)i + 1) * block; row++)
             for (int32_t o = 0; o < stage->n_ops; o++)
-                run_row(run, &run->program->ops[stage->first_op + o], row);
+                fb_operator_of(ops[o].kind)->run_row(run, &ops[o], row);
 }
 
 /* What the products of a stage read. */
@@ -138,14 +45,15 @@ static void prepare_row(const struct fb_program *p, const struct fb_stage *stage
     struct fb_activation *activations) {
     const size_t width = (size_t)p->buffers[p->ops[stage->first_op].in].width;
     const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
-    if (norm) p->kernels->rms_norm(row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
+    if (norm)
+        p->kernels->rms_norm(fb_row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
     if (stage->is_quantised) p->kernels->quantise(x, width / FB_BLOCK_COLUMNS, activations);
     if (stage->is_paired) p->kernels->round_pairs(x, width, pairs);
 }
 
 /* Norm and rounding of a stage's inputs: few rows by every thread for itself, many shared out. */
 static struct inputs prepare_inputs(
-    struct run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
+    struct fb_run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
     const struct fb_program *p = run->program;
     const int32_t number = p->ops[stage->first_op].in;
     const struct fb_buffer *in = &p->buffers[number];
@@ -159,8 +67,8 @@ static struct inputs prepare_inputs(
     if (n_rows > FB_OWN_ROWS) {
         struct fb_items items = items_of(place, 1, (int64_t)n_rows);
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
-            prepare_row(p, stage, (size_t)row, row_of(p, number, (size_t)row), p->pairs + (size_t)row * p->pair_stride,
-                p->activations + (size_t)row * p->activation_blocks);
+            prepare_row(p, stage, (size_t)row, fb_row_of(p, number, (size_t)row),
+                p->pairs + (size_t)row * p->pair_stride, p->activations + (size_t)row * p->activation_blocks);
         fb_barrier_wait(&run->barrier, place->n_threads);
         return inputs;
     }
@@ -178,7 +86,8 @@ static struct inputs prepare_inputs(
     return inputs;
 }
 
-static struct fb_linear linear_of(struct run *run, const struct fb_op *op, const struct inputs *inputs, size_t n_rows) {
+static struct fb_linear linear_of(
+    struct fb_run *run, const struct fb_op *op, const struct inputs *inputs, size_t n_rows) {
     const struct fb_program *p = run->program;
     struct fb_linear linear = {.kernels = p->kernels,
         .weight = op->weight,
@@ -190,15 +99,15 @@ static struct fb_linear linear_of(struct run *run, const struct fb_op *op, const
         .ld_activations = inputs->ld_activations,
         .bias = op->vector,
         .n_tokens = n_rows,
-        .swiglu = op->kind == FB_OP_LINEAR_SWIGLU};
-    if (op->kind == FB_OP_LOGITS) {
+        .swiglu = fb_op_is(op, FB_GATED)};
+    if (fb_op_is(op, FB_LAST)) {
         linear.out = run->logits;
         linear.width = linear.ld_out = (size_t)op->weight->n_rows;
         linear.non_finite = &run->non_finite;
     } else {
         const struct fb_buffer *out = &p->buffers[op->out];
         linear.out = out->data + op->column;
-        linear.width = op->kind == FB_OP_LINEAR ? (size_t)op->weight->n_rows : (size_t)out->width;
+        linear.width = fb_op_is(op, FB_COLUMNS) ? (size_t)op->weight->n_rows : (size_t)out->width;
         linear.ld_out = out->stride;
     }
     if (op->residual >= 0) {
@@ -209,7 +118,7 @@ static struct fb_linear linear_of(struct run *run, const struct fb_op *op, const
 }
 
 /* The items of products side by side follow each other. */
-static void run_products(struct run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
+static void run_products(struct fb_run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
     const struct inputs inputs = prepare_inputs(run, stage, place, n_rows);
     struct fb_linear products[FB_MOST_BESIDE];
     int64_t ends[FB_MOST_BESIDE], n_items = 0;
@@ -231,24 +140,17 @@ static struct fb_raw_heads raw_heads(const struct fb_program *p, const struct fb
     struct fb_raw_heads raw = {0};
     for (int32_t o = 0; o < stage->n_ops; o++) {
         const struct fb_op *op = &p->ops[stage->first_op + o];
-        if (op->kind == FB_OP_ROPE) raw.cos_sin = p->cos_sin;
-        if (op->kind != FB_OP_HEAD_NORM) continue;
-        raw.q_norm = op->vector;
-        raw.k_norm = op->vector2;
-        raw.eps = op->eps;
+        fb_operator_of(op->kind)->leave_head(p, op, &raw);
     }
     return raw;
 }
 
-/* Tiles or key blocks. Every thread works out the same list of items in memory of its own: for a few sequences that is
- * cheaper than a barrier. */
-static void run_attention(struct run *run, const struct fb_stage *stage, const struct place *place) {
+/* Attention of a batch as an operator describes it, for one thread; without what a stage before has left to it. */
+static struct fb_attention attention_of(const struct fb_run *run, const struct fb_op *op, int thread) {
     struct fb_program *p = run->program;
-    const struct fb_op *op = &p->ops[stage->first_op];
-    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* there is one: EMBED comes first */
-    const struct fb_raw_heads raw = is_raw ? raw_heads(p, stage - 1) : (struct fb_raw_heads){0};
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
-    struct fb_attention attention = {.kernels = p->kernels,
+    int64_t *offsets = p->offsets + (size_t)thread * 2 * ((size_t)p->shape.max_tokens + 1);
+    return (struct fb_attention){.kernels = p->kernels,
         .pool = run->pool,
         .sequences = run->batch->sequences,
         .n_sequences = run->batch->n_sequences,
@@ -265,18 +167,28 @@ static void run_attention(struct run *run, const struct fb_stage *stage, const s
         .ld_out = out->stride,
         .scratch = p->attention_scratch,
         .scratch_bytes = p->attention_scratch_bytes,
-        .partials = p->partials,
+        .partials = p->partials.memory,
+        .n_partials = p->partials.n_bytes / sizeof(float),
         .parts_left = p->parts_left,
-        .raw = is_raw ? &raw : NULL,
-        .sharing = p->shares ? p->sharing : NULL};
-    attention.offsets = p->offsets + (size_t)place->thread * 2 * ((size_t)p->shape.max_tokens + 1);
-    attention.places = attention.offsets + p->shape.max_tokens + 1;
+        .sharing = p->shares ? p->sharing : NULL,
+        .offsets = offsets,
+        .places = offsets + p->shape.max_tokens + 1};
+}
+
+/* Tiles or key blocks. Every thread works out the same list of items in memory of its own: for a few sequences that is
+ * cheaper than a barrier. */
+static void run_attention(struct fb_run *run, const struct fb_stage *stage, const struct place *place) {
+    const struct fb_program *p = run->program;
+    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* there is one: a program begins with FB_FIRST */
+    const struct fb_raw_heads raw = is_raw ? raw_heads(p, stage - 1) : (struct fb_raw_heads){0};
+    struct fb_attention attention = attention_of(run, &p->ops[stage->first_op], place->thread);
+    attention.raw = is_raw ? &raw : NULL;
     struct fb_items items = items_of(place, 0, fb_attention_items(&attention, place->n_threads));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         fb_attention_item(&attention, i, place->thread);
 }
 
-static void run_stages(struct run *run, int thread, int n_threads) {
+static void run_stages(struct fb_run *run, int thread, int n_threads) {
     const struct fb_program *p = run->program;
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_stage *stage = &p->stages[s];
@@ -306,23 +218,39 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch,
     int64_t work = 0;
     for (int32_t i = 0; i < p->n_ops && work < ALONE_BELOW; i++) {
         const struct fb_op *op = &p->ops[i];
-        const bool per_output = op->kind == FB_OP_LOGITS || (op->in >= 0 && p->buffers[op->in].per_output);
-        if (op->weight && op->kind != FB_OP_EMBED)
-            work += (int64_t)op->weight->n_rows * op->weight->n_cols *
-                    (per_output ? batch->n_outputs : batch->n_tokens);
-        if (op->kind != FB_OP_ATTENTION) continue;
-        for (int32_t s = 0; s < batch->n_sequences; s++) {
-            const struct fb_sequence *sequence = &batch->sequences[s];
-            work += 2 * (int64_t)p->shape.n_heads * p->shape.head_dim * sequence->n_tokens *
-                    (sequence->n_past + sequence->n_tokens);
-        }
+        const struct fb_operator *kind = fb_operator_of(op->kind);
+        if (kind->work) work += kind->work(p, op, batch);
     }
     if (work < ALONE_BELOW) return 1;
     return batch->n_tokens <= SHORT_STAGES ? fb_crew_size(&p->crew, p->n_threads, now_ns) : p->n_threads;
 }
 
+/* Takes room for the partial results of attention, where the step is worth splitting. Refused memory costs speed only: then
+ * attention is not split, which changes no bit. */
+static void grow_partials(struct fb_run *run, int n_threads) {
+    struct fb_program *p = run->program;
+    size_t most = 0;
+    int32_t window = -1; /* of the layer before: most layers have the same */
+    for (int32_t s = 0; s < p->n_stages; s++) {
+        const struct fb_op *op = &p->ops[p->stages[s].first_op];
+        if (p->stages[s].kind != FB_STAGE_ATTENTION || op->window == window) continue;
+        window = op->window;
+        const struct fb_attention attention = attention_of(run, op, 0);
+        const size_t n = fb_attention_partials(&attention, n_threads);
+        most = n > most ? n : most;
+    }
+    const size_t n_bytes = (most + most / 4) * sizeof(float);
+    if (most * sizeof(float) <= p->partials.n_bytes) return;
+    void *memory = fb_memory_take(n_bytes);
+    if (!memory) return;
+    fb_memory_release(p->partials.memory, p->partials.n_bytes);
+    p->partials = (struct fb_scratch){memory, n_bytes};
+}
+
 /* Fills the per-token tables that every stage reads. */
-static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_threads) {
+static void lay_out(struct fb_run *run, int n_threads) {
+    struct fb_program *p = run->program;
+    const struct fb_batch *batch = run->batch;
     int32_t row = 0;
     p->is_single = true;
     for (int32_t s = 0; s < batch->n_sequences; s++) {
@@ -335,6 +263,7 @@ static void lay_out(struct fb_program *p, const struct fb_batch *batch, int n_th
     }
     const int32_t most = fb_attention_most_members(p->shape.n_heads, p->shape.n_kv_heads);
     p->shares = fb_find_sharing(batch->sequences, batch->n_sequences, most, p->sharing);
+    grow_partials(run, n_threads);
     memset(p->counters, 0, 2 * (size_t)p->n_stages * (size_t)n_threads * sizeof *p->counters);
 }
 
@@ -345,13 +274,15 @@ enum fb_status fb_program_run(
         return fb_program_run_on_device(program, pool, batch, &(struct fb_results){.logits = logits}, n_logits);
     FB_TRY(fb_check_pool(program, pool));
     FB_TRY(fb_check_batch(program, pool, batch, n_logits));
-    struct run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
+    struct fb_run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
     const int64_t start = fb_now_ns();
     const int n_threads = threads_for(program, batch, start);
-    lay_out(program, batch, n_threads);
+    lay_out(&run, n_threads);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
+        const fb_float_mode mode = fb_float_mode_enter();
         run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
+        fb_float_mode_leave(mode);
         if (omp_get_thread_num() == 0) run.left_ns = fb_now_ns();
     }
     if (batch->n_tokens <= SHORT_STAGES && n_threads > 1) {

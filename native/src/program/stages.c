@@ -1,9 +1,9 @@
 /* stages.c - cuts a program into stages. See program.h. */
-#include "program/program.h"
+#include "program/operators.h"
 
 /* Whether two products, one after the other, may run side by side: the second reads nothing that the first writes. */
 static bool runs_beside(const struct fb_op *first, const struct fb_op *second) {
-    return first->kind == FB_OP_LINEAR && second->kind == FB_OP_LINEAR && first->in == second->in &&
+    return fb_op_is(first, FB_COLUMNS) && fb_op_is(second, FB_COLUMNS) && first->in == second->in &&
            first->out == second->out && second->column > first->column && second->residual == -1;
 }
 
@@ -12,17 +12,16 @@ static int32_t last_op(const struct fb_stage *stage) {
 }
 
 /* Row by row operators that follow each other become one stage, as do products that may run side by side.
- * GATHER_OUTPUTS changes what a row is, so a stage begins with it. */
+ * FB_GATHERS changes what a row is, so a stage begins with it. */
 static void cut(struct fb_program *p) {
     bool gathered = false;
     for (int32_t i = 0; i < p->n_ops; i++) {
         const struct fb_op *op = &p->ops[i];
-        const enum fb_stage_kind kind = fb_is_product(op)             ? FB_STAGE_LINEAR
-                                        : op->kind == FB_OP_ATTENTION ? FB_STAGE_ATTENTION
-                                                                      : FB_STAGE_ROWS;
+        const enum fb_stage_kind kind = fb_operator_of(op->kind)->stage;
         struct fb_stage *before = p->n_stages ? &p->stages[p->n_stages - 1] : NULL;
-        gathered = gathered || op->kind == FB_OP_GATHER_OUTPUTS;
-        const bool joins = before && before->kind == kind && op->kind != FB_OP_GATHER_OUTPUTS &&
+        const bool gathers = fb_op_is(op, FB_GATHERS);
+        gathered = gathered || gathers;
+        const bool joins = before && before->kind == kind && !gathers &&
                            (kind == FB_STAGE_ROWS ||
                                (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_BESIDE && runs_beside(op - 1, op)));
         if (joins)
@@ -65,7 +64,7 @@ static void prepare_products(struct fb_program *p) {
             struct fb_stage *before = &p->stages[n_kept - 1]; /* there is one: EMBED comes first */
             const struct fb_op *norm = &p->ops[last_op(before)];
             const bool writes_its_input = p->ops[stage.first_op].out >= 0 && p->ops[stage.first_op].out == norm->in;
-            if (before->kind == FB_STAGE_ROWS && norm->kind == FB_OP_RMS_NORM && norm->out != norm->in &&
+            if (before->kind == FB_STAGE_ROWS && fb_op_is(norm, FB_NORM) && norm->out >= 0 && norm->out != norm->in &&
                 norm->out == p->ops[stage.first_op].in && !writes_its_input &&
                 !is_read_later(p, norm->out, last_op(&stage))) {
                 stage.norm = last_op(before);
@@ -80,11 +79,13 @@ static void prepare_products(struct fb_program *p) {
 }
 
 int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops) {
-    static const enum fb_op_kind order[] = {FB_OP_HEAD_NORM, FB_OP_ROPE, FB_OP_KV_WRITE};
     int32_t n = 0;
-    for (size_t o = 0; o < sizeof order / sizeof *order; o++)
-        if (n < n_ops && ops[n].kind == order[o] && ops[n].in == ops->in) n++;
-    return n > 0 && ops[n - 1].kind == FB_OP_KV_WRITE ? n : 0;
+    for (int32_t step = 0; n < n_ops && ops[n].in == ops->in; n++) {
+        const int32_t next = fb_operator_of(ops[n].kind)->head_step;
+        if (next <= step) break;
+        step = next;
+    }
+    return n > 0 && fb_operator_of(ops[n - 1].kind)->head_step == FB_HEAD_IS_WRITTEN ? n : 0;
 }
 
 /* Finds attention whose heads may come raw: before it lie norms of heads, RoPE and the writing of K and V at most, in this
@@ -93,7 +94,7 @@ static void prepare_attention(struct fb_program *p) {
     for (int32_t s = 1; s < p->n_stages; s++) {
         struct fb_stage *before = &p->stages[s - 1];
         const struct fb_op *attention = &p->ops[p->stages[s].first_op];
-        if (attention->kind != FB_OP_ATTENTION || before->kind != FB_STAGE_ROWS) continue;
+        if (p->stages[s].kind != FB_STAGE_ATTENTION || before->kind != FB_STAGE_ROWS) continue;
         if (is_read_later(p, attention->in, p->stages[s].first_op)) continue;
         const struct fb_op *last = &p->ops[last_op(before)];
         before->is_of_heads = fb_ops_of_heads(&p->ops[before->first_op], before->n_ops) == before->n_ops &&

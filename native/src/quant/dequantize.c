@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "base/float_mode.h"
 #include "base/status.h"
 #include "quant/blocks.h"
 #include "quant/convert.h"
@@ -309,6 +310,8 @@ enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_by
     if (n_elements == 0) return FB_OK;
     FB_REQUIRE(src != NULL, "src is NULL");
     FB_REQUIRE(dst != NULL, "dst is NULL");
+    const fb_float_mode mode = fb_float_mode_enter();
     fb_dequantize_row(dtype, src, n_elements, dst);
+    fb_float_mode_leave(mode);
     return FB_OK;
 }

@@ -1,6 +1,7 @@
 /* weight.c - packing rows into panels, and reading one back. See weight.h. */
 #include "quant/weight.h"
 
+#include "base/float_mode.h"
 #include "base/memory.h"
 #include "base/status.h"
 #include "base/team.h"
@@ -236,7 +237,9 @@ enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float 
     FB_REQUIRE(weight && dst, "weight or dst is null");
     FB_REQUIRE(!weight->device, "the weight was moved to a device");
     FB_REQUIRE(row >= 0 && row < weight->n_rows, "row is %d, must be 0 .. %d", row, weight->n_rows - 1);
+    const fb_float_mode mode = fb_float_mode_enter();
     fb_weight_gather_row(weight, row, dst);
+    fb_float_mode_leave(mode);
     return FB_OK;
 }
 

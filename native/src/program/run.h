@@ -1,0 +1,29 @@
+/* run.h - a step: what the threads of one parallel region share. See program.h. */
+#ifndef FABULA_PROGRAM_RUN_H
+#define FABULA_PROGRAM_RUN_H
+
+#include "program/program.h"
+
+struct fb_run {
+    struct fb_program *program;
+    const struct fb_batch *batch;
+    fb_page_pool *pool;
+    float *logits;
+    atomic_int non_finite;
+    int64_t left_ns; /* when the first thread was done: from then on it waits for the end of the region */
+    struct fb_barrier barrier;
+};
+
+static inline float *fb_row_of(const struct fb_program *p, int32_t buffer, size_t row) {
+    return p->buffers[buffer].data + row * p->buffers[buffer].stride;
+}
+
+/* Operators of FB_STAGE_ROWS, each on one row: rows.c. */
+void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_rms_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+
+#endif
