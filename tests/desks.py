@@ -90,6 +90,6 @@ def told(session: Session) -> dict[str, Any]:
             for turn in session.turns
         },
         "head": session.head.id,
-        "undone": [turn.id for turn in session._undone],
+        "undone": [turn.id for turn in session._tree.redo_stack],
         "settings": (session.system, session.params, session.policy, session.created_at, session.vocabulary),
     }  # fmt: skip

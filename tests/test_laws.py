@@ -483,7 +483,7 @@ class Laws(RuleBasedStateMachine):
             assert turn.finish_reason == leaf.finish_reason
         assert session.head.id == shadow.head.id
         assert [turn.id for turn in session.path] == [leaf.id for leaf in shadow.head.lineage()][:-1][::-1]
-        assert [turn.id for turn in session._undone] == [leaf.id for leaf in shadow.undone]
+        assert [turn.id for turn in session._tree.redo_stack] == [leaf.id for leaf in shadow.undone]
 
     @invariant()
     def trees_are_as_they_ought_to_be(self) -> None:

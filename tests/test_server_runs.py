@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from fabula import Model, SamplingParams
 from fabula.engine.generation import Generation
 from fabula.server import runs
+from fabula.server.observer import Observer
 from fabula.server.runs import Run, Runs
 
 WAIT_S = 60
@@ -26,7 +29,7 @@ def model(tiny_folder: Path) -> Iterator[Model]:
 def begun(model: Model, n_tokens: int, **how: Any) -> Run:
     params = SamplingParams(max_tokens=n_tokens, ignore_eos=True, seed=1)
     generation = Generation(model._engine, model.tokenizer.encode("the whale"), params, continues=True)
-    return Run([generation], tenant="", model="tiny", describe=lambda _: {}, **how)
+    return Run([generation], **{"tenant": "", "model": "tiny", "describe": lambda _: {}, **how})
 
 
 def n_tokens(run: Run) -> int:
@@ -43,14 +46,14 @@ async def end_of(run: Run) -> str:
 def test_a_run_that_loses_its_reader_ends_within_two_tokens(model: Model, n_read: int) -> None:
     async def work() -> None:
         run = begun(model, 15_000)
-        follower = run.follow()
+        follower, generation = run.follow(), run.sources[0]
         while n_tokens(run) < n_read:
             await anext(follower)
         there = n_tokens(run)
         follower.close()
         assert await end_of(run) == "cancelled" and run.is_left
         assert n_tokens(run) <= there + 2
-        assert len(run.sources[0].token_ids) == n_tokens(run)  # what was made ahead is not part of it
+        assert len(generation.token_ids) == n_tokens(run)  # what was made ahead is not part of it
 
     asyncio.run(work())
 
@@ -89,7 +92,7 @@ def test_a_reader_that_stops_reading_is_given_up(
 
 def test_finished_runs_are_kept_for_a_while_and_not_too_many(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     async def finished(kept: Runs, n: int) -> Run:
-        run = begun(model, n, background=True)
+        run = begun(model, n, background=True, session_id="s")
         kept.add(run)
         await end_of(run)
         return run
@@ -108,10 +111,76 @@ def test_finished_runs_are_kept_for_a_while_and_not_too_many(model: Model, monke
         assert there(kept, made) == [False, False, True, True]
         made[2].finished_at -= 3601
         assert there(kept, made) == [False, False, False, True]
-        going = begun(model, 15_000, background=True)
+        going = begun(model, 15_000, background=True, session_id="s")
         kept.add(going)
         monkeypatch.setattr(runs, "MAX_KEPT", 0)
         assert there(kept, [*made, going])[-1]  # what is being made is not forgotten
         await going.stop()
 
     asyncio.run(work())
+
+
+def test_finished_runs_are_dropped_on_an_idle_server_too(model: Model) -> None:
+    async def work() -> None:
+        kept = Runs(keep_s=0.05)
+        run = begun(model, 4, background=True, session_id="s")
+        kept.add(run)
+        await end_of(run)
+        assert kept.find(run.id, "") is run
+        async with asyncio.timeout(WAIT_S):
+            while kept.find(run.id, "") is not None:  # nobody adds another
+                await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+
+
+def test_what_is_kept_holds_neither_answers_nor_the_request(model: Model) -> None:
+    class Body:
+        """What a request brought."""
+
+        def describe(self, _: int) -> dict[str, Any]:
+            return {"n": 1}
+
+    async def work() -> None:
+        for session_id in ("s", None):
+            kept, body = Runs(keep_s=3600), Body()
+            run = begun(model, 4, background=True, session_id=session_id, describe=body.describe)
+            there = [weakref.ref(body), weakref.ref(run.sources[0])]
+            del body
+            kept.add(run)
+            await end_of(run)
+            assert run.results == [{"n": 1}] and run.is_done
+            assert (kept.find(run.id, "") is run) == (session_id is not None), "who cannot be joined is not kept"
+            run._tasks.clear()  # which asyncio frees by itself, a little later
+            gc.collect()
+            assert [reference() for reference in there] == [None, None]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("event", ["answer_begun", "token", "answer_ended"])
+def test_an_observer_that_raises_is_logged_and_harms_nobody(
+    model: Model, event: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[str] = []
+
+    class Broken(Observer):
+        pass
+
+    class Sound(Observer):
+        def answer_ended(self, *about: Any) -> None:
+            heard.append(about[-1])
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("it is broken")
+
+    setattr(Broken, event, fail)
+
+    async def work() -> None:
+        run = begun(model, 5, observers=[Broken(), Sound()])
+        async with asyncio.timeout(WAIT_S):
+            assert await run.finish() == [{}] and run.is_done
+        assert n_tokens(run) == 5 and run.events[-1].kind == "done"
+
+    asyncio.run(work())
+    assert heard == ["done"] and f"Broken failed at {event}" in caplog.text and "it is broken" in caplog.text

@@ -301,12 +301,12 @@ def test_a_turn_by_its_id(model: Model) -> None:
         lambda turn: session.edit(turn, "x"), lambda turn: session.fork_at(turn, 0, 5),
         lambda turn: session.alternatives(turn, 0), lambda turn: session.diff(turn, 0),
     ]  # fmt: skip
-    before = (session.head, session.turns, list(session._undone))
+    before = (session.head, session.turns, session._tree.redo_stack)
     for wrong in (foreign, foreign.id, "1", "x" * 500, 99, -1, 1.0, True, [], b"x", first.id + " "):
         for call in calls:
             with pytest.raises(InvalidArgument, match="turn"):
                 call(wrong)
-    assert (session.head, session.turns, list(session._undone)) == before
+    assert (session.head, session.turns, session._tree.redo_stack) == before
 
 
 # ---- Going back, twice, and after the end ---------------------------------------------------------------------------

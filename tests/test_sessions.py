@@ -408,13 +408,13 @@ class Walks(RuleBasedStateMachine):
     def rollback(self, i: int, n: int, prune: bool) -> None:
         session = self.pick(i)
         number = n % (session.head.number + 1)
-        if not prune or number >= session._root.number:
+        if not prune or number >= session._tree.root.number:
             assert session.rollback(number, prune=prune).number == number
 
     @rule(i=st.integers(0, 9))
     def redo(self, i: int) -> None:
         session = self.pick(i)
-        if session._undone:
+        if session._tree.can_redo:
             session.redo()
 
     @rule(i=st.integers(0, 9), hot=st.booleans())

@@ -119,7 +119,7 @@ def test_rollback_to_places_that_are_not_there(desk: Desk) -> None:
             session.rollback(number)
     assert told(session) == before
     assert session.rollback(0).number == 0 and session.rollback(0).number == 0
-    assert len(session._undone) == 1 and session.redo().number == 2
+    assert len(session._tree.redo_stack) == 1 and session.redo().number == 2
     desk.again()
     assert desk.session().head.number == 2
 

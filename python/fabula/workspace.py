@@ -313,9 +313,8 @@ class Workspace:
             title=record.settings.get("title", ""),
             tags=record.settings.get("tags", ()),
         )
-        session._turns = own
-        session.head = known.get(record.head_id or "", START)
-        session._undone = [known.get(id, START) for id in record.undone]
+        redo_stack = [known.get(id, START) for id in record.undone]
+        session._tree.restore(own, known.get(record.head_id or "", START), redo_stack)
         keeper.sessions[tenant, id] = session
         return session
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from quart import Response, g
 
@@ -18,6 +18,7 @@ from fabula.sessions.reply import Reply
 from fabula.sessions.session import Session
 
 Made = tuple[Session, Sequence[Reply]]
+T = TypeVar("T")
 
 
 async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: int | None = None) -> Any:
@@ -30,7 +31,7 @@ async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: in
     """
     state, tenant = server(), g.tenant
     with state.limits.beginning(state.runs, tenant, 1 if n is None else n):
-        session, replies = await _begun(state, lambda: make(state, tenant))
+        session, replies = await begun(state, lambda: make(state, tenant), lambda made: _undo(state, made))
         run = run_of(state, session, replies, background=how.background)
     if how.stream:
         return response(native(run))
@@ -42,27 +43,27 @@ async def answered(how: Answering, make: Callable[[Server, str], Made], *, n: in
     return {"session_id": session.id, "stream_id": run.id, "replies": results}
 
 
-async def _begun(state: Server, make: Callable[[], Made]) -> Made:
-    """What `make` begins in a worker thread, which goes on when the client leaves: then it is undone at its end."""
+async def begun(state: Server, make: Callable[[], T], undo: Callable[[T], None]) -> T:
+    """What `make` begins in a worker thread. A client may leave meanwhile, which does not stop the thread: then `undo`
+    gets what it made, in a worker thread too, so that nothing is left of a request that nobody waits for."""
     making = asyncio.create_task(state.call(make))
     try:
         return await asyncio.shield(making)
     except asyncio.CancelledError:
-        making.add_done_callback(lambda _: state.later(_undo(state, making)))
+        making.add_done_callback(lambda _: state.later(_undone(state, making, undo)))
         raise
 
 
-async def _undo(state: Server, making: asyncio.Task[Made]) -> None:
-    if making.cancelled() or making.exception() is not None:
-        return
-    session, replies = making.result()
+async def _undone(state: Server, making: asyncio.Task[T], undo: Callable[[T], None]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        await state.call(lambda: undo(making.result()))
 
-    def work() -> None:
-        for reply in replies:
-            reply.cancel()
-        state.drop_empty(session)
 
-    await state.call(work)
+def _undo(state: Server, made: Made) -> None:
+    session, replies = made
+    for reply in replies:
+        reply.cancel()
+    state.drop_empty(session)
 
 
 def run_of(state: Server, session: Session, replies: Sequence[Reply], *, background: bool = False) -> Run:
@@ -120,4 +121,4 @@ def run_of_texts(
     return state.begin(run)
 
 
-__all__ = ["Made", "Response", "answered", "run_of", "run_of_texts"]
+__all__ = ["Made", "Response", "answered", "begun", "run_of", "run_of_texts"]

@@ -18,6 +18,7 @@ from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
 from fabula.server.invalid import told
 from fabula.server.logs import Log
+from fabula.server.observer import Observer, notify
 from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
@@ -173,8 +174,7 @@ def _handle_errors(app: Quart) -> None:
 
 
 def _tell(error: BaseException) -> None:
-    for observer in server().observers:
-        observer.failed(None, error)
+    notify(server().observers, Observer.failed, None, error)
 
 
 def _respond(error: ApiError) -> Response:
@@ -184,19 +184,19 @@ def _respond(error: ApiError) -> Response:
 
 
 async def _notice() -> None:
-    for observer in server().observers:
-        observer.request_begun()
+    notify(server().observers, Observer.request_begun)
 
 
 async def _watch(response: Response) -> Response:
     seconds = time.perf_counter() - g.get("begun", time.perf_counter())
     rule = request.url_rule
-    for observer in server().observers:
-        observer.request_ended(
-            method=request.method,
-            route=rule.rule if rule is not None else "",
-            status=response.status_code,
-            seconds=seconds,
-            request_id=g.get("request_id", ""),
-        )
+    notify(
+        server().observers,
+        Observer.request_ended,
+        method=request.method,
+        route=rule.rule if rule is not None else "",
+        status=response.status_code,
+        seconds=seconds,
+        request_id=g.get("request_id", ""),
+    )
     return response

@@ -1,15 +1,32 @@
-"""Those who watch a server work: metrics, logs, traces. Each does what it needs and nothing else."""
+"""Observers of a server's work: metrics, logs, traces, feeds. One that raises is logged and harms nobody."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 if TYPE_CHECKING:
     from fabula.server.runs import Run, Source
 
+P = ParamSpec("P")
+
+logger = logging.getLogger("fabula.server")
+
+
+def notify(
+    observers: Iterable[Observer], event: Callable[Concatenate[Observer, P], None], *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Calls a method of `Observer` on every observer. One that raises is logged; the others and the answer go on."""
+    for observer in observers:
+        try:
+            getattr(observer, event.__name__)(*args, **kwargs)
+        except Exception:
+            logger.exception("the observer %s failed at %s", type(observer).__name__, event.__name__)
+
 
 class Observer:
-    """Told what happens in a server, in the event loop's thread; does nothing of it itself."""
+    """Base of observers: callbacks in the event loop's thread that do nothing. Call them through `notify`."""
 
     def request_begun(self) -> None:
         """A request came in; `quart.request` is it."""

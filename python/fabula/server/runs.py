@@ -20,7 +20,7 @@ from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.errors import EngineError
 from fabula.server.failures import INTERNAL, ApiError, of_engine
-from fabula.server.observer import Observer
+from fabula.server.observer import Observer, notify
 from fabula.sessions.reply import Reply
 
 Source = Reply | Generation
@@ -61,10 +61,10 @@ class Run:
         sources: the answers.
         tenant: whose they are.
         model: name of the model.
-        describe: JSON of an answer that has ended, by its index; called in a worker thread.
+        describe: JSON of an answer that has ended, by its index; called in a worker thread, released at the end.
         start: JSON of the first event.
         background: whether it goes on when nobody reads.
-        observers: told what happens.
+        observers: notified of what happens.
         request_id: of the request that began it, for logs.
 
     Attributes:
@@ -73,6 +73,7 @@ class Run:
         session_id: of the session the answers belong to; None for none.
         is_done: whether all have ended.
         is_left: whether it ends because nobody reads any more.
+        on_end: callback at the end of all answers; None for none.
         error: what failed first, of all of them; None for nothing.
     """
 
@@ -102,9 +103,9 @@ class Run:
         self._stopping = False
         self._moved = asyncio.Event()  # a reader took something, or left
         self._left = len(self.sources)
-        for observer in observers:
-            for source in self.sources:
-                observer.answer_begun(self, source)
+        self.on_end: Callable[[Run], None] | None = None
+        for source in self.sources:
+            notify(observers, Observer.answer_begun, self, source)
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.sources))]
 
     # ---- Making -----------------------------------------------------------------------------------------------------
@@ -112,15 +113,13 @@ class Run:
     async def _pump(self, index: int) -> None:
         """Takes the pieces of one answer to its end."""
         source, generation = self.sources[index], self._generation(index)
-        told = self._observers
         last = begin = time.perf_counter()
         n_pieces = 0
         event: Event | None = None
         try:
             async for piece in source:
-                for observer in told:
-                    observer.token(self, source, generation.made_at - last)
-                last = generation.made_at
+                seconds, last = generation.made_at - last, generation.made_at
+                notify(self._observers, Observer.token, self, source, seconds)
                 n_pieces += 1
                 begin = last if n_pieces == 1 else begin
                 self._append(Event("token", index, piece))
@@ -140,13 +139,20 @@ class Run:
         except Exception as error:
             event = self._failed(INTERNAL, index, error)
         finally:
-            for observer in told:
-                observer.answer_ended(self, source, event.kind if event is not None else "error")
+            kind = event.kind if event is not None else "error"
+            notify(self._observers, Observer.answer_ended, self, source, kind)
             self._left -= 1
             if not self._left:
-                self.is_done, self.finished_at = True, time.monotonic()
+                self._end()
             if event is not None:
                 self._append(event)
+
+    def _end(self) -> None:
+        """All answers have ended. Events are kept, to be joined again; answers and the request are released."""
+        self.is_done, self.finished_at = True, time.monotonic()
+        self.sources, self._describe = (), _describe_nothing
+        if self.on_end is not None:
+            self.on_end(self)
 
     async def _ended(self, index: int) -> Event:
         result = self.results[index] = await asyncio.to_thread(self._describe, index)
@@ -157,8 +163,7 @@ class Run:
     def _failed(self, told: ApiError, index: int, error: BaseException | None) -> Event:
         self.error = self.error or told
         if error is not None:
-            for observer in self._observers:
-                observer.failed(self, error)
+            notify(self._observers, Observer.failed, self, error)
         return Event("error", index, data=told.body())
 
     def _generation(self, index: int) -> Generation:
@@ -249,6 +254,10 @@ class Run:
         await asyncio.wait(self._tasks)
 
 
+def _describe_nothing(index: int) -> dict[str, Any]:
+    raise AssertionError(f"answer {index} has been described")
+
+
 class Reader:
     """One who reads a run: where he is, and whether there is news."""
 
@@ -311,7 +320,8 @@ def _wake_silent(follower: weakref.ref[Follower]) -> None:
 
 
 class Runs:
-    """The runs of a server: those in the making, and those that ended a while ago.
+    """The runs of a server: those in progress, and for a while those that ended and belong to a session. Other runs,
+    whose id no client knows, are dropped at their end.
 
     Args:
         keep_s: seconds a finished one is kept, unless there are too many.
@@ -320,11 +330,18 @@ class Runs:
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._runs: OrderedDict[str, Run] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None  # while there are finished runs
 
     def add(self, run: Run) -> None:
-        """Takes a run in, and lets go of old ones."""
-        self.forget_old()
+        """Adds a run that has just begun."""
         self._runs[run.id] = run
+        run.on_end = self._ended
+
+    def _ended(self, run: Run) -> None:
+        if run.session_id is None:
+            del self._runs[run.id]
+        else:
+            self.forget_old()
 
     def find(self, id: str, tenant: str) -> Run | None:
         """A run of this owner."""
@@ -332,12 +349,19 @@ class Runs:
         return run if run is not None and run.tenant == tenant else None
 
     def forget_old(self) -> None:
-        """Lets go of runs that ended too long ago, and of the oldest where there are too many."""
+        """Drops runs that ended too long ago, and the oldest where there are too many; is called again in time."""
         old, n_kept, n_events = time.monotonic() - self._keep_s, 0, 0
         for run in reversed([run for run in self._runs.values() if run.is_done]):
             n_kept, n_events = n_kept + 1, n_events + len(run.events)
             if run.finished_at < old or n_kept > MAX_KEPT or n_events > MAX_KEPT_EVENTS:
                 del self._runs[run.id]
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        ends = [run.finished_at for run in self._runs.values() if run.is_done]
+        if ends:
+            wait = max(0.0, min(ends) + self._keep_s - time.monotonic()) + 0.001
+            self._timer = asyncio.get_running_loop().call_later(wait, self.forget_old)
 
     def active(self, tenant: str | None = None) -> list[Run]:
         """Those in the making, of an owner or all."""

@@ -23,7 +23,7 @@ from fabula.server.feed import Feed
 from fabula.server.gate import Gate
 from fabula.server.limits import Limits, check_free
 from fabula.server.metrics import Metrics
-from fabula.server.observer import Observer
+from fabula.server.observer import Observer, notify
 from fabula.server.runs import Run, Runs
 from fabula.server.schemas import Sampling
 from fabula.server.settings import Settings
@@ -144,8 +144,7 @@ class Server:
                     return
                 serving.state = "failed"
                 serving.error = str(error) if isinstance(error, EngineError) else "see the server's log"
-                for observer in self.observers:
-                    observer.failed(None, error)
+                notify(self.observers, Observer.failed, None, error)
 
     def _load(self, serving: Serving) -> None:
         settings = self.settings

@@ -159,9 +159,8 @@ def import_session(
             title=settings.get("title", ""),
             tags=settings.get("tags", ()),
         )
-        session._turns = list(turns.values())
-        session.head = named[data["head"] or ""]
-        session._undone = [named[name] for name in data["undone"]]
+        redo_stack = [named[name] for name in data["undone"]]
+        session._tree.restore(turns.values(), named[data["head"] or ""], redo_stack)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InvalidArgument):
             raise

@@ -305,12 +305,10 @@ class Growing(Tree):
                 self._free.notify_all()
 
     def _take_in(self, turn: Turn, reply: Reply) -> None:
-        self._turns.append(turn)
+        self._tree.add(turn, selects=reply.selects)
         if turn.kv is not None:
             reply.generation.engine.cache.keep(turn.kv)
             self._lend(turn, turn.kv, reply.generation.engine.cache)
-        if reply.selects:
-            self.head, self._undone = turn, []
 
     def _lend(self, turn: Turn, kv: KvSequence, cache: KvCache) -> None:
         """Turns before it that were written by hand hold K and V too, now that their words were read."""

@@ -83,17 +83,17 @@ class Keeper:
         last = session_record(session)
         first = dataclasses.replace(last, head_id=None, undone=())
         waits = [self.store.put_session(first)]
-        waits += [self.store.put_turn(turn_record(turn, session.id), first) for turn in session._turns]
+        waits += [self.store.put_turn(turn_record(turn, session.id), first) for turn in session._tree.own]
         waits.append(self.store.put_session(last))
         try:
             for wait in waits:
                 wait.result()
         except BaseException:
             self.sessions.pop((session.tenant, session.id), None)
-            turns = [turn.id for turn in session._turns]
+            turns = [turn.id for turn in session._tree.own]
             self.store.delete_session(session.tenant, session.id, turns).result()
             raise
-        self.turns.update({turn.id: turn for turn in session._turns})
+        self.turns.update({turn.id: turn for turn in session._tree.own})
 
     def changed(self, session: Growing) -> None:
         """Its settings are others."""
@@ -127,7 +127,7 @@ class Keeper:
         if turn is None:
             self.head_moved(session)  # a checkpoint may have moved it to the draft
             return
-        head, undone = (turn, []) if reply.selects else (session.head, session._undone)
+        head, undone = (turn, []) if reply.selects else (session.head, session._tree.redo_stack)
         try:
             self.store.put_turn(turn_record(turn, session.id), session_record(session, head, undone)).result()
         except BaseException:
@@ -149,7 +149,7 @@ class Keeper:
 
     def head_moved(self, session: Growing) -> None:
         """Another turn is the head."""
-        self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._undone))
+        self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._tree.redo_stack))
 
     def tagged(self, turn: Turn, tags: set[str]) -> None:
         """A turn gets other tags: they are in the store when this returns."""
@@ -225,9 +225,9 @@ def head_ids(head: Turn, undone: list[Turn]) -> tuple[str | None, tuple[str, ...
 def session_record(session: Growing, head: Turn | None = None, undone: list[Turn] | None = None) -> SessionRecord:
     """A session as it is kept, with another head if given."""
     head_id, undone_ids = head_ids(
-        session.head if head is None else head, session._undone if undone is None else undone
+        session.head if head is None else head, session._tree.redo_stack if undone is None else undone
     )
-    host, base = session._host, session._root
+    host, base = session._host, session._tree.root
     return SessionRecord(
         id=session.id,
         tenant=session.tenant,

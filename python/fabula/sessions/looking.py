@@ -79,9 +79,9 @@ class Looking(Growing):
             from the start to there, and `is_own`, made here and not before a fork.
         """
         with self._lock:
-            turns, own = self.turns, set(self._turns)
+            turns, own = self.turns, set(self._tree.own)
             path = set(self.head.lineage())
-            head, can_redo = self.head, bool(self._undone)
+            head, can_redo = self.head, self._tree.can_redo
         n_children = dict.fromkeys([*turns, *path], 0)
         nodes = []
         for turn in turns:

@@ -18,7 +18,7 @@ from fabula.sessions.names import checked_tags, checked_title
 from fabula.sessions.reply import Reply
 from fabula.sessions.said import Said, Saying
 from fabula.sessions.tree import TurnRef
-from fabula.sessions.turn import START, WRITTEN
+from fabula.sessions.turn import WRITTEN
 from fabula.sessions.writing import Writing
 
 MAX_BRANCHES = 32
@@ -290,11 +290,11 @@ class Session(Writing):
         with self._lock:
             self.stop()
             if self._keeper is not None:
-                self._keeper.deleted(self, self._turns)
+                self._keeper.deleted(self, self._tree.own)
                 self._keeper = None
-            self._root.forks.discard(self)
-            n_bytes = self._drop(self._turns)
-            self._root = self.head = START
+            self._tree.root.forks.discard(self)
+            n_bytes = self._drop(self._tree.own)
+            self._tree.clear()
             self._deleted = True
             return n_bytes
 
@@ -323,7 +323,7 @@ class Session(Writing):
             self._check_there()
             self._collect()
             before = (self.title, self.params, self.system, self.tags)
-            begun = bool(self.head.number or self._turns or self._running)
+            begun = bool(self.head.number or self._tree.n_own or self._running)
             if system is not None and system != self.system and begun:
                 raise InvalidArgument(f"session {self.id} has begun with another system message; begin a new session")
             after = (

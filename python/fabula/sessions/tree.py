@@ -1,7 +1,7 @@
-"""A tree of turns with a head, and how to walk it. Going back moves the head; nothing is deleted unless asked.
+"""How a session's tree of turns is walked. Rollback moves the head; nothing is deleted unless asked.
 
-Turns are shared between a session and its forks: each session lists the turns it made, and reaches older ones by their
-parents. K and V of a turn are given back when the last session that lists it, or a turn behind it, is gone.
+The turns themselves are plain data in `turn_tree.py`. The KV pages of a turn are released when the last session that
+owns it, or a turn that follows it, is gone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Self
 
 from fabula.errors import InvalidArgument
 from fabula.sessions.turn import START, Turn
+from fabula.sessions.turn_tree import TurnRef, TurnTree
 
-TurnRef = int | str | Turn  # a turn by its number on the path to the head (0 is the empty start), by its id, or itself
+__all__ = ["Node", "Tree", "TurnRef"]
 
 
 @dataclass(slots=True)
@@ -31,18 +32,17 @@ class Tree:
 
     Args:
         base: the turn it was forked from; None for an empty start.
-
-    Attributes:
-        head: the turn that the next one follows.
     """
 
     def __init__(self, base: Turn | None = None) -> None:
-        self._root = base if base is not None else START
-        self._root.forks.add(self)
-        self.head = self._root
-        self._turns: list[Turn] = []  # made here, oldest first
-        self._undone: list[Turn] = []  # heads that rollback left, for redo
+        self._tree = TurnTree(base if base is not None else START)
+        self._tree.root.forks.add(self)
         self._lock = threading.RLock()
+
+    @property
+    def head(self) -> Turn:
+        """The turn that the next one follows."""
+        return self._tree.head
 
     # ---- Walking ----------------------------------------------------------------------------------------------------
 
@@ -63,9 +63,7 @@ class Tree:
         with self._lock:
             target = self._find(turn)
             self.stop()
-            if target is not self.head:
-                self._undone.append(self.head)
-            self.head = target
+            self._tree.move_head(target)
             if prune:
                 self.prune(target)
             else:
@@ -88,11 +86,10 @@ class Tree:
         with self._lock:
             target = self._find(turn)
             self.stop()
-            if target in self.head.lineage():
-                self.head = target
-            self._undone = []
+            behind = self._tree.descendants(target)
+            self._tree.set_head(target if target in self.head.lineage() else self.head, ())
             self._head_moved()
-            return self._drop([t for t in self._turns if t is not target and target in t.lineage()])
+            return self._drop(behind)
 
     def stop(self) -> None:
         """Stops what is being made."""
@@ -106,9 +103,7 @@ class Tree:
         with self._lock:
             self._check_there()
             self.stop()  # first: a reply that is being made becomes a turn, and then there is nothing to redo
-            if not self._undone:
-                raise InvalidArgument("there is nothing to redo: no rollback since the last turn")
-            self.head = self._undone.pop()
+            self._tree.redo()
             self._head_moved()
             return self.head
 
@@ -116,14 +111,14 @@ class Tree:
     def at(self, turn: TurnRef) -> Iterator[Self]:
         """Makes a turn the head for a `with` block."""
         with self._lock:
-            before, undone = self.head, list(self._undone)
+            before, redo_stack = self.head, self._tree.redo_stack
             self.rollback(turn)
         try:
             yield self
         finally:
             with self._lock:
                 self.rollback(before)
-                self._undone = undone
+                self._tree.set_head(self.head, redo_stack)
                 self._head_moved()
 
     def tag(self, turn: TurnRef, name: str) -> None:
@@ -155,14 +150,13 @@ class Tree:
     def turns(self) -> list[Turn]:
         """Every turn of the tree: the past that was forked from, then those made here, oldest first."""
         self._collect()
-        past = [turn for turn in self._root.lineage() if turn.number > 0]
-        return [*reversed(past), *self._turns]
+        return self._tree.turns
 
     @property
     def path(self) -> list[Turn]:
         """The turns from the first to the head."""
         self._collect()
-        return [turn for turn in self.head.lineage() if turn.number > 0][::-1]
+        return self._tree.path
 
     @property
     def tree(self) -> Node:
@@ -177,12 +171,11 @@ class Tree:
     @property
     def n_turns(self) -> int:
         """How many turns were made here, without the past that was forked from."""
-        return len(self._turns)
+        return self._tree.n_own
 
     def children(self, turn: TurnRef) -> list[Turn]:
         """The turns that follow a turn, oldest first."""
-        parent = self._find(turn)
-        return [child for child in self.turns if child.parent is parent]
+        return self._tree.children(self._find(turn))
 
     def diff(self, a: TurnRef, b: TurnRef) -> tuple[list[Turn], list[Turn]]:
         """The turns that only lead to `a`, and those that only lead to `b`, in order."""
@@ -198,19 +191,7 @@ class Tree:
     def _find(self, turn: TurnRef) -> Turn:
         """A turn of this tree: itself, by its id, or by its number on the path."""
         self._check_there()
-        if isinstance(turn, Turn | str):
-            for known in (*self._root.lineage(), *self._turns):
-                if turn is known or turn == known.id:
-                    return known
-            if isinstance(turn, str):
-                raise InvalidArgument(f"there is no turn with the id {turn!r:.80} in this session")
-            raise InvalidArgument(f"{turn!r} is no turn of this session")
-        if isinstance(turn, bool) or not isinstance(turn, int):
-            raise InvalidArgument(f"a turn is named by its number or its id, not by {turn!r:.80}")
-        for known in self.head.lineage():
-            if known.number == turn:
-                return known
-        raise InvalidArgument(f"there is no turn {turn} on the path, which has 0 .. {self.head.number}")
+        return self._tree.find(turn)
 
     def _check_there(self) -> None:
         """Raises SessionNotFound if the tree was deleted."""
@@ -233,9 +214,7 @@ class Tree:
                     n_free = pool.n_free
                     turn.kv.close()
                     n_bytes += (pool.n_free - n_free) * pool.page_bytes
-        gone = set(turns)
-        self._turns = [turn for turn in self._turns if turn not in gone]
-        self._undone = []
+        self._tree.remove(turns)
         return n_bytes
 
     def _collect(self) -> None:

@@ -110,8 +110,7 @@ class Writing(Looking):
             if turn.kv is not None:
                 turn.kv.close()
             raise
-        self._turns.append(turn)
         if turn.kv is not None:
             self._host.served.engine.cache.keep(turn.kv)
-        self.head, self._undone = turn, []
+        self._tree.add(turn, selects=True)
         return turn

@@ -1,0 +1,167 @@
+"""`TurnTree`: the turns of one session as plain data. No locks, no model, no store; `Tree` and `Session` add those.
+
+A session owns the turns that were made in it. A fork begins at a turn of another session, its root, and reaches
+everything before that by parents, so forking copies nothing. Finding a turn by its id, moving the head and adding a
+turn take the same time in a tree of ten turns and of ten thousand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+
+from fabula.errors import InvalidArgument
+from fabula.sessions.turn import START, Turn
+
+TurnRef = int | str | Turn  # a turn by its number on the path to the head (0 is the empty start), by its id, or itself
+
+MAX_REDO = 256  # rollbacks that can be taken back
+
+
+class TurnTree:
+    """Turns, a head, and the heads that rollback left.
+
+    Args:
+        root: the turn that the first one follows: the empty start, or the turn of another session at which this one was
+            forked.
+
+    Attributes:
+        root: as given.
+        head: the turn that the next one follows.
+    """
+
+    def __init__(self, root: Turn = START) -> None:
+        self.root = root
+        self.head = root
+        self._own: dict[str, Turn] = {}  # by id, parents before children
+        self._past: dict[str, Turn] | None = None  # the root and what lies before it, by id; made when first needed
+        self._redo: deque[Turn] = deque(maxlen=MAX_REDO)
+
+    # ---- What there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def own(self) -> list[Turn]:
+        """The turns made in this session, oldest first."""
+        return list(self._own.values())
+
+    @property
+    def n_own(self) -> int:
+        return len(self._own)
+
+    @property
+    def redo_stack(self) -> list[Turn]:
+        """Heads that rollback left, the next to redo last."""
+        return list(self._redo)
+
+    @property
+    def can_redo(self) -> bool:
+        return bool(self._redo)
+
+    @property
+    def path(self) -> list[Turn]:
+        """The turns from the first to the head."""
+        return [turn for turn in self.head.lineage() if turn.number > 0][::-1]
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Every turn: the past that was forked from, then those made here; parents before children."""
+        past = [turn for turn in self.root.lineage() if turn.number > 0]
+        return [*reversed(past), *self._own.values()]
+
+    def owns(self, turn: Turn) -> bool:
+        """Whether a turn was made in this session."""
+        return self._own.get(turn.id) is turn
+
+    def children(self, turn: Turn) -> list[Turn]:
+        """The turns that follow a turn, oldest first."""
+        return [child for child in self.turns if child.parent is turn]
+
+    def descendants(self, turn: Turn) -> list[Turn]:
+        """The turns made here that lie behind a turn, parents before children; one pass over the tree."""
+        behind = {turn}
+        for past in list(self.root.lineage())[::-1]:
+            if past.parent in behind:
+                behind.add(past)
+        found = []
+        for own in self._own.values():
+            if own.parent in behind:
+                behind.add(own)
+                found.append(own)
+        return found
+
+    def find(self, ref: TurnRef) -> Turn:
+        """A turn of this tree.
+
+        Args:
+            ref: the turn itself, its id, or its number on the path to the head.
+
+        Raises:
+            InvalidArgument: there is none.
+        """
+        if isinstance(ref, Turn | str):
+            found = self._by_id(ref if isinstance(ref, str) else ref.id)
+            if found is not None and (isinstance(ref, str) or found is ref):
+                return found
+            if isinstance(ref, str):
+                raise InvalidArgument(f"there is no turn with the id {ref!r:.80} in this session")
+            raise InvalidArgument(f"{ref!r} is no turn of this session")
+        if isinstance(ref, bool) or not isinstance(ref, int):
+            raise InvalidArgument(f"a turn is named by its number or its id, not by {ref!r:.80}")
+        if 0 <= ref <= self.head.number:  # numbers fall by one from turn to turn
+            return next(islice(self.head.lineage(), self.head.number - ref, None))
+        raise InvalidArgument(f"there is no turn {ref} on the path, which has 0 .. {self.head.number}")
+
+    def _by_id(self, id: str) -> Turn | None:
+        if id in self._own:
+            return self._own[id]
+        if self._past is None:
+            self._past = {turn.id: turn for turn in self.root.lineage()}
+        return self._past.get(id)
+
+    # ---- Changing it ------------------------------------------------------------------------------------------------
+
+    def add(self, turn: Turn, *, selects: bool) -> None:
+        """Adds a turn made here; whether it becomes the head, after which there is nothing to redo."""
+        self._own[turn.id] = turn
+        if selects:
+            self.head = turn
+            self._redo.clear()
+
+    def move_head(self, turn: Turn) -> None:
+        """Makes a turn of this tree the head; `redo` takes that back."""
+        if turn is not self.head:
+            self._redo.append(self.head)
+        self.head = turn
+
+    def redo(self) -> None:
+        """Makes the head what it was before the last `move_head`.
+
+        Raises:
+            InvalidArgument: there was none, or a turn was added as the head since.
+        """
+        if not self._redo:
+            raise InvalidArgument("there is nothing to redo: no rollback since the last turn")
+        self.head = self._redo.pop()
+
+    def remove(self, turns: Iterable[Turn]) -> None:
+        """Takes out turns with all that lies behind them; the head must not be among them. Empties the redo stack."""
+        for turn in turns:
+            del self._own[turn.id]
+        self._redo.clear()
+
+    def restore(self, own: Iterable[Turn], head: Turn, redo_stack: Iterable[Turn]) -> None:
+        """Fills the tree with what was kept elsewhere; parents before children."""
+        self._own = {turn.id: turn for turn in own}
+        self.head = head
+        self._redo = deque(redo_stack, MAX_REDO)
+
+    def set_head(self, head: Turn, redo_stack: Iterable[Turn]) -> None:
+        """Makes head and redo stack what they were before."""
+        self.head = head
+        self._redo = deque(redo_stack, MAX_REDO)
+
+    def clear(self) -> None:
+        """Empties the tree; its root is the empty start then."""
+        self.root, self._past = START, None
+        self.restore((), START, ())
