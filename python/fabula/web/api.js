@@ -20,7 +20,12 @@ async function request(method, path, body, options = {}) {
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
-  const response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...options });
+  const response = await fetch(path, {
+    method,
+    headers,
+    body: body === undefined ? undefined : JSON.stringify(body),
+    ...options,
+  });
   if (response.ok) return response;
   throw new ApiError(response.status, await response.json().catch(() => null));
 }

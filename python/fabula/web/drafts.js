@@ -4,7 +4,8 @@
 const NEW = "fabula.new.";
 
 /** @param kind "draft" or "story"; what is written there. */
-export const draftKey = (kind, state) => (state.session ? `fabula.${kind}.${state.session.session_id}` : `${NEW}${kind}`);
+export const draftKey = (kind, state) =>
+  state.session ? `fabula.${kind}.${state.session.session_id}` : `${NEW}${kind}`;
 
 export function draftOf(key) {
   const mine = sessionStorage.getItem(key); // "" for what this tab has sent or taken away

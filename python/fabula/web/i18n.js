@@ -25,5 +25,7 @@ document.documentElement.lang = language();
 /** The words of a key, with {names} filled in. */
 export function t(key, values = {}) {
   const text = words[key] ?? en[key] ?? key;
-  return text.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+  return text.replace(/\{(\w+)\}/g, (whole, name) =>
+    name in values ? String(values[name]) : whole,
+  );
 }

@@ -51,13 +51,17 @@ export class Renderer {
   /** Keeps `answer.blocks` up with `answer.text`; answer.settled and answer.from are its own: blocks that stay, and where
    * the text behind them begins. */
   follow(answer, done) {
-    if (answer.asked) { answer.again = true; return; }
+    if (answer.asked) {
+      answer.again = true;
+      return;
+    }
     answer.asked = true;
     const wait = Math.max(0, (answer.lastAsked || 0) + EVERY_MS - performance.now());
     setTimeout(async () => {
       answer.lastAsked = performance.now();
       answer.again = false;
-      const from = answer.from || 0, text = answer.text.slice(from);
+      const from = answer.from || 0,
+        text = answer.text.slice(from);
       try {
         const { rendered } = await this.send([text]);
         const { blocks, last_line } = rendered[0];

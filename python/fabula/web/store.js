@@ -23,12 +23,26 @@ import { Renderer } from "./render.js";
 const BEGIN_WITH = { sampling: { temperature: 0.7, top_p: 0.9, top_k: 40 } }; // "balanced": what new sessions of this page draw with
 
 const state = {
-  health: null, online: true, needsKey: false, sessions: [], search: "", session: null, turns: new Map(), path: [], headId: "",
-  canRedo: false, live: new Map(), lost: null, draft: { ...BEGIN_WITH }, count: null,
+  health: null,
+  online: true,
+  needsKey: false,
+  sessions: [],
+  search: "",
+  session: null,
+  turns: new Map(),
+  path: [],
+  headId: "",
+  canRedo: false,
+  live: new Map(),
+  lost: null,
+  draft: { ...BEGIN_WITH },
+  count: null,
 };
 const subscribers = new Set();
 const changed = new Set();
-let frame = 0, timer = 0, drawnAt = 0;
+let frame = 0,
+  timer = 0,
+  drawnAt = 0;
 const LIVE_MS = 125;
 
 /** Something changed. Words of an answer that grows are drawn eight times a second, anything else with the next frame. */
@@ -37,7 +51,11 @@ function touch(...keys) {
   if (frame) return;
   const rest = LIVE_MS - (performance.now() - drawnAt);
   if (changed.size > 1 || !changed.has("live") || rest <= 0) frame = requestAnimationFrame(flush);
-  else timer ||= setTimeout(() => { timer = 0; if (changed.size) frame ||= requestAnimationFrame(flush); }, rest);
+  else
+    timer ||= setTimeout(() => {
+      timer = 0;
+      if (changed.size) frame ||= requestAnimationFrame(flush);
+    }, rest);
 }
 
 function flush() {
@@ -66,28 +84,34 @@ function fail(error) {
   } else onError(error instanceof api.ApiError ? error : new Error(t("offline")));
 }
 
-const guarded = (work) => async (...args) => {
-  try {
-    return await work(...args);
-  } catch (error) {
-    fail(error);
-    return undefined;
-  }
-};
+const guarded =
+  (work) =>
+  async (...args) => {
+    try {
+      return await work(...args);
+    } catch (error) {
+      fail(error);
+      return undefined;
+    }
+  };
 
 // ---- The server -----------------------------------------------------------------------------------------------------
 
 async function watchHealth() {
   for (;;) {
     try {
-      const before = JSON.stringify(state.health), was = state.online;
+      const before = JSON.stringify(state.health),
+        was = state.online;
       state.health = await api.health();
       state.online = true;
       if (!was || before !== JSON.stringify(state.health)) touch("health");
       if (!was && state.session) await reload();
       if (!was) await list();
     } catch {
-      if (state.online) { state.online = false; touch("health"); }
+      if (state.online) {
+        state.online = false;
+        touch("health");
+      }
     }
     const quick = !state.online || !state.health.ready;
     await new Promise((resolve) => setTimeout(resolve, quick ? 700 : 15000));
@@ -95,7 +119,9 @@ async function watchHealth() {
 }
 
 const list = guarded(async () => {
-  state.sessions = (await api.get(`/sessions?limit=500&search=${encodeURIComponent(state.search)}`)).sessions;
+  state.sessions = (
+    await api.get(`/sessions?limit=500&search=${encodeURIComponent(state.search)}`)
+  ).sessions;
   state.needsKey = false;
   touch("sessions", "key");
 });
@@ -111,7 +137,16 @@ function clear() {
   following = null;
   visit++;
   reading = new Set();
-  Object.assign(state, { session: null, turns: new Map(), path: [], headId: "", canRedo: false, live: new Map(), lost: null, count: null });
+  Object.assign(state, {
+    session: null,
+    turns: new Map(),
+    path: [],
+    headId: "",
+    canRedo: false,
+    live: new Map(),
+    lost: null,
+    count: null,
+  });
   touch("session", "opened", "tree", "live");
 }
 
@@ -119,7 +154,8 @@ const open = guarded(async (id) => {
   if (state.session?.session_id === id) return;
   clear();
   if (!id) return;
-  const mine = visit, session = await api.get(`/sessions/${id}`);
+  const mine = visit,
+    session = await api.get(`/sessions/${id}`);
   if (mine !== visit) return;
   state.session = session;
   touch("opened");
@@ -132,7 +168,10 @@ const open = guarded(async (id) => {
 async function reload() {
   const id = state.session?.session_id;
   if (!id) return;
-  const [session, tree] = await Promise.all([api.get(`/sessions/${id}`), api.get(`/sessions/${id}/tree`)]);
+  const [session, tree] = await Promise.all([
+    api.get(`/sessions/${id}`),
+    api.get(`/sessions/${id}/tree`),
+  ]);
   if (state.session?.session_id !== id) return;
   state.session = session;
   state.turns = new Map(tree.turns.map((turn) => [turn.id, { ...turn, children: [] }]));
@@ -145,7 +184,8 @@ async function reload() {
 function setHead(id) {
   state.headId = id;
   state.path = [];
-  for (let turn = state.turns.get(id); turn; turn = state.turns.get(turn.parent_id)) state.path.unshift(turn.id);
+  for (let turn = state.turns.get(id); turn; turn = state.turns.get(turn.parent_id))
+    state.path.unshift(turn.id);
   touch("tree");
 }
 
@@ -153,7 +193,9 @@ function setHead(id) {
 function siblings(turn) {
   const parent = state.turns.get(turn.parent_id);
   if (parent) return parent.children;
-  return [...state.turns.values()].filter((other) => !state.turns.has(other.parent_id)).map((other) => other.id);
+  return [...state.turns.values()]
+    .filter((other) => !state.turns.has(other.parent_id))
+    .map((other) => other.id);
 }
 
 /** Follows what happens to the session, also on other pages, for as long as it is open. */
@@ -163,7 +205,12 @@ async function follow(id) {
   let again = false;
   for (let wait = 300; !control.signal.aborted; wait = Math.min(wait * 2, 5000)) {
     try {
-      for await (const { event, data } of api.events("GET", `/sessions/${id}/events`, undefined, control.signal)) {
+      for await (const { event, data } of api.events(
+        "GET",
+        `/sessions/${id}/events`,
+        undefined,
+        control.signal,
+      )) {
         wait = 300;
         if (state.session?.session_id !== id) return;
         if (event === "state") {
@@ -171,9 +218,13 @@ async function follow(id) {
           if (again || data.head_id !== state.headId) await reload();
           again = true;
         } else if (event === "begun") join(data, -1);
-        else if (event === "ended") { if (!state.live.has(data.stream_id)) await reload(); }
-        else if (event === "deleted") { onNotice(t("deletedElsewhere")); location.hash = "#/"; return; }
-        else if (event === "head" && state.turns.has(data.head_id)) setHead(data.head_id);
+        else if (event === "ended") {
+          if (!state.live.has(data.stream_id)) await reload();
+        } else if (event === "deleted") {
+          onNotice(t("deletedElsewhere"));
+          location.hash = "#/";
+          return;
+        } else if (event === "head" && state.turns.has(data.head_id)) setHead(data.head_id);
         else await reload();
       }
     } catch (error) {
@@ -187,15 +238,35 @@ async function follow(id) {
 
 function liveOf(start) {
   const n = start.n || 1;
-  const answers = Array.from({ length: n }, () => ({ text: start.begun_text || "", blocks: [], done: false, result: null, begunAt: performance.now(), nTokens: 0 }));
-  return { streamId: start.stream_id, parentId: start.parent_id, prompt: start.prompt, selects: start.selects, answers, last: -1, broken: false, before: new Set(state.turns.keys()) };
+  const answers = Array.from({ length: n }, () => ({
+    text: start.begun_text || "",
+    blocks: [],
+    done: false,
+    result: null,
+    begunAt: performance.now(),
+    nTokens: 0,
+  }));
+  return {
+    streamId: start.stream_id,
+    parentId: start.parent_id,
+    prompt: start.prompt,
+    selects: start.selects,
+    answers,
+    last: -1,
+    broken: false,
+    before: new Set(state.turns.keys()),
+  };
 }
 
 /** Reads an answer that somebody began, from an event on; one that is not there any more is in the tree by now. */
 function join(start, after) {
   if (reading.has(start.stream_id)) return;
-  read(() => api.events("GET", `/streams/${start.stream_id}?after=${after}`), start.stream_id)
-    .catch((error) => { if (error.status !== 404) fail(error); });
+  read(
+    () => api.events("GET", `/streams/${start.stream_id}?after=${after}`),
+    start.stream_id,
+  ).catch((error) => {
+    if (error.status !== 404) fail(error);
+  });
 }
 
 /**
@@ -203,8 +274,13 @@ function join(start, after) {
  * Resolves to whether the tree has what was asked for; true also when nobody is here any more to see it.
  */
 async function read(connect, streamId = null) {
-  let live = null, wait = 300, gone = false, landed = false;
-  const mine = visit, begunHere = reading, isHere = () => mine === visit;
+  let live = null,
+    wait = 300,
+    gone = false,
+    landed = false;
+  const mine = visit,
+    begunHere = reading,
+    isHere = () => mine === visit;
   if (streamId) begunHere.add(streamId);
   const take = ({ id, event, data }) => {
     if (event === "start") {
@@ -240,8 +316,10 @@ async function read(connect, streamId = null) {
         if (!isHere() || !live || live.answers.every((answer) => answer.done)) break;
       } catch (error) {
         if (error instanceof api.ApiError) {
-          if (live && error.status === 404) { gone = true; onNotice(t("interrupted")); }
-          else if (error.status !== 503 || !live) throw error;
+          if (live && error.status === 404) {
+            gone = true;
+            onNotice(t("interrupted"));
+          } else if (error.status !== 503 || !live) throw error;
           if (error.status === 404) break;
         } else if (!live) throw error;
       }
@@ -256,8 +334,11 @@ async function read(connect, streamId = null) {
     begunHere.delete(streamId);
     if (live && isHere()) {
       await reload().catch(() => {});
-      landed = [...state.turns.values()].some((turn) => !live.before.has(turn.id) && turn.parent_id === (live.parentId || ""));
-      if (gone && !landed && isHere()) state.lost = { prompt: live.prompt, text: live.answers[0].text };
+      landed = [...state.turns.values()].some(
+        (turn) => !live.before.has(turn.id) && turn.parent_id === (live.parentId || ""),
+      );
+      if (gone && !landed && isHere())
+        state.lost = { prompt: live.prompt, text: live.answers[0].text };
       state.live.delete(live.streamId);
       begunHere.delete(live.streamId);
       touch("live");
@@ -269,16 +350,23 @@ async function read(connect, streamId = null) {
 
 /** A session that was just made by the first message. */
 async function begun(id) {
-  const mine = visit, session = await api.get(`/sessions/${id}`);
+  const mine = visit,
+    session = await api.get(`/sessions/${id}`);
   if (mine !== visit) return;
   state.session = session;
   state.draft = { ...BEGIN_WITH };
   touch("session");
-  history.replaceState(null, "", location.hash.startsWith("#/story") ? `#/story/${id}` : `#/chat/${id}`);
+  history.replaceState(
+    null,
+    "",
+    location.hash.startsWith("#/story") ? `#/story/${id}` : `#/chat/${id}`,
+  );
   follow(id);
 }
 
-const answer = guarded((path, body) => read(() => api.events("POST", path, { ...body, stream: true, background: true })));
+const answer = guarded((path, body) =>
+  read(() => api.events("POST", path, { ...body, stream: true, background: true })),
+);
 
 const here = () => ({ session_id: state.session.session_id });
 const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft });
@@ -297,11 +385,17 @@ function titleOf(text) {
 // ---- What the page can do -------------------------------------------------------------------------------------------
 
 const verbs = {
-  send: (message) => { state.lost = null; return answer("/chat", { ...opening(message), message }); },
-  tell: (prompt, sampling = {}) => answer("/story", { ...telling(prompt || ""), ...sampling, ...(prompt ? { prompt } : {}) }),
+  send: (message) => {
+    state.lost = null;
+    return answer("/chat", { ...opening(message), message });
+  },
+  tell: (prompt, sampling = {}) =>
+    answer("/story", { ...telling(prompt || ""), ...sampling, ...(prompt ? { prompt } : {}) }),
   /** Puts words into the story, or a note for the model, without an answer. Resolves to whether they are there. */
   write: guarded(async (text, frozen = false) => {
-    const mine = visit, isNew = !state.session, { system: _, ...body } = telling(frozen ? "" : text);
+    const mine = visit,
+      isNew = !state.session,
+      { system: _, ...body } = telling(frozen ? "" : text);
     const told = await api.post("/write", { ...body, text, frozen });
     if (mine !== visit) return false;
     if (isNew) await begun(told.session_id);
@@ -316,8 +410,10 @@ const verbs = {
   regenerate: () => answer("/regenerate", here()),
   continueReply: () => answer("/continue", here()),
   edit: (turnId, message) => answer("/edit", { ...here(), turn: turnId, message }),
-  branch: (n, message = null, sampling = {}) => answer("/branch", { ...here(), n, ...sampling, ...(message === null ? {} : { message }) }),
-  forkAt: (turnId, position, tokenId) => answer("/fork_at", { ...here(), turn: turnId, position, token_id: tokenId }),
+  branch: (n, message = null, sampling = {}) =>
+    answer("/branch", { ...here(), n, ...sampling, ...(message === null ? {} : { message }) }),
+  forkAt: (turnId, position, tokenId) =>
+    answer("/fork_at", { ...here(), turn: turnId, position, token_id: tokenId }),
   stop: guarded(() => api.post("/stop", here())),
   rollback: guarded(async (turn) => {
     const told = await api.post("/rollback", { ...here(), target_turn: turn || 0 });
@@ -342,12 +438,19 @@ const verbs = {
     await api.postLast("/rollback", { ...here(), target_turn: turnId || 0, prune: true });
     await reload();
   }),
-  alternatives: guarded(async (turnId, position) => (await api.post("/alternatives", { ...here(), turn: turnId, position, n: 8 })).alternatives),
-  turnTokens: guarded(async (turnId) => (await api.post("/turn_tokens", { ...here(), turn: turnId })).tokens),
+  alternatives: guarded(
+    async (turnId, position) =>
+      (await api.post("/alternatives", { ...here(), turn: turnId, position, n: 8 })).alternatives,
+  ),
+  turnTokens: guarded(
+    async (turnId) => (await api.post("/turn_tokens", { ...here(), turn: turnId })).tokens,
+  ),
   configure: guarded(async (settings) => {
     if (!state.session) {
       const { sampling = {}, ...rest } = settings;
-      const drawn = Object.entries({ ...state.draft.sampling, ...sampling }).filter(([, value]) => value !== null);
+      const drawn = Object.entries({ ...state.draft.sampling, ...sampling }).filter(
+        ([, value]) => value !== null,
+      );
       state.draft = { ...state.draft, ...rest, sampling: Object.fromEntries(drawn) };
       touch("session");
       return;
@@ -369,7 +472,8 @@ const verbs = {
   exportSession: guarded((id) => api.get(`/sessions/${id}/export`)),
   importSession: guarded(async (data) => {
     const take = (id) => api.post(`/sessions/import?id=${encodeURIComponent(id)}`, data);
-    const told = await take(data.id).catch((error) => { // the server knows which ids are free; the list may be short or old
+    const told = await take(data.id).catch((error) => {
+      // the server knows which ids are free; the list may be short or old
       if (error.code !== "session_exists") throw error;
       return take(`${data.id.slice(0, 100)}-${Math.random().toString(36).slice(2, 8)}`);
     });
@@ -381,12 +485,26 @@ const verbs = {
     state.count = await api.post("/count", { ...where, message });
     touch("count");
   }),
-  search: (text) => { state.search = text; return list(); },
-  setKey: (value) => { api.key.set(value); state.needsKey = false; return list(); },
+  search: (text) => {
+    state.search = text;
+    return list();
+  },
+  setKey: (value) => {
+    api.key.set(value);
+    state.needsKey = false;
+    return list();
+  },
 };
 
 export const store = {
-  state, subscribe, touch, open, list, clear, siblings, renderer,
+  state,
+  subscribe,
+  touch,
+  open,
+  list,
+  clear,
+  siblings,
+  renderer,
   do: verbs,
   start(handlers) {
     onError = handlers.error;
