@@ -10,7 +10,8 @@ import { siblingsOf, turnOf } from "./turns.js";
 import { h, iconButton } from "./ui.js";
 
 /** @import { WordKey } from "./i18n.js" */
-/** @import { Live, State, Store, View } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { Live, State, View } from "./types.js" */
 
 /** @typedef {{element: HTMLElement, mark: string, update?: (live: Live) => void}} Shown `mark` changes with its content. */
 

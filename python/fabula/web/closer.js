@@ -6,7 +6,8 @@ import { visibleTokens } from "./story_text.js";
 import { turnOf } from "./turns.js";
 import { closest, h } from "./ui.js";
 
-/** @import { Alternative, Store, Turn } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { Alternative, Turn } from "./types.js" */
 
 const WAIT_MS = 120; // the pointer must rest this long on a token
 

@@ -4,7 +4,8 @@ import { draftKey, loadDraft, saveDraft } from "./drafts.js";
 import { t } from "./i18n.js";
 import { h, icon } from "./ui.js";
 
-/** @import { Change, State, Store } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { Change, State } from "./types.js" */
 
 const COUNT_MS = 400; // after the last key, before the message is counted
 

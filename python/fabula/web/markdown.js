@@ -3,7 +3,7 @@
 import { t } from "./i18n.js";
 import { copy, h, iconButton, toast } from "./ui.js";
 
-/** @import { Store } from "./types.js" */
+/** @import { Store } from "./store.js" */
 
 /** @type {WeakMap<HTMLElement, string[]>} The blocks an element shows. */
 const shown = new WeakMap();

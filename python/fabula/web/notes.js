@@ -6,7 +6,8 @@ import { endedNote, piecesOf } from "./story_text.js";
 import { turnOf } from "./turns.js";
 import { dialog, h, iconButton } from "./ui.js";
 
-/** @import { State, Store, Turn } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { State, Turn } from "./types.js" */
 
 /** @param {State} state */
 const pathOf = (state) => state.path.map((id) => turnOf(state.turns, id));

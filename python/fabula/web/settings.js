@@ -3,7 +3,8 @@
 import { t } from "./i18n.js";
 import { dialog, h } from "./ui.js";
 
-/** @import { PolicyName, Store } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { PolicyName } from "./types.js" */
 
 /** @typedef {"temperature" | "top_p" | "top_k" | "min_p" | "repetition_penalty"} RangeName */
 

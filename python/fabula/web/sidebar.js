@@ -6,7 +6,8 @@ import { showKeys } from "./keys.js";
 import { hiddenSessions, removeLater } from "./page.js";
 import { ask, download, h, icon, iconButton, menu, toast } from "./ui.js";
 
-/** @import { MenuItem, SessionFile, SessionSummary, State, Store } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { MenuItem, SessionFile, SessionSummary, State } from "./types.js" */
 
 const SEARCH_MS = 150; // after the last key, before the list is asked for
 

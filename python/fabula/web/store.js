@@ -8,7 +8,8 @@ import { verbs } from "./verbs.js";
 const READY_MS = 15_000; // between two checks of a server that is ready
 const WAITING_MS = 700; // while it is loading or away
 
-async function checkHealth() {
+/** Asks how the server is. One that is back after a pause may have changed meanwhile: what is shown is loaded again. */
+export async function checkHealth() {
   const { health: before, online: wasOnline } = state;
   try {
     state.health = await api.health();
@@ -33,6 +34,8 @@ async function watchHealth() {
     await new Promise((resolve) => setTimeout(resolve, wait));
   }
 }
+
+/** @typedef {typeof store} Store */
 
 export const store = {
   state,

@@ -15,7 +15,8 @@ import { continuation, textOf } from "./story_text.js";
 import { turnOf } from "./turns.js";
 import { download, h, icon, iconButton, menu } from "./ui.js";
 
-/** @import { Change, MenuItem, State, Store, View } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { Change, MenuItem, State, View } from "./types.js" */
 
 const N_CONTINUATIONS = 3; // offered at once
 const N_TOKENS = 60; // of a continuation, unless the settings say how long

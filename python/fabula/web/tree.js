@@ -9,7 +9,8 @@ import { tagItems } from "./turn.js";
 import { childrenOf, countBelow } from "./turns.js";
 import { closest, h, iconButton, menu, svg } from "./ui.js";
 
-/** @import { Anchor, MenuItem, State, Store, Turn, View } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { Anchor, MenuItem, State, Turn, View } from "./types.js" */
 /** @import { Viewport } from "./tree_layout.js" */
 
 const MIN_DRAG_PX = 4; // less is a click

@@ -8,7 +8,8 @@ import { newestLeaf } from "./turns.js";
 import { ask, h, icon, iconButton, menu, toast } from "./ui.js";
 
 /** @import { WordKey } from "./i18n.js" */
-/** @import { FinishReason, Live, LiveReply, MenuItem, State, Store, Turn } from "./types.js" */
+/** @import { Store } from "./store.js" */
+/** @import { FinishReason, Live, LiveReply, MenuItem, State, Turn } from "./types.js" */
 
 /** @type {Record<FinishReason, WordKey>} */
 const REASONS = {

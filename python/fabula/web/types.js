@@ -194,7 +194,6 @@
 
 /** @typedef {"health" | "sessions" | "key" | "session" | "opened" | "tree" | "live" | "count"} Change */
 /** @typedef {(state: State, changed: Set<Change>) => void} Subscriber */
-/** @typedef {typeof import("./store.js").store} Store */
 /** @typedef {{unmount: () => void}} View */
 
 // ---- Elements ----

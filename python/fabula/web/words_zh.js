@@ -1,6 +1,6 @@
 // The page's words in Chinese, with the keys of words_en.js.
 
-/** @type {Record<import("./i18n.js").WordKey, string>} */
+/** @type {Record<keyof typeof import("./words_en.js").en, string>} */
 export const zh = {
   // The list of conversations
   newChat: "新对话",
