@@ -1,4 +1,5 @@
-// The modules as a graph: no circle, nothing unused, and everything the page needs first is preloaded.
+// The modules as a graph: no circle, nothing unused, and everything the page needs first is
+// preloaded.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";

@@ -1,4 +1,5 @@
-// What is around the views: addresses, keyboard shortcuts, the status line, and actions that can be taken back.
+// What is around the views: addresses, keyboard shortcuts, the status line, and actions that can be
+// taken back.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";

@@ -1,5 +1,5 @@
-// The store against a server that is played by this file: what a reply, a lost connection or another page's change does to
-// the state.
+// The store against a server that is played by this file: what a reply, a lost connection or
+// another page's change does to the state.
 
 import assert from "node:assert/strict";
 import { after, beforeEach, test } from "node:test";

@@ -3,7 +3,8 @@
 /** @typedef {"chat" | "tree" | "story"} ViewName */
 
 /**
- * "#/story/abc" is the story of the session "abc"; without a view it is the chat, without an id a new session.
+ * "#/story/abc" is the story of the session "abc"; without a view it is the chat, without an id a
+ * new session.
  * @param {string} hash
  * @returns {{view: ViewName, id: string}}
  */

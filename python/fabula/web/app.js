@@ -1,5 +1,5 @@
-// Puts the page together: the list of conversations, the view that the address asks for, the tree next to a chat, keyboard
-// shortcuts and notices. No other module imports this one.
+// Puts the page together: the list of conversations, the view that the address asks for, the tree
+// next to a chat, keyboard shortcuts and notices. No other module imports this one.
 
 import { parseAddress } from "./address.js";
 import { key } from "./api.js";
@@ -33,7 +33,7 @@ document.body.append(
   h("div.content", {}, opener, status, h("div.views", {}, main, aside)),
 );
 
-// ---- Views ----------------------------------------------------------------------------------------------------------
+// ---- Views --------------------------------------------------------------------------------------
 
 /** @type {View | null} */
 let view = null;
@@ -92,7 +92,7 @@ treePanel.onchange = placeTree;
 addEventListener("hashchange", route);
 addEventListener("pagehide", runPending);
 
-// ---- Notices --------------------------------------------------------------------------------------------------------
+// ---- Notices ------------------------------------------------------------------------------------
 
 let isAsking = false;
 
@@ -104,7 +104,7 @@ async function askForKey() {
   isAsking = false;
   if (!value) return;
   await store.do.setKey(value.trim());
-  if (!store.state.needsKey) route(); // what the address asks for could not be opened without the key
+  if (!store.state.needsKey) route(); // it could not open the session without the key
 }
 
 store.subscribe((state, changed) => {
@@ -120,7 +120,7 @@ store.subscribe((state, changed) => {
   }
 });
 
-// ---- Keys -----------------------------------------------------------------------------------------------------------
+// ---- Keys ---------------------------------------------------------------------------------------
 
 /** @type {Record<Action, () => unknown>} */
 const actions = {
@@ -157,7 +157,7 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// ---- Start ----------------------------------------------------------------------------------------------------------
+// ---- Start --------------------------------------------------------------------------------------
 
 mountSidebar(sidebar, store);
 store.start({

@@ -1,4 +1,5 @@
-// The chat: the turns from the first to the head, replies that are being generated, and the composer.
+// The chat: the turns from the first to the head, replies that are being generated, and the
+// composer.
 
 import { mountComposer } from "./composer.js";
 import { t } from "./i18n.js";
@@ -131,12 +132,13 @@ export function mountChat(root, store) {
   /** @param {State} state */
   function draw(state) {
     const wanted = contents(state).map((one) => one.element);
+    const isWanted = new Set(wanted);
     wanted.forEach((element, i) => {
       if (log.children[i] !== element) log.insertBefore(element, log.children[i] || null);
     });
     while (log.children.length > wanted.length) log.lastElementChild?.remove();
     for (const [key, { element }] of shown) {
-      if (shown.size > MAX_SHOWN && !wanted.includes(element)) shown.delete(key);
+      if (shown.size > MAX_SHOWN && !isWanted.has(element)) shown.delete(key);
     }
     const isAnswering = state.live.size > 0;
     log.setAttribute("aria-busy", String(isAnswering));

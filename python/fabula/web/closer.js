@@ -1,5 +1,6 @@
-// A closer look at a story: the model's text as the tokens it was sampled as. Pointing at one, or going there with the arrow
-// keys, shows the alternatives with their probabilities; choosing one branches off there.
+// A closer look at a story: the model's text as the tokens it was sampled as. Pointing at one, or
+// going there with the arrow keys, shows the alternatives with their probabilities; choosing one
+// branches off there.
 
 import { t } from "./i18n.js";
 import { visibleTokens } from "./story_text.js";

@@ -1,4 +1,5 @@
-// Where a message is written. It grows with its text, keeps its draft over reloads, and says when the message does not fit.
+// Where a message is written. It grows with its text, keeps its draft over reloads, and says when
+// the message does not fit.
 
 import { draftKey, loadDraft, saveDraft } from "./drafts.js";
 import { t } from "./i18n.js";

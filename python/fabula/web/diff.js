@@ -3,7 +3,7 @@
 /**
  * @param {string[]} a
  * @param {string[]} b
- * @returns {[boolean[], boolean[]]} For each word of a and of b whether it is in the longest common subsequence. Takes
+ * @returns {[boolean[], boolean[]]} For each word of a, and of b, whether it is common. Takes
  *   a.length * b.length steps and as many numbers of 16 bits.
  */
 export function common(a, b) {

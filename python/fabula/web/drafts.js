@@ -1,5 +1,6 @@
-// Text that is written and not sent yet. It survives a reload and belongs to its tab: two tabs write two messages. Drafts of
-// an existing session are also found by tabs that are opened later; a new session has no id to find its draft by.
+// Text that is written and not sent yet. It survives a reload and belongs to its tab: two tabs
+// write two messages. Drafts of an existing session are also found by tabs that are opened later; a
+// new session has no id to find its draft by.
 
 /** @import { State } from "./types.js" */
 

@@ -58,7 +58,8 @@ export const hasLanded = (live, turns) =>
   [...turns.values()].some((turn) => !live.before.has(turn.id) && turn.parent_id === live.parentId);
 
 /**
- * The turns that stand before a reply on screen: a reply that becomes the head hides those after its parent.
+ * The turns that stand before a reply on screen: a reply that becomes the head hides those after
+ * its parent.
  * @param {string[]} path
  * @param {Live | undefined} leading The stream whose reply becomes the head, if there is one.
  */

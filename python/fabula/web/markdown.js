@@ -1,4 +1,5 @@
-// Markdown as elements. The HTML comes from the server, which has sanitized it; the rest of the page sets text only.
+// Markdown as elements. The HTML comes from the server, which has sanitized it; the rest of the
+// page sets text only.
 
 import { t } from "./i18n.js";
 import { copy, h, iconButton, toast } from "./ui.js";

@@ -1,5 +1,6 @@
-// Notes and lore of a story: what the model reads and the story does not show. Each is a turn of the tree that never changes,
-// so its prefill is paid once. Editing a note makes another branch: the tree keeps both.
+// Notes and lore of a story: what the model reads and the story does not show. Each is a turn of
+// the tree that never changes, so its prefill is paid once. Editing a note makes another branch:
+// the tree keeps both.
 
 import { t } from "./i18n.js";
 import { endedNote, piecesOf } from "./story_text.js";
@@ -25,8 +26,8 @@ function nNotesInFront(state) {
 const hasStarted = (state) => nNotesInFront(state) < state.path.length;
 
 /**
- * Writes the path again after its first `n` turns: `note` first, and without the turn `left`. What the model wrote becomes
- * plain text there.
+ * Writes the path again after its first `n` turns: `note` first, and without the turn `left`. What
+ * the model wrote becomes plain text there.
  * @param {Store} store
  * @param {number} n
  * @param {string | null} note

@@ -1,5 +1,5 @@
-// What views may ask of the page around them: announce something, show the tree, delete with a way to take it back.
-// app.js puts the page together; views import this file, never app.js.
+// What views may ask of the page around them: announce something, show the tree, delete with a way
+// to take it back. app.js puts the page together; views import this file, never app.js.
 
 import { t } from "./i18n.js";
 import { Pending } from "./pending.js";
@@ -11,7 +11,7 @@ import { h, toast } from "./ui.js";
 const TREE = "fabula.tree"; // in the browser's storage: whether the tree is shown next to a chat
 const UNDO_S = 8;
 
-// ---- Screen readers -------------------------------------------------------------------------------------------------
+// ---- Screen readers -----------------------------------------------------------------------------
 
 /** @type {HTMLElement | null} */
 let announcer = null;
@@ -30,7 +30,7 @@ export function announce(text) {
   requestAnimationFrame(() => void (target.textContent = text));
 }
 
-// ---- The tree next to a chat ----------------------------------------------------------------------------------------
+// ---- The tree next to a chat --------------------------------------------------------------------
 
 /** The tree next to a chat. app.js shows it and sets these fields. */
 export const treePanel = {
@@ -50,7 +50,7 @@ export const treePanel = {
   },
 };
 
-// ---- Actions that can be taken back ---------------------------------------------------------------------------------
+// ---- Actions that can be taken back -------------------------------------------------------------
 
 const pending = new Pending();
 
@@ -74,7 +74,10 @@ export function later(text, work, undo) {
   const close = toast(text, { seconds: UNDO_S, action: [t("undo"), onUndo] });
 }
 
-/** Sessions that the list hides: they will be deleted unless the user takes it back. @type {Set<string>} */
+/**
+ * Sessions that the list hides: they will be deleted unless the user takes it back. @type
+ * {Set<string>}
+ */
 export const hiddenSessions = new Set();
 
 /** @param {SessionSummary} session */

@@ -5,7 +5,8 @@ export class Pending {
   #actions = new Set();
 
   /**
-   * Runs an action after a while. Returns a function that takes it back: true if it was not too late.
+   * Runs an action after a while. Returns a function that takes it back: true if it was not too
+   * late.
    * @param {() => void} work
    * @param {number} ms
    * @returns {() => boolean}

@@ -1,5 +1,5 @@
-// Markdown to HTML, by the server. Requests are batched. Of a text that grows, blocks that cannot change any more are kept and
-// only the rest is sent.
+// Markdown to HTML, by the server. Requests are batched. Of a text that grows, blocks that cannot
+// change any more are kept and only the rest is sent.
 
 /** @import { GrowingText, Rendered } from "./types.js" */
 
@@ -77,7 +77,8 @@ export class Renderer {
   }
 
   /**
-   * Keeps `growing.blocks` up to date with `growing.text`; call it after each change. `done` is called after each update.
+   * Keeps `growing.blocks` up to date with `growing.text`; call it after each change. `done` is
+   * called after each update.
    * @param {GrowingText} growing
    * @param {() => void} done
    */

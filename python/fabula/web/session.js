@@ -1,7 +1,7 @@
 // The open session: loads it, follows its events, and reads the streams of replies into the state.
 //
-// A reply is generated in the background on the server. Its stream is read here, joined again when the connection breaks,
-// and found again after a reload through the session's own events.
+// A reply is generated in the background on the server. Its stream is read here, joined again when
+// the connection breaks, and found again after a reload through the session's own events.
 
 import * as api from "./api.js";
 import { t } from "./i18n.js";
@@ -109,7 +109,7 @@ export async function showCreated(id) {
   follow(id);
 }
 
-// ---- Events of the session ------------------------------------------------------------------------------------------
+// ---- Events of the session ----------------------------------------------------------------------
 
 /**
  * Follows what happens to the session, on other pages too, for as long as it is open.
@@ -156,7 +156,7 @@ async function onSessionEvent({ event, data }, isAgain) {
   else await reload();
 }
 
-// ---- Streams of replies ---------------------------------------------------------------------------------------------
+// ---- Streams of replies -------------------------------------------------------------------------
 
 /**
  * Reads a reply that another page began. A stream that is gone by now has its turn in the tree.
@@ -172,10 +172,12 @@ function join(start) {
 }
 
 /**
- * Reads a stream until it ends or another session is opened; a connection that breaks is made again.
+ * Reads a stream until it ends or another session is opened; a connection that breaks is made
+ * again.
  * @param {() => AsyncGenerator<StreamEvent>} connect
  * @param {string | null} [streamId] Its id if it is known before its first event.
- * @returns {Promise<boolean>} Whether the tree has what was asked for; true also if another session is open by now.
+ * @returns {Promise<boolean>} Whether the tree has what was asked for; true also if another session
+ *   is open by now.
  */
 export async function read(connect, streamId = null) {
   /** @type {Live | null} */

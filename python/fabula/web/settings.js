@@ -1,4 +1,5 @@
-// Settings of a session: the system prompt, how tokens are sampled, and what happens when the context is full.
+// Settings of a session: the system prompt, how tokens are sampled, and what happens when the
+// context is full.
 
 import { t } from "./i18n.js";
 import { dialog, h } from "./ui.js";

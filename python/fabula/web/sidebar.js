@@ -1,5 +1,5 @@
-// The list of conversations: search, open, rename, tag, import, export, and delete with a way to take it back. Below it the
-// model.
+// The list of conversations: search, open, rename, tag, import, export, and delete with a way to
+// take it back. Below it the model.
 
 import { language, languages, setLanguage, t } from "./i18n.js";
 import { showKeys } from "./keys.js";
@@ -12,7 +12,8 @@ import { ask, download, h, icon, iconButton, menu, toast } from "./ui.js";
 const SEARCH_MS = 150; // after the last key, before the list is asked for
 
 /**
- * A file that /sessions/{id}/export made; null if the text is something else. The server checks the rest.
+ * A file that /sessions/{id}/export made; null if the text is something else. The server checks the
+ * rest.
  * @param {string} text
  * @returns {SessionFile | null}
  */

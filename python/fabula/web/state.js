@@ -1,4 +1,5 @@
-// The page's state, in one place. Views subscribe and redraw from it; only session.js and verbs.js change it.
+// The page's state, in one place. Views subscribe and redraw from it; only session.js and verbs.js
+// change it.
 
 import * as api from "./api.js";
 import { t } from "./i18n.js";
@@ -35,7 +36,7 @@ export const state = {
 
 export const forgetSession = () => void Object.assign(state, noSession());
 
-// ---- Changes --------------------------------------------------------------------------------------------------------
+// ---- Changes ------------------------------------------------------------------------------------
 
 /** @type {Set<Subscriber>} */
 const subscribers = new Set();
@@ -46,10 +47,11 @@ let hasTimer = false;
 let notifiedAt = 0;
 
 /**
- * Reports a change. Subscribers are notified with the next frame; of text that grows, eight times a second at most.
+ * Reports a change. Subscribers are notified with the next frame; of text that grows, eight times a
+ * second at most.
  *
- * "session" is any change of the settings. "opened" means that another session, or none, is shown now: text that the
- * user is writing is replaced only then.
+ * "session" is any change of the settings. "opened" means that another session, or none, is shown
+ * now: text that the user is writing is replaced only then.
  * @param {Change[]} changes
  */
 export function touch(...changes) {
@@ -81,7 +83,8 @@ function notify() {
 }
 
 /**
- * Calls a function with the state and what changed, once a frame at most. Returns a function that unsubscribes it.
+ * Calls a function with the state and what changed, once a frame at most. Returns a function that
+ * unsubscribes it.
  * @param {Subscriber} subscriber
  */
 export function subscribe(subscriber) {
@@ -89,7 +92,7 @@ export function subscribe(subscriber) {
   return () => void subscribers.delete(subscriber);
 }
 
-// ---- Errors ---------------------------------------------------------------------------------------------------------
+// ---- Errors -------------------------------------------------------------------------------------
 
 /** What the page does with errors and notices; app.js sets it. */
 export const handlers = {
@@ -100,7 +103,8 @@ export const handlers = {
 };
 
 /**
- * Reports an error of a request: asks for an API key on 401, says that the server is away when it cannot be reached.
+ * Reports an error of a request: asks for an API key on 401, says that the server is away when it
+ * cannot be reached.
  * @param {unknown} error
  */
 export function fail(error) {

@@ -8,7 +8,10 @@ import { verbs } from "./verbs.js";
 const READY_MS = 15_000; // between two checks of a server that is ready
 const WAITING_MS = 700; // while it is loading or away
 
-/** Asks how the server is. One that is back after a pause may have changed meanwhile: what is shown is loaded again. */
+/**
+ * Asks how the server is. One that is back after a pause may have changed meanwhile: what is shown
+ * is loaded again.
+ */
 export async function checkHealth() {
   const { health: before, online: wasOnline } = state;
   try {

@@ -1,8 +1,9 @@
-// The story: one growing text that the user and the model write together; the tree keeps every version.
+// The story: one growing text that the user and the model write together; the tree keeps every
+// version.
 //
-// The text on the page is that of the path. Text that is added at its end goes to the model with the next continuation. A
-// change further up goes back to the turn before the change and writes the rest again as one piece: nothing is overwritten,
-// the earlier version stays in the tree.
+// The text on the page is that of the path. Text that is added at its end goes to the model with
+// the next continuation. A change further up goes back to the turn before the change and writes the
+// rest again as one piece: nothing is overwritten, the earlier version stays in the tree.
 
 import { closerElement } from "./closer.js";
 import { draftKey, loadDraft, saveDraft } from "./drafts.js";
@@ -137,7 +138,8 @@ export function mountStory(root, store) {
   }
 
   /**
-   * Continues the story at the cursor; several continuations are offered as cards. Stops the model while it is writing.
+   * Continues the story at the cursor; several continuations are offered as cards. Stops the model
+   * while it is writing.
    * @param {number} n
    */
   async function continueStory(n) {
@@ -235,7 +237,8 @@ export function mountStory(root, store) {
   }
 
   /**
-   * Continuations to choose from: those that are being generated, else the turns that follow the head.
+   * Continuations to choose from: those that are being generated, else the turns that follow the
+   * head.
    * @param {State} state
    */
   function cardElements(state) {

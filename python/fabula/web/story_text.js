@@ -1,4 +1,5 @@
-// The text of a story as data: what the path says, what changed in it, and the pieces it is written from.
+// The text of a story as data: what the path says, what changed in it, and the pieces it is written
+// from.
 
 import { turnOf } from "./turns.js";
 
@@ -38,7 +39,8 @@ export function difference({ turns, path }, text) {
 /**
  * What to continue when the user asks for it with the cursor at an offset.
  *
- * Text after the cursor that the tree has is dropped, it can be found again; text that is in no turn yet is kept.
+ * Text after the cursor that the tree has is dropped, it can be found again; text that is in no
+ * turn yet is kept.
  * @param {Path} path
  * @param {string} paper
  * @param {number} cursor
@@ -51,8 +53,8 @@ export function continuation(path, paper, cursor) {
 }
 
 /**
- * The pieces that write turns again, with text that the model wrote as plain text. Neighboring pieces of the story become
- * one; notes stay on their own.
+ * The pieces that write turns again, with text that the model wrote as plain text. Neighboring
+ * pieces of the story become one; notes stay on their own.
  * @param {Turn[]} turns
  * @param {string | null} [note] A note that comes first.
  */
@@ -74,8 +76,8 @@ export function piecesOf(turns, note = null) {
 export const endedNote = (text) => (/\n\s*$/.test(text) ? text : `${text.trimEnd()}\n\n`);
 
 /**
- * Tokens with a place in a reply's text. The text may end before its last token: at a stop string, or before an end
- * token.
+ * Tokens with a place in a reply's text. The text may end before its last token: at a stop string,
+ * or before an end token.
  * @param {Token[]} tokens
  * @param {string} text
  */

@@ -66,7 +66,7 @@ export function mountTree(root, store, { full }) {
   );
   root.append(header, h("div.tree-box", {}, canvas, empty));
 
-  // ---- The view -----------------------------------------------------------------------------------------------------
+  // ---- The view ---------------------------------------------------------------------------------
 
   const screen = () => ({ width: canvas.clientWidth, height: canvas.clientHeight });
 
@@ -100,10 +100,11 @@ export function mountTree(root, store, { full }) {
     if (position && canvas.clientWidth) show(revealed(view, position, screen()));
   }
 
-  // ---- Drawing ------------------------------------------------------------------------------------------------------
+  // ---- Drawing ----------------------------------------------------------------------------------
 
   /**
-   * What the tree shows below a node: turns that are not hidden or folded, then replies that are being generated.
+   * What the tree shows below a node: turns that are not hidden or folded, then replies that are
+   * being generated.
    * @param {State} state
    * @returns {(id: string) => string[]}
    */
@@ -171,7 +172,7 @@ export function mountTree(root, store, { full }) {
     }
   }
 
-  // ---- What can be done ---------------------------------------------------------------------------------------------
+  // ---- What can be done -------------------------------------------------------------------------
 
   /** @param {string} id */
   const go = (id) => store.do.rollback(id);
@@ -239,7 +240,7 @@ export function mountTree(root, store, { full }) {
     later(t("pruned", { n }), () => void store.do.prune(id).then(showAgain), showAgain);
   }
 
-  // ---- Pointer and keyboard -----------------------------------------------------------------------------------------
+  // ---- Pointer and keyboard ---------------------------------------------------------------------
 
   /** @param {Event} event */
   const nodeOf = (event) => /** @type {SVGGElement | null} */ (closest(event, ".node"));
@@ -347,7 +348,7 @@ export function mountTree(root, store, { full }) {
     return undefined;
   }
 
-  // ---- Begin --------------------------------------------------------------------------------------------------------
+  // ---- Begin ------------------------------------------------------------------------------------
 
   const observer = new ResizeObserver(() => {
     if (!isMoved) fit();

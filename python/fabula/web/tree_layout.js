@@ -1,7 +1,8 @@
 // Where the nodes of a tree lie, and which part of them the screen shows. Pure arithmetic.
 //
-// Parents lie above their children, in the middle of them; no two nodes overlap. Positions are those of a node's middle at
-// its top edge. A view maps them to the screen: screen = position * scale + (x, y).
+// Parents lie above their children, in the middle of them; no two nodes overlap. Positions are
+// those of a node's middle at its top edge. A view maps them to the screen: screen = position *
+// scale + (x, y).
 
 export const STEP_X = 168;
 export const STEP_Y = 84;
@@ -18,7 +19,8 @@ const MARGIN = 20;
 /** @typedef {{width: number, height: number}} Size */
 
 /**
- * Positions of all nodes, parents before their children. Linear in their number, and without recursion: a chat may be deep.
+ * Positions of all nodes, parents before their children. Linear in their number, and without
+ * recursion: a chat may be deep.
  * @param {(id: string) => string[]} childrenOf The root is "".
  * @returns {Map<string, Point>}
  */

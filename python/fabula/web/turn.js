@@ -28,8 +28,8 @@ const detailed = new Set();
 const messageElement = (text) => h("div.said", {}, h("span.sr-only", {}, `${t("you")}: `), text);
 
 /**
- * Lets the user edit a text in its place. Enter submits a message; a reply may have lines of its own, so there it is
- * Ctrl+Enter.
+ * Lets the user edit a text in its place. Enter submits a message; a reply may have lines of its
+ * own, so there it is Ctrl+Enter.
  * @param {HTMLElement} place What the form replaces while it is open.
  * @param {string} text
  * @param {{label: string, hasLines: boolean, change: (text: string) => void}} options
@@ -225,7 +225,7 @@ export function tagItems(store, turn) {
   return [[t("tagTurn"), add], ...turn.tags.map(removal)];
 }
 
-// ---- Replies that have no turn --------------------------------------------------------------------------------------
+// ---- Replies that have no turn ------------------------------------------------------------------
 
 /**
  * A reply that is being generated. `update` shows how far it is.
@@ -277,7 +277,8 @@ export function speedText(reply, now) {
 }
 
 /**
- * What was seen of a reply that the server lost when it ended. The text stays and its message can be sent again.
+ * What was seen of a reply that the server lost when it ended. The text stays and its message can
+ * be sent again.
  * @param {Store} store
  * @param {NonNullable<State["lost"]>} lost
  */

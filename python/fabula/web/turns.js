@@ -1,4 +1,5 @@
-// The open session's tree as data: pure functions on a Map of turns by id. "" is the empty start, which is no turn.
+// The open session's tree as data: pure functions on a Map of turns by id. "" is the empty start,
+// which is no turn.
 
 /** @import { Turn, TurnJson, Turns } from "./types.js" */
 

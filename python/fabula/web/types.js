@@ -1,5 +1,6 @@
-// Types only: the JSON that the server sends, as far as the page reads it, and the page's own state. No module loads this
-// file in the browser; `tsc` reads it. Field names are those of the API (see /docs of a running server).
+// Types only: the JSON that the server sends, as far as the page reads it, and the page's own
+// state. No module loads this file in the browser; `tsc` reads it. Field names are those of the API
+// (see /docs of a running server).
 
 // ---- Sessions and turns ----
 
@@ -134,10 +135,10 @@
 
 /**
  * @typedef {{id: number, event: "state", data: {head_id: string, streams: StreamStart[]}}
- *   | {id: number, event: "begun", data: StreamStart}
- *   | {id: number, event: "ended", data: {stream_id: string}}
- *   | {id: number, event: "head" | "tree" | "tags" | "settings", data: {head_id: string}}
- *   | {id: number, event: "deleted", data: object}} SessionEvent An event of GET /sessions/{id}/events.
+ *   | {id: number, event: "begun", data: StreamStart}   | {id: number, event: "ended", data:
+ * {stream_id: string}}   | {id: number, event: "head" | "tree" | "tags" | "settings", data:
+ * {head_id: string}}   | {id: number, event: "deleted", data: object}} SessionEvent An event of GET
+ * /sessions/{id}/events.
  */
 
 // ---- The page's state ----
@@ -156,8 +157,8 @@
 
 /**
  * @typedef {GrowingText & {
- *   done: boolean, result: ReplyResult | null, nTokens: number, firstAt?: number,
- * }} LiveReply A reply that is being generated. `firstAt`: performance.now() of its first token on the page.
+ *   done: boolean, result: ReplyResult | null, nTokens: number, firstAt?: number, }} LiveReply A
+ * reply that is being generated. `firstAt`: performance.now() of its first token on the page.
  */
 
 /**

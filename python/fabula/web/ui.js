@@ -1,10 +1,11 @@
-// Elements, messages, dialogs and menus: what every view is built from. Text is set as text, never as HTML.
+// Elements, messages, dialogs and menus: what every view is built from. Text is set as text, never
+// as HTML.
 
 /** @import { Anchor, Child, ElementOf, MenuItem, Props } from "./types.js" */
 
 /**
- * Makes an element: h("button.quiet", {onclick, title}, "Save"). Properties and children that are null, undefined or false
- * are left out.
+ * Makes an element: h("button.quiet", {onclick, title}, "Save"). Properties and children that are
+ * null, undefined or false are left out.
  * @template {string} Name
  * @param {Name} name Tag and classes.
  * @param {Props} [props] Properties of the element, attributes, and listeners as "onclick".
@@ -109,7 +110,7 @@ export function closest(event, selector) {
   return event.target instanceof Element ? event.target.closest(selector) : null;
 }
 
-// ---- Messages -------------------------------------------------------------------------------------------------------
+// ---- Messages -----------------------------------------------------------------------------------
 
 /** @type {HTMLElement | null} */
 let toasts = null;
@@ -142,7 +143,7 @@ export function toast(text, { action = null, seconds = 6, kind = "" } = {}) {
   return close;
 }
 
-// ---- Dialogs and menus ----------------------------------------------------------------------------------------------
+// ---- Dialogs and menus --------------------------------------------------------------------------
 
 /**
  * Shows a dialog; returns a function that closes it. Escape and a click outside close it too.
@@ -246,10 +247,11 @@ export function menu(anchor, items) {
   buttons[0]?.focus();
 }
 
-// ---- Text and files -------------------------------------------------------------------------------------------------
+// ---- Text and files -----------------------------------------------------------------------------
 
 /**
- * Copies text. Resolves to whether it worked. Over plain HTTP from another machine there is no navigator.clipboard.
+ * Copies text. Resolves to whether it worked. Over plain HTTP from another machine there is no
+ * navigator.clipboard.
  * @param {string} text
  */
 export async function copy(text) {

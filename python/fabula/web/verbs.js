@@ -1,4 +1,5 @@
-// What the user can do: one function per action. Each reports its own errors and resolves to undefined then.
+// What the user can do: one function per action. Each reports its own errors and resolves to
+// undefined then.
 
 import * as api from "./api.js";
 import { list, read, reload, setHead, showCreated, visitor } from "./session.js";
@@ -9,7 +10,7 @@ import { titleOf } from "./turns.js";
  * @import { Alternative, Count, Draft, HeadReply, PolicyName, Sampling, Session, SessionFile, SessionRef, Token } from "./types.js"
  */
 
-// ---- Bodies ---------------------------------------------------------------------------------------------------------
+// ---- Bodies -------------------------------------------------------------------------------------
 
 /** The open session. Views offer its verbs only while there is one. */
 function here() {
@@ -24,7 +25,8 @@ function here() {
 const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft });
 
 /**
- * The same for a story. One that outgrows the context drops its oldest pieces, unless it was set to stop.
+ * The same for a story. One that outgrows the context drops its oldest pieces, unless it was set to
+ * stop.
  * @param {string} text
  */
 function openingStory(text) {
@@ -34,7 +36,8 @@ function openingStory(text) {
 }
 
 /**
- * Settings of a new session with some of them changed; null puts a sampling setting back to its default.
+ * Settings of a new session with some of them changed; null puts a sampling setting back to its
+ * default.
  * @param {Draft} draft
  * @param {Partial<Draft>} changes
  * @returns {Draft}
@@ -45,7 +48,7 @@ export function changedDraft(draft, { sampling = {}, ...rest }) {
   return { ...draft, ...rest, sampling: Object.fromEntries(given) };
 }
 
-// ---- Replies --------------------------------------------------------------------------------------------------------
+// ---- Replies ------------------------------------------------------------------------------------
 
 /** Starts a reply and reads it to its end. Resolves to whether the tree has it. */
 const generate = guarded((/** @type {string} */ path, /** @type {object} */ body) =>
@@ -66,7 +69,10 @@ async function send(message) {
 const continueStory = async (prompt, sampling = {}) =>
   generate("/story", { ...openingStory(prompt), ...sampling, ...(prompt ? { prompt } : {}) });
 
-/** Adds text to the story, or a note for the model, without a reply. Resolves to whether it is there. */
+/**
+ * Adds text to the story, or a note for the model, without a reply. Resolves to whether it is
+ * there.
+ */
 const write = guarded(async (/** @type {string} */ text, /** @type {boolean} */ frozen = false) => {
   const isHere = visitor();
   const isNew = !state.session;
@@ -111,7 +117,7 @@ const forkAt = guarded(
 
 const stop = guarded(async () => api.post("/stop", here()));
 
-// ---- The tree -------------------------------------------------------------------------------------------------------
+// ---- The tree -----------------------------------------------------------------------------------
 
 /** Makes a turn the head; "" is the empty start. */
 const rollback = guarded(async (/** @type {string} */ turn) => {
@@ -168,7 +174,7 @@ const turnTokens = guarded(async (/** @type {string} */ turn) => {
   return reply.tokens;
 });
 
-// ---- Sessions -------------------------------------------------------------------------------------------------------
+// ---- Sessions -----------------------------------------------------------------------------------
 
 /** Changes settings of the open session, or of the one to come. */
 const configure = guarded(
