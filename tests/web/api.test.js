@@ -3,7 +3,8 @@ import { beforeEach, test } from "node:test";
 
 import "./browser.js";
 import * as api from "../../python/fabula/web/api.js";
-import { EventParser, parseEvent } from "../../python/fabula/web/sse.js";
+
+const { EventParser, parseEvent } = api;
 
 let requests = [];
 

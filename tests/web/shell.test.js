@@ -5,11 +5,9 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import "./browser.js";
-import { parseAddress } from "../../python/fabula/web/address.js";
 import { actionOf } from "../../python/fabula/web/keys.js";
-import { Pending } from "../../python/fabula/web/pending.js";
+import { parseAddress, Pending, statusText } from "../../python/fabula/web/page.js";
 import { parseSessionFile, parseTags } from "../../python/fabula/web/sidebar.js";
-import { statusText } from "../../python/fabula/web/status.js";
 import { detailsText, speedText } from "../../python/fabula/web/turn.js";
 import { changedDraft } from "../../python/fabula/web/verbs.js";
 

@@ -1,19 +1,17 @@
 // Puts the page together: the list of conversations, the view that the address asks for, the tree
 // next to a chat, keyboard shortcuts and notices. No other module imports this one.
 
-import { parseAddress } from "./address.js";
 import { key } from "./api.js";
 import { mountChat } from "./chat.js";
 import { language, t } from "./i18n.js";
 import { actionOf, showKeys } from "./keys.js";
-import { runPending, treePanel } from "./page.js";
+import { parseAddress, runPending, statusText, treePanel } from "./page.js";
 import { mountSidebar } from "./sidebar.js";
-import { statusText } from "./status.js";
 import { store } from "./store.js";
 import { ask, h, iconButton, toast } from "./ui.js";
 
 /** @import { Action } from "./keys.js" */
-/** @import { ViewName } from "./address.js" */
+/** @import { ViewName } from "./page.js" */
 /** @import { View } from "./types.js" */
 
 document.documentElement.lang = language();

@@ -1,15 +1,49 @@
-// What views may ask of the page around them: announce something, show the tree, delete with a way
-// to take it back. app.js puts the page together; views import this file, never app.js.
+// The page around the views: the address, the status line, and what views may ask for: announce
+// something, show the tree, delete with a way to take it back. app.js puts the page together; views
+// import this file, never app.js.
 
 import { t } from "./i18n.js";
-import { Pending } from "./pending.js";
 import { store } from "./store.js";
 import { h, toast } from "./ui.js";
 
-/** @import { SessionSummary } from "./types.js" */
+/** @import { ModelHealth, SessionSummary, State } from "./types.js" */
 
 const TREE = "fabula.tree"; // in the browser's storage: whether the tree is shown next to a chat
 const UNDO_S = 8;
+
+// ---- The address --------------------------------------------------------------------------------
+
+/** @typedef {"chat" | "tree" | "story"} ViewName */
+
+/**
+ * "#/story/abc" is the story of the session "abc"; without a view it is the chat, without an id a
+ * new session.
+ * @param {string} hash
+ * @returns {{view: ViewName, id: string}}
+ */
+export function parseAddress(hash) {
+  const [, view = "chat", id = ""] = hash.match(/^#\/(chat|tree|story)?\/?([A-Za-z0-9._-]*)/) || [];
+  return { view: /** @type {ViewName} */ (view), id };
+}
+
+// ---- The status line ----------------------------------------------------------------------------
+
+/**
+ * "" when everything is well.
+ * @param {Pick<State, "online" | "health">} state
+ */
+export function statusText({ online, health }) {
+  if (!online) return t("offline");
+  return (health?.models || []).map(modelText).filter(Boolean).join(" ");
+}
+
+/** @param {ModelHealth} model */
+function modelText({ name, state, progress, error }) {
+  const percent = progress ? ` ${Math.round(progress * 100)} %` : "";
+  if (state === "ready") return "";
+  if (state === "failed") return t("failedModel", { model: name, error: error || "" });
+  return t(state === "fetching" ? "fetchingModel" : "loadingModel", { model: name }) + percent;
+}
 
 // ---- Screen readers -----------------------------------------------------------------------------
 
@@ -51,6 +85,39 @@ export const treePanel = {
 };
 
 // ---- Actions that can be taken back -------------------------------------------------------------
+
+/** Actions that wait, so that the user can take them back. */
+export class Pending {
+  /** @type {Set<{run: () => void}>} */
+  #actions = new Set();
+
+  /**
+   * Runs an action after a while. Returns a function that takes it back: true if it was not too
+   * late.
+   * @param {() => void} work
+   * @param {number} ms
+   * @returns {() => boolean}
+   */
+  add(work, ms) {
+    const action = {
+      run: () => {
+        if (take()) work();
+      },
+    };
+    const take = () => {
+      clearTimeout(timer);
+      return this.#actions.delete(action);
+    };
+    const timer = setTimeout(action.run, ms);
+    this.#actions.add(action);
+    return take;
+  }
+
+  /** Runs everything that waits now: the page is being closed. */
+  runAll() {
+    for (const { run } of [...this.#actions]) run();
+  }
+}
 
 const pending = new Pending();
 
