@@ -5,7 +5,7 @@ import { key } from "./api.js";
 import { mountChat } from "./chat.js";
 import { language, t } from "./i18n.js";
 import { actionOf, showKeys } from "./keys.js";
-import { parseAddress, runPending, statusText, treePanel } from "./page.js";
+import { announce, parseAddress, runPending, statusText, treePanel } from "./page.js";
 import { mountSidebar } from "./sidebar.js";
 import { store } from "./store.js";
 import { ask, h, iconButton, toast } from "./ui.js";
@@ -30,6 +30,7 @@ document.body.append(
   shade,
   h("div.content", {}, opener, status, h("div.views", {}, main, aside)),
 );
+announce(""); // screen readers hear only what changes in an element that is there already
 
 // ---- Views --------------------------------------------------------------------------------------
 

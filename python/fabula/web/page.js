@@ -142,8 +142,8 @@ export function later(text, work, undo) {
 }
 
 /**
- * Sessions that the list hides: they will be deleted unless the user takes it back. @type
- * {Set<string>}
+ * Sessions that the list hides: they will be deleted unless the user takes it back.
+ * @type {Set<string>}
  */
 export const hiddenSessions = new Set();
 

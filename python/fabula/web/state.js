@@ -8,7 +8,10 @@ import { t } from "./i18n.js";
 
 const LIVE_MS = 125; // shortest time between two redraws of text that grows
 
-/** Settings of a new session: the preset "balanced". @returns {Draft} */
+/**
+ * Settings of a new session: the preset "balanced".
+ * @returns {Draft}
+ */
 export const newDraft = () => ({ sampling: { temperature: 0.7, top_p: 0.9, top_k: 40 } });
 
 /** What is known of the open session when there is none. */

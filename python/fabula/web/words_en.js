@@ -157,7 +157,7 @@ export const en = {
   storyHelp: "Write the beginning, then let the model continue. Change words anywhere; the earlier version is kept.",
   storyStart: "Story settings",
   continueStory: "Continue",
-  continuations: "{n} continuations",
+  continuations: "{n} choices",
   choose: "Use this one",
   undoStory: "Back",
   redoStory: "Forward",
