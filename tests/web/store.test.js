@@ -300,6 +300,22 @@ test("after a feed that broke the tree is loaded again", async () => {
 
 // ---- Verbs ----
 
+test("stop stops the session, and a first reply before its session is loaded", async () => {
+  server.replies["GET /sessions/s"] = () => new Promise(() => {});
+  store.do.send("x");
+  await until(() => server.streams.length === 1, "the stream");
+  server.streams[0].send("start", start());
+  await until(() => state.live.size === 1, "the reply");
+  await store.do.stop();
+  assert.deepEqual(server.asked("/stop")[0].body, { stream_id: "r" });
+  store.clear();
+  delete server.replies["GET /sessions/s"];
+  await open();
+  await store.do.stop();
+  assert.deepEqual(server.asked("/stop")[1].body, { session_id: "s" });
+  assert.deepEqual(errors, []);
+});
+
 test("rolling back moves the head and can be redone", async () => {
   server.add("a");
   server.add("b");

@@ -220,8 +220,9 @@ export async function read(connect, streamId = null) {
     if (live && isHere()) {
       await reload().catch(() => {});
       landed = hasLanded(live, state.turns);
-      if (isGone && !landed && isHere())
+      if (isGone && !landed && isHere()) {
         state.lost = { prompt: live.prompt, text: live.replies[0].text };
+      }
       state.live.delete(live.streamId);
       readHere.delete(live.streamId);
       touch("live");

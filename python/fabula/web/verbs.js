@@ -14,7 +14,7 @@ import { titleOf } from "./turns.js";
 
 /** The open session. Views offer its verbs only while there is one. */
 function here() {
-  if (!state.session) throw new api.ApiError(404, null);
+  if (!state.session) throw new api.ApiError(404, { error: { message: "no session is open" } });
   return { session_id: state.session.session_id };
 }
 
@@ -115,7 +115,11 @@ const forkAt = guarded(
   ) => generate("/fork_at", { ...here(), turn, position, token_id }),
 );
 
-const stop = guarded(async () => api.post("/stop", here()));
+/** Stops what is being generated: also a first reply whose session is not loaded yet. */
+const stop = guarded(async () => {
+  const [stream_id] = state.live.keys();
+  if (state.session || stream_id) await api.post("/stop", state.session ? here() : { stream_id });
+});
 
 // ---- The tree -----------------------------------------------------------------------------------
 
