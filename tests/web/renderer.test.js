@@ -94,7 +94,12 @@ test("of a text that grows only what can still change is sent", async () => {
   renderer.follow(growing, () => n++);
   await until(() => n === 2);
   assert.deepEqual(growing.blocks, ["one", "two", "three"]);
-  assert.deepEqual(batches, [["one\n\ntw"], ["two\n\nthree"]]);
+  growing.text += "!";
+  renderer.follow(growing, () => n++);
+  await until(() => n === 3);
+  assert.deepEqual(growing.blocks, ["one", "two", "three!"]);
+  assert.equal(growing.shown, growing.text.length);
+  assert.deepEqual(batches, [["one\n\ntw"], ["two\n\nthree"], ["three!"]]);
 });
 
 test("text that comes while the server renders is not forgotten", async () => {

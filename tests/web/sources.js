@@ -10,7 +10,7 @@ export const source = (name) => readFileSync(new URL(name, WEB), "utf8");
 
 /** Files that a module imports: by "import ... from", by "import()", or for a type in a comment. */
 export const importsOf = (name) => {
-  const pattern = /(?:\bfrom|\bimport\()\s*"\.\/([^"]+)"/g;
+  const pattern = /(?:\bfrom|\bimport\(?)\s*"\.\/([^"]+)"/g;
   return [...new Set([...source(name).matchAll(pattern)].map((match) => match[1]))];
 };
 
