@@ -7,26 +7,50 @@ BIN := $(VENV)/bin
 NEEDS = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
 SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
 
-.PHONY: run test lint sanitize aarch64 cuda gpu emulated format clean
+# The page's JavaScript is tested and checked with node. Without it, or with an older one, that is skipped.
+NODE := $(shell node -e "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)" 2>/dev/null && command -v npm)
+PAGE := python/fabula/web tests/web package.json tsconfig.json
+
+.PHONY: run test test-page lint lint-page sanitize aarch64 cuda gpu emulated format format-page clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
 	@$(BIN)/fabula serve $(ARGS)
 
-test: $(VENV)/tested-with
+test: $(VENV)/tested-with test-page
 	@$(BIN)/fabula pull smollm2-135m-instruct || echo "SmolLM2 could not be fetched: the tests that need it will skip"
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/linted-with
+lint: $(VENV)/linted-with lint-page
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-format: $(VENV)/linted-with
+format: $(VENV)/linted-with format-page
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
+
+ifneq ($(NODE),)
+test-page:
+	node --test --test-reporter=spec tests/web/*.test.js
+
+lint-page: node_modules/.package-lock.json
+	node_modules/.bin/prettier --check $(PAGE)
+	node_modules/.bin/tsc
+
+format-page: node_modules/.package-lock.json
+	node_modules/.bin/prettier --write $(PAGE)
+else
+test-page lint-page format-page:
+	@echo "$@: SKIPPED, there is no node (20 or newer) with npm on this machine; CI has one"
+endif
+
+# Checkers of the page, at the versions that package-lock.json pins.
+node_modules/.package-lock.json: package.json package-lock.json
+	npm ci --no-audit --no-fund
+	@touch $@
 
 # The C tests, and the Python tests that drive the library hardest, on a build with AddressSanitizer and UBSan.
 sanitize: $(VENV)/tested-with
@@ -66,4 +90,4 @@ $(VENV)/linted-with: $(VENV)/tested-with
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist node_modules

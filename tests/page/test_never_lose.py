@@ -221,7 +221,7 @@ def test_a_story_keeps_what_stands_behind_the_cursor(page: Page, served: Running
     page.page.evaluate("() => { const p = document.querySelector('#paper'); p.focus(); p.setSelectionRange(22, 22); }")
     page.page.keyboard.press("Control+Enter")
     page.page.wait_for_url("**/#/story/**")
-    page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
     turn = served.get(f"/sessions/{page.session_id}")["path"][0]
     text = turn["prompt"] + turn["text"] + " He had words nobody told."
     shown(page, text)

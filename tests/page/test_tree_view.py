@@ -51,7 +51,7 @@ def test_walking_the_tree(page: Page, served: Running, family: tuple[str, list[s
     page.page.keyboard.press("Enter")
     page.find(f".node.head[data-id='{d}']").wait_for()
     page.find(f".node[data-id='{e}']").click(button="right")
-    page.choose("Compare with the head")
+    page.choose("Compare with the current turn")
     assert page.find("dialog mark").all_inner_texts() == ["south", "last.", "north", "once."]
 
 
@@ -108,7 +108,7 @@ def test_a_story(page: Page, served: Running) -> None:
     page.page.fill("#paper", "Once upon a time there was a whale.")
     page.page.click("#write-on")
     page.page.wait_for_url("**/#/story/**")
-    page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
     text = page.find("#paper").input_value()
     assert text.startswith("Once upon a time there was a whale.") and len(text) > 40
     page.page.click("#ways")
@@ -123,7 +123,7 @@ def test_a_story(page: Page, served: Running) -> None:
     page.page.fill("#paper", ship)
     page.page.click("#write-on")
     page.shows_paper(lambda text: len(text) > len(ship))
-    page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
     assert page.find("#paper").input_value().startswith(ship)
     assert len(served.get(f"/sessions/{page.session_id}/tree")["turns"]) == n + 1
     with page.page.expect_download() as download:

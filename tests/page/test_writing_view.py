@@ -125,7 +125,7 @@ def test_notes(page: Page, served: Running, story: str) -> None:
     ]  # fmt: skip
     page.page.click("#write-on")
     page.shows_paper(lambda text: len(text) > len(before))
-    page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
     longer = page.find("#paper").input_value()
     assert longer.startswith(before) and len(longer) > len(before) and "Moby" not in before
     page.page.click("#notes")
@@ -152,7 +152,7 @@ def test_a_note_before_the_story_begins(page: Page, served: Running) -> None:
     page.page.fill("#paper", "It rained.")
     page.page.click("#write-on")
     page.shows_paper(lambda text: len(text) > len("It rained."))
-    page.find("#write-on", has_text="Write on").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
     told = served.get(f"/sessions/{page.session_id}")
     assert [turn["frozen"] for turn in told["path"]] == [True, False] and told["title"] == "It rained."
     assert told["context_policy"]["name"] == "drop_oldest_turns"

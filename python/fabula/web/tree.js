@@ -1,196 +1,376 @@
-// The session as a tree: every turn drawn, the path to the head bright. A click goes there; it costs nothing.
+// The session as a tree: every turn, with the path to the head bright. A click goes to a turn.
 
-import { page } from "./app.js";
 import { openCompare } from "./compare.js";
 import { t } from "./i18n.js";
-import { HEIGHT, layout, WIDTH } from "./tree_layout.js";
-import { ask, h, iconButton, menu, svg } from "./ui.js";
+import { later, treePanel } from "./page.js";
+import { edgeElement, nodeElement, textOfLive } from "./tree_nodes.js";
+import { fitted, layout, revealed, zoomed } from "./tree_layout.js";
+import { tagItems } from "./turn.js";
+import { childrenOf, countBelow } from "./turns.js";
+import { closest, h, iconButton, menu, svg } from "./ui.js";
 
-const short = (text, n) => { const line = text.replace(/\s+/g, " ").trim(); return line.length > n ? `${line.slice(0, n - 1)}…` : line; };
+/** @import { Store } from "./store.js" */
+/** @import { Anchor, MenuItem, State, Turn, View } from "./types.js" */
+/** @import { Viewport } from "./tree_layout.js" */
 
+const MIN_DRAG_PX = 4; // less is a click
+const FAR_SCALE = 0.42; // below it text is not shown
+
+/**
+ * @param {HTMLElement} root
+ * @param {Store} store
+ * @param {{full: boolean}} options Whether the tree is a view of its own, or next to the chat.
+ * @returns {View}
+ */
 export function mountTree(root, store, { full }) {
-  const edges = svg("g", { class: "edges" }), nodes = svg("g", { class: "nodes" });
+  const edges = svg("g", { class: "edges" });
+  const nodes = svg("g", { class: "nodes" });
   const world = svg("g", {}, edges, nodes);
-  const canvas = svg("svg", { class: "tree", role: "tree", "aria-label": t("tree"), tabindex: "0" }, world);
+  const attributes = { class: "tree", role: "tree", "aria-label": t("tree"), tabindex: "0" };
+  const canvas = svg("svg", attributes, world, svg("title", {}, t("treeHelp")));
   const empty = h("p.tree-empty", {}, t("treeEmpty"));
-  const view = { x: 0, y: 0, scale: 1, moved: false };
-  const folded = new Set(), hidden = new Set();
-  let places = new Map(), session = null, frame = 0, showHead = true;
 
-  const zoom = (factor, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) => {
-    const scale = Math.min(2, Math.max(0.06, view.scale * factor)), ratio = scale / view.scale;
-    Object.assign(view, { x: x - (x - view.x) * ratio, y: y - (y - view.y) * ratio, scale, moved: true });
-    place();
+  /** @type {Viewport} */
+  let view = { x: 0, y: 0, scale: 1 };
+  let isMoved = false; // whether the user moved the view; until then it shows all
+  /** @type {Set<string>} Turns whose children are not shown. */
+  const folded = new Set();
+  /** @type {Set<string>} Turns that will be deleted unless the user takes it back. */
+  const hidden = new Set();
+  /** @type {ReturnType<typeof layout>} */
+  let positions = new Map();
+  /** @type {string | undefined} */
+  let shownId;
+  let hasFrame = false;
+  let showHead = true; // whether the next drawing moves the head into sight
+
+  const toChat = () => {
+    location.hash = `#/chat/${store.state.session?.session_id || ""}`;
   };
-  const bar = h("header.view-head", {}, h("h2", {}, t("tree")), iconButton("plus", t("zoomIn"), () => zoom(1.25)), h("button.icon-button", { type: "button", title: t("zoomOut"), "aria-label": t("zoomOut"), onclick: () => zoom(0.8) }, "−"),
+  const zoomOut = {
+    type: "button",
+    title: t("zoomOut"),
+    "aria-label": t("zoomOut"),
+    onclick: () => zoom(0.8),
+  };
+  const header = h(
+    "header.view-head",
+    {},
+    h("h2", {}, t("tree")),
+    iconButton("plus", t("zoomIn"), () => zoom(1.25)),
+    h("button.icon-button", zoomOut, "−"),
     h("button.quiet.small", { type: "button", onclick: fit }, t("fit")),
-    full ? iconButton("chat", t("chat"), () => { location.hash = `#/chat/${store.state.session?.session_id || ""}`; }) : iconButton("close", t("hideTree"), () => page.toggleTree(false)));
-  root.append(bar, h("div.tree-box", {}, canvas, empty));
-  canvas.append(svg("title", {}, t("treeHelp")));
+    full
+      ? iconButton("chat", t("chat"), toChat)
+      : iconButton("close", t("hideTree"), () => treePanel.toggle(false)),
+  );
+  root.append(header, h("div.tree-box", {}, canvas, empty));
 
-  function place() {
-    if (!frame) frame = requestAnimationFrame(() => {
-      frame = 0;
+  // ---- The view ---------------------------------------------------------------------------------
+
+  const screen = () => ({ width: canvas.clientWidth, height: canvas.clientHeight });
+
+  /** @param {Viewport} next */
+  function show(next) {
+    view = next;
+    if (hasFrame) return;
+    hasFrame = true;
+    requestAnimationFrame(() => {
+      hasFrame = false;
       world.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.scale})`);
-      canvas.classList.toggle("far", view.scale < 0.42);
+      canvas.classList.toggle("far", view.scale < FAR_SCALE);
     });
   }
 
+  /** @param {number} factor */
+  function zoom(factor, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) {
+    isMoved = true;
+    show(zoomed(view, factor, x, y));
+  }
+
   function fit() {
-    const all = [...places.values()];
-    if (!all.length || !canvas.clientWidth) return;
-    const left = Math.min(...all.map((p) => p.x)) - WIDTH / 2 - 20, right = Math.max(...all.map((p) => p.x)) + WIDTH / 2 + 20;
-    const bottom = Math.max(...all.map((p) => p.y)) + HEIGHT + 20;
-    const scale = Math.min(1.1, canvas.clientWidth / (right - left), canvas.clientHeight / (bottom + 20));
-    Object.assign(view, { scale, x: (canvas.clientWidth - (left + right) * scale) / 2, y: 20 * scale, moved: false });
-    place();
+    if (!positions.size || !canvas.clientWidth) return;
+    isMoved = false;
+    show(fitted(positions.values(), screen()));
   }
 
-  /** Moves the head into sight if it is not. */
+  /** @param {string} id */
   function reveal(id) {
-    const at = places.get(id);
-    if (!at || !canvas.clientWidth) return;
-    const x = at.x * view.scale + view.x, y = at.y * view.scale + view.y;
-    if (x < 80 || x > canvas.clientWidth - 80) view.x += canvas.clientWidth / 2 - x;
-    if (y < 30 || y > canvas.clientHeight - 90) view.y += canvas.clientHeight * 0.6 - y;
-    place();
+    const position = positions.get(id);
+    if (position && canvas.clientWidth) show(revealed(view, position, screen()));
   }
 
-  // ---- Drawing ------------------------------------------------------------------------------------------------------
+  // ---- Drawing ----------------------------------------------------------------------------------
 
-  const childrenOf = (state) => {
-    const roots = [...state.turns.values()].filter((turn) => !state.turns.has(turn.parent_id)).map((turn) => turn.id);
+  /**
+   * What the tree shows below a node: turns that are not hidden or folded, then replies that are
+   * being generated.
+   * @param {State} state
+   * @returns {(id: string) => string[]}
+   */
+  function shownChildren(state) {
+    const first = childrenOf(state.turns, "");
+    /** @type {Map<string, string[]>} */
     const live = new Map();
-    for (const one of state.live.values()) {
-      const ids = one.answers.map((answer, i) => `${one.streamId}:${i}`).filter((_, i) => !one.answers[i].done || !one.answers[i].result?.turn_id || !state.turns.has(one.answers[i].result.turn_id));
-      const parent = state.turns.has(one.parentId) ? one.parentId : "";
-      live.set(parent, [...(live.get(parent) || []), ...ids]);
+    for (const { streamId, parentId, replies } of state.live.values()) {
+      const parent = state.turns.has(parentId) ? parentId : "";
+      const ids = live.get(parent) || [];
+      replies.forEach(({ done, result }, i) => {
+        const isTurn = done && result?.turn_id && state.turns.has(result.turn_id);
+        if (!isTurn) ids.push(`${streamId}:${i}`);
+      });
+      live.set(parent, ids);
     }
     return (id) => {
       if (folded.has(id)) return [];
-      const own = (id === "" ? roots : state.turns.get(id)?.children || []).filter((child) => !hidden.has(child));
-      return live.has(id) ? [...own, ...live.get(id)] : own;
+      const own = id === "" ? first : state.turns.get(id)?.children || [];
+      return [...own.filter((child) => !hidden.has(child)), ...(live.get(id) || [])];
     };
-  };
-
-  function nodeElement(state, id, onPath) {
-    const turn = state.turns.get(id), at = places.get(id), isHead = id === state.headId;
-    const group = svg("g", { class: `node${onPath ? " on-path" : ""}${isHead ? " head" : ""}`, transform: `translate(${at.x} ${at.y})`, tabindex: isHead ? "0" : "-1", role: "treeitem", "data-id": id, "aria-current": isHead ? "true" : null });
-    group.setAttribute("aria-label", turn ? `${turn.number}: ${short(turn.prompt || turn.text, 80)}` : t("start"));
-    if (id === "") { group.append(svg("circle", { r: 9, cy: 9 }), svg("text", { x: 16, y: 13 }, t("start"))); return group; }
-    group.append(svg("rect", { x: -WIDTH / 2, width: WIDTH, height: HEIGHT, rx: 10 }));
-    if (!turn) {
-      const [stream, index] = [id.slice(0, id.lastIndexOf(":")), Number(id.slice(id.lastIndexOf(":") + 1))];
-      group.classList.add("growing");
-      const text = state.live.get(stream)?.answers[index].text || "…";
-      group.append(svg("text", { x: -WIDTH / 2 + 10, y: 30 }, short(text.slice(-60), 20)));
-      return group;
-    }
-    group.append(svg("text", { class: "prompt", x: -WIDTH / 2 + 10, y: 21 }, short(turn.prompt || "…", 18)), svg("text", { class: "reply", x: -WIDTH / 2 + 10, y: 39 }, short(turn.text || "—", 20)));
-    if (turn.tags.length) group.append(svg("text", { class: "tag", x: WIDTH / 2 - 4, y: -4, "text-anchor": "end" }, short(turn.tags.join(", "), 20)));
-    if (folded.has(id) && turn.children.length) group.append(svg("text", { class: "folded", y: HEIGHT + 16, "text-anchor": "middle" }, t("unfold", { n: countBelow(state, id) })));
-    return group;
   }
 
-  const countBelow = (state, id) => { let n = 0; const stack = [id]; while (stack.length) { const below = state.turns.get(stack.pop())?.children || []; n += below.length; stack.push(...below); } return n; };
-
+  /** @param {State} state */
   function draw(state) {
     empty.hidden = state.turns.size + state.live.size > 0;
-    const children = childrenOf(state);
-    places = layout(children);
-    const path = new Set(["", ...state.path]), lines = [], boxes = [];
-    for (const [id, at] of places) {
-      boxes.push(nodeElement(state, id, path.has(id)));
+    const children = shownChildren(state);
+    positions = layout(children);
+    const path = new Set(["", ...state.path]);
+    /** @type {SVGElement[]} */
+    const lines = [];
+    const boxes = [];
+    for (const [id, from] of positions) {
+      const isOnPath = path.has(id);
+      boxes.push(nodeElement(state, id, from, { isOnPath, isFolded: folded.has(id) }));
       for (const child of children(id)) {
-        const to = places.get(child), from = at.y + (id === "" ? 18 : HEIGHT), middle = (from + to.y) / 2;
-        const line = svg("path", { class: path.has(id) && path.has(child) ? "on-path" : "", d: `M${at.x} ${from}C${at.x} ${middle} ${to.x} ${middle} ${to.x} ${to.y}` });
-        path.has(child) ? lines.push(line) : lines.unshift(line);
+        const to = positions.get(child);
+        if (!to) continue;
+        const isBright = isOnPath && path.has(child);
+        const line = edgeElement(from, to, id === "", isBright);
+        if (isBright) lines.push(line);
+        else lines.unshift(line); // behind the bright ones
       }
     }
     edges.replaceChildren(...lines);
     nodes.replaceChildren(...boxes);
-    if (state.session?.session_id !== session) { session = state.session?.session_id; folded.clear(); fit(); } else if (!view.moved) fit();
-    if (showHead) { reveal(state.headId); showHead = false; }
+    const id = state.session?.session_id;
+    if (id !== shownId) folded.clear();
+    if (id !== shownId || !isMoved) fit();
+    shownId = id;
+    if (showHead) reveal(state.headId);
+    showHead = false;
   }
 
-  /** The words of answers that grow, without drawing everything again. */
+  /**
+   * Updates the text of replies that grow, and nothing else.
+   * @param {State} state
+   */
   function drawLive(state) {
-    for (const live of state.live.values()) live.answers.forEach((answer, i) => {
-      const text = nodes.querySelector(`[data-id="${live.streamId}:${i}"] text`);
-      if (text) text.textContent = short(answer.text.slice(-60) || "…", 20);
-    });
+    for (const { streamId, replies } of state.live.values()) {
+      replies.forEach((reply, i) => {
+        const text = nodes.querySelector(`[data-id="${streamId}:${i}"] text`);
+        if (text) text.textContent = textOfLive(reply.text);
+      });
+    }
   }
 
-  // ---- What can be done ---------------------------------------------------------------------------------------------
+  // ---- What can be done -------------------------------------------------------------------------
 
+  /** @param {string} id */
   const go = (id) => store.do.rollback(id);
 
-  function openMenu(group, id) {
-    const state = store.state, turn = state.turns.get(id);
-    if (id !== "" && !turn) return;
-    const n = countBelow(state, id);
-    const items = [[t("backHere"), () => go(id)]];
-    if (turn) items.push(
-      [t("forkHere"), async () => { const made = await store.do.fork(id); if (made) location.hash = `#/chat/${made}`; }],
-      [t("alternatives", { n: 3 }), async () => { await go(id); store.do.branch(3); }],
-      [t("tagTurn"), async () => { const name = await ask(t("tagName"), ""); if (name) store.do.tag(id, name.trim().slice(0, 60)); }],
-      ...turn.tags.map((tag) => [t("untag", { tag }), () => store.do.tag(id, tag, true)]));
-    if (turn && id !== state.headId && state.headId) items.push([t("compare"), () => openCompare(state.turns, id, state.headId)]);
-    if (n) items.push([folded.has(id) ? t("unfold", { n }) : t("fold"), () => { folded.has(id) ? folded.delete(id) : folded.add(id); draw(store.state); }], null, [t("prune"), () => prune(id, n)]);
-    menu(anchorOf(group), items);
+  /** @param {string} id */
+  function fold(id) {
+    if (!folded.delete(id)) folded.add(id);
+    draw(store.state);
   }
 
-  function prune(id, n) {
-    const below = [...(store.state.turns.get(id)?.children || [...store.state.turns.values()].filter((turn) => !store.state.turns.has(turn.parent_id)).map((turn) => turn.id))];
+  /**
+   * @param {SVGElement} group
+   * @param {string} id
+   */
+  function openMenu(group, id) {
+    const turn = store.state.turns.get(id);
+    if (id !== "" && !turn) return; // a reply that is being generated
+    /** @type {Anchor} */
+    const anchor = group;
+    menu(anchor, [[t("backHere"), () => go(id)], ...(turn ? turnItems(turn) : [])]);
+  }
+
+  /**
+   * @param {Turn} turn
+   * @returns {MenuItem[]}
+   */
+  function turnItems(turn) {
+    const { turns, headId } = store.state;
+    const { id } = turn;
+    const fork = async () => {
+      const made = await store.do.fork(id);
+      if (made) location.hash = `#/chat/${made}`;
+    };
+    const branch = async () => {
+      await go(id);
+      store.do.branch(3);
+    };
+    /** @type {MenuItem[]} */
+    const items = [
+      [t("forkHere"), fork],
+      [t("alternatives", { n: 3 }), branch],
+      ...tagItems(store, turn),
+    ];
+    if (headId && id !== headId) items.push([t("compare"), () => openCompare(turns, id, headId)]);
+    const n = countBelow(turns, turn);
+    if (!n) return items;
+    const foldLabel = folded.has(id) ? t("unfold", { n }) : t("fold");
+    return [...items, [foldLabel, () => fold(id)], null, [t("prune"), () => prune(turn, n)]];
+  }
+
+  /**
+   * Deletes what follows a turn, unless the user takes it back in time.
+   * @param {Turn} turn
+   * @param {number} n How many turns that are.
+   */
+  function prune({ id, children }, n) {
+    const below = [...children];
     below.forEach((child) => hidden.add(child));
     if (store.state.path.some((one) => below.includes(one))) go(id);
     draw(store.state);
-    const show = () => { below.forEach((child) => hidden.delete(child)); draw(store.state); };
-    page.later(t("pruned", { n }), () => store.do.prune(id).then(show), show);
+    const showAgain = () => {
+      below.forEach((child) => hidden.delete(child));
+      draw(store.state);
+    };
+    later(t("pruned", { n }), () => void store.do.prune(id).then(showAgain), showAgain);
   }
 
-  const anchorOf = (group) => ({ getBoundingClientRect: () => group.getBoundingClientRect(), focus: () => group.focus() });
-  const idOf = (event) => event.target.closest?.(".node")?.dataset.id;
+  // ---- Pointer and keyboard ---------------------------------------------------------------------
 
-  // ---- Hands --------------------------------------------------------------------------------------------------------
+  /** @param {Event} event */
+  const nodeOf = (event) => /** @type {SVGGElement | null} */ (closest(event, ".node"));
 
-  let drag = null;
-  canvas.addEventListener("pointerdown", (event) => { if (event.button === 0) drag = { x: event.clientX, y: event.clientY, id: idOf(event), moved: false, pointer: event.pointerId }; });
-  canvas.addEventListener("pointermove", (event) => {
-    if (!drag) return;
-    const dx = event.clientX - drag.x, dy = event.clientY - drag.y;
-    if (!drag.moved && Math.hypot(dx, dy) < 4) return;
-    if (!drag.moved) canvas.setPointerCapture(drag.pointer);
-    drag = { ...drag, x: event.clientX, y: event.clientY, moved: true };
-    Object.assign(view, { x: view.x + dx, y: view.y + dy, moved: true });
-    place();
+  /** @type {{pointer: number, x: number, y: number, id: string | undefined, isDrag: boolean} | null} */
+  let press = null;
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0) return;
+    press = {
+      pointer: event.pointerId,
+      x: event.clientX,
+      y: event.clientY,
+      id: nodeOf(event)?.dataset.id,
+      isDrag: false,
+    };
   });
-  canvas.addEventListener("pointerup", () => { if (drag && !drag.moved && drag.id !== undefined && (drag.id === "" || store.state.turns.has(drag.id))) { folded.has(drag.id) ? (folded.delete(drag.id), draw(store.state)) : go(drag.id); } drag = null; });
-  canvas.addEventListener("contextmenu", (event) => { const group = event.target.closest?.(".node"); if (group) { event.preventDefault(); openMenu(group, group.dataset.id); } });
-  canvas.addEventListener("wheel", (event) => { event.preventDefault(); const box = canvas.getBoundingClientRect(); zoom(Math.exp(-event.deltaY / 500), event.clientX - box.left, event.clientY - box.top); }, { passive: false });
+  canvas.addEventListener("pointermove", (event) => {
+    if (!press) return;
+    const dx = event.clientX - press.x;
+    const dy = event.clientY - press.y;
+    if (!press.isDrag && Math.hypot(dx, dy) < MIN_DRAG_PX) return;
+    if (!press.isDrag) canvas.setPointerCapture(press.pointer);
+    press = { ...press, x: event.clientX, y: event.clientY, isDrag: true };
+    isMoved = true;
+    show({ ...view, x: view.x + dx, y: view.y + dy });
+  });
+  canvas.addEventListener("pointerup", () => {
+    const id = press?.isDrag ? undefined : press?.id;
+    press = null;
+    if (id === undefined || (id !== "" && !store.state.turns.has(id))) return;
+    if (folded.has(id)) fold(id);
+    else go(id);
+  });
+  canvas.addEventListener("contextmenu", (event) => {
+    const group = nodeOf(event);
+    if (!group) return;
+    event.preventDefault();
+    openMenu(group, group.dataset.id || "");
+  });
+  const wheel = (/** @type {WheelEvent} */ event) => {
+    event.preventDefault();
+    const box = canvas.getBoundingClientRect();
+    zoom(Math.exp(-event.deltaY / 500), event.clientX - box.left, event.clientY - box.top);
+  };
+  canvas.addEventListener("wheel", wheel, { passive: false });
   canvas.addEventListener("keydown", (event) => {
-    const group = event.target.closest?.(".node") || nodes.querySelector(".head"), id = group?.dataset.id, turn = store.state.turns.get(id);
-    const children = childrenOf(store.state), beside = turn ? children(places.has(turn.parent_id) ? turn.parent_id : "") : [];
-    const to = { ArrowUp: turn ? turn.parent_id : undefined, ArrowDown: id === undefined ? undefined : children(id)[0], ArrowLeft: beside[beside.indexOf(id) - 1], ArrowRight: beside[beside.indexOf(id) + 1] }[event.key];
-    if (to !== undefined) { nodes.querySelector(`[data-id="${CSS.escape(places.has(to) ? to : "")}"]`)?.focus(); reveal(places.has(to) ? to : ""); } else if (event.key === "Enter" && id !== undefined) go(id);
-    else if ((event.key === "ContextMenu" || (event.key === "F10" && event.shiftKey) || event.key === "m") && group) openMenu(group, id);
-    else if (event.key === "+") zoom(1.25);
-    else if (event.key === "-") zoom(0.8);
-    else if (event.key === "0") fit();
-    else return;
+    if (!onViewKey(event.key) && !onNodeKey(event)) return;
     event.preventDefault();
     event.stopPropagation();
   });
 
-  const size = new ResizeObserver(() => { if (!view.moved) fit(); });
-  size.observe(canvas);
-  let liveKeys = "";
-  draw(store.state);
-  const leave = store.subscribe((state, changed) => {
-    const keys = [...state.live.values()].map((live) => live.streamId + live.answers.map((answer) => Number(answer.done)).join("")).join();
-    if (changed.has("tree") || changed.has("session") || keys !== liveKeys) { showHead = changed.has("tree"); draw(state); } else if (changed.has("live")) drawLive(state);
-    liveKeys = keys;
-  });
-  return { unmount() { leave(); size.disconnect(); } };
-}
+  /**
+   * A key that changes the view. Returns whether it did something.
+   * @param {string} key
+   */
+  function onViewKey(key) {
+    if (key === "+") zoom(1.25);
+    else if (key === "-") zoom(0.8);
+    else if (key === "0") fit();
+    else return false;
+    return true;
+  }
 
+  /**
+   * A key for the node that has the focus, else for the head. Returns whether it did something.
+   * @param {KeyboardEvent} event
+   */
+  function onNodeKey(event) {
+    /** @type {SVGGElement | null} */
+    const group = nodeOf(event) || nodes.querySelector(/** @type {"g"} */ (".head"));
+    const id = group?.dataset.id;
+    if (!group || id === undefined) return false;
+    const to = neighbor(id, event.key);
+    if (to !== undefined) {
+      const shown = positions.has(to) ? to : "";
+      /** @type {SVGGElement | null} */
+      const next = nodes.querySelector(/** @type {"g"} */ (`[data-id="${CSS.escape(shown)}"]`));
+      next?.focus();
+      reveal(shown);
+    } else if (event.key === "Enter") go(id);
+    else if (
+      event.key === "ContextMenu" ||
+      event.key === "m" ||
+      (event.key === "F10" && event.shiftKey)
+    ) {
+      openMenu(group, id);
+    } else return false;
+    return true;
+  }
+
+  /**
+   * The node that an arrow key leads to; undefined if there is none.
+   * @param {string} id
+   * @param {string} key
+   */
+  function neighbor(id, key) {
+    const children = shownChildren(store.state);
+    const turn = store.state.turns.get(id);
+    if (key === "ArrowDown") return children(id)[0];
+    if (!turn) return undefined;
+    if (key === "ArrowUp") return turn.parent_id;
+    const siblings = children(positions.has(turn.parent_id) ? turn.parent_id : "");
+    if (key === "ArrowLeft") return siblings[siblings.indexOf(id) - 1];
+    if (key === "ArrowRight") return siblings[siblings.indexOf(id) + 1];
+    return undefined;
+  }
+
+  // ---- Begin ------------------------------------------------------------------------------------
+
+  const observer = new ResizeObserver(() => {
+    if (!isMoved) fit();
+  });
+  observer.observe(canvas);
+  let shownLive = "";
+  draw(store.state);
+  const unsubscribe = store.subscribe((state, changed) => {
+    const lives = [...state.live.values()];
+    const live = JSON.stringify(
+      lives.map((one) => [one.streamId, one.replies.map(({ done }) => done)]),
+    );
+    if (changed.has("tree") || changed.has("session") || live !== shownLive) {
+      showHead = changed.has("tree");
+      draw(state);
+    } else if (changed.has("live")) drawLive(state);
+    shownLive = live;
+  });
+  return {
+    unmount() {
+      unsubscribe();
+      observer.disconnect();
+    },
+  };
+}
