@@ -6,7 +6,7 @@ carries), exceptions included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 END_TOKENS = (
     "<|eot_id|>",
@@ -47,7 +47,6 @@ def end_ids(
     ids: Mapping[str, int],
     named: Iterable[int],
     gap_ends: Mapping[str, int | None],
-    is_word: Callable[[str], bool],
 ) -> list[int]:
     """Every token that ends an answer.
 
@@ -55,21 +54,19 @@ def end_ids(
         ids: of a vocabulary's tokens.
         named: those the model's files call end tokens, the most important first.
         gap_ends: those that the files name, by the keys of `GAP_ENDS`.
-        is_word: whether a token that the files do not set apart is a word like any other: merging makes "</s>" in a
-            vocabulary that has seen HTML.
 
     Returns:
         `named`, then the others in the order of `END_TOKENS` and `GAP_ENDS`.
     """
     found = dict.fromkeys(named)
-    texts = {token: ids[token] for token in END_TOKENS if token in ids and not is_word(token)}
+    texts = {token: ids[token] for token in END_TOKENS if token in ids}
     for token in _no_ends(texts, writes_plamo=ids.get("<|plamo:eos|>") in found):
         texts.pop(token, None)
     found |= dict.fromkeys(texts.values())
     for key, names in GAP_ENDS.items():
         named_id = gap_ends.get(key)
         if named_id is None:
-            named_id = next((ids[name] for name in names if name in ids and not is_word(name)), None)
+            named_id = next((ids[name] for name in names if name in ids), None)
         if named_id is not None:
             found[named_id] = None
     return list(found)

@@ -43,11 +43,7 @@ def read_folder(folder: Path) -> Tokenizer:
         value = source.get("eos_token_id")
         named += [i for i in (value if isinstance(value, list) else [value]) if _is_id(i)]
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    listed = settings.get("added_tokens_decoder")
-    added = {_token_text(token) for token in (listed.values() if isinstance(listed, Mapping) else ())}
-    added |= {token.content for token in backend.get_added_tokens_decoder().values()}
-    # What is no added token is a word, made by merging like any other.
-    ends = end_ids(vocabulary, named, {}, lambda token: token not in added)
+    ends = end_ids(vocabulary, named, {})
     prefix, suffix = _around(backend)
     if settings.get("add_eos_token") is True and not suffix and named:
         suffix = named[:1]

@@ -144,11 +144,11 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     kinds: list[int] = [NORMAL] * len(tokens) if types is None else types.tolist()
     model = keys.text("tokenizer.ggml.model")
     special = _special_ids(keys, kinds, model)
-    words = _words(keys, ids, kinds)
     named = [i for name in ("eos", "eot", "eom") if (i := special[name]) is not None]
-    ends = end_ids(ids, named, {name: special[name] for name in GAP_ENDS}, words.__contains__)
+    ends = end_ids(ids, named, {name: special[name] for name in GAP_ENDS})
+    words = _words(keys, ids, kinds)
     for i in ends:  # old converters took some for text: then users could write them
-        if tokens[i] in _END_NAMES:
+        if tokens[i] in _END_NAMES and tokens[i] not in words:
             kinds[i] = CONTROL
     add_bos = model == "llama"
     if model == "gpt2":
@@ -192,7 +192,8 @@ def _special_ids(keys: _Keys, kinds: Sequence[int], model: str | None) -> dict[s
 
 
 def _words(keys: _Keys, ids: Mapping[str, int], kinds: Sequence[int]) -> set[str]:
-    """Names of end tokens that are words here: merging makes them."""
+    """Names of end tokens that merging makes, as it does "</s>" in Qwen's vocabulary. They end an answer, as in
+    llama.cpp, but a user who writes HTML means the text."""
     plain = {name for name in _END_NAMES if name in ids and kinds[ids[name]] == NORMAL}
     if not plain:
         return plain
