@@ -117,7 +117,7 @@ def test_ends_are_those_of_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_a_word_that_ends_an_answer_stays_a_word(tmp_path: Path) -> None:
-    """Merging makes </s> in vocabularies that have seen HTML, Qwen's among them. llama.cpp ends there, and takes it for a
+    """Merging makes </s> in vocabularies that have seen HTML, as in Qwen's. llama.cpp ends there, and takes it for a
     control token; here a user who strikes text through writes text."""
     keys = gguf_keys(["</s>", "<|im_end|>"], {"eos": "<|im_end|>"}, NORMAL)
     keys |= {"tokenizer.ggml.merges": MERGES, "tokenizer.ggml.pre": "bloom"}
@@ -131,7 +131,7 @@ def test_a_word_that_ends_an_answer_stays_a_word(tmp_path: Path) -> None:
     assert "</s>" not in folder.special_tokens
 
 
-def test_what_nothing_depends_on_is_passed_over(tmp_path: Path) -> None:
+def test_what_nothing_depends_on_is_passed_over() -> None:
     keys = gguf_keys(["<|im_end|>"], {"eos": "<|im_end|>"})
     for name, value in (("padding", 2**32 - 1), ("padding", 10**6), ("eot", 10**6), ("bos", 2**32 - 1)):
         with pytest.warns(TokenizerWarning, match=f"{name}_token_id is {value}, which is no id in"):

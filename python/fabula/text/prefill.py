@@ -11,15 +11,16 @@ stands before the mark: no end token, no generation prompt. transformers does th
 blanks off a message's end, they are taken off here, too. In three cases its prompt would be another than the words
 say, or none:
 
-    a thought that is not yet closed    belongs where the model itself would begin one, behind the generation prompt:
-                                        Qwen3's template would put an empty thought before it
+    words that begin with a thought     templates that put a thought before every answer, empty where there is none,
+                                        would put one before these
     a template that takes thoughts out  of past answers takes them out of this one: the words are put back
     a template that refuses             a conversation that ends with an answer: the words go behind the generation
-                                        prompt
+                                        prompt, where those of an empty message go, too
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from fabula.text.template import ChatTemplate
 
 Message = Mapping[str, Any]
-_OPEN, _CLOSE = "<think>", "</think>"  # of a thought, in the templates of all models that write theirs as text
+_OPEN = "<think>"  # of a thought, in the templates of all models that write theirs as text
+_THOUGHT = re.compile(r"(?:<think>\s*)?(?:</think>\s*)?\Z")  # an empty one at the end of a text, or half of it
 
 
 def is_prefilled(
@@ -96,28 +98,30 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
         """The words behind the generation prompt."""
         if len(messages) == 1:
             return None
-        prompt = template.render(messages[:-1], add_generation_prompt=True, **options)
-        if prompt.rstrip().endswith(_OPEN) and words.lstrip().startswith(_OPEN):
-            prompt = prompt.rstrip()[: -len(_OPEN)]
-        return prompt + words
+        return _joined(template.render(messages[:-1], add_generation_prompt=True, **options), words)
 
-    is_thinking = words.rfind(_OPEN) > words.rfind(_CLOSE)
-    if (is_thinking or not words.strip()) and (found := opened()) is not None:
+    if not words.strip() and (found := opened()) is not None:
         return found
     try:
         found = behind(words)
         if found is not None and _dense(found).endswith(_dense(words)):
-            return found
+            kept = words if found.endswith(words) else words.rstrip()
+            return _joined(found.removesuffix(kept), kept) if found.endswith(kept) else found
         start = behind("")
     except TemplateError:
         if (found := opened()) is None:
             raise
         return found
     if start is not None:
-        return start + words
+        return _joined(start, words)
     if (found := opened()) is None:
         raise TemplateError("the chat template does not show the message that is to be continued", path=template.path)
     return found
+
+
+def _joined(start: str, words: str) -> str:
+    """The words behind a beginning, which loses a thought of its own if they bring one."""
+    return (_THOUGHT.sub("", start) if words.lstrip().startswith(_OPEN) else start) + words
 
 
 def _words(message: Message) -> str | None:
