@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from fabula.sessions.reply import Reply
     from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
-    from fabula.text.tokenizer import Tokenizer
+    from fabula.text.tokenizer import Tokenizer, TokenizerWarning
     from fabula.workspace import Workspace
 
 # Where each public name lives; "" for a module of that name.
@@ -97,6 +97,7 @@ _HOMES = {
     "Timings": "engine.generation",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
+    "TokenizerWarning": "text.tokenizer",
     "Turn": "sessions.turn",
     "Unsupported": "errors",
     "Workspace": "workspace",
@@ -143,6 +144,7 @@ __all__ = [
     "Timings",
     "Tokenizer",
     "TokenizerError",
+    "TokenizerWarning",
     "Turn",
     "Unsupported",
     "Workspace",

@@ -32,6 +32,7 @@ from fabula.models.families import family_of
 from fabula.models.precision import NAMES as PRECISIONS
 from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.host import Host, Served
+from fabula.text.prefill import is_prefilled
 from fabula.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -268,25 +269,42 @@ class Model:
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
+        *,
+        continue_final_message: bool | None = None,
         **template_options: Any,
     ) -> Generation:
         """Answers a conversation: renders it through the model's chat template and continues it.
 
         Args:
-            messages: each with "role" (system, user, assistant, tool) and "content".
+            messages: each with "role" (system, user, assistant, tool) and "content". If the last is the assistant's,
+                the model writes on behind its words, and the answer holds what is new.
             params: sampling settings; None for the defaults.
-            template_options: passed to the template, e.g. `tools`.
+            continue_final_message: False for a new turn behind an answer; True for an error where there is none to
+                continue.
+            template_options: passed to the template, e.g. `tools`. `add_generation_prompt` is its own; `chat_template`
+                names one of several templates, of which conversations with tools get the one named "tool_use".
 
         Raises:
             TemplateError: the model has no template, or the template refuses the messages; names its line.
             InvalidArgument: a message without role or content.
             ContextOverflow: the conversation is longer than the context.
         """
-        return Generation(self._engine, self.chat_ids(messages, **template_options), params or SamplingParams())
+        continues = is_prefilled(messages, continue_final_message, template_options.get("add_generation_prompt"))
+        ids = self.chat_ids(messages, continue_final_message=continue_final_message, **template_options)
+        return Generation(self._engine, ids, params or SamplingParams(), continues=continues)
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
-        """The token ids of a conversation, ready for the next answer. Control tokens typed in a message stay text."""
-        return self.tokenizer.encode_chat(self.template, messages, **template_options)
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        continue_final_message: bool | None = None,
+        **template_options: Any,
+    ) -> list[int]:
+        """The token ids of a conversation, ready for the next answer; arguments and errors as `chat`. Control tokens
+        typed in a message stay text."""
+        return self.tokenizer.encode_chat(
+            self.template, messages, continue_final_message=continue_final_message, **template_options
+        )
 
     def embed(
         self,
@@ -297,6 +315,9 @@ class Model:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Embeddings:
         """A vector for each text, of what the model makes of it: its hidden states behind the last norm, pooled.
+
+        Texts are encoded with everything that the tokenizer's template puts around them, an end token too: models that
+        were trained for embeddings, such as Qwen3-Embedding, put the vector of the "last" token there.
 
         Any model gives vectors; those of a model that was not trained for it tell texts apart only roughly. The answer
         to one text does not depend on the others.
@@ -313,7 +334,7 @@ class Model:
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
             OutOfMemory: no pages are free for it.
         """
-        ids = [self.tokenizer.encode(text) for text in checked_texts(texts)]
+        ids = [self.tokenizer.encode(text, add_eos=None) for text in checked_texts(texts)]
         return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
 
     def _embedder(self) -> Embedder:
@@ -406,7 +427,7 @@ class TemplateOf:
                     f"{self._path}: the model has no chat template; use generate(), or a model made for chat",
                     path=self._path,
                 )
-            self._template = self._tokenizer.make_template(source)
+            self._template = self._tokenizer.make_template()
         return self._template
 
 

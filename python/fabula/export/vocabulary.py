@@ -18,8 +18,10 @@ import numpy as np
 from fabula.errors import EngineError, TokenizerError, Unsupported
 from fabula.formats.gguf_write import Value
 from fabula.formats.readfile import shown
-from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
-from fabula.text.tokenizer import END_TOKENS, Tokenizer
+from fabula.text.end_tokens import END_TOKENS
+from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, NORMALIZER, UNKNOWN, UNUSED, USER_DEFINED
+from fabula.text.pretokenizers import CONTRACTIONS, PRE_TOKENIZERS
+from fabula.text.tokenizer import Tokenizer
 
 # Names that mean different things; PRE_TOKENIZERS has synonyms besides.
 _NAMES = ("smollm", "gpt-2", "llama-bpe", "qwen2")
@@ -69,8 +71,8 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
         "tokenizer.ggml.token_type": np.asarray(types, np.int32),
         **_special_ids(tokenizer),
     }
-    if tokenizer.chat_template is not None:
-        shared["tokenizer.chat_template"] = tokenizer.chat_template
+    for name, source in tokenizer.chat_templates.items():
+        shared["tokenizer.chat_template" if name == "default" else f"tokenizer.chat_template.{name}"] = source
     if tokenizer.kind == "byte-level":
         candidates = _byte_level(description, merges, tokenizer.path)
     else:
@@ -111,10 +113,14 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
     ids: dict[str, Value] = {"tokenizer.ggml.add_bos_token": tokenizer.add_bos}
     if tokenizer.bos_id is not None:
         ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
-    if tokenizer.eos_ids:
-        ids["tokenizer.ggml.eos_token_id"] = tokenizer.eos_ids[0]
+    ends = list(tokenizer.eos_ids)
+    if len(tokenizer.suffix) == 1:  # what goes behind a text is the end token that the file names
+        ids["tokenizer.ggml.add_eos_token"] = True
+        ends = list(dict.fromkeys([*tokenizer.suffix, *ends]))
+    if ends:
+        ids["tokenizer.ggml.eos_token_id"] = ends[0]
     # Readers know the usual ends of a turn by their text; two others can be named.
-    others = [i for i in tokenizer.eos_ids[1:] if tokenizer.token_text(i) not in END_TOKENS]
+    others = [i for i in ends[1:] if tokenizer.token_text(i) not in END_TOKENS]
     for key, token_id in zip(("eot", "eom"), others, strict=False):
         ids[f"tokenizer.ggml.{key}_token_id"] = token_id
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
@@ -133,9 +139,12 @@ def _byte_level(
     joined = [" ".join(merge) for merge in merges]
     # The one that looks the same comes first: on a small vocabulary several may cut alike.
     looks = _steps(description.get("pre_tokenizer"))
-    names = sorted(_NAMES, key=lambda name: _steps(PRE_TOKENIZERS[name]) != looks)
+    names = sorted(_NAMES, key=lambda name: _steps(PRE_TOKENIZERS[name].steps) != looks)
+    shared: dict[str, Value] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": joined}
+    if (description.get("normalizer") or {}).get("type") == "NFC":
+        shared[NORMALIZER] = "NFC"
     for name in names:
-        yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": joined}
+        yield {**shared, "tokenizer.ggml.pre": name}
 
 
 def _steps(described: Any) -> list[str]:
@@ -144,7 +153,8 @@ def _steps(described: Any) -> list[str]:
         described = described.get("pretokenizers", [])
     steps = described if isinstance(described, list) else [described] if described else []
     kept = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-    return [json.dumps(step, sort_keys=True) for step in kept]
+    found = [json.dumps(step, sort_keys=True) for step in kept]
+    return [step.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", CONTRACTIONS) for step in found]
 
 
 def _sentencepiece(

@@ -37,10 +37,12 @@ _FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
 ]
-_SUBFOLDERS = ["*/*"]  # other formats and training states
+_SUBFOLDERS = ["*/*.safetensors", "*/*.safetensors.index.json"]  # other formats and training states
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLL_SECONDS = 0.25
 _NOT_FOUND = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "HFValidationError"}

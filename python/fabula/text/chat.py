@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fabula.errors import InvalidArgument
+from fabula.text.prefill import is_prefilled, render_prefilled
 from fabula.text.template import MAX_DEPTH, ChatTemplate
 
 if TYPE_CHECKING:
@@ -28,15 +29,31 @@ _MARKS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FF
 
 
 def encode_chat(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], /, **options: Any
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    /,
+    *,
+    continue_final_message: bool | None = False,
+    **options: Any,
 ) -> list[int]:
     """Token ids of a conversation.
 
+    Args:
+        tokenizer, template: of the model.
+        messages: of the conversation.
+        continue_final_message: whether the ids end with the words of the last message, which is the assistant's; None
+            where it is, see `text/prefill.py`.
+        options: of the template.
+
     Raises:
         TemplateError: the template fails or refuses.
-        InvalidArgument: a message is malformed, or holds a control token and every private-use character.
+        InvalidArgument: a message is malformed, or holds a control token and every private-use character; or the last
+            message shall be continued and is not the assistant's.
     """
     marks = Marks(tokenizer, template, messages, options)
+    if is_prefilled(messages, continue_final_message, options.get("add_generation_prompt")):
+        return marks.encode(render_prefilled(template, marks.messages, marks.unused(), marks.options[0]))
     return marks.encode(template.render(marks.messages, **marks.options[0]))
 
 
@@ -64,7 +81,7 @@ class Marks:
     ) -> None:
         self._tokenizer = tokenizer
         given = [*_texts(messages), *_texts(options)]
-        self._texts = [template.source, *given]
+        self._texts = [template.source, *template.named.values(), *given]
         self._pattern = _pattern(tokenizer)
         self._mark = ""
         self.messages: Sequence[Mapping[str, Any]] = messages

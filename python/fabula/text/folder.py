@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, and the settings that lie in four files beside it."""
+"""The tokenizer of a Hugging Face folder: tokenizer.json, and the settings and templates that lie beside it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any, TypeGuard
 
 from fabula.errors import TokenizerError
 from fabula.formats.readfile import file_size, open_regular, read_at, read_json_object
-from fabula.text.tokenizer import END_TOKENS, MAX_TOKENIZER_BYTES, Tokenizer, build_backend
+from fabula.text.end_tokens import end_ids
+from fabula.text.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, build_backend
 
 MAX_SETTINGS_BYTES = 16 << 20  # tokenizer_config.json repeats every added token
 MAX_TEMPLATE_BYTES = 1 << 16
+MAX_TEMPLATES = 64  # of one model; the most in use are four
+_NAMED_TEMPLATES = "additional_chat_templates"  # a folder of them
+_PROBES = ("a", "1", ".", "")  # texts to see the post-processor by: one of them has tokens in any vocabulary
 
 
 def read_folder(folder: Path) -> Tokenizer:
@@ -26,28 +30,47 @@ def read_folder(folder: Path) -> Tokenizer:
     config = _optional(folder / "config.json")
 
     names = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token", "eot_token", "eom_token"):
         text = _token_text(settings.get(key)) or _token_text(special.get(key))
         if text is not None:
             names[key] = text
     bos_id = _first_id(backend, names.get("bos_token"), generation.get("bos_token_id"), config.get("bos_token_id"))
-    eos: list[int] = []
-    if "eos_token" in names and (token_id := backend.token_to_id(names["eos_token"])) is not None:
-        eos.append(token_id)
+    named = []
+    for key in ("eos_token", "eot_token", "eom_token"):
+        if key in names and (token_id := backend.token_to_id(names[key])) is not None:
+            named.append(token_id)
     for source in (generation, config):
         value = source.get("eos_token_id")
-        eos += [i for i in (value if isinstance(value, list) else [value]) if _is_id(i)]
-    added = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    eos += [added[token] for token in END_TOKENS if token in added and token != names.get("bos_token")]
+        named += [i for i in (value if isinstance(value, list) else [value]) if _is_id(i)]
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    ends = end_ids(vocabulary, named, {})
+    prefix, suffix = _around(backend)
+    if settings.get("add_eos_token") is True and not suffix and named:
+        suffix = named[:1]
     return Tokenizer(
         backend,
         path=path,
         bos_id=bos_id,
-        eos_ids=eos,
-        add_bos=bool(backend.encode("", add_special_tokens=True).ids[:1] == [bos_id]),
-        chat_template=_template(folder, settings),
-        named_special=names,
+        eos_ids=ends,
+        prefix=prefix,
+        suffix=suffix,
+        chat_templates=_templates(folder, settings),
+        named_special={key: text for key, text in names.items() if key not in ("eot_token", "eom_token")},
+        vocabulary=vocabulary,
     )
+
+
+def _around(backend: Any) -> tuple[list[int], list[int]]:
+    """What the post-processor, of whatever kind, puts before a text and behind it."""
+    for probe in _PROBES:
+        plain = backend.encode(probe, add_special_tokens=False).ids
+        whole = backend.encode(probe, add_special_tokens=True).ids
+        if not plain:
+            continue
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+    return [], []
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -83,19 +106,41 @@ def _first_id(backend: Any, text: str | None, *ids: object) -> int | None:
     return None
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, else text in the settings, else the one named "default" of a list."""
+def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name.
+
+    Files of their own come before the settings, as in transformers: chat_template.jinja is the one named "default",
+    those in `additional_chat_templates/` are named like their files. Without any, the settings hold one, or a list of
+    named ones; at last chat_template.json, which processors of images and sound have.
+    """
+    found: dict[str, str] = {}
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _read(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
-    value = settings.get("chat_template")
+        found["default"] = _template(path)
+    if (folder / _NAMED_TEMPLATES).is_dir():
+        paths = sorted((folder / _NAMED_TEMPLATES).glob("*.jinja"))
+        if len(paths) > MAX_TEMPLATES:
+            raise TokenizerError(
+                f"{folder}: {_NAMED_TEMPLATES} holds {len(paths)} templates, at most {MAX_TEMPLATES} are read",
+                path=folder,
+                field=_NAMED_TEMPLATES,
+            )
+        found |= {path.stem: _template(path) for path in paths}
+    for value in (settings.get("chat_template"), _optional(folder / "chat_template.json").get("chat_template")):
+        found = found or _named(value)
+    return found
+
+
+def _template(path: Path) -> str:
+    return _read(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+
+
+def _named(value: object) -> dict[str, str]:
+    """Templates by name, from settings: one text, a list of objects with name and template, or an object."""
+    if isinstance(value, str):
+        return {"default": value}
     if isinstance(value, list):
-        named = {
-            entry["name"]: entry["template"]
-            for entry in value
-            if isinstance(entry, Mapping)
-            and isinstance(entry.get("name"), str)
-            and isinstance(entry.get("template"), str)
-        }
-        value = named.get("default", next(iter(named.values()), None))
-    return value if isinstance(value, str) else None
+        entries = [(e.get("name"), e.get("template")) for e in value if isinstance(e, Mapping)]
+    else:
+        entries = list(value.items()) if isinstance(value, Mapping) else []
+    return {name: text for name, text in entries if isinstance(name, str) and isinstance(text, str)}

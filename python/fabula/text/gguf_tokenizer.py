@@ -1,14 +1,16 @@
 """A GGUF vocabulary as the tokenizer it was made from.
 
-Two kinds exist in the families Fabula runs: byte-level BPE ("gpt2" with a pre-tokenizer by name) and
-SentencePiece-like BPE with scores instead of merges ("llama"). Key names and values are those of the GGUF
-specification and llama.cpp's converter.
+Two kinds exist in the families Fabula runs: byte-level BPE ("gpt2" with a pre-tokenizer by name, see
+`text/pretokenizers.py`) and SentencePiece-like BPE with scores instead of merges ("llama"). Key names and values are
+those of the GGUF specification and llama.cpp's converter; what holds where a key is missing is llama.cpp's rule
+(src/llama-vocab.cpp of the source that llama-cpp-python 0.3.36 carries).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,39 +21,40 @@ from tokenizers import Tokenizer as Backend
 
 from fabula.errors import TokenizerError, Unsupported
 from fabula.formats.readfile import shown
-from fabula.text.tokenizer import END_TOKENS, MAX_TOKEN_BYTES, Tokenizer, build_backend, building
+from fabula.text.end_tokens import END_TOKENS, GAP_ENDS, end_ids
+from fabula.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, REFUSED, PreTokenizer
+from fabula.text.tokenizer import MAX_TOKEN_BYTES, Tokenizer, TokenizerWarning, build_backend, building
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_PIECES = (0, NORMAL, UNUSED)  # 0 says nothing of a token
 _ADDED = (CONTROL, USER_DEFINED, UNKNOWN)  # cut out of a text before it is merged
 
-# How text is cut before merging, by tokenizer.ggml.pre. Patterns are those of the models' own tokenizer.json.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+NORMALIZER = "fabula.tokenizer.normalizer"  # of files that Fabula writes; the GGUF specification has no key for it
+NO_TOKEN = 2**32 - 1  # -1 as converters write it where there is no such token
 
-
-def _split(pattern: str) -> list[dict[str, Any]]:
-    return [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ]
-
-
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PRE_TOKENIZERS: Mapping[str, list[dict[str, Any]]] = {
-    "gpt-2": [_BYTE_LEVEL],
-    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
-    "llama-bpe": _split(_LLAMA3),
-    "llama3": _split(_LLAMA3),
-    "llama-v3": _split(_LLAMA3),
-    "qwen2": _split(_QWEN2),
+# Other kinds of vocabulary that llama.cpp reads.
+_OTHER_MODELS = {
+    "bert": "WordPiece",
+    "t5": "Unigram",
+    "rwkv": "RWKV's own",
+    "plamo2": "PLaMo 2's own",
+    "gemma4": "BPE of characters",
+    "hybriddna": "BPE with DNA in it",
+    "whitespace": "whole words",
+    "no_vocab": "the file has none",
+    "none": "the file has none",
 }
-_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3"}  # their tokenizer.json sets ignore_merges
-_NORMALIZED = {"qwen2"}  # their tokenizer.json normalises to NFC
-
+_END_NAMES = frozenset(END_TOKENS).union(*GAP_ENDS.values())
 _MERGES = "tokenizer.ggml.merges"
+_TEMPLATE = "tokenizer.chat_template"
+_SPECIAL = "tokenizer.ggml.{}_token_id"
+# What llama.cpp takes for a SentencePiece vocabulary where the keys are missing. The ids are Llama's own; in another
+# vocabulary they count only if the tokens are of that kind.
+_SENTENCEPIECE_IDS = {"bos": (1, CONTROL), "eos": (2, CONTROL), "unknown": (0, UNKNOWN)}
+# Control tokens of Phi-3 that take no blanks beside them, as all others there do. Known by the model's name: GGUF holds
+# no flags of tokens.
+_PHI3_NAMES = ("phi-3", "phi3")
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_PIECE = 512  # characters; SentencePiece itself stops at 16. Merges are found by cutting a piece everywhere.
 
@@ -96,13 +99,40 @@ class _Keys:
             raise self.error(key, "must be true or false")
         return value
 
-    def token_id(self, key: str, n_tokens: int) -> int | None:
+    def get(self, key: str) -> object:
+        return self._metadata.get(key)
+
+    def token_id(self, name: str, n_tokens: int, *, needed: bool = True) -> int | None:
+        """The id of a special token, None if the file names none.
+
+        Args:
+            name: of the token, such as "bos".
+            n_tokens: of the vocabulary.
+            needed: whether a wrong id is an error. One that nothing depends on, such as that of padding, is passed over
+                with a warning.
+        """
+        key = _SPECIAL.format(name)
         value = self._metadata.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_tokens:
-            raise self.error(key, f"is {value!r:.40}, must be an id in 0 .. {n_tokens - 1}")
-        return value
+        if not isinstance(value, bool) and isinstance(value, int) and 0 <= value < n_tokens:
+            return value
+        if value == NO_TOKEN or not needed:
+            self.warn(f"{key} is {value!r:.40}, which is no id in 0 .. {n_tokens - 1}: taken as no token")
+            return None
+        raise self.error(key, f"is {value!r:.40}, must be an id in 0 .. {n_tokens - 1}")
+
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name: `tokenizer.chat_template` is the one named "default"."""
+        found = {}
+        for key in self._metadata:
+            if key == _TEMPLATE or key.startswith(_TEMPLATE + "."):
+                name = key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
+                found[name] = self.text(key) or ""
+        return found
+
+    def warn(self, message: str) -> None:
+        warnings.warn(f"{self.path}: {message}", TokenizerWarning, stacklevel=2)
 
 
 def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -113,37 +143,93 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     types = keys.numbers("tokenizer.ggml.token_type", "iu", len(tokens))
     kinds: list[int] = [NORMAL] * len(tokens) if types is None else types.tolist()
     model = keys.text("tokenizer.ggml.model")
+    special = _special_ids(keys, kinds, model)
+    named = [i for name in ("eos", "eot", "eom") if (i := special[name]) is not None]
+    ends = end_ids(ids, named, {name: special[name] for name in GAP_ENDS})
+    words = _words(keys, ids, kinds)
+    for i in ends:  # old converters took some for text: then users could write them
+        if tokens[i] in _END_NAMES and tokens[i] not in words:
+            kinds[i] = CONTROL
+    add_bos = model == "llama"
     if model == "gpt2":
-        description = _byte_level(keys, ids)
+        rule = _rule(keys)
+        add_bos = rule.add_bos
+        description = _byte_level(keys, ids, rule)
     elif model == "llama":
-        description = _sentencepiece(keys, tokens, ids, kinds)
+        description = _sentencepiece(keys, tokens, ids, kinds, special["unknown"])
     else:
-        raise Unsupported(f"{path}: tokenizer.ggml.model is {shown(model)}; known are gpt2 and llama")
-    added = [
-        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
-        for token, kind in zip(tokens, kinds, strict=True)
-        if kind in _ADDED and token
-    ]
-    backend = _build(keys, description, added)
-    bos_id = keys.token_id("tokenizer.ggml.bos_token_id", len(tokens))
-    ends = [keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("eos", "eot", "eom")]
-    bos_text = None if bos_id is None else tokens[bos_id]
-    ends += [ids[t] for t in END_TOKENS if t in ids and kinds[ids[t]] == CONTROL and t != bos_text]
-    named = {}
-    for name, key in (("unk_token", "unknown"), ("pad_token", "padding"), ("eos_token", "eos"), ("bos_token", "bos")):
-        token_id = keys.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
-        if token_id is not None:
-            named[name] = tokens[token_id]
+        about = f" ({_OTHER_MODELS[model]})" if model in _OTHER_MODELS else ""
+        raise Unsupported(
+            f"{path}: tokenizer.ggml.model is {shown(model)}{about}; known are gpt2 and llama, which the families that "
+            "run here have"
+        )
+    backend = _build(keys, description, _added(keys, tokens, kinds))
+    bos, eos = special["bos"], special["eos"]
+    names = {"unk_token": "unknown", "pad_token": "padding", "eos_token": "eos", "bos_token": "bos"}
     return Tokenizer(
         backend,
         path=path,
-        bos_id=bos_id,
-        eos_ids=[i for i in ends if i is not None],
-        # llama.cpp's rule: SentencePiece vocabularies start with it unless the file says otherwise.
-        add_bos=keys.flag("tokenizer.ggml.add_bos_token", model == "llama") and bos_id is not None,
-        chat_template=keys.text("tokenizer.chat_template"),
-        named_special=named,
+        bos_id=bos,
+        eos_ids=ends,
+        prefix=[bos] if keys.flag("tokenizer.ggml.add_bos_token", add_bos) and bos is not None else [],
+        suffix=[eos] if keys.flag("tokenizer.ggml.add_eos_token", False) and eos is not None else [],
+        chat_templates=keys.templates(),
+        named_special={name: tokens[i] for name, key in names.items() if (i := special[key]) is not None},
         vocabulary=ids,
+    )
+
+
+def _special_ids(keys: _Keys, kinds: Sequence[int], model: str | None) -> dict[str, int | None]:
+    """Special tokens by their names in keys."""
+    found = {name: keys.token_id(name, len(kinds)) for name in ("bos", "eos")}
+    others = ("eot", "eom", "unknown", "padding", *GAP_ENDS)
+    found |= {name: keys.token_id(name, len(kinds), needed=False) for name in others}
+    if model == "llama":
+        for name, (i, kind) in _SENTENCEPIECE_IDS.items():
+            if found[name] is None and keys.get(_SPECIAL.format(name)) is None and i < len(kinds) and kinds[i] == kind:
+                found[name] = i
+    return found
+
+
+def _words(keys: _Keys, ids: Mapping[str, int], kinds: Sequence[int]) -> set[str]:
+    """Names of end tokens that merging makes, as it does "</s>" in Qwen's vocabulary. They end an answer, as in
+    llama.cpp, but a user who writes HTML means the text."""
+    plain = {name for name in _END_NAMES if name in ids and kinds[ids[name]] == NORMAL}
+    if not plain:
+        return plain
+    return {word for merge in keys.texts(_MERGES, optional=True) or [] if (word := merge.replace(" ", "", 1)) in plain}
+
+
+def _added(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> list[AddedToken]:
+    """Tokens that are cut out of a text before it is merged."""
+    model = str(keys.get("general.name")).lower()
+    is_phi3 = any(name in model for name in _PHI3_NAMES)
+    return [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED, rstrip=is_phi3 and token not in _PHI3_PLAIN)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in _ADDED and token
+    ]
+
+
+def _rule(keys: _Keys) -> PreTokenizer:
+    """How texts are cut before merging."""
+    name = keys.text("tokenizer.ggml.pre")
+    if not name:
+        keys.warn(
+            "tokenizer.ggml.pre is missing, so nothing says how texts are cut: taken as llama.cpp takes it, by the "
+            f'rule "{DEFAULT}". Answers may be worse than the model\'s; a file of a newer converter has the key'
+        )
+        name = DEFAULT
+    if name in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[name]
+    if name in REFUSED:
+        raise Unsupported(
+            f"{keys.path}: tokenizer.ggml.pre is {shown(name)}, a vocabulary of characters instead of bytes, which no "
+            "family that runs here has"
+        )
+    raise Unsupported(
+        f"{keys.path}: tokenizer.ggml.pre is {shown(name)}, and how it cuts texts is not known here. Load the model's "
+        f"Hugging Face folder, which spells it out. Known are {', '.join(sorted(PRE_TOKENIZERS))}"
     )
 
 
@@ -198,26 +284,21 @@ class _Pairs(Sequence[tuple[str, ...]]):
         return (tuple(merge.split(" ", 1)) for merge in self._merges)
 
 
-def _byte_level(keys: _Keys, vocabulary: Mapping[str, int]) -> dict[str, Any]:
+def _byte_level(keys: _Keys, vocabulary: Mapping[str, int], rule: PreTokenizer) -> dict[str, Any]:
     """Byte-level BPE: merges are in the file."""
-    pre = keys.text("tokenizer.ggml.pre", "gpt-2")
-    if pre is None or pre not in PRE_TOKENIZERS:
-        raise Unsupported(
-            f"{keys.path}: tokenizer.ggml.pre is {shown(pre)}; known are {', '.join(sorted(PRE_TOKENIZERS))}"
-        )
     merges = _Pairs(keys.texts(_MERGES) or [])
     if "" in vocabulary:  # the library would take a merge with nothing
         _check_merges(keys, vocabulary)
     return {
         "version": "1.0",
-        "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "normalizer": {"type": "NFC"} if keys.text(NORMALIZER) == "NFC" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": rule.steps},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {
             "vocab": vocabulary,
             "merges": merges,
-            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
+            "ignore_merges": rule.whole_words,
         },
     }
 
@@ -235,10 +316,12 @@ def _check_merges(keys: _Keys, vocabulary: Mapping[str, int]) -> None:
 
 
 def _sentencepiece(
-    keys: _Keys, tokens: Sequence[str], vocabulary: Mapping[str, int], kinds: Sequence[int]
+    keys: _Keys, tokens: Sequence[str], vocabulary: Mapping[str, int], kinds: Sequence[int], unknown: int | None
 ) -> dict[str, Any]:
     """SentencePiece's BPE keeps a score a piece: the merge that makes the piece of the highest score goes first.
-    Every way to cut a piece into two known ones is a merge of that piece's rank."""
+    Every way to cut a piece into two known ones is a merge of that piece's rank. Unused tokens are pieces too, as in
+    llama.cpp. Where two pieces have one score, which no trained vocabulary has, the one of the lower id goes first;
+    llama.cpp takes the one further left in the text."""
     scores = keys.numbers("tokenizer.ggml.scores", "fiu", len(tokens))
     if scores is None:
         raise keys.error("tokenizer.ggml.scores", "is missing")
@@ -252,7 +335,7 @@ def _sentencepiece(
             )
     merges: list[tuple[float, int, int, int]] = []
     for i, token in enumerate(tokens):
-        if kinds[i] != NORMAL or len(token) < 2:
+        if kinds[i] not in _PIECES or len(token) < 2:
             continue
         if len(token) > _LONGEST_PIECE:
             raise keys.error(
@@ -263,7 +346,6 @@ def _sentencepiece(
             if left is not None and (right := vocabulary.get(token[cut:])) is not None:
                 merges.append((order[i], i, left, right))
     merges.sort()
-    unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},

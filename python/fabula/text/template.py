@@ -39,12 +39,16 @@ from fabula.text.limits import (
     call_size,
     concatenate,
 )
+from fabula.text.tokenizer import choose
 
 MAX_SOURCE = 1 << 16  # characters; the largest template in use has a third of it
 MAX_NODES = 20_000
 MAX_DEPTH = 64  # of what messages and options hold
 ROLES = ("system", "user", "assistant", "tool", "developer")
-RESERVED = ("messages", "add_generation_prompt", "bos_token", "eos_token", "raise_exception", "strftime_now")
+RESERVED = (
+    "messages", "add_generation_prompt", "continue_final_message", "chat_template", "bos_token", "eos_token",
+    "raise_exception", "strftime_now",
+)  # fmt: skip
 
 BUILTIN_TEMPLATES: Mapping[str, str] = {
     "chatml": (
@@ -184,12 +188,14 @@ def _strftime_now(form: str) -> str:
 
 
 class ChatTemplate:
-    """A compiled template. Safe to use from several threads.
+    """A compiled template, or one of several for each conversation. Safe to use from several threads.
 
     Args:
         source: Jinja text.
         path: named in errors.
         special_tokens: what the template finds as bos_token, eos_token, ...
+        named: sources by name, `source` among them. A conversation with tools is rendered by the one named "tool_use",
+            as in transformers, and any by the one it asks for.
         max_output: characters a rendered conversation may have.
         max_seconds: time one render may take.
 
@@ -203,10 +209,13 @@ class ChatTemplate:
         *,
         path: Path | str = "",
         special_tokens: Mapping[str, str] | None = None,
+        named: Mapping[str, str] | None = None,
         max_output: int = MAX_TEXT,
         max_seconds: float = 2.0,
     ) -> None:
         self.source, self.path = source, path
+        self.named = dict(named or {})
+        self._compiled: dict[str, ChatTemplate] = {}  # the others, by their source
         self._special = dict(special_tokens or {})
         self._variables: frozenset[str] | None = None  # found when they are first asked for
         self._max_output, self._max_seconds = max_output, max_seconds
@@ -222,26 +231,61 @@ class ChatTemplate:
         except (LimitError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise self._error(str(error) or type(error).__name__, None) from None
 
+    def variant(self, *, tools: bool, name: str | None = None) -> ChatTemplate:
+        """The template that renders a conversation with or without tools, or the one of a name.
+
+        Raises:
+            InvalidArgument: there is none of that name.
+            TemplateError: it cannot be compiled.
+        """
+        source = choose(self.named, tools=tools, name=name) if self.named or name is not None else self.source
+        if source is None or source == self.source:
+            return self
+        if source not in self._compiled:
+            self._compiled[source] = ChatTemplate(
+                source,
+                path=self.path,
+                special_tokens=self._special,
+                max_output=self._max_output,
+                max_seconds=self._max_seconds,
+            )
+        return self._compiled[source]
+
     def reads(self, name: str) -> bool:
-        """Whether the template asks for a variable, such as `tools`."""
+        """Whether the template, or the one for conversations with tools, asks for a variable, such as `tools`."""
         if self._variables is None:
             self._variables = frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)))
-        return name in self._variables
+        if name in self._variables:
+            return True
+        other = self.variant(tools=True)
+        return other is not self and other.reads(name)
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **options: Any,
     ) -> str:
         """Renders a conversation.
 
         Args:
             messages: each with a role of `ROLES` and what the template reads (usually "content").
             add_generation_prompt: whether the beginning of the assistant's turn is added.
+            chat_template: name of the template, such as "rag"; None for the one named "tool_use" where `tools` are
+                given, else the one named "default".
             options: further variables of the template (`tools`, `enable_thinking`, ...); plain data only.
 
         Raises:
-            InvalidArgument: a message is malformed, or an option is not plain data or has a reserved name.
+            InvalidArgument: a message is malformed, or an option is not plain data or has a reserved name, or there is
+                no template of that name.
             TemplateError: the template fails or refuses; carries the line.
         """
+        other = self.variant(tools=bool(options.get("tools")), name=chat_template)
+        if other is not self:
+            return other.render(messages, add_generation_prompt=add_generation_prompt, **options)
         taken = [name for name in options if name in RESERVED]
         if taken:
             raise InvalidArgument(f"template option {taken[0]!r} is set by Fabula itself")

@@ -27,8 +27,9 @@ MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use (256k tokens with merges) 
 MAX_TOKEN_BYTES = 1 << 16
 MAX_VOCABULARY = 1 << 22
 
-# Tokens that end an answer besides the one the config names, where a vocabulary has them as control tokens.
-END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<|end|>")
+
+class TokenizerWarning(UserWarning):
+    """A tokenizer's file lacks something or says something impossible, and is read all the same."""
 
 
 class Tokenizer:
@@ -44,9 +45,14 @@ class Tokenizer:
         vocab_size: largest id + 1, added tokens included.
         bos_id: start token, None when there is none.
         eos_ids: tokens that end an answer.
-        add_bos: whether `encode` puts the start token in front by itself.
+        prefix, suffix: what the tokenizer's own template puts around a text, usually the start token or nothing, and
+            nothing or an end token.
+        add_bos: whether `encode` puts the prefix in front by itself.
+        add_eos: whether the template has a suffix.
         special_tokens: control tokens and their ids.
-        chat_template: source of the chat template, None when there is none.
+        chat_templates: sources of the chat templates by name; "default" is for conversations without tools, "tool_use"
+            for those with tools.
+        chat_template: source of the one named "default", or of the first; None when there is none.
     """
 
     def __init__(
@@ -56,8 +62,9 @@ class Tokenizer:
         path: Path,
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
-        add_bos: bool = False,
-        chat_template: str | None = None,
+        prefix: Iterable[int] = (),
+        suffix: Iterable[int] = (),
+        chat_templates: Mapping[str, str] | None = None,
         named_special: Mapping[str, str] | None = None,
         vocabulary: Mapping[str, int] | None = None,
     ) -> None:
@@ -80,8 +87,11 @@ class Tokenizer:
         self._visible = TokenBytes(self._tokens, bytes_of, known | dict.fromkeys(self.special_ids, b""))
         self.bos_id = self._check_id("bos", bos_id)
         self.eos_ids = tuple(dict.fromkeys(i for i in eos_ids if self._check_id("eos", i) is not None))
-        self.add_bos = add_bos and self.bos_id is not None
-        self.chat_template = chat_template
+        self.prefix = tuple(i for i in prefix if self._check_id("prefix", i) is not None)
+        self.suffix = tuple(i for i in suffix if self._check_id("suffix", i) is not None)
+        self.add_bos, self.add_eos = bool(self.prefix), bool(self.suffix)
+        self.chat_templates = dict(chat_templates or {})
+        self.chat_template = self.template_for(tools=False)
         self.named_special = dict(named_special or {})
 
     # ---- Where it comes from ----------------------------------------------------------------------------------------
@@ -154,28 +164,46 @@ class Tokenizer:
 
     # ---- Encoding ---------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_bos: bool | None = None, special: bool = False, add_eos: bool | None = False
+    ) -> list[int]:
         """Token ids of a text.
+
+        The tokenizer's own template, a post-processor of tokenizer.json or the flags of a GGUF file, may put tokens
+        before a text and behind it. Those before belong to every text that begins. Those behind end it, so they are
+        left to who asks: an embedding is that of a whole text, and models whose template has an end token were trained
+        to put their vector there; a text that is to be continued has no end. (transformers gives both the same ids;
+        llama.cpp's completion tool refuses a model that asks for an end token.)
 
         Args:
             text: any text without lone surrogates.
-            add_bos: whether the start token goes in front; None leaves it to the model's own habit.
+            add_bos: whether the start token goes in front, and what else the template puts there; None leaves it to
+                the model's own habit.
             special: whether control tokens written in the text are control tokens; else they are plain text.
+            add_eos: whether the template's end goes behind, or, where it has none, the first end token; None leaves it
+                to the template.
 
         Raises:
-            InvalidArgument: the text cannot be encoded as UTF-8, or a start token is wanted and there is none.
+            InvalidArgument: the text cannot be encoded as UTF-8, or a start or end token is wanted and there is none.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"the text holds a lone surrogate at position {error.start}") from None
-        wanted = self.add_bos if add_bos is None else add_bos
-        if wanted and self.bos_id is None:
-            raise InvalidArgument(f"{self.path}: the tokenizer has no start token")
+        before: tuple[int, ...] = ()
+        behind: tuple[int, ...] = ()
+        if self.add_bos if add_bos is None else add_bos:
+            before = self.prefix or (() if self.bos_id is None else (self.bos_id,))
+            if not before:
+                raise InvalidArgument(f"{self.path}: the tokenizer has no start token")
+        if self.add_eos if add_eos is None else add_eos:
+            behind = self.suffix or self.eos_ids[:1]
+            if not behind:
+                raise InvalidArgument(f"{self.path}: the tokenizer has no end token")
         with self._lock:
             self._backend.encode_special_tokens = not special
             ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
+        return [*before, *ids, *behind]
 
     def encode_chat(
         self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], /, **options: Any
@@ -185,8 +213,24 @@ class Tokenizer:
 
         return encode_chat(self, template, messages, **options)
 
-    def make_template(self, source: str) -> ChatTemplate:
-        """A chat template that knows this tokenizer's control tokens by name (bos_token, eos_token, ...)."""
+    def template_for(self, *, tools: bool, name: str | None = None) -> str | None:
+        """Source of the chat template for a conversation.
+
+        Args:
+            tools: whether the conversation has tools: then it is the one named "tool_use", if there is one.
+            name: of the template, instead.
+
+        Raises:
+            InvalidArgument: there is none of that name.
+        """
+        return choose(self.chat_templates, tools=tools, name=name)
+
+    def make_template(self, source: str | None = None) -> ChatTemplate:
+        """A chat template that knows this tokenizer's control tokens by name (bos_token, eos_token, ...).
+
+        Args:
+            source: Jinja text; None for the tokenizer's own templates, of which each conversation gets the one for it.
+        """
         names = dict(self.named_special)
         if self.bos_id is not None:
             names.setdefault("bos_token", self._tokens[self.bos_id])
@@ -194,7 +238,8 @@ class Tokenizer:
             names.setdefault("eos_token", self._tokens[self.eos_ids[0]])
         from fabula.text.template import ChatTemplate
 
-        return ChatTemplate(source, path=self.path, special_tokens=names)
+        named = self.chat_templates if source is None else {}
+        return ChatTemplate(source or self.chat_template or "", path=self.path, special_tokens=names, named=named)
 
     # ---- Decoding ---------------------------------------------------------------------------------------------------
 
@@ -244,6 +289,19 @@ class Tokenizer:
         return token_id
 
 
+def choose(templates: Mapping[str, str], *, tools: bool, name: str | None = None) -> str | None:
+    """See `Tokenizer.template_for`."""
+    if name is not None:
+        if name not in templates:
+            raise InvalidArgument(
+                f"the model has no chat template named {name[:60]!r}; it has {', '.join(sorted(templates)) or 'none'}"
+            )
+        return templates[name]
+    if tools and "tool_use" in templates:
+        return templates["tool_use"]
+    return templates.get("default", next(iter(templates.values()), None))
+
+
 def build_backend(description: str | bytes, path: Path) -> tokenizers.Tokenizer:
     """The library's tokenizer from its JSON, with every way it may fail turned into TokenizerError."""
     data = description if isinstance(description, bytes) else description.encode()
@@ -251,7 +309,10 @@ def build_backend(description: str | bytes, path: Path) -> tokenizers.Tokenizer:
         raise TokenizerError(f"{path}: the tokenizer has {len(data)} bytes, at most {MAX_TOKENIZER_BYTES}", path=path)
     parse_json_object(data, path=path)
     with building(path):
-        return tokenizers.Tokenizer.from_buffer(data)
+        backend = tokenizers.Tokenizer.from_buffer(data)
+        backend.no_padding()  # some were saved with those of their training, which would fill or cut every text
+        backend.no_truncation()
+        return backend
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from fabula.server.stream import response
 from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, ToolCallReader, parse_tool_calls
 from fabula.sessions.calls import Event as Read
 from fabula.sessions.tools import tool_constraint, with_tools
+from fabula.text.prefill import is_prefilled
 
 routes = Blueprint("openai_chat", __name__)
 
@@ -80,8 +81,12 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBod
     tools = data.tools if calls_are_read(data) and data.tools else []
     if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
         messages, options = with_tools(messages, tools, model.template)
-    ids = model.chat_ids(messages, **options)
-    return begin(model, [ids], params, n, continues=False, tenant=tenant, timeout=state.settings.answer_s)
+    asked, turn = data.continue_final_message, data.add_generation_prompt
+    continues = is_prefilled(messages, asked, turn)
+    if turn is not None:
+        options = {**options, "add_generation_prompt": turn}
+    ids = model.chat_ids(messages, continue_final_message=asked, **options)
+    return begin(model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s)
 
 
 def calls_are_read(data: ChatCompletionBody) -> bool:

@@ -84,6 +84,16 @@ class ChatCompletionBody(Asked):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = Field(None, description='"none", "auto", "required", or a function by its name.')
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = Field(
+        None,
+        description="If the last message is the assistant's, the model writes on behind its words and answers with "
+        "what is new. false: it begins a turn of its own. true: an error if there is nothing to continue.",
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="true: a turn of the model's own, also behind one of the assistant's. false: the conversation "
+        "as it stands, without the beginning of a turn.",
+    )
     store: bool | None = Field(None, description="Has no effect: nothing is kept.")
     reasoning_effort: str | None = Field(None, description="Has no effect.")
     verbosity: str | None = Field(None, description="Has no effect.")
