@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
 from fabula.engine.generation import Engine, Generation
@@ -65,6 +66,7 @@ class Model:
         context: positions a text may have.
         device: where it runs: "cpu", "cuda:0" and the like, or several GPUs as "cuda:0+1".
         device_name: what the GPU is called; "" for the CPU.
+        defaults: sampling settings it recommends: what stands for those that `SamplingParams` does not give.
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class Model:
         threads: int,
         scheduler: Scheduler | None = None,
         digest: str = "",
+        defaults: SamplingDefaults | None = None,
     ) -> None:
         self.path = path
+        self.defaults = defaults or SamplingDefaults()
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
-        self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
+        self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler(), self.defaults.values)
         self._embedders: Embedder | None = None  # made when it is first asked for
         self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)
@@ -169,6 +173,7 @@ class Model:
             tokenizer = load_tokenizer(checkpoint)
             check_vocabulary(tokenizer, checkpoint)
             config = family_of(checkpoint.config, path).read(checkpoint.config, path)
+            defaults = read_defaults(checkpoint)
             label = label_of(weights, checkpoint)
             runner = Runner(
                 checkpoint,
@@ -183,7 +188,7 @@ class Model:
         finally:
             checkpoint.close()
         digest = f"{checkpoint.digest}-{identity_of(weights, checkpoint)}"
-        return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest)
+        return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults)
 
     # ---- What it is -------------------------------------------------------------------------------------------------
 

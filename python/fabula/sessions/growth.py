@@ -249,7 +249,7 @@ class Growing(Tree):
             kept=plan.prompt.kept,
             prompt_ids=tuple(ids[plan.prompt.kept :]),
             n_begun=len(plan.begun),
-            params=replace(params, seed=generation.seed),
+            params=generation.params,
             cut=plan.prompt.cut,
         )
         reply = Reply(generation, draft, self._settle, self._left.append, selects=selects)

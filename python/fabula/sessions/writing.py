@@ -49,7 +49,7 @@ class Writing(Looking):
                 said=Said(text),
                 kept=prompt.kept,
                 prompt_ids=tuple(prompt.ids[prompt.kept :]),
-                params=self.params,
+                params=self.params.resolved(engine.defaults),
                 finish_reason=WRITTEN,
                 cut=prompt.cut,
                 frozen=frozen,

@@ -10,19 +10,20 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
+from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.server.answering import run_of_texts
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
+    CertainPieces,
     Json,
     begin,
     chat_logprob,
     choices_of,
     fingerprint,
     follow,
-    is_end,
     line,
     pieces_of,
     reason_of,
@@ -154,6 +155,7 @@ class Chat:
         }
         self._reads_calls = calls_are_read(data)
         self._readers = [ToolCallReader() for _ in generations]
+        self._certain = [CertainPieces() for _ in generations]
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
     def about(self, kind: str) -> Json:
@@ -191,8 +193,9 @@ class Chat:
     def _logprobs(self, index: int) -> Json | None:
         if not self._data.logprobs:
             return None
-        generation = self._generations[index]
-        pieces = [piece for piece in pieces_of(self._run, index) if not is_end(piece, generation)]
+        return self._told_logprobs(pieces_of(self._run, index))
+
+    def _told_logprobs(self, pieces: list[Piece]) -> Json:
         return {"content": [chat_logprob(self._tokenizer, piece) for piece in pieces], "refusal": None}
 
     # ---- Streamed ---------------------------------------------------------------------------------------------------
@@ -203,10 +206,9 @@ class Chat:
             for index in range(len(self._generations)):
                 yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         elif event.piece is not None:
-            generation, piece = self._generations[event.index], event.piece
-            logprobs = None
-            if self._data.logprobs and not is_end(piece, generation):
-                logprobs = {"content": [chat_logprob(self._tokenizer, piece)], "refusal": None}
+            piece, logprobs = event.piece, None
+            if self._data.logprobs and (certain := self._certain[event.index].feed(piece)):
+                logprobs = self._told_logprobs(certain)
             deltas = self._deltas(event.index, piece.text)
             if logprobs is not None and not deltas:
                 deltas = [{"content": ""}]
