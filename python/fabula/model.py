@@ -98,7 +98,7 @@ class Model:
                 layout += f" on {len(runner.device.members)} GPUs"
             layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
-        self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
+        self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint, "", self.defaults))
 
     @classmethod
     def load(
@@ -249,14 +249,18 @@ class Model:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        special: bool = False,
+        parse_special: bool = True,
+        special: bool | None = None,
     ) -> Generation:
         """Continues a text.
 
         Args:
-            prompt: text (the model's start token is added where its tokenizer asks for one), or token ids as they are.
-            params: sampling settings; None for the defaults.
-            special: whether control tokens written in the text are control tokens instead of text.
+            prompt: text, or token ids as they are. The start token is put before a text where the tokenizer wants it
+                and the text does not begin with it.
+            params: sampling settings; what is not given is the model's default.
+            parse_special: whether control tokens written in the text are control tokens, as a caller means who writes
+                the template himself; False makes them text.
+            special: an older name of `parse_special`.
 
         Returns:
             An iterator of `Piece`. The engine begins at once and works ahead of the reader by a few pieces.
@@ -266,20 +270,25 @@ class Model:
             ContextOverflow: the prompt is longer than the context; carries both numbers.
             EngineBusy: too many requests wait already.
         """
-        ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else prompt
+        parses = parse_special if special is None else special
+        ids = self.tokenizer.encode(prompt, special=parses) if isinstance(prompt, str) else prompt
         return Generation(self._engine, ids, params or SamplingParams(), continues=True)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
         **template_options: Any,
     ) -> Generation:
         """Answers a conversation: renders it through the model's chat template and continues it.
 
         Args:
             messages: each with "role" (system, user, assistant, tool) and "content".
-            params: sampling settings; None for the defaults.
+            params: sampling settings; what is not given is the model's default.
+            parse_special: whether control tokens written in the messages are control tokens. By default they are text,
+                so that a user cannot write another's turn.
             template_options: passed to the template, e.g. `tools`.
 
         Raises:
@@ -287,10 +296,17 @@ class Model:
             InvalidArgument: a message without role or content.
             ContextOverflow: the conversation is longer than the context.
         """
-        return Generation(self._engine, self.chat_ids(messages, **template_options), params or SamplingParams())
+        ids = self.chat_ids(messages, parse_special=parse_special, **template_options)
+        return Generation(self._engine, ids, params or SamplingParams())
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
-        """The token ids of a conversation, ready for the next answer. Control tokens typed in a message stay text."""
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, parse_special: bool = False, **template_options: Any
+    ) -> list[int]:
+        """The token ids of a conversation, ready for the next answer; arguments as `chat`."""
+        if parse_special:
+            from fabula.text.chat import with_control_tokens  # here, as its template engine takes long to import
+
+            messages = with_control_tokens(messages)
         return self.tokenizer.encode_chat(self.template, messages, **template_options)
 
     def embed(
@@ -299,6 +315,7 @@ class Model:
         *,
         pooling: Pooling = "mean",
         normalize: bool = True,
+        parse_special: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Embeddings:
         """A vector for each text, of what the model makes of it: its hidden states behind the last norm, pooled.
@@ -311,6 +328,8 @@ class Model:
             pooling: "mean" of all tokens, which suits models trained to continue texts (Muennighoff, 2022, weighs by
                 position instead), "last" token, or "first".
             normalize: whether vectors have length 1, so that their product is the cosine of their angle.
+            parse_special: whether control tokens written in the texts are control tokens, as they are in transformers
+                and llama.cpp; False makes them text.
             should_stop: asked between steps; True ends with EngineError.
 
         Raises:
@@ -318,7 +337,7 @@ class Model:
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
             OutOfMemory: no pages are free for it.
         """
-        ids = [self.tokenizer.encode(text) for text in checked_texts(texts)]
+        ids = [self.tokenizer.encode(text, special=parse_special) for text in checked_texts(texts)]
         return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
 
     def _embedder(self) -> Embedder:

@@ -80,7 +80,7 @@ def test_new_chats_keep_what_they_draw_with(page: Page, served: Running) -> None
     page.say("Hello.")
     page.settled(1)
     told = served.get(f"/sessions/{page.session_id}")["sampling"]
-    assert told == {"temperature": 1.1, "top_p": 0.95, "max_tokens": 5}
+    assert told == {"temperature": 1.1, "top_p": 0.95, "top_k": 0, "max_tokens": 5}
 
 
 def test_tags_of_a_conversation(page: Page, short: str) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fabula.engine.sampling import MODEL_SETTINGS, SamplingParams
@@ -50,6 +51,13 @@ _GGUF_PREFIX = "general.sampling."
 _MIROSTAT = "general.sampling.mirostat"  # 0: off, and the keys that begin with it then mean nothing
 
 
+# What the commands in the terminal take for a model that recommends nothing: plain sampling from all tokens makes small
+# models ramble. SDK and server sample plainly then.
+TERMINAL: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {"chat": {"temperature": 0.7, "top_p": 0.9}, "story": {"temperature": 0.8, "top_p": 0.95}}
+)
+
+
 class SamplingDefaultWarning(UserWarning):
     """A sampling default of a model's files cannot be used."""
 
@@ -74,8 +82,23 @@ class SamplingDefaults:
     def summary(self) -> str:
         """In a line, for people."""
         if not self.values:
-            return "none: plain sampling at temperature 1"
-        return ", ".join(f"{name} {value:g}" for name, value in self.values.items()) + f" ({self.source})"
+            terminal = "; ".join(f"{kind} {_words(values)}" for kind, values in TERMINAL.items())
+            return f"none, so temperature 1 and nothing else; in the terminal {terminal}"
+        return f"{_words(self.values)} ({self.source})"
+
+    def in_terminal(self, params: SamplingParams, kind: str) -> SamplingParams:
+        """Settings of a command, with those of TERMINAL in place of what is not given if the model recommends nothing.
+
+        Args:
+            params: as the command line gives them.
+            kind: "chat" or "story".
+        """
+        missing = {} if self.values else {k: v for k, v in TERMINAL[kind].items() if k not in params.given}
+        return replace(params, **missing) if missing else params  # type: ignore[arg-type]
+
+
+def _words(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 def read_defaults(checkpoint: Checkpoint) -> SamplingDefaults:

@@ -124,7 +124,7 @@ class SamplingParams:
             come only where the answer may end, and always where nothing else may follow; stop strings and
             `stop_tokens` are taken as text where it may not.
         given: names out of MODEL_SETTINGS that were given; the others read as neutral until `resolved` fills them in.
-            Not an argument: `replace` keeps it.
+            Not an argument: `replace` keeps it. Settings compare by their values alone.
 
     Raises:
         InvalidArgument: a value has the wrong type or is out of its range.
@@ -157,7 +157,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n_logprobs: int = 0
     constraint: Constraint | None = None
-    given: frozenset[str] = field(init=False, repr=False)
+    given: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         unset = (_UnsetFloat, _UnsetInt)

@@ -159,7 +159,8 @@ class Tokenizer:
 
         Args:
             text: any text without lone surrogates.
-            add_bos: whether the start token goes in front; None leaves it to the model's own habit.
+            add_bos: whether the start token goes in front; None leaves it to the model's own habit, but puts none
+                before a text that begins with it already, written as a control token.
             special: whether control tokens written in the text are control tokens; else they are plain text.
 
         Raises:
@@ -175,6 +176,8 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not special
             ids = self._backend.encode(text, add_special_tokens=False).ids
+        if add_bos is None and special and ids[:1] == [self.bos_id]:
+            wanted = False
         return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
 
     def encode_chat(

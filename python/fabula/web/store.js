@@ -20,7 +20,8 @@ import * as api from "./api.js";
 import { t } from "./i18n.js";
 import { Renderer } from "./render.js";
 
-const BEGIN_WITH = { sampling: { temperature: 0.7, top_p: 0.9, top_k: 40 } }; // "balanced": what new sessions of this page draw with
+const BEGIN_WITH = { sampling: {} }; // what new sessions of this page give: nothing, so that the model's own defaults count
+const BALANCED = { temperature: 0.7, top_p: 0.9, top_k: 40 }; // or this, where the model recommends nothing
 
 const state = {
   health: null, online: true, needsKey: false, sessions: [], search: "", session: null, turns: new Map(), path: [], headId: "",
@@ -280,8 +281,14 @@ async function begun(id) {
 
 const answer = guarded((path, body) => read(() => api.events("POST", path, { ...body, stream: true, background: true })));
 
+/** Sampling settings of a session that is begun here: what was chosen, in place of what it would begin with. */
+export function samplingToBegin() {
+  const recommended = state.health?.models?.[0]?.sampling_defaults;
+  return { ...(recommended?.source === "" ? BALANCED : {}), ...state.draft.sampling };
+}
+
 const here = () => ({ session_id: state.session.session_id });
-const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft });
+const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft, sampling: samplingToBegin() });
 /** A story that outgrows the context goes on without its oldest pieces, unless it was set to stop. */
 const telling = (text) => {
   if (!state.session) return { context_policy: "drop_oldest_turns", ...opening(text) };

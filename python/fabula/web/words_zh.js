@@ -16,7 +16,7 @@ export const zh = {
   deletedElsewhere: "此对话已在另一个页面被删除。", loadingModel: "正在加载 {model}……", fetchingModel: "正在下载 {model}……", failedModel: "无法加载 {model}：{error}",
   settings: "设置", system: "系统提示", systemHelp: "在第一条消息之前告诉模型的话，此前可以修改。", systemFixed: "在第一条消息之前已说出；新对话可以另设。",
   presets: "预设", precise: "精确", balanced: "均衡", creative: "创意",
-  temperature: "温度", temperatureHelp: "0 总取最可能的词；大于 1 更出人意料。", top_p: "Top-p", top_pHelp: "只保留合计达到此概率的词。", top_k: "Top-k", top_kHelp: "只保留这么多最可能的词；0 为关闭。", min_p: "Min-p", min_pHelp: "只保留概率不低于最可能者这一比例的词。", repetition_penalty: "重复惩罚", repetition_penaltyHelp: "大于 1 时更少重复。", max_tokens: "最长回答", max_tokensHelp: "词元数。留空：能放下多长就多长。", seedLabel: "种子", seedHelp: "相同的种子得到相同的回答。留空：每次不同。",
+  modelsOwn: "模型默认", temperature: "温度", temperatureHelp: "0 总取最可能的词；大于 1 更出人意料。", top_p: "Top-p", top_pHelp: "只保留合计达到此概率的词。", top_k: "Top-k", top_kHelp: "只保留这么多最可能的词；0 为关闭。", min_p: "Min-p", min_pHelp: "只保留概率不低于最可能者这一比例的词。", repetition_penalty: "重复惩罚", repetition_penaltyHelp: "大于 1 时更少重复。", max_tokens: "最长回答", max_tokensHelp: "词元数。留空：能放下多长就多长。", seedLabel: "种子", seedHelp: "相同的种子得到相同的回答。留空：每次不同。",
   context: "上下文已满时", policy_error: "停下并告诉我", policy_slide: "忘记最早的词", policy_drop_oldest_turns: "忘记最早的轮次", policyFixed: "在对话开始时选定。",
   contextBar: "{used} / {all} 词元", contextFull: "放不下：{used} / {all} 词元。请缩短、返回或重新开始。",
   apiKey: "API 密钥", apiKeyHelp: "此服务器需要密钥。运行它的人可以给你一个（fabula keys）。", apiKeyWrong: "密钥未被接受。",

@@ -81,7 +81,7 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBod
     tools = data.tools if calls_are_read(data) and data.tools else []
     if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
         messages, options = with_tools(messages, tools, model.template)
-    ids = model.chat_ids(messages, **options)
+    ids = model.chat_ids(messages, parse_special=bool(data.parse_special), **options)
     return begin(model, [ids], params, n, continues=False, tenant=tenant, timeout=state.settings.answer_s)
 
 
@@ -91,7 +91,7 @@ def calls_are_read(data: ChatCompletionBody) -> bool:
 
 
 def params_of(data: ChatCompletionBody) -> SamplingParams:
-    """The settings of a request, on top of OpenAI's defaults, which are plain sampling.
+    """The settings of a request; what it leaves out is the model's own default.
 
     Raises:
         ApiError: two fields exclude each other.

@@ -89,14 +89,14 @@ def _begin(
     for prompt in prompts:
         if isinstance(prompt, str):
             state.limits.check_text(prompt, "prompt")
-            ids.append(model.tokenizer.encode(prompt))
+            ids.append(model.tokenizer.encode(prompt, special=data.parse_special is not False))
         else:
             ids.append(prompt)
     return begin(model, ids, params, n, continues=True, tenant=tenant, timeout=state.settings.answer_s)
 
 
 def params_of(data: CompletionBody, n: int) -> SamplingParams:
-    """The settings of a request, on top of OpenAI's defaults.
+    """The settings of a request; what it leaves out is the model's own default.
 
     Raises:
         ApiError: a field asks for what cannot be done.
