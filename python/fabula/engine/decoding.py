@@ -35,8 +35,8 @@ class Piece:
         finish_reason: None while more may come; "stop" (end token, stop token, stop string, or a constraint that lets
             nothing follow), "length" (max_tokens, or the context is full).
         top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
-        offset: where the token begins in the answer's text: the characters that the tokens before it are certain to
-            make. It does not depend on what is held back; inside a character of several tokens it stays the same.
+        offset: where the token begins in the answer's text: the characters that the tokens before it make. It does not
+            depend on what is held back; tokens that share a character have the offset of that character.
         n_certain: how many of the tokens drawn so far, from the first, are certain to be part of the text. A token that
             may lie in a stop string is not, nor is one behind the cut or an end token. Never falls.
     """
@@ -156,8 +156,9 @@ class Decoding:
         """Goes on with a token that was drawn."""
         self.history.append(token)
         self._n_drawn += 1
-        offset = self._n_chars
-        self._starts.append(self._stops.n_fed)
+        n_broken = self._breaks_character(token)
+        offset = self._n_chars + n_broken
+        self._starts.append(self._stops.n_fed + n_broken)
         text, reason = self._read(token)
         self._count_certain(token, reason)
         return Piece(token, text, logprob, reason, top_logprobs, offset, self._n_certain)
@@ -234,6 +235,13 @@ class Decoding:
             return ""
         self._n_chars += len(text)
         return text
+
+    def _breaks_character(self, token: int) -> int:
+        """1 if a character before this token can no longer be completed and becomes U+FFFD, else 0."""
+        try:
+            return int(self._decoder.breaks(token))
+        except KeyError:  # an id that only pads the model's vocabulary
+            return 0
 
     def _hidden_text(self, token: int) -> str:
         """What a control or end token is called, where a stop string might name it; "" for a token that is shown."""

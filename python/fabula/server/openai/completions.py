@@ -171,7 +171,7 @@ class Texts:
 
     def _logprobs(self, pieces: list[Piece]) -> Json | None:
         """Tokens with their probabilities. `text_offset` counts characters from the answer's beginning to where the
-        token begins; inside a character of several tokens it stays the same."""
+        token begins; tokens that share a character have the offset of that character."""
         if self._data.logprobs is None:
             return None
         told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
