@@ -4,7 +4,7 @@
     regenerate, edit                the turn's settings, a new seed
     branch                          session's settings; other answers to the head's message get new seeds
     continue, fork_at, replay       the turn's settings and its seed
-    rewrite                         draws nothing; the turn keeps its settings for what goes on from it
+    rewrite                         samples nothing; the turn keeps its settings for what goes on from it
     PATCH                           what is given; null takes it back
     /v1/responses                   nothing is taken over
 

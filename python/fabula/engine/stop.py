@@ -4,7 +4,7 @@ Text is given out as soon as it is certain that no stop string begins in it; onl
 still become one is held back. Pieces may break anywhere, also inside a stop string: the result is that of a
 search in the whole.
 
-Control tokens are not shown, but a stop string may name them ("<|im_start|>", "<|im_end|>\\n"). So the matcher is told
+Control tokens are not shown, but a stop string may name them ("<|im_start|>", "<|im_end|>\\n"). So the matcher is given
 where they stand, and searches twice: in the text with the control tokens written out, and in the text as it is shown,
 where words on both sides of a control token stand together. Positions count characters of the former.
 """

@@ -193,9 +193,9 @@ class Chat:
     def _logprobs(self, index: int) -> Json | None:
         if not self._data.logprobs:
             return None
-        return self._told_logprobs(pieces_of(self._run, index))
+        return self._logprobs_of(pieces_of(self._run, index))
 
-    def _told_logprobs(self, pieces: list[Piece]) -> Json:
+    def _logprobs_of(self, pieces: list[Piece]) -> Json:
         return {"content": [chat_logprob(self._tokenizer, piece) for piece in pieces], "refusal": None}
 
     # ---- Streamed ---------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class Chat:
         elif event.piece is not None:
             piece, logprobs = event.piece, None
             if self._data.logprobs and (certain := self._certain[event.index].feed(piece)):
-                logprobs = self._told_logprobs(certain)
+                logprobs = self._logprobs_of(certain)
             deltas = self._deltas(event.index, piece.text)
             if logprobs is not None and not deltas:
                 deltas = [{"content": ""}]
