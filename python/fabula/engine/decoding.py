@@ -37,8 +37,8 @@ class Piece:
         top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
         offset: where the token begins in the answer's text: the characters that the tokens before it make. It does not
             depend on what is held back; tokens that share a character have the offset of that character.
-        n_certain: how many of the tokens sampled so far, from the first, are certain to be part of the text. A token that
-            may lie in a stop string is not, nor is one behind the cut or an end token. Never falls.
+        n_certain: how many of the tokens sampled so far, from the first, are certain to be part of the text. A token
+            that may lie in a stop string is not, nor is one behind the cut or an end token. Never falls.
     """
 
     token_id: int
