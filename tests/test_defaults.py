@@ -203,6 +203,18 @@ def test_gguf_keys(tmp_path: Path) -> None:
             assert gguf_defaults(tmp_path, **{name: value}).values == {}
 
 
+def test_a_quantized_model_recommends_the_same(folder: Path, tmp_path: Path) -> None:
+    from fabula.export.quantize import quantize_model
+
+    quantize_model(folder, tmp_path / "one.gguf", "q8_0")
+    quantize_model(tmp_path / "one.gguf", tmp_path / "two.gguf", "f16")
+    for name in ("one.gguf", "two.gguf"):
+        with Model.load(tmp_path / name, threads=1) as model:
+            assert model.defaults.source == "gguf"
+            assert model.defaults.values == pytest.approx(WANTED)
+            assert type(model.defaults.values["top_k"]) is int
+
+
 def test_the_built_in_model_has_what_its_card_recommends(smollm2_gguf: Path) -> None:
     from fabula.formats.open import open_checkpoint
 

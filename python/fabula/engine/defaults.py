@@ -37,7 +37,7 @@ _HF_KEYS = {
     "repetition_penalty": "repetition_penalty",
 }
 # Key of a GGUF -> setting. Source: gguf-py's constants.py and llama.cpp's common.cpp, which reads them as its defaults.
-_GGUF_KEYS = {
+GGUF_KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
     "general.sampling.top_p": "top_p",
@@ -140,10 +140,10 @@ def _of_generation_config(found: Mapping[str, Any], path: Path) -> Iterator[tupl
 
 
 def _of_gguf(metadata: Mapping[str, Any], path: Path) -> Iterator[tuple[str, float]]:
-    for key, setting in _GGUF_KEYS.items():
+    for key, setting in GGUF_KEYS.items():
         if (value := _checked(setting, metadata.get(key), key, path)) is not None:
             yield setting, value
-    unused = [key for key in metadata if key.startswith(_GGUF_PREFIX) and key not in _GGUF_KEYS]
+    unused = [key for key in metadata if key.startswith(_GGUF_PREFIX) and key not in GGUF_KEYS]
     for key in sorted(unused):
         if not key.startswith(_MIROSTAT) or (key == _MIROSTAT and metadata[key] != 0):
             _warn(path, key, metadata[key], "is not offered here")
