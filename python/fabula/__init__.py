@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fabula import errors, ops
     from fabula.engine.constraint import Constraint
     from fabula.engine.decoding import Piece
+    from fabula.engine.defaults import SamplingDefaults, SamplingDefaultWarning
     from fabula.engine.embedding import Embeddings
     from fabula.engine.generation import Generation, Timings
     from fabula.engine.sampling import SamplingParams
@@ -82,6 +83,8 @@ _HOMES = {
     "OutOfMemory": "errors",
     "Piece": "engine.decoding",
     "Reply": "sessions.reply",
+    "SamplingDefaultWarning": "engine.defaults",
+    "SamplingDefaults": "engine.defaults",
     "SamplingParams": "engine.sampling",
     "Session": "sessions.session",
     "SessionBusy": "errors",
@@ -129,6 +132,8 @@ __all__ = [
     "OutOfMemory",
     "Piece",
     "Reply",
+    "SamplingDefaultWarning",
+    "SamplingDefaults",
     "SamplingParams",
     "Session",
     "SessionBusy",

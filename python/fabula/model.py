@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
 from fabula.engine.generation import Engine, Generation
@@ -66,6 +67,7 @@ class Model:
         context: positions a text may have.
         device: where it runs: "cpu", "cuda:0" and the like, or several GPUs as "cuda:0+1".
         device_name: what the GPU is called; "" for the CPU.
+        defaults: sampling settings it recommends: what stands for those that `SamplingParams` does not give.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class Model:
         threads: int,
         scheduler: Scheduler | None = None,
         digest: str = "",
+        defaults: SamplingDefaults | None = None,
     ) -> None:
         self.path = path
+        self.defaults = defaults or SamplingDefaults()
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
-        self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler())
+        self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler(), self.defaults.values)
         self._embedders: Embedder | None = None  # made when it is first asked for
         self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)
@@ -95,7 +99,7 @@ class Model:
                 layout += f" on {len(runner.device.members)} GPUs"
             layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
-        self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint))
+        self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint, "", self.defaults))
 
     @classmethod
     def load(
@@ -170,6 +174,7 @@ class Model:
             tokenizer = load_tokenizer(checkpoint)
             check_vocabulary(tokenizer, checkpoint)
             config = family_of(checkpoint.config, path).read(checkpoint.config, path)
+            defaults = read_defaults(checkpoint)
             label = label_of(weights, checkpoint)
             runner = Runner(
                 checkpoint,
@@ -184,7 +189,7 @@ class Model:
         finally:
             checkpoint.close()
         digest = f"{checkpoint.digest}-{identity_of(weights, checkpoint)}"
-        return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest)
+        return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults)
 
     # ---- What it is -------------------------------------------------------------------------------------------------
 
@@ -245,14 +250,18 @@ class Model:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        special: bool = False,
+        parse_special: bool = True,
+        special: bool | None = None,
     ) -> Generation:
         """Continues a text.
 
         Args:
-            prompt: text (the model's start token is added where its tokenizer asks for one), or token ids as they are.
-            params: sampling settings; None for the defaults.
-            special: whether control tokens written in the text are control tokens instead of text.
+            prompt: text, or token ids as they are. The start token is put before a text where the tokenizer wants it
+                and the text does not begin with it.
+            params: sampling settings; what is not given is the model's default.
+            parse_special: whether control tokens written in the text are control tokens, as a caller means who writes
+                the template himself; False makes them text.
+            special: an older name of `parse_special`.
 
         Returns:
             An iterator of `Piece`. The engine begins at once and works ahead of the reader by a few pieces.
@@ -262,7 +271,8 @@ class Model:
             ContextOverflow: the prompt is longer than the context; carries both numbers.
             EngineBusy: too many requests wait already.
         """
-        ids = self.tokenizer.encode(prompt, special=special) if isinstance(prompt, str) else prompt
+        parses = parse_special if special is None else special
+        ids = self.tokenizer.encode(prompt, special=parses) if isinstance(prompt, str) else prompt
         return Generation(self._engine, ids, params or SamplingParams(), continues=True)
 
     def chat(
@@ -271,16 +281,19 @@ class Model:
         params: SamplingParams | None = None,
         *,
         continue_final_message: bool | None = None,
+        parse_special: bool = False,
         **template_options: Any,
     ) -> Generation:
         """Answers a conversation: renders it through the model's chat template and continues it.
 
         Args:
             messages: each with "role" (system, user, assistant, tool) and "content". If the last is the assistant's,
-                the model writes on behind its words, and the answer holds what is new.
-            params: sampling settings; None for the defaults.
+                the model continues it, and the answer holds what is new.
+            params: sampling settings; what is not given is the model's default.
             continue_final_message: False for a new turn behind an answer; True for an error where there is none to
                 continue.
+            parse_special: whether control tokens written in the messages are control tokens. By default they are text,
+                so that a user cannot write another's turn.
             template_options: passed to the template, e.g. `tools`. `add_generation_prompt` is its own; `chat_template`
                 names one of several templates, of which conversations with tools get the one named "tool_use".
 
@@ -290,7 +303,12 @@ class Model:
             ContextOverflow: the conversation is longer than the context.
         """
         continues = is_prefilled(messages, continue_final_message, template_options.get("add_generation_prompt"))
-        ids = self.chat_ids(messages, continue_final_message=continue_final_message, **template_options)
+        ids = self.chat_ids(
+            messages,
+            continue_final_message=continue_final_message,
+            parse_special=parse_special,
+            **template_options,
+        )
         return Generation(self._engine, ids, params or SamplingParams(), continues=continues)
 
     def chat_ids(
@@ -298,10 +316,14 @@ class Model:
         messages: Sequence[Mapping[str, Any]],
         *,
         continue_final_message: bool | None = None,
+        parse_special: bool = False,
         **template_options: Any,
     ) -> list[int]:
-        """The token ids of a conversation, ready for the next answer; arguments and errors as `chat`. Control tokens
-        typed in a message stay text."""
+        """The token ids of a conversation, ready for the next answer; arguments and errors as `chat`."""
+        if parse_special:
+            from fabula.text.chat import with_control_tokens  # here, as its template engine takes long to import
+
+            messages = with_control_tokens(messages)
         return self.tokenizer.encode_chat(
             self.template, messages, continue_final_message=continue_final_message, **template_options
         )
@@ -312,6 +334,7 @@ class Model:
         *,
         pooling: Pooling = "mean",
         normalize: bool = True,
+        parse_special: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Embeddings:
         """A vector for each text, of what the model makes of it: its hidden states behind the last norm, pooled.
@@ -327,6 +350,8 @@ class Model:
             pooling: "mean" of all tokens, which suits models trained to continue texts (Muennighoff, 2022, weighs by
                 position instead), "last" token, or "first".
             normalize: whether vectors have length 1, so that their product is the cosine of their angle.
+            parse_special: whether control tokens written in the texts are control tokens, as they are in transformers
+                and llama.cpp; False makes them text.
             should_stop: asked between steps; True ends with EngineError.
 
         Raises:
@@ -334,7 +359,7 @@ class Model:
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
             OutOfMemory: no pages are free for it.
         """
-        ids = [self.tokenizer.encode(text, add_eos=None) for text in checked_texts(texts)]
+        ids = [self.tokenizer.encode(text, special=parse_special, add_eos=None) for text in checked_texts(texts)]
         return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
 
     def _embedder(self) -> Embedder:

@@ -161,7 +161,7 @@ class Workspace:
                 others = spill.other_fingerprints()
                 if others and not spill.n_pages:
                     why_cold = f"the pages on disk are of another model: {fingerprint.difference(others[0])}"
-        return Served(model._engine, model._template, model._fingerprint, why_cold)
+        return Served(model._engine, model._template, model._fingerprint, why_cold, model.defaults)
 
     def _host(self, name: str) -> Host:
         with self._lock:

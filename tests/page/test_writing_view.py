@@ -80,7 +80,22 @@ def test_new_chats_keep_what_they_draw_with(page: Page, served: Running) -> None
     page.say("Hello.")
     page.settled(1)
     told = served.get(f"/sessions/{page.session_id}")["sampling"]
-    assert told == {"temperature": 1.1, "top_p": 0.95, "max_tokens": 5}
+    assert told == {"temperature": 1.1, "top_p": 0.95, "top_k": 0, "max_tokens": 5}
+
+
+def test_settings_begin_with_the_models_own_and_go_back_to_them(page: Page, served: Running, short: str) -> None:
+    own = served.get("/health")["models"][0]["sampling_defaults"]
+    page.open(f"#/chat/{short}").settled(1)
+    page.page.click("#settings-button")
+    shown = {name: float(page.page.input_value(f"#set-{name}")) for name in ("temperature", "top_p", "top_k")}
+    assert shown == {name: own[name] for name in shown}
+    page.button("Creative").click()
+    page.page.wait_for_timeout(300)
+    assert served.get(f"/sessions/{short}")["sampling"].items() >= {"temperature": 1.1, "top_k": 0}.items()
+    page.button("The model’s own").click()
+    page.page.wait_for_timeout(300)
+    assert served.get(f"/sessions/{short}")["sampling"] == {"max_tokens": 12, "ignore_eos": True}
+    assert float(page.page.input_value("#set-temperature")) == own["temperature"]
 
 
 def test_tags_of_a_conversation(page: Page, short: str) -> None:

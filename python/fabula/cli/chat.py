@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fabula.cli.console import emit
-from fabula.cli.options import Keeping, ModelOptions, keeping_options, model_options, sampling_options
+from fabula.cli.options import Keeping, ModelOptions, keeping_options, model_options, sampling_options, special_option
 from fabula.cli.story import follow, report
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Chat with a model in the terminal.")
 @model_options
-@sampling_options(temperature=0.7, top_p=0.9, max_tokens=1024)
+@sampling_options(max_tokens=1024)
+@special_option("messages", False)
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("-p", "--prompt", metavar="TEXT", help="Ask this one thing, print the answer and end; nothing is kept.")
 @keeping_options
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def chat(
     loading: ModelOptions,
     params: SamplingParams,
+    parse_special: bool | None,
     keeping: Keeping,
     system: str | None,
     prompt: str | None,
@@ -53,14 +55,19 @@ def chat(
             raise click.UsageError("--json needs --prompt or a message through a pipe")
         from fabula.cli.talk import converse
 
-        converse(loading, params, keeping, system=system)
+        converse(loading, params, keeping, system=system, parse_special=parse_special)
         return
     keeping.refuse()
     if not prompt:
         raise click.UsageError("the message is empty")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    with loading.load() as model, model.chat(messages, params) as generation:
+    with (
+        loading.load() as model,
+        model.chat(
+            messages, model.defaults.in_terminal(params, "chat"), parse_special=bool(parse_special)
+        ) as generation,
+    ):
         text = follow(generation, show=not as_json)
         if not as_json:
             emit("\n")

@@ -32,6 +32,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
       fabula inspect ./my-model --json
       fabula inspect --template
     """
+    from fabula.engine.defaults import read_defaults
     from fabula.formats.locate import locate
     from fabula.formats.open import open_checkpoint
     from fabula.model import load_tokenizer
@@ -54,6 +55,8 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
             "special_tokens": tokenizer.special_tokens,
         }
         facts["chat_template"] = tokenizer.chat_template
+        defaults = read_defaults(checkpoint)
+        facts["sampling_defaults"] = defaults.to_json()
         if tensors:
             facts["tensors"] = [
                 {"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape), "n_bytes": info.n_bytes}
@@ -64,7 +67,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
     else:
-        _print(facts)
+        _print(facts, defaults.summary())
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _print(facts: dict[str, Any], sampling: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -138,6 +141,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),
         ("start token", bos + (", added to texts" if tokens["adds_bos"] else "")),
         ("end tokens", ", ".join(f"{i} {names.get(i, '')}".strip() for i in tokens["eos_ids"]) or "none"),
+        ("sampling", sampling),
         ("chat template", f"{len(template):,} characters (--template prints it)" if template else "none"),
     ]
     console = Console(highlight=False, soft_wrap=True)

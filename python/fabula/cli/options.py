@@ -146,8 +146,8 @@ def model_options(function: _Function) -> _Function:
     return cast(_Function, command)
 
 
-def _number(name: str, field: str, default: float, text: str) -> Callable[[Any], Any]:
-    return click.option(name, field, type=float, default=default, show_default=True, metavar="X", help=text)
+def _number(name: str, field: str, text: str) -> Callable[[Any], Any]:
+    return click.option(name, field, type=float, metavar="X", help=text)
 
 
 _SAMPLING = (
@@ -167,19 +167,23 @@ def with_given(before: SamplingParams, params: SamplingParams) -> SamplingParams
     return replace(before, **{name: getattr(params, name) for name in _SAMPLING if is_given(name)})
 
 
-def sampling_options(*, temperature: float, top_p: float, max_tokens: int) -> Callable[[_Function], _Function]:
-    """Adds the sampling options with these defaults; the command gets them as `params`, a SamplingParams."""
+def sampling_options(*, max_tokens: int) -> Callable[[_Function], _Function]:
+    """Adds the sampling options; the command gets them as `params`, a SamplingParams. What does not stand on the
+    command line is not given there: it is the model's own, see `SamplingDefaults.in_terminal`."""
     options = (
-        _number("--temperature", "temperature", temperature, "Above 0 the higher the bolder; 0 takes the likeliest."),
-        click.option(
-            "--top-k", type=int, default=0, show_default=True, metavar="N", help="Keep the N likeliest; 0: off."
+        _number(
+            "--temperature",
+            "temperature",
+            "Above 0 the higher the bolder; 0 takes the likeliest. Default of this and the five below: what the model "
+            "recommends, as `fabula inspect` shows.",
         ),
-        _number("--top-p", "top_p", top_p, "Keep the likeliest that make up this probability; 1: off."),
-        _number("--min-p", "min_p", 0.0, "Keep what is at least X times as likely as the likeliest; 0: off."),
-        _number("--typical-p", "typical_p", 1.0, "Keep what is nearest to the expected surprise; 1: off."),
-        _number("--repetition-penalty", "repetition_penalty", 1.0, "Above 1 makes repetition rarer."),
-        _number("--frequency-penalty", "frequency_penalty", 0.0, "Subtracted for every time a token was used."),
-        _number("--presence-penalty", "presence_penalty", 0.0, "Subtracted once from tokens that were used."),
+        click.option("--top-k", type=int, metavar="N", help="Keep the N likeliest; 0: off."),
+        _number("--top-p", "top_p", "Keep the likeliest that make up this probability; 1: off."),
+        _number("--min-p", "min_p", "Keep what is at least X times as likely as the likeliest; 0: off."),
+        _number("--typical-p", "typical_p", "Keep what is nearest to the expected surprise; 1: off."),
+        _number("--repetition-penalty", "repetition_penalty", "Above 1 makes repetition rarer."),
+        _number("--frequency-penalty", "frequency_penalty", "Subtracted for every time a token was used."),
+        _number("--presence-penalty", "presence_penalty", "Subtracted once from tokens that were used."),
         click.option("--seed", type=int, metavar="N", help="Makes the answer repeatable; default: random."),
         click.option(
             "-n", "--max-tokens", type=int, default=max_tokens, show_default=True, metavar="N", help="Tokens at most."
@@ -206,9 +210,18 @@ def sampling_params(settings: dict[str, Any]) -> SamplingParams:
     from fabula.errors import InvalidArgument
 
     try:
-        return SamplingParams(**settings)
+        return SamplingParams(**{name: value for name, value in settings.items() if value is not None})
     except InvalidArgument as error:
         raise click.UsageError(str(error)) from None
+
+
+def special_option(what: str, default: bool) -> Callable[[_Function], _Function]:
+    """Adds --parse-special; the command gets it as `parse_special`, None where it is not on the command line."""
+    return click.option(
+        "--parse-special/--no-parse-special", default=None,
+        help=f"Whether control tokens written in {what} are control tokens, else text; default: "
+        f"{'--parse-special' if default else '--no-parse-special'}.",
+    )  # fmt: skip
 
 
 data_option = click.option(

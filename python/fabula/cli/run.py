@@ -18,7 +18,7 @@ OPENING = "Once upon a time, in a lighthouse at the edge of the sea, there lived
 
 @click.command(short_help="Chat in a terminal; anywhere else tell a short story.")
 @model_options
-@sampling_options(temperature=0.7, top_p=0.9, max_tokens=512)
+@sampling_options(max_tokens=512)
 def run(loading: ModelOptions, params: SamplingParams) -> None:
     """Start a chat, kept as `fabula chat` keeps it. Without a terminal on stdin or stdout, tell a short story and end.
 
@@ -40,4 +40,4 @@ def run(loading: ModelOptions, params: SamplingParams) -> None:
     source = click.get_current_context().get_parameter_source("max_tokens")
     if source is click.core.ParameterSource.DEFAULT:
         params = replace(params, max_tokens=STORY_TOKENS)
-    tell(OPENING, loading, params, as_json=False)
+    tell(OPENING, loading, params, as_json=False, kind="chat")

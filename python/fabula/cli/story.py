@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fabula.cli.console import emit, note
-from fabula.cli.options import Keeping, ModelOptions, keeping_options, model_options, sampling_options
+from fabula.cli.options import Keeping, ModelOptions, keeping_options, model_options, sampling_options, special_option
 
 if TYPE_CHECKING:
     from fabula.engine.generation import Generation, Timings
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 @click.command(short_help="Continue a text.")
 @click.argument("prompt", required=False)
 @model_options
-@sampling_options(temperature=0.8, top_p=0.95, max_tokens=256)
+@sampling_options(max_tokens=256)
+@special_option("the text", True)
 @click.option("--once", is_flag=True, help="In a terminal too: tell one piece and end; nothing is kept.")
 @keeping_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done instead of streaming.")
 def story(
-    prompt: str | None, loading: ModelOptions, params: SamplingParams, once: bool, keeping: Keeping, as_json: bool
+    prompt: str | None,
+    loading: ModelOptions,
+    params: SamplingParams,
+    parse_special: bool | None,
+    once: bool,
+    keeping: Keeping,
+    as_json: bool,
 ) -> None:
     """Continue PROMPT as a text, streaming what comes. Without PROMPT it is read from stdin.
 
@@ -44,19 +51,31 @@ def story(
     if sys.stdin.isatty() and sys.stdout.isatty() and not once and not as_json:
         from fabula.cli.talk import converse
 
-        converse(loading, params, keeping, kind="story", prompt=prompt)
+        converse(loading, params, keeping, kind="story", prompt=prompt, parse_special=parse_special)
         return
     keeping.refuse()
     if prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("give the beginning of a story, in quotes, or pipe it in")
         prompt = sys.stdin.read()
-    tell(prompt, loading, params, as_json=as_json)
+    tell(prompt, loading, params, as_json=as_json, parse_special=parse_special is not False)
 
 
-def tell(prompt: str, loading: ModelOptions, params: SamplingParams, *, as_json: bool) -> None:
-    """Loads the model and writes the continuation of `prompt` to stdout."""
-    with loading.load() as model, model.generate(prompt, params) as generation:
+def tell(
+    prompt: str,
+    loading: ModelOptions,
+    params: SamplingParams,
+    *,
+    as_json: bool,
+    kind: str = "story",
+    parse_special: bool = True,
+) -> None:
+    """Loads the model and writes the continuation of `prompt` to stdout, with the settings that `kind` has in the
+    terminal."""
+    with (
+        loading.load() as model,
+        model.generate(prompt, model.defaults.in_terminal(params, kind), parse_special=parse_special) as generation,
+    ):
         if not as_json:
             emit(prompt)
         text = follow(generation, show=not as_json)

@@ -37,6 +37,7 @@ def converse(
     kind: str = "chat",
     system: str | None = None,
     prompt: str | None = None,
+    parse_special: bool | None = None,
 ) -> None:
     """A chat or a story in the terminal, until /exit or Ctrl-D.
 
@@ -47,6 +48,7 @@ def converse(
         kind: "chat" or "story", of a new session.
         system: system message of a new chat.
         prompt: said at once.
+        parse_special: whether control tokens that are typed are control tokens; None for the default of the kind.
     """
     with ExitStack() as stack:
         workspace = None
@@ -72,8 +74,9 @@ def converse(
             )
         else:
             name = keeping.session or shelf.new_name(kind)
-            session = shelf.blank(name, system=system, params=params, policy=keeping.policy)
-        talk = Talk(shelf, session, line_reader(), kind=kind)
+            chosen = model.defaults.in_terminal(params, kind)
+            session = shelf.blank(name, system=system, params=chosen, policy=keeping.policy)
+        talk = Talk(shelf, session, line_reader(), kind=kind, parse_special=parse_special)
         if record is not None:
             talk.go_to(session)
         if prompt and kind == "story":
@@ -122,6 +125,7 @@ class Talk:
         session: to begin in.
         read: returns the next line; EOFError ends the talk, KeyboardInterrupt drops the line.
         kind: "chat" or "story", where the session is empty.
+        parse_special: as `converse`.
 
     Attributes:
         session: where we are.
@@ -129,8 +133,16 @@ class Talk:
         is_over: whether the loop ends.
     """
 
-    def __init__(self, shelf: Shelf, session: Session, read: Callable[[], str], *, kind: str = "chat") -> None:
-        self.shelf, self.session = shelf, session
+    def __init__(
+        self,
+        shelf: Shelf,
+        session: Session,
+        read: Callable[[], str],
+        *,
+        kind: str = "chat",
+        parse_special: bool | None = None,
+    ) -> None:
+        self.shelf, self.session, self._parse_special = shelf, session, parse_special
         self._read, self._kind = read, kind
         self.choices: dict[str, Callable[[], None]] = {}
         self.is_over = False
@@ -184,11 +196,12 @@ class Talk:
             self._go_on()
 
     def _say(self, text: str) -> None:
+        special = self._parse_special
         if self.kind == "chat":
-            self.answer(lambda session, params: session.say(text, params))
+            self.answer(lambda session, params: session.say(text, params, parse_special=bool(special)))
         else:
             added = self._joined(text)
-            self.answer(lambda session, params: session.tell(prompt=added, params=params))
+            self.answer(lambda session, params: session.tell(prompt=added, params=params, parse_special=special))
 
     def _go_on(self) -> None:
         if self.session.head.number:

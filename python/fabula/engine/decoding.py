@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,7 +14,7 @@ from fabula import _program
 from fabula.engine.grammar import Guide
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
-from fabula.errors import NonFinite
+from fabula.errors import InvalidArgument, NonFinite
 from fabula.text.tokenizer import Tokenizer
 
 # The last: the process ended while the answer was being made; seen on turns that come back from a store.
@@ -34,6 +35,10 @@ class Piece:
         finish_reason: None while more may come; "stop" (end token, stop token, stop string, or a constraint that lets
             nothing follow), "length" (max_tokens, or the context is full).
         top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
+        offset: where the token begins in the answer's text: the characters that the tokens before it make. It does not
+            depend on what is held back; tokens that share a character have the offset of that character.
+        n_certain: how many of the tokens sampled so far, from the first, are certain to be part of the text. A token
+            that may lie in a stop string is not, nor is one behind the cut or an end token. Never falls.
     """
 
     token_id: int
@@ -41,6 +46,8 @@ class Piece:
     logprob: float
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+    n_certain: int = 0
 
 
 class History:
@@ -119,7 +126,10 @@ class Decoding:
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
-        self._decoder = tokenizer.stream_decoder(continues=continues)
+        self._decoder, self._tokenizer = tokenizer.stream_decoder(continues=continues), tokenizer
+        self._n_chars = 0  # that the tokens so far are certain to make
+        self._n_certain = 0
+        self._starts: deque[int] = deque()  # of tokens that are not certain, as positions of the stop matcher
         self._stops = StopMatcher(params.stop)
         self._guide = None if params.constraint is None else Guide(tokenizer, vocab_size, params.constraint, begun)
         self.begun_text = "".join(self._text_of(token) for token in begun)
@@ -146,8 +156,24 @@ class Decoding:
         """Goes on with a token that was drawn."""
         self.history.append(token)
         self._n_drawn += 1
+        n_broken = self._breaks_character(token)
+        offset = self._n_chars + n_broken
+        self._starts.append(self._stops.n_fed + n_broken)
         text, reason = self._read(token)
-        return Piece(token, text, logprob, reason, top_logprobs)
+        self._count_certain(token, reason)
+        return Piece(token, text, logprob, reason, top_logprobs, offset, self._n_certain)
+
+    def _count_certain(self, token: int, reason: FinishReason | None) -> None:
+        """Moves `_n_certain` on, past tokens that begin before what the stop matcher holds back or has cut off."""
+        stops, starts = self._stops, self._starts
+        if stops.matched is None and (reason is not None or not self.params.stop):
+            self._n_certain += len(starts)
+            starts.clear()
+            if reason == "stop" and token in self._ends and self._may_stop:
+                self._n_certain -= 1  # it ended the answer and is no part of it
+        while starts and starts[0] < stops.n_certain:
+            starts.popleft()
+            self._n_certain += 1
 
     @property
     def n_left(self) -> int:
@@ -183,15 +209,18 @@ class Decoding:
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         """Text that is certain after this token, and whether it ends the answer."""
+        hidden = self._hidden_text(token)
         if token in self._ends and self._may_stop:
-            return self._flush(), "stop"
+            return self._flush(hidden), "stop"
         text, guide = self._text_of(token), self._guide
         if not self._may_stop:
-            text = self._stops.flush() + text  # what stands before a stop string here would be no answer
+            text = self._stops.let_pass(text, hidden)  # what stands before a stop string here would be no answer
         elif self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
-            text, stop = self._stops.feed(text)
+            text, stop = self._stops.feed(text, hidden)
             if stop is not None:
                 return text, "stop"
+        else:
+            text = self._stops.let_pass(text, hidden)
         if guide is not None and guide.is_complete:
             return text + self._flush(), "stop"
         if self._n_drawn >= self._room:
@@ -201,13 +230,34 @@ class Decoding:
     def _text_of(self, token: int) -> str:
         """Text that is certain after this token; an id that only pads the model's vocabulary has none."""
         try:
-            return self._decoder.push(token)
+            text = self._decoder.push(token)
         except KeyError:
             return ""
+        self._n_chars += len(text)
+        return text
 
-    def _flush(self) -> str:
-        """What decoder and stop matcher still hold back; a stop string may become complete in it."""
-        text, stop = self._stops.feed(self._decoder.flush())
+    def _breaks_character(self, token: int) -> int:
+        """1 if a character before this token can no longer be completed and becomes U+FFFD, else 0."""
+        try:
+            return int(self._decoder.breaks(token))
+        except KeyError:  # an id that only pads the model's vocabulary
+            return 0
+
+    def _hidden_text(self, token: int) -> str:
+        """What a control or end token is called, where a stop string might name it; "" for a token that is shown."""
+        tokenizer = self._tokenizer
+        is_hidden = token in tokenizer.special_ids or (token in self._ends and self._may_stop)
+        if not self.params.stop or not is_hidden:
+            return ""
+        try:
+            return tokenizer.token_bytes(token).decode("utf-8", "replace")
+        except InvalidArgument:  # an id that only pads the model's vocabulary
+            return ""
+
+    def _flush(self, hidden: str = "") -> str:
+        """What decoder and stop matcher still hold back; a stop string may become complete in it, or with an end token
+        that is called `hidden`."""
+        text, stop = self._stops.feed(self._decoder.flush(), hidden)
         return text if stop is not None else text + self._stops.flush()
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fabula.engine.decoding import Decoding, FinishReason, Piece
 from fabula.engine.request import Item, Request
@@ -32,12 +32,14 @@ class Engine:
         runner, tokenizer: of the model.
         cache: K and V of what was said.
         scheduler: runs requests; other models may share it.
+        defaults: sampling settings the model recommends, by name; they stand for those that are not given.
     """
 
     runner: Runner
     tokenizer: Tokenizer
     cache: KvCache
     scheduler: Scheduler
+    defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     Args:
         engine: of the model.
         prompt_ids: token ids to go on from.
-        params: sampling settings.
+        params: sampling settings; what is not given is the model's default.
         continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
         begun: ids the answer begins with already.
         sequence: KV pages of a beginning of the prompt, handed over. They come back, longer, as `sequence`. None for
@@ -89,6 +91,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         token_ids: ids read so far, the end token included, behind those of `begun`.
         begun_text: the text of `begun`.
         seed: the seed in use, so that a random answer can be had again.
+        params: the settings in use, all of them given, with that seed.
         engine: as given.
         finish_reason: None until the end; then as in `Piece`, or "cancelled", or "timeout".
 
@@ -126,7 +129,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             engine.tokenizer,
             runner.config.vocab_size,
             prompt,
-            params,
+            params.resolved(engine.defaults),
             room=runner.room(n_known, sequence.window),
             continues=continues,
             begun=begun,
@@ -135,6 +138,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self.token_ids: list[int] = list(begun)
         self.begun_text = decoding.begun_text
         self._texts: list[str] = [decoding.begun_text]
+        self.params = decoding.params
         self.seed = decoding.params.resolved_seed()
         self.finish_reason: FinishReason | None = None
         self._n_begun = len(begun)

@@ -10,7 +10,7 @@ import math
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,27 @@ STEPS: Mapping[str, int] = MappingProxyType(
 # llama.cpp's order with the bias in front; see fb_sampling_default.
 DEFAULT_CHAIN = ("bias", "penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
 
+
+class _UnsetFloat(float):
+    """The neutral value of a setting that nobody gave: a number like any other, until a model's default replaces it."""
+
+
+class _UnsetInt(int):
+    """As `_UnsetFloat`."""
+
+
+# Settings a model may bring defaults for (`engine/defaults.py`), with their neutral values.
+_NEUTRAL: Mapping[str, float] = MappingProxyType(
+    {
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0,
+        "penalty_window": -1, "xtc_probability": 0.0, "xtc_threshold": 0.1,
+    }
+)  # fmt: skip
+MODEL_SETTINGS = tuple(_NEUTRAL)
+_TEMPERATURE, _TOP_P, _TYPICAL_P, _REPETITION = (_UnsetFloat(1.0) for _ in range(4))
+_MIN_P, _XTC_PROBABILITY, _XTC_THRESHOLD = _UnsetFloat(0.0), _UnsetFloat(0.0), _UnsetFloat(0.1)
+_TOP_K, _PENALTY_WINDOW = _UnsetInt(0), _UnsetInt(-1)
+
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1024
@@ -53,7 +74,10 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when a generation ends. Neutral by default: plain sampling at temperature 1.
+    """How tokens are chosen and when a generation ends.
+
+    What is not given is the model's own default (`Model.defaults`); where the model says nothing it is neutral: plain
+    sampling at temperature 1. A value that is given always wins, also one that equals the neutral one.
 
     Steps run in the order of `chain`; a step that is neutral or not in the chain does nothing, but for the
     bias, which comes first if the chain does not name it. Each cut works on the distribution that the steps
@@ -99,18 +123,20 @@ class SamplingParams:
         constraint: what the answer must look like; None for anything. It wins over every other setting: end tokens
             come only where the answer may end, and always where nothing else may follow; stop strings and
             `stop_tokens` are taken as text where it may not.
+        given: names out of MODEL_SETTINGS that were given; the others read as neutral until `resolved` fills them in.
+            Not an argument: `replace` keeps it. Settings compare by their values alone.
 
     Raises:
         InvalidArgument: a value has the wrong type or is out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    penalty_window: int = -1
+    temperature: float = _TEMPERATURE
+    top_k: int = _TOP_K
+    top_p: float = _TOP_P
+    min_p: float = _MIN_P
+    typical_p: float = _TYPICAL_P
+    repetition_penalty: float = _REPETITION
+    penalty_window: int = _PENALTY_WINDOW
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     dry_multiplier: float = 0.0
@@ -118,8 +144,8 @@ class SamplingParams:
     dry_allowed_length: int = 2
     dry_window: int = -1
     dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
+    xtc_probability: float = _XTC_PROBABILITY
+    xtc_threshold: float = _XTC_THRESHOLD
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     banned_tokens: tuple[int, ...] = ()
     seed: int | None = None
@@ -131,8 +157,12 @@ class SamplingParams:
     ignore_eos: bool = False
     n_logprobs: int = 0
     constraint: Constraint | None = None
+    given: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        unset = (_UnsetFloat, _UnsetInt)
+        given = (name for name in MODEL_SETTINGS if not isinstance(getattr(self, name), unset))
+        object.__setattr__(self, "given", frozenset(given))
         for name in ("temperature", "dry_multiplier"):
             self._number(name, 0.0, _FLOAT_MAX)
         for name in ("min_p", "xtc_probability", "xtc_threshold"):
@@ -180,7 +210,8 @@ class SamplingParams:
         if not good or (above and float(np.float32(value)) <= low):
             limits = f"above {low:g} and at most {high:g}" if above else f"in {low:g} .. {high:g}"
             raise InvalidArgument(f"{name} is {value!r}, must be a number {limits}")
-        object.__setattr__(self, name, float(value))
+        if not isinstance(value, _UnsetFloat):
+            object.__setattr__(self, name, float(value))
 
     def _sequence(self, name: str, of_what: str) -> tuple[Any, ...]:
         value = getattr(self, name)
@@ -231,6 +262,15 @@ class SamplingParams:
     def resolved_seed(self) -> int:
         """The seed, or a fresh random one of 53 bits, so that it passes through JSON unharmed."""
         return secrets.randbits(53) if self.seed is None else self.seed
+
+    def resolved(self, defaults: Mapping[str, float]) -> SamplingParams:
+        """These settings with every one of MODEL_SETTINGS given.
+
+        Args:
+            defaults: of the model, by name, for what was not given; what they lack becomes neutral.
+        """
+        filled = {name: defaults.get(name, value) for name, value in _NEUTRAL.items() if name not in self.given}
+        return replace(self, **filled) if filled else self  # type: ignore[arg-type]
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -3,6 +3,10 @@
 Text is given out as soon as it is certain that no stop string begins in it; only the longest end that could
 still become one is held back. Pieces may break anywhere, also inside a stop string: the result is that of a
 search in the whole.
+
+Control tokens are not shown, but a stop string may name them ("<|im_start|>", "<|im_end|>\\n"). So the matcher is given
+where they stand, and searches twice: in the text with the control tokens written out, and in the text as it is shown,
+where words on both sides of a control token stand together. Positions count characters of the former.
 """
 
 from __future__ import annotations
@@ -26,19 +30,23 @@ class StopMatcher:
 
     Attributes:
         matched: the stop string that was found, None before.
+        n_fed: characters that were fed, hidden ones included.
+        n_certain: how many of them no stop string can begin in any more; where the text was cut after a match.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Args: stops: non-empty strings, as SamplingParams checks them; none at all lets every text pass."""
         self._stops = tuple(stops)
-        self._held = ""
+        self._held, self._shown = "", b""  # text that is held back, and for each of its characters 1 if it is shown
         self.matched: str | None = None
+        self.n_fed = self.n_certain = 0
 
-    def feed(self, piece: str) -> tuple[str, str | None]:
+    def feed(self, piece: str, hidden: str = "") -> tuple[str, str | None]:
         """Takes the next piece of text.
 
         Args:
             piece: any text, may be empty.
+            hidden: what stands behind it and is not shown: a control token as the vocabulary writes it.
 
         Returns:
             The text that is now certain, and the stop string if one is complete. After a match nothing more
@@ -46,21 +54,45 @@ class StopMatcher:
         """
         if self.matched is not None:
             return "", self.matched
-        text = self._held + piece
+        text, shown = self._take(piece, hidden)
         # A match cannot begin before the held text: then more would have been held.
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        seen: list[int] = []  # positions of the characters that are shown, where some are not
+        visible = ""
+        if 0 in shown:
+            seen = [i for i, flag in enumerate(shown) if flag]
+            visible = "".join(text[i] for i in seen)
+            for stop in self._stops:
+                if (at := visible.find(stop)) >= 0:
+                    found.append((seen[at + len(stop) - 1] + 1, seen[at], stop))
         if found:
-            _, start, self.matched = min(found)
-            self._held = ""
-            return text[:start], self.matched
-        n_held = self._held_back(text)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held], None
+            _, cut, self.matched = min(found)
+            return self._release(text, shown, cut, keep=False), self.matched
+        cut = len(text) - self._held_back(text)
+        if seen and (n_held := self._held_back(visible)):
+            cut = min(cut, seen[-n_held])
+        return self._release(text, shown, cut), None
+
+    def let_pass(self, piece: str, hidden: str = "") -> str:
+        """Takes a piece in which no stop string counts: everything that was held back, and it, are given out."""
+        text, shown = self._take(piece, hidden)
+        return self._release(text, shown, len(text))
 
     def flush(self) -> str:
         """Gives out what is still held back, at the end of the text; "" after a match."""
-        text, self._held = self._held, ""
-        return text
+        return self.let_pass("")
+
+    def _take(self, piece: str, hidden: str) -> tuple[str, bytes]:
+        self.n_fed += len(piece) + len(hidden)
+        return self._held + piece + hidden, self._shown + b"\1" * len(piece) + b"\0" * len(hidden)
+
+    def _release(self, text: str, shown: bytes, n: int, *, keep: bool = True) -> str:
+        """What is shown of the first n characters; the others are held back, or dropped behind a match."""
+        self.n_certain = self.n_fed - len(text) + n
+        self._held, self._shown = (text[n:], shown[n:]) if keep else ("", b"")
+        if 0 not in shown[:n]:
+            return text[:n]
+        return "".join(character for character, flag in zip(text[:n], shown, strict=False) if flag)
 
     def _held_back(self, text: str) -> int:
         """Length of the longest end of the text that is a proper beginning of a stop string."""

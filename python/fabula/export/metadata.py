@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fabula.engine.defaults import GGUF_KEYS, SamplingDefaults
 from fabula.errors import Unsupported
 from fabula.formats.gguf_write import Value
 from fabula.models.config import ModelConfig
@@ -57,6 +58,15 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
         keys[f"{arch}.attention.sliding_window"] = windows.pop()
     keys |= {f"{arch}.rope.scaling.{key}": value for key, value in _scaling(config, path).items()}
     return keys
+
+
+def sampling_keys(defaults: SamplingDefaults) -> dict[str, Value]:
+    """A model's sampling defaults as GGUF has them; `typical_p` has no key there."""
+    found: dict[str, Value] = {}
+    for key, setting in GGUF_KEYS.items():
+        if (value := defaults.values.get(setting)) is not None:
+            found[key] = np.int32(value) if isinstance(value, int) else np.float32(value)
+    return found
 
 
 def _rope_kind(config: ModelConfig) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native
+from fabula.engine.defaults import read_defaults
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
-from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors
+from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors, sampling_keys
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile
@@ -245,9 +246,11 @@ def _opened(path: Path) -> Iterator[_Source]:
         shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
         if checkpoint.format == "gguf":
             with GgufFile(checkpoint.path) as file:
-                yield _from_gguf(file, shape)
+                source = _from_gguf(file, shape)
+                yield replace(source, metadata={**sampling_keys(read_defaults(checkpoint)), **source.metadata})
         else:
-            yield _from_folder(checkpoint, config, shape)
+            source = _from_folder(checkpoint, config, shape)
+            yield replace(source, metadata={**source.metadata, **sampling_keys(read_defaults(checkpoint))})
     finally:
         checkpoint.close()
 

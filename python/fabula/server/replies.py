@@ -199,7 +199,10 @@ class SessionReply(BaseModel):
     head_id: str
     busy: bool
     n_turns: int
-    sampling: dict[str, Any]
+    sampling: dict[str, Any] = Field(description="Settings that the session gives.")
+    sampling_defaults: dict[str, Any] | None = Field(
+        None, description="What the model recommends for those it does not; null while it is not loaded."
+    )
     context_policy: dict[str, Any]
     path: list[TurnReply]
 

@@ -26,6 +26,14 @@ def _within(low: float | None = None, high: float | None = None, above: float | 
     return Field(None, description=text, json_schema_extra={k: v for k, v in limits.items() if v is not None})
 
 
+def _parse_special(what: str, default: str) -> Any:
+    return Field(
+        None,
+        description=f"Whether control tokens written in {what} are control tokens, as the model's own template writes "
+        f"them; else they are text. Default: {default}.",
+    )
+
+
 SessionId = Annotated[str, Field(description="1 to 128 of `A-Za-z0-9._-`.")]
 TurnRef = Annotated[int | str, Field(description="A turn: its number on the path (0 is the empty start), or its id.")]
 
@@ -67,7 +75,8 @@ class ConstraintBody(Strict):
 
 
 class Sampling(Strict):
-    """Sampling settings, by the names of the SDK's `SamplingParams`. What is left out is as the session has it."""
+    """Sampling settings, by the names of the SDK's `SamplingParams`. What is left out is as the session has it; what
+    that does not say is the model's own default, which /health shows."""
 
     temperature: float | None = _within(0, text="0 takes the likeliest token.")
     top_k: int | None = _within(0, 2**31 - 1, text="Keep the k likeliest; 0 is off.")
@@ -123,7 +132,7 @@ class Sampling(Strict):
 
     def changed(self, base: SamplingParams) -> SamplingParams:
         """As `params`, with the default in place of what is given as null."""
-        default = SamplingParams()
+        default = SamplingParams()  # of which nothing is given: the model's own
         nulls = {
             "max_tokens" if name == "max_len" else name for name in self.model_fields_set if getattr(self, name) is None
         }
@@ -180,12 +189,14 @@ class ChatBody(Opening):
     """A message to answer."""
 
     message: str = Field(description="What the user says.")
+    parse_special: bool | None = _parse_special("the message", "false")
 
 
 class StoryBody(Opening):
     """A text to continue."""
 
     prompt: str | None = Field(None, description="Text to add before going on; the beginning needs some.")
+    parse_special: bool | None = _parse_special("the prompt", "as in the turn before, and true at the beginning")
 
 
 class WriteBody(Strict):
@@ -194,6 +205,7 @@ class WriteBody(Strict):
     session_id: str | None = Field(None, description="As for `/story`.")
     text: str = Field(description="The piece.", json_schema_extra={"minLength": 1})
     frozen: bool = Field(False, description="A note: the model reads it, and it is no part of the story.")
+    parse_special: bool | None = _parse_special("the text", "as in the turn before, and true at the beginning")
     model: str | None = Field(None, description="The model a new session talks to.")
     title: str | None = Field(None, description="What people call the session.", json_schema_extra={"maxLength": 200})
     sampling: Sampling | None = Field(None, description="Settings of the session, as for `/story`.")
@@ -221,7 +233,8 @@ class ForkBody(SessionBody):
 
 
 class AgainBody(Answering):
-    """A session whose head is answered again, or continued."""
+    """A session whose head is answered again, or continued. Settings that are left out are the turn's; an answer in
+    place of another one gets a new seed unless one is given, one that goes on inside it keeps the seed."""
 
     session_id: SessionId
 
@@ -231,6 +244,7 @@ class EditBody(AgainBody):
 
     turn: TurnRef
     message: str
+    parse_special: bool | None = _parse_special("the message", "as in the turn")
 
 
 class ReplayBody(AgainBody):
@@ -252,6 +266,7 @@ class BranchBody(AgainBody):
 
     n: int = Field(description="How many.", json_schema_extra={"minimum": 1, "maximum": MAX_BRANCHES})
     message: str | None = Field(None, description="What they answer; without it, the head's message again.")
+    parse_special: bool | None = _parse_special("the message", "as for /chat or /story")
 
 
 class RewriteBody(SessionBody):
@@ -259,6 +274,7 @@ class RewriteBody(SessionBody):
 
     turn: TurnRef
     text: str = Field(json_schema_extra={"minLength": 1})
+    parse_special: bool | None = _parse_special("the text", "as in the turn's prompt in a story, false in a chat")
 
 
 class TurnBody(SessionBody):
@@ -310,7 +326,8 @@ class TextBody(Strict):
 
     text: str
     model: str | None = None
-    special: bool = Field(False, description="Whether control tokens written in the text are control tokens.")
+    parse_special: bool | None = _parse_special("the text", "false")
+    special: bool = Field(False, description="An older name of `parse_special`.")
     add_bos: bool = Field(False, description="Whether the model's start token is put in front.")
 
 
@@ -328,5 +345,6 @@ class CountBody(Strict):
     session_id: str | None = None
     message: str = ""
     story: bool = Field(False, description="Whether the message is a text to continue.")
+    parse_special: bool | None = _parse_special("the message", "as for /chat or /story")
     system: str | None = None
     model: str | None = None

@@ -87,6 +87,7 @@ class Serving:
                 "device": self.model.device,
                 "weight_bytes": self.model.weight_bytes,
                 "context": self.model.context,
+                "sampling_defaults": self.model.defaults.to_json(),
                 "cache_bytes": usage.used_bytes,
                 "cache_limit_bytes": usage.n_pages * usage.page_bytes,
             }

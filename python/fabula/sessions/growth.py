@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from weakref import WeakSet
 
+from fabula.engine.defaults import SamplingDefaults
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument, SessionBusy, SessionNotFound
@@ -24,7 +25,7 @@ from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.prompts import Prompt, chat_prompt, common_length, story_prompt
 from fabula.sessions.reply import Reply
 from fabula.sessions.said import Said
-from fabula.sessions.tree import Tree
+from fabula.sessions.tree import Tree, TurnRef
 from fabula.sessions.turn import WRITTEN, Turn
 
 _POLL_S = 0.05  # how often a caller that waits looks for replies that were forgotten
@@ -118,6 +119,12 @@ class Growing(Tree):
         """Name of the model it talks to."""
         return self._host.name
 
+    @property
+    def sampling_defaults(self) -> SamplingDefaults | None:
+        """What the model recommends for settings that neither a turn nor the session gives; None while it is not
+        loaded."""
+        return self._host.served.defaults if self._host.is_loaded else None
+
     # ---- Planning a turn --------------------------------------------------------------------------------------------
 
     def _next(self, parent: Turn, said: Said, params: SamplingParams | None, *, chat: bool) -> Plan:
@@ -137,9 +144,9 @@ class Growing(Tree):
         served = self._host.served
         if chat:
             return chat_prompt(served.engine, served.template(), self.policy, params, parent, self.system, said)
-        if said.to_json() is not None:
+        if said.given is not None or said.options:
             raise InvalidArgument("a story goes on with text; messages and template_options are for a chat")
-        return story_prompt(served.engine, self.policy, params, parent, said.text)
+        return story_prompt(served.engine, self.policy, params, parent, said)
 
     def _again(self, turn: Turn, said: Said, params: SamplingParams) -> Plan:
         """A sibling of a turn."""
@@ -159,6 +166,27 @@ class Growing(Tree):
 
     def _params(self, turn: Turn) -> SamplingParams:
         return turn.params or self.params
+
+    def again_params(self, turn: TurnRef | None = None) -> SamplingParams:
+        """What an answer made in place of a turn's (None: the head's) takes where nothing is given: the turn's settings
+        and a new seed, or it would be the same answer again."""
+        with self._lock:
+            return replace(self._params(self._find(self.head if turn is None else turn)), seed=None)
+
+    def same_params(self, turn: TurnRef | None = None) -> SamplingParams:
+        """What goes on inside a turn's answer, or repeats it, takes where nothing is given: the turn's settings, its
+        seed too."""
+        with self._lock:
+            return self._params(self._find(self.head if turn is None else turn))
+
+    def branch_params(self, *, again: bool) -> SamplingParams:
+        """What branches take where nothing is given: the session's settings. Where the head's message is answered
+        `again`, with the head's constraint and new seeds, or the first would be the head's answer."""
+        with self._lock:
+            head = self.head
+            if not (again and head.number and head.chat):
+                return self.params
+            return replace(self.params, constraint=self._params(head).constraint, seed=None)
 
     # ---- Making it --------------------------------------------------------------------------------------------------
 
@@ -249,7 +277,7 @@ class Growing(Tree):
             kept=plan.prompt.kept,
             prompt_ids=tuple(ids[plan.prompt.kept :]),
             n_begun=len(plan.begun),
-            params=replace(params, seed=generation.seed),
+            params=generation.params,
             cut=plan.prompt.cut,
         )
         reply = Reply(generation, draft, self._settle, self._left.append, selects=selects)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fabula.engine.defaults import SamplingDefaults
 from fabula.engine.generation import Engine
 from fabula.errors import InvalidArgument
 
@@ -22,6 +23,7 @@ class Served:
         engine: makes its answers.
         template: returns its chat template, or raises TemplateError.
         fingerprint: returns that of weights, tokenizer, and the layout of K and V; found when it is first asked for.
+        defaults: what the model recommends for settings that nobody gives.
         why_cold: why K and V of sessions kept on disk may be missing; "" if nothing speaks against them.
     """
 
@@ -29,6 +31,7 @@ class Served:
     template: Callable[[], ChatTemplate]
     fingerprint: Callable[[], Fingerprint]
     why_cold: str = ""
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 class Host:

@@ -263,7 +263,7 @@ def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
         kept=turn.kept,
         prompt_ids=turn.prompt_ids,
         token_ids=turn.token_ids,
-        params={"sampling": params_json(turn.params or SamplingParams()), "n_begun": turn.n_begun}
+        params={"sampling": used_params_json(turn.params or SamplingParams()), "n_begun": turn.n_begun}
         | ({"frozen": True} if turn.frozen else {}),
         finish_reason=turn.finish_reason,
         timings={**dataclasses.asdict(turn.timings), "why_recomputed": turn.why_recomputed} if turn.timings else None,
@@ -294,7 +294,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             prompt_ids=record.prompt_ids,
             token_ids=record.token_ids,
             n_begun=record.params["n_begun"],
-            params=params_of(record.params["sampling"]),
+            params=params_of(record.params["sampling"]).resolved({}),
             finish_reason=record.finish_reason or "interrupted",  # type: ignore[arg-type]
             timings=Timings(**timings) if timings else None,
             cut=Cut(**record.cut) if record.cut else None,
@@ -312,13 +312,20 @@ def policy_of(settings: Mapping[str, Any]) -> ContextPolicy:
     return ContextPolicy.from_json(settings["policy"])
 
 
+def used_params_json(params: SamplingParams) -> dict[str, Any]:
+    """The settings a turn was made with, as JSON: those that are not neutral, as a turn knows no model's defaults."""
+    default = SamplingParams()
+    return {name: value for name, value in params_json(params).items() if value != getattr(default, name)}
+
+
 def params_json(params: SamplingParams) -> dict[str, Any]:
-    """Sampling settings as JSON: those that are not the default; -inf as text."""
+    """Sampling settings as JSON: those that are given, and others that are not the default; -inf as text."""
     default = SamplingParams()
     found = {
         field.name: value
         for field in dataclasses.fields(params)
-        if (value := getattr(params, field.name)) != getattr(default, field.name)
+        if field.init
+        and ((value := getattr(params, field.name)) != getattr(default, field.name) or field.name in params.given)
     }
     if "logit_bias" in found:
         pairs = dict(found["logit_bias"]).items()

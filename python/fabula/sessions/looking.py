@@ -9,7 +9,7 @@ from typing import Any
 from fabula.engine.sampling import SamplingParams
 from fabula.sessions.growth import Growing
 from fabula.sessions.policy import Cut
-from fabula.sessions.prompts import Prompt, common_length, messages_of
+from fabula.sessions.prompts import Prompt, common_length, messages_of, parses_special
 from fabula.sessions.said import Said, Saying
 from fabula.sessions.tree import TurnRef
 
@@ -119,6 +119,7 @@ class Looking(Growing):
         *,
         chat: bool = True,
         template_options: Mapping[str, Any] | None = None,
+        parse_special: bool | None = None,
     ) -> Count:
         """What a next turn would cost, behind the head as it is now, also while a reply is being made.
 
@@ -129,6 +130,7 @@ class Looking(Growing):
             params: sampling settings; of importance where the oldest turns are left out to make room for `max_tokens`.
             chat: False for a story.
             template_options: as `say`.
+            parse_special: as `say` or `tell`.
 
         Raises:
             InvalidArgument: it could not be said, whatever its length.
@@ -143,7 +145,9 @@ class Looking(Growing):
         if said is None:
             prompt = Prompt(past, len(past), parent.cut if self.policy.name == "drop_oldest_turns" else None)
         else:
-            prompt = self._prompt(parent, Said.of(said, template_options), chosen, chat=chat)
+            special = bool(parse_special) if chat else parses_special(parse_special, parent)
+            words = Said.of(said, template_options, parse_special=special)
+            prompt = self._prompt(parent, words, chosen, chat=chat)
         n, cut, window = len(prompt.ids), prompt.cut, self.policy.visible(runner.context)
         hidden = window.first_visible(n - 1) - window.n_sinks
         if hidden > 0:

@@ -18,6 +18,7 @@ from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.said import Said
 from fabula.sessions.tools import with_tools
 from fabula.sessions.turn import Turn
+from fabula.text.chat import with_control_tokens
 from fabula.text.continuation import encode_next
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def messages_of(system: str | None, turns: Sequence[Turn], said: Said | None = N
 def _say(messages: list[dict[str, Any]], said: Said) -> None:
     if said.words_answer and messages and messages[-1]["role"] == "assistant":
         messages.pop()  # that answer stands at the head of what is said
-    messages += said.messages
+    messages += with_control_tokens(said.messages) if said.parse_special else said.messages
 
 
 def chat_prompt(
@@ -114,14 +115,24 @@ def _worded(
     return found, {name: value for name, value in options.items() if name != "tools"} | more
 
 
-def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, text: str) -> Prompt:
+def parses_special(parse_special: bool | None, parent: Turn) -> bool:
+    """Whether control tokens written in the next piece of a story are control tokens: what is not said goes on as the
+    story did before, and begins with yes, as a story is the caller's own text."""
+    if parse_special is None:
+        return parent.said.parse_special if parent.number and not parent.chat else True
+    return parse_special
+
+
+def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, said: Said) -> Prompt:
     """The prompt of the next piece of a story.
 
     Raises:
         InvalidArgument: there is no text to continue.
     """
-    tokenizer = engine.tokenizer
-    new = tokenizer.encode(text, add_bos=None if not parent.number else False) if text or not parent.number else []
+    tokenizer, text = engine.tokenizer, said.text
+    new: list[int] = []
+    if text or not parent.number:
+        new = tokenizer.encode(text, add_bos=False if parent.number else None, special=said.parse_special)
     past, seen = parent.ids(), seen_turns(parent)
     notes = [turn for turn in parent.lineage() if turn.frozen][::-1]
 
@@ -134,14 +145,19 @@ def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, 
         left = seen[n:] or seen[-1:]
         kept = sorted({*notes, *left}, key=lambda turn: turn.number)
         front = next((i for i, turn in enumerate(kept) if not turn.frozen), len(kept))
-        start, story = [*tokenizer.encode(""), *words_of(kept[:front], [])], words_of(kept[front:], new)
+        front_words, story = words_of(kept[:front], []), words_of(kept[front:], new)
+        start = tokenizer.encode("")
+        if start and [*front_words, *story][: len(start)] == start:  # the text brings its own start token
+            start = []
+        start += front_words
         room = max(1, goal(engine.runner.context, params) - len(start))
         return [*start, *(story[-room:] if n == len(seen) else story)]
 
     def words_of(turns: Sequence[Turn], new: list[int]) -> list[int]:
         ids: list[int] = []
         for turn in turns:
-            words = tokenizer.encode(turn.prompt, add_bos=False) if turn.prompt else []
+            special = turn.said.parse_special
+            words = tokenizer.encode(turn.prompt, add_bos=False, special=special) if turn.prompt else []
             ids = [*unended(ids), *words, *turn.token_ids]
         return [*unended(ids), *new]
 

@@ -26,27 +26,32 @@ class Said:
         text: what a person reads: the last message of the user, or else all messages.
         given: the messages; None for one of the user's that says `text` and nothing else.
         options: of the chat template, such as `tools`.
+        parse_special: whether control tokens written in it are control tokens; else they are text.
     """
 
     text: str
     given: tuple[dict[str, Any], ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    parse_special: bool = False
 
     @classmethod
-    def of(cls, saying: Saying, options: Mapping[str, Any] | None = None) -> Said:
+    def of(cls, saying: Saying, options: Mapping[str, Any] | None = None, *, parse_special: bool = False) -> Said:
         """What a caller says.
 
         Args:
             saying: the user's text, or messages with a role of `ROLES` and text as content. Before them may stand one
                 of the assistant: the answer before, with the `tool_calls` that the template shall read in it.
             options: of the chat template; plain JSON data.
+            parse_special: whether control tokens written in it are control tokens.
 
         Raises:
             InvalidArgument: it is something else; names the place.
         """
+        if not isinstance(parse_special, bool):
+            raise InvalidArgument(f"parse_special is {parse_special!r:.80}, must be True or False")
         checked = _options(options)
         if isinstance(saying, str):
-            return cls(saying, None, checked)
+            return cls(saying, None, checked, parse_special)
         if not isinstance(saying, Sequence) or isinstance(saying, bytes | bytearray):
             raise InvalidArgument(f"what is said must be text or a list of messages, not {type(saying).__name__}")
         given = tuple(_message(message, i) for i, message in enumerate(saying))
@@ -54,10 +59,10 @@ class Said:
         if not new:
             raise InvalidArgument("messages must hold at least one that is new")
         if len(given) == 1 and given[0].keys() == {"role", "content"} and given[0]["role"] == "user":
-            return cls(given[0]["content"], None, checked)
+            return cls(given[0]["content"], None, checked, parse_special)
         users = [message["content"] for message in new if message["role"] == "user"]
         text = users[-1] if users else "\n".join(message["content"] for message in new)
-        return cls(text, given, checked)
+        return cls(text, given, checked, parse_special)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -98,6 +103,8 @@ class Said:
             found["messages"] = self.messages
         if self.options:
             found["options"] = self.own_options
+        if self.parse_special:
+            found["parse_special"] = True
         return found or None
 
     @classmethod
@@ -109,9 +116,10 @@ class Said:
         """
         if value is None:
             return cls(text)
-        if not isinstance(value, Mapping) or not value.keys() <= {"messages", "options"}:
-            raise InvalidArgument("what was said must hold messages and options, and nothing else")
-        said = cls.of(value.get("messages", text), value.get("options"))
+        if not isinstance(value, Mapping) or not value.keys() <= {"messages", "options", "parse_special"}:
+            raise InvalidArgument("what was said must hold messages, options and parse_special, and nothing else")
+        parse_special = value.get("parse_special", False)
+        said = cls.of(value.get("messages", text), value.get("options"), parse_special=parse_special)
         if said.text != text:
             raise InvalidArgument("the prompt is not the text of the messages")
         return said

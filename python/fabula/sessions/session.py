@@ -15,6 +15,7 @@ from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
 from fabula.sessions.growth import Plan
 from fabula.sessions.names import checked_tags, checked_title
+from fabula.sessions.prompts import parses_special
 from fabula.sessions.reply import Reply
 from fabula.sessions.said import Said, Saying
 from fabula.sessions.tree import TurnRef
@@ -52,6 +53,7 @@ class Session(Writing):
         params: SamplingParams | None = None,
         *,
         template_options: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
         wait: bool | float = False,
         timeout: float | None = None,
     ) -> Reply:
@@ -66,6 +68,8 @@ class Session(Writing):
             template_options: for the chat template, such as `tools`; plain JSON data. They are this turn's: the same
                 ones, given with every turn, keep K and V of the past valid; with others the template may word the past
                 anew, and then that is computed again.
+            parse_special: whether control tokens written in the messages are control tokens. By default they are text,
+                so that a user cannot write another's turn.
             wait: for the end of another reply; see the class.
             timeout: seconds until the answer ends by itself, with reason "timeout".
 
@@ -79,7 +83,7 @@ class Session(Writing):
             TemplateError: the model has no chat template, or it refuses.
             EngineBusy: too many requests wait already.
         """
-        new = Said.of(said, template_options)
+        new = Said.of(said, template_options, parse_special=parse_special)
         return self._go(lambda: self._next(self.head, new, params, chat=True), wait, timeout)[0]
 
     def tell(
@@ -88,6 +92,7 @@ class Session(Writing):
         *,
         prompt: str | None = None,
         params: SamplingParams | None = None,
+        parse_special: bool | None = None,
         wait: bool | float = False,
         timeout: float | None = None,
     ) -> Reply:
@@ -97,6 +102,8 @@ class Session(Writing):
             n_tokens: tokens at most; None leaves it to `params`.
             prompt: text to add before going on; the beginning needs some.
             params: sampling settings of this turn; None takes the session's.
+            parse_special: whether control tokens written in `prompt` are control tokens; None for as in the turn
+                before, and at the beginning of a story for yes.
             wait, timeout: as `say`.
 
         Raises:
@@ -105,7 +112,12 @@ class Session(Writing):
         """
         chosen = params or self.params
         chosen = chosen if n_tokens is None else replace(chosen, max_tokens=n_tokens)
-        return self._go(lambda: self._next(self.head, Said(prompt or ""), chosen, chat=False), wait, timeout)[0]
+
+        def plan() -> Plan:
+            special = parses_special(parse_special, self.head)
+            return self._next(self.head, Said.of(prompt or "", parse_special=special), chosen, chat=False)
+
+        return self._go(plan, wait, timeout)[0]
 
     def regenerate(
         self, params: SamplingParams | None = None, *, wait: bool | float = False, timeout: float | None = None
@@ -115,7 +127,7 @@ class Session(Writing):
 
         def plan() -> Plan:
             turn = self._made(self.head)
-            return self._again(turn, turn.said, params or replace(self._params(turn), seed=None))
+            return self._again(turn, turn.said, params or self.again_params(turn))
 
         return self._go(plan, wait, timeout)[0]
 
@@ -126,16 +138,20 @@ class Session(Writing):
         params: SamplingParams | None = None,
         *,
         template_options: Mapping[str, Any] | None = None,
+        parse_special: bool | None = None,
         wait: bool | float = False,
         timeout: float | None = None,
     ) -> Reply:
-        """Says something else in place of a turn's prompt, as its sibling; None keeps the turn's `template_options`."""
-        new = Said.of(said, template_options)
+        """Says something else in place of a turn's prompt, as its sibling: with `params`, or the turn's settings and a
+        new seed. None keeps the turn's `template_options` and `parse_special`."""
+        new = Said.of(said, template_options, parse_special=bool(parse_special))
 
         def plan() -> Plan:
             found = self._made(self._find(turn))
             words = new.with_options(found.said.options) if template_options is None else new
-            return self._again(found, words, params or replace(self._params(found), seed=None))
+            if parse_special is None:
+                words = replace(words, parse_special=found.said.parse_special)
+            return self._again(found, words, params or self.again_params(found))
 
         return self._go(plan, wait, timeout)[0]
 
@@ -147,7 +163,8 @@ class Session(Writing):
         wait: bool | float = False,
         timeout: float | None = None,
     ) -> Reply:
-        """Does a turn again from its parent: the same tokens with the same settings, or others with `params`."""
+        """Does a turn again from its parent: the same tokens with the same settings and seed, or others with
+        `params`."""
 
         def plan() -> Plan:
             found = self._made(self._find(turn))
@@ -173,7 +190,7 @@ class Session(Writing):
 
         Args:
             n_tokens: further tokens at most; None leaves it to `params`.
-            params: sampling settings; None takes the head's.
+            params: sampling settings; None takes the head's, its seed too.
             wait, timeout: as `say`.
         """
 
@@ -202,7 +219,7 @@ class Session(Writing):
             turn: whose answer.
             position: of the token in the answer, from 0; its length appends one.
             token: id to put there, see `alternatives`.
-            params: sampling settings; None takes the turn's.
+            params: sampling settings; None takes the turn's, its seed too.
             wait, timeout: as `say`.
 
         Raises:
@@ -224,6 +241,7 @@ class Session(Writing):
         params: SamplingParams | None = None,
         *,
         template_options: Mapping[str, Any] | None = None,
+        parse_special: bool | None = None,
         wait: bool | float = False,
         timeout: float | None = None,
     ) -> list[Reply]:
@@ -234,9 +252,10 @@ class Session(Writing):
             n: 1 .. 32.
             said: what they answer, as `say` takes it, or text a story goes on with. None for more answers to the head's
                 message, or for the story as it is.
-            params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's, with the head's
-                constraint where its message is answered again.
+            params: sampling settings; a seed s stands for s, s + 1, ...; None takes the session's; where the head's
+                message is answered again, with the head's constraint and new seeds.
             template_options: as `say`; where the head's message is answered again, None keeps the head's.
+            parse_special: as `say` or `tell`; where the head's message is answered again, the head's.
             wait, timeout: as `say`.
 
         Raises:
@@ -245,14 +264,16 @@ class Session(Writing):
         if type(n) is not int or not 1 <= n <= MAX_BRANCHES:
             raise InvalidArgument(f"n is {n!r}, must be a whole number in 1 .. {MAX_BRANCHES}")
 
-        new = Said.of("" if said is None else said, template_options)
+        new = Said.of("" if said is None else said, template_options, parse_special=bool(parse_special))
 
         def plan() -> Plan:
             head = self.head
             if head.number and head.chat and said is None:
-                kept = replace(self.params, constraint=self._params(head).constraint)
-                return self._again(head, head.said.with_options(template_options), params or kept)
-            return self._next(head, new, params, chat=head.chat if head.number else said is not None)
+                again = params or self.branch_params(again=True)
+                return self._again(head, head.said.with_options(template_options), again)
+            chat = head.chat if head.number else said is not None
+            words = new if chat else replace(new, parse_special=parses_special(parse_special, head))
+            return self._next(head, words, params, chat=chat)
 
         return self._go(plan, wait, timeout, n=n, selects=False)
 
@@ -332,7 +353,7 @@ class Session(Writing):
                 self.system if system is None else system,
                 self.tags if tags is None else checked_tags(tags),
             )
-            if after == before:
+            if after == before and after[1].given == before[1].given:
                 return
             self.title, self.params, self.system, self.tags = after
             try:

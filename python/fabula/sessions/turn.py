@@ -167,6 +167,7 @@ class Turn:
             "prompt": self.prompt,
             "messages": None if self.said.given is None else self.said.messages,
             "template_options": self.said.own_options,
+            "parse_special": self.said.parse_special,
             "text": self.text,
             "id": self.id,
             "finish_reason": self.finish_reason,

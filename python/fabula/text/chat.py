@@ -24,6 +24,24 @@ from fabula.text.template import MAX_DEPTH, ChatTemplate
 if TYPE_CHECKING:
     from fabula.text.tokenizer import Tokenizer
 
+
+class ControlText(str):
+    """A text of a message whose control tokens are control tokens: its caller vouches for it."""
+
+
+def with_control_tokens(value: Any, depth: int = 0) -> Any:
+    """Messages, or what one holds, with every text as `ControlText`."""
+    if depth > MAX_DEPTH:
+        raise InvalidArgument(f"messages are nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        return ControlText(value)
+    if isinstance(value, Mapping):
+        return {key: with_control_tokens(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_control_tokens(item, depth + 1) for item in value]
+    return value
+
+
 # Private-use characters to mark with; the first that the conversation does not hold is taken.
 _MARKS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
@@ -86,7 +104,8 @@ class Marks:
         self._mark = ""
         self.messages: Sequence[Mapping[str, Any]] = messages
         self.options: Sequence[Mapping[str, Any]] = options
-        if self._pattern is not None and any(self._pattern.search(text) for text in given):
+        typed = (text for text in given if not isinstance(text, ControlText))
+        if self._pattern is not None and any(self._pattern.search(text) for text in typed):
             self._mark = self.unused()
             self.messages = _marked(messages, self._pattern, self._mark)
             self.options = _marked(options, self._pattern, self._mark)
@@ -138,6 +157,8 @@ def _texts(value: object, depth: int = 0) -> Iterator[str]:
 def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
     """The same value with the mark behind the first character of every control token in it. What remains may hold
     another, shorter token, or one that only arises with the mark; the search goes on until none is left."""
+    if isinstance(value, ControlText):
+        return value
     if isinstance(value, str):
         while (match := pattern.search(value)) is not None:
             cut = match.start() + 1

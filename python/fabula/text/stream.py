@@ -79,6 +79,18 @@ class IncrementalDecoder:
         """Text that became certain with this token; often "" inside a character of several tokens."""
         return self._clean(self._decoder.decode(self._bytes_of[token_id]))
 
+    def breaks(self, token_id: int) -> bool:
+        """Whether this token does not go on with the character that is held back, which then becomes U+FFFD before
+        it."""
+        held, first = self._decoder.getstate()[0], self._bytes_of[token_id][:1]
+        if not held or not first:
+            return False
+        try:
+            codecs.getincrementaldecoder("utf-8")("strict").decode(held + first)
+        except UnicodeDecodeError:
+            return True
+        return False
+
     def flush(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character."""
         return self._clean(self._decoder.decode(b"", True))

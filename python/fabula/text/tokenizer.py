@@ -178,7 +178,8 @@ class Tokenizer:
         Args:
             text: any text without lone surrogates.
             add_bos: whether the start token goes in front, and what else the template puts there; None leaves it to
-                the model's own habit.
+                the model's own habit, but puts nothing before a text that begins with it already, written as control
+                tokens.
             special: whether control tokens written in the text are control tokens; else they are plain text.
             add_eos: whether the template's end goes behind, or, where it has none, the first end token; None leaves it
                 to the template.
@@ -203,6 +204,8 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not special
             ids = self._backend.encode(text, add_special_tokens=False).ids
+        if add_bos is None and special and before and ids[:1] == [before[0]]:
+            before = ()
         return [*before, *ids, *behind]
 
     def encode_chat(

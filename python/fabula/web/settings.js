@@ -2,6 +2,7 @@
 // context is full.
 
 import { t } from "./i18n.js";
+import { newSampling } from "./state.js";
 import { dialog, h } from "./ui.js";
 
 /** @import { Store } from "./store.js" */
@@ -25,7 +26,7 @@ const RANGES = [
   { name: "repetition_penalty", min: 0.8, max: 1.5, step: 0.01 },
 ];
 
-/** The server's defaults. */
+/** What applies where neither the session nor the model says anything. */
 const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 };
 
 /** @type {PolicyName[]} */
@@ -33,8 +34,13 @@ const POLICIES = ["error", "slide", "drop_oldest_turns"];
 
 /** @param {Store} store */
 export function openSettings(store) {
-  const { session, turns, draft } = store.state;
-  const sampling = { ...NEUTRAL, ...(session || draft).sampling };
+  const { session, turns, draft, health } = store.state;
+  /** What applies where the session gives nothing: the model's own defaults. */
+  const defaults = {
+    ...NEUTRAL,
+    ...(session ? session.sampling_defaults : health?.models[0]?.sampling_defaults),
+  };
+  const sampling = { ...defaults, ...(session ? session.sampling : newSampling()) };
   const isFixed = Boolean(session && turns.size);
   const save = store.do.configure;
 
@@ -43,7 +49,7 @@ export function openSettings(store) {
 
   /** @param {typeof RANGES[number]} range */
   const rangeSetting = ({ name, min, max, step }) => {
-    const now = String(sampling[name] ?? NEUTRAL[name]);
+    const now = String(sampling[name] ?? defaults[name] ?? NEUTRAL[name]);
     const output = h("output", {}, now);
     const helpId = `help-${name}`;
     /** @param {number} value */
@@ -128,11 +134,17 @@ export function openSettings(store) {
     return h("button.quiet", { type: "button", onclick }, t(name));
   });
 
+  const useModels = () => {
+    for (const { name } of RANGES) setters.get(name)?.(defaults[name] ?? NEUTRAL[name]);
+    save({ sampling: Object.fromEntries(RANGES.map(({ name }) => [name, null])) });
+  };
+  const modelsOwn = h("button.quiet", { type: "button", onclick: useModels }, t("modelsOwn"));
+
   const form = h(
     "form.settings",
     { onsubmit: (event) => event.preventDefault() },
     h("div.setting", {}, h("label", { htmlFor: system.id }, t("system")), system, systemHelp),
-    h("div.setting.presets", { role: "group", "aria-label": t("presets") }, presets),
+    h("div.setting.presets", { role: "group", "aria-label": t("presets") }, modelsOwn, presets),
     RANGES.map(rangeSetting),
     numberSetting("max_tokens", "max_tokens"),
     numberSetting("seed", "seedLabel"),

@@ -4,15 +4,18 @@
 import * as api from "./api.js";
 import { t } from "./i18n.js";
 
-/** @import { Change, Draft, State, Subscriber } from "./types.js" */
+/** @import { Change, Draft, Sampling, State, Subscriber } from "./types.js" */
 
 const LIVE_MS = 125; // shortest time between two redraws of text that grows
 
+/** Sampling settings of new sessions where the model recommends none. */
+const BALANCED = { temperature: 0.7, top_p: 0.9, top_k: 40 };
+
 /**
- * Settings of a new session: the preset "balanced".
+ * Settings of a new session: none, so that the model's own defaults apply.
  * @returns {Draft}
  */
-export const newDraft = () => ({ sampling: { temperature: 0.7, top_p: 0.9, top_k: 40 } });
+export const newDraft = () => ({ sampling: {} });
 
 /** What is known of the open session when there is none. */
 const noSession = () => ({
@@ -36,6 +39,16 @@ export const state = {
   draft: newDraft(),
   ...noSession(),
 };
+
+/**
+ * Sampling settings of a session that begins now: what was chosen, over what is balanced where the
+ * model recommends nothing.
+ * @returns {Sampling}
+ */
+export function newSampling() {
+  const recommended = state.health?.models[0]?.sampling_defaults;
+  return { ...(recommended?.source === "" ? BALANCED : {}), ...state.draft.sampling };
+}
 
 export const forgetSession = () => void Object.assign(state, noSession());
 

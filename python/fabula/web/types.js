@@ -15,6 +15,8 @@
  * @property {number | null} [seed]
  */
 
+/** @typedef {Sampling & {source: string}} SamplingDefaults What a model recommends, and where that is said; "" for nowhere. */
+
 /** @typedef {"error" | "slide" | "drop_oldest_turns"} PolicyName What happens when the context is full. */
 
 /**
@@ -25,6 +27,7 @@
  * @property {string | null} system
  * @property {string} head_id "" for the empty start.
  * @property {Sampling} sampling
+ * @property {SamplingDefaults} sampling_defaults
  * @property {{name: PolicyName}} context_policy
  */
 
@@ -99,6 +102,7 @@
  * @typedef {object} ModelHealth
  * @property {string} name
  * @property {"fetching" | "loading" | "ready" | "failed"} state
+ * @property {SamplingDefaults} [sampling_defaults] Once it is loaded.
  * @property {number | null} [progress] From 0 to 1.
  * @property {string} [error]
  * @property {number} [weight_bytes]

@@ -3,7 +3,7 @@
 
 import * as api from "./api.js";
 import { list, read, reload, setHead, showCreated, visitor } from "./session.js";
-import { fail, guarded, state, touch } from "./state.js";
+import { fail, guarded, newSampling, state, touch } from "./state.js";
 import { titleOf } from "./turns.js";
 
 /**
@@ -22,7 +22,8 @@ function here() {
  * The open session, or the settings of one that begins with this text.
  * @param {string} text
  */
-const opening = (text) => (state.session ? here() : { title: titleOf(text), ...state.draft });
+const opening = (text) =>
+  state.session ? here() : { title: titleOf(text), ...state.draft, sampling: newSampling() };
 
 /**
  * The same for a story. One that outgrows the context drops its oldest pieces, unless it was set to

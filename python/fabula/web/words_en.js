@@ -112,6 +112,7 @@ export const en = {
   presets: "Presets",
   precise: "Precise",
   balanced: "Balanced",
+  modelsOwn: "The model’s own",
   creative: "Creative",
   temperature: "Temperature",
   temperatureHelp: "0 always takes the most likely token. Above 1 the text surprises more.",

@@ -113,6 +113,7 @@ export const zh = {
   presets: "预设",
   precise: "精确",
   balanced: "均衡",
+  modelsOwn: "模型默认",
   creative: "创意",
   temperature: "温度",
   temperatureHelp: "0 总取最可能的词元；大于 1 更出人意料。",

@@ -10,19 +10,20 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
+from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.server.answering import run_of_texts
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
+    CertainPieces,
     Json,
     begin,
     chat_logprob,
     choices_of,
     fingerprint,
     follow,
-    is_end,
     line,
     pieces_of,
     reason_of,
@@ -85,7 +86,8 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBod
     continues = is_prefilled(messages, asked, turn)
     if turn is not None:
         options = {**options, "add_generation_prompt": turn}
-    ids = model.chat_ids(messages, continue_final_message=asked, **options)
+    special = bool(data.parse_special)
+    ids = model.chat_ids(messages, continue_final_message=asked, parse_special=special, **options)
     return begin(model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s)
 
 
@@ -95,7 +97,7 @@ def calls_are_read(data: ChatCompletionBody) -> bool:
 
 
 def params_of(data: ChatCompletionBody) -> SamplingParams:
-    """The settings of a request, on top of OpenAI's defaults, which are plain sampling.
+    """The settings of a request; what it leaves out is the model's own default.
 
     Raises:
         ApiError: two fields exclude each other.
@@ -159,6 +161,7 @@ class Chat:
         }
         self._reads_calls = calls_are_read(data)
         self._readers = [ToolCallReader() for _ in generations]
+        self._certain = [CertainPieces() for _ in generations]
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
     def about(self, kind: str) -> Json:
@@ -196,8 +199,9 @@ class Chat:
     def _logprobs(self, index: int) -> Json | None:
         if not self._data.logprobs:
             return None
-        generation = self._generations[index]
-        pieces = [piece for piece in pieces_of(self._run, index) if not is_end(piece, generation)]
+        return self._logprobs_of(pieces_of(self._run, index))
+
+    def _logprobs_of(self, pieces: list[Piece]) -> Json:
         return {"content": [chat_logprob(self._tokenizer, piece) for piece in pieces], "refusal": None}
 
     # ---- Streamed ---------------------------------------------------------------------------------------------------
@@ -208,10 +212,9 @@ class Chat:
             for index in range(len(self._generations)):
                 yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         elif event.piece is not None:
-            generation, piece = self._generations[event.index], event.piece
-            logprobs = None
-            if self._data.logprobs and not is_end(piece, generation):
-                logprobs = {"content": [chat_logprob(self._tokenizer, piece)], "refusal": None}
+            piece, logprobs = event.piece, None
+            if self._data.logprobs and (certain := self._certain[event.index].feed(piece)):
+                logprobs = self._logprobs_of(certain)
             deltas = self._deltas(event.index, piece.text)
             if logprobs is not None and not deltas:
                 deltas = [{"content": ""}]

@@ -17,12 +17,12 @@ from fabula.server.answering import run_of_texts
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
+    CertainPieces,
     Json,
     begin,
     choices_of,
     fingerprint,
     follow,
-    is_end,
     line,
     pieces_of,
     reason_of,
@@ -89,14 +89,14 @@ def _begin(
     for prompt in prompts:
         if isinstance(prompt, str):
             state.limits.check_text(prompt, "prompt")
-            ids.append(model.tokenizer.encode(prompt))
+            ids.append(model.tokenizer.encode(prompt, special=data.parse_special is not False))
         else:
             ids.append(prompt)
     return begin(model, ids, params, n, continues=True, tenant=tenant, timeout=state.settings.answer_s)
 
 
 def params_of(data: CompletionBody, n: int) -> SamplingParams:
-    """The settings of a request, on top of OpenAI's defaults.
+    """The settings of a request; what it leaves out is the model's own default.
 
     Raises:
         ApiError: a field asks for what cannot be done.
@@ -147,7 +147,7 @@ class Texts:
             "model": serving.name,
             "system_fingerprint": fingerprint(serving.model),
         }
-        self._offsets = [0] * len(generations)
+        self._certain = [CertainPieces() for _ in generations]
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
     def about(self) -> Json:
@@ -165,24 +165,23 @@ class Texts:
         """An answer that has ended."""
         generation = self._generations[index]
         text = self._echo(index) + generation.read_so_far()[1]
-        logprobs = self._logprobs(pieces_of(self._run, index), generation, 0)
+        logprobs = self._logprobs(pieces_of(self._run, index))
         reason = reason_of(generation.finish_reason)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, pieces: list[Piece], generation: Generation, offset: int) -> Json | None:
-        """Tokens with their probabilities; offsets count characters from the answer's beginning."""
+    def _logprobs(self, pieces: list[Piece]) -> Json | None:
+        """Tokens with their probabilities. `text_offset` counts characters from the answer's beginning to where the
+        token begins; tokens that share a character have the offset of that character."""
         if self._data.logprobs is None:
             return None
         told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
-            if not is_end(piece, generation):
-                told["tokens"].append(token_name(self._tokenizer, piece.token_id))
-                told["token_logprobs"].append(piece.logprob)
-                told["text_offset"].append(offset)
-                told["top_logprobs"].append(
-                    {token_name(self._tokenizer, token): logprob for token, logprob in piece.top_logprobs} or None
-                )
-            offset += len(piece.text)
+            told["tokens"].append(token_name(self._tokenizer, piece.token_id))
+            told["token_logprobs"].append(piece.logprob)
+            told["text_offset"].append(piece.offset)
+            told["top_logprobs"].append(
+                {token_name(self._tokenizer, token): logprob for token, logprob in piece.top_logprobs} or None
+            )
         return told
 
     # ---- Streamed ---------------------------------------------------------------------------------------------------
@@ -195,9 +194,7 @@ class Texts:
                 if self._data.echo:
                     yield self._chunk(one, self._echo(one))
         elif piece is not None:
-            generation = self._generations[index]
-            logprobs = self._logprobs([piece], generation, self._offsets[index])
-            self._offsets[index] += len(piece.text)
+            logprobs = self._logprobs(self._certain[index].feed(piece))
             if piece.text or (logprobs is not None and logprobs["tokens"]):
                 yield self._chunk(index, piece.text, logprobs=logprobs)
         elif event.kind == "error":

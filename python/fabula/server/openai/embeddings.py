@@ -41,7 +41,12 @@ async def embeddings(data: EmbeddingBody) -> Any:
     try:
         with state.limits.beginning(state.runs, tenant):
             found = await state.call(
-                lambda: model.embed(texts, pooling=data.pooling or "mean", should_stop=left.is_set)
+                lambda: model.embed(
+                    texts,
+                    pooling=data.pooling or "mean",
+                    parse_special=data.parse_special is not False,
+                    should_stop=left.is_set,
+                )
             )
     except asyncio.CancelledError:  # the client has gone
         left.set()

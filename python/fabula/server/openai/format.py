@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -98,13 +99,25 @@ def usage(generations: Sequence[Generation], n: int) -> Json:
 
 
 def pieces_of(run: Run, index: int) -> list[Piece]:
-    """What was read of one of a run's answers."""
-    return [event.piece for event in run.events if event.piece is not None and event.index == index]
+    """What was read of one of a run's answers, up to where its text ends."""
+    pieces = [event.piece for event in run.events if event.piece is not None and event.index == index]
+    return pieces[: pieces[-1].n_certain] if pieces else []
 
 
-def is_end(piece: Piece, generation: Generation) -> bool:
-    """Whether a token ended the answer instead of being part of it."""
-    return piece.finish_reason == "stop" and piece.token_id in generation.engine.tokenizer.eos_ids
+class CertainPieces:
+    """Takes the pieces of an answer one after the other and gives each back as soon as its token is certain to be part
+    of the text: while a stop string is held back, none of its tokens; behind the cut, never."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Piece] = deque()
+        self._n_given = 0
+
+    def feed(self, piece: Piece) -> list[Piece]:
+        """The pieces that became certain with this one."""
+        self._waiting.append(piece)
+        found = [self._waiting.popleft() for _ in range(piece.n_certain - self._n_given)]
+        self._n_given = piece.n_certain
+        return found
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:

@@ -154,7 +154,7 @@ def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
         conversations.new_name(), model=serving.name, system=data.instructions, context_policy=policy, tenant=tenant
     )
     state.remember(session)
-    return _say(state, session, messages, params, tools, is_new=True)
+    return _say(state, session, messages, params, tools, is_new=True, parse_special=bool(data.parse_special))
 
 
 def _go_on(
@@ -174,11 +174,20 @@ def _go_on(
     with conversations.lock_of(session):
         # In this order: an answer that ends in between moves the head.
         if data.store is not False and not session.is_busy and session.head is turn:
-            return _say(state, session, messages, params, tools, is_new=False)
+            return _say(state, session, messages, params, tools, is_new=False, parse_special=bool(data.parse_special))
         conversations.make_room(state, tenant)
         fork = session.fork(turn, id=conversations.new_name())
     state.remember(fork)
-    return _say(state, fork, messages, params, tools, is_new=True, is_kept=data.store is not False)
+    return _say(
+        state,
+        fork,
+        messages,
+        params,
+        tools,
+        is_new=True,
+        is_kept=data.store is not False,
+        parse_special=bool(data.parse_special),
+    )
 
 
 def _instructions(session: Session, turn: Turn) -> str | None:
@@ -199,12 +208,19 @@ def _say(
     *,
     is_new: bool,
     is_kept: bool = True,
+    parse_special: bool = False,
 ) -> Begun:
     """Begins a turn; a session that was made for it goes where it fails."""
     try:
         state.limits.check_turns(session)
         options = {"tools": tools} if tools else None
-        reply = session.say(messages, params, template_options=options, timeout=state.settings.answer_s)
+        reply = session.say(
+            messages,
+            params,
+            template_options=options,
+            parse_special=parse_special,
+            timeout=state.settings.answer_s,
+        )
     except BaseException:
         if is_new:
             session.delete()
@@ -229,7 +245,7 @@ def _answer_once(
     if data.instructions:
         messages = [{"role": "system", "content": data.instructions}, *messages]
     worded, options = with_tools(messages, tools, model.template)
-    ids = model.chat_ids(worded, **options)
+    ids = model.chat_ids(worded, parse_special=bool(data.parse_special), **options)
     generation = begin(model, [ids], params, 1, continues=False, tenant=tenant, timeout=state.settings.answer_s)[0]
     key = secrets.token_hex(16)
     return Begun(f"resp_{key}", key, serving.name, generation, None, False)
@@ -241,7 +257,8 @@ def told_tools(data: ResponseBody) -> list[Json]:
 
 
 def params_of(data: ResponseBody) -> SamplingParams:
-    """The settings of a request, on top of OpenAI's defaults, which are plain sampling.
+    """The settings of a request; what it leaves out is the model's own default. Nothing is taken over from the response
+    before.
 
     Raises:
         ApiError: two fields exclude each other, or one asks for what cannot be done.
@@ -285,7 +302,7 @@ class Telling:
     def __init__(self, data: ResponseBody, begun: Begun) -> None:
         self._data, self._begun = data, begun
         self._output = Output(begun.key, bool(told_tools(data)))
-        self._about = of_request(data, begun.id, begun.model, is_kept=begun.is_kept, params=params_of(data))
+        self._about = of_request(data, begun.id, begun.model, is_kept=begun.is_kept, params=begun.generation.params)
         self._n = 0
 
     def whole(self) -> Json:

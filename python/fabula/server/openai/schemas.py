@@ -34,6 +34,12 @@ class Tolerated(Strict):
     prompt_cache_retention: str | None = Field(None, description="Has no effect.")
 
 
+PARSE_MESSAGES: Any = Field(
+    None,
+    description="Whether control tokens written in messages are control tokens; else they are text. Default: false.",
+)
+
+
 class Message(Strict):
     """A message of a conversation."""
 
@@ -76,6 +82,7 @@ class Asked(Sampling, Tolerated):
 class ChatCompletionBody(Asked):
     """A conversation to answer."""
 
+    parse_special: bool | None = PARSE_MESSAGES
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
     logprobs: bool | None = None
@@ -108,6 +115,11 @@ class CompletionBody(Asked):
     best_of: int | None = Field(None, description="Must be n.")
     echo: bool | None = Field(None, description="Whether the prompt stands in front of the answer.")
     logprobs: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    parse_special: bool | None = Field(
+        None,
+        description="Whether control tokens written in the prompt are control tokens; false makes them text. "
+        "Default: true.",
+    )
     suffix: str | None = Field(None, description="Must be empty: the models continue texts, they do not fill gaps.")
 
 
@@ -121,6 +133,11 @@ class EmbeddingBody(Tolerated):
     )
     dimensions: int | None = Field(None, description="Must be the size the model has.")
     pooling: Literal["mean", "last", "first"] | None = Field(None, description="Default: mean.")
+    parse_special: bool | None = Field(
+        None,
+        description="Whether control tokens written in the texts are control tokens; false makes them text. "
+        "Default: true.",
+    )
 
 
 class TextFormat(Strict):
@@ -145,6 +162,7 @@ class ResponseBody(Sampling, Tolerated):
 
     input: str | list[dict[str, Any]] = Field(description="The user's text, or a list of items.")
     model: str | None = Field(None, description="Default: that of the previous response, or the server's first.")
+    parse_special: bool | None = PARSE_MESSAGES
     previous_response_id: str | None = Field(
         None, description="The response to go on from: the last one or any before it. Nothing of its past is computed."
     )

@@ -56,7 +56,10 @@ async def chat(data: ChatBody) -> Any:
         state.limits.check_text(data.message, "message")
         with _joined(state, tenant, data) as session:
             params = data.params(session.params)
-            return session, [session.say(data.message, params, timeout=state.settings.answer_s)]
+            reply = session.say(
+                data.message, params, parse_special=bool(data.parse_special), timeout=state.settings.answer_s
+            )
+            return session, [reply]
 
     return await answered(data, make)
 
@@ -75,7 +78,13 @@ async def story(data: StoryBody) -> Any:
         state.limits.check_text(data.prompt or "", "prompt")
         with _joined(state, tenant, data) as session:
             params = data.params(session.params)
-            return session, [session.tell(prompt=data.prompt, params=params, timeout=state.settings.answer_s)]
+            reply = session.tell(
+                prompt=data.prompt,
+                params=params,
+                parse_special=data.parse_special,
+                timeout=state.settings.answer_s,
+            )
+            return session, [reply]
 
     return await answered(data, make)
 
@@ -88,11 +97,12 @@ async def story(data: StoryBody) -> Any:
 @document_response(BegunReply, 202)
 @fails(*WRITING)
 async def regenerate(data: AgainBody) -> Any:
-    """Answers the head's message again, beside the answer that stands there."""
+    """Answers the head's message again, beside the answer that stands there: with its settings, but for those that are
+    given, and a new seed unless one is given."""
 
     def make(state: Server, tenant: str) -> Made:
         session = _open(state, tenant, data)
-        given = None if data.is_empty else data.params(session.head.params or session.params)
+        given = None if data.is_empty else data.params(session.again_params())
         return session, [session.regenerate(given, timeout=state.settings.answer_s)]
 
     return await answered(data, make)
@@ -106,13 +116,21 @@ async def regenerate(data: AgainBody) -> Any:
 @document_response(BegunReply, 202)
 @fails(*WRITING)
 async def edit(data: EditBody) -> Any:
-    """Says something else in place of a turn's message, beside that turn."""
+    """Says something else in place of a turn's message, beside that turn: with its settings, but for those that are
+    given, and a new seed unless one is given."""
 
     def make(state: Server, tenant: str) -> Made:
         state.limits.check_text(data.message, "message")
         session = _open(state, tenant, data)
-        given = None if data.is_empty else data.params(session.params)
-        return session, [session.edit(data.turn, data.message, given, timeout=state.settings.answer_s)]
+        given = None if data.is_empty else data.params(session.again_params(data.turn))
+        reply = session.edit(
+            data.turn,
+            data.message,
+            given,
+            parse_special=data.parse_special,
+            timeout=state.settings.answer_s,
+        )
+        return session, [reply]
 
     return await answered(data, make)
 
@@ -125,11 +143,12 @@ async def edit(data: EditBody) -> Any:
 @document_response(BegunReply, 202)
 @fails(*WRITING)
 async def continue_(data: AgainBody) -> Any:
-    """Goes on where the head's answer stopped, beside it: with the settings of before, what would have come next."""
+    """Goes on where the head's answer stopped, beside it: with its settings and its seed, but for those that are given;
+    with none, what would have come next."""
 
     def make(state: Server, tenant: str) -> Made:
         session = _open(state, tenant, data)
-        given = None if data.is_empty else data.params(session.head.params or session.params)
+        given = None if data.is_empty else data.params(session.same_params())
         return session, [session.continue_(params=given, timeout=state.settings.answer_s)]
 
     return await answered(data, make)
@@ -143,11 +162,12 @@ async def continue_(data: AgainBody) -> Any:
 @document_response(BegunReply, 202)
 @fails(*WRITING)
 async def replay(data: ReplayBody) -> Any:
-    """Makes a turn again from its parent: the same tokens with the same settings."""
+    """Makes a turn again from its parent: the same tokens with its settings and its seed, but for those that are
+    given."""
 
     def make(state: Server, tenant: str) -> Made:
         session = _open(state, tenant, data)
-        given = None if data.is_empty else data.params(session.turn(data.turn).params or session.params)
+        given = None if data.is_empty else data.params(session.same_params(data.turn))
         return session, [session.replay(data.turn, given, timeout=state.settings.answer_s)]
 
     return await answered(data, make)
@@ -161,11 +181,12 @@ async def replay(data: ReplayBody) -> Any:
 @document_response(BegunReply, 202)
 @fails(*WRITING)
 async def fork_at(data: ForkAtBody) -> Any:
-    """Takes another token at a place of an answer and goes on from there."""
+    """Takes another token at a place of an answer and goes on from there: with the turn's settings and its seed, but
+    for those that are given."""
 
     def make(state: Server, tenant: str) -> Made:
         session = _open(state, tenant, data)
-        given = None if data.is_empty else data.params(session.turn(data.turn).params or session.params)
+        given = None if data.is_empty else data.params(session.same_params(data.turn))
         timeout = state.settings.answer_s
         return session, [session.fork_at(data.turn, data.position, data.token_id, given, timeout=timeout)]
 
@@ -180,12 +201,20 @@ async def fork_at(data: ForkAtBody) -> Any:
 @document_response(BegunReply, 202)
 @fails(*WRITING)
 async def branch(data: BranchBody) -> Any:
-    """Several answers side by side; the head stays until one is chosen by `/rollback` to its turn id."""
+    """Several answers side by side; the head stays until one is chosen by `/rollback` to its turn id. They have the
+    session's settings, but for those that are given; other answers to the head's message get new seeds."""
 
     def make(state: Server, tenant: str) -> Made:
         state.limits.check_text(data.message or "", "message")
         session = _open(state, tenant, data, max(1, data.n))
-        given = None if data.is_empty else data.params(session.params)
-        return session, session.branch(data.n, data.message, given, timeout=state.settings.answer_s)
+        given = None if data.is_empty else data.params(session.branch_params(again=data.message is None))
+        replies = session.branch(
+            data.n,
+            data.message,
+            given,
+            parse_special=data.parse_special,
+            timeout=state.settings.answer_s,
+        )
+        return session, replies
 
     return await answered(data, make, n=max(1, data.n))

@@ -8,12 +8,14 @@ from typing import Any
 from quart import Blueprint, Response, current_app
 from quart_schema import hide
 
+from fabula.engine.sampling import MODEL_SETTINGS
 from fabula.server.state import server
 from fabula.server.stream import dumps
 
 routes = Blueprint("docs", __name__)
 
 DESCRIBED = "fabula.described"
+MODELS_HERE = "<!-- models -->"
 
 STYLE = """
 body {
@@ -28,6 +30,7 @@ code { font: 14px/1.4 ui-monospace, monospace }
 .quiet { color: #595959 }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem; border-top: 1px solid #ddd }
+.wide { overflow-x: auto }
 details { margin: .2rem 0 }
 details[open] > summary { font-weight: 600 }
 @media (prefers-color-scheme: dark) {
@@ -48,8 +51,25 @@ async def style() -> Response:
 @routes.get("/docs")
 @hide
 async def docs() -> Response:
-    """The page."""
-    return Response((await _described())[1], mimetype="text/html")
+    """The page, with what each model takes for settings that are left out."""
+    before, after = (await _described())[1].split(MODELS_HERE)
+    return Response(before + _models() + after, mimetype="text/html")
+
+
+def _models() -> str:
+    """The sampling defaults of the models that are loaded, as a table; "" for none."""
+    loaded = [(name, serving.model.defaults) for name, serving in server().models.items() if serving.model is not None]
+    if not loaded:
+        return ""
+    heads = "".join(f"<th><code>{escape(name)}</code></th>" for name in ("model", *MODEL_SETTINGS, "source"))
+    rows = ""
+    for name, defaults in loaded:
+        values = (escape(str(value)) for value in defaults.to_json().values())
+        rows += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+    about = (
+        "What is taken for settings that neither a request nor its session gives; <code>/health</code> tells the same."
+    )
+    return f"<h2>Sampling defaults</h2><p>{about}</p><div class='wide'><table><tr>{heads}</tr>{rows}</table></div>"
 
 
 @routes.get("/openapi.json")
@@ -87,8 +107,8 @@ def page(schema: dict[str, Any]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{escape(about["title"])} API</title><link rel="stylesheet" href="/docs/style.css"></head><body>'
         f'<h1>{escape(about["title"])} API</h1><p class="quiet">Version {escape(about["version"])} · '
-        f'<a href="/openapi.json">OpenAPI document</a></p><p>{escape(about.get("description") or "")}</p>{parts}'
-        "</body></html>"
+        f'<a href="/openapi.json">OpenAPI document</a></p><p>{escape(about.get("description") or "")}</p>'
+        f"{MODELS_HERE}{parts}</body></html>"
     )
 
 

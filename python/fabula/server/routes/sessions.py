@@ -56,6 +56,7 @@ def about(session: Session) -> dict[str, Any]:
         "n_turns": session.n_turns,
         "created_at": session.created_at,
         "sampling": params_json(session.params),
+        "sampling_defaults": defaults.to_json() if (defaults := session.sampling_defaults) is not None else None,
         "context_policy": session.policy.to_json(),
         "path": [turn.to_json() for turn in session.path],
     }

@@ -27,7 +27,8 @@ async def tokenize(data: TextBody) -> Any:
     state.limits.check_text(data.text, "text")
     model = state.model(data.model).model
     assert model is not None
-    ids = await state.call(lambda: model.tokenizer.encode(data.text, special=data.special, add_bos=data.add_bos))
+    special = data.special if data.parse_special is None else data.parse_special
+    ids = await state.call(lambda: model.tokenizer.encode(data.text, special=special, add_bos=data.add_bos))
     return {"tokens": ids, "n_tokens": len(ids)}
 
 
@@ -71,7 +72,7 @@ async def count(data: CountBody) -> Any:
             raise ApiError(400, "invalid_value", "system and model are those of the session; leave them out")
         else:
             session = state.open(tenant, data.session_id)
-        found = session.count(data.message, chat=not data.story)
+        found = session.count(data.message, chat=not data.story, parse_special=data.parse_special)
         return {
             "prompt_tokens": found.prompt_tokens,
             "new_tokens": found.new_tokens,

@@ -145,7 +145,7 @@ async def write(data: WriteBody) -> Any:
         settings = {"title": data.title, "context_policy": data.context_policy}
         with state.joined(tenant, data.session_id, data.model, data.sampling, **settings) as session:
             state.limits.check_turns(session)
-            session.write(data.text, frozen=data.frozen)
+            session.write(data.text, frozen=data.frozen, parse_special=data.parse_special)
         return session, head_json(session)
 
     return await changed("tree", change)
@@ -163,7 +163,7 @@ async def rewrite(data: RewriteBody) -> Any:
         state.limits.check_text(data.text, "text")
         session = state.open(tenant, data.session_id)
         state.limits.check_turns(session)
-        session.rewrite(data.turn, data.text)
+        session.rewrite(data.turn, data.text, parse_special=data.parse_special)
         return session, head_json(session)
 
     return await changed("tree", change)
