@@ -18,6 +18,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from fabula.errors import TokenizerError, Unsupported
+from fabula.formats.gguf_keys import NO_TOKEN
 from fabula.formats.readfile import shown
 from fabula.text.tokenizer import END_TOKENS, MAX_TOKEN_BYTES, Tokenizer, build_backend, building
 
@@ -96,9 +97,12 @@ class _Keys:
             raise self.error(key, "must be true or false")
         return value
 
-    def token_id(self, key: str, n_tokens: int) -> int | None:
+    def token_id(self, key: str, n_tokens: int, *, needed: bool = True) -> int | None:
+        """An id; None where there is none. gguf_config.py warns about those that are passed over."""
         value = self._metadata.get(key)
-        if value is None:
+        if value is None or value == NO_TOKEN:
+            return None
+        if not needed and isinstance(value, int) and not 0 <= value < n_tokens:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_tokens:
             raise self.error(key, f"is {value!r:.40}, must be an id in 0 .. {n_tokens - 1}")
@@ -131,7 +135,9 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     ends += [ids[t] for t in END_TOKENS if t in ids and kinds[ids[t]] == CONTROL and t != bos_text]
     named = {}
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding"), ("eos_token", "eos"), ("bos_token", "bos")):
-        token_id = keys.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        token_id = keys.token_id(
+            f"tokenizer.ggml.{key}_token_id", len(tokens), needed=name in ("bos_token", "eos_token")
+        )
         if token_id is not None:
             named[name] = tokens[token_id]
     return Tokenizer(
@@ -263,7 +269,7 @@ def _sentencepiece(
             if left is not None and (right := vocabulary.get(token[cut:])) is not None:
                 merges.append((order[i], i, left, right))
     merges.sort()
-    unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
+    unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens), needed=False)
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
