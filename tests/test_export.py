@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from fabula import Model, SamplingParams
+from fabula import Model
 from fabula.cli.main import run
 from fabula.cli.quantize import TYPES
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, TokenizerError, Unsupported
@@ -24,6 +24,7 @@ from fabula.models.families import family_of
 from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.models.rope import make_rope
 from fabula.text.tokenizer import Tokenizer
+from llama_peer import LlamaCpp
 
 # Rows of 256 and 512, so that K blocks fit; nine layers, so that every rule about layers shows.
 WIDE: Mapping[str, Any] = {
@@ -48,9 +49,47 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "llama-llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "llama-yarn-betas": {
+        "num_attention_heads": 4, "head_dim": 16, "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150, "beta_fast": 9.0,
+            "beta_slow": 2.5,
+        },
+    },
+    "llama-yarn-mscale": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150, "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        }
+    },
+    "llama-wide-heads": {"head_dim": 14},
     "mistral": {"model_type": "mistral", "sliding_window": 40},
+    "mistral-of-one": {"model_type": "mistral", "sliding_window": 1},
+    "mistral-llama3": {"model_type": "mistral", "sliding_window": 40, "rope_scaling": LLAMA3},
+    "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2-yarn": {
+        "model_type": "qwen2",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150},
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},
+}  # fmt: skip
+
+# What llama.cpp does not read, or reads otherwise, and a word of the note that says so.
+NOTED: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "qwen3-llama3": ({"model_type": "qwen3", "head_dim": 6, "rope_scaling": LLAMA3}, "llama.cpp refuses"),
+    "qwen3-output-bias": ({"model_type": "qwen3", "attention_bias": True}, "llama.cpp refuses"),
+    "qwen2-wide-heads": ({"model_type": "qwen2", "head_dim": 8}, "llama.cpp refuses"),
+    "qwen2-betas": (
+        {"model_type": "qwen2", "num_attention_heads": 4, "hidden_size": 64, "head_dim": 16, "rope_theta": 100.0,
+         "rope_scaling": CASES["llama-yarn-betas"]["rope_scaling"]},
+        "ignores beta_fast and beta_slow",
+    ),
+    "mistral-betas": (
+        {"model_type": "mistral", "sliding_window": 40, "head_dim": 16, "rope_theta": 100.0,
+         "rope_scaling": CASES["llama-yarn-betas"]["rope_scaling"]},
+        "ignores beta_fast and beta_slow",
+    ),
 }  # fmt: skip
 
 
@@ -129,7 +168,10 @@ def test_the_config_comes_back(case: tuple[Path, Path]) -> None:
         ours, theirs = read_config(before), read_config(after)
         for field in type(ours).__slots__:
             # The reader takes the biases of all attention tensors from the first, and words rope in another way.
-            if field not in ("rope", "attention_bias", "output_bias"):
+            # A Mistral without a window is a Llama.
+            if field == "model_type" and not any(ours.windows):
+                assert theirs.model_type == ours.model_type.replace("mistral", "llama")
+            elif field not in ("rope", "attention_bias", "output_bias"):
                 assert getattr(ours, field) == getattr(theirs, field), field
         a, b = (make_rope(c.rope, c.head_dim, c.context_length, c.context_length, case[0]) for c in (ours, theirs))
         assert np.allclose(a.inv_freq, b.inv_freq, rtol=3e-7)
@@ -234,62 +276,70 @@ def test_rows_that_do_not_fit_fall_back() -> None:
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama_cpp() -> Any:
-    return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+def test_llama_cpp_computes_the_same(llama_cpp: LlamaCpp, case: tuple[Path, Path]) -> None:
+    """Beyond the window of those that have one, and in texts longer than the old context of those that are scaled."""
+    ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 200).tolist()
+    ours, theirs = logits(case[1], ids), llama_cpp.logits(case[1], ids)
+    assert theirs is not None
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(ours).max()  # its exponentials are coarser
 
 
-def their_logits(llama_cpp: Any, path: Path, ids: list[int]) -> np.ndarray:
-    model = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
-    try:
-        model.eval(ids)
-        return np.array(model.scores[: len(ids)])
-    finally:
-        model.close()
-
-
-def test_llama_cpp_computes_the_same(llama_cpp: Any, case: tuple[Path, Path]) -> None:
-    ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 36).tolist()  # within mistral's window, which it ignores
-    ours, theirs = logits(case[1], ids), their_logits(llama_cpp, case[1], ids)
-    # Its KV cache is f16, and its exponentials are coarser.
-    assert np.abs(ours - theirs).max() <= 1e-2 * np.abs(ours).max()
+@pytest.mark.parametrize("name", sorted(NOTED))
+def test_llama_cpp_does_what_the_notes_say(llama_cpp: LlamaCpp, tmp_path: Path, name: str) -> None:
+    settings, word = NOTED[name]
+    report = quantize_model(make_folder(tmp_path / "m", settings), tmp_path / "out.gguf", "f32")
+    assert word in " ".join(report.notes)
+    ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 200).tolist()
+    ours, theirs = logits(tmp_path / "out.gguf", ids), llama_cpp.logits(tmp_path / "out.gguf", ids)
+    if "refuses" in word:
+        assert theirs is None
+    else:
+        assert theirs is not None and np.abs(ours - theirs).max() > 1e-3 * np.abs(ours).max()
 
 
 @pytest.mark.parametrize(
     "kind", ["q8_0", "q4_k_m", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q3_k", "q2_k"]
 )
-def test_llama_cpp_makes_the_same_choices(llama_cpp: Any, wide: Path, tmp_path: Path, kind: str) -> None:
+def test_llama_cpp_makes_the_same_choices(llama_cpp: LlamaCpp, wide: Path, tmp_path: Path, kind: str) -> None:
     """Format by format, and the two engines read each other's files alike."""
     quantize_model(wide, tmp_path / "f32.gguf", "f32")
     quantize_model(tmp_path / "f32.gguf", tmp_path / "ours.gguf", kind)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = KINDS[kind].file_type, 1
-    names = [str(tmp_path / name).encode() for name in ("f32.gguf", "theirs.gguf")]
-    assert llama_cpp.llama_model_quantize(*names, params) == 0
+    target = (str(tmp_path / "theirs.gguf"), KINDS[kind].file_type)
+    assert llama_cpp.ask(tmp_path / "f32.gguf", quantize=target) == {"code": 0}
     with GgufFile(tmp_path / "ours.gguf") as ours, GgufFile(tmp_path / "theirs.gguf") as theirs:
         assert {t.name: t.dtype for t in ours.tensors.values()} == {t.name: t.dtype for t in theirs.tensors.values()}
         assert set(ours.metadata) == set(theirs.metadata)
     ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 30).tolist()
     for name in ("ours.gguf", "theirs.gguf"):
-        a, b = logits(tmp_path / name, ids), their_logits(llama_cpp, tmp_path / name, ids)
+        a, b = logits(tmp_path / name, ids), llama_cpp.logits(tmp_path / name, ids)
+        assert b is not None
         # It rounds activations to 8 bits before every product, which a random network makes 0.1 to 0.2 of; anything
         # read in a wrong way makes 1 of it.
         assert np.linalg.norm(a - b) <= 0.35 * np.linalg.norm(a), name
 
 
-def test_llama_cpp_reads_the_vocabulary_alike(llama_cpp: Any, smollm2_gguf: Path, tmp_path: Path) -> None:
+def test_llama_cpp_reads_the_vocabulary_alike(llama_cpp: LlamaCpp, smollm2_gguf: Path, tmp_path: Path) -> None:
     quantize_model(smollm2_gguf, tmp_path / "out.gguf", "q8_0")
     text = "Once upon a time, in 1984, there wasn't a café — only   spaces."
     with Model.load(tmp_path / "out.gguf", weights="f32", kv="f32") as ours:
         ids = ours.tokenizer.encode(text)
-        greedy = ours.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=8)).text()
-    theirs = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=256, verbose=False, n_threads=1)
-    try:
-        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == ids
-        answer = theirs.create_completion("The capital of France is", temperature=0.0, max_tokens=8)
-        assert answer["choices"][0]["text"] == greedy
-    finally:
-        theirs.close()
+        ours_logits = ours.logits(ids)
+    assert llama_cpp.ask(tmp_path / "out.gguf", text=text)["ids"] == ids
+    theirs = llama_cpp.logits(tmp_path / "out.gguf", ids)
+    assert theirs is not None
+    assert (ours_logits.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.9  # its activations have 8 bits
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_llama_cpp_reads_made_vocabularies_alike(llama_cpp: LlamaCpp, tmp_path: Path, name: str) -> None:
+    quantize_model(make_folder(tmp_path / "m", CASES[name]), tmp_path / "out.gguf", "f32")
+    tokenizer = Tokenizer.from_folder(tmp_path / "m")
+    for text in ("the lion sat on the wall 12", "é 😀 <s> x", "a  b\n\nc it's  "):
+        answer = llama_cpp.ask(tmp_path / "out.gguf", text=text)
+        assert answer["ids"] == tokenizer.encode(text, add_bos=False)
+        assert answer["with_bos"] == tokenizer.encode(text)
+        special = llama_cpp.ask(tmp_path / "out.gguf", text=text, special=True)
+        assert special["ids"] == tokenizer.encode(text, add_bos=False, special=True)
 
 
 # ---- SentencePiece --------------------------------------------------------------------------------------------------

@@ -21,11 +21,20 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
-from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors
+from fabula.export.metadata import (
+    architecture_of,
+    config_keys,
+    frequency_factors,
+    has_sinks,
+    llama_cpp_notes,
+    sampling_keys,
+)
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile
-from fabula.formats.gguf_names import QUANTIZATION_VERSION, gguf_name, permute_rows
+from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_FREQS
+from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
+from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
 from fabula.formats.readfile import shown
@@ -37,7 +46,6 @@ from fabula.text.tokenizer import Tokenizer
 __all__ = ["Report", "Role", "quantize_model"]
 
 _PIECE = 1 << 22  # elements in f32 at a time: 16 MiB
-_ROPE_FREQS = "rope_freqs.weight"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # older checkpoints keep what follows from the config
 
 
@@ -82,6 +90,7 @@ class Report:
         roles: by part of the model.
         fallbacks: tensors whose rows did not fit the format's blocks.
         requantised: whether the source was quantised already, so errors add up.
+        notes: what of the model other readers do not read, or read otherwise.
     """
 
     path: Path
@@ -90,6 +99,7 @@ class Report:
     roles: tuple[Role, ...]
     fallbacks: int
     requantised: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def n_parameters(self) -> int:
@@ -130,6 +140,7 @@ class _Source:
     metadata: Mapping[str, Value]
     tensors: list[_Tensor]
     shape: Shape
+    notes: list[str]
 
 
 def quantize_model(
@@ -196,6 +207,7 @@ def quantize_model(
         requantised=any(
             BLOCKS[t.dtype][0] > 1 and t.dtype is not d for t, d in zip(model.tensors, chosen, strict=True)
         ),
+        notes=tuple(model.notes),
     )
 
 
@@ -244,15 +256,15 @@ def _opened(path: Path) -> Iterator[_Source]:
         config = family.read(checkpoint.config, checkpoint.path)
         shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
         if checkpoint.format == "gguf":
-            with GgufFile(checkpoint.path) as file:
-                yield _from_gguf(file, shape)
+            with open_gguf_file(checkpoint.path) as file:
+                yield _from_gguf(file, config, shape)
         else:
             yield _from_folder(checkpoint, config, shape)
     finally:
         checkpoint.close()
 
 
-def _from_gguf(file: GgufFile, shape: Shape) -> _Source:
+def _from_gguf(file: GgufFile | GgufParts, config: ModelConfig, shape: Shape) -> _Source:
     metadata: dict[str, Value] = {}
     for key, value in file.metadata.items():
         if not key.startswith(("split.", "quantize.")):  # of the file it was, not of the model
@@ -261,30 +273,37 @@ def _from_gguf(file: GgufFile, shape: Shape) -> _Source:
         _Tensor(t.name, t.dtype, t.shape, t.n_bytes, lambda name=t.name: file.read(name))  # type: ignore[misc]
         for t in file.tensors.values()
     ]
-    return _Source(metadata, tensors, shape)
+    return _Source(metadata, tensors, shape, list(llama_cpp_notes(config, metadata, file.tensors)))
 
 
 def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _Source:
     path = checkpoint.path
     folder = path if path.is_dir() else path.parent
     metadata = config_keys(config, folder.resolve().name or "model", path)
-    metadata |= vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
+    metadata |= sampling_keys(folder)
+    vocabulary, notes = vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
+    metadata |= vocabulary
     wanted = _expected(checkpoint, config)
     tensors: list[_Tensor] = []
     factors = frequency_factors(config, path)
     if factors is not None:
         raw = factors.view(np.uint8)
-        tensors.append(_Tensor(_ROPE_FREQS, DType.F32, factors.shape, factors.nbytes, lambda: raw))
+        tensors.append(_Tensor(ROPE_FREQS, DType.F32, factors.shape, factors.nbytes, lambda: raw))
     for name, info in wanted.items():
         tensors.append(_Tensor(name, info.dtype, info.shape, info.n_bytes, _reader(checkpoint, config, name, info)))
-    return _Source(metadata, tensors, shape)
+    if has_sinks(architecture_of(config, path)):
+        none = np.full(config.n_heads, NO_SINK).view(np.uint8)
+        names = [f"blk.{layer}.attn_sinks.weight" for layer in range(config.n_layers)]
+        tensors += [_Tensor(name, DType.F32, (config.n_heads,), none.nbytes, lambda: none) for name in names]
+    notes += llama_cpp_notes(config, metadata, {tensor.name for tensor in tensors})
+    return _Source(metadata, tensors, shape, notes)
 
 
 def _reader(
     checkpoint: Checkpoint, config: ModelConfig, name: str, info: TensorInfo
 ) -> Callable[[], npt.NDArray[np.uint8]]:
     """Reads a tensor; q and k of what GGUF calls llama get the order of rows that GGUF has there."""
-    permuted = ARCHITECTURES[config.model_type] == "llama" and role_of(name.replace(".bias", ".weight")) in (
+    permuted = architecture_of(config, checkpoint.path) in PAIRED and role_of(name.replace(".bias", ".weight")) in (
         "attn_q",
         "attn_k",
     )

@@ -19,7 +19,7 @@ from fabula.errors import EngineError, TokenizerError, Unsupported
 from fabula.formats.gguf_write import Value
 from fabula.formats.readfile import shown
 from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
-from fabula.text.tokenizer import END_TOKENS, Tokenizer
+from fabula.text.tokenizer import Tokenizer
 
 # Names that mean different things; PRE_TOKENIZERS has synonyms besides.
 _NAMES = ("smollm", "gpt-2", "llama-bpe", "qwen2")
@@ -41,8 +41,8 @@ SAMPLES = (
 )  # fmt: skip
 
 
-def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
-    """The key-values of a tokenizer.
+def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[str, Value], list[str]]:
+    """The key-values of a tokenizer, and what of it they have no words for, in a sentence each.
 
     Args:
         tokenizer: read from a Hugging Face folder.
@@ -69,8 +69,7 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
         "tokenizer.ggml.token_type": np.asarray(types, np.int32),
         **_special_ids(tokenizer),
     }
-    if tokenizer.chat_template is not None:
-        shared["tokenizer.chat_template"] = tokenizer.chat_template
+    shared |= _templates(tokenizer)
     if tokenizer.kind == "byte-level":
         candidates = _byte_level(description, merges, tokenizer.path)
     else:
@@ -78,7 +77,7 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
     for candidate in candidates:
         keys = {**candidate, **shared}
         if _cuts_alike(tokenizer, keys):
-            return keys
+            return keys, _name_ends(tokenizer, keys)
     raise Unsupported(
         f"{tokenizer.path}: text is cut in a way that GGUF readers have no name for; known are {', '.join(_NAMES)} "
         "and SentencePiece's"
@@ -109,19 +108,42 @@ def _tokens(description: Mapping[str, Any], vocab_size: int) -> tuple[list[str],
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
     ids: dict[str, Value] = {"tokenizer.ggml.add_bos_token": tokenizer.add_bos}
+    if getattr(tokenizer, "add_eos", False):
+        ids["tokenizer.ggml.add_eos_token"] = True
     if tokenizer.bos_id is not None:
         ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
     if tokenizer.eos_ids:
         ids["tokenizer.ggml.eos_token_id"] = tokenizer.eos_ids[0]
-    # Readers know the usual ends of a turn by their text; two others can be named.
-    others = [i for i in tokenizer.eos_ids[1:] if tokenizer.token_text(i) not in END_TOKENS]
-    for key, token_id in zip(("eot", "eom"), others, strict=False):
-        ids[f"tokenizer.ggml.{key}_token_id"] = token_id
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
         text = tokenizer.named_special.get(name)
         if text is not None and (found := tokenizer.id_of(text)) is not None:
             ids[f"tokenizer.ggml.{key}_token_id"] = found
     return ids
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, Value]:
+    """The chat template, and those of other names as gguf-py writes them."""
+    templates: dict[str, Value] = {}
+    if tokenizer.chat_template is not None:
+        templates["tokenizer.chat_template"] = tokenizer.chat_template
+    named = {
+        re.sub(r"[^A-Za-z0-9]", "_", name): text
+        for name, text in getattr(tokenizer, "chat_templates", {}).items()
+        if name != "default" and text != tokenizer.chat_template
+    }
+    if named:
+        templates["tokenizer.chat_templates"] = list(named)
+    return templates | {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+
+
+def _name_ends(tokenizer: Tokenizer, keys: dict[str, Value]) -> list[str]:
+    """Names the end tokens that a reader would not know by their text: the first is there already, two more can be."""
+    known = Tokenizer.from_gguf(keys, tokenizer.path).eos_ids
+    others = [token_id for token_id in tokenizer.eos_ids if token_id not in known]
+    for key, token_id in zip(("eot", "eom"), others, strict=False):
+        keys[f"tokenizer.ggml.{key}_token_id"] = token_id
+    lost = ", ".join(shown(tokenizer.token_text(token_id)) for token_id in others[2:])
+    return [f"GGUF has no words for so many end tokens; these are left out: {lost}"] if lost else []
 
 
 def _byte_level(
@@ -133,8 +155,8 @@ def _byte_level(
     joined = [" ".join(merge) for merge in merges]
     # The one that looks the same comes first: on a small vocabulary several may cut alike.
     looks = _steps(description.get("pre_tokenizer"))
-    names = sorted(_NAMES, key=lambda name: _steps(PRE_TOKENIZERS[name]) != looks)
-    for name in names:
+    names = dict.fromkeys((*_NAMES, *PRE_TOKENIZERS))
+    for name in sorted(names, key=lambda name: _steps(PRE_TOKENIZERS[name]) != looks):
         yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": joined}
 
 

@@ -27,15 +27,17 @@ from fabula.formats.gguf import BLOCKS, MAX_TENSORS, GgufTensor
 from fabula.formats.gguf_keys import Keys, refuse_other_computations, warn
 from fabula.formats.readfile import shown
 
-# general.architecture -> (model_type, architectures). mistral3 is llama with more keys for YaRN.
+# general.architecture -> (model_type, architectures). mistral3 is llama with more keys for YaRN, granite_swa is llama
+# with windows, where its scales are 1 and its sinks nothing, as `fabula quantize` writes it.
 FAMILIES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "mistral3": ("llama", "LlamaForCausalLM"),
+    "granite_swa": ("llama", "LlamaForCausalLM"),
 }
 # Those whose rows of q and k lie in pairs, and that have factors for rotated pairs.
-PAIRED = ("llama", "mistral3")
+PAIRED = ("llama", "mistral3", "granite_swa")
 
 # general.type of files that are no model of their own -> what they are, and what would work.
 _TYPES = {
@@ -65,7 +67,6 @@ ROPE_FREQS = "rope_freqs.weight"
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 _TOKENS = "tokenizer.ggml.tokens"
-_NEEDED_IDS = ("bos", "eos", "eot", "eom")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the block layouts of blocks.h
 
 
@@ -128,11 +129,10 @@ def config_of(file: Source) -> dict[str, Any]:
         if (value := keys.integer(key, head_dim)) != head_dim:
             raise keys.unsupported(key, f"is {value}; only that of a whole head, {head_dim}, is offered")
     rope_theta = keys.positive(f"{arch}.rope.freq_base", 10000.0)
-    window = _window(keys, arch)
+    windows = _windows(keys, arch, n_layers)
     scale = head_dim**-0.5
     neutral: dict[str, tuple[object, ...]] = {
         "attention.scale": (float(np.float32(scale)), scale),
-        "attention.sliding_window_pattern": (keys.metadata.get(f"{arch}.attention.sliding_window_pattern"),),
         "attention.key_length_swa": (head_dim,),
         "attention.value_length_swa": (head_dim,),
         "rope.dimension_count_swa": (head_dim,),
@@ -141,6 +141,12 @@ def config_of(file: Source) -> dict[str, Any]:
         "hidden_activation": ("silu", "swish", "swiglu"),
         "rope.scaling.yarn_attn_factor": (_own_yarn_factor(keys, arch),),
     }
+    if arch == "granite_swa":
+        keys.positive(f"{arch}.logit_scale")  # what logits are divided by
+    pattern = keys.metadata.get(f"{arch}.attention.rope_pattern")
+    if isinstance(pattern, np.ndarray) and not pattern.all():
+        raise keys.unsupported(f"{arch}.attention.rope_pattern", "leaves layers without rotation, which is not offered")
+    neutral["attention.rope_pattern"] = (pattern,)
     refuse_other_computations(keys, arch, neutral)
     vocab_size = _vocab_size(file, keys, arch)
     model_type, architecture = FAMILIES[arch]
@@ -166,22 +172,31 @@ def config_of(file: Source) -> dict[str, Any]:
         **_token_ids(keys, vocab_size),
     }
     if keys.has(f"{arch}.attention.sliding_window"):
-        config["sliding_window"] = window
-        if window is not None:
-            config["model_type"], config["architectures"] = "mistral", ["MistralForCausalLM"]
+        config["sliding_window"] = max(windows) or None
+    if any(windows):
+        config["model_type"], config["architectures"] = "mistral", ["MistralForCausalLM"]
+        if 0 in windows:
+            config["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     return config
 
 
-def _window(keys: Keys, arch: str) -> int | None:
-    """The window of every layer. llama.cpp has none in these architectures; `fabula quantize` writes it for Mistral."""
-    key = f"{arch}.attention.sliding_window"
-    window = keys.integer(key, 0, low=0)
+def _windows(keys: Keys, arch: str, n_layers: int) -> list[int]:
+    """Every layer's window, 0 for none.
+
+    Of these architectures llama.cpp has windows in granite_swa only; Fabula's writer once put them into llama.
+    """
+    key, pattern_key = f"{arch}.attention.sliding_window", f"{arch}.attention.sliding_window_pattern"
+    window = keys.integer(key, low=1) if arch == "granite_swa" else keys.integer(key, 0, low=0)
     if window and arch not in PAIRED:
         raise keys.unsupported(key, f"is {window}; a window is offered with the architectures {', '.join(PAIRED)}")
-    pattern = keys.metadata.get(f"{key}_pattern")
-    if window and pattern is not None and not (isinstance(pattern, np.ndarray) and pattern.all()):
-        raise keys.unsupported(f"{key}_pattern", f"is {shown(pattern)}; a window is offered in every layer or in none")
-    return window or None
+    pattern = keys.metadata.get(pattern_key)
+    if pattern is None and arch == "granite_swa":
+        raise keys.error(pattern_key, "is missing")
+    if pattern is None or not window:
+        return [window] * n_layers
+    if not isinstance(pattern, np.ndarray) or pattern.dtype.kind != "b" or len(pattern) != n_layers:
+        raise keys.error(pattern_key, f"must be an array of {n_layers} booleans, one for each layer")
+    return [window if has else 0 for has in pattern.tolist()]
 
 
 def _check_quantization(file: Source, keys: Keys) -> None:
@@ -213,17 +228,14 @@ def _vocab_size(file: Source, keys: Keys, arch: str) -> int:
 def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:
     """bos, eos and pad ids. Ends of turn and of message join eos in a list, as config.json may have it.
 
-    An id beyond the vocabulary is an error in a text's start and ends; others, such as padding's, are of no use here
-    and passed over with a warning.
+    An id beyond the vocabulary is an error in a text's start and ends; padding's is of no use here and passed over,
+    with a warning when the tokenizer is read. Files have other ids as well, which nothing depends on.
     """
-    found: dict[str, int | None] = {}
-    for key in keys.metadata:
-        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            name = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
-            found[name] = keys.token(key, vocab_size, needed=name in _NEEDED_IDS)
-    ends = list(dict.fromkeys(token for name in ("eos", "eot", "eom") if (token := found.get(name)) is not None))
-    eos: int | list[int] | None = ends if len(ends) > 1 else ends[0] if ends else None
-    return {"bos_token_id": found.get("bos"), "eos_token_id": eos, "pad_token_id": found.get("padding")}
+    bos, *ends = (keys.token(f"tokenizer.ggml.{name}_token_id", vocab_size) for name in ("bos", "eos", "eot", "eom"))
+    found = list(dict.fromkeys(token for token in ends if token is not None))
+    eos: int | list[int] | None = found if len(found) > 1 else found[0] if found else None
+    padding = keys.token("tokenizer.ggml.padding_token_id", vocab_size, needed=False)
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": padding}
 
 
 # ---- Rope ---------------------------------------------------------------------------------------------

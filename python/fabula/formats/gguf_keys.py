@@ -31,7 +31,8 @@ NO_TOKEN = 2**32 - 1  # -1 as UINT32: what converters write where a model has no
 
 READ = frozenset([
     "attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.value_length", "block_count",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+    "attention.sliding_window_pattern", "attention.value_length", "block_count",
     "context_length", "embedding_length", "expert_count", "feed_forward_length", "rope.dimension_count",
     "rope.freq_base", "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.factor",
     "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
@@ -150,25 +151,19 @@ class Keys:
             raise self.error(key, f"is of type {type(value).__name__}, must be an array of strings")
         return value
 
-    def token(self, key: str, vocab_size: int, *, needed: bool) -> int | None:
+    def token(self, key: str, vocab_size: int, *, needed: bool = True) -> int | None:
         """A token's id; None where the key is missing or says that there is none.
 
         Args:
             key: its name.
             vocab_size: ids are below it.
-            needed: whether an id beyond the vocabulary is an error; else it is passed over with a warning.
+            needed: whether an id beyond the vocabulary is an error; else it is taken as none.
         """
-        if not self.has(key):
+        value = self.metadata.get(key)
+        if value is None or value == NO_TOKEN:
             return None
-        value = self.metadata[key]
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < vocab_size:
-            if value == NO_TOKEN:
-                warn(self.path, f"key {key!r} is {value}, which stands for no token")
-                return None
-            if not needed:
-                warn(self.path, f"key {key!r} is {value}, no id in 0 .. {vocab_size - 1}; it is passed over")
-                return None
-        return self._integer(key, value, 0, vocab_size - 1)
+        beyond = isinstance(value, int) and not 0 <= value < vocab_size
+        return None if beyond and not needed else self._integer(key, value, 0, vocab_size - 1)
 
     def _integer(self, key: str, value: object, low: int, high: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool):

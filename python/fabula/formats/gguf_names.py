@@ -29,7 +29,7 @@ from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_TENSOR
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.readfile import shown
 
-__all__ = ["QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
+__all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -53,6 +53,8 @@ _LAYER = {
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z_]+)\.(weight|bias)")
 _GGUF_NAMES = {theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items())}
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
+_SINKS = re.compile(r"blk\.[0-9]{1,9}\.attn_sinks\.weight")
+NO_SINK = np.float32(-1e30)  # a sink's logit that adds nothing to a softmax
 # Weights that only some architectures have, and the tensors whose biases their program adds.
 _NORMS_OF_HEADS = ("attn_q_norm", "attn_k_norm")
 _BIASED = {
@@ -155,7 +157,7 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
     sources: dict[str, _Source] = {}
     infos: dict[str, TensorInfo] = {}
     for tensor in file.tensors.values():
-        if tensor.name in ROPE_TENSORS:  # went into the config
+        if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # those went into the config
             continue
         name = _hf_name(file, tensor, config)
         permuted = file.metadata["general.architecture"] in PAIRED and _is_permuted(file, tensor, config)
@@ -166,6 +168,19 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             sources[name] = _Source(None, (length,), False)
             infos[name] = TensorInfo(name, DType.F32, (length,), 4 * length)
     return sources, infos
+
+
+def _is_no_sink(file: Source, tensor: GgufTensor) -> bool:
+    """Whether these are granite_swa's attention sinks, [n_heads], of no weight: exp(-1e30) is 0.
+
+    Raises:
+        Unsupported: they have some.
+    """
+    if file.metadata["general.architecture"] != "granite_swa" or not _SINKS.fullmatch(tensor.name):
+        return False
+    if tensor.dtype != DType.F32 or not (file.read(tensor.name).view("<f4") <= NO_SINK).all():
+        raise Unsupported(f"{file.path}: tensor {shown(tensor.name)}: attention sinks are not offered")
+    return True
 
 
 def _biases(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from fabula.errors import TokenizerError, Unsupported
-from fabula.formats.gguf_keys import NO_TOKEN
+from fabula.formats.gguf_keys import NO_TOKEN, warn
 from fabula.formats.readfile import shown
 from fabula.text.tokenizer import END_TOKENS, MAX_TOKEN_BYTES, Tokenizer, build_backend, building
 
@@ -98,11 +98,12 @@ class _Keys:
         return value
 
     def token_id(self, key: str, n_tokens: int, *, needed: bool = True) -> int | None:
-        """An id; None where there is none. gguf_config.py warns about those that are passed over."""
+        """An id; None where there is none. A wrong one that nothing depends on is passed over with a warning."""
         value = self._metadata.get(key)
-        if value is None or value == NO_TOKEN:
+        if value is None:
             return None
-        if not needed and isinstance(value, int) and not 0 <= value < n_tokens:
+        if value == NO_TOKEN or (not needed and isinstance(value, int) and not 0 <= value < n_tokens):
+            warn(self.path, f"{key} is {value}, which is no id in 0 .. {n_tokens - 1}: taken as no token")
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_tokens:
             raise self.error(key, f"is {value!r:.40}, must be an id in 0 .. {n_tokens - 1}")
