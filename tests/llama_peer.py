@@ -20,7 +20,10 @@ import numpy as np
 import pytest
 
 _SERVE = """
-import base64, json, sys
+import base64, json, os, sys
+
+replies = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what the library prints must not get among them
 import llama_cpp, numpy
 
 # Weights as they are in the file: repacked ones run on AMX where the processor says it has it, though a virtual machine
@@ -58,13 +61,13 @@ def answer(path, ids=None, text=None, special=False, quantize=None, context=512)
     finally:
         model.close()
 
-print("ready", flush=True)
+print("ready", file=replies, flush=True)
 for line in sys.stdin:
     try:
         reply = answer(**json.loads(line))
     except Exception as error:
         reply = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(reply), flush=True)
+    print(json.dumps(reply), file=replies, flush=True)
 """
 
 
