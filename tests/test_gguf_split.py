@@ -24,7 +24,7 @@ from fabula.formats.split_names import part_names, part_of, without_later_parts
 from gguf_builder import STRING, UINT16, Tensor, build, key, replaced, small_keys, small_tensors
 from llama_peer import LlamaCpp
 from test_export import make_folder
-from test_hub import FakeHub, fake_hub  # noqa: F401: a fixture
+from test_hub import FakeHub, fake_hub  # noqa: F401
 
 IDS = [5, 6, 7, 8, 9, 10]
 
@@ -82,7 +82,9 @@ def test_a_split_model_is_the_whole_one(whole: Path, tmp_path: Path, sizes: list
         found, same = loaded(path)
         assert np.array_equal(found, wanted) and same == fingerprint
     (tmp_path / "parts" / "note.txt").write_text("no part")
-    assert open_checkpoint(tmp_path / "parts").path == paths[0]
+    checkpoint = open_checkpoint(tmp_path / "parts")
+    checkpoint.close()
+    assert checkpoint.path == paths[0]
 
 
 def test_a_split_model_from_the_hub(fake_hub: FakeHub, parts: list[Path]) -> None:  # noqa: F811
@@ -171,7 +173,7 @@ def test_parts_of_different_models(whole: Path, parts: list[Path], tmp_path: Pat
     refused(parts[0], parts[2].name, "split.no", "is 1, must be 2")
 
 
-def test_fewer_tensors_than_stated(whole: Path, parts: list[Path], tmp_path: Path) -> None:
+def test_fewer_tensors_than_stated(whole: Path, parts: list[Path]) -> None:
     with GgufFile(whole) as file:
         tensor = next(reversed(file.tensors.values()))
         with GgufWriter(

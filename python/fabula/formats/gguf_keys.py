@@ -160,10 +160,10 @@ class Keys:
             needed: whether an id beyond the vocabulary is an error; else it is taken as none.
         """
         value = self.metadata.get(key)
-        if value is None or value == NO_TOKEN:
-            return None
         beyond = isinstance(value, int) and not 0 <= value < vocab_size
-        return None if beyond and not needed else self._integer(key, value, 0, vocab_size - 1)
+        if value is None or (beyond and (value == NO_TOKEN or not needed)):
+            return None
+        return self._integer(key, value, 0, vocab_size - 1)
 
     def _integer(self, key: str, value: object, low: int, high: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool):

@@ -102,7 +102,8 @@ class _Keys:
         value = self._metadata.get(key)
         if value is None:
             return None
-        if value == NO_TOKEN or (not needed and isinstance(value, int) and not 0 <= value < n_tokens):
+        beyond = isinstance(value, int) and not 0 <= value < n_tokens
+        if beyond and (value == NO_TOKEN or not needed):
             warn(self.path, f"{key} is {value}, which is no id in 0 .. {n_tokens - 1}: taken as no token")
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_tokens:
