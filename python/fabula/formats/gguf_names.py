@@ -163,8 +163,9 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
         permuted = file.metadata["general.architecture"] in PAIRED and _is_permuted(file, tensor, config)
         sources[name] = _Source(tensor.name, tensor.shape, permuted)
         infos[name] = TensorInfo(name, tensor.dtype, tensor.shape, tensor.n_bytes)
-    for name, length in _biases(config):
-        if name not in infos:
+    for name in _biases(config):
+        if name not in infos and (weight := infos.get(name.replace(".bias", ".weight"))) is not None:
+            length = weight.shape[0]
             sources[name] = _Source(None, (length,), False)
             infos[name] = TensorInfo(name, DType.F32, (length,), 4 * length)
     return sources, infos
@@ -183,20 +184,14 @@ def _is_no_sink(file: Source, tensor: GgufTensor) -> bool:
     return True
 
 
-def _biases(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Name and length of every bias that the program of this config adds. Each is optional in a GGUF file, layer by
-    layer; where some are given, the others are 0."""
-    q, kv = (config[f"num_{heads}_heads"] * config["head_dim"] for heads in ("attention", "key_value"))
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    lengths = {
-        "attn_q": q, "attn_k": kv, "attn_v": kv, "attn_output": hidden,
-        "ffn_gate": inner, "ffn_up": inner, "ffn_down": hidden,
-    }  # fmt: skip
+def _biases(config: Mapping[str, Any]) -> Iterator[str]:
+    """The name of every bias that the program of this config adds. Each is optional in a GGUF file, layer by layer;
+    where some are given, the others are 0."""
     attention = config["attention_bias"] or config["model_type"] == "qwen2"
-    for layer in range(config["num_hidden_layers"]):
-        for part in _BIASED[config["model_type"]]:
-            if attention if part.startswith("attn") else config["mlp_bias"]:
-                yield f"model.layers.{layer}.{_LAYER[part]}.bias", lengths[part]
+    for part in _BIASED[config["model_type"]]:
+        if attention if part.startswith("attn") else config["mlp_bias"]:
+            for layer in range(config["num_hidden_layers"]):
+                yield f"model.layers.{layer}.{_LAYER[part]}.bias"
 
 
 def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> str:
