@@ -19,6 +19,7 @@ from fabula.export import quantize as export
 from fabula.export.quantize import quantize_model
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.gguf import BLOCKS, GgufFile
+from fabula.formats.gguf_write import GgufWriter, NewTensor
 from fabula.formats.open import open_checkpoint
 from fabula.models.families import family_of
 from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
@@ -398,11 +399,64 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}},
             "'longrope'",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}, "max_position_embeddings": 64},
+            "'truncate' false",
+        ),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, "window in"),
     ],
 )
 def test_settings_without_words_in_gguf(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     refused(make_folder(tmp_path / "m", config), Unsupported, words)
+
+
+def test_a_window_that_hides_nothing_is_left_out(tmp_path: Path) -> None:
+    report = quantize_model(
+        make_folder(tmp_path / "m", {"model_type": "mistral", "sliding_window": 600}), tmp_path / "out.gguf", "f32"
+    )
+    with GgufFile(tmp_path / "out.gguf") as file:
+        assert file.metadata["general.architecture"] == "llama" and not report.notes
+    ids = list(range(4, 100))
+    assert np.array_equal(logits(tmp_path / "m", ids), logits(tmp_path / "out.gguf", ids))
+
+
+def test_a_window_is_written_where_llama_cpp_has_it(fabula: Any, tmp_path: Path) -> None:
+    folder, target = make_folder(tmp_path / "m", CASES["mistral"]), tmp_path / "out.gguf"
+    code, out, err = fabula(folder, target, "--type", "q8_0", "--json")
+    assert code == 0 and "window of 40 tokens" in json.loads(out)["notes"][0]
+    with GgufFile(target) as file:
+        assert file.metadata["general.architecture"] == "granite_swa"
+        assert file.metadata["granite_swa.attention.sliding_window"] == 40
+        assert file.metadata["granite_swa.attention.sliding_window_pattern"].tolist() == [True, True]
+    code, out, err = fabula(target, tmp_path / "again.gguf", "--type", "q4_0")
+    assert code == 0 and "note: it is written as granite_swa" in err
+    assert np.isfinite(logits(tmp_path / "again.gguf", [5, 6, 7])).all()
+
+
+def test_a_window_in_a_gguf_file_of_llama_is_noted(tmp_path: Path) -> None:
+    quantize_model(make_folder(tmp_path / "m", {}), tmp_path / "llama.gguf", "f32")
+    with GgufFile(tmp_path / "llama.gguf") as file:
+        new = [NewTensor(t.name, t.dtype, t.shape) for t in file.tensors.values()]
+        metadata: dict[str, Any] = {**file.metadata, "llama.attention.sliding_window": 40}
+        with GgufWriter(tmp_path / "old.gguf", metadata, new) as writer:
+            for tensor in new:
+                writer.write(tensor.name, file.read(tensor.name))
+    report = quantize_model(tmp_path / "old.gguf", tmp_path / "out.gguf", "f32")
+    assert len(report.notes) == 1 and "no window in architecture llama: it ignores that of 40" in report.notes[0]
+    assert not quantize_model(tmp_path / "llama.gguf", tmp_path / "new.gguf", "f32").notes
+
+
+def test_end_tokens_of_any_name_come_back(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", {"eos_token_id": [1, 20, 21]})
+    report = quantize_model(folder, tmp_path / "out.gguf", "f32")
+    before = Tokenizer.from_folder(folder)
+    with GgufFile(tmp_path / "out.gguf") as file:
+        after = Tokenizer.from_gguf(file.metadata, tmp_path / "out.gguf")
+    assert set(before.eos_ids) == set(after.eos_ids) >= {1, 20, 21} and not report.notes
+    folder = make_folder(tmp_path / "more", {"eos_token_id": [1, 20, 21, 22]})
+    report = quantize_model(folder, tmp_path / "out.gguf", "f32", overwrite=True)
+    lost = Tokenizer.from_folder(folder).token_text(22)
+    assert len(report.notes) == 1 and report.notes[0].endswith(f"these are left out: {lost!r}")
 
 
 def test_vocabularies_without_words_in_gguf(tmp_path: Path) -> None:
