@@ -387,6 +387,10 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
     refused(tiny.write_model(tmp_path / "b" / "m", tensors=more), Unsupported, "router")
     more = {**tensors, "model.layers.2.mlp.up_proj.weight": taken}
     refused(tiny.write_model(tmp_path / "c" / "m", tensors=more), Unsupported, "not part of this model")
+    for i, name in enumerate(("0.mlp.down_proj.bias", "1.self_attn.q_proj.bias", "1.input_layernorm.bias")):
+        more = {**tensors, f"model.layers.{name}": np.ones(24, np.float32)}
+        folder = tiny.write_model(tmp_path / f"bias{i}" / "m", tensors=more)
+        refused(folder, Unsupported, rf"model\.layers\.{name}.*not part of this model's config")
     more = {**tensors, "model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     quantize_model(tiny.write_model(tmp_path / "d" / "m", tensors=more), tmp_path / "out.gguf", "f32")
 

@@ -335,8 +335,11 @@ def _expected(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorIn
     for name in order:
         if name not in by_name:
             raise ModelFileError(f"{checkpoint.path}: tensor for {name} is missing", path=checkpoint.path, field=name)
+    biased = [part for part in layer[1:5] if (config.output_bias if part == "attn_output" else config.attention_bias)]
+    biased += layer[6:9] if config.mlp_bias else []
+    known = {*order, *(f"blk.{i}.{part}.bias" for i in range(config.n_layers) for part in biased)}
+    for name, info in by_name.items():
+        if name not in known:  # readers of the file would add it
+            raise Unsupported(f"{checkpoint.path}: tensor {shown(info.name)}: not part of this model's config")
     rest = [name for name in by_name if name not in set(order)]
-    if any(name.endswith(".weight") for name in rest):
-        extra = next(name for name in rest if name.endswith(".weight"))
-        raise Unsupported(f"{checkpoint.path}: tensor {shown(by_name[extra].name)}: not part of this model's config")
     return {name: by_name[name] for name in [*order, *rest]}

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS, MAX_TENSORS, GgufTensor
-from fabula.formats.gguf_keys import Keys, refuse_other_computations, warn
+from fabula.formats.gguf_keys import Keys, refuse_other_computations
 from fabula.formats.readfile import shown
 
 # general.architecture -> (model_type, architectures). mistral3 is llama with more keys for YaRN, granite_swa is llama
@@ -148,7 +148,7 @@ def config_of(file: Source) -> dict[str, Any]:
         raise keys.unsupported(f"{arch}.attention.rope_pattern", "leaves layers without rotation, which is not offered")
     neutral["attention.rope_pattern"] = (pattern,)
     refuse_other_computations(keys, arch, neutral)
-    vocab_size = _vocab_size(file, keys, arch)
+    vocab_size = _vocab_size(file, keys)
     model_type, architecture = FAMILIES[arch]
     biases = {name.split(".")[2] for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")}
     config: dict[str, Any] = {
@@ -209,7 +209,7 @@ def _check_quantization(file: Source, keys: Keys) -> None:
         )
 
 
-def _vocab_size(file: Source, keys: Keys, arch: str) -> int:
+def _vocab_size(file: Source, keys: Keys) -> int:
     """The number of tokens, which must be the rows of the embedding where both are given."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or keys.has(_TOKENS):
@@ -218,11 +218,8 @@ def _vocab_size(file: Source, keys: Keys, arch: str) -> int:
             raise keys.error(_TOKENS, "is empty")
         if embedding is not None and embedding.shape[0] != n_tokens:
             raise keys.error(_TOKENS, f"has {n_tokens} tokens, but token_embd.weight {embedding.shape[0]} rows")
-    else:
-        n_tokens = embedding.shape[0]
-    if (stated := keys.integer(f"{arch}.vocab_size", n_tokens, low=0)) != n_tokens:
-        warn(keys.path, f"key '{arch}.vocab_size' is {stated}, but the file has {n_tokens} tokens; those count")
-    return n_tokens
+        return n_tokens
+    return embedding.shape[0]
 
 
 def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ READ = frozenset([
 READ_OF_MISTRAL3 = frozenset(["rope.scaling.yarn_log_multiplier"])
 
 NO_EFFECT = frozenset([
-    "vocab_size",  # the rows of the embedding count; gguf_config.py compares
+    "vocab_size",  # the tokens of the file count, which must be the rows of the embedding
     "tensor_data_layout",  # the name of the order that rows of q and k always have in these files
     "rope.scaling.finetuned",  # whether the model was trained with its scaling
     "attention.layer_norm_epsilon",  # of LayerNorm, which these architectures have not
