@@ -7,7 +7,6 @@ hand, those of llama.cpp with the same file.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -521,16 +520,3 @@ def test_a_padding_id_of_minus_one() -> None:
         pytest.skip("the shared cases are not at hand")
     with pytest.warns(UserWarning, match="padding_token_id is 4294967295"), Model.load(path) as model:
         assert np.isfinite(model.logits([5, 6, 7])).all()
-
-
-def test_generation_defaults_are_written(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "m", {})
-    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1, "do_sample": True}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    quantize_model(folder, tmp_path / "out.gguf", "f32")
-    with GgufFile(tmp_path / "out.gguf") as file:
-        found = {k: v for k, v in file.metadata.items() if k.startswith("general.sampling.")}
-    assert found == {
-        "general.sampling.temp": pytest.approx(0.6), "general.sampling.top_k": 20,
-        "general.sampling.top_p": pytest.approx(0.95), "general.sampling.penalty_repeat": pytest.approx(1.1),
-    }  # fmt: skip

@@ -15,16 +15,11 @@ import numpy.typing as npt
 from fabula.errors import Unsupported
 from fabula.formats.gguf_config import PAIRED, ROPE_FREQS
 from fabula.formats.gguf_write import Value
-from fabula.formats.readfile import read_json_object
 from fabula.models.config import ModelConfig
 from fabula.models.rope import make_rope
 
 _BASE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> architecture
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, and what readers take where there are none
-_MAX_JSON_BYTES = 1 << 20
-# generation_config.json -> GGUF, names of gguf-py's constants.py.
-_SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-             "repetition_penalty": "penalty_repeat"}  # fmt: skip
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
@@ -125,18 +120,6 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
     for what, found in problems.items():
         if found:
             yield f"llama.cpp refuses the file: it has not {what} in architecture {arch}"
-
-
-def sampling_keys(folder: Path) -> dict[str, Value]:
-    """The settings that generation_config.json recommends, as llama.cpp and Fabula read them from a file."""
-    path = folder / "generation_config.json"
-    found = read_json_object(path, max_bytes=_MAX_JSON_BYTES, wide_integers=True) if path.is_file() else {}
-    keys: dict[str, Value] = {}
-    for theirs, ours in _SAMPLING.items():
-        value = 0.0 if theirs == "temperature" and found.get("do_sample") is False else found.get(theirs)
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31:
-            keys[f"general.sampling.{ours}"] = np.int32(value) if ours == "top_k" else np.float32(value)
-    return keys
 
 
 def _has_windows(config: ModelConfig) -> bool:

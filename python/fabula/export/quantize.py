@@ -27,7 +27,6 @@ from fabula.export.metadata import (
     frequency_factors,
     has_sinks,
     llama_cpp_notes,
-    sampling_keys,
 )
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
@@ -280,7 +279,6 @@ def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _
     path = checkpoint.path
     folder = path if path.is_dir() else path.parent
     metadata = config_keys(config, folder.resolve().name or "model", path)
-    metadata |= sampling_keys(folder)
     vocabulary, notes = vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
     metadata |= vocabulary
     wanted = _expected(checkpoint, config)

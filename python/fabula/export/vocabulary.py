@@ -69,7 +69,8 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[str, Va
         "tokenizer.ggml.token_type": np.asarray(types, np.int32),
         **_special_ids(tokenizer),
     }
-    shared |= _templates(tokenizer)
+    if tokenizer.chat_template is not None:
+        shared["tokenizer.chat_template"] = tokenizer.chat_template
     if tokenizer.kind == "byte-level":
         candidates = _byte_level(description, merges, tokenizer.path)
     else:
@@ -108,8 +109,6 @@ def _tokens(description: Mapping[str, Any], vocab_size: int) -> tuple[list[str],
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
     ids: dict[str, Value] = {"tokenizer.ggml.add_bos_token": tokenizer.add_bos}
-    if getattr(tokenizer, "add_eos", False):
-        ids["tokenizer.ggml.add_eos_token"] = True
     if tokenizer.bos_id is not None:
         ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
     if tokenizer.eos_ids:
@@ -119,21 +118,6 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
         if text is not None and (found := tokenizer.id_of(text)) is not None:
             ids[f"tokenizer.ggml.{key}_token_id"] = found
     return ids
-
-
-def _templates(tokenizer: Tokenizer) -> dict[str, Value]:
-    """The chat template, and those of other names as gguf-py writes them."""
-    templates: dict[str, Value] = {}
-    if tokenizer.chat_template is not None:
-        templates["tokenizer.chat_template"] = tokenizer.chat_template
-    named = {
-        re.sub(r"[^A-Za-z0-9]", "_", name): text
-        for name, text in getattr(tokenizer, "chat_templates", {}).items()
-        if name != "default" and text != tokenizer.chat_template
-    }
-    if named:
-        templates["tokenizer.chat_templates"] = list(named)
-    return templates | {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
 
 
 def _name_ends(tokenizer: Tokenizer, keys: dict[str, Value]) -> list[str]:
