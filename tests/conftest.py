@@ -36,7 +36,14 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 if os.environ.get("FABULA_TEST_RANDOM") != "1":
     hypothesis.settings.load_profile("fixed")
 
-pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing"]  # fixtures that several files of tests share
+pytest_plugins = [
+    "desks",
+    "llama_peer",
+    "places",
+    "scheduling",
+    "spilling",
+    "storing",
+]  # fixtures that several files of tests share
 
 PROJECT = Path(__file__).resolve().parent.parent
 

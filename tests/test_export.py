@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from fabula import Model, SamplingParams
+from fabula import Model
 from fabula.cli.main import run
 from fabula.cli.quantize import TYPES
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, TokenizerError, Unsupported
@@ -19,11 +19,13 @@ from fabula.export import quantize as export
 from fabula.export.quantize import quantize_model
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.gguf import BLOCKS, GgufFile
+from fabula.formats.gguf_write import GgufWriter, NewTensor
 from fabula.formats.open import open_checkpoint
 from fabula.models.families import family_of
 from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.models.rope import make_rope
 from fabula.text.tokenizer import Tokenizer
+from llama_peer import LlamaCpp
 
 # Rows of 256 and 512, so that K blocks fit; nine layers, so that every rule about layers shows.
 WIDE: Mapping[str, Any] = {
@@ -48,9 +50,47 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "llama-llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "llama-yarn-betas": {
+        "num_attention_heads": 4, "head_dim": 16, "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150, "beta_fast": 9.0,
+            "beta_slow": 2.5,
+        },
+    },
+    "llama-yarn-mscale": {
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150, "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        }
+    },
+    "llama-wide-heads": {"head_dim": 14},
     "mistral": {"model_type": "mistral", "sliding_window": 40},
+    "mistral-of-one": {"model_type": "mistral", "sliding_window": 1},
+    "mistral-llama3": {"model_type": "mistral", "sliding_window": 40, "rope_scaling": LLAMA3},
+    "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2-yarn": {
+        "model_type": "qwen2",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 150},
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},
+}  # fmt: skip
+
+# What llama.cpp does not read, or reads otherwise, and a word of the note that says so.
+NOTED: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "qwen3-llama3": ({"model_type": "qwen3", "head_dim": 6, "rope_scaling": LLAMA3}, "llama.cpp refuses"),
+    "qwen3-output-bias": ({"model_type": "qwen3", "attention_bias": True}, "llama.cpp refuses"),
+    "qwen2-wide-heads": ({"model_type": "qwen2", "head_dim": 8}, "llama.cpp refuses"),
+    "qwen2-betas": (
+        {"model_type": "qwen2", "num_attention_heads": 4, "hidden_size": 64, "head_dim": 16, "rope_theta": 100.0,
+         "rope_scaling": CASES["llama-yarn-betas"]["rope_scaling"]},
+        "ignores beta_fast and beta_slow",
+    ),
+    "mistral-betas": (
+        {"model_type": "mistral", "sliding_window": 40, "head_dim": 16, "rope_theta": 100.0,
+         "rope_scaling": CASES["llama-yarn-betas"]["rope_scaling"]},
+        "ignores beta_fast and beta_slow",
+    ),
 }  # fmt: skip
 
 
@@ -127,9 +167,15 @@ def test_the_config_comes_back(case: tuple[Path, Path]) -> None:
     before, after = (open_checkpoint(path) for path in case)
     try:
         ours, theirs = read_config(before), read_config(after)
+        seen = tuple(window if window < ours.context_length else 0 for window in ours.windows)
         for field in type(ours).__slots__:
             # The reader takes the biases of all attention tensors from the first, and words rope in another way.
-            if field not in ("rope", "attention_bias", "output_bias"):
+            # A Mistral without a window, or with one as long as its context, is a Llama.
+            if field == "windows":
+                assert theirs.windows == seen
+            elif field == "model_type" and not any(seen):
+                assert theirs.model_type == ours.model_type.replace("mistral", "llama")
+            elif field not in ("rope", "attention_bias", "output_bias"):
                 assert getattr(ours, field) == getattr(theirs, field), field
         a, b = (make_rope(c.rope, c.head_dim, c.context_length, c.context_length, case[0]) for c in (ours, theirs))
         assert np.allclose(a.inv_freq, b.inv_freq, rtol=3e-7)
@@ -234,62 +280,70 @@ def test_rows_that_do_not_fit_fall_back() -> None:
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama_cpp() -> Any:
-    return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+def test_llama_cpp_computes_the_same(llama_cpp: LlamaCpp, case: tuple[Path, Path]) -> None:
+    """Beyond the window of those that have one, and in texts longer than the old context of those that are scaled."""
+    ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 200).tolist()
+    ours, theirs = logits(case[1], ids), llama_cpp.logits(case[1], ids)
+    assert theirs is not None
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(ours).max()  # its exponentials are coarser
 
 
-def their_logits(llama_cpp: Any, path: Path, ids: list[int]) -> np.ndarray:
-    model = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
-    try:
-        model.eval(ids)
-        return np.array(model.scores[: len(ids)])
-    finally:
-        model.close()
-
-
-def test_llama_cpp_computes_the_same(llama_cpp: Any, case: tuple[Path, Path]) -> None:
-    ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 36).tolist()  # within mistral's window, which it ignores
-    ours, theirs = logits(case[1], ids), their_logits(llama_cpp, case[1], ids)
-    # Its KV cache is f16, and its exponentials are coarser.
-    assert np.abs(ours - theirs).max() <= 1e-2 * np.abs(ours).max()
+@pytest.mark.parametrize("name", sorted(NOTED))
+def test_llama_cpp_does_what_the_notes_say(llama_cpp: LlamaCpp, tmp_path: Path, name: str) -> None:
+    settings, word = NOTED[name]
+    report = quantize_model(make_folder(tmp_path / "m", settings), tmp_path / "out.gguf", "f32")
+    assert word in " ".join(report.notes)
+    ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 200).tolist()
+    ours, theirs = logits(tmp_path / "out.gguf", ids), llama_cpp.logits(tmp_path / "out.gguf", ids)
+    if "refuses" in word:
+        assert theirs is None
+    else:
+        assert theirs is not None and np.abs(ours - theirs).max() > 1e-3 * np.abs(ours).max()
 
 
 @pytest.mark.parametrize(
     "kind", ["q8_0", "q4_k_m", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q3_k", "q2_k"]
 )
-def test_llama_cpp_makes_the_same_choices(llama_cpp: Any, wide: Path, tmp_path: Path, kind: str) -> None:
+def test_llama_cpp_makes_the_same_choices(llama_cpp: LlamaCpp, wide: Path, tmp_path: Path, kind: str) -> None:
     """Format by format, and the two engines read each other's files alike."""
     quantize_model(wide, tmp_path / "f32.gguf", "f32")
     quantize_model(tmp_path / "f32.gguf", tmp_path / "ours.gguf", kind)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = KINDS[kind].file_type, 1
-    names = [str(tmp_path / name).encode() for name in ("f32.gguf", "theirs.gguf")]
-    assert llama_cpp.llama_model_quantize(*names, params) == 0
+    target = (str(tmp_path / "theirs.gguf"), KINDS[kind].file_type)
+    assert llama_cpp.ask(tmp_path / "f32.gguf", quantize=target) == {"code": 0}
     with GgufFile(tmp_path / "ours.gguf") as ours, GgufFile(tmp_path / "theirs.gguf") as theirs:
         assert {t.name: t.dtype for t in ours.tensors.values()} == {t.name: t.dtype for t in theirs.tensors.values()}
         assert set(ours.metadata) == set(theirs.metadata)
     ids = np.random.default_rng(4).integers(4, tiny.VOCAB, 30).tolist()
     for name in ("ours.gguf", "theirs.gguf"):
-        a, b = logits(tmp_path / name, ids), their_logits(llama_cpp, tmp_path / name, ids)
+        a, b = logits(tmp_path / name, ids), llama_cpp.logits(tmp_path / name, ids)
+        assert b is not None
         # It rounds activations to 8 bits before every product, which a random network makes 0.1 to 0.2 of; anything
         # read in a wrong way makes 1 of it.
         assert np.linalg.norm(a - b) <= 0.35 * np.linalg.norm(a), name
 
 
-def test_llama_cpp_reads_the_vocabulary_alike(llama_cpp: Any, smollm2_gguf: Path, tmp_path: Path) -> None:
+def test_llama_cpp_reads_the_vocabulary_alike(llama_cpp: LlamaCpp, smollm2_gguf: Path, tmp_path: Path) -> None:
     quantize_model(smollm2_gguf, tmp_path / "out.gguf", "q8_0")
     text = "Once upon a time, in 1984, there wasn't a café — only   spaces."
     with Model.load(tmp_path / "out.gguf", weights="f32", kv="f32") as ours:
         ids = ours.tokenizer.encode(text)
-        greedy = ours.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=8)).text()
-    theirs = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=256, verbose=False, n_threads=1)
-    try:
-        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == ids
-        answer = theirs.create_completion("The capital of France is", temperature=0.0, max_tokens=8)
-        assert answer["choices"][0]["text"] == greedy
-    finally:
-        theirs.close()
+        ours_logits = ours.logits(ids)
+    assert llama_cpp.ask(tmp_path / "out.gguf", text=text)["ids"] == ids
+    theirs = llama_cpp.logits(tmp_path / "out.gguf", ids)
+    assert theirs is not None
+    assert (ours_logits.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.9  # its activations have 8 bits
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_llama_cpp_reads_made_vocabularies_alike(llama_cpp: LlamaCpp, tmp_path: Path, name: str) -> None:
+    quantize_model(make_folder(tmp_path / "m", CASES[name]), tmp_path / "out.gguf", "f32")
+    tokenizer = Tokenizer.from_folder(tmp_path / "m")
+    for text in ("the lion sat on the wall 12", "é 😀 <s> x", "a  b\n\nc it's  "):
+        answer = llama_cpp.ask(tmp_path / "out.gguf", text=text)
+        assert answer["ids"] == tokenizer.encode(text, add_bos=False)
+        assert answer["with_bos"] == tokenizer.encode(text)
+        special = llama_cpp.ask(tmp_path / "out.gguf", text=text, special=True)
+        assert special["ids"] == tokenizer.encode(text, add_bos=False, special=True)
 
 
 # ---- SentencePiece --------------------------------------------------------------------------------------------------
@@ -336,6 +390,10 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
     refused(tiny.write_model(tmp_path / "b" / "m", tensors=more), Unsupported, "router")
     more = {**tensors, "model.layers.2.mlp.up_proj.weight": taken}
     refused(tiny.write_model(tmp_path / "c" / "m", tensors=more), Unsupported, "not part of this model")
+    for i, name in enumerate(("0.mlp.down_proj.bias", "1.self_attn.q_proj.bias", "1.input_layernorm.bias")):
+        more = {**tensors, f"model.layers.{name}": np.ones(24, np.float32)}
+        folder = tiny.write_model(tmp_path / f"bias{i}" / "m", tensors=more)
+        refused(folder, Unsupported, rf"model\.layers\.{name}.*not part of this model's config")
     more = {**tensors, "model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     quantize_model(tiny.write_model(tmp_path / "d" / "m", tensors=more), tmp_path / "out.gguf", "f32")
 
@@ -348,11 +406,64 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}},
             "'longrope'",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}, "max_position_embeddings": 64},
+            "'truncate' false",
+        ),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, "window in"),
     ],
 )
 def test_settings_without_words_in_gguf(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     refused(make_folder(tmp_path / "m", config), Unsupported, words)
+
+
+def test_a_window_that_hides_nothing_is_left_out(tmp_path: Path) -> None:
+    report = quantize_model(
+        make_folder(tmp_path / "m", {"model_type": "mistral", "sliding_window": 600}), tmp_path / "out.gguf", "f32"
+    )
+    with GgufFile(tmp_path / "out.gguf") as file:
+        assert file.metadata["general.architecture"] == "llama" and not report.notes
+    ids = list(range(4, 100))
+    assert np.array_equal(logits(tmp_path / "m", ids), logits(tmp_path / "out.gguf", ids))
+
+
+def test_a_window_is_written_where_llama_cpp_has_it(fabula: Any, tmp_path: Path) -> None:
+    folder, target = make_folder(tmp_path / "m", CASES["mistral"]), tmp_path / "out.gguf"
+    code, out, err = fabula(folder, target, "--type", "q8_0", "--json")
+    assert code == 0 and "window of 40 tokens" in json.loads(out)["notes"][0]
+    with GgufFile(target) as file:
+        assert file.metadata["general.architecture"] == "granite_swa"
+        assert file.metadata["granite_swa.attention.sliding_window"] == 40
+        assert file.metadata["granite_swa.attention.sliding_window_pattern"].tolist() == [True, True]
+    code, out, err = fabula(target, tmp_path / "again.gguf", "--type", "q4_0")
+    assert code == 0 and "note: it is written as granite_swa" in err
+    assert np.isfinite(logits(tmp_path / "again.gguf", [5, 6, 7])).all()
+
+
+def test_a_window_in_a_gguf_file_of_llama_is_noted(tmp_path: Path) -> None:
+    quantize_model(make_folder(tmp_path / "m", {}), tmp_path / "llama.gguf", "f32")
+    with GgufFile(tmp_path / "llama.gguf") as file:
+        new = [NewTensor(t.name, t.dtype, t.shape) for t in file.tensors.values()]
+        metadata: dict[str, Any] = {**file.metadata, "llama.attention.sliding_window": 40}
+        with GgufWriter(tmp_path / "old.gguf", metadata, new) as writer:
+            for tensor in new:
+                writer.write(tensor.name, file.read(tensor.name))
+    report = quantize_model(tmp_path / "old.gguf", tmp_path / "out.gguf", "f32")
+    assert len(report.notes) == 1 and "no window in architecture llama: it ignores that of 40" in report.notes[0]
+    assert not quantize_model(tmp_path / "llama.gguf", tmp_path / "new.gguf", "f32").notes
+
+
+def test_end_tokens_of_any_name_come_back(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", {"eos_token_id": [1, 20, 21]})
+    report = quantize_model(folder, tmp_path / "out.gguf", "f32")
+    before = Tokenizer.from_folder(folder)
+    with GgufFile(tmp_path / "out.gguf") as file:
+        after = Tokenizer.from_gguf(file.metadata, tmp_path / "out.gguf")
+    assert set(before.eos_ids) == set(after.eos_ids) >= {1, 20, 21} and not report.notes
+    folder = make_folder(tmp_path / "more", {"eos_token_id": [1, 20, 21, 22]})
+    report = quantize_model(folder, tmp_path / "out.gguf", "f32", overwrite=True)
+    lost = Tokenizer.from_folder(folder).token_text(22)
+    assert len(report.notes) == 1 and report.notes[0].endswith(f"these are left out: {lost!r}")
 
 
 def test_vocabularies_without_words_in_gguf(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_numbers_out_of_range(checkpoint, name: str, value: float) -> None:
     _refused(checkpoint, keys, small_tensors(), ModelFileError, name, str(value))
 
 
-@pytest.mark.parametrize("name", ["bos", "eos", "padding", "eot", "eom"])
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom"])
 def test_token_ids_beyond_the_vocabulary(checkpoint, name: str) -> None:
     wrong = key(f"tokenizer.ggml.{name}_token_id", UINT32, VOCAB)
     _refused(checkpoint, replaced(small_keys(), wrong), small_tensors(), ModelFileError, str(wrong.name), "0 to 7")

@@ -33,8 +33,9 @@ TYPES = (
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quantize(model: str, out: Path, kind: str, threads: int | None, force: bool, as_json: bool) -> None:
-    """Write MODEL (a Hugging Face folder, a .gguf file or a name) as the GGUF file OUT, which Fabula, llama.cpp and
-    others read. Tells sizes, bits per weight and the error, as the root of its mean square over that of the weights.
+    """Write MODEL (a Hugging Face folder, a .gguf file, the first part of a split one, or a name) as the GGUF file OUT.
+    Fabula reads it, and so do llama.cpp and others, unless a note says what they do otherwise. Tells sizes, bits per
+    weight and the error, as the root of its mean square over that of the weights.
 
     Where rows do not fit a format's blocks of 256, tensors take the next larger format in blocks of 32. OUT appears
     when it is complete.
@@ -79,6 +80,7 @@ def _facts(report: Report) -> dict[str, object]:
         "error": report.error,
         "fallbacks": report.fallbacks,
         "requantised": report.requantised,
+        "notes": list(report.notes),
         "roles": [
             {
                 "name": role.name,
@@ -114,6 +116,8 @@ def _print(report: Report) -> None:
         f"{report.path}: {report.bytes_before / 1e6:,.1f} MB became {report.bytes_after / 1e6:,.1f} MB, "
         f"{report.bits_per_weight:.2f} bits per weight, error {percent(report.error)}"
     )
+    for text in report.notes:
+        note(f"note: {text}", style="yellow")
     if report.fallbacks:
         note(f"{report.fallbacks} tensors have rows that are no whole number of {report.kind} blocks: see formats")
     if report.requantised:

@@ -1,8 +1,12 @@
-"""A config as GGUF key-values: the reverse of formats/gguf_names.py, whose reader must find the same config again."""
+"""A config as GGUF key-values: the reverse of formats/gguf_config.py, whose reader must find the same config again.
+
+The architecture is the one in which llama.cpp computes the same logits; what it has not, `llama_cpp_notes` says.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +14,32 @@ import numpy.typing as npt
 
 from fabula.engine.defaults import GGUF_KEYS, SamplingDefaults
 from fabula.errors import Unsupported
+from fabula.formats.gguf_config import PAIRED, ROPE_FREQS
 from fabula.formats.gguf_write import Value
 from fabula.models.config import ModelConfig
 from fabula.models.rope import make_rope
 
-# model_type -> general.architecture; Mistral is a Llama with a window.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_BASE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> architecture
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, and what readers take where there are none
+
+
+def architecture_of(config: ModelConfig, path: Path) -> str:
+    """`general.architecture` in which readers compute what the config says.
+
+    llama.cpp has windows in granite_swa, which otherwise is llama if its scales are 1 and its attention sinks nothing,
+    and reads YaRN's betas in mistral3, which otherwise is llama too.
+
+    Raises:
+        Unsupported: windows in a family that no architecture has them for.
+    """
+    base = _BASE[config.model_type]
+    if _has_windows(config):
+        if base != "llama":
+            raise Unsupported(
+                f"{path}: config 'sliding_window': GGUF has no words for a window in family {config.model_type!r}"
+            )
+        return "granite_swa"
+    return "mistral3" if base == "llama" and _other_betas(config) else base
 
 
 def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
@@ -29,7 +53,9 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
     Raises:
         Unsupported: something that the keys have no words for.
     """
-    arch = ARCHITECTURES[config.model_type]
+    arch = architecture_of(config, path)
+    if config.mlp_bias and arch not in PAIRED:
+        raise Unsupported(f"{path}: config 'mlp_bias': GGUF has no words for it in family {config.model_type!r}")
     keys: dict[str, Value] = {
         "general.architecture": arch,
         "general.type": "model",
@@ -47,15 +73,13 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
         f"{arch}.rope.freq_base": np.float32(config.rope["rope_theta"]),
         f"{arch}.vocab_size": config.vocab_size,
     }
-    windows = set(config.windows) - {0}
-    if windows:
-        if arch != "llama" or len(windows) > 1 or 0 in config.windows:
-            raise Unsupported(
-                f"{path}: config 'sliding_window': GGUF has no words for a window in family {config.model_type!r}"
-                if arch != "llama"
-                else f"{path}: config 'sliding_window': GGUF has no words for windows in some layers only"
-            )
-        keys[f"{arch}.attention.sliding_window"] = windows.pop()
+    if arch == "granite_swa":
+        sizes = set(config.windows) - {0}
+        if len(sizes) > 1:
+            raise Unsupported(f"{path}: config 'sliding_window': GGUF has no words for windows of different sizes")
+        keys[f"{arch}.attention.sliding_window"] = sizes.pop()
+        keys[f"{arch}.attention.sliding_window_pattern"] = np.array(config.windows, np.bool_)
+        keys[f"{arch}.logit_scale"] = np.float32(1.0)
     keys |= {f"{arch}.rope.scaling.{key}": value for key, value in _scaling(config, path).items()}
     return keys
 
@@ -69,8 +93,59 @@ def sampling_keys(defaults: SamplingDefaults) -> dict[str, Value]:
     return found
 
 
+def has_sinks(arch: str) -> bool:
+    """Whether readers of an architecture want attention sinks, a tensor [n_heads] in every layer."""
+    return arch == "granite_swa"
+
+
+def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: Collection[str]) -> Iterator[str]:
+    """What llama.cpp makes otherwise of a file, or cannot read of it, in a sentence each.
+
+    Args:
+        config: of the model.
+        metadata: key-values of the file.
+        names: of its tensors.
+    """
+    arch = str(metadata["general.architecture"])
+    if _has_windows(config):
+        window = max(config.windows)
+        if arch == "granite_swa":
+            yield (
+                f"it is written as granite_swa, in which llama.cpp has the window of {window} tokens; versions that do "
+                "not know this architecture refuse the file"
+            )
+        else:
+            yield (
+                f"llama.cpp has no window in architecture {arch}: it ignores that of {window} tokens, and computes "
+                "otherwise once a text is longer; the model's Hugging Face folder gives a file that keeps it"
+            )
+    if arch != "mistral3" and (betas := _other_betas(config)):
+        yield f"llama.cpp ignores {' and '.join(betas)} of YaRN in architecture {arch}, and computes otherwise"
+    problems = {
+        "Llama 3's scaling of positions": arch not in PAIRED and ROPE_FREQS in names,
+        "a bias of attn_output": arch not in PAIRED and any(name.endswith("attn_output.bias") for name in names),
+        f"{config.n_heads} heads of {config.head_dim} in a hidden size of {config.hidden_size}": arch == "qwen2"
+        and config.n_heads * config.head_dim != config.hidden_size,
+    }
+    for what, found in problems.items():
+        if found:
+            yield f"llama.cpp refuses the file: it has not {what} in architecture {arch}"
+
+
+def _has_windows(config: ModelConfig) -> bool:
+    """Whether a window hides anything within the model's context."""
+    return any(0 < window < config.context_length for window in config.windows)
+
+
 def _rope_kind(config: ModelConfig) -> str:
     return str(config.rope.get("rope_type", config.rope.get("type")) or "default")
+
+
+def _other_betas(config: ModelConfig) -> list[str]:
+    """The betas of YaRN that are not what readers take anyway."""
+    if _rope_kind(config) != "yarn":
+        return []
+    return [key for key, usual in _BETAS.items() if (config.rope.get(key) or usual) != usual]
 
 
 def _scaling(config: ModelConfig, path: Path) -> dict[str, Value]:
@@ -79,13 +154,15 @@ def _scaling(config: ModelConfig, path: Path) -> dict[str, Value]:
         return {}
     if kind not in ("linear", "yarn"):
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no words for {kind!r} in this family")
+    if kind == "yarn" and config.rope.get("truncate", True) is False:
+        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no words for 'truncate' false")
     rope = make_rope(config.rope, config.head_dim, config.context_length, config.context_length, path)
     original = config.rope.get("original_max_position_embeddings", config.context_length)
     factor = float(config.rope.get("factor", config.context_length / original))
     scaling: dict[str, Value] = {"type": kind, "factor": np.float32(factor)}
     if kind == "yarn":
         scaling["original_context_length"] = int(original)
-        for key in ("beta_fast", "beta_slow"):
+        for key in _BETAS:
             if config.rope.get(key) is not None:
                 scaling[f"yarn_{key}"] = np.float32(config.rope[key])
         # Readers multiply YaRN's own factor on cos and sin by this one.

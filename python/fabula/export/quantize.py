@@ -22,11 +22,20 @@ from fabula import _native
 from fabula.engine.defaults import read_defaults
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
-from fabula.export.metadata import ARCHITECTURES, config_keys, frequency_factors, sampling_keys
+from fabula.export.metadata import (
+    architecture_of,
+    config_keys,
+    frequency_factors,
+    has_sinks,
+    llama_cpp_notes,
+    sampling_keys,
+)
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile
-from fabula.formats.gguf_names import QUANTIZATION_VERSION, gguf_name, permute_rows
+from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_FREQS
+from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
+from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
 from fabula.formats.readfile import shown
@@ -38,7 +47,6 @@ from fabula.text.tokenizer import Tokenizer
 __all__ = ["Report", "Role", "quantize_model"]
 
 _PIECE = 1 << 22  # elements in f32 at a time: 16 MiB
-_ROPE_FREQS = "rope_freqs.weight"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # older checkpoints keep what follows from the config
 
 
@@ -83,6 +91,7 @@ class Report:
         roles: by part of the model.
         fallbacks: tensors whose rows did not fit the format's blocks.
         requantised: whether the source was quantised already, so errors add up.
+        notes: what of the model other readers do not read, or read otherwise.
     """
 
     path: Path
@@ -91,6 +100,7 @@ class Report:
     roles: tuple[Role, ...]
     fallbacks: int
     requantised: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def n_parameters(self) -> int:
@@ -131,6 +141,7 @@ class _Source:
     metadata: Mapping[str, Value]
     tensors: list[_Tensor]
     shape: Shape
+    notes: list[str]
 
 
 def quantize_model(
@@ -197,6 +208,7 @@ def quantize_model(
         requantised=any(
             BLOCKS[t.dtype][0] > 1 and t.dtype is not d for t, d in zip(model.tensors, chosen, strict=True)
         ),
+        notes=tuple(model.notes),
     )
 
 
@@ -245,8 +257,8 @@ def _opened(path: Path) -> Iterator[_Source]:
         config = family.read(checkpoint.config, checkpoint.path)
         shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
         if checkpoint.format == "gguf":
-            with GgufFile(checkpoint.path) as file:
-                source = _from_gguf(file, shape)
+            with open_gguf_file(checkpoint.path) as file:
+                source = _from_gguf(file, config, shape)
                 yield replace(source, metadata={**sampling_keys(read_defaults(checkpoint)), **source.metadata})
         else:
             source = _from_folder(checkpoint, config, shape)
@@ -255,7 +267,7 @@ def _opened(path: Path) -> Iterator[_Source]:
         checkpoint.close()
 
 
-def _from_gguf(file: GgufFile, shape: Shape) -> _Source:
+def _from_gguf(file: GgufFile | GgufParts, config: ModelConfig, shape: Shape) -> _Source:
     metadata: dict[str, Value] = {}
     for key, value in file.metadata.items():
         if not key.startswith(("split.", "quantize.")):  # of the file it was, not of the model
@@ -264,30 +276,36 @@ def _from_gguf(file: GgufFile, shape: Shape) -> _Source:
         _Tensor(t.name, t.dtype, t.shape, t.n_bytes, lambda name=t.name: file.read(name))  # type: ignore[misc]
         for t in file.tensors.values()
     ]
-    return _Source(metadata, tensors, shape)
+    return _Source(metadata, tensors, shape, list(llama_cpp_notes(config, metadata, file.tensors)))
 
 
 def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _Source:
     path = checkpoint.path
     folder = path if path.is_dir() else path.parent
     metadata = config_keys(config, folder.resolve().name or "model", path)
-    metadata |= vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
+    vocabulary, notes = vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
+    metadata |= vocabulary
     wanted = _expected(checkpoint, config)
     tensors: list[_Tensor] = []
     factors = frequency_factors(config, path)
     if factors is not None:
         raw = factors.view(np.uint8)
-        tensors.append(_Tensor(_ROPE_FREQS, DType.F32, factors.shape, factors.nbytes, lambda: raw))
+        tensors.append(_Tensor(ROPE_FREQS, DType.F32, factors.shape, factors.nbytes, lambda: raw))
     for name, info in wanted.items():
         tensors.append(_Tensor(name, info.dtype, info.shape, info.n_bytes, _reader(checkpoint, config, name, info)))
-    return _Source(metadata, tensors, shape)
+    if has_sinks(architecture_of(config, path)):
+        none = np.full(config.n_heads, NO_SINK).view(np.uint8)
+        names = [f"blk.{layer}.attn_sinks.weight" for layer in range(config.n_layers)]
+        tensors += [_Tensor(name, DType.F32, (config.n_heads,), none.nbytes, lambda: none) for name in names]
+    notes += llama_cpp_notes(config, metadata, {tensor.name for tensor in tensors})
+    return _Source(metadata, tensors, shape, notes)
 
 
 def _reader(
     checkpoint: Checkpoint, config: ModelConfig, name: str, info: TensorInfo
 ) -> Callable[[], npt.NDArray[np.uint8]]:
     """Reads a tensor; q and k of what GGUF calls llama get the order of rows that GGUF has there."""
-    permuted = ARCHITECTURES[config.model_type] == "llama" and role_of(name.replace(".bias", ".weight")) in (
+    permuted = architecture_of(config, checkpoint.path) in PAIRED and role_of(name.replace(".bias", ".weight")) in (
         "attn_q",
         "attn_k",
     )
@@ -319,8 +337,11 @@ def _expected(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorIn
     for name in order:
         if name not in by_name:
             raise ModelFileError(f"{checkpoint.path}: tensor for {name} is missing", path=checkpoint.path, field=name)
+    biased = [part for part in layer[1:5] if (config.output_bias if part == "attn_output" else config.attention_bias)]
+    biased += layer[6:9] if config.mlp_bias else []
+    known = {*order, *(f"blk.{i}.{part}.bias" for i in range(config.n_layers) for part in biased)}
+    for name, info in by_name.items():
+        if name not in known:  # readers of the file would add it
+            raise Unsupported(f"{checkpoint.path}: tensor {shown(info.name)}: not part of this model's config")
     rest = [name for name in by_name if name not in set(order)]
-    if any(name.endswith(".weight") for name in rest):
-        extra = next(name for name in rest if name.endswith(".weight"))
-        raise Unsupported(f"{checkpoint.path}: tensor {shown(by_name[extra].name)}: not part of this model's config")
     return {name: by_name[name] for name in [*order, *rest]}

@@ -18,7 +18,6 @@ import numpy as np
 from fabula.errors import EngineError, TokenizerError, Unsupported
 from fabula.formats.gguf_write import Value
 from fabula.formats.readfile import shown
-from fabula.text.end_tokens import END_TOKENS
 from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, NORMALIZER, UNKNOWN, UNUSED, USER_DEFINED
 from fabula.text.pretokenizers import CONTRACTIONS, PRE_TOKENIZERS
 from fabula.text.tokenizer import Tokenizer
@@ -43,8 +42,8 @@ SAMPLES = (
 )  # fmt: skip
 
 
-def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
-    """The key-values of a tokenizer.
+def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[str, Value], list[str]]:
+    """The key-values of a tokenizer, and what of it they have no words for, in a sentence each.
 
     Args:
         tokenizer: read from a Hugging Face folder.
@@ -80,7 +79,7 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
     for candidate in candidates:
         keys = {**candidate, **shared}
         if _cuts_alike(tokenizer, keys):
-            return keys
+            return keys, _name_ends(tokenizer, keys)
     raise Unsupported(
         f"{tokenizer.path}: text is cut in a way that GGUF readers have no name for; known are {', '.join(_NAMES)} "
         "and SentencePiece's"
@@ -113,21 +112,26 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
     ids: dict[str, Value] = {"tokenizer.ggml.add_bos_token": tokenizer.add_bos}
     if tokenizer.bos_id is not None:
         ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
-    ends = list(tokenizer.eos_ids)
+    ends = [*tokenizer.suffix, *tokenizer.eos_ids] if len(tokenizer.suffix) == 1 else tokenizer.eos_ids
     if len(tokenizer.suffix) == 1:  # what goes behind a text is the end token that the file names
         ids["tokenizer.ggml.add_eos_token"] = True
-        ends = list(dict.fromkeys([*tokenizer.suffix, *ends]))
     if ends:
         ids["tokenizer.ggml.eos_token_id"] = ends[0]
-    # Readers know the usual ends of a turn by their text; two others can be named.
-    others = [i for i in ends[1:] if tokenizer.token_text(i) not in END_TOKENS]
-    for key, token_id in zip(("eot", "eom"), others, strict=False):
-        ids[f"tokenizer.ggml.{key}_token_id"] = token_id
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
         text = tokenizer.named_special.get(name)
         if text is not None and (found := tokenizer.id_of(text)) is not None:
             ids[f"tokenizer.ggml.{key}_token_id"] = found
     return ids
+
+
+def _name_ends(tokenizer: Tokenizer, keys: dict[str, Value]) -> list[str]:
+    """Names the end tokens that a reader would not know by their text: the first is there already, two more can be."""
+    known = Tokenizer.from_gguf(keys, tokenizer.path).eos_ids
+    others = [token_id for token_id in tokenizer.eos_ids if token_id not in known]
+    for key, token_id in zip(("eot", "eom"), others, strict=False):
+        keys[f"tokenizer.ggml.{key}_token_id"] = token_id
+    lost = ", ".join(shown(tokenizer.token_text(token_id)) for token_id in others[2:])
+    return [f"GGUF has no words for so many end tokens; these are left out: {lost}"] if lost else []
 
 
 def _byte_level(
@@ -139,11 +143,11 @@ def _byte_level(
     joined = [" ".join(merge) for merge in merges]
     # The one that looks the same comes first: on a small vocabulary several may cut alike.
     looks = _steps(description.get("pre_tokenizer"))
-    names = sorted(_NAMES, key=lambda name: _steps(PRE_TOKENIZERS[name].steps) != looks)
+    names = dict.fromkeys((*_NAMES, *PRE_TOKENIZERS))
     shared: dict[str, Value] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": joined}
     if (description.get("normalizer") or {}).get("type") == "NFC":
         shared[NORMALIZER] = "NFC"
-    for name in names:
+    for name in sorted(names, key=lambda name: _steps(PRE_TOKENIZERS[name].steps) != looks):
         yield {**shared, "tokenizer.ggml.pre": name}
 
 

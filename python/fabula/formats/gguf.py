@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -74,9 +74,10 @@ _DTYPES = {
 }  # fmt: skip
 TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 _OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
-    27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ class GgufFile:
 
     Args:
         path: the file.
+        check_kind: called with path and metadata before the tensors are looked at; what it raises goes through.
 
     Raises:
         ModelFileError: the file cannot be opened or something in it is damaged; the message names what.
@@ -120,11 +122,16 @@ class GgufFile:
         tensors: by GGUF name, in the file's order.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        check_kind: Callable[[Path, Mapping[str, object]], None] | None = None,
+    ) -> None:
         self.path = Path(path)
         self._file = open_regular(self.path)
         try:
-            header = _Header(self.path, self._file)
+            header = _Header(self.path, self._file, check_kind)
         except MemoryError as error:
             self._file.close()
             if isinstance(error, OutOfMemory):
@@ -165,7 +172,9 @@ class GgufFile:
 class _Header:
     """Parses the header: a position moves over a buffer, which grows from the file as far as it is needed."""
 
-    def __init__(self, path: Path, file: io.FileIO) -> None:
+    def __init__(
+        self, path: Path, file: io.FileIO, check_kind: Callable[[Path, Mapping[str, object]], None] | None
+    ) -> None:
         self._path = path
         self._file = file
         self._size = file_size(file)
@@ -182,8 +191,13 @@ class _Header:
         n_keys = self._count("n_keys", MAX_KEYS)
         for i in range(n_keys):
             self._read_key(i)
+        if check_kind is not None:
+            check_kind(path, self.metadata)
+        self._not_offered: dict[int, list[str]] = {}  # tensors by the number of their type
         infos = [self._read_tensor_info(i) for i in range(n_tensors)]
-        self._place(infos)
+        if self._not_offered:
+            raise self._types_error()
+        self._place([info for info in infos if info is not None])
 
     # ---- Bytes ----------------------------------------------------------------------------------------
 
@@ -346,8 +360,8 @@ class _Header:
             raise self._error(field, f"is a boolean of value {values.max()}, must be 0 or 1")
         return values.view(np.bool_)
 
-    def _read_tensor_info(self, index: int) -> GgufTensor:
-        """Reads one tensor's entry; its offset still counts from the start of the data."""
+    def _read_tensor_info(self, index: int) -> GgufTensor | None:
+        """Reads one tensor's entry; its offset still counts from the start of the data. None: a type not offered."""
         name = self._string(f"tensor {index}")
         if not name:
             raise self._error(f"tensor {index}", "has an empty name")
@@ -361,11 +375,8 @@ class _Header:
         kind = self._u32(field)
         offset = self._u64(field)
         if kind not in _DTYPES:
-            known = ", ".join(dtype.name for dtype in _DTYPES.values())
-            raise Unsupported(
-                f"{self._path}: {field}: type {kind} ({_OTHER_TYPES.get(kind, 'unknown')}) is not offered; "
-                f"requantise the model to one of {known}"
-            )
+            self._not_offered.setdefault(kind, []).append(name)
+            return None
         dtype = _DTYPES[kind]
         block_size, block_bytes = BLOCKS[dtype]
         n_elements = 1
@@ -383,6 +394,16 @@ class _Header:
         tensor = GgufTensor(name, dtype, tuple(reversed(dims)), offset, n_bytes)
         self.tensors[name] = tensor
         return tensor
+
+    def _types_error(self) -> Unsupported:
+        """Names the types that are not offered, and which tensors have them."""
+        parts = []
+        for kind, names in self._not_offered.items():
+            first = ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            of = "tensor" if len(names) == 1 else "tensors"
+            parts.append(f"{of} {first}: type {kind} ({_OTHER_TYPES.get(kind, 'unknown')}) is not offered")
+        known = ", ".join(dtype.name for dtype in _DTYPES.values())
+        return Unsupported(f"{self._path}: {'; '.join(parts[:8])}; quantize the model again, to one of {known}")
 
     def _place(self, infos: list[GgufTensor]) -> None:
         """Checks that the tensors fill the data without overlap or hole, and makes their offsets absolute."""

@@ -23,6 +23,7 @@ from fabula.formats.download import Progress
 from fabula.formats.open import has_safetensors
 from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
+from fabula.formats.split_names import part_names
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"  # of a repository's name, at most 96 characters
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?::(?P<file>[A-Za-z0-9._/-]+\.gguf))?")
@@ -115,8 +116,11 @@ def _call_hub(name: HubName, **options: Any) -> Path:
     silenced = bars.are_progress_bars_disabled()
     bars.disable_progress_bars()
     try:
-        if name.file is not None:
-            return Path(hub.hf_hub_download(name.repo, name.file, **options))
+        if name.file is not None:  # with the other parts of a split model, which lie beside its first
+            folder, _, file = name.file.rpartition("/")
+            parts = [f"{folder}/{part}" if folder else part for part in part_names(file)]
+            first, *_ = [Path(hub.hf_hub_download(name.repo, part, **options)) for part in parts]
+            return first
         return Path(hub.snapshot_download(name.repo, allow_patterns=_FILES, ignore_patterns=_SUBFOLDERS, **options))
     finally:
         if not silenced:
@@ -152,7 +156,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _verify(name: HubName, path: Path) -> None:
     """Compares large files with the SHA-256 they are stored under, and removes wrong ones."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(path.iterdir()) if path.is_dir() else map(path.with_name, part_names(path.name)):
         blob = file.resolve()
         if not file.is_symlink() or not _SHA256.fullmatch(blob.name):
             continue  # small files are stored under a Git hash; a cache without links states none

@@ -11,6 +11,7 @@ from fabula.errors import EngineError, ModelFileError, ModelNotFound
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.readfile import shown
 from fabula.formats.safetensors import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, open_safetensors
+from fabula.formats.split_names import without_later_parts
 
 _GGUF_MAGIC = b"GGUF"  # first four bytes of every GGUF file (ggml's docs/gguf.md)
 
@@ -68,7 +69,7 @@ def _find_weights(path: Path) -> Path:
         raise ModelFileError(f"{path}: is neither a .gguf nor a .safetensors file", path=path)
     if has_safetensors(path):
         return path
-    found = gguf_files(path)
+    found = without_later_parts(gguf_files(path))
     if len(found) == 1:
         return found[0]
     if found:

@@ -121,7 +121,7 @@ def _make(values: _Values, head_dim: int, trained_context: int, context: int) ->
     if kind == "longrope":
         return _longrope(values, plain, trained_context, context)
     if kind == "frequency_factors":
-        return _rope(plain / values.factors("factors", head_dim // 2))
+        return _rope(plain / values.factors("factors", head_dim // 2), values.number("attention_factor", 1.0))
     raise Unsupported(
         f"{values.path}: rope scaling {kind!r} is unknown; known are default, linear, dynamic, yarn, llama3, longrope"
     )

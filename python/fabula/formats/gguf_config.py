@@ -1,0 +1,344 @@
+"""A GGUF file's key-values in the words of config.json, or why it is not a model that is offered.
+
+    general.architecture "llama"  ->  model_type "llama", or "mistral" when a sliding window is given
+    llama.attention.head_count    ->  num_attention_heads
+
+Logits follow every key that llama.cpp applies in these architectures, or the key is refused by name (gguf_keys.py).
+Three defaults are llama.cpp's and would not be guessed: a scaling factor without a kind is linear, factors of rotated
+pairs may come as tensors, and `rope.scaling.attn_factor` multiplies cos and sin whatever the kind is.
+
+Sources: the key list of ggml's docs/gguf.md; llama.cpp's convert_hf_to_gguf.py, src/llama-model.cpp and
+src/llama-context.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.errors import ModelFileError, Unsupported
+from fabula.formats.checkpoint import DType
+from fabula.formats.gguf import BLOCKS, MAX_TENSORS, GgufTensor
+from fabula.formats.gguf_keys import Keys, refuse_other_computations
+from fabula.formats.readfile import shown
+
+# general.architecture -> (model_type, architectures). mistral3 is llama with more keys for YaRN, granite_swa is llama
+# with windows, where its scales are 1 and its sinks nothing, as `fabula quantize` writes it.
+FAMILIES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "mistral3": ("llama", "LlamaForCausalLM"),
+    "granite_swa": ("llama", "LlamaForCausalLM"),
+}
+# Those whose rows of q and k lie in pairs, and that have factors for rotated pairs.
+PAIRED = ("llama", "mistral3", "granite_swa")
+
+# general.type of files that are no model of their own -> what they are, and what would work.
+_TYPES = {
+    "adapter": "a LoRA adapter, which changes another model; merge it into that model and convert the result, "
+    "or give the model itself",
+    "mmproj": "the image or audio encoder that goes with a model (mmproj); give the .gguf file of the language model "
+    "beside it",
+    "imatrix": "an importance matrix, which serves to quantize a model; give the model itself",
+}
+# Architectures that are no decoders of text -> the same.
+_OTHER_KINDS = {
+    "clip": _TYPES["mmproj"],
+    "controlvector": "a control vector, which changes another model; give the model itself",
+    "whisper": "a speech recognizer; models that write text are offered",
+    **dict.fromkeys(
+        ("bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed", "modern-bert",
+         "neo-bert", "nomic-bert", "nomic-bert-moe", "t5encoder"),
+        "an encoder, which makes vectors and writes no text; models that write text are offered",
+    ),
+    **dict.fromkeys(
+        ("aura", "cosmos", "flux", "hidream", "hyvid", "ltxv", "lumina2", "qwen_image", "sd1", "sd3", "sdxl", "wan"),
+        "a model that makes images; models that write text are offered",
+    ),
+}  # fmt: skip
+
+ROPE_FREQS = "rope_freqs.weight"
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
+_TOKENS = "tokenizer.ggml.tokens"
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the block layouts of blocks.h
+
+
+class Source(Protocol):
+    """What the config is made from: a `GgufFile` or the parts of one."""
+
+    path: Path
+    metadata: dict[str, object]
+    tensors: dict[str, GgufTensor]
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]: ...
+
+
+def check_kind(path: Path, metadata: Mapping[str, object]) -> None:
+    """Refuses what is no model of an offered family; called before anything else of the file is looked at.
+
+    Raises:
+        ModelFileError: `general.architecture` is missing or no text.
+        Unsupported: another family, or no model at all; says what it is and what would work.
+    """
+    keys = Keys(path, metadata)
+    kind = metadata.get("general.type")
+    if isinstance(kind, str) and kind in _TYPES:
+        raise keys.unsupported("general.type", f"is {shown(kind)}: this is {_TYPES[kind]}")
+    arch = keys.text("general.architecture")
+    if arch in FAMILIES:
+        return
+    what = f": this is {_OTHER_KINDS[arch]}" if arch in _OTHER_KINDS else ""
+    raise keys.unsupported("general.architecture", f"is {shown(arch)}, offered are {', '.join(FAMILIES)}{what}")
+
+
+def config_of(file: Source) -> dict[str, Any]:
+    """The keys of config.json, from the key-values and the presence of tensors.
+
+    Raises:
+        ModelFileError: a key is missing, of the wrong type or out of range.
+        Unsupported: another family, or a key that asks for what is not offered.
+    """
+    check_kind(file.path, file.metadata)
+    keys = Keys(file.path, file.metadata)
+    arch = keys.text("general.architecture")
+    if not keys.flag(f"{arch}.attention.causal", True):
+        raise keys.unsupported(
+            f"{arch}.attention.causal",
+            "is false: every token would see those behind it, as in an encoder; models that write text are offered",
+        )
+    if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0:
+        raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")
+    _check_quantization(file, keys)
+    n_layers = keys.integer(f"{arch}.block_count", high=MAX_TENSORS)
+    hidden_size = keys.integer(f"{arch}.embedding_length")
+    n_heads = keys.same(f"{arch}.attention.head_count", n_layers)
+    if not keys.has(f"{arch}.attention.key_length") and hidden_size % n_heads:
+        raise keys.error(
+            f"{arch}.attention.head_count",
+            f"is {n_heads}, which does not divide embedding_length {hidden_size}",
+        )
+    head_dim = keys.integer(f"{arch}.attention.key_length", hidden_size // n_heads)
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+        if (value := keys.integer(key, head_dim)) != head_dim:
+            raise keys.unsupported(key, f"is {value}; only that of a whole head, {head_dim}, is offered")
+    rope_theta = keys.positive(f"{arch}.rope.freq_base", 10000.0)
+    windows = _windows(keys, arch, n_layers)
+    scale = head_dim**-0.5
+    neutral: dict[str, tuple[object, ...]] = {
+        "attention.scale": (float(np.float32(scale)), scale),
+        "attention.key_length_swa": (head_dim,),
+        "attention.value_length_swa": (head_dim,),
+        "rope.dimension_count_swa": (head_dim,),
+        "rope.freq_base_swa": (rope_theta,),
+        "embedding_length_out": (hidden_size,),
+        "hidden_activation": ("silu", "swish", "swiglu"),
+        "rope.scaling.yarn_attn_factor": (_own_yarn_factor(keys, arch),),
+    }
+    if arch == "granite_swa":
+        keys.positive(f"{arch}.logit_scale")  # what logits are divided by
+    pattern = keys.metadata.get(f"{arch}.attention.rope_pattern")
+    if isinstance(pattern, np.ndarray) and not pattern.all():
+        raise keys.unsupported(f"{arch}.attention.rope_pattern", "leaves layers without rotation, which is not offered")
+    neutral["attention.rope_pattern"] = (pattern,)
+    refuse_other_computations(keys, arch, neutral)
+    vocab_size = _vocab_size(file, keys)
+    model_type, architecture = FAMILIES[arch]
+    biases = {name.split(".")[2] for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")}
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.same(f"{arch}.feed_forward_length", n_layers),
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": keys.same(f"{arch}.attention.head_count_kv", n_layers, n_heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": keys.positive(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": rope_theta,
+        "rope_scaling": _rope_scaling(file, keys, arch, head_dim),
+        "max_position_embeddings": keys.integer(f"{arch}.context_length"),
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": not biases.isdisjoint(("attn_q", "attn_k", "attn_v", "attn_output")),
+        "mlp_bias": not biases.isdisjoint(("ffn_gate", "ffn_up", "ffn_down")),
+        **_token_ids(keys, vocab_size),
+    }
+    if keys.has(f"{arch}.attention.sliding_window"):
+        config["sliding_window"] = max(windows) or None
+    if any(windows):
+        config["model_type"], config["architectures"] = "mistral", ["MistralForCausalLM"]
+        if 0 in windows:
+            config["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+    return config
+
+
+def _windows(keys: Keys, arch: str, n_layers: int) -> list[int]:
+    """Every layer's window, 0 for none.
+
+    Of these architectures llama.cpp has windows in granite_swa only; Fabula's writer once put them into llama.
+    """
+    key, pattern_key = f"{arch}.attention.sliding_window", f"{arch}.attention.sliding_window_pattern"
+    window = keys.integer(key, low=1) if arch == "granite_swa" else keys.integer(key, 0, low=0)
+    if window and arch not in PAIRED:
+        raise keys.unsupported(key, f"is {window}; a window is offered with the architectures {', '.join(PAIRED)}")
+    pattern = keys.metadata.get(pattern_key)
+    if pattern is None and arch == "granite_swa":
+        raise keys.error(pattern_key, "is missing")
+    if pattern is None or not window:
+        return [window] * n_layers
+    if not isinstance(pattern, np.ndarray) or pattern.dtype.kind != "b" or len(pattern) != n_layers:
+        raise keys.error(pattern_key, f"must be an array of {n_layers} booleans, one for each layer")
+    return [window if has else 0 for has in pattern.tolist()]
+
+
+def _check_quantization(file: Source, keys: Keys) -> None:
+    version = keys.integer("general.quantization_version", QUANTIZATION_VERSION, low=0)
+    quantized = any(BLOCKS[tensor.dtype][0] > 1 for tensor in file.tensors.values())
+    if quantized and version != QUANTIZATION_VERSION:
+        raise keys.unsupported(
+            "general.quantization_version",
+            f"is {version}, must be {QUANTIZATION_VERSION}; quantise the model again",
+        )
+
+
+def _vocab_size(file: Source, keys: Keys) -> int:
+    """The number of tokens, which must be the rows of the embedding where both are given."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or keys.has(_TOKENS):
+        n_tokens = len(keys.strings(_TOKENS))
+        if n_tokens == 0:
+            raise keys.error(_TOKENS, "is empty")
+        if embedding is not None and embedding.shape[0] != n_tokens:
+            raise keys.error(_TOKENS, f"has {n_tokens} tokens, but token_embd.weight {embedding.shape[0]} rows")
+        return n_tokens
+    return embedding.shape[0]
+
+
+def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:
+    """bos, eos and pad ids. Ends of turn and of message join eos in a list, as config.json may have it.
+
+    An id beyond the vocabulary is an error in a text's start and ends; padding's is of no use here and passed over,
+    with a warning when the tokenizer is read. Files have other ids as well, which nothing depends on.
+    """
+    bos, *ends = (keys.token(f"tokenizer.ggml.{name}_token_id", vocab_size) for name in ("bos", "eos", "eot", "eom"))
+    found = list(dict.fromkeys(token for token in ends if token is not None))
+    eos: int | list[int] | None = found if len(found) > 1 else found[0] if found else None
+    padding = keys.token("tokenizer.ggml.padding_token_id", vocab_size, needed=False)
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": padding}
+
+
+# ---- Rope ---------------------------------------------------------------------------------------------
+
+
+def _rope_scaling(file: Source, keys: Keys, arch: str, head_dim: int) -> dict[str, Any] | None:
+    """How positions are stretched, None for not at all.
+
+    Llama 3's scaling comes as a tensor: one factor for each rotated pair, which divides its frequency. It has
+    no name in config.json, so it gets one here, and the factors are floats [head_dim / 2]:
+    {"rope_type": "frequency_factors", "factors": [...], "attention_factor": ...}
+    """
+    prefix = f"{arch}.rope.scaling"
+    kind = keys.text(f"{prefix}.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)}, offered are none, linear, yarn and longrope")
+    factor = 1.0 if kind == "none" else _factor(keys, arch, needed=keys.has(f"{prefix}.type") and kind != "longrope")
+    attention = keys.positive(f"{prefix}.attn_factor", 1.0)  # on cos and sin
+    lists = [name for name in (ROPE_LONG, ROPE_SHORT) if name in file.tensors]
+    if kind == "longrope":
+        return _longrope(file, keys, arch, head_dim, factor, attention)
+    if lists:
+        raise Unsupported(f"{file.path}: tensor {lists[0]!r}: without {prefix}.type 'longrope'")
+    if ROPE_FREQS in file.tensors:
+        if kind == "yarn" or factor != 1.0:
+            raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)} beside {ROPE_FREQS}: one of them only")
+        return _pair_factors(_factors(file, ROPE_FREQS, head_dim), attention)
+    if kind == "yarn":
+        return _yarn(keys, arch, factor, attention)
+    if attention != 1.0:
+        return _pair_factors([factor] * (head_dim // 2), attention)
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _factor(keys: Keys, arch: str, *, needed: bool) -> float:
+    """What positions are divided by; 0 stands for 1. Older files have it under another name."""
+    newer, older = f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear"
+    if keys.has(older) and not keys.has(newer):
+        return keys.positive(older, zero=1.0)
+    return keys.positive(newer, None if needed else 1.0, zero=1.0)
+
+
+def _pair_factors(factors: list[float], attention: float) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"rope_type": "frequency_factors", "factors": factors}
+    return scaling if attention == 1.0 else {**scaling, "attention_factor": attention}
+
+
+def _own_yarn_factor(keys: Keys, arch: str) -> float:
+    """What YaRN multiplies cos and sin by if no key says otherwise; 1 without YaRN."""
+    prefix = f"{arch}.rope.scaling"
+    if keys.text(f"{prefix}.type", "linear") != "yarn":
+        return 1.0
+    factor = max(_factor(keys, arch, needed=True), 1.0)
+    # mscale_all_dim of config.json, where mscale is 1.
+    multiplier = keys.positive(f"{prefix}.yarn_log_multiplier", 0.0, zero=0.0) if arch == "mistral3" else 0.0
+    return (0.1 * math.log(factor) + 1.0) / (0.1 * multiplier * math.log(factor) + 1.0)
+
+
+def _yarn(keys: Keys, arch: str, factor: float, attention: float) -> dict[str, Any]:
+    prefix = f"{arch}.rope.scaling"
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    if original := keys.integer(f"{prefix}.original_context_length", 0, low=0):
+        scaling["original_max_position_embeddings"] = original
+    own = _own_yarn_factor(keys, arch)
+    if keys.has(f"{prefix}.attn_factor") or (arch == "mistral3" and keys.has(f"{prefix}.yarn_log_multiplier")):
+        # ggml multiplies YaRN's own factor by it; in config.json the number replaces that.
+        scaling["attention_factor"] = attention * own
+    for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        if keys.has(f"{prefix}.{theirs}"):
+            scaling[ours] = keys.positive(f"{prefix}.{theirs}")
+    return scaling
+
+
+def _longrope(file: Source, keys: Keys, arch: str, head_dim: int, factor: float, attention: float) -> dict[str, Any]:
+    """A factor for each rotated pair, one list for contexts up to the old length and one for longer ones."""
+    key = f"{arch}.rope.scaling.type"
+    if arch not in PAIRED:
+        raise keys.unsupported(key, f"is 'longrope', which is offered with the architectures {', '.join(PAIRED)}")
+    if ROPE_FREQS in file.tensors:
+        raise keys.unsupported(key, f"is 'longrope' beside {ROPE_FREQS}: one of them only")
+    lists = {}
+    for name, ours in ((ROPE_SHORT, "short_factor"), (ROPE_LONG, "long_factor")):
+        if name not in file.tensors:
+            raise keys.unsupported(key, f"is 'longrope', but the tensor {name!r} with its factors is missing")
+        lists[ours] = [factor * one for one in _factors(file, name, head_dim)]
+    trained = keys.integer(f"{arch}.context_length")
+    original = keys.integer(f"{arch}.rope.scaling.original_context_length", 0, low=0) or trained
+    return {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "attention_factor": attention,
+        **lists,
+    }
+
+
+def _factors(file: Source, name: str, head_dim: int) -> list[float]:
+    """A tensor of factors, float32 [head_dim / 2]."""
+    tensor = file.tensors[name]
+    if tensor.dtype != DType.F32 or tensor.shape != (head_dim // 2,):
+        raise tensor_error(file, tensor, f"is {tensor.dtype.name} {tensor.shape}, must be F32 ({head_dim // 2},)")
+    factors = file.read(name).view("<f4")
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise tensor_error(file, tensor, "holds a factor that is not finite and above 0")
+    return [float(factor) for factor in factors]
+
+
+def tensor_error(file: Source, tensor: GgufTensor, problem: str) -> ModelFileError:
+    """An error that names file and tensor."""
+    return ModelFileError(f"{file.path}: tensor {shown(tensor.name)}: {problem}", path=file.path, field=tensor.name)

@@ -1,0 +1,215 @@
+"""GGUF key-values, typed, and what every key behind the architecture's name does to the logits.
+
+llama.cpp knows about 170 such keys for all its architectures together. In those offered here each of them is one of:
+
+    READ         gguf_config.py reads it, and the logits follow
+    NO_EFFECT    it says something about the model, but no logit depends on it
+    anything else: it must say "nothing of that kind" (see `_is_neutral`), or the file is refused by the key's name
+
+So a key that stands for a computation which is not offered cannot be passed over, whether llama.cpp would apply it or
+leave it out in this architecture. Keys of which nobody knows are passed over, as llama.cpp does.
+
+Sources: llama.cpp's src/llama-arch.cpp (names), src/llama-model.cpp `load_hparams` and src/models/ (who reads them).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fabula.errors import ModelFileError, Unsupported
+from fabula.formats.readfile import shown
+
+INT32_MAX = 2**31 - 1
+NO_TOKEN = 2**32 - 1  # -1 as UINT32: what converters write where a model has no such token
+
+READ = frozenset([
+    "attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+    "attention.sliding_window_pattern", "attention.value_length", "block_count",
+    "context_length", "embedding_length", "expert_count", "feed_forward_length", "rope.dimension_count",
+    "rope.freq_base", "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+])  # fmt: skip
+READ_OF_MISTRAL3 = frozenset(["rope.scaling.yarn_log_multiplier"])
+
+NO_EFFECT = frozenset([
+    "vocab_size",  # the tokens of the file count, which must be the rows of the embedding
+    "tensor_data_layout",  # the name of the order that rows of q and k always have in these files
+    "rope.scaling.finetuned",  # whether the model was trained with its scaling
+    "attention.layer_norm_epsilon",  # of LayerNorm, which these architectures have not
+    "pooling_type", "classifier.pooling_type", "classifier.output_labels",  # of embeddings; a head would be a tensor
+    "decoder_start_token_id",  # of encoder-decoder models
+])  # fmt: skip
+
+# How the names of keys begin that stand for a computation, in any architecture.
+_COMPUTING = re.compile(
+    r"activation[._]|adapters\.|altup\.|attention\.|attn_|block_size$|conv_|convnext\.|decoder_block|deepstack_|dense_|"
+    r"embedding_length_|embedding_scale$|expert|features_length$|final_logit|full_attention_|hash_layer|"
+    r"hidden_activation$|hrm\.|hyper_connection\.|interleave_|kda\.|leading_dense|logit_scale$|moe_|n_deepstack|nextn_|"
+    r"norm_before_|num_loops$|ple\.|posnet\.|rescale_|residual_scale$|rope\.|router_|selector_|shortconv\.|skip_loop|"
+    r"ssm\.|swiglu_|swin_norm$|target_|time_|token_shift_|use_parallel_residual$|wkv\."
+)
+# 1 does as little as 0, which llama.cpp takes for "not given", in these.
+_FACTORS = frozenset([
+    "attention.output_scale", "attention.value_scale", "embedding_scale", "expert_weights_scale", "logit_scale",
+    "residual_scale", "rope.scaling.yarn_ext_factor",
+])  # fmt: skip
+
+
+class GgufWarning(UserWarning):
+    """Something in a GGUF file is of no use, or is not what it should be, and was passed over."""
+
+
+def warn(path: Path, message: str) -> None:
+    """Warns about a file."""
+    warnings.warn(f"{path}: {message}", GgufWarning, stacklevel=3)
+
+
+class Keys:
+    """Typed access to a file's key-values; every failure names the key. Integers may be of any width.
+
+    Args:
+        path: named in errors.
+        metadata: as `GgufFile.metadata` has it.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, object]) -> None:
+        self.path = path
+        self.metadata = metadata
+
+    def error(self, key: str, problem: str) -> ModelFileError:
+        return ModelFileError(f"{self.path}: key {key!r}: {problem}", path=self.path, field=key)
+
+    def unsupported(self, key: str, problem: str) -> Unsupported:
+        return Unsupported(f"{self.path}: key {key!r}: {problem}")
+
+    def has(self, key: str) -> bool:
+        return key in self.metadata
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, f"is of type {type(value).__name__}, must be a string")
+        return value
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = INT32_MAX) -> int:
+        return self._integer(key, self._get(key, default), low, high)
+
+    def same(self, key: str, n_layers: int, default: int | None = None) -> int:
+        """An integer above 0, or an array with that integer for each layer."""
+        value = self._get(key, default)
+        if not isinstance(value, np.ndarray):
+            return self._integer(key, value, 1, INT32_MAX)
+        if value.dtype.kind not in "iu":
+            raise self.error(key, "is an array, whose items must be integers")
+        if len(value) != n_layers:
+            raise self.error(key, f"has {len(value)} items, must be one number or one for each of {n_layers} layers")
+        if len(distinct := np.unique(value)) != 1:
+            numbers = ", ".join(map(str, value[:32])) + (", ..." if len(value) > 32 else "")
+            raise self.error(
+                key, f"is [{numbers}], must be the same for every layer: layers of different sizes are not offered"
+            )
+        return self._integer(key, int(distinct[0]), 1, INT32_MAX)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false; 0 and 1 of any integer type count as well."""
+        value = self._get(key, default)
+        if isinstance(value, int) and value in (0, 1):
+            return bool(value)
+        raise self.error(key, f"is {shown(value)}, must be true or false")
+
+    def positive(self, key: str, default: float | None = None, *, zero: float | None = None) -> float:
+        """A finite number above 0. A FLOAT32 becomes the shortest decimal that rounds to it, as in JSON.
+
+        Args:
+            key: its name.
+            default: where it is missing.
+            zero: what 0 stands for, where it stands for something.
+        """
+        value = self._get(key, default)
+        if not isinstance(value, float):
+            raise self.error(key, f"is of type {type(value).__name__}, must be a float")
+        if value == 0 and zero is not None:
+            return zero
+        if not (math.isfinite(value) and value > 0):
+            raise self.error(key, f"is {value}, must be finite and above 0")
+        with np.errstate(over="ignore"):
+            single = np.float32(value)
+        return float(str(single)) if float(single) == value else value
+
+    def strings(self, key: str) -> list[str]:
+        value = self._get(key, None)
+        if not isinstance(value, list):
+            raise self.error(key, f"is of type {type(value).__name__}, must be an array of strings")
+        return value
+
+    def token(self, key: str, vocab_size: int, *, needed: bool = True) -> int | None:
+        """A token's id; None where the key is missing or says that there is none.
+
+        Args:
+            key: its name.
+            vocab_size: ids are below it.
+            needed: whether an id beyond the vocabulary is an error; else it is taken as none.
+        """
+        value = self.metadata.get(key)
+        beyond = isinstance(value, int) and not 0 <= value < vocab_size
+        if value is None or (beyond and (value == NO_TOKEN or not needed)):
+            return None
+        return self._integer(key, value, 0, vocab_size - 1)
+
+    def _integer(self, key: str, value: object, low: int, high: int) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(key, f"is of type {type(value).__name__}, must be an integer")
+        if not low <= value <= high:
+            raise self.error(key, f"is {value}, must be {low} to {high}")
+        return value
+
+    def _get(self, key: str, default: object) -> object:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
+
+
+def refuse_other_computations(keys: Keys, arch: str, neutral: Mapping[str, Collection[object]]) -> None:
+    """Refuses keys that ask for something which the architecture's program has not.
+
+    Args:
+        keys: of the file.
+        arch: its architecture.
+        neutral: values, by the name behind the architecture's, that agree with what is computed anyway.
+
+    Raises:
+        Unsupported: such a key; names it and its value.
+    """
+    read = READ | READ_OF_MISTRAL3 if arch == "mistral3" else READ
+    for key, value in keys.metadata.items():
+        name = key.removeprefix(f"{arch}.")
+        if name == key or name in read or name in NO_EFFECT or not _COMPUTING.match(name):
+            continue
+        if not (_is_neutral(name, value) or any(_equal(value, other) for other in neutral.get(name, ()))):
+            text = str(value.tolist()) if isinstance(value, np.ndarray) else value
+            raise keys.unsupported(key, f"is {shown(text)}; models of architecture {arch!r} are offered without that")
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether a value says "nothing of that kind": 0, false, nothing, or an array of it; -1 in an array of indices."""
+    if isinstance(value, np.ndarray):
+        return bool(np.isin(value, (0, -1) if value.dtype.kind == "i" else (0,)).all())
+    if isinstance(value, list | str):
+        return not value
+    return value == 0 or (name in _FACTORS and value == 1)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-6)
+    return value is other or (type(value) is type(other) and value == other)
