@@ -240,9 +240,7 @@ def _rope(read: ConfigReader) -> Mapping[str, Any]:
     if (config.get("partial_rotary_factor") or 1.0) != 1.0 or (merged.get("partial_rotary_factor") or 1.0) != 1.0:
         raise Unsupported(f"{read.path}: config 'partial_rotary_factor' other than 1 is not offered for this family")
     if config.get("original_max_position_embeddings") is not None:
-        merged["original_max_position_embeddings"] = read.integer(
-            "original_max_position_embeddings", 1, _MAX_CONTEXT
-        )
+        merged["original_max_position_embeddings"] = read.integer("original_max_position_embeddings", 1, _MAX_CONTEXT)
     return merged
 
 

@@ -32,6 +32,9 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
     x, h = b.buffer(s.hidden), b.buffer(s.hidden)
     qkv, attended, inner = b.buffer(s.q, s.kv, s.kv), b.buffer(s.q), b.buffer(s.inner)
 
+    # A bias of o that no layer has is 0, as in transformers: the model has biases on q, k and v only.
+    output_bias = c.output_bias and any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
+
     b.embed(embedding, x)
     for layer in range(c.n_layers):
         prefix = f"model.layers.{layer}."
@@ -50,7 +53,7 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         b.attention(qkv, attended, layer, window=c.windows[layer], scale=c.head_dim**-0.5)
         weights = b.matrix(attention + "o_proj.weight", s.hidden, s.q)
         b.linear_onto(
-            attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if c.output_bias else None
+            attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if output_bias else None
         )
 
         b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
@@ -72,3 +75,4 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         else b.matrix("model.embed_tokens.weight" if c.tied else "lm_head.weight", s.vocabulary, s.hidden)
     )
     b.logits(normed, head)
+    b.warn_of_unused({"lm_head.weight"} if c.tied else ())
