@@ -33,14 +33,16 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
       fabula inspect --template
     """
     from fabula.formats.locate import locate
-    from fabula.formats.open import open_checkpoint
-    from fabula.model import load_tokenizer
+    from fabula.model import check_vocabulary, load_tokenizer
+    from fabula.models.opening import check_tensors, open_model
 
     with bars() as bar:
         path = locate(model, progress=FetchProgress(bar, f"fetching {model}"))
-    checkpoint = open_checkpoint(path)
+    checkpoint, config = open_model(path)
     try:
         tokenizer = load_tokenizer(checkpoint)
+        check_vocabulary(tokenizer, config, checkpoint.path)
+        check_tensors(checkpoint, config)
         if template:
             click.echo(json.dumps(tokenizer.chat_template) if as_json else tokenizer.chat_template or "")
             return

@@ -37,6 +37,11 @@ _FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    # Files that say the weights are not what config.json alone would make of them.
+    "adapter_config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
 ]
