@@ -125,6 +125,22 @@ def test_a_tied_model_without_prefix_and_head(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(folder), named)
 
 
+def test_a_base_model_without_a_head_gives_embeddings(tmp_path: Path, fabula: Any) -> None:
+    """As AutoModel saves one that is not tied (the Mistral embedding models): the same vectors, and no text."""
+    tensors = tiny.random_tensors()
+    bare = {name.removeprefix("model."): value for name, value in without(tensors, "lm_head").items()}
+    folder = tiny.write_model(tmp_path / "a", config={"architectures": ["LlamaModel"]}, tensors=bare)
+    whole = tiny.write_model(tmp_path / "b", tensors=tensors)
+    with Model.load(folder, threads=1) as model, Model.load(whole, threads=1) as other:
+        np.testing.assert_array_equal(model.embed(["the whale"]).vectors, other.embed(["the whale"]).vectors)
+        for call in (lambda: model.generate("the whale"), lambda: model.logits([3]), lambda: model.session().say("x")):
+            with pytest.raises(Unsupported, match="without a head"):
+                call()
+    assert fabula("inspect", folder).code == 0
+    with pytest.raises(ModelFileError, match=r"lm_head\.weight"):  # of one that should have a head
+        Model.load(tiny.write_model(tmp_path / "c", tensors=bare), threads=1)
+
+
 @pytest.mark.parametrize("double", ["norm.weight", "language_model.model.embed_tokens.weight", "model.lm_head.weight"])
 def test_two_names_of_one_tensor(double: str, tmp_path: Path) -> None:
     tensors = tiny.random_tensors()

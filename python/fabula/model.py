@@ -236,7 +236,9 @@ class Model:
         Raises:
             InvalidArgument: empty, or an id outside the vocabulary.
             ContextOverflow: more tokens than the context holds.
+            Unsupported: the model has no head.
         """
+        self._runner.check_head()
         return np.concatenate(list(self._runner.all_logits(self._runner.token_ids(token_ids))))
 
     def generate(

@@ -39,6 +39,7 @@ class ModelConfig:
         rope: theta and scaling, all keys in one mapping; see `models/rope.py`.
         windows: per layer, how many positions a token sees, itself included; 0 for all.
         tied: whether the head is the embedding.
+        base: whether it was saved as a base model (AutoModel), which need not have a head.
         attention_bias: whether q, k and v have biases;  output_bias: whether o has one;  mlp_bias: gate, up and down.
     """
 
@@ -58,6 +59,7 @@ class ModelConfig:
     attention_bias: bool
     output_bias: bool
     mlp_bias: bool
+    base: bool = False
 
 
 class ConfigReader:
@@ -176,6 +178,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         attention_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
         output_bias=attention_bias if traits.qkv_bias is None else False,
         mlp_bias=traits.mlp_bias and read.flag("mlp_bias", False),
+        base=any(name.endswith("Model") and "For" not in name for name in _architectures(read)),
     )
 
 
