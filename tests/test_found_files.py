@@ -244,6 +244,11 @@ def test_indexes_that_name_what_was_not_written(tmp_path: Path) -> None:
         logits(write_shards(tmp_path / "d", "model.layers.7.mlp.up_proj.weight"))
 
 
+def test_the_path_of_a_shard_stands_for_all(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "m")
+    np.testing.assert_array_equal(logits(folder / "two.safetensors"), logits(folder))
+
+
 def test_biases_without_that_of_o(tmp_path: Path) -> None:
     """Equal to one of zeros; where one layer has it, all must."""
     tensors = tiny.random_tensors()

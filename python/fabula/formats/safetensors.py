@@ -207,8 +207,8 @@ class SafetensorsCheckpoint:
 def open_safetensors(path: Path) -> SafetensorsCheckpoint:
     """Opens a Hugging Face folder, or one .safetensors file that lies beside a config.json.
 
-    In a folder `model.safetensors` is taken if there is one, else the shards of
-    `model.safetensors.index.json`.
+    In a folder `model.safetensors` is taken if there is one, else the shards of `model.safetensors.index.json`; the
+    path of a shard stands for all of them.
 
     Raises:
         ModelFileError: a file is missing, damaged, incomplete or hostile; the message names file and reason.
@@ -224,6 +224,8 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
             " it first (peft: merge_and_unload(), then save_pretrained), or move that file away to load the model"
             " without it"
         )
+    if path != folder and _is_listed(path):
+        path = folder  # one shard of several is no model
     with ExitStack() as stack:
         if path != folder:
             shards = [_open_shard(path, stack)]
@@ -236,6 +238,15 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
         checkpoint = SafetensorsCheckpoint(folder, config, shards)
         stack.pop_all()  # nothing failed: from here on the checkpoint owns the files
     return checkpoint
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether a file is a shard that the index beside it names."""
+    index_path = path.parent / INDEX_FILE
+    if not index_path.is_file():
+        return False
+    weight_map = read_json_object(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    return isinstance(weight_map, dict) and path.name in weight_map.values()
 
 
 def _open_indexed(folder: Path, config: Mapping[str, Any], stack: ExitStack) -> list[_Shard]:
