@@ -15,11 +15,18 @@ from typing import Any
 import httpx
 import pytest
 
+import tiny
 from fabula import Workspace
 from fabula.server import Settings, create_app
 from serving import Running, parse
 
 LONG = {"message": "the whale", "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose answers may be long enough to be interrupted."""
+    return tiny.write_model(tmp_path_factory.mktemp("long") / "tiny", config={"max_position_embeddings": 20_000})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from fabula import Model, SamplingParams
 from fabula.engine.generation import Generation
 from fabula.server import runs
@@ -18,6 +19,12 @@ from fabula.server.observer import Observer
 from fabula.server.runs import Run, Runs
 
 WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose answers may be long enough to be interrupted."""
+    return tiny.write_model(tmp_path_factory.mktemp("long") / "tiny", config={"max_position_embeddings": 20_000})
 
 
 @pytest.fixture(scope="module")

@@ -173,3 +173,7 @@ class StoreTooNew(StoreError):
 
 class StoreLocked(StoreError):
     """Another process uses it; only one may write at a time."""
+
+
+class ModelFileWarning(UserWarning):
+    """A model's files hold something that is passed over, or say two things of which one holds."""

@@ -24,12 +24,11 @@ from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.download import DEFAULT_MODEL, Progress
 from fabula.formats.fingerprint import Fingerprinting
 from fabula.formats.locate import locate
-from fabula.formats.open import open_checkpoint
 from fabula.kv.cache import KvCache
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
 from fabula.models.config import ModelConfig
-from fabula.models.families import family_of
+from fabula.models.opening import check_context, open_model
 from fabula.models.precision import NAMES as PRECISIONS
 from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.host import Host, Served
@@ -128,7 +127,7 @@ class Model:
                 round when they load, as `fabula quantize` does ("q8", "q4", ... are short for q8_0, q4_k_m, ...).
             kv: format of the KV cache: "f16", "f32", "bf16" or "q8", or two of them for K and V apart, as "q8:f16".
             threads: None takes what this process may really use (affinity, CPU quota, physical cores).
-            context: positions a text may have; None takes the model's own length.
+            context: positions a text may have; None takes the model's own length, more than that is refused.
             kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory,
                 except on a GPU, where the cache takes no more than is free.
             device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU that has room for it, else the CPU.
@@ -169,11 +168,12 @@ class Model:
         placement = Placement(device, device_memory, tensor_parallel, device_products)
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
-        checkpoint = Fingerprinting(open_checkpoint(path))
+        opened, config = open_model(path)
+        checkpoint = Fingerprinting(opened)
         try:
             tokenizer = load_tokenizer(checkpoint)
-            check_vocabulary(tokenizer, checkpoint)
-            config = family_of(checkpoint.config, path).read(checkpoint.config, path)
+            check_vocabulary(tokenizer, config, checkpoint.path)
+            check_context(checkpoint, config, context)
             defaults = read_defaults(checkpoint)
             label = label_of(weights, checkpoint)
             runner = Runner(
@@ -242,7 +242,9 @@ class Model:
         Raises:
             InvalidArgument: empty, or an id outside the vocabulary.
             ContextOverflow: more tokens than the context holds.
+            Unsupported: the model has no head.
         """
+        self._runner.check_head()
         return np.concatenate(list(self._runner.all_logits(self._runner.token_ids(token_ids))))
 
     def generate(
@@ -485,13 +487,11 @@ class FingerprintOf:
             return self._fingerprint
 
 
-def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> None:
     """Raises TokenizerError if the tokenizer has ids that the model has no embedding for."""
-    path = checkpoint.path
-    n_rows = family_of(checkpoint.config, path).read(checkpoint.config, path).vocab_size
-    if tokenizer.vocab_size > n_rows:
+    if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {n_rows}",
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}",
             path=path,
             field="vocab_size",
         )

@@ -154,13 +154,15 @@ def model(
     if shared and sequences == 1:
         raise click.UsageError("--shared needs --sequences")
     lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared, neighbours)
-    context = lengths.context * max(1, -(-sequences // _TEXTS))
+    kv_memory = kv_memory_of(model, kv, sequences, lengths.context) if sequences > _TEXTS else None
     make = partial(make_peers, llama={"n_sequences": sequences, "kv": peer_kv, "python": peer_python})
     machine = measured_machine(threads)
     with ExitStack() as stack:
         loaded = [
             stack.enter_context(
-                ModelOptions(model, precision, kv, machine.threads, context, device, tensor_parallel).load()
+                ModelOptions(
+                    model, precision, kv, machine.threads, lengths.context, device, tensor_parallel, kv_memory=kv_memory
+                ).load()
             )
             for precision in weights
         ]
@@ -233,3 +235,16 @@ def load(
     found = [row.to_json() for row in rows]
     title = f"{rows[0].model}: medians of {rounds} rounds"
     give(found, about(n_threads), lambda: (title, rows_table(rows)), as_json=as_json, plot=plot)
+
+
+def kv_memory_of(model: str, kv: str, n_texts: int, n_positions: int) -> int:
+    """Bytes of a KV cache that holds so many texts of that length."""
+    from fabula._native import PAGE_POSITIONS, page_bytes
+    from fabula.formats.locate import locate
+    from fabula.kv.format import kv_dtypes
+    from fabula.models.opening import open_model
+
+    checkpoint, config = open_model(locate(model))
+    checkpoint.close()
+    n_pages = n_texts * -(-n_positions // PAGE_POSITIONS)
+    return n_pages * page_bytes(kv_dtypes(kv), config.n_layers, config.n_kv_heads, config.head_dim)

@@ -34,14 +34,16 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
     """
     from fabula.engine.defaults import read_defaults
     from fabula.formats.locate import locate
-    from fabula.formats.open import open_checkpoint
-    from fabula.model import load_tokenizer
+    from fabula.model import check_vocabulary, load_tokenizer
+    from fabula.models.opening import check_tensors, open_model
 
     with bars() as bar:
         path = locate(model, progress=FetchProgress(bar, f"fetching {model}"))
-    checkpoint = open_checkpoint(path)
+    checkpoint, config = open_model(path)
     try:
         tokenizer = load_tokenizer(checkpoint)
+        check_vocabulary(tokenizer, config, checkpoint.path)
+        check_tensors(checkpoint, config)
         if template:
             click.echo(json.dumps(tokenizer.chat_template) if as_json else tokenizer.chat_template or "")
             return
@@ -72,6 +74,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes of a checkpoint: its own, and those it would take in memory in each precision."""
+    from fabula.models.decoder import has_head
     from fabula.models.families import family_of
 
     family = family_of(checkpoint.config, checkpoint.path)
@@ -102,6 +105,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "context_length": config.context_length,
         "sliding_window": window or None,
         "tied_embeddings": config.tied,
+        "has_head": has_head(checkpoint, config),
         "rope": dict(config.rope),
         "bytes_on_disk": on_disk,
         "bytes_in_memory": {"auto": as_it_is + 4 * vectors}
@@ -128,7 +132,11 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         ("family", f"{facts['family']}, {facts['n_parameters'] / 1e6:,.1f} M parameters"),
         ("layers", f"{facts['n_layers']} of hidden size {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("heads", f"{facts['n_heads']} of {facts['head_dim']}, {facts['n_kv_heads']} for keys and values"),
-        ("vocabulary", f"{facts['vocab_size']:,}{', tied' if facts['tied_embeddings'] else ''}"),
+        (
+            "vocabulary",
+            f"{facts['vocab_size']:,}{', tied' if facts['tied_embeddings'] else ''}"
+            + ("" if facts["has_head"] else ", no head: for embeddings only"),
+        ),
         (
             "context",
             f"{facts['context_length']:,} tokens"

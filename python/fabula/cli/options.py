@@ -96,6 +96,7 @@ class ModelOptions:
     device: str = "cpu"
     tensor_parallel: int = 1
     device_products: str = "own"
+    kv_memory: int | None = None
 
     @property
     def name(self) -> str:
@@ -114,6 +115,7 @@ class ModelOptions:
                 kv=self.kv,
                 threads=self.threads,
                 context=self.context,
+                kv_memory=self.kv_memory,
                 device=self.device,
                 tensor_parallel=self.tensor_parallel,
                 device_products=self.device_products,

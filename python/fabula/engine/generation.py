@@ -115,6 +115,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         timeout: float | None = None,
     ) -> None:
         runner = engine.runner
+        runner.check_head()
         prompt = runner.token_ids(prompt_ids)
         for ids in (params.stop_tokens, begun):
             if ids:

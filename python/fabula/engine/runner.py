@@ -18,15 +18,16 @@ import numpy.typing as npt
 from fabula import _native, _program
 from fabula.engine.assembly import Assembly
 from fabula.engine.device import CPU, Placement
-from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument
+from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, Window
 from fabula.models.builder import ProgramBuilder
 from fabula.models.config import ModelConfig
+from fabula.models.decoder import has_head
 from fabula.models.families import family_of
+from fabula.models.opening import lay_out
 from fabula.models.precision import Precision, block_of, everywhere
-from fabula.models.rope import make_rope
 from fabula.models.shares import Shares
 
 if TYPE_CHECKING:
@@ -87,11 +88,11 @@ class Runner:
         if context is not None and not 1 <= context <= 1 << 24:
             raise InvalidArgument(f"context is {context}, must be 1 .. 2^24")
         self.context = context or config.context_length
-        rope = make_rope(config.rope, config.head_dim, config.context_length, self.context, checkpoint.path)
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
         builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
-        family.emit(builder, config)
+        rope = lay_out(builder, config, self.context)
+        self._headless = "" if has_head(checkpoint, config) else checkpoint.path.name
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
         page_bytes = _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim)
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
@@ -129,6 +130,14 @@ class Runner:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
+
+    def check_head(self) -> None:
+        """Raises Unsupported if the model has no head, and so no logits."""
+        if self._headless:
+            raise Unsupported(
+                f"{self._headless} was saved without a head (it has no lm_head.weight and is not tied): it gives"
+                " embeddings and cannot continue a text"
+            )
 
     def token_ids(self, ids: object) -> I32:
         """Token ids that a caller gave, as int32 [n].

@@ -40,6 +40,7 @@ from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
 from fabula.formats.readfile import shown
 from fabula.models.config import ModelConfig
+from fabula.models.decoder import has_head
 from fabula.models.families import family_of
 from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.text.tokenizer import Tokenizer
@@ -255,6 +256,10 @@ def _opened(path: Path) -> Iterator[_Source]:
     try:
         family = family_of(checkpoint.config, checkpoint.path)
         config = family.read(checkpoint.config, checkpoint.path)
+        if not has_head(checkpoint, config):
+            raise Unsupported(
+                f"{path}: has no head (lm_head.weight); in a GGUF file its embedding would be taken for one"
+            )
         shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
         if checkpoint.format == "gguf":
             with open_gguf_file(checkpoint.path) as file:

@@ -7,13 +7,15 @@ Both readers speak Hugging Face's language: `config` has the keys of config.json
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from fabula.errors import Unsupported
 
 
 class DType(enum.IntEnum):
@@ -50,6 +52,37 @@ class TensorInfo:
     dtype: DType
     shape: tuple[int, ...]
     n_bytes: int
+
+
+class TensorTable(Mapping[str, TensorInfo]):
+    """Tensors by name: iterates over those that can be read, raises Unsupported when asked for another.
+
+    Args:
+        path: of the model, named in errors.
+        tensors: those that can be read.
+        others: why the others cannot, by name.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], others: dict[str, str]) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._others = others
+
+    @property
+    def all_names(self) -> set[str]:
+        """Also of tensors that cannot be read."""
+        return self._tensors.keys() | self._others.keys()
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        if name in self._others:
+            raise Unsupported(f"{self._path}: tensor {name[:80]!r} {self._others[name]}")
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Checkpoint(Protocol):

@@ -40,6 +40,11 @@ _FILES = [
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    # Files that say the weights are not what config.json alone would make of them.
+    "adapter_config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
 ]

@@ -77,6 +77,8 @@ def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progre
         return found
     known = KNOWN_MODELS.get(text.lower())
     hub_name = hub.parse_hub_name(text)
+    if known is None and (here := _here(text, hub_name)) is not None:
+        return here  # what is wrong with it, opening it will tell
     if hub_name is not None:
         if not hub.hub_installed():
             looked.append(f"the hub: {_HUB_MISSING}")
@@ -96,8 +98,10 @@ def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progre
 def can_be_fetched(name: str) -> bool:
     """Whether a model of this name may be somewhere to fetch it from; the network is not asked."""
     text, is_path = _as_text(name)
-    known = text.lower() in KNOWN_MODELS
-    return known or (not is_path and hub.parse_hub_name(text) is not None and hub.hub_installed())
+    if text.lower() in KNOWN_MODELS:
+        return True
+    hub_name = None if is_path else hub.parse_hub_name(text)
+    return hub_name is not None and _here(text, hub_name) is None and hub.hub_installed()
 
 
 def pull(name: str, *, force: bool = False, progress: Progress | None = None) -> Path:
@@ -173,6 +177,21 @@ def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
     if holds_model:
         return path
     looked.append(f"the path {shown(path.absolute(), 300)}: holds no model")
+    return None
+
+
+def _here(text: str, hub_name: hub.HubName | None) -> Path | None:
+    """The path of that name if something lies there: a folder of one's own is never taken for a name on the hub.
+
+    Of `owner/repo:file.gguf`, the file in the folder `owner/repo`.
+    """
+    try:
+        if Path(text).expanduser().exists():
+            return Path(text).expanduser()
+        if hub_name is not None and hub_name.file is not None and Path(hub_name.repo).is_dir():
+            return Path(hub_name.repo) / hub_name.file
+    except (OSError, RuntimeError):
+        pass
     return None
 
 

@@ -1,19 +1,32 @@
 """One door to every model on disk: looks at what lies at a path and opens it with the reader of its format.
 
-Only the path's kind and the names in a folder decide; what a file holds is its reader's business.
+Only the path's kind and the names in a folder decide; what a file holds is its reader's business. What cannot be opened
+is named, with what would work.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 
-from fabula.errors import EngineError, ModelFileError, ModelNotFound
+from fabula.errors import EngineError, ModelFileError, ModelFileWarning, ModelNotFound
 from fabula.formats.checkpoint import Checkpoint
-from fabula.formats.readfile import shown
-from fabula.formats.safetensors import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, open_safetensors
+from fabula.formats.contents import describe_file, describe_folder
+from fabula.formats.quantized import refuse_quantized
+from fabula.formats.readfile import read_json_object, shown
+from fabula.formats.safetensors import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    open_safetensors,
+)
 from fabula.formats.split_names import without_later_parts
 
 _GGUF_MAGIC = b"GGUF"  # first four bytes of every GGUF file (ggml's docs/gguf.md)
+_PROJECTOR = re.compile(r"(?:.*[-._])?mmproj(?:[-._].*)?\.gguf", re.IGNORECASE)  # of images, beside a language model
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -50,8 +63,11 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The .gguf files of a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
+    """The models among the .gguf files of a folder, by name: of one in several parts the first."""
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
+    firsts = without_later_parts(files)
+    models = [file for file in firsts if not _PROJECTOR.fullmatch(file.name)]
+    return models or firsts or files
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -66,16 +82,35 @@ def _find_weights(path: Path) -> Path:
             raise ModelNotFound(f"{path}: no such file or folder")
         if path.suffix in (".safetensors", ".gguf") or is_gguf(path):
             return path
-        raise ModelFileError(f"{path}: is neither a .gguf nor a .safetensors file", path=path)
+        words = describe_file(path)
+        raise ModelFileError(
+            f"{path}: is neither a .gguf nor a .safetensors file" + (f"; {words}" if words else ""), path=path
+        )
+    found = gguf_files(path)
     if has_safetensors(path):
+        if found:
+            warnings.warn(
+                f"{path}: holds safetensors and {_names(found)}; the safetensors are loaded. Give the path of a .gguf"
+                " file for that instead",
+                ModelFileWarning,
+                stacklevel=3,
+            )
         return path
-    found = without_later_parts(gguf_files(path))
     if len(found) == 1:
         return found[0]
     if found:
-        names = ", ".join(shown(file.name) for file in found[:8])
-        raise ModelFileError(f"{path}: holds {len(found)} .gguf files ({names}); give the path of one", path=path)
+        raise ModelFileError(
+            f"{path}: holds {len(found)} .gguf files ({_names(found)}); give the path of one", path=path
+        )
+    if (path / CONFIG_FILE).is_file() and not (path / ADAPTER_FILE).exists():
+        refuse_quantized(read_json_object(path / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES), path)
+    if words := describe_folder(path):
+        raise ModelFileError(f"{path}: holds no model that Fabula can load, but {words}", path=path)
     raise ModelFileError(
         f"{path}: holds no model; looked for {CONFIG_FILE} with {WEIGHTS_FILE} or {INDEX_FILE}, and for one .gguf file",
         path=path,
     )
+
+
+def _names(files: list[Path]) -> str:
+    return ", ".join(shown(file.name) for file in files[:8]) + (", ..." if len(files) > 8 else "")

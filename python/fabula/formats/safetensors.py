@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -25,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.checkpoint import DType, TensorInfo
+from fabula.errors import ModelFileError, ModelFileWarning, Unsupported
+from fabula.formats.checkpoint import DType, TensorInfo, TensorTable
+from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
 from fabula.formats.readfile import (
     file_size,
     open_regular,
@@ -35,10 +37,14 @@ from fabula.formats.readfile import (
     read_json_object,
     shown,
 )
+from fabula.formats.tensor_names import canonical_names, is_head, is_leftover
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Limits on what a stranger's file may ask of us. The first is the format's own; the others leave every known
 # model room.
@@ -53,6 +59,7 @@ MAX_INDEX_BYTES = 16_000_000
 # JSON structure (commas, colons, brackets) that parsing may turn into objects. A tensor needs about 13, so
 # 65,536 of them stay below; without it 100 MB of "[],[]," would take gigabytes.
 _MAX_STRUCTURE = 2_000_000
+_COMPARED = 1 << 22  # numbers of two tensors that are compared at a time
 
 _READABLE = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 # Bits of an element, as in the format's list of dtypes. A dtype not listed here is left to the library's own
@@ -76,54 +83,47 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """An open file with its checked header; `aliases` maps names to the tensor whose bytes they share."""
+    """An open file with its checked header.
+
+    Attributes:
+        aliases: names to the tensor whose bytes they share.
+        unlisted: tensors that lie in it and not in the index.
+    """
 
     path: Path
     file: io.FileIO
     entries: dict[str, _Entry]
     aliases: dict[str, str]
-
-
-class _TensorTable(Mapping[str, TensorInfo]):
-    """Tensors by name: iterates over those Fabula can read, raises Unsupported when asked for another."""
-
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo], unreadable: dict[str, str]) -> None:
-        self._path = path
-        self._tensors = tensors
-        self._unreadable = unreadable
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        if name in self._unreadable:
-            raise Unsupported(f"{self._path}: tensor {shown(name)} {self._unreadable[name]}")
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    unlisted: frozenset[str] = frozenset()
 
 
 class SafetensorsCheckpoint:
     """An opened model folder; see `fabula.formats.checkpoint.Checkpoint`. Made by `open_safetensors`.
 
-    Tensors of other dtypes than F32, F16 and BF16, or of more than four dimensions, do not stand in the way:
-    they are left out of `tensors` when it is iterated, and only asking for one of them raises Unsupported.
+    Tensors have the names of a `transformers` decoder with a head, whatever prefix they have in the files; see
+    `formats/tensor_names.py`. Those of other dtypes than F32, F16 and BF16, or of more than four dimensions, do not
+    stand in the way: they are left out of `tensors` when it is iterated, and only asking for one of them raises
+    Unsupported.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], shards: list[_Shard]) -> None:
         self.path = path
         self.format = "safetensors"
-        self.config: Mapping[str, Any] = config
         self.metadata: Mapping[str, Any] = {}
         self._files = [shard.file for shard in shards]
         self._places: dict[str, tuple[_Shard, _Entry]] = {}
         tensors: dict[str, TensorInfo] = {}
         unreadable: dict[str, str] = {}
+        found = [name for shard in shards for name in (*shard.entries, *shard.aliases)]
+        refuse_quantized_tensors(found, path)
+        canonical = canonical_names(found, path)
+        for shard in shards:
+            for name in shard.unlisted - canonical.keys():
+                unreadable[name] = f"lies in {shard.path.name}, but {INDEX_FILE} does not name it"
         for shard in shards:
             names = {name: name for name in shard.entries} | shard.aliases
-            for name, stored in names.items():
-                entry = shard.entries[stored]
+            for found_name, stored in names.items():
+                entry, name = shard.entries[stored], canonical[found_name]
                 dtype = _READABLE.get(entry.dtype)
                 if dtype is None:
                     unreadable[name] = f"is {entry.dtype}; Fabula reads F32, F16 and BF16 from safetensors files"
@@ -132,7 +132,52 @@ class SafetensorsCheckpoint:
                 else:
                     tensors[name] = TensorInfo(name, dtype, entry.shape, entry.n_bytes)
                     self._places[name] = (shard, entry)
-        self.tensors: Mapping[str, TensorInfo] = _TensorTable(path, tensors, unreadable)
+        self.config: Mapping[str, Any] = self._settle_head(config, tensors)
+        self.tensors: Mapping[str, TensorInfo] = TensorTable(path, tensors, unreadable)
+
+    def _settle_head(self, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+        """The config as the tensors have it, where they say otherwise than its `tie_word_embeddings`.
+
+        As in transformers: of embedding and head of a tied model, the one that is there stands for both; where both are
+        there and differ, the model is not tied.
+        """
+        if config.get("tie_word_embeddings") is not True or HEAD not in tensors:
+            return config
+        if EMBEDDING not in tensors:
+            head = tensors.pop(HEAD)
+            tensors[EMBEDDING] = TensorInfo(EMBEDDING, head.dtype, head.shape, head.n_bytes)
+            self._places[EMBEDDING] = self._places.pop(HEAD)
+        elif not self._are_equal(tensors[EMBEDDING], tensors[HEAD]):
+            warnings.warn(
+                f"{self.path}: config 'tie_word_embeddings' is true, but {HEAD} differs from {EMBEDDING}:"
+                " the head's own is used",
+                ModelFileWarning,
+                stacklevel=3,
+            )
+            return config | {"tie_word_embeddings": False}
+        return config
+
+    def _are_equal(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two tensors hold the same numbers; the first that differ end the comparison."""
+        if self._places[one.name] == self._places[other.name]:
+            return True
+        if one.shape != other.shape:
+            return False
+        n = prod(one.shape)
+        for start in range(0, n, _COMPARED):
+            count = min(_COMPARED, n - start)
+            if not np.array_equal(self._numbers(one, start, count), self._numbers(other, start, count)):
+                return False
+        return True
+
+    def _numbers(self, info: TensorInfo, start: int, count: int) -> npt.NDArray[np.float32]:
+        """`count` elements of a tensor from `start` on, float32 [count]."""
+        shard, entry = self._places[info.name]
+        size = entry.n_bytes // prod(entry.shape)
+        raw = read_at(shard.file, entry.offset + start * size, count * size, path=shard.path, field=info.name)
+        if info.dtype == DType.BF16:
+            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return raw.view("<f4" if info.dtype == DType.F32 else "<f2").astype(np.float32)
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """Reads one tensor's raw bytes by position, uint8 [n_bytes], row-major, little-endian.
@@ -162,22 +207,32 @@ class SafetensorsCheckpoint:
 def open_safetensors(path: Path) -> SafetensorsCheckpoint:
     """Opens a Hugging Face folder, or one .safetensors file that lies beside a config.json.
 
-    In a folder `model.safetensors` is taken if there is one, else the shards of
-    `model.safetensors.index.json`.
+    In a folder `model.safetensors` is taken if there is one, else the shards of `model.safetensors.index.json`; the
+    path of a shard stands for all of them.
 
     Raises:
         ModelFileError: a file is missing, damaged, incomplete or hostile; the message names file and reason.
+        Unsupported: the weights are quantized, or an adapter lies beside them.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     config = read_json_object(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    refuse_quantized(config, folder)
+    if path == folder and (folder / ADAPTER_FILE).exists():
+        raise Unsupported(
+            f"{folder}: {ADAPTER_FILE} lies beside the weights, so transformers would apply an adapter to them; merge"
+            " it first (peft: merge_and_unload(), then save_pretrained), or move that file away to load the model"
+            " without it"
+        )
+    if path != folder and _is_listed(path):
+        path = folder  # one shard of several is no model
     with ExitStack() as stack:
         if path != folder:
             shards = [_open_shard(path, stack)]
         elif (folder / WEIGHTS_FILE).exists():
             shards = [_open_shard(folder / WEIGHTS_FILE, stack)]
         elif (folder / INDEX_FILE).exists():
-            shards = _open_indexed(folder, stack)
+            shards = _open_indexed(folder, config, stack)
         else:
             raise ModelFileError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}", path=folder)
         checkpoint = SafetensorsCheckpoint(folder, config, shards)
@@ -185,8 +240,25 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
     return checkpoint
 
 
-def _open_indexed(folder: Path, stack: ExitStack) -> list[_Shard]:
-    """Opens the shards an index names and keeps of each only the tensors that the index places there."""
+def _is_listed(path: Path) -> bool:
+    """Whether a file is a shard that the index beside it names."""
+    index_path = path.parent / INDEX_FILE
+    if not index_path.is_file():
+        return False
+    weight_map = read_json_object(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    return isinstance(weight_map, dict) and path.name in weight_map.values()
+
+
+def _open_indexed(folder: Path, config: Mapping[str, Any], stack: ExitStack) -> list[_Shard]:
+    """Opens the shards an index names and keeps of each only the tensors that the index places there.
+
+    Some indexes also name tensors that were not written: the head of a tied model, and buffers without meaning.
+    """
+    tied = config.get("tie_word_embeddings") is True
+
+    def may_be_missing(name: str) -> bool:
+        return is_leftover(name) or (tied and is_head(name))
+
     index_path = folder / INDEX_FILE
     weight_map = read_json_object(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -204,13 +276,16 @@ def _open_indexed(folder: Path, stack: ExitStack) -> list[_Shard]:
         wanted.setdefault(file_name, []).append(name)
     if len(wanted) > MAX_SHARDS:
         raise ModelFileError(f"{index_path}: names {len(wanted)} shards, more than {MAX_SHARDS}", path=index_path)
+    for file_name in [file_name for file_name, names in wanted.items() if all(map(may_be_missing, names))]:
+        if Path(file_name).name == file_name and not (folder / file_name).exists():
+            del wanted[file_name]
     for file_name, names in wanted.items():  # all before the first is opened
         _check_shard_name(folder, file_name, index_path, names[0])
     shards = []
     for file_name, names in wanted.items():
         whole = _open_shard(folder / file_name, stack)
         for name in names:
-            if name not in whole.entries and name not in whole.aliases:
+            if name not in whole.entries and name not in whole.aliases and not may_be_missing(name):
                 raise ModelFileError(
                     f"{whole.path}: holds no tensor {shown(name)}, although {INDEX_FILE} places it there",
                     path=whole.path,
@@ -223,6 +298,7 @@ def _open_indexed(folder: Path, stack: ExitStack) -> list[_Shard]:
                 whole.file,
                 {name: entry for name, entry in whole.entries.items() if name in keep},
                 {name: stored for name, stored in whole.aliases.items() if stored in keep},
+                frozenset(whole.entries.keys() - keep),
             )
         )
     return shards

@@ -10,7 +10,7 @@ warned about, and a turn that meets it fails with NonFinite.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,8 +20,9 @@ import numpy.typing as npt
 from fabula import _native
 from fabula._native import Weight
 from fabula._program import Op
-from fabula.errors import ModelFileError
-from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+from fabula.errors import ModelFileError, ModelFileWarning
+from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
+from fabula.formats.tensor_names import is_leftover
 from fabula.models.packing import Packer, Packing, Part, Place
 from fabula.models.precision import Precision
 from fabula.models.shares import Axis, Shares, check_columns, widths
@@ -33,6 +34,7 @@ EMBED, RMS_NORM, LINEAR, LINEAR_SWIGLU, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
+_SHOWN = 8  # names of unused tensors that a warning lists
 
 
 class DamagedWeightWarning(UserWarning):
@@ -134,6 +136,24 @@ class ProgramBuilder:
             DamagedWeightWarning,
             stacklevel=2,
         )
+
+    def warn_of_unused(self, spare: Collection[str] = ()) -> None:
+        """Warns of tensors that no operator asked for, by their names.
+
+        Args:
+            spare: tensors that are known not to be needed.
+        """
+        tensors = self.checkpoint.tensors
+        names = tensors.all_names if isinstance(tensors, TensorTable) else tensors.keys()
+        unused = sorted(name for name in names - self._asked_for if name not in spare and not is_leftover(name))
+        if unused:
+            shown = ", ".join(name[:80] for name in unused[:_SHOWN]) + (", ..." if len(unused) > _SHOWN else "")
+            warnings.warn(
+                f"{self.checkpoint.path}: {len(unused)} tensors are no part of the model as its config describes it and"
+                f" are not used: {shown}",
+                ModelFileWarning,
+                stacklevel=2,
+            )
 
     def pack(self, devices: Sequence[_native.Device] = ()) -> None:
         """Reads and packs the matrices that were asked for, and moves each device's share there; none: the CPU.

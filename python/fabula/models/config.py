@@ -3,6 +3,10 @@
 Keys are Hugging Face's (both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`). A config comes
 from a file nobody vouches for: every value is checked for type and range, and sizes that do not fit each other are
 refused here.
+
+The law: what transformers reads of a config either changes the logits here in the same way, or the model is refused by
+the field's name. Fields that it ignores are ignored. `tests/test_config_flips.py` compares the two field by field.
+Source: configuration and modeling files of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fabula.errors import ModelFileError, Unsupported
 
@@ -35,6 +39,7 @@ class ModelConfig:
         rope: theta and scaling, all keys in one mapping; see `models/rope.py`.
         windows: per layer, how many positions a token sees, itself included; 0 for all.
         tied: whether the head is the embedding.
+        base: whether it was saved as a base model (AutoModel), which need not have a head.
         attention_bias: whether q, k and v have biases;  output_bias: whether o has one;  mlp_bias: gate, up and down.
     """
 
@@ -54,6 +59,7 @@ class ModelConfig:
     attention_bias: bool
     output_bias: bool
     mlp_bias: bool
+    base: bool = False
 
 
 class ConfigReader:
@@ -96,39 +102,65 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_config(
-    config: Mapping[str, Any], path: Path, *, qkv_bias: bool | None = None, windowed: str = "never"
-) -> ModelConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What tells a family's config from Llama's: which fields it reads, and what stands for those that are missing.
+
+    Attributes:
+        qkv_bias: whether q, k and v have biases; None where `attention_bias` says so, of all four projections.
+        mlp_bias: whether `mlp_bias` is read.
+        windowed: "never", "always" (every layer has `sliding_window`, or `layer_types` say which have), or "switched"
+            (`use_sliding_window` and `max_window_layers`, or `layer_types`, say which have it).
+        context_length: for a missing `max_position_embeddings`.
+        n_kv_heads: for a missing `num_key_value_heads`; None for as many as query heads. A null means that everywhere.
+        head_dim: for a missing `head_dim`; None for hidden_size / num_attention_heads.
+    """
+
+    qkv_bias: bool | None = None
+    mlp_bias: bool = False
+    windowed: Literal["never", "always", "switched"] = "never"
+    context_length: int = 2048
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+_WINDOW = 4096  # of a config without `sliding_window`, in every family that has one
+_MAX_WINDOW_LAYERS = 28  # layers below the first that has a window, where a config does not say
+
+
+def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelConfig:
     """Reads and checks a decoder's config.
 
     Args:
         config: config.json's content.
         path: named in errors.
-        qkv_bias: True when the family always has biases on q, k and v, None to read `attention_bias`.
-        windowed: "never", "always" (every layer has `sliding_window`, when set), or "switched" (`use_sliding_window`
-        and
-            `max_window_layers`, or `layer_types`, say which).
+        traits: of the family.
 
     Raises:
         ModelFileError: a key is missing, of the wrong type, out of range, or does not fit another.
-        Unsupported: an activation other than SiLU.
+        Unsupported: a field asks for what Fabula does not compute: an activation other than SiLU, attention to later
+            tokens, layers of different sizes.
     """
     read = ConfigReader(config, path)
+    _refuse_unknown(read)
     n_layers = read.integer("num_hidden_layers", 1, _MAX_LAYERS)
     n_heads = read.integer("num_attention_heads", 1, _MAX_HEADS)
-    n_kv_heads = read.integer("num_key_value_heads", 1, _MAX_HEADS, n_heads)
+    missing_kv = n_heads if "num_key_value_heads" in config else traits.n_kv_heads or n_heads
+    n_kv_heads = read.integer("num_key_value_heads", 1, _MAX_HEADS, missing_kv)
     hidden_size = read.integer("hidden_size", 1, _MAX_WIDTH)
     if n_heads % n_kv_heads:
         raise read.error("num_key_value_heads", f"is {n_kv_heads}, must divide num_attention_heads {n_heads}")
-    if config.get("head_dim") is None and hidden_size % n_heads:
+    missing_dim = None if "head_dim" in config else traits.head_dim
+    if config.get("head_dim") is None and missing_dim is None and hidden_size % n_heads:
         raise read.error("hidden_size", f"is {hidden_size}, not a multiple of num_attention_heads {n_heads}")
-    head_dim = read.integer("head_dim", 2, 1024, hidden_size // n_heads)
+    head_dim = read.integer("head_dim", 2, 1024, missing_dim or hidden_size // n_heads)
     if head_dim % 2 or head_dim < 2:
         raise read.error("head_dim", f"is {head_dim}, must be even to be rotated")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise Unsupported(f"{path}: config 'hidden_act' is {_shown(activation)}; Fabula knows silu")
     attention_bias = read.flag("attention_bias", False)
+    context_length = read.integer("max_position_embeddings", 1, _MAX_CONTEXT, traits.context_length)
     return ModelConfig(
         model_type=str(config.get("model_type")),
         n_layers=n_layers,
@@ -138,50 +170,117 @@ def read_config(
         hidden_size=hidden_size,
         intermediate_size=read.integer("intermediate_size", 1, _MAX_WIDTH),
         vocab_size=read.integer("vocab_size", 1, _MAX_VOCABULARY),
-        context_length=read.integer("max_position_embeddings", 1, _MAX_CONTEXT, 2048),
+        context_length=context_length,
         rms_norm_eps=read.number("rms_norm_eps", 1e-30, 1.0, 1e-6),  # a row of zeros must not become 0 / 0
         rope=_rope(read),
-        windows=_windows(read, n_layers, windowed),
+        windows=_windows(read, n_layers, traits.windowed, context_length),
         tied=read.flag("tie_word_embeddings", False),
-        attention_bias=attention_bias if qkv_bias is None else qkv_bias,
-        output_bias=attention_bias if qkv_bias is None else False,
-        mlp_bias=read.flag("mlp_bias", False),
+        attention_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
+        output_bias=attention_bias if traits.qkv_bias is None else False,
+        mlp_bias=traits.mlp_bias and read.flag("mlp_bias", False),
+        base=any(name.endswith("Model") and "For" not in name for name in _architectures(read)),
     )
 
 
+def _refuse_unknown(read: ConfigReader) -> None:
+    """Refuses what transformers would follow in a decoder of any family and Fabula does not compute."""
+    config = read.config
+
+    def refuse(key: str, problem: str) -> Unsupported:
+        return Unsupported(f"{read.path}: config {key!r} is {_shown(config[key])}: {problem}")
+
+    if not config.get("is_causal", True):
+        raise refuse("is_causal", "every token would attend to later ones too; Fabula's attention is causal")
+    if config.get("per_layer_config"):
+        raise refuse("per_layer_config", "layers that differ from each other are not offered")
+    if config.get("kv_sharing_modes"):
+        raise refuse("kv_sharing_modes", "layers that share keys and values are not offered")
+    if config.get("attention_chunk_size") is not None:
+        raise refuse("attention_chunk_size", "attention in chunks is not offered")
+    if config.get("transformers_weights") is not None:
+        raise refuse("transformers_weights", "weights are read from model.safetensors or its shards only")
+    if isinstance(config.get("text_config"), Mapping):
+        raise refuse("text_config", f"a config inside that of a {config.get('model_type')}; which one holds is unclear")
+    for name in _architectures(read):
+        if "For" in name and "ForCausalLM" not in name:
+            raise refuse(
+                "architectures", "a model with another head than one for text; Fabula generates and embeds text only"
+            )
+
+
+def _architectures(read: ConfigReader) -> list[str]:
+    names = read.config.get("architectures")
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise read.error("architectures", f"is {_shown(names)}, must be a list of names")
+    return names
+
+
 def _rope(read: ConfigReader) -> Mapping[str, Any]:
-    """Theta and scaling in one mapping: newer configs keep both in `rope_parameters`."""
+    """Theta and scaling in one mapping.
+
+    A `rope_scaling` that is not empty stands for all of `rope_parameters`; numbers missing in it come from the config's
+    top level, where older configs have them. `original_max_position_embeddings` of the top level goes before both.
+    """
+    config = read.config
     merged: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        value = read.config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, Mapping):
+        value = config.get(key)
+        if value is not None and not isinstance(value, Mapping):
             raise read.error(key, f"is {_shown(value)}, must be an object")
-        merged.update(value)
-    theta = merged.get("rope_theta", read.config.get("rope_theta", 10000.0))
+        if value and not merged:
+            merged = dict(value)
+            if nested := [name for name, part in value.items() if isinstance(part, Mapping)]:
+                raise Unsupported(
+                    f"{read.path}: config {key!r} is nested under {_shown(nested[0])}: a rope for some layers only is"
+                    " not offered for this family"
+                )
+    theta = merged.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
         raise read.error("rope_theta", f"is {_shown(theta)}, must be a number above 0")
     merged["rope_theta"] = float(theta)
-    if (read.config.get("partial_rotary_factor") or merged.get("partial_rotary_factor") or 1.0) != 1.0:
+    if (config.get("partial_rotary_factor") or 1.0) != 1.0 or (merged.get("partial_rotary_factor") or 1.0) != 1.0:
         raise Unsupported(f"{read.path}: config 'partial_rotary_factor' other than 1 is not offered for this family")
+    if config.get("original_max_position_embeddings") is not None:
+        merged["original_max_position_embeddings"] = read.integer("original_max_position_embeddings", 1, _MAX_CONTEXT)
     return merged
 
 
-def _windows(read: ConfigReader, n_layers: int, windowed: str) -> tuple[int, ...]:
-    none = (0,) * n_layers
-    if windowed == "never" or read.config.get("sliding_window") is None:
-        return none
-    window = read.integer("sliding_window", 1, _MAX_CONTEXT)
-    if windowed == "always":
-        return (window,) * n_layers
-    kinds = read.config.get("layer_types")
+_OLD_LAYER_TYPES = {"attention": "full_attention"}  # older name: name; see transformers' configuration_utils.py
+
+
+def _windows(read: ConfigReader, n_layers: int, windowed: str, context_length: int) -> tuple[int, ...]:
+    """Each layer's window; 0 for none."""
+    kinds = _layer_types(read, n_layers)
+    if windowed == "switched" and not read.flag("use_sliding_window", False):
+        window = None
+    elif windowed != "never" and "sliding_window" not in read.config:
+        window = _WINDOW
+    elif read.config.get("sliding_window") is None:
+        window = None
+    elif windowed == "never" and (kinds is None or "sliding_attention" not in kinds):
+        # transformers computes such a prompt without a window, and forgets what lies before it when it decodes.
+        window = read.integer("sliding_window", context_length, _MAX_CONTEXT) if kinds is None else None
+    else:
+        window = read.integer("sliding_window", 1, _MAX_CONTEXT)
     if kinds is not None:
-        known = {"full_attention": 0, "sliding_attention": window}
-        if not isinstance(kinds, list) or len(kinds) != n_layers or any(str(kind) not in known for kind in kinds):
-            raise read.error("layer_types", f"must list {' or '.join(known)} for each of {n_layers} layers")
-        return tuple(known[str(kind)] for kind in kinds)
-    if not read.flag("use_sliding_window", False):
-        return none
-    first = read.integer("max_window_layers", 0, _MAX_LAYERS, n_layers)
+        if "sliding_attention" in kinds and (window is None or windowed == "never"):
+            raise read.error("layer_types", "names sliding_attention, but no sliding_window is set for this family")
+        return tuple(window or 0 if kind == "sliding_attention" else 0 for kind in kinds)
+    if window is None or windowed == "never":
+        return (0,) * n_layers
+    first = read.integer("max_window_layers", 0, _MAX_LAYERS, _MAX_WINDOW_LAYERS) if windowed == "switched" else 0
     return tuple(window if layer >= first else 0 for layer in range(n_layers))
+
+
+def _layer_types(read: ConfigReader, n_layers: int) -> list[str] | None:
+    """`layer_types`, checked; None where the config has none."""
+    kinds = read.config.get("layer_types")
+    if kinds is None:
+        return None
+    known = ("full_attention", "sliding_attention")
+    kinds = [_OLD_LAYER_TYPES.get(str(kind), str(kind)) for kind in kinds] if isinstance(kinds, list) else []
+    if len(kinds) != n_layers or any(kind not in known for kind in kinds):
+        raise read.error("layer_types", f"must list {' or '.join(known)} for each of {n_layers} layers")
+    return kinds

@@ -11,9 +11,15 @@ which it uses.
 
 from __future__ import annotations
 
+from fabula.formats.checkpoint import Checkpoint
 from fabula.models.builder import ProgramBuilder
 from fabula.models.config import ModelConfig
 from fabula.models.shares import whole
+
+
+def has_head(checkpoint: Checkpoint, c: ModelConfig) -> bool:
+    """Whether a model makes logits; a base model that is not tied and has no `lm_head` makes embeddings only."""
+    return c.tied or not c.base or "lm_head.weight" in checkpoint.tensors
 
 
 def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) -> None:
@@ -31,6 +37,9 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
     embedding = b.matrix("model.embed_tokens.weight", whole(c.vocab_size, s.n), s.hidden)
     x, h = b.buffer(s.hidden), b.buffer(s.hidden)
     qkv, attended, inner = b.buffer(s.q, s.kv, s.kv), b.buffer(s.q), b.buffer(s.inner)
+
+    # A bias of o that no layer has is 0, as in transformers: the model has biases on q, k and v only.
+    output_bias = c.output_bias and any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
 
     b.embed(embedding, x)
     for layer in range(c.n_layers):
@@ -50,7 +59,7 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         b.attention(qkv, attended, layer, window=c.windows[layer], scale=c.head_dim**-0.5)
         weights = b.matrix(attention + "o_proj.weight", s.hidden, s.q)
         b.linear_onto(
-            attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if c.output_bias else None
+            attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if output_bias else None
         )
 
         b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
@@ -65,10 +74,11 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
     wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
     b.gather_outputs(x, wanted)
     b.rms_norm(wanted, normed, b.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
-    is_shared = c.tied and s.n == 1
+    shared = c.tied or not has_head(b.checkpoint, c)  # a program ends with a head; nobody sees what this one would say
     head = (
         embedding
-        if is_shared
-        else b.matrix("model.embed_tokens.weight" if c.tied else "lm_head.weight", s.vocabulary, s.hidden)
+        if shared and s.n == 1
+        else b.matrix("model.embed_tokens.weight" if shared else "lm_head.weight", s.vocabulary, s.hidden)
     )
     b.logits(normed, head)
+    b.warn_of_unused({"lm_head.weight"} if c.tied else ())

@@ -71,6 +71,25 @@ class _Values:
         return np.asarray(value, np.float64)
 
 
+def longest_context(rope: Mapping[str, Any], trained_context: int) -> int:
+    """Positions that a model is good for.
+
+    linear, dynamic and yarn stretch the length a model was trained with by a factor; some configs keep that length in
+    max_position_embeddings. With llama3 and longrope, configs have the stretched length there.
+
+    Args:
+        rope: theta and scaling from `ModelConfig.rope`.
+        trained_context: max_position_embeddings.
+    """
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if kind not in ("linear", "dynamic", "yarn") or isinstance(factor, bool) or not isinstance(factor, int | float):
+        return trained_context
+    before = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    base = before if isinstance(before, int) and not isinstance(before, bool) else trained_context
+    stretched = base * factor
+    return max(trained_context, int(stretched)) if math.isfinite(stretched) else trained_context
+
+
 def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, context: int, path: Path) -> Rope:
     """Computes the frequencies.
 
