@@ -5,19 +5,19 @@ dialect of the `llguidance` library. Compiling it, and following an answer throu
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fabula.engine.gbnf import MAX_RULES
 from fabula.engine.json_schema import MAX_JSON_DEPTH, MAX_MESSAGE, WHITESPACE, check_limits, is_lenient, prepare_schema
+from fabula.engine.lexemes import gbnf_to_lark
 from fabula.errors import InvalidArgument
 
 __all__ = ["KINDS", "MAX_JSON_DEPTH", "MAX_MESSAGE", "MAX_RULES", "MAX_SOURCE_BYTES", "WHITESPACE", "Constraint"]
 
 KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf")
 MAX_SOURCE_BYTES = 1 << 16
-MAX_RULES = 1000  # of GBNF, whose converter takes the square of their number: 0.1 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,11 @@ class Constraint:
         """Text of a context-free grammar in GBNF, as llama.cpp reads it; it begins with the rule `root`."""
         return cls("gbnf", grammar)
 
-    def to_lark(self) -> str:
+    def to_lark(self, token_id: Callable[[str], int | None] = lambda _: None) -> str:
         """The grammar as the library takes it.
+
+        Args:
+            token_id: of the vocabulary; as `parse_gbnf` takes it.
 
         Raises:
             InvalidArgument: it cannot be said in Lark; says why.
@@ -111,7 +114,7 @@ class Constraint:
             from llguidance import regex_to_lark
 
             return f"start: /{regex_to_lark(self.source)}/" if self.source else 'start: ""'
-        return _gbnf_to_lark(self.source) if self.kind == "gbnf" else self.source
+        return gbnf_to_lark(self.source, token_id) if self.kind == "gbnf" else self.source
 
 
 # ---- Sources --------------------------------------------------------------------------------------------------------
@@ -124,28 +127,3 @@ def _parse_schema(source: str) -> Any:
         raise InvalidArgument(f"json_schema: this is no JSON: {str(error)[:MAX_MESSAGE]}") from None
     check_limits(schema, "json_schema", strict=not is_lenient(schema))
     return schema
-
-
-_GBNF_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
-
-
-def _gbnf_to_lark(source: str) -> str:
-    from llguidance.gbnf_to_lark import gbnf_to_lark
-
-    if source.count("::=") > MAX_RULES:
-        raise InvalidArgument(f"gbnf: the grammar has {source.count('::=')} rules, at most {MAX_RULES} are read")
-    try:
-        return gbnf_to_lark(_GBNF_ESCAPE.sub(_unescaped, source))
-    except RecursionError:
-        raise InvalidArgument("gbnf: the grammar is nested too deep") from None
-    except Exception as error:  # the converter raises plain Exceptions
-        raise InvalidArgument(f"gbnf: {str(error)[:MAX_MESSAGE]}") from None
-
-
-def _unescaped(match: re.Match[str]) -> str:
-    """A code point beyond ASCII as itself: the converter writes escapes of those in a way that Lark does not read."""
-    digits = match[1] or match[2] or match[3]
-    code = int(digits, 16) if digits else 0
-    if 0x80 <= code < 0x110000 and not 0xD800 <= code < 0xE000:
-        return chr(code)
-    return f"\\x{code:02x}" if digits and code < 0x80 else match[0]

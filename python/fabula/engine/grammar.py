@@ -92,6 +92,7 @@ class Vocabulary:
         from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
         self.n_tokens = tokenizer.vocab_size
+        self._tokenizer = weakref.ref(tokenizer)
         ends = list(tokenizer.eos_ids) or None
         self._tokens: LLTokenizer = LLTokenizer(TokenizerWrapper(_Bytes(tokenizer)), eos_token=ends)
         # 64 KiB of words compile with 100,000 of initial fuel, common schemas are followed with 20,000 a step, and a
@@ -120,11 +121,10 @@ class Vocabulary:
                 self._grammars.move_to_end(constraint)
                 self._evict()
                 return found
-        lark = constraint.to_lark()
-        done: list[Grammar | InvalidArgument] = []
-        _run_beside(lambda: done.append(self._compile(constraint, lark)), constraint.kind)
+        done: list[Grammar | Exception] = []
+        _run_beside(lambda: done.append(self._compiled(constraint)), constraint)
         compiled = done[0]
-        if isinstance(compiled, InvalidArgument):
+        if isinstance(compiled, Exception):
             raise compiled
         with self._lock:
             self._grammars[constraint] = compiled
@@ -146,9 +146,26 @@ class Vocabulary:
         """Estimate of what they hold."""
         return sum(grammar.n_bytes for grammar in self._grammars.values())
 
-    def _compile(self, constraint: Constraint, lark: str) -> Grammar | InvalidArgument:
+    def _compiled(self, constraint: Constraint) -> Grammar | Exception:
+        try:
+            return self._compile(constraint)
+        except Exception as error:
+            return error
+
+    def _token_id(self, text: str) -> int | None:
+        """The id of a token from how it is written, or from the id in decimal; None if there is no such token."""
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            return None
+        if text.isdecimal():
+            return int(text) if int(text) < self.n_tokens else None
+        ids = tokenizer.encode(text, add_bos=False, special=True)
+        return ids[0] if len(ids) == 1 else None
+
+    def _compile(self, constraint: Constraint) -> Grammar:
         from llguidance import LLMatcher
 
+        lark = constraint.to_lark(self._token_id)
         start = time.perf_counter()
         # Behind the source, so that the lines of messages are its own; options only ever add up.
         source = json.dumps({"grammars": [{"lark_grammar": lark + '\n%llguidance {"no_forcing": true}\n'}]})
@@ -157,7 +174,7 @@ class Vocabulary:
         if not matcher.is_error():
             trial.compute_bitmask()
         if trial.is_error():
-            return InvalidArgument(f"{constraint.kind}: {shortened(trial.get_error())}")
+            raise InvalidArgument(f"{constraint.kind}: {shortened(trial.get_error())}")
         grammar = Grammar(matcher, (1 << 16) + 16 * len(lark))
         grammar.worked(time.perf_counter() - start)
         return grammar
@@ -178,7 +195,7 @@ _compiling = threading.BoundedSemaphore(MAX_COMPILING)
 _stack_lock = threading.Lock()
 
 
-def _run_beside(work: Callable[[], object], kind: str) -> None:
+def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
     """Runs work in a thread with a large stack, for as long as a caller would wait.
 
     Raises:
@@ -207,7 +224,9 @@ def _run_beside(work: Callable[[], object], kind: str) -> None:
         finally:
             threading.stack_size(before)
     if not done.wait(COMPILE_SECONDS):
-        raise InvalidArgument(f"{kind}: it takes more than {COMPILE_SECONDS:g} s to compile; make it simpler")
+        raise InvalidArgument(
+            f"{constraint.kind}: it takes more than {COMPILE_SECONDS:g} s to compile; make it simpler"
+        )
 
 
 def shortened(message: str) -> str:
