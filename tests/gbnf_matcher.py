@@ -37,7 +37,7 @@ class Class:
 
 
 @dataclass(frozen=True)
-class Any_:
+class AnyChar:
     def __str__(self) -> str:
         return "."
 
@@ -51,7 +51,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class Row:
     items: tuple[Any, ...]
 
     def __str__(self) -> str:
@@ -92,13 +92,13 @@ LEAVES = st.one_of(
     st.builds(Class, st.text(ALPHABET, min_size=1, max_size=3), st.booleans()),
     st.sampled_from(NAMES).map(Rule),
     st.sampled_from(NAMES).map(Rule),
-    st.just(Any_()),
+    st.just(AnyChar()),
 )
 
 
 def _inner(nodes: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(
-        st.lists(nodes, min_size=2, max_size=4).map(lambda items: Sequence_(tuple(items))),
+        st.lists(nodes, min_size=2, max_size=4).map(lambda items: Row(tuple(items))),
         st.lists(nodes, min_size=2, max_size=3).map(lambda items: Choice(tuple(items))),
         st.builds(times, nodes, st.integers(0, 2), st.none() | st.integers(0, 2), st.sampled_from("*+?{")),
     )
@@ -114,30 +114,49 @@ def written(grammar: Mapping[str, Any]) -> str:
     return "\n".join(f"{name} ::= {body}" for name, body in grammar.items())
 
 
+def _reached(grammar: Mapping[str, Any]) -> list[str]:
+    """The rules that `root` leads to."""
+    found, waiting = ["root"], ["root"]
+    while waiting:
+        nodes = [grammar[waiting.pop()]]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, Rule) and node.name not in found:
+                found.append(node.name)
+                waiting.append(node.name)
+            nodes += getattr(node, "items", ()) or getattr(node, "options", ())
+            nodes += [node.item] if isinstance(node, Times) else []
+    return found
+
+
 class Matcher:
     """A text beside a grammar."""
 
     def __init__(self, grammar: Mapping[str, Any], text: str) -> None:
-        self._grammar, self._text = grammar, text
-        self._can_end = dict.fromkeys(grammar, False)
+        names = _reached(grammar)
+        self._text = text
+        self._can_end = dict.fromkeys(names, False)
         self._ends: dict[tuple[str, int], frozenset[int]] = {}
         self._open: dict[tuple[str, int], bool] = {}
-        places = [(name, i) for name in grammar for i in range(len(text) + 1)]
-        while True:
-            before = (dict(self._can_end), dict(self._ends), dict(self._open))
-            for name, body in grammar.items():
-                self._can_end[name] = self.can_end(body)
-            for name, i in places:
-                self._ends[name, i] = self.ends(grammar[name], i)
-                self._open[name, i] = self.is_open(grammar[name], i)
-            if before == (self._can_end, self._ends, self._open):
-                break
+        places = [(name, i) for i in range(len(text), -1, -1) for name in names]
+        for known, keys, ask in (
+            (self._can_end, names, lambda name: self.can_end(grammar[name])),
+            (self._ends, places, lambda place: self.ends(grammar[place[0]], place[1])),
+            (self._open, places, lambda place: self.is_open(grammar[place[0]], place[1])),
+        ):
+            is_new = True
+            while is_new:
+                is_new = False
+                for key in keys:
+                    answer = ask(key)  # type: ignore[no-untyped-call]
+                    is_new |= answer != known.get(key)  # type: ignore[call-overload]
+                    known[key] = answer  # type: ignore[index]
 
     def can_end(self, node: Any) -> bool:
         """Whether some text matches at all."""
         if isinstance(node, Rule):
             return self._can_end[node.name]
-        if isinstance(node, Sequence_):
+        if isinstance(node, Row):
             return all(self.can_end(item) for item in node.items)
         if isinstance(node, Choice):
             return any(self.can_end(item) for item in node.options)
@@ -149,12 +168,12 @@ class Matcher:
             return self._ends.get((node.name, i), frozenset())
         if isinstance(node, Literal):
             return frozenset({i + len(node.text)}) if self._text.startswith(node.text, i) else frozenset()
-        if isinstance(node, Class | Any_):
-            found = i < len(self._text) and (isinstance(node, Any_) or node.has(self._text[i]))
+        if isinstance(node, Class | AnyChar):
+            found = i < len(self._text) and (isinstance(node, AnyChar) or node.has(self._text[i]))
             return frozenset({i + 1}) if found else frozenset()
         if isinstance(node, Choice):
             return frozenset().union(*(self.ends(option, i) for option in node.options))
-        if isinstance(node, Sequence_):
+        if isinstance(node, Row):
             at = frozenset({i})
             for item in node.items:
                 at = frozenset().union(*(self.ends(item, j) for j in at))
@@ -175,16 +194,16 @@ class Matcher:
             return self._open.get((node.name, i), False)
         if isinstance(node, Literal):
             return len(rest) < len(node.text) and node.text.startswith(rest)
-        if isinstance(node, Class | Any_):
+        if isinstance(node, Class | AnyChar):
             return not rest
         if isinstance(node, Choice):
             return any(self.is_open(option, i) for option in node.options)
-        if isinstance(node, Sequence_):
+        if isinstance(node, Row):
             return self._is_open_row(node.items, i)
         if node.high == 0 or not self.can_end(node.item):
             return False
         n_more = len(self._text) + 1 if node.high is None else node.high - node.low
-        optional = Sequence_(()) if not n_more else Choice((Sequence_(()), node.item))
+        optional = Row(()) if not n_more else Choice((Row(()), node.item))
         return self._is_open_row((node.item,) * node.low + (optional,) * n_more, i) or (
             node.high is None and self._is_open_row((node.item,) * (node.low + n_more), i)
         )

@@ -74,7 +74,8 @@ class Decoding:
     """Draws the tokens of one answer and reads them as text until something ends it.
 
     Under a constraint only tokens that it allows are drawn, whatever else the settings say: end tokens are not held
-    back or let pass where nothing else may follow, and stop strings count only where the answer might have ended.
+    back or let pass where nothing else may follow. Stop strings and `stop_tokens` end the answer wherever they come,
+    also where the constraint would go on.
 
     Args:
         tokenizer: of the model.
@@ -183,12 +184,10 @@ class Decoding:
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         """Text that is certain after this token, and whether it ends the answer."""
-        if token in self._ends and self._may_stop:
+        if token in self._ends and (self._may_stop or token in self.params.stop_tokens):
             return self._flush(), "stop"
         text, guide = self._text_of(token), self._guide
-        if not self._may_stop:
-            text = self._stops.flush() + text  # what stands before a stop string here would be no answer
-        elif self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
+        if self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
             text, stop = self._stops.feed(text)
             if stop is not None:
                 return text, "stop"

@@ -23,6 +23,7 @@ from fabula.errors import InvalidArgument
 
 MAX_RULES = 3000  # chains of rules are compiled recursively, on a stack that holds twice as many
 MAX_NESTED = 64  # groups within each other
+MAX_STACKED = 8  # repetitions of repetitions without a group, such as "a"+*
 MAX_REPEATED = 100_000  # the largest number in braces
 
 Ranges = tuple[tuple[int, int], ...]
@@ -195,8 +196,12 @@ class _Reader:
 
     def _sequence(self) -> Node:
         items: list[Node] = []
+        n_stacked = 0
         while True:
             place, char = self._at, self._peek()
+            n_stacked = n_stacked + 1 if char and char in "*+?{" else 0
+            if n_stacked > MAX_STACKED:
+                self._fail(f"repetitions are nested more than {MAX_STACKED} deep")
             if char == '"':
                 items.append(self._literal())
             elif char == "[":

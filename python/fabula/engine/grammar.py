@@ -6,7 +6,8 @@ every place which tokens may come next. It gets the bytes of our vocabulary, so 
 Grammars come from strangers. What the library itself does not bound is bounded here, and in `engine/constraint.py`:
 
     stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: a thread of its own has 64 MiB
-    time        a caller waits 2 s; the library's fuel ends what still runs soon after that
+    time        a caller waits 2 s, longer for sources made of many schemas; the library's fuel ends what still runs
+                soon after that
     forcing     off: text that can only go on in one way would be tokenized again at every token, 50 ms for 48 KB
     memory      compiled grammars are kept, the latest used, up to a number and an estimate of their bytes
 """
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fabula.engine.constraint import MAX_MESSAGE, Constraint
+from fabula.engine.constraint import MAX_MESSAGE, MAX_SOURCE_BYTES, Constraint
 from fabula.errors import EngineBusy, InvalidArgument
 from fabula.text.tokenizer import Tokenizer
 
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 COMPILE_SECONDS = 2.0
+SECONDS_PER_MIB = 6.0  # more, for what a source has beyond MAX_SOURCE_BYTES: 128 tools of 500 KB take 1.5 s
 MAX_COMPILING = 4  # at a time, those nobody waits for any more included
-STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it
+STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it; for each 64 KiB
 
 MAX_CACHED = 128  # compiled grammars of one tokenizer
 MAX_CACHED_BYTES = 64 << 20
-MAX_GRAMMAR_BYTES = 16 << 20  # a grammar whose lexer has grown beyond this is compiled anew
+MAX_GROWN_BYTES = 16 << 20  # a grammar whose lexer has grown by more is compiled anew
+SOURCE_FACTOR = 64  # bytes that a grammar holds for a byte of its source: 7 MiB for 125 KB, 35 MiB for 545 KB
 # The library does not tell how much it holds. All of it is made while it works: 60 .. 130 MB a second were measured
 # for exploding lexers and large remainders. Ordinary masks take 15 us and make nothing.
 BYTES_PER_SECOND = 128 << 20
@@ -49,12 +52,13 @@ class Grammar:
 
     Attributes:
         n_bytes: estimate of what it holds.
+        n_compiled: of these, what it held before any answer was followed.
         is_spent: its lexer went over a limit; it is of no use any more.
     """
 
     def __init__(self, matcher: LLMatcher, n_bytes: int) -> None:
         self._matcher = matcher
-        self.n_bytes = n_bytes
+        self.n_bytes = self.n_compiled = n_bytes
         self.is_spent = False
 
     def start(self) -> LLMatcher:
@@ -117,7 +121,7 @@ class Vocabulary:
         """
         with self._lock:
             found = self._grammars.get(constraint)
-            if found is not None and not found.is_spent and found.n_bytes <= MAX_GRAMMAR_BYTES:
+            if found is not None and not found.is_spent and found.n_bytes - found.n_compiled <= MAX_GROWN_BYTES:
                 self._grammars.move_to_end(constraint)
                 self._evict()
                 return found
@@ -175,9 +179,8 @@ class Vocabulary:
             trial.compute_bitmask()
         if trial.is_error():
             raise InvalidArgument(f"{constraint.kind}: {shortened(trial.get_error())}")
-        grammar = Grammar(matcher, (1 << 16) + 16 * len(lark))
-        grammar.worked(time.perf_counter() - start)
-        return grammar
+        seconds = time.perf_counter() - start
+        return Grammar(matcher, (1 << 16) + max(SOURCE_FACTOR * len(lark), int(seconds * BYTES_PER_SECOND)))
 
 
 def _all_bytes(tokenizer: Tokenizer) -> list[bytes]:
@@ -213,9 +216,10 @@ def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
             _compiling.release()
             done.set()
 
+    n_bytes = len(constraint.source)
     # The size is the process's; a thread that somebody else starts meanwhile gets more address space, no more memory.
     with _stack_lock:
-        before = threading.stack_size(STACK_BYTES)
+        before = threading.stack_size(STACK_BYTES * (1 + n_bytes // MAX_SOURCE_BYTES))
         try:
             threading.Thread(target=run, name="fabula-grammar").start()
         except BaseException:
@@ -223,10 +227,9 @@ def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
             raise
         finally:
             threading.stack_size(before)
-    if not done.wait(COMPILE_SECONDS):
-        raise InvalidArgument(
-            f"{constraint.kind}: it takes more than {COMPILE_SECONDS:g} s to compile; make it simpler"
-        )
+    seconds = COMPILE_SECONDS + SECONDS_PER_MIB * max(0, n_bytes - MAX_SOURCE_BYTES) / (1 << 20)
+    if not done.wait(seconds):
+        raise InvalidArgument(f"{constraint.kind}: it takes more than {seconds:.3g} s to compile; make it simpler")
 
 
 def shortened(message: str) -> str:

@@ -460,6 +460,9 @@ class _Automaton:
                     owner = self._owner[place]
                     continued[owner] = continued.get(owner, 0) | self._lead[place]
                 yield complete, continued
+            n_looked += len(by_class) ** 2
+            if n_looked > MAX_WORK:
+                raise _TooLargeError
             for atoms in _cells(list(by_class)):
                 reached = frozenset(place for mask, places in by_class.items() if mask & atoms for place in places)
                 n_looked += len(reached) + len(by_class)
