@@ -183,7 +183,9 @@ class Matcher:
             at = frozenset().union(*(self.ends(node.item, j) for j in at))
         found_all = at
         for _ in range(len(self._text) + 1 if node.high is None else node.high - node.low):
-            at = frozenset().union(*(self.ends(node.item, j) for j in at))
+            at = frozenset().union(*(self.ends(node.item, j) for j in at)) - found_all
+            if not at:
+                break
             found_all |= at
         return found_all
 
@@ -200,13 +202,8 @@ class Matcher:
             return any(self.is_open(option, i) for option in node.options)
         if isinstance(node, Row):
             return self._is_open_row(node.items, i)
-        if node.high == 0 or not self.can_end(node.item):
-            return False
-        n_more = len(self._text) + 1 if node.high is None else node.high - node.low
-        optional = Row(()) if not n_more else Choice((Row(()), node.item))
-        return self._is_open_row((node.item,) * node.low + (optional,) * n_more, i) or (
-            node.high is None and self._is_open_row((node.item,) * (node.low + n_more), i)
-        )
+        n_times = node.low + len(self._text) + 1 if node.high is None else node.high
+        return bool(n_times) and self._is_open_row((node.item,) * n_times, i)
 
     def _is_open_row(self, items: tuple[Any, ...], i: int) -> bool:
         if not all(self.can_end(item) for item in items):
@@ -216,6 +213,8 @@ class Matcher:
             if any(self.is_open(item, j) for j in at):
                 return True
             at = frozenset().union(*(self.ends(item, j) for j in at))
+            if not at:
+                break
         return False
 
     @property

@@ -163,6 +163,9 @@ class Vocabulary:
             return None
         if text.isdecimal():
             return int(text) if int(text) < self.n_tokens else None
+        found = tokenizer.id_of(text)
+        if found is not None:
+            return found
         ids = tokenizer.encode(text, add_bos=False, special=True)
         return ids[0] if len(ids) == 1 else None
 
