@@ -214,7 +214,8 @@ def test_hostile_grammars(
 ) -> None:
     """Each is compiled or refused in time, can be followed for a while or says why not, and nothing is printed."""
     constraint, message = HOSTILE[name]
-    monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 60.0)  # what counts below is the processor's time
+    if message is not None:  # which must not depend on how busy the machine is
+        monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 60.0)
     tokenizer, rng = loaded_tiny.tokenizer, random.Random(1)
     start = time.process_time()
     if message is not None:

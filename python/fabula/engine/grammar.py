@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fabula.engine.constraint import MAX_MESSAGE, MAX_SOURCE_BYTES, Constraint
+from fabula.engine.json_schema import in_words
 from fabula.errors import EngineBusy, InvalidArgument
 from fabula.text.tokenizer import Tokenizer
 
@@ -181,7 +182,7 @@ class Vocabulary:
         if not matcher.is_error():
             trial.compute_bitmask()
         if trial.is_error():
-            raise InvalidArgument(f"{constraint.kind}: {shortened(trial.get_error())}")
+            raise InvalidArgument(f"{constraint.kind}: {explained(constraint, trial.get_error())}")
         seconds = time.perf_counter() - start
         return Grammar(matcher, (1 << 16) + max(SOURCE_FACTOR * len(lark), int(seconds * BYTES_PER_SECOND)))
 
@@ -235,16 +236,30 @@ def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
         raise InvalidArgument(f"{constraint.kind}: it takes more than {seconds:.3g} s to compile; make it simpler")
 
 
-def shortened(message: str) -> str:
-    """The library's message without excerpts of the source."""
+def explained(constraint: Constraint, message: str) -> str:
+    """The library's message in terms of what the user wrote: places are those of the text for Lark, and none for other
+    kinds, whose text the library never saw."""
     if message.startswith("NoExtensionBias"):
         return "no text satisfies it"
-    message = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: ", "", message)
-    found = re.search(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
-    if found is not None:
-        return found[1][:MAX_MESSAGE]
+    place = re.match(r"(?:at )?(\d+)\((\d+)\): ", message)
+    message = message[place.end() :] if place else message
+    message = re.sub("^failed to compile JSON schema: ", "", message)
+    found = re.search("^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
     lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^|<non-verbose/>)", line)]
-    return " ".join(" ".join(lines).split())[:MAX_MESSAGE] or message[:MAX_MESSAGE]
+    text = found[1] if found else (" ".join(" ".join(lines).split()) or message)
+    if constraint.kind != "lark":
+        if constraint.kind == "gbnf":
+            return (
+                f"the grammar is too large or too complex: {re.sub(r'at [0-9]+[(][0-9]+[)]: ', '', text)[:MAX_MESSAGE]}"
+            )
+        return in_words(text)[:MAX_MESSAGE]
+    if place is None:
+        return text[:MAX_MESSAGE]
+    lines = constraint.source.splitlines() or [""]
+    # Behind the source stand our own options.
+    is_end = (int(place[1]), int(place[2])) > (len(lines), len(lines[-1]))
+    where = "at the end" if is_end else f"line {place[1]}, column {place[2]}"
+    return f"{where}: {text.partition(', found')[0] if is_end else text}"[:MAX_MESSAGE]
 
 
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
@@ -331,4 +346,4 @@ class Guide:
                 f"{self._kind}: the grammar has a dead end: nothing may follow here, not even the end"
             )
         self._grammar.is_spent = True
-        raise InvalidArgument(f"{self._kind}: the grammar is too complex: {shortened(message)}")
+        raise InvalidArgument(f"{self._kind}: the grammar is too complex: {in_words(message)}")

@@ -297,12 +297,10 @@ def _bytes_alone() -> LLTokenizer:
         return _tokenizer[0]
 
 
+_LOOK_AROUND = r"look-around (look-ahead, look-behind, \b, ^ and $ in the middle) cannot be enforced"
 _WORDS = (
-    (
-        "look-around|lookarounds not supported",
-        "look-ahead, look-behind and anchors inside a pattern cannot be enforced",
-    ),
-    ("backreferences", "back references cannot be enforced"),
+    ("look-around|lookarounds", _LOOK_AROUND),
+    ("backreferences", "backreferences cannot be enforced"),
     ("Unimplemented keys", "this keyword cannot be enforced"),
     ("oneOf constraints", "oneOf can be enforced only where its schemas exclude each other; anyOf always can"),
     ("Unknown format", "this format cannot be enforced"),
@@ -311,6 +309,8 @@ _WORDS = (
     (r"Failed to generate regex for \w+ range|decimal literal invalid", "numbers this large cannot be enforced"),
     ("Unable to determine if regex is empty", "together with the other keywords here the pattern is too complex"),
     ("invalid multiple of", "must be more than 0"),
+    ("retrieving it failed", "a reference must lead to a place in the schema itself; nothing is retrieved"),
+    ("circular references with sibling keys", "keywords beside a $ref that leads back to itself cannot be enforced"),
 )
 
 
