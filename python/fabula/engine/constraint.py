@@ -5,24 +5,19 @@ dialect of the `llguidance` library. Compiling it, and following an answer throu
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Literal
 
+from fabula.engine.json_schema import MAX_JSON_DEPTH, MAX_MESSAGE, WHITESPACE, check_limits, is_lenient, prepare_schema
 from fabula.errors import InvalidArgument
+
+__all__ = ["KINDS", "MAX_JSON_DEPTH", "MAX_MESSAGE", "MAX_RULES", "MAX_SOURCE_BYTES", "WHITESPACE", "Constraint"]
 
 KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf")
 MAX_SOURCE_BYTES = 1 << 16
-MAX_JSON_DEPTH = 64
-MULTIPLE_DIGITS = 5  # of multipleOf: an automaton of as many states, 0.5 s for 99,991 and 7 s for 999,983
 MAX_RULES = 1000  # of GBNF, whose converter takes the square of their number: 0.1 s
-MAX_MESSAGE = 300  # characters of another library's message that are passed on
-
-# Blanks between the parts of JSON: a weak model would otherwise write them without end.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +54,11 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | Literal[True] | str) -> Constraint:
-        """JSON that satisfies a schema (draft 2020-12 but for what the library refuses, such as `not`).
+        """JSON that satisfies a schema (draft 2020-12).
 
-        Properties come in the order of the schema. Between its parts the JSON may hold up to 32 blanks.
+        Properties come in the order of the schema. Between its parts the JSON may hold up to 32 blanks. A keyword that
+        cannot be enforced, such as `not`, is an error when an answer begins; with `"x-guidance": {"lenient": true}` at
+        the top of the schema it is passed over.
 
         Args:
             schema: as a mapping, or as JSON text.
@@ -73,7 +70,7 @@ class Constraint:
             if len(schema) > MAX_SOURCE_BYTES:  # before it is parsed
                 return cls("json_schema", schema)
             schema = _parse_schema(schema)
-        _check_schema(schema)
+        check_limits(schema, "json_schema", strict=not is_lenient(schema))
         try:
             source = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -108,7 +105,8 @@ class Constraint:
         """
         if self.kind in ("json_schema", "json_object"):
             schema = _parse_schema(self.source) if self.source else {"type": "object"}
-            return f"start: %json {json.dumps(_with_whitespace(schema), ensure_ascii=False)}"
+            prepared = prepare_schema(schema, strict=True, where=self.kind)
+            return f"start: %json {json.dumps(prepared, ensure_ascii=False)}"
         if self.kind == "regex":
             from llguidance import regex_to_lark
 
@@ -124,44 +122,8 @@ def _parse_schema(source: str) -> Any:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"json_schema: this is no JSON: {str(error)[:MAX_MESSAGE]}") from None
-    _check_schema(schema)
+    check_limits(schema, "json_schema", strict=not is_lenient(schema))
     return schema
-
-
-def _check_schema(schema: object) -> None:
-    """Raises InvalidArgument for what is no schema, nested too deep, or known to take too long to compile."""
-    if not isinstance(schema, Mapping) and schema is not True:
-        raise InvalidArgument("json_schema: a schema is an object, or true")
-    level: list[Any] = [schema]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        items: list[Any] = []
-        for value in level:
-            if isinstance(value, Mapping):
-                _check_multiple(value.get("multipleOf"))
-                items += value.values()
-            elif isinstance(value, list | tuple):
-                items += value
-        if not items:
-            return
-        level = items
-    raise InvalidArgument(f"json_schema: it is nested more than {MAX_JSON_DEPTH} deep")
-
-
-def _check_multiple(value: object) -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        _, digits, exponent = Decimal(str(value)).as_tuple()
-        size = len(digits) + max(0, int(exponent)) if isinstance(exponent, int) else math.inf
-        if size > MULTIPLE_DIGITS:
-            raise InvalidArgument(f"json_schema: multipleOf is {value!r:.40}, at most {MULTIPLE_DIGITS} digits fit")
-
-
-def _with_whitespace(schema: Any) -> Any:
-    """The schema with our rule for blanks, unless it has its own."""
-    schema = {} if schema is True else schema
-    options = schema.get("x-guidance", {})
-    if not isinstance(options, dict) or options.keys() & {"whitespace_pattern", "whitespace_flexible"}:
-        return schema
-    return schema | {"x-guidance": options | {"whitespace_pattern": WHITESPACE}}
 
 
 _GBNF_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
