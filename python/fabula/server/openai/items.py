@@ -8,7 +8,7 @@ from typing import Any
 from fabula.server.limits import Limits
 from fabula.server.openai.format import Json, refuse
 from fabula.server.openai.messages import text_of
-from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, ToolCallReader
+from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, Reader
 from fabula.sessions.calls import Event as Read
 
 ROLES = ("user", "assistant", "system", "developer")
@@ -108,15 +108,14 @@ class Output:
 
     Args:
         key: makes their ids, the same each time.
-        reads_calls: whether calls of tools are looked for.
+        reader: finds calls of tools; None where none are looked for.
 
     Attributes:
         items: so far.
     """
 
-    def __init__(self, key: str, reads_calls: bool) -> None:
-        self._key = key
-        self._reader = ToolCallReader() if reads_calls else None
+    def __init__(self, key: str, reader: Reader | None) -> None:
+        self._key, self._reader = key, reader
         self._blanks, self._is_open, self._cut = "", False, False
         self.items: list[Json] = []
 
@@ -127,9 +126,14 @@ class Output:
         for event in self._reader.feed(text) if self._reader is not None else [Content(text)]:
             yield from self._take(event)
 
-    def finish(self, *, is_whole: bool) -> Iterator[Json]:
-        """At the end of the text; `is_whole` unless it was cut off. There is always an item."""
-        for event in self._reader.finish() if self._reader is not None else []:
+    def finish(self, *, is_whole: bool, ended_itself: bool) -> Iterator[Json]:
+        """At the end of the text. There is always an item.
+
+        Args:
+            is_whole: unless it was cut off.
+            ended_itself: whether the model ended it; not so behind a stop string.
+        """
+        for event in self._reader.finish(is_whole=ended_itself) if self._reader is not None else []:
             yield from self._take(event)
         self._cut = not is_whole
         if not self.items:
