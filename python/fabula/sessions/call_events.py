@@ -96,27 +96,30 @@ def gathered(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
 
 
 class Blanks:
-    """Takes white space out of content where there may be nothing but calls: before the first call, if nothing else
-    stands there."""
+    """Takes white space out of content that only sets calls apart: before the first call, if nothing else stands
+    there, and at the end of an answer with calls. So white space is held back until more text comes."""
 
     def __init__(self) -> None:
-        self._held, self._is_certain = "", False
+        self._held, self._has_text, self._has_calls = "", False, False
 
     def filter(self, events: Iterable[Event]) -> Iterator[Event]:
         """The events without such white space."""
         for event in events:
-            if self._is_certain or not isinstance(event, Content):
-                self._held, self._is_certain = "", True
+            if not isinstance(event, Content):
+                self._held = self._held if self._has_text else ""
+                self._has_calls = True
                 yield event
-            elif event.text.isspace():
-                self._held += event.text
-            else:
-                yield Content(self._held + event.text)
-                self._held, self._is_certain = "", True
+                continue
+            text = self._held + event.text
+            certain = text.rstrip()
+            self._held = text[len(certain) :]
+            if certain:
+                self._has_text = True
+                yield Content(certain)
 
     def finish(self) -> list[Event]:
         """At the end of the answer: what was still held back."""
-        return [Content(self._held)] if self._held else []
+        return [Content(self._held)] if self._held and not self._has_calls else []
 
 
 class Reader(Protocol):

@@ -316,7 +316,7 @@ class ToolCallReader:
             self._has_value = True
             if not self._held:
                 return False
-        is_text = self._kinds == {"string"}
+        is_text = self._kinds == {"string"} and not self._form.cdata
         if is_text and not self._n_scanned:
             self._say_arguments('"', events)
             self._n_scanned = 1  # the quote is written
@@ -335,6 +335,8 @@ class ToolCallReader:
             self._say_text(text, events)
             self._say_arguments('"', events)
         else:
+            if self._form.cdata and text.startswith("<![CDATA[") and text.endswith("]]>"):
+                text = text[len("<![CDATA[") : -len("]]>")]
             self._say_arguments(json_of(text, self._kinds), events)
         self._take(place + len(syntax.value_close))
         self._state = self._parameter
@@ -346,7 +348,7 @@ class ToolCallReader:
         text = held[: len(held) - max(n_half(held, mark) for mark in self._syntax.value_ends)]
         if not self._has_value and self._syntax.is_on_lines:
             text = text.removeprefix("\n")
-        if self._kinds == {"string"}:
+        if self._kinds == {"string"}:  # in CDATA it is not given out before it is whole
             self._say_arguments("" if self._n_scanned else '"', events)
             self._say_text(text, events)
         elif text.strip():
@@ -474,7 +476,7 @@ def parse_tool_calls(
     thought: Thought = "",
     is_whole: bool = True,
 ) -> tuple[str, list[ToolCall]]:
-    """An answer's content and its calls, in order.
+    """An answer's content and its calls, in order. Around calls, white space at the ends is no content.
 
     Args:
         text: of the answer.
@@ -482,7 +484,8 @@ def parse_tool_calls(
         is_whole: as `ToolCallReader.finish` takes it.
     """
     reader = reader_of(form, schemas, thought)
-    return gathered([*reader.feed(text), *reader.finish(is_whole=is_whole)])
+    content, calls = gathered([*reader.feed(text), *reader.finish(is_whole=is_whole)])
+    return (content.strip() if calls else content), calls
 
 
 def reader_of(form: ToolForm, schemas: Mapping[str, Mapping[str, Any]] | None = None, thought: Thought = "") -> Reader:

@@ -54,6 +54,7 @@ class ToolForm:
         other_middle: of "tagged": `parameter[1]` for a value that is no string, where that differs.
         is_first: calls have no mark of their own, and are looked for at the beginning of an answer only.
         prefix: a control token that may stand before the calls.
+        cdata: a string with characters of markup in it may stand in `<![CDATA[...]]>`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ToolForm:
     other_middle: str | None = None
     is_first: bool = False
     prefix: str = ""
+    cdata: bool = False
 
     @property
     def opening(self) -> str:
@@ -169,6 +171,7 @@ FORMS: tuple[ToolForm, ...] = (
     ToolForm(
         "minicpm5", ('<function name="', '">', "</function>"),
         arguments="tagged", parameter=('<param name="', '">', "</param>"),
+        cdata=True,
     ),
     ToolForm(
         "mistral-ids", ('{"name": "', '", "arguments": ', f', "id": "{HOLE}"}}'), ("[TOOL_CALLS]\n[", "]"), ", ",

@@ -26,6 +26,7 @@ from fabula.sessions.tool_values import kinds_of, resolved
 from fabula.text.tokenizer import Tokenizer
 
 _TEXT = "(?s:.*)"
+_PYTHON_WORDS = (("boolean", "True"), ("boolean", "False"), ("null", "None"))  # as templates render values
 _MAX_REFERENCES = 8  # in a row
 
 
@@ -79,7 +80,7 @@ def tool_grammar(
         start = grammar.start(len(tools), is_required, is_parallel, thought, other)
         if thought == "tokens" and not is_required and other is None:
             start = grammar.behind_tokens(start)
-    lines = [start, *grammar.rules.values(), r"WS: /[ \n]{1,4}/", f"HOLE: /{ID_PATTERN}/"]
+    lines = [start, *grammar.rules.values(), r"WS: /[ \n]{1,8}/", f"HOLE: /{ID_PATTERN}/"]
     return Constraint("tools", "\n".join(lines), tuple(sorted(grammar.shown)))
 
 
@@ -135,9 +136,9 @@ class _Grammar:
         mark = self.literal(opening)
         self.set("calls", f"{mark} group" + (f" (WS? {mark} group)*" if is_parallel and not is_section else ""))
         if is_required:
-            return "start: calls"
+            return "start: WS? calls"
         if other is not None:
-            return f"start: calls | {self.answer(other)}"
+            return f"start: WS? calls | {self.answer(other)}"
         token = self.token(opening)
         if token is not None:
             self.set("text", "/(?s:.+)/")
@@ -231,8 +232,8 @@ class _Grammar:
     def add_tool(self, i: int, tool: CallableTool) -> None:
         """The rules of a tool's arguments."""
         self.names[i] = tool.name
+        schema = prepare_schema(tool.schema, strict=tool.strict, where=tool.where)
         if self.form.arguments in ("json", "harmony"):
-            schema = prepare_schema(tool.schema, strict=tool.strict, where=tool.where)
             self.set(f"arguments_{i}", f"%json {json.dumps(schema, ensure_ascii=False)}")
             if self.form.is_first:
                 # Beside other JSON a call must be made of the same lexemes as that.
@@ -288,6 +289,16 @@ class _Grammar:
         form, root = self.form, tool.schema
         kinds = kinds_of(schema, root)
         where = f"{tool.where}.properties.{key}"
+        if (
+            tool.strict
+            and isinstance(schema, Mapping)
+            and "pattern" in schema
+            and _pattern_rule(schema["pattern"]) is None
+        ):
+            raise InvalidArgument(
+                f"{where}.pattern: it cannot be enforced where a model writes arguments as plain text; use anchors at "
+                "its ends only, or let it be passed over (strict false)"
+            )
         if form.arguments == "python":
             self.set(rule, f"{json.dumps(key + '=')} ({self.python_value(schema, kinds, tool, where)})")
             return rule
@@ -301,7 +312,8 @@ class _Grammar:
             head = self.literal(before + key + other.rstrip("\n")) + (' "\\n"' if other.endswith("\n") else "")
             # Where it may be a string as well, that is the way above.
             inner = self.json_value(schema, kinds - {"string"} if "string" in kinds else None, tool, where)
-            ways.append(f"{head} {inner} {self.value_end(behind)}")
+            words = [json.dumps(word) for kind, word in _PYTHON_WORDS if kind in kinds]
+            ways.append(f"{head} ({' | '.join([inner, *words])}) {self.value_end(behind)}")
         self.set(rule, " | ".join(ways))
         return rule
 
@@ -337,10 +349,7 @@ class _Grammar:
     def python_value(self, schema: object, kinds: frozenset[str], tool: CallableTool, where: str) -> str:
         """A value as JSON or as Python writes it."""
         ways = [self.json_value(schema, None, tool, where)]
-        if kinds & {"boolean"}:
-            ways += ['"True"', '"False"']
-        if kinds & {"null"}:
-            ways.append('"None"')
+        ways += [json.dumps(word) for kind, word in _PYTHON_WORDS if kind in kinds]
         if "string" in kinds:
             found = _text_rules(schema, tool.schema)
             if isinstance(found, list):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fabula.engine.constraint import Constraint
-from fabula.engine.json_schema import prepare_schema
+from fabula.engine.json_schema import check_limits
 from fabula.errors import InvalidArgument
 from fabula.sessions.calls import (
     END_OF_THOUGHT,
@@ -124,7 +124,7 @@ def _tool(definition: object, where: str) -> Tool:
         json.dumps(parameters, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{where}.function.parameters: this is no JSON: {error}") from None
-    prepare_schema(parameters, strict=bool(strict), where=f"{where}.function.parameters")
+    check_limits(parameters, f"{where}.function.parameters", strict=bool(strict))
     return Tool(name, description or "", {"type": "object", **parameters}, bool(strict))
 
 

@@ -304,7 +304,7 @@ class Telling:
 
     def _new_output(self) -> Output:
         calling = self._begun.calling
-        return Output(self._begun.key, calling.reader() if calling is not None else None)
+        return Output(self._begun.key, calling is not None, calling)
 
     def _ended_itself(self) -> bool:
         return ended_itself(self._begun.generation, has_stops=bool(self._data.stop))

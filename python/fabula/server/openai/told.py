@@ -14,7 +14,6 @@ from fabula.server.openai.conversations import response_id
 from fabula.server.openai.format import Json
 from fabula.server.openai.items import Output, flat_tools
 from fabula.server.openai.schemas import ResponseBody
-from fabula.sessions.calls import Reader, ToolCallReader
 from fabula.sessions.session import Session
 from fabula.sessions.tools import Calling
 from fabula.sessions.turn import Turn
@@ -106,14 +105,12 @@ def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
     for in the form that most models share."""
     tools = list(turn.said.own_options.get("tools", []))
     status, details = status_of(turn.finish_reason)
-    reader: Reader | None = None
-    if tools:
-        reader = Calling(model.template, model.tokenizer, tools).reader() if model is not None else ToolCallReader()
+    calling = Calling(model.template, model.tokenizer, tools) if tools and model is not None else None
     stops = turn.params is not None and bool(turn.params.stop)
     ends = model.tokenizer.eos_ids if model is not None else turn.token_ids[-1:]
     whole = status == "completed"
     itself = whole and (not stops or (bool(turn.token_ids) and turn.token_ids[-1] in ends))
-    output = Output(turn.id, reader)
+    output = Output(turn.id, bool(tools), calling)
     for _ in (*output.feed(turn.text), *output.finish(is_whole=whole, ended_itself=itself)):
         pass
     parent = turn.parent
