@@ -25,6 +25,7 @@ import itertools
 import json
 import re
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ _TOOL: Mapping[str, Any] = {
         },
     },
 }
+PROBE_SECONDS = 10.0  # for all renders together; one takes a few milliseconds, that of a hostile template up to 2 s
 _IDS = ("probe1234", f"functions.{_NAME}:0")
 _LONG_ID = "call_0123456789abcdef_0_0"
 # What a template puts between the beginning of an answer and its calls where nothing was thought.
@@ -311,9 +313,10 @@ def _probe(template: ChatTemplate) -> ToolStyle:
         }
         return _render(template, [*asked, answer], add_generation_prompt=False, tools=[_TOOL])
 
+    end = time.monotonic() + PROBE_SECONDS
     ways: tuple[ArgumentsAs, ...] = ("object", "text", "texts")
     for id_, null_content, arguments_as in itertools.product(_IDS, (False, True), ways):
-        text = rendered(id_, null_content, arguments_as)
+        text = rendered(id_, null_content, arguments_as) if time.monotonic() < end else None
         form = None if text is None else _form_in(text, prompt, id_)
         if form is not None:
             short_ids = rendered(_LONG_ID, null_content, arguments_as) is None
