@@ -16,8 +16,9 @@ from fabula.errors import InvalidArgument
 
 __all__ = ["KINDS", "MAX_JSON_DEPTH", "MAX_MESSAGE", "MAX_RULES", "MAX_SOURCE_BYTES", "WHITESPACE", "Constraint"]
 
-KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf")
+KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf", "tools")
 MAX_SOURCE_BYTES = 1 << 16
+MAX_TOOLS_BYTES = 1 << 20  # of a grammar made of definitions of tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Constraint:
     Attributes:
         kind: one of `KINDS`.
         source: the grammar's text; "" for `json_object`.
+        shown: ids of control tokens that are part of the answer's text, since they mark a call of a tool; others leave
+            no text.
 
     Raises:
         InvalidArgument: no such kind, or a source that is too long or, for a schema, no JSON object or too deep.
@@ -37,6 +40,7 @@ class Constraint:
 
     kind: str
     source: str = ""
+    shown: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -47,8 +51,10 @@ class Constraint:
             n_bytes = len(self.source.encode())
         except UnicodeEncodeError:
             raise InvalidArgument(f"{self.kind}: the source holds a lone surrogate") from None
-        if n_bytes > MAX_SOURCE_BYTES:
-            raise InvalidArgument(f"{self.kind}: the source has {n_bytes} bytes, at most {MAX_SOURCE_BYTES} are read")
+        most = MAX_TOOLS_BYTES if self.kind == "tools" else MAX_SOURCE_BYTES
+        if n_bytes > most:
+            raise InvalidArgument(f"{self.kind}: the source has {n_bytes} bytes, at most {most} are read")
+        object.__setattr__(self, "shown", tuple(self.shown))  # a list, where it comes from a store
         if self.kind == "json_schema":
             _parse_schema(self.source)
 

@@ -120,7 +120,8 @@ class Decoding:
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
-        self._decoder = tokenizer.stream_decoder(continues=continues)
+        shown = params.constraint.shown if params.constraint is not None else ()
+        self._decoder = tokenizer.stream_decoder(continues=continues, shown=shown)
         self._stops = StopMatcher(params.stop)
         self._guide = None if params.constraint is None else Guide(tokenizer, vocab_size, params.constraint, begun)
         self.begun_text = "".join(self._text_of(token) for token in begun)
