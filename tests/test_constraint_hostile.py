@@ -176,6 +176,8 @@ HOSTILE: dict[str, tuple[Constraint, str | None]] = {
     ),
     "chain of terminals": (
         Constraint.lark("start: R0\n" + "".join(f'R{i}: "x" R{i + 1}\n' for i in range(3000)) + 'R3000: "a"'), None),
+    "chain of rules in definitions of tools": (
+        Constraint("tools", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(15_000)) + 'r15000: "a"'), None),
     "doubling terminals": (
         Constraint.lark("start: R0\n" + "".join(f"R{i}: R{i + 1} R{i + 1}\n" for i in range(60)) + 'R60: "a"'),
         "too big",

@@ -300,6 +300,7 @@ def _bytes_alone() -> LLTokenizer:
 _LOOK_AROUND = r"look-around (look-ahead, look-behind, \b, ^ and $ in the middle) cannot be enforced"
 _WORDS = (
     ("look-around|lookarounds", _LOOK_AROUND),
+    ("Too many items", "there are too many ways to read the same text; let neighbors begin with different characters"),
     ("backreferences", "backreferences cannot be enforced"),
     ("Unimplemented keys", "this keyword cannot be enforced"),
     ("oneOf constraints", "oneOf can be enforced only where its schemas exclude each other; anyOf always can"),
