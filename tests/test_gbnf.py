@@ -105,6 +105,7 @@ def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
         ('root ::= "[" root "]" root | ("list" | "listen") "ed" | ""', ["[listed]listened", "[]"], ["[list]"]),
         ('root ::= ("a" root)? | "é"+ "ê"', ["ééê", "aaéê", ""], ["é", "aê"]),
         ('root ::= root "+" root | num\nnum ::= [0-9]+ | "1+1"', ["1+1+1", "12"], ["+", "1+"]),
+        ('root ::= ([^<>] | "-" | "<" root ">")+', ["ab<c->d", "<<x>>"], ["", "<>", "a<"]),
         # Names.
         ('root ::= start\nstart ::= "x"', ["x"], [""]),
         ('root ::= Item item ITEM\nItem ::= "a"\nitem ::= "b"\nITEM ::= "c"', ["abc"], ["aaa"]),
@@ -229,6 +230,7 @@ def lexemes_of(source: str) -> list[str]:
         ('root ::= "(" root ")" | word\nword ::= [a-z]+', 3, "[a-z]+"),
         ('root ::= "(" root ")" | word "é" root?\nword ::= [a-zü]+', 4, None),  # two that begin with the same byte
         ('root ::= "(" root ")" | word root?\nword ::= [a-z]+', 3, None),  # a word may follow a word
+        ('root ::= ([^<>] | "<" root ">")*', 3, "]+"),  # runs of what is regular
         ('root ::= "a"{6001}', 1, None),  # too long to be one
     ],
 )

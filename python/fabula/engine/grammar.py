@@ -250,9 +250,8 @@ def explained(constraint: Constraint, message: str) -> str:
     text = found[1] if found else (" ".join(" ".join(lines).split()) or message)
     if constraint.kind != "lark":
         if constraint.kind == "gbnf":
-            return (
-                f"the grammar is too large or too complex: {re.sub(r'at [0-9]+[(][0-9]+[)]: ', '', text)[:MAX_MESSAGE]}"
-            )
+            text = in_words(re.sub(r"at \d+\(\d+\): ", "", text))
+            return f"the grammar is too large or too complex: {text[:MAX_MESSAGE]}"
         return in_words(text)[:MAX_MESSAGE]
     if place is None:
         return text[:MAX_MESSAGE]

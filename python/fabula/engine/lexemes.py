@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fabula.engine.gbnf import Alt, Chars, Node, Ref, Repeat, Seq, Token, parse_gbnf, references
+from fabula.engine.gbnf import Alt, Chars, Node, Ref, Repeat, Seq, Token, alternatives, parse_gbnf, references, repeated
 
 MAX_CHARACTERS = 6000  # places in a lexeme's pattern, with its repetitions written out
 MAX_DEPTH = 70  # nodes of a lexeme within each other; the library's regular expressions take 250 levels
@@ -190,6 +190,7 @@ class _Plan:
         self._patterns = _Patterns(rules)
         self._apart: set[Pattern] = set()
         self._all_apart = False
+        self._gathered: dict[int, Node | None] = {}  # by the identity of a repetition
         self._rules = self._planned()
         for _ in range(MAX_ROUNDS):
             culprits = self._culprits()
@@ -218,12 +219,28 @@ class _Plan:
         if pattern is not None and (pattern.is_single or not (self._all_apart or pattern in self._apart)):
             return pattern
         if isinstance(node, Repeat):
-            return Group("repeat", (self._part(node.item),), node.low, node.high)
+            runs = self._runs(node)
+            return self._part(runs) if runs else Group("repeat", (self._part(node.item),), node.low, node.high)
         if isinstance(node, Seq):
             return Group("sequence", tuple(self._part(item) for item in node.items))
         if isinstance(node, Alt):
             return Group("alternatives", tuple(self._part(item) for item in node.options))
         return node if isinstance(node, Ref) else Group("sequence", ())
+
+    def _runs(self, node: Repeat) -> Node | None:
+        """A repetition of regular and other options with the regular ones gathered, so that a run of them can be one
+        lexeme: with R for (A | B)+, (A | B | X)* has the texts of (R? X)* R?, and with + those of R | (R? X)+ R?."""
+        if id(node) not in self._gathered:
+            options = node.item.options if isinstance(node.item, Alt) and node.high is None and node.low < 2 else ()
+            regular = [option for option in options if self._patterns.of(option) is not None]
+            made: Node | None = None
+            if 0 < len(regular) < len(options):
+                run = repeated(alternatives(regular), 1, None)
+                others = alternatives([option for option in options if option not in regular])
+                made = Seq((repeated(Seq((repeated(run, 0, 1), others)), node.low, None), repeated(run, 0, 1)))
+                made = made if node.low == 0 else Alt((run, made))
+            self._gathered[id(node)] = made
+        return self._gathered[id(node)]
 
     def _lexemes(self) -> list[Pattern]:
         found = {part: None for rule in self._rules.values() for part in _leaves(rule) if isinstance(part, Pattern)}
