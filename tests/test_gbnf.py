@@ -17,7 +17,20 @@ from fabula import Constraint, InvalidArgument
 from fabula.engine.grammar import Guide
 from fabula.engine.lexemes import gbnf_to_lark
 from fabula.text.tokenizer import Tokenizer
-from gbnf_matcher import ALPHABET, GRAMMARS, TOKENS, Matcher, written
+from gbnf_matcher import (
+    ALPHABET,
+    GRAMMARS,
+    TOKENS,
+    AnyChar,
+    Choice,
+    Class,
+    Literal,
+    Matcher,
+    Row,
+    Rule,
+    Times,
+    written,
+)
 
 LONG = os.environ.get("FABULA_TEST_LONG") == "1"
 
@@ -74,6 +87,31 @@ def check_walk(tokenizer: Tokenizer, grammar: dict[str, Any], seed: int, n_steps
 @settings(max_examples=5000 if LONG else 50, deadline=None)
 def test_a_drawn_grammar(words: Tokenizer, grammar: dict[str, Any], seed: int) -> None:
     check_walk(words, grammar, seed)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"root": Row((Literal("Answer: "), Times(Class("abcdehlo ,.", False), 1, None, "+"), Literal(".")))},
+        {"root": Choice((Row((Literal("<"), Rule("root"), Literal(">"))), Times(Class("<>", True), 0, None, "*")))},
+        {"root": Choice((Row((Rule("word"), Rule("root"))), Literal("."))), "word": Choice((Literal("a"), AnyChar()))},
+    ],
+)
+def test_the_tokens_of_a_real_vocabulary(grammar: dict[str, Any], smollm2: Tokenizer) -> None:
+    """Of some hundred tokens the same may come as the matcher says."""
+    guide, rng = Guide(smollm2, smollm2.vocab_size, Constraint.gbnf(written(grammar))), random.Random(3)
+    text = ""
+    for _ in range(3):
+        allowed = np.flatnonzero(guide.allowed).tolist()
+        others = np.flatnonzero(~guide.allowed).tolist()
+        for token in [*rng.sample(allowed, min(len(allowed), 60)), *rng.sample(others, min(len(others), 60))]:
+            raw = smollm2.token_bytes(token)
+            if token not in smollm2.special_ids and (word := raw.decode("utf-8", "replace")).encode() == raw:
+                assert bool(guide.allowed[token]) == Matcher(grammar, text + word).is_beginning, (text, word)
+        whole = [token for token in allowed if smollm2.token_bytes(token).isascii() and smollm2.token_bytes(token)]
+        token = rng.choice(whole)
+        guide.advance(token)
+        text += smollm2.token_bytes(token).decode()
 
 
 # ---- What is read ---------------------------------------------------------------------------------------------------
