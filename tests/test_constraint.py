@@ -202,7 +202,7 @@ def test_damaged_logits(bad: float, model: Model) -> None:
 # ---- Ends -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"min_tokens": 60}, {"ignore_eos": True}, {"stop": ("b", "c")}])
+@pytest.mark.parametrize("changes", [{}, {"min_tokens": 60}, {"ignore_eos": True}, {"stop": ("x", "cb")}])
 def test_a_complete_answer_stops_by_itself(changes: dict[str, Any], model: Model) -> None:
     text, generation = said(model, Constraint.regex("abc"), **changes)
     assert (text, generation.finish_reason) == ("abc", "stop")
@@ -225,12 +225,28 @@ def test_end_tokens_come_where_they_may(model: Model) -> None:
     assert (text, generation.finish_reason) == ("x" * 20, "length")
 
 
-def test_stop_strings_count_where_the_answer_may_end(model: Model) -> None:
+@pytest.mark.parametrize(
+    ("stop", "before"), [(("b",), '"'), (("bbb",), '"'), (('b"', "ab"), '"bb'), (("zz", '"'), ""), (('"bb',), "")]
+)
+def test_stop_strings_end_a_constrained_answer(stop: tuple[str, ...], before: str, model: Model) -> None:
+    """Wherever they come, whether the constraint is satisfied there or not."""
+    text, generation = said(model, Constraint.regex('"b{3}"b*'), stop=stop)
+    assert (text, generation.finish_reason) == (before, "stop")
+
+
+def test_stop_strings_in_json(model: Model) -> None:
+    schema = {"const": {"first": "a", "second": "b"}}
+    compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
+    text, generation = said(model, Constraint.json_schema(compact), stop=('"second"',))
+    assert (text, generation.finish_reason) == ('{"first":"a",', "stop")
+    text, generation = said(model, Constraint.json_schema(compact), stop=('"second"',), min_tokens=30)
+    assert (json.loads(text), generation.finish_reason) == (schema["const"], "stop")
+
+
+def test_stop_tokens_end_a_constrained_answer(model: Model) -> None:
     b = model.tokenizer.encode("b", add_bos=False)[0]
-    text, generation = said(model, Constraint.regex('"b{3}"b*'), stop=("b",), logit_bias={b: 30.0})
-    assert (text, generation.finish_reason) == ('"bbb"', "stop")
-    text, generation = said(model, Constraint.regex('"b{3}"b*'), stop_tokens=(b,), logit_bias={b: 30.0})
-    assert (text, generation.finish_reason) == ('"bbb"', "stop")
+    text, generation = said(model, Constraint.regex('"b{3}"b*'), stop_tokens=(b,))
+    assert (text, generation.finish_reason) == ('"', "stop")
 
 
 def test_everything_allowed_is_banned(model: Model) -> None:

@@ -176,6 +176,8 @@ HOSTILE: dict[str, tuple[Constraint, str | None]] = {
     ),
     "chain of terminals": (
         Constraint.lark("start: R0\n" + "".join(f'R{i}: "x" R{i + 1}\n' for i in range(3000)) + 'R3000: "a"'), None),
+    "chain of rules in definitions of tools": (
+        Constraint("tools", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(15_000)) + 'r15000: "a"'), None),
     "doubling terminals": (
         Constraint.lark("start: R0\n" + "".join(f"R{i}: R{i + 1} R{i + 1}\n" for i in range(60)) + 'R60: "a"'),
         "too big",
@@ -186,21 +188,36 @@ HOSTILE: dict[str, tuple[Constraint, str | None]] = {
     "no such token": (Constraint.lark("start: <nope>"), "nope"),
     "a comment at the end": (Constraint.lark('start: "a" // b'), None),
     "nested GBNF": (Constraint.gbnf("root ::= " + "(" * 5000 + '"a"' + ")" * 5000), "nested"),
-    "no GBNF": (Constraint.gbnf("root ::= )"), "Expected name"),
+    "no GBNF": (Constraint.gbnf("root ::= )"), "line 1, column 10: unexpected '\\)'"),
     "no root": (Constraint.gbnf('foo ::= "a"'), "root"),
     "bad escape": (Constraint.gbnf('root ::= "\\q"'), "escape"),
     "open string": (Constraint.gbnf('root ::= "a'), "end of input"),
-    "two names in one": (Constraint.gbnf('root ::= a-b a_b\na-b ::= "x"\na_b ::= "y"'), "already exists"),
+    "much alike names": (Constraint.gbnf('root ::= a-b a_b A_B\na-b ::= "x"\na_b ::= "y"\nA_B ::= "z"'), None),
     "most rules": (Constraint.gbnf("\n".join(f"r{i} ::= r{i + 1}" for i in range(MAX_RULES - 2))
                                    + f'\nr{MAX_RULES - 2} ::= "a"\nroot ::= r0'), None),
     "too many rules": (Constraint.gbnf('r ::= "a"\n' * (MAX_RULES + 1)), str(MAX_RULES)),
+    "doubling rules": (Constraint.gbnf("root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(60))
+                                       + 'r60 ::= "a"'), None),
+    "doubling to nothing": (Constraint.gbnf('root ::= "x" | ((""{9}){99999}){99999}'), None),
+    "a million characters": (Constraint.gbnf('root ::= ("a"{1000}){1000}'), None),
+    "exponential GBNF": (Constraint.gbnf('root ::= ([^b]* "a" .{40} "b"){5}'), None),
+    "deep repeats": (Constraint.gbnf('root ::= "a"' + "*?+" * 2000), "nested"),
+    "many classes": (Constraint.gbnf("root ::= x* root?\nx ::= " + " | ".join(
+        f"[{chr(0x4E00 + i)}-{chr(0x4E40 + 3 * i)}]+" for i in range(1500))), None),
+    "many ways": (Constraint.gbnf('root ::= root root | root root root | "a"* | [a-z]+ | ""'), None),
+    "alternatives of words": (Constraint.gbnf("root ::= (w root)?\nw ::= " + " | ".join(
+        f'"word{i}"' for i in range(4000))), None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_grammars(name: str, loaded_tiny: Model, capfd: pytest.CaptureFixture[str]) -> None:
+def test_hostile_grammars(
+    name: str, loaded_tiny: Model, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is compiled or refused in time, can be followed for a while or says why not, and nothing is printed."""
     constraint, message = HOSTILE[name]
+    if message is not None:  # which must not depend on how busy the machine is
+        monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 60.0)
     tokenizer, rng = loaded_tiny.tokenizer, random.Random(1)
     start = time.process_time()
     if message is not None:
@@ -219,7 +236,7 @@ def test_hostile_grammars(name: str, loaded_tiny: Model, capfd: pytest.CaptureFi
         except InvalidArgument as error:
             assert re.search("too complex|dead end|takes more than", str(error))
         assert slowest < 0.3  # 5 ms on a machine that does nothing else
-    assert time.process_time() - start < 4.0
+    assert time.process_time() - start < 12.0  # 4 s on a machine that does nothing else
     assert capfd.readouterr() == ("", "")
 
 

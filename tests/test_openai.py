@@ -433,9 +433,9 @@ def test_responses_with_a_schema_or_forgotten(small: Served) -> None:
         ),
         (
             "chat/completions",
-            {"messages": user("x"), "tools": [WEATHER], "response_format": {"type": "json_object"}},
-            "unsupported",
-            "tools",
+            {"messages": user("x"), "tools": [WEATHER], "constraint": {"lark": 'start: "x"'}},
+            "invalid_value",
+            None,
         ),
         ("chat/completions", {"messages": user("x" * 9000)}, "context_length_exceeded", None),
         ("completions", {"prompt": "x", "suffix": "y"}, "unsupported", "suffix"),

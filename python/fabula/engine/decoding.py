@@ -81,7 +81,8 @@ class Decoding:
     """Draws the tokens of one answer and reads them as text until something ends it.
 
     Under a constraint only tokens that it allows are drawn, whatever else the settings say: end tokens are not held
-    back or let pass where nothing else may follow, and stop strings count only where the answer might have ended.
+    back or let pass where nothing else may follow. Stop strings and `stop_tokens` end the answer wherever they come,
+    also where the constraint would go on.
 
     Args:
         tokenizer: of the model.
@@ -126,7 +127,10 @@ class Decoding:
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
-        self._decoder, self._tokenizer = tokenizer.stream_decoder(continues=continues), tokenizer
+        shown = params.constraint.shown if params.constraint is not None else ()
+        self._shown = frozenset(shown)
+        self._decoder = tokenizer.stream_decoder(continues=continues, shown=shown)
+        self._tokenizer = tokenizer
         self._n_chars = 0  # that the tokens so far are certain to make
         self._n_certain = 0
         self._starts: deque[int] = deque()  # of tokens that are not certain, as positions of the stop matcher
@@ -169,7 +173,7 @@ class Decoding:
         if stops.matched is None and (reason is not None or not self.params.stop):
             self._n_certain += len(starts)
             starts.clear()
-            if reason == "stop" and token in self._ends and self._may_stop:
+            if reason == "stop" and self._ends_answer(token):
                 self._n_certain -= 1  # it ended the answer and is no part of it
         while starts and starts[0] < stops.n_certain:
             starts.popleft()
@@ -210,12 +214,10 @@ class Decoding:
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         """Text that is certain after this token, and whether it ends the answer."""
         hidden = self._hidden_text(token)
-        if token in self._ends and self._may_stop:
+        if self._ends_answer(token):
             return self._flush(hidden), "stop"
         text, guide = self._text_of(token), self._guide
-        if not self._may_stop:
-            text = self._stops.let_pass(text, hidden)  # what stands before a stop string here would be no answer
-        elif self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
+        if self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
             text, stop = self._stops.feed(text, hidden)
             if stop is not None:
                 return text, "stop"
@@ -226,6 +228,11 @@ class Decoding:
         if self._n_drawn >= self._room:
             return text + self._flush(), "length"
         return text, None
+
+    def _ends_answer(self, token: int) -> bool:
+        """Whether this token, the last one sampled, ends the answer: under a constraint the model's own end tokens only
+        where the answer may end, those of `stop_tokens` anywhere."""
+        return token in self._ends and (self._may_stop or token in self.params.stop_tokens)
 
     def _text_of(self, token: int) -> str:
         """Text that is certain after this token; an id that only pads the model's vocabulary has none."""
@@ -246,8 +253,8 @@ class Decoding:
     def _hidden_text(self, token: int) -> str:
         """What a control or end token is called, where a stop string might name it; "" for a token that is shown."""
         tokenizer = self._tokenizer
-        is_hidden = token in tokenizer.special_ids or (token in self._ends and self._may_stop)
-        if not self.params.stop or not is_hidden:
+        is_hidden = token in tokenizer.special_ids or self._ends_answer(token)
+        if not self.params.stop or not is_hidden or token in self._shown:
             return ""
         try:
             return tokenizer.token_bytes(token).decode("utf-8", "replace")

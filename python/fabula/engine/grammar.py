@@ -6,7 +6,8 @@ every place which tokens may come next. It gets the bytes of our vocabulary, so 
 Grammars come from strangers. What the library itself does not bound is bounded here, and in `engine/constraint.py`:
 
     stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: a thread of its own has 64 MiB
-    time        a caller waits 2 s; the library's fuel ends what still runs soon after that
+    time        a caller waits 2 s, longer for sources made of many schemas; the library's fuel ends what still runs
+                soon after that
     forcing     off: text that can only go on in one way would be tokenized again at every token, 50 ms for 48 KB
     memory      compiled grammars are kept, the latest used, up to a number and an estimate of their bytes
 """
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fabula.engine.constraint import MAX_MESSAGE, Constraint
+from fabula.engine.constraint import MAX_MESSAGE, MAX_SOURCE_BYTES, Constraint
+from fabula.engine.json_schema import in_words
 from fabula.errors import EngineBusy, InvalidArgument
 from fabula.text.tokenizer import Tokenizer
 
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 COMPILE_SECONDS = 2.0
+SECONDS_PER_MIB = 6.0  # more, for what a source has beyond MAX_SOURCE_BYTES: 128 tools of 500 KB take 1.5 s
 MAX_COMPILING = 4  # at a time, those nobody waits for any more included
-STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it
+STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it; for each 64 KiB
 
 MAX_CACHED = 128  # compiled grammars of one tokenizer
 MAX_CACHED_BYTES = 64 << 20
-MAX_GRAMMAR_BYTES = 16 << 20  # a grammar whose lexer has grown beyond this is compiled anew
+MAX_GROWN_BYTES = 16 << 20  # a grammar whose lexer has grown by more is compiled anew
+SOURCE_FACTOR = 64  # bytes that a grammar holds for a byte of its source: 7 MiB for 125 KB, 35 MiB for 545 KB
 # The library does not tell how much it holds. All of it is made while it works: 60 .. 130 MB a second were measured
 # for exploding lexers and large remainders. Ordinary masks take 15 us and make nothing.
 BYTES_PER_SECOND = 128 << 20
@@ -49,12 +53,13 @@ class Grammar:
 
     Attributes:
         n_bytes: estimate of what it holds.
+        n_compiled: of these, what it held before any answer was followed.
         is_spent: its lexer went over a limit; it is of no use any more.
     """
 
     def __init__(self, matcher: LLMatcher, n_bytes: int) -> None:
         self._matcher = matcher
-        self.n_bytes = n_bytes
+        self.n_bytes = self.n_compiled = n_bytes
         self.is_spent = False
 
     def start(self) -> LLMatcher:
@@ -92,14 +97,16 @@ class Vocabulary:
         from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
         self.n_tokens = tokenizer.vocab_size
+        self._tokenizer = weakref.ref(tokenizer)
         ends = list(tokenizer.eos_ids) or None
         self._tokens: LLTokenizer = LLTokenizer(TokenizerWrapper(_Bytes(tokenizer)), eos_token=ends)
         # 64 KiB of words compile with 100,000 of initial fuel, common schemas are followed with 20,000 a step, and a
-        # state takes about 1 KiB.
+        # state takes about 1 KiB. Text that is read character by character, among 152,000 tokens, takes 20,000 to
+        # 100,000 items a mask, 20 ms.
         self._limits: LLParserLimits = LLParserLimits(
             initial_lexer_fuel=250_000,
             step_lexer_fuel=100_000,
-            step_max_items=20_000,
+            step_max_items=100_000,
             max_lexer_states=50_000,
             max_grammar_size=200_000,
             verbose_errors=False,
@@ -116,15 +123,14 @@ class Vocabulary:
         """
         with self._lock:
             found = self._grammars.get(constraint)
-            if found is not None and not found.is_spent and found.n_bytes <= MAX_GRAMMAR_BYTES:
+            if found is not None and not found.is_spent and found.n_bytes - found.n_compiled <= MAX_GROWN_BYTES:
                 self._grammars.move_to_end(constraint)
                 self._evict()
                 return found
-        lark = constraint.to_lark()
-        done: list[Grammar | InvalidArgument] = []
-        _run_beside(lambda: done.append(self._compile(constraint, lark)), constraint.kind)
+        done: list[Grammar | Exception] = []
+        _run_beside(lambda: done.append(self._compiled(constraint)), constraint)
         compiled = done[0]
-        if isinstance(compiled, InvalidArgument):
+        if isinstance(compiled, Exception):
             raise compiled
         with self._lock:
             self._grammars[constraint] = compiled
@@ -146,9 +152,29 @@ class Vocabulary:
         """Estimate of what they hold."""
         return sum(grammar.n_bytes for grammar in self._grammars.values())
 
-    def _compile(self, constraint: Constraint, lark: str) -> Grammar | InvalidArgument:
+    def _compiled(self, constraint: Constraint) -> Grammar | Exception:
+        try:
+            return self._compile(constraint)
+        except Exception as error:
+            return error
+
+    def _token_id(self, text: str) -> int | None:
+        """The id of a token from how it is written, or from the id in decimal; None if there is no such token."""
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            return None
+        if text.isdecimal():
+            return int(text) if int(text) < self.n_tokens else None
+        found = tokenizer.id_of(text)
+        if found is not None:
+            return found
+        ids = tokenizer.encode(text, add_bos=False, special=True)
+        return ids[0] if len(ids) == 1 else None
+
+    def _compile(self, constraint: Constraint) -> Grammar:
         from llguidance import LLMatcher
 
+        lark = constraint.to_lark(self._token_id)
         start = time.perf_counter()
         # Behind the source, so that the lines of messages are its own; options only ever add up.
         source = json.dumps({"grammars": [{"lark_grammar": lark + '\n%llguidance {"no_forcing": true}\n'}]})
@@ -157,10 +183,9 @@ class Vocabulary:
         if not matcher.is_error():
             trial.compute_bitmask()
         if trial.is_error():
-            return InvalidArgument(f"{constraint.kind}: {shortened(trial.get_error())}")
-        grammar = Grammar(matcher, (1 << 16) + 16 * len(lark))
-        grammar.worked(time.perf_counter() - start)
-        return grammar
+            raise InvalidArgument(f"{constraint.kind}: {explained(constraint, trial.get_error())}")
+        seconds = time.perf_counter() - start
+        return Grammar(matcher, (1 << 16) + max(SOURCE_FACTOR * len(lark), int(seconds * BYTES_PER_SECOND)))
 
 
 def _all_bytes(tokenizer: Tokenizer) -> list[bytes]:
@@ -178,7 +203,7 @@ _compiling = threading.BoundedSemaphore(MAX_COMPILING)
 _stack_lock = threading.Lock()
 
 
-def _run_beside(work: Callable[[], object], kind: str) -> None:
+def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
     """Runs work in a thread with a large stack, for as long as a caller would wait.
 
     Raises:
@@ -196,9 +221,10 @@ def _run_beside(work: Callable[[], object], kind: str) -> None:
             _compiling.release()
             done.set()
 
+    n_bytes = len(constraint.source)
     # The size is the process's; a thread that somebody else starts meanwhile gets more address space, no more memory.
     with _stack_lock:
-        before = threading.stack_size(STACK_BYTES)
+        before = threading.stack_size(STACK_BYTES * (1 + n_bytes // MAX_SOURCE_BYTES))
         try:
             threading.Thread(target=run, name="fabula-grammar").start()
         except BaseException:
@@ -206,20 +232,34 @@ def _run_beside(work: Callable[[], object], kind: str) -> None:
             raise
         finally:
             threading.stack_size(before)
-    if not done.wait(COMPILE_SECONDS):
-        raise InvalidArgument(f"{kind}: it takes more than {COMPILE_SECONDS:g} s to compile; make it simpler")
+    seconds = COMPILE_SECONDS + SECONDS_PER_MIB * max(0, n_bytes - MAX_SOURCE_BYTES) / (1 << 20)
+    if not done.wait(seconds):
+        raise InvalidArgument(f"{constraint.kind}: it takes more than {seconds:.3g} s to compile; make it simpler")
 
 
-def shortened(message: str) -> str:
-    """The library's message without excerpts of the source."""
+def explained(constraint: Constraint, message: str) -> str:
+    """The library's message in terms of what the user wrote: places are those of the text for Lark, and none for other
+    kinds, whose text the library never saw."""
     if message.startswith("NoExtensionBias"):
         return "no text satisfies it"
-    message = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: ", "", message)
-    found = re.search(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
-    if found is not None:
-        return found[1][:MAX_MESSAGE]
+    place = re.match(r"(?:at )?(\d+)\((\d+)\): ", message)
+    message = message[place.end() :] if place else message
+    message = re.sub("^failed to compile JSON schema: ", "", message)
+    found = re.search("^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
     lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^|<non-verbose/>)", line)]
-    return " ".join(" ".join(lines).split())[:MAX_MESSAGE] or message[:MAX_MESSAGE]
+    text = found[1] if found else (" ".join(" ".join(lines).split()) or message)
+    if constraint.kind != "lark":
+        if constraint.kind == "gbnf":
+            text = in_words(re.sub(r"at \d+\(\d+\): ", "", text))
+            return f"the grammar is too large or too complex: {text[:MAX_MESSAGE]}"
+        return in_words(text)[:MAX_MESSAGE]
+    if place is None:
+        return text[:MAX_MESSAGE]
+    lines = constraint.source.splitlines() or [""]
+    # Behind the source stand our own options.
+    is_end = (int(place[1]), int(place[2])) > (len(lines), len(lines[-1]))
+    where = "at the end" if is_end else f"line {place[1]}, column {place[2]}"
+    return f"{where}: {text.partition(', found')[0] if is_end else text}"[:MAX_MESSAGE]
 
 
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
@@ -306,4 +346,4 @@ class Guide:
                 f"{self._kind}: the grammar has a dead end: nothing may follow here, not even the end"
             )
         self._grammar.is_spent = True
-        raise InvalidArgument(f"{self._kind}: the grammar is too complex: {shortened(message)}")
+        raise InvalidArgument(f"{self._kind}: the grammar is too complex: {in_words(message)}")

@@ -120,9 +120,9 @@ class SamplingParams:
         stop_tokens: ids that end the generation like the model's own end tokens.
         ignore_eos: the model's end tokens do not end the generation.
         n_logprobs: how many of the likeliest tokens are told with each token; 0 .. 20.
-        constraint: what the answer must look like; None for anything. It wins over every other setting: end tokens
-            come only where the answer may end, and always where nothing else may follow; stop strings and
-            `stop_tokens` are taken as text where it may not.
+        constraint: what the answer must look like; None for anything. It wins over other settings: end tokens come
+            only where the answer may end, and always where nothing else may follow. But `stop` and `stop_tokens` end
+            the answer wherever they come, also in the middle of it.
         given: names out of MODEL_SETTINGS that were given; the others read as neutral until `resolved` fills them in.
             Not an argument: `replace` keeps it. Settings compare by their values alone.
 

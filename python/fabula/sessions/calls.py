@@ -1,93 +1,69 @@
-"""Reading tool calls out of an answer, whole or as it streams; the form is that of `sessions/tools.py`.
+"""Reading tool calls out of an answer, whole or as it streams, in any form of `sessions/tool_forms.py`.
 
-What is no call is content: tags that are never closed, JSON that is none, text between calls. Content never holds half
-a tag that may still become one.
+What is no call is content: tags that are never closed, JSON that is none, text between calls, thoughts. Content never
+holds half a tag that may still become one. A call that has said its name is a call, whatever becomes of it: one that
+breaks off is marked as not whole. The whole answer is read by the reader of the stream, so both say the same.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from fabula.sessions.call_events import (
+    Arguments,
+    Blanks,
+    CallBegun,
+    CallEnded,
+    Content,
+    Event,
+    Reader,
+    ToolCall,
+    gathered,
+    loaded,
+)
+from fabula.sessions.harmony import HarmonyReader
+from fabula.sessions.tool_forms import HERMES, ToolForm
+from fabula.sessions.tool_syntax import NAME, Syntax, matched, n_half
+from fabula.sessions.tool_values import KINDS, json_of, json_of_python, kinds_of
+
+__all__ = [
+    "Arguments",
+    "Blanks",
+    "CallBegun",
+    "CallEnded",
+    "Content",
+    "Event",
+    "Reader",
+    "ToolCall",
+    "ToolCallReader",
+    "gathered",
+    "parse_tool_calls",
+    "reader_of",
+]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_HEAD = 256  # characters in which a call must say its name for its arguments to be streamed
+THINK, END_OF_THOUGHT = "<think>", "</think>"
+_NAME = re.compile(NAME)
 _SIGNS = re.compile(r'[{}"\\]')
+_PYTHON_SIGNS = re.compile(r"""[\[\](){}"'\\,]""")
+_KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of a function.
-
-    Attributes:
-        name: of the function.
-        arguments: a JSON object, as the model wrote it.
-    """
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Text outside of calls.
-
-    Attributes:
-        text: what is certain of it.
-    """
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBegun:
-    """A call says its name.
-
-    Attributes:
-        index: of the call in the answer, from 0.
-        name: of the function.
-    """
-
-    index: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """More of a call's arguments.
-
-    Attributes:
-        index: of the call.
-        text: of the JSON, to be put behind what came before.
-    """
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallEnded:
-    """Nothing more of a call will come.
-
-    Attributes:
-        index: of the call.
-        is_valid: whether it is whole and its arguments are JSON; else it was cut off, or is no call after all.
-        raw: everything the model wrote of it, tags included.
-    """
-
-    index: int
-    is_valid: bool
-    raw: str
-
-
-Event = Content | CallBegun | Arguments | CallEnded
+# Whether an answer may begin with <think>, begins behind it, or may think between control tokens, which leave no text.
+Thought = Literal["", "tagged", "open", "tokens"]
 
 
 class ToolCallReader:
     """Finds calls in text that arrives in pieces, which may break anywhere.
+
+    Args:
+        form: in which calls are written.
+        schemas: of the arguments, by the name of the tool; they say which values are text.
+        thought: whether the answer may begin with a thought in <think> tags ("tagged"), or begins inside of one
+            ("open"); no calls are looked for in it. Thoughts between control tokens ("tokens") are not seen.
 
     Example:
         >>> reader = ToolCallReader()
@@ -95,15 +71,26 @@ class ToolCallReader:
         [Content(text='Let me see.')]
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, form: ToolForm = HERMES, schemas: Mapping[str, Mapping[str, Any]] | None = None, thought: Thought = ""
+    ) -> None:
+        self._form, self._schemas = form, schemas or {}
+        self._syntax = Syntax.of(form)
         self._held = ""
-        self._state = self._text
         self._index = 0
         self._sought = 0  # characters of the held text in which there is no closing tag
         self._raw: list[str] = []  # of the call that is being read
         self._arguments: list[str] = []
-        self._depth, self._in_string, self._escaped = 0, False, False
+        self._depth, self._in_string, self._escaped = 0, "", False
+        self._n_scanned = 0  # characters of the held text that were looked at
+        self._in_section = False  # whether the next call is not the first of its section
+        self._kinds = KINDS  # of the value that is being read
+        self._has_value, self._is_bad = False, False
         self._after_call = False  # blanks here only set calls apart
+        behind_thought = self._start if form.is_first else self._text
+        self._state: Callable[[list[Event]], bool] = {"tagged": self._before_thought, "open": self._opened}.get(
+            thought, behind_thought
+        )
 
     def feed(self, text: str) -> list[Event]:
         """Takes the next piece of text; what is certain with it."""
@@ -113,66 +100,143 @@ class ToolCallReader:
             pass
         return events
 
-    def finish(self) -> list[Event]:
-        """At the end of the text: what was still held back."""
+    def finish(self, *, is_whole: bool = True) -> list[Event]:
+        """At the end of the text: what was still held back.
+
+        Args:
+            is_whole: whether the model ended it. Where it was cut off instead, half a tag at its end is no content.
+        """
         events: list[Event] = []
         held, self._held = self._held, ""
-        if self._state == self._text:
+        state = self._state
+        if state == self._start and not is_whole:
+            self._end_of_head(held, is_whole, events)
+        elif state in (self._before_thought, self._thought, self._rest_is_text):
             self._say(held, events)
-        elif self._state in (self._head, self._whole):
-            self._take_whole(held, "", events)
+        elif state in (self._opened, self._text, self._start, self._between):
+            if is_whole:
+                self._say(held, events)
+        elif state in (self._head, self._whole):
+            self._end_of_head(held, is_whole, events)
         else:
-            self._raw.append(held)
+            if state == self._value:
+                self._end_of_value(held, events)
+            elif state == self._python:
+                self._raw.append(held)
+                self._is_bad = True
+            else:
+                self._raw.append(held)
             self._end(events)
         return events
 
-    # ---- States: each takes what it can of the held text, and says whether to go on ---------------------------------
+    # ---- States outside of calls: each takes what it can of the held text, and says whether to go on ----------------
+
+    def _before_thought(self, _: list[Event]) -> bool:
+        """Where a thought may begin."""
+        text = self._held.lstrip()
+        if len(text) < len(THINK) and THINK.startswith(text):
+            return False
+        self._state = self._thought if text.startswith(THINK) else self._start if self._form.is_first else self._text
+        return True
+
+    def _opened(self, _: list[Event]) -> bool:
+        """Where a thought goes on that the prompt began, unless there is a call at once."""
+        text, opening = self._held.lstrip(), self._syntax.opening
+        if len(text) < len(opening) and opening.startswith(text):
+            return False
+        self._state = self._text if text.startswith(opening) else self._thought
+        return True
+
+    def _thought(self, events: list[Event]) -> bool:
+        place = self._held.find(END_OF_THOUGHT)
+        end = place + len(END_OF_THOUGHT) if place >= 0 else len(self._held) - n_half(self._held, END_OF_THOUGHT)
+        self._say(self._held[:end], events)
+        self._held = self._held[end:]
+        if place < 0:
+            return False
+        self._state = self._start if self._form.is_first else self._text
+        return True
+
+    def _start(self, events: list[Event]) -> bool:
+        """At the beginning of an answer whose calls have no mark of their own."""
+        match = self._syntax.first.match(self._held[:MAX_HEAD])
+        if match is not None:
+            self._take_head(match, events)
+            return True
+        if len(self._held) < MAX_HEAD and self._syntax.may_begin(self._held):
+            return False
+        self._state = self._rest_is_text
+        return True
+
+    def _rest_is_text(self, events: list[Event]) -> bool:
+        self._say(self._held, events)
+        self._held = ""
+        return False
 
     def _text(self, events: list[Event]) -> bool:
-        start = self._held.find(OPEN)
+        opening = self._syntax.opening
+        start = self._held.find(opening)
         if start >= 0:
             self._say(self._held[:start], events)
-            self._held = self._held[start + len(OPEN) :]
-            self._raw, self._arguments, self._state = [OPEN], [], self._head
+            self._held = self._held[start + len(opening) :]
+            self._raw, self._in_section, self._state = [opening], False, self._head
             return True
-        n_held = next((n for n in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:n])), 0)
+        n_held = n_half(self._held, opening)
         self._say(self._held[: len(self._held) - n_held], events)
         self._held = self._held[len(self._held) - n_held :]
         return False
 
-    def _head(self, events: list[Event]) -> bool:
-        """Behind the tag, up to the arguments."""
-        match = _HEAD.match(self._held)
-        if match is not None:
-            events.append(CallBegun(self._index, match[1]))
-            self._raw.append(match[0])
-            self._held = self._held[match.end() :]
-            self._depth, self._in_string, self._escaped, self._state = 0, False, False, self._body
+    def _between(self, _: list[Event]) -> bool:
+        """Behind a call of a section: another one, or the section's end."""
+        close = matched(self._held, self._form.section[1]) if self._form.section[1] else None
+        more = matched(self._held, self._form.separator + self._syntax.mark)
+        if close is not None and close >= 0:
+            self._held = self._held[close:]
+        elif more is not None and more > 0:
+            self._held = self._held[matched(self._held, self._form.separator) or 0 :]
+            self._raw, self._in_section, self._state = [], True, self._head
             return True
-        if CLOSE in self._held or len(self._held) > MAX_HEAD:
-            self._state = self._whole
+        elif -1 in (close, more):
+            return False
+        self._state = self._rest_is_text if self._form.is_first else self._text
+        return True
+
+    # ---- States inside of calls -------------------------------------------------------------------------------------
+
+    def _head(self, events: list[Event]) -> bool:
+        """Behind the opening tag, up to the arguments."""
+        syntax = self._syntax
+        match = (syntax.next if self._in_section else syntax.first).match(self._held[:MAX_HEAD])
+        if match is not None:
+            self._take_head(match, events)
+            return True
+        if len(self._held) > MAX_HEAD or (syntax.close and syntax.close in self._held):
+            if syntax.is_object and syntax.close:
+                self._state = self._whole
+            else:  # no call
+                self._state = self._text
+                self._say("".join(self._raw), events)
             return True
         return False
 
+    def _take_head(self, match: re.Match[str], events: list[Event]) -> None:
+        self._raw.append(match[0])
+        self._held = self._held[match.end() :]
+        self._begin(match["name"], events)
+        self._depth, self._in_string, self._escaped, self._n_scanned = 0, "", False, 0
+        self._state = {"json": self._body, "tagged": self._parameter, "python": self._python}[self._form.arguments]
+
     def _body(self, events: list[Event]) -> bool:
-        """Inside the arguments, up to the brace that closes them."""
-        end = self._end_of_object()
-        text = self._held[:end]
-        self._held = self._held[end:]
-        self._raw.append(text)
-        self._arguments.append(text)
-        events.append(Arguments(self._index, text))
+        """Inside arguments that are JSON, up to the brace that closes them."""
+        self._say_arguments(self._take(self._end_of_object()), events)
         if self._depth == 0:
-            self._state = self._tail
+            self._depth, self._state = 1, self._tail
         return bool(self._held)
 
     def _end_of_object(self) -> int:
         """How much of the held text belongs to the object that is open; keeps the state of its JSON."""
-        if self._escaped:
-            self._escaped = False
-            start = 1
-        else:
-            start = 0
+        start = 1 if self._escaped else 0
+        self._escaped = False
         while (match := _SIGNS.search(self._held, start)) is not None:
             sign, start = match[0], match.end()
             if sign == "\\":
@@ -180,7 +244,7 @@ class ToolCallReader:
                     self._escaped = True
                 start += 1
             elif sign == '"':
-                self._in_string = not self._in_string
+                self._in_string = "" if self._in_string else sign
             elif not self._in_string:
                 self._depth += 1 if sign == "{" else -1
                 if self._depth == 0:
@@ -189,38 +253,179 @@ class ToolCallReader:
 
     def _tail(self, events: list[Event]) -> bool:
         """Behind the arguments, up to the closing tag. A missing one is let pass, other keys are passed over."""
-        rest = self._held.lstrip()
-        if rest.startswith("}"):
-            rest = rest[1:].lstrip()
-            if CLOSE.startswith(rest) and rest != CLOSE:
+        syntax = self._syntax
+        if not syntax.is_object:
+            end = matched(self._held, self._form.call[2])
+            if end == -1:
                 return False
-            end = len(self._held) - len(rest) + (len(CLOSE) if rest.startswith(CLOSE) else 0)
-        else:
-            place = self._close()
+            self._take(end or 0)
+        elif syntax.close and not self._held.lstrip().startswith("}"):
+            if not self._held.strip():
+                return False
+            place = self._place_of_close()
             if place < 0:
                 return False
-            end = place + len(CLOSE)
-        self._raw.append(self._held[:end])
-        self._held = self._held[end:]
+            self._take(place + len(syntax.close))
+        elif syntax.close:
+            end = matched(self._held, self._form.call[2])
+            if end == -1:
+                return False
+            self._take(self._held.index("}") + 1 if end is None else end)
+        else:
+            self._take(self._end_of_object())
+            if self._depth:
+                return False
         self._end(events)
         return bool(self._held)
 
-    def _whole(self, events: list[Event]) -> bool:
-        """A call that is no stream: other order of keys, or none at all."""
-        end = self._close()
-        if end < 0:
+    def _parameter(self, events: list[Event]) -> bool:
+        """Before an argument in tags, or the call's end."""
+        form, syntax = self._form, self._syntax
+        match = syntax.parameter.match(self._held[:MAX_HEAD])
+        if match is not None:
+            self._take(match.end())
+            schema = self._schemas.get(self._name, {})
+            properties = schema.get("properties")
+            known = properties.get(match["key"]) if isinstance(properties, Mapping) else None
+            self._kinds = kinds_of(known, schema) if known is not None else KINDS
+            if form.other_middle is not None:
+                self._kinds = frozenset(("string",)) if match["other"] is None else KINDS - {"string"}
+            key = json.dumps(match["key"], ensure_ascii=False)
+            self._say_arguments(("{" if not self._arguments else ", ") + key + ": ", events)
+            self._state, self._has_value, self._n_scanned, self._sought = self._value, False, 0, 0
+            return True
+        begun = matched(self._held, form.parameter[0])
+        end = matched(self._held, form.call[2])
+        if begun is None and end is not None and end >= 0:
+            self._take(end)
+            self._say_arguments("{}" if not self._arguments else "}", events)
+            self._end(events)
+            return bool(self._held)
+        if (begun is not None or end == -1) and len(self._held) <= MAX_HEAD:
             return False
-        inner, self._held = self._held[:end], self._held[end + len(CLOSE) :]
-        self._take_whole(inner, CLOSE, events)
+        self._is_bad = True
+        self._end(events)
         return bool(self._held)
 
-    def _close(self) -> int:
+    def _value(self, events: list[Event]) -> bool:
+        """An argument's value, up to the tag that closes it; text is given out as it comes."""
+        syntax = self._syntax
+        if not self._has_value and syntax.is_on_lines:
+            if self._held.startswith("\n"):
+                self._take(1)
+            self._has_value = True
+            if not self._held:
+                return False
+        is_text = self._kinds == {"string"} and not self._form.cdata
+        if is_text and not self._n_scanned:
+            self._say_arguments('"', events)
+            self._n_scanned = 1  # the quote is written
+        place = self._held.find(syntax.value_close, 0 if is_text else self._sought)
+        if place < 0:
+            if is_text:
+                n_held = max(n_half(self._held, mark) for mark in syntax.value_ends)
+                self._say_text(self._take(len(self._held) - n_held), events)
+            else:
+                self._sought = max(0, len(self._held) - len(syntax.value_close))
+            return False
+        self._sought = 0
+        text = self._held[:place]
+        text = text[:-1] if syntax.is_on_lines and text.endswith("\n") else text
+        if is_text:
+            self._say_text(text, events)
+            self._say_arguments('"', events)
+        else:
+            if self._form.cdata and text.startswith("<![CDATA[") and text.endswith("]]>"):
+                text = text[len("<![CDATA[") : -len("]]>")]
+            self._say_arguments(json_of(text, self._kinds), events)
+        self._take(place + len(syntax.value_close))
+        self._state = self._parameter
+        return bool(self._held)
+
+    def _end_of_value(self, held: str, events: list[Event]) -> None:
+        """What came of a value that was cut off."""
+        self._raw.append(held)
+        text = held[: len(held) - max(n_half(held, mark) for mark in self._syntax.value_ends)]
+        if not self._has_value and self._syntax.is_on_lines:
+            text = text.removeprefix("\n")
+        if self._kinds == {"string"}:  # in CDATA it is not given out before it is whole
+            self._say_arguments("" if self._n_scanned else '"', events)
+            self._say_text(text, events)
+        elif text.strip():
+            self._say_arguments(text.strip(), events)
+
+    def _python(self, events: list[Event]) -> bool:
+        """Python's keyword arguments, up to the bracket that closes them."""
+        while (match := _PYTHON_SIGNS.search(self._held, self._n_scanned)) is not None:
+            sign, self._n_scanned = match[0], match.end()
+            if sign == "\\" and self._in_string:
+                self._n_scanned += 1
+            elif sign in "\"'":
+                self._in_string = "" if self._in_string == sign else self._in_string or sign
+            elif self._in_string or sign == "\\":
+                pass
+            elif sign in "[({":
+                self._depth += 1
+            elif sign in "])}" and self._depth:
+                self._depth -= 1
+            elif sign in "])},":
+                if self._depth:
+                    continue
+                self._keyword(self._take(self._n_scanned)[:-1], sign, events)
+                self._n_scanned = 0
+                if sign != ",":
+                    self._say_arguments("{}" if not self._arguments else "}", events)
+                    self._end(events)
+                    return bool(self._held)
+        self._n_scanned = max(self._n_scanned, len(self._held))
+        return False
+
+    def _keyword(self, text: str, sign: str, events: list[Event]) -> None:
+        match = _KEY.fullmatch(text)
+        value = json_of_python(match[2]) if match is not None else None
+        if match is None or value is None:
+            self._is_bad = self._is_bad or bool(text.strip()) or sign == ","
+            return
+        self._say_arguments(("{" if not self._arguments else ", ") + json.dumps(match[1]) + ": " + value, events)
+
+    def _whole(self, events: list[Event]) -> bool:
+        """A call that is no stream: other order of keys, or none at all."""
+        end = self._place_of_close()
+        if end < 0:
+            return False
+        close = self._syntax.close
+        inner, self._held = self._held[:end], self._held[end + len(close) :]
+        self._take_whole(inner, close, events)
+        return bool(self._held)
+
+    def _place_of_close(self) -> int:
         """Where the closing tag begins in the held text, -1 if it is not there yet."""
-        place = self._held.find(CLOSE, self._sought)
-        self._sought = 0 if place >= 0 else max(0, len(self._held) - len(CLOSE))
+        place = self._held.find(self._syntax.close, self._sought)
+        self._sought = 0 if place >= 0 else max(0, len(self._held) - len(self._syntax.close))
         return place
 
+    def _end_of_head(self, held: str, is_whole: bool, events: list[Event]) -> None:
+        """The text ends before the arguments of a call begin."""
+        if is_whole:
+            self._take_whole(held, "", events)
+            return
+        call = _call_of(held) if self._syntax.is_object else None
+        if call is not None:
+            self._take_whole(held, "", events)
+            return
+        match = (self._syntax.next_name if self._in_section else self._syntax.first_name).match(held)
+        if match is not None:
+            self._raw.append(held)
+            self._begin(match["name"], events)
+            self._end(events)
+
     # ---- Events -----------------------------------------------------------------------------------------------------
+
+    def _take(self, n: int) -> str:
+        """The next n characters, as part of the call."""
+        text, self._held = self._held[:n], self._held[n:]
+        self._raw.append(text)
+        return text
 
     def _say(self, text: str, events: list[Event]) -> None:
         if self._after_call:
@@ -229,64 +434,75 @@ class ToolCallReader:
         if text:
             events.append(Content(text))
 
+    def _say_arguments(self, text: str, events: list[Event]) -> None:
+        if text:
+            self._arguments.append(text)
+            events.append(Arguments(self._index, text))
+
+    def _say_text(self, text: str, events: list[Event]) -> None:
+        self._say_arguments(json.dumps(text, ensure_ascii=False)[1:-1], events)
+
+    def _begin(self, name: str, events: list[Event]) -> None:
+        self._name, self._arguments, self._is_bad = name, [], False
+        events.append(CallBegun(self._index, name))
+
     def _take_whole(self, inner: str, close: str, events: list[Event]) -> None:
         """A call at once, or its text as content."""
         self._state = self._text
-        call = _call_of(inner)
+        call = _call_of(inner) if self._syntax.is_object else None
         if call is None:
-            self._say(OPEN + inner + close, events)
+            self._say("".join(self._raw) + inner + close, events)
             return
-        raw = OPEN + inner + close
-        events += [
-            CallBegun(self._index, call.name), Arguments(self._index, call.arguments),
-            CallEnded(self._index, True, raw),
-        ]  # fmt: skip
-        self._index += 1
-        self._after_call = True
+        self._raw.append(inner + close)
+        self._begin(call.name, events)
+        self._say_arguments(call.arguments, events)
+        self._end(events)
 
     def _end(self, events: list[Event]) -> None:
-        valid = self._depth == 0 and _loaded("".join(self._arguments)) is not None
+        valid = not self._is_bad and loaded("".join(self._arguments)) is not None
         events.append(CallEnded(self._index, valid, "".join(self._raw)))
         self._index += 1
-        self._state, self._after_call = self._text, True
+        self._raw, self._after_call, self._sought = [], True, 0
+        form = self._form
+        has_more = bool(form.section[0] or form.section[1] or form.separator)
+        self._state = self._between if has_more else self._rest_is_text if form.is_first else self._text
 
 
-def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """An answer's content and its calls, in order; what is no valid call is content."""
-    reader = ToolCallReader()
-    content: list[str] = []
-    calls: list[ToolCall] = []
-    name, arguments = "", ""
-    for event in [*reader.feed(text), *reader.finish()]:
-        if isinstance(event, Content):
-            content.append(event.text)
-        elif isinstance(event, CallBegun):
-            name, arguments = event.name, ""
-        elif isinstance(event, Arguments):
-            arguments += event.text
-        elif event.is_valid:
-            calls.append(ToolCall(name, arguments))
-        else:
-            content.append(event.raw)
-    joined = "".join(content)
-    return (joined.strip() if calls else joined), calls
+def parse_tool_calls(
+    text: str,
+    form: ToolForm = HERMES,
+    schemas: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    thought: Thought = "",
+    is_whole: bool = True,
+) -> tuple[str, list[ToolCall]]:
+    """An answer's content and its calls, in order. Around calls, white space at the ends is no content.
+
+    Args:
+        text: of the answer.
+        form, schemas, thought: as `ToolCallReader` takes them.
+        is_whole: as `ToolCallReader.finish` takes it.
+    """
+    reader = reader_of(form, schemas, thought)
+    content, calls = gathered([*reader.feed(text), *reader.finish(is_whole=is_whole)])
+    return (content.strip() if calls else content), calls
+
+
+def reader_of(form: ToolForm, schemas: Mapping[str, Mapping[str, Any]] | None = None, thought: Thought = "") -> Reader:
+    """The reader of a form; arguments as `ToolCallReader`."""
+    return HarmonyReader() if form.arguments == "harmony" else ToolCallReader(form, schemas, thought)
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
 def _call_of(inner: str) -> ToolCall | None:
     """The call that JSON between the tags says; arguments may be missing, or be JSON in a text."""
-    value = _loaded(inner)
+    value = loaded(inner)
     if value is None or not isinstance(value.get("name"), str) or not _NAME.fullmatch(value["name"]):
         return None
-    arguments = value.get("arguments", {})
-    arguments = _loaded(arguments) if isinstance(arguments, str) else arguments
+    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments = loaded(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         return None
     return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
-
-
-def _loaded(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

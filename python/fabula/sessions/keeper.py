@@ -331,7 +331,8 @@ def params_json(params: SamplingParams) -> dict[str, Any]:
         pairs = dict(found["logit_bias"]).items()
         found["logit_bias"] = [[token, "-inf" if bias == -math.inf else bias] for token, bias in pairs]
     if params.constraint is not None:
-        found["constraint"] = dataclasses.asdict(params.constraint)
+        constraint = dataclasses.asdict(params.constraint)
+        found["constraint"] = {name: value for name, value in constraint.items() if name != "shown" or value}
     return found
 
 

@@ -1,33 +1,44 @@
 """Tools that a model may call: how it is told of them, and how it is held to them.
 
-Pure functions. Definitions are those of OpenAI's API. The model writes a call as text, in the form of the Hermes models
-(NousResearch, "Hermes Function Calling") that Qwen's templates use too; `sessions/calls.py` reads it:
+Pure functions. Definitions are those of OpenAI's API. In which form calls are written is read from the chat template
+(`sessions/tool_forms.py`); `sessions/tool_grammar.py` holds an answer to it and `sessions/calls.py` reads it.
+`Calling` puts them together for one request.
 
-    <tool_call>
-    {"name": "get_weather", "arguments": {"city": "Rome"}}
-    </tool_call>
-
-Some vocabularies have the tags as tokens of their own. Where those are shown as text they are used like any token;
-where they are control tokens, a constraint lets the tags be written in other tokens, and so they are read.
+Marks of calls that a vocabulary has as control tokens are generated as such, and stay in the text of the answer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fabula.engine.constraint import WHITESPACE, Constraint
+from fabula.engine.constraint import Constraint
+from fabula.engine.json_schema import check_limits
 from fabula.errors import InvalidArgument
-from fabula.sessions.calls import CLOSE, OPEN, ToolCall, ToolCallReader, parse_tool_calls
+from fabula.sessions.calls import (
+    END_OF_THOUGHT,
+    THINK,
+    Reader,
+    Thought,
+    ToolCall,
+    ToolCallReader,
+    parse_tool_calls,
+    reader_of,
+)
+from fabula.sessions.tool_forms import HERMES, ToolForm, ToolStyle, arguments_for, opens_thought, style_of
+from fabula.sessions.tool_grammar import CallableTool, tool_grammar
+from fabula.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fabula.text.template import ChatTemplate
 
 __all__ = [
     "MAX_TOOLS",
+    "Calling",
     "Tool",
     "ToolCall",
     "ToolCallReader",
@@ -110,22 +121,25 @@ def _tool(definition: object, where: str) -> Tool:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise InvalidArgument(f'{where}.function.parameters must be a schema of type "object"')
     try:
-        Constraint.json_schema(parameters)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"{where}.function.parameters: {error}") from None
+        json.dumps(parameters, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{where}.function.parameters: this is no JSON: {error}") from None
+    check_limits(parameters, f"{where}.function.parameters", strict=bool(strict))
     return Tool(name, description or "", {"type": "object", **parameters}, bool(strict))
 
 
 # ---- Telling the model ----------------------------------------------------------------------------------------------
 
-_INSTRUCTIONS = """You may call functions to answer the user. They are described as JSON within <tools></tools>:
+_TOOLS = """You may call functions to answer the user. They are described as JSON within <tools></tools>:
 <tools>
 {tools}
 </tools>
-To call a function, write its name and its arguments as JSON within <tool_call></tool_call>:
+"""
+_IN_HERMES = """To call a function, write its name and its arguments as JSON within <tool_call></tool_call>:
 <tool_call>
-{{"name": <name of the function>, "arguments": <object with its arguments>}}
+{"name": <name of the function>, "arguments": <object with its arguments>}
 </tool_call>"""
+_IN_FORM = "To call a function, here named example_function with the argument city, write:\n"
 
 
 def with_tools(
@@ -133,9 +147,9 @@ def with_tools(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A conversation with tools, ready to be rendered.
 
-    A template that reads `tools` and words calls with the tags above gets the definitions, and calls and results as
-    they are, with arguments as objects. For any other the definitions are put into the system message, calls into the
-    assistant's text, and results into messages of the user.
+    A template that renders calls gets calls and results as they are, with arguments as it takes them; for any other,
+    calls are put into the assistant's text, and results into messages of the user. A template that does both, renders
+    calls and tells the model of the tools, gets the definitions; for any other they are put into the system message.
 
     Args:
         messages: as in OpenAI's API, with `tool_calls` of the assistant and messages of the role "tool".
@@ -150,17 +164,45 @@ def with_tools(
     """
     known = tools_of(tools)
     plain = [_with_calls(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    if template.reads("tools") and OPEN in template.source:
-        return plain, {"tools": [tool.to_json() for tool in known]} if known else {}
-    worded = list(_worded(plain))
+    style = style_of(template)
+    worded = [_styled(message, style) for message in plain] if style.writes_calls else list(_worded(plain))
+    if style.writes_calls and style.lists_tools:
+        return worded, {"tools": [tool.to_json() for tool in known]} if known else {}
     if known:
         lines = "\n".join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in known)
-        text = _INSTRUCTIONS.format(tools=lines)
+        text = _TOOLS.format(tools=lines) + _instruction(style.form)
         if worded and worded[0].get("role") == "system":
             worded[0]["content"] = f"{text_of(worded[0].get('content'))}\n\n{text}".lstrip()
         else:
             worded.insert(0, {"role": "system", "content": text})
     return worded, {}
+
+
+def _instruction(form: ToolForm) -> str:
+    """How calls are to be written."""
+    return _IN_HERMES if form is HERMES else _IN_FORM + form.write([("example_function", {"city": "Rome"})])
+
+
+def _styled(message: dict[str, Any], style: ToolStyle) -> dict[str, Any]:
+    """A message with its calls, or the id of one, as the template takes them."""
+    if style.short_ids and isinstance(message.get("tool_call_id"), str):
+        message["tool_call_id"] = _short(message["tool_call_id"])
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    made = []
+    for call in calls:
+        function = call["function"]
+        arguments = arguments_for(function["arguments"], style.arguments_as)
+        more = {"id": _short(str(call.get("id", "")))} if style.short_ids else {}
+        made.append({**call, **more, "function": {**function, "arguments": arguments}})
+    content = message["content"] or None if style.null_content else message["content"]
+    return {**message, "content": content, "tool_calls": made}
+
+
+def _short(id_: str) -> str:
+    """An id of 9 letters and digits, the same each time for the same id."""
+    return id_ if re.fullmatch("[A-Za-z0-9]{9}", id_) else hashlib.sha256(id_.encode()).hexdigest()[:9]
 
 
 def _with_calls(message: Message, where: str) -> dict[str, Any]:
@@ -213,9 +255,8 @@ def _worded(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call as the model writes it."""
-    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return f"{OPEN}\n{body}\n{CLOSE}"
+    """A call in Hermes' form, which is used where a template renders none."""
+    return HERMES.write([(name, arguments)])
 
 
 def text_of(content: object) -> str:
@@ -229,41 +270,106 @@ def text_of(content: object) -> str:
 
 
 def tool_constraint(
-    tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] | None = "auto", parallel: bool = True
+    tools: Sequence[Mapping[str, Any]],
+    choice: str | Mapping[str, Any] | None = "auto",
+    parallel: bool = True,
+    *,
+    form: ToolForm = HERMES,
+    tokenizer: Tokenizer | None = None,
+    thought: Thought = "",
+    other: Constraint | None = None,
 ) -> Constraint | None:
     """What an answer must look like so that its calls can be carried out.
 
     Args:
         tools: definitions.
-        choice: "none"; "auto" for any text, in which a call, once its tag is written, is held to a tool and its
+        choice: "none"; "auto" for any text, in which a call, once its mark is written, is held to a tool and its
             schema; "required" for calls only; a function by name, as {"type": "function", "function": {"name": ...}}
             or {"type": "function", "name": ...}, for calls of that only. None is "auto".
         parallel: whether there may be several calls. If not, the answer ends with the first.
+        form: in which calls are written.
+        tokenizer: of the model; needed where marks of the form are control tokens.
+        thought: as `ToolCallReader` takes it.
+        other: what an answer without calls must be, instead of any text: then it is calls or that, and with
+            "required" or a name, calls.
 
     Returns:
-        The constraint; None where there is nothing to hold the model to.
+        The constraint; `other` where there is nothing to call.
 
     Raises:
-        InvalidArgument: a definition or the choice is malformed, or no such tool.
+        InvalidArgument: a definition or the choice is malformed, no such tool, or a kind of `other` that cannot stand
+            beside calls.
     """
     known = tools_of(tools)
     mode, chosen = _chosen(known, "auto" if choice is None else choice)
     if mode == "none" or not chosen:
-        return None
-    if mode == "auto":
-        # Of the two lexemes the lazy one wins as soon as its tag is complete.
-        call = f'head WS? body WS? "{CLOSE}"'
-        start = f"start: ({call})* text" if parallel else f"start: text | {call}"
-        rules = [start, f"head[lazy]: /(?s:.*){OPEN}/", "text: /(?s:.*)/"]
-    else:
-        rules = ["start: call (WS? call)*" if parallel else "start: call", f'call: "{OPEN}" WS? body WS? "{CLOSE}"']
-    rules.append("body: " + " | ".join(f"body_{i}" for i in range(len(chosen))))
-    for i, tool in enumerate(chosen):
-        head = '{"name": ' + json.dumps(tool.name) + ', "arguments": '
-        options = {"whitespace_pattern": WHITESPACE} | ({} if tool.strict else {"lenient": True})
-        schema = json.dumps({**tool.parameters, "x-guidance": options}, ensure_ascii=False)
-        rules.append(f'body_{i}: {json.dumps(head)} arguments_{i} "}}"\narguments_{i}: %json {schema}')
-    return Constraint.lark("\n".join([*rules, r"WS: /[ \n]{1,4}/"]))
+        return other
+    callables = [
+        CallableTool(tool.name, tool.parameters, tool.strict, f"tools[{known.index(tool)}].function.parameters")
+        for tool in chosen
+    ]
+    return tool_grammar(
+        form,
+        callables,
+        tokenizer,
+        is_required=mode == "required",
+        is_parallel=parallel,
+        thought=thought,
+        other=other,
+    )
+
+
+class Calling:
+    """How one conversation calls tools: in the form of its chat template.
+
+    Args:
+        template: of the model.
+        tokenizer: of the model.
+        tools: definitions.
+        options: of the template, besides the tools.
+
+    Attributes:
+        form: of the calls.
+        thought: whether answers begin with a thought, as `ToolCallReader` takes it.
+
+    Raises:
+        InvalidArgument: a definition is malformed.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        style = style_of(template)
+        self.form, self._tokenizer, self._tools = style.form, tokenizer, tools
+        self._schemas = {tool.name: tool.parameters for tool in tools_of(tools)}
+        self.thought: Thought = ""
+        if style.thinks and {THINK, END_OF_THOUGHT} <= tokenizer.special_tokens.keys():
+            self.thought = "tokens"
+        elif style.thinks and self.form.opening not in tokenizer.special_tokens:
+            is_open = opens_thought(template, **{"tools": list(tools), **(options or {})})
+            self.thought = "open" if is_open and not self.form.is_first else "tagged"
+
+    def constraint(
+        self, choice: str | Mapping[str, Any] | None, parallel: bool, other: Constraint | None = None
+    ) -> Constraint | None:
+        """As `tool_constraint`."""
+        return tool_constraint(
+            self._tools,
+            choice,
+            parallel,
+            form=self.form,
+            tokenizer=self._tokenizer,
+            thought=self.thought,
+            other=other,
+        )
+
+    def reader(self) -> Reader:
+        """What finds calls in an answer."""
+        return reader_of(self.form, self._schemas, self.thought)
 
 
 def _chosen(tools: list[Tool], choice: object) -> tuple[str, list[Tool]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,14 +256,20 @@ class Tokenizer:
         decoder = self.stream_decoder(skip_special=skip_special)
         return "".join([decoder.push(self._known(i)) for i in ids]) + decoder.flush()
 
-    def stream_decoder(self, *, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder:
+    def stream_decoder(
+        self, *, skip_special: bool = True, continues: bool = False, shown: Collection[int] = ()
+    ) -> IncrementalDecoder:
         """A decoder that takes ids one at a time and never shows half a character.
 
         Args:
             skip_special: whether control tokens leave no text.
             continues: whether the ids follow a text, so that a space at their beginning is a real one.
+            shown: control tokens that leave their text although others do not.
         """
-        return IncrementalDecoder(self._visible if skip_special else self._bytes, self._strip_space and not continues)
+        bytes_of: Mapping[int, bytes] = self._visible if skip_special else self._bytes
+        if skip_special and shown:
+            bytes_of = ChainMap({i: self._bytes[i] for i in shown if i in self.special_ids}, self._visible)
+        return IncrementalDecoder(bytes_of, self._strip_space and not continues)
 
     def token_text(self, token_id: int) -> str:
         """The token as the vocabulary writes it ("Ġthe", "▁the", "<0xE2>")."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from fabula.server.openai.format import (
     begin,
     chat_logprob,
     choices_of,
+    ended_itself,
     fingerprint,
     follow,
     line,
@@ -37,9 +38,9 @@ from fabula.server.openai.schemas import ChatCompletionBody
 from fabula.server.runs import Event, Run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
-from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, ToolCallReader, parse_tool_calls
+from fabula.sessions.calls import Arguments, Blanks, CallBegun, CallEnded, Content, gathered
 from fabula.sessions.calls import Event as Read
-from fabula.sessions.tools import tool_constraint, with_tools
+from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
 
 routes = Blueprint("openai_chat", __name__)
@@ -62,16 +63,18 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
         return chat.choice(index)
 
     with state.limits.beginning(state.runs, tenant, n):
-        generations = await state.call(lambda: _begin(state, serving, tenant, data, n))
+        generations, calling = await state.call(lambda: _begin(state, serving, tenant, data, n))
         run = run_of_texts(state, tenant, serving.name, generations, describe)
-    chat = Chat(data, serving, generations, run)
+    chat = Chat(data, serving, generations, run, calling)
     if data.stream:
         return response(follow(run, chat.chunks, chat.last))
     choices = await run.finish()
     return chat.about("chat.completion") | {"choices": choices, "usage": usage(generations, n)}
 
 
-def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBody, n: int) -> list[Generation]:
+def _begin(
+    state: Server, serving: Serving, tenant: str, data: ChatCompletionBody, n: int
+) -> tuple[list[Generation], Calling | None]:
     """Reads the request and begins its answers; blocks."""
     model = serving.model
     assert model is not None
@@ -80,6 +83,10 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBod
     params = params_of(data)
     options: Json = {}
     tools = data.tools if calls_are_read(data) and data.tools else []
+    calling = Calling(model.template, model.tokenizer, tools) if tools else None
+    if calling is not None:
+        constraint = calling.constraint(data.tool_choice, data.parallel_tool_calls is not False, params.constraint)
+        params = replace(params, constraint=constraint)
     if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
         messages, options = with_tools(messages, tools, model.template)
     asked, turn = data.continue_final_message, data.add_generation_prompt
@@ -88,7 +95,8 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatCompletionBod
         options = {**options, "add_generation_prompt": turn}
     special = bool(data.parse_special)
     ids = model.chat_ids(messages, continue_final_message=asked, parse_special=special, **options)
-    return begin(model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s)
+    made = begin(model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s)
+    return made, calling
 
 
 def calls_are_read(data: ChatCompletionBody) -> bool:
@@ -97,7 +105,7 @@ def calls_are_read(data: ChatCompletionBody) -> bool:
 
 
 def params_of(data: ChatCompletionBody) -> SamplingParams:
-    """The settings of a request; what it leaves out is the model's own default.
+    """The settings of a request, tools aside; what it leaves out is the model's own default.
 
     Raises:
         ApiError: two fields exclude each other.
@@ -129,12 +137,7 @@ def params_of(data: ChatCompletionBody) -> SamplingParams:
             )
         else:
             params = replace(params, constraint=schema_constraint({"type": "object"}, False, "response_format"))
-    if calls_are_read(data):
-        if params.constraint is not None:
-            raise refuse("tools", "and a constraint on the answer exclude each other", "unsupported")
-        parallel = data.parallel_tool_calls is not False
-        params = replace(params, constraint=tool_constraint(data.tools or [], data.tool_choice, parallel))
-    elif data.tool_choice not in (None, "none", "auto"):
+    if not calls_are_read(data) and data.tool_choice not in (None, "none", "auto"):
         raise refuse("tool_choice", "needs tools")
     return params
 
@@ -147,9 +150,17 @@ class Chat:
         serving: the model.
         generations: the answers.
         run: makes them.
+        calling: how they call tools; None where they do not.
     """
 
-    def __init__(self, data: ChatCompletionBody, serving: Serving, generations: list[Generation], run: Run) -> None:
+    def __init__(
+        self,
+        data: ChatCompletionBody,
+        serving: Serving,
+        generations: list[Generation],
+        run: Run,
+        calling: Calling | None,
+    ) -> None:
         assert serving.model is not None
         self._data, self._generations, self._run = data, generations, run
         self._tokenizer = serving.model.tokenizer
@@ -159,8 +170,9 @@ class Chat:
             "model": serving.name,
             "system_fingerprint": fingerprint(serving.model),
         }
-        self._reads_calls = calls_are_read(data)
-        self._readers = [ToolCallReader() for _ in generations]
+        self._calling = calling
+        self._readers = [calling.reader() for _ in generations] if calling is not None else []
+        self._blanks = [Blanks() for _ in generations]
         self._certain = [CertainPieces() for _ in generations]
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
@@ -180,8 +192,10 @@ class Chat:
         text = generation.read_so_far()[1]
         reason = reason_of(generation.finish_reason)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
-        if self._reads_calls:
-            content, calls = parse_tool_calls(text)
+        if self._calling is not None:
+            reader, blanks = self._calling.reader(), Blanks()
+            events = [*reader.feed(text), *reader.finish(is_whole=self._ended_itself(index))]
+            content, calls = gathered([*blanks.filter(events), *blanks.finish()])
             message["content"] = content
             if calls:
                 message["content"] = content or None
@@ -193,8 +207,12 @@ class Chat:
                     }
                     for i, call in enumerate(calls)
                 ]
-                reason = "tool_calls" if reason == "stop" else reason
+                if reason == "stop" and all(call.is_whole for call in calls):
+                    reason = "tool_calls"
         return {"index": index, "message": message, "logprobs": self._logprobs(index), "finish_reason": reason}
+
+    def _ended_itself(self, index: int) -> bool:
+        return ended_itself(self._generations[index], has_stops=bool(self._data.stop))
 
     def _logprobs(self, index: int) -> Json | None:
         if not self._data.logprobs:
@@ -223,17 +241,25 @@ class Chat:
         elif event.kind == "error":
             yield line(event.data or {})
         else:
-            rest = self._readers[event.index].finish() if self._reads_calls else []
-            for delta in self._read(event.index, rest):
+            for delta in self._rest(event.index):
                 yield self._chunk(event.index, delta)
             yield self._chunk(event.index, {}, reason=(event.data or {})["finish_reason"])
 
     def _deltas(self, index: int, text: str) -> list[Json]:
         if not text:
             return []
-        return self._read(index, self._readers[index].feed(text)) if self._reads_calls else [{"content": text}]
+        if self._calling is None:
+            return [{"content": text}]
+        return self._read(index, self._blanks[index].filter(self._readers[index].feed(text)))
 
-    def _read(self, index: int, events: list[Read]) -> list[Json]:
+    def _rest(self, index: int) -> list[Json]:
+        """At the end of an answer: what was still held back."""
+        if self._calling is None:
+            return []
+        blanks, rest = self._blanks[index], self._readers[index].finish(is_whole=self._ended_itself(index))
+        return self._read(index, [*blanks.filter(rest), *blanks.finish()])
+
+    def _read(self, index: int, events: Iterable[Read]) -> list[Json]:
         """What the reader of calls has found."""
         return [delta for event in events if (delta := self._delta(index, event)) is not None]
 

@@ -84,6 +84,14 @@ def reason_of(reason: str | None) -> str:
     return "stop" if reason == "stop" else "length"
 
 
+def ended_itself(generation: Generation, *, has_stops: bool) -> bool:
+    """Whether the model ended an answer: it was not cut off, by a stop string neither."""
+    if generation.finish_reason != "stop":
+        return False
+    ids = generation.token_ids
+    return not has_stops or (bool(ids) and ids[-1] in generation.engine.tokenizer.eos_ids)
+
+
 def usage(generations: Sequence[Generation], n: int) -> Json:
     """Tokens of answers, n to a prompt; a prompt counts once, and as cached what its first answer found."""
     firsts = [generation.timings for generation in generations[::n]]

@@ -8,8 +8,10 @@ from typing import Any
 from fabula.server.limits import Limits
 from fabula.server.openai.format import Json, refuse
 from fabula.server.openai.messages import text_of
-from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, ToolCallReader
+from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, Reader, reader_of
 from fabula.sessions.calls import Event as Read
+from fabula.sessions.tool_forms import HERMES
+from fabula.sessions.tools import Calling
 
 ROLES = ("user", "assistant", "system", "developer")
 IGNORED = ("reasoning",)  # of other models; nothing is said with it
@@ -109,14 +111,17 @@ class Output:
     Args:
         key: makes their ids, the same each time.
         reads_calls: whether calls of tools are looked for.
+        calling: in which form; None for Hermes'.
 
     Attributes:
         items: so far.
     """
 
-    def __init__(self, key: str, reads_calls: bool) -> None:
+    def __init__(self, key: str, reads_calls: bool, calling: Calling | None = None) -> None:
         self._key = key
-        self._reader = ToolCallReader() if reads_calls else None
+        self._reader: Reader | None = None
+        if reads_calls:
+            self._reader = calling.reader() if calling is not None else reader_of(HERMES)
         self._blanks, self._is_open, self._cut = "", False, False
         self.items: list[Json] = []
 
@@ -127,9 +132,15 @@ class Output:
         for event in self._reader.feed(text) if self._reader is not None else [Content(text)]:
             yield from self._take(event)
 
-    def finish(self, *, is_whole: bool) -> Iterator[Json]:
-        """At the end of the text; `is_whole` unless it was cut off. There is always an item."""
-        for event in self._reader.finish() if self._reader is not None else []:
+    def finish(self, *, is_whole: bool, ended_itself: bool | None = None) -> Iterator[Json]:
+        """At the end of the text. There is always an item.
+
+        Args:
+            is_whole: unless it was cut off.
+            ended_itself: whether the model ended it; not so behind a stop string. None: as `is_whole`.
+        """
+        ended = is_whole if ended_itself is None else ended_itself
+        for event in self._reader.finish(is_whole=ended) if self._reader is not None else []:
             yield from self._take(event)
         self._cut = not is_whole
         if not self.items:

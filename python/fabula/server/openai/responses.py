@@ -12,9 +12,10 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
+from fabula.model import Model
 from fabula.server.describe import READING, WRITING, fails, streams
 from fabula.server.openai import conversations
-from fabula.server.openai.format import Json, begin, follow, refuse, schema_constraint
+from fabula.server.openai.format import Json, begin, ended_itself, follow, refuse, schema_constraint
 from fabula.server.openai.items import Output, messages_of, tools_of
 from fabula.server.openai.messages import check_many
 from fabula.server.openai.replies import DeletedReply, ResponseReply
@@ -25,7 +26,7 @@ from fabula.server.state import Server, Serving, server
 from fabula.server.stream import dumps, response
 from fabula.sessions.reply import Reply
 from fabula.sessions.session import Session
-from fabula.sessions.tools import tool_constraint, with_tools
+from fabula.sessions.tools import Calling, with_tools
 from fabula.sessions.turn import Turn
 
 routes = Blueprint("openai_responses", __name__)
@@ -42,6 +43,7 @@ class Begun:
         source: what makes it.
         session: it belongs to; None for none.
         is_kept: whether it can be gone on from.
+        calling: how it calls tools; None where it does not.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Begun:
     source: Reply | Generation
     session: Session | None
     is_kept: bool
+    calling: Calling | None
 
     @property
     def generation(self) -> Generation:
@@ -106,7 +109,8 @@ async def read(id: str) -> Any:
 
     def work() -> Json:
         session, turn = _found(state, tenant, id)
-        return of_turn(id, session, turn)
+        serving = state.models.get(session.model)
+        return of_turn(id, session, turn, serving.model if serving is not None else None)
 
     return await state.call(work)
 
@@ -154,7 +158,7 @@ def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
         conversations.new_name(), model=serving.name, system=data.instructions, context_policy=policy, tenant=tenant
     )
     state.remember(session)
-    return _say(state, session, messages, params, tools, is_new=True, parse_special=bool(data.parse_special))
+    return _say(state, session, data, messages, params, tools, is_new=True)
 
 
 def _go_on(
@@ -174,20 +178,11 @@ def _go_on(
     with conversations.lock_of(session):
         # In this order: an answer that ends in between moves the head.
         if data.store is not False and not session.is_busy and session.head is turn:
-            return _say(state, session, messages, params, tools, is_new=False, parse_special=bool(data.parse_special))
+            return _say(state, session, data, messages, params, tools, is_new=False)
         conversations.make_room(state, tenant)
         fork = session.fork(turn, id=conversations.new_name())
     state.remember(fork)
-    return _say(
-        state,
-        fork,
-        messages,
-        params,
-        tools,
-        is_new=True,
-        is_kept=data.store is not False,
-        parse_special=bool(data.parse_special),
-    )
+    return _say(state, fork, data, messages, params, tools, is_new=True, is_kept=data.store is not False)
 
 
 def _instructions(session: Session, turn: Turn) -> str | None:
@@ -202,23 +197,26 @@ def _instructions(session: Session, turn: Turn) -> str | None:
 def _say(
     state: Server,
     session: Session,
+    data: ResponseBody,
     messages: list[Json],
     params: SamplingParams,
     tools: list[Json],
     *,
     is_new: bool,
     is_kept: bool = True,
-    parse_special: bool = False,
 ) -> Begun:
     """Begins a turn; a session that was made for it goes where it fails."""
     try:
         state.limits.check_turns(session)
+        model = state.model(session.model).model
+        assert model is not None
+        params, calling = _calling(data, model, params, tools)
         options = {"tools": tools} if tools else None
         reply = session.say(
             messages,
             params,
             template_options=options,
-            parse_special=parse_special,
+            parse_special=bool(data.parse_special),
             timeout=state.settings.answer_s,
         )
     except BaseException:
@@ -227,7 +225,7 @@ def _say(
             state.forget(session)
         raise
     key = reply.draft().id
-    return Begun(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept)
+    return Begun(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept, calling)
 
 
 def _answer_once(
@@ -244,11 +242,23 @@ def _answer_once(
     assert model is not None
     if data.instructions:
         messages = [{"role": "system", "content": data.instructions}, *messages]
+    params, calling = _calling(data, model, params, tools)
     worded, options = with_tools(messages, tools, model.template)
     ids = model.chat_ids(worded, parse_special=bool(data.parse_special), **options)
     generation = begin(model, [ids], params, 1, continues=False, tenant=tenant, timeout=state.settings.answer_s)[0]
     key = secrets.token_hex(16)
-    return Begun(f"resp_{key}", key, serving.name, generation, None, False)
+    return Begun(f"resp_{key}", key, serving.name, generation, None, False, calling)
+
+
+def _calling(
+    data: ResponseBody, model: Model, params: SamplingParams, tools: list[Json]
+) -> tuple[SamplingParams, Calling | None]:
+    """The settings with what holds the answer to the tools, and how it calls them."""
+    if not tools:
+        return params, None
+    calling = Calling(model.template, model.tokenizer, tools)
+    constraint = calling.constraint(data.tool_choice, data.parallel_tool_calls is not False, params.constraint)
+    return replace(params, constraint=constraint), calling
 
 
 def told_tools(data: ResponseBody) -> list[Json]:
@@ -257,8 +267,8 @@ def told_tools(data: ResponseBody) -> list[Json]:
 
 
 def params_of(data: ResponseBody) -> SamplingParams:
-    """The settings of a request; what it leaves out is the model's own default. Nothing is taken over from the response
-    before.
+    """The settings of a request, tools aside; what it leaves out is the model's own default. Nothing is taken over from
+    the response before.
 
     Raises:
         ApiError: two fields exclude each other, or one asks for what cannot be done.
@@ -277,13 +287,7 @@ def params_of(data: ResponseBody) -> SamplingParams:
             raise refuse("constraint", "and text.format exclude each other")
         schema = wanted.schema_ if wanted.type == "json_schema" else {"type": "object"}
         params = replace(params, constraint=schema_constraint(schema, wanted.strict, "text.format.schema"))
-    tools = told_tools(data)
-    if tools:
-        if params.constraint is not None:
-            raise refuse("tools", "and a constraint on the answer exclude each other", "unsupported")
-        parallel = data.parallel_tool_calls is not False
-        params = replace(params, constraint=tool_constraint(tools, data.tool_choice, parallel))
-    elif data.tool_choice not in (None, "none", "auto"):
+    if not told_tools(data) and data.tool_choice not in (None, "none", "auto"):
         raise refuse("tool_choice", "needs tools")
     return params
 
@@ -301,16 +305,24 @@ class Telling:
 
     def __init__(self, data: ResponseBody, begun: Begun) -> None:
         self._data, self._begun = data, begun
-        self._output = Output(begun.key, bool(told_tools(data)))
+        self._output = self._new_output()
         self._about = of_request(data, begun.id, begun.model, is_kept=begun.is_kept, params=begun.generation.params)
         self._n = 0
+
+    def _new_output(self) -> Output:
+        calling = self._begun.calling
+        return Output(self._begun.key, calling is not None, calling)
+
+    def _ended_itself(self) -> bool:
+        return ended_itself(self._begun.generation, has_stops=bool(self._data.stop))
 
     def whole(self) -> Json:
         """The response when it has ended."""
         generation = self._begun.generation
         status, details = status_of(generation.finish_reason)
-        output = Output(self._begun.key, bool(told_tools(self._data)))
-        for _ in (*output.feed(generation.read_so_far()[1]), *output.finish(is_whole=status == "completed")):
+        output = self._new_output()
+        rest = output.finish(is_whole=status == "completed", ended_itself=self._ended_itself())
+        for _ in (*output.feed(generation.read_so_far()[1]), *rest):
             pass
         told = {"status": status, "incomplete_details": details, "output": output.items}
         return self._about | told | {"usage": usage(generation.timings)}
@@ -331,7 +343,8 @@ class Telling:
             yield self._line({"type": "response.failed", "response": self._about | failed})
         else:
             whole = event.data or {}
-            for one in self._output.finish(is_whole=whole["status"] == "completed"):
+            rest = self._output.finish(is_whole=whole["status"] == "completed", ended_itself=self._ended_itself())
+            for one in rest:
                 yield self._line(one)
             kind = "completed" if whole["status"] == "completed" else "incomplete"
             yield self._line({"type": f"response.{kind}", "response": whole})

@@ -9,11 +9,13 @@ from typing import Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.generation import Timings
 from fabula.engine.sampling import SamplingParams
+from fabula.model import Model
 from fabula.server.openai.conversations import response_id
 from fabula.server.openai.format import Json
 from fabula.server.openai.items import Output, flat_tools
 from fabula.server.openai.schemas import ResponseBody
 from fabula.sessions.session import Session
+from fabula.sessions.tools import Calling
 from fabula.sessions.turn import Turn
 
 
@@ -98,12 +100,18 @@ def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params
     return about
 
 
-def of_turn(id: str, session: Session, turn: Turn) -> Json:
-    """A response that has ended."""
+def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
+    """A response that has ended; `model` is None where the conversation's is not there any more: then calls are looked
+    for in the form that most models share."""
     tools = list(turn.said.own_options.get("tools", []))
     status, details = status_of(turn.finish_reason)
-    output = Output(turn.id, bool(tools))
-    for _ in (*output.feed(turn.text), *output.finish(is_whole=status == "completed")):
+    calling = Calling(model.template, model.tokenizer, tools) if tools and model is not None else None
+    stops = turn.params is not None and bool(turn.params.stop)
+    ends = model.tokenizer.eos_ids if model is not None else turn.token_ids[-1:]
+    whole = status == "completed"
+    itself = whole and (not stops or (bool(turn.token_ids) and turn.token_ids[-1] in ends))
+    output = Output(turn.id, bool(tools), calling)
+    for _ in (*output.feed(turn.text), *output.finish(is_whole=whole, ended_itself=itself)):
         pass
     parent = turn.parent
     return _common(

@@ -1,0 +1,141 @@
+"""What is found in an answer that may call tools: text and calls, as they come or all together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function.
+
+    Attributes:
+        name: of the function.
+        arguments: a JSON object; as far as it came where the call is not whole.
+        is_whole: whether the call came to its end and its arguments are JSON.
+    """
+
+    name: str
+    arguments: str
+    is_whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text outside of calls.
+
+    Attributes:
+        text: what is certain of it.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """A call says its name.
+
+    Attributes:
+        index: of the call in the answer, from 0.
+        name: of the function.
+    """
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of a call's arguments.
+
+    Attributes:
+        index: of the call.
+        text: of the JSON, to be put behind what came before.
+    """
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """Nothing more of a call will come.
+
+    Attributes:
+        index: of the call.
+        is_valid: whether it is whole and its arguments are JSON; else it was cut off, or is malformed.
+        raw: everything the model wrote of it, tags included.
+    """
+
+    index: int
+    is_valid: bool
+    raw: str
+
+
+Event = Content | CallBegun | Arguments | CallEnded
+
+
+def gathered(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
+    """Content and calls of an answer from its events."""
+    content: list[str] = []
+    calls: list[ToolCall] = []
+    name, arguments = "", ""
+    for event in events:
+        if isinstance(event, Content):
+            content.append(event.text)
+        elif isinstance(event, CallBegun):
+            name, arguments = event.name, ""
+        elif isinstance(event, Arguments):
+            arguments += event.text
+        else:
+            calls.append(ToolCall(name, arguments, event.is_valid))
+    return "".join(content), calls
+
+
+class Blanks:
+    """Takes white space out of content that only sets calls apart: before the first call, if nothing else stands
+    there, and at the end of an answer with calls. So white space is held back until more text comes."""
+
+    def __init__(self) -> None:
+        self._held, self._has_text, self._has_calls = "", False, False
+
+    def filter(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events without such white space."""
+        for event in events:
+            if not isinstance(event, Content):
+                self._held = self._held if self._has_text else ""
+                self._has_calls = True
+                yield event
+                continue
+            text = self._held + event.text
+            certain = text.rstrip()
+            self._held = text[len(certain) :]
+            if certain:
+                self._has_text = True
+                yield Content(certain)
+
+    def finish(self) -> list[Event]:
+        """At the end of the answer: what was still held back."""
+        return [Content(self._held)] if self._held and not self._has_calls else []
+
+
+class Reader(Protocol):
+    """What finds calls in a text that arrives in pieces."""
+
+    def feed(self, text: str) -> list[Event]:
+        """Takes the next piece of text; what is certain with it."""
+
+    def finish(self, *, is_whole: bool = True) -> list[Event]:
+        """At the end of the text: what was still held back."""
+
+
+def loaded(text: str) -> dict[str, Any] | None:
+    """A JSON object; None for any other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
