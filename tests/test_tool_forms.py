@@ -264,6 +264,21 @@ def test_a_call_or_another_constraint(other: Constraint, right: str, wrong: str 
     assert not accepts(both, text.replace("now", "noon"), vocabulary)
 
 
+@pytest.mark.parametrize("name", ["hermes", "qwen3-coder", "mistral", "functionary"])
+def test_json_beside_tools_may_hold_the_marks_of_a_call(name: str) -> None:
+    calling = Calling(ChatTemplate(template_of(name)), tokenizer(False), TOOLS)
+    constraint = calling.constraint("auto", True, Constraint.json_object())
+    text = json.dumps({"a": "x " + calling.form.write([("now", {})])})
+    assert accepts(constraint, text, tokenizer(False))
+    for size in (1, 4, len(text)):
+        reader = calling.reader()
+        events = [event for i in range(0, len(text), size) for event in reader.feed(text[i : i + size])]
+        assert gathered([*events, *reader.finish()]) == (text, [])
+    reader = calling.reader()
+    call_ = calling.form.write([("now", {})])
+    assert len(gathered([*reader.feed("\n" + call_), *reader.finish()])[1]) == 1
+
+
 def test_a_grammar_that_cannot_stand_beside_calls_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="tools and a constraint of the kind lark exclude each other"):
         tool_constraint(TOOLS, "auto", other=Constraint.lark('start: "x"'))

@@ -64,6 +64,8 @@ class ToolCallReader:
         schemas: of the arguments, by the name of the tool; they say which values are text.
         thought: whether the answer may begin with a thought in <think> tags ("tagged"), or begins inside of one
             ("open"); no calls are looked for in it. Thoughts between control tokens ("tokens") are not seen.
+        is_exclusive: whether an answer is calls or something else, never both: then what does not begin with a call is
+            content, whatever it holds.
 
     Example:
         >>> reader = ToolCallReader()
@@ -72,7 +74,12 @@ class ToolCallReader:
     """
 
     def __init__(
-        self, form: ToolForm = HERMES, schemas: Mapping[str, Mapping[str, Any]] | None = None, thought: Thought = ""
+        self,
+        form: ToolForm = HERMES,
+        schemas: Mapping[str, Mapping[str, Any]] | None = None,
+        thought: Thought = "",
+        *,
+        is_exclusive: bool = False,
     ) -> None:
         self._form, self._schemas = form, schemas or {}
         self._syntax = Syntax.of(form)
@@ -87,7 +94,9 @@ class ToolCallReader:
         self._kinds = KINDS  # of the value that is being read
         self._has_value, self._is_bad = False, False
         self._after_call = False  # blanks here only set calls apart
-        behind_thought = self._start if form.is_first else self._text
+        behind_thought: Callable[[list[Event]], bool] = self._start if form.is_first else self._text
+        if is_exclusive and not form.is_first:
+            thought, behind_thought = "", self._either
         self._state: Callable[[list[Event]], bool] = {"tagged": self._before_thought, "open": self._opened}.get(
             thought, behind_thought
         )
@@ -113,7 +122,7 @@ class ToolCallReader:
             self._end_of_head(held, is_whole, events)
         elif state in (self._before_thought, self._thought, self._rest_is_text):
             self._say(held, events)
-        elif state in (self._opened, self._text, self._start, self._between):
+        elif state in (self._either, self._opened, self._text, self._start, self._between):
             if is_whole:
                 self._say(held, events)
         elif state in (self._head, self._whole):
@@ -137,6 +146,14 @@ class ToolCallReader:
         if len(text) < len(THINK) and THINK.startswith(text):
             return False
         self._state = self._thought if text.startswith(THINK) else self._start if self._form.is_first else self._text
+        return True
+
+    def _either(self, _: list[Event]) -> bool:
+        """At the beginning of an answer that is calls, or something else."""
+        text, opening = self._held.lstrip(), self._syntax.opening
+        if len(text) < len(opening) and opening.startswith(text):
+            return False
+        self._state = self._text if text.startswith(opening) else self._rest_is_text
         return True
 
     def _opened(self, _: list[Event]) -> bool:
@@ -488,9 +505,17 @@ def parse_tool_calls(
     return (content.strip() if calls else content), calls
 
 
-def reader_of(form: ToolForm, schemas: Mapping[str, Mapping[str, Any]] | None = None, thought: Thought = "") -> Reader:
+def reader_of(
+    form: ToolForm,
+    schemas: Mapping[str, Mapping[str, Any]] | None = None,
+    thought: Thought = "",
+    *,
+    is_exclusive: bool = False,
+) -> Reader:
     """The reader of a form; arguments as `ToolCallReader`."""
-    return HarmonyReader() if form.arguments == "harmony" else ToolCallReader(form, schemas, thought)
+    if form.arguments == "harmony":
+        return HarmonyReader()
+    return ToolCallReader(form, schemas, thought, is_exclusive=is_exclusive)
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

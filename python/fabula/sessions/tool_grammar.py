@@ -84,6 +84,11 @@ def tool_grammar(
     return Constraint("tools", "\n".join(lines), tuple(sorted(grammar.shown)))
 
 
+def is_exclusive(constraint: Constraint | None) -> bool:
+    """Whether a constraint of `tool_grammar` was made with `other`, so that an answer is calls or that."""
+    return constraint is not None and constraint.kind == "tools" and "\nanswer: " in constraint.source
+
+
 @dataclass(slots=True)
 class _Grammar:
     """Rules under way.

@@ -331,6 +331,7 @@ class Calling:
     Attributes:
         form: of the calls.
         thought: whether answers begin with a thought, as `ToolCallReader` takes it.
+        is_exclusive: whether an answer is calls or something else, never both; `constraint` sets it.
 
     Raises:
         InvalidArgument: a definition is malformed.
@@ -346,6 +347,7 @@ class Calling:
         style = style_of(template)
         self.form, self._tokenizer, self._tools = style.form, tokenizer, tools
         self._schemas = {tool.name: tool.parameters for tool in tools_of(tools)}
+        self.is_exclusive = False
         self.thought: Thought = ""
         if style.thinks and {THINK, END_OF_THOUGHT} <= tokenizer.special_tokens.keys():
             self.thought = "tokens"
@@ -357,6 +359,7 @@ class Calling:
         self, choice: str | Mapping[str, Any] | None, parallel: bool, other: Constraint | None = None
     ) -> Constraint | None:
         """As `tool_constraint`."""
+        self.is_exclusive = other is not None
         return tool_constraint(
             self._tools,
             choice,
@@ -369,7 +372,7 @@ class Calling:
 
     def reader(self) -> Reader:
         """What finds calls in an answer."""
-        return reader_of(self.form, self._schemas, self.thought)
+        return reader_of(self.form, self._schemas, self.thought, is_exclusive=self.is_exclusive)
 
 
 def _chosen(tools: list[Tool], choice: object) -> tuple[str, list[Tool]]:

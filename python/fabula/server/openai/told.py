@@ -15,6 +15,7 @@ from fabula.server.openai.format import Json
 from fabula.server.openai.items import Output, flat_tools
 from fabula.server.openai.schemas import ResponseBody
 from fabula.sessions.session import Session
+from fabula.sessions.tool_grammar import is_exclusive
 from fabula.sessions.tools import Calling
 from fabula.sessions.turn import Turn
 
@@ -106,6 +107,8 @@ def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
     tools = list(turn.said.own_options.get("tools", []))
     status, details = status_of(turn.finish_reason)
     calling = Calling(model.template, model.tokenizer, tools) if tools and model is not None else None
+    if calling is not None and turn.params is not None:
+        calling.is_exclusive = is_exclusive(turn.params.constraint)
     stops = turn.params is not None and bool(turn.params.stop)
     ends = model.tokenizer.eos_ids if model is not None else turn.token_ids[-1:]
     whole = status == "completed"
