@@ -297,7 +297,7 @@ def opens_thought(template: ChatTemplate, **options: Any) -> bool:
 
 
 def _probe(template: ChatTemplate) -> ToolStyle:
-    thinks = "<think>" in template.source
+    thinks = "<think>" in template.variant(tools=True).source
     asked = [{"role": "user", "content": _ASKED}]
     prompt = _render(template, asked, add_generation_prompt=True, tools=[_TOOL])
     if prompt is None:

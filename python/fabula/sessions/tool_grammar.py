@@ -200,11 +200,11 @@ class _Grammar:
         if other.kind == "regex" and not self.form.is_first and self.token(self.form.opening) is None:
             # Of two lexemes that both match the longer one wins: the text must not begin like a call.
             self.rules["ANSWER"] = (
-                f"ANSWER: {other.to_lark().removeprefix('start: ')} & ~/{_regex(self.form.opening)}{_TEXT}/"
+                f"ANSWER: {other.to_lark(self.token).removeprefix('start: ')} & ~/{_regex(self.form.opening)}{_TEXT}/"
             )
             self.set("answer", "ANSWER")
             return "answer"
-        lark = other.to_lark()
+        lark = other.to_lark(self.token)
         nested = re.fullmatch(r"start: (%json .*)", lark)
         self.set("answer", nested[1] if nested is not None else f"%lark {{\n{lark}\n}}")
         return "answer"
