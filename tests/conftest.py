@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
 from fabula.model import Model
 from fabula.text.tokenizer import Tokenizer
+from waiting import BUSY_S, Watchdog, wait_until
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,6 +53,32 @@ if "FABULA_TEST_DEVICE" in os.environ:
         return loaded
 
     Model.load = classmethod(_load_there)  # type: ignore[assignment]
+
+
+_WATCHDOG = pytest.StashKey[Watchdog]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        errors = os.dup(sys.__stderr__.fileno())
+    config.stash[_WATCHDOG] = Watchdog(errors)
+    config.stash[_WATCHDOG].start()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """No test has a limit of time: it fails when nothing moves any more."""
+    mark = item.get_closest_marker("busy")
+    with item.config.stash[_WATCHDOG].watching(item.nodeid, mark.args[0] if mark else BUSY_S):
+        return (yield)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Threads that hang would keep the process from ending."""
+    if config.stash[_WATCHDOG].fired:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -114,8 +140,8 @@ def tiny_model(loaded_tiny: Model) -> Iterator[Model]:
     """The tiny model; every test must leave all its pages free."""
     yield loaded_tiny
     gc.collect()
-    while loaded_tiny._engine.scheduler.load != Load(0, 0):  # until it has let go of what nobody reads any more
-        time.sleep(0.001)
+    # until it has let go of what nobody reads any more
+    wait_until(lambda: loaded_tiny._engine.scheduler.load == Load(0, 0), "requests do not come to rest")
     loaded_tiny.clear_cache()
     assert loaded_tiny._runner.pool.n_free == loaded_tiny._runner.pool.n_pages
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from fabula.sessions.session import Session
 from fabula.workspace import Workspace
 from test_cli import Lines, Result
 from tiny import random_tensors, write_model
+from waiting import run_program
 
 SIX = SamplingParams(max_tokens=6, seed=3)
 
@@ -401,7 +401,7 @@ def test_help_loads_no_database() -> None:
     code = (
         "import sys, fabula.cli.main as m\ntry: m.run(['chat', '--help'])\nfinally: print('sqlalchemy' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = run_program([sys.executable, "-c", code])
     assert done.stdout.endswith("False\n") and "Examples:" in done.stdout
 
 
@@ -427,13 +427,13 @@ def test_what_a_person_sees(terminal: Any, tiny_folder: Path) -> None:
     story.wait_for("here")
     second = terminal("chat", *common)
     assert "Another fabula is running" in second.wait_for("--no-save to keep nothing")
-    assert second.process.wait(30) == 1
+    assert second.process.wait() == 1
     third = terminal("chat", "--no-save", *common)
     third.wait_for("> ")
     third.type("/exit\r")
-    assert third.process.wait(30) == 0
+    assert third.process.wait() == 0
     story.type("/exit\r")
-    assert story.process.wait(30) == 0
+    assert story.process.wait() == 0
     text = seen(story.text)
     for part in ("/help for help", "the cat", "type 3 or 4 to go on", "├── 3 → ", "└── 4 → "):
         assert part in text, part
@@ -441,7 +441,7 @@ def test_what_a_person_sees(terminal: Any, tiny_folder: Path) -> None:
     again = terminal("story", "--resume", "--temperature", 0)
     again.wait_for("tale · at turn 4 of 4")
     again.type("/exit\r")
-    assert again.process.wait(30) == 0
+    assert again.process.wait() == 0
 
 
 def test_a_crash_leaves_the_partial_answer(terminal: Any, endless_folder: Path, tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_crash_leaves_the_partial_answer(terminal: Any, endless_folder: Path, 
     again.type("/continue 15\r")
     again.wait_for("15 tokens")
     again.type("/exit\r")
-    assert again.process.wait(30) == 0
+    assert again.process.wait() == 0
     with Workspace(tmp_path) as workspace:
         (summary,) = workspace.sessions()
         partial, longer = workspace.open(summary.record.id).turns

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from waiting import run_program
+
 FAULTS = Path(__file__).parent / "faults"
 
 
-@pytest.mark.timeout(3000)
+@pytest.mark.busy(1e5)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_day_that_is_killed_again_and_again(tiny_folder: Path, tmp_path: Path) -> None:
     n_kills = int(os.environ.get("FABULA_TEST_KILLS", "12"))
-    result = subprocess.run(
+    result = run_program(
         [sys.executable, "-W", "error", str(FAULTS / "day.py"), str(tmp_path), str(tiny_folder), str(n_kills), "1"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=2900,
     )
     assert (result.returncode, result.stderr) == (0, ""), result.stderr[-5000:]
     counts = json.loads(result.stdout)

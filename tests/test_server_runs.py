@@ -14,8 +14,6 @@ from fabula.engine.generation import Generation
 from fabula.server import runs
 from fabula.server.runs import Run, Runs
 
-WAIT_S = 60
-
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path) -> Iterator[Model]:
@@ -34,8 +32,7 @@ def n_tokens(run: Run) -> int:
 
 
 async def end_of(run: Run) -> str:
-    async with asyncio.timeout(WAIT_S):
-        await asyncio.wait(run._tasks)
+    await asyncio.wait(run._tasks)
     return run.events[-1].kind
 
 
