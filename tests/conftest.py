@@ -26,7 +26,7 @@ from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
 from fabula.model import Model
 from fabula.text.tokenizer import Tokenizer
-from waiting import BUSY_S, Watchdog, wait_until
+from waiting import wait_until
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,7 +36,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 if os.environ.get("FABULA_TEST_RANDOM") != "1":
     hypothesis.settings.load_profile("fixed")
 
-pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing"]  # fixtures that several files of tests share
+pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing", "watchdog"]  # fixtures that many files share
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -53,32 +53,6 @@ if "FABULA_TEST_DEVICE" in os.environ:
         return loaded
 
     Model.load = classmethod(_load_there)  # type: ignore[assignment]
-
-
-_WATCHDOG = pytest.StashKey[Watchdog]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        errors = os.dup(sys.__stderr__.fileno())
-    config.stash[_WATCHDOG] = Watchdog(errors)
-    config.stash[_WATCHDOG].start()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """No test has a limit of time: it fails when nothing moves any more."""
-    mark = item.get_closest_marker("busy")
-    with item.config.stash[_WATCHDOG].watching(item.nodeid, mark.args[0] if mark else BUSY_S):
-        return (yield)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Threads that hang would keep the process from ending."""
-    if config.stash[_WATCHDOG].fired:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,8 +6,8 @@ machine that is slow, or busy with others, keeps that sum growing as fast as the
 SHARE of a processor for PATIENCE_S seconds is a hang. Above stays what a browser without work takes (1 % of a core).
 
 Two things look:
-  - `Watchdog`, which conftest.py runs beside every test. It ends the blocking call that the test stands in, so helpers
-    may simply join, wait or read, without a limit of their own.
+  - watchdog.py, which runs beside every test. It ends the blocking call that the test stands in, so helpers may simply
+    join, wait or read, without a limit of their own.
   - `wait_until`, for conditions that must be polled: its own polling is no progress, so it looks at everybody else's.
 Both say where every thread stands and which processes there are. A test that runs in circles wants a processor all the
 time: that is found by the processor time it may take (BUSY_S), which does not depend on who else is on the machine.
@@ -32,6 +32,7 @@ SHARE = 0.05  # of a processor; who wants less does not move
 BUSY_S = 1800.0  # of processor time in one test, then it runs in circles; `@pytest.mark.busy` names another
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
+lookers: set[int] = set()  # native ids of threads that only look whether others move
 heard: dict[int, Callable[[], str]] = {}  # by process id: what a running child wrote on stderr, for `stacks`
 _TOLD = "faulthandler.register(signal.SIGUSR2, all_threads=True)"
 _BEGIN = f"""
@@ -66,12 +67,12 @@ def descendants() -> list[int]:
     return found
 
 
-def _demand_of(pid: int, without: int) -> float:
-    """Seconds that the threads of a process ran or waited for a processor, but for one thread."""
+def _demand_of(pid: int, without: set[int]) -> float:
+    """Seconds that the threads of a process ran or waited for a processor, but for some."""
     total = 0.0
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-            if int(task) == without:
+            if int(task) in without:
                 continue
             with suppress(OSError, ValueError):
                 ran, waited = Path("/proc", str(pid), "task", task, "schedstat").read_text().split()[:2]
@@ -81,11 +82,10 @@ def _demand_of(pid: int, without: int) -> float:
 
 def demand_s() -> float:
     """Seconds of processor that everybody but the calling thread has had or wanted so far; may fall as threads end."""
-    me = threading.get_native_id()
-    mine = _demand_of(os.getpid(), me)
+    mine = _demand_of(os.getpid(), lookers | {threading.get_native_id()})
     if mine == 0.0:  # no schedstat: what was had, then
         mine = time.process_time() - time.thread_time()
-    return mine + sum(_demand_of(pid, 0) for pid in descendants())
+    return mine + sum(_demand_of(pid, set()) for pid in descendants())
 
 
 def busy_s() -> float:
@@ -118,7 +118,7 @@ class Patience:
     def is_out(self) -> bool:
         now = time.monotonic()
         # A thread that comes to look seldom is held up itself: then the others were, too.
-        self._window_s += min(now - self._at, 1.0)
+        self._window_s += min(now - self._at, 1.0, self._seconds / 10)
         self._at = now
         counts = [counter() for counter in self._counters]
         if counts != self._counts:
@@ -234,76 +234,3 @@ def stacks() -> str:
                 time.sleep(0.5)  # whoever reads its pipe needs a moment
                 lines.append(heard[pid]())
     return "\n".join(lines)
-
-
-# ---- Beside every test ----------------------------------------------------------------------------------------------
-
-
-class Watchdog:
-    """A thread that fails the test it is told of when nothing moves, or when it runs in circles.
-
-    It interrupts the main thread, where tests run, by a signal. If that is stuck where no signal reaches it, the
-    process is ended.
-
-    Args:
-        errors: file descriptor for last words.
-    """
-
-    SIGNAL = signal.SIGUSR1 if hasattr(signal, "SIGUSR1") else None
-
-    def __init__(self, errors: int) -> None:
-        self._errors = errors
-        self._watched: tuple[str, float] | None = None
-        self._news = threading.Condition()
-        self._why = ""
-        self.fired = False
-
-    def start(self) -> None:
-        if self.SIGNAL is not None:
-            signal.signal(self.SIGNAL, self._interrupt)
-            threading.Thread(target=self._run, name="watchdog", daemon=True).start()
-
-    @contextmanager
-    def watching(self, name: str, may_take_s: float) -> Iterator[None]:
-        """Watches what the block does."""
-        with self._news:
-            self._watched, self._why = (name, may_take_s), ""
-            self._news.notify()
-        try:
-            yield
-        finally:
-            with self._news:
-                self._watched = None
-
-    def _interrupt(self, *_: object) -> None:
-        why, self._why = self._why, ""
-        if why:  # or it ended just now
-            raise Hang(why)
-
-    def _run(self) -> None:
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: self._watched is not None)
-                watched = self._watched
-            assert watched is not None
-            self._watch(watched)
-
-    def _watch(self, watched: tuple[str, float]) -> None:
-        patience, begun, n_told = Patience(), busy_s(), 0
-        while self._watched is watched:
-            time.sleep(1.0)
-            took = busy_s() - begun
-            if not patience.is_out and took < watched[1]:
-                continue
-            with self._news:
-                if self._watched is not watched:
-                    return
-                why = f"nothing has moved for {PATIENCE_S:.0f} s" if patience.is_out else f"it ran for {took:.0f} s"
-                self._why, self.fired = f"{watched[0]}: {why}\n{stacks()}", True
-            n_told += 1
-            if n_told > 2:  # it does not listen
-                os.write(self._errors, f"\n{self._why}\n".encode(errors="replace"))
-                os._exit(3)
-            assert self.SIGNAL is not None
-            signal.pthread_kill(threading.main_thread().ident or 0, self.SIGNAL)
-            patience, begun = Patience(), busy_s()
