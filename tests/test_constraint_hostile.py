@@ -229,7 +229,7 @@ def test_what_takes_too_long_is_given_up(loaded_tiny: Model, monkeypatch: pytest
             thread.join()
     release = threading.Event()
     monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 0.05)
-    monkeypatch.setattr(Vocabulary, "_compile", lambda *_: release.wait(30))
+    monkeypatch.setattr(Vocabulary, "_compile", lambda *_: release.wait())
     try:
         with pytest.raises(InvalidArgument, match="takes more than"):
             Guide(loaded_tiny.tokenizer, tiny.VOCAB, Constraint.regex("slow"))

@@ -142,7 +142,7 @@ def test_a_chat_streams_the_same(real: Served) -> None:
 
 def test_the_bytes_of_a_stream(small: Served) -> None:
     asked = {"messages": user("hi"), "max_tokens": 5, "stream": True, "seed": 1, "n": 2}
-    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked) as response:
+    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked, timeout=None) as response:
         text = response.read().decode()
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = text.split("\n\n")
@@ -212,9 +212,8 @@ def test_parts_and_roles(small: Served) -> None:
 
 def test_unset_fields_may_be_null(small: Served) -> None:
     nothing = dict.fromkeys(("temperature", "top_p", "n", "stop", "stream", "tools", "logprobs", "user", "seed"))
-    answer = httpx.post(
-        small.address + "/v1/chat/completions", json=nothing | {"messages": user("hi"), "max_tokens": 2}
-    )
+    body = nothing | {"messages": user("hi"), "max_tokens": 2}
+    answer = httpx.post(small.address + "/v1/chat/completions", json=body, timeout=None)
     assert answer.status_code == 200, answer.text
 
 
@@ -307,7 +306,9 @@ def test_embeddings(small: Served) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(plain.data[0].embedding, vectors[0], atol=1e-6)
     assert found.usage.prompt_tokens == found.usage.total_tokens > 2
-    raw = httpx.post(small.address + "/v1/embeddings", json={"input": "the cat", "encoding_format": "base64"}).json()
+    raw = httpx.post(
+        small.address + "/v1/embeddings", json={"input": "the cat", "encoding_format": "base64"}, timeout=None
+    ).json()
     np.testing.assert_allclose(
         np.frombuffer(base64.b64decode(raw["data"][0]["embedding"]), "<f4"), vectors[0], atol=1e-6
     )
@@ -409,7 +410,7 @@ def test_responses_with_a_schema_or_forgotten(small: Served) -> None:
             model="tiny", input="hi", instructions="Rhyme.", previous_response_id=first.id, max_output_tokens=4
         )
         assert other.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens - 1
-    listed = httpx.get(small.address + "/sessions").json()["sessions"]
+    listed = httpx.get(small.address + "/sessions", timeout=None).json()["sessions"]
     assert listed == []
 
 
@@ -464,7 +465,7 @@ def test_responses_with_a_schema_or_forgotten(small: Served) -> None:
 def test_what_cannot_be_is_refused(
     small: Served, path: str, body: dict[str, Any], code: str, param: str | None
 ) -> None:
-    answer = httpx.post(f"{small.address}/v1/{path}", json=body)
+    answer = httpx.post(f"{small.address}/v1/{path}", json=body, timeout=None)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param), error
@@ -536,7 +537,7 @@ def test_the_example(small: Served) -> None:
 
 def test_who_leaves_ends_the_answer(small: Served) -> None:
     asked = {"messages": user("hi"), "max_tokens": 3000, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked) as response:
+    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked, timeout=None) as response:
         next(response.iter_text())
     waiting.wait_until(
         lambda: not httpx.get(small.address + "/health", timeout=None).json()["answers"]["running"],
@@ -546,7 +547,7 @@ def test_who_leaves_ends_the_answer(small: Served) -> None:
 
 
 def test_the_description_names_the_routes(small: Served) -> None:
-    found = httpx.get(small.address + "/openapi.json").json()
+    found = httpx.get(small.address + "/openapi.json", timeout=None).json()
     assert {path for path in found["paths"] if path.startswith("/v1/")} == {
         "/v1/models", "/v1/models/{id}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
         "/v1/responses", "/v1/responses/{id}",
