@@ -177,21 +177,22 @@ def test_ctrl_c_stops_every_branch(endless_folder: Path) -> None:
     with Model.load(endless_folder, threads=1) as model:
         lines = Lines()
 
-        done = threading.Event()
+        def press(n: int) -> None:
+            """Once, when each of n answers has a token."""
 
-        def press() -> None:
-            """Once for each answer: a second time might come late, and stop the next one."""
-            while not done.wait(0.05):
-                if lines.talk is not None and lines.talk._answering and lines.talk.session.is_busy:
-                    os.kill(os.getpid(), signal.SIGINT)
-                    wait_until(lambda: done.is_set() or not lines.talk.session.is_busy, "nothing is stopped")
+            def begun() -> bool:
+                running = list(lines.talk.session._running) if lines.talk is not None and lines.talk._answering else []
+                return len(running) == n and all(reply.generation.token_ids for reply in running)
+
+            wait_until(begun)
+            os.kill(os.getpid(), signal.SIGINT)
 
         def typed() -> Iterator[str]:
-            presser = threading.Thread(target=press)
-            presser.start()
-            yield from ("hi", "/branches 2")
-            done.set()
-            presser.join()
+            for line, n in (("hi", 1), ("/branches 2", 2)):
+                presser = threading.Thread(target=press, args=(n,))
+                presser.start()
+                yield line
+                presser.join()
             yield "/continue 1"
 
         lines._lines = typed()
