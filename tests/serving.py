@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -110,6 +111,18 @@ class Running:
             assert response.status_code == 200, response.read()
             assert response.headers["content-type"].startswith("text/event-stream")
             return list(parse(response.iter_lines()))
+
+    def unread(self, **body: Any) -> socket.socket:
+        """A connection that has asked for an answer and reads nothing.
+
+        A stream of more than buffers hold, as of 15,000 tokens with alternatives, is in the making until he leaves.
+        """
+        data = json.dumps(body).encode()
+        head = "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
+        sock = socket.create_connection(("127.0.0.1", self.port))
+        sock.sendall(head.encode() + data)
+        return sock
 
     # ---- Ending -----------------------------------------------------------------------------------------------------
 

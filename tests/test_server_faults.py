@@ -29,16 +29,6 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Itera
         yield running
 
 
-def connection(running: Running, **body: Any) -> socket.socket:
-    """A connection that has asked for an answer and read nothing."""
-    data = json.dumps(body).encode()
-    head = "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(data)}\r\n\r\n"
-    sock = socket.create_connection(("127.0.0.1", running.port))
-    sock.sendall(head.encode() + data)
-    return sock
-
-
 def wait_idle(running: Running) -> None:
     """Returns when the engine has nothing to do."""
     wait_until(
@@ -76,8 +66,9 @@ def test_clients_that_leave(served: Running, stream: bool, stage: str) -> None:
             sock.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-"[: 5 + i % 50])
         else:
             text = "a b c " * 2500 if stage == "prefill" else "the whale"
-            body = LONG | {"message": text, "session_id": f"gone-{i}", "max_len": 5000, "stream": stream}
-            sock = connection(served, **body)
+            body = LONG | {"message": text, "session_id": f"gone-{i}", "max_len": 10_000, "stream": stream}
+            body["n_logprobs"] = 20  # more than buffers hold: nobody is too slow to leave in the middle
+            sock = served.unread(**body)
             if stage == "decode" and stream:
                 while b"event: token" not in sock.recv(65536):
                     pass
@@ -104,7 +95,7 @@ def test_clients_that_leave(served: Running, stream: bool, stage: str) -> None:
 def test_clients_that_leave_at_the_end(served: Running) -> None:
     """In the last chunk: the answer has ended, whether they heard of it or not."""
     for i in range(40):
-        sock = connection(served, **LONG, session_id="last", max_len=3, stream=True)
+        sock = served.unread(**LONG, session_id="last", max_len=3, stream=True)
         while b"event: done" not in sock.recv(65536):
             pass
         leave(sock, hard=bool(i % 2))
@@ -116,7 +107,7 @@ def test_clients_that_leave_at_the_end(served: Running) -> None:
 
 
 def test_pages_come_back(served: Running) -> None:
-    sock = connection(served, **LONG, session_id="pages", max_len=5000, stream=True)
+    sock = served.unread(**LONG, session_id="pages", max_len=18_000, stream=True, n_logprobs=20)
     received = b""
     while b"event: token" not in received:  # a client that leaves before it leaves no session
         received += sock.recv(4096)
@@ -142,7 +133,7 @@ def test_two_at_once(served: Running) -> None:
         thread.join()
     assert statuses.count(200) >= 1 and set(statuses) <= {200, 409}
     assert served.get("/sessions/twice")["n_turns"] == statuses.count(200)
-    held = connection(served, **LONG, session_id="twice", max_len=18_000, stream=True, n_logprobs=20)
+    held = served.unread(**LONG, session_id="twice", max_len=18_000, stream=True, n_logprobs=20)
     held.recv(100)  # and no more: the answer is being made for as long as nobody reads on
     assert served.post("/chat", 409, session_id="twice", message="too")["error"]["code"] == "session_busy"
     held.close()
@@ -152,7 +143,7 @@ def test_two_at_once(served: Running) -> None:
 
 def test_delete_while_it_is_being_made(served: Running) -> None:
     with served.client.stream(
-        "POST", "/chat", json=LONG | {"session_id": "doomed", "max_len": 9000, "stream": True}
+        "POST", "/chat", json=LONG | {"session_id": "doomed", "max_len": 18_000, "stream": True, "n_logprobs": 20}
     ) as reply:
         events = parse(reply.iter_lines())
         first = next(events)
@@ -180,7 +171,7 @@ def test_turns_that_are_not_there(served: Running) -> None:
 
 def test_a_slow_reader_holds_up_nobody(served: Running) -> None:
     at_first = samples(served)
-    slow = connection(served, **LONG, session_id="slow", max_len=18_000, stream=True, n_logprobs=20)
+    slow = served.unread(**LONG, session_id="slow", max_len=18_000, stream=True, n_logprobs=20)
     slow.recv(100)
     quick = served.events("/chat", **LONG, session_id="quick", max_len=200)
     assert len(quick) == 202
@@ -283,7 +274,7 @@ def test_a_gentle_stop(tiny_folder: Path, tmp_path: Path, max_len: int, ends: se
 
 def test_a_stopping_server_begins_nothing_and_who_asks_twice_does_not_wait(tiny_folder: Path, tmp_path: Path) -> None:
     running = Running(tmp_path, tiny_folder, "--grace-s", "600", "--context", "20000")
-    held = connection(running, **LONG, session_id="held", max_len=18_000, stream=True, n_logprobs=20)
+    held = running.unread(**LONG, session_id="held", max_len=18_000, stream=True, n_logprobs=20)
     held.recv(100)  # and no more, so the answer does not end by itself
     running.process.send_signal(signal.SIGTERM)
     wait_until(
