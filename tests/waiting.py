@@ -2,8 +2,9 @@
 
 A wait goes on for as long as something moves. What moves wants a processor: `demand_s` adds up, over the threads of
 this process and over all of its descendants, the time they ran and the time they stood in line for a processor. A
-machine that is slow, or busy with others, keeps that sum growing as fast as the clock; a deadlock stops it. Less than
-SHARE of a processor for PATIENCE_S seconds is a hang. Above stays what a browser without work takes (1 % of a core).
+machine that is slow, or busy with others, keeps that sum growing as fast as the clock; a deadlock stops it. Who waits
+for a slow disk is told by what goes to it and comes from it. Less than SHARE of a processor for PATIENCE_S seconds is a
+hang; a browser without work takes 1 % of one.
 
 Two things look:
   - watchdog.py, which runs beside every test. It ends the blocking call that the test stands in, so helpers may simply
@@ -29,6 +30,7 @@ from typing import Any
 
 PATIENCE_S = 60.0  # nobody moved for so long: it hangs
 SHARE = 0.05  # of a processor; who wants less does not move
+DISK_BYTES_PER_S = 350_000.0  # as much disk traffic as counts like a second of processor: a megabyte a minute is enough
 BUSY_S = 1800.0  # of processor time in one test, then it runs in circles; `@pytest.mark.busy` names another
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
@@ -68,8 +70,11 @@ def descendants() -> list[int]:
 
 
 def _demand_of(pid: int, without: set[int]) -> float:
-    """Seconds that the threads of a process ran or waited for a processor, but for some."""
+    """Seconds that the threads of a process, but for some, ran or waited for a processor; disk traffic counts as such."""
     total = 0.0
+    with suppress(OSError, ValueError):
+        moved = dict(line.split(": ") for line in Path("/proc", str(pid), "io").read_text().splitlines())
+        total += (int(moved["read_bytes"]) + int(moved["write_bytes"])) / DISK_BYTES_PER_S
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
             if int(task) in without:
@@ -83,8 +88,8 @@ def _demand_of(pid: int, without: set[int]) -> float:
 def demand_s() -> float:
     """Seconds of processor that everybody but the calling thread has had or wanted so far; may fall as threads end."""
     mine = _demand_of(os.getpid(), lookers | {threading.get_native_id()})
-    if mine == 0.0:  # no schedstat: what was had, then
-        mine = time.process_time() - time.thread_time()
+    if not Path("/proc/self/schedstat").exists():  # what was had, then
+        mine += time.process_time() - time.thread_time()
     return mine + sum(_demand_of(pid, set()) for pid in descendants())
 
 
