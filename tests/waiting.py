@@ -70,7 +70,7 @@ def descendants() -> list[int]:
 
 
 def _demand_of(pid: int, without: set[int]) -> float:
-    """Seconds that the threads of a process, but for some, ran or waited for a processor; disk traffic counts as such."""
+    """Seconds that threads of a process, but for some, ran or waited for a processor; disk traffic counts as such."""
     total = 0.0
     with suppress(OSError, ValueError):
         moved = dict(line.split(": ") for line in Path("/proc", str(pid), "io").read_text().splitlines())
