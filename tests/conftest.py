@@ -32,9 +32,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The same examples every time, so that a change is judged by what it changed; FABULA_TEST_RANDOM=1 looks for new ones.
-hypothesis.settings.register_profile("fixed", derandomize=True)
-if os.environ.get("FABULA_TEST_RANDOM") != "1":
-    hypothesis.settings.load_profile("fixed")
+# How long one takes says something of the machine only.
+hypothesis.settings.register_profile(
+    "ours",
+    derandomize=os.environ.get("FABULA_TEST_RANDOM") != "1",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ours")
 
 pytest_plugins = ["desks", "places", "scheduling", "spilling", "storing", "watchdog"]  # fixtures that many files share
 

@@ -169,7 +169,6 @@ def test_everything_may_be_forgotten_by_any_thread(tiny_folder: Path) -> None:
         finally:
             stop.set()
             collector.join()
-            gc.unfreeze()
         shared.clear()
         assert settled(model)
         model._runner.pool.check([])
