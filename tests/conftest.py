@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,20 @@ from fabula.formats.gguf import GgufFile
 from fabula.formats.locate import locate
 from fabula.model import Model
 from fabula.text.tokenizer import Tokenizer
+from waiting import wait_until
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The same examples every time, so that a change is judged by what it changed; FABULA_TEST_RANDOM=1 looks for new ones.
-hypothesis.settings.register_profile("fixed", derandomize=True)
-if os.environ.get("FABULA_TEST_RANDOM") != "1":
-    hypothesis.settings.load_profile("fixed")
+# How long one takes says something of the machine only.
+hypothesis.settings.register_profile(
+    "ours",
+    derandomize=os.environ.get("FABULA_TEST_RANDOM") != "1",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ours")
 
 pytest_plugins = [
     "desks",
@@ -43,6 +48,7 @@ pytest_plugins = [
     "scheduling",
     "spilling",
     "storing",
+    "watchdog",
 ]  # fixtures that several files of tests share
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -121,8 +127,8 @@ def tiny_model(loaded_tiny: Model) -> Iterator[Model]:
     """The tiny model; every test must leave all its pages free."""
     yield loaded_tiny
     gc.collect()
-    while loaded_tiny._engine.scheduler.load != Load(0, 0):  # until it has let go of what nobody reads any more
-        time.sleep(0.001)
+    # until it has let go of what nobody reads any more
+    wait_until(lambda: loaded_tiny._engine.scheduler.load == Load(0, 0), "requests do not come to rest")
     loaded_tiny.clear_cache()
     assert loaded_tiny._runner.pool.n_free == loaded_tiny._runner.pool.n_pages
 

@@ -35,8 +35,9 @@ if mode == "hash":
     sys.exit(1)
 if mode == "hang":
     pathlib.Path(os.environ["TMPDIR"], "part").write_bytes(bytes(100))
-    time.sleep(100)
-time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    time.sleep(1e4)
+while "FAKE_UNTIL" in os.environ and not os.path.exists(os.environ["FAKE_UNTIL"]):
+    time.sleep(0.01)
 if mode != "nothing":
     target = pathlib.Path(dest, "tiny_package-1.2-py3-none-any.whl")
     data = pathlib.Path(wheel).read_bytes()

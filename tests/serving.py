@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-READY_S = 60.0
+import waiting
 
 
 class Running:
@@ -37,9 +37,8 @@ class Running:
     def __init__(
         self, data: Path, model: str | Path, *flags: str, wait: bool = True, key: str = "", host: str = "hypercorn"
     ) -> None:
-        under_uvicorn = [str(Path(__file__).with_name("under_uvicorn.py"))]
-        program = ["-m", "fabula", "serve"] if host == "hypercorn" else under_uvicorn
-        words = [sys.executable, *program, "--port", "0", "--data", str(data), "--model", str(model)]
+        program = ["fabula", "serve"] if host == "hypercorn" else [str(Path(__file__).with_name("under_uvicorn.py"))]
+        words = waiting.python(*program, "--port", 0, "--data", data, "--model", model)
         variables = {name: value for name, value in os.environ.items() if not name.startswith("FABULA_")}
         package = Path(__file__).resolve().parent.parent / "python"
         if "PYTHONPATH" in os.environ or (package / "fabula" / "_cdef.py").exists():
@@ -49,20 +48,21 @@ class Running:
             env=variables,
         )  # fmt: skip
         self.errors: list[str] = []
+        waiting.heard[self.process.pid] = lambda: "".join(self.errors)
         assert self.process.stdout is not None and self.process.stderr is not None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         line = self.process.stdout.readline()
         if " at http" not in line:
-            self.process.wait(READY_S)
-            self._reader.join(5)
+            self.process.wait()
+            self._reader.join()
             self.process.stdout.close()
             self.process.stderr.close()
             raise AssertionError(f"the server did not start: {line!r} {''.join(self.errors)}")
         self.address = line.split()[-1]
         self.port = int(self.address.rpartition(":")[2])
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(base_url=self.address, timeout=240, headers=headers)
+        self.client = httpx.Client(base_url=self.address, timeout=None, headers=headers)
         if wait:
             self.wait_until_ready()
 
@@ -72,21 +72,25 @@ class Running:
             self.errors.append(line)
 
     def wait_until_ready(self) -> None:
-        end = time.monotonic() + READY_S
-        while self.client.get("/health").status_code != 200:
-            assert time.monotonic() < end, self.client.get("/health").text
-            time.sleep(0.05)
+        waiting.wait_until(
+            lambda: self.client.get("/health").status_code == 200,
+            lambda: self.client.get("/health").text,
+            pause=lambda: time.sleep(0.05),
+        )
 
     def wait_for_log(self, **fields: Any) -> list[dict[str, Any]]:
         """All lines of the log as JSON, as soon as one of them has these fields: it is written behind the reply, and
         read by another thread."""
-        end = time.monotonic() + READY_S
-        while True:
-            lines = [json.loads(line) for line in list(self.errors) if line.startswith("{")]
-            if any(line | fields == line for line in lines):
-                return lines
-            assert time.monotonic() < end, f"no line of the log has {fields}: {''.join(self.errors)}"
-            time.sleep(0.01)
+
+        def lines() -> list[dict[str, Any]]:
+            return [json.loads(line) for line in list(self.errors) if line.startswith("{")]
+
+        waiting.wait_until(
+            lambda: any(line | fields == line for line in lines()),
+            lambda: f"no line of the log has {fields}: {''.join(self.errors)}",
+            pause=lambda: time.sleep(0.01),
+        )
+        return lines()
 
     # ---- Asking -----------------------------------------------------------------------------------------------------
 
@@ -108,20 +112,33 @@ class Running:
             assert response.headers["content-type"].startswith("text/event-stream")
             return list(parse(response.iter_lines()))
 
+    def unread(self, **body: Any) -> socket.socket:
+        """A connection that has asked for an answer and reads nothing.
+
+        A stream of more than buffers hold, as of 15,000 tokens with alternatives, is in the making until he leaves.
+        """
+        data = json.dumps(body).encode()
+        head = "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
+        sock = socket.create_connection(("127.0.0.1", self.port))
+        sock.sendall(head.encode() + data)
+        return sock
+
     # ---- Ending -----------------------------------------------------------------------------------------------------
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, timeout: float = 60) -> int:
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Asks the process to end, and returns its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
+            code = self.process.wait()
+        except BaseException:
             self.process.kill()
             raise
         finally:
             self.client.close()
-            self._reader.join(5)
+            self._reader.join()
+            waiting.heard.pop(self.process.pid, None)
             for pipe in (self.process.stdout, self.process.stderr):
                 if pipe is not None:
                     pipe.close()

@@ -15,6 +15,7 @@ from fabula import _native, _operators
 from fabula.bench.row import KEYS, read_rows
 from fabula.errors import DeviceError, DeviceOutOfMemory, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import DType
+from waiting import run_program
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -28,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return run_program(command)
 
 
 @pytest.mark.gpu

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benching import broken_python, call, peer_python, rows_of
+from fabula.bench import clients as clients_module
+from fabula.bench import serve as serve_module
 from fabula.bench.clients import Heard, chat_with
 from fabula.bench.load import bench_load
 from fabula.bench.peer_llama_cpp import LlamaStates
@@ -122,6 +126,15 @@ MEASURES = ["tokens", "first token p50", "first token p99", "between tokens p50"
 MEASURES += ["memory at the end"]
 
 
+@pytest.fixture
+def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes for clients by 10 ms whenever they look, and servers may start and end as slowly as they do."""
+    monkeypatch.setattr(clients_module, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 0.01).__next__))
+    monkeypatch.setattr(serve_module, "_START_S", 1e6)
+    monkeypatch.setattr(serve_module, "_END_S", 1e6)
+
+
+@pytest.mark.usefixtures("own_time")
 def test_serve_beside_a_peer(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["serve", "--model", str(tiny_folder), "--weights", "f16", *BRIEF]
     rows = rows_of(call(*arguments, "--peers", "--peer-python", str(peer_python(tmp_path)), "--json"))
@@ -155,6 +168,7 @@ def test_serve_errors(tmp_path: Path) -> None:
         list(bench_serve(served, "f16", clients=(0,), seconds=1))
 
 
+@pytest.mark.usefixtures("own_time")
 def test_clients_count_what_is_refused() -> None:
     async def refusing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from fabula.cli.shelf import Shelf
 from fabula.cli.talk import Talk
 from fabula.model import WeightsName
 from tiny import CHATML, random_tensors, write_model
+from waiting import Hang, Patience, heard, python, run_program, stacks
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,7 @@ def fabula(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def shell(*words: object, text: str = "", **more: Any) -> Result:
     """The command in a process of its own, fed from a pipe."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fabula", *map(str, words)],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **more,
-    )
+    done = run_program([sys.executable, "-m", "fabula", *words], input=text, **more)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -156,7 +149,7 @@ def test_chat_answers_a_pipe(tiny_folder: Path) -> None:
 def test_a_reader_that_goes_away_causes_no_noise(tiny_folder: Path) -> None:
     words = f"story 'the cat sat' --model {tiny_folder} --max-tokens 400 --seed 5"
     command = f"{sys.executable} -m fabula {words} | head -c 5"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done = run_program(["bash", "-c", command])
     assert done.stderr == "" and len(done.stdout) == 5
 
 
@@ -285,7 +278,7 @@ class Terminal:
         self._fd, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")  # 40 rows of 120
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fabula", *map(str, words)],
+            python("fabula", *words),
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -295,6 +288,7 @@ class Terminal:
         )
         os.close(slave)
         self.text = ""
+        heard[self.process.pid] = self._rest
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
@@ -309,31 +303,45 @@ class Terminal:
 
     def type_until(self, typed: str, text: str) -> None:
         """Types the same again and again until `text` comes: for keys that count only once somebody listens."""
-        for _ in range(120):
+        for _ in range(50):
             self.type(typed)
             try:
                 self._read_until(lambda came: text in came, repr(text), seconds=0.5)
-            except TimeoutError:
+            except Hang:  # it waits for keys
                 continue
             return
         raise AssertionError(f"{text!r} did not come; there was {self.text[-500:]!r}")
 
-    def _read_until(self, enough: Callable[[str], bool], what: str, *, seconds: float = 60.0) -> str:
-        start, end = len(self.text), time.monotonic() + seconds
+    def _read_until(self, enough: Callable[[str], bool], what: str, *, seconds: float | None = None) -> str:
+        """What comes until it is enough.
+
+        Raises:
+            Hang: nothing comes, and the program does nothing for so many seconds.
+        """
+        start, patience = len(self.text), Patience(lambda: len(self.text), seconds=seconds)
         while not enough(self.text[start:]):
-            ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                raise TimeoutError(f"{what} did not come; there was {self.text[start:]!r}")
+            if not select.select([self._fd], [], [], 0.05)[0]:
+                if patience.is_out:
+                    raise Hang(f"{what} did not come; there was {self.text[start:]!r}{'' if seconds else stacks()}")
+                continue
             try:
                 self.text += os.read(self._fd, 4096).decode(errors="replace")
             except OSError:
                 raise AssertionError(f"the program ended; there was {self.text[start:]!r}") from None
         return self.text[start:]
 
+    def _rest(self) -> str:
+        """What comes at once."""
+        came = ""
+        while select.select([self._fd], [], [], 0)[0]:
+            came += os.read(self._fd, 4096).decode(errors="replace")
+        return came
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        heard.pop(self.process.pid, None)
         os.close(self._fd)
 
 
@@ -351,7 +359,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, folder_without_e
     chat.wait_for("at the beginning")
     chat.type_until("\x03", "Ctrl-D leaves")
     chat.type("/exit\r")
-    assert chat.process.wait(30) == 0
+    assert chat.process.wait() == 0
 
 
 def test_colours_only_on_a_terminal(terminal: Any) -> None:

@@ -6,7 +6,6 @@ import gc
 import json
 import random
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from fabula.engine.grammar import MAX_CACHED, MAX_CACHED_BYTES, Guide, Vocabular
 from fabula.sessions.keeper import params_json, params_of
 from fabula.text.tokenizer import Tokenizer
 from threaded import in_threads
+from waiting import run_program
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_what_takes_too_long_is_given_up(loaded_tiny: Model, monkeypatch: pytest
             thread.join()
     release = threading.Event()
     monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 0.05)
-    monkeypatch.setattr(Vocabulary, "_compile", lambda *_: release.wait(30))
+    monkeypatch.setattr(Vocabulary, "_compile", lambda *_: release.wait())
     try:
         with pytest.raises(InvalidArgument, match="takes more than"):
             Guide(loaded_tiny.tokenizer, tiny.VOCAB, Constraint.regex("slow"))
@@ -310,5 +310,6 @@ def test_many_at_once(model: Model) -> None:
 
 def test_nothing_is_loaded_without_one() -> None:
     code = "import sys, fabula.engine.decoding, fabula.model; print('llguidance' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from serving import Running
+from waiting import run_program
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(name: str, *words: object, text: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    return run_program([sys.executable, EXAMPLES / name, *words], input=text)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -51,7 +51,7 @@ def test_client_rest(tiny_folder: Path, tmp_path: Path) -> None:
     with Running(tmp_path, tiny_folder) as running:
         command = ["sh", str(EXAMPLES / "client_rest.sh")]
         variables = os.environ | {"FABULA_URL": running.address}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables)
+        done = run_program(command, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("> POST /") == 5 and '"head":1' in done.stdout and "freed_bytes" in done.stdout
     assert "event: start" in done.stdout and "event: done" in done.stdout

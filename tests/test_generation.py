@@ -6,7 +6,6 @@ The reference is `Model.logits`, which has tests of its own against transformers
 from __future__ import annotations
 
 import gc
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Load
 from fabula.errors import ContextOverflow, InvalidArgument
 from fabula.model import Model
+from waiting import wait_until
 
 PROMPT = "the winter was long"
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -39,8 +39,7 @@ def free(model: Model) -> bool:
 
 def settled(model: Model) -> None:
     """Waits until the engine has let go of what nobody reads any more."""
-    while model._engine.scheduler.load != Load(0, 0):
-        time.sleep(0.001)
+    wait_until(lambda: model._engine.scheduler.load == Load(0, 0), "requests do not come to rest")
 
 
 def params(**changes: Any) -> SamplingParams:

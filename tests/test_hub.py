@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ import pytest
 
 from fabula.errors import DownloadError, EngineError, ModelNotFound
 from fabula.formats import hub, locate
+from waiting import wait_until
 
 
 class Recorder:
@@ -35,7 +35,7 @@ class FakeHub:
         self.bars: list[str] = []
         self.content = b"weights" * 100
         self.damage = False
-        self.seconds = 0.0
+        self.may_end: Callable[[], bool] = lambda: True
         self.snapshot = root / "models--owner--repo" / "snapshots" / "abc"
         package, utils, constants = (ModuleType(f"huggingface_hub{s}") for s in ("", ".utils", ".constants"))
         vars(package).update(snapshot_download=self.snapshot_download, hf_hub_download=self.hf_hub_download)
@@ -65,7 +65,7 @@ class FakeHub:
         if self.error is not None:
             raise self.error
         self._put(file)
-        time.sleep(self.seconds)
+        wait_until(self.may_end)
 
     def snapshot_download(self, repo: str, **options: Any) -> str:
         self.calls.append((repo, options))
@@ -105,7 +105,7 @@ def test_hub_names() -> None:
 
 def test_hub_repository(fake_hub: FakeHub) -> None:
     progress = Recorder()
-    fake_hub.seconds = 0.4
+    fake_hub.may_end = lambda: (len(fake_hub.content), None) in progress.updates
     assert locate.locate("owner/repo", progress=progress) == fake_hub.snapshot
     assert (len(fake_hub.content), None) in progress.updates
     repo, options = fake_hub.calls[-1]

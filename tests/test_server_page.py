@@ -179,10 +179,10 @@ class Listener:
             target=self._read, args=(f"{served.address}/sessions/{id}/events",), daemon=True
         )
         self._thread.start()
-        self._begun.wait(20)
+        self._begun.wait()
 
     def _read(self, url: str) -> None:
-        with httpx.stream("GET", url, timeout=60) as reply:
+        with httpx.stream("GET", url, timeout=None) as reply:
             for event in parse(reply.iter_lines()):
                 with self._news:
                     self.events.append(event)
@@ -190,12 +190,11 @@ class Listener:
                 self._begun.set()
 
     def join(self) -> None:
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self._thread.join()
 
     def wait(self, n: int) -> list[str]:
         with self._news:
-            assert self._news.wait_for(lambda: len(self.events) >= n, 20), self.events
+            self._news.wait_for(lambda: len(self.events) >= n)
             return [event["#event"] for event in self.events]
 
 
@@ -230,7 +229,7 @@ def test_answers_in_the_making_are_told(served: Running) -> None:
         "stream": True,
         "background": True,
     }
-    with httpx.stream("POST", f"{served.address}/chat", json=body, timeout=60) as reply:
+    with httpx.stream("POST", f"{served.address}/chat", json=body, timeout=None) as reply:
         start = next(parse(reply.iter_lines()))
         listener = Listener(served, "late")
         listener.wait(1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from serving import Running
+from waiting import run_program
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
@@ -29,6 +29,7 @@ def test_as_described(tmp_path: Path, tiny_folder: Path) -> None:
         ]
         endless = ["--exclude-path", "/sessions/{id}/events"]  # no reply to wait for: it goes on as long as one listens
         limits = ["--max-examples", "6", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
-        done = subprocess.run([*command, *endless, *limits], capture_output=True, text=True, timeout=280, cwd=tmp_path)
+        patient = ["--request-timeout", "86400", "--suppress-health-check", "too_slow"]
+        done = run_program([*command, *endless, *limits, *patient], cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert running.get("/health")["ready"]

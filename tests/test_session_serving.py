@@ -29,7 +29,7 @@ from fabula import (
     Turn,
     Workspace,
 )
-from threaded import WAIT_S
+from waiting import wait_until
 
 SHORT = SamplingParams(temperature=1.0, max_tokens=9, seed=11, ignore_eos=True)
 LONG = replace(SHORT, max_tokens=400)
@@ -151,7 +151,7 @@ def test_a_count_waits_for_nobody(model: Model) -> None:
         found: list[Any] = []
         thread = threading.Thread(target=lambda: found.append(session.count("two")))
         thread.start()
-        thread.join(WAIT_S)
+        thread.join()
     assert found == [expected]
     reply.cancel()
 
@@ -407,21 +407,23 @@ def judge(session: Session, reply: Reply, read: list[Piece], verb: str, past: li
 def test_a_verb_while_a_thread_reads(workspace: Workspace, model: Model, verb: str, kept: bool) -> None:
     session = workspace.session("a") if kept else model.session()
     past = talk(session, "one", "two")
-    reply, read = session.say("more", LONG), []
+    reply, read, done = session.say("more", LONG), [], threading.Event()
 
     def reader() -> None:
         for piece in reply:
             read.append(piece)
+            if len(read) == 100:
+                done.wait()  # or it might come to the end before the verb does
             time.sleep(0.001)  # a reader slow enough to be caught in the middle
 
     thread = threading.Thread(target=reader)
     thread.start()
-    while len(read) < 2:
-        time.sleep(0.0005)
+    wait_until(lambda: len(read) >= 2)
     VERBS[verb](session)
     n_read = len(reply.generation.token_ids)
-    thread.join(WAIT_S)
-    assert not thread.is_alive() and len(read) == n_read, "nothing is read behind the verb"
+    done.set()
+    thread.join()
+    assert len(read) == n_read, "nothing is read behind the verb"
     judge(session, reply, read, verb, past)
 
 
@@ -434,13 +436,15 @@ def test_a_verb_while_a_task_reads(workspace: Workspace, verb: str, how: str) ->
     async def main() -> tuple[Reply, list[Piece]]:
         reply = session.say("more", LONG)
         read: list[Piece] = []
-        begun = asyncio.Event()
+        begun, done = asyncio.Event(), asyncio.Event()
 
         async def reader() -> None:
             async for piece in reply:
                 read.append(piece)
                 if len(read) == 2:
                     begun.set()
+                if len(read) == 100:
+                    await done.wait()
                 await asyncio.sleep(0.001)
 
         task = asyncio.create_task(reader())
@@ -449,7 +453,8 @@ def test_a_verb_while_a_task_reads(workspace: Workspace, verb: str, how: str) ->
             VERBS[verb](session)
         else:
             await asyncio.to_thread(VERBS[verb], session)
-        await asyncio.wait_for(task, WAIT_S)
+        done.set()
+        await task
         return reply, read
 
     reply, read = asyncio.run(main())
@@ -471,7 +476,7 @@ def test_a_task_that_waits_for_the_first_token(model: Model) -> None:
         task = asyncio.create_task(reader())
         await asyncio.sleep(0)
         session.rollback(0)
-        await asyncio.wait_for(task, WAIT_S)
+        await task
         assert reply.generation.finish_reason == "cancelled" and len(read) == len(reply.generation.token_ids)
         return read
 
@@ -514,8 +519,7 @@ def test_many_callers_go_back_at_once(workspace: Workspace) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
+        thread.join()
     assert failures == [] and not session.is_busy
     tree = session.tree_json()
     del threads, thread

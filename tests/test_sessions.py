@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from fabula import (
 from fabula.engine.generation import Generation
 from fabula.sessions.session import Session
 from fabula.sessions.turn import Turn
+from waiting import wait_until
 
 SHORT = SamplingParams(temperature=1.0, max_tokens=9, seed=11)
 
@@ -480,8 +480,7 @@ def test_a_deleted_session_says_nothing_more(model: Model) -> None:
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    while not session._line:
-        time.sleep(0.001)
+    wait_until(lambda: session._line)
     session.delete()
     waiting.join()
     assert failures == [f"session {session.id} was deleted"] and session.turns == []

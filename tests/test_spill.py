@@ -22,6 +22,7 @@ from fabula.errors import InvalidArgument, StoreFull, StoreLocked, StoreReadOnly
 from fabula.kv import spill
 from fabula.kv.spill import Bytes, Fingerprint, SpillFolder
 from spilling import FILE_BYTES, FIRST, PAGE_BYTES, SECOND, content, file_of, files, key, n_pages_of, opened, page
+from waiting import run_program
 
 MINUTE_NS = 60_000_000_000
 
@@ -235,7 +236,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     """On a file system of 256 KiB, in a mount namespace of its own."""
     command = ["unshare", "--mount", "--user", "--map-root-user", sys.executable, "-c", FULL_DISK, str(tmp_path)]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = run_program(command)
     except FileNotFoundError:
         pytest.skip("unshare (util-linux) is not at hand")
     if ended.returncode == 77 or "unshare" in ended.stderr:

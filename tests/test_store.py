@@ -19,7 +19,7 @@ from fabula.store.place import connect
 from fabula.store.records import SessionRecord, TurnRecord
 from fabula.store.schema import sessions, tags, turns
 from fabula.store.store import Store
-from storing import WAIT_S, Draft, Gate, a_session, a_turn, chain, done, put_all
+from storing import Draft, Gate, a_session, a_turn, chain, done, put_all
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -121,7 +121,7 @@ def test_tenants_do_not_see_each_other(any_store: Store) -> None:
     assert [(found.record.tenant, found.n_turns) for found in any_store.sessions()] == [("u", 1), ("t", 1)]
     assert [found.record.tenant for found in any_store.sessions("t")] == ["t"]
     with pytest.raises(StoreError, match="does not fit"):
-        any_store.put_turn(replace(theirs, text="stolen"), a_session()).result(WAIT_S)
+        any_store.put_turn(replace(theirs, text="stolen"), a_session()).result()
     done(any_store.delete_session("t", "s", [mine.id, theirs.id]))
     assert any_store.load("u", "s")[1] == [theirs]
 
@@ -132,9 +132,9 @@ def test_a_fork_loads_its_past_and_outlives_it(any_store: Store) -> None:
     done(*put_all(any_store, [first, second, third]), *put_all(any_store, [other], base_id=second.id))
     assert any_store.load("t", "fork")[1] == [first, second, other]
     with pytest.raises(InvalidArgument, match="'fork' begins at it"):
-        any_store.delete_session("t", "s", [first.id, second.id, third.id]).result(WAIT_S)
+        any_store.delete_session("t", "s", [first.id, second.id, third.id]).result()
     with pytest.raises(StoreError, match="does not fit"):
-        any_store.delete_session("t", "s", [third.id], [second.id]).result(WAIT_S)
+        any_store.delete_session("t", "s", [third.id], [second.id]).result()
     assert any_store.load("t", "s")[1] == [first, second, third], "a refused change leaves nothing half done"
 
     done(any_store.delete_session("t", "s", [third.id], [first.id, second.id]))
@@ -154,13 +154,13 @@ def test_tags_heads_and_pruning(any_store: Store) -> None:
     assert tagged.tags == ("a", "b") and (session.head_id, session.undone) == (first.id, (third.id,))
     assert session.updated_at > 2.0
     with pytest.raises(InvalidArgument, match="no turn 'x'"):
-        any_store.put_tags("x", ["a"]).result(WAIT_S)
+        any_store.put_tags("x", ["a"]).result()
     with pytest.raises(InvalidArgument, match="no session 'x'"):
-        any_store.set_head("t", "x", None).result(WAIT_S)
+        any_store.set_head("t", "x", None).result()
     with pytest.raises(InvalidArgument, match="still refers"):
         any_store.delete_turns(session, [third.id])
     with pytest.raises(StoreError, match="does not fit"):
-        any_store.delete_turns(replace(session, undone=()), [second.id]).result(WAIT_S)
+        any_store.delete_turns(replace(session, undone=()), [second.id]).result()
     done(any_store.delete_turns(replace(session, undone=()), [second.id, third.id]))
     assert any_store.load("t", "s") == (replace(session, undone=()), [tagged])
 
@@ -202,7 +202,7 @@ def test_one_that_fails_leaves_its_neighbours_alone(store: Store) -> None:
     assert cancelled.cancel()
     gate.open()
     with pytest.raises(StoreError, match="does not fit"):
-        futures.pop(3).result(WAIT_S)
+        futures.pop(3).result()
     done(*futures)
     assert store.load("t", "s")[1] == found
 
@@ -226,7 +226,7 @@ def test_many_threads(store: Store) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(WAIT_S)
+        thread.join()
     assert [found.n_turns for found in store.sessions()] == [10] * 8
 
 
@@ -236,7 +236,7 @@ def test_flush_waits_for_what_is_queued(store: Store) -> None:
     with pytest.raises(StoreError, match="not written in 0 s"):
         store.flush(0)
     gate.open()
-    store.flush(WAIT_S)
+    store.flush()
     assert future.done()
 
 
@@ -277,16 +277,16 @@ def test_a_closing_watch_waits_for_the_checkpoint_under_way(tmp_path: Path, monk
 
         def slow(*_: Any, **__: Any) -> None:
             writing.set()
-            assert go_on.wait(WAIT_S)
+            go_on.wait()
 
         monkeypatch.setattr("fabula.store.changes.put_turn", slow)
         watch = store.watch(Draft())
-        assert writing.wait(WAIT_S)
+        writing.wait()
         closing = threading.Thread(target=lambda: (watch.close(), closed.set()))
         closing.start()
         assert not closed.wait(0.05), "the draft is being written"
         go_on.set()
-        closing.join(WAIT_S)
+        closing.join()
         assert closed.is_set()
 
 
@@ -303,7 +303,7 @@ def test_a_draft_is_not_written_again_unless_it_changed(tmp_path: Path) -> None:
         sa.event.listen(store._engine, "commit", commits.append)
         watch = store.watch(still)
         for _ in range(5):
-            assert looks.acquire(timeout=WAIT_S)
+            looks.acquire()
         watch.close()
         assert len(commits) == 1
 
@@ -319,12 +319,12 @@ def test_a_checkpoint_that_fails_is_remembered(tmp_path: Path) -> None:
         assert store.last_error is None
         watch = store.watch(broken)
         for _ in range(2):
-            assert looks.acquire(timeout=WAIT_S)
+            looks.acquire()
         assert isinstance(store.last_error, StoreError) and "no snapshot today" in store.last_error.message
         watch.close()
         lost = store.watch(lambda: (looks.release(), (a_turn(parent_id="missing"), a_session()))[1])
         for _ in range(4):
-            assert looks.acquire(timeout=WAIT_S)
+            looks.acquire()
         assert "does not fit" in store.last_error.message
         lost.close()
         done(store.put_session(a_session()))

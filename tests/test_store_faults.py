@@ -10,13 +10,13 @@ import errno
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from fabula.store.store import Store
+from waiting import run_program
 
 FAULTS = Path(__file__).parent / "faults"
 sys.path.insert(0, str(FAULTS))
@@ -27,19 +27,16 @@ from work import Ledger  # noqa: E402
 
 def run(program: str, *arguments: object, shim: Path | None = None) -> str:
     """Runs a program of faults/ and returns what it says."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", str(FAULTS / program), *map(str, arguments)],
+    result = run_program(
+        [sys.executable, "-W", "error", str(FAULTS / program), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | ({"LD_PRELOAD": str(shim)} if shim else {}),
-        capture_output=True,
-        text=True,
-        timeout=3000,
     )
     assert result.returncode == 0, result.stderr[-5000:]
     assert result.stderr == ""
     return result.stdout
 
 
-@pytest.mark.timeout(3000)
+@pytest.mark.busy(1e5)
 @pytest.mark.parametrize(
     ("error", "mode"),
     [
@@ -78,7 +75,7 @@ def test_loss_of_power(shim: Path, tmp_path: Path) -> None:
     assert len(ledger.kept) == 40 and ledger.gone
 
 
-@pytest.mark.timeout(3000)
+@pytest.mark.busy(1e5)
 def test_kill_9(tmp_path: Path) -> None:
     n_rounds = int(os.environ.get("FABULA_TEST_KILLS", "30"))
     assert int(run("kill.py", tmp_path, n_rounds, 3)) > n_rounds, "what was acknowledged was looked for"

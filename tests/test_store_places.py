@@ -24,17 +24,15 @@ from fabula.store.place import connect, find_place, make_engine
 from fabula.store.records import TurnRecord, session_row, turn_row
 from fabula.store.schema import VERSION_TABLE, metadata, sessions, turns
 from fabula.store.store import Store
-from storing import WAIT_S, Draft, Gate, a_session, chain, done, put_all
+from storing import Draft, Gate, a_session, chain, done, put_all
+from waiting import run_program
 
 
 def run_python(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs a program in an interpreter of its own; it sees the helpers of tests."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
+    return run_program(
+        [sys.executable, "-W", "error", "-c", program, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S * 2,
     )
 
 
@@ -118,7 +116,7 @@ def test_a_store_is_locked_across_processes_until_its_holder_dies(tmp_path: Path
         "import sys, time; from fabula.store.store import Store as S; s = S.open(sys.argv[1]); print(1, flush=True)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{program}; time.sleep(600)", str(tmp_path)],
+        [sys.executable, "-c", f"{program}; time.sleep(1e6)", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
     )
@@ -127,7 +125,7 @@ def test_a_store_is_locked_across_processes_until_its_holder_dies(tmp_path: Path
         with pytest.raises(StoreLocked):
             Store.open(tmp_path)
         process.send_signal(signal.SIGKILL)
-        process.wait(WAIT_S)
+        process.wait()
     Store.open(tmp_path).close()
 
 
@@ -285,7 +283,7 @@ def test_a_damaged_session_is_named(damaged: tuple[Store, sqlite3.Connection, li
     with pytest.raises(StoreCorrupt, match="session 's' of tenant 't' is damaged"):
         store.load("t", "s")
     with pytest.raises(StoreCorrupt, match="session 's'"):
-        store.set_head("t", "s", None).result(WAIT_S)
+        store.set_head("t", "s", None).result()
     assert [found.record.id for found in store.sessions()] == ["fine"]
     assert isinstance(store.last_error, StoreCorrupt) and "session 's'" in store.last_error.message
     assert any("session 's'" in problem for problem in store.check())
@@ -378,11 +376,11 @@ if not child:
         sys.exit(7)
     os._exit(2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-store.put_session(a_session()).result(30)
+store.put_session(a_session()).result()
 idle = os.fork()
 if not idle:
     import time
-    time.sleep(600)
+    time.sleep(1e6)
 store.close()
 Store.open(sys.argv[1]).close()  # the child that lives on does not hold the lock
 os.kill(idle, 9)

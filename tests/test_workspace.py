@@ -7,9 +7,7 @@ import os
 import random
 import shutil
 import sqlite3
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import tiny
 from desks import LONG, PAST, SHORT, Desk, alone, talk, told
 from fabula import InvalidArgument, Model, SamplingParams, Session, StoreLocked, Workspace
-from threaded import WAIT_S
+from waiting import run_program, wait_until
 
 # ---- Coming back ----------------------------------------------------------------------------------------------------
 
@@ -117,8 +115,7 @@ def test_the_model_goes_while_a_reply_is_read(desk: Desk, n_read: int, params: S
     (first,) = talk(session, "one")
     reply = session.say("two", params)
     pieces = [next(reply) for _ in range(n_read)]
-    while params is SHORT and not reply.generation._request.done.is_set():
-        time.sleep(0.001)
+    wait_until(lambda: params is not SHORT or reply.generation._request.done.is_set())
     desk.workspace.unload("tiny")
     try:
         pieces += list(reply)
@@ -140,8 +137,7 @@ def test_a_closed_model_leaves_a_session_that_is_whole(tiny_folder: Path) -> Non
     session = model.session()
     reply = session.say("x", SHORT)
     next(reply)
-    while not reply.generation._request.done.is_set():
-        time.sleep(0.001)
+    reply.generation._request.done.wait()
     model.close()
     try:
         reply.text()
@@ -160,13 +156,13 @@ def test_one_process_at_a_time(desk: Desk, tiny_folder: Path) -> None:
     )
     command = [sys.executable, "-W", "error", "-c", script + "\nelse: sys.exit(3)", str(desk.folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    assert subprocess.run(command, env=environment, timeout=60).returncode == 0
+    assert run_program(command, env=environment).returncode == 0
     desk.workspace.close()
     desk.workspace.close()
     for call in (lambda: desk.session(), lambda: desk.workspace.open("a"), lambda: desk.workspace.load(tiny_folder)):
         with pytest.raises(InvalidArgument, match="closed"):
             call()
-    assert subprocess.run(command, env=environment, timeout=60).returncode == 3
+    assert run_program(command, env=environment).returncode == 3
     desk.workspace = Workspace(desk.folder)
     assert len(desk.workspace.open("a").path) == 1
 
@@ -329,8 +325,5 @@ def test_the_watch_of_a_forgotten_reply_ends(desk: Desk) -> None:
     next(reply)
     del session, reply
     gc.collect()
-    end = time.monotonic() + WAIT_S
-    while desk.store._writer._watches:
-        assert time.monotonic() < end, "the store looks at it for ever"
-        time.sleep(0.01)
+    wait_until(lambda: not desk.store._writer._watches, "the store looks at it for ever")
     assert [turn.prompt for turn in desk.workspace.open("a").path][:1] == ["one"]

@@ -8,9 +8,7 @@ import os
 import random
 import shutil
 import sqlite3
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,6 +20,7 @@ from desks import LONG, PAST, SHORT, Desk, alone, talk, told
 from fabula import OutOfMemory, StoreCorrupt, StoreFull, Workspace
 from fabula._native import page_bytes
 from fabula.formats.checkpoint import DType
+from waiting import run_program, wait_until
 
 PAGE = page_bytes(DType.F16, 2, 2, 6)
 
@@ -144,8 +143,7 @@ def test_a_turn_that_cannot_be_kept(desk: Desk, failing: Callable[[str], None], 
     for _ in range(5):
         next(reply)
     watch = desk.workspace._keeper._watches[reply]
-    while drafted and watch._stored is None:
-        time.sleep(0.001)
+    wait_until(lambda: not drafted or watch._stored is not None, "the store does not look at it")
     failing("put_turn")
     with pytest.raises(StoreFull):
         reply.text()
@@ -230,12 +228,9 @@ def test_the_disk_is_full_or_read_only(shim: Path, tiny_folder: Path, tmp_path: 
     """A reply fails as a whole, session and store stay as before, and all is well once there is room. Where only pages
     of K and V cannot be written, nothing fails."""
     folder = tmp_path / "data"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FULL_DISK, folder, tiny_folder, str(error), f"{folder}/{part}", "1"],
+    result = run_program(
+        [sys.executable, "-W", "error", "-c", FULL_DISK, folder, tiny_folder, error, f"{folder}/{part}", 1],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "LD_PRELOAD": str(shim)},
-        capture_output=True,
-        text=True,
-        timeout=60,
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert (int(result.stdout) > 0) == (part != "pages")

@@ -3,12 +3,14 @@
     python day.py FOLDER MODEL KILLS SEED
 
 Each child works through the same plan on the same folder: it looks at what the store holds, goes on behind that, and
-says what is done as soon as that is certain. After each kill everything that was said to be done must be there. At the
-end nothing may differ from the same day without a kill. When a day is over before the kills are, the next begins.
+says what is done as soon as that is certain. What takes something back, or makes again what was taken back, it says
+before it begins. After each kill everything that was said to be done must be there. At the end nothing may differ from
+the same day without a kill. When a day is over before the kills are, the next begins.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -23,11 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from killing import MAX_OPEN_S, kill_after
+
 from fabula import SamplingParams, Session, Turn, Workspace
 from fabula.store.records import TurnRecord
 from fabula.store.store import Store
 
-MAX_OPEN_S = 30.0  # only tells a hang from an answer
 N_WORKERS = 3
 MODEL_OPTIONS = {"threads": 1, "context": 512, "kv_memory": 1 << 19}  # pages for a few conversations: others go to disk
 
@@ -160,12 +163,12 @@ class Day:
     """Works through the plans, behind what the store holds already."""
 
     def __init__(self, folder: Path, model: Path, acks: int) -> None:
-        began = time.monotonic()
+        began = time.process_time()
         self._workspace = Workspace(folder)
         self._acks, self._model = acks, model
         writer = self._workspace._keeper.store._writer
         writer._checkpoint_s = 0.01  # so that there are partial turns
-        self.say("open", time.monotonic() - began)
+        self.say("open", time.process_time() - began)
 
     def say(self, *what: Any) -> None:
         os.write(self._acks, (json.dumps(what) + "\n").encode())
@@ -217,6 +220,7 @@ class Day:
             session.tag(at, op.text)
             self.say("tagged", op.session, op.at, op.text)
         elif op.kind == "fork":
+            self.say("using", op.text)
             if op.text not in {summary.record.id for summary in self._workspace.sessions()}:
                 session.fork(at, id=op.text)
             self.say("forked", op.text)
@@ -260,9 +264,10 @@ class Ledger:
 
     Attributes:
         turns: acknowledged, by session and number: ids and text.
-        open_turns: that may be there or not, as their session is being pruned.
+        tags: acknowledged, of such turns; they go with their turn, as one that is made again has none at first.
         sessions: forks that were acknowledged.
-        gone: sessions whose deletion was acknowledged.
+        gone: sessions whose deletion was acknowledged, until it is said that they are about to be made again.
+        pruning: sessions of which acknowledged turns may be there or not.
     """
 
     turns: dict[tuple[str, int], tuple[list[int], str]] = field(default_factory=dict)
@@ -293,14 +298,19 @@ class Ledger:
             self.pruning.add(about[0])
         elif what == "pruned":
             self.pruning.discard(about[0])
-            for number in about[1]:
-                self.turns.pop((about[0], number), None)
+            self.forget(about[0], about[1])
         elif what in ("deleting", "deleted"):
-            self.turns = {key: value for key, value in self.turns.items() if key[0] != about[0]}
+            self.forget(about[0], [number for session, number in self.turns if session == about[0]])
             self.sessions.discard(about[0])
             if what == "deleted":
                 self.gone.add(about[0])
         self.over = self.over or what == "over"
+
+    def forget(self, session: str, numbers: list[int]) -> None:
+        """Takes out turns that need not be there any more."""
+        for number in numbers:
+            self.turns.pop((session, number), None)
+        self.tags = {tag for tag in self.tags if tag[0] != session or tag[1] not in numbers}
 
     def verify(self, store: Store, ever: dict[int, tuple[list[int], str]]) -> int:
         """Compares a store with what must be there; how many partial turns it holds."""
@@ -308,7 +318,7 @@ class Ledger:
         found = read(store)
         for (session, number), (ids, text) in list(self.turns.items()):
             if session in self.pruning and number not in {number for number, _ in found[session]}:
-                del self.turns[session, number]  # pruned, if nobody heard of it
+                self.forget(session, [number])  # pruned, if nobody heard of it
                 continue
             assert (number, True) in found[session], f"turn {number} of {session} was acknowledged"
             turn = found[session][number, True]
@@ -316,7 +326,8 @@ class Ledger:
         for session, number, tag in self.tags:
             if (session, number) in self.turns and session not in self.pruning:
                 assert tag in found[session][number, True].tags
-        assert self.sessions <= found.keys() and not self.gone & found.keys()
+        assert self.sessions <= found.keys(), f"forks are missing: {self.sessions - found.keys()}"
+        assert not self.gone & found.keys(), f"deleted sessions are there: {self.gone & found.keys()}"
         n_partial = 0
         for turns in found.values():
             for (number, whole), turn in turns.items():
@@ -361,13 +372,14 @@ def picture(store: Store) -> dict[str, Any]:
 
 
 def run(folder: Path, model: Path, seed: int, delay_s: float | None) -> list[str]:
-    """What a child said until it was killed, or until the day was over."""
+    """What a child said until it was killed, after so much processor time, or until the day was over."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         status = 1
         with suppress(BaseException):
             os.close(reading)
+            faulthandler.enable()
             try:
                 Day(folder, model, writing).work(seed)
                 status = 0
@@ -384,9 +396,7 @@ def run(folder: Path, model: Path, seed: int, delay_s: float | None) -> list[str
     listener = threading.Thread(target=listen)
     listener.start()
     if delay_s is not None:
-        listener.join(delay_s)  # it ends when the child does
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+        kill_after(child, delay_s)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     listener.join()
     assert status in (0, -signal.SIGKILL), status
@@ -418,9 +428,9 @@ def main(folder: Path, model: Path, n_kills: int, seed: int) -> None:
             for line in run(place, model, day_seed, delay_s):
                 ledger.note(line)
             kills += not ledger.over
-            began = time.monotonic()
+            began = time.process_time()
             with Store.open(place) as store:
-                slowest = max(slowest, time.monotonic() - began)
+                slowest = max(slowest, time.process_time() - began)
                 partials += ledger.verify(store, ever)
         assert slowest < MAX_OPEN_S, f"opening took {slowest:.1f} s"
         with Store.open(place) as store:

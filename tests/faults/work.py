@@ -119,7 +119,7 @@ def put(store: Store, number: int) -> None:
         draft(store, number)
     neighbour = store.put_session(replace(session, id="other", head_id=None))
     future = store.put_turn(turn, session)
-    errors = [each.exception(60) for each in (neighbour, future)]
+    errors = [each.exception() for each in (neighbour, future)]
     for error in errors:
         if error is not None:
             raise error
@@ -135,14 +135,14 @@ def draft(store: Store, number: int) -> None:
 
     watch = store.watch(snapshot)
     for _ in range(2):
-        assert looks.acquire(timeout=60)
+        looks.acquire()
     watch.close()
 
 
 def delete(store: Store, number: int) -> None:
-    store.delete_turns(session_of(number), [id_of(number)]).result(60)
+    store.delete_turns(session_of(number), [id_of(number)]).result()
 
 
 def checkpoint_often(store: Store) -> None:
     """Has SQLite move its log into the file after each few pages."""
-    store._writer.submit(lambda connection: connection.exec_driver_sql("PRAGMA wal_autocheckpoint = 12")).result(60)
+    store._writer.submit(lambda connection: connection.exec_driver_sql("PRAGMA wal_autocheckpoint = 12")).result()

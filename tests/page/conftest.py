@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from serving import Running
+from waiting import wait_until
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -77,18 +77,28 @@ class Page:
 
     def settled(self, n_turns: int) -> None:
         """Waits until so many turns are shown and none is being made."""
-        self.find(".turn.live").wait_for(state="detached", timeout=60_000)
-        end = time.monotonic() + 60
-        while self.find(".turn:not(.live)").count() != n_turns or self.find(".turn.live").count():
-            assert time.monotonic() < end, f"{self.find('.turn').count()} turns are shown, not {n_turns}"
-            self.page.wait_for_timeout(30)
+        self.find(".turn.live").wait_for(state="detached")
+        self.until(
+            lambda: self.find(".turn:not(.live)").count() == n_turns and not self.find(".turn.live").count(),
+            lambda: f"{self.find('.turn').count()} turns are shown, not {n_turns}",
+        )
 
     def shows_paper(self, wanted: Callable[[str], bool]) -> None:
         """Waits until the paper says what is wanted."""
-        end = time.monotonic() + 60
-        while not wanted(self.find("#paper").input_value()):
-            assert time.monotonic() < end, self.find("#paper").input_value()
-            self.page.wait_for_timeout(30)
+        self.until(lambda: wanted(self.find("#paper").input_value()), lambda: self.find("#paper").input_value())
+
+    def until(self, condition: Callable[[], object], what: str | Callable[[], object] = "it does not come") -> None:
+        """Waits for what cannot be asked by a selector."""
+        wait_until(condition, what, pause=lambda: self.page.wait_for_timeout(100))
+
+    def unhurried(self) -> None:
+        """From now on nothing that is offered for some seconds goes away: messages, and what can be taken back."""
+        self.page.evaluate(
+            """() => {
+                const real = window.setTimeout;
+                window.setTimeout = (work, ms, ...more) => real(work, ms >= 5000 ? 1e9 : ms, ...more);
+            }"""
+        )
 
     @property
     def session_id(self) -> str:
@@ -102,7 +112,7 @@ def open_page(browser: Any, served: Running) -> Iterator[Callable[..., Page]]:
 
     def open(address: str = "", **how: Any) -> Page:
         contexts.append(browser.new_context(viewport=how.pop("viewport", {"width": 1280, "height": 800}), **how))
-        contexts[-1].set_default_timeout(60_000)
+        contexts[-1].set_default_timeout(0)  # a test that hangs is ended from outside
         pages.append(Page(contexts[-1].new_page(), address or served.address))
         return pages[-1]
 

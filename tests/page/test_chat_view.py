@@ -117,8 +117,7 @@ def test_settings(page: Page, served: Running) -> None:
     page.page.fill("#set-seed", "5")
     page.page.press("#set-seed", "Tab")
     page.page.keyboard.press("Escape")
-    page.page.wait_for_timeout(300)
-    assert served.get(f"/sessions/{page.session_id}")["sampling"]["seed"] == 5
+    page.until(lambda: served.get(f"/sessions/{page.session_id}")["sampling"].get("seed") == 5)
 
 
 def test_a_draft_is_kept(page: Page) -> None:
@@ -140,14 +139,14 @@ def test_the_list(page: Page, served: Running, short: str, tmp_path: Path) -> No
     page.button("OK").click()
     page.find(".sessions .open", has_text="Whales and ships").wait_for()
     page.page.fill(".search", "wHales")
-    page.page.wait_for_timeout(500)
-    assert page.find(".sessions li").count() == 1
+    page.until(lambda: page.find(".sessions li").count() == 1)
     page.page.fill(".search", "")
     with page.page.expect_download() as download:
         more("Export as a file")
     download.value.save_as(tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text())["id"] == short
 
+    page.unhurried()
     more("Delete")
     page.button("Undo").click()
     page.find(".sessions", has_text="Whales and ships").wait_for()
@@ -227,8 +226,8 @@ def test_a_restart_in_the_middle(open_page: Callable[..., Page], tmp_path: Path,
     finally:
         first.stop()
     with Running(tmp_path / "data", tiny_folder, "--port", str(first.port)):
-        page.find(".banner").wait_for(state="hidden", timeout=60_000)
-        page.find(".live").wait_for(state="detached", timeout=60_000)
+        page.find(".banner").wait_for(state="hidden")
+        page.find(".live").wait_for(state="detached")
         page.find(".said", has_text="go").wait_for()
         assert page.find("#composer").input_value() == "kept"
         # Written down before the end or not: what was seen is still there, and one can go on.

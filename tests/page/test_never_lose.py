@@ -37,18 +37,14 @@ def long(served: Running) -> Iterator[str]:
 def tabs(browser: Any, served: Running) -> Iterator[tuple[Page, Page]]:
     """Two pages of one reader: they share what the browser keeps."""
     context = browser.new_context()
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(0)
     yield Page(context.new_page(), served.address), Page(context.new_page(), served.address)
     context.close()
 
 
 def shown(page: Page, text: str) -> None:
     """Waits until the paper of a story says so."""
-    for _ in range(100):
-        if page.find("#paper").input_value() == text:
-            return
-        page.page.wait_for_timeout(30)
-    assert page.find("#paper").input_value() == text
+    page.shows_paper(lambda found: found == text)
 
 
 def begin(page: Page, session: str) -> None:
@@ -155,6 +151,7 @@ def test_stopped_while_it_read(page: Page, served: Running) -> None:
     page.page.wait_for_url("**/#/chat/**")
     page.button("Stop").click()
     page.find(".turn.live").wait_for(state="detached")
+    page.until(lambda: not served.get(f"/sessions/{page.session_id}")["busy"])
     page.page.wait_for_timeout(300)
     # A fast model may have said something by then; either way the words are somewhere.
     if served.get(f"/sessions/{page.session_id}/tree")["turns"]:
@@ -171,19 +168,22 @@ def test_the_session_asked_for_last_is_shown(page: Page, served: Running, short:
     page.find(".starter").first.wait_for()
     page.page.evaluate(
         """async ([slow, last]) => {
-            const real = window.fetch, pause = (ms) => new Promise((done) => setTimeout(done, ms));
+            const real = window.fetch, gate = new Promise((open) => { window.open_gate = open; });
+            let asked;
+            const reached = new Promise((done) => { asked = done; });
             window.fetch = async (path, options) => {
                 const response = await real(path, options);
-                if (path === `/sessions/${slow}`) await pause(300);
+                if (path === `/sessions/${slow}`) { asked(); await gate; }
                 return response;
             };
             location.hash = `#/chat/${slow}`;
-            await pause(100);
+            await reached;
             location.hash = `#/chat/${last}`;
-            await pause(1200);
         }""",
         [short, last],
     )
+    page.find("h1", has_text="Last").wait_for()
+    page.page.evaluate("async () => { open_gate(); await new Promise((done) => setTimeout(done, 500)); }")
     assert page.find("h1").inner_text() == "Last"
 
 
@@ -221,7 +221,7 @@ def test_a_story_keeps_what_stands_behind_the_cursor(page: Page, served: Running
     page.page.evaluate("() => { const p = document.querySelector('#paper'); p.focus(); p.setSelectionRange(22, 22); }")
     page.page.keyboard.press("Control+Enter")
     page.page.wait_for_url("**/#/story/**")
-    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for()
     turn = served.get(f"/sessions/{page.session_id}")["path"][0]
     text = turn["prompt"] + turn["text"] + " He had words nobody told."
     shown(page, text)

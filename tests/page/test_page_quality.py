@@ -12,6 +12,10 @@ import pytest
 from conftest import Page, crafted  # type: ignore[attr-defined]
 from serving import Running
 
+# Whether everything has been fetched and shown: what fades in has too little contrast for a moment.
+STILL = """() => document.readyState === "complete"
+    && document.getAnimations().every((one) => one.playState !== "running")"""
+
 
 @pytest.fixture(scope="module")
 def axe() -> str:
@@ -45,7 +49,7 @@ def test_no_barriers(open_page: Callable[..., Page], served: Running, axe: str, 
     if place in ("settings", "keys"):
         page.find(".starter").first.wait_for()
         page.page.click("#settings-button") if place == "settings" else page.button("Keys").click()
-    page.page.wait_for_timeout(600)
+    page.until(lambda: page.page.evaluate(STILL), "something moves")
     page.page.evaluate(axe)
     found: dict[str, Any] = page.page.evaluate("() => axe.run()")
     bad = [
@@ -62,9 +66,9 @@ def test_weight_and_sources(open_page: Callable[..., Page], served: Running) -> 
     page.page.on("response", lambda response: sizes.__setitem__(response.url, len(response.body())))
     page.open()
     page.find(".starter").first.wait_for()
-    for place in ("#/story", "#/tree/none"):
-        page.open(place)
-    page.page.wait_for_timeout(300)
+    page.open("#/story").find("#paper").wait_for()
+    page.open("#/tree/none")
+    page.until(lambda: any("tree" in url.rpartition("/")[2] for url in sizes), lambda: list(sizes))
     assert all(url.startswith(served.address) for url in sizes)
     assert 20_000 < sum(sizes.values()) < 200_000
 

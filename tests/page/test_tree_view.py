@@ -59,6 +59,7 @@ def test_pruning_can_be_taken_back(page: Page, served: Running, family: tuple[st
     id, (_, b, _, _, _) = family
     page.open(f"#/tree/{id}")
     page.find(f".node[data-id='{b}']").click(button="right")
+    page.unhurried()
     page.choose("Delete what follows")
     page.find(".toast", has_text="2 turns are deleted").wait_for()
     assert page.find(".node").count() == 4
@@ -67,8 +68,7 @@ def test_pruning_can_be_taken_back(page: Page, served: Running, family: tuple[st
     page.find(f".node[data-id='{b}']").click(button="right")
     page.choose("Delete what follows")
     page.page.goto("about:blank")
-    page.page.wait_for_timeout(300)
-    assert len(served.get(f"/sessions/{id}/tree")["turns"]) == 3
+    page.until(lambda: len(served.get(f"/sessions/{id}/tree")["turns"]) == 3)
 
 
 def test_alternatives_side_by_side(page: Page, served: Running, family: tuple[str, list[str]]) -> None:
@@ -98,9 +98,8 @@ def test_a_thousand_turns(page: Page, served: Running) -> None:
     for i in range(40):
         page.page.mouse.move(box["x"] + 300 + 5 * i, box["y"] + 300 + i)
     page.page.mouse.up()
-    page.page.wait_for_timeout(100)
-    assert page.find("svg.tree > g").get_attribute("transform") != moved
-    assert page.page.evaluate("window.drawn") > 10
+    page.until(lambda: page.find("svg.tree > g").get_attribute("transform") != moved, "it does not move")
+    page.until(lambda: page.page.evaluate("window.drawn") > 10, "it is not drawn any more")
 
 
 def test_a_story(page: Page, served: Running) -> None:
@@ -108,11 +107,11 @@ def test_a_story(page: Page, served: Running) -> None:
     page.page.fill("#paper", "Once upon a time there was a whale.")
     page.page.click("#write-on")
     page.page.wait_for_url("**/#/story/**")
-    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for()
     text = page.find("#paper").input_value()
     assert text.startswith("Once upon a time there was a whale.") and len(text) > 40
     page.page.click("#ways")
-    page.find(".card button").nth(2).wait_for(timeout=60_000)
+    page.find(".card button").nth(2).wait_for()
     page.find(".card button").nth(1).click()
     page.find(".card").first.wait_for(state="detached")
     longer = page.find("#paper").input_value()
@@ -123,7 +122,7 @@ def test_a_story(page: Page, served: Running) -> None:
     page.page.fill("#paper", ship)
     page.page.click("#write-on")
     page.shows_paper(lambda text: len(text) > len(ship))
-    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for()
     assert page.find("#paper").input_value().startswith(ship)
     assert len(served.get(f"/sessions/{page.session_id}/tree")["turns"]) == n + 1
     with page.page.expect_download() as download:

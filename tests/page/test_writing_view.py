@@ -3,7 +3,7 @@ a story looked at closely."""
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import pytest
 
@@ -63,12 +63,10 @@ def test_a_setting_can_be_emptied(page: Page, served: Running, short: str) -> No
     page.page.click("#settings-button")
     page.page.fill("#set-seed", "5")
     page.page.press("#set-seed", "Tab")
-    page.page.wait_for_timeout(300)
-    assert served.get(f"/sessions/{short}")["sampling"]["seed"] == 5
+    page.until(lambda: served.get(f"/sessions/{short}")["sampling"].get("seed") == 5)
     page.page.fill("#set-seed", "")
     page.page.press("#set-seed", "Tab")
-    page.page.wait_for_timeout(300)
-    assert served.get(f"/sessions/{short}")["sampling"] == {"max_tokens": 12, "ignore_eos": True}
+    page.until(lambda: served.get(f"/sessions/{short}")["sampling"] == {"max_tokens": 12, "ignore_eos": True})
 
 
 def test_new_chats_keep_what_they_draw_with(page: Page, served: Running) -> None:
@@ -106,8 +104,7 @@ def test_tags_of_a_conversation(page: Page, short: str) -> None:
     page.button("OK").click()
     page.find(".sessions .open .tags span", has_text="ships").wait_for()
     page.page.fill(".search", f"of-{short[:8]}")
-    page.page.wait_for_timeout(500)
-    assert page.find(".sessions li").count() == 1
+    page.until(lambda: page.find(".sessions li").count() == 1, lambda: f"{page.find('.sessions li').count()} are found")
     page.page.fill(".search", "")
 
 
@@ -140,7 +137,7 @@ def test_notes(page: Page, served: Running, story: str) -> None:
     ]  # fmt: skip
     page.page.click("#write-on")
     page.shows_paper(lambda text: len(text) > len(before))
-    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for()
     longer = page.find("#paper").input_value()
     assert longer.startswith(before) and len(longer) > len(before) and "Moby" not in before
     page.page.click("#notes")
@@ -167,7 +164,7 @@ def test_a_note_before_the_story_begins(page: Page, served: Running) -> None:
     page.page.fill("#paper", "It rained.")
     page.page.click("#write-on")
     page.shows_paper(lambda text: len(text) > len("It rained."))
-    page.find("#write-on", has_text="Continue").wait_for(timeout=60_000)
+    page.find("#write-on", has_text="Continue").wait_for()
     told = served.get(f"/sessions/{page.session_id}")
     assert [turn["frozen"] for turn in told["path"]] == [True, False] and told["title"] == "It rained."
     assert told["context_policy"]["name"] == "drop_oldest_turns"
@@ -194,10 +191,13 @@ def test_a_closer_look(page: Page, served: Running, story: str) -> None:
     other = page.find(".alternatives button:not(.chosen)").first
     other.wait_for()
     other.click()
-    end = time.monotonic() + 60
-    while len(turns := served.get(f"/sessions/{story}/tree")["turns"]) < 2:
-        assert time.monotonic() < end, "no other way is told"
-        page.page.wait_for_timeout(50)
+
+    def told() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = served.get(f"/sessions/{story}/tree")["turns"]
+        return found
+
+    page.until(lambda: len(told()) >= 2, "no other way is told")
+    turns = told()
     assert len(turns) == 2 and turns[0]["parent_id"] == turns[1]["parent_id"]
     first, second = (served.post("/turn_tokens", session_id=story, turn=turn["id"])["tokens"] for turn in turns)
     assert first[:4] == second[:4] and first[4] != second[4]

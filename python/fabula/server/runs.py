@@ -233,6 +233,8 @@ class Run:
                 async with asyncio.timeout(LAG_S):
                     await self._moved.wait()
             except TimeoutError:
+                if self._moved.is_set():  # at the last moment: the loop itself was held up
+                    continue
                 for reader in self._readers:
                     reader.given_up = True
                 if not self.background:
