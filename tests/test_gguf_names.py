@@ -44,6 +44,7 @@ from gguf_builder import (
     small_keys,
     small_tensors,
 )  # fmt: skip
+from waiting import n_open_files
 
 HEAD_DIM = HIDDEN // HEADS
 
@@ -62,10 +63,6 @@ def checkpoint(tmp_path: Path):
     yield checkpoint
     for one in opened:
         one.close()
-
-
-def _open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 # ---- Config ------------------------------------------------------------------------------------------
@@ -243,12 +240,12 @@ def test_biases_of_q_and_k_are_put_back_too(checkpoint, kind: int, n_bytes: int)
 
 
 def _refused(checkpoint, keys: list[Key], tensors: list[Tensor], error: type[EngineError], *words: str) -> None:
-    before = _open_files()
+    before = n_open_files()
     with pytest.raises(error) as caught:
         checkpoint(keys, tensors)
     for word in ("model.gguf", *words):
         assert word in str(caught.value), str(caught.value)
-    assert _open_files() == before
+    assert n_open_files() == before
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "LLAMA", "", "x" * 1000, "clip"])

@@ -25,6 +25,7 @@ from gguf_builder import STRING, UINT16, Tensor, build, key, replaced, small_key
 from llama_peer import LlamaCpp
 from test_export import make_folder
 from test_hub import FakeHub, fake_hub  # noqa: F401
+from waiting import n_open_files
 
 IDS = [5, 6, 7, 8, 9, 10]
 
@@ -193,12 +194,9 @@ def test_names_that_do_not_tell_the_parts(parts: list[Path], tmp_path: Path) -> 
 
 
 def test_open_files_are_closed(parts: list[Path]) -> None:
-    def n_open() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    before = n_open()
+    before = n_open_files()
     with open_gguf_file(parts[0]) as file:
-        assert n_open() == before + 3
+        assert n_open_files() == before + 3
         file.close()
         with pytest.raises(ModelFileError, match="closed"):
             file.read("token_embd.weight")
@@ -207,7 +205,7 @@ def test_open_files_are_closed(parts: list[Path]) -> None:
     parts[2].unlink()
     with pytest.raises(ModelFileError):
         open_gguf_file(parts[0])
-    assert n_open() == before
+    assert n_open_files() == before
 
 
 def test_names_of_parts() -> None:
