@@ -26,7 +26,7 @@ FB_DEVICE void renew_groups(candidates &c, const fb_sample_change *changes, int3
     __syncthreads();
 }
 
-FB_DEVICE double penalised(const fb_sample_plan &plan, double logit, double count) {
+FB_DEVICE double penalized(const fb_sample_plan &plan, double logit, double count) {
     logit = logit > 0.0 ? logit / plan.repetition : logit * plan.repetition;
     return logit - (count * plan.frequency + plan.presence);
 }
@@ -49,7 +49,7 @@ FB_DEVICE void change_logits(candidates &c, const fb_sample_plan &plan, const fb
         double logit = c.logit[slot];
         for (int32_t k = i; k < n && all[k].token == token; k++) {
             if (step == FB_SAMPLER_BIAS) logit += all[k].amount;
-            if (step == FB_SAMPLER_PENALTIES) logit = penalised(plan, logit, all[k].amount);
+            if (step == FB_SAMPLER_PENALTIES) logit = penalized(plan, logit, all[k].amount);
             if (step == FB_SAMPLER_DRY) logit -= all[k].amount;
         }
         c.logit[slot] = logit;
@@ -71,10 +71,10 @@ FB_DEVICE void take_temperature(candidates &c, double factor) {
 struct order {
     const double *logit;
     bool by_distance;
-    double centre;
+    double center;
 
     __device__ double key(int32_t slot) const {
-        return by_distance ? fabs(logit[slot] - centre) : -logit[slot];
+        return by_distance ? fabs(logit[slot] - center) : -logit[slot];
     }
 };
 

@@ -93,7 +93,7 @@ static enum fb_status finish(int error, const char *what) {
     return fb_cuda_check(cudaStreamSynchronize(cudaStreamPerThread), what);
 }
 
-static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes) {
+static enum fb_status copy(int32_t index, enum fb_direction direction, void *to, const void *from, size_t n_bytes) {
     static const enum cudaMemcpyKind kinds[] = {
         [FB_TO_DEVICE] = cudaMemcpyHostToDevice,
         [FB_FROM_DEVICE] = cudaMemcpyDeviceToHost,
@@ -101,7 +101,7 @@ static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void 
     };
     if (to == from) return FB_OK;
     FB_TRY(fb_cuda_enter(index));
-    return finish(cudaMemcpyAsync(to, from, n_bytes, kinds[way], cudaStreamPerThread), "copying memory");
+    return finish(cudaMemcpyAsync(to, from, n_bytes, kinds[direction], cudaStreamPerThread), "copying memory");
 }
 
 static enum fb_status clear(int32_t index, void *memory, size_t n_bytes) {
@@ -121,7 +121,7 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
     static const struct fb_device_kind kind = {.count = count,
         .describe = describe,
         .check = check,
-        .take = take,
+        .allocate = take,
         .release = release,
         .copy = copy,
         .clear = clear,

@@ -30,7 +30,7 @@ struct fb_cuda_extent fb_cuda_extent_of(const struct fb_cuda_program *p, const s
 /* ---- The table --------------------------------------------------------------------------------------------------- */
 
 static bool same_memory(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
-    return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials && a->opened == b->opened;
+    return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials && a->dequantized == b->dequantized;
 }
 
 static bool same_key(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
@@ -129,7 +129,7 @@ static bool replay(struct fb_cuda_program *p, const struct fb_cuda_step *step) {
         .inputs = p->inputs.device,
         .outputs = p->outputs.device,
         .partials = p->partials.device,
-        .opened = p->opened.device};
+        .dequantized = p->dequantized.device};
     bool is_new;
     struct fb_cuda_graph *graph = look_up(graphs, &key, &is_new);
     graph->last_used = ++graphs->n_steps;

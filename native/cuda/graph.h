@@ -32,7 +32,7 @@ struct fb_cuda_extent {
 struct fb_cuda_graph_key {
     int32_t n_tokens, n_outputs, n_parts;
     struct fb_cuda_pages pages;
-    const void *inputs, *outputs, *partials, *opened;
+    const void *inputs, *outputs, *partials, *dequantized;
 };
 
 struct fb_cuda_graph {

@@ -72,7 +72,7 @@ enum fb_status fb_cuda_group_open(const int32_t *indices, int32_t n, void **out)
     return FB_OK;
 }
 
-static void give_up_links(struct group *group) {
+static void release_links(struct group *group) {
     for (int32_t i = 0; i < group->n; i++)
         group->nccl.comm_abort(group->comms[i]);
     group->is_broken = true;
@@ -128,7 +128,7 @@ static enum fb_status gather(struct group_run *run, const float *const *from, si
     fb_cuda_unlock_memory();
     if (error == FB_NCCL_SUCCESS) error = at_end;
     const enum fb_status status = check(group, error, "exchanging results between GPUs");
-    if (status != FB_OK) give_up_links(group);
+    if (status != FB_OK) release_links(group);
     return status;
 }
 
@@ -223,7 +223,7 @@ static enum fb_status wait_for_all(struct group_run *run) {
         for (int32_t i = 0; i < run->group->n && status == FB_OK; i++)
             status = look(run, i, &works);
     }
-    if (status != FB_OK) give_up_links(run->group);
+    if (status != FB_OK) release_links(run->group);
     for (int32_t i = 0; i < run->group->n && run->group->is_broken; i++) {
         cudaSetDevice(run->programs[i]->device->index);
         cudaStreamSynchronize(run->programs[i]->stream);

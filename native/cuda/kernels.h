@@ -16,7 +16,7 @@
  *     norms       256 (of a head: 32) threads take every 256th number, warps fold by halves, warps are added in order.
  *
  * Against the CPU they differ by rounding: on tensor cores inputs of products become two parts of f16 or bf16, where the CPU rounds
- * those of quantised weights to 8 bits and those of bf16 weights to bf16.
+ * those of quantized weights to 8 bits and those of bf16 weights to bf16.
  *
  * A launch returns 0 or a cudaError_t. It waits for nothing.
  */
@@ -164,7 +164,7 @@ int fb_cuda_norm_round(const float *in, int64_t ld_in, const float *weight, int3
 int fb_cuda_multiply_inputs(
     const struct fb_cuda_linear *linear, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream);
 
-/* ---- Around products of cuBLASLt (opened.cu) --------------------------------------------------------------------- */
+/* ---- Around products of cuBLASLt (dequantized.cu) --------------------------------------------------------------------- */
 
 /* Rows side by side in 16 bits: f16 after a power of two for each row, or bf16. */
 struct fb_cuda_rows {
@@ -175,7 +175,7 @@ struct fb_cuda_rows {
 };
 
 /* The rows of some panels; in bf16 a weight in bf16, any other in f16. */
-int fb_cuda_open_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
+int fb_cuda_dequantize_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
     const struct fb_cuda_rows *out, fb_cuda_stream stream);
 
 /* Inputs of a product. */

@@ -3,8 +3,8 @@
  * cores do not know it. All others are tensor.cu's.
  *
  *     few tokens    a block of threads takes a panel (of SwiGLU a pair): 16 lanes x 16 segments of its columns. Weights are read once,
- *                   opened in registers, and multiplied with up to 8 tokens.
- *     many tokens   a block of 128 threads takes 8 panels x 32 tokens. Chunks of 32 columns are opened into shared memory; a thread
+ *                   unpacked in registers, and multiplied with up to 8 tokens.
+ *     many tokens   a block of 128 threads takes 8 panels x 32 tokens. Chunks of 32 columns are unpacked into shared memory; a thread
  *                   holds 4 tokens x 8 rows: 4 lanes of a panel and the same of the next, which are gate and up.
  *
  * Both sum as kernels.h tells and give the same bits.
@@ -43,13 +43,13 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
         from[t] = a.x + (t < a.n_tokens ? t : a.n_tokens - 1) * a.ldx;
     }
     for (int32_t chunk = segment * length; chunk < (segment + 1) * length && chunk < n_chunks; chunk++) {
-        fb_chunk<D> opened;
-        opened.load(at, n_cols, chunk, lane);
+        fb_chunk<D> unpacked;
+        unpacked.load(at, n_cols, chunk, lane);
 #pragma unroll
         for (int q = 0; q < FB_CHUNK / 4; q++) {
             const int32_t column = chunk * FB_CHUNK + 4 * q;
             float w[4];
-            opened.quad(q, w);
+            unpacked.quad(q, w);
 #pragma unroll
             for (int t = 0; t < N; t++) {
                 const float *x = from[t] + column;
@@ -104,12 +104,12 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
             total[t][r] = sum[t][r] = 0.0f;
     for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
         {
-            fb_chunk<D> opened;
-            opened.load(panel, n_cols, chunk, thread % FB_LANES);
+            fb_chunk<D> unpacked;
+            unpacked.load(panel, n_cols, chunk, thread % FB_LANES);
 #pragma unroll
             for (int q = 0; q < FB_CHUNK / 4; q++) {
                 float w[4];
-                opened.quad(q, w);
+                unpacked.quad(q, w);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     ws[(4 * q + i) * W_STRIDE + thread] = w[i];

@@ -9,8 +9,8 @@ enum { PIECE_BYTES = 32 << 20, MOST_PIECE_ROWS = 4096, PAIR_ROWS = 32, LANES = 1
 
 /* ---- By cuBLASLt ------------------------------------------------------------------------------------------------- */
 
-/* How a product lies in p->opened: a piece of its weight in 16 bits, all inputs, and sums of that piece's rows. */
-struct opened_product {
+/* How a product lies in p->dequantized: a piece of its weight in 16 bits, all inputs, and sums of that piece's rows. */
+struct dequantized_product {
     int32_t n_piece_rows; /* a multiple of PAIR_ROWS */
     struct fb_cuda_rows weights, inputs;
     float *sums;
@@ -25,7 +25,7 @@ static char *take(char *memory, size_t *at, size_t n_bytes) {
 
 /* Lays a product out in memory, NULL only to count; returns how many bytes that are. */
 static size_t lay_out(const struct fb_cuda_weight *weight, enum fb_dtype dtype, int32_t n_tokens, char *memory,
-    struct opened_product *out) {
+    struct dequantized_product *out) {
     const int32_t width = (weight->n_cols + 7) / 8 * 8; /* rows begin at multiples of 16 bytes */
     const int32_t whole = (weight->n_rows + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS;
     int32_t n_rows = PIECE_BYTES / (int32_t)sizeof(uint16_t) / width / PAIR_ROWS * PAIR_ROWS;
@@ -33,7 +33,7 @@ static size_t lay_out(const struct fb_cuda_weight *weight, enum fb_dtype dtype, 
     n_rows = n_rows < whole ? n_rows : whole;
     const size_t row_bytes = (size_t)width * sizeof(uint16_t);
     size_t at = 0;
-    *out = (struct opened_product){.n_piece_rows = n_rows};
+    *out = (struct dequantized_product){.n_piece_rows = n_rows};
     out->weights = (struct fb_cuda_rows){.dtype = dtype, .width = width};
     out->inputs = out->weights;
     out->workspace = take(memory, &at, FB_CUDA_WORKSPACE_BYTES);
@@ -45,7 +45,7 @@ static size_t lay_out(const struct fb_cuda_weight *weight, enum fb_dtype dtype, 
     return at;
 }
 
-/* Ordinary cores keep what they multiply, and few tokens are faster where weights are not opened first. */
+/* Ordinary cores keep what they multiply, and few tokens are faster where weights are not dequantized first. */
 static bool goes_to_library(const struct fb_cuda_program *p, enum fb_dtype weight, int32_t n_tokens) {
     return p->library && n_tokens >= FB_CUDA_LIBRARY_TOKENS && fb_cuda_inputs_dtype(weight, p->compute_major) != FB_F32;
 }
@@ -61,17 +61,17 @@ enum fb_status fb_cuda_prepare_products(struct fb_cuda_program *p, int32_t n_tok
         if (!fb_is_product(op)) continue;
         const int32_t n = p->program->buffers[op->in].per_output ? n_outputs : n_tokens;
         if (!goes_to_library(p, op->weight->dtype, n)) continue;
-        struct opened_product product;
+        struct dequantized_product product;
         const size_t bytes = lay_out(&p->weights[i], dtype_of_rows(op->weight->dtype), n, NULL, &product);
         most = bytes > most ? bytes : most;
     }
-    return most ? fb_cuda_grow(p, &p->opened, most, false) : FB_OK;
+    return most ? fb_cuda_grow(p, &p->dequantized, most, false) : FB_OK;
 }
 
-/* A piece of rows after the other: opened, multiplied, finished. */
+/* A piece of rows after the other: dequantized, multiplied, finished. */
 static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_cuda_linear *a) {
-    struct opened_product o;
-    lay_out(&a->weight, dtype_of_rows(a->weight.dtype), a->n_tokens, p->opened.device, &o);
+    struct dequantized_product o;
+    lay_out(&a->weight, dtype_of_rows(a->weight.dtype), a->n_tokens, p->dequantized.device, &o);
     FB_TRY(fb_cuda_check(
         fb_cuda_round_rows(a->x, a->ldx, a->n_tokens, a->weight.n_cols, &o.inputs, p->stream), "rounding inputs"));
     const int32_t n_panels = (a->weight.n_rows + LANES - 1) / LANES, n_piece_panels = o.n_piece_rows / LANES;
@@ -85,7 +85,7 @@ static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_
             .inputs = o.inputs.halfs,
             .out = o.sums,
             .workspace = o.workspace};
-        FB_TRY(fb_cuda_check(fb_cuda_open_rows(&a->weight, panel, n, &o.weights, p->stream), "opening a weight"));
+        FB_TRY(fb_cuda_check(fb_cuda_dequantize_rows(&a->weight, panel, n, &o.weights, p->stream), "opening a weight"));
         FB_TRY(fb_cuda_library_multiply(p->library, &m, p->stream));
         FB_TRY(fb_cuda_check(
             fb_cuda_finish(a, &o.weights, &o.inputs, panel, m.n_rows, o.sums, p->stream), "finishing a product"));

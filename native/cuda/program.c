@@ -26,7 +26,7 @@ static void release_pinned(void *memory) {
     fb_cuda_unlock_memory();
 }
 
-static void give_up(struct fb_cuda_program *p, struct fb_cuda_growing *memory) {
+static void release(struct fb_cuda_program *p, struct fb_cuda_growing *memory) {
     fb_device_release(p->device, memory->device, memory->n_bytes);
     release_pinned(memory->host);
 }
@@ -35,7 +35,7 @@ enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *m
     if (n_bytes <= memory->n_bytes) return FB_OK;
     n_bytes = fb_cuda_aligned(n_bytes + n_bytes / 4);
     void *device, *host = NULL;
-    FB_TRY(fb_device_take(p->device, "a batch", n_bytes, &device));
+    FB_TRY(fb_device_allocate(p->device, "a batch", n_bytes, &device));
     if (has_host) {
         const enum fb_status status = take_pinned(n_bytes, "no pinned memory for a batch", &host);
         if (status != FB_OK) {
@@ -43,7 +43,7 @@ enum fb_status fb_cuda_grow(struct fb_cuda_program *p, struct fb_cuda_growing *m
             return status;
         }
     }
-    give_up(p, memory);
+    release(p, memory);
     *memory = (struct fb_cuda_growing){device, host, n_bytes};
     return FB_OK;
 }
@@ -96,7 +96,7 @@ static enum fb_status build(struct fb_cuda_program *p) {
     if (p->device->products) FB_TRY(fb_cuda_library_create(p->device->products, &p->library));
     void *fixed;
     p->n_fixed_bytes = lay_out(p);
-    FB_TRY(fb_device_take(p->device, "a program's buffers", p->n_fixed_bytes, &fixed));
+    FB_TRY(fb_device_allocate(p->device, "a program's buffers", p->n_fixed_bytes, &fixed));
     p->fixed = fixed;
     lay_out(p);
     FB_TRY(upload(p, p->vectors, program->vectors, program->n_vector_floats));
@@ -123,14 +123,14 @@ void fb_cuda_program_free(void *on_device) {
     cudaSetDevice(p->device->index);
     if (p->stream) cudaStreamSynchronize(p->stream);
     fb_cuda_drop_graphs(&p->graphs);
-    give_up(p, &p->inputs);
-    give_up(p, &p->outputs);
-    give_up(p, &p->partials);
-    give_up(p, &p->plans);
-    give_up(p, &p->drawn);
-    give_up(p, &p->gathered);
-    give_up(p, &p->scratch);
-    give_up(p, &p->opened);
+    release(p, &p->inputs);
+    release(p, &p->outputs);
+    release(p, &p->partials);
+    release(p, &p->plans);
+    release(p, &p->drawn);
+    release(p, &p->gathered);
+    release(p, &p->scratch);
+    release(p, &p->dequantized);
     fb_cuda_library_free(p->library);
     release_pinned(p->non_finite_here);
     if (p->stream) cudaStreamDestroy(p->stream);

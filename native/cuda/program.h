@@ -49,7 +49,7 @@ struct fb_cuda_program {
     struct fb_cuda_graphs graphs;
     struct fb_cuda_growing gathered; /* what the GPUs of a group have computed, on the GPU only */
     struct fb_cuda_library *library; /* NULL unless products of many tokens go there */
-    struct fb_cuda_growing opened;   /* what such products take, on the GPU only */
+    struct fb_cuda_growing dequantized;   /* what such products take, on the GPU only */
 };
 
 /* Where the parts of a batch's description lie, in bytes, and pointers to them on the GPU. */

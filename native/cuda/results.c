@@ -70,7 +70,7 @@ enum fb_status fb_cuda_send_logits(
     struct fb_cuda_program *p, int32_t n_results, int32_t n_rows, const struct fb_results *results) {
     const float *from = (const float *)(const void *)p->outputs.device;
     const size_t width = (size_t)n_results;
-    const bool *skipped = results->is_drawn;
+    const bool *skipped = results->is_sampled;
     for (int32_t row = 0, end; row < n_rows; row = end) {
         for (end = row + 1; end < n_rows && (!skipped || skipped[end] == skipped[row]); end++)
             continue;

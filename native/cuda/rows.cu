@@ -14,12 +14,12 @@ static __global__ void embed_kernel(fb_cuda_weight weight, const int32_t *tokens
     const char *panel = fb_panel_of<D>(weight, token / 16);
     float *row = out + (int64_t)blockIdx.x * ld;
     for (int32_t chunk = (int32_t)threadIdx.x; chunk * FB_CHUNK < weight.n_cols; chunk += (int32_t)blockDim.x) {
-        fb_chunk<D> opened;
-        opened.load(panel, weight.n_cols, chunk, token % 16);
+        fb_chunk<D> unpacked;
+        unpacked.load(panel, weight.n_cols, chunk, token % 16);
 #pragma unroll
         for (int q = 0; q < FB_CHUNK / 4; q++) {
             float w[4];
-            opened.quad(q, w);
+            unpacked.quad(q, w);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int32_t column = chunk * FB_CHUNK + 4 * q + i;

@@ -6,7 +6,7 @@
  *     many tokens   4 warps take two panels each x the same 64 tokens, all columns one after the other; inputs come into shared
  *                   memory while the chunk before is multiplied.
  *
- * Panels go straight into registers and are opened there (fragments.cuh). Two panels of a warp are gate and up, with SwiGLU. Sums run as
+ * Panels go straight into registers and are unpacked there (fragments.cuh). Two panels of a warp are gate and up, with SwiGLU. Sums run as
  * kernels.h tells, so both give the same bits.
  */
 #include "finish.cuh"
@@ -48,8 +48,8 @@ template <fb_dtype D> struct lane_inputs {
     }
 };
 
-/* A chunk of a panel, opened. */
-template <fb_dtype D> struct opened_chunk {
+/* A chunk of a panel, unpacked. */
+template <fb_dtype D> struct unpacked_chunk {
     typedef fb_fragments<D> weights;
     uint32_t a[2][4];
     float scale[weights::n_groups][2], offset[weights::n_groups][2]; /* of both rows */
@@ -113,14 +113,14 @@ template <fb_dtype D, int N> struct chunk_ahead {
     }
 
     __device__ void multiply(float sum[2][N][4], const fb_cuda_inputs &in, int32_t chunk, int64_t token, int lane) {
-        opened_chunk<D> opened[2];
-        opened[0].open(w[0], lane);
-        opened[1].open(w[1], lane);
+        unpacked_chunk<D> unpacked[2];
+        unpacked[0].unpack(w[0], lane);
+        unpacked[1].unpack(w[1], lane);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             if constexpr (N > 1) x.load(in, chunk, token + 8 * n, lane);
-            opened[0].multiply(sum[0][n], x);
-            opened[1].multiply(sum[1][n], x);
+            unpacked[0].multiply(sum[0][n], x);
+            unpacked[1].multiply(sum[1][n], x);
         }
     }
 };
@@ -230,10 +230,10 @@ static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_
         fb_copy_commit();
         if (is_idle) continue;
 
-        opened_chunk<D> opened[2];
+        unpacked_chunk<D> unpacked[2];
 #pragma unroll
         for (int p = 0; p < 2; p++) {
-            opened[p].open(next[p], lane);
+            unpacked[p].unpack(next[p], lane);
             if (chunk + 1 < in.n_chunks) next[p].load(panels[p], a.weight.n_cols, chunk + 1, lane);
         }
         const fb_words4 *here = tiles + chunk % STAGES * TILE_SIZE + lane / 4 * TILE_ROW + lane % 4;
@@ -243,8 +243,8 @@ static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_
             for (int p = 0; p < FB_CUDA_PARTS; p++)
                 x.part[p] = here[p * TILE_PART + n * 8 * TILE_ROW];
             x.load_sums(in, chunk, first_token + 8 * n, lane);
-            opened[0].multiply(sum[0][n], x);
-            opened[1].multiply(sum[1][n], x);
+            unpacked[0].multiply(sum[0][n], x);
+            unpacked[1].multiply(sum[1][n], x);
         }
         if ((chunk + 1) % length != 0 || chunk + 1 == in.n_chunks) continue;
 #pragma unroll
@@ -283,7 +283,7 @@ static int multiply_tiles(const fb_cuda_linear &a, const fb_cuda_inputs &in, fb_
         return fb_launch(split_kernel<D, 1>, dim3(n_pairs), SPLIT_THREADS, 0, stream, a, in);
     if (a.n_tokens <= FB_CUDA_TILE_TOKENS)
         return fb_launch(split_kernel<D, 4>, dim3(n_pairs, n_rows / 32), SPLIT_THREADS, 0, stream, a, in);
-    /* Blocks that share weights are neighbours: all tokens fit the second-level cache, all weights need not. */
+    /* Blocks that share weights are neighbors: all tokens fit the second-level cache, all weights need not. */
     const dim3 grid(n_rows / FB_CUDA_TILE_TOKENS, (n_pairs + TILED_WARPS - 1) / TILED_WARPS);
     return fb_launch(tiled_kernel<D>, grid, TILED_THREADS, 0, stream, a, in);
 }

@@ -1,5 +1,5 @@
 /*
- * weights.cuh - 32 columns of one row of a weight, opened in registers. Panels are drawn in quant/layout.h and quant/weight.h.
+ * weights.cuh - 32 columns of one row of a weight, unpacked in registers. Panels are drawn in quant/layout.h and quant/weight.h.
  *
  * The 16 lanes of a panel are 16 threads side by side, so each read below is one line of 64 bytes, or half of one.
  */
@@ -84,7 +84,7 @@ template <fb_dtype D> struct fb_chunk {
         }
     }
 
-    /* Columns 4 q .. 4 q + 3, as fb_open_row gives them. q is known once loops are unrolled. */
+    /* Columns 4 q .. 4 q + 3, as fb_unpack_row gives them. q is known once loops are unrolled. */
     __device__ void quad(int q, float w[4]) const {
         uint32_t codes;
         if constexpr (layout.bits == 8)

@@ -2,7 +2,7 @@
 # Builds the library for NVIDIA GPUs with warnings as errors, runs a small model where there is a GPU, and asks from Python what it says
 # where there is none. FABULA_CUDA_ARCHITECTURES, e.g. "75-real;90a-real", says for what instead of everything. JOBS compilers run side
 # by side (2). PYTHON names an interpreter with the test packages. Without nvcc it fails, unless FABULA_CUDA_OPTIONAL is 1. The CPU's
-# side is not optimised: it is only linked.
+# side is not optimized: it is only linked.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/cuda

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the library with emulated GPUs (tests/native/cuda/emulated.cmake) and runs the Python tests that need one, and those of
-# sessions and pages with their models there, on one and on two. PYTHON names the interpreter with the test packages. The CPU's side is not optimised.
+# sessions and pages with their models there, on one and on two. PYTHON names the interpreter with the test packages. The CPU's side is not optimized.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/emulated

@@ -9,7 +9,7 @@
 #
 # By hand: CUDA_LAUNCH_BLOCKING=1 compute-sanitizer --tool racecheck build/gpu/fabula_cuda_attention
 #
-# PYTHON names an interpreter with the test packages. JOBS compilers run side by side (2). The CPU's side is not optimised, unless
+# PYTHON names an interpreter with the test packages. JOBS compilers run side by side (2). The CPU's side is not optimized, unless
 # BUILD_TYPE is Release; then build/gpu/package also serves benchmarks/gpu.py, as PYTHONPATH.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)

@@ -72,7 +72,7 @@ static void test_bf16(void) {
         CHECK_AT(fb_f32_bits(value) == i << 16, "bf16 0x%04x", i);
         CHECK_AT(fb_f32_to_bf16(value) == (isnan(value) ? (half | 0x0040) : half), "bf16 0x%04x", i);
         if ((half & 0x7F80) == 0x7F80) continue;
-        const uint32_t middle = (i << 16) + 0x8000u; /* towards the next larger magnitude */
+        const uint32_t middle = (i << 16) + 0x8000u; /* toward the next larger magnitude */
         const uint16_t even = (uint16_t)(half + half % 2);
         CHECK_AT(fb_f32_to_bf16(fb_f32_from_bits(middle)) == even, "bf16 0x%04x", i);
         CHECK_AT(fb_f32_to_bf16(fb_f32_from_bits(middle - 1)) == half, "bf16 0x%04x", i);

@@ -126,9 +126,9 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
                 float *row = random_floats(n_cols, hostile);
                 for (size_t i = 0; i < n_cols; i++)
                     if (fabsf(row[i]) < 1e-9f) row[i] = 0.0f;
-                fb_kernels_reference.round_pairs(row, n_cols, wanted_x + t * ldx);
-                k->round_pairs(row, n_cols, x + t * ldx);
-                CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held), "%s round_pairs: n %zu, seed %llu",
+                fb_kernels_reference.narrow_pairs(row, n_cols, wanted_x + t * ldx);
+                k->narrow_pairs(row, n_cols, x + t * ldx);
+                CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held), "%s narrow_pairs: n %zu, seed %llu",
                     name, n_cols, (unsigned long long)seed);
                 free(row);
             }

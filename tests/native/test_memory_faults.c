@@ -144,7 +144,7 @@ enum {
 static char nothing; /* what an out pointer shows before a call */
 static float input[N_FLOATS];
 static int32_t positions[LONG];                         /* and token ids */
-static fb_weight *square, *to_qkv, *woven, *vocabulary; /* with WIDTH columns */
+static fb_weight *square, *to_qkv, *interleaved, *vocabulary; /* with WIDTH columns */
 static double flops_per_s;
 static fb_page_pool *pool;
 static fb_program *program;
@@ -208,7 +208,7 @@ static enum fb_status make_program(int32_t max_tokens, fb_program **out) {
         {.kind = FB_OP_KV_WRITE, .in = HEADS, .out = -1, .residual = -1},
         {.kind = FB_OP_ATTENTION, .in = HEADS, .out = ATTENDED, .residual = -1, .scale = 0.25f},
         {.kind = FB_OP_LINEAR, .in = ATTENDED, .out = X, .residual = X, .weight = square},
-        {.kind = FB_OP_LINEAR_SWIGLU, .in = X, .out = HIDDEN, .residual = -1, .weight = woven},
+        {.kind = FB_OP_LINEAR_SWIGLU, .in = X, .out = HIDDEN, .residual = -1, .weight = interleaved},
         {.kind = FB_OP_GATHER_OUTPUTS, .in = HIDDEN, .out = WANTED, .residual = -1},
         {.kind = FB_OP_LOGITS, .in = WANTED, .out = -1, .residual = -1, .weight = vocabulary},
     };
@@ -285,15 +285,15 @@ static void check_shared_mappings(void) {
     const long before = atomic_load(&n_mapped_bytes), blocks = atomic_load(&n_blocks);
     char *taken[MOST];
     int n = 0;
-    taken[n++] = fb_memory_take(BYTES);
+    taken[n++] = fb_memory_allocate(BYTES);
     CHECK(taken[0]);
     atomic_store(&n_requests, 0);
     refuse_first = 1, refuse_last = LONG_MAX;
-    while (n < MOST && (taken[n] = fb_memory_take(BYTES)))
+    while (n < MOST && (taken[n] = fb_memory_allocate(BYTES)))
         n++;
     CHECK(n < MOST);
     refuse_first = 0;
-    while (n < MOST && (taken[n] = fb_memory_take(BYTES)))
+    while (n < MOST && (taken[n] = fb_memory_allocate(BYTES)))
         n++;
     CHECK(n == MOST);
     for (int i = 0; i < n; i++) {
@@ -419,7 +419,7 @@ int main(void) {
 
     square = packed(WIDTH, WIDTH);
     to_qkv = packed(QKV, WIDTH);
-    woven = packed(2 * WIDTH, WIDTH);
+    interleaved = packed(2 * WIDTH, WIDTH);
     vocabulary = packed(N_VOCAB, WIDTH);
     CHECK(fb_page_pool_create(FB_F16, FB_F16, 3, 1, 1, HEAD_DIM, &pool) == FB_OK);
     sweep("fb_program_create, small", create_small_program, -1);
@@ -453,7 +453,7 @@ int main(void) {
     fb_page_pool_free(pool);
     fb_weight_free(square);
     fb_weight_free(to_qkv);
-    fb_weight_free(woven);
+    fb_weight_free(interleaved);
     fb_weight_free(vocabulary);
     CHECK(n_blocks == 0 && n_mapped_bytes == 0);
     return check_result();

@@ -37,7 +37,7 @@ static size_t bytes_of(int dtype, size_t n) {
     return n / (size_t)fb_dtype_block_size((enum fb_dtype)dtype) * fb_dtype_block_bytes((enum fb_dtype)dtype);
 }
 
-/* Quantises and turns back; the source may lie anywhere, the target at an odd address with a guard behind. */
+/* Quantizes and turns back; the source may lie anywhere, the target at an odd address with a guard behind. */
 static void there_and_back(int dtype, const float *x, float *y) {
     const size_t n_bytes = bytes_of(dtype, N);
     uint8_t *raw = malloc(n_bytes + 2);

@@ -1,8 +1,8 @@
 /*
- * blocks_amx.h - tiles of quantised products with many tokens, in the tile registers of AMX; blocks_simd.h includes it.
+ * blocks_amx.h - tiles of quantized products with many tokens, in the tile registers of AMX; blocks_simd.h includes it.
  *
  *     a      up to 16 tokens x the codes of a group, 32 or 16 bytes, from the activations where they lie
- *     b      8 or 4 lines of an opened block of a panel: 4 columns of 16 rows each, the very form that the processor wants
+ *     b      8 or 4 lines of an unpacked block of a panel: 4 columns of 16 rows each, the very form that the processor wants
  *     sums   tokens x 16 rows, int32
  *
  * One product is a group's: its sums are stored, and then scaled and added up in vector registers, in the order of kernels.h.
@@ -21,10 +21,10 @@ struct products {
     _Alignas(64) int32_t of[BLOCK_PANELS][STEP][TILE_TOKENS][FB_LANES];
 };
 
-INLINE void store_opened(uint8_t *opened, const v64 lines[FB_OPEN_LINES], const int zero_shift) {
+INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q++)
-        v64_store(opened + q * FB_LINE, zero_shift ? v64_minus(lines[q], 1 << zero_shift) : lines[q]);
+    for (int q = 0; q < FB_UNPACKED_LINES; q++)
+        v64_store(unpacked + q * FB_LINE, zero_shift ? v64_minus(lines[q], 1 << zero_shift) : lines[q]);
 }
 
 INLINE void store_scales(float *out, v16 scales) {
@@ -42,7 +42,7 @@ INLINE void begin_tiles(const int n_groups, size_t n_tokens) {
     struct fb_tile_shapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         const bool is_lines = i >= 6, is_inputs = i == 4 || i == 5;
-        shapes.n_rows[i] = (uint8_t)(is_lines ? (size_t)(FB_OPEN_LINES / n_groups) : tile_tokens(n_tokens));
+        shapes.n_rows[i] = (uint8_t)(is_lines ? (size_t)(FB_UNPACKED_LINES / n_groups) : tile_tokens(n_tokens));
         shapes.row_bytes[i] = (uint16_t)(is_inputs ? FB_BLOCK_COLUMNS / n_groups : FB_LINE);
     }
     fb_tile_configure(&shapes);
@@ -59,15 +59,15 @@ INLINE void multiply_step(const struct tile_kind kind, const size_t n_panels, co
 #define PRODUCT(i, inputs, sums_0, sums_1)                                                                             \
     if ((i) < n_products) {                                                                                            \
         const size_t b = (first + (i)) / in_block, g = (first + (i)) % in_block;                                       \
-        const size_t line = g * FB_OPEN_LINES / in_block * FB_LINE;                                                    \
+        const size_t line = g * FB_UNPACKED_LINES / in_block * FB_LINE;                                                    \
         fb_tile_load(inputs, x[b].codes + g * FB_BLOCK_COLUMNS / in_block, ldx * sizeof *x);                           \
         fb_tile_zero(sums_0);                                                                                          \
-        fb_tile_load(6, slice->opened[0][b] + line, FB_LINE);                                                          \
+        fb_tile_load(6, slice->unpacked[0][b] + line, FB_LINE);                                                          \
         fb_tile_dot(sums_0, inputs, 6);                                                                                \
         fb_tile_store(sums_0, out->of[0][i], row);                                                                     \
         if (n_panels == 2) {                                                                                           \
             fb_tile_zero(sums_1);                                                                                      \
-            fb_tile_load(7, slice->opened[1][b] + line, FB_LINE);                                                      \
+            fb_tile_load(7, slice->unpacked[1][b] + line, FB_LINE);                                                      \
             fb_tile_dot(sums_1, inputs, 7);                                                                            \
             fb_tile_store(sums_1, out->of[1][i], row);                                                                 \
         }                                                                                                              \

@@ -1,12 +1,12 @@
 /*
- * blocks_dots.h - tiles of quantised products with many tokens, by dot products of four bytes (v16i_dot); blocks_simd.h includes
+ * blocks_dots.h - tiles of quantized products with many tokens, by dot products of four bytes (v16i_dot); blocks_simd.h includes
  * it where there are no instructions for matrices. Codes are unsigned; a sum begins with what their zero point adds to it.
  */
-INLINE void store_opened(uint8_t *opened, const v64 lines[FB_OPEN_LINES], const int zero_shift) {
+INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
     (void)zero_shift;
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q++)
-        v64_store(opened + q * FB_LINE, lines[q]);
+    for (int q = 0; q < FB_UNPACKED_LINES; q++)
+        v64_store(unpacked + q * FB_LINE, lines[q]);
 }
 
 INLINE void store_scales(float *out, v16 scales) {
@@ -42,8 +42,8 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
                     dots[p * n_tokens + t] = start;
             }
             UNROLL
-            for (int q = 0; q < FB_OPEN_LINES; q++) {
-                if (q / (FB_OPEN_LINES / kind.n_groups) != g) continue;
+            for (int q = 0; q < FB_UNPACKED_LINES; q++) {
+                if (q / (FB_UNPACKED_LINES / kind.n_groups) != g) continue;
                 v64 lines[BLOCK_PANELS];
                 UNROLL
                 for (size_t p = 0; p < n_panels; p++)

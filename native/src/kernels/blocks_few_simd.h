@@ -1,6 +1,6 @@
 /*
- * blocks_few_simd.h - products of few tokens with quantised weights; blocks_simd.h includes it behind what opens blocks.
- * Lines are opened in registers, straight from memory, panel after panel in the order they lie.
+ * blocks_few_simd.h - products of few tokens with quantized weights; blocks_simd.h includes it behind what opens blocks.
+ * Lines are unpacked in registers, straight from memory, panel after panel in the order they lie.
  */
 INLINE v16i start_of(const int zero_shift, const bool is_wide, const int32_t *minus_sum) {
     if (zero_shift == 0 || (is_wide && DOT_KNOWS_ZERO)) return v16i_start(NULL, 0);
@@ -12,10 +12,10 @@ INLINE v16i start_of(const int zero_shift, const bool is_wide, const int32_t *mi
 INLINE void few_block(const enum fb_dtype dtype, const size_t n_tokens, const char *block, const struct supers *supers,
     const struct fb_activation *const in[], size_t b, v16 sums[]) {
     const struct fb_layout layout = fb_layout_of(dtype);
-    const int n_groups = (int)fb_groups(dtype), n_lines = FB_OPEN_LINES / n_groups;
+    const int n_groups = (int)fb_groups(dtype), n_lines = FB_UNPACKED_LINES / n_groups;
     const size_t n_chains = n_tokens <= 2 ? 2 : 1;
-    v64 lines[FB_OPEN_LINES];
-    open_lines(dtype, (const uint8_t *)block, lines);
+    v64 lines[FB_UNPACKED_LINES];
+    unpack_lines(dtype, (const uint8_t *)block, lines);
     v16 scale = v16_zero(), offset = v16_zero();
     UNROLL
     for (int g = 0; g < 2; g++) {
@@ -28,7 +28,7 @@ INLINE void few_block(const enum fb_dtype dtype, const size_t n_tokens, const ch
             if (n_chains == 2) dots[n_tokens + t] = v16i_start(NULL, 0);
         }
         UNROLL
-        for (int q = 0; q < FB_OPEN_LINES; q++) {
+        for (int q = 0; q < FB_UNPACKED_LINES; q++) {
             if (q / n_lines != g) continue;
             UNROLL
             for (size_t t = 0; t < n_tokens; t++) {
@@ -36,7 +36,7 @@ INLINE void few_block(const enum fb_dtype dtype, const size_t n_tokens, const ch
                 *dot = v16i_dot(*dot, lines[q], in[t][b].codes + 4 * q, layout.is_wide);
             }
         }
-        open_scales(dtype, g, block + layout.bits * FB_LINE, supers, &scale, &offset);
+        unpack_scales(dtype, g, block + layout.bits * FB_LINE, supers, &scale, &offset);
         UNROLL
         for (size_t t = 0; t < n_tokens; t++) {
             const v16i dot = n_chains == 2 ? v16i_add(dots[t], dots[n_tokens + t]) : dots[t];
@@ -61,7 +61,7 @@ INLINE void few_pass(const enum fb_dtype dtype, const size_t n_tokens, const cha
     struct supers supers = {v16_zero(), v16_zero()};
     for (size_t b = 0; b < n_blocks; b++, panel += block_bytes) {
         if (super_bytes && b % 8 == 0) {
-            supers = open_supers(dtype, panel);
+            supers = unpack_supers(dtype, panel);
             panel += super_bytes;
         }
         if (fetches)

@@ -1,11 +1,11 @@
 /*
- * blocks_mmla.h - tiles of quantised products with many tokens, by NEON's instruction for matrices: SMMLA adds to 2 x 2 sums
+ * blocks_mmla.h - tiles of quantized products with many tokens, by NEON's instruction for matrices: SMMLA adds to 2 x 2 sums
  * the products of two rows of eight signed bytes with two others. blocks_simd.h includes it.
  *
  *     operands   rows j, j + 1 of a panel, columns 8 i .. 8 i + 7, x the same columns of two tokens
  *     sums       [row j, token 0] [row j, token 1] [row j + 1, token 0] [row j + 1, token 1]
- *     opened     of a block: for each 8 columns, for each two rows: 16 bytes as one operand. So two lines of the layout, which
- *                hold 4 columns of each row, are interleaved when they are opened
+ *     unpacked     of a block: for each 8 columns, for each two rows: 16 bytes as one operand. So two lines of the layout, which
+ *                hold 4 columns of each row, are interleaved when they are unpacked
  *
  * Sums stay in that form, and scales are repeated for it, until a tile ends. It is 16 rows x 2 tokens: 8 registers for sums, 8
  * for dot products, 2 for activations. A block of 32 columns takes 70 vector instructions, 32 of them SMMLA and 24 for scales;
@@ -17,15 +17,15 @@ INLINE void store_rows(uint8_t *out, uint8x16_t first, uint8x16_t second) {
     vst1q_u8(out + 16, vreinterpretq_u8_u32(vzip2q_u32(x, y)));
 }
 
-INLINE void store_opened(uint8_t *opened, const v64 lines[FB_OPEN_LINES], const int zero_shift) {
+INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q += 2) {
+    for (int q = 0; q < FB_UNPACKED_LINES; q += 2) {
         v64 x = lines[q], y = lines[q + 1];
         if (zero_shift) {
             x = v64_minus(x, 1 << zero_shift);
             y = v64_minus(y, 1 << zero_shift);
         }
-        uint8_t *out = opened + q * FB_LINE;
+        uint8_t *out = unpacked + q * FB_LINE;
         store_rows(out, x.a, y.a);
         store_rows(out + 32, x.b, y.b);
         store_rows(out + 64, x.c, y.c);
@@ -68,7 +68,7 @@ INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, b
     }
     for (size_t b = 0; b < slice->n_blocks; b++) {
         if (fetches) fetch_next(slice, b, 1);
-        const uint8_t *opened = slice->opened[0][b];
+        const uint8_t *unpacked = slice->unpacked[0][b];
         UNROLL
         for (int g = 0; g < 2; g++) {
             if (g >= kind.n_groups) continue;
@@ -88,7 +88,7 @@ INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, b
                 for (int i = 0; i < 2; i++) {
                     UNROLL
                     for (int r = 0; r < 8; r++) {
-                        const uint8x16_t rows = vld1q_u8(opened + (2 * h + i) * 128 + 16 * r);
+                        const uint8x16_t rows = vld1q_u8(unpacked + (2 * h + i) * 128 + 16 * r);
                         dots[r] = vmmlaq_s32(dots[r], vreinterpretq_s8_u8(rows), inputs[i]);
                     }
                 }

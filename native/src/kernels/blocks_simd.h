@@ -1,5 +1,5 @@
 /*
- * blocks_simd.h - products with quantised weights, written once over vectors; included by simd.h. Besides what simd.h asks
+ * blocks_simd.h - products with quantized weights, written once over vectors; included by simd.h. Besides what simd.h asks
  * for, the file that includes it says:
  *
  *   v64                      64 bytes: a line of a block
@@ -19,21 +19,21 @@
  *   MATRIX_TILES                the header whose tiles use instructions for matrices of bytes, where the CPU has them:
  *                               blocks_mmla.h or blocks_amx.h. Those take codes minus their zero point, as signed bytes
  *
- * Few tokens go another way, blocks_few_simd.h. Many: eight blocks of a panel are opened into L1 once, and every tile of
+ * Few tokens go another way, blocks_few_simd.h. Many: eight blocks of a panel are unpacked into L1 once, and every tile of
  * tokens uses them.
  */
 #include "quant/blocks.h"
 
-enum { SLICE_BLOCKS = 8 }; /* opened at a time: 4 KiB of codes a panel */
+enum { SLICE_BLOCKS = 8 }; /* unpacked at a time: 4 KiB of codes a panel */
 
 /* Blocks of some panels, as tiles take them. */
 struct slice {
-    _Alignas(64) uint8_t opened[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
+    _Alignas(64) uint8_t unpacked[BLOCK_PANELS][SLICE_BLOCKS][FB_UNPACKED_LINES * FB_LINE];
     float scales[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     float offsets[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     size_t n_panels, n_blocks;
     int zero_shift;
-    /* Codes of panel p, block b lie at p * panel_stride + b * block_stride: in `opened`, or where the weight is. */
+    /* Codes of panel p, block b lie at p * panel_stride + b * block_stride: in `unpacked`, or where the weight is. */
     const uint8_t *codes;
     size_t panel_stride, block_stride;
     /* What will be read next: tiles ask memory for it while they multiply. */
@@ -41,7 +41,7 @@ struct slice {
     size_t next_stride, next_bytes; /* from panel to panel, of a block */
 };
 
-/* Loops that are to be unrolled count to a constant, and skip what is not meant: a compiler that does not optimise must find
+/* Loops that are to be unrolled count to a constant, and skip what is not meant: a compiler that does not optimize must find
  * the number too. */
 
 /* ---- Opening ----------------------------------------------------------------------------------------------------- */
@@ -50,11 +50,11 @@ INLINE v64 take_bits(v64 line, const int from, const int to, const int mask) {
     return v64_and(from > to ? v64_right(line, from - to) : from < to ? v64_left(line, to - from) : line, mask);
 }
 
-INLINE void open_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_OPEN_LINES]) {
+INLINE void unpack_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_UNPACKED_LINES]) {
     const int bits = fb_layout_of(dtype).bits;
     const uint8_t *high = codes + (bits >= 4 ? 4 : 2) * FB_LINE;
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q++) {
+    for (int q = 0; q < FB_UNPACKED_LINES; q++) {
         if (bits == 8)
             lines[q] = v64_load(codes + q * FB_LINE);
         else if (bits >= 4)
@@ -77,7 +77,7 @@ struct supers {
     v16 scale, minus_offset;
 };
 
-INLINE struct supers open_supers(const enum fb_dtype dtype, const char *at) {
+INLINE struct supers unpack_supers(const enum fb_dtype dtype, const char *at) {
     const uint16_t *halfs = (const uint16_t *)at;
     struct supers supers = {v16_zero(), v16_zero()};
     if (fb_layout_of(dtype).super_bytes >= 32) supers.scale = v16_load_f16(halfs);
@@ -86,7 +86,7 @@ INLINE struct supers open_supers(const enum fb_dtype dtype, const char *at) {
 }
 
 /* Scale and offset of group g of the block whose scales lie at `scales`. */
-INLINE void open_scales(
+INLINE void unpack_scales(
     const enum fb_dtype dtype, const int g, const char *scales, const struct supers *supers, v16 *scale, v16 *offset) {
     const uint16_t *halfs = (const uint16_t *)scales;
     const uint8_t *bytes = (const uint8_t *)scales + 16 * g;
@@ -138,20 +138,20 @@ enum { OPENS_SIGNED = 0 };
 
 /* Opens `n_blocks` blocks of a panel from `block` on, which begins 256 columns. Codes that are whole bytes stay where
  * they are, unless tiles want them with their signs. */
-INLINE void open_slice(
+INLINE void unpack_slice(
     const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
     const struct fb_layout layout = fb_layout_of(dtype);
-    const struct supers supers = open_supers(dtype, panel + fb_supers_at(dtype, block));
+    const struct supers supers = unpack_supers(dtype, panel + fb_supers_at(dtype, block));
     const char *from = panel + fb_block_at(dtype, block);
     for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
         if (OPENS_SIGNED || layout.bits != 8) {
-            v64 lines[FB_OPEN_LINES];
-            open_lines(dtype, (const uint8_t *)from, lines);
-            store_opened(slice->opened[p][i], lines, layout.zero_shift);
+            v64 lines[FB_UNPACKED_LINES];
+            unpack_lines(dtype, (const uint8_t *)from, lines);
+            store_unpacked(slice->unpacked[p][i], lines, layout.zero_shift);
         }
         for (int g = 0; g < (int)fb_groups(dtype); g++) {
             v16 scale = v16_zero(), offset = v16_zero();
-            open_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
+            unpack_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
             store_scales(slice->scales[p][i][g], scale);
             if (fb_has_offset(dtype)) store_scales(slice->offsets[p][i][g], offset);
         }
@@ -195,15 +195,15 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
         for (size_t b = 0; b < total; b += SLICE_BLOCKS) {
             slice.n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
             for (size_t i = 0; i < slice.n_panels; i++)
-                open_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
+                unpack_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
             if (!OPENS_SIGNED && layout.bits == 8) {
                 slice.codes = (const uint8_t *)from + fb_block_at(dtype, b);
                 slice.panel_stride = panel_bytes;
                 slice.block_stride = fb_block_bytes(dtype);
             } else {
-                slice.codes = slice.opened[0][0];
-                slice.panel_stride = sizeof slice.opened[0];
-                slice.block_stride = sizeof slice.opened[0][0];
+                slice.codes = slice.unpacked[0][0];
+                slice.panel_stride = sizeof slice.unpacked[0];
+                slice.block_stride = sizeof slice.unpacked[0][0];
             }
             slice.next = b + SLICE_BLOCKS < total ? from + fb_supers_at(dtype, b + SLICE_BLOCKS)
                                                   : from + BLOCK_PANELS * panel_bytes;
@@ -242,7 +242,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
 
 /* ---- Activations ------------------------------------------------------------------------------------------------- */
 
-static void quantise(const float *x, size_t n_blocks, struct fb_activation *out) {
+static void quantize(const float *x, size_t n_blocks, struct fb_activation *out) {
     for (; n_blocks > 0; n_blocks--, x += FB_BLOCK_COLUMNS, out++) {
         const v16 low = v16_load(x), high = v16_load(x + FB_LANES);
         const uint32_t bits = v16_top_magnitude(low, high);

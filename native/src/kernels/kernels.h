@@ -7,7 +7,7 @@
  *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and takes its terms one by one in
  *              order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run side by side in
  *              registers, but never share a sum.
- *   blocks     of quantised weights: activations are rounded to 8 bits in blocks of 32 of one scale, dot products within a
+ *   blocks     of quantized weights: activations are rounded to 8 bits in blocks of 32 of one scale, dot products within a
  *              group of 16 or 32 columns are whole numbers and so exact, and an output takes them group by group:
  *                  y = fma(dot - zero * sum of codes, weight scale * activation scale, y)
  *                  y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
@@ -62,7 +62,7 @@ static inline size_t fb_panel_at(const struct fb_panels *panels, size_t line, si
 typedef void (*fb_gemm_kernel)(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
-/* 32 neighbouring activations of a token, one cache line: x is about scale * code. Index 0 of the sums is the whole block,
+/* 32 neighboring activations of a token, one cache line: x is about scale * code. Index 0 of the sums is the whole block,
  * 1 and 2 are its halves of 16. */
 struct fb_activation {
     int8_t codes[FB_BLOCK_COLUMNS]; /* -127 .. 127 */
@@ -72,7 +72,7 @@ struct fb_activation {
     int32_t unused;
 };
 
-/* y[t][16 p + j] = row 16 p + j of panels of quantised blocks (layout.h), times token t
+/* y[t][16 p + j] = row 16 p + j of panels of quantized blocks (layout.h), times token t
  *   panels   n_panels panels of fb_panel_bytes(dtype, n_cols)
  *   x        [n_tokens][ldx] blocks, the first n_cols / 32 used;   y  [n_tokens][ldy], its first 16 n_panels columns used */
 typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
@@ -80,21 +80,21 @@ typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, s
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + row 16 p + j of panels of bf16, times token t
  *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; of an odd number the last pair ends in a finite number
- *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
+ *   x        [n_tokens][ldx], numbers from narrow_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
  *   next     as above */
 typedef void (*fb_gemm_pairs_kernel)(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x,
     size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
 /* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
-typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
+typedef void (*fb_quantize_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
 struct fb_kernels {
     fb_gemm_kernel gemm[FB_GEMM_DTYPES];
     fb_gemm_kernel gemm_bytes; /* panels of signed bytes, each as the whole number it is */
     fb_gemm_blocks_kernel gemm_blocks;
-    fb_quantise_kernel quantise;
+    fb_quantize_kernel quantize;
     fb_gemm_pairs_kernel gemm_pairs;
-    void (*round_pairs)(const float *x, size_t n, uint16_t *out); /* to bf16, and a 0 behind an odd number of them */
+    void (*narrow_pairs)(const float *x, size_t n, uint16_t *out); /* to bf16, and a 0 behind an odd number of them */
 
     /* out = (x * (1 / sqrt(sum(x^2) / n + eps))) * weight; out may be x */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *out);
@@ -164,7 +164,7 @@ extern const struct fb_kernels fb_kernels_neon_i8mm;
 /* reference.c's table takes these from reference_blocks.c. */
 void fb_reference_gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
-void fb_reference_quantise(const float *x, size_t n_blocks, struct fb_activation *out);
+void fb_reference_quantize(const float *x, size_t n_blocks, struct fb_activation *out);
 
 /* Folds 16 lanes into one sum, in the order stated above. */
 static inline float fb_fold(const float lanes[FB_LANES]) {

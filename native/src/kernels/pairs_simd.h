@@ -28,7 +28,7 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
             lines[p] = v64_load((const uint8_t *)(panels + p * apart + k * step));
-        if (n_tokens <= ASKING_TOKENS) UNROLL
+        if (n_tokens <= PREFETCH_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
             __builtin_prefetch((const uint16_t *)next + p * apart + k * step, 0, 2);
         UNROLL
@@ -134,7 +134,7 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
 
 #endif
 
-static void round_pairs(const float *x, size_t n, uint16_t *out) {
+static void narrow_pairs(const float *x, size_t n, uint16_t *out) {
     narrow_bf16(x, n, out);
     if (n % 2) out[n] = 0;
 }

@@ -58,7 +58,7 @@ bool fb_kernels_agree(const struct fb_kernels *kernels) {
             state = state * 1664525u + 1013904223u;
             inputs[i] = (float)(int32_t)state * 0x1p-31f;
         }
-        fb_kernels_reference.quantise(inputs, BLOCKS, activations + t * BLOCKS);
+        fb_kernels_reference.quantize(inputs, BLOCKS, activations + t * BLOCKS);
     }
     for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
         fb_kernels_reference.gemm_blocks(

@@ -34,7 +34,7 @@ enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 /* Tokens of a tile that asks for the panels after its own, line by line while it works; full tiles, as prompts have them, would be
  * 3 % slower for it. Into L2, where more lines may be under way than into L1: of 4 KiB pieces that lie apart, a core of Zen 4
  * reads 16 GB/s so, and 8 without (or with all lines of a piece asked for at once, 13). */
-enum { ASKING_TOKENS = MAX_TOKENS - 1 };
+enum { PREFETCH_TOKENS = MAX_TOKENS - 1 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
@@ -83,7 +83,7 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
             weights[p] = load_weights(dtype, panels, p * apart + k * step);
-        if (n_tokens <= ASKING_TOKENS) UNROLL
+        if (n_tokens <= PREFETCH_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
             __builtin_prefetch((const char *)next + (p * apart + k * step) * fb_element_bytes(dtype), 0, 2);
         UNROLL
@@ -352,9 +352,9 @@ const struct fb_kernels KERNEL_TABLE = {
     .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = gemm_blocks,
-    .quantise = quantise,
+    .quantize = quantize,
     .gemm_pairs = gemm_pairs,
-    .round_pairs = round_pairs,
+    .narrow_pairs = narrow_pairs,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

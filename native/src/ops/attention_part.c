@@ -48,7 +48,7 @@ static void round_queries(const struct fb_attention *a, const struct fb_tile_lay
     size_t first_row, size_t rows) {
     if (a->pool->k.dtype != FB_BF16) return;
     for (size_t r = first_row; r < first_row + rows; r++)
-        a->kernels->round_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
+        a->kernels->narrow_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
 }
 
 /* What is left to do to a head of a token, in place: see struct fb_raw_heads. */
@@ -130,7 +130,7 @@ static void sum_values(const struct fb_attention *a, const struct fb_tile_layout
         for (size_t first = 0; first < rows; first += FB_TILE_ROWS) {
             const size_t count = rows - first < FB_TILE_ROWS ? rows - first : FB_TILE_ROWS;
             for (size_t r = 0; r < count; r++)
-                a->kernels->round_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
+                a->kernels->narrow_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
             a->kernels->gemm_pairs((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->padded / 16, n,
                 rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate, next);
         }

@@ -49,7 +49,7 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     /* For few tokens this item's panels alone are as much as memory gives. */
     const bool asks = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
     const char *next = asks ? panels + n_panels * weight->panel_bytes : NULL;
-    if (fb_is_quantised(weight->dtype))
+    if (fb_is_quantized(weight->dtype))
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
     else if (weight->dtype == FB_BF16)

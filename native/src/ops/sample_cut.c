@@ -96,10 +96,10 @@ static void end_cut(struct fb_candidates *c, int32_t n) {
 /* ---- Selection --------------------------------------------------------------------------------------------------- */
 
 /* How a step orders candidates: by logit, highest first, or by the distance of the logit from a
- * centre, nearest first. Lower keys come first, equal keys by slot. */
+ * center, nearest first. Lower keys come first, equal keys by slot. */
 struct order {
     bool by_distance;
-    double centre;
+    double center;
 };
 
 struct cut {
@@ -132,7 +132,7 @@ static inline uint64_t mass_of(const struct fb_candidates *c, const struct measu
 }
 
 static inline double key_of(const struct fb_candidates *c, struct order order, int32_t slot) {
-    return order.by_distance ? fabs(c->logit[slot] - order.centre) : -c->logit[slot];
+    return order.by_distance ? fabs(c->logit[slot] - order.center) : -c->logit[slot];
 }
 
 static void sort_few(const struct fb_candidates *c, struct order order, int32_t *list, int32_t n) {
@@ -283,7 +283,7 @@ enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
         sum += c->kernels->weight_sum(terms, (size_t)n);
     }
     const double mean = sum / c->total;
-    const struct order order = {.by_distance = true, .centre = top + mean};
+    const struct order order = {.by_distance = true, .center = top + mean};
     const int32_t n = list_slots(c, c->logit, -DBL_MAX);
     drop_behind(c, order, find_cut(c, order, measure_weight(c, p), n));
     return FB_OK;

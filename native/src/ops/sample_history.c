@@ -89,7 +89,7 @@ static void longest_matches(const int32_t *last, int32_t n, int32_t n_pattern, i
  * DRY ("don't repeat yourself"), introduced by p-e-w in text-generation-webui, pull request 5677,
  * 2024: a token that would prolong a repetition of L >= allowed_length tokens loses multiplier *
  * base^(L - allowed_length), L being the longest such repetition. Neither may a repetition reach
- * over a breaker, nor is a breaker itself ever penalised. Repetitions longer than FB_DRY_MAX_MATCH
+ * over a breaker, nor is a breaker itself ever penalized. Repetitions longer than FB_DRY_MAX_MATCH
  * count as that long, and a loss is FLT_MAX at most: DRY never bans.
  */
 void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request) {

@@ -132,18 +132,18 @@ static void linear_item(void *context, int64_t index, int thread) {
     fb_linear_item(context, index);
 }
 
-static void round_pairs_item(void *context, int64_t index, int thread) {
+static void narrow_pairs_item(void *context, int64_t index, int thread) {
     (void)thread;
     const struct fb_linear *linear = context;
-    linear->kernels->round_pairs(linear->x + (size_t)index * linear->ldx, linear->ldx,
+    linear->kernels->narrow_pairs(linear->x + (size_t)index * linear->ldx, linear->ldx,
         (uint16_t *)linear->pairs + (size_t)index * linear->ld_pairs);
 }
 
-static void quantise_item(void *context, int64_t index, int thread) {
+static void quantize_item(void *context, int64_t index, int thread) {
     (void)thread;
     const struct fb_linear *linear = context;
     struct fb_activation *out = (struct fb_activation *)linear->activations + (size_t)index * linear->ld_activations;
-    linear->kernels->quantise(linear->x + (size_t)index * linear->ldx, linear->ld_activations, out);
+    linear->kernels->quantize(linear->x + (size_t)index * linear->ldx, linear->ld_activations, out);
 }
 
 enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
@@ -165,20 +165,20 @@ enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows
         .width = (size_t)weight->n_rows};
     void *rounded = NULL;
     size_t n_bytes = 0;
-    if (fb_is_quantised(weight->dtype)) {
+    if (fb_is_quantized(weight->dtype)) {
         linear.ld_activations = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
         n_bytes = (size_t)n_rows * linear.ld_activations * sizeof(struct fb_activation);
-        rounded = fb_memory_take(n_bytes);
+        rounded = fb_memory_allocate(n_bytes);
         if (!rounded) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to 8 bits", n_rows);
         linear.activations = rounded;
-        fb_team_run(quantise_item, &linear, n_rows, n_threads);
+        fb_team_run(quantize_item, &linear, n_rows, n_threads);
     } else if (weight->dtype == FB_BF16) {
         linear.ld_pairs = ((size_t)weight->n_cols + 1) / 2 * 2;
         n_bytes = (size_t)n_rows * linear.ld_pairs * sizeof(uint16_t);
-        rounded = fb_memory_take(n_bytes);
+        rounded = fb_memory_allocate(n_bytes);
         if (!rounded) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to bf16", n_rows);
         linear.pairs = rounded;
-        fb_team_run(round_pairs_item, &linear, n_rows, n_threads);
+        fb_team_run(narrow_pairs_item, &linear, n_rows, n_threads);
     }
     fb_team_run(linear_item, &linear, fb_linear_items(&linear, n_threads), n_threads);
     if (rounded) fb_memory_release(rounded, n_bytes);
@@ -205,7 +205,7 @@ enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32
     struct job job = {.out = x, .n_heads = (size_t)n_heads, .head_dim = (size_t)head_dim};
     FB_TRY(open_job(&job, n_rows, rotary_dim / 2, n_threads, isa));
     const size_t half = job.n_cols, n_bytes = job.n_rows * 2 * half * sizeof(float);
-    float *cos_sin = fb_memory_take(n_bytes);
+    float *cos_sin = fb_memory_allocate(n_bytes);
     if (!cos_sin) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the angles of %d rows", n_rows);
     const fb_float_mode mode = fb_float_mode_enter();
     for (size_t r = 0; r < job.n_rows; r++)
@@ -264,9 +264,9 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
 
     const size_t page_bytes = (size_t)n_pages * sizeof(int32_t);
     const size_t scratch_bytes = fb_attention_scratch_bytes(n_heads, n_kv_heads, head_dim);
-    int32_t *pages = fb_memory_take(page_bytes);
-    char *scratch = fb_memory_take(scratch_bytes * (size_t)n_threads);
-    atomic_int *parts_left = fb_memory_take((size_t)n_kv_heads * sizeof *parts_left);
+    int32_t *pages = fb_memory_allocate(page_bytes);
+    char *scratch = fb_memory_allocate(scratch_bytes * (size_t)n_threads);
+    atomic_int *parts_left = fb_memory_allocate((size_t)n_kv_heads * sizeof *parts_left);
     enum fb_status status = FB_OK;
     if (!pages || !scratch || !parts_left) {
         status = fb_fail(FB_OUT_OF_MEMORY, "no memory for attention over %d tokens", n_tokens);

@@ -48,7 +48,7 @@ static void copy_vectors(struct fb_program *p) {
 /* Takes memory and adds it to the list that fb_program_free walks; on refusal `*failed` is set. */
 static void *take(struct fb_program *p, size_t count, size_t size, bool *failed) {
     size_t n_bytes;
-    void *memory = fb_size_multiply(count, size, &n_bytes) ? fb_memory_take(n_bytes) : NULL;
+    void *memory = fb_size_multiply(count, size, &n_bytes) ? fb_memory_allocate(n_bytes) : NULL;
     if (!memory) {
         *failed = true;
         return NULL;
@@ -76,7 +76,7 @@ static enum fb_status take_on_device(struct fb_program *p) {
     return p->device->kind->program_create(p, &p->on_device);
 }
 
-static enum fb_status take_memory(struct fb_program *p) {
+static enum fb_status allocate_memory(struct fb_program *p) {
     const struct fb_program_shape *s = &p->shape;
     const size_t rows = (size_t)s->max_tokens, n_threads = (size_t)p->n_threads;
     bool failed = false;
@@ -136,7 +136,7 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     copy_vectors(p);
     p->n_results = p->ops[p->n_ops - 1].weight->n_rows;
     fb_cut_stages(p);
-    return p->device ? take_on_device(p) : take_memory(p);
+    return p->device ? take_on_device(p) : allocate_memory(p);
 }
 
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
@@ -189,7 +189,7 @@ size_t fb_program_scratch_bytes(const fb_program *program) {
 void fb_program_free(fb_program *p) {
     if (!p) return;
     if (p->on_device) p->device->kind->program_free(p->on_device);
-    if (p->parts[0]) fb_device_let_go(p->device);
+    if (p->parts[0]) fb_device_drop(p->device);
     fb_memory_release(p->partials.memory, p->partials.n_bytes);
     for (int32_t i = 0; i < p->n_scratch; i++)
         fb_memory_release(p->scratch[i].memory, p->scratch[i].n_bytes);

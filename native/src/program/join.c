@@ -57,7 +57,7 @@ enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32
     p->n_threads = parts[0]->n_threads;
     p->n_results = n_results;
     p->device = group;
-    fb_device_hold(group);
+    fb_device_retain(group);
     for (int32_t i = 0; i < n_parts; i++)
         p->parts[i] = parts[i];
     const enum fb_status status = fb_take_draw_work(p);

@@ -57,7 +57,7 @@ struct fb_stage {
     enum fb_stage_kind kind;
     int32_t first_op, n_ops;
     int32_t norm;      /* LINEAR: the RMS_NORM that belongs to it, -1 for none */
-    bool is_quantised; /* LINEAR: some weight takes activations rounded to 8 bits */
+    bool is_quantized; /* LINEAR: some weight takes activations rounded to 8 bits */
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
     bool is_of_heads; /* ROWS: in steps of one token a sequence, the attention behind it does this; see fb_raw_heads */
@@ -107,7 +107,7 @@ struct fb_program {
     atomic_int *parts_left;            /* [max_tokens][n_kv_heads], see attention.h */
     struct fb_scratch partials;        /* of attention; grown when a step is worth splitting, see lay_out */
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
-    size_t activation_blocks;          /* of the widest input of a quantised weight */
+    size_t activation_blocks;          /* of the widest input of a quantized weight */
     uint16_t *pairs;                   /* [max_tokens][pair_stride]: inputs rounded to bf16 */
     size_t pair_stride;                /* width of the widest input of a bf16 weight, rounded up to 32 */
     char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs that a thread makes for itself */
@@ -116,7 +116,7 @@ struct fb_program {
     size_t attention_scratch_bytes; /* of one thread */
     char *draw_work;                /* [min(n_threads, FB_DRAWING_THREADS)][draw_work_bytes] */
     size_t draw_work_bytes;
-    struct fb_crew crew;         /* of steps of few tokens, which meet at a barrier every some microseconds */
+    struct fb_team team;         /* of steps of few tokens, which meet at a barrier every some microseconds */
     struct fb_counter *counters; /* [n_stages][2][n_threads], for as many threads as a run has */
     struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above but `partials`: freed by a loop */
     int32_t n_scratch;

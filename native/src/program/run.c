@@ -47,8 +47,8 @@ static void prepare_row(const struct fb_program *p, const struct fb_stage *stage
     const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
     if (norm)
         p->kernels->rms_norm(fb_row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
-    if (stage->is_quantised) p->kernels->quantise(x, width / FB_BLOCK_COLUMNS, activations);
-    if (stage->is_paired) p->kernels->round_pairs(x, width, pairs);
+    if (stage->is_quantized) p->kernels->quantize(x, width / FB_BLOCK_COLUMNS, activations);
+    if (stage->is_paired) p->kernels->narrow_pairs(x, width, pairs);
 }
 
 /* Norm and rounding of a stage's inputs: few rows by every thread for itself, many shared out. */
@@ -63,7 +63,7 @@ static struct inputs prepare_inputs(
         .ld_pairs = p->pair_stride,
         .activations = p->activations,
         .ld_activations = p->activation_blocks};
-    if (stage->norm < 0 && !stage->is_quantised && !stage->is_paired) return inputs;
+    if (stage->norm < 0 && !stage->is_quantized && !stage->is_paired) return inputs;
     if (n_rows > FB_OWN_ROWS) {
         struct fb_items items = items_of(place, 1, (int64_t)n_rows);
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
@@ -222,7 +222,7 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch,
         if (kind->work) work += kind->work(p, op, batch);
     }
     if (work < ALONE_BELOW) return 1;
-    return batch->n_tokens <= SHORT_STAGES ? fb_crew_size(&p->crew, p->n_threads, now_ns) : p->n_threads;
+    return batch->n_tokens <= SHORT_STAGES ? fb_team_size(&p->team, p->n_threads, now_ns) : p->n_threads;
 }
 
 /* Takes room for the partial results of attention, where the step is worth splitting. Refused memory costs speed only: then
@@ -241,7 +241,7 @@ static void grow_partials(struct fb_run *run, int n_threads) {
     }
     const size_t n_bytes = (most + most / 4) * sizeof(float);
     if (most * sizeof(float) <= p->partials.n_bytes) return;
-    void *memory = fb_memory_take(n_bytes);
+    void *memory = fb_memory_allocate(n_bytes);
     if (!memory) return;
     fb_memory_release(p->partials.memory, p->partials.n_bytes);
     p->partials = (struct fb_scratch){memory, n_bytes};
@@ -287,7 +287,7 @@ enum fb_status fb_program_run(
     }
     if (batch->n_tokens <= SHORT_STAGES && n_threads > 1) {
         const int64_t end = fb_now_ns(), waited = atomic_load(&run.barrier.lost_ns) / (n_threads - 1);
-        fb_crew_learn(&program->crew, program->n_threads, n_threads, end, end - start, waited + end - run.left_ns);
+        fb_team_learn(&program->team, program->n_threads, n_threads, end, end - start, waited + end - run.left_ns);
     }
     if (atomic_load(&run.non_finite))
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");

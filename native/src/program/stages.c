@@ -57,8 +57,8 @@ static void prepare_products(struct fb_program *p) {
                     stage.is_paired = true;
                     if (width > p->pair_stride) p->pair_stride = width;
                 }
-                if (!fb_is_quantised(weight->dtype)) continue;
-                stage.is_quantised = true;
+                if (!fb_is_quantized(weight->dtype)) continue;
+                stage.is_quantized = true;
                 if (n_blocks > p->activation_blocks) p->activation_blocks = n_blocks;
             }
             struct fb_stage *before = &p->stages[n_kept - 1]; /* there is one: EMBED comes first */

@@ -23,7 +23,7 @@ namespace emulate {
 static bool backward; /* a GPU's threads have their own order */
 }
 
-static inline void *take_memory(size_t n_bytes) {
+static inline void *allocate_memory(size_t n_bytes) {
     void *memory = nullptr;
     const cudaError_t error = cudaMallocManaged(&memory, n_bytes);
     if (error == cudaSuccess) return memory;
@@ -37,7 +37,7 @@ static inline void release_memory(void *memory) {
 
 #else
 
-static inline void *take_memory(size_t n_bytes) {
+static inline void *allocate_memory(size_t n_bytes) {
     void *memory = nullptr;
     if (posix_memalign(&memory, 16, n_bytes)) abort();
     return memory;
@@ -54,7 +54,7 @@ template <class T> struct buffer {
     T *data;
     size_t n;
 
-    explicit buffer(size_t n_) : data(static_cast<T *>(take_memory(n_ * sizeof(T) + (n_ == 0)))), n(n_) {
+    explicit buffer(size_t n_) : data(static_cast<T *>(allocate_memory(n_ * sizeof(T) + (n_ == 0)))), n(n_) {
         poison();
     }
     ~buffer() {
@@ -106,16 +106,16 @@ struct difference {
 static const fb_dtype every_dtype[] = {FB_F32, FB_F16, FB_BF16, FB_Q4_0, FB_Q4_1, FB_Q5_0, FB_Q5_1, FB_Q8_0, FB_Q4_K,
     FB_Q5_K, FB_Q6_K, FB_Q2_K, FB_Q3_K, FB_IQ4_NL};
 
-/* A weight of random numbers; with `n_woven` > 0 two matrices of that many rows are woven for SwiGLU. */
-static inline fb_weight *random_weight(fb_dtype dtype, int32_t n_rows, int32_t n_cols, int32_t n_woven = 0) {
+/* A weight of random numbers; with `n_interleaved` > 0 two matrices of that many rows are interleaved for SwiGLU. */
+static inline fb_weight *random_weight(fb_dtype dtype, int32_t n_rows, int32_t n_cols, int32_t n_interleaved = 0) {
     fb_weight *weight = nullptr;
-    const int32_t rows = n_woven ? n_woven : n_rows;
+    const int32_t rows = n_interleaved ? n_interleaved : n_rows;
     CHECK(fb_weight_create(dtype, n_rows, n_cols, &weight) == FB_OK);
-    for (int32_t half = 0; half < (n_woven ? 2 : 1); half++) {
+    for (int32_t half = 0; half < (n_interleaved ? 2 : 1); half++) {
         buffer<float> x((size_t)rows * (size_t)n_cols);
         fill(x, 1.0f);
         CHECK_AT(fb_weight_pack_rows(
-                     weight, 16 * half, 16, n_woven ? 2 : 1, FB_F32, x.data, x.n * sizeof(float), rows, 1) == FB_OK,
+                     weight, 16 * half, 16, n_interleaved ? 2 : 1, FB_F32, x.data, x.n * sizeof(float), rows, 1) == FB_OK,
             "%s", fb_last_error());
     }
     return weight;

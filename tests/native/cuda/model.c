@@ -45,14 +45,14 @@ static const void *random_rows(int32_t number, enum fb_dtype dtype, int32_t n_ro
     return made[number];
 }
 
-/* [n_rows, n_cols], or with `woven` two of n_rows for SwiGLU. */
-static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool woven) {
+/* [n_rows, n_cols], or with `interleaved` two of n_rows for SwiGLU. */
+static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool interleaved) {
     fb_weight *weight = NULL;
-    CHECK(fb_weight_create(dtype, woven ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
-    for (int32_t half = 0; half < (woven ? 2 : 1); half++) {
+    CHECK(fb_weight_create(dtype, interleaved ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
+    for (int32_t half = 0; half < (interleaved ? 2 : 1); half++) {
         size_t n_bytes;
         const void *rows = random_rows(2 * m->n_weights + half, dtype, n_rows, n_cols, &n_bytes);
-        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, dtype, rows, n_bytes, n_rows, 1) == FB_OK);
+        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, interleaved ? 2 : 1, dtype, rows, n_bytes, n_rows, 1) == FB_OK);
     }
     return m->weights[m->n_weights++] = weight;
 }

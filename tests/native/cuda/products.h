@@ -31,7 +31,7 @@ static inline void test_shape(const product &p, fb_dtype dtype, const shape &s, 
     for (size_t i = 0; i < x.n; i++)
         if (i % ldx < (size_t)s.n_cols) x[i] = random_number(s.swiglu ? 0.1f : 1.0f);
 
-    /* What a loop over dequantised rows gives. */
+    /* What a loop over dequantized rows gives. */
     buffer<float> row((size_t)s.n_cols);
     buffer<double> sums((size_t)most * (size_t)n_rows), wanted((size_t)most * (size_t)s.n_rows);
     for (int32_t r = 0; r < n_rows; r++) {

@@ -19,7 +19,7 @@ struct drawing {
     struct fb_sequence *sequences;
     int32_t *tokens;              /* of the first step's sequences, which hold the most */
     int32_t *outputs;             /* [n_draws] rows of the batch, of those that draw */
-    bool *failed, *is_drawn;      /* [n_draws] the latter: by the device */
+    bool *failed, *is_sampled;      /* [n_draws] the latter: by the device */
     struct fb_sample_plan *plans; /* [n_draws] of those */
     struct fb_sample_changes changes;
     int32_t *drawn;  /* [n_draws] by the device */
@@ -65,7 +65,7 @@ static void draw_one(void *context, int64_t index, int thread) {
         d, all->logits + (size_t)index * (size_t)all->vocab_size, all->vocab_size);
     int32_t token = -1;
     float logprob = 0.0f;
-    if (all->is_drawn[index]) {
+    if (all->is_sampled[index]) {
         token = all->drawn[index];
         logprob = all->logprobs[index];
         all->failed[index] = token < 0;
@@ -107,11 +107,11 @@ static enum fb_status plan(struct drawing *all, struct fb_results *results) {
         struct fb_sample_plan *next = &all->plans[results->n_plans];
         const enum fb_status status = fb_plan_sample(&request, all->work, &all->changes, next);
         if (status == FB_OUT_OF_MEMORY) return status;
-        all->is_drawn[i] = status == FB_OK;
+        all->is_sampled[i] = status == FB_OK;
         next->row = i;
         results->n_plans += status == FB_OK;
     }
-    results->is_drawn = all->is_drawn;
+    results->is_sampled = all->is_sampled;
     results->plans = all->plans;
     results->changes = all->changes.all;
     results->n_changes = all->changes.n;
@@ -202,7 +202,7 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
         all.drawn = all.active + n;
         all.outputs = all.drawn + n;
         all.tokens = all.outputs + n;
-        all.is_drawn = all.failed + n;
+        all.is_sampled = all.failed + n;
         for (int32_t i = 0; i < n_draws; i++) {
             all.active[i] = i;
             draws[i].n_drawn = 0;

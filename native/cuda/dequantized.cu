@@ -1,5 +1,5 @@
 /*
- * opened.cu - what stands before and behind a product of cuBLASLt: weights and inputs as plain rows of 16 bits, and what is fused to the
+ * dequantized.cu - what stands before and behind a product of cuBLASLt: weights and inputs as plain rows of 16 bits, and what is fused to the
  * end of a product. Contracts stand in kernels.h.
  */
 #include "finish.cuh"
@@ -7,23 +7,23 @@
 #include "powers.cuh"
 #include "weights.cuh"
 
-enum { OPEN_THREADS = 256, OPEN_LINES = OPEN_THREADS / FB_LANES };
+enum { DEQUANTIZE_THREADS = 256, OPEN_LINES = DEQUANTIZE_THREADS / FB_LANES };
 
 /* A block of threads opens a panel, a thread every 16th chunk of a row. */
-template <fb_dtype D> static __global__ void open_kernel(fb_cuda_weight weight, int32_t first_panel, fb_cuda_rows out) {
-    FB_SHARED(float, most, OPEN_THREADS);
+template <fb_dtype D> static __global__ void dequantize_kernel(fb_cuda_weight weight, int32_t first_panel, fb_cuda_rows out) {
+    FB_SHARED(float, most, DEQUANTIZE_THREADS);
     const int lane = (int)threadIdx.x % FB_LANES, line = (int)threadIdx.x / FB_LANES;
     const int32_t n_chunks = (weight.n_cols + FB_CHUNK - 1) / FB_CHUNK, row = (int32_t)blockIdx.x * FB_LANES + lane;
     const char *panel = fb_panel_of<D>(weight, first_panel + (int32_t)blockIdx.x);
     float power = 1.0f, inverse = 1.0f, w[4];
-    fb_chunk<D> opened;
+    fb_chunk<D> unpacked;
     if constexpr (D != FB_BF16) {
         float highest = 0.0f;
         for (int32_t chunk = line; chunk < n_chunks; chunk += OPEN_LINES) {
-            opened.load(panel, weight.n_cols, chunk, lane);
+            unpacked.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
             for (int q = 0; q < FB_CHUNK / 4; q++) {
-                opened.quad(q, w);
+                unpacked.quad(q, w);
                 for (int i = 0; i < 4; i++)
                     highest = fabsf(w[i]) > highest ? fabsf(w[i]) : highest;
             }
@@ -37,14 +37,14 @@ template <fb_dtype D> static __global__ void open_kernel(fb_cuda_weight weight, 
     }
     if (line == 0) out.scales[row] = inverse;
     for (int32_t chunk = line; chunk < n_chunks; chunk += OPEN_LINES) {
-        opened.load(panel, weight.n_cols, chunk, lane);
+        unpacked.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
-        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighbours write rows that lie far apart */
+        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighbors write rows that lie far apart */
             const int32_t column = chunk * FB_CHUNK + 8 * o;
             fb_words4 eight = {};
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                if (i % 4 == 0) opened.quad(2 * o + i / 4, w);
+                if (i % 4 == 0) unpacked.quad(2 * o + i / 4, w);
                 const uint32_t half = D == FB_BF16 ? fb_bf16_of_float(w[i % 4]) : fb_f16_of_float(w[i % 4] * power);
                 eight.word[i / 2] |= half << (16 * (i % 2));
             }
@@ -85,14 +85,14 @@ static __global__ void finish_kernel(fb_cuda_linear a, fb_cuda_rows weights, fb_
 template <fb_dtype D>
 static int open(const fb_cuda_weight &weight, int32_t first_panel, int32_t n_panels, const fb_cuda_rows &out,
     fb_cuda_stream stream) {
-    return fb_launch(open_kernel<D>, dim3((unsigned)n_panels), OPEN_THREADS, 0, stream, weight, first_panel, out);
+    return fb_launch(dequantize_kernel<D>, dim3((unsigned)n_panels), DEQUANTIZE_THREADS, 0, stream, weight, first_panel, out);
 }
 
 template <> int open<FB_F32>(const fb_cuda_weight &, int32_t, int32_t, const fb_cuda_rows &, fb_cuda_stream) {
     return -1; /* linear.cu's */
 }
 
-int fb_cuda_open_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
+int fb_cuda_dequantize_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
     const struct fb_cuda_rows *out, fb_cuda_stream stream) {
     return FB_FOR_DTYPE(weight->dtype, open, *weight, first_panel, n_panels, *out, stream);
 }
