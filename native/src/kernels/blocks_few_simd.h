@@ -1,14 +1,15 @@
 /*
- * blocks_few_simd.h - products of few tokens with quantized weights; blocks_simd.h includes it behind what opens blocks.
- * Lines are unpacked in registers, straight from memory, panel after panel in the order they lie.
+ * blocks_few_simd.h - quantized products of few tokens; blocks_simd.h includes it after the functions that
+ * unpack blocks. Lines are unpacked in registers, directly from memory, panel after panel in memory order. A
+ * tile is T tokens x 1 panel, T of FEW_TILES.
  */
 INLINE v16i start_of(const int zero_shift, const bool is_wide, const int32_t *minus_sum) {
     if (zero_shift == 0 || (is_wide && DOT_KNOWS_ZERO)) return v16i_start(NULL, 0);
     return v16i_start(minus_sum, zero_shift);
 }
 
-/* One block of a panel for some tokens; in[t] are their activations. Few dot products at a time run in two chains each, to
- * be half as long. */
+/* Multiplies one block of a panel with n_tokens tokens; in[t]: the activations of token t. With one or two
+ * tokens each dot product runs as two chains, which halves its latency. */
 INLINE void few_block(const enum fb_dtype dtype, const size_t n_tokens, const char *block, const struct supers *supers,
     const struct fb_activation *const in[], size_t b, v16 sums[]) {
     const struct fb_layout layout = fb_layout_of(dtype);
@@ -46,9 +47,10 @@ INLINE void few_block(const enum fb_dtype dtype, const size_t n_tokens, const ch
     }
 }
 
-/* A panel for some tokens, of which the first n_wanted count; `fetches` asks memory for the panel behind it. */
-INLINE void few_pass(const enum fb_dtype dtype, const size_t n_tokens, const char *panel, size_t n_cols,
-    const struct fb_activation *x, size_t ldx, size_t n_wanted, bool fetches, float *y, size_t ldy) {
+/* One tile over a whole panel; only the first n_wanted tokens are stored. `prefetches`: also prefetches the
+ * next panel. */
+INLINE void few_tile(const enum fb_dtype dtype, const size_t n_tokens, const char *panel, size_t n_cols,
+    const struct fb_activation *x, size_t ldx, size_t n_wanted, bool prefetches, float *y, size_t ldy) {
     const size_t block_bytes = fb_block_bytes(dtype), super_bytes = fb_layout_of(dtype).super_bytes;
     const size_t n_blocks = n_cols / FB_BLOCK_COLUMNS, panel_bytes = fb_panel_bytes(dtype, n_cols);
     const struct fb_activation *in[FEW_TOKENS];
@@ -64,7 +66,7 @@ INLINE void few_pass(const enum fb_dtype dtype, const size_t n_tokens, const cha
             supers = unpack_supers(dtype, panel);
             panel += super_bytes;
         }
-        if (fetches)
+        if (prefetches)
             for (size_t i = 0; i < block_bytes; i += FB_LINE)
                 __builtin_prefetch(panel + panel_bytes + i, 0, 2);
         few_block(dtype, n_tokens, panel, &supers, in, b, sums);
@@ -74,7 +76,7 @@ INLINE void few_pass(const enum fb_dtype dtype, const size_t n_tokens, const cha
         if (t < n_wanted) v16_store(y + t * ldy, sums[t]);
 }
 
-/* Each panel is read from memory by its first pass, and from the cache by those for further tokens. */
+/* The first tile of a panel reads it from memory, those for further tokens from the cache. */
 INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
     const size_t panel_bytes = fb_panel_bytes(dtype, n_cols);
@@ -83,16 +85,16 @@ INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_p
         size_t taken;
         for (size_t t = 0; t < n_tokens; t += taken) {
             const size_t rest = n_tokens - t;
-            const bool fetches = t > 0 && t <= FEW_TOKENS;
+            const bool prefetches = t > 0 && t <= FEW_TOKENS;
             taken = rest;
-#define PASS(T, least)                                                                                                 \
+#define TILE_CASE(T, least)                                                                                            \
     if (rest >= (least)) {                                                                                             \
         taken = rest < (T) ? rest : (T);                                                                               \
-        few_pass(dtype, T, panel, n_cols, x + t * ldx, ldx, taken, fetches, y + t * ldy + p * FB_LANES, ldy);          \
+        few_tile(dtype, T, panel, n_cols, x + t * ldx, ldx, taken, prefetches, y + t * ldy + p * FB_LANES, ldy);       \
         continue;                                                                                                      \
     }
-            FEW_PASSES(PASS)
-#undef PASS
+            FEW_TILES(TILE_CASE)
+#undef TILE_CASE
         }
     }
 }

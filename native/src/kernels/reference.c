@@ -1,7 +1,8 @@
 /*
- * reference.c - every kernel as a plain loop: the specification that the fast ones are compared with, bit for bit.
+ * reference.c - every kernel as a plain loop: the specification that the fast ones are compared with, bit for
+ * bit.
  *
- * Written to be read, not to be fast (fmaf may be a call on a CPU without the instruction). Contracts stand in
+ * Written to be read, not to be fast (fmaf may be a call on a CPU without the instruction). Contracts are in
  * kernels.h.
  */
 #include "kernels/exp.h"

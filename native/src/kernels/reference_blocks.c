@@ -7,8 +7,7 @@
 
 void fb_reference_quantize(const float *x, size_t n_blocks, struct fb_activation *out) {
     for (; n_blocks > 0; n_blocks--, x += FB_BLOCK_COLUMNS, out++) {
-        uint32_t bits =
-            0; /* of the largest magnitude; as whole numbers NaN is above infinity, infinity above the rest */
+        uint32_t bits = 0; /* of the largest magnitude; as integers NaN > infinity > the rest */
         for (int i = 0; i < FB_BLOCK_COLUMNS; i++) {
             const uint32_t magnitude = fb_f32_bits(x[i]) & 0x7fffffffu;
             bits = magnitude > bits ? magnitude : bits;
