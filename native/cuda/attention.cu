@@ -168,7 +168,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
                                         ((int64_t)kv_head * group + row % group) * head_dim;
                     x = from[d];
                     if (is_sinks && d < 2 * half && sees_sinks(sequence, a.window, sequence.n_past + token)) {
-                        const float *turn = a.sink_turns + (int64_t)(sequence.first_row + token) * 2 * half + d % half;
+                        const float *turn = a.sink_rotations + (int64_t)(sequence.first_row + token) * 2 * half + d % half;
                         x = d < half ? fmaf(x, turn[0], -(from[d + half] * turn[half]))
                                      : fmaf(x, turn[0], from[d - half] * turn[half]);
                     }

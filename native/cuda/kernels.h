@@ -83,10 +83,10 @@ int fb_cuda_rms_norm(const float *in, int64_t ld_in, const float *weight, int32_
 int fb_cuda_head_norm(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
     const float *q_weight, const float *k_weight, float eps, fb_cuda_stream stream);
 
-/* cos_sin and sink_turns [n_tokens][rotary_dim]: cosines of each pair, then sines, of a token's position, and of what turns its
- * query to where sinks see it. Rows of tokens that see no sinks are left as they are in sink_turns. */
+/* cos_sin and sink_rotations [n_tokens][rotary_dim]: cosines of each pair, then sines, of a token's position, and of what turns its
+ * query to where sinks see it. Rows of tokens that see no sinks are left as they are in sink_rotations. */
 int fb_cuda_angles(const struct fb_cuda_batch *batch, const float *inv_freq, int32_t rotary_dim, float rope_scale,
-    float *cos_sin, float *sink_turns, fb_cuda_stream stream);
+    float *cos_sin, float *sink_rotations, fb_cuda_stream stream);
 
 /* In place on the first n_heads heads of each row. */
 int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t head_dim, int32_t rotary_dim,
@@ -198,7 +198,7 @@ struct fb_cuda_attention {
     struct fb_cuda_pages pages;
     int32_t layer, window, n_heads;
     float scale;
-    const float *sink_turns; /* [n_tokens][rotary_dim] */
+    const float *sink_rotations; /* [n_tokens][rotary_dim] */
     int32_t rotary_dim;
     const float *q; /* [n_tokens][ldq] */
     float *out;     /* [n_tokens][ld_out] */

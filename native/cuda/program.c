@@ -64,7 +64,7 @@ static size_t lay_out(struct fb_cuda_program *p) {
     p->inv_freq = part(p, &at, rotary / 2 * sizeof(float));
     p->arena = part(p, &at, program->arena_floats * sizeof(float));
     p->cos_sin = part(p, &at, angles);
-    p->sink_turns = part(p, &at, angles);
+    p->sink_rotations = part(p, &at, angles);
     p->rounded = part(p, &at, fb_cuda_rounded_bytes(p));
     p->non_finite = part(p, &at, sizeof(int32_t));
     return at;

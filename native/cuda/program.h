@@ -34,7 +34,7 @@ struct fb_cuda_program {
     struct fb_cuda_weight *weights; /* [n_ops] */
     char *fixed;                    /* all of the following, which lie on the GPU */
     size_t n_fixed_bytes;
-    float *vectors, *inv_freq, *arena, *cos_sin, *sink_turns;
+    float *vectors, *inv_freq, *arena, *cos_sin, *sink_rotations;
     void *rounded;                  /* inputs of the product that comes next, in 16 bits; see fb_cuda_round */
     int32_t rounded_from;           /* the buffer whose numbers these are; -1 for none */
     struct fb_cuda_inputs inputs16; /* and how they lie */

@@ -86,12 +86,12 @@ int fb_cuda_head_norm(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, in
 
 /* As embed() of program/run.c: angles are rounded to f32, their functions are those of double. */
 static __global__ void angles_kernel(
-    fb_cuda_batch batch, const float *inv_freq, int32_t half, float rope_scale, float *cos_sin, float *sink_turns) {
+    fb_cuda_batch batch, const float *inv_freq, int32_t half, float rope_scale, float *cos_sin, float *sink_rotations) {
     const int32_t row = (int32_t)blockIdx.x, position = batch.positions[row];
     const fb_cuda_sequence sequence = batch.sequences[batch.owners[row]];
     const bool sees_sinks = sequence.n_sinks > 0 && position >= (int64_t)sequence.n_sinks + sequence.window;
     const float seen_at = (float)(sequence.n_sinks + sequence.window - 1);
-    float *cosines = cos_sin + (int64_t)row * 2 * half, *turns = sink_turns + (int64_t)row * 2 * half;
+    float *cosines = cos_sin + (int64_t)row * 2 * half, *turns = sink_rotations + (int64_t)row * 2 * half;
     for (int32_t i = (int32_t)threadIdx.x; i < half; i += (int32_t)blockDim.x) {
         const float angle = (float)position * inv_freq[i];
         cosines[i] = (float)cos((double)angle) * rope_scale;
@@ -104,10 +104,10 @@ static __global__ void angles_kernel(
 }
 
 int fb_cuda_angles(const struct fb_cuda_batch *batch, const float *inv_freq, int32_t rotary_dim, float rope_scale,
-    float *cos_sin, float *sink_turns, fb_cuda_stream stream) {
+    float *cos_sin, float *sink_rotations, fb_cuda_stream stream) {
     if (rotary_dim == 0) return 0;
     return fb_launch(angles_kernel, dim3((unsigned)batch->n_tokens), 64, 0, stream, *batch, inv_freq, rotary_dim / 2,
-        rope_scale, cos_sin, sink_turns);
+        rope_scale, cos_sin, sink_rotations);
 }
 
 /* A pair of a head, whose second number lies `half` behind the first. */

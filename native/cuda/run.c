@@ -27,7 +27,7 @@ static int launch_embed(const struct launch *l, const struct fb_op *op) {
         fb_cuda_buffer(p, op->out), stride_of(l, op->out), p->stream);
     return error ? error
                  : fb_cuda_angles(
-                       &l->d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_turns, p->stream);
+                       &l->d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_rotations, p->stream);
 }
 
 static int launch_norm(const struct launch *l, const struct fb_op *op) {
@@ -61,7 +61,7 @@ static int launch_attention(const struct launch *l, const struct fb_op *op) {
         .window = op->window,
         .n_heads = s->n_heads,
         .scale = op->scale,
-        .sink_turns = p->sink_turns,
+        .sink_rotations = p->sink_rotations,
         .rotary_dim = s->rotary_dim,
         .q = fb_cuda_buffer(p, op->in),
         .out = fb_cuda_buffer(p, op->out),

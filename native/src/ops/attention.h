@@ -46,7 +46,7 @@ struct fb_attention {
     int32_t n_heads;
     int32_t layer, window;
     float scale;
-    const float *sink_turns; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences that slide are read */
+    const float *sink_rotations; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences that slide are read */
     int32_t rotary_dim;
     const float *q; /* [n_tokens][ldq], heads side by side; where they are raw, K's and V's behind them */
     float *out;     /* [n_tokens][ld_out] */

@@ -152,7 +152,7 @@ static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layo
     for (size_t r = 0; r < rows; r++) {
         const int32_t token = (int32_t)(r / l->group);
         if (!fb_sees_sinks(t->sequence, a->window, first_position + token)) continue;
-        const float *cosines = a->sink_turns + (size_t)(t->first_row + token) * 2 * half;
+        const float *cosines = a->sink_rotations + (size_t)(t->first_row + token) * 2 * half;
         float *q = w->q + r * l->head_dim;
         a->kernels->rotate(q, q + half, cosines, cosines + half, half);
     }

@@ -183,7 +183,7 @@ struct setting {
         a.window = c.window;
         a.n_heads = (int32_t)n_heads;
         a.scale = scale();
-        a.sink_turns = turned.data;
+        a.sink_rotations = turned.data;
         a.rotary_dim = c.rotary_dim;
         a.q = queries.data;
         a.ldq = (int64_t)ldq;
