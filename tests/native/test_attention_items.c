@@ -32,7 +32,7 @@ static struct counted count(const struct shape *s, int32_t n_sequences, int32_t 
     int32_t *pages = calloc((size_t)n_sequences * (size_t)n_pages, sizeof *pages), first_row[MOST];
     struct fb_sequence sequences[MOST];
     struct fb_sharing sharing[MOST];
-    int64_t offsets[MOST + 1], places[MOST + 1];
+    int64_t offsets[MOST + 1], partial_offsets[MOST + 1];
     const struct fb_page_pool pool = {.n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
     for (int32_t i = 0; i < n_sequences; i++) {
         int32_t *own = pages + (size_t)i * (size_t)n_pages;
@@ -48,7 +48,7 @@ static struct counted count(const struct shape *s, int32_t n_sequences, int32_t 
         .n_heads = s->n_heads,
         .window = window,
         .offsets = offsets,
-        .places = places};
+        .partial_offsets = partial_offsets};
     const int32_t most = fb_attention_most_members(s->n_heads, s->n_kv_heads);
     if (fb_find_sharing(sequences, n_sequences, most, sharing)) a.sharing = sharing;
     struct counted found = {.n_partials = fb_attention_partials(&a, n_threads)};

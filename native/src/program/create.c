@@ -95,7 +95,7 @@ static enum fb_status allocate_memory(struct fb_program *p) {
     p->first_row = allocate(p, rows, sizeof(int32_t), &failed);
     p->offsets = allocate(p, 2 * (rows + 1) * n_threads, sizeof(int64_t), &failed);
     p->sharing = allocate(p, rows, sizeof *p->sharing, &failed);
-    p->parts_left = allocate(p, rows * (size_t)s->n_kv_heads, sizeof *p->parts_left, &failed);
+    p->parts_done = allocate(p, rows * (size_t)s->n_kv_heads, sizeof *p->parts_done, &failed);
     p->attention_scratch = allocate(p, n_threads, p->attention_scratch_bytes, &failed);
     p->activations = allocate(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
     p->pairs = allocate(p, rows * p->pair_stride, sizeof *p->pairs, &failed);

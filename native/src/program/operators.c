@@ -52,8 +52,8 @@ static enum fb_status check_attention(const struct fb_check *c) {
 static enum fb_status check_swiglu(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
-        "op %d (linear_swiglu): %d interleaved rows fit at most %d columns, buffer %d has %d",
-        c->index, n_rows, n_rows / 2, c->op->out, c->out_width);
+        "op %d (linear_swiglu): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
+        n_rows / 2, c->op->out, c->out_width);
     return FB_OK;
 }
 

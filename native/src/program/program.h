@@ -108,7 +108,7 @@ struct fb_program {
     struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
     bool shares;                /* some sequences share key blocks */
     bool is_single;             /* every sequence has one token */
-    atomic_int *parts_left;     /* [max_tokens][n_kv_heads], see attention.h */
+    atomic_int *parts_done;     /* [max_tokens][n_kv_heads], see attention.h */
     struct fb_scratch partials; /* of attention; grown when a step is worth splitting */
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantized weight */

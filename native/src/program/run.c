@@ -172,10 +172,10 @@ static struct fb_attention attention_of(const struct fb_run *run, const struct f
         .scratch_bytes = p->attention_scratch_bytes,
         .partials = p->partials.memory,
         .n_partials = p->partials.n_bytes / sizeof(float),
-        .parts_left = p->parts_left,
+        .parts_done = p->parts_done,
         .sharing = p->shares ? p->sharing : NULL,
         .offsets = offsets,
-        .places = offsets + p->shape.max_tokens + 1};
+        .partial_offsets = offsets + p->shape.max_tokens + 1};
 }
 
 /* Every thread computes the list of work items (tiles or key blocks) for itself: for a few sequences that is
