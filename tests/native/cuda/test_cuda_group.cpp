@@ -40,7 +40,7 @@ static void test_sum(int32_t n_parts, int32_t n_rows, int32_t n_cols, bool has_r
     CHECK_AT(out.same_as(wanted), "%d parts of %d x %d", n_parts, n_rows, n_cols);
 }
 
-static void test_line_up(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
+static void test_concatenate(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
     const int32_t share = (n_cols + n_parts - 1) / n_parts;
     const int64_t part_floats = (int64_t)n_rows * share;
     buffer<float> parts((size_t)(n_parts * part_floats)), out((size_t)(n_rows * n_cols)), wanted(out.n);
@@ -53,10 +53,10 @@ static void test_line_up(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
                 (size_t)share * sizeof(float));
     }
     const fb_cuda_parts view = {parts.data, part_floats, share, n_parts};
-    CHECK(fb_cuda_line_up(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0);
+    CHECK(fb_cuda_concatenate(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0);
     CHECK_AT(out.same_as(wanted) && flag == 0, "%d parts of %d x %d", n_parts, n_rows, n_cols);
     parts[0] = INFINITY;
-    CHECK(fb_cuda_line_up(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0 && flag == 1);
+    CHECK(fb_cuda_concatenate(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0 && flag == 1);
 }
 
 /* ---- A program in parts ------------------------------------------------------------------------------------------ */
@@ -335,7 +335,7 @@ int main() {
         for (int32_t n_parts : {2, 3, 16})
             for (int32_t n_cols : {1, 255, 256, 700}) {
                 test_sum(n_parts, 3, n_cols, backward);
-                test_line_up(n_parts, 3, n_cols);
+                test_concatenate(n_parts, 3, n_cols);
             }
     }
     const matrices numbers;

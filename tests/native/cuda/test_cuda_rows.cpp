@@ -241,7 +241,7 @@ static void test_heads_at_once() {
             heads.rotary_dim = rotary_dim;
             heads.layer = 1;
             pages.memory = together.data;
-            CHECK(fb_cuda_place_heads(copy.data, (int64_t)ld, &heads, &batch.view, &pages, nullptr) == 0);
+            CHECK(fb_cuda_fused_heads(copy.data, (int64_t)ld, &heads, &batch.view, &pages, nullptr) == 0);
             CHECK_AT(copy.same_as(x) && together.same_as(apart), "head_dim %d, case %d", head_dim, case_number);
             fb_page_pool_free(pool);
         }

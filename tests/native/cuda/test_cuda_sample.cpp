@@ -100,7 +100,7 @@ static int n_drawn = 0, n_refused = 0;
 
 /* A batch of draws from some rows of logits, some of which nobody draws from. */
 static void compare(int32_t n, size_t n_draws) {
-    const size_t ld = (size_t)n + below(3), row_bytes = fb_cuda_draw_bytes(n), n_at_once = 1 + below((uint32_t)n_draws);
+    const size_t ld = (size_t)n + below(3), row_bytes = fb_cuda_sample_bytes(n), n_at_once = 1 + below((uint32_t)n_draws);
     std::vector<draw> draws;
     buffer<fb_sample_plan> plans(n_draws);
     fb_sample_changes changes = {nullptr, 0, 0};
@@ -120,10 +120,10 @@ static void compare(int32_t n, size_t n_draws) {
     }
     buffer<fb_sample_change> there((size_t)changes.n);
     if (changes.n) memcpy(there.data, changes.all, there.n * sizeof *changes.all);
-    const fb_cuda_draws all = {logits.data, (int64_t)ld, plans.data, there.data, (int32_t)n_draws, n, tokens.data,
+    const fb_cuda_sampling all = {logits.data, (int64_t)ld, plans.data, there.data, (int32_t)n_draws, n, tokens.data,
         logprobs.data, scratch.data, (int32_t)n_at_once};
     emulate::backward = chance(2);
-    CHECK(fb_cuda_draw(&all, nullptr) == 0);
+    CHECK(fb_cuda_sample(&all, nullptr) == 0);
     emulate::backward = false;
     for (size_t i = 0; i < n_draws; i++) {
         const draw &d = draws[i];

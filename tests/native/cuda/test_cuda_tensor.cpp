@@ -49,7 +49,7 @@ static void test_inputs() {
         for (int32_t t = 0; t < in.n_rows; t++)
             for (int32_t c = 0; c < 96; c++) {
                 const size_t part = (size_t)(in.n_chunks * in.n_rows * 32);
-                const size_t at = (size_t)((c / 32 * in.n_rows + t) * 32 + fb_input_place(c % 32));
+                const size_t at = (size_t)((c / 32 * in.n_rows + t) * 32 + fb_input_index(c % 32));
                 const bool is_there = t < TOKENS && c < COLUMNS;
                 const double wanted = is_there ? (double)x[(size_t)(t * 80 + c)] : 0.0;
                 const uint16_t high = in.halfs[at], low = in.halfs[at + part];
@@ -67,7 +67,7 @@ static void test_inputs() {
                 for (int32_t c = 0; c < 32; c++)
                     for (int32_t part = 0; part < 2; part++) {
                         const int32_t row = (part * in.n_chunks + chunk) * in.n_rows + t;
-                        wanted[c / 16] += (double)fb_f16_to_f32(in.halfs[row * 32 + fb_input_place(c)]);
+                        wanted[c / 16] += (double)fb_f16_to_f32(in.halfs[row * 32 + fb_input_index(c)]);
                     }
                 wanted[2] = wanted[0] + wanted[1];
                 for (int32_t i = 0; i < 3; i++)
