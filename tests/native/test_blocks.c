@@ -1,9 +1,9 @@
 /*
- * test_blocks.c - panels of quantized blocks: read back as the numbers of the file's blocks, and multiplied by every
- * instruction set with the bits of reference_blocks.c.
+ * test_blocks.c - panels of quantized blocks: unpacked to the numbers of the file's blocks, and multiplied by
+ * every instruction set with the bits of reference_blocks.c.
  *
- * Blocks are random bytes, so every code and scale occurs, in many tests NaN and infinite scales too. `test_blocks 3` takes 3
- * seeds instead of 40.
+ * Blocks are random bytes, so every code and scale occurs, in many tests also NaN and infinite scales.
+ * `test_blocks 3` runs 3 seeds instead of 40.
  */
 #include "check.h"
 #include "kernels/kernels.h"
@@ -70,7 +70,7 @@ static void test_layout(enum fb_dtype dtype, uint64_t seed) {
     float *wanted = take(n_cols * sizeof(float)), *got = take(n_cols * sizeof(float));
     const bool tame = seed % 2;
     fill_blocks(dtype, rows, 16 * n_cols / (size_t)fb_dtype_block_size(dtype), tame);
-    /* In two calls: some rows first, the others later, into the same lines. */
+    /* In two calls: some rows first, the others later, in the same lines. */
     const uint32_t mask = next_random();
     int64_t damaged = 0;
     for (int call = 0; call < 2; call++) {
@@ -102,7 +102,7 @@ static void fill_inputs(float *x, size_t n, bool tame) {
         x[i] = ((float)(int32_t)next_random() / 2147483648.0f) * (float)(1 << next_random() % 8);
         if (!tame && next_random() % 64 == 0) x[i] = special[next_random() % (sizeof special / sizeof *special)];
     }
-    /* Blocks of zeros, of subnormals, and of halves that round to even: behind their first number they are a block too. */
+    /* Blocks of zeros, of subnormals, and of halves that round to even. The callers shift some by one number. */
     for (size_t i = 0; i + 32 <= n; i += 32)
         if (next_random() % 8 == 0)
             for (size_t j = 0; j < 32; j++)
@@ -158,7 +158,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     CHECK_AT(same(got, wanted, n_tokens * ldy), "%s gemm_blocks: dtype %d, %zu panels, k %zu, %zu tokens, seed %llu",
         name, (int)dtype, n_panels, n_cols, n_tokens, (unsigned long long)seed);
 
-    /* Against the numbers themselves: off by no more than the rounding of the activations allows. */
+    /* Against the dequantized numbers: the error is no larger than the rounding of the activations allows. */
     double worst = 0.0;
     float *row = take(n_cols * sizeof *row);
     for (size_t t = 0; tame && t < n_tokens; t++)

@@ -1,5 +1,5 @@
 /*
- * test_team.c - when a team becomes smaller and when it is tried again. Times are made up.
+ * test_team.c - when a team becomes smaller and when the full one is tried again. The times are made up.
  */
 #include "base/team.h"
 #include "check.h"
@@ -8,7 +8,7 @@
 
 enum { MS = 1000000 };
 
-/* Runs of 5 ms in which `lost` of a hundred parts are lost; returns the threads of the next. */
+/* Runs of 5 ms each that lose `lost` percent; returns the number of threads of the next. */
 static int run_for(struct fb_team *team, int full, int64_t *now, int n_runs, int lost) {
     for (int i = 0; i < n_runs; i++) {
         const int used = fb_team_size(team, full, *now);
@@ -33,7 +33,7 @@ static void test_neighbor(void) {
     for (int i = 0; i < 2000; i++)
         *(run_for(&team, 2, &now, 1, 50) == 2 ? &n_full : &n_small) += 1;
     CHECK_AT(n_full > 10 && n_full * 20 < n_small, "%lld of 2000 with the full team", (long long)n_full);
-    /* The neighbor is gone: the next trial brings the full team back, for good. */
+    /* The other process is gone: the next trial restores the full team permanently. */
     run_for(&team, 2, &now, 200, 0);
     CHECK(team.size == 0 && run_for(&team, 2, &now, 100, 0) == 2);
 }
@@ -46,12 +46,12 @@ static void test_many_threads(void) {
     for (int i = 0; i < 4; i++) /* twelve lose as much: nine */
         fb_team_learn(&smaller, 16, 12, now, 5 * MS, 1 * MS);
     CHECK(smaller.size == 9);
-    for (int i = 0; i < 100; i++) /* one thread teaches nothing */
+    for (int i = 0; i < 100; i++) /* a single thread never waits, so nothing is learned */
         fb_team_learn(&team, 16, 1, now, 5 * MS, 0);
     CHECK(team.size == 12);
 }
 
-/* Threads that come late are waited for, and that is noticed; others are not. */
+/* Waiting for threads that arrive late is counted; short waits are not. */
 static void test_barrier_counts_long_waits(void) {
     struct fb_barrier barrier = {0};
     for (int round = 0; round < 2; round++) {

@@ -1,6 +1,7 @@
 /*
- * test_cuda_group.cpp - GPUs that compute one model together, on the emulation: the sums over them bit by bit, a small program whose
- * parts are joined against the CPU's whole one, and each call of the runtime and of NCCL failing once.
+ * test_cuda_group.cpp - GPUs that compute one model together, on the emulation: the sums over them bit by
+ * bit, a small joined program against the undivided one on the CPU, and each call of the runtime and of NCCL
+ * failing once.
  */
 #include "common.h"
 #include "cuda_runtime_api.h"
@@ -59,10 +60,11 @@ static void test_concatenate(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
     CHECK(fb_cuda_concatenate(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0 && flag == 1);
 }
 
-/* ---- A program in parts ------------------------------------------------------------------------------------------ */
+/* ---- A joined program
+ * ------------------------------------------------------------------------------------------ */
 
-/* x = embed(token); x += second(first(x)); logits = head(x): a device has its share of the rows of `first` and of the columns of
- * `second`, and of the rows of the head, where the shares of three devices overlap. */
+/* x = embed(token); x += second(first(x)); logits = head(x): a device has its share of the rows of `first`,
+ * of the columns of `second`, and of the rows of the head, where the shares of three devices overlap. */
 enum { WIDTH = 20, INNER = 24, VOCABULARY = 22, TOKENS = 16, HEADS = 12 };
 enum { X, IN, PART, ENDS };
 
@@ -98,7 +100,7 @@ static fb_status pack(const buffer<float> &from, int32_t n_columns, int32_t firs
     return device ? fb_weight_move(*out, device) : FB_OK;
 }
 
-/* Part `i` of n; the whole for the CPU if n is 1. */
+/* Part `i` of n; the undivided program on the CPU if n is 1. */
 static fb_status make(const matrices &numbers, fb_device *device, int32_t i, int32_t n, model *m) {
     const int32_t inner = INNER / n, share = (VOCABULARY + n - 1) / n;
     const int32_t first = i * share < VOCABULARY - share ? i * share : VOCABULARY - share;
@@ -131,7 +133,7 @@ struct joined {
     fb_program *program = nullptr;
     fb_page_pool *pool = nullptr;
 
-    /* The handles are given back at once: what was made of them holds them. */
+    /* The handles are freed immediately: the objects on them keep them alive. */
     fb_status open(const matrices &numbers, int32_t n, size_t budget = 0) {
         fb_status status = FB_OK;
         fb_program *programs[FB_MOST_MEMBERS];
@@ -187,8 +189,8 @@ static void test_numbers(const matrices &numbers, const model &whole, fb_page_po
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* Call `at` and no other fails, of the runtime or of NCCL; when that lies behind the last call, returns true. Refused memory leaves a
- * group as it was, other failures may have ended it. */
+/* Only call `at` fails, of the runtime or of NCCL; returns true if there are fewer calls. After refused
+ * memory the group works as before; other failures may have ended it. */
 static bool survive(const matrices &numbers, long *counter, long at, bool in_step, const buffer<float> &wanted) {
     buffer<float> got(2 * VOCABULARY);
     {
@@ -232,7 +234,7 @@ static void test_failures(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* A link that fails in a batch is found out before anything waits for the GPUs: no logits are asked for. */
+/* A link that fails in a batch is detected before anything waits for the GPUs: no logits are copied. */
 static void test_lost_link(const matrices &numbers) {
     buffer<float> got(2 * VOCABULARY);
     int n_lost = 0;
@@ -252,8 +254,8 @@ static void test_lost_link(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* While one thread runs batches, another makes and frees the same model: memory and links are never taken or freed between the launches
- * of a group. */
+/* While one thread runs batches, another creates and frees the same model: memory and links are never
+ * allocated or freed between the launches of a group. */
 static void test_two_threads(const matrices &numbers) {
     buffer<float> wanted(2 * VOCABULARY), got(2 * VOCABULARY);
     std::atomic<bool> is_done{false};
@@ -271,7 +273,7 @@ static void test_two_threads(const matrices &numbers) {
         });
         for (int32_t i = 0; i < 100 || n_made < 10; i++) {
             CHECK(step(group.program, group.pool, 3, &got) == FB_OK && got.same_as(wanted));
-            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other would hardly get its turn */
+            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other thread would hardly run */
         }
         is_done = true;
         other.join();
@@ -281,7 +283,7 @@ static void test_two_threads(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* Where each launch waits for its end, exchanges would have none. */
+/* If launches block until they are done, exchanges would never end. */
 static void test_blocking(const matrices &numbers) {
     for (const char *value : {"1", "2", "yes"}) {
         joined group;
@@ -298,7 +300,7 @@ static void test_blocking(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* Parts that are not what they must be. */
+/* Invalid parts are refused. */
 static void test_refusals(const matrices &numbers) {
     joined group;
     CHECK(group.open(numbers, 2) == FB_OK);

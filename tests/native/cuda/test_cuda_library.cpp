@@ -1,6 +1,7 @@
 /*
- * test_cuda_library.cpp - products by cuBLASLt, in whose place a library multiplies plainly: that it is loaded or said to be missing, that
- * rows, leading dimensions and transposes are right in every format, and that each call that fails is told and leaves nothing behind.
+ * test_cuda_library.cpp - products with cuBLASLt, replaced by a library of plain loops: loading it or
+ * reporting that it is missing, rows, leading dimensions and transposes in every format, and every failing
+ * call being reported without leaks.
  */
 #include "dequantized.cu"
 
@@ -52,7 +53,7 @@ static void test_loading() {
     CHECK(fb_cuda_library_create(functions, &library) == FB_OK);
 }
 
-/* Sixteen rows of eight columns times some tokens, all of them zeros. */
+/* Sixteen rows of eight columns times some tokens, all zeros. */
 struct zeros {
     buffer<uint16_t> weights{16 * 8}, inputs;
     buffer<float> out;
@@ -84,7 +85,7 @@ static void test_failures() {
         CHECK(product.out[i] == 0.0f);
 }
 
-/* A way is chosen once for products of one size, and again when it was forgotten for many others. */
+/* The algorithm is selected once per product size, and again after many other sizes have replaced it. */
 static void test_choices() {
     zeros product(100);
     fb_cuda_matrices &m = product.m;
@@ -109,7 +110,7 @@ int main() {
     test_loading();
     for (fb_dtype dtype : every_dtype) {
         if (dtype == FB_F32) continue;
-        piece_panels = dtype == FB_Q4_K ? 4 : 2; /* all at once, or more pieces than one */
+        piece_panels = dtype == FB_Q4_K ? 4 : 2; /* one piece, or several */
         const product p = {multiply_dequantized, dtype == FB_BF16 ? 6e-3 : 1e-3};
         test_non_finite(p, dtype);
         for (const shape &s : fb_dtype_block_size(dtype) == 1 ? plain : blocks)

@@ -1,8 +1,9 @@
 /*
- * test_cuda_tensor.cpp - products on tensor cores: rounded inputs, and every format but f32 against loops in double.
+ * test_cuda_tensor.cpp - products on tensor cores: rounded inputs, and every format but f32 against loops in
+ * double.
  *
- * How far results may be off: two parts of f16 lose up to 2^-22 of an input, less than sums in f32 do; two of bf16 up to 2^-17. Weights are
- * exact.
+ * Tolerances: two parts of f16 lose up to 2^-22 of an input, less than sums in f32 do; two of bf16 up to
+ * 2^-17. Weights are exact.
  */
 #include "inputs.cu"
 #include "rows.cu"
@@ -32,7 +33,7 @@ static int multiply_rounded(const fb_cuda_linear &a) {
     return fb_cuda_multiply_inputs(&without, &in, nullptr);
 }
 
-/* Rows of all sizes that f32 has, and what is rounded of them. The smallest of all lie between numbers that there are. */
+/* Rows of every magnitude in f32, and how they are rounded. The smallest are subnormal. */
 static void test_inputs() {
     enum { TOKENS = 5, COLUMNS = 77 };
     static const float sizes[TOKENS] = {1.0f, 3e38f, 1e-30f, 1e-41f, 0.0f};
@@ -76,7 +77,7 @@ static void test_inputs() {
     }
 }
 
-/* A norm and the rounding of what it gives at once, against one launch for each. */
+/* A fused norm and rounding of its result, against one launch for each. */
 static void test_norm_and_inputs() {
     enum { TOKENS = 3 };
     for (int32_t n_cols : {77, 576, 2500})
@@ -106,7 +107,8 @@ static bool has_inputs(const fb_dtype dtype, double *tolerance) {
 }
 
 int main() {
-    /* Tails of panels, of pairs of them, tiles and chunks; numbers of chunks that make 1, 3, 6 and 8 segments. */
+    /* Remainders of panels, of pairs of them, tiles and chunks; numbers of chunks that make 1, 3, 6 and 8
+     * segments. */
 #ifdef __SANITIZE_ADDRESS__
     static const std::vector<shape> plain = {{37, 31, false, true, true}, {21, 70, true, true, false}};
     static const std::vector<shape> blocks = {{37, 256, false, true, true}}, of_32 = {{20, 96, true, true, true}};
