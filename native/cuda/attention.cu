@@ -4,10 +4,11 @@
  * A block of 256 threads takes a tile of queries that share a KV head, and reads each page once for all of
  * them:
  *
- *     scores    a warp takes a page of the key block, a lane one position: sums over the head in order of dimension
+ *     scores    a warp takes a page of the key block, a lane one position: sums over the head in order of
+ *               dimension
  *     softmax   a warp takes a query; of its 256 scores those that it does not see become 0 after exp
- *     values    a thread takes a dimension of every s-th page, where s is as many as there are threads for; these
- *               sums are added in order
+ *     values    a thread takes a dimension of every s-th page, where s is as many as there are threads for;
+ *               these sums are added in order
  *
  * The result of a query for a key block depends on its position alone. Parts are merged as in
  * ops/attention.h, in order of the blocks and the sinks first: either by the same threads, which compute the

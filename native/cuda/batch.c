@@ -72,7 +72,8 @@ static void list_tiles(const struct fb_program *program, const struct fb_cuda_se
 /* ---- Description
  * ------------------------------------------------------------------------------------------------ */
 
-/* Pages come last: their number changes from step to step, and everything else must stay at the same address. */
+/* Pages come last: their number changes from step to step, and everything else must stay at the
+ * same address. */
 static enum fb_status lay_out(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_extent rows,
     struct fb_cuda_description *d) {
     const struct fb_program_shape *shape = &p->program->shape;

@@ -1,4 +1,5 @@
-/* finish.cuh - the end of every product kernel: bias, SwiGLU, residual, and the check for non-finite results. */
+/* finish.cuh - the end of every product kernel: bias, SwiGLU, residual, and the check for
+ * non-finite results. */
 #ifndef FABULA_CUDA_FINISH_CUH
 #define FABULA_CUDA_FINISH_CUH
 

@@ -6,15 +6,16 @@
  *
  * Results do not depend on the batch: each sum has one order, which depends on the shape alone.
  *
- *   products    columns are divided into chunks of 32, and these into at most 16 segments of whole chunks (8 on tensor
- *               cores). A segment starts at 0 and adds its terms one by one in order of k with fused multiply-adds; on
- *               tensor cores tile by tile, and for block formats each block's codes from 0, then times its scale. The
- *               segments are then added in order. So one token and a thousand get the same bits, though different
- *               kernels compute them.
- *   attention   keys are divided into blocks of 256 positions at fixed boundaries, whose parts are merged in order,
- *               whether one block of threads computes them all or each has its own.
+ *   products    columns are divided into chunks of 32, and these into at most 16 segments of whole chunks (8
+ *               on tensor cores). A segment starts at 0 and adds its terms one by one in order of k with
+ *               fused multiply-adds; on tensor cores tile by tile, and for block formats each block's codes
+ *               from 0, then times its scale. The segments are then added in order. So one token and a
+ *               thousand get the same bits, though different kernels compute them.
+ *   attention   keys are divided into blocks of 256 positions at fixed boundaries, whose parts are merged in
+ *               order, whether one block of threads computes them all or each has its own.
  *   sampling    as the CPU's sampler: see candidates.cuh.
- *   norms       256 threads (of a head: 32) add every 256th number, warps fold by halves, warps are added in order.
+ *   norms       256 threads (of a head: 32) add every 256th number, warps fold by halves, warps are added in
+ *               order.
  *
  * Results differ from the CPU's by rounding: on tensor cores inputs of products become two parts of f16 or
  * bf16, where the CPU quantizes those of quantized weights to 8 bits and rounds those of bf16 weights to

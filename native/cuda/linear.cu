@@ -2,11 +2,12 @@
  * linear.cu - out = x weight^T with bias, residual or SwiGLU, on ordinary cores: for weights in f32, and for
  * bf16 on GPUs whose tensor cores lack it. tensor.cu has all other formats.
  *
- *     few tokens    a block of threads takes a panel (with SwiGLU a pair): 16 lanes x 16 segments of its columns. Weights
- *                   are read once, unpacked in registers, and multiplied with up to 8 tokens.
- *     many tokens   a block of 128 threads takes 8 panels x 32 tokens. Chunks of 32 columns are unpacked into shared
- *                   memory; a thread holds 4 tokens x 8 rows: 4 lanes of a panel and the same lanes of the next, which
- *                   are gate and up.
+ *     few tokens    a block of threads takes a panel (with SwiGLU a pair): 16 lanes x 16 segments of its
+ *                   columns. Weights are read once, unpacked in registers, and multiplied with up to 8
+ *                   tokens.
+ *     many tokens   a block of 128 threads takes 8 panels x 32 tokens. Chunks of 32 columns are unpacked into
+ *                   shared memory; a thread holds 4 tokens x 8 rows: 4 lanes of a panel and the same lanes of
+ *                   the next, which are gate and up.
  *
  * Both sum in the order of kernels.h and give the same bits.
  */
@@ -93,7 +94,7 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
     const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES,
                   first_panel = (int32_t)blockIdx.x * TILE_PANELS;
     const int64_t first_token = (int64_t)blockIdx.y * TILE_TOKENS;
-    const int32_t unpacked_panel = first_panel + thread / FB_LANES; /* the panel of which this thread unpacks a row */
+    const int32_t unpacked_panel = first_panel + thread / FB_LANES; /* this thread unpacks a row of it */
     const char *panel = fb_panel_of<D>(a.weight, unpacked_panel < n_panels ? unpacked_panel : 0);
     const int lanes = thread % 4 * 4, pair = thread / 4 % 4,
               tokens = thread / 16 * THREAD_TOKENS; /* its share of the sums */

@@ -116,7 +116,8 @@ size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p);
 /* Allocates memory for the products of a batch. */
 enum fb_status fb_cuda_reserve_products(struct fb_cuda_program *p, int32_t n_tokens, int32_t n_outputs);
 
-/* A norm of rows; if the next product takes its result in 16 bits, rounds that too. Returns a launch error. */
+/* A norm of rows; if the next product takes its result in 16 bits, rounds that too. Returns a
+ * launch error. */
 int fb_cuda_run_norm(struct fb_cuda_program *p, const struct fb_op *op, int32_t n_rows);
 
 /* A product of n_rows tokens or outputs; the last operator writes to `logits`. */

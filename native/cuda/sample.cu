@@ -1,9 +1,10 @@
 /*
  * sample.cu - samples tokens by plans (ops/sample_plan.h), as many rows in parallel as there is scratch for.
  *
- *     survey   many blocks per row: the highest logit of each group of 256, and logits as doubles if steps need them
- *     chain    one block per row: the steps, up to where the whole vocabulary needs weights. After a top-k only the
- *              remaining candidates do, so most chains end here
+ *     survey   many blocks per row: the highest logit of each group of 256, and logits as doubles if steps
+ *              need them
+ *     chain    one block per row: the steps, up to where the whole vocabulary needs weights. After a top-k
+ *              only the remaining candidates do, so most chains end here
  *     weigh    many blocks per row: those weights, and the terms of the log-probability
  *     chain    one block per row: the remaining steps, and the selection of the token
  */

@@ -2,10 +2,10 @@
  * tensor.cu - products on tensor cores: weights of 16 bits and of the block formats times inputs of
  * inputs.cu.
  *
- *     few tokens    8 warps take two panels x 8 or 32 tokens, each a segment of their columns. The speed of loading weights
- *                   is the limit, so a lane loads some chunks ahead.
- *     many tokens   4 warps take two panels each x the same 64 tokens, all columns one after another; inputs are copied to
- *                   shared memory while the previous chunk is multiplied.
+ *     few tokens    8 warps take two panels x 8 or 32 tokens, each a segment of their columns. The speed of
+ *                   loading weights is the limit, so a lane loads some chunks ahead.
+ *     many tokens   4 warps take two panels each x the same 64 tokens, all columns one after another; inputs
+ *                   are copied to shared memory while the previous chunk is multiplied.
  *
  * Panels are loaded directly into registers and unpacked there (fragments.cuh). With SwiGLU the two panels of
  * a warp are gate and up. Sums have the order of kernels.h, so both kernels give the same bits.

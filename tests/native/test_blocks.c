@@ -102,7 +102,8 @@ static void fill_inputs(float *x, size_t n, bool tame) {
         x[i] = ((float)(int32_t)next_random() / 2147483648.0f) * (float)(1 << next_random() % 8);
         if (!tame && next_random() % 64 == 0) x[i] = special[next_random() % (sizeof special / sizeof *special)];
     }
-    /* Blocks of zeros, of subnormals, and of halves that round to even. The callers shift some by one number. */
+    /* Blocks of zeros, of subnormals, and of halves that round to even. The callers shift some by
+     * one number. */
     for (size_t i = 0; i + 32 <= n; i += 32)
         if (next_random() % 8 == 0)
             for (size_t j = 0; j < 32; j++)

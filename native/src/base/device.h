@@ -37,7 +37,7 @@ struct fb_device_kind {
     enum fb_status (*describe)(int32_t index, struct fb_device_info *out);
     enum fb_status (*check)(int32_t index); /* FB_DEVICE_FAILED, with the reason, if this build cannot use the
                                                device */
-    enum fb_status (*allocate)(int32_t index, size_t n_bytes, void **out); /* FB_DEVICE_MEMORY if there is not enough */
+    enum fb_status (*allocate)(int32_t index, size_t n_bytes, void **out); /* or FB_DEVICE_MEMORY */
     void (*release)(int32_t index, void *memory);
     enum fb_status (*copy)(int32_t index, enum fb_direction direction, void *to, const void *from, size_t n_bytes);
     enum fb_status (*clear)(int32_t index, void *memory, size_t n_bytes);

@@ -16,7 +16,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Counters and barrier words have a cache line each, so that taking an item does not disturb waiting threads. */
+/* Counters and barrier words have a cache line each, so that taking an item does not disturb
+ * waiting threads. */
 struct fb_counter {
     _Alignas(64) atomic_llong next;
 };

@@ -156,7 +156,8 @@ static float call_pairs(const struct fb_kernels *kernels, size_t n_calls) {
     return y[0];
 }
 
-/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of activations. */
+/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of
+ * activations. */
 static float call_dot(const struct fb_kernels *kernels, size_t n_calls, size_t n_tokens) {
     _Alignas(FB_LINE) char panels[PANELS * DOT_BLOCKS * (8 * FB_LINE + 32)];
     _Alignas(FB_LINE) struct fb_activation x[TILE_TOKENS * DOT_BLOCKS];

@@ -60,7 +60,9 @@ INLINE void end_tiles(void) {
 
 /* Multiplies groups first .. first + n_products - 1 of a slice (at most STEP).
  *
- * PRODUCT(i, inputs, sums_0, sums_1): group first + i, with activations in tile `inputs` and sums of panel 0 and 1 in tiles `sums_0` and `sums_1`, all literals. Consecutive products use different tiles, so they can overlap. */
+ * PRODUCT(i, inputs, sums_0, sums_1): group first + i, with activations in tile `inputs` and sums of panels 0
+ * and 1 in tiles `sums_0` and `sums_1`, all literals. Consecutive products use different tiles, so they can
+ * overlap. */
 INLINE void multiply_step(const struct tile_kind kind, const size_t n_panels, const struct slice *slice, size_t first,
     size_t n_products, const struct fb_activation *x, size_t ldx, struct products *out) {
     const size_t in_block = (size_t)kind.n_groups, row = sizeof out->of[0][0][0];

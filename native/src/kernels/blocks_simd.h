@@ -2,14 +2,17 @@
  * blocks_simd.h - products with quantized weights, written once over vectors; simd.h includes it.
  * quant/layout.h draws how a panel is stored. The terms here:
  *
- *     block     32 columns of a panel (16 rows). Stored: `bits` lines and the scales. Unpacked: 8 lines of byte codes
+ *     block     32 columns of a panel (16 rows). Stored: `bits` lines and the scales. Unpacked: 8 lines of
+ *               byte codes
  *     line      64 bytes, a v64:  | row 0: 4 columns | row 1: 4 columns | ... | row 15: 4 columns |
  *     group     the columns of a block that share a scale: all 32, or 16 (two groups)
- *     slice     8 blocks of up to BLOCK_PANELS panels, unpacked into L1 once, then used by every tile of tokens:
+ *     slice     8 blocks of up to BLOCK_PANELS panels, unpacked into L1 once, then used by every tile of
+ *               tokens:
  *
  *                   panel p      | block b | block b+1 | ... | block b+7 |
  *                   panel p + 1  | block b | block b+1 | ... | block b+7 |
- *     tile      n_tokens x n_panels sums in registers, each a v16 with lane j for row j, over the blocks of a slice
+ *     tile      n_tokens x n_panels sums in registers, each a v16 with lane j for row j, over the blocks of a
+ *               slice
  *
  * More than FEW_TOKENS * MAX_FEW_TILES tokens use slices; fewer use blocks_few_simd.h, which unpacks lines in
  * registers.
@@ -22,15 +25,17 @@
  *   v64_lookup               bytes 0 .. 15 to table[byte] + 128, table of 16
  *   v64_minus                subtracts one byte from all; only with MATRIX_TILES
  *   v16i                     16 int32, lane j for row j of a panel
- *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all lanes)
+ *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all
+ *                            lanes)
  *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes subtracts their zero point of 128
  *   v16i_start               -(sum of activations) << shift in all lanes
  *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i
  *   v16_to_codes             16 f32 to 16 int8, rounding to even; returns the sum of the codes
  *   v16_top_magnitude        bits of the largest magnitude of 32 f32; as integers NaN > infinity > the rest
- *   FEW_TOKENS               tokens of the largest tile of few tokens;  MAX_FEW_TILES  at most so many per panel
- *   FEW_TILES(X)             X(tokens, least) for each such tile, the largest first: it is used for `least` tokens or
- *                            more, and computes the missing ones for nothing
+ *   FEW_TOKENS               tokens of the largest tile of few tokens
+ *   MAX_FEW_TILES            at most so many such tiles per panel
+ *   FEW_TILES(X)             X(tokens, least) for each such tile, the largest first: it is used for `least`
+ *                            tokens or more, and computes the missing ones for nothing
  *   BLOCK_TOKENS BLOCK_PANELS   largest tile of a slice: tokens x panels
  *   BLOCK_TILES(X)           X(tokens, panels) for each tile of a slice; not with MATRIX_TILES
  *   SCALE_REPEATS            how often a slice stores each scale

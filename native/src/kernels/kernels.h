@@ -4,16 +4,17 @@
  * reference.c fills the whole table with plain loops and is the specification; the fast tables (avx2.h,
  * avx512.h, neon.h) give the SAME BITS. That is possible because every sum has one fixed order, defined here:
  *
- *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and adds its terms one by one
- *              in order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run in parallel
- *              in registers, but never share a sum.
- *   blocks     of quantized weights: activations are quantized to 8 bits in blocks of 32 with one scale. Dot products
- *              within a group of 16 or 32 columns are integers and so exact. An output adds them group by group:
+ *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and adds its terms one
+ *              by one in order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run
+ *              in parallel in registers, but never share a sum.
+ *   blocks     of quantized weights: activations are quantized to 8 bits in blocks of 32 with one scale. Dot
+ *              products within a group of 16 or 32 columns are integers and so exact. An output adds them
+ *              group by group:
  *                 y = fma(dot - zero * sum of codes, weight scale * activation scale, y)
  *                 y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
- *   pairs      products of bf16 weights and inputs rounded to bf16: as products, but of each pair of columns the
- *              second is added first. Numbers and sums below the smallest normal f32 may count as zero, as the
- *              CPU's instructions for it do.
+ *   pairs      products of bf16 weights and inputs rounded to bf16: as products, but of each pair of columns
+ *              the second is added first. Numbers and sums below the smallest normal f32 may count as zero,
+ *              as the CPU's instructions for it do.
  *   sums       a sum over n numbers runs in 16 lanes (number i in lane i % 16), which are then folded:
  *              lane j + lane j+8, then +4, +2, +1.
  *   exp        one polynomial, the same operations in the same order everywhere (see exp.h).
@@ -59,7 +60,8 @@ static inline size_t fb_panel_at(const struct fb_panels *panels, size_t line, si
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
  *   panels   n_panels panels of [n_k][16] elements
- *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used
+ *   x        [n_tokens][ldx], its first n_k columns used
+ *   y        [n_tokens][ldy], its first 16 n_panels columns used
  *   next     panels of the same shape that are read next, prefetched meanwhile; NULL for none */
 typedef void (*fb_gemm_kernel)(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
@@ -82,14 +84,15 @@ typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, s
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + row 16 p + j of panels of bf16, times token t
- *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; if n_cols is odd, the second column of the
- *            last pair may be any finite number
+ *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; if n_cols is odd, the second column
+ *            of the last pair may be any finite number
  *   x        [n_tokens][ldx], from narrow_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
  *   next     as above */
 typedef void (*fb_gemm_pairs_kernel)(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x,
     size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
-/* Quantizes 32 n_blocks numbers: codes are x / scale, rounded to even. Magnitudes below 1e-30 count as zero. */
+/* Quantizes 32 n_blocks numbers: codes are x / scale, rounded to even. Magnitudes below 1e-30 count
+ * as zero. */
 typedef void (*fb_quantize_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
 struct fb_kernels {
@@ -130,7 +133,8 @@ struct fb_kernels {
     bool (*top_logit)(const float *logits, size_t n, float *top);
     double (*highest)(const double *x, size_t n);
     void (*to_double)(const float *x, size_t n, double *out);
-    /* weight = exp(logit - top), for logits <= top; sum of weights, in 8 lanes; log(sum(exp(logits - top))) */
+    /* weight = exp(logit - top), for logits <= top; sum of weights, in 8 lanes;
+     * log(sum(exp(logits - top))) */
     void (*exp_weights)(const double *logit, size_t n, double top, double *weight);
     double (*weight_sum)(const double *weight, size_t n);
     double (*log_sum_exp)(const float *logits, size_t n, float top);

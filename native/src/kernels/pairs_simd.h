@@ -4,7 +4,8 @@
  *
  *     panel       | line 0: columns 0, 1 | line 1: columns 2, 3 | ...        PAIR_LINE = 32 elements per line
  *     line        | row 0: 2 columns | row 1: 2 columns | ... | row 15: 2 columns |
- *     slice       256 lines (VDPBF16PS) or 128 lines, widened to 256 columns of f32, of up to MAX_PANELS panels in L1
+ *     slice       256 lines (VDPBF16PS) or 128 lines, widened to 256 columns of f32, of up to MAX_PANELS
+ *                 panels in L1
  *     tile        n_tokens x n_panels sums in registers, as in simd.h
  *
  * With FABULA_DOT_PAIR one instruction (AVX-512 BF16) multiplies and adds both columns. Without it few tokens

@@ -5,18 +5,21 @@
  *
  *     panel    16 rows of W, column after column:   | line 0 | line 1 | ... | line n_k - 1 |
  *     line     one column of a panel, a v16:        | row 0 | row 1 | ... | row 15 |
- *     tile     n_tokens x n_panels sums in registers, each a v16 with lane j for row j of its panel. All lines are
- *              multiplied into it; each line is loaded once and each input broadcast once:
+ *     tile     n_tokens x n_panels sums in registers, each a v16 with lane j for row j of its panel. All
+ *              lines are multiplied into it; each line is loaded once and each input broadcast once:
  *
  *                                 panel 0     panel 1
  *                    token 0    |  sum 00  |  sum 10  |        sum += line k of the panel * x[token][k]
  *                    token 1    |  sum 01  |  sum 11  |
- *     slice    256 lines of up to MAX_PANELS panels, widened to f32 in L1 once and used by the tiles of all tokens
+ *     slice    256 lines of up to MAX_PANELS panels, widened to f32 in L1 once and used by the tiles of all
+ *              tokens
  *
  * The including file defines:
  *
  *   v16                      16 floats, lane j for row j of a panel
- *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma v16_negate_fma (c - a b) v16_round (to even)
+ *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma
+ *   v16_negate_fma           c - a b
+ *   v16_round                to even
  *   v16_min v16_max          the second operand if either is NaN
  *   v16_power_of_2           2^n of integers in -126 .. 127
  *   v16_keep_at_least        a where x >= limit or x is NaN, else 0
@@ -26,7 +29,7 @@
  *   SUMS                     v16 sums that fit in registers next to the weights and one broadcast
  *   MAX_TOKENS MAX_PANELS    largest tile; tokens x panels <= SUMS
  *   TILE_PANELS(tokens)      panels of a tile with that many tokens, where panels are not interleaved
- *   TILES(X)                 X(tokens, panels) for every tile that panels_of_tile can choose, and for what is left
+ *   TILES(X)                 X(tokens, panels) for every tile that panels_of_tile can choose
  *   KERNEL_TABLE             name of the table
  *   and what blocks_simd.h requires
  *

@@ -14,7 +14,8 @@
 
 #include "kv/pages.h"
 
-/* KV heads of a member: n heads starting at `first`. FB_INVALID_ARGUMENT unless one number divides the other. */
+/* KV heads of a member: n heads starting at `first`. FB_INVALID_ARGUMENT unless one number divides
+ * the other. */
 enum fb_status fb_split_heads(int32_t n_kv_heads, int32_t n_members, int32_t member, int32_t *first, int32_t *n);
 
 /* Creates the members' pools; `pool` has everything except its memory. */

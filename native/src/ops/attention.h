@@ -63,8 +63,8 @@ struct fb_attention {
     const struct fb_raw_heads *raw;   /* NULL: heads are finished, K and V are in their pages */
     const struct fb_sharing *sharing; /* [n_sequences], or NULL if nothing is shared; see sharing.h */
     int64_t *offsets;                 /* [n_sequences + 1]: first work item of each sequence */
-    int64_t *partial_offsets; /* [n_sequences + 1]: where each one's partial results start, in floats; if split */
-    bool split;               /* key blocks are work items; set by fb_attention_items if n_partials suffices */
+    int64_t *partial_offsets;         /* [n_sequences + 1]: where each one's partial results start, in floats */
+    bool split;                       /* key blocks are work items; set by fb_attention_items if n_partials suffices */
 };
 
 /* The lowest position in the window of a token at `position`; `window` is the operator's own, 0 for none. */

@@ -61,7 +61,8 @@ static void finish_head(const struct fb_attention *a, const float *norm, int32_t
     a->kernels->rotate(head, head + half, cosines, cosines + half, half);
 }
 
-/* Gathers the tile's queries from row first_row on, head_dim apart: row = token x group + head of the group. */
+/* Gathers the tile's queries from row first_row on, head_dim apart: row = token x group + head of
+ * the group. */
 static void gather_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     const struct fb_tile_work *w, size_t first_row) {
     for (int32_t i = 0; i < t->n_tokens; i++)
@@ -104,7 +105,8 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
     memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
 }
 
-/* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. `next`: K or V to prefetch. */
+/* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. `next`: K or V to
+ * prefetch. */
 static void score_keys(const struct fb_attention *a, const struct fb_tile_layout *l, char *slab, size_t panels,
     const struct fb_tile_work *w, size_t rows, float *scores, const char *next) {
     const struct fb_kv_part *k = &a->pool->k;

@@ -99,7 +99,8 @@ static int32_t describe(const struct fb_draw *d, struct fb_sequence *sequence, i
     return sequence->n_tokens;
 }
 
-/* Plans what the device samples. A sequence that cannot be planned is left to fb_sample, which reports why. */
+/* Plans what the device samples. A sequence that cannot be planned is left to fb_sample, which
+ * reports why. */
 static enum fb_status plan(struct decoding *all, struct fb_results *results) {
     all->changes.n = 0;
     for (int32_t i = 0; i < all->n_active; i++) {

@@ -20,7 +20,8 @@ static int by_first_write(const void *a, const void *b) {
     return x < y ? -1 : x > y; /* ties by index */
 }
 
-/* Assigns an offset to a buffer; alive [n_alive] is sorted by offset. Returns the new number of live buffers. */
+/* Assigns an offset to a buffer; alive [n_alive] is sorted by offset. Returns the new number of
+ * live buffers. */
 static int32_t assign_offset(struct fb_buffer *buffer, struct fb_buffer **alive, int32_t n_alive, size_t rows) {
     const size_t size = buffer->stride * rows;
     int32_t n = 0;

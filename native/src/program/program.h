@@ -40,7 +40,8 @@ enum { FB_OWN_ROWS = 4 };
 /* Products per stage at most; q, k and v are three. */
 enum { FB_MOST_PRODUCTS = 8 };
 
-/* Threads that sample tokens of a step at most: each needs scratch of 28 bytes per token of the vocabulary. */
+/* Threads that sample tokens of a step at most: each needs scratch of 28 bytes per token of the
+ * vocabulary. */
 enum { FB_SAMPLING_THREADS = 8 };
 
 struct fb_buffer {
@@ -104,7 +105,7 @@ struct fb_program {
     int32_t *positions;         /* [max_tokens] */
     int32_t *owners;            /* [max_tokens]: sequence of each token */
     int32_t *first_row;         /* [max_tokens] */
-    int64_t *offsets;           /* [n_threads][2][max_tokens + 1]: offsets of attention's work items, see attention.h */
+    int64_t *offsets;           /* [n_threads][2][max_tokens + 1]: of work items, see attention.h */
     struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
     bool shares;                /* some sequences share key blocks */
     bool is_single;             /* every sequence has one token */

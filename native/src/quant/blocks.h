@@ -139,8 +139,8 @@ _Static_assert(sizeof(struct fb_block_q6_k) == 210, "q6_k: 210 bytes for 256 ele
  *  16 sub-blocks of 16 elements, each with a scale (low nibble) and a min (high nibble):
  *     x = d * scale * q - dmin * min,  q = 0 .. 3
  *
- *  Each half of 128 elements owns 32 bytes of qs: bits 2 r, 2 r + 1 of byte j are element j of its run r = 0 .. 3 of 32
- *  elements. */
+ *  Each half of 128 elements owns 32 bytes of qs: bits 2 r, 2 r + 1 of byte j are element j of its run
+ *  r = 0 .. 3 of 32 elements. */
 struct FB_BLOCK fb_block_q2_k {
     uint8_t scales[16];
     uint8_t qs[64];
@@ -154,8 +154,8 @@ _Static_assert(sizeof(struct fb_block_q2_k) == 84, "q2_k: 84 bytes for 256 eleme
  *
  *  16 sub-blocks of 16 elements:  x = d * (scale - 32) * (q - 4),  scale = 0 .. 63,  q = 0 .. 7.
  *
- *  The lower two bits of q lie in qs as in q2_k; its third bit, for element j of run r of half h, is bit 4 h + r of
- *  hmask[j].
+ *  The lower two bits of q lie in qs as in q2_k; its third bit, for element j of run r of half h, is bit
+ *  4 h + r of hmask[j].
  *
  *  The sixteen 6-bit scales, bit 7 on the left:
  *     bytes 0 .. 7    [ scale i+8, lower 4 | scale i, lower 4 ]                               i = 0 .. 7

@@ -121,7 +121,7 @@ static inline size_t fb_panel_bytes(enum fb_dtype dtype, size_t n_cols) {
 /* One unpacked block of a panel (16 rows x 32 columns), for code that is not performance-critical. */
 struct fb_unpacked_block {
     uint8_t codes[FB_UNPACKED_LINES * FB_LINE]; /* byte 64 q + 4 j + i: row j, column 4 q + i */
-    float scale[2][16], offset[2][16];          /* [group][row]; the second group only where the format has two */
+    float scale[2][16], offset[2][16];          /* [group][row]; group 1 only if the format has two */
 };
 
 /* Unpacks block `block` of a panel. */

@@ -283,7 +283,8 @@ inline void prepare(unsigned threads) {
         f.context.uc_link = nullptr;
         makecontext(&f.context, fiber_main, 0);
 #ifdef __SANITIZE_ADDRESS__
-        f.context.uc_stack.ss_size = 0; /* or each switch would clear the shadow of the whole stack, which is slow */
+        f.context.uc_stack.ss_size = 0; /* or each switch would clear the shadow of the whole stack, which is
+                                           slow */
 #endif
     }
 }

@@ -31,7 +31,8 @@ static void fill(float *x, size_t n, float size) {
 
 enum { MOST_MATRICES = 2 * (2 + 6 * LAYERS) };
 
-/* Random numbers in a format, created once: some formats are slow to quantize, and tests create many models. */
+/* Random numbers in a format, created once: some formats are slow to quantize, and tests create
+ * many models. */
 static const void *random_rows(int32_t number, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, size_t *n_bytes) {
     static void *made[MOST_MATRICES];
     const size_t n = (size_t)n_rows * (size_t)n_cols;

@@ -273,7 +273,8 @@ static void test_two_threads(const matrices &numbers) {
         });
         for (int32_t i = 0; i < 100 || n_made < 10; i++) {
             CHECK(step(group.program, group.pool, 3, &got) == FB_OK && got.same_as(wanted));
-            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other thread would hardly run */
+            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other thread would hardly
+                                                                            run */
         }
         is_done = true;
         other.join();
