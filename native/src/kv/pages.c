@@ -25,8 +25,8 @@ static bool holds_kv(enum fb_dtype dtype) {
 /* Everything of a pool except its memory. */
 static enum fb_status lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out) {
-    FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype), "K and V can be f32, f16, bf16 or q8_0, not dtypes %d and %d",
-        (int)k_dtype, (int)v_dtype);
+    FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
+        "K and V are stored in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
     FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
     FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_COUNT, "n_layers is %d, must be 1 .. %d", n_layers, MAX_COUNT);
     FB_REQUIRE(n_kv_heads >= 1 && n_kv_heads <= MAX_COUNT, "n_kv_heads is %d, must be 1 .. %d", n_kv_heads, MAX_COUNT);

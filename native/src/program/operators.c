@@ -181,9 +181,8 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     const struct fb_op *op = c->op;
     const struct fb_program_shape *s = &p->shape;
     const int32_t i = c->index;
-    FB_REQUIRE(((flags & FB_FIRST) != 0) == (i == 0), "op %d: a program has exactly one embed, its first op", i);
-    FB_REQUIRE(
-        ((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has exactly one logits op, its last op", i);
+    FB_REQUIRE(((flags & FB_FIRST) != 0) == (i == 0), "op %d: a program has one embed, at its beginning", i);
+    FB_REQUIRE(((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight, "op %d: its weight is null", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
     FB_REQUIRE(isfinite(op->scale), "op %d: scale is not finite", i);
@@ -191,7 +190,7 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     FB_REQUIRE(
         !gathered || !(flags & FB_OF_TOKENS), "op %d: works on tokens, so it must come before gather_outputs", i);
     FB_REQUIRE(!gathered || !(flags & FB_GATHERS), "op %d: a program has only one gather_outputs", i);
-    FB_REQUIRE(gathered || !(flags & FB_OF_OUTPUTS), "op %d (logits): must come after gather_outputs", i);
+    FB_REQUIRE(gathered || !(flags & FB_OF_OUTPUTS), "op %d (logits): needs gather_outputs before it", i);
     FB_REQUIRE(!(flags & FB_LAYER) || (op->layer >= 0 && op->layer < s->n_layers), "op %d: layer %d of %d", i,
         op->layer, s->n_layers);
     FB_REQUIRE((op->vector != NULL) == (op->vector_length > 0) && (op->vector2 != NULL) == (op->vector2_length > 0),

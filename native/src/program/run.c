@@ -311,14 +311,14 @@ enum fb_status fb_program_run_on_device(struct fb_program *p, const fb_page_pool
 
 enum fb_status fb_program_set_graphs(fb_program *program, bool is_on) {
     FB_REQUIRE(program, "program is null");
-    if (!program->on_device) return fb_fail(FB_UNSUPPORTED, "only programs on one GPU have graphs");
+    if (!program->on_device) return fb_fail(FB_UNSUPPORTED, "programs on the CPU and on several GPUs have no graphs");
     program->device->kind->program_set_graphs(program->on_device, is_on);
     return FB_OK;
 }
 
 enum fb_status fb_program_graph_info(const fb_program *program, struct fb_graph_info *out) {
     FB_REQUIRE(program && out, "program or out is null");
-    if (!program->on_device) return fb_fail(FB_UNSUPPORTED, "only programs on one GPU have graphs");
+    if (!program->on_device) return fb_fail(FB_UNSUPPORTED, "programs on the CPU and on several GPUs have no graphs");
     program->device->kind->program_graph_info(program->on_device, out);
     out->struct_size = sizeof *out;
     return FB_OK;
