@@ -305,7 +305,7 @@ enum fb_status fb_program_run_on_device(struct fb_program *p, const fb_page_pool
     FB_TRY(fb_check_batch(p, pool, batch, n_logits));
     if (p->parts[0])
         return p->device->kind->group_run(p->device->links, p->parts, pool->parts, p->n_results, batch, results);
-    FB_REQUIRE(!p->is_part, "the program is a part of a joined program: run that instead");
+    FB_REQUIRE(!p->is_part, "the program is a part of another: only the joined program runs");
     return p->device->kind->program_run(p->on_device, pool, batch, results);
 }
 
