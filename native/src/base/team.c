@@ -44,7 +44,8 @@ void fb_barrier_wait(struct fb_barrier *barrier, int n_threads) {
 }
 
 /* A team of n threads that waits for more than LOST_OF_A_THREAD / n of its time is slower than a team of
- * n - 1. (The limit would be 1 / n if n threads did n times the work of one, but memory bandwidth prevents that.)
+ * n - 1. (The limit would be 1 / n if n threads did n times the work of one, but memory bandwidth prevents
+ * that.)
  * WINDOW_NS         a decision covers this much run time: some milliseconds, the scale on which the system
  *                   preempts threads
  * TRIAL_NS          a trial of the full team covers this much

@@ -5,7 +5,9 @@
  * partial result: the largest score, the sum of exponentials, and the weighted sum of V. Partial results are
  * merged in block order:
  *
- *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)   (Milakov & Gimelshein 2018)
+ *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)
+ *
+ * (Milakov & Gimelshein 2018).
  *
  * The boundaries and the order of merging depend on positions only, never on threads or on the batch. So the
  * bits are the same whether one thread computes all blocks or each thread computes some and the last merges

@@ -2,7 +2,7 @@
  * layout.h - how a quantized matrix lies in memory: panels of 16 rows, in blocks of 32 columns.
  *
  *     panel            | 256 columns | 256 columns | ...
- *     256 columns      | supers | block 0 | block 1 | ... | block 7 |     supers only in the formats that have them
+ *     256 columns      | supers | block 0 | block 1 | ... | block 7 |     supers only if the format has them
  *     block            | codes | scales |
  *
  * A product reads a panel, and the panels after it, as one contiguous stream, which is how a core reaches its
@@ -17,20 +17,21 @@
  *     8 bits   line q as it is
  *     4 bits   lines 0 .. 3: low nibbles of stored line l are line l, high nibbles line l + 4
  *     5 bits   as 4 bits, then one line whose bit q of each byte is the fifth bit of line q
- *     6 bits   as 4 bits, then two lines: bits 2 i, 2 i + 1 of stored line 4 + r are the upper bits of line 4 r + i
+ *     6 bits   as 4 bits, then two lines: bits 2 i, 2 i + 1 of stored line 4 + r are the upper bits of
+ *              line 4 r + i
  *     2 bits   bits 2 i, 2 i + 1 of stored line r are line 4 r + i
  *     3 bits   as 2 bits, then one line whose bit q of each byte is the third bit of line q
  *
  * A weight is   scale * (code - zero) + offset   with scale and offset of its row and group of 16 or 32
  * columns:
  *
- *     scales of a block       d[16] as f16                    q8_0 q4_0 q5_0 iq4_nl    scale d
- *                             d[16], m[16] as f16             q4_1 q5_1                scale d, offset m
- *                             s[16], m[16] as u8              q4_k q5_k                scale D s, offset -(M m)
+ *     scales of a block       d[16] as f16                    q8_0 q4_0 q5_0 iq4_nl  scale d
+ *                             d[16], m[16] as f16             q4_1 q5_1              scale d, offset m
+ *                             s[16], m[16] as u8              q4_k q5_k              scale D s, offset -(M m)
  *                             s[16] of columns 0 .. 15, then s[16] of 16 .. 31:
- *                                 i8                          q6_k q3_k                scale D s
+ *                                 i8                          q6_k q3_k              scale D s
  *                                 s in the low nibble,
- *                                 m in the high nibble        q2_k                     scale D s, offset -(M m)
+ *                                 m in the high nibble        q2_k                   scale D s, offset -(M m)
  *     supers of 256 columns   D[16] as f16                    q6_k q3_k
  *                             D[16], M[16] as f16             q4_k q5_k q2_k
  *
