@@ -1,7 +1,7 @@
 """Writes the cffi module of the public header: `make_cdef.py fabula.h _cdef.py`.
 
-The header between its two markers is the cdef, word for word (cffi, out-of-line ABI mode). The result is plain Python
-that imports in a millisecond and opens the library with dlopen, so one wheel serves every Python version.
+The text between the header's two markers is the cdef (cffi, out-of-line ABI mode). The result is plain Python that
+imports in a millisecond and opens the library with dlopen, so one wheel works with every Python version.
 """
 
 import sys

@@ -432,7 +432,7 @@ def changed(index: int, **fields: Any) -> list[Op]:
         (lambda: changed(5, window=-2), "window is -2"),
         (lambda: changed(6, residual=2), "cannot be its residual"),
         (lambda: changed(1, residual=0), "only linear and sum take a residual"),
-        (lambda: changed(7, out=5), "woven rows"),
+        (lambda: changed(7, out=5), "interleaved rows"),
         (lambda: changed(9, kind=2, vector=np.ones(16, np.float32)), "needs gather_outputs"),
         (lambda: changed(0, weight=ops.pack(random(19, 16))), "19 rows for a vocabulary of 20"),
     ],

@@ -1,15 +1,19 @@
 /*
  * attention.cu - causal attention over paged K and V.
  *
- * A block of 256 threads takes a tile of queries, which share a KV head, and reads each page once for all of them:
+ * A block of 256 threads takes a tile of queries that share a KV head, and reads each page once for all of
+ * them:
  *
- *     scores    a warp takes a page of the key block, a lane one position: sums over the head in order of dimension
- *     softmax   a warp takes a query; of its 256 scores those that it does not see become 0 behind exp
- *     values    a thread takes a dimension of every s-th page, where s is as many as threads allow; these sums are added in order
+ *     scores    a warp takes a page of the key block, a lane one position: sums over the head in order of
+ *               dimension
+ *     softmax   a warp takes a query; of its 256 scores those that it does not see become 0 after exp
+ *     values    a thread takes a dimension of every s-th page, where s is as many as there are threads for;
+ *               these sums are added in order
  *
- * What a query gets from a key block is a function of its position alone. Parts are merged as ops/attention.h tells, in order of
- * the blocks and the sinks first: by the same threads, which walk the parts one after the other (a prompt), or each part by
- * threads of its own and the merge by merge_kernel (few tokens that see a long past).
+ * The result of a query for a key block depends on its position alone. Parts are merged as in
+ * ops/attention.h, in order of the blocks and the sinks first: either by the same threads, which compute the
+ * parts one after another (prefill), or each part has its own threads and merge_kernel merges them (few
+ * tokens with a long past).
  */
 #include "pages.cuh"
 #include "device.h"
@@ -17,7 +21,8 @@
 
 enum { THREADS = 256, KEYS = FB_CUDA_KEY_BLOCK, PAGE = FB_PAGE_POSITIONS, N_STATS = 6 };
 
-/* ---- What a tile sees -------------------------------------------------------------------------------------------- */
+/* ---- Visible keys of a tile
+ * ------------------------------------------------------------------------------------- */
 
 /* As fb_lowest_visible and fb_sees_sinks of ops/attention.h. */
 FB_BOTH int32_t lowest_visible(const fb_cuda_sequence &s, int32_t window, int32_t position) {
@@ -34,7 +39,7 @@ FB_BOTH bool sees_sinks(const fb_cuda_sequence &s, int32_t window, int32_t posit
 struct tile_view {
     int32_t n_rows, first_position, last_position;
     int32_t first_block, n_parts;
-    bool sinks; /* some query sees the sinks outside its window: they are part 0 */
+    bool sinks; /* some query sees sinks outside its window: they are part 0 */
 };
 
 FB_BOTH tile_view view_of(
@@ -63,7 +68,7 @@ FB_DEVICE float scale_of(const fb_cuda_part &part, const char *at, int32_t posit
     return part.dtype == FB_Q8_0 ? reinterpret_cast<const float *>(at + part.elements)[position] : 1.0f;
 }
 
-/* Of R queries over a lane's position of K; q [R][stride]. */
+/* Scores of R queries for a lane's position of K; q [R][stride]. */
 template <fb_dtype D, int R>
 FB_DEVICE void score(const char *k, int32_t head_dim, const float *q, int32_t stride, int lane, float sum[R]) {
     for (int32_t d = 0; d < head_dim; d += 4) {
@@ -82,7 +87,8 @@ FB_DEVICE void score(const char *k, int32_t head_dim, const float *q, int32_t st
     }
 }
 
-/* sum += weights times dimension d of V's positions from .. end-1; weights [R][KEYS], 0 for what a query does not see. */
+/* sum += weights times dimension d of V's positions from .. end-1; weights [R][KEYS], 0 for positions that a
+ * query does not see. */
 template <fb_dtype D, int R>
 FB_DEVICE void add_values(const char *v, int32_t d, int32_t from, int32_t end, const float *weights, float sum[R]) {
     for (int32_t p = from / 4 * 4; p < end; p += 4) {
@@ -103,7 +109,7 @@ FB_DEVICE void add_values(const char *v, int32_t d, int32_t from, int32_t end, c
 
 /* ---- Parts ------------------------------------------------------------------------------------------------------- */
 
-/* sum = sum merged with part: what both are multiplied by. A part in which a query saw nothing changes nothing. */
+/* Factors of both sums in sum = sum merged with part. A part with length 0 changes nothing. */
 FB_DEVICE void merge_factors(float *sum_max, float *sum_length, float part_max, float part_length, float factors[2]) {
     if (part_length == 0.0f) {
         factors[0] = 1.0f, factors[1] = 0.0f;
@@ -123,7 +129,7 @@ FB_DEVICE float *partial_at(const fb_cuda_attention &a, int64_t tile, int32_t kv
     return a.partials + ((tile * a.pages.n_kv_heads + kv_head) * a.n_parts + part) * a.tile_rows * (padded + 2);
 }
 
-/* Shared memory in floats: queries, scores, stats, and the sums of a tile that is not split. */
+/* Shared memory in floats: queries, scores, stats, and, if not split, the sums of the tile. */
 static int32_t query_stride(int32_t head_dim) {
     return (head_dim + 3) / 4 * 4;
 }
@@ -140,7 +146,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
     float *part_max = stats, *part_length = stats + R, *sum_max = stats + 2 * R, *sum_length = stats + 3 * R;
     float *old_factor = stats + 4 * R, *new_factor = stats + 5 * R;
 
-    /* Late positions, which see most, begin first. */
+    /* Late positions, which see most, start first. */
     const int32_t number = a.n_tiles - 1 - (int32_t)blockIdx.x, kv_head = (int32_t)blockIdx.y;
     const int32_t group = a.n_heads / a.pages.n_kv_heads, half = a.rotary_dim / 2;
     const fb_cuda_tile tile = a.tiles[number];
@@ -150,7 +156,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
     const int slices = padded < THREADS ? THREADS / padded : 1, slice = padded < THREADS ? thread / padded : 0;
     const int64_t slab = ((int64_t)a.layer * a.pages.n_kv_heads + kv_head) * (a.pages.k.bytes + a.pages.v.bytes);
     const int32_t begin = IS_SPLIT ? (int32_t)blockIdx.z : 0, end = IS_SPLIT ? begin + 1 : view.n_parts;
-    if (begin >= view.n_parts) return; /* the whole block */
+    if (begin >= view.n_parts) return; /* true for the whole block */
 
     if (!IS_SPLIT) {
         for (int32_t i = thread; i < R * padded; i += THREADS)
@@ -159,7 +165,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
     }
     for (int32_t part = begin; part < end; part++) {
         const bool is_sinks = view.sinks && part == 0;
-        if (part == begin || (view.sinks && part == 1)) { /* queries, turned for the sinks */
+        if (part == begin || (view.sinks && part == 1)) { /* load the queries; for the sinks, rotated */
             for (int32_t i = thread; i < R * stride; i += THREADS) {
                 const int32_t r = i / stride, d = i % stride, row = tile.first_row + r, token = row / group;
                 float x = 0.0f;
@@ -168,9 +174,10 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
                                         ((int64_t)kv_head * group + row % group) * head_dim;
                     x = from[d];
                     if (is_sinks && d < 2 * half && sees_sinks(sequence, a.window, sequence.n_past + token)) {
-                        const float *turn = a.sink_turns + (int64_t)(sequence.first_row + token) * 2 * half + d % half;
-                        x = d < half ? fmaf(x, turn[0], -(from[d + half] * turn[half]))
-                                     : fmaf(x, turn[0], from[d - half] * turn[half]);
+                        const float *rotation = a.sink_rotations + (int64_t)(sequence.first_row + token) * 2 * half +
+                                                d % half;
+                        x = d < half ? fmaf(x, rotation[0], -(from[d + half] * rotation[half]))
+                                     : fmaf(x, rotation[0], from[d - half] * rotation[half]);
                     }
                 }
                 q[i] = x;
@@ -178,7 +185,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
         }
         __syncthreads();
 
-        /* Positions start + low .. start + high are seen by somebody. */
+        /* Positions start + low .. start + high are visible to some query. */
         const int32_t start = is_sinks ? 0 : (view.first_block + part - (view.sinks ? 1 : 0)) * KEYS;
         int32_t low = 0, high = sequence.n_sinks - 1;
         if (!is_sinks) {
@@ -285,7 +292,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
                     add_values<FB_Q8_0, R>(v, d, from, to, weights, sum);
                 }
             }
-            if (slices > 1) { /* then one round takes all dimensions, and the scores have done their duty */
+            if (slices > 1) { /* all dimensions fit one iteration, so the scores' memory is free */
                 __syncthreads();
 #pragma unroll
                 for (int r = 0; r < R; r++)
@@ -317,7 +324,7 @@ template <int R, bool IS_SPLIT> static __global__ void __launch_bounds__(THREADS
     }
 }
 
-/* Parts of a tile that was split, in order. */
+/* Merges the parts of a split tile in order. */
 static __global__ void merge_kernel(fb_cuda_attention a) {
     const int32_t number = (int32_t)blockIdx.x, kv_head = (int32_t)blockIdx.y, rows = a.tile_rows;
     const int32_t head_dim = a.pages.head_dim, padded = (head_dim + 15) / 16 * 16;

@@ -1,4 +1,4 @@
-/* batch.c - what describes a batch on the GPU, and whether its attention is split. See program.h. */
+/* batch.c - the description of a batch on the GPU, and whether its attention is split. See program.h. */
 #include "program.h"
 #include "program/operators.h"
 
@@ -10,7 +10,7 @@ static int32_t pages_of(const struct fb_sequence *sequence) {
     return (sequence->n_past + sequence->n_tokens - 1) / FB_PAGE_POSITIONS + 1;
 }
 
-static size_t place(struct fb_cuda_description *d, size_t count, size_t size) {
+static size_t add_array(struct fb_cuda_description *d, size_t count, size_t size) {
     const size_t at = d->n_bytes;
     d->n_bytes += fb_cuda_aligned(count * size);
     return at;
@@ -20,19 +20,21 @@ static size_t place(struct fb_cuda_description *d, size_t count, size_t size) {
 
 int32_t fb_cuda_parts_within(const struct fb_cuda_description *d, int32_t window) {
     if (window == 0 || d->n_parts == 0) return d->n_parts;
-    /* A tile's queries stand at tile_rows positions at most; what they see begins and ends anywhere in a key block, and sinks are a part. */
+    /* A tile's queries have at most tile_rows positions. What they see begins and ends anywhere in a key
+     * block, and sinks are one more part. */
     const int64_t seen = (int64_t)window + d->tile_rows;
     const int64_t most = (seen + FB_CUDA_KEY_BLOCK - 2) / FB_CUDA_KEY_BLOCK + 2;
     return most < d->n_parts ? (int32_t)most : d->n_parts;
 }
 
-/* Of a rounded step each token is a sequence, also those that are not there. */
+/* In a padded step every row is a sequence, including the padding. */
 static int32_t tiles_of(const struct fb_cuda_extent *rows, int32_t n_found, int32_t group, int32_t tile_rows) {
-    return rows->is_rounded ? rows->n_tokens * ((group + tile_rows - 1) / tile_rows) : n_found;
+    return rows->is_padded ? rows->n_tokens * ((group + tile_rows - 1) / tile_rows) : n_found;
 }
 
-/* Key blocks get threads of their own when tiles alone leave most of the GPU idle and some tile has several; if parts fit. The result
- * does not depend on it, nor on how many parts are made room for. */
+/* Key blocks get blocks of threads of their own if tiles alone leave most of the GPU idle, some tile has
+ * several, and their parts fit the limit. Results depend neither on that nor on the number of parts that
+ * memory is reserved for. */
 static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cuda_sequence *sequences,
     int32_t n_sequences, struct fb_cuda_description *d) {
     const struct fb_program *program = p->program;
@@ -46,7 +48,7 @@ static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cu
         n_found = fb_cuda_tiles(sequences, n_sequences, group, of.tile_rows, program->ops[i].window, NULL, &n_parts);
         if (n_parts > of.n_parts) of.n_parts = n_parts;
     }
-    if (d->rows.is_rounded) of.n_parts = fb_cuda_round_up(of.n_parts);
+    if (d->rows.is_padded) of.n_parts = fb_cuda_round_up(of.n_parts);
     of.n_tiles = tiles_of(&d->rows, n_found, group, of.tile_rows);
     const size_t n_floats = fb_cuda_partial_floats(&of);
     const bool is_split = of.n_parts > 1 && n_floats <= MOST_PARTIAL_FLOATS &&
@@ -56,7 +58,7 @@ static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cu
     return is_split ? fb_cuda_grow(p, &p->partials, n_floats * sizeof(float), false) : FB_OK;
 }
 
-/* Fills the list of tiles, up to where the launch ends with such of a sequence of no tokens. */
+/* Fills the list of tiles, padded with tiles of a sequence without tokens. */
 static void list_tiles(const struct fb_program *program, const struct fb_cuda_sequence *sequences, int32_t n_sequences,
     struct fb_cuda_description *d, struct fb_cuda_tile *tiles) {
     const int32_t group = program->shape.n_heads / program->shape.n_kv_heads;
@@ -67,14 +69,16 @@ static void list_tiles(const struct fb_program *program, const struct fb_cuda_se
         tiles[i] = (struct fb_cuda_tile){.sequence = n_sequences};
 }
 
-/* ---- The description --------------------------------------------------------------------------------------------- */
+/* ---- Description
+ * ------------------------------------------------------------------------------------------------ */
 
-/* Pages come last: how many there are changes from step to step, and where all the rest lies must not. */
+/* Pages come last: their number changes from step to step, and everything else must stay at the
+ * same address. */
 static enum fb_status lay_out(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_extent rows,
     struct fb_cuda_description *d) {
     const struct fb_program_shape *shape = &p->program->shape;
     const size_t n_tokens = (size_t)rows.n_tokens, group = (size_t)(shape->n_heads / shape->n_kv_heads);
-    const size_t n_sequences = rows.is_rounded ? n_tokens : (size_t)batch->n_sequences;
+    const size_t n_sequences = rows.is_padded ? n_tokens : (size_t)batch->n_sequences;
     size_t n_pages = 0;
     for (int32_t i = 0; i < batch->n_sequences; i++)
         n_pages += (size_t)pages_of(&batch->sequences[i]);
@@ -82,19 +86,19 @@ static enum fb_status lay_out(struct fb_cuda_program *p, const struct fb_batch *
     FB_REQUIRE(
         n_tokens * group <= INT32_MAX / 2, "%zu tokens of %zu heads are too many for one batch", n_tokens, group);
     *d = (struct fb_cuda_description){.rows = rows};
-    d->sequences = place(d, n_sequences, sizeof(struct fb_cuda_sequence));
-    d->tokens = place(d, n_tokens, sizeof(int32_t));
-    d->positions = place(d, n_tokens, sizeof(int32_t));
-    d->owners = place(d, n_tokens, sizeof(int32_t));
-    d->outputs = place(d, (size_t)rows.n_outputs, sizeof(int32_t));
-    /* Tiles hold at least one row of a token's group: room for the most there can be. */
+    d->sequences = add_array(d, n_sequences, sizeof(struct fb_cuda_sequence));
+    d->tokens = add_array(d, n_tokens, sizeof(int32_t));
+    d->positions = add_array(d, n_tokens, sizeof(int32_t));
+    d->owners = add_array(d, n_tokens, sizeof(int32_t));
+    d->outputs = add_array(d, (size_t)rows.n_outputs, sizeof(int32_t));
+    /* A tile holds at least one row of a token's group, so this is the most there can be. */
     const size_t least_rows = (size_t)fb_cuda_tile_rows(shape->head_dim, true);
-    d->tiles = place(d, n_tokens * group / least_rows + n_sequences, sizeof(struct fb_cuda_tile));
-    d->pages = place(d, n_pages, sizeof(int32_t));
+    d->tiles = add_array(d, n_tokens * group / least_rows + n_sequences, sizeof(struct fb_cuda_tile));
+    d->pages = add_array(d, n_pages, sizeof(int32_t));
     return fb_cuda_grow(p, &p->inputs, d->n_bytes, true);
 }
 
-/* What fills up the rows: token 0 at position 0 of a sequence of no tokens, and the first output once more. */
+/* Fills the padding: token 0 at position 0 of a sequence without tokens, and the first output again. */
 static void fill_up(const struct fb_batch *batch, const struct fb_cuda_description *d, char *host) {
     int32_t *tokens = (int32_t *)(void *)(host + d->tokens), *outputs = (int32_t *)(void *)(host + d->outputs);
     int32_t *positions = (int32_t *)(void *)(host + d->positions), *owners = (int32_t *)(void *)(host + d->owners);

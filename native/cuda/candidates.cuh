@@ -1,10 +1,12 @@
 /*
- * candidates.cuh - the tokens still in the game of one draw, as a block of threads sees them; what ops/sample.h calls candidates.
+ * candidates.cuh - the remaining tokens of a row that is being sampled, as a block of threads sees them
+ * (struct fb_candidates of ops/sample.h).
  *
- * They lie in the row's scratch, by ascending id. While they are the whole vocabulary, each 256 tokens are a group whose highest logit
- * is kept, so that few groups need be looked at. Sums of weights are added up as the CPU's sampler does (weight_sum of
- * kernels/vocabulary.h): 8 lanes of each 256, folded by halves, then one after the other. All threads of the block call these
- * functions together and hold the same numbers in `struct candidates`.
+ * They are in the row's scratch, by ascending id. While they are the whole vocabulary, every 256 tokens form
+ * a group whose highest logit is stored, so that only few groups need to be read. Sums of weights have the
+ * order of the CPU's sampler (weight_sum of kernels/vocabulary.h): 8 lanes per group, folded by halves, then
+ * group by group. All threads of the block call these functions together and hold the same values in `struct
+ * candidates`.
  */
 #ifndef FABULA_CUDA_CANDIDATES_CUH
 #define FABULA_CUDA_CANDIDATES_CUH
@@ -15,7 +17,7 @@
 #include <float.h>
 
 enum { SAMPLE_THREADS = 512, SAMPLE_WARPS = SAMPLE_THREADS / 32, GROUP = 256, SUM_LANES = 8 };
-enum { BINS = 2 * SAMPLE_THREADS }; /* of one pass of a selection, as FB_SAMPLE_BINS */
+enum { BINS = 2 * SAMPLE_THREADS }; /* of a histogram in a selection; as FB_SAMPLE_BINS */
 
 typedef unsigned long long mass_t;
 
@@ -29,27 +31,27 @@ struct sample_shared {
     int32_t found;
 };
 
-/* What is kept of a row from launch to launch. */
+/* State of a row between launches. */
 struct sample_state {
-    double total;   /* of the weights */
-    double top;     /* what was taken off logits before they became weights */
-    double factor;  /* logits are still to be multiplied by it; 1 for no */
-    double raw_top; /* of the logits as they came */
+    double total;   /* sum of the weights */
+    double top;     /* subtracted from logits before they became weights */
+    double factor;  /* logits are still to be multiplied by it; 1: none */
+    double raw_top; /* highest of the unchanged logits */
     int32_t n;
     int32_t n_steps_done;
     bool is_whole;      /* slot i is token i, and `id` is not filled */
-    bool is_weighted;   /* weight, group_sum and total belong to the logits as they are */
-    bool wants_weights; /* of the whole vocabulary, from a launch of many blocks */
+    bool is_weighted;   /* weight, group_sum and total match the current logits */
+    bool wants_weights; /* of the whole vocabulary, from the weigh launch */
     bool has_failed;
 };
 
 struct candidates {
     double *logit, *weight; /* [vocab_size] */
     double *group_top;      /* [groups] */
-    double *group_sum;      /* [groups] weights up to the end of each */
+    double *group_sum;      /* [groups] sum of weights up to the end of each group */
     double *group_exp;      /* [groups] terms of the log-probability */
     int32_t *id;            /* [vocab_size] */
-    sample_state *kept;
+    sample_state *saved;
     sample_shared *shared;
     int32_t vocab_size, n_groups;
     sample_state now;
@@ -59,7 +61,7 @@ FB_BOTH int32_t sample_groups(int32_t n) {
     return (n + GROUP - 1) / GROUP;
 }
 
-/* Bytes of a row's scratch, rounded up to where the next row's begins. */
+/* Bytes of scratch per row, with alignment. */
 FB_BOTH size_t sample_row_bytes(int32_t vocab_size) {
     const size_t n = (size_t)vocab_size, n_doubles = 2 * n + 3 * (size_t)sample_groups(vocab_size);
     return (n_doubles * sizeof(double) + sizeof(sample_state) + n * sizeof(int32_t) + 255) / 256 * 256;
@@ -74,8 +76,8 @@ FB_DEVICE candidates candidates_in(char *scratch, int32_t row, int32_t vocab_siz
     c.group_top = c.weight + vocab_size;
     c.group_sum = c.group_top + c.n_groups;
     c.group_exp = c.group_sum + c.n_groups;
-    c.kept = reinterpret_cast<sample_state *>(c.group_exp + c.n_groups);
-    c.id = reinterpret_cast<int32_t *>(c.kept + 1);
+    c.saved = reinterpret_cast<sample_state *>(c.group_exp + c.n_groups);
+    c.id = reinterpret_cast<int32_t *>(c.saved + 1);
     c.shared = shared;
     return c;
 }
@@ -98,7 +100,8 @@ FB_DEVICE int32_t candidate_slot(const candidates &c, int32_t id) {
     return low < c.now.n && c.id[low] == id ? low : -1;
 }
 
-/* ---- Of a block -------------------------------------------------------------------------------------------------- */
+/* ---- Operations of a block
+ * -------------------------------------------------------------------------------------- */
 
 FB_DEVICE int32_t sample_thread() {
     return (int32_t)threadIdx.x;
@@ -122,7 +125,7 @@ FB_DEVICE double block_min(sample_shared *shared, double x) {
     return -block_max(shared, -x);
 }
 
-/* The sum of x over threads up to this one, and over all. */
+/* Sum of x over the threads up to this one; *total: over all. */
 FB_DEVICE mass_t block_scan(sample_shared *shared, mass_t x, mass_t *total) {
     const int lane = sample_thread() % 32, own = sample_thread() / 32;
     for (int step = 1; step < 32; step *= 2) {
@@ -146,7 +149,7 @@ FB_DEVICE int32_t block_count(sample_shared *shared, int32_t mine) {
     return (int32_t)total;
 }
 
-/* x[0] + x[1] + ..., one after the other; each x becomes the sum up to it. */
+/* x[0] + x[1] + ..., in this order; each x becomes the sum up to it. */
 FB_DEVICE double sum_in_order(sample_shared *shared, double *x, int32_t n) {
     if (sample_thread() == 0) {
         double sum = 0.0;
@@ -163,7 +166,7 @@ FB_DEVICE double sum_in_order(sample_shared *shared, double *x, int32_t n) {
     return sum;
 }
 
-/* sums[g] = term(256 g) + ..., in 8 lanes. */
+/* sums[g] = sum of term(i) over group g, in 8 lanes. */
 template <class Term> FB_DEVICE void sum_groups(int32_t n, Term term, double *sums) {
     const int32_t n_items = sample_groups(n) * SUM_LANES;
     for (int32_t first = 0; first < n_items; first += SAMPLE_THREADS) {
@@ -181,7 +184,7 @@ template <class Term> FB_DEVICE void sum_groups(int32_t n, Term term, double *su
 
 /* ---- Weights ----------------------------------------------------------------------------------------------------- */
 
-/* exp(x) for x <= 0 in double, in the operations of the CPU's sampler. */
+/* exp(x) for x <= 0 in double, with the operations of the CPU's sampler. */
 FB_DEVICE double exp64_of(double x) {
     const double shifted = x * FB_EXP64_LOG2E + FB_EXP64_ROUND, n = shifted - FB_EXP64_ROUND;
     const double r = (x - n * FB_EXP64_LN2_HI) - n * FB_EXP64_LN2_LO, rr = r * r;
@@ -191,8 +194,8 @@ FB_DEVICE double exp64_of(double x) {
     return x >= FB_EXP64_LOW ? e * fb_double_of_bits((fb_bits_of_double(shifted) + 1023u) << 52) : 0.0;
 }
 
-/* Multiplies logits by what temperature left for later. */
-FB_DEVICE void settle_factor(candidates &c) {
+/* Multiplies logits by the factor that temperature deferred. */
+FB_DEVICE void apply_factor(candidates &c) {
     if (c.now.factor == 1.0) return;
     for (int32_t i = sample_thread(); i < c.now.n; i += SAMPLE_THREADS)
         c.logit[i] *= c.now.factor;
@@ -209,39 +212,39 @@ FB_DEVICE double highest_of(const candidates &c, const double *x, int32_t n) {
     return block_max(c.shared, top);
 }
 
-/* Of the logits. Multiplying by a factor keeps the order, and so the highest. */
+/* The highest logit. The factor keeps the order, and so the highest. */
 FB_DEVICE double highest_logit(const candidates &c) {
     if (c.now.is_whole) return highest_of(c, c.group_top, c.n_groups) * c.now.factor;
     return highest_of(c, c.logit, c.now.n);
 }
 
-FB_DEVICE void renew_total(candidates &c) {
+FB_DEVICE void update_total(candidates &c) {
     const double *weight = c.weight;
     sum_groups(c.now.n, [=](int32_t i) { return weight[i]; }, c.group_sum);
     c.now.total = sum_in_order(c.shared, c.group_sum, sample_groups(c.now.n));
 }
 
-/* False if there are none to work with: all candidates are banned, or the whole vocabulary waits for the launch that makes its
- * weights, and `may_wait`. */
+/* Computes weights if they are out of date. False if all candidates are banned, or if the whole vocabulary
+ * needs weights and `may_wait`: then the weigh launch computes them. */
 FB_DEVICE bool weigh(candidates &c, bool may_wait) {
     if (c.now.is_weighted) return true;
     c.now.top = highest_logit(c);
     c.now.has_failed = !(c.now.top > -INFINITY);
     c.now.wants_weights = may_wait && c.now.is_whole && !c.now.has_failed;
     if (c.now.has_failed || c.now.wants_weights) return false;
-    settle_factor(c);
+    apply_factor(c);
     for (int32_t i = sample_thread(); i < c.now.n; i += SAMPLE_THREADS)
         c.weight[i] = exp64_of(c.logit[i] - c.now.top);
     __syncthreads();
     c.now.is_weighted = true;
-    renew_total(c);
+    update_total(c);
     return true;
 }
 
 /* ---- Dropping ---------------------------------------------------------------------------------------------------- */
 
-/* Keeps the slots for which stays(slot), which may look at its own slot only. Of the whole vocabulary none stays in a group whose
- * highest logit is below `least_top`. */
+/* Keeps the slots for which stays(slot) is true; it may read only its own slot. With the whole vocabulary,
+ * groups whose highest logit is below `least_top` are skipped: nothing in them may stay. */
 template <class Stays> FB_DEVICE void compact(candidates &c, double least_top, Stays stays) {
     static_assert(SAMPLE_THREADS == 2 * GROUP, "a round is two groups");
     int32_t n = 0;
@@ -260,7 +263,7 @@ template <class Stays> FB_DEVICE void compact(candidates &c, double least_top, S
         }
         mass_t n_kept;
         const int32_t to = n + (int32_t)block_scan(c.shared, is_kept, &n_kept) - 1;
-        if (is_kept) { /* all have read; `to` is no slot of a later round */
+        if (is_kept) { /* all threads have read; `to` is not a slot of a later iteration */
             c.logit[to] = logit;
             if (c.now.is_weighted) c.weight[to] = weight;
             c.id[to] = id;

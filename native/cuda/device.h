@@ -1,10 +1,15 @@
 /*
- * device.h - what kernels are written with, so that the same source is compiled by nvcc for GPUs and by a C++ compiler for the
- * tests, where tests/native/cuda/emulate.h runs each thread of a block as a fiber.
+ * device.h - what kernels are written with. The same source is compiled by nvcc for GPUs and by a C++
+ * compiler for the tests, where tests/native/cuda/emulate.h runs each thread of a block as a fiber.
  *
- * Kernels use __global__, __device__, threadIdx and its like, __syncthreads, shuffles, atomicAdd of whole numbers and the functions below. nvcc is told
- * -fmad=false, the C++ compiler -ffp-contract=off: a multiply and an add fuse only where the source says fmaf, so both
- * compute the same bits wherever they do not call cos, sin or log.
+ * Kernels use __global__, __device__, threadIdx and the like, __syncthreads, shuffles, atomicAdd of integers
+ * and the functions below. nvcc is given -fmad=false, the C++ compiler -ffp-contract=off: a multiply and an
+ * add fuse only where the source says fmaf, so both compute the same bits except where they call cos, sin or
+ * log.
+ *
+ *   FB_DEVICE, FB_BOTH            a function for the GPU; for the GPU and the host
+ *   FB_SHARED(type, name, n)      shared memory of a block, a fixed number of elements
+ *   FB_SHARED_FLOATS(name)        shared memory of as many floats as the launch says
  */
 #ifndef FABULA_CUDA_DEVICE_H
 #define FABULA_CUDA_DEVICE_H
@@ -22,7 +27,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-/* Shared memory of a block: a fixed number of elements, or as many floats as the launch says. Either begins where 16 bytes may be loaded. */
+/* Both are aligned to 16 bytes. */
 #define FB_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define FB_SHARED_FLOATS(name)       extern __shared__ __align__(16) float name[]
 
@@ -37,7 +42,7 @@ static int fb_launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t s
     return (int)cudaGetLastError();
 }
 
-/* Whether the current GPU has code of a kernel: 0, or why not. */
+/* Whether the current GPU has code for a kernel: 0, or the CUDA error. */
 template <class... P> static int fb_find_code(void (*kernel)(P...)) {
     cudaFuncAttributes attributes;
     return (int)cudaFuncGetAttributes(&attributes, kernel);
@@ -67,7 +72,7 @@ FB_DEVICE uint64_t fb_bits_of_double(double value) {
     return (uint64_t)__double_as_longlong(value);
 }
 
-/* 4 floats at a multiple of 16 bytes. */
+/* Loads 4 floats at a multiple of 16 bytes. */
 FB_DEVICE void fb_load4(const float *from, float to[4]) {
     const float4 four = *reinterpret_cast<const float4 *>(from);
     to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
@@ -95,7 +100,7 @@ FB_DEVICE bool fb_is_nan(float x) {
     return (fb_bits_of_float(x) & 0x7FFFFFFFu) > 0x7F800000u;
 }
 
-/* exp as kernels/exp.h tells, the same bits as the CPU's. */
+/* exp as in kernels/exp.h, with the same bits as on the CPU. */
 FB_DEVICE float fb_exp(float x) {
     const bool vanishes = x < FB_EXP_LOW;
     x = x > FB_EXP_HIGH ? FB_EXP_HIGH : x;

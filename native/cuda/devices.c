@@ -1,4 +1,4 @@
-/* devices.c - the GPUs of this machine and their memory, as base/device.h wants them. */
+/* devices.c - the GPUs of this machine and their memory: the fb_device_kind of base/device.h. */
 #include "base/device.h"
 
 #include "library.h"
@@ -11,7 +11,7 @@
 #define FABULA_CUDA_EMULATED 0
 #endif
 
-enum { OLDEST = 75 }; /* Turing: tensor cores that take f16 by 8 columns */
+enum { OLDEST = 75 }; /* Turing: tensor cores for f16, with tiles of 8 columns */
 
 static enum fb_status count(int32_t *out) {
     int driver = 0, n = 0;
@@ -38,8 +38,8 @@ static enum fb_status describe(int32_t index, struct fb_device_info *out) {
     struct cudaDeviceProp properties;
     size_t n_free, n_bytes;
     FB_TRY(fb_cuda_enter(index));
-    FB_TRY(fb_cuda_check(cudaGetDeviceProperties(&properties, index), "asking the GPU"));
-    FB_TRY(fb_cuda_check(cudaMemGetInfo(&n_free, &n_bytes), "asking the GPU for its memory"));
+    FB_TRY(fb_cuda_check(cudaGetDeviceProperties(&properties, index), "reading the GPU's properties"));
+    FB_TRY(fb_cuda_check(cudaMemGetInfo(&n_free, &n_bytes), "reading the GPU's memory size"));
     out->compute_major = properties.major;
     out->compute_minor = properties.minor;
     out->n_processors = properties.multiProcessorCount;
@@ -50,10 +50,11 @@ static enum fb_status describe(int32_t index, struct fb_device_info *out) {
     return FB_OK;
 }
 
-/* Whether this build's kernels run there. One kernel tells for all, as all are compiled for the same architectures. */
+/* Whether this build's kernels run on the GPU. Checking one kernel is enough, as all are compiled for the
+ * same architectures. */
 static enum fb_status check(int32_t index) {
     struct fb_device_info info = {0};
-    FB_TRY(describe(index, &info)); /* a GPU that failed says so here */
+    FB_TRY(describe(index, &info)); /* a GPU that has failed reports it here */
     const int32_t capability = 10 * info.compute_major + info.compute_minor;
     if (capability < OLDEST)
         return fb_fail(FB_DEVICE_FAILED, "%s is too old: it has compute capability %d.%d, Fabula needs %d.%d",
@@ -63,19 +64,19 @@ static enum fb_status check(int32_t index) {
         error == cudaErrorUnsupportedPtxVersion) {
         cudaGetLastError();
         return fb_fail(FB_DEVICE_FAILED,
-            "this build of Fabula has no code for %s, of compute capability %d.%d: it was built with other "
+            "this build of Fabula has no code for %s (compute capability %d.%d): it was built with other "
             "FABULA_CUDA_ARCHITECTURES",
             info.name, info.compute_major, info.compute_minor);
     }
     return fb_cuda_check(error, "looking for kernels");
 }
 
-static enum fb_status take(int32_t index, size_t n_bytes, void **out) {
+static enum fb_status allocate(int32_t index, size_t n_bytes, void **out) {
     FB_TRY(fb_cuda_enter(index));
     fb_cuda_lock_memory();
     const int error = cudaMalloc(out, n_bytes);
     fb_cuda_unlock_memory();
-    return fb_cuda_check(error, "taking memory");
+    return fb_cuda_check(error, "allocating memory");
 }
 
 static void release(int32_t index, void *memory) {
@@ -85,15 +86,15 @@ static void release(int32_t index, void *memory) {
     fb_cuda_unlock_memory();
 }
 
-/* Copies and clears go by this thread's own stream, of which alone they await the end. What waits for the whole GPU, or for the default
- * stream, is refused while any thread records a graph there, and breaks what it records. Programs have done all work by the time
- * they return, so nothing is to be waited for on their streams. */
+/* Copies and clears use this thread's own stream and wait only for that. Waiting for the whole GPU or the
+ * default stream fails while any thread records a graph, and breaks the recording. Programs have finished
+ * their work when they return, so there is nothing to wait for on their streams. */
 static enum fb_status finish(int error, const char *what) {
     FB_TRY(fb_cuda_check(error, what));
     return fb_cuda_check(cudaStreamSynchronize(cudaStreamPerThread), what);
 }
 
-static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void *from, size_t n_bytes) {
+static enum fb_status copy(int32_t index, enum fb_direction direction, void *to, const void *from, size_t n_bytes) {
     static const enum cudaMemcpyKind kinds[] = {
         [FB_TO_DEVICE] = cudaMemcpyHostToDevice,
         [FB_FROM_DEVICE] = cudaMemcpyDeviceToHost,
@@ -101,7 +102,7 @@ static enum fb_status copy(int32_t index, enum fb_way way, void *to, const void 
     };
     if (to == from) return FB_OK;
     FB_TRY(fb_cuda_enter(index));
-    return finish(cudaMemcpyAsync(to, from, n_bytes, kinds[way], cudaStreamPerThread), "copying memory");
+    return finish(cudaMemcpyAsync(to, from, n_bytes, kinds[direction], cudaStreamPerThread), "copying memory");
 }
 
 static enum fb_status clear(int32_t index, void *memory, size_t n_bytes) {
@@ -121,7 +122,7 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
     static const struct fb_device_kind kind = {.count = count,
         .describe = describe,
         .check = check,
-        .take = take,
+        .allocate = allocate,
         .release = release,
         .copy = copy,
         .clear = clear,

@@ -1,4 +1,4 @@
-/* exchange.c - see exchange.h. */
+/* exchange.c - loads NCCL. See exchange.h. */
 #include "exchange.h"
 
 #include <dlfcn.h>
@@ -25,7 +25,8 @@ static const char *last_loader_error(void) {
     return error ? error : "libnccl.so.2 cannot be loaded";
 }
 
-/* Puts a function's address where a pointer to it lies; C has no cast between the two kinds of pointers. */
+/* Looks up a function and stores its address in the pointer at `function`. memcpy, because C has no cast
+ * between object and function pointers. */
 static bool find(void *library, const char *name, void *function) {
     void *const address = dlsym(library, name);
     memcpy(function, &address, sizeof address);

@@ -1,7 +1,7 @@
 /*
- * exchange.h - the few functions of NVIDIA's NCCL that move results between GPUs, looked for when several are asked for, so that
- * nobody else needs the library. Signatures and numbers are those of its manual (docs.nvidia.com/deeplearning/nccl); exchange.c compares
- * them with nccl.h where a build has it.
+ * exchange.h - the few functions of NVIDIA's NCCL that move results between GPUs. The library is loaded when
+ * a group is opened, so that nobody else needs it. Signatures and constants are those of its manual
+ * (docs.nvidia.com/deeplearning/nccl); exchange.c compares them with nccl.h if the build has it.
  */
 #ifndef FABULA_CUDA_EXCHANGE_H
 #define FABULA_CUDA_EXCHANGE_H
@@ -23,7 +23,8 @@ struct fb_nccl {
     const char *(*get_error_string)(int error);
 };
 
-/* FB_UNSUPPORTED, with the loader's words, where there is no libnccl.so.2 or it lacks a function. It stays loaded. */
+/* Loads the library, which stays loaded. FB_UNSUPPORTED, with the loader's message, if libnccl.so.2 is
+ * missing or lacks a function. */
 enum fb_status fb_nccl_load(struct fb_nccl *out);
 
 #endif

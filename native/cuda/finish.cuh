@@ -1,4 +1,5 @@
-/* finish.cuh - what becomes of a product's sum: bias, SwiGLU, residual, and whether it is finite. All kernels of products end here. */
+/* finish.cuh - the end of every product kernel: bias, SwiGLU, residual, and the check for
+ * non-finite results. */
 #ifndef FABULA_CUDA_FINISH_CUH
 #define FABULA_CUDA_FINISH_CUH
 
@@ -7,7 +8,8 @@
 
 enum { FB_LANES = 16 }; /* rows of a panel */
 
-/* Puts a sum where it belongs. `panel` and `lane` name its row; with SwiGLU that of the gate, and `up` is the other sum. */
+/* Finishes and stores a sum. `panel` and `lane` give its row; with SwiGLU the gate's, and `up` is the other
+ * sum. */
 FB_DEVICE void fb_finish(const fb_cuda_linear &a, int64_t token, int32_t panel, int lane, float sum, float up) {
     const int32_t row = panel * FB_LANES + lane, column = a.swiglu ? panel / 2 * FB_LANES + lane : row;
     if (column >= a.width) return;

@@ -1,14 +1,16 @@
 /*
- * fragments.cuh - 16 rows x 32 columns of a weight as two tiles of mma.cuh, straight from a panel into registers.
+ * fragments.cuh - 16 rows x 32 columns of a weight as two tiles of mma.cuh, loaded directly from a panel into
+ * registers.
  *
- * Which of a tile's rows and columns is which does not matter to a product as long as weights, inputs and results agree. Chosen so that panels,
- * which are drawn in quant/layout.h and quant/weight.h, come in lines that a warp reads whole, lane 4 g + t has
+ * A product does not depend on the order of a tile's rows and columns as long as weights, inputs and results
+ * agree. The order is chosen so that a warp reads whole lines of a panel (drawn in quant/layout.h and
+ * quant/weight.h). Lane 4 g + t has
  *
  *     rows       2 g and 2 g + 1 of the panel, as rows g and g + 8 of the tile
  *     columns    16 s + 4 t .. 16 s + 4 t + 3 in step s = 0, 1: one word of codes for each row
  *
- * so inputs lie in chunks of 32 columns in the order of fb_input_place. Codes become whole numbers in f16, which is exact; scales follow
- * behind the product, in f32.
+ * so inputs are stored in chunks of 32 columns in the order of fb_input_index. Codes become integers in f16,
+ * which is exact; scales are applied after the product, in f32.
  */
 #ifndef FABULA_CUDA_FRAGMENTS_CUH
 #define FABULA_CUDA_FRAGMENTS_CUH
@@ -16,17 +18,18 @@
 #include "mma.cuh"
 #include "weights.cuh"
 
-/* Where column 0 .. 31 of a chunk of inputs lies: 16 bytes that a lane reads at once are its columns of both steps. */
-FB_BOTH int fb_input_place(int column) {
+/* Index of column 0 .. 31 in a chunk of inputs: the 16 bytes that a lane loads at once are its columns of
+ * both steps. */
+FB_BOTH int fb_input_index(int column) {
     return column % 16 / 4 * 8 + column / 16 * 4 + column % 4;
 }
 
-/* Two f16, or one for each of the lane's rows, of a word. */
+/* One of the two f16 of a word, e.g. one per row of the lane. */
 FB_DEVICE float fb_half_of(uint32_t word, int which) {
     return fb_float_of_f16((uint16_t)(word >> (16 * which)));
 }
 
-/* iq4_nl's numbers + 128 of four codes: bytes of two tables of 8, chosen by the fourth bit. */
+/* iq4_nl's values + 128 for four codes: bytes of two tables of 8, selected by the fourth bit. */
 FB_DEVICE uint32_t fb_iq4_nl_values(uint32_t codes) {
     const uint32_t pairs = codes | (codes >> 4), which = fb_byte_perm(pairs, 0u, 0x4420u) & 0x7777u;
     const uint32_t low = fb_byte_perm(0x3F2D1801u, 0x766A5D4Fu, which);
@@ -87,8 +90,8 @@ template <fb_dtype D> struct fb_fragments {
         return D == FB_IQ4_NL ? fb_iq4_nl_values(four) : four;
     }
 
-    /* Step s. A byte behind 0x64 is the f16 of 1024 + byte. */
-    __device__ void open(int s, int lane, uint32_t a[4]) const {
+    /* Unpacks step s. A byte after 0x64 is the f16 number 1024 + byte. */
+    __device__ void unpack(int s, int lane, uint32_t a[4]) const {
         constexpr uint32_t zero = (uint32_t)(0x6400 + layout.zero) * 0x10001u;
 #pragma unroll
         for (int row = 0; row < 2; row++) {
@@ -121,7 +124,7 @@ template <fb_dtype D> struct fb_fragments {
     }
 };
 
-/* Columns behind the last are 0. */
+/* Columns past the last are 0. */
 template <> struct fb_fragments<FB_F16> {
     static constexpr int n_groups = 1;
     static constexpr bool is_scaled = false, has_offset = false;
@@ -138,7 +141,7 @@ template <> struct fb_fragments<FB_F16> {
         }
     }
 
-    __device__ void open(int s, int, uint32_t a[4]) const {
+    __device__ void unpack(int s, int, uint32_t a[4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const uint32_t left = raw[4 * s + 2 * i], right = raw[4 * s + 2 * i + 1];
@@ -164,7 +167,7 @@ template <> struct fb_fragments<FB_BF16> {
         }
     }
 
-    __device__ void open(int s, int, uint32_t a[4]) const {
+    __device__ void unpack(int s, int, uint32_t a[4]) const {
         a[0] = raw[2 * s].word[0];
         a[1] = raw[2 * s].word[1];
         a[2] = raw[2 * s + 1].word[0];

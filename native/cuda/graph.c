@@ -1,4 +1,4 @@
-/* graph.c - steps recorded and replayed. See graph.h. */
+/* graph.c - records and replays steps as CUDA graphs. See graph.h. */
 #include "graph.h"
 
 #include "program.h"
@@ -18,19 +18,21 @@ struct fb_cuda_extent fb_cuda_extent_of(const struct fb_cuda_program *p, const s
     struct fb_cuda_extent rows = {batch->n_tokens, batch->n_outputs, false};
     if (!p->graphs.info.is_on || batch->n_tokens != batch->n_sequences || batch->n_tokens > FB_CUDA_GRAPH_TOKENS)
         return rows;
-    const int32_t most = p->program->shape.max_tokens; /* rows that buffers have */
+    const int32_t most = p->program->shape.max_tokens; /* rows of the buffers */
     rows.n_tokens = fb_cuda_round_up(rows.n_tokens);
     rows.n_outputs = fb_cuda_round_up(rows.n_outputs);
     if (rows.n_tokens > most) rows.n_tokens = most;
     if (rows.n_outputs > most) rows.n_outputs = most;
-    rows.is_rounded = true;
+    rows.is_padded = true;
     return rows;
 }
 
-/* ---- The table --------------------------------------------------------------------------------------------------- */
+/* ---- Graphs by key
+ * ---------------------------------------------------------------------------------------------- */
 
 static bool same_memory(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
-    return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials && a->opened == b->opened;
+    return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials &&
+           a->dequantized == b->dequantized;
 }
 
 static bool same_key(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
@@ -54,7 +56,8 @@ void fb_cuda_drop_graphs(struct fb_cuda_graphs *graphs) {
         drop(graphs, graphs->n - 1);
 }
 
-/* The place of a key; *is_new if it had none. What holds memory that is given back goes, then what was unused for longest. */
+/* Returns the entry of a key; *is_new: it was just added. Drops entries that refer to released memory, and
+ * the least recently used one if the table is full. */
 static struct fb_cuda_graph *look_up(struct fb_cuda_graphs *graphs, const struct fb_cuda_graph_key *key, bool *is_new) {
     int32_t oldest = 0;
     for (int32_t i = graphs->n - 1; i >= 0; i--)
@@ -75,7 +78,8 @@ static struct fb_cuda_graph *look_up(struct fb_cuda_graphs *graphs, const struct
 
 /* ---- Recording and replaying ------------------------------------------------------------------------------------- */
 
-/* The step is not lost with it, so this is no failure of a call: the reason is kept for whoever asks. */
+/* The step itself runs without a graph, so this is not an error of the call: the reason is kept for
+ * fb_program_graph_info. */
 static bool refuse(struct fb_cuda_graphs *graphs, struct fb_cuda_graph *graph, const char *what, int error) {
     cudaGetLastError(); /* or the next call would report it again */
     graph->is_refused = true;
@@ -85,23 +89,24 @@ static bool refuse(struct fb_cuda_graphs *graphs, struct fb_cuda_graph *graph, c
     return false;
 }
 
-/* Whether a recording was broken, which another thread may have done. */
+/* Whether the recording was broken, which another thread can cause. */
 static bool is_broken(int error) {
     return error == cudaErrorStreamCaptureInvalidated || error == cudaErrorStreamCaptureUnsupported;
 }
 
-/* Other threads may take memory and copy meanwhile: the mode concerns this thread alone, the stream does not wait for the default one,
- * and copies wait for streams of their own. */
+/* Other threads may allocate and copy meanwhile: the capture mode concerns this thread alone, the stream does
+ * not wait for the default one, and copies wait for streams of their own. */
 static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const struct fb_cuda_step *step) {
     struct fb_cuda_step launched = *step;
     cudaGraph_t recorded = NULL;
     int error = cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal);
-    if (error) return refuse(&p->graphs, graph, "beginning to record", error);
+    if (error) return refuse(&p->graphs, graph, "starting to record", error);
     const enum fb_status status = fb_cuda_launch(p, &launched);
-    error = cudaStreamEndCapture(p->stream, &recorded); /* behind a failure too, or the stream would go on recording */
+    error = cudaStreamEndCapture(p->stream, &recorded); /* also after a failure, or the stream would keep
+                                                           recording */
     if (!error && status != FB_OK) error = cudaErrorUnknown;
     if (!error) {
-        fb_cuda_lock_memory(); /* it takes some */
+        fb_cuda_lock_memory(); /* it allocates memory */
         error = cudaGraphInstantiateWithFlags(&graph->launchable, recorded, 0);
         fb_cuda_unlock_memory();
     }
@@ -119,7 +124,7 @@ static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const
     return true;
 }
 
-/* Whether the step is on the stream. */
+/* Launches the step as a graph; false if it could not. */
 static bool replay(struct fb_cuda_program *p, const struct fb_cuda_step *step) {
     struct fb_cuda_graphs *graphs = &p->graphs;
     const struct fb_cuda_graph_key key = {.n_tokens = step->d.rows.n_tokens,
@@ -129,7 +134,7 @@ static bool replay(struct fb_cuda_program *p, const struct fb_cuda_step *step) {
         .inputs = p->inputs.device,
         .outputs = p->outputs.device,
         .partials = p->partials.device,
-        .opened = p->opened.device};
+        .dequantized = p->dequantized.device};
     bool is_new;
     struct fb_cuda_graph *graph = look_up(graphs, &key, &is_new);
     graph->last_used = ++graphs->n_steps;
@@ -141,12 +146,13 @@ static bool replay(struct fb_cuda_program *p, const struct fb_cuda_step *step) {
 }
 
 enum fb_status fb_cuda_run_step(struct fb_cuda_program *p, struct fb_cuda_step *step) {
-    if (step->d.rows.is_rounded && replay(p, step)) return FB_OK;
+    if (step->d.rows.is_padded && replay(p, step)) return FB_OK;
     p->graphs.info.n_launched++;
     return fb_cuda_launch(p, step);
 }
 
-/* ---- Asked and told ---------------------------------------------------------------------------------------------- */
+/* ---- Public functions
+ * ------------------------------------------------------------------------------------------- */
 
 void fb_cuda_set_graphs(void *program, bool is_on) {
     struct fb_cuda_program *p = program;

@@ -1,14 +1,16 @@
 /*
- * graph.h - steps of one token a sequence as CUDA graphs: recorded once for each size, then one launch each.
+ * graph.h - decode steps (one token per sequence) as CUDA graphs: recorded once per size, then one launch
+ * each.
  *
- * Sizes are rounded up, so that a few graphs serve all batches. Rows beyond the real ones belong to a sequence of no tokens: they are
- * computed like any row, write no K and V, and nobody reads their results. All that changes between steps lies in device memory
- * (fb_cuda_description), at places that the size alone decides; what a graph holds besides is part of its key.
+ * Sizes are rounded up, so that a few graphs serve all batches. The padding rows belong to a sequence without
+ * tokens: they are computed like any row, write no K and V, and their results are not read. Everything that
+ * changes between steps is in device memory (fb_cuda_description), at addresses that depend on the size
+ * alone; everything else that a graph contains is part of its key.
  *
- * A size that comes for the first time is launched operator by operator, which also loads its kernels: that may have to wait for the
- * GPU, and nothing may while a stream records. The second time records. Whatever fails on the way costs the graph, never the step.
- * A recording that another thread breaks, with a call that waits for the whole GPU (of cuBLASLt, or of another library of the process), is
- * begun again the next time the size comes.
+ * The first step of a size is launched operator by operator, which also loads its kernels: that may have to
+ * wait for the GPU, and nothing may while a stream records. The second one is recorded. A failure costs the
+ * graph, never the step. If another thread breaks a recording, with a call that waits for the whole GPU (by
+ * cuBLASLt, or by another library of the process), the next step of that size records again.
  */
 #ifndef FABULA_CUDA_GRAPH_H
 #define FABULA_CUDA_GRAPH_H
@@ -17,29 +19,30 @@
 #include "runtime.h"
 
 enum {
-    FB_CUDA_GRAPH_TOKENS = 256, /* of a step; for more, launches hide behind the work */
-    FB_CUDA_MOST_GRAPHS = 32,   /* of a program: two for every doubling of a batch, its outputs or the longest past */
-    FB_CUDA_MOST_BROKEN = 3     /* recordings of a step that may be broken; then it is refused */
+    FB_CUDA_GRAPH_TOKENS = 256, /* per step; larger steps hide the cost of launches */
+    FB_CUDA_MOST_GRAPHS = 32,   /* per program: two for every doubling of a batch, its outputs or the longest
+                                   past */
+    FB_CUDA_MOST_BROKEN = 3     /* broken recordings of a step before it is refused */
 };
 
-/* Rows that a batch's launches work on. */
+/* Rows that a batch's launches compute. */
 struct fb_cuda_extent {
     int32_t n_tokens, n_outputs;
-    bool is_rounded; /* the step may be a graph */
+    bool is_padded; /* rounded up: the step may be a graph */
 };
 
-/* Everything in the launches of a rounded step that is no content of device memory. */
+/* Everything in the launches of a padded step that is not in device memory. */
 struct fb_cuda_graph_key {
     int32_t n_tokens, n_outputs, n_parts;
     struct fb_cuda_pages pages;
-    const void *inputs, *outputs, *partials, *opened;
+    const void *inputs, *outputs, *partials, *dequantized;
 };
 
 struct fb_cuda_graph {
     struct fb_cuda_graph_key key;
     cudaGraphExec_t launchable; /* NULL: not recorded */
-    bool is_refused;            /* nor will it be */
-    int32_t n_broken;           /* recordings that were broken */
+    bool is_refused;            /* will not be recorded either */
+    int32_t n_broken;           /* broken recordings so far */
     int64_t last_used;
 };
 
@@ -53,17 +56,17 @@ struct fb_cuda_graphs {
 struct fb_cuda_program;
 struct fb_cuda_step;
 
-/* n of {1, 2, 3, 4, 6, 8, 12, 16, 24, ...}, or 0: at most half more than asked for. */
+/* n rounded up to one of {0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...}: at most half more. */
 int32_t fb_cuda_round_up(int32_t n);
 
 struct fb_cuda_extent fb_cuda_extent_of(const struct fb_cuda_program *p, const struct fb_batch *batch);
 
-/* Puts a step's operators on the stream, as a graph or one by one. */
+/* Launches a step's operators on the stream, as a graph or one by one. */
 enum fb_status fb_cuda_run_step(struct fb_cuda_program *p, struct fb_cuda_step *step);
 
 void fb_cuda_drop_graphs(struct fb_cuda_graphs *graphs);
 
-/* As the table of base/device.h has them. */
+/* The functions of that name in fb_device_kind (base/device.h). */
 void fb_cuda_set_graphs(void *program, bool is_on);
 void fb_cuda_graph_info(const void *program, struct fb_graph_info *out);
 

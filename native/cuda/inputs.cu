@@ -1,10 +1,11 @@
-/* inputs.cu - inputs of products rounded to 16 bits, in the order of fragments.cuh. Contracts stand in kernels.h. */
+/* inputs.cu - rounds inputs of products to 16 bits, in the order of fragments.cuh. Contracts are in
+ * kernels.h. */
 #include "fragments.cuh"
 #include "norm.cuh"
 
-enum { ROUND_CHUNKS = 64 }; /* of a block of threads */
+enum { ROUND_CHUNKS = 64 }; /* per block of threads */
 
-/* Tokens that kernels take together: 8, 32 or 64. */
+/* n_tokens rounded up to whole tiles of 8, 32 or 64. */
 static int32_t whole_tiles(int32_t n_tokens) {
     const int32_t tile = n_tokens <= FB_CUDA_FEW_TOKENS    ? FB_CUDA_FEW_TOKENS
                          : n_tokens <= FB_CUDA_TILE_TOKENS ? FB_CUDA_TILE_TOKENS / 2
@@ -29,7 +30,8 @@ size_t fb_cuda_inputs_view(
     return sums + (dtype == FB_BF16 ? 0 : n_chunks * FB_CUDA_SUMS * n_rows * sizeof(float));
 }
 
-/* Chunks first .. last - 1 of a token by a block, a warp one after the other; `row` is NULL behind the last token: that becomes 0. */
+/* A block rounds chunks first .. last - 1 of a token, its warps in turn. `row` is NULL for padding, which
+ * becomes 0. */
 template <fb_dtype D>
 FB_DEVICE void round_row(
     const float *row, int32_t token, int32_t n_cols, int32_t first, int32_t last, const fb_cuda_inputs &out) {
@@ -37,12 +39,12 @@ FB_DEVICE void round_row(
     const int64_t part = (int64_t)out.n_chunks * out.n_rows * FB_CHUNK;
     float inverse = 1.0f, power = 1.0f;
     if constexpr (D == FB_F16)
-        if (row) power = fb_power_for(fb_highest_of(row, n_cols), &inverse); /* the whole block */
+        if (row) power = fb_power_for(fb_highest_of(row, n_cols), &inverse); /* true for the whole block */
     if (threadIdx.x == 0 && first == 0) out.scales[token] = inverse;
     for (int32_t chunk = first + warp; chunk < last && chunk < out.n_chunks; chunk += FB_ROW_WARPS) {
         const int32_t column = chunk * FB_CHUNK + lane;
         const float number = row && column < n_cols ? row[column] : 0.0f;
-        uint16_t *to = out.halfs + ((int64_t)chunk * out.n_rows + token) * FB_CHUNK + fb_input_place(lane);
+        uint16_t *to = out.halfs + ((int64_t)chunk * out.n_rows + token) * FB_CHUNK + fb_input_index(lane);
         if constexpr (D == FB_BF16) {
             const uint16_t high = fb_bf16_of_float(number);
             to[0] = high;

@@ -1,4 +1,5 @@
-/* library.c - see library.h. Types and numbers are those of cublasLt.h; a build that has not that header does without. */
+/* library.c - products with cuBLASLt. See library.h. Types and constants are those of cublasLt.h; a build
+ * without that header works without the library. */
 #include "library.h"
 
 #include "base/status.h"
@@ -32,23 +33,23 @@ struct fb_cuda_functions {
         cudaStream_t);
 };
 
-/* The way to a product, found before for others of the same sizes. */
+/* The algorithm chosen for a product of these sizes. */
 struct choice {
     enum fb_dtype dtype;
-    int32_t n_rows, n_tokens, n_cols; /* n_rows is 0 where nothing is chosen yet */
+    int32_t n_rows, n_tokens, n_cols; /* n_rows 0: unused */
     cublasLtMatmulAlgo_t algorithm;
 };
 
-enum { N_CHOICES = 64 }; /* a step has a handful of sizes, and prompts end in steps of all sizes */
+enum { N_CHOICES = 64 }; /* a step has few sizes, and prefill ends with steps of any size */
 
 struct fb_cuda_library {
     const struct fb_cuda_functions *functions;
     cublasLtHandle_t handle;
     struct choice choices[N_CHOICES];
-    size_t n_made; /* the next one takes the place of the oldest */
+    size_t n_made; /* the next choice replaces the oldest */
 };
 
-/* What describes one product. */
+/* The descriptors of one product. */
 struct description {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t weights, inputs, out;
@@ -65,7 +66,7 @@ static enum fb_status check(cublasStatus_t status, const char *what) {
 
 static void *open_library(const char *path) {
     if (path) return dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    int driver = 0; /* one of CUDA 12 loads the library of 13 and cannot start it */
+    int driver = 0; /* a CUDA 12 driver loads the library of CUDA 13 but cannot start it */
     if (cudaDriverGetVersion(&driver) != cudaSuccess) (void)cudaGetLastError();
     void *const library = driver >= 13000 ? dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL) : NULL;
     return library ? library : dlopen("libcublasLt.so.12", RTLD_NOW | RTLD_LOCAL);
@@ -74,7 +75,7 @@ static void *open_library(const char *path) {
 static enum fb_status find_functions(void *library, struct fb_cuda_functions *out) {
     const struct {
         const char *name;
-        void *place;
+        void *function;
     } wanted[] = {{"cublasLtCreate", &out->create}, {"cublasLtDestroy", &out->destroy},
         {"cublasLtMatmulDescCreate", &out->operation_create}, {"cublasLtMatmulDescSetAttribute", &out->operation_set},
         {"cublasLtMatmulDescDestroy", &out->operation_destroy}, {"cublasLtMatrixLayoutCreate", &out->layout_create},
@@ -86,13 +87,13 @@ static enum fb_status find_functions(void *library, struct fb_cuda_functions *ou
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *const found = dlsym(library, wanted[i].name);
         if (!found) return fb_fail(FB_UNSUPPORTED, "cuBLASLt has no function %s", wanted[i].name);
-        memcpy(wanted[i].place, &found, sizeof found); /* C has no cast from objects to functions */
+        memcpy(wanted[i].function, &found, sizeof found); /* C has no cast from object to function pointers */
     }
     return FB_OK;
 }
 
 enum fb_status fb_cuda_functions_load(const char *path, struct fb_cuda_functions **out) {
-    void *const library = open_library(path); /* never closed: CUDA may hold on to it until the process ends */
+    void *const library = open_library(path); /* never closed: CUDA may use it until the process ends */
     if (!library) {
         const char *const why = dlerror();
         return fb_fail(FB_UNSUPPORTED, "cuBLASLt (libcublasLt.so.13 or .12) cannot be loaded: %s", why ? why : "");
@@ -110,9 +111,9 @@ enum fb_status fb_cuda_functions_load(const char *path, struct fb_cuda_functions
 
 enum fb_status fb_cuda_library_create(const struct fb_cuda_functions *functions, struct fb_cuda_library **out) {
     struct fb_cuda_library *const library = calloc(1, sizeof *library);
-    if (!library) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a handle of cuBLASLt");
+    if (!library) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a cuBLASLt handle");
     library->functions = functions;
-    fb_cuda_lock_memory(); /* it takes some */
+    fb_cuda_lock_memory(); /* it allocates memory */
     const cublasStatus_t created = functions->create(&library->handle);
     fb_cuda_unlock_memory();
     const enum fb_status status = check(created, "starting cuBLASLt");
@@ -134,7 +135,8 @@ void fb_cuda_library_free(struct fb_cuda_library *library) {
 
 /* ---- Products ---------------------------------------------------------------------------------------------------- */
 
-/* Its matrices lie column by column, so rows of ours are columns of its: out^T = weights inputs^T, the weights transposed. */
+/* cuBLASLt's matrices are column-major, so our rows are its columns: out^T = weights inputs^T, with the
+ * weights transposed. */
 static enum fb_status describe(
     const struct fb_cuda_functions *f, const struct fb_cuda_matrices *m, struct description *d) {
     const cudaDataType type = m->dtype == FB_BF16 ? CUDA_R_16BF : CUDA_R_16F;
@@ -153,7 +155,7 @@ static enum fb_status describe(
         "choosing a product");
 }
 
-static void forget(const struct fb_cuda_functions *f, const struct description *d) {
+static void destroy(const struct fb_cuda_functions *f, const struct description *d) {
     if (d->preference) f->preference_destroy(d->preference);
     if (d->out) f->layout_destroy(d->out);
     if (d->inputs) f->layout_destroy(d->inputs);
@@ -174,7 +176,7 @@ static enum fb_status choose(struct fb_cuda_library *library, const struct fb_cu
     FB_TRY(check(f->choose(library->handle, d->operation, d->weights, d->inputs, d->out, d->out, d->preference, 1,
                      &found, &n_found),
         "choosing a product"));
-    if (n_found == 0) return fb_fail(FB_DEVICE_FAILED, "cuBLASLt knows no way to a product");
+    if (n_found == 0) return fb_fail(FB_DEVICE_FAILED, "cuBLASLt has no algorithm for this product");
     FB_TRY(check(found.state, "choosing a product"));
     struct choice *const c = &library->choices[library->n_made++ % N_CHOICES];
     *c = (struct choice){m->dtype, m->n_rows, m->n_tokens, m->n_cols, found.algo};
@@ -191,7 +193,7 @@ static enum fb_status multiply(struct fb_cuda_library *library, const struct fb_
     return check(
         f->multiply(library->handle, d->operation, &one, m->weights, d->weights, m->inputs, d->inputs, &zero, m->out,
             d->out, m->out, d->out, algorithm, m->workspace, FB_CUDA_WORKSPACE_BYTES, (cudaStream_t)stream),
-        "a product of cuBLASLt");
+        "a product with cuBLASLt");
 }
 
 enum fb_status fb_cuda_library_multiply(
@@ -199,7 +201,7 @@ enum fb_status fb_cuda_library_multiply(
     struct description d = {0};
     enum fb_status status = describe(library->functions, matrices, &d);
     if (status == FB_OK) status = multiply(library, matrices, &d, stream);
-    forget(library->functions, &d);
+    destroy(library->functions, &d);
     return status;
 }
 
@@ -210,7 +212,7 @@ enum fb_status fb_cuda_functions_load(const char *path, struct fb_cuda_functions
     return fb_fail(FB_UNSUPPORTED, "this build of Fabula has no cuBLASLt: cublasLt.h was missing when it was built");
 }
 
-/* Nothing below is called without functions. */
+/* Never called without functions. */
 enum fb_status fb_cuda_library_create(const struct fb_cuda_functions *functions, struct fb_cuda_library **out) {
     (void)functions, (void)out;
     return FB_UNSUPPORTED;

@@ -1,19 +1,21 @@
 /*
- * linear.cu - out = x weight^T with bias, residual or SwiGLU behind it, on ordinary cores: weights in f32, and in bf16 on a GPU whose tensor
- * cores do not know it. All others are tensor.cu's.
+ * linear.cu - out = x weight^T with bias, residual or SwiGLU, on ordinary cores: for weights in f32, and for
+ * bf16 on GPUs whose tensor cores lack it. tensor.cu has all other formats.
  *
- *     few tokens    a block of threads takes a panel (of SwiGLU a pair): 16 lanes x 16 segments of its columns. Weights are read once,
- *                   opened in registers, and multiplied with up to 8 tokens.
- *     many tokens   a block of 128 threads takes 8 panels x 32 tokens. Chunks of 32 columns are opened into shared memory; a thread
- *                   holds 4 tokens x 8 rows: 4 lanes of a panel and the same of the next, which are gate and up.
+ *     few tokens    a block of threads takes a panel (with SwiGLU a pair): 16 lanes x 16 segments of its
+ *                   columns. Weights are read once, unpacked in registers, and multiplied with up to 8
+ *                   tokens.
+ *     many tokens   a block of 128 threads takes 8 panels x 32 tokens. Chunks of 32 columns are unpacked into
+ *                   shared memory; a thread holds 4 tokens x 8 rows: 4 lanes of a panel and the same lanes of
+ *                   the next, which are gate and up.
  *
- * Both sum as kernels.h tells and give the same bits.
+ * Both sum in the order of kernels.h and give the same bits.
  */
 #include "finish.cuh"
 #include "weights.cuh"
 
 enum { TILE_TOKENS = 32, TILE_PANELS = 8, TILE_THREADS = 128, THREAD_TOKENS = 4, THREAD_ROWS = 8 };
-enum { X_STRIDE = TILE_TOKENS + 1, W_STRIDE = TILE_PANELS * FB_LANES + 4 }; /* beside banks that others write */
+enum { X_STRIDE = TILE_TOKENS + 1, W_STRIDE = TILE_PANELS * FB_LANES + 4 }; /* padded against bank conflicts */
 enum { X_FLOATS = FB_CHUNK * X_STRIDE, W_FLOATS = FB_CHUNK * W_STRIDE };
 
 FB_DEVICE int32_t chunks_of(int32_t n_cols) {
@@ -30,33 +32,33 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
     constexpr int n_sums = 2 * FB_MOST_SEGMENTS * N * FB_LANES;
     FB_SHARED(float, sums, n_sums);
     const int lane = (int)threadIdx.x % FB_LANES, segment = (int)threadIdx.x / FB_LANES % FB_MOST_SEGMENTS;
-    const int half = (int)threadIdx.x / (FB_LANES * FB_MOST_SEGMENTS); /* the second of two panels */
+    const int half = (int)threadIdx.x / (FB_LANES * FB_MOST_SEGMENTS); /* 1: the second of two panels */
     const int32_t n_halves = a.swiglu ? 2 : 1, panel = (int32_t)blockIdx.x * n_halves + half;
     const int32_t n_cols = a.weight.n_cols, n_chunks = chunks_of(n_cols), length = segment_chunks(n_chunks);
     const char *at = fb_panel_of<D>(a.weight, panel);
 
     float sum[N];
-    const float *from[N]; /* behind the last token it once more: its sums go nowhere */
+    const float *from[N]; /* padding repeats the last token; its sums are not used */
 #pragma unroll
     for (int t = 0; t < N; t++) {
         sum[t] = 0.0f;
         from[t] = a.x + (t < a.n_tokens ? t : a.n_tokens - 1) * a.ldx;
     }
     for (int32_t chunk = segment * length; chunk < (segment + 1) * length && chunk < n_chunks; chunk++) {
-        fb_chunk<D> opened;
-        opened.load(at, n_cols, chunk, lane);
+        fb_chunk<D> unpacked;
+        unpacked.load(at, n_cols, chunk, lane);
 #pragma unroll
         for (int q = 0; q < FB_CHUNK / 4; q++) {
             const int32_t column = chunk * FB_CHUNK + 4 * q;
             float w[4];
-            opened.quad(q, w);
+            unpacked.quad(q, w);
 #pragma unroll
             for (int t = 0; t < N; t++) {
                 const float *x = from[t] + column;
                 float in[4];
                 if constexpr (!fb_chunk<D>::is_plain) {
                     fb_load4(x, in);
-                } else { /* any number of columns */
+                } else { /* n_cols may be any number */
                     for (int i = 0; i < 4; i++)
                         in[i] = column + i < n_cols ? x[i] : 0.0f;
                 }
@@ -92,9 +94,10 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
     const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES,
                   first_panel = (int32_t)blockIdx.x * TILE_PANELS;
     const int64_t first_token = (int64_t)blockIdx.y * TILE_TOKENS;
-    const int32_t opens = first_panel + thread / FB_LANES; /* the panel of which this thread opens a row */
-    const char *panel = fb_panel_of<D>(a.weight, opens < n_panels ? opens : 0);
-    const int lanes = thread % 4 * 4, pair = thread / 4 % 4, tokens = thread / 16 * THREAD_TOKENS; /* what it sums */
+    const int32_t unpacked_panel = first_panel + thread / FB_LANES; /* this thread unpacks a row of it */
+    const char *panel = fb_panel_of<D>(a.weight, unpacked_panel < n_panels ? unpacked_panel : 0);
+    const int lanes = thread % 4 * 4, pair = thread / 4 % 4,
+              tokens = thread / 16 * THREAD_TOKENS; /* its share of the sums */
 
     float total[THREAD_TOKENS][THREAD_ROWS], sum[THREAD_TOKENS][THREAD_ROWS];
 #pragma unroll
@@ -104,12 +107,12 @@ template <fb_dtype D> static __global__ void __launch_bounds__(TILE_THREADS, 4) 
             total[t][r] = sum[t][r] = 0.0f;
     for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
         {
-            fb_chunk<D> opened;
-            opened.load(panel, n_cols, chunk, thread % FB_LANES);
+            fb_chunk<D> unpacked;
+            unpacked.load(panel, n_cols, chunk, thread % FB_LANES);
 #pragma unroll
             for (int q = 0; q < FB_CHUNK / 4; q++) {
                 float w[4];
-                opened.quad(q, w);
+                unpacked.quad(q, w);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     ws[(4 * q + i) * W_STRIDE + thread] = w[i];
@@ -181,6 +184,6 @@ int fb_cuda_multiply(const struct fb_cuda_linear *linear, fb_cuda_stream stream)
     case FB_BF16:
         return multiply<FB_BF16>(*linear, stream);
     default:
-        return -1; /* tensor.cu's */
+        return -1; /* fb_cuda_multiply_inputs takes these */
     }
 }

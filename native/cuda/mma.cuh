@@ -1,21 +1,25 @@
 /*
- * mma.cuh - products of small tiles on tensor cores, and copies into shared memory that go on beside them.
+ * mma.cuh - products of small tiles on tensor cores, and asynchronous copies into shared memory.
  *
- * A tile is 16 rows of weights x 16 columns by 16 columns x 8 tokens. Its lanes hold what the PTX manual draws for mma.m16n8k16; lane 4 g + t:
+ * A tile is 16 rows of weights x 16 columns, times 16 columns x 8 tokens. Its lanes hold what the PTX manual
+ * shows for mma.m16n8k16; lane 4 g + t:
  *
- *     a[0]  row g,     k 2 t and 2 t + 1        b[0]  k 2 t and 2 t + 1, token g         c[0], c[1]  row g,     tokens 2 t and 2 t + 1
- *     a[1]  row g + 8, the same k               b[1]  k 2 t + 8 and 2 t + 9, token g     c[2], c[3]  row g + 8, the same tokens
+ *     a[0]  row g,     k 2 t and 2 t + 1        b[0]  k 2 t and 2 t + 1, token g
+ *     a[1]  row g + 8, the same k               b[1]  k 2 t + 8 and 2 t + 9, token g
  *     a[2]  row g,     k 2 t + 8 and 2 t + 9
  *     a[3]  row g + 8, the same k
+ *     c[0], c[1]  row g, tokens 2 t and 2 t + 1
+ *     c[2], c[3]  row g + 8, the same tokens
  *
- * Turing has f16 only, and tiles of 8 columns: a[0], a[1], b[0] and then the other half are such tiles.
+ * Turing has f16 only, and tiles of 8 columns: a[0], a[1], b[0] are such a tile, and the other half is
+ * another.
  */
 #ifndef FABULA_CUDA_MMA_CUH
 #define FABULA_CUDA_MMA_CUH
 
 #include "device.h"
 
-/* What a lane loads at once. */
+/* Units that a lane loads at once. */
 struct alignas(16) fb_words4 {
     uint32_t word[4];
 };
@@ -56,8 +60,9 @@ FB_DEVICE void fb_mma_bf16_16(float c[4], const uint32_t a[4], const uint32_t b[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* 16 bytes from global to shared memory; before Ampere at once. What was asked for before a commit is a group; a thread waits until
- * all of its groups but the last N have come, then a barrier shows them to the others. */
+/* Copies 16 bytes from global to shared memory, asynchronously from Ampere on. Copies before a commit form a
+ * group; a thread waits until all of its groups except the last N have arrived, then a barrier makes them
+ * visible to the others. */
 FB_DEVICE void fb_copy_async(fb_words4 *shared, const fb_words4 *global) {
     __pipeline_memcpy_async(shared, global, sizeof *shared);
 }
@@ -70,7 +75,7 @@ template <int N> FB_DEVICE void fb_copy_wait() {
     __pipeline_wait_prior(N);
 }
 
-/* Four bytes of `low` and `high` side by side, by the nibbles of `which`. */
+/* Four bytes of `low` and `high`, selected by the nibbles of `which`. */
 FB_DEVICE uint32_t fb_byte_perm(uint32_t low, uint32_t high, uint32_t which) {
     return __byte_perm(low, high, which);
 }
@@ -95,7 +100,7 @@ FB_DEVICE void fb_mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) 
 #endif
 }
 
-/* The same in bf16, which Turing has not: nothing is launched there that calls it. */
+/* The same in bf16, which Turing lacks: no kernel that calls it is launched there. */
 FB_DEVICE void fb_mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
 #if FB_TILE_COLUMNS == 16
     fb_mma_bf16_16(c, a, b);

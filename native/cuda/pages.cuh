@@ -1,11 +1,12 @@
-/* pages.cuh - where numbers lie in K and V of a page: kv/pages.h, for kernels. */
+/* pages.cuh - the layout of K and V in a page (kv/pages.h), for kernels. */
 #ifndef FABULA_CUDA_PAGES_CUH
 #define FABULA_CUDA_PAGES_CUH
 
 #include "device.h"
 #include "kernels.h"
 
-/* Of dimension d of a position in K: [2 blocks of 16 positions][head_dim][16]; in bf16 [2 blocks][pairs][16][2 dimensions]. */
+/* Index of dimension d of a position in K: [2 blocks of 16 positions][head_dim][16]; in bf16 [2
+ * blocks][pairs][16][2 dimensions]. */
 FB_DEVICE int64_t fb_k_element(fb_dtype dtype, int32_t head_dim, int32_t position, int32_t d) {
     const int64_t block = position / 16 * 16, lane = position % 16;
     if (dtype == FB_BF16) return block * ((head_dim + 1) / 2 * 2) + (d / 2 * 16 + lane) * 2 + d % 2;

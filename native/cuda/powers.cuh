@@ -1,12 +1,12 @@
-/* powers.cuh - the power of two by which a row of numbers fits f16. */
+/* powers.cuh - the power of two that scales a row of numbers to fit f16. */
 #ifndef FABULA_CUDA_POWERS_CUH
 #define FABULA_CUDA_POWERS_CUH
 
 #include "device.h"
 
-enum { FB_ROW_THREADS = 256, FB_ROW_WARPS = FB_ROW_THREADS / FB_WARP }; /* that look at a row together */
+enum { FB_ROW_THREADS = 256, FB_ROW_WARPS = FB_ROW_THREADS / FB_WARP }; /* of the block that reads a row */
 
-/* The highest |x| of a row, to every thread of the block. NaN is passed over. */
+/* The highest |x| of a row, for every thread of the block. NaN is ignored. */
 FB_DEVICE float fb_highest_of(const float *x, int32_t n_cols) {
     FB_SHARED(float, of_warps, FB_ROW_WARPS);
     const int32_t thread = (int32_t)threadIdx.x, n_fours = n_cols / 4;
@@ -28,10 +28,10 @@ FB_DEVICE float fb_highest_of(const float *x, int32_t n_cols) {
     return most;
 }
 
-/* The power of two that brings `most` to 2^14 .. 2^15, and its inverse: numbers down to 2^-28 of it are then normal in f16. Both are finite
- * whatever `most` is. */
+/* The power of two that scales `most` to 2^14 .. 2^15, and its inverse: then numbers down to 2^-28 of it are
+ * normal in f16. Both are finite for any `most`. */
 FB_DEVICE float fb_power_for(float most, float *inverse) {
-    int exponent = (int)(fb_bits_of_float(most) >> 23) - 127; /* of nothing -127, of infinity 128 */
+    int exponent = (int)(fb_bits_of_float(most) >> 23) - 127; /* -127 for 0, 128 for infinity */
     exponent = exponent < -100 ? -100 : exponent;
     if (most == 0.0f) exponent = 14;
     *inverse = fb_float_of_bits((uint32_t)(exponent - 14 + 127) << 23);

@@ -1,51 +1,54 @@
 /*
- * product.c - products of a program: on tensor cores or ordinary ones, or many tokens by cuBLASLt where somebody asked for it. See
- * program.h.
+ * product.c - products of a program: on tensor cores, on ordinary cores, or (many tokens, if the caller asked
+ * for it) with cuBLASLt. See program.h.
  */
 #include "program.h"
 #include "program/operators.h"
 
 enum { PIECE_BYTES = 32 << 20, MOST_PIECE_ROWS = 4096, PAIR_ROWS = 32, LANES = 16 };
 
-/* ---- By cuBLASLt ------------------------------------------------------------------------------------------------- */
+/* ---- With cuBLASLt
+ * ---------------------------------------------------------------------------------------------- */
 
-/* How a product lies in p->opened: a piece of its weight in 16 bits, all inputs, and sums of that piece's rows. */
-struct opened_product {
+/* Layout of p->dequantized: rows of the weight in 16 bits (a piece of it at a time), all inputs, and the sums
+ * of that piece's rows. */
+struct dequantized_product {
     int32_t n_piece_rows; /* a multiple of PAIR_ROWS */
     struct fb_cuda_rows weights, inputs;
     float *sums;
     void *workspace;
 };
 
-static char *take(char *memory, size_t *at, size_t n_bytes) {
+static char *part(char *memory, size_t *at, size_t n_bytes) {
     char *const here = memory ? memory + *at : NULL;
     *at += fb_cuda_aligned(n_bytes);
     return here;
 }
 
-/* Lays a product out in memory, NULL only to count; returns how many bytes that are. */
+/* Divides `memory` for a product and returns the bytes needed; with NULL it only counts. */
 static size_t lay_out(const struct fb_cuda_weight *weight, enum fb_dtype dtype, int32_t n_tokens, char *memory,
-    struct opened_product *out) {
-    const int32_t width = (weight->n_cols + 7) / 8 * 8; /* rows begin at multiples of 16 bytes */
+    struct dequantized_product *out) {
+    const int32_t width = (weight->n_cols + 7) / 8 * 8; /* rows start at multiples of 16 bytes */
     const int32_t whole = (weight->n_rows + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS;
     int32_t n_rows = PIECE_BYTES / (int32_t)sizeof(uint16_t) / width / PAIR_ROWS * PAIR_ROWS;
     n_rows = n_rows < PAIR_ROWS ? PAIR_ROWS : n_rows > MOST_PIECE_ROWS ? MOST_PIECE_ROWS : n_rows;
     n_rows = n_rows < whole ? n_rows : whole;
     const size_t row_bytes = (size_t)width * sizeof(uint16_t);
     size_t at = 0;
-    *out = (struct opened_product){.n_piece_rows = n_rows};
+    *out = (struct dequantized_product){.n_piece_rows = n_rows};
     out->weights = (struct fb_cuda_rows){.dtype = dtype, .width = width};
     out->inputs = out->weights;
-    out->workspace = take(memory, &at, FB_CUDA_WORKSPACE_BYTES);
-    out->weights.halfs = (uint16_t *)(void *)take(memory, &at, (size_t)n_rows * row_bytes);
-    out->weights.scales = (float *)(void *)take(memory, &at, (size_t)n_rows * sizeof(float));
-    out->inputs.halfs = (uint16_t *)(void *)take(memory, &at, (size_t)n_tokens * row_bytes);
-    out->inputs.scales = (float *)(void *)take(memory, &at, (size_t)n_tokens * sizeof(float));
-    out->sums = (float *)(void *)take(memory, &at, (size_t)n_tokens * (size_t)n_rows * sizeof(float));
+    out->workspace = part(memory, &at, FB_CUDA_WORKSPACE_BYTES);
+    out->weights.halfs = (uint16_t *)(void *)part(memory, &at, (size_t)n_rows * row_bytes);
+    out->weights.scales = (float *)(void *)part(memory, &at, (size_t)n_rows * sizeof(float));
+    out->inputs.halfs = (uint16_t *)(void *)part(memory, &at, (size_t)n_tokens * row_bytes);
+    out->inputs.scales = (float *)(void *)part(memory, &at, (size_t)n_tokens * sizeof(float));
+    out->sums = (float *)(void *)part(memory, &at, (size_t)n_tokens * (size_t)n_rows * sizeof(float));
     return at;
 }
 
-/* Ordinary cores keep what they multiply, and few tokens are faster where weights are not opened first. */
+/* Products that run on ordinary cores stay there, and few tokens are faster without dequantizing weights
+ * first. */
 static bool goes_to_library(const struct fb_cuda_program *p, enum fb_dtype weight, int32_t n_tokens) {
     return p->library && n_tokens >= FB_CUDA_LIBRARY_TOKENS && fb_cuda_inputs_dtype(weight, p->compute_major) != FB_F32;
 }
@@ -54,24 +57,24 @@ static enum fb_dtype dtype_of_rows(enum fb_dtype weight) {
     return weight == FB_BF16 ? FB_BF16 : FB_F16;
 }
 
-enum fb_status fb_cuda_prepare_products(struct fb_cuda_program *p, int32_t n_tokens, int32_t n_outputs) {
+enum fb_status fb_cuda_reserve_products(struct fb_cuda_program *p, int32_t n_tokens, int32_t n_outputs) {
     size_t most = 0;
     for (int32_t i = 0; i < p->program->n_ops; i++) {
         const struct fb_op *op = &p->program->ops[i];
         if (!fb_is_product(op)) continue;
         const int32_t n = p->program->buffers[op->in].per_output ? n_outputs : n_tokens;
         if (!goes_to_library(p, op->weight->dtype, n)) continue;
-        struct opened_product product;
+        struct dequantized_product product;
         const size_t bytes = lay_out(&p->weights[i], dtype_of_rows(op->weight->dtype), n, NULL, &product);
         most = bytes > most ? bytes : most;
     }
-    return most ? fb_cuda_grow(p, &p->opened, most, false) : FB_OK;
+    return most ? fb_cuda_grow(p, &p->dequantized, most, false) : FB_OK;
 }
 
-/* A piece of rows after the other: opened, multiplied, finished. */
+/* Dequantizes, multiplies and finishes one piece of rows after another. */
 static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_cuda_linear *a) {
-    struct opened_product o;
-    lay_out(&a->weight, dtype_of_rows(a->weight.dtype), a->n_tokens, p->opened.device, &o);
+    struct dequantized_product o;
+    lay_out(&a->weight, dtype_of_rows(a->weight.dtype), a->n_tokens, p->dequantized.device, &o);
     FB_TRY(fb_cuda_check(
         fb_cuda_round_rows(a->x, a->ldx, a->n_tokens, a->weight.n_cols, &o.inputs, p->stream), "rounding inputs"));
     const int32_t n_panels = (a->weight.n_rows + LANES - 1) / LANES, n_piece_panels = o.n_piece_rows / LANES;
@@ -85,7 +88,8 @@ static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_
             .inputs = o.inputs.halfs,
             .out = o.sums,
             .workspace = o.workspace};
-        FB_TRY(fb_cuda_check(fb_cuda_open_rows(&a->weight, panel, n, &o.weights, p->stream), "opening a weight"));
+        FB_TRY(fb_cuda_check(
+            fb_cuda_dequantize_rows(&a->weight, panel, n, &o.weights, p->stream), "dequantizing a weight"));
         FB_TRY(fb_cuda_library_multiply(p->library, &m, p->stream));
         FB_TRY(fb_cuda_check(
             fb_cuda_finish(a, &o.weights, &o.inputs, panel, m.n_rows, o.sums, p->stream), "finishing a product"));
@@ -93,7 +97,8 @@ static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_
     return FB_OK;
 }
 
-/* ---- By kernels of this library ---------------------------------------------------------------------------------- */
+/* ---- With this library's kernels
+ * -------------------------------------------------------------------------------- */
 
 size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p) {
     const struct fb_program *program = p->program;
@@ -110,14 +115,14 @@ size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p) {
     return most;
 }
 
-/* What is rounded next: the first `n_cols` of a buffer's rows. */
+/* Describes the inputs that are rounded next: the first n_cols of a buffer's rows. */
 static void begin_rounding(
     struct fb_cuda_program *p, int32_t buffer, enum fb_dtype dtype, int32_t n_tokens, int32_t n_cols) {
     fb_cuda_inputs_view(dtype, n_tokens, n_cols, p->rounded, &p->inputs16);
     p->rounded_from = buffer;
 }
 
-/* The inputs of a product in 16 bits, unless the product before it had the same. */
+/* Rounds the inputs of a product to 16 bits, unless the previous product had the same. */
 static int round_inputs(
     struct fb_cuda_program *p, int32_t buffer, enum fb_dtype dtype, const struct fb_cuda_linear *product) {
     if (p->rounded_from == buffer && p->inputs16.dtype == dtype) return 0;
@@ -125,7 +130,7 @@ static int round_inputs(
     return fb_cuda_round(product->x, product->ldx, product->n_tokens, product->weight.n_cols, &p->inputs16, p->stream);
 }
 
-/* Whether a norm's result is what the next operator multiplies, in 16 bits. */
+/* Whether the next operator multiplies a norm's result in 16 bits. */
 static bool is_rounded_next(const struct fb_cuda_program *p, const struct fb_op *norm, int32_t n_rows) {
     const struct fb_op *const next = norm + 1;
     if (next == p->program->ops + p->program->n_ops || !fb_is_product(next) || next->in != norm->out) return false;

@@ -1,4 +1,4 @@
-/* rows.cu - the operators that work row by row. Contracts stand in kernels.h. */
+/* rows.cu - the operators that work row by row. Contracts are in kernels.h. */
 #include "norm.cuh"
 #include "pages.cuh"
 #include "weights.cuh"
@@ -7,19 +7,19 @@ enum { ROW_THREADS = FB_ROW_THREADS, HEADS_WARPS = 4 };
 
 /* ---- Embedding --------------------------------------------------------------------------------------------------- */
 
-/* A thread opens 32 columns of its token's row. */
+/* A thread dequantizes 32 columns of its token's row. */
 template <fb_dtype D>
 static __global__ void embed_kernel(fb_cuda_weight weight, const int32_t *tokens, float scale, float *out, int64_t ld) {
     const int32_t token = tokens[blockIdx.x];
     const char *panel = fb_panel_of<D>(weight, token / 16);
     float *row = out + (int64_t)blockIdx.x * ld;
     for (int32_t chunk = (int32_t)threadIdx.x; chunk * FB_CHUNK < weight.n_cols; chunk += (int32_t)blockDim.x) {
-        fb_chunk<D> opened;
-        opened.load(panel, weight.n_cols, chunk, token % 16);
+        fb_chunk<D> unpacked;
+        unpacked.load(panel, weight.n_cols, chunk, token % 16);
 #pragma unroll
         for (int q = 0; q < FB_CHUNK / 4; q++) {
             float w[4];
-            opened.quad(q, w);
+            unpacked.quad(q, w);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int32_t column = chunk * FB_CHUNK + 4 * q + i;
@@ -69,7 +69,7 @@ FB_DEVICE void norm_head(float *values, const float *weight, int32_t head_dim, f
 static __global__ void head_norm_kernel(float *x, int64_t ldx, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim,
     const float *q_weight, const float *k_weight, float eps) {
     const int32_t head = (int32_t)(blockIdx.y * (ROW_THREADS / FB_WARP) + threadIdx.x / FB_WARP);
-    if (head >= n_heads + n_kv_heads) return; /* the whole warp */
+    if (head >= n_heads + n_kv_heads) return; /* true for the whole warp */
     norm_head(x + (int64_t)blockIdx.x * ldx + (int64_t)head * head_dim, head < n_heads ? q_weight : k_weight, head_dim,
         eps, (int)(threadIdx.x % FB_WARP));
 }
@@ -84,33 +84,33 @@ int fb_cuda_head_norm(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, in
 
 /* ---- Rope -------------------------------------------------------------------------------------------------------- */
 
-/* As embed() of program/run.c: angles are rounded to f32, their functions are those of double. */
+/* As fb_embed_row of program/rows.c: angles are rounded to f32, cos and sin are those of double. */
 static __global__ void angles_kernel(
-    fb_cuda_batch batch, const float *inv_freq, int32_t half, float rope_scale, float *cos_sin, float *sink_turns) {
+    fb_cuda_batch batch, const float *inv_freq, int32_t half, float rope_scale, float *cos_sin, float *sink_rotations) {
     const int32_t row = (int32_t)blockIdx.x, position = batch.positions[row];
     const fb_cuda_sequence sequence = batch.sequences[batch.owners[row]];
     const bool sees_sinks = sequence.n_sinks > 0 && position >= (int64_t)sequence.n_sinks + sequence.window;
     const float seen_at = (float)(sequence.n_sinks + sequence.window - 1);
-    float *cosines = cos_sin + (int64_t)row * 2 * half, *turns = sink_turns + (int64_t)row * 2 * half;
+    float *cosines = cos_sin + (int64_t)row * 2 * half, *rotations = sink_rotations + (int64_t)row * 2 * half;
     for (int32_t i = (int32_t)threadIdx.x; i < half; i += (int32_t)blockDim.x) {
         const float angle = (float)position * inv_freq[i];
         cosines[i] = (float)cos((double)angle) * rope_scale;
         cosines[half + i] = (float)sin((double)angle) * rope_scale;
         if (!sees_sinks) continue;
         const float to = seen_at * inv_freq[i];
-        turns[i] = (float)cos((double)to - (double)angle);
-        turns[half + i] = (float)sin((double)to - (double)angle);
+        rotations[i] = (float)cos((double)to - (double)angle);
+        rotations[half + i] = (float)sin((double)to - (double)angle);
     }
 }
 
 int fb_cuda_angles(const struct fb_cuda_batch *batch, const float *inv_freq, int32_t rotary_dim, float rope_scale,
-    float *cos_sin, float *sink_turns, fb_cuda_stream stream) {
+    float *cos_sin, float *sink_rotations, fb_cuda_stream stream) {
     if (rotary_dim == 0) return 0;
     return fb_launch(angles_kernel, dim3((unsigned)batch->n_tokens), 64, 0, stream, *batch, inv_freq, rotary_dim / 2,
-        rope_scale, cos_sin, sink_turns);
+        rope_scale, cos_sin, sink_rotations);
 }
 
-/* A pair of a head, whose second number lies `half` behind the first. */
+/* Rotates a pair of a head, whose second number is `half` after the first. */
 FB_DEVICE void rotate(float *at, int32_t half, float cosine, float sine) {
     const float first = at[0], second = at[half];
     at[0] = fmaf(first, cosine, -(second * sine));
@@ -136,7 +136,8 @@ int fb_cuda_rope(float *x, int64_t ldx, int32_t n_rows, int32_t n_heads, int32_t
 
 /* ---- K and V ----------------------------------------------------------------------------------------------------- */
 
-/* One position of K or V by a warp, as fb_slab_write does it: in bf16 the other half of a pair without one is zero. */
+/* A warp writes one position of K or V, as fb_slab_write does: in bf16 the missing half of a pair becomes
+ * zero. */
 FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t head_dim, int32_t position,
     bool is_last, const float *from, int lane) {
     float inverse = 0.0f;
@@ -173,12 +174,12 @@ FB_DEVICE void write_part(const fb_cuda_part &part, char *to, bool is_k, int32_t
     }
 }
 
-/* K or V of one head of a token of `heads` heads of q, by a warp. */
+/* A warp writes K or V of one head of a token; `heads` starts with n_heads heads of q. */
 FB_DEVICE void write_head(const float *heads, int32_t row, const fb_cuda_batch &batch, int32_t n_heads,
     const fb_cuda_pages &pages, int32_t layer, int32_t head, bool is_k, int lane) {
     const int32_t position = batch.positions[row];
     const fb_cuda_sequence sequence = batch.sequences[batch.owners[row]];
-    if (sequence.n_tokens == 0) return; /* a row that only fills up the batch */
+    if (sequence.n_tokens == 0) return; /* a padding row */
     const int32_t page = batch.pages[sequence.first_page + position / FB_PAGE_POSITIONS];
     char *slab = pages.memory + page * pages.page_bytes +
                  ((int64_t)layer * pages.n_kv_heads + head) * (pages.k.bytes + pages.v.bytes);
@@ -188,7 +189,7 @@ FB_DEVICE void write_head(const float *heads, int32_t row, const fb_cuda_batch &
         heads + (int64_t)from * pages.head_dim, lane);
 }
 
-/* A block takes one head of one token, a warp K and one V. */
+/* A block takes one head of one token, one warp K and one V. */
 static __global__ void kv_write_kernel(
     const float *x, int64_t ldx, fb_cuda_batch batch, int32_t n_heads, fb_cuda_pages pages, int32_t layer) {
     const int32_t row = (int32_t)blockIdx.x;
@@ -202,9 +203,10 @@ int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *ba
     return fb_launch(kv_write_kernel, grid, 2 * FB_WARP, 0, stream, x, ldx, *batch, n_heads, *pages, layer);
 }
 
-/* ---- Heads, at once ---------------------------------------------------------------------------------------------- */
+/* ---- Heads, fused
+ * ----------------------------------------------------------------------------------------------- */
 
-/* A block takes a KV head of a token and the heads of q that share it: the group's, then K. */
+/* A block takes a KV head of a token and the q heads of its group: the q heads first, then K. */
 static __global__ void heads_kernel(float *x, int64_t ldx, fb_cuda_heads h, fb_cuda_batch batch, fb_cuda_pages pages) {
     const int32_t row = (int32_t)blockIdx.x, kv_head = (int32_t)blockIdx.y, head_dim = pages.head_dim;
     const int32_t group = h.n_heads / pages.n_kv_heads, half = h.cos_sin ? h.rotary_dim / 2 : 0;
@@ -225,7 +227,7 @@ static __global__ void heads_kernel(float *x, int64_t ldx, fb_cuda_heads h, fb_c
     if (warp < 2) write_head(heads, row, batch, h.n_heads, pages, h.layer, kv_head, warp == 0, lane);
 }
 
-int fb_cuda_place_heads(float *x, int64_t ldx, const struct fb_cuda_heads *heads, const struct fb_cuda_batch *batch,
+int fb_cuda_fused_heads(float *x, int64_t ldx, const struct fb_cuda_heads *heads, const struct fb_cuda_batch *batch,
     const struct fb_cuda_pages *pages, fb_cuda_stream stream) {
     const dim3 grid((unsigned)batch->n_tokens, (unsigned)pages->n_kv_heads);
     return fb_launch(heads_kernel, grid, HEADS_WARPS * FB_WARP, 0, stream, x, ldx, *heads, *batch, *pages);

@@ -1,10 +1,10 @@
-/* run.c - a program's operators as launches on one stream. See program.h. */
+/* run.c - launches a program's operators on one stream. See program.h. */
 #include "program.h"
 
 #include "program/operators.h"
 #include "views.h"
 
-/* What operators that are no products are launched over. */
+/* The context of a launch, except for products. */
 struct launch {
     struct fb_cuda_program *p;
     const struct fb_cuda_pages *pages;
@@ -26,8 +26,8 @@ static int launch_embed(const struct launch *l, const struct fb_op *op) {
     const int error = fb_cuda_embed(&p->weights[op - p->program->ops], l->d->batch.tokens, l->n_rows, op->scale,
         fb_cuda_buffer(p, op->out), stride_of(l, op->out), p->stream);
     return error ? error
-                 : fb_cuda_angles(
-                       &l->d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin, p->sink_turns, p->stream);
+                 : fb_cuda_angles(&l->d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin,
+                       p->sink_rotations, p->stream);
 }
 
 static int launch_norm(const struct launch *l, const struct fb_op *op) {
@@ -61,7 +61,7 @@ static int launch_attention(const struct launch *l, const struct fb_op *op) {
         .window = op->window,
         .n_heads = s->n_heads,
         .scale = op->scale,
-        .sink_turns = p->sink_turns,
+        .sink_rotations = p->sink_rotations,
         .rotary_dim = s->rotary_dim,
         .q = fb_cuda_buffer(p, op->in),
         .out = fb_cuda_buffer(p, op->out),
@@ -80,9 +80,11 @@ static int launch_gather(const struct launch *l, const struct fb_op *op) {
         l->p->program->buffers[op->in].width, fb_cuda_buffer(l->p, op->out), stride_of(l, op->out), l->p->stream);
 }
 
-/* How each kind gets onto the GPU; a kind without a row here is refused, by its name, when a program is made. */
+/* The launch function of each operator kind. A kind without a row is refused by name when a program is
+ * created. */
 static const struct {
-    int (*launch)(const struct launch *l, const struct fb_op *op); /* NULL: a product or a sum, which go another way */
+    int (*launch)(const struct launch *l, const struct fb_op *op); /* NULL: products and sums are launched
+                                                                      elsewhere */
     bool runs;
 } launches[] = {
     [FB_OP_EMBED] = {launch_embed, true},
@@ -113,7 +115,7 @@ static int run_heads(struct fb_cuda_program *p, const struct fb_op *ops, int32_t
         heads.k_weight = fb_cuda_vector(p, ops[i].vector2);
         heads.eps = ops[i].eps;
     }
-    return fb_cuda_place_heads(
+    return fb_cuda_fused_heads(
         fb_cuda_buffer(p, ops->in), (int64_t)p->program->buffers[ops->in].stride, &heads, &d->batch, pages, p->stream);
 }
 
@@ -123,7 +125,7 @@ enum fb_status fb_cuda_begin(struct fb_cuda_program *p, const fb_page_pool *pool
     fb_cuda_pages_view(pool, &step->pages);
     FB_TRY(fb_cuda_enter(p->device->index));
     FB_TRY(fb_cuda_describe(p, batch, rows, &step->d));
-    return fb_cuda_prepare_products(p, rows.n_tokens, rows.n_outputs);
+    return fb_cuda_reserve_products(p, rows.n_tokens, rows.n_outputs);
 }
 
 enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *step) {
@@ -135,14 +137,14 @@ enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *st
         const struct fb_op *op = &p->program->ops[step->next_op];
         if (fb_op_is(op, FB_SPANS_DEVICES)) break;
         if (fb_op_is(op, FB_GATHERS)) step->n_rows = step->d.rows.n_outputs;
-        if (step->n_rows == 0) break; /* nobody wants logits */
+        if (step->n_rows == 0) break; /* no logits are wanted */
         if (fb_is_product(op)) {
             FB_TRY(fb_cuda_run_product(p, op, step->n_rows, step->logits));
             continue;
         }
         p->rounded_from = -1;
         const int32_t n = fb_ops_of_heads(op, p->program->n_ops - step->next_op);
-        if (n > 1) { /* in one launch */
+        if (n > 1) { /* all in one launch */
             FB_TRY(fb_cuda_check(run_heads(p, op, n, &step->pages, &step->d), "heads"));
             step->next_op += n - 1;
             continue;
@@ -159,7 +161,7 @@ static enum fb_status run_batch(struct fb_cuda_program *p, const fb_page_pool *p
     FB_TRY(fb_cuda_begin(p, pool, batch, rows, &step));
     step.logits = (float *)(void *)p->outputs.device;
     FB_TRY(fb_cuda_run_step(p, &step));
-    FB_TRY(fb_cuda_send_drawn(p, results));
+    FB_TRY(fb_cuda_send_sampled(p, results));
     return fb_cuda_send_logits(p, p->program->n_results, batch->n_outputs, results);
 }
 
@@ -167,9 +169,9 @@ enum fb_status fb_cuda_program_run(
     void *on_device, const fb_page_pool *pool, const struct fb_batch *batch, const struct fb_results *results) {
     struct fb_cuda_program *p = on_device;
     const struct fb_cuda_extent rows = fb_cuda_extent_of(p, batch);
-    FB_TRY(fb_cuda_make_room(p, p->program->n_results, rows.n_outputs, results));
+    FB_TRY(fb_cuda_reserve_results(p, p->program->n_results, rows.n_outputs, results));
     const enum fb_status status = run_batch(p, pool, batch, rows, results);
-    /* Also behind a failure: the next batch writes to where this one's copies may still be read from. */
+    /* Also after a failure: the next batch overwrites host memory that this one's copies may still read. */
     const int error = cudaStreamSynchronize(p->stream);
     FB_TRY(status);
     FB_TRY(fb_cuda_check(error, "running a batch"));

@@ -1,4 +1,4 @@
-/* runtime.c - see runtime.h. */
+/* runtime.c - checked calls of the CUDA runtime. See runtime.h. */
 #include "runtime.h"
 
 #include <pthread.h>

@@ -1,21 +1,22 @@
 /*
- * sample.cu - draws tokens by plans (ops/sample_plan.h), of as many rows at once as there is scratch for.
+ * sample.cu - samples tokens by plans (ops/sample_plan.h), as many rows in parallel as there is scratch for.
  *
- *     survey   many blocks a row: the highest logit of each 256, logits as doubles where steps will want them
- *     chain    a block a row: the steps, up to where the whole vocabulary must become weights. Behind a top-k only what it left
- *              does, so most chains end here
- *     weigh    many blocks a row: those weights, and the terms of the log-probability
- *     chain    a block a row: the steps that are left, and the draw
+ *     survey   many blocks per row: the highest logit of each group of 256, and logits as doubles if steps
+ *              need them
+ *     chain    one block per row: the steps, up to where the whole vocabulary needs weights. After a top-k
+ *              only the remaining candidates do, so most chains end here
+ *     weigh    many blocks per row: those weights, and the terms of the log-probability
+ *     chain    one block per row: the remaining steps, and the selection of the token
  */
 #include "cuts.cuh"
 
 enum {
     WIDE_GROUPS = 8,
     WIDE_THREADS = 32 * WIDE_GROUPS
-}; /* of a block of those that are many a row: a warp takes a group */
+}; /* per block, in launches with many blocks per row: a warp takes a group */
 enum { EXP_LANES = 16 };
 
-/* exp(x) for x <= 0, in the operations of the CPU's sampler (kernels/vocabulary.h). */
+/* exp(x) for x <= 0, with the operations of the CPU's sampler (kernels/vocabulary.h). */
 FB_DEVICE float exp_of(float x) {
     const float shifted = x * FB_EXP_LOG2E + FB_EXP_ROUND, n = shifted - FB_EXP_ROUND;
     const float r = (x - n * FB_EXP_LN2_HI) - n * FB_EXP_LN2_LO, rr = r * r;
@@ -24,14 +25,14 @@ FB_DEVICE float exp_of(float x) {
     return x >= FB_EXP_LOW ? e * fb_float_of_bits((fb_bits_of_float(shifted) + 127u) << 23) : 0.0f;
 }
 
-FB_DEVICE const float *logits_of(const fb_cuda_draws &a, const fb_sample_plan &plan) {
+FB_DEVICE const float *logits_of(const fb_cuda_sampling &a, const fb_sample_plan &plan) {
     return a.logits + plan.row * a.ld_logits;
 }
 
 /* ---- Survey ------------------------------------------------------------------------------------------------------ */
 
 /* The top of a group with a damaged logit is +infinity. */
-static __global__ void survey_kernel(fb_cuda_draws a, int32_t first_plan) {
+static __global__ void survey_kernel(fb_cuda_sampling a, int32_t first_plan) {
     const fb_sample_plan &plan = a.plans[first_plan + (int32_t)blockIdx.y];
     const candidates c = candidates_in(a.scratch, (int32_t)blockIdx.y, a.vocab_size, nullptr);
     const float *row = logits_of(a, plan);
@@ -50,9 +51,9 @@ static __global__ void survey_kernel(fb_cuda_draws a, int32_t first_plan) {
 
 /* ---- Weights ----------------------------------------------------------------------------------------------------- */
 
-/* A thread takes 16 terms in f32, every 16th of the group; their sums are added in double, by halves. */
+/* A thread adds 16 terms in f32, every 16th of the group; their sums are added in double, by halves. */
 FB_DEVICE void sum_exps(const candidates &c, const float *row, int32_t first_group) {
-    const float top = (float)c.kept->raw_top;
+    const float top = (float)c.saved->raw_top;
     const int32_t lane = (int32_t)threadIdx.x % EXP_LANES, group = first_group + (int32_t)threadIdx.x / EXP_LANES;
     float part = 0.0f;
     for (int32_t i = group * GROUP + lane; i < (group + 1) * GROUP && i < c.vocab_size; i += EXP_LANES)
@@ -65,7 +66,7 @@ FB_DEVICE void sum_exps(const candidates &c, const float *row, int32_t first_gro
 }
 
 FB_DEVICE void make_weights(const candidates &c, int32_t first_group, double *shared) {
-    const double factor = c.kept->factor, top = c.kept->top;
+    const double factor = c.saved->factor, top = c.saved->top;
     const int32_t thread = (int32_t)threadIdx.x, first = first_group * GROUP;
     for (int32_t k = thread; k < WIDE_GROUPS * GROUP && first + k < c.vocab_size; k += WIDE_THREADS) {
         const double logit = factor == 1.0 ? c.logit[first + k] : c.logit[first + k] * factor;
@@ -75,7 +76,7 @@ FB_DEVICE void make_weights(const candidates &c, int32_t first_group, double *sh
         shared[k] = weight;
     }
     __syncthreads();
-    const int32_t lane = thread % SUM_LANES, group = thread / SUM_LANES; /* the first two warps' */
+    const int32_t lane = thread % SUM_LANES, group = thread / SUM_LANES; /* of the first two warps */
     double sum = 0.0;
     for (int32_t k = lane; group < WIDE_GROUPS && k < GROUP && first + group * GROUP + k < c.vocab_size; k += SUM_LANES)
         sum += shared[group * GROUP + k];
@@ -84,19 +85,21 @@ FB_DEVICE void make_weights(const candidates &c, int32_t first_group, double *sh
     if (lane == 0 && group < WIDE_GROUPS && first_group + group < c.n_groups) c.group_sum[first_group + group] = sum;
 }
 
-static __global__ void weigh_kernel(fb_cuda_draws a, int32_t first_plan) {
+static __global__ void weigh_kernel(fb_cuda_sampling a, int32_t first_plan) {
     FB_SHARED(double, weights, WIDE_GROUPS *GROUP);
     const fb_sample_plan &plan = a.plans[first_plan + (int32_t)blockIdx.y];
     const candidates c = candidates_in(a.scratch, (int32_t)blockIdx.y, a.vocab_size, nullptr);
-    if (c.kept->has_failed) return;
+    if (c.saved->has_failed) return;
     const int32_t first_group = (int32_t)blockIdx.x * WIDE_GROUPS;
     if (threadIdx.x < WIDE_GROUPS * EXP_LANES) sum_exps(c, logits_of(a, plan), first_group);
-    if (c.kept->wants_weights) make_weights(c, first_group, weights);
+    if (c.saved->wants_weights) make_weights(c, first_group, weights);
 }
 
-/* ---- Draw -------------------------------------------------------------------------------------------------------- */
+/* ---- Selection
+ * -------------------------------------------------------------------------------------------------- */
 
-/* The first of the highest logits, which are the whole vocabulary's; -1 if all are banned. Without steps they are `row`. */
+/* The first of the highest logits of the whole vocabulary; -1 if all are banned. Without steps they are read
+ * from `row`. */
 FB_DEVICE int32_t pick_highest(const candidates &c, const float *row, bool is_changed) {
     const double top = highest_of(c, c.group_top, c.n_groups);
     if (!(top > -INFINITY)) return -1;
@@ -110,7 +113,8 @@ FB_DEVICE int32_t pick_highest(const candidates &c, const float *row, bool is_ch
     return (int32_t)-block_max(c.shared, mine);
 }
 
-/* As pick_at() of ops/sample.c: the first slot at which the running sum of weights exceeds a share of the total. */
+/* As pick_at() of ops/sample.c: the first slot at which the running sum of weights exceeds a share of the
+ * total. */
 FB_DEVICE int32_t pick_at(const candidates &c, double uniform) {
     const double target = uniform * c.now.total;
     const int32_t thread = sample_thread(), last = sample_groups(c.now.n) - 1;
@@ -135,29 +139,29 @@ FB_DEVICE int32_t pick_at(const candidates &c, double uniform) {
     return c.shared->found;
 }
 
-FB_DEVICE void tell(const candidates &c, const float *row, int32_t token, int32_t *out, float *logprob) {
+FB_DEVICE void store_result(const candidates &c, const float *row, int32_t token, int32_t *out, float *logprob) {
     const double sum = sum_in_order(c.shared, c.group_exp, c.n_groups);
     if (sample_thread() != 0) return;
     const double log_p = ((double)row[token] - c.now.raw_top) - log(sum);
     *out = token;
-    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON wants it */
+    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON requires */
 }
 
 /* ---- Chain ------------------------------------------------------------------------------------------------------- */
 
 FB_DEVICE sample_state begin_chain(const candidates &c) {
-    sample_state begun = {};
-    begun.factor = 1.0;
-    begun.n = c.vocab_size;
-    begun.is_whole = true;
-    begun.raw_top = highest_of(c, c.group_top, c.n_groups);
-    begun.has_failed = !(begun.raw_top > -INFINITY && begun.raw_top < INFINITY);
-    return begun;
+    sample_state start = {};
+    start.factor = 1.0;
+    start.n = c.vocab_size;
+    start.is_whole = true;
+    start.raw_top = highest_of(c, c.group_top, c.n_groups);
+    start.has_failed = !(start.raw_top > -INFINITY && start.raw_top < INFINITY);
+    return start;
 }
 
-/* What the launch in between was asked for. */
-FB_DEVICE sample_state go_on(const candidates &c) {
-    sample_state now = *c.kept;
+/* Continues after the weigh launch. */
+FB_DEVICE sample_state resume_chain(const candidates &c) {
+    sample_state now = *c.saved;
     if (!now.wants_weights) return now;
     now.wants_weights = false;
     now.is_weighted = true;
@@ -167,19 +171,19 @@ FB_DEVICE sample_state go_on(const candidates &c) {
 }
 
 static __global__ void __launch_bounds__(SAMPLE_THREADS)
-    chain_kernel(fb_cuda_draws a, int32_t first_plan, bool is_last) {
+    chain_kernel(fb_cuda_sampling a, int32_t first_plan, bool is_last) {
     FB_SHARED(sample_shared, shared, 1);
     const int32_t row = (int32_t)blockIdx.x;
     const fb_sample_plan &plan = a.plans[first_plan + row];
     candidates c = candidates_in(a.scratch, row, a.vocab_size, shared);
-    c.now = is_last ? go_on(c) : begin_chain(c);
+    c.now = is_last ? resume_chain(c) : begin_chain(c);
     const bool is_through = !c.now.has_failed && run_chain(c, plan, a.changes, !is_last);
     if (!is_last) {
-        if (c.now.wants_weights) { /* that launch multiplies logits */
+        if (c.now.wants_weights) { /* the weigh launch multiplies the logits */
             for (int32_t g = sample_thread(); g < c.n_groups; g += SAMPLE_THREADS)
                 c.group_top[g] *= c.now.factor;
         }
-        if (sample_thread() == 0) *c.kept = c.now;
+        if (sample_thread() == 0) *c.saved = c.now;
         return;
     }
     const float *logits = logits_of(a, plan);
@@ -187,27 +191,27 @@ static __global__ void __launch_bounds__(SAMPLE_THREADS)
     if (is_through)
         token = plan.is_greedy ? pick_highest(c, logits, plan.n_steps > 0) : candidate_id(c, pick_at(c, plan.uniform));
     if (token >= 0)
-        tell(c, logits, token, a.tokens + first_plan + row, a.logprobs + first_plan + row);
+        store_result(c, logits, token, a.tokens + first_plan + row, a.logprobs + first_plan + row);
     else if (sample_thread() == 0)
         a.tokens[first_plan + row] = -1;
 }
 
 /* ---- Launch ------------------------------------------------------------------------------------------------------ */
 
-size_t fb_cuda_draw_bytes(int32_t vocab_size) {
+size_t fb_cuda_sample_bytes(int32_t vocab_size) {
     return sample_row_bytes(vocab_size);
 }
 
-int fb_cuda_draw(const struct fb_cuda_draws *draws, fb_cuda_stream stream) {
-    const unsigned n_wide = (unsigned)(sample_groups(draws->vocab_size) + WIDE_GROUPS - 1) / WIDE_GROUPS;
+int fb_cuda_sample(const struct fb_cuda_sampling *sampling, fb_cuda_stream stream) {
+    const unsigned n_wide = (unsigned)(sample_groups(sampling->vocab_size) + WIDE_GROUPS - 1) / WIDE_GROUPS;
     int error = 0;
-    for (int32_t first = 0; first < draws->n_plans && !error; first += draws->n_at_once) {
-        const int32_t left = draws->n_plans - first;
-        const unsigned n = (unsigned)(left < draws->n_at_once ? left : draws->n_at_once);
-        error = fb_launch(survey_kernel, dim3(n_wide, n), WIDE_THREADS, 0, stream, *draws, first);
-        if (!error) error = fb_launch(chain_kernel, dim3(n), SAMPLE_THREADS, 0, stream, *draws, first, false);
-        if (!error) error = fb_launch(weigh_kernel, dim3(n_wide, n), WIDE_THREADS, 0, stream, *draws, first);
-        if (!error) error = fb_launch(chain_kernel, dim3(n), SAMPLE_THREADS, 0, stream, *draws, first, true);
+    for (int32_t first = 0; first < sampling->n_plans && !error; first += sampling->n_at_once) {
+        const int32_t left = sampling->n_plans - first;
+        const unsigned n = (unsigned)(left < sampling->n_at_once ? left : sampling->n_at_once);
+        error = fb_launch(survey_kernel, dim3(n_wide, n), WIDE_THREADS, 0, stream, *sampling, first);
+        if (!error) error = fb_launch(chain_kernel, dim3(n), SAMPLE_THREADS, 0, stream, *sampling, first, false);
+        if (!error) error = fb_launch(weigh_kernel, dim3(n_wide, n), WIDE_THREADS, 0, stream, *sampling, first);
+        if (!error) error = fb_launch(chain_kernel, dim3(n), SAMPLE_THREADS, 0, stream, *sampling, first, true);
     }
     return error;
 }

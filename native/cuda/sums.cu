@@ -1,10 +1,10 @@
-/* sums.cu - what several GPUs have computed, as one. Contracts stand in kernels.h. */
+/* sums.cu - combines the results of several GPUs. Contracts are in kernels.h. */
 #include "device.h"
 #include "kernels.h"
 
 enum { SUM_THREADS = 256 };
 
-/* A thread takes a number. Parts are added in the order of the GPUs, which is the same for every number and batch. */
+/* A thread takes a number. Parts are added in the order of the GPUs, the same for every number and batch. */
 static __global__ void sum_kernel(
     fb_cuda_parts parts, int32_t n_cols, const float *residual, int64_t ld_residual, float *out, int64_t ld_out) {
     const int64_t row = (int64_t)blockIdx.x;
@@ -28,7 +28,7 @@ int fb_cuda_sum(const struct fb_cuda_parts *parts, int32_t n_rows, int32_t n_col
         out, ld_out);
 }
 
-static __global__ void line_up_kernel(fb_cuda_parts parts, int32_t n_cols, float *out, int32_t *non_finite) {
+static __global__ void concatenate_kernel(fb_cuda_parts parts, int32_t n_cols, float *out, int32_t *non_finite) {
     const int64_t row = (int64_t)blockIdx.x;
     const int64_t column = (int64_t)blockIdx.y * SUM_THREADS + threadIdx.x;
     if (column >= n_cols) return;
@@ -38,7 +38,8 @@ static __global__ void line_up_kernel(fb_cuda_parts parts, int32_t n_cols, float
     out[row * n_cols + column] = value;
 }
 
-int fb_cuda_line_up(const struct fb_cuda_parts *parts, int32_t n_rows, int32_t n_cols, float *out, int32_t *non_finite,
-    fb_cuda_stream stream) {
-    return fb_launch(line_up_kernel, grid_of(n_rows, n_cols), SUM_THREADS, 0, stream, *parts, n_cols, out, non_finite);
+int fb_cuda_concatenate(const struct fb_cuda_parts *parts, int32_t n_rows, int32_t n_cols, float *out,
+    int32_t *non_finite, fb_cuda_stream stream) {
+    return fb_launch(
+        concatenate_kernel, grid_of(n_rows, n_cols), SUM_THREADS, 0, stream, *parts, n_cols, out, non_finite);
 }

@@ -1,13 +1,14 @@
 /*
- * tensor.cu - products on tensor cores: weights of 16 bits and of the block formats times inputs of inputs.cu.
+ * tensor.cu - products on tensor cores: weights of 16 bits and of the block formats times inputs of
+ * inputs.cu.
  *
- *     few tokens    8 warps take two panels x 8 or 32 tokens, each a segment of their columns: what counts is that weights arrive, so
- *                   a lane asks for some chunks before it needs them.
- *     many tokens   4 warps take two panels each x the same 64 tokens, all columns one after the other; inputs come into shared
- *                   memory while the chunk before is multiplied.
+ *     few tokens    8 warps take two panels x 8 or 32 tokens, each a segment of their columns. The speed of
+ *                   loading weights is the limit, so a lane loads some chunks ahead.
+ *     many tokens   4 warps take two panels each x the same 64 tokens, all columns one after another; inputs
+ *                   are copied to shared memory while the previous chunk is multiplied.
  *
- * Panels go straight into registers and are opened there (fragments.cuh). Two panels of a warp are gate and up, with SwiGLU. Sums run as
- * kernels.h tells, so both give the same bits.
+ * Panels are loaded directly into registers and unpacked there (fragments.cuh). With SwiGLU the two panels of
+ * a warp are gate and up. Sums have the order of kernels.h, so both kernels give the same bits.
  */
 #include "finish.cuh"
 #include "fragments.cuh"
@@ -15,18 +16,18 @@
 enum { TENSOR_SEGMENTS = 8, SPLIT_THREADS = TENSOR_SEGMENTS * FB_WARP };
 enum { TILED_WARPS = 4, TILED_THREADS = TILED_WARPS * FB_WARP, TILED_COLUMNS = FB_CUDA_TILE_TOKENS / 8 };
 
-/* Chunks of a segment. */
+/* Chunks per segment. */
 FB_DEVICE int32_t tensor_length(int32_t n_chunks) {
     return (n_chunks + TENSOR_SEGMENTS - 1) / TENSOR_SEGMENTS;
 }
 
-/* What a lane has of 8 tokens' inputs of a chunk, and their sums where weights have offsets. */
+/* A lane's inputs of 8 tokens and a chunk, and their sums if weights have offsets. */
 template <fb_dtype D> struct lane_inputs {
     typedef fb_fragments<D> weights;
     fb_words4 part[FB_CUDA_PARTS];
     fb_floats2 sums[weights::n_groups];
 
-    /* From memory; `token` is the first of the 8. */
+    /* Loads from memory; `token` is the first of the 8. */
     __device__ void load(const fb_cuda_inputs &in, int32_t chunk, int64_t token, int lane) {
 #pragma unroll
         for (int p = 0; p < FB_CUDA_PARTS; p++) {
@@ -48,15 +49,15 @@ template <fb_dtype D> struct lane_inputs {
     }
 };
 
-/* A chunk of a panel, opened. */
-template <fb_dtype D> struct opened_chunk {
+/* An unpacked chunk of a panel. */
+template <fb_dtype D> struct unpacked_chunk {
     typedef fb_fragments<D> weights;
     uint32_t a[2][4];
     float scale[weights::n_groups][2], offset[weights::n_groups][2]; /* of both rows */
 
-    __device__ void open(const weights &w, int lane) {
-        w.open(0, lane, a[0]);
-        w.open(1, lane, a[1]);
+    __device__ void unpack(const weights &w, int lane) {
+        w.unpack(0, lane, a[0]);
+        w.unpack(1, lane, a[1]);
         if constexpr (weights::is_scaled) {
 #pragma unroll
             for (int i = 0; i < 2 * weights::n_groups; i++) {
@@ -66,7 +67,7 @@ template <fb_dtype D> struct opened_chunk {
         }
     }
 
-    /* sum += step s times both parts of 8 tokens. */
+    /* sum += columns of step s, times both parts of 8 tokens. */
     __device__ void step(float sum[4], int s, const lane_inputs<D> &x) const {
 #pragma unroll
         for (int p = 0; p < FB_CUDA_PARTS; p++) {
@@ -100,8 +101,8 @@ template <fb_dtype D> struct opened_chunk {
 
 /* ---- Few tokens -------------------------------------------------------------------------------------------------- */
 
-/* What is asked for ahead: of N x 8 tokens' inputs only where N is 1; those of more would take too many registers. */
-template <fb_dtype D, int N> struct chunk_ahead {
+/* Data loaded ahead of use. Inputs only if N is 1: those of more tokens would need too many registers. */
+template <fb_dtype D, int N> struct prefetched_chunk {
     fb_fragments<D> w[2];
     lane_inputs<D> x;
 
@@ -113,14 +114,14 @@ template <fb_dtype D, int N> struct chunk_ahead {
     }
 
     __device__ void multiply(float sum[2][N][4], const fb_cuda_inputs &in, int32_t chunk, int64_t token, int lane) {
-        opened_chunk<D> opened[2];
-        opened[0].open(w[0], lane);
-        opened[1].open(w[1], lane);
+        unpacked_chunk<D> unpacked[2];
+        unpacked[0].unpack(w[0], lane);
+        unpacked[1].unpack(w[1], lane);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             if constexpr (N > 1) x.load(in, chunk, token + 8 * n, lane);
-            opened[0].multiply(sum[0][n], x);
-            opened[1].multiply(sum[1][n], x);
+            unpacked[0].multiply(sum[0][n], x);
+            unpacked[1].multiply(sum[1][n], x);
         }
     }
 };
@@ -154,7 +155,8 @@ static __global__ void __launch_bounds__(SPLIT_THREADS, 2) split_kernel(fb_cuda_
     const int lane = (int)threadIdx.x % FB_WARP, segment = (int)threadIdx.x / FB_WARP;
     const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES, panel = (int32_t)blockIdx.x * 2;
     const int64_t first_token = (int64_t)blockIdx.y * 8 * N;
-    const char *first = fb_panel_of<D>(a.weight, panel); /* alone once more: its sums go nowhere */
+    const char *first = fb_panel_of<D>(a.weight, panel); /* a single last panel is repeated; its sums are not
+                                                            used */
     const char *const panels[2] = {first, panel + 1 < n_panels ? fb_panel_of<D>(a.weight, panel + 1) : first};
     const int32_t length = tensor_length(in.n_chunks), begin = segment * length;
     const int32_t end = begin + length < in.n_chunks ? begin + length : in.n_chunks;
@@ -163,7 +165,7 @@ static __global__ void __launch_bounds__(SPLIT_THREADS, 2) split_kernel(fb_cuda_
 #pragma unroll
     for (int i = 0; i < 2 * N * 4; i++)
         sum[i / (N * 4)][i / 4 % N][i % 4] = 0.0f;
-    chunk_ahead<D, N> ahead[n_ahead];
+    prefetched_chunk<D, N> ahead[n_ahead];
 #pragma unroll
     for (int i = 0; i < n_ahead; i++)
         if (begin + i < end) ahead[i].load(a.weight, panels, in, begin + i, lane);
@@ -185,8 +187,8 @@ static __global__ void __launch_bounds__(SPLIT_THREADS, 2) split_kernel(fb_cuda_
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
 
-/* Inputs of a chunk and 64 tokens in shared memory, 16 bytes each: [part][token][4]. Two of these and the totals are the 48 KiB that every
- * GPU has. */
+/* Inputs of a chunk and 64 tokens in shared memory, 16 bytes each: [part][token][4]. Two of these and the
+ * totals are 48 KiB, which every GPU has. */
 enum { TILE_ROW = 4, TILE_PART = FB_CUDA_TILE_TOKENS * TILE_ROW, TILE_SIZE = FB_CUDA_PARTS * TILE_PART, STAGES = 2 };
 
 FB_DEVICE void copy_tile(fb_words4 *tile, const fb_cuda_inputs &in, int32_t chunk, int64_t first_token) {
@@ -200,16 +202,18 @@ FB_DEVICE void copy_tile(fb_words4 *tile, const fb_cuda_inputs &in, int32_t chun
 
 template <fb_dtype D>
 static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_linear a, fb_cuda_inputs in) {
-    constexpr int n_sums = 2 * TILED_COLUMNS * 4; /* of a lane */
+    constexpr int n_sums = 2 * TILED_COLUMNS * 4; /* per lane */
     FB_SHARED(fb_words4, tiles, STAGES * TILE_SIZE);
-    constexpr int n_totals = n_sums * TILED_THREADS; /* each thread its own; in registers they would halve the warps */
+    constexpr int n_totals = n_sums * TILED_THREADS; /* each thread its own; in registers they would halve the
+                                                        number of warps */
     FB_SHARED(float, totals, n_totals);
     const int thread = (int)threadIdx.x, lane = thread % FB_WARP;
     const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES, length = tensor_length(in.n_chunks);
     const int32_t panel = (int32_t)blockIdx.y * TILED_WARPS * 2 + thread / FB_WARP * 2;
     const int64_t first_token = (int64_t)blockIdx.x * FB_CUDA_TILE_TOKENS;
-    const bool is_idle = panel >= n_panels; /* the whole warp, but for barriers and copies */
-    const char *panels[2];                  /* behind the last the first once more: its sums go nowhere */
+    const bool is_idle = panel >= n_panels; /* true for the whole warp, which only takes part in barriers and
+                                               copies */
+    const char *panels[2];                  /* padding repeats the first panel; its sums are not used */
     for (int p = 0; p < 2; p++)
         panels[p] = fb_panel_of<D>(a.weight, panel + p < n_panels ? panel + p : 0);
 
@@ -224,16 +228,16 @@ static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_
         next[p].load(panels[p], a.weight.n_cols, 0, lane);
     for (int32_t chunk = 0; chunk < in.n_chunks; chunk++) {
         fb_copy_wait<0>();
-        __syncthreads(); /* the chunk's tile is there for everybody, and nobody reads the one before any more */
+        __syncthreads(); /* the chunk's tile is visible to all threads, and the previous one is no longer read */
         const int32_t coming = chunk + 1;
         if (coming < in.n_chunks) copy_tile(tiles + coming % STAGES * TILE_SIZE, in, coming, first_token);
         fb_copy_commit();
         if (is_idle) continue;
 
-        opened_chunk<D> opened[2];
+        unpacked_chunk<D> unpacked[2];
 #pragma unroll
         for (int p = 0; p < 2; p++) {
-            opened[p].open(next[p], lane);
+            unpacked[p].unpack(next[p], lane);
             if (chunk + 1 < in.n_chunks) next[p].load(panels[p], a.weight.n_cols, chunk + 1, lane);
         }
         const fb_words4 *here = tiles + chunk % STAGES * TILE_SIZE + lane / 4 * TILE_ROW + lane % 4;
@@ -243,8 +247,8 @@ static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_
             for (int p = 0; p < FB_CUDA_PARTS; p++)
                 x.part[p] = here[p * TILE_PART + n * 8 * TILE_ROW];
             x.load_sums(in, chunk, first_token + 8 * n, lane);
-            opened[0].multiply(sum[0][n], x);
-            opened[1].multiply(sum[1][n], x);
+            unpacked[0].multiply(sum[0][n], x);
+            unpacked[1].multiply(sum[1][n], x);
         }
         if ((chunk + 1) % length != 0 || chunk + 1 == in.n_chunks) continue;
 #pragma unroll
@@ -283,13 +287,13 @@ static int multiply_tiles(const fb_cuda_linear &a, const fb_cuda_inputs &in, fb_
         return fb_launch(split_kernel<D, 1>, dim3(n_pairs), SPLIT_THREADS, 0, stream, a, in);
     if (a.n_tokens <= FB_CUDA_TILE_TOKENS)
         return fb_launch(split_kernel<D, 4>, dim3(n_pairs, n_rows / 32), SPLIT_THREADS, 0, stream, a, in);
-    /* Blocks that share weights are neighbours: all tokens fit the second-level cache, all weights need not. */
+    /* Neighboring blocks share weights: all tokens fit the L2 cache, all weights may not. */
     const dim3 grid(n_rows / FB_CUDA_TILE_TOKENS, (n_pairs + TILED_WARPS - 1) / TILED_WARPS);
     return fb_launch(tiled_kernel<D>, grid, TILED_THREADS, 0, stream, a, in);
 }
 
 template <> int multiply_tiles<FB_F32>(const fb_cuda_linear &, const fb_cuda_inputs &, fb_cuda_stream) {
-    return -1; /* linear.cu's */
+    return -1; /* fb_cuda_multiply takes these */
 }
 
 enum fb_dtype fb_cuda_inputs_dtype(enum fb_dtype weight, int32_t compute_major) {

@@ -1,4 +1,4 @@
-/* views.c - weights and page pools as kernels take them. See views.h. */
+/* views.c - weights and page pools in the form that kernels take. See views.h. */
 #include "views.h"
 
 #include "kv/pages.h"

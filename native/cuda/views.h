@@ -1,4 +1,5 @@
-/* views.h - weights and page pools of the library, which C++ cannot include, as kernels take them. Pointers are the host's. */
+/* views.h - weights and page pools, whose headers C++ cannot include, in the form that kernels take. Pointers
+ * are the host's. */
 #ifndef FABULA_CUDA_VIEWS_H
 #define FABULA_CUDA_VIEWS_H
 

@@ -1,7 +1,14 @@
 /*
- * weights.cuh - 32 columns of one row of a weight, opened in registers. Panels are drawn in quant/layout.h and quant/weight.h.
+ * weights.cuh - 32 columns of one row of a weight, unpacked in registers. Panels are drawn in quant/layout.h
+ * and quant/weight.h.
  *
- * The 16 lanes of a panel are 16 threads side by side, so each read below is one line of 64 bytes, or half of one.
+ * The 16 lanes of a panel are 16 neighboring threads, so together each read below is one line of 64 bytes, or
+ * half of one.
+ *
+ *   template            fb_chunk<D>, for D of every fb_dtype
+ *   load(panel, n_cols, chunk, lane)   columns 32 chunk .. of row `lane`
+ *   quad(q, w)          columns 4 q .. 4 q + 3 of the chunk as f32
+ *   tested              test_cuda_rows: every format against fb_weight_unpack_row
  */
 #ifndef FABULA_CUDA_WEIGHTS_CUH
 #define FABULA_CUDA_WEIGHTS_CUH
@@ -11,7 +18,7 @@
 
 enum { FB_CHUNK = 32, FB_MOST_SEGMENTS = 16 };
 
-/* How the scales of a block are held; see fb_scale_kind of quant/layout.h. */
+/* How the scales of a block are stored; see fb_scale_kind of quant/layout.h. */
 enum fb_cuda_scales { FB_CUDA_D, FB_CUDA_D_M, FB_CUDA_K, FB_CUDA_K16, FB_CUDA_K16_M };
 
 struct fb_cuda_layout {
@@ -36,7 +43,7 @@ static constexpr fb_cuda_layout fb_cuda_layout_of(fb_dtype dtype) {
                                 : fb_cuda_layout{0, 0, FB_CUDA_D, 0, 0};
 }
 
-/* Number `code` of iq4_nl's table (quant/blocks.h), from two words of it. */
+/* Value `code` of iq4_nl's table (quant/blocks.h), from two words that hold it. */
 FB_DEVICE int fb_iq4_nl_value(uint32_t code) {
     const uint64_t low = 0xF6EADDCFBFAD9881u, high = 0x7159453526190D01u;
     return (int8_t)((code < 8 ? low : high) >> (8 * (code & 7u)));
@@ -84,7 +91,7 @@ template <fb_dtype D> struct fb_chunk {
         }
     }
 
-    /* Columns 4 q .. 4 q + 3, as fb_open_row gives them. q is known once loops are unrolled. */
+    /* Columns 4 q .. 4 q + 3, with the bits of fb_unpack_row. q is a constant once loops are unrolled. */
     __device__ void quad(int q, float w[4]) const {
         uint32_t codes;
         if constexpr (layout.bits == 8)
@@ -106,7 +113,7 @@ template <fb_dtype D> struct fb_chunk {
     }
 };
 
-/* Plain formats: columns behind the last are 0. */
+/* Plain formats: columns past the last are 0. */
 template <> struct fb_chunk<FB_F32> {
     static constexpr bool is_plain = true;
     static constexpr int line_bytes = 64;
@@ -167,14 +174,15 @@ template <> struct fb_chunk<FB_BF16> {
     }
 };
 
-/* Where a panel begins: of the plain formats two lie side by side, line beside line. */
+/* Start of a panel. Two panels of the plain formats are interleaved line by line. */
 template <fb_dtype D> FB_DEVICE const char *fb_panel_of(const fb_cuda_weight &weight, int32_t panel) {
     if constexpr (fb_chunk<D>::is_plain)
         return weight.panels + (size_t)(panel / 2 * 2) * weight.panel_bytes + panel % 2 * fb_chunk<D>::line_bytes;
     return weight.panels + (size_t)panel * weight.panel_bytes;
 }
 
-/* Calls `what<dtype>(arguments)` for the format known at run time; -1 for one that is unknown. */
+/* FB_FOR_DTYPE(dtype, what, ...): calls what<dtype>(...) for the format known at run time; -1 if it is
+ * unknown. */
 #define FB_FOR_DTYPE(dtype, what, ...)                                                                                 \
     (dtype) == FB_F32      ? what<FB_F32>(__VA_ARGS__)                                                                 \
     : (dtype) == FB_F16    ? what<FB_F16>(__VA_ARGS__)                                                                 \

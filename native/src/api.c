@@ -1,5 +1,4 @@
-/* api.c - what the library says of itself: ABI number and struct sizes. Other public functions stand beside what they
- * open. */
+/* api.c - ABI version and struct sizes. Other public functions are defined in the files of their areas. */
 #include "fabula.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-# Cross-compiles for AArch64 with Debian's gcc-aarch64-linux-gnu; CMake runs what it built under qemu-user.
+# Cross-compiles for AArch64 with Debian's gcc-aarch64-linux-gnu; CMake runs the programs under qemu-user.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
@@ -6,5 +6,5 @@ set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
-# `max` is a processor with everything that qemu knows, SDOT and USDOT among it.
+# `max` is a CPU with everything that qemu supports, including SDOT and USDOT.
 set(CMAKE_CROSSCOMPILING_EMULATOR "qemu-aarch64;-L;/usr/aarch64-linux-gnu;-cpu;max")

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Cross-compiles the library and the C tests for AArch64 and runs them under qemu-user: on a processor that has everything, then
-# kernels and model on one without byte dot products. PYTHON names an interpreter that has cffi. Without the compiler or qemu it
-# fails, unless FABULA_AARCH64_OPTIONAL is 1.
+# Cross-compiles the library and the C tests for AArch64 and runs them under qemu-user: on a CPU with every extension, then
+# kernels and model on one without byte dot products. PYTHON is an interpreter that has cffi. Without the compiler or qemu
+# it fails, unless FABULA_AARCH64_OPTIONAL is 1.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/aarch64
@@ -21,7 +21,7 @@ cmake --build "$build" -j "$(nproc)"
 cd "$build"
 ctest -j "$(nproc)" --output-on-failure
 
-# A table that was not tested is a failure: each must have been compared in both programs.
+# Both programs must have tested each table.
 for name in neon neon_dotprod neon_i8mm; do
     if [ "$(grep -c "^tested: $name\$" Testing/Temporary/LastTest.log)" != 2 ]; then
         echo "$name was not tested by test_kernels and test_blocks"
@@ -29,13 +29,13 @@ for name in neon neon_dotprod neon_i8mm; do
     fi
 done
 
-# The base table is what a processor without SDOT takes, and nothing in it or around it needs more.
+# A CPU without SDOT uses the base table, and neither the table nor the rest of the library needs more.
 old="qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu cortex-a53"
 $old ./test_program
 for test in test_kernels test_blocks; do
     $old ./$test 2 >a53.log || { cat a53.log; exit 1; }
     for line in "tested: neon" "skipped: this CPU lacks neon_dotprod" "skipped: this CPU lacks neon_i8mm"; do
-        grep -qx "$line" a53.log || { cat a53.log; echo "$test on cortex-a53 did not say: $line"; exit 1; }
+        grep -qx "$line" a53.log || { cat a53.log; echo "$test on cortex-a53 did not print: $line"; exit 1; }
     done
 done
-echo "AArch64: neon, neon_dotprod and neon_i8mm have passed under qemu"
+echo "AArch64: neon, neon_dotprod and neon_i8mm passed under qemu"

@@ -1,6 +1,6 @@
 /*
- * check.h - the whole framework of the C tests: CHECK counts failures and goes on, check_result()
- * is what main returns. Each test program is one file and prints only what failed.
+ * check.h - the framework of the C tests: CHECK counts failures and continues, main returns check_result().
+ * Each test program is one file and prints only what failed.
  */
 #ifndef FABULA_TESTS_CHECK_H
 #define FABULA_TESTS_CHECK_H
@@ -9,8 +9,8 @@
 
 static int check_failures = 0;
 
-/* Prints the failing expression and its place to stderr; the first 20 failures only, so that a
- * broken loop over all 65,536 halfs stays readable. */
+/* Prints the failing expression and its location to stderr; the first 20 failures only, so that a broken loop
+ * over all 65,536 halfs stays readable. */
 #define CHECK(condition)                                                                                               \
     do {                                                                                                               \
         if (!(condition) && check_failures++ < 20) {                                                                   \
@@ -18,7 +18,7 @@ static int check_failures = 0;
         }                                                                                                              \
     } while (0)
 
-/* As CHECK, with the value that was being tested (printf form). */
+/* As CHECK, with the tested value (printf format). */
 #define CHECK_AT(condition, ...)                                                                                       \
     do {                                                                                                               \
         if (!(condition) && check_failures++ < 20) {                                                                   \

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Builds the library for NVIDIA GPUs with warnings as errors, runs a small model where there is a GPU, and asks from Python what it says
-# where there is none. FABULA_CUDA_ARCHITECTURES, e.g. "75-real;90a-real", says for what instead of everything. JOBS compilers run side
-# by side (2). PYTHON names an interpreter with the test packages. Without nvcc it fails, unless FABULA_CUDA_OPTIONAL is 1. The CPU's
-# side is not optimised: it is only linked.
+# Builds the library for NVIDIA GPUs with warnings as errors, runs a small model if there is a GPU, and runs the Python tests
+# of its errors without one. FABULA_CUDA_ARCHITECTURES, e.g. "75-real;90a-real", replaces the default of all architectures.
+# JOBS compilers run in parallel (2). PYTHON is an interpreter with the test packages. Without nvcc it fails, unless
+# FABULA_CUDA_OPTIONAL is 1. The CPU code is not optimized: it is only linked.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/cuda

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Builds the library with emulated GPUs (tests/native/cuda/emulated.cmake) and runs the Python tests that need one, and those of
-# sessions and pages with their models there, on one and on two. PYTHON names the interpreter with the test packages. The CPU's side is not optimised.
+# Builds the library with emulated GPUs (tests/native/cuda/emulated.cmake) and runs the Python tests that need a GPU, and
+# those of sessions and pages with their models on one and on two GPUs. PYTHON is the interpreter with the test packages.
+# The CPU code is not optimized.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/emulated
@@ -16,7 +17,7 @@ cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package" LD_LIBRARY_PATH="$build/nccl" FABULA_CUBLASLT="$build/libfabula_products.so"
 "$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
-# Of the long random walks over sessions one, which takes half a minute.
+# Only one of the long random walks over sessions, which takes half a minute.
 FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py \
     -k "not every_walk or 1-f16"
 FABULA_TEST_DEVICE=cuda:2 FABULA_TEST_PARALLEL=2 "$python" -m pytest -p no:cacheprovider tests/test_sessions.py tests/test_kv_cache.py \

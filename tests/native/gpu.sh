@@ -1,16 +1,16 @@
 #!/bin/sh
-# Tests on an NVIDIA GPU; where there is none it says so and is done. Builds the library for the GPU at hand
-# (FABULA_CUDA_ARCHITECTURES, e.g. "90a-real", says for what instead), then runs
+# Tests on an NVIDIA GPU; without one it says so and succeeds. Builds the library for this machine's GPU
+# (FABULA_CUDA_ARCHITECTURES, e.g. "90a-real", builds for another), then runs
 #
-#     the tests of operators and a small model against the CPU, as they are,
-#     the Python tests that need a GPU, and those of drawing, cache and sessions with their models there,
-#     and the first again under compute-sanitizer: memcheck (memory outside of what was taken, or misaligned) and
-#     racecheck (shared memory that threads of a block write and read without a barrier between).
+#     the tests of operators and of a small model against the CPU,
+#     the Python tests that need a GPU, and those of decoding, cache and sessions with their models on it,
+#     and the first again under compute-sanitizer: memcheck (accesses out of bounds or misaligned) and
+#     racecheck (shared memory that threads of a block write and read without a barrier in between).
 #
 # By hand: CUDA_LAUNCH_BLOCKING=1 compute-sanitizer --tool racecheck build/gpu/fabula_cuda_attention
 #
-# PYTHON names an interpreter with the test packages. JOBS compilers run side by side (2). The CPU's side is not optimised, unless
-# BUILD_TYPE is Release; then build/gpu/package also serves benchmarks/gpu.py, as PYTHONPATH.
+# PYTHON is an interpreter with the test packages. JOBS compilers run in parallel (2). The CPU code is not optimized, unless
+# BUILD_TYPE is Release; then build/gpu/package is also a PYTHONPATH for benchmarks/gpu.py.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/gpu
@@ -26,13 +26,13 @@ if ! command -v nvcc >/dev/null; then
 fi
 sanitizer=$(command -v compute-sanitizer || echo "$(dirname "$(command -v nvcc)")/compute-sanitizer")
 if ! [ -x "$sanitizer" ]; then
-    echo "compute-sanitizer is missing: it is a part of the CUDA toolkit (cuda-sanitizer)"
+    echo "compute-sanitizer is missing; it is part of the CUDA toolkit (cuda-sanitizer)"
     exit 1
 fi
 nvidia-smi -L
 
 failed=0
-attempt() { # what follows runs all the same: time on a GPU may be short
+attempt() { # continues after a failure: time on a GPU may be short
     echo "== $*"
     "$@" || { failed=$((failed + 1)); echo "== FAILED: $*"; }
 }
@@ -64,5 +64,5 @@ for tool in memcheck racecheck; do
         attempt "$sanitizer" --tool $tool --error-exitcode 1 "$build/$program"
     done
 done
-[ $failed -eq 0 ] || { echo "GPU: $failed of these failed"; exit 1; }
-echo "GPU: operators, model and Python tests have passed, compute-sanitizer found nothing"
+[ $failed -eq 0 ] || { echo "GPU: $failed checks failed"; exit 1; }
+echo "GPU: operators, model and Python tests passed, compute-sanitizer found nothing"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the library and the C tests with AddressSanitizer and UBSan, runs the C tests, then the Python tests that drive the
-# library with good and hostile input against the same build. PYTHON names the interpreter with the test packages.
+# library with good and hostile input against the same build. PYTHON is the interpreter with the test packages.
 set -eu
 top=$(cd "$(dirname "$0")/../.." && pwd)
 build=$top/build/sanitize
@@ -11,7 +11,7 @@ cmake --build "$build" -j "$(nproc)"
 (cd "$build" && ctest -j "$(nproc)" --output-on-failure)
 
 # A copy of the package with the sanitized library. The interpreter itself is not instrumented, so the runtime is preloaded,
-# and leaks are not looked for (CPython keeps memory until the end on purpose).
+# and leak detection is off (CPython keeps memory until the end on purpose).
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"

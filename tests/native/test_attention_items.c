@@ -1,6 +1,6 @@
 /*
- * test_attention_items.c - how attention is cut into items for models of the sizes people run: whether threads get enough of them, and
- * whether a shared prefix is shared. Only counted, nothing is computed.
+ * test_attention_items.c - how attention is divided into work items for models of real sizes: whether threads
+ * get enough of them, and whether a shared prefix is shared. Items are counted, nothing is computed.
  */
 #include "check.h"
 #include "ops/attention.h"
@@ -24,15 +24,15 @@ struct counted {
     size_t n_partials;
 };
 
-/* Items of sequences that all have n_past positions, the first n_shared of them in the same pages; `room`: whether partial results get
- * the memory they ask for. */
+/* Work items of sequences that all have n_past positions, the first n_shared of them in the same pages;
+ * `room`: whether partial results get the memory they need. */
 static struct counted count(const struct shape *s, int32_t n_sequences, int32_t n_past, int32_t n_shared,
     int32_t window, int n_threads, bool room) {
     const int32_t n_pages = n_past / FB_PAGE_POSITIONS + 1;
     int32_t *pages = calloc((size_t)n_sequences * (size_t)n_pages, sizeof *pages), first_row[MOST];
     struct fb_sequence sequences[MOST];
     struct fb_sharing sharing[MOST];
-    int64_t offsets[MOST + 1], places[MOST + 1];
+    int64_t offsets[MOST + 1], partial_offsets[MOST + 1];
     const struct fb_page_pool pool = {.n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
     for (int32_t i = 0; i < n_sequences; i++) {
         int32_t *own = pages + (size_t)i * (size_t)n_pages;
@@ -48,7 +48,7 @@ static struct counted count(const struct shape *s, int32_t n_sequences, int32_t 
         .n_heads = s->n_heads,
         .window = window,
         .offsets = offsets,
-        .places = places};
+        .partial_offsets = partial_offsets};
     const int32_t most = fb_attention_most_members(s->n_heads, s->n_kv_heads);
     if (fb_find_sharing(sequences, n_sequences, most, sharing)) a.sharing = sharing;
     struct counted found = {.n_partials = fb_attention_partials(&a, n_threads)};
@@ -62,13 +62,14 @@ static struct counted count(const struct shape *s, int32_t n_sequences, int32_t 
 int main(void) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const struct shape *s = &shapes[i];
-        /* One long sequence: every thread of a large machine finds work, whatever the model's size. */
+        /* One long sequence: every thread of a large machine gets work, for any model size. */
         struct counted c = count(s, 1, 70000, 0, 0, 64, true);
         CHECK_AT(c.split && c.n_items == (int64_t)(70000 / FB_KEY_BLOCK + 1) * s->n_kv_heads, "%s: %lld items", s->name,
             (long long)c.n_items);
         CHECK_AT(count(s, 1, 1 << 20, 0, 0, 16, true).split, "%s: a million positions", s->name);
 
-        /* Sixteen behind a prompt in common: its blocks are items for all of them that fit a tile. */
+        /* Up to sixteen sequences with a common prompt: each of its blocks is one work item for all that fit
+         * a tile. */
         const int32_t most = fb_attention_most_members(s->n_heads, s->n_kv_heads);
         const int32_t n = most < 16 ? most : 16;
         c = count(s, n, 4000, 3840, 0, 2, true);
@@ -81,13 +82,14 @@ int main(void) {
         c = count(s, 1, 70000, 0, 0, 64, false);
         CHECK_AT(!c.split && c.n_items == s->n_kv_heads && c.n_partials > 0, "%s", s->name);
 
-        /* One thread, or many sequences of their own, need no splitting and no memory; a window leaves few blocks. */
+        /* One thread, or many independent sequences, need no splitting and no memory; a window leaves few
+         * blocks. */
         CHECK_AT(count(s, 1, 70000, 0, 0, 1, true).n_partials == 0, "%s", s->name);
         CHECK_AT(count(s, MOST, 2000, 0, 0, 2, true).n_partials == 0, "%s", s->name);
         c = count(s, 1, 70000, 0, 1024, 64, true);
         CHECK_AT(c.split && c.n_items <= 6 * (int64_t)s->n_kv_heads, "%s: %lld items", s->name, (long long)c.n_items);
     }
     CHECK(count(&shapes[2], 16, 4000, 3840, 0, 2, true).split);       /* 8B: 1.1 million floats */
-    CHECK(!count(&shapes[3], MOST, 100000, 99840, 0, 2, true).split); /* more than a step may keep */
+    CHECK(!count(&shapes[3], MOST, 100000, 99840, 0, 2, true).split); /* over the limit of a step */
     return check_result();
 }

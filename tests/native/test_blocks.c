@@ -1,9 +1,9 @@
 /*
- * test_blocks.c - panels of quantised blocks: read back as the numbers of the file's blocks, and multiplied by every
- * instruction set with the bits of reference_blocks.c.
+ * test_blocks.c - panels of quantized blocks: unpacked to the numbers of the file's blocks, and multiplied by
+ * every instruction set with the bits of reference_blocks.c.
  *
- * Blocks are random bytes, so every code and scale occurs, in many tests NaN and infinite scales too. `test_blocks 3` takes 3
- * seeds instead of 40.
+ * Blocks are random bytes, so every code and scale occurs, in many tests also NaN and infinite scales.
+ * `test_blocks 3` runs 3 seeds instead of 40.
  */
 #include "check.h"
 #include "kernels/kernels.h"
@@ -70,7 +70,7 @@ static void test_layout(enum fb_dtype dtype, uint64_t seed) {
     float *wanted = take(n_cols * sizeof(float)), *got = take(n_cols * sizeof(float));
     const bool tame = seed % 2;
     fill_blocks(dtype, rows, 16 * n_cols / (size_t)fb_dtype_block_size(dtype), tame);
-    /* In two calls: some rows first, the others later, into the same lines. */
+    /* In two calls: some rows first, the others later, in the same lines. */
     const uint32_t mask = next_random();
     int64_t damaged = 0;
     for (int call = 0; call < 2; call++) {
@@ -82,7 +82,7 @@ static void test_layout(enum fb_dtype dtype, uint64_t seed) {
     int64_t damaged_numbers = 0;
     for (size_t j = 0; j < 16; j++) {
         fb_dequantize_row(dtype, rows + j * row_bytes, n_cols, wanted);
-        fb_open_row(dtype, panel, n_cols, j, got);
+        fb_unpack_row(dtype, panel, n_cols, j, got);
         CHECK_AT(same(got, wanted, n_cols), "dtype %d, row %zu, seed %llu", (int)dtype, j, (unsigned long long)seed);
         for (size_t k = 0; k < n_cols; k++)
             damaged_numbers += !isfinite(wanted[k]);
@@ -102,26 +102,27 @@ static void fill_inputs(float *x, size_t n, bool tame) {
         x[i] = ((float)(int32_t)next_random() / 2147483648.0f) * (float)(1 << next_random() % 8);
         if (!tame && next_random() % 64 == 0) x[i] = special[next_random() % (sizeof special / sizeof *special)];
     }
-    /* Blocks of zeros, of subnormals, and of halves that round to even: behind their first number they are a block too. */
+    /* Blocks of zeros, of subnormals, and of halves that round to even. The callers shift some by
+     * one number. */
     for (size_t i = 0; i + 32 <= n; i += 32)
         if (next_random() % 8 == 0)
             for (size_t j = 0; j < 32; j++)
                 x[i + j] = i % 3 == 0 ? 0.0f : i % 3 == 1 ? j == 1 ? 127.0f : (float)j + 0.5f : 1e-39f;
 }
 
-static void test_quantise(const struct fb_kernels *k, const char *name, uint64_t seed) {
+static void test_quantize(const struct fb_kernels *k, const char *name, uint64_t seed) {
     state = seed;
     const size_t n_blocks = next_random() % 20;
     float *x = take((n_blocks * 32 + 1) * sizeof *x);
     fill_inputs(x, n_blocks * 32 + 1, seed % 2);
     struct fb_activation *wanted = take(n_blocks * sizeof *wanted), *got = take(n_blocks * sizeof *got);
-    fb_kernels_reference.quantise(x + 1, n_blocks, wanted);
-    k->quantise(x + 1, n_blocks, got);
+    fb_kernels_reference.quantize(x + 1, n_blocks, wanted);
+    k->quantize(x + 1, n_blocks, got);
     for (size_t b = 0; b < n_blocks; b++)
         CHECK_AT(memcmp(got[b].codes, wanted[b].codes, 32) == 0 && same(&got[b].scale, &wanted[b].scale, 1) &&
                      same(got[b].sums, wanted[b].sums, 3) &&
                      memcmp(got[b].minus_sums, wanted[b].minus_sums, sizeof got[b].minus_sums) == 0,
-            "%s quantise: block %zu, seed %llu", name, b, (unsigned long long)seed);
+            "%s quantize: block %zu, seed %llu", name, b, (unsigned long long)seed);
     free(x);
     free(wanted);
     free(got);
@@ -149,7 +150,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
         fb_pack_panel(dtype, all, 0, n_cols / FB_BLOCK_COLUMNS, panels + p * panel_bytes);
     }
     fill_inputs(x, n_tokens * ldx * 32, tame);
-    fb_kernels_reference.quantise(x, n_tokens * ldx, activations);
+    fb_kernels_reference.quantize(x, n_tokens * ldx, activations);
     fb_kernels_reference.gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, wanted, ldy);
     k->gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, got, ldy);
 #if defined(__x86_64__)
@@ -158,12 +159,12 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     CHECK_AT(same(got, wanted, n_tokens * ldy), "%s gemm_blocks: dtype %d, %zu panels, k %zu, %zu tokens, seed %llu",
         name, (int)dtype, n_panels, n_cols, n_tokens, (unsigned long long)seed);
 
-    /* Against the numbers themselves: off by no more than the rounding of the activations allows. */
+    /* Against the dequantized numbers: the error is no larger than the rounding of the activations allows. */
     double worst = 0.0;
     float *row = take(n_cols * sizeof *row);
     for (size_t t = 0; tame && t < n_tokens; t++)
         for (size_t j = 0; j < 16; j++) {
-            fb_open_row(dtype, panels, n_cols, j, row);
+            fb_unpack_row(dtype, panels, n_cols, j, row);
             double exact = 0.0, allowed = 1e-6;
             for (size_t i = 0; i < n_cols; i++) {
                 const double input = (double)x[t * ldx * 32 + i], weight = (double)row[i];
@@ -220,7 +221,7 @@ int main(int n_arguments, char **arguments) {
             continue;
         }
         for (uint64_t seed = 1; seed <= n_seeds; seed++) {
-            test_quantise(sets[i].kernels, sets[i].name, seed);
+            test_quantize(sets[i].kernels, sets[i].name, seed);
             for (int d = 0; d < N_DTYPES; d++)
                 test_gemm(sets[i].kernels, sets[i].name, dtypes[d], seed);
         }

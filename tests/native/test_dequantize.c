@@ -1,6 +1,6 @@
 /*
- * test_dequantize.c - the 16-bit float converters over all 65,536 halfs, each block format on a
- * block whose elements were worked out by hand, and the argument checks of fb_dequantize.
+ * test_dequantize.c - the 16-bit float converters over all 65,536 halfs, each block format on a block whose
+ * elements were computed by hand, and the argument checks of fb_dequantize.
  */
 #include <math.h>
 #include <stdint.h>
@@ -44,7 +44,7 @@ static void test_all_halfs(void) {
     }
 }
 
-/* Between each half and the next: below the middle rounds down, above it up, the middle to even. */
+/* Between each half and the next: below the midpoint rounds down, above it up, the midpoint to even. */
 static void test_half_rounding(void) {
     for (uint16_t half = 0; half < 0x7BFF; half++) {
         const uint16_t next = (uint16_t)(half + 1);
@@ -61,7 +61,7 @@ static void test_half_rounding(void) {
     CHECK(fb_f32_to_f16(-3.4e38f) == 0xFC00);
     CHECK(fb_f32_to_f16(1e-45f) == 0x0000); /* smallest subnormal f32 */
     CHECK(fb_f32_to_f16(-0.0f) == 0x8000);
-    CHECK(is_half_nan(fb_f32_to_f16(fb_f32_from_bits(0x7F800001u)))); /* payload below the cut */
+    CHECK(is_half_nan(fb_f32_to_f16(fb_f32_from_bits(0x7F800001u)))); /* payload in the truncated bits */
     CHECK(fb_f32_to_f16(fb_f32_from_bits(0xFFC00000u)) == 0xFE00);
 }
 
@@ -72,7 +72,7 @@ static void test_bf16(void) {
         CHECK_AT(fb_f32_bits(value) == i << 16, "bf16 0x%04x", i);
         CHECK_AT(fb_f32_to_bf16(value) == (isnan(value) ? (half | 0x0040) : half), "bf16 0x%04x", i);
         if ((half & 0x7F80) == 0x7F80) continue;
-        const uint32_t middle = (i << 16) + 0x8000u; /* towards the next larger magnitude */
+        const uint32_t middle = (i << 16) + 0x8000u; /* toward the next larger magnitude */
         const uint16_t even = (uint16_t)(half + half % 2);
         CHECK_AT(fb_f32_to_bf16(fb_f32_from_bits(middle)) == even, "bf16 0x%04x", i);
         CHECK_AT(fb_f32_to_bf16(fb_f32_from_bits(middle - 1)) == half, "bf16 0x%04x", i);
@@ -86,7 +86,7 @@ static void test_bf16(void) {
 
 enum { MAX_BLOCK = 256 };
 
-/* Decodes one block from an odd address, with a guard number behind the output. */
+/* Dequantizes one block from an odd address, with a guard number after the output. */
 static void decode(enum fb_dtype dtype, const void *block, float *out) {
     const size_t n = (size_t)fb_dtype_block_size(dtype), n_bytes = fb_dtype_block_bytes(dtype);
     uint8_t raw[4 * MAX_BLOCK + 1];
@@ -141,8 +141,7 @@ static void test_blocks_of_32(void) {
     CHECK(x[0] == -63.5f && x[16] == 56.5f && x[15] == 0.5f && x[31] == -5.0f);
 }
 
-/* Scales and mins of q4_k and q5_k: scale 0 = 1, scale 1 = 63, scale 5 = 0x2A, min 0 = 2, min 5 =
- * 0x15. */
+/* Scales and mins of q4_k and q5_k: scale 0 = 1, scale 1 = 63, scale 5 = 0x2A, min 0 = 2, min 5 = 0x15. */
 static void fill_scales(uint8_t *scales) {
     memset(scales, 0, 12);
     scales[0] = 1;

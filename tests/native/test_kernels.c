@@ -1,9 +1,10 @@
 /*
  * test_kernels.c - every kernel of every instruction set against reference.c, bit for bit.
  *
- * Inputs are random and hostile: odd sizes and tails, misaligned pointers, zeros of both signs, subnormals, the largest
- * finite numbers, infinities and NaN. Results must have the same bits; where one is NaN the other must be (its
- * payload is free). A failure prints kernel, size and seed. `test_kernels 3` takes 3 seeds instead of 20.
+ * Inputs are random and hostile: odd sizes and remainders, misaligned pointers, zeros of both signs,
+ * subnormals, the largest finite numbers, infinities and NaN. Results must have the same bits; if one is NaN
+ * the other must be NaN (its payload is free). A failure prints kernel, size and seed. `test_kernels 3` runs
+ * 3 seeds instead of 20.
  */
 #include "check.h"
 #include "kernels/kernels.h"
@@ -31,8 +32,8 @@ static uint32_t next_random(void) {
     return (uint32_t)(state >> 32);
 }
 
-/* Among them: limits of exp, halves of ln 2 that it must round to even, and NaN whose payload rounding or cutting would
- * lose. */
+/* Includes limits of exp, halves of ln 2 that it must round to even, and NaN whose payload rounding or
+ * truncation would lose. */
 static float random_float(bool hostile) {
     static const float special[] = {0.0f, -0.0f, 1e-40f, -1e-40f, 3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 1.0f,
         -87.0f, -87.5f, 88.0f, 89.0f, 1e-10f, -1e10f, 5.89175081f, -28.0724602f, -__builtin_nanf("0x3fffff"),
@@ -55,7 +56,7 @@ static bool same(const float *a, const float *b, size_t n) {
     return true;
 }
 
-/* NaN payloads of 16-bit formats are free too: compare what they widen to. */
+/* NaN payloads of 16-bit formats are free too, so their f32 values are compared. */
 static bool same_halfs(int dtype, const void *a, const void *b, size_t n) {
     float *wide_a = random_floats(n, false), *wide_b = random_floats(n, false);
     fb_kernels_reference.widen[dtype](a, n, wide_a);
@@ -99,8 +100,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
             }
 }
 
-/* Of numbers below the smallest normal f32 a result may know nothing; so none are among the inputs, nor products that are
- * so small. */
+/* Numbers below the smallest normal f32 may count as zero, so neither inputs nor products are that small. */
 static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t seed) {
     static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25, 49, 60},
                         columns[] = {1, 2, 3, 64, 255, 256, 257, 600};
@@ -126,10 +126,10 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
                 float *row = random_floats(n_cols, hostile);
                 for (size_t i = 0; i < n_cols; i++)
                     if (fabsf(row[i]) < 1e-9f) row[i] = 0.0f;
-                fb_kernels_reference.round_pairs(row, n_cols, wanted_x + t * ldx);
-                k->round_pairs(row, n_cols, x + t * ldx);
-                CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held), "%s round_pairs: n %zu, seed %llu",
-                    name, n_cols, (unsigned long long)seed);
+                fb_kernels_reference.narrow_pairs(row, n_cols, wanted_x + t * ldx);
+                k->narrow_pairs(row, n_cols, x + t * ldx);
+                CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held),
+                    "%s narrow_pairs: n %zu, seed %llu", name, n_cols, (unsigned long long)seed);
                 free(row);
             }
             const struct fb_panels all = {odd, width, stride};
@@ -149,7 +149,7 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
 
 static void test_rest(const struct fb_kernels *k, const char *name, uint64_t seed, size_t n, bool hostile) {
     const struct fb_kernels *ref = &fb_kernels_reference;
-    if (n > MOST) abort(); /* and the compiler knows that no product below overflows */
+    if (n > MOST) abort(); /* also tells the compiler that no product below overflows */
     state = seed * 977 + n;
     float *a = random_floats(n, hostile), *b = random_floats(n, hostile);
     float *c = random_floats(n, false), *d = random_floats(n, false);
@@ -172,7 +172,7 @@ static void test_rest(const struct fb_kernels *k, const char *name, uint64_t see
     got[n] = k->exp_sum(a, n, 0.7f, 0.3f, got);
     EXPECT("exp_sum", n + 1);
 
-    wanted[n] = ref->exp_sum(a, n, 1.0f, 0.0f, wanted); /* of the special numbers themselves */
+    wanted[n] = ref->exp_sum(a, n, 1.0f, 0.0f, wanted); /* the special numbers themselves */
     got[n] = k->exp_sum(a, n, 1.0f, 0.0f, got);
     EXPECT("exp_sum", n + 1);
 
@@ -224,7 +224,7 @@ static void test_rest(const struct fb_kernels *k, const char *name, uint64_t see
     free(wanted);
 }
 
-/* The sampler's loops: the same bits everywhere, and as good as the C library's in double. */
+/* The sampler's loops: the same bits everywhere, and as accurate as the C library's in double. */
 static void test_vocabulary(const struct fb_kernels *k, const char *name, uint64_t seed, size_t n) {
     enum { FEW = 1000 };
     const struct fb_kernels *ref = &fb_kernels_reference;
@@ -258,7 +258,7 @@ static void test_vocabulary(const struct fb_kernels *k, const char *name, uint64
     free(logits);
 }
 
-/* exp against the C library in double: the polynomial is as good as its header says. */
+/* exp against the C library in double: the polynomial has the accuracy that exp.h states. */
 static void test_exp_accuracy(void) {
     double worst = 0.0;
     for (float x = -86.9f; x < 88.0f; x += 0.00137f) {

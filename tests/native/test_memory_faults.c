@@ -1,9 +1,11 @@
 /*
- * test_memory_faults.c - every public call with its 1st, 2nd, ... request for memory refused, until it is refused none.
+ * test_memory_faults.c - every public call with its 1st, 2nd, ... memory request refused, until none is
+ * refused.
  *
- * The linker sends the library's malloc, calloc, aligned_alloc, realloc, mmap, free and munmap through the wrappers
- * below (see CMakeLists.txt); what libc and OpenMP take for themselves passes by. A refused call returns
- * FB_OUT_OF_MEMORY, leaves what its pointers point to as it was, keeps no memory, and works when called again.
+ * The linker redirects the library's malloc, calloc, aligned_alloc, realloc, mmap, free and munmap to the
+ * wrappers below (see CMakeLists.txt); libc's and OpenMP's own requests are not redirected. A refused call
+ * returns FB_OUT_OF_MEMORY, leaves what its pointers point to unchanged, keeps no memory, and works when
+ * called again.
  */
 #include <errno.h>
 #include <limits.h>
@@ -88,17 +90,18 @@ int __wrap_munmap(void *address, size_t size) {
 
 /* ---- The sweep --------------------------------------------------------------------------------------------------- */
 
-enum { N_FLOATS = 1 << 19 };                           /* as many as the largest call writes */
-static float output[N_FLOATS], first_output[N_FLOATS]; /* what calls write to, and what the first that worked wrote */
+enum { N_FLOATS = 1 << 19 };                           /* at least what the largest call writes */
+static float output[N_FLOATS], first_output[N_FLOATS]; /* output of calls, and of the first that succeeded */
 
-/* One public call with whatever it needs ready made. Gives back what it took, and checks what a failure must leave. */
+/* One public call with its inputs prepared. Frees what it allocated, and checks what a failure must leave
+ * unchanged. */
 typedef enum fb_status (*call_function)(void);
 #define CALL(name, expression)                                                                                         \
     static enum fb_status name(void) {                                                                                 \
         return expression;                                                                                             \
     }
 
-/* The call with its requests first .. last refused. `*made` is how many it made. */
+/* Makes the call with its requests first .. last refused. `*made`: its number of requests. */
 static enum fb_status call_refusing(const char *name, call_function call, long first, long last, long *made) {
     const long blocks = n_blocks, mapped = n_mapped_bytes;
     refuse_first = first;
@@ -112,7 +115,8 @@ static enum fb_status call_refusing(const char *name, call_function call, long f
     return status;
 }
 
-/* Refuses each request of the call in turn, alone and with all that follow. It makes `expected`; -1: one or more. */
+/* Refuses each request of the call in turn, alone and together with all that follow. The call makes
+ * `expected` requests; -1: one or more. */
 static void sweep(const char *name, call_function call, long expected) {
     long total, made;
     CHECK_AT(call_refusing(name, call, 0, 0, &total) == FB_OK, "%s: %s", name, fb_last_error());
@@ -129,7 +133,8 @@ static void sweep(const char *name, call_function call, long expected) {
         }
 }
 
-/* ---- What the calls work on -------------------------------------------------------------------------------------- */
+/* ---- Inputs of the calls
+ * --------------------------------------------------------------------------------------- */
 
 enum {
     WIDTH = 32,
@@ -141,10 +146,10 @@ enum {
     LONG = 4096    /* tokens whose scratch is above 2 MiB and so comes from mmap */
 };
 
-static char nothing; /* what an out pointer shows before a call */
+static char nothing; /* value of an out pointer before a call */
 static float input[N_FLOATS];
-static int32_t positions[LONG];                         /* and token ids */
-static fb_weight *square, *to_qkv, *woven, *vocabulary; /* with WIDTH columns */
+static int32_t positions[LONG];                               /* and token ids */
+static fb_weight *square, *to_qkv, *interleaved, *vocabulary; /* with WIDTH columns */
 static double flops_per_s;
 static fb_page_pool *pool;
 static fb_program *program;
@@ -157,7 +162,8 @@ static fb_weight *packed(int32_t n_rows, int32_t n_cols) {
     return weight;
 }
 
-/* Fills `output` with what no operator writes; `check_output` tells whether n numbers of it are as the status says. */
+/* Fills `output` with a value that no operator writes; `check_output` checks n numbers of it against the
+ * status. */
 static void mark_output(size_t n) {
     memset(output, 0xA5, n * sizeof *output);
 }
@@ -208,7 +214,7 @@ static enum fb_status make_program(int32_t max_tokens, fb_program **out) {
         {.kind = FB_OP_KV_WRITE, .in = HEADS, .out = -1, .residual = -1},
         {.kind = FB_OP_ATTENTION, .in = HEADS, .out = ATTENDED, .residual = -1, .scale = 0.25f},
         {.kind = FB_OP_LINEAR, .in = ATTENDED, .out = X, .residual = X, .weight = square},
-        {.kind = FB_OP_LINEAR_SWIGLU, .in = X, .out = HIDDEN, .residual = -1, .weight = woven},
+        {.kind = FB_OP_LINEAR_SWIGLU, .in = X, .out = HIDDEN, .residual = -1, .weight = interleaved},
         {.kind = FB_OP_GATHER_OUTPUTS, .in = HIDDEN, .out = WANTED, .residual = -1},
         {.kind = FB_OP_LOGITS, .in = WANTED, .out = -1, .residual = -1, .weight = vocabulary},
     };
@@ -236,7 +242,8 @@ static enum fb_status create_program(int32_t max_tokens) {
 CALL(create_small_program, create_program(N_TOKENS))
 CALL(create_large_program, create_program(LONG))
 
-/* ---- Operators that take scratch memory -------------------------------------------------------------------------- */
+/* ---- Operators that allocate scratch memory
+ * -------------------------------------------------------------------- */
 
 static enum fb_status attend(int32_t n_tokens, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
     const size_t n = (size_t)n_tokens * (size_t)n_heads * (size_t)head_dim;
@@ -279,21 +286,22 @@ static enum fb_status measure_read(size_t n_bytes) {
 CALL(measure_small_read, measure_read(1 << 14))
 CALL(measure_large_read, measure_read(4 << 20))
 
-/* Blocks of a middle size share mappings: where no further one can be had, what there is is given out and stays whole. */
+/* Blocks of medium size share mappings: if no new one can be mapped, the existing ones are used up and stay
+ * intact. */
 static void check_shared_mappings(void) {
     enum { MOST = 100, BYTES = 1 << 20 };
     const long before = atomic_load(&n_mapped_bytes), blocks = atomic_load(&n_blocks);
     char *taken[MOST];
     int n = 0;
-    taken[n++] = fb_memory_take(BYTES);
+    taken[n++] = fb_memory_allocate(BYTES);
     CHECK(taken[0]);
     atomic_store(&n_requests, 0);
     refuse_first = 1, refuse_last = LONG_MAX;
-    while (n < MOST && (taken[n] = fb_memory_take(BYTES)))
+    while (n < MOST && (taken[n] = fb_memory_allocate(BYTES)))
         n++;
     CHECK(n < MOST);
     refuse_first = 0;
-    while (n < MOST && (taken[n] = fb_memory_take(BYTES)))
+    while (n < MOST && (taken[n] = fb_memory_allocate(BYTES)))
         n++;
     CHECK(n == MOST);
     for (int i = 0; i < n; i++) {
@@ -308,7 +316,7 @@ static void check_shared_mappings(void) {
 }
 
 /* Four tokens each of two sequences. */
-static enum fb_status draw_tokens(void) {
+static enum fb_status decode_tokens(void) {
     enum { STEPS = 4 };
     const int32_t pages[] = {0, 1};
     int32_t history[2][STEPS + 1] = {{1}, {2}}, n_done = -1;
@@ -331,7 +339,8 @@ static enum fb_status draw_tokens(void) {
     return check_output(status, 2 * N_VOCAB);
 }
 
-/* ---- Calls that take none ---------------------------------------------------------------------------------------- */
+/* ---- Calls that allocate nothing
+ * ------------------------------------------------------------------------------- */
 
 static enum fb_status run_program(void) {
     const int32_t pages[] = {0, 1}, outputs[] = {0, N_TOKENS - 1};
@@ -377,7 +386,7 @@ CALL(measure_pairs, fb_measure_pairs(3, 1, FB_ISA_REFERENCE, &flops_per_s))
 CALL(measure_dot, fb_measure_dot(3, 1, FB_ISA_REFERENCE, &flops_per_s))
 
 static enum fb_status sample(void) {
-    static _Alignas(16) char work[1 << 16]; /* fb_sample_work_bytes asks for less */
+    static _Alignas(16) char work[1 << 16]; /* fb_sample_work_bytes returns less */
     struct fb_sampling settings;
     fb_sampling_default(&settings);
     settings.top_k = 10;
@@ -394,7 +403,8 @@ static enum fb_status sample(void) {
         input, N_VOCAB, &settings, 0, positions, N_TOKENS, NULL, NULL, 0, NULL, 0, work, output);
 }
 
-/* ---- More than there is ------------------------------------------------------------------------------------------ */
+/* ---- More than the address space
+ * ------------------------------------------------------------------------------- */
 
 static void test_beyond_the_address_space(void) {
     CHECK(create_weight(FB_F32, 1 << 30, 1 << 30) == FB_OUT_OF_MEMORY);
@@ -419,7 +429,7 @@ int main(void) {
 
     square = packed(WIDTH, WIDTH);
     to_qkv = packed(QKV, WIDTH);
-    woven = packed(2 * WIDTH, WIDTH);
+    interleaved = packed(2 * WIDTH, WIDTH);
     vocabulary = packed(N_VOCAB, WIDTH);
     CHECK(fb_page_pool_create(FB_F16, FB_F16, 3, 1, 1, HEAD_DIM, &pool) == FB_OK);
     sweep("fb_program_create, small", create_small_program, -1);
@@ -435,7 +445,7 @@ int main(void) {
     sweep("fb_measure_read, large", measure_large_read, 1);
 
     sweep("fb_program_run", run_program, 0);
-    sweep("fb_program_draw", draw_tokens, -1);
+    sweep("fb_program_draw", decode_tokens, -1);
     sweep("fb_page_*", move_pages, 0);
     sweep("fb_weight_pack_rows", pack_weight, 0);
     sweep("fb_dequantize", dequantize, 0);
@@ -453,7 +463,7 @@ int main(void) {
     fb_page_pool_free(pool);
     fb_weight_free(square);
     fb_weight_free(to_qkv);
-    fb_weight_free(woven);
+    fb_weight_free(interleaved);
     fb_weight_free(vocabulary);
     CHECK(n_blocks == 0 && n_mapped_bytes == 0);
     return check_result();

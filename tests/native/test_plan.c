@@ -1,6 +1,6 @@
 /*
- * test_plan.c - where the buffers of a program lie: no two that are alive together overlap, each lies as low as the ones before it
- * leave room, and a program of thousands of buffers is planned at once.
+ * test_plan.c - the offsets of a program's buffers: no two that are alive together overlap, each is as low as
+ * the earlier ones allow, and a program of thousands of buffers is planned quickly.
  */
 #include "check.h"
 #include "fabula.h"
@@ -25,7 +25,7 @@ static bool overlap(const struct fb_buffer *a, size_t offset, const struct fb_bu
     return offset < b->offset + b->stride * ROWS && b->offset < offset + a->stride * ROWS;
 }
 
-/* Whether `a` was placed before `b`: by first write, then by number. */
+/* Whether `a` was assigned before `b`: by first write, then by index. */
 static bool comes_before(const struct fb_buffer *a, const struct fb_buffer *b) {
     return a->first_write < b->first_write || (a->first_write == b->first_write && a < b);
 }
@@ -41,7 +41,7 @@ static void check_plan(const struct fb_buffer *buffers, int32_t n, size_t n_floa
             const struct fb_buffer *b = &buffers[j];
             if (i == j || b->first_write < 0 || !alive_together(a, b)) continue;
             CHECK_AT(!overlap(a, a->offset, b), "buffers %d and %d", i, j);
-            /* One line lower it would lie on a buffer that was there before. */
+            /* One line lower it would overlap an earlier buffer. */
             is_lowest = is_lowest || (comes_before(b, a) && b->offset + b->stride * ROWS == a->offset);
         }
         CHECK_AT(is_lowest, "buffer %d at %zu", i, a->offset);
@@ -63,7 +63,7 @@ int main(void) {
         CHECK(fb_plan_buffers(buffers, n, ROWS, &n_floats) == FB_OK);
         check_plan(buffers, n, n_floats);
     }
-    /* A chain: each is read by the next operator only, so two places serve all. */
+    /* A chain: each buffer is read by the next operator only, so two offsets are enough. */
     for (int32_t i = 0; i < MOST; i++)
         buffers[i] = (struct fb_buffer){.stride = 64, .first_write = MOST - i, .last_use = MOST - i + 1};
     size_t n_floats = 0;

@@ -1,10 +1,10 @@
 /*
- * test_program.c - a whole small model, on every instruction set this CPU has: the logits of a text that comes at once, and
- * of one that comes in pieces, with one thread and with several, are the bits of the plain loops.
+ * test_program.c - a whole small model, on every instruction set of this CPU: the logits of a text that is
+ * computed at once and in chunks, with one thread and with several, have the bits of the reference kernels.
  *
- * The Python tests ask the same of real models; this one also runs where there is no Python, under emulation. What the logits
- * are is written down, so that x86-64 and AArch64 are known to agree. Whoever changes them on purpose changes every answer that
- * a seed ever gave.
+ * The Python tests check the same with real models; this one also runs without Python, under emulation.
+ * Hashes of the logits are recorded, which proves that x86-64 and AArch64 agree. Changing them changes every
+ * reply that a seed has ever produced.
  */
 #include "check.h"
 #include "fabula.h"
@@ -17,7 +17,7 @@ enum { WIDTH = 256, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 64, INNER = 256, VOCABUL
 enum { QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, PAGES = 2, MOST_OPS = 1 + 10 * LAYERS + 2 };
 enum { STREAM, NORMED, HEADS_IN, HEADS_OUT, MLP, ENDS, N_BUFFERS };
 
-/* Angles of rope come from the C library, whose last bits are its own. */
+/* Rope angles depend on the last bits of the C library. */
 #ifdef __GLIBC__
 enum { KNOWN_LIBRARY = 1 };
 #else
@@ -99,7 +99,7 @@ static void build(struct model *m) {
     add(m, FB_OP_LOGITS, ENDS, -1, m->output);
 }
 
-/* Logits [TOKENS, VOCABULARY] of a text that comes in pieces of up to `piece` tokens. */
+/* Logits [TOKENS, VOCABULARY] of a text that is computed in chunks of up to `piece` tokens. */
 static void run(const struct model *m, enum fb_isa isa, int32_t n_threads, enum fb_dtype k, enum fb_dtype v,
     int32_t piece, float *logits) {
     static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH}, pages[PAGES] = {1, 0};
@@ -157,7 +157,7 @@ int main(void) {
                     threads[p], pieces[p]);
             }
     }
-    /* A caller's rounding mode is nothing to the results, and is left as it was. */
+    /* The caller's rounding mode does not affect the results, and is restored. */
     CHECK(fesetround(FE_TOWARDZERO) == 0);
     for (int32_t n_threads = 1; n_threads <= 2; n_threads++) {
         memset(got, 0, sizeof got);

@@ -1,6 +1,6 @@
 /*
- * test_quantize.c - f32 into blocks: bounds on the error of every format, rows that break naive code (zeros, denormals,
- * huge, constant, one outlier), the same bytes for every number of threads, and every refusal.
+ * test_quantize.c - quantization: bounds on the error of every format, rows that break naive code (zeros,
+ * denormals, huge, constant, one outlier), the same bytes for every number of threads, and every refusal.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@ enum { N_DTYPES = 14, ROWS = 7, COLS = 768, N = ROWS * COLS };
 static const char *names[N_DTYPES] = {
     "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl"};
 
-/* Relative RMS error of the format on numbers of a normal distribution, measured, plus a tenth. */
+/* Relative RMS error of the format on normally distributed numbers, measured, plus a tenth. */
 static const double most_error[N_DTYPES] = {
     0.0, 3e-4, 2.2e-3, 0.095, 0.087, 0.047, 0.042, 0.0059, 0.078, 0.039, 0.0195, 0.31, 0.17, 0.084};
 
@@ -37,8 +37,9 @@ static size_t bytes_of(int dtype, size_t n) {
     return n / (size_t)fb_dtype_block_size((enum fb_dtype)dtype) * fb_dtype_block_bytes((enum fb_dtype)dtype);
 }
 
-/* Quantises and turns back; the source may lie anywhere, the target at an odd address with a guard behind. */
-static void there_and_back(int dtype, const float *x, float *y) {
+/* Quantizes and dequantizes; the source may have any address, the target is at an odd one with a guard after
+ * it. */
+static void round_trip(int dtype, const float *x, float *y) {
     const size_t n_bytes = bytes_of(dtype, N);
     uint8_t *raw = malloc(n_bytes + 2);
     raw[0] = raw[n_bytes + 1] = 0xA5;
@@ -63,14 +64,14 @@ static void test_errors(float *x, float *y) {
         random_state = 7;
         for (int i = 0; i < N; i++)
             x[i] = normal();
-        there_and_back(dtype, x, y);
+        round_trip(dtype, x, y);
         const double error = relative_error(x, y);
         CHECK_AT(error <= most_error[dtype], "%s: %g", names[dtype], error);
-        /* Scaled by a power of two, everything scales: no format prefers a magnitude. */
+        /* Scaling the input by a power of two scales the output: no format prefers a magnitude. */
         for (int i = 0; i < N; i++)
             x[i] *= 0x1p-3f;
         float *scaled = malloc(N * sizeof(float));
-        there_and_back(dtype, x, scaled);
+        round_trip(dtype, x, scaled);
         if (dtype < FB_Q4_0 || dtype > FB_Q8_0) {
             const double again = relative_error(x, scaled);
             CHECK_AT(fabs(again - error) <= 0.01 * error, "%s: %g and %g", names[dtype], error, again);
@@ -83,47 +84,48 @@ static void test_hostile_rows(float *x, float *y) {
     for (int dtype = 0; dtype < N_DTYPES; dtype++) {
         for (int i = 0; i < N; i++)
             x[i] = i % 2 ? -0.0f : 0.0f;
-        there_and_back(dtype, x, y);
+        round_trip(dtype, x, y);
         for (int i = 0; i < N; i++)
             CHECK_AT(y[i] == 0.0f, "%s zeros at %d: %g", names[dtype], i, (double)y[i]);
 
         for (int i = 0; i < N; i++)
-            x[i] = (float)(i % 5 - 2) * 0x1p-149f; /* f16 scales make all of them zero */
-        there_and_back(dtype, x, y);
+            x[i] = (float)(i % 5 - 2) * 0x1p-149f; /* with f16 scales all of them become zero */
+        round_trip(dtype, x, y);
         for (int i = 0; i < N; i++)
             CHECK_AT(fabsf(y[i]) <= 0x1p-130f, "%s denormals at %d: %g", names[dtype], i, (double)y[i]);
 
         for (int sign = -1; sign <= 1; sign += 2) {
             for (int i = 0; i < N; i++)
                 x[i] = (float)sign * 0.75f;
-            there_and_back(dtype, x, y);
+            round_trip(dtype, x, y);
             CHECK_AT(relative_error(x, y) < 2e-3, "%s constant: %g", names[dtype], relative_error(x, y));
         }
 
         for (int i = 0; i < N; i++)
             x[i] = i % 256 == 77 ? (i % 512 == 77 ? 1000.0f : -1000.0f) : 1e-3f * (float)(i % 3 - 1);
-        there_and_back(dtype, x, y);
+        round_trip(dtype, x, y);
         for (int i = 77; i < N; i += 256)
             CHECK_AT(fabsf(y[i] - x[i]) <= 4.0f, "%s outlier at %d: %g", names[dtype], i, (double)y[i]);
 
         random_state = 11;
         for (int i = 0; i < N; i++) /* magnitudes from 2^-60 to 2^15 in one row */
             x[i] = (float)ldexp(uniform() - 0.5, (int)(75.0 * uniform()) - 60);
-        there_and_back(dtype, x, y);
+        round_trip(dtype, x, y);
         for (int i = 0; i < N; i++)
             CHECK_AT(isfinite(y[i]), "%s mixed at %d", names[dtype], i);
         CHECK_AT(relative_error(x, y) <= 0.4, "%s mixed: %g", names[dtype], relative_error(x, y));
     }
 }
 
-/* Numbers near the smallest half: scales become subnormal, but not nothing as long as a scale has room. */
+/* Numbers near the smallest half: scales become subnormal, but not zero as long as sub-block scales can be
+ * larger. */
 static void test_small_numbers(float *x, float *y) {
     static const enum fb_dtype with_room[] = {FB_Q4_K, FB_Q5_K, FB_Q6_K};
     for (int k = 0; k < 3; k++) {
         random_state = 5;
         for (int i = 0; i < N; i++)
             x[i] = 1e-5f * normal();
-        there_and_back((int)with_room[k], x, y);
+        round_trip((int)with_room[k], x, y);
         CHECK_AT(relative_error(x, y) <= 0.1, "%s small numbers: %g", names[with_room[k]], relative_error(x, y));
     }
 }
@@ -167,7 +169,7 @@ static void test_refusals(float *x) {
             CHECK(fb_quantize(d, x, ROWS, COLS - 1, 1, raw, n_bytes) == FB_INVALID_ARGUMENT);
             CHECK_AT(strstr(fb_last_error(), "whole blocks") != NULL, "%s", fb_last_error());
         }
-        /* The first place in the matrix is named, whichever thread finds which. */
+        /* The first element in the matrix is reported, whichever thread finds which. */
         x[3 * COLS + 5] = NAN;
         x[6 * COLS + 700] = -INFINITY;
         CHECK(fb_quantize(d, x, ROWS, COLS, 4, raw, n_bytes) == FB_NON_FINITE);

@@ -1,13 +1,13 @@
 /*
- * test_select.c - the choice of kernels: the best set is one that is there and gives the reference's bits; a table that does not is
- * found out.
+ * test_select.c - the choice of kernels: the best set is available and gives the reference's bits; a table
+ * that does not is rejected.
  */
 #include "check.h"
 #include "kernels/kernels.h"
 
 #include <string.h>
 
-/* Right, but for one output. */
+/* Correct except for one output. */
 static void gemm_blocks_off(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
     fb_reference_gemm_blocks(dtype, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);

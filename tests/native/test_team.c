@@ -1,5 +1,5 @@
 /*
- * test_team.c - when a team becomes smaller and when it is tried again. Times are made up.
+ * test_team.c - when a team becomes smaller and when the full one is tried again. The times are made up.
  */
 #include "base/team.h"
 #include "check.h"
@@ -8,50 +8,50 @@
 
 enum { MS = 1000000 };
 
-/* Runs of 5 ms in which `lost` of a hundred parts are lost; returns the threads of the next. */
-static int run_for(struct fb_crew *crew, int full, int64_t *now, int n_runs, int lost) {
+/* Runs of 5 ms each that lose `lost` percent; returns the number of threads of the next. */
+static int run_for(struct fb_team *team, int full, int64_t *now, int n_runs, int lost) {
     for (int i = 0; i < n_runs; i++) {
-        const int used = fb_crew_size(crew, full, *now);
+        const int used = fb_team_size(team, full, *now);
         *now += 5 * MS;
-        fb_crew_learn(crew, full, used, *now, 5 * MS, used == full ? 5 * MS / 100 * lost : 0);
+        fb_team_learn(team, full, used, *now, 5 * MS, used == full ? 5 * MS / 100 * lost : 0);
     }
-    return fb_crew_size(crew, full, *now);
+    return fb_team_size(team, full, *now);
 }
 
 static void test_quiet(void) {
-    struct fb_crew crew = {0};
+    struct fb_team team = {0};
     int64_t now = 1000 * (int64_t)MS;
-    CHECK(run_for(&crew, 2, &now, 1000, 5) == 2);
-    CHECK(run_for(&crew, 16, &now, 1000, 1) == 16);
+    CHECK(run_for(&team, 2, &now, 1000, 5) == 2);
+    CHECK(run_for(&team, 16, &now, 1000, 1) == 16);
 }
 
-static void test_neighbour(void) {
-    struct fb_crew crew = {0};
+static void test_neighbor(void) {
+    struct fb_team team = {0};
     int64_t now = 1000 * (int64_t)MS;
-    CHECK(run_for(&crew, 2, &now, 4, 50) == 1);
+    CHECK(run_for(&team, 2, &now, 4, 50) == 1);
     int64_t n_full = 0, n_small = 0;
     for (int i = 0; i < 2000; i++)
-        *(run_for(&crew, 2, &now, 1, 50) == 2 ? &n_full : &n_small) += 1;
+        *(run_for(&team, 2, &now, 1, 50) == 2 ? &n_full : &n_small) += 1;
     CHECK_AT(n_full > 10 && n_full * 20 < n_small, "%lld of 2000 with the full team", (long long)n_full);
-    /* The neighbour is gone: the next trial brings the full team back, for good. */
-    run_for(&crew, 2, &now, 200, 0);
-    CHECK(crew.size == 0 && run_for(&crew, 2, &now, 100, 0) == 2);
+    /* The other process is gone: the next trial restores the full team permanently. */
+    run_for(&team, 2, &now, 200, 0);
+    CHECK(team.size == 0 && run_for(&team, 2, &now, 100, 0) == 2);
 }
 
 static void test_many_threads(void) {
-    struct fb_crew crew = {0};
+    struct fb_team team = {0};
     int64_t now = 1000 * (int64_t)MS;
-    CHECK(run_for(&crew, 16, &now, 4, 20) == 12);
-    struct fb_crew smaller = crew;
+    CHECK(run_for(&team, 16, &now, 4, 20) == 12);
+    struct fb_team smaller = team;
     for (int i = 0; i < 4; i++) /* twelve lose as much: nine */
-        fb_crew_learn(&smaller, 16, 12, now, 5 * MS, 1 * MS);
+        fb_team_learn(&smaller, 16, 12, now, 5 * MS, 1 * MS);
     CHECK(smaller.size == 9);
-    for (int i = 0; i < 100; i++) /* one thread teaches nothing */
-        fb_crew_learn(&crew, 16, 1, now, 5 * MS, 0);
-    CHECK(crew.size == 12);
+    for (int i = 0; i < 100; i++) /* a single thread never waits, so nothing is learned */
+        fb_team_learn(&team, 16, 1, now, 5 * MS, 0);
+    CHECK(team.size == 12);
 }
 
-/* Threads that come late are waited for, and that is noticed; others are not. */
+/* Waiting for threads that arrive late is counted; short waits are not. */
 static void test_barrier_counts_long_waits(void) {
     struct fb_barrier barrier = {0};
     for (int round = 0; round < 2; round++) {
@@ -68,7 +68,7 @@ static void test_barrier_counts_long_waits(void) {
 
 int main(void) {
     test_quiet();
-    test_neighbour();
+    test_neighbor();
     test_many_threads();
     test_barrier_counts_long_waits();
     return check_result();

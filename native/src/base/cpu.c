@@ -1,12 +1,14 @@
-/* cpu.c - which instruction sets this CPU, its operating system and this build offer together. On x86-64 the compiler's CPUID helper is asked (which also checks that the system saves the
- * registers), on AArch64 the system, for AMX both. */
+/* cpu.c - which instruction sets the CPU, its operating system and this build support together.
+ *
+ * x86-64: the compiler's CPUID helper, which also checks that the system saves the registers. AArch64: the
+ * operating system's feature flags. AMX: CPUID, and permission from Linux. */
 #include "fabula.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #ifndef HWCAP2_I8MM
-#define HWCAP2_I8MM (1 << 13) /* of a kernel's headers older than 5.10 */
+#define HWCAP2_I8MM (1 << 13) /* absent from kernel headers before 5.10 */
 #endif
 
 static bool has_dotprod(void) {
@@ -48,13 +50,14 @@ static bool has_i8mm(void) {
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Tiles are 8 KiB a thread, which Linux saves only for processes that have asked; 5.16 and later, for older ones save them
- * for nobody. It refuses where a thread's stack for signals is too small to hold them. */
-static bool ask_for_amx(void) {
+/* Requests permission to use AMX tiles. Tile data is 8 KiB per thread, and Linux (5.16 and later) saves it
+ * only for processes that have requested it; older kernels never do. The request fails if a thread's signal
+ * stack is too small to hold the tiles. */
+static bool request_amx(void) {
     enum {
         REQUEST_PERMISSION = 0x1023,       /* ARCH_REQ_XCOMP_PERM of asm/prctl.h */
-        TILE_DATA = 18,                    /* the part of the saved registers that it is asked for */
-        SAVES_TILES = 3 << 17,             /* in XCR0: their configuration and their data */
+        TILE_DATA = 18,                    /* XSAVE component for which permission is requested */
+        SAVES_TILES = 3 << 17,             /* in XCR0: tile configuration and tile data */
         TILE_AND_INT8 = 1 << 24 | 1 << 25, /* CPUID 7, EDX */
         OSXSAVE = 1 << 27                  /* CPUID 1, ECX: XGETBV may be executed */
     };
@@ -65,13 +68,14 @@ static bool ask_for_amx(void) {
     return (a & SAVES_TILES) == SAVES_TILES && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-/* Asked once: CPUID takes microseconds in a virtual machine, and every draw wants the best instruction set. */
+/* Cached: CPUID takes microseconds in a virtual machine, and every sampled token looks up the best
+ * instruction set. */
 static bool has_amx(void) {
     enum { UNKNOWN, NO, YES };
     static atomic_int known = UNKNOWN;
     int has = atomic_load_explicit(&known, memory_order_relaxed);
     if (has == UNKNOWN) {
-        has = ask_for_amx() ? YES : NO;
+        has = request_amx() ? YES : NO;
         atomic_store_explicit(&known, has, memory_order_relaxed);
     }
     return has == YES;

@@ -1,4 +1,4 @@
-/* device.c - handles of devices, and the account of their memory. See device.h. */
+/* device.c - device handles and their memory accounting. See device.h. */
 #include "base/device.h"
 
 #include "base/status.h"
@@ -47,7 +47,7 @@ enum fb_status fb_device_open(int32_t index, size_t memory_budget, fb_device **o
     device->index = index;
     device->budget = memory_budget;
     atomic_init(&device->used, 0);
-    atomic_init(&device->n_holders, 1);
+    atomic_init(&device->n_references, 1);
     *out = device;
     return FB_OK;
 }
@@ -71,7 +71,7 @@ enum fb_status fb_device_join(fb_device *const *devices, int32_t n_devices, fb_d
     group->kind = devices[0]->kind;
     group->index = devices[0]->index;
     atomic_init(&group->used, 0);
-    atomic_init(&group->n_holders, 1);
+    atomic_init(&group->n_references, 1);
     for (int32_t i = 0; i < n_devices; i++)
         indices[i] = devices[i]->index;
     const enum fb_status status = group->kind->group_open(indices, n_devices, &group->links);
@@ -82,30 +82,31 @@ enum fb_status fb_device_join(fb_device *const *devices, int32_t n_devices, fb_d
     group->n_members = n_devices;
     for (int32_t i = 0; i < n_devices; i++) {
         group->members[i] = devices[i];
-        fb_device_hold(devices[i]);
+        fb_device_retain(devices[i]);
     }
     *out = group;
     return FB_OK;
 }
 
-void fb_device_hold(fb_device *device) {
-    atomic_fetch_add(&device->n_holders, 1);
+void fb_device_retain(fb_device *device) {
+    atomic_fetch_add(&device->n_references, 1);
 }
 
-void fb_device_let_go(fb_device *device) {
-    if (atomic_fetch_sub(&device->n_holders, 1) > 1) return;
+void fb_device_drop(fb_device *device) {
+    if (atomic_fetch_sub(&device->n_references, 1) > 1) return;
     if (device->n_members) device->kind->group_close(device->links);
     for (int32_t i = 0; i < device->n_members; i++)
-        fb_device_let_go(device->members[i]);
+        fb_device_drop(device->members[i]);
     free(device->products);
     free(device);
 }
 
 void fb_device_free(fb_device *device) {
-    if (device) fb_device_let_go(device);
+    if (device) fb_device_drop(device);
 }
 
-/* What all members have taken, and what fits if each takes as much as the one that has the least left. */
+/* used: sum over the members. free: what can still be allocated if every member allocates as much as the
+ * fullest one can. */
 static enum fb_status memory_of_group(const fb_device *group, size_t *used_bytes, size_t *free_bytes) {
     size_t used = 0, least = SIZE_MAX;
     for (int32_t i = 0; i < group->n_members; i++) {
@@ -120,8 +121,8 @@ static enum fb_status memory_of_group(const fb_device *group, size_t *used_bytes
 }
 
 enum fb_status fb_device_use_library(fb_device *device, const char *path) {
-    FB_REQUIRE(device && device->n_members == 0, "device is null or a group: its members use a library each");
-    FB_REQUIRE(!device->products, "the device uses a library already");
+    FB_REQUIRE(device && device->n_members == 0, "device is null or a group; call this for each member instead");
+    FB_REQUIRE(!device->products, "the device already uses a library");
     return device->kind->load_products(device->index, path, &device->products);
 }
 
@@ -145,18 +146,18 @@ static enum fb_status refuse(const fb_device *device, const char *what, size_t n
         device->index, what, (double)n_bytes / mib, (double)left / mib, device->budget ? " of its budget" : "");
 }
 
-enum fb_status fb_device_take(fb_device *device, const char *what, size_t n_bytes, void **out) {
+enum fb_status fb_device_allocate(fb_device *device, const char *what, size_t n_bytes, void **out) {
     void *memory = NULL;
     FB_REQUIRE(device->n_members == 0, "%s must lie on one device, not on a group of %d", what, device->n_members);
     if (n_bytes > 0) {
         const size_t before = atomic_fetch_add(&device->used, n_bytes);
         const bool fits = !device->budget || (before <= device->budget && n_bytes <= device->budget - before);
-        const enum fb_status status = fits ? device->kind->take(device->index, n_bytes, &memory) : FB_DEVICE_MEMORY;
+        const enum fb_status status = fits ? device->kind->allocate(device->index, n_bytes, &memory) : FB_DEVICE_MEMORY;
         if (status != FB_OK) {
             atomic_fetch_sub(&device->used, n_bytes);
             return status == FB_DEVICE_MEMORY ? refuse(device, what, n_bytes) : status;
         }
-        fb_device_hold(device);
+        fb_device_retain(device);
     }
     *out = memory;
     return FB_OK;
@@ -166,5 +167,5 @@ void fb_device_release(fb_device *device, void *memory, size_t n_bytes) {
     if (!memory) return;
     device->kind->release(device->index, memory);
     atomic_fetch_sub(&device->used, n_bytes);
-    fb_device_let_go(device);
+    fb_device_drop(device);
 }

@@ -1,9 +1,10 @@
 /*
  * float_mode.h - the floating-point mode that every sum assumes: round to nearest, keep subnormals, no traps.
  *
- * The mode is a register of each thread. A caller may have changed it (flush-to-zero is common in audio and physics code), and a new
- * thread inherits that of its maker, so results would depend on who calls and on how many threads there are. Whoever computes enters
- * the mode first and leaves it again.
+ * The mode is a register of each thread. The caller may have changed it (flush-to-zero is common in audio and
+ * physics code), and a new thread inherits its creator's. Without this, results would depend on the caller
+ * and on the number of threads. Each parallel region enters the mode first and restores the caller's at the
+ * end.
  */
 #ifndef FABULA_BASE_FLOAT_MODE_H
 #define FABULA_BASE_FLOAT_MODE_H
@@ -16,7 +17,7 @@ typedef uint32_t fb_float_mode; /* MXCSR; Intel SDM, volume 1, 10.2.3 */
 static inline fb_float_mode fb_float_mode_enter(void) {
     const uint32_t before = __builtin_ia32_stmxcsr();
     const uint32_t usual = 0x1F80; /* after reset: all exceptions masked, round to nearest, no FTZ, no DAZ */
-    if ((before & ~0x3Fu) != usual) __builtin_ia32_ldmxcsr(usual); /* the low six bits only report */
+    if ((before & ~0x3Fu) != usual) __builtin_ia32_ldmxcsr(usual); /* bits 0-5 are sticky exception flags */
     return before;
 }
 

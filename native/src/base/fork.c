@@ -1,16 +1,17 @@
 /*
- * fork.c - a process that computed may fork, and the child may compute.
+ * fork.c - makes fork() safe after a parallel region, in the parent and in the child.
  *
- * A child has only the thread that forked. OpenMP's team of that thread would be missing there, and its next parallel region would
- * wait for it for ever. So the team is dissolved before each fork; it comes back with the next region, in the parent as in the
- * child. Teams of other threads do no harm: who made them is not in the child either.
+ * The child has only the thread that forked. OpenMP would still believe in that thread's team, and the next
+ * parallel region would wait for it forever. So the team is dissolved before each fork; the next region in
+ * parent or child makes a new one. Teams of other threads do no harm: the threads that own them are not in
+ * the child.
  */
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <stddef.h>
 
-/* OpenMP 5.0; weak, for runtimes that lack it. Not from omp.h, which cannot say whether it has it: GCC's runtime had the function
- * for years before it claimed the version. */
+/* OpenMP 5.0; weak, for runtimes that lack it. Not taken from omp.h, which cannot tell: GCC's runtime had the
+ * function for years before it claimed the version. */
 extern int omp_pause_resource_all(int kind) __attribute__((weak));
 
 static void dissolve_team(void) {

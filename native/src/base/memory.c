@@ -1,10 +1,11 @@
 /*
  * memory.c - aligned memory. See memory.h.
  *
- * Large blocks come straight from mmap: a fresh mapping is zero, so it need not be touched (the thread that packs a
- * weight touches it first), and MADV_HUGEPAGE saves what 4 KiB pages cost a stream of weights: TLB misses, and a
- * prefetcher that stops at each border. The matrices of a small model are smaller than a huge page, so blocks of a
- * middle size share mappings, one behind the other; a mapping goes when the last of its blocks is released.
+ * Large blocks are mapped directly. A fresh mapping is zero, so the allocator does not touch it (the thread
+ * that packs a weight touches it first). MADV_HUGEPAGE avoids what 4 KiB pages cost a stream of weights: TLB
+ * misses, and a hardware prefetcher that stops at each page boundary. The matrices of a small model are
+ * smaller than a huge page, so medium blocks share mappings, one after another; a mapping is unmapped when
+ * its last block is released.
  */
 #include "base/memory.h"
 
@@ -16,7 +17,7 @@
 #include <sys/mman.h>
 
 #if defined(__SANITIZE_ADDRESS__)
-enum { SHARES_MAPPINGS = 0 }; /* every block alone, so that what lies behind it is out of bounds */
+enum { SHARES_MAPPINGS = 0 }; /* one mapping per block, so that ASan reports reads past its end */
 #else
 enum { SHARES_MAPPINGS = 1 };
 #endif
@@ -30,8 +31,8 @@ static size_t round_up(size_t n, size_t unit) {
 }
 
 static void *map(size_t size) {
-    /* Map one huge page more than needed, then cut the ends off so that the rest starts on a 2 MiB border. The end is
-     * not rounded up to one: a hundred matrices would waste a hundred megabytes. */
+    /* Maps one huge page more than needed and unmaps both ends, so that the block starts on a 2 MiB boundary.
+     * The size is not rounded up to 2 MiB: a hundred matrices would waste a hundred megabytes. */
     char *raw = mmap(
         NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) return NULL;
@@ -40,7 +41,7 @@ static void *map(size_t size) {
     if (before) munmap(raw, before);
     if (before < HUGE_PAGE) munmap(memory + size, HUGE_PAGE - before);
 #ifdef MADV_HUGEPAGE
-    madvise(memory, size, MADV_HUGEPAGE); /* a wish: refusal costs speed only */
+    madvise(memory, size, MADV_HUGEPAGE); /* a hint: refusal costs speed only */
 #endif
     return memory;
 }
@@ -51,13 +52,13 @@ struct shared {
     struct shared *next;
     char *memory; /* [SHARED_BYTES] */
     size_t used;
-    int64_t n_blocks; /* that are not released */
+    int64_t n_blocks; /* not yet released */
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct shared *all; /* the first one gives out blocks, the others are full */
+static struct shared *all; /* new blocks come from the first; the others are full */
 
-static void *take_shared(size_t n_bytes) {
+static void *allocate_shared(size_t n_bytes) {
     const size_t size = round_up(n_bytes, LINE);
     void *memory = NULL;
     pthread_mutex_lock(&lock);
@@ -100,9 +101,9 @@ static bool is_shared(size_t n_bytes) {
 
 /* ---- Blocks ------------------------------------------------------------------------------------------------------ */
 
-void *fb_memory_take(size_t n_bytes) {
+void *fb_memory_allocate(size_t n_bytes) {
     if (n_bytes > SIZE_MAX / 2) return NULL;
-    if (is_shared(n_bytes)) return take_shared(n_bytes);
+    if (is_shared(n_bytes)) return allocate_shared(n_bytes);
     if (n_bytes >= HUGE_PAGE) return map(round_up(n_bytes, PAGE));
     size_t size = round_up(n_bytes ? n_bytes : 1, LINE);
     void *memory = aligned_alloc(LINE, size);

@@ -4,14 +4,16 @@
 
 #include <stddef.h>
 
-/* Zeroed memory, 64-byte aligned; from 64 KiB on it is anonymous and asks for huge pages, and only touched pages take
- * room. From 2 MiB on it is 2 MiB-aligned; smaller blocks share mappings, which go with the last of their blocks. NULL if the system refuses. n_bytes 0 gives one line. */
-void *fb_memory_take(size_t n_bytes);
+/* Allocates zeroed, 64-byte aligned memory. Blocks of 64 KiB and more are anonymous mappings with huge pages
+ * requested, of which only touched pages take memory. Blocks of 2 MiB and more are 2 MiB-aligned; smaller
+ * ones share a mapping, which is unmapped with its last block. NULL if the system refuses. n_bytes 0
+ * allocates one cache line. */
+void *fb_memory_allocate(size_t n_bytes);
 
-/* Gives back what fb_memory_take returned; the size must be the same. NULL is allowed. */
+/* Releases what fb_memory_allocate returned; n_bytes must be the same. NULL is allowed. */
 void fb_memory_release(void *memory, size_t n_bytes);
 
-/* a * b into *out; false if it does not fit a size_t. */
+/* *out = a * b; false on overflow. */
 static inline int fb_size_multiply(size_t a, size_t b, size_t *out) {
     return !__builtin_mul_overflow(a, b, out);
 }

@@ -1,4 +1,4 @@
-/* status.c - the thread-local text of the last failure. See status.h. */
+/* status.c - the thread-local message of the last failure. See status.h. */
 #include "base/status.h"
 
 #include <stdarg.h>

@@ -1,15 +1,16 @@
 /*
- * status.h - how the library fails: a status code plus one line of text for the calling thread.
+ * status.h - errors: a status code plus one line of text for the calling thread.
  *
- * The text is thread-local and is the library's only mutable file-scope object. OpenMP workers never fail: everything
- * that can go wrong is checked before a parallel region, so the text always lands in the thread that called the API.
+ * The text is thread-local. OpenMP workers never fail: everything that can go wrong is checked before a
+ * parallel region, so the text always belongs to the thread that called the API.
  */
 #ifndef FABULA_BASE_STATUS_H
 #define FABULA_BASE_STATUS_H
 
 #include "fabula.h"
 
-/* Records the text (printf form, cut at 511 bytes) and returns `status`, so that a failure is one line:
+/* Records the text (printf format, truncated to 511 bytes) and returns `status`, so that a failure is one
+ * line:
  *     return fb_fail(FB_INVALID_ARGUMENT, "n_rows is %d, must be 1 or more", n_rows); */
 enum fb_status fb_fail(enum fb_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

@@ -1,4 +1,4 @@
-/* strings.c - strings of a file's header in one piece: a vocabulary has 100,000, too many for a loop in Python. */
+/* strings.c - joins the strings of a file header. A vocabulary has 100,000, too many for a loop in Python. */
 #include "base/status.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-/* team.c - barrier, size of the team, and single-stage regions. See team.h. */
+/* team.c - barrier, team size, and single-stage parallel regions. See team.h. */
 #include "base/team.h"
 
 #include "base/float_mode.h"
@@ -7,8 +7,8 @@
 #include <sched.h>
 #include <time.h>
 
-/* Spins before a waiting thread yields: about 50 us on a 3-4 GHz core, longer than any wait on a quiet machine and far
- * shorter than the time slice that a busy neighbour would otherwise lose. */
+/* Spins before a waiting thread yields: about 50 us on a 3-4 GHz core, longer than any wait on an idle
+ * machine and far shorter than the time slice that a busy neighbor process would otherwise lose. */
 enum { SPINS = 1500 };
 
 static inline void spin_pause(void) {
@@ -43,9 +43,15 @@ void fb_barrier_wait(struct fb_barrier *barrier, int n_threads) {
     atomic_fetch_add_explicit(&barrier->lost_ns, fb_now_ns() - start, memory_order_relaxed);
 }
 
-/* A team of n that stands still for more than this share of its time is slower than one of n - 1: it would be at 1 / n if
- * n threads did n times as much, which memory does not let them. Times are those in which the system puts threads aside
- * for each other, some milliseconds, what waking a thread never takes, and how long a neighbour may be gone unnoticed. */
+/* A team of n threads that waits for more than LOST_OF_A_THREAD / n of its time is slower than a team of
+ * n - 1. (The limit would be 1 / n if n threads did n times the work of one, but memory bandwidth prevents
+ * that.)
+ * WINDOW_NS         a decision covers this much run time: some milliseconds, the scale on which the system
+ *                   preempts threads
+ * TRIAL_NS          a trial of the full team covers this much
+ * CERTAIN_NS        lost time that ends a trial at once; waking a thread never takes as long
+ * FIRST_REST_NS     how long a smaller team runs before the first trial; doubles with each failed one
+ * LONGEST_REST_NS   up to this: how long the end of the other load may go unnoticed */
 static const double LOST_OF_A_THREAD = 0.6;
 enum {
     WINDOW_NS = 20000000,
@@ -55,34 +61,34 @@ enum {
     LONGEST_REST_NS = 1000000000
 };
 
-int fb_crew_size(const struct fb_crew *crew, int full, int64_t now_ns) {
-    return crew->size == 0 || crew->size >= full || now_ns >= crew->rest_until_ns ? full : crew->size;
+int fb_team_size(const struct fb_team *team, int full, int64_t now_ns) {
+    return team->size == 0 || team->size >= full || now_ns >= team->rest_until_ns ? full : team->size;
 }
 
-void fb_crew_learn(struct fb_crew *crew, int full, int used, int64_t now_ns, int64_t run_ns, int64_t lost_ns) {
-    if (used <= 1) return; /* one thread waits for nobody */
-    const bool is_trial = crew->size != 0 && used == full;
-    crew->run_ns += run_ns;
-    crew->lost_ns += lost_ns;
-    const bool is_slow = (double)crew->lost_ns * used > LOST_OF_A_THREAD * (double)crew->run_ns;
-    const bool is_plain = is_trial && is_slow && crew->lost_ns > CERTAIN_NS; /* a trial that fails is over at once */
-    if (crew->run_ns < (is_trial ? TRIAL_NS : WINDOW_NS) && !is_plain) return;
-    crew->run_ns = crew->lost_ns = 0;
+void fb_team_learn(struct fb_team *team, int full, int used, int64_t now_ns, int64_t run_ns, int64_t lost_ns) {
+    if (used <= 1) return; /* a single thread never waits */
+    const bool is_trial = team->size != 0 && used == full;
+    team->run_ns += run_ns;
+    team->lost_ns += lost_ns;
+    const bool is_slow = (double)team->lost_ns * used > LOST_OF_A_THREAD * (double)team->run_ns;
+    const bool is_certain = is_trial && is_slow && team->lost_ns > CERTAIN_NS; /* ends a failing trial early */
+    if (team->run_ns < (is_trial ? TRIAL_NS : WINDOW_NS) && !is_certain) return;
+    team->run_ns = team->lost_ns = 0;
     if (!is_slow) {
-        if (is_trial) *crew = (struct fb_crew){0};
+        if (is_trial) *team = (struct fb_team){0};
         return;
     }
     if (is_trial) {
-        crew->rest_ns = crew->rest_ns < LONGEST_REST_NS / 2 ? 2 * crew->rest_ns : LONGEST_REST_NS;
+        team->rest_ns = team->rest_ns < LONGEST_REST_NS / 2 ? 2 * team->rest_ns : LONGEST_REST_NS;
     } else {
-        crew->size = used - (used >= 8 ? used / 4 : 1);
-        crew->rest_ns = FIRST_REST_NS;
+        team->size = used - (used >= 8 ? used / 4 : 1);
+        team->rest_ns = FIRST_REST_NS;
     }
-    crew->rest_until_ns = now_ns + crew->rest_ns;
+    team->rest_until_ns = now_ns + team->rest_ns;
 }
 
 void fb_team_run(fb_item_function item, void *context, int64_t n_items, int n_threads) {
-    enum { MOST_SHARES = 64 }; /* more threads take from the same shares */
+    enum { MOST_SHARES = 64 }; /* more threads take items from the same 64 shares */
     if (n_threads > n_items) n_threads = n_items < 1 ? 1 : (int)n_items;
     const int n_shares = n_threads < MOST_SHARES ? n_threads : MOST_SHARES;
     struct fb_counter counters[MOST_SHARES];

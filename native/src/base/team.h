@@ -1,13 +1,13 @@
 /*
  * team.h - how the threads of one parallel region share work and wait for each other.
  *
- * Work is a list of stages, each with a number of items. A thread takes the items of its own share in order, which lie
- * one behind the other in memory, and then from the shares of the others: a core that is slowed by a neighbour simply
- * takes fewer. After a stage everybody meets at a barrier. The barrier
- * spins for a while, since the next stage is microseconds away, then gives its core up to whoever needs it.
+ * Work is a list of stages, each with a number of work items. A thread takes the items of its own share in
+ * order, which are contiguous in memory, and then from the shares of the others: a core that is slowed by
+ * another process simply takes fewer. Each stage ends in a barrier. The barrier spins for a while, since the
+ * next stage is microseconds away, then yields its core.
  *
- * On a machine that others use, too, a thread that was put aside makes everybody wait. Where that costs more than the
- * thread is worth, the team becomes smaller for a while (struct fb_crew).
+ * On a machine that runs other processes too, one preempted thread makes all others wait. Where that costs
+ * more than the thread is worth, the team becomes smaller for a while (struct fb_team).
  */
 #ifndef FABULA_BASE_TEAM_H
 #define FABULA_BASE_TEAM_H
@@ -16,12 +16,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Counter and barrier words lie on cache lines of their own, else every take would disturb every wait. */
+/* Counters and barrier words have a cache line each, so that taking an item does not disturb
+ * waiting threads. */
 struct fb_counter {
     _Alignas(64) atomic_llong next;
 };
 
-/* The items of a stage as one thread sees them: `counters` [n_threads], one for each share. */
+/* The items of a stage as one thread sees them: `counters` [n_threads], one per share. */
 struct fb_items {
     struct fb_counter *counters;
     int64_t n_items;
@@ -33,13 +34,14 @@ static inline struct fb_items fb_items_of(struct fb_counter *counters, int64_t n
     return (struct fb_items){counters, n_items, thread, n_threads, 0};
 }
 
-/* The next item for this thread, -1 when there is none left. */
+/* Returns the next item for this thread, -1 when none is left. */
 static inline int64_t fb_next_item(struct fb_items *items) {
     for (; items->n_done < items->n_threads; items->n_done++) {
         const int share = (items->thread + items->n_done) % items->n_threads;
         const int64_t first = items->n_items * share / items->n_threads;
         const int64_t end = items->n_items * (share + 1) / items->n_threads;
-        /* Others' shares are mostly empty by then: looking costs less than counting, which takes the line from its owner. */
+        /* Other threads' shares are mostly empty by then, and a load is cheaper than an add, which takes the
+         * cache line from its owner. */
         if (first + atomic_load_explicit(&items->counters[share].next, memory_order_relaxed) >= end) continue;
         const int64_t index = first + atomic_fetch_add_explicit(&items->counters[share].next, 1, memory_order_relaxed);
         if (index < end) return index;
@@ -50,31 +52,32 @@ static inline int64_t fb_next_item(struct fb_items *items) {
 struct fb_barrier {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_uint generation;
-    _Alignas(64) atomic_llong lost_ns; /* that threads have waited here beyond their spinning, in all */
+    _Alignas(64) atomic_llong lost_ns; /* total time that threads waited here after spinning */
 };
 
-/* Waits until `n_threads` threads have come. What they wrote before is visible to all after. */
+/* Waits until `n_threads` threads have arrived. What they wrote before is visible to all after. */
 void fb_barrier_wait(struct fb_barrier *barrier, int n_threads);
 
-/* How many threads of a team are worth having, learnt from what they lost by waiting for each other. Zeroed, it is the
+/* Adapts the number of threads to the time they lose by waiting for each other. Zero-initialized, it is the
  * full team. */
-struct fb_crew {
-    int size;                /* 0 for the full team */
-    int64_t run_ns, lost_ns; /* since the last decision; lost: by a thread that waited */
-    int64_t rest_ns;         /* how long the full team is not tried */
+struct fb_team {
+    int size;                /* 0: the full team */
+    int64_t run_ns, lost_ns; /* since the last decision; lost: summed over the threads that waited */
+    int64_t rest_ns;         /* how long the smaller team runs before the full one is tried again */
     int64_t rest_until_ns;
 };
 
-int64_t fb_now_ns(void); /* of a clock that only goes on */
+int64_t fb_now_ns(void); /* monotonic clock */
 
-/* Threads for a run that begins at `now_ns`: a smaller team, or the full one when it is time to try it again. */
-int fb_crew_size(const struct fb_crew *crew, int full, int64_t now_ns);
+/* Number of threads for a run that begins at `now_ns`: the smaller team's, or `full` when it is time to try
+ * that again. */
+int fb_team_size(const struct fb_team *team, int full, int64_t now_ns);
 
-/* Learns from a run of `used` threads out of `full` that took run_ns, of which those that waited lost lost_ns. */
-void fb_crew_learn(struct fb_crew *crew, int full, int used, int64_t now_ns, int64_t run_ns, int64_t lost_ns);
+/* Records a run of `used` out of `full` threads that took run_ns, of which waiting threads lost lost_ns. */
+void fb_team_learn(struct fb_team *team, int full, int used, int64_t now_ns, int64_t run_ns, int64_t lost_ns);
 
-/* One parallel region over one stage of `n_items`, for operators that run alone: calls item(context, index, thread)
- * for each index, thread in 0 .. n_threads-1. */
+/* Runs one stage of `n_items` in a parallel region of its own, for standalone operators: calls item(context,
+ * index, thread) for each index, thread in 0 .. n_threads-1. */
 typedef void (*fb_item_function)(void *context, int64_t index, int thread);
 void fb_team_run(fb_item_function item, void *context, int64_t n_items, int n_threads);
 

@@ -1,10 +1,10 @@
 /*
- * measure.c - the machine's limits, measured the way the engine meets them: a stream of reads, and multiply-adds in
- * registers.
+ * measure.c - the machine's limits as the engine meets them: memory reads, and multiply-adds in registers.
  *
- * Reads sum 64-byte lines in the widest vectors the basic instruction set has; at memory speed that is not the limit.
- * A thread reads one stream: side by side several are slower. The multiply-adds are those of the matrix kernels themselves,
- * in f32 and of bytes, on panels that stay in L1, at their best tile.
+ * Reads sum 64-byte lines in the widest vectors of the baseline instruction set, which is not the limit at
+ * memory speed. Each thread reads one stream, because several per thread are slower. The multiply-adds are
+ * those of the matrix kernels themselves (f32, bf16 pairs and 8-bit integers), on panels that stay in L1, at
+ * their best tile size.
  */
 #include "base/device.h"
 #include "base/memory.h"
@@ -48,8 +48,8 @@ enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repe
     FB_REQUIRE(n_bytes >= 1 && n_bytes <= (size_t)1 << 40, "n_bytes is %zu, must be 1 .. 2^40", n_bytes);
     const struct fb_device_kind *kind = device->kind;
     void *from, *to;
-    FB_TRY(fb_device_take(device, "a measurement", n_bytes, &from));
-    enum fb_status status = fb_device_take(device, "a measurement", n_bytes, &to);
+    FB_TRY(fb_device_allocate(device, "a measurement", n_bytes, &from));
+    enum fb_status status = fb_device_allocate(device, "a measurement", n_bytes, &to);
     if (status == FB_OK) {
         status = kind->clear(device->index, from, n_bytes);
         double best = 0.0;
@@ -66,7 +66,7 @@ enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repe
     return status;
 }
 
-/* Sum of n words (a multiple of 8). */
+/* Sum of n words; n is a multiple of 8. */
 static uint64_t sum_words(const uint64_t *words, size_t n) {
     uint64_t sums[8] = {0};
     for (size_t i = 0; i + 8 <= n; i += 8)
@@ -84,11 +84,11 @@ enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_thre
     FB_REQUIRE(n_bytes >= unit && n_bytes <= (size_t)1 << 40, "n_bytes is %zu, must be %zu .. 2^40", n_bytes, unit);
     const size_t per_thread = n_bytes / (size_t)n_threads / 2048 * 2048 / sizeof(uint64_t);
     const size_t words = per_thread * (size_t)n_threads;
-    uint64_t *memory = fb_memory_take(words * sizeof *memory);
+    uint64_t *memory = fb_memory_allocate(words * sizeof *memory);
     if (!memory) return fb_fail(FB_OUT_OF_MEMORY, "no memory to read (%zu bytes)", n_bytes);
     double times[MAX_REPEATS];
     uint64_t total = 0;
-    for (int32_t r = -1; r < n_repeats; r++) { /* the first pass touches the memory */
+    for (int32_t r = -1; r < n_repeats; r++) { /* run -1 touches the memory and is not timed */
         const double start = now();
 #pragma omp parallel num_threads(n_threads) reduction(+ : total)
         {
@@ -100,7 +100,7 @@ enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_thre
         if (r >= 0) times[r] = now() - start;
     }
     fb_memory_release(memory, words * sizeof *memory);
-    /* `total` is used, so that the reads cannot be left out. */
+    /* `total` is used, so that the compiler cannot drop the reads. */
     *bytes_per_s = total ? (double)(words * sizeof *memory) / median(times, n_repeats) : 0.0;
     return FB_OK;
 }
@@ -108,10 +108,10 @@ enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_thre
 /* Calls a kernel `n_calls` times on data of its own and returns a number that depends on the results. */
 typedef float (*measured_calls)(const struct fb_kernels *kernels, size_t n_calls);
 
-/* 12 tokens are whole tiles for every table; 32 are for AMX, whose tiles 12 do not reach. */
+/* 12 tokens fill whole tiles for every table except AMX, which needs 32. */
 enum { PANELS = 2, TOKENS = 12, TILE_TOKENS = 32 };
 
-/* Operations a second: a multiply and an add for each of the k terms of an output. */
+/* Operations per second: a multiply and an add for each of the k terms of an output. */
 static enum fb_status measure_product(measured_calls calls, size_t n_calls, size_t n_tokens, size_t k,
     int32_t n_repeats, int32_t n_threads, enum fb_isa chosen, double *ops_per_s) {
     const struct fb_kernels *kernels = fb_kernels_of(chosen);
@@ -156,7 +156,8 @@ static float call_pairs(const struct fb_kernels *kernels, size_t n_calls) {
     return y[0];
 }
 
-/* 9 KiB of panels with codes and scales above 0, and 6 KiB of activations, or 16. */
+/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of
+ * activations. */
 static float call_dot(const struct fb_kernels *kernels, size_t n_calls, size_t n_tokens) {
     _Alignas(FB_LINE) char panels[PANELS * DOT_BLOCKS * (8 * FB_LINE + 32)];
     _Alignas(FB_LINE) struct fb_activation x[TILE_TOKENS * DOT_BLOCKS];

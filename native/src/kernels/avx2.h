@@ -1,10 +1,17 @@
 /*
- * avx2.h - vectors of AVX2 + FMA + F16C (Haswell, Zen and later) for simd.h: 16 floats are two registers of 8. Where the
- * compiler may use AVX-VNNI (avx_vnni.c), dot products of bytes are one instruction.
+ * avx2.h - vectors of AVX2 + FMA + F16C (Haswell, Zen and later) for simd.h: 16 floats are two registers of
+ * 8. With FABULA_DPBUSD_256 (avx_vnni.c) four products of bytes are one instruction.
  *
- * Of the 16 registers a tile of 6 tokens x 1 panel takes 12 for sums, 2 for weights and 1 for the broadcast input: 12
- * fused multiply-adds for 8 loads, which keeps both multiply units busy. One token takes one panel: its two sums wait for
- * each other, but a core reads one stream from memory faster than several.
+ * A tile of 6 tokens x 1 panel uses 12 of the 16 registers for sums, 2 for weights and 1 for the broadcast
+ * input: 12 fused multiply-adds for 8 loads, which keeps both FMA units busy. One token takes one panel: its
+ * two sums are dependency chains, but a core reads one stream from memory faster than several.
+ *
+ *     includes it    defines            products of 4 bytes            pairs of bf16
+ *     avx2.c         -                  VPMADDUBSW + VPMADDWD          widened to f32
+ *     avx_vnni.c     FABULA_DPBUSD_256  VPDPBUSD                       widened to f32
+ *
+ * EACH makes a v16 of its two halves, BOTH a v64. The contract of v16_*, v64_* and v16i_* is in simd.h and
+ * blocks_simd.h.
  */
 #include <immintrin.h>
 #include <stdbool.h>
@@ -82,8 +89,7 @@ static inline __m256 widen_bf16_8(const uint16_t *x) {
 static inline v16 v16_load_bf16(const uint16_t *x) {
     return EACH(widen_bf16_8(x), widen_bf16_8(x + 8));
 }
-/* Round to nearest even on the bits: add 0x7fff plus the lowest bit that stays; NaN becomes quiet instead of
- * rounding. */
+/* Rounds to nearest even on the bits: adds 0x7fff plus the lowest bit kept; NaN becomes quiet instead. */
 static inline __m256i round_bf16(__m256 a) {
     __m256i bits = _mm256_castps_si256(a);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -97,7 +103,8 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
     _mm256_storeu_si256((__m256i *)out, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-/* ---- Bytes and whole numbers ------------------------------------------------------------------------------------- */
+/* ---- Bytes and integers
+ * ----------------------------------------------------------------------------------------- */
 
 typedef struct {
     __m256i low, high;
@@ -126,7 +133,7 @@ static inline __attribute__((always_inline)) v64 v64_left(v64 a, int n) {
 static inline __attribute__((always_inline)) v64 v64_right(v64 a, int n) {
     return BOTH(_mm256_srli_epi16(a.low, n), _mm256_srli_epi16(a.high, n));
 }
-/* table + 128, for the places in `a` */
+/* table[a] + 128 */
 static inline v64 v64_lookup(const int8_t table[16], v64 a) {
     const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     const __m256i sign = _mm256_set1_epi8((char)0x80);
@@ -196,8 +203,8 @@ static inline __m256i dot_8(__m256i sums, __m256i codes, __m256i four, bool is_w
     return FABULA_DPBUSD_256(sums, codes, four);
 }
 #else
-/* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their sign moves to
- * the activation, so that a pair is at most 2 x 128 x 127. */
+/* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their
+ * sign moves to the activation, so that a pair is at most 2 x 128 x 127. */
 enum { DOT_KNOWS_ZERO = 1 };
 static inline __m256i dot_8(__m256i sums, __m256i codes, __m256i four, bool is_wide) {
     if (is_wide) {
@@ -216,8 +223,8 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
     return BOTH(dot_8(sums.low, codes.low, four, is_wide), dot_8(sums.high, codes.high, four, is_wide));
 }
 
-enum { FEW_TOKENS = 3, MOST_PASSES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
-#define FEW_PASSES(X)  X(3, 3) X(2, 2) X(1, 1)
+enum { FEW_TOKENS = 3, MAX_FEW_TILES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
+#define FEW_TILES(X)   X(3, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(2, 1) X(3, 1)
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };

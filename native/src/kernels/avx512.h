@@ -1,10 +1,15 @@
 /*
- * avx512.h - vectors of AVX-512 F + BW + VL + DQ for simd.h: 16 floats are one register. Where the compiler may use VNNI
- * (avx512_vnni.c), dot products of bytes are one instruction; with BF16 (avx512_bf16.c) those of pairs of bf16 are, too, and
- * with AMX (avx512_amx.c) those of bytes of many tokens go through its tiles (blocks_amx.h).
+ * avx512.h - vectors of AVX-512 F + BW + VL + DQ for simd.h: 16 floats are one register. The compiler flags
+ * of the including file select the instructions:
  *
- * Of the 32 registers a tile of 12 tokens x 2 panels takes 24 for sums, 2 for weights and 1 for the broadcast input: 24
- * fused multiply-adds for 14 loads. One token takes one panel, as in avx2.c.
+ *     includes it      needs        products of 4 bytes          pairs of bf16      many tokens, quantized
+ *     avx512.c         F BW VL DQ   VPMADDUBSW + VPMADDWD        widened to f32     blocks_dots.h
+ *     avx512_vnni.c    and VNNI     VPDPBUSD                     widened to f32     blocks_dots.h
+ *     avx512_bf16.c    and BF16     VPDPBUSD                     VDPBF16PS          blocks_dots.h
+ *     avx512_amx.c     and AMX      VPDPBUSD                     VDPBF16PS          blocks_amx.h
+ *
+ * A tile of 12 tokens x 2 panels uses 24 of the 32 registers for sums, 2 for weights and 1 for the broadcast
+ * input: 24 fused multiply-adds for 14 loads. One token takes one panel, as in avx2.h.
  */
 #include <immintrin.h>
 #include <stdbool.h>
@@ -66,7 +71,7 @@ static inline v16 v16_load_bf16(const uint16_t *x) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-/* As round_bf16 of avx2.c. The BF16 extension's own conversion is not used: it flushes subnormals to zero. */
+/* As round_bf16 of avx2.h. The BF16 extension's own conversion is not used: it flushes subnormals to zero. */
 static inline void v16_store_bf16(uint16_t *out, v16 a) {
     __m512i bits = _mm512_castps_si512(a);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -77,7 +82,8 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
     _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 
-/* ---- Bytes and whole numbers ------------------------------------------------------------------------------------- */
+/* ---- Bytes and integers
+ * ----------------------------------------------------------------------------------------- */
 
 typedef __m512i v64;
 typedef __m512i v16i;
@@ -103,7 +109,7 @@ static inline __attribute__((always_inline)) v64 v64_left(v64 a, unsigned n) {
 static inline __attribute__((always_inline)) v64 v64_right(v64 a, unsigned n) {
     return _mm512_srli_epi16(a, n);
 }
-/* table + 128, for the places in `a` */
+/* table[a] + 128 */
 static inline v64 v64_lookup(const int8_t table[16], v64 a) {
     const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
     return _mm512_xor_si512(_mm512_shuffle_epi8(all, a), _mm512_set1_epi8((char)0x80));
@@ -169,8 +175,8 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
     return _mm512_dpbusd_epi32(sums, codes, four_of(x));
 }
 #else
-/* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their sign moves to
- * the activation, so that a pair is at most 2 x 128 x 127. */
+/* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their
+ * sign moves to the activation, so that a pair is at most 2 x 128 x 127. */
 enum { DOT_KNOWS_ZERO = 1 };
 static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
     __m512i four = four_of(x);
@@ -183,10 +189,10 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 }
 #endif
 
-/* Of 32 registers a pass or a tile of 6 tokens takes 6 or 12 each for dot products and sums, beside lines, scales and one
- * broadcast. More tokens than 24 come in tiles of 5 or 6. */
-enum { FEW_TOKENS = 6, MOST_PASSES = 4, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
-#define FEW_PASSES(X)  X(6, 5) X(4, 3) X(2, 2) X(1, 1)
+/* A tile of 6 tokens uses 12 of the 32 registers (few tokens) or 24 (two panels) for dot products and sums,
+ * the rest for lines, scales and one broadcast. More than 24 tokens run in tiles of 5 or 6. */
+enum { FEW_TOKENS = 6, MAX_FEW_TILES = 4, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
+#define FEW_TILES(X)   X(6, 5) X(4, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };

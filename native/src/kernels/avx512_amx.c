@@ -1,4 +1,5 @@
-/* avx512_amx.c - kernels for AVX-512 with VNNI, BF16 and AMX's products of bytes (Sapphire Rapids and later); see avx512.h. */
+/* avx512_amx.c - kernels for AVX-512 with VNNI, BF16 and AMX-INT8 (Sapphire Rapids and later); see
+ * avx512.h. */
 #if defined(__x86_64__) && defined(FABULA_AMX)
 #define KERNEL_TABLE fb_kernels_avx512_amx
 #define MATRIX_TILES "kernels/blocks_amx.h"

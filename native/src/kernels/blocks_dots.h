@@ -1,12 +1,17 @@
 /*
- * blocks_dots.h - tiles of quantised products with many tokens, by dot products of four bytes (v16i_dot); blocks_simd.h includes
- * it where there are no instructions for matrices. Codes are unsigned; a sum begins with what their zero point adds to it.
+ * blocks_dots.h - quantized products of many tokens by dot products of four bytes (v16i_dot); blocks_simd.h
+ * includes it where the CPU has no matrix instructions, and draws tile and slice. Codes are unsigned; a dot
+ * product starts with the contribution of their zero point.
+ *
+ *     defines          store_unpacked, store_scales, begin_tiles, end_tiles, block_tiles
+ *     template over    struct tile_kind (all five of blocks_simd.h), tokens x panels of BLOCK_TILES
+ *     tested           test_blocks: every format, 1 .. 50 tokens and 1 .. 5 panels
  */
-INLINE void store_opened(uint8_t *opened, const v64 lines[FB_OPEN_LINES], const int zero_shift) {
+INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
     (void)zero_shift;
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q++)
-        v64_store(opened + q * FB_LINE, lines[q]);
+    for (int q = 0; q < FB_UNPACKED_LINES; q++)
+        v64_store(unpacked + q * FB_LINE, lines[q]);
 }
 
 INLINE void store_scales(float *out, v16 scales) {
@@ -19,14 +24,14 @@ INLINE void begin_tiles(const int n_groups, size_t n_tokens) {
 
 INLINE void end_tiles(void) {}
 
-/* One tile over the blocks of a slice; the first of a slice fetches what comes next. */
+/* One tile over the blocks of a slice; the first tile of a slice prefetches what comes next. */
 INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const size_t n_panels,
-    const struct slice *slice, bool fetches, const struct fb_activation *x, size_t ldx, float *y, size_t ldy,
+    const struct slice *slice, bool prefetches, const struct fb_activation *x, size_t ldx, float *y, size_t ldy,
     bool accumulate) {
     v16 sums[BLOCK_TOKENS * BLOCK_PANELS];
     load_sums(n_tokens, n_panels, y, ldy, accumulate, sums);
     for (size_t b = 0; b < slice->n_blocks; b++) {
-        if (fetches) fetch_next(slice, b, n_panels);
+        if (prefetches) prefetch_next(slice, b, n_panels);
         UNROLL
         for (int g = 0; g < 2; g++) {
             if (g >= kind.n_groups) continue;
@@ -42,8 +47,8 @@ INLINE void block_tile(const struct tile_kind kind, const size_t n_tokens, const
                     dots[p * n_tokens + t] = start;
             }
             UNROLL
-            for (int q = 0; q < FB_OPEN_LINES; q++) {
-                if (q / (FB_OPEN_LINES / kind.n_groups) != g) continue;
+            for (int q = 0; q < FB_UNPACKED_LINES; q++) {
+                if (q / (FB_UNPACKED_LINES / kind.n_groups) != g) continue;
                 v64 lines[BLOCK_PANELS];
                 UNROLL
                 for (size_t p = 0; p < n_panels; p++)

@@ -1,15 +1,21 @@
 /*
- * blocks_mmla.h - tiles of quantised products with many tokens, by NEON's instruction for matrices: SMMLA adds to 2 x 2 sums
- * the products of two rows of eight signed bytes with two others. blocks_simd.h includes it.
+ * blocks_mmla.h - quantized products of many tokens with NEON's matrix instruction: SMMLA adds to 2 x 2 sums
+ * the products of two rows of eight signed bytes with two others. blocks_simd.h includes it and draws block,
+ * line and slice.
  *
  *     operands   rows j, j + 1 of a panel, columns 8 i .. 8 i + 7, x the same columns of two tokens
  *     sums       [row j, token 0] [row j, token 1] [row j + 1, token 0] [row j + 1, token 1]
- *     opened     of a block: for each 8 columns, for each two rows: 16 bytes as one operand. So two lines of the layout, which
- *                hold 4 columns of each row, are interleaved when they are opened
+ *     unpacked   a block: for each 8 columns, for each two rows, the 16 bytes of one operand. So two lines of
+ *                layout.h, which hold 4 columns of each row, are interleaved when they are unpacked
  *
- * Sums stay in that form, and scales are repeated for it, until a tile ends. It is 16 rows x 2 tokens: 8 registers for sums, 8
- * for dot products, 2 for activations. A block of 32 columns takes 70 vector instructions, 32 of them SMMLA and 24 for scales;
- * USDOT took 100, 64 of them its own. Four tokens at a time would halve the loads, but need more of the rest.
+ * Sums keep that form until a tile ends, and each scale is stored twice to match it. A tile is 16 rows x 2
+ * tokens: 8 registers for sums, 8 for dot products, 2 for activations. A block of 32 columns takes 70 vector
+ * instructions, 32 of them SMMLA and 24 for scales; with USDOT it took 100, 64 of them USDOT. Four tokens per
+ * tile would halve the loads, but need more of the other instructions.
+ *
+ *     defines          store_unpacked, store_scales, begin_tiles, end_tiles, block_tiles
+ *     template over    struct tile_kind (1 or 2 groups, offset or not); 1 panel, 2 tokens
+ *     tested           test_blocks under qemu (tests/native/aarch64.sh): every format, 1 .. 50 tokens
  */
 INLINE void store_rows(uint8_t *out, uint8x16_t first, uint8x16_t second) {
     const uint32x4_t x = vreinterpretq_u32_u8(first), y = vreinterpretq_u32_u8(second);
@@ -17,15 +23,15 @@ INLINE void store_rows(uint8_t *out, uint8x16_t first, uint8x16_t second) {
     vst1q_u8(out + 16, vreinterpretq_u8_u32(vzip2q_u32(x, y)));
 }
 
-INLINE void store_opened(uint8_t *opened, const v64 lines[FB_OPEN_LINES], const int zero_shift) {
+INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q += 2) {
+    for (int q = 0; q < FB_UNPACKED_LINES; q += 2) {
         v64 x = lines[q], y = lines[q + 1];
         if (zero_shift) {
             x = v64_minus(x, 1 << zero_shift);
             y = v64_minus(y, 1 << zero_shift);
         }
-        uint8_t *out = opened + q * FB_LINE;
+        uint8_t *out = unpacked + q * FB_LINE;
         store_rows(out, x.a, y.a);
         store_rows(out + 32, x.b, y.b);
         store_rows(out + 64, x.c, y.c);
@@ -33,7 +39,7 @@ INLINE void store_opened(uint8_t *opened, const v64 lines[FB_OPEN_LINES], const 
     }
 }
 
-/* Each scale twice. */
+/* Stores each scale twice. */
 INLINE void store_scales(float *out, v16 scales) {
     vst2q_f32(out, ((float32x4x2_t){{scales.a, scales.a}}));
     vst2q_f32(out + 8, ((float32x4x2_t){{scales.b, scales.b}}));
@@ -47,14 +53,14 @@ INLINE void begin_tiles(const int n_groups, size_t n_tokens) {
 
 INLINE void end_tiles(void) {}
 
-/* A number of each token, for both rows. */
+/* One number per token, repeated for both rows. */
 INLINE float32x4_t of_tokens(const float *first, const float *second) {
     const float32x2_t both = vld1_lane_f32(second, vld1_dup_f32(first), 1);
     return vcombine_f32(both, both);
 }
 
-/* 16 rows x 2 tokens over the blocks of a slice; the tokens may be the same one. */
-INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, bool fetches,
+/* 16 rows x 2 tokens over the blocks of a slice; both tokens may be the same one. */
+INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, bool prefetches,
     const struct fb_activation *first, const struct fb_activation *second, float *y_first, float *y_second,
     bool accumulate) {
     float32x4_t sums[8];
@@ -67,8 +73,8 @@ INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, b
         sums[2 * r + 1] = vzip2q_f32(x, y);
     }
     for (size_t b = 0; b < slice->n_blocks; b++) {
-        if (fetches) fetch_next(slice, b, 1);
-        const uint8_t *opened = slice->opened[0][b];
+        if (prefetches) prefetch_next(slice, b, 1);
+        const uint8_t *unpacked = slice->unpacked[0][b];
         UNROLL
         for (int g = 0; g < 2; g++) {
             if (g >= kind.n_groups) continue;
@@ -88,7 +94,7 @@ INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, b
                 for (int i = 0; i < 2; i++) {
                     UNROLL
                     for (int r = 0; r < 8; r++) {
-                        const uint8x16_t rows = vld1q_u8(opened + (2 * h + i) * 128 + 16 * r);
+                        const uint8x16_t rows = vld1q_u8(unpacked + (2 * h + i) * 128 + 16 * r);
                         dots[r] = vmmlaq_s32(dots[r], vreinterpretq_s8_u8(rows), inputs[i]);
                     }
                 }
@@ -111,7 +117,7 @@ INLINE void block_tile(const struct tile_kind kind, const struct slice *slice, b
     }
 }
 
-/* The last of an odd number of tokens is multiplied beside itself. */
+/* The last of an odd number of tokens is paired with itself. */
 INLINE void block_tiles(const struct tile_kind kind, const struct slice *slice, const struct fb_activation *x,
     size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate) {
     for (size_t t = 0; t < n_tokens; t += 2) {

@@ -1,60 +1,91 @@
 /*
- * blocks_simd.h - products with quantised weights, written once over vectors; included by simd.h. Besides what simd.h asks
- * for, the file that includes it says:
+ * blocks_simd.h - products with quantized weights, written once over vectors; simd.h includes it.
+ * quant/layout.h draws how a panel is stored. The terms here:
+ *
+ *     block     32 columns of a panel (16 rows). Stored: `bits` lines and the scales. Unpacked: 8 lines of
+ *               byte codes
+ *     line      64 bytes, a v64:  | row 0: 4 columns | row 1: 4 columns | ... | row 15: 4 columns |
+ *     group     the columns of a block that share a scale: all 32, or 16 (two groups)
+ *     slice     8 blocks of up to BLOCK_PANELS panels, unpacked into L1 once, then used by every tile of
+ *               tokens:
+ *
+ *                   panel p      | block b | block b+1 | ... | block b+7 |
+ *                   panel p + 1  | block b | block b+1 | ... | block b+7 |
+ *     tile      n_tokens x n_panels sums in registers, each a v16 with lane j for row j, over the blocks of a
+ *               slice
+ *
+ * More than FEW_TOKENS * MAX_FEW_TILES tokens use slices; fewer use blocks_few_simd.h, which unpacks lines in
+ * registers.
+ *
+ * In addition to what simd.h requires, the including file defines:
  *
  *   v64                      64 bytes: a line of a block
  *   v64_load v64_store v64_and (with one byte everywhere) v64_or
- *   v64_left v64_right       shifts of 16-bit lanes by a constant; what crosses from byte to byte is masked here
- *   v64_lookup               bytes 0 .. 15 to those of a table of 16
+ *   v64_left v64_right       shifts of 16-bit lanes by a constant; bits that cross bytes are masked here
+ *   v64_lookup               bytes 0 .. 15 to table[byte] + 128, table of 16
+ *   v64_minus                subtracts one byte from all; only with MATRIX_TILES
  *   v16i                     16 int32, lane j for row j of a panel
- *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all lanes)
- *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes takes their zero point of 128 into account
+ *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all
+ *                            lanes)
+ *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes subtracts their zero point of 128
  *   v16i_start               -(sum of activations) << shift in all lanes
- *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i v16_to_codes (16 f32 to 16 int8, rounding to even)
- *   FEW_TOKENS                  of a pass; FEW_PASSES(X)  X(tokens, least) for each pass, the largest first: it is taken
- *                               for `least` tokens or more, and then some of its tokens are computed for nothing
- *   MOST_PASSES                 up to so many a panel
- *   BLOCK_TOKENS BLOCK_PANELS   largest tile: tokens x panels;   BLOCK_TILES(X)  X(tokens, panels) for each
- *   SCALE_REPEATS               how often a slice holds each scale
- *   MATRIX_TILES                the header whose tiles use instructions for matrices of bytes, where the CPU has them:
- *                               blocks_mmla.h or blocks_amx.h. Those take codes minus their zero point, as signed bytes
+ *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i
+ *   v16_to_codes             16 f32 to 16 int8, rounding to even; returns the sum of the codes
+ *   v16_top_magnitude        bits of the largest magnitude of 32 f32; as integers NaN > infinity > the rest
+ *   FEW_TOKENS               tokens of the largest tile of few tokens
+ *   MAX_FEW_TILES            at most so many such tiles per panel
+ *   FEW_TILES(X)             X(tokens, least) for each such tile, the largest first: it is used for `least`
+ *                            tokens or more, and computes the missing ones for nothing
+ *   BLOCK_TOKENS BLOCK_PANELS   largest tile of a slice: tokens x panels
+ *   BLOCK_TILES(X)           X(tokens, panels) for each tile of a slice; not with MATRIX_TILES
+ *   SCALE_REPEATS            how often a slice stores each scale
+ *   MATRIX_TILES             optional: the header that computes tiles with matrix instructions for bytes,
+ *                            blocks_mmla.h or blocks_amx.h. They take signed codes, minus their zero point
  *
- * Few tokens go another way, blocks_few_simd.h. Many: eight blocks of a panel are opened into L1 once, and every tile of
- * tokens uses them.
+ *     values                        avx2  avx512  avx512_amx  neon  neon_i8mm
+ *     FEW_TOKENS                       3       6           6     3          3
+ *     MAX_FEW_TILES                    4       4           4     4          2
+ *     BLOCK_TOKENS x BLOCK_PANELS  3 x 1   6 x 2      16 x 2  3 x 1     2 x 1
+ *     SCALE_REPEATS                    1       1           1     1          2
+ *
+ * Tested by test_blocks, bit for bit against reference_blocks.c: every table that the CPU or an emulation
+ * has, all 11 formats, 1 .. 50 tokens, 1 .. 5 panels, 32 .. 1024 columns.
  */
 #include "quant/blocks.h"
 
-enum { SLICE_BLOCKS = 8 }; /* opened at a time: 4 KiB of codes a panel */
+enum { SLICE_BLOCKS = 8 }; /* unpacked at a time: 4 KiB of codes per panel */
 
-/* Blocks of some panels, as tiles take them. */
+/* Unpacked blocks of some panels, the input of tiles. */
 struct slice {
-    _Alignas(64) uint8_t opened[BLOCK_PANELS][SLICE_BLOCKS][FB_OPEN_LINES * FB_LINE];
+    _Alignas(64) uint8_t unpacked[BLOCK_PANELS][SLICE_BLOCKS][FB_UNPACKED_LINES * FB_LINE];
     float scales[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     float offsets[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     size_t n_panels, n_blocks;
     int zero_shift;
-    /* Codes of panel p, block b lie at p * panel_stride + b * block_stride: in `opened`, or where the weight is. */
+    /* Codes of panel p, block b are at p * panel_stride + b * block_stride: in `unpacked`, or in the weight
+     * itself. */
     const uint8_t *codes;
     size_t panel_stride, block_stride;
-    /* What will be read next: tiles ask memory for it while they multiply. */
+    /* What is read next; tiles prefetch it while they multiply. */
     const char *next;
-    size_t next_stride, next_bytes; /* from panel to panel, of a block */
+    size_t next_stride, next_bytes; /* from panel to panel; bytes of a block */
 };
 
-/* Loops that are to be unrolled count to a constant, and skip what is not meant: a compiler that does not optimise must find
- * the number too. */
+/* Unrolled loops count to a constant and skip iterations with `continue`, so that a compiler without
+ * optimization can unroll them too. */
 
-/* ---- Opening ----------------------------------------------------------------------------------------------------- */
+/* ---- Unpacking
+ * -------------------------------------------------------------------------------------------------- */
 
 INLINE v64 take_bits(v64 line, const int from, const int to, const int mask) {
     return v64_and(from > to ? v64_right(line, from - to) : from < to ? v64_left(line, to - from) : line, mask);
 }
 
-INLINE void open_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_OPEN_LINES]) {
+INLINE void unpack_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_UNPACKED_LINES]) {
     const int bits = fb_layout_of(dtype).bits;
     const uint8_t *high = codes + (bits >= 4 ? 4 : 2) * FB_LINE;
     UNROLL
-    for (int q = 0; q < FB_OPEN_LINES; q++) {
+    for (int q = 0; q < FB_UNPACKED_LINES; q++) {
         if (bits == 8)
             lines[q] = v64_load(codes + q * FB_LINE);
         else if (bits >= 4)
@@ -72,12 +103,12 @@ INLINE v16 minus(v16 x) {
     return v16_mul(x, v16_set1(-1.0f));
 }
 
-/* What 256 columns have in common, as f32: D and M. */
+/* D and -M of 256 columns (quant/layout.h), as f32. */
 struct supers {
     v16 scale, minus_offset;
 };
 
-INLINE struct supers open_supers(const enum fb_dtype dtype, const char *at) {
+INLINE struct supers unpack_supers(const enum fb_dtype dtype, const char *at) {
     const uint16_t *halfs = (const uint16_t *)at;
     struct supers supers = {v16_zero(), v16_zero()};
     if (fb_layout_of(dtype).super_bytes >= 32) supers.scale = v16_load_f16(halfs);
@@ -85,8 +116,8 @@ INLINE struct supers open_supers(const enum fb_dtype dtype, const char *at) {
     return supers;
 }
 
-/* Scale and offset of group g of the block whose scales lie at `scales`. */
-INLINE void open_scales(
+/* Scale and offset of group g of the block whose scales are at `scales`. */
+INLINE void unpack_scales(
     const enum fb_dtype dtype, const int g, const char *scales, const struct supers *supers, v16 *scale, v16 *offset) {
     const uint16_t *halfs = (const uint16_t *)scales;
     const uint8_t *bytes = (const uint8_t *)scales + 16 * g;
@@ -115,50 +146,51 @@ INLINE void open_scales(
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
 
-/* What tiles must know of a format, as constants. */
+/* The constants that specialize tiles for a format. */
 struct tile_kind {
     int n_groups;
     bool has_offset, is_wide;
 };
 
-/* Asks memory for block b of the panels that come next. */
-INLINE void fetch_next(const struct slice *slice, size_t b, const size_t n_panels) {
+/* Prefetches block b of the panels that come next. */
+INLINE void prefetch_next(const struct slice *slice, size_t b, const size_t n_panels) {
     for (size_t p = 0; p < n_panels; p++)
         for (size_t i = 0; i < slice->next_bytes; i += FB_LINE)
             __builtin_prefetch(slice->next + p * slice->next_stride + b * slice->next_bytes + i, 0, 2);
 }
 
 #ifdef MATRIX_TILES
-enum { OPENS_SIGNED = 1 };
+enum { UNPACKS_SIGNED = 1 };
 #include MATRIX_TILES
 #else
-enum { OPENS_SIGNED = 0 };
+enum { UNPACKS_SIGNED = 0 };
 #include "kernels/blocks_dots.h"
 #endif
 
-/* Opens `n_blocks` blocks of a panel from `block` on, which begins 256 columns. Codes that are whole bytes stay where
- * they are, unless tiles want them with their signs. */
-INLINE void open_slice(
+/* Unpacks n_blocks blocks of a panel into row p of the slice; `block` starts 256 columns. 8-bit codes stay in
+ * the weight, unless tiles need them signed. */
+INLINE void unpack_slice(
     const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
     const struct fb_layout layout = fb_layout_of(dtype);
-    const struct supers supers = open_supers(dtype, panel + fb_supers_at(dtype, block));
+    const struct supers supers = unpack_supers(dtype, panel + fb_supers_at(dtype, block));
     const char *from = panel + fb_block_at(dtype, block);
     for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
-        if (OPENS_SIGNED || layout.bits != 8) {
-            v64 lines[FB_OPEN_LINES];
-            open_lines(dtype, (const uint8_t *)from, lines);
-            store_opened(slice->opened[p][i], lines, layout.zero_shift);
+        if (UNPACKS_SIGNED || layout.bits != 8) {
+            v64 lines[FB_UNPACKED_LINES];
+            unpack_lines(dtype, (const uint8_t *)from, lines);
+            store_unpacked(slice->unpacked[p][i], lines, layout.zero_shift);
         }
         for (int g = 0; g < (int)fb_groups(dtype); g++) {
             v16 scale = v16_zero(), offset = v16_zero();
-            open_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
+            unpack_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
             store_scales(slice->scales[p][i][g], scale);
             if (fb_has_offset(dtype)) store_scales(slice->offsets[p][i][g], offset);
         }
     }
 }
 
-/* The kinds of tiles there are: one function each, shared by the formats. */
+/* One function per kind of tile, shared by the formats. TILE_KIND(name, ...) defines it from the fields of
+ * struct tile_kind. */
 typedef void (*tiles_function)(const struct slice *slice, const struct fb_activation *x, size_t ldx, size_t n_tokens,
     float *y, size_t ldy, bool accumulate);
 #define TILE_KIND(name, n_groups, has_offset, is_wide)                                                                 \
@@ -175,7 +207,7 @@ TILE_KIND(tiles_16_offset, 2, true, false)
 #undef TILE_KIND
 
 INLINE tiles_function tiles_of(const enum fb_dtype dtype) {
-    if (fb_layout_of(dtype).is_wide && !OPENS_SIGNED) return tiles_wide;
+    if (fb_layout_of(dtype).is_wide && !UNPACKS_SIGNED) return tiles_wide;
     if (fb_groups(dtype) == 1) return fb_has_offset(dtype) ? tiles_32_offset : tiles_32;
     return fb_has_offset(dtype) ? tiles_16_offset : tiles_16;
 }
@@ -195,15 +227,15 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
         for (size_t b = 0; b < total; b += SLICE_BLOCKS) {
             slice.n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
             for (size_t i = 0; i < slice.n_panels; i++)
-                open_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
-            if (!OPENS_SIGNED && layout.bits == 8) {
+                unpack_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
+            if (!UNPACKS_SIGNED && layout.bits == 8) {
                 slice.codes = (const uint8_t *)from + fb_block_at(dtype, b);
                 slice.panel_stride = panel_bytes;
                 slice.block_stride = fb_block_bytes(dtype);
             } else {
-                slice.codes = slice.opened[0][0];
-                slice.panel_stride = sizeof slice.opened[0];
-                slice.block_stride = sizeof slice.opened[0][0];
+                slice.codes = slice.unpacked[0][0];
+                slice.panel_stride = sizeof slice.unpacked[0];
+                slice.block_stride = sizeof slice.unpacked[0][0];
             }
             slice.next = b + SLICE_BLOCKS < total ? from + fb_supers_at(dtype, b + SLICE_BLOCKS)
                                                   : from + BLOCK_PANELS * panel_bytes;
@@ -217,7 +249,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
 #define FORMAT_CASE(name)                                                                                              \
     case name:                                                                                                         \
-        if (n_tokens <= FEW_TOKENS * MOST_PASSES)                                                                      \
+        if (n_tokens <= FEW_TOKENS * MAX_FEW_TILES)                                                                    \
             few_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                      \
         else                                                                                                           \
             many_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                     \
@@ -242,7 +274,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
 
 /* ---- Activations ------------------------------------------------------------------------------------------------- */
 
-static void quantise(const float *x, size_t n_blocks, struct fb_activation *out) {
+static void quantize(const float *x, size_t n_blocks, struct fb_activation *out) {
     for (; n_blocks > 0; n_blocks--, x += FB_BLOCK_COLUMNS, out++) {
         const v16 low = v16_load(x), high = v16_load(x + FB_LANES);
         const uint32_t bits = v16_top_magnitude(low, high);

@@ -1,26 +1,28 @@
 /*
  * kernels.h - the inner loops, as a table of function pointers with one contract each.
  *
- * reference.c fills the whole table with plain loops and is the specification; the fast tables (avx2.h, avx512.h,
- * neon.h) give the SAME BITS. That is possible because every sum has one fixed order, stated here:
+ * reference.c fills the whole table with plain loops and is the specification; the fast tables (avx2.h,
+ * avx512.h, neon.h) give the SAME BITS. That is possible because every sum has one fixed order, defined here:
  *
- *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and takes its terms one by one in
- *              order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run side by side in
- *              registers, but never share a sum.
- *   blocks     of quantised weights: activations are rounded to 8 bits in blocks of 32 of one scale, dot products within a
- *              group of 16 or 32 columns are whole numbers and so exact, and an output takes them group by group:
- *                  y = fma(dot - zero * sum of codes, weight scale * activation scale, y)
- *                  y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
- *   pairs      products with bf16 weights, of inputs rounded to bf16: as products, but of each pair of columns the second
- *              comes first. Numbers and sums below the smallest normal f32 may count as zero: instructions for it do that.
- *   sums       a sum over n numbers runs in 16 lanes (number i goes to lane i % 16), and the lanes are then folded:
+ *   products   an output of a matrix product starts at 0 (or at y, when accumulating) and adds its terms one
+ *              by one in order of k, each with a fused multiply-add. Rows of a panel and tokens of a tile run
+ *              in parallel in registers, but never share a sum.
+ *   blocks     of quantized weights: activations are quantized to 8 bits in blocks of 32 with one scale. Dot
+ *              products within a group of 16 or 32 columns are integers and so exact. An output adds them
+ *              group by group:
+ *                 y = fma(dot - zero * sum of codes, weight scale * activation scale, y)
+ *                 y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
+ *   pairs      products of bf16 weights and inputs rounded to bf16: as products, but of each pair of columns
+ *              the second is added first. Numbers and sums below the smallest normal f32 may count as zero,
+ *              as the CPU's instructions for it do.
+ *   sums       a sum over n numbers runs in 16 lanes (number i in lane i % 16), which are then folded:
  *              lane j + lane j+8, then +4, +2, +1.
  *   exp        one polynomial, the same operations in the same order everywhere (see exp.h).
  *
  * So a token's result does not depend on its batch, on the number of threads or on the CPU's vector length.
  *
- * Kernels get pointers and sizes and give numbers: no allocation, no I/O, no threads, no globals, no failure. Pointers
- * need no alignment beyond their element's. Sizes may be any number, 0 included.
+ * Kernels take pointers and sizes and compute numbers: no allocation, I/O, threads, globals or failure.
+ * Pointers need only their element's alignment. Sizes may be any number, including 0.
  */
 #ifndef FABULA_KERNELS_H
 #define FABULA_KERNELS_H
@@ -30,76 +32,81 @@
 
 enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 
-/* Number formats a kernel table converts: F32, F16, BF16; and those that `gemm` takes, which bf16 leaves to gemm_pairs. */
+/* Formats that `narrow` and `widen` convert (F32, F16, BF16) and that `gemm` takes (F32, F16; bf16 uses
+ * gemm_pairs). */
 enum { FB_KERNEL_DTYPES = 3, FB_GEMM_DTYPES = 2 };
 
-/* Bytes of an element of panels in one of these formats, or in signed bytes, which stand under the number of Q8_0. */
+/* Bytes per panel element of these formats, or of signed bytes, which use the number of Q8_0. */
 static inline size_t fb_element_bytes(enum fb_dtype dtype) {
     return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
 }
 
-/* Panels of a plain format. A line is a column of a panel, 16 elements, or in bf16 a pair of columns, 32. Those of K and V lie one
- * after the other. Those of weights lie two by two, line beside line: one stream of memory for sums that do not wait for each other.
+/* Panels of a plain format. A line is one column of a panel (16 elements), in bf16 a pair of columns (32).
+ * Panels of K and V are stored one after another (width 1). Panels of weights are interleaved in pairs (width
+ * 2), so that two independent sums read one stream of memory.
  *
  *     width 1    panel 0: line 0, line 1, ...                            panel 1: line 0, line 1, ...
- *     width 2    panels 0 and 1: line 0 of both, line 1 of both, ...     panels 2 and 3: ...
- */
+ *     width 2    panels 0 and 1: line 0 of both, line 1 of both, ...     panels 2 and 3: ... */
 struct fb_panels {
     const void *first;
     size_t width;
-    size_t stride; /* elements from one to the next, or from two to the next two by half */
+    size_t stride; /* elements from panel to panel; width 2: half the elements from one pair to the next */
 };
 
-/* Element where a panel begins. */
+/* Index of a panel's first element. */
 static inline size_t fb_panel_at(const struct fb_panels *panels, size_t line, size_t p) {
     return p / panels->width * panels->width * panels->stride + p % panels->width * line;
 }
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
  *   panels   n_panels panels of [n_k][16] elements
- *   x        [n_tokens][ldx], its first n_k columns used;   y  [n_tokens][ldy], its first 16 n_panels columns used
- *   next     panels of the same shape that are read after these, and asked for meanwhile; NULL for none */
+ *   x        [n_tokens][ldx], its first n_k columns used
+ *   y        [n_tokens][ldy], its first 16 n_panels columns used
+ *   next     panels of the same shape that are read next, prefetched meanwhile; NULL for none */
 typedef void (*fb_gemm_kernel)(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
-/* 32 neighbouring activations of a token, one cache line: x is about scale * code. Index 0 of the sums is the whole block,
- * 1 and 2 are its halves of 16. */
+/* 32 neighboring activations of a token, one cache line: x is about scale * code. sums[0] is the whole block,
+ * sums[1] and sums[2] its halves of 16. */
 struct fb_activation {
     int8_t codes[FB_BLOCK_COLUMNS]; /* -127 .. 127 */
-    float scale;                    /* largest magnitude / 127; NaN where a number was NaN or infinite */
+    float scale;                    /* largest magnitude / 127; NaN if a number was NaN or infinite */
     float sums[3];                  /* scale * (sum of codes) */
     int32_t minus_sums[3];          /* -(sum of codes) */
     int32_t unused;
 };
 
-/* y[t][16 p + j] = row 16 p + j of panels of quantised blocks (layout.h), times token t
+/* y[t][16 p + j] = row 16 p + j of panels of quantized blocks (layout.h), times token t
  *   panels   n_panels panels of fb_panel_bytes(dtype, n_cols)
- *   x        [n_tokens][ldx] blocks, the first n_cols / 32 used;   y  [n_tokens][ldy], its first 16 n_panels columns used */
+ *   x        [n_tokens][ldx] blocks, the first n_cols / 32 used
+ *   y        [n_tokens][ldy], its first 16 n_panels columns used */
 typedef void (*fb_gemm_blocks_kernel)(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + row 16 p + j of panels of bf16, times token t
- *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; of an odd number the last pair ends in a finite number
- *   x        [n_tokens][ldx], numbers from round_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
+ *   panels   n_panels panels of [(n_cols + 1) / 2][16] pairs of columns; if n_cols is odd, the second column
+ *            of the last pair may be any finite number
+ *   x        [n_tokens][ldx], from narrow_pairs;   y  [n_tokens][ldy], its first 16 n_panels columns used
  *   next     as above */
 typedef void (*fb_gemm_pairs_kernel)(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x,
     size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
-/* Rounds 32 n_blocks numbers to even multiples of each block's scale. Magnitudes below 1e-30 count as zero. */
-typedef void (*fb_quantise_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
+/* Quantizes 32 n_blocks numbers: codes are x / scale, rounded to even. Magnitudes below 1e-30 count
+ * as zero. */
+typedef void (*fb_quantize_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
 struct fb_kernels {
     fb_gemm_kernel gemm[FB_GEMM_DTYPES];
-    fb_gemm_kernel gemm_bytes; /* panels of signed bytes, each as the whole number it is */
+    fb_gemm_kernel gemm_bytes; /* panels of signed bytes, used as integers */
     fb_gemm_blocks_kernel gemm_blocks;
-    fb_quantise_kernel quantise;
+    fb_quantize_kernel quantize;
     fb_gemm_pairs_kernel gemm_pairs;
-    void (*round_pairs)(const float *x, size_t n, uint16_t *out); /* to bf16, and a 0 behind an odd number of them */
+    void (*narrow_pairs)(const float *x, size_t n, uint16_t *out); /* to bf16; if n is odd, followed by a 0 */
 
     /* out = (x * (1 / sqrt(sum(x^2) / n + eps))) * weight; out may be x */
     void (*rms_norm)(const float *x, const float *weight, size_t n, float eps, float *out);
 
-    /* largest of n >= 1 numbers; NaN is passed over unless all are NaN */
+    /* largest of n >= 1 numbers; NaN is ignored unless all are NaN */
     float (*max)(const float *x, size_t n);
 
     /* out = exp(x * scale - shift); returns the sum of out; out may be x */
@@ -108,7 +115,7 @@ struct fb_kernels {
     /* x = x * factor */
     void (*scale)(float *x, size_t n, float factor);
 
-    /* a = fma(b, b_factor, a * a_factor): two partial attention results become one */
+    /* a = fma(b, b_factor, a * a_factor): merges two partial attention results */
     void (*merge)(float *a, float a_factor, const float *b, float b_factor, size_t n);
 
     /* y = y + x;  y = y x */
@@ -121,28 +128,31 @@ struct fb_kernels {
     /* (a, b) = (fma(a, cos, -(b sin)), fma(b, cos, a sin)) for n pairs */
     void (*rotate)(float *a, float *b, const float *cos, const float *sin, size_t n);
 
-    /* Loops over a vocabulary (vocabulary.h). The highest of n logits; false if one is NaN or +infinity. The highest of n. */
+    /* Loops over a vocabulary (vocabulary.h). top_logit: the largest of n logits; false if one is NaN or
+     * +infinity. highest: the largest of n. */
     bool (*top_logit)(const float *logits, size_t n, float *top);
     double (*highest)(const double *x, size_t n);
     void (*to_double)(const float *x, size_t n, double *out);
-    /* weight = exp(logit - top), for logits <= top; sums of weights, in 8 lanes; log(sum(exp(logits - top))) */
+    /* weight = exp(logit - top), for logits <= top; sum of weights, in 8 lanes;
+     * log(sum(exp(logits - top))) */
     void (*exp_weights)(const double *logit, size_t n, double top, double *weight);
     double (*weight_sum)(const double *weight, size_t n);
     double (*log_sum_exp)(const float *logits, size_t n, float top);
 
-    /* f32 to and from a weight format; rounding to nearest even */
+    /* f32 to and from a weight format, rounding to nearest even */
     void (*narrow[FB_KERNEL_DTYPES])(const float *x, size_t n, void *out);
     void (*widen[FB_KERNEL_DTYPES])(const void *x, size_t n, float *out);
 };
 
-/* The table of an available instruction set (resolve AUTO first); never NULL for one that fb_isa_available affirms. */
+/* The table of an instruction set (resolve AUTO first). Never NULL. */
 const struct fb_kernels *fb_kernels_of(enum fb_isa isa);
 
-/* Turns AUTO into the best set. FB_INVALID_ARGUMENT for a value outside the enum, FB_UNSUPPORTED for a set that is
- * missing here. */
+/* Resolves AUTO to the best set. FB_INVALID_ARGUMENT for a value outside the enum, FB_UNSUPPORTED for a set
+ * that this CPU lacks. */
 enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out);
 
-/* Whether a table's products of quantized weights are bit for bit the reference's, on a small matrix of each kind of layout. */
+/* Whether a table's products of quantized weights equal the reference's bit for bit, on a small matrix of
+ * each kind of layout. */
 bool fb_kernels_agree(const struct fb_kernels *kernels);
 
 extern const struct fb_kernels fb_kernels_reference;
@@ -152,7 +162,7 @@ extern const struct fb_kernels fb_kernels_avx_vnni;
 extern const struct fb_kernels fb_kernels_avx512;
 extern const struct fb_kernels fb_kernels_avx512_vnni;
 extern const struct fb_kernels fb_kernels_avx512_bf16;
-#ifdef FABULA_AMX /* the compiler knows its instructions */
+#ifdef FABULA_AMX /* the compiler knows the instructions */
 extern const struct fb_kernels fb_kernels_avx512_amx;
 #endif
 #elif defined(__aarch64__)
@@ -161,12 +171,12 @@ extern const struct fb_kernels fb_kernels_neon_dotprod;
 extern const struct fb_kernels fb_kernels_neon_i8mm;
 #endif
 
-/* reference.c's table takes these from reference_blocks.c. */
+/* Defined by reference_blocks.c for the table of reference.c. */
 void fb_reference_gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy);
-void fb_reference_quantise(const float *x, size_t n_blocks, struct fb_activation *out);
+void fb_reference_quantize(const float *x, size_t n_blocks, struct fb_activation *out);
 
-/* Folds 16 lanes into one sum, in the order stated above. */
+/* Folds 16 lanes into one sum, in the order defined above. */
 static inline float fb_fold(const float lanes[FB_LANES]) {
     float s[8];
     for (int j = 0; j < 8; j++)

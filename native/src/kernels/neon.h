@@ -1,12 +1,19 @@
 /*
- * neon.h - vectors of AArch64's Advanced SIMD for simd.h: 16 floats are four registers of 4. The base table (neon.c) takes
- * what every AArch64 CPU has, conversions of f16 among it, and multiplies bytes by widening; neon_dotprod.c and neon_i8mm.c
- * multiply four at a time, in one instruction, and the latter eight where there are many tokens (blocks_mmla.h).
+ * neon.h - vectors of AArch64's Advanced SIMD for simd.h: 16 floats are four registers of 4. Every AArch64
+ * CPU converts f16.
  *
- * The 32 registers hold as many bytes as AVX2's 16, so tiles are the same: 6 tokens x 1 panel take 24 registers for sums, 4
- * for weights and 1 for the input, which is multiplied out of one lane: 24 fused multiply-adds for 10 loads. Operands cannot
- * come from memory, so 2 tokens take 2 panels (16 + 8 + 1) and 3 take one (12 + 4 + 1). One token takes one panel, as in
- * avx2.h; its four sums do not wait for each other.
+ *     includes it       defines               products of 4 bytes      many tokens, quantized
+ *     neon.c            -                     SMULL + SADALP           blocks_dots.h
+ *     neon_dotprod.c    FABULA_NEON_DOTPROD   SDOT                     blocks_dots.h
+ *     neon_i8mm.c       FABULA_NEON_I8MM      USDOT                    blocks_mmla.h (SMMLA, 8 bytes)
+ *
+ * The 32 registers hold as many bytes as AVX2's 16, so tiles are the same: 6 tokens x 1 panel use 24
+ * registers for sums, 4 for weights and 1 for the input, which is multiplied by lane: 24 fused multiply-adds
+ * for 10 loads. Operands cannot come from memory, so 2 tokens take 2 panels (16 + 8 + 1) and 3 take one (12 +
+ * 4 + 1). One token takes one panel, as in avx2.h; its four sums are independent.
+ *
+ * OF_1, OF_2 and OF_3 apply a 4-lane intrinsic `f` to each quarter of one, two or three vectors; ALL repeats
+ * a quarter.
  */
 #include <arm_neon.h>
 #include <stdbool.h>
@@ -52,7 +59,7 @@ static inline v16 v16_fma(v16 x, v16 y, v16 z) {
 static inline v16 v16_negate_fma(v16 x, v16 y, v16 z) {
     return OF_3(v16, vfmsq_f32, z, x, y);
 }
-/* Not FMIN and FMAX, which give NaN where either operand is NaN, and order zeros by sign. */
+/* Not FMIN and FMAX: they return NaN if either operand is NaN, and order zeros by sign. */
 static inline float32x4_t min_4(float32x4_t x, float32x4_t y) {
     return vbslq_f32(vcltq_f32(x, y), x, y);
 }
@@ -96,7 +103,7 @@ static inline v16 v16_load_bf16(const uint16_t *x) {
         vreinterpretq_f32_u32(vshll_high_n_u16(low, 16)), vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(high), 16)),
         vreinterpretq_f32_u32(vshll_high_n_u16(high, 16))};
 }
-/* As round_bf16 of avx2.h; what is wanted lies in the upper halves. */
+/* As round_bf16 of avx2.h; the result is in the upper halves. */
 static inline uint16x8_t round_bf16(float32x4_t x) {
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -109,7 +116,8 @@ static inline void v16_store_bf16(uint16_t *out, v16 x) {
     vst1q_u16(out + 8, vuzp2q_u16(round_bf16(x.c), round_bf16(x.d)));
 }
 
-/* ---- Bytes and whole numbers ------------------------------------------------------------------------------------- */
+/* ---- Bytes and integers
+ * ----------------------------------------------------------------------------------------- */
 
 typedef struct {
     uint8x16_t a, b, c, d; /* rows 0 .. 3, 4 .. 7, ... of a panel, 4 columns each */
@@ -138,7 +146,7 @@ static inline v64 v64_minus(v64 x, int byte) {
 static inline v64 v64_or(v64 x, v64 y) {
     return OF_2(v64, vorrq_u8, x, y);
 }
-/* Operators where intrinsics want a literal: with a constant they are the same instruction. */
+/* Operators where the intrinsics require a literal; with a constant they compile to the same instruction. */
 static inline __attribute__((always_inline)) uint8x16_t left(uint8x16_t x, int n) {
     return vreinterpretq_u8_u16(vreinterpretq_u16_u8(x) << vdupq_n_u16((uint16_t)n));
 }
@@ -151,7 +159,7 @@ static inline __attribute__((always_inline)) uint8x16_t right(uint8x16_t x, int 
 static inline __attribute__((always_inline)) v64 v64_right(v64 x, int n) {
     return (v64){right(x.a, n), right(x.b, n), right(x.c, n), right(x.d, n)};
 }
-/* table + 128, for the places in x */
+/* table[x] + 128 */
 static inline v64 v64_lookup(const int8_t table[16], v64 x) {
     const uint8x16_t all = veorq_u8(vreinterpretq_u8_s8(vld1q_s8(table)), vdupq_n_u8(0x80));
     return (v64){vqtbl1q_u8(all, x.a), vqtbl1q_u8(all, x.b), vqtbl1q_u8(all, x.c), vqtbl1q_u8(all, x.d)};
@@ -205,7 +213,7 @@ static inline int32_t v16_to_codes(v16 x, int8_t *out) {
     const int16x8_t low = vmovn_high_s32(vmovn_s32(whole.a), whole.b);
     const int16x8_t high = vmovn_high_s32(vmovn_s32(whole.c), whole.d);
     vst1q_s8(out, vmovn_high_s16(vmovn_s16(low), high));
-    return vaddvq_s16(vaddq_s16(low, high)); /* 16 x 127 at most */
+    return vaddvq_s16(vaddq_s16(low, high)); /* at most 16 x 127 */
 }
 static inline uint32x4_t magnitude(float32x4_t x) {
     return vreinterpretq_u32_f32(vabsq_f32(x));
@@ -219,7 +227,8 @@ static inline uint32_t v16_top_magnitude(v16 x, v16 y) {
 }
 
 #if defined(FABULA_NEON_I8MM) || defined(FABULA_NEON_DOTPROD)
-/* Four activations in the one lane that is multiplied with: loaded so they cost no arithmetic unit, unlike a broadcast. */
+/* Four activations in the lane that the multiplication uses: a load costs no arithmetic unit, unlike a
+ * broadcast. */
 typedef int8x8_t activations;
 static inline activations load_activations(const int8_t *x) {
     uint32_t bits;
@@ -242,7 +251,7 @@ static inline int32x4_t dot_4(int32x4_t sums, uint8x16_t codes, activations four
     return vusdotq_lane_s32(sums, codes, four, 0);
 }
 #else
-/* Codes are multiplied as signed bytes: 8-bit ones become so by taking 128 off, the others are small. */
+/* Codes are multiplied as signed bytes: 8-bit ones after subtracting 128, the others are small enough. */
 enum { DOT_KNOWS_ZERO = 1 };
 static inline int32x4_t dot_4(int32x4_t sums, uint8x16_t codes, activations four, bool is_wide) {
     if (is_wide) codes = veorq_u8(codes, vdupq_n_u8(0x80));
@@ -264,16 +273,16 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
         dot_4(sums.c, codes.c, four, is_wide), dot_4(sums.d, codes.d, four, is_wide)};
 }
 
-/* A pass or a tile of 3 tokens takes 12 registers each for dot products and sums, 4 for a line and 1 for activations; what
- * is left is for opening lines. */
-#define FEW_PASSES(X) X(3, 3) X(2, 2) X(1, 1)
+/* A tile of 3 tokens uses 12 registers each for dot products and sums, 4 for a line and 1 for activations;
+ * the rest are for unpacking lines. */
+#define FEW_TILES(X) X(3, 3) X(2, 2) X(1, 1)
 #if defined(FABULA_NEON_I8MM)
-/* Passes of few tokens stay with USDOT, to which a line is an operand as it lies. A block for 7 tokens is about 400 instructions
- * in vector registers either way: from then on matrices, of which each further pair of tokens takes 70. */
+/* Few tokens use USDOT, which takes a line as it is stored. A block for 7 tokens takes about 400 vector
+ * instructions either way; from then on SMMLA wins, which takes 70 for each further pair of tokens. */
 #define MATRIX_TILES "kernels/blocks_mmla.h"
-enum { FEW_TOKENS = 3, MOST_PASSES = 2, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
+enum { FEW_TOKENS = 3, MAX_FEW_TILES = 2, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
 #else
-enum { FEW_TOKENS = 3, MOST_PASSES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
+enum { FEW_TOKENS = 3, MAX_FEW_TILES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
 #define BLOCK_TILES(X) X(2, 1) X(3, 1)
 #endif
 

@@ -1,14 +1,24 @@
 /*
- * pairs_simd.h - products with bf16 weights and inputs rounded to bf16; simd.h includes it. A line of 64 bytes holds two
- * columns of 16 rows, so that one instruction of the CPUs that have it (AVX-512 BF16) multiplies and adds both. The others
- * take the two apart: for few tokens in registers, for many slice by slice as f32 in L1.
+ * pairs_simd.h - products of bf16 weights and inputs rounded to bf16; simd.h includes it. A line of 64 bytes
+ * holds two columns of 16 rows:
  *
- * The order of a sum is that instruction's: of each pair of columns the second comes first.
+ *     panel       | line 0: columns 0, 1 | line 1: columns 2, 3 | ...        PAIR_LINE = 32 elements per line
+ *     line        | row 0: 2 columns | row 1: 2 columns | ... | row 15: 2 columns |
+ *     slice       256 lines (VDPBF16PS) or 128 lines, widened to 256 columns of f32, of up to MAX_PANELS
+ *                 panels in L1
+ *     tile        n_tokens x n_panels sums in registers, as in simd.h
+ *
+ * With FABULA_DOT_PAIR one instruction (AVX-512 BF16) multiplies and adds both columns. Without it few tokens
+ * separate the columns in registers, many tokens in slices. The order of a sum is that instruction's: of each
+ * pair of columns the second is added first.
+ *
+ * Tested by test_kernels, bit for bit against reference.c: 1 .. 5 panels, width 1 and 2, 1 .. 600 columns, 1
+ * .. 7, 11 .. 13, 25, 49 and 60 tokens, with and without `accumulate` and `next`.
  */
 
 enum { PAIR_LINE = 2 * FB_LANES }; /* elements */
 
-/* 16 sums + the line's two columns times the two inputs at x. */
+/* sums + the line's two columns times the two inputs at x. */
 INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
 #ifdef FABULA_DOT_PAIR
     return FABULA_DOT_PAIR(sums, line, x);
@@ -18,7 +28,7 @@ INLINE v16 pair_fma(v16 sums, v64 line, const uint16_t *x) {
 #endif
 }
 
-/* Panels are `apart` elements apart, pairs of columns `step`. */
+/* One tile over all lines. `apart`: elements from panel to panel; `step`: from line to line. */
 INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16_t *panels, size_t apart, size_t step,
     size_t n_pairs, const uint16_t *x, size_t ldx, float *y, size_t ldy, bool accumulate, const void *next) {
     v16 sums[SUMS];
@@ -28,7 +38,7 @@ INLINE void pair_tile(const size_t n_tokens, const size_t n_panels, const uint16
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
             lines[p] = v64_load((const uint8_t *)(panels + p * apart + k * step));
-        if (n_tokens <= ASKING_TOKENS) UNROLL
+        if (n_tokens <= PREFETCH_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
             __builtin_prefetch((const uint16_t *)next + p * apart + k * step, 0, 2);
         UNROLL
@@ -48,7 +58,7 @@ INLINE void pair_tiles(const struct fb_panels panels, size_t n_panels, size_t n_
     for (size_t t = 0; t < n_tokens; t += tokens) {
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
-        /* What many tokens read comes from L1, where two streams do no harm. */
+        /* Many tokens read the panels from L1, where two streams do no harm. */
         const size_t most = n_tokens > IN_REGISTERS ? TILE_PANELS(tokens)
                                                     : panels_of_tile(&panels, sizeof(uint16_t), tokens);
         for (size_t p = 0; p < n_panels; p += most) {
@@ -72,7 +82,7 @@ INLINE void pair_tiles(const struct fb_panels panels, size_t n_panels, size_t n_
 
 #ifdef FABULA_DOT_PAIR
 
-/* Slices keep two panels in L1 while all tokens pass. */
+/* A slice keeps its panels in L1 for all tokens. */
 static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t n_pairs = (n_cols + 1) / 2;
@@ -80,9 +90,9 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
         pair_tiles(panels, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
-    const size_t group = TILE_PANELS(MAX_TOKENS);
-    for (size_t p = 0; p < n_panels; p += group) {
-        const size_t count = n_panels - p < group ? n_panels - p : group;
+    const size_t slice_panels = TILE_PANELS(MAX_TOKENS);
+    for (size_t p = 0; p < n_panels; p += slice_panels) {
+        const size_t count = n_panels - p < slice_panels ? n_panels - p : slice_panels;
         for (size_t k = 0; k < n_pairs; k += SLICE) {
             struct fb_panels part = panels;
             part.first = (const uint16_t *)panels.first + fb_panel_at(&panels, PAIR_LINE, p) +
@@ -95,10 +105,13 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
 
 #else
 
-enum { PAIR_TOKENS = 4 * MAX_TOKENS }; /* whose inputs are widened at a time, beside the slices of the panels */
+enum {
+    PAIR_TOKENS = 4 * MAX_TOKENS
+}; /* tokens whose inputs are widened at a time, next to the panels'
+                                          slices */
 
-/* Many tokens: panels and inputs become f32 with the columns of each pair exchanged, so that a plain product takes them in
- * the right order. */
+/* Many tokens: panels and inputs are widened to f32 with the columns of each pair swapped, so that a plain
+ * product adds them in the right order. */
 static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, const uint16_t *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     const size_t n_pairs = (n_cols + 1) / 2;
@@ -106,10 +119,10 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
         pair_tiles(panels, n_panels, n_pairs, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
-    const size_t group = TILE_PANELS(MAX_TOKENS);
+    const size_t slice_panels = TILE_PANELS(MAX_TOKENS);
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES], inputs[PAIR_TOKENS * SLICE];
-    for (size_t p = 0; p < n_panels; p += group) {
-        const size_t count = n_panels - p < group ? n_panels - p : group;
+    for (size_t p = 0; p < n_panels; p += slice_panels) {
+        const size_t count = n_panels - p < slice_panels ? n_panels - p : slice_panels;
         for (size_t k = 0; k < n_pairs; k += SLICE / 2) {
             const size_t length = n_pairs - k < SLICE / 2 ? n_pairs - k : SLICE / 2;
             for (size_t q = 0; q < count; q++)
@@ -134,7 +147,7 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
 
 #endif
 
-static void round_pairs(const float *x, size_t n, uint16_t *out) {
+static void narrow_pairs(const float *x, size_t n, uint16_t *out) {
     narrow_bf16(x, n, out);
     if (n % 2) out[n] = 0;
 }

@@ -1,7 +1,8 @@
 /*
- * reference.c - every kernel as a plain loop: the specification that the fast ones are compared with, bit for bit.
+ * reference.c - every kernel as a plain loop: the specification that the fast ones are compared with, bit for
+ * bit.
  *
- * Written to be read, not to be fast (fmaf may be a call on a CPU without the instruction). Contracts stand in
+ * Written to be read, not to be fast (fmaf may be a call on a CPU without the instruction). Contracts are in
  * kernels.h.
  */
 #include "kernels/exp.h"
@@ -66,7 +67,7 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
         }
 }
 
-static void round_pairs(const float *x, size_t n, uint16_t *out) {
+static void narrow_pairs(const float *x, size_t n, uint16_t *out) {
     for (size_t i = 0; i < n; i++)
         out[i] = fb_f32_to_bf16(x[i]);
     if (n % 2) out[n] = 0;
@@ -186,9 +187,9 @@ const struct fb_kernels fb_kernels_reference = {
     .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = fb_reference_gemm_blocks,
-    .quantise = fb_reference_quantise,
+    .quantize = fb_reference_quantize,
     .gemm_pairs = gemm_pairs,
-    .round_pairs = round_pairs,
+    .narrow_pairs = narrow_pairs,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

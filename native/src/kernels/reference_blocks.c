@@ -1,14 +1,13 @@
-/* reference_blocks.c - products with quantised weights as plain loops: the specification of blocks_simd.h. */
+/* reference_blocks.c - products with quantized weights as plain loops: the specification of blocks_simd.h. */
 #include "kernels/kernels.h"
 #include "quant/convert.h"
 
 #include <math.h>
 #include <string.h>
 
-void fb_reference_quantise(const float *x, size_t n_blocks, struct fb_activation *out) {
+void fb_reference_quantize(const float *x, size_t n_blocks, struct fb_activation *out) {
     for (; n_blocks > 0; n_blocks--, x += FB_BLOCK_COLUMNS, out++) {
-        uint32_t bits =
-            0; /* of the largest magnitude; as whole numbers NaN is above infinity, infinity above the rest */
+        uint32_t bits = 0; /* of the largest magnitude; as integers NaN > infinity > the rest */
         for (int i = 0; i < FB_BLOCK_COLUMNS; i++) {
             const uint32_t magnitude = fb_f32_bits(x[i]) & 0x7fffffffu;
             bits = magnitude > bits ? magnitude : bits;
@@ -44,8 +43,8 @@ void fb_reference_gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_
         for (size_t t = 0; t < n_tokens; t++)
             memset(y + t * ldy + p * FB_LANES, 0, FB_LANES * sizeof *y);
         for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++) {
-            struct fb_open_block open;
-            fb_open_block(dtype, panel, b, &open);
+            struct fb_unpacked_block block;
+            fb_unpack_block(dtype, panel, b, &block);
             for (size_t t = 0; t < n_tokens; t++)
                 for (size_t j = 0; j < FB_LANES; j++)
                     for (size_t g = 0; g < n_groups; g++) {
@@ -53,10 +52,10 @@ void fb_reference_gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_
                         float *out = &y[t * ldy + p * FB_LANES + j];
                         int32_t dot = 0;
                         for (size_t k = g * per_group; k < (g + 1) * per_group; k++)
-                            dot += (open.codes[k / 4 * FB_LINE + 4 * j + k % 4] - zero) * in->codes[k];
-                        *out = fmaf((float)dot, open.scale[g][j] * in->scale, *out);
+                            dot += (block.codes[k / 4 * FB_LINE + 4 * j + k % 4] - zero) * in->codes[k];
+                        *out = fmaf((float)dot, block.scale[g][j] * in->scale, *out);
                         if (fb_has_offset(dtype))
-                            *out = fmaf(open.offset[g][j], in->sums[n_groups == 1 ? 0 : 1 + g], *out);
+                            *out = fmaf(block.offset[g][j], in->sums[n_groups == 1 ? 0 : 1 + g], *out);
                     }
         }
     }

@@ -1,4 +1,4 @@
-/* select.c - from an instruction set to its table, and the best set that this machine runs right. */
+/* select.c - kernel tables by instruction set, and the best set that works on this machine. */
 #include "kernels/kernels.h"
 
 #include "base/status.h"
@@ -36,29 +36,30 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
     }
 }
 
-/* ---- The best one ------------------------------------------------------------------------------------------------ */
+/* ---- Best set
+ * ---------------------------------------------------------------------------------------------------- */
 
-/* One tile of many tokens and what is left of another. */
+/* Enough tokens for full tiles and a remainder in every table. */
 enum { TOKENS = 40, PANELS = 2, COLUMNS = 2 * FB_SUPER_COLUMNS };
 
 bool fb_kernels_agree(const struct fb_kernels *kernels) {
-    /* One format of each width of codes and each kind of scales. */
+    /* One format of each code width and each kind of scales. */
     static const enum fb_dtype formats[] = {FB_Q8_0, FB_Q5_1, FB_Q4_K, FB_Q6_K, FB_Q2_K};
     enum { BLOCKS = COLUMNS / FB_BLOCK_COLUMNS };
     float inputs[COLUMNS], wanted[TOKENS * PANELS * FB_LANES], got[TOKENS * PANELS * FB_LANES];
     struct fb_activation activations[TOKENS * BLOCKS];
-    _Alignas(FB_LINE) char panels[PANELS * 16 * COLUMNS * 2]; /* no format takes more than 2 bytes a number */
+    _Alignas(FB_LINE) char panels[PANELS * 16 * COLUMNS * 2]; /* no format takes more than 2 bytes per number */
     uint32_t state = 1;
     for (size_t i = 0; i < sizeof panels; i++) {
         state = state * 1664525u + 1013904223u;
-        panels[i] = (char)(state >> 24 & 0x3B); /* read as f16 or f32, too, these are small finite numbers */
+        panels[i] = (char)(state >> 24 & 0x3B); /* small finite numbers also when read as f16 or f32 */
     }
     for (size_t t = 0; t < TOKENS; t++) {
         for (size_t i = 0; i < COLUMNS; i++) {
             state = state * 1664525u + 1013904223u;
             inputs[i] = (float)(int32_t)state * 0x1p-31f;
         }
-        fb_kernels_reference.quantise(inputs, BLOCKS, activations + t * BLOCKS);
+        fb_kernels_reference.quantize(inputs, BLOCKS, activations + t * BLOCKS);
     }
     for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
         fb_kernels_reference.gemm_blocks(
@@ -69,11 +70,12 @@ bool fb_kernels_agree(const struct fb_kernels *kernels) {
     return true;
 }
 
-/* Matrix instructions of bytes are young, and their state is saved by the system: they are taken only where they prove themselves
- * against the reference. Asked once; several threads that ask at the same time find the same. */
-static bool proves_itself(enum fb_isa isa) {
+/* Matrix instructions for bytes are recent and depend on the operating system to save their state, so they
+ * are used only after a comparison with the reference on this machine. The result is cached; threads that
+ * race compute the same. */
+static bool passes_self_check(enum fb_isa isa) {
     enum { UNKNOWN, NO, YES };
-    static atomic_int known = UNKNOWN; /* of the one such table that a processor has */
+    static atomic_int known = UNKNOWN; /* for the one such table that a CPU has */
     int verdict = atomic_load_explicit(&known, memory_order_relaxed);
     if (verdict == UNKNOWN) {
         verdict = fb_kernels_agree(fb_kernels_of(isa)) ? YES : NO;
@@ -87,8 +89,8 @@ enum fb_isa fb_isa_best(void) {
         FB_ISA_AVX_VNNI, FB_ISA_AVX2, FB_ISA_NEON_I8MM, FB_ISA_NEON_DOTPROD, FB_ISA_NEON};
     for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
         if (!fb_isa_available(order[i])) continue;
-        const bool is_young = order[i] == FB_ISA_AVX512_AMX || order[i] == FB_ISA_NEON_I8MM;
-        if (!is_young || proves_itself(order[i])) return order[i];
+        const bool needs_check = order[i] == FB_ISA_AVX512_AMX || order[i] == FB_ISA_NEON_I8MM;
+        if (!needs_check || passes_self_check(order[i])) return order[i];
     }
     return FB_ISA_REFERENCE;
 }

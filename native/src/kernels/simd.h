@@ -1,22 +1,48 @@
 /*
- * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.h, avx512.h and neon.h include it after
- * saying what such a vector is. A file that includes this defines before:
+ * simd.h - the fast kernels, written once over a vector of 16 floats; avx2.h, avx512.h and neon.h define the
+ * vector and include this. The terms, for a product y[t] = W x[t] with weights in panels of 16 rows
+ * (kernels.h, struct fb_panels):
+ *
+ *     panel    16 rows of W, column after column:   | line 0 | line 1 | ... | line n_k - 1 |
+ *     line     one column of a panel, a v16:        | row 0 | row 1 | ... | row 15 |
+ *     tile     n_tokens x n_panels sums in registers, each a v16 with lane j for row j of its panel. All
+ *              lines are multiplied into it; each line is loaded once and each input broadcast once:
+ *
+ *                                 panel 0     panel 1
+ *                    token 0    |  sum 00  |  sum 10  |        sum += line k of the panel * x[token][k]
+ *                    token 1    |  sum 01  |  sum 11  |
+ *     slice    256 lines of up to MAX_PANELS panels, widened to f32 in L1 once and used by the tiles of all
+ *              tokens
+ *
+ * The including file defines:
  *
  *   v16                      16 floats, lane j for row j of a panel
- *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma v16_negate_fma (c - a b) v16_round (to even)
- *   v16_min v16_max          second operand where either is NaN
- *   v16_power_of_2           2^n of whole numbers in -126 .. 127
+ *   v16_zero v16_set1 v16_load v16_store v16_add v16_mul v16_div v16_fma
+ *   v16_negate_fma           c - a b
+ *   v16_round                to even
+ *   v16_min v16_max          the second operand if either is NaN
+ *   v16_power_of_2           2^n of integers in -126 .. 127
  *   v16_keep_at_least        a where x >= limit or x is NaN, else 0
  *   v16_load_f16 v16_load_bf16 v16_store_f16 v16_store_bf16
- *   v16_first_of_pairs v16_second_of_pairs    of 16 pairs of bf16 in a v64
- *   FABULA_DOT_PAIR          where one instruction multiplies pairs of bf16 and adds: (sums, line, x)
- *   SUMS                     how many v16 sums stay in registers beside the weights and one broadcast
- *   MAX_TOKENS MAX_PANELS    largest tile: tokens x panels <= SUMS
- *   TILE_PANELS(tokens)      panels a tile of so many tokens takes
- *   TILES(X)                 X(tokens, panels) for every tile with panels up to that
+ *   v16_first_of_pairs v16_second_of_pairs    f32 of 16 bf16 pairs in a v64
+ *   FABULA_DOT_PAIR          optional: multiplies bf16 pairs and adds in one instruction: (sums, line, x)
+ *   SUMS                     v16 sums that fit in registers next to the weights and one broadcast
+ *   MAX_TOKENS MAX_PANELS    largest tile; tokens x panels <= SUMS
+ *   TILE_PANELS(tokens)      panels of a tile with that many tokens, where panels are not interleaved
+ *   TILES(X)                 X(tokens, panels) for every tile that panels_of_tile can choose
  *   KERNEL_TABLE             name of the table
+ *   and what blocks_simd.h requires
  *
- * Every order of summation is the one of kernels.h, so the result equals reference.c bit for bit.
+ *     values                  avx2              avx512           neon
+ *     SUMS                    6                 24               6
+ *     MAX_TOKENS MAX_PANELS   6 4               12 4             6 2
+ *     TILE_PANELS             1: 1, 2: 3,       1 .. 3: 1,       2: 2,
+ *                             3: 2, 4 .. 6: 1   4 .. 12: 2       others: 1
+ *
+ * Every order of summation is that of kernels.h, so results equal reference.c bit for bit. Tested by
+ * test_kernels for every table that the CPU or an emulation has: f32 and f16, 1 .. 5 panels, width 1 and 2, k
+ * of 0 .. 600, 1 .. 7, 11 .. 13 and 25 tokens, with and without `accumulate` and `next`, misaligned and
+ * hostile inputs.
  */
 #include "kernels/exp.h"
 #include "kernels/kernels.h"
@@ -28,13 +54,15 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* Columns of a panel that are widened at a time into L1: 256 x 16 floats are 16 KiB, half of the smallest L1 in use. */
+/* SLICE: lines of a panel that are widened into L1 at a time. 256 x 16 floats are 16 KiB, half of the
+ * smallest L1 in use. IN_REGISTERS: up to so many tokens widen in registers instead. */
 enum { SLICE = 256, IN_REGISTERS = 2 * MAX_TOKENS, MEMORY_PAGE = 4096 };
 
-/* Tokens of a tile that asks for the panels after its own, line by line while it works; full tiles, as prompts have them, would be
- * 3 % slower for it. Into L2, where more lines may be under way than into L1: of 4 KiB pieces that lie apart, a core of Zen 4
- * reads 16 GB/s so, and 8 without (or with all lines of a piece asked for at once, 13). */
-enum { ASKING_TOKENS = MAX_TOKENS - 1 };
+/* Tiles of at most so many tokens prefetch the next panels, line by line while they multiply. Full tiles, as
+ * in prefill, would be 3 % slower for it. The prefetch goes into L2, which allows more outstanding lines than
+ * L1: on separate pieces of 4 KiB a Zen 4 core reads 16 GB/s with it and 8 without (13 if all lines of a
+ * piece are prefetched at once). */
+enum { PREFETCH_TOKENS = MAX_TOKENS - 1 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
@@ -44,7 +72,7 @@ INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t in
     return v16_from_v16i(v16i_load_s8((const uint8_t *)panels + index));
 }
 
-/* What a tile's sums begin with: sums[p * n_tokens + t] of token t and panel p. */
+/* Initial sums of a tile: sums[p * n_tokens + t] for token t and panel p. */
 INLINE void load_sums(
     const size_t n_tokens, const size_t n_panels, const float *y, size_t ldy, bool accumulate, v16 *sums) {
     UNROLL
@@ -64,15 +92,15 @@ INLINE void store_sums(const size_t n_tokens, const size_t n_panels, const v16 *
     }
 }
 
-/* How many panels a tile of so many tokens takes. Two that lie side by side are one stream. Others within one page of memory, as K
- * and V have them, are read one after the other: processors foresee one stream in a page. */
+/* Panels per tile for `tokens` tokens. Two interleaved panels are one stream. Others within one memory page,
+ * like those of K and V, are read one after another: hardware prefetchers track one stream per page. */
 INLINE size_t panels_of_tile(const struct fb_panels *panels, size_t element_bytes, size_t tokens) {
     if (panels->width == 2) return 2 * tokens <= SUMS ? 2 : 1;
     return panels->stride * element_bytes < MEMORY_PAGE ? 1 : TILE_PANELS(tokens);
 }
 
-/* One tile: n_tokens x n_panels sums in registers over all k; panels are `apart` elements apart, columns `step`. The three first
- * arguments are constants wherever this is called, so each tile becomes straight code. */
+/* One tile over all n_k lines. `apart`: elements from panel to panel; `step`: from line to line. The first
+ * three arguments are constants at every call, so each tile compiles to straight-line code. */
 INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
     size_t apart, size_t step, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate,
     const void *next) {
@@ -83,7 +111,7 @@ INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t 
         UNROLL
         for (size_t p = 0; p < n_panels; p++)
             weights[p] = load_weights(dtype, panels, p * apart + k * step);
-        if (n_tokens <= ASKING_TOKENS) UNROLL
+        if (n_tokens <= PREFETCH_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
             __builtin_prefetch((const char *)next + (p * apart + k * step) * fb_element_bytes(dtype), 0, 2);
         UNROLL
@@ -103,7 +131,7 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const struct fb_panels panels,
     const size_t apart = panels.width == 1 ? panels.stride : FB_LANES, step = panels.width * FB_LANES;
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
-        /* Tiles of nearly the same size: one of 12 and one of 4 would take longer than two of 8. */
+        /* Tiles of nearly equal size: one of 12 and one of 4 would take longer than two of 8. */
         const size_t rest = n_tokens - t, n_tiles = (rest + MAX_TOKENS - 1) / MAX_TOKENS;
         tokens = (rest + n_tiles - 1) / n_tiles;
         const size_t most = panels_of_tile(&panels, element_bytes, tokens);
@@ -111,7 +139,7 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const struct fb_panels panels,
             const size_t count = n_panels - p < most ? n_panels - p : most;
             const size_t at = fb_panel_at(&panels, FB_LANES, p) * element_bytes;
             const char *from = (const char *)panels.first + at;
-            /* The last tile asks: those before it wait for memory themselves. */
+            /* Only a single tile prefetches: with several, the first ones wait for memory themselves. */
             const char *after = next && n_tiles == 1 ? (const char *)next + at : from;
             const float *in = x + t * ldx;
             float *out = y + t * ldy + p * FB_LANES;
@@ -129,20 +157,20 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const struct fb_panels panels,
     }
 }
 
-/* Few tokens: weights are widened in registers, on their way into the product. Many: slice by slice a panel is
- * widened into L1 once and used by all tokens, so that the conversion costs next to nothing. */
+/* Few tokens widen weights in registers. Many tokens widen each slice into L1 once and share it, so that the
+ * conversion costs almost nothing. */
 INLINE void gemm(const enum fb_dtype dtype, const struct fb_panels panels, size_t n_panels, size_t n_k, const float *x,
     size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
     if (n_tokens <= IN_REGISTERS) {
         gemm_tiles(dtype, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
-    const size_t group = TILE_PANELS(MAX_TOKENS), step = panels.width * FB_LANES;
-    /* Also one of two panels side by side is copied: its lines would take half of L1's sets. */
-    const bool copies = dtype != FB_F32 || group < panels.width;
+    const size_t slice_panels = TILE_PANELS(MAX_TOKENS), step = panels.width * FB_LANES;
+    /* One of two interleaved panels is copied too: its lines would occupy half of L1's sets. */
+    const bool copies = dtype != FB_F32 || slice_panels < panels.width;
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
-    for (size_t p = 0; p < n_panels; p += group) {
-        const size_t count = n_panels - p < group ? n_panels - p : group;
+    for (size_t p = 0; p < n_panels; p += slice_panels) {
+        const size_t count = n_panels - p < slice_panels ? n_panels - p : slice_panels;
         for (size_t k = 0; k < n_k || k == 0; k += SLICE) {
             const size_t length = n_k - k < SLICE ? n_k - k : SLICE;
             struct fb_panels part = {slice, 1, SLICE * FB_LANES};
@@ -193,7 +221,8 @@ INLINE void store_tail(float *out, v16 value, size_t n) {
     memcpy(out, padded, n * sizeof *out);
 }
 
-/* Runs `expression` of the vectors X(pointer) over n numbers into out; X loads a whole vector, or the padded tail. */
+/* MAP(n, out, expression): out[i] = expression over n numbers, 16 at a time. Inside it X(pointer) loads the
+ * vector at the current index, padded with zeros at the end. */
 #define MAP(n, out, expression)                                                                                        \
     do {                                                                                                               \
         size_t map_i = 0;                                                                                              \
@@ -352,9 +381,9 @@ const struct fb_kernels KERNEL_TABLE = {
     .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = gemm_blocks,
-    .quantise = quantise,
+    .quantize = quantize,
     .gemm_pairs = gemm_pairs,
-    .round_pairs = round_pairs,
+    .narrow_pairs = narrow_pairs,
     .rms_norm = rms_norm,
     .max = max,
     .exp_sum = exp_sum,

@@ -1,10 +1,13 @@
 /*
- * vocabulary.h - loops over a vocabulary, for the sampler: included by reference.c and by simd.h, so that one source becomes the
- * code of every instruction set. Written with the vector types of GCC and Clang, which are lowered to what the machine has; lanes
- * are independent and nothing is fused, so results are the same everywhere.
+ * vocabulary.h - loops over a vocabulary, for the sampler. reference.c and simd.h include it, so one source
+ * is compiled for every instruction set. It uses the vector types of GCC and Clang, which are lowered to what
+ * the machine has. Lanes are independent and nothing is fused, so results are the same everywhere.
  *
- * Weights are double, because they decide which token is drawn; the sum behind `logprob` is of f32 terms and errs by about
- * 1e-7, which is what an f32 result can tell.
+ * Weights are double, because they decide which token is sampled. The sum behind `logprob` adds f32 terms and
+ * errs by about 1e-7, the resolution of an f32 result.
+ *
+ * Defines top_logit, to_double, highest, exp_weights, weight_sum and log_sum_exp (contracts in kernels.h),
+ * and VOCABULARY_KERNELS, their entries in the table. Tested by test_kernels for every table, n of 1 .. 1000.
  */
 #include <float.h>
 #include <math.h>
@@ -16,10 +19,10 @@ typedef uint64_t u8x8 __attribute__((vector_size(64)));
 typedef float f16x __attribute__((vector_size(64)));
 typedef uint32_t u16x __attribute__((vector_size(64)));
 
-enum { SUM_F32 = 256 }; /* f32 terms added up, 16 in a lane, before their sum goes on in double */
+enum { SUM_F32 = 256 }; /* f32 terms summed in 16 lanes before the sum continues in double */
 
-/* out = exp(x - top) for 8 numbers, as told in exp.h. Below the limit or at -infinity the arithmetic yields garbage, which the
- * mask turns into 0. */
+/* out = exp(x - top) for 8 numbers, by exp.h. Below the limit or at -infinity the arithmetic yields garbage,
+ * which the mask replaces by 0. */
 static inline void exp_of_8(const double *x, double top, double *out) {
     d8 in;
     memcpy(&in, x, sizeof in);
@@ -29,7 +32,7 @@ static inline void exp_of_8(const double *x, double top, double *out) {
     const d8 p = r * ((FB_EXP64_P0 * rr + FB_EXP64_P1) * rr + 1.0);
     const d8 q = ((FB_EXP64_Q0 * rr + FB_EXP64_Q1) * rr + FB_EXP64_Q2) * rr + 2.0;
     const d8 e = 1.0 + 2.0 * (p / (q - p));
-    const d8 power = (d8)(((u8x8)shifted + 1023) << 52); /* 2^n: the shift drops all but the integer */
+    const d8 power = (d8)(((u8x8)shifted + 1023) << 52); /* 2^n: the shift drops all bits but the integer */
     const d8 result = (d8)((u8x8)(e * power) & (u8x8)(in >= FB_EXP64_LOW));
     memcpy(out, &result, sizeof result);
 }
@@ -47,8 +50,8 @@ static void exp_weights(const double *logit, size_t n, double top, double *weigh
     }
 }
 
-/* part += exp(x - top) for 16 numbers <= top, as told in exp.h. Terms of the polynomial are paired (Estrin), which shortens the
- * chain of operations that the loop waits for. */
+/* part += exp(x - top) for 16 numbers <= top, by exp.h. Terms of the polynomial are paired (Estrin), which
+ * shortens the dependency chain. */
 static inline void add_exp_of_16(const float *x, float top, f16x *part) {
     f16x in;
     memcpy(&in, x, sizeof in);
@@ -75,7 +78,7 @@ static double log_sum_exp(const float *logits, size_t n, float top) {
                 padded[lane] = lane < end - k ? logits[k + lane] : -FLT_MAX;
             add_exp_of_16(padded, top, &part);
         }
-        double fold[8]; /* by halves: GPUs follow this order too */
+        double fold[8]; /* folded by halves; GPUs use the same order */
         for (int lane = 0; lane < 8; lane++)
             fold[lane] = (double)part[lane] + (double)part[lane + 8];
         sum += ((fold[0] + fold[1]) + (fold[2] + fold[3])) + ((fold[4] + fold[5]) + (fold[6] + fold[7]));
@@ -123,7 +126,7 @@ static bool top_logit(const float *logits, size_t n, float *top) {
     for (; i + 16 <= n; i += 16) {
         f16x in;
         memcpy(&in, logits + i, sizeof in);
-        bad |= ~(u16x)(in <= FLT_MAX); /* NaN too */
+        bad |= ~(u16x)(in <= FLT_MAX); /* also true for NaN */
         const u16x is_more = (u16x)(in > best);
         best = (f16x)(((u16x)in & is_more) | ((u16x)best & ~is_more));
     }

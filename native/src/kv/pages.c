@@ -22,11 +22,11 @@ static bool holds_kv(enum fb_dtype dtype) {
     return dtype == FB_F32 || dtype == FB_F16 || dtype == FB_BF16 || dtype == FB_Q8_0;
 }
 
-/* Everything of a pool but its memory. */
+/* Everything of a pool except its memory. */
 static enum fb_status lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
     int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out) {
     FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
-        "K and V are held in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
+        "K and V are stored in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
     FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
     FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_COUNT, "n_layers is %d, must be 1 .. %d", n_layers, MAX_COUNT);
     FB_REQUIRE(n_kv_heads >= 1 && n_kv_heads <= MAX_COUNT, "n_kv_heads is %d, must be 1 .. %d", n_kv_heads, MAX_COUNT);
@@ -52,19 +52,19 @@ static bool is_split(const struct fb_page_pool *pool) {
     return pool->device && pool->device->n_members;
 }
 
-static enum fb_status take_memory(struct fb_page_pool *pool) {
+static enum fb_status allocate_memory(struct fb_page_pool *pool) {
     if (!pool->device) {
-        pool->memory = fb_memory_take(pool->n_bytes);
+        pool->memory = fb_memory_allocate(pool->n_bytes);
         if (pool->memory) return FB_OK;
         return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d KV pages (%zu bytes)", pool->n_pages, pool->n_bytes);
     }
     if (is_split(pool)) {
         FB_TRY(fb_split_create(pool));
-        fb_device_hold(pool->device);
+        fb_device_retain(pool->device);
         return FB_OK;
     }
     void *memory;
-    FB_TRY(fb_device_take(pool->device, "KV pages", pool->n_bytes, &memory));
+    FB_TRY(fb_device_allocate(pool->device, "KV pages", pool->n_bytes, &memory));
     pool->memory = memory;
     const enum fb_status status = pool->device->kind->clear(pool->device->index, memory, pool->n_bytes);
     if (status != FB_OK) fb_device_release(pool->device, memory, pool->n_bytes);
@@ -83,8 +83,8 @@ enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, 
     FB_TRY(lay_out(k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, &shape));
     shape.device = device;
     struct fb_page_pool *pool = calloc(1, sizeof *pool);
-    if (!pool) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a pool of pages");
-    const enum fb_status status = take_memory(&shape);
+    if (!pool) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a page pool");
+    const enum fb_status status = allocate_memory(&shape);
     if (status != FB_OK) {
         free(pool);
         return status;
@@ -98,7 +98,7 @@ void fb_page_pool_free(fb_page_pool *pool) {
     if (!pool) return;
     if (is_split(pool)) {
         fb_split_free(pool);
-        fb_device_let_go(pool->device);
+        fb_device_drop(pool->device);
     } else if (pool->device) {
         fb_device_release(pool->device, pool->memory, pool->n_bytes);
     } else {
@@ -121,9 +121,9 @@ static char *page_at(const struct fb_page_pool *pool, int32_t page) {
     return pool->memory + (size_t)page * pool->page_bytes;
 }
 
-/* A page's bytes, one of them or both in the pool. */
-static enum fb_status copy(const struct fb_page_pool *pool, enum fb_way way, void *to, const void *from) {
-    if (pool->device) return pool->device->kind->copy(pool->device->index, way, to, from, pool->page_bytes);
+/* Copies one page's bytes; one side or both are in the pool. */
+static enum fb_status copy(const struct fb_page_pool *pool, enum fb_direction direction, void *to, const void *from) {
+    if (pool->device) return pool->device->kind->copy(pool->device->index, direction, to, from, pool->page_bytes);
     memmove(to, from, pool->page_bytes);
     return FB_OK;
 }
@@ -157,8 +157,8 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
     return copy(pool, FB_TO_DEVICE, page_at(pool, page), src);
 }
 
-/* Rounds n numbers to whole multiples of a scale, which is returned; NaN if one of them is NaN or infinite. */
-static float to_bytes(const float *x, size_t n, int8_t *codes) {
+/* Quantizes n numbers to int8 codes and returns their scale; NaN if a number is NaN or infinite. */
+static float quantize_head(const float *x, size_t n, int8_t *codes) {
     float top = 0.0f;
     bool is_finite = true;
     for (size_t i = 0; i < n; i++) {
@@ -175,11 +175,11 @@ static float to_bytes(const float *x, size_t n, int8_t *codes) {
     return top / 127.0f;
 }
 
-/* K and V of a position in bf16, in pairs. */
+/* Write K and V of a position as bf16 pairs. */
 static void write_k_pairs(const struct fb_kernels *kernels, uint16_t *to, size_t at, size_t head_dim, const float *k) {
     uint16_t narrow[MAX_HEAD_DIM + 1];
     const size_t held = fb_k_dimensions(FB_BF16, head_dim);
-    kernels->round_pairs(k, head_dim, narrow);
+    kernels->narrow_pairs(k, head_dim, narrow);
     to += at / 16 * 16 * held + at % 16 * 2;
     for (size_t d = 0; d < held; d++)
         to[d / 2 * 32 + d % 2] = narrow[d];
@@ -188,7 +188,7 @@ static void write_k_pairs(const struct fb_kernels *kernels, uint16_t *to, size_t
 static void write_v_pairs(
     const struct fb_kernels *kernels, uint16_t *to, size_t at, bool is_last, size_t head_dim, const float *v) {
     uint16_t narrow[MAX_HEAD_DIM + 1];
-    kernels->round_pairs(v, head_dim, narrow);
+    kernels->narrow_pairs(v, head_dim, narrow);
     for (size_t d = 0; d < head_dim; d++) {
         uint16_t *pair = to + (d / 16 * (FB_PAGE_POSITIONS / 2) + at / 2) * 32 + d % 16 * 2;
         pair[at % 2] = narrow[d];
@@ -205,7 +205,7 @@ static void write_v(const struct fb_page_pool *pool, const struct fb_kernels *ke
     }
     int8_t codes[MAX_HEAD_DIM];
     float *scales = fb_part_scales(&pool->v, to);
-    if (scales) scales[at] = to_bytes(v, head_dim, codes);
+    if (scales) scales[at] = quantize_head(v, head_dim, codes);
     for (size_t d = 0; d < head_dim; d += 16) {
         const size_t lanes = head_dim - d < 16 ? head_dim - d : 16;
         const size_t element = (d / 16 * FB_PAGE_POSITIONS + at) * 16;
@@ -225,10 +225,10 @@ void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *ker
     }
     const size_t head_dim = (size_t)pool->head_dim, at = (size_t)position;
     const size_t first = at / 16 * 16 * head_dim + at % 16; /* element of dimension 0 inside K */
-    uint32_t narrow[MAX_HEAD_DIM];                          /* room for any format */
+    uint32_t narrow[MAX_HEAD_DIM];                          /* fits any format */
     float *k_scales = fb_part_scales(&pool->k, slab);
     if (k_scales)
-        k_scales[at] = to_bytes(k, head_dim, (int8_t *)narrow);
+        k_scales[at] = quantize_head(k, head_dim, (int8_t *)narrow);
     else
         kernels->narrow[pool->k.dtype](k, head_dim, narrow);
     switch (fb_element_bytes(pool->k.dtype)) {

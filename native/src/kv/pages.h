@@ -1,19 +1,19 @@
 /*
- * pages.h - the pool of KV pages and the way into one.
+ * pages.h - the layout of KV pages, and access to them.
  *
- * A page holds 32 positions of every layer; per layer and KV head it is a slab of two parts, both panels (16 lanes = 16
- * positions, or 16 lanes = 16 dimensions) in the shape that fb_kernels.gemm multiplies:
+ * A page holds 32 positions of every layer. Per layer and KV head it has a slab of two parts, K and V. Both
+ * are panels of 16 lanes (16 positions, or 16 dimensions) in the layout that fb_kernels.gemm multiplies:
  *
  *     K   [2 blocks of 16 positions][head_dim][16]        scores of 16 positions = panel x query
  *     V   [head_dim / 16, rounded up][32 positions][16]   16 outputs = panel x probabilities
  *
- * In bf16 both lie in pairs, as gemm_pairs multiplies them:
+ * In bf16 both are pairs, as gemm_pairs multiplies them:
  *
  *     K   [2 blocks of 16 positions][head_dim / 2, rounded up][16][2 dimensions]
  *     V   [head_dim / 16, rounded up][16][16][2 positions]
  *
- * Lanes of V beyond head_dim stay zero. A part in bytes has a scale for each position behind its panels: scores of K are
- * multiplied by it, and the probabilities that V is summed up with.
+ * Lanes of V beyond head_dim stay zero. In a Q8_0 part the panels are followed by one scale per position. The
+ * scores of K are multiplied by it, and so are the probabilities before they multiply V.
  */
 #ifndef FABULA_KV_PAGES_H
 #define FABULA_KV_PAGES_H
@@ -36,7 +36,7 @@ struct fb_page_pool {
     struct fb_page_pool *parts[FB_MOST_MEMBERS]; /* on a group, instead of memory: see split.h */
 };
 
-/* A slab; it begins with K. */
+/* Returns a slab, which begins with its K part. */
 static inline char *fb_slab(const struct fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head) {
     const size_t index = (size_t)layer * (size_t)pool->n_kv_heads + (size_t)kv_head;
     return pool->memory + (size_t)page * pool->page_bytes + index * (pool->k.bytes + pool->v.bytes);
@@ -46,23 +46,24 @@ static inline char *fb_slab_v(const struct fb_page_pool *pool, char *slab) {
     return slab + pool->k.bytes;
 }
 
-/* The scales [32] of a part in bytes, NULL for another. */
+/* The scales [32] of a Q8_0 part, NULL for other formats. */
 static inline float *fb_part_scales(const struct fb_kv_part *part, char *at) {
     return part->dtype == FB_Q8_0 ? (float *)(void *)(at + part->elements) : NULL;
 }
 
-/* Dimensions of K that a position takes. */
+/* Dimensions of K that are stored per position: head_dim, rounded up to even for bf16. */
 static inline size_t fb_k_dimensions(enum fb_dtype dtype, size_t head_dim) {
     return dtype == FB_BF16 ? (head_dim + 1) / 2 * 2 : head_dim;
 }
 
-/* Of a part that is not in bf16, which gemm_pairs takes. */
+/* The gemm kernel of a part; bf16 parts use gemm_pairs instead. */
 static inline fb_gemm_kernel fb_part_gemm(const struct fb_kv_part *part, const struct fb_kernels *kernels) {
     return part->dtype == FB_Q8_0 ? kernels->gemm_bytes : kernels->gemm[part->dtype];
 }
 
-/* Writes one position (0 .. 31 of its page) of one head: k and v f32 [head_dim]. Behind the last position that a step
- * writes, V's other half of a pair becomes zero: it is multiplied, by zero. */
+/* Writes one position (0 .. 31 of its page) of one head: k and v f32 [head_dim]. With `is_last` (the last
+ * position that a step writes), the other half of V's pair is zeroed: attention multiplies it by probability
+ * zero. */
 void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *slab, int32_t position,
     bool is_last, const float *k, const float *v);
 

@@ -1,4 +1,4 @@
-/* split.c - a pool over the members of a group. See split.h. */
+/* split.c - a page pool over the members of a group. See split.h. */
 #include "kv/split.h"
 
 #include "base/status.h"
@@ -47,17 +47,17 @@ enum fb_status fb_split_zero(const struct fb_page_pool *pool, int32_t page) {
     return FB_OK;
 }
 
-/* Bytes of one layer's heads, and where a member's begin in a whole page. */
+/* Bytes of one layer's heads, and the byte offset of a member's heads in a layer of a whole page. */
 static size_t layer_bytes(const struct fb_page_pool *pool) {
     return pool->page_bytes / (size_t)pool->n_layers;
 }
 
-static size_t place_of(const struct fb_page_pool *pool, int32_t member) {
+static size_t member_offset(const struct fb_page_pool *pool, int32_t member) {
     const size_t first = (size_t)member * (size_t)pool->n_kv_heads / (size_t)pool->device->n_members;
     return first * (pool->k.bytes + pool->v.bytes);
 }
 
-static enum fb_status take_buffer(const struct fb_page_pool *part, char **out) {
+static enum fb_status allocate_buffer(const struct fb_page_pool *part, char **out) {
     *out = malloc(part->page_bytes);
     return *out ? FB_OK : fb_fail(FB_OUT_OF_MEMORY, "no memory for %zu bytes of a page", part->page_bytes);
 }
@@ -65,13 +65,13 @@ static enum fb_status take_buffer(const struct fb_page_pool *part, char **out) {
 enum fb_status fb_split_read(const struct fb_page_pool *pool, int32_t page, char *dst) {
     for (int32_t i = 0; i < pool->device->n_members; i++) {
         const struct fb_page_pool *part = pool->parts[i];
-        const size_t bytes = layer_bytes(part), place = place_of(pool, i);
-        if (i > 0 && place == place_of(pool, i - 1)) continue; /* the same head */
+        const size_t bytes = layer_bytes(part), offset = member_offset(pool, i);
+        if (i > 0 && offset == member_offset(pool, i - 1)) continue; /* a copy of the same head */
         char *buffer;
-        FB_TRY(take_buffer(part, &buffer));
+        FB_TRY(allocate_buffer(part, &buffer));
         const enum fb_status status = fb_page_read(part, page, buffer, part->page_bytes);
         for (size_t layer = 0; status == FB_OK && layer < (size_t)pool->n_layers; layer++)
-            memcpy(dst + layer * layer_bytes(pool) + place, buffer + layer * bytes, bytes);
+            memcpy(dst + layer * layer_bytes(pool) + offset, buffer + layer * bytes, bytes);
         free(buffer);
         FB_TRY(status);
     }
@@ -81,11 +81,11 @@ enum fb_status fb_split_read(const struct fb_page_pool *pool, int32_t page, char
 enum fb_status fb_split_write(const struct fb_page_pool *pool, int32_t page, const char *src) {
     for (int32_t i = 0; i < pool->device->n_members; i++) {
         struct fb_page_pool *part = pool->parts[i];
-        const size_t bytes = layer_bytes(part), place = place_of(pool, i);
+        const size_t bytes = layer_bytes(part), offset = member_offset(pool, i);
         char *buffer;
-        FB_TRY(take_buffer(part, &buffer));
+        FB_TRY(allocate_buffer(part, &buffer));
         for (size_t layer = 0; layer < (size_t)pool->n_layers; layer++)
-            memcpy(buffer + layer * bytes, src + layer * layer_bytes(pool) + place, bytes);
+            memcpy(buffer + layer * bytes, src + layer * layer_bytes(pool) + offset, bytes);
         const enum fb_status status = fb_page_write(part, page, buffer, part->page_bytes);
         free(buffer);
         FB_TRY(status);

@@ -1,4 +1,4 @@
-/* attention.c - cuts a batch's attention into items. See attention.h. */
+/* attention.c - divides a batch's attention into work items. See attention.h. */
 #include "ops/attention_part.h"
 
 #include <string.h>
@@ -11,11 +11,13 @@ static int32_t tiles_in(const struct fb_tile_layout *l, const struct fb_sequence
     return (sequence->n_tokens + (int32_t)l->tile_tokens - 1) / (int32_t)l->tile_tokens;
 }
 
-/* Key blocks become items when some of them are shared, or when tiles alone leave threads idle and some tile has several blocks. */
+/* Key blocks become work items if sequences share some of them, or if tiles alone leave threads idle and a
+ * tile has several blocks. */
 size_t fb_attention_partials(const struct fb_attention *a, int n_threads) {
     const struct fb_tile_layout l = layout_for(a);
     const bool shares = a->sharing &&
-                        a->window == 0; /* within a window, blocks that one token sees whole another may not */
+                        a->window == 0; /* with a window, a block that one token sees whole may be only partly
+                                           visible to another */
     int64_t tiles = 0, parts = 0;
     size_t floats = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
@@ -40,7 +42,7 @@ int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
     const size_t n_partials = fb_attention_partials(a, n_threads);
     if (a->window > 0) a->sharing = NULL;
     a->split = n_partials > 0 && n_partials <= a->n_partials;
-    a->offsets[0] = a->places[0] = 0;
+    a->offsets[0] = a->partial_offsets[0] = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
         int64_t count = tiles_in(&l, &a->sequences[s]), floats = 0;
         if (a->split) {
@@ -50,12 +52,12 @@ int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
             if (a->sharing) count -= a->sharing[s].n_blocks;
         }
         a->offsets[s + 1] = a->offsets[s] + count * a->pool->n_kv_heads;
-        a->places[s + 1] = a->places[s] + floats;
+        a->partial_offsets[s + 1] = a->partial_offsets[s] + floats;
     }
     return a->offsets[a->n_sequences];
 }
 
-/* The sequence whose items hold `index`. */
+/* The sequence that work item `index` belongs to. */
 static int32_t sequence_of(const struct fb_attention *a, int64_t index) {
     int32_t low = 0, high = a->n_sequences - 1;
     while (low < high) {
@@ -68,22 +70,23 @@ static int32_t sequence_of(const struct fb_attention *a, int64_t index) {
     return low;
 }
 
-/* Where the part (sequence, KV head, index) lies: parts of one sequence have one size. */
+/* Memory of the partial result (sequence, KV head, index). All parts of a sequence have the same size. */
 static struct fb_partial part_at(
     const struct fb_attention *a, const struct fb_tile_layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
     const size_t rows = (size_t)a->sequences[sequence].n_tokens * l->group;
-    const size_t floats = (size_t)(a->places[sequence + 1] - a->places[sequence]);
+    const size_t floats = (size_t)(a->partial_offsets[sequence + 1] - a->partial_offsets[sequence]);
     const size_t parts = floats / (fb_partial_floats(l, rows) * (size_t)a->pool->n_kv_heads);
     const size_t before = ((size_t)kv_head * parts + (size_t)index) * fb_partial_floats(l, rows);
-    return fb_partial_at(a->partials + (size_t)a->places[sequence] + before, rows);
+    return fb_partial_at(a->partials + (size_t)a->partial_offsets[sequence] + before, rows);
 }
 
-/* Merges the parts of (sequence, KV head), whoever is the last to leave one: it sees what the others have left. */
-static void leave_part(
+/* Marks a part of (sequence, KV head) as done. The thread that finishes the last one sees the results of all
+ * others and merges them. */
+static void finish_part(
     const struct fb_attention *a, const struct fb_tile_layout *l, int32_t sequence, int32_t kv_head) {
     const struct fb_tile t = fb_tile_of(a, l, sequence, kv_head, 0);
     const int32_t n_parts = fb_tile_parts(&t);
-    atomic_int *left = &a->parts_left[(size_t)sequence * (size_t)a->pool->n_kv_heads + (size_t)kv_head];
+    atomic_int *left = &a->parts_done[(size_t)sequence * (size_t)a->pool->n_kv_heads + (size_t)kv_head];
     if (atomic_fetch_add_explicit(left, 1, memory_order_acq_rel) + 1 < n_parts) return;
     atomic_store_explicit(left, 0, memory_order_relaxed);
     const struct fb_partial sum = part_at(a, l, sequence, kv_head, 0);
@@ -92,8 +95,8 @@ static void leave_part(
     fb_store_attended(a, l, &t, sum);
 }
 
-/* The partial results of the queries of a leader and those who share block `block` with it, each where it would have put
- * its own. */
+/* Computes block `block` for the queries of a leader and of the sequences that share it, and stores each
+ * query's partial result where its own item would have. */
 static void attend_shared(const struct fb_attention *a, const struct fb_tile_layout *l, int32_t leader, int32_t kv_head,
     int32_t block, const struct fb_tile_work *w) {
     int32_t members[FB_TILE_ROWS];
@@ -110,11 +113,11 @@ static void attend_shared(const struct fb_attention *a, const struct fb_tile_lay
         memcpy(to.max, w->part.max + m * l->group, l->group * sizeof *to.max);
         memcpy(to.length, w->part.length + m * l->group, l->group * sizeof *to.length);
         memcpy(to.values, w->part.values + m * l->group * l->padded, l->group * l->padded * sizeof *to.values);
-        leave_part(a, l, members[m], kv_head);
+        finish_part(a, l, members[m], kv_head);
     }
 }
 
-/* Whether others share this block of a sequence with it. */
+/* Whether other sequences share this block of `sequence`, which leads them. */
 static bool leads(const struct fb_attention *a, int32_t sequence, int32_t block) {
     if (!a->sharing || a->sharing[sequence].leader != sequence) return false;
     for (int32_t s = sequence + 1; s < a->n_sequences; s++)
@@ -137,7 +140,7 @@ void fb_attention_item(const struct fb_attention *a, int64_t index, int thread) 
         }
         const struct fb_tile t = fb_tile_of(a, &l, sequence, kv_head, 0);
         fb_attend_part(a, &l, &t, part, &w, part_at(a, &l, sequence, kv_head, part));
-        leave_part(a, &l, sequence, kv_head);
+        finish_part(a, &l, sequence, kv_head);
         return;
     }
     /* Long tiles (late positions) first, so that no thread is left with one at the end. */

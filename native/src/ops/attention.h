@@ -1,21 +1,24 @@
 /*
- * attention.h - causal attention of a batch over paged K and V, as items that threads share.
+ * attention.h - causal attention of a batch over paged K and V, as work items for the threads.
  *
- * Keys are cut into blocks of FB_KEY_BLOCK positions at fixed places. Of each block a query gets a partial result: the
- * largest score, the sum of exponentials, and the weighted sum of V. Partial results are merged in the order of the
- * blocks:
+ * Keys are divided into blocks of FB_KEY_BLOCK positions at fixed boundaries. For each block a query gets a
+ * partial result: the largest score, the sum of exponentials, and the weighted sum of V. Partial results are
+ * merged in block order:
  *
- *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)   (Milakov & Gimelshein 2018)
+ *     m = max(m1, m2)   l = l1 e^(m1-m) + l2 e^(m2-m)   o = o1 e^(m1-m) + o2 e^(m2-m)
  *
- * Where the cuts lie and in which order the parts meet depends on positions only, never on threads or on the batch;
- * so the bits are the same whether one thread walks all blocks or many take one each, and the last merges them.
+ * (Milakov & Gimelshein 2018).
  *
- * An item holds a tile of queries: the heads of a group that share a KV head times a few tokens. All of them read the
- * same pages, which are panels, so both products run on the matrix kernel.
+ * The boundaries and the order of merging depend on positions only, never on threads or on the batch. So the
+ * bits are the same whether one thread computes all blocks or each thread computes some and the last merges
+ * them.
  *
- * Where a sequence slides (struct fb_sequence), sinks are one more part, merged before the first block. Their keys stay
- * as they were written; instead the query is turned back from its position p to S + W - 1, where the distance to sink j
- * is S + W - 1 - j. So pages never change and can be shared by tokens at any position.
+ * A work item is a tile of queries: the heads of a group (those that share a KV head) times a few tokens. All
+ * of them read the same pages, which are panels, so both products run on the matrix kernel.
+ *
+ * With a sliding window (struct fb_sequence) sinks are one more part, merged before the first block. Their
+ * keys stay as they were written; instead the query is rotated from its position p to S + W - 1, where the
+ * distance to sink j is S + W - 1 - j. So pages never change and can be shared by tokens at any position.
  */
 #ifndef FABULA_OPS_ATTENTION_H
 #define FABULA_OPS_ATTENTION_H
@@ -27,14 +30,15 @@
 #include <stdatomic.h>
 
 /*
- * Steps in which every sequence has one token may leave its heads as the products made them: an item does the rest to the
- * queries it takes, and the one that attends the last key block of a KV head writes K and V of the token, which nobody else
- * reads. It is a few hundred nanoseconds of work, and spares a stage of it and a barrier.
+ * If every sequence of a step has one token, attention can take heads as the products wrote them. A work item
+ * then norms and rotates its own queries, and the item of the last key block of a KV head writes the token's
+ * K and V, which no other item reads. That is a few hundred nanoseconds of work and saves a stage and its
+ * barrier.
  */
 struct fb_raw_heads {
     const float *q_norm, *k_norm; /* [head_dim], NULL for none; with eps */
     float eps;
-    const float *cos_sin; /* [n_tokens][rotary_dim]: cos of each pair, then sin; NULL where heads are not turned */
+    const float *cos_sin; /* [n_tokens][rotary_dim]: cos of each pair, then sin; NULL for no rope */
 };
 
 struct fb_attention {
@@ -46,24 +50,26 @@ struct fb_attention {
     int32_t n_heads;
     int32_t layer, window;
     float scale;
-    const float *sink_turns; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences that slide are read */
+    const float *sink_rotations; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences with a sliding
+                                    window are read */
     int32_t rotary_dim;
-    const float *q; /* [n_tokens][ldq], heads side by side; where they are raw, K's and V's behind them */
+    const float *q; /* [n_tokens][ldq], heads concatenated; raw heads: followed by those of K and V */
     float *out;     /* [n_tokens][ld_out] */
     size_t ldq, ld_out;
     char *scratch; /* n_threads x fb_attention_scratch_bytes */
     size_t scratch_bytes;
-    float *partials; /* [n_partials] room for partial results; see fb_attention_partials */
+    float *partials; /* [n_partials] memory for partial results; see fb_attention_partials */
     size_t n_partials;
-    atomic_int *parts_left;           /* [n_sequences][KV heads]: 0 before, and again after all items */
+    atomic_int *parts_done;           /* [n_sequences][KV heads]: parts finished so far; 0 before and after a
+                                         run */
     const struct fb_raw_heads *raw;   /* NULL: heads are finished, K and V are in their pages */
-    const struct fb_sharing *sharing; /* [n_sequences], or NULL where nothing is shared; see sharing.h */
-    int64_t *offsets;                 /* [n_sequences + 1]: first item of each sequence */
-    int64_t *places; /* [n_sequences + 1]: where the partial results of each begin, in floats; when split */
-    bool split;      /* key blocks are items of their own: set by fb_attention_items, if n_partials are enough */
+    const struct fb_sharing *sharing; /* [n_sequences], or NULL if nothing is shared; see sharing.h */
+    int64_t *offsets;                 /* [n_sequences + 1]: first work item of each sequence */
+    int64_t *partial_offsets;         /* [n_sequences + 1]: where each one's partial results start, in floats */
+    bool split;                       /* key blocks are work items; set by fb_attention_items if n_partials suffices */
 };
 
-/* The lowest position of the window of a token at `position`; `window` is the operator's own, 0 for none. */
+/* The lowest position in the window of a token at `position`; `window` is the operator's own, 0 for none. */
 static inline int32_t fb_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position) {
     int32_t low = window > 0 && position >= window ? position - window + 1 : 0;
     if (sequence->window > 0 && position - sequence->window >= sequence->n_sinks && position - sequence->window >= low)
@@ -71,27 +77,27 @@ static inline int32_t fb_lowest_visible(const struct fb_sequence *sequence, int3
     return low;
 }
 
-/* Whether the sinks lie outside the window of a token at `position`, and are seen there. */
+/* Whether a token at `position` sees sinks outside its window. */
 static inline bool fb_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position) {
     const int64_t reach = (int64_t)sequence->n_sinks + sequence->window;
     return sequence->n_sinks > 0 && position >= reach && (window == 0 || window >= reach);
 }
 
-/* Floats of partial results that a step keeps at most: 256 MiB. 16 sequences of 32,000 positions of an 8B model take 34 million, one
- * of 128,000 positions of a 70B model 4 million. Memory is taken by need. */
+/* Floats of partial results per step at most: 256 MiB. 16 sequences of 32,000 positions of an 8B model need
+ * 34 million, one of 128,000 positions of a 70B model 4 million. Memory is allocated as needed. */
 enum { FB_MOST_PARTIALS = 1 << 26 };
 
-/* Bytes of scratch one thread needs. */
+/* Bytes of scratch per thread. */
 size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim);
 
-/* How many sequences may share a block with each other. */
+/* How many sequences may share a block. */
 int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads);
 
-/* Floats of partial results with which the batch's key blocks become items of their own; 0 where tiles alone are as good. Does not
- * look at `partials`. */
+/* Floats of partial results needed to make key blocks work items; 0 if tiles alone are as good. Does not
+ * depend on `n_partials`. */
 size_t fb_attention_partials(const struct fb_attention *attention, int n_threads);
 
-/* Number of items; decides whether to split and fills `offsets` and `places`. */
+/* Number of work items; decides whether to split, and fills `offsets` and `partial_offsets`. */
 int64_t fb_attention_items(struct fb_attention *attention, int n_threads);
 void fb_attention_item(const struct fb_attention *attention, int64_t index, int thread);
 

@@ -43,15 +43,15 @@ struct fb_tile fb_tile_of(
     return t;
 }
 
-/* K in bf16 takes queries rounded to it. */
-static void round_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile_work *w,
+/* For K in bf16: rounds queries to bf16 pairs. */
+static void narrow_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile_work *w,
     size_t first_row, size_t rows) {
     if (a->pool->k.dtype != FB_BF16) return;
     for (size_t r = first_row; r < first_row + rows; r++)
-        a->kernels->round_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
+        a->kernels->narrow_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
 }
 
-/* What is left to do to a head of a token, in place: see struct fb_raw_heads. */
+/* Finishes a raw head of a token in place: norm and rope, see struct fb_raw_heads. */
 static void finish_head(const struct fb_attention *a, const float *norm, int32_t row, float *head) {
     const struct fb_raw_heads *raw = a->raw;
     const size_t half = (size_t)a->rotary_dim / 2;
@@ -61,16 +61,17 @@ static void finish_head(const struct fb_attention *a, const float *norm, int32_t
     a->kernels->rotate(head, head + half, cosines, cosines + half, half);
 }
 
-/* Gathers the tile's queries, from a row on, so that they lie head_dim apart: row = token x group + head of the group. */
+/* Gathers the tile's queries from row first_row on, head_dim apart: row = token x group + head of
+ * the group. */
 static void gather_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     const struct fb_tile_work *w, size_t first_row) {
     for (int32_t i = 0; i < t->n_tokens; i++)
         memcpy(w->q + (first_row + (size_t)i * l->group) * l->head_dim,
             a->q + (size_t)(t->first_row + i) * a->ldq + (size_t)t->kv_head * l->group * l->head_dim,
             l->group * l->head_dim * sizeof *w->q);
-    for (size_t r = 0; a->raw && r < l->group; r++) /* of the one token */
+    for (size_t r = 0; a->raw && r < l->group; r++) /* raw heads: the tile has one token */
         finish_head(a, a->raw->q_norm, t->first_row, w->q + (first_row + r) * l->head_dim);
-    round_queries(a, l, w, first_row, (size_t)t->n_tokens * l->group);
+    narrow_queries(a, l, w, first_row, (size_t)t->n_tokens * l->group);
 }
 
 /* Writes K and V of a tile's one token, whose heads are raw. */
@@ -87,8 +88,8 @@ static void write_raw(const struct fb_attention *a, const struct fb_tile_layout 
         heads + (size_t)(a->n_heads + a->pool->n_kv_heads + t->kv_head) * l->head_dim);
 }
 
-/* Softmax without its division over columns from .. to-1 of a row's scores; columns first .. end-1 around them become
- * 0. A row that sees nothing gets length 0. */
+/* Softmax without its division over columns from .. to-1 of a row's scores; the other columns of first ..
+ * end-1 become 0. A row that sees nothing gets length 0. */
 static void weigh_scores(const struct fb_attention *a, float *scores, int32_t first, int32_t end, int32_t from,
     int32_t to, const struct fb_partial *out, size_t row) {
     if (from >= to) {
@@ -104,7 +105,8 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
     memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
 }
 
-/* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. `next`: K or V that is read soon. */
+/* Scores [rows][FB_KEY_BLOCK] of the first `panels` blocks of 16 keys of a slab. `next`: K or V to
+ * prefetch. */
 static void score_keys(const struct fb_attention *a, const struct fb_tile_layout *l, char *slab, size_t panels,
     const struct fb_tile_work *w, size_t rows, float *scores, const char *next) {
     const struct fb_kv_part *k = &a->pool->k;
@@ -120,8 +122,8 @@ static void score_keys(const struct fb_attention *a, const struct fb_tile_layout
         a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
 }
 
-/* values [rows][padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V. The weights are
- * used up. `next`: V or K that is read soon. */
+/* values [rows][padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V.
+ * Overwrites the weights. `next`: V or K to prefetch. */
 static void sum_values(const struct fb_attention *a, const struct fb_tile_layout *l, char *at, size_t n, float *weights,
     size_t rows, float *values, bool accumulate, const char *next) {
     const struct fb_kv_part *v = &a->pool->v;
@@ -130,7 +132,7 @@ static void sum_values(const struct fb_attention *a, const struct fb_tile_layout
         for (size_t first = 0; first < rows; first += FB_TILE_ROWS) {
             const size_t count = rows - first < FB_TILE_ROWS ? rows - first : FB_TILE_ROWS;
             for (size_t r = 0; r < count; r++)
-                a->kernels->round_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
+                a->kernels->narrow_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
             a->kernels->gemm_pairs((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->padded / 16, n,
                 rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate, next);
         }
@@ -143,7 +145,8 @@ static void sum_values(const struct fb_attention *a, const struct fb_tile_layout
         FB_KEY_BLOCK, rows, values, l->padded, accumulate, next);
 }
 
-/* The partial result of every query of the tile over the sinks outside its window. Turns the queries in `w`. */
+/* The partial result of every query of the tile over the sinks outside its window. Rotates the queries in
+ * `w`. */
 static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     const struct fb_tile_work *w, struct fb_partial out) {
     const size_t rows = (size_t)t->n_tokens * l->group, half = (size_t)a->rotary_dim / 2;
@@ -152,11 +155,11 @@ static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layo
     for (size_t r = 0; r < rows; r++) {
         const int32_t token = (int32_t)(r / l->group);
         if (!fb_sees_sinks(t->sequence, a->window, first_position + token)) continue;
-        const float *cosines = a->sink_turns + (size_t)(t->first_row + token) * 2 * half;
+        const float *cosines = a->sink_rotations + (size_t)(t->first_row + token) * 2 * half;
         float *q = w->q + r * l->head_dim;
         a->kernels->rotate(q, q + half, cosines, cosines + half, half);
     }
-    round_queries(a, l, w, 0, rows);
+    narrow_queries(a, l, w, 0, rows);
     char *slab = fb_slab(a->pool, t->sequence->pages[0], a->layer, t->kv_head);
     const size_t panels = (size_t)(n_sinks - 1) / 16 + 1;
     score_keys(a, l, slab, panels, w, rows, w->scores, NULL);
@@ -167,41 +170,43 @@ static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layo
     sum_values(a, l, fb_slab_v(a->pool, slab), (size_t)n_sinks, w->scores, rows, out.values, false, NULL);
 }
 
-/* Pages that lie one behind the other in a sequence, as a block of keys reads them. */
-struct reading {
-    const int32_t *pages; /* the first of them */
-    int32_t n_pages;      /* of the block */
-    int32_t n_written;    /* behind the block there are more */
+/* The pages of a key block, consecutive in a sequence's page table. */
+struct block_pages {
+    const int32_t *pages; /* the first page of the block */
+    int32_t n_pages;      /* in the block */
+    int32_t n_written;    /* pages from the first one to the sequence's last */
     int32_t kv_head;
 };
 
-/* K of its pages, then V of them, then K of the pages behind them: the i-th of these, NULL behind the last. */
-static char *read_at(const struct fb_attention *a, const struct reading *r, int32_t i) {
+/* The i-th read of a block: K of its pages, then V of them, then K of the pages after them; NULL past the
+ * end. */
+static char *block_read(const struct fb_attention *a, const struct block_pages *r, int32_t i) {
     const int32_t page = i < r->n_pages ? i : i - r->n_pages;
     if (page >= r->n_written) return NULL;
     char *slab = fb_slab(a->pool, r->pages[page], a->layer, r->kv_head);
     return i < r->n_pages || i >= 2 * r->n_pages ? slab : fb_slab_v(a->pool, slab);
 }
 
-enum { AHEAD = 2 }; /* what is asked for while one of them is read */
+enum { PREFETCH_DISTANCE = 2 }; /* reads ahead */
 
-/* Scores of a block's keys, its first n_keys, into w->scores. */
-static void score_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct reading *r,
+/* Scores of a block's first n_keys keys, into w->scores. */
+static void score_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct block_pages *r,
     int32_t n_keys, const struct fb_tile_work *w, size_t rows) {
     for (int32_t i = 0; i < r->n_pages; i++) {
         const size_t panels = (size_t)(n_keys - i * FB_PAGE_POSITIONS - 1) / 16 + 1;
-        score_keys(a, l, read_at(a, r, i), panels < 2 ? panels : 2, w, rows, w->scores + i * FB_PAGE_POSITIONS,
-            read_at(a, r, i + AHEAD));
+        score_keys(a, l, block_read(a, r, i), panels < 2 ? panels : 2, w, rows, w->scores + i * FB_PAGE_POSITIONS,
+            block_read(a, r, i + PREFETCH_DISTANCE));
     }
 }
 
-/* Their sums of V, weighted by w->scores. Behind the keys that are written may lie anything. */
-static void sum_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct reading *r,
+/* Sums of the block's V, weighted by w->scores. Positions from n_keys on may hold anything. */
+static void sum_block(const struct fb_attention *a, const struct fb_tile_layout *l, const struct block_pages *r,
     int32_t n_keys, const struct fb_tile_work *w, size_t rows, float *values) {
     for (int32_t i = 0; i < r->n_pages; i++) {
         const int32_t rest = n_keys - i * FB_PAGE_POSITIONS;
-        sum_values(a, l, read_at(a, r, r->n_pages + i), (size_t)(rest < FB_PAGE_POSITIONS ? rest : FB_PAGE_POSITIONS),
-            w->scores + i * FB_PAGE_POSITIONS, rows, values, i > 0, read_at(a, r, r->n_pages + i + AHEAD));
+        sum_values(a, l, block_read(a, r, r->n_pages + i),
+            (size_t)(rest < FB_PAGE_POSITIONS ? rest : FB_PAGE_POSITIONS), w->scores + i * FB_PAGE_POSITIONS, rows,
+            values, i > 0, block_read(a, r, r->n_pages + i + PREFETCH_DISTANCE));
     }
 }
 
@@ -211,13 +216,13 @@ static void attend_block(const struct fb_attention *a, const struct fb_tile_layo
     const size_t rows = (size_t)t->n_tokens * l->group;
     const int32_t first_position = t->sequence->n_past + t->first_token;
     const int32_t last_position = first_position + t->n_tokens - 1;
-    /* Pages of the block that hold a key somebody of the tile sees. */
+    /* Pages of the block that hold a key visible to some query of the tile. */
     const int32_t visible = fb_lowest_visible(t->sequence, a->window, first_position);
     const int32_t low = visible > block * FB_KEY_BLOCK ? visible : block * FB_KEY_BLOCK;
     const int32_t end = block * FB_KEY_BLOCK + FB_KEY_BLOCK;
     const int32_t first_page = low / FB_PAGE_POSITIONS, start = first_page * FB_PAGE_POSITIONS;
     const int32_t n_keys = (last_position < end ? last_position + 1 : end) - start;
-    const struct reading r = {.pages = t->sequence->pages + first_page,
+    const struct block_pages r = {.pages = t->sequence->pages + first_page,
         .n_pages = (n_keys - 1) / FB_PAGE_POSITIONS + 1,
         .n_written = last_position / FB_PAGE_POSITIONS + 1 - first_page,
         .kv_head = t->kv_head};
@@ -238,7 +243,7 @@ void fb_attend_together(const struct fb_attention *a, const struct fb_tile_layou
     const size_t rows = n_members * l->group;
     for (size_t m = 0; m < n_members; m++)
         gather_queries(a, l, &members[m], w, m * l->group);
-    const struct reading r = {.pages = members[0].sequence->pages + block * PAGES,
+    const struct block_pages r = {.pages = members[0].sequence->pages + block * PAGES,
         .n_pages = PAGES,
         .n_written = PAGES,
         .kv_head = members[0].kv_head};

@@ -1,28 +1,29 @@
-/* linear.c - matrix products with fused ends. See linear.h. */
+/* linear.c - matrix products with fused operations. See linear.h. */
 #include "ops/linear.h"
 
 #include <string.h>
 
 enum {
-    MAX_GROUP = 4,    /* panels in an item; an even number, for gate and up */
-    FEW_TOKENS = 4,   /* then panels are read at the speed of memory, and an item of two takes about a microsecond */
-    TOKEN_BLOCK = 96, /* tokens in an item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
+    MAX_PANELS = 4,   /* panels per work item; even, for gate and up */
+    FEW_TOKENS = 4,   /* up to so many tokens memory is the limit, and an item of two panels takes about a
+                         microsecond */
+    TOKEN_BLOCK = 96, /* tokens per work item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };
 
 int64_t fb_linear_items(struct fb_linear *linear, int n_threads) {
     const size_t n_panels = (size_t)linear->weight->n_panels;
     const size_t blocks = (linear->n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    size_t group = MAX_GROUP;
-    if (linear->n_tokens <= FEW_TOKENS) group = 2;
-    while (group > 2 && n_panels / group * blocks < (size_t)n_threads * ITEMS_PER_THREAD)
-        group /= 2;
-    linear->group = group;
-    return (int64_t)((n_panels + group - 1) / group * blocks);
+    size_t item_panels = MAX_PANELS;
+    if (linear->n_tokens <= FEW_TOKENS) item_panels = 2;
+    while (item_panels > 2 && n_panels / item_panels * blocks < (size_t)n_threads * ITEMS_PER_THREAD)
+        item_panels /= 2;
+    linear->item_panels = item_panels;
+    return (int64_t)((n_panels + item_panels - 1) / item_panels * blocks);
 }
 
 static bool all_finite(const float *x, size_t n) {
-    /* An exponent of all ones is infinity or NaN. Whole numbers, so that compilers use vectors. */
+    /* Infinity and NaN have all exponent bits set. Integers, so that the loop vectorizes. */
     const uint32_t exponent = 0x7F800000;
     uint32_t found = 0;
     for (size_t i = 0; i < n; i++) {
@@ -34,22 +35,22 @@ static bool all_finite(const float *x, size_t n) {
 }
 
 void fb_linear_item(const struct fb_linear *linear, int64_t index) {
-    const size_t blocks = (linear->n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK, group = linear->group;
-    const size_t first_panel = (size_t)index / blocks * group, first_token = (size_t)index % blocks * TOKEN_BLOCK;
+    const size_t blocks = (linear->n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK, item_panels = linear->item_panels;
+    const size_t first_panel = (size_t)index / blocks * item_panels, first_token = (size_t)index % blocks * TOKEN_BLOCK;
     const size_t rest_panels = (size_t)linear->weight->n_panels - first_panel;
     const size_t rest_tokens = linear->n_tokens - first_token;
-    const size_t n_panels = rest_panels < group ? rest_panels : group;
+    const size_t n_panels = rest_panels < item_panels ? rest_panels : item_panels;
     const size_t n_tokens = rest_tokens < TOKEN_BLOCK ? rest_tokens : TOKEN_BLOCK;
 
-    float tile[TOKEN_BLOCK * MAX_GROUP * FB_LANES];
+    float tile[TOKEN_BLOCK * MAX_PANELS * FB_LANES];
     const size_t ld = n_panels * FB_LANES;
     const struct fb_weight *weight = linear->weight;
     const char *panels = fb_weight_panel(weight, first_panel);
     const size_t n_cols = (size_t)weight->n_cols;
-    /* For few tokens this item's panels alone are as much as memory gives. */
-    const bool asks = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
-    const char *next = asks ? panels + n_panels * weight->panel_bytes : NULL;
-    if (fb_is_quantised(weight->dtype))
+    /* With few tokens this item's own panels already use the full memory bandwidth. */
+    const bool prefetches = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
+    const char *next = prefetches ? panels + n_panels * weight->panel_bytes : NULL;
+    if (fb_is_quantized(weight->dtype))
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
     else if (weight->dtype == FB_BF16)

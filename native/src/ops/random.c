@@ -1,15 +1,14 @@
 /*
- * random.c - counter-based random numbers: Philox 4x32-10 of Salmon, Moraes, Dror, Shaw, "Parallel
- * random numbers: as easy as 1, 2, 3", SC'11. A number is a pure function of (seed, position,
- * stream); no state is kept, so a rollback needs nothing to be put back and sessions cannot disturb
- * each other.
+ * random.c - counter-based random numbers: Philox 4x32-10 of Salmon, Moraes, Dror, Shaw, "Parallel random
+ * numbers: as easy as 1, 2, 3", SC'11. A number is a pure function of (seed, position, stream). There is no
+ * state, so a rollback restores nothing and sessions cannot disturb each other.
  *
  *     key = (seed low, seed high)     counter = (position low, position high, stream, 0)
  */
 #include "ops/sample.h"
 
-/* Multipliers, and the Weyl constants added to the key: golden ratio and sqrt(3) - 1 (Salmon et
- * al., table 2). */
+/* Multipliers, and the Weyl constants added to the key: golden ratio and sqrt(3) - 1 (Salmon et al., table
+ * 2). */
 #define PHILOX_M0 0xD2511F53u
 #define PHILOX_M1 0xCD9E8D57u
 #define PHILOX_W0 0x9E3779B9u

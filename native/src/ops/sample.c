@@ -1,12 +1,12 @@
 /*
- * sample.c - the sampler's public functions: checks, the chain of steps, the draw. See sample.h for
- * its other files.
+ * sample.c - the sampler's public functions: checks, the chain of steps, the selection of the token. See
+ * sample.h for its other files.
  *
- * The whole vocabulary takes part in every step; nothing is cut that the caller did not ask to be
- * cut. Order of events: logits are checked and weighed as they are (for `logprob`), the chain
- * changes and drops candidates, and one uniform number picks by inverse CDF in the order of ids.
- * Temperature 0 is greedy: of the chain only bias, penalties and DRY run, wherever they stand, and
- * the highest logit wins, even if the chain has no temperature step.
+ * Every step works on the whole vocabulary; nothing is dropped that the caller did not ask to be dropped.
+ * Order: logits are checked and weighed unchanged (for `logprob`), the chain changes and drops candidates,
+ * and one uniform number selects by inverse CDF in the order of ids. Temperature 0 is greedy: of the chain
+ * only bias, penalties and DRY run, in any position, and the highest logit wins, even if the chain has no
+ * temperature step.
  */
 #include "ops/sample.h"
 #include "base/float_mode.h"
@@ -18,9 +18,9 @@
 
 enum { MAX_VOCAB = 1 << 30 }; /* rows of the largest fb_weight */
 
-/* llama.cpp's order, with the bias in front: cuts see the model's own probabilities, and
- * temperature only spreads what is left. Hugging Face transformers put temperature first; then a
- * high one widens top-p and min-p too. */
+/* llama.cpp's order, with the bias first: truncating steps see the model's own probabilities, and temperature
+ * only spreads what is left. Hugging Face transformers applies temperature first; there a high one widens
+ * top-p and min-p too. */
 void fb_sampling_default(struct fb_sampling *out) {
     static const uint8_t chain[] = {FB_SAMPLER_BIAS, FB_SAMPLER_PENALTIES, FB_SAMPLER_DRY, FB_SAMPLER_TOP_K,
         FB_SAMPLER_TYPICAL_P, FB_SAMPLER_TOP_P, FB_SAMPLER_MIN_P, FB_SAMPLER_XTC, FB_SAMPLER_TEMPERATURE};
@@ -87,7 +87,7 @@ static enum fb_status check_sampling(const struct fb_sampling *s) {
         const uint32_t step = s->chain[i];
         FB_REQUIRE(step >= FB_SAMPLER_BIAS && step <= FB_SAMPLER_XTC, "chain[%d] is %u, must be in %d .. %d", i, step,
             FB_SAMPLER_BIAS, FB_SAMPLER_XTC);
-        FB_REQUIRE(!(seen >> step & 1), "chain[%d] is %u, a step that stands in the chain already", i, step);
+        FB_REQUIRE(!(seen >> step & 1), "chain[%d] is %u, a step that is already in the chain", i, step);
         seen |= 1u << step;
     }
     return FB_OK;
@@ -147,9 +147,10 @@ struct fb_candidates fb_candidates_in(void *work, int32_t vocab_size) {
     return c;
 }
 
-/* ---- Chain and draw ---------------------------------------------------------------------------------------------- */
+/* ---- Chain and selection
+ * ---------------------------------------------------------------------------------------- */
 
-/* Whether a step of the chain changes logits and has something to do. */
+/* Whether a step changes logits and is not neutral. */
 static bool changes_logits(const struct fb_sample_request *r, int step) {
     const struct fb_sampling *s = r->settings;
     switch (step) {
@@ -188,7 +189,7 @@ static enum fb_status run_step(struct fb_candidates *c, const struct fb_sample_r
         return fb_step_top_p(c, (double)s->top_p);
     case FB_SAMPLER_MIN_P:
         return fb_step_min_p(c, (double)s->min_p);
-    default: /* XTC, behind its coin */
+    default: /* XTC, if its random number says so */
         if (fb_uniform(s->seed, r->position, FB_STREAM_XTC) >= (double)s->xtc_probability) return FB_OK;
         return fb_step_xtc(c, (double)s->xtc_threshold);
     }
@@ -226,7 +227,7 @@ static enum fb_status run_greedy(
     return FB_OK;
 }
 
-/* Leaves the candidates weighted. */
+/* Runs the whole chain; afterwards the candidates have weights. */
 static enum fb_status run_chain(struct fb_candidates *c, const struct fb_sample_request *r) {
     fb_candidates_load(c, r->logits);
     for (int32_t i = 0; i < r->settings->n_chain; i++)
@@ -234,10 +235,10 @@ static enum fb_status run_chain(struct fb_candidates *c, const struct fb_sample_
     return fb_candidates_weigh(c);
 }
 
-/* First slot, by ascending id, at which the running sum of weights exceeds u * total. Whole blocks
- * are skipped by the very sums that `total` was added up from, so the search always ends inside;
- * within a block rounding may leave the sum a hair short, then its last slot of any weight is
- * meant. */
+/* First slot, by ascending id, at which the running sum of weights exceeds u * total. Whole blocks are
+ * skipped by the same sums that make up `total`, so the search always ends in a block. Within a block
+ * rounding may leave the sum slightly short of the target; then the last slot with a weight above 0 is
+ * selected. */
 static int32_t pick_at(const struct fb_candidates *c, double u) {
     const double target = u * c->total;
     double sum = 0.0;
@@ -268,12 +269,12 @@ static enum fb_status sample(const struct fb_sample_request *r, void *work, int3
         FB_TRY(run_greedy(&c, r, top, &sampled));
     } else {
         FB_TRY(run_chain(&c, r));
-        sampled = fb_candidate_id(&c, pick_at(&c, fb_uniform(r->settings->seed, r->position, FB_STREAM_DRAW)));
+        sampled = fb_candidate_id(&c, pick_at(&c, fb_uniform(r->settings->seed, r->position, FB_STREAM_TOKEN)));
     }
     *token = sampled;
     const double log_sum = c.kernels->log_sum_exp(r->logits, (size_t)r->vocab_size, top);
     const double log_p = ((double)r->logits[sampled] - (double)top) - log_sum;
-    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON wants it */
+    *logprob = log_p > -(double)FLT_MAX ? (float)log_p : -FLT_MAX; /* finite, as JSON requires */
     return FB_OK;
 }
 

@@ -1,17 +1,15 @@
 /*
- * sample.h - what the files of the sampler share: the candidates that a chain works on, and its
- * steps.
+ * sample.h - shared by the files of the sampler: the candidates that a chain works on, and its steps.
  *
- *  - sample.c: public functions, checks, the chain, the draw
- *  - sample_cut.c: candidates and the steps that drop some (top-k, top-p, min-p, typical, XTC)
- *  - kernels/vocabulary.h: loops over all of a vocabulary
- *  - sample_history.c: the steps that change logits (bias, penalties, DRY)
- *  - sample_plan.c: all of a draw that does not depend on logits, for a device
- *  - random.c: Philox 4x32-10
+ *   sample.c              public functions, checks, the chain, the selection of the token
+ *   sample_cut.c          candidates and the steps that drop some (top-k, top-p, min-p, typical, XTC)
+ *   kernels/vocabulary.h  loops over a whole vocabulary
+ *   sample_history.c      the steps that change logits (bias, penalties, DRY)
+ *   sample_plan.c         everything that does not depend on logits, for a device
+ *   random.c              Philox 4x32-10
  *
- * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain
- * reference draws the same token. Ties are always decided by the id: of two equal logits the lower
- * id counts as the likelier.
+ * Logits and weights are double: sums over a vocabulary then err by about 1e-15, so a plain reference samples
+ * the same token. Ties are decided by the id: of two equal logits the lower id counts as likelier.
  */
 #ifndef FABULA_OPS_SAMPLE_H
 #define FABULA_OPS_SAMPLE_H
@@ -19,22 +17,21 @@
 #include "kernels/kernels.h"
 
 enum {
-    FB_SAMPLE_BINS = 1024,   /* bins of one pass of a selection: 8 KiB, they stay in L1 */
-    FB_DRY_MAX_MATCH = 4096, /* longest repetition DRY tells apart; scratch must not grow with it */
-    FB_STREAM_DRAW = 0,      /* random streams: the draw, and XTC's coin */
+    FB_SAMPLE_BINS = 1024,   /* bins of a histogram in a selection: 8 KiB, which stay in L1 */
+    FB_DRY_MAX_MATCH = 4096, /* longest repetition that DRY distinguishes; bounds the scratch */
+    FB_STREAM_TOKEN = 0,     /* random streams: the token's, and XTC's */
     FB_STREAM_XTC = 1
 };
 
-/* The tokens still in the game, in slots 0 .. n-1 by ascending id. All arrays lie in the caller's
- * scratch. */
+/* The remaining tokens, in slots 0 .. n-1 by ascending id. All arrays are in the caller's scratch. */
 struct fb_candidates {
     const struct fb_kernels *kernels;
     int32_t n, vocab_size;
     bool whole;         /* nothing was dropped yet: slot i is token i, and `id` is not filled */
-    bool weighted;      /* weight and total belong to the logits as they are */
+    bool weighted;      /* weight and total match the current logits */
     double total;       /* sum of the weights */
     double *logit;      /* [n] -INFINITY for a banned token */
-    double *weight;     /* [n] exp(logit - highest logit at the time of weighing) */
+    double *weight;     /* [n] exp(logit - highest logit when the weights were computed) */
     uint64_t *mass;     /* [FB_SAMPLE_BINS] */
     int32_t *id;        /* [n] */
     int32_t *list;      /* [vocab_size] slots, for selections */
@@ -61,23 +58,23 @@ struct fb_sample_request {
 int32_t fb_candidate_id(const struct fb_candidates *c, int32_t slot);
 int32_t fb_candidate_slot(const struct fb_candidates *c, int32_t id);
 
-/* Whether settings and ids are in their ranges, as fb_sample asks; logits are not looked at. */
+/* Whether settings and ids are in their ranges, as in fb_sample; does not read logits. */
 enum fb_status fb_check_request(const struct fb_sample_request *request);
 
-/* Arrays of a call in the caller's scratch of fb_sample_work_bytes. */
+/* Divides the caller's scratch of fb_sample_work_bytes into the arrays of a call. */
 struct fb_candidates fb_candidates_in(void *work, int32_t vocab_size);
 
-/* Tells the highest of n logits; FB_NON_FINITE as told in fb_sample. */
+/* *top: the highest of n logits. FB_NON_FINITE as in fb_sample. */
 enum fb_status fb_check_logits(const struct fb_kernels *kernels, const float *logits, int32_t n, float *top);
 
-/* Makes all tokens candidates with these logits. */
+/* Makes every token a candidate with its logit. */
 void fb_candidates_load(struct fb_candidates *c, const float *logits);
 
-/* Makes weight and total; FB_INVALID_ARGUMENT if all candidates are banned. Every cut below calls
- * it when it needs it. */
+/* Computes weight and total if they are out of date; FB_INVALID_ARGUMENT if all candidates are banned. The
+ * steps below call it when needed. */
 enum fb_status fb_candidates_weigh(struct fb_candidates *c);
 
-/* Weights are summed in blocks of so many: in this order fb_candidates.total and the draw agree. */
+/* Weights are summed in blocks of this size, so that fb_candidates.total and the selection agree. */
 enum { FB_SUM_BLOCK = 256 };
 
 /* Steps that change logits. */
@@ -86,8 +83,9 @@ void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *
 void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request);
 void fb_step_temperature(struct fb_candidates *c, double temperature);
 
-/* The distinct tokens of a window that penalties are about, `count` [vocab_size] by token telling how often each is
- * there; and those that DRY is about, `longest` telling minus the length of the repetition. Return how many. */
+/* The distinct tokens that penalties change, with count[token] (of vocab_size), how often each occurs in the
+ * window; and those that DRY changes, with longest[token], minus the length of the repetition. Both return
+ * how many. */
 int32_t fb_list_penalties(const struct fb_sample_request *request, int32_t *count, int32_t *list);
 int32_t fb_list_dry(const struct fb_sample_request *request, int32_t *longest, int32_t *match, int32_t *list);
 double fb_dry_loss(const struct fb_sampling *settings, int32_t length);

@@ -1,14 +1,13 @@
 /*
- * sample_cut.c - weights of the candidates, and the steps of the sampler that drop candidates. See
- * sample.h.
+ * sample_cut.c - weights of the candidates, and the steps of the sampler that drop candidates. See sample.h.
  *
- * A cut works on the distribution its predecessors left: probability = weight / total, total being
- * renewed after each drop. No step sorts the vocabulary. top-k, top-p and typical-p need only the
- * place where a sorted list would be cut, and find_cut() finds it by zooming into histograms; slots
- * keep their order by id throughout.
+ * A step works on the distribution that the previous ones left: probability = weight / total, where total is
+ * recomputed after each drop. No step sorts the vocabulary. top-k, top-p and typical-p need only the point
+ * where a sorted list would be truncated (the cut), and find_cut() finds it with successively finer
+ * histograms. Slots stay ordered by id.
  *
- * What find_cut() adds up are whole numbers, so its result does not depend on an order of sums: a GPU, which
- * takes its candidates in another one (native/cuda/cuts.cuh), cuts at the same place.
+ * find_cut() adds integers, so its result does not depend on the order of sums: a GPU, which adds in a
+ * different order (native/cuda/cuts.cuh), finds the same cut.
  */
 #include "ops/sample.h"
 #include "base/status.h"
@@ -18,8 +17,8 @@
 #include <string.h>
 
 enum {
-    SORT_AT_MOST = 32,                  /* members of a bin that are sorted rather than spread over new bins */
-    GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k that guess_top_k() is tried for */
+    SORT_AT_MOST = 32,                  /* members of a bin that are sorted instead of divided into new bins */
+    GUESS_AT_MOST = FB_SAMPLE_BINS / 4, /* highest k for which guess_top_k() is tried */
     GUESS_BINS_PER_NAT = 32
 };
 
@@ -61,7 +60,7 @@ void fb_candidates_load(struct fb_candidates *c, const float *logits) {
     c->weighted = false;
 }
 
-static void renew_total(struct fb_candidates *c) {
+static void update_total(struct fb_candidates *c) {
     c->total = 0.0;
     for (int32_t i = 0; i < c->n; i += FB_SUM_BLOCK) {
         const int32_t n = c->n - i < FB_SUM_BLOCK ? c->n - i : FB_SUM_BLOCK;
@@ -76,11 +75,11 @@ enum fb_status fb_candidates_weigh(struct fb_candidates *c) {
         top > -INFINITY, "every token is banned: bias and earlier steps of the chain left none of %d", c->vocab_size);
     c->kernels->exp_weights(c->logit, (size_t)c->n, top, c->weight);
     c->weighted = true;
-    renew_total(c);
+    update_total(c);
     return FB_OK;
 }
 
-/* Moves a candidate that stays down to slot `to`. */
+/* Moves a candidate that is kept to slot `to`. */
 static inline void keep(struct fb_candidates *c, int32_t slot, int32_t to) {
     c->id[to] = c->whole ? slot : c->id[slot];
     c->logit[to] = c->logit[slot];
@@ -90,27 +89,27 @@ static inline void keep(struct fb_candidates *c, int32_t slot, int32_t to) {
 static void end_cut(struct fb_candidates *c, int32_t n) {
     c->n = n;
     c->whole = false;
-    if (c->weighted) renew_total(c);
+    if (c->weighted) update_total(c);
 }
 
 /* ---- Selection --------------------------------------------------------------------------------------------------- */
 
-/* How a step orders candidates: by logit, highest first, or by the distance of the logit from a
- * centre, nearest first. Lower keys come first, equal keys by slot. */
+/* How a step orders candidates: by logit, highest first, or by the distance of the logit from a center,
+ * nearest first. Lower keys come first, equal keys by slot. */
 struct order {
     bool by_distance;
-    double centre;
+    double center;
 };
 
 struct cut {
-    double key; /* of the last candidate that stays */
+    double key; /* of the last candidate that is kept */
     int32_t slot;
 };
 
-/* What counts: every candidate as 1, or its weight times `scale`, rounded. */
+/* A candidate's mass: 1, or its weight times `scale`, rounded. */
 struct measure {
     bool by_count;
-    double scale; /* takes the total to 2^61 .. 2^62: all masses together stay below 2^63 */
+    double scale; /* scales the total to 2^61 .. 2^62: all masses together stay below 2^63 */
     uint64_t target;
 };
 
@@ -118,7 +117,7 @@ static struct measure measure_count(int32_t k) {
     return (struct measure){.by_count = true, .target = (uint64_t)k};
 }
 
-/* The share p of the total. */
+/* Mass by weight, up to the share p of the total. */
 static struct measure measure_weight(const struct fb_candidates *c, double p) {
     int exponent;
     (void)frexp(c->total, &exponent);
@@ -126,13 +125,13 @@ static struct measure measure_weight(const struct fb_candidates *c, double p) {
     return (struct measure){.scale = scale, .target = (uint64_t)ceil(p * c->total * scale)};
 }
 
-/* Rounded by hand, which is a conversion where rint() may be a call. */
+/* Rounded manually, which is one conversion; rint() may be a call. */
 static inline uint64_t mass_of(const struct fb_candidates *c, const struct measure *measure, int32_t slot) {
     return measure->by_count ? 1 : (uint64_t)(int64_t)(c->weight[slot] * measure->scale + 0.5);
 }
 
 static inline double key_of(const struct fb_candidates *c, struct order order, int32_t slot) {
-    return order.by_distance ? fabs(c->logit[slot] - order.centre) : -c->logit[slot];
+    return order.by_distance ? fabs(c->logit[slot] - order.center) : -c->logit[slot];
 }
 
 static void sort_few(const struct fb_candidates *c, struct order order, int32_t *list, int32_t n) {
@@ -147,13 +146,13 @@ static void sort_few(const struct fb_candidates *c, struct order order, int32_t 
 }
 
 /*
- * The shortest prefix, in the given order, of the n slots in c->list (ascending, none banned) whose
- * mass reaches the target. Returns its last member.
+ * The shortest prefix, in the given order, of the n slots in c->list (ascending, none banned) whose mass
+ * reaches the target. Returns its last member.
  *
- * Each round spreads the members over bins of equal width between their lowest and highest key,
- * walks the bins to the one in which the target is reached and goes on with its members alone. The
- * highest key always lands in another bin than the lowest, so rounds end; one or two are usual, and
- * no input makes it quadratic, as could happen to quickselect.
+ * Each round divides the members into bins of equal width between their lowest and highest key, finds the bin
+ * in which the target is reached and continues with its members alone. The highest key is always in another
+ * bin than the lowest, so rounds end; one or two are usual, and no input makes it quadratic, as with
+ * quickselect.
  */
 static struct cut find_cut(const struct fb_candidates *c, struct order order, struct measure measure, int32_t n) {
     int32_t *list = c->list;
@@ -165,8 +164,8 @@ static struct cut find_cut(const struct fb_candidates *c, struct order order, st
             low = key < low ? key : low;
             high = key > high ? key : high;
         }
-        if (!(high > low)) break; /* all equal: the list is sorted already */
-        /* Finite: keys of f32 origin lie at least 1e-200 apart and below 1e200. */
+        if (!(high > low)) break; /* all equal: the list is already sorted */
+        /* Finite: keys come from f32, so they are at least 1e-200 apart and below 1e200. */
         const double scale = FB_SAMPLE_BINS / (high - low);
         memset(mass, 0, FB_SAMPLE_BINS * sizeof *mass);
         for (int32_t i = 0; i < n; i++) {
@@ -204,9 +203,9 @@ static int32_t list_slots(const struct fb_candidates *c, const double *values, d
 }
 
 /*
- * A logit that, most likely, some more than k candidates reach; too high a guess costs time, not
- * truth. Of FB_SAMPLE_BINS blocks the highest logits are taken, and among those the k-th highest,
- * to within a bin: k blocks then hold one each.
+ * A logit that probably a few more than k candidates reach; a guess that is too high costs time only. Takes
+ * the highest logit of each of FB_SAMPLE_BINS blocks, and of those the k-th highest, to within a bin: then k
+ * blocks hold at least one each.
  */
 static double guess_top_k(const struct fb_candidates *c, int32_t k) {
     double *block_top = (double *)(void *)c->mass; /* not in use yet */
@@ -227,11 +226,11 @@ static double guess_top_k(const struct fb_candidates *c, int32_t k) {
     return bin < FB_SAMPLE_BINS ? high - (bin + 1) / scale : -DBL_MAX;
 }
 
-static void drop_behind(struct fb_candidates *c, struct order order, struct cut cut) {
+static void drop_after(struct fb_candidates *c, struct order order, struct cut cut) {
     int32_t n = 0;
     for (int32_t i = 0; i < c->n; i++) {
         const double key = key_of(c, order, i);
-        if (key > cut.key) continue; /* nearly all */
+        if (key > cut.key) continue; /* almost all */
         if (key < cut.key || i <= cut.slot) keep(c, i, n++);
     }
     end_cut(c, n);
@@ -249,31 +248,31 @@ enum fb_status fb_step_top_k(struct fb_candidates *c, int32_t k) {
         if (n < k) return FB_OK; /* the rest is banned */
     }
     const struct order order = {.by_distance = false};
-    drop_behind(c, order, find_cut(c, order, measure_count(k), n));
+    drop_after(c, order, find_cut(c, order, measure_count(k), n));
     return FB_OK;
 }
 
-/* Nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019): the fewest
- * likeliest tokens whose probabilities sum to p or more. */
+/* Nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019): the fewest likeliest
+ * tokens whose probabilities sum to p or more. */
 enum fb_status fb_step_top_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    /* All tokens below (1 - p) total / n together hold less than 1 - p, so the nucleus ends above
-     * them. Half of it, lest rounding matter. */
+    /* All tokens below (1 - p) total / n together hold less than 1 - p, so the nucleus ends above them. Half
+     * of that, to be safe from rounding. */
     const int32_t n = list_slots(c, c->weight, 0.5 * (1.0 - p) * c->total / c->n);
     const struct order order = {.by_distance = false};
-    drop_behind(c, order, find_cut(c, order, measure_weight(c, p), n));
+    drop_after(c, order, find_cut(c, order, measure_weight(c, p), n));
     return FB_OK;
 }
 
-/* Locally typical (Meister et al., "Locally Typical Sampling", 2022): the fewest tokens, those
- * first whose surprise -log p is nearest to the entropy, whose probabilities sum to p or more. Both
- * are log total minus something: a logit, and the mean logit; so the distance is that of the logit
- * from the mean logit, and no logarithm is needed. */
+/* Locally typical (Meister et al., "Locally Typical Sampling", 2022): of the tokens ordered by how close
+ * their surprise -log p is to the entropy, the fewest whose probabilities sum to p or more. Surprise is log
+ * total minus the logit, entropy is log total minus the mean logit; so the distance is that of the logit from
+ * the mean logit, and no logarithm is needed. */
 enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
     if (p >= 1.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
-    /* The highest is taken off before the sum, so that large logits cancel. */
+    /* The highest logit is subtracted before the sum, so that large logits cancel. */
     const double top = c->kernels->highest(c->logit, (size_t)c->n);
     double sum = 0.0, terms[FB_SUM_BLOCK]; /* in the order of sums of weights */
     for (int32_t first = 0; first < c->n; first += FB_SUM_BLOCK) {
@@ -283,14 +282,14 @@ enum fb_status fb_step_typical_p(struct fb_candidates *c, double p) {
         sum += c->kernels->weight_sum(terms, (size_t)n);
     }
     const double mean = sum / c->total;
-    const struct order order = {.by_distance = true, .centre = top + mean};
+    const struct order order = {.by_distance = true, .center = top + mean};
     const int32_t n = list_slots(c, c->logit, -DBL_MAX);
-    drop_behind(c, order, find_cut(c, order, measure_weight(c, p), n));
+    drop_after(c, order, find_cut(c, order, measure_weight(c, p), n));
     return FB_OK;
 }
 
-/* Tokens at least p times as likely as the likeliest (Nguyen et al., "Turning Up the Heat: Min-p
- * Sampling", 2024). */
+/* Tokens at least p times as likely as the likeliest (Nguyen et al., "Turning Up the Heat: Min-p Sampling",
+ * 2024). */
 enum fb_status fb_step_min_p(struct fb_candidates *c, double p) {
     if (p == 0.0) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));
@@ -302,9 +301,9 @@ enum fb_status fb_step_min_p(struct fb_candidates *c, double p) {
     return FB_OK;
 }
 
-/* XTC, "exclude top choices", introduced by p-e-w in text-generation-webui, pull request 6335,
- * 2024: of the tokens with a probability of `threshold` or more only the least likely stays (of
- * equal ones the highest id). A threshold above one half never has two such tokens. */
+/* XTC, "exclude top choices", introduced by p-e-w in text-generation-webui, pull request 6335, 2024: of the
+ * tokens with a probability of `threshold` or more only the least likely is kept (of equal ones the highest
+ * id). With a threshold above one half there are never two such tokens. */
 enum fb_status fb_step_xtc(struct fb_candidates *c, double threshold) {
     if (threshold <= 0.0 || threshold > 0.5) return FB_OK;
     FB_TRY(fb_candidates_weigh(c));

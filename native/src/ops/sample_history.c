@@ -1,11 +1,11 @@
 /*
- * sample_history.c - the steps of the sampler that change logits: bias, penalties, DRY,
- * temperature. See sample.h. Which tokens penalties and DRY are
- * about is listed without a look at logits: for a GPU, too (sample_plan.h).
+ * sample_history.c - the steps of the sampler that change logits: bias, penalties, DRY, temperature. See
+ * sample.h. Which tokens penalties and DRY change is found without reading logits, also for a GPU
+ * (sample_plan.h).
  *
- * None touches more of the vocabulary than the tokens it is about, temperature aside: `per_token`
- * is written for the tokens of the window before it is read, so it needs no clearing. All of them
- * work on the ids that are left.
+ * Except for temperature, no step touches more of the vocabulary than the tokens it changes: `per_token` is
+ * written for the tokens of the window before it is read, so it needs no clearing. All steps work on the
+ * remaining ids.
  */
 #include "ops/sample.h"
 
@@ -18,7 +18,7 @@ static const int32_t *window_of(const struct fb_sample_request *request, int32_t
     return *n ? request->history + (request->n_history - *n) : NULL;
 }
 
-/* logit += value, once per entry, in the order given; an id that stands twice gets both. */
+/* logit += value for each entry in order; an id that occurs twice gets both. */
 void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *request) {
     for (int32_t i = 0; i < request->n_bias; i++) {
         const int32_t slot = fb_candidate_slot(c, request->bias_ids[i]);
@@ -28,10 +28,10 @@ void fb_step_bias(struct fb_candidates *c, const struct fb_sample_request *reque
 }
 
 /*
- * For each distinct token of the window, which counts `count` times in it:
- *  - repetition (Keskar et al., "CTRL", 2019, section 4.1; the sign rule is that of transformers):
+ * For each distinct token that occurs `count` times in the window:
+ *    repetition (Keskar et al., "CTRL", 2019, section 4.1; the sign rule is that of transformers):
  *        logit = logit > 0 ? logit / repetition : logit * repetition
- *  - frequency and presence (OpenAI's API reference):
+ *    frequency and presence (OpenAI's API reference):
  *        logit = logit - (count * frequency + presence)
  */
 void fb_step_penalties(struct fb_candidates *c, const struct fb_sample_request *request) {
@@ -62,11 +62,11 @@ int32_t fb_list_penalties(const struct fb_sample_request *request, int32_t *coun
 }
 
 /*
- * For each place i of the reversed window (s[0] is the last token), how far s[i..] repeats the end
- * s[0..]; the repetition would go on with s[i - 1], so that token's longest match is raised.
- * `match` holds the Z-function of the first n_pattern tokens (Gusfield, "Algorithms on Strings",
- * 1997, section 1.4); lengths never pass n_pattern, and a look-up is always below the box it copies
- * from, so the array need not be longer. Each comparison that holds moves `right` on: linear time.
+ * For each index i of the reversed window (s[0] is the last token): how far s[i..] repeats the end s[0..].
+ * The repetition would continue with s[i - 1], so that token's longest match is raised. `match` holds the
+ * Z-function of the first n_pattern tokens (Gusfield, "Algorithms on Strings", 1997, section 1.4). Lengths
+ * never exceed n_pattern, and an entry is always copied from an index below it, so the array need not be
+ * longer. Each successful comparison advances `right`: linear time.
  */
 static void longest_matches(const int32_t *last, int32_t n, int32_t n_pattern, int32_t *match, int32_t *longest) {
     int32_t left = 0, right = 0;
@@ -86,11 +86,11 @@ static void longest_matches(const int32_t *last, int32_t n, int32_t n_pattern, i
 }
 
 /*
- * DRY ("don't repeat yourself"), introduced by p-e-w in text-generation-webui, pull request 5677,
- * 2024: a token that would prolong a repetition of L >= allowed_length tokens loses multiplier *
- * base^(L - allowed_length), L being the longest such repetition. Neither may a repetition reach
- * over a breaker, nor is a breaker itself ever penalised. Repetitions longer than FB_DRY_MAX_MATCH
- * count as that long, and a loss is FLT_MAX at most: DRY never bans.
+ * DRY ("don't repeat yourself"), introduced by p-e-w in text-generation-webui, pull request 5677, 2024: a
+ * token that would continue a repetition of L >= allowed_length tokens loses multiplier * base^(L -
+ * allowed_length), where L is the longest such repetition. A repetition does not extend over a breaker, and a
+ * breaker itself is never penalized. Repetitions longer than FB_DRY_MAX_MATCH count as that long, and a loss
+ * is at most FLT_MAX: DRY never bans.
  */
 void fb_step_dry(struct fb_candidates *c, const struct fb_sample_request *request) {
     const int32_t n = fb_list_dry(request, c->per_token, c->match, c->list);
@@ -126,12 +126,12 @@ int32_t fb_list_dry(const struct fb_sample_request *request, int32_t *longest, i
         const int32_t token = window[i];
         if (longest[token] < s->dry_allowed_length) continue;
         list[n_listed++] = token;
-        longest[token] = -longest[token]; /* done */
+        longest[token] = -longest[token]; /* listed */
     }
     return n_listed;
 }
 
-/* logit * (1 / temperature): one division instead of a vocabulary of them. */
+/* logit * (1 / temperature): one division instead of one per token. */
 void fb_step_temperature(struct fb_candidates *c, double temperature) {
     if (temperature == 1.0) return;
     const double factor = 1.0 / temperature;

@@ -1,4 +1,4 @@
-/* sample_plan.c - see sample_plan.h. */
+/* sample_plan.c - the parts of sampling that do not depend on logits. See sample_plan.h. */
 #include "ops/sample_plan.h"
 
 #include "base/status.h"
@@ -6,7 +6,7 @@
 
 #include <stdlib.h>
 
-/* Room for so many changes behind those that are there. */
+/* Makes room for n more changes. */
 static enum fb_status reserve(struct fb_sample_changes *changes, int32_t n) {
     const int64_t wanted = (int64_t)changes->n + n;
     if (wanted <= changes->capacity) return FB_OK;
@@ -38,7 +38,7 @@ static void add_bias(const struct fb_sample_request *r, struct fb_sample_changes
     if (!ascends) qsort(changes->all + first, (size_t)r->n_bias, sizeof *changes->all, by_token);
 }
 
-/* Adds a step's changes; tells how many. */
+/* Adds a step's changes; *n: how many. */
 static enum fb_status plan_changes(const struct fb_sample_request *r, int step, struct fb_candidates *c,
     struct fb_sample_changes *changes, int32_t *n) {
     if (step == FB_SAMPLER_BIAS) {
@@ -51,13 +51,13 @@ static enum fb_status plan_changes(const struct fb_sample_request *r, int step, 
     *n = is_dry ? fb_list_dry(r, c->per_token, c->match, c->list) : fb_list_penalties(r, c->per_token, c->list);
     FB_TRY(reserve(changes, *n));
     for (int32_t i = 0; i < *n; i++) {
-        const int32_t told = c->per_token[c->list[i]];
-        add(changes, c->list[i], i, is_dry ? fb_dry_loss(r->settings, -told) : (double)told);
+        const int32_t value = c->per_token[c->list[i]];
+        add(changes, c->list[i], i, is_dry ? fb_dry_loss(r->settings, -value) : (double)value);
     }
     return FB_OK;
 }
 
-/* Whether a step that drops candidates, or temperature, has something to do. */
+/* Whether a step that drops candidates, or temperature, is not neutral. */
 static bool is_active(const struct fb_sample_request *r, int step) {
     const struct fb_sampling *s = r->settings;
     switch (step) {
@@ -92,11 +92,11 @@ enum fb_status fb_plan_sample(
         .typical_p = (double)s->typical_p,
         .min_p = (double)s->min_p,
         .xtc_threshold = (double)s->xtc_threshold,
-        .uniform = fb_uniform(s->seed, r->position, FB_STREAM_DRAW),
+        .uniform = fb_uniform(s->seed, r->position, FB_STREAM_TOKEN),
         .top_k = s->top_k,
         .is_greedy = s->temperature == 0.0f};
     int32_t counts[FB_SAMPLER_XTC + 1] = {0};
-    /* Changes stand in this order, whatever the chain's. */
+    /* Changes are stored in this order, whatever the chain's. */
     static const int order[] = {FB_SAMPLER_BIAS, FB_SAMPLER_PENALTIES, FB_SAMPLER_DRY};
     plan.first_change = changes->n;
     for (size_t o = 0; o < sizeof order / sizeof *order; o++)

@@ -1,7 +1,7 @@
 /*
- * sample_plan.h - a draw with all worked out that does not depend on logits: which steps of the chain have something to
- * do, the tokens whose logits they change, the random numbers. A device that goes through it as ops/sample.c goes
- * through its chain draws the same token.
+ * sample_plan.h - everything about sampling a token that does not depend on logits: which steps of the chain
+ * are not neutral, the tokens whose logits they change, the random numbers. A device that follows the plan as
+ * ops/sample.c follows its chain samples the same token.
  */
 #ifndef FABULA_OPS_SAMPLE_PLAN_H
 #define FABULA_OPS_SAMPLE_PLAN_H
@@ -14,22 +14,22 @@ struct fb_sample_request;
 struct fb_sample_change {
     int32_t token;
     int32_t place; /* in the caller's list */
-    double amount; /* bias; how often penalties saw it; what DRY takes off */
+    double amount; /* bias, count for penalties, or loss for DRY */
 };
 
 struct fb_sample_plan {
     double factor; /* 1 / temperature */
     double repetition, frequency, presence;
     double top_p, typical_p, min_p, xtc_threshold;
-    double uniform; /* picks the token */
+    double uniform; /* selects the token */
     int32_t row;    /* of logits */
     int32_t top_k;
-    /* In one array for all plans, one behind the other. Of the bias an id may stand twice: ids ascend, and entries of one keep
-     * their order. The others are distinct. */
+    /* Ranges in one array for all plans, one after another. Bias may list an id twice: ids ascend, and
+     * entries of one id keep their order. The ids of penalties and DRY are distinct. */
     int32_t first_change, n_bias, n_penalties, n_dry;
     int32_t n_steps;
-    uint8_t steps[FB_MAX_CHAIN]; /* enum fb_sampler; XTC only if its coin fell that way */
-    bool is_greedy;              /* the highest logit behind the steps, all of which change logits */
+    uint8_t steps[FB_MAX_CHAIN]; /* enum fb_sampler; XTC only if its random number says so */
+    bool is_greedy;              /* selects the highest logit after the steps, all of which change logits */
 };
 
 /* Grows as plans are made. */
@@ -38,7 +38,7 @@ struct fb_sample_changes {
     int32_t n, capacity;
 };
 
-/* work: scratch as fb_sample takes. FB_INVALID_ARGUMENT as fb_sample would say; FB_OUT_OF_MEMORY. */
+/* work: scratch of fb_sample_work_bytes. FB_INVALID_ARGUMENT as in fb_sample; FB_OUT_OF_MEMORY. */
 enum fb_status fb_plan_sample(
     const struct fb_sample_request *request, void *work, struct fb_sample_changes *changes, struct fb_sample_plan *out);
 

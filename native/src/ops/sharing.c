@@ -1,9 +1,9 @@
-/* sharing.c - finds sequences with key blocks in common. See sharing.h. */
+/* sharing.c - finds sequences that share key blocks. See sharing.h. */
 #include "ops/sharing.h"
 
 enum { BLOCK_PAGES = FB_KEY_BLOCK / FB_PAGE_POSITIONS };
 
-/* Key blocks that lie behind a sequence completely; the last one may be written in this very step. */
+/* Key blocks entirely before this step's token; the last block may be written in this step. */
 static int32_t full_blocks(const struct fb_sequence *s) {
     return s->n_tokens == 1 && s->window == 0 ? s->n_past / FB_KEY_BLOCK : 0;
 }

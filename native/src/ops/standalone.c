@@ -1,8 +1,9 @@
 /*
- * standalone.c - the operators one at a time, on the caller's arrays: fb_rms_norm, fb_gather, ... of fabula.h.
+ * standalone.c - the operators one at a time, on the caller's arrays: fb_rms_norm, fb_gather, ... of
+ * fabula.h.
  *
- * Each checks its arguments, says what an item is, and runs the same kernels as a program in a parallel region of its
- * own.
+ * Each checks its arguments, defines a work item, and runs the same kernels as a program in a parallel region
+ * of its own.
  */
 #include "base/float_mode.h"
 #include "base/memory.h"
@@ -16,9 +17,9 @@
 #include <math.h>
 #include <string.h>
 
-enum { BLOCK = 1 << 12 }; /* numbers an item should hold, so that taking it costs little beside it */
+enum { BLOCK = 1 << 12 }; /* numbers per work item, so that the cost of taking an item is negligible */
 
-/* What the simple operators need; each uses the fields it knows. */
+/* The arguments of the simple operators; each uses some of the fields. */
 struct job {
     const struct fb_kernels *kernels;
     const float *x, *y;
@@ -30,7 +31,7 @@ struct job {
     bool causal;
 };
 
-static enum fb_status open_job(struct job *job, int32_t n_rows, int32_t n_cols, int32_t n_threads, enum fb_isa isa) {
+static enum fb_status begin_job(struct job *job, int32_t n_rows, int32_t n_cols, int32_t n_threads, enum fb_isa isa) {
     FB_REQUIRE(n_rows >= 1, "n_rows is %d, must be 1 or more", n_rows);
     FB_REQUIRE(n_cols >= 1, "n_cols is %d, must be 1 or more", n_cols);
     FB_REQUIRE(n_threads >= 1 && n_threads <= 1024, "n_threads is %d, must be 1 .. 1024", n_threads);
@@ -64,7 +65,7 @@ enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, 
     FB_REQUIRE(x && weight && out, "x, weight or out is null");
     FB_REQUIRE(eps >= 0.0f && isfinite(eps), "eps must be finite and not negative");
     struct job job = {.x = x, .y = weight, .eps = eps, .out = out};
-    FB_TRY(open_job(&job, n_rows, n_cols, n_threads, isa));
+    FB_TRY(begin_job(&job, n_rows, n_cols, n_threads, isa));
     run_job(rms_norm_item, &job, n_threads);
     return FB_OK;
 }
@@ -80,7 +81,7 @@ enum fb_status fb_gather(const float *table, int32_t n_rows, int32_t n_cols, con
     int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(table && ids && out, "table, ids or out is null");
     struct job job = {.x = table, .ids = ids, .out = out};
-    FB_TRY(open_job(&job, n_ids, n_cols, n_threads, isa));
+    FB_TRY(begin_job(&job, n_ids, n_cols, n_threads, isa));
     for (int32_t i = 0; i < n_ids; i++)
         FB_REQUIRE(ids[i] >= 0 && ids[i] < n_rows, "ids[%d] is %d, the table has %d rows", i, ids[i], n_rows);
     run_job(gather_item, &job, n_threads);
@@ -106,7 +107,7 @@ enum fb_status fb_masked_softmax(const float *x, int32_t n_rows, int32_t n_cols,
     FB_REQUIRE(x && out, "x or out is null");
     FB_REQUIRE(first_visible >= 1, "first_visible is %d, must be 1 or more", first_visible);
     struct job job = {.x = x, .out = out, .causal = causal, .first_visible = (size_t)first_visible};
-    FB_TRY(open_job(&job, n_rows, n_cols, n_threads, isa));
+    FB_TRY(begin_job(&job, n_rows, n_cols, n_threads, isa));
     run_job(masked_softmax_item, &job, n_threads);
     return FB_OK;
 }
@@ -121,7 +122,7 @@ static void swiglu_item(void *context, int64_t index, int thread) {
 enum fb_status fb_swiglu(const float *gate, const float *up, size_t n, int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(gate && up && out, "gate, up or out is null");
     struct job job = {.x = gate, .y = up, .out = out};
-    FB_TRY(open_job(&job, 1, 1, n_threads, isa));
+    FB_TRY(begin_job(&job, 1, 1, n_threads, isa));
     job.n_cols = n;
     fb_team_run(swiglu_item, &job, (int64_t)((n + BLOCK - 1) / BLOCK), n_threads);
     return FB_OK;
@@ -132,26 +133,26 @@ static void linear_item(void *context, int64_t index, int thread) {
     fb_linear_item(context, index);
 }
 
-static void round_pairs_item(void *context, int64_t index, int thread) {
+static void narrow_pairs_item(void *context, int64_t index, int thread) {
     (void)thread;
     const struct fb_linear *linear = context;
-    linear->kernels->round_pairs(linear->x + (size_t)index * linear->ldx, linear->ldx,
+    linear->kernels->narrow_pairs(linear->x + (size_t)index * linear->ldx, linear->ldx,
         (uint16_t *)linear->pairs + (size_t)index * linear->ld_pairs);
 }
 
-static void quantise_item(void *context, int64_t index, int thread) {
+static void quantize_item(void *context, int64_t index, int thread) {
     (void)thread;
     const struct fb_linear *linear = context;
     struct fb_activation *out = (struct fb_activation *)linear->activations + (size_t)index * linear->ld_activations;
-    linear->kernels->quantise(linear->x + (size_t)index * linear->ldx, linear->ld_activations, out);
+    linear->kernels->quantize(linear->x + (size_t)index * linear->ldx, linear->ld_activations, out);
 }
 
 enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows, const float *bias,
     const float *residual, int32_t n_threads, enum fb_isa isa, float *out) {
     FB_REQUIRE(weight && x && out, "weight, x or out is null");
-    FB_REQUIRE(!weight->device, "the weight was moved to a device");
+    FB_REQUIRE(!weight->device, "the weight is on a device");
     struct job job = {.x = x};
-    FB_TRY(open_job(&job, n_rows, weight->n_cols, n_threads, isa));
+    FB_TRY(begin_job(&job, n_rows, weight->n_cols, n_threads, isa));
     struct fb_linear linear = {.kernels = job.kernels,
         .weight = weight,
         .x = x,
@@ -163,25 +164,25 @@ enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows
         .ld_out = (size_t)weight->n_rows,
         .n_tokens = (size_t)n_rows,
         .width = (size_t)weight->n_rows};
-    void *rounded = NULL;
+    void *converted = NULL;
     size_t n_bytes = 0;
-    if (fb_is_quantised(weight->dtype)) {
+    if (fb_is_quantized(weight->dtype)) {
         linear.ld_activations = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
         n_bytes = (size_t)n_rows * linear.ld_activations * sizeof(struct fb_activation);
-        rounded = fb_memory_take(n_bytes);
-        if (!rounded) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to 8 bits", n_rows);
-        linear.activations = rounded;
-        fb_team_run(quantise_item, &linear, n_rows, n_threads);
+        converted = fb_memory_allocate(n_bytes);
+        if (!converted) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows quantized to 8 bits", n_rows);
+        linear.activations = converted;
+        fb_team_run(quantize_item, &linear, n_rows, n_threads);
     } else if (weight->dtype == FB_BF16) {
         linear.ld_pairs = ((size_t)weight->n_cols + 1) / 2 * 2;
         n_bytes = (size_t)n_rows * linear.ld_pairs * sizeof(uint16_t);
-        rounded = fb_memory_take(n_bytes);
-        if (!rounded) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows rounded to bf16", n_rows);
-        linear.pairs = rounded;
-        fb_team_run(round_pairs_item, &linear, n_rows, n_threads);
+        converted = fb_memory_allocate(n_bytes);
+        if (!converted) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows converted to bf16", n_rows);
+        linear.pairs = converted;
+        fb_team_run(narrow_pairs_item, &linear, n_rows, n_threads);
     }
     fb_team_run(linear_item, &linear, fb_linear_items(&linear, n_threads), n_threads);
-    if (rounded) fb_memory_release(rounded, n_bytes);
+    if (converted) fb_memory_release(converted, n_bytes);
     return FB_OK;
 }
 
@@ -203,9 +204,9 @@ enum fb_status fb_rope(float *x, const int32_t *positions, int32_t n_rows, int32
     FB_REQUIRE(rotary_dim >= 2 && rotary_dim <= head_dim && rotary_dim % 2 == 0,
         "rotary_dim is %d, must be even and 2 .. head_dim %d", rotary_dim, head_dim);
     struct job job = {.out = x, .n_heads = (size_t)n_heads, .head_dim = (size_t)head_dim};
-    FB_TRY(open_job(&job, n_rows, rotary_dim / 2, n_threads, isa));
+    FB_TRY(begin_job(&job, n_rows, rotary_dim / 2, n_threads, isa));
     const size_t half = job.n_cols, n_bytes = job.n_rows * 2 * half * sizeof(float);
-    float *cos_sin = fb_memory_take(n_bytes);
+    float *cos_sin = fb_memory_allocate(n_bytes);
     if (!cos_sin) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the angles of %d rows", n_rows);
     const fb_float_mode mode = fb_float_mode_enter();
     for (size_t r = 0; r < job.n_rows; r++)
@@ -226,7 +227,7 @@ static void attention_item(void *context, int64_t index, int thread) {
     fb_attention_item(context, index, thread);
 }
 
-/* K and V of one page and head, position by position. */
+/* Writes K and V of one page and head, position by position. */
 struct filling {
     const struct fb_kernels *kernels;
     const struct fb_page_pool *pool;
@@ -257,18 +258,18 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     FB_REQUIRE(window >= 0, "window is %d, must not be negative", window);
     FB_REQUIRE(scale > 0.0f && isfinite(scale), "scale must be finite and above 0");
     struct job job = {.x = q};
-    FB_TRY(open_job(&job, n_tokens, head_dim, n_threads, isa));
+    FB_TRY(begin_job(&job, n_tokens, head_dim, n_threads, isa));
     const int32_t n_pages = (n_tokens - 1) / FB_PAGE_POSITIONS + 1;
     fb_page_pool *pool;
     FB_TRY(fb_page_pool_create(k_dtype, v_dtype, n_pages, 1, n_kv_heads, head_dim, &pool));
 
     const size_t page_bytes = (size_t)n_pages * sizeof(int32_t);
     const size_t scratch_bytes = fb_attention_scratch_bytes(n_heads, n_kv_heads, head_dim);
-    int32_t *pages = fb_memory_take(page_bytes);
-    char *scratch = fb_memory_take(scratch_bytes * (size_t)n_threads);
-    atomic_int *parts_left = fb_memory_take((size_t)n_kv_heads * sizeof *parts_left);
+    int32_t *pages = fb_memory_allocate(page_bytes);
+    char *scratch = fb_memory_allocate(scratch_bytes * (size_t)n_threads);
+    atomic_int *parts_done = fb_memory_allocate((size_t)n_kv_heads * sizeof *parts_done);
     enum fb_status status = FB_OK;
-    if (!pages || !scratch || !parts_left) {
+    if (!pages || !scratch || !parts_done) {
         status = fb_fail(FB_OUT_OF_MEMORY, "no memory for attention over %d tokens", n_tokens);
     } else {
         for (int32_t i = 0; i < n_pages; i++)
@@ -277,7 +278,7 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
         fb_team_run(fill_page, &filling, (int64_t)n_pages * n_kv_heads, n_threads);
         const struct fb_sequence sequence = {.pages = pages, .n_pages = n_pages, .n_tokens = n_tokens};
         const int32_t first_row = 0;
-        int64_t offsets[2], places[2];
+        int64_t offsets[2], partial_offsets[2];
         struct fb_attention attention = {.kernels = job.kernels,
             .pool = pool,
             .sequences = &sequence,
@@ -292,14 +293,14 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
             .ld_out = (size_t)n_heads * (size_t)head_dim,
             .scratch = scratch,
             .scratch_bytes = scratch_bytes,
-            .parts_left = parts_left,
+            .parts_done = parts_done,
             .offsets = offsets,
-            .places = places};
+            .partial_offsets = partial_offsets};
         fb_team_run(attention_item, &attention, fb_attention_items(&attention, n_threads), n_threads);
     }
     fb_memory_release(pages, page_bytes);
     fb_memory_release(scratch, scratch_bytes * (size_t)n_threads);
-    fb_memory_release(parts_left, (size_t)n_kv_heads * sizeof *parts_left);
+    fb_memory_release(parts_done, (size_t)n_kv_heads * sizeof *parts_done);
     fb_page_pool_free(pool);
     return status;
 }

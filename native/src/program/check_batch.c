@@ -1,4 +1,4 @@
-/* check_batch.c - whether a program can run over a batch: sizes, tokens, pages. See program.h. */
+/* check_batch.c - checks a batch before it runs: sizes, tokens, pages. See program.h. */
 #include "program/program.h"
 
 #include "base/status.h"
@@ -8,7 +8,7 @@ enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *poo
                    pool->head_dim == p->shape.head_dim,
         "the page pool has %d layers, %d KV heads of %d; the program has %d, %d of %d", pool->n_layers,
         pool->n_kv_heads, pool->head_dim, p->shape.n_layers, p->shape.n_kv_heads, p->shape.head_dim);
-    FB_REQUIRE(pool->device == p->device, "the page pool does not lie on the device the program runs on");
+    FB_REQUIRE(pool->device == p->device, "the page pool is not on the program's device");
     return FB_OK;
 }
 
@@ -32,8 +32,8 @@ static enum fb_status check_sequence(const fb_page_pool *pool, const struct fb_s
     return FB_OK;
 }
 
-/* No page may be written by two sequences of the batch. (One may read what lies before in a page that another writes:
- * the positions differ.) Quadratic in the written pages, which are few: one a sequence in decode, the chunk's in
+/* No page may be written by two sequences of the batch. (One may read earlier positions of a page that
+ * another writes.) Quadratic in the written pages, which are few: one per sequence in decode, the chunk's in
  * prefill. */
 static enum fb_status check_writers(const struct fb_batch *batch) {
     for (int32_t a = 1; a < batch->n_sequences; a++) {

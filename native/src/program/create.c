@@ -1,4 +1,4 @@
-/* create.c - checks a program and takes its memory. See program.h. */
+/* create.c - checks a program and allocates its memory. See program.h. */
 #include "program/operators.h"
 
 #include "base/memory.h"
@@ -45,10 +45,10 @@ static void copy_vectors(struct fb_program *p) {
     }
 }
 
-/* Takes memory and adds it to the list that fb_program_free walks; on refusal `*failed` is set. */
-static void *take(struct fb_program *p, size_t count, size_t size, bool *failed) {
+/* Allocates memory that fb_program_free releases; sets *failed if the system refuses. */
+static void *allocate(struct fb_program *p, size_t count, size_t size, bool *failed) {
     size_t n_bytes;
-    void *memory = fb_size_multiply(count, size, &n_bytes) ? fb_memory_take(n_bytes) : NULL;
+    void *memory = fb_size_multiply(count, size, &n_bytes) ? fb_memory_allocate(n_bytes) : NULL;
     if (!memory) {
         *failed = true;
         return NULL;
@@ -57,26 +57,26 @@ static void *take(struct fb_program *p, size_t count, size_t size, bool *failed)
     return memory;
 }
 
-static void take_draw_work(struct fb_program *p, bool *failed) {
-    const int32_t n_threads = p->n_threads < FB_DRAWING_THREADS ? p->n_threads : FB_DRAWING_THREADS;
-    p->draw_work_bytes = (fb_sample_work_bytes(p->shape.vocab_size) + 63) / 64 * 64;
-    p->draw_work = take(p, (size_t)n_threads, p->draw_work_bytes, failed);
+static void allocate_sample_work(struct fb_program *p, bool *failed) {
+    const int32_t n_threads = p->n_threads < FB_SAMPLING_THREADS ? p->n_threads : FB_SAMPLING_THREADS;
+    p->sample_work_bytes = (fb_sample_work_bytes(p->shape.vocab_size) + 63) / 64 * 64;
+    p->sample_work = allocate(p, (size_t)n_threads, p->sample_work_bytes, failed);
 }
 
-enum fb_status fb_take_draw_work(struct fb_program *p) {
+enum fb_status fb_allocate_sample_work(struct fb_program *p) {
     bool failed = false;
-    take_draw_work(p, &failed);
+    allocate_sample_work(p, &failed);
     return failed ? fb_fail(FB_OUT_OF_MEMORY, "no memory to sample tokens") : FB_OK;
 }
 
-/* Of this process only what sampling takes; the rest is the device's. */
-static enum fb_status take_on_device(struct fb_program *p) {
+/* The host only needs memory for sampling; the rest is on the device. */
+static enum fb_status create_on_device(struct fb_program *p) {
     FB_TRY(fb_plan_buffers(p->buffers, p->shape.n_buffers, (size_t)p->shape.max_tokens, &p->arena_floats));
-    FB_TRY(fb_take_draw_work(p));
+    FB_TRY(fb_allocate_sample_work(p));
     return p->device->kind->program_create(p, &p->on_device);
 }
 
-static enum fb_status take_memory(struct fb_program *p) {
+static enum fb_status allocate_memory(struct fb_program *p) {
     const struct fb_program_shape *s = &p->shape;
     const size_t rows = (size_t)s->max_tokens, n_threads = (size_t)p->n_threads;
     bool failed = false;
@@ -87,21 +87,21 @@ static enum fb_status take_memory(struct fb_program *p) {
                                            p->pair_stride * sizeof *p->pairs);
     FB_TRY(fb_plan_buffers(p->buffers, s->n_buffers, rows, &p->arena_floats));
     p->attention_scratch_bytes = fb_attention_scratch_bytes(s->n_heads, s->n_kv_heads, s->head_dim);
-    p->arena = take(p, p->arena_floats, sizeof(float), &failed);
-    p->cos_sin = take(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
-    p->sink_turns = take(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
-    p->positions = take(p, rows, sizeof(int32_t), &failed);
-    p->owners = take(p, rows, sizeof(int32_t), &failed);
-    p->first_row = take(p, rows, sizeof(int32_t), &failed);
-    p->offsets = take(p, 2 * (rows + 1) * n_threads, sizeof(int64_t), &failed);
-    p->sharing = take(p, rows, sizeof *p->sharing, &failed);
-    p->parts_left = take(p, rows * (size_t)s->n_kv_heads, sizeof *p->parts_left, &failed);
-    p->attention_scratch = take(p, n_threads, p->attention_scratch_bytes, &failed);
-    p->activations = take(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
-    p->pairs = take(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
-    p->own_inputs = take(p, n_threads, p->own_input_bytes, &failed);
-    p->counters = take(p, 2 * (size_t)p->n_stages * n_threads, sizeof(struct fb_counter), &failed);
-    take_draw_work(p, &failed);
+    p->arena = allocate(p, p->arena_floats, sizeof(float), &failed);
+    p->cos_sin = allocate(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
+    p->sink_rotations = allocate(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
+    p->positions = allocate(p, rows, sizeof(int32_t), &failed);
+    p->owners = allocate(p, rows, sizeof(int32_t), &failed);
+    p->first_row = allocate(p, rows, sizeof(int32_t), &failed);
+    p->offsets = allocate(p, 2 * (rows + 1) * n_threads, sizeof(int64_t), &failed);
+    p->sharing = allocate(p, rows, sizeof *p->sharing, &failed);
+    p->parts_done = allocate(p, rows * (size_t)s->n_kv_heads, sizeof *p->parts_done, &failed);
+    p->attention_scratch = allocate(p, n_threads, p->attention_scratch_bytes, &failed);
+    p->activations = allocate(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
+    p->pairs = allocate(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
+    p->own_inputs = allocate(p, n_threads, p->own_input_bytes, &failed);
+    p->counters = allocate(p, 2 * (size_t)p->n_stages * n_threads, sizeof(struct fb_counter), &failed);
+    allocate_sample_work(p, &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
     for (int32_t i = 0; i < s->n_buffers; i++)
         if (p->buffers[i].first_write >= 0) p->buffers[i].data = p->arena + p->buffers[i].offset;
@@ -136,7 +136,7 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     copy_vectors(p);
     p->n_results = p->ops[p->n_ops - 1].weight->n_rows;
     fb_cut_stages(p);
-    return p->device ? take_on_device(p) : take_memory(p);
+    return p->device ? create_on_device(p) : allocate_memory(p);
 }
 
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
@@ -149,7 +149,8 @@ enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_s
     const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
     enum fb_isa isa, fb_program **out) {
     FB_REQUIRE(shape && buffer_widths && inv_freq && ops && out, "shape, buffer_widths, inv_freq, ops or out is null");
-    FB_REQUIRE(!device || device->n_members == 0, "a program lies on one device: those of a group are joined");
+    FB_REQUIRE(!device || device->n_members == 0,
+        "a program is created on one device; join the members' programs for a group");
     FB_TRY(check_shape(shape));
     FB_REQUIRE(n_ops >= 1 && n_ops <= MAX_OPS, "n_ops is %d, must be 1 .. %d", n_ops, MAX_OPS);
     FB_REQUIRE(n_threads >= 1 && n_threads <= MAX_THREADS, "n_threads is %d, must be 1 .. %d", n_threads, MAX_THREADS);
@@ -189,7 +190,7 @@ size_t fb_program_scratch_bytes(const fb_program *program) {
 void fb_program_free(fb_program *p) {
     if (!p) return;
     if (p->on_device) p->device->kind->program_free(p->on_device);
-    if (p->parts[0]) fb_device_let_go(p->device);
+    if (p->parts[0]) fb_device_drop(p->device);
     fb_memory_release(p->partials.memory, p->partials.n_bytes);
     for (int32_t i = 0; i < p->n_scratch; i++)
         fb_memory_release(p->scratch[i].memory, p->scratch[i].n_bytes);

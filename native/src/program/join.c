@@ -1,4 +1,4 @@
-/* join.c - programs of a group's devices as one. See program.h. */
+/* join.c - joins the programs of a group's members into one. See program.h. */
 #include "base/memory.h"
 #include "base/status.h"
 #include "kv/split.h"
@@ -7,18 +7,18 @@
 
 #include <stdlib.h>
 
-/* Whether a part does what the first one does, operator by operator. */
+/* Whether a part has the operators of the first one. */
 static enum fb_status check_alike(const fb_program *first, const fb_program *part, int32_t i) {
     const struct fb_program_shape *a = &first->shape, *b = &part->shape;
     FB_REQUIRE(a->n_layers == b->n_layers && a->n_heads == b->n_heads && a->n_kv_heads == b->n_kv_heads &&
                    a->head_dim == b->head_dim && a->rotary_dim == b->rotary_dim && a->vocab_size == b->vocab_size &&
                    a->max_tokens == b->max_tokens && first->n_ops == part->n_ops,
-        "part %d has another shape than the first", i);
+        "part %d has a different shape than part 0", i);
     for (int32_t o = 0; o < part->n_ops; o++) {
         const struct fb_op *x = &first->ops[o], *y = &part->ops[o];
-        FB_REQUIRE(x->kind == y->kind, "part %d has another operator %d than the first", i, o);
+        FB_REQUIRE(x->kind == y->kind, "part %d has a different operator %d than part 0", i, o);
         FB_REQUIRE(!fb_op_is(x, FB_SPANS_DEVICES) || first->buffers[x->in].width == part->buffers[y->in].width,
-            "part %d sums %d numbers in operator %d, the first %d", i, part->buffers[y->in].width, o,
+            "part %d sums %d numbers in operator %d, part 0 %d", i, part->buffers[y->in].width, o,
             first->buffers[x->in].width);
     }
     return FB_OK;
@@ -29,7 +29,7 @@ static enum fb_status check_part(
     const fb_program *part = parts[i];
     const int32_t n_members = group->n_members;
     FB_REQUIRE(part, "part %d is null", i);
-    FB_REQUIRE(part->device == group->members[i], "part %d does not lie on member %d of the group", i, i);
+    FB_REQUIRE(part->device == group->members[i], "part %d is not on member %d of the group", i, i);
     int32_t first, n_heads;
     FB_TRY(fb_split_heads(n_kv_heads, n_members, i, &first, &n_heads));
     FB_REQUIRE(part->shape.n_kv_heads == n_heads, "part %d has %d KV heads, its share of %d is %d", i,
@@ -57,10 +57,10 @@ enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32
     p->n_threads = parts[0]->n_threads;
     p->n_results = n_results;
     p->device = group;
-    fb_device_hold(group);
+    fb_device_retain(group);
     for (int32_t i = 0; i < n_parts; i++)
         p->parts[i] = parts[i];
-    const enum fb_status status = fb_take_draw_work(p);
+    const enum fb_status status = fb_allocate_sample_work(p);
     if (status != FB_OK) {
         fb_program_free(p);
         return status;

@@ -52,7 +52,7 @@ static enum fb_status check_attention(const struct fb_check *c) {
 static enum fb_status check_swiglu(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
-        "op %d (linear_swiglu): %d woven rows give a width just up to %d, buffer %d is %d", c->index, n_rows,
+        "op %d (linear_swiglu): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
         n_rows / 2, c->op->out, c->out_width);
     return FB_OK;
 }
@@ -75,22 +75,23 @@ static int64_t work_of_attention(const struct fb_program *p, const struct fb_op 
     return work;
 }
 
-/* ---- What attention may finish ----------------------------------------------------------------------------------- */
+/* ---- Fusion into attention
+ * -------------------------------------------------------------------------------------- */
 
-static void leave_norm(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
+static void defer_norm(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
     (void)p;
     raw->q_norm = op->vector;
     raw->k_norm = op->vector2;
     raw->eps = op->eps;
 }
 
-static void leave_rope(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
+static void defer_rope(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
     (void)op;
     raw->cos_sin = p->cos_sin;
 }
 
-/* Attention always writes K and V of raw heads. */
-static void leave_write(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
+/* Attention always writes K and V of raw heads, so there is nothing to pass on. */
+static void defer_write(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
     (void)p;
     (void)op;
     (void)raw;
@@ -126,19 +127,19 @@ static const struct fb_operator operators[] = {
         .check = check_head_norm,
         .run_row = fb_head_norm_row,
         .head_step = 1,
-        .leave_head = leave_norm},
+        .defer_head = defer_norm},
     [FB_OP_ROPE] = {.name = "rope",
         .flags = FB_READS | FB_HEADS | FB_OF_TOKENS,
         .stage = FB_STAGE_ROWS,
         .run_row = fb_rope_row,
         .head_step = 2,
-        .leave_head = leave_rope},
+        .defer_head = defer_rope},
     [FB_OP_KV_WRITE] = {.name = "kv_write",
         .flags = FB_READS | FB_HEADS | FB_OF_TOKENS | FB_LAYER,
         .stage = FB_STAGE_ROWS,
         .run_row = fb_kv_write_row,
         .head_step = FB_HEAD_IS_WRITTEN,
-        .leave_head = leave_write},
+        .defer_head = defer_write},
     [FB_OP_ATTENTION] = {.name = "attention",
         .flags = FB_READS | FB_WRITES | FB_HEADS | FB_OF_TOKENS | FB_LAYER,
         .stage = FB_STAGE_ATTENTION,
@@ -173,21 +174,23 @@ static bool runs_on_cpu(const struct fb_operator *kind) {
     return kind->stage != FB_STAGE_ROWS || kind->run_row;
 }
 
-/* ---- What every kind is asked ------------------------------------------------------------------------------------ */
+/* ---- Checks for every kind
+ * -------------------------------------------------------------------------------------- */
 
-static enum fb_status check_place(const struct fb_program *p, const struct fb_check *c, uint32_t flags, bool gathered) {
+static enum fb_status check_order(const struct fb_program *p, const struct fb_check *c, uint32_t flags, bool gathered) {
     const struct fb_op *op = c->op;
     const struct fb_program_shape *s = &p->shape;
     const int32_t i = c->index;
     FB_REQUIRE(((flags & FB_FIRST) != 0) == (i == 0), "op %d: a program has one embed, at its beginning", i);
     FB_REQUIRE(((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight, "op %d: its weight is null", i);
-    FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight lies elsewhere", i);
+    FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
     FB_REQUIRE(isfinite(op->scale), "op %d: scale is not finite", i);
-    FB_REQUIRE(op->column == 0 || flags & FB_COLUMNS, "op %d: only linear writes from a column on", i);
-    FB_REQUIRE(!gathered || !(flags & FB_OF_TOKENS), "op %d: works on tokens, but comes after gather_outputs", i);
-    FB_REQUIRE(!gathered || !(flags & FB_GATHERS), "op %d: outputs are gathered once", i);
-    FB_REQUIRE(gathered || !(flags & FB_OF_OUTPUTS), "op %d (logits): needs gather_outputs before", i);
+    FB_REQUIRE(op->column == 0 || flags & FB_COLUMNS, "op %d: only linear takes a column", i);
+    FB_REQUIRE(
+        !gathered || !(flags & FB_OF_TOKENS), "op %d: works on tokens, so it must come before gather_outputs", i);
+    FB_REQUIRE(!gathered || !(flags & FB_GATHERS), "op %d: a program has only one gather_outputs", i);
+    FB_REQUIRE(gathered || !(flags & FB_OF_OUTPUTS), "op %d (logits): needs gather_outputs before it", i);
     FB_REQUIRE(!(flags & FB_LAYER) || (op->layer >= 0 && op->layer < s->n_layers), "op %d: layer %d of %d", i,
         op->layer, s->n_layers);
     FB_REQUIRE((op->vector != NULL) == (op->vector_length > 0) && (op->vector2 != NULL) == (op->vector2_length > 0),
@@ -234,7 +237,7 @@ static enum fb_status check_residual(struct fb_program *p, const struct fb_check
     struct fb_buffer *residual = &p->buffers[op->residual];
     FB_REQUIRE(residual->first_write >= 0 && residual->filled == c->out_width && residual->width == c->out_width &&
                    op->column == 0 && residual->per_output == gathered,
-        "op %d: buffer %d cannot be its residual", i, op->residual);
+        "op %d: buffer %d cannot be its residual (unwritten, or another width or kind of rows)", i, op->residual);
     residual->last_use = i;
     return FB_OK;
 }
@@ -286,7 +289,7 @@ enum fb_status fb_check_op(struct fb_program *p, int32_t index, bool *gathered) 
         return fb_fail(
             FB_UNSUPPORTED, "op %d: the %s has no operator %s", index, p->device ? "GPU" : "CPU", kind->name);
     struct fb_check check = {.program = p, .op = op, .index = index};
-    FB_TRY(check_place(p, &check, kind->flags, *gathered));
+    FB_TRY(check_order(p, &check, kind->flags, *gathered));
     FB_TRY(check_input(p, &check, kind, *gathered));
     if (kind->flags & FB_GATHERS) *gathered = true;
     if (kind->flags & FB_SPANS_DEVICES) p->is_part = true;

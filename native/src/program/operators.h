@@ -1,10 +1,10 @@
 /*
  * operators.h - every operator kind is one row of one table.
  *
- * Checking a program, cutting it into stages, choosing threads and running it walk this table; none of them knows a kind by name.
- * To add an operator: its number in fabula.h, its row in operators.c, its kernel (reference and SIMD), a method of
- * models/builder.py and a test. A device that can run it has a row of its own (native/cuda/run.c); one that has none refuses a
- * program by the operator's name.
+ * Checking a program, cutting it into stages, choosing threads and running it use this table; none of them
+ * knows a kind by name. To add an operator: its number in fabula.h, its row in operators.c, its kernel
+ * (reference and SIMD), a method of models/builder.py and a test. A device that runs it has a row of its own
+ * (native/cuda/run.c); one that does not refuses the program with the operator's name.
  */
 #ifndef FABULA_PROGRAM_OPERATORS_H
 #define FABULA_PROGRAM_OPERATORS_H
@@ -13,70 +13,75 @@
 
 struct fb_run;
 
-/* Where in a program the kind may stand, and what it does to its buffers. */
+/* Where in a program the kind is allowed, and what it does to its buffers. */
 enum {
-    FB_READS = 1 << 0,       /* reads buffer `in` */
-    FB_WRITES = 1 << 1,      /* writes buffer `out`; without this flag `out` must be -1 */
-    FB_IN_PLACE = 1 << 2,    /* `out` may be `in` */
-    FB_WEIGHT = 1 << 3,      /* needs `weight` */
-    FB_RESIDUAL = 1 << 4,    /* may add buffer `residual` */
-    FB_COLUMNS = 1 << 5,     /* fills the rows of its weight from `column` on; others fill all of `out` */
-    FB_FIRST = 1 << 6,       /* a program begins with it, and has no other */
-    FB_LAST = 1 << 7,        /* a program ends with it, and has no other */
-    FB_GATHERS = 1 << 8,     /* from here on a row is a wanted output, not a token */
-    FB_OF_TOKENS = 1 << 9,   /* only before outputs are gathered */
-    FB_OF_OUTPUTS = 1 << 10, /* only behind that */
-    FB_HEADS = 1 << 11,      /* `in` holds q, k and v heads side by side */
-    FB_LAYER = 1 << 12,      /* has a `layer` */
-    FB_NORM = 1 << 13, /* has an `eps`; the products behind it may take it into their stage if it works on whole rows */
-    FB_GATED = 1 << 14,        /* a product whose rows are gate and up, interleaved by panels: silu(gate) * up */
-    FB_SPANS_DEVICES = 1 << 15 /* joins what several devices computed: only parts of a joined program hold it */
+    FB_READS = 1 << 0,         /* reads buffer `in` */
+    FB_WRITES = 1 << 1,        /* writes buffer `out`; without this flag `out` must be -1 */
+    FB_IN_PLACE = 1 << 2,      /* `out` may be `in` */
+    FB_WEIGHT = 1 << 3,        /* needs `weight` */
+    FB_RESIDUAL = 1 << 4,      /* may add buffer `residual` */
+    FB_COLUMNS = 1 << 5,       /* fills as many columns as its weight has rows, from `column` on; others fill
+                                all of `out` */
+    FB_FIRST = 1 << 6,         /* the first operator, and only that */
+    FB_LAST = 1 << 7,          /* the last operator, and only that */
+    FB_GATHERS = 1 << 8,       /* from here on a row is a wanted output, not a token */
+    FB_OF_TOKENS = 1 << 9,     /* only before outputs are gathered */
+    FB_OF_OUTPUTS = 1 << 10,   /* only after outputs are gathered */
+    FB_HEADS = 1 << 11,        /* `in` holds q, k and v heads, concatenated */
+    FB_LAYER = 1 << 12,        /* has a `layer` */
+    FB_NORM = 1 << 13,         /* has an `eps`; if it works on whole rows, the next products may take it into their
+                          stage */
+    FB_GATED = 1 << 14,        /* a product whose weight interleaves gate and up by panels: silu(gate) * up */
+    FB_SPANS_DEVICES = 1 << 15 /* combines the results of several devices: only parts of a joined program hold
+                                  it */
 };
 
-/* An operator while it is checked. */
+/* An operator that is being checked. */
 struct fb_check {
     const struct fb_program *program;
     const struct fb_op *op;
     int32_t index;    /* of the operator */
-    int32_t in_width; /* of buffer `in`; 0 where it reads none */
+    int32_t in_width; /* of buffer `in`; 0 if it reads none */
     int32_t out_width;
 };
 
 struct fb_operator {
     const char *name;
     uint32_t flags;
-    enum fb_stage_kind stage; /* how it is cut into work items */
+    enum fb_stage_kind stage; /* how it is divided into work items */
 
-    /* What only this kind asks of its fields; NULL for nothing. */
+    /* Checks the fields that only this kind uses; NULL for none. */
     enum fb_status (*check)(const struct fb_check *check);
 
-    /* The width that `out` must have; NULL where `check` or `column` decides. */
+    /* The width that `out` must have; NULL if `check` or `column` decides. */
     int32_t (*width)(const struct fb_check *check);
 
-    /* FB_STAGE_ROWS: computes a row on the CPU; NULL where only devices run it. The other stages have one function for all kinds. */
+    /* FB_STAGE_ROWS: computes one row on the CPU; NULL if only devices run it. The other stages have one
+     * function for all kinds. */
     void (*run_row)(const struct fb_run *run, const struct fb_op *op, size_t row);
 
-    /* Multiply-adds of a batch; NULL for too few to count. */
+    /* Multiply-adds of a batch; NULL if negligible. */
     int64_t (*work)(const struct fb_program *program, const struct fb_op *op, const struct fb_batch *batch);
 
-    /* Fusion into attention (struct fb_raw_heads): the kind's place in the order in which attention finishes a head, 1 and up, and
-     * how it says what is left to do. 0 and NULL: it cannot be left to attention. */
+    /* Fusion into attention (struct fb_raw_heads). head_step: the kind's position, from 1, in the order in
+     * which attention finishes a head; 0 if it cannot be fused. defer_head: records what attention must
+     * do. */
     int32_t head_step;
-    void (*leave_head)(const struct fb_program *program, const struct fb_op *op, struct fb_raw_heads *raw);
+    void (*defer_head)(const struct fb_program *program, const struct fb_op *op, struct fb_raw_heads *raw);
 };
 
-/* The last head_step: with it a head is finished, and its K and V are in their pages. */
+/* The last head_step: afterwards a head is finished, and its K and V are in their pages. */
 enum { FB_HEAD_IS_WRITTEN = 3 };
 
-/* The row of a kind, NULL for a number that is none. */
+/* The row of a kind, NULL for an unknown number. */
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind);
 
 static inline bool fb_op_is(const struct fb_op *op, uint32_t flag) {
     return (fb_operator_of(op->kind)->flags & flag) != 0;
 }
 
-/* Checks operator `index` of p->ops and notes in p->buffers what it reads and writes; `gathered`: whether outputs were gathered
- * before. */
+/* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether
+ * outputs were gathered before it. */
 enum fb_status fb_check_op(struct fb_program *p, int32_t index, bool *gathered);
 
 #endif

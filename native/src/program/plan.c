@@ -1,10 +1,11 @@
 /*
- * plan.c - where buffers lie in the arena.
+ * plan.c - assigns buffers to offsets in the arena.
  *
- * A buffer is alive from the operator that first writes it to the one that last touches it. In the order of first writes each gets
- * the lowest offset where it overlaps no buffer alive at the same time: first fit, which for a chain of layers finds the handful
- * of offsets that every layer reuses. The buffers alive are kept in the order of their offsets, so one walk over them finds the
- * first gap; a program has few at a time, so planning costs little more than sorting.
+ * A buffer is alive from the operator that first writes it to the one that last uses it. In the order of
+ * first writes each gets the lowest offset where it overlaps no buffer alive at the same time: first fit,
+ * which for a chain of layers finds the few offsets that every layer reuses. Live buffers are sorted by
+ * offset, so one walk over them finds the first gap; a program has few at a time, so planning costs little
+ * more than sorting.
  */
 #include "program/program.h"
 
@@ -16,11 +17,12 @@
 static int by_first_write(const void *a, const void *b) {
     const struct fb_buffer *x = *(struct fb_buffer *const *)a, *y = *(struct fb_buffer *const *)b;
     if (x->first_write != y->first_write) return x->first_write < y->first_write ? -1 : 1;
-    return x < y ? -1 : x > y; /* ties by number */
+    return x < y ? -1 : x > y; /* ties by index */
 }
 
-/* Places a buffer among those alive, [n_alive] by offset; returns how many are alive then. */
-static int32_t place(struct fb_buffer *buffer, struct fb_buffer **alive, int32_t n_alive, size_t rows) {
+/* Assigns an offset to a buffer; alive [n_alive] is sorted by offset. Returns the new number of
+ * live buffers. */
+static int32_t assign_offset(struct fb_buffer *buffer, struct fb_buffer **alive, int32_t n_alive, size_t rows) {
     const size_t size = buffer->stride * rows;
     int32_t n = 0;
     for (int32_t i = 0; i < n_alive; i++)
@@ -41,11 +43,11 @@ enum fb_status fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, siz
     if (!order) return fb_fail(FB_OUT_OF_MEMORY, "no memory to plan %d buffers", n_buffers);
     int32_t n = 0, n_alive = 0;
     for (int32_t i = 0; i < n_buffers; i++)
-        if (buffers[i].first_write >= 0) order[n++] = &buffers[i]; /* others are never used: no place */
+        if (buffers[i].first_write >= 0) order[n++] = &buffers[i]; /* unused buffers get no offset */
     qsort(order, (size_t)n, sizeof *order, by_first_write);
     *n_floats = 0;
     for (int32_t i = 0; i < n; i++) {
-        n_alive = place(order[i], alive, n_alive, rows);
+        n_alive = assign_offset(order[i], alive, n_alive, rows);
         const size_t end = order[i]->offset + order[i]->stride * rows;
         if (end > *n_floats) *n_floats = end;
     }

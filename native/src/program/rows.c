@@ -9,8 +9,8 @@ void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row) 
     float *out = fb_row_of(p, op->out, row);
     fb_weight_gather_row(op->weight, run->batch->tokens[row], out);
     if (op->scale != 1.0f) p->kernels->scale(out, (size_t)op->weight->n_cols, op->scale);
-    /* The rope angles of this token's position, used by every layer. The product is rounded to f32 as transformers does; cos and
-     * sin are the C library's in double, so they are as good as exact. */
+    /* The rope angles of this token's position, used by every layer. The product is rounded to f32 as in
+     * transformers; cos and sin are computed in double, so they are almost exact. */
     const size_t half = (size_t)p->shape.rotary_dim / 2;
     float *cosines = p->cos_sin + row * 2 * half, *sines = cosines + half;
     for (size_t i = 0; i < half; i++) {
@@ -20,9 +20,10 @@ void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row) 
     }
     const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
     if (!fb_sees_sinks(sequence, 0, p->positions[row])) return;
-    /* From the angle the query gets to the one it has where sinks see it: the difference of both as they are rounded. */
+    /* From the query's own angle to the one at which sinks see it: the difference of both, each rounded to
+     * f32. */
     const float seen_at = (float)(sequence->n_sinks + sequence->window - 1);
-    cosines = p->sink_turns + row * 2 * half, sines = cosines + half;
+    cosines = p->sink_rotations + row * 2 * half, sines = cosines + half;
     for (size_t i = 0; i < half; i++) {
         const float from = (float)p->positions[row] * p->inv_freq[i], to = seen_at * p->inv_freq[i];
         cosines[i] = (float)cos((double)to - (double)from);

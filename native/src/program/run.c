@@ -1,5 +1,6 @@
 /*
- * run.c - executes a program over a batch in one parallel region; check_batch.c has checked the batch before. See program.h.
+ * run.c - runs a program over a batch in one parallel region, after check_batch.c has checked it. See
+ * program.h.
  */
 #include "program/run.h"
 
@@ -13,27 +14,28 @@
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------ */
 
-/* A thread's place in the stage it runs. */
-struct place {
+/* A thread in the stage that it runs. */
+struct worker {
     struct fb_counter *counters; /* [2][n_threads] of the stage */
     int thread, n_threads;
 };
 
-static struct fb_items items_of(const struct place *place, int which, int64_t n_items) {
-    return fb_items_of(place->counters + which * place->n_threads, n_items, place->thread, place->n_threads);
+static struct fb_items items_of(const struct worker *worker, int which, int64_t n_items) {
+    return fb_items_of(worker->counters + which * worker->n_threads, n_items, worker->thread, worker->n_threads);
 }
 
-static void run_rows(const struct fb_run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
-    const size_t block = n_rows < 64 ? 1 : 8; /* rows in an item */
+static void run_rows(
+    const struct fb_run *run, const struct fb_stage *stage, const struct worker *worker, size_t n_rows) {
+    const size_t block = n_rows < 64 ? 1 : 8; /* rows per item */
     const struct fb_op *ops = &run->program->ops[stage->first_op];
-    struct fb_items items = items_of(place, 0, (int64_t)((n_rows + block - 1) / block));
+    struct fb_items items = items_of(worker, 0, (int64_t)((n_rows + block - 1) / block));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         for (size_t row = (size_t)i * block; row < n_rows && row < ((size_t)i + 1) * block; row++)
             for (int32_t o = 0; o < stage->n_ops; o++)
                 fb_operator_of(ops[o].kind)->run_row(run, &ops[o], row);
 }
 
-/* What the products of a stage read. */
+/* The inputs of a stage's products. */
 struct inputs {
     const float *x; /* [rows][ldx] */
     const uint16_t *pairs;
@@ -47,13 +49,14 @@ static void prepare_row(const struct fb_program *p, const struct fb_stage *stage
     const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
     if (norm)
         p->kernels->rms_norm(fb_row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
-    if (stage->is_quantised) p->kernels->quantise(x, width / FB_BLOCK_COLUMNS, activations);
-    if (stage->is_paired) p->kernels->round_pairs(x, width, pairs);
+    if (stage->is_quantized) p->kernels->quantize(x, width / FB_BLOCK_COLUMNS, activations);
+    if (stage->is_paired) p->kernels->narrow_pairs(x, width, pairs);
 }
 
-/* Norm and rounding of a stage's inputs: few rows by every thread for itself, many shared out. */
+/* Norm and conversion of a stage's inputs: each thread for itself if there are few rows, divided among them
+ * otherwise. */
 static struct inputs prepare_inputs(
-    struct fb_run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
+    struct fb_run *run, const struct fb_stage *stage, const struct worker *worker, size_t n_rows) {
     const struct fb_program *p = run->program;
     const int32_t number = p->ops[stage->first_op].in;
     const struct fb_buffer *in = &p->buffers[number];
@@ -63,19 +66,19 @@ static struct inputs prepare_inputs(
         .ld_pairs = p->pair_stride,
         .activations = p->activations,
         .ld_activations = p->activation_blocks};
-    if (stage->norm < 0 && !stage->is_quantised && !stage->is_paired) return inputs;
+    if (stage->norm < 0 && !stage->is_quantized && !stage->is_paired) return inputs;
     if (n_rows > FB_OWN_ROWS) {
-        struct fb_items items = items_of(place, 1, (int64_t)n_rows);
+        struct fb_items items = items_of(worker, 1, (int64_t)n_rows);
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
             prepare_row(p, stage, (size_t)row, fb_row_of(p, number, (size_t)row),
                 p->pairs + (size_t)row * p->pair_stride, p->activations + (size_t)row * p->activation_blocks);
-        fb_barrier_wait(&run->barrier, place->n_threads);
+        fb_barrier_wait(&run->barrier, worker->n_threads);
         return inputs;
     }
     struct fb_activation *activations = (struct fb_activation *)(p->own_inputs +
-                                                                 (size_t)place->thread * p->own_input_bytes);
+                                                                 (size_t)worker->thread * p->own_input_bytes);
     float *own = (float *)(activations + FB_OWN_ROWS * p->activation_blocks);
-    uint16_t *pairs = (uint16_t *)(p->own_inputs + ((size_t)place->thread + 1) * p->own_input_bytes) -
+    uint16_t *pairs = (uint16_t *)(p->own_inputs + ((size_t)worker->thread + 1) * p->own_input_bytes) -
                       FB_OWN_ROWS * p->pair_stride;
     inputs.activations = activations;
     inputs.pairs = pairs;
@@ -117,16 +120,16 @@ static struct fb_linear linear_of(
     return linear;
 }
 
-/* The items of products side by side follow each other. */
-static void run_products(struct fb_run *run, const struct fb_stage *stage, const struct place *place, size_t n_rows) {
-    const struct inputs inputs = prepare_inputs(run, stage, place, n_rows);
-    struct fb_linear products[FB_MOST_BESIDE];
-    int64_t ends[FB_MOST_BESIDE], n_items = 0;
+/* Work items are numbered product after product. */
+static void run_products(struct fb_run *run, const struct fb_stage *stage, const struct worker *worker, size_t n_rows) {
+    const struct inputs inputs = prepare_inputs(run, stage, worker, n_rows);
+    struct fb_linear products[FB_MOST_PRODUCTS];
+    int64_t ends[FB_MOST_PRODUCTS], n_items = 0;
     for (int32_t o = 0; o < stage->n_ops; o++) {
         products[o] = linear_of(run, &run->program->ops[stage->first_op + o], &inputs, n_rows);
-        ends[o] = n_items += fb_linear_items(&products[o], place->n_threads);
+        ends[o] = n_items += fb_linear_items(&products[o], worker->n_threads);
     }
-    struct fb_items items = items_of(place, 0, n_items);
+    struct fb_items items = items_of(worker, 0, n_items);
     for (int64_t i; (i = fb_next_item(&items)) >= 0;) {
         int32_t o = 0;
         while (i >= ends[o])
@@ -135,17 +138,17 @@ static void run_products(struct fb_run *run, const struct fb_stage *stage, const
     }
 }
 
-/* What a stage of heads has left to the attention behind it. */
+/* The operators of a stage of heads that attention does instead. */
 static struct fb_raw_heads raw_heads(const struct fb_program *p, const struct fb_stage *stage) {
     struct fb_raw_heads raw = {0};
     for (int32_t o = 0; o < stage->n_ops; o++) {
         const struct fb_op *op = &p->ops[stage->first_op + o];
-        fb_operator_of(op->kind)->leave_head(p, op, &raw);
+        fb_operator_of(op->kind)->defer_head(p, op, &raw);
     }
     return raw;
 }
 
-/* Attention of a batch as an operator describes it, for one thread; without what a stage before has left to it. */
+/* Attention of a batch, for one thread; `raw` is not set. */
 static struct fb_attention attention_of(const struct fb_run *run, const struct fb_op *op, int thread) {
     struct fb_program *p = run->program;
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
@@ -159,7 +162,7 @@ static struct fb_attention attention_of(const struct fb_run *run, const struct f
         .layer = op->layer,
         .window = op->window,
         .scale = op->scale,
-        .sink_turns = p->sink_turns,
+        .sink_rotations = p->sink_rotations,
         .rotary_dim = p->shape.rotary_dim,
         .q = in->data,
         .ldq = in->stride,
@@ -169,23 +172,24 @@ static struct fb_attention attention_of(const struct fb_run *run, const struct f
         .scratch_bytes = p->attention_scratch_bytes,
         .partials = p->partials.memory,
         .n_partials = p->partials.n_bytes / sizeof(float),
-        .parts_left = p->parts_left,
+        .parts_done = p->parts_done,
         .sharing = p->shares ? p->sharing : NULL,
         .offsets = offsets,
-        .places = offsets + p->shape.max_tokens + 1};
+        .partial_offsets = offsets + p->shape.max_tokens + 1};
 }
 
-/* Tiles or key blocks. Every thread works out the same list of items in memory of its own: for a few sequences that is
+/* Every thread computes the list of work items (tiles or key blocks) for itself: for a few sequences that is
  * cheaper than a barrier. */
-static void run_attention(struct fb_run *run, const struct fb_stage *stage, const struct place *place) {
+static void run_attention(struct fb_run *run, const struct fb_stage *stage, const struct worker *worker) {
     const struct fb_program *p = run->program;
-    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* there is one: a program begins with FB_FIRST */
+    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* stage[-1] exists: a program starts with
+                                                                  FB_FIRST */
     const struct fb_raw_heads raw = is_raw ? raw_heads(p, stage - 1) : (struct fb_raw_heads){0};
-    struct fb_attention attention = attention_of(run, &p->ops[stage->first_op], place->thread);
+    struct fb_attention attention = attention_of(run, &p->ops[stage->first_op], worker->thread);
     attention.raw = is_raw ? &raw : NULL;
-    struct fb_items items = items_of(place, 0, fb_attention_items(&attention, place->n_threads));
+    struct fb_items items = items_of(worker, 0, fb_attention_items(&attention, worker->n_threads));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
-        fb_attention_item(&attention, i, place->thread);
+        fb_attention_item(&attention, i, worker->thread);
 }
 
 static void run_stages(struct fb_run *run, int thread, int n_threads) {
@@ -193,27 +197,28 @@ static void run_stages(struct fb_run *run, int thread, int n_threads) {
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_stage *stage = &p->stages[s];
         const size_t n_rows = (size_t)(stage->per_output ? run->batch->n_outputs : run->batch->n_tokens);
-        const struct place place = {&p->counters[2 * s * n_threads], thread, n_threads};
-        if (n_rows == 0) break; /* nobody wants logits: the rest of the program is for outputs only */
+        const struct worker worker = {&p->counters[2 * s * n_threads], thread, n_threads};
+        if (n_rows == 0) break; /* no logits are wanted: the rest of the program computes only outputs */
         if (p->is_single && stage->is_of_heads) continue;
         if (stage->kind == FB_STAGE_ROWS)
-            run_rows(run, stage, &place, n_rows);
+            run_rows(run, stage, &worker, n_rows);
         else if (stage->kind == FB_STAGE_LINEAR)
-            run_products(run, stage, &place, n_rows);
+            run_products(run, stage, &worker, n_rows);
         else
-            run_attention(run, stage, &place);
+            run_attention(run, stage, &worker);
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);
     }
 }
 
-/* Multiply-adds below which one thread is as fast as many: about 5 us of work, as much as a step's barriers take. It
- * also keeps a tiny model from waiting for a second thread that a busy machine does not let run. */
+/* Multiply-adds below which one thread is as fast as many: about 5 us of work, as long as a step's barriers
+ * take. It also keeps a tiny model from waiting for a second thread that a busy machine does not schedule. */
 enum { ALONE_BELOW = 250000 };
 
-/* Tokens of a step up to which its stages are so short that a thread put aside by the system costs more than it does. */
+/* Up to so many tokens per step, stages are so short that one preempted thread costs more than it
+ * contributes. */
 enum { SHORT_STAGES = 32 };
 
-/* Threads for a batch; the result does not depend on it. */
+/* Number of threads for a batch; results do not depend on it. */
 static int threads_for(const struct fb_program *p, const struct fb_batch *batch, int64_t now_ns) {
     int64_t work = 0;
     for (int32_t i = 0; i < p->n_ops && work < ALONE_BELOW; i++) {
@@ -222,15 +227,15 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch,
         if (kind->work) work += kind->work(p, op, batch);
     }
     if (work < ALONE_BELOW) return 1;
-    return batch->n_tokens <= SHORT_STAGES ? fb_crew_size(&p->crew, p->n_threads, now_ns) : p->n_threads;
+    return batch->n_tokens <= SHORT_STAGES ? fb_team_size(&p->team, p->n_threads, now_ns) : p->n_threads;
 }
 
-/* Takes room for the partial results of attention, where the step is worth splitting. Refused memory costs speed only: then
- * attention is not split, which changes no bit. */
+/* Allocates memory for the partial results of attention, if the step is worth splitting. If memory is
+ * refused, attention is not split, which is slower and gives the same bits. */
 static void grow_partials(struct fb_run *run, int n_threads) {
     struct fb_program *p = run->program;
     size_t most = 0;
-    int32_t window = -1; /* of the layer before: most layers have the same */
+    int32_t window = -1; /* of the previous layer: most layers have the same */
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_op *op = &p->ops[p->stages[s].first_op];
         if (p->stages[s].kind != FB_STAGE_ATTENTION || op->window == window) continue;
@@ -241,7 +246,7 @@ static void grow_partials(struct fb_run *run, int n_threads) {
     }
     const size_t n_bytes = (most + most / 4) * sizeof(float);
     if (most * sizeof(float) <= p->partials.n_bytes) return;
-    void *memory = fb_memory_take(n_bytes);
+    void *memory = fb_memory_allocate(n_bytes);
     if (!memory) return;
     fb_memory_release(p->partials.memory, p->partials.n_bytes);
     p->partials = (struct fb_scratch){memory, n_bytes};
@@ -287,7 +292,7 @@ enum fb_status fb_program_run(
     }
     if (batch->n_tokens <= SHORT_STAGES && n_threads > 1) {
         const int64_t end = fb_now_ns(), waited = atomic_load(&run.barrier.lost_ns) / (n_threads - 1);
-        fb_crew_learn(&program->crew, program->n_threads, n_threads, end, end - start, waited + end - run.left_ns);
+        fb_team_learn(&program->team, program->n_threads, n_threads, end, end - start, waited + end - run.left_ns);
     }
     if (atomic_load(&run.non_finite))
         return fb_fail(FB_NON_FINITE, "logits hold NaN or infinity: the weights or the input are damaged");
@@ -300,22 +305,20 @@ enum fb_status fb_program_run_on_device(struct fb_program *p, const fb_page_pool
     FB_TRY(fb_check_batch(p, pool, batch, n_logits));
     if (p->parts[0])
         return p->device->kind->group_run(p->device->links, p->parts, pool->parts, p->n_results, batch, results);
-    FB_REQUIRE(!p->is_part, "the program is a part of one: only the joined program runs");
+    FB_REQUIRE(!p->is_part, "the program is a part of another: only the joined program runs");
     return p->device->kind->program_run(p->on_device, pool, batch, results);
 }
 
 enum fb_status fb_program_set_graphs(fb_program *program, bool is_on) {
     FB_REQUIRE(program, "program is null");
-    if (!program->on_device)
-        return fb_fail(FB_UNSUPPORTED, "programs of the CPU and of several devices have no graphs");
+    if (!program->on_device) return fb_fail(FB_UNSUPPORTED, "programs on the CPU and on several GPUs have no graphs");
     program->device->kind->program_set_graphs(program->on_device, is_on);
     return FB_OK;
 }
 
 enum fb_status fb_program_graph_info(const fb_program *program, struct fb_graph_info *out) {
     FB_REQUIRE(program && out, "program or out is null");
-    if (!program->on_device)
-        return fb_fail(FB_UNSUPPORTED, "programs of the CPU and of several devices have no graphs");
+    if (!program->on_device) return fb_fail(FB_UNSUPPORTED, "programs on the CPU and on several GPUs have no graphs");
     program->device->kind->program_graph_info(program->on_device, out);
     out->struct_size = sizeof *out;
     return FB_OK;

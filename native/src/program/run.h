@@ -1,4 +1,4 @@
-/* run.h - a step: what the threads of one parallel region share. See program.h. */
+/* run.h - one step: what the threads of a parallel region share. See program.h. */
 #ifndef FABULA_PROGRAM_RUN_H
 #define FABULA_PROGRAM_RUN_H
 
@@ -10,7 +10,7 @@ struct fb_run {
     fb_page_pool *pool;
     float *logits;
     atomic_int non_finite;
-    int64_t left_ns; /* when the first thread was done: from then on it waits for the end of the region */
+    int64_t left_ns; /* when thread 0 finished; it then waits for the end of the region */
     struct fb_barrier barrier;
 };
 
@@ -18,7 +18,7 @@ static inline float *fb_row_of(const struct fb_program *p, int32_t buffer, size_
     return p->buffers[buffer].data + row * p->buffers[buffer].stride;
 }
 
-/* Operators of FB_STAGE_ROWS, each on one row: rows.c. */
+/* Operators of FB_STAGE_ROWS, each on one row. In rows.c. */
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_rms_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);

@@ -1,8 +1,8 @@
 /* stages.c - cuts a program into stages. See program.h. */
 #include "program/operators.h"
 
-/* Whether two products, one after the other, may run side by side: the second reads nothing that the first writes. */
-static bool runs_beside(const struct fb_op *first, const struct fb_op *second) {
+/* Whether two consecutive products can run in parallel: the second reads nothing that the first writes. */
+static bool are_independent(const struct fb_op *first, const struct fb_op *second) {
     return fb_op_is(first, FB_COLUMNS) && fb_op_is(second, FB_COLUMNS) && first->in == second->in &&
            first->out == second->out && second->column > first->column && second->residual == -1;
 }
@@ -11,8 +11,8 @@ static int32_t last_op(const struct fb_stage *stage) {
     return stage->first_op + stage->n_ops - 1;
 }
 
-/* Row by row operators that follow each other become one stage, as do products that may run side by side.
- * FB_GATHERS changes what a row is, so a stage begins with it. */
+/* Consecutive row operators become one stage, as do products that can run in parallel. FB_GATHERS changes
+ * what a row is, so it starts a stage. */
 static void cut(struct fb_program *p) {
     bool gathered = false;
     for (int32_t i = 0; i < p->n_ops; i++) {
@@ -22,8 +22,8 @@ static void cut(struct fb_program *p) {
         const bool gathers = fb_op_is(op, FB_GATHERS);
         gathered = gathered || gathers;
         const bool joins = before && before->kind == kind && !gathers &&
-                           (kind == FB_STAGE_ROWS ||
-                               (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_BESIDE && runs_beside(op - 1, op)));
+                           (kind == FB_STAGE_ROWS || (kind == FB_STAGE_LINEAR && before->n_ops < FB_MOST_PRODUCTS &&
+                                                         are_independent(op - 1, op)));
         if (joins)
             before->n_ops++;
         else
@@ -32,7 +32,7 @@ static void cut(struct fb_program *p) {
     }
 }
 
-/* Whether anything behind operator `i` reads what `buffer` holds now. */
+/* Whether an operator after `i` reads the present contents of `buffer`. */
 static bool is_read_later(const struct fb_program *p, int32_t buffer, int32_t i) {
     for (i++; i < p->n_ops; i++) {
         const struct fb_op *op = &p->ops[i];
@@ -42,8 +42,9 @@ static bool is_read_later(const struct fb_program *p, int32_t buffer, int32_t i)
     return false;
 }
 
-/* Moves a norm to the products that alone read its result, and notes which stages round their input. A norm moved so
- * reads its input while the products write: they must not lie on each other. */
+/* Moves a norm into the stage of products that are the only readers of its result, and records which stages
+ * quantize or narrow their inputs. A moved norm reads its input while the products write, so their memory
+ * must not overlap. */
 static void prepare_products(struct fb_program *p) {
     int32_t n_kept = 0;
     for (int32_t s = 0; s < p->n_stages; s++) {
@@ -57,11 +58,11 @@ static void prepare_products(struct fb_program *p) {
                     stage.is_paired = true;
                     if (width > p->pair_stride) p->pair_stride = width;
                 }
-                if (!fb_is_quantised(weight->dtype)) continue;
-                stage.is_quantised = true;
+                if (!fb_is_quantized(weight->dtype)) continue;
+                stage.is_quantized = true;
                 if (n_blocks > p->activation_blocks) p->activation_blocks = n_blocks;
             }
-            struct fb_stage *before = &p->stages[n_kept - 1]; /* there is one: EMBED comes first */
+            struct fb_stage *before = &p->stages[n_kept - 1]; /* exists: EMBED comes first */
             const struct fb_op *norm = &p->ops[last_op(before)];
             const bool writes_its_input = p->ops[stage.first_op].out >= 0 && p->ops[stage.first_op].out == norm->in;
             if (before->kind == FB_STAGE_ROWS && fb_op_is(norm, FB_NORM) && norm->out >= 0 && norm->out != norm->in &&
@@ -88,8 +89,8 @@ int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops) {
     return n > 0 && fb_operator_of(ops[n - 1].kind)->head_step == FB_HEAD_IS_WRITTEN ? n : 0;
 }
 
-/* Finds attention whose heads may come raw: before it lie norms of heads, RoPE and the writing of K and V at most, in this
- * order and of its buffer, which nobody reads later. */
+/* Finds attention that can take raw heads: the stage before it consists of head norms, rope and the writing
+ * of K and V at most, in this order and on its buffer, which nobody reads later. */
 static void prepare_attention(struct fb_program *p) {
     for (int32_t s = 1; s < p->n_stages; s++) {
         struct fb_stage *before = &p->stages[s - 1];

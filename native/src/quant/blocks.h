@@ -1,12 +1,12 @@
 /*
  * blocks.h - the GGUF block formats, byte by byte.
  *
- * A quantised row is a run of blocks. A block holds 32 or 256 neighbouring elements of one row as
- * small integers q, and the f16 numbers that turn them back: x = d * q or x = d * q + m. All
- * numbers are little-endian, as is every host this library runs on. The structs may be read in
- * place at any address: they are packed (alignment 1) and may alias raw bytes.
+ * A quantized row is a run of blocks. A block holds 32 or 256 neighboring elements of one row as small
+ * integers q, and the f16 numbers that dequantize them: x = d * q or x = d * q + m. All numbers are
+ * little-endian, as is every host this library runs on. The structs may be read in place at any address: they
+ * are packed (alignment 1) and may alias raw bytes.
  *
- * Source: the layouts of ggml-common.h in ggml, quantisation version 2.
+ * Source: the layouts of ggml-common.h in ggml, quantization version 2.
  */
 #ifndef FABULA_QUANT_BLOCKS_H
 #define FABULA_QUANT_BLOCKS_H
@@ -19,8 +19,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blocks are read in pl
 
 /* ---- Blocks of 32 ------------------------------------------------------------------------------------------------ */
 
-/* In the 4-bit and 5-bit formats byte j of qs holds element j in its low nibble and element j + 16
- * in its high nibble. */
+/* In the 4-bit and 5-bit formats byte j of qs holds element j in its low nibble and element j + 16 in its
+ * high nibble. */
 
 /*  byte  0   2                18
  *        | d | qs: 16 bytes   |        x = d * (q - 8),  q = 0 .. 15 */
@@ -76,8 +76,8 @@ struct FB_BLOCK fb_block_iq4_nl {
 };
 _Static_assert(sizeof(struct fb_block_iq4_nl) == 18, "iq4_nl: 18 bytes for 32 elements");
 
-/* The levels of iq4_nl: dense around zero, where weights are. Source: kvalues_iq4nl of ggml-common.h; the table is part
- * of the format. */
+/* The levels of iq4_nl: dense around zero, where weights are. Source: kvalues_iq4nl of ggml-common.h; the
+ * table is part of the format. */
 static const int8_t fb_iq4_nl_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 /* ---- Blocks of 256 ----------------------------------------------------------------------------------------------- */
@@ -139,8 +139,8 @@ _Static_assert(sizeof(struct fb_block_q6_k) == 210, "q6_k: 210 bytes for 256 ele
  *  16 sub-blocks of 16 elements, each with a scale (low nibble) and a min (high nibble):
  *     x = d * scale * q - dmin * min,  q = 0 .. 3
  *
- *  Each half of 128 elements owns 32 bytes of qs: bits 2 r, 2 r + 1 of byte j are element j of its run r = 0 .. 3 of 32
- *  elements. */
+ *  Each half of 128 elements owns 32 bytes of qs: bits 2 r, 2 r + 1 of byte j are element j of its run
+ *  r = 0 .. 3 of 32 elements. */
 struct FB_BLOCK fb_block_q2_k {
     uint8_t scales[16];
     uint8_t qs[64];
@@ -154,12 +154,13 @@ _Static_assert(sizeof(struct fb_block_q2_k) == 84, "q2_k: 84 bytes for 256 eleme
  *
  *  16 sub-blocks of 16 elements:  x = d * (scale - 32) * (q - 4),  scale = 0 .. 63,  q = 0 .. 7.
  *
- *  The lower two bits of q lie in qs as in q2_k; its third bit, for element j of run r of half h, is bit 4 h + r of
- *  hmask[j].
+ *  The lower two bits of q lie in qs as in q2_k; its third bit, for element j of run r of half h, is bit
+ *  4 h + r of hmask[j].
  *
  *  The sixteen 6-bit scales, bit 7 on the left:
- *     bytes 0 .. 7    [ scale i+8, lower 4 | scale i, lower 4 ]                                          i = 0 .. 7
- *     bytes 8 .. 11   [ scale i+12, upper 2 | scale i+8, upper 2 | scale i+4, upper 2 | scale i, upper 2 ]  i = 0 .. 3 */
+ *     bytes 0 .. 7    [ scale i+8, lower 4 | scale i, lower 4 ]                               i = 0 .. 7
+ *     bytes 8 .. 11   [ scale i+12, upper 2 | scale i+8, upper 2 | scale i+4, upper 2 |
+ *                       scale i, upper 2 ]                                                i = 0 .. 3 */
 struct FB_BLOCK fb_block_q3_k {
     uint8_t hmask[32];
     uint8_t qs[64];

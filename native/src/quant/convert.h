@@ -1,13 +1,12 @@
 /*
- * convert.h - f32 from and to the two 16-bit floats, one number at a time, in plain C that runs on
- * every CPU.
+ * convert.h - f32 from and to the two 16-bit floats, one number at a time, in plain C that runs on every CPU.
  *
  *     f16   s eeeee mmmmmmmmmm       IEEE 754 binary16, exponent bias 15
  *     bf16  s eeeeeeee mmmmmmm       the upper half of an f32
  *
- * Narrowing rounds to nearest, ties to even; NaN stays NaN and becomes quiet, as the F16C
- * instructions do it, so that scalar and vector code agree bit by bit. No function relies on
- * subnormal f32 arithmetic: flush-to-zero modes change nothing.
+ * Narrowing rounds to nearest, ties to even; NaN stays NaN and becomes quiet, as with the F16C instructions,
+ * so scalar and vector code agree bit by bit. No function relies on subnormal f32 arithmetic: flush-to-zero
+ * modes change nothing.
  */
 #ifndef FABULA_QUANT_CONVERT_H
 #define FABULA_QUANT_CONVERT_H
@@ -31,12 +30,12 @@ static inline float fb_f16_to_f32(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
     const uint32_t mantissa = half & 0x3FFu;
     const uint32_t magnitude = half & 0x7FFFu;
-    /* Masks instead of branches, so that loops over halves become vector code. */
+    /* Masks instead of branches, so that loops over halves vectorize. */
     const uint32_t is_subnormal = -(uint32_t)(magnitude < 0x0400u);
     const uint32_t is_special = -(uint32_t)(magnitude >= 0x7C00u);
     const uint32_t is_nan = -(uint32_t)(magnitude > 0x7C00u);
-    /* Exponent 0: mantissa * 2^-24, exact. Else the exponent is rebiased from 15 to 127; infinity
-     * and NaN get the same shift once more, from 31 + 112 to 255. */
+    /* Exponent 0: mantissa * 2^-24, exact. Other exponents are rebiased from 15 to 127; infinity and NaN get
+     * the same shift again, from 31 + 112 to 255. */
     const uint32_t subnormal = fb_f32_bits((float)(int32_t)mantissa * 0x1p-24f);
     const uint32_t normal = (magnitude << 13) + (112u << 23);
     const uint32_t again = is_special & (112u << 23);
@@ -55,12 +54,11 @@ static inline uint16_t fb_f32_to_f16(float value) {
     if (magnitude >= 0x47800000u) { /* 65536 and above, infinity */
         return (uint16_t)(sign | 0x7C00u);
     }
-    if (magnitude >= 0x38800000u) { /* 2^-14 and above: normal; 65520 carries into infinity */
+    if (magnitude >= 0x38800000u) { /* 2^-14 and above: normal; from 65520 on it carries into infinity */
         const uint32_t rebased = magnitude - (112u << 23);
         return (uint16_t)(sign | ((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13));
     }
-    /* Between 0.5 and 1 an f32 counts in steps of 2^-24, as subnormal halves do: the addition
-     * rounds. */
+    /* An f32 in [0.5, 1) has steps of 2^-24, like subnormal halves, so the addition rounds. */
     const uint32_t steps = fb_f32_bits(fb_f32_from_bits(magnitude) + 0.5f) - 0x3F000000u;
     return (uint16_t)(sign | steps);
 }
@@ -71,7 +69,7 @@ static inline float fb_bf16_to_f32(uint16_t half) {
 
 static inline uint16_t fb_f32_to_bf16(float value) {
     const uint32_t bits = fb_f32_bits(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) { /* NaN: its payload may lie in the half that is cut off */
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) { /* NaN: its payload may lie in the truncated half */
         return (uint16_t)((bits >> 16) | 0x0040u);
     }
     return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);

@@ -1,10 +1,10 @@
 /*
  * dequantize.c - one plain loop per number format, from raw bytes to f32.
  *
- * The products and sums are rounded in the order of ggml's reference decoder (scale of a sub-block
- * first, then times q, then plus or minus the minimum), so results equal it bit by bit. The build
- * forbids contraction to fma, which keeps that true. Loops have fixed counts and no branches: the
- * compiler turns them into vector code of the baseline instruction set.
+ * Products and sums are rounded in the order of ggml's reference decoder (scale of a sub-block first, then
+ * times q, then plus or minus the minimum), so results equal it bit by bit. The build forbids contraction to
+ * fma, which keeps that true. Loops have fixed counts and no branches, so the compiler vectorizes them for
+ * the baseline instruction set.
  */
 #include "quant/dequantize.h"
 
@@ -247,7 +247,8 @@ static void dequantize_q3_k(const struct fb_block_q3_k *block, size_t n_blocks, 
     }
 }
 
-/* ---- Entrances --------------------------------------------------------------------------------------------------- */
+/* ---- Entry points
+ * ------------------------------------------------------------------------------------------------ */
 
 void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, float *dst) {
     switch (dtype) {
@@ -303,7 +304,7 @@ enum fb_status fb_dequantize(enum fb_dtype dtype, const void *src, size_t src_by
     FB_REQUIRE(n_elements % block_size == 0, "n_elements is %zu, must be a multiple of the block size %zu", n_elements,
         block_size);
     const size_t n_blocks = n_elements / block_size;
-    /* By division: the product of a hostile count could wrap. */
+    /* Division cannot overflow, as the product of an untrusted count could. */
     FB_REQUIRE(src_bytes % block_bytes == 0 && src_bytes / block_bytes == n_blocks,
         "src_bytes is %zu, must be %zu blocks of %zu bytes for %zu elements", src_bytes, n_blocks, block_bytes,
         n_elements);

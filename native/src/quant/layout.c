@@ -1,4 +1,4 @@
-/* layout.c - packing blocks into panels and opening them again. See layout.h. */
+/* layout.c - packs blocks into panels and unpacks them. See layout.h. */
 #include "quant/layout.h"
 
 #include "quant/blocks.h"
@@ -6,14 +6,15 @@
 
 #include <string.h>
 
-/* What the packing of one row's next 32 columns needs, whatever the format. */
+/* The next 32 columns of one row, in the same form for every format. */
 struct row_block {
     uint8_t codes[32];
-    uint16_t d, m;         /* f16: scale and offset of the block, or of 256 columns */
-    uint8_t s[2], mins[2]; /* sub-scales of K-quants */
+    uint16_t d, m;         /* f16: scale and offset of the block or of its 256 columns */
+    uint8_t s[2], mins[2]; /* sub-block scales and mins of K-quants */
 };
 
-/* ---- From the file's blocks -------------------------------------------------------------------------------------- */
+/* ---- Reading the file's blocks
+ * ----------------------------------------------------------------------------------- */
 
 static inline void nibbles(const uint8_t *qs, uint8_t *codes) {
     for (int j = 0; j < 16; j++) {
@@ -27,7 +28,7 @@ static inline void fifth_bits(uint32_t qh, uint8_t *codes) {
         codes[j] = (uint8_t)(codes[j] | ((qh >> j) & 1) << 4);
 }
 
-/* 6-bit scale and min of sub-block s of q4_k and q5_k; drawn in blocks.h. */
+/* 6-bit scale and min of sub-block s of q4_k and q5_k; the packing is drawn in blocks.h. */
 static inline void k_scale(const uint8_t *scales, size_t s, struct row_block *out) {
     if (s < 4) {
         out->s[0] = scales[s] & 63;
@@ -38,10 +39,10 @@ static inline void k_scale(const uint8_t *scales, size_t s, struct row_block *ou
     }
 }
 
-/* Block `b` (32 columns) of a row at `row`. */
+/* Reads block `b` (32 columns) of the row at `row`. */
 static inline __attribute__((always_inline)) void read_block(
     enum fb_dtype dtype, const char *row, size_t b, struct row_block *out) {
-    const size_t super = b / 8, sub = b % 8; /* for blocks of 256 */
+    const size_t super = b / 8, sub = b % 8; /* for formats with blocks of 256 */
     switch (dtype) {
     case FB_Q8_0: {
         const struct fb_block_q8_0 *block = (const struct fb_block_q8_0 *)row + b;
@@ -149,39 +150,39 @@ static inline __attribute__((always_inline)) void read_block(
 
 /* ---- Codes ------------------------------------------------------------------------------------------------------- */
 
-/* 8 lines of bytes into `bits` lines. */
-static inline void store_codes(uint8_t bits, const uint8_t *open, uint8_t *lines) {
+/* Packs 8 lines of byte codes into `bits` lines. */
+static inline void store_codes(uint8_t bits, const uint8_t *unpacked, uint8_t *lines) {
     if (bits == 8) {
-        memcpy(lines, open, FB_OPEN_LINES * FB_LINE);
+        memcpy(lines, unpacked, FB_UNPACKED_LINES * FB_LINE);
         return;
     }
     const bool by_nibble = bits >= 4;
-    const size_t n_low = by_nibble ? 4 : 2; /* lines of lower bits */
+    const size_t n_low = by_nibble ? 4 : 2; /* lines that hold the lower bits */
     for (size_t l = 0; l < n_low; l++)
         for (size_t i = 0; i < FB_LINE; i++)
-            lines[l * FB_LINE + i] = by_nibble ? (uint8_t)((open[l * FB_LINE + i] & 0xF) |
-                                                           (open[(l + 4) * FB_LINE + i] & 0xF) << 4)
-                                               : (uint8_t)((open[4 * l * FB_LINE + i] & 3) |
-                                                           (open[(4 * l + 1) * FB_LINE + i] & 3) << 2 |
-                                                           (open[(4 * l + 2) * FB_LINE + i] & 3) << 4 |
-                                                           (open[(4 * l + 3) * FB_LINE + i] & 3) << 6);
+            lines[l * FB_LINE + i] = by_nibble ? (uint8_t)((unpacked[l * FB_LINE + i] & 0xF) |
+                                                           (unpacked[(l + 4) * FB_LINE + i] & 0xF) << 4)
+                                               : (uint8_t)((unpacked[4 * l * FB_LINE + i] & 3) |
+                                                           (unpacked[(4 * l + 1) * FB_LINE + i] & 3) << 2 |
+                                                           (unpacked[(4 * l + 2) * FB_LINE + i] & 3) << 4 |
+                                                           (unpacked[(4 * l + 3) * FB_LINE + i] & 3) << 6);
     uint8_t *high = lines + n_low * FB_LINE;
     if (bits == 6) {
         for (size_t r = 0; r < 2; r++)
             for (size_t i = 0; i < FB_LINE; i++) {
-                const uint8_t *from = open + 4 * r * FB_LINE + i;
+                const uint8_t *from = unpacked + 4 * r * FB_LINE + i;
                 high[r * FB_LINE + i] = (uint8_t)(from[0] >> 4 | (from[FB_LINE] >> 4) << 2 |
                                                   (from[2 * FB_LINE] >> 4) << 4 | (from[3 * FB_LINE] >> 4) << 6);
             }
     } else if (bits % 2 == 1) {
         memset(high, 0, FB_LINE);
-        for (size_t q = 0; q < FB_OPEN_LINES; q++)
+        for (size_t q = 0; q < FB_UNPACKED_LINES; q++)
             for (size_t i = 0; i < FB_LINE; i++)
-                high[i] = (uint8_t)(high[i] | ((open[q * FB_LINE + i] >> (bits - 1)) & 1) << q);
+                high[i] = (uint8_t)(high[i] | ((unpacked[q * FB_LINE + i] >> (bits - 1)) & 1) << q);
     }
 }
 
-/* Byte `i` of opened line q; for iq4_nl the place in its table. */
+/* Code at byte `i` of unpacked line q; for iq4_nl the index into its table. */
 static inline uint8_t code_at(uint8_t bits, const uint8_t *lines, size_t q, size_t i) {
     const uint8_t *high = lines + (bits >= 4 ? 4 : 2) * FB_LINE;
     int code;
@@ -196,15 +197,15 @@ static inline uint8_t code_at(uint8_t bits, const uint8_t *lines, size_t q, size
     return (uint8_t)code;
 }
 
-static void open_codes(uint8_t bits, const uint8_t *lines, uint8_t *open) {
-    for (size_t q = 0; q < FB_OPEN_LINES; q++)
+static void unpack_codes(uint8_t bits, const uint8_t *lines, uint8_t *unpacked) {
+    for (size_t q = 0; q < FB_UNPACKED_LINES; q++)
         for (size_t i = 0; i < FB_LINE; i++)
-            open[q * FB_LINE + i] = code_at(bits, lines, q, i);
+            unpacked[q * FB_LINE + i] = code_at(bits, lines, q, i);
 }
 
 /* ---- Blocks ------------------------------------------------------------------------------------------------------ */
 
-/* Scale and offset of row j, group g. `scales` are those of its block, `supers` those of its 256 columns. */
+/* Scale and offset of row j, group g. `scales` belong to the block, `supers` to its 256 columns. */
 static void scale_at(
     enum fb_dtype dtype, const char *scales, const char *supers, int j, int g, float *scale, float *offset) {
     const uint16_t *halfs = (const uint16_t *)scales, *wide = (const uint16_t *)supers;
@@ -231,10 +232,10 @@ static void scale_at(
     }
 }
 
-void fb_open_block(enum fb_dtype dtype, const char *panel, size_t block, struct fb_open_block *out) {
+void fb_unpack_block(enum fb_dtype dtype, const char *panel, size_t block, struct fb_unpacked_block *out) {
     const struct fb_layout layout = fb_layout_of(dtype);
     const char *lines = panel + fb_block_at(dtype, block);
-    open_codes(layout.bits, (const uint8_t *)lines, out->codes);
+    unpack_codes(layout.bits, (const uint8_t *)lines, out->codes);
     if (dtype == FB_IQ4_NL)
         for (size_t i = 0; i < sizeof out->codes; i++)
             out->codes[i] = (uint8_t)(fb_iq4_nl_values[out->codes[i]] + 128);
@@ -244,7 +245,7 @@ void fb_open_block(enum fb_dtype dtype, const char *panel, size_t block, struct 
             scale_at(dtype, scales, supers, j, g, &out->scale[g][j], &out->offset[g][j]);
 }
 
-void fb_open_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j, float *dst) {
+void fb_unpack_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j, float *dst) {
     const struct fb_layout layout = fb_layout_of(dtype);
     const int zero = layout.zero_shift ? 1 << layout.zero_shift : 0, n_groups = (int)fb_groups(dtype);
     for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++, dst += FB_BLOCK_COLUMNS) {
@@ -253,18 +254,18 @@ void fb_open_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j
         float scale[2], offset[2];
         for (int g = 0; g < n_groups; g++)
             scale_at(dtype, scales, supers, (int)j, g, &scale[g], &offset[g]);
-        for (size_t q = 0; q < FB_OPEN_LINES; q++)
+        for (size_t q = 0; q < FB_UNPACKED_LINES; q++)
             for (size_t i = 0; i < 4; i++) {
                 const int g = n_groups == 2 ? (int)(q / 4) : 0;
                 int code = code_at(layout.bits, lines, q, 4 * j + i);
                 if (dtype == FB_IQ4_NL) code = fb_iq4_nl_values[code] + 128;
-                const float product = scale[g] * (float)(code - zero); /* may be -0, which adding 0 would lose */
+                const float product = scale[g] * (float)(code - zero); /* may be -0, and -0 + 0 is +0 */
                 dst[4 * q + i] = fb_has_offset(dtype) ? product + offset[g] : product;
             }
     }
 }
 
-/* Writes row j's part of the scales of a block, and of the 256 columns it lies in. */
+/* Writes row j's scales of a block and of its 256 columns. */
 static inline void store_scales(
     enum fb_dtype dtype, const struct row_block *row, size_t j, char *scales, char *supers) {
     uint16_t *halfs = (uint16_t *)scales, *wide = (uint16_t *)supers;
@@ -298,7 +299,7 @@ static bool is_finite_f16(uint16_t half) {
     return (half & 0x7C00u) != 0x7C00u;
 }
 
-/* A format known to the compiler makes the loops of its reading straight. */
+/* `dtype` is a constant in each inlined copy, so the loops have no branches on it. */
 static inline __attribute__((always_inline)) int64_t pack_panel(
     const enum fb_dtype dtype, const char *const rows[16], size_t first_block, size_t n_blocks, char *panel) {
     const struct fb_layout layout = fb_layout_of(dtype);
@@ -310,18 +311,18 @@ static inline __attribute__((always_inline)) int64_t pack_panel(
         const size_t block = first_block + b;
         uint8_t *lines = (uint8_t *)panel + fb_block_at(dtype, block);
         char *scales = (char *)lines + FB_LINE * layout.bits, *supers = panel + fb_supers_at(dtype, block);
-        uint8_t open[FB_OPEN_LINES * FB_LINE];
-        if (!is_whole) open_codes(layout.bits, lines, open);
+        uint8_t unpacked[FB_UNPACKED_LINES * FB_LINE];
+        if (!is_whole) unpack_codes(layout.bits, lines, unpacked);
         for (size_t j = 0; j < 16; j++) {
             if (!rows[j]) continue;
             struct row_block row = {.m = 0};
             read_block(dtype, rows[j], b, &row);
-            for (size_t q = 0; q < FB_OPEN_LINES; q++)
-                memcpy(open + q * FB_LINE + 4 * j, row.codes + 4 * q, 4);
+            for (size_t q = 0; q < FB_UNPACKED_LINES; q++)
+                memcpy(unpacked + q * FB_LINE + 4 * j, row.codes + 4 * q, 4);
             store_scales(dtype, &row, j, scales, supers);
             if (!is_finite_f16(row.d) || !is_finite_f16(row.m)) damaged += FB_BLOCK_COLUMNS;
         }
-        store_codes(layout.bits, open, lines);
+        store_codes(layout.bits, unpacked, lines);
     }
     return damaged;
 }

@@ -1,4 +1,4 @@
-/* quantize.c - the checked, threaded entrance to the quantisers of every format. See quantize.h. */
+/* quantize.c - the checked, threaded entry point to the quantizers of every format. See quantize.h. */
 #include "quant/quantize.h"
 
 #include <limits.h>
@@ -12,12 +12,12 @@
 
 enum {
     MAX_DIMENSION = 1 << 30,
-    PIECE = 4096 /* elements a thread takes at a time: whole blocks of every format, 20 us to 1 ms of work */
+    PIECE = 4096 /* elements per work item: whole blocks of every format, 20 us to 1 ms of work */
 };
 
-typedef size_t (*quantiser)(const float *src, size_t n_blocks, void *dst);
+typedef size_t (*quantizer)(const float *src, size_t n_blocks, void *dst);
 
-/* The plain formats count as blocks of one. */
+/* The plain formats have blocks of one element. */
 static size_t copy_f32(const float *src, size_t n, void *dst) {
     memcpy(dst, src, n * sizeof(float));
     return n;
@@ -42,7 +42,7 @@ static size_t narrow_bf16(const float *src, size_t n, void *dst) {
 }
 
 static const struct {
-    quantiser quantise;
+    quantizer quantize;
     const char *name;
 } formats[] = {
     [FB_F32] = {copy_f32, "F32"},
@@ -62,27 +62,27 @@ static const struct {
 };
 
 size_t fb_quantize_blocks(enum fb_dtype dtype, const float *src, size_t n_blocks, void *dst) {
-    return formats[dtype].quantise(src, n_blocks, dst);
+    return formats[dtype].quantize(src, n_blocks, dst);
 }
 
-struct quantising {
+struct quantizing {
     const float *src;
     char *dst;
     size_t n_elements, block_size, block_bytes;
-    quantiser quantise;
-    atomic_llong refused; /* index of the first element that cannot be taken; LLONG_MAX for none */
+    quantizer quantize;
+    atomic_llong refused; /* index of the first element that cannot be quantized; LLONG_MAX for none */
 };
 
-/* Of all threads' findings the smallest stays, so the message does not depend on who came first. */
-static void refuse(struct quantising *job, size_t index) {
+/* Keeps the smallest index of all threads, so the error message does not depend on their order. */
+static void refuse(struct quantizing *job, size_t index) {
     long long found = (long long)index, before = atomic_load(&job->refused);
     while (found < before && !atomic_compare_exchange_weak(&job->refused, &before, found))
         ;
 }
 
-static void quantise_piece(void *context, int64_t index, int thread) {
+static void quantize_piece(void *context, int64_t index, int thread) {
     (void)thread;
-    struct quantising *job = context;
+    struct quantizing *job = context;
     const size_t first = (size_t)index * PIECE;
     const size_t left = job->n_elements - first, length = left < PIECE ? left : PIECE;
     const float *src = job->src + first;
@@ -93,7 +93,7 @@ static void quantise_piece(void *context, int64_t index, int thread) {
         }
     }
     const size_t n_blocks = length / job->block_size;
-    const size_t n_done = job->quantise(src, n_blocks, job->dst + first / job->block_size * job->block_bytes);
+    const size_t n_done = job->quantize(src, n_blocks, job->dst + first / job->block_size * job->block_bytes);
     if (n_done < n_blocks) refuse(job, first + n_done * job->block_size);
 }
 
@@ -111,14 +111,14 @@ enum fb_status fb_quantize(enum fb_dtype dtype, const float *src, int32_t n_rows
     size_t wanted;
     FB_REQUIRE(fb_size_multiply(n_elements / (size_t)block_size, block_bytes, &wanted) && wanted == dst_bytes,
         "dst_bytes is %zu, must be %d rows of %zu", dst_bytes, n_rows, (size_t)(n_cols / block_size) * block_bytes);
-    struct quantising job = {.src = src,
+    struct quantizing job = {.src = src,
         .dst = dst,
         .n_elements = n_elements,
         .block_size = (size_t)block_size,
         .block_bytes = block_bytes,
-        .quantise = formats[dtype].quantise,
+        .quantize = formats[dtype].quantize,
         .refused = LLONG_MAX};
-    fb_team_run(quantise_piece, &job, (int64_t)((n_elements + PIECE - 1) / PIECE), n_threads);
+    fb_team_run(quantize_piece, &job, (int64_t)((n_elements + PIECE - 1) / PIECE), n_threads);
     const long long refused = atomic_load(&job.refused);
     if (refused == LLONG_MAX) return FB_OK;
     const int row = (int)(refused / n_cols), column = (int)(refused % n_cols);

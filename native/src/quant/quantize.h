@@ -1,10 +1,11 @@
 /*
- * quantize.h - f32 into blocks, for callers inside the library that have checked their sizes. The checked entrance is
- * fb_quantize in fabula.h.
+ * quantize.h - quantization for callers inside the library that have checked their sizes. The checked entry
+ * point is fb_quantize in fabula.h.
  *
- * The quantisers of a format turn `n_blocks` blocks at `src` into `dst`, both whole, and return how many blocks from
- * the start came out finite: n_blocks, or the index of the first whose numbers are too large for the format's f16
- * scale. Source numbers are finite. Blocks do not depend on each other, so any split over threads gives the same bits.
+ * The quantizer of a format converts `n_blocks` whole blocks from `src` to `dst` and returns how many blocks
+ * from the start are finite: n_blocks, or the index of the first whose numbers are too large for the format's
+ * f16 scale. Source numbers are finite. Blocks are independent, so any split over threads gives the same
+ * bits.
  */
 #ifndef FABULA_QUANT_QUANTIZE_H
 #define FABULA_QUANT_QUANTIZE_H
@@ -29,10 +30,10 @@ size_t fb_quantize_q4_k(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q5_k(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q6_k(const float *src, size_t n_blocks, void *dst);
 
-/* By format; the plain ones count as blocks of one. */
+/* Dispatches on the format; the plain ones have blocks of one element. */
 size_t fb_quantize_blocks(enum fb_dtype dtype, const float *src, size_t n_blocks, void *dst);
 
-/* Whether a number rounds to a finite half. */
+/* Whether a number rounds to a finite f16. */
 static inline bool fb_fits_f16(float value) {
     return (fb_f32_to_f16(value) & 0x7C00u) != 0x7C00u;
 }

@@ -1,10 +1,11 @@
 /*
- * quantize_32.c - the formats in blocks of 32 whose scale is simply read off the block's extremes: q8_0, q4_0, q4_1,
- * q5_0, q5_1.
+ * quantize_32.c - the formats with blocks of 32 whose scale follows directly from the block's extremes: q8_0,
+ * q4_0, q4_1, q5_0, q5_1.
  *
- * Each takes the scale that puts the extreme on the last level and rounds the rest. The order of products and the way
- * ties go are those of ggml's reference quantisers, so that files equal byte by byte what others write. Levels are
- * computed with the scale before it is rounded to f16, also as they do. Source: quantize_row_q*_ref of ggml-quants.c.
+ * Each uses the scale that maps the extreme to the last level and rounds the rest. The order of products and
+ * the rounding of ties are those of ggml's reference quantizers, so files are equal byte by byte. Like there,
+ * levels are computed with the scale before it is rounded to f16. Source: quantize_row_q*_ref of
+ * ggml-quants.c.
  */
 #include "quant/quantize.h"
 
@@ -12,7 +13,7 @@
 
 #include "quant/blocks.h"
 
-/* The number of the largest magnitude, with its sign; the first of several. */
+/* The element of the largest magnitude, with its sign; the first if there are several. */
 static float extreme(const float *x) {
     float best = x[0];
     for (int j = 1; j < 32; j++)
@@ -28,12 +29,12 @@ static void range(const float *x, float *min, float *max) {
     }
 }
 
-/* 1 / d; 0 for the d of a block of zeros, and for one so small that its inverse is infinite (it is 0 as a half). */
+/* 1 / d; 0 for a block of zeros and for a d so small that its inverse is infinite (it is 0 in f16). */
 static float inverse(float d) {
     return fabsf(d) < 0x1p-126f ? 0.0f : 1.0f / d;
 }
 
-/* The level of a number of at least -0.5 + 0.5: halves go up, beyond `most` it is cut. */
+/* The level of a number >= 0 that has 0.5 added: halves round up, and levels end at `most`. */
 static uint8_t level(float value, int most) {
     const int q = (int)value;
     return (uint8_t)(q > most ? most : q);
@@ -83,7 +84,7 @@ size_t fb_quantize_q4_1(const float *src, size_t n_blocks, void *dst) {
     return n_blocks;
 }
 
-/* Stores levels of 5 bits: the lower four in nibbles, the fifth in qh. */
+/* Stores 5-bit levels: the lower four bits in nibbles, the fifth in qh. */
 static uint32_t store_5_bits(const uint8_t *q, uint8_t *qs) {
     uint32_t qh = 0;
     for (int j = 0; j < 16; j++)

@@ -1,14 +1,15 @@
 /*
- * quantize_fit.h - which scale (and offset) lets n small whole numbers stand for n real ones best.
+ * quantize_fit.h - finds the scale (and offset) with which n small integers approximate n real numbers best.
  *
- * Wanted are d and levels l, lo <= l <= hi, that minimise  E = sum w (x - d l)^2,  or with an offset m
- * sum w (x - d l - m)^2. Given d, the best levels are the nearest ones; given the levels, the best d is that of weighted
- * least squares,  d = sum w x l / sum w l^2.  Neither alone finds the optimum, and E has many valleys, so a fit tries a
- * row of scales around the one that puts the extreme on the last level, lets each levels choose their best d, and from
- * the best of all goes on in turns until E no longer falls.
+ * Wanted are d and levels l, lo <= l <= hi, that minimize  E = sum w (x - d l)^2,  or with an offset m  sum w
+ * (x - d l - m)^2. Given d, the best levels are the nearest ones; given the levels, the best d is that of
+ * weighted least squares,  d = sum w x l / sum w l^2.  Neither alone finds the optimum, and E has many local
+ * minima. So a fit tries several scales around the one that maps the extreme to the last level, computes the
+ * best d for each one's levels, and starting from the best of all alternates both steps until E no longer
+ * falls.
  *
- * All functions are inlined with a constant n (16 or 32), and their loops become vector code without branches. Sums run
- * in four lanes on every machine, so every compiler gives the same bits.
+ * All functions are inlined with a constant n (16 or 32), and their loops vectorize without branches. Sums
+ * run in four lanes on every machine, so every compiler gives the same bits.
  */
 #ifndef FABULA_QUANT_QUANTIZE_FIT_H
 #define FABULA_QUANT_QUANTIZE_FIT_H
@@ -19,7 +20,7 @@
 
 enum { FB_FIT_MAX = 32 };
 
-/* Four floats anywhere in memory. Sums run in such lanes, element j in lane j % 4. */
+/* Four floats at any address. Sums run in such lanes, element j in lane j % 4. */
 typedef float fb_four __attribute__((vector_size(16), aligned(4), may_alias));
 
 FB_INLINE fb_four fb_at(const float *x) {
@@ -30,12 +31,12 @@ FB_INLINE float fb_fold(fb_four sum) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-/* The nearest whole number, halves to even, of |value| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction. */
+/* The nearest integer, ties to even, for |value| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction. */
 FB_INLINE float fb_nearest(float value) {
     return (value + 0x1.8p23f) - 0x1.8p23f;
 }
 
-/* The level, lo .. hi, that is nearest to each (x - m) * inverse; whole numbers as float. */
+/* The levels, lo .. hi, nearest to (x - m) * inverse; integers stored as float. */
 FB_INLINE void fb_levels(int n, const float *x, float m, float inverse, float lo, float hi, float *levels) {
     for (int j = 0; j < n; j++) {
         float value = (x[j] - m) * inverse;
@@ -67,7 +68,7 @@ FB_INLINE float fb_dot3(int n, const float *a, const float *b, const float *c) {
     return fb_fold(sum);
 }
 
-/* E of the levels under scale d and offset m. */
+/* E of the levels with scale d and offset m. */
 FB_INLINE float fb_fit_error(int n, const float *x, const float *w, const float *levels, float d, float m) {
     fb_four sum = {0};
     for (int j = 0; j < n; j += 4) {
@@ -79,8 +80,9 @@ FB_INLINE float fb_fit_error(int n, const float *x, const float *w, const float 
 
 /* ---- Without an offset ------------------------------------------------------------------------------------------- */
 
-/* Takes the scale with which levels nearest under `inverse` fit best, if it beats *gain = (sum w x l)^2 / sum w l^2,
- * which is how far E falls below that of d = 0. */
+/* Computes the levels nearest under `inverse` and the scale that fits them best. Accepts the scale, and
+ * returns 1, if its gain (sum w x l)^2 / sum w l^2, which is how far E falls below that of d = 0, exceeds
+ * *gain. */
 FB_INLINE int fb_try_scale(
     int n, const float *x, const float *w, float inverse, float lo, float hi, float *gain, float *scale) {
     float levels[FB_FIT_MAX];
@@ -92,8 +94,8 @@ FB_INLINE int fb_try_scale(
     return 1;
 }
 
-/* The best d for levels lo .. hi, lo < 0 < hi; 0 if x or w are all zero. Candidates put the extreme at lo - t and at
- * hi + t for t = first, first + step, ... n_steps times. */
+/* Returns the best d for levels lo .. hi, lo < 0 < hi; 0 if x or w are all zero. Candidates map the extreme
+ * to lo - t and to hi + t for the n_steps values t = first, first + step, ... */
 FB_INLINE float fb_fit_scale(
     int n, const float *x, const float *w, float lo, float hi, float first, float step, int n_steps) {
     float extreme = x[0];
@@ -113,7 +115,7 @@ FB_INLINE float fb_fit_scale(
 
 /* ---- With an offset ---------------------------------------------------------------------------------------------- */
 
-/* As fb_try_scale, for x ~ d l + m with m <= 0 and l = 0 .. hi; takes d and m if E falls below *error. */
+/* As fb_try_scale, for x ~ d l + m with m <= 0 and l = 0 .. hi; accepts d and m if E falls below *error. */
 FB_INLINE int fb_try_affine(int n, const float *x, const float *w, float inverse, float from, float hi, float sum_w,
     float sum_x, float *error, float *scale, float *offset) {
     float levels[FB_FIT_MAX];
@@ -122,9 +124,10 @@ FB_INLINE int fb_try_affine(int n, const float *x, const float *w, float inverse
     const float determinant = sum_w * ll - l * l;
     if (!(ll > 0.0f)) return 0;
     float d = xl / ll, m = 0.0f;
-    if (determinant > 0.0f) { /* else all levels are equal */
+    if (determinant > 0.0f) { /* otherwise all levels are equal */
         const float free = (ll * sum_x - l * xl) / determinant;
-        if (free < 0.0f) { /* above zero, zero is the nearest allowed: the format subtracts its minimum */
+        if (free < 0.0f) { /* m must be <= 0, because the format subtracts its minimum; otherwise the best is
+                              m = 0 */
             m = free;
             d = (sum_w * xl - sum_x * l) / determinant;
         }
@@ -137,7 +140,8 @@ FB_INLINE int fb_try_affine(int n, const float *x, const float *w, float inverse
     return 1;
 }
 
-/* The best d >= 0 and m <= 0. Candidates spread the range of x over hi + t levels, t as in fb_fit_scale. */
+/* Returns the best d >= 0, and m <= 0 in *offset. Candidates spread the range of x over hi + t levels, t as
+ * in fb_fit_scale. */
 FB_INLINE float fb_fit_affine(
     int n, const float *x, const float *w, float hi, float first, float step, int n_steps, float *offset) {
     float min = 0.0f, max = x[0];

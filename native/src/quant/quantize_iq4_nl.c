@@ -1,8 +1,8 @@
 /*
- * quantize_iq4_nl.c - blocks of 32 whose sixteen levels are not evenly spaced.
+ * quantize_iq4_nl.c - iq4_nl: blocks of 32 with sixteen unevenly spaced levels.
  *
- * The search is that of quantize_fit.h: candidate scales, each with the nearest levels and the scale of weighted least
- * squares for them. Weights are w = x^2 + mean x^2: see quantize_k_fit.c.
+ * The search is that of quantize_fit.h: candidate scales, the nearest levels for each, and the scale of
+ * weighted least squares for those. Weights are w = x^2 + mean x^2: see quantize_k_fit.c.
  */
 #include "quant/quantize.h"
 
@@ -14,7 +14,7 @@
 
 enum { N_STEPS = 25 };
 
-/* Index of the level nearest to each x * inverse, and its value. Half-way between two the lower is taken. */
+/* Index and value of the level nearest to each x * inverse. Halfway between two, the lower wins. */
 FB_INLINE void nearest_levels(const float *x, float inverse, float *index, float *levels) {
     for (int j = 0; j < 32; j++) {
         const float value = x[j] * inverse;
@@ -46,7 +46,8 @@ size_t fb_quantize_iq4_nl(const float *src, size_t n_blocks, void *dst) {
         for (int j = 0; j < 32; j++)
             extreme = fabsf(src[j]) > fabsf(extreme) ? src[j] : extreme;
         if (fabsf(extreme) > 0x1p30f) return i;
-        /* Over 2^exponent, so that no square over- or underflows; what is too small for any half becomes zero. */
+        /* x is divided by 2^exponent, so that no square over- or underflows. Numbers too small for any f16
+         * become zero. */
         const int exponent = fabsf(extreme) < 0x1p-40f ? 40 : ilogbf(extreme);
         const float factor = ldexpf(1.0f, -exponent);
         float x[32], w[32], gain = 0.0f, scale = 0.0f;
@@ -66,7 +67,8 @@ size_t fb_quantize_iq4_nl(const float *src, size_t n_blocks, void *dst) {
         const float d = ldexpf(scale, exponent);
         if (!fb_fits_f16(d)) return i;
         block->d = fb_f32_to_f16(d);
-        /* No level is 0, so a scale below the smallest half, 2^-24, becomes that only where it comes nearer than 0. */
+        /* No level is 0, so a scale below the smallest f16, 2^-24, is raised to that only where that is
+         * nearer than 0. */
         if ((block->d & 0x7FFF) == 0 && fabsf(ldexpf(extreme, exponent)) > 0x1p-21f) block->d |= 1;
         const float read = ldexpf(fb_f16_to_f32(block->d), -exponent);
         float index[32], levels[32];

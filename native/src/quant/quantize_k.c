@@ -1,18 +1,18 @@
-/* quantize_k.c - packs fitted blocks of 256 into the bits that blocks.h draws. */
+/* quantize_k.c - packs fitted blocks of 256 into the bit layouts of blocks.h. */
 #include <string.h>
 
 #include "quant/blocks.h"
 #include "quant/quantize.h"
 #include "quant/quantize_k.h"
 
-/* Two bits of each of 256 levels, as q2_k and q3_k hold them. */
+/* Packs the lower two bits of 256 levels (q2_k, q3_k). */
 static void pack_2_bits(const int8_t *q, uint8_t *qs) {
     for (int half = 0; half < 2; half++, q += 128, qs += 32)
         for (int j = 0; j < 32; j++)
             qs[j] = (uint8_t)((q[j] & 3) | (q[j + 32] & 3) << 2 | (q[j + 64] & 3) << 4 | (q[j + 96] & 3) << 6);
 }
 
-/* Eight scales and mins of 6 bits in 12 bytes, as q4_k and q5_k hold them. */
+/* Packs eight 6-bit scales and mins into 12 bytes (q4_k, q5_k). */
 static void pack_scales_mins(const int8_t *scale, const int8_t *min, uint8_t *scales) {
     for (int i = 0; i < 4; i++) {
         scales[i] = (uint8_t)(scale[i] | (scale[i + 4] >> 4) << 6);
@@ -21,7 +21,7 @@ static void pack_scales_mins(const int8_t *scale, const int8_t *min, uint8_t *sc
     }
 }
 
-/* Lower nibbles of sub-blocks 2 g and 2 g + 1 share 32 bytes. */
+/* Packs lower nibbles: sub-blocks 2 g and 2 g + 1 share 32 bytes. */
 static void pack_nibbles(const int8_t *q, uint8_t *qs) {
     for (int g = 0; g < 4; g++, q += 64, qs += 32)
         for (int j = 0; j < 32; j++)

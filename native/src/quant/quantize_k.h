@@ -1,6 +1,6 @@
 /*
- * quantize_k.h - a block of 256 as sub-blocks whose scales (and mins) are themselves small whole numbers: what the K
- * formats have in common before their bits are packed.
+ * quantize_k.h - a fitted block of 256: sub-blocks whose scales (and mins) are themselves small integers. The
+ * form that the K formats share before their bits are packed.
  *
  *     affine     x ~ d scale[s] q - dmin min[s]      q2_k, q4_k, q5_k
  *     symmetric  x ~ d scale[s] q                    q3_k, q6_k
@@ -12,10 +12,10 @@
 #include <stdint.h>
 
 struct fb_k_block {
-    uint16_t d, dmin; /* halves */
+    uint16_t d, dmin; /* f16 */
     int8_t scale[16];
     int8_t min[16];
-    int8_t q[256]; /* levels, from 0 for affine, around 0 for symmetric */
+    int8_t q[256]; /* levels: from 0 (affine) or around 0 (symmetric) */
 };
 
 /* Each fits one block, x [256] finite. False if the numbers are too large for f16 scales. */

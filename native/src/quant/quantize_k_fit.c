@@ -1,16 +1,18 @@
 /*
  * quantize_k_fit.c - fits a block of 256 for the K formats. See quantize_k.h and quantize_fit.h.
  *
- * In three steps: each sub-block finds its own best scale and min; the largest of each becomes what the whole block
- * counts in (d, dmin), rounded to f16; then scales, mins and levels are settled together. Rounding a scale to 4 or 6
- * bits can cost more than rounding the weights did, so every sub-block tries the neighbours of its rounded scale and
- * min, and after that d and dmin are fitted anew to the whole block by least squares, as long as the error falls.
+ * Three steps. Each sub-block finds its own best scale and min. The largest of each gives the units of the
+ * whole block (d, dmin), rounded to f16. Then scales, mins and levels are chosen together: rounding a scale
+ * to 4 or 6 bits can cost more than rounding the weights did, so every sub-block tries the neighbors of its
+ * rounded scale and min; after that d and dmin are fitted again to the whole block by least squares, as long
+ * as the error falls.
  *
- * Weights say which errors count: large numbers take part in large products. ggml weighs by x^2 in q3_k and q6_k, by |x|
- * in q2_k and by sqrt(mean x^2) + |x| in q4_k and q5_k (ggml-quants.c, without an importance matrix). Alone, x^2 and |x|
- * let small numbers go anywhere; with a share of their mean added, the plain and the |x|-weighted error come out below
- * those of ggml on normal, heavy-tailed and real rows (tests/test_quantize.py holds the plain one), and the x^2-weighted
- * one below or, for q2_k on heavy tails, level.
+ * Weights say which errors count: large numbers contribute to large products. ggml weighs by x^2 in q3_k and
+ * q6_k, by |x| in q2_k and by sqrt(mean x^2) + |x| in q4_k and q5_k (ggml-quants.c, without an importance
+ * matrix). Alone, x^2 and |x| leave small numbers unconstrained. With a share of their mean added, the plain
+ * and the |x|-weighted error are below those of ggml on normal, heavy-tailed and real rows
+ * (tests/test_quantize.py checks the plain one), and the x^2-weighted one is below or, for q2_k on heavy
+ * tails, equal.
  *
  * Everything is computed on x / 2^e with the largest magnitude in [1, 2), so no square over- or underflows.
  */
@@ -24,11 +26,11 @@
 #include "quant/quantize.h"
 #include "quant/quantize_fit.h"
 
-enum { ROUNDS = 2 /* of fitting d and dmin anew; a third lowers the error by less than 0.1 % */ };
+enum { ROUNDS = 2 /* of refitting d and dmin; a third lowers the error by less than 0.1 % */ };
 
-/* A format, as constants the fits are specialised by. */
+/* Parameters of a format, constants that the fits are specialized by. */
 struct affine_format {
-    int n_sub, n; /* sub-blocks, elements of each */
+    int n_sub, n; /* sub-blocks, elements per sub-block */
     float hi;     /* largest level */
     float most;   /* largest scale and min */
     float first, step;
@@ -47,14 +49,14 @@ struct symmetric_format {
 struct block {
     float x[256], w[256]; /* x / 2^exponent */
     int exponent;
-    float d, dmin; /* as they will be read back, over 2^exponent */
+    float d, dmin; /* as they will be dequantized, divided by 2^exponent */
     float scale[16], min[16], levels[256];
     float error;
 };
 
-/* Brings x into range; returns 0 for a block that is zero for every f16 scale, 1 for one to fit, -1 for one too
- * large. A half goes from 2^-24 to 2^16, a scale times a level to 2^12. */
-static int normalise(const float *x, struct block *block) {
+/* Brings x into range. Returns 0 for a block that is zero at every f16 scale, 1 for a block to fit, -1 for
+ * one too large. An f16 ranges from 2^-24 to 2^16, a scale times a level up to 2^12. */
+static int normalize(const float *x, struct block *block) {
     float largest = 0.0f;
     for (int j = 0; j < 256; j++)
         largest = fabsf(x[j]) > largest ? fabsf(x[j]) : largest;
@@ -67,8 +69,8 @@ static int normalise(const float *x, struct block *block) {
     return 1;
 }
 
-/* The half of d * 2^exponent; *read is what it will be read back as, over 2^exponent. A scale below the smallest half
- * becomes that: its sub-blocks have room for larger scales. */
+/* Rounds d * 2^exponent to f16; *read is the value that will be dequantized, divided by 2^exponent. A scale
+ * below the smallest f16 is raised to it, because sub-blocks can choose larger scales. */
 static uint16_t to_half(float d, int exponent, float *read) {
     uint16_t half = fb_f32_to_f16(ldexpf(d, exponent));
     if ((half & 0x7FFF) == 0 && d != 0.0f) half |= 1;
@@ -96,9 +98,9 @@ static bool store(const struct block *block, bool affine, struct fb_k_block *out
 
 /* ---- Affine ------------------------------------------------------------------------------------------------------ */
 
-/* Chooses scale, min and levels of each sub-block under block->d and dmin: the best of the nine around scale[s] and
- * min[s]. Sets block->error. */
-FB_INLINE void settle_affine(const struct affine_format *f, struct block *block) {
+/* Chooses scale, min and levels of each sub-block for block->d and dmin: the best of the nine combinations
+ * around scale[s] and min[s]. Sets block->error. */
+FB_INLINE void choose_affine(const struct affine_format *f, struct block *block) {
     block->error = 0.0f;
     for (int s = 0; s < f->n_sub; s++) {
         const float *x = block->x + s * f->n, *w = block->w + s * f->n;
@@ -122,8 +124,8 @@ FB_INLINE void settle_affine(const struct affine_format *f, struct block *block)
     }
 }
 
-/* d and dmin of least squares for the scales, mins and levels as they are:
- *     minimise  sum w (x - d a + dmin b)^2,   a = scale q,  b = min */
+/* d and dmin of least squares for the current scales, mins and levels:
+ *     minimize  sum w (x - d a + dmin b)^2,   a = scale q,  b = min */
 FB_INLINE void refit_affine(const struct affine_format *f, const struct block *block, float *d, float *dmin) {
     float aa = 0.0f, ab = 0.0f, bb = 0.0f, ax = 0.0f, bx = 0.0f;
     for (int s = 0; s < f->n_sub; s++) {
@@ -148,7 +150,7 @@ FB_INLINE void refit_affine(const struct affine_format *f, const struct block *b
 
 FB_INLINE bool fit_affine(const struct affine_format *f, const float *source, struct fb_k_block *out) {
     struct block block = {0};
-    const int kind = normalise(source, &block);
+    const int kind = normalize(source, &block);
     if (kind < 0) return false;
     if (kind == 0) return store(&block, true, out);
     float scale[16], min[16], most_scale = 0.0f, most_min = 0.0f;
@@ -169,7 +171,7 @@ FB_INLINE bool fit_affine(const struct affine_format *f, const float *source, st
         block.scale[s] = block.d > 0.0f ? fb_nearest(clamp(scale[s] / block.d, 0.0f, f->most)) : 0.0f;
         block.min[s] = block.dmin > 0.0f ? fb_nearest(clamp(min[s] / block.dmin, 0.0f, f->most)) : 0.0f;
     }
-    settle_affine(f, &block);
+    choose_affine(f, &block);
     for (int round = 0; round < ROUNDS; round++) {
         struct block next = block;
         float d, dmin;
@@ -177,7 +179,7 @@ FB_INLINE bool fit_affine(const struct affine_format *f, const float *source, st
         if (!(d > 0.0f) || !(dmin >= 0.0f)) break;
         to_half(d, block.exponent, &next.d);
         to_half(dmin, block.exponent, &next.dmin);
-        settle_affine(f, &next);
+        choose_affine(f, &next);
         if (!(next.error < block.error)) break;
         block = next;
     }
@@ -201,8 +203,8 @@ bool fb_fit_q5_k(const float *x, struct fb_k_block *out) {
 
 /* ---- Symmetric --------------------------------------------------------------------------------------------------- */
 
-/* As settle_affine, of the three scales around scale[s]. */
-FB_INLINE void settle_symmetric(const struct symmetric_format *f, struct block *block) {
+/* As choose_affine, with the three scales around scale[s]. */
+FB_INLINE void choose_symmetric(const struct symmetric_format *f, struct block *block) {
     block->error = 0.0f;
     for (int s = 0; s < f->n_sub; s++) {
         const float *x = block->x + s * f->n, *w = block->w + s * f->n;
@@ -236,7 +238,7 @@ FB_INLINE float refit_symmetric(const struct symmetric_format *f, const struct b
 
 FB_INLINE bool fit_symmetric(const struct symmetric_format *f, const float *source, struct fb_k_block *out) {
     struct block block = {0};
-    const int kind = normalise(source, &block);
+    const int kind = normalize(source, &block);
     if (kind < 0) return false;
     if (kind == 0) return store(&block, false, out);
     float scale[16], extreme = 0.0f;
@@ -251,11 +253,11 @@ FB_INLINE bool fit_symmetric(const struct symmetric_format *f, const float *sour
     to_half(extreme / f->scale_lo, block.exponent, &block.d);
     for (int s = 0; s < f->n_sub && block.d != 0.0f; s++)
         block.scale[s] = fb_nearest(clamp(scale[s] / block.d, f->scale_lo, f->scale_hi));
-    settle_symmetric(f, &block);
+    choose_symmetric(f, &block);
     for (int round = 0; round < ROUNDS; round++) {
         struct block next = block;
         to_half(refit_symmetric(f, &block), block.exponent, &next.d);
-        settle_symmetric(f, &next);
+        choose_symmetric(f, &next);
         if (!(next.error < block.error)) break;
         block = next;
     }

@@ -1,4 +1,4 @@
-/* weight.c - packing rows into panels, and reading one back. See weight.h. */
+/* weight.c - packs rows into panels and unpacks them. See weight.h. */
 #include "quant/weight.h"
 
 #include "base/float_mode.h"
@@ -16,7 +16,8 @@
 
 enum {
     MAX_DIMENSION = 1 << 30,
-    CHUNK = 256 /* columns converted at a time: 16 rows x 256 floats stay in L1, and every block format divides it */
+    CHUNK = 256 /* columns converted at a time: 16 rows x 256 floats stay in L1, and every block size divides
+                   it */
 };
 
 static bool is_plain(enum fb_dtype dtype) {
@@ -39,7 +40,7 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
     if (!fb_size_multiply(n_stored, panel_bytes, &n_bytes))
         return fb_fail(FB_OUT_OF_MEMORY, "a weight of %d x %d does not fit memory", n_rows, n_cols);
     struct fb_weight *weight = calloc(1, sizeof *weight);
-    char *panels = weight ? fb_memory_take(n_bytes) : NULL;
+    char *panels = weight ? fb_memory_allocate(n_bytes) : NULL;
     if (!panels) {
         free(weight);
         return fb_fail(FB_OUT_OF_MEMORY, "no memory for a weight of %d x %d (%zu bytes)", n_rows, n_cols, n_bytes);
@@ -64,15 +65,15 @@ struct packing {
     int32_t block_size, first_row, row_block, row_step, n_rows;
 };
 
-/* The source row that goes to row `row` of the weight, -1 for none. */
+/* The source row that becomes row `row` of the weight, -1 for none. */
 static int32_t source_row(const struct packing *job, int64_t row) {
-    const int64_t behind = row - job->first_row, period = (int64_t)job->row_block * job->row_step;
-    if (behind < 0 || behind % period >= job->row_block) return -1;
-    const int64_t source = behind / period * job->row_block + behind % period;
+    const int64_t offset = row - job->first_row, period = (int64_t)job->row_block * job->row_step;
+    if (offset < 0 || offset % period >= job->row_block) return -1;
+    const int64_t source = offset / period * job->row_block + offset % period;
     return source < job->n_rows ? (int32_t)source : -1;
 }
 
-/* Counts NaN and infinity, which alone have all exponent bits set. */
+/* Counts NaN and infinity: the numbers whose exponent bits are all set. */
 static int64_t count_non_finite(const float *x, size_t n) {
     int64_t count = 0;
     for (size_t i = 0; i < n; i++) {
@@ -87,10 +88,11 @@ static const char *source_at(const struct packing *job, int32_t row, int32_t col
     return job->src + (size_t)row * job->row_bytes + (size_t)(column / job->block_size) * job->block_bytes;
 }
 
-/* A column, or in bf16 two, of the panels that lie side by side. */
+/* Elements from a row's column to its next in two panels side by side; bf16: from a pair of columns to the
+ * next. */
 enum { STEP = 2 * FB_LANES, PAIR_STEP = 4 * FB_LANES };
 
-/* Where column 0 of a row of a plain format is. */
+/* Address of column 0 of a row of a plain format. */
 static void *plain_row(const struct fb_weight *weight, int32_t row) {
     const size_t panel = (size_t)row / FB_LANES, lane = (size_t)row % FB_LANES;
     const size_t line = weight->dtype == FB_BF16 ? 2 * FB_LANES : FB_LANES;
@@ -98,13 +100,14 @@ static void *plain_row(const struct fb_weight *weight, int32_t row) {
     return fb_weight_panel(weight, panel / 2 * 2) + element * fb_dtype_block_bytes(weight->dtype);
 }
 
-/* Plain formats: chunk by chunk rows become f32, then the weight's format, then columns. */
+/* Plain formats: in chunks of columns, rows are dequantized to f32, narrowed to the weight's format and
+ * transposed. */
 static int64_t pack_plain(const struct packing *job, const int32_t source[16], int32_t first_row) {
     const struct fb_weight *weight = job->weight;
     const int32_t n_cols = weight->n_cols;
     int64_t non_finite = 0;
     float wide[CHUNK];
-    uint32_t narrow[CHUNK]; /* room for any plain format */
+    uint32_t narrow[CHUNK]; /* fits any plain format */
     for (int32_t k = 0; k < n_cols; k += CHUNK) {
         const size_t length = n_cols - k < CHUNK ? (size_t)(n_cols - k) : CHUNK;
         for (int32_t j = 0; j < 16; j++) {
@@ -134,8 +137,9 @@ static int64_t pack_plain(const struct packing *job, const int32_t source[16], i
     return non_finite;
 }
 
-/* f32 into blocks of the weight's format. Numbers that no block can hold make it one of NaN, which a turn then reports. */
-static void quantise_chunk(enum fb_dtype dtype, const float *wide, size_t length, char *out) {
+/* Quantizes f32 to the weight's format. Numbers that it cannot hold become blocks of NaN, which the
+ * non-finite count then reports. */
+static void quantize_chunk(enum fb_dtype dtype, const float *wide, size_t length, char *out) {
     const size_t n_blocks = length / (size_t)fb_dtype_block_size(dtype), block_bytes = fb_dtype_block_bytes(dtype);
     if (count_non_finite(wide, length) || fb_quantize_blocks(dtype, wide, n_blocks, out) < n_blocks)
         memset(out, 0xff, n_blocks * block_bytes);
@@ -152,13 +156,13 @@ static int64_t pack_blocks(const struct packing *job, const int32_t source[16], 
     }
     int64_t non_finite = 0;
     float wide[CHUNK];
-    char blocks[16][CHUNK * 2]; /* 272 bytes are the most a format takes for 256 elements */
+    char blocks[16][CHUNK * 2]; /* a format takes at most 272 bytes for 256 elements */
     for (size_t k = 0; k < n_cols; k += CHUNK) {
         const size_t length = n_cols - k < CHUNK ? n_cols - k : CHUNK;
         for (int32_t j = 0; j < 16; j++) {
             if (source[j] < 0) continue;
             fb_dequantize_row(job->src_dtype, source_at(job, source[j], (int32_t)k), length, wide);
-            quantise_chunk(weight->dtype, wide, length, blocks[j]);
+            quantize_chunk(weight->dtype, wide, length, blocks[j]);
             rows[j] = blocks[j];
         }
         non_finite += fb_pack_panel(weight->dtype, rows, k / FB_BLOCK_COLUMNS, length / FB_BLOCK_COLUMNS, panel);
@@ -166,7 +170,7 @@ static int64_t pack_blocks(const struct packing *job, const int32_t source[16], 
     return non_finite;
 }
 
-/* Fills the rows of one panel that the source has. */
+/* Fills the rows of one panel that come from the source. */
 static void pack_one_panel(void *context, int64_t index, int thread) {
     (void)thread;
     const struct packing *job = context;
@@ -183,12 +187,12 @@ static void pack_one_panel(void *context, int64_t index, int thread) {
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
     enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads) {
     FB_REQUIRE(weight && src, "weight or src is null");
-    FB_REQUIRE(!weight->device, "the weight was moved to a device");
+    FB_REQUIRE(!weight->device, "the weight is on a device");
     int32_t block_size = fb_dtype_block_size(src_dtype);
     FB_REQUIRE(block_size > 0, "src_dtype %d is unknown", (int)src_dtype);
     FB_REQUIRE(n_rows >= 1 && first_row >= 0 && row_block >= 1 && row_step >= 1,
-        "n_rows %d, first_row %d, row_block %d, row_step %d: the second from 0, the others from 1", n_rows, first_row,
-        row_block, row_step);
+        "n_rows %d, first_row %d, row_block %d, row_step %d: first_row must be 0 or more, the others 1 or more", n_rows,
+        first_row, row_block, row_step);
     FB_REQUIRE(n_threads >= 1, "n_threads is %d, must be 1 or more", n_threads);
     FB_REQUIRE(
         weight->n_cols % block_size == 0, "rows of %d elements are not whole blocks of %d", weight->n_cols, block_size);
@@ -217,7 +221,7 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
 void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst) {
     const size_t n = (size_t)weight->n_cols;
     if (!is_plain(weight->dtype)) {
-        fb_open_row(weight->dtype, fb_weight_panel(weight, (size_t)(row / 16)), n, (size_t)(row % 16), dst);
+        fb_unpack_row(weight->dtype, fb_weight_panel(weight, (size_t)(row / 16)), n, (size_t)(row % 16), dst);
         return;
     }
     const void *from = plain_row(weight, row);
@@ -235,7 +239,7 @@ void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *ds
 
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst) {
     FB_REQUIRE(weight && dst, "weight or dst is null");
-    FB_REQUIRE(!weight->device, "the weight was moved to a device");
+    FB_REQUIRE(!weight->device, "the weight is on a device");
     FB_REQUIRE(row >= 0 && row < weight->n_rows, "row is %d, must be 0 .. %d", row, weight->n_rows - 1);
     const fb_float_mode mode = fb_float_mode_enter();
     fb_weight_gather_row(weight, row, dst);
@@ -245,9 +249,9 @@ enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float 
 
 enum fb_status fb_weight_move(fb_weight *weight, fb_device *device) {
     FB_REQUIRE(weight && device, "weight or device is null");
-    FB_REQUIRE(!weight->device, "the weight was moved to a device before");
+    FB_REQUIRE(!weight->device, "the weight is already on a device");
     void *panels;
-    FB_TRY(fb_device_take(device, "a weight", weight->n_bytes, &panels));
+    FB_TRY(fb_device_allocate(device, "a weight", weight->n_bytes, &panels));
     const enum fb_status status = device->kind->copy(
         device->index, FB_TO_DEVICE, panels, weight->panels, weight->n_bytes);
     if (status != FB_OK) {

@@ -1,15 +1,20 @@
 /*
- * weight.h - a weight matrix as panels of 16 rows, the plain formats' two by two, of an odd number the last beside one of zeros.
+ * weight.h - a weight matrix as panels of 16 rows.
  *
- *     panels p, p + 1:   k = 0                               k = 1
- *                      [ w(16p..16p+15,0) w(16p+16..16p+31,0) w(16p..16p+15,1) w(16p+16..16p+31,1) ...   32 x n_cols elements
+ * Panels of the plain formats (f32, f16, bf16) are interleaved in pairs; if their number is odd, the last
+ * one's partner is zero:
  *
- * In bf16 two columns lie together, of an odd number the last beside 0:
+ *     panels p, p + 1, p even; L = w(16p .. 16p+15, k), R = w(16p+16 .. 16p+31, k):
  *
- *                      [ w(16p,0) w(16p,1) w(16p+1,0) w(16p+1,1) ... w(16p+15,1) | w(16p+16,0) w(16p+16,1) ...
+ *          k = 0     k = 1     k = 2
+ *        [ L    R    L    R    L    R   ...  ]     32 x n_cols elements
  *
- * One vector load takes one column of 16 outputs, so a product needs no horizontal sum, and panels are read as one
- * unbroken stream whether one token is multiplied or a thousand. Panels of the block formats are drawn in layout.h.
+ * In bf16 two columns are interleaved; if their number is odd, the last one's partner is 0:
+ *
+ *        [ w(16p,0) w(16p,1) w(16p+1,0) w(16p+1,1) ... w(16p+15,1) | w(16p+16,0) w(16p+16,1) ...
+ *
+ * One vector load reads one column of 16 outputs, so a product needs no horizontal sum, and panels are read
+ * as one contiguous stream for any number of tokens. Panels of the block formats are drawn in layout.h.
  */
 #ifndef FABULA_QUANT_WEIGHT_H
 #define FABULA_QUANT_WEIGHT_H
@@ -31,18 +36,18 @@ struct fb_weight {
     fb_device *device; /* NULL: the CPU */
 };
 
-/* A panel of blocks, or where two panels of a plain format begin. */
+/* A panel of blocks, or the start of a pair of plain panels. */
 static inline char *fb_weight_panel(const struct fb_weight *weight, size_t panel) {
     return weight->panels + panel * weight->panel_bytes;
 }
 
-/* Panels of a plain format from an even number on. */
+/* Panels of a plain format, from an even one on. */
 static inline struct fb_panels fb_weight_plain(const struct fb_weight *weight, size_t panel) {
     return (struct fb_panels){
         fb_weight_panel(weight, panel), 2, weight->panel_bytes / fb_dtype_block_bytes(weight->dtype)};
 }
 
-/* Row as f32 [n_cols], no checks. */
+/* Dequantizes row `row` to f32 [n_cols], unchecked. */
 void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst);
 
 #endif

@@ -1,7 +1,7 @@
 /*
- * capture.h - how the emulation records a stream. What is put on a recording stream, launches (emulate.h) and copies
- * (runtime/heap.cpp), is kept as a function to be called whenever the graph is launched. Calls that wait for the GPU or take memory
- * break the recording, as they do on a real one.
+ * capture.h - how the emulation records a stream. Launches (emulate.h) and copies (runtime/heap.cpp) on a
+ * recording stream are stored as functions and called whenever the graph is launched. Calls that wait for the
+ * GPU or allocate memory break the recording, as on a real GPU.
  */
 #ifndef FABULA_TESTS_CAPTURE_H
 #define FABULA_TESTS_CAPTURE_H

@@ -1,8 +1,8 @@
 /*
- * common.h - buffers that begin as NaN, random numbers, and the two comparisons that tests of kernels make.
+ * common.h - buffers initialized with NaN, random numbers, and the two comparisons that the kernel tests use.
  *
- * Compiled by nvcc the same tests run on a GPU (tests/native/gpu.sh): buffers are then memory that both sides see, and launches have to
- * wait for their end, as CUDA_LAUNCH_BLOCKING=1 makes them.
+ * Compiled by nvcc the same tests run on a GPU (tests/native/gpu.sh): buffers are then memory that both sides
+ * can access, and launches must wait for their end, as with CUDA_LAUNCH_BLOCKING=1.
  */
 #ifndef FABULA_TESTS_CUDA_COMMON_H
 #define FABULA_TESTS_CUDA_COMMON_H
@@ -23,7 +23,7 @@ namespace emulate {
 static bool backward; /* a GPU's threads have their own order */
 }
 
-static inline void *take_memory(size_t n_bytes) {
+static inline void *allocate_memory(size_t n_bytes) {
     void *memory = nullptr;
     const cudaError_t error = cudaMallocManaged(&memory, n_bytes);
     if (error == cudaSuccess) return memory;
@@ -37,7 +37,7 @@ static inline void release_memory(void *memory) {
 
 #else
 
-static inline void *take_memory(size_t n_bytes) {
+static inline void *allocate_memory(size_t n_bytes) {
     void *memory = nullptr;
     if (posix_memalign(&memory, 16, n_bytes)) abort();
     return memory;
@@ -49,12 +49,13 @@ static inline void release_memory(void *memory) {
 
 #endif
 
-/* Memory of exactly the size asked for, aligned to 16 bytes as launches want it; every byte 0xFF, which makes NaN. */
+/* Memory of exactly the requested size, aligned to 16 bytes as launches require; every byte is 0xFF, which
+ * makes NaN. */
 template <class T> struct buffer {
     T *data;
     size_t n;
 
-    explicit buffer(size_t n_) : data(static_cast<T *>(take_memory(n_ * sizeof(T) + (n_ == 0)))), n(n_) {
+    explicit buffer(size_t n_) : data(static_cast<T *>(allocate_memory(n_ * sizeof(T) + (n_ == 0)))), n(n_) {
         poison();
     }
     ~buffer() {
@@ -79,7 +80,7 @@ template <class T> struct buffer {
 
 static uint64_t random_state = 1;
 
-/* Even over -size .. size. */
+/* Uniform over -size .. size. */
 static inline float random_number(float size) {
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
     return (float)(int32_t)(random_state >> 32) / 2147483648.0f * size;
@@ -90,7 +91,7 @@ static inline void fill(buffer<float> &x, float size) {
         x[i] = random_number(size);
 }
 
-/* ||got - wanted|| / ||wanted||, summed up number by number. NaN if some number is NaN. */
+/* |got - wanted|| / ||wanted||, accumulated number by number. NaN if some number is NaN. */
 struct difference {
     double apart = 0.0, size = 0.0;
 
@@ -106,22 +107,23 @@ struct difference {
 static const fb_dtype every_dtype[] = {FB_F32, FB_F16, FB_BF16, FB_Q4_0, FB_Q4_1, FB_Q5_0, FB_Q5_1, FB_Q8_0, FB_Q4_K,
     FB_Q5_K, FB_Q6_K, FB_Q2_K, FB_Q3_K, FB_IQ4_NL};
 
-/* A weight of random numbers; with `n_woven` > 0 two matrices of that many rows are woven for SwiGLU. */
-static inline fb_weight *random_weight(fb_dtype dtype, int32_t n_rows, int32_t n_cols, int32_t n_woven = 0) {
+/* A weight of random numbers; with `n_interleaved` > 0 two matrices of that many rows are interleaved for
+ * SwiGLU. */
+static inline fb_weight *random_weight(fb_dtype dtype, int32_t n_rows, int32_t n_cols, int32_t n_interleaved = 0) {
     fb_weight *weight = nullptr;
-    const int32_t rows = n_woven ? n_woven : n_rows;
+    const int32_t rows = n_interleaved ? n_interleaved : n_rows;
     CHECK(fb_weight_create(dtype, n_rows, n_cols, &weight) == FB_OK);
-    for (int32_t half = 0; half < (n_woven ? 2 : 1); half++) {
+    for (int32_t half = 0; half < (n_interleaved ? 2 : 1); half++) {
         buffer<float> x((size_t)rows * (size_t)n_cols);
         fill(x, 1.0f);
-        CHECK_AT(fb_weight_pack_rows(
-                     weight, 16 * half, 16, n_woven ? 2 : 1, FB_F32, x.data, x.n * sizeof(float), rows, 1) == FB_OK,
+        CHECK_AT(fb_weight_pack_rows(weight, 16 * half, 16, n_interleaved ? 2 : 1, FB_F32, x.data, x.n * sizeof(float),
+                     rows, 1) == FB_OK,
             "%s", fb_last_error());
     }
     return weight;
 }
 
-/* A copy of a view's panels that ends where they end, so that reads behind them are seen. */
+/* A copy of a view's panels with nothing after them, so that reads past the end are detected. */
 struct device_weight {
     fb_cuda_weight view;
     buffer<char> panels;

@@ -1,13 +1,15 @@
 /*
- * emulate.h - kernels of a GPU as host code: each thread of a block is a fiber, blocks run one after the other.
+ * emulate.h - GPU kernels as host code: each thread of a block is a fiber, blocks run one after another.
  *
- * A fiber runs until it waits: at __syncthreads for all threads of its block, in a shuffle for the 32 of its warp. Shared memory is
- * taken for each block from the heap and filled with NaN, so AddressSanitizer sees what lies outside and tests see what was not
- * written. With `backward` set, blocks and threads run in falling order: results that then differ want a barrier.
+ * A fiber runs until it waits: at __syncthreads for all threads of its block, in a shuffle for the 32 of its
+ * warp. Shared memory is allocated on the heap for each block and filled with NaN, so AddressSanitizer
+ * detects accesses out of bounds and tests detect reads of unwritten memory. With `backward` set, blocks and
+ * threads run in descending order: if results then differ, a barrier is missing.
  *
- * A launch fails, with a line on stderr, when no thread can go on: some have left, or wait elsewhere, while others wait for
- * them; or if a shuffle names not the whole warp, or meets another kind of shuffle. Launches of several threads wait for each other.
- * On a stream that records (capture.h) a launch is kept, with its arguments as they are, and fails when it is replayed.
+ * A launch fails, with a line on stderr, if no thread can continue: some have exited, or wait elsewhere,
+ * while others wait for them; or if a shuffle does not name the whole warp, or meets another kind of shuffle.
+ * Launches of several threads wait for each other. On a stream that records (capture.h) a launch is stored
+ * with its present arguments, and fails when it is replayed.
  */
 #ifndef FABULA_TESTS_EMULATE_H
 #define FABULA_TESTS_EMULATE_H
@@ -55,7 +57,7 @@ namespace emulate {
 enum { WARP = 32, MOST_THREADS = 1024, STACK_BYTES = 256 << 10 };
 enum class state { ready, waiting, done };
 
-/* Of 16 bytes into shared memory. */
+/* An asynchronous copy of 16 bytes into shared memory. */
 struct copy {
     void *to;
     const void *from;
@@ -68,25 +70,25 @@ struct fiber {
 #ifdef __SANITIZE_ADDRESS__
     void *fake_stack; /* AddressSanitizer's */
 #else
-    jmp_buf left; /* where it goes on: swapcontext would ask the system each time */
+    jmp_buf left; /* where it continues: swapcontext would make a system call each time */
     bool has_left;
 #endif
     state now;
     unsigned n_shuffles;
-    std::vector<copy> copies; /* asked for and not waited for; see emulate_mma.h */
+    std::vector<copy> copies; /* requested and not yet waited for; see emulate_mma.h */
     unsigned n_groups;
 };
 
-/* What a lane gives the others of its warp at once. */
+/* What a lane passes to the others of its warp in one exchange. */
 struct message {
     uint64_t words[3];
 };
 
 struct warp {
     int arrived;
-    message messages[2][WARP]; /* two, for a lane may be a shuffle ahead of others */
+    message messages[2][WARP]; /* two, because a lane may be one shuffle ahead of others */
     int kinds[2][WARP];
-    bool is_multiplied[2]; /* whether the messages of tiles became `products`; see emulate_mma.h */
+    bool is_multiplied[2]; /* whether the messages of tiles were turned into `products`; see emulate_mma.h */
     double products[2][WARP][4];
 };
 
@@ -95,7 +97,7 @@ struct piece {
     void *memory;
 };
 
-inline std::mutex one_launch; /* at a time */
+inline std::mutex one_launch; /* only one launch at a time */
 inline bool backward = false;
 inline bool has_code = true; /* for the GPU */
 inline long n_launches = 0;
@@ -121,7 +123,7 @@ inline void *body_context;
 
 #ifdef __SANITIZE_ADDRESS__
 
-/* Back to the scheduler. A fiber that is done does not return from here. */
+/* Switches to the scheduler. A fiber that is done does not return from here. */
 inline void leave(bool is_done) {
     fiber &self = fibers[current];
     __sanitizer_start_switch_fiber(is_done ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_bytes);
@@ -148,7 +150,7 @@ inline bool is_reusable(const fiber &) {
 
 #else
 
-/* Back to the scheduler. A fiber that is done returns from here in another block. */
+/* Switches to the scheduler. A fiber that is done returns from here in another block. */
 inline void leave(bool) {
     fiber &self = fibers[current];
     self.has_left = true;
@@ -169,7 +171,7 @@ inline void go_on(fiber &f) {
     setcontext(&f.context);
 }
 
-/* Not one that a launch which failed left in the middle. */
+/* False for a fiber that a failed launch left unfinished. */
 inline bool is_reusable(const fiber &f) {
     return f.has_left && f.now == state::done;
 }
@@ -189,10 +191,11 @@ inline void wait_here() {
 
 inline void fail(const char *what) {
     failure = what;
-    wait_here(); /* for ever */
+    wait_here(); /* forever */
 }
 
-/* ---- What kernels call ------------------------------------------------------------------------------------------- */
+/* ---- Functions that kernels call
+ * ------------------------------------------------------------------------------- */
 
 inline void sync_block() {
     if (++block_arrived < n_threads) {
@@ -204,7 +207,8 @@ inline void sync_block() {
         fibers[i].now = state::ready;
 }
 
-/* Every lane's message to everybody of the warp; returns the slot they lie in. `kind` tells shuffles apart. */
+/* Gives every lane's message to the whole warp; returns the slot with the messages. `kind` tells shuffles
+ * apart. */
 inline unsigned exchange(const message &value, unsigned mask, int kind) {
     if (mask != 0xFFFFFFFFu) fail("a shuffle names not the whole warp");
     warp &w = warps[current / WARP];
@@ -233,7 +237,8 @@ template <class T> T shuffle(T value, unsigned mask, unsigned source, int kind) 
     return value;
 }
 
-/* The block's memory for one declaration, taken by the thread that comes first. Bytes of 0xFF are NaN. */
+/* The block's memory for one declaration, allocated by the first thread that reaches it. Bytes of 0xFF are
+ * NaN. */
 inline void *shared(const void *place, size_t n_bytes) {
     for (const piece &p : pieces)
         if (p.place == place) return p.memory;
@@ -278,8 +283,8 @@ inline void prepare(unsigned threads) {
         f.context.uc_link = nullptr;
         makecontext(&f.context, fiber_main, 0);
 #ifdef __SANITIZE_ADDRESS__
-        f.context.uc_stack.ss_size =
-            0; /* or each switch would clear what is known of the whole stack, which takes its time */
+        f.context.uc_stack.ss_size = 0; /* or each switch would clear the shadow of the whole stack, which is
+                                           slow */
 #endif
     }
 }
@@ -318,7 +323,7 @@ inline bool run_block() {
 
 namespace emulate {
 
-/* All blocks of a grid, one after the other. */
+/* Runs all blocks of a grid, one after another. */
 template <class F> int run_grid(dim3 grid, unsigned n_block_threads, size_t shared_bytes, const F &call) {
     const std::lock_guard<std::mutex> guard(one_launch);
     n_launches++;
@@ -362,7 +367,7 @@ template <class T> T __shfl_sync(unsigned mask, T value, int source) {
     return emulate::shuffle(value, mask, (unsigned)source, -1);
 }
 
-/* In shared memory. One fiber runs at a time. */
+/* On shared memory. One fiber runs at a time, so it is atomic. */
 inline unsigned long long atomicAdd(unsigned long long *to, unsigned long long value) {
     const unsigned long long before = *to;
     *to += value;

@@ -1,10 +1,12 @@
 /*
- * emulate_mma.h - tensor cores and copies into shared memory as host code; see emulate.h and native/cuda/mma.cuh.
+ * emulate_mma.h - tensor cores and copies into shared memory as host code; see emulate.h and
+ * native/cuda/mma.cuh.
  *
- * The lanes of a warp exchange their pieces of a tile as the PTX manual draws them for mma.m16n8k16 and mma.m16n8k8. Products are added up in
- * double and rounded once, where a GPU may cut off bits on the way. A copy is made when it is waited for, so tests see who reads too early;
- * with `backward` set when it is asked for, so they see who is overwritten while still reading. FB_TILE_COLUMNS 8 builds kernels as for
- * Turing.
+ * The lanes of a warp exchange their parts of a tile as the PTX manual shows for mma.m16n8k16 and
+ * mma.m16n8k8. Products are summed in double and rounded once; a GPU may truncate bits on the way. A copy is
+ * done when it is waited for, so tests detect reads that come too early; with `backward` set it is done when
+ * it is requested, so they detect overwriting memory that is still read. FB_TILE_COLUMNS 8 builds kernels as
+ * for Turing.
  */
 #ifndef FABULA_TESTS_EMULATE_MMA_H
 #define FABULA_TESTS_EMULATE_MMA_H
@@ -24,7 +26,8 @@ inline float number_of(uint64_t word, unsigned index, bool is_bf16) {
     return is_bf16 ? fb_f32_from_bits((uint32_t)half << 16) : fb_f16_to_f32(half);
 }
 
-/* All lanes' results from the messages of all: words 0 and 1 are a[0 .. 3], word 2 is b[0 .. 1]; of tiles of 8 columns a[0 .. 1] and b[0]. */
+/* Results of all lanes from all their messages: words 0 and 1 are a[0 .. 3], word 2 is b[0 .. 1]; for tiles
+ * of 8 columns a[0 .. 1] and b[0]. */
 __attribute__((no_sanitize("address", "undefined"))) inline void multiply_tile(
     warp &w, unsigned slot, unsigned n_columns, bool is_bf16) {
     float a[16][16], b[8][16];
@@ -105,7 +108,7 @@ inline uint32_t fb_byte_perm(uint32_t low, uint32_t high, uint32_t which) {
     uint32_t out = 0;
     for (unsigned i = 0; i < 4; i++) {
         const unsigned nibble = (which >> (4 * i)) & 0xFu;
-        assert(nibble < 8); /* more would spread a sign */
+        assert(nibble < 8); /* larger values would replicate a sign */
         out |= (uint32_t)((bytes >> (8 * nibble)) & 0xFFu) << (8 * i);
     }
     return out;

@@ -1,5 +1,5 @@
-# Devices for tests, included by the top when FABULA_CUDA is EMULATED: the code of native/cuda, its kernels as host code whose threads are
-# fibers, on a runtime that takes memory from the heap.
+# Emulated devices for tests, included by the top-level CMakeLists.txt if FABULA_CUDA is EMULATED: the code of native/cuda,
+# with its kernels as host code whose threads are fibers, on a runtime that allocates on the heap.
 enable_language(CXX)
 file(GLOB fabula_cuda_sources CONFIGURE_DEPENDS native/cuda/*.c)
 list(FILTER fabula_cuda_sources EXCLUDE REGEX "absent.c$")
@@ -10,7 +10,7 @@ set_target_properties(fabula_cuda PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRES
 target_link_libraries(fabula_cuda PRIVATE ${CMAKE_DL_LIBS})
 include(tests/native/cuda/runtime/nccl.cmake)
 add_dependencies(fabula_cuda fake_nccl)
-# What multiplies in cuBLASLt's place, loaded as it would be.
+# Replaces cuBLASLt, and is loaded in the same way.
 add_library(fabula_products SHARED tests/native/cuda/runtime/library.cpp)
 target_include_directories(fabula_products PRIVATE tests/native/cuda/runtime native/include native/src)
 set_target_properties(fabula_products PROPERTIES CXX_STANDARD 17)

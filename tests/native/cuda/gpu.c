@@ -1,4 +1,5 @@
-/* gpu.c - the small model on a real GPU, against the CPU. Without one it says so and has tested that everything links. */
+/* gpu.c - the small model on a real GPU, compared with the CPU. Without a GPU it says so; building it checks
+ * that everything links. */
 #include "check.h"
 #include "model.h"
 

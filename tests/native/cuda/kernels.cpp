@@ -2,7 +2,7 @@
 #include "attention.cu"
 #include "inputs.cu"
 #include "linear.cu"
-#include "opened.cu"
+#include "dequantized.cu"
 #include "rows.cu"
 #include "sample.cu"
 #include "sums.cu"

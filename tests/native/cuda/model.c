@@ -31,7 +31,8 @@ static void fill(float *x, size_t n, float size) {
 
 enum { MOST_MATRICES = 2 * (2 + 6 * LAYERS) };
 
-/* Random numbers in a format, made once: some formats take their time, and tests make many models. */
+/* Random numbers in a format, created once: some formats are slow to quantize, and tests create
+ * many models. */
 static const void *random_rows(int32_t number, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, size_t *n_bytes) {
     static void *made[MOST_MATRICES];
     const size_t n = (size_t)n_rows * (size_t)n_cols;
@@ -45,14 +46,15 @@ static const void *random_rows(int32_t number, enum fb_dtype dtype, int32_t n_ro
     return made[number];
 }
 
-/* [n_rows, n_cols], or with `woven` two of n_rows for SwiGLU. */
-static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool woven) {
+/* [n_rows, n_cols], or with `interleaved` two of n_rows rows for SwiGLU. */
+static fb_weight *matrix(struct model *m, enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, bool interleaved) {
     fb_weight *weight = NULL;
-    CHECK(fb_weight_create(dtype, woven ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
-    for (int32_t half = 0; half < (woven ? 2 : 1); half++) {
+    CHECK(fb_weight_create(dtype, interleaved ? (n_rows + 15) / 16 * 32 : n_rows, n_cols, &weight) == FB_OK);
+    for (int32_t half = 0; half < (interleaved ? 2 : 1); half++) {
         size_t n_bytes;
         const void *rows = random_rows(2 * m->n_weights + half, dtype, n_rows, n_cols, &n_bytes);
-        CHECK(fb_weight_pack_rows(weight, 16 * half, 16, woven ? 2 : 1, dtype, rows, n_bytes, n_rows, 1) == FB_OK);
+        CHECK(
+            fb_weight_pack_rows(weight, 16 * half, 16, interleaved ? 2 : 1, dtype, rows, n_bytes, n_rows, 1) == FB_OK);
     }
     return m->weights[m->n_weights++] = weight;
 }
@@ -68,7 +70,8 @@ static struct fb_op *add(struct model *m, enum fb_op_kind kind, int32_t in, int3
     return op;
 }
 
-/* q and k in one matrix with a bias and v in another, head norms, a window in the second layer, embedding and output tied. */
+/* q and k in one matrix with a bias and v in another, head norms, a window in the second layer, embedding and
+ * output tied. */
 static void add_layer(struct model *m, int32_t layer) {
     static const enum fb_dtype formats[LAYERS][5] = {
         {FB_Q4_K, FB_Q8_0, FB_F32, FB_Q6_K, FB_F16}, {FB_IQ4_NL, FB_BF16, FB_Q5_1, FB_Q2_K, FB_F32}};
@@ -152,7 +155,7 @@ fb_page_pool *model_pool(const struct model *m, int32_t n_pages) {
     return pool;
 }
 
-/* Runs a batch on the device, on the CPU too unless `pool` is NULL. Logits go to `got` and `wanted`. */
+/* Runs a batch on the device and, unless `pool` is NULL, on the CPU. Logits go to `got` and `wanted`. */
 static void run_both(const struct model *m, fb_page_pool *pool, const struct model *on_device, fb_page_pool *pool_there,
     const struct fb_batch *batch, float *wanted, float *got) {
     const size_t n = (size_t)batch->n_outputs * MODEL_VOCABULARY;
@@ -171,7 +174,8 @@ static double difference(const float *got, const float *wanted, size_t n) {
 
 enum { LENGTH = 44 };
 
-/* Logits of all positions of a text that comes in pieces; from then on as in `sequence`. */
+/* Logits of all positions of a sequence that is prefilled in chunks of `piece` tokens, starting as `sequence`
+ * says. */
 static void run_text(const struct model *m, fb_page_pool *pool, const struct model *on_device, fb_page_pool *pool_there,
     struct fb_sequence sequence, int32_t piece, float *wanted, float *got) {
     int32_t tokens[LENGTH], outputs[LENGTH];
@@ -189,7 +193,7 @@ static void run_text(const struct model *m, fb_page_pool *pool, const struct mod
     }
 }
 
-/* Settings of which each step of the chain has its turn. */
+/* Sampling settings; all kinds together use every step of the chain. */
 static struct fb_sampling settings_of(int32_t kind) {
     struct fb_sampling s;
     fb_sampling_default(&s);
@@ -201,8 +205,9 @@ static struct fb_sampling settings_of(int32_t kind) {
     return s;
 }
 
-/* Texts that go on from the same pages, some tokens first, and one that only reads: what the device draws in one call is what
- * fb_sample draws from the logits of one run after the other. */
+/* Sequences that continue from the same pages, some with several tokens first, and one prefill chunk: what
+ * the device samples in one call must equal what fb_sample returns for the logits of one run after
+ * another. */
 static void check_drawing(const struct model *m, fb_page_pool *pool, const struct fb_sequence *from) {
     enum { N = 4, STEPS = 5, DRAWN = 3, MOST = 4 };
     static const int32_t pages[N][3] = {{20, 21, 22}, {23, 24, 25}, {26, 27, 28}, {17, 18, 19}};
@@ -240,7 +245,7 @@ static void check_drawing(const struct model *m, fb_page_pool *pool, const struc
         "%s", fb_last_error());
     CHECK(n_done == STEPS && draws[DRAWN].n_drawn == 0);
     for (size_t i = 0; i < N * MODEL_VOCABULARY; i++)
-        CHECK(isnan(scratch[i])); /* no logits came */
+        CHECK(isnan(scratch[i])); /* no logits were copied */
     for (int32_t i = 0; i < DRAWN; i++) {
         CHECK(draws[i].n_drawn == STEPS);
         for (int32_t page = 0; page < 2; page++)
@@ -281,7 +286,7 @@ int model_compare(
         CHECK_AT(memcmp(got, other, sizeof got) == 0, "K %d, V %d, kind %d: in pieces", (int)k, (int)v, kind);
     }
 
-    /* Texts go on side by side, one of them twice, with a copy of its last page. */
+    /* Two sequences in one batch, with a fork of one of them that has a copy of its last page. */
     const int32_t forked[3] = {pages[0][0], pages[4][1], pages[0][2]};
     CHECK(fb_page_copy(pool, pages[4][1], pages[0][1]) == FB_OK);
     CHECK(fb_page_copy(pool_there, pages[4][1], pages[0][1]) == FB_OK);
@@ -300,7 +305,7 @@ int model_compare(
 
     check_drawing(on_device, pool_there, &both[0]);
 
-    /* Pages move. */
+    /* Pages copied to the host and back. */
     const size_t n_bytes = fb_page_bytes(pool);
     char *page = malloc(n_bytes), *back = malloc(n_bytes);
     CHECK(fb_page_bytes(pool_there) == n_bytes);

@@ -1,6 +1,6 @@
 /*
- * products.h - a way to compute products against loops in double over the rows read back by the CPU; the same token gets the same bits
- * in batches of every size.
+ * products.h - compares an implementation of products with loops in double over rows dequantized by the CPU,
+ * and checks that a token gets the same bits in batches of every size.
  */
 #ifndef FABULA_TESTS_CUDA_PRODUCTS_H
 #define FABULA_TESTS_CUDA_PRODUCTS_H
@@ -11,15 +11,15 @@
 
 struct product {
     int (*multiply)(const fb_cuda_linear &);
-    double tolerance; /* of a result's difference to its size */
+    double tolerance; /* of a result's difference, relative to its size */
 };
 
 struct shape {
-    int32_t n_rows, n_cols; /* of SwiGLU: rows of each half */
+    int32_t n_rows, n_cols; /* with SwiGLU: rows of each half */
     bool swiglu, bias, residual;
 };
 
-/* `counts`, the most first: how many of the last tokens of the text a batch has. */
+/* `counts`, descending: how many of the last tokens a batch has. */
 static inline void test_shape(const product &p, fb_dtype dtype, const shape &s, const std::vector<int32_t> &counts) {
     const int32_t n_rows = s.swiglu ? (s.n_rows + 15) / 16 * 32 : s.n_rows, most = counts[0];
     const size_t ldx = ((size_t)s.n_cols + 3) / 4 * 4 + 4, ld = (size_t)s.n_rows + 3;
@@ -31,7 +31,7 @@ static inline void test_shape(const product &p, fb_dtype dtype, const shape &s, 
     for (size_t i = 0; i < x.n; i++)
         if (i % ldx < (size_t)s.n_cols) x[i] = random_number(s.swiglu ? 0.1f : 1.0f);
 
-    /* What a loop over dequantised rows gives. */
+    /* The result of a loop over dequantized rows. */
     buffer<float> row((size_t)s.n_cols);
     buffer<double> sums((size_t)most * (size_t)n_rows), wanted((size_t)most * (size_t)s.n_rows);
     for (int32_t r = 0; r < n_rows; r++) {
@@ -57,7 +57,7 @@ static inline void test_shape(const product &p, fb_dtype dtype, const shape &s, 
     for (int32_t n : counts)
         for (int order = 0; order < (n != most && n % 2 ? 2 : 1); order++) {
             emulate::backward = order == 1;
-            /* The last n tokens, so that each has another place in every batch. */
+            /* The last n tokens, so that each has a different row in every batch. */
             const size_t begin = (size_t)(most - n);
             buffer<float> in((size_t)n * ldx), out((size_t)n * ld);
             memcpy(in.data, x.data + begin * ldx, in.n * sizeof(float));
@@ -87,7 +87,7 @@ static inline void test_shape(const product &p, fb_dtype dtype, const shape &s, 
                 for (size_t c = 0; c < ld; c++) {
                     const float got = out[t * ld + c];
                     float *known = &first[(begin + t) * ld + c];
-                    if (c >= (size_t)s.n_rows) { /* no column behind the last is touched */
+                    if (c >= (size_t)s.n_rows) { /* no column after the last is written */
                         const bool is_copy = s.residual && n % 2;
                         CHECK(is_copy ? got == residual[(begin + t) * ld + c] : isnan(got));
                         continue;
@@ -104,7 +104,7 @@ static inline void test_shape(const product &p, fb_dtype dtype, const shape &s, 
     fb_weight_free(weight);
 }
 
-/* In one of several tokens. */
+/* NaN in one of several tokens is reported. */
 static inline void test_non_finite(const product &p, fb_dtype dtype) {
     fb_weight *weight = random_weight(dtype, 20, 256);
     const device_weight on_device(weight);

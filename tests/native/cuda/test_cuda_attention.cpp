@@ -1,6 +1,7 @@
 /*
- * test_cuda_attention.cpp - attention over pages against a loop in double that follows the words of fabula.h. Whatever nobody wrote
- * is NaN, pages that nobody sees are -1. A token gets the same bits in a prompt and alone, in every batch, split or not.
+ * test_cuda_attention.cpp - attention over pages against a loop in double that follows the definition in
+ * fabula.h. Unwritten memory is NaN, invisible pages are -1. A token gets the same bits in a prompt and
+ * alone, in every batch, split or not.
  */
 #include "attention.cu"
 
@@ -20,7 +21,7 @@ struct attention_case {
 
 enum { LAYERS = 2, LAYER = 1 };
 
-/* What is left of a head's numbers in pages of a format. */
+/* The values of a head after storing it in pages of a format. */
 static void round_head(fb_dtype dtype, const float *x, size_t n, double *out) {
     float top = 0.0f;
     for (size_t i = 0; i < n; i++)
@@ -32,7 +33,7 @@ static void round_head(fb_dtype dtype, const float *x, size_t n, double *out) {
                                     : (double)(rintf(x[i] * (127.0f / top)) * (top / 127.0f));
 }
 
-/* All that a case reads, and what it wants. */
+/* A case: all its inputs, and the wanted results. */
 struct setting {
     const attention_case &c;
     size_t dim, n_heads, ldq, ld_out, n_rows = 0;
@@ -40,7 +41,7 @@ struct setting {
     fb_cuda_pages view;
     size_t n_page_bytes; /* of all pages */
     buffer<float> frequencies;
-    std::vector<std::vector<int32_t>> pages; /* of each sequence */
+    std::vector<std::vector<int32_t>> pages; /* per sequence */
     std::vector<size_t> first_row;
     std::vector<float> q, turns, wanted; /* rows of all sequences */
 
@@ -56,7 +57,7 @@ struct setting {
         memset(view.memory, 0xFF, n_page_bytes);
         for (size_t i = 0; i < frequencies.n; i++)
             frequencies[i] = powf(1000.0f, -(float)i / (float)frequencies.n);
-        int32_t next = n_pages - 1; /* falling, so that no page lies behind the one before */
+        int32_t next = n_pages - 1; /* descending, so that no page follows the one before in memory */
         for (const sequence_case &s : c.sequences)
             add(s, &next);
     }
@@ -101,7 +102,7 @@ struct setting {
         }
     }
 
-    /* One query, appended to `wanted`. */
+    /* Appends the wanted result of one query to `wanted`. */
     void attend_one(const sequence_case &s, int32_t p, const float *query, int32_t kv_head,
         const std::vector<double> &keys, const std::vector<double> &values) {
         const size_t half = frequencies.n;
@@ -113,7 +114,8 @@ struct setting {
             const bool is_sink = slides && j < s.n_sinks;
             if (slides && !is_sink && j <= p - s.window) continue;
             const int32_t reach = is_sink ? s.n_sinks + s.window
-                                          : p - j + 1; /* of all sinks, so all or none are hidden */
+                                          : p - j + 1; /* distance of the farthest sink, so all are hidden or
+                                                          none */
             if (c.window > 0 && reach > c.window) continue;
             double dot = 0.0;
             const double *key = &keys[(size_t)(j * c.n_kv_heads + kv_head) * dim];
@@ -144,7 +146,8 @@ struct setting {
         return 1.0f / sqrtf((float)dim);
     }
 
-    /* Tokens `begin` .. `begin` + `count` - 1 of each sequence in [first, end), into out [rows][n_heads x dim] at their places. */
+    /* Runs tokens `begin` .. `begin` + `count` - 1 of each sequence in [first, end) into their rows of out
+     * [rows][n_heads x dim]. */
     void run(size_t first, size_t end, int32_t begin, int32_t count, bool is_split, std::vector<float> &out) const {
         std::vector<fb_cuda_sequence> sequences;
         std::vector<int32_t> list, positions, owners;
@@ -183,7 +186,7 @@ struct setting {
         a.window = c.window;
         a.n_heads = (int32_t)n_heads;
         a.scale = scale();
-        a.sink_turns = turned.data;
+        a.sink_rotations = turned.data;
         a.rotary_dim = c.rotary_dim;
         a.q = queries.data;
         a.ldq = (int64_t)ldq;
@@ -224,7 +227,7 @@ static void test_case(const attention_case &c, size_t number) {
     emulate::backward = false;
     CHECK_AT(memcmp(other.data(), whole.data(), bytes) == 0, "case %zu, split", number);
 
-    /* Each sequence alone, in pieces of 3 tokens, and its last token as in decoding. */
+    /* Each sequence alone, in chunks of 3 tokens, and its last token as in decode. */
     other.assign(n, NAN);
     for (size_t i = 0; i < c.sequences.size(); i++)
         for (int32_t begin = 0; begin < c.sequences[i].n_tokens; begin += 3)

@@ -1,4 +1,5 @@
-/* test_cuda_emulation.cpp - that the emulation notices what it promises to: a test that cannot fail proves nothing. */
+/* test_cuda_emulation.cpp - checks that the emulation detects what it promises to: a test that cannot fail
+ * proves nothing. */
 #include "mma.cuh"
 
 #include "check.h"
@@ -16,7 +17,7 @@ static void exchange_kernel(int n) {
     results[i] = __shfl_xor_sync(0xFFFFFFFFu, other, 1) + 1000 * __shfl_sync(0xFFFFFFFFu, i, 5);
 }
 
-static void hasty_kernel(int *sum) { /* wants a barrier */
+static void hasty_kernel(int *sum) { /* a barrier is missing */
     FB_SHARED(float, numbers, 64);
     numbers[threadIdx.x] = 1.0f;
     if (threadIdx.x == 63) *sum = numbers[0] == 1.0f;
@@ -55,7 +56,8 @@ static uint32_t pair_of(const float *two, bool is_bf16) {
     return low | (uint32_t)(is_bf16 ? fb_bf16_of_float(two[1]) : fb_f16_of_float(two[1])) << 16;
 }
 
-/* way 0: f16, 1: bf16, 2: f16 by tiles of 8 columns. Word for word as the PTX manual has the rows and columns of each lane's pieces. */
+/* mode 0: f16, 1: bf16, 2: f16 in tiles of 8 columns. The formulas for rows and columns of each lane's parts
+ * are copied from the PTX manual. */
 static void tile_kernel(int way) {
     const int lane = (int)threadIdx.x, group = lane >> 2, in_group = lane % 4;
     uint32_t a[4], b[2];
@@ -105,7 +107,7 @@ static void lonely_tile_kernel(int who) {
     if ((int)threadIdx.x != who) fb_mma_f16_16(c, a, b);
 }
 
-/* Copies in two groups; `n` of them may still be on their way when the first is read. */
+/* Copies in two groups; `n` of them may still be pending when the first is read. */
 static void copy_kernel(const fb_words4 *from, int n) {
     FB_SHARED(fb_words4, to, 2);
     for (int i = 0; i < 2 && threadIdx.x == 0; i++) {

@@ -1,7 +1,7 @@
 /*
- * test_cuda_graph.cpp - steps that are recorded and replayed, beside the same steps launched operator by operator: the same bits of
- * logits and of every page, whatever fills up the rows; graphs go when memory moves; what fails costs the graph only; other threads
- * may copy pages while a step is recorded.
+ * test_cuda_graph.cpp - steps that are recorded and replayed, compared with the same steps launched operator
+ * by operator: the same bits of logits and of every page, whatever the padding; graphs are dropped when
+ * memory moves; a failure costs the graph only; other threads may copy pages while a step is recorded.
  */
 #include "check.h"
 #include "cuda_runtime_api.h"
@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-enum { MOST = 12, LONG_PAST = 540 }; /* behind a border of key blocks, across which the window of a layer sees */
+enum { MOST = 12, LONG_PAST = 540 }; /* past a boundary of key blocks, which a layer's window crosses */
 
 /* A model and its pages. */
 struct place {
@@ -41,8 +41,8 @@ struct place {
         return all;
     }
 
-    /* A step of n sequences of one token, of which the last rows are wanted. The first may have a long past; the others have two
-     * pages, the second of them their own. Everything depends on `at`. */
+    /* A step of n sequences of one token, with logits of the last rows. The first may have a long past; the
+     * others have two pages, the second of them their own. All tokens and positions depend on `at`. */
     fb_status run(int32_t n, int32_t n_outputs, int32_t at, bool is_long, std::vector<float> &logits) const {
         int32_t pages[MOST][LONG_PAST / FB_PAGE_POSITIONS + 1], tokens[MOST], outputs[MOST];
         fb_sequence sequences[MOST];
@@ -69,7 +69,7 @@ struct place {
         return logits;
     }
 
-    /* Many tokens of one sequence: the memory of a step grows. */
+    /* Many tokens of one sequence, which grows the memory of a step. */
     void grow() const {
         enum { most = 2 * FB_PAGE_POSITIONS };
         const int32_t pages[] = {10, 11};
@@ -84,8 +84,8 @@ struct place {
     }
 };
 
-/* Batches of every size, in turns with others, with and without a long past, whose attention is split where processors idle.
- * Returns the logits of a last step. */
+/* Batches of every size, alternating, with and without a long past, whose attention is split if processors
+ * idle. Returns the logits of a last step. */
 static std::vector<float> test_bits(fb_device *device) {
     const place with(device, true), without(device, false);
     int32_t at = 0;
@@ -105,7 +105,8 @@ static std::vector<float> test_bits(fb_device *device) {
     return with.step(5, 5, 12, true);
 }
 
-/* Sizes share graphs where they round to the same. The first is launched, the second recorded, the third replayed. */
+/* Sizes that round to the same number share a graph. The first step is launched, the second recorded, the
+ * third replayed. */
 static void test_table(fb_device *device) {
     const place here(device, true);
     for (int32_t n : {5, 6, 5})
@@ -114,7 +115,7 @@ static void test_table(fb_device *device) {
     CHECK(info.n_recorded == 1 && info.n_replayed == 2 && info.n_launched == 1 && info.n_graphs == 1);
     const std::vector<float> wanted = here.step(6, 6, 7, false);
 
-    /* Memory that grows takes the graphs of its old place with it. */
+    /* Growing memory drops the graphs that refer to the old memory. */
     here.grow();
     CHECK(here.step(6, 6, 7, false) == wanted && here.info().n_graphs == 0);
     for (int32_t i = 0; i < 2; i++)
@@ -122,7 +123,7 @@ static void test_table(fb_device *device) {
     info = here.info();
     CHECK(info.n_recorded == 2 && info.n_replayed == 5 && info.n_launched == 3);
 
-    /* Other pages are another graph. */
+    /* Different pages need a different graph. */
     fb_page_pool *other = model_pool(here.m, 2);
     const int32_t page = 1, token = 3, output = 0;
     const fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
@@ -142,7 +143,7 @@ static void test_table(fb_device *device) {
     CHECK(here.step(6, 6, 7, false) == wanted);
 }
 
-/* No more than 32 graphs, and of those the ones used last. */
+/* At most 32 graphs, the most recently used. */
 static void test_limit(fb_device *device) {
     const place here(device, true);
     std::vector<fb_page_pool *> pools;
@@ -154,7 +155,7 @@ static void test_limit(fb_device *device) {
         CHECK(
             fb_program_run(model_program(here.m), pool, &batch, logits, (size_t)n_outputs * MODEL_VOCABULARY) == FB_OK);
     };
-    step(here.pool, 1); /* takes all memory of a step */
+    step(here.pool, 1); /* allocates all memory of a step */
     for (int32_t i = 0; i < 17; i++) {
         pools.push_back(model_pool(here.m, 2));
         for (int32_t n_outputs : {0, 1}) {
@@ -167,13 +168,14 @@ static void test_limit(fb_device *device) {
     CHECK_AT(info.n_graphs == 32 && info.n_recorded == 34, "%d of %d", info.n_graphs, (int)info.n_recorded);
     step(pools[0], 0);
     CHECK(here.info().n_replayed == info.n_replayed + 1);
-    step(pools[0], 1); /* unused for longest */
+    step(pools[0], 1); /* the least recently used */
     CHECK(here.info().n_launched == info.n_launched + 1);
     for (fb_page_pool *pool : pools)
         fb_page_pool_free(pool);
 }
 
-/* Each call of a step that is recorded fails once: the step runs, or says why not; the next one works and nothing is left. */
+/* Each call of a recorded step fails once: the step runs or returns an error, the next one works, and nothing
+ * leaks. */
 static void test_failures(fb_device *device) {
     const long before = fake_n_held;
     int n_refused = 0;
@@ -197,14 +199,15 @@ static void test_failures(fb_device *device) {
         CHECK(is_refused == (here.info().n_replayed == 0));
         if (is_through) break;
     }
-    CHECK_AT(n_refused == 5, "%d calls cost a graph", n_refused); /* begin, clearing a flag, end, instantiate, launch */
+    CHECK_AT(n_refused == 5, "%d calls cost a graph", n_refused); /* start, clearing a flag, end, instantiate,
+                                                                     launch */
     CHECK(fake_n_held == before);
 }
 
-static const place *seen; /* by what other threads do while a step is recorded */
+static const place *seen; /* what other threads use while a step is recorded */
 static int n_meanwhile, n_to_break;
 
-/* Another thread reads, copies, clears and moves pages while every recording is under way. */
+/* Another thread reads, copies, clears and moves pages during every recording. */
 static void copy_meanwhile() {
     std::thread([] {
         const size_t n_bytes = fb_page_bytes(seen->pool);
@@ -224,7 +227,7 @@ static void test_copies_meanwhile(fb_device *device) {
     fake_while_recording = copy_meanwhile;
     n_meanwhile = 0;
     for (int32_t at = 0; at < 4; at++)
-        for (int32_t n : {8, 3, 1}) /* the first takes the memory for all */
+        for (int32_t n : {8, 3, 1}) /* the first allocates the memory for all */
             CHECK(here.step(n, n, at, false) == without.step(n, n, at, false));
     fake_while_recording = nullptr;
     const fb_graph_info info = here.info();
@@ -241,7 +244,7 @@ static void break_recording() {
     }).join();
 }
 
-/* Two that are broken are begun again, with the third a size is given up. Steps run all the same. */
+/* Two broken recordings are retried, after the third the size is refused. Steps run in every case. */
 static void test_broken_recordings(fb_device *device) {
     const place without(device, false);
     fake_while_recording = break_recording;
@@ -260,7 +263,7 @@ static void test_broken_recordings(fb_device *device) {
     fake_while_recording = nullptr;
 }
 
-/* That the runtime of these tests refuses what a recording stream must not do. */
+/* The emulated runtime refuses what a recording stream must not do. */
 static void test_runtime() {
     cudaStream_t stream = nullptr;
     cudaGraph_t graph = nullptr;
@@ -275,7 +278,7 @@ static void test_runtime() {
         if (call == 2) CHECK(cudaMalloc(&memory, 4) == cudaErrorStreamCaptureUnsupported);
         if (call == 3) CHECK(cudaMemset(to, 0, 4) == cudaErrorStreamCaptureUnsupported);
         if (call > 3)
-            std::thread([&] { /* another device's recordings are no concern of a call */
+            std::thread([&] { /* recordings on another device do not affect a call */
                 CHECK(cudaSetDevice(1) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess);
                 CHECK(cudaSetDevice(0) == cudaSuccess);
                 CHECK((call == 4 ? cudaMemcpy(to, from, 4, cudaMemcpyHostToDevice) : cudaDeviceSynchronize()) ==
@@ -303,7 +306,7 @@ int main() {
     CHECK(fb_device_open(0, 0, &device) == FB_OK);
     test_runtime();
     std::vector<std::vector<float>> logits;
-    for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not */
+    for (int n_processors : {1, 100}) { /* tiles alone fill one processor, but not 100 */
         fake_n_processors = n_processors;
         emulate::backward = n_processors == 1;
         logits.push_back(test_bits(device));

@@ -1,6 +1,7 @@
 /*
- * test_cuda_group.cpp - GPUs that compute one model together, on the emulation: the sums over them bit by bit, a small program whose
- * parts are joined against the CPU's whole one, and each call of the runtime and of NCCL failing once.
+ * test_cuda_group.cpp - GPUs that compute one model together, on the emulation: the sums over them bit by
+ * bit, a small joined program against the undivided one on the CPU, and each call of the runtime and of NCCL
+ * failing once.
  */
 #include "common.h"
 #include "cuda_runtime_api.h"
@@ -40,7 +41,7 @@ static void test_sum(int32_t n_parts, int32_t n_rows, int32_t n_cols, bool has_r
     CHECK_AT(out.same_as(wanted), "%d parts of %d x %d", n_parts, n_rows, n_cols);
 }
 
-static void test_line_up(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
+static void test_concatenate(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
     const int32_t share = (n_cols + n_parts - 1) / n_parts;
     const int64_t part_floats = (int64_t)n_rows * share;
     buffer<float> parts((size_t)(n_parts * part_floats)), out((size_t)(n_rows * n_cols)), wanted(out.n);
@@ -53,16 +54,17 @@ static void test_line_up(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
                 (size_t)share * sizeof(float));
     }
     const fb_cuda_parts view = {parts.data, part_floats, share, n_parts};
-    CHECK(fb_cuda_line_up(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0);
+    CHECK(fb_cuda_concatenate(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0);
     CHECK_AT(out.same_as(wanted) && flag == 0, "%d parts of %d x %d", n_parts, n_rows, n_cols);
     parts[0] = INFINITY;
-    CHECK(fb_cuda_line_up(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0 && flag == 1);
+    CHECK(fb_cuda_concatenate(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0 && flag == 1);
 }
 
-/* ---- A program in parts ------------------------------------------------------------------------------------------ */
+/* ---- A joined program
+ * ------------------------------------------------------------------------------------------ */
 
-/* x = embed(token); x += second(first(x)); logits = head(x): a device has its share of the rows of `first` and of the columns of
- * `second`, and of the rows of the head, where the shares of three devices overlap. */
+/* x = embed(token); x += second(first(x)); logits = head(x): a device has its share of the rows of `first`,
+ * of the columns of `second`, and of the rows of the head, where the shares of three devices overlap. */
 enum { WIDTH = 20, INNER = 24, VOCABULARY = 22, TOKENS = 16, HEADS = 12 };
 enum { X, IN, PART, ENDS };
 
@@ -98,7 +100,7 @@ static fb_status pack(const buffer<float> &from, int32_t n_columns, int32_t firs
     return device ? fb_weight_move(*out, device) : FB_OK;
 }
 
-/* Part `i` of n; the whole for the CPU if n is 1. */
+/* Part `i` of n; the undivided program on the CPU if n is 1. */
 static fb_status make(const matrices &numbers, fb_device *device, int32_t i, int32_t n, model *m) {
     const int32_t inner = INNER / n, share = (VOCABULARY + n - 1) / n;
     const int32_t first = i * share < VOCABULARY - share ? i * share : VOCABULARY - share;
@@ -131,7 +133,7 @@ struct joined {
     fb_program *program = nullptr;
     fb_page_pool *pool = nullptr;
 
-    /* The handles are given back at once: what was made of them holds them. */
+    /* The handles are freed immediately: the objects on them keep them alive. */
     fb_status open(const matrices &numbers, int32_t n, size_t budget = 0) {
         fb_status status = FB_OK;
         fb_program *programs[FB_MOST_MEMBERS];
@@ -187,8 +189,8 @@ static void test_numbers(const matrices &numbers, const model &whole, fb_page_po
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* Call `at` and no other fails, of the runtime or of NCCL; when that lies behind the last call, returns true. Refused memory leaves a
- * group as it was, other failures may have ended it. */
+/* Only call `at` fails, of the runtime or of NCCL; returns true if there are fewer calls. After refused
+ * memory the group works as before; other failures may have ended it. */
 static bool survive(const matrices &numbers, long *counter, long at, bool in_step, const buffer<float> &wanted) {
     buffer<float> got(2 * VOCABULARY);
     {
@@ -205,7 +207,7 @@ static bool survive(const matrices &numbers, long *counter, long at, bool in_ste
         if (in_step || is_through) {
             const fb_status after = step(group.program, group.pool, 3, &got);
             CHECK_AT(after == FB_OK || (in_step && status == FB_DEVICE_FAILED), "call %ld: %s", at, fb_last_error());
-            CHECK_AT(after != FB_OK ? strstr(fb_last_error(), "load it again") != nullptr : got.same_as(wanted),
+            CHECK_AT(after != FB_OK ? strstr(fb_last_error(), "load the model again") != nullptr : got.same_as(wanted),
                 "call %ld: %s", at, fb_last_error());
         }
         if (is_through) return true;
@@ -232,7 +234,7 @@ static void test_failures(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* A link that fails in a batch is found out before anything waits for the GPUs: no logits are asked for. */
+/* A link that fails in a batch is detected before anything waits for the GPUs: no logits are copied. */
 static void test_lost_link(const matrices &numbers) {
     buffer<float> got(2 * VOCABULARY);
     int n_lost = 0;
@@ -246,14 +248,14 @@ static void test_lost_link(const matrices &numbers) {
         *nccl_fails_at = -1;
         CHECK(fake_bytes_to_pageable == (is_through ? got.n * sizeof(float) : 0) && is_through == (status == FB_OK));
         if (is_through) break;
-        if (strstr(fb_last_error(), "asking for a link")) n_lost++;
+        if (strstr(fb_last_error(), "checking a link")) n_lost++;
     }
     CHECK_AT(n_lost == 2, "%d links were lost", n_lost); /* each of them once */
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* While one thread runs batches, another makes and frees the same model: memory and links are never taken or freed between the launches
- * of a group. */
+/* While one thread runs batches, another creates and frees the same model: memory and links are never
+ * allocated or freed between the launches of a group. */
 static void test_two_threads(const matrices &numbers) {
     buffer<float> wanted(2 * VOCABULARY), got(2 * VOCABULARY);
     std::atomic<bool> is_done{false};
@@ -271,7 +273,8 @@ static void test_two_threads(const matrices &numbers) {
         });
         for (int32_t i = 0; i < 100 || n_made < 10; i++) {
             CHECK(step(group.program, group.pool, 3, &got) == FB_OK && got.same_as(wanted));
-            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other would hardly get its turn */
+            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other thread would hardly
+                                                                            run */
         }
         is_done = true;
         other.join();
@@ -281,7 +284,7 @@ static void test_two_threads(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* Where each launch waits for its end, exchanges would have none. */
+/* If launches block until they are done, exchanges would never end. */
 static void test_blocking(const matrices &numbers) {
     for (const char *value : {"1", "2", "yes"}) {
         joined group;
@@ -298,7 +301,7 @@ static void test_blocking(const matrices &numbers) {
     CHECK(fake_n_held == 0 && *nccl_n_held == 0);
 }
 
-/* Parts that are not what they must be. */
+/* Invalid parts are refused. */
 static void test_refusals(const matrices &numbers) {
     joined group;
     CHECK(group.open(numbers, 2) == FB_OK);
@@ -307,7 +310,7 @@ static void test_refusals(const matrices &numbers) {
     fb_device *one = nullptr;
     CHECK(fb_device_open(0, 0, &one) == FB_OK);
     CHECK(fb_program_join(group.group, twice, 2, HEADS, VOCABULARY, &out) == FB_INVALID_ARGUMENT);
-    CHECK_AT(strstr(fb_last_error(), "part 1 does not lie on member 1"), "%s", fb_last_error());
+    CHECK_AT(strstr(fb_last_error(), "part 1 is not on member 1"), "%s", fb_last_error());
     CHECK(fb_program_join(group.group, parts, 1, HEADS, VOCABULARY, &out) == FB_INVALID_ARGUMENT);
     CHECK(fb_program_join(one, parts, 2, HEADS, VOCABULARY, &out) == FB_INVALID_ARGUMENT);
     CHECK(fb_program_join(group.group, parts, 2, HEADS + 2, VOCABULARY, &out) == FB_INVALID_ARGUMENT);
@@ -335,7 +338,7 @@ int main() {
         for (int32_t n_parts : {2, 3, 16})
             for (int32_t n_cols : {1, 255, 256, 700}) {
                 test_sum(n_parts, 3, n_cols, backward);
-                test_line_up(n_parts, 3, n_cols);
+                test_concatenate(n_parts, 3, n_cols);
             }
     }
     const matrices numbers;

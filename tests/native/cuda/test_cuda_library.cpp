@@ -1,8 +1,9 @@
 /*
- * test_cuda_library.cpp - products by cuBLASLt, in whose place a library multiplies plainly: that it is loaded or said to be missing, that
- * rows, leading dimensions and transposes are right in every format, and that each call that fails is told and leaves nothing behind.
+ * test_cuda_library.cpp - products with cuBLASLt, replaced by a library of plain loops: loading it or
+ * reporting that it is missing, rows, leading dimensions and transposes in every format, and every failing
+ * call being reported without leaks.
  */
-#include "opened.cu"
+#include "dequantized.cu"
 
 #include "cublasLt.h"
 #include "library.h"
@@ -13,7 +14,7 @@ static fb_cuda_library *library;
 static int32_t piece_panels;
 
 /* As native/cuda/product.c does it, in pieces of `piece_panels`. */
-static int multiply_opened(const fb_cuda_linear &a) {
+static int multiply_dequantized(const fb_cuda_linear &a) {
     const int32_t width = (a.weight.n_cols + 7) / 8 * 8, n_panels = (a.weight.n_rows + 15) / 16;
     const enum fb_dtype dtype = a.weight.dtype == FB_BF16 ? FB_BF16 : FB_F16;
     const size_t n_rows = (size_t)piece_panels * 16, n_tokens = (size_t)a.n_tokens;
@@ -34,7 +35,7 @@ static int multiply_opened(const fb_cuda_linear &a) {
         m.inputs = inputs.data;
         m.out = sums.data;
         m.workspace = workspace.data;
-        error = fb_cuda_open_rows(&a.weight, panel, n, &of_weight, nullptr);
+        error = fb_cuda_dequantize_rows(&a.weight, panel, n, &of_weight, nullptr);
         CHECK_AT(fb_cuda_library_multiply(library, &m, nullptr) == FB_OK, "%s", fb_last_error());
         error = error ? error : fb_cuda_finish(&a, &of_weight, &of_inputs, panel, m.n_rows, sums.data, nullptr);
     }
@@ -52,7 +53,7 @@ static void test_loading() {
     CHECK(fb_cuda_library_create(functions, &library) == FB_OK);
 }
 
-/* Sixteen rows of eight columns times some tokens, all of them zeros. */
+/* Sixteen rows of eight columns times some tokens, all zeros. */
 struct zeros {
     buffer<uint16_t> weights{16 * 8}, inputs;
     buffer<float> out;
@@ -84,7 +85,7 @@ static void test_failures() {
         CHECK(product.out[i] == 0.0f);
 }
 
-/* A way is chosen once for products of one size, and again when it was forgotten for many others. */
+/* The algorithm is selected once per product size, and again after many other sizes have replaced it. */
 static void test_choices() {
     zeros product(100);
     fb_cuda_matrices &m = product.m;
@@ -109,8 +110,8 @@ int main() {
     test_loading();
     for (fb_dtype dtype : every_dtype) {
         if (dtype == FB_F32) continue;
-        piece_panels = dtype == FB_Q4_K ? 4 : 2; /* all at once, or more pieces than one */
-        const product p = {multiply_opened, dtype == FB_BF16 ? 6e-3 : 1e-3};
+        piece_panels = dtype == FB_Q4_K ? 4 : 2; /* one piece, or several */
+        const product p = {multiply_dequantized, dtype == FB_BF16 ? 6e-3 : 1e-3};
         test_non_finite(p, dtype);
         for (const shape &s : fb_dtype_block_size(dtype) == 1 ? plain : blocks)
             test_shape(p, dtype, s, {41, 8, 1});
@@ -123,6 +124,6 @@ int main() {
     CHECK(fake_library_n_held() == 0 && fake_n_products() > 0);
     const fb_cuda_weight unknown = {FB_F32, 16, 16, 1024, nullptr};
     const fb_cuda_rows nowhere = {};
-    CHECK(fb_cuda_open_rows(&unknown, 0, 1, &nowhere, nullptr) == -1);
+    CHECK(fb_cuda_dequantize_rows(&unknown, 0, 1, &nowhere, nullptr) == -1);
     return check_result();
 }

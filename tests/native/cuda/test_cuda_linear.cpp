@@ -1,5 +1,6 @@
 /*
- * test_cuda_linear.cpp - products on ordinary cores; and that what kernels know of the block formats is what the library knows.
+ * test_cuda_linear.cpp - products on ordinary cores; and the kernels' block formats against those of the
+ * library.
  */
 #include "linear.cu"
 
@@ -18,7 +19,7 @@ static void test_layouts() {
 
 int main() {
     static const product ordinary = {[](const fb_cuda_linear &a) { return fb_cuda_multiply(&a, nullptr); }, 2e-6};
-    /* Tails of panels, tiles and chunks; numbers of chunks that make 1, 3, 12 and 16 segments. */
+    /* Remainders of panels, tiles and chunks; numbers of chunks that make 1, 3, 12 and 16 segments. */
     static const shape shapes[] = {{1, 1, false, false, false}, {37, 31, false, true, true},
         {131, 100, false, true, false}, {21, 70, true, true, false}, {5, 1057, true, false, false}};
     test_layouts();

@@ -1,6 +1,7 @@
 /*
- * test_cuda_program.cpp - a whole small model as a program of the GPU, on the emulation and a runtime of the host's heap: its logits
- * are those of the CPU, the same bits in every batch; and whatever call fails, nothing is lost and the next run works.
+ * test_cuda_program.cpp - a whole small model as a GPU program, on the emulation and a runtime on the host's
+ * heap: its logits match the CPU's and have the same bits in every batch; and whatever call fails, nothing
+ * leaks and the next run works.
  */
 #include "check.h"
 #include "cublasLt.h"
@@ -10,7 +11,7 @@
 
 #include <math.h>
 
-/* Every call of a step that draws fails once; what comes from the device is less than logits are. */
+/* Every call of a step that samples fails once; fewer bytes than the logits are copied from the device. */
 static void test_failures_of_drawing(const model *m) {
     int32_t wanted, token;
     float wanted_logprob, logprob;
@@ -28,7 +29,7 @@ static void test_failures_of_drawing(const model *m) {
     }
 }
 
-/* Every call of opening a device and making a model, then every call of a step, fails once. */
+/* Every call of opening a device and creating a model, then every call of a step, fails once. */
 static void test_failures() {
     float wanted[MODEL_VOCABULARY], logits[MODEL_VOCABULARY];
     fb_device *device = nullptr;
@@ -47,14 +48,14 @@ static void test_failures() {
         fb_device_free(device);
         device = nullptr;
     }
-    fb_device_free(device); /* the model holds it */
+    fb_device_free(device); /* the model keeps it alive */
     for (long at = 0, held = fake_n_held;; at++) {
         fake_fails_at = at;
         const fb_status status = model_step(m, logits);
         const bool is_through = fake_fails_at >= 0;
         fake_fails_at = -1;
         CHECK_AT(is_through == (status == FB_OK), "call %ld of a step: %d", at, status);
-        if (at == 0) { /* now memory for the batch is there */
+        if (at == 0) { /* the batch's memory is allocated by now */
             CHECK(fake_n_held == held);
             CHECK(model_step(m, wanted) == FB_OK);
         }
@@ -66,7 +67,7 @@ static void test_failures() {
     CHECK(fake_n_held == before);
 }
 
-/* A first step that is refused memory at any place. */
+/* In a first step every allocation is refused once. */
 static void test_refusals(fb_device *device) {
     float wanted[MODEL_VOCABULARY], logits[MODEL_VOCABULARY];
     for (long at = 0;; at++) {
@@ -82,7 +83,7 @@ static void test_refusals(fb_device *device) {
     }
 }
 
-/* Budgets, the device's own memory, and what lies on another device. */
+/* Budgets, the device's own memory, and objects on another device. */
 static void test_memory() {
     float logits[MODEL_VOCABULARY];
     fb_device *device = nullptr, *small = nullptr;
@@ -112,7 +113,7 @@ static void test_memory() {
     CHECK(fake_n_held == 0);
 }
 
-/* GPUs that the kernels were not compiled for are told apart from none; what is said of them stays. */
+/* A GPU without code in this build is distinguished from no GPU; the error message stays. */
 static void test_strangers() {
     fb_device *device = nullptr;
     fb_device_info info;
@@ -123,13 +124,13 @@ static void test_strangers() {
     fake_major = 9;
     emulate::has_code = false;
     CHECK(fb_device_open(0, 0, &device) == FB_DEVICE_FAILED && !device);
-    CHECK_AT(strstr(fb_last_error(), "no code for emulated GPU, of compute capability 9.0"), "%s", fb_last_error());
+    CHECK_AT(strstr(fb_last_error(), "no code for emulated GPU (compute capability 9.0)"), "%s", fb_last_error());
     CHECK(fb_device_describe(0, &info) == FB_OK && info.compute_major == 9);
     fake_major = 8;
     emulate::has_code = true;
 }
 
-/* What moved is of no use to the CPU, and what did not is of none to the device. */
+/* The CPU refuses what was moved, and the device what was not. */
 static void test_places(fb_device *device) {
     const float row[32] = {1.0f};
     float out[32];
@@ -144,7 +145,7 @@ static void test_places(fb_device *device) {
     CHECK(fake_n_held == 0);
 }
 
-/* Long prompts by cuBLASLt, short ones without; what is refused or fails leaves the model usable. */
+/* Long prompts use cuBLASLt, short ones do not; after refusals and failures the model still works. */
 static void test_library(const model *on_cpu) {
     enum { LONG = 140, SHORT = 12 };
     float wanted[MODEL_VOCABULARY], logits[MODEL_VOCABULARY], short_logits[MODEL_VOCABULARY];
@@ -157,9 +158,9 @@ static void test_library(const model *on_cpu) {
     fake_library_fails_at(0);
     CHECK(!model_create(device));
     model *m = model_create(device);
-    fb_device_free(device); /* the model holds it */
+    fb_device_free(device); /* the model keeps it alive */
     CHECK(m && model_prompt(m, SHORT, short_logits) == FB_OK && fake_n_products() == 0);
-    CHECK(model_prompt(m, LONG, logits) == FB_DEVICE_MEMORY); /* of its budget: the workspace alone is more */
+    CHECK(model_prompt(m, LONG, logits) == FB_DEVICE_MEMORY); /* of its budget: the workspace alone is larger */
     CHECK(model_prompt(m, SHORT, logits) == FB_OK && memcmp(logits, short_logits, sizeof logits) == 0);
     model_free(m);
     CHECK(fake_n_held == 0 && fake_library_n_held() == 0);
@@ -197,7 +198,8 @@ int main() {
     test_places(device);
     test_library(m);
     int n_failures = 0;
-    for (int n_processors : {1, 100}) { /* few are kept busy by tiles alone, many are not; and bf16 on ordinary cores */
+    for (int n_processors : {1, 100}) { /* tiles alone fill one processor, but not 100; and bf16 on ordinary
+                                           cores */
         fake_n_processors = n_processors;
         fake_major = n_processors == 1 ? 7 : 8;
         emulate::backward = n_processors == 1;

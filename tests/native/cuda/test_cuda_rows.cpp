@@ -1,6 +1,6 @@
 /*
- * test_cuda_rows.cpp - operators that work row by row: embedding, norms, rope, pages, outputs. Rows of weights and
- * bytes of pages are compared with the CPU's bit by bit, the rest with loops in double.
+ * test_cuda_rows.cpp - operators that work row by row: embedding, norms, rope, pages, outputs. Rows of
+ * weights and bytes of pages are compared with the CPU's bit by bit, the rest with loops in double.
  */
 #include "rows.cu"
 
@@ -166,7 +166,7 @@ static void test_rope() {
     }
 }
 
-/* Pages hold the bytes that the CPU writes. */
+/* Pages hold the same bytes that the CPU writes. */
 static void test_kv_write() {
     static const fb_dtype formats[][2] = {{FB_F32, FB_Q8_0}, {FB_F16, FB_BF16}, {FB_BF16, FB_F16}, {FB_Q8_0, FB_F32}};
     const small_batch batch;
@@ -181,8 +181,8 @@ static void test_kv_write() {
             buffer<char> memory(n_bytes);
             memset(memory.data, 0, n_bytes);
             fill(x, 3.0f);
-            memset(x.data + n_heads * dim, 0, dim * sizeof(float)); /* K that is zero */
-            x[ld + n_heads * dim] = INFINITY;                       /* and damaged K */
+            memset(x.data + n_heads * dim, 0, dim * sizeof(float)); /* K is zero */
+            x[ld + n_heads * dim] = INFINITY;                       /* K is not finite */
             fb_cuda_pages wanted, pages;
             fb_cuda_pages_view(pool, &wanted);
             pages = wanted;
@@ -203,8 +203,8 @@ static void test_kv_write() {
         }
 }
 
-/* Norms, rope and pages at once, against one launch for each. */
-static void test_heads_at_once() {
+/* Fused norms, rope and KV write against one launch for each. */
+static void test_fused_heads() {
     const small_batch batch;
     for (int32_t head_dim : {24, 40})
         for (int32_t case_number = 0; case_number < 4; case_number++) {
@@ -241,7 +241,7 @@ static void test_heads_at_once() {
             heads.rotary_dim = rotary_dim;
             heads.layer = 1;
             pages.memory = together.data;
-            CHECK(fb_cuda_place_heads(copy.data, (int64_t)ld, &heads, &batch.view, &pages, nullptr) == 0);
+            CHECK(fb_cuda_fused_heads(copy.data, (int64_t)ld, &heads, &batch.view, &pages, nullptr) == 0);
             CHECK_AT(copy.same_as(x) && together.same_as(apart), "head_dim %d, case %d", head_dim, case_number);
             fb_page_pool_free(pool);
         }
@@ -266,7 +266,7 @@ int main() {
     test_head_norm();
     test_rope();
     test_kv_write();
-    test_heads_at_once();
+    test_fused_heads();
     test_gather();
     return check_result();
 }

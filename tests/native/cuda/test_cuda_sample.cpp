@@ -1,7 +1,7 @@
 /*
- * test_cuda_sample.cpp - what a GPU draws against what the CPU's sampler draws from the same logits: the same token, the same bits of its
- * log-probability. Random settings, chains, histories and biases over logits with ties, banned tokens, damage; `test_cuda_sample 2000`
- * tries that many batches.
+ * test_cuda_sample.cpp - tokens sampled by a GPU against those of the CPU's sampler from the same logits: the
+ * same token, the same bits of its log-probability. Random settings, chains, histories and biases over logits
+ * with ties, banned tokens and damage; `test_cuda_sample 2000` tries that many batches.
  */
 #include "sample.cu"
 
@@ -17,7 +17,7 @@ static bool chance(uint32_t one_of) {
     return below(one_of) == 0;
 }
 
-/* One draw: its settings, and what it draws from. */
+/* One token to sample: its settings and inputs. */
 struct draw {
     fb_sampling settings;
     std::vector<int32_t> history, bias_ids, breakers;
@@ -25,7 +25,7 @@ struct draw {
     uint64_t position;
 };
 
-/* Kinds of logits, of which some are hard: ties, nearly all banned, equal, far apart, damaged. */
+/* Kinds of logits, some of them hard: ties, almost all banned, equal, far apart, damaged. */
 enum kind { NORMAL, COARSE, EQUAL, PEAKED, FLAT, FEW, HUGE_ONES, DAMAGED, NOTHING, KINDS };
 
 static void make_logits(float *logits, int32_t n, int kind) {
@@ -98,9 +98,10 @@ static const float LOGPROB_ERROR = 0.0f;
 
 static int n_drawn = 0, n_refused = 0;
 
-/* A batch of draws from some rows of logits, some of which nobody draws from. */
+/* A batch that samples from some rows of logits, and not from others. */
 static void compare(int32_t n, size_t n_draws) {
-    const size_t ld = (size_t)n + below(3), row_bytes = fb_cuda_draw_bytes(n), n_at_once = 1 + below((uint32_t)n_draws);
+    const size_t ld = (size_t)n + below(3), row_bytes = fb_cuda_sample_bytes(n),
+                 n_at_once = 1 + below((uint32_t)n_draws);
     std::vector<draw> draws;
     buffer<fb_sample_plan> plans(n_draws);
     fb_sample_changes changes = {nullptr, 0, 0};
@@ -120,10 +121,10 @@ static void compare(int32_t n, size_t n_draws) {
     }
     buffer<fb_sample_change> there((size_t)changes.n);
     if (changes.n) memcpy(there.data, changes.all, there.n * sizeof *changes.all);
-    const fb_cuda_draws all = {logits.data, (int64_t)ld, plans.data, there.data, (int32_t)n_draws, n, tokens.data,
+    const fb_cuda_sampling all = {logits.data, (int64_t)ld, plans.data, there.data, (int32_t)n_draws, n, tokens.data,
         logprobs.data, scratch.data, (int32_t)n_at_once};
     emulate::backward = chance(2);
-    CHECK(fb_cuda_draw(&all, nullptr) == 0);
+    CHECK(fb_cuda_sample(&all, nullptr) == 0);
     emulate::backward = false;
     for (size_t i = 0; i < n_draws; i++) {
         const draw &d = draws[i];
@@ -153,7 +154,7 @@ int main(int argc, char **argv) {
         compare(sizes[(size_t)i % (sizeof sizes / sizeof *sizes)], 1 + below(5));
     if (argc > 1) {
         compare(151936, 3);
-        printf("%d drawn, %d refused\n", n_drawn, n_refused);
+        printf("%d sampled, %d refused\n", n_drawn, n_refused);
     }
     return check_result();
 }

@@ -1,8 +1,9 @@
 /*
- * test_cuda_tensor.cpp - products on tensor cores: rounded inputs, and every format but f32 against loops in double.
+ * test_cuda_tensor.cpp - products on tensor cores: rounded inputs, and every format but f32 against loops in
+ * double.
  *
- * How far results may be off: two parts of f16 lose up to 2^-22 of an input, less than sums in f32 do; two of bf16 up to 2^-17. Weights are
- * exact.
+ * Tolerances: two parts of f16 lose up to 2^-22 of an input, less than sums in f32 do; two of bf16 up to
+ * 2^-17. Weights are exact.
  */
 #include "inputs.cu"
 #include "rows.cu"
@@ -32,7 +33,7 @@ static int multiply_rounded(const fb_cuda_linear &a) {
     return fb_cuda_multiply_inputs(&without, &in, nullptr);
 }
 
-/* Rows of all sizes that f32 has, and what is rounded of them. The smallest of all lie between numbers that there are. */
+/* Rows of every magnitude in f32, and how they are rounded. The smallest are subnormal. */
 static void test_inputs() {
     enum { TOKENS = 5, COLUMNS = 77 };
     static const float sizes[TOKENS] = {1.0f, 3e38f, 1e-30f, 1e-41f, 0.0f};
@@ -49,7 +50,7 @@ static void test_inputs() {
         for (int32_t t = 0; t < in.n_rows; t++)
             for (int32_t c = 0; c < 96; c++) {
                 const size_t part = (size_t)(in.n_chunks * in.n_rows * 32);
-                const size_t at = (size_t)((c / 32 * in.n_rows + t) * 32 + fb_input_place(c % 32));
+                const size_t at = (size_t)((c / 32 * in.n_rows + t) * 32 + fb_input_index(c % 32));
                 const bool is_there = t < TOKENS && c < COLUMNS;
                 const double wanted = is_there ? (double)x[(size_t)(t * 80 + c)] : 0.0;
                 const uint16_t high = in.halfs[at], low = in.halfs[at + part];
@@ -67,7 +68,7 @@ static void test_inputs() {
                 for (int32_t c = 0; c < 32; c++)
                     for (int32_t part = 0; part < 2; part++) {
                         const int32_t row = (part * in.n_chunks + chunk) * in.n_rows + t;
-                        wanted[c / 16] += (double)fb_f16_to_f32(in.halfs[row * 32 + fb_input_place(c)]);
+                        wanted[c / 16] += (double)fb_f16_to_f32(in.halfs[row * 32 + fb_input_index(c)]);
                     }
                 wanted[2] = wanted[0] + wanted[1];
                 for (int32_t i = 0; i < 3; i++)
@@ -76,7 +77,7 @@ static void test_inputs() {
     }
 }
 
-/* A norm and the rounding of what it gives at once, against one launch for each. */
+/* A fused norm and rounding of its result, against one launch for each. */
 static void test_norm_and_inputs() {
     enum { TOKENS = 3 };
     for (int32_t n_cols : {77, 576, 2500})
@@ -106,7 +107,8 @@ static bool has_inputs(const fb_dtype dtype, double *tolerance) {
 }
 
 int main() {
-    /* Tails of panels, of pairs of them, tiles and chunks; numbers of chunks that make 1, 3, 6 and 8 segments. */
+    /* Remainders of panels, of pairs of them, tiles and chunks; numbers of chunks that make 1, 3, 6 and 8
+     * segments. */
 #ifdef __SANITIZE_ADDRESS__
     static const std::vector<shape> plain = {{37, 31, false, true, true}, {21, 70, true, true, false}};
     static const std::vector<shape> blocks = {{37, 256, false, true, true}}, of_32 = {{20, 96, true, true, true}};

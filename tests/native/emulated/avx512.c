@@ -1,8 +1,9 @@
 /*
- * avx512.c - the AVX-512 kernels on a CPU that has only AVX2, so that their arithmetic is tested on every machine.
+ * avx512.c - the AVX-512 kernels on a CPU that has only AVX2, so that their arithmetic is tested on every
+ * machine.
  *
- * SIMDe supplies most intrinsics from pairs of 256-bit ones; the handful its stable release lacks follow here, as two
- * halves.
+ * SIMDe implements most intrinsics with pairs of 256-bit ones; the few that its stable release lacks follow
+ * here, as two halves.
  */
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>

@@ -1,4 +1,4 @@
-/* avx512_amx.c - the AMX kernels on a CPU that has all they need but its tiles. */
+/* avx512_amx.c - the AMX kernels with emulated tiles, for CPUs that have everything else they need. */
 #include "emulated/tiles.h"
 
 #define KERNEL_TABLE fb_kernels_avx512_amx_emulated

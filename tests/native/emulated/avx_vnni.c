@@ -1,4 +1,4 @@
-/* avx_vnni.c - the AVX-VNNI kernels with the same instruction in the encoding of AVX-512 VL. */
+/* avx_vnni.c - the AVX-VNNI kernels with the same instruction in its AVX-512 VL encoding. */
 #define KERNEL_TABLE      fb_kernels_avx_vnni_emulated
 #define FABULA_DPBUSD_256 _mm256_dpbusd_epi32
 #include "kernels/kernels.h"

@@ -1,4 +1,5 @@
-/* tiles.c - see tiles.h. Conditions are those of Intel's manual, volume 2, for LDTILECFG, TILELOADD, TILESTORED and TDPBSSD. */
+/* tiles.c - see tiles.h. The conditions are those of Intel's manual, volume 2, for LDTILECFG, TILELOADD,
+ * TILESTORED and TDPBSSD. */
 #include "emulated/tiles.h"
 
 #include <stdio.h>

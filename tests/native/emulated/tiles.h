@@ -1,6 +1,7 @@
 /*
- * tiles.h - AMX's tile registers in plain C, in place of the instructions of kernels/amx.h: include it first. What the processor
- * refuses ends the test with a message: tiles that were not configured, shapes it does not have or that do not fit together.
+ * tiles.h - AMX tile registers in plain C, in place of the instructions of kernels/amx.h: include it first.
+ * What a processor refuses ends the test with a message: unconfigured tiles, shapes that it does not have or
+ * that do not match.
  */
 #ifndef FABULA_TESTS_EMULATED_TILES_H
 #define FABULA_TESTS_EMULATED_TILES_H
@@ -18,7 +19,7 @@ void fb_tile_load(int tile, const void *from, size_t stride);
 void fb_tile_store(int tile, void *to, size_t stride);
 void fb_tile_dot(int sums, int a, int b);
 
-/* Whether this thread has tiles that it did not release, and how many products it has had. */
+/* Whether this thread holds tiles that it did not release, and how many products it has computed. */
 bool emulated_tiles_held(void);
 size_t emulated_tile_dots(void);
 

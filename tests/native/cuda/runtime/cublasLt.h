@@ -1,6 +1,7 @@
 /*
- * cublasLt.h - the few types and calls of cuBLASLt that native/cuda/library.c takes, with the numbers NVIDIA's header gives them. What stands
- * behind is library.cpp, a library of its own that multiplies plainly on the host and checks what it is told.
+ * cublasLt.h - the few types and functions of cuBLASLt that native/cuda/library.c uses, with the constants of
+ * NVIDIA's header. They are implemented by library.cpp, a separate library with plain loops on the host,
+ * which checks its arguments.
  */
 #ifndef FABULA_TESTS_CUBLASLT_H
 #define FABULA_TESTS_CUBLASLT_H
@@ -61,11 +62,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
     cublasLtMatrixLayout_t of_c, void *d, cublasLtMatrixLayout_t of_d, const cublasLtMatmulAlgo_t *algorithm,
     void *workspace, size_t workspace_bytes, cudaStream_t stream);
 
-/* How many of the calls above were products, and choices of a way to one; and the call of any kind that fails, counted down, -1 for none. */
+/* How many calls were products, and selections of an algorithm; and which call of any kind fails, counted
+ * down, -1 for none. */
 long fake_n_products(void);
 long fake_n_choices(void);
 void fake_library_fails_at(long call);
-long fake_library_n_held(void); /* handles, descriptions and the like not given back */
+long fake_library_n_held(void); /* handles, descriptors and the like that were not freed */
 
 #ifdef __cplusplus
 }

@@ -1,9 +1,10 @@
 /*
- * cuda_runtime_api.h - the few calls of the CUDA runtime that native/cuda makes, on the host's heap, for tests without a GPU. Everything
- * happens at once, or when its graph is launched; what is allocated is filled with 0xFF. There are four devices, of 256 MiB, the
- * second of 1 MiB. Call number `fake_fails_at` and no other fails, with an error of its kind. While a thread records a stream,
- * calls of it that wait or take or free memory fail and break the recording. While any thread records one of a device, calls of all threads
- * that wait for the whole device or go by its default stream fail and break every recording there.
+ * cuda_runtime_api.h - the few functions of the CUDA runtime that native/cuda calls, on the host's heap, for
+ * tests without a GPU. Everything happens immediately, or when its graph is launched; allocated memory is
+ * filled with 0xFF. There are four devices of 256 MiB; the second has 1 MiB. Only call number `fake_fails_at`
+ * fails, with an error of its kind. While a thread records a stream, its calls that wait, allocate or free
+ * fail and break the recording. While any thread records on a device, calls of all threads that wait for the
+ * whole device or use its default stream fail and break every recording there.
  */
 #ifndef FABULA_TESTS_CUDA_RUNTIME_API_H
 #define FABULA_TESTS_CUDA_RUNTIME_API_H
@@ -36,23 +37,25 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 typedef struct fake_stream *cudaStream_t;
 typedef struct fake_graph *cudaGraph_t;
 typedef struct fake_launchable *cudaGraphExec_t;
-extern const cudaStream_t cudaStreamPerThread; /* everything happens at once, so one serves all */
+extern const cudaStream_t cudaStreamPerThread; /* everything happens immediately, so one serves all */
 
 struct cudaDeviceProp {
     char name[256];
     int major, minor, multiProcessorCount;
 };
 
-extern long fake_fails_at;            /* counts down; -1 for never */
+extern long fake_fails_at;            /* counts down; -1: none */
 extern size_t fake_bytes_from_device; /* copied to the host */
-extern size_t fake_bytes_to_pageable; /* of those, to memory that is not pinned: such a copy waits for the stream */
-extern long fake_n_held;              /* allocations, streams and graphs not given back */
+extern size_t fake_bytes_to_pageable; /* of those, to memory that is not pinned: such a copy waits for the
+                                         stream */
+extern long fake_n_held;              /* allocations, streams and graphs that were not freed */
 extern int fake_n_processors;         /* of the GPU */
 extern int fake_major;                /* its compute capability */
-extern long fake_n_in_group; /* calls that took or freed memory while a group of exchanges was open, of any thread */
-extern void (*fake_while_recording)(void); /* called before a recording ends; NULL for nothing */
+extern long fake_n_in_group;          /* calls by any thread that allocated or freed memory while a group of exchanges
+                                was open */
+extern void (*fake_while_recording)(void); /* called before a recording ends; NULL: nothing */
 
-void fake_open_group(int is_open); /* told by the emulated NCCL, when a test lets it */
+void fake_open_group(int is_open); /* called by the emulated NCCL if a test allows it */
 
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaGetDeviceCount(int *n);

@@ -18,7 +18,7 @@ void (*fake_while_recording)(void) = nullptr;
 
 struct fake_stream : emulate::stream {
     int device = 0;
-    bool is_broken = false; /* what is recorded */
+    bool is_broken = false; /* the recording */
 };
 
 static fake_stream per_thread;
@@ -41,12 +41,12 @@ struct block {
 
 const size_t memory_bytes[FAKE_DEVICES] = {256 << 20, 1 << 20, 256 << 20, 256 << 20};
 
-std::mutex lock; /* of all below, and of the counters above */
+std::mutex lock; /* for everything below, and the counters above */
 std::map<void *, block> blocks;
 size_t used[FAKE_DEVICES];
 thread_local int current;
 thread_local fake_stream *recording; /* by this thread */
-std::set<fake_stream *> recordings;  /* by all */
+std::set<fake_stream *> recordings;  /* by all threads */
 bool group_is_open = false;
 
 bool fails() {
@@ -58,14 +58,14 @@ cudaError_t unless_it_fails() {
     return fails() ? cudaErrorUnknown : cudaSuccess;
 }
 
-/* Whether a call is one that may not be made now, because this thread records. */
+/* Whether a call is not allowed now because this thread records. */
 bool breaks_recording() {
     const std::lock_guard<std::mutex> guard(lock);
     if (recording) recording->is_broken = true;
     return recording != nullptr;
 }
 
-/* Whether a call that waits for the whole device may not be made now, because some thread records there. */
+/* Whether a call that waits for the whole device is not allowed now because some thread records there. */
 bool breaks_recordings() {
     const std::lock_guard<std::mutex> guard(lock);
     bool breaks = recording != nullptr;
@@ -75,13 +75,14 @@ bool breaks_recordings() {
     return breaks;
 }
 
-/* A call that takes or frees memory: on real GPUs it may wait for those to which a group was launched already. */
+/* A call that allocates or frees memory: on real GPUs it may wait for those on which a group was already
+ * launched. */
 void meet_group() {
     const std::lock_guard<std::mutex> guard(lock);
     fake_n_in_group += group_is_open;
 }
 
-/* Whether memory is what cudaMallocHost gave, or a part of it; the lock is held. */
+/* Whether memory is from cudaMallocHost, or part of it; the lock is held. */
 bool is_pinned(void *memory) {
     const auto behind = blocks.upper_bound(memory);
     if (behind == blocks.begin()) return false;
@@ -89,7 +90,7 @@ bool is_pinned(void *memory) {
     return static_cast<char *>(memory) < static_cast<char *>(begin) + found.n_bytes;
 }
 
-/* Memory and handles are counted alike. */
+/* Counts memory and handles. */
 void hold(long change) {
     const std::lock_guard<std::mutex> guard(lock);
     fake_n_held += change;
@@ -115,7 +116,7 @@ cudaError_t cudaGetDeviceCount(int *n) {
 cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= FAKE_DEVICES) abort();
     current = device;
-    return cudaSuccess; /* it is called before freeing too, where nobody could tell */
+    return cudaSuccess; /* also called before freeing, where an error could not be reported */
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
@@ -160,7 +161,7 @@ cudaError_t cudaFree(void *memory) {
     const auto found = blocks.find(memory);
     if (found == blocks.end()) abort();
     used[found->second.device] -= found->second.n_bytes;
-    memset(memory, 0xFF, found->second.n_bytes); /* for whoever still reads it */
+    memset(memory, 0xFF, found->second.n_bytes); /* for anyone who still reads it */
     blocks.erase(found);
     free(memory);
     fake_n_held--;

@@ -9,7 +9,7 @@ struct fake_handle {
     int unused;
 };
 struct fake_operation {
-    cublasOperation_t of_a; /* of B none, as the manual says where nothing is set */
+    cublasOperation_t of_a; /* of A; B is not transposed, the manual's default */
 };
 struct fake_layout {
     cudaDataType type;
@@ -41,7 +41,7 @@ template <class T> cublasStatus_t destroy(T *made) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-/* Column by column. */
+/* Column-major. */
 double number_at(const void *matrix, const fake_layout *of, uint64_t row, uint64_t column) {
     const uint16_t half = static_cast<const uint16_t *>(matrix)[row + column * (uint64_t)of->stride];
     return of->type == CUDA_R_16F ? (double)fb_f16_to_f32(half) : (double)fb_f32_from_bits((uint32_t)half << 16);

@@ -1,4 +1,4 @@
-# What stands in for NCCL, in a folder of its own: only a loader that is told of it (LD_LIBRARY_PATH) finds it.
+# Emulates NCCL. In a folder of its own, which the loader searches only if LD_LIBRARY_PATH names it.
 add_library(fake_nccl SHARED ${CMAKE_SOURCE_DIR}/tests/native/cuda/runtime/nccl.cpp)
 set_target_properties(fake_nccl PROPERTIES CXX_STANDARD 17 OUTPUT_NAME nccl SOVERSION 2
   LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/nccl)

@@ -1,8 +1,9 @@
 /*
- * nccl.cpp - the few functions of NCCL that native/cuda calls, for GPUs whose memory is the host's and whose streams do everything at
- * once: what is sent is copied when the group of calls ends. Call number `fake_nccl_fails_at` and no other fails; so does a group in
- * which not every GPU of a clique takes part, for which the real ones would wait without end. A test that has set `fake_nccl_group` is told
- * when a group opens and ends, which then takes a while; links that another thread makes or ends meanwhile are counted.
+ * nccl.cpp - the few functions of NCCL that native/cuda calls, for GPUs whose memory is the host's and whose
+ * streams do everything immediately: data is copied when the group of calls ends. Only call number
+ * `fake_nccl_fails_at` fails, and any group in which not every GPU of a clique takes part, for which real
+ * GPUs would wait forever. A test that sets `fake_nccl_group` is called when a group opens and ends, which
+ * then takes a while; links that another thread creates or destroys meanwhile are counted.
  */
 #include <string.h>
 

@@ -1,7 +1,7 @@
 /*
- * draw.c - several steps in one call: each computes what is left of every sequence and draws its next token. What is drawn
- * is what fb_program_run and fb_sample would give, one after the other. A device draws itself (ops/sample_plan.h), and no
- * logits are copied from it.
+ * decode.c - several decode steps in one call (fb_program_draw). Each step computes every sequence's pending
+ * tokens and samples its next one. The tokens are those that fb_program_run and fb_sample would give in turn.
+ * A device samples itself (ops/sample_plan.h), without copying logits.
  */
 #include "ops/sample_plan.h"
 #include "program/program.h"
@@ -12,18 +12,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What a call works with, besides the program. */
-struct drawing {
+/* State of one call, besides the program. */
+struct decoding {
     struct fb_draw *draws;
-    int32_t *active; /* [n_draws] places of those that still draw */
+    int32_t *active; /* [n_draws] indices into `draws` of the sequences that still decode */
     struct fb_sequence *sequences;
-    int32_t *tokens;              /* of the first step's sequences, which hold the most */
-    int32_t *outputs;             /* [n_draws] rows of the batch, of those that draw */
-    bool *failed, *is_drawn;      /* [n_draws] the latter: by the device */
-    struct fb_sample_plan *plans; /* [n_draws] of those */
+    int32_t *tokens;              /* the first step's tokens, which are the most */
+    int32_t *outputs;             /* [n_draws] batch row of each active sequence's logits */
+    bool *failed, *is_sampled;    /* [n_draws] is_sampled: by the device */
+    struct fb_sample_plan *plans; /* [n_draws] of the rows that the device samples */
     struct fb_sample_changes changes;
-    int32_t *drawn;  /* [n_draws] by the device */
-    float *logprobs; /* [n_draws] */
+    int32_t *sampled; /* [n_draws] tokens that the device sampled */
+    float *logprobs;  /* [n_draws] and their log-probabilities */
     int32_t n_active;
     const float *logits;
     char *work;
@@ -33,8 +33,8 @@ struct drawing {
 
 static enum fb_status check_draw(const struct fb_program *p, const struct fb_draw *d, int32_t i) {
     const int32_t n_tokens = d->sequence.n_tokens;
-    FB_REQUIRE(n_tokens >= 1 && n_tokens <= p->shape.max_tokens,
-        "draw %d: its sequence appends %d tokens, must be 1 .. %d", i, n_tokens, p->shape.max_tokens);
+    FB_REQUIRE(n_tokens >= 1 && n_tokens <= p->shape.max_tokens, "draw %d: its sequence has %d tokens, must be 1 .. %d",
+        i, n_tokens, p->shape.max_tokens);
     FB_REQUIRE(d->n_steps >= 0 && d->n_history >= n_tokens && d->history && (d->logprobs || d->n_steps == 0),
         "draw %d: n_steps %d must be 0 or more, n_history %d at least %d, history and logprobs not null", i, d->n_steps,
         d->n_history, n_tokens);
@@ -49,24 +49,24 @@ static enum fb_status check_draw(const struct fb_program *p, const struct fb_dra
     return FB_OK;
 }
 
-/* What is drawn next for a sequence. */
+/* The arguments of fb_sample for a sequence's next token. */
 static struct fb_sample_request request_of(const struct fb_draw *d, const float *logits, int32_t vocab_size) {
     const int32_t n = d->n_history + d->n_drawn;
     return (struct fb_sample_request){logits, vocab_size, d->settings, (uint64_t)n, d->history, n, d->bias_ids,
         d->bias_values, d->n_bias, d->breakers, d->n_breakers};
 }
 
-/* Draws for one sequence, or takes what the device drew. A failure ends it: whoever asked meets the reason again with
- * fb_sample. */
-static void draw_one(void *context, int64_t index, int thread) {
-    struct drawing *all = context;
+/* Samples one sequence's next token, or takes the device's. After a failure the sequence stops; the caller
+ * gets the reason from fb_sample. */
+static void sample_one(void *context, int64_t index, int thread) {
+    struct decoding *all = context;
     struct fb_draw *d = &all->draws[all->active[index]];
     const struct fb_sample_request r = request_of(
         d, all->logits + (size_t)index * (size_t)all->vocab_size, all->vocab_size);
     int32_t token = -1;
     float logprob = 0.0f;
-    if (all->is_drawn[index]) {
-        token = all->drawn[index];
+    if (all->is_sampled[index]) {
+        token = all->sampled[index];
         logprob = all->logprobs[index];
         all->failed[index] = token < 0;
     } else {
@@ -79,7 +79,7 @@ static void draw_one(void *context, int64_t index, int thread) {
     d->logprobs[d->n_drawn++] = logprob;
 }
 
-static bool goes_on(const struct fb_draw *d) {
+static bool is_unfinished(const struct fb_draw *d) {
     if (d->n_drawn == d->n_steps) return false;
     const int32_t last = d->history[d->n_history + d->n_drawn - 1];
     for (int32_t i = 0; i < d->n_ends; i++)
@@ -87,7 +87,7 @@ static bool goes_on(const struct fb_draw *d) {
     return true;
 }
 
-/* Writes down what the next step computes of a sequence; returns how many tokens. */
+/* Describes a sequence's part of the next step; returns its number of tokens. */
 static int32_t describe(const struct fb_draw *d, struct fb_sequence *sequence, int32_t *tokens) {
     *sequence = d->sequence;
     if (d->n_drawn > 0) {
@@ -99,36 +99,37 @@ static int32_t describe(const struct fb_draw *d, struct fb_sequence *sequence, i
     return sequence->n_tokens;
 }
 
-/* Plans the draws of a device. One that cannot be planned is left to fb_sample, which tells why. */
-static enum fb_status plan(struct drawing *all, struct fb_results *results) {
+/* Plans what the device samples. A sequence that cannot be planned is left to fb_sample, which
+ * reports why. */
+static enum fb_status plan(struct decoding *all, struct fb_results *results) {
     all->changes.n = 0;
     for (int32_t i = 0; i < all->n_active; i++) {
         const struct fb_sample_request request = request_of(&all->draws[all->active[i]], NULL, all->vocab_size);
         struct fb_sample_plan *next = &all->plans[results->n_plans];
         const enum fb_status status = fb_plan_sample(&request, all->work, &all->changes, next);
         if (status == FB_OUT_OF_MEMORY) return status;
-        all->is_drawn[i] = status == FB_OK;
+        all->is_sampled[i] = status == FB_OK;
         next->row = i;
         results->n_plans += status == FB_OK;
     }
-    results->is_drawn = all->is_drawn;
+    results->is_sampled = all->is_sampled;
     results->plans = all->plans;
     results->changes = all->changes.all;
     results->n_changes = all->changes.n;
-    results->tokens = all->drawn;
+    results->tokens = all->sampled;
     results->logprobs = all->logprobs;
     return FB_OK;
 }
 
-/* Computes what is left of all sequences, and leaves those that draw. */
-static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct drawing *all, float *logits) {
+/* Runs one step over all active sequences. Afterwards `active` holds those that sample (n_steps > 0). */
+static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct decoding *all, float *logits) {
     const int32_t n_sequences = all->n_active;
     int32_t n_tokens = 0, n_outputs = 0;
     for (int32_t i = 0; i < n_sequences; i++) {
-        const int32_t place = all->active[i];
-        n_tokens += describe(&all->draws[place], &all->sequences[i], all->tokens + n_tokens);
-        if (all->draws[place].n_steps == 0) continue;
-        all->active[n_outputs] = place;
+        const int32_t index = all->active[i];
+        n_tokens += describe(&all->draws[index], &all->sequences[i], all->tokens + n_tokens);
+        if (all->draws[index].n_steps == 0) continue;
+        all->active[n_outputs] = index;
         all->outputs[n_outputs++] = n_tokens - 1;
     }
     all->n_active = n_outputs;
@@ -146,25 +147,25 @@ static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct drawing 
     return fb_program_run_on_device(p, pool, &batch, &results, n_logits);
 }
 
-static void drop_finished(struct drawing *all) {
+static void drop_finished(struct decoding *all) {
     int32_t n = 0;
     for (int32_t i = 0; i < all->n_active; i++)
-        if (!all->failed[i] && goes_on(&all->draws[all->active[i]])) all->active[n++] = all->active[i];
+        if (!all->failed[i] && is_unfinished(&all->draws[all->active[i]])) all->active[n++] = all->active[i];
     all->n_active = n;
 }
 
-static enum fb_status run_steps(fb_program *p, fb_page_pool *pool, struct drawing *all, int32_t n_steps,
+static enum fb_status run_steps(fb_program *p, fb_page_pool *pool, struct decoding *all, int32_t n_steps,
     const int32_t *stop, float *logits, double *seconds, int32_t *n_done) {
     const int64_t start = fb_now_ns();
-    const int32_t n_workers = p->n_threads < FB_DRAWING_THREADS ? p->n_threads : FB_DRAWING_THREADS;
+    const int32_t n_workers = p->n_threads < FB_SAMPLING_THREADS ? p->n_threads : FB_SAMPLING_THREADS;
     for (*n_done = 0; *n_done < n_steps && all->n_active > 0;) {
         if (*n_done > 0 && stop && __atomic_load_n(stop, __ATOMIC_RELAXED)) return FB_OK;
         const enum fb_status status = compute(p, pool, all, logits);
-        if (status != FB_OK) return *n_done > 0 ? FB_OK : status; /* the next call meets it in its first step */
+        if (status != FB_OK) return *n_done > 0 ? FB_OK : status; /* the next call's first step returns it */
         if (all->n_active == 1)
-            draw_one(all, 0, 0);
+            sample_one(all, 0, 0);
         else if (all->n_active > 1)
-            fb_team_run(draw_one, all, all->n_active, n_workers);
+            fb_team_run(sample_one, all, all->n_active, n_workers);
         drop_finished(all);
         seconds[(*n_done)++] = 1e-9 * (double)(fb_now_ns() - start);
     }
@@ -178,7 +179,7 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
     const int32_t most = program->shape.max_tokens, vocab_size = program->shape.vocab_size;
     FB_REQUIRE(n_draws >= 1 && n_draws <= most, "n_draws is %d, must be 1 .. %d", n_draws, most);
     FB_REQUIRE(n_steps >= 1, "n_steps is %d, must be 1 or more", n_steps);
-    FB_REQUIRE(program->n_results == vocab_size, "the program ends with %d numbers, not with logits of %d tokens",
+    FB_REQUIRE(program->n_results == vocab_size, "the program's last op has %d rows, the vocabulary %d tokens",
         program->n_results, vocab_size);
     FB_REQUIRE(n_logits >= (size_t)n_draws * (size_t)vocab_size, "%zu logits, %d x %d are needed", n_logits, n_draws,
         vocab_size);
@@ -187,22 +188,22 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
         FB_TRY(check_draw(program, &draws[i], i));
         n_tokens += (size_t)draws[i].sequence.n_tokens;
     }
-    struct drawing all = {.draws = draws, .n_active = n_draws, .logits = logits, .vocab_size = vocab_size};
+    struct decoding all = {.draws = draws, .n_active = n_draws, .logits = logits, .vocab_size = vocab_size};
     all.sequences = calloc(n, sizeof *all.sequences);
     all.active = calloc(3 * n + n_tokens, sizeof *all.active);
     all.failed = calloc(2 * n, sizeof *all.failed);
     all.plans = calloc(n, sizeof *all.plans);
     all.logprobs = calloc(n, sizeof *all.logprobs);
-    all.work = program->draw_work;
-    all.work_bytes = program->draw_work_bytes;
+    all.work = program->sample_work;
+    all.work_bytes = program->sample_work_bytes;
     enum fb_status status = FB_OK;
     if (!all.sequences || !all.active || !all.failed || !all.plans || !all.logprobs) {
-        status = fb_fail(FB_OUT_OF_MEMORY, "no memory to draw for %d sequences", n_draws);
+        status = fb_fail(FB_OUT_OF_MEMORY, "no memory to decode %d sequences", n_draws);
     } else {
-        all.drawn = all.active + n;
-        all.outputs = all.drawn + n;
+        all.sampled = all.active + n;
+        all.outputs = all.sampled + n;
         all.tokens = all.outputs + n;
-        all.is_drawn = all.failed + n;
+        all.is_sampled = all.failed + n;
         for (int32_t i = 0; i < n_draws; i++) {
             all.active[i] = i;
             draws[i].n_drawn = 0;

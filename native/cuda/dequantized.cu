@@ -1,29 +1,30 @@
 /*
- * opened.cu - what stands before and behind a product of cuBLASLt: weights and inputs as plain rows of 16 bits, and what is fused to the
- * end of a product. Contracts stand in kernels.h.
+ * dequantized.cu - everything around a product of cuBLASLt: weights and inputs as plain rows of 16 bits, and
+ * the operations fused to the end of a product. Contracts are in kernels.h.
  */
 #include "finish.cuh"
 #include "mma.cuh"
 #include "powers.cuh"
 #include "weights.cuh"
 
-enum { OPEN_THREADS = 256, OPEN_LINES = OPEN_THREADS / FB_LANES };
+enum { DEQUANTIZE_THREADS = 256, CHUNK_STRIDE = DEQUANTIZE_THREADS / FB_LANES };
 
-/* A block of threads opens a panel, a thread every 16th chunk of a row. */
-template <fb_dtype D> static __global__ void open_kernel(fb_cuda_weight weight, int32_t first_panel, fb_cuda_rows out) {
-    FB_SHARED(float, most, OPEN_THREADS);
+/* A block of threads dequantizes a panel, a thread every 16th chunk of a row. */
+template <fb_dtype D>
+static __global__ void dequantize_kernel(fb_cuda_weight weight, int32_t first_panel, fb_cuda_rows out) {
+    FB_SHARED(float, most, DEQUANTIZE_THREADS);
     const int lane = (int)threadIdx.x % FB_LANES, line = (int)threadIdx.x / FB_LANES;
     const int32_t n_chunks = (weight.n_cols + FB_CHUNK - 1) / FB_CHUNK, row = (int32_t)blockIdx.x * FB_LANES + lane;
     const char *panel = fb_panel_of<D>(weight, first_panel + (int32_t)blockIdx.x);
     float power = 1.0f, inverse = 1.0f, w[4];
-    fb_chunk<D> opened;
+    fb_chunk<D> unpacked;
     if constexpr (D != FB_BF16) {
         float highest = 0.0f;
-        for (int32_t chunk = line; chunk < n_chunks; chunk += OPEN_LINES) {
-            opened.load(panel, weight.n_cols, chunk, lane);
+        for (int32_t chunk = line; chunk < n_chunks; chunk += CHUNK_STRIDE) {
+            unpacked.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
             for (int q = 0; q < FB_CHUNK / 4; q++) {
-                opened.quad(q, w);
+                unpacked.quad(q, w);
                 for (int i = 0; i < 4; i++)
                     highest = fabsf(w[i]) > highest ? fabsf(w[i]) : highest;
             }
@@ -31,20 +32,21 @@ template <fb_dtype D> static __global__ void open_kernel(fb_cuda_weight weight, 
         most[threadIdx.x] = highest;
         __syncthreads();
         highest = 0.0f;
-        for (int i = 0; i < OPEN_LINES; i++)
+        for (int i = 0; i < CHUNK_STRIDE; i++)
             highest = most[i * FB_LANES + lane] > highest ? most[i * FB_LANES + lane] : highest;
         power = fb_power_for(highest, &inverse);
     }
     if (line == 0) out.scales[row] = inverse;
-    for (int32_t chunk = line; chunk < n_chunks; chunk += OPEN_LINES) {
-        opened.load(panel, weight.n_cols, chunk, lane);
+    for (int32_t chunk = line; chunk < n_chunks; chunk += CHUNK_STRIDE) {
+        unpacked.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
-        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighbours write rows that lie far apart */
+        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighboring threads write rows that
+                                                    are far apart */
             const int32_t column = chunk * FB_CHUNK + 8 * o;
             fb_words4 eight = {};
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                if (i % 4 == 0) opened.quad(2 * o + i / 4, w);
+                if (i % 4 == 0) unpacked.quad(2 * o + i / 4, w);
                 const uint32_t half = D == FB_BF16 ? fb_bf16_of_float(w[i % 4]) : fb_f16_of_float(w[i % 4] * power);
                 eight.word[i / 2] |= half << (16 * (i % 2));
             }
@@ -66,7 +68,7 @@ static __global__ void rows_kernel(const float *x, int64_t ldx, int32_t n_cols, 
     }
 }
 
-/* A thread takes a row, with SwiGLU gate and up; a block those of a token. */
+/* A thread takes a row (with SwiGLU those of gate and up), a block the rows of one token. */
 static __global__ void finish_kernel(fb_cuda_linear a, fb_cuda_rows weights, fb_cuda_rows inputs, int32_t first_panel,
     int32_t n_rows, const float *sums) {
     const int64_t token = (int64_t)blockIdx.x;
@@ -83,18 +85,19 @@ static __global__ void finish_kernel(fb_cuda_linear a, fb_cuda_rows weights, fb_
 /* ---- Launch ------------------------------------------------------------------------------------------------------ */
 
 template <fb_dtype D>
-static int open(const fb_cuda_weight &weight, int32_t first_panel, int32_t n_panels, const fb_cuda_rows &out,
+static int dequantize(const fb_cuda_weight &weight, int32_t first_panel, int32_t n_panels, const fb_cuda_rows &out,
     fb_cuda_stream stream) {
-    return fb_launch(open_kernel<D>, dim3((unsigned)n_panels), OPEN_THREADS, 0, stream, weight, first_panel, out);
+    return fb_launch(
+        dequantize_kernel<D>, dim3((unsigned)n_panels), DEQUANTIZE_THREADS, 0, stream, weight, first_panel, out);
 }
 
-template <> int open<FB_F32>(const fb_cuda_weight &, int32_t, int32_t, const fb_cuda_rows &, fb_cuda_stream) {
-    return -1; /* linear.cu's */
+template <> int dequantize<FB_F32>(const fb_cuda_weight &, int32_t, int32_t, const fb_cuda_rows &, fb_cuda_stream) {
+    return -1; /* fb_cuda_multiply takes these */
 }
 
-int fb_cuda_open_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
+int fb_cuda_dequantize_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
     const struct fb_cuda_rows *out, fb_cuda_stream stream) {
-    return FB_FOR_DTYPE(weight->dtype, open, *weight, first_panel, n_panels, *out, stream);
+    return FB_FOR_DTYPE(weight->dtype, dequantize, *weight, first_panel, n_panels, *out, stream);
 }
 
 int fb_cuda_round_rows(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_rows *out,
