@@ -59,6 +59,15 @@ def test_commands_and_links_within_sentences(page: str) -> None:
     assert document.broken_links() == []
 
 
+def test_troubleshooting_names_messages_of_the_program() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "python" / "fabula").rglob("*.py"))
+    headings = re.findall(r"^### .*$", Document(DOCS / "troubleshooting.md").text, re.MULTILINE)
+    messages = [text for heading in headings for text in re.findall(r"`([^`]+)`", heading) if "make " not in text]
+    assert len(messages) > 10
+    for message in messages:
+        assert all(part.strip() in sources for part in message.split("…")), message
+
+
 def test_pages_are_plain_lines() -> None:
     """At most 100 columns, but for tables, code, and links; a clause a line reads and merges well."""
     for page in set(PAGES) - {"architecture.md"}:
