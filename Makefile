@@ -34,7 +34,7 @@ format: $(VENV)/linted-with format-page
 
 # The documentation as a site in build/site; a warning or a broken link fails.
 docs: $(VENV)/documented-with
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "docs: build/site/index.html"
 
 ifneq ($(NODE),)
