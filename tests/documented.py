@@ -101,12 +101,15 @@ class Desk:
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("FABULA_")} | {
             "PATH": f"{tools}:{os.environ['PATH']}",
             "FABULA_DATA": str(folder / ".data"),
-            "PYTHONPATH": os.environ.get("PYTHONPATH", str(PROJECT / "python")),
             "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers where the cursor is
             "TERM": "dumb",
         }
         if "FABULA_CACHE" in os.environ:
             self.env["FABULA_CACHE"] = os.environ["FABULA_CACHE"]
+        if "PYTHONPATH" in self.env:  # commands run in another folder
+            self.env["PYTHONPATH"] = os.pathsep.join(
+                str(Path(place).resolve()) for place in self.env["PYTHONPATH"].split(os.pathsep)
+            )
 
     def run(self, step: str | Command) -> str:
         """What a program or command printed; AssertionError if it failed."""
