@@ -11,7 +11,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -t
 NODE := $(shell node -e "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)" 2>/dev/null && command -v npm)
 PAGE := python/fabula/web tests/web package.json tsconfig.json
 
-.PHONY: run test test-page lint lint-page sanitize aarch64 cuda gpu emulated format format-page clean
+.PHONY: run test test-page lint lint-page docs sanitize aarch64 cuda gpu emulated format format-page clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
@@ -31,6 +31,11 @@ format: $(VENV)/linted-with format-page
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
+
+# The documentation as a site in build/site; a warning or a broken link fails.
+docs: $(VENV)/documented-with
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "docs: build/site/index.html"
 
 ifneq ($(NODE),)
 test-page:
@@ -87,6 +92,10 @@ $(VENV)/tested-with: $(VENV)/installed
 
 $(VENV)/linted-with: $(VENV)/tested-with
 	$(BIN)/python -m pip install --quiet $$($(NEEDS) lint)
+	@touch $@
+
+$(VENV)/documented-with: $(VENV)/tested-with
+	@$(BIN)/python -m pip install --quiet $$($(NEEDS) docs) || { echo "docs: what builds the site cannot be installed"; exit 1; }
 	@touch $@
 
 clean:
