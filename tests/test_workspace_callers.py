@@ -33,7 +33,7 @@ def test_those_who_wait_get_their_turn_in_order(desk: Desk) -> None:
         thread = threading.Thread(target=lambda i=i: session.say(f"{i}", SHORT, wait=True).text())
         thread.start()
         threads.append(thread)
-        wait_until(lambda i=i: len(session._line) > i)
+        wait_until(lambda i=i: len(session._queue.waiting) > i)
     with pytest.raises(SessionBusy):
         session.say("no", wait=0.05)
     first.cancel()
@@ -48,7 +48,7 @@ def test_a_forgotten_reply_holds_up_nobody_who_waits(desk: Desk) -> None:
     next(reply)
     thread = threading.Thread(target=lambda: session.say("second", SHORT, wait=True).text())
     thread.start()
-    wait_until(lambda: session._line)
+    wait_until(lambda: session._queue.waiting)
     del reply
     gc.collect()
     thread.join()

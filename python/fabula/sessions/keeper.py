@@ -20,12 +20,13 @@ from fabula.engine.sampling import SamplingParams
 from fabula.errors import SessionExists, StoreCorrupt
 from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.said import Said
+from fabula.sessions.settings import Settings
 from fabula.sessions.turn import START, Turn
 from fabula.store.records import SessionRecord, TurnRecord
 
 if TYPE_CHECKING:
-    from fabula.sessions.growth import Growing
     from fabula.sessions.reply import Reply
+    from fabula.sessions.session import Session
     from fabula.store.store import Store
     from fabula.store.writer import Watch
 
@@ -43,7 +44,7 @@ class Keeper:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.sessions: weakref.WeakValueDictionary[tuple[str, str], Growing] = weakref.WeakValueDictionary()
+        self.sessions: weakref.WeakValueDictionary[tuple[str, str], Session] = weakref.WeakValueDictionary()
         self.turns: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
         self.lock = threading.RLock()
         self._drafts: dict[tuple[str, str], set[str]] = {}  # that may be left in the store, by session
@@ -51,7 +52,7 @@ class Keeper:
 
     # ---- What sessions tell -----------------------------------------------------------------------------------------
 
-    def opened(self, session: Growing) -> None:
+    def opened(self, session: Session) -> None:
         """A new session: it is in the store when this returns.
 
         Raises:
@@ -64,7 +65,7 @@ class Keeper:
             self.sessions.pop((session.tenant, session.id), None)
             raise
 
-    def _register(self, session: Growing) -> None:
+    def _register(self, session: Session) -> None:
         """Takes a name for a new session."""
         key = (session.tenant, session.id)
         with self.lock:
@@ -72,7 +73,7 @@ class Keeper:
                 raise SessionExists(f"there is a session {session.id!r} already; give another name")
             self.sessions[key] = session
 
-    def taken_in(self, session: Growing) -> None:
+    def taken_in(self, session: Session) -> None:
         """A session with turns made elsewhere: all of it is in the store when this returns, or nothing.
 
         Raises:
@@ -95,11 +96,11 @@ class Keeper:
             raise
         self.turns.update({turn.id: turn for turn in session._tree.own})
 
-    def changed(self, session: Growing) -> None:
-        """Its settings are others."""
-        self.store.put_session(session_record(session)).result()
+    def changed(self, session: Session, settings: Settings) -> None:
+        """The session is to have other settings: they are committed when this returns."""
+        self.store.put_session(session_record(session, settings=settings)).result()
 
-    def begun(self, reply: Reply, draft: Turn, session: Growing) -> None:
+    def begun(self, reply: Reply, session: Session) -> None:
         """A reply is being made: it is written down from time to time, as the head if it is to be that."""
         made, owner = weakref.ref(reply), weakref.ref(session)
 
@@ -107,15 +108,15 @@ class Keeper:
             reply, session = made(), owner()
             if reply is None or session is None:
                 raise ReferenceError("the reply was forgotten")
-            if len(reply.generation.token_ids) <= draft.n_begun:
-                return None
             turn = reply.draft()
+            if len(turn.token_ids) <= turn.n_begun:
+                return None
             record = dataclasses.replace(turn_record(turn, session.id), finish_reason=None)
             return record, session_record(session, *((turn, []) if reply.selects else (None, None)))
 
         self._watches[reply] = self.store.watch(snapshot)
 
-    def ended(self, reply: Reply, turn: Turn | None, session: Growing) -> None:
+    def ended(self, reply: Reply, turn: Turn | None, session: Session) -> None:
         """A reply has ended, with a turn or without: it is committed when this returns.
 
         Raises:
@@ -138,7 +139,7 @@ class Keeper:
             raise
         self.turns[turn.id] = turn
 
-    def written(self, turn: Turn, session: Growing) -> None:
+    def written(self, turn: Turn, session: Session) -> None:
         """A turn was written by hand, and is the head: it is committed when this returns.
 
         Raises:
@@ -147,7 +148,7 @@ class Keeper:
         self.store.put_turn(turn_record(turn, session.id), session_record(session, turn, [])).result()
         self.turns[turn.id] = turn
 
-    def head_moved(self, session: Growing) -> None:
+    def head_moved(self, session: Session) -> None:
         """Another turn is the head."""
         self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._tree.redo_stack))
 
@@ -155,14 +156,15 @@ class Keeper:
         """A turn gets other tags: they are in the store when this returns."""
         self.store.put_tags(turn.id, tags).result()
 
-    def dropped(self, session: Growing, turns: list[Turn]) -> None:
-        """Turns are taken out of a session: gone from the store when this returns, but for those that forks need."""
+    def dropped(self, session: Session, turns: list[Turn], head: Turn) -> None:
+        """Turns are to be deleted and `head` to be the head: committed when this returns, except turns on the path to a
+        fork."""
         needed = self._needed(session, turns)
         gone = [turn.id for turn in turns if turn not in needed] + self._left_drafts(session)
         left = [turn.id for turn in turns if turn in needed]
-        self.store.delete_turns(session_record(session, undone=[]), gone, left).result()
+        self.store.delete_turns(session_record(session, head, []), gone, left).result()
 
-    def deleted(self, session: Growing, turns: list[Turn]) -> None:
+    def deleted(self, session: Session, turns: list[Turn]) -> None:
         """A session is deleted: gone from the store when this returns, but for turns that forks need."""
         needed = self._needed(session, turns)
         orphans = self._orphans(session)
@@ -172,15 +174,15 @@ class Keeper:
         with self.lock:
             self.sessions.pop((session.tenant, session.id), None)
 
-    def _left_drafts(self, session: Growing) -> list[str]:
+    def _left_drafts(self, session: Session) -> list[str]:
         return list(self._drafts.pop((session.tenant, session.id), ()))
 
-    def _needed(self, session: Growing, turns: list[Turn]) -> set[Turn]:
+    def _needed(self, session: Session, turns: list[Turn]) -> set[Turn]:
         """Of these turns, those that another session of the store goes on from."""
         mine = {turn.id: turn for turn in turns}
         return {mine[id] for id in self.store.pasts_of_others(session.tenant, session.id) if id in mine}
 
-    def _orphans(self, session: Growing) -> list[str]:
+    def _orphans(self, session: Session) -> list[str]:
         """Turns of deleted sessions that only this one goes on from."""
         _, turns = self.store.load(session.tenant, session.id)
         left = [turn.id for turn in turns if turn.session_id is None]
@@ -222,8 +224,14 @@ def head_ids(head: Turn, undone: list[Turn]) -> tuple[str | None, tuple[str, ...
     return head.id or None, tuple(turn.id for turn in undone)
 
 
-def session_record(session: Growing, head: Turn | None = None, undone: list[Turn] | None = None) -> SessionRecord:
-    """A session as it is kept, with another head if given."""
+def session_record(
+    session: Session,
+    head: Turn | None = None,
+    undone: list[Turn] | None = None,
+    settings: Settings | None = None,
+) -> SessionRecord:
+    """A session as it is stored, with another head or other settings if given."""
+    settings = session._settings if settings is None else settings
     head_id, undone_ids = head_ids(
         session.head if head is None else head, session._tree.redo_stack if undone is None else undone
     )
@@ -234,13 +242,13 @@ def session_record(session: Growing, head: Turn | None = None, undone: list[Turn
         model=host.name,
         fingerprint=host.fingerprint,
         settings={
-            "system": session.system,
-            "params": params_json(session.params),
-            "policy": session.policy.to_json(),
+            "system": settings.system,
+            "params": params_json(settings.params),
+            "policy": settings.policy.to_json(),
             "vocabulary": session.vocabulary,
         }
-        | ({"title": session.title} if session.title else {})
-        | ({"tags": list(session.tags)} if session.tags else {}),
+        | ({"title": settings.title} if settings.title else {})
+        | ({"tags": list(settings.tags)} if settings.tags else {}),
         base_id=base.id or None,
         head_id=head_id,
         undone=undone_ids,

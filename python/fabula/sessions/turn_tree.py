@@ -145,7 +145,7 @@ class TurnTree:
         self.head = self._redo.pop()
 
     def remove(self, turns: Iterable[Turn]) -> None:
-        """Takes out turns with all that lies behind them; the head must not be among them. Empties the redo stack."""
+        """Removes turns, which include all their descendants and not the head. Empties the redo stack."""
         for turn in turns:
             del self._own[turn.id]
         self._redo.clear()
