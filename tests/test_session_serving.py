@@ -366,6 +366,28 @@ def test_prune_says_what_it_freed(workspace: Workspace) -> None:
     assert workspace._keeper.store.check() == []
 
 
+@pytest.mark.parametrize("select", [True, False])
+def test_a_prune_that_the_store_refuses_changes_nothing(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, select: bool
+) -> None:
+    session = workspace.session("a")
+    talk(session, "one", "two", "three")
+    session.rollback(2)
+    before = (session.head, session.turns, session._tree.redo_stack)
+
+    def full(*_: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreFull("no room", path="here"))
+        return failed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace._keeper.store, "delete_turns", full)
+        with pytest.raises(StoreFull):
+            session.prune(1, select=select)
+    assert (session.head, session.turns, session._tree.redo_stack) == before
+    assert session.rollback(1, prune=True).number == 1 and session.n_turns == 1
+
+
 # ---- In the middle of a reply ---------------------------------------------------------------------------------------
 
 VERBS: dict[str, Callable[[Session], Any]] = {

@@ -866,7 +866,7 @@ class Session:
                 self._keeper.ended(reply, turn, self)
             if turn is not None:
                 self._tree.add(turn, selects=reply.selects)
-                keep_kv(turn, reply.generation.engine.cache)
+                keep_kv(turn, reply.generation.engine)
         finally:
             self._queue.discard(reply)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from fabula.kv.cache import KvCache
+from fabula.engine.generation import Engine
 from fabula.sessions.turn import WRITTEN, Turn
 
 
-def keep_kv(turn: Turn, cache: KvCache) -> None:
-    """Leaves the KV of a finished turn to the cache, and shares it with the handwritten turns right before it, whose
-    words were prefilled with this turn's prompt."""
+def keep_kv(turn: Turn, engine: Engine) -> None:
+    """Leaves the KV of a finished turn to the engine's cache, and shares it with the handwritten turns right before it,
+    which were prefilled as part of its prompt."""
     if turn.kv is None:
         return
+    cache = engine.cache
     cache.keep(turn.kv)
     kept = turn.kept
     with cache.lock:  # nothing is evicted between the check and the fork
