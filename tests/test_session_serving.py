@@ -187,7 +187,7 @@ def test_settings_can_be_changed(workspace: Workspace) -> None:
 @pytest.mark.parametrize("title", ["x" * 201, "a\nb", "\0", "\x1b[31m", "a\u2028b", "\x85", "\ud800", None, 5, b"x"])
 def test_titles_that_cannot_be(workspace: Workspace, model: Model, title: Any) -> None:
     with pytest.raises(InvalidArgument, match="title"):
-        Session(model._host, title=title)
+        Session(model._handle, title=title)
     if title is not None:
         with pytest.raises(InvalidArgument, match="title"):
             workspace.session("a", title=title)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from fabula import Constraint, InvalidArgument, Model, SamplingParams
 from fabula.engine.grammar import Guide
-from fabula.sessions.calls import CLOSE, OPEN, Arguments, CallBegun, CallEnded, Content, Event
+from fabula.sessions.tool_call_parser import CLOSE, OPEN, Arguments, CallBegun, CallEnded, Content, Event
 from fabula.sessions.tools import (
     MAX_TOOLS,
     ToolCall,

@@ -20,13 +20,13 @@ from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory, StoreCorrupt, StoreError
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
-from fabula.sessions.keeper import Keeper, params_of, policy_of, session_record, turn_of, turn_record
+from fabula.sessions.persistence import Persistence, params_of, policy_of, session_record, turn_of, turn_record
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START, WRITTEN, Turn
 from fabula.store.records import TurnRecord
 
 if TYPE_CHECKING:
-    from fabula.sessions.host import Host
+    from fabula.sessions.model_handle import ModelHandle
 
 FORMAT, VERSION = "fabula session", 1
 MAX_TURNS = 100_000
@@ -83,7 +83,7 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 
 def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.uint8]]:
     """Full pages of turns, each once: those they hold, or that are found by their text, on disk too."""
-    engine = session._host.engine
+    engine = session._handle.engine
     pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
     pages: dict[str, npt.NDArray[np.uint8]] = {}
     seen: set[bytes] = set()
@@ -119,22 +119,22 @@ def _write_kv(path: Path, pages: Mapping[str, npt.NDArray[np.uint8]], fingerprin
 
 def import_session(
     data: Mapping[str, Any],
-    host: Host,
+    handle: ModelHandle,
     *,
     id: str | None = None,
     tenant: str = "",
     kv: str | os.PathLike[str] | None = None,
-    keeper: Keeper | None = None,
+    persistence: Persistence | None = None,
 ) -> Session:
     """A session from what `export_session` gave; its turns get new names, so that it may be taken in twice.
 
     Args:
         data: JSON data.
-        host: the model it talks to.
+        handle: the model it talks to.
         id: its name; None for the one it had.
         tenant: its owner.
         kv: file with K and V; None for none.
-        keeper: where it is kept; None for in memory.
+        persistence: where it is kept; None for in memory.
 
     Raises:
         InvalidArgument: the data is not an exported session; names the field.
@@ -147,13 +147,13 @@ def import_session(
     try:
         settings = data["settings"]
         session = Session(
-            host,
+            handle,
             id=data["id"] if id is None else id,
             tenant=tenant,
             system=settings["system"],
             params=params_of(settings["params"]),
             policy=policy_of(settings),
-            keeper=keeper,
+            persistence=persistence,
             created_at=float(data["created_at"]),
             vocabulary=settings["vocabulary"],
             title=settings.get("title", ""),
@@ -167,8 +167,9 @@ def import_session(
         raise InvalidArgument(f"the exported session is damaged: {error!r}") from None
     if kv is not None:
         _read_kv(Path(kv), data["turns"], turns, session)
-    if keeper is not None:
-        keeper.taken_in(session)
+    if persistence is not None:
+        persistence.register(session)
+        persistence.create_with_turns(session)
     return session
 
 
@@ -222,7 +223,7 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
     """Takes in pages; as many as there is room for."""
     from safetensors import safe_open
 
-    engine, fingerprint = session._host.engine, session._host.fingerprint
+    engine, fingerprint = session._handle.engine, session._handle.fingerprint
     pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
     try:
         with safe_open(path, framework="numpy") as file:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
-from fabula.sessions.host import Served
+from fabula.sessions.model_handle import LoadedModel
 from fabula.sessions.policy import Cut
 from fabula.sessions.prompts import Prompt, chat_prompt, common_length, parses_special, story_prompt
-from fabula.sessions.said import Said
 from fabula.sessions.settings import Settings
 from fabula.sessions.turn import WRITTEN, Turn
+from fabula.sessions.user_input import UserInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         parent: the turn it follows.
-        said: user input.
+        user_input: what it answers.
         chat: whether prompt and answer go through the chat template.
         prompt: ids of the whole prompt.
         params: sampling parameters.
@@ -33,7 +33,7 @@ class Plan:
     """
 
     parent: Turn
-    said: Said
+    user_input: UserInput
     chat: bool
     prompt: Prompt
     params: SamplingParams
@@ -63,7 +63,7 @@ class Plan:
             parent=self.parent,
             number=self.parent.number + 1,
             chat=self.chat,
-            said=self.said,
+            said=self.user_input,
             kept=kept,
             prompt_ids=tuple(self.prompt.ids[kept:]),
             n_begun=len(self.begun),
@@ -76,7 +76,13 @@ class Plan:
 
 
 def next_turn(
-    model: Served, settings: Settings, parent: Turn, said: Said, params: SamplingParams | None, *, chat: bool
+    model: LoadedModel,
+    settings: Settings,
+    parent: Turn,
+    user_input: UserInput,
+    params: SamplingParams | None,
+    *,
+    chat: bool,
 ) -> Plan:
     """Plans a turn that follows `parent`.
 
@@ -85,15 +91,15 @@ def next_turn(
         InvalidArgument, TemplateError: as `prompt_of`.
     """
     chosen = params or settings.params
-    prompt = prompt_of(model, settings, parent, said, chosen, chat=chat)
+    prompt = prompt_of(model, settings, parent, user_input, chosen, chat=chat)
     check_room(model, settings, len(prompt.ids))
-    return Plan(parent, said, chat, prompt, chosen, parent)
+    return Plan(parent, user_input, chat, prompt, chosen, parent)
 
 
-def sibling(model: Served, settings: Settings, turn: Turn, said: Said, params: SamplingParams) -> Plan:
+def sibling(model: LoadedModel, settings: Settings, turn: Turn, user_input: UserInput, params: SamplingParams) -> Plan:
     """Plans a sibling of `turn` with other user input or other parameters."""
     assert turn.parent is not None
-    return next_turn(model, settings, turn.parent, said, params, chat=turn.chat)
+    return next_turn(model, settings, turn.parent, user_input, params, chat=turn.chat)
 
 
 def continuation(turn: Turn, begun: tuple[int, ...], params: SamplingParams) -> Plan:
@@ -103,7 +109,7 @@ def continuation(turn: Turn, begun: tuple[int, ...], params: SamplingParams) -> 
     return Plan(turn.parent, turn.said, turn.chat, prompt, params, turn, begun)
 
 
-def replayed(model: Served, settings: Settings, turn: Turn, params: SamplingParams) -> Plan:
+def replayed(model: LoadedModel, settings: Settings, turn: Turn, params: SamplingParams) -> Plan:
     """Plans `turn` again from its parent.
 
     Raises:
@@ -117,7 +123,7 @@ def replayed(model: Served, settings: Settings, turn: Turn, params: SamplingPara
 
 
 def prompt_of(
-    model: Served, settings: Settings, parent: Turn, said: Said, params: SamplingParams, *, chat: bool
+    model: LoadedModel, settings: Settings, parent: Turn, user_input: UserInput, params: SamplingParams, *, chat: bool
 ) -> Prompt:
     """The prompt of a turn that follows `parent`.
 
@@ -127,10 +133,10 @@ def prompt_of(
     """
     check_kind(parent, chat=chat)
     if chat:
-        return chat_prompt(model.engine, model.template(), settings.policy, params, parent, settings.system, said)
-    if said.given is not None or said.options:
+        return chat_prompt(model.engine, model.template(), settings.policy, params, parent, settings.system, user_input)
+    if user_input.given is not None or user_input.options:
         raise InvalidArgument("a story goes on with text; messages and template_options are for a chat")
-    return story_prompt(model.engine, settings.policy, params, parent, said)
+    return story_prompt(model.engine, settings.policy, params, parent, user_input)
 
 
 def prompt_ids_of(turn: Turn) -> list[int]:
@@ -142,7 +148,7 @@ def prompt_ids_of(turn: Turn) -> list[int]:
 
 
 def written(
-    model: Served, settings: Settings, parent: Turn, text: str, *, frozen: bool, parse_special: bool | None
+    model: LoadedModel, settings: Settings, parent: Turn, text: str, *, frozen: bool, parse_special: bool | None
 ) -> Turn:
     """A piece of a story that a person wrote, following `parent`. Its KV is computed with the next answer.
 
@@ -153,13 +159,13 @@ def written(
     if not text:
         raise InvalidArgument("text is empty: write at least one character")
     check_kind(parent, chat=False)
-    said = Said.of(text, parse_special=parses_special(parse_special, parent))
-    prompt = story_prompt(model.engine, settings.policy, settings.params, parent, said)
+    user_input = UserInput.of(text, parse_special=parses_special(parse_special, parent))
+    prompt = story_prompt(model.engine, settings.policy, settings.params, parent, user_input)
     check_room(model, settings, len(prompt.ids))
     return Turn(
         parent=parent,
         number=parent.number + 1,
-        said=said,
+        said=user_input,
         kept=prompt.kept,
         prompt_ids=tuple(prompt.ids[prompt.kept :]),
         params=settings.params.resolved(model.engine.defaults),
@@ -169,7 +175,7 @@ def written(
     )
 
 
-def rewritten(model: Served, settings: Settings, turn: Turn, text: str, *, parse_special: bool | None) -> Turn:
+def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, parse_special: bool | None) -> Turn:
     """A sibling of `turn` with an answer that a person wrote, without KV.
 
     Raises:
@@ -205,7 +211,7 @@ def complete(turn: Turn, generation: Generation, why_cold: str) -> None:
     """Fills in what is known when a turn's generation has ended: KV, what the model did not see, why KV was recomputed.
 
     Args:
-        why_cold: see `Served.why_cold`; "" too for a model that is not loaded any more.
+        why_cold: see `LoadedModel.why_cold`; "" too for a model that is not loaded any more.
     """
     turn.kv = generation.sequence
     window = turn.kv.window
@@ -235,7 +241,7 @@ def check_position(turn: Turn, position: int) -> None:
         raise InvalidArgument(f"position is {position!r}, must be 0 .. {len(turn.token_ids)}")
 
 
-def check_room(model: Served, settings: Settings, n_ids: int) -> None:
+def check_room(model: LoadedModel, settings: Settings, n_ids: int) -> None:
     """Raises ContextOverflow if `n_ids` do not fit the context under the session's policy."""
     runner = model.engine.runner
     runner.check_room(n_ids, settings.policy.visible(runner.context))

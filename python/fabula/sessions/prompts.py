@@ -15,9 +15,9 @@ from fabula.engine.generation import Engine
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
 from fabula.sessions.policy import ContextPolicy, Cut
-from fabula.sessions.said import Said
 from fabula.sessions.tools import with_tools
 from fabula.sessions.turn import Turn
+from fabula.sessions.user_input import UserInput
 from fabula.text.chat import with_control_tokens
 from fabula.text.continuation import encode_next
 
@@ -40,21 +40,21 @@ class Prompt:
     cut: Cut | None = None
 
 
-def messages_of(system: str | None, turns: Sequence[Turn], said: Said | None = None) -> list[dict[str, Any]]:
+def messages_of(system: str | None, turns: Sequence[Turn], user_input: UserInput | None = None) -> list[dict[str, Any]]:
     """A conversation as chat templates take it."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         _say(messages, turn.said)
         messages.append({"role": "assistant", "content": turn.text})
-    if said is not None:
-        _say(messages, said)
+    if user_input is not None:
+        _say(messages, user_input)
     return messages
 
 
-def _say(messages: list[dict[str, Any]], said: Said) -> None:
-    if said.words_answer and messages and messages[-1]["role"] == "assistant":
-        messages.pop()  # that answer stands at the head of what is said
-    messages += with_control_tokens(said.messages) if said.parse_special else said.messages
+def _say(messages: list[dict[str, Any]], user_input: UserInput) -> None:
+    if user_input.words_answer and messages and messages[-1]["role"] == "assistant":
+        messages.pop()  # the user input repeats that answer, with its tool calls
+    messages += with_control_tokens(user_input.messages) if user_input.parse_special else user_input.messages
 
 
 def chat_prompt(
@@ -64,18 +64,20 @@ def chat_prompt(
     params: SamplingParams,
     parent: Turn,
     system: str | None,
-    said: Said,
+    user_input: UserInput,
 ) -> Prompt:
     """The prompt of the next answer of a chat.
 
     Raises:
         TemplateError, InvalidArgument: as `encode_chat` and `with_tools`.
     """
-    if said.words_answer and not parent.number:
+    if user_input.words_answer and not parent.number:
         raise InvalidArgument("messages[0].role is 'assistant', but there is no answer before it")
     tokenizer, past, seen = engine.tokenizer, parent.ids(), seen_turns(parent)
 
-    def worded(turns: Sequence[Turn], new: Said, options: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
+    def worded(
+        turns: Sequence[Turn], new: UserInput, options: Mapping[str, Any]
+    ) -> tuple[list[Any], Mapping[str, Any]]:
         return _worded(template, messages_of(system, turns, new), options)
 
     def without(n: int) -> list[int]:
@@ -84,17 +86,17 @@ def chat_prompt(
         known: list[int] = []
         turns = seen[n:]
         for i, turn in enumerate(turns):
-            messages, options = worded(turns[:i], turn.said, said.options)
+            messages, options = worded(turns[:i], turn.said, user_input.options)
             known = [*encode_next(tokenizer, template, messages, known, options), *turn.token_ids]
-        messages, options = worded(turns, said, said.options)
+        messages, options = worded(turns, user_input, user_input.options)
         return encode_next(tokenizer, template, messages, known, options)
 
     def may_begin(n: int) -> bool:
         """Whether the conversation may begin behind its n oldest turns: a tool's result stays with the call."""
-        return not (seen[n].said if n < len(seen) else said).answers_call
+        return not (seen[n].said if n < len(seen) else user_input).answers_call
 
-    messages, options = worded(seen, said, said.options)
-    if said.options == parent.said.options:
+    messages, options = worded(seen, user_input, user_input.options)
+    if user_input.options == parent.said.options:
         ids = encode_next(tokenizer, template, messages, past, options)
     else:
         before = worded(seen[:-1], parent.said, parent.said.options) if seen else None
@@ -116,23 +118,25 @@ def _worded(
 
 
 def parses_special(parse_special: bool | None, parent: Turn) -> bool:
-    """Whether control tokens written in the next piece of a story are control tokens: what is not said goes on as the
-    story did before, and begins with yes, as a story is the caller's own text."""
+    """Whether control tokens written in the next piece of a story are control tokens. None: as in the previous turn,
+    and yes at the start, as a story is the caller's own text."""
     if parse_special is None:
         return parent.said.parse_special if parent.number and not parent.chat else True
     return parse_special
 
 
-def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, said: Said) -> Prompt:
+def story_prompt(
+    engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, user_input: UserInput
+) -> Prompt:
     """The prompt of the next piece of a story.
 
     Raises:
         InvalidArgument: there is no text to continue.
     """
-    tokenizer, text = engine.tokenizer, said.text
+    tokenizer, text = engine.tokenizer, user_input.text
     new: list[int] = []
     if text or not parent.number:
-        new = tokenizer.encode(text, add_bos=False if parent.number else None, special=said.parse_special)
+        new = tokenizer.encode(text, add_bos=False if parent.number else None, special=user_input.parse_special)
     past, seen = parent.ids(), seen_turns(parent)
     notes = [turn for turn in parent.lineage() if turn.frozen][::-1]
 

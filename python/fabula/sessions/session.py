@@ -24,19 +24,19 @@ from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument, SessionBusy, SessionNotFound
 from fabula.sessions import planning, views
-from fabula.sessions.host import Host, Served
-from fabula.sessions.keeper import Keeper
+from fabula.sessions.model_handle import LoadedModel, ModelHandle
 from fabula.sessions.names import checked_tags, is_session_id
+from fabula.sessions.persistence import Persistence
 from fabula.sessions.planning import Plan
 from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.prompts import common_length, messages_of, parses_special
 from fabula.sessions.reply import Reply
 from fabula.sessions.reply_queue import ReplyQueue
-from fabula.sessions.said import Said, Saying
 from fabula.sessions.settings import Settings
 from fabula.sessions.turn import START, Turn
 from fabula.sessions.turn_kv import free_kv, keep_kv
 from fabula.sessions.turn_tree import TurnRef, TurnTree
+from fabula.sessions.user_input import Messages, UserInput
 from fabula.sessions.views import Alternative, Count, Node
 
 MAX_BRANCHES = 32
@@ -55,12 +55,12 @@ class Session:
     A turn is given by its number on the path to the head, by its id, or as a `Turn`.
 
     Args:
-        host: the model.
+        handle: the model.
         id: 1 .. 128 of A-Z a-z 0-9 . _ -; None makes a random one.
         tenant: its owner.
         system, params, policy, title, tags: see `Settings`.
         base: the turn it is forked from; None for an empty start.
-        keeper: where it is stored; None for in memory only.
+        persistence: where it is stored; None for in memory only.
         created_at: seconds since 1970; None for now.
         vocabulary: fingerprint of the tokenizer that its token ids belong to; None for the model's.
 
@@ -73,7 +73,7 @@ class Session:
 
     def __init__(
         self,
-        host: Host,
+        handle: ModelHandle,
         *,
         id: str | None = None,
         tenant: str = "",
@@ -81,7 +81,7 @@ class Session:
         params: SamplingParams | None = None,
         policy: ContextPolicy | str | None = None,
         base: Turn | None = None,
-        keeper: Keeper | None = None,
+        persistence: Persistence | None = None,
         created_at: float | None = None,
         vocabulary: str | None = None,
         title: str = "",
@@ -92,13 +92,13 @@ class Session:
         self.id = uuid.uuid4().hex if id is None else id
         self.tenant = tenant
         self.created_at = time.time() if created_at is None else created_at
-        self.vocabulary = host.vocabulary if vocabulary is None else vocabulary
+        self.vocabulary = handle.vocabulary if vocabulary is None else vocabulary
         self._settings = Settings(
             params or SamplingParams(), system, ContextPolicy.of(policy), title, checked_tags(tags)
         )
-        if host.is_loaded:
-            self.policy.visible(host.engine.runner.context)
-        self._host, self._keeper = host, keeper
+        if handle.is_loaded:
+            self.policy.visible(handle.engine.runner.context)
+        self._handle, self._persistence = handle, persistence
         self._tree = TurnTree(START if base is None else base)
         if base is not None:
             base.forks.add(self)
@@ -136,13 +136,13 @@ class Session:
     @property
     def model(self) -> str:
         """Name of its model."""
-        return self._host.name
+        return self._handle.name
 
     @property
     def sampling_defaults(self) -> SamplingDefaults | None:
         """What the model recommends for parameters that neither a turn nor the session gives; None while it is not
         loaded."""
-        return self._host.served.defaults if self._host.is_loaded else None
+        return self._handle.loaded.defaults if self._handle.is_loaded else None
 
     def configure(
         self,
@@ -174,15 +174,15 @@ class Session:
             changed = self._settings.updated(params=sampling, system=system, title=title, tags=tags)
             if changed.is_same(self._settings):
                 return
-            if self._keeper is not None:
-                self._keeper.changed(self, changed)
+            if self._persistence is not None:
+                self._persistence.save_settings(self, changed)
             self._settings = changed
 
     # ---- Verbs that start a reply -----------------------------------------------------------------------------------
 
     def say(
         self,
-        said: Saying,
+        said: Messages,
         params: SamplingParams | None = None,
         *,
         template_options: Mapping[str, Any] | None = None,
@@ -215,9 +215,9 @@ class Session:
             TemplateError: the model has no chat template, or the template refuses.
             EngineBusy: too many requests are waiting.
         """
-        new = Said.of(said, template_options, parse_special=parse_special)
+        new = UserInput.of(said, template_options, parse_special=parse_special)
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             return planning.next_turn(model, self._settings, self.head, new, params, chat=True)
 
         return self._start(plan, wait, timeout)[0]
@@ -248,8 +248,8 @@ class Session:
         """
         chosen = _with_max(params or self.params, n_tokens)
 
-        def plan(model: Served) -> Plan:
-            new = Said.of(prompt or "", parse_special=parses_special(parse_special, self.head))
+        def plan(model: LoadedModel) -> Plan:
+            new = UserInput.of(prompt or "", parse_special=parses_special(parse_special, self.head))
             return planning.next_turn(model, self._settings, self.head, new, chosen, chat=False)
 
         return self._start(plan, wait, timeout)[0]
@@ -260,7 +260,7 @@ class Session:
         """Answers the head's prompt again, as a sibling of the head: with `params`, or with the head's and a new
         seed."""
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             turn = self._exchange()
             return planning.sibling(model, self._settings, turn, turn.said, params or self.again_params(turn))
 
@@ -269,7 +269,7 @@ class Session:
     def edit(
         self,
         turn: TurnRef,
-        said: Saying,
+        said: Messages,
         params: SamplingParams | None = None,
         *,
         template_options: Mapping[str, Any] | None = None,
@@ -279,9 +279,9 @@ class Session:
     ) -> Reply:
         """Replaces a turn's user input and answers it, as a sibling of the turn: with `params`, or with the turn's and
         a new seed. None keeps the turn's `template_options` and `parse_special`."""
-        new = Said.of(said, template_options, parse_special=bool(parse_special))
+        new = UserInput.of(said, template_options, parse_special=bool(parse_special))
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             found = self._exchange(turn)
             edited = new.with_options(found.said.options) if template_options is None else new
             if parse_special is None:
@@ -305,7 +305,7 @@ class Session:
             InvalidArgument: no such turn, or it was written by hand.
         """
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             found = self._exchange(turn)
             return planning.replayed(model, self._settings, found, params or self.same_params(found))
 
@@ -329,7 +329,7 @@ class Session:
             wait, timeout: see the class.
         """
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             turn = self._exchange()
             ended = turn.token_ids[-1:] and turn.token_ids[-1] in model.engine.tokenizer.eos_ids
             begun = turn.token_ids[:-1] if ended else turn.token_ids
@@ -360,7 +360,7 @@ class Session:
             InvalidArgument: no such turn, position or token.
         """
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             found = self._exchange(turn)
             planning.check_position(found, position)
             begun = (*found.token_ids[:position], *model.engine.runner.token_ids([token]).tolist())
@@ -371,7 +371,7 @@ class Session:
     def branch(
         self,
         n: int,
-        said: Saying | None = None,
+        said: Messages | None = None,
         params: SamplingParams | None = None,
         *,
         template_options: Mapping[str, Any] | None = None,
@@ -396,9 +396,9 @@ class Session:
         """
         if type(n) is not int or not 1 <= n <= MAX_BRANCHES:
             raise InvalidArgument(f"n is {n!r}, must be a whole number in 1 .. {MAX_BRANCHES}")
-        new = Said.of("" if said is None else said, template_options, parse_special=bool(parse_special))
+        new = UserInput.of("" if said is None else said, template_options, parse_special=bool(parse_special))
 
-        def plan(model: Served) -> Plan:
+        def plan(model: LoadedModel) -> Plan:
             head = self.head
             if head.number and head.chat and said is None:
                 again = head.said.with_options(template_options)
@@ -535,8 +535,8 @@ class Session:
             self.stop()
             gone = self._tree.descendants(target)
             head = target if select or target in self.head.lineage() else self.head
-            if self._keeper is not None and gone:
-                self._keeper.dropped(self, gone, head)
+            if self._persistence is not None and gone:
+                self._persistence.delete_turns(self, gone, head)
             self._tree.set_head(head, ())
             self._tree.remove(gone)
             if not gone:
@@ -595,19 +595,20 @@ class Session:
         """A new session that shares this one's path up to a turn (None: the head)."""
         with self._lock:
             fork = Session(
-                self._host,
+                self._handle,
                 id=id,
                 tenant=self.tenant,
                 system=self.system,
                 params=self.params,
                 policy=self.policy,
                 base=self._find(turn),
-                keeper=self._keeper,
+                persistence=self._persistence,
                 title=self.title,
                 tags=self.tags,
             )
-            if self._keeper is not None:
-                self._keeper.opened(fork)
+            if self._persistence is not None:
+                self._persistence.register(fork)
+                self._persistence.create(fork)
             return fork
 
     def delete(self) -> int:
@@ -615,9 +616,9 @@ class Session:
         with self._lock:
             self.stop()
             own = self._tree.own
-            if self._keeper is not None:
-                self._keeper.deleted(self, own)
-                self._keeper = None
+            if self._persistence is not None:
+                self._persistence.delete(self, own)
+                self._persistence = None
             self._tree.root.forks.discard(self)
             self._tree.clear()
             self._deleted = True
@@ -724,7 +725,7 @@ class Session:
         """
         with self._lock:
             found = self._exchange(turn)
-        return views.tokens_of(found, self._host.engine.tokenizer)
+        return views.tokens_of(found, self._handle.engine.tokenizer)
 
     def alternatives(self, turn: TurnRef, position: int, n: int = 10) -> list[Alternative]:
         """The likeliest tokens at a position of an answer, best first; the prompt is not computed again.
@@ -741,14 +742,14 @@ class Session:
             found = self._exchange(turn)
             planning.check_position(found, position)
             params = SamplingParams(temperature=0.0, max_tokens=1, n_logprobs=n)
-            model = self._host.served
+            model = self._handle.loaded
             generation = self._generation(model, planning.continuation(found, found.token_ids[:position], params))
         chosen = found.token_ids[position] if position < len(found.token_ids) else None
         return views.alternatives_of(generation, model.engine, chosen)
 
     def count(
         self,
-        said: Saying | None = None,
+        said: Messages | None = None,
         params: SamplingParams | None = None,
         *,
         chat: bool = True,
@@ -772,12 +773,12 @@ class Session:
             SessionNotFound: the session was deleted.
         """
         self._check_exists()
-        parent, model = self.head, self._host.served
+        parent, model = self.head, self._handle.loaded
         self._check_vocabulary(model)
         new = None
         if said is not None:
             special = bool(parse_special) if chat else parses_special(parse_special, parent)
-            new = Said.of(said, template_options, parse_special=special)
+            new = UserInput.of(said, template_options, parse_special=special)
         return views.count(model, self._settings, parent, new, params, chat=chat)
 
     # ---- Inside -----------------------------------------------------------------------------------------------------
@@ -796,17 +797,17 @@ class Session:
             yield
 
     @contextmanager
-    def _ready(self, wait: bool | float) -> Iterator[Served]:
+    def _ready(self, wait: bool | float) -> Iterator[LoadedModel]:
         """`quiet` with the model loaded, and its tokenizer checked."""
-        _ = self._host.served  # before the lock is taken: a thread that unloads a model may wait for the lock
+        _ = self._handle.loaded  # before the lock is taken: a thread that unloads a model may wait for the lock
         with self.quiet(wait):
-            model = self._host.served
+            model = self._handle.loaded
             self._check_vocabulary(model)
             yield model
 
     def _start(
         self,
-        plan: Callable[[Served], Plan],
+        plan: Callable[[LoadedModel], Plan],
         wait: bool | float,
         timeout: float | None,
         *,
@@ -827,15 +828,15 @@ class Session:
                     )
                     replies.append(reply)
                     self._queue.running.add(reply)
-                    if self._keeper is not None:
-                        self._keeper.begun(reply, self)
+                    if self._persistence is not None:
+                        self._persistence.watch(reply, self)
             except BaseException:
                 for reply in replies:
                     reply.cancel()
                 raise
             return replies
 
-    def _generation(self, model: Served, plan: Plan, timeout: float | None = None) -> Generation:
+    def _generation(self, model: LoadedModel, plan: Plan, timeout: float | None = None) -> Generation:
         """Starts a generation that reuses as much KV as the plan's source has."""
         engine = model.engine
         sequence = plan.source.fork_kv(plan.n_reusable, engine.cache)
@@ -860,10 +861,10 @@ class Session:
         """
         try:
             if turn is not None:
-                why_cold = self._host.served.why_cold if self._host.is_loaded else ""
+                why_cold = self._handle.loaded.why_cold if self._handle.is_loaded else ""
                 planning.complete(turn, reply.generation, why_cold)
-            if self._keeper is not None:
-                self._keeper.ended(reply, turn, self)
+            if self._persistence is not None:
+                self._persistence.save_reply(reply, turn, self)
             if turn is not None:
                 self._tree.add(turn, selects=reply.selects)
                 keep_kv(turn, reply.generation.engine)
@@ -873,14 +874,14 @@ class Session:
     def _add_written(self, turn: Turn) -> Turn:
         """Adds a handwritten turn as the head once it is stored."""
         try:
-            if self._keeper is not None:
-                self._keeper.written(turn, self)
+            if self._persistence is not None:
+                self._persistence.save_turn(turn, self)
         except BaseException:
             if turn.kv is not None:
                 turn.kv.close()
             raise
         if turn.kv is not None:
-            self._host.engine.cache.keep(turn.kv)
+            self._handle.engine.cache.keep(turn.kv)
         self._tree.add(turn, selects=True)
         return turn
 
@@ -897,24 +898,24 @@ class Session:
         return found
 
     def _save_head(self) -> None:
-        if self._keeper is not None:
-            self._keeper.head_moved(self)
+        if self._persistence is not None:
+            self._persistence.save_head(self)
 
     def _set_tags(self, turn: Turn, tags: set[str]) -> None:
-        if self._keeper is not None:
-            self._keeper.tagged(turn, tags)
+        if self._persistence is not None:
+            self._persistence.save_tags(turn, tags)
         turn.tags = tags
 
     def _check_exists(self) -> None:
         if self._deleted:
             raise SessionNotFound(f"session {self.id} was deleted")
 
-    def _check_vocabulary(self, model: Served) -> None:
+    def _check_vocabulary(self, model: LoadedModel) -> None:
         """Raises InvalidArgument if the session's token ids belong to another tokenizer than the model's."""
         theirs = model.fingerprint().tokenizer
         if self.vocabulary and theirs and self.vocabulary != theirs:
             raise InvalidArgument(
-                f"session {self.id} was written with another tokenizer than that of {self._host.name}: its token ids "
+                f"session {self.id} was written with another tokenizer than that of {self._handle.name}: its token ids "
                 f"mean something else there; export its text, or load the model it was made with"
             )
         self.vocabulary = self.vocabulary or theirs

@@ -16,7 +16,7 @@ and ARGUMENTS is a JSON object ("json"), one element per argument ("tagged"):
 or `key=value, key=value` with Python's literals ("python"). In tagged arguments a value of the type string stands as
 it is, every other one as JSON.
 
-`sessions/tool_grammar.py` makes a grammar of a form, `sessions/calls.py` reads it.
+`sessions/tool_grammar.py` makes a grammar of a form, `sessions/tool_call_parser.py` reads it.
 """
 
 from __future__ import annotations

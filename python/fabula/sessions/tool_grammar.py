@@ -20,7 +20,7 @@ from typing import Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.json_schema import WHITESPACE, prepare_schema
 from fabula.errors import InvalidArgument
-from fabula.sessions.calls import END_OF_THOUGHT, THINK, Thought
+from fabula.sessions.tool_call_parser import END_OF_THOUGHT, THINK, Thought
 from fabula.sessions.tool_forms import HOLE, ID_PATTERN, ToolForm
 from fabula.sessions.tool_values import kinds_of, resolved
 from fabula.text.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """Tools that a model may call: how it is told of them, and how it is held to them.
 
 Pure functions. Definitions are those of OpenAI's API. In which form calls are written is read from the chat template
-(`sessions/tool_forms.py`); `sessions/tool_grammar.py` holds an answer to it and `sessions/calls.py` reads it.
+(`tool_forms.py`); `tool_grammar.py` constrains an answer to that form and `tool_call_parser.py` parses it.
 `Calling` puts them together for one request.
 
 Marks of calls that a vocabulary has as control tokens are generated as such, and stay in the text of the answer.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.json_schema import check_limits
 from fabula.errors import InvalidArgument
-from fabula.sessions.calls import (
+from fabula.sessions.tool_call_parser import (
     END_OF_THOUGHT,
     THINK,
     Reader,

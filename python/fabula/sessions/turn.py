@@ -19,7 +19,7 @@ from fabula.engine.sampling import SamplingParams
 from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence
 from fabula.sessions.policy import Cut
-from fabula.sessions.said import Said
+from fabula.sessions.user_input import UserInput
 
 End = FinishReason | Literal["written"]
 WRITTEN: Literal["written"] = "written"  # by hand, no part of it drawn
@@ -57,7 +57,7 @@ class Turn:
     parent: Turn | None
     number: int
     chat: bool = False
-    said: Said = Said("")  # noqa: RUF009 - it never changes
+    said: UserInput = UserInput("")  # noqa: RUF009 - it never changes
     text: str = ""
     kept: int = 0
     prompt_ids: tuple[int, ...] = ()

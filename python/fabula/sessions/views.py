@@ -8,13 +8,13 @@ from typing import Any
 
 from fabula.engine.generation import Engine, Generation
 from fabula.engine.sampling import SamplingParams
-from fabula.sessions.host import Served
+from fabula.sessions.model_handle import LoadedModel
 from fabula.sessions.planning import prompt_of
 from fabula.sessions.policy import Cut
 from fabula.sessions.prompts import Prompt, common_length
-from fabula.sessions.said import Said
 from fabula.sessions.settings import Settings
 from fabula.sessions.turn import START, Turn
+from fabula.sessions.user_input import UserInput
 from fabula.text.tokenizer import Tokenizer
 
 
@@ -145,18 +145,24 @@ def alternatives_of(generation: Generation, engine: Engine, chosen: int | None) 
 
 
 def count(
-    model: Served, settings: Settings, parent: Turn, said: Said | None, params: SamplingParams | None, *, chat: bool
+    model: LoadedModel,
+    settings: Settings,
+    parent: Turn,
+    user_input: UserInput | None,
+    params: SamplingParams | None,
+    *,
+    chat: bool,
 ) -> Count:
-    """What a turn that follows `parent` would cost; `said` None: nothing new is said.
+    """What a turn that follows `parent` would cost; `user_input` None: nothing new.
 
     Raises:
         InvalidArgument, TemplateError: as `prompt_of`.
     """
     runner, past, policy = model.engine.runner, parent.ids(), settings.policy
-    if said is None:
+    if user_input is None:
         prompt = Prompt(past, len(past), parent.cut if policy.name == "drop_oldest_turns" else None)
     else:
-        prompt = prompt_of(model, settings, parent, said, params or settings.params, chat=chat)
+        prompt = prompt_of(model, settings, parent, user_input, params or settings.params, chat=chat)
     n, cut, window = len(prompt.ids), prompt.cut, policy.visible(runner.context)
     n_hidden = window.first_visible(n - 1) - window.n_sinks
     if n_hidden > 0:

@@ -12,14 +12,14 @@ from fabula.errors import InvalidArgument
 from fabula.text.template import MAX_DEPTH, RESERVED
 
 Message = Mapping[str, Any]
-Saying = str | Sequence[Message]
+Messages = str | Sequence[Message]
 
 ROLES = ("user", "tool", "system", "developer")
 _TEXTS = ("name", "tool_call_id")  # of a message; what else it holds is between the caller and the template
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class UserInput:
     """What a turn says before its answer.
 
     Attributes:
@@ -35,7 +35,9 @@ class Said:
     parse_special: bool = False
 
     @classmethod
-    def of(cls, saying: Saying, options: Mapping[str, Any] | None = None, *, parse_special: bool = False) -> Said:
+    def of(
+        cls, saying: Messages, options: Mapping[str, Any] | None = None, *, parse_special: bool = False
+    ) -> UserInput:
         """What a caller says.
 
         Args:
@@ -86,7 +88,7 @@ class Said:
         """Whether it means nothing without the turn before."""
         return self.given is not None and self.given[0]["role"] in ("assistant", "tool")
 
-    def with_options(self, options: Mapping[str, Any] | None) -> Said:
+    def with_options(self, options: Mapping[str, Any] | None) -> UserInput:
         """The same with other options; None leaves them.
 
         Raises:
@@ -108,7 +110,7 @@ class Said:
         return found or None
 
     @classmethod
-    def from_json(cls, text: str, value: Mapping[str, Any] | None) -> Said:
+    def from_json(cls, text: str, value: Mapping[str, Any] | None) -> UserInput:
         """From JSON and the text.
 
         Raises:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class LoadedModel:
     """A loaded model.
 
     Attributes:
@@ -34,34 +34,36 @@ class Served:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
-class Host:
+class ModelHandle:
     """A model by name, loaded or not.
 
     Args:
         name: of the model.
-        served: the loaded model; None for not now.
+        loaded: the loaded model; None for not now.
         load: loads it when it is needed, by calling `attach`; None if it cannot be.
 
     Attributes:
         name: of the model.
     """
 
-    def __init__(self, name: str = "", served: Served | None = None, load: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, name: str = "", loaded: LoadedModel | None = None, load: Callable[[], object] | None = None
+    ) -> None:
         self.name = name
         self._fingerprint: Callable[[], Fingerprint] | None = None
-        self._served: Served | None = None
+        self._loaded: LoadedModel | None = None
         self._load = load
-        if served is not None:
-            self.attach(served)
+        if loaded is not None:
+            self.attach(loaded)
 
-    def attach(self, served: Served) -> None:
+    def attach(self, loaded: LoadedModel) -> None:
         """The model is loaded."""
-        self._served = served
-        self._fingerprint = served.fingerprint
+        self._loaded = loaded
+        self._fingerprint = loaded.fingerprint
 
     def detach(self) -> None:
         """The model is no longer loaded."""
-        self._served = None
+        self._loaded = None
 
     @property
     def fingerprint(self) -> str:
@@ -75,21 +77,21 @@ class Host:
 
     @property
     def is_loaded(self) -> bool:
-        return self._served is not None
+        return self._loaded is not None
 
     @property
-    def served(self) -> Served:
+    def loaded(self) -> LoadedModel:
         """The loaded model, loaded now if it can be.
 
         Raises:
             InvalidArgument: it is closed.
         """
-        if self._served is None and self._load is not None:
+        if self._loaded is None and self._load is not None:
             self._load()
-        if self._served is None:
+        if self._loaded is None:
             raise InvalidArgument("the model is closed")
-        return self._served
+        return self._loaded
 
     @property
     def engine(self) -> Engine:
-        return self.served.engine
+        return self.loaded.engine
