@@ -1,4 +1,4 @@
-"""What sessions need of a model. It outlives the model: sessions keep it when that is unloaded and loaded again."""
+"""`ModelHandle`: a model by name. Sessions hold the handle while the model itself is unloaded and loaded again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class LoadedModel:
     """A loaded model.
 
     Attributes:
-        engine: makes its answers.
+        engine: runs its requests.
         template: returns its chat template, or raises TemplateError.
-        fingerprint: returns that of weights, tokenizer, and the layout of K and V; found when it is first asked for.
-        defaults: what the model recommends for settings that nobody gives.
-        why_cold: why K and V of sessions kept on disk may be missing; "" if nothing speaks against them.
+        fingerprint: returns the fingerprint of weights, tokenizer and KV layout; computed on the first call.
+        why_cold: why KV on disk cannot be used; "" if it can.
+        defaults: sampling parameters the model recommends.
     """
 
     engine: Engine
@@ -39,8 +39,8 @@ class ModelHandle:
 
     Args:
         name: of the model.
-        loaded: the loaded model; None for not now.
-        load: loads it when it is needed, by calling `attach`; None if it cannot be.
+        loaded: the loaded model; None if it is not loaded.
+        load: loads it on demand and calls `attach`; None if it cannot be loaded again.
 
     Attributes:
         name: of the model.
@@ -57,22 +57,23 @@ class ModelHandle:
             self.attach(loaded)
 
     def attach(self, loaded: LoadedModel) -> None:
-        """The model is loaded."""
+        """Sets the loaded model."""
         self._loaded = loaded
         self._fingerprint = loaded.fingerprint
 
     def detach(self) -> None:
-        """The model is no longer loaded."""
+        """Forgets the loaded model."""
         self._loaded = None
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that is or was loaded last; two with the same one may share pages on disk. "" before."""
+        """Fingerprint key of the model that is or was loaded, "" before the first load. Models with the same key may
+        share KV pages on disk."""
         return "" if self._fingerprint is None else self._fingerprint().key
 
     @property
     def vocabulary(self) -> str:
-        """Of its tokenizer alone: token ids mean the same under the same one."""
+        """Fingerprint of its tokenizer: token ids mean the same under the same one. "" before the first load."""
         return "" if self._fingerprint is None else self._fingerprint().tokenizer
 
     @property
@@ -81,7 +82,7 @@ class ModelHandle:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The loaded model, loaded now if it can be.
+        """The loaded model; loads it if it can be.
 
         Raises:
             InvalidArgument: it is closed.

@@ -19,10 +19,10 @@ class Settings:
         system: system message of a chat.
         policy: what happens when the context is full.
         title: one line for people to read.
-        tags: at most 16, each of 1 .. 60 characters.
+        tags: at most 16, each of 1 .. 60 characters; as `checked_tags` returns them.
 
     Raises:
-        InvalidArgument: title or tags are malformed.
+        InvalidArgument: the title is malformed.
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -33,7 +33,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked_title(self.title)
-        checked_tags(self.tags)
 
     def updated(
         self,
