@@ -156,7 +156,7 @@ def test_the_fingerprint_is_found_when_it_is_asked_for(tiny_folder: Path, monkey
         assert not asked
         first = model.fingerprint
         assert first.tokenizer == found(model.tokenizer)
-        assert model.session()._host.fingerprint == first.key
+        assert model.session()._handle.fingerprint == first.key
         assert model.fingerprint is first and len(asked) == 1
     with Model.load(tiny_folder, threads=1) as again:
         session = again.session()

@@ -133,7 +133,7 @@ def test_definitions() -> None:
         ([function(strict="yes")], r"tools\[0\].function.strict"),
         ([function(parameters=[])], r"tools\[0\].function.parameters"),
         ([function(parameters={"type": "string"})], r"tools\[0\].function.parameters"),
-        ([function(parameters={"const": float("inf")})], r"tools\[0\].function.parameters: this is no JSON"),
+        ([function(parameters={"const": float("inf")})], r"tools\[0\].function.parameters is not JSON"),
     ],
 )
 def test_bad_definitions(definitions: Any, where: str) -> None:

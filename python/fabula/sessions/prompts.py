@@ -75,10 +75,10 @@ def chat_prompt(
         raise InvalidArgument("messages[0].role is 'assistant', but there is no answer before it")
     tokenizer, past, seen = engine.tokenizer, parent.ids(), seen_turns(parent)
 
-    def worded(
+    def for_template(
         turns: Sequence[Turn], new: UserInput, options: Mapping[str, Any]
     ) -> tuple[list[Any], Mapping[str, Any]]:
-        return _worded(template, messages_of(system, turns, new), options)
+        return _for_template(template, messages_of(system, turns, new), options)
 
     def without(n: int) -> list[int]:
         """The conversation without its n oldest turns, rendered as the new prompt is; the other answers keep their
@@ -86,27 +86,27 @@ def chat_prompt(
         known: list[int] = []
         turns = seen[n:]
         for i, turn in enumerate(turns):
-            messages, options = worded(turns[:i], turn.said, user_input.options)
+            messages, options = for_template(turns[:i], turn.said, user_input.options)
             known = [*encode_next(tokenizer, template, messages, known, options), *turn.token_ids]
-        messages, options = worded(turns, user_input, user_input.options)
+        messages, options = for_template(turns, user_input, user_input.options)
         return encode_next(tokenizer, template, messages, known, options)
 
     def may_begin(n: int) -> bool:
         """Whether the conversation may start after its n oldest turns: a tool's result stays with its call."""
         return not (seen[n].said if n < len(seen) else user_input).answers_call
 
-    messages, options = worded(seen, user_input, user_input.options)
+    messages, options = for_template(seen, user_input, user_input.options)
     if user_input.options == parent.said.options:
         ids = encode_next(tokenizer, template, messages, past, options)
     else:
-        before = worded(seen[:-1], parent.said, parent.said.options) if seen else None
+        before = for_template(seen[:-1], parent.said, parent.said.options) if seen else None
         ids = encode_next(tokenizer, template, messages, past, options, before)
         if ids[: len(past)] != past:
             ids = without(0)
     return _fitted(engine, policy, params, parent, past, ids, without, may_begin)
 
 
-def _worded(
+def _for_template(
     template: ChatTemplate, messages: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> tuple[list[Any], Mapping[str, Any]]:
     """Messages and options as the template can render them: it may not know tools."""

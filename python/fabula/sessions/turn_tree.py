@@ -105,7 +105,7 @@ class TurnTree:
                 return found
             if isinstance(ref, str):
                 raise InvalidArgument(f"there is no turn with the id {ref!r:.80} in this session")
-            raise InvalidArgument(f"{ref!r} is not a turn of this session")
+            raise InvalidArgument(f"there is no turn {ref!r} in this session")
         if isinstance(ref, bool) or not isinstance(ref, int):
             raise InvalidArgument(f"a turn must be given by its number or its id, not by {ref!r:.80}")
         if 0 <= ref <= self.head.number:  # numbers decrease by one along the lineage
