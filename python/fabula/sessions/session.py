@@ -768,7 +768,7 @@ class Session:
             parse_special: as `say` or `tell`.
 
         Raises:
-            InvalidArgument: it could not be said, whatever its length.
+            InvalidArgument: `say` would refuse it, whatever its length.
             TemplateError: as `say`.
             SessionNotFound: the session was deleted.
         """

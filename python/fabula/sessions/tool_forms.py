@@ -96,8 +96,8 @@ class ToolForm:
         written = []
         for i, (name, arguments) in enumerate(calls):
             id_ = ids[i] if i < len(ids) else str(i)
-            before, middle, behind = (text.replace(HOLE, id_) for text in self.call)
-            written.append(before + name + middle + self._arguments(arguments) + behind)
+            before, middle, after = (text.replace(HOLE, id_) for text in self.call)
+            written.append(before + name + middle + self._arguments(arguments) + after)
         if not (self.section[0] or self.separator):
             return "\n".join(written)
         return self.section[0] + self.separator.join(written) + self.section[1]
@@ -107,12 +107,12 @@ class ToolForm:
             return _json(arguments)
         if self.arguments == "python":
             return ", ".join(f"{key}={_python(value)}" for key, value in arguments.items())
-        before, middle, behind = self.parameter
+        before, middle, after = self.parameter
         texts = []
         for key, value in arguments.items():
             is_text = isinstance(value, str) or self.other_middle is None
             text = value if isinstance(value, str) else _json(value)
-            texts.append(before + key + (middle if is_text else self.other_middle or "") + text + behind)
+            texts.append(before + key + (middle if is_text else self.other_middle or "") + text + after)
         return "".join(texts)
 
 

@@ -112,11 +112,11 @@ class _Grammar:
     ) -> str:
         """Returns the rule `start` and adds those it needs."""
         form = self.form
-        before, behind = form.section
+        before, after = form.section
         more = self.literal(form.separator)
         if form.is_first:
             call, more_calls = "call", f"(WS? {more} call)*" if form.separator.strip() else "(WS? call)*"
-            group = self.join(self.literal(before), call, more_calls if is_parallel else "", self.literal(behind))
+            group = self.join(self.literal(before), call, more_calls if is_parallel else "", self.literal(after))
             if form.prefix and self.token(form.prefix) is not None:
                 group = f"{self.literal(form.prefix)}? {group}"
             self.set("call", self.alternatives("call", n_tools, form.call[0]))
@@ -129,7 +129,7 @@ class _Grammar:
                 return f"start: calls | {self.answer(other)}"
             return self.loose_start(n_tools, is_parallel, thought)
         opening = form.opening
-        is_section = bool(before or behind)
+        is_section = bool(before or after)
         group_before = before[len(opening) :] if is_section and len(before) >= len(opening) else ""
         call_before = form.call[0] if len(before) >= len(opening) else (before + form.call[0])[len(opening) :]
         self.set("first", self.alternatives("first", n_tools, call_before))
@@ -137,7 +137,7 @@ class _Grammar:
         if is_section and is_parallel:
             self.set("call", self.alternatives("call", n_tools, form.call[0]))
             group += f" ({self.join(more, 'call')})*"
-        self.set("group", self.join(group, self.literal(behind)))
+        self.set("group", self.join(group, self.literal(after)))
         mark = self.literal(opening)
         self.set("calls", f"{mark} group" + (f" (WS? {mark} group)*" if is_parallel and not is_section else ""))
         if is_required:
@@ -307,18 +307,18 @@ class _Grammar:
         if form.arguments == "python":
             self.set(rule, f"{json.dumps(key + '=')} ({self.python_value(schema, kinds, tool, where)})")
             return rule
-        before, middle, behind = form.parameter
+        before, middle, after = form.parameter
         ways = []
         if "string" in kinds:
             head = self.literal(before + key + middle.rstrip("\n")) + (' "\\n"' if middle.endswith("\n") else "")
-            ways.append(f"{head} {self.text_value(rule, schema, root, behind)}")
+            ways.append(f"{head} {self.text_value(rule, schema, root, after)}")
         if kinds - {"string"}:
             other = form.other_middle if form.other_middle is not None else middle
             head = self.literal(before + key + other.rstrip("\n")) + (' "\\n"' if other.endswith("\n") else "")
             # If it may be a string as well, the alternative above matches it.
             inner = self.json_value(schema, kinds - {"string"} if "string" in kinds else None, tool, where)
             words = [json.dumps(word) for kind, word in _PYTHON_WORDS if kind in kinds]
-            ways.append(f"{head} ({' | '.join([inner, *words])}) {self.value_end(behind)}")
+            ways.append(f"{head} ({' | '.join([inner, *words])}) {self.value_end(after)}")
         self.set(rule, " | ".join(ways))
         return rule
 
@@ -332,24 +332,24 @@ class _Grammar:
         prepared = prepare_schema({**shared, **own}, strict=tool.strict, where=where)
         return f"%json {json.dumps(prepared, ensure_ascii=False)}"
 
-    def text_value(self, rule: str, schema: object, root: Mapping[str, Any], behind: str) -> str:
+    def text_value(self, rule: str, schema: object, root: Mapping[str, Any], after: str) -> str:
         """A string as plain text, with its closing tag."""
         found = _text_rules(schema, root)
-        end = self.value_end(behind)
+        end = self.value_end(after)
         if isinstance(found, list):
             return f"({' | '.join(json.dumps(text, ensure_ascii=False) for text in found)}) {end}"
-        close = behind.rstrip("\n")
+        close = after.rstrip("\n")
         if self.token(close.strip()) is not None:
             self.set(f"{rule}_text", f"/{found}/")
         else:
             self.rules[f"{rule}_text[lazy]"] = f"{rule}_text[lazy]: /{found}{_regex(close, exact=True)}/"
-            end = "WS?" if behind.endswith("\n") else ""
+            end = "WS?" if after.endswith("\n") else ""
         return self.join(f"{rule}_text", end)
 
-    def value_end(self, behind: str) -> str:
+    def value_end(self, after: str) -> str:
         """The closing tag of a value, with the line break before it."""
-        head = '"\\n" ' if behind.startswith("\n") else ""
-        return head + self.literal(behind.removeprefix("\n"))
+        head = '"\\n" ' if after.startswith("\n") else ""
+        return head + self.literal(after.removeprefix("\n"))
 
     def python_value(self, schema: object, kinds: frozenset[str], tool: CallableTool, where: str) -> str:
         """A value as JSON or as a Python literal."""
@@ -370,15 +370,15 @@ class _Grammar:
         if form.arguments == "python":
             self.set(f"free_{i}", '/[A-Za-z_][A-Za-z0-9_]{0,63}=/ (%json {"x-guidance": ' + _options() + "})")
             return f'(free_{i} (", " free_{i})*)?'
-        before, middle, behind = form.parameter
-        close = behind.rstrip("\n")
+        before, middle, after = form.parameter
+        close = after.rstrip("\n")
         head = f"{self.literal(before)} /[A-Za-z_][A-Za-z0-9_]{{0,63}}/ {self.literal(middle.rstrip(chr(10)))}"
         head += ' "\\n"' if middle.endswith("\n") else ""
         if self.token(close.strip()) is not None:
-            self.set(f"free_{i}", f"{head} /{_TEXT}/ {self.value_end(behind)}")
+            self.set(f"free_{i}", f"{head} /{_TEXT}/ {self.value_end(after)}")
         else:
             self.rules[f"free_{i}_text[lazy]"] = f"free_{i}_text[lazy]: /{_TEXT}{_regex(close, exact=True)}/"
-            self.set(f"free_{i}", self.join(head, f"free_{i}_text", "WS?" if behind.endswith("\n") else ""))
+            self.set(f"free_{i}", self.join(head, f"free_{i}_text", "WS?" if after.endswith("\n") else ""))
         return f"free_{i}*"
 
     # ---- Literals ---------------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ class Syntax:
         start = ""
         if form.is_first:
             start, before = rf"\s*(?:{re.escape(form.prefix)})?\s*", form.section[0] + form.call[0]
-        behind = form.call[2].replace(HOLE, "").strip()
+        after = form.call[2].replace(HOLE, "").strip()
         is_object = form.arguments == "json" and "{" in form.call[0]
-        close = behind.lstrip("}").strip() if behind.startswith("}") else ""
+        close = after.lstrip("}").strip() if after.startswith("}") else ""
         middle = _pattern(form.call[1])
         if form.arguments == "json":
             middle += r"\s*(?=\{)"

@@ -296,8 +296,8 @@ def tool_constraint(
         The constraint; `other` if there is nothing to call.
 
     Raises:
-        InvalidArgument: a definition or the choice is malformed, no such tool, or a kind of `other` that cannot stand
-            beside calls.
+        InvalidArgument: a definition or the choice is malformed, no such tool, or a kind of `other` that cannot be
+            combined with calls.
     """
     known = tools_of(tools)
     mode, chosen = _chosen(known, "auto" if choice is None else choice)

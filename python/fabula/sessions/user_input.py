@@ -121,10 +121,10 @@ class UserInput:
         if not isinstance(value, Mapping) or not value.keys() <= {"messages", "options", "parse_special"}:
             raise InvalidArgument("said must hold messages, options and parse_special, and nothing else")
         parse_special = value.get("parse_special", False)
-        said = cls.of(value.get("messages", text), value.get("options"), parse_special=parse_special)
-        if said.text != text:
+        found = cls.of(value.get("messages", text), value.get("options"), parse_special=parse_special)
+        if found.text != text:
             raise InvalidArgument("the prompt is not the text of the messages")
-        return said
+        return found
 
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
