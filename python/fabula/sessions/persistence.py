@@ -94,10 +94,10 @@ class Persistence:
         last = session_record(session)
         first = dataclasses.replace(last, head_id=None, undone=())
         own = session._tree.own
-        writes = [self.store.put_session(first)]
-        writes += [self.store.put_turn(turn_record(turn, session.id), first) for turn in own]
-        writes.append(self.store.put_session(last))
         try:
+            writes = [self.store.put_session(first)]
+            writes += [self.store.put_turn(turn_record(turn, session.id), first) for turn in own]
+            writes.append(self.store.put_session(last))
             for write in writes:
                 write.result()
         except BaseException:
