@@ -181,7 +181,9 @@ def test_ctrl_c_stops_every_branch(endless_folder: Path) -> None:
             """Once, when each of n answers has a token."""
 
             def begun() -> bool:
-                running = list(lines.talk.session._running) if lines.talk is not None and lines.talk._answering else []
+                running = (
+                    list(lines.talk.session._queue.running) if lines.talk is not None and lines.talk._answering else []
+                )
                 return len(running) == n and all(reply.generation.token_ids for reply in running)
 
             wait_until(begun)

@@ -21,7 +21,7 @@ from fabula._native import page_bytes
 from fabula.engine.decoding import Decoding
 from fabula.engine.grammar import Guide
 from fabula.formats.checkpoint import DType
-from fabula.sessions.keeper import params_json, params_of
+from fabula.sessions.persistence import params_json, params_of
 from fabula.text.tokenizer import Tokenizer
 from threaded import in_threads
 
@@ -281,7 +281,7 @@ def choice_in(session: Session, turn: Turn) -> tuple[int, list[int], int]:
     """A place in the middle of an answer where the grammar leaves a choice: which, and a token it forbids there."""
     assert turn.params is not None
     assert turn.params.constraint is not None
-    engine = session._host.engine
+    engine = session._handle.engine
     guide = Guide(engine.tokenizer, engine.runner.config.vocab_size, turn.params.constraint)
     places = []
     for n, token in enumerate(turn.token_ids[:-1]):

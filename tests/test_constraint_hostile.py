@@ -22,7 +22,7 @@ from fabula import Constraint, EngineBusy, InvalidArgument, Model, SamplingParam
 from fabula.engine import grammar as grammar_module
 from fabula.engine.constraint import MAX_JSON_DEPTH, MAX_RULES, MAX_SOURCE_BYTES
 from fabula.engine.grammar import MAX_CACHED, MAX_CACHED_BYTES, Guide, Vocabulary, vocabulary_of
-from fabula.sessions.keeper import params_json, params_of
+from fabula.sessions.persistence import params_json, params_of
 from fabula.text.tokenizer import Tokenizer
 from threaded import in_threads
 from waiting import run_program

@@ -20,7 +20,7 @@ from fabula.cli.main import cli
 from fabula.engine.defaults import SamplingDefaults, SamplingDefaultWarning, read_defaults
 from fabula.engine.sampling import MODEL_SETTINGS
 from fabula.formats.download import DEFAULT_MODEL, KNOWN_MODELS
-from fabula.sessions.keeper import params_json, params_of
+from fabula.sessions.persistence import params_json, params_of
 from test_openai_inside import Inside, inside
 
 WANTED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}

@@ -156,11 +156,11 @@ def test_the_fingerprint_is_found_when_it_is_asked_for(tiny_folder: Path, monkey
         assert not asked
         first = model.fingerprint
         assert first.tokenizer == found(model.tokenizer)
-        assert model.session()._host.fingerprint == first.key
+        assert model.session()._handle.fingerprint == first.key
         assert model.fingerprint is first and len(asked) == 1
     with Model.load(tiny_folder, threads=1) as again:
         session = again.session()
-    assert session._host.fingerprint == first.key  # also when the model is closed
+    assert session._handle.fingerprint == first.key  # also when the model is closed
 
 
 def test_a_first_token_imports_no_more_than_it_needs(tiny_folder: Path) -> None:

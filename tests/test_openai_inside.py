@@ -14,6 +14,7 @@ from fabula.engine.generation import Generation
 from fabula.errors import NonFinite
 from fabula.server import Settings, create_app
 from fabula.server.openai.items import Output
+from fabula.sessions.session import Session
 from fabula.workspace import Workspace
 
 CALL = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
@@ -185,3 +186,29 @@ def test_items_are_the_same_whole_and_in_pieces(text: str, kinds: list[str], wor
     assert said == words
     done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
     assert done == whole.items
+
+
+def test_rollback_with_prune_is_one_step(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollback of another page between going back and pruning deleted the turns that were to stay."""
+
+    def interrupted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(session: Session, *args: Any, **kwargs: Any) -> Any:
+            found = method(session, *args, **kwargs)
+            if not session._lock._is_owned():  # type: ignore[attr-defined]  # the lock is free: another page comes in
+                monkeypatch.undo()
+                session.rollback(0)
+            return found
+
+        return call
+
+    async def work(client: Inside) -> None:
+        for message in ("one", "two", "three"):
+            assert (await client.ask("POST", "/chat", session_id="s", message=message, max_len=2))[0] == 200
+        monkeypatch.setattr(Session, "rollback", interrupted(Session.rollback))
+        monkeypatch.setattr(Session, "prune", interrupted(Session.prune))
+        status, pruned = await client.ask("POST", "/rollback", session_id="s", target_turn=2, prune=True)
+        assert status == 200 and pruned["head"] == 0 and pruned["freed_bytes"] > 0
+        _, tree = await client.get("/sessions/s/tree")
+        assert [turn["number"] for turn in tree["turns"]] == [1, 2], "only what lies after turn 2 is gone"
+
+    inside(tmp_path, tiny_folder, work)

@@ -344,7 +344,7 @@ def test_going_back_behind_the_window(model: Model) -> None:
             assert again.token_ids == turns[turns.index(target) + 1].token_ids
             assert (again.recomputed > 0) == give_up
             if give_up:
-                assert "given up" in again.why_recomputed
+                assert "evicted" in again.why_recomputed
         again = session.alternatives(turns[3], 7, 5)
         assert [a.token_id for a in again if a.chosen] in ([], [turns[3].token_ids[7]])
 

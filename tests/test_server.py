@@ -285,4 +285,4 @@ def test_stopping_keeps_everything(tiny_folder: Path, tmp_path: Path) -> None:
     with Running(tmp_path, tiny_folder) as running:
         found = running.post("/chat", session_id="kept", message="Again.", max_len=5)
         check_answer(found, "kept", 2)
-        assert found["usage"]["recomputed_tokens"] == 0 or "K and V" in found["why_recomputed"]
+        assert found["usage"]["recomputed_tokens"] == 0 or "KV" in found["why_recomputed"]

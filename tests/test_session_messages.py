@@ -154,10 +154,10 @@ def test_messages_make_the_prompt_that_the_template_renders(hermes: Model, n_bef
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
-        (5, "must be text or a list of messages, not int"),
+        (5, "must be a string or a list of messages, not int"),
         (b"x", "not bytes"),
         ({"role": "user", "content": "x"}, "not dict"),
-        ([], "at least one that is new"),
+        ([], "at least one new message"),
         (["x"], r"messages\[0\] must be an object"),
         ([MIDDLE[0], {"role": "x", "content": "y"}], r"messages\[1\].role is 'x', must be one of user, tool, system"),
         ([{"content": "y"}], r"messages\[0\].role is 'None'"),
@@ -166,16 +166,16 @@ def test_messages_make_the_prompt_that_the_template_renders(hermes: Model, n_bef
         ([MIDDLE[0], {"role": "assistant", "content": "y"}], r"messages\[1\].role is 'assistant'"),
         ([{"role": "assistant", "content": "y"}, RESULT], r"messages\[0\].tool_calls must be a list"),
         ([{"role": "assistant", "tool_calls": ["x"]}, RESULT], r"messages\[0\].tool_calls must be a list"),
-        ([{"role": "assistant", "tool_calls": [CALL]}], "at least one that is new"),
+        ([{"role": "assistant", "tool_calls": [CALL]}], "at least one new message"),
         ([{"role": "assistant", "tool_calls": [CALL]}, RESULT], "no answer before it"),
-        ([{"role": "user"}], r"messages\[0\].content must be text"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"messages\[0\].content must be text"),
-        ([{**RESULT, "tool_call_id": 5}], r"messages\[0\].tool_call_id must be text"),
-        ([{**RESULT, "name": None}], r"messages\[0\].name must be text"),
-        ([{**RESULT, "more": {1, 2}}], r"messages\[0\] is no plain JSON"),
-        ([{**RESULT, "more": float("nan")}], r"messages\[0\] is no plain JSON"),
-        ([{**RESULT, "more": "\ud800"}], r"messages\[0\] is no plain JSON"),
-        ([{**RESULT, "more": 10**5000}], r"messages\[0\] is no plain JSON"),
+        ([{"role": "user"}], r"messages\[0\].content must be a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"messages\[0\].content must be a string"),
+        ([{**RESULT, "tool_call_id": 5}], r"messages\[0\].tool_call_id must be a string"),
+        ([{**RESULT, "name": None}], r"messages\[0\].name must be a string"),
+        ([{**RESULT, "more": {1, 2}}], r"messages\[0\] is not plain JSON"),
+        ([{**RESULT, "more": float("nan")}], r"messages\[0\] is not plain JSON"),
+        ([{**RESULT, "more": "\ud800"}], r"messages\[0\] is not plain JSON"),
+        ([{**RESULT, "more": 10**5000}], r"messages\[0\] is not plain JSON"),
     ],
 )
 def test_messages_that_make_no_sense(model: Model, said: Any, problem: str) -> None:
@@ -192,7 +192,7 @@ def test_data_nested_too_deep(model: Model, nested: int) -> None:
     for _ in range(nested):
         deep = [deep]
     for said, options in (([{**RESULT, "more": deep}], None), ("x", {"more": deep})):
-        with pytest.raises(InvalidArgument, match=r"more than 64 deep|no plain JSON"):
+        with pytest.raises(InvalidArgument, match=r"more than 64 deep|not plain JSON"):
             model.session().say(said, template_options=options)
 
 
@@ -204,7 +204,7 @@ def test_data_nested_too_deep(model: Model, nested: int) -> None:
         ({"messages": []}, "'messages' is set by Fabula"),
         ({"add_generation_prompt": False}, "'add_generation_prompt' is set by Fabula"),
         ({"bos_token": "x"}, "'bos_token' is set by Fabula"),
-        ({"x": object()}, "no plain JSON"),
+        ({"x": object()}, "not plain JSON"),
         ({"tools": 5}, "tools must be a list"),
         ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\].function.name"),
     ],

@@ -187,7 +187,7 @@ def test_settings_can_be_changed(workspace: Workspace) -> None:
 @pytest.mark.parametrize("title", ["x" * 201, "a\nb", "\0", "\x1b[31m", "a\u2028b", "\x85", "\ud800", None, 5, b"x"])
 def test_titles_that_cannot_be(workspace: Workspace, model: Model, title: Any) -> None:
     with pytest.raises(InvalidArgument, match="title"):
-        Session(model._host, title=title)
+        Session(model._handle, title=title)
     if title is not None:
         with pytest.raises(InvalidArgument, match="title"):
             workspace.session("a", title=title)
@@ -364,6 +364,28 @@ def test_prune_says_what_it_freed(workspace: Workspace) -> None:
     session.prune(0)
     assert session.turns == [] and fork.path == [first] and talk(fork, "on")[-1].recomputed == 0
     assert workspace._keeper.store.check() == []
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_a_prune_that_the_store_refuses_changes_nothing(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, select: bool
+) -> None:
+    session = workspace.session("a")
+    talk(session, "one", "two", "three")
+    session.rollback(2)
+    before = (session.head, session.turns, session._tree.redo_stack)
+
+    def full(*_: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreFull("no room", path="here"))
+        return failed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace._keeper.store, "delete_turns", full)
+        with pytest.raises(StoreFull):
+            session.prune(1, select=select)
+    assert (session.head, session.turns, session._tree.redo_stack) == before
+    assert session.rollback(1, prune=True).number == 1 and session.n_turns == 1
 
 
 # ---- In the middle of a reply ---------------------------------------------------------------------------------------

@@ -480,7 +480,7 @@ def test_a_deleted_session_says_nothing_more(model: Model) -> None:
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    wait_until(lambda: session._line)
+    wait_until(lambda: session._queue.waiting)
     session.delete()
     waiting.join()
     assert failures == [f"session {session.id} was deleted"] and session.turns == []

@@ -17,7 +17,7 @@ import pytest
 
 from fabula import Constraint, InvalidArgument
 from fabula.engine.grammar import Guide
-from fabula.sessions.calls import ToolCall, gathered, parse_tool_calls, reader_of
+from fabula.sessions.tool_call_parser import ToolCall, gathered, parse_tool_calls, reader_of
 from fabula.sessions.tool_forms import FORMS, HERMES, style_of
 from fabula.sessions.tools import Calling, tool_constraint, with_tools
 from fabula.text.template import ChatTemplate

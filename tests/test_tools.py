@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 from fabula import Constraint, InvalidArgument, Model, SamplingParams
 from fabula.engine.grammar import Guide
-from fabula.sessions.calls import CLOSE, OPEN, Arguments, CallBegun, CallEnded, Content, Event
+from fabula.sessions.tool_call_parser import CLOSE, OPEN, Arguments, CallBegun, CallEnded, Content, Event
 from fabula.sessions.tools import (
     MAX_TOOLS,
     ToolCall,
@@ -133,7 +133,7 @@ def test_definitions() -> None:
         ([function(strict="yes")], r"tools\[0\].function.strict"),
         ([function(parameters=[])], r"tools\[0\].function.parameters"),
         ([function(parameters={"type": "string"})], r"tools\[0\].function.parameters"),
-        ([function(parameters={"const": float("inf")})], r"tools\[0\].function.parameters: this is no JSON"),
+        ([function(parameters={"const": float("inf")})], r"tools\[0\].function.parameters is not JSON"),
     ],
 )
 def test_bad_definitions(definitions: Any, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -39,11 +40,13 @@ def steps_of(work: Callable[[], Any]) -> int:
         return count
 
     before = sys.gettrace()
+    gc.disable()  # or finalizers of other tests' garbage count
     sys.settrace(count)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return n
 
 

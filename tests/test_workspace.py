@@ -72,8 +72,8 @@ def test_a_restart_is_warm_and_says_the_same(desk: Desk, policy: str) -> None:
     [
         ("kv", "KV is f32 here, f16 there"),
         ("weights", "the weights differ"),
-        ("gone", "given up for others, or not kept"),
-        ("no spill", "given up for others, or not kept"),
+        ("gone", "evicted, or never kept"),
+        ("no spill", "evicted, or never kept"),
     ],
 )
 def test_a_cold_start_says_why(desk: Desk, tmp_path: Path, change: str, why: str) -> None:

@@ -7,13 +7,14 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from desks import LONG, SHORT, Desk, alone, talk, told
-from fabula import InvalidArgument, SessionBusy
+from fabula import InvalidArgument, SessionBusy, SessionNotFound, StoreFull
 from threaded import in_threads
 from waiting import wait_until
 
@@ -33,7 +34,7 @@ def test_those_who_wait_get_their_turn_in_order(desk: Desk) -> None:
         thread = threading.Thread(target=lambda i=i: session.say(f"{i}", SHORT, wait=True).text())
         thread.start()
         threads.append(thread)
-        wait_until(lambda i=i: len(session._line) > i)
+        wait_until(lambda i=i: len(session._queue.waiting) > i)
     with pytest.raises(SessionBusy):
         session.say("no", wait=0.05)
     first.cancel()
@@ -48,11 +49,45 @@ def test_a_forgotten_reply_holds_up_nobody_who_waits(desk: Desk) -> None:
     next(reply)
     thread = threading.Thread(target=lambda: session.say("second", SHORT, wait=True).text())
     thread.start()
-    wait_until(lambda: session._line)
+    wait_until(lambda: session._queue.waiting)
     del reply
     gc.collect()
     thread.join()
     assert [turn.prompt for turn in session.path] == ["first", "second"]
+
+
+def test_a_new_session_holds_up_nobody_while_it_is_committed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, open_one = desk.workspace, desk.session()
+    commit: Future[None] = Future()
+
+    def create() -> None:
+        with pytest.raises(StoreFull):
+            workspace.session("new")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace._keeper.store, "put_session", lambda _: commit)
+        creating = threading.Thread(target=create)
+        creating.start()
+        wait_until(lambda: workspace.has("new"))
+        assert workspace.open(open_one.id) is open_one
+        opened_early = workspace.open("new")
+        commit.set_exception(StoreFull("no room", path="here"))
+        creating.join()
+    with pytest.raises(SessionNotFound):
+        opened_early.tag(0, "x")
+    assert not workspace.has("new")
+    assert workspace.session("new").id == "new"
+
+
+def test_opening_a_stored_session_writes_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk(desk.session(), "one", "two")
+    desk.again()
+    writer = desk.workspace._keeper.store._writer
+    monkeypatch.setattr(writer, "submit", lambda _: pytest.fail("reading a session queued a write"))
+    session = desk.session()
+    assert [turn.prompt for turn in session.path] == ["one", "two"] and session.tree_json()["turns"]
+    assert desk.workspace.open(session.id) is session
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("verb", ["rollback", "redo", "delete", "prune", "close", "unload", "at"])
@@ -174,7 +209,7 @@ def test_nobody_holds_two_locks_in_two_orders(desk: Desk) -> None:
         going.wait()
         load(name)
 
-    session._host._load = lambda: slow("tiny")
+    session._handle._load = lambda: slow("tiny")
 
     def other() -> None:
         inside.wait()

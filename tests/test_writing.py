@@ -69,7 +69,7 @@ def test_rewrite_refuses_what_cannot_be(tiny_model: Model) -> None:
     with pytest.raises(InvalidArgument, match="nothing was said yet"):
         session.rewrite(0, "a")
     session.say("hello", SHORT).text()
-    with pytest.raises(InvalidArgument, match="needs words"):
+    with pytest.raises(InvalidArgument, match="text is empty"):
         session.rewrite(1, "")
     with pytest.raises(InvalidArgument, match="is a chat"):
         session.write("a")
@@ -100,7 +100,7 @@ def test_written_pieces_and_what_follows(tiny_model: Model) -> None:
     for reply in replies:
         reply.text()
         assert reply.turn is not None and reply.turn.parent is session.head
-    with pytest.raises(InvalidArgument, match="no words"):
+    with pytest.raises(InvalidArgument, match="text is empty"):
         session.write("")
     session.rollback(1)
     assert session.continue_(3, params=PIECE).text()

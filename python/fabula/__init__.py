@@ -51,21 +51,21 @@ if TYPE_CHECKING:
     from fabula.model import Model
     from fabula.models.builder import DamagedWeightWarning
     from fabula.models.config import ModelConfig
-    from fabula.sessions.looking import Alternative, Count
     from fabula.sessions.policy import ContextPolicy
     from fabula.sessions.reply import Reply
     from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
+    from fabula.sessions.views import Alternative, Count
     from fabula.text.tokenizer import Tokenizer, TokenizerWarning
     from fabula.workspace import Workspace
 
 # Where each public name lives; "" for a module of that name.
 _HOMES = {
-    "Alternative": "sessions.looking",
+    "Alternative": "sessions.views",
     "Constraint": "engine.constraint",
     "ContextOverflow": "errors",
     "ContextPolicy": "sessions.policy",
-    "Count": "sessions.looking",
+    "Count": "sessions.views",
     "DamagedWeightWarning": "models.builder",
     "DeviceError": "errors",
     "DeviceOutOfMemory": "errors",

@@ -31,7 +31,7 @@ from fabula.models.config import ModelConfig
 from fabula.models.opening import check_context, open_model
 from fabula.models.precision import NAMES as PRECISIONS
 from fabula.models.precision import identity_of, label_of, precision_of
-from fabula.sessions.host import Host, Served
+from fabula.sessions.model_handle import LoadedModel, ModelHandle
 from fabula.text.prefill import is_prefilled
 from fabula.text.tokenizer import Tokenizer
 
@@ -98,7 +98,9 @@ class Model:
                 layout += f" on {len(runner.device.members)} GPUs"
             layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
-        self._host = Host(path.name, Served(self._engine, self._template, self._fingerprint, "", self.defaults))
+        self._handle = ModelHandle(
+            path.name, LoadedModel(self._engine, self._template, self._fingerprint, "", self.defaults)
+        )
 
     @classmethod
     def load(
@@ -394,7 +396,7 @@ class Model:
         """
         from fabula.sessions.session import Session
 
-        return Session(self._host, id=id, tenant=tenant, system=system, params=sampling, policy=context_policy)
+        return Session(self._handle, id=id, tenant=tenant, system=system, params=sampling, policy=context_policy)
 
     def import_(
         self, data: Mapping[str, Any], *, id: str | None = None, kv: str | os.PathLike[str] | None = None
@@ -402,7 +404,7 @@ class Model:
         """A session in memory from what `Session.export` gave; arguments and errors as `Workspace.import_`."""
         from fabula.sessions.archive import import_session
 
-        return import_session(data, self._host, id=id, kv=kv)
+        return import_session(data, self._handle, id=id, kv=kv)
 
     # ---- Memory -----------------------------------------------------------------------------------------------------
 
@@ -419,7 +421,7 @@ class Model:
 
     def close(self) -> None:
         """Frees weights and cache; may be called twice. Running generations end with an error."""
-        self._host.detach()
+        self._handle.detach()
         self._engine.scheduler.drop(self._runner)
         self._engine.cache.close()
         self._runner.close()

@@ -19,9 +19,9 @@ from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
 from fabula.model import Model
 from fabula.sessions.archive import import_session
-from fabula.sessions.host import Host, Served
-from fabula.sessions.keeper import Keeper, params_of, policy_of
+from fabula.sessions.model_handle import LoadedModel, ModelHandle
 from fabula.sessions.names import is_session_id
+from fabula.sessions.persistence import Persistence, params_of, policy_of
 from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START
@@ -74,8 +74,8 @@ class Workspace:
         self.folder = default_folder() if folder is None else Path(folder)
         self._spill_bytes = spill_bytes
         self._scheduler = Scheduler(max_running=max_running, max_waiting=max_waiting)
-        self._keeper = Keeper(Store.open(self.folder if store is None else store))
-        self._hosts: dict[str, Host] = {}
+        self._keeper = Persistence(Store.open(self.folder if store is None else store))
+        self._hosts: dict[str, ModelHandle] = {}
         self._models: dict[str, Model] = {}
         self._spills: dict[str, SpillFolder] = {}
         self._options: dict[str, dict[str, Any]] = {}
@@ -144,7 +144,7 @@ class Workspace:
         """How many answers are made, and how many wait, just now."""
         return self._scheduler.load
 
-    def _served(self, name: str, model: Model) -> Served:
+    def _served(self, name: str, model: Model) -> LoadedModel:
         """A loaded model for its sessions, with its pages on disk if there is a place for them."""
         why_cold = ""
         if self._spill_bytes:
@@ -161,12 +161,12 @@ class Workspace:
                 others = spill.other_fingerprints()
                 if others and not spill.n_pages:
                     why_cold = f"the pages on disk are of another model: {fingerprint.difference(others[0])}"
-        return Served(model._engine, model._template, model._fingerprint, why_cold, model.defaults)
+        return LoadedModel(model._engine, model._template, model._fingerprint, why_cold, model.defaults)
 
-    def _host(self, name: str) -> Host:
+    def _host(self, name: str) -> ModelHandle:
         with self._lock:
             if name not in self._hosts:
-                self._hosts[name] = Host(name, load=lambda: self._load_again(name))
+                self._hosts[name] = ModelHandle(name, load=lambda: self._load_again(name))
             return self._hosts[name]
 
     def _load_again(self, name: str) -> None:
@@ -211,12 +211,15 @@ class Workspace:
                     system=system,
                     params=sampling,
                     policy=context_policy,
-                    keeper=self._keeper,
+                    persistence=self._keeper,
                     title=title or "",
                 )
-                self._keeper.opened(session)
-                return session
-        # Without the lock: a session's own lock comes before it, as the session may have to load its model.
+                self._keeper.register(session)
+        # Without the lock: nobody else waits for the commit of a new session, and the lock of a session comes first, as
+        # it may have to load its model.
+        if found is None:
+            self._keeper.create(session)
+            return session
         if model is not None and model != found.model:
             raise InvalidArgument(f"session {found.id} talks to {found.model}, not to {model}")
         if context_policy is not None and ContextPolicy.of(context_policy) != found.policy:
@@ -279,8 +282,8 @@ class Workspace:
             model = data.get("model") if isinstance(data, Mapping) else None
             host = self._host(model if isinstance(model, str) and model else self._default_model())
             if kv is not None:
-                _ = host.served  # loads it
-            return import_session(data, host, id=id, tenant=tenant, kv=kv, keeper=self._keeper)
+                _ = host.loaded  # loads it
+            return import_session(data, host, id=id, tenant=tenant, kv=kv, persistence=self._keeper)
 
     def delete(self, id: str, *, tenant: str = "") -> int:
         """Deletes a session, and returns the bytes of K and V set free.
@@ -294,7 +297,7 @@ class Workspace:
         """A session in use, or from the store."""
         keeper = self._keeper
         live = keeper.sessions.get((tenant, id))
-        if isinstance(live, Session):
+        if live is not None:
             return live
         if keeper.store.find(tenant, id) is None:
             return None
@@ -307,7 +310,7 @@ class Workspace:
             params=params_of(record.settings["params"]),
             policy=policy_of(record.settings),
             base=known.get(record.base_id or ""),
-            keeper=keeper,
+            persistence=keeper,
             created_at=record.created_at,
             vocabulary=record.settings["vocabulary"],
             title=record.settings.get("title", ""),
@@ -315,7 +318,7 @@ class Workspace:
         )
         redo_stack = [known.get(id, START) for id in record.undone]
         session._tree.restore(own, known.get(record.head_id or "", START), redo_stack)
-        keeper.sessions[tenant, id] = session
+        keeper.add(session)
         return session
 
     def _default_model(self) -> str:
@@ -335,7 +338,7 @@ class Workspace:
             if self._closed:
                 return
             self._closed = True
-            sessions = [session for session in self._keeper.sessions.values() if isinstance(session, Session)]
+            sessions = self._keeper.in_use
         for session in sessions:  # without the lock: one of them may be waiting for it
             with suppress(StoreError):
                 session.stop()

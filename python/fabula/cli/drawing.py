@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from fabula.cli.shelf import Listed
     from fabula.kv.pages import PoolUsage
-    from fabula.sessions.looking import Alternative
     from fabula.sessions.reply import Reply
     from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
+    from fabula.sessions.views import Alternative
 
 # Of answers that did not end by themselves.
 ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time", "interrupted": "interrupted"}

@@ -1,7 +1,7 @@
-"""A session as data that can be carried elsewhere: JSON, and on request its K and V as a safetensors file.
+"""Export and import of sessions: JSON, and on request their KV as a safetensors file.
 
-The JSON holds what the store holds: every turn with its ids as they were drawn. Full pages of K and V go under the name
-"<turn>/<place>", once each; they are taken in only by a model with the same fingerprint.
+The JSON has what the store has: every turn with its ids as they were sampled. Each full KV page is a tensor
+"<turn>/<index>"; only a model with the same fingerprint imports it.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory, StoreCorrupt, StoreError
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
-from fabula.sessions.keeper import Keeper, params_of, policy_of, session_record, turn_of, turn_record
+from fabula.sessions.persistence import Persistence, params_of, policy_of, session_record, turn_of, turn_record
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START, WRITTEN, Turn
 from fabula.store.records import TurnRecord
 
 if TYPE_CHECKING:
-    from fabula.sessions.host import Host
+    from fabula.sessions.model_handle import ModelHandle
 
 FORMAT, VERSION = "fabula session", 1
 MAX_TURNS = 100_000
-_FIELDS: dict[str, tuple[type, ...]] = {  # of a turn, and what they may hold
+_FIELDS: dict[str, tuple[type, ...]] = {  # of a turn, with their types
     "id": (str,), "parent_id": (str, type(None)), "number": (int,), "chat": (bool,), "prompt": (str,), "text": (str,),
     "kept": (int,), "prompt_ids": (list,), "token_ids": (list,), "params": (dict,),
     "finish_reason": (str, type(None)), "timings": (dict, type(None)), "cut": (dict, type(None)),
     "created_at": (int, float), "tags": (list,),
 }  # fmt: skip
-_OPTIONAL = {"said": (dict,)}  # there where `prompt` does not say it all
+_OPTIONAL = {"said": (dict,)}  # only where the input is more than `prompt`
 
 
-# ---- Out ------------------------------------------------------------------------------------------------------------
+# ---- Export ---------------------------------------------------------------------------------------------------------
 
 
 def export_session(session: Session, *, kv: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """A session as JSON data.
 
     Args:
-        session: with no reply being made.
-        kv: file to write K and V to, as far as they are in memory; None for none.
+        session: with no running reply.
+        kv: file to write the KV in memory to; None for none.
 
     Raises:
-        SessionBusy: a reply is being made.
-        StoreError: the file cannot be written; nothing is left of it.
+        SessionBusy: a reply is running.
+        StoreError: the file cannot be written; no part of it is left.
     """
     with session.quiet():
         turns = session.turns
@@ -82,8 +82,8 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 
 
 def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.uint8]]:
-    """Full pages of turns, each once: those they hold, or that are found by their text, on disk too."""
-    engine = session._host.engine
+    """The full KV pages of turns, each once: those they hold, or that the prefix index or the disk has."""
+    engine = session._handle.engine
     pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
     pages: dict[str, npt.NDArray[np.uint8]] = {}
     seen: set[bytes] = set()
@@ -111,35 +111,35 @@ def _write_kv(path: Path, pages: Mapping[str, npt.NDArray[np.uint8]], fingerprin
         draft.replace(path)
     except Exception as error:  # safetensors raises its own kind for a full disk
         draft.unlink(missing_ok=True)
-        raise StoreError(f"{path}: K and V cannot be written: {error}", path=path) from error
+        raise StoreError(f"{path}: the KV cannot be written: {error}", path=path) from error
 
 
-# ---- In -------------------------------------------------------------------------------------------------------------
+# ---- Import ---------------------------------------------------------------------------------------------------------
 
 
 def import_session(
     data: Mapping[str, Any],
-    host: Host,
+    handle: ModelHandle,
     *,
     id: str | None = None,
     tenant: str = "",
     kv: str | os.PathLike[str] | None = None,
-    keeper: Keeper | None = None,
+    persistence: Persistence | None = None,
 ) -> Session:
-    """A session from what `export_session` gave; its turns get new names, so that it may be taken in twice.
+    """A session from what `export_session` returned. Its turns get new ids, so that it can be imported twice.
 
     Args:
         data: JSON data.
-        host: the model it talks to.
-        id: its name; None for the one it had.
+        handle: the model it talks to.
+        id: its id; None for the one it had.
         tenant: its owner.
-        kv: file with K and V; None for none.
-        keeper: where it is kept; None for in memory.
+        kv: file with its KV; None for none.
+        persistence: where it is stored; None for in memory.
 
     Raises:
         InvalidArgument: the data is not an exported session; names the field.
-        StoreError: K and V are of another model, or the session cannot be kept.
-        StoreCorrupt: the file with K and V is damaged.
+        StoreError: the KV belongs to another model, or the session cannot be stored.
+        StoreCorrupt: the KV file is damaged.
     """
     _check_head(data)
     turns = _turns_of(data["turns"])
@@ -147,13 +147,13 @@ def import_session(
     try:
         settings = data["settings"]
         session = Session(
-            host,
+            handle,
             id=data["id"] if id is None else id,
             tenant=tenant,
             system=settings["system"],
             params=params_of(settings["params"]),
             policy=policy_of(settings),
-            keeper=keeper,
+            persistence=persistence,
             created_at=float(data["created_at"]),
             vocabulary=settings["vocabulary"],
             title=settings.get("title", ""),
@@ -167,8 +167,9 @@ def import_session(
         raise InvalidArgument(f"the exported session is damaged: {error!r}") from None
     if kv is not None:
         _read_kv(Path(kv), data["turns"], turns, session)
-    if keeper is not None:
-        keeper.taken_in(session)
+    if persistence is not None:
+        persistence.register(session)
+        persistence.create_with_turns(session)
     return session
 
 
@@ -183,12 +184,12 @@ def _check_head(data: Mapping[str, Any]) -> None:
 
 
 def _has_words(row: Mapping[str, Any]) -> bool:
-    """Whether a turn says anything: an answer, or a piece of a story that was written by hand."""
+    """Whether a turn has an answer, or is a handwritten piece of a story."""
     return bool(row["token_ids"] or (row["finish_reason"] == WRITTEN and row["prompt_ids"]))
 
 
 def _turns_of(rows: list[Any]) -> dict[str, Turn]:
-    """Turns by their former names, parents first."""
+    """Turns by their ids in the export, parents first."""
     turns: dict[str, Turn] = {}
     for i, row in enumerate(rows):
         where = f"turn {i} of the exported session"
@@ -199,9 +200,9 @@ def _turns_of(rows: list[Any]) -> dict[str, Turn]:
                 raise InvalidArgument(f"{where}: {name} is {row[name]!r:.80}")
         for name in ("prompt_ids", "token_ids"):
             if any(type(token) is not int or not 0 <= token < 1 << 31 for token in row[name]):
-                raise InvalidArgument(f"{where}: {name} holds what is no token id")
+                raise InvalidArgument(f"{where}: {name} has a value that is not a token id")
         if any(not isinstance(tag, str) for tag in row["tags"]):
-            raise InvalidArgument(f"{where}: tags must be texts")
+            raise InvalidArgument(f"{where}: tags must be strings")
         parent = START if row["parent_id"] is None else turns.get(row["parent_id"])
         if parent is None or row["id"] in turns or not row["id"]:
             raise InvalidArgument(f"{where}: its parent does not come before it, or its id comes twice")
@@ -219,30 +220,30 @@ def _turns_of(rows: list[Any]) -> dict[str, Turn]:
 
 
 def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], session: Session) -> None:
-    """Takes in pages; as many as there is room for."""
+    """Reads KV pages, as many as there is room for."""
     from safetensors import safe_open
 
-    engine, fingerprint = session._host.engine, session._host.fingerprint
+    engine, fingerprint = session._handle.engine, session._handle.fingerprint
     pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
     try:
         with safe_open(path, framework="numpy") as file:
             theirs = (file.metadata() or {}).get("fingerprint")
             if theirs != fingerprint or not fingerprint:
                 raise StoreError(
-                    f"{path}: K and V were computed by another model, on another device or in another precision; "
-                    "import without them",
+                    f"{path}: the KV was computed by another model, on another device or in another precision; "
+                    "import without it",
                     path=path,
                 )
             names = set(file.keys())
             for row in rows:
                 turn = turns[row["id"]]
                 keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
-                read: list[Sequence] = []  # holds the pages until the turn does
+                read: list[Sequence] = []  # keeps the pages until the turn does
                 for i, key in enumerate(keys):
                     if f"{row['id']}/{i}" in names and pool.index.page(key) is None:
                         data = file.get_tensor(f"{row['id']}/{i}")
                         if data.dtype != np.uint8 or data.shape != (pool.page_bytes,):
-                            raise StoreCorrupt(f"{path}: {row['id']}/{i} is no page of this model", path=path)
+                            raise StoreCorrupt(f"{path}: {row['id']}/{i} is not a KV page of this model", path=path)
                         (page,) = pool.take(1)
                         pool.native.write(page, data)
                         pool.name(page, key)
@@ -252,11 +253,11 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
                     engine.cache.keep(turn.kv)
                 for sequence in read:
                     sequence.close()
-    except OutOfMemory:  # the rest is computed when it is needed
+    except OutOfMemory:  # the rest is recomputed on demand
         return
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, StoreError):
             raise
-        raise StoreCorrupt(f"{path}: K and V cannot be read: {error}", path=path) from error
-    except Exception as error:  # safetensors' own kind
-        raise StoreCorrupt(f"{path}: K and V cannot be read: {error}", path=path) from error
+        raise StoreCorrupt(f"{path}: the KV cannot be read: {error}", path=path) from error
+    except Exception as error:  # safetensors raises its own kind
+        raise StoreCorrupt(f"{path}: the KV cannot be read: {error}", path=path) from error

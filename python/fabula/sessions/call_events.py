@@ -1,4 +1,4 @@
-"""What is found in an answer that may call tools: text and calls, as they come or all together."""
+"""Events of an answer that may call tools: text and calls, streamed or collected."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ToolCall:
 
     Attributes:
         name: of the function.
-        arguments: a JSON object; as far as it came where the call is not whole.
-        is_whole: whether the call came to its end and its arguments are JSON.
+        arguments: a JSON object; only its first part if the call is not complete.
+        is_whole: whether the call is complete and its arguments are JSON.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Content:
     """Text outside of calls.
 
     Attributes:
-        text: what is certain of it.
+        text: the next part of it that cannot be markup.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """A call says its name.
+    """A call has started and its name is known.
 
     Attributes:
         index: of the call in the answer, from 0.
@@ -53,7 +53,7 @@ class Arguments:
 
     Attributes:
         index: of the call.
-        text: of the JSON, to be put behind what came before.
+        text: JSON, to append to the previous events' text.
     """
 
     index: int
@@ -62,12 +62,12 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """Nothing more of a call will come.
+    """A call has ended.
 
     Attributes:
         index: of the call.
-        is_valid: whether it is whole and its arguments are JSON; else it was cut off, or is malformed.
-        raw: everything the model wrote of it, tags included.
+        is_valid: whether it is complete and its arguments are JSON; otherwise it was cut off or is malformed.
+        raw: all of its text, tags included.
     """
 
     index: int
@@ -79,7 +79,7 @@ Event = Content | CallBegun | Arguments | CallEnded
 
 
 def gathered(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
-    """Content and calls of an answer from its events."""
+    """Collects the content and the calls of an answer from its events."""
     content: list[str] = []
     calls: list[ToolCall] = []
     name, arguments = "", ""
@@ -96,8 +96,8 @@ def gathered(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
 
 
 class Blanks:
-    """Takes white space out of content that only sets calls apart: before the first call, if nothing else stands
-    there, and at the end of an answer with calls. So white space is held back until more text comes."""
+    """Drops white space that only separates calls: before the first call, if there is no other text, and at the end of
+    an answer with calls. White space is held back until more text comes."""
 
     def __init__(self) -> None:
         self._held, self._has_text, self._has_calls = "", False, False
@@ -118,22 +118,22 @@ class Blanks:
                 yield Content(certain)
 
     def finish(self) -> list[Event]:
-        """At the end of the answer: what was still held back."""
+        """At the end of the answer: the events that were held back."""
         return [Content(self._held)] if self._held and not self._has_calls else []
 
 
 class Reader(Protocol):
-    """What finds calls in a text that arrives in pieces."""
+    """A parser of calls in text that arrives in pieces."""
 
     def feed(self, text: str) -> list[Event]:
-        """Takes the next piece of text; what is certain with it."""
+        """Parses the next piece of text; returns the events that are certain."""
 
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """At the end of the text: what was still held back."""
+        """At the end of the text: the remaining events."""
 
 
 def loaded(text: str) -> dict[str, Any] | None:
-    """A JSON object; None for any other text."""
+    """Parses a JSON object; None for any other text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Reading the messages of the harmony format (OpenAI, "OpenAI harmony response format")."""
+"""Parser of the harmony format (OpenAI, "OpenAI harmony response format")."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_-]{1,64})(?=[\s<])")
 
 
 class HarmonyReader:
-    """Finds calls in an answer of several messages: one to a function is a call. Those of the channel "analysis" are
-    thoughts; they are no content.
+    """Parses an answer of several messages. A message to a function is a call; messages of the channel "analysis" are
+    thoughts, not content.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class HarmonyReader:
         self._raw = ""
 
     def feed(self, text: str) -> list[Event]:
-        """Takes the next piece of text; what is certain with it."""
+        """Parses the next piece of text; returns the events that are certain."""
         self._held += text
         events: list[Event] = []
         while self._held and self._state(events):
@@ -36,7 +36,7 @@ class HarmonyReader:
         return events
 
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """At the end of the text: what was still held back."""
+        """At the end of the text: the remaining events."""
         events: list[Event] = []
         if self._state == self._header:
             match = _RECIPIENT.search(self._held)
@@ -45,10 +45,10 @@ class HarmonyReader:
                 self._end(events)
         elif self._state == self._message:
             n_held = 0 if is_whole else max(n_half(self._held, end) for end in _ENDS)
-            self._say(self._held[: len(self._held) - n_held], events)
+            self._emit(self._held[: len(self._held) - n_held], events)
             self._end(events)
         elif is_whole:
-            self._say(self._held, events)
+            self._emit(self._held, events)
         self._held = ""
         return events
 
@@ -76,17 +76,17 @@ class HarmonyReader:
         found = [(place, end) for end in _ENDS if (place := self._held.find(end)) >= 0]
         if not found:
             n_held = max(n_half(self._held, end) for end in _ENDS)
-            self._say(self._held[: len(self._held) - n_held], events)
+            self._emit(self._held[: len(self._held) - n_held], events)
             self._held = self._held[len(self._held) - n_held :]
             return False
         place, end = min(found)
-        self._say(self._held[:place], events)
+        self._emit(self._held[:place], events)
         self._held = self._held[place + len(end) if end in _ENDS[:3] else place :]
         self._end(events)
         self._is_thought, self._state = False, self._begin
         return True
 
-    def _say(self, text: str, events: list[Event]) -> None:
+    def _emit(self, text: str, events: list[Event]) -> None:
         if not text or self._is_thought:
             return
         self._raw += text

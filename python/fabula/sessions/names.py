@@ -1,4 +1,4 @@
-"""What sessions are called: ids, titles and tags."""
+"""Checks of session ids, titles and tags."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MAX_TAGS, MAX_TAG = 16, 60  # of a session; characters of each
 
 
 def is_session_id(id: object) -> bool:
-    """Whether a session may be called so."""
+    """Whether a value is a valid session id."""
     return isinstance(id, str) and _ID.fullmatch(id) is not None
 
 
 def checked_title(title: object) -> str:
-    """The title of a session.
+    """A valid title of a session.
 
     Raises:
-        InvalidArgument: it is too long, or holds what is no visible text.
+        InvalidArgument: it is too long, or has control characters.
     """
     if not isinstance(title, str) or len(title) > MAX_TITLE:
         raise InvalidArgument(f"title must be text of at most {MAX_TITLE} characters")
@@ -32,13 +32,13 @@ def checked_title(title: object) -> str:
 
 
 def checked_tags(tags: object) -> tuple[str, ...]:
-    """The tags of a session, each once, in their order.
+    """Valid tags of a session, without duplicates, in order.
 
     Raises:
-        InvalidArgument: they are too many, too long, or no visible text.
+        InvalidArgument: they are too many, too long, or have control characters.
     """
     if isinstance(tags, str) or not isinstance(tags, Iterable):
-        raise InvalidArgument("tags must be a list of texts")
+        raise InvalidArgument("tags must be a list of strings")
     found = tuple(dict.fromkeys(tags))
     if len(found) > MAX_TAGS:
         raise InvalidArgument(f"a session has at most {MAX_TAGS} tags, not {len(found)}")

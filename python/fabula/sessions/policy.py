@@ -1,4 +1,4 @@
-"""What happens when a conversation outgrows the context: never anything silent."""
+"""`ContextPolicy`: what happens when a conversation no longer fits the context. Nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_SINKS = 32
 
 @dataclass(frozen=True, slots=True)
 class ContextPolicy:
-    """A session's answer to a full context.
+    """What a session does when the context is full.
 
     Attributes:
-        name: "error" refuses, with both numbers. "slide" lets tokens see the first `sinks` positions and the last
-            `window` (StreamingLLM, Xiao et al. 2023): memory and time per token stop growing, and texts may be of any
-            length. "drop_oldest_turns" leaves the oldest turns out of the prompt, as few as make room for an answer,
-            and computes the rest anew.
+        name: "error" raises, with both numbers. "slide" lets tokens attend to the first `sinks` positions and the last
+            `window` (StreamingLLM, Xiao et al. 2023): memory and time per token stop growing, and texts may have any
+            length. "drop_oldest_turns" drops as few of the oldest turns from the prompt as make room for an answer, and
+            recomputes the rest.
         window: positions, for "slide"; None for as many as the context has room for.
         sinks: 0 .. 32 first positions that stay visible, for "slide".
     """
@@ -46,7 +46,7 @@ class ContextPolicy:
         return cls() if value is None else cls(value)  # type: ignore[arg-type]
 
     def visible(self, context: int) -> Window:
-        """What tokens see in a model of that context.
+        """The attention window in a model with that context length.
 
         Raises:
             InvalidArgument: sinks and window are more than the context holds.
@@ -69,7 +69,7 @@ class ContextPolicy:
         """From JSON.
 
         Raises:
-            InvalidArgument: it says something else.
+            InvalidArgument: it holds something else.
         """
         try:
             return cls(**value)
@@ -79,12 +79,12 @@ class ContextPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What of the past the model did not see when a turn was made.
+    """What of the past the model did not see when a turn was generated.
 
     Attributes:
-        policy: that hid it.
-        n_tokens: tokens hidden: with "slide" from the last token of the turn, else from all of it.
-        n_turns: how many turns from the beginning were left out whole.
+        policy: the policy that hid it.
+        n_tokens: hidden tokens: with "slide" from the last token of the turn, else from all of it.
+        n_turns: number of whole turns dropped from the start.
     """
 
     policy: PolicyName

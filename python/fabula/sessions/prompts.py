@@ -1,8 +1,8 @@
-"""The ids a turn's answer goes on from: the past as it was drawn, and what is new.
+"""Prompts of turns, as token ids: the past as it was sampled, and the new input.
 
-With `drop_oldest_turns` a prompt that leaves too little room for an answer is made again without the oldest turns,
-until a quarter of the context is free: so many turns pass before the rest has to be computed anew again. Whether the
-prompt fits the context in the end is for the caller to check.
+With `drop_oldest_turns` a prompt that leaves too little room for an answer is built again without the oldest turns,
+until a quarter of the context is free: so the rest is recomputed only once in many turns. The caller checks whether the
+prompt fits the context.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fabula.engine.generation import Engine
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument
 from fabula.sessions.policy import ContextPolicy, Cut
-from fabula.sessions.said import Said
 from fabula.sessions.tools import with_tools
 from fabula.sessions.turn import Turn
+from fabula.sessions.user_input import UserInput
 from fabula.text.chat import with_control_tokens
 from fabula.text.continuation import encode_next
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What an answer goes on from.
+    """The prompt of an answer.
 
     Attributes:
-        ids: the whole prompt.
-        kept: how many of them are the beginning of the parent's.
-        cut: what was left out.
+        ids: all of it, past turns included.
+        kept: number of leading ids that are the parent's too.
+        cut: what was left out; None for nothing.
     """
 
     ids: list[int]
@@ -40,21 +40,21 @@ class Prompt:
     cut: Cut | None = None
 
 
-def messages_of(system: str | None, turns: Sequence[Turn], said: Said | None = None) -> list[dict[str, Any]]:
+def messages_of(system: str | None, turns: Sequence[Turn], user_input: UserInput | None = None) -> list[dict[str, Any]]:
     """A conversation as chat templates take it."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         _say(messages, turn.said)
         messages.append({"role": "assistant", "content": turn.text})
-    if said is not None:
-        _say(messages, said)
+    if user_input is not None:
+        _say(messages, user_input)
     return messages
 
 
-def _say(messages: list[dict[str, Any]], said: Said) -> None:
-    if said.words_answer and messages and messages[-1]["role"] == "assistant":
-        messages.pop()  # that answer stands at the head of what is said
-    messages += with_control_tokens(said.messages) if said.parse_special else said.messages
+def _say(messages: list[dict[str, Any]], user_input: UserInput) -> None:
+    if user_input.repeats_answer and messages and messages[-1]["role"] == "assistant":
+        messages.pop()  # the user input repeats that answer, with its tool calls
+    messages += with_control_tokens(user_input.messages) if user_input.parse_special else user_input.messages
 
 
 def chat_prompt(
@@ -64,50 +64,52 @@ def chat_prompt(
     params: SamplingParams,
     parent: Turn,
     system: str | None,
-    said: Said,
+    user_input: UserInput,
 ) -> Prompt:
     """The prompt of the next answer of a chat.
 
     Raises:
         TemplateError, InvalidArgument: as `encode_chat` and `with_tools`.
     """
-    if said.words_answer and not parent.number:
+    if user_input.repeats_answer and not parent.number:
         raise InvalidArgument("messages[0].role is 'assistant', but there is no answer before it")
     tokenizer, past, seen = engine.tokenizer, parent.ids(), seen_turns(parent)
 
-    def worded(turns: Sequence[Turn], new: Said, options: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
-        return _worded(template, messages_of(system, turns, new), options)
+    def for_template(
+        turns: Sequence[Turn], new: UserInput, options: Mapping[str, Any]
+    ) -> tuple[list[Any], Mapping[str, Any]]:
+        return _for_template(template, messages_of(system, turns, new), options)
 
     def without(n: int) -> list[int]:
-        """The conversation without its n oldest turns, all of it rendered as the new prompt is; the other answers stand
-        as they were drawn."""
+        """The conversation without its n oldest turns, rendered as the new prompt is; the other answers keep their
+        sampled tokens."""
         known: list[int] = []
         turns = seen[n:]
         for i, turn in enumerate(turns):
-            messages, options = worded(turns[:i], turn.said, said.options)
+            messages, options = for_template(turns[:i], turn.said, user_input.options)
             known = [*encode_next(tokenizer, template, messages, known, options), *turn.token_ids]
-        messages, options = worded(turns, said, said.options)
+        messages, options = for_template(turns, user_input, user_input.options)
         return encode_next(tokenizer, template, messages, known, options)
 
     def may_begin(n: int) -> bool:
-        """Whether the conversation may begin behind its n oldest turns: a tool's result stays with the call."""
-        return not (seen[n].said if n < len(seen) else said).answers_call
+        """Whether the conversation may start after its n oldest turns: a tool's result stays with its call."""
+        return not (seen[n].said if n < len(seen) else user_input).answers_call
 
-    messages, options = worded(seen, said, said.options)
-    if said.options == parent.said.options:
+    messages, options = for_template(seen, user_input, user_input.options)
+    if user_input.options == parent.said.options:
         ids = encode_next(tokenizer, template, messages, past, options)
     else:
-        before = worded(seen[:-1], parent.said, parent.said.options) if seen else None
+        before = for_template(seen[:-1], parent.said, parent.said.options) if seen else None
         ids = encode_next(tokenizer, template, messages, past, options, before)
         if ids[: len(past)] != past:
             ids = without(0)
     return _fitted(engine, policy, params, parent, past, ids, without, may_begin)
 
 
-def _worded(
+def _for_template(
     template: ChatTemplate, messages: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> tuple[list[Any], Mapping[str, Any]]:
-    """Messages and options as the template can read them: it may know nothing of tools."""
+    """Messages and options as the template can render them: it may not know tools."""
     tools = options.get("tools")
     if not tools and not any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
         return messages, options
@@ -116,32 +118,34 @@ def _worded(
 
 
 def parses_special(parse_special: bool | None, parent: Turn) -> bool:
-    """Whether control tokens written in the next piece of a story are control tokens: what is not said goes on as the
-    story did before, and begins with yes, as a story is the caller's own text."""
+    """Whether control tokens written in the next piece of a story are control tokens. None: as in the previous turn,
+    and yes at the start, as a story is the caller's own text."""
     if parse_special is None:
         return parent.said.parse_special if parent.number and not parent.chat else True
     return parse_special
 
 
-def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, said: Said) -> Prompt:
+def story_prompt(
+    engine: Engine, policy: ContextPolicy, params: SamplingParams, parent: Turn, user_input: UserInput
+) -> Prompt:
     """The prompt of the next piece of a story.
 
     Raises:
         InvalidArgument: there is no text to continue.
     """
-    tokenizer, text = engine.tokenizer, said.text
+    tokenizer, text = engine.tokenizer, user_input.text
     new: list[int] = []
     if text or not parent.number:
-        new = tokenizer.encode(text, add_bos=False if parent.number else None, special=said.parse_special)
+        new = tokenizer.encode(text, add_bos=False if parent.number else None, special=user_input.parse_special)
     past, seen = parent.ids(), seen_turns(parent)
     notes = [turn for turn in parent.lineage() if turn.frozen][::-1]
 
     def unended(ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids  # it goes on behind its end
+        return ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids  # the story goes on after an end token
 
     def without(n: int) -> list[int]:
-        """The story without its n oldest turns, its notes aside; instead of none at all, as much of the last one's end
-        as fits."""
+        """The story without its n oldest turns, except notes; if none is left, as much of the last one's end as
+        fits."""
         left = seen[n:] or seen[-1:]
         kept = sorted({*notes, *left}, key=lambda turn: turn.number)
         front = next((i for i, turn in enumerate(kept) if not turn.frozen), len(kept))
@@ -168,13 +172,13 @@ def story_prompt(engine: Engine, policy: ContextPolicy, params: SamplingParams, 
 
 
 def seen_turns(parent: Turn) -> list[Turn]:
-    """The turns up to `parent` that its past has not left out, from the first; notes, which never are, aside."""
+    """The turns up to `parent` that its prompt has not dropped, from the first; without notes, which never are."""
     first = parent.cut.n_turns if parent.cut is not None else 0
     return [turn for turn in parent.lineage() if turn.number > first and not turn.frozen][::-1]
 
 
 def goal(context: int, params: SamplingParams) -> int:
-    """Tokens a prompt may have once something must be left out."""
+    """Max tokens of a prompt once something must be dropped."""
     answer = context // 4 if params.max_tokens is None else min(params.max_tokens, context // 2)
     return context - max(answer, context // 4)
 
@@ -205,7 +209,7 @@ def _fitted(
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-    """How many ids two lists begin with alike."""
+    """Length of the common prefix of two lists."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n

@@ -1,8 +1,9 @@
-"""An answer in the making."""
+"""A reply: a generation, and a callback for its end."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
@@ -12,34 +13,36 @@ from fabula.sessions.turn import Turn
 
 
 class Reply(Iterator[Piece], AsyncIterator[Piece]):
-    """Pieces of an answer as they come; the turn is in the tree when the last one was given out.
+    """Pieces of an answer as they are generated; the turn is in the tree when the last one is returned.
 
-    Iterate over it (`for` or `async for`), or call `text()`. `cancel()`, leaving a `with` block or forgetting the reply
-    ends it early; what was read so far stays, as a partial turn.
+    Iterate over it (`for` or `async for`), or call `text()`. `cancel()`, leaving a `with` block or dropping the last
+    reference ends it early; what was read so far stays as a partial turn.
 
     Attributes:
         turn: the finished turn; None while pieces may come, and when an error ended the reply: then the session is as
             it was before.
-        begun_text: what the answer begins with already, before the first piece.
-        generation: what makes it.
+        begun_text: text the answer begins with, before the first piece.
+        generation: generates it.
+        selects: whether the turn becomes the head.
     """
 
     def __init__(
         self,
         generation: Generation,
         draft: Turn,
-        settle: Callable[[Reply, Turn | None], None],
-        left: Callable[[Reply], None],
+        lock: threading.RLock,
+        on_end: Callable[[Reply, Turn | None], None],
+        on_forgotten: Callable[[Reply], None],
         *,
         selects: bool,
     ) -> None:
-        """Args: settle: takes the turn in at the end. left: told of a reply that was forgotten before. selects: whether
-        the turn becomes the head."""
+        """Args: draft: the turn without an answer. lock: held while the reply ends. on_end: called once, with the turn,
+        or None if there is none to keep. on_forgotten: called by the destructor of a reply that has not ended."""
         self.turn: Turn | None = None
         self.begun_text = generation.begun_text
         self.generation, self.selects = generation, selects
-        self._draft = draft
-        self._settle, self._left = settle, left
+        self._draft, self._lock = draft, lock
+        self._on_end, self._left = on_end, on_forgotten
         self._done = False
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
@@ -49,17 +52,11 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
             raise StopIteration
         try:
             piece = next(self.generation)
-        except StopIteration:  # cancelled by another thread, or out of time
-            self._finish()
-            raise
-        except EngineError:
-            self._fail()
-            raise
-        except BaseException:
-            self.cancel()
+        except BaseException as error:  # StopIteration too: cancelled by another thread, or out of time
+            self._end(failed=isinstance(error, EngineError))
             raise
         if piece.finish_reason:
-            self._finish()
+            self._end()
         return piece
 
     def __aiter__(self) -> Reply:
@@ -70,17 +67,11 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
             raise StopAsyncIteration
         try:
             piece = await anext(self.generation)
-        except StopAsyncIteration:
-            await asyncio.to_thread(self._finish)
-            raise
-        except EngineError:
-            self._fail()
-            raise
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(self.cancel))
+        except BaseException as error:  # CancelledError too
+            await self._end_in_thread(failed=isinstance(error, EngineError))
             raise
         if piece.finish_reason:
-            await asyncio.to_thread(self._finish)  # it may wait for the disk
+            await self._end_in_thread()
         return piece
 
     @property
@@ -115,33 +106,8 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         """Times so far."""
         return self.generation.timings
 
-    # ---- Ends -------------------------------------------------------------------------------------------------------
-
-    def cancel(self) -> None:
-        """Ends the reply; may be called at any time, and twice. A reply without any token leaves no turn."""
-        if not self._done:
-            self.generation.cancel()
-            self._finish()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has ended, in one way or another."""
-        return self._done
-
-    def close(self, turn: Turn | None) -> None:
-        """The session has taken the turn in, or nothing."""
-        self.turn, self._done = turn, True
-
-    def _finish(self) -> None:
-        """The answer has ended: the session takes the turn in, unless nothing was drawn."""
-        drawn = len(self.generation.token_ids) > self._draft.n_begun
-        self._settle(self, self.draft() if drawn else None)
-
-    def _fail(self) -> None:
-        self._settle(self, None)
-
     def draft(self) -> Turn:
-        """The turn as far as it was read; each time another object of the same name."""
+        """The turn as far as it was read: a new object with the same id each time."""
         token_ids, text = self.generation.read_so_far()
         return replace(
             self._draft,
@@ -150,6 +116,41 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
             finish_reason=self.generation.finish_reason,
             timings=self.generation.timings,
         )
+
+    # ---- The end ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, in one way or another."""
+        return self._done
+
+    def cancel(self) -> None:
+        """Ends the reply; may be called at any time, and twice. A reply without any token leaves no turn.
+
+        Raises:
+            StoreError: the turn could not be kept; the session is as it was before.
+        """
+        self._end()
+
+    def _end(self, *, failed: bool = False) -> None:
+        """The only way a reply ends. The first call stops the generation and passes the turn on; others do nothing."""
+        if self._done:
+            return
+        self.generation.cancel()  # before the lock: it waits for the engine; nothing happens if it has finished
+        with self._lock:
+            if self._done:
+                return
+            has_answer = len(self.generation.token_ids) > self._draft.n_begun
+            turn = self.draft() if has_answer and not failed else None
+            try:
+                self._on_end(self, turn)
+                self.turn = turn
+            finally:
+                self._done = True
+
+    async def _end_in_thread(self, *, failed: bool = False) -> None:
+        """`_end`, which may wait for the disk; it runs to its end even if the task is cancelled."""
+        await asyncio.shield(asyncio.to_thread(self._end, failed=failed))
 
     def __enter__(self) -> Reply:
         return self

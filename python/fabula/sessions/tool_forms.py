@@ -1,11 +1,11 @@
-"""The forms in which models write tool calls, and finding out which of them a chat template has.
+"""The forms in which models write tool calls, and which of them a chat template uses.
 
-Every model family was trained to write calls in a form of its own, and its chat template renders the calls of the past
-in that form. So the form is read from the template: a probe call, whose name and values occur nowhere else, is
-rendered through it, and the form of the table that writes the same text, white space aside, is the one. A template
-that renders no calls, or in a form that is not in the table, gets Hermes' form, told to the model in the prompt.
+Each model family was trained on a form of its own, and its chat template renders past calls in that form. So the form
+is detected from the template: it renders a probe call, whose name and values occur nowhere else, and the form of the
+table that gives the same text, white space aside, is the one. A template that renders no calls, or in a form that the
+table lacks, gets Hermes' form, and the prompt explains it to the model.
 
-A call, and several of them, are laid out as
+The layout of one or several calls is
 
     section[0] call[0] NAME call[1] ARGUMENTS call[2] separator call[0] NAME ... call[2] section[1]
 
@@ -13,10 +13,10 @@ and ARGUMENTS is a JSON object ("json"), one element per argument ("tagged"):
 
     parameter[0] KEY parameter[1] VALUE parameter[2] parameter[0] KEY ...
 
-or `key=value, key=value` with Python's literals ("python"). In tagged arguments a value of the type string stands as
-it is, every other one as JSON.
+or `key=value, key=value` with Python literals ("python"). In tagged arguments a string is plain text, any other value
+is JSON.
 
-`sessions/tool_grammar.py` makes a grammar of a form, `sessions/calls.py` reads it.
+`tool_grammar.py` builds a grammar from a form, `tool_call_parser.py` parses it.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from typing import Any, Literal
 from fabula.errors import EngineError
 from fabula.text.template import ChatTemplate
 
-HOLE = "\0"  # stands for the id of a call in the literals of a form
+HOLE = "\0"  # placeholder for the id of a call in the literals of a form
 ID_PATTERN = "[A-Za-z0-9_.:-]{1,64}"
 
 
 @dataclass(frozen=True, slots=True)
 class ToolForm:
-    r"""How calls are written.
+    r"""Syntax of calls.
 
-    A line break in a literal stands for any white space, or none; in `parameter` it is one line break that is no part
-    of the value.
+    A line break in a literal stands for any white space, or none; in `parameter` for one line break that is not part of
+    the value.
 
     Attributes:
         name: of the form.
-        call: text before the name, between name and arguments, and behind the arguments.
-        section: text before the first call and behind the last.
+        call: text before the name, between name and arguments, and after the arguments.
+        section: text before the first call and after the last.
         separator: text between calls of a section.
-        arguments: how the arguments are written.
-        parameter: of "tagged": text before the key, between key and value, and behind the value.
-        other_middle: of "tagged": `parameter[1]` for a value that is no string, where that differs.
-        is_first: calls have no mark of their own, and are looked for at the beginning of an answer only.
-        prefix: a control token that may stand before the calls.
-        cdata: a string with characters of markup in it may stand in `<![CDATA[...]]>`.
+        arguments: syntax of the arguments.
+        parameter: of "tagged": text before the key, between key and value, and after the value.
+        other_middle: of "tagged": `parameter[1]` for a value that is not a string, if that differs.
+        is_first: calls have no mark, and are searched only at the start of an answer.
+        prefix: a control token that may come before the calls.
+        cdata: a string with markup in it may be in `<![CDATA[...]]>`.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ToolForm:
 
     @property
     def opening(self) -> str:
-        """The text by which calls are recognized: the first tag."""
+        """The text that starts a call, or a section of calls: the first tag."""
         text = self.section[0] + self.call[0]
         found = re.match(r"<[^<>]*>|\[[A-Z_]+\]", text)
         return found[0] if found is not None else text
@@ -82,7 +82,7 @@ class ToolForm:
         return (self.prefix, *self.section, *self.call, self.separator, *self.parameter, self.other_middle or "")
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]], ids: Sequence[str] = ()) -> str:
-        """Calls as a model writes them.
+        """Renders calls as a model writes them.
 
         Args:
             calls: names and arguments.
@@ -96,8 +96,8 @@ class ToolForm:
         written = []
         for i, (name, arguments) in enumerate(calls):
             id_ = ids[i] if i < len(ids) else str(i)
-            before, middle, behind = (text.replace(HOLE, id_) for text in self.call)
-            written.append(before + name + middle + self._arguments(arguments) + behind)
+            before, middle, after = (text.replace(HOLE, id_) for text in self.call)
+            written.append(before + name + middle + self._arguments(arguments) + after)
         if not (self.section[0] or self.separator):
             return "\n".join(written)
         return self.section[0] + self.separator.join(written) + self.section[1]
@@ -107,12 +107,12 @@ class ToolForm:
             return _json(arguments)
         if self.arguments == "python":
             return ", ".join(f"{key}={_python(value)}" for key, value in arguments.items())
-        before, middle, behind = self.parameter
+        before, middle, after = self.parameter
         texts = []
         for key, value in arguments.items():
             is_text = isinstance(value, str) or self.other_middle is None
             text = value if isinstance(value, str) else _json(value)
-            texts.append(before + key + (middle if is_text else self.other_middle or "") + text + behind)
+            texts.append(before + key + (middle if is_text else self.other_middle or "") + text + after)
         return "".join(texts)
 
 
@@ -221,7 +221,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
 )  # fmt: skip
 
-# ---- Reading it from a template -------------------------------------------------------------------------------------
+# ---- Detecting it from a template -----------------------------------------------------------------------------------
 
 _NAME, _ASKED = "probe_function", "probe question"
 _ARGUMENTS: Mapping[str, Any] = {"text": "probe value", "number": 42, "nested": {"k": [1, True]}}
@@ -246,7 +246,7 @@ _TOOL: Mapping[str, Any] = {
 PROBE_SECONDS = 10.0  # for all renders together; one takes a few milliseconds, that of a hostile template up to 2 s
 _IDS = ("probe1234", f"functions.{_NAME}:0")
 _LONG_ID = "call_0123456789abcdef_0_0"
-# What a template puts between the beginning of an answer and its calls where nothing was thought.
+# What a template puts between the start of an answer and its calls if there is no thought.
 _THOUGHT = re.compile(r"(?:</?[^<>]*think[^<>]*>|<\|(?:START|END)_THINKING\|>|\[/?THINK\])*", re.IGNORECASE)
 
 ArgumentsAs = Literal["object", "text", "texts"]
@@ -257,10 +257,10 @@ class ToolStyle:
     """What a chat template does with tools.
 
     Attributes:
-        form: of its calls; Hermes' where it renders none, or in no form of the table.
-        lists_tools: whether it tells the model of the tools.
-        writes_calls: whether it renders calls; else they are to be written into the text of messages.
-        arguments_as: how it takes arguments: as an object, as JSON text, or as an object whose values are texts.
+        form: of its calls; Hermes' if it renders none, or in a form that the table lacks.
+        lists_tools: whether it renders the definitions of tools.
+        writes_calls: whether it renders calls; otherwise they are put into the text of messages.
+        arguments_as: how it takes arguments: as an object, as JSON text, or as an object whose values are strings.
         null_content: whether a message with calls must have no content.
         thinks: whether it knows <think> tags.
         short_ids: whether it takes ids of calls only if they have exactly 9 letters and digits, as Mistral's.
@@ -280,7 +280,7 @@ _lock = threading.Lock()
 
 
 def style_of(template: ChatTemplate) -> ToolStyle:
-    """What a template does with tools; found out once for each, in a few renders."""
+    """What a template does with tools; probed once per template, with a few renders."""
     with _lock:
         found = _styles.get(template)
     if found is None:
@@ -291,7 +291,7 @@ def style_of(template: ChatTemplate) -> ToolStyle:
 
 
 def opens_thought(template: ChatTemplate, **options: Any) -> bool:
-    """Whether an answer begins inside a thought, since the prompt ends with <think>."""
+    """Whether an answer starts inside a thought, as the prompt ends with <think>."""
     prompt = _render(template, [{"role": "user", "content": _ASKED}], add_generation_prompt=True, **options)
     return prompt is not None and prompt.rstrip().endswith("<think>")
 
@@ -336,12 +336,12 @@ def arguments_for(arguments: Mapping[str, Any], arguments_as: ArgumentsAs) -> di
 def _render(template: ChatTemplate, messages: list[dict[str, Any]], **options: Any) -> str | None:
     try:
         return template.render(messages, **options)
-    except EngineError:  # it refuses the probe
+    except EngineError:  # the template refuses the probe
         return None
 
 
 def _form_in(text: str, prompt: str, id_: str) -> ToolForm | None:
-    """The form that a rendered conversation with the probe call has."""
+    """The form of the probe call in a rendered conversation."""
     answer = _dense(text[_n_common(text, prompt) :])
     for form in FORMS:
         index = id_.rpartition(":")[2]
@@ -350,7 +350,7 @@ def _form_in(text: str, prompt: str, id_: str) -> ToolForm | None:
             place = answer.find(one)
             if place >= 0 and _THOUGHT.fullmatch(answer[:place]):
                 return form
-        for number in ("0", "1"):  # some count the calls
+        for number in ("0", "1"):  # some templates number the calls
             place = answer.find(_dense(form.write([(_NAME, _ARGUMENTS)], [number])))
             if place >= 0 and _THOUGHT.fullmatch(answer[:place]):
                 return form
@@ -362,7 +362,7 @@ def _dense(text: str) -> str:
 
 
 def _n_common(text: str, prompt: str) -> int:
-    """How much of a conversation is its prompt: what both begin with, no tag cut in two."""
+    """Length of the common prefix of a conversation and its prompt, without a partial tag."""
     n = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt)))
     tag = text.rfind("<", 0, n)
     return tag if tag >= 0 and ">" not in text[tag:n] else n

@@ -1,12 +1,12 @@
-"""The grammar that holds an answer to the calls of tools, in the form of a model, and to what else it may be.
+"""The grammar of an answer that may call tools, in a model's form of calls.
 
-Arguments are held to the schema of their tool. Where a form writes them one by one, outside of JSON, they come in the
-order of the schema, the required ones always, and each value is held to its own schema: text that is text, anything
-else as JSON.
+Arguments must match the schema of their tool. If a form writes them one by one, outside of JSON, they come in the order
+of the schema, required ones always, and each value matches its own schema: strings as plain text, anything else as
+JSON.
 
-Marks of a form that the vocabulary has as control tokens are those tokens in the grammar, `<[id]>`; no text can stand
-for them. The text before a call is a lexeme that ends, lazily, with the first mark; so nobody can begin a call and go
-on with something else.
+Tags of a form that are control tokens of the vocabulary are those tokens in the grammar, `<[id]>`; no text can replace
+them. The text before a call is a lexeme that ends, lazily, with the first opening tag: an answer cannot start a call
+and go on with something else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.json_schema import WHITESPACE, prepare_schema
 from fabula.errors import InvalidArgument
-from fabula.sessions.calls import END_OF_THOUGHT, THINK, Thought
+from fabula.sessions.tool_call_parser import END_OF_THOUGHT, THINK, Thought
 from fabula.sessions.tool_forms import HOLE, ID_PATTERN, ToolForm
 from fabula.sessions.tool_values import kinds_of, resolved
 from fabula.text.tokenizer import Tokenizer
@@ -32,13 +32,13 @@ _MAX_REFERENCES = 8  # in a row
 
 @dataclass(frozen=True, slots=True)
 class CallableTool:
-    """A tool as the grammar needs it.
+    """A tool in a grammar.
 
     Attributes:
         name: of the function.
         schema: of its arguments.
         strict: whether a keyword that cannot be enforced is an error.
-        where: the schema's place in the request, for messages.
+        where: path of the schema in the request, for error messages.
     """
 
     name: str
@@ -60,16 +60,16 @@ def tool_grammar(
     """The constraint of an answer that may call tools.
 
     Args:
-        form: in which calls are written.
-        tools: that may be called, one at least.
-        tokenizer: of the model; None where no mark of the form is a control token.
-        is_required: whether the answer is calls and nothing else.
+        form: of the calls.
+        tools: at least one.
+        tokenizer: of the model; None if no tag of the form is a control token.
+        is_required: whether the answer consists of calls only.
         is_parallel: whether there may be several calls.
         thought: as `ToolCallReader` takes it.
-        other: what an answer without calls must be; None for any text.
+        other: constraint of an answer without calls; None for any text.
 
     Raises:
-        InvalidArgument: a schema of a strict tool cannot be enforced, or `other` cannot be said together with calls.
+        InvalidArgument: a schema of a strict tool cannot be enforced, or `other` cannot be combined with calls.
     """
     grammar = _Grammar(form, tokenizer)
     for i, tool in enumerate(tools):
@@ -79,7 +79,7 @@ def tool_grammar(
     else:
         start = grammar.start(len(tools), is_required, is_parallel, thought, other)
         if thought == "tokens" and not is_required and other is None:
-            start = grammar.behind_tokens(start)
+            start = grammar.after_tokens(start)
     lines = [start, *grammar.rules.values(), r"WS: /[ \n]{1,8}/", f"HOLE: /{ID_PATTERN}/"]
     return Constraint("tools", "\n".join(lines), tuple(sorted(grammar.shown)))
 
@@ -91,11 +91,11 @@ def is_exclusive(constraint: Constraint | None) -> bool:
 
 @dataclass(slots=True)
 class _Grammar:
-    """Rules under way.
+    """The rules of a grammar while it is built.
 
     Attributes:
         rules: by name, as text.
-        shown: ids of control tokens that stand in the grammar.
+        shown: ids of control tokens in the grammar.
         names: of the tools.
     """
 
@@ -110,13 +110,13 @@ class _Grammar:
     def start(
         self, n_tools: int, is_required: bool, is_parallel: bool, thought: Thought, other: Constraint | None
     ) -> str:
-        """The rule `start`, and those it needs."""
+        """Returns the rule `start` and adds those it needs."""
         form = self.form
-        before, behind = form.section
+        before, after = form.section
         more = self.literal(form.separator)
         if form.is_first:
             call, more_calls = "call", f"(WS? {more} call)*" if form.separator.strip() else "(WS? call)*"
-            group = self.join(self.literal(before), call, more_calls if is_parallel else "", self.literal(behind))
+            group = self.join(self.literal(before), call, more_calls if is_parallel else "", self.literal(after))
             if form.prefix and self.token(form.prefix) is not None:
                 group = f"{self.literal(form.prefix)}? {group}"
             self.set("call", self.alternatives("call", n_tools, form.call[0]))
@@ -129,7 +129,7 @@ class _Grammar:
                 return f"start: calls | {self.answer(other)}"
             return self.loose_start(n_tools, is_parallel, thought)
         opening = form.opening
-        is_section = bool(before or behind)
+        is_section = bool(before or after)
         group_before = before[len(opening) :] if is_section and len(before) >= len(opening) else ""
         call_before = form.call[0] if len(before) >= len(opening) else (before + form.call[0])[len(opening) :]
         self.set("first", self.alternatives("first", n_tools, call_before))
@@ -137,7 +137,7 @@ class _Grammar:
         if is_section and is_parallel:
             self.set("call", self.alternatives("call", n_tools, form.call[0]))
             group += f" ({self.join(more, 'call')})*"
-        self.set("group", self.join(group, self.literal(behind)))
+        self.set("group", self.join(group, self.literal(after)))
         mark = self.literal(opening)
         self.set("calls", f"{mark} group" + (f" (WS? {mark} group)*" if is_parallel and not is_section else ""))
         if is_required:
@@ -153,7 +153,7 @@ class _Grammar:
         self.rules["head[lazy]"] = f"head[lazy]: {head}"
         if thought not in ("tagged", "open"):
             return "start: (head group)* text" if is_parallel else "start: text | head group"
-        # At the very beginning a lexeme is either the head of a call or a thought, never both.
+        # At the start a lexeme is either the head of a call or a thought, never both.
         if thought == "tagged":
             self.rules["HEAD"] = f"HEAD: {head} & ~/\\s*<think>{_TEXT}/"
             self.rules["THOUGHT"] = f"THOUGHT: /\\s*<think>{_TEXT}<\\/think>/"
@@ -165,21 +165,21 @@ class _Grammar:
         self.set("rest", "(head group)* text" if is_parallel else "text | head group")
         return "start: text | thought rest | first_head group" + (" rest" if is_parallel else "")
 
-    def behind_tokens(self, start: str) -> str:
-        """The rule `start` behind a thought between control tokens; the prompt may hold the first of them."""
+    def after_tokens(self, start: str) -> str:
+        """The rule `start` after a thought between control tokens; the first of them may be in the prompt."""
         self.set("inner", f"/{_TEXT}/")
         self.set("thought", f"(<[{self.token(THINK)}]>)? inner <[{self.token(END_OF_THOUGHT)}]>")
         return f"start: thought? ({start.removeprefix('start: ')})"
 
     def loose_start(self, n_tools: int, is_parallel: bool, thought: Thought) -> str:
-        """Calls that have no mark of their own, or any text that does not begin like one."""
+        """Calls that have no opening tag, or any text that does not start like one."""
         form = self.form
         before = form.section[0] + form.call[0]
         more = f"({self.join('WS?', self.literal(form.separator), 'call')})*" if is_parallel else ""
         prefix = self.literal(form.prefix) + "? " if form.prefix and self.token(form.prefix) is not None else ""
         begins = []
         for i in range(n_tools):
-            # The name ends the lexeme: what begins otherwise is text.
+            # The name ends the lexeme: what starts otherwise is text.
             text = before + self.names[i] + form.call[1]
             self.rules[f"begin_{i}[lazy]"] = f"begin_{i}[lazy]: /\\s*{_regex(text)}/"
             begins.append(f"begin_{i} rest_{i}")
@@ -194,11 +194,11 @@ class _Grammar:
         """The rule of an answer without calls."""
         if other.kind == "lark" and self.token(self.form.opening) is None:
             raise InvalidArgument(
-                "tools and a constraint of the kind lark exclude each other with this model, whose calls begin with "
+                "tools and a constraint of the kind lark exclude each other with this model, whose calls start with "
                 "text: give a schema, a regular expression or a grammar in GBNF instead"
             )
         if other.kind == "regex" and not self.form.is_first and self.token(self.form.opening) is None:
-            # Of two lexemes that both match the longer one wins: the text must not begin like a call.
+            # Of two matching lexemes the longer one wins: the text must not start like a call.
             self.rules["ANSWER"] = (
                 f"ANSWER: {other.to_lark(self.token).removeprefix('start: ')} & ~/{_regex(self.form.opening)}{_TEXT}/"
             )
@@ -241,20 +241,20 @@ class _Grammar:
         if self.form.arguments in ("json", "harmony"):
             self.set(f"arguments_{i}", f"%json {json.dumps(schema, ensure_ascii=False)}")
             if self.form.is_first:
-                # Beside other JSON a call must be made of the same lexemes as that.
+                # A call must consist of the same lexemes as other JSON that may come instead.
                 self.set(f"object_{i}", f"%json {json.dumps(_as_object(tool.name, schema), ensure_ascii=False)}")
         else:
             self.add_values(i, tool)
-        self.set(f"rest_{i}", self.join(f"arguments_{i}", self.behind()))
+        self.set(f"rest_{i}", self.join(f"arguments_{i}", self.after_arguments()))
 
     def alternatives(self, rule: str, n_tools: int, before: str) -> str:
-        """A call of any tool; `before` stands before its name."""
+        """A call of any tool; `before` comes before its name."""
         for i in range(n_tools):
             self.set(f"{rule}_{i}", self.join(self.literal(before + self.names[i] + self.form.call[1]), f"rest_{i}"))
         return " | ".join(f"{rule}_{i}" for i in range(n_tools))
 
-    def behind(self) -> str:
-        """What stands behind a call's arguments; an id may be left out."""
+    def after_arguments(self) -> str:
+        """The text after a call's arguments; an id is optional."""
         text = self.form.call[2]
         found = re.match(rf'(, "[^"]*": "{HOLE}")(.*)', text, re.DOTALL)
         if found is None:
@@ -262,8 +262,8 @@ class _Grammar:
         return f"({self.literal(found[1])})? {self.literal(found[2])}"
 
     def add_values(self, i: int, tool: CallableTool) -> None:
-        """Arguments one by one. `open_k` is what may come from the k-th on while there is none yet, `more_k` where
-        there is one already."""
+        """Arguments one by one. `open_k`: what may follow from the k-th on while there is none yet; `more_k`: if there
+        is one already."""
         root = tool.schema
         properties = root.get("properties")
         properties = properties if isinstance(properties, Mapping) else {}
@@ -302,28 +302,28 @@ class _Grammar:
         ):
             raise InvalidArgument(
                 f"{where}.pattern: it cannot be enforced where a model writes arguments as plain text; use anchors at "
-                "its ends only, or let it be passed over (strict false)"
+                "its ends only, or let it be ignored (strict false)"
             )
         if form.arguments == "python":
             self.set(rule, f"{json.dumps(key + '=')} ({self.python_value(schema, kinds, tool, where)})")
             return rule
-        before, middle, behind = form.parameter
+        before, middle, after = form.parameter
         ways = []
         if "string" in kinds:
             head = self.literal(before + key + middle.rstrip("\n")) + (' "\\n"' if middle.endswith("\n") else "")
-            ways.append(f"{head} {self.text_value(rule, schema, root, behind)}")
+            ways.append(f"{head} {self.text_value(rule, schema, root, after)}")
         if kinds - {"string"}:
             other = form.other_middle if form.other_middle is not None else middle
             head = self.literal(before + key + other.rstrip("\n")) + (' "\\n"' if other.endswith("\n") else "")
-            # Where it may be a string as well, that is the way above.
+            # If it may be a string as well, the alternative above matches it.
             inner = self.json_value(schema, kinds - {"string"} if "string" in kinds else None, tool, where)
             words = [json.dumps(word) for kind, word in _PYTHON_WORDS if kind in kinds]
-            ways.append(f"{head} ({' | '.join([inner, *words])}) {self.value_end(behind)}")
+            ways.append(f"{head} ({' | '.join([inner, *words])}) {self.value_end(after)}")
         self.set(rule, " | ".join(ways))
         return rule
 
     def json_value(self, schema: object, kinds: frozenset[str] | None, tool: CallableTool, where: str) -> str:
-        """JSON of a schema; of some types only, if they are given."""
+        """JSON of a schema; only of `kinds`, if given."""
         own: dict[str, Any] = dict(schema) if isinstance(schema, Mapping) else {}
         if kinds is not None:
             types = sorted(kinds - ({"integer"} if "number" in kinds else set()))
@@ -332,27 +332,27 @@ class _Grammar:
         prepared = prepare_schema({**shared, **own}, strict=tool.strict, where=where)
         return f"%json {json.dumps(prepared, ensure_ascii=False)}"
 
-    def text_value(self, rule: str, schema: object, root: Mapping[str, Any], behind: str) -> str:
-        """A string as it stands, with the tag that closes it."""
+    def text_value(self, rule: str, schema: object, root: Mapping[str, Any], after: str) -> str:
+        """A string as plain text, with its closing tag."""
         found = _text_rules(schema, root)
-        end = self.value_end(behind)
+        end = self.value_end(after)
         if isinstance(found, list):
             return f"({' | '.join(json.dumps(text, ensure_ascii=False) for text in found)}) {end}"
-        close = behind.rstrip("\n")
+        close = after.rstrip("\n")
         if self.token(close.strip()) is not None:
             self.set(f"{rule}_text", f"/{found}/")
         else:
             self.rules[f"{rule}_text[lazy]"] = f"{rule}_text[lazy]: /{found}{_regex(close, exact=True)}/"
-            end = "WS?" if behind.endswith("\n") else ""
+            end = "WS?" if after.endswith("\n") else ""
         return self.join(f"{rule}_text", end)
 
-    def value_end(self, behind: str) -> str:
-        """The tag that closes a value; the line break before it is part of it."""
-        head = '"\\n" ' if behind.startswith("\n") else ""
-        return head + self.literal(behind.removeprefix("\n"))
+    def value_end(self, after: str) -> str:
+        """The closing tag of a value, with the line break before it."""
+        head = '"\\n" ' if after.startswith("\n") else ""
+        return head + self.literal(after.removeprefix("\n"))
 
     def python_value(self, schema: object, kinds: frozenset[str], tool: CallableTool, where: str) -> str:
-        """A value as JSON or as Python writes it."""
+        """A value as JSON or as a Python literal."""
         ways = [self.json_value(schema, None, tool, where)]
         ways += [json.dumps(word) for kind, word in _PYTHON_WORDS if kind in kinds]
         if "string" in kinds:
@@ -365,20 +365,20 @@ class _Grammar:
         return " | ".join(ways)
 
     def free(self, i: int) -> str:
-        """Arguments of a tool that says nothing of them."""
+        """Arguments of a tool without a schema of them."""
         form = self.form
         if form.arguments == "python":
             self.set(f"free_{i}", '/[A-Za-z_][A-Za-z0-9_]{0,63}=/ (%json {"x-guidance": ' + _options() + "})")
             return f'(free_{i} (", " free_{i})*)?'
-        before, middle, behind = form.parameter
-        close = behind.rstrip("\n")
+        before, middle, after = form.parameter
+        close = after.rstrip("\n")
         head = f"{self.literal(before)} /[A-Za-z_][A-Za-z0-9_]{{0,63}}/ {self.literal(middle.rstrip(chr(10)))}"
         head += ' "\\n"' if middle.endswith("\n") else ""
         if self.token(close.strip()) is not None:
-            self.set(f"free_{i}", f"{head} /{_TEXT}/ {self.value_end(behind)}")
+            self.set(f"free_{i}", f"{head} /{_TEXT}/ {self.value_end(after)}")
         else:
             self.rules[f"free_{i}_text[lazy]"] = f"free_{i}_text[lazy]: /{_TEXT}{_regex(close, exact=True)}/"
-            self.set(f"free_{i}", self.join(head, f"free_{i}_text", "WS?" if behind.endswith("\n") else ""))
+            self.set(f"free_{i}", self.join(head, f"free_{i}_text", "WS?" if after.endswith("\n") else ""))
         return f"free_{i}*"
 
     # ---- Literals ---------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ class _Grammar:
         return self.tokenizer.special_tokens.get(text) if self.tokenizer is not None else None
 
     def literal(self, text: str) -> str:
-        """A fixed text: control tokens as such, white space with a line break as any or none, an id for the hole."""
+        """A fixed text: control tokens as such, white space with a line break as any or none, an id for `HOLE`."""
         return " ".join(self._literal(text))
 
     def _literal(self, text: str) -> Iterator[str]:
@@ -412,7 +412,7 @@ class _Grammar:
                 yield json.dumps(piece, ensure_ascii=False)
 
     def join(self, *parts: str) -> str:
-        """Parts one behind the other; at least an empty text."""
+        """Parts in sequence; at least an empty text."""
         return " ".join(part for part in parts if part) or '""'
 
 
@@ -444,7 +444,7 @@ def _options() -> str:
 
 
 def _text_rules(schema: object, root: Mapping[str, Any], depth: int = 0) -> list[str] | str:
-    """The strings that a schema allows; or a regular expression of them, where it lists none."""
+    """The strings that a schema lists; or a regular expression of those it allows."""
     if not isinstance(schema, Mapping) or depth > _MAX_REFERENCES:
         return "(?s:.)*"
     if isinstance(schema.get("enum"), list):
@@ -462,15 +462,15 @@ def _text_rules(schema: object, root: Mapping[str, Any], depth: int = 0) -> list
 
 
 def _pattern_rule(pattern: object) -> str | None:
-    """A `pattern`, which may match anywhere, as a regular expression of the whole text; None for one that cannot be
-    enforced, or not simply: with anchors inside of it."""
+    """A `pattern`, which may match anywhere, as a regular expression of the whole text; None if it cannot be enforced,
+    or has anchors inside."""
     if not isinstance(pattern, str) or "pattern" not in prepare_schema(
         {"type": "string", "pattern": pattern}, strict=False, where="pattern"
     ):
         return None
     found = re.fullmatch(r"(\^?)(.*?)((?<!\\)\$)?", pattern, re.DOTALL)
     assert found is not None
-    inner = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "", found[2], flags=re.DOTALL)  # without classes and what is escaped
+    inner = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "", found[2], flags=re.DOTALL)  # without classes and escapes
     if re.search(r"[\^$]", inner) or ((found[1] or found[3]) and "|" in re.sub(r"\([^()]*\)", "", inner)):
         return None
     body = re.sub(r"(?<!\\)/", r"\\/", found[2])

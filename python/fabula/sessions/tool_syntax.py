@@ -1,4 +1,4 @@
-"""The patterns by which a form of tool calls is read, made of the literals of `sessions/tool_forms.py`."""
+"""Regular expressions that parse a form of tool calls, built from the literals of `tool_forms.py`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Syntax:
     """Patterns of a form.
 
     Attributes:
-        opening: text by which calls are recognized.
-        mark: by which a further call of a section is known.
-        is_object: whether a call is a JSON object that holds name and arguments.
-        close: tag behind a call that is an object; "" where there is none.
-        first, next: from behind the opening to the arguments, of the first call of a section and of a further one.
+        opening: text that starts a call, or a section of calls.
+        mark: text that starts a further call of a section.
+        is_object: whether a call is a JSON object with name and arguments.
+        close: tag after a call that is an object; "" for none.
+        first, next: from after the opening to the arguments, of the first call of a section and of a further one.
         first_name, next_name: the same up to the end of the name.
-        parameter: of "tagged": up to a value; the group "other" is there where the value is no text.
-        value_close: of "tagged": tag behind a value.
-        value_ends: all of which half may stand at the end of a value that is not complete.
-        is_on_lines: whether a value has lines of its own.
+        parameter: of "tagged": up to a value; the group "other" matches if the value is not a string.
+        value_close: of "tagged": tag after a value.
+        value_ends: tags of which a part may stand at the end of an incomplete value.
+        is_on_lines: whether a value is on lines of its own.
     """
 
     form: ToolForm
@@ -47,9 +47,9 @@ class Syntax:
         start = ""
         if form.is_first:
             start, before = rf"\s*(?:{re.escape(form.prefix)})?\s*", form.section[0] + form.call[0]
-        behind = form.call[2].replace(HOLE, "").strip()
+        after = form.call[2].replace(HOLE, "").strip()
         is_object = form.arguments == "json" and "{" in form.call[0]
-        close = behind.lstrip("}").strip() if behind.startswith("}") else ""
+        close = after.lstrip("}").strip() if after.startswith("}") else ""
         middle = _pattern(form.call[1])
         if form.arguments == "json":
             middle += r"\s*(?=\{)"
@@ -82,7 +82,7 @@ class Syntax:
         )
 
     def may_begin(self, text: str) -> bool:
-        """Whether a text may become the beginning of a call that has no mark."""
+        """Whether a text may be the start of a call that has no mark."""
         dense, prefix = "".join(text.split()), self.form.prefix
         if prefix.startswith(dense):
             return True
@@ -97,7 +97,7 @@ class Syntax:
 
 
 def _pattern(literal: str) -> str:
-    """Matches a literal of a form, however much white space stands where it has a line break or JSON allows it."""
+    """Pattern of a literal, with any white space where it has a line break or JSON allows it."""
     found = []
     for piece in re.findall(rf"{HOLE}|\s+|[\w/|<>=]+|.", literal, re.DOTALL):
         if piece == HOLE:
@@ -112,8 +112,8 @@ def _pattern(literal: str) -> str:
 
 
 def matched(text: str, literal: str) -> int | None:
-    """How much of a text matches a literal, white space aside; -1 where more of the text is needed to say so, None
-    where it does not."""
+    """Length of the prefix of a text that matches a literal, ignoring white space; -1 if more text is needed to decide,
+    None if it does not match."""
     place = 0
     for piece in literal.split():
         while place < len(text) and text[place].isspace():
@@ -126,5 +126,5 @@ def matched(text: str, literal: str) -> int | None:
 
 
 def n_half(text: str, mark: str) -> int:
-    """Length of the longest end of a text that is a proper beginning of a mark."""
+    """Length of the longest suffix of a text that is a proper prefix of a mark."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)

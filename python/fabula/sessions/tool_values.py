@@ -1,4 +1,4 @@
-"""Values of arguments in forms that write them as text: which JSON types a schema allows, and the JSON of a text."""
+"""Argument values in forms that write them as plain text: the JSON types a schema allows, and text to JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 KINDS = frozenset(("string", "number", "integer", "boolean", "null", "array", "object"))
-_MAX_DEPTH = 16  # of references and combinations in a schema that are followed
-_MAX_LITERAL = 100_000  # characters of a Python literal that are read
+_MAX_DEPTH = 16  # of references and combinations followed in a schema
+_MAX_LITERAL = 100_000  # max characters of a Python literal
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -18,7 +18,7 @@ def kinds_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozens
 
     Args:
         schema: of a value.
-        root: the schema that its references point into.
+        root: the schema that its references refer to.
         depth: of the recursion.
     """
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
@@ -44,7 +44,7 @@ def kinds_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozens
 
 
 def resolved(reference: object, root: Mapping[str, Any]) -> object:
-    """What a reference within a schema points to; None where it leads elsewhere or to nothing."""
+    """The target of a reference within a schema; None if it is external or missing."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found: object = root
@@ -76,8 +76,8 @@ def _with_integer(kinds: set[str]) -> frozenset[str]:
 
 
 def json_of(text: str, kinds: frozenset[str]) -> str:
-    """The JSON of a value that stands as text: as it is where its type is none but string; else what it says in JSON,
-    or in Python's literals, and as it is where it says nothing in either."""
+    """Converts a plain-text value to JSON: a string if only strings are allowed; otherwise parsed as JSON or as a
+    Python literal, and a string if it is neither."""
     if kinds == {"string"}:
         return json.dumps(text, ensure_ascii=False)
     found = _as_json(text, kinds)
@@ -87,7 +87,7 @@ def json_of(text: str, kinds: frozenset[str]) -> str:
 
 
 def json_of_python(text: str) -> str | None:
-    """The JSON of a Python literal, or of JSON; None for anything else."""
+    """Converts a Python literal, or JSON, to JSON; None for anything else."""
     found = _as_json(text, KINDS)
     return _as_python(text, strings=True) if found is None else found
 

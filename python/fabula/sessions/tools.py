@@ -1,10 +1,10 @@
-"""Tools that a model may call: how it is told of them, and how it is held to them.
+"""Tools that a model may call: their definitions in the prompt, and the constraint on its answers.
 
 Pure functions. Definitions are those of OpenAI's API. In which form calls are written is read from the chat template
-(`sessions/tool_forms.py`); `sessions/tool_grammar.py` holds an answer to it and `sessions/calls.py` reads it.
+(`tool_forms.py`); `tool_grammar.py` constrains an answer to that form and `tool_call_parser.py` parses it.
 `Calling` puts them together for one request.
 
-Marks of calls that a vocabulary has as control tokens are generated as such, and stay in the text of the answer.
+Tags of calls that are control tokens of the vocabulary are generated as such, and stay in the answer's text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.json_schema import check_limits
 from fabula.errors import InvalidArgument
-from fabula.sessions.calls import (
+from fabula.sessions.tool_call_parser import (
     END_OF_THOUGHT,
     THINK,
     Reader,
@@ -64,7 +64,7 @@ class Tool:
         name: 1 .. 64 of A-Z a-z 0-9 _ -.
         description: what it does.
         parameters: JSON schema of its arguments, an object.
-        strict: whether a keyword of the schema that cannot be enforced is an error; else it is passed over.
+        strict: whether a keyword of the schema that cannot be enforced is an error; otherwise it is ignored.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Tool:
     strict: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The definition as templates take it."""
+        """The definition as chat templates take it."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
@@ -85,7 +85,7 @@ def tools_of(definitions: Sequence[Mapping[str, Any]]) -> list[Tool]:
     """Tools from their definitions, `{"type": "function", "function": {"name", "description", "parameters"}}`.
 
     Raises:
-        InvalidArgument: names the place, such as tools[2].function.name.
+        InvalidArgument: names the key, such as tools[2].function.name.
     """
     if isinstance(definitions, str | Mapping) or not isinstance(definitions, Sequence):
         raise InvalidArgument("tools must be a list of definitions")
@@ -111,7 +111,7 @@ def _tool(definition: object, where: str) -> Tool:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ -")
     if not isinstance(description, str | None):
-        raise InvalidArgument(f"{where}.function.description must be text")
+        raise InvalidArgument(f"{where}.function.description must be a string")
     strict = function.get("strict")
     if not isinstance(strict, bool | None):
         raise InvalidArgument(f"{where}.function.strict is {strict!r:.40}, must be true or false")
@@ -123,12 +123,12 @@ def _tool(definition: object, where: str) -> Tool:
     try:
         json.dumps(parameters, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{where}.function.parameters: this is no JSON: {error}") from None
+        raise InvalidArgument(f"{where}.function.parameters is not JSON: {error}") from None
     check_limits(parameters, f"{where}.function.parameters", strict=bool(strict))
     return Tool(name, description or "", {"type": "object", **parameters}, bool(strict))
 
 
-# ---- Telling the model ----------------------------------------------------------------------------------------------
+# ---- Tools in the prompt --------------------------------------------------------------------------------------------
 
 _TOOLS = """You may call functions to answer the user. They are described as JSON within <tools></tools>:
 <tools>
@@ -148,38 +148,38 @@ def with_tools(
     """A conversation with tools, ready to be rendered.
 
     A template that renders calls gets calls and results as they are, with arguments as it takes them; for any other,
-    calls are put into the assistant's text, and results into messages of the user. A template that does both, renders
-    calls and tells the model of the tools, gets the definitions; for any other they are put into the system message.
+    calls are put into the assistant's text, and results into messages of the user. A template that renders both calls
+    and definitions gets the definitions; for any other they are put into the system message.
 
     Args:
         messages: as in OpenAI's API, with `tool_calls` of the assistant and messages of the role "tool".
-        tools: definitions; none where only the past holds calls.
+        tools: definitions; none if only past messages have calls.
         template: of the model.
 
     Returns:
         The messages and the options for `ChatTemplate.render`.
 
     Raises:
-        InvalidArgument: a definition or a call is malformed; names the place.
+        InvalidArgument: a definition or a call is malformed; names the key.
     """
     known = tools_of(tools)
     plain = [_with_calls(message, f"messages[{i}]") for i, message in enumerate(messages)]
     style = style_of(template)
-    worded = [_styled(message, style) for message in plain] if style.writes_calls else list(_worded(plain))
+    prepared = [_styled(message, style) for message in plain] if style.writes_calls else list(_as_text(plain))
     if style.writes_calls and style.lists_tools:
-        return worded, {"tools": [tool.to_json() for tool in known]} if known else {}
+        return prepared, {"tools": [tool.to_json() for tool in known]} if known else {}
     if known:
         lines = "\n".join(json.dumps(tool.to_json(), ensure_ascii=False) for tool in known)
         text = _TOOLS.format(tools=lines) + _instruction(style.form)
-        if worded and worded[0].get("role") == "system":
-            worded[0]["content"] = f"{text_of(worded[0].get('content'))}\n\n{text}".lstrip()
+        if prepared and prepared[0].get("role") == "system":
+            prepared[0]["content"] = f"{text_of(prepared[0].get('content'))}\n\n{text}".lstrip()
         else:
-            worded.insert(0, {"role": "system", "content": text})
-    return worded, {}
+            prepared.insert(0, {"role": "system", "content": text})
+    return prepared, {}
 
 
 def _instruction(form: ToolForm) -> str:
-    """How calls are to be written."""
+    """The instruction how to write calls."""
     return _IN_HERMES if form is HERMES else _IN_FORM + form.write([("example_function", {"city": "Rome"})])
 
 
@@ -206,7 +206,7 @@ def _short(id_: str) -> str:
 
 
 def _with_calls(message: Message, where: str) -> dict[str, Any]:
-    """A copy whose calls have their arguments as objects, as templates want them."""
+    """A copy whose calls have their arguments as objects, as templates expect."""
     if not isinstance(message, Mapping):
         raise InvalidArgument(f"{where} must be an object with role and content")
     copy, calls = dict(message), message.get("tool_calls")
@@ -234,8 +234,8 @@ def _call(call: object, where: str) -> dict[str, Any]:
     return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}
 
 
-def _worded(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The messages with calls and results as text; results that follow each other in one message."""
+def _as_text(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The messages with calls and results as text; consecutive results become one message."""
     results: list[str] = []
     for message in messages:
         if message.get("role") == "tool":
@@ -255,18 +255,18 @@ def _worded(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call in Hermes' form, which is used where a template renders none."""
+    """A call in Hermes' form, which is used if a template renders no calls."""
     return HERMES.write([(name, arguments)])
 
 
 def text_of(content: object) -> str:
-    """A message's content as text: that of its text parts, if it is a list of parts."""
+    """A message's content as text; the text parts of a list of parts."""
     if isinstance(content, list | tuple):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
     return content if isinstance(content, str) else ""
 
 
-# ---- Holding it to them ---------------------------------------------------------------------------------------------
+# ---- The constraint on answers --------------------------------------------------------------------------------------
 
 
 def tool_constraint(
@@ -279,26 +279,25 @@ def tool_constraint(
     thought: Thought = "",
     other: Constraint | None = None,
 ) -> Constraint | None:
-    """What an answer must look like so that its calls can be carried out.
+    """The constraint that makes the calls of an answer valid.
 
     Args:
         tools: definitions.
-        choice: "none"; "auto" for any text, in which a call, once its mark is written, is held to a tool and its
-            schema; "required" for calls only; a function by name, as {"type": "function", "function": {"name": ...}}
+        choice: "none"; "auto" for any text, in which a call must match a tool and its schema once its opening tag is
+            generated; "required" for calls only; a function by name, as {"type": "function", "function": {"name": ...}}
             or {"type": "function", "name": ...}, for calls of that only. None is "auto".
         parallel: whether there may be several calls. If not, the answer ends with the first.
-        form: in which calls are written.
-        tokenizer: of the model; needed where marks of the form are control tokens.
+        form: of the calls.
+        tokenizer: of the model; needed if tags of the form are control tokens.
         thought: as `ToolCallReader` takes it.
-        other: what an answer without calls must be, instead of any text: then it is calls or that, and with
-            "required" or a name, calls.
+        other: constraint of an answer without calls; None for any text. With "required" or a name, it has no effect.
 
     Returns:
-        The constraint; `other` where there is nothing to call.
+        The constraint; `other` if there is nothing to call.
 
     Raises:
-        InvalidArgument: a definition or the choice is malformed, no such tool, or a kind of `other` that cannot stand
-            beside calls.
+        InvalidArgument: a definition or the choice is malformed, no such tool, or a kind of `other` that cannot be
+            combined with calls.
     """
     known = tools_of(tools)
     mode, chosen = _chosen(known, "auto" if choice is None else choice)
@@ -320,7 +319,7 @@ def tool_constraint(
 
 
 class Calling:
-    """How one conversation calls tools: in the form of its chat template.
+    """Tool calling of one request, in the form of its chat template.
 
     Args:
         template: of the model.
@@ -330,7 +329,7 @@ class Calling:
 
     Attributes:
         form: of the calls.
-        thought: whether answers begin with a thought, as `ToolCallReader` takes it.
+        thought: whether answers start with a thought, as `ToolCallReader` takes it.
         is_exclusive: whether an answer is calls or something else, never both; `constraint` sets it.
 
     Raises:
@@ -371,7 +370,7 @@ class Calling:
         )
 
     def reader(self) -> Reader:
-        """What finds calls in an answer."""
+        """A parser of one answer."""
         return reader_of(self.form, self._schemas, self.thought, is_exclusive=self.is_exclusive)
 
 
@@ -396,7 +395,7 @@ def _chosen(tools: list[Tool], choice: object) -> tuple[str, list[Tool]]:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """A JSON object, None for anything else."""
+    """Parses a JSON object; None for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,8 +1,7 @@
-"""A turn: one node of a session's tree, and the snapshot that going back to it restores.
+"""`Turn`: one node of a session's tree, and the snapshot that a rollback to it restores.
 
-A turn keeps what it added: the ids of its prompt and of its answer, and the page numbers of K and V behind them.
-Nothing of its past is copied; the past is its parent. So a turn costs its own tokens and a list of page numbers,
-whatever came before.
+A turn holds what it added: the ids of its prompt and of its answer, and the list of their KV pages. The past is not
+copied; it is the parent. So a turn costs its own tokens and a list of page numbers, however long the path to it is.
 """
 
 from __future__ import annotations
@@ -19,45 +18,46 @@ from fabula.engine.sampling import SamplingParams
 from fabula.kv.cache import KvCache
 from fabula.kv.pages import Sequence
 from fabula.sessions.policy import Cut
-from fabula.sessions.said import Said
+from fabula.sessions.user_input import UserInput
 
 End = FinishReason | Literal["written"]
-WRITTEN: Literal["written"] = "written"  # by hand, no part of it drawn
+WRITTEN: Literal["written"] = "written"  # by hand: no token of it was sampled
 
 
 @dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
 class Turn:
-    """One exchange, or one piece of a story. Never changes once it is in the tree, its tags aside.
+    """One exchange, or one piece of a story. Does not change once it is in the tree, except for its tags.
 
     Attributes:
-        id: its name, the same wherever the turn is known.
-        parent: the turn before; None for the empty start.
+        id: unique, the same in forks and in the store.
+        parent: the previous turn; None for the empty start.
         number: distance from the start: 1 is the first exchange.
         chat: whether prompt and answer went through the chat template.
-        said: what the user said, or the text given to a story.
+        said: the user input, or the text appended to a story.
         text: the answer.
-        kept: how many ids of the parent's past this turn goes on from: all, unless the template worded the past anew.
-        prompt_ids: ids behind those, up to the answer.
-        token_ids: ids of the answer as they were drawn, its end token included.
-        n_begun: how many of them were given, not drawn: chosen by hand, or taken over from a partial turn.
-        params: sampling settings, with the seed that was used.
+        kept: number of leading ids shared with the parent: all of the parent's, unless the template rendered the past
+            differently.
+        prompt_ids: ids after those, up to the answer.
+        token_ids: ids of the answer as they were sampled, end token included.
+        n_begun: number of leading answer ids that were given, not sampled: chosen by hand, or copied from another turn.
+        params: sampling parameters, with the seed that was used.
         finish_reason: as in `Piece`; "cancelled", "timeout" and "interrupted" (the process ended) mark a partial turn;
             "written" one that a person wrote.
         timings: counts and times; prompt tokens reused and computed.
         cut: what of the past the model did not see; None for nothing.
-        why_recomputed: why K and V of its past were not there; "" if they were.
+        why_recomputed: why KV of its past had to be recomputed; "" if it had not.
         created_at: seconds since 1970.
-        frozen: whether it is a note: what the model reads, but no part of the story.
-        tags: names the user gave it.
-        kv: K and V of its ids, but for the last; shared with the turns around it. A cache: it may be empty.
-        forks: sessions that were forked here and are in use.
+        frozen: whether it is a note: the model reads it, but it is not part of the story.
+        tags: set by the user.
+        kv: KV of its ids except the last; shares pages with the turns around it. A cache: it may be empty.
+        forks: sessions in use that were forked here.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     parent: Turn | None
     number: int
     chat: bool = False
-    said: Said = Said("")  # noqa: RUF009 - it never changes
+    said: UserInput = UserInput("")  # noqa: RUF009 - it is immutable
     text: str = ""
     kept: int = 0
     prompt_ids: tuple[int, ...] = ()
@@ -76,18 +76,18 @@ class Turn:
 
     @property
     def prompt(self) -> str:
-        """What was said before the answer, as a person reads it."""
+        """What it answers, as a person reads it."""
         return self.said.text
 
     @property
     def reused(self) -> int:
-        """Tokens of the prompt whose K and V were there already."""
+        """Tokens of the prompt whose KV was reused."""
         return self.timings.reused_tokens if self.timings else 0
 
     @property
     def recomputed(self) -> int:
-        """Tokens of the past whose K and V had to be computed again; new words do not count, nor those written by hand
-        that no answer stands behind yet, nor the last token of an answer, which was drawn but never read."""
+        """Tokens of the past whose KV had to be computed again. New input does not count, nor handwritten text that no
+        answer follows yet, nor the last token of an answer: its KV was never computed."""
         if self.timings is None or self.parent is None:
             return 0
         prompt = self.kept + len(self.prompt_ids)
@@ -96,12 +96,12 @@ class Turn:
 
     @property
     def n_ids(self) -> int:
-        """Ids from the start to this turn's end."""
+        """Number of ids from the start to this turn's end."""
         return self.kept + len(self.prompt_ids) + len(self.token_ids)
 
     @property
     def n_unread(self) -> int:
-        """Ids at its end that were written by hand: when it was, no answer had made the model read them."""
+        """Number of handwritten ids at its end: their KV was not computed when the turn was added."""
         n = 0
         for turn in self.lineage():
             if turn.finish_reason != WRITTEN:
@@ -114,7 +114,7 @@ class Turn:
     def ids(self) -> list[int]:
         """Every id from the start to this turn's end."""
         pieces: list[tuple[int, ...]] = []
-        end = self.n_ids  # ids that are wanted of what this turn and its past hold
+        end = self.n_ids  # ids still missing
         for turn in self.lineage():
             own = (*turn.prompt_ids, *turn.token_ids)
             if end > turn.kept:
@@ -123,9 +123,9 @@ class Turn:
         return [token for piece in reversed(pieces) for token in piece]
 
     def fork_kv(self, n_tokens: int, cache: KvCache) -> Sequence | None:
-        """The longest beginning of its ids whose K and V a turn of its past holds, `n_tokens` at most; None if there
-        is none."""
-        with cache.lock:  # or they are given up between looking and taking
+        """A new sequence with the KV of the longest prefix of its ids that a turn on its path holds; None if there is
+        none. At most `n_tokens` long."""
+        with cache.lock:  # nothing is evicted between the search and the fork
             best, most = self._longest_kv(n_tokens, cache)
             if best is None:
                 return None
@@ -133,7 +133,7 @@ class Turn:
             return best.fork(most)
 
     def n_held(self, n_tokens: int, cache: KvCache) -> int:
-        """How many ids `fork_kv` would give K and V of."""
+        """Number of ids whose KV `fork_kv` would give."""
         with cache.lock:
             return self._longest_kv(n_tokens, cache)[1]
 
@@ -141,7 +141,7 @@ class Turn:
         best: Sequence | None = None
         most = 0
         for past in self.lineage():
-            if most >= n_tokens:  # what lies before is shorter
+            if most >= n_tokens:  # earlier turns hold less
                 break
             usable = past.kv.usable(n_tokens) if past.kv is not None and cache.owns(past.kv) else 0
             if usable > most:
@@ -160,7 +160,7 @@ class Turn:
         return f"<Turn {self.number} {self.finish_reason or 'start'} {self.prompt[:30]!r} -> {self.text[:30]!r}>"
 
     def to_json(self) -> dict[str, Any]:
-        """What a person or a script wants to know of it; no token ids. `messages` is null where `prompt` says all."""
+        """As JSON, without token ids. `messages` is null where the input is nothing but `prompt`."""
         timings = self.timings
         return {
             "number": self.number,

@@ -1,8 +1,8 @@
-"""`TurnTree`: the turns of one session as plain data. No locks, no model, no store; `Tree` and `Session` add those.
+"""`TurnTree`: the turns of one session as plain data. No locks, no model, no store: `Session` adds those.
 
-A session owns the turns that were made in it. A fork begins at a turn of another session, its root, and reaches
-everything before that by parents, so forking copies nothing. Finding a turn by its id, moving the head and adding a
-turn take the same time in a tree of ten turns and of ten thousand.
+A session owns the turns that were made in it. A fork starts at a turn of another session, its root, and reaches the
+path before that by parents, so a fork copies nothing. Finding a turn by its id, moving the head and adding a turn take
+the same time in a tree of ten turns and of ten thousand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fabula.sessions.turn import START, Turn
 
 TurnRef = int | str | Turn  # a turn by its number on the path to the head (0 is the empty start), by its id, or itself
 
-MAX_REDO = 256  # rollbacks that can be taken back
+MAX_REDO = 256  # rollbacks that can be undone
 
 
 class TurnTree:
@@ -28,14 +28,14 @@ class TurnTree:
 
     Attributes:
         root: as given.
-        head: the turn that the next one follows.
+        head: the current turn, which the next one follows.
     """
 
     def __init__(self, root: Turn = START) -> None:
         self.root = root
         self.head = root
         self._own: dict[str, Turn] = {}  # by id, parents before children
-        self._past: dict[str, Turn] | None = None  # the root and what lies before it, by id; made when first needed
+        self._past: dict[str, Turn] | None = None  # the root and its path, by id; built on first use
         self._redo: deque[Turn] = deque(maxlen=MAX_REDO)
 
     # ---- What there is ----------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class TurnTree:
 
     @property
     def turns(self) -> list[Turn]:
-        """Every turn: the past that was forked from, then those made here; parents before children."""
+        """Every turn: the path it was forked from, then those made here; parents before children."""
         past = [turn for turn in self.root.lineage() if turn.number > 0]
         return [*reversed(past), *self._own.values()]
 
@@ -78,15 +78,15 @@ class TurnTree:
         return [child for child in self.turns if child.parent is turn]
 
     def descendants(self, turn: Turn) -> list[Turn]:
-        """The turns made here that lie behind a turn, parents before children; one pass over the tree."""
-        behind = {turn}
+        """The turns made here that descend from a turn, parents before children; one pass over the tree."""
+        below = {turn}
         for past in list(self.root.lineage())[::-1]:
-            if past.parent in behind:
-                behind.add(past)
+            if past.parent in below:
+                below.add(past)
         found = []
         for own in self._own.values():
-            if own.parent in behind:
-                behind.add(own)
+            if own.parent in below:
+                below.add(own)
                 found.append(own)
         return found
 
@@ -105,10 +105,10 @@ class TurnTree:
                 return found
             if isinstance(ref, str):
                 raise InvalidArgument(f"there is no turn with the id {ref!r:.80} in this session")
-            raise InvalidArgument(f"{ref!r} is no turn of this session")
+            raise InvalidArgument(f"there is no turn {ref!r} in this session")
         if isinstance(ref, bool) or not isinstance(ref, int):
-            raise InvalidArgument(f"a turn is named by its number or its id, not by {ref!r:.80}")
-        if 0 <= ref <= self.head.number:  # numbers fall by one from turn to turn
+            raise InvalidArgument(f"a turn must be given by its number or its id, not by {ref!r:.80}")
+        if 0 <= ref <= self.head.number:  # numbers decrease by one along the lineage
             return next(islice(self.head.lineage(), self.head.number - ref, None))
         raise InvalidArgument(f"there is no turn {ref} on the path, which has 0 .. {self.head.number}")
 
@@ -122,14 +122,14 @@ class TurnTree:
     # ---- Changing it ------------------------------------------------------------------------------------------------
 
     def add(self, turn: Turn, *, selects: bool) -> None:
-        """Adds a turn made here; whether it becomes the head, after which there is nothing to redo."""
+        """Adds a turn made here. `selects`: it becomes the head, and there is nothing to redo any more."""
         self._own[turn.id] = turn
         if selects:
             self.head = turn
             self._redo.clear()
 
     def move_head(self, turn: Turn) -> None:
-        """Makes a turn of this tree the head; `redo` takes that back."""
+        """Makes a turn of this tree the head; `redo` undoes that."""
         if turn is not self.head:
             self._redo.append(self.head)
         self.head = turn
@@ -145,23 +145,23 @@ class TurnTree:
         self.head = self._redo.pop()
 
     def remove(self, turns: Iterable[Turn]) -> None:
-        """Takes out turns with all that lies behind them; the head must not be among them. Empties the redo stack."""
+        """Removes turns, which include all their descendants and not the head. Empties the redo stack."""
         for turn in turns:
             del self._own[turn.id]
         self._redo.clear()
 
     def restore(self, own: Iterable[Turn], head: Turn, redo_stack: Iterable[Turn]) -> None:
-        """Fills the tree with what was kept elsewhere; parents before children."""
+        """Fills the tree with stored turns; parents before children."""
         self._own = {turn.id: turn for turn in own}
         self.head = head
         self._redo = deque(redo_stack, MAX_REDO)
 
     def set_head(self, head: Turn, redo_stack: Iterable[Turn]) -> None:
-        """Makes head and redo stack what they were before."""
+        """Sets the head and the redo stack."""
         self.head = head
         self._redo = deque(redo_stack, MAX_REDO)
 
     def clear(self) -> None:
-        """Empties the tree; its root is the empty start then."""
+        """Removes all turns; the root becomes the empty start."""
         self.root, self._past = START, None
         self.restore((), START, ())

@@ -38,8 +38,8 @@ from fabula.server.openai.schemas import ChatCompletionBody
 from fabula.server.runs import Event, Run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
-from fabula.sessions.calls import Arguments, Blanks, CallBegun, CallEnded, Content, gathered
-from fabula.sessions.calls import Event as Read
+from fabula.sessions.tool_call_parser import Arguments, Blanks, CallBegun, CallEnded, Content, gathered
+from fabula.sessions.tool_call_parser import Event as Read
 from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
 

@@ -8,8 +8,8 @@ from typing import Any
 from fabula.server.limits import Limits
 from fabula.server.openai.format import Json, refuse
 from fabula.server.openai.messages import text_of
-from fabula.sessions.calls import Arguments, CallBegun, CallEnded, Content, Reader, reader_of
-from fabula.sessions.calls import Event as Read
+from fabula.sessions.tool_call_parser import Arguments, CallBegun, CallEnded, Content, Reader, reader_of
+from fabula.sessions.tool_call_parser import Event as Read
 from fabula.sessions.tool_forms import HERMES
 from fabula.sessions.tools import Calling
 

@@ -16,7 +16,7 @@ from fabula.server.replies import SessionReply, SessionsReply, TreeReply
 from fabula.server.schemas import SettingsBody
 from fabula.server.state import Server, server
 from fabula.server.stream import dumps
-from fabula.sessions.keeper import params_json
+from fabula.sessions.persistence import params_json
 from fabula.sessions.session import Session
 
 routes = Blueprint("sessions", __name__)

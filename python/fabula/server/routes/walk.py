@@ -47,8 +47,11 @@ async def rollback(data: RollbackBody) -> Any:
 
     def change(state: Server, tenant: str) -> Changed:
         session = state.open(tenant, data.session_id)
-        session.rollback(data.target_turn)
-        freed = session.prune(session.head) if data.prune else 0
+        if data.prune:
+            freed = session.prune(data.target_turn, select=True)
+        else:
+            freed = 0
+            session.rollback(data.target_turn)
         return session, head_json(session) | {"freed_bytes": freed}
 
     return await changed("tree" if data.prune else "head", change)

@@ -1,4 +1,4 @@
-"""What a turn says before its answer: a text, or messages; and what its prompt is rendered with."""
+"""User input of a turn: text or messages, and the options its prompt is rendered with."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fabula.errors import InvalidArgument
 from fabula.text.template import MAX_DEPTH, RESERVED
 
 Message = Mapping[str, Any]
-Saying = str | Sequence[Message]
+Messages = str | Sequence[Message]
 
 ROLES = ("user", "tool", "system", "developer")
-_TEXTS = ("name", "tool_call_id")  # of a message; what else it holds is between the caller and the template
+_TEXTS = ("name", "tool_call_id")  # keys of a message that must be strings; other keys are for the template
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What a turn says before its answer.
+class UserInput:
+    """User input of a turn.
 
     Attributes:
-        text: what a person reads: the last message of the user, or else all messages.
-        given: the messages; None for one of the user's that says `text` and nothing else.
-        options: of the chat template, such as `tools`.
-        parse_special: whether control tokens written in it are control tokens; else they are text.
+        text: for people to read: the user's last message, or all messages if none is the user's.
+        given: the messages; None for a single one of the user that holds `text` and nothing else.
+        options: for the chat template, such as `tools`.
+        parse_special: whether control tokens written in it are control tokens; otherwise they are text.
     """
 
     text: str
@@ -35,29 +35,31 @@ class Said:
     parse_special: bool = False
 
     @classmethod
-    def of(cls, saying: Saying, options: Mapping[str, Any] | None = None, *, parse_special: bool = False) -> Said:
-        """What a caller says.
+    def of(
+        cls, messages: Messages, options: Mapping[str, Any] | None = None, *, parse_special: bool = False
+    ) -> UserInput:
+        """Checks a caller's input.
 
         Args:
-            saying: the user's text, or messages with a role of `ROLES` and text as content. Before them may stand one
-                of the assistant: the answer before, with the `tool_calls` that the template shall read in it.
-            options: of the chat template; plain JSON data.
+            messages: the user's text, or messages with a role of `ROLES` and text as content. The first may have the
+                role assistant: the previous answer, with the `tool_calls` that the template is to render.
+            options: for the chat template; plain JSON data.
             parse_special: whether control tokens written in it are control tokens.
 
         Raises:
-            InvalidArgument: it is something else; names the place.
+            InvalidArgument: it is malformed; names the message and key.
         """
         if not isinstance(parse_special, bool):
             raise InvalidArgument(f"parse_special is {parse_special!r:.80}, must be True or False")
         checked = _options(options)
-        if isinstance(saying, str):
-            return cls(saying, None, checked, parse_special)
-        if not isinstance(saying, Sequence) or isinstance(saying, bytes | bytearray):
-            raise InvalidArgument(f"what is said must be text or a list of messages, not {type(saying).__name__}")
-        given = tuple(_message(message, i) for i, message in enumerate(saying))
+        if isinstance(messages, str):
+            return cls(messages, None, checked, parse_special)
+        if not isinstance(messages, Sequence) or isinstance(messages, bytes | bytearray):
+            raise InvalidArgument(f"messages must be a string or a list of messages, not {type(messages).__name__}")
+        given = tuple(_message(message, i) for i, message in enumerate(messages))
         new = [message for message in given if message["role"] != "assistant"]
         if not new:
-            raise InvalidArgument("messages must hold at least one that is new")
+            raise InvalidArgument("messages must hold at least one new message, not only the assistant's")
         if len(given) == 1 and given[0].keys() == {"role", "content"} and given[0]["role"] == "user":
             return cls(given[0]["content"], None, checked, parse_special)
         users = [message["content"] for message in new if message["role"] == "user"]
@@ -66,28 +68,28 @@ class Said:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What is said as messages; the caller's own to change."""
+        """The input as messages; a copy that the caller may change."""
         if self.given is None:
             return [{"role": "user", "content": self.text}]
         return copy.deepcopy(list(self.given))
 
     @property
     def own_options(self) -> dict[str, Any]:
-        """The options; the caller's own to change."""
+        """The options; a copy that the caller may change."""
         return copy.deepcopy(dict(self.options))
 
     @property
-    def words_answer(self) -> bool:
-        """Whether the first message is the answer before, as the template shall read it."""
+    def repeats_answer(self) -> bool:
+        """Whether the first message repeats the previous answer, as the template is to render it."""
         return self.given is not None and self.given[0]["role"] == "assistant"
 
     @property
     def answers_call(self) -> bool:
-        """Whether it means nothing without the turn before."""
+        """Whether it makes no sense without the previous turn."""
         return self.given is not None and self.given[0]["role"] in ("assistant", "tool")
 
-    def with_options(self, options: Mapping[str, Any] | None) -> Said:
-        """The same with other options; None leaves them.
+    def with_options(self, options: Mapping[str, Any] | None) -> UserInput:
+        """The same with other options; None keeps them.
 
         Raises:
             InvalidArgument: as `of`.
@@ -97,7 +99,7 @@ class Said:
     # ---- As JSON ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any] | None:
-        """As JSON, without `text`; None if that says it all."""
+        """As JSON, without `text`; None if there is nothing but text."""
         found: dict[str, Any] = {}
         if self.given is not None:
             found["messages"] = self.messages
@@ -108,21 +110,21 @@ class Said:
         return found or None
 
     @classmethod
-    def from_json(cls, text: str, value: Mapping[str, Any] | None) -> Said:
+    def from_json(cls, text: str, value: Mapping[str, Any] | None) -> UserInput:
         """From JSON and the text.
 
         Raises:
-            InvalidArgument: it says something else.
+            InvalidArgument: it is malformed.
         """
         if value is None:
             return cls(text)
         if not isinstance(value, Mapping) or not value.keys() <= {"messages", "options", "parse_special"}:
-            raise InvalidArgument("what was said must hold messages, options and parse_special, and nothing else")
+            raise InvalidArgument("said must hold messages, options and parse_special, and nothing else")
         parse_special = value.get("parse_special", False)
-        said = cls.of(value.get("messages", text), value.get("options"), parse_special=parse_special)
-        if said.text != text:
+        found = cls.of(value.get("messages", text), value.get("options"), parse_special=parse_special)
+        if found.text != text:
             raise InvalidArgument("the prompt is not the text of the messages")
-        return said
+        return found
 
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
@@ -133,17 +135,17 @@ def _message(value: object, index: int) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InvalidArgument(f"{where} must be an object with role and content")
     role, content = value.get("role"), value.get("content")
-    words_answer = role == "assistant" and index == 0
-    if role not in ROLES and not words_answer:
+    repeats_answer = role == "assistant" and index == 0
+    if role not in ROLES and not repeats_answer:
         raise InvalidArgument(f"{where}.role is {str(role)[:40]!r}, must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str) and not (words_answer and content is None):
-        raise InvalidArgument(f"{where}.content must be text")
+    if not isinstance(content, str) and not (repeats_answer and content is None):
+        raise InvalidArgument(f"{where}.content must be a string")
     for name in _TEXTS:
         if name in value and not isinstance(value[name], str):
-            raise InvalidArgument(f"{where}.{name} must be text")
+            raise InvalidArgument(f"{where}.{name} must be a string")
     calls = value.get("tool_calls")
-    if words_answer and not (isinstance(calls, list) and calls and all(isinstance(call, Mapping) for call in calls)):
-        raise InvalidArgument(f"{where}.tool_calls must be a list of calls: an answer without any stands as it is")
+    if repeats_answer and not (isinstance(calls, list) and calls and all(isinstance(call, Mapping) for call in calls)):
+        raise InvalidArgument(f"{where}.tool_calls must be a list of calls; leave out an answer without calls")
     return _plain(value, where)
 
 
@@ -159,13 +161,13 @@ def _options(value: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """A copy made of what JSON knows, so that what is kept is what was rendered."""
+    """A copy of plain JSON data, so that what is stored is what was rendered."""
     try:
         text = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
         text.encode()
         plain: dict[str, Any] = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{what} is no plain JSON data: {error}") from None
+        raise InvalidArgument(f"{what} is not plain JSON data: {error}") from None
     if _is_deeper(plain, MAX_DEPTH):
         raise InvalidArgument(f"{what} is nested more than {MAX_DEPTH} deep")
     return plain

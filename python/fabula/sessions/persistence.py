@@ -1,7 +1,7 @@
-"""Keeping sessions: between trees in memory and rows in a store.
+"""`Persistence`: from sessions in memory to rows in a store, and back.
 
-A finished turn is committed before its reply says so. A running one is written from time to time, so that a crash
-leaves it as a partial turn. The head follows without being waited for, in order.
+A finished turn is committed before its reply ends. A running one is stored from time to time, so that a crash leaves a
+partial turn. Writes of the head are queued, in order, and nobody waits for them.
 """
 
 from __future__ import annotations
@@ -19,178 +19,204 @@ from fabula.engine.generation import Timings
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import SessionExists, StoreCorrupt
 from fabula.sessions.policy import ContextPolicy, Cut
-from fabula.sessions.said import Said
+from fabula.sessions.settings import Settings
 from fabula.sessions.turn import START, Turn
+from fabula.sessions.user_input import UserInput
 from fabula.store.records import SessionRecord, TurnRecord
 
 if TYPE_CHECKING:
-    from fabula.sessions.growth import Growing
     from fabula.sessions.reply import Reply
+    from fabula.sessions.session import Session
     from fabula.store.store import Store
     from fabula.store.writer import Watch
 
 
-class Keeper:
-    """Keeps every session of a store.
+class Persistence:
+    """Stores sessions and reads them back. Methods may be called from any thread.
 
     Args:
-        store: where they are kept.
+        store: where they are stored.
 
     Attributes:
         sessions: those in use, by tenant and id.
-        turns: those in use, by id: sessions that were forked share theirs.
+        turns: those in use, by id: forks share the turns they were forked from.
+        lock: guards both; never held while the store writes.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.sessions: weakref.WeakValueDictionary[tuple[str, str], Growing] = weakref.WeakValueDictionary()
+        self.sessions: weakref.WeakValueDictionary[tuple[str, str], Session] = weakref.WeakValueDictionary()
         self.turns: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
         self.lock = threading.RLock()
-        self._drafts: dict[tuple[str, str], set[str]] = {}  # that may be left in the store, by session
+        self._drafts: dict[tuple[str, str], set[str]] = {}  # checkpoints that could not be deleted, by session
         self._watches: weakref.WeakKeyDictionary[Reply, Watch] = weakref.WeakKeyDictionary()
+        self._unflushed: set[tuple[str, str]] = set()  # sessions with a write that nobody has waited for
 
-    # ---- What sessions tell -----------------------------------------------------------------------------------------
+    @property
+    def in_use(self) -> list[Session]:
+        """The sessions in use."""
+        with self.lock:
+            return list(self.sessions.values())
 
-    def opened(self, session: Growing) -> None:
-        """A new session: it is in the store when this returns.
+    # ---- New sessions -----------------------------------------------------------------------------------------------
+
+    def register(self, session: Session) -> None:
+        """Reserves the id of a new session, which becomes visible in `sessions`; writes nothing.
 
         Raises:
-            SessionExists: there is one of that name.
+            SessionExists: the id is taken.
         """
-        self._register(session)
-        try:
-            self.store.put_session(session_record(session)).result()
-        except BaseException:
-            self.sessions.pop((session.tenant, session.id), None)
-            raise
-
-    def _register(self, session: Growing) -> None:
-        """Takes a name for a new session."""
         key = (session.tenant, session.id)
         with self.lock:
             if key in self.sessions or self.store.find(*key) is not None:
-                raise SessionExists(f"there is a session {session.id!r} already; give another name")
+                raise SessionExists(f"there is a session {session.id!r} already; give another id")
             self.sessions[key] = session
 
-    def taken_in(self, session: Growing) -> None:
-        """A session with turns made elsewhere: all of it is in the store when this returns, or nothing.
+    def create(self, session: Session) -> None:
+        """Stores a registered session: it is committed when this returns.
 
         Raises:
-            SessionExists: there is one of that name.
-            StoreError: it could not be.
+            StoreError: it could not be committed; the id is free again.
         """
-        self._register(session)
+        try:
+            self.store.put_session(session_record(session)).result()
+        except BaseException:
+            session._deleted = True  # another thread may have opened it meanwhile
+            self._unregister(session)
+            raise
+
+    def create_with_turns(self, session: Session) -> None:
+        """Stores a registered session and its turns: all of it is committed when this returns, or nothing.
+
+        Raises:
+            StoreError: it could not be committed; the id is free again.
+        """
         last = session_record(session)
         first = dataclasses.replace(last, head_id=None, undone=())
-        waits = [self.store.put_session(first)]
-        waits += [self.store.put_turn(turn_record(turn, session.id), first) for turn in session._tree.own]
-        waits.append(self.store.put_session(last))
+        own = session._tree.own
         try:
-            for wait in waits:
-                wait.result()
+            writes = [self.store.put_session(first)]
+            writes += [self.store.put_turn(turn_record(turn, session.id), first) for turn in own]
+            writes.append(self.store.put_session(last))
+            for write in writes:
+                write.result()
         except BaseException:
-            self.sessions.pop((session.tenant, session.id), None)
-            turns = [turn.id for turn in session._tree.own]
-            self.store.delete_session(session.tenant, session.id, turns).result()
+            self._unregister(session)
+            self.store.delete_session(session.tenant, session.id, [turn.id for turn in own]).result()
             raise
-        self.turns.update({turn.id: turn for turn in session._tree.own})
+        self._add_turns(*own)
 
-    def changed(self, session: Growing) -> None:
-        """Its settings are others."""
-        self.store.put_session(session_record(session)).result()
+    def _unregister(self, session: Session) -> None:
+        with self.lock:
+            self.sessions.pop((session.tenant, session.id), None)
 
-    def begun(self, reply: Reply, draft: Turn, session: Growing) -> None:
-        """A reply is being made: it is written down from time to time, as the head if it is to be that."""
-        made, owner = weakref.ref(reply), weakref.ref(session)
+    def _add_turns(self, *turns: Turn) -> None:
+        with self.lock:
+            self.turns.update({turn.id: turn for turn in turns})
+
+    # ---- Changes ----------------------------------------------------------------------------------------------------
+
+    def save_settings(self, session: Session, settings: Settings) -> None:
+        """Stores new settings of a session: they are committed when this returns."""
+        self.store.put_session(session_record(session, settings=settings)).result()
+
+    def watch(self, reply: Reply, session: Session) -> None:
+        """Stores a checkpoint of a running reply from time to time, as the head if its turn is to become that."""
+        reply_of, session_of = weakref.ref(reply), weakref.ref(session)
 
         def snapshot() -> tuple[TurnRecord, SessionRecord] | None:
-            reply, session = made(), owner()
+            reply, session = reply_of(), session_of()
             if reply is None or session is None:
                 raise ReferenceError("the reply was forgotten")
-            if len(reply.generation.token_ids) <= draft.n_begun:
-                return None
             turn = reply.draft()
+            if len(turn.token_ids) <= turn.n_begun:
+                return None
             record = dataclasses.replace(turn_record(turn, session.id), finish_reason=None)
             return record, session_record(session, *((turn, []) if reply.selects else (None, None)))
 
+        with self.lock:
+            self._unflushed.add((session.tenant, session.id))
         self._watches[reply] = self.store.watch(snapshot)
 
-    def ended(self, reply: Reply, turn: Turn | None, session: Growing) -> None:
-        """A reply has ended, with a turn or without: it is committed when this returns.
+    def save_reply(self, reply: Reply, turn: Turn | None, session: Session) -> None:
+        """Ends the checkpoints of a reply and stores its turn, if there is one: it is committed when this returns.
 
         Raises:
-            StoreError: it could not be; the store is as it was before.
+            StoreError: it could not be committed; the store is as it was before the reply.
         """
         watch = self._watches.pop(reply, None)
         if watch is not None:
             watch.close(discard=turn is None)
         if turn is None:
-            self.head_moved(session)  # a checkpoint may have moved it to the draft
+            self.save_head(session)  # a checkpoint may have moved it to the draft
             return
         head, undone = (turn, []) if reply.selects else (session.head, session._tree.redo_stack)
         try:
             self.store.put_turn(turn_record(turn, session.id), session_record(session, head, undone)).result()
         except BaseException:
-            self._drafts.setdefault((session.tenant, session.id), set()).add(turn.id)
+            with self.lock:
+                self._drafts.setdefault((session.tenant, session.id), set()).add(turn.id)
             if watch is not None:
                 watch.close(discard=True)  # a full disk may refuse this too
-            self.head_moved(session)
+            self.save_head(session)
             raise
-        self.turns[turn.id] = turn
+        self._add_turns(turn)
 
-    def written(self, turn: Turn, session: Growing) -> None:
-        """A turn was written by hand, and is the head: it is committed when this returns.
+    def save_turn(self, turn: Turn, session: Session) -> None:
+        """Stores a handwritten turn as the head: it is committed when this returns.
 
         Raises:
-            StoreError: it could not be; the store is as it was before.
+            StoreError: it could not be committed; the store is as it was before.
         """
         self.store.put_turn(turn_record(turn, session.id), session_record(session, turn, [])).result()
-        self.turns[turn.id] = turn
+        self._add_turns(turn)
 
-    def head_moved(self, session: Growing) -> None:
-        """Another turn is the head."""
+    def save_head(self, session: Session) -> None:
+        """Queues a write of the head; does not wait for it."""
+        with self.lock:
+            self._unflushed.add((session.tenant, session.id))
         self.store.set_head(session.tenant, session.id, *head_ids(session.head, session._tree.redo_stack))
 
-    def tagged(self, turn: Turn, tags: set[str]) -> None:
-        """A turn gets other tags: they are in the store when this returns."""
+    def save_tags(self, turn: Turn, tags: set[str]) -> None:
+        """Stores the tags of a turn: they are committed when this returns."""
         self.store.put_tags(turn.id, tags).result()
 
-    def dropped(self, session: Growing, turns: list[Turn]) -> None:
-        """Turns are taken out of a session: gone from the store when this returns, but for those that forks need."""
+    def delete_turns(self, session: Session, turns: list[Turn], head: Turn) -> None:
+        """Deletes turns, except those on the path to a fork, and stores the head: committed when this returns."""
         needed = self._needed(session, turns)
         gone = [turn.id for turn in turns if turn not in needed] + self._left_drafts(session)
         left = [turn.id for turn in turns if turn in needed]
-        self.store.delete_turns(session_record(session, undone=[]), gone, left).result()
+        self.store.delete_turns(session_record(session, head, []), gone, left).result()
 
-    def deleted(self, session: Growing, turns: list[Turn]) -> None:
-        """A session is deleted: gone from the store when this returns, but for turns that forks need."""
+    def delete(self, session: Session, turns: list[Turn]) -> None:
+        """Deletes a session and its turns, except those on the path to a fork: committed when this returns."""
         needed = self._needed(session, turns)
         orphans = self._orphans(session)
         delete = [turn.id for turn in turns if turn not in needed] + orphans + self._left_drafts(session)
         orphan = [turn.id for turn in turns if turn in needed]
         self.store.delete_session(session.tenant, session.id, delete, orphan).result()
+        self._unregister(session)
+
+    def _left_drafts(self, session: Session) -> list[str]:
         with self.lock:
-            self.sessions.pop((session.tenant, session.id), None)
+            return list(self._drafts.pop((session.tenant, session.id), ()))
 
-    def _left_drafts(self, session: Growing) -> list[str]:
-        return list(self._drafts.pop((session.tenant, session.id), ()))
-
-    def _needed(self, session: Growing, turns: list[Turn]) -> set[Turn]:
-        """Of these turns, those that another session of the store goes on from."""
+    def _needed(self, session: Session, turns: list[Turn]) -> set[Turn]:
+        """Of these turns, those on the path to a fork."""
         mine = {turn.id: turn for turn in turns}
         return {mine[id] for id in self.store.pasts_of_others(session.tenant, session.id) if id in mine}
 
-    def _orphans(self, session: Growing) -> list[str]:
-        """Turns of deleted sessions that only this one goes on from."""
+    def _orphans(self, session: Session) -> list[str]:
+        """Turns of deleted sessions that only this fork needs."""
         _, turns = self.store.load(session.tenant, session.id)
         left = [turn.id for turn in turns if turn.session_id is None]
         others = self.store.pasts_of_others(session.tenant, session.id) if left else set()
         return [id for id in left if id not in others]
 
-    # ---- Coming back ------------------------------------------------------------------------------------------------
+    # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def load(self, tenant: str, id: str) -> tuple[SessionRecord, list[Turn], dict[str, Turn]]:
-        """A session of the store.
+        """Reads a session that is not in use. Waits for the store only if this process has changed the session before.
 
         Returns:
             Its record, the turns it lists itself (oldest first), and every turn that can be reached, by id.
@@ -199,7 +225,12 @@ class Keeper:
             SessionNotFound: there is no such session.
             StoreCorrupt: a row is damaged; names session and turn.
         """
-        self.store.flush()  # a head that moved may still be on its way
+        with self.lock:
+            is_unflushed = (tenant, id) in self._unflushed
+        if is_unflushed:  # a moved head or a last checkpoint may still be queued
+            self.store.flush()
+            with self.lock:
+                self._unflushed.discard((tenant, id))
         record, turns = self.store.load(tenant, id)
         known: dict[str, Turn] = {}
         own: list[Turn] = []
@@ -213,34 +244,46 @@ class Keeper:
                     own.append(turn)
         return record, own, known
 
+    def add(self, session: Session) -> None:
+        """Adds a session that was read."""
+        with self.lock:
+            self.sessions[session.tenant, session.id] = session
+
 
 # ---- Records --------------------------------------------------------------------------------------------------------
 
 
 def head_ids(head: Turn, undone: list[Turn]) -> tuple[str | None, tuple[str, ...]]:
-    """The head and the heads of redo as the store names them: the empty start has no name but "" among the latter."""
+    """Ids of the head and of the redo stack as the store has them; the empty start is None as the head, "" in the
+    stack."""
     return head.id or None, tuple(turn.id for turn in undone)
 
 
-def session_record(session: Growing, head: Turn | None = None, undone: list[Turn] | None = None) -> SessionRecord:
-    """A session as it is kept, with another head if given."""
+def session_record(
+    session: Session,
+    head: Turn | None = None,
+    undone: list[Turn] | None = None,
+    settings: Settings | None = None,
+) -> SessionRecord:
+    """A session as it is stored, with another head or other settings if given."""
+    settings = session._settings if settings is None else settings
     head_id, undone_ids = head_ids(
         session.head if head is None else head, session._tree.redo_stack if undone is None else undone
     )
-    host, base = session._host, session._tree.root
+    handle, base = session._handle, session._tree.root
     return SessionRecord(
         id=session.id,
         tenant=session.tenant,
-        model=host.name,
-        fingerprint=host.fingerprint,
+        model=handle.name,
+        fingerprint=handle.fingerprint,
         settings={
-            "system": session.system,
-            "params": params_json(session.params),
-            "policy": session.policy.to_json(),
+            "system": settings.system,
+            "params": params_json(settings.params),
+            "policy": settings.policy.to_json(),
             "vocabulary": session.vocabulary,
         }
-        | ({"title": session.title} if session.title else {})
-        | ({"tags": list(session.tags)} if session.tags else {}),
+        | ({"title": settings.title} if settings.title else {})
+        | ({"tags": list(settings.tags)} if settings.tags else {}),
         base_id=base.id or None,
         head_id=head_id,
         undone=undone_ids,
@@ -250,7 +293,7 @@ def session_record(session: Growing, head: Turn | None = None, undone: list[Turn
 
 
 def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
-    """A turn as it is kept."""
+    """A turn as it is stored."""
     parent = turn.parent
     return TurnRecord(
         id=turn.id,
@@ -275,10 +318,10 @@ def turn_record(turn: Turn, session_id: str | None) -> TurnRecord:
 
 
 def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
-    """The turn of a record; one that was being made when the process died is partial: "interrupted".
+    """The turn of a record. One that was running when the process died is partial: "interrupted".
 
     Raises:
-        StoreCorrupt: it does not say what a turn says.
+        StoreCorrupt: a field is missing or malformed.
     """
     try:
         timings = dict(record.timings) if record.timings is not None else None
@@ -288,7 +331,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             parent=parent if parent is not None else START,
             number=record.number,
             chat=record.chat,
-            said=Said.from_json(record.prompt, record.said),
+            said=UserInput.from_json(record.prompt, record.said),
             text=record.text,
             kept=record.kept,
             prompt_ids=record.prompt_ids,
@@ -304,7 +347,7 @@ def turn_of(record: TurnRecord, parent: Turn | None) -> Turn:
             tags=set(record.tags),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreCorrupt(f"turn {record.id} does not say what a turn says: {error!r}") from None
+        raise StoreCorrupt(f"turn {record.id} is damaged: {error!r}") from None
 
 
 def policy_of(settings: Mapping[str, Any]) -> ContextPolicy:
@@ -313,13 +356,14 @@ def policy_of(settings: Mapping[str, Any]) -> ContextPolicy:
 
 
 def used_params_json(params: SamplingParams) -> dict[str, Any]:
-    """The settings a turn was made with, as JSON: those that are not neutral, as a turn knows no model's defaults."""
+    """The sampling parameters of a turn as JSON: those that are not neutral, as a turn does not depend on a model's
+    defaults."""
     default = SamplingParams()
     return {name: value for name, value in params_json(params).items() if value != getattr(default, name)}
 
 
 def params_json(params: SamplingParams) -> dict[str, Any]:
-    """Sampling settings as JSON: those that are given, and others that are not the default; -inf as text."""
+    """Sampling parameters as JSON: those that were given, and others that are not the default; -inf as a string."""
     default = SamplingParams()
     found = {
         field.name: value
@@ -337,10 +381,10 @@ def params_json(params: SamplingParams) -> dict[str, Any]:
 
 
 def params_of(value: Mapping[str, Any]) -> SamplingParams:
-    """Sampling settings from JSON.
+    """Sampling parameters from JSON.
 
     Raises:
-        InvalidArgument, TypeError: it says something else.
+        InvalidArgument, TypeError: it holds something else.
     """
     found = dict(value)
     if "logit_bias" in found:

@@ -1,8 +1,8 @@
-"""Reading tool calls out of an answer, whole or as it streams, in any form of `sessions/tool_forms.py`.
+"""Parser of tool calls in an answer, complete or streamed, in any form of `tool_forms.py`.
 
-What is no call is content: tags that are never closed, JSON that is none, text between calls, thoughts. Content never
-holds half a tag that may still become one. A call that has said its name is a call, whatever becomes of it: one that
-breaks off is marked as not whole. The whole answer is read by the reader of the stream, so both say the same.
+Anything that is not a call is content: unclosed tags, invalid JSON, text between calls, thoughts. A partial tag is held
+back until it is decided. Text is a call as soon as its name is complete; a call that breaks off is marked as not
+complete. Complete answers go through the streaming parser too, so both give the same result.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ __all__ = [
 ]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MAX_HEAD = 256  # characters in which a call must say its name for its arguments to be streamed
+MAX_HEAD = 256  # characters within which the name must be complete for arguments to be streamed
 THINK, END_OF_THOUGHT = "<think>", "</think>"
 _NAME = re.compile(NAME)
 _SIGNS = re.compile(r'[{}"\\]')
 _PYTHON_SIGNS = re.compile(r"""[\[\](){}"'\\,]""")
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
-# Whether an answer may begin with <think>, begins behind it, or may think between control tokens, which leave no text.
+# Whether an answer may start with <think>, starts after it, or may think between control tokens, which leave no text.
 Thought = Literal["", "tagged", "open", "tokens"]
 
 
 class ToolCallReader:
-    """Finds calls in text that arrives in pieces, which may break anywhere.
+    """Parses calls in text that arrives in pieces, which may break anywhere.
 
     Args:
-        form: in which calls are written.
-        schemas: of the arguments, by the name of the tool; they say which values are text.
-        thought: whether the answer may begin with a thought in <think> tags ("tagged"), or begins inside of one
-            ("open"); no calls are looked for in it. Thoughts between control tokens ("tokens") are not seen.
-        is_exclusive: whether an answer is calls or something else, never both: then what does not begin with a call is
-            content, whatever it holds.
+        form: of the calls.
+        schemas: of the arguments, by tool name; they tell which values are strings.
+        thought: whether the answer may start with a thought in <think> tags ("tagged"), or starts inside one ("open");
+            no calls are searched in it. Thoughts between control tokens ("tokens") are not visible.
+        is_exclusive: whether an answer is calls or something else, never both: then an answer that does not start with
+            a call is all content.
 
     Example:
         >>> reader = ToolCallReader()
@@ -85,24 +85,24 @@ class ToolCallReader:
         self._syntax = Syntax.of(form)
         self._held = ""
         self._index = 0
-        self._sought = 0  # characters of the held text in which there is no closing tag
-        self._raw: list[str] = []  # of the call that is being read
+        self._sought = 0  # leading characters of the held text without a closing tag
+        self._raw: list[str] = []  # text of the current call
         self._arguments: list[str] = []
         self._depth, self._in_string, self._escaped = 0, "", False
-        self._n_scanned = 0  # characters of the held text that were looked at
-        self._in_section = False  # whether the next call is not the first of its section
-        self._kinds = KINDS  # of the value that is being read
+        self._n_scanned = 0  # leading characters of the held text already scanned
+        self._in_section = False  # the next call is not the first of its section
+        self._kinds = KINDS  # JSON types of the current value
         self._has_value, self._is_bad = False, False
-        self._after_call = False  # blanks here only set calls apart
-        behind_thought: Callable[[list[Event]], bool] = self._start if form.is_first else self._text
+        self._after_call = False  # white space here only separates calls
+        after_thought: Callable[[list[Event]], bool] = self._start if form.is_first else self._text
         if is_exclusive and not form.is_first:
-            thought, behind_thought = "", self._either
+            thought, after_thought = "", self._either
         self._state: Callable[[list[Event]], bool] = {"tagged": self._before_thought, "open": self._opened}.get(
-            thought, behind_thought
+            thought, after_thought
         )
 
     def feed(self, text: str) -> list[Event]:
-        """Takes the next piece of text; what is certain with it."""
+        """Parses the next piece of text; returns the events that are certain."""
         self._held += text
         events: list[Event] = []
         while self._held and self._state(events):
@@ -110,10 +110,10 @@ class ToolCallReader:
         return events
 
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """At the end of the text: what was still held back.
+        """At the end of the text: the remaining events.
 
         Args:
-            is_whole: whether the model ended it. Where it was cut off instead, half a tag at its end is no content.
+            is_whole: whether the model ended it. If it was cut off, a partial tag at its end is not content.
         """
         events: list[Event] = []
         held, self._held = self._held, ""
@@ -121,10 +121,10 @@ class ToolCallReader:
         if state == self._start and not is_whole:
             self._end_of_head(held, is_whole, events)
         elif state in (self._before_thought, self._thought, self._rest_is_text):
-            self._say(held, events)
+            self._emit(held, events)
         elif state in (self._either, self._opened, self._text, self._start, self._between):
             if is_whole:
-                self._say(held, events)
+                self._emit(held, events)
         elif state in (self._head, self._whole):
             self._end_of_head(held, is_whole, events)
         else:
@@ -138,10 +138,10 @@ class ToolCallReader:
             self._end(events)
         return events
 
-    # ---- States outside of calls: each takes what it can of the held text, and says whether to go on ----------------
+    # ---- States outside of calls: each consumes held text and returns whether to go on ------------------------------
 
     def _before_thought(self, _: list[Event]) -> bool:
-        """Where a thought may begin."""
+        """Where a thought may start."""
         text = self._held.lstrip()
         if len(text) < len(THINK) and THINK.startswith(text):
             return False
@@ -149,7 +149,7 @@ class ToolCallReader:
         return True
 
     def _either(self, _: list[Event]) -> bool:
-        """At the beginning of an answer that is calls, or something else."""
+        """At the start of an answer that is calls, or something else."""
         text, opening = self._held.lstrip(), self._syntax.opening
         if len(text) < len(opening) and opening.startswith(text):
             return False
@@ -157,7 +157,7 @@ class ToolCallReader:
         return True
 
     def _opened(self, _: list[Event]) -> bool:
-        """Where a thought goes on that the prompt began, unless there is a call at once."""
+        """Inside a thought that the prompt has started, unless a call comes first."""
         text, opening = self._held.lstrip(), self._syntax.opening
         if len(text) < len(opening) and opening.startswith(text):
             return False
@@ -167,7 +167,7 @@ class ToolCallReader:
     def _thought(self, events: list[Event]) -> bool:
         place = self._held.find(END_OF_THOUGHT)
         end = place + len(END_OF_THOUGHT) if place >= 0 else len(self._held) - n_half(self._held, END_OF_THOUGHT)
-        self._say(self._held[:end], events)
+        self._emit(self._held[:end], events)
         self._held = self._held[end:]
         if place < 0:
             return False
@@ -175,7 +175,7 @@ class ToolCallReader:
         return True
 
     def _start(self, events: list[Event]) -> bool:
-        """At the beginning of an answer whose calls have no mark of their own."""
+        """At the start of an answer whose calls have no mark."""
         match = self._syntax.first.match(self._held[:MAX_HEAD])
         if match is not None:
             self._take_head(match, events)
@@ -186,7 +186,7 @@ class ToolCallReader:
         return True
 
     def _rest_is_text(self, events: list[Event]) -> bool:
-        self._say(self._held, events)
+        self._emit(self._held, events)
         self._held = ""
         return False
 
@@ -194,17 +194,17 @@ class ToolCallReader:
         opening = self._syntax.opening
         start = self._held.find(opening)
         if start >= 0:
-            self._say(self._held[:start], events)
+            self._emit(self._held[:start], events)
             self._held = self._held[start + len(opening) :]
             self._raw, self._in_section, self._state = [opening], False, self._head
             return True
         n_held = n_half(self._held, opening)
-        self._say(self._held[: len(self._held) - n_held], events)
+        self._emit(self._held[: len(self._held) - n_held], events)
         self._held = self._held[len(self._held) - n_held :]
         return False
 
     def _between(self, _: list[Event]) -> bool:
-        """Behind a call of a section: another one, or the section's end."""
+        """After a call of a section: another one, or the section's end."""
         close = matched(self._held, self._form.section[1]) if self._form.section[1] else None
         more = matched(self._held, self._form.separator + self._syntax.mark)
         if close is not None and close >= 0:
@@ -221,7 +221,7 @@ class ToolCallReader:
     # ---- States inside of calls -------------------------------------------------------------------------------------
 
     def _head(self, events: list[Event]) -> bool:
-        """Behind the opening tag, up to the arguments."""
+        """After the opening tag, up to the arguments."""
         syntax = self._syntax
         match = (syntax.next if self._in_section else syntax.first).match(self._held[:MAX_HEAD])
         if match is not None:
@@ -230,9 +230,9 @@ class ToolCallReader:
         if len(self._held) > MAX_HEAD or (syntax.close and syntax.close in self._held):
             if syntax.is_object and syntax.close:
                 self._state = self._whole
-            else:  # no call
+            else:  # not a call
                 self._state = self._text
-                self._say("".join(self._raw), events)
+                self._emit("".join(self._raw), events)
             return True
         return False
 
@@ -244,14 +244,14 @@ class ToolCallReader:
         self._state = {"json": self._body, "tagged": self._parameter, "python": self._python}[self._form.arguments]
 
     def _body(self, events: list[Event]) -> bool:
-        """Inside arguments that are JSON, up to the brace that closes them."""
-        self._say_arguments(self._take(self._end_of_object()), events)
+        """Inside JSON arguments, up to the closing brace."""
+        self._emit_arguments(self._take(self._end_of_object()), events)
         if self._depth == 0:
             self._depth, self._state = 1, self._tail
         return bool(self._held)
 
     def _end_of_object(self) -> int:
-        """How much of the held text belongs to the object that is open; keeps the state of its JSON."""
+        """Length of the held text that belongs to the open object; keeps the state of its JSON."""
         start = 1 if self._escaped else 0
         self._escaped = False
         while (match := _SIGNS.search(self._held, start)) is not None:
@@ -269,7 +269,7 @@ class ToolCallReader:
         return len(self._held)
 
     def _tail(self, events: list[Event]) -> bool:
-        """Behind the arguments, up to the closing tag. A missing one is let pass, other keys are passed over."""
+        """After the arguments, up to the closing tag, which may be missing; other keys are skipped."""
         syntax = self._syntax
         if not syntax.is_object:
             end = matched(self._held, self._form.call[2])
@@ -296,7 +296,7 @@ class ToolCallReader:
         return bool(self._held)
 
     def _parameter(self, events: list[Event]) -> bool:
-        """Before an argument in tags, or the call's end."""
+        """Before a tagged argument, or the call's end."""
         form, syntax = self._form, self._syntax
         match = syntax.parameter.match(self._held[:MAX_HEAD])
         if match is not None:
@@ -308,14 +308,14 @@ class ToolCallReader:
             if form.other_middle is not None:
                 self._kinds = frozenset(("string",)) if match["other"] is None else KINDS - {"string"}
             key = json.dumps(match["key"], ensure_ascii=False)
-            self._say_arguments(("{" if not self._arguments else ", ") + key + ": ", events)
+            self._emit_arguments(("{" if not self._arguments else ", ") + key + ": ", events)
             self._state, self._has_value, self._n_scanned, self._sought = self._value, False, 0, 0
             return True
         begun = matched(self._held, form.parameter[0])
         end = matched(self._held, form.call[2])
         if begun is None and end is not None and end >= 0:
             self._take(end)
-            self._say_arguments("{}" if not self._arguments else "}", events)
+            self._emit_arguments("{}" if not self._arguments else "}", events)
             self._end(events)
             return bool(self._held)
         if (begun is not None or end == -1) and len(self._held) <= MAX_HEAD:
@@ -325,7 +325,7 @@ class ToolCallReader:
         return bool(self._held)
 
     def _value(self, events: list[Event]) -> bool:
-        """An argument's value, up to the tag that closes it; text is given out as it comes."""
+        """An argument's value, up to its closing tag; strings are emitted as they come."""
         syntax = self._syntax
         if not self._has_value and syntax.is_on_lines:
             if self._held.startswith("\n"):
@@ -335,13 +335,13 @@ class ToolCallReader:
                 return False
         is_text = self._kinds == {"string"} and not self._form.cdata
         if is_text and not self._n_scanned:
-            self._say_arguments('"', events)
+            self._emit_arguments('"', events)
             self._n_scanned = 1  # the quote is written
         place = self._held.find(syntax.value_close, 0 if is_text else self._sought)
         if place < 0:
             if is_text:
                 n_held = max(n_half(self._held, mark) for mark in syntax.value_ends)
-                self._say_text(self._take(len(self._held) - n_held), events)
+                self._emit_text(self._take(len(self._held) - n_held), events)
             else:
                 self._sought = max(0, len(self._held) - len(syntax.value_close))
             return False
@@ -349,30 +349,30 @@ class ToolCallReader:
         text = self._held[:place]
         text = text[:-1] if syntax.is_on_lines and text.endswith("\n") else text
         if is_text:
-            self._say_text(text, events)
-            self._say_arguments('"', events)
+            self._emit_text(text, events)
+            self._emit_arguments('"', events)
         else:
             if self._form.cdata and text.startswith("<![CDATA[") and text.endswith("]]>"):
                 text = text[len("<![CDATA[") : -len("]]>")]
-            self._say_arguments(json_of(text, self._kinds), events)
+            self._emit_arguments(json_of(text, self._kinds), events)
         self._take(place + len(syntax.value_close))
         self._state = self._parameter
         return bool(self._held)
 
     def _end_of_value(self, held: str, events: list[Event]) -> None:
-        """What came of a value that was cut off."""
+        """A value that was cut off."""
         self._raw.append(held)
         text = held[: len(held) - max(n_half(held, mark) for mark in self._syntax.value_ends)]
         if not self._has_value and self._syntax.is_on_lines:
             text = text.removeprefix("\n")
-        if self._kinds == {"string"}:  # in CDATA it is not given out before it is whole
-            self._say_arguments("" if self._n_scanned else '"', events)
-            self._say_text(text, events)
+        if self._kinds == {"string"}:  # CDATA is emitted only when complete
+            self._emit_arguments("" if self._n_scanned else '"', events)
+            self._emit_text(text, events)
         elif text.strip():
-            self._say_arguments(text.strip(), events)
+            self._emit_arguments(text.strip(), events)
 
     def _python(self, events: list[Event]) -> bool:
-        """Python's keyword arguments, up to the bracket that closes them."""
+        """Python keyword arguments, up to the closing bracket."""
         while (match := _PYTHON_SIGNS.search(self._held, self._n_scanned)) is not None:
             sign, self._n_scanned = match[0], match.end()
             if sign == "\\" and self._in_string:
@@ -391,7 +391,7 @@ class ToolCallReader:
                 self._keyword(self._take(self._n_scanned)[:-1], sign, events)
                 self._n_scanned = 0
                 if sign != ",":
-                    self._say_arguments("{}" if not self._arguments else "}", events)
+                    self._emit_arguments("{}" if not self._arguments else "}", events)
                     self._end(events)
                     return bool(self._held)
         self._n_scanned = max(self._n_scanned, len(self._held))
@@ -403,10 +403,10 @@ class ToolCallReader:
         if match is None or value is None:
             self._is_bad = self._is_bad or bool(text.strip()) or sign == ","
             return
-        self._say_arguments(("{" if not self._arguments else ", ") + json.dumps(match[1]) + ": " + value, events)
+        self._emit_arguments(("{" if not self._arguments else ", ") + json.dumps(match[1]) + ": " + value, events)
 
     def _whole(self, events: list[Event]) -> bool:
-        """A call that is no stream: other order of keys, or none at all."""
+        """A call that cannot be streamed, as its keys have another order; or not a call."""
         end = self._place_of_close()
         if end < 0:
             return False
@@ -416,13 +416,13 @@ class ToolCallReader:
         return bool(self._held)
 
     def _place_of_close(self) -> int:
-        """Where the closing tag begins in the held text, -1 if it is not there yet."""
+        """Index of the closing tag in the held text, -1 if it is not there yet."""
         place = self._held.find(self._syntax.close, self._sought)
         self._sought = 0 if place >= 0 else max(0, len(self._held) - len(self._syntax.close))
         return place
 
     def _end_of_head(self, held: str, is_whole: bool, events: list[Event]) -> None:
-        """The text ends before the arguments of a call begin."""
+        """The text ends before the arguments of a call start."""
         if is_whole:
             self._take_whole(held, "", events)
             return
@@ -439,40 +439,40 @@ class ToolCallReader:
     # ---- Events -----------------------------------------------------------------------------------------------------
 
     def _take(self, n: int) -> str:
-        """The next n characters, as part of the call."""
+        """Consumes n characters as part of the call."""
         text, self._held = self._held[:n], self._held[n:]
         self._raw.append(text)
         return text
 
-    def _say(self, text: str, events: list[Event]) -> None:
+    def _emit(self, text: str, events: list[Event]) -> None:
         if self._after_call:
             text = text.lstrip()
             self._after_call = not text
         if text:
             events.append(Content(text))
 
-    def _say_arguments(self, text: str, events: list[Event]) -> None:
+    def _emit_arguments(self, text: str, events: list[Event]) -> None:
         if text:
             self._arguments.append(text)
             events.append(Arguments(self._index, text))
 
-    def _say_text(self, text: str, events: list[Event]) -> None:
-        self._say_arguments(json.dumps(text, ensure_ascii=False)[1:-1], events)
+    def _emit_text(self, text: str, events: list[Event]) -> None:
+        self._emit_arguments(json.dumps(text, ensure_ascii=False)[1:-1], events)
 
     def _begin(self, name: str, events: list[Event]) -> None:
         self._name, self._arguments, self._is_bad = name, [], False
         events.append(CallBegun(self._index, name))
 
     def _take_whole(self, inner: str, close: str, events: list[Event]) -> None:
-        """A call at once, or its text as content."""
+        """Emits a complete call, or its text as content."""
         self._state = self._text
         call = _call_of(inner) if self._syntax.is_object else None
         if call is None:
-            self._say("".join(self._raw) + inner + close, events)
+            self._emit("".join(self._raw) + inner + close, events)
             return
         self._raw.append(inner + close)
         self._begin(call.name, events)
-        self._say_arguments(call.arguments, events)
+        self._emit_arguments(call.arguments, events)
         self._end(events)
 
     def _end(self, events: list[Event]) -> None:
@@ -493,7 +493,7 @@ def parse_tool_calls(
     thought: Thought = "",
     is_whole: bool = True,
 ) -> tuple[str, list[ToolCall]]:
-    """An answer's content and its calls, in order. Around calls, white space at the ends is no content.
+    """An answer's content and its calls, in order. With calls, the content is stripped.
 
     Args:
         text: of the answer.
@@ -512,7 +512,7 @@ def reader_of(
     *,
     is_exclusive: bool = False,
 ) -> Reader:
-    """The reader of a form; arguments as `ToolCallReader`."""
+    """The parser of a form; arguments as `ToolCallReader`."""
     if form.arguments == "harmony":
         return HarmonyReader()
     return ToolCallReader(form, schemas, thought, is_exclusive=is_exclusive)
@@ -522,7 +522,7 @@ def reader_of(
 
 
 def _call_of(inner: str) -> ToolCall | None:
-    """The call that JSON between the tags says; arguments may be missing, or be JSON in a text."""
+    """The call in the JSON between the tags; arguments may be missing, or be JSON in a string."""
     value = loaded(inner)
     if value is None or not isinstance(value.get("name"), str) or not _NAME.fullmatch(value["name"]):
         return None

@@ -1,0 +1,247 @@
+"""Planning turns: pure functions from a loaded model, a session's settings and a turn to the next turn.
+
+Nothing here takes a lock, changes a tree or starts a generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fabula.engine.generation import Generation
+from fabula.engine.sampling import SamplingParams
+from fabula.errors import InvalidArgument
+from fabula.sessions.model_handle import LoadedModel
+from fabula.sessions.policy import Cut
+from fabula.sessions.prompts import Prompt, chat_prompt, common_length, parses_special, story_prompt
+from fabula.sessions.settings import Settings
+from fabula.sessions.turn import WRITTEN, Turn
+from fabula.sessions.user_input import UserInput
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A turn to generate.
+
+    Attributes:
+        parent: the turn it follows.
+        user_input: what it answers.
+        chat: whether prompt and answer go through the chat template.
+        prompt: ids of the whole prompt.
+        params: sampling parameters.
+        source: turn in whose path the KV of the prompt is looked for.
+        begun: ids the answer begins with.
+    """
+
+    parent: Turn
+    user_input: UserInput
+    chat: bool
+    prompt: Prompt
+    params: SamplingParams
+    source: Turn
+    begun: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and the ids the answer begins with."""
+        return [*self.prompt.ids, *self.begun]
+
+    @property
+    def n_reusable(self) -> int:
+        """Leading ids that `source` has too; at least one id is left to compute, for its logits."""
+        ids = self.ids
+        return min(common_length(self.source.ids(), ids), len(ids) - 1)
+
+    def with_seed(self, offset: int) -> Plan:
+        """The same with `offset` added to the seed, if there is one."""
+        seed = self.params.seed
+        return self if seed is None else replace(self, params=replace(self.params, seed=(seed + offset) % 2**64))
+
+    def draft(self, params: SamplingParams) -> Turn:
+        """The turn before it has an answer; `params` with the seed that is used."""
+        kept = self.prompt.kept
+        return Turn(
+            parent=self.parent,
+            number=self.parent.number + 1,
+            chat=self.chat,
+            said=self.user_input,
+            kept=kept,
+            prompt_ids=tuple(self.prompt.ids[kept:]),
+            n_begun=len(self.begun),
+            params=params,
+            cut=self.prompt.cut,
+        )
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------
+
+
+def next_turn(
+    model: LoadedModel,
+    settings: Settings,
+    parent: Turn,
+    user_input: UserInput,
+    params: SamplingParams | None,
+    *,
+    chat: bool,
+) -> Plan:
+    """Plans a turn that follows `parent`.
+
+    Raises:
+        ContextOverflow: the prompt does not fit, whatever the policy may leave out.
+        InvalidArgument, TemplateError: as `prompt_of`.
+    """
+    chosen = params or settings.params
+    prompt = prompt_of(model, settings, parent, user_input, chosen, chat=chat)
+    check_room(model, settings, len(prompt.ids))
+    return Plan(parent, user_input, chat, prompt, chosen, parent)
+
+
+def sibling(model: LoadedModel, settings: Settings, turn: Turn, user_input: UserInput, params: SamplingParams) -> Plan:
+    """Plans a sibling of `turn` with other user input or other parameters."""
+    assert turn.parent is not None
+    return next_turn(model, settings, turn.parent, user_input, params, chat=turn.chat)
+
+
+def continuation(turn: Turn, begun: tuple[int, ...], params: SamplingParams) -> Plan:
+    """Plans a sibling of `turn` with the same prompt whose answer begins with `begun`."""
+    assert turn.parent is not None
+    prompt = Prompt(prompt_ids_of(turn), turn.kept, turn.cut)
+    return Plan(turn.parent, turn.said, turn.chat, prompt, params, turn, begun)
+
+
+def replayed(model: LoadedModel, settings: Settings, turn: Turn, params: SamplingParams) -> Plan:
+    """Plans `turn` again from its parent.
+
+    Raises:
+        InvalidArgument: it was written by hand.
+    """
+    if turn.finish_reason == WRITTEN:
+        raise InvalidArgument(f"turn {turn.number} was written by hand: there is nothing to generate again")
+    if turn.n_begun:
+        return continuation(turn, turn.token_ids[: turn.n_begun], params)
+    return sibling(model, settings, turn, turn.said, params)
+
+
+def prompt_of(
+    model: LoadedModel, settings: Settings, parent: Turn, user_input: UserInput, params: SamplingParams, *, chat: bool
+) -> Prompt:
+    """The prompt of a turn that follows `parent`.
+
+    Raises:
+        InvalidArgument: a chat cannot follow a story, or the reverse; or a story is given messages.
+        TemplateError: the model has no chat template, or the template refuses.
+    """
+    check_kind(parent, chat=chat)
+    if chat:
+        return chat_prompt(model.engine, model.template(), settings.policy, params, parent, settings.system, user_input)
+    if user_input.given is not None or user_input.options:
+        raise InvalidArgument("a story goes on with text; messages and template_options are for a chat")
+    return story_prompt(model.engine, settings.policy, params, parent, user_input)
+
+
+def prompt_ids_of(turn: Turn) -> list[int]:
+    """Every id before the turn's answer."""
+    return turn.ids()[: turn.n_ids - len(turn.token_ids)]
+
+
+# ---- Turns written by hand ------------------------------------------------------------------------------------------
+
+
+def written(
+    model: LoadedModel, settings: Settings, parent: Turn, text: str, *, frozen: bool, parse_special: bool | None
+) -> Turn:
+    """A piece of a story that a person wrote, following `parent`. Its KV is computed with the next answer.
+
+    Raises:
+        InvalidArgument: the session is a chat, or the text is empty.
+        ContextOverflow: it does not fit.
+    """
+    if not text:
+        raise InvalidArgument("text is empty: write at least one character")
+    check_kind(parent, chat=False)
+    user_input = UserInput.of(text, parse_special=parses_special(parse_special, parent))
+    prompt = story_prompt(model.engine, settings.policy, settings.params, parent, user_input)
+    check_room(model, settings, len(prompt.ids))
+    return Turn(
+        parent=parent,
+        number=parent.number + 1,
+        said=user_input,
+        kept=prompt.kept,
+        prompt_ids=tuple(prompt.ids[prompt.kept :]),
+        params=settings.params.resolved(model.engine.defaults),
+        finish_reason=WRITTEN,
+        cut=prompt.cut,
+        frozen=frozen,
+    )
+
+
+def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, parse_special: bool | None) -> Turn:
+    """A sibling of `turn` with an answer that a person wrote, without KV.
+
+    Raises:
+        InvalidArgument: the text is empty.
+        ContextOverflow: it does not fit.
+    """
+    if not text:
+        raise InvalidArgument("text is empty: an answer needs at least one character")
+    special = not turn.chat and turn.said.parse_special if parse_special is None else parse_special
+    answer = model.engine.tokenizer.encode(text, add_bos=False, special=special)
+    check_room(model, settings, turn.n_ids - len(turn.token_ids) + len(answer))
+    return Turn(
+        parent=turn.parent,
+        number=turn.number,
+        chat=turn.chat,
+        said=turn.said,
+        text=text,
+        kept=turn.kept,
+        prompt_ids=turn.prompt_ids,
+        token_ids=tuple(answer),
+        n_begun=len(answer),
+        params=turn.params,
+        finish_reason=WRITTEN,
+        cut=turn.cut,
+        frozen=turn.frozen,
+    )
+
+
+# ---- Ends -----------------------------------------------------------------------------------------------------------
+
+
+def complete(turn: Turn, generation: Generation, why_cold: str) -> None:
+    """Fills in what is known when a turn's generation has ended: KV, what the model did not see, why KV was recomputed.
+
+    Args:
+        why_cold: see `LoadedModel.why_cold`; "" too for a model that is not loaded any more.
+    """
+    turn.kv = generation.sequence
+    window = turn.kv.window
+    n_hidden = window.first_visible(turn.n_ids - 1) - window.n_sinks
+    if n_hidden > 0:
+        turn.cut = Cut("slide", n_hidden)
+    if turn.recomputed and turn.parent is not None and turn.kept == turn.parent.n_ids:
+        turn.why_recomputed = why_cold or "the KV of the past was evicted, or never kept"
+    elif turn.recomputed:
+        reworded, shorter = "the chat template rendered the past differently", "the oldest turns were left out"
+        turn.why_recomputed = reworded if turn.cut is None else shorter
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_kind(parent: Turn, *, chat: bool) -> None:
+    """Raises InvalidArgument where a chat would go on as a story, or the reverse."""
+    if parent.number and parent.chat is not chat:
+        kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
+        raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
+
+
+def check_position(turn: Turn, position: int) -> None:
+    """Raises InvalidArgument if `position` is neither a token of the answer nor the place after its last."""
+    if type(position) is not int or not 0 <= position <= len(turn.token_ids):
+        raise InvalidArgument(f"position is {position!r}, must be 0 .. {len(turn.token_ids)}")
+
+
+def check_room(model: LoadedModel, settings: Settings, n_ids: int) -> None:
+    """Raises ContextOverflow if `n_ids` do not fit the context under the session's policy."""
+    runner = model.engine.runner
+    runner.check_room(n_ids, settings.policy.visible(runner.context))

@@ -1,0 +1,41 @@
+"""KV of turns: who keeps it after an answer, and what deleting turns frees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from fabula.engine.generation import Engine
+from fabula.sessions.turn import WRITTEN, Turn
+
+
+def keep_kv(turn: Turn, engine: Engine) -> None:
+    """Leaves the KV of a finished turn to the engine's cache, and shares it with the handwritten turns right before it,
+    which were prefilled as part of its prompt."""
+    if turn.kv is None:
+        return
+    cache = engine.cache
+    cache.keep(turn.kv)
+    kept = turn.kept
+    with cache.lock:  # nothing is evicted between the check and the fork
+        for past in islice(turn.lineage(), 1, None):
+            if past.finish_reason != WRITTEN or kept < past.n_ids or turn.kv.usable(past.n_ids) < past.n_ids:
+                break
+            if past.kv is None or past.kv.usable(past.n_ids) < past.n_ids:
+                past.kv = turn.kv.fork(past.n_ids)
+                cache.keep(past.kv)
+            kept = min(kept, past.kept)
+
+
+def free_kv(turns: Sequence[Turn]) -> int:
+    """Releases the KV of deleted turns, except those on the path to a fork; returns the bytes freed."""
+    needed = {past for turn in turns if turn.forks for past in turn.lineage()}
+    n_bytes = 0
+    for turn in turns:
+        if turn not in needed and turn.kv is not None:
+            pool = turn.kv.pool
+            with pool.lock:  # other threads must not reserve or release pages while these are counted
+                n_free = pool.n_free
+                turn.kv.close()
+                n_bytes += (pool.n_free - n_free) * pool.page_bytes
+    return n_bytes
