@@ -6,8 +6,8 @@ every place which tokens may come next. It gets the bytes of our vocabulary, so 
 Grammars come from strangers. What the library itself does not bound is bounded here, and in `engine/constraint.py`:
 
     stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: a thread of its own has 64 MiB
-    time        a caller waits 2 s, longer for sources made of many schemas; the library's fuel ends what still runs
-                soon after that
+    time        2 s of CPU time, more for sources made of many schemas; then the caller gets an error, and the
+                library's fuel ends the thread soon after that
     forcing     off: text that can only go on in one way would be tokenized again at every token, 50 ms for 48 KB
     memory      compiled grammars are kept, the latest used, up to a number and an estimate of their bytes
 """
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fabula.engine.constraint import MAX_MESSAGE, MAX_SOURCE_BYTES, Constraint
+from fabula.engine.cpu_limit import LimitedThread
 from fabula.engine.json_schema import in_words
 from fabula.errors import EngineBusy, InvalidArgument
 from fabula.text.tokenizer import Tokenizer
@@ -33,9 +34,11 @@ from fabula.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-COMPILE_SECONDS = 2.0
-SECONDS_PER_MIB = 6.0  # more, for what a source has beyond MAX_SOURCE_BYTES: 128 tools of 500 KB take 1.5 s
-MAX_COMPILING = 4  # at a time, those nobody waits for any more included
+COMPILE_SECONDS = 2.0  # CPU time of the compiling thread
+SECONDS_PER_MIB = 6.0  # added per MiB of source beyond MAX_SOURCE_BYTES: 128 tools of 500 KB take 1.5 s
+WALL_FACTOR = 30  # wall time allowed per CPU time: a thread on a starved machine gets a few percent of a processor
+QUEUE_FACTOR = 5  # wall time to wait for one of MAX_COMPILING slots, in COMPILE_SECONDS
+MAX_COMPILING = 4  # at a time, including those that no caller waits for any more
 STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it; for each 64 KiB
 
 MAX_CACHED = 128  # compiled grammars of one tokenizer
@@ -66,7 +69,7 @@ class Grammar:
         return self._matcher.deep_copy()
 
     def worked(self, seconds: float) -> None:
-        """Notes time in which the lexer may have grown."""
+        """Adds an estimate of how much the lexer grew in so much CPU time."""
         self.n_bytes += int(max(0.0, seconds - FREE_SECONDS) * BYTES_PER_SECOND)
 
 
@@ -175,7 +178,7 @@ class Vocabulary:
         from llguidance import LLMatcher
 
         lark = constraint.to_lark(self._token_id)
-        start = time.perf_counter()
+        start = time.thread_time()
         # Behind the source, so that the lines of messages are its own; options only ever add up.
         source = json.dumps({"grammars": [{"lark_grammar": lark + '\n%llguidance {"no_forcing": true}\n'}]})
         matcher = LLMatcher(self._tokens, source, log_level=0, limits=self._limits)
@@ -184,7 +187,7 @@ class Vocabulary:
             trial.compute_bitmask()
         if trial.is_error():
             raise InvalidArgument(f"{constraint.kind}: {explained(constraint, trial.get_error())}")
-        seconds = time.perf_counter() - start
+        seconds = time.thread_time() - start
         return Grammar(matcher, (1 << 16) + max(SOURCE_FACTOR * len(lark), int(seconds * BYTES_PER_SECOND)))
 
 
@@ -204,36 +207,35 @@ _stack_lock = threading.Lock()
 
 
 def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
-    """Runs work in a thread with a large stack, for as long as a caller would wait.
+    """Runs work in a thread with a large stack and a limit of CPU time.
 
     Raises:
-        InvalidArgument: it takes longer; the thread ends by itself.
-        EngineBusy: too many run.
+        InvalidArgument: the limit was reached; the thread ends by itself.
+        EngineBusy: no slot became free.
     """
-    if not _compiling.acquire(timeout=COMPILE_SECONDS):
+    if not _compiling.acquire(timeout=QUEUE_FACTOR * COMPILE_SECONDS):
         raise EngineBusy(f"{MAX_COMPILING} grammars are being compiled; try again later", n_waiting=MAX_COMPILING)
-    done = threading.Event()
 
     def run() -> None:
         try:
             work()
         finally:
             _compiling.release()
-            done.set()
 
+    thread = LimitedThread(run, "fabula-grammar")
     n_bytes = len(constraint.source)
-    # The size is the process's; a thread that somebody else starts meanwhile gets more address space, no more memory.
+    # The stack size is the process's: a thread started elsewhere meanwhile gets more address space, no more memory.
     with _stack_lock:
         before = threading.stack_size(STACK_BYTES * (1 + n_bytes // MAX_SOURCE_BYTES))
         try:
-            threading.Thread(target=run, name="fabula-grammar").start()
+            thread.start()
         except BaseException:
             _compiling.release()
             raise
         finally:
             threading.stack_size(before)
     seconds = COMPILE_SECONDS + SECONDS_PER_MIB * max(0, n_bytes - MAX_SOURCE_BYTES) / (1 << 20)
-    if not done.wait(seconds):
+    if not thread.wait(seconds, WALL_FACTOR * seconds):
         raise InvalidArgument(f"{constraint.kind}: it takes more than {seconds:.3g} s to compile; make it simpler")
 
 
@@ -328,9 +330,9 @@ class Guide:
         self._look()
 
     def _look(self) -> None:
-        matcher, start = self._matcher, time.perf_counter()
+        matcher, start = self._matcher, time.thread_time()
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        self._grammar.worked(time.perf_counter() - start)
+        self._grammar.worked(time.thread_time() - start)
         if matcher.is_error():
             self._fail()
         self.allowed[: self._n_tokens] = np.unpackbits(mask, bitorder="little", count=self._n_tokens).view(np.bool_)
