@@ -18,7 +18,7 @@ from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
 from fabula.errors import InvalidArgument
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.kv.prefix import EVERYTHING, Window
 from fabula.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Engine:
 
     runner: Runner
     tokenizer: Tokenizer
-    cache: KvCache
+    cache: KvEvictionList
     scheduler: Scheduler
     defaults: Mapping[str, float] = field(default_factory=dict)
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fabula._native import PAGE_POSITIONS
 from fabula.engine.decoding import Decoding, FinishReason, Piece
 from fabula.engine.runner import Runner
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
 
@@ -84,7 +84,7 @@ class Request:
     def __init__(
         self,
         runner: Runner,
-        cache: KvCache,
+        cache: KvEvictionList,
         decoding: Decoding,
         sequence: Sequence,
         *,
@@ -161,7 +161,7 @@ class Request:
         sequence = self.sequence
         self.sequence = self.runner.sequence(sequence.window)
         self._n_named = 0
-        self.cache.give_up(sequence)
+        self.cache.evict(sequence)
 
     # ---- Talking to the reader --------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ class SpillFolder:
     """Pages of one fingerprint in a folder that several fingerprints, but only one process at a time, may use.
 
     A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes]. Thread-safe; pages are read and written outside the
-    lock. After `close()` nothing is found and nothing is kept.
+    lock. After `close()` nothing is found and nothing is written.
 
     Args:
         folder: made if missing, for this user alone.
@@ -134,7 +134,9 @@ class SpillFolder:
         self.n_pages = 0
         self.folder_bytes = 0
         self._stamp = 0  # the last one given
-        # Re-entrant: the garbage collector may discard a forgotten page in the middle of another call.
+        # Keeps index and file names in step, so it is held over renames and removals, though not while pages are read
+        # or written. `in`, `n_pages` and `folder_bytes` do not take it: they never wait for the disk.
+        # Re-entrant: the garbage collector may discard a page in the middle of another call.
         self._lock = threading.RLock()
         self._closed = False
         try:
@@ -216,8 +218,7 @@ class SpillFolder:
         return False
 
     def __contains__(self, key: object) -> bool:
-        with self._lock:
-            return (self._home, key) in self._stamps
+        return (self._home, key) in self._stamps  # one look at a dict: asked under the pool's lock, waits for nobody
 
     def discard(self, key: bytes) -> None:
         """Removes a page if it is there."""

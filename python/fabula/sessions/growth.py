@@ -16,7 +16,7 @@ from fabula.engine.defaults import SamplingDefaults
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument, SessionBusy, SessionNotFound
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.sessions.host import Host
 from fabula.sessions.keeper import Keeper
@@ -338,7 +338,7 @@ class Growing(Tree):
             reply.generation.engine.cache.keep(turn.kv)
             self._lend(turn, turn.kv, reply.generation.engine.cache)
 
-    def _lend(self, turn: Turn, kv: KvSequence, cache: KvCache) -> None:
+    def _lend(self, turn: Turn, kv: KvSequence, cache: KvEvictionList) -> None:
         """Turns before it that were written by hand hold K and V too, now that their words were read."""
         kept = turn.kept
         with cache.lock:  # or they are given up between looking and taking

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 from fabula.engine.generation import FinishReason, Timings
 from fabula.engine.sampling import SamplingParams
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence
 from fabula.sessions.policy import Cut
 from fabula.sessions.said import Said
@@ -122,7 +122,7 @@ class Turn:
                 end = turn.kept
         return [token for piece in reversed(pieces) for token in piece]
 
-    def fork_kv(self, n_tokens: int, cache: KvCache) -> Sequence | None:
+    def fork_kv(self, n_tokens: int, cache: KvEvictionList) -> Sequence | None:
         """The longest beginning of its ids whose K and V a turn of its past holds, `n_tokens` at most; None if there
         is none."""
         with cache.lock:  # or they are given up between looking and taking
@@ -132,12 +132,12 @@ class Turn:
             cache.touch(best)
             return best.fork(most)
 
-    def n_held(self, n_tokens: int, cache: KvCache) -> int:
+    def n_held(self, n_tokens: int, cache: KvEvictionList) -> int:
         """How many ids `fork_kv` would give K and V of."""
         with cache.lock:
             return self._longest_kv(n_tokens, cache)[1]
 
-    def _longest_kv(self, n_tokens: int, cache: KvCache) -> tuple[Sequence | None, int]:
+    def _longest_kv(self, n_tokens: int, cache: KvEvictionList) -> tuple[Sequence | None, int]:
         best: Sequence | None = None
         most = 0
         for past in self.lineage():
