@@ -137,7 +137,7 @@ class Request:
         history = self.decoding.history.ids
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
-    def name_pages(self, n_untold: int = 0) -> None:
+    def publish_pages(self, n_untold: int = 0) -> None:
         """Lets others find the pages that are full by now, and gives back those behind the window. The reader will get
         `n_untold` more pieces of what was made."""
         n_full = self.sequence.n_tokens // PAGE_POSITIONS

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native, _program
-from fabula.engine.assembly import Assembly
 from fabula.engine.device import CPU, Placement
+from fabula.engine.programs import Programs
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
@@ -112,8 +112,8 @@ class Runner:
         )
         try:
             builder.pack(self.device.members if self.device else ())
-            self._assembly = Assembly(builder, config, shape, rope.inv_freq, isa, self.device)
-            self.program = self._assembly.program()
+            self._programs = Programs(builder, config, shape, rope.inv_freq, isa, self.device)
+            self.program = self._programs.program()
             n_pages = SEQUENCES_AT_FULL_LENGTH * text_pages
             if kv_memory is not None:
                 n_pages = max(1, kv_memory // page_bytes)
@@ -254,11 +254,11 @@ class Runner:
 
     def another_program(self) -> _program.Program:
         """The model's program once more, as its device is set now: with the same weights and buffers of its own."""
-        return self._assembly.program()
+        return self._programs.program()
 
     def hidden_program(self, max_tokens: int) -> _program.Program:
         """The program whose rows are hidden states, float32 [hidden_size], for up to `max_tokens` tokens."""
-        return self._assembly.hidden_program(max_tokens)
+        return self._programs.hidden_program(max_tokens)
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends a prompt chunk by chunk and returns the last token's logits, float32 [vocab_size].

@@ -1,19 +1,19 @@
-"""The engine's heart: one thread that computes, for every model and every request of the process.
+"""The scheduler: one thread that computes all requests of all models of the process.
 
-Each step is one batch of one model. It holds the next token of every request that is drawing, and chunks of prompts
-that are being read, so that nobody waits for somebody else's prompt to end:
+Each step is one batch of one model. It holds the next token of every request that decodes and prefill chunks of others,
+so that no request waits for the whole prompt of another:
 
-    admit     waiting requests in their order, as long as there are pages; K and V of what was said already are taken
-              over, from the cache or from a request that is just reading the same words
-    plan      tokens of all that draw, then prompts within what is left of the budget: the oldest gets at least half,
-              the rest goes to the shortest, so no prompt starves and none holds up a short one
-    step      one call into the native library; meanwhile other Python threads run
-    tell      each reader gets its piece; ends, errors and deadlines are settled
+    admit     waiting requests in order of arrival, while there are pages; KV of a known prefix is taken from the
+              cache, or from a running request with the same prefix
+    plan      one token for each decoding request, then prefill chunks within what is left of the budget
+    step      one call into the native library; other Python threads run meanwhile
+    emit      each reader gets its piece; ends, errors and deadlines are settled
 
-While somebody draws, the budget for prompts is measured in time: a step may take about twice as long as without them.
-When pages run out, the youngest request gives up its K and V and waits; it goes on later with the same tokens.
+What is decided, and by which rule, is in `policy.py`; this file has the thread, its inbox and the side effects.
+While requests decode, the budget for prefill is measured in time: see `step_cost.py`. When pages run out, the youngest
+request is preempted: it waits and is recomputed later, with the same tokens.
 
-Results do not depend on any of this: a token's logits are the same bits in every batch.
+Results do not depend on any of this: a token's logits have the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,20 @@ import numpy.typing as npt
 from fabula import _native
 from fabula._native import PAGE_POSITIONS
 from fabula.engine.decoding import FinishReason, Piece
-from fabula.engine.pace import Pace
+from fabula.engine.policy import (
+    Budget,
+    Prefix,
+    admits,
+    common_length,
+    decode_steps,
+    fits,
+    plan,
+    preempted,
+    shares_prefix,
+)
 from fabula.engine.request import Item, Request, State
 from fabula.engine.runner import Part, Runner
+from fabula.engine.step_cost import StepCost
 from fabula.errors import EngineBusy, EngineError, InvalidArgument, NonFinite, OutOfMemory
 
 MAX_RUNNING = 64  # requests in one batch
@@ -73,7 +84,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # the longest admitted first
         self._interrupt = _native.Flag()  # set when something came into the inbox: a call that draws many tokens ends
-        self._paces: weakref.WeakKeyDictionary[Runner, Pace] = weakref.WeakKeyDictionary()
+        self._costs: weakref.WeakKeyDictionary[Runner, StepCost] = weakref.WeakKeyDictionary()
         self._room = False  # something ended since waiting requests were looked at
         self._turn = 0
         self._start_lock = threading.Lock()
@@ -234,11 +245,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         self._room = False
-        full: set[Runner] = set()  # somebody waits for pages: those behind wait too, or it would never get them
+        full: set[Runner] = set()  # models of which a request waits for pages
         for request in list(self._waiting):
-            if request.runner in full or request.paused:
-                continue
-            if sum(r.runner is request.runner for r in self._running) >= self._max_running:
+            n_running, blocked = len(self._running_of(request.runner)), request.runner in full
+            if not admits(request, n_running, self._max_running, blocked=blocked):
                 continue
             try:
                 if not self._find_past(request):
@@ -269,34 +279,30 @@ class Scheduler:
         for other in self._running:
             if not request.may_share(other):
                 continue
-            common = common_length(history, other.decoding.history.ids)
-            still_reads = other.n_pending > 1 and other.sequence.n_tokens < common
-            if still_reads and common >= have + PAGE_POSITIONS:
+            n_common = common_length(history, other.decoding.history.ids)
+            sequence = other.sequence
+            shares = shares_prefix(Prefix(n_common, sequence.n_tokens, other.n_pending > 1), have)
+            if shares is None:
                 return False
-            usable = other.sequence.usable(common)
-            if usable > have and not still_reads:
-                request.adopt(other.sequence.fork(usable))
-                have = usable
+            if shares and sequence.usable(n_common) > have:
+                have = sequence.usable(n_common)
+                request.adopt(sequence.fork(have))
         return True
 
     def _fits(self, request: Request) -> bool:
-        """Whether there are pages for all its tokens and one more, with those that can be given up for it."""
+        """Whether there are pages for all its tokens and one more, also by preempting requests whose readers are slow
+        and may be waiting for this one."""
         pool = request.runner.pool
-        n_tokens = len(request.decoding.history) + 1
-        first = request.sequence.window.first_page(request.sequence.n_tokens)
-        needed = -(-n_tokens // PAGE_POSITIONS) - max(first, request.sequence.n_tokens // PAGE_POSITIONS)
-        if needed <= pool.n_free or not any(r.runner is request.runner for r in self._running):
-            return True
-        for paused in [r for r in reversed(self._running) if r.runner is request.runner and r.paused]:
-            if needed <= self._n_available(request):
-                break
-            self._preempt(paused)  # its reader is slow, and may be waiting for this one
-        return needed <= self._n_available(request) or not any(r.runner is request.runner for r in self._running)
+        needed = request.sequence.pages_needed(len(request.decoding.history) + 1)
+        while not fits(needed, pool.n_available(), len(running := self._running_of(request.runner))):
+            paused = next((r for r in reversed(running) if r.paused), None)
+            if paused is None:
+                return False
+            self._preempt(paused)
+        return True
 
-    def _n_available(self, request: Request) -> int:
-        """Pages that are free or can be given up."""
-        usage = request.cache.usage()
-        return usage.n_pages - usage.n_used + usage.n_cached
+    def _running_of(self, runner: Runner) -> list[Request]:
+        return [r for r in self._running if r.runner is runner]
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -309,37 +315,22 @@ class Scheduler:
         return runners[self._turn % len(runners)]
 
     def _plan(self, runner: Runner) -> list[tuple[Request, int]]:
-        """Which requests get how many tokens computed, the longest admitted first."""
-        active = [r for r in self._running if r.runner is runner and not r.paused]
-        drawing = [r for r in active if r.n_pending == 1][: runner.max_tokens]
-        reading = [r for r in active if r.n_pending > 1]
-        share = dict.fromkeys(drawing, 1)
-        budget = self._pace(runner).chunk(len(drawing), runner.max_tokens - len(drawing))
-        if reading:
-            oldest = reading[0]
-            shortest = sorted(reading[1:], key=lambda r: r.n_pending)
-            least = (budget + 1) // 2 if shortest else budget
-            share[oldest] = min(oldest.n_pending, least)
-            budget -= share[oldest]
-            for request in shortest:
-                share[request] = min(request.n_pending, budget)
-                budget -= share[request]
-            share[oldest] += min(oldest.n_pending - share[oldest], budget)
-        return [(request, share[request]) for request in active if share.get(request, 0) > 0]
+        """Which requests the next step holds, and how many tokens of each."""
+        return plan(self._running_of(runner), Budget(runner.max_tokens, self._cost(runner)))
 
-    def _pace(self, runner: Runner) -> Pace:
-        return self._paces.setdefault(runner, Pace())
+    def _cost(self, runner: Runner) -> StepCost:
+        return self._costs.setdefault(runner, StepCost())
 
     def _step(self, runner: Runner) -> None:
         """Computes one batch of a model and tells the readers."""
-        plan = self._plan(runner)
-        n_steps = self._steps_alone(runner, plan)
+        planned = self._plan(runner)
+        n_steps = self._steps_alone(runner, planned)
         if n_steps:
-            if self._draw_steps(runner, plan, n_steps):
+            if self._draw_steps(runner, planned, n_steps):
                 return
-            plan = self._plan(runner)  # some may have gone on
+            planned = self._plan(runner)  # some may have made progress
         batch: list[tuple[Request, Part]] = []
-        for request, n in plan:
+        for request, n in planned:
             if request.state is State.RUNNING:  # or it gave way to one before it
                 part = self._prepare(request, n, batch)
                 if part is not None:
@@ -360,36 +351,40 @@ class Scheduler:
             return
         n_tokens = sum(part.n_tokens for _, part in batch)
         if n_tokens <= MAX_MEASURED:
-            self._pace(runner).measured(n_tokens, time.perf_counter() - start)
+            self._cost(runner).measured(n_tokens, time.perf_counter() - start)
         for request, _ in batch:
-            request.name_pages()
+            request.publish_pages()
         for i, row in enumerate(wanted):
             self._draw(batch[row][0], logits[i])
 
-    def _steps_alone(self, runner: Runner, plan: list[tuple[Request, int]]) -> int:
+    def _steps_alone(self, runner: Runner, batch: list[tuple[Request, int]]) -> int:
         """How many steps the native library can make by itself; 0 where it leaves a single one to be made here.
 
         A constraint, or who wants logprobs, needs logits here. On a device every other step is the library's, for it
         draws where the logits are; on the CPU that is worth it for several steps, in which nobody reads a prompt.
         """
-        if not all(n < request.n_pending or request.decoding.draws_alone for request, n in plan):
+        if not all(n < request.n_pending or request.decoding.draws_alone for request, n in batch):
             return 0
         least = 0 if runner.device is None else 1
-        if not all(request.n_pending == 1 for request, _ in plan):
+        if not all(request.n_pending == 1 for request, _ in batch):
             return least
-        base, token = self._pace(runner).cost()
-        step = base + token * len(plan)
-        most = min(int(TELL_S / step) if step > 0 else 1, MAX_STEPS, *(request.read_ahead for request, _ in plan))
-        if runner.pool.n_free < len(plan):  # nobody's past is given up for tokens to come: none goes beyond its page
-            most = min(most, *(PAGE_POSITIONS - request.sequence.n_tokens % PAGE_POSITIONS for request, _ in plan))
+        requests = [request for request, _ in batch]
+        most = decode_steps(
+            self._cost(runner),
+            (r.read_ahead for r in requests),
+            (PAGE_POSITIONS - r.sequence.n_tokens % PAGE_POSITIONS for r in requests),
+            n_free=runner.pool.n_free,
+            emit_seconds=TELL_S,
+            max_steps=MAX_STEPS,
+        )
         return most if most > 1 else least
 
-    def _draw_steps(self, runner: Runner, plan: list[tuple[Request, int]], n_steps: int) -> bool:
+    def _draw_steps(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
         """Several steps in one call; False if not everybody went on, for want of pages or because something is wrong
         that a single step will find."""
         draws = []
         try:
-            for request, n in plan:
+            for request, n in batch:
                 draws_now = n == request.n_pending  # also where nothing is left: then the answer ends with this token
                 n_draws = max(1, min(n_steps, request.decoding.n_left)) if draws_now else 0
                 part = runner.prepare(request.sequence, request.next_tokens(n), max(n_draws - 1, 0))
@@ -399,19 +394,19 @@ class Scheduler:
         except EngineError:
             return False
         except Exception as error:
-            for request, _ in plan:
+            for request, _ in batch:
                 self._finish(request, error=error)
             return True
-        n_tokens = sum(n for _, n in plan)
-        if n_tokens <= max(MAX_MEASURED, len(plan)):
-            self._pace(runner).measured(n_tokens, seconds[-1] / len(seconds))
+        n_tokens = sum(n for _, n in batch)
+        if n_tokens <= max(MAX_MEASURED, len(batch)):
+            self._cost(runner).measured(n_tokens, seconds[-1] / len(seconds))
         went_on = True
-        for (request, _), (_, draw), (tokens, logprobs) in zip(plan, draws, drawn, strict=True):
+        for (request, _), (_, draw), (tokens, logprobs) in zip(batch, draws, drawn, strict=True):
             if draw.n_steps:
                 self._take(request, tokens.tolist(), logprobs.tolist(), start + seconds)
                 went_on = went_on and len(tokens) > 0
             else:
-                request.name_pages()
+                request.publish_pages()
         return went_on
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
@@ -425,7 +420,7 @@ class Scheduler:
                 break
         request.sequence.n_tokens -= len(tokens) - len(pieces)
         request.sequence.settle()
-        request.name_pages(len(pieces))
+        request.publish_pages(len(pieces))
         if pieces and pieces[-1].finish_reason:
             self._finish(request)
         for piece, at in zip(pieces, times.tolist(), strict=False):
@@ -440,10 +435,10 @@ class Scheduler:
             except OutOfMemory as error:
                 if self._take_from_waiting(request.runner):
                     continue
-                served = {other for other, _ in batch}
-                others = [r for r in self._running if r.runner is request.runner and r is not request]
-                victim = next((r for r in reversed(others) if r not in served and r.sequence.pages), None)
-                if victim is None and not others:
+                running = self._running_of(request.runner)
+                holding = {r for r in running if r.sequence.pages}
+                victim = preempted(running, request, {other for other, _ in batch}, holding)
+                if victim is None and len(running) == 1:
                     self._finish(request, error=error)
                     return None
                 self._preempt(victim or request)
@@ -492,16 +487,9 @@ class Scheduler:
             except EngineError as own:
                 self._finish(request, error=own)
                 continue
-            request.name_pages()
+            request.publish_pages()
             if outputs:
                 self._draw(request, logits[0])
-
-
-def common_length(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
-    """How many tokens two texts begin with alike."""
-    n = min(len(a), len(b))
-    different = a[:n] != b[:n]
-    return int(different.argmax()) if different.any() else n
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()

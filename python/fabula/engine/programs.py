@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fabula._native import Isa
 
 
-class Assembly:
+class Programs:
     """Makes programs of the same weights.
 
     Args:
