@@ -51,19 +51,19 @@ from fabula.errors import EngineBusy, EngineError, InvalidArgument, NonFinite, O
 
 MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128
-IDLE_S = 1.0  # then the thread ends; the next request begins a new one
+IDLE_S = 1.0  # then the thread ends; the next request starts a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
-TELL_S = 0.016  # readers hear at least so often, a frame of a screen, where a call draws several tokens
-MAX_STEPS = PAGE_POSITIONS  # tokens of a request in one call: one page more at most
-MAX_MEASURED = 256  # tokens of a step that teaches what steps cost; attention makes longer ones another matter
+TELL_S = 0.016  # longest time between pieces when one call makes several decode steps: a frame of a screen
+MAX_STEPS = PAGE_POSITIONS  # decode steps in one call: at most one more page for each request
+MAX_MEASURED = 256  # tokens of a step that StepCost learns from; in longer ones attention dominates
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much there is to do.
+    """Requests at one moment.
 
     Attributes:
-        n_running, n_waiting: requests.
+        n_running, n_waiting: counts.
     """
 
     n_running: int
@@ -75,17 +75,17 @@ class Scheduler:
 
     Args:
         max_running: requests in one batch, of one model.
-        max_waiting: requests that may wait; more are refused.
+        max_waiting: requests that may wait; further ones are refused.
     """
 
     def __init__(self, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING) -> None:
         self._max_running, self._max_waiting = max_running, max_waiting
         self._inbox: queue.SimpleQueue[tuple[str, Request | Runner | threading.Event | None]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # the longest admitted first
-        self._interrupt = _native.Flag()  # set when something came into the inbox: a call that draws many tokens ends
+        self._running: list[Request] = []  # in order of admission
+        self._interrupt = _native.Flag()  # set when the inbox has a command: ends a call of several decode steps
         self._costs: weakref.WeakKeyDictionary[Runner, StepCost] = weakref.WeakKeyDictionary()
-        self._room = False  # something ended since waiting requests were looked at
+        self._room = False  # a request ended since the last admission
         self._turn = 0
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -96,10 +96,10 @@ class Scheduler:
     # ---- For every thread -------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Begins a request.
+        """Queues a request and starts the thread if there is none.
 
         Raises:
-            EngineBusy: as many wait as may.
+            EngineBusy: the maximum number of requests waits already.
             EngineError: the process was forked since.
         """
         if os.getpid() != self._pid:
@@ -111,50 +111,50 @@ class Scheduler:
                     n_waiting=len(self._waiting),
                 )
             self._n_outstanding += 1
-            self._tell(("submit", request))
+            self._post(("submit", request))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="fabula-engine", daemon=True)
                 self._thread.start()
 
     def cancel(self, request: Request) -> None:
-        """Ends a request and waits until the scheduler has let go of it: one step at most. May be called twice."""
+        """Ends a request and waits until the scheduler released it: one step at most. May be called twice."""
         request.abandoned = True
         if threading.current_thread() is self._thread or os.getpid() != self._pid:
-            return  # it is let go of after this step; or there is nobody to wait for
+            return  # this thread releases it after the step; or, in a forked child, there is no thread to wait for
         self.wake()
         request.done.wait()
 
     def wake(self) -> None:
-        """Something changed that the thread should look at. Safe in a destructor."""
-        self._tell(("wake", None))
+        """Makes the thread look at its requests again. Safe in a destructor."""
+        self._post(("wake", None))
 
-    def _tell(self, command: tuple[str, Request | Runner | threading.Event | None]) -> None:
+    def _post(self, command: tuple[str, Request | Runner | threading.Event | None]) -> None:
         self._inbox.put(command)
         self._interrupt.set()
 
     def drop(self, runner: Runner) -> None:
-        """Ends every request of a model, with an error for their readers, and waits for it."""
-        if os.getpid() != self._pid:  # the thread was not copied, and its locks may be held for ever
+        """Ends every request of a model with an error, and waits until they have ended."""
+        if os.getpid() != self._pid:  # a forked child has no thread, and locks may be held for ever
             return
         settled = threading.Event()
         with self._start_lock:
             if self._thread is None or self._thread is threading.current_thread():
                 return
-            self._tell(("drop", runner))
-            self._tell(("settled", settled))
+            self._post(("drop", runner))
+            self._post(("settled", settled))
         settled.wait()
 
     @property
     def load(self) -> Load:
-        """Requests at this moment."""
+        """Running and waiting requests."""
         n_running = len(self._running)
         return Load(n_running, max(0, self._n_outstanding - n_running))
 
     def stop(self) -> None:
-        """Ends everything; for the end of the process."""
+        """Ends all requests and the thread; for the end of the process."""
         thread = self._thread
         if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
-            self._tell(("stop", None))
+            self._post(("stop", None))
             thread.join()
 
     # ---- The thread -------------------------------------------------------------------------------------------------
@@ -167,15 +167,15 @@ class Scheduler:
                 runner = self._next_runner()
                 if runner is not None:
                     self._step(runner)
-        except BaseException as error:  # every reader learns of it; the next request begins anew
+        except BaseException as error:  # each reader gets it; the next request starts a new thread
             self._end(EngineError(f"the engine failed: {error!r}"))
             raise
 
     def _take_commands(self) -> bool:
-        """Reads the inbox; waits for something if there is nothing to compute. False when the thread should end."""
+        """Reads the inbox, and waits for it if there is nothing to compute. False when the thread should end."""
         busy = any(not request.paused for request in self._running) or (self._waiting and self._room)
         pause = None if busy else PAUSE_S if self._running or self._waiting else IDLE_S
-        self._interrupt.clear()  # before looking: what comes in from now on sets it again
+        self._interrupt.clear()  # before reading: a later command sets it again
         while True:
             try:
                 command, about = self._inbox.get(timeout=pause) if pause is not None else self._inbox.get_nowait()
@@ -193,7 +193,7 @@ class Scheduler:
                 return False
 
     def _end(self, error: EngineError | None) -> None:
-        """Ends everything, also what is still in the inbox; the next request begins a new thread."""
+        """Ends all requests, also those in the inbox; the next one starts a new thread."""
         with self._start_lock:
             self._thread = None
             left = []
@@ -207,7 +207,7 @@ class Scheduler:
                 about.set()
 
     def _end_thread(self) -> bool:
-        """Whether the thread may end: nothing came in since it looked."""
+        """Whether the thread may end: the inbox is still empty."""
         with self._start_lock:
             if not self._inbox.empty():
                 return False
@@ -219,7 +219,7 @@ class Scheduler:
             self._finish(request, error=InvalidArgument("the model is closed"))
 
     def _settle_ends(self) -> None:
-        """Lets go of requests that nobody reads any more or whose time is up."""
+        """Ends requests that were abandoned or whose deadline has passed."""
         for request in [r for r in (*self._running, *self._waiting) if r.abandoned or r.deadline is not None]:
             if request.abandoned:
                 self._finish(request, "cancelled")
@@ -227,19 +227,19 @@ class Scheduler:
                 self._finish(request, "timeout")
 
     def _finish(self, request: Request, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
-        """Lets go of a request; a reader that waits learns why, unless its last piece said so."""
+        """Releases a request and emits the reason or error, unless the last piece has it."""
         if request.state is State.RUNNING:
             self._running.remove(request)
         elif request.state is State.WAITING and request in self._waiting:
             self._waiting.remove(request)
         request.state = State.DONE
-        request.cache.keep(request.sequence)  # nobody computes with it: it may be given up
+        request.cache.keep(request.sequence)  # not computed with any more: it may be evicted
         self._room = True
         with self._start_lock:
             self._n_outstanding -= 1
         request.done.set()
         if reason is not None or error is not None:
-            request.tell(Item(None, time.perf_counter(), reason, error))
+            request.emit(Item(None, time.perf_counter(), reason, error))
 
     # ---- Admission --------------------------------------------------------------------------------------------------
 
@@ -251,8 +251,8 @@ class Scheduler:
             if not admits(request, n_running, self._max_running, blocked=blocked):
                 continue
             try:
-                if not self._find_past(request):
-                    continue  # somebody is just computing what it needs
+                if not self._find_prefix(request):
+                    continue  # a running request is computing what it needs
                 if not self._fits(request):
                     full.add(request.runner)
                     continue
@@ -266,8 +266,8 @@ class Scheduler:
                 request.n_reused = request.sequence.n_tokens
             self._running.append(request)
 
-    def _find_past(self, request: Request) -> bool:
-        """Takes over K and V that are there already. False if more is just being computed by another request."""
+    def _find_prefix(self, request: Request) -> bool:
+        """Adopts KV that is there already. False: a running request is computing more of the prefix just now."""
         have = request.sequence.n_tokens
         keys = request.keys()
         if len(keys) * PAGE_POSITIONS > have:
@@ -307,7 +307,7 @@ class Scheduler:
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
     def _next_runner(self) -> Runner | None:
-        """The model whose turn it is among those with something to compute."""
+        """The next model, in rotation, that has something to compute."""
         runners = list(dict.fromkeys(r.runner for r in self._running if not r.paused))
         if not runners:
             return None
@@ -322,16 +322,16 @@ class Scheduler:
         return self._costs.setdefault(runner, StepCost())
 
     def _step(self, runner: Runner) -> None:
-        """Computes one batch of a model and tells the readers."""
+        """Computes one batch of a model and emits the results."""
         planned = self._plan(runner)
-        n_steps = self._steps_alone(runner, planned)
+        n_steps = self._native_steps(runner, planned)
         if n_steps:
-            if self._draw_steps(runner, planned, n_steps):
+            if self._decode_natively(runner, planned, n_steps):
                 return
             planned = self._plan(runner)  # some may have made progress
         batch: list[tuple[Request, Part]] = []
         for request, n in planned:
-            if request.state is State.RUNNING:  # or it gave way to one before it
+            if request.state is State.RUNNING:  # or it was preempted for one before it
                 part = self._prepare(request, n, batch)
                 if part is not None:
                     batch.append((request, part))
@@ -355,15 +355,15 @@ class Scheduler:
         for request, _ in batch:
             request.publish_pages()
         for i, row in enumerate(wanted):
-            self._draw(batch[row][0], logits[i])
+            self._sample(batch[row][0], logits[i])
 
-    def _steps_alone(self, runner: Runner, batch: list[tuple[Request, int]]) -> int:
-        """How many steps the native library can make by itself; 0 where it leaves a single one to be made here.
+    def _native_steps(self, runner: Runner, batch: list[tuple[Request, int]]) -> int:
+        """Number of decode steps to run in one native call; 0: run one step from Python.
 
-        A constraint, or who wants logprobs, needs logits here. On a device every other step is the library's, for it
-        draws where the logits are; on the CPU that is worth it for several steps, in which nobody reads a prompt.
+        Constraints and logprobs need the logits in Python. On a device every other step is native, since sampling runs
+        where the logits are; on the CPU that is worth it for several steps, while no request prefills.
         """
-        if not all(n < request.n_pending or request.decoding.draws_alone for request, n in batch):
+        if not all(n < request.n_pending or request.decoding.samples_natively for request, n in batch):
             return 0
         least = 0 if runner.device is None else 1
         if not all(request.n_pending == 1 for request, _ in batch):
@@ -379,13 +379,13 @@ class Scheduler:
         )
         return most if most > 1 else least
 
-    def _draw_steps(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
-        """Several steps in one call; False if not everybody went on, for want of pages or because something is wrong
-        that a single step will find."""
+    def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
+        """Runs several steps in one native call. False if a request made no progress, for lack of pages or because of
+        an error that a step from Python will find."""
         draws = []
         try:
             for request, n in batch:
-                draws_now = n == request.n_pending  # also where nothing is left: then the answer ends with this token
+                draws_now = n == request.n_pending  # also where no tokens are left: then the answer ends with this one
                 n_draws = max(1, min(n_steps, request.decoding.n_left)) if draws_now else 0
                 part = runner.prepare(request.sequence, request.next_tokens(n), max(n_draws - 1, 0))
                 draws.append((request.sequence, request.decoding.drawn_by(part.share, n_draws)))
@@ -410,7 +410,7 @@ class Scheduler:
         return went_on
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
-        """Hands out tokens that were drawn; those behind the answer's end never were."""
+        """Emits sampled tokens, without those after the end of the answer."""
         if tokens:
             request.clock.prompt_done = request.clock.prompt_done or float(times[0])
         pieces: list[Piece] = []
@@ -424,16 +424,16 @@ class Scheduler:
         if pieces and pieces[-1].finish_reason:
             self._finish(request)
         for piece, at in zip(pieces, times.tolist(), strict=False):
-            request.tell(Item(piece, at, piece.finish_reason))
+            request.emit(Item(piece, at, piece.finish_reason))
 
     def _prepare(self, request: Request, n: int, batch: list[tuple[Request, Part]]) -> Part | None:
-        """Reserves pages for a request's next tokens. Where there are none, the youngest request that has not got its
-        own in this step gives way; None if that is this one."""
+        """Reserves pages for a request's next tokens, preempting others if there are none. None: this request was
+        preempted, or ended with an error."""
         while True:
             try:
                 return request.runner.prepare(request.sequence, request.next_tokens(n))
             except OutOfMemory as error:
-                if self._take_from_waiting(request.runner):
+                if self._evict_waiting(request.runner):
                     continue
                 running = self._running_of(request.runner)
                 holding = {r for r in running if r.sequence.pages}
@@ -448,12 +448,12 @@ class Scheduler:
                 self._finish(request, error=error)
                 return None
 
-    def _take_from_waiting(self, runner: Runner) -> bool:
-        """Lets the youngest request that waits give up the K and V it brought; False if none has any."""
-        holder = next((r for r in reversed(self._waiting) if r.runner is runner and r.sequence.pages), None)
-        if holder is not None:
-            holder.release()
-        return holder is not None
+    def _evict_waiting(self, runner: Runner) -> bool:
+        """Evicts the KV of the youngest waiting request that has any; False if none has."""
+        owner = next((r for r in reversed(self._waiting) if r.runner is runner and r.sequence.pages), None)
+        if owner is not None:
+            owner.release()
+        return owner is not None
 
     def _preempt(self, request: Request) -> None:
         self._running.remove(request)
@@ -462,8 +462,8 @@ class Scheduler:
         request.release()
         self._waiting.appendleft(request)
 
-    def _draw(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
-        """Draws a request's next token and hands it out."""
+    def _sample(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
+        """Samples a request's next token and emits it."""
         now = time.perf_counter()
         request.clock.prompt_done = request.clock.prompt_done or now
         try:
@@ -473,10 +473,10 @@ class Scheduler:
             return
         if piece.finish_reason:
             self._finish(request)
-        request.tell(Item(piece, time.perf_counter(), piece.finish_reason))
+        request.emit(Item(piece, time.perf_counter(), piece.finish_reason))
 
     def _find_damaged(self, batch: list[tuple[Request, Part]], error: NonFinite) -> None:
-        """Somebody's logits are damaged: everybody's are computed alone, and who fails again is out."""
+        """Finds whose logits are not finite: computes each request alone and ends those that fail again."""
         if len(batch) == 1:
             self._finish(batch[0][0], error=error)
             return
@@ -489,7 +489,7 @@ class Scheduler:
                 continue
             request.publish_pages()
             if outputs:
-                self._draw(request, logits[0])
+                self._sample(request, logits[0])
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -497,6 +497,6 @@ _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """A thread inside the library at the interpreter's end would wake up in a world taken down."""
+    """Otherwise a thread inside the library would return into an interpreter that is gone."""
     for scheduler in list(_schedulers):
         scheduler.stop()

@@ -126,12 +126,16 @@ class KvEvictionList:
             n_pages = self._longest(keys, window)
         first = window.first_page(n_pages * PAGE_POSITIONS)
         pages: list[int] = []
-        for i, key in enumerate(keys[:n_pages]):
-            seen = i >= first or (i == 0 and window.n_sinks > 0)
-            page = self._page(key) if seen else HOLE
-            if page is None:  # evicted since, damaged on disk, or no page free to read it into
-                break
-            pages.append(page)
+        try:
+            for i, key in enumerate(keys[:n_pages]):
+                seen = i >= first or (i == 0 and window.n_sinks > 0)
+                page = self._page(key) if seen else HOLE
+                if page is None:  # evicted since, damaged on disk, or no page free to read it into
+                    break
+                pages.append(page)
+        except BaseException:
+            self._pool.give_back(pages)
+            raise
         if not pages:
             return None
         sequence = Sequence.of(self._pool, pages, window)
@@ -167,7 +171,7 @@ class KvEvictionList:
         if not spill.get(key, data):
             return None
         with self._pool.lock:
-            page = self._shared(key)  # somebody else may have read it meanwhile
+            page = self._shared(key)  # another thread may have read it meanwhile
             if page is not None:
                 return page
             try:
@@ -232,16 +236,13 @@ class KvEvictionList:
         spill = self.spill
         if spill is None:
             return
-        with self._pool.lock:
-            pages = sequence.pages
-            self._pool.share(pages)  # so that they stay while nothing is locked
-        try:
-            for page in pages:
-                spill.drain(DRAIN_BYTES)
-                with self._pool.lock:
-                    self._save([page], None if n_references is None else n_references + 1)
-        finally:
-            self._pool.give_back(pages)
+        i, n_pages = 0, 1
+        while i < n_pages:  # page by page: meanwhile others may evict it
+            spill.drain(DRAIN_BYTES)
+            with self._pool.lock:
+                pages = sequence.pages
+                self._save(pages[i : i + 1], n_references)
+            i, n_pages = i + 1, len(pages)
 
     def save_all(self) -> None:
         """Writes every retained page to disk, so that a later process finds it. Waits for the disk."""

@@ -75,9 +75,9 @@ class PagePool:
     """A fixed number of pages of `PAGE_POSITIONS` positions each. Thread-safe.
 
     Args:
-        dtypes: of K and V, or of each: F32, F16, BF16, or Q8_0 for bytes with a scale.
+        dtypes: of keys and values, or of each: F32, F16, BF16, or Q8_0 for bytes with a scale.
         n_pages: pages in all; only touched ones take memory.
-        n_layers, n_kv_heads, head_dim: shape of a position's K and V.
+        n_layers, n_kv_heads, head_dim: shape of a position's keys and values.
         device: GPU they lie on, which takes memory for all at once; None for the CPU.
     """
 
