@@ -180,7 +180,7 @@ class _Reader:
 
     def check_names(self, rules: dict[str, Node]) -> None:
         if "root" not in rules:
-            raise InvalidArgument("gbnf: there is no rule root, where a grammar starts")
+            raise InvalidArgument("gbnf: there is no rule root; every grammar needs one")
         for name, place in self._named.items():
             if name not in rules:
                 self._fail(f"there is no rule {name!r:.80}", place)

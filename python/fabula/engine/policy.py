@@ -4,7 +4,7 @@
     decode_steps     how many decode steps one native call makes
     admits           whether a waiting request may start
     fits             whether there are pages for it
-    preempted        who gives up its pages when there are none left
+    preempted        who releases its pages when there are none left
     shares_prefix    whose KV pages a waiting request can use, or should wait for
 
 `scheduler.py` carries the decisions out. Lists of running requests are in order of admission, the oldest first.
@@ -140,7 +140,7 @@ def fits(n_needed: int, n_available: int, n_running: int) -> bool:
 
 
 def preempted(running: Sequence[R], request: R, served: Collection[R], holding: Collection[R]) -> R | None:
-    """Who gives up its pages so that `request` gets some: the youngest that has no place in this step yet.
+    """Who is preempted so that `request` gets pages: the youngest that has no place in this step yet.
 
     Args:
         running: requests of the model, in order of admission.

@@ -110,7 +110,7 @@ class SamplingParams:
         xtc_threshold: in [0, 1]; has an effect in (0, 0.5].
         logit_bias: number added per token id, -inf bans; given as a mapping, kept as sorted pairs; 1,024 at
             most.
-        banned_tokens: ids never drawn.
+        banned_tokens: ids never sampled.
         seed: 0 .. 2^64 - 1; None lets the caller pick one by `resolved_seed`. The same seed, logits and
             position give the same token.
         chain: names of steps, each at most once, out of STEPS.
@@ -353,7 +353,7 @@ class Sampler:
         Args:
             logits: float32 [vocab_size], left as they are.
             history: int32 [n], the tokens so far, oldest first.
-            position: of the drawn token in its sequence, 0 or more; with the seed it keys the random numbers.
+            position: of the sampled token in its sequence, 0 or more; with the seed it keys the random numbers.
             banned: ids banned in this call only, such as end tokens before `min_tokens`.
 
         Returns:
