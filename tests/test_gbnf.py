@@ -184,7 +184,7 @@ def test_texts(source: str, texts: list[str], others: list[str], words: Tokenize
     [
         ("", "there is no rule root"),
         ('foo ::= "a"', "there is no rule root"),
-        ('root ::= "a"\n\n  item "b"', "line 3, column 8: expected ::= behind the name 'item'"),
+        ('root ::= "a"\n\n  item "b"', "line 3, column 8: expected ::= after the name 'item'"),
         ('root ::= "a"\r\nroot ::= a b', "line 2, column 10: there is no rule 'a'"),
         ('root ::= "a"\n| "b"', "line 2, column 1: expected the name of a rule, not '|'"),
         ('root ::= "a', 'line 1, column 10: unexpected end of input: the text in quotes has no closing "'),
@@ -194,7 +194,7 @@ def test_texts(source: str, texts: list[str], others: list[str], words: Tokenize
         ("root ::= <[1x]>", "expected the id of a token"),
         ("root ::= <nope>", "line 1, column 10: the vocabulary has no token '<nope>'"),
         ("root ::= <[99999]>", "the vocabulary has no token '99999'"),
-        ("root ::= !x", "expected a token behind !"),
+        ("root ::= !x", "expected a token after !"),
         ("root ::= <a", "the token has no closing >"),
         ("root ::= * \"a\"", "line 1, column 10: there is nothing before \\* to repeat"),
         ('root ::= "a"{2', "line 1, column 13: expected {n}, {n,} or {n,m}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from hashlib import blake2b
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from fabula._native import PAGE_POSITIONS
 from fabula.errors import OutOfMemory
 from fabula.formats.checkpoint import DType
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import HOLE, PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, KeyChain, Window
 
@@ -60,6 +61,9 @@ class Shelf:
     def n_pages(self) -> int:
         return len(self.pages)
 
+    def drain(self, max_bytes: int = 0) -> None:
+        """Nothing is queued."""
+
 
 class Held:
     """A sequence and what it should hold."""
@@ -74,7 +78,7 @@ class Cache(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(DType.F32, N_PAGES, 1, 1, 4)
-        self.cache = KvCache(self.pool, n_anonymous=3)
+        self.cache = KvEvictionList(self.pool, n_anonymous=3)
         self.cache.spill = self.shelf = Shelf()
         self.held: list[Held] = []
         self.n_found = 0
@@ -192,6 +196,8 @@ class Cache(RuleBasedStateMachine):
         sequences |= {id(sequence): sequence for sequence in self.cache._anonymous.values()}
         self.pool.check([sequence.pages for sequence in sequences.values()])
         usage = self.cache.usage()
+        retained = Counter(p for s in self.cache._sequences() for p in s.pages if p != HOLE)
+        assert usage.n_cached == sum(n == self.pool.holders(page) for page, n in retained.items())
         assert usage.n_used == N_PAGES - self.pool.n_free and 0 <= usage.n_cached <= usage.n_used
         assert len(self.cache._anonymous) <= 3
 
@@ -243,7 +249,7 @@ def test_names_do_not_depend_on_how_a_text_grew() -> None:
 @pytest.mark.parametrize("n_anonymous", [0, 1, 16])
 def test_nobodys_sequences_live_until_others_are_newer(n_anonymous: int) -> None:
     pool = PagePool(DType.F32, 64, 1, 1, 4)
-    cache = KvCache(pool, n_anonymous=n_anonymous)
+    cache = KvEvictionList(pool, n_anonymous=n_anonymous)
     for _ in range(20):
         sequence = Sequence(pool)
         sequence.reserve(40)

@@ -181,7 +181,7 @@ def test_a_sequence_given_up_while_its_reader_cuts_it(model: Model, monkeypatch:
     def interrupted(self: Sequence, verb: str, n_tokens: int) -> None:
         check(self, verb, n_tokens)
         if verb == "truncate" and n_tokens:
-            thread = threading.Thread(target=model._engine.cache.give_up, args=(self,))
+            thread = threading.Thread(target=model._engine.cache.evict, args=(self,))
             thread.start()
             thread.join(0.2)  # for ever, if the lock is held as it must be
             waiting.append(thread)

@@ -89,7 +89,7 @@ def ints(array: I32) -> Any:
 
 
 class Flag:
-    """A number that a running call of the library looks at between its steps; any thread may set it."""
+    """A flag that a running call of the library checks between its steps; any thread may set it."""
 
     def __init__(self) -> None:
         self.memory = ffi.new("int32_t[1]")
@@ -179,7 +179,7 @@ def device_count() -> int:
 
 
 def device_info(index: int) -> DeviceInfo:
-    """What a GPU is. Asking wakes it up, which takes some of its memory."""
+    """Describes a GPU. This initializes it, which takes some of its memory."""
     info = ffi.new("struct fb_device_info *")
     check(lib.fb_device_describe(index, info))
     name = ffi.string(info.name).decode("utf-8", "replace")
@@ -190,7 +190,7 @@ def device_info(index: int) -> DeviceInfo:
 
 
 class Device:
-    """A GPU to put weights, pages and programs on; see fb_device in fabula.h.
+    """A GPU for weights, pages and programs; see fb_device in fabula.h.
 
     Args:
         index: its number.
@@ -291,7 +291,7 @@ def of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
 
 
 class PagePool:
-    """Bytes of KV pages; see fb_page_pool in fabula.h. Which page belongs to whom is decided in fabula.kv."""
+    """Bytes of KV pages; see fb_page_pool in fabula.h. Page tables and reference counts are in fabula.kv."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Programs of the native library: operators, batches, and steps that draw; see fb_program in fabula.h."""
+"""Programs of the native library: operators, batches, and steps that sample; see fb_program in fabula.h."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class BatchSequence:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What fb_sample takes of one answer: struct fb_sampling, bias and DRY's breakers."""
+    """Sampling settings of one answer for fb_sample: struct fb_sampling, bias and DRY's breakers."""
 
     settings: Any
     bias_ids: I32
@@ -69,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One sequence that draws up to `n_steps` tokens, none behind one of `ends`; as in struct fb_draw.
+    """One sequence that samples up to `n_steps` tokens, none after one of `ends`; as in struct fb_draw.
 
     `history` int32 has room for n_history + n_steps tokens, the share's at the end of the first n_history; those drawn
     are written behind them. With n_steps 0 the share is only computed.
@@ -146,7 +146,7 @@ class Program:
         self.shape = shape
         self.n_threads = n_threads
         last = ops[-1].weight if ops else None
-        self.n_outputs = last.n_rows if last is not None else 0  # numbers of a row that is wanted
+        self.n_outputs = last.n_rows if last is not None else 0  # numbers in an output row
         self._draw_logits = np.empty(0, np.float32)
         # Borrowed by C: they must live as long as the program.
         self._weights = [op.weight for op in ops if op.weight is not None]
@@ -175,7 +175,7 @@ class Program:
     def draw(
         self, pool: PagePool, draws: Sequence[Draw], n_steps: int, stop: Any
     ) -> tuple[list[tuple[I32, F32]], npt.NDArray[np.float64]]:
-        """Up to n_steps steps over sequences that draw; see fb_program_draw. `stop`: int32_t[1] of cffi.
+        """Up to n_steps decode steps; see fb_program_draw. `stop`: int32_t[1] of cffi.
 
         Returns:
             The tokens and logprobs of each sequence, and when each step was done, in seconds since the call.
@@ -216,7 +216,7 @@ class Program:
 
     @property
     def graphs(self) -> GraphInfo:
-        """What became of recorded steps; Unsupported on the CPU."""
+        """Statistics of recorded steps; Unsupported on the CPU."""
         info = ffi.new("struct fb_graph_info *")
         check(lib.fb_program_graph_info(self.handle, info))
         reason = ffi.string(info.reason).decode("utf-8", "replace")

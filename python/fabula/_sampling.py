@@ -47,7 +47,7 @@ def _sample_arguments(
 def sample(
     logits: F32, settings: Any, position: int, history: I32, bias_ids: I32, bias_values: F32, breakers: I32, work: Any
 ) -> tuple[int, float]:
-    """Draws one token; see fb_sample. Returns (token id, natural log-probability under the plain softmax)."""
+    """Samples one token; see fb_sample. Returns (token id, natural log-probability under the plain softmax)."""
     token, logprob = ffi.new("int32_t *"), ffi.new("float *")
     arguments = _sample_arguments(logits, settings, position, history, bias_ids, bias_values, breakers, work)
     check(lib.fb_sample(*arguments, token, logprob))

@@ -24,7 +24,7 @@ from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.download import DEFAULT_MODEL, Progress
 from fabula.formats.fingerprint import Fingerprinting
 from fabula.formats.locate import locate
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
 from fabula.models.config import ModelConfig
@@ -86,7 +86,9 @@ class Model:
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
-        self._engine = Engine(runner, tokenizer, KvCache(runner.pool), scheduler or Scheduler(), self.defaults.values)
+        self._engine = Engine(
+            runner, tokenizer, KvEvictionList(runner.pool), scheduler or Scheduler(), self.defaults.values
+        )
         self._embedders: Embedder | None = None  # made when it is first asked for
         self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)

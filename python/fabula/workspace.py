@@ -17,6 +17,7 @@ from fabula.engine.scheduler import MAX_RUNNING, MAX_WAITING, Load, Scheduler
 from fabula.errors import InvalidArgument, SessionNotFound, StoreError
 from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
+from fabula.kv.spill_writer import SpillWriter
 from fabula.model import Model
 from fabula.sessions.archive import import_session
 from fabula.sessions.model_handle import LoadedModel, ModelHandle
@@ -77,7 +78,7 @@ class Workspace:
         self._keeper = Persistence(Store.open(self.folder if store is None else store))
         self._hosts: dict[str, ModelHandle] = {}
         self._models: dict[str, Model] = {}
-        self._spills: dict[str, SpillFolder] = {}
+        self._spills: dict[str, SpillWriter] = {}
         self._options: dict[str, dict[str, Any]] = {}
         self._loading = threading.RLock()  # held by who loads a model, and taken before the other one
         self._lock = threading.RLock()
@@ -157,7 +158,7 @@ class Workspace:
             except StoreError as error:  # sessions do without: K and V can be computed
                 why_cold = f"pages are not kept on disk: {error}"
             else:
-                self._spills[name] = model._engine.cache.spill = spill
+                self._spills[name] = model._engine.cache.spill = SpillWriter(spill)
                 others = spill.other_fingerprints()
                 if others and not spill.n_pages:
                     why_cold = f"the pages on disk are of another model: {fingerprint.difference(others[0])}"

@@ -1,5 +1,5 @@
-"""What an answer must look like, as a setting: a JSON schema, a regular expression or a grammar, and its text in the
-dialect of the `llguidance` library. Compiling it, and following an answer through it, is in `engine/grammar.py`.
+"""Constraints on an answer, as a setting: a JSON schema, a regular expression or a grammar, translated to the dialect
+of the `llguidance` library. `engine/grammar.py` compiles them and computes the token masks.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ __all__ = ["KINDS", "MAX_JSON_DEPTH", "MAX_MESSAGE", "MAX_RULES", "MAX_SOURCE_BY
 
 KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf", "tools")
 MAX_SOURCE_BYTES = 1 << 16
-MAX_TOOLS_BYTES = 1 << 20  # of a grammar made of definitions of tools
+MAX_TOOLS_BYTES = 1 << 20  # of a grammar generated from tool definitions
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must look like, whole: from its first character to its end.
+    """A constraint on the whole answer, from its first character to its last.
 
     Made by `json_schema`, `json_object`, `regex`, `lark` or `gbnf`, and given as `SamplingParams.constraint`. Whether
-    the grammar can be compiled is found out when an answer begins.
+    the grammar compiles is checked when a generation starts.
 
     Attributes:
         kind: one of `KINDS`.
         source: the grammar's text; "" for `json_object`.
-        shown: ids of control tokens that are part of the answer's text, since they mark a call of a tool; others leave
-            no text.
+        shown: ids of control tokens that are part of the answer's text, since they mark a tool call; others have no
+            text.
 
     Raises:
         InvalidArgument: no such kind, or a source that is too long or, for a schema, no JSON object or too deep.
@@ -54,7 +54,7 @@ class Constraint:
         most = MAX_TOOLS_BYTES if self.kind == "tools" else MAX_SOURCE_BYTES
         if n_bytes > most:
             raise InvalidArgument(f"{self.kind}: the source has {n_bytes} bytes, at most {most} are read")
-        object.__setattr__(self, "shown", tuple(self.shown))  # a list, where it comes from a store
+        object.__setattr__(self, "shown", tuple(self.shown))  # a list, if it was read from a store
         if self.kind == "json_schema":
             _parse_schema(self.source)
 
@@ -104,7 +104,7 @@ class Constraint:
         return cls("gbnf", grammar)
 
     def to_lark(self, token_id: Callable[[str], int | None] = lambda _: None) -> str:
-        """The grammar as the library takes it.
+        """The grammar in the library's form.
 
         Args:
             token_id: of the vocabulary; as `parse_gbnf` takes it.

@@ -1,4 +1,4 @@
-"""One answer as a calculation: logits in, tokens and certain text out. No threads, no pages, no clock."""
+"""Decoding of one answer: logits in, tokens and certain text out. No threads, no KV pages, no clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fabula.engine.stop import StopMatcher
 from fabula.errors import InvalidArgument, NonFinite
 from fabula.text.tokenizer import Tokenizer
 
-# The last: the process ended while the answer was being made; seen on turns that come back from a store.
+# "interrupted": the process ended during the answer; seen on turns that were read from a store.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "interrupted"]
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -25,20 +25,20 @@ I32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token brought.
+    """One sampled token and the text that became certain with it.
 
     Attributes:
-        token_id: the token drawn.
-        text: text that became certain with it; may be empty (half a character, a possible stop string) or belong to
+        token_id: the sampled token.
+        text: may be empty (half a character, a possible stop string) or belong to
             several tokens.
         logprob: natural log-probability of the token under the plain softmax of the logits, before any constraint.
         finish_reason: None while more may come; "stop" (end token, stop token, stop string, or a constraint that lets
             nothing follow), "length" (max_tokens, or the context is full).
-        top_logprobs: the likeliest (token id, logprob), best first, as many as `SamplingParams.n_logprobs` asks for.
-        offset: where the token begins in the answer's text: the characters that the tokens before it make. It does not
-            depend on what is held back; tokens that share a character have the offset of that character.
+        top_logprobs: the most probable (token id, logprob), best first, `SamplingParams.n_logprobs` of them.
+        offset: where the token begins in the answer's text, in characters. It does not depend on what is held back;
+            tokens that share a character have the offset of that character.
         n_certain: how many of the tokens sampled so far, from the first, are certain to be part of the text. A token
-            that may lie in a stop string is not, nor is one behind the cut or an end token. Never falls.
+            that may be part of a stop string is not, nor is one after the cut or an end token. Never falls.
     """
 
     token_id: int
@@ -67,7 +67,7 @@ class History:
         return self._buffer[: self._n]
 
     def room_for(self, n: int) -> I32:
-        """The buffer behind `ids`, with room for n tokens more."""
+        """The buffer of `ids`, with room for n more tokens."""
         while self._n + n > len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
         return self._buffer
@@ -78,20 +78,20 @@ class History:
 
 
 class Decoding:
-    """Draws the tokens of one answer and reads them as text until something ends it.
+    """Samples the tokens of one answer and decodes their text until the answer ends.
 
-    Under a constraint only tokens that it allows are drawn, whatever else the settings say: end tokens are not held
-    back or let pass where nothing else may follow. Stop strings and `stop_tokens` end the answer wherever they come,
-    also where the constraint would go on.
+    Under a constraint only tokens that it allows are sampled, whatever the other settings: `min_tokens` and
+    `ignore_eos` do not apply where only an end token may follow. Stop strings and `stop_tokens` end the answer
+    anywhere, also where the constraint requires more.
 
     Args:
         tokenizer: of the model.
         vocab_size: length of the logits.
-        prompt: token ids to go on from.
+        prompt: token ids to continue.
         params: sampling settings; the seed is resolved.
-        room: tokens that may be drawn at most, besides what `params` says.
-        continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
-        begun: ids the answer begins with already; they count as drawn, but not for the limits of `params`.
+        room: the maximum number of tokens, besides the limits of `params`.
+        continues: whether the text continues the prompt's, so that a leading space is kept.
+        begun: ids the answer starts with; they count as sampled, but not for the limits of `params`.
 
     Attributes:
         history: prompt and answer so far.
@@ -99,7 +99,7 @@ class Decoding:
         params: with the seed in use.
 
     Raises:
-        InvalidArgument: the constraint cannot be compiled or forbids what the answer begins with.
+        InvalidArgument: the constraint cannot be compiled or forbids what the answer starts with.
         EngineBusy: too many constraints are being compiled.
     """
 
@@ -116,13 +116,13 @@ class Decoding:
     ) -> None:
         self.params = replace(params, seed=params.resolved_seed())
         self.history = History(np.concatenate([prompt, np.asarray(begun, np.int32)]))
-        self._n_drawn = 0
+        self._n_sampled = 0
         self._room = room if params.max_tokens is None else min(room, params.max_tokens)
         self._ends = frozenset(params.stop_tokens) | (
             frozenset() if params.ignore_eos else frozenset(tokenizer.eos_ids)
         )
         self._end_ids = np.array(sorted(self._ends), np.int32)
-        self._may_stop = True  # whether the answer may end before the token that was drawn last
+        self._may_stop = True  # whether the answer may end before the last sampled token
         self._ignored_ends = list(tokenizer.eos_ids) if params.ignore_eos else []
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
@@ -139,10 +139,10 @@ class Decoding:
         self.begun_text = "".join(self._text_of(token) for token in begun)
 
     def accept(self, logits: F32) -> Piece:
-        """Draws the next token.
+        """Samples the next token.
 
         Args:
-            logits: float32 [vocab_size], behind the last token of the history.
+            logits: float32 [vocab_size], after the last token of the history.
 
         Raises:
             NonFinite, InvalidArgument: as `Sampler.sample`; also if every token that the constraint allows is banned,
@@ -150,16 +150,16 @@ class Decoding:
         """
         history = self.history
         if self._guide is None:
-            held = sorted(self._ends) if self._n_drawn < self.params.min_tokens else []
+            held = sorted(self._ends) if self._n_sampled < self.params.min_tokens else []
             token, logprob = self._sampler.sample(logits, history.ids, len(history), banned=held)
         else:
-            token, logprob = self._draw_allowed(logits, self._guide)
+            token, logprob = self._sample_allowed(logits, self._guide)
         return self.take(token, logprob, likeliest(logits, self.params.n_logprobs))
 
     def take(self, token: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...] = ()) -> Piece:
-        """Goes on with a token that was drawn."""
+        """Appends a sampled token."""
         self.history.append(token)
-        self._n_drawn += 1
+        self._n_sampled += 1
         n_broken = self._breaks_character(token)
         offset = self._n_chars + n_broken
         self._starts.append(self._stops.n_fed + n_broken)
@@ -181,23 +181,23 @@ class Decoding:
 
     @property
     def n_left(self) -> int:
-        """Tokens that may be drawn before the answer is as long as it may be."""
-        return self._room - self._n_drawn
+        """Tokens that may be sampled before the answer has its maximum length."""
+        return self._room - self._n_sampled
 
     @property
-    def draws_alone(self) -> bool:
-        """Whether the native library can draw the next tokens: nobody here looks at logits, or at tokens in between."""
-        return self._guide is None and not self.params.n_logprobs and self._n_drawn >= self.params.min_tokens
+    def samples_natively(self) -> bool:
+        """Whether the native library can sample the next tokens: Python needs neither logits nor every token."""
+        return self._guide is None and not self.params.n_logprobs and self._n_sampled >= self.params.min_tokens
 
     def drawn_by(self, share: _program.BatchSequence, n_steps: int) -> _program.Draw:
-        """What the native library needs to compute a share and draw up to `n_steps` tokens behind it."""
+        """Input of the native library: compute a share, then sample up to `n_steps` tokens."""
         history, n_history = self.history.room_for(n_steps), share.n_past + len(share.tokens)
         return _program.Draw(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
 
-    def _draw_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
+    def _sample_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""
         allowed = guide.allowed
-        held = self._all_ends if self._n_drawn < self.params.min_tokens else self._ignored_ends
+        held = self._all_ends if self._n_sampled < self.params.min_tokens else self._ignored_ends
         if held and not guide.is_complete:
             others = allowed.copy()
             others[held] = False
@@ -217,7 +217,7 @@ class Decoding:
         if self._ends_answer(token):
             return self._flush(hidden), "stop"
         text, guide = self._text_of(token), self._guide
-        if self._n_drawn > self.params.min_tokens or not self.params.min_tokens:
+        if self._n_sampled > self.params.min_tokens or not self.params.min_tokens:
             text, stop = self._stops.feed(text, hidden)
             if stop is not None:
                 return text, "stop"
@@ -225,7 +225,7 @@ class Decoding:
             text = self._stops.let_pass(text, hidden)
         if guide is not None and guide.is_complete:
             return text + self._flush(), "stop"
-        if self._n_drawn >= self._room:
+        if self._n_sampled >= self._room:
             return text + self._flush(), "length"
         return text, None
 
@@ -251,7 +251,7 @@ class Decoding:
             return 0
 
     def _hidden_text(self, token: int) -> str:
-        """What a control or end token is called, where a stop string might name it; "" for a token that is shown."""
+        """The text of a control or end token, where a stop string might contain it; "" for a token that is shown."""
         tokenizer = self._tokenizer
         is_hidden = token in tokenizer.special_ids or self._ends_answer(token)
         if not self.params.stop or not is_hidden or token in self._shown:
@@ -262,14 +262,14 @@ class Decoding:
             return ""
 
     def _flush(self, hidden: str = "") -> str:
-        """What decoder and stop matcher still hold back; a stop string may become complete in it, or with an end token
-        that is called `hidden`."""
+        """The text that decoder and stop matcher hold back; a stop string may become complete in it, or with an end
+        token whose text is `hidden`."""
         text, stop = self._stops.feed(self._decoder.flush(), hidden)
         return text if stop is not None else text + self._stops.flush()
 
 
 def likeliest(logits: npt.NDArray[np.float32], n: int) -> tuple[tuple[int, float], ...]:
-    """The n likeliest tokens and their natural log-probabilities under the plain softmax, best first."""
+    """The n most probable tokens and their natural log-probabilities under the plain softmax, best first."""
     if not n:
         return ()
     best = np.argpartition(-logits, min(n, logits.size - 1))[:n]

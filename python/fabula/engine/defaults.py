@@ -1,11 +1,11 @@
-"""A model's own sampling defaults: what its files recommend for settings that nobody gives.
+"""A model's own sampling defaults: what its files recommend for settings that are not given.
 
-This is the only place that says what they are. They come, in this order, from the table of models that Fabula fetches
-by name, from a GGUF's sampling keys, or from generation_config.json. SDK, server and command line leave what is not
-given open (`SamplingParams.given`), and `Generation` fills it in here: every turn is kept with the resolved values.
+This is the only place that reads them. They come, in this order, from the table of models that Fabula fetches by name,
+from a GGUF's sampling keys, or from generation_config.json. SDK, server and command line leave settings that are not
+given unset (`SamplingParams.given`), and `Generation` fills them in here: each turn stores the resolved values.
 
-Nothing but the choice of tokens depends on these values, so one that cannot be used is passed over with a warning that
-names file and key, and does not refuse the model.
+Only the choice of tokens depends on these values. So one that cannot be used is skipped with a warning that names file
+and key, and the model is loaded all the same.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ GGUF_KEYS = {
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
 _GGUF_PREFIX = "general.sampling."
-_MIROSTAT = "general.sampling.mirostat"  # 0: off, and the keys that begin with it then mean nothing
+_MIROSTAT = "general.sampling.mirostat"  # 0: off; keys with this prefix then have no meaning
 
 
-# What the commands in the terminal take for a model that recommends nothing: plain sampling from all tokens makes small
-# models ramble. SDK and server sample plainly then.
+# Used by the terminal commands for a model that recommends nothing: sampling from all tokens makes small models ramble.
+# SDK and server do sample from all tokens then.
 TERMINAL: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {"chat": {"temperature": 0.7, "top_p": 0.9}, "story": {"temperature": 0.8, "top_p": 0.95}}
 )
@@ -64,10 +64,10 @@ class SamplingDefaultWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a model recommends.
+    """The sampling settings that a model recommends.
 
     Attributes:
-        values: by the names of `SamplingParams`; what is not there is neutral.
+        values: by the names of `SamplingParams`; those not there are neutral.
         source: where they come from: "generation_config.json", "gguf", "model card", or "" for nowhere.
     """
 
@@ -75,19 +75,19 @@ class SamplingDefaults:
     source: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Every setting a model may bring a default for, with its value, and where the values come from."""
+        """Every setting that can have a model default, with its value, and the source of the values."""
         params = SamplingParams().resolved(self.values)
         return {name: getattr(params, name) for name in MODEL_SETTINGS} | {"source": self.source}
 
     def summary(self) -> str:
-        """In a line, for people."""
+        """One line for people."""
         if not self.values:
             terminal = "; ".join(f"{kind} {_words(values)}" for kind, values in TERMINAL.items())
             return f"none, so temperature 1 and nothing else; in the terminal {terminal}"
         return f"{_words(self.values)} ({self.source})"
 
     def in_terminal(self, params: SamplingParams, kind: str) -> SamplingParams:
-        """Settings of a command, with those of TERMINAL in place of what is not given if the model recommends nothing.
+        """Settings of a terminal command; those not given are TERMINAL's, if the model recommends nothing.
 
         Args:
             params: as the command line gives them.
@@ -134,7 +134,7 @@ def _of_generation_config(found: Mapping[str, Any], path: Path) -> Iterator[tupl
             yield setting, value
     do_sample = found.get("do_sample")
     if do_sample is False:
-        yield "temperature", 0.0  # greedy, whatever temperature stands beside it
+        yield "temperature", 0.0  # greedy, whatever the temperature
     elif do_sample not in (None, True):
         _warn(path, "do_sample", do_sample, "must be true or false")
 
@@ -150,13 +150,13 @@ def _of_gguf(metadata: Mapping[str, Any], path: Path) -> Iterator[tuple[str, flo
 
 
 def _checked(setting: str, value: object, key: str, path: Path) -> float | None:
-    """A value that the setting can have; None for one that is not there, or that cannot be used."""
+    """A valid value of the setting; None if there is none or it cannot be used."""
     if value is None:
         return None
     if setting in _INTEGERS and isinstance(value, float) and value.is_integer():
         value = int(value)
     if setting == "top_k" and type(value) is int and value < 0:
-        value = 0  # -1 is another word for off
+        value = 0  # -1 means off, too
     try:
         params = SamplingParams(**{setting: value})  # type: ignore[arg-type]
     except InvalidArgument as error:

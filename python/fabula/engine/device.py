@@ -83,11 +83,11 @@ class Placement:
             self._device = self._open(name, int(name.partition(":")[2] or 0))
             self._prepare(self._device)
         elif name == "auto":
-            with suppress(Unsupported, DeviceError):  # then it is the CPU
+            with suppress(Unsupported, DeviceError):  # no GPU: the CPU
                 self._n_tried = _native.device_count()
 
     def _open(self, name: str, first: int) -> _native.Device:
-        """The GPU that was named, or it and those behind it."""
+        """The GPU that was named, or it and those after it."""
         n, remedy = self.n_devices, "take device cpu or auto"
         if n > 1:
             name, remedy = f"{name}, tensor_parallel {n}", "take tensor_parallel 1 or other GPUs"
@@ -100,7 +100,7 @@ class Placement:
     def choose(self, n_bytes: int) -> _native.Device | None:
         """The device for a model that takes so many bytes, None for the CPU."""
         for index in range(self._n_tried):
-            with suppress(DeviceError):  # one that cannot be used is passed over
+            with suppress(DeviceError):  # skip one that cannot be used
                 device = _native.Device(index, self._memory)
                 if n_bytes <= (1 - RESERVED) * device.memory()[1]:
                     self._prepare(device)

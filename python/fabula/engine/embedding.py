@@ -21,7 +21,7 @@ from fabula.kv.pages import Sequence
 
 F32 = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last", "first"]
-STEP_TOKENS = 256  # of all texts together: short enough that answers hardly wait
+STEP_TOKENS = 256  # of all texts together: so short that requests hardly wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def checked_texts(texts: Items[str]) -> Items[str]:
 
 
 class Embedder:
-    """Makes vectors with a model's weights, in buffers of its own. One caller at a time; others wait.
+    """Computes vectors with a model's weights and its own buffers. One caller at a time; others wait.
 
     Args:
         runner: of the model.

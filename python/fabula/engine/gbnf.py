@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from fabula.errors import InvalidArgument
 
-MAX_RULES = 3000  # chains of rules are compiled recursively, on a stack that holds twice as many
+MAX_RULES = 3000  # chains of rules are compiled recursively; the stack suffices for twice as many
 MAX_NESTED = 64  # groups within each other
 MAX_STACKED = 8  # repetitions of repetitions without a group, such as "a"+*
 MAX_REPEATED = 100_000  # the largest number in braces
@@ -148,7 +148,7 @@ def parse_gbnf(source: str, token_id: Callable[[str], int | None]) -> dict[str, 
 
 
 class _Reader:
-    """A place in a source, and what can be read there."""
+    """A parser's position in a source."""
 
     def __init__(self, source: str, token_id: Callable[[str], int | None]) -> None:
         self._source = source
@@ -168,7 +168,7 @@ class _Reader:
             name = self._name("expected the name of a rule")
             self._skip()
             if not self._take("::="):
-                self._fail(f"expected ::= behind the name {name!r:.80}")
+                self._fail(f"expected ::= after the name {name!r:.80}")
             self._skip(newlines=True)
             body = self._alternatives()
             rules.pop(name, None)
@@ -180,7 +180,7 @@ class _Reader:
 
     def check_names(self, rules: dict[str, Node]) -> None:
         if "root" not in rules:
-            raise InvalidArgument("gbnf: there is no rule root, with which a grammar begins")
+            raise InvalidArgument("gbnf: there is no rule root; every grammar needs one")
         for name, place in self._named.items():
             if name not in rules:
                 self._fail(f"there is no rule {name!r:.80}", place)
@@ -280,7 +280,7 @@ class _Reader:
         start = self._at
         negated = self._take("!")
         if self._peek() != "<":
-            self._fail("expected a token behind !, such as !<think> or !<[1000]>", start)
+            self._fail("expected a token after !, such as !<think> or !<[1000]>", start)
         end = self._source.find(">", self._at)
         if end < 0 or "\n" in self._source[self._at : end]:
             self._fail("unexpected end of input: the token has no closing >", start)

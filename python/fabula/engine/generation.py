@@ -1,7 +1,7 @@
-"""One generation, as its reader sees it: an iterator of pieces over a request that the scheduler runs.
+"""One generation as its reader sees it: an iterator of pieces over a request that the scheduler runs.
 
-The engine works ahead of the reader by a few pieces and then waits for him. What he has not read does not count: a
-generation that is cancelled holds exactly the tokens that were read.
+The engine runs ahead of the reader by a few pieces and then pauses. Unread pieces do not count: a generation that is
+cancelled has exactly the tokens that were read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
 from fabula.errors import InvalidArgument
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.kv.prefix import EVERYTHING, Window
 from fabula.text.tokenizer import Tokenizer
@@ -26,18 +26,18 @@ from fabula.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What answers are made with.
+    """What a generation runs on.
 
     Attributes:
         runner, tokenizer: of the model.
-        cache: K and V of what was said.
+        cache: retained KV sequences.
         scheduler: runs requests; other models may share it.
-        defaults: sampling settings the model recommends, by name; they stand for those that are not given.
+        defaults: sampling settings that the model recommends, by name; used for those that are not given.
     """
 
     runner: Runner
     tokenizer: Tokenizer
-    cache: KvCache
+    cache: KvEvictionList
     scheduler: Scheduler
     defaults: Mapping[str, float] = field(default_factory=dict)
 
@@ -48,13 +48,13 @@ class Timings:
 
     Attributes:
         prompt_tokens, generated_tokens: counts.
-        reused_tokens: tokens of the prompt whose K and V were there already; only the others were computed.
-        queued_ms: time before its prompt was begun.
-        prompt_ms: time spent on the prompt, beside other requests.
+        reused_tokens: prompt tokens whose KV was there already; only the others were computed.
+        queued_ms: time before prefill started.
+        prompt_ms: time of prefill, shared with other requests.
         first_token_ms: from the request to the first token.
         total_ms: from the request to the last token.
-        prompt_tokens_per_s: speed of the part of the prompt that was computed.
-        tokens_per_s: speed of decoding, the first token left out; 0 before the second.
+        prompt_tokens_per_s: prefill speed, of the tokens that were computed.
+        tokens_per_s: decode speed, without the first token; 0 before the second.
     """
 
     prompt_tokens: int
@@ -69,29 +69,29 @@ class Timings:
 
 
 class Generation(Iterator[Piece], AsyncIterator[Piece]):
-    """Pieces of one answer, as the engine makes them.
+    """Pieces of one answer, as the engine emits them.
 
     Iterate over it (`for` or `async for`), or call `text()` for everything at once. `cancel()` ends it early; so does
-    leaving a `with` block, or forgetting it.
+    leaving a `with` block, or dropping the last reference.
 
     Args:
         engine: of the model.
-        prompt_ids: token ids to go on from.
-        params: sampling settings; what is not given is the model's default.
-        continues: whether the text goes on from the prompt's, so that a space at its beginning is kept.
-        begun: ids the answer begins with already.
-        sequence: KV pages of a beginning of the prompt, handed over. They come back, longer, as `sequence`. None for
-            pages of its own, left to the cache at the end.
-        window: what tokens see, where `sequence` does not say it.
-        salt: of the owner; K and V are shared under the same salt only.
-        timeout: seconds until it ends by itself, with reason "timeout"; None for never.
+        prompt_ids: token ids to continue.
+        params: sampling settings; those not given are the model's defaults.
+        continues: whether the text continues the prompt's, so that a leading space is kept.
+        begun: ids the answer starts with.
+        sequence: KV of a prefix of the prompt, handed over; extended, it is the attribute `sequence`. None: a new one,
+            which the cache retains at the end.
+        window: what tokens see, if `sequence` is None.
+        salt: of the owner; KV is shared under the same salt only.
+        timeout: seconds until it ends with reason "timeout"; None for never.
 
     Attributes:
         prompt_ids: the prompt's token ids.
-        token_ids: ids read so far, the end token included, behind those of `begun`.
+        token_ids: ids of `begun` and those read so far, the end token included.
         begun_text: the text of `begun`.
-        seed: the seed in use, so that a random answer can be had again.
-        params: the settings in use, all of them given, with that seed.
+        seed: the seed in use, to repeat a random answer.
+        params: the settings in use, complete, with that seed.
         engine: as given.
         finish_reason: None until the end; then as in `Piece`, or "cancelled", or "timeout".
 
@@ -121,7 +121,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             if ids:
                 runner.token_ids(ids)
         if timeout is not None and not timeout > 0:
-            raise InvalidArgument(f"timeout is {timeout!r}, must be seconds above 0")
+            raise InvalidArgument(f"timeout is {timeout!r}, must be a number of seconds above 0")
         self.engine, self._owned = engine, sequence is None
         sequence = runner.sequence(window) if sequence is None else sequence
         n_known = len(prompt) + len(begun)
@@ -142,9 +142,9 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self.params = decoding.params
         self.seed = decoding.params.resolved_seed()
         self.finish_reason: FinishReason | None = None
-        self._n_begun = len(begun)
+        self._n_prefix = len(begun)
         self._first = self._last = 0.0
-        self._lock = threading.Lock()  # one may read while another cancels
+        self._lock = threading.Lock()  # one thread may read while another cancels
         deadline = None if timeout is None else time.monotonic() + timeout
         self._request = Request(runner, engine.cache, decoding, sequence, salt=salt, deadline=deadline)
         engine.scheduler.submit(self._request)
@@ -200,7 +200,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             await arrived.wait()
 
     def _read(self, item: Item) -> Piece | None:
-        """Takes in what the scheduler says; None at an end without a piece."""
+        """Takes an item of the scheduler; returns None at an end without a piece."""
         request = self._request
         with self._lock:
             if self.finish_reason is not None:  # cancelled meanwhile
@@ -232,10 +232,10 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     # ---- Ends -------------------------------------------------------------------------------------------------------
 
     def _finish(self, reason: FinishReason) -> None:
-        """The scheduler has let go of the request; what was not read is taken back."""
+        """The scheduler released the request; tokens that were not read are removed."""
         self.finish_reason = reason
         sequence = self._request.sequence
-        with self.engine.cache.lock:  # or it is given up in between
+        with self.engine.cache.lock:  # or it is evicted in between
             sequence.truncate(sequence.usable(len(self.prompt_ids) + len(self.token_ids)))
         if self._owned and sequence.n_tokens:
             self.engine.cache.keep(sequence, owned=True)
@@ -249,7 +249,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
                     self._finish("cancelled")
 
     def abandon(self) -> None:
-        """Lets the engine end it soon, without waiting for it; `cancel` may follow. Safe in a destructor."""
+        """Asks the engine to end it, without waiting; `cancel` may follow. Safe in a destructor."""
         if self.finish_reason is None:
             self._request.abandoned = True
             self.engine.scheduler.wake()
@@ -278,19 +278,19 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
 
     @property
     def made_at(self) -> float:
-        """time.perf_counter() when the engine made the piece that was read last; 0 before the first."""
+        """time.perf_counter() when the engine emitted the last piece that was read; 0 before the first."""
         return self._last
 
     @property
     def sequence(self) -> KvSequence:
-        """K and V of what was computed; the caller's again once `finish_reason` is set."""
+        """KV of what was computed; the caller's again once `finish_reason` is set."""
         return self._request.sequence
 
     @property
     def timings(self) -> Timings:
         """Times so far."""
         request, clock = self._request, self._request.clock
-        n = len(self.token_ids) - self._n_begun
+        n = len(self.token_ids) - self._n_prefix
         prompt_s = max(0.0, clock.prompt_done - clock.started)
         decode_s = self._last - self._first
         return Timings(

@@ -1,15 +1,15 @@
 """A compiled constraint, and the walk of one answer through it.
 
-The work is that of the `llguidance` library: an Earley parser over a lexer that is built as it goes, which says for
-every place which tokens may come next. It gets the bytes of our vocabulary, so every kind of tokenizer works alike.
+The `llguidance` library does the work: an Earley parser over a lazily built lexer, which computes the mask of tokens
+that may come next. It gets the bytes of our vocabulary, so every kind of tokenizer works the same way.
 
-Grammars come from strangers. What the library itself does not bound is bounded here, and in `engine/constraint.py`:
+Grammars are untrusted user input. What the library does not bound is bounded here and in `engine/constraint.py`:
 
-    stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: a thread of its own has 64 MiB
-    time        a caller waits 2 s, longer for sources made of many schemas; the library's fuel ends what still runs
-                soon after that
-    forcing     off: text that can only go on in one way would be tokenized again at every token, 50 ms for 48 KB
-    memory      compiled grammars are kept, the latest used, up to a number and an estimate of their bytes
+    stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: the thread has a stack of 64 MiB
+    time        2 s of CPU time, more for sources made of many schemas; then the caller gets an error, and the
+                library's fuel ends the thread soon after that
+    forcing     off: text with one possible continuation would be tokenized again at every token, 50 ms for 48 KB
+    memory      an LRU cache of compiled grammars, limited by number and by an estimate of their bytes
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fabula.engine.constraint import MAX_MESSAGE, MAX_SOURCE_BYTES, Constraint
+from fabula.engine.cpu_limit import LimitedThread
 from fabula.engine.json_schema import in_words
 from fabula.errors import EngineBusy, InvalidArgument
 from fabula.text.tokenizer import Tokenizer
@@ -33,28 +34,30 @@ from fabula.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-COMPILE_SECONDS = 2.0
-SECONDS_PER_MIB = 6.0  # more, for what a source has beyond MAX_SOURCE_BYTES: 128 tools of 500 KB take 1.5 s
-MAX_COMPILING = 4  # at a time, those nobody waits for any more included
+COMPILE_SECONDS = 2.0  # CPU time of the compiling thread
+SECONDS_PER_MIB = 6.0  # added per MiB of source beyond MAX_SOURCE_BYTES: 128 tools of 500 KB take 1.5 s
+WALL_FACTOR = 30  # wall time allowed per CPU time: a thread on a starved machine gets a few percent of a processor
+QUEUE_FACTOR = 5  # wall time to wait for one of MAX_COMPILING slots, in COMPILE_SECONDS
+MAX_COMPILING = 4  # at a time, including those that no caller waits for any more
 STACK_BYTES = 64 << 20  # 3,000 links, more than 64 KiB of source can hold, need less than half of it; for each 64 KiB
 
 MAX_CACHED = 128  # compiled grammars of one tokenizer
 MAX_CACHED_BYTES = 64 << 20
-MAX_GROWN_BYTES = 16 << 20  # a grammar whose lexer has grown by more is compiled anew
+MAX_GROWN_BYTES = 16 << 20  # a grammar whose lexer has grown by more is compiled again
 SOURCE_FACTOR = 64  # bytes that a grammar holds for a byte of its source: 7 MiB for 125 KB, 35 MiB for 545 KB
-# The library does not tell how much it holds. All of it is made while it works: 60 .. 130 MB a second were measured
-# for exploding lexers and large remainders. Ordinary masks take 15 us and make nothing.
+# The library does not report its memory, which grows while it computes: 60 .. 130 MB per second of CPU time were
+# measured for exploding lexers and large remainders. Ordinary masks take 15 us and allocate nothing.
 BYTES_PER_SECOND = 128 << 20
 FREE_SECONDS = 100e-6
 
 
 class Grammar:
-    """A compiled constraint; answers walk through copies of it, which share its lexer.
+    """A compiled constraint; each answer uses a copy of it, and copies share the lexer.
 
     Attributes:
-        n_bytes: estimate of what it holds.
-        n_compiled: of these, what it held before any answer was followed.
-        is_spent: its lexer went over a limit; it is of no use any more.
+        n_bytes: estimate of its memory.
+        n_compiled: the same after compiling, before the first answer.
+        is_spent: its lexer exceeded a limit; it cannot be used any more.
     """
 
     def __init__(self, matcher: LLMatcher, n_bytes: int) -> None:
@@ -66,17 +69,17 @@ class Grammar:
         return self._matcher.deep_copy()
 
     def worked(self, seconds: float) -> None:
-        """Notes time in which the lexer may have grown."""
+        """Adds an estimate of how much the lexer grew in so much CPU time."""
         self.n_bytes += int(max(0.0, seconds - FREE_SECONDS) * BYTES_PER_SECOND)
 
 
 class _Bytes:
-    """A tokenizer as `TokenizerWrapper` asks for it. The library holds this as long as the Vocabulary lives, and must
-    not keep the tokenizer alive by it. Since nothing is forced, no text is ever tokenized."""
+    """A tokenizer with the interface that `TokenizerWrapper` needs. The library keeps it as long as the Vocabulary
+    lives, so it has only a weak reference to the tokenizer. Since nothing is forced, no text is ever tokenized."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = weakref.ref(tokenizer)
-        self.eos_token_id = next(iter(tokenizer.eos_ids), None)  # None: the library adds one behind the others
+        self.eos_token_id = next(iter(tokenizer.eos_ids), None)  # None: the library appends one
         self.bos_token_id = tokenizer.bos_id
         self.tokens = _all_bytes(tokenizer)
         self.special_token_ids = sorted(tokenizer.special_ids)
@@ -87,7 +90,7 @@ class _Bytes:
 
 
 class Vocabulary:
-    """A tokenizer's tokens as the library takes them, and the grammars compiled for it, the latest used. Thread-safe.
+    """A tokenizer's tokens in the library's form, and an LRU cache of grammars compiled for it. Thread-safe.
 
     Args:
         tokenizer: of a model.
@@ -118,7 +121,7 @@ class Vocabulary:
         """The compiled constraint.
 
         Raises:
-            InvalidArgument: it cannot be compiled, takes too long, or no text satisfies it; says why.
+            InvalidArgument: it cannot be compiled, takes too much CPU time, or no text satisfies it; says why.
             EngineBusy: too many are being compiled.
         """
         with self._lock:
@@ -144,12 +147,12 @@ class Vocabulary:
 
     @property
     def n_cached(self) -> int:
-        """Grammars that are kept."""
+        """Grammars in the cache."""
         return len(self._grammars)
 
     @property
     def n_cached_bytes(self) -> int:
-        """Estimate of what they hold."""
+        """Estimate of their memory."""
         return sum(grammar.n_bytes for grammar in self._grammars.values())
 
     def _compiled(self, constraint: Constraint) -> Grammar | Exception:
@@ -175,8 +178,8 @@ class Vocabulary:
         from llguidance import LLMatcher
 
         lark = constraint.to_lark(self._token_id)
-        start = time.perf_counter()
-        # Behind the source, so that the lines of messages are its own; options only ever add up.
+        start = time.thread_time()
+        # After the source, so that messages have the source's line numbers; options only add up.
         source = json.dumps({"grammars": [{"lark_grammar": lark + '\n%llguidance {"no_forcing": true}\n'}]})
         matcher = LLMatcher(self._tokens, source, log_level=0, limits=self._limits)
         trial = matcher.deep_copy()
@@ -184,12 +187,12 @@ class Vocabulary:
             trial.compute_bitmask()
         if trial.is_error():
             raise InvalidArgument(f"{constraint.kind}: {explained(constraint, trial.get_error())}")
-        seconds = time.perf_counter() - start
+        seconds = time.thread_time() - start
         return Grammar(matcher, (1 << 16) + max(SOURCE_FACTOR * len(lark), int(seconds * BYTES_PER_SECOND)))
 
 
 def _all_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every id; none for ids that stand for nothing, which the library never allows."""
+    """The bytes of every id; b"" for unused ids, which the library never allows."""
     tokens = []
     for i in range(tokenizer.vocab_size):
         try:
@@ -204,48 +207,47 @@ _stack_lock = threading.Lock()
 
 
 def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
-    """Runs work in a thread with a large stack, for as long as a caller would wait.
+    """Runs work in a thread with a large stack and a limit of CPU time.
 
     Raises:
-        InvalidArgument: it takes longer; the thread ends by itself.
-        EngineBusy: too many run.
+        InvalidArgument: the limit was reached; the thread ends by itself.
+        EngineBusy: no slot became free.
     """
-    if not _compiling.acquire(timeout=COMPILE_SECONDS):
+    if not _compiling.acquire(timeout=QUEUE_FACTOR * COMPILE_SECONDS):
         raise EngineBusy(f"{MAX_COMPILING} grammars are being compiled; try again later", n_waiting=MAX_COMPILING)
-    done = threading.Event()
 
     def run() -> None:
         try:
             work()
         finally:
             _compiling.release()
-            done.set()
 
+    thread = LimitedThread(run, "fabula-grammar")
     n_bytes = len(constraint.source)
-    # The size is the process's; a thread that somebody else starts meanwhile gets more address space, no more memory.
+    # The stack size is the process's: a thread started elsewhere meanwhile gets more address space, no more memory.
     with _stack_lock:
         before = threading.stack_size(STACK_BYTES * (1 + n_bytes // MAX_SOURCE_BYTES))
         try:
-            threading.Thread(target=run, name="fabula-grammar").start()
+            thread.start()
         except BaseException:
             _compiling.release()
             raise
         finally:
             threading.stack_size(before)
     seconds = COMPILE_SECONDS + SECONDS_PER_MIB * max(0, n_bytes - MAX_SOURCE_BYTES) / (1 << 20)
-    if not done.wait(seconds):
+    if not thread.wait(seconds, WALL_FACTOR * seconds):
         raise InvalidArgument(f"{constraint.kind}: it takes more than {seconds:.3g} s to compile; make it simpler")
 
 
 def explained(constraint: Constraint, message: str) -> str:
-    """The library's message in terms of what the user wrote: places are those of the text for Lark, and none for other
-    kinds, whose text the library never saw."""
+    """The library's message in terms of the user's source: with line and column for Lark, without for other kinds,
+    whose text the library never saw."""
     if message.startswith("NoExtensionBias"):
         return "no text satisfies it"
     place = re.match(r"(?:at )?(\d+)\((\d+)\): ", message)
     message = message[place.end() :] if place else message
     message = re.sub("^failed to compile JSON schema: ", "", message)
-    found = re.search("^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
+    found = re.search("^error: (.*)", message, re.MULTILINE)  # of a regular expression, after its excerpt
     lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^|<non-verbose/>)", line)]
     text = found[1] if found else (" ".join(" ".join(lines).split()) or message)
     if constraint.kind != "lark":
@@ -256,7 +258,7 @@ def explained(constraint: Constraint, message: str) -> str:
     if place is None:
         return text[:MAX_MESSAGE]
     lines = constraint.source.splitlines() or [""]
-    # Behind the source stand our own options.
+    # Our own options follow the source.
     is_end = (int(place[1]), int(place[2])) > (len(lines), len(lines[-1]))
     where = "at the end" if is_end else f"line {place[1]}, column {place[2]}"
     return f"{where}: {text.partition(', found')[0] if is_end else text}"[:MAX_MESSAGE]
@@ -267,7 +269,7 @@ _vocabularies_lock = threading.Lock()
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The one Vocabulary of a tokenizer, made when it is first asked for (0.1 s for 49,000 tokens)."""
+    """The Vocabulary of a tokenizer, made on first use (0.1 s for 49,000 tokens)."""
     with _vocabularies_lock:
         found = _vocabularies.get(tokenizer)
         if found is None:
@@ -275,30 +277,30 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
         return found
 
 
-# ---- Walking --------------------------------------------------------------------------------------------------------
+# ---- Masks ----------------------------------------------------------------------------------------------------------
 
 
 class Guide:
-    """One answer's way through a grammar. One thread at a time may use it.
+    """The state of one answer in a grammar: which tokens may come next. For one thread at a time.
 
     Args:
         tokenizer: of the model.
         vocab_size: length of the logits.
-        constraint: what the answer must look like.
-        begun: ids it begins with.
+        constraint: on the answer.
+        prefix_ids: ids the answer starts with.
 
     Attributes:
         allowed: bool [vocab_size], the tokens that may come next; end tokens where the answer may end.
-        is_complete: nothing but an end may follow.
+        is_complete: only an end token may follow.
         may_end: the answer so far satisfies the constraint.
 
     Raises:
-        InvalidArgument: the constraint cannot be compiled, or forbids an id of `begun`.
+        InvalidArgument: the constraint cannot be compiled, or forbids an id of `prefix_ids`.
         EngineBusy: too many are being compiled.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, constraint: Constraint, begun: Sequence[int] = ()
+        self, tokenizer: Tokenizer, vocab_size: int, constraint: Constraint, prefix_ids: Sequence[int] = ()
     ) -> None:
         vocabulary = vocabulary_of(tokenizer)
         self._kind = constraint.kind
@@ -307,30 +309,30 @@ class Guide:
         self._grammar = vocabulary.grammar(constraint)
         self._matcher = self._grammar.start()
         self.allowed = np.zeros(vocab_size, np.bool_)
-        n_valid = self._matcher.try_consume_tokens([int(i) for i in begun]) if len(begun) else 0
-        if n_valid < len(begun):
+        n_valid = self._matcher.try_consume_tokens([int(i) for i in prefix_ids]) if len(prefix_ids) else 0
+        if n_valid < len(prefix_ids):
             raise InvalidArgument(
                 f"{self._kind}: the constraint forbids what the answer begins with, at token {n_valid} "
-                f"({tokenizer.decode([begun[n_valid]], skip_special=False)!r:.60})"
+                f"({tokenizer.decode([prefix_ids[n_valid]], skip_special=False)!r:.60})"
             )
         self._look()
         if not self.allowed.any():
             raise InvalidArgument(f"{self._kind}: the answer is complete already, and the model has no end token")
 
     def advance(self, token: int) -> None:
-        """Takes a token that `allowed` allows.
+        """Appends a token that `allowed` allows.
 
         Raises:
-            InvalidArgument: the grammar is too complex to go on.
+            InvalidArgument: the grammar is too complex to continue.
         """
         if not self._matcher.consume_token(token):
             self._fail()
         self._look()
 
     def _look(self) -> None:
-        matcher, start = self._matcher, time.perf_counter()
+        matcher, start = self._matcher, time.thread_time()
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        self._grammar.worked(time.perf_counter() - start)
+        self._grammar.worked(time.thread_time() - start)
         if matcher.is_error():
             self._fail()
         self.allowed[: self._n_tokens] = np.unpackbits(mask, bitorder="little", count=self._n_tokens).view(np.bool_)

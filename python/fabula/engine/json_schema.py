@@ -29,12 +29,12 @@ MULTIPLE_DIGITS = 5  # of multipleOf: an automaton of as many states, 0.5 s for 
 MAX_BLANKS = 32  # characters of white space between two parts: a weak model would write them without end
 MAX_SEPARATOR = 4 * MAX_BLANKS  # characters that a separator or white space chosen by the user may have
 LONG_PATTERN = 1000  # characters; beyond, a pattern is not tried together with lengths: 4 s for 10,000 of them
-MAX_TRIALS = 500  # of one schema; what comes behind is found out where the whole is compiled
+MAX_TRIALS = 500  # of one schema; later faults are found when the whole is compiled
 MAX_MESSAGE = 300  # characters of another library's message that are passed on
 
 WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{MAX_BLANKS}}}"
 
-# Keywords that hold schemas which the library follows; by name, or one or several.
+# Keywords with schemas that the library applies; by name, or one or several.
 _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _INNER = frozenset(("additionalProperties", "items", "additionalItems", "prefixItems", "anyOf", "oneOf", "allOf"))
 _DATA = frozenset(("const", "enum", "default", "examples"))
@@ -55,7 +55,7 @@ def prepare_schema(schema: object, *, strict: bool, where: str) -> dict[str, Any
         where: what the schema is, as messages say it, such as `tools[1].function.parameters`.
 
     Returns:
-        The schema; its `x-guidance` holds the options for the library. Those of the caller stay, but for white space
+        The schema; its `x-guidance` has the options for the library. Those of the caller stay, but for white space
         and separators without end, which get one.
 
     Raises:
@@ -186,7 +186,7 @@ class _Preparation:
             )
 
     def _fault(self, node: Mapping[str, Any]) -> str | None:
-        """Why the library gives up a schema, whatever stands within it; None if it does not."""
+        """Why the library refuses a schema, whatever its contents; None if it does not."""
         text = _shallow(node)
         if text is None or self._n_trials >= MAX_TRIALS:
             return None
@@ -249,7 +249,7 @@ def _shallow(node: Mapping[str, Any]) -> str | None:
         elif key in _NAMED or key in _INNER or not isinstance(value, Mapping | list | tuple) or key == "type":
             made[key] = True if key in ("items", "additionalItems", "additionalProperties") else value
         else:
-            made[key] = True  # a keyword that is not implemented is refused whatever it holds
+            made[key] = True  # an unimplemented keyword is refused whatever its value
     pattern = made.get("pattern")
     if isinstance(pattern, str) and len(pattern) > LONG_PATTERN:
         made = {"type": "string", "pattern": pattern}
@@ -320,7 +320,7 @@ def in_words(message: str) -> str:
     for pattern, words in _WORDS:
         if re.search(pattern, message):
             return words
-    found = re.search("^error: (.*)", message, re.MULTILINE)  # of a regular expression, behind its excerpt
+    found = re.search("^error: (.*)", message, re.MULTILINE)  # of a regular expression, after its excerpt
     text = " ".join((found[1] if found else message).split())[:MAX_MESSAGE]
     text = re.sub(r"Expected f64 for '\w+'", "must be a number", text)
     return re.sub(r"Expected (.*) for '\w+'", r"must be a \1", text)

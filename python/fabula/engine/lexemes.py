@@ -54,7 +54,7 @@ class Pattern:
     """A regular part of a grammar, without references; one object for each regular expression.
 
     Attributes:
-        regex: as the library reads it.
+        regex: in the library's syntax.
         node: what it is made of.
         is_nullable: whether it matches the empty text.
         is_single: whether it matches single characters only, or nothing.
@@ -390,7 +390,7 @@ class _Automaton:
     def __init__(self, lexemes: list[Pattern]) -> None:
         self._chars: list[Chars] = []  # of each place
         self._owner: list[Pattern] = []
-        self._next: list[list[int]] = []  # places that may come behind a place
+        self._next: list[list[int]] = []  # places that may follow a place
         self._is_last: list[bool] = []
         self._n_links = 0
         self._start: list[int] = []
@@ -432,7 +432,7 @@ class _Automaton:
         return firsts, lasts
 
     def _repeated(self, node: Repeat) -> tuple[list[int], list[int]]:
-        """Each copy behind the one before. An item that may be empty is left out instead."""
+        """Copies in sequence. An item that may be empty is left out instead."""
         n_copies = max(node.low, 1) if node.high is None else node.high
         firsts: list[int] = []
         before: list[int] = []
@@ -492,7 +492,7 @@ class _Automaton:
 
 
 def _cells(masks: list[int]) -> list[int]:
-    """The union of sets of bits cut into pieces that each set holds whole or not at all."""
+    """The union of sets of bits split into pieces that each set contains whole or not at all."""
     cells: list[int] = []
     for mask in masks:
         left, cut = mask, []

@@ -1,7 +1,7 @@
-"""A request: one answer in the making, as the scheduler sees it.
+"""A request: one answer that is being generated, as the scheduler sees it.
 
-Only the scheduler's thread touches a request between `Scheduler.submit` and `done`; what leaves it are items in a
-queue, which any thread may read.
+Only the scheduler's thread touches a request between `Scheduler.submit` and `done`. It emits items into a queue, which
+any thread may read.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import numpy.typing as npt
 from fabula._native import PAGE_POSITIONS
 from fabula.engine.decoding import Decoding, FinishReason, Piece
 from fabula.engine.runner import Runner
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
 
-READ_AHEAD = 32  # pieces that may wait for their reader; then the request pauses
+READ_AHEAD = 32  # unread pieces at which the request pauses
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What the scheduler tells the reader: a piece, or how it ended without one.
+    """What the scheduler emits: a piece, or how the request ended without one.
 
     Attributes:
-        piece: None at an end that no token brought.
-        at: time.perf_counter() when it was made.
+        piece: None at an end without a token.
+        at: time.perf_counter() when it was sampled.
         reason: how the request ended, with or without a piece; None while more may come.
         error: what ended it, if it failed.
     """
@@ -45,10 +45,10 @@ class Item:
 
 
 class Clock:
-    """When what happened, in time.perf_counter() seconds; 0 before.
+    """Times of events, time.perf_counter() seconds; 0 before the event.
 
     Attributes:
-        submitted, started, prompt_done: the request was made, its prompt begun, its prompt computed.
+        submitted, started, prompt_done: the request was made, was admitted first, had its prompt computed.
     """
 
     __slots__ = ("prompt_done", "started", "submitted")
@@ -64,27 +64,27 @@ class State(Enum):
 
 
 class Request:
-    """One answer in the making.
+    """One answer that is being generated.
 
     Args:
         runner, cache: of its model.
-        decoding: draws its tokens.
-        sequence: pages of a beginning of its prompt; they become the request's, to be extended.
-        salt: of its owner; K and V are shared with requests of the same salt only.
+        decoding: samples its tokens.
+        sequence: KV of a prefix of its prompt, handed over and extended.
+        salt: of its owner; KV is shared with requests of the same salt only.
         deadline: time.monotonic() at which it ends with reason "timeout"; None for never.
 
     Attributes:
-        items: what the reader takes.
-        done: set when the scheduler has let go of it: the sequence is the reader's again.
-        abandoned: nobody reads any more; set without any lock, seen at the next step.
-        n_reused: tokens of the prompt that were not computed.
-        n_preempted: how often its K and V were given up for others.
+        items: queue for the reader.
+        done: set when the scheduler released it: the sequence is the reader's again.
+        abandoned: nobody reads it any more; set without a lock, seen at the next step.
+        n_reused: prompt tokens whose KV was there already.
+        n_preempted: how often it was preempted.
     """
 
     def __init__(
         self,
         runner: Runner,
-        cache: KvCache,
+        cache: KvEvictionList,
         decoding: Decoding,
         sequence: Sequence,
         *,
@@ -103,14 +103,14 @@ class Request:
         self.n_preempted = 0
         self.n_made = self.n_read = 0
         self._chain = KeyChain(salt, sequence.window)
-        self._n_named = 0
+        self._n_published = 0
         self._listener: Callable[[], None] | None = None
 
-    # ---- What the scheduler asks ------------------------------------------------------------------------------------
+    # ---- For the scheduler -------------------------------------------------------------------------------------------
 
     @property
     def n_pending(self) -> int:
-        """Tokens known but not computed yet; 1 when only the next token is wanted."""
+        """Tokens known but not computed; 1: it decodes, more: it prefills."""
         return len(self.decoding.history) - self.sequence.n_tokens
 
     @property
@@ -119,12 +119,12 @@ class Request:
         return self.read_ahead <= 0
 
     def may_share(self, other: Request) -> bool:
-        """Whether both may use the same K and V where their tokens are the same."""
+        """Whether both may use the same KV where their tokens are the same."""
         return other.runner is self.runner and other.salt == self.salt and other.sequence.window == self.sequence.window
 
     @property
     def read_ahead(self) -> int:
-        """Pieces that may be made before the request pauses."""
+        """Pieces that may be emitted before the request pauses."""
         return READ_AHEAD - (self.n_made - self.n_read)
 
     def next_tokens(self, n: int) -> npt.NDArray[np.int32]:
@@ -133,47 +133,50 @@ class Request:
         return self.decoding.history.ids[start : start + n].copy()
 
     def keys(self) -> list[bytes]:
-        """Names of the full pages of everything known but the last token, which must be computed for its logits."""
+        """Prefix hashes of the full pages, without the last token, which must be computed for its logits."""
         history = self.decoding.history.ids
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
-    def name_pages(self, n_untold: int = 0) -> None:
-        """Lets others find the pages that are full by now, and gives back those behind the window. The reader will get
-        `n_untold` more pieces of what was made."""
+    def publish_pages(self, n_unsent: int = 0) -> None:
+        """Publishes the pages that are full by now under their prefix hashes, and releases those before the window.
+
+        Args:
+            n_unsent: pieces of computed tokens that are not emitted yet.
+        """
         n_full = self.sequence.n_tokens // PAGE_POSITIONS
-        if n_full > self._n_named:
+        if n_full > self._n_published:
             keys, pages = self._chain.keys(self.decoding.history.ids), self.sequence.pages
-            for i in range(self._n_named, n_full):
+            for i in range(self._n_published, n_full):
                 if pages[i] != HOLE:
                     self.runner.pool.name(pages[i], keys[i])
-            self._n_named = n_full
-        if self.sequence.window.slides:  # as far as the reader is: what he has not read may be taken back
-            self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_untold - self.n_read))
+            self._n_published = n_full
+        if self.sequence.window.slides:  # only up to what was read: unread tokens may be removed again
+            self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
 
     def adopt(self, sequence: Sequence) -> None:
-        """Takes a sequence with more of the prompt in place of its own."""
+        """Replaces its sequence by one with more of the prompt."""
         self.sequence.close()
         self.sequence = sequence
-        self._n_named = sequence.n_tokens // PAGE_POSITIONS
+        self._n_published = sequence.n_tokens // PAGE_POSITIONS
 
     def release(self) -> None:
-        """Gives up K and V; they are computed again, or found, when it runs next."""
+        """Evicts its KV, which is recomputed, or found, when it runs next."""
         sequence = self.sequence
         self.sequence = self.runner.sequence(sequence.window)
-        self._n_named = 0
-        self.cache.give_up(sequence)
+        self._n_published = 0
+        self.cache.evict(sequence)
 
-    # ---- Talking to the reader --------------------------------------------------------------------------------------
+    # ---- For the reader ---------------------------------------------------------------------------------------------
 
-    def tell(self, item: Item) -> None:
-        """Hands the reader an item and wakes it."""
+    def emit(self, item: Item) -> None:
+        """Puts an item into the queue and wakes the reader."""
         self.n_made += item.piece is not None
         self.items.put(item)
         listener, self._listener = self._listener, None
         if listener is not None:
-            with suppress(Exception):  # the reader's fault must not end the engine's thread
+            with suppress(Exception):  # an error of the reader must not end the engine's thread
                 listener()
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Calls `listener` once, from the scheduler's thread, when the next item is there."""
+        """Calls `listener` once, in the scheduler's thread, when the next item is emitted."""
         self._listener = listener

@@ -1,7 +1,7 @@
 """A loaded model as the engine sees it: a program, its page pool, and steps over sequences.
 
-A runner executes one step at a time (a lock guards it), so several callers may hold sequences and take turns. Where
-there are many requests, the scheduler decides what a step holds.
+A runner executes one step at a time, guarded by a lock. Several callers may have sequences; with many requests, the
+scheduler decides what a step holds.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _native, _program
-from fabula.engine.assembly import Assembly
 from fabula.engine.device import CPU, Placement
+from fabula.engine.programs import Programs
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 I32 = npt.NDArray[np.int32]
 
-MAX_POSITIONS = 1 << 24  # of any text: as far as f32 counts
-PREFILL_CHUNK = 512  # tokens of a prompt in one step: enough for the matrix kernels, short enough to be stopped between
-DEVICE_CHUNK = 2048  # the same on a GPU, where each step reads, and for cuBLASLt opens, all weights again; by reckoning
-SEQUENCES_AT_FULL_LENGTH = 4  # how many sequences of the whole context the page pool can hold
-SHARE_OF_KV = 0.9  # of a GPU's free memory that pages may take; the rest is for batches, logits among them
+MAX_POSITIONS = 1 << 24  # of any text: f32 has no larger whole numbers without gaps
+PREFILL_CHUNK = 512  # tokens of a step: enough for the matrix kernels, short enough to cancel between steps
+DEVICE_CHUNK = 2048  # on a GPU, where each step reads, and for cuBLASLt dequantizes, all weights; an estimate
+SEQUENCES_AT_FULL_LENGTH = 4  # sequences of full context length that the page pool can hold
+SHARE_OF_KV = 0.9  # of a GPU's free memory for pages; the rest is for batches and logits
 
 
 class Part(NamedTuple):
@@ -112,8 +112,8 @@ class Runner:
         )
         try:
             builder.pack(self.device.members if self.device else ())
-            self._assembly = Assembly(builder, config, shape, rope.inv_freq, isa, self.device)
-            self.program = self._assembly.program()
+            self._programs = Programs(builder, config, shape, rope.inv_freq, isa, self.device)
+            self.program = self._programs.program()
             n_pages = SEQUENCES_AT_FULL_LENGTH * text_pages
             if kv_memory is not None:
                 n_pages = max(1, kv_memory // page_bytes)
@@ -140,7 +140,7 @@ class Runner:
             )
 
     def token_ids(self, ids: object) -> I32:
-        """Token ids that a caller gave, as int32 [n].
+        """Converts token ids of user input to int32 [n].
 
         Raises:
             InvalidArgument: not a sequence of whole numbers, empty, or an id outside the vocabulary.
@@ -164,7 +164,7 @@ class Runner:
         return Sequence(self.pool, window)
 
     def room(self, n_tokens: int, window: Window = EVERYTHING) -> int:
-        """How many tokens fit behind `n_tokens` others: up to the context, or without end where a window slides."""
+        """Tokens that fit after `n_tokens` others: up to the context length, or MAX_POSITIONS where a window slides."""
         return (MAX_POSITIONS if window.slides else self.context) - n_tokens
 
     def check_room(self, n_tokens: int, window: Window = EVERYTHING) -> None:
@@ -180,19 +180,19 @@ class Runner:
         """One batch: appends tokens to sequences and returns logits, float32 [n_outputs, vocab_size].
 
         Args:
-            parts: sequences with the token ids to append, at most `max_tokens` in all.
+            parts: sequences, each with token ids to append, int32 [n]; at most `max_tokens` in all.
             outputs: ascending rows of the batch whose logits are wanted.
 
         Raises:
             ContextOverflow: a sequence would grow beyond the context; nothing was changed.
             OutOfMemory: no free pages; nothing was changed.
-            NonFinite: the logits are damaged; the sequences keep their former length.
+            NonFinite: the logits are not finite; the sequences keep their length.
             InvalidArgument: the model was closed.
         """
         return self.run([self.prepare(sequence, tokens) for sequence, tokens in parts], outputs)
 
     def prepare(self, sequence: Sequence, tokens: I32, n_more: int = 0) -> Part:
-        """Reserves pages for tokens to be appended, to be run next, and for `n_more` behind them.
+        """Reserves pages for the tokens of the next step and for `n_more` after them.
 
         Raises:
             ContextOverflow: the sequence would grow beyond the context; nothing was changed.
@@ -209,7 +209,11 @@ class Runner:
     def run(
         self, parts: list[Part], outputs: npt.ArrayLike, program: _program.Program | None = None
     ) -> npt.NDArray[np.float32]:
-        """One batch of prepared parts; arguments, results and errors as `step`. `program`: None for the model's own."""
+        """One batch of prepared parts; arguments, results and errors as `step`.
+
+        Args:
+            program: None for the model's own.
+        """
         with self._in_use():
             logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
         for part in parts:
@@ -218,8 +222,8 @@ class Runner:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """For one call into the library at a time, while there is a model."""
-        if os.getpid() != self._pid:  # threads, and what they held, are not copied by fork
+        """Guards a call into the library: one at a time, and not after `close`."""
+        if os.getpid() != self._pid:  # fork copies neither threads nor the state of their locks
             raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
         with self._lock:
             if self._closed:  # the library's memory is gone
@@ -229,19 +233,19 @@ class Runner:
     def draw(
         self, draws: list[tuple[Sequence, _program.Draw]], n_steps: int, stop: _native.Flag
     ) -> tuple[list[tuple[I32, npt.NDArray[np.float32]]], npt.NDArray[np.float64]]:
-        """Up to `n_steps` steps in which sequences compute what is left of them and draw their next token.
+        """Up to `n_steps` steps that compute the sequences' pending tokens and sample their next ones.
 
         Args:
-            draws: each sequence with what it draws, its pages reserved (`prepare`).
+            draws: each sequence with its sampling input, its pages reserved (`prepare`).
             n_steps: 1 or more.
-            stop: ends the call behind a step when it is set.
+            stop: ends the call after a step when it is set.
 
         Returns:
-            Tokens and logprobs of each, and when each step was done, in seconds since the call. Sequences are as long
-            as what they computed: all but the last token drawn. One that could not draw is as it was.
+            Tokens and logprobs of each sequence, and the end of each step, in seconds since the call. The length of a
+            sequence is what it computed: all but the last sampled token. One that could not sample is unchanged.
 
         Raises:
-            NonFinite, InvalidArgument: as `run`; nothing was drawn.
+            NonFinite, InvalidArgument: as `run`; nothing was sampled.
         """
         with self._in_use():
             drawn, seconds = self.program.draw(self.pool.native, [draw for _, draw in draws], n_steps, stop.memory)
@@ -253,15 +257,15 @@ class Runner:
         return drawn, seconds
 
     def another_program(self) -> _program.Program:
-        """The model's program once more, as its device is set now: with the same weights and buffers of its own."""
-        return self._assembly.program()
+        """Another program with the current settings of the device; it shares the weights and has its own buffers."""
+        return self._programs.program()
 
     def hidden_program(self, max_tokens: int) -> _program.Program:
         """The program whose rows are hidden states, float32 [hidden_size], for up to `max_tokens` tokens."""
-        return self._assembly.hidden_program(max_tokens)
+        return self._programs.hidden_program(max_tokens)
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Appends a prompt chunk by chunk and returns the last token's logits, float32 [vocab_size].
+        """Appends a prompt in prefill chunks and returns the last token's logits, float32 [vocab_size].
 
         Raises:
             ContextOverflow: before anything is computed.

@@ -1,4 +1,4 @@
-"""What a caller may ask of the next token: settings, checked once, and the sampler that hands them to C.
+"""Sampling settings, checked once, and the sampler that passes them to C.
 
 The meaning of every setting and its source stand in `SamplingParams`; the arithmetic is that of
 native/src/ops/sample*.c, and tests/reference/sampling.py is the same in plain NumPy.
@@ -44,7 +44,7 @@ DEFAULT_CHAIN = ("bias", "penalties", "dry", "top_k", "typical_p", "top_p", "min
 
 
 class _UnsetFloat(float):
-    """The neutral value of a setting that nobody gave: a number like any other, until a model's default replaces it."""
+    """The neutral value of a setting that was not given: a plain number, until a model's default replaces it."""
 
 
 class _UnsetInt(int):
@@ -110,7 +110,7 @@ class SamplingParams:
         xtc_threshold: in [0, 1]; has an effect in (0, 0.5].
         logit_bias: number added per token id, -inf bans; given as a mapping, kept as sorted pairs; 1,024 at
             most.
-        banned_tokens: ids never drawn.
+        banned_tokens: ids never sampled.
         seed: 0 .. 2^64 - 1; None lets the caller pick one by `resolved_seed`. The same seed, logits and
             position give the same token.
         chain: names of steps, each at most once, out of STEPS.
@@ -290,15 +290,15 @@ _scratch = threading.local()
 
 
 def _scratch_for(vocab_size: int) -> Any:
-    """Memory that a draw works in. A thread has one, of the size that was wanted last: answers that have ended and are
-    still known to somebody hold none."""
+    """Scratch memory of the sampler. A thread has one, of the size that was needed last, so that answers that have
+    ended and are still referenced have none."""
     if getattr(_scratch, "vocab_size", None) != vocab_size:
         _scratch.work, _scratch.vocab_size = _sampling.sample_work(vocab_size), vocab_size
     return _scratch.work
 
 
 class Sampler:
-    """Draws tokens by one set of settings. Its scratch memory, 28 bytes a token of the vocabulary, is its thread's.
+    """Samples tokens with one set of settings. Its scratch memory, 28 bytes per vocabulary token, is its thread's.
 
     Attributes:
         params: the settings.
@@ -328,11 +328,11 @@ class Sampler:
                 _check_integer(name, token, 0, vocab_size - 1)
         self.params, self.vocab_size, self.seed = params, vocab_size, params.resolved_seed()
         bias = dict(params.logit_bias) | dict.fromkeys(params.banned_tokens, -math.inf)
-        bias = dict(sorted(bias.items()))  # a device wants ascending ids
+        bias = dict(sorted(bias.items()))  # a device needs ascending ids
         self._bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
         self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
         self._breakers = np.asarray(breaker_ids, np.int32)
-        # Bans must hold whatever the chain, so the bias runs even if nobody named it.
+        # Bans must hold in every chain, so the bias runs even where the chain does not name it.
         chain = params.chain if "bias" in params.chain else ("bias", *params.chain)
         self._settings = _sampling.sampling_struct(
             chain=[STEPS[step] for step in chain],
@@ -342,18 +342,18 @@ class Sampler:
 
     @property
     def sampling(self) -> _program.Sampling:
-        """What the native library draws with."""
+        """Settings for the native library."""
         return _program.Sampling(self._settings, self._bias_ids, self._bias_values, self._breakers)
 
     def sample(
         self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()
     ) -> tuple[int, float]:
-        """Draws one token.
+        """Samples one token.
 
         Args:
             logits: float32 [vocab_size], left as they are.
             history: int32 [n], the tokens so far, oldest first.
-            position: of the drawn token in its sequence, 0 or more; with the seed it keys the random numbers.
+            position: of the sampled token in its sequence, 0 or more; with the seed it keys the random numbers.
             banned: ids banned in this call only, such as end tokens before `min_tokens`.
 
         Returns:
@@ -366,7 +366,7 @@ class Sampler:
         return _sampling.sample(*self._arguments(logits, history, position, banned))
 
     def probabilities(self, logits: F32, history: npt.ArrayLike, position: int, banned: Sequence[int] = ()) -> F32:
-        """The distribution that `sample` draws from: float32 [vocab_size], 0 for what the chain dropped.
+        """The distribution of `sample`: float32 [vocab_size], 0 for what the chain dropped.
 
         Arguments and errors as in `sample`.
         """

@@ -1,19 +1,19 @@
-"""The engine's heart: one thread that computes, for every model and every request of the process.
+"""The scheduler: one thread that computes all requests of all models of the process.
 
-Each step is one batch of one model. It holds the next token of every request that is drawing, and chunks of prompts
-that are being read, so that nobody waits for somebody else's prompt to end:
+Each step is one batch of one model. It holds the next token of every request that decodes and prefill chunks of others,
+so that no request waits for the whole prompt of another:
 
-    admit     waiting requests in their order, as long as there are pages; K and V of what was said already are taken
-              over, from the cache or from a request that is just reading the same words
-    plan      tokens of all that draw, then prompts within what is left of the budget: the oldest gets at least half,
-              the rest goes to the shortest, so no prompt starves and none holds up a short one
-    step      one call into the native library; meanwhile other Python threads run
-    tell      each reader gets its piece; ends, errors and deadlines are settled
+    admit     waiting requests in order of arrival, while there are pages; KV of a known prefix is taken from the
+              cache, or from a running request with the same prefix
+    plan      one token for each decoding request, then prefill chunks within what is left of the budget
+    step      one call into the native library; other Python threads run meanwhile
+    emit      each reader gets its piece; ends, errors and deadlines are settled
 
-While somebody draws, the budget for prompts is measured in time: a step may take about twice as long as without them.
-When pages run out, the youngest request gives up its K and V and waits; it goes on later with the same tokens.
+What is decided, and by which rule, is in `policy.py`; this file has the thread, its inbox and the side effects.
+While requests decode, the budget for prefill is measured in time: see `step_cost.py`. When pages run out, the youngest
+request is preempted: it waits and is recomputed later, with the same tokens.
 
-Results do not depend on any of this: a token's logits are the same bits in every batch.
+Results do not depend on any of this: a token's logits have the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -33,26 +33,37 @@ import numpy.typing as npt
 from fabula import _native
 from fabula._native import PAGE_POSITIONS
 from fabula.engine.decoding import FinishReason, Piece
-from fabula.engine.pace import Pace
+from fabula.engine.policy import (
+    Budget,
+    Prefix,
+    admits,
+    common_length,
+    decode_steps,
+    fits,
+    plan,
+    preempted,
+    shares_prefix,
+)
 from fabula.engine.request import Item, Request, State
 from fabula.engine.runner import Part, Runner
+from fabula.engine.step_cost import StepCost
 from fabula.errors import EngineBusy, EngineError, InvalidArgument, NonFinite, OutOfMemory
 
 MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128
-IDLE_S = 1.0  # then the thread ends; the next request begins a new one
+IDLE_S = 1.0  # then the thread ends; the next request starts a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
-TELL_S = 0.016  # readers hear at least so often, a frame of a screen, where a call draws several tokens
-MAX_STEPS = PAGE_POSITIONS  # tokens of a request in one call: one page more at most
-MAX_MEASURED = 256  # tokens of a step that teaches what steps cost; attention makes longer ones another matter
+TELL_S = 0.016  # longest time between pieces when one call makes several decode steps: a frame of a screen
+MAX_STEPS = PAGE_POSITIONS  # decode steps in one call: at most one more page for each request
+MAX_MEASURED = 256  # tokens of a step that StepCost learns from; in longer ones attention dominates
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much there is to do.
+    """Requests at one moment.
 
     Attributes:
-        n_running, n_waiting: requests.
+        n_running, n_waiting: counts.
     """
 
     n_running: int
@@ -64,17 +75,17 @@ class Scheduler:
 
     Args:
         max_running: requests in one batch, of one model.
-        max_waiting: requests that may wait; more are refused.
+        max_waiting: requests that may wait; further ones are refused.
     """
 
     def __init__(self, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING) -> None:
         self._max_running, self._max_waiting = max_running, max_waiting
         self._inbox: queue.SimpleQueue[tuple[str, Request | Runner | threading.Event | None]] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # the longest admitted first
-        self._interrupt = _native.Flag()  # set when something came into the inbox: a call that draws many tokens ends
-        self._paces: weakref.WeakKeyDictionary[Runner, Pace] = weakref.WeakKeyDictionary()
-        self._room = False  # something ended since waiting requests were looked at
+        self._running: list[Request] = []  # in order of admission
+        self._interrupt = _native.Flag()  # set when the inbox has a command: ends a call of several decode steps
+        self._costs: weakref.WeakKeyDictionary[Runner, StepCost] = weakref.WeakKeyDictionary()
+        self._room = False  # a request ended since the last admission
         self._turn = 0
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -85,10 +96,10 @@ class Scheduler:
     # ---- For every thread -------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Begins a request.
+        """Queues a request and starts the thread if there is none.
 
         Raises:
-            EngineBusy: as many wait as may.
+            EngineBusy: the maximum number of requests waits already.
             EngineError: the process was forked since.
         """
         if os.getpid() != self._pid:
@@ -100,50 +111,50 @@ class Scheduler:
                     n_waiting=len(self._waiting),
                 )
             self._n_outstanding += 1
-            self._tell(("submit", request))
+            self._post(("submit", request))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="fabula-engine", daemon=True)
                 self._thread.start()
 
     def cancel(self, request: Request) -> None:
-        """Ends a request and waits until the scheduler has let go of it: one step at most. May be called twice."""
+        """Ends a request and waits until the scheduler released it: one step at most. May be called twice."""
         request.abandoned = True
         if threading.current_thread() is self._thread or os.getpid() != self._pid:
-            return  # it is let go of after this step; or there is nobody to wait for
+            return  # this thread releases it after the step; or, in a forked child, there is no thread to wait for
         self.wake()
         request.done.wait()
 
     def wake(self) -> None:
-        """Something changed that the thread should look at. Safe in a destructor."""
-        self._tell(("wake", None))
+        """Makes the thread look at its requests again. Safe in a destructor."""
+        self._post(("wake", None))
 
-    def _tell(self, command: tuple[str, Request | Runner | threading.Event | None]) -> None:
+    def _post(self, command: tuple[str, Request | Runner | threading.Event | None]) -> None:
         self._inbox.put(command)
         self._interrupt.set()
 
     def drop(self, runner: Runner) -> None:
-        """Ends every request of a model, with an error for their readers, and waits for it."""
-        if os.getpid() != self._pid:  # the thread was not copied, and its locks may be held for ever
+        """Ends every request of a model with an error, and waits until they have ended."""
+        if os.getpid() != self._pid:  # a forked child has no thread, and locks may be held for ever
             return
         settled = threading.Event()
         with self._start_lock:
             if self._thread is None or self._thread is threading.current_thread():
                 return
-            self._tell(("drop", runner))
-            self._tell(("settled", settled))
+            self._post(("drop", runner))
+            self._post(("settled", settled))
         settled.wait()
 
     @property
     def load(self) -> Load:
-        """Requests at this moment."""
+        """Running and waiting requests."""
         n_running = len(self._running)
         return Load(n_running, max(0, self._n_outstanding - n_running))
 
     def stop(self) -> None:
-        """Ends everything; for the end of the process."""
+        """Ends all requests and the thread; for the end of the process."""
         thread = self._thread
         if thread is not None and thread is not threading.current_thread() and os.getpid() == self._pid:
-            self._tell(("stop", None))
+            self._post(("stop", None))
             thread.join()
 
     # ---- The thread -------------------------------------------------------------------------------------------------
@@ -156,15 +167,15 @@ class Scheduler:
                 runner = self._next_runner()
                 if runner is not None:
                     self._step(runner)
-        except BaseException as error:  # every reader learns of it; the next request begins anew
+        except BaseException as error:  # each reader gets it; the next request starts a new thread
             self._end(EngineError(f"the engine failed: {error!r}"))
             raise
 
     def _take_commands(self) -> bool:
-        """Reads the inbox; waits for something if there is nothing to compute. False when the thread should end."""
+        """Reads the inbox, and waits for it if there is nothing to compute. False when the thread should end."""
         busy = any(not request.paused for request in self._running) or (self._waiting and self._room)
         pause = None if busy else PAUSE_S if self._running or self._waiting else IDLE_S
-        self._interrupt.clear()  # before looking: what comes in from now on sets it again
+        self._interrupt.clear()  # before reading: a later command sets it again
         while True:
             try:
                 command, about = self._inbox.get(timeout=pause) if pause is not None else self._inbox.get_nowait()
@@ -182,7 +193,7 @@ class Scheduler:
                 return False
 
     def _end(self, error: EngineError | None) -> None:
-        """Ends everything, also what is still in the inbox; the next request begins a new thread."""
+        """Ends all requests, also those in the inbox; the next one starts a new thread."""
         with self._start_lock:
             self._thread = None
             left = []
@@ -196,7 +207,7 @@ class Scheduler:
                 about.set()
 
     def _end_thread(self) -> bool:
-        """Whether the thread may end: nothing came in since it looked."""
+        """Whether the thread may end: the inbox is still empty."""
         with self._start_lock:
             if not self._inbox.empty():
                 return False
@@ -208,7 +219,7 @@ class Scheduler:
             self._finish(request, error=InvalidArgument("the model is closed"))
 
     def _settle_ends(self) -> None:
-        """Lets go of requests that nobody reads any more or whose time is up."""
+        """Ends requests that were abandoned or whose deadline has passed."""
         for request in [r for r in (*self._running, *self._waiting) if r.abandoned or r.deadline is not None]:
             if request.abandoned:
                 self._finish(request, "cancelled")
@@ -216,33 +227,32 @@ class Scheduler:
                 self._finish(request, "timeout")
 
     def _finish(self, request: Request, reason: FinishReason | None = None, error: BaseException | None = None) -> None:
-        """Lets go of a request; a reader that waits learns why, unless its last piece said so."""
+        """Releases a request and emits the reason or error, unless the last piece has it."""
         if request.state is State.RUNNING:
             self._running.remove(request)
         elif request.state is State.WAITING and request in self._waiting:
             self._waiting.remove(request)
         request.state = State.DONE
-        request.cache.keep(request.sequence)  # nobody computes with it: it may be given up
+        request.cache.keep(request.sequence)  # not computed with any more: it may be evicted
         self._room = True
         with self._start_lock:
             self._n_outstanding -= 1
         request.done.set()
         if reason is not None or error is not None:
-            request.tell(Item(None, time.perf_counter(), reason, error))
+            request.emit(Item(None, time.perf_counter(), reason, error))
 
     # ---- Admission --------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         self._room = False
-        full: set[Runner] = set()  # somebody waits for pages: those behind wait too, or it would never get them
+        full: set[Runner] = set()  # models of which a request waits for pages
         for request in list(self._waiting):
-            if request.runner in full or request.paused:
-                continue
-            if sum(r.runner is request.runner for r in self._running) >= self._max_running:
+            n_running, blocked = len(self._running_of(request.runner)), request.runner in full
+            if not admits(request, n_running, self._max_running, blocked=blocked):
                 continue
             try:
-                if not self._find_past(request):
-                    continue  # somebody is just computing what it needs
+                if not self._find_prefix(request):
+                    continue  # a running request is computing what it needs
                 if not self._fits(request):
                     full.add(request.runner)
                     continue
@@ -256,8 +266,8 @@ class Scheduler:
                 request.n_reused = request.sequence.n_tokens
             self._running.append(request)
 
-    def _find_past(self, request: Request) -> bool:
-        """Takes over K and V that are there already. False if more is just being computed by another request."""
+    def _find_prefix(self, request: Request) -> bool:
+        """Adopts KV that is there already. False: a running request is computing more of the prefix just now."""
         have = request.sequence.n_tokens
         keys = request.keys()
         if len(keys) * PAGE_POSITIONS > have:
@@ -269,39 +279,35 @@ class Scheduler:
         for other in self._running:
             if not request.may_share(other):
                 continue
-            common = common_length(history, other.decoding.history.ids)
-            still_reads = other.n_pending > 1 and other.sequence.n_tokens < common
-            if still_reads and common >= have + PAGE_POSITIONS:
+            n_common = common_length(history, other.decoding.history.ids)
+            sequence = other.sequence
+            shares = shares_prefix(Prefix(n_common, sequence.n_tokens, other.n_pending > 1), have)
+            if shares is None:
                 return False
-            usable = other.sequence.usable(common)
-            if usable > have and not still_reads:
-                request.adopt(other.sequence.fork(usable))
-                have = usable
+            if shares and sequence.usable(n_common) > have:
+                have = sequence.usable(n_common)
+                request.adopt(sequence.fork(have))
         return True
 
     def _fits(self, request: Request) -> bool:
-        """Whether there are pages for all its tokens and one more, with those that can be given up for it."""
+        """Whether there are pages for all its tokens and one more, also by preempting requests whose readers are slow
+        and may be waiting for this one."""
         pool = request.runner.pool
-        n_tokens = len(request.decoding.history) + 1
-        first = request.sequence.window.first_page(request.sequence.n_tokens)
-        needed = -(-n_tokens // PAGE_POSITIONS) - max(first, request.sequence.n_tokens // PAGE_POSITIONS)
-        if needed <= pool.n_free or not any(r.runner is request.runner for r in self._running):
-            return True
-        for paused in [r for r in reversed(self._running) if r.runner is request.runner and r.paused]:
-            if needed <= self._n_available(request):
-                break
-            self._preempt(paused)  # its reader is slow, and may be waiting for this one
-        return needed <= self._n_available(request) or not any(r.runner is request.runner for r in self._running)
+        needed = request.sequence.pages_needed(len(request.decoding.history) + 1)
+        while not fits(needed, pool.n_available(), len(running := self._running_of(request.runner))):
+            paused = next((r for r in reversed(running) if r.paused), None)
+            if paused is None:
+                return False
+            self._preempt(paused)
+        return True
 
-    def _n_available(self, request: Request) -> int:
-        """Pages that are free or can be given up."""
-        usage = request.cache.usage()
-        return usage.n_pages - usage.n_used + usage.n_cached
+    def _running_of(self, runner: Runner) -> list[Request]:
+        return [r for r in self._running if r.runner is runner]
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
     def _next_runner(self) -> Runner | None:
-        """The model whose turn it is among those with something to compute."""
+        """The next model, in rotation, that has something to compute."""
         runners = list(dict.fromkeys(r.runner for r in self._running if not r.paused))
         if not runners:
             return None
@@ -309,38 +315,23 @@ class Scheduler:
         return runners[self._turn % len(runners)]
 
     def _plan(self, runner: Runner) -> list[tuple[Request, int]]:
-        """Which requests get how many tokens computed, the longest admitted first."""
-        active = [r for r in self._running if r.runner is runner and not r.paused]
-        drawing = [r for r in active if r.n_pending == 1][: runner.max_tokens]
-        reading = [r for r in active if r.n_pending > 1]
-        share = dict.fromkeys(drawing, 1)
-        budget = self._pace(runner).chunk(len(drawing), runner.max_tokens - len(drawing))
-        if reading:
-            oldest = reading[0]
-            shortest = sorted(reading[1:], key=lambda r: r.n_pending)
-            least = (budget + 1) // 2 if shortest else budget
-            share[oldest] = min(oldest.n_pending, least)
-            budget -= share[oldest]
-            for request in shortest:
-                share[request] = min(request.n_pending, budget)
-                budget -= share[request]
-            share[oldest] += min(oldest.n_pending - share[oldest], budget)
-        return [(request, share[request]) for request in active if share.get(request, 0) > 0]
+        """Which requests the next step holds, and how many tokens of each."""
+        return plan(self._running_of(runner), Budget(runner.max_tokens, self._cost(runner)))
 
-    def _pace(self, runner: Runner) -> Pace:
-        return self._paces.setdefault(runner, Pace())
+    def _cost(self, runner: Runner) -> StepCost:
+        return self._costs.setdefault(runner, StepCost())
 
     def _step(self, runner: Runner) -> None:
-        """Computes one batch of a model and tells the readers."""
-        plan = self._plan(runner)
-        n_steps = self._steps_alone(runner, plan)
+        """Computes one batch of a model and emits the results."""
+        planned = self._plan(runner)
+        n_steps = self._native_steps(runner, planned)
         if n_steps:
-            if self._draw_steps(runner, plan, n_steps):
+            if self._decode_natively(runner, planned, n_steps):
                 return
-            plan = self._plan(runner)  # some may have gone on
+            planned = self._plan(runner)  # some may have made progress
         batch: list[tuple[Request, Part]] = []
-        for request, n in plan:
-            if request.state is State.RUNNING:  # or it gave way to one before it
+        for request, n in planned:
+            if request.state is State.RUNNING:  # or it was preempted for one before it
                 part = self._prepare(request, n, batch)
                 if part is not None:
                     batch.append((request, part))
@@ -360,37 +351,41 @@ class Scheduler:
             return
         n_tokens = sum(part.n_tokens for _, part in batch)
         if n_tokens <= MAX_MEASURED:
-            self._pace(runner).measured(n_tokens, time.perf_counter() - start)
+            self._cost(runner).measured(n_tokens, time.perf_counter() - start)
         for request, _ in batch:
-            request.name_pages()
+            request.publish_pages()
         for i, row in enumerate(wanted):
-            self._draw(batch[row][0], logits[i])
+            self._sample(batch[row][0], logits[i])
 
-    def _steps_alone(self, runner: Runner, plan: list[tuple[Request, int]]) -> int:
-        """How many steps the native library can make by itself; 0 where it leaves a single one to be made here.
+    def _native_steps(self, runner: Runner, batch: list[tuple[Request, int]]) -> int:
+        """Number of decode steps to run in one native call; 0: run one step from Python.
 
-        A constraint, or who wants logprobs, needs logits here. On a device every other step is the library's, for it
-        draws where the logits are; on the CPU that is worth it for several steps, in which nobody reads a prompt.
+        Constraints and logprobs need the logits in Python. On a device every other step is native, since sampling runs
+        where the logits are; on the CPU that is worth it for several steps, while no request prefills.
         """
-        if not all(n < request.n_pending or request.decoding.draws_alone for request, n in plan):
+        if not all(n < request.n_pending or request.decoding.samples_natively for request, n in batch):
             return 0
         least = 0 if runner.device is None else 1
-        if not all(request.n_pending == 1 for request, _ in plan):
+        if not all(request.n_pending == 1 for request, _ in batch):
             return least
-        base, token = self._pace(runner).cost()
-        step = base + token * len(plan)
-        most = min(int(TELL_S / step) if step > 0 else 1, MAX_STEPS, *(request.read_ahead for request, _ in plan))
-        if runner.pool.n_free < len(plan):  # nobody's past is given up for tokens to come: none goes beyond its page
-            most = min(most, *(PAGE_POSITIONS - request.sequence.n_tokens % PAGE_POSITIONS for request, _ in plan))
+        requests = [request for request, _ in batch]
+        most = decode_steps(
+            self._cost(runner),
+            (r.read_ahead for r in requests),
+            (PAGE_POSITIONS - r.sequence.n_tokens % PAGE_POSITIONS for r in requests),
+            n_free=runner.pool.n_free,
+            emit_seconds=TELL_S,
+            max_steps=MAX_STEPS,
+        )
         return most if most > 1 else least
 
-    def _draw_steps(self, runner: Runner, plan: list[tuple[Request, int]], n_steps: int) -> bool:
-        """Several steps in one call; False if not everybody went on, for want of pages or because something is wrong
-        that a single step will find."""
+    def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
+        """Runs several steps in one native call. False if a request made no progress, for lack of pages or because of
+        an error that a step from Python will find."""
         draws = []
         try:
-            for request, n in plan:
-                draws_now = n == request.n_pending  # also where nothing is left: then the answer ends with this token
+            for request, n in batch:
+                draws_now = n == request.n_pending  # also where no tokens are left: then the answer ends with this one
                 n_draws = max(1, min(n_steps, request.decoding.n_left)) if draws_now else 0
                 part = runner.prepare(request.sequence, request.next_tokens(n), max(n_draws - 1, 0))
                 draws.append((request.sequence, request.decoding.drawn_by(part.share, n_draws)))
@@ -399,23 +394,23 @@ class Scheduler:
         except EngineError:
             return False
         except Exception as error:
-            for request, _ in plan:
+            for request, _ in batch:
                 self._finish(request, error=error)
             return True
-        n_tokens = sum(n for _, n in plan)
-        if n_tokens <= max(MAX_MEASURED, len(plan)):
-            self._pace(runner).measured(n_tokens, seconds[-1] / len(seconds))
+        n_tokens = sum(n for _, n in batch)
+        if n_tokens <= max(MAX_MEASURED, len(batch)):
+            self._cost(runner).measured(n_tokens, seconds[-1] / len(seconds))
         went_on = True
-        for (request, _), (_, draw), (tokens, logprobs) in zip(plan, draws, drawn, strict=True):
+        for (request, _), (_, draw), (tokens, logprobs) in zip(batch, draws, drawn, strict=True):
             if draw.n_steps:
                 self._take(request, tokens.tolist(), logprobs.tolist(), start + seconds)
                 went_on = went_on and len(tokens) > 0
             else:
-                request.name_pages()
+                request.publish_pages()
         return went_on
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
-        """Hands out tokens that were drawn; those behind the answer's end never were."""
+        """Emits sampled tokens, without those after the end of the answer."""
         if tokens:
             request.clock.prompt_done = request.clock.prompt_done or float(times[0])
         pieces: list[Piece] = []
@@ -425,25 +420,25 @@ class Scheduler:
                 break
         request.sequence.n_tokens -= len(tokens) - len(pieces)
         request.sequence.settle()
-        request.name_pages(len(pieces))
+        request.publish_pages(len(pieces))
         if pieces and pieces[-1].finish_reason:
             self._finish(request)
         for piece, at in zip(pieces, times.tolist(), strict=False):
-            request.tell(Item(piece, at, piece.finish_reason))
+            request.emit(Item(piece, at, piece.finish_reason))
 
     def _prepare(self, request: Request, n: int, batch: list[tuple[Request, Part]]) -> Part | None:
-        """Reserves pages for a request's next tokens. Where there are none, the youngest request that has not got its
-        own in this step gives way; None if that is this one."""
+        """Reserves pages for a request's next tokens, preempting others if there are none. None: this request was
+        preempted, or ended with an error."""
         while True:
             try:
                 return request.runner.prepare(request.sequence, request.next_tokens(n))
             except OutOfMemory as error:
-                if self._take_from_waiting(request.runner):
+                if self._evict_waiting(request.runner):
                     continue
-                served = {other for other, _ in batch}
-                others = [r for r in self._running if r.runner is request.runner and r is not request]
-                victim = next((r for r in reversed(others) if r not in served and r.sequence.pages), None)
-                if victim is None and not others:
+                running = self._running_of(request.runner)
+                holding = {r for r in running if r.sequence.pages}
+                victim = preempted(running, request, {other for other, _ in batch}, holding)
+                if victim is None and len(running) == 1:
                     self._finish(request, error=error)
                     return None
                 self._preempt(victim or request)
@@ -453,12 +448,12 @@ class Scheduler:
                 self._finish(request, error=error)
                 return None
 
-    def _take_from_waiting(self, runner: Runner) -> bool:
-        """Lets the youngest request that waits give up the K and V it brought; False if none has any."""
-        holder = next((r for r in reversed(self._waiting) if r.runner is runner and r.sequence.pages), None)
-        if holder is not None:
-            holder.release()
-        return holder is not None
+    def _evict_waiting(self, runner: Runner) -> bool:
+        """Evicts the KV of the youngest waiting request that has any; False if none has."""
+        owner = next((r for r in reversed(self._waiting) if r.runner is runner and r.sequence.pages), None)
+        if owner is not None:
+            owner.release()
+        return owner is not None
 
     def _preempt(self, request: Request) -> None:
         self._running.remove(request)
@@ -467,8 +462,8 @@ class Scheduler:
         request.release()
         self._waiting.appendleft(request)
 
-    def _draw(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
-        """Draws a request's next token and hands it out."""
+    def _sample(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
+        """Samples a request's next token and emits it."""
         now = time.perf_counter()
         request.clock.prompt_done = request.clock.prompt_done or now
         try:
@@ -478,10 +473,10 @@ class Scheduler:
             return
         if piece.finish_reason:
             self._finish(request)
-        request.tell(Item(piece, time.perf_counter(), piece.finish_reason))
+        request.emit(Item(piece, time.perf_counter(), piece.finish_reason))
 
     def _find_damaged(self, batch: list[tuple[Request, Part]], error: NonFinite) -> None:
-        """Somebody's logits are damaged: everybody's are computed alone, and who fails again is out."""
+        """Finds whose logits are not finite: computes each request alone and ends those that fail again."""
         if len(batch) == 1:
             self._finish(batch[0][0], error=error)
             return
@@ -492,16 +487,9 @@ class Scheduler:
             except EngineError as own:
                 self._finish(request, error=own)
                 continue
-            request.name_pages()
+            request.publish_pages()
             if outputs:
-                self._draw(request, logits[0])
-
-
-def common_length(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
-    """How many tokens two texts begin with alike."""
-    n = min(len(a), len(b))
-    different = a[:n] != b[:n]
-    return int(different.argmax()) if different.any() else n
+                self._sample(request, logits[0])
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -509,6 +497,6 @@ _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """A thread inside the library at the interpreter's end would wake up in a world taken down."""
+    """Otherwise a thread inside the library would return into an interpreter that is gone."""
     for scheduler in list(_schedulers):
         scheduler.stop()

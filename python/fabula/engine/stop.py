@@ -37,7 +37,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         """Args: stops: non-empty strings, as SamplingParams checks them; none at all lets every text pass."""
         self._stops = tuple(stops)
-        self._held, self._shown = "", b""  # text that is held back, and for each of its characters 1 if it is shown
+        self._held, self._shown = "", b""  # held back text, and for each of its characters 1 if it is shown
         self.matched: str | None = None
         self.n_fed = self.n_certain = 0
 
@@ -74,12 +74,12 @@ class StopMatcher:
         return self._release(text, shown, cut), None
 
     def let_pass(self, piece: str, hidden: str = "") -> str:
-        """Takes a piece in which no stop string counts: everything that was held back, and it, are given out."""
+        """Takes a piece in which no stop string counts; returns it after everything that was held back."""
         text, shown = self._take(piece, hidden)
         return self._release(text, shown, len(text))
 
     def flush(self) -> str:
-        """Gives out what is still held back, at the end of the text; "" after a match."""
+        """Returns what is still held back, at the end of the text; "" after a match."""
         return self.let_pass("")
 
     def _take(self, piece: str, hidden: str) -> tuple[str, bytes]:
@@ -87,7 +87,7 @@ class StopMatcher:
         return self._held + piece + hidden, self._shown + b"\1" * len(piece) + b"\0" * len(hidden)
 
     def _release(self, text: str, shown: bytes, n: int, *, keep: bool = True) -> str:
-        """What is shown of the first n characters; the others are held back, or dropped behind a match."""
+        """What is shown of the first n characters; the others are held back, or dropped after a match."""
         self.n_certain = self.n_fed - len(text) + n
         self._held, self._shown = (text[n:], shown[n:]) if keep else ("", b"")
         if 0 not in shown[:n]:
@@ -95,7 +95,7 @@ class StopMatcher:
         return "".join(character for character, flag in zip(text[:n], shown, strict=False) if flag)
 
     def _held_back(self, text: str) -> int:
-        """Length of the longest end of the text that is a proper beginning of a stop string."""
+        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
         longest = 0
         for stop in self._stops:
             for n in range(min(len(stop) - 1, len(text)), longest, -1):

@@ -1,1 +1,1 @@
-"""Who owns which KV page: Python keeps the tables, the native pool keeps the bytes."""
+"""KV cache: Python has page tables, reference counts and eviction; the native pool has the bytes."""

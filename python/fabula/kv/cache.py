@@ -1,14 +1,18 @@
-"""K and V that no running request needs, kept as long as there is room: found again by whose they are or by their text.
+"""LRU list of KV sequences that no running request needs, and lookup of KV pages by prefix hash.
 
-When pages run out, the sequences unused for longest give theirs up. Full pages may then go to a folder on disk, from
-where they are read back instead of computed. Either way nothing is lost: tokens are the truth.
+When the pool runs out of pages, the least recently used sequences are evicted. Their full pages may go to a folder on
+disk and are read back when the same prefix comes again. Evicting loses nothing but time: tokens are the truth, and
+keys and values are recomputed from them.
+
+Locks: the pool's lock guards the list and is never held over disk I/O. Eviction copies the bytes of a page under the
+lock and queues them (`Spill.put` does not wait); `find` reads from disk with no lock held.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Protocol
 
 import numpy as np
@@ -19,31 +23,36 @@ from fabula.errors import OutOfMemory
 from fabula.kv.pages import HOLE, PagePool, PoolUsage, Sequence
 from fabula.kv.prefix import Window
 
+DRAIN_BYTES = 64 << 20  # queued for the disk, while everything is saved
+
 
 class Spill(Protocol):
-    """Pages on disk, by the names of their texts; see `fabula.kv.spill`."""
+    """Pages on disk by their prefix hashes; see `fabula.kv.spill` and `fabula.kv.spill_writer`."""
 
     def put(self, key: bytes, data: npt.NDArray[np.uint8]) -> bool:
-        """Keeps a page's bytes; False when they were there or there is no room."""
+        """Takes a page's bytes without waiting for a disk; False when they are there already or there is no room."""
 
     def get(self, key: bytes, out: npt.NDArray[np.uint8]) -> bool:
-        """Reads a page's bytes into `out`; False when they are not there or damaged."""
+        """Reads a page's bytes into `out`; False when they are not there or damaged. May wait for a disk."""
 
     def __contains__(self, key: bytes) -> bool: ...
 
     @property
     def n_pages(self) -> int: ...
 
+    def drain(self, max_bytes: int = 0) -> None:
+        """Waits until at most so many bytes are still to be written."""
 
-class KvCache:
-    """Kept sequences by last use, and where a text's pages can be found. Thread-safe by the pool's lock.
+
+class KvEvictionList:
+    """Retained sequences, least recently used first, and lookup of pages by prefix. Thread-safe by the pool's lock.
 
     Args:
-        pool: of the model; asks here when it has too few free pages.
-        n_anonymous: sequences to keep that nobody else holds (`keep` with `owned`).
+        pool: of the model; it calls this list when it has too few free pages.
+        n_anonymous: sequences to retain that have no other owner (`keep` with `owned`).
 
     Attributes:
-        spill: where pages go that are given up; None for nowhere.
+        spill: where evicted pages go; None for nowhere.
     """
 
     def __init__(self, pool: PagePool, n_anonymous: int = 16) -> None:
@@ -51,72 +60,92 @@ class KvCache:
         self._n_anonymous = n_anonymous
         self._n_evicted = 0
         self.spill: Spill | None = None
-        self._kept: OrderedDict[int, weakref.ref[Sequence]] = OrderedDict()
+        self._kept: OrderedDict[int, weakref.KeyedRef[int, Sequence]] = OrderedDict()  # by id
+        # References to sequences that were collected. Callbacks only append here, as they may come at any moment, also
+        # while `_kept` is iterated; `_collect` removes the entries.
+        self._dead: deque[weakref.KeyedRef[int, Sequence]] = deque()
         self._anonymous: OrderedDict[int, Sequence] = OrderedDict()
-        # The pool must not keep what keeps the pool.
+        # The pool must not keep alive what keeps the pool alive.
         method = weakref.WeakMethod(self._reclaim)
         pool.reclaim = lambda n: call(n) if (call := method()) else None
 
     def keep(self, sequence: Sequence, *, owned: bool = False) -> None:
-        """Takes charge of a sequence that no running request needs, as the one used last.
+        """Retains a sequence that no running request needs, as the most recently used.
 
         Args:
-            sequence: its holder may use and close it as before; it may be found closed when pages ran out.
-            owned: nobody else holds it: it lives until others are used more recently.
+            sequence: its owner may go on using and closing it; it may be found closed after an eviction.
+            owned: it has no other owner: this list keeps it alive until others were used more recently.
         """
         with self._pool.lock:
-            key, kept = id(sequence), self._kept
-            kept[key] = weakref.ref(sequence, lambda _: kept.pop(key, None))
-            kept.move_to_end(key)
+            self._collect()
+            key = id(sequence)
+            if key not in self._kept:
+                self._kept[key] = weakref.KeyedRef(sequence, self._dead.append, key)
+                sequence.retain()
+            self._kept.move_to_end(key)
             if owned:
                 self._anonymous[key] = sequence
                 while len(self._anonymous) > self._n_anonymous:
                     self._anonymous.popitem(last=False)[1].close()
 
+    def _collect(self) -> None:
+        """Removes the entries of sequences that were collected."""
+        while self._dead:
+            ref = self._dead.popleft()
+            if self._kept.get(ref.key) is ref:  # or another sequence has the same id by now
+                del self._kept[ref.key]
+
     @property
     def lock(self) -> threading.RLock:
-        """Held by whoever looks at several sequences at once."""
+        """Hold it to look at several sequences at one moment."""
         return self._pool.lock
 
     def owns(self, sequence: Sequence) -> bool:
-        """Whether a sequence's pages are of this cache's pool, not of a model that was unloaded."""
+        """Whether a sequence's pages are of this list's pool, not of a model that was unloaded."""
         return sequence.pool is self._pool
 
     def touch(self, sequence: Sequence) -> None:
-        """A kept sequence was used."""
+        """Marks a retained sequence as used."""
         with self._pool.lock:
+            self._collect()
             if id(sequence) in self._kept:
                 self._kept.move_to_end(id(sequence))
 
-    # ---- Finding ----------------------------------------------------------------------------------------------------
+    # ---- Lookup -----------------------------------------------------------------------------------------------------
 
     def find(self, keys: list[bytes], window: Window) -> Sequence | None:
-        """The longest beginning of a text whose full pages are in memory or on disk, as a sequence of its own.
+        """The longest prefix of a text whose full pages are in memory or on disk, as a new sequence.
+
+        May wait for the disk: the caller should hold no lock.
 
         Args:
-            keys: names of the text's full pages, see `KeyChain`.
-            window: what its tokens see; pages that none to come sees need not be there.
+            keys: prefix hashes of the text's full pages, see `KeyChain`.
+            window: what its tokens see; pages that no later token sees need not be there.
         """
         with self._pool.lock:
             n_pages = self._longest(keys, window)
-            if not n_pages:
-                return None
-            first = window.first_page(n_pages * PAGE_POSITIONS)
-            pages: list[int] = []
+        first = window.first_page(n_pages * PAGE_POSITIONS)
+        pages: list[int] = []
+        try:
             for i, key in enumerate(keys[:n_pages]):
                 seen = i >= first or (i == 0 and window.n_sinks > 0)
-                page = self._take(key) if seen else HOLE
-                if page is None:  # damaged on disk, or no page free to read it into
+                page = self._page(key) if seen else HOLE
+                if page is None:  # evicted since, damaged on disk, or no page free to read it into
                     break
                 pages.append(page)
-            sequence = Sequence.of(self._pool, pages, window)
-            if (len(pages) < n_pages and sequence.usable(sequence.n_tokens) < sequence.n_tokens) or not pages:
-                sequence.close()
-                return None
-            return sequence
+        except BaseException:
+            self._pool.give_back(pages)
+            raise
+        if not pages:
+            return None
+        sequence = Sequence.of(self._pool, pages, window)
+        if len(pages) < n_pages and sequence.usable(sequence.n_tokens) < sequence.n_tokens:
+            sequence.close()
+            return None
+        return sequence
 
     def _longest(self, keys: list[bytes], window: Window) -> int:
-        """How many pages of a text can be had such that everything behind them can be computed."""
+        """Number of pages of the longest prefix after which a text can go on: all that later tokens see is there."""
         index, spill = self._pool.index, self.spill
         best = run_start = 0
         sinks = False
@@ -132,92 +161,125 @@ class KvCache:
                 best = i + 1
         return best
 
-    def _take(self, key: bytes) -> int | None:
-        """A page by its name, held once more; read from disk if need be."""
-        page = self._pool.index.page(key)
-        if page is not None:
-            self._pool.share([page])
+    def _page(self, key: bytes) -> int | None:
+        """A page by its prefix hash with one reference more, read from disk if need be; None if it is nowhere."""
+        page = self._shared(key)
+        spill = self.spill
+        if page is not None or spill is None:
             return page
         data = np.empty(self._pool.page_bytes, np.uint8)
-        if self.spill is None or not self.spill.get(key, data):
+        if not spill.get(key, data):
             return None
-        try:
-            (page,) = self._pool.take(1)
-        except OutOfMemory:
-            return None
-        self._pool.native.write(page, data)
-        self._pool.name(page, key)
-        return page
+        with self._pool.lock:
+            page = self._shared(key)  # another thread may have read it meanwhile
+            if page is not None:
+                return page
+            try:
+                (page,) = self._pool.take(1)
+            except OutOfMemory:
+                return None
+            self._pool.native.write(page, data)
+            self._pool.name(page, key)
+            return page
 
-    # ---- Giving up --------------------------------------------------------------------------------------------------
+    def _shared(self, key: bytes) -> int | None:
+        with self._pool.lock:
+            page = self._pool.index.page(key)
+            if page is not None:
+                self._pool.share([page])
+            return page
+
+    # ---- Eviction ---------------------------------------------------------------------------------------------------
 
     def _reclaim(self, n_free: int) -> None:
-        """Gives up K and V, the longest unused first, until `n_free` pages are free or nothing is left."""
-        before = self._pool.n_free
-        for ref in list(self._kept.values()):
-            sequence = ref()
-            while sequence is not None and sequence.n_tokens and self._pool.n_free < n_free:
-                self._shorten(sequence)
-        self._n_evicted += max(0, self._pool.n_free - before)
+        """Evicts, the least recently used first, until `n_free` pages are free or nothing is left."""
+        with self._pool.lock:
+            self._collect()
+            before = self._pool.n_free
+            for ref in list(self._kept.values()):
+                sequence = ref()
+                while sequence is not None and sequence.n_tokens and self._pool.n_free < n_free:
+                    self._shorten(sequence)
+            self._n_evicted += max(0, self._pool.n_free - before)
 
     def _shorten(self, sequence: Sequence) -> None:
-        """Gives up the last page of a sequence; all of it, if what is left would not do."""
+        """Evicts the last page of a sequence; all of them, if a text could not go on after the rest."""
         n_left = (sequence.n_tokens - 1) // PAGE_POSITIONS * PAGE_POSITIONS
         if not n_left or sequence.usable(n_left) < n_left:
-            self.give_up(sequence)
+            self.evict(sequence)
             return
         self._save(sequence.pages[-1:])
         sequence.truncate(n_left)
 
-    def give_up(self, sequence: Sequence) -> None:
-        """Closes a sequence; its full pages that nobody else holds go to disk if there is a place."""
+    def evict(self, sequence: Sequence) -> None:
+        """Closes a sequence; its full pages that nothing else references are spilled if there is a place."""
         with self._pool.lock:
             self._save(sequence.pages)
             sequence.close()
+            sequence.unretain()
             self._kept.pop(id(sequence), None)
             self._anonymous.pop(id(sequence), None)
 
-    def _save(self, pages: list[int], *, shared: bool = False) -> None:
-        """Writes full pages to disk that nobody else holds, or all of them."""
-        if self.spill is None:
+    def _save(self, pages: list[int], n_references: int | None = 1) -> None:
+        """Spills full pages that have at most so many references; None: all. The caller holds the lock."""
+        spill = self.spill
+        if spill is None:
             return
         for page in pages:
             key = self._pool.index.key(page) if page != HOLE else None
-            if key is not None and (shared or self._pool.holders(page) == 1) and key not in self.spill:
-                self.spill.put(key, self._pool.native.read(page))
+            few = n_references is None or self._pool.holders(page) <= n_references
+            if key is not None and few and key not in spill:
+                spill.put(key, self._pool.native.read(page))
+
+    def _save_patiently(self, sequence: Sequence, n_references: int | None = None) -> None:
+        """Spills a sequence's full pages at the speed of the disk. The caller must hold no lock."""
+        spill = self.spill
+        if spill is None:
+            return
+        i, n_pages = 0, 1
+        while i < n_pages:  # page by page: meanwhile others may evict it
+            spill.drain(DRAIN_BYTES)
+            with self._pool.lock:
+                pages = sequence.pages
+                self._save(pages[i : i + 1], n_references)
+            i, n_pages = i + 1, len(pages)
 
     def save_all(self) -> None:
-        """Writes every kept page to disk, so that a process to come finds it."""
+        """Writes every retained page to disk, so that a later process finds it. Waits for the disk."""
         for sequence in self._sequences():
-            with self._pool.lock:
-                self._save(sequence.pages, shared=True)
+            self._save_patiently(sequence)
+        if self.spill is not None:
+            self.spill.drain()
 
     def clear(self) -> None:
-        """Gives everything up."""
+        """Evicts everything; waits until it is on disk, if there is a place."""
         for sequence in self._sequences():
-            self.give_up(sequence)
+            self._save_patiently(sequence, 1)
+            self.evict(sequence)
+        if self.spill is not None:
+            self.spill.drain()
 
     def close(self) -> None:
-        """Gives everything up for good, as its pool is going; nothing goes to disk any more."""
+        """Evicts everything for good, as the pool goes; nothing is spilled any more."""
         self.spill = None
         self.clear()
 
     def _sequences(self) -> list[Sequence]:
         with self._pool.lock:
+            self._collect()
             return [sequence for ref in self._kept.values() if (sequence := ref()) is not None]
 
-    # ---- Counting ---------------------------------------------------------------------------------------------------
+    # ---- Usage ------------------------------------------------------------------------------------------------------
 
     def usage(self) -> PoolUsage:
-        """Pages used, shared, cached and on disk."""
-        with self._pool.lock:
-            usage = self._pool.usage()
-            counts: dict[int, int] = {}
-            for sequence in self._sequences():
-                for page in sequence.pages:
-                    counts[page] = counts.get(page, 0) + 1
-            cached = sum(1 for page, n in counts.items() if page != HOLE and n == self._pool.holders(page))
-            n_spilled = 0 if self.spill is None else self.spill.n_pages
-            return PoolUsage(
-                usage.n_pages, usage.n_used, usage.n_shared, usage.page_bytes, cached, n_spilled, self._n_evicted
-            )
+        """Pages used, shared, cached and on disk. Reads counters and waits for no lock."""
+        usage, spill = self._pool.usage(), self.spill
+        return PoolUsage(
+            usage.n_pages,
+            usage.n_used,
+            usage.n_shared,
+            usage.page_bytes,
+            usage.n_cached,
+            0 if spill is None else spill.n_pages,
+            self._n_evicted,
+        )

@@ -1,4 +1,4 @@
-"""What K and V are held in: names such as "f16" for both, or "q8:f16" for K and V apart."""
+"""Number formats of the KV cache: names such as "f16" for both, or "q8:f16" for K and V each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ KV_NAMES = (*_FORMATS, *(f"{k}:{v}" for k, v in product(_FORMATS, _FORMATS) if k
 
 
 def kv_dtypes(name: object) -> tuple[DType, DType]:
-    """The formats of K and of V. "q8" is bytes with a scale for each position's head, 8.5 bits a number in heads of 64.
+    """The formats of K and of V. "q8" is 8-bit with a scale per position and head: 8.5 bits a number in heads of 64.
 
     Raises:
-        InvalidArgument: there is no such name.
+        InvalidArgument: unknown name.
     """
     k, _, v = name.partition(":") if isinstance(name, str) else ("", "", "")
     if name not in KV_NAMES:

@@ -1,10 +1,10 @@
-"""Which page holds K and V of which text: full pages by the hash of every token up to their end.
+"""Prefix index: full KV pages by a hash of all tokens up to their end.
 
-K and V of a position depend on the tokens up to it, and on what each of them could see. So a full page is named by a
-chain of hashes: that of the page before it, its own 32 tokens, and, from where a sliding window hides something, the
-window. Two texts that begin alike have the same names for their common pages, and find each other's K and V by them.
+Keys and values of a position depend on the tokens up to it, and on what each of them could see. So the hash of a full
+page covers the hash of the page before it, its own 32 tokens, and the window, from where a sliding window hides
+something. Two texts with a common prefix have the same hashes for its pages and find each other's KV by them.
 
-The chain begins with a salt. Sequences of different salts never share a name, so one owner cannot learn by timing what
+The chain starts with a salt. Sequences of different salts never share a hash, so one owner cannot learn by timing what
 another has asked (prompt stealing by cache hits, e.g. arXiv 2409.20002).
 """
 
@@ -42,7 +42,7 @@ class Window:
         return position - self.size + 1 if self.slides and position >= self.n_sinks + self.size else 0
 
     def first_page(self, n_tokens: int) -> int:
-        """The first page, behind that of the sinks, of which a token behind `n_tokens` others sees something."""
+        """The first page, after that of the sinks, that a token after `n_tokens` others sees some of."""
         return self.first_visible(n_tokens) // PAGE_POSITIONS
 
 
@@ -50,7 +50,7 @@ EVERYTHING = Window()
 
 
 class KeyChain:
-    """Names of the full pages of one growing text.
+    """Prefix hashes of the full pages of one growing text.
 
     Args:
         salt: of its owner.
@@ -63,7 +63,11 @@ class KeyChain:
         self._keys: list[bytes] = []
 
     def keys(self, ids: npt.NDArray[np.int32]) -> list[bytes]:
-        """The names of all full pages of a text that begins with the texts given before; 16 bytes each."""
+        """The prefix hashes of all full pages, KEY_BYTES each, of a text that extends those given before.
+
+        Args:
+            ids: int32 [n_tokens].
+        """
         for page in range(len(self._keys), len(ids) // PAGE_POSITIONS):
             before = self._keys[-1] if self._keys else self._start
             name = blake2b(before, digest_size=KEY_BYTES)
@@ -75,14 +79,14 @@ class KeyChain:
 
 
 class PrefixIndex:
-    """Names of pages, both ways. Not thread-safe: the pool's lock guards it."""
+    """Pages by prefix hash, and the reverse. Not thread-safe: the pool's lock guards it."""
 
     def __init__(self) -> None:
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
 
     def add(self, key: bytes, page: int) -> None:
-        """Names a full page, unless the name or the page is taken."""
+        """Publishes a full page, unless the hash or the page is in the index."""
         if key not in self._pages and page not in self._keys:
             self._pages[key], self._keys[page] = page, key
 
@@ -93,11 +97,11 @@ class PrefixIndex:
         return self._keys.get(page)
 
     def forget(self, page: int) -> None:
-        """A page is free, or about to be written over."""
+        """Removes a page that is free or will be overwritten."""
         key = self._keys.pop(page, None)
         if key is not None:
             del self._pages[key]
 
     def pages(self) -> list[int]:
-        """Every page that has a name."""
+        """Every published page."""
         return list(self._keys)

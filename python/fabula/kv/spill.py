@@ -1,11 +1,11 @@
 """A disk tier for KV pages: files that outlive the process, each one page of one model's KV.
 
     <folder>/lock                           held (flock) by the one process that uses the folder
-    <folder>/<fingerprint>/manifest.json    format, what the pages were computed from, bytes of a page
-    <folder>/<fingerprint>/a3/a34f...       one page, named by its key: a header, then the bytes as they are in memory
+    <folder>/<fingerprint>/manifest.json    format, the fingerprint, bytes of a page
+    <folder>/<fingerprint>/a3/a34f...       one page, the file name is its key: a header, then the bytes as in memory
 
-A spilled page is only a cache: what cannot be written is left out and what does not check out is thrown away; both are
-remembered instead of raised. Files come into place whole, by rename, and are not synced: one that a loss of power cut
+A spilled page is only a cache: what cannot be written is skipped, what fails its checksum is removed; both are counted
+instead of raised. Files come into place whole, by rename, and are not synced: one that a loss of power cut
 short fails its checksum. The index lives in memory, made by one scan when the folder is opened; modification times
 carry the order of use over a restart. Only names of this scheme are ever removed.
 """
@@ -42,14 +42,14 @@ _HOME = re.compile("[0-9a-f]{32}")
 _PAGE = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}(\.tmp)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-_TOUCH_NS = 60_000_000_000  # a page's time is renewed at most once a minute
+_TOUCH_NS = 60_000_000_000  # a page's modification time is updated at most once a minute
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a page's bytes depend on beside its tokens; pages serve only where all four are equal.
+    """What a page's bytes depend on besides its tokens; pages can be used only where all four are equal.
 
     Attributes:
         weights, tokenizer: digests.
@@ -97,7 +97,7 @@ class SpillFolder:
     """Pages of one fingerprint in a folder that several fingerprints, but only one process at a time, may use.
 
     A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes]. Thread-safe; pages are read and written outside the
-    lock. After `close()` nothing is found and nothing is kept.
+    lock. After `close()` nothing is found and nothing is written.
 
     Args:
         folder: made if missing, for this user alone.
@@ -108,8 +108,8 @@ class SpillFolder:
     Attributes:
         n_pages: pages of this fingerprint.
         folder_bytes: files of pages of all fingerprints, what the budget limits.
-        n_damaged: files found damaged, cut, foreign or of an older format, and removed.
-        last_error: the last reason for which a page was not kept or not found where it should be; None before.
+        n_damaged: files that were damaged, truncated, foreign or of an older format, and were removed.
+        last_error: why a page was last not written or not found where it should be; None before.
 
     Raises:
         StoreLocked: another process, or another SpillFolder of this one, uses the folder.
@@ -134,7 +134,9 @@ class SpillFolder:
         self.n_pages = 0
         self.folder_bytes = 0
         self._stamp = 0  # the last one given
-        # Re-entrant: the garbage collector may discard a forgotten page in the middle of another call.
+        # Keeps index and file names in step, so it is held over renames and removals, though not while pages are read
+        # or written. `in`, `n_pages` and `folder_bytes` do not take it: they never wait for the disk.
+        # Re-entrant: the garbage collector may discard a page in the middle of another call.
         self._lock = threading.RLock()
         self._closed = False
         try:
@@ -147,7 +149,7 @@ class SpillFolder:
             raise error if isinstance(error, StoreError) else _store_error(folder, error) from None
 
     def put(self, key: bytes, data: Bytes) -> bool:
-        """Keeps a page; those that were not used for longest make room for it.
+        """Writes a page; the least recently used ones are removed to make room.
 
         Returns:
             Whether it was written. False when it is there already, or was refused: then `last_error` says why.
@@ -205,19 +207,21 @@ class SpillFolder:
             error: StoreError = StoreCorrupt(f"{path}: not the bytes that were written; removed", path=path)
         except OSError as cause:
             error = StoreError(f"cannot read {path}: {cause.strerror or cause}", path=path)
-            if cause.errno not in (errno.ENOENT, errno.EIO):  # too many open files, say: the page is not to blame
+            if cause.errno not in (
+                errno.ENOENT,
+                errno.EIO,
+            ):  # such as too many open files: not the page's fault
                 self.last_error = error
                 return False
         with self._lock:
-            if self._stamps.get(page) == stamp:  # else another call removed the page, and perhaps put it anew
+            if self._stamps.get(page) == stamp:  # else another call removed the page, and perhaps wrote it again
                 self._forget(page)
                 self.last_error = error
                 self.n_damaged += isinstance(error, StoreCorrupt)
         return False
 
     def __contains__(self, key: object) -> bool:
-        with self._lock:
-            return (self._home, key) in self._stamps
+        return (self._home, key) in self._stamps  # no lock: it is called under the pool's
 
     def discard(self, key: bytes) -> None:
         """Removes a page if it is there."""
@@ -315,7 +319,7 @@ class SpillFolder:
         return whole and header == self._header(key, out)
 
     def _scan(self) -> None:
-        """Fills the index, removes what is of no use, and makes this fingerprint's folder."""
+        """Fills the index, removes unusable files, and makes this fingerprint's folder."""
         homes = [home for home in self.folder.iterdir() if _HOME.fullmatch(home.name) and home.is_dir()]
         found: list[tuple[int, _PageId]] = []
         for home, manifest in [(home, _read_manifest(home)) for home in homes]:
@@ -329,7 +333,7 @@ class SpillFolder:
                 if not named[2] and manifest and manifest == own and info.st_size == manifest.file_bytes:
                     found.append((info.st_mtime_ns, _PageId(home.name, bytes.fromhex(path.name))))
                 else:
-                    self.n_damaged += not named[2]  # a draft was left by a process that died; it is no damage
+                    self.n_damaged += not named[2]  # a draft of a process that died is no damage
                     path.unlink()
             if len(found) == n_before:
                 _remove_empty(home)
@@ -359,7 +363,7 @@ def _take_lock(folder: Path) -> FileLock:
 
 
 def _remove_empty(home: Path) -> None:
-    """Removes the folder of a fingerprint without pages, as far as nothing else lies in it."""
+    """Removes the folder of a fingerprint without pages, unless other files are in it."""
     (home / _MANIFEST).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for folder in [*home.iterdir(), home]:

@@ -244,7 +244,7 @@ class ProgramBuilder:
                 self.ops[i].append(Op(kind=LINEAR, input=x, out=out, column=columns[i], weight=weight, vector=part))
                 columns[i] += weight.n_rows
 
-    def linear_onto(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
+    def linear_add(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
         """Adds to `out` the product with a matrix of whose columns, and of `x`, each device has its share."""
         n = self.shares.n
         if n == 1:

@@ -91,14 +91,14 @@ def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.u
         keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
         with pool.lock:
             kv = turn.kv.fork() if turn.kv is not None and turn.kv.n_tokens and engine.cache.owns(turn.kv) else None
-            kv = kv or engine.cache.find(keys, window)
-            if kv is None:
-                continue
-            with kv:
-                for i, (key, page) in enumerate(zip(keys, kv.pages[: kv.n_tokens // PAGE_POSITIONS], strict=False)):
-                    if page != HOLE and key not in seen:
-                        seen.add(key)
-                        pages[f"{turn.id}/{i}"] = pool.native.read(page)
+        kv = kv or engine.cache.find(keys, window)  # without the lock: it may read from disk
+        if kv is None:
+            continue
+        with kv:
+            for i, (key, page) in enumerate(zip(keys, kv.pages[: kv.n_tokens // PAGE_POSITIONS], strict=False)):
+                if page != HOLE and key not in seen:
+                    seen.add(key)
+                    pages[f"{turn.id}/{i}"] = pool.native.read(page)
     return pages
 
 

@@ -243,7 +243,7 @@ _TOOL: Mapping[str, Any] = {
         },
     },
 }
-PROBE_SECONDS = 10.0  # for all renders together; one takes a few milliseconds, that of a hostile template up to 2 s
+PROBE_SECONDS = 10.0  # CPU time of all renders; one takes a few milliseconds, that of a hostile template up to 2 s
 _IDS = ("probe1234", f"functions.{_NAME}:0")
 _LONG_ID = "call_0123456789abcdef_0_0"
 # What a template puts between the start of an answer and its calls if there is no thought.
@@ -313,10 +313,10 @@ def _probe(template: ChatTemplate) -> ToolStyle:
         }
         return _render(template, [*asked, answer], add_generation_prompt=False, tools=[_TOOL])
 
-    end = time.monotonic() + PROBE_SECONDS
+    end = time.thread_time() + PROBE_SECONDS
     ways: tuple[ArgumentsAs, ...] = ("object", "text", "texts")
     for id_, null_content, arguments_as in itertools.product(_IDS, (False, True), ways):
-        text = rendered(id_, null_content, arguments_as) if time.monotonic() < end else None
+        text = rendered(id_, null_content, arguments_as) if time.thread_time() < end else None
         form = None if text is None else _form_in(text, prompt, id_)
         if form is not None:
             short_ids = rendered(_LONG_ID, null_content, arguments_as) is None

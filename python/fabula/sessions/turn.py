@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from fabula.engine.generation import FinishReason, Timings
 from fabula.engine.sampling import SamplingParams
-from fabula.kv.cache import KvCache
+from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence
 from fabula.sessions.policy import Cut
 from fabula.sessions.user_input import UserInput
@@ -122,7 +122,7 @@ class Turn:
                 end = turn.kept
         return [token for piece in reversed(pieces) for token in piece]
 
-    def fork_kv(self, n_tokens: int, cache: KvCache) -> Sequence | None:
+    def fork_kv(self, n_tokens: int, cache: KvEvictionList) -> Sequence | None:
         """A new sequence with the KV of the longest prefix of its ids that a turn on its path holds; None if there is
         none. At most `n_tokens` long."""
         with cache.lock:  # nothing is evicted between the search and the fork
@@ -132,12 +132,12 @@ class Turn:
             cache.touch(best)
             return best.fork(most)
 
-    def n_held(self, n_tokens: int, cache: KvCache) -> int:
+    def n_held(self, n_tokens: int, cache: KvEvictionList) -> int:
         """Number of ids whose KV `fork_kv` would give."""
         with cache.lock:
             return self._longest_kv(n_tokens, cache)[1]
 
-    def _longest_kv(self, n_tokens: int, cache: KvCache) -> tuple[Sequence | None, int]:
+    def _longest_kv(self, n_tokens: int, cache: KvEvictionList) -> tuple[Sequence | None, int]:
         best: Sequence | None = None
         most = 0
         for past in self.lineage():

@@ -197,7 +197,7 @@ class ChatTemplate:
         named: sources by name, `source` among them. A conversation with tools is rendered by the one named "tool_use",
             as in transformers, and any by the one it asks for.
         max_output: characters a rendered conversation may have.
-        max_seconds: time one render may take.
+        max_seconds: CPU time one render may take.
 
     Raises:
         TemplateError: the source is too long or no valid Jinja; carries the line.
@@ -295,7 +295,7 @@ class ChatTemplate:
         variables["add_generation_prompt"] = add_generation_prompt
         if not variables["messages"]:
             raise InvalidArgument("a conversation needs at least one message")
-        self._environment.budget = Budget(time.monotonic() + self._max_seconds)
+        self._environment.budget = Budget(time.thread_time() + self._max_seconds)
         pieces, length = [], 0
         try:
             for piece in self._template.generate(variables):

@@ -1,4 +1,4 @@
-"""The programs of a model: what its builder collected, on one device, or a part on each of several that are joined."""
+"""The programs of a model, made from its builder: on one device, or a part on each of several that are joined."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from fabula._native import Isa
 
 
-class Assembly:
-    """Makes programs of the same weights.
+class Programs:
+    """Makes programs that share one set of weights.
 
     Args:
-        builder: its matrices packed.
+        builder: with packed matrices.
         config: of the model.
         shape: of each device's program.
         inv_freq: as fb_program_create takes it.
@@ -52,7 +52,7 @@ class Assembly:
         """The same up to the last norm: its rows are hidden states, float32 [hidden_size].
 
         It shares the weights, and has buffers of its own for `max_tokens` tokens. The library ends a program with a
-        product, so the states are multiplied by the identity matrix, which changes no number.
+        product, so the states are multiplied by the identity matrix, which keeps their values.
         """
         n = self._config.hidden_size
         identity = np.eye(n, dtype=np.float32)

@@ -1,0 +1,193 @@
+"""The scheduler's policy: functions of what the requests are, without threads, clocks or side effects.
+
+    plan             which requests a step holds, and how many tokens of each
+    decode_steps     how many decode steps one native call makes
+    admits           whether a waiting request may start
+    fits             whether there are pages for it
+    preempted        who releases its pages when there are none left
+    shares_prefix    whose KV pages a waiting request can use, or should wait for
+
+`scheduler.py` carries the decisions out. Lists of running requests are in order of admission, the oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula._native import PAGE_POSITIONS
+from fabula.engine.step_cost import StepCost
+
+
+class Schedulable(Protocol):
+    """What the policy looks at.
+
+    Attributes:
+        n_pending: tokens known but not computed; 1: the request decodes, more: it prefills.
+        paused: its reader is far behind.
+    """
+
+    @property
+    def n_pending(self) -> int: ...
+
+    @property
+    def paused(self) -> bool: ...
+
+
+R = TypeVar("R", bound=Schedulable)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one step of a model may hold.
+
+    Attributes:
+        max_tokens: of a batch, 1 or more.
+        cost: measured cost of a step, which limits prefill while other requests decode.
+    """
+
+    max_tokens: int
+    cost: StepCost
+
+
+def plan(requests: Sequence[R], budget: Budget) -> list[tuple[R, int]]:
+    """Which requests the next step holds, and how many tokens of each.
+
+    Decoding requests come first, one token each. Prefill gets what is left of the budget: the oldest prompt at least
+    half, the shortest ones the rest. So no prompt starves, and none holds up a short one.
+
+    Args:
+        requests: running requests of one model, in order of admission.
+        budget: of the step.
+
+    Returns:
+        Requests with 1 or more tokens, in the order given; at most `budget.max_tokens` in all.
+    """
+    active = [r for r in requests if not r.paused]
+    decoding = [r for r in active if r.n_pending == 1][: budget.max_tokens]
+    prefilling = [r for r in active if r.n_pending > 1]
+    share = {id(r): 1 for r in decoding}
+    left = budget.cost.prefill_tokens(len(decoding), budget.max_tokens - len(decoding))
+    if prefilling:
+        oldest = prefilling[0]
+        shortest = sorted(prefilling[1:], key=lambda r: r.n_pending)
+        least = (left + 1) // 2 if shortest else left
+        share[id(oldest)] = min(oldest.n_pending, least)
+        left -= share[id(oldest)]
+        for request in shortest:
+            share[id(request)] = min(request.n_pending, left)
+            left -= share[id(request)]
+        share[id(oldest)] += min(oldest.n_pending - share[id(oldest)], left)
+    return [(r, share[id(r)]) for r in active if share.get(id(r), 0) > 0]
+
+
+def decode_steps(
+    cost: StepCost,
+    read_ahead: Iterable[int],
+    page_room: Iterable[int],
+    *,
+    n_free: int,
+    emit_seconds: float,
+    max_steps: int,
+) -> int:
+    """How many decode steps one native call makes for requests that all decode.
+
+    Args:
+        cost: of a step.
+        read_ahead: for each request, tokens it may sample before its reader is too far behind.
+        page_room: for each request, positions that are left on its last page.
+        n_free: free pages; where there is not one for each request, none goes beyond its page, for nothing is evicted
+            in favor of tokens to come.
+        emit_seconds: readers get their tokens at least so often.
+        max_steps: of a call.
+    """
+    room = list(page_room)
+    base, token = cost.cost()
+    step = base + token * len(room)
+    most = min(int(emit_seconds / step) if step > 0 else 1, max_steps, *read_ahead)
+    return most if n_free >= len(room) else min(most, *room)
+
+
+# ---- Admission and preemption ---------------------------------------------------------------------------------------
+
+
+def admits(request: Schedulable, n_running: int, max_running: int, *, blocked: bool) -> bool:
+    """Whether a waiting request may start, as far as its place in the order goes.
+
+    Args:
+        request: the waiting one.
+        n_running, max_running: requests of its model.
+        blocked: a request before it, of the same model, waits for pages: those after it wait too, or it would never
+            get them.
+    """
+    return not blocked and not request.paused and n_running < max_running
+
+
+def fits(n_needed: int, n_available: int, n_running: int) -> bool:
+    """Whether there are pages for a request.
+
+    Args:
+        n_needed: pages for its tokens and one more.
+        n_available: pages that are free or can be evicted.
+        n_running: requests of its model. Where it would run alone it starts anyway: no more pages will come, so it
+            either gets along or fails with an error.
+    """
+    return n_needed <= n_available or n_running == 0
+
+
+def preempted(running: Sequence[R], request: R, served: Collection[R], holding: Collection[R]) -> R | None:
+    """Who is preempted so that `request` gets pages: the youngest that has no place in this step yet.
+
+    Args:
+        running: requests of the model, in order of admission.
+        request: needs pages.
+        served: have their pages for this step.
+        holding: have pages at all.
+
+    Returns:
+        None where there is no other: then `request` itself is preempted, or fails where it runs alone.
+    """
+    others = [r for r in reversed(running) if r is not request]
+    return next((r for r in others if r in holding and r not in served), None)
+
+
+# ---- Shared prefixes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a running request has of a waiting one's tokens.
+
+    Attributes:
+        n_common: tokens that both begin with.
+        n_computed: tokens of the running request whose keys and values are computed.
+        prefills: it is still computing its prompt.
+    """
+
+    n_common: int
+    n_computed: int
+    prefills: bool
+
+
+def shares_prefix(prefix: Prefix, n_have: int) -> bool | None:
+    """Whether a waiting request, which has KV for `n_have` tokens, uses what a running one has.
+
+    Returns:
+        None: it should wait, since a page or more of what it needs is being computed just now. False: there is
+        nothing to use, or not yet.
+    """
+    computing = prefix.prefills and prefix.n_computed < prefix.n_common
+    if computing:
+        return None if prefix.n_common >= n_have + PAGE_POSITIONS else False
+    return prefix.n_common > n_have
+
+
+def common_length(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
+    """Length of the common prefix of two sequences of token ids."""
+    n = min(len(a), len(b))
+    different = a[:n] != b[:n]
+    return int(different.argmax()) if different.any() else n
