@@ -16,7 +16,7 @@ from fabula.server import body
 from fabula.server.describe import Describer, info
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
-from fabula.server.invalid import told
+from fabula.server.validation import body_error
 from fabula.server.logs import Log
 from fabula.server.observer import Observer, notify
 from fabula.server.routes import blueprints
@@ -151,7 +151,7 @@ def _handle_errors(app: Quart) -> None:
 
     @app.errorhandler(RequestSchemaValidationError)
     async def invalid(error: RequestSchemaValidationError) -> Response:
-        return _respond(told(error.validation_error))
+        return _respond(body_error(error.validation_error))
 
     @app.errorhandler(HTTPException)
     async def http(error: HTTPException) -> Response:

@@ -123,8 +123,9 @@ class Server:
         self.begun_at = time.time()
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        self._sessions_lock = threading.Lock()  # of the dict alone
         self._opening = threading.Lock()
-        self._new: WeakSet[Session] = WeakSet()  # begun by this process; some have no turn yet
+        self._new: WeakSet[Session] = WeakSet()  # created by this process; some have no turn yet
         self._later: set[asyncio.Task[None]] = set()
         self.gate: Gate = Gate(settings, None)
         self._loading: asyncio.Task[None] | None = None
@@ -255,8 +256,7 @@ class Server:
             settings["sampling"] = sampling.changed(SamplingParams())
         with self.opening(tenant, id):
             session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
-        self._new.add(session)
-        self.remember(session)
+        self.remember(session, is_new=True)
         try:
             yield session
         except BaseException:
@@ -264,12 +264,20 @@ class Server:
             raise
 
     def drop_empty(self, session: Session) -> None:
-        """Deletes a session that was begun here for an answer that never began, if nobody else uses it; blocks."""
+        """Deletes a session that was created for an answer that never came, unless it is in use; blocks."""
         if session in self._new and not session.n_turns and not session.is_busy:
             self._new.discard(session)
-            self.forget(session)
             with suppress(SessionNotFound):
-                session.delete()
+                self.delete(session)
+
+    def delete(self, session: Session) -> int:
+        """Deletes a session; blocks.
+
+        Returns:
+            Bytes of KV cache that were freed.
+        """
+        self.forget(session)
+        return session.delete()
 
     @contextmanager
     def opening(self, tenant: str, id: str | None) -> Iterator[None]:
@@ -283,17 +291,26 @@ class Server:
             self.limits.check_sessions(tenant)
             yield
 
-    def remember(self, session: Session) -> None:
-        """Keeps a session's tree in memory for a while."""
+    def remember(self, session: Session, *, is_new: bool = False) -> None:
+        """Keeps the trees of the last N_SESSIONS sessions in memory.
+
+        Args:
+            session: moves to the front.
+            is_new: created for the current request; `drop_empty` may delete it.
+        """
         key = (session.tenant, session.id)
-        self._sessions[key] = session
-        self._sessions.move_to_end(key)
-        while len(self._sessions) > N_SESSIONS:
-            self._sessions.popitem(last=False)
+        with self._sessions_lock:
+            if is_new:
+                self._new.add(session)
+            self._sessions[key] = session
+            self._sessions.move_to_end(key)
+            oldest = [self._sessions.popitem(last=False) for _ in range(len(self._sessions) - N_SESSIONS)]
+        del oldest  # outside the lock: this may destroy a session
 
     def forget(self, session: Session) -> None:
-        """Lets go of a session that was deleted."""
-        self._sessions.pop((session.tenant, session.id), None)
+        """Removes a deleted session from memory."""
+        with self._sessions_lock:
+            self._sessions.pop((session.tenant, session.id), None)
 
     # ---- Runs -------------------------------------------------------------------------------------------------------
 

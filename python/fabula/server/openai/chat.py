@@ -13,13 +13,12 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
-from fabula.server.answering import run_of_texts
+from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
     Json,
-    begin,
     chat_logprob,
     choices_of,
     ended_itself,
@@ -30,6 +29,7 @@ from fabula.server.openai.format import (
     reason_of,
     refuse,
     schema_constraint,
+    start_generations,
     usage,
 )
 from fabula.server.openai.messages import check_many, plain_messages
@@ -62,9 +62,10 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
     def describe(index: int) -> Json:
         return chat.choice(index)
 
-    with state.limits.beginning(state.runs, tenant, n):
-        generations, calling = await state.call(lambda: _begin(state, serving, tenant, data, n))
-        run = run_of_texts(state, tenant, serving.name, generations, describe)
+    generations, calling = await begin(
+        lambda: _begin(state, serving, tenant, data, n), lambda made: cancel_all(made[0]), n
+    )
+    run = start_run(state, tenant, serving.name, generations, describe)
     chat = Chat(data, serving, generations, run, calling)
     if data.stream:
         return response(follow(run, chat.chunks, chat.last))
@@ -95,7 +96,9 @@ def _begin(
         options = {**options, "add_generation_prompt": turn}
     special = bool(data.parse_special)
     ids = model.chat_ids(messages, continue_final_message=asked, parse_special=special, **options)
-    made = begin(model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s)
+    made = start_generations(
+        model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s
+    )
     return made, calling
 
 

@@ -13,13 +13,12 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
-from fabula.server.answering import run_of_texts
+from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
     Json,
-    begin,
     choices_of,
     fingerprint,
     follow,
@@ -27,6 +26,7 @@ from fabula.server.openai.format import (
     pieces_of,
     reason_of,
     refuse,
+    start_generations,
     token_name,
     usage,
 )
@@ -59,9 +59,8 @@ async def completions(data: CompletionBody) -> Any:
     def describe(index: int) -> Json:
         return texts.choice(index)
 
-    with state.limits.beginning(state.runs, tenant, n * len(prompts)):
-        generations = await state.call(lambda: _begin(state, serving, tenant, data, prompts, n))
-        run = run_of_texts(state, tenant, serving.name, generations, describe)
+    generations = await begin(lambda: _begin(state, serving, tenant, data, prompts, n), cancel_all, n * len(prompts))
+    run = start_run(state, tenant, serving.name, generations, describe)
     texts = Texts(data, serving, prompts, n, generations, run)
     if data.stream:
         return response(follow(run, texts.chunks, texts.last))
@@ -92,7 +91,8 @@ def _begin(
             ids.append(model.tokenizer.encode(prompt, special=data.parse_special is not False))
         else:
             ids.append(prompt)
-    return begin(model, ids, params, n, continues=True, tenant=tenant, timeout=state.settings.answer_s)
+    timeout = state.settings.answer_s
+    return start_generations(model, ids, params, n, continues=True, tenant=tenant, timeout=timeout)
 
 
 def params_of(data: CompletionBody, n: int) -> SamplingParams:

@@ -70,8 +70,7 @@ def make_room(state: Server, tenant: str) -> None:
     while hidden and (len(hidden) >= MAX_CONVERSATIONS or n_all >= most_all):
         session = state.workspace.open(hidden.pop(), tenant=tenant)
         if not session.is_busy:
-            session.delete()
-            state.forget(session)
+            state.delete(session)
             n_all -= 1
     state.limits.check_sessions(tenant)
 
@@ -83,8 +82,7 @@ def delete(state: Server, session: Session, turn: Turn) -> None:
         if session.is_busy or turn is not session.head or turn not in own or turn.parent is None:
             session.tag(turn.id, DELETED)
         elif len(own) == 1:
-            session.delete()
-            state.forget(session)
+            state.delete(session)
         else:
             session.rollback(turn.parent, prune=True)
 

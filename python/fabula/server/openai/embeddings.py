@@ -15,6 +15,7 @@ from fabula.server.describe import WRITING, fails
 from fabula.server.openai.format import refuse
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
+from fabula.server.start_run import begin
 from fabula.server.state import server
 
 routes = Blueprint("openai_embeddings", __name__)
@@ -38,17 +39,14 @@ async def embeddings(data: EmbeddingBody) -> Any:
     if data.dimensions not in (None, size):
         raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
     left = threading.Event()
+
+    def embed() -> Any:
+        special = data.parse_special is not False
+        return model.embed(texts, pooling=data.pooling or "mean", parse_special=special, should_stop=left.is_set)
+
     try:
-        with state.limits.beginning(state.runs, tenant):
-            found = await state.call(
-                lambda: model.embed(
-                    texts,
-                    pooling=data.pooling or "mean",
-                    parse_special=data.parse_special is not False,
-                    should_stop=left.is_set,
-                )
-            )
-    except asyncio.CancelledError:  # the client has gone
+        found = await begin(embed, lambda _: None)
+    except asyncio.CancelledError:  # the client left
         left.set()
         raise
     n_tokens = sum(found.n_tokens)

@@ -47,7 +47,7 @@ def schema_constraint(schema: Json | None, strict: bool | None, where: str) -> C
     return Constraint.json_schema(schema)
 
 
-def begin(
+def start_generations(
     model: Model,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
@@ -57,7 +57,7 @@ def begin(
     tenant: str,
     timeout: float,
 ) -> list[Generation]:
-    """n answers to each prompt; a seed s stands for s, s + 1, ... Blocks."""
+    """Starts n answers to each prompt. Seed s gives the seeds s, s + 1, ... Blocks."""
     made: list[Generation] = []
     try:
         for prompt in prompts:

@@ -15,13 +15,14 @@ from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
 from fabula.server.describe import READING, WRITING, fails, streams
 from fabula.server.openai import conversations
-from fabula.server.openai.format import Json, begin, ended_itself, follow, refuse, schema_constraint
+from fabula.server.openai.format import Json, ended_itself, follow, refuse, schema_constraint, start_generations
 from fabula.server.openai.items import Output, messages_of, tools_of
 from fabula.server.openai.messages import check_many
 from fabula.server.openai.replies import DeletedReply, ResponseReply
 from fabula.server.openai.schemas import ResponseBody
-from fabula.server.openai.told import of_request, of_turn, status_of, usage
-from fabula.server.runs import Event, Run
+from fabula.server.openai.response_json import of_request, of_turn, status_of, usage
+from fabula.server.runs import Event
+from fabula.server.start_run import begin, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import dumps, response
 from fabula.sessions.reply import Reply
@@ -33,16 +34,16 @@ routes = Blueprint("openai_responses", __name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """A response in the making.
+class Started:
+    """A response that is being generated.
 
     Attributes:
-        id: its name.
-        key: of its items' names.
+        id: of the response.
+        key: prefix of its items' ids.
         model: name of the model.
-        source: what makes it.
-        session: it belongs to; None for none.
-        is_kept: whether it can be gone on from.
+        source: generates it.
+        session: the session it belongs to; None for none.
+        is_kept: whether later responses can follow it.
         calling: how it calls tools; None where it does not.
     """
 
@@ -71,32 +72,32 @@ async def create(data: ResponseBody) -> Any:
     An input that brings its own history, with items of the assistant, is answered like `store: false`.
     """
     state, tenant = server(), g.tenant
-    begun: Begun
-    told: Telling
 
     def describe(_: int) -> Json:
-        state.limits.pay(tenant, begun.source.timings)
-        if begun.session is not None and not begun.is_kept:
-            begun.session.delete()
-            state.forget(begun.session)
-        return told.whole()
+        if started.session is not None:
+            if not started.is_kept:
+                state.delete(started.session)
+            elif run.is_left:
+                state.drop_empty(started.session)
+        return writer.whole()
 
-    with state.limits.beginning(state.runs, tenant):
-        begun = await state.call(lambda: _begin(state, tenant, data))
-        run = Run(
-            [begun.source],
-            tenant=tenant,
-            model=begun.model,
-            describe=describe,
-            session_id=begun.session.id if begun.session is not None else None,
-            observers=state.observers,
-            request_id=g.get("request_id", ""),
-        )
-        state.begin(run)
-    told = Telling(data, begun)
+    started = await begin(lambda: _start(state, tenant, data), lambda made: _undo(state, made))
+    writer = ResponseWriter(data, started)
+    session_id = started.session.id if started.session is not None else None
+    run = start_run(state, tenant, started.model, [started.source], describe, session_id=session_id)
     if data.stream:
-        return response(follow(run, told.events, lambda: ()))
+        return response(follow(run, writer.events, lambda: ()))
     return (await run.finish())[0]
+
+
+def _undo(state: Server, started: Started) -> None:
+    """Cancels a response nobody waits for, and deletes the session created for it; blocks."""
+    started.source.cancel()
+    if started.session is not None:
+        if started.is_kept:
+            state.drop_empty(started.session)
+        else:
+            state.delete(started.session)
 
 
 @routes.get("/v1/responses/<id>")
@@ -133,11 +134,11 @@ def _found(state: Server, tenant: str, id: str) -> tuple[Session, Turn]:
     return found
 
 
-# ---- Beginning ------------------------------------------------------------------------------------------------------
+# ---- Starting -------------------------------------------------------------------------------------------------------
 
 
-def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
-    """Reads the request and begins its answer; blocks."""
+def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
+    """Reads the request and starts its response; blocks."""
     if isinstance(data.input, list):
         check_many(len(data.input), state.settings.max_messages, "input")
     messages = messages_of(data.input, state.limits)
@@ -148,7 +149,7 @@ def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
     if data.previous_response_id is not None:
         if has_history:
             raise refuse("input", "holds what the assistant said; with previous_response_id that is known already")
-        return _go_on(state, tenant, data, messages, params, tools)
+        return _follow_response(state, tenant, data, messages, params, tools)
     serving = state.model(data.model)
     if has_history or data.store is False:
         return _answer_once(state, tenant, serving, data, messages, params, tools)
@@ -157,13 +158,13 @@ def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
     session = state.workspace.session(
         conversations.new_name(), model=serving.name, system=data.instructions, context_policy=policy, tenant=tenant
     )
-    state.remember(session)
-    return _say(state, session, data, messages, params, tools, is_new=True)
+    state.remember(session, is_new=True)
+    return _add_turn(state, session, data, messages, params, tools, is_new=True)
 
 
-def _go_on(
+def _follow_response(
     state: Server, tenant: str, data: ResponseBody, messages: list[Json], params: SamplingParams, tools: list[Json]
-) -> Begun:
+) -> Started:
     """A response behind another one."""
     found = conversations.find(state, tenant, data.previous_response_id or "")
     if found is None:
@@ -178,11 +179,11 @@ def _go_on(
     with conversations.lock_of(session):
         # In this order: an answer that ends in between moves the head.
         if data.store is not False and not session.is_busy and session.head is turn:
-            return _say(state, session, data, messages, params, tools, is_new=False)
+            return _add_turn(state, session, data, messages, params, tools, is_new=False)
         conversations.make_room(state, tenant)
         fork = session.fork(turn, id=conversations.new_name())
-    state.remember(fork)
-    return _say(state, fork, data, messages, params, tools, is_new=True, is_kept=data.store is not False)
+    state.remember(fork, is_new=True)
+    return _add_turn(state, fork, data, messages, params, tools, is_new=True, is_kept=data.store is not False)
 
 
 def _instructions(session: Session, turn: Turn) -> str | None:
@@ -194,7 +195,7 @@ def _instructions(session: Session, turn: Turn) -> str | None:
     return session.system
 
 
-def _say(
+def _add_turn(
     state: Server,
     session: Session,
     data: ResponseBody,
@@ -204,7 +205,7 @@ def _say(
     *,
     is_new: bool,
     is_kept: bool = True,
-) -> Begun:
+) -> Started:
     """Begins a turn; a session that was made for it goes where it fails."""
     try:
         state.limits.check_turns(session)
@@ -221,11 +222,10 @@ def _say(
         )
     except BaseException:
         if is_new:
-            session.delete()
-            state.forget(session)
+            state.delete(session)
         raise
     key = reply.draft().id
-    return Begun(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept, calling)
+    return Started(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept, calling)
 
 
 def _answer_once(
@@ -236,7 +236,7 @@ def _answer_once(
     messages: list[Json],
     params: SamplingParams,
     tools: list[Json],
-) -> Begun:
+) -> Started:
     """An answer that is not kept."""
     model = serving.model
     assert model is not None
@@ -245,9 +245,10 @@ def _answer_once(
     params, calling = _calling(data, model, params, tools)
     worded, options = with_tools(messages, tools, model.template)
     ids = model.chat_ids(worded, parse_special=bool(data.parse_special), **options)
-    generation = begin(model, [ids], params, 1, continues=False, tenant=tenant, timeout=state.settings.answer_s)[0]
+    timeout = state.settings.answer_s
+    generation = start_generations(model, [ids], params, 1, continues=False, tenant=tenant, timeout=timeout)[0]
     key = secrets.token_hex(16)
-    return Begun(f"resp_{key}", key, serving.name, generation, None, False, calling)
+    return Started(f"resp_{key}", key, serving.name, generation, None, False, calling)
 
 
 def _calling(
@@ -292,33 +293,35 @@ def params_of(data: ResponseBody) -> SamplingParams:
     return params
 
 
-# ---- Telling --------------------------------------------------------------------------------------------------------
+# ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-class Telling:
-    """A response as it is told, whole or in events.
+class ResponseWriter:
+    """Writes a response as JSON, whole or as events.
 
     Args:
         data: the request.
-        begun: the response.
+        started: the response.
     """
 
-    def __init__(self, data: ResponseBody, begun: Begun) -> None:
-        self._data, self._begun = data, begun
+    def __init__(self, data: ResponseBody, started: Started) -> None:
+        self._data, self._started = data, started
         self._output = self._new_output()
-        self._about = of_request(data, begun.id, begun.model, is_kept=begun.is_kept, params=begun.generation.params)
+        self._about = of_request(
+            data, started.id, started.model, is_kept=started.is_kept, params=started.generation.params
+        )
         self._n = 0
 
     def _new_output(self) -> Output:
-        calling = self._begun.calling
-        return Output(self._begun.key, calling is not None, calling)
+        calling = self._started.calling
+        return Output(self._started.key, calling is not None, calling)
 
     def _ended_itself(self) -> bool:
-        return ended_itself(self._begun.generation, has_stops=bool(self._data.stop))
+        return ended_itself(self._started.generation, has_stops=bool(self._data.stop))
 
     def whole(self) -> Json:
         """The response when it has ended."""
-        generation = self._begun.generation
+        generation = self._started.generation
         status, details = status_of(generation.finish_reason)
         output = self._new_output()
         rest = output.finish(is_whole=status == "completed", ended_itself=self._ended_itself())

@@ -9,7 +9,7 @@ from typing import Any
 from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
-from fabula.server.answering import Made, answered
+from fabula.server.start_run import Made, answered
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.replies import AnswerReply, BegunReply, BranchesReply
 from fabula.server.schemas import (

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
-from fabula.server.changing import Changed, changed
+from fabula.server.mutation import Changed, changed
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.failures import ApiError
 from fabula.server.limits import HIDDEN

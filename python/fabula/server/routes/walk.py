@@ -8,7 +8,7 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
-from fabula.server.changing import Changed, changed
+from fabula.server.mutation import Changed, changed
 from fabula.server.describe import WRITING, fails
 from fabula.server.failures import ApiError, not_found
 from fabula.server.replies import (
