@@ -22,31 +22,30 @@ from test_openai_inside import Inside, inside, user
 CHAT = {"max_len": 4, "seed": 1}
 OLD = {"session_id": "old", "max_len": 4}
 
-# method of the request: path and body, given the turn and the responses that are there already
-ROUTES: dict[str, Callable[[Any], tuple[str, dict[str, Any]]]] = {
-    "chat": lambda old: ("/chat", {"message": "hi", **CHAT}),
-    "chat, named": lambda old: ("/chat", {"message": "hi", "session_id": "new", **CHAT}),
-    "chat, again": lambda old: ("/chat", {"message": "more", **OLD}),
-    "chat, streamed": lambda old: ("/chat", {"message": "hi", "stream": True, **CHAT}),
-    "chat, background": lambda old: ("/chat", {"message": "hi", "background": True, **CHAT}),
-    "story": lambda old: ("/story", {"prompt": "the whale", **CHAT}),
-    "regenerate": lambda old: ("/regenerate", OLD),
-    "edit": lambda old: ("/edit", {"turn": 1, "message": "other", **OLD}),
-    "continue": lambda old: ("/continue", OLD),
-    "replay": lambda old: ("/replay", {"turn": 1, **OLD}),
-    "fork_at": lambda old: ("/fork_at", {"turn": 1, "position": 0, "token_id": 7, **OLD}),
-    "branch": lambda old: ("/branch", {"n": 2, "message": "which", **OLD}),
-    "chat completions": lambda old: ("/v1/chat/completions", {"messages": user("hi"), "n": 2, "max_tokens": 4}),
-    "completions": lambda old: ("/v1/completions", {"prompt": ["the", "whale"], "max_tokens": 4}),
-    "responses": lambda old: ("/v1/responses", {"input": "hi", "max_output_tokens": 4}),
-    "responses, streamed": lambda old: ("/v1/responses", {"input": "hi", "stream": True}),
-    "responses, not stored": lambda old: ("/v1/responses", {"input": "hi", "store": False}),
-    "responses, next": lambda old: ("/v1/responses", {"input": "hi", "previous_response_id": old[1]}),
-    "responses, fork": lambda old: ("/v1/responses", {"input": "hi", "previous_response_id": old[0]}),
-    "responses, fork not stored": lambda old: (
-        "/v1/responses",
-        {"input": "hi", "previous_response_id": old[0], "store": False},
-    ),
+FIRST, SECOND = "the first response", "the second response"
+
+# path and body of a request
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/chat", {"message": "hi", **CHAT}),
+    "chat, named": ("/chat", {"message": "hi", "session_id": "new", **CHAT}),
+    "chat, again": ("/chat", {"message": "more", **OLD}),
+    "chat, streamed": ("/chat", {"message": "hi", "stream": True, **CHAT}),
+    "chat, background": ("/chat", {"message": "hi", "background": True, **CHAT}),
+    "story": ("/story", {"prompt": "the whale", **CHAT}),
+    "regenerate": ("/regenerate", OLD),
+    "edit": ("/edit", {"turn": 1, "message": "other", **OLD}),
+    "continue": ("/continue", OLD),
+    "replay": ("/replay", {"turn": 1, **OLD}),
+    "fork_at": ("/fork_at", {"turn": 1, "position": 0, "token_id": 7, **OLD}),
+    "branch": ("/branch", {"n": 2, "message": "which", **OLD}),
+    "chat completions": ("/v1/chat/completions", {"messages": user("hi"), "n": 2, "max_tokens": 4}),
+    "completions": ("/v1/completions", {"prompt": ["the", "whale"], "max_tokens": 4}),
+    "responses": ("/v1/responses", {"input": "hi", "max_output_tokens": 4}),
+    "responses, streamed": ("/v1/responses", {"input": "hi", "stream": True}),
+    "responses, not stored": ("/v1/responses", {"input": "hi", "store": False}),
+    "responses, next": ("/v1/responses", {"input": "hi", "previous_response_id": SECOND}),
+    "responses, fork": ("/v1/responses", {"input": "hi", "previous_response_id": FIRST}),
+    "responses, fork not stored": ("/v1/responses", {"input": "hi", "previous_response_id": FIRST, "store": False}),
 }
 
 
@@ -126,7 +125,9 @@ def test_a_client_that_leaves_while_its_answer_starts(
         before, pages = what_is_there(state), used_pages(model)
         gate = Gate(Generation.__init__)
         gate.install(monkeypatch, Generation, "__init__")
-        path, body = ROUTES[route]([first["id"], second["id"]])
+        path, body = ROUTES[route]
+        ids = {FIRST: first["id"], SECOND: second["id"]}
+        body = {name: ids.get(value, value) if isinstance(value, str) else value for name, value in body.items()}
         asking = await ask(client, path, body)
         while not gate.reached.is_set():
             await asyncio.sleep(0.005)

@@ -16,7 +16,6 @@ from fabula.server import body
 from fabula.server.describe import Describer, info
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
-from fabula.server.validation import body_error
 from fabula.server.logs import Log
 from fabula.server.observer import Observer, notify
 from fabula.server.routes import blueprints
@@ -24,6 +23,7 @@ from fabula.server.settings import Settings
 from fabula.server.state import Server, server
 from fabula.server.stream import dumps
 from fabula.server.telemetry import Traces
+from fabula.server.validation import body_error
 from fabula.workspace import Workspace
 
 SMALL_BODY = 32_768  # bytes that are read at once, by the event loop's thread

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from quart_schema import Info, OpenAPIProvider, document_response
+from pydantic import BaseModel
+from quart import Blueprint
+from quart_schema import Info, OpenAPIProvider, document_response, tag, validate_request
 
 from fabula import __version__
 from fabula.server.gate import is_open
-from fabula.server.replies import ErrorReply
+from fabula.server.replies import AnswerReply, BegunReply, ErrorReply
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +52,31 @@ def fails(*statuses: int) -> Callable[[F], F]:
         for status in statuses:
             function = document_response(ErrorReply, status)(function)
         return function
+
+    return decorate
+
+
+def answer_route(
+    routes: Blueprint, path: str, body: type[BaseModel], group: str, reply: type[BaseModel] = AnswerReply
+) -> Callable[[F], F]:
+    """Registers a route of Fabula's own API that answers: whole, as a stream, or in the background."""
+
+    def decorate(function: F) -> F:
+        function = document_response(BegunReply, 202)(fails(*WRITING)(function))
+        function = document_response(reply, 200)(function)
+        return cast(F, routes.post(path)(streams(tag([group])(validate_request(body)(function)))))
+
+    return decorate
+
+
+def verb_route(
+    routes: Blueprint, path: str, body: type[BaseModel], group: str, reply: type[BaseModel]
+) -> Callable[[F], F]:
+    """Registers a route of Fabula's own API that replies at once."""
+
+    def decorate(function: F) -> F:
+        function = document_response(reply, 200)(fails(*WRITING)(function))
+        return cast(F, routes.post(path)(tag([group])(validate_request(body)(function))))
 
     return decorate
 

@@ -96,17 +96,23 @@ class TurnReply(BaseModel):
     prompt: str
     text: str
     finish_reason: str | None
+    reused_tokens: int = Field(0, description="Prompt tokens taken from the KV cache. `reused` is an older name.")
+    recomputed_tokens: int = Field(
+        0, description="Tokens of the past that were computed again. `recomputed` is an older name."
+    )
 
 
 class HeadReply(Told):
-    """Where a session stands. Nothing was computed to get there."""
+    """The session's head: the current turn. Nothing was computed to get there."""
 
     session_id: str
     head: int
     head_id: str
-    path: list[TurnReply]
+    path: list[TurnReply] | None = Field(
+        None, description="The turns from the first to the head; only with `?path=true`, as it grows with the path."
+    )
     recomputed_tokens: Literal[0] = 0
-    freed_bytes: int = Field(0, description="Of K and V of turns that were pruned.")
+    freed_bytes: int = Field(0, description="KV cache freed by pruning.")
 
 
 class DeletedReply(Told):
@@ -187,7 +193,7 @@ class SessionsReply(Told):
 
 
 class SessionReply(BaseModel):
-    """A session: its settings and the turns from the first to the head."""
+    """A session: its settings and its path."""
 
     model_config = ConfigDict(extra="allow")
     session_id: str
@@ -204,7 +210,9 @@ class SessionReply(BaseModel):
         None, description="What the model recommends for those it does not; null while it is not loaded."
     )
     context_policy: dict[str, Any]
-    path: list[TurnReply]
+    path: list[TurnReply] | None = Field(
+        None, description="The turns from the first to the head. A reply to PATCH has it only with `?path=true`."
+    )
 
 
 class TreeReply(BaseModel):
@@ -291,15 +299,21 @@ def answer_json(session: Session, reply: Reply, stream_id: str) -> dict[str, Any
     }
 
 
-def head_json(session: Session) -> dict[str, Any]:
-    """Where a session stands, as `HeadReply`."""
-    path = session.path
-    head: Turn = session.head
-    return {
-        "session_id": session.id,
-        "head": head.number,
-        "head_id": head.id,
-        "path": [turn.to_json() for turn in path],
-        "recomputed_tokens": 0,
-        "freed_bytes": 0,
-    }
+def turn_json(turn: Turn) -> dict[str, Any]:
+    """A turn, as `TurnReply`."""
+    return with_token_names(turn.to_json())
+
+
+def with_token_names(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn's JSON with its token counts also under the names that `usage` has."""
+    return turn | {"reused_tokens": turn["reused"], "recomputed_tokens": turn["recomputed"]}
+
+
+def head_json(session: Session, *, path: bool = False) -> dict[str, Any]:
+    """A session's head, as `HeadReply`."""
+    head = session.head
+    found = {"session_id": session.id, "head": head.number, "head_id": head.id}
+    if path:
+        # From one head: the session may move on meanwhile.
+        found["path"] = [turn_json(turn) for turn in head.lineage() if turn.number > 0][::-1]
+    return found | {"recomputed_tokens": 0, "freed_bytes": 0}

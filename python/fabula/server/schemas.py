@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -153,6 +154,10 @@ def _token(text: str) -> int:
 class Answering(Sampling):
     """How an answer is sent."""
 
+    def over(self, base: Callable[[], SamplingParams]) -> SamplingParams | None:
+        """The settings given here over those of `base`; None if none are given."""
+        return None if self.is_empty else self.params(base())
+
     stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")
     background: bool = Field(
         False, description="Go on when the client leaves. Without `stream` the reply is sent at once, with status 202."
@@ -221,8 +226,22 @@ class SessionBody(Strict):
 class RollbackBody(SessionBody):
     """A turn to go back to."""
 
-    target_turn: TurnRef = 1
-    prune: bool = Field(False, description="Delete the turns that lie behind it.")
+    turn: TurnRef = 1
+    target_turn: TurnRef = Field(1, description="An older name of `turn`.", deprecated=True)
+    prune: bool = Field(False, description="Also delete the turns that follow it.")
+
+    @property
+    def target(self) -> int | str:
+        """The turn, under whichever name it was given.
+
+        Raises:
+            InvalidArgument: under both.
+        """
+        if "target_turn" not in self.model_fields_set:
+            return self.turn
+        if "turn" in self.model_fields_set:
+            raise InvalidArgument("turn and target_turn are two names of one field; give one of them")
+        return self.target_turn
 
 
 class ForkBody(SessionBody):

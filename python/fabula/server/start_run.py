@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from quart import g
 
 from fabula.engine.generation import Generation
+from fabula.server.open_session import Open
 from fabula.server.replies import answer_json
 from fabula.server.runs import Run, Source
 from fabula.server.schemas import Answering
@@ -22,6 +23,7 @@ from fabula.sessions.reply import Reply
 from fabula.sessions.session import Session
 
 Made = tuple[Session, Sequence[Reply]]
+Verb = Callable[[Session, float], Reply | Sequence[Reply]]
 T = TypeVar("T")
 
 
@@ -59,16 +61,26 @@ async def _undo_when_made(state: Server, making: asyncio.Task[T], undo: Callable
             await state.call(lambda: undo(making.result()))
 
 
-async def answered(data: Answering, make: Callable[[Server, str], Made], *, n: int | None = None) -> Any:
+async def answered(data: Answering, open: Open, verb: Verb, *, n: int | None = None, **texts: str | None) -> Any:
     """The response to a request of Fabula's own API for answers of a session.
 
     Args:
-        data: says whether the answers are streamed or made in the background.
-        make: finds the session and starts the replies, given the server and the tenant; runs in a worker thread.
+        data: says whether the answers are streamed or generated in the background.
+        open: opens the session; runs in a worker thread, as `verb` does.
+        verb: starts the reply or the replies, given the session and the time limit in seconds.
         n: number of replies generated side by side; None for one reply, which is then returned by itself.
+        texts: user input by its field's name, checked against the length limit first.
     """
     state, tenant = server(), g.tenant
-    session, replies = await begin(lambda: make(state, tenant), lambda made: _undo(state, made), 1 if n is None else n)
+
+    def make() -> Made:
+        for name, text in texts.items():
+            state.limits.check_text(text or "", name)
+        with open(state, tenant) as session:
+            started = verb(session, state.settings.answer_s)
+            return session, [started] if isinstance(started, Reply) else started
+
+    session, replies = await begin(make, lambda made: _undo(state, made), 1 if n is None else n)
     run = run_of(state, session, replies, background=data.background)
     if data.stream:
         return response(native(run))

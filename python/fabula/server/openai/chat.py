@@ -13,7 +13,6 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
-from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
@@ -36,6 +35,7 @@ from fabula.server.openai.messages import check_many, plain_messages
 from fabula.server.openai.replies import ChatCompletionReply
 from fabula.server.openai.schemas import ChatCompletionBody
 from fabula.server.runs import Event, Run
+from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
 from fabula.sessions.calls import Arguments, Blanks, CallBegun, CallEnded, Content, gathered

@@ -13,7 +13,6 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
-from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
@@ -33,6 +32,7 @@ from fabula.server.openai.format import (
 from fabula.server.openai.replies import CompletionReply
 from fabula.server.openai.schemas import CompletionBody
 from fabula.server.runs import Event, Run
+from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
 

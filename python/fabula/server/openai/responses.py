@@ -19,8 +19,8 @@ from fabula.server.openai.format import Json, ended_itself, follow, refuse, sche
 from fabula.server.openai.items import Output, messages_of, tools_of
 from fabula.server.openai.messages import check_many
 from fabula.server.openai.replies import DeletedReply, ResponseReply
-from fabula.server.openai.schemas import ResponseBody
 from fabula.server.openai.response_json import of_request, of_turn, status_of, usage
+from fabula.server.openai.schemas import ResponseBody
 from fabula.server.runs import Event
 from fabula.server.start_run import begin, start_run
 from fabula.server.state import Server, Serving, server
