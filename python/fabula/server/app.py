@@ -21,7 +21,7 @@ from fabula.server.observer import Observer, notify
 from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
-from fabula.server.stream import dumps
+from fabula.server.stream import dumps, dumps_in_parts, is_large
 from fabula.server.telemetry import Traces
 from fabula.server.validation import body_error
 from fabula.workspace import Workspace
@@ -43,7 +43,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     settings = settings or Settings()
     keys = Keys.read(settings.keys) if settings.keys is not None else None
     check_access(settings)
-    app = Quart("fabula.server", static_folder=None)
+    app = _App("fabula.server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["BODY_TIMEOUT"] = settings.body_s
     app.config["QUART_SCHEMA_CONVERSION_PREFERENCE"] = "pydantic"
@@ -83,6 +83,18 @@ def check_access(settings: Settings) -> None:
             f"other machines can reach {settings.host}, so API keys are needed: --keys FILE (`fabula keys` makes "
             "them), or --insecure to serve whoever comes"
         )
+
+
+class _App(Quart):
+    """Writes large replies as JSON in a worker thread."""
+
+    async def make_response(self, result: Any) -> Any:
+        body, *rest = result if isinstance(result, tuple) else (result,)
+        if isinstance(body, (dict, list)) and is_large(body):
+            text = await asyncio.to_thread(dumps_in_parts, body)
+            response = Response(text + "\n", mimetype="application/json")
+            result = (response, *rest) if rest else response
+        return await super().make_response(result)
 
 
 class _Json(DefaultJSONProvider):

@@ -26,6 +26,7 @@ from fabula.sessions.reply import Reply
 Source = Reply | Generation
 
 LAG = 64  # events that a reader may be behind before the answer waits for it
+MAX_BATCH = 64  # events that a reader gets at once: encoding them takes the event loop about 2 ms
 LAG_S = 30.0  # seconds that it waits; then the reader is given up
 MAX_KEPT = 256  # runs that have ended, to be joined again
 MAX_KEPT_EVENTS = 200_000  # of those runs together: some 100 MB, less without `n_logprobs`
@@ -282,8 +283,11 @@ class Follower(AsyncIterator[list[tuple[int, Event]]]):
         while not reader.given_up:
             if reader.position < len(run.events):
                 self._heard = self._loop.time()
-                first, reader.position = reader.position, len(run.events)
+                first = reader.position
+                reader.position = min(first + MAX_BATCH, len(run.events))
                 run.taken()
+                if reader.position < len(run.events):
+                    await asyncio.sleep(0)  # a long replay gives way to others after each batch
                 return list(enumerate(run.events[first : reader.position], first))
             if run.is_done:
                 break

@@ -17,6 +17,7 @@ from quart import current_app
 
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import EngineError, InvalidArgument, SessionNotFound
+from fabula.kv.pages import PoolUsage
 from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
 from fabula.server.feed import Feed
@@ -33,7 +34,13 @@ from fabula.workspace import Workspace
 T = TypeVar("T")
 
 N_THREADS = 32  # for what blocks: tokenizing, waiting for a commit. None of it lasts long
+MAX_USAGE_WAIT_S = 0.05
 N_SESSIONS = 256  # used last, which keep their trees in memory
+
+
+def _ignore_error(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # a model that is being closed: the last numbers stay
 
 
 @dataclass(slots=True)
@@ -47,6 +54,7 @@ class Serving:
         done, total: bytes fetched or read.
         error: why it failed.
         model: when ready.
+        usage: KV cache pages when somebody last asked; None before the model is loaded.
         is_stopping: whether to break off.
     """
 
@@ -58,20 +66,37 @@ class Serving:
     error: str = ""
     model: Model | None = None
     is_stopping: bool = False
+    usage: PoolUsage | None = None
+    _refreshing: asyncio.Task[None] | None = None
 
-    def _go_on(self) -> None:
-        if self.is_stopping:  # whoever tells us of progress is broken off
+    async def refresh_usage(self) -> None:
+        """Updates `usage` in a worker thread. Waits for it MAX_USAGE_WAIT_S at most, and never for a lock: while one is
+        held for longer, `usage` stays as it was."""
+        if self.model is None:
+            return
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(asyncio.to_thread(self.read_usage))
+            self._refreshing.add_done_callback(_ignore_error)
+        await asyncio.wait([self._refreshing], timeout=MAX_USAGE_WAIT_S)
+
+    def read_usage(self) -> None:
+        """Updates `usage`; blocks."""
+        if self.model is not None:
+            self.usage = self.model.kv_usage
+
+    def _check_stopping(self) -> None:
+        if self.is_stopping:
             raise EngineError("the server was stopped")
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
         """A download has come so far; satisfies `fabula.formats.download.Progress`."""
         self.state, self.done, self.total = "fetching", done_bytes, total_bytes
-        self._go_on()
+        self._check_stopping()
 
     def loaded(self, done: int, total: int) -> None:
-        """So much of the weights is read."""
+        """Progress of loading the weights, in bytes."""
         self.state, self.done, self.total = "loading", done, total
-        self._go_on()
+        self._check_stopping()
 
     def to_json(self) -> dict[str, Any]:
         """For /health."""
@@ -80,8 +105,7 @@ class Serving:
             found["progress"] = round(self.done / self.total, 3) if self.total else None
         if self.error:
             found["error"] = self.error
-        if self.state == "ready" and self.model is not None:
-            usage = self.model.kv_usage
+        if self.state == "ready" and self.model is not None and (usage := self.usage) is not None:
             found |= {
                 "weights": self.model.weights,
                 "device": self.model.device,
@@ -167,6 +191,7 @@ class Server:
             fetch_progress=serving,
             load_progress=serving.loaded,
         )
+        serving.read_usage()
         serving.state = "ready"
 
     @property

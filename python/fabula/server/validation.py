@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from pydantic import ValidationError
 
 from fabula.server.failures import ApiError
+
+_REPR = reprlib.Repr()  # bounded: the input may be megabytes long
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
 def body_error(error: Any) -> ApiError:
@@ -42,7 +46,7 @@ def _sentence(problem: Any) -> str:
         return "there is no such field"
     if kind == "missing":
         return "is missing"
-    given = repr(problem.get("input"))
+    given = _REPR.repr(problem.get("input"))
     given = given if len(given) <= 60 else given[:59] + "…"
     words = (
         problem["msg"]

@@ -74,7 +74,7 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
             await asyncio.to_thread(self._finish)
             raise
         except EngineError:
-            self._fail()
+            await asyncio.to_thread(self._fail)  # it takes the session's lock
             raise
         except BaseException:
             await asyncio.shield(asyncio.to_thread(self.cancel))

@@ -12,7 +12,7 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Timings
 from fabula.server.describe import WRITING, fails
-from fabula.server.openai.format import refuse
+from fabula.server.openai.format import Json, refuse
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
 from fabula.server.start_run import begin
@@ -53,13 +53,16 @@ async def embeddings(data: EmbeddingBody) -> Any:
     state.limits.pay(tenant, Timings(n_tokens, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     as_bytes = data.encoding_format == "base64"
 
-    def told(vector: Any) -> Any:
+    def encoded(vector: Any) -> Any:
         return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.tolist()
 
-    vectors = [{"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(found.vectors)]
+    def encode() -> list[Json]:
+        vectors = enumerate(found.vectors)
+        return [{"object": "embedding", "index": i, "embedding": encoded(vector)} for i, vector in vectors]
+
     return {
         "object": "list",
-        "data": vectors,
+        "data": await state.call(encode),
         "model": serving.name,
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }

@@ -42,15 +42,16 @@ async def detokenize(data: TokensBody) -> Any:
     state = server()
     model = state.model(data.model).model
     assert model is not None
-    for i, token in enumerate(data.tokens):
-        if not 0 <= token < model.tokenizer.vocab_size:
-            raise ApiError(
-                400,
-                "invalid_value",
-                f"tokens[{i}] is {token}, must be in 0 .. {model.tokenizer.vocab_size - 1}",
-                param="tokens",
-            )
-    return {"text": await state.call(lambda: model.tokenizer.decode(data.tokens, skip_special=data.skip_special))}
+    tokenizer = model.tokenizer
+
+    def work() -> str:
+        for i, token in enumerate(data.tokens):
+            if not 0 <= token < tokenizer.vocab_size:
+                message = f"tokens[{i}] is {token}, must be in 0 .. {tokenizer.vocab_size - 1}"
+                raise ApiError(400, "invalid_value", message, param="tokens")
+        return tokenizer.decode(data.tokens, skip_special=data.skip_special)
+
+    return {"text": await state.call(work)}
 
 
 @routes.post("/count")
