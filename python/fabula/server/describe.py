@@ -1,4 +1,4 @@
-"""The description of the API: OpenAPI as quart-schema makes it, with what every route has in common."""
+"""The OpenAPI description: quart-schema's document with what all routes share; decorators of routes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fabula.server.replies import AnswerReply, BegunReply, ErrorReply
 F = TypeVar("F", bound=Callable[..., Any])
 
 STATUSES = {
-    400: "The request cannot be: says which field, and what is allowed.",
-    401: "No key of this server came with it.",
-    403: "Called by a name the server does not have, or by a page of another site.",
-    404: "There is no such thing, or it belongs to another key.",
-    408: "The body took too long.",
-    409: "Not now: a reply of the session is being made, or it is full.",
+    400: "The request is invalid; the message names the field and what is allowed.",
+    401: "The API key is missing or unknown.",
+    403: "The Host header is not allowed, or the call came from a page of another site.",
+    404: "Not found, or it belongs to another key.",
+    408: "The body took too long to arrive.",
+    409: "A reply of the session is being generated, or the session is full.",
     413: "Too large.",
     415: "Not JSON.",
-    429: "The key has used what it may; `Retry-After` says when it may go on.",
+    429: "A limit of the key is reached; `Retry-After` says when to retry.",
     500: "The server failed.",
-    503: "Too much to do, a model is being loaded, or the server is stopping; `Retry-After` says when to come again.",
+    503: "The queue is full, a model is loading, or the server is stopping; `Retry-After` says when to retry.",
     507: "No room on the disk.",
 }
 READING = (400, 401, 403, 404, 503)
@@ -34,13 +34,13 @@ WRITING = (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 507)
 
 
 def info() -> Info:
-    """What the API is."""
+    """Title and summary of the API."""
     return Info(
         title="Fabula",
         version=__version__,
         description=(
-            "A conversation is a tree you can walk: every turn is a snapshot. Going back, forking and doing again cost "
-            "nothing and are exact."
+            "A conversation is a tree of turns, and every turn is a snapshot. Rollback, fork and replay are exact and "
+            "recompute nothing."
         ),
     )
 

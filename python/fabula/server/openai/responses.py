@@ -1,4 +1,4 @@
-"""`/v1/responses`: conversations that the server keeps, each response a place to go on from."""
+"""`/v1/responses`: conversations that the server stores; each response can be continued."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
 from fabula.server.describe import READING, WRITING, fails, streams
 from fabula.server.openai import conversations
-from fabula.server.openai.format import Json, ended_itself, follow, refuse, schema_constraint, start_generations
+from fabula.server.openai.format import Json, ended_itself, follow, refuse, start_generations
 from fabula.server.openai.items import Output, messages_of, tools_of
-from fabula.server.openai.messages import check_many
+from fabula.server.openai.params import response_params, uses_tools
 from fabula.server.openai.replies import DeletedReply, ResponseReply
 from fabula.server.openai.response_json import of_request, of_turn, status_of, usage
 from fabula.server.openai.schemas import ResponseBody
@@ -67,9 +67,9 @@ class Started:
 @document_response(ResponseReply, 200)
 @fails(*WRITING)
 async def create(data: ResponseBody) -> Any:
-    """Answers, behind any earlier response or as the beginning of a conversation.
+    """Answers, after any earlier response or as the first of a conversation.
 
-    An input that brings its own history, with items of the assistant, is answered like `store: false`.
+    An input with its own history (items of the assistant) is answered as with `store: false`.
     """
     state, tenant = server(), g.tenant
 
@@ -105,7 +105,7 @@ def _undo(state: Server, started: Started) -> None:
 @document_response(ResponseReply, 200)
 @fails(*READING)
 async def read(id: str) -> Any:
-    """A response, as far as it is kept: `metadata` and `user` are not."""
+    """A stored response. `metadata` and `user` are not stored."""
     state, tenant = server(), g.tenant
 
     def work() -> Json:
@@ -121,7 +121,7 @@ async def read(id: str) -> Any:
 @document_response(DeletedReply, 200)
 @fails(*READING)
 async def delete(id: str) -> Any:
-    """Deletes a response. Those that go on from it stay, and with them what was said in it."""
+    """Deletes a response. Responses that continue it stay, and its text stays in their history."""
     state, tenant = server(), g.tenant
     await state.call(lambda: conversations.delete(state, *_found(state, tenant, id)))
     return {"id": id, "object": "response", "deleted": True}
@@ -140,15 +140,18 @@ def _found(state: Server, tenant: str, id: str) -> tuple[Session, Turn]:
 def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
     """Reads the request and starts its response; blocks."""
     if isinstance(data.input, list):
-        check_many(len(data.input), state.settings.max_messages, "input")
+        state.limits.check_messages(len(data.input), "input")
     messages = messages_of(data.input, state.limits)
     if data.instructions:
         state.limits.check_text(data.instructions, "instructions")
-    params, tools = params_of(data), told_tools(data)
+    params = response_params(data)
+    tools = tools_of(data.tools) if uses_tools(data) else []
     has_history = any(message["role"] == "assistant" for message in messages)
     if data.previous_response_id is not None:
         if has_history:
-            raise refuse("input", "holds what the assistant said; with previous_response_id that is known already")
+            raise refuse(
+                "input", "holds messages of the assistant; leave them out with previous_response_id, which has them"
+            )
         return _follow_response(state, tenant, data, messages, params, tools)
     serving = state.model(data.model)
     if has_history or data.store is False:
@@ -165,15 +168,15 @@ def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
 def _follow_response(
     state: Server, tenant: str, data: ResponseBody, messages: list[Json], params: SamplingParams, tools: list[Json]
 ) -> Started:
-    """A response behind another one."""
+    """Starts a response that follows another."""
     found = conversations.find(state, tenant, data.previous_response_id or "")
     if found is None:
         raise refuse("previous_response_id", "names no response", "previous_response_not_found")
     session, turn = found
     if data.model not in (None, session.model):
-        raise refuse("model", f"is {data.model!r:.128}, but the conversation talks to {session.model}")
+        raise refuse("model", f"is {data.model!r:.128}, but the conversation uses {session.model}")
     if data.truncation == "auto" and session.policy.name != "drop_oldest_turns":
-        raise refuse("truncation", "was disabled when the conversation began, and stays so", "unsupported")
+        raise refuse("truncation", "was disabled by the conversation's first response and cannot change", "unsupported")
     if data.instructions and data.instructions != _instructions(session, turn):
         messages = [{"role": "system", "content": data.instructions}, *messages]
     with conversations.lock_of(session):
@@ -187,7 +190,7 @@ def _follow_response(
 
 
 def _instructions(session: Session, turn: Turn) -> str | None:
-    """What the system said last up to a turn."""
+    """The last system message up to a turn."""
     for past in turn.lineage():
         said = [message["content"] for message in past.said.given or () if message["role"] == "system"]
         if said:
@@ -206,7 +209,7 @@ def _add_turn(
     is_new: bool,
     is_kept: bool = True,
 ) -> Started:
-    """Begins a turn; a session that was made for it goes where it fails."""
+    """Starts a turn. If that fails, a session created for it is deleted."""
     try:
         state.limits.check_turns(session)
         model = state.model(session.model).model
@@ -237,7 +240,7 @@ def _answer_once(
     params: SamplingParams,
     tools: list[Json],
 ) -> Started:
-    """An answer that is not kept."""
+    """Starts an answer that is not stored."""
     model = serving.model
     assert model is not None
     if data.instructions:
@@ -254,43 +257,12 @@ def _answer_once(
 def _calling(
     data: ResponseBody, model: Model, params: SamplingParams, tools: list[Json]
 ) -> tuple[SamplingParams, Calling | None]:
-    """The settings with what holds the answer to the tools, and how it calls them."""
+    """The settings with the constraint of the tools, and how the answer calls them."""
     if not tools:
         return params, None
     calling = Calling(model.template, model.tokenizer, tools)
     constraint = calling.constraint(data.tool_choice, data.parallel_tool_calls is not False, params.constraint)
     return replace(params, constraint=constraint), calling
-
-
-def told_tools(data: ResponseBody) -> list[Json]:
-    """The tools that the model is told of: none with the choice "none"."""
-    return [] if data.tool_choice == "none" else tools_of(data.tools)
-
-
-def params_of(data: ResponseBody) -> SamplingParams:
-    """The settings of a request, tools aside; what it leaves out is the model's own default. Nothing is taken over from
-    the response before.
-
-    Raises:
-        ApiError: two fields exclude each other, or one asks for what cannot be done.
-        InvalidArgument: a value is out of its range.
-    """
-    if data.n_logprobs is not None or "message.output_text.logprobs" in (data.include or []):
-        raise refuse("include", "cannot hold probabilities; /v1/chat/completions tells them", "unsupported")
-    params = data.params(SamplingParams())
-    if data.max_output_tokens is not None:
-        if params.max_tokens is not None:
-            raise refuse("max_tokens", "and max_output_tokens are two names of one setting; give one of them")
-        params = replace(params, max_tokens=data.max_output_tokens)
-    wanted = data.text.format if data.text is not None else None
-    if wanted is not None and wanted.type != "text":
-        if params.constraint is not None:
-            raise refuse("constraint", "and text.format exclude each other")
-        schema = wanted.schema_ if wanted.type == "json_schema" else {"type": "object"}
-        params = replace(params, constraint=schema_constraint(schema, wanted.strict, "text.format.schema"))
-    if not told_tools(data) and data.tool_choice not in (None, "none", "auto"):
-        raise refuse("tool_choice", "needs tools")
-    return params
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -320,7 +292,7 @@ class ResponseWriter:
         return ended_itself(self._started.generation, has_stops=bool(self._data.stop))
 
     def whole(self) -> Json:
-        """The response when it has ended."""
+        """The response after its end."""
         generation = self._started.generation
         status, details = status_of(generation.finish_reason)
         output = self._new_output()

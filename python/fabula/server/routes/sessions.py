@@ -1,4 +1,4 @@
-"""Sessions as things: lists, settings, trees, export and import."""
+"""Routes about sessions as a whole: list, settings, tree, export, import."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ routes = Blueprint("sessions", __name__)
 
 
 class ListQuery(BaseModel):
-    """Which of the sessions."""
+    """Which sessions to list."""
 
     limit: int = Field(100, ge=1, le=1000)
     offset: int = Field(0, ge=0, le=2**31 - 1)
-    search: str = Field("", max_length=200, description="Letters that the title, a tag or the id holds, in any case.")
+    search: str = Field("", max_length=200, description="Text that the title, a tag or the id contains, in any case.")
 
 
 class ImportQuery(BaseModel):
-    """What an imported session is called."""
+    """Id of the imported session."""
 
-    id: str | None = Field(None, description="Default: the name it had.")
+    id: str | None = Field(None, description="Default: the id it had.")
 
 
 class ImportBody(BaseModel):
@@ -69,7 +69,7 @@ def about(session: Session, *, path: bool = True) -> dict[str, Any]:
 @document_response(SessionsReply, 200)
 @fails(*READING)
 async def sessions(query_args: ListQuery) -> Any:
-    """The sessions of this key, the one changed last first."""
+    """The sessions of this key, the last changed first."""
 
     def work(state: Server, tenant: str) -> dict[str, Any]:
         wanted = query_args.search.casefold()
@@ -103,7 +103,7 @@ async def sessions(query_args: ListQuery) -> Any:
 @document_response(SessionReply, 200)
 @fails(*READING)
 async def session(id: str) -> Any:
-    """A session: its settings, and the turns from the first to the head."""
+    """A session: its settings and its path, the turns from the first to the head."""
     return await looked_up(lambda state, tenant: about(state.workspace.open(id, tenant=tenant)))
 
 
@@ -160,7 +160,7 @@ async def export(id: str) -> Any:
 @document_response(SessionReply, 201)
 @fails(*WRITING)
 async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
-    """Takes in a session that was exported. K and V are computed again when it goes on."""
+    """Imports an exported session. Its KV cache is recomputed when it continues."""
     state, tenant = server(), g.tenant
     value = data.model_extra or {}
 
@@ -169,7 +169,7 @@ async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
         state.limits.check_import(len(turns) if isinstance(turns, list) else 0)
         if isinstance(model, str) and model not in state.models:
             raise ApiError(
-                409, "model_not_served", f"the session talks to {model[:128]!r}, which this server does not serve"
+                409, "model_not_served", f"the session uses the model {model[:128]!r}, which this server does not serve"
             )
         id = query_args.id or value.get("id")
         with state.opening(tenant, id if isinstance(id, str) else None):
