@@ -5,7 +5,8 @@ A timer ticks every 10 ms. A late tick alone says nothing: the machine may be bu
     `calibration_s` takes REFERENCE_S, and grows with what it takes here.
   - A second thread saw the loop's thread sleep at one instruction for LIMIT_S: no processor time, and no context switch
     either. A thread that waits for the interpreter's lock wakes every 5 ms to ask for it, so it is not taken for one
-    that waits for another lock, for a file or for a database.
+    that waits for another lock, for a file or for a database. Moments in which threads of this process queue for
+    a processor do not count: whom it waits for may be among them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 LIMIT_S = 0.1
 TICK_S = 0.01
 REFERENCE_S = 0.004
+SHARE = 0.2  # of a moment: if threads stand in line for a processor for longer, the moment does not count
 STOOD = "the event loop stood"
 
 
@@ -38,6 +40,11 @@ def calibration_s() -> float:
     return min(once() for _ in range(3))
 
 
+def cpu_limit_s() -> float:
+    """LIMIT_S on this machine, as fast as it is now."""
+    return LIMIT_S * max(1.0, calibration_s() / REFERENCE_S)
+
+
 class Watch:
     """Watches the running event loop until `stop`.
 
@@ -47,7 +54,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.found: list[str] = []
-        self._cpu_limit_s = LIMIT_S * max(1.0, calibration_s() / REFERENCE_S)
+        self._cpu_limit_s = cpu_limit_s()
         self._loop = asyncio.get_running_loop()
         self._ident, self._task = threading.get_ident(), Path(f"/proc/self/task/{threading.get_native_id()}")
         self._stopped = threading.Event()
@@ -60,15 +67,15 @@ class Watch:
 
     def _tick(self) -> None:
         cpu = time.thread_time()
-        if cpu - self._cpu > self._cpu_limit_s:
+        if cpu - self._cpu > self._cpu_limit_s and cpu - self._cpu > cpu_limit_s():
             self._report(f"computed for {cpu - self._cpu:.3f} s (limit {self._cpu_limit_s:.3f} s)", self._stack)
-        self._cpu, self._ticked, self._stack = cpu, time.monotonic(), ""
+        self._cpu, self._ticked, self._stack = time.thread_time(), time.monotonic(), ""
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     def _look(self) -> None:
         """The thread that looks where the loop's thread stands."""
         before: Any = None
-        since = 0.0
+        waited_s, looked, queued = 0.0, time.monotonic(), self._queued_s()
         while not self._stopped.wait(TICK_S):
             if time.monotonic() - self._ticked < 2 * TICK_S:
                 before = None
@@ -78,11 +85,24 @@ class Watch:
                 return
             self._stack = "".join(traceback.format_stack(frame))
             where = (id(frame), frame.f_lasti, self._moves())
+            now, queued_now = time.monotonic(), self._queued_s()
+            is_idle = queued_now - queued < SHARE * (now - looked)
             if where != before or frame.f_code.co_filename.endswith("selectors.py"):
-                before, since = where, time.monotonic()
-            elif time.monotonic() - since > LIMIT_S:
+                before, waited_s = where, 0.0
+            elif is_idle:  # or whom it waits for stands in line for a processor
+                waited_s += min(now - looked, 2 * TICK_S)
+            looked, queued = now, queued_now
+            if waited_s > LIMIT_S:
                 self._report("waited", self._stack)
                 before = None
+
+    def _queued_s(self) -> float:
+        """Seconds that threads of this process were ready and had no processor."""
+        total = 0.0
+        for task in self._task.parent.iterdir():
+            with suppress(OSError, IndexError, ValueError):
+                total += int((task / "schedstat").read_text().split()[1]) * 1e-9
+        return total
 
     def _moves(self) -> list[str]:
         """Counters that change when the loop's thread runs, or asks for the interpreter's lock."""
