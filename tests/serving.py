@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 import waiting
+from ticking import STOOD
 
 
 class Running:
@@ -37,8 +38,9 @@ class Running:
     def __init__(
         self, data: Path, model: str | Path, *flags: str, wait: bool = True, key: str = "", host: str = "hypercorn"
     ) -> None:
-        program = ["fabula", "serve"] if host == "hypercorn" else [str(Path(__file__).with_name("under_uvicorn.py"))]
-        words = waiting.python(*program, "--port", 0, "--data", data, "--model", model)
+        here = Path(__file__).parent
+        program = [here / "ticking.py", "serve"] if host == "hypercorn" else [here / "under_uvicorn.py"]
+        words = waiting.python(*map(str, program), "--port", 0, "--data", data, "--model", model)
         variables = {name: value for name, value in os.environ.items() if not name.startswith("FABULA_")}
         package = Path(__file__).resolve().parent.parent / "python"
         if "PYTHONPATH" in os.environ or (package / "fabula" / "_cdef.py").exists():
@@ -150,6 +152,7 @@ class Running:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.stop()
+        assert STOOD not in (told := "".join(self.errors)), told
 
 
 def parse(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -77,7 +77,7 @@ def test_what_goes_on_inside_an_answer_keeps_its_seed(tiny_folder: Path, tmp_pat
         for body in ({}, {"max_len": 8}):
             again = await post(client, "/replay", **here, turn=cut["turn_id"], **body)
             assert again["seed"] == 9 and again["text"] == cut["text"]
-        written = await post(client, "/rewrite", **here, turn=cut["turn_id"], text="well,")
+        written = await post(client, "/rewrite?path=true", **here, turn=cut["turn_id"], text="well,")
         assert written["path"][-1]["seed"] == 9
         assert (await post(client, "/continue", **here, max_len=4))["seed"] == 9
         assert (await post(client, "/regenerate", **here, max_len=4))["seed"] != 9

@@ -16,6 +16,7 @@ from fabula.server import Settings, create_app
 from fabula.server.openai.items import Output
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
+from ticking import watched
 
 CALL = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
 
@@ -30,7 +31,7 @@ def inside(folder: Path, tiny_folder: Path, work: Callable[[Any], Awaitable[None
     async def main() -> None:
         with Workspace(folder) as workspace:
             app = create_app(workspace, Settings(model=(f"tiny={tiny_folder}",), threads=1, **settings))
-            async with app.test_app():
+            async with watched(), app.test_app():
                 client = Inside(app)
                 while (await client.get("/health"))[0] != 200:
                     await asyncio.sleep(0.01)

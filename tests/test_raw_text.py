@@ -213,7 +213,7 @@ def test_every_route_has_the_switch(tiny_folder: Path, tmp_path: Path) -> None:
             assert again["usage"]["prompt_tokens"] == n_raw[special]
             counted = await post(client, "/count", message=RAW, story=True, **switch)
             assert counted["prompt_tokens"] == n_raw[special]
-            written = await post(client, "/write", text=RAW, **switch)
+            written = await post(client, "/write?path=true", text=RAW, **switch)
             assert written["path"][-1]["parse_special"] is special
             found = await post(client, "/v1/embeddings", input=RAW, **switch)
             assert found["usage"]["prompt_tokens"] == n_raw[special]

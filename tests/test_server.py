@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -57,7 +58,9 @@ def test_chat_rollback_delete(served: Running) -> None:
 
     back = served.client.post("/rollback", content='{"session_id": "abc123", "target_turn": 2}', headers=json_type)
     assert back.status_code == 200 and back.json()["head"] == 2 and back.json()["recomputed_tokens"] == 0
-    assert [turn["number"] for turn in back.json()["path"]] == [1, 2]
+    assert "path" not in back.json()
+    path = served.post("/rollback?path=true", session_id="abc123", turn=2)["path"]
+    assert [turn["number"] for turn in path] == [1, 2]
     assert back.json()["head_id"] == second["turn_id"]
     again = served.post("/chat", session_id="abc123", message="Since when?", max_len=8)
     check_answer(again, "abc123", 3)
@@ -210,7 +213,7 @@ def test_walking(served: Running) -> None:
     assert fork == {"session_id": "walk-on", "head": 2, "head_id": chosen["turn_id"]}
     check_answer(served.post("/chat", session_id="walk-on", message="Why?", max_len=3), "walk-on", 3)
     pruned = served.post("/rollback", session_id="walk", target_turn=0, prune=True)
-    assert pruned["head"] == 0 and pruned["path"] == []
+    assert pruned["head"] == 0 and pruned["head_id"] == ""
     assert served.get("/sessions/walk")["n_turns"] == 0
     assert served.get("/sessions/walk-on")["head"] == 3  # what a fork goes on from stays
 
@@ -286,3 +289,54 @@ def test_stopping_keeps_everything(tiny_folder: Path, tmp_path: Path) -> None:
         found = running.post("/chat", session_id="kept", message="Again.", max_len=5)
         check_answer(found, "kept", 2)
         assert found["usage"]["recomputed_tokens"] == 0 or "KV" in found["why_recomputed"]
+
+
+def test_replies_of_verbs_do_not_grow_with_the_path(served: Running) -> None:
+    """Where the path is wanted, `?path=true` asks for it."""
+    data = {"session_id": "grows", "text": "Once upon a time. "}
+    short = len(json.dumps(served.post("/write", **data)))
+    ids = [served.post("/write", **data)["head_id"] for _ in range(40)]
+    here = {"session_id": "grows"}
+    verbs: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/write", data),
+        ("POST", "/rewrite", here | {"turn": ids[-4], "text": "Never."}),
+        ("POST", "/rollback", here | {"turn": ids[-5]}),
+        ("POST", "/redo", here),
+        ("POST", "/rollback", here | {"turn": ids[-3], "prune": True}),
+        ("PATCH", "/sessions/grows", {"title": "It grows"}),
+    ]
+    for method, path, body in verbs:
+        for query in ("", "?path=false"):
+            reply = served.client.request(method, path + query, json=body)
+            if query and path == "/redo":
+                continue
+            assert reply.status_code == 200 and "path" not in reply.json(), (path, reply.text)
+            assert len(reply.text) < short + 1000
+    for method, path, body in verbs:
+        if path == "/redo":
+            served.post("/rollback", **here, turn=ids[-6])
+        reply = served.client.request(method, path + "?path=true", json=body)
+        assert reply.status_code == 200, reply.text
+        turns = reply.json()["path"]
+        assert [turn["number"] for turn in turns] == list(range(1, reply.json()["head"] + 1))
+        assert len(turns) >= 36 and turns[-1]["id"] == reply.json()["head_id"]
+    assert len(served.get("/sessions/grows")["path"]) >= 36  # reading a session is no verb
+    assert "path" in served.client.post("/redo?path=perhaps", json=here).json()["error"]["param"]
+
+
+def test_fields_with_two_names(served: Running) -> None:
+    here = {"session_id": "names"}
+    for text in ("one", "two", "three"):
+        served.post("/write", **here, text=text)
+    assert served.post("/rollback", **here, target_turn=2)["head"] == 2  # the older name
+    assert served.post("/rollback", **here, turn=1)["head"] == 1
+    assert served.post("/redo", **here)["head"] == 2
+    assert served.post("/rollback", **here)["head"] == 1  # the default
+    refused = served.post("/rollback", 400, **here, turn=1, target_turn=1)
+    assert "turn and target_turn" in refused["error"]["message"]
+    for name in ("turn", "target_turn"):
+        assert served.post("/rollback", 400, **here, **{name: None})["error"]["param"].startswith(name)
+    served.post("/story", **here, prompt=" four", max_len=2)
+    for turns in (served.get("/sessions/names")["path"], served.get("/sessions/names/tree")["turns"]):
+        assert turns[-1]["reused_tokens"] == turns[-1]["reused"]
+        assert turns[-1]["recomputed_tokens"] == turns[-1]["recomputed"]

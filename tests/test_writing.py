@@ -238,7 +238,12 @@ def post(served: Running, path: str, status: int = 200, **body: Any) -> Any:
 
 def test_writing_over_http(served: Running) -> None:
     told = post(
-        served, "/write", text="The fox is called Rust. ", frozen=True, title="Rust", sampling={"top_k": 7, "seed": 1}
+        served,
+        "/write?path=true",
+        text="The fox is called Rust. ",
+        frozen=True,
+        title="Rust",
+        sampling={"top_k": 7, "seed": 1},
     )
     id = told["session_id"]
     assert told["head"] == 1 and told["path"][0]["frozen"] is True and told["path"][0]["finish_reason"] == "written"
@@ -248,7 +253,7 @@ def test_writing_over_http(served: Running) -> None:
     assert answer["turn"] == 3 and answer["usage"]["recomputed_tokens"] == 0
     tokens = post(served, "/turn_tokens", session_id=id, turn=3)["tokens"]
     assert len(tokens) == 6 and "".join(token["text"] for token in tokens) == answer["text"]
-    head = post(served, "/rewrite", session_id=id, turn=3, text="sang")
+    head = post(served, "/rewrite?path=true", session_id=id, turn=3, text="sang")
     assert head["path"][-1]["text"] == "sang" and head["head"] == 3
     assert post(served, "/continue", session_id=id, max_len=4)["text"].startswith("sang")
     assert post(served, "/write", 400, session_id=id, text="")["error"]["code"] == "invalid_value"

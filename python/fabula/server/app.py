@@ -16,14 +16,14 @@ from fabula.server import body
 from fabula.server.describe import Describer, info
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
-from fabula.server.invalid import told
 from fabula.server.logs import Log
 from fabula.server.observer import Observer, notify
 from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
-from fabula.server.stream import dumps
+from fabula.server.stream import dumps, dumps_in_parts, is_large
 from fabula.server.telemetry import Traces
+from fabula.server.validation import body_error
 from fabula.workspace import Workspace
 
 SMALL_BODY = 32_768  # bytes that are read at once, by the event loop's thread
@@ -43,7 +43,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     settings = settings or Settings()
     keys = Keys.read(settings.keys) if settings.keys is not None else None
     check_access(settings)
-    app = Quart("fabula.server", static_folder=None)
+    app = _App("fabula.server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["BODY_TIMEOUT"] = settings.body_s
     app.config["QUART_SCHEMA_CONVERSION_PREFERENCE"] = "pydantic"
@@ -83,6 +83,18 @@ def check_access(settings: Settings) -> None:
             f"other machines can reach {settings.host}, so API keys are needed: --keys FILE (`fabula keys` makes "
             "them), or --insecure to serve whoever comes"
         )
+
+
+class _App(Quart):
+    """Writes large replies as JSON in a worker thread."""
+
+    async def make_response(self, result: Any) -> Any:
+        body, *rest = result if isinstance(result, tuple) else (result,)
+        if isinstance(body, (dict, list)) and is_large(body):
+            text = await asyncio.to_thread(dumps_in_parts, body)
+            response = Response(text + "\n", mimetype="application/json")
+            result = (response, *rest) if rest else response
+        return await super().make_response(result)
 
 
 class _Json(DefaultJSONProvider):
@@ -151,7 +163,7 @@ def _handle_errors(app: Quart) -> None:
 
     @app.errorhandler(RequestSchemaValidationError)
     async def invalid(error: RequestSchemaValidationError) -> Response:
-        return _respond(told(error.validation_error))
+        return _respond(body_error(error.validation_error))
 
     @app.errorhandler(HTTPException)
     async def http(error: HTTPException) -> Response:

@@ -1,30 +1,32 @@
-"""The description of the API: OpenAPI as quart-schema makes it, with what every route has in common."""
+"""The OpenAPI description: quart-schema's document with what all routes share; decorators of routes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from quart_schema import Info, OpenAPIProvider, document_response
+from pydantic import BaseModel
+from quart import Blueprint
+from quart_schema import Info, OpenAPIProvider, document_response, tag, validate_request
 
 from fabula import __version__
 from fabula.server.gate import is_open
-from fabula.server.replies import ErrorReply
+from fabula.server.replies import AnswerReply, BegunReply, ErrorReply
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 STATUSES = {
-    400: "The request cannot be: says which field, and what is allowed.",
-    401: "No key of this server came with it.",
-    403: "Called by a name the server does not have, or by a page of another site.",
-    404: "There is no such thing, or it belongs to another key.",
-    408: "The body took too long.",
-    409: "Not now: a reply of the session is being made, or it is full.",
+    400: "The request is invalid; the message names the field and what is allowed.",
+    401: "The API key is missing or unknown.",
+    403: "The Host header is not allowed, or the call came from a page of another site.",
+    404: "Not found, or it belongs to another key.",
+    408: "The body took too long to arrive.",
+    409: "A reply of the session is being generated, or the session is full.",
     413: "Too large.",
     415: "Not JSON.",
-    429: "The key has used what it may; `Retry-After` says when it may go on.",
+    429: "A limit of the key is reached; `Retry-After` says when to retry.",
     500: "The server failed.",
-    503: "Too much to do, a model is being loaded, or the server is stopping; `Retry-After` says when to come again.",
+    503: "The queue is full, a model is loading, or the server is stopping; `Retry-After` says when to retry.",
     507: "No room on the disk.",
 }
 READING = (400, 401, 403, 404, 503)
@@ -32,13 +34,13 @@ WRITING = (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 507)
 
 
 def info() -> Info:
-    """What the API is."""
+    """Title and summary of the API."""
     return Info(
         title="Fabula",
         version=__version__,
         description=(
-            "A conversation is a tree you can walk: every turn is a snapshot. Going back, forking and doing again cost "
-            "nothing and are exact."
+            "A conversation is a tree of turns, and every turn is a snapshot. Rollback, fork and replay are exact and "
+            "recompute nothing."
         ),
     )
 
@@ -50,6 +52,31 @@ def fails(*statuses: int) -> Callable[[F], F]:
         for status in statuses:
             function = document_response(ErrorReply, status)(function)
         return function
+
+    return decorate
+
+
+def answer_route(
+    routes: Blueprint, path: str, body: type[BaseModel], group: str, reply: type[BaseModel] = AnswerReply
+) -> Callable[[F], F]:
+    """Registers a route of Fabula's own API that answers: whole, as a stream, or in the background."""
+
+    def decorate(function: F) -> F:
+        function = document_response(BegunReply, 202)(fails(*WRITING)(function))
+        function = document_response(reply, 200)(function)
+        return cast(F, routes.post(path)(streams(tag([group])(validate_request(body)(function)))))
+
+    return decorate
+
+
+def verb_route(
+    routes: Blueprint, path: str, body: type[BaseModel], group: str, reply: type[BaseModel]
+) -> Callable[[F], F]:
+    """Registers a route of Fabula's own API that replies at once."""
+
+    def decorate(function: F) -> F:
+        function = document_response(reply, 200)(fails(*WRITING)(function))
+        return cast(F, routes.post(path)(tag([group])(validate_request(body)(function))))
 
     return decorate
 

@@ -1,4 +1,4 @@
-"""What a client is told when something fails: one shape everywhere, that of OpenAI's API.
+"""Errors as JSON, in the shape of OpenAI's API on every route.
 
 {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": "invalid_value"}}
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from fabula import errors
 
-# error -> status and code; the first that fits. Statuses: RFC 9110, RFC 4918 (507). Codes that OpenAI has are OpenAI's.
+# error -> status and code; the first match counts. Statuses: RFC 9110, RFC 4918 (507). Codes: OpenAI's where it exists
 _TABLE: tuple[tuple[type[errors.EngineError], int, str], ...] = (
     (errors.ContextOverflow, 400, "context_length_exceeded"),
     (errors.SessionNotFound, 404, "session_not_found"),
@@ -30,18 +30,18 @@ _TABLE: tuple[tuple[type[errors.EngineError], int, str], ...] = (
     (errors.NonFinite, 500, "model_damaged"),
     (errors.EngineError, 500, "engine_error"),
 )
-RETRY_AFTER_S = 2  # of a full queue: about the time that an answer takes
+RETRY_AFTER_S = 2  # when the queue is full: about the time an answer takes
 
 
 class ApiError(Exception):
-    """A request fails, with what the client is told.
+    """Fails a request with a status and a JSON error.
 
     Attributes:
-        status: of HTTP.
+        status: HTTP status.
         code: for programs.
-        message: for people: what, where, and what to do.
-        param: the field at fault; None for none.
-        retry_after: seconds until it may work; None for not said.
+        message: for people: what is wrong, where, and what to do.
+        param: the field at fault; None if no field is.
+        retry_after: seconds until a retry may work; None: no header.
         details: further fields of the error object.
     """
 
@@ -73,12 +73,12 @@ class ApiError(Exception):
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
-        """JSON for the client."""
+        """The JSON body."""
         about = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": about | self.details}
 
     def headers(self) -> Mapping[str, str]:
-        """Headers that go with it."""
+        """Headers of the response."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, round(self.retry_after)))
@@ -88,7 +88,7 @@ class ApiError(Exception):
 
 
 def of_engine(error: errors.EngineError) -> ApiError:
-    """What a client is told of an error of the engine."""
+    """Converts an error of the engine to an ApiError."""
     status, code = next((status, code) for kind, status, code in _TABLE if isinstance(error, kind))
     details: dict[str, Any] = {}
     if isinstance(error, errors.ContextOverflow):
@@ -99,7 +99,7 @@ def of_engine(error: errors.EngineError) -> ApiError:
         param = first if (first.isidentifier() and "_" in first) or first in _PLAIN_NAMES else None
     message = error.message
     if isinstance(error, (errors.StoreError, errors.ModelFileError)) and not isinstance(error, errors.TemplateError):
-        message = f"{code.replace('_', ' ')}; the server's log says where"  # a client has no business with paths
+        message = f"{code.replace('_', ' ')}; the server's log says where"  # clients do not see paths
     return ApiError(status, code, message, param=param, retry_after=RETRY_AFTER_S if status == 503 else None, **details)
 
 
@@ -107,8 +107,8 @@ _PLAIN_NAMES = frozenset({"temperature", "seed", "stop", "chain", "n", "position
 
 
 def not_found(what: str, name: str) -> ApiError:
-    """404 for a session, stream or model that the caller does not have."""
+    """404 for a session, stream or model that does not exist or belongs to another key."""
     return ApiError(404, f"{what}_not_found", f"there is no {what} {name[:128]!r}")
 
 
-INTERNAL = ApiError(500, "internal_error", "the server failed; its log says why under this request's id")
+INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the cause under this request's id")

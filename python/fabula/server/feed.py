@@ -1,7 +1,7 @@
-"""What happens to sessions, told to the pages that show them, so that two of them stay in step.
+"""Changes of sessions, sent to the pages that show them.
 
-A page first hears how things stand and then what changes, in order. Nothing is kept for those who are away: who comes
-back hears again how things stand. Words are not told here; a page follows the stream of each answer that has begun.
+A page first gets the state and then every change, in order. Nothing is kept for pages that are away: one that comes
+back gets the state again. Text of answers is not sent here; a page follows the stream of each answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ What = Literal["state", "begun", "ended", "head", "tree", "tags", "settings", "d
 Change = tuple[int, What, dict[str, Any]]
 
 MOST = 256  # streams of one key at a time
-LAG = 256  # changes that a page may be behind before it is dropped; it comes back and asks how things stand
+LAG = 256  # changes a page may be behind before it is dropped; it reconnects and gets the state again
 
 
 class Feed(Observer):
@@ -31,7 +31,7 @@ class Feed(Observer):
         self._readers: dict[tuple[str, str], set[asyncio.Queue[Change | None]]] = {}
         self._closed = False
 
-    # ---- What happens -----------------------------------------------------------------------------------------------
+    # ---- Events -----------------------------------------------------------------------------------------------------
 
     def answer_begun(self, run: Run, source: Source) -> None:
         if run.session_id is not None and source is run.sources[0]:
@@ -43,7 +43,7 @@ class Feed(Observer):
             self._tell(run.tenant, run.session_id, "ended", data)
 
     def changed(self, session: Session, what: What, **data: Any) -> None:
-        """Somebody walked, tagged, configured or deleted a session."""
+        """A request changed or deleted a session."""
         self._tell(session.tenant, session.id, what, data if what == "deleted" else {"head_id": session.head.id} | data)
 
     def _tell(self, tenant: str, session_id: str, what: What, data: dict[str, Any]) -> None:
@@ -58,16 +58,16 @@ class Feed(Observer):
             else:
                 queue.put_nowait(change)
 
-    # ---- Who listens ------------------------------------------------------------------------------------------------
+    # ---- Readers ----------------------------------------------------------------------------------------------------
 
     def check(self, tenant: str) -> None:
-        """Raises ApiError if a key listens at too many places already."""
+        """Raises ApiError 429 if a key has too many streams of changes."""
         n = sum(len(readers) for (owner, _), readers in self._readers.items() if owner == tenant)
         if n >= MOST:
             raise ApiError(429, "too_many_listeners", f"at most {MOST} streams of events at a time", retry_after=5)
 
     def close(self) -> None:
-        """Ends every stream, as the server does."""
+        """Ends every stream; for the end of the server."""
         self._closed = True
         for readers in self._readers.values():
             for queue in readers:
@@ -76,11 +76,11 @@ class Feed(Observer):
     async def follow(
         self, tenant: str, session_id: str, state: Callable[[], dict[str, Any]]
     ) -> AsyncIterator[Change | None]:
-        """How things stand and then every change; None when nothing happens for a while.
+        """The state and then every change; None when nothing happens for a while.
 
         Args:
             tenant, session_id: of the session.
-            state: how things stand.
+            state: makes the JSON of the event `state`.
         """
         queue: asyncio.Queue[Change | None] = asyncio.Queue()
         readers = self._readers.setdefault((tenant, session_id), set())

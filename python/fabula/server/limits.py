@@ -1,4 +1,4 @@
-"""What one key may use. Each refusal says how much was asked for, how much is allowed, and when it may work again."""
+"""Limits per API key. Each refusal says how much was asked for, how much is allowed, and when to retry."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fabula.server.settings import Settings
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
 
-HIDDEN = "resp."  # sessions that hold the responses of OpenAI's API; they are limited on their own
+HIDDEN = "resp."  # prefix of the sessions behind /v1/responses; they have a limit of their own
 
 
 def check_free(id: str | None) -> None:
-    """Raises ApiError 400 for a name that only the server gives."""
+    """Raises ApiError 400 for a session id that is reserved for the server."""
     if id is not None and id.startswith(HIDDEN):
         raise ApiError(
             400,
@@ -28,9 +28,9 @@ def check_free(id: str | None) -> None:
 
 
 class Bucket:
-    """Tokens that flow in steadily, up to a minute's worth (a token bucket; RFC 2697 has the idea).
+    """A token bucket (as in RFC 2697) that holds up to a minute's worth.
 
-    A request may begin while the bucket is not empty, and pays at its end: nobody knows before how long an answer is.
+    A request may start while the level is above 0 and pays when it ends, as its length is not known before.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -38,7 +38,7 @@ class Bucket:
         self._level, self._at = float(per_minute), time.monotonic()
 
     def wait(self) -> float:
-        """Seconds until a request may begin; 0 for now."""
+        """Seconds until a request may start; 0: it may start now."""
         now = time.monotonic()
         self._level = min(self._per_minute, self._level + (now - self._at) * self._per_minute / 60)
         self._at = now
@@ -53,8 +53,8 @@ class Limits:
     """The limits of a server.
 
     Args:
-        settings: say how much.
-        workspace: whose sessions are counted.
+        settings: the limits.
+        workspace: its sessions are counted.
     """
 
     def __init__(self, settings: Settings, workspace: Workspace) -> None:
@@ -64,10 +64,10 @@ class Limits:
 
     @contextmanager
     def beginning(self, runs: Runs, tenant: str, n: int = 1) -> Iterator[None]:
-        """Counts n answers that are about to begin among a key's, until their run is there.
+        """Counts n answers that are being started against a key's limit, until their run exists.
 
         Raises:
-            ApiError: 429, the key may not begin so many now.
+            ApiError: 429, the key may not start that many now.
         """
         self.check_answers(runs, tenant, n)
         self._beginning[tenant] = self._beginning.get(tenant, 0) + n
@@ -77,14 +77,14 @@ class Limits:
             self._beginning[tenant] -= n
 
     def check_answers(self, runs: Runs, tenant: str, n: int = 1) -> None:
-        """Raises ApiError 429 if a key may not begin n answers now."""
+        """Raises ApiError 429 if a key may not start n answers now."""
         most = self._settings.max_streams
         have = sum(len(run.sources) for run in runs.active(tenant)) + self._beginning.get(tenant, 0)
         if have + n > most:
             raise ApiError(
                 429,
                 "too_many_streams",
-                f"{have} answers are being made for this key and {n} more were asked for; {most} are allowed at a time",
+                f"{have} answers are being generated for this key, {n} more were requested; {most} are allowed",
                 retry_after=2,
                 limit=most,
             )
@@ -95,7 +95,7 @@ class Limits:
                 raise ApiError(
                     429,
                     "tokens_exceeded",
-                    f"this key has used its {per_minute} tokens per minute; come again in {wait:.0f} s",
+                    f"this key has used its {per_minute} tokens per minute; retry in {wait:.0f} s",
                     retry_after=wait,
                     limit=per_minute,
                 )
@@ -106,7 +106,7 @@ class Limits:
         return self._buckets[tenant]
 
     def pay(self, tenant: str, timings: Timings) -> None:
-        """An answer has ended: the key pays what was computed for it, not what was reused."""
+        """Charges a key for an answer that ended: for the tokens computed, not for those reused."""
         if self._settings.tokens_per_minute:
             n = timings.prompt_tokens - timings.reused_tokens + timings.generated_tokens
             self._bucket(tenant).pay(n)
@@ -127,18 +127,25 @@ class Limits:
             raise ApiError(
                 409,
                 "too_many_turns",
-                f"session {session.id} has {have} turns and {n} more were asked for; {most} are allowed: "
+                f"session {session.id} has {have} turns and {n} more were requested; {most} are allowed: "
                 "roll back with prune, or begin another session",
                 limit=most,
             )
 
     def check_import(self, n: int) -> None:
-        """Raises ApiError 413 if a session with so many turns may not be taken in."""
+        """Raises ApiError 413 if an imported session has more than the allowed number of turns."""
         most = self._settings.max_turns
         if n > most:
             raise ApiError(
                 413, "too_many_turns", f"turns holds {n} turns, {most} are allowed", param="turns", limit=most
             )
+
+    def check_messages(self, n: int, param: str) -> None:
+        """Raises ApiError 413 if a request holds too many messages."""
+        most = self._settings.max_messages
+        if n > most:
+            message = f"{param} holds {n} messages, {most} are allowed"
+            raise ApiError(413, "too_many_messages", message, param=param, limit=most)
 
     def check_text(self, text: str, param: str) -> None:
         """Raises ApiError 413 if a message is too long."""

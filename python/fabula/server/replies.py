@@ -1,4 +1,4 @@
-"""What Fabula's own API replies with: models for the description of the API, and the JSON of turns and answers."""
+"""Replies of Fabula's own API: their models for the OpenAPI description, and the JSON of turns and answers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ErrorReply(Told):
 
 
 class UsageReply(Told):
-    """Tokens of an answer. Reused ones cost nothing; recomputed ones are of the past, and are 0 unless K and V were
-    given up."""
+    """Token counts of an answer. Reused tokens came from the KV cache. Tokens of the past are recomputed only if their
+    KV pages were evicted."""
 
     prompt_tokens: int
     reused_tokens: int
@@ -45,7 +45,7 @@ class UsageReply(Told):
 
 
 class TimingsReply(Told):
-    """How long an answer took."""
+    """Times of an answer."""
 
     queued_ms: float
     prompt_ms: float
@@ -56,7 +56,7 @@ class TimingsReply(Told):
 
 
 class CutReply(Told):
-    """What of the past the model did not see."""
+    """What the context policy left out."""
 
     policy: str
     n_tokens: int
@@ -81,7 +81,7 @@ class AnswerReply(Told):
 
 
 class BegunReply(Told):
-    """An answer that is made in the background; `GET /streams/{stream_id}` reads it."""
+    """An answer that is generated in the background; `GET /streams/{stream_id}` reads it."""
 
     session_id: str
     stream_id: str
@@ -96,24 +96,30 @@ class TurnReply(BaseModel):
     prompt: str
     text: str
     finish_reason: str | None
+    reused_tokens: int = Field(0, description="Prompt tokens taken from the KV cache. `reused` is an older name.")
+    recomputed_tokens: int = Field(
+        0, description="Tokens of the past that were computed again. `recomputed` is an older name."
+    )
 
 
 class HeadReply(Told):
-    """Where a session stands. Nothing was computed to get there."""
+    """The session's head: the current turn. Nothing was computed to get there."""
 
     session_id: str
     head: int
     head_id: str
-    path: list[TurnReply]
+    path: list[TurnReply] | None = Field(
+        None, description="The turns from the first to the head; only with `?path=true`, as it grows with the path."
+    )
     recomputed_tokens: Literal[0] = 0
-    freed_bytes: int = Field(0, description="Of K and V of turns that were pruned.")
+    freed_bytes: int = Field(0, description="KV cache freed by pruning.")
 
 
 class DeletedReply(Told):
-    """A session is gone."""
+    """A session that was deleted."""
 
     session_id: str
-    freed_bytes: int = Field(description="Of K and V.")
+    freed_bytes: int = Field(description="KV cache that was freed.")
 
 
 class BranchesReply(Told):
@@ -125,7 +131,7 @@ class BranchesReply(Told):
 
 
 class ForkReply(Told):
-    """A session that shares another's past."""
+    """A session that shares another's path."""
 
     session_id: str
     head: int
@@ -139,7 +145,7 @@ class StoppedReply(Told):
 
 
 class AlternativeReply(Told):
-    """A token that could stand somewhere."""
+    """A candidate token."""
 
     token_id: int
     text: str
@@ -148,7 +154,7 @@ class AlternativeReply(Told):
 
 
 class AlternativesReply(Told):
-    """Tokens that could stand at a place, the likeliest first."""
+    """Candidate tokens at a position, the likeliest first."""
 
     alternatives: list[AlternativeReply]
 
@@ -181,13 +187,13 @@ class SessionAbout(BaseModel):
 
 
 class SessionsReply(Told):
-    """Sessions, the one changed last first."""
+    """Sessions, the last changed first."""
 
     sessions: list[SessionAbout]
 
 
 class SessionReply(BaseModel):
-    """A session: its settings and the turns from the first to the head."""
+    """A session: its settings and its path."""
 
     model_config = ConfigDict(extra="allow")
     session_id: str
@@ -199,12 +205,14 @@ class SessionReply(BaseModel):
     head_id: str
     busy: bool
     n_turns: int
-    sampling: dict[str, Any] = Field(description="Settings that the session gives.")
+    sampling: dict[str, Any] = Field(description="Settings that the session sets.")
     sampling_defaults: dict[str, Any] | None = Field(
-        None, description="What the model recommends for those it does not; null while it is not loaded."
+        None, description="The model's defaults for the others; null while it is not loaded."
     )
     context_policy: dict[str, Any]
-    path: list[TurnReply]
+    path: list[TurnReply] | None = Field(
+        None, description="The turns from the first to the head. A reply to PATCH has it only with `?path=true`."
+    )
 
 
 class TreeReply(BaseModel):
@@ -217,7 +225,7 @@ class TreeReply(BaseModel):
 
 
 class TagsReply(Told):
-    """Names of a turn."""
+    """Tags of a turn."""
 
     turn_id: str
     tags: list[str]
@@ -248,7 +256,7 @@ class CountReply(Told):
 
 
 class HealthReply(BaseModel):
-    """How the server is."""
+    """Health of the server."""
 
     model_config = ConfigDict(extra="allow")
     status: Literal["ready", "loading", "degraded", "stopping"]
@@ -258,7 +266,7 @@ class HealthReply(BaseModel):
     models: list[dict[str, Any]]
 
 
-# ---- JSON of what there is ------------------------------------------------------------------------------------------
+# ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
 def timings_json(timings: Timings) -> dict[str, float]:
@@ -291,15 +299,21 @@ def answer_json(session: Session, reply: Reply, stream_id: str) -> dict[str, Any
     }
 
 
-def head_json(session: Session) -> dict[str, Any]:
-    """Where a session stands, as `HeadReply`."""
-    path = session.path
-    head: Turn = session.head
-    return {
-        "session_id": session.id,
-        "head": head.number,
-        "head_id": head.id,
-        "path": [turn.to_json() for turn in path],
-        "recomputed_tokens": 0,
-        "freed_bytes": 0,
-    }
+def turn_json(turn: Turn) -> dict[str, Any]:
+    """A turn, as `TurnReply`."""
+    return with_token_names(turn.to_json())
+
+
+def with_token_names(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn's JSON with its token counts also under the names that `usage` has."""
+    return turn | {"reused_tokens": turn["reused"], "recomputed_tokens": turn["recomputed"]}
+
+
+def head_json(session: Session, *, path: bool = False) -> dict[str, Any]:
+    """A session's head, as `HeadReply`."""
+    head = session.head
+    found = {"session_id": session.id, "head": head.number, "head_id": head.id}
+    if path:
+        # From one head: the session may move on meanwhile.
+        found["path"] = [turn_json(turn) for turn in head.lineage() if turn.number > 0][::-1]
+    return found | {"recomputed_tokens": 0, "freed_bytes": 0}

@@ -1,7 +1,7 @@
-"""Runs: answers that clients of the server wait for, and the log of events that a stream is read from.
+"""Runs: answers being generated for clients, each with the log of events that its streams read.
 
-A run takes the pieces of its answers as the engine makes them and keeps them, so that a stream that broke can be joined
-again at any event. A run that nobody reads any more is cancelled, unless it was asked to go on.
+A run keeps the events of its answers, so a client can rejoin a broken stream at any event. A run without readers is
+cancelled unless it runs in the background.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from fabula.sessions.reply import Reply
 
 Source = Reply | Generation
 
-LAG = 64  # events that a reader may be behind before the answer waits for it
-LAG_S = 30.0  # seconds that it waits; then the reader is given up
-MAX_KEPT = 256  # runs that have ended, to be joined again
+LAG = 64  # events a reader may be behind before the answer waits for it
+MAX_BATCH = 64  # events that a reader gets at once: encoding them takes the event loop about 2 ms
+LAG_S = 30.0  # seconds the answer waits; then the reader is dropped
+MAX_KEPT = 256  # finished runs that can be rejoined
 MAX_KEPT_EVENTS = 200_000  # of those runs together: some 100 MB, less without `n_logprobs`
-KEEP_ALIVE_S = 15.0  # between comments on a stream that has no news; proxies cut what is silent for longer
+KEEP_ALIVE_S = 15.0  # between comments on an idle stream; proxies close streams that are silent for longer
 
 # Pieces of a fast answer travel together: every write wakes a reader, which takes time from what computes. The first
 # goes at once; later ones wait a tenth of the time the answer has taken, up to a thirtieth of a second, and never for
@@ -39,13 +40,13 @@ MAX_REST_S, REST_SHARE, MAX_TOGETHER = 1 / 30, 0.1, 8
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened in a run.
+    """An event of a run.
 
     Attributes:
         kind: "start", "token", "done", "cancelled" or "error".
         index: which of the run's answers, from 0.
         piece: of a token.
-        data: JSON, of everything else.
+        data: JSON of any other event.
     """
 
     kind: str
@@ -55,26 +56,26 @@ class Event:
 
 
 class Run:
-    """Answers in the making.
+    """Answers being generated.
 
     Args:
         sources: the answers.
-        tenant: whose they are.
+        tenant: name of the key.
         model: name of the model.
         describe: JSON of an answer that has ended, by its index; called in a worker thread, released at the end.
         start: JSON of the first event.
-        background: whether it goes on when nobody reads.
-        observers: notified of what happens.
-        request_id: of the request that began it, for logs.
+        background: whether it goes on without readers.
+        observers: notified of events.
+        request_id: of the request that started it, for logs.
 
     Attributes:
-        id: to join it again.
-        events: what happened so far.
+        id: for rejoining.
+        events: so far.
         session_id: of the session the answers belong to; None for none.
         is_done: whether all have ended.
-        is_left: whether it ends because nobody reads any more.
+        is_left: whether it ends because no reader is left.
         on_end: callback at the end of all answers; None for none.
-        error: what failed first, of all of them; None for nothing.
+        error: the first failure of any answer; None for none.
     """
 
     def __init__(
@@ -101,14 +102,14 @@ class Run:
         self.events: list[Event] = [Event("start", data={"stream_id": self.id} | (start or {}))]
         self._readers: set[Reader] = set()
         self._stopping = False
-        self._moved = asyncio.Event()  # a reader took something, or left
+        self._moved = asyncio.Event()  # a reader took events, or left
         self._left = len(self.sources)
         self.on_end: Callable[[Run], None] | None = None
         for source in self.sources:
             notify(observers, Observer.answer_begun, self, source)
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.sources))]
 
-    # ---- Making -----------------------------------------------------------------------------------------------------
+    # ---- Generating -------------------------------------------------------------------------------------------------
 
     async def _pump(self, index: int) -> None:
         """Takes the pieces of one answer to its end."""
@@ -128,7 +129,7 @@ class Run:
                 elif not (generation.is_ready or piece.finish_reason or self._stopping):
                     taken = last - begin
                     await asyncio.sleep(min(MAX_REST_S, REST_SHARE * taken, MAX_TOGETHER * taken / n_pieces))
-                if self._stopping:  # pieces that were made ahead are not read: the turn ends here
+                if self._stopping:  # pieces generated ahead are dropped: the turn ends here
                     await asyncio.to_thread(source.cancel)
             event = await self._ended(index)
         except EngineError as error:
@@ -148,7 +149,7 @@ class Run:
                 self._append(event)
 
     def _end(self) -> None:
-        """All answers have ended. Events are kept, to be joined again; answers and the request are released."""
+        """All answers have ended. Events stay for rejoining; answers and the request are released."""
         self.is_done, self.finished_at = True, time.monotonic()
         self.sources, self._describe = (), _describe_nothing
         if self.on_end is not None:
@@ -178,19 +179,19 @@ class Run:
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def follow(self, after: int = -1) -> Follower:
-        """Events behind number `after`, as many at a time as there are; an empty list when nothing happens for a while.
+        """Events after number `after`, in batches; an empty list when nothing happens for a while.
 
-        Whoever leaves before the end may thereby end the run. He counts from now on, not from the first event he takes:
-        a client may leave before that.
+        The follower counts as a reader from this call on, even if it never takes an event. When the last reader leaves,
+        the run ends.
         """
         return Follower(self, after)
 
     def join(self, reader: Reader) -> None:
-        """One more reads."""
+        """Adds a reader."""
         self._readers.add(reader)
 
     def leave(self, reader: Reader) -> None:
-        """One reads no longer; may be told twice."""
+        """Removes a reader; may be called twice."""
         if reader in self._readers:
             self._readers.discard(reader)
             self._moved.set()
@@ -206,7 +207,7 @@ class Run:
         """Waits for the end.
 
         Returns:
-            What `describe` said of each answer.
+            The results of `describe`, one for each answer.
 
         Raises:
             ApiError: an answer failed.
@@ -222,7 +223,7 @@ class Run:
         return [result for result in self.results if result is not None]
 
     def _is_behind(self) -> bool:
-        """Whether every reader is too far behind: one that is fast keeps the run going for all."""
+        """Whether every reader is too far behind. One fast reader keeps the run going."""
         positions = [reader.position for reader in self._readers if not reader.given_up]
         return bool(positions) and len(self.events) - max(positions) > LAG
 
@@ -244,14 +245,14 @@ class Run:
     # ---- Ends -------------------------------------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """Ends the answers soon; nothing blocks."""
+        """Asks the answers to end; does not block."""
         self._stopping = True
         self._moved.set()
         for i in range(len(self.sources)):
             self._generation(i).abandon()
 
     async def stop(self) -> None:
-        """Ends the answers; they keep what was read. Returns when they have ended."""
+        """Ends the answers; what was read of them stays. Returns when they have ended."""
         self.abandon()
         await asyncio.wait(self._tasks)
 
@@ -261,14 +262,14 @@ def _describe_nothing(index: int) -> dict[str, Any]:
 
 
 class Reader:
-    """One who reads a run: where he is, and whether there is news."""
+    """A reader of a run: its position, and whether there are new events."""
 
     def __init__(self, position: int) -> None:
         self.position, self.news, self.given_up = position, asyncio.Event(), False
 
 
 class Follower(AsyncIterator[list[tuple[int, Event]]]):
-    """Follows a run from an event on; see `Run.follow`. Forgotten or closed, it leaves."""
+    """Follows a run from an event on; see `Run.follow`. It leaves when it is closed or destroyed."""
 
     def __init__(self, run: Run, after: int) -> None:
         self._run, self._reader = run, Reader(after + 1)
@@ -282,8 +283,11 @@ class Follower(AsyncIterator[list[tuple[int, Event]]]):
         while not reader.given_up:
             if reader.position < len(run.events):
                 self._heard = self._loop.time()
-                first, reader.position = reader.position, len(run.events)
+                first = reader.position
+                reader.position = min(first + MAX_BATCH, len(run.events))
                 run.taken()
+                if reader.position < len(run.events):
+                    await asyncio.sleep(0)  # a long replay gives way to others after each batch
                 return list(enumerate(run.events[first : reader.position], first))
             if run.is_done:
                 break
@@ -297,7 +301,7 @@ class Follower(AsyncIterator[list[tuple[int, Event]]]):
         raise StopAsyncIteration
 
     def wake_if_silent(self) -> None:
-        """Lets the reader say that he is still there, if nothing happened for a while; looks again later."""
+        """Wakes the reader for a keep-alive if nothing happened for a while; checks again later."""
         silent = self._loop.time() - self._heard
         if silent >= KEEP_ALIVE_S:
             self._reader.news.set()
@@ -305,7 +309,7 @@ class Follower(AsyncIterator[list[tuple[int, Event]]]):
         self._timer = self._loop.call_later(wait, _wake_silent, weakref.ref(self))
 
     def close(self) -> None:
-        """Reads no longer; may be called twice."""
+        """Stops reading; may be called twice."""
         self._timer.cancel()
         self._run.leave(self._reader)
 
@@ -322,11 +326,11 @@ def _wake_silent(follower: weakref.ref[Follower]) -> None:
 
 
 class Runs:
-    """The runs of a server: those in progress, and for a while those that ended and belong to a session. Other runs,
-    whose id no client knows, are dropped at their end.
+    """Runs of a server: the active ones and, for a while, finished ones of sessions. Other runs are dropped when they
+    end, as no client knows their id.
 
     Args:
-        keep_s: seconds a finished one is kept, unless there are too many.
+        keep_s: seconds to keep a finished run, unless there are too many.
     """
 
     def __init__(self, keep_s: float) -> None:
@@ -335,7 +339,7 @@ class Runs:
         self._timer: asyncio.TimerHandle | None = None  # while there are finished runs
 
     def add(self, run: Run) -> None:
-        """Adds a run that has just begun."""
+        """Adds a run that has just started."""
         self._runs[run.id] = run
         run.on_end = self._ended
 
@@ -346,12 +350,12 @@ class Runs:
             self.forget_old()
 
     def find(self, id: str, tenant: str) -> Run | None:
-        """A run of this owner."""
+        """A run of this key; None if there is none."""
         run = self._runs.get(id)
         return run if run is not None and run.tenant == tenant else None
 
     def forget_old(self) -> None:
-        """Drops runs that ended too long ago, and the oldest where there are too many; is called again in time."""
+        """Drops finished runs that are too old or too many, and schedules the next call."""
         old, n_kept, n_events = time.monotonic() - self._keep_s, 0, 0
         for run in reversed([run for run in self._runs.values() if run.is_done]):
             n_kept, n_events = n_kept + 1, n_events + len(run.events)
@@ -366,9 +370,9 @@ class Runs:
             self._timer = asyncio.get_running_loop().call_later(wait, self.forget_old)
 
     def active(self, tenant: str | None = None) -> list[Run]:
-        """Those in the making, of an owner or all."""
+        """Active runs, of one key or all."""
         return [run for run in self._runs.values() if not run.is_done and tenant in (None, run.tenant)]
 
     def of_session(self, tenant: str, session_id: str) -> list[Run]:
-        """Those in the making of a session."""
+        """Active runs of a session."""
         return [run for run in self.active(tenant) if run.session_id == session_id]

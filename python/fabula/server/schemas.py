@@ -1,7 +1,8 @@
-"""Bodies of Fabula's own API, as clients write them. Unknown fields are refused, and nothing is converted."""
+"""Request bodies of Fabula's own API. Unknown fields are refused, and no value is converted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -15,13 +16,13 @@ from fabula.sessions.session import MAX_BRANCHES
 
 
 class Strict(BaseModel):
-    """A body that holds the fields it names and no others, of the types it names."""
+    """A body with exactly the fields and types it declares."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 def _within(low: float | None = None, high: float | None = None, above: float | None = None, text: str = "") -> Any:
-    """Limits for the description only: SamplingParams checks them, and names both in its message."""
+    """Limits for the OpenAPI description only; SamplingParams enforces them."""
     limits = {"minimum": low, "maximum": high, "exclusiveMinimum": above}
     return Field(None, description=text, json_schema_extra={k: v for k, v in limits.items() if v is not None})
 
@@ -29,8 +30,8 @@ def _within(low: float | None = None, high: float | None = None, above: float | 
 def _parse_special(what: str, default: str) -> Any:
     return Field(
         None,
-        description=f"Whether control tokens written in {what} are control tokens, as the model's own template writes "
-        f"them; else they are text. Default: {default}.",
+        description=f"Whether control tokens written in {what} are parsed as control tokens; otherwise they are plain "
+        f"text. Default: {default}.",
     )
 
 
@@ -42,19 +43,19 @@ Policy = Literal["error", "slide", "drop_oldest_turns"]
 
 
 class ConstraintBody(Strict):
-    """What an answer must be; one of these."""
+    """A constraint on the answer; give exactly one field."""
 
     json_schema: dict[str, Any] | None = Field(None, description="JSON that satisfies this schema.")
-    json_object: Literal[True] | None = Field(None, description="Some JSON object.")
-    regex: str | None = Field(None, description="A text that this regular expression matches as a whole.")
-    lark: str | None = Field(None, description="A text of this grammar, in Lark's notation.")
-    gbnf: str | None = Field(None, description="A text of this grammar, in llama.cpp's notation.")
+    json_object: Literal[True] | None = Field(None, description="Any JSON object.")
+    regex: str | None = Field(None, description="Text that this regular expression matches as a whole.")
+    lark: str | None = Field(None, description="Text of this grammar, in Lark syntax.")
+    gbnf: str | None = Field(None, description="Text of this grammar, in llama.cpp's GBNF.")
 
     def made(self) -> Constraint:
         """The constraint.
 
         Raises:
-            InvalidArgument: none is given, or more than one, or it is too large.
+            InvalidArgument: no field is given, or several, or the source is too large.
         """
         given = {name: value for name, value in self if value is not None}
         if len(given) != 1:
@@ -75,14 +76,18 @@ class ConstraintBody(Strict):
 
 
 class Sampling(Strict):
-    """Sampling settings, by the names of the SDK's `SamplingParams`. What is left out is as the session has it; what
-    that does not say is the model's own default, which /health shows."""
+    """Sampling settings, by the names of the SDK's `SamplingParams`. Settings that are left out are the
+    session's; those the session does not set are the model's defaults, which /health shows."""
 
-    temperature: float | None = _within(0, text="0 takes the likeliest token.")
+    temperature: float | None = _within(0, text="0 always takes the likeliest token.")
     top_k: int | None = _within(0, 2**31 - 1, text="Keep the k likeliest; 0 is off.")
     top_p: float | None = _within(high=1, above=0, text="Keep the likeliest that make up this probability.")
-    min_p: float | None = _within(0, 1, text="Keep tokens at least so many times as likely as the likeliest.")
-    typical_p: float | None = _within(high=1, above=0, text="Keep what is nearest to the expected surprise.")
+    min_p: float | None = _within(
+        0, 1, text="Keep tokens whose probability is at least this fraction of the likeliest's."
+    )
+    typical_p: float | None = _within(
+        high=1, above=0, text="Locally typical sampling: keep the tokens nearest to the expected surprise."
+    )
     repetition_penalty: float | None = _within(above=0, text="Above 1 makes repetition rarer.")
     penalty_window: int | None = _within(-1, 2**31 - 1, text="Last tokens that penalties see; -1 all.")
     frequency_penalty: float | None = _within(text="Subtracted once per occurrence.")
@@ -94,21 +99,23 @@ class Sampling(Strict):
     dry_breakers: list[str] | None = Field(None, json_schema_extra={"maxItems": 16})
     xtc_probability: float | None = _within(0, 1, text="XTC: 0 is off.")
     xtc_threshold: float | None = _within(0, 1)
-    logit_bias: dict[str, float] | None = Field(None, description="Number added, by token id; at most 1,024.")
-    banned_tokens: list[int] | None = Field(None, description="Token ids that are never drawn.")
+    logit_bias: dict[str, float] | None = Field(
+        None, description="Value added to the logit, by token id; at most 1,024 entries."
+    )
+    banned_tokens: list[int] | None = Field(None, description="Token ids that are never sampled.")
     seed: int | None = _within(0, 2**64 - 1, text="Makes the answer repeatable.")
-    chain: list[str] | None = Field(None, description=f"Order of the steps, out of {', '.join(STEPS)}.")
+    chain: list[str] | None = Field(None, description=f"Order of the sampling steps, from {', '.join(STEPS)}.")
     max_len: int | None = _within(1, 2**31 - 1, text="Tokens to generate at most. `max_tokens` is another name for it.")
     max_tokens: int | None = _within(1, 2**31 - 1)
-    min_tokens: int | None = _within(0, 2**31 - 1, text="The answer does not end before so many.")
+    min_tokens: int | None = _within(0, 2**31 - 1, text="The answer has at least this many tokens.")
     stop: list[str] | str | None = Field(None, description="Texts that end the answer; at most 16 of 256 bytes.")
     stop_tokens: list[int] | None = Field(None, description="Token ids that end the answer.")
     ignore_eos: bool | None = Field(None, description="The model's end tokens do not end the answer.")
-    n_logprobs: int | None = _within(0, MAX_LOGPROBS, text="Likeliest tokens told with each.")
+    n_logprobs: int | None = _within(0, MAX_LOGPROBS, text="Number of likeliest tokens reported with each token.")
     constraint: ConstraintBody | None = None
 
     def params(self, base: SamplingParams) -> SamplingParams:
-        """The settings `base` with those that are given in their place.
+        """The settings given here over those of `base`.
 
         Raises:
             InvalidArgument: one is out of its range.
@@ -131,8 +138,8 @@ class Sampling(Strict):
         return replace(base, **given) if given else base
 
     def changed(self, base: SamplingParams) -> SamplingParams:
-        """As `params`, with the default in place of what is given as null."""
-        default = SamplingParams()  # of which nothing is given: the model's own
+        """As `params`; a setting given as null is reset to its default."""
+        default = SamplingParams()
         nulls = {
             "max_tokens" if name == "max_len" else name for name in self.model_fields_set if getattr(self, name) is None
         }
@@ -153,31 +160,36 @@ def _token(text: str) -> int:
 class Answering(Sampling):
     """How an answer is sent."""
 
-    stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")
+    def over(self, base: Callable[[], SamplingParams]) -> SamplingParams | None:
+        """The settings given here over those of `base`; None if none are given."""
+        return None if self.is_empty else self.params(base())
+
+    stream: bool = Field(False, description="Send the answer as server-sent events while it is generated.")
     background: bool = Field(
-        False, description="Go on when the client leaves. Without `stream` the reply is sent at once, with status 202."
+        False,
+        description="Keep generating when the client leaves. Without `stream` the response is sent at once (202).",
     )
 
 
 class Opening(Answering):
-    """A session to join, or to begin."""
+    """A session that exists, or settings of a new one."""
 
     session_id: str | None = Field(
-        None, description="A session, which is begun if there is none; without it a new one gets a random id."
+        None, description="A session; created if it does not exist. Default: a new one with a random id."
     )
-    model: str | None = Field(None, description="The model a new session talks to.")
+    model: str | None = Field(None, description="Model of a new session.")
     system: str | None = Field(None, description="System message of a new session.")
-    title: str | None = Field(None, description="What people call the session.")
+    title: str | None = Field(None, description="Title of the session.")
     sampling: Sampling | None = Field(
         None,
-        description="Settings of the session, for this turn and later ones that bring none; of a session that exists, "
-        "those left out stay, null is the default.",
+        description="Settings of the session, for this turn and later ones that give none. In a session that exists, "
+        "settings left out stay and null resets to the default.",
     )
-    context_policy: Policy | None = Field(None, description="What happens when the context of a new session is full.")
-    window: int | None = Field(None, description="Tokens that the policy `slide` sees.")
+    context_policy: Policy | None = Field(None, description="What a new session does when its context is full.")
+    window: int | None = Field(None, description="Tokens that the policy `slide` keeps.")
 
     def policy(self) -> ContextPolicy | None:
-        """The context policy; None for not given."""
+        """The context policy; None if none is given."""
         if self.context_policy is None and self.window is None:
             return None
         if self.window is not None and self.context_policy != "slide":
@@ -188,28 +200,28 @@ class Opening(Answering):
 class ChatBody(Opening):
     """A message to answer."""
 
-    message: str = Field(description="What the user says.")
+    message: str = Field(description="The user's message.")
     parse_special: bool | None = _parse_special("the message", "false")
 
 
 class StoryBody(Opening):
     """A text to continue."""
 
-    prompt: str | None = Field(None, description="Text to add before going on; the beginning needs some.")
-    parse_special: bool | None = _parse_special("the prompt", "as in the turn before, and true at the beginning")
+    prompt: str | None = Field(None, description="Text to add before generating. A new story needs some.")
+    parse_special: bool | None = _parse_special("the prompt", "as in the turn before; true in a new story")
 
 
 class WriteBody(Strict):
-    """A piece of a story, as its author wrote it."""
+    """Text that the author adds to a story."""
 
     session_id: str | None = Field(None, description="As for `/story`.")
-    text: str = Field(description="The piece.", json_schema_extra={"minLength": 1})
-    frozen: bool = Field(False, description="A note: the model reads it, and it is no part of the story.")
-    parse_special: bool | None = _parse_special("the text", "as in the turn before, and true at the beginning")
-    model: str | None = Field(None, description="The model a new session talks to.")
-    title: str | None = Field(None, description="What people call the session.", json_schema_extra={"maxLength": 200})
+    text: str = Field(description="The text.", json_schema_extra={"minLength": 1})
+    frozen: bool = Field(False, description="A note: the model reads it, but it is not part of the story.")
+    parse_special: bool | None = _parse_special("the text", "as in the turn before; true in a new story")
+    model: str | None = Field(None, description="Model of a new session.")
+    title: str | None = Field(None, description="Title of the session.", json_schema_extra={"maxLength": 200})
     sampling: Sampling | None = Field(None, description="Settings of the session, as for `/story`.")
-    context_policy: Policy | None = Field(None, description="What happens when the context of a new session is full.")
+    context_policy: Policy | None = Field(None, description="What a new session does when its context is full.")
 
 
 class SessionBody(Strict):
@@ -219,28 +231,42 @@ class SessionBody(Strict):
 
 
 class RollbackBody(SessionBody):
-    """A turn to go back to."""
+    """The turn to make the head."""
 
-    target_turn: TurnRef = 1
-    prune: bool = Field(False, description="Delete the turns that lie behind it.")
+    turn: TurnRef = 1
+    target_turn: TurnRef = Field(1, description="An older name of `turn`.", deprecated=True)
+    prune: bool = Field(False, description="Also delete the turns that follow it.")
+
+    @property
+    def target(self) -> int | str:
+        """The turn, under whichever name it was given.
+
+        Raises:
+            InvalidArgument: under both.
+        """
+        if "target_turn" not in self.model_fields_set:
+            return self.turn
+        if "turn" in self.model_fields_set:
+            raise InvalidArgument("turn and target_turn are two names of one field; give one of them")
+        return self.target_turn
 
 
 class ForkBody(SessionBody):
-    """Where a session is forked."""
+    """Where to fork a session."""
 
     turn: TurnRef | None = Field(None, description="Default: the head.")
     new_session_id: str | None = Field(None, description="Default: a random one.")
 
 
 class AgainBody(Answering):
-    """A session whose head is answered again, or continued. Settings that are left out are the turn's; an answer in
-    place of another one gets a new seed unless one is given, one that goes on inside it keeps the seed."""
+    """A session whose head is answered again or continued. Settings that are left out are the turn's. Another answer
+    gets a new seed unless one is given; a continuation keeps the seed."""
 
     session_id: SessionId
 
 
 class EditBody(AgainBody):
-    """Something else said in place of a turn's message."""
+    """Another message in place of a turn's."""
 
     turn: TurnRef
     message: str
@@ -248,13 +274,13 @@ class EditBody(AgainBody):
 
 
 class ReplayBody(AgainBody):
-    """A turn to make again as it was."""
+    """A turn to generate again."""
 
     turn: TurnRef
 
 
 class ForkAtBody(AgainBody):
-    """Another token at a place of an answer."""
+    """Another token at a position of an answer."""
 
     turn: TurnRef
     position: int = Field(description="Of the token in the answer, from 0.", json_schema_extra={"minimum": 0})
@@ -265,12 +291,12 @@ class BranchBody(AgainBody):
     """Several answers side by side."""
 
     n: int = Field(description="How many.", json_schema_extra={"minimum": 1, "maximum": MAX_BRANCHES})
-    message: str | None = Field(None, description="What they answer; without it, the head's message again.")
+    message: str | None = Field(None, description="The message they answer. Default: the head's message again.")
     parse_special: bool | None = _parse_special("the message", "as for /chat or /story")
 
 
 class RewriteBody(SessionBody):
-    """Other words in place of an answer."""
+    """Other text in place of an answer."""
 
     turn: TurnRef
     text: str = Field(json_schema_extra={"minLength": 1})
@@ -284,7 +310,7 @@ class TurnBody(SessionBody):
 
 
 class AlternativesBody(SessionBody):
-    """A place of an answer."""
+    """A position of an answer."""
 
     turn: TurnRef
     position: int = Field(json_schema_extra={"minimum": 0})
@@ -292,7 +318,7 @@ class AlternativesBody(SessionBody):
 
 
 class TagBody(SessionBody):
-    """A name for a turn, given or taken away."""
+    """A tag to add to a turn, or to remove."""
 
     turn: TurnRef
     tag: str = Field(json_schema_extra={"minLength": 1})
@@ -300,23 +326,23 @@ class TagBody(SessionBody):
 
 
 class StopBody(Strict):
-    """What to stop; one of the two."""
+    """What to stop; give one of the two."""
 
     session_id: str | None = None
     stream_id: str | None = None
 
 
 class SettingsBody(Strict):
-    """Settings of a session to change; what is left out stays."""
+    """Settings to change; those left out stay."""
 
     title: str | None = Field(None, json_schema_extra={"maxLength": 200})
     system: str | None = Field(None, description="Only before the first turn.")
     sampling: Sampling | None = Field(
-        None, description="Settings of what is said from now on; those left out stay, null is the default."
+        None, description="Settings of later turns. Those left out stay; null resets to the default."
     )
     tags: list[str] | None = Field(
         None,
-        description="Names it has in common with others; they replace those of before.",
+        description="Tags of the session; they replace the old ones.",
         json_schema_extra={"maxItems": 16},
     )
 
@@ -328,7 +354,7 @@ class TextBody(Strict):
     model: str | None = None
     parse_special: bool | None = _parse_special("the text", "false")
     special: bool = Field(False, description="An older name of `parse_special`.")
-    add_bos: bool = Field(False, description="Whether the model's start token is put in front.")
+    add_bos: bool = Field(False, description="Whether to put the model's start token in front.")
 
 
 class TokensBody(Strict):
@@ -340,7 +366,7 @@ class TokensBody(Strict):
 
 
 class CountBody(Strict):
-    """A message, to know whether it fits."""
+    """A message whose tokens to count."""
 
     session_id: str | None = None
     message: str = ""

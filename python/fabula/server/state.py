@@ -1,4 +1,4 @@
-"""What a running server holds: its workspace, the models it loads, runs, limits. One object, found by `server()`."""
+"""State of a running server: workspace, models, runs and limits. `server()` returns it in a request."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from quart import current_app
 
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import EngineError, InvalidArgument, SessionNotFound
+from fabula.kv.pages import PoolUsage
 from fabula.model import Model
 from fabula.server.failures import ApiError, not_found
 from fabula.server.feed import Feed
@@ -32,22 +33,29 @@ from fabula.workspace import Workspace
 
 T = TypeVar("T")
 
-N_THREADS = 32  # for what blocks: tokenizing, waiting for a commit. None of it lasts long
-N_SESSIONS = 256  # used last, which keep their trees in memory
+N_THREADS = 32  # for blocking work: tokenizing, waiting for a commit
+MAX_USAGE_WAIT_S = 0.05
+N_SESSIONS = 256  # most recently used ones keep their trees in memory
+
+
+def _ignore_error(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # a model that is being closed: the last numbers stay
 
 
 @dataclass(slots=True)
 class Serving:
-    """A model of the server and how far it is.
+    """A model the server offers, and its state.
 
     Attributes:
-        name: clients call it so.
-        place: where it comes from.
-        state: what happens to it.
-        done, total: bytes fetched or read.
-        error: why it failed.
-        model: when ready.
-        is_stopping: whether to break off.
+        name: its name in requests.
+        place: where it is loaded from.
+        state: progress of loading.
+        done, total: bytes downloaded or read.
+        error: why loading failed.
+        model: set when ready.
+        usage: KV cache pages when somebody last asked; None before the model is loaded.
+        is_stopping: whether to stop loading.
     """
 
     name: str
@@ -58,30 +66,46 @@ class Serving:
     error: str = ""
     model: Model | None = None
     is_stopping: bool = False
+    usage: PoolUsage | None = None
+    _refreshing: asyncio.Task[None] | None = None
 
-    def _go_on(self) -> None:
-        if self.is_stopping:  # whoever tells us of progress is broken off
+    async def refresh_usage(self) -> None:
+        """Updates `usage` in a worker thread. Waits for it MAX_USAGE_WAIT_S at most, and never for a lock: while one is
+        held for longer, `usage` stays as it was."""
+        if self.model is None:
+            return
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(asyncio.to_thread(self.read_usage))
+            self._refreshing.add_done_callback(_ignore_error)
+        await asyncio.wait([self._refreshing], timeout=MAX_USAGE_WAIT_S)
+
+    def read_usage(self) -> None:
+        """Updates `usage`; blocks."""
+        if self.model is not None:
+            self.usage = self.model.kv_usage
+
+    def _check_stopping(self) -> None:
+        if self.is_stopping:
             raise EngineError("the server was stopped")
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
-        """A download has come so far; satisfies `fabula.formats.download.Progress`."""
+        """Progress of the download, in bytes; satisfies `fabula.formats.download.Progress`."""
         self.state, self.done, self.total = "fetching", done_bytes, total_bytes
-        self._go_on()
+        self._check_stopping()
 
     def loaded(self, done: int, total: int) -> None:
-        """So much of the weights is read."""
+        """Progress of loading the weights, in bytes."""
         self.state, self.done, self.total = "loading", done, total
-        self._go_on()
+        self._check_stopping()
 
     def to_json(self) -> dict[str, Any]:
-        """For /health."""
+        """JSON for /health."""
         found: dict[str, Any] = {"name": self.name, "state": self.state}
         if self.state in ("fetching", "loading"):
             found["progress"] = round(self.done / self.total, 3) if self.total else None
         if self.error:
             found["error"] = self.error
-        if self.state == "ready" and self.model is not None:
-            usage = self.model.kv_usage
+        if self.state == "ready" and self.model is not None and (usage := self.usage) is not None:
             found |= {
                 "weights": self.model.weights,
                 "device": self.model.device,
@@ -98,18 +122,18 @@ class Server:
     """A server's state.
 
     Args:
-        workspace: its sessions; closed by whoever made it.
+        workspace: holds the sessions; its owner closes it.
         settings: of the server.
 
     Attributes:
-        models: by the names clients use.
-        runs: answers in the making.
-        limits: of each key.
-        gate: in front of it.
-        metrics: counts what happens.
-        feed: tells pages what happens to sessions.
-        observers: told what happens.
-        begun_at: seconds since 1970.
+        models: by name.
+        runs: answers being generated.
+        limits: per key.
+        gate: checks every request.
+        metrics: counters for Prometheus.
+        feed: sends changes of sessions to pages.
+        observers: notified of events.
+        begun_at: start of the server, Unix time in seconds.
     """
 
     def __init__(self, workspace: Workspace, settings: Settings) -> None:
@@ -123,8 +147,9 @@ class Server:
         self.begun_at = time.time()
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        self._sessions_lock = threading.Lock()  # of the dict alone
         self._opening = threading.Lock()
-        self._new: WeakSet[Session] = WeakSet()  # begun by this process; some have no turn yet
+        self._new: WeakSet[Session] = WeakSet()  # created by this process; some have no turn yet
         self._later: set[asyncio.Task[None]] = set()
         self.gate: Gate = Gate(settings, None)
         self._loading: asyncio.Task[None] | None = None
@@ -132,7 +157,7 @@ class Server:
     # ---- Life -------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begins to load the models."""
+        """Starts loading the models."""
         asyncio.get_running_loop().set_default_executor(self._threads)
         self._loading = asyncio.create_task(self._load_all())
 
@@ -166,6 +191,7 @@ class Server:
             fetch_progress=serving,
             load_progress=serving.loaded,
         )
+        serving.read_usage()
         serving.state = "ready"
 
     @property
@@ -174,7 +200,7 @@ class Server:
         return all(serving.state == "ready" for serving in self.models.values())
 
     async def stop(self) -> None:
-        """Ends what is being made and lets the models go; the workspace stays open."""
+        """Stops loading and all runs; the workspace stays open."""
         for serving in self.models.values():
             serving.is_stopping = True
         if self._loading is not None:
@@ -186,7 +212,7 @@ class Server:
     # ---- Models and sessions ----------------------------------------------------------------------------------------
 
     def model(self, name: str | None) -> Serving:
-        """A model that is ready; None for the first.
+        """A model that is ready; name None means the first.
 
         Raises:
             ApiError: 404, there is none of that name; 503, it is not loaded yet, or could not be.
@@ -195,19 +221,19 @@ class Server:
         if serving is None:
             raise not_found("model", name or "")
         if serving.state == "failed":
-            raise ApiError(503, "model_failed", f"model {serving.name} could not be loaded; /health says why")
+            raise ApiError(503, "model_failed", f"model {serving.name} could not be loaded; /health has the reason")
         if serving.state != "ready" or serving.model is None:
-            raise ApiError(503, "model_loading", f"model {serving.name} is being loaded", retry_after=1)
+            raise ApiError(503, "model_loading", f"model {serving.name} is still loading; retry soon", retry_after=1)
         return serving
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does something that nobody waits for."""
+        """Runs a coroutine in the background; `stop` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._later.add(task)
         task.add_done_callback(self._later.discard)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Runs what may block in a worker thread."""
+        """Runs a blocking function in a worker thread."""
         return await asyncio.to_thread(function)
 
     def open(self, tenant: str, id: str) -> Session:
@@ -215,14 +241,14 @@ class Server:
 
         Raises:
             SessionNotFound: there is none, or it belongs to another key.
-            ApiError: it talks to a model that is not served, or not ready.
+            ApiError: its model is not served, or not ready.
         """
         return self._served(self.workspace.open(id, tenant=tenant))
 
     def _served(self, session: Session) -> Session:
         if session.model not in self.models:
             raise ApiError(
-                409, "model_not_served", f"the session talks to {session.model}, which this server does not serve"
+                409, "model_not_served", f"the session uses the model {session.model}, which this server does not serve"
             )
         self.model(session.model)
         self.remember(session)
@@ -232,15 +258,15 @@ class Server:
     def joined(
         self, tenant: str, id: str | None, model: str | None, sampling: Sampling | None = None, **settings: Any
     ) -> Iterator[Session]:
-        """The session of that name, or a new one, which is deleted again if the block fails; blocks.
+        """The session with that id, or a new one, which is deleted if the block raises; blocks.
 
         Args:
-            tenant, id, model: of the session; without `id` it is a new one.
-            sampling: settings put in place of those it has, as PATCH does.
+            tenant, id, model: of the session; id None creates one.
+            sampling: settings to change, as PATCH does.
             settings: others, as `Workspace.session`; None leaves one as it is.
 
         Raises:
-            InvalidArgument: a setting that cannot be, or cannot be changed any more.
+            InvalidArgument: a setting is invalid, or cannot change any more.
             ApiError: as `open` and `opening`.
         """
         check_free(id)
@@ -255,8 +281,7 @@ class Server:
             settings["sampling"] = sampling.changed(SamplingParams())
         with self.opening(tenant, id):
             session = self.workspace.session(id, tenant=tenant, model=self.model(model).name, **settings)
-        self._new.add(session)
-        self.remember(session)
+        self.remember(session, is_new=True)
         try:
             yield session
         except BaseException:
@@ -264,52 +289,69 @@ class Server:
             raise
 
     def drop_empty(self, session: Session) -> None:
-        """Deletes a session that was begun here for an answer that never began, if nobody else uses it; blocks."""
+        """Deletes a session that was created for an answer that never came, unless it is in use; blocks."""
         if session in self._new and not session.n_turns and not session.is_busy:
             self._new.discard(session)
-            self.forget(session)
             with suppress(SessionNotFound):
-                session.delete()
+                self.delete(session)
+
+    def delete(self, session: Session) -> int:
+        """Deletes a session; blocks.
+
+        Returns:
+            Bytes of KV cache that were freed.
+        """
+        self.forget(session)
+        return session.delete()
 
     @contextmanager
     def opening(self, tenant: str, id: str | None) -> Iterator[None]:
-        """Room for one more session of that name, until it is there; blocks.
+        """Checks that a key may have one more session, and holds that place during the block; blocks.
 
         Raises:
-            ApiError: 400, the name is the server's own; 429, the key may not have another session.
+            ApiError: 400, the id is reserved; 429, the key has too many sessions.
         """
         check_free(id)
-        with self._opening:  # or two that come at once would both find the last place free
+        with self._opening:  # two at once would both take the last place
             self.limits.check_sessions(tenant)
             yield
 
-    def remember(self, session: Session) -> None:
-        """Keeps a session's tree in memory for a while."""
+    def remember(self, session: Session, *, is_new: bool = False) -> None:
+        """Keeps the trees of the last N_SESSIONS sessions in memory.
+
+        Args:
+            session: moves to the front.
+            is_new: created for the current request; `drop_empty` may delete it.
+        """
         key = (session.tenant, session.id)
-        self._sessions[key] = session
-        self._sessions.move_to_end(key)
-        while len(self._sessions) > N_SESSIONS:
-            self._sessions.popitem(last=False)
+        with self._sessions_lock:
+            if is_new:
+                self._new.add(session)
+            self._sessions[key] = session
+            self._sessions.move_to_end(key)
+            oldest = [self._sessions.popitem(last=False) for _ in range(len(self._sessions) - N_SESSIONS)]
+        del oldest  # outside the lock: this may destroy a session
 
     def forget(self, session: Session) -> None:
-        """Lets go of a session that was deleted."""
-        self._sessions.pop((session.tenant, session.id), None)
+        """Removes a deleted session from memory."""
+        with self._sessions_lock:
+            self._sessions.pop((session.tenant, session.id), None)
 
     # ---- Runs -------------------------------------------------------------------------------------------------------
 
     def begin(self, run: Run) -> Run:
-        """Takes a run in, which from now on counts among its owner's."""
+        """Adds a run; from now on it counts against its key's limit."""
         self.runs.add(run)
         return run
 
     def load(self) -> dict[str, int]:
-        """Answers that are made, and those that wait."""
+        """Numbers of running and waiting answers."""
         load = self.workspace.load_now
         return {"running": load.n_running, "waiting": load.n_waiting}
 
 
 def server() -> Server:
-    """The server of the app that handles the current request."""
+    """The server that handles the current request."""
     found = current_app.extensions["fabula"]
     if not isinstance(found, Server):
         raise InvalidArgument("the app was not made by fabula.server.create_app")

@@ -10,6 +10,7 @@ from quart import Response
 
 from fabula.server.runs import Event, Follower, Run
 
+MAX_PARTS, MAX_LETTERS = 2_000, 100_000  # of a reply that the event loop's thread writes as JSON
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -26,6 +27,29 @@ def response(body: AsyncIterator[bytes]) -> Response:
 def dumps(data: Any) -> str:
     """JSON on one line, non-ASCII letters as they are."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def dumps_in_parts(data: Any, depth: int = 4) -> str:
+    """`dumps` for large values, in a worker thread: it writes the items of the outer containers one by one, so other
+    threads get the interpreter's lock between them."""
+    if depth and isinstance(data, dict) and all(isinstance(name, str) for name in data):
+        return "{" + ",".join([f"{dumps(name)}:{dumps_in_parts(one, depth - 1)}" for name, one in data.items()]) + "}"
+    if depth and isinstance(data, list):
+        return "[" + ",".join([dumps_in_parts(one, depth - 1) for one in data]) + "]"
+    return dumps(data)
+
+
+def is_large(data: Any) -> bool:
+    """Whether a value's JSON may take the event loop more than a few milliseconds. Looks at MAX_PARTS parts at most."""
+    parts, n_letters = [data], 0
+    for n_seen, part in enumerate(parts):  # which grows meanwhile
+        if isinstance(part, str):
+            n_letters += len(part)
+        elif isinstance(part, (dict, list, tuple)):
+            parts += part.values() if isinstance(part, dict) else part
+        if n_letters > MAX_LETTERS or n_seen > MAX_PARTS or len(parts) > 2 * MAX_PARTS:
+            return True
+    return False
 
 
 def native(run: Run, after: int = -1) -> AsyncIterator[bytes]:

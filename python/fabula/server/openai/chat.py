@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: answers to conversations that the client keeps."""
+"""`/v1/chat/completions`: answers to conversations that the client stores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
-from fabula.engine.sampling import SamplingParams
-from fabula.server.answering import run_of_texts
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
     Json,
-    begin,
     chat_logprob,
     choices_of,
     ended_itself,
@@ -28,14 +25,15 @@ from fabula.server.openai.format import (
     line,
     pieces_of,
     reason_of,
-    refuse,
-    schema_constraint,
+    start_generations,
     usage,
 )
-from fabula.server.openai.messages import check_many, plain_messages
+from fabula.server.openai.messages import plain_messages
+from fabula.server.openai.params import chat_params, uses_tools
 from fabula.server.openai.replies import ChatCompletionReply
 from fabula.server.openai.schemas import ChatCompletionBody
 from fabula.server.runs import Event, Run
+from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
 from fabula.sessions.tool_call_parser import Arguments, Blanks, CallBegun, CallEnded, Content, gathered
@@ -53,7 +51,7 @@ routes = Blueprint("openai_chat", __name__)
 @document_response(ChatCompletionReply, 200)
 @fails(*WRITING)
 async def chat_completions(data: ChatCompletionBody) -> Any:
-    """Answers a conversation. Nothing of it is kept, but what it shares with an earlier one is not computed again."""
+    """Answers a conversation. It is not stored; a prefix shared with an earlier request is not recomputed."""
     state, tenant = server(), g.tenant
     n = choices_of(data)
     serving = state.model(data.model)
@@ -62,9 +60,10 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
     def describe(index: int) -> Json:
         return chat.choice(index)
 
-    with state.limits.beginning(state.runs, tenant, n):
-        generations, calling = await state.call(lambda: _begin(state, serving, tenant, data, n))
-        run = run_of_texts(state, tenant, serving.name, generations, describe)
+    generations, calling = await begin(
+        lambda: _begin(state, serving, tenant, data, n), lambda made: cancel_all(made[0]), n
+    )
+    run = start_run(state, tenant, serving.name, generations, describe)
     chat = Chat(data, serving, generations, run, calling)
     if data.stream:
         return response(follow(run, chat.chunks, chat.last))
@@ -75,14 +74,14 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
 def _begin(
     state: Server, serving: Serving, tenant: str, data: ChatCompletionBody, n: int
 ) -> tuple[list[Generation], Calling | None]:
-    """Reads the request and begins its answers; blocks."""
+    """Reads the request and starts its answers; blocks."""
     model = serving.model
     assert model is not None
-    check_many(len(data.messages), state.settings.max_messages, "messages")
+    state.limits.check_messages(len(data.messages), "messages")
     messages = plain_messages(data.messages, state.limits)
-    params = params_of(data)
+    params = chat_params(data)
     options: Json = {}
-    tools = data.tools if calls_are_read(data) and data.tools else []
+    tools = data.tools if uses_tools(data) and data.tools else []
     calling = Calling(model.template, model.tokenizer, tools) if tools else None
     if calling is not None:
         constraint = calling.constraint(data.tool_choice, data.parallel_tool_calls is not False, params.constraint)
@@ -95,62 +94,21 @@ def _begin(
         options = {**options, "add_generation_prompt": turn}
     special = bool(data.parse_special)
     ids = model.chat_ids(messages, continue_final_message=asked, parse_special=special, **options)
-    made = begin(model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s)
+    made = start_generations(
+        model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s
+    )
     return made, calling
 
 
-def calls_are_read(data: ChatCompletionBody) -> bool:
-    """Whether the answer may call tools. With the choice "none" the model is not told of them."""
-    return bool(data.tools) and data.tool_choice != "none"
-
-
-def params_of(data: ChatCompletionBody) -> SamplingParams:
-    """The settings of a request, tools aside; what it leaves out is the model's own default.
-
-    Raises:
-        ApiError: two fields exclude each other.
-        InvalidArgument: a value is out of its range.
-    """
-    if data.n_logprobs is not None:
-        raise refuse("n_logprobs", "is called top_logprobs here", "unknown_field")
-    params = data.params(SamplingParams())
-    if data.max_completion_tokens is not None:
-        if params.max_tokens is not None:
-            raise refuse("max_tokens", "and max_completion_tokens are two names of one setting; give one of them")
-        params = replace(params, max_tokens=data.max_completion_tokens)
-    if data.top_logprobs is not None:
-        if not data.logprobs:
-            raise refuse("top_logprobs", "needs logprobs: true")
-        params = replace(params, n_logprobs=data.top_logprobs)
-    constraint = params.constraint
-    wanted = data.response_format
-    if wanted is not None and wanted.type != "text":
-        if constraint is not None:
-            raise refuse("constraint", "and response_format exclude each other")
-        if wanted.type == "json_schema":
-            if wanted.json_schema is None:
-                raise refuse("response_format.json_schema", "is missing", "missing_field")
-            about = wanted.json_schema
-            params = replace(
-                params,
-                constraint=schema_constraint(about.schema_, about.strict, "response_format.json_schema.schema"),
-            )
-        else:
-            params = replace(params, constraint=schema_constraint({"type": "object"}, False, "response_format"))
-    if not calls_are_read(data) and data.tool_choice not in (None, "none", "auto"):
-        raise refuse("tool_choice", "needs tools")
-    return params
-
-
 class Chat:
-    """The answers to one request, as OpenAI's API tells them.
+    """Writes the answers to a request as JSON.
 
     Args:
         data: the request.
         serving: the model.
         generations: the answers.
-        run: makes them.
-        calling: how they call tools; None where they do not.
+        run: generates them.
+        calling: how they call tools; None if they do not.
     """
 
     def __init__(
@@ -177,11 +135,11 @@ class Chat:
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
     def about(self, kind: str) -> Json:
-        """What every object about the answers begins with."""
+        """The first fields of every object."""
         return {"id": self._common["id"], "object": kind} | self._common
 
     def call_id(self, index: int, call: int) -> str:
-        """The name of an answer's call."""
+        """The id of a tool call."""
         return f"call_{self._common['id'][-16:]}_{index}_{call}"
 
     # ---- Whole ------------------------------------------------------------------------------------------------------
@@ -253,14 +211,14 @@ class Chat:
         return self._read(index, self._blanks[index].filter(self._readers[index].feed(text)))
 
     def _rest(self, index: int) -> list[Json]:
-        """At the end of an answer: what was still held back."""
+        """The deltas held back until the end of an answer."""
         if self._calling is None:
             return []
         blanks, rest = self._blanks[index], self._readers[index].finish(is_whole=self._ended_itself(index))
         return self._read(index, [*blanks.filter(rest), *blanks.finish()])
 
     def _read(self, index: int, events: Iterable[Read]) -> list[Json]:
-        """What the reader of calls has found."""
+        """The deltas for events of the tool-call parser."""
         return [delta for event in events if (delta := self._delta(index, event)) is not None]
 
     def _delta(self, index: int, event: Read) -> Json | None:

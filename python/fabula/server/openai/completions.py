@@ -1,10 +1,9 @@
-"""`/v1/completions`: texts that go on."""
+"""`/v1/completions`: continues texts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from quart import Blueprint, g
@@ -12,14 +11,11 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
-from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
-from fabula.server.answering import run_of_texts
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
     Json,
-    begin,
     choices_of,
     fingerprint,
     follow,
@@ -27,18 +23,19 @@ from fabula.server.openai.format import (
     pieces_of,
     reason_of,
     refuse,
+    start_generations,
     token_name,
     usage,
 )
+from fabula.server.openai.params import completion_params
 from fabula.server.openai.replies import CompletionReply
 from fabula.server.openai.schemas import CompletionBody
 from fabula.server.runs import Event, Run
+from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
 
 routes = Blueprint("openai_completions", __name__)
-
-MAX_TOKENS = 16  # of an answer, where a request does not say; the default of OpenAI's API
 
 Prompt = str | list[int]
 
@@ -59,9 +56,8 @@ async def completions(data: CompletionBody) -> Any:
     def describe(index: int) -> Json:
         return texts.choice(index)
 
-    with state.limits.beginning(state.runs, tenant, n * len(prompts)):
-        generations = await state.call(lambda: _begin(state, serving, tenant, data, prompts, n))
-        run = run_of_texts(state, tenant, serving.name, generations, describe)
+    generations = await begin(lambda: _begin(state, serving, tenant, data, prompts, n), cancel_all, n * len(prompts))
+    run = start_run(state, tenant, serving.name, generations, describe)
     texts = Texts(data, serving, prompts, n, generations, run)
     if data.stream:
         return response(follow(run, texts.chunks, texts.last))
@@ -74,17 +70,17 @@ def prompts_of(data: CompletionBody) -> list[Prompt]:
     given: Any = data.prompt
     prompts: list[Prompt] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not prompts or not all(prompts):
-        raise refuse("prompt", "is empty; there must be something to go on from")
+        raise refuse("prompt", "is empty; give a text or tokens to continue")
     return prompts
 
 
 def _begin(
     state: Server, serving: Serving, tenant: str, data: CompletionBody, prompts: list[Prompt], n: int
 ) -> list[Generation]:
-    """Reads the request and begins its answers; blocks."""
+    """Reads the request and starts its answers; blocks."""
     model = serving.model
     assert model is not None
-    params = params_of(data, n)
+    params = completion_params(data, n)
     ids = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -92,32 +88,12 @@ def _begin(
             ids.append(model.tokenizer.encode(prompt, special=data.parse_special is not False))
         else:
             ids.append(prompt)
-    return begin(model, ids, params, n, continues=True, tenant=tenant, timeout=state.settings.answer_s)
-
-
-def params_of(data: CompletionBody, n: int) -> SamplingParams:
-    """The settings of a request; what it leaves out is the model's own default.
-
-    Raises:
-        ApiError: a field asks for what cannot be done.
-        InvalidArgument: a value is out of its range.
-    """
-    if data.suffix:
-        raise refuse("suffix", "is not supported: the models continue texts, they do not fill gaps", "unsupported")
-    if data.best_of not in (None, n):
-        raise refuse("best_of", f"is {data.best_of}, must be n, {n}: every answer is returned", "unsupported")
-    if data.n_logprobs is not None:
-        raise refuse("n_logprobs", "is called logprobs here", "unknown_field")
-    if data.logprobs is not None and not 0 <= data.logprobs <= MAX_LOGPROBS:
-        raise refuse("logprobs", f"is {data.logprobs}, must be in 0 .. {MAX_LOGPROBS}")
-    if data.echo and data.logprobs is not None:
-        raise refuse("echo", "and logprobs exclude each other: prompts have no probabilities here", "unsupported")
-    params = replace(data.params(SamplingParams()), n_logprobs=data.logprobs or 0)
-    return params if params.max_tokens is not None else replace(params, max_tokens=max(MAX_TOKENS, params.min_tokens))
+    timeout = state.settings.answer_s
+    return start_generations(model, ids, params, n, continues=True, tenant=tenant, timeout=timeout)
 
 
 class Texts:
-    """The answers to one request, as OpenAI's API tells them.
+    """Writes the answers to a request as JSON.
 
     Args:
         data: the request.
@@ -125,7 +101,7 @@ class Texts:
         prompts: texts or ids.
         n: answers to each.
         generations: the answers, those to a prompt side by side.
-        run: makes them.
+        run: generates them.
     """
 
     def __init__(
@@ -151,11 +127,11 @@ class Texts:
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
     def about(self) -> Json:
-        """What every object about the answers begins with."""
+        """The first fields of every object."""
         return dict(self._common)
 
     def _echo(self, index: int) -> str:
-        """What stands in front of an answer."""
+        """The text in front of an answer."""
         if not self._data.echo:
             return ""
         prompt = self._prompts[index // self._n]

@@ -1,8 +1,7 @@
-"""The sessions behind responses. A response is a turn, and its id says which: any of them can be gone on from.
+"""The sessions behind responses. A response is a turn; its id names the session and the turn.
 
-They are sessions like others, with hidden names. What follows the last response of a session goes on in it; what
-follows an earlier one, or one that is being answered just now, goes on in a fork, which shares the past and computes
-nothing.
+They are ordinary sessions with hidden ids. A response after a session's last one is added to it. A response after an
+earlier one, or while another is being generated, goes to a fork, which shares the path and recomputes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from fabula.server.state import Server
 from fabula.sessions.session import Session
 from fabula.sessions.turn import Turn
 
-MAX_CONVERSATIONS = 1000  # of one key; the one unused longest makes room for a new one
-DELETED = "deleted"  # tag of a response that was deleted while others go on from it
+MAX_CONVERSATIONS = 1000  # of one key; the least recently used is deleted for a new one
+DELETED = "deleted"  # tag of a deleted response that others continue
 
 _ID = re.compile(r"resp_([0-9a-f]{24})_([0-9a-f]{32})")
 _LOCKS: WeakKeyDictionary[Session, threading.Lock] = WeakKeyDictionary()
@@ -28,17 +27,17 @@ _GUARD = threading.Lock()
 
 
 def new_name() -> str:
-    """A random name of a session."""
+    """A random session id."""
     return HIDDEN + secrets.token_hex(12)
 
 
 def response_id(session_id: str, turn_id: str) -> str:
-    """The name of a response."""
+    """The id of a response."""
     return f"resp_{session_id.removeprefix(HIDDEN)}_{turn_id}"
 
 
 def lock_of(session: Session) -> threading.Lock:
-    """Held from looking at a session's head until its next turn has begun."""
+    """Lock from reading a session's head until its next turn has started."""
     with _GUARD:
         return _LOCKS.setdefault(session, threading.Lock())
 
@@ -57,7 +56,7 @@ def find(state: Server, tenant: str, id: str) -> tuple[Session, Turn] | None:
 
 
 def make_room(state: Server, tenant: str) -> None:
-    """Deletes conversations of a key that were unused longest, until it may have another one; blocks.
+    """Deletes least recently used conversations of a key until it may have another one; blocks.
 
     Raises:
         ApiError: 429, the key's other sessions are too many.
@@ -70,25 +69,23 @@ def make_room(state: Server, tenant: str) -> None:
     while hidden and (len(hidden) >= MAX_CONVERSATIONS or n_all >= most_all):
         session = state.workspace.open(hidden.pop(), tenant=tenant)
         if not session.is_busy:
-            session.delete()
-            state.forget(session)
+            state.delete(session)
             n_all -= 1
     state.limits.check_sessions(tenant)
 
 
 def delete(state: Server, session: Session, turn: Turn) -> None:
-    """Deletes a response. Where others go on from it, its words stay for them, and only its name is gone; blocks."""
+    """Deletes a response; blocks. If others continue it, its turn stays and is tagged as deleted."""
     with lock_of(session):
         own = session.turns[len(session.turns) - session.n_turns :]
         if session.is_busy or turn is not session.head or turn not in own or turn.parent is None:
             session.tag(turn.id, DELETED)
         elif len(own) == 1:
-            session.delete()
-            state.forget(session)
+            state.delete(session)
         else:
             session.rollback(turn.parent, prune=True)
 
 
 def not_found(id: str) -> ApiError:
-    """404 for a response that the caller does not have."""
+    """404 for a response that does not exist or belongs to another key."""
     return ApiError(404, "response_not_found", f"there is no response {id[:128]!r}")

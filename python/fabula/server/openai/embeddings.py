@@ -12,9 +12,10 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Timings
 from fabula.server.describe import WRITING, fails
-from fabula.server.openai.format import refuse
+from fabula.server.openai.format import Json, refuse
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
+from fabula.server.start_run import begin
 from fabula.server.state import server
 
 routes = Blueprint("openai_embeddings", __name__)
@@ -38,30 +39,30 @@ async def embeddings(data: EmbeddingBody) -> Any:
     if data.dimensions not in (None, size):
         raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
     left = threading.Event()
+
+    def embed() -> Any:
+        special = data.parse_special is not False
+        return model.embed(texts, pooling=data.pooling or "mean", parse_special=special, should_stop=left.is_set)
+
     try:
-        with state.limits.beginning(state.runs, tenant):
-            found = await state.call(
-                lambda: model.embed(
-                    texts,
-                    pooling=data.pooling or "mean",
-                    parse_special=data.parse_special is not False,
-                    should_stop=left.is_set,
-                )
-            )
-    except asyncio.CancelledError:  # the client has gone
+        found = await begin(embed, lambda _: None)
+    except asyncio.CancelledError:  # the client left
         left.set()
         raise
     n_tokens = sum(found.n_tokens)
     state.limits.pay(tenant, Timings(n_tokens, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     as_bytes = data.encoding_format == "base64"
 
-    def told(vector: Any) -> Any:
+    def encoded(vector: Any) -> Any:
         return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.tolist()
 
-    vectors = [{"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(found.vectors)]
+    def encode() -> list[Json]:
+        vectors = enumerate(found.vectors)
+        return [{"object": "embedding", "index": i, "embedding": encoded(vector)} for i, vector in vectors]
+
     return {
         "object": "list",
-        "data": vectors,
+        "data": await state.call(encode),
         "model": serving.name,
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }

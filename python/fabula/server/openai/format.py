@@ -1,4 +1,4 @@
-"""What the answers of OpenAI's API have in common: names, token counts, probabilities, the lines of a stream."""
+"""What the routes of OpenAI's API share: names, token counts, probabilities, the lines of a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fabula.engine.constraint import Constraint
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
@@ -27,27 +26,18 @@ def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, code, f"{param} {message}", param=param)
 
 
-# ---- Beginning ------------------------------------------------------------------------------------------------------
+# ---- Starting -------------------------------------------------------------------------------------------------------
 
 
 def choices_of(data: Asked) -> int:
-    """How many answers a prompt gets."""
+    """Number of answers to each prompt."""
     n = 1 if data.n is None else data.n
     if not 1 <= n <= MAX_CHOICES:
         raise refuse("n", f"is {n}, must be in 1 .. {MAX_CHOICES}")
     return n
 
 
-def schema_constraint(schema: Json | None, strict: bool | None, where: str) -> Constraint:
-    """The constraint of a schema; without `strict`, a keyword that cannot be enforced is passed over."""
-    if schema is None:
-        raise refuse(where, "is missing", "missing_field")
-    if not strict and "x-guidance" not in schema:
-        schema = {**schema, "x-guidance": {"lenient": True}}
-    return Constraint.json_schema(schema)
-
-
-def begin(
+def start_generations(
     model: Model,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
@@ -57,7 +47,7 @@ def begin(
     tenant: str,
     timeout: float,
 ) -> list[Generation]:
-    """n answers to each prompt; a seed s stands for s, s + 1, ... Blocks."""
+    """Starts n answers to each prompt. Seed s gives the seeds s, s + 1, ... Blocks."""
     made: list[Generation] = []
     try:
         for prompt in prompts:
@@ -71,21 +61,21 @@ def begin(
     return made
 
 
-# ---- What is told ---------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(model: Model) -> str:
-    """Changes with everything an answer of a seed depends on, the settings aside."""
+    """A name of everything besides the settings that a seeded answer depends on."""
     return f"fp_{model.fingerprint.key[:16]}"
 
 
 def reason_of(reason: str | None) -> str:
-    """OpenAI's word for how an answer ended. One that was cancelled or out of time was cut off: "length"."""
+    """OpenAI's finish reason. An answer that was cancelled or timed out was truncated: "length"."""
     return "stop" if reason == "stop" else "length"
 
 
 def ended_itself(generation: Generation, *, has_stops: bool) -> bool:
-    """Whether the model ended an answer: it was not cut off, by a stop string neither."""
+    """Whether the model ended an answer itself: it was not truncated, nor cut at a stop string."""
     if generation.finish_reason != "stop":
         return False
     ids = generation.token_ids
@@ -93,7 +83,7 @@ def ended_itself(generation: Generation, *, has_stops: bool) -> bool:
 
 
 def usage(generations: Sequence[Generation], n: int) -> Json:
-    """Tokens of answers, n to a prompt; a prompt counts once, and as cached what its first answer found."""
+    """Token counts of answers, n to a prompt. A prompt counts once; cached tokens are those of its first answer."""
     firsts = [generation.timings for generation in generations[::n]]
     prompt = sum(one.prompt_tokens for one in firsts)
     answer = sum(generation.timings.generated_tokens for generation in generations)
@@ -107,14 +97,14 @@ def usage(generations: Sequence[Generation], n: int) -> Json:
 
 
 def pieces_of(run: Run, index: int) -> list[Piece]:
-    """What was read of one of a run's answers, up to where its text ends."""
+    """The pieces of one of a run's answers, up to the end of its text."""
     pieces = [event.piece for event in run.events if event.piece is not None and event.index == index]
     return pieces[: pieces[-1].n_certain] if pieces else []
 
 
 class CertainPieces:
-    """Takes the pieces of an answer one after the other and gives each back as soon as its token is certain to be part
-    of the text: while a stop string is held back, none of its tokens; behind the cut, never."""
+    """Holds back each piece of an answer until its token is certain to be part of the text: tokens of a possible stop
+    string wait, and those after the cut never come."""
 
     def __init__(self) -> None:
         self._waiting: deque[Piece] = deque()
@@ -129,12 +119,12 @@ class CertainPieces:
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as text; half a character becomes U+FFFD, a control token is written out."""
+    """A token as text. Half a character becomes U+FFFD; a control token is its name."""
     return tokenizer.token_bytes(token_id).decode("utf-8", "replace") or tokenizer.token_text(token_id)
 
 
 def chat_logprob(tokenizer: Tokenizer, piece: Piece) -> Json:
-    """A token's probability and those of the likeliest, as chat tells them."""
+    """Log-probabilities of a token and of the likeliest ones, in chat's form."""
 
     def told(token_id: int, logprob: float) -> Json:
         return {
@@ -150,18 +140,18 @@ def chat_logprob(tokenizer: Tokenizer, piece: Piece) -> Json:
 
 
 def follow(
-    run: Run, told: Callable[[Event], Iterable[bytes]], last: Callable[[], Iterable[bytes]]
+    run: Run, encode: Callable[[Event], Iterable[bytes]], last: Callable[[], Iterable[bytes]]
 ) -> AsyncIterator[bytes]:
-    """A run as a stream: `told` makes the lines of an event, `last` those at the end."""
-    return _follow(run, run.follow(), told, last)
+    """A run as a stream: `encode` makes the lines of an event, `last` those at the end."""
+    return _follow(run, run.follow(), encode, last)
 
 
 async def _follow(
-    run: Run, follower: Follower, told: Callable[[Event], Iterable[bytes]], last: Callable[[], Iterable[bytes]]
+    run: Run, follower: Follower, encode: Callable[[Event], Iterable[bytes]], last: Callable[[], Iterable[bytes]]
 ) -> AsyncIterator[bytes]:
     try:
         async for events in follower:
-            lines = b"".join([line for _, event in events for line in told(event)])
+            lines = b"".join([line for _, event in events for line in encode(event)])
             if lines or not events:
                 yield lines or KEEP_ALIVE
         if run.is_done:

@@ -48,7 +48,7 @@ def messages_of(given: str | list[Json], limits: Limits) -> list[Json]:
         if found:
             limits.check_text(found[-1]["content"], where)
     if not found or found[-1]["role"] == "assistant":
-        raise refuse("input", "must end with something to answer")
+        raise refuse("input", "must end with a message of the user or a tool's output")
     return found
 
 
@@ -77,7 +77,7 @@ def _add_call(found: list[Json], item: Json, where: str) -> None:
 def _text(item: Json, name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        raise refuse(f"{where}.{name}", "must be text")
+        raise refuse(f"{where}.{name}", "must be a string")
     return value
 
 
@@ -91,7 +91,7 @@ def tools_of(given: list[Json] | None) -> list[Json]:
     for i, tool in enumerate(given or []):
         if tool.get("type") != "function":
             raise refuse(
-                f"tools[{i}].type", f"is {str(tool.get('type'))[:40]!r}: only functions can be called", "unsupported"
+                f"tools[{i}].type", f"is {str(tool.get('type'))[:40]!r}: only functions are supported", "unsupported"
             )
         found.append({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}})
     return found

@@ -1,11 +1,10 @@
-"""A conversation as clients of OpenAI's API write it, as templates read it."""
+"""Converts messages of OpenAI's API to those that chat templates take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fabula.server.failures import ApiError
 from fabula.server.limits import Limits
 from fabula.server.openai.format import refuse
 from fabula.server.openai.schemas import Message
@@ -15,10 +14,10 @@ TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 def plain_messages(messages: Sequence[Message], limits: Limits) -> list[Json]:
-    """The messages with text as content; "developer" is the system's voice.
+    """The messages with text as content; the role "developer" becomes "system".
 
     Raises:
-        ApiError: one has other content than text, or is too long; names the place.
+        ApiError: one holds something other than text, or is too long; names the field.
     """
     found = []
     for i, message in enumerate(messages):
@@ -42,27 +41,19 @@ def text_of(content: object, where: str) -> str:
     """The text of a content that is text, or a list of parts that are.
 
     Raises:
-        ApiError: it holds something else; names the place.
+        ApiError: it holds something else; names the field.
     """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise refuse(where, "must be text or a list of parts")
+        raise refuse(where, "must be a string or a list of parts")
     texts = []
     for i, part in enumerate(content):
         place = f"{where}[{i}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in TEXT_TYPES:
-            raise refuse(f"{place}.type", f"is {str(kind)[:40]!r}: only text is read", "unsupported")
+            raise refuse(f"{place}.type", f"is {str(kind)[:40]!r}: only text parts are supported", "unsupported")
         if not isinstance(part.get("text"), str):
-            raise refuse(f"{place}.text", "must be text")
+            raise refuse(f"{place}.text", "must be a string")
         texts.append(part["text"])
     return "".join(texts)
-
-
-def check_many(n: int, most: int, param: str) -> None:
-    """Raises ApiError 413 if a request holds too many messages."""
-    if n > most:
-        raise ApiError(
-            413, "too_many_messages", f"{param} holds {n} messages, {most} are allowed", param=param, limit=most
-        )

@@ -1,4 +1,4 @@
-"""`/v1/responses`: conversations that the server keeps, each response a place to go on from."""
+"""`/v1/responses`: conversations that the server stores; each response can be continued."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
 from fabula.server.describe import READING, WRITING, fails, streams
 from fabula.server.openai import conversations
-from fabula.server.openai.format import Json, begin, ended_itself, follow, refuse, schema_constraint
+from fabula.server.openai.format import Json, ended_itself, follow, refuse, start_generations
 from fabula.server.openai.items import Output, messages_of, tools_of
-from fabula.server.openai.messages import check_many
+from fabula.server.openai.params import response_params, uses_tools
 from fabula.server.openai.replies import DeletedReply, ResponseReply
+from fabula.server.openai.response_json import of_request, of_turn, status_of, usage
 from fabula.server.openai.schemas import ResponseBody
-from fabula.server.openai.told import of_request, of_turn, status_of, usage
-from fabula.server.runs import Event, Run
+from fabula.server.runs import Event
+from fabula.server.start_run import begin, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import dumps, response
 from fabula.sessions.reply import Reply
@@ -33,16 +34,16 @@ routes = Blueprint("openai_responses", __name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """A response in the making.
+class Started:
+    """A response that is being generated.
 
     Attributes:
-        id: its name.
-        key: of its items' names.
+        id: of the response.
+        key: prefix of its items' ids.
         model: name of the model.
-        source: what makes it.
-        session: it belongs to; None for none.
-        is_kept: whether it can be gone on from.
+        source: generates it.
+        session: the session it belongs to; None for none.
+        is_kept: whether later responses can follow it.
         calling: how it calls tools; None where it does not.
     """
 
@@ -66,37 +67,37 @@ class Begun:
 @document_response(ResponseReply, 200)
 @fails(*WRITING)
 async def create(data: ResponseBody) -> Any:
-    """Answers, behind any earlier response or as the beginning of a conversation.
+    """Answers, after any earlier response or as the first of a conversation.
 
-    An input that brings its own history, with items of the assistant, is answered like `store: false`.
+    An input with its own history (items of the assistant) is answered as with `store: false`.
     """
     state, tenant = server(), g.tenant
-    begun: Begun
-    told: Telling
 
     def describe(_: int) -> Json:
-        state.limits.pay(tenant, begun.source.timings)
-        if begun.session is not None and not begun.is_kept:
-            begun.session.delete()
-            state.forget(begun.session)
-        return told.whole()
+        if started.session is not None:
+            if not started.is_kept:
+                state.delete(started.session)
+            elif run.is_left:
+                state.drop_empty(started.session)
+        return writer.whole()
 
-    with state.limits.beginning(state.runs, tenant):
-        begun = await state.call(lambda: _begin(state, tenant, data))
-        run = Run(
-            [begun.source],
-            tenant=tenant,
-            model=begun.model,
-            describe=describe,
-            session_id=begun.session.id if begun.session is not None else None,
-            observers=state.observers,
-            request_id=g.get("request_id", ""),
-        )
-        state.begin(run)
-    told = Telling(data, begun)
+    started = await begin(lambda: _start(state, tenant, data), lambda made: _undo(state, made))
+    writer = ResponseWriter(data, started)
+    session_id = started.session.id if started.session is not None else None
+    run = start_run(state, tenant, started.model, [started.source], describe, session_id=session_id)
     if data.stream:
-        return response(follow(run, told.events, lambda: ()))
+        return response(follow(run, writer.events, lambda: ()))
     return (await run.finish())[0]
+
+
+def _undo(state: Server, started: Started) -> None:
+    """Cancels a response nobody waits for, and deletes the session created for it; blocks."""
+    started.source.cancel()
+    if started.session is not None:
+        if started.is_kept:
+            state.drop_empty(started.session)
+        else:
+            state.delete(started.session)
 
 
 @routes.get("/v1/responses/<id>")
@@ -104,7 +105,7 @@ async def create(data: ResponseBody) -> Any:
 @document_response(ResponseReply, 200)
 @fails(*READING)
 async def read(id: str) -> Any:
-    """A response, as far as it is kept: `metadata` and `user` are not."""
+    """A stored response. `metadata` and `user` are not stored."""
     state, tenant = server(), g.tenant
 
     def work() -> Json:
@@ -120,7 +121,7 @@ async def read(id: str) -> Any:
 @document_response(DeletedReply, 200)
 @fails(*READING)
 async def delete(id: str) -> Any:
-    """Deletes a response. Those that go on from it stay, and with them what was said in it."""
+    """Deletes a response. Responses that continue it stay, and its text stays in their history."""
     state, tenant = server(), g.tenant
     await state.call(lambda: conversations.delete(state, *_found(state, tenant, id)))
     return {"id": id, "object": "response", "deleted": True}
@@ -133,22 +134,25 @@ def _found(state: Server, tenant: str, id: str) -> tuple[Session, Turn]:
     return found
 
 
-# ---- Beginning ------------------------------------------------------------------------------------------------------
+# ---- Starting -------------------------------------------------------------------------------------------------------
 
 
-def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
-    """Reads the request and begins its answer; blocks."""
+def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
+    """Reads the request and starts its response; blocks."""
     if isinstance(data.input, list):
-        check_many(len(data.input), state.settings.max_messages, "input")
+        state.limits.check_messages(len(data.input), "input")
     messages = messages_of(data.input, state.limits)
     if data.instructions:
         state.limits.check_text(data.instructions, "instructions")
-    params, tools = params_of(data), told_tools(data)
+    params = response_params(data)
+    tools = tools_of(data.tools) if uses_tools(data) else []
     has_history = any(message["role"] == "assistant" for message in messages)
     if data.previous_response_id is not None:
         if has_history:
-            raise refuse("input", "holds what the assistant said; with previous_response_id that is known already")
-        return _go_on(state, tenant, data, messages, params, tools)
+            raise refuse(
+                "input", "holds messages of the assistant; leave them out with previous_response_id, which has them"
+            )
+        return _follow_response(state, tenant, data, messages, params, tools)
     serving = state.model(data.model)
     if has_history or data.store is False:
         return _answer_once(state, tenant, serving, data, messages, params, tools)
@@ -157,36 +161,36 @@ def _begin(state: Server, tenant: str, data: ResponseBody) -> Begun:
     session = state.workspace.session(
         conversations.new_name(), model=serving.name, system=data.instructions, context_policy=policy, tenant=tenant
     )
-    state.remember(session)
-    return _say(state, session, data, messages, params, tools, is_new=True)
+    state.remember(session, is_new=True)
+    return _add_turn(state, session, data, messages, params, tools, is_new=True)
 
 
-def _go_on(
+def _follow_response(
     state: Server, tenant: str, data: ResponseBody, messages: list[Json], params: SamplingParams, tools: list[Json]
-) -> Begun:
-    """A response behind another one."""
+) -> Started:
+    """Starts a response that follows another."""
     found = conversations.find(state, tenant, data.previous_response_id or "")
     if found is None:
         raise refuse("previous_response_id", "names no response", "previous_response_not_found")
     session, turn = found
     if data.model not in (None, session.model):
-        raise refuse("model", f"is {data.model!r:.128}, but the conversation talks to {session.model}")
+        raise refuse("model", f"is {data.model!r:.128}, but the conversation uses {session.model}")
     if data.truncation == "auto" and session.policy.name != "drop_oldest_turns":
-        raise refuse("truncation", "was disabled when the conversation began, and stays so", "unsupported")
+        raise refuse("truncation", "was disabled by the conversation's first response and cannot change", "unsupported")
     if data.instructions and data.instructions != _instructions(session, turn):
         messages = [{"role": "system", "content": data.instructions}, *messages]
     with conversations.lock_of(session):
         # In this order: an answer that ends in between moves the head.
         if data.store is not False and not session.is_busy and session.head is turn:
-            return _say(state, session, data, messages, params, tools, is_new=False)
+            return _add_turn(state, session, data, messages, params, tools, is_new=False)
         conversations.make_room(state, tenant)
         fork = session.fork(turn, id=conversations.new_name())
-    state.remember(fork)
-    return _say(state, fork, data, messages, params, tools, is_new=True, is_kept=data.store is not False)
+    state.remember(fork, is_new=True)
+    return _add_turn(state, fork, data, messages, params, tools, is_new=True, is_kept=data.store is not False)
 
 
 def _instructions(session: Session, turn: Turn) -> str | None:
-    """What the system said last up to a turn."""
+    """The last system message up to a turn."""
     for past in turn.lineage():
         said = [message["content"] for message in past.said.given or () if message["role"] == "system"]
         if said:
@@ -194,7 +198,7 @@ def _instructions(session: Session, turn: Turn) -> str | None:
     return session.system
 
 
-def _say(
+def _add_turn(
     state: Server,
     session: Session,
     data: ResponseBody,
@@ -204,8 +208,8 @@ def _say(
     *,
     is_new: bool,
     is_kept: bool = True,
-) -> Begun:
-    """Begins a turn; a session that was made for it goes where it fails."""
+) -> Started:
+    """Starts a turn. If that fails, a session created for it is deleted."""
     try:
         state.limits.check_turns(session)
         model = state.model(session.model).model
@@ -221,11 +225,10 @@ def _say(
         )
     except BaseException:
         if is_new:
-            session.delete()
-            state.forget(session)
+            state.delete(session)
         raise
     key = reply.draft().id
-    return Begun(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept, calling)
+    return Started(conversations.response_id(session.id, key), key, session.model, reply, session, is_kept, calling)
 
 
 def _answer_once(
@@ -236,8 +239,8 @@ def _answer_once(
     messages: list[Json],
     params: SamplingParams,
     tools: list[Json],
-) -> Begun:
-    """An answer that is not kept."""
+) -> Started:
+    """Starts an answer that is not stored."""
     model = serving.model
     assert model is not None
     if data.instructions:
@@ -245,15 +248,16 @@ def _answer_once(
     params, calling = _calling(data, model, params, tools)
     worded, options = with_tools(messages, tools, model.template)
     ids = model.chat_ids(worded, parse_special=bool(data.parse_special), **options)
-    generation = begin(model, [ids], params, 1, continues=False, tenant=tenant, timeout=state.settings.answer_s)[0]
+    timeout = state.settings.answer_s
+    generation = start_generations(model, [ids], params, 1, continues=False, tenant=tenant, timeout=timeout)[0]
     key = secrets.token_hex(16)
-    return Begun(f"resp_{key}", key, serving.name, generation, None, False, calling)
+    return Started(f"resp_{key}", key, serving.name, generation, None, False, calling)
 
 
 def _calling(
     data: ResponseBody, model: Model, params: SamplingParams, tools: list[Json]
 ) -> tuple[SamplingParams, Calling | None]:
-    """The settings with what holds the answer to the tools, and how it calls them."""
+    """The settings with the constraint of the tools, and how the answer calls them."""
     if not tools:
         return params, None
     calling = Calling(model.template, model.tokenizer, tools)
@@ -261,64 +265,35 @@ def _calling(
     return replace(params, constraint=constraint), calling
 
 
-def told_tools(data: ResponseBody) -> list[Json]:
-    """The tools that the model is told of: none with the choice "none"."""
-    return [] if data.tool_choice == "none" else tools_of(data.tools)
+# ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-def params_of(data: ResponseBody) -> SamplingParams:
-    """The settings of a request, tools aside; what it leaves out is the model's own default. Nothing is taken over from
-    the response before.
-
-    Raises:
-        ApiError: two fields exclude each other, or one asks for what cannot be done.
-        InvalidArgument: a value is out of its range.
-    """
-    if data.n_logprobs is not None or "message.output_text.logprobs" in (data.include or []):
-        raise refuse("include", "cannot hold probabilities; /v1/chat/completions tells them", "unsupported")
-    params = data.params(SamplingParams())
-    if data.max_output_tokens is not None:
-        if params.max_tokens is not None:
-            raise refuse("max_tokens", "and max_output_tokens are two names of one setting; give one of them")
-        params = replace(params, max_tokens=data.max_output_tokens)
-    wanted = data.text.format if data.text is not None else None
-    if wanted is not None and wanted.type != "text":
-        if params.constraint is not None:
-            raise refuse("constraint", "and text.format exclude each other")
-        schema = wanted.schema_ if wanted.type == "json_schema" else {"type": "object"}
-        params = replace(params, constraint=schema_constraint(schema, wanted.strict, "text.format.schema"))
-    if not told_tools(data) and data.tool_choice not in (None, "none", "auto"):
-        raise refuse("tool_choice", "needs tools")
-    return params
-
-
-# ---- Telling --------------------------------------------------------------------------------------------------------
-
-
-class Telling:
-    """A response as it is told, whole or in events.
+class ResponseWriter:
+    """Writes a response as JSON, whole or as events.
 
     Args:
         data: the request.
-        begun: the response.
+        started: the response.
     """
 
-    def __init__(self, data: ResponseBody, begun: Begun) -> None:
-        self._data, self._begun = data, begun
+    def __init__(self, data: ResponseBody, started: Started) -> None:
+        self._data, self._started = data, started
         self._output = self._new_output()
-        self._about = of_request(data, begun.id, begun.model, is_kept=begun.is_kept, params=begun.generation.params)
+        self._about = of_request(
+            data, started.id, started.model, is_kept=started.is_kept, params=started.generation.params
+        )
         self._n = 0
 
     def _new_output(self) -> Output:
-        calling = self._begun.calling
-        return Output(self._begun.key, calling is not None, calling)
+        calling = self._started.calling
+        return Output(self._started.key, calling is not None, calling)
 
     def _ended_itself(self) -> bool:
-        return ended_itself(self._begun.generation, has_stops=bool(self._data.stop))
+        return ended_itself(self._started.generation, has_stops=bool(self._data.stop))
 
     def whole(self) -> Json:
-        """The response when it has ended."""
-        generation = self._begun.generation
+        """The response after its end."""
+        generation = self._started.generation
         status, details = status_of(generation.finish_reason)
         output = self._new_output()
         rest = output.finish(is_whole=status == "completed", ended_itself=self._ended_itself())

@@ -1,6 +1,6 @@
-"""Bodies of OpenAI's API. Every optional field may be null, as clients send it for "not set".
+"""Request bodies of OpenAI's API. Every optional field may be null, which clients send for "not set".
 
-Beside OpenAI's fields stand those of `Sampling`, the settings of Fabula's own API under the same names: top_k, min_p,
+They also take the fields of `Sampling`, the settings of Fabula's own API under the same names: top_k, min_p,
 repetition_penalty, constraint, and so on.
 """
 
@@ -17,26 +17,27 @@ MAX_INPUTS = 2048  # texts of one request for embeddings; the same as OpenAI's
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside the answer."""
+    """What a stream carries besides the answer."""
 
-    include_usage: bool | None = Field(None, description="Whether a last chunk tells how many tokens were used.")
+    include_usage: bool | None = Field(None, description="Whether a last chunk has the token counts.")
     include_obfuscation: bool | None = Field(None, description="Has no effect: nothing is padded.")
 
 
 class Tolerated(Strict):
-    """Fields that OpenAI's clients send and that ask for nothing a server of one's own could do."""
+    """Fields that OpenAI's clients send and that have no effect here."""
 
-    user: str | None = Field(None, description="Has no effect: keys name callers.")
+    user: str | None = Field(None, description="Has no effect: API keys identify callers.")
     metadata: dict[str, Any] | None = Field(None, description="Has no effect but for /v1/responses, which returns it.")
     service_tier: str | None = Field(None, description="Has no effect.")
     safety_identifier: str | None = Field(None, description="Has no effect.")
-    prompt_cache_key: str | None = Field(None, description="Has no effect: equal beginnings are always reused.")
+    prompt_cache_key: str | None = Field(None, description="Has no effect: shared prefixes are always reused.")
     prompt_cache_retention: str | None = Field(None, description="Has no effect.")
 
 
 PARSE_MESSAGES: Any = Field(
     None,
-    description="Whether control tokens written in messages are control tokens; else they are text. Default: false.",
+    description="Whether control tokens written in messages are parsed as control tokens; otherwise they are plain "
+    "text. Default: false.",
 )
 
 
@@ -55,7 +56,7 @@ class Message(Strict):
 
 
 class JsonSchema(Strict):
-    """A schema that the answer satisfies."""
+    """A JSON schema for the answer."""
 
     name: str
     description: str | None = None
@@ -64,18 +65,18 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What the answer must be."""
+    """Format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class Asked(Sampling, Tolerated):
-    """What chat and completions have in common."""
+    """Fields that chat and completions share."""
 
     model: str | None = Field(None, description="Default: the server's first.")
     n: int | None = Field(None, json_schema_extra={"minimum": 1, "maximum": MAX_CHOICES})
-    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = None
 
 
@@ -93,15 +94,15 @@ class ChatCompletionBody(Asked):
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = Field(
         None,
-        description="If the last message is the assistant's, the model writes on behind its words and answers with "
-        "what is new. false: it begins a turn of its own. true: an error if there is nothing to continue.",
+        description="If the last message is the assistant's, the model continues it and answers with the new text. "
+        "false: it starts a turn of its own. true: an error if there is nothing to continue.",
     )
     add_generation_prompt: bool | None = Field(
         None,
-        description="true: a turn of the model's own, also behind one of the assistant's. false: the conversation "
-        "as it stands, without the beginning of a turn.",
+        description="true: the model starts a turn of its own, also after one of the assistant's. false: the prompt "
+        "ends with the last message.",
     )
-    store: bool | None = Field(None, description="Has no effect: nothing is kept.")
+    store: bool | None = Field(None, description="Has no effect: nothing is stored.")
     reasoning_effort: str | None = Field(None, description="Has no effect.")
     verbosity: str | None = Field(None, description="Has no effect.")
     prediction: dict[str, Any] | None = Field(None, description="Has no effect.")
@@ -113,14 +114,14 @@ class CompletionBody(Asked):
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Texts, or token ids.")
     best_of: int | None = Field(None, description="Must be n.")
-    echo: bool | None = Field(None, description="Whether the prompt stands in front of the answer.")
+    echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")
     logprobs: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     parse_special: bool | None = Field(
         None,
-        description="Whether control tokens written in the prompt are control tokens; false makes them text. "
+        description="Whether control tokens written in the prompt are parsed as control tokens; false: as text. "
         "Default: true.",
     )
-    suffix: str | None = Field(None, description="Must be empty: the models continue texts, they do not fill gaps.")
+    suffix: str | None = Field(None, description="Must be empty: the models do not fill gaps.")
 
 
 class EmbeddingBody(Tolerated):
@@ -135,13 +136,13 @@ class EmbeddingBody(Tolerated):
     pooling: Literal["mean", "last", "first"] | None = Field(None, description="Default: mean.")
     parse_special: bool | None = Field(
         None,
-        description="Whether control tokens written in the texts are control tokens; false makes them text. "
+        description="Whether control tokens written in the texts are parsed as control tokens; false: as text. "
         "Default: true.",
     )
 
 
 class TextFormat(Strict):
-    """What the text of a response must be."""
+    """Format of a response's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -151,36 +152,36 @@ class TextFormat(Strict):
 
 
 class TextSettings(Strict):
-    """How the text of a response is."""
+    """Settings of a response's text."""
 
     format: TextFormat | None = None
     verbosity: str | None = Field(None, description="Has no effect.")
 
 
 class ResponseBody(Sampling, Tolerated):
-    """What is said in a conversation that the server keeps."""
+    """Input of a response."""
 
     input: str | list[dict[str, Any]] = Field(description="The user's text, or a list of items.")
     model: str | None = Field(None, description="Default: that of the previous response, or the server's first.")
     parse_special: bool | None = PARSE_MESSAGES
     previous_response_id: str | None = Field(
-        None, description="The response to go on from: the last one or any before it. Nothing of its past is computed."
+        None, description="The response to continue from: the last or any earlier one. Its past is not recomputed."
     )
     instructions: str | None = Field(
         None,
-        description="System message. It stays for what follows; another one later is said there, as a system message.",
+        description="System message. It holds for later responses; another one later becomes a system message there.",
     )
     max_output_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
-    stream: bool | None = Field(None, description="Send the response as server-sent events while it is made.")
+    stream: bool | None = Field(None, description="Send the response as server-sent events while it is generated.")
     stream_options: StreamOptions | None = None
-    store: bool | None = Field(None, description="false: the response is forgotten as soon as it is sent.")
+    store: bool | None = Field(None, description="false: the response is deleted when it has been sent.")
     text: TextSettings | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = Field(None, description='"none", "auto", "required", or a function by its name.')
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
         None,
-        description="auto: the oldest turns are left out when the context is full. Set as a conversation begins.",
+        description="auto: the oldest turns are dropped when the context is full. Fixed by the first response.",
     )
     background: Literal[False] | None = None
     include: list[str] | None = Field(None, description="Has no effect.")

@@ -1,7 +1,8 @@
-"""How the server is."""
+"""Health of the server."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from quart import Blueprint
@@ -21,8 +22,10 @@ routes = Blueprint("health", __name__)
 @document_response(HealthReply, 503)
 @fails(403)
 async def health() -> Any:
-    """Whether the server lives and is ready. 200 when it is, 503 while models are loaded or it is stopping."""
+    """Health of the server: 200 when it is ready, 503 while models load or it stops. It never waits for the engine: the
+    cache's numbers may be those of the request before."""
     state = server()
+    await asyncio.gather(*(serving.refresh_usage() for serving in state.models.values()))
     failed = any(serving.state == "failed" for serving in state.models.values())
     stopping = state.gate.is_draining
     ready = state.is_ready and not stopping

@@ -6,6 +6,7 @@ import hashlib
 import mimetypes
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Annotated, Any
@@ -53,13 +54,13 @@ def _read(folder: Traversable, prefix: str = "") -> dict[str, _File]:
     return found
 
 
-_files: dict[str, _File] = {}
+@cache
+def _files() -> dict[str, _File]:
+    return _read(files("fabula") / "web")
 
 
-def _send(name: str) -> Response:
-    if not _files:
-        _files.update(_read(files("fabula") / "web"))
-    file = _files.get(name)
+async def _send(name: str) -> Response:
+    file = (await server().call(_files)).get(name)
     if file is None:
         raise not_found("file", name[:128])
     sent = Response(file.data, content_type=f"{file.kind}; charset=utf-8")
@@ -74,19 +75,19 @@ def _send(name: str) -> Response:
 @routes.get("/")
 @hide
 async def index() -> Response:
-    return _send("index.html")
+    return await _send("index.html")
 
 
 @routes.get("/static/<path:name>")
 @hide
 async def static(name: str) -> Response:
-    return _send(name)
+    return await _send(name)
 
 
 @routes.get("/favicon.ico")
 @hide
 async def favicon() -> Response:
-    return _send("icon.svg")
+    return await _send("icon.svg")
 
 
 # ---- Markdown -------------------------------------------------------------------------------------------------------

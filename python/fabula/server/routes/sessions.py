@@ -1,4 +1,4 @@
-"""Sessions as things: lists, settings, trees, export and import."""
+"""Routes about sessions as a whole: list, settings, tree, export, import."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pydantic import BaseModel, Field
 from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
-from fabula.server.changing import Changed, changed
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.failures import ApiError
 from fabula.server.limits import HIDDEN
-from fabula.server.replies import SessionReply, SessionsReply, TreeReply
+from fabula.server.mutation import PathQuery, looked_up, mutated
+from fabula.server.open_session import existing
+from fabula.server.replies import SessionReply, SessionsReply, TreeReply, turn_json, with_token_names
 from fabula.server.schemas import SettingsBody
 from fabula.server.state import Server, server
 from fabula.server.stream import dumps
@@ -23,17 +24,17 @@ routes = Blueprint("sessions", __name__)
 
 
 class ListQuery(BaseModel):
-    """Which of the sessions."""
+    """Which sessions to list."""
 
     limit: int = Field(100, ge=1, le=1000)
     offset: int = Field(0, ge=0, le=2**31 - 1)
-    search: str = Field("", max_length=200, description="Letters that the title, a tag or the id holds, in any case.")
+    search: str = Field("", max_length=200, description="Text that the title, a tag or the id contains, in any case.")
 
 
 class ImportQuery(BaseModel):
-    """What an imported session is called."""
+    """Id of the imported session."""
 
-    id: str | None = Field(None, description="Default: the name it had.")
+    id: str | None = Field(None, description="Default: the id it had.")
 
 
 class ImportBody(BaseModel):
@@ -42,9 +43,9 @@ class ImportBody(BaseModel):
     model_config = {"extra": "allow"}
 
 
-def about(session: Session) -> dict[str, Any]:
-    """A session's settings and its path."""
-    return {
+def about(session: Session, *, path: bool = True) -> dict[str, Any]:
+    """A session's settings, and its path if wanted; as `SessionReply`."""
+    found = {
         "session_id": session.id,
         "title": session.title,
         "tags": list(session.tags),
@@ -58,8 +59,8 @@ def about(session: Session) -> dict[str, Any]:
         "sampling": params_json(session.params),
         "sampling_defaults": defaults.to_json() if (defaults := session.sampling_defaults) is not None else None,
         "context_policy": session.policy.to_json(),
-        "path": [turn.to_json() for turn in session.path],
     }
+    return found | {"path": [turn_json(turn) for turn in session.path]} if path else found
 
 
 @routes.get("/sessions")
@@ -68,29 +69,33 @@ def about(session: Session) -> dict[str, Any]:
 @document_response(SessionsReply, 200)
 @fails(*READING)
 async def sessions(query_args: ListQuery) -> Any:
-    """The sessions of this key, the one changed last first."""
-    state, tenant = server(), g.tenant
-    found = [
-        one
-        for one in await state.call(lambda: state.workspace.sessions(tenant))
-        if not one.record.id.startswith(HIDDEN)
-        and query_args.search.casefold() in "\n".join((one.title, one.record.id, *one.tags)).casefold()
-    ]
-    page = found[query_args.offset : query_args.offset + query_args.limit]
-    return {
-        "sessions": [
-            {
-                "session_id": one.record.id,
-                "title": one.title,
-                "tags": list(one.tags),
-                "model": one.record.model,
-                "n_turns": one.n_turns,
-                "created_at": one.record.created_at,
-                "updated_at": one.record.updated_at,
-            }
-            for one in page
+    """The sessions of this key, the last changed first."""
+
+    def work(state: Server, tenant: str) -> dict[str, Any]:
+        wanted = query_args.search.casefold()
+        found = [
+            one
+            for one in state.workspace.sessions(tenant)
+            if not one.record.id.startswith(HIDDEN)
+            and wanted in "\n".join((one.title, one.record.id, *one.tags)).casefold()
         ]
-    }
+        page = found[query_args.offset : query_args.offset + query_args.limit]
+        return {
+            "sessions": [
+                {
+                    "session_id": one.record.id,
+                    "title": one.title,
+                    "tags": list(one.tags),
+                    "model": one.record.model,
+                    "n_turns": one.n_turns,
+                    "created_at": one.record.created_at,
+                    "updated_at": one.record.updated_at,
+                }
+                for one in page
+            ]
+        }
+
+    return await looked_up(work)
 
 
 @routes.get("/sessions/<id>")
@@ -98,26 +103,25 @@ async def sessions(query_args: ListQuery) -> Any:
 @document_response(SessionReply, 200)
 @fails(*READING)
 async def session(id: str) -> Any:
-    """A session: its settings, and the turns from the first to the head."""
-    state, tenant = server(), g.tenant
-    return await state.call(lambda: about(state.workspace.open(id, tenant=tenant)))
+    """A session: its settings and its path, the turns from the first to the head."""
+    return await looked_up(lambda state, tenant: about(state.workspace.open(id, tenant=tenant)))
 
 
 @routes.patch("/sessions/<id>")
 @tag(["Sessions"])
 @validate_request(SettingsBody)
+@validate_querystring(PathQuery)
 @document_response(SessionReply, 200)
 @fails(*WRITING)
-async def change(id: str, data: SettingsBody) -> Any:
-    """Changes settings of a session, for what is said from now on."""
+async def change(id: str, data: SettingsBody, query_args: PathQuery) -> Any:
+    """Changes settings of a session, for later turns."""
 
-    def configure(state: Server, tenant: str) -> Changed:
-        session = state.open(tenant, id)
+    def configure(session: Session) -> dict[str, Any]:
         params = data.sampling.changed(session.params) if data.sampling is not None else None
         session.configure(title=data.title, system=data.system, sampling=params, tags=data.tags)
-        return session, about(session)
+        return about(session, path=query_args.path)
 
-    return await changed("settings", configure)
+    return await mutated("settings", existing(id), configure)
 
 
 @routes.get("/sessions/<id>/tree")
@@ -126,14 +130,14 @@ async def change(id: str, data: SettingsBody) -> Any:
 @fails(*READING)
 async def tree(id: str) -> Any:
     """Every turn of a session, parents before children."""
-    state, tenant = server(), g.tenant
-    return await state.call(lambda: tree_json(state.workspace.open(id, tenant=tenant)))
+    return await looked_up(lambda state, tenant: tree_json(state.workspace.open(id, tenant=tenant)))
 
 
 def tree_json(session: Session) -> dict[str, Any]:
     """A session's tree, as `TreeReply`."""
     found = session.tree_json()
-    return {"session_id": session.id} | found
+    turns = [with_token_names(turn) for turn in found["turns"]]
+    return {"session_id": session.id} | found | {"turns": turns}
 
 
 @routes.get("/sessions/<id>/export")
@@ -156,7 +160,7 @@ async def export(id: str) -> Any:
 @document_response(SessionReply, 201)
 @fails(*WRITING)
 async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
-    """Takes in a session that was exported. K and V are computed again when it goes on."""
+    """Imports an exported session. Its KV cache is recomputed when it continues."""
     state, tenant = server(), g.tenant
     value = data.model_extra or {}
 
@@ -165,7 +169,7 @@ async def import_(data: ImportBody, query_args: ImportQuery) -> Any:
         state.limits.check_import(len(turns) if isinstance(turns, list) else 0)
         if isinstance(model, str) and model not in state.models:
             raise ApiError(
-                409, "model_not_served", f"the session talks to {model[:128]!r}, which this server does not serve"
+                409, "model_not_served", f"the session uses the model {model[:128]!r}, which this server does not serve"
             )
         id = query_args.id or value.get("id")
         with state.opening(tenant, id if isinstance(id, str) else None):

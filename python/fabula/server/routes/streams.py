@@ -1,4 +1,4 @@
-"""Streams that broke, or that nobody read yet, can be joined at any event."""
+"""Rejoins a stream at any event."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ routes = Blueprint("streams", __name__)
 
 
 class StreamQuery(BaseModel):
-    """Where to go on."""
+    """Where to continue."""
 
     after: int | None = Field(
         None,
         ge=-1,
         le=2**53,
-        description="Number of the last event that was read; the header Last-Event-ID says the same.",
+        description="Number of the last event read; the header Last-Event-ID means the same.",
     )
 
 
@@ -33,7 +33,7 @@ class StreamQuery(BaseModel):
 @validate_querystring(StreamQuery)
 @fails(*READING)
 async def stream(id: str, query_args: StreamQuery) -> Any:
-    """The events of an answer behind a number: those that happened, and then those to come."""
+    """The events of an answer after a number: past ones first, then new ones as they come."""
     run = server().runs.find(id, g.tenant)
     if run is None:
         raise not_found("stream", id)

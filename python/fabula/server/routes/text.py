@@ -1,4 +1,4 @@
-"""Texts and tokens: what a model's tokenizer makes of them, and whether a message fits."""
+"""Tokenizes, detokenizes, and counts a message's tokens."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ async def detokenize(data: TokensBody) -> Any:
     state = server()
     model = state.model(data.model).model
     assert model is not None
-    for i, token in enumerate(data.tokens):
-        if not 0 <= token < model.tokenizer.vocab_size:
-            raise ApiError(
-                400,
-                "invalid_value",
-                f"tokens[{i}] is {token}, must be in 0 .. {model.tokenizer.vocab_size - 1}",
-                param="tokens",
-            )
-    return {"text": await state.call(lambda: model.tokenizer.decode(data.tokens, skip_special=data.skip_special))}
+    tokenizer = model.tokenizer
+
+    def work() -> str:
+        for i, token in enumerate(data.tokens):
+            if not 0 <= token < tokenizer.vocab_size:
+                message = f"tokens[{i}] is {token}, must be in 0 .. {tokenizer.vocab_size - 1}"
+                raise ApiError(400, "invalid_value", message, param="tokens")
+        return tokenizer.decode(data.tokens, skip_special=data.skip_special)
+
+    return {"text": await state.call(work)}
 
 
 @routes.post("/count")
@@ -59,7 +60,7 @@ async def detokenize(data: TokensBody) -> Any:
 @document_response(CountReply, 200)
 @fails(*WRITING)
 async def count(data: CountBody) -> Any:
-    """How many tokens a message would bring, and whether it fits; nothing begins."""
+    """How many tokens a message adds, and whether it fits. Nothing is generated."""
     state, tenant = server(), g.tenant
     state.limits.check_text(data.message, "message")
 
@@ -69,7 +70,7 @@ async def count(data: CountBody) -> Any:
             assert model is not None
             session = model.session(system=data.system)
         elif data.system is not None or data.model is not None:
-            raise ApiError(400, "invalid_value", "system and model are those of the session; leave them out")
+            raise ApiError(400, "invalid_value", "system and model are set by the session; leave them out")
         else:
             session = state.open(tenant, data.session_id)
         found = session.count(data.message, chat=not data.story, parse_special=data.parse_special)

@@ -1,4 +1,4 @@
-"""Walking and writing: routes that move about in a tree, or put words into it, and compute nothing."""
+"""Routes that move the head, look at turns or write text. None of them generates."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from quart import Blueprint, g
-from quart_schema import document_response, tag, validate_request
+from quart_schema import validate_querystring
 
-from fabula.server.changing import Changed, changed
-from fabula.server.describe import WRITING, fails
+from fabula.server.describe import verb_route
 from fabula.server.failures import ApiError, not_found
+from fabula.server.mutation import PathQuery, looked_up, mutated
+from fabula.server.open_session import existing, existing_or_new
 from fabula.server.replies import (
     AlternativesReply,
     DeletedReply,
@@ -19,7 +20,6 @@ from fabula.server.replies import (
     StoppedReply,
     TagsReply,
     TurnTokensReply,
-    head_json,
 )
 from fabula.server.schemas import (
     AlternativesBody,
@@ -33,89 +33,64 @@ from fabula.server.schemas import (
     WriteBody,
 )
 from fabula.server.state import Server, server
+from fabula.sessions.session import Session
 
 routes = Blueprint("walk", __name__)
 
 
-@routes.post("/rollback")
-@tag(["Tree"])
-@validate_request(RollbackBody)
-@document_response(HeadReply, 200)
-@fails(*WRITING)
-async def rollback(data: RollbackBody) -> Any:
-    """Goes back (or across) to a turn. An answer that is being made stops first. Nothing is computed."""
+@verb_route(routes, "/rollback", RollbackBody, "Tree", HeadReply)
+@validate_querystring(PathQuery)
+async def rollback(data: RollbackBody, query_args: PathQuery) -> Any:
+    """Makes a turn of any branch the head. A reply being generated is stopped first. Nothing is computed."""
 
-    def change(state: Server, tenant: str) -> Changed:
-        session = state.open(tenant, data.session_id)
+    def verb(session: Session) -> dict[str, Any]:
         if data.prune:
-            freed = session.prune(data.target_turn, select=True)
-        else:
-            freed = 0
-            session.rollback(data.target_turn)
-        return session, head_json(session) | {"freed_bytes": freed}
+            return {"freed_bytes": session.prune(data.target, select=True)}
+        session.rollback(data.target)
+        return {"freed_bytes": 0}
 
-    return await changed("tree" if data.prune else "head", change)
+    return await mutated("tree" if data.prune else "head", existing(data.session_id), verb, path=query_args.path)
 
 
-@routes.post("/redo")
-@tag(["Tree"])
-@validate_request(SessionBody)
-@document_response(HeadReply, 200)
-@fails(*WRITING)
-async def redo(data: SessionBody) -> Any:
-    """Takes the last rollback back."""
+@verb_route(routes, "/redo", SessionBody, "Tree", HeadReply)
+@validate_querystring(PathQuery)
+async def redo(data: SessionBody, query_args: PathQuery) -> Any:
+    """Undoes the last rollback."""
 
-    def change(state: Server, tenant: str) -> Changed:
-        session = state.open(tenant, data.session_id)
+    def verb(session: Session) -> None:
         session.redo()
-        return session, head_json(session)
 
-    return await changed("head", change)
+    return await mutated("head", existing(data.session_id), verb, path=query_args.path)
 
 
-@routes.post("/fork")
-@tag(["Tree"])
-@validate_request(ForkBody)
-@document_response(ForkReply, 200)
-@fails(*WRITING)
+@verb_route(routes, "/fork", ForkBody, "Tree", ForkReply)
 async def fork(data: ForkBody) -> Any:
-    """A new session that shares this one's past up to a turn and goes on alone."""
-    state, tenant = server(), g.tenant
+    """Creates a session that shares this one's path up to a turn."""
 
-    def work() -> dict[str, Any]:
+    def work(state: Server, tenant: str) -> dict[str, Any]:
         session = state.open(tenant, data.session_id)
         with state.opening(tenant, data.new_session_id):
             fork = session.fork(data.turn, id=data.new_session_id)
         state.remember(fork)
         return {"session_id": fork.id, "head": fork.head.number, "head_id": fork.head.id}
 
-    return await state.call(work)
+    return await looked_up(work)
 
 
-@routes.post("/delete_session")
-@tag(["Sessions"])
-@validate_request(SessionBody)
-@document_response(DeletedReply, 200)
-@fails(*WRITING)
+@verb_route(routes, "/delete_session", SessionBody, "Sessions", DeletedReply)
 async def delete_session(data: SessionBody) -> Any:
-    """Deletes a session, but for turns that forks go on from. An answer that is being made stops first."""
+    """Deletes a session; turns that forks follow stay. A reply being generated is stopped first."""
+    state = server()
 
-    def change(state: Server, tenant: str) -> Changed:
-        session = state.workspace.open(data.session_id, tenant=tenant)
-        freed = session.delete()
-        state.forget(session)
-        return session, {"session_id": session.id, "freed_bytes": freed}
+    def verb(session: Session) -> dict[str, Any]:
+        return {"session_id": session.id, "freed_bytes": state.delete(session)}
 
-    return await changed("deleted", change)
+    return await mutated("deleted", existing(data.session_id, needs_model=False), verb)
 
 
-@routes.post("/stop")
-@tag(["Conversation"])
-@validate_request(StopBody)
-@document_response(StoppedReply, 200)
-@fails(*WRITING)
+@verb_route(routes, "/stop", StopBody, "Conversation", StoppedReply)
 async def stop(data: StopBody) -> Any:
-    """Stops the answers of a session, or of a stream; what was read of them stays, as partial turns."""
+    """Stops the replies of a session, or of a stream. What was generated stays, as partial turns."""
     state, tenant = server(), g.tenant
     if (data.session_id is None) is (data.stream_id is None):
         raise ApiError(400, "invalid_value", "give either session_id or stream_id")
@@ -135,90 +110,60 @@ async def stop(data: StopBody) -> Any:
     return {"stopped": len(runs)}
 
 
-@routes.post("/write")
-@tag(["Tree"])
-@validate_request(WriteBody)
-@document_response(HeadReply, 200)
-@fails(*WRITING)
-async def write(data: WriteBody) -> Any:
-    """Adds a piece to a story as its author wrote it, or a note for the model; nothing is computed."""
+@verb_route(routes, "/write", WriteBody, "Tree", HeadReply)
+@validate_querystring(PathQuery)
+async def write(data: WriteBody, query_args: PathQuery) -> Any:
+    """Adds text to a story as its author wrote it, or a note for the model. Nothing is computed."""
 
-    def change(state: Server, tenant: str) -> Changed:
-        state.limits.check_text(data.text, "text")
-        settings = {"title": data.title, "context_policy": data.context_policy}
-        with state.joined(tenant, data.session_id, data.model, data.sampling, **settings) as session:
-            state.limits.check_turns(session)
-            session.write(data.text, frozen=data.frozen, parse_special=data.parse_special)
-        return session, head_json(session)
+    def verb(session: Session) -> None:
+        session.write(data.text, frozen=data.frozen, parse_special=data.parse_special)
 
-    return await changed("tree", change)
+    return await mutated("tree", existing_or_new(data), verb, path=query_args.path, text=data.text)
 
 
-@routes.post("/rewrite")
-@tag(["Tree"])
-@validate_request(RewriteBody)
-@document_response(HeadReply, 200)
-@fails(*WRITING)
-async def rewrite(data: RewriteBody) -> Any:
-    """Puts other words in place of an answer, beside it; nothing is computed. `/continue` goes on with them."""
+@verb_route(routes, "/rewrite", RewriteBody, "Tree", HeadReply)
+@validate_querystring(PathQuery)
+async def rewrite(data: RewriteBody, query_args: PathQuery) -> Any:
+    """Adds a sibling of a turn with other text as its answer. Nothing is computed; `/continue` continues it."""
 
-    def change(state: Server, tenant: str) -> Changed:
-        state.limits.check_text(data.text, "text")
-        session = state.open(tenant, data.session_id)
-        state.limits.check_turns(session)
+    def verb(session: Session) -> None:
         session.rewrite(data.turn, data.text, parse_special=data.parse_special)
-        return session, head_json(session)
 
-    return await changed("tree", change)
+    return await mutated("tree", existing(data.session_id, n_turns=1), verb, path=query_args.path, text=data.text)
 
 
-@routes.post("/turn_tokens")
-@tag(["Tree"])
-@validate_request(TurnBody)
-@document_response(TurnTokensReply, 200)
-@fails(*WRITING)
+@verb_route(routes, "/turn_tokens", TurnBody, "Tree", TurnTokensReply)
 async def turn_tokens(data: TurnBody) -> Any:
     """The tokens of an answer, each with its text."""
-    state, tenant = server(), g.tenant
 
-    def work() -> dict[str, Any]:
+    def work(state: Server, tenant: str) -> dict[str, Any]:
         session = state.open(tenant, data.session_id)
         tokens = session.tokens(data.turn)
         id = session.turn(data.turn).id
         return {"turn_id": id, "tokens": [{"token_id": token, "text": text} for token, text in tokens]}
 
-    return await state.call(work)
+    return await looked_up(work)
 
 
-@routes.post("/alternatives")
-@tag(["Tree"])
-@validate_request(AlternativesBody)
-@document_response(AlternativesReply, 200)
-@fails(*WRITING)
+@verb_route(routes, "/alternatives", AlternativesBody, "Tree", AlternativesReply)
 async def alternatives(data: AlternativesBody) -> Any:
-    """The likeliest tokens at a place of an answer; `/fork_at` takes another."""
-    state, tenant = server(), g.tenant
+    """The likeliest tokens at a position of an answer; `/fork_at` takes another."""
 
-    def work() -> dict[str, Any]:
+    def work(state: Server, tenant: str) -> dict[str, Any]:
         session = state.open(tenant, data.session_id)
         found = session.alternatives(data.turn, data.position, data.n)
         return {"alternatives": [asdict(one) for one in found]}
 
-    return await state.call(work)
+    return await looked_up(work)
 
 
-@routes.post("/tags")
-@tag(["Tree"])
-@validate_request(TagBody)
-@document_response(TagsReply, 200)
-@fails(*WRITING)
+@verb_route(routes, "/tags", TagBody, "Tree", TagsReply)
 async def tags(data: TagBody) -> Any:
-    """Gives a turn a name, or takes one away."""
+    """Adds a tag to a turn, or removes one."""
 
-    def change(state: Server, tenant: str) -> Changed:
-        session = state.open(tenant, data.session_id)
+    def verb(session: Session) -> dict[str, Any]:
         (session.untag if data.remove else session.tag)(data.turn, data.tag)
         turn = session.turn(data.turn)
-        return session, {"turn_id": turn.id, "tags": sorted(turn.tags)}
+        return {"turn_id": turn.id, "tags": sorted(turn.tags)}
 
-    return await changed("tags", change, tell=True)
+    return await mutated("tags", existing(data.session_id), verb, is_sent=True)

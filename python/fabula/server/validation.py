@@ -1,16 +1,20 @@
-"""What is wrong with a body, in a sentence: pydantic's errors, told as the engine tells its own."""
+"""Turns pydantic's errors about a request body into one 400 whose message reads like the engine's own."""
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from pydantic import ValidationError
 
 from fabula.server.failures import ApiError
 
+_REPR = reprlib.Repr()  # bounded: the input may be megabytes long
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
-def told(error: Any) -> ApiError:
-    """400 for a body that is not as it must be; names the first field that is wrong, and how many more are."""
+
+def body_error(error: Any) -> ApiError:
+    """Converts a pydantic ValidationError to a 400 that names the first invalid field, and up to 8 others."""
     if not isinstance(error, ValidationError):
         return ApiError(400, "invalid_body", f"the body must be a JSON object: {error}")
     problems = error.errors(include_url=False, include_context=False)
@@ -27,7 +31,7 @@ def told(error: Any) -> ApiError:
 
 
 def path_of(loc: tuple[int | str, ...]) -> str:
-    """The place of a field, such as messages[0].content."""
+    """The path of a field, such as messages[0].content."""
     text = ""
     for part in loc:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -42,7 +46,7 @@ def _sentence(problem: Any) -> str:
         return "there is no such field"
     if kind == "missing":
         return "is missing"
-    given = repr(problem.get("input"))
+    given = _REPR.repr(problem.get("input"))
     given = given if len(given) <= 60 else given[:59] + "…"
     words = (
         problem["msg"]

@@ -1,4 +1,4 @@
-"""A response as a JSON object: from its request while it is made, from its turn later on."""
+"""A response as JSON: from its request while it is generated, from its turn afterwards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fabula.sessions.turn import Turn
 
 
 def status_of(reason: str | None) -> tuple[str, Json | None]:
-    """How a response ended. One that was cancelled or out of time was cut off, like one that is long enough."""
+    """Status and details of a finish reason. Cancelled and timed out count as truncated, like "length"."""
     if reason == "stop":
         return "completed", None
     return "incomplete", {"reason": "max_output_tokens"}
 
 
 def usage(timings: Timings) -> Json:
-    """Tokens of a response; cached are those that were not computed."""
+    """Token counts of a response."""
     return {
         "input_tokens": timings.prompt_tokens,
         "input_tokens_details": {"cached_tokens": timings.reused_tokens},
@@ -39,7 +39,7 @@ def usage(timings: Timings) -> Json:
 
 
 def _common(id: str, model: str, params: SamplingParams, **more: Any) -> Json:
-    """What every response says."""
+    """The fields of every response."""
     return {
         "id": id,
         "object": "response",
@@ -69,7 +69,7 @@ def _common(id: str, model: str, params: SamplingParams, **more: Any) -> Json:
 
 
 def _format(constraint: Constraint | None) -> Json:
-    """What the text must be, in OpenAI's words; grammars have none there."""
+    """The constraint as OpenAI's text format; grammars have none."""
     if constraint is None or constraint.kind not in ("json_schema", "json_object"):
         return {"type": "text"}
     schema = json.loads(constraint.source) if constraint.source else {"type": "object"}
@@ -81,7 +81,7 @@ def _format(constraint: Constraint | None) -> Json:
 
 
 def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params: SamplingParams) -> Json:
-    """A response that was just begun."""
+    """A response that has just started."""
     about = _common(
         id,
         model,
@@ -102,8 +102,8 @@ def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params
 
 
 def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
-    """A response that has ended; `model` is None where the conversation's is not there any more: then calls are looked
-    for in the form that most models share."""
+    """A response that has ended. `model` is None if it is no longer served: then tool calls are parsed in the most
+    common form."""
     tools = list(turn.said.own_options.get("tools", []))
     status, details = status_of(turn.finish_reason)
     calling = Calling(model.template, model.tokenizer, tools) if tools and model is not None else None

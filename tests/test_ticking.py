@@ -1,0 +1,70 @@
+"""The watch over event loops: what it finds and what it does not take for a fault."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+
+import pytest
+
+from ticking import LIMIT_S, STOOD, watched
+from waiting import wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see what a thread waits for")
+
+
+def test_a_loop_that_waits_for_a_lock() -> None:
+    async def work() -> None:
+        lock = threading.Lock()
+        lock.acquire()
+        async with watched() as watch:
+
+            def release() -> None:
+                wait_until(lambda: watch.found, pause=lambda: time.sleep(0.01))
+                lock.release()
+
+            threading.Thread(target=release).start()
+            with lock:
+                pass
+
+    with pytest.raises(AssertionError, match=f"(?s){STOOD}: it waited.*with lock:"):
+        asyncio.run(work())
+
+
+def test_a_loop_that_computes() -> None:
+    async def work() -> None:
+        async with watched() as watch:
+            await asyncio.sleep(0.02)
+            begin = time.thread_time()
+            while time.thread_time() - begin < 2 * watch._cpu_limit_s:
+                pass
+            await asyncio.sleep(0.05)
+
+    with pytest.raises(AssertionError, match=f"{STOOD}: it computed"):
+        asyncio.run(work())
+
+
+def test_a_loop_that_others_hold_up_is_not_at_fault() -> None:
+    """Threads that compute keep the interpreter's lock from it."""
+
+    async def work() -> None:
+        ended = threading.Event()
+
+        def compute() -> None:
+            while not ended.is_set():
+                sum(range(1000))
+
+        threads = [threading.Thread(target=compute) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        try:
+            async with watched():
+                for _ in range(20):
+                    await asyncio.sleep(LIMIT_S / 10)
+                    await asyncio.to_thread(time.sleep, 0.01)
+        finally:
+            ended.set()
+
+    asyncio.run(work())
