@@ -18,7 +18,7 @@ from fabula.bench import model as bench_model_module
 from fabula.bench import peers
 from fabula.bench.machine import Machine, cpu_name
 from fabula.bench.model import Lengths, Run, agreement, bench_models, limits, prompt_ids
-from fabula.bench.neighbours import neighbours
+from fabula.bench.neighbors import neighbors
 from fabula.bench.ops import bench_ops, difference
 from fabula.bench.row import KEYS as ROW_KEYS
 from fabula.bench.row import Row, read_rows
@@ -383,11 +383,11 @@ def test_help_shows_examples() -> None:
         assert "Examples:\n" in call(*command, "--help").stdout
 
 
-def test_busy_neighbours_end_with_the_measurement(tiny_folder: Path) -> None:
+def test_busy_neighbors_end_with_the_measurement(tiny_folder: Path) -> None:
     few = ("--prompt-tokens", "9", "--tokens", "2", "--rounds", "1")
-    rows = rows_of(call("model", "--model", str(tiny_folder), *few, "--neighbours", "2", "--json"))
+    rows = rows_of(call("model", "--model", str(tiny_folder), *few, "--neighbors", "2", "--json"))
     assert [row["case"] for row in rows] == ["prefill", "decode"]
-    with neighbours(2) as busy:
+    with neighbors(2) as busy:
         assert [process.poll() for process in busy] == [None, None]
     assert [process.poll() for process in busy] == [-signal.SIGKILL] * 2
     assert call("model", "--neighbours", "-1").exit_code == 2

@@ -14,15 +14,14 @@ import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from fabula import Model, SamplingParams, __version__
 from fabula.cli.main import run
-from fabula.cli.shelf import Shelf
-from fabula.cli.talk import Talk
-from fabula.model import WeightsName
+from fabula.cli.repl import Talk
+from fabula.cli.session_source import Shelf
 from tiny import CHATML, random_tensors, write_model
 from waiting import Hang, Patience, heard, python, run_program, stacks
 
@@ -261,11 +260,13 @@ def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> N
 
 
 def test_names_of_precisions_are_those_of_the_models() -> None:
-    from fabula.cli.options import KV_NAMES, WEIGHTS
-    from fabula.kv.format import KV_NAMES as KV
-    from fabula.models.precision import NAMES
+    from fabula._parallel import MOST_DEVICES
+    from fabula.choices import FILE_TYPES, KV_NAMES, MAX_DEVICES, WEIGHTS_ALIASES
+    from fabula.kv.format import kv_dtypes
+    from fabula.models.recipe import KINDS
 
-    assert KV_NAMES == KV and WEIGHTS == NAMES and set(get_args(WeightsName)) == set(NAMES)
+    assert tuple(KINDS) == FILE_TYPES and set(WEIGHTS_ALIASES.values()) <= set(KINDS)
+    assert len({kv_dtypes(name) for name in KV_NAMES}) == len(KV_NAMES) and MAX_DEVICES == MOST_DEVICES
 
 
 # ---- In a terminal --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rich.console import Console
 from fabula import Model, SamplingParams
 from fabula.cli.drawing import show_tree
 from fabula.cli.main import run
-from fabula.cli.shelf import Shelf
+from fabula.cli.session_source import Shelf
 from fabula.errors import InvalidArgument, StoreFull
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
@@ -288,7 +288,7 @@ def talk(fabula: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                 return line
             raise EOFError
 
-        monkeypatch.setattr("fabula.cli.talk.line_reader", lambda: read)
+        monkeypatch.setattr("fabula.cli.repl.line_reader", lambda: read)
         monkeypatch.setattr("sys.stdin", Tty())
         return fabula(*words)
 

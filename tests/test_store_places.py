@@ -19,8 +19,8 @@ from alembic.migration import MigrationContext
 
 from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly, StoreTooNew
 from fabula.store.failures import translate
+from fabula.store.location import connect, find_place, make_engine
 from fabula.store.migrate import migrate
-from fabula.store.place import connect, find_place, make_engine
 from fabula.store.records import TurnRecord, session_row, turn_row
 from fabula.store.schema import VERSION_TABLE, metadata, sessions, turns
 from fabula.store.store import Store

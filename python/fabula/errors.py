@@ -175,5 +175,11 @@ class StoreLocked(StoreError):
     """Another process uses it; only one may write at a time."""
 
 
+def shown(name: object, limit: int = 80) -> str:
+    """Untrusted text for a message: quoted, control characters escaped, truncated to `limit` characters."""
+    text = str(name)
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
+
+
 class ModelFileWarning(UserWarning):
     """A model's files hold something that is passed over, or say two things of which one holds."""

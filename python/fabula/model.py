@@ -6,11 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fabula.choices import DEFAULT_MODEL, MAX_THREADS, WEIGHTS_NAMES, WeightsName
 from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
@@ -21,7 +22,7 @@ from fabula.engine.scheduler import Scheduler
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, TemplateError, TokenizerError
 from fabula.formats.checkpoint import Checkpoint
-from fabula.formats.download import DEFAULT_MODEL, Progress
+from fabula.formats.download import Progress
 from fabula.formats.fingerprint import Fingerprinting
 from fabula.formats.locate import locate
 from fabula.kv.cache import KvCache
@@ -29,7 +30,6 @@ from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
 from fabula.models.config import ModelConfig
 from fabula.models.opening import check_context, open_model
-from fabula.models.precision import NAMES as PRECISIONS
 from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.host import Host, Served
 from fabula.text.prefill import is_prefilled
@@ -41,11 +41,7 @@ if TYPE_CHECKING:
     from fabula.sessions.session import Session
     from fabula.text.template import ChatTemplate
 
-WeightsName = Literal[
-    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
-]  # fmt: skip
-KvName = str  # one of `fabula.kv.format.KV_NAMES`
+KvName = str  # one of `choices.KV_NAMES`
 
 
 class Model:
@@ -153,11 +149,11 @@ class Model:
             Unsupported: this build has no CUDA, several GPUs have no NCCL, or cuBLASLt was asked for and cannot be
                 loaded.
         """
-        if weights not in PRECISIONS:
-            raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
+        if weights not in WEIGHTS_NAMES:
+            raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(WEIGHTS_NAMES)}")
         kv_formats = kv_dtypes(kv)
         limits = (
-            ("threads", threads, 1024),
+            ("threads", threads, MAX_THREADS),
             ("context", context, 1 << 24),
             ("kv_memory", kv_memory, 1 << 50),
             ("device_memory", device_memory, 1 << 50),

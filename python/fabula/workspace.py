@@ -12,10 +12,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import MAX_RUNNING, MAX_WAITING, Load, Scheduler
 from fabula.errors import InvalidArgument, SessionNotFound, StoreError
-from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
 from fabula.model import Model
 from fabula.sessions.archive import import_session

@@ -21,8 +21,9 @@ from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.bench.worker import Worker
+from fabula.choices import WeightsName
 from fabula.errors import EngineError, InvalidArgument
-from fabula.model import Model, WeightsName
+from fabula.model import Model
 
 PROMPT = "The lighthouse keeper climbed the stairs"
 ROUNDS = 5

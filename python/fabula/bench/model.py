@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
-from fabula.bench.neighbours import neighbours
+from fabula.bench.neighbors import neighbors
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.engine.generation import Generation
@@ -174,14 +174,14 @@ class Lengths:
     rounds: int = 5
     sequences: int = 1
     shared: int = 0
-    neighbours: int = 0
+    neighbors: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "tokens", "rounds", "sequences"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, must be 1 .. 2^20")
-        if not 0 <= self.neighbours <= 1024:
-            raise InvalidArgument(f"neighbours is {self.neighbours}, must be 0 .. 1024")
+        if not 0 <= self.neighbors <= 1024:
+            raise InvalidArgument(f"neighbors is {self.neighbors}, must be 0 .. 1024")
         if not 0 <= self.shared < self.prompt_tokens:
             raise InvalidArgument(f"shared is {self.shared}, must be 0 .. {self.prompt_tokens - 1}, less than a prompt")
 
@@ -233,7 +233,7 @@ def bench_models(
             for model, group in zip(models, groups, strict=True)
         ]
         status(f"{lengths.rounds} rounds of {', '.join(engine.name for group in groups for engine in group)}")
-        with neighbours(lengths.neighbours):  # peers chose their settings on a quiet machine
+        with neighbors(lengths.neighbors):  # peers chose their settings on a quiet machine
             seconds = _measure(models, groups, lengths)
     finally:
         for group in groups:

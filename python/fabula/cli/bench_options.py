@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fabula.choices import MAX_THREADS, WEIGHTS_NAMES
 from fabula.cli.console import FetchProgress, bars, note
-from fabula.cli.options import WEIGHTS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fabula.bench.machine import Machine
 
-WEIGHTS_CHOICE = click.Choice(WEIGHTS)
+WEIGHTS_CHOICE = click.Choice(WEIGHTS_NAMES)
 
 weights_option = click.option(
     "--weights", type=WEIGHTS_CHOICE, default="auto", show_default=True, help="Precision of the weights."
@@ -27,7 +27,11 @@ many_weights_option = click.option(
     help="Precision of the weights; may be given several times.",
 )  # fmt: skip
 threads_option = click.option(
-    "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads; default: what this process may use."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    metavar="N",
+    help="Threads; default: what this process may use.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object a line on stdout and nothing else."

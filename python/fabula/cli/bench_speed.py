@@ -26,7 +26,7 @@ from fabula.cli.console import note
 from fabula.cli.options import KV_CHOICE, ModelOptions, device_option, kv_option, model_option, parallel_option
 
 if TYPE_CHECKING:
-    from fabula.model import WeightsName
+    from fabula.choices import WeightsName
 
 _TEXTS = 4  # texts of the whole context that a model's KV cache holds
 
@@ -91,12 +91,14 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
     help="Tokens at their beginning that the prompts of --sequences have in common.",
 )
 @click.option(
-    "--neighbours",
+    "--neighbors",
+    "--neighbours",  # the former spelling
+    "neighbors",
     type=click.IntRange(0, 1024),
     default=0,
     show_default=True,
     metavar="N",
-    help="Busy processes beside, as on a machine that others use.",
+    help="Busy processes to run meanwhile, as on a shared machine.",
 )
 @peers_option("Measure llama.cpp and transformers in turns, on the same weights.")
 @peer_python_option
@@ -115,7 +117,7 @@ def model(
     rounds: int,
     sequences: int,
     shared: int,
-    neighbours: int,
+    neighbors: int,
     peers: bool,
     peer_python: str | None,
     device: str,
@@ -139,7 +141,7 @@ def model(
       fabula bench model --model ./model-q8.gguf --peers --peer-python ./peers/bin/python
       fabula bench model --weights q8_0 --prompt-tokens 8000 --rounds 3 --peers --peer-kv q8
       fabula bench model --weights q4_0 --sequences 16 --prompt-tokens 1100 --shared 1024 --peers
-      fabula bench model --weights q8_0 --neighbours 1 --peers
+      fabula bench model --weights q8_0 --neighbors 1 --peers
       fabula bench model --model ./model.gguf --threads 4 --json
       fabula bench model --weights f16 --weights q8_0 --peers --plot model.png
     """  # fmt: skip
@@ -153,7 +155,7 @@ def model(
     check_plot(plot)
     if shared and sequences == 1:
         raise click.UsageError("--shared needs --sequences")
-    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared, neighbours)
+    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared, neighbors)
     kv_memory = kv_memory_of(model, kv, sequences, lengths.context) if sequences > _TEXTS else None
     make = partial(make_peers, llama={"n_sequences": sequences, "kv": peer_kv, "python": peer_python})
     machine = measured_machine(threads)
@@ -171,8 +173,8 @@ def model(
     from fabula.bench.report import model_table
 
     title = f"{rows[0].model}: {prompt_tokens} tokens of prompt, {tokens} decoded, medians of {rounds} rounds"
-    if neighbours:
-        title += f", {neighbours} busy beside"
+    if neighbors:
+        title += f", beside {neighbors} busy processes"
     found = [row.to_json() for row in rows]
     give(found, machine.to_json(), lambda: (str(machine), title, model_table(rows)), as_json=as_json, plot=plot)
 

@@ -53,7 +53,7 @@ def chat(
     if prompt is None:
         if as_json:
             raise click.UsageError("--json needs --prompt or a message through a pipe")
-        from fabula.cli.talk import converse
+        from fabula.cli.repl import converse
 
         converse(loading, params, keeping, system=system, parse_special=parse_special)
         return

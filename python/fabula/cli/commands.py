@@ -20,11 +20,11 @@ from fabula.cli.drawing import (
     show_tree,
     stream_branches,
 )
-from fabula.cli.shelf import read_json, write_json
+from fabula.cli.session_source import read_json, write_json
 from fabula.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from fabula.cli.talk import Talk
+    from fabula.cli.repl import Talk
     from fabula.sessions.turn import Turn
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
 
-    from fabula.cli.shelf import Listed
+    from fabula.cli.session_source import Listed
     from fabula.kv.pages import PoolUsage
     from fabula.sessions.looking import Alternative
     from fabula.sessions.reply import Reply

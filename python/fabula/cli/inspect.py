@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.cli.console import FetchProgress, bars
-from fabula.cli.options import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fabula.formats.checkpoint import Checkpoint

@@ -11,33 +11,31 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from fabula.choices import (
+    DEFAULT_MODEL,
+    DEVICE_NAME,
+    DEVICE_PRODUCTS,
+    KV_NAMES,
+    MAX_DEVICES,
+    MAX_THREADS,
+    WEIGHTS_NAMES,
+)
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
+    from fabula.choices import WeightsName
     from fabula.engine.sampling import SamplingParams
-    from fabula.model import Model, WeightsName
+    from fabula.model import Model
     from fabula.sessions.policy import ContextPolicy
     from fabula.workspace import Workspace
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-DEFAULT_MODEL = "smollm2-135m-instruct"  # as in formats/download.py, which takes too long to import for --help
-
-# As in models/precision.py, which takes too long to import for --help; a test compares them.
-WEIGHTS = (
-    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
-)  # fmt: skip
-
-# Of the KV cache: for both, or for K and V apart.
-_KV = ("f16", "f32", "bf16", "q8")
-KV_NAMES = (*_KV, *(f"{k}:{v}" for k in _KV for v in _KV if k != v))
-
 KV_CHOICE = click.Choice(KV_NAMES)
 
 
 def _device_name(_context: click.Context, _option: click.Parameter, name: str) -> str:
-    if not re.fullmatch(r"cpu|auto|cuda(:[0-9]{1,3})?", name):  # as in engine/device.py
+    if not re.fullmatch(DEVICE_NAME, name):
         raise click.BadParameter(f"{name!r} is none of cpu, auto, cuda, cuda:N.")
     return name
 
@@ -54,26 +52,26 @@ device_option = click.option(
     "--device", callback=_device_name, default="cpu", show_default=True, envvar="FABULA_DEVICE", metavar="NAME",
     help="Where the model runs: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room for it, else the CPU.",
 )  # fmt: skip
-# At most as many as in engine/device.py, which takes too long to import for --help.
 parallel_option = click.option(
-    "--tensor-parallel", type=click.IntRange(1, 16), default=1, show_default=True, envvar="FABULA_TENSOR_PARALLEL",
-    metavar="N", help="GPUs, from --device on, that compute the model together.",
+    "--tensor-parallel", type=click.IntRange(1, MAX_DEVICES), default=1, show_default=True,
+    envvar="FABULA_TENSOR_PARALLEL", metavar="N", help="GPUs, from --device on, that compute the model together.",
 )  # fmt: skip
 
 products_option = click.option(
-    "--device-products", type=click.Choice(("own", "library")), default="own", show_default=True, metavar="NAME",
+    "--device-products", type=click.Choice(DEVICE_PRODUCTS), default="own", show_default=True, metavar="NAME",
     help="What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
 )  # fmt: skip
 
 _MODEL = (
     model_option,
     click.option(
-        "--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True, metavar="NAME",
-        help=f"Weights in memory: {', '.join(WEIGHTS)}. auto keeps them as in the file; the others round at load.",
+        "--weights", type=click.Choice(WEIGHTS_NAMES), default="auto", show_default=True, metavar="NAME",
+        help=f"Weights in memory: {', '.join(WEIGHTS_NAMES)}. auto: as in the file; others convert at load.",
     ),
     kv_option,
     click.option(
-        "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: as many as this process may use."
+        "-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
+        help="Default: as many as this process may use.",
     ),
     click.option(
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."

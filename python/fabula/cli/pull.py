@@ -6,8 +6,8 @@ import json
 
 import click
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.cli.console import FetchProgress, bars, note
-from fabula.cli.options import DEFAULT_MODEL
 
 
 @click.command(short_help="Bring a model onto this machine.")

@@ -8,27 +8,26 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fabula.choices import FILE_TYPES, MAX_THREADS
 from fabula.cli.console import FetchProgress, bars, note
 
 if TYPE_CHECKING:
     from fabula.export.quantize import Report
-
-# As in models/recipe.py, which takes too long to import for --help; a test compares them.
-TYPES = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0", "iq4_nl",
-    "q3_k", "q2_k",
-)  # fmt: skip
 
 
 @click.command(short_help="Write a model as a smaller GGUF file.")
 @click.argument("model")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--type", "kind", type=click.Choice(TYPES, case_sensitive=False), required=True,
+    "--type", "kind", type=click.Choice(FILE_TYPES, case_sensitive=False), required=True,
     help="Format of the matrices. q4_k_m and q5_k_m give the tensors that matter most six bits.",
 )  # fmt: skip
 @click.option(
-    "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: as many as this process may use."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    metavar="N",
+    help="Default: as many as this process may use.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -60,7 +59,7 @@ def quantize(model: str, out: Path, kind: str, threads: int | None, force: bool,
             kind.lower(),
             threads=threads,
             overwrite=force,
-            progress=lambda done, total: bar.show("quantising", done, total),
+            progress=lambda done, total: bar.show("quantizing", done, total),
         )
     if as_json:
         click.echo(json.dumps(_facts(report)))
@@ -79,7 +78,7 @@ def _facts(report: Report) -> dict[str, object]:
         "bits_per_weight": report.bits_per_weight,
         "error": report.error,
         "fallbacks": report.fallbacks,
-        "requantised": report.requantised,
+        "requantised": report.requantized,
         "notes": list(report.notes),
         "roles": [
             {
@@ -120,5 +119,5 @@ def _print(report: Report) -> None:
         note(f"note: {text}", style="yellow")
     if report.fallbacks:
         note(f"{report.fallbacks} tensors have rows that are no whole number of {report.kind} blocks: see formats")
-    if report.requantised:
-        note("the source was quantised already, and its error comes on top; an f16 or bf16 source gives better files")
+    if report.requantized:
+        note("the source was quantized already, and its error comes on top; an f16 or bf16 source gives better files")

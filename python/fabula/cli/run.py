@@ -29,7 +29,7 @@ def run(loading: ModelOptions, params: SamplingParams) -> None:
       fabula run < /dev/null
     """
     if sys.stdin.isatty() and sys.stdout.isatty():
-        from fabula.cli.talk import converse
+        from fabula.cli.repl import converse
 
         converse(loading, params, Keeping())
         return

@@ -13,7 +13,7 @@ import click
 
 from fabula.cli.console import clean, err, note
 from fabula.cli.options import ModelOptions, data_option, device_option, parallel_option
-from fabula.cli.shelf import find_record, listed, open_workspace, read_json, told_if_locked, write_json
+from fabula.cli.session_source import find_record, listed, open_workspace, read_json, told_if_locked, write_json
 
 if TYPE_CHECKING:
     from fabula.sessions.session import Session

@@ -49,7 +49,7 @@ def story(
       cat beginning.txt | fabula story
     """
     if sys.stdin.isatty() and sys.stdout.isatty() and not once and not as_json:
-        from fabula.cli.talk import converse
+        from fabula.cli.repl import converse
 
         converse(loading, params, keeping, kind="story", prompt=prompt, parse_special=parse_special)
         return

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.engine.defaults import read_defaults
 from fabula.engine.threads import default_threads
-from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
+from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported, shown
 from fabula.export.metadata import (
     architecture_of,
     config_keys,
@@ -38,7 +38,6 @@ from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
-from fabula.formats.readfile import shown
 from fabula.models.config import ModelConfig
 from fabula.models.decoder import has_head
 from fabula.models.families import family_of
@@ -91,7 +90,7 @@ class Report:
         file_bytes: its size.
         roles: by part of the model.
         fallbacks: tensors whose rows did not fit the format's blocks.
-        requantised: whether the source was quantised already, so errors add up.
+        requantized: whether the source was quantised already, so errors add up.
         notes: what of the model other readers do not read, or read otherwise.
     """
 
@@ -100,7 +99,7 @@ class Report:
     file_bytes: int
     roles: tuple[Role, ...]
     fallbacks: int
-    requantised: bool
+    requantized: bool
     notes: tuple[str, ...] = ()
 
     @property
@@ -206,7 +205,7 @@ def quantize_model(
         file_bytes=writer.n_bytes,
         roles=tuple(sorted(roles.values(), key=lambda role: -role.n_parameters)),
         fallbacks=whole_blocks.count(False),
-        requantised=any(
+        requantized=any(
             BLOCKS[t.dtype][0] > 1 and t.dtype is not d for t, d in zip(model.tensors, chosen, strict=True)
         ),
         notes=tuple(model.notes),

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fabula.errors import EngineError, TokenizerError, Unsupported
+from fabula.errors import EngineError, TokenizerError, Unsupported, shown
 from fabula.formats.gguf_write import Value
-from fabula.formats.readfile import shown
 from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, NORMALIZER, UNKNOWN, UNUSED, USER_DEFINED
 from fabula.text.pretokenizers import CONTRACTIONS, PRE_TOKENIZERS
 from fabula.text.tokenizer import Tokenizer

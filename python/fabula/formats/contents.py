@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fabula.formats.readfile import shown
+from fabula.errors import shown
 
 _CONVERT = (
     "convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"

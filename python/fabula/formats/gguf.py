@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._native import join_strings
-from fabula.errors import ModelFileError, OutOfMemory, Unsupported
+from fabula.errors import ModelFileError, OutOfMemory, Unsupported, shown
 from fabula.formats.checkpoint import DType
-from fabula.formats.readfile import file_size, open_regular, read_at, shown
+from fabula.formats.readfile import file_size, open_regular, read_at
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536

@@ -21,11 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, Unsupported
+from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS, MAX_TENSORS, GgufTensor
 from fabula.formats.gguf_keys import Keys, refuse_other_computations
-from fabula.formats.readfile import shown
 
 # general.architecture -> (model_type, architectures). mistral3 is llama with more keys for YaRN, granite_swa is llama
 # with windows, where its scales are 1 and its sinks nothing, as `fabula quantize` writes it.

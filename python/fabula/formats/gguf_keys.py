@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.readfile import shown
+from fabula.errors import ModelFileError, Unsupported, shown
 
 INT32_MAX = 2**31 - 1
 NO_TOKEN = 2**32 - 1  # -1 as UINT32: what converters write where a model has no such token

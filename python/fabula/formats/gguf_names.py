@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, Unsupported
+from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
-from fabula.formats.readfile import shown
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
 

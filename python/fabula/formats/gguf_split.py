@@ -21,11 +21,10 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, Unsupported
+from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.gguf import MAX_TENSORS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import check_kind
 from fabula.formats.gguf_keys import Keys
-from fabula.formats.readfile import shown
 from fabula.formats.split_names import MAX_PARTS, part_name, part_names, part_of
 
 

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import InvalidArgument
+from fabula.errors import InvalidArgument, shown
 from fabula.files import writing_whole
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import (
@@ -36,7 +36,6 @@ from fabula.formats.gguf import (
     MAX_TENSORS,
     TENSOR_TYPES,
 )
-from fabula.formats.readfile import shown
 
 __all__ = ["GgufWriter", "NewTensor", "Value"]
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import IO
 
-from fabula.errors import DownloadError, EngineError, InvalidArgument, ModelFileError, ModelNotFound
+from fabula.errors import DownloadError, EngineError, InvalidArgument, ModelFileError, ModelNotFound, shown
 from fabula.formats import hub
 from fabula.formats.cache import (
     CachedModel,
@@ -25,7 +25,6 @@ from fabula.formats.cache import (
     list_cached,
 )
 from fabula.formats.download import (
-    DEFAULT_MODEL,
     KNOWN_MODELS,
     KnownModel,
     Progress,
@@ -34,10 +33,8 @@ from fabula.formats.download import (
     find_installed,
 )
 from fabula.formats.open import gguf_files, has_safetensors, is_gguf
-from fabula.formats.readfile import shown
 
 __all__ = [
-    "DEFAULT_MODEL",
     "KNOWN_MODELS",
     "CachedModel",
     "KnownModel",

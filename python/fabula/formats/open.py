@@ -10,11 +10,11 @@ import re
 import warnings
 from pathlib import Path
 
-from fabula.errors import EngineError, ModelFileError, ModelFileWarning, ModelNotFound
+from fabula.errors import EngineError, ModelFileError, ModelFileWarning, ModelNotFound, shown
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.contents import describe_file, describe_folder
 from fabula.formats.quantized import refuse_quantized
-from fabula.formats.readfile import read_json_object, shown
+from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import (
     ADAPTER_FILE,
     CONFIG_FILE,

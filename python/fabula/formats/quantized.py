@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.readfile import read_json_object, shown
+from fabula.errors import ModelFileError, Unsupported, shown
+from fabula.formats.readfile import read_json_object
 
 _METHODS = {
     "aqlm": "AQLM", "auto-round": "AutoRound", "awq": "AWQ", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes",

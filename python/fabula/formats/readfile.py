@@ -9,25 +9,16 @@ only. Every failure is a ModelFileError that names the file.
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, OutOfMemory
-
-_INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
-
-
-def shown(name: object, limit: int = 80) -> str:
-    """A foreign name as a message may repeat it: quoted, control characters escaped, cut at `limit`."""
-    text = str(name)
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
+from fabula import strict_json
+from fabula.errors import ModelFileError, OutOfMemory, shown
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -102,58 +93,15 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "", wide_integers:
     """
     where = f"{path}: {what}" if what else str(path)
 
-    def fail(reason: str) -> NoReturn:
-        raise ModelFileError(f"{where}: {reason}", path=path, field=what)
-
-    def parse_constant(text: str) -> NoReturn:
-        fail(f"{text} is not JSON")
-
-    def parse_int(text: str) -> int:
-        # The length comes first: turning very many digits into an int takes quadratic time.
-        if wide_integers and len(text) <= 40:
-            return int(text)
-        if len(text) > 20 or not _INT_MIN <= (value := int(text)) <= _INT_MAX:
-            fail(f"the number {shown(text)} does not fit 64 bits")
-        return value
-
-    def parse_float(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            fail(f"the number {shown(text)} is too large")
-        return value
-
-    def parse_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    fail(f"the key {shown(key)} appears twice")
-                seen.add(key)
-        return result
+    def error(reason: str) -> ModelFileError:
+        return ModelFileError(f"{where}: {reason}", path=path, field=what)
 
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=parse_constant,
-            parse_int=parse_int,
-            parse_float=parse_float,
-            object_pairs_hook=parse_pairs,
-        )
-    except UnicodeDecodeError as error:
-        fail(f"is not UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        fail(f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}")
-    except RecursionError:
-        fail("is nested too deep")
+        value = strict_json.parse(data, error, wide_integers=wide_integers)
     except MemoryError:
         raise OutOfMemory(f"{where}: no memory to parse {len(data)} bytes of JSON") from None
     if not isinstance(value, dict):
-        fail(f"is a JSON {type(value).__name__}, not an object")
-    if b"\\ud" in data or b"\\uD" in data:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            fail("holds half a UTF-16 pair, which UTF-8 cannot carry")
+        raise error(f"is a JSON {type(value).__name__}, not an object")
     return value
 
 

@@ -26,17 +26,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from fabula.errors import ModelFileError, ModelFileWarning, Unsupported
+from fabula.errors import ModelFileError, ModelFileWarning, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo, TensorTable
 from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
-from fabula.formats.readfile import (
-    file_size,
-    open_regular,
-    parse_json_object,
-    read_at,
-    read_json_object,
-    shown,
-)
+from fabula.formats.readfile import file_size, open_regular, parse_json_object, read_at, read_json_object
 from fabula.formats.tensor_names import canonical_names, is_head, is_leftover
 
 CONFIG_FILE = "config.json"

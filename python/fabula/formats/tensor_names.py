@@ -17,8 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.readfile import shown
+from fabula.errors import ModelFileError, Unsupported, shown
 
 TRUNK = "model."
 HEAD = "lm_head."

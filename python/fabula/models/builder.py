@@ -194,7 +194,7 @@ class ProgramBuilder:
             stack.append(self._weights(dtype, first_rows, columns, parts))
         return stack
 
-    def woven(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
+    def interleaved(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
         """Two matrices [rows, columns], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
         infos = [self._check(name, (rows.size, columns.size)) for name in names]
         first, second = (self._precision(info) for info in infos)
@@ -207,10 +207,10 @@ class ProgramBuilder:
         ]
         return self._weights(dtype, [2 * _padded(len(taken)) for taken in rows.shares], columns, parts)
 
-    def woven_bias(self, names: tuple[str, str], axis: Axis) -> list[F32]:
-        """Two biases in the order of `woven`."""
+    def interleaved_bias(self, names: tuple[str, str], axis: Axis) -> list[F32]:
+        """Two biases in the order of `interleaved`."""
         halves = [self.vector(name, axis.size) for name in names]
-        return [_woven([half[share.start : share.stop] for half in halves]) for share in axis.shares]
+        return [_interleave([half[share.start : share.stop] for half in halves]) for share in axis.shares]
 
     # ---- Operators --------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class ProgramBuilder:
                 self.ops[i].append(Op(kind=LINEAR, input=x, out=out, column=columns[i], weight=weight, vector=part))
                 columns[i] += weight.n_rows
 
-    def linear_onto(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
+    def linear_add(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
         """Adds to `out` the product with a matrix of whose columns, and of `x`, each device has its share."""
         n = self.shares.n
         if n == 1:
@@ -282,7 +282,7 @@ def _padded(n_rows: int) -> int:
     return -(-n_rows // PANEL_ROWS) * PANEL_ROWS
 
 
-def _woven(halves: Sequence[F32]) -> F32:
+def _interleave(halves: Sequence[F32]) -> F32:
     length = len(halves[0])
     padded = [np.pad(half, (0, _padded(length) - length)).reshape(-1, PANEL_ROWS) for half in halves]
     return np.stack(padded, axis=1).reshape(-1)

@@ -58,18 +58,18 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         b.kv_write(qkv, layer)
         b.attention(qkv, attended, layer, window=c.windows[layer], scale=c.head_dim**-0.5)
         weights = b.matrix(attention + "o_proj.weight", s.hidden, s.q)
-        b.linear_onto(
+        b.linear_add(
             attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if output_bias else None
         )
 
         b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
         gate, up, down = (mlp + name for name in ("gate_proj", "up_proj", "down_proj"))
-        weights = b.woven((gate + ".weight", up + ".weight"), s.inner, s.hidden)
+        weights = b.interleaved((gate + ".weight", up + ".weight"), s.inner, s.hidden)
         b.linear_swiglu(
-            h, inner, weights, bias=b.woven_bias((gate + ".bias", up + ".bias"), s.inner) if c.mlp_bias else None
+            h, inner, weights, bias=b.interleaved_bias((gate + ".bias", up + ".bias"), s.inner) if c.mlp_bias else None
         )
         weights = b.matrix(down + ".weight", s.hidden, s.inner)
-        b.linear_onto(inner, x, weights, bias=b.vector(down + ".bias", c.hidden_size) if c.mlp_bias else None)
+        b.linear_add(inner, x, weights, bias=b.vector(down + ".bias", c.hidden_size) if c.mlp_bias else None)
 
     wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
     b.gather_outputs(x, wanted)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from fabula.choices import WEIGHTS_ALIASES, WEIGHTS_NAMES
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS
@@ -12,10 +13,6 @@ from fabula.models.config import ModelConfig
 from fabula.models.recipe import KINDS, Shape, dtype_for
 
 Precision = Callable[[TensorInfo], DType]
-
-# Short names for what of its size errs least.
-ALIASES: Mapping[str, str] = {"q8": "q8_0", "q6": "q6_k", "q5": "q5_k_m", "q4": "q4_k_m", "q3": "q3_k", "q2": "q2_k"}
-NAMES = ("auto", *KINDS, *ALIASES)
 
 
 def everywhere(dtype: DType) -> Precision:
@@ -28,8 +25,8 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
     """What `--weights NAME` stands for.
 
     Args:
-        name: one of `NAMES`. "auto" keeps every matrix as the checkpoint has it; the others choose by the matrix's part
-            in the model as `fabula quantize` does.
+        name: one of `choices.WEIGHTS_NAMES`. "auto" keeps each matrix as in the checkpoint; the others choose a format
+            by the role of the matrix, as `fabula quantize` does.
         config: of the model.
 
     Raises:
@@ -37,9 +34,9 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
     """
     if name == "auto":
         return lambda info: info.dtype
-    kind = KINDS.get(ALIASES.get(name, name))
+    kind = KINDS.get(WEIGHTS_ALIASES.get(name, name))
     if kind is None:
-        raise InvalidArgument(f"weights is {name!r}, must be one of {', '.join(NAMES)}")
+        raise InvalidArgument(f"weights is {name!r}, must be one of {', '.join(WEIGHTS_NAMES)}")
     if BLOCKS[kind.dtype][0] == 1:
         return everywhere(kind.dtype)
     shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
@@ -55,7 +52,7 @@ def block_of(checkpoint: Checkpoint, precision: Precision, ending: str) -> int:
 def label_of(name: str, checkpoint: Checkpoint) -> str:
     """How the weights are called: the format of most bytes for "auto", else the full name."""
     if name != "auto":
-        return ALIASES.get(name, name)
+        return WEIGHTS_ALIASES.get(name, name)
     totals = dict.fromkeys(DType, 0)
     for info in checkpoint.tensors.values():
         if len(info.shape) == 2:

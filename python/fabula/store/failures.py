@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from fabula.errors import EngineError, StoreCorrupt, StoreError, StoreFull, StoreReadOnly
 from fabula.files import ERRORS_OF_WRITING
-from fabula.store.place import Place
+from fabula.store.location import Place
 from fabula.store.records import Damaged
 
 _BY_SQLITE_CODE = {

@@ -17,8 +17,8 @@ from fabula.errors import EngineError, InvalidArgument, StoreError
 from fabula.files import FileLock
 from fabula.store import changes, reading
 from fabula.store.failures import translate
+from fabula.store.location import Place, connect, find_place, make_engine, prepare_file
 from fabula.store.migrate import migrate
-from fabula.store.place import Place, connect, find_place, make_engine, prepare_file
 from fabula.store.records import (
     Damaged,
     SessionRecord,

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from fabula.errors import EngineError, StoreError
 from fabula.store import changes
 from fabula.store.failures import translate
-from fabula.store.place import Place, checkpoint
+from fabula.store.location import Place, checkpoint
 from fabula.store.records import Row, SessionRecord, TurnRecord, checked_tags, session_row, turn_row
 
 Change = Callable[[sa.Connection], None]

@@ -19,8 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
-from fabula.errors import TokenizerError, Unsupported
-from fabula.formats.readfile import shown
+from fabula.errors import TokenizerError, Unsupported, shown
 from fabula.text.end_tokens import END_TOKENS, GAP_ENDS, end_ids
 from fabula.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, REFUSED, PreTokenizer
 from fabula.text.tokenizer import MAX_TOKEN_BYTES, Tokenizer, TokenizerWarning, build_backend, building

@@ -17,7 +17,7 @@ while True:
 
 
 @contextmanager
-def neighbours(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def neighbors(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many busy processes while the block runs."""
     busy: list[subprocess.Popen[bytes]] = []
     try:

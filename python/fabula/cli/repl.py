@@ -15,7 +15,7 @@ from fabula.cli.commands import obey
 from fabula.cli.console import complain, emit, err, note
 from fabula.cli.drawing import show_opened
 from fabula.cli.options import Keeping, ModelOptions, is_given, with_given
-from fabula.cli.shelf import Shelf, changed_last, find_record, kind_of, open_workspace
+from fabula.cli.session_source import Shelf, changed_last, find_record, kind_of, open_workspace
 from fabula.cli.story import summary
 from fabula.errors import ContextOverflow, EngineError, InvalidArgument
 
