@@ -1,9 +1,7 @@
-"""Files that strangers wrote: opened as regular files only, read by position, and their JSON taken strictly.
+"""Reads untrusted files: regular files only, by position, with strict JSON.
 
-A model folder is untrusted input. So nothing here maps a file into memory (a file that another process
-shortens gives an error, not a signal), a pipe or device in place of a file is refused instead of waited for,
-and JSON is taken as the standard has it: no NaN or Infinity, no number beyond 64 bits, no key twice, UTF-8
-only. Every failure is a ModelFileError that names the file.
+Nothing here maps a file into memory, so a file that another process truncates gives an error, not a signal. A pipe or
+device in place of a file is refused, not waited for. Every failure is a ModelFileError that names the file.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ def open_regular(path: Path) -> io.FileIO:
         ModelFileError: no such file, not a regular file, or not readable.
     """
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
+        # Without O_NONBLOCK, opening a named pipe would block until there is a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file", path=path) from None
@@ -62,7 +60,7 @@ def read_at(file: io.FileIO, offset: int, n_bytes: int, *, path: Path, field: st
         raise OutOfMemory(f"{where}: no memory for {n_bytes} bytes") from None
     view = buffer.data
     done = 0
-    while done < n_bytes:  # one turn, except that Linux moves at most 2 GiB a call
+    while done < n_bytes:  # Linux reads at most 2 GiB a call
         try:
             n = os.preadv(file.fileno(), [view[done:]], offset + done)
         except (OSError, ValueError, OverflowError) as error:
@@ -83,13 +81,13 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "", wide_integers:
 
     Args:
         data: the whole text.
-        path: file it came from, for messages.
-        what: part of the file that is meant ("header"), "" for all of it.
-        wide_integers: whether numbers of up to 40 digits pass; transformers writes 10^30 where it means "no limit".
+        path: of the file, for messages.
+        what: the part of the file ("header"); "" for all of it.
+        wide_integers: accept integers of up to 40 digits; see `strict_json.parse`.
 
     Raises:
-        ModelFileError: not UTF-8, not JSON, not an object, a key twice, half a UTF-16 pair, NaN or Infinity,
-            a number beyond 64 bits, or nested too deep.
+        ModelFileError: not an object, or not strict JSON; see `strict_json.parse`.
+        OutOfMemory: no room for the values.
     """
     where = f"{path}: {what}" if what else str(path)
 

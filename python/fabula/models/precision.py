@@ -1,4 +1,4 @@
-"""The formats that a model's matrices are held in: those of the checkpoint, or others chosen by name."""
+"""The formats of a model's matrices in memory: those of the checkpoint, or others chosen by name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Precision = Callable[[TensorInfo], DType]
 
 
 def everywhere(dtype: DType) -> Precision:
-    """Every matrix in `dtype`, in f16 where its rows are not whole blocks."""
+    """Every matrix in `dtype`; f16 if its rows are not whole blocks."""
     size = BLOCKS[dtype][0]
     return lambda info: dtype if info.shape[-1] % size == 0 else DType.F16
 
 
 def precision_of(name: str, config: ModelConfig) -> Precision:
-    """What `--weights NAME` stands for.
+    """The precision that `--weights NAME` selects.
 
     Args:
         name: one of `choices.WEIGHTS_NAMES`. "auto" keeps each matrix as in the checkpoint; the others choose a format
@@ -30,7 +30,7 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
         config: of the model.
 
     Raises:
-        InvalidArgument: a name that is none.
+        InvalidArgument: unknown name.
     """
     if name == "auto":
         return lambda info: info.dtype
@@ -44,13 +44,13 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
 
 
 def block_of(checkpoint: Checkpoint, precision: Precision, ending: str) -> int:
-    """Columns that stay together, in the file and in memory, in all matrices whose names end so."""
+    """Columns per block, in the file and in memory, over all matrices whose names end with `ending`."""
     infos = [info for name, info in checkpoint.tensors.items() if name.endswith(ending) and len(info.shape) == 2]
     return max((BLOCKS[dtype][0] for info in infos for dtype in (info.dtype, precision(info))), default=1)
 
 
 def label_of(name: str, checkpoint: Checkpoint) -> str:
-    """How the weights are called: the format of most bytes for "auto", else the full name."""
+    """Display name of the weights: for "auto" the format of most bytes, else the full name."""
     if name != "auto":
         return WEIGHTS_ALIASES.get(name, name)
     totals = dict.fromkeys(DType, 0)
@@ -61,7 +61,7 @@ def label_of(name: str, checkpoint: Checkpoint) -> str:
 
 
 def identity_of(name: str, checkpoint: Checkpoint) -> str:
-    """What tells the numbers computed with these weights from those of the same checkpoint under another name."""
+    """Part of the fingerprint: distinguishes results of one checkpoint with different weights."""
     dtypes = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2}
     is_plain = len(dtypes) == 1 and all(BLOCKS[dtype][0] == 1 for dtype in dtypes)
     return label_of(name, checkpoint) if name != "auto" or is_plain else "auto"
