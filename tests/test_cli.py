@@ -20,8 +20,8 @@ import pytest
 
 from fabula import Model, SamplingParams, __version__
 from fabula.cli.main import run
-from fabula.cli.repl import Talk
-from fabula.cli.session_source import Shelf
+from fabula.cli.repl import Repl
+from fabula.cli.session_source import SessionSource
 from tiny import CHATML, random_tensors, write_model
 from waiting import Hang, Patience, heard, python, run_program, stacks
 
@@ -166,7 +166,7 @@ class Lines:
 
     def __init__(self, *lines: str) -> None:
         self._lines = iter(lines)
-        self.talk: Talk | None = None
+        self.talk: Repl | None = None
         self.heads: list[tuple[int, str]] = []
 
     def __call__(self) -> str:
@@ -178,9 +178,11 @@ class Lines:
             raise EOFError
         return line
 
-    def run(self, shelf: Shelf, params: SamplingParams, *, kind: str = "chat", name: str | None = None) -> Talk:
-        session = shelf.blank(name or shelf.new_name(kind), params=params)
-        self.talk = Talk(shelf, session, self, kind=kind)
+    def run(
+        self, source: SessionSource, params: SamplingParams, *, kind: str = "chat", name: str | None = None
+    ) -> Repl:
+        session = source.blank(name or source.new_name(kind), params=params)
+        self.talk = Repl(source, session, self, kind=kind)
         self.talk.run()
         return self.talk
 
@@ -191,7 +193,7 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
         *("/tree", "/goto 0", "/redo", "/nonsense", "/system Be kind.", "hi", "/reset"),
     )
     with Model.load(tiny_folder, threads=1) as model:
-        talk = lines.run(Shelf(model), SamplingParams(max_tokens=6, seed=3))
+        talk = lines.run(SessionSource(model), SamplingParams(max_tokens=6, seed=3))
     numbers = [number for number, _ in lines.heads]
     assert numbers == [0, 0, 1, 1, 2, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 0]
     texts = [text for _, text in lines.heads]
@@ -213,7 +215,7 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_message_too_long_is_taken_back(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Model.load(tiny_folder, threads=1, context=80) as model:
-        talk = Lines("hi", "long " * 200).run(Shelf(model), SamplingParams(max_tokens=4, seed=3))
+        talk = Lines("hi", "long " * 200).run(SessionSource(model), SamplingParams(max_tokens=4, seed=3))
         assert [turn.prompt for turn in talk.session.path] == ["hi"]
     assert "/undo goes back" in capsys.readouterr().err
 

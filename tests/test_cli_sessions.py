@@ -21,7 +21,7 @@ from rich.console import Console
 from fabula import Model, SamplingParams
 from fabula.cli.drawing import show_tree
 from fabula.cli.main import run
-from fabula.cli.session_source import Shelf
+from fabula.cli.session_source import SessionSource
 from fabula.errors import InvalidArgument, StoreFull
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
@@ -33,16 +33,16 @@ SIX = SamplingParams(max_tokens=6, seed=3)
 
 
 @pytest.fixture
-def shelf(tiny_model: Model) -> Shelf:
+def source(tiny_model: Model) -> SessionSource:
     """In memory only."""
-    return Shelf(tiny_model)
+    return SessionSource(tiny_model)
 
 
 @pytest.fixture
-def kept(tiny_folder: Path, tmp_path: Path) -> Iterator[Shelf]:
+def kept(tiny_folder: Path, tmp_path: Path) -> Iterator[SessionSource]:
     """In a workspace."""
     with Workspace(tmp_path) as workspace:
-        yield Shelf(workspace.load(tiny_folder, threads=1), workspace, str(tiny_folder))
+        yield SessionSource(workspace.load(tiny_folder, threads=1), workspace, str(tiny_folder))
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- Slash commands -------------------------------------------------------------------------------------------------
 
 
-def test_branches_are_chosen_by_number(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+def test_branches_are_chosen_by_number(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines("hi", "/branches", "", "/branches 2", "6", "7")
-    talk = lines.run(shelf, SIX)
+    talk = lines.run(source, SIX)
     turns = talk.session.turns
     assert [number for number, _ in lines.heads] == [0, 1, 1, 1, 1, 1, 2]
     assert [turn.number for turn in turns] == [1, 1, 1, 1, 1, 1, 2], "all are answers to hi; then 7 was said"
@@ -87,8 +87,8 @@ def test_branches_are_chosen_by_number(shelf: Shelf, capsys: pytest.CaptureFixtu
     assert all(f"{i} {turns[i - 1].text.split(chr(10))[0][:3]}" in said for i in (2, 3, 4))
 
 
-def test_another_token(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
-    talk = Lines("hi", "/alternatives 2", "3", "/alternatives 99", "/alternatives", "/alternatives x").run(shelf, SIX)
+def test_another_token(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = Lines("hi", "/alternatives 2", "3", "/alternatives 99", "/alternatives", "/alternatives x").run(source, SIX)
     first, other = talk.session.turns
     assert other.token_ids[:2] == first.token_ids[:2] and other.token_ids[2] != first.token_ids[2]
     assert talk.session.head is other
@@ -98,9 +98,9 @@ def test_another_token(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None
     assert captured.out == f"{first.text}\n{other.text}\n", "the whole answer is shown again"
 
 
-def test_a_story(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_story(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines("", "the cat", "", "sat", ", then", "/undo", "/branches 2", "5", "/fork aside", "", "/open nothing")
-    talk = lines.run(shelf, SamplingParams(max_tokens=4, seed=3), kind="story")
+    talk = lines.run(source, SamplingParams(max_tokens=4, seed=3), kind="story")
     turns = talk.session.turns
     assert [turn.prompt for turn in turns] == ["the cat", "", " sat", "", ""], "the past, and one piece in the fork"
     assert talk.session.id == "aside" and not any(turn.chat for turn in turns)
@@ -108,16 +108,16 @@ def test_a_story(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().err
     for part in ("type how the story begins", "in aside, which goes on from turn 4", "no session 'nothing'"):
         assert part in said, part
-    (story,) = [item for item in shelf.contents() if item.name != "aside"]
-    assert [turn.prompt for turn in shelf.open(story.name).turns] == ["the cat", "", " sat", ", then", "", ""]
+    (story,) = [item for item in source.contents() if item.name != "aside"]
+    assert [turn.prompt for turn in source.open(story.name).turns] == ["the cat", "", " sat", ", then", "", ""]
 
 
-def test_tags_continue_and_figures(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tags_continue_and_figures(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines(
         *("/stats", "/tag a", "/continue", "hi", "/tag", "/tag start", "/continue 3", "/tree", "/stats", "more"),
         *("/goto start", "/goto", "/continue no", "/edit", "/save", "/branches 0", "/regenerate", "/undo"),
     )
-    talk = lines.run(shelf, SIX)
+    talk = lines.run(source, SIX)
     first, longer, more, again = talk.session.turns
     assert longer.token_ids[: len(first.token_ids)] == first.token_ids and first.tags == {"start"}
     assert len(longer.token_ids) == len(first.token_ids) + 3
@@ -131,7 +131,7 @@ def test_tags_continue_and_figures(shelf: Shelf, capsys: pytest.CaptureFixture[s
         assert part in said, part
 
 
-def test_sessions_in_memory(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sessions_in_memory(source: SessionSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a b.json"
     lines = Lines(
         *(
@@ -147,8 +147,8 @@ def test_sessions_in_memory(shelf: Shelf, tmp_path: Path, capsys: pytest.Capture
         ),
         *(f"/load {file}", f"/load {tmp_path / 'none.json'}", f"/save {tmp_path / 'no' / 'folder.json'}", "/stats"),
     )
-    talk = lines.run(shelf, SIX, name="one")
-    assert {item.name for item in shelf.contents()} == {"one", "second", "one-1"} and talk.session.id == "one-1"
+    talk = lines.run(source, SIX, name="one")
+    assert {item.name for item in source.contents()} == {"one", "second", "one-1"} and talk.session.id == "one-1"
     assert [turn.prompt for turn in talk.session.path] == ["hi"]
     assert [file.name for file in tmp_path.iterdir()] == ["a b.json"]
     said = capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_sessions_in_memory(shelf: Shelf, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_what_fails_is_told_and_the_talk_goes_on(
-    shelf: Shelf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: SessionSource, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Session.say
 
@@ -168,7 +168,7 @@ def test_what_fails_is_told_and_the_talk_goes_on(
         return real(self, text, *rest, **more)
 
     monkeypatch.setattr(Session, "say", say)
-    talk = Lines("full", "hi").run(shelf, SIX)
+    talk = Lines("full", "hi").run(source, SIX)
     assert [turn.prompt for turn in talk.session.turns] == ["hi"]
     assert "error: the disk is full" in capsys.readouterr().err
 
@@ -196,7 +196,7 @@ def test_ctrl_c_stops_every_branch(endless_folder: Path) -> None:
             yield "/continue 1"
 
         lines._lines = typed()
-        talk = lines.run(Shelf(model), SamplingParams(temperature=0.0, max_tokens=60000))
+        talk = lines.run(SessionSource(model), SamplingParams(temperature=0.0, max_tokens=60000))
         first, *branches, longer = talk.session.turns
         assert [turn.finish_reason for turn in (first, *branches)] == ["cancelled"] * 3
         assert len(longer.token_ids) == len(first.token_ids) + 1
@@ -212,8 +212,8 @@ def drawn(session: Session) -> str:
     return capture.get()
 
 
-def test_a_tree_of_a_thousand_turns(shelf: Shelf) -> None:
-    session = shelf.model.session()
+def test_a_tree_of_a_thousand_turns(source: SessionSource) -> None:
+    session = source.model.session()
     one = SamplingParams(max_tokens=1, seed=1)
     session.tell(prompt="a", params=one).text()
     data = session.export()
@@ -224,7 +224,7 @@ def test_a_tree_of_a_thousand_turns(shelf: Shelf) -> None:
         n_ids = past["kept"] + len(past["prompt_ids"]) + len(past["token_ids"])
         rows.append({**row, "id": str(i), "parent_id": past["id"], "number": i, "kept": n_ids, "prompt": f"turn {i}"})
     rows[499]["tags"] = ["middle"]
-    long = shelf.model.import_({**data, "turns": rows, "head": rows[-1]["id"]}, id="long")
+    long = source.model.import_({**data, "turns": rows, "head": rows[-1]["id"]}, id="long")
     lines = drawn(long).splitlines()
     assert len(lines) == 2 + 1 + 12 and "988 turns" not in lines[0]
     assert lines[0] == "… 500 turns" and lines[1].startswith("500 turn 500") and "[middle]" in lines[1]
@@ -233,8 +233,8 @@ def test_a_tree_of_a_thousand_turns(shelf: Shelf) -> None:
     assert drawn(long).splitlines()[1].endswith("← here")
 
 
-def test_a_tree_of_many_branches(shelf: Shelf) -> None:
-    session = shelf.model.session()
+def test_a_tree_of_many_branches(source: SessionSource) -> None:
+    session = source.model.session()
     params = SamplingParams(max_tokens=1, seed=1)
     for _ in range(30):
         session.tell(prompt="no", params=params).text()
@@ -250,7 +250,7 @@ def test_a_tree_of_many_branches(shelf: Shelf) -> None:
 
 
 def test_everything_is_kept_and_nothing_before_the_first_answer(
-    kept: Shelf, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kept: SessionSource, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = Lines("/system Be brief.", "/reset", "/tree", "/regen", "long " * 2000, "/fork")
     lines.run(kept, SIX)
@@ -269,7 +269,7 @@ def test_everything_is_kept_and_nothing_before_the_first_answer(
         assert [turn.text for turn in again.path] == before and again.turns[0].tags == {"t"}
         assert again.params == SIX
         with pytest.raises(InvalidArgument, match="talks to"):
-            Shelf(workspace.load(tiny_folder, threads=1), workspace, "another name").open("first")
+            SessionSource(workspace.load(tiny_folder, threads=1), workspace, "another name").open("first")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`fabula bench ops`, `model` and `load`: how fast."""
+"""`fabula bench ops`, `model` and `load`: speed."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fabula.cli.options import KV_CHOICE, ModelOptions, device_option, kv_option
 if TYPE_CHECKING:
     from fabula.choices import WeightsName
 
-_TEXTS = 4  # texts of the whole context that a model's KV cache holds
+_TEXTS = 4  # sequences of the full context that the default KV cache holds
 
 
 @click.command(short_help="Operators against plain serial C.")
-@click.option("--quick", is_flag=True, help="Sizes about 20 times smaller: shows that it works, not how fast.")
+@click.option("--quick", is_flag=True, help="Sizes about 20 times smaller: a smoke test, not a measurement.")
 @threads_option
 @plot_option
 @json_option
 def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> None:
     """Measure every operator against the same loop in plain serial C.
 
-    Results are compared first; a difference above the operator's tolerance ends the measurement. Then both take turns.
-    Shares are of this machine's streaming reads or multiply-adds, measured beforehand; data that fits a cache can
-    pass 100%. In JSON and pictures the serial loop is the peer, and both are speeds.
+    Results are compared first; a difference above the operator's tolerance ends the measurement. Then both run in
+    turns. Shares are of this machine's streaming reads or multiply-adds, measured beforehand; data that fits a cache
+    can exceed 100%. In JSON and plots the serial loop is the peer, and both are speeds.
 
     \b
     Examples:
@@ -62,13 +62,13 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
     give(found, machine.to_json(), lambda: (str(machine), ops_table(rows)), as_json=as_json, plot=plot)
 
 
-@click.command(short_help="Tokens a second, alone or beside other engines.")
+@click.command(short_help="Tokens a second, also of other engines.")
 @model_option
 @many_weights_option
 @kv_option
 @threads_option
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt read."
+    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Length of the prompt."
 )
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Tokens decoded.")
 @click.option(
@@ -88,7 +88,7 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
     default=0,
     show_default=True,
     metavar="N",
-    help="Tokens at their beginning that the prompts of --sequences have in common.",
+    help="Length of the prefix shared by the prompts of --sequences.",
 )
 @click.option(
     "--neighbors",
@@ -126,13 +126,13 @@ def model(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how fast a model reads a prompt (prefill) and writes greedily (decode), in tokens a second.
+    """Measure prefill and greedy decode of a model, in tokens a second.
 
-    Everything that is compared, precisions and engines, is in memory at once and takes turns. Shares are of what this
-    machine's memory (decode) and multiply-adds (prefill) allow. Other engines need
-    `pip install "fabula[peers]"`; llama.cpp reads the same GGUF file (or one of the same weights, written for it), gets
-    the threads, flash attention and batch it is fastest with, and "same tokens" tells how many of 32 greedy tokens
-    agree. Decoding happens behind the prompt, so a long one measures decoding at that context.
+    All precisions and engines are in memory at once and run in turns. Shares are of the limits set by this machine's
+    memory (decode) and multiply-adds (prefill). Other engines need `pip install "fabula[peers]"`. llama.cpp reads the
+    same GGUF file (or one with the same weights, written for it) with the threads, flash attention and batch it is
+    fastest with; "same tokens" is how many of 32 greedy tokens agree. Decode runs after the prompt, so a long prompt
+    measures decode at that context.
 
     \b
     Examples:
@@ -179,7 +179,7 @@ def model(
     give(found, machine.to_json(), lambda: (str(machine), title, model_table(rows)), as_json=as_json, plot=plot)
 
 
-@click.command(short_help="From the start of a process to the first token, and its memory.")
+@click.command(short_help="Time from process start to the first token, and memory.")
 @model_option
 @weights_option
 @kv_option
@@ -204,11 +204,11 @@ def load(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how long a new process takes to the first token of a short prompt, and how much memory.
+    """Measure time to the first token of a short prompt in a new process, and its memory.
 
-    Each time is that of a fresh Python: imports, reading and packing the weights, a prompt, a token. The file is in the
-    system's cache by then. Memory is the most that was resident; its limit from below are the packed weights. With
-    --peers both read one GGUF file, which is written for it where the model is none of that precision.
+    Each run is a new Python process: imports, loading and packing the weights, a prompt, a token. The file is in the
+    page cache. Memory is the peak resident size; its lower limit is the packed weights. With --peers both engines read
+    one GGUF file, which is written first if the model is not one of that precision.
 
     \b
     Examples:
@@ -240,7 +240,7 @@ def load(
 
 
 def kv_memory_of(model: str, kv: str, n_texts: int, n_positions: int) -> int:
-    """Bytes of a KV cache that holds so many texts of that length."""
+    """Bytes of a KV cache for n_texts sequences of n_positions each."""
     from fabula._native import PAGE_POSITIONS, page_bytes
     from fabula.formats.locate import locate
     from fabula.kv.format import kv_dtypes
