@@ -328,14 +328,14 @@ def test_a_file_of_rows_is_checked(tmp_path: Path) -> None:
     path.write_text(f"{good}\n\n{good}\n")
     assert len(read_rows(path)) == 2
     bad = {
-        "line 1 .* no object": "[1]",
+        "line 1 .* not an object": "[1]",
         "line 1 is not what": "{",
         "limit_share missing": good.replace("limit_share", "limit_"),
         "ours is not a number": good.replace("1.0", '"fast"'),
         "peer is not a number": good.replace('"peer": null', '"peer": NaN'),
         "limit is not a number": good.replace('"limit": null', '"limit": -1'),
-        "unit is not a text": good.replace('"ms"', "3"),
-        "machine is no object": good[:-1] + ', "machine": 3}',
+        "unit is not a string": good.replace('"ms"', "3"),
+        "machine is not an object": good[:-1] + ', "machine": 3}',
         "flops_per_s is not a number": good[:-1] + ', "machine": {"flops_per_s": "many"}}',
         "holds no rows": "\n",
     }
