@@ -26,7 +26,7 @@ EVERY = 1000
 
 
 def read(model: Model, path: Path, window: Window) -> Iterator[dict[str, object]]:
-    """The perplexity of each thousand tokens of a text that stands four times one behind the other."""
+    """The perplexity of each thousand tokens of a text repeated four times."""
     runner = model._runner
     ids = np.asarray(model.tokenizer.encode(path.read_text(encoding="utf-8")) * 4, np.int32)
     nll: list[float] = []

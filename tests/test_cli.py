@@ -202,12 +202,12 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     for part in (
         "/regen ",
-        "at the beginning: nothing was said",
+        "there is no turn yet",
         "0 .. 3, or a tag; /tree",
         "bye →",
         "← here",
-        "no command",
-        "at the beginning",
+        "there is no command",
+        "at the start",
     ):
         assert part in said, part
     assert talk.session.turns == []
@@ -250,7 +250,7 @@ def test_pull_lists_and_refuses(fabula: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FABULA_CACHE", str(tmp_path))
     rows = json.loads(fabula("pull", "--list", "--json").out)
     assert [(row["name"], row["cached"]) for row in rows] == [("smollm2-135m-instruct", False)]
-    assert "not here" in fabula("pull", "--list").out
+    assert "not downloaded" in fabula("pull", "--list").out
     result = fabula("pull", "no-such-model")
     assert result.code == 1 and "no-such-model" in result.err
 
@@ -359,8 +359,8 @@ def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, folder_without_e
     assert "stopped" in chat.wait_for("tokens/s")
     chat.type("\x03" * 3)  # at no particular moment
     chat.type("/undo\r")
-    chat.wait_for("at the beginning")
-    chat.type_until("\x03", "Ctrl-D leaves")
+    chat.wait_for("at the start")
+    chat.type_until("\x03", "Ctrl-D exits")
     chat.type("/exit\r")
     assert chat.process.wait() == 0
 

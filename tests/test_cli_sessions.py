@@ -83,7 +83,7 @@ def test_branches_are_chosen_by_number(source: SessionSource, capsys: pytest.Cap
     assert lines.heads[5][1] == turns[5].text, "6 goes on from turn 6"
     assert turns[-1].parent is turns[5] and turns[-1].prompt == "7", "a number means nothing once it was chosen"
     said = capsys.readouterr().err
-    assert "type 2 or 3 or 4 to go on from there; Enter stays at 1" in said
+    assert "type 2 or 3 or 4 to continue from there; Enter stays at 1" in said
     assert all(f"{i} {turns[i - 1].text.split(chr(10))[0][:3]}" in said for i in (2, 3, 4))
 
 
@@ -93,8 +93,8 @@ def test_another_token(source: SessionSource, capsys: pytest.CaptureFixture[str]
     assert other.token_ids[:2] == first.token_ids[:2] and other.token_ids[2] != first.token_ids[2]
     assert talk.session.head is other
     captured = capsys.readouterr()
-    assert "place 2 of 0 .. " in captured.err and "stands there" in captured.err
-    assert "position is 99, must be 0 .. " in captured.err and "'x' is no number" in captured.err
+    assert "position 2 of 0 .. " in captured.err and "← chosen" in captured.err
+    assert "position is 99, must be 0 .. " in captured.err and "'x' is not a number" in captured.err
     assert captured.out == f"{first.text}\n{other.text}\n", "the whole answer is shown again"
 
 
@@ -106,7 +106,7 @@ def test_a_story(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> N
     assert talk.session.id == "aside" and not any(turn.chat for turn in turns)
     assert turns[3].parent is turns[2] and talk.session.head is turns[4]
     said = capsys.readouterr().err
-    for part in ("type how the story begins", "in aside, which goes on from turn 4", "no session 'nothing'"):
+    for part in ("type the beginning of the story", "in aside, a fork from turn 4", "no session 'nothing'"):
         assert part in said, part
     (story,) = [item for item in source.contents() if item.name != "aside"]
     assert [turn.prompt for turn in source.open(story.name).turns] == ["the cat", "", " sat", ", then", "", ""]
@@ -124,9 +124,9 @@ def test_tags_continue_and_figures(source: SessionSource, capsys: pytest.Capture
     assert more.parent is longer and again.parent is first.parent
     said = capsys.readouterr().err
     for part in (
-        *("nothing was said yet", "say /tag NAME", "turn 1 is tagged start", "[start]", "(cut at its length)"),
-        *("3 tokens at ", "ended by length", "reused", "left out    nothing", "pages ", "'no' is no number"),
-        *("say /edit TEXT", "say /save FILE", "n is 0, must be a whole number in 1 .. 32"),
+        *("there is no turn yet", "usage: /tag NAME", "turn 1 is tagged start", "[start]", "(truncated)"),
+        *("3 tokens at ", "ended by length", "reused", "dropped     nothing", "pages ", "'no' is not a number"),
+        *("usage: /edit TEXT", "usage: /save FILE", "n is 0, must be a whole number in 1 .. 32"),
     ):
         assert part in said, part
 
@@ -152,7 +152,12 @@ def test_sessions_in_memory(source: SessionSource, tmp_path: Path, capsys: pytes
     assert [turn.prompt for turn in talk.session.path] == ["hi"]
     assert [file.name for file in tmp_path.iterdir()] == ["a b.json"]
     said = capsys.readouterr().err
-    for part in ("no sessions yet", "already; /open goes there", "one-1 · at turn 1 of 1", "none.json cannot be read"):
+    for part in (
+        "no sessions yet",
+        "already; /open second switches to it",
+        "one-1 · at turn 1 of 1",
+        "none.json cannot be read",
+    ):
         assert part in said, part
     assert f"error: {tmp_path / 'no' / 'folder.json'} cannot be written" in said
 
@@ -243,7 +248,7 @@ def test_a_tree_of_many_branches(source: SessionSource) -> None:
     assert text.startswith("… 24 turns\n") and text.rstrip().endswith("here")
     session.rollback(0)
     text = drawn(session)
-    assert text.startswith("0 the beginning  ← here\n├── 1 no") and "…" in text.splitlines()[-1]
+    assert text.startswith("0 start  ← here\n├── 1 no") and "…" in text.splitlines()[-1]
 
 
 # ---- Kept -----------------------------------------------------------------------------------------------------------
@@ -268,7 +273,7 @@ def test_everything_is_kept_and_nothing_before_the_first_answer(
         again = workspace.open("first")
         assert [turn.text for turn in again.path] == before and again.turns[0].tags == {"t"}
         assert again.params == SIX
-        with pytest.raises(InvalidArgument, match="talks to"):
+        with pytest.raises(InvalidArgument, match="uses the model"):
             SessionSource(workspace.load(tiny_folder, threads=1), workspace, "another name").open("first")
 
 
@@ -305,8 +310,8 @@ def test_a_session_keeps_its_model_and_settings(talk: Any, tiny_folder: Path, tm
         assert session.params == SamplingParams(temperature=0.0, top_p=0.9, max_tokens=7)
         assert (session.policy.name, session.policy.window, session.system) == ("slide", 100, "Be kind.")
     for more, text in (
-        (["--session", "a", "--model", "other"], f"session a talks to {tiny_folder}; leave out --model"),
-        (["--session", "a", "--context-policy", "error"], "has the context policy slide for good"),
+        (["--session", "a", "--model", "other"], f"session a uses the model {tiny_folder}; leave out --model"),
+        (["--session", "a", "--context-policy", "error"], "has the context policy slide, which cannot be changed"),
         (["--session", "a", "--system", "Be rude."], "has begun with another system message"),
         (["--session", "a b", "--model", tiny_folder], "session id 'a b' must be"),
     ):
@@ -367,14 +372,14 @@ def test_export_import_delete(fabula: Any, stored: list[str], tmp_path: Path) ->
     shown = json.loads(fabula("sessions", "show", "copy", "--json").out)
     assert [turn["text"] for turn in shown["turns"]] == stored
     result = fabula("sessions", "delete", "copy")
-    assert result.code == 2 and "--yes is needed" in result.err
+    assert result.code == 2 and "needs --yes" in result.err
     assert fabula("sessions", "delete", "copy", "--yes").code == 0
     assert fabula("sessions", "delete", "copy", "--yes").code == 1
     result = fabula("sessions", "export", "letters", tmp_path / "no" / "folder.json")
     assert result.code == 1 and "cannot be written" in result.err
     (tmp_path / "text").write_text("[")
     result = fabula("sessions", "import", tmp_path / "text")
-    assert result.code == 1 and "holds no JSON" in result.err
+    assert result.code == 1 and "is not JSON" in result.err
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
@@ -389,7 +394,7 @@ def test_a_folder_in_use(fabula: Any, tmp_path: Path) -> None:
     ("words", "text"),
     [
         (["chat", "--resume", "--session", "x"], "give one of them"),
-        (["chat", "--no-save", "--resume"], "--no-save keeps nothing"),
+        (["chat", "--no-save", "--resume"], "--no-save uses no saved sessions"),
         (["chat", "--window", "5"], "--window needs --context-policy slide"),
         (["chat", "--context-policy", "slide", "--window", "0"], "window is 0"),
         (["chat", "-p", "hi", "--session", "x"], "for a conversation in a terminal"),
@@ -430,7 +435,7 @@ def test_what_a_person_sees(terminal: Any, tiny_folder: Path) -> None:
     story.type("/tree\r")
     story.wait_for("here")
     second = terminal("chat", *common)
-    assert "Another fabula is running" in second.wait_for("--no-save to keep nothing")
+    assert "Another fabula is running" in second.wait_for("or use --no-save")
     assert second.process.wait() == 1
     third = terminal("chat", "--no-save", *common)
     third.wait_for("> ")
@@ -439,7 +444,7 @@ def test_what_a_person_sees(terminal: Any, tiny_folder: Path) -> None:
     story.type("/exit\r")
     assert story.process.wait() == 0
     text = seen(story.text)
-    for part in ("/help for help", "the cat", "type 3 or 4 to go on", "├── 3 → ", "└── 4 → "):
+    for part in ("/help for help", "the cat", "type 3 or 4 to continue", "├── 3 → ", "└── 4 → "):
         assert part in text, part
     assert "\x1b[1;32m" in story.text, "where we are is green"
     again = terminal("story", "--resume", "--temperature", 0)
@@ -464,7 +469,7 @@ def test_a_crash_leaves_the_partial_answer(terminal: Any, endless_folder: Path, 
     chat.process.send_signal(signal.SIGKILL)
     chat.process.wait()
     again = terminal("chat", "--resume", "--max-tokens", 20)
-    again.wait_for("/continue goes on with it")
+    again.wait_for("/continue continues it")
     again.type("/continue 15\r")
     again.wait_for("15 tokens")
     again.type("/exit\r")

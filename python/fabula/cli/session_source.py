@@ -31,7 +31,7 @@ def explain_lock(way_out: str) -> Iterator[None]:
     try:
         yield
     except StoreLocked as error:
-        raise StoreLocked(f"{error}. Another fabula is using this folder: {way_out}", path=error.path) from None
+        raise StoreLocked(f"{error}. Another fabula is running on this folder: {way_out}", path=error.path) from None
 
 
 @contextmanager
