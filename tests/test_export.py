@@ -531,7 +531,7 @@ def test_the_command_tells_what_it_wrote(fabula: Any, wide: Path, tmp_path: Path
     assert target.read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     code, out, err = fabula(target, tmp_path / "again.gguf", "--type", "q8_0")
-    assert code == 0 and "quantised already" in err
+    assert code == 0 and "quantized already" in err
 
 
 def test_the_command_refuses_what_is_no_model(fabula: Any, tmp_path: Path) -> None:
