@@ -255,8 +255,8 @@ def limits_of(device: _native.Device, plan: Plan, peers: Any | None) -> tuple[Li
         tell("no limit for products: torch with CUDA is not installed")
         return Limits(copied, None), rows
     peak = peers.matrix_peak(plan.matrix)
-    case, told = f"matmul {plan.matrix}", peak / 1e12
-    rows.append(Row(case=case, unit="TFLOP/s", ours=None, weights="bf16", peer=told, peer_name="torch"))
+    case, speed = f"matmul {plan.matrix}", peak / 1e12
+    rows.append(Row(case=case, unit="TFLOP/s", ours=None, weights="bf16", peer=speed, peer_name="torch"))
     return Limits(copied, peak), rows
 
 

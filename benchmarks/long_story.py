@@ -4,7 +4,7 @@
     python benchmarks/long_story.py --text FILE [--window W]    reads a text, four times over, instead of telling one
 
 Perplexity is that of the model's own text under the plain softmax of its own logits: what it would climb if the model
-lost the thread once the beginning is gone. Tokens are drawn from the whole distribution (temperature 1): a small model
+lost the thread once the beginning is gone. Tokens are sampled from the full distribution (temperature 1): a small model
 that is made to take what is likely soon repeats a sentence for ever, at a perplexity of 1.
 """
 

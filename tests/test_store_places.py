@@ -166,8 +166,8 @@ for place in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("postgresql+psycopg2://u:hush@h/d", "cannot lie in"),
-        ("mysql://u:hush@h/d", "cannot lie in"),
+        ("postgresql+psycopg2://u:hush@h/d", "is not supported for a store"),
+        ("mysql://u:hush@h/d", "is not supported for a store"),
         ("://u:hush@h", "cannot be read"),
         ("postgresql://u:hush@h:port/d", "cannot be read"),
         ("sqlite://", "is a file"),

@@ -215,7 +215,7 @@ def bench_models(
         machine: the measured limits.
         lengths: sizes of the measurement.
         make_peers: opens other engines for a model; None for none.
-        status: told what is being done.
+        status: callback for progress.
 
     Raises:
         InvalidArgument: a model's context is too short.

@@ -117,7 +117,7 @@ def bench_ops(
         machine: its measured limits and the threads to use.
         quick: sizes about 20 times smaller, for a test that everything works.
         min_seconds: each case repeats until the serial loop took about this long, and five times at least.
-        status: told what is being measured.
+        status: callback for progress.
 
     Raises:
         EngineError: an operator's result differs from the serial loop's.

@@ -203,8 +203,8 @@ def _draw_bars(ax: Any, panel: Panel, engines: Sequence[str]) -> None:
             )  # fmt: skip
             y += 1.0
         if case.limit:
-            told = None if "limit" in drawn else "limit"
-            ax.vlines(case.limit, top - 0.5, y - 0.5, color=_LIMIT, linewidth=2.5, label=told, zorder=3)
+            label = None if "limit" in drawn else "limit"
+            ax.vlines(case.limit, top - 0.5, y - 0.5, color=_LIMIT, linewidth=2.5, label=label, zorder=3)
             drawn.add("limit")
         ticks.append((top + y - 1.0) / 2)
         y += 0.6

@@ -205,9 +205,9 @@ def _wait(name: str, process: subprocess.Popen[bytes], address: str, log: Path) 
                 break
             time.sleep(0.1)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    told = f": {lines[-1]}" if lines else ""
+    last_line = f": {lines[-1]}" if lines else ""
     how = "did not come up" if process.poll() is None else f"ended with {process.returncode}"
-    raise EngineError(f"{name} {how}{told}")
+    raise EngineError(f"{name} {how}{last_line}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

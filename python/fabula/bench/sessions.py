@@ -67,7 +67,7 @@ def bench_sessions(
         lengths: tokens before the head, in two turns.
         repeats: of every case; copies are made a tenth as often, the peer's once a round of five.
         peer: measured at every length; None for none. Left open.
-        status: told what is being measured.
+        status: callback for progress.
 
     Raises:
         InvalidArgument: a number is out of its range, or nothing is left to measure.

@@ -127,9 +127,9 @@ def describe_file(path: Path) -> str | None:
     if suffix in (".h5", ".msgpack", ".npz", ".tflite"):
         return f"it is a model for another engine; {_OTHER_FORM}"
     if path.name == "config.json":
-        return "give the folder it lies in"
+        return "give the path of its folder"
     if path.name.endswith(".safetensors.index.json"):
-        return "it only lists the weights; give the folder it lies in"
+        return "it only lists the weights; give the path of its folder"
     return None
 
 

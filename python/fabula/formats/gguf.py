@@ -428,7 +428,7 @@ class _Header:
         if self._size > self._padded(end):
             raise self._error("", f"{self._size - end} bytes follow the last tensor, which ends at byte {end}")
         if self._size > end and read_at(self._file, end, self._size - end, path=self._path).any():
-            raise self._error("", f"the padding behind the last tensor, at byte {end}, is not zero")
+            raise self._error("", f"the padding after the last tensor, at byte {end}, is not zero")
 
     def _padded(self, n_bytes: int) -> int:
         return (n_bytes + self._alignment - 1) & -self._alignment

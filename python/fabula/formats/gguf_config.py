@@ -110,7 +110,7 @@ def config_of(file: Source) -> dict[str, Any]:
     if not keys.flag(f"{arch}.attention.causal", True):
         raise keys.unsupported(
             f"{arch}.attention.causal",
-            "is false: every token would see those behind it, as in an encoder; models that write text are offered",
+            "is false: tokens would attend to later ones, as in an encoder; only causal models are supported",
         )
     if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0:
         raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")

@@ -230,7 +230,7 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
 
 
 def _is_listed(path: Path) -> bool:
-    """Whether a file is a shard that the index beside it names."""
+    """Whether a file is a shard in the index of its folder."""
     index_path = path.parent / INDEX_FILE
     if not index_path.is_file():
         return False

@@ -259,7 +259,7 @@ def _windows(read: ConfigReader, n_layers: int, windowed: str, context_length: i
     elif read.config.get("sliding_window") is None:
         window = None
     elif windowed == "never" and (kinds is None or "sliding_attention" not in kinds):
-        # transformers computes such a prompt without a window, and forgets what lies before it when it decodes.
+        # transformers computes such a prompt without a window, but applies the window in decode.
         window = read.integer("sliding_window", context_length, _MAX_CONTEXT) if kinds is None else None
     else:
         window = read.integer("sliding_window", 1, _MAX_CONTEXT)

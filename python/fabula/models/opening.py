@@ -102,7 +102,7 @@ class _Rows:
 
 
 def _refuse_family(path: Path) -> None:
-    """Refuses an unknown family first, so that nobody is told to convert its weights in vain."""
+    """Refuses an unknown family first, so that no error suggests to convert its weights."""
     config_file = path / CONFIG_FILE
     if not config_file.is_file() or (path / ADAPTER_FILE).exists():
         return

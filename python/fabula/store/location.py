@@ -78,7 +78,7 @@ def find_location(place: str | os.PathLike[str]) -> Location:
     if driver in ("postgresql", "postgresql+psycopg"):
         shown = url.set(query={}).render_as_string(hide_password=True)
         return Location(url.set(drivername="postgresql+psycopg"), shown, None)
-    raise InvalidArgument(f"a store cannot lie in {driver}; give a path, sqlite:/// or postgresql+psycopg://")
+    raise InvalidArgument(f"{driver} is not supported for a store; give a path, sqlite:/// or postgresql+psycopg://")
 
 
 def _file_location(path: Path) -> Location:

@@ -193,7 +193,7 @@ def _special_ids(keys: _Keys, kinds: Sequence[int], model: str | None) -> dict[s
 
 def _words(keys: _Keys, ids: Mapping[str, int], kinds: Sequence[int]) -> set[str]:
     """End tokens that merges can also produce, such as "</s>" in Qwen's vocabulary. They end a reply, as in llama.cpp,
-    but in user input they are text: somebody may write HTML."""
+    but in user input they are text, as in HTML."""
     plain = {name for name in _END_NAMES if name in ids and kinds[ids[name]] == NORMAL}
     if not plain:
         return plain

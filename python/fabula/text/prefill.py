@@ -80,7 +80,7 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
     options = {name: value for name, value in options.items() if name != "add_generation_prompt"}
     words = _words(messages[-1]) or ""
 
-    def behind(content: str) -> str | None:
+    def rendered_up_to(content: str) -> str | None:
         """The rendered text before the mark; a space after the mark shows whether the template keeps whitespace."""
         whole = [*messages[:-1], _with_words(messages[-1], content + mark + " ")]
         rendered = template.render(whole, add_generation_prompt=False, **options)
@@ -102,11 +102,11 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
     if not words.strip() and (found := opened()) is not None:
         return found
     try:
-        found = behind(words)
+        found = rendered_up_to(words)
         if found is not None and _dense(found).endswith(_dense(words)):
             kept = words if found.endswith(words) else words.rstrip()
             return _joined(found.removesuffix(kept), kept) if found.endswith(kept) else found
-        start = behind("")
+        start = rendered_up_to("")
     except TemplateError:
         if (found := opened()) is None:
             raise

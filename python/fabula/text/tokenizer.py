@@ -189,21 +189,21 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"the text holds a lone surrogate at position {error.start}") from None
         before: tuple[int, ...] = ()
-        behind: tuple[int, ...] = ()
+        after: tuple[int, ...] = ()
         if self.add_bos if add_bos is None else add_bos:
             before = self.prefix or (() if self.bos_id is None else (self.bos_id,))
             if not before:
                 raise InvalidArgument(f"{self.path}: the tokenizer has no start token")
         if self.add_eos if add_eos is None else add_eos:
-            behind = self.suffix or self.eos_ids[:1]
-            if not behind:
+            after = self.suffix or self.eos_ids[:1]
+            if not after:
                 raise InvalidArgument(f"{self.path}: the tokenizer has no end token")
         with self._lock:
             self._backend.encode_special_tokens = not special
             ids = self._backend.encode(text, add_special_tokens=False).ids
         if add_bos is None and special and before and ids[:1] == [before[0]]:
             before = ()
-        return [*before, *ids, *behind]
+        return [*before, *ids, *after]
 
     def encode_chat(
         self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], /, **options: Any
