@@ -254,7 +254,7 @@ def test_templates_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_templates_of_a_gguf_file(tmp_path: Path) -> None:
     before = Tokenizer.from_folder(folder_with(tmp_path, {}, LIST))
-    keys = vocabulary_keys(before, before.vocab_size)
+    keys, _ = vocabulary_keys(before, before.vocab_size)
     assert keys["tokenizer.chat_template.tool_use"] == NAMED["tool_use"]
     after = Tokenizer.from_gguf(keys, tmp_path / "model.gguf")
     assert after.chat_templates == NAMED
