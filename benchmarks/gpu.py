@@ -1,23 +1,22 @@
-"""A GPU, within ten minutes: whether its results are right, what it can do at most, and what Fabula makes of it.
+"""A GPU, within ten minutes: correctness of results, limits of the hardware, and speed of Fabula.
 
 python benchmarks/gpu.py [--minutes 9] [--json] [--tiny]
 
 First the comparisons of tests/test_device.py run there; if one fails, nothing is timed. Then, one line each:
 
-copy      bytes read and written a second when memory is copied on the card: the limit of what waits for memory
-matmul    torch's product of bf16 matrices: the limit of what waits for products. Without torch with CUDA there is none
-decode    tokens/s of 1, 4, 16 and 64 sequences together behind a past of so many tokens, drawn greedily, as the engine
-          draws; also one sequence launched operator by operator instead of as a graph
-prefill   tokens/s of reading one prompt, in steps as the engine takes them; several are read one after the other, as
+copy      bytes read and written a second by a copy on the GPU: the limit of memory-bound work
+matmul    torch's product of bf16 matrices: the limit of compute-bound work; needs torch with CUDA
+decode    tokens/s of 1, 4, 16 and 64 sequences together after a past of some length, greedy, as in the engine; also one
+          sequence launched operator by operator instead of as a graph
+prefill   tokens/s of prefill of one prompt, in chunks as in the engine; several prompts run one after the other, as
           fast as one; also with the products of cuBLASLt (device_products="library"), if it can be loaded
 
 Models are Llamas in the shapes of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B with random weights in bf16, q8_0 and
-q4_0, K and V in bf16; a past is pages of zeros, which take as long as any. `limit` is what the card could reach by the
-two limits: each step reads the weights once and every sequence's past. Beside it transformers on the same card, in
-bf16, if torch has the card; it reads the prompts of all sequences at once. Those rows come last: it
-compiles for minutes.
+q4_0, KV cache in bf16; the past is pages of zeros, which take as long as any. `limit` follows from the two limits: each
+step reads the weights once and the past of every sequence. The peer is transformers on the same GPU, in bf16, if torch
+supports it; it prefills the prompts of all sequences together. Those rows come last, since it compiles for minutes.
 
-What does not fit the time or the memory is left out, and told on stderr; so is what is being done. The card is the
+Cases that do not fit the time or the memory are left out; stderr has notes on them and on progress. The GPU is the
 first one; CUDA_VISIBLE_DEVICES chooses another.
 """
 
@@ -50,13 +49,13 @@ from random_llama import LLAMA_1B, LLAMA_8B, SMOLLM2_135M, TINY, LlamaShape, Ran
 
 PROJECT = Path(__file__).resolve().parent.parent
 KV = DType.BF16
-WARM_STEPS = 3  # of a size: launched, recorded, replayed
+WARM_STEPS = 3  # per size: launch, record, replay
 ROUNDS = 3
 COPIES = 10
-ENOUGH_S = 5.0  # of one case; no further round begins behind it
-LOAD_BYTES_PER_S = 0.3e9  # until a large model was loaded; packing on a few cores
+ENOUGH_S = 5.0  # per case; no further round begins after it
+LOAD_BYTES_PER_S = 0.3e9  # assumed until a large model was loaded; packing on a few cores
 LARGE_BYTES = 1 << 30
-SHARE_FOR_PAGES = 0.9  # of what is free behind the weights
+SHARE_FOR_PAGES = 0.9  # of the memory left after the weights
 TINY_CHECKS = "f32-f32 or same_bits"
 
 
@@ -84,12 +83,12 @@ TINY_PLAN = Plan((TINY,), batches=(1, 3), prompts=(8, 40), steps=3, copy_bytes=1
 
 
 class LeftOut(Exception):
-    """A case is not measured; says why."""
+    """A case that is not measured, with the reason."""
 
 
 @dataclass(slots=True)
 class Budget:
-    """Seconds that may still pass, and what was left out."""
+    """The remaining time, and the cases left out."""
 
     ends: float
     left_out: list[str] = field(default_factory=list)
@@ -99,7 +98,7 @@ class Budget:
         return self.ends - time.perf_counter()
 
     def need(self, seconds: float) -> None:
-        """Raises LeftOut unless there is so much time."""
+        """Raises LeftOut unless that much time is left."""
         if seconds > self.left:
             raise LeftOut(f"it needs about {seconds:.0f} s, {max(self.left, 0):.0f} s are left")
 
@@ -110,7 +109,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes a second, and operations a second of bf16 products, if they could be measured."""
+    """Bytes a second, and operations a second of bf16 products, if measured."""
 
     bytes_per_s: float
     operations_per_s: float | None
@@ -121,7 +120,7 @@ def tell(text: str) -> None:
 
 
 class Ours:
-    """A random model on the GPU, with pages of its own."""
+    """A random model on the GPU, with its KV pages."""
 
     def __init__(self, shape: LlamaShape, dtype: DType, plan: Plan) -> None:
         self.shape, self.dtype = shape, dtype
@@ -165,7 +164,7 @@ class Ours:
         """Tokens a second, the median of the rounds."""
         program = self._library_program() if by_library else self._runner.program
         first = min(prompt, self._runner.max_tokens)
-        self._read(program, first)  # also what is done but once
+        self._read(program, first)  # warm-up
         start = time.perf_counter()
         self._read(program, first)
         budget.need((time.perf_counter() - start) * prompt / first)
@@ -184,7 +183,7 @@ class Ours:
         return pages
 
     def _draw(self, batch: int, past: int, n_steps: int) -> Any:
-        """When each step was done, in seconds."""
+        """The end time of each step, in seconds."""
         none, settings = np.empty(0, np.int32), _sampling.sampling_struct(temperature=0.0)
         sampling = _program.Sampling(settings, none, np.empty(0, np.float32), none)
         draws = []
@@ -196,7 +195,7 @@ class Ours:
         return seconds
 
     def _library_program(self) -> _program.Program:
-        """One whose products of many tokens are cuBLASLt's; the other keeps its own."""
+        """A copy that uses cuBLASLt for products of many tokens."""
         if self._by_library is None:
             try:
                 self._device.use_library(library_path())
@@ -222,14 +221,14 @@ class Ours:
         return min(by_memory, limits.operations_per_s / (2.0 * self.shape.multiplied))
 
     def prefill_limit(self, limits: Limits, prompt: int) -> float | None:
-        """The head is multiplied once a prompt."""
+        """Operations per prompt; the head is multiplied once."""
         if limits.operations_per_s is None:
             return None
         head = self.shape.vocab * self.shape.hidden
         return limits.operations_per_s / (2.0 * (self.shape.multiplied - head + head / prompt))
 
     def close(self) -> None:
-        """Gives all its memory back, that of the weights too, which lives as long as something refers to them."""
+        """Frees all memory, including that of the weights, which are reference-counted."""
         self._pool.close()
         self._runner.close()
         del self._runner, self._by_library
@@ -249,15 +248,15 @@ def peer_module() -> Any | None:
 
 
 def limits_of(device: _native.Device, plan: Plan, peers: Any | None) -> tuple[Limits, list[Row]]:
-    """The card's own limits."""
+    """The GPU's limits."""
     copied = _operators.measure_copy(device, plan.copy_bytes, COPIES)
     rows = [Row(case=f"copy {plan.copy_bytes >> 20} MiB", unit="GB/s", ours=copied / 1e9)]
     if peers is None:
         tell("no limit for products: torch with CUDA is not installed")
         return Limits(copied, None), rows
     peak = peers.matrix_peak(plan.matrix)
-    case, told = f"matmul {plan.matrix}", peak / 1e12
-    rows.append(Row(case=case, unit="TFLOP/s", ours=None, weights="bf16", peer=told, peer_name="torch"))
+    case, speed = f"matmul {plan.matrix}", peak / 1e12
+    rows.append(Row(case=case, unit="TFLOP/s", ours=None, weights="bf16", peer=speed, peer_name="torch"))
     return Limits(copied, peak), rows
 
 
@@ -273,9 +272,9 @@ def peer_speeds(
     what = f"transformers, {shape.name}"
     tell(what)
     try:
-        budget.need(60)  # to compile, about
+        budget.need(60)  # about the time to compile
         peer = peers.Transformers(shape.config(plan.context))
-    except Exception as error:  # torch has many, and none of them may cost our own measurement
+    except Exception as error:  # any failure of torch must not end our own measurement
         budget.leave_out(what, first_line(error))
         return "", speeds
     for batch, prompt in plan.peers:
@@ -290,7 +289,7 @@ def peer_speeds(
 
 
 def model_rows(ours: Ours, plan: Plan, limits: Limits, budget: Budget) -> Iterator[tuple[tuple[str, int, int], Row]]:
-    """What Fabula does, by case, sequences and prompt."""
+    """Fabula's tokens a second by case, sequences and prompt."""
     about = {"model": ours.shape.name, "weights": ours.dtype.name.lower(), "kv": KV.name.lower(), "unit": "tokens/s"}
 
     def row(case: str, batch: int, prompt: int) -> Row:
@@ -315,12 +314,12 @@ def model_rows(ours: Ours, plan: Plan, limits: Limits, budget: Budget) -> Iterat
 
 
 def measure(device: _native.Device, plan: Plan, budget: Budget) -> Iterator[Row]:
-    """Every row as soon as it is known, those that a peer stands beside at the end."""
+    """Rows as they are measured; those with a peer come last."""
     peers = peer_module()
     limits, rows = limits_of(device, plan, peers)
     yield from rows
     load_rate = LOAD_BYTES_PER_S
-    waiting: list[tuple[LlamaShape, tuple[str, int, int], Row]] = []  # for the peer, which comes last: it compiles
+    waiting: list[tuple[LlamaShape, tuple[str, int, int], Row]] = []  # for the peer, which runs last, since it compiles
     for dtype in plan.weights:
         for shape in plan.shapes:
             what = f"{shape.name} {dtype.name.lower()}"
@@ -357,11 +356,11 @@ def beside(row: Row, peer: float | None, settings: str) -> Row:
     )  # fmt: skip
 
 
-# ---- The command ----------------------------------------------------------------------------------------------------
+# ---- Command --------------------------------------------------------------------------------------------------------
 
 
 def check(is_tiny: bool, budget: Budget) -> bool:
-    """Whether the comparisons with the CPU pass there."""
+    """Whether the comparisons with the CPU pass."""
     tell("comparing with the CPU")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_device.py"]
     if is_tiny:
@@ -370,7 +369,7 @@ def check(is_tiny: bool, budget: Budget) -> bool:
         done = subprocess.run(command, cwd=PROJECT, stdout=sys.stderr, timeout=max(budget.left, 1))
     except subprocess.TimeoutExpired:
         return False
-    if done.returncode > 1:  # 1 tells that a comparison failed
+    if done.returncode > 1:  # 1: a comparison failed
         sys.exit(f"nothing is measured: the comparisons did not run (pytest ended with {done.returncode})")
     return done.returncode == 0
 

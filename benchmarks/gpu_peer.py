@@ -1,4 +1,4 @@
-"""What torch does on the same card: the peak of its bf16 products, and transformers' Llama, compiled."""
+"""torch on the same GPU: peak of its bf16 products, and transformers' Llama, compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-_WARM_STEPS = 3  # what compiles, what records a graph, and one that replays it
+_WARM_STEPS = 3  # compile, record a graph, replay it
 
 
 def is_there() -> bool:
@@ -21,7 +21,7 @@ def is_there() -> bool:
 
 
 def matrix_peak(size: int, device: str = "cuda", repeats: int = 10) -> float:
-    """Operations a second of products of two bf16 matrices [size, size], the fastest of some; a multiply-add is two."""
+    """Operations a second of the product of bf16 matrices [size, size], the fastest of several; a multiply-add is 2."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(repeats + 1):
@@ -57,12 +57,12 @@ class Transformers:
         self.settings = f"{transformers.__version__}, torch {torch.__version__}, bf16, static cache, {how}"
 
     def run(self, batch: int, prompt: int, n_steps: int) -> tuple[float, float]:
-        """Tokens a second of reading `batch` prompts at once, and of a step for all of them (the median step)."""
+        """Tokens a second of prefill of `batch` prompts together, and of decode steps (median)."""
         with torch.inference_mode():
             cache = transformers.StaticCache(config=self._config, max_cache_len=prompt + _WARM_STEPS + n_steps + 1)
             ids = torch.randint(3, self._config.vocab_size, (batch, prompt), device=self._device)
             seconds = []
-            for i in range(2):  # the first one takes memory and chooses kernels
+            for i in range(2):  # the first one allocates memory and selects kernels
                 if i:
                     cache.reset()
                 start = self._now()
@@ -78,16 +78,16 @@ class Transformers:
 
     def _next(self, forward: Callable[..., Any], ids: Any, cache: Any) -> Any:
         out = forward(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
-        return out.logits[:, -1].argmax(-1, keepdim=True).clone()  # a replayed graph writes over its output
+        return out.logits[:, -1].argmax(-1, keepdim=True).clone()  # a replayed graph overwrites its output
 
     def _now(self) -> float:
         _wait(self._device)
         return time.perf_counter()
 
     def close(self) -> None:
-        """Gives its memory back to the card."""
+        """Frees the GPU's memory."""
         self._model = self._step = None  # type: ignore[assignment]
-        torch.compiler.reset()  # what was compiled holds on to graphs and their memory
+        torch.compiler.reset()  # compiled code holds graphs and their memory
         gc.collect()
         if self._device == "cuda":
             torch.cuda.empty_cache()

@@ -4,7 +4,7 @@
     python benchmarks/long_story.py --text FILE [--window W]    reads a text, four times over, instead of telling one
 
 Perplexity is that of the model's own text under the plain softmax of its own logits: what it would climb if the model
-lost the thread once the beginning is gone. Tokens are drawn from the whole distribution (temperature 1): a small model
+lost the thread once the beginning is gone. Tokens are sampled from the full distribution (temperature 1): a small model
 that is made to take what is likely soon repeats a sentence for ever, at a perplexity of 1.
 """
 
@@ -26,7 +26,7 @@ EVERY = 1000
 
 
 def read(model: Model, path: Path, window: Window) -> Iterator[dict[str, object]]:
-    """The perplexity of each thousand tokens of a text that stands four times one behind the other."""
+    """The perplexity of each thousand tokens of a text repeated four times."""
     runner = model._runner
     ids = np.asarray(model.tokenizer.encode(path.read_text(encoding="utf-8")) * 4, np.int32)
     nll: list[float] = []

@@ -1,10 +1,10 @@
-"""Many sessions at once: speed together, a shared beginning held once, and nobody made to wait for a long prompt.
+"""Many concurrent sessions: throughput, prefix sharing, and latency while a long prompt arrives.
 
 python benchmarks/many_sessions.py [--model NAME] [--json]
 
-decode    tokens/s of 1, 4, 16 sessions together, in turns; the ratio to one
-shared    pages and computed tokens of 16 sessions with one system prompt of about 1,000 tokens
-arrival   time between tokens of sessions that draw, before and while a prompt of 4,000 tokens arrives
+decode    tokens/s of 1, 4, 16 sessions together, in turns; ratio to one session
+shared    KV pages and computed tokens of 16 sessions with one system message of about 1,000 tokens
+arrival   time between tokens of decoding sessions, before and while a prompt of 4,000 tokens is prefilled
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MANY = 16
 
 
 def drain(replies: list[Reply]) -> list[list[float]]:
-    """Reads replies side by side, each in a thread of its own; the times their pieces came."""
+    """Reads replies in parallel, each in its own thread; returns the arrival times of their pieces."""
     times: list[list[float]] = [[] for _ in replies]
 
     def read(reply: Reply, out: list[float]) -> None:
@@ -42,7 +42,7 @@ def drain(replies: list[Reply]) -> list[list[float]]:
 
 
 def together(model: Model, n: int, n_tokens: int) -> float:
-    """Tokens per second of n stories told at once, from the first token of the last one on."""
+    """Tokens per second of n stories together, from the first token of the last one on."""
     params = SamplingParams(temperature=0.8, max_tokens=n_tokens, ignore_eos=True)
     sessions = [model.session() for _ in range(n)]
     times = drain([session.tell(prompt=f"{i}. {TEXT}", params=params) for i, session in enumerate(sessions)])
@@ -88,15 +88,15 @@ def shared(model: Model) -> Iterator[dict[str, Any]]:
         session.delete()
 
 
-def arrival(model: Model, n_drawing: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Sessions draw; in the middle a prompt of 4,000 tokens arrives, and is read beside them."""
+def arrival(model: Model, n_decoding: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Sessions decode; meanwhile a prompt of 4,000 tokens arrives and is prefilled."""
     before: list[float] = []
     during: list[float] = []
     first_ms: list[float] = []
     for attempt in range(rounds):
         model.clear_cache()
         params = SamplingParams(max_tokens=5000, ignore_eos=True)
-        sessions = [model.session() for _ in range(n_drawing)]
+        sessions = [model.session() for _ in range(n_decoding)]
         replies = [s.tell(prompt=f"{attempt}.{i}. {TEXT}", params=params) for i, s in enumerate(sessions)]
         times: list[list[float]] = [[] for _ in replies]
 
@@ -128,7 +128,7 @@ def arrival(model: Model, n_drawing: int, rounds: int) -> Iterator[dict[str, Any
     alone, median, p99 = statistics.median(before), statistics.median(during), during[int(0.99 * len(during))]
     yield {
         "case": "arrival",
-        "sessions": n_drawing,
+        "sessions": n_decoding,
         "alone_ms": 1e3 * alone,
         "median_ms": 1e3 * median,
         "p99_ms": 1e3 * p99,

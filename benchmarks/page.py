@@ -1,10 +1,10 @@
-"""What the page costs: first paint, weight, frames while a large tree is dragged, and the processor time of a stream.
+"""Cost of the web page: first paint, size, frames while a large tree is dragged, and CPU time of a stream.
 
     python benchmarks/page.py [--model FILE] [--json]
 
 Needs playwright and a Chromium (`pip install "fabula[test]"`, and the system's own browser). The stream is paced to 100
-tokens a second by a server whose steps take no less time than that allows. Its cost in the browser is the processor
-time of every process of the browser; on the server that of the event loop's thread.
+tokens a second by a minimal duration of the server's steps. Its cost is the CPU time of all processes of the browser,
+and of the event loop's thread on the server.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXT = "Write a long list of things to see in a harbour, with **bold** words, an
 
 
 def paced_server(words: list[str]) -> None:
-    """`fabula serve`, with steps that take `STEP_S` at least."""
+    """`fabula serve`, with steps of at least `STEP_S`."""
     from fabula import _program
     from fabula.cli import main
 
@@ -63,11 +63,11 @@ def wait_for_server() -> None:
     raise TimeoutError("the server does not start")
 
 
-# ---- Processor time -------------------------------------------------------------------------------------------------
+# ---- CPU time -------------------------------------------------------------------------------------------------------
 
 
 def _fields(place: Path) -> tuple[str, list[str]]:
-    """Name of a process or thread, and the fields behind it (proc(5))."""
+    """Name of a process or thread, and the fields after it (proc(5))."""
     text = (place / "stat").read_text()
     return text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
 
@@ -77,7 +77,7 @@ def _seconds(fields: list[str]) -> float:
 
 
 def browser_seconds() -> float:
-    """Processor time of every descendant of this process that is of a browser."""
+    """CPU time of all browser processes among this process's descendants."""
     parents, names, times = {}, {}, {}
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
@@ -102,16 +102,16 @@ def browser_seconds() -> float:
 
 
 def serving_seconds(pid: int) -> float:
-    """Processor time of the event loop, the first thread of a server."""
+    """CPU time of the event loop, the first thread of a server."""
     return _seconds(_fields(Path(f"/proc/{pid}/task/{pid}"))[1])
 
 
-# ---- What is measured -----------------------------------------------------------------------------------------------
+# ---- Measurements ----------------------------------------------------------------------------------------------------
 
 
 def first_paint(browser: Any, rounds: int = 9) -> dict[str, float]:
-    """Milliseconds to the first words on the screen and until the page can be used, on a first visit; and bytes of all
-    that was sent for it and for the story."""
+    """Milliseconds to first paint and until the page is usable, on a first visit; and bytes transferred for the page
+    and the story."""
     times, usable, weight = [], [], 0
     for _ in range(rounds):
         context = browser.new_context(viewport={"width": 1280, "height": 800})
@@ -137,8 +137,8 @@ def first_paint(browser: Any, rounds: int = 9) -> dict[str, float]:
 
 
 def stream(browser: Any, server: int, n_tokens: int = 600) -> dict[str, float]:
-    """Shares of a core that a stream of 100 tokens/s takes in the browser and on the server; what an open page that
-    does nothing takes is not counted."""
+    """Shares of a core used by a stream of 100 tokens/s in the browser and on the server, beyond those of an idle
+    page."""
     page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
     page.goto(ADDRESS)
     page.locator(".starter").first.wait_for()
@@ -173,7 +173,7 @@ def stream(browser: Any, server: int, n_tokens: int = 600) -> dict[str, float]:
 
 
 def dragging(browser: Any, n_turns: int = 1000) -> dict[str, float]:
-    """Frames a second while a tree of so many turns is dragged."""
+    """Frames a second while a tree of n turns is dragged."""
     post("/chat", {"message": "Name a ship.", "max_len": 8, "session_id": "small"})
     export = json.load(urllib.request.urlopen(ADDRESS + "/sessions/small/export"))
     turn = export["turns"][0]

@@ -1,6 +1,6 @@
-"""Llamas of any shape whose weights are drawn when they are read: what a speed is measured on, without a file.
+"""Llamas of any shape with random weights generated on read, to measure speed without a file.
 
-A tensor is the same piece of random numbers over and over, so that even 8 billion weights take a moment and no memory.
+A tensor repeats one block of random numbers, so that even 8 billion weights take little time and no memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.formats.checkpoint import DType, TensorInfo
 
-_PIECE = 1 << 18  # numbers, a multiple of every block
-_SPREAD = 0.02  # of weights, as trained models have it about: products stay in the range of every format
+_PIECE = 1 << 18  # elements, a multiple of every block size
+_SPREAD = (
+    0.02  # standard deviation of weights, about that of trained models, so that products stay in range of every format
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaShape:
-    """What makes up a Llama. Sources: config.json of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B."""
+    """The shape of a Llama. Sources: config.json of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B."""
 
     name: str
     hidden: int
@@ -54,7 +56,7 @@ class LlamaShape:
         }
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Tensors in two dimensions, by their names in a checkpoint."""
+        """Shapes of the matrices, by their names in a checkpoint."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for layer in range(self.layers):
@@ -72,7 +74,7 @@ class LlamaShape:
 
     @property
     def multiplied(self) -> int:
-        """Weights that a token is multiplied with, the head included; an embedding apart is only looked up."""
+        """Weights multiplied per token, including the head; an untied embedding is only looked up."""
         looked_up = 0 if self.tied else self.vocab * self.hidden
         return sum(rows * columns for rows, columns in self.matrices().values()) - looked_up
 
@@ -117,4 +119,4 @@ class RandomLlama:
         return np.resize(self._piece, info.n_bytes)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing."""

@@ -1,13 +1,13 @@
-"""A chat in 40 lines: python examples/chat.py [--model NAME] [--system TEXT]. Ctrl-C stops an answer, Ctrl-D leaves."""
+"""A chat in 40 lines: python examples/chat.py [--model NAME] [--system TEXT]. Ctrl-C stops a reply, Ctrl-D exits."""
 
 import argparse
 
 from fabula import EngineError, Model, SamplingParams
 
-parser = argparse.ArgumentParser(description="Chat with a model; every answer sees the whole conversation.")
+parser = argparse.ArgumentParser(description="Chat with a model. Each reply depends on the whole conversation.")
 parser.add_argument("--model", default="smollm2-135m-instruct", help="folder, .gguf file or name")
 parser.add_argument("--system", default="You are a helpful, brief assistant.")
-parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
+parser.add_argument("--seed", type=int, help="the same seed gives the same replies")
 options = parser.parse_args()
 
 
@@ -30,7 +30,7 @@ def main() -> None:
                         print(piece.text, end="", flush=True)
                         answer += piece.text
                 except KeyboardInterrupt:
-                    pass  # what was said so far stays in the conversation
+                    pass  # keep the partial reply in the conversation
             print()
             messages.append({"role": "assistant", "content": answer})
 

@@ -1,15 +1,15 @@
 """The `openai` client against `fabula serve`: python examples/client_openai.py [--address URL] [--key KEY].
 
-Any program that speaks OpenAI's API is pointed at a server in the same way: by its address, with /v1 behind it.
+Any client of OpenAI's API is configured the same way: base URL is the server's address followed by /v1.
 """
 
 import argparse
 
 from openai import OpenAI, OpenAIError
 
-parser = argparse.ArgumentParser(description="Chat, stream, and go back in a conversation that the server keeps.")
+parser = argparse.ArgumentParser(description="Chat, stream, and roll back a conversation stored on the server.")
 parser.add_argument("--address", default="http://127.0.0.1:8000")
-parser.add_argument("--key", default="none", help="of a server that asks for one")
+parser.add_argument("--key", default="none", help="API key, if the server needs one")
 parser.add_argument("--model", help="default: the server's first")
 options = parser.parse_args()
 
@@ -24,7 +24,7 @@ def main(client: OpenAI) -> None:
     for chunk in stream:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
 
-    # The server keeps this conversation; every response is a place to go on from, at the cost of the new words alone.
+    # The server stores this conversation. Any response can be continued; only the new tokens are computed.
     first = client.responses.create(
         model=model, input="My cat is called Mia.", instructions="Answer in a sentence.", max_output_tokens=40
     )

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Talks to a running `fabula serve` with curl alone: two turns, one step back, another second turn, and an end.
+# Uses a running `fabula serve` with curl: two turns, a rollback, another second turn, and deletion.
 #
 #   sh examples/client_rest.sh                          # asks http://127.0.0.1:8000
 #   FABULA_URL=http://127.0.0.1:9000 FABULA_KEY=... sh examples/client_rest.sh

@@ -4,10 +4,10 @@ import argparse
 
 from fabula import EngineError, Model, SamplingParams
 
-parser = argparse.ArgumentParser(description="Continue a text and say how fast it went.")
+parser = argparse.ArgumentParser(description="Continue a text and print the speed.")
 parser.add_argument("prompt", nargs="?", default="Once upon a time, in a small house by the sea,")
 parser.add_argument("--model", default="smollm2-135m-instruct", help="folder, .gguf file or name")
-parser.add_argument("--seed", type=int, help="the same seed tells the same story")
+parser.add_argument("--seed", type=int, help="the same seed gives the same story")
 parser.add_argument("--max-tokens", type=int, default=200)
 options = parser.parse_args()
 
@@ -23,7 +23,7 @@ def main() -> None:
             except KeyboardInterrupt:
                 print(" ...", end="")  # Ctrl-C ends the story, not the program
         t = story.timings
-        print(f"\n\n[{t.generated_tokens} tokens, {t.tokens_per_s:.0f} a second, seed {story.seed}]")
+        print(f"\n\n[{t.generated_tokens} tokens, {t.tokens_per_s:.0f} tokens/s, seed {story.seed}]")
 
 
 try:

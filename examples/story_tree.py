@@ -1,4 +1,4 @@
-"""A story that forks: several ways on, one is taken, and then the other end is read too.
+"""A story with branches: three continuations, two of which are continued to different ends.
 
 python examples/story_tree.py "Once upon a time, a fox"
 """
@@ -17,12 +17,12 @@ def tell(beginning: str, model_name: str, n_tokens: int, seed: int) -> None:
         story.tell(n_tokens, prompt=beginning).text()
         print(f"{beginning}{story.head.text}\n")
 
-        # Three ways on, computed side by side over the pages of what they have in common.
+        # Three branches, decoded in one batch over the shared KV pages.
         ways = story.branch(3, params=SamplingParams(temperature=1.0, seed=seed + 1, max_tokens=n_tokens))
         for number, way in enumerate(ways, 1):
             print(f"--- way {number}: {way.text().strip()}\n")
 
-        for way in (ways[0], ways[2]):  # walk to one, go on; then to another
+        for way in (ways[0], ways[2]):  # go to one branch and continue it, then another
             if way.turn is None:
                 continue
             story.rollback(way.turn)

@@ -1,6 +1,6 @@
-"""A conversation that is kept and walked: python examples/tree.py [--data FOLDER] [--model NAME]
+"""A saved conversation as a tree: python examples/tree.py [--data FOLDER] [--model NAME]
 
-Run it twice: the second time it goes on where the first one ended.
+Run it twice: the second run continues the saved conversation.
 """
 
 import argparse
@@ -9,12 +9,12 @@ from fabula import EngineError, SamplingParams, Session, Workspace
 
 
 def draw(session: Session) -> None:
-    """Prints the tree, a line a turn."""
+    """Prints the tree, one line per turn."""
     stack = [(session.tree, 0)]
     while stack:
         node, depth = stack.pop()
         turn = node.turn
-        words = f"{turn.prompt!r} -> {turn.text[:40]!r}" if turn.number else "the beginning"
+        words = f"{turn.prompt!r} -> {turn.text[:40]!r}" if turn.number else "start"
         mark = "  <- here" if turn is session.head else ""
         print("  " * depth + words + mark)
         stack += [(child, depth + 1) for child in reversed(node.children)]
@@ -33,10 +33,10 @@ def main() -> None:
 
         session.say("Name a city by a river.").text()
         session.say("And what can I eat there?").text()
-        session.rollback(session.head.number - 1)  # nothing is computed, nothing is lost
+        session.rollback(session.head.number - 1)  # nothing is computed or deleted
         for reply in session.branch(2, "And what can I see there?"):  # both in one batch
             reply.text()
-        session.rollback(session.turns[-1])  # the second one is the better
+        session.rollback(session.turns[-1])  # continue with the second branch
         session.tag(session.head, "seen")
 
         draw(session)

@@ -18,7 +18,7 @@ from fabula.bench import model as bench_model_module
 from fabula.bench import peers
 from fabula.bench.machine import Machine, cpu_name
 from fabula.bench.model import Lengths, Run, agreement, bench_models, limits, prompt_ids
-from fabula.bench.neighbours import neighbours
+from fabula.bench.neighbors import neighbors
 from fabula.bench.ops import bench_ops, difference
 from fabula.bench.row import KEYS as ROW_KEYS
 from fabula.bench.row import Row, read_rows
@@ -328,14 +328,14 @@ def test_a_file_of_rows_is_checked(tmp_path: Path) -> None:
     path.write_text(f"{good}\n\n{good}\n")
     assert len(read_rows(path)) == 2
     bad = {
-        "line 1 .* no object": "[1]",
+        "line 1 .* not an object": "[1]",
         "line 1 is not what": "{",
         "limit_share missing": good.replace("limit_share", "limit_"),
         "ours is not a number": good.replace("1.0", '"fast"'),
         "peer is not a number": good.replace('"peer": null', '"peer": NaN'),
         "limit is not a number": good.replace('"limit": null', '"limit": -1'),
-        "unit is not a text": good.replace('"ms"', "3"),
-        "machine is no object": good[:-1] + ', "machine": 3}',
+        "unit is not a string": good.replace('"ms"', "3"),
+        "machine is not an object": good[:-1] + ', "machine": 3}',
         "flops_per_s is not a number": good[:-1] + ', "machine": {"flops_per_s": "many"}}',
         "holds no rows": "\n",
     }
@@ -383,11 +383,11 @@ def test_help_shows_examples() -> None:
         assert "Examples:\n" in call(*command, "--help").stdout
 
 
-def test_busy_neighbours_end_with_the_measurement(tiny_folder: Path) -> None:
+def test_busy_neighbors_end_with_the_measurement(tiny_folder: Path) -> None:
     few = ("--prompt-tokens", "9", "--tokens", "2", "--rounds", "1")
-    rows = rows_of(call("model", "--model", str(tiny_folder), *few, "--neighbours", "2", "--json"))
+    rows = rows_of(call("model", "--model", str(tiny_folder), *few, "--neighbors", "2", "--json"))
     assert [row["case"] for row in rows] == ["prefill", "decode"]
-    with neighbours(2) as busy:
+    with neighbors(2) as busy:
         assert [process.poll() for process in busy] == [None, None]
     assert [process.poll() for process in busy] == [-signal.SIGKILL] * 2
     assert call("model", "--neighbours", "-1").exit_code == 2

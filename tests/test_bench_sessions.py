@@ -14,7 +14,7 @@ import pytest
 from benching import broken_python, call, peer_python, rows_of
 from fabula.bench import clients as clients_module
 from fabula.bench import serve as serve_module
-from fabula.bench.clients import Heard, chat_with
+from fabula.bench.clients import Recorded, chat_with
 from fabula.bench.load import bench_load
 from fabula.bench.peer_llama_cpp import LlamaStates
 from fabula.bench.serve import Served, bench_serve, free_port, running
@@ -180,7 +180,7 @@ def test_clients_count_what_is_refused() -> None:
         writer.write(b'HTTP/1.1 200 OK\r\n\r\nevent: error\ndata: {"error": {"message": "no room"}}\n\n')
         writer.close()
 
-    async def go() -> list[Heard]:
+    async def go() -> list[Recorded]:
         heard = [await chat_with("fabula", free_port(), 1, 0.2, 4)]
         for answer in (refusing, breaking_off):
             async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:

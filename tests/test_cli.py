@@ -14,15 +14,14 @@ import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from fabula import Model, SamplingParams, __version__
 from fabula.cli.main import run
-from fabula.cli.shelf import Shelf
-from fabula.cli.talk import Talk
-from fabula.model import WeightsName
+from fabula.cli.repl import Repl
+from fabula.cli.session_source import SessionSource
 from tiny import CHATML, random_tensors, write_model
 from waiting import Hang, Patience, heard, python, run_program, stacks
 
@@ -167,7 +166,7 @@ class Lines:
 
     def __init__(self, *lines: str) -> None:
         self._lines = iter(lines)
-        self.talk: Talk | None = None
+        self.talk: Repl | None = None
         self.heads: list[tuple[int, str]] = []
 
     def __call__(self) -> str:
@@ -179,9 +178,11 @@ class Lines:
             raise EOFError
         return line
 
-    def run(self, shelf: Shelf, params: SamplingParams, *, kind: str = "chat", name: str | None = None) -> Talk:
-        session = shelf.blank(name or shelf.new_name(kind), params=params)
-        self.talk = Talk(shelf, session, self, kind=kind)
+    def run(
+        self, source: SessionSource, params: SamplingParams, *, kind: str = "chat", name: str | None = None
+    ) -> Repl:
+        session = source.blank(name or source.new_name(kind), params=params)
+        self.talk = Repl(source, session, self, kind=kind)
         self.talk.run()
         return self.talk
 
@@ -192,7 +193,7 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
         *("/tree", "/goto 0", "/redo", "/nonsense", "/system Be kind.", "hi", "/reset"),
     )
     with Model.load(tiny_folder, threads=1) as model:
-        talk = lines.run(Shelf(model), SamplingParams(max_tokens=6, seed=3))
+        talk = lines.run(SessionSource(model), SamplingParams(max_tokens=6, seed=3))
     numbers = [number for number, _ in lines.heads]
     assert numbers == [0, 0, 1, 1, 2, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 0]
     texts = [text for _, text in lines.heads]
@@ -201,12 +202,12 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     for part in (
         "/regen ",
-        "at the beginning: nothing was said",
+        "there is no turn yet",
         "0 .. 3, or a tag; /tree",
         "bye →",
         "← here",
-        "no command",
-        "at the beginning",
+        "there is no command",
+        "at the start",
     ):
         assert part in said, part
     assert talk.session.turns == []
@@ -214,7 +215,7 @@ def test_slash_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_message_too_long_is_taken_back(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Model.load(tiny_folder, threads=1, context=80) as model:
-        talk = Lines("hi", "long " * 200).run(Shelf(model), SamplingParams(max_tokens=4, seed=3))
+        talk = Lines("hi", "long " * 200).run(SessionSource(model), SamplingParams(max_tokens=4, seed=3))
         assert [turn.prompt for turn in talk.session.path] == ["hi"]
     assert "/undo goes back" in capsys.readouterr().err
 
@@ -249,7 +250,7 @@ def test_pull_lists_and_refuses(fabula: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FABULA_CACHE", str(tmp_path))
     rows = json.loads(fabula("pull", "--list", "--json").out)
     assert [(row["name"], row["cached"]) for row in rows] == [("smollm2-135m-instruct", False)]
-    assert "not here" in fabula("pull", "--list").out
+    assert "not downloaded" in fabula("pull", "--list").out
     result = fabula("pull", "no-such-model")
     assert result.code == 1 and "no-such-model" in result.err
 
@@ -261,11 +262,13 @@ def test_the_real_model_knows_its_capitals(fabula: Any, smollm2_gguf: Path) -> N
 
 
 def test_names_of_precisions_are_those_of_the_models() -> None:
-    from fabula.cli.options import KV_NAMES, WEIGHTS
-    from fabula.kv.format import KV_NAMES as KV
-    from fabula.models.precision import NAMES
+    from fabula._parallel import MOST_DEVICES
+    from fabula.choices import FILE_TYPES, KV_NAMES, MAX_DEVICES, WEIGHTS_ALIASES
+    from fabula.kv.format import kv_dtypes
+    from fabula.models.recipe import KINDS
 
-    assert KV_NAMES == KV and WEIGHTS == NAMES and set(get_args(WeightsName)) == set(NAMES)
+    assert tuple(KINDS) == FILE_TYPES and set(WEIGHTS_ALIASES.values()) <= set(KINDS)
+    assert len({kv_dtypes(name) for name in KV_NAMES}) == len(KV_NAMES) and MAX_DEVICES == MOST_DEVICES
 
 
 # ---- In a terminal --------------------------------------------------------------------------------------------
@@ -356,8 +359,8 @@ def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, folder_without_e
     assert "stopped" in chat.wait_for("tokens/s")
     chat.type("\x03" * 3)  # at no particular moment
     chat.type("/undo\r")
-    chat.wait_for("at the beginning")
-    chat.type_until("\x03", "Ctrl-D leaves")
+    chat.wait_for("at the start")
+    chat.type_until("\x03", "Ctrl-D exits")
     chat.type("/exit\r")
     assert chat.process.wait() == 0
 

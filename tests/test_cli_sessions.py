@@ -21,7 +21,7 @@ from rich.console import Console
 from fabula import Model, SamplingParams
 from fabula.cli.drawing import show_tree
 from fabula.cli.main import run
-from fabula.cli.shelf import Shelf
+from fabula.cli.session_source import SessionSource
 from fabula.errors import InvalidArgument, StoreFull
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
@@ -33,16 +33,16 @@ SIX = SamplingParams(max_tokens=6, seed=3)
 
 
 @pytest.fixture
-def shelf(tiny_model: Model) -> Shelf:
+def source(tiny_model: Model) -> SessionSource:
     """In memory only."""
-    return Shelf(tiny_model)
+    return SessionSource(tiny_model)
 
 
 @pytest.fixture
-def kept(tiny_folder: Path, tmp_path: Path) -> Iterator[Shelf]:
+def kept(tiny_folder: Path, tmp_path: Path) -> Iterator[SessionSource]:
     """In a workspace."""
     with Workspace(tmp_path) as workspace:
-        yield Shelf(workspace.load(tiny_folder, threads=1), workspace, str(tiny_folder))
+        yield SessionSource(workspace.load(tiny_folder, threads=1), workspace, str(tiny_folder))
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- Slash commands -------------------------------------------------------------------------------------------------
 
 
-def test_branches_are_chosen_by_number(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+def test_branches_are_chosen_by_number(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines("hi", "/branches", "", "/branches 2", "6", "7")
-    talk = lines.run(shelf, SIX)
+    talk = lines.run(source, SIX)
     turns = talk.session.turns
     assert [number for number, _ in lines.heads] == [0, 1, 1, 1, 1, 1, 2]
     assert [turn.number for turn in turns] == [1, 1, 1, 1, 1, 1, 2], "all are answers to hi; then 7 was said"
@@ -83,55 +83,55 @@ def test_branches_are_chosen_by_number(shelf: Shelf, capsys: pytest.CaptureFixtu
     assert lines.heads[5][1] == turns[5].text, "6 goes on from turn 6"
     assert turns[-1].parent is turns[5] and turns[-1].prompt == "7", "a number means nothing once it was chosen"
     said = capsys.readouterr().err
-    assert "type 2 or 3 or 4 to go on from there; Enter stays at 1" in said
+    assert "type 2 or 3 or 4 to continue from there; Enter stays at 1" in said
     assert all(f"{i} {turns[i - 1].text.split(chr(10))[0][:3]}" in said for i in (2, 3, 4))
 
 
-def test_another_token(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
-    talk = Lines("hi", "/alternatives 2", "3", "/alternatives 99", "/alternatives", "/alternatives x").run(shelf, SIX)
+def test_another_token(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = Lines("hi", "/alternatives 2", "3", "/alternatives 99", "/alternatives", "/alternatives x").run(source, SIX)
     first, other = talk.session.turns
     assert other.token_ids[:2] == first.token_ids[:2] and other.token_ids[2] != first.token_ids[2]
     assert talk.session.head is other
     captured = capsys.readouterr()
-    assert "place 2 of 0 .. " in captured.err and "stands there" in captured.err
-    assert "position is 99, must be 0 .. " in captured.err and "'x' is no number" in captured.err
+    assert "position 2 of 0 .. " in captured.err and "← chosen" in captured.err
+    assert "position is 99, must be 0 .. " in captured.err and "'x' is not a number" in captured.err
     assert captured.out == f"{first.text}\n{other.text}\n", "the whole answer is shown again"
 
 
-def test_a_story(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_story(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines("", "the cat", "", "sat", ", then", "/undo", "/branches 2", "5", "/fork aside", "", "/open nothing")
-    talk = lines.run(shelf, SamplingParams(max_tokens=4, seed=3), kind="story")
+    talk = lines.run(source, SamplingParams(max_tokens=4, seed=3), kind="story")
     turns = talk.session.turns
     assert [turn.prompt for turn in turns] == ["the cat", "", " sat", "", ""], "the past, and one piece in the fork"
     assert talk.session.id == "aside" and not any(turn.chat for turn in turns)
     assert turns[3].parent is turns[2] and talk.session.head is turns[4]
     said = capsys.readouterr().err
-    for part in ("type how the story begins", "in aside, which goes on from turn 4", "no session 'nothing'"):
+    for part in ("type the beginning of the story", "in aside, a fork from turn 4", "no session 'nothing'"):
         assert part in said, part
-    (story,) = [item for item in shelf.contents() if item.name != "aside"]
-    assert [turn.prompt for turn in shelf.open(story.name).turns] == ["the cat", "", " sat", ", then", "", ""]
+    (story,) = [item for item in source.contents() if item.name != "aside"]
+    assert [turn.prompt for turn in source.open(story.name).turns] == ["the cat", "", " sat", ", then", "", ""]
 
 
-def test_tags_continue_and_figures(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tags_continue_and_figures(source: SessionSource, capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines(
         *("/stats", "/tag a", "/continue", "hi", "/tag", "/tag start", "/continue 3", "/tree", "/stats", "more"),
         *("/goto start", "/goto", "/continue no", "/edit", "/save", "/branches 0", "/regenerate", "/undo"),
     )
-    talk = lines.run(shelf, SIX)
+    talk = lines.run(source, SIX)
     first, longer, more, again = talk.session.turns
     assert longer.token_ids[: len(first.token_ids)] == first.token_ids and first.tags == {"start"}
     assert len(longer.token_ids) == len(first.token_ids) + 3
     assert more.parent is longer and again.parent is first.parent
     said = capsys.readouterr().err
     for part in (
-        *("nothing was said yet", "say /tag NAME", "turn 1 is tagged start", "[start]", "(cut at its length)"),
-        *("3 tokens at ", "ended by length", "reused", "left out    nothing", "pages ", "'no' is no number"),
-        *("say /edit TEXT", "say /save FILE", "n is 0, must be a whole number in 1 .. 32"),
+        *("there is no turn yet", "usage: /tag NAME", "turn 1 is tagged start", "[start]", "(truncated)"),
+        *("3 tokens at ", "ended by length", "reused", "dropped     nothing", "pages ", "'no' is not a number"),
+        *("usage: /edit TEXT", "usage: /save FILE", "n is 0, must be a whole number in 1 .. 32"),
     ):
         assert part in said, part
 
 
-def test_sessions_in_memory(shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sessions_in_memory(source: SessionSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a b.json"
     lines = Lines(
         *(
@@ -147,18 +147,23 @@ def test_sessions_in_memory(shelf: Shelf, tmp_path: Path, capsys: pytest.Capture
         ),
         *(f"/load {file}", f"/load {tmp_path / 'none.json'}", f"/save {tmp_path / 'no' / 'folder.json'}", "/stats"),
     )
-    talk = lines.run(shelf, SIX, name="one")
-    assert {item.name for item in shelf.contents()} == {"one", "second", "one-1"} and talk.session.id == "one-1"
+    talk = lines.run(source, SIX, name="one")
+    assert {item.name for item in source.contents()} == {"one", "second", "one-1"} and talk.session.id == "one-1"
     assert [turn.prompt for turn in talk.session.path] == ["hi"]
     assert [file.name for file in tmp_path.iterdir()] == ["a b.json"]
     said = capsys.readouterr().err
-    for part in ("no sessions yet", "already; /open goes there", "one-1 · at turn 1 of 1", "none.json cannot be read"):
+    for part in (
+        "no sessions yet",
+        "already; /open second switches to it",
+        "one-1 · at turn 1 of 1",
+        "none.json cannot be read",
+    ):
         assert part in said, part
     assert f"error: {tmp_path / 'no' / 'folder.json'} cannot be written" in said
 
 
 def test_what_fails_is_told_and_the_talk_goes_on(
-    shelf: Shelf, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: SessionSource, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Session.say
 
@@ -168,7 +173,7 @@ def test_what_fails_is_told_and_the_talk_goes_on(
         return real(self, text, *rest, **more)
 
     monkeypatch.setattr(Session, "say", say)
-    talk = Lines("full", "hi").run(shelf, SIX)
+    talk = Lines("full", "hi").run(source, SIX)
     assert [turn.prompt for turn in talk.session.turns] == ["hi"]
     assert "error: the disk is full" in capsys.readouterr().err
 
@@ -198,7 +203,7 @@ def test_ctrl_c_stops_every_branch(endless_folder: Path) -> None:
             yield "/continue 1"
 
         lines._lines = typed()
-        talk = lines.run(Shelf(model), SamplingParams(temperature=0.0, max_tokens=60000))
+        talk = lines.run(SessionSource(model), SamplingParams(temperature=0.0, max_tokens=60000))
         first, *branches, longer = talk.session.turns
         assert [turn.finish_reason for turn in (first, *branches)] == ["cancelled"] * 3
         assert len(longer.token_ids) == len(first.token_ids) + 1
@@ -214,8 +219,8 @@ def drawn(session: Session) -> str:
     return capture.get()
 
 
-def test_a_tree_of_a_thousand_turns(shelf: Shelf) -> None:
-    session = shelf.model.session()
+def test_a_tree_of_a_thousand_turns(source: SessionSource) -> None:
+    session = source.model.session()
     one = SamplingParams(max_tokens=1, seed=1)
     session.tell(prompt="a", params=one).text()
     data = session.export()
@@ -226,7 +231,7 @@ def test_a_tree_of_a_thousand_turns(shelf: Shelf) -> None:
         n_ids = past["kept"] + len(past["prompt_ids"]) + len(past["token_ids"])
         rows.append({**row, "id": str(i), "parent_id": past["id"], "number": i, "kept": n_ids, "prompt": f"turn {i}"})
     rows[499]["tags"] = ["middle"]
-    long = shelf.model.import_({**data, "turns": rows, "head": rows[-1]["id"]}, id="long")
+    long = source.model.import_({**data, "turns": rows, "head": rows[-1]["id"]}, id="long")
     lines = drawn(long).splitlines()
     assert len(lines) == 2 + 1 + 12 and "988 turns" not in lines[0]
     assert lines[0] == "… 500 turns" and lines[1].startswith("500 turn 500") and "[middle]" in lines[1]
@@ -235,8 +240,8 @@ def test_a_tree_of_a_thousand_turns(shelf: Shelf) -> None:
     assert drawn(long).splitlines()[1].endswith("← here")
 
 
-def test_a_tree_of_many_branches(shelf: Shelf) -> None:
-    session = shelf.model.session()
+def test_a_tree_of_many_branches(source: SessionSource) -> None:
+    session = source.model.session()
     params = SamplingParams(max_tokens=1, seed=1)
     for _ in range(30):
         session.tell(prompt="no", params=params).text()
@@ -245,14 +250,14 @@ def test_a_tree_of_many_branches(shelf: Shelf) -> None:
     assert text.startswith("… 24 turns\n") and text.rstrip().endswith("here")
     session.rollback(0)
     text = drawn(session)
-    assert text.startswith("0 the beginning  ← here\n├── 1 no") and "…" in text.splitlines()[-1]
+    assert text.startswith("0 start  ← here\n├── 1 no") and "…" in text.splitlines()[-1]
 
 
 # ---- Kept -----------------------------------------------------------------------------------------------------------
 
 
 def test_everything_is_kept_and_nothing_before_the_first_answer(
-    kept: Shelf, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kept: SessionSource, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = Lines("/system Be brief.", "/reset", "/tree", "/regen", "long " * 2000, "/fork")
     lines.run(kept, SIX)
@@ -270,8 +275,8 @@ def test_everything_is_kept_and_nothing_before_the_first_answer(
         again = workspace.open("first")
         assert [turn.text for turn in again.path] == before and again.turns[0].tags == {"t"}
         assert again.params == SIX
-        with pytest.raises(InvalidArgument, match="talks to"):
-            Shelf(workspace.load(tiny_folder, threads=1), workspace, "another name").open("first")
+        with pytest.raises(InvalidArgument, match="uses the model"):
+            SessionSource(workspace.load(tiny_folder, threads=1), workspace, "another name").open("first")
 
 
 @pytest.fixture
@@ -290,7 +295,7 @@ def talk(fabula: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                 return line
             raise EOFError
 
-        monkeypatch.setattr("fabula.cli.talk.line_reader", lambda: read)
+        monkeypatch.setattr("fabula.cli.repl.line_reader", lambda: read)
         monkeypatch.setattr("sys.stdin", Tty())
         return fabula(*words)
 
@@ -307,8 +312,8 @@ def test_a_session_keeps_its_model_and_settings(talk: Any, tiny_folder: Path, tm
         assert session.params == SamplingParams(temperature=0.0, top_p=0.9, max_tokens=7)
         assert (session.policy.name, session.policy.window, session.system) == ("slide", 100, "Be kind.")
     for more, text in (
-        (["--session", "a", "--model", "other"], f"session a talks to {tiny_folder}; leave out --model"),
-        (["--session", "a", "--context-policy", "error"], "has the context policy slide for good"),
+        (["--session", "a", "--model", "other"], f"session a uses the model {tiny_folder}; leave out --model"),
+        (["--session", "a", "--context-policy", "error"], "has the context policy slide, which cannot be changed"),
         (["--session", "a", "--system", "Be rude."], "has begun with another system message"),
         (["--session", "a b", "--model", tiny_folder], "session id 'a b' must be"),
     ):
@@ -369,14 +374,14 @@ def test_export_import_delete(fabula: Any, stored: list[str], tmp_path: Path) ->
     shown = json.loads(fabula("sessions", "show", "copy", "--json").out)
     assert [turn["text"] for turn in shown["turns"]] == stored
     result = fabula("sessions", "delete", "copy")
-    assert result.code == 2 and "--yes is needed" in result.err
+    assert result.code == 2 and "needs --yes" in result.err
     assert fabula("sessions", "delete", "copy", "--yes").code == 0
     assert fabula("sessions", "delete", "copy", "--yes").code == 1
     result = fabula("sessions", "export", "letters", tmp_path / "no" / "folder.json")
     assert result.code == 1 and "cannot be written" in result.err
     (tmp_path / "text").write_text("[")
     result = fabula("sessions", "import", tmp_path / "text")
-    assert result.code == 1 and "holds no JSON" in result.err
+    assert result.code == 1 and "is not JSON" in result.err
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
@@ -391,7 +396,7 @@ def test_a_folder_in_use(fabula: Any, tmp_path: Path) -> None:
     ("words", "text"),
     [
         (["chat", "--resume", "--session", "x"], "give one of them"),
-        (["chat", "--no-save", "--resume"], "--no-save keeps nothing"),
+        (["chat", "--no-save", "--resume"], "--no-save uses no saved sessions"),
         (["chat", "--window", "5"], "--window needs --context-policy slide"),
         (["chat", "--context-policy", "slide", "--window", "0"], "window is 0"),
         (["chat", "-p", "hi", "--session", "x"], "for a conversation in a terminal"),
@@ -432,7 +437,7 @@ def test_what_a_person_sees(terminal: Any, tiny_folder: Path) -> None:
     story.type("/tree\r")
     story.wait_for("here")
     second = terminal("chat", *common)
-    assert "Another fabula is running" in second.wait_for("--no-save to keep nothing")
+    assert "Another fabula is running" in second.wait_for("or use --no-save")
     assert second.process.wait() == 1
     third = terminal("chat", "--no-save", *common)
     third.wait_for("> ")
@@ -441,7 +446,7 @@ def test_what_a_person_sees(terminal: Any, tiny_folder: Path) -> None:
     story.type("/exit\r")
     assert story.process.wait() == 0
     text = seen(story.text)
-    for part in ("/help for help", "the cat", "type 3 or 4 to go on", "├── 3 → ", "└── 4 → "):
+    for part in ("/help for help", "the cat", "type 3 or 4 to continue", "├── 3 → ", "└── 4 → "):
         assert part in text, part
     assert "\x1b[1;32m" in story.text, "where we are is green"
     again = terminal("story", "--resume", "--temperature", 0)
@@ -466,7 +471,7 @@ def test_a_crash_leaves_the_partial_answer(terminal: Any, endless_folder: Path, 
     chat.process.send_signal(signal.SIGKILL)
     chat.process.wait()
     again = terminal("chat", "--resume", "--max-tokens", 20)
-    again.wait_for("/continue goes on with it")
+    again.wait_for("/continue continues it")
     again.type("/continue 15\r")
     again.wait_for("15 tokens")
     again.type("/exit\r")

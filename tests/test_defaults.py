@@ -16,10 +16,11 @@ from click.testing import CliRunner
 import gguf_builder as g
 import tiny
 from fabula import InvalidArgument, Model, ModelFileError, SamplingParams, Workspace
+from fabula.choices import DEFAULT_MODEL
 from fabula.cli.main import cli
 from fabula.engine.defaults import SamplingDefaults, SamplingDefaultWarning, read_defaults
 from fabula.engine.sampling import MODEL_SETTINGS
-from fabula.formats.download import DEFAULT_MODEL, KNOWN_MODELS
+from fabula.formats.download import KNOWN_MODELS
 from fabula.sessions.persistence import params_json, params_of
 from test_openai_inside import Inside, inside
 

@@ -75,6 +75,6 @@ def test_tree(tiny_folder: Path, tmp_path: Path) -> None:
         done = run("tree.py", "--data", tmp_path / "data", "--model", tiny_folder)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
-        assert lines[0] == "the beginning" and sum("<- here" in line for line in lines) == 1
+        assert lines[0] == "start" and sum("<- here" in line for line in lines) == 1
         assert sum("'Name a city by a river.'" in line for line in lines) == times
         assert sum("'And what can I see there?'" in line for line in lines) == 2 * times

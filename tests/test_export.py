@@ -12,8 +12,8 @@ import pytest
 
 import tiny
 from fabula import Model
+from fabula.choices import FILE_TYPES
 from fabula.cli.main import run
-from fabula.cli.quantize import TYPES
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, TokenizerError, Unsupported
 from fabula.export import quantize as export
 from fabula.export.quantize import quantize_model
@@ -226,8 +226,8 @@ def test_quantised_matrices_of_the_same_type_are_copied(wide: Path, tmp_path: Pa
     quantize_model(wide, tmp_path / "a.gguf", "q4_k")
     report = quantize_model(tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    assert report.error == 0 and not report.requantised
-    assert quantize_model(tmp_path / "a.gguf", tmp_path / "c.gguf", "q8_0").requantised
+    assert report.error == 0 and not report.requantized
+    assert quantize_model(tmp_path / "a.gguf", tmp_path / "c.gguf", "q8_0").requantized
 
 
 # ---- Which format ---------------------------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def fabula(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_the_command_lists_every_type(fabula: Any) -> None:
-    assert tuple(KINDS) == TYPES
+    assert tuple(KINDS) == FILE_TYPES
     code, out, _ = fabula("--help")
     assert code == 0 and "Examples:" in out and "q4_k_m" in out
     assert fabula("a", "b")[0] == 2  # no --type
@@ -531,7 +531,7 @@ def test_the_command_tells_what_it_wrote(fabula: Any, wide: Path, tmp_path: Path
     assert target.read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     code, out, err = fabula(target, tmp_path / "again.gguf", "--type", "q8_0")
-    assert code == 0 and "quantised already" in err
+    assert code == 0 and "quantized already" in err
 
 
 def test_the_command_refuses_what_is_no_model(fabula: Any, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ A = NewTensor("a", DType.F32, (2, 2))
         ({"k": 2**64}, [], "64 bits"),
         ({"k": np.zeros((2, 2), np.int32)}, [], "2 dimensions"),
         ({"k": np.float16(1)}, [], "no type in GGUF"),
-        ({"k": ["a", 3]}, [], "list of texts"),
+        ({"k": ["a", 3]}, [], "list of strings"),
         ({"k": "\ud800"}, [], "lone surrogate"),
         ({"k": "x" * (2**20 + 1)}, [], "at most 1048576"),
         ({}, [A, A], "given twice"),

@@ -16,8 +16,8 @@ C_LAYERS = ["base", "quant", "kernels", "kv", "ops", "program", "bench"]
 C_EXCEPTIONS = {("quant", "kernels")}
 
 PYTHON_LAYERS: list[set[str]] = [
-    {"errors", "_cdef"},
-    {"_ffi", "files"},
+    {"errors", "choices", "_cdef"},
+    {"_ffi", "files", "strict_json"},
     {"_native"},
     {"_program", "_sampling", "_operators"},
     {"_parallel"},

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.errors import DownloadError, EngineError, InvalidArgument, ModelNotFound
 from fabula.formats import cache, download, locate
-from fabula.formats.download import DEFAULT_MODEL, KNOWN_MODELS
+from fabula.formats.download import KNOWN_MODELS
 from places import CONTENT, NAME, Setting
 
 

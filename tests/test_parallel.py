@@ -145,12 +145,12 @@ def test_without_nccl(tiny_folder: Path) -> None:
 
 
 SHAPES: dict[str, tuple[int, dict[str, Any], str, str]] = {
-    "heads": (4, {"num_attention_heads": 6}, "f32", "6 heads do not divide by 4"),
+    "heads": (4, {"num_attention_heads": 6}, "f32", "6 heads cannot be divided by 4"),
     "KV heads": (
         2,
         {"num_attention_heads": 6, "num_key_value_heads": 3},
         "f32",
-        "3 KV heads neither divide by 2 nor divide it",
+        "3 KV heads are neither a multiple of 2 nor a divisor of it",
     ),
     "columns": (4, {"intermediate_size": 3}, "f32", "3 columns of down_proj in blocks of 1 are too few"),
     "blocks": (4, {"head_dim": 32, "intermediate_size": 96}, "q4_0", "96 columns of down_proj in blocks of 32 are too"),

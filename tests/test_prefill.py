@@ -103,7 +103,7 @@ def test_a_template_that_shows_nothing() -> None:
     template = ChatTemplate("{{ raise_exception('no') if messages | length == 1 else '' }}")
     with pytest.raises(TemplateError, match="no"):
         render_prefilled(template, [USER, {"role": "assistant", "content": "So"}], "\ue000", {})
-    with pytest.raises(TemplateError, match="does not show the message"):
+    with pytest.raises(TemplateError, match="does not render the message"):
         render_prefilled(ChatTemplate("x"), [{"role": "assistant", "content": "So"}], "\ue000", {})
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fabula.errors import InvalidArgument, StoreError
-from fabula.store.place import connect
+from fabula.store.location import connect
 from fabula.store.records import SessionRecord, TurnRecord
 from fabula.store.schema import sessions, tags, turns
 from fabula.store.store import Store

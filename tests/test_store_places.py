@@ -19,8 +19,8 @@ from alembic.migration import MigrationContext
 
 from fabula.errors import InvalidArgument, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly, StoreTooNew
 from fabula.store.failures import translate
+from fabula.store.location import connect, find_location, make_engine
 from fabula.store.migrate import migrate
-from fabula.store.place import connect, find_place, make_engine
 from fabula.store.records import TurnRecord, session_row, turn_row
 from fabula.store.schema import VERSION_TABLE, metadata, sessions, turns
 from fabula.store.store import Store
@@ -40,7 +40,7 @@ def run_python(program: str, *arguments: object) -> subprocess.CompletedProcess[
 
 
 def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
-    place = find_place(tmp_path / "old file %s.db")
+    place = find_location(tmp_path / "old file %s.db")
     engine = make_engine(place)
     found = chain(3)
     with connect(engine, write=True) as connection:
@@ -166,8 +166,8 @@ for place in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("postgresql+psycopg2://u:hush@h/d", "cannot lie in"),
-        ("mysql://u:hush@h/d", "cannot lie in"),
+        ("postgresql+psycopg2://u:hush@h/d", "is not supported for a store"),
+        ("mysql://u:hush@h/d", "is not supported for a store"),
         ("://u:hush@h", "cannot be read"),
         ("postgresql://u:hush@h:port/d", "cannot be read"),
         ("sqlite://", "is a file"),
@@ -192,7 +192,7 @@ def test_a_password_is_never_shown(url: str) -> None:
 
 
 def test_errors_by_their_codes(tmp_path: Path) -> None:
-    place = find_place("postgresql+psycopg://u:hush@h/d")
+    place = find_location("postgresql+psycopg://u:hush@h/d")
 
     class Answer(Exception):
         def __init__(self, sqlstate: str) -> None:
@@ -206,7 +206,7 @@ def test_errors_by_their_codes(tmp_path: Path) -> None:
 
     assert type(wrapped("53100")) is StoreFull and type(wrapped("25006")) is StoreReadOnly
     assert type(wrapped("XX001")) is StoreCorrupt and type(wrapped("08006")) is StoreError
-    file = find_place(tmp_path)
+    file = find_location(tmp_path)
     assert type(translate(OSError(errno.EDQUOT, "Quota"), file)) is StoreFull
     assert type(translate(OSError(errno.EROFS, "Read-only"), file)) is StoreReadOnly
     assert type(translate(OSError(errno.EIO, "Bad disk"), file)) is StoreError

@@ -204,7 +204,7 @@ def test_settings_of_a_session_that_exists(desk: Desk, tiny_folder: Path) -> Non
     for change in wrong:
         with pytest.raises(InvalidArgument, match="session a has"):
             desk.session(tenant="x", **change)
-    with pytest.raises(InvalidArgument, match="talks to tiny"):
+    with pytest.raises(InvalidArgument, match="uses the model tiny"):
         desk.workspace.session("a", model="two", tenant="x")
     with pytest.raises(InvalidArgument, match="no session"):
         desk.workspace.open("a", tenant="z")

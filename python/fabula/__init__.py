@@ -4,7 +4,7 @@
 >>> with Model.load() as model:
 ...     print(model.generate("Once upon a time", SamplingParams(max_tokens=40)).text())
 
-Names are imported when they are first used, so that `import fabula` costs next to nothing.
+Names are imported on first use, so that `import fabula` is fast.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from fabula.text.tokenizer import Tokenizer, TokenizerWarning
     from fabula.workspace import Workspace
 
-# Where each public name lives; "" for a module of that name.
+# Module of each public name; "" if the name is a module.
 _HOMES = {
     "Alternative": "sessions.views",
     "Constraint": "engine.constraint",

@@ -1,38 +1,38 @@
-"""What can go wrong, as one tree of exceptions.
+"""The tree of exceptions.
 
     EngineError
-    ├── InvalidArgument      (ValueError)    a setting or value out of its range
-    │   ├── ContextOverflow                  more tokens than the context holds; carries both numbers
-    │   ├── SessionNotFound  (LookupError)   there is no session of that name, or it was deleted
-    │   └── SessionExists                    there is one of that name already
+    ├── InvalidArgument      (ValueError)    a setting or value is out of range
+    │   ├── ContextOverflow                  more tokens than the context length; carries both numbers
+    │   ├── SessionNotFound  (LookupError)   no session has that name, or it was deleted
+    │   └── SessionExists                    a session has that name already
     ├── OutOfMemory          (MemoryError)   the system refused memory
-    │   └── DeviceOutOfMemory                a GPU has not the memory, or its budget is used up
+    │   └── DeviceOutOfMemory                a GPU is out of memory, or beyond its memory budget
     ├── DeviceError                          a GPU failed, or its driver is missing or too old
-    ├── Unsupported                          well-formed, but not offered here (family, tensor type, instruction set)
-    ├── SessionBusy                          another reply of the session is being made
-    ├── EngineBusy                           too many requests wait already; come again later
+    ├── Unsupported                          valid, but not supported (family, tensor type, instruction set)
+    ├── SessionBusy                          the session is generating another reply
+    ├── EngineBusy                           the queue of requests is full; try again later
     ├── NonFinite            (ArithmeticError)  logits hold NaN or infinity: a damaged model
-    ├── ModelNotFound        (LookupError)   no place knows a model of that name
+    ├── ModelNotFound        (LookupError)   no model of that name was found
     ├── ModelFileError       (OSError)       a model file is damaged, incomplete or hostile; names file and field
-    │   ├── TokenizerError                   its vocabulary or merges cannot be used
-    │   └── TemplateError                    its chat template fails; carries the template's line
-    ├── DownloadError        (OSError)       the network or the server failed, or the bytes are not those expected
-    └── StoreError           (OSError)       what is kept on disk cannot be read or written; names place and cause
-        ├── StoreFull                        no room is left on the disk
-        ├── StoreReadOnly                    the place cannot be written
-        ├── StoreCorrupt                     bytes are not those that were written
+    │   ├── TokenizerError                   the vocabulary or merges cannot be used
+    │   └── TemplateError                    the chat template fails; carries its line
+    ├── DownloadError        (OSError)       the network or the server failed, or the checksum is wrong
+    └── StoreError           (OSError)       saved data cannot be read or written; names place and cause
+        ├── StoreFull                        the disk is full
+        ├── StoreReadOnly                    the file or folder cannot be written
+        ├── StoreCorrupt                     saved data is damaged
         ├── StoreTooNew                      written by a newer version of Fabula
         └── StoreLocked                      another process uses it
 
-Each is also the builtin a Python user would expect, so `except ValueError` keeps working. `status` is the native
-library's code where the failure came from there, else None.
+Each is also the builtin that a Python user would expect, so `except ValueError` works. `status` is the native library's
+status code, None if the failure did not come from there.
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Root of everything Fabula raises on purpose."""
+    """Base class of all errors that Fabula raises on purpose."""
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
@@ -44,15 +44,15 @@ class EngineError(Exception):
 
 
 class InvalidArgument(EngineError, ValueError):
-    """A setting or value is out of its range; the message names it and the range."""
+    """A setting or value is out of range; the message names it and the range."""
 
 
 class ContextOverflow(InvalidArgument):
-    """More tokens were given than the context holds.
+    """More tokens were given than the context length.
 
     Attributes:
-        n_tokens: tokens that were asked for.
-        context: tokens that fit.
+        n_tokens: tokens requested.
+        context: the context length.
     """
 
     def __init__(self, message: str, *, n_tokens: int, context: int) -> None:
@@ -62,11 +62,11 @@ class ContextOverflow(InvalidArgument):
 
 
 class SessionNotFound(InvalidArgument, LookupError):
-    """There is no session of that name, or it was deleted."""
+    """No session has that name, or it was deleted."""
 
 
 class SessionExists(InvalidArgument):
-    """There is a session of that name already; nothing was changed."""
+    """A session has that name already; nothing was changed."""
 
 
 class OutOfMemory(EngineError, MemoryError):
@@ -74,27 +74,27 @@ class OutOfMemory(EngineError, MemoryError):
 
 
 class DeviceOutOfMemory(OutOfMemory):
-    """A GPU has not the memory, or its budget is used up; says how much is needed and free. Nothing was changed."""
+    """A GPU is out of memory, or beyond its memory budget; says how much is needed and free. Nothing was changed."""
 
 
 class DeviceError(EngineError):
-    """A GPU cannot be used: no driver, one that is too old, or the GPU failed. The message holds the driver's words."""
+    """A GPU cannot be used: no driver, one that is too old, or the GPU failed. The message includes the driver's."""
 
 
 class Unsupported(EngineError):
-    """The request is well-formed, but this build, CPU or version does not offer it."""
+    """The request is valid, but this build, CPU or version does not support it."""
 
 
 class NonFinite(EngineError, ArithmeticError):
-    """Logits, or numbers to quantise, hold NaN or infinity: the model's weights or its input are damaged."""
+    """Logits, or numbers to quantize, hold NaN or infinity: the model's weights or its input are damaged."""
 
 
 class SessionBusy(EngineError):
-    """A session makes one reply at a time, and another one is not finished; cancel it or wait for its end."""
+    """A session generates one reply at a time, and another one is unfinished; cancel it or wait for its end."""
 
 
 class EngineBusy(EngineError):
-    """As many requests wait as may; nothing was begun.
+    """The queue of requests is full; the request was rejected.
 
     Attributes:
         n_waiting: requests in the queue.
@@ -106,7 +106,7 @@ class EngineBusy(EngineError):
 
 
 class ModelNotFound(EngineError, LookupError):
-    """No path, cache, installed package or hub knows a model of that name."""
+    """No model of that name was found in any path, cache, installed package or hub."""
 
 
 class ModelFileError(EngineError, OSError):
@@ -114,7 +114,7 @@ class ModelFileError(EngineError, OSError):
 
     Attributes:
         path: the file, as text.
-        field: the tensor, key or line at fault, "" when the whole file is meant.
+        field: the tensor, key or line at fault; "" for the whole file.
     """
 
     def __init__(self, message: str, *, path: object = "", field: str = "") -> None:
@@ -131,7 +131,7 @@ class TemplateError(ModelFileError):
     """The model's chat template cannot be used or refused the messages.
 
     Attributes:
-        line: 1-based line of the template, None when unknown.
+        line: line of the template, from 1; None if unknown.
     """
 
     def __init__(self, message: str, *, path: object = "", line: int | None = None) -> None:
@@ -140,11 +140,11 @@ class TemplateError(ModelFileError):
 
 
 class DownloadError(EngineError, OSError):
-    """A download failed or its bytes are not those expected; nothing is left in place of the file."""
+    """A download failed or its checksum is wrong; no file was installed."""
 
 
 class StoreError(EngineError, OSError):
-    """What is kept on disk (sessions, spilled pages) cannot be read or written; what is in memory is untouched.
+    """Saved data (sessions, spilled KV pages) cannot be read or written; data in memory is unchanged.
 
     Attributes:
         path: the file, folder or address, as text, without any password.
@@ -156,7 +156,7 @@ class StoreError(EngineError, OSError):
 
 
 class StoreFull(StoreError):
-    """No room is left on the disk; free some and try again."""
+    """The disk is full; free some space and try again."""
 
 
 class StoreReadOnly(StoreError):
@@ -164,16 +164,22 @@ class StoreReadOnly(StoreError):
 
 
 class StoreCorrupt(StoreError):
-    """Bytes are not those that were written, or what they say cannot be."""
+    """Saved data is damaged: a checksum does not match, or a value is impossible."""
 
 
 class StoreTooNew(StoreError):
-    """Written by a newer version of Fabula, which this one cannot read."""
+    """The data was written by a newer version of Fabula."""
 
 
 class StoreLocked(StoreError):
-    """Another process uses it; only one may write at a time."""
+    """Another process uses the data; only one may at a time."""
+
+
+def shown(name: object, limit: int = 80) -> str:
+    """Untrusted text for a message: quoted, control characters escaped, truncated to `limit` characters."""
+    text = str(name)
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
 
 
 class ModelFileWarning(UserWarning):
-    """A model's files hold something that is passed over, or say two things of which one holds."""
+    """A model's files hold something that is ignored, or contradict each other."""

@@ -1,5 +1,4 @@
-"""What the keepers of files share: a lock for one process at a time, names that survive a loss of power, and files that
-appear only when they are whole."""
+"""File utilities: a lock between processes, durable file names, and files that appear only when complete."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import BinaryIO, ClassVar
 
 from fabula.errors import InvalidArgument, StoreError, StoreFull, StoreLocked, StoreReadOnly
 
-# What a failure of the system means for whoever keeps files.
+# Error classes for the errno of a failed write.
 ERRORS_OF_WRITING: Mapping[int, type[StoreError]] = {
     errno.ENOSPC: StoreFull,
     errno.EDQUOT: StoreFull,
@@ -26,14 +25,14 @@ ERRORS_OF_WRITING: Mapping[int, type[StoreError]] = {
 
 
 class FileLock:
-    """An exclusive lock, which the kernel releases when this process ends, however it ends.
+    """An exclusive lock, which the kernel releases when this process ends, even by a crash.
 
     Args:
-        file: to lock; made if missing.
-        what: it stands for, for the message.
+        file: to lock; created if missing.
+        what: the locked resource, for the message.
 
     Raises:
-        StoreLocked: another process holds it, or another lock of this one.
+        StoreLocked: another process, or another lock in this one, holds it.
         OSError: the file cannot be opened for writing.
     """
 
@@ -52,7 +51,7 @@ class FileLock:
         self._held.add(self)
 
     def close(self) -> None:
-        """Releases it; may be called twice. In a child made by fork this only closes the child's copy."""
+        """Releases the lock. Idempotent. In a forked child it only closes the child's copy."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -63,7 +62,7 @@ class FileLock:
 
     @classmethod
     def leave_to_parent(cls) -> None:
-        """After fork, in the child: a copy of the lock must not outlive the process that holds it."""
+        """In a forked child: closes its copies, which would keep the parent's locks after its end."""
         for lock in list(cls._held):
             lock.close()
 
@@ -72,7 +71,7 @@ os.register_at_fork(after_in_child=FileLock.leave_to_parent)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes new names in a folder survive a loss of power."""
+    """Syncs a folder, so that new names in it survive a power failure."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -82,20 +81,20 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing_whole(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name, on disk for good, when the block ends well, and never otherwise.
+    """Opens a file for writing that appears under its name, synced to disk, only when the block ends normally.
 
-    Until then it lies beside that name, hidden; a block that raises leaves nothing.
+    Until then it has a hidden temporary name; if the block raises, it is removed.
 
     Args:
-        path: its name.
-        overwrite: whether a file of that name may be replaced.
+        path: of the file.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        InvalidArgument: there is a file of that name, or a folder, or no folder to put it in.
-        StoreFull, StoreReadOnly, StoreError: the system refused.
+        InvalidArgument: the file exists, is a folder, or its folder does not exist.
+        StoreFull, StoreReadOnly, StoreError: the file cannot be written.
     """
     if path.is_dir():
-        raise InvalidArgument(f"{path}: is a folder; give the name of a file")
+        raise InvalidArgument(f"{path}: is a folder; give the path of a file")
     if not path.parent.is_dir():
         raise InvalidArgument(f"{path}: there is no folder {path.parent}")
     _refuse_existing(path, overwrite)
@@ -114,10 +113,10 @@ def writing_whole(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
         kind = ERRORS_OF_WRITING.get(error.errno, StoreError)
         raise kind(f"{path}: cannot be written: {error.strerror}", path=path) from error
     finally:
-        with contextlib.suppress(OSError):  # it is in place by now, or could not be made
+        with contextlib.suppress(OSError):  # it was renamed, or could not be created
             draft.unlink()
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     if not overwrite and path.exists():
-        raise InvalidArgument(f"{path}: exists already, and was not to be overwritten")
+        raise InvalidArgument(f"{path}: exists already; pass overwrite=True to replace it")

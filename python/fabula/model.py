@@ -1,4 +1,4 @@
-"""`Model`: the SDK's front door. Weights, tokenizer and chat template of one checkpoint, ready to answer."""
+"""`Model`, the main class of the SDK: weights, tokenizer and chat template of one checkpoint."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fabula.choices import DEFAULT_MODEL, MAX_THREADS, WEIGHTS_NAMES, WeightsName
 from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
@@ -21,7 +22,7 @@ from fabula.engine.scheduler import Scheduler
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, TemplateError, TokenizerError
 from fabula.formats.checkpoint import Checkpoint
-from fabula.formats.download import DEFAULT_MODEL, Progress
+from fabula.formats.download import Progress
 from fabula.formats.fingerprint import Fingerprinting
 from fabula.formats.locate import locate
 from fabula.kv.cache import KvEvictionList
@@ -29,7 +30,6 @@ from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
 from fabula.models.config import ModelConfig
 from fabula.models.opening import check_context, open_model
-from fabula.models.precision import NAMES as PRECISIONS
 from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.model_handle import LoadedModel, ModelHandle
 from fabula.text.prefill import is_prefilled
@@ -41,11 +41,7 @@ if TYPE_CHECKING:
     from fabula.sessions.session import Session
     from fabula.text.template import ChatTemplate
 
-WeightsName = Literal[
-    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
-]  # fmt: skip
-KvName = str  # one of `fabula.kv.format.KV_NAMES`
+KvName = str  # one of `choices.KV_NAMES`
 
 
 class Model:
@@ -60,13 +56,13 @@ class Model:
         path: folder or file it was read from.
         config: sizes; see `ModelConfig`.
         tokenizer: `encode` and `decode`.
-        weights: precision of the matrices, e.g. "f16" or "q8_0"; of most of them where they differ.
+        weights: precision of most matrices, e.g. "f16" or "q8_0".
         kv: precision of the KV cache.
-        threads: threads of every step.
-        context: positions a text may have.
-        device: where it runs: "cpu", "cuda:0" and the like, or several GPUs as "cuda:0+1".
-        device_name: what the GPU is called; "" for the CPU.
-        defaults: sampling settings it recommends: what stands for those that `SamplingParams` does not give.
+        threads: threads per step.
+        context: context length in tokens.
+        device: "cpu", "cuda:0", ..., or several GPUs as "cuda:0+1".
+        device_name: name of the GPU; "" for the CPU.
+        defaults: the model's recommended sampling settings, used where `SamplingParams` leaves one unset.
     """
 
     def __init__(
@@ -89,14 +85,14 @@ class Model:
         self._engine = Engine(
             runner, tokenizer, KvEvictionList(runner.pool), scheduler or Scheduler(), self.defaults.values
         )
-        self._embedders: Embedder | None = None  # made when it is first asked for
+        self._embedders: Embedder | None = None  # created on first use
         self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
         layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
-        if runner.device is not None:  # K and V are rounded as nowhere else: a text must not mix them with others
+        if runner.device is not None:  # results differ from those of other devices: a sequence must not mix them
             layout += f", computed with CUDA {runner.device.info.compute}"
-            if len(runner.device.members) > 1:  # so do the numbers of another number of parts
+            if len(runner.device.members) > 1:  # so do those of another number of GPUs
                 layout += f" on {len(runner.device.members)} GPUs"
             layout += " and cuBLASLt" if runner.products == "library" else ""
         self._fingerprint = FingerprintOf(tokenizer, digest, kv, layout)
@@ -123,45 +119,43 @@ class Model:
         load_progress: Callable[[int, int], None] | None = None,
         scheduler: Scheduler | None = None,
     ) -> Model:
-        """Finds a model, fetches it where it is missing, and loads it.
+        """Finds a model, downloads it if needed, and loads it.
 
         Args:
             name_or_path: a Hugging Face folder, a .gguf file, or a name; see `fabula pull --help`.
-            weights: precision of the matrices in memory. "auto" keeps every matrix as the checkpoint has it; the others
-                round when they load, as `fabula quantize` does ("q8", "q4", ... are short for q8_0, q4_k_m, ...).
-            kv: format of the KV cache: "f16", "f32", "bf16" or "q8", or two of them for K and V apart, as "q8:f16".
-            threads: None takes what this process may really use (affinity, CPU quota, physical cores).
-            context: positions a text may have; None takes the model's own length, more than that is refused.
-            kv_memory: bytes of the KV cache; None for four texts of the whole context. Only what is used takes memory,
-                except on a GPU, where the cache takes no more than is free.
-            device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU that has room for it, else the CPU.
-            device_memory: bytes of the GPU that the model may take, cache included; None for what is free. Of each GPU,
-                where there are several.
-            tensor_parallel: GPUs, from `device` on, that compute the model together, each its share of every layer.
-            device_products: "own", or "library": on a GPU, cuBLASLt multiplies where 128 tokens or more come together.
-                It may be faster for long prompts, but what a token gets then depends on the tokens beside it.
+            weights: precision of the matrices in memory. "auto" keeps each matrix as in the checkpoint; the others
+                quantize at load, as `fabula quantize` does ("q8", "q4", ... are short for q8_0, q4_k_m, ...).
+            kv: format of the KV cache: "f16", "f32", "bf16" or "q8", or two of them for K and V, as "q8:f16".
+            threads: None for as many as this process may use (affinity, CPU quota, physical cores).
+            context: context length in tokens; None for the model's own, which is also the limit.
+            kv_memory: bytes of the KV cache; None for four sequences of the full context. On the CPU only used pages
+                take memory; on a GPU the cache is allocated, up to the free memory.
+            device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU with enough memory, else the CPU.
+            device_memory: limit of each GPU's memory in bytes, including the KV cache; None for what is free.
+            tensor_parallel: number of GPUs, from `device` on, that share every layer.
+            device_products: "own", or "library": cuBLASLt for products of 128 tokens or more on a GPU. It may be faster
+                for long prompts, but the results of a token then depend on the other tokens of the batch.
             fetch: whether a missing model may be downloaded.
-            fetch_progress: told about a download's bytes.
-            load_progress: called with (bytes read, bytes in all) while weights are packed.
-            scheduler: runs the model's requests together with those of other models; None for one of its own.
+            fetch_progress: callback for a download's progress.
+            load_progress: callback (bytes read, total bytes) while weights are packed.
+            scheduler: shared with other models; None for a new one.
 
         Raises:
-            ModelNotFound: no place knows the name.
-            DownloadError: fetching failed.
+            ModelNotFound: no model has that name.
+            DownloadError: the download failed.
             ModelFileError: a file is damaged; names file and tensor or key.
-            Unsupported: a family, tensor type or tokenizer kind Fabula does not know.
-            InvalidArgument: an option is out of its range.
+            Unsupported: an unsupported family, tensor type or tokenizer; or this build has no CUDA, NCCL is missing for
+                several GPUs, or cuBLASLt cannot be loaded.
+            InvalidArgument: an option is out of range.
             OutOfMemory: the system refused memory.
-            DeviceOutOfMemory: the GPU has no room for it.
+            DeviceOutOfMemory: the GPU has not enough memory.
             DeviceError: no driver, no GPU, or it failed.
-            Unsupported: this build has no CUDA, several GPUs have no NCCL, or cuBLASLt was asked for and cannot be
-                loaded.
         """
-        if weights not in PRECISIONS:
-            raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(PRECISIONS)}")
+        if weights not in WEIGHTS_NAMES:
+            raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(WEIGHTS_NAMES)}")
         kv_formats = kv_dtypes(kv)
         limits = (
-            ("threads", threads, 1024),
+            ("threads", threads, MAX_THREADS),
             ("context", context, 1 << 24),
             ("kv_memory", kv_memory, 1 << 50),
             ("device_memory", device_memory, 1 << 50),
@@ -195,7 +189,7 @@ class Model:
         digest = f"{checkpoint.digest}-{identity_of(weights, checkpoint)}"
         return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults)
 
-    # ---- What it is -------------------------------------------------------------------------------------------------
+    # ---- Properties ------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> ModelConfig:
@@ -220,7 +214,7 @@ class Model:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What K and V of a text depend on beside the text; equal for models that may share them."""
+        """Identifies everything besides the tokens that the KV cache depends on; equal for models that may share it."""
         return self._fingerprint()
 
     @property
@@ -228,24 +222,24 @@ class Model:
         """The model's chat template.
 
         Raises:
-            TemplateError: it has none, or it cannot be compiled.
+            TemplateError: the model has none, or it cannot be compiled.
         """
         return self._template()
 
-    # ---- What it does -----------------------------------------------------------------------------------------------
+    # ---- Generation ------------------------------------------------------------------------------------------------
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Scores of every next token behind each token of a text.
+        """Logits of the next token after each token of a text.
 
         Args:
             token_ids: ids in 0 .. vocab_size-1, at least one, at most `context`.
 
         Returns:
-            float32 [n_tokens, vocab_size]; row i scores what follows token i.
+            float32 [n_tokens, vocab_size]; row i is for the token after token i.
 
         Raises:
             InvalidArgument: empty, or an id outside the vocabulary.
-            ContextOverflow: more tokens than the context holds.
+            ContextOverflow: more tokens than the context length.
             Unsupported: the model has no head.
         """
         self._runner.check_head()
@@ -262,20 +256,20 @@ class Model:
         """Continues a text.
 
         Args:
-            prompt: text, or token ids as they are. The start token is put before a text where the tokenizer wants it
-                and the text does not begin with it.
-            params: sampling settings; what is not given is the model's default.
-            parse_special: whether control tokens written in the text are control tokens, as a caller means who writes
-                the template himself; False makes them text.
-            special: an older name of `parse_special`.
+            prompt: text or token ids. The start token is added to a text if the tokenizer does so and the text does not
+                begin with it; ids are used as they are.
+            params: sampling settings; unset ones are the model's defaults.
+            parse_special: whether to parse control tokens in the text, as needed by callers that apply a template
+                themselves; False treats them as text.
+            special: former name of `parse_special`.
 
         Returns:
-            An iterator of `Piece`. The engine begins at once and works ahead of the reader by a few pieces.
+            An iterator of `Piece`. Generation starts immediately and runs a few pieces ahead of the reader.
 
         Raises:
             InvalidArgument: an empty prompt or an id outside the vocabulary.
             ContextOverflow: the prompt is longer than the context; carries both numbers.
-            EngineBusy: too many requests wait already.
+            EngineBusy: the queue of requests is full.
         """
         parses = parse_special if special is None else special
         ids = self.tokenizer.encode(prompt, special=parses) if isinstance(prompt, str) else prompt
@@ -290,18 +284,18 @@ class Model:
         parse_special: bool = False,
         **template_options: Any,
     ) -> Generation:
-        """Answers a conversation: renders it through the model's chat template and continues it.
+        """Generates the next reply of a conversation, rendered with the model's chat template.
 
         Args:
             messages: each with "role" (system, user, assistant, tool) and "content". If the last is the assistant's,
-                the model continues it, and the answer holds what is new.
-            params: sampling settings; what is not given is the model's default.
-            continue_final_message: False for a new turn behind an answer; True for an error where there is none to
-                continue.
-            parse_special: whether control tokens written in the messages are control tokens. By default they are text,
-                so that a user cannot write another's turn.
-            template_options: passed to the template, e.g. `tools`. `add_generation_prompt` is its own; `chat_template`
-                names one of several templates, of which conversations with tools get the one named "tool_use".
+                the model continues it, and the reply holds only the new text.
+            params: sampling settings; unset ones are the model's defaults.
+            continue_final_message: False starts a new turn after a final reply; True raises an error if there is none
+                to continue.
+            parse_special: whether to parse control tokens in the messages. By default they are text, so that user input
+                cannot fake other turns.
+            template_options: variables of the template, e.g. `tools`. `chat_template` chooses one of several templates
+                by name; the default with tools is "tool_use".
 
         Raises:
             TemplateError: the model has no template, or the template refuses the messages; names its line.
@@ -325,9 +319,9 @@ class Model:
         parse_special: bool = False,
         **template_options: Any,
     ) -> list[int]:
-        """The token ids of a conversation, ready for the next answer; arguments and errors as `chat`."""
+        """Token ids of the prompt for the next reply of a conversation; arguments and errors as `chat`."""
         if parse_special:
-            from fabula.text.chat import with_control_tokens  # here, as its template engine takes long to import
+            from fabula.text.chat import with_control_tokens  # imported here, because jinja2 is slow to import
 
             messages = with_control_tokens(messages)
         return self.tokenizer.encode_chat(
@@ -343,27 +337,27 @@ class Model:
         parse_special: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Embeddings:
-        """A vector for each text, of what the model makes of it: its hidden states behind the last norm, pooled.
+        """Embeds each text: a vector of its hidden states after the last norm, pooled.
 
-        Texts are encoded with everything that the tokenizer's template puts around them, an end token too: models that
-        were trained for embeddings, such as Qwen3-Embedding, put the vector of the "last" token there.
+        Texts are encoded with all tokens of the post-processor, including an end token: embedding models such as
+        Qwen3-Embedding use the hidden state of that "last" token.
 
-        Any model gives vectors; those of a model that was not trained for it tell texts apart only roughly. The answer
-        to one text does not depend on the others.
+        Any model gives vectors; those of a model that was not trained for it distinguish texts only roughly. The vector
+        of a text does not depend on the others.
 
         Args:
             texts: at least one, none of them empty.
-            pooling: "mean" of all tokens, which suits models trained to continue texts (Muennighoff, 2022, weighs by
-                position instead), "last" token, or "first".
-            normalize: whether vectors have length 1, so that their product is the cosine of their angle.
-            parse_special: whether control tokens written in the texts are control tokens, as they are in transformers
-                and llama.cpp; False makes them text.
-            should_stop: asked between steps; True ends with EngineError.
+            pooling: "mean" of all tokens, which suits generative models (Muennighoff, 2022, weights by position
+                instead), "last" token, or "first".
+            normalize: whether to scale vectors to length 1, so that their dot product is the cosine similarity.
+            parse_special: whether to parse control tokens in the texts, as transformers and llama.cpp do; False treats
+                them as text.
+            should_stop: callback between steps; True ends with EngineError.
 
         Raises:
             InvalidArgument: no text, an empty one, or an unknown pooling.
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
-            OutOfMemory: no pages are free for it.
+            OutOfMemory: no free KV pages.
         """
         ids = [self.tokenizer.encode(text, special=parse_special, add_eos=None) for text in checked_texts(texts)]
         return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
@@ -383,18 +377,18 @@ class Model:
         context_policy: ContextPolicy | str | None = None,
         tenant: str = "",
     ) -> Session:
-        """A new session in memory: a conversation or story whose turns can be walked. `Workspace.session` keeps them.
+        """A new session in memory: a conversation or story as a tree of turns. `Workspace.session` makes durable ones.
 
         Args:
             id: its name, 1 .. 128 of A-Z a-z 0-9 . _ -; None makes a random one.
             system: system message of a chat.
-            sampling: settings of turns that bring none.
+            sampling: default settings of turns.
             context_policy: what happens when the context is full: "error", "slide", "drop_oldest_turns", or a
                 `ContextPolicy`.
-            tenant: its owner; K and V of equal texts are shared with sessions of the same owner only.
+            tenant: its owner; the KV cache of equal prefixes is shared only between sessions of one owner.
 
         Raises:
-            InvalidArgument: a setting out of its range.
+            InvalidArgument: a setting is out of range.
         """
         from fabula.sessions.session import Session
 
@@ -403,7 +397,7 @@ class Model:
     def import_(
         self, data: Mapping[str, Any], *, id: str | None = None, kv: str | os.PathLike[str] | None = None
     ) -> Session:
-        """A session in memory from what `Session.export` gave; arguments and errors as `Workspace.import_`."""
+        """Imports the data of `Session.export` as a session in memory; arguments and errors as `Workspace.import_`."""
         from fabula.sessions.archive import import_session
 
         return import_session(data, self._handle, id=id, kv=kv)
@@ -416,13 +410,13 @@ class Model:
         return self._engine.cache.usage()
 
     def clear_cache(self) -> None:
-        """Gives up K and V of everything that is not being said just now; sessions compute theirs again when needed."""
+        """Evicts everything from the KV cache that no running request uses; sessions recompute it when needed."""
         self._engine.cache.clear()
 
-    # ---- Ends -------------------------------------------------------------------------------------------------------
+    # ---- Closing ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Frees weights and cache; may be called twice. Running generations end with an error."""
+        """Frees weights and KV cache. Idempotent. Running generations end with an error."""
         self._handle.detach()
         self._engine.scheduler.drop(self._runner)
         self._engine.cache.close()
@@ -444,7 +438,7 @@ class Model:
 
 
 class TemplateOf:
-    """Compiles a model's chat template when it is first asked for; raises as `Model.template`."""
+    """Compiles a model's chat template on first use; raises as `Model.template`."""
 
     def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
         self._tokenizer, self._path = tokenizer, path
@@ -463,13 +457,13 @@ class TemplateOf:
 
 
 class FingerprintOf:
-    """Finds a model's fingerprint when it is first asked for: the tokenizer's digest takes longer than a token.
+    """Computes a model's fingerprint on first use: hashing the tokenizer takes longer than a decode step.
 
     Args:
-        tokenizer: of the model; let go of when its digest is known.
-        weights: digest of them.
-        kv: format of K and V.
-        layout: of their pages, in words.
+        tokenizer: of the model; released after hashing.
+        weights: hash of the weights.
+        kv: format of the KV cache.
+        layout: description of the KV pages.
     """
 
     def __init__(self, tokenizer: Tokenizer, weights: str, kv: str, layout: str) -> None:
@@ -492,7 +486,7 @@ class FingerprintOf:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> None:
-    """Raises TokenizerError if the tokenizer has ids that the model has no embedding for."""
+    """Raises TokenizerError if the tokenizer has ids without an embedding."""
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}",
@@ -502,7 +496,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> N
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint."""
+    """The tokenizer of a checkpoint."""
     if checkpoint.format == "gguf":
         return Tokenizer.from_gguf(checkpoint.metadata, checkpoint.path)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

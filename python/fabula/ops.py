@@ -1,8 +1,8 @@
-"""The operators of the engine one at a time: numpy in, numpy out, on the same kernels that models run on.
+"""The engine's operators as functions on numpy arrays, with the same kernels as in models.
 
-Every function takes `threads` (None for what the process may really use) and `isa` ("auto", "reference", "avx2",
-"avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx", "neon", "neon_dotprod", "neon_i8mm"); the result does
-not depend on either, bit for bit. Inputs are converted to float32 and made contiguous where they are not.
+Every function takes `threads` (None for as many as the process may use) and `isa` ("auto", "reference", "avx2",
+"avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx", "neon", "neon_dotprod", "neon_i8mm"); results are
+bitwise independent of both. Inputs are converted to contiguous float32 if needed.
 
 Example:
     >>> import numpy as np
@@ -67,9 +67,9 @@ def _threads(threads: int | None) -> int:
 def _indices(value: npt.ArrayLike, name: str) -> npt.NDArray[np.int32]:
     array = np.asarray(value)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InvalidArgument(f"{name} must be a list of whole numbers")
+        raise InvalidArgument(f"{name} must be a list of integers")
     if array.size and (array.min() < 0 or array.max() > 2**31 - 1):
-        raise InvalidArgument(f"{name} must lie in 0 .. 2^31 - 1")
+        raise InvalidArgument(f"{name} must be in 0 .. 2^31 - 1")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
@@ -117,12 +117,12 @@ def masked_softmax(
     threads: int | None = None,
     isa: Isa = "auto",
 ) -> F32:
-    """Softmax over the columns a row may see; the others become 0.
+    """Softmax over the columns that are visible to a row; the others become 0.
 
     Args:
         x: float32 [n_rows, n_cols].
-        causal: whether row r sees only its first `first_visible + r` columns.
-        first_visible: columns the first row sees, at least 1.
+        causal: whether only the first `first_visible + r` columns are visible to row r.
+        first_visible: columns visible to row 0, at least 1.
     """
     return _operators.masked_softmax(_array(x, "x", 2), causal, first_visible, _threads(threads), isa)
 
@@ -220,14 +220,14 @@ def self_attention(
     threads: int | None = None,
     isa: Isa = "auto",
 ) -> F32:
-    """Causal self-attention with grouped queries over paged K and V.
+    """Causal grouped-query self-attention over paged keys and values.
 
     Args:
         q: float32 [n_tokens, n_heads, head_dim].
         k, v: float32 [n_tokens, n_kv_heads, head_dim]; n_kv_heads divides n_heads.
         scale: factor on q.k; None for 1 / sqrt(head_dim).
-        window: a token sees itself and window - 1 before it; 0 for all.
-        kv: what K and V are held in: "f32", "f16", "bf16" or "q8", or two of them as "K:V".
+        window: a token attends to itself and window - 1 tokens before it; 0 for all.
+        kv: format of the KV cache: "f32", "f16", "bf16" or "q8", or two of them as "K:V".
     """
     queries, keys, values = _array(q, "q", 3), _array(k, "k", 3), _array(v, "v", 3)
     n_tokens, _, head_dim = queries.shape

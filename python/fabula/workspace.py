@@ -1,4 +1,4 @@
-"""`Workspace`: sessions that stay. A data folder with a store and pages on disk, and the models of this process."""
+"""`Workspace`: durable sessions in a data folder, with their store, spilled KV pages, and the loaded models."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import MAX_RUNNING, MAX_WAITING, Load, Scheduler
 from fabula.errors import InvalidArgument, SessionNotFound, StoreError
-from fabula.formats.download import DEFAULT_MODEL
 from fabula.kv.spill import SpillFolder
 from fabula.kv.spill_writer import SpillWriter
 from fabula.model import Model
@@ -33,7 +33,7 @@ SPILL_BYTES = 1 << 30
 
 
 def default_folder() -> Path:
-    """Where sessions are kept: $FABULA_DATA, or `fabula` in the user's data folder."""
+    """The default data folder: $FABULA_DATA, or `fabula` in the user's data folder."""
     if "FABULA_DATA" in os.environ:
         return Path(os.environ["FABULA_DATA"])
     if sys.platform == "darwin":
@@ -42,21 +42,21 @@ def default_folder() -> Path:
 
 
 class Workspace:
-    """Sessions that outlive the process, and the models they talk to.
+    """Durable sessions and their models.
 
     Example:
         >>> with Workspace() as workspace:
         ...     session = workspace.session("letters")
         ...     print(session.say("Where were we?").text())
 
-    One process at a time may use a folder. Models are loaded by `load`, or when a session needs its own; one scheduler
-    runs the requests of all of them.
+    Only one process at a time can use a folder. Models are loaded by `load`, or when a session needs its model. One
+    scheduler runs the requests of all models.
 
     Args:
-        folder: of the data; None for the user's, see `default_folder`.
-        store: SQLAlchemy URL of another place for the sessions, such as PostgreSQL; None for a file in the folder.
-        spill_bytes: of pages of K and V on disk, for each model; 0 for none.
-        max_running, max_waiting: answers that share the engine's steps, and those that wait for that.
+        folder: data folder; None for `default_folder`.
+        store: SQLAlchemy URL of the sessions, such as PostgreSQL; None for a file in the folder.
+        spill_bytes: limit of KV pages on disk per model, in bytes; 0 for none.
+        max_running, max_waiting: limits of running and of queued requests.
 
     Raises:
         StoreLocked: another process uses the folder.
@@ -80,22 +80,22 @@ class Workspace:
         self._models: dict[str, Model] = {}
         self._spills: dict[str, SpillWriter] = {}
         self._options: dict[str, dict[str, Any]] = {}
-        self._loading = threading.RLock()  # held by who loads a model, and taken before the other one
+        self._loading = threading.RLock()  # held while a model is loaded; taken before _lock
         self._lock = threading.RLock()
         self._closed = False
 
     # ---- Models -----------------------------------------------------------------------------------------------------
 
     def load(self, model: str | os.PathLike[str] = DEFAULT_MODEL, *, name: str | None = None, **options: Any) -> Model:
-        """Loads a model, if it is not loaded yet.
+        """Loads a model if it is not loaded yet.
 
         Args:
-            model: as `Model.load` takes it.
-            name: what sessions call it; None for what `model` says.
-            options: as `Model.load` takes them.
+            model: see `Model.load`.
+            name: its name in sessions; None for `model`.
+            options: see `Model.load`.
 
         Raises:
-            as `Model.load`.
+            The errors of `Model.load`.
         """
         name = os.fspath(model) if name is None else name
         with self._loading:
@@ -104,7 +104,7 @@ class Workspace:
                 if name in self._models:
                     return self._models[name]
                 self._options[name] = {"name_or_path": model, **options}
-            # Without the lock: it may take minutes, and sessions of other models go on meanwhile.
+            # Without the lock: it may take minutes, and sessions of other models continue.
             loaded = Model.load(model, scheduler=self._scheduler, **options)
             try:
                 with self._lock:
@@ -117,7 +117,7 @@ class Workspace:
             return loaded
 
     def unload(self, name: str) -> None:
-        """Frees a model. Its sessions stay: they load it again when they need it. Replies being made end with an error.
+        """Frees a model. Its sessions stay and load it again when needed. Its running replies end with an error.
 
         Raises:
             InvalidArgument: it is not loaded.
@@ -142,11 +142,11 @@ class Workspace:
 
     @property
     def load_now(self) -> Load:
-        """How many answers are made, and how many wait, just now."""
+        """The number of running and of queued requests."""
         return self._scheduler.load
 
     def _served(self, name: str, model: Model) -> LoadedModel:
-        """A loaded model for its sessions, with its pages on disk if there is a place for them."""
+        """A loaded model for its sessions, with its spilled KV pages if enabled."""
         why_cold = ""
         if self._spill_bytes:
             fingerprint = model.fingerprint
@@ -155,7 +155,7 @@ class Workspace:
                 spill = SpillFolder(
                     self.folder / "pages" / slug, fingerprint, model._runner.pool.page_bytes, self._spill_bytes
                 )
-            except StoreError as error:  # sessions do without: K and V can be computed
+            except StoreError as error:  # sessions work without: the KV cache can be recomputed
                 why_cold = f"pages are not kept on disk: {error}"
             else:
                 self._spills[name] = model._engine.cache.spill = SpillWriter(spill)
@@ -187,18 +187,18 @@ class Workspace:
         title: str | None = None,
         tenant: str = "",
     ) -> Session:
-        """Opens a session, or begins a new one.
+        """Opens a session, or creates it.
 
         Args:
             id: its name; None for a new one with a random name.
-            model: name of the model it talks to; None for the only one loaded, or the default.
-            system, sampling, context_policy: of a new session, as `Model.session`; for one that exists they change
-                what is said from now on, where they are given.
-            title: what people call it, one line of at most 200 characters; None leaves it, or leaves it empty.
+            model: name of its model; None for the only loaded one, or the default.
+            system, sampling, context_policy: see `Model.session`; for an existing session, those that are given apply
+                to later turns.
+            title: for display, one line of at most 200 characters; None keeps it, or leaves it empty.
             tenant: its owner; the same id may exist for two.
 
         Raises:
-            InvalidArgument: a setting out of its range, or the session talks to another model.
+            InvalidArgument: a setting is out of range, or the session uses another model.
             StoreError, StoreCorrupt: it cannot be read or written.
         """
         with self._lock:
@@ -216,24 +216,26 @@ class Workspace:
                     title=title or "",
                 )
                 self._keeper.register(session)
-        # Without the lock: nobody else waits for the commit of a new session, and the lock of a session comes first, as
-        # it may have to load its model.
+        # Without the lock: nobody else waits for the commit of a new session, and a session's lock is taken before this
+        # one, since the session may load its model.
         if found is None:
             self._keeper.create(session)
             return session
         if model is not None and model != found.model:
-            raise InvalidArgument(f"session {found.id} talks to {found.model}, not to {model}")
+            raise InvalidArgument(f"session {found.id} uses the model {found.model}, not {model}")
         if context_policy is not None and ContextPolicy.of(context_policy) != found.policy:
-            raise InvalidArgument(f"session {found.id} has the context policy {found.policy.name} for good")
+            raise InvalidArgument(
+                f"session {found.id} has the context policy {found.policy.name}, which cannot be changed"
+            )
         found.configure(title=title, sampling=sampling, system=system)
         return found
 
     def open(self, id: str, *, tenant: str = "") -> Session:
-        """Opens a session that exists.
+        """Opens an existing session.
 
         Raises:
-            SessionNotFound: there is none of that name.
-            StoreCorrupt: it is damaged; names what.
+            SessionNotFound: no session has that name.
+            StoreCorrupt: it is damaged; says what.
         """
         with self._lock:
             self._check_open()
@@ -243,18 +245,18 @@ class Workspace:
             return found
 
     def sessions(self, tenant: str | None = None) -> list[SessionSummary]:
-        """Sessions, the one changed last first: of a tenant, or all."""
+        """Sessions of a tenant, or all; the last changed first."""
         return self._keeper.store.sessions(tenant)
 
     def has(self, id: str, *, tenant: str = "") -> bool:
-        """Whether there is a session of that name; False for what is no name."""
+        """Whether a session has that name; False for an invalid name."""
         if not is_session_id(id):
             return False
         live = self._keeper.sessions.get((tenant, id))
         return live is not None or self._keeper.store.find(tenant, id) is not None
 
     def n_sessions(self, tenant: str | None = None, *, but: str = "") -> int:
-        """How many sessions there are, of a tenant or of all; without those whose names begin with `but`."""
+        """The number of sessions, of one tenant or all; excludes names that begin with `but`."""
         return self._keeper.store.count(tenant, but)
 
     def import_(
@@ -265,18 +267,18 @@ class Workspace:
         tenant: str = "",
         kv: str | os.PathLike[str] | None = None,
     ) -> Session:
-        """Takes in a session that `Session.export` gave.
+        """Imports the data of `Session.export` as a session.
 
         Args:
             data: JSON data.
-            id: its name; None for the one it had.
+            id: its name; None for its former name.
             tenant: its owner.
-            kv: file with its K and V; loads the model.
+            kv: file with its KV cache; loads the model.
 
         Raises:
-            SessionExists: there is a session of that name.
-            InvalidArgument: the data is damaged; says what.
-            StoreError, StoreCorrupt: it cannot be kept, or K and V are of another model or damaged.
+            SessionExists: a session has that name already.
+            InvalidArgument: the data is invalid; says what.
+            StoreError, StoreCorrupt: it cannot be stored, or the KV cache is damaged or of another model.
         """
         with self._loading if kv is not None else nullcontext(), self._lock:
             self._check_open()
@@ -287,10 +289,10 @@ class Workspace:
             return import_session(data, host, id=id, tenant=tenant, kv=kv, persistence=self._keeper)
 
     def delete(self, id: str, *, tenant: str = "") -> int:
-        """Deletes a session, and returns the bytes of K and V set free.
+        """Deletes a session, and returns the freed bytes of the KV cache.
 
         Raises:
-            SessionNotFound: there is none of that name.
+            SessionNotFound: no session has that name.
         """
         return self.open(id, tenant=tenant).delete()
 
@@ -324,23 +326,23 @@ class Workspace:
 
     def _default_model(self) -> str:
         if len(self._models) > 1:
-            raise InvalidArgument(f"say which model: {', '.join(self._models)}")
+            raise InvalidArgument(f"several models are loaded; name one of {', '.join(self._models)}")
         return next(iter(self._models), DEFAULT_MODEL)
 
-    # ---- Ends -------------------------------------------------------------------------------------------------------
+    # ---- Closing ----------------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidArgument("the workspace is closed")
 
     def close(self) -> None:
-        """Unloads every model, with pages kept on disk, and closes the store; may be called twice."""
+        """Unloads all models, saving KV pages to disk, and closes the store. Idempotent."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             sessions = self._keeper.in_use
-        for session in sessions:  # without the lock: one of them may be waiting for it
+        for session in sessions:  # without the lock: a session may be waiting for it
             with suppress(StoreError):
                 session.stop()
         with self._lock:

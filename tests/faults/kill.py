@@ -20,8 +20,8 @@ import sqlalchemy as sa
 from killing import MAX_OPEN_S, kill_after
 from work import SIDE, Ledger, checkpoint_often, session_of, steps, turn_of
 
+from fabula.store.location import connect, find_location, make_engine
 from fabula.store.migrate import migrate
-from fabula.store.place import connect, find_place, make_engine
 from fabula.store.records import session_row, turn_row
 from fabula.store.schema import sessions, turns
 from fabula.store.store import Store
@@ -33,7 +33,7 @@ N_OLD = SIDE - 1  # turns of a store of the first schema version
 def write_old_store(folder: Path, ledger: Ledger) -> None:
     """A store of the first schema version, which opening migrates."""
     folder.mkdir()
-    place = find_place(folder)
+    place = find_location(folder)
     engine = make_engine(place)
     with connect(engine, write=True) as connection:
         migrate(connection, place.name, revision="0001")

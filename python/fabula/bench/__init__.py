@@ -1,1 +1,1 @@
-"""Measuring: operators against plain loops, models against other engines, perplexity."""
+"""Benchmarks: operators against plain loops, models and servers against other engines, sessions, perplexity."""

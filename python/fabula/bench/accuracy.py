@@ -1,8 +1,8 @@
-"""What precisions cost in accuracy: each format's perplexity and distance from a reference, beside llama.cpp's.
+"""Accuracy of precisions: each format's perplexity and distance from a reference, compared with llama.cpp.
 
-All formats are in memory and read a window before any goes on to the next, so that the logits of one window are held,
-the reference's and one format's. llama.cpp reads the same ids on a file of the same weights, each window from an empty
-cache as well.
+All formats are in memory and process a window before any continues with the next, so that only the logits of one window
+are held: the reference's and one format's. llama.cpp gets the same ids and a file of the same weights, and also starts
+each window with an empty cache.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Reader(Protocol):
     settings: dict[str, str]
 
     def logits(self, tokens: Sequence[int]) -> F32:
-        """Logits behind every token but the last, read from an empty cache."""
+        """Logits after each token except the last, starting with an empty cache."""
         ...
 
     def close(self) -> None: ...
 
 
-# Makes the other engine of a loaded model, for windows of so many tokens; None where there is none.
+# (model, tokens per window) -> another engine on that model; None if there is none.
 MakeReader = Callable[[Model, int], Reader | None]
 
 
@@ -54,11 +54,11 @@ def bench_accuracy(
 
     Args:
         models: one model in several precisions; left open.
-        window: tokens of a window, the start token not counted.
-        reference: which of the models the others are compared with; None for none.
-        make_peer: makes the other engine of each model; None for none.
-        file: where the text is from, for the rows.
-        status: told how far it is.
+        window: tokens per window, without the start token.
+        reference: index of the model that the others are compared with; None for none.
+        make_peer: opens another engine for each model; None for none.
+        file: source of the text, for the rows.
+        status: callback for progress.
 
     Raises:
         InvalidArgument: the text is too short, or the window out of range.
@@ -96,12 +96,12 @@ def bench_accuracy(
 
 
 def beyond(rows: Sequence[Row], percent: float) -> list[str]:
-    """A line for every format whose perplexity is further than that from the other engine's, or that has none."""
+    """A message for each format whose perplexity differs by more than `percent`, or was not compared."""
     lines = []
     for row in rows:
         difference = row.more["difference_to_peer"]
         if difference is None:
-            lines.append(f"{row.weights}: not measured beside another engine")
+            lines.append(f"{row.weights}: not compared with another engine")
         elif not 100 * abs(difference) <= percent:
             lines.append(
                 f"{row.weights}: perplexity {row.ours:.4f} is {difference:+.3%} from {row.peer_name}'s {row.peer:.4f}, "
@@ -138,7 +138,7 @@ def _row(
 
 
 def _distances(prefix: str, tally: Tally | None, base: float | None) -> dict[str, float | None]:
-    """From the reference: relative difference of the perplexity, divergence in nats, share of the same likeliest."""
+    """Distances from the reference: relative difference of perplexity, divergence in nats, share of same top token."""
     values: dict[str, float | None] = dict.fromkeys(("relative_difference", "kl_mean", "kl_max", "same_top"))
     if tally is not None and base is not None:
         values["relative_difference"] = tally.perplexity / base - 1

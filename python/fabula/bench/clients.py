@@ -1,4 +1,4 @@
-"""Clients that chat with a server, turn after turn, each reading its stream; what they heard, and when."""
+"""Clients that chat with a server, turn after turn, and record their streams."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ MESSAGES = (
     "What does she dream of?",
     "And what happens the next day?",
 )
-LOOKS = 6  # at the server's memory, from begin to end
-_REST_S = 0.05  # after a failure, so that a server that refuses is not asked in a tight loop
-_numbers = itertools.count(1)  # of conversations, so that no session is ever continued by another measurement
+LOOKS = 6  # samples of the server's memory, from begin to end
+_REST_S = 0.05  # after a failure, to avoid a tight loop
+_numbers = itertools.count(1)  # of conversations, so that no measurement reuses a session
 
 
 @dataclass(slots=True)
-class Heard:
-    """What the clients of one measurement saw, in seconds.
+class Recorded:
+    """Results of the clients of one measurement; times in seconds.
 
     Attributes:
-        first: until the first token of each answer. by_turn: the same by the turn's number.
-        between: two tokens of an answer.
-        memory: the server's resident bytes, `LOOKS` times.
+        first: time to the first token of each reply. by_turn: the same by number of the turn.
+        between: time between two tokens of a reply.
+        memory: the server's resident bytes, `LOOKS` samples.
     """
 
     n_tokens: int = 0
@@ -50,36 +50,35 @@ class Heard:
 
 async def chat_with(
     kind: str, port: int, n_clients: int, seconds: float, n_tokens: int, pid: int | None = None
-) -> Heard:
-    """Lets clients chat for some seconds; answers that are being made then are read to their end, and not counted.
+) -> Recorded:
+    """Runs clients for some seconds. Replies that are unfinished then are read to their end, but not counted.
 
     Args:
-        kind: "fabula", or another server that speaks OpenAI's API.
-        n_tokens: of an answer, at most.
-        pid: the server's process, whose memory is looked at.
+        kind: "fabula", or another server with OpenAI's API.
+        n_tokens: max tokens of a reply.
+        pid: process whose memory is sampled.
     """
-    heard = Heard()
+    recorded = Recorded()
     end = time.perf_counter() + seconds
 
     async def watch(pid: int) -> None:
         for i in range(LOOKS):
             await asyncio.sleep(seconds / (LOOKS - 1) if i else 0)
-            heard.memory.append(memory_bytes(pid) or 0)
+            recorded.memory.append(memory_bytes(pid) or 0)
 
-    clients = [_Client(kind, port, number, n_tokens).chat(heard, end) for number in range(n_clients)]
+    clients = [_Client(kind, port, number, n_tokens).chat(recorded, end) for number in range(n_clients)]
     await asyncio.gather(*clients, *([watch(pid)] if pid is not None else []))
-    return heard
+    return recorded
 
 
 class _Client:
-    """One who chats: a conversation of ten turns, then another one. Fabula is sent the new message only, any other
-    server the whole conversation."""
+    """A client with conversations of ten turns. Fabula gets only the new message, others the whole conversation."""
 
     def __init__(self, kind: str, port: int, number: int, n_tokens: int) -> None:
         self._kind, self._port, self._number, self._n_tokens = kind, port, number, n_tokens
         self._session = ""
 
-    async def chat(self, heard: Heard, end: float) -> None:
+    async def chat(self, recorded: Recorded, end: float) -> None:
         while time.perf_counter() < end:
             conversation = next(_numbers)
             self._session = f"bench-{os.getpid()}-{conversation}"
@@ -87,21 +86,21 @@ class _Client:
             for turn, message in enumerate(MESSAGES, 1):
                 if time.perf_counter() >= end:
                     return
-                # Conversations differ from their first word on, or one would warm the cache for the others.
+                # Conversations differ from the first words on, so that they share no cached prefix.
                 text = message if turn > 1 else f"I am visitor {conversation}. {message}"
                 said.append({"role": "user", "content": text})
                 try:
-                    answer = await self._ask(heard, turn, said, end)
+                    answer = await self._ask(recorded, turn, said, end)
                 except (OSError, ValueError, asyncio.IncompleteReadError):
                     answer = None
                 if answer is None:
-                    heard.n_failed += 1
+                    recorded.n_failed += 1
                     await asyncio.sleep(_REST_S)
                     break
                 said.append({"role": "assistant", "content": answer})
 
-    async def _ask(self, heard: Heard, turn: int, said: list[dict[str, str]], end: float) -> str | None:
-        """One turn; None if it was refused, or broke off."""
+    async def _ask(self, recorded: Recorded, turn: int, said: list[dict[str, str]], end: float) -> str | None:
+        """One turn; returns the reply, None if it failed."""
         body: dict[str, Any] = {"stream": True, "temperature": 0.7, "seed": self._number}
         if self._kind == "fabula":
             path = "/chat"
@@ -126,17 +125,17 @@ class _Client:
                     continue
                 now = time.perf_counter()
                 if now < end:
-                    heard.n_tokens += 1
+                    recorded.n_tokens += 1
                 if texts:
-                    heard.between.append(now - last)
+                    recorded.between.append(now - last)
                 else:
-                    heard.first.append(now - begun)
-                    heard.by_turn.setdefault(turn, []).append(now - begun)
+                    recorded.first.append(now - begun)
+                    recorded.by_turn.setdefault(turn, []).append(now - begun)
                 last = now
                 texts.append(text)
         finally:
             writer.close()
-        heard.n_answers += 1
+        recorded.n_answers += 1
         return "".join(texts)
 
     def _text_of(self, event: dict[str, Any]) -> str | None:

@@ -1,14 +1,14 @@
-"""llama.cpp in a process of its own, so that it may live in another Python environment.
+"""llama.cpp in its own process, which may use another Python environment.
 
-Run by path, not imported: needs llama_cpp and numpy, nothing of Fabula. Reads one JSON object a line on stdin and
-answers each with one on stdout, `{"error": text}` where it failed:
+Run by path, not imported: needs llama_cpp and numpy, nothing of Fabula. Reads one JSON object a line from stdin and
+answers each with one on stdout, `{"error": text}` on failure:
 
     {"do": "load", "path": file, "threads": most, "kv": "f16", "positions": n, "sequences": n, "choose": bool}
-        -> {"settings": {"prefill": text, "decode": text}}, the fastest that were found, or the plain ones
+        -> {"settings": {"prefill": text, "decode": text}}, the fastest, or the default
     {"do": "run", "prompt": [ids], "tokens": n}                  -> {"prefill_s", "decode_s", "tokens": [ids]}
     {"do": "together", "prompts": [[ids]], "shared": n, "tokens": n}  -> {"decode_s", "settings"}
-    {"do": "logits", "tokens": [ids], "file": path}              -> {"rows"}, written there as f32, one fewer than ids
-    {"do": "first", "path", "threads", "kv", "positions", "prompt": [ids]}  -> {"token", "settings"}, loaded for it
+    {"do": "logits", "tokens": [ids], "file": path}              -> {"rows"}, written as f32, one row fewer than ids
+    {"do": "first", "path", "threads", "kv", "positions", "prompt": [ids]}  -> {"token", "settings"}, from a new model
     {"do": "hold", "path", "threads", "kv", "positions"}         -> {"settings"}, llama-cpp-python's own class
     {"do": "read", "tokens": [ids]}                              -> {"bytes"} of its state
     {"do": "save_and_load"}                                      -> {"seconds"}
@@ -30,8 +30,8 @@ import llama_cpp
 import numpy as np
 
 _TRIAL_PROMPT, _TRIAL_TOKENS, _TRIAL_ROUNDS = 512, 12, 3
-_HOPELESS = 1.5  # a setting that took so many times the fastest one's time in both cases is not tried again
-_UBATCHES = (512, 2048)  # llama.cpp's own choice, and one that reads a long prompt in fewer passes
+_HOPELESS = 1.5  # a setting this many times slower than the fastest in both cases is dropped
+_UBATCHES = (512, 2048)  # llama.cpp's default, and one for long prompts
 _KV = {"f32": 0, "f16": 1, "q8": 8, "bf16": 30}  # enum ggml_type
 _QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 
@@ -54,7 +54,7 @@ def _is_near_best(setting: Setting, times: dict[Setting, list[float]]) -> bool:
 
 
 class Worker:
-    """A model, and contexts by their settings but for threads, made when they are first used."""
+    """A model, and its contexts by setting except threads, created on first use."""
 
     def __init__(self, path: str, threads: int, kv: str, positions: int, sequences: int) -> None:
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
@@ -70,13 +70,13 @@ class Worker:
         self._made: tuple[Any, ...] | None = None
         self._batch = llama_cpp.llama_batch_init(positions * sequences, 0, 1)
         self._best: dict[str, Setting] = {}
-        self._filled: tuple[list[list[int]], int] | None = None  # prompts, and how much of them is shared
-        self._begun: list[int] = []  # the first token behind each
+        self._filled: tuple[list[list[int]], int] | None = None  # prompts, and length of their shared prefix
+        self._begun: list[int] = []  # the first token after each
 
     def choose(self) -> dict[str, str]:
-        """Tries threads, flash attention and ubatch in turns, and keeps what is fastest for each case."""
+        """Tries threads, flash attention and ubatch in turns, and keeps the fastest for each case."""
         n_prompt = max(1, min(_TRIAL_PROMPT, self._positions - _TRIAL_TOKENS, self._n_vocab))
-        if self._positions > 4 * _TRIAL_PROMPT:  # what wins on a short prompt need not on a long one
+        if self._positions > 4 * _TRIAL_PROMPT:  # the fastest for a short prompt may differ
             n_prompt = min(4 * _TRIAL_PROMPT, self._n_vocab)
         prompt = list(range(n_prompt))
         prefill: dict[Setting, list[float]] = {}
@@ -97,7 +97,7 @@ class Worker:
         return {case: self._keep(case, times) for case, times in (("prefill", prefill), ("decode", decode))}
 
     def plain(self) -> dict[str, str]:
-        """All threads, and flash attention only where a cache cannot do without."""
+        """All threads, and flash attention only if the KV cache needs it."""
         for flash in (False, True):
             setting = Setting(self._threads, flash, _UBATCHES[0])
             if self._ready(setting, 1) is not None:
@@ -106,7 +106,7 @@ class Worker:
         raise RuntimeError("it cannot make a context")
 
     def logits(self, tokens: Sequence[int], path: str) -> int:
-        """Writes the logits behind every token but the last; how many rows."""
+        """Writes the logits after each token except the last; returns the number of rows."""
         self._ready(self._best["prefill"], 1)
         n_rows = len(tokens) - 1
         self._decode([(token, i, 0, True) for i, token in enumerate(tokens[:n_rows])])
@@ -115,7 +115,7 @@ class Worker:
         return n_rows
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> dict[str, Any]:
-        """Reads a prompt and answers greedily, each with its best settings."""
+        """Prefill and greedy decode, each with its best settings."""
         before, after = self._best["prefill"], self._best["decode"]
         self._ready(before, 1)
         start = time.perf_counter()
@@ -131,8 +131,8 @@ class Worker:
         return {"prefill_s": prefill_s, "decode_s": time.perf_counter() - start, "tokens": tokens}
 
     def together(self, prompts: list[list[int]], shared: int, n_tokens: int) -> dict[str, Any]:
-        """Decodes `n_tokens` for every prompt, one batch a step; the first `shared` ids are computed once for all.
-        Prompts are read once for all settings of a context, and again only if something else was done since."""
+        """Decodes `n_tokens` for each prompt, one batch a step; the first `shared` ids are computed once.
+        Prompts are processed once for all settings of a context, unless it was used otherwise since."""
         if "together" not in self._best:
             times: dict[Setting, list[float]] = {}
             for setting in self._settings(split=True):
@@ -167,8 +167,8 @@ class Worker:
         return (setting.flash, setting.ubatch, setting.unified, sequences)
 
     def _ready(self, setting: Setting, sequences: int) -> Any:
-        """The context of a setting, empty; None where llama.cpp refuses it (a quantised V without flash attention).
-        One lives at a time, so that memory holds one cache."""
+        """An empty context of a setting; None if llama.cpp refuses it (quantized V without flash attention). Only one
+        exists at a time, to hold one KV cache in memory."""
         wanted = self._context_of(setting, sequences)
         self._filled = None
         if self._made != wanted:
@@ -191,18 +191,18 @@ class Worker:
         return self._context
 
     def first(self, prompt: Sequence[int]) -> dict[str, Any]:
-        """The first token behind a prompt, with the plain settings."""
+        """The first token after a prompt, with the default settings."""
         settings = self.plain()
         return {"token": self._step(prompt, 0), "settings": settings["decode"]}
 
     def _step(self, tokens: Sequence[int], position: int) -> int:
-        """Appends tokens to sequence 0 and returns the likeliest next one."""
+        """Appends tokens to sequence 0 and returns the most likely next one."""
         last = len(tokens) - 1
         self._decode([(token, position + i, 0, i == last) for i, token in enumerate(tokens)])
         return self._likeliest(-1)
 
     def _fill(self, setting: Setting, prompts: list[list[int]], shared: int) -> bool:
-        """Reads the prompts into the context of a setting, unless they are there; False where llama.cpp refuses it."""
+        """Processes the prompts in the context of a setting, unless they are there; False if llama.cpp refuses it."""
         if self._made != self._context_of(setting, len(prompts)) or self._filled != (prompts, shared):
             if self._ready(replace(setting, threads=self._threads), len(prompts)) is None:
                 return False
@@ -219,7 +219,7 @@ class Worker:
         return True
 
     def _draw(self, setting: Setting, n_tokens: int) -> float:
-        """Seconds of so many steps behind the prompts of `_fill`, which are as before afterwards."""
+        """Seconds of n decode steps after the prompts of `_fill`; restores them afterwards."""
         assert self._filled is not None
         prompts, tokens = self._filled[0], self._begun
         llama_cpp.llama_set_n_threads(self._context, setting.threads, setting.threads)
@@ -248,7 +248,7 @@ class Worker:
 
 
 class Holder:
-    """A conversation in llama-cpp-python's own class, which saves and loads its whole state."""
+    """A conversation in llama-cpp-python's class, which saves and loads its whole state."""
 
     def __init__(self, path: str, threads: int, kv: str, positions: int) -> None:
         k, _, v = kv.partition(":")
@@ -258,7 +258,7 @@ class Holder:
             n_threads=threads,
             type_k=_KV[k],
             type_v=_KV[v or k],
-            flash_attn="q8" in (k, v),  # a quantised V needs it
+            flash_attn="q8" in (k, v),  # quantized V needs it
             verbose=False,
         )
         self._state: Any = None
@@ -278,7 +278,7 @@ class Holder:
 
 
 class Answers:
-    """What each request does, by its name."""
+    """Handlers of requests, by name."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
@@ -333,7 +333,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = answers(**json.loads(line))
-        except Exception as error:  # told to the other side, which decides
+        except Exception as error:  # reported to the parent process
             answer = {"error": f"{error or type(error).__name__}"}
         print(json.dumps(answer), flush=True)
 

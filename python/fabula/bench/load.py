@@ -1,9 +1,9 @@
-"""How long it takes from the start of a process to the first token, and how much memory that takes at most.
+"""Time from process start to the first token, and peak memory.
 
-Each time is that of a new process: Python, imports, the file (which the system has in memory by then, as a first
-process of each kind is not counted), packing, a short prompt and one token. llama.cpp's is Python with llama-cpp-python
-on the same file. They take turns. Memory is the process's peak of resident pages, a mapped file's that were touched
-among them, when the first token is there; its limit from below are the packed weights, which must be somewhere.
+Each run is a new process: Python, imports, reading the file (from the page cache, since a first process of each kind is
+not counted), packing, a short prompt and one token. llama.cpp runs in Python with llama-cpp-python on the same file.
+Engines run in turns. Memory is the peak resident size at the first token, including touched pages of mapped files; its
+lower limit is the packed weights.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.bench.worker import Worker
+from fabula.choices import WeightsName
 from fabula.errors import EngineError, InvalidArgument
-from fabula.model import Model, WeightsName
+from fabula.model import Model
 
 PROMPT = "The lighthouse keeper climbed the stairs"
 ROUNDS = 5
@@ -31,7 +32,7 @@ _POSITIONS = 512
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """What is started, and what each process is asked for."""
+    """How to start an engine's process, and the request for it."""
 
     name: str
     start: Callable[[], Worker]
@@ -40,7 +41,7 @@ class _Engine:
 
 @dataclass(slots=True)
 class _Measured:
-    """What the processes of one engine needed: seconds, and bytes at most where the system tells them."""
+    """Results of one engine's processes: seconds, and peak bytes if the system reports them."""
 
     seconds: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
@@ -62,10 +63,11 @@ def bench_load(
     """Measures a model's start: time to the first token, and peak memory.
 
     Args:
-        path: the model. With `peers`, a GGUF file of the weights is written for both where it is none of that format.
-        rounds: processes of each engine that count; medians are told.
-        peers: whether llama.cpp is measured too; that it cannot be is told. python: interpreter that has it; None for
-            this one. device: as `Model.load`, for Fabula.
+        path: the model. With `peers`, a GGUF file with these weights is written for both if it is not one.
+        rounds: counted processes of each engine; results are medians.
+        peers: whether to measure llama.cpp too; if it cannot run, `status` says so.
+        python: interpreter with llama_cpp; None for this one.
+        device: as `Model.load`, for Fabula.
 
     Raises:
         InvalidArgument: rounds is out of its range.
@@ -78,7 +80,7 @@ def bench_load(
             Model.load(path, weights=weights, kv=kv, threads=threads, context=_POSITIONS, device=device, fetch=False)
         )
         same = stack.enter_context(gguf_of(model, status)) if peers else path
-        model.close()  # what is measured shall have the memory
+        model.close()  # leave the memory to the processes
         request = {
             "path": str(same),
             "threads": threads,
@@ -93,10 +95,10 @@ def bench_load(
 
 
 def _measure(engines: Sequence[_Engine], rounds: int, status: Status) -> dict[str, _Measured]:
-    """By name, ours first; one that fails at once is told and left out, but for ours."""
+    """Results by name, ours first. A peer that fails is reported and left out."""
     found: dict[str, _Measured] = {}
     for engine in engines:
-        status(f"{engine.name}: a first process, which is not counted")
+        status(f"{engine.name}: warm-up process")
         try:
             _once(engine, _Measured())
         except EngineError as error:

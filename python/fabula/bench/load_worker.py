@@ -1,7 +1,7 @@
-"""A fresh process of Fabula that loads a model and draws one token, for `fabula bench load`.
+"""A process that loads a model and generates one token, for `fabula bench load`.
 
-Run with `python -m`. Reads one JSON object a line on stdin and answers with one on stdout, `{"error": text}` where it
-failed; then it waits until stdin is closed, so that its memory can be looked at:
+Run with `python -m`. Reads one JSON object a line from stdin and answers with one on stdout, `{"error": text}` on
+failure; then it waits until stdin is closed, so that its memory can be measured:
 
     {"do": "first", "path": file, "weights": name, "threads": n, "kv": "f16", "positions": n, "prompt": [ids],
      "device": name}
@@ -23,7 +23,7 @@ from fabula.model import Model
 def first(
     stack: ExitStack, path: str, weights: Any, threads: int, kv: str, positions: int, prompt: list[int], device: str
 ) -> dict[str, Any]:
-    """The answer; the model stays open as long as the stack."""
+    """Computes the answer; the model stays open as long as the stack."""
     model = stack.enter_context(
         Model.load(path, weights=weights, threads=threads, kv=kv, context=positions, device=device, fetch=False)
     )

@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes read from memory and multiply-adds in registers, a second."""
+"""Limits of this machine: bytes read from memory, and multiply-adds in registers, per second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fabula import _native, _operators
 
 _READ_BYTES = 512 << 20  # larger than any cache
 _REPEATS = 7
-_TRIES = 3  # a busy moment must not lower a limit
+_TRIES = 3  # the best counts, so that a busy moment does not lower a limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ class Machine:
 
     Attributes:
         cpu: the processor's name.
-        isa: instruction set that "auto" stands for.
+        isa: the best supported instruction set.
         cores: cores this process may run on.
         threads: threads the limits were measured with.
         read_bytes_per_s: streaming reads of memory.
-        flops_per_s: f32 multiply-adds of the matrix kernel on numbers in L1; one counts as two operations.
-        pairs_per_s: likewise of the kernel for bf16 weights.
-        dots_per_s: likewise of the kernel for weights in blocks, on bytes.
+        flops_per_s: f32 operations of the matrix kernel on data in L1; a multiply-add counts as two.
+        pairs_per_s: the same for the bf16 kernel.
+        dots_per_s: the same for the int8 kernel of quantized weights.
     """
 
     cpu: str
@@ -54,7 +54,7 @@ class Machine:
         )
 
     def peak(self, weights: str) -> float:
-        """Multiply-adds a second of products with weights in this precision."""
+        """Operations per second of products with weights in this precision."""
         return {"f32": self.flops_per_s, "f16": self.flops_per_s, "bf16": self.pairs_per_s}.get(
             weights, self.dots_per_s
         )
@@ -71,12 +71,12 @@ class Machine:
 
 
 def about(threads: int) -> dict[str, Any]:
-    """What a machine is, for rows of measurements that have no limit."""
+    """Describes the machine, for rows of measurements without limits."""
     return {"cpu": cpu_name(), "isa": _native.isa_best(), "cores": _cores(), "threads": threads}
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name, from the system."""
     try:
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")

@@ -1,8 +1,8 @@
-"""How fast a model reads a prompt and writes an answer, alone or in turns with other engines on the same weights.
+"""Speed of prefill and decode, alone or in turns with other engines on the same weights.
 
-A decoded token reads every packed matrix once, so decoding cannot be faster than the memory's bandwidth / weight bytes.
-A prompt token is multiplied with every matrix of the layers, so reading a prompt cannot be faster than the
-multiply-adds per second / those weights. Both are limits from below on the work: attention comes on top.
+A decode step reads every packed matrix once, so decode cannot be faster than memory bandwidth / weight bytes. Prefill
+multiplies each token with every matrix of the layers, so it cannot be faster than multiply-adds per second / number of
+those weights. Both ignore attention, so they are upper bounds of the speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from fabula._native import PAGE_POSITIONS
 from fabula.bench.machine import Machine
-from fabula.bench.neighbours import neighbours
+from fabula.bench.neighbors import neighbors
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
 from fabula.engine.generation import Generation
@@ -25,8 +25,8 @@ from fabula.errors import InvalidArgument
 from fabula.model import Model
 
 AGREEMENT_TOKENS = 32
-_PAUSE_S = 0.05  # between engines: threads that wait for work by spinning go to sleep
-# What all engines read; repeated to the length asked for.
+_PAUSE_S = 0.05  # between engines, so that spinning threads go to sleep
+# The prompt of all engines, repeated to the requested length.
 _TEXT = (
     "The lighthouse keeper climbed the stairs every evening before the sun went down. He carried oil for the lamp, a "
     "piece of bread and an old book about the stars. When the storm came, he counted the ships that passed the rocks, "
@@ -36,10 +36,10 @@ _TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One prompt read and one answer written.
+    """One prefill and decode.
 
     Attributes:
-        prefill_s: seconds for the prompt, its last logits and the first token.
+        prefill_s: seconds of prefill, up to the first token.
         decode_s: seconds for the tokens after the first.
         tokens: greedy tokens, the first included.
     """
@@ -50,7 +50,7 @@ class Run:
 
 
 class Engine(Protocol):
-    """Something that answers greedily, never stopping early.
+    """An engine that generates greedily and never stops early.
 
     Attributes:
         name: for the table.
@@ -61,23 +61,23 @@ class Engine(Protocol):
     settings: dict[str, str]
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
-        """Reads a prompt of token ids from an empty cache and writes `n_tokens` tokens."""
+        """Processes a prompt from an empty cache and generates `n_tokens` tokens."""
         ...
 
     def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float | None:
-        """Tokens a second of all prompts answered at the same time, `n_tokens` each, from the moment when all are
-        read; their first `shared` ids are the same. None from an engine that cannot."""
+        """Tokens a second of all prompts decoded together, `n_tokens` each, without prefill; they share their first
+        `shared` ids. None if the engine does not support it."""
         ...
 
     def close(self) -> None: ...
 
 
-# Makes the other engines for a loaded model: (model, positions needed, status) -> engines.
+# (model, positions, status) -> other engines for the model.
 MakePeers = Callable[[Model, int, Status], list[Engine]]
 
 
 class Fabula:
-    """A loaded model through the SDK, sampler and text decoding included."""
+    """A loaded model through the SDK, including sampler and detokenizer."""
 
     name = "fabula"
 
@@ -98,10 +98,10 @@ class Fabula:
             return Run(first - start, end - first, tuple(generation.token_ids))
 
     def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float:
-        del shared  # the cache of prefixes finds it
+        del shared  # the prefix index finds it
         self._model.clear_cache()
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens + 1, ignore_eos=True)
-        for ids in prompts:  # or the first would have answered before the last is read
+        for ids in prompts:  # prefill all first, or the first reply would end before the last prompt is processed
             self._model.generate(ids, replace(params, max_tokens=1)).text()
         times: list[list[float]] = [[] for _ in prompts]
 
@@ -109,7 +109,7 @@ class Fabula:
             for _ in generation:
                 out.append(generation.made_at)
 
-        # All are begun before one is read: none runs further ahead of its reader than some tokens.
+        # Start all before reading any; each runs at most a few tokens ahead of its reader.
         with ExitStack() as stack, ThreadPoolExecutor(len(prompts)) as readers:
             generations = [stack.enter_context(self._model.generate(ids, params)) for ids in prompts]
             for _ in readers.map(drain, generations, times):
@@ -125,7 +125,7 @@ class Fabula:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRow:
-    """One line of the table: a case, and one other engine or none. Speeds in `unit`, medians over the rounds.
+    """A row of results: a case, with at most one other engine. Speeds in `unit`, medians over the rounds.
 
     Attributes:
         ours_mean, peer_mean: the same as means. ours_spread, peer_spread: the slowest and the quickest round.
@@ -166,28 +166,30 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How much is read and written: prompt tokens, tokens decoded after the first, rounds; sequences answered together
-    (1: none), whose prompts begin with the same `shared` ids; processes that compute beside."""
+    """Sizes of a measurement: prompt tokens, tokens decoded after the first, rounds; sequences decoded together (1: no
+    such case), whose prompts share the first `shared` ids; busy neighbor processes."""
 
     prompt_tokens: int = 512
     tokens: int = 64
     rounds: int = 5
     sequences: int = 1
     shared: int = 0
-    neighbours: int = 0
+    neighbors: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "tokens", "rounds", "sequences"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, must be 1 .. 2^20")
-        if not 0 <= self.neighbours <= 1024:
-            raise InvalidArgument(f"neighbours is {self.neighbours}, must be 0 .. 1024")
+        if not 0 <= self.neighbors <= 1024:
+            raise InvalidArgument(f"neighbors is {self.neighbors}, must be 0 .. 1024")
         if not 0 <= self.shared < self.prompt_tokens:
-            raise InvalidArgument(f"shared is {self.shared}, must be 0 .. {self.prompt_tokens - 1}, less than a prompt")
+            raise InvalidArgument(
+                f"shared is {self.shared}, must be 0 .. {self.prompt_tokens - 1}, shorter than the prompt"
+            )
 
     @property
     def context(self) -> int:
-        """Positions that a run takes, and at least what the comparison of answers takes."""
+        """Positions needed by a run, and by the comparison of tokens."""
         return max(self.prompt_tokens + self.tokens + 1, 3 * AGREEMENT_TOKENS)
 
 
@@ -206,14 +208,14 @@ def bench_models(
     make_peers: MakePeers | None = None,
     status: Status = silent,
 ) -> list[ModelRow]:
-    """Measures loaded models and, for each, other engines on the same weights: all take turns in one run.
+    """Measures loaded models and, for each, other engines on the same weights, all in turns.
 
     Args:
         models: usually one model in several precisions; left open. Each context must hold `lengths.context` positions.
         machine: the measured limits.
-        lengths: how much is read and written.
-        make_peers: makes the other engines of a model; None for none.
-        status: told what is being done.
+        lengths: sizes of the measurement.
+        make_peers: opens other engines for a model; None for none.
+        status: callback for progress.
 
     Raises:
         InvalidArgument: a model's context is too short.
@@ -233,7 +235,7 @@ def bench_models(
             for model, group in zip(models, groups, strict=True)
         ]
         status(f"{lengths.rounds} rounds of {', '.join(engine.name for group in groups for engine in group)}")
-        with neighbours(lengths.neighbours):  # peers chose their settings on a quiet machine
+        with neighbors(lengths.neighbors):  # peers have chosen their settings on an idle machine
             seconds = _measure(models, groups, lengths)
     finally:
         for group in groups:
@@ -256,7 +258,7 @@ def bench_models(
 
 
 def _measure(models: Sequence[Model], groups: list[list[Engine]], lengths: Lengths) -> list[list[_Seconds]]:
-    """Seconds of every engine, by model and engine."""
+    """Seconds by model and engine."""
     prompts = [prompt_ids(model, lengths.prompt_tokens) for model in models]
     seconds = [[_Seconds() for _ in group] for group in groups]
     everyone = [(i, j) for i, group in enumerate(groups) for j in range(len(group))]
@@ -265,7 +267,7 @@ def _measure(models: Sequence[Model], groups: list[list[Engine]], lengths: Lengt
         for r, (i, j) in enumerate(turns(everyone, lengths.rounds + 1)):
             time.sleep(_PAUSE_S)
             speed = groups[i][j].together(many[i], lengths.shared, lengths.tokens)
-            if speed and r >= len(everyone):  # the first round warms up, and lets peers choose
+            if speed and r >= len(everyone):  # the first round is warm-up, and lets peers choose settings
                 seconds[i][j].together.append(lengths.sequences * lengths.tokens / speed)
         return seconds
     for i, j in everyone:
@@ -289,7 +291,7 @@ def _row(
     work: Work,
     machine: Machine,
 ) -> ModelRow:
-    """The line of one engine of a model's group, by its place there; None for the model alone."""
+    """The row for one peer of a model, by index; None for the model alone."""
     ours, theirs = times[0], times[peer] if peer else None
     limit = work.limit(machine)
     return ModelRow(
@@ -320,7 +322,7 @@ def _row(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a token takes at least.
+    """Minimal work per token.
 
     Attributes:
         operations: multiply-adds with the weights, one counting as two. n_bytes: read from memory.
@@ -333,52 +335,51 @@ class Work:
     weights: str
 
     def limit(self, machine: Machine) -> float:
-        """Tokens a second that cannot be passed."""
+        """Upper bound of tokens a second."""
         if self.bound == "memory":
             return machine.read_bytes_per_s / self.n_bytes
         return machine.peak(self.weights) / self.operations
 
 
 def limits(model: Model, machine: Machine, prompt_tokens: int, sequences: int = 1, shared: int = 0) -> dict[str, float]:
-    """Tokens a second that cannot be passed, by case."""
+    """Upper bound of tokens a second, by case."""
     work = work_of(model, prompt_tokens, sequences, shared)
     return {case: each.limit(machine) for case, each in work.items()}
 
 
 def work_of(model: Model, prompt_tokens: int, sequences: int = 1, shared: int = 0) -> dict[str, Work]:
-    """What a token takes, by case.
+    """Work per token, by case.
 
-    The rows of an embedding are looked up, not multiplied: where it is not also the head it does not count. The head is
-    multiplied once a prompt, with its last token. A decoded token reads K and V of its prompt; sequences together read
-    the weights once, and the K and V that they share once. Multiply-adds of quantised weights are counted at the peak
-    of products of bytes.
+    An untied embedding does not count, since its rows are looked up, not multiplied. The head is multiplied once per
+    prompt, with its last token. Decode reads keys and values of the prompt; sequences together read the weights, and
+    the keys and values they share, once. For quantized weights the peak is that of the int8 kernel.
     """
     c = model.config
     table = c.vocab_size * c.hidden_size
     attention = 2 * c.hidden_size * c.head_dim * (c.n_heads + c.n_kv_heads)
     layers = c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    # Of a head apart, the embedding is as large as the head: the other's rows are looked up.
+    # An untied embedding is as large as the head.
     everything = layers + table * (1 if c.tied else 2)
     read = model.weight_bytes * (1 - (0 if c.tied else table / everything))
     position = model.kv_usage.page_bytes / PAGE_POSITIONS
     every = read + position * (shared + sequences * (prompt_tokens - shared))
-    drawn = 2.0 * (layers + table)
+    decoded = 2.0 * (layers + table)
     return {
         "prefill": Work(2 * (layers + table / prompt_tokens), read / prompt_tokens, "compute", model.weights),
-        "decode": Work(drawn, read + position * prompt_tokens, "memory", model.weights),
-        "together": Work(drawn, every / sequences, "memory", model.weights),
+        "decode": Work(decoded, read + position * prompt_tokens, "memory", model.weights),
+        "together": Work(decoded, every / sequences, "memory", model.weights),
     }
 
 
 def sequence_prompts(ids: Sequence[int], lengths: Lengths) -> list[list[int]]:
-    """A prompt for every sequence: the shared ids, then the text from another place on for each."""
+    """One prompt per sequence: the shared ids, then text from different offsets."""
     own = lengths.prompt_tokens - lengths.shared
     start = lengths.shared
     return [[*ids[:start], *ids[start + s : start + s + own]] for s in range(lengths.sequences)]
 
 
 def prompt_ids(model: Model, n_tokens: int) -> list[int]:
-    """`n_tokens` ids of a plain text, the start token in front where the model is used to one."""
+    """`n_tokens` ids of a repeated text, with the start token if the model uses one."""
     ids = model.tokenizer.encode(_TEXT)
     more = model.tokenizer.encode(_TEXT, add_bos=False)
     while len(ids) < n_tokens:
@@ -387,7 +388,7 @@ def prompt_ids(model: Model, n_tokens: int) -> list[int]:
 
 
 def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many tokens are the same before the first that is not."""
+    """Length of the common prefix."""
     for i, (left, right) in enumerate(zip(ours, theirs, strict=False)):
         if left != right:
             return i

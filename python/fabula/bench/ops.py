@@ -1,9 +1,9 @@
-"""Every operator against the same loop in plain serial C: same numbers first, then how long each takes.
+"""Every operator against the same loop in plain serial C: compares results, then times.
 
 Speeds of memory-bound operators count the bytes that must move once (inputs read, results written); those of the others
-count multiplications and additions. For the roofline both are counted for all, an exponential or a division as one
-operation. Shares are of the machine's measured limit, streaming reads or multiply-adds;
-data that fits a cache (SwiGLU's here) can pass the limit of memory.
+count multiplications and additions. For the roofline both are counted for all; an exponential or a division is one
+operation. Shares are of the machine's measured limit, streaming reads or multiply-adds; data that fits a cache
+(SwiGLU's here) can exceed the limit of memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fabula.formats.checkpoint import DType
 
 F32 = npt.NDArray[np.float32]
 
-QUICK = 20  # how many times smaller the quick sizes are, about
+QUICK = 20  # quick sizes are about this many times smaller
 _EPS = 1e-5
 
 
@@ -55,11 +55,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class OpRow:
-    """One line of the table; times in seconds, speeds in `unit`.
+    """A row of results; times in seconds, speeds in `unit`.
 
     Attributes:
-        serial_spread, spread: seconds of the quickest and the slowest call.
-        ratio: serial median / optimised median.
+        serial_spread, spread: seconds of the fastest and the slowest call.
+        ratio: serial median / optimized median.
         difference, tolerance: largest difference found and allowed; see `difference`.
         share: speed / limit.
     """
@@ -86,7 +86,7 @@ class OpRow:
     gop_per_s: float
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of every measurement, ours and the serial loop's as speeds; then the row's own."""
+        """The keys of `Row`, with our and the serial loop's speed, and further ones."""
         own = {name: value for name, value in asdict(self).items() if name not in ("ratio", "limit", "share")}
         work = self.speed * self.median  # of one call
         row = Row(
@@ -117,7 +117,7 @@ def bench_ops(
         machine: its measured limits and the threads to use.
         quick: sizes about 20 times smaller, for a test that everything works.
         min_seconds: each case repeats until the serial loop took about this long, and five times at least.
-        status: told what is being measured.
+        status: callback for progress.
 
     Raises:
         EngineError: an operator's result differs from the serial loop's.
@@ -131,7 +131,7 @@ def bench_ops(
 
 
 def difference(result: F32, expected: F32) -> float:
-    """Largest difference of two arrays, each row's (last axis) measured by the largest number expected in it."""
+    """Largest difference of two arrays, relative to the largest expected number in each row (last axis)."""
     largest = np.maximum(np.abs(expected).max(axis=-1), np.finfo(np.float32).tiny)
     return float((np.abs(result - expected).max(axis=-1) / largest).max())
 
@@ -181,8 +181,8 @@ def _row(case: Case, weights: str, serial: Times, fast: Times, machine: Machine,
 
 
 # ---- Cases ---------------------------------------------------------------------------------------------------------
-# `less` is the factor by which a case is to be smaller. Tolerances leave room for the serial loops' long chains of
-# additions: the more terms of one sign, the more.
+# `less`: factor by which to shrink a case. Tolerances allow for the serial loops' long chains of additions, more so
+# with many terms of one sign.
 
 
 def _random(*shape: int, seed: int = 0) -> F32:
@@ -190,7 +190,7 @@ def _random(*shape: int, seed: int = 0) -> F32:
 
 
 def _filled(shape: tuple[int, ...]) -> F32:
-    """Memory for a result, touched, so that no page faults are measured."""
+    """Memory for a result, touched to avoid page faults in the measurement."""
     return np.full(shape, np.nan, np.float32)
 
 
@@ -265,8 +265,8 @@ def _swiglu(less: int, threads: int) -> Case:
 def _matmul_transb(less: int, threads: int) -> Case:
     m, n, k = 512 // min(less, 4), 2048 // max(1, less // 4), 1536
     a = _random(m, k)
-    a = (a.view(np.uint32) & 0xFFFF0000).view(np.float32)  # bf16, to which products with bf16 weights round it
-    # Multiples of 1/64 below 2: f32, f16 and bf16 hold them exactly, so one serial result fits all three.
+    a = (a.view(np.uint32) & 0xFFFF0000).view(np.float32)  # bf16, as in products with bf16 weights
+    # Multiples of 1/64 below 2: exact in f32, f16 and bf16, so that one serial result serves all three.
     b = np.random.default_rng(1).integers(-127, 128, (n, k)).astype(np.float32) / np.float32(64)
     plain = _filled((m, n))
 
@@ -297,7 +297,7 @@ def _rope(less: int, threads: int) -> Case:
     def fast() -> F32:
         return _operators.rope(out, positions, inv_freq, 1.0, threads, "auto", out)
 
-    # Two numbers take four products and two sums; cosines and sines are counted once for all heads.
+    # A pair takes four products and two sums; cosines and sines are shared by all heads.
     size, work = f"{rows} x {heads} x {dim}", 3.0 * x.size + 2.0 * rows * dim
     return Case("rope", size, 1e-5, work, {"f32": 2.0 * x.nbytes}, "memory", serial, {"f32": fast})
 

@@ -1,4 +1,4 @@
-"""llama.cpp on a GGUF file of the weights that a loaded model has, with its best settings, in a process of its own."""
+"""llama.cpp in its own process, with its best settings, on a GGUF file with the weights of a loaded model."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _WORKER = Path(__file__).with_name("llama_worker.py")
 
 
 class LlamaCpp:
-    """A model in llama.cpp, in a worker process that sleeps while others are measured.
+    """A model in llama.cpp, in a worker process that is idle while others are measured.
 
     Args:
         path: a GGUF file.
-        threads: at most this many.
-        kv: format of its cache, as a model's.
-        n_positions: length of a sequence.
-        n_sequences: sequences that are decoded together, at most.
-        python: interpreter that has llama_cpp; None for this one.
-        choose: whether it looks for its fastest settings; else all threads and no flash attention, where that works.
+        threads: at most.
+        kv: format of its KV cache, with the names of `Model.load`.
+        n_positions: max length of a sequence.
+        n_sequences: max number of sequences decoded together.
+        python: interpreter with llama_cpp; None for this one.
+        choose: whether to search for its fastest settings; else all threads, without flash attention if possible.
 
     Raises:
-        Unsupported: the interpreter, or llama.cpp in it, does not work with the file.
+        Unsupported: the interpreter, or its llama.cpp, fails on the file.
     """
 
     name = "llama.cpp"
@@ -55,8 +55,8 @@ class LlamaCpp:
         self._worker = start_worker(python)
         request = {"path": str(path), "threads": threads, "kv": kv, "positions": n_positions}
         with _closing_on_error(self._worker, python):
-            told = self._worker.ask("load", **request, sequences=n_sequences, choose=choose)
-            self.settings: dict[str, str] = told["settings"]
+            answer = self._worker.ask("load", **request, sequences=n_sequences, choose=choose)
+            self.settings: dict[str, str] = answer["settings"]
 
     @classmethod
     def of(
@@ -70,12 +70,12 @@ class LlamaCpp:
         python: str | None = None,
         choose: bool = True,
     ) -> LlamaCpp:
-        """The engine for a loaded model, on the file of `gguf_of`."""
-        choose = choose and n_sequences == 1  # for more, `together` chooses
+        """Opens llama.cpp for a loaded model, on the file of `gguf_of`."""
+        choose = choose and n_sequences == 1  # with several sequences, `together` chooses
         with gguf_of(model, status) as path:
             if choose:
                 status(f"{model.weights}: trying llama.cpp's settings")
-            # Its memory map stays when the folder goes.
+            # The memory map outlives the folder.
             return cls(
                 path,
                 threads=model.threads,
@@ -87,16 +87,16 @@ class LlamaCpp:
             )
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
-        told = self._worker.ask("run", prompt=list(prompt), tokens=n_tokens)
-        return Run(told["prefill_s"], told["decode_s"], tuple(told["tokens"]))
+        answer = self._worker.ask("run", prompt=list(prompt), tokens=n_tokens)
+        return Run(answer["prefill_s"], answer["decode_s"], tuple(answer["tokens"]))
 
     def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> float:
-        told = self._worker.ask("together", prompts=[list(ids) for ids in prompts], shared=shared, tokens=n_tokens)
-        self.settings["together"] = told["settings"]
-        return len(prompts) * n_tokens / float(told["decode_s"])
+        answer = self._worker.ask("together", prompts=[list(ids) for ids in prompts], shared=shared, tokens=n_tokens)
+        self.settings["together"] = answer["settings"]
+        return len(prompts) * n_tokens / float(answer["decode_s"])
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits behind every token but the last, read from an empty cache."""
+        """Logits after each token except the last, starting with an empty cache."""
         with tempfile.TemporaryDirectory(prefix="fabula-bench-") as folder:
             path = Path(folder) / "logits"
             n_rows = self._worker.ask("logits", tokens=list(tokens), file=str(path))["rows"]
@@ -106,20 +106,20 @@ class LlamaCpp:
         return rows.reshape(n_rows, -1)
 
     def close(self) -> None:
-        """Ends the worker; may be called twice."""
+        """Ends the worker. Idempotent."""
         self._worker.close()
 
 
 class LlamaStates:
-    """A conversation in llama-cpp-python, whose whole state is saved and loaded: how it goes back.
+    """A conversation in llama-cpp-python, which rolls back by saving and loading its whole state.
 
     Args:
         path: a GGUF file.
-        kv: format of its cache.
-        n_positions: that its context holds.
+        kv: format of its KV cache.
+        n_positions: of its context.
 
     Raises:
-        Unsupported: the interpreter, or llama.cpp in it, does not work with the file.
+        Unsupported: the interpreter, or its llama.cpp, fails on the file.
     """
 
     def __init__(self, path: Path, *, threads: int, kv: str, n_positions: int, python: str | None = None) -> None:
@@ -129,27 +129,27 @@ class LlamaStates:
             self.settings: str = self._worker.ask("hold", **request)["settings"]
 
     def read(self, tokens: Sequence[int]) -> int:
-        """Makes a conversation of these tokens the current one; the bytes of its state."""
+        """Replaces the conversation by these tokens; returns the bytes of its state."""
         return int(self._worker.ask("read", tokens=list(tokens))["bytes"])
 
     def save_and_load(self) -> float:
-        """Seconds that saving the state and loading it take."""
+        """Seconds to save and load the state."""
         return float(self._worker.ask("save_and_load")["seconds"])
 
     def close(self) -> None:
-        """Ends the worker; may be called twice."""
+        """Ends the worker. Idempotent."""
         self._worker.close()
 
 
 def start_worker(python: str | None) -> Worker:
-    """A worker process that waits for its first question; None is the interpreter that runs this."""
+    """Starts a worker process; None: with this interpreter."""
     return Worker("llama.cpp", [python or sys.executable, str(_WORKER)], hint="; is llama_cpp installed there?")
 
 
 @contextmanager
 def gguf_of(model: Model, status: Status) -> Iterator[Path]:
-    """The model's own file where that has the weights' precision, else one that `fabula quantize` would write, which is
-    removed at the end."""
+    """Yields the model's file if it is GGUF in the loaded precision, else a temporary one, written as by
+    `fabula quantize`."""
     with tempfile.TemporaryDirectory(prefix="fabula-bench-") as folder:
         path = model.path.resolve()
         if not is_gguf(path) or _label(path) != model.weights:

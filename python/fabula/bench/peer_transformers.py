@@ -1,4 +1,4 @@
-"""transformers' Llama on the processor, built from the tensors of a loaded model's file."""
+"""transformers' Llama on the CPU, built from the tensors of a loaded model's file."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Transformers:
 
     @classmethod
     def of(cls, model: Model, status: Status) -> Transformers:
-        """The engine for a loaded model.
+        """Opens transformers for a loaded model.
 
         Raises:
-            Unsupported: the model is no Llama, has other tensors, or quantised weights.
+            Unsupported: the model is not a Llama, has other tensors, or quantized weights.
         """
         if model.config.model_type != "llama":
             raise Unsupported(f"only Llama is built here, the model is {model.config.model_type}")
@@ -78,10 +78,10 @@ class Transformers:
             return Run(first - start, time.perf_counter() - first, tuple(tokens))
 
     def together(self, prompts: Sequence[Sequence[int]], shared: int, n_tokens: int) -> None:
-        """Not measured: its batches pad, and share nothing."""
+        """Not measured: batches are padded and share no prefix."""
 
     def close(self) -> None:
-        """Lets the weights go."""
+        """Frees the weights."""
         self._model = None
 
     def _step(self, tokens: list[int], cache: Any) -> tuple[int, Any]:
@@ -110,7 +110,7 @@ def _config(c: ModelConfig) -> Any:
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every tensor of a checkpoint as f32."""
+    """All tensors of a checkpoint as f32."""
     tensors = {}
     for name, info in checkpoint.tensors.items():
         n = int(np.prod(info.shape, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Other engines on the weights that a loaded model has, for `fabula bench model --peers`."""
+"""Other engines on the weights of a loaded model, for `fabula bench model --peers`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ INSTALL = 'pip install "fabula[peers]"'
 def make_peers(
     model: Model, n_positions: int, status: Status, *, llama: Mapping[str, Any] | None = None
 ) -> list[Engine]:
-    """Every engine that is installed and can run this model; one line to `status` for each that cannot.
+    """All engines that are installed and can run this model; `status` gets a line for each that cannot.
 
     Args:
         model: a loaded model; its file is read again.
-        n_positions: positions a sequence must have room for.
-        status: told what is being done.
-        llama: more for `LlamaCpp.of`: how many sequences, precision of its cache, the interpreter that has it.
+        n_positions: max length of a sequence.
+        status: callback for progress.
+        llama: further arguments of `LlamaCpp.of`.
     """
     options = dict(llama or {})
     engines: list[Engine] = []
     for name, modules, make in _PEERS:
         if name == "llama.cpp" and options.get("python"):
-            modules = ()  # they are that interpreter's affair
+            modules = ()  # checked by that interpreter
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:
             status(f"{name} is not measured: {' and '.join(missing)} missing; {INSTALL}")
@@ -50,7 +50,7 @@ def _llama_cpp(model: Model, n_positions: int, status: Status, options: dict[str
 def _transformers(model: Model, n_positions: int, status: Status, options: dict[str, Any]) -> Engine:
     from fabula.bench.peer_transformers import Transformers
 
-    del n_positions, options  # its cache grows
+    del n_positions, options  # its cache grows on demand
     return Transformers.of(model, status)
 
 

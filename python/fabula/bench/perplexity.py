@@ -1,10 +1,9 @@
-"""Perplexity of a text: how surprised a model is by each next token, the usual check of a precision; and how far its
-guesses are from those of another.
+"""Perplexity of a text, the usual check of a precision, and the divergence from a reference model.
 
-The text's tokens are cut into windows that do not overlap; each is read from an empty cache, behind the start token
-where the model's tokenizer puts one. perplexity = exp(mean of -ln p(token)), in float64, over every token that has
-one before it in its window. The divergence of Kullback and Leibler, sum of r (ln r - ln p) over the vocabulary in nats,
-is taken for the same tokens, r being the reference's probabilities.
+The text's tokens are split into windows that do not overlap. Each starts with an empty cache and the start token, if
+the tokenizer adds one. perplexity = exp(mean of -ln p(token)), in float64, over all tokens with a predecessor in their
+window. The Kullback-Leibler divergence, sum of r (ln r - ln p) over the vocabulary in nats, is taken at the same
+tokens; r are the reference's probabilities.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ _ROWS = 64  # rows of logits widened to float64 at a time
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """What was measured.
+    """Result of `perplexity`.
 
     Attributes:
-        n_tokens: tokens that were predicted.
-        n_windows: windows that were read, the last perhaps shorter.
+        n_tokens: number of predicted tokens.
+        n_windows: number of windows; the last may be shorter.
     """
 
     perplexity: float
@@ -46,12 +45,12 @@ class Perplexity:
 
 @dataclass(slots=True)
 class Tally:
-    """What is counted window by window; sums in float64.
+    """Sums over windows, in float64.
 
     Attributes:
-        losses: -ln p of each token, in parts. divergences: sums of parts.
-        divergence_max: the largest of one token.
-        n_same: tokens whose likeliest successor is the reference's.
+        losses: -ln p of each token, in chunks. divergences: sums of chunks.
+        divergence_max: largest divergence of one token.
+        n_same: number of tokens with the same most likely successor as the reference.
     """
 
     n_tokens: int = 0
@@ -61,7 +60,7 @@ class Tally:
     n_same: int = 0
 
     def add(self, logits: F32, targets: npt.NDArray[np.int64], reference: F32 | None = None) -> None:
-        """Counts a window, some rows at a time: row i of `logits`, and of the reference's, predicts target i."""
+        """Adds a window. Row i of `logits`, and of `reference`, predicts target i."""
         for first in range(0, len(targets), _ROWS):
             wanted = targets[first : first + _ROWS]
             part = slice(first, first + len(wanted))
@@ -70,7 +69,7 @@ class Tally:
             if reference is None:
                 continue
             log_r = _log_softmax(reference[part])
-            divergences = np.maximum((np.exp(log_r) * (log_r - log_p)).sum(axis=1), 0.0)  # rounding may go below
+            divergences = np.maximum((np.exp(log_r) * (log_r - log_p)).sum(axis=1), 0.0)  # rounding may give < 0
             self.divergences.append(float(divergences.sum()))
             self.divergence_max = max(self.divergence_max, float(divergences.max()))
             self.n_same += int((logits[part].argmax(axis=1) == reference[part].argmax(axis=1)).sum())
@@ -81,7 +80,7 @@ class Tally:
         return math.exp(math.fsum(np.concatenate(self.losses)) / self.n_tokens)
 
     def error_to(self, other: Tally) -> float | None:
-        """Standard error of the relative difference of the perplexities of one text, from the tokens' own differences;
+        """Standard error of the relative difference of two perplexities, from the paired differences of the tokens;
         None for a single token."""
         differences = np.concatenate(self.losses) - np.concatenate(other.losses)
         return float(differences.std(ddof=1)) / math.sqrt(self.n_tokens) if self.n_tokens > 1 else None
@@ -92,7 +91,7 @@ class Tally:
 
 
 def read_text(path: Path) -> str:
-    """The file's text.
+    """Reads a text file.
 
     Raises:
         InvalidArgument: it is missing, empty, too large or not UTF-8.
@@ -105,7 +104,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise InvalidArgument(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise InvalidArgument(f"{path}: is not a text in UTF-8 (byte {error.start})") from None
+        raise InvalidArgument(f"{path}: is not UTF-8 text (byte {error.start})") from None
     if not text.strip():
         raise InvalidArgument(f"{path}: is empty")
     return text
@@ -116,9 +115,9 @@ def perplexity(model: Model, text: str, *, window: int = DEFAULT_WINDOW, status:
 
     Args:
         model: a loaded model.
-        text: at least long enough for one prediction.
-        window: tokens of a window, the start token not counted.
-        status: told how far it is.
+        text: long enough for at least one prediction.
+        window: tokens per window, without the start token.
+        status: callback for progress.
 
     Raises:
         InvalidArgument: the text is too short, or the window out of range.
@@ -132,7 +131,7 @@ def perplexity(model: Model, text: str, *, window: int = DEFAULT_WINDOW, status:
 
 
 def windows_of(model: Model, text: str, window: int) -> list[list[int]]:
-    """The text's ids, cut into windows; each has something to predict.
+    """Splits a text into windows of ids, each with something to predict.
 
     Raises:
         InvalidArgument: the text is too short, or the window out of range.
@@ -140,7 +139,7 @@ def windows_of(model: Model, text: str, window: int) -> list[list[int]]:
     start = [model.tokenizer.bos_id] if model.tokenizer.add_bos and model.tokenizer.bos_id is not None else []
     highest = model.context - len(start)
     if not 2 <= window <= highest:
-        raise InvalidArgument(f"window is {window}, must be 2 .. {highest}, what the model's context holds")
+        raise InvalidArgument(f"window is {window}, must be 2 .. {highest}, by the model's context")
     ids = model.tokenizer.encode(text, add_bos=False)
     windows = [w for i in range(0, len(ids), window) if len(w := start + ids[i : i + window]) > 1]
     if not windows:

@@ -1,7 +1,7 @@
-"""Pictures of measured rows, as JSON has them: bars of ours beside others' with the limit marked, and a roofline.
+"""Plots of benchmark rows from JSON: bars of our and other engines with limits, and a roofline.
 
-Needs matplotlib, which is imported when something is drawn. Colours are those of Okabe and Ito, which differ for every
-kind of eyes, and each engine has a hatch beside its colour.
+Needs matplotlib, imported only to draw. Colors are those of Okabe and Ito, which color-blind people can distinguish;
+each engine also has its own hatch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fabula.errors import InvalidArgument, Unsupported
 INSTALL = 'pip install "fabula[plot]"'
 OURS = "Fabula"
 MAX_ROWS = 200
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # ours first
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # ours first
 _HATCHES = ("", "///", "...", "\\\\\\", "xx")
 _LIMIT = "black"
 _MARKERS = "osD^vPX*<>hpd"
-_LOG_FROM = 30.0  # times, from the smallest bar of a panel to the largest, from where on its scale is logarithmic
-_ROW_IN, _BAR = 0.24, 0.8  # inches a bar takes; part of a group's place that its bars fill
-_LABEL = 60  # letters of a name
-_LINE = 130  # letters that fit beside each other under a picture
+_LOG_FROM = 30.0  # ratio of largest to smallest bar of a panel from which its scale is logarithmic
+_ROW_IN, _BAR = 0.24, 0.8  # inches per bar; share of a group's height filled by bars
+_LABEL = 60  # characters of a label
+_LINE = 130  # characters per line below a plot
 _WIDTH_IN, _ROOF_IN, _DPI = 11.0, 5.6, 130
 
 Json = Mapping[str, Any]
@@ -36,7 +36,7 @@ class Bars:
     """One case in a panel of bars.
 
     Attributes:
-        values: by engine, ours first; None where it measured nothing.
+        values: by engine, ours first; None if not measured.
         limit: in the panel's unit; None for none.
     """
 
@@ -68,7 +68,7 @@ class Point:
 
 
 def check(path: Path) -> None:
-    """Raises before anything is measured, if no picture could be written there.
+    """Raises before the measurement if no plot could be written there.
 
     Raises:
         Unsupported: matplotlib is missing.
@@ -98,7 +98,7 @@ def draw(rows: Sequence[Json], path: Path) -> None:
     roofs = bool(points) and all(machine.get(name) for name in ("read_bytes_per_s", "flops_per_s", "dots_per_s"))
     heights = [_height(panel) for panel in shown] + ([_ROOF_IN] if roofs else [])
 
-    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+    from matplotlib.figure import Figure  # not pyplot, which needs a display
 
     figure = Figure(figsize=(_WIDTH_IN, sum(heights) + 0.8), dpi=_DPI, layout="constrained")
     figure.suptitle("\n".join(_plain(line, _LINE) for line in title(rows).splitlines()), fontsize=11)
@@ -114,11 +114,11 @@ def draw(rows: Sequence[Json], path: Path) -> None:
         raise InvalidArgument(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-# ---- What is drawn -------------------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------------------------
 
 
 def panels(rows: Sequence[Json]) -> list[Panel]:
-    """Bars by unit, in the order of the rows; rows of one case with several peers are one group."""
+    """Panels of bars by unit, in the order of the rows; rows of one case with several peers form a group."""
     found: dict[str, Panel] = {}
     groups: dict[tuple[str, str], Bars] = {}
     for row, label in zip(rows, labels(rows), strict=True):
@@ -135,7 +135,7 @@ def panels(rows: Sequence[Json]) -> list[Panel]:
 
 
 def roofline(rows: Sequence[Json]) -> list[Point]:
-    """A point for each case that computes something."""
+    """A point for each case with known operations."""
     points: dict[str, Point] = {}
     for row, label in zip(rows, labels(rows), strict=True):
         intensity, speed = row.get("operations_per_byte"), row.get("gop_per_s")
@@ -145,13 +145,13 @@ def roofline(rows: Sequence[Json]) -> list[Point]:
 
 
 def labels(rows: Sequence[Json]) -> list[str]:
-    """A name for each row: its case, and what differs among rows beside it."""
+    """A label for each row: its case, and what differs between rows."""
     differing = [key for key in ("model", "weights", "kv", "threads") if len({row[key] for row in rows}) > 1]
     return [", ".join([row["case"], *(str(row[key]) for key in differing if row[key] is not None)]) for row in rows]
 
 
 def title(rows: Sequence[Json]) -> str:
-    """What was measured, where: the models, their precision if it is one for all, and the machine."""
+    """The title: models, precision if it is the same for all, and machine."""
     machine = _machine(rows)
     what = ["fabula bench"]
     for key, form in (("model", "{}"), ("weights", "weights {}"), ("kv", "kv {}"), ("threads", "{} threads")):
@@ -168,7 +168,7 @@ def _machine(rows: Iterable[Json]) -> Json:
     return next((row["machine"] for row in rows if row.get("machine")), {})
 
 
-# ---- How -----------------------------------------------------------------------------------------------------------
+# ---- Drawi----------------------------------------------------------------------------------------------------------
 
 
 def _height(panel: Panel) -> float:
@@ -176,7 +176,7 @@ def _height(panel: Panel) -> float:
 
 
 def _draw_bars(ax: Any, panel: Panel, engines: Sequence[str]) -> None:
-    """Horizontal bars, so that names have room; a group is as high as it has bars."""
+    """Draws horizontal bars, which leave room for labels."""
     y, ticks, drawn = 0.0, [], set()
     shown = [v for case in panel.cases for v in (*case.values.values(), case.limit) if v]
     if panel.is_log:
@@ -187,14 +187,14 @@ def _draw_bars(ax: Any, panel: Panel, engines: Sequence[str]) -> None:
     for case in panel.cases:
         top = y
         for name, value in case.values.items():
-            i = engines.index(name) % len(_COLOURS)
+            i = engines.index(name) % len(_COLORS)
             if value:
                 ax.barh(
-                    y, value, height=_BAR, color=_COLOURS[i], hatch=_HATCHES[i], edgecolor="white", linewidth=0.5,
+                    y, value, height=_BAR, color=_COLORS[i], hatch=_HATCHES[i], edgecolor="white", linewidth=0.5,
                     label=None if name in drawn else _plain(name),
                 )  # fmt: skip
                 drawn.add(name)
-            # Behind the limit's mark where that would run through the number.
+            # To the right of the limit's mark if that would cross the number.
             at = value or ax.get_xlim()[0]
             ax.annotate(
                 f" {number(value)}", (at, y), va="center", fontsize=8, zorder=4,
@@ -203,8 +203,8 @@ def _draw_bars(ax: Any, panel: Panel, engines: Sequence[str]) -> None:
             )  # fmt: skip
             y += 1.0
         if case.limit:
-            told = None if "limit" in drawn else "limit"
-            ax.vlines(case.limit, top - 0.5, y - 0.5, color=_LIMIT, linewidth=2.5, label=told, zorder=3)
+            label = None if "limit" in drawn else "limit"
+            ax.vlines(case.limit, top - 0.5, y - 0.5, color=_LIMIT, linewidth=2.5, label=label, zorder=3)
             drawn.add("limit")
         ticks.append((top + y - 1.0) / 2)
         y += 0.6
@@ -227,17 +227,17 @@ def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
     ax.set_ylim(min(low * reads, *(p.speed for p in points)) / 2, max(dots, flops, *(p.speed for p in points)) * 2.5)
     ridge = max(flops, dots) / reads
     ax.plot([low, ridge], [low * reads, ridge * reads], color="black", linewidth=1.6)
-    above = 1.25 * reads  # a line of its own, or the words would cross that of memory
+    above = 1.25 * reads  # raised, so that the label does not cross the memory line
     ax.text(
         low * 1.3, low * 1.3 * above, f"memory: {number(reads)} GB/s", fontsize=9,
         rotation=math.degrees(math.atan(above)), rotation_mode="anchor", transform_rotates_text=True,
     )  # fmt: skip
     peaks = [(flops, "f32 multiply-adds", "--"), (dots, "products of bytes", "-.")]
-    if pairs > 1.3 * flops:  # or the instruction set has none
+    if pairs > 1.3 * flops:  # else the instruction set has no bf16 kernel
         peaks.append((pairs, "products of bf16", ":"))
     for peak, name, style in peaks:
         ax.plot([peak / reads, high], [peak, peak], color="black", linewidth=1.6, linestyle=style)
-        # Names stand above, at the foot of each peak: points lie to the right of it or below.
+        # Labels at the left end of each peak: points are to the right or below.
         ax.annotate(
             f"{name}: {number(peak)} GOP/s", (peak / reads, peak), xytext=(22, 4), fontsize=9,
             textcoords="offset points", ha="left", va="bottom",
@@ -245,7 +245,7 @@ def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
     for i, point in enumerate(points):
         ax.plot(
             point.intensity, point.speed, linestyle="", marker=_MARKERS[i % len(_MARKERS)], markersize=8,
-            color=_COLOURS[i % len(_COLOURS)], markeredgecolor="black", markeredgewidth=0.6, label=_plain(point.label),
+            color=_COLORS[i % len(_COLORS)], markeredgecolor="black", markeredgewidth=0.6, label=_plain(point.label),
         )  # fmt: skip
     ax.set_xlabel("operations per byte, logarithmic")
     ax.set_ylabel("GOP/s, logarithmic")
@@ -263,18 +263,18 @@ def _draw_roofs(ax: Any, points: Sequence[Point], machine: Json) -> None:
 
 
 def _columns(names: Iterable[str]) -> int:
-    """How many of the names fit side by side, with their marks."""
+    """How many legend entries fit in a row."""
     return max(1, _LINE // (min(_LABEL, max(map(len, names))) + 8))
 
 
 def _plain(text: str, most: int = _LABEL) -> str:
-    """Text that matplotlib takes for no formula, shortened where it would push everything else aside."""
+    """Text without matplotlib's math markup, truncated."""
     short = text if len(text) <= most else text[: most - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
 
 
 def number(value: float | None) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     if not value:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from fabula.bench.ops import OpRow
     from fabula.bench.row import Row
 
-_PIPE_WIDTH = 200  # without a terminal nothing is cut off
+_PIPE_WIDTH = 200  # without a terminal, avoid truncation
 
 
 def ops_table(rows: Sequence[OpRow]) -> Table:
-    """Operators: plain serial C against the optimised ones."""
+    """Operators: plain serial C against the optimized ones."""
     table = _table(
         ("operator", "weights", "size"), ("serial ms", "mean ms", "median ms", "x faster", "speed", "of limit")
     )
@@ -38,7 +38,7 @@ def ops_table(rows: Sequence[OpRow]) -> Table:
 
 
 def model_table(rows: Sequence[ModelRow]) -> Table:
-    """Tokens a second, and those of other engines where they were measured."""
+    """Tokens a second, also of other engines if measured."""
     peers = any(row.peer is not None for row in rows)
     more = (("peer", "peer's tokens/s", "ratio", "same tokens"), ("settings",)) if peers else ((), ())
     table = _table(("case", "weights", "kv"), ("threads", "tokens/s", "of limit", *more[0]), more[1])
@@ -64,7 +64,7 @@ def model_table(rows: Sequence[ModelRow]) -> Table:
 
 
 def perplexity_table(rows: Sequence[Row]) -> Table:
-    """Perplexity by precision; distances from a reference, and those of another engine, where they were measured."""
+    """Perplexity by precision, with distances from a reference and results of another engine if measured."""
     compare = any(row.more["compare"] for row in rows)
     peers = any(row.peer for row in rows)
     numbers = ["window", "tokens", "perplexity"]
@@ -75,13 +75,13 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         more = row.more
         cells = [row.weights or "", row.kv or "", *([row.peer_name or ""] if peers else [])]
-        cells += [str(more["window"]), str(more["n_tokens"]), _told(row.ours, ".4f")]
+        cells += [str(more["window"]), str(more["n_tokens"]), _format(row.ours, ".4f")]
         cells += _distances(more, "") if compare else []
         cells += (
             [
-                _told(row.peer, ".4f"),
-                _told(more["difference_to_peer"], "+.3%"),
-                _told(more["difference_to_peer_error"], ".3%"),
+                _format(row.peer, ".4f"),
+                _format(more["difference_to_peer"], "+.3%"),
+                _format(more["difference_to_peer_error"], ".3%"),
             ]
             if peers
             else []
@@ -92,7 +92,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
 
 
 def sessions_table(rows: Sequence[Row]) -> Table:
-    """What going back costs, and what a peer needs for the same."""
+    """Cost of rollback and fork, compared with a peer."""
     peers = any(row.peer is not None for row in rows)
     table = _table(
         ("case",),
@@ -104,7 +104,7 @@ def sessions_table(rows: Sequence[Row]) -> Table:
         cells = [row.case, str(more["depth"]), str(more["n_tokens"]), f"{more['p50_ms']:.4f}", f"{more['p99_ms']:.4f}"]
         cells += [str(more["recomputed"]), f"{more['bytes']:,}"]
         if peers:
-            cells += [_told(row.peer, ".1f"), _told(row.ratio, ",.0f"), row.peer_settings or ""]
+            cells += [_format(row.peer, ".1f"), _format(row.ratio, ",.0f"), row.peer_settings or ""]
         table.add_row(*cells)
     return table
 
@@ -120,20 +120,25 @@ def rows_table(rows: Sequence[Row]) -> Table:
     )
     for row in rows:
         cells = [row.case, row.weights or "", row.kv or "", str(row.threads or "")]
-        cells += [f"{_told(row.ours, ',.1f')} {row.unit}"]
-        cells += [_told(row.limit, ",.1f"), _told(row.limit_share, ".0%")] if limits else []
+        cells += [f"{_format(row.ours, ',.1f')} {row.unit}"]
+        cells += [_format(row.limit, ",.1f"), _format(row.limit_share, ".0%")] if limits else []
         if peers:
-            cells += [_told(row.peer, ",.1f"), _told(row.ratio, ".2f"), row.peer_name or "", row.peer_settings or ""]
+            cells += [
+                _format(row.peer, ",.1f"),
+                _format(row.ratio, ".2f"),
+                row.peer_name or "",
+                row.peer_settings or "",
+            ]
         table.add_row(*cells)
     return table
 
 
 def _distances(more: Mapping[str, Any], prefix: str) -> list[str]:
     forms = {"relative_difference": "+.3%", "kl_mean": ".6f", "kl_max": ".4f", "same_top": ".2%"}
-    return [_told(more[prefix + name], form) for name, form in forms.items()]
+    return [_format(more[prefix + name], form) for name, form in forms.items()]
 
 
-def _told(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""One line of a measurement, in the keys that every `fabula bench ... --json` prints."""
+"""A row of benchmark results, with the keys of `fabula bench ... --json`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ KEYS = (
     "case", "model", "weights", "kv", "threads", "unit", "ours", "peer", "peer_name", "peer_settings", "ratio", "limit",
     "limit_share",
 )  # fmt: skip
-LOWER_IS_BETTER = ("ms", "ms/token", "MB", "perplexity")  # of units; of all others more is better
+LOWER_IS_BETTER = ("ms", "ms/token", "MB", "perplexity")  # units; for all others higher is better
 _MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A case, and one other engine or none. What does not apply is None.
+    """The result of one case, with at most one other engine. None where a key does not apply.
 
     Attributes:
-        case: what was measured, and how large.
-        ours, peer, limit: in `unit`; the limit is what this machine could reach.
+        case: what was measured, with its size.
+        ours, peer, limit: in `unit`; the limit is of this machine.
         more: other keys of the JSON object.
     """
 
@@ -43,12 +43,12 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better ours is than the peer: above 1 it is, whichever way the unit goes."""
+        """How many times better ours is than the peer; > 1 is better for all units."""
         return better(self.unit, self.ours, self.peer)
 
     @property
     def limit_share(self) -> float | None:
-        """Which part of the limit is reached; at most 1, if the limit is one."""
+        """Share of the limit reached; <= 1 for a true limit."""
         return better(self.unit, self.ours, self.limit)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,14 +56,14 @@ class Row:
 
 
 def better(unit: str, ours: float | None, other: float | None) -> float | None:
-    """ours / other where more is better, other / ours where less is; None where one of them is missing or nothing."""
+    """ours / other if higher is better, else other / ours; None if one of them is missing or 0."""
     if not ours or not other:
         return None
     return other / ours if unit in LOWER_IS_BETTER else ours / other
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, as `--json` prints them.
+    """Reads rows from a file of JSON lines, the output of `--json`.
 
     Raises:
         InvalidArgument: it cannot be read, is too large, or a line is not such a row.
@@ -75,7 +75,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise InvalidArgument(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise InvalidArgument(f"{path}: is not a text in UTF-8 (byte {error.start})") from None
+        raise InvalidArgument(f"{path}: is not UTF-8 text (byte {error.start})") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -96,18 +96,18 @@ _NUMBERS = ("ours", "peer", "ratio", "limit", "limit_share", "operations_per_byt
 
 
 def _checked(row: Any) -> dict[str, Any]:
-    """The row, if its keys hold what a picture needs of them."""
+    """Checks the keys that plots use."""
     if not isinstance(row, dict):
-        raise ValueError("no object")
+        raise ValueError("not an object")
     if missing := [key for key in KEYS if key not in row]:
         raise ValueError(f"{', '.join(missing)} missing")
-    _of_kind(row, ("case", "unit"), str, "a text")
-    _of_kind(row, _TEXTS, (str, type(None)), "a text or null")
+    _of_kind(row, ("case", "unit"), str, "a string")
+    _of_kind(row, _TEXTS, (str, type(None)), "a string or null")
     _numbers(row, _NUMBERS)
     machine = row.get("machine", {})
     if not isinstance(machine, dict):
-        raise ValueError("machine is no object")
-    _of_kind(machine, ("cpu", "isa"), (str, type(None)), "a text")
+        raise ValueError("machine is not an object")
+    _of_kind(machine, ("cpu", "isa"), (str, type(None)), "a string")
     _numbers(machine, ("read_bytes_per_s", "flops_per_s", "pairs_per_s", "dots_per_s"))
     return row
 
@@ -116,12 +116,12 @@ def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in keys:
         value = values.get(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Also refuses NaN, infinity and what no picture has room for.
+        # Also refuses NaN, infinity and numbers that cannot be plotted.
         if value is not None and not (is_number and (value == 0 or _LOWEST <= value <= _HIGHEST)):
             raise ValueError(f"{key} is not a number, or out of range")
 
 
-def _of_kind(values: Mapping[str, Any], keys: Sequence[str], kind: Any, told: str) -> None:
+def _of_kind(values: Mapping[str, Any], keys: Sequence[str], kind: Any, name: str) -> None:
     for key in keys:
         if key in values and not isinstance(values[key], kind):
-            raise ValueError(f"{key} is not {told}")
+            raise ValueError(f"{key} is not {name}")

@@ -1,7 +1,7 @@
-"""What a server does for many clients at once, beside llama-cpp-python's server, and what HTTP costs beside the SDK.
+"""Throughput and latency of a server with many clients, compared with llama-cpp-python's, and the overhead of HTTP.
 
-Each server is started for each number of clients on a free port of this machine, Fabula's with a folder of its own, and
-ended again; Fabula and the peer take turns. Clients and server share the processor.
+For each number of clients, each server is started on a free port, Fabula's with a temporary data folder. Fabula and the
+peer run in turns. Clients and server share the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fabula.bench.clients import MESSAGES, Heard, chat_with
+from fabula.bench.clients import MESSAGES, Recorded, chat_with
 from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
 from fabula.engine.sampling import SamplingParams
@@ -40,11 +40,11 @@ _PEER_CONTEXT = 8192
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is served, and how: as the options of `fabula serve`.
+    """A model and the options of `fabula serve`.
 
     Attributes:
         path: the model. peer_path: a GGUF file of the same weights for the peer.
-        python: interpreter that has llama_cpp.server; None for no peer.
+        python: interpreter with llama_cpp.server; None for no peer.
     """
 
     path: Path
@@ -89,17 +89,17 @@ def bench_serve(
     n_tokens: int = ANSWER_TOKENS,
     status: Status = silent,
 ) -> Iterator[Row]:
-    """Measures Fabula's server, and the peer where there is one; rows come as each number of clients is done.
+    """Measures Fabula's server, and the peer if there is one; yields rows after each number of clients.
 
     Args:
         label: precision of the weights, for the rows.
-        clients: how many at once, each number by itself.
-        seconds: that they chat, for each number and server.
-        n_tokens: of an answer, at most.
+        clients: numbers of concurrent clients to measure.
+        seconds: duration of each measurement.
+        n_tokens: max tokens of a reply.
 
     Raises:
         InvalidArgument: a number is out of its range.
-        EngineError: Fabula's server does not come up. A peer that does not is told, and left out.
+        EngineError: Fabula's server does not start. A peer that does not start is reported and left out.
     """
     if not clients or not all(1 <= n <= 10_000 for n in clients) or not 0 < seconds <= 86_400 or n_tokens < 1:
         raise InvalidArgument("clients must be 1 .. 10000, seconds above 0, at most a day, tokens at least 1")
@@ -111,19 +111,19 @@ def bench_serve(
         except EngineError as error:
             status(f"{PEER} is not measured: {error}")
     for i, n_clients in enumerate(clients):
-        heard = {}
-        for kind in kinds[i % len(kinds) :] + kinds[: i % len(kinds)]:  # each is the first one in turn
+        recorded = {}
+        for kind in kinds[i % len(kinds) :] + kinds[: i % len(kinds)]:  # rotate the order
             with running(served, kind) as (port, pid):
                 status(f"{_clients(n_clients)}, {seconds:g} s: {'fabula' if kind == 'fabula' else PEER}")
                 asyncio.run(chat_with(kind, port, min(n_clients, 4), min(3.0, seconds), 16))
-                heard[kind] = asyncio.run(chat_with(kind, port, n_clients, seconds, n_tokens, pid))
-        yield from _rows(served, label, n_clients, seconds, heard)
+                recorded[kind] = asyncio.run(chat_with(kind, port, n_clients, seconds, n_tokens, pid))
+        yield from _rows(served, label, n_clients, seconds, recorded)
 
 
 def bench_overhead(
     served: Served, model: Model, rounds: int, *, n_tokens: int = _STREAM_TOKENS, status: Status = silent
 ) -> list[Row]:
-    """Milliseconds a token of one stream, over HTTP and from the SDK, in turns.
+    """Milliseconds per token of one stream, over HTTP and from the SDK, in turns.
 
     Args:
         model: the same model, loaded here.
@@ -188,7 +188,7 @@ def running(served: Served, kind: str) -> Iterator[tuple[int, int]]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -205,9 +205,9 @@ def _wait(name: str, process: subprocess.Popen[bytes], address: str, log: Path) 
                 break
             time.sleep(0.1)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    told = f": {lines[-1]}" if lines else ""
+    last_line = f": {lines[-1]}" if lines else ""
     how = "did not come up" if process.poll() is None else f"ended with {process.returncode}"
-    raise EngineError(f"{name} {how}{told}")
+    raise EngineError(f"{name} {how}{last_line}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -232,16 +232,16 @@ def _ms_per_token(times: Sequence[float]) -> float:
     return 1e3 * (times[-1] - times[0]) / (len(times) - 1)
 
 
-def _rows(served: Served, label: str, n_clients: int, seconds: float, heard: dict[str, Heard]) -> Iterator[Row]:
-    """A row for every measure of one number of clients."""
-    found = {kind: _measures(one, seconds) for kind, one in heard.items()}
-    peer, theirs = found.get("peer"), heard.get("peer")
+def _rows(served: Served, label: str, n_clients: int, seconds: float, recorded: dict[str, Recorded]) -> Iterator[Row]:
+    """The rows for one number of clients."""
+    found = {kind: _measures(one, seconds) for kind, one in recorded.items()}
+    peer, theirs = found.get("peer"), recorded.get("peer")
     for measure, (value, unit) in found["fabula"].items():
         more: dict[str, Any] = {"measure": measure, "clients": n_clients, "seconds": seconds}
         if measure == "tokens":
-            more |= _counts("", heard["fabula"]) | (_counts("peer_", theirs) if theirs else {})
+            more |= _counts("", recorded["fabula"]) | (_counts("peer_", theirs) if theirs else {})
         if measure == "memory at the end":
-            more["ours_by_time"] = [round(n / 1e6) for n in heard["fabula"].memory]
+            more["ours_by_time"] = [round(n / 1e6) for n in recorded["fabula"].memory]
             more["peer_by_time"] = [round(n / 1e6) for n in theirs.memory] if theirs else None
         yield Row(
             case=f"{measure}, {_clients(n_clients)}",
@@ -262,22 +262,22 @@ def _clients(n: int) -> str:
     return f"{n} client{'s' if n > 1 else ''}"
 
 
-def _measures(heard: Heard, seconds: float) -> dict[str, tuple[float | None, str]]:
+def _measures(recorded: Recorded, seconds: float) -> dict[str, tuple[float | None, str]]:
     return {
-        "tokens": (heard.n_tokens / seconds, "tokens/s"),
-        "first token p50": (_ms(heard.first, 0.5), "ms"),
-        "first token p99": (_ms(heard.first, 0.99), "ms"),
-        "between tokens p50": (_ms(heard.between, 0.5), "ms"),
-        "between tokens p99": (_ms(heard.between, 0.99), "ms"),
-        "memory at the end": (heard.memory[-1] / 1e6 if heard.memory and heard.memory[-1] else None, "MB"),
+        "tokens": (recorded.n_tokens / seconds, "tokens/s"),
+        "first token p50": (_ms(recorded.first, 0.5), "ms"),
+        "first token p99": (_ms(recorded.first, 0.99), "ms"),
+        "between tokens p50": (_ms(recorded.between, 0.5), "ms"),
+        "between tokens p99": (_ms(recorded.between, 0.99), "ms"),
+        "memory at the end": (recorded.memory[-1] / 1e6 if recorded.memory and recorded.memory[-1] else None, "MB"),
     }
 
 
-def _counts(prefix: str, heard: Heard) -> dict[str, Any]:
-    by_turn = {str(turn): round(1e3 * statistics.median(v), 1) for turn, v in sorted(heard.by_turn.items())}
+def _counts(prefix: str, recorded: Recorded) -> dict[str, Any]:
+    by_turn = {str(turn): round(1e3 * statistics.median(v), 1) for turn, v in sorted(recorded.by_turn.items())}
     return {
-        f"{prefix}answers": heard.n_answers,
-        f"{prefix}failed": heard.n_failed,
+        f"{prefix}answers": recorded.n_answers,
+        f"{prefix}failed": recorded.n_failed,
         f"{prefix}first_by_turn_ms": by_turn,
     }
 

@@ -1,8 +1,8 @@
-"""What going back costs: rollback and fork by depth and by length, beside copying the KV cache.
+"""The cost of rollback and fork, by depth and by length, compared with copying the KV cache.
 
-"rollback and redo" goes to the turn before the head and back, "fork" makes a session beside it; the turn after either
-tells what had to be computed again. "full copy" reads every page out and writes it back, as an engine does that keeps a
-copy of the cache for each turn. The peer is such an engine: it saves its state and loads it. All take turns.
+"rollback and redo" moves the head back and forth, "fork" creates a session; the turn after either shows what had to be
+computed again. "full copy" reads all pages and writes them back, like an engine that keeps a copy of the cache for each
+turn. The peer is such an engine: it saves and loads its state. All run in turns.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DEPTHS = (1, 10, 100, 150)
 LENGTHS = (512, 2048, 8000)
 REPEATS = 200
 ROUNDS = 5
-_ROOM = 64  # positions behind a text for the turns that are told after it
-_FEW = 10  # copies are made so many times less often than the head moves
+_ROOM = 64  # positions for the turns after a text
+_FEW = 10  # copies run this many times less often
 _TINY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 _TEXT = "The lighthouse keeper climbed the stairs every evening before the sun went down and lit the lamp. "
 
 
 class Holder(Protocol):
-    """An engine that goes back by saving and loading its whole state.
+    """An engine that rolls back by saving and loading its whole state.
 
     Attributes:
         settings: for the table.
@@ -41,11 +41,11 @@ class Holder(Protocol):
     settings: str
 
     def read(self, tokens: Sequence[int]) -> int:
-        """Makes a conversation of these tokens the current one; the bytes of its state."""
+        """Replaces the conversation by these tokens; returns the bytes of its state."""
         ...
 
     def save_and_load(self) -> float:
-        """Seconds of both."""
+        """Seconds to save and load."""
         ...
 
     def close(self) -> None: ...
@@ -60,14 +60,14 @@ def bench_sessions(
     peer: Holder | None = None,
     status: Status = silent,
 ) -> list[Row]:
-    """Measures sessions of a loaded model. Lengths and depths that its context does not hold are left out and told.
+    """Measures sessions of a loaded model. Skips lengths and depths beyond its context, and reports them.
 
     Args:
         depths: turns, of two tokens each.
         lengths: tokens before the head, in two turns.
         repeats: of every case; copies are made a tenth as often, the peer's once a round of five.
         peer: measured at every length; None for none. Left open.
-        status: told what is being measured.
+        status: callback for progress.
 
     Raises:
         InvalidArgument: a number is out of its range, or nothing is left to measure.
@@ -86,7 +86,7 @@ def bench_sessions(
 
 
 def in_turns(tasks: Mapping[str, tuple[Callable[[], float], int]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of tasks that take turns: name -> (what tells its seconds, how often it runs in all)."""
+    """Milliseconds of interleaved tasks: name -> (function that returns seconds, number of runs)."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, (task, repeats) in tasks.items():
@@ -125,7 +125,7 @@ def _by_length(
 
 
 def _ids(model: Model, n_tokens: int) -> list[int]:
-    """So many ids of a plain text."""
+    """The first n ids of a repeated text."""
     once = len(model.tokenizer.encode(_TEXT, add_bos=False))
     return model.tokenizer.encode(_TEXT * (2 * n_tokens // once + 1), add_bos=False)[:n_tokens]
 
@@ -141,7 +141,7 @@ def _moves(session: Session, repeats: int) -> dict[str, tuple[Callable[[], float
 
 
 def _copy(model: Model, session: Session) -> Callable[[], float]:
-    """Reads every page of the head's K and V out of the pool and writes it back."""
+    """Reads all KV pages of the head from the pool and writes them back."""
     kv, pool = session.head.kv, model._runner.pool
     assert kv is not None
     pages = kv.pages
@@ -168,7 +168,7 @@ def _timed(function: Callable[[], object]) -> Callable[[], float]:
 def _rows(
     model: Model, session: Session, where: str, times: Mapping[str, list[float]], peer: tuple[Holder, int] | None
 ) -> Iterator[Row]:
-    """A row for every case; the peer's time stands in each: saving and loading is what it does for all of them."""
+    """The rows. The peer's time is the same in all cases: it always saves and loads its state."""
     head = session.head
     kv, pool = head.kv, model._runner.pool
     own = {"full copy": len(kv.pages) * pool.page_bytes if kv else 0}
@@ -221,7 +221,7 @@ def _recomputed_after_fork(session: Session, head: Turn) -> int:
 
 
 def _own_bytes(turn: Turn) -> int:
-    """Bytes a snapshot holds beside K and V: its ids and its list of pages, as Python keeps them."""
+    """Bytes of a snapshot in Python besides the KV pages: its ids and its page table."""
     pages = turn.kv.pages if turn.kv else []
     return sys.getsizeof(pages) + sys.getsizeof(turn.prompt_ids) + sys.getsizeof(turn.token_ids) + sys.getsizeof(turn)
 

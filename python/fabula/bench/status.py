@@ -1,4 +1,4 @@
-"""How measurements tell what they are doing: a function that takes one line."""
+"""Progress callback of benchmarks: a function that takes a line of text."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Status = Callable[[str], None]
 
 
 def silent(_: str) -> None:
-    """Tells nobody."""
+    """Ignores the text."""

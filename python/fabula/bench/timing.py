@@ -1,4 +1,4 @@
-"""How long functions take: repeated calls of one, and several taking turns so that a slow moment hits all alike."""
+"""Timing of functions: repeated calls, and interleaved calls, so that a slow moment affects all alike."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Times:
     """Seconds of `n` calls.
 
     Attributes:
-        mean, median: seconds. low, high: of the quickest and the slowest call.
-        n: calls that were measured.
+        mean, median: in seconds. low, high: fastest and slowest call.
+        n: number of measured calls.
     """
 
     mean: float
@@ -49,10 +49,10 @@ def measure(
 
     Args:
         function: called without arguments.
-        warmup: calls beforehand that do not count.
-        repeats: calls that count, at least.
-        min_seconds: goes on until the counted calls took this long together (or there were 100,000).
-        clock: seconds.
+        warmup: uncounted calls before.
+        repeats: minimal number of counted calls.
+        min_seconds: minimal total time of counted calls (at most 100,000 calls).
+        clock: returns seconds.
     """
     _check_repeats("repeats", repeats)
     for _ in range(warmup):
@@ -70,7 +70,7 @@ def interleaved(
     warmup: int = 1,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Times]:
-    """Times functions that take turns: each once a round, and every round begins with the next one."""
+    """Times functions in turns: each once a round; the order rotates every round."""
     _check_repeats("rounds", rounds)
     for function in functions.values():
         for _ in range(warmup):
@@ -82,7 +82,7 @@ def interleaved(
 
 
 def turns(items: Sequence[_T], rounds: int) -> Iterator[_T]:
-    """Every item once a round, the order shifted by one each round."""
+    """Each item once a round; the order rotates every round."""
     for r in range(rounds):
         first = r % len(items)
         yield from items[first:]

@@ -1,4 +1,4 @@
-"""A process that answers questions, a JSON object a line: llama.cpp in an interpreter of its own, or a fresh Fabula."""
+"""A worker process that answers requests, one JSON object per line: llama.cpp, or a fresh Fabula."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CLOSE_S = 10.0
 
 
 class Worker:
-    """A started process.
+    """A running worker process.
 
     Args:
         name: for errors.
-        words: its command line, the interpreter first.
-        hint: said behind "has ended" when it ends unasked.
+        words: its command line.
+        hint: added to the message if it ends unexpectedly.
 
     Raises:
         Unsupported: it cannot be started.
@@ -34,10 +34,10 @@ class Worker:
             raise Unsupported(f"{words[0]} cannot be run: {error.strerror or error}") from None
 
     def ask(self, what: str, **request: Any) -> dict[str, Any]:
-        """The answer to a question.
+        """Sends a request and returns the answer.
 
         Raises:
-            EngineError: the process failed, ended, or says something else than an answer.
+            EngineError: the process failed, ended, or its output is not an answer.
         """
         assert self._process.stdin and self._process.stdout
         try:
@@ -53,23 +53,23 @@ class Worker:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise EngineError(f"{self._name}: its process says {line.strip()[:80]!r} where an answer is due")
+            raise EngineError(f"{self._name}: its process printed {line.strip()[:80]!r} instead of an answer")
         if "error" in answer:
             raise EngineError(f"{self._name}: {answer['error']}")
         return answer
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory it had resident until now; None where the system does not tell.
+        """Peak resident memory so far; None if the system does not report it.
 
-        What getrusage tells of a child begins with its parent's memory, so it is not asked.
+        getrusage is not used: for a child it includes the memory of its parent at the fork.
         """
         return memory_bytes(self._process.pid, "VmHWM")
 
     def close(self) -> None:
-        """Ends the process; may be called twice."""
+        """Ends the process. Idempotent."""
         if self._process.stdin and not self._process.stdin.closed:
-            with suppress(BrokenPipeError):  # it ended before
+            with suppress(BrokenPipeError):  # it has ended already
                 self._process.stdin.close()
         try:
             self._process.wait(_CLOSE_S)
@@ -84,7 +84,7 @@ class Worker:
 
 
 def memory_bytes(pid: int, what: str = "VmRSS") -> int | None:
-    """Memory of a process as Linux tells it: VmRSS is resident now, VmHWM was at most; None anywhere else."""
+    """Memory of a process on Linux: VmRSS is the resident size, VmHWM its peak. None on other systems."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(f"{what}:"):

@@ -1,4 +1,4 @@
-"""`fabula bench`: measures operators, models, sessions, a server and precisions on this machine."""
+"""`fabula bench`: benchmarks of operators, models, sessions, server and precisions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def bench() -> None:
     """Measure speed, memory and accuracy on this machine.
 
     With --json every command prints one object a line, with the keys case, model, weights, kv, threads, unit, ours,
-    peer, peer_name, peer_settings, ratio, limit, limit_share, and more of its own. "ratio" is how many times better
-    ours is than the peer, "limit_share" which part of the limit it reaches.
+    peer, peer_name, peer_settings, ratio, limit, limit_share, and others. "ratio" is how many times better ours is than
+    the peer, "limit_share" the share of the limit that it reaches.
 
     \b
     Examples:
@@ -31,11 +31,11 @@ def bench() -> None:
     """
 
 
-@click.command(short_help="Draw what a command printed with --json.")
+@click.command(short_help="Plot the output of a command with --json.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 def plot(file: Path, out: Path) -> None:
-    """Draw the JSON lines of FILE into the PNG file OUT: bars, and for operators and models a roofline.
+    """Plot the JSON lines of FILE to the PNG file OUT: bars, and for operators and models a roofline.
 
     \b
     Examples:
@@ -47,7 +47,7 @@ def plot(file: Path, out: Path) -> None:
 
     check(out)
     draw(read_rows(file), out)
-    note(f"{out}: drawn")
+    note(f"{out}: written")
 
 
 for _command in (ops, model, sessions, serve, load, perplexity, plot):

@@ -1,4 +1,4 @@
-"""`fabula bench perplexity`: what precisions cost in accuracy."""
+"""`fabula bench perplexity`: the accuracy of each precision."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 @kv_option
 @click.option(
     "--compare", type=WEIGHTS_CHOICE,
-    help="Measure this precision as well, and how far the others are from it.",
+    help="Also measure this precision, and the difference of the others from it.",
 )  # fmt: skip
 @threads_option
 @click.option(
-    "--window", type=click.IntRange(2), default=512, show_default=True, metavar="N", help="Tokens of a window."
+    "--window", type=click.IntRange(2), default=512, show_default=True, metavar="N", help="Tokens per window."
 )
 @peers_option("Measure llama.cpp on the same weights, with the same ids.")
 @peer_python_option
 @device_option
 @click.option(
     "--gate", type=click.FloatRange(0), metavar="PERCENT",
-    help="End with 1 where a perplexity is further than this from llama.cpp's; needs --peers.",
+    help="Exit with 1 if a perplexity differs more than this from llama.cpp's; needs --peers.",
 )  # fmt: skip
 @json_option
 def perplexity(
@@ -64,13 +64,13 @@ def perplexity(
     gate: float | None,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of FILE, a text in UTF-8, in windows that do not overlap.
+    """Measure the perplexity of FILE, UTF-8 text, in windows that do not overlap.
 
     With --compare also, over every predicted token: the relative difference of the perplexity, mean and largest
-    Kullback-Leibler divergence KL(compare || format) of the next token's distribution in nats, and how often the
-    likeliest token is the same. With --peers the same of llama.cpp, on a GGUF file of the same weights, compared with
-    our reference as ours is. With --gate the exit status is 1 if a format's perplexity differs from llama.cpp's by
-    more, or cannot be compared with it. All formats are in memory at once.
+    Kullback-Leibler divergence KL(compare || format) of the next token's distribution in nats, and how often the most
+    likely token is the same. With --peers the same for llama.cpp, on a GGUF file of the same weights, against the same
+    reference. With --gate the exit status is 1 if a format's perplexity differs more from llama.cpp's, or cannot be
+    compared with it. All formats are in memory at once.
 
     \b
     Examples:
@@ -115,7 +115,7 @@ def perplexity(
 
 
 def _peers(python: str | None, *, required: bool) -> MakeReader:
-    """Makes llama.cpp for a model; where it does not work, that is told, or raised if it is required."""
+    """Returns a function that opens llama.cpp for a model; a failure is a note, or an error if `required`."""
 
     def make(model: Model, n_positions: int) -> Reader | None:
         from fabula.bench.peer_llama_cpp import LlamaCpp

@@ -1,4 +1,4 @@
-"""Options that the commands of `fabula bench` share, and how they give out what was measured."""
+"""Options shared by the commands of `fabula bench`, and the output of their results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fabula.choices import MAX_THREADS, WEIGHTS_NAMES
 from fabula.cli.console import FetchProgress, bars, note
-from fabula.cli.options import WEIGHTS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fabula.bench.machine import Machine
 
-WEIGHTS_CHOICE = click.Choice(WEIGHTS)
+WEIGHTS_CHOICE = click.Choice(WEIGHTS_NAMES)
 
 weights_option = click.option(
     "--weights", type=WEIGHTS_CHOICE, default="auto", show_default=True, help="Precision of the weights."
@@ -27,14 +27,18 @@ many_weights_option = click.option(
     help="Precision of the weights; may be given several times.",
 )  # fmt: skip
 threads_option = click.option(
-    "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads; default: what this process may use."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    metavar="N",
+    help="Threads; default: what this process may use.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object a line on stdout and nothing else."
 )
 plot_option = click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Draw what was measured into a PNG file; needs `pip install \"fabula[plot]\"`.",
+    help="Plot the results to a PNG file; needs `pip install \"fabula[plot]\"`.",
 )  # fmt: skip
 peer_python_option = click.option(
     "--peer-python", metavar="FILE",
@@ -43,18 +47,18 @@ peer_python_option = click.option(
 
 
 def peers_option(text: str) -> Callable[[Any], Any]:
-    """--peers, with what it measures."""
+    """--peers, with its help text."""
     return click.option("--peers", is_flag=True, help=text)
 
 
 def check_peers(peers: bool, peer_python: str | None) -> None:
-    """Raises UsageError for an interpreter that nobody would use."""
+    """Raises UsageError for --peer-python without --peers."""
     if peer_python is not None and not peers:
         raise click.UsageError("--peer-python needs --peers")
 
 
 def check_plot(plot: Path | None) -> None:
-    """Raises before anything is measured, if the picture could not be drawn."""
+    """Raises before the measurement if the plot could not be drawn."""
     if plot is not None:
         from fabula.bench.plot import check
 
@@ -62,7 +66,7 @@ def check_plot(plot: Path | None) -> None:
 
 
 def located(model: str) -> Path:
-    """Where a model lies; fetched behind a progress bar, if it is nowhere."""
+    """The path of a model, which is downloaded with a progress bar if needed."""
     from fabula.formats.locate import locate
 
     with bars() as bar:
@@ -70,7 +74,7 @@ def located(model: str) -> Path:
 
 
 def measured_machine(threads: int | None, *, quick: bool = False) -> Machine:
-    """This machine with its limits."""
+    """Measures the limits of this machine."""
     from fabula.bench.machine import Machine
 
     note("measuring the machine")
@@ -79,7 +83,7 @@ def measured_machine(threads: int | None, *, quick: bool = False) -> Machine:
 
 
 def n_threads_of(threads: int | None) -> int:
-    """The number of threads asked for, or the engine's default."""
+    """`threads`, or else the engine's default."""
     from fabula.engine.threads import default_threads
 
     return threads or default_threads()
@@ -93,13 +97,13 @@ def give(
     as_json: bool,
     plot: Path | None = None,
 ) -> None:
-    """Draws rows if that is asked for, and prints them: as JSON, the machine in each, or as tables."""
+    """Plots rows if `plot` is given, and prints them as JSON, with the machine in each, or as tables."""
     rows = [{**row, "machine": machine} for row in rows]
     if plot is not None:
         from fabula.bench.plot import draw
 
         draw(rows, plot)
-        note(f"{plot}: drawn")
+        note(f"{plot}: written")
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))

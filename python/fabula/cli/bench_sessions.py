@@ -1,4 +1,4 @@
-"""`fabula bench sessions` and `serve`: what going back costs, and many clients at once."""
+"""`fabula bench sessions` and `serve`: the cost of rollback and fork, and many concurrent clients."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def _numbers(name: str, field: str, default: tuple[int, ...], text: str) -> Call
     )  # fmt: skip
 
 
-@click.command(short_help="Rollback and fork by depth and length, beside copies.")
+@click.command(short_help="Rollback and fork, by depth and length, against copies of the KV cache.")
 @model_option
 @weights_option
 @kv_option
 @threads_option
 @click.option("-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length.")
-@_numbers("--depth", "depths", (1, 10, 100, 150), "Turns to go back from, of two tokens each")
-@_numbers("--length", "lengths", (512, 2048, 8000), "Tokens in two turns to go back from")
+@_numbers("--depth", "depths", (1, 10, 100, 150), "Turns to roll back, of two tokens each")
+@_numbers("--length", "lengths", (512, 2048, 8000), "Tokens in the two turns to roll back")
 @click.option(
     "--repeats", type=click.IntRange(1), default=200, show_default=True, metavar="N",
-    help="Of each case; copies a tenth of it.",
+    help="Repetitions of each case; a tenth for copies.",
 )  # fmt: skip
 @peers_option("Measure llama-cpp-python's save_state and load_state in turns, at each length.")
 @peer_python_option
@@ -64,10 +64,10 @@ def sessions(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what going back costs in milliseconds: rollback and redo, a fork, and a copy of the whole KV cache.
+    """Measure the cost of rollback and redo, a fork, and a copy of the whole KV cache, in milliseconds.
 
-    The turn told after each shows how many tokens had to be computed again. llama-cpp-python goes back by saving and
-    loading its state, which stands beside every case of the same length. "ratio" is its time divided by ours.
+    A turn after each shows how many tokens had to be computed again. llama-cpp-python rolls back by saving and loading
+    its state, which is compared with each case of the same length. "ratio" is its time divided by ours.
 
     \b
     Examples:
@@ -103,22 +103,22 @@ def sessions(
     give(found, about(n_threads), lambda: (title, sessions_table(rows)), as_json=as_json, plot=plot)
 
 
-@click.command(short_help="A server and its clients, beside llama-cpp-python's.")
+@click.command(short_help="A server with many clients, against llama-cpp-python's.")
 @model_option
 @weights_option
 @kv_option
 @threads_option
-@_numbers("--clients", "clients", (1, 4, 16, 64), "Clients that chat at once")
+@_numbers("--clients", "clients", (1, 4, 16, 64), "Concurrent clients")
 @click.option(
     "--seconds", type=click.FloatRange(0.1, 86_400), default=120.0, show_default=True, metavar="S",
-    help="That they chat, for each number and server.",
+    help="Duration of each measurement.",
 )  # fmt: skip
 @click.option(
-    "--tokens", type=click.IntRange(2), default=48, show_default=True, metavar="N", help="Of an answer, at most."
+    "--tokens", type=click.IntRange(2), default=48, show_default=True, metavar="N", help="Max tokens of a reply."
 )
 @click.option(
     "--overhead", type=click.IntRange(1), metavar="ROUNDS",
-    help="Measure what HTTP costs instead: a token of one stream, over HTTP and from the SDK, in turns.",
+    help="Measure the overhead of HTTP instead: time per token of one stream, over HTTP and from the SDK.",
 )  # fmt: skip
 @peers_option("Measure llama-cpp-python's server in turns, on the same weights.")
 @peer_python_option
@@ -142,9 +142,9 @@ def serve(
 ) -> None:
     """Measure `fabula serve` with many clients that chat in ten turns, each reading its stream.
 
-    A server is started for each number of clients on a free port of this machine, with a folder of its own that is
-    removed again. The peer, `llama_cpp.server` of --peer-python (`pip install "llama-cpp-python[server]"`), gets a GGUF
-    file of the same weights, and the whole conversation with each request. "ratio" is how many times better ours is:
+    Starts a server on a free port for each number of clients, with a temporary data folder. The peer,
+    `llama_cpp.server` of --peer-python (`pip install "llama-cpp-python[server]"`), gets a GGUF file of the same
+    weights, and the whole conversation with each request. "ratio" is how many times better ours is:
     more tokens, less time, less memory.
 
     \b
@@ -174,10 +174,10 @@ def serve(
         if overhead is not None:
             rows = bench_overhead(served, loaded, overhead, n_tokens=max(tokens, 256), status=note)
         else:
-            loaded.close()  # the server shall have the memory
+            loaded.close()  # leave the memory to the server
             rows = list(bench_serve(served, label, clients=clients, seconds=seconds, n_tokens=tokens, status=note))
     found = [row.to_json() for row in rows]
-    title = f"{served.path.name}, answers of {tokens} tokens at most, {seconds:g} s each"
+    title = f"{served.path.name}, replies of up to {tokens} tokens, {seconds:g} s each"
     if overhead is not None:
         title = f"{served.path.name}: HTTP takes {rows[0].more['overhead']:.3f} times the SDK's time a token"
     give(found, about(n_threads), lambda: (title, rows_table(rows)), as_json=as_json, plot=plot)

@@ -1,4 +1,4 @@
-"""`fabula bench ops`, `model` and `load`: how fast."""
+"""`fabula bench ops`, `model` and `load`: speed."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from fabula.cli.console import note
 from fabula.cli.options import KV_CHOICE, ModelOptions, device_option, kv_option, model_option, parallel_option
 
 if TYPE_CHECKING:
-    from fabula.model import WeightsName
+    from fabula.choices import WeightsName
 
-_TEXTS = 4  # texts of the whole context that a model's KV cache holds
+_TEXTS = 4  # sequences of the full context that the default KV cache holds
 
 
 @click.command(short_help="Operators against plain serial C.")
-@click.option("--quick", is_flag=True, help="Sizes about 20 times smaller: shows that it works, not how fast.")
+@click.option("--quick", is_flag=True, help="Sizes about 20 times smaller: a smoke test, not a measurement.")
 @threads_option
 @plot_option
 @json_option
 def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> None:
     """Measure every operator against the same loop in plain serial C.
 
-    Results are compared first; a difference above the operator's tolerance ends the measurement. Then both take turns.
-    Shares are of this machine's streaming reads or multiply-adds, measured beforehand; data that fits a cache can
-    pass 100%. In JSON and pictures the serial loop is the peer, and both are speeds.
+    Results are compared first; a difference above the operator's tolerance ends the measurement. Then both run in
+    turns. Shares are of this machine's streaming reads or multiply-adds, measured beforehand; data that fits a cache
+    can exceed 100%. In JSON and plots the serial loop is the peer, and both are speeds.
 
     \b
     Examples:
@@ -62,13 +62,13 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
     give(found, machine.to_json(), lambda: (str(machine), ops_table(rows)), as_json=as_json, plot=plot)
 
 
-@click.command(short_help="Tokens a second, alone or beside other engines.")
+@click.command(short_help="Tokens a second, also of other engines.")
 @model_option
 @many_weights_option
 @kv_option
 @threads_option
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt read."
+    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Length of the prompt."
 )
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Tokens decoded.")
 @click.option(
@@ -88,15 +88,17 @@ def ops(quick: bool, threads: int | None, plot: Path | None, as_json: bool) -> N
     default=0,
     show_default=True,
     metavar="N",
-    help="Tokens at their beginning that the prompts of --sequences have in common.",
+    help="Length of the prefix shared by the prompts of --sequences.",
 )
 @click.option(
-    "--neighbours",
+    "--neighbors",
+    "--neighbours",  # the former spelling
+    "neighbors",
     type=click.IntRange(0, 1024),
     default=0,
     show_default=True,
     metavar="N",
-    help="Busy processes beside, as on a machine that others use.",
+    help="Busy processes to run meanwhile, as on a shared machine.",
 )
 @peers_option("Measure llama.cpp and transformers in turns, on the same weights.")
 @peer_python_option
@@ -115,7 +117,7 @@ def model(
     rounds: int,
     sequences: int,
     shared: int,
-    neighbours: int,
+    neighbors: int,
     peers: bool,
     peer_python: str | None,
     device: str,
@@ -124,13 +126,13 @@ def model(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how fast a model reads a prompt (prefill) and writes greedily (decode), in tokens a second.
+    """Measure prefill and greedy decode of a model, in tokens a second.
 
-    Everything that is compared, precisions and engines, is in memory at once and takes turns. Shares are of what this
-    machine's memory (decode) and multiply-adds (prefill) allow. Other engines need
-    `pip install "fabula[peers]"`; llama.cpp reads the same GGUF file (or one of the same weights, written for it), gets
-    the threads, flash attention and batch it is fastest with, and "same tokens" tells how many of 32 greedy tokens
-    agree. Decoding happens behind the prompt, so a long one measures decoding at that context.
+    All precisions and engines are in memory at once and run in turns. Shares are of the limits set by this machine's
+    memory (decode) and multiply-adds (prefill). Other engines need `pip install "fabula[peers]"`. llama.cpp reads the
+    same GGUF file (or one with the same weights, written for it) with the threads, flash attention and batch it is
+    fastest with; "same tokens" is how many of 32 greedy tokens agree. Decode runs after the prompt, so a long prompt
+    measures decode at that context.
 
     \b
     Examples:
@@ -139,7 +141,7 @@ def model(
       fabula bench model --model ./model-q8.gguf --peers --peer-python ./peers/bin/python
       fabula bench model --weights q8_0 --prompt-tokens 8000 --rounds 3 --peers --peer-kv q8
       fabula bench model --weights q4_0 --sequences 16 --prompt-tokens 1100 --shared 1024 --peers
-      fabula bench model --weights q8_0 --neighbours 1 --peers
+      fabula bench model --weights q8_0 --neighbors 1 --peers
       fabula bench model --model ./model.gguf --threads 4 --json
       fabula bench model --weights f16 --weights q8_0 --peers --plot model.png
     """  # fmt: skip
@@ -153,7 +155,7 @@ def model(
     check_plot(plot)
     if shared and sequences == 1:
         raise click.UsageError("--shared needs --sequences")
-    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared, neighbours)
+    lengths = Lengths(prompt_tokens, tokens, rounds, sequences, shared, neighbors)
     kv_memory = kv_memory_of(model, kv, sequences, lengths.context) if sequences > _TEXTS else None
     make = partial(make_peers, llama={"n_sequences": sequences, "kv": peer_kv, "python": peer_python})
     machine = measured_machine(threads)
@@ -171,13 +173,13 @@ def model(
     from fabula.bench.report import model_table
 
     title = f"{rows[0].model}: {prompt_tokens} tokens of prompt, {tokens} decoded, medians of {rounds} rounds"
-    if neighbours:
-        title += f", {neighbours} busy beside"
+    if neighbors:
+        title += f", beside {neighbors} busy processes"
     found = [row.to_json() for row in rows]
     give(found, machine.to_json(), lambda: (str(machine), title, model_table(rows)), as_json=as_json, plot=plot)
 
 
-@click.command(short_help="From the start of a process to the first token, and its memory.")
+@click.command(short_help="Time from process start to the first token, and memory.")
 @model_option
 @weights_option
 @kv_option
@@ -202,11 +204,11 @@ def load(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how long a new process takes to the first token of a short prompt, and how much memory.
+    """Measure time to the first token of a short prompt in a new process, and its memory.
 
-    Each time is that of a fresh Python: imports, reading and packing the weights, a prompt, a token. The file is in the
-    system's cache by then. Memory is the most that was resident; its limit from below are the packed weights. With
-    --peers both read one GGUF file, which is written for it where the model is none of that precision.
+    Each run is a new Python process: imports, loading and packing the weights, a prompt, a token. The file is in the
+    page cache. Memory is the peak resident size; its lower limit is the packed weights. With --peers both engines read
+    one GGUF file, which is written first if the model is not one of that precision.
 
     \b
     Examples:
@@ -238,7 +240,7 @@ def load(
 
 
 def kv_memory_of(model: str, kv: str, n_texts: int, n_positions: int) -> int:
-    """Bytes of a KV cache that holds so many texts of that length."""
+    """Bytes of a KV cache for n_texts sequences of n_positions each."""
     from fabula._native import PAGE_POSITIONS, page_bytes
     from fabula.formats.locate import locate
     from fabula.kv.format import kv_dtypes

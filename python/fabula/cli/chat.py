@@ -1,4 +1,4 @@
-"""`fabula chat`: a conversation in the terminal, or one question from a pipe."""
+"""`fabula chat`: a conversation in the terminal, or one message from a pipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @sampling_options(max_tokens=1024)
 @special_option("messages", False)
 @click.option("--system", metavar="TEXT", help="System message.")
-@click.option("-p", "--prompt", metavar="TEXT", help="Ask this one thing, print the answer and end; nothing is kept.")
+@click.option("-p", "--prompt", metavar="TEXT", help="Send this message, print the reply and exit; nothing is saved.")
 @keeping_options
 @click.option("--json", "as_json", is_flag=True, help="With --prompt or a pipe: print one JSON object.")
 def chat(
@@ -33,11 +33,11 @@ def chat(
     prompt: str | None,
     as_json: bool,
 ) -> None:
-    """Chat with a model. What comes through a pipe is one message; its answer goes to stdout.
+    """Chat with a model. Input from a pipe is one message; the reply goes to stdout.
 
-    In a terminal every answer is kept, and the conversation is a tree: /undo, /regen, /branches, /tree and more walk
-    it, /help lists them. Ctrl-C stops an answer, not the program. Settings that are not given are those the session
-    has.
+    In a terminal every reply is saved, and the conversation is a tree: /undo, /regen, /branches, /tree and others
+    navigate it; /help lists them. Ctrl-C stops a reply, not the program. Options that are not given keep the settings
+    of the session.
 
     \b
     Examples:
@@ -52,8 +52,8 @@ def chat(
         prompt = sys.stdin.read().strip()
     if prompt is None:
         if as_json:
-            raise click.UsageError("--json needs --prompt or a message through a pipe")
-        from fabula.cli.talk import converse
+            raise click.UsageError("--json needs --prompt or a message from a pipe")
+        from fabula.cli.repl import converse
 
         converse(loading, params, keeping, system=system, parse_special=parse_special)
         return

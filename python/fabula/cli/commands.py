@@ -1,4 +1,4 @@
-"""Slash commands: what can be typed in a chat or a story beside words for the model."""
+"""Slash commands of a chat or a story in the terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fabula.cli.drawing import (
     show_tree,
     stream_branches,
 )
-from fabula.cli.shelf import read_json, write_json
+from fabula.cli.session_source import read_json, write_json
 from fabula.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from fabula.cli.talk import Talk
+    from fabula.cli.repl import Repl
     from fabula.sessions.turn import Turn
 
 
@@ -33,20 +33,20 @@ class Command:
     """A slash command.
 
     Attributes:
-        usage: how it is typed.
-        help: what it does, in a line.
-        run: does it, given what stands behind its word.
+        usage: its syntax, for /help.
+        help: one line.
+        run: executes it; gets the text after the command's name.
     """
 
     usage: str
     help: str
-    run: Callable[[Talk, str], None]
+    run: Callable[[Repl, str], None]
 
 
 COMMANDS: dict[str, Command] = {}
-_OTHER_WORDS = {"/quit": "/exit", "/bye": "/exit", "/regenerate": "/regen"}
+_ALIASES = {"/quit": "/exit", "/bye": "/exit", "/regenerate": "/regen"}
 
-_Run = Callable[["Talk", str], None]
+_Run = Callable[["Repl", str], None]
 
 
 def _command(usage: str, help: str) -> Callable[[_Run], _Run]:
@@ -57,71 +57,73 @@ def _command(usage: str, help: str) -> Callable[[_Run], _Run]:
     return add
 
 
-def obey(talk: Talk, line: str) -> None:
-    """Does what a line that begins with a slash says.
+def run_command(repl: Repl, line: str) -> None:
+    """Executes a line that begins with a slash.
 
     Raises:
-        InvalidArgument: it makes no sense now.
+        InvalidArgument: unknown command, wrong syntax, or not possible now.
     """
     word, _, rest = line.partition(" ")
-    command = COMMANDS.get(_OTHER_WORDS.get(word, word))
+    command = COMMANDS.get(_ALIASES.get(word, word))
     if command is None:
-        raise InvalidArgument(f"{word} is no command; /help lists them")
-    command.run(talk, rest.strip())
+        raise InvalidArgument(f"there is no command {word}; /help lists them")
+    command.run(repl, rest.strip())
 
 
-def _head(talk: Talk) -> Turn:
-    if not talk.session.head.number:
-        raise InvalidArgument("at the beginning: nothing was said yet, or /undo went back before it")
-    return talk.session.head
+def _head(repl: Repl) -> Turn:
+    if not repl.session.head.number:
+        raise InvalidArgument(
+            "this is the beginning of the tree: there is no turn yet, or /undo went back to the start"
+        )
+    return repl.session.head
 
 
 def _needed(rest: str, usage: str) -> str:
     if not rest:
-        raise InvalidArgument(f"say {usage}")
+        raise InvalidArgument(f"usage: {usage}")
     return rest
 
 
 def _number(rest: str, usage: str) -> int:
     if not (rest.isascii() and rest.isdecimal()):
-        raise InvalidArgument(f"{rest!r} is no number; say {usage}")
+        raise InvalidArgument(f"{rest!r} is not a number; usage: {usage}")
     return int(rest)
 
 
-# ---- Walking --------------------------------------------------------------------------------------------------------
+# ---- Navigation-----------------------------------------------------------------------------------------------------
 
 
 @_command("/undo", "go back one turn")
-def _undo(talk: Talk, _: str) -> None:
-    talk.session.rollback(_head(talk).number - 1)
-    show_head(talk.session)
+def _undo(repl: Repl, _: str) -> None:
+    repl.session.rollback(_head(repl).number - 1)
+    show_head(repl.session)
 
 
-@_command("/redo", "take the last step back")
-def _redo(talk: Talk, _: str) -> None:
-    talk.session.redo()
-    show_head(talk.session)
+@_command("/redo", "undo the last /undo or /goto")
+def _redo(repl: Repl, _: str) -> None:
+    repl.session.redo()
+    show_head(repl.session)
 
 
-@_command("/goto N", "go on from turn N of the tree, or from the turn with that tag; 0 is the beginning")
-def _goto(talk: Talk, rest: str) -> None:
-    turns = numbered(talk.session)
+@_command("/goto N", "go to turn N of the tree, or to the turn with that tag; 0 is the start")
+def _goto(repl: Repl, rest: str) -> None:
+    turns = numbered(repl.session)
     tagged = [turn for turn in turns if rest in turn.tags]
     number = int(rest) if rest.isascii() and rest.isdecimal() else len(turns) + 1
     if number > len(turns) and not tagged:
         raise InvalidArgument(f"/goto takes a number of the tree, 0 .. {len(turns)}, or a tag; /tree shows them")
-    talk.session.rollback(tagged[-1] if tagged else turns[number - 1] if number else 0)
-    show_head(talk.session)
+    repl.session.rollback(tagged[-1] if tagged else turns[number - 1] if number else 0)
+    show_head(repl.session)
 
 
-@_command("/tree", "every turn, the numbers for /goto, and where we are")
-def _tree(talk: Talk, _: str) -> None:
-    show_tree(talk.session, err())
+@_command("/tree", "show all turns, their numbers for /goto, and the current turn")
+def _tree(repl: Repl, _: str) -> None:
+    show_tree(repl.session, err())
 
 
-@_command("/tag NAME", "give this turn a name")
-def _tag(talk: Talk, rest: str) -> None:
-    head, session = _head(talk), talk.session
+@_command("/tag NAME", "tag the current turn")
+def _tag(repl: Repl, rest: str) -> None:
+    head, session = _head(repl), repl.session
     session.tag(head, _needed(rest, "/tag NAME"))
     note(f"turn {number_of(session, head)} is tagged {rest}")
 
@@ -129,116 +131,116 @@ def _tag(talk: Talk, rest: str) -> None:
 # ---- Making turns ---------------------------------------------------------------------------------------------------
 
 
-@_command("/regen", "answer the last message again; the first answer stays in the tree")
-def _regen(talk: Talk, _: str) -> None:
-    _head(talk)
-    talk.answer(lambda session, params: session.regenerate(params))
+@_command("/regen", "regenerate the last reply; the old one stays in the tree")
+def _regen(repl: Repl, _: str) -> None:
+    _head(repl)
+    repl.answer(lambda session, params: session.regenerate(params))
 
 
-@_command("/edit TEXT", "say this in place of the last message")
-def _edit(talk: Talk, rest: str) -> None:
-    text, head = _needed(rest, "/edit TEXT"), _head(talk)
-    talk.answer(lambda session, params: session.edit(head, text, params))
+@_command("/edit TEXT", "replace the last message; the old one stays in the tree")
+def _edit(repl: Repl, rest: str) -> None:
+    text, head = _needed(rest, "/edit TEXT"), _head(repl)
+    repl.answer(lambda session, params: session.edit(head, text, params))
 
 
-@_command("/continue [N]", "go on with an answer that was stopped or cut, for N more tokens")
-def _continue(talk: Talk, rest: str) -> None:
+@_command("/continue [N]", "continue a reply that was stopped or truncated, for N more tokens")
+def _continue(repl: Repl, rest: str) -> None:
     n_tokens = _number(rest, "/continue N") if rest else None
-    _head(talk)
-    talk.answer(lambda session, _: session.continue_(n_tokens))
+    _head(repl)
+    repl.answer(lambda session, _: session.continue_(n_tokens))
 
 
-@_command("/branches [N]", "N other answers side by side (3); type the number of one to go on from it")
-def _branches(talk: Talk, rest: str) -> None:
-    n, head, session = _number(rest or "3", "/branches N"), _head(talk), talk.session
-    replies = session.branch(n, params=talk.params())
-    with talk.interruptible():
+@_command("/branches [N]", "generate N more replies side by side (3); type a number to continue from that one")
+def _branches(repl: Repl, rest: str) -> None:
+    n, head, session = _number(rest or "3", "/branches N"), _head(repl), repl.session
+    replies = session.branch(n, params=repl.params())
+    with repl.interruptible():
         stream_branches(replies)
     made = [reply.turn for reply in replies if reply.turn is not None]
     show_branches(session, made)
     numbers = [str(number_of(session, turn)) for turn in made]
-    talk.choices = {number: partial(_goto, talk, number) for number in numbers}
+    repl.choices = {number: partial(_goto, repl, number) for number in numbers}
     if made:
-        note(f"type {' or '.join(numbers)} to go on from there; Enter stays at {number_of(session, head)}")
+        note(f"type {' or '.join(numbers)} to continue from there; Enter stays at {number_of(session, head)}")
 
 
-@_command("/alternatives [PLACE]", "what else could stand at a place of the last answer; its end if none is given")
-def _alternatives(talk: Talk, rest: str) -> None:
-    turn, session = _head(talk), talk.session
+@_command("/alternatives [POSITION]", "other tokens at a position of the last reply; default: the last token")
+def _alternatives(repl: Repl, rest: str) -> None:
+    turn, session = _head(repl), repl.session
     last = max(0, len(turn.token_ids) - 1)
-    place = _number(rest, "/alternatives PLACE") if rest else last
-    found = session.alternatives(turn, place)
-    show_alternatives(found, talk.shelf.model.tokenizer.decode(list(turn.token_ids[:place])))
+    position = _number(rest, "/alternatives POSITION") if rest else last
+    found = session.alternatives(turn, position)
+    show_alternatives(found, repl.source.model.tokenizer.decode(list(turn.token_ids[:position])))
 
     def take(token: int) -> None:
-        talk.answer(lambda session, _: session.fork_at(turn, place, token), show_begun=True)
+        repl.answer(lambda session, _: session.fork_at(turn, position, token), show_begun=True)
 
-    talk.choices = {str(i): partial(take, alternative.token_id) for i, alternative in enumerate(found, 1)}
-    note(f"place {place} of 0 .. {last}; a number goes on with that one, Enter leaves it as it is")
+    repl.choices = {str(i): partial(take, alternative.token_id) for i, alternative in enumerate(found, 1)}
+    note(f"position {position} of 0 .. {last}; type a number to continue with that token, Enter keeps the reply")
 
 
 # ---- Sessions -------------------------------------------------------------------------------------------------------
 
 
-@_command("/fork [NAME]", "begin a new session that goes on from here")
-def _fork(talk: Talk, rest: str) -> None:
-    _head(talk)
-    talk.session = talk.shelf.fork(talk.session, rest or talk.new_name())
-    note(f"in {talk.session.id}, which goes on from turn {number_of(talk.session, talk.session.head)}")
+@_command("/fork [NAME]", "start a new session from the current turn")
+def _fork(repl: Repl, rest: str) -> None:
+    _head(repl)
+    repl.session = repl.source.fork(repl.session, rest or repl.new_name())
+    note(f"in {repl.session.id}, a fork from turn {number_of(repl.session, repl.session.head)}")
 
 
-@_command("/system TEXT", "set the system message (empty: remove it) and begin anew")
-def _system(talk: Talk, rest: str) -> None:
-    talk.begin(rest or None)
+@_command("/system TEXT", "start a new session with this system message (empty: none)")
+def _system(repl: Repl, rest: str) -> None:
+    repl.begin(rest or None)
 
 
-@_command("/reset", "begin a new session; the old one stays")
-def _reset(talk: Talk, _: str) -> None:
-    talk.begin(talk.session.system)
+@_command("/reset", "start a new session; the old one is kept")
+def _reset(repl: Repl, _: str) -> None:
+    repl.begin(repl.session.system)
 
 
 @_command("/sessions", "list the sessions")
-def _sessions(talk: Talk, _: str) -> None:
-    items = talk.shelf.contents()
+def _sessions(repl: Repl, _: str) -> None:
+    items = repl.source.contents()
     if items:
-        err().print(sessions_table(items, here=talk.session.id))
+        err().print(sessions_table(items, here=repl.session.id))
     else:
         note("no sessions yet")
 
 
-@_command("/open NAME", "go to another session")
-def _open(talk: Talk, rest: str) -> None:
-    talk.go_to(talk.shelf.open(_needed(rest, "/open NAME")))
+@_command("/open NAME", "switch to another session")
+def _open(repl: Repl, rest: str) -> None:
+    repl.go_to(repl.source.open(_needed(rest, "/open NAME")))
 
 
 @_command("/save FILE", "write the session to a JSON file")
-def _save(talk: Talk, rest: str) -> None:
+def _save(repl: Repl, rest: str) -> None:
     path = Path(_needed(rest, "/save FILE")).expanduser()
-    write_json(path, talk.session.export())
+    write_json(path, repl.session.export())
     note(f"written to {path}")
 
 
-@_command("/load FILE", "take in a session that was written by /save")
-def _load(talk: Talk, rest: str) -> None:
+@_command("/load FILE", "import a session written by /save")
+def _load(repl: Repl, rest: str) -> None:
     path = Path(_needed(rest, "/load FILE")).expanduser()
-    talk.go_to(talk.shelf.take_in(read_json(path)))
+    repl.go_to(repl.source.import_(read_json(path)))
 
 
 # ---- The rest -------------------------------------------------------------------------------------------------------
 
 
-@_command("/stats", "figures of the last answer, and of the memory that is used")
-def _stats(talk: Talk, _: str) -> None:
-    show_stats(_head(talk), talk.shelf.model.context, talk.shelf.model.kv_usage)
+@_command("/stats", "statistics of the last reply and of the KV cache")
+def _stats(repl: Repl, _: str) -> None:
+    show_stats(_head(repl), repl.source.model.context, repl.source.model.kv_usage)
 
 
-@_command("/help", "this list")
-def _help(_talk: Talk, _: str) -> None:
+@_command("/help", "show this list")
+def _help(_talk: Repl, _: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     lines = [f"{command.usage:{width}}  {command.help}" for command in COMMANDS.values()]
-    note("\n".join([*lines, "Ctrl-C stops an answer. Escape, then Enter, begins a new line."]))
+    note("\n".join([*lines, "Ctrl-C stops a reply. Escape, then Enter, inserts a new line."]))
 
 
-@_command("/exit", "leave (Ctrl-D too)")
-def _exit(talk: Talk, _: str) -> None:
-    talk.is_over = True
+@_command("/exit", "exit (also Ctrl-D)")
+def _exit(repl: Repl, _: str) -> None:
+    repl.is_over = True

@@ -1,4 +1,4 @@
-"""What commands share with a terminal: notes on stderr, progress bars, and text that cannot steer the terminal."""
+"""Terminal output of all commands: notes on stderr, progress bars, and removal of control characters."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Control characters but newline and tab. A model may print anything, and a terminal obeys escape sequences.
+# All control characters except newline and tab: a model's text must not send escape sequences to the terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def err() -> Console:
-    """The console of stderr; colours only on a terminal."""
+    """The console of stderr; colors only on a terminal."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def clean(text: str) -> str:
-    """Text that cannot steer the terminal."""
+    """Replaces control characters in a text."""
     return text.translate(_CONTROLS)
 
 
 def shorten(text: str, length: int = 40) -> str:
-    """The beginning of a text, on one line."""
+    """A text truncated to `length` characters on one line."""
     line = " ".join(clean(text).split())
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def note(text: str, *, style: str = "dim") -> None:
-    """One line for the person, on stderr."""
+    """Prints a message for the user on stderr."""
     from rich.text import Text
 
     err().print(Text(clean(text), style=style))
 
 
 def complain(text: str) -> None:
-    """An error, as one red line on stderr."""
+    """Prints an error in red on stderr."""
     from rich.text import Text
 
     err().print(Text("error: ", style="bold red") + Text(clean(text), style="not bold red"))
 
 
 def emit(text: str) -> None:
-    """Writes a model's text to stdout at once; a terminal gets no control characters."""
+    """Writes a model's text to stdout and flushes; without control characters on a terminal."""
     sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -61,7 +61,7 @@ class Bar:
         self._title = ""
 
     def show(self, title: str, done: int, total: int | None) -> None:
-        """Draws `done` of `total` bytes; another title begins another bar."""
+        """Shows `done` of `total` bytes; a new title starts a new bar."""
         if self._update is None or title != self._title:
             self._title = title
             self._update = self._start(title, total)
@@ -69,7 +69,7 @@ class Bar:
 
 
 class FetchProgress:
-    """Feeds a download into a bar; satisfies `fabula.formats.download.Progress`."""
+    """A `fabula.formats.download.Progress` that updates a bar."""
 
     def __init__(self, bar: Bar, title: str) -> None:
         self._bar, self._title = bar, title
@@ -80,12 +80,12 @@ class FetchProgress:
 
 @contextlib.contextmanager
 def bars() -> Iterator[Bar]:
-    """Progress bars that vanish when the block ends. Off a terminal each title is written once."""
+    """Progress bars that disappear at the end of the block. Without a terminal, a download writes one line."""
     console = err()
     if not console.is_terminal:
 
         def announce(title: str, total: int | None) -> Callable[[int, int | None], None]:
-            # Loading takes a second; only a download is worth a line in a log.
+            # Loading takes about a second; only downloads deserve a line in a log.
             if title.startswith("fetching"):
                 note(title if total is None else f"{title} ({total / 1e6:.0f} MB)")
             return lambda *_: None

@@ -1,4 +1,4 @@
-"""What a person sees of a session: its tree, where he is, alternatives side by side, figures of an answer."""
+"""Displays sessions in the terminal: the tree, the head, replies side by side, statistics."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
 
-    from fabula.cli.shelf import Listed
+    from fabula.cli.session_source import Listed
     from fabula.kv.pages import PoolUsage
     from fabula.sessions.reply import Reply
     from fabula.sessions.session import Session
     from fabula.sessions.turn import Turn
     from fabula.sessions.views import Alternative
 
-# Of answers that did not end by themselves.
-ENDS = {"length": "cut at its length", "cancelled": "stopped", "timeout": "out of time", "interrupted": "interrupted"}
-_LAST = 12  # turns of an unbranched stretch that are drawn
-_DEPTH = 6  # branches above and below the head that are drawn
-_WIDTH = 200  # columns a tree is drawn in at least
-_RECENT = 600  # characters of the last turn that are shown when a session is opened
+# Replies that did not end by themselves.
+ENDS = {"length": "truncated", "cancelled": "stopped", "timeout": "timed out", "interrupted": "interrupted"}
+_LAST = 12  # turns shown of a run without branches
+_DEPTH = 6  # levels of branches shown above and below the head
+_WIDTH = 200  # minimal columns of a tree
+_RECENT = 600  # characters of the last turn shown when a session is opened
 
 
 def numbered(session: Session) -> list[Turn]:
-    """Every turn in the order they were begun, which is theirs in the store too; a person counts them from 1."""
+    """All turns in order of creation, as in the store; users see numbers from 1."""
     return sorted(session.turns, key=lambda turn: turn.created_at)
 
 
 def number_of(session: Session, turn: Turn) -> int:
-    """The number of a turn in the tree; 0 for the empty start."""
+    """The number of a turn in the tree; 0 for the root."""
     return numbered(session).index(turn) + 1 if turn.number else 0
 
 
@@ -44,14 +44,14 @@ def number_of(session: Session, turn: Turn) -> int:
 
 
 def show_tree(session: Session, console: Console) -> None:
-    """Draws the tree; a narrow terminal wraps what does not fit, so that no mark at the end of a line is lost."""
+    """Prints the tree; a narrow terminal wraps long lines, so that marks at their ends stay visible."""
     console.width = max(console.width, _WIDTH)
     console.print(tree_of(session), soft_wrap=True)
 
 
 def tree_of(session: Session) -> Tree:
-    """The tree with the numbers that /goto takes. Turns that follow each other stand below each other, and only
-    branches are indented; of a long stretch the last turns are drawn."""
+    """The tree with the numbers for /goto. Only branches are indented; of a long run without branches only the last
+    turns are shown."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -100,7 +100,7 @@ def tree_of(session: Session) -> Tree:
 
 
 def _top(head: Turn, children: dict[Turn, list[Turn]]) -> Turn:
-    """The start, or the turn that begins the drawing where the head lies behind many branches."""
+    """The root, or the first turn shown if there are many branches above the head."""
     n_branches = 0
     top = head
     for turn in head.lineage():
@@ -116,11 +116,11 @@ def _line(turn: Turn, number: int, *, here: bool) -> Text:
 
     line = Text(f"{number} ", style="bold")
     if turn.parent is None:
-        line.append("the beginning", style="not bold")
+        line.append("start", style="not bold")
     if turn.prompt:
         line.append(shorten(turn.prompt), style="not bold green")
     if turn.parent is not None:
-        line.append((" → " if turn.prompt else "→ ") + _said(turn), style="not bold")
+        line.append((" → " if turn.prompt else "→ ") + _reply_text(turn), style="not bold")
     for tag in sorted(turn.tags):
         line.append(f"  [{clean(tag)}]", style="not bold yellow")
     if turn.finish_reason in ENDS:
@@ -130,28 +130,28 @@ def _line(turn: Turn, number: int, *, here: bool) -> Text:
     return line
 
 
-def _said(turn: Turn, length: int = 40) -> str:
+def _reply_text(turn: Turn, length: int = 40) -> str:
     return shorten(turn.text, length) or "(nothing)"
 
 
-# ---- Where we are ---------------------------------------------------------------------------------------------------
+# ---- The head -----------------------------------------------------------------------------------------------------
 
 
 def show_head(session: Session) -> None:
-    """One line on where we are."""
+    """Prints one line about the head."""
     head = session.head
     number = number_of(session, head)
-    note(f"at turn {number}: {shorten(head.prompt)} → {_said(head)}" if number else "at the beginning")
+    note(f"at turn {number}: {shorten(head.prompt)} → {_reply_text(head)}" if number else "at the start")
 
 
 def show_opened(session: Session) -> None:
-    """Where a session stands that was opened: its last turns, the very last one as far as it fits."""
+    """Prints the last turns of an opened session; truncates a long one."""
     from rich.text import Text
 
     head = session.head
     note(f"{session.id} · at turn {number_of(session, head)} of {len(session.turns)}")
     if head.parent is not None and head.parent.number:
-        note(f"{shorten(head.parent.prompt, 60)} → {_said(head.parent, 60)}")
+        note(f"{shorten(head.parent.prompt, 60)} → {_reply_text(head.parent, 60)}")
     if not head.number:
         return
     prompt, text = Text(), Text(("…" + clean(head.text[-_RECENT:])) if len(head.text) > _RECENT else clean(head.text))
@@ -159,14 +159,14 @@ def show_opened(session: Session) -> None:
         prompt = Text(f"> {clean(head.prompt)}\n" if head.chat else clean(head.prompt), style="green")
     err().print(prompt + text)
     if head.finish_reason in ENDS:
-        note(f"this answer was {ENDS[head.finish_reason]}; /continue goes on with it")
+        note(f"this reply was {ENDS[head.finish_reason]}; /continue continues it")
 
 
 # ---- Alternatives ---------------------------------------------------------------------------------------------------
 
 
 def stream_branches(replies: Sequence[Reply]) -> None:
-    """Runs replies to their ends, with what they say side by side as it comes."""
+    """Runs replies to their ends and streams their texts side by side."""
     from rich.live import Live
 
     console = err()
@@ -184,7 +184,7 @@ def stream_branches(replies: Sequence[Reply]) -> None:
 
 
 def show_branches(session: Session, turns: Sequence[Turn]) -> None:
-    """Turns below each other, with their numbers in the tree."""
+    """Prints the replies of turns, with their numbers in the tree."""
     from rich.text import Text
 
     for turn in turns:
@@ -203,7 +203,7 @@ def _columns(texts: list[str]) -> RenderableType:
 
 
 def show_alternatives(found: Sequence[Alternative], before: str) -> None:
-    """Tokens that could stand at a place, numbered, below the words before it."""
+    """Prints candidate tokens of a position with numbers, after the text before it."""
     from rich.text import Text
 
     tail = " ".join(clean(before).split())[-60:]
@@ -211,18 +211,18 @@ def show_alternatives(found: Sequence[Alternative], before: str) -> None:
     for i, alternative in enumerate(found, 1):
         line = Text(f"{i:>3} ", style="bold") + Text(f"{alternative.text!r:20}", style="not bold")
         line.append(f"{math.exp(alternative.logprob):7.2%}", style="not bold dim")
-        line.append("  ← stands there" if alternative.chosen else "", style="bold green")
+        line.append("  ← chosen" if alternative.chosen else "", style="bold green")
         err().print(line)
 
 
-# ---- Figures --------------------------------------------------------------------------------------------------------
+# ---- Statistics -----------------------------------------------------------------------------------------------------
 
 
 def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
-    """Figures of an answer, and of the pages of K and V."""
+    """Prints statistics of a reply and of the KV cache."""
     t = turn.timings
     speed = f" at {t.tokens_per_s:.0f} tokens/s, the first after {t.first_token_ms:.0f} ms" if t is not None else ""
-    rows = [("answer", f"{len(turn.token_ids) - turn.n_begun} tokens{speed}, ended by {turn.finish_reason}")]
+    rows = [("reply", f"{len(turn.token_ids) - turn.n_begun} tokens{speed}, ended by {turn.finish_reason}")]
     if t is not None:
         why = f": {turn.why_recomputed}" if turn.why_recomputed else ""
         rows += [
@@ -230,10 +230,10 @@ def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
             ("recomputed", f"{turn.recomputed}{why}"),
         ]
     if turn.cut is None:
-        rows.append(("left out", "nothing"))
+        rows.append(("dropped", "nothing"))
     else:
         turns = f"{turn.cut.n_turns} turns, " if turn.cut.n_turns else ""
-        rows.append(("left out", f"{turns}{turn.cut.n_tokens} tokens, by {turn.cut.policy}"))
+        rows.append(("dropped", f"{turns}{turn.cut.n_tokens} tokens, by {turn.cut.policy}"))
     rows += [
         ("context", f"{turn.n_ids} of {context} tokens"),
         (
@@ -246,7 +246,7 @@ def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
 
 
 def ago(seconds_since_1970: float) -> str:
-    """When something was, as a person says it."""
+    """A time relative to now, such as "5 min ago"."""
     seconds = max(0, int(time.time() - seconds_since_1970))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
@@ -255,7 +255,7 @@ def ago(seconds_since_1970: float) -> str:
 
 
 def sessions_table(items: Sequence[Listed], here: str = "") -> RenderableType:
-    """A list of sessions."""
+    """A table of sessions."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""`fabula inspect`: what a model file holds, read without its weights."""
+"""`fabula inspect`: describes a model without loading its weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.cli.console import FetchProgress, bars
-from fabula.cli.options import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from fabula.formats.checkpoint import Checkpoint
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
-@click.command(short_help="Tell what a model file holds, without loading its weights.")
+@click.command(short_help="Describe a model without loading its weights.")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--template", is_flag=True, help="Print the chat template and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
-    """Tell family, shapes, sizes in memory, tokenizer and chat template of MODEL.
+    """Show family, shapes, sizes in memory, tokenizer and chat template of MODEL.
 
     \b
     Examples:
@@ -73,7 +73,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes of a checkpoint: its own, and those it would take in memory in each precision."""
+    """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
     from fabula.models.decoder import has_head
     from fabula.models.families import family_of
 

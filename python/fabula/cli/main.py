@@ -1,4 +1,4 @@
-"""The `fabula` command: its list of subcommands, and how errors look to a person."""
+"""The `fabula` command: its subcommands and the display of errors."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from fabula import __version__
 from fabula.cli.console import complain, note
 from fabula.errors import EngineError
 
-# name -> (module, attribute, line of help): the list can be shown without importing any of them.
+# name -> (module, attribute, help), so that `fabula --help` imports none of them.
 _COMMANDS = {
     "bench": ("fabula.cli.bench", "bench", "Measure speed, memory and accuracy on this machine."),
     "chat": ("fabula.cli.chat", "chat", "Chat with a model in the terminal."),
     "config": ("fabula.cli.serve", "config", "Check the settings of the server."),
-    "inspect": ("fabula.cli.inspect", "inspect", "Tell what a model file holds, without loading its weights."),
-    "keys": ("fabula.cli.serve", "keys", "Make an API key for the server."),
-    "pull": ("fabula.cli.pull", "pull", "Bring a model onto this machine."),
+    "inspect": ("fabula.cli.inspect", "inspect", "Describe a model without loading its weights."),
+    "keys": ("fabula.cli.serve", "keys", "Create an API key for the server."),
+    "pull": ("fabula.cli.pull", "pull", "Download a model."),
     "quantize": ("fabula.cli.quantize", "quantize", "Write a model as a smaller GGUF file."),
-    "run": ("fabula.cli.run", "run", "Chat in a terminal; anywhere else tell a short story."),
-    "serve": ("fabula.cli.serve", "serve", "Serve conversations over HTTP, to OpenAI's clients too."),
-    "sessions": ("fabula.cli.sessions", "sessions", "List, show, export, import, delete and check kept conversations."),
+    "run": ("fabula.cli.run", "run", "Chat in a terminal; elsewhere write a short story."),
+    "serve": ("fabula.cli.serve", "serve", "Serve models over HTTP, with an OpenAI-compatible API."),
+    "sessions": (
+        "fabula.cli.sessions",
+        "sessions",
+        "List, show, export, import, delete and check saved conversations.",
+    ),
     "story": ("fabula.cli.story", "story", "Continue a text."),
 }
 
 
 class _Commands(click.Group):
-    """A group that imports a command when it is called."""
+    """A group that imports a command only when it is called."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -64,7 +68,7 @@ def cli(debug: bool) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and ends the process with 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    """Runs the command line and exits with 0, 1 (failure), 2 (wrong usage) or 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _show_warning
     try:
@@ -79,7 +83,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         note("stopped")
         code = 130
     except BrokenPipeError:
-        # Whoever read us has gone; Python would complain once more when it flushes at its end.
+        # The reader of our pipe is gone; without this, Python's final flush would fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (EngineError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Options that commands share, and what they become: a loaded model, sampling settings."""
+"""Options shared by commands, and their conversion: a loaded model, sampling settings."""
 
 from __future__ import annotations
 
@@ -11,34 +11,32 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from fabula.choices import (
+    DEFAULT_MODEL,
+    DEVICE_NAME,
+    DEVICE_PRODUCTS,
+    KV_NAMES,
+    MAX_DEVICES,
+    MAX_THREADS,
+    WEIGHTS_NAMES,
+)
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
+    from fabula.choices import WeightsName
     from fabula.engine.sampling import SamplingParams
-    from fabula.model import Model, WeightsName
+    from fabula.model import Model
     from fabula.sessions.policy import ContextPolicy
     from fabula.workspace import Workspace
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-DEFAULT_MODEL = "smollm2-135m-instruct"  # as in formats/download.py, which takes too long to import for --help
-
-# As in models/precision.py, which takes too long to import for --help; a test compares them.
-WEIGHTS = (
-    "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
-)  # fmt: skip
-
-# Of the KV cache: for both, or for K and V apart.
-_KV = ("f16", "f32", "bf16", "q8")
-KV_NAMES = (*_KV, *(f"{k}:{v}" for k in _KV for v in _KV if k != v))
-
 KV_CHOICE = click.Choice(KV_NAMES)
 
 
 def _device_name(_context: click.Context, _option: click.Parameter, name: str) -> str:
-    if not re.fullmatch(r"cpu|auto|cuda(:[0-9]{1,3})?", name):  # as in engine/device.py
-        raise click.BadParameter(f"{name!r} is none of cpu, auto, cuda, cuda:N.")
+    if not re.fullmatch(DEVICE_NAME, name):
+        raise click.BadParameter(f"{name!r} is not one of cpu, auto, cuda, cuda:N.")
     return name
 
 
@@ -52,28 +50,28 @@ kv_option = click.option(
 )  # fmt: skip
 device_option = click.option(
     "--device", callback=_device_name, default="cpu", show_default=True, envvar="FABULA_DEVICE", metavar="NAME",
-    help="Where the model runs: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room for it, else the CPU.",
+    help="Where the model runs: cpu; cuda or cuda:N, a GPU; auto, a GPU with enough memory, else the CPU.",
 )  # fmt: skip
-# At most as many as in engine/device.py, which takes too long to import for --help.
 parallel_option = click.option(
-    "--tensor-parallel", type=click.IntRange(1, 16), default=1, show_default=True, envvar="FABULA_TENSOR_PARALLEL",
-    metavar="N", help="GPUs, from --device on, that compute the model together.",
+    "--tensor-parallel", type=click.IntRange(1, MAX_DEVICES), default=1, show_default=True,
+    envvar="FABULA_TENSOR_PARALLEL", metavar="N", help="Number of GPUs, from --device on, that run the model together.",
 )  # fmt: skip
 
 products_option = click.option(
-    "--device-products", type=click.Choice(("own", "library")), default="own", show_default=True, metavar="NAME",
-    help="What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+    "--device-products", type=click.Choice(DEVICE_PRODUCTS), default="own", show_default=True, metavar="NAME",
+    help="Matrix products on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
 )  # fmt: skip
 
 _MODEL = (
     model_option,
     click.option(
-        "--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True, metavar="NAME",
-        help=f"Weights in memory: {', '.join(WEIGHTS)}. auto keeps them as in the file; the others round at load.",
+        "--weights", type=click.Choice(WEIGHTS_NAMES), default="auto", show_default=True, metavar="NAME",
+        help=f"Weights in memory: {', '.join(WEIGHTS_NAMES)}. auto: as in the file; others convert at load.",
     ),
     kv_option,
     click.option(
-        "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: as many as this process may use."
+        "-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
+        help="Default: as many as this process may use.",
     ),
     click.option(
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
@@ -86,7 +84,7 @@ _MODEL = (
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model, and how it is loaded."""
+    """A model and how to load it."""
 
     model: str
     weights: str
@@ -100,11 +98,11 @@ class ModelOptions:
 
     @property
     def name(self) -> str:
-        """What kept sessions call the model: a path means the same from every folder."""
+        """The model's name in saved sessions; a path is made absolute."""
         return str(Path(self.model).resolve()) if Path(self.model).exists() else self.model
 
     def load(self, workspace: Workspace | None = None) -> Model:
-        """Loads the model behind progress bars on stderr: into a workspace, if there is one."""
+        """Loads the model, into the workspace if given, with progress bars on stderr."""
         from fabula.model import Model
 
         load = Model.load if workspace is None else workspace.load
@@ -125,7 +123,7 @@ class ModelOptions:
 
 
 def model_options(function: _Function) -> _Function:
-    """Adds --model and its companions; the command gets them as `loading`, a ModelOptions."""
+    """Adds --model and related options; the command gets `loading`, a ModelOptions."""
 
     @functools.wraps(function)
     def command(
@@ -159,38 +157,38 @@ _SAMPLING = (
 
 
 def is_given(name: str) -> bool:
-    """Whether an option of the command that runs stands on its command line."""
+    """Whether an option of the current command is on its command line."""
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
 
 
 def with_given(before: SamplingParams, params: SamplingParams) -> SamplingParams:
-    """The settings a session has, with those of `params` that stand on the command line in their place."""
+    """A session's settings, replaced by those of `params` that are on the command line."""
     return replace(before, **{name: getattr(params, name) for name in _SAMPLING if is_given(name)})
 
 
 def sampling_options(*, max_tokens: int) -> Callable[[_Function], _Function]:
-    """Adds the sampling options; the command gets them as `params`, a SamplingParams. What does not stand on the
-    command line is not given there: it is the model's own, see `SamplingDefaults.in_terminal`."""
+    """Adds the sampling options; the command gets `params`, a SamplingParams. Options that are not on the command line
+    are unset there, for the model's defaults; see `SamplingDefaults.in_terminal`."""
     options = (
         _number(
             "--temperature",
             "temperature",
-            "Above 0 the higher the bolder; 0 takes the likeliest. Default of this and the five below: what the model "
-            "recommends, as `fabula inspect` shows.",
+            "Higher is more random; 0 is greedy. Default of this and the next five: what the model recommends, see "
+            "`fabula inspect`.",
         ),
-        click.option("--top-k", type=int, metavar="N", help="Keep the N likeliest; 0: off."),
-        _number("--top-p", "top_p", "Keep the likeliest that make up this probability; 1: off."),
-        _number("--min-p", "min_p", "Keep what is at least X times as likely as the likeliest; 0: off."),
-        _number("--typical-p", "typical_p", "Keep what is nearest to the expected surprise; 1: off."),
-        _number("--repetition-penalty", "repetition_penalty", "Above 1 makes repetition rarer."),
-        _number("--frequency-penalty", "frequency_penalty", "Subtracted for every time a token was used."),
-        _number("--presence-penalty", "presence_penalty", "Subtracted once from tokens that were used."),
-        click.option("--seed", type=int, metavar="N", help="Makes the answer repeatable; default: random."),
+        click.option("--top-k", type=int, metavar="N", help="Keep the N most likely tokens; 0: off."),
+        _number("--top-p", "top_p", "Keep the most likely tokens up to this total probability; 1: off."),
+        _number("--min-p", "min_p", "Keep tokens at least X times as likely as the most likely; 0: off."),
+        _number("--typical-p", "typical_p", "Locally typical sampling up to this total probability; 1: off."),
+        _number("--repetition-penalty", "repetition_penalty", "Penalty on repeated tokens; 1: off."),
+        _number("--frequency-penalty", "frequency_penalty", "Subtracted from a logit for each use of the token."),
+        _number("--presence-penalty", "presence_penalty", "Subtracted once from logits of used tokens."),
+        click.option("--seed", type=int, metavar="N", help="Makes replies reproducible; default: random."),
         click.option(
-            "-n", "--max-tokens", type=int, default=max_tokens, show_default=True, metavar="N", help="Tokens at most."
+            "-n", "--max-tokens", type=int, default=max_tokens, show_default=True, metavar="N", help="Max tokens."
         ),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
     )  # fmt: skip
 
     def decorate(function: _Function) -> _Function:
@@ -207,7 +205,7 @@ def sampling_options(*, max_tokens: int) -> Callable[[_Function], _Function]:
 
 
 def sampling_params(settings: dict[str, Any]) -> SamplingParams:
-    """SamplingParams of options; a value out of range is wrong usage."""
+    """SamplingParams from options; a value out of range is a UsageError."""
     from fabula.engine.sampling import SamplingParams
     from fabula.errors import InvalidArgument
 
@@ -218,42 +216,42 @@ def sampling_params(settings: dict[str, Any]) -> SamplingParams:
 
 
 def special_option(what: str, default: bool) -> Callable[[_Function], _Function]:
-    """Adds --parse-special; the command gets it as `parse_special`, None where it is not on the command line."""
+    """Adds --parse-special; the command gets `parse_special`, None if it is not on the command line."""
     return click.option(
         "--parse-special/--no-parse-special", default=None,
-        help=f"Whether control tokens written in {what} are control tokens, else text; default: "
+        help=f"Parse control tokens in {what}, or treat them as text; default: "
         f"{'--parse-special' if default else '--no-parse-special'}.",
     )  # fmt: skip
 
 
 data_option = click.option(
     "--data", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
-    help="Folder the conversations are kept in; default: $FABULA_DATA, or one of the user's.",
+    help="Folder of saved conversations; default: $FABULA_DATA, or the user's data folder.",
 )  # fmt: skip
 
 _KEEPING = (
     data_option,
-    click.option("--no-save", is_flag=True, help="Keep nothing: the conversation ends with the program."),
-    click.option("--session", metavar="NAME", help="Open this one, or begin one of this name."),
-    click.option("--resume", is_flag=True, help="Go on with the one changed last."),
+    click.option("--no-save", is_flag=True, help="Do not save the conversation."),
+    click.option("--session", metavar="NAME", help="Open this session, or create it."),
+    click.option("--resume", is_flag=True, help="Open the session that was changed last."),
     click.option(
         "--context-policy", type=click.Choice(["error", "slide", "drop_oldest_turns"]),
-        help="When the context is full: refuse (the default), see the latest words only, or leave out oldest turns.",
+        help="When the context is full: error (default), slide over the latest tokens, or drop the oldest turns.",
     ),
-    click.option("--window", type=int, metavar="N", help="Tokens that --context-policy slide sees."),
+    click.option("--window", type=int, metavar="N", help="Tokens of --context-policy slide."),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """Which session a conversation in the terminal is, where it is kept, and what it does when its context is full.
+    """Session options of a conversation in the terminal.
 
     Attributes:
         data: folder; None for the user's.
-        save: whether anything is kept.
+        save: whether to save the conversation.
         session: its name; None for a new one.
-        resume: whether the one changed last goes on.
-        policy: None for that of the session, or the default.
+        resume: whether to open the session that was changed last.
+        policy: context policy; None for that of the session, or the default.
     """
 
     data: Path | None = None
@@ -263,7 +261,7 @@ class Keeping:
     policy: ContextPolicy | None = None
 
     def refuse(self) -> None:
-        """Raises UsageError if a session is asked for where only one answer is given."""
+        """Raises UsageError if session options are used with a single reply."""
         if self.session is not None or self.resume or self.policy is not None:
             raise click.UsageError(
                 "--session, --resume, --context-policy and --window are for a conversation in a terminal"
@@ -271,7 +269,7 @@ class Keeping:
 
 
 def keeping_options(function: _Function) -> _Function:
-    """Adds --data, --session and their companions; the command gets them as `keeping`, a Keeping."""
+    """Adds --data, --session and related options; the command gets `keeping`, a Keeping."""
 
     @functools.wraps(function)
     def command(
@@ -287,7 +285,7 @@ def keeping_options(function: _Function) -> _Function:
         if resume and session is not None:
             raise click.UsageError("--resume and --session each name a session; give one of them")
         if no_save and (resume or data is not None):
-            raise click.UsageError("--no-save keeps nothing and finds nothing; leave out --resume and --data")
+            raise click.UsageError("--no-save uses no saved sessions; leave out --resume and --data")
         policy = _policy(context_policy, window)
         return function(*args, keeping=Keeping(data, not no_save, session, resume, policy), **rest)
 

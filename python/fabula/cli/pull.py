@@ -1,4 +1,4 @@
-"""`fabula pull`: brings a model onto this machine."""
+"""`fabula pull`: downloads a model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 
 import click
 
+from fabula.choices import DEFAULT_MODEL
 from fabula.cli.console import FetchProgress, bars, note
-from fabula.cli.options import DEFAULT_MODEL
 
 
-@click.command(short_help="Bring a model onto this machine.")
+@click.command(short_help="Download a model.")
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option("--force", is_flag=True, help="Fetch it again even if it is here.")
-@click.option("--list", "list_models", is_flag=True, help="List the models that are here or that Fabula knows by name.")
+@click.option("--force", is_flag=True, help="Download again even if it is there.")
+@click.option("--list", "list_models", is_flag=True, help="List models in the cache and models known by name.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def pull(name: str, force: bool, list_models: bool, as_json: bool) -> None:
-    """Fetch the model NAME and print where it lies. A broken or partial download is never taken for a model.
+    """Download the model NAME and print its path. A broken or partial download is never used.
 
-    NAME is a model Fabula knows (the default one), `owner/repository` or `owner/repository:file.gguf` on the Hugging
-    Face hub, or the file of a known model that was fetched by hand.
+    NAME is a known model (such as the default), `owner/repository` or `owner/repository:file.gguf` on the Hugging Face
+    hub, or the file of a known model that was downloaded by hand.
 
     \b
     Examples:
@@ -56,6 +56,6 @@ def _list(as_json: bool) -> None:
         click.echo(json.dumps(rows))
         return
     for row in rows:
-        place = row["path"] if row["cached"] else f"not here; from {row['source']}"
+        place = row["path"] if row["cached"] else f"not downloaded; from {row['source']}"
         click.echo(f"{row['name']}  {int(str(row['n_bytes'])) / 1e6:.0f} MB  {place}")
     note("any folder, .gguf file or owner/repository on the Hugging Face hub works too")

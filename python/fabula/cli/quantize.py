@@ -1,4 +1,4 @@
-"""`fabula quantize`: a model as a smaller GGUF file."""
+"""`fabula quantize`: writes a model as a smaller GGUF file."""
 
 from __future__ import annotations
 
@@ -8,37 +8,36 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fabula.choices import FILE_TYPES, MAX_THREADS
 from fabula.cli.console import FetchProgress, bars, note
 
 if TYPE_CHECKING:
     from fabula.export.quantize import Report
-
-# As in models/recipe.py, which takes too long to import for --help; a test compares them.
-TYPES = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0", "iq4_nl",
-    "q3_k", "q2_k",
-)  # fmt: skip
 
 
 @click.command(short_help="Write a model as a smaller GGUF file.")
 @click.argument("model")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--type", "kind", type=click.Choice(TYPES, case_sensitive=False), required=True,
-    help="Format of the matrices. q4_k_m and q5_k_m give the tensors that matter most six bits.",
+    "--type", "kind", type=click.Choice(FILE_TYPES, case_sensitive=False), required=True,
+    help="Format of the matrices. q4_k_m and q5_k_m use six bits for the most important tensors.",
 )  # fmt: skip
 @click.option(
-    "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Default: as many as this process may use."
+    "-t",
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    metavar="N",
+    help="Default: as many as this process may use.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quantize(model: str, out: Path, kind: str, threads: int | None, force: bool, as_json: bool) -> None:
     """Write MODEL (a Hugging Face folder, a .gguf file, the first part of a split one, or a name) as the GGUF file OUT.
-    Fabula reads it, and so do llama.cpp and others, unless a note says what they do otherwise. Tells sizes, bits per
-    weight and the error, as the root of its mean square over that of the weights.
+    Fabula, llama.cpp and others read it; notes list what other readers do differently. Prints sizes, bits per weight
+    and the relative RMS error of the weights.
 
-    Where rows do not fit a format's blocks of 256, tensors take the next larger format in blocks of 32. OUT appears
-    when it is complete.
+    Tensors whose rows are not multiples of 256 use the next larger format with blocks of 32. OUT appears only when
+    complete.
 
     \b
     Examples:
@@ -50,7 +49,7 @@ def quantize(model: str, out: Path, kind: str, threads: int | None, force: bool,
     from fabula.export.quantize import quantize_model
     from fabula.formats.locate import locate
 
-    if out.exists() and not force:  # before anything is fetched
+    if out.exists() and not force:  # before a download
         raise InvalidArgument(f"{out}: exists already; --force replaces it")
     with bars() as bar:
         path = locate(model, progress=FetchProgress(bar, f"fetching {model}"))
@@ -60,7 +59,7 @@ def quantize(model: str, out: Path, kind: str, threads: int | None, force: bool,
             kind.lower(),
             threads=threads,
             overwrite=force,
-            progress=lambda done, total: bar.show("quantising", done, total),
+            progress=lambda done, total: bar.show("quantizing", done, total),
         )
     if as_json:
         click.echo(json.dumps(_facts(report)))
@@ -79,7 +78,7 @@ def _facts(report: Report) -> dict[str, object]:
         "bits_per_weight": report.bits_per_weight,
         "error": report.error,
         "fallbacks": report.fallbacks,
-        "requantised": report.requantised,
+        "requantised": report.requantized,
         "notes": list(report.notes),
         "roles": [
             {
@@ -119,6 +118,6 @@ def _print(report: Report) -> None:
     for text in report.notes:
         note(f"note: {text}", style="yellow")
     if report.fallbacks:
-        note(f"{report.fallbacks} tensors have rows that are no whole number of {report.kind} blocks: see formats")
-    if report.requantised:
-        note("the source was quantised already, and its error comes on top; an f16 or bf16 source gives better files")
+        note(f"{report.fallbacks} tensors have rows that are not whole {report.kind} blocks; see their formats")
+    if report.requantized:
+        note("the source was quantized already, so errors add up; an f16 or bf16 source gives better files")

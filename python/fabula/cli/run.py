@@ -1,4 +1,4 @@
-"""`fabula run`: the first thing a new user sees."""
+"""`fabula run`: chat, or a short story without a terminal. A new user's first command."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fabula.cli.options import Keeping, ModelOptions, model_options, sampling_op
 if TYPE_CHECKING:
     from fabula.engine.sampling import SamplingParams
 
-STORY_TOKENS = 120  # unless --max-tokens says otherwise
+STORY_TOKENS = 120  # default of --max-tokens for the story
 OPENING = "Once upon a time, in a lighthouse at the edge of the sea, there lived an old keeper who"
 
 
-@click.command(short_help="Chat in a terminal; anywhere else tell a short story.")
+@click.command(short_help="Chat in a terminal; elsewhere write a short story.")
 @model_options
 @sampling_options(max_tokens=512)
 def run(loading: ModelOptions, params: SamplingParams) -> None:
-    """Start a chat, kept as `fabula chat` keeps it. Without a terminal on stdin or stdout, tell a short story and end.
+    """Start a chat, saved like `fabula chat`. Without a terminal on stdin or stdout, write a short story and exit.
 
     \b
     Examples:
@@ -29,7 +29,7 @@ def run(loading: ModelOptions, params: SamplingParams) -> None:
       fabula run < /dev/null
     """
     if sys.stdin.isatty() and sys.stdout.isatty():
-        from fabula.cli.talk import converse
+        from fabula.cli.repl import converse
 
         converse(loading, params, Keeping())
         return

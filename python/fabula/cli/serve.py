@@ -1,4 +1,4 @@
-"""`fabula serve`, and what belongs to it: `fabula config` and `fabula keys`."""
+"""`fabula serve`, `fabula config` and `fabula keys`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds a flag for each row of the table of settings; the command gets those that were given."""
+    """Adds an option for each server setting; the command gets those that were given."""
     from dataclasses import MISSING, fields
 
     from fabula.server.settings import Settings
@@ -54,7 +54,7 @@ def _help(text: str, default: Any, missing: object) -> str:
 
 
 def gathered(config: Path | None, given: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
-    """The settings of flags, variables and file, and where each comes from."""
+    """The settings from options, environment and file, and the source of each."""
     from fabula.server.settings import gather
 
     return gather({name: value for name, value in given.items() if value not in (None, ())}, config)
@@ -73,7 +73,7 @@ _CONFIG = click.option(
 @_CONFIG
 @settings_options
 def serve(config: Path | None, **given: Any) -> None:
-    """Serve sessions over HTTP: Fabula's own API, and one that OpenAI's clients speak.
+    """Serve models over HTTP: sessions with Fabula's own API, and an OpenAI-compatible API.
 
     \b
     Examples:
@@ -89,20 +89,20 @@ def serve(config: Path | None, **given: Any) -> None:
         note(f"the API: {address}/docs; Ctrl-C stops it")
 
     run(settings, ready=ready)
-    note("stopped; every conversation is kept")
+    note("stopped; all conversations are saved")
 
 
 @click.group()
 def config() -> None:
-    """Look at the settings of `fabula serve`."""
+    """Check the settings of `fabula serve`."""
 
 
 @config.command()
 @_CONFIG
 @settings_options
-@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(config: Path | None, as_json: bool, **given: Any) -> None:
-    """Say what `fabula serve` would do with the same options, and whether it could.
+    """Check and print the settings that `fabula serve` would use with the same options.
 
     \b
     Examples:
@@ -130,7 +130,7 @@ def check(config: Path | None, as_json: bool, **given: Any) -> None:
 @click.argument("name")
 @click.option("--hash", "hashed", is_flag=True, help="Print the line with the key's hash, and the key on stderr.")
 def keys(name: str, hashed: bool) -> None:
-    """Make an API key; its line belongs in the file that --keys names.
+    """Create an API key; append its line to the file given by --keys.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`fabula sessions`: the conversations that are kept, without a model where none is needed."""
+"""`fabula sessions`: manages saved conversations; loads a model only where needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 
 from fabula.cli.console import clean, err, note
 from fabula.cli.options import ModelOptions, data_option, device_option, parallel_option
-from fabula.cli.shelf import find_record, listed, open_workspace, read_json, told_if_locked, write_json
+from fabula.cli.session_source import explain_lock, find_record, listed, open_workspace, read_json, write_json
 
 if TYPE_CHECKING:
     from fabula.sessions.session import Session
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-_WAY_OUT = "end it first, or use --data FOLDER for another folder"
+_WAY_OUT = "end it first, or use another folder with --data FOLDER"
 
 
 def _open(data: Path | None) -> AbstractContextManager[Workspace]:
     return open_workspace(data, way_out=_WAY_OUT)
 
 
-@click.group(short_help="List, show, export, import, delete and check kept conversations.")
+@click.group(short_help="List, show, export, import, delete and check saved conversations.")
 def sessions() -> None:
-    """List, show, export, import, delete and check the conversations that `fabula chat` and `fabula story` keep.
+    """List, show, export, import, delete and check the conversations saved by `fabula chat` and `fabula story`.
 
     \b
     Examples:
@@ -43,11 +43,11 @@ def sessions() -> None:
     """
 
 
-@sessions.command("list", short_help="List sessions, the one changed last first.")
+@sessions.command("list", short_help="List sessions, the last changed first.")
 @data_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def list_(data: Path | None, as_json: bool) -> None:
-    """List sessions, the one changed last first.
+    """List sessions, the last changed first.
 
     \b
     Examples:
@@ -84,7 +84,7 @@ def _watched() -> bool:
 @data_option
 @_json
 def show(name: str, data: Path | None, as_json: bool) -> None:
-    """Show the tree of the session NAME, and what was said on the way to where it stands.
+    """Show the tree of the session NAME, and the text of its current path.
 
     \b
     Examples:
@@ -142,15 +142,18 @@ def _described(workspace: Workspace, session: Session) -> dict[str, Any]:
 @click.argument("name")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--kv", type=click.Path(path_type=Path), metavar="FILE.safetensors", help="Also write its K and V; loads the model."
+    "--kv",
+    type=click.Path(path_type=Path),
+    metavar="FILE.safetensors",
+    help="Also write its KV cache; loads the model.",
 )
 @device_option
 @parallel_option
 @data_option
 def export(name: str, file: Path | None, kv: Path | None, device: str, tensor_parallel: int, data: Path | None) -> None:
-    """Write the session NAME as JSON to FILE, or to stdout. FILE is there whole, or as it was before.
+    """Write the session NAME as JSON to FILE, or to stdout. FILE is replaced atomically.
 
-    K and V are those that were kept on disk; what is missing is computed by whoever imports the session.
+    --kv writes the keys and values that were saved on disk; the importer computes those that are missing.
 
     \b
     Examples:
@@ -174,17 +177,17 @@ def _load(workspace: Workspace, model: str, device: str, tensor_parallel: int) -
     ModelOptions(model, "auto", "f16", None, None, device, tensor_parallel).load(workspace)
 
 
-@sessions.command("import", short_help="Take in a session that was exported.")
+@sessions.command("import", short_help="Import an exported session.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="Its name here; default: the one it had.")
-@click.option("--kv", type=click.Path(path_type=Path), metavar="FILE", help="Its K and V; loads the model.")
+@click.option("--name", metavar="NAME", help="Name of the imported session; default: its old name.")
+@click.option("--kv", type=click.Path(path_type=Path), metavar="FILE", help="Its KV cache; loads the model.")
 @device_option
 @parallel_option
 @data_option
 def import_(
     file: Path, name: str | None, kv: Path | None, device: str, tensor_parallel: int, data: Path | None
 ) -> None:
-    """Take in a session from FILE, which `fabula sessions export` or /save wrote, and print its name.
+    """Import a session from FILE, written by `fabula sessions export` or /save, and print its name.
 
     \b
     Examples:
@@ -204,7 +207,7 @@ def import_(
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @data_option
 def delete(name: str, yes: bool, data: Path | None) -> None:
-    """Delete the session NAME with every turn of it, but for those that forks go on from.
+    """Delete the session NAME with all its turns, except those that forks need.
 
     \b
     Examples:
@@ -215,17 +218,17 @@ def delete(name: str, yes: bool, data: Path | None) -> None:
         n_turns = len(workspace.open(name).turns)
         if not yes:
             if not sys.stdin.isatty():
-                raise click.UsageError("--yes is needed where nobody can be asked")
+                raise click.UsageError("without a terminal, deleting needs --yes")
             click.confirm(f"Delete {name} with its {n_turns} turns?", abort=True, err=True)
         workspace.delete(name)
-    note(f"{name} is deleted")
+    note(f"{name}: deleted")
 
 
-@sessions.command(short_help="Look for damage.")
+@sessions.command(short_help="Check saved data for damage.")
 @data_option
 @_json
 def check(data: Path | None, as_json: bool) -> None:
-    """Read everything that is kept, and tell what is damaged. The exit code is 1 if anything is.
+    """Read all saved data and print what is damaged. The exit code is 1 if anything is.
 
     \b
     Examples:
@@ -236,9 +239,9 @@ def check(data: Path | None, as_json: bool) -> None:
     from fabula.workspace import default_folder
 
     folder = data or default_folder()
-    with told_if_locked(_WAY_OUT):
+    with explain_lock(_WAY_OUT):
         store = Store.open(folder)
-    with store, err().status("reading"):  # the status is shown on terminals only
+    with store, err().status("reading"):  # shown on terminals only
         problems = store.check()
     if as_json:
         click.echo(json.dumps({"folder": str(folder), "problems": problems}))
@@ -246,6 +249,6 @@ def check(data: Path | None, as_json: bool) -> None:
         for problem in problems:
             click.echo(clean(problem))
         if not problems:
-            note(f"{folder}: all is well")
+            note(f"{folder}: no damage found")
     if problems:
         raise click.exceptions.Exit(1)

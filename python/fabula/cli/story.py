@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @model_options
 @sampling_options(max_tokens=256)
 @special_option("the text", True)
-@click.option("--once", is_flag=True, help="In a terminal too: tell one piece and end; nothing is kept.")
+@click.option("--once", is_flag=True, help="In a terminal too: write one piece and exit; nothing is saved.")
 @keeping_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done instead of streaming.")
 def story(
@@ -34,10 +34,10 @@ def story(
     keeping: Keeping,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT as a text, streaming what comes. Without PROMPT it is read from stdin.
+    """Continue the text PROMPT and stream the result. Without PROMPT the text is read from stdin.
 
-    In a terminal the story goes on piece by piece: Enter continues, text is added first, and /help lists what else
-    can be typed. Every piece is kept. Ctrl-C ends a piece where it is.
+    In a terminal the story is written piece by piece: Enter continues, and typed text is added first; /help lists
+    commands. Every piece is saved. Ctrl-C stops a piece.
 
     \b
     Examples:
@@ -49,7 +49,7 @@ def story(
       cat beginning.txt | fabula story
     """
     if sys.stdin.isatty() and sys.stdout.isatty() and not once and not as_json:
-        from fabula.cli.talk import converse
+        from fabula.cli.repl import converse
 
         converse(loading, params, keeping, kind="story", prompt=prompt, parse_special=parse_special)
         return
@@ -70,8 +70,7 @@ def tell(
     kind: str = "story",
     parse_special: bool = True,
 ) -> None:
-    """Loads the model and writes the continuation of `prompt` to stdout, with the settings that `kind` has in the
-    terminal."""
+    """Loads the model and writes the continuation of `prompt` to stdout, with the sampling defaults of `kind`."""
     with (
         loading.load() as model,
         model.generate(prompt, model.defaults.in_terminal(params, kind), parse_special=parse_special) as generation,
@@ -101,7 +100,7 @@ def follow(generation: Generation, *, show: bool) -> str:
 
 
 def report(generation: Generation) -> dict[str, Any]:
-    """What --json tells of a generation besides its text."""
+    """The fields of --json besides the text."""
     return {
         "token_ids": generation.token_ids,
         "prompt_ids": generation.prompt_ids,
@@ -112,7 +111,7 @@ def report(generation: Generation) -> dict[str, Any]:
 
 
 def summary(t: Timings, finish_reason: str | None, seed: int | None) -> str:
-    """The line below an answer."""
+    """The line of statistics after a reply."""
     parts = [
         f"{t.generated_tokens} tokens",
         f"{t.tokens_per_s:.0f} tokens/s",
@@ -120,7 +119,7 @@ def summary(t: Timings, finish_reason: str | None, seed: int | None) -> str:
         f"prompt {t.prompt_tokens} tokens" + (f", {t.reused_tokens} reused" if t.reused_tokens else ""),
         f"seed {seed}",
     ]
-    ends = {"length": "cut at --max-tokens or the context", "cancelled": "stopped"}
+    ends = {"length": "truncated by --max-tokens or the context", "cancelled": "stopped"}
     if finish_reason in ends:
         parts.append(ends[finish_reason])
     return " · ".join(parts)

@@ -18,10 +18,10 @@ from types import MappingProxyType
 from typing import Any
 
 from fabula.engine.sampling import MODEL_SETTINGS, SamplingParams
-from fabula.errors import InvalidArgument
+from fabula.errors import InvalidArgument, shown
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.download import KNOWN_MODELS
-from fabula.formats.readfile import read_json_object, shown
+from fabula.formats.readfile import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 _MAX_BYTES = 16 << 20  # as of the other settings in a folder

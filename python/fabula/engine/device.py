@@ -8,10 +8,9 @@ from contextlib import suppress
 
 from fabula import _native
 from fabula._parallel import MOST_DEVICES, DeviceGroup
+from fabula.choices import DEVICE_NAME, DEVICE_PRODUCTS
 from fabula.errors import DeviceError, EngineError, InvalidArgument, Unsupported
 
-_NAME = re.compile(r"cpu|auto|cuda(?::([0-9]{1,3}))?")
-PRODUCTS = ("own", "library")
 LIBRARY = "FABULA_CUBLASLT"  # the variable that names cuBLASLt's file where the system does not find it
 RESERVED = 0.05  # of a GPU's free memory that "auto" leaves for batches
 
@@ -22,7 +21,7 @@ def check_device(name: object) -> str:
     Raises:
         InvalidArgument: it is none.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(DEVICE_NAME, name):
         raise InvalidArgument(f"device is {name!r}, must be cpu, cuda, cuda:N with the number of a GPU, or auto")
     return name
 
@@ -46,7 +45,7 @@ def check_products(name: object) -> str:
     Raises:
         InvalidArgument: there is no such thing.
     """
-    if name not in PRODUCTS:
+    if name not in DEVICE_PRODUCTS:
         raise InvalidArgument(f"device_products is {name!r}, must be own or library")
     return str(name)
 

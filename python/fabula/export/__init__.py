@@ -1,2 +1,1 @@
-"""A model written as a GGUF file, in any precision: what each tensor becomes, and what a Hugging Face folder says as
-GGUF metadata."""
+"""Exports models as GGUF files in any precision: tensors, and config and tokenizer as GGUF metadata."""

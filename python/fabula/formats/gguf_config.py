@@ -1,11 +1,11 @@
-"""A GGUF file's key-values in the words of config.json, or why it is not a model that is offered.
+"""Maps a GGUF file's key-values to the keys of config.json, or refuses an unsupported model.
 
     general.architecture "llama"  ->  model_type "llama", or "mistral" when a sliding window is given
     llama.attention.head_count    ->  num_attention_heads
 
-Logits follow every key that llama.cpp applies in these architectures, or the key is refused by name (gguf_keys.py).
-Three defaults are llama.cpp's and would not be guessed: a scaling factor without a kind is linear, factors of rotated
-pairs may come as tensors, and `rope.scaling.attn_factor` multiplies cos and sin whatever the kind is.
+Every key that llama.cpp applies in these architectures is applied here or refused by name (gguf_keys.py). Three
+defaults follow llama.cpp and are not obvious: a scaling factor without a type is linear, per-pair rope factors may come
+as tensors, and `rope.scaling.attn_factor` multiplies cos and sin whatever the type.
 
 Sources: the key list of ggml's docs/gguf.md; llama.cpp's convert_hf_to_gguf.py, src/llama-model.cpp and
 src/llama-context.cpp.
@@ -21,14 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, Unsupported
+from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS, MAX_TENSORS, GgufTensor
 from fabula.formats.gguf_keys import Keys, refuse_other_computations
-from fabula.formats.readfile import shown
 
-# general.architecture -> (model_type, architectures). mistral3 is llama with more keys for YaRN, granite_swa is llama
-# with windows, where its scales are 1 and its sinks nothing, as `fabula quantize` writes it.
+# general.architecture -> (model_type, architectures). mistral3 is llama with more YaRN keys. granite_swa is llama with
+# sliding windows, as `fabula quantize` writes it: all scales 1, sinks without effect.
 FAMILIES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -36,10 +35,10 @@ FAMILIES = {
     "mistral3": ("llama", "LlamaForCausalLM"),
     "granite_swa": ("llama", "LlamaForCausalLM"),
 }
-# Those whose rows of q and k lie in pairs, and that have factors for rotated pairs.
+# Architectures that store the rows of q and k pairwise (gguf_names.py) and may have per-pair rope factors.
 PAIRED = ("llama", "mistral3", "granite_swa")
 
-# general.type of files that are no model of their own -> what they are, and what would work.
+# general.type of files that are not a language model -> what they are, and what would work.
 _TYPES = {
     "adapter": "a LoRA adapter, which changes another model; merge it into that model and convert the result, "
     "or give the model itself",
@@ -47,7 +46,7 @@ _TYPES = {
     "beside it",
     "imatrix": "an importance matrix, which serves to quantize a model; give the model itself",
 }
-# Architectures that are no decoders of text -> the same.
+# The same for architectures that are not text decoders.
 _OTHER_KINDS = {
     "clip": _TYPES["mmproj"],
     "controlvector": "a control vector, which changes another model; give the model itself",
@@ -71,7 +70,7 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the block layouts of blocks.h
 
 
 class Source(Protocol):
-    """What the config is made from: a `GgufFile` or the parts of one."""
+    """A `GgufFile`, or the parts of a split one."""
 
     path: Path
     metadata: dict[str, object]
@@ -81,11 +80,11 @@ class Source(Protocol):
 
 
 def check_kind(path: Path, metadata: Mapping[str, object]) -> None:
-    """Refuses what is no model of an offered family; called before anything else of the file is looked at.
+    """Refuses a file that is not a model of a supported family; called before tensors are parsed.
 
     Raises:
-        ModelFileError: `general.architecture` is missing or no text.
-        Unsupported: another family, or no model at all; says what it is and what would work.
+        ModelFileError: `general.architecture` is missing or not a string.
+        Unsupported: another family or kind of file; says what it is and what would work.
     """
     keys = Keys(path, metadata)
     kind = metadata.get("general.type")
@@ -99,11 +98,11 @@ def check_kind(path: Path, metadata: Mapping[str, object]) -> None:
 
 
 def config_of(file: Source) -> dict[str, Any]:
-    """The keys of config.json, from the key-values and the presence of tensors.
+    """The keys of config.json, derived from the key-values and from which tensors are present.
 
     Raises:
         ModelFileError: a key is missing, of the wrong type or out of range.
-        Unsupported: another family, or a key that asks for what is not offered.
+        Unsupported: another family, or a key for an unsupported computation.
     """
     check_kind(file.path, file.metadata)
     keys = Keys(file.path, file.metadata)
@@ -111,7 +110,7 @@ def config_of(file: Source) -> dict[str, Any]:
     if not keys.flag(f"{arch}.attention.causal", True):
         raise keys.unsupported(
             f"{arch}.attention.causal",
-            "is false: every token would see those behind it, as in an encoder; models that write text are offered",
+            "is false: tokens would attend to later ones, as in an encoder; only causal models are supported",
         )
     if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0:
         raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")
@@ -142,7 +141,7 @@ def config_of(file: Source) -> dict[str, Any]:
         "rope.scaling.yarn_attn_factor": (_own_yarn_factor(keys, arch),),
     }
     if arch == "granite_swa":
-        keys.positive(f"{arch}.logit_scale")  # what logits are divided by
+        keys.positive(f"{arch}.logit_scale")  # a divisor; refuse_other_computations accepts only 1
     pattern = keys.metadata.get(f"{arch}.attention.rope_pattern")
     if isinstance(pattern, np.ndarray) and not pattern.all():
         raise keys.unsupported(f"{arch}.attention.rope_pattern", "leaves layers without rotation, which is not offered")
@@ -183,7 +182,7 @@ def config_of(file: Source) -> dict[str, Any]:
 def _windows(keys: Keys, arch: str, n_layers: int) -> list[int]:
     """Every layer's window, 0 for none.
 
-    Of these architectures llama.cpp has windows in granite_swa only; Fabula's writer once put them into llama.
+    llama.cpp has windows in granite_swa only; early versions of `fabula quantize` also wrote them for llama.
     """
     key, pattern_key = f"{arch}.attention.sliding_window", f"{arch}.attention.sliding_window_pattern"
     window = keys.integer(key, low=1) if arch == "granite_swa" else keys.integer(key, 0, low=0)
@@ -205,12 +204,12 @@ def _check_quantization(file: Source, keys: Keys) -> None:
     if quantized and version != QUANTIZATION_VERSION:
         raise keys.unsupported(
             "general.quantization_version",
-            f"is {version}, must be {QUANTIZATION_VERSION}; quantise the model again",
+            f"is {version}, must be {QUANTIZATION_VERSION}; quantize the model again",
         )
 
 
 def _vocab_size(file: Source, keys: Keys) -> int:
-    """The number of tokens, which must be the rows of the embedding where both are given."""
+    """The number of tokens; must equal the rows of the embedding if both are given."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or keys.has(_TOKENS):
         n_tokens = len(keys.strings(_TOKENS))
@@ -223,10 +222,10 @@ def _vocab_size(file: Source, keys: Keys) -> int:
 
 
 def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:
-    """bos, eos and pad ids. Ends of turn and of message join eos in a list, as config.json may have it.
+    """bos, eos and pad ids. End-of-turn and end-of-message ids join eos in a list, as in config.json.
 
-    An id beyond the vocabulary is an error in a text's start and ends; padding's is of no use here and passed over,
-    with a warning when the tokenizer is read. Files have other ids as well, which nothing depends on.
+    A bos or end id outside the vocabulary is an error. A bad padding id is ignored here, as nothing uses it; the
+    tokenizer warns about it.
     """
     bos, *ends = (keys.token(f"tokenizer.ggml.{name}_token_id", vocab_size) for name in ("bos", "eos", "eot", "eom"))
     found = list(dict.fromkeys(token for token in ends if token is not None))
@@ -239,10 +238,10 @@ def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:
 
 
 def _rope_scaling(file: Source, keys: Keys, arch: str, head_dim: int) -> dict[str, Any] | None:
-    """How positions are stretched, None for not at all.
+    """The `rope_scaling` of config.json; None without scaling.
 
-    Llama 3's scaling comes as a tensor: one factor for each rotated pair, which divides its frequency. It has
-    no name in config.json, so it gets one here, and the factors are floats [head_dim / 2]:
+    Llama 3's scaling is stored as a tensor of one divisor per rotated pair. config.json has no name for that, so we use
+    a type of our own, with the factors as floats [head_dim / 2]:
     {"rope_type": "frequency_factors", "factors": [...], "attention_factor": ...}
     """
     prefix = f"{arch}.rope.scaling"
@@ -268,7 +267,7 @@ def _rope_scaling(file: Source, keys: Keys, arch: str, head_dim: int) -> dict[st
 
 
 def _factor(keys: Keys, arch: str, *, needed: bool) -> float:
-    """What positions are divided by; 0 stands for 1. Older files have it under another name."""
+    """The divisor of positions; 0 means 1. Older files use another key."""
     newer, older = f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear"
     if keys.has(older) and not keys.has(newer):
         return keys.positive(older, zero=1.0)
@@ -281,7 +280,7 @@ def _pair_factors(factors: list[float], attention: float) -> dict[str, Any]:
 
 
 def _own_yarn_factor(keys: Keys, arch: str) -> float:
-    """What YaRN multiplies cos and sin by if no key says otherwise; 1 without YaRN."""
+    """YaRN's default factor on cos and sin; 1 without YaRN."""
     prefix = f"{arch}.rope.scaling"
     if keys.text(f"{prefix}.type", "linear") != "yarn":
         return 1.0
@@ -298,7 +297,7 @@ def _yarn(keys: Keys, arch: str, factor: float, attention: float) -> dict[str, A
         scaling["original_max_position_embeddings"] = original
     own = _own_yarn_factor(keys, arch)
     if keys.has(f"{prefix}.attn_factor") or (arch == "mistral3" and keys.has(f"{prefix}.yarn_log_multiplier")):
-        # ggml multiplies YaRN's own factor by it; in config.json the number replaces that.
+        # In ggml it multiplies YaRN's default factor; in config.json it replaces the default.
         scaling["attention_factor"] = attention * own
     for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if keys.has(f"{prefix}.{theirs}"):
@@ -307,7 +306,7 @@ def _yarn(keys: Keys, arch: str, factor: float, attention: float) -> dict[str, A
 
 
 def _longrope(file: Source, keys: Keys, arch: str, head_dim: int, factor: float, attention: float) -> dict[str, Any]:
-    """A factor for each rotated pair, one list for contexts up to the old length and one for longer ones."""
+    """Per-pair factors: one list for contexts up to the original length, one for longer contexts."""
     key = f"{arch}.rope.scaling.type"
     if arch not in PAIRED:
         raise keys.unsupported(key, f"is 'longrope', which is offered with the architectures {', '.join(PAIRED)}")
@@ -329,7 +328,7 @@ def _longrope(file: Source, keys: Keys, arch: str, head_dim: int, factor: float,
 
 
 def _factors(file: Source, name: str, head_dim: int) -> list[float]:
-    """A tensor of factors, float32 [head_dim / 2]."""
+    """Reads a tensor of rope factors, float32 [head_dim / 2]."""
     tensor = file.tensors[name]
     if tensor.dtype != DType.F32 or tensor.shape != (head_dim // 2,):
         raise tensor_error(file, tensor, f"is {tensor.dtype.name} {tensor.shape}, must be F32 ({head_dim // 2},)")

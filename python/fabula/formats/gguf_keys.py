@@ -1,13 +1,13 @@
-"""GGUF key-values, typed, and what every key behind the architecture's name does to the logits.
+"""Typed access to GGUF key-values, and the effect of each `<architecture>.*` key on the logits.
 
-llama.cpp knows about 170 such keys for all its architectures together. In those offered here each of them is one of:
+llama.cpp has about 170 such keys for all its architectures. For the supported ones, each key is one of:
 
-    READ         gguf_config.py reads it, and the logits follow
-    NO_EFFECT    it says something about the model, but no logit depends on it
-    anything else: it must say "nothing of that kind" (see `_is_neutral`), or the file is refused by the key's name
+    READ         gguf_config.py applies it
+    NO_EFFECT    no logit depends on it
+    others that name a computation: must be neutral (see `_is_neutral`), or the file is refused by the key's name
 
-So a key that stands for a computation which is not offered cannot be passed over, whether llama.cpp would apply it or
-leave it out in this architecture. Keys of which nobody knows are passed over, as llama.cpp does.
+So a key for an unsupported computation is never ignored, whether or not llama.cpp applies it in this architecture.
+Unknown keys are ignored, as in llama.cpp.
 
 Sources: llama.cpp's src/llama-arch.cpp (names), src/llama-model.cpp `load_hparams` and src/models/ (who reads them).
 """
@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.readfile import shown
+from fabula.errors import ModelFileError, Unsupported, shown
 
 INT32_MAX = 2**31 - 1
-NO_TOKEN = 2**32 - 1  # -1 as UINT32: what converters write where a model has no such token
+NO_TOKEN = 2**32 - 1  # -1 as UINT32: written by converters for "no such token"
 
 READ = frozenset([
     "attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
@@ -41,15 +40,15 @@ READ = frozenset([
 READ_OF_MISTRAL3 = frozenset(["rope.scaling.yarn_log_multiplier"])
 
 NO_EFFECT = frozenset([
-    "vocab_size",  # the tokens of the file count, which must be the rows of the embedding
-    "tensor_data_layout",  # the name of the order that rows of q and k always have in these files
+    "vocab_size",  # the vocabulary itself counts, and must match the rows of the embedding
+    "tensor_data_layout",  # names the row order of q and k, which is always the same in these files
     "rope.scaling.finetuned",  # whether the model was trained with its scaling
-    "attention.layer_norm_epsilon",  # of LayerNorm, which these architectures have not
+    "attention.layer_norm_epsilon",  # of LayerNorm, which these architectures do not use
     "pooling_type", "classifier.pooling_type", "classifier.output_labels",  # of embeddings; a head would be a tensor
     "decoder_start_token_id",  # of encoder-decoder models
 ])  # fmt: skip
 
-# How the names of keys begin that stand for a computation, in any architecture.
+# Prefixes of keys that name a computation, in any architecture.
 _COMPUTING = re.compile(
     r"activation[._]|adapters\.|altup\.|attention\.|attn_|block_size$|conv_|convnext\.|decoder_block|deepstack_|dense_|"
     r"embedding_length_|embedding_scale$|expert|features_length$|final_logit|full_attention_|hash_layer|"
@@ -57,7 +56,7 @@ _COMPUTING = re.compile(
     r"norm_before_|num_loops$|ple\.|posnet\.|rescale_|residual_scale$|rope\.|router_|selector_|shortconv\.|skip_loop|"
     r"ssm\.|swiglu_|swin_norm$|target_|time_|token_shift_|use_parallel_residual$|wkv\."
 )
-# 1 does as little as 0, which llama.cpp takes for "not given", in these.
+# Factors: 1 has no effect either. llama.cpp takes 0 for "not given".
 _FACTORS = frozenset([
     "attention.output_scale", "attention.value_scale", "embedding_scale", "expert_weights_scale", "logit_scale",
     "residual_scale", "rope.scaling.yarn_ext_factor",
@@ -65,7 +64,7 @@ _FACTORS = frozenset([
 
 
 class GgufWarning(UserWarning):
-    """Something in a GGUF file is of no use, or is not what it should be, and was passed over."""
+    """Something in a GGUF file is unusable or wrong, and was ignored."""
 
 
 def warn(path: Path, message: str) -> None:
@@ -74,11 +73,11 @@ def warn(path: Path, message: str) -> None:
 
 
 class Keys:
-    """Typed access to a file's key-values; every failure names the key. Integers may be of any width.
+    """Typed access to a file's key-values; every error names the key. Integers may have any width.
 
     Args:
         path: named in errors.
-        metadata: as `GgufFile.metadata` has it.
+        metadata: see `GgufFile.metadata`.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, object]) -> None:
@@ -120,7 +119,7 @@ class Keys:
         return self._integer(key, int(distinct[0]), 1, INT32_MAX)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false; 0 and 1 of any integer type count as well."""
+        """A boolean; integers 0 and 1 are accepted too."""
         value = self._get(key, default)
         if isinstance(value, int) and value in (0, 1):
             return bool(value)
@@ -131,8 +130,8 @@ class Keys:
 
         Args:
             key: its name.
-            default: where it is missing.
-            zero: what 0 stands for, where it stands for something.
+            default: value if it is missing.
+            zero: value if it is 0; None refuses 0.
         """
         value = self._get(key, default)
         if not isinstance(value, float):
@@ -152,12 +151,12 @@ class Keys:
         return value
 
     def token(self, key: str, vocab_size: int, *, needed: bool = True) -> int | None:
-        """A token's id; None where the key is missing or says that there is none.
+        """A token id; None if the key is missing or means "no token".
 
         Args:
             key: its name.
             vocab_size: ids are below it.
-            needed: whether an id beyond the vocabulary is an error; else it is taken as none.
+            needed: whether an id outside the vocabulary is an error; else it means no token.
         """
         value = self.metadata.get(key)
         beyond = isinstance(value, int) and not 0 <= value < vocab_size
@@ -180,12 +179,12 @@ class Keys:
 
 
 def refuse_other_computations(keys: Keys, arch: str, neutral: Mapping[str, Collection[object]]) -> None:
-    """Refuses keys that ask for something which the architecture's program has not.
+    """Refuses keys for computations that the architecture's program does not do.
 
     Args:
         keys: of the file.
         arch: its architecture.
-        neutral: values, by the name behind the architecture's, that agree with what is computed anyway.
+        neutral: values that agree with what is computed anyway, by key name without the architecture.
 
     Raises:
         Unsupported: such a key; names it and its value.
@@ -201,7 +200,7 @@ def refuse_other_computations(keys: Keys, arch: str, neutral: Mapping[str, Colle
 
 
 def _is_neutral(name: str, value: object) -> bool:
-    """Whether a value says "nothing of that kind": 0, false, nothing, or an array of it; -1 in an array of indices."""
+    """Whether a value switches its computation off: 0, false, empty, or an array of them; -1 in an array of indices."""
     if isinstance(value, np.ndarray):
         return bool(np.isin(value, (0, -1) if value.dtype.kind == "i" else (0,)).all())
     if isinstance(value, list | str):

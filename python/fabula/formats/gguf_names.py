@@ -1,14 +1,14 @@
-"""GGUF in Hugging Face's words: the tensors' names and the order of their rows. The config is gguf_config.py's.
+"""Maps GGUF tensors to Hugging Face's names and row order. gguf_config.py maps the config.
 
     blk.3.attn_q.weight           ->  model.layers.3.self_attn.q_proj.weight   (see _TENSORS, _LAYER)
 
-GGUF's llama files hold the rows of q and k in another order: their rotation turns neighbouring rows
-(2 i, 2 i + 1) of a head, Hugging Face's turns rows (i, i + head_dim / 2). So each head's rows are put back as
-they are read; quantised blocks run along a row, so whole rows move without touching a number. Qwen's files
-are in Hugging Face's order already.
+GGUF's llama files store the rows of q and k in another order: ggml rotates neighboring rows (2 i, 2 i + 1) of a head,
+Hugging Face rows (i, i + head_dim / 2). So each head's rows are permuted back when they are read. Quantized blocks run
+along a row, so whole rows move unchanged. Qwen's files are in Hugging Face's order already.
 
-Nothing is guessed: an unknown architecture, tensor or kind of scaling is refused, because a model with a part
-left out talks nonsense. Source: llama.cpp's convert_hf_to_gguf.py.
+An unknown architecture, tensor or scaling is refused, because a model with a missing part produces nonsense.
+
+Source: llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, Unsupported
+from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
-from fabula.formats.readfile import shown
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
 
@@ -54,8 +53,8 @@ _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z_]+)\.(weight|bias)"
 _GGUF_NAMES = {theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items())}
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
 _SINKS = re.compile(r"blk\.[0-9]{1,9}\.attn_sinks\.weight")
-NO_SINK = np.float32(-1e30)  # a sink's logit that adds nothing to a softmax
-# Weights that only some architectures have, and the tensors whose biases their program adds.
+NO_SINK = np.float32(-1e30)  # a sink logit without effect: exp(-1e30) is 0 in the softmax
+# By model_type: the tensors whose biases its program adds.
 _NORMS_OF_HEADS = ("attn_q_norm", "attn_k_norm")
 _BIASED = {
     "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
@@ -66,12 +65,12 @@ _BIASED = {
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
-    """Opens a .gguf file, or the first of the parts of a split model, as a checkpoint.
+    """Opens a .gguf file, or the first part of a split model, as a checkpoint.
 
     Raises:
         ModelFileError: the file is damaged, a key or tensor is missing, of the wrong type or out of range, or the parts
             do not belong together.
-        Unsupported: an architecture, tensor, tensor type or scaling not offered here.
+        Unsupported: an unsupported architecture, tensor, tensor type or scaling.
         OutOfMemory: no room for the header.
     """
     file = open_gguf_file(path)
@@ -83,9 +82,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
 
 
 class GgufCheckpoint:
-    """A GGUF file as `fabula.formats.checkpoint.Checkpoint` has it. Owns the file.
+    """A GGUF file as a `fabula.formats.checkpoint.Checkpoint`. Owns the file.
 
-    `rope_scaling` in its config may be of a kind of its own, see gguf_config.py.
+    `rope_scaling` of its config may have a type that config.json does not know; see gguf_config.py.
     """
 
     def __init__(self, file: GgufFile | GgufParts) -> None:
@@ -121,7 +120,7 @@ class GgufCheckpoint:
 @dataclass(frozen=True, slots=True)
 class _Source:
     """Where a tensor comes from: its GGUF name (None: a bias that is not in the file, so 0), its shape, and whether
-    its rows are to be put back."""
+    its rows are permuted."""
 
     name: str | None
     shape: tuple[int, ...]
@@ -129,19 +128,19 @@ class _Source:
 
 
 def _unpermute(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
-    """Rows (head, pair, member) of GGUF's llama into (head, member, pair); raw is uint8 [n_bytes]."""
+    """Rows (head, pair, member) of GGUF's llama to Hugging Face's (head, member, pair); raw is uint8 [n_bytes]."""
     rows = raw.reshape(n_rows // head_dim, head_dim // 2, 2, raw.size // n_rows)
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
 
 
 def permute_rows(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
-    """Rows (head, member, pair) of Hugging Face into (head, pair, member) of GGUF's llama; raw is uint8 [n_bytes]."""
+    """Rows (head, member, pair) of Hugging Face to GGUF's (head, pair, member); raw is uint8 [n_bytes]."""
     rows = raw.reshape(n_rows // head_dim, 2, head_dim // 2, raw.size // n_rows)
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
 
 
 def gguf_name(name: str) -> str | None:
-    """GGUF's name of a Hugging Face tensor; None if it has none."""
+    """The GGUF name of a Hugging Face tensor; None if it has none."""
     if name in _GGUF_NAMES:
         return _GGUF_NAMES[name]
     match = _HF_LAYER_TENSOR.fullmatch(name)
@@ -153,11 +152,11 @@ def gguf_name(name: str) -> str | None:
 
 
 def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source], dict[str, TensorInfo]]:
-    """Both by Hugging Face name: where each tensor comes from, and what it is."""
+    """Sources and infos of the tensors, by Hugging Face name."""
     sources: dict[str, _Source] = {}
     infos: dict[str, TensorInfo] = {}
     for tensor in file.tensors.values():
-        if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # those went into the config
+        if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # config_of has read those
             continue
         name = _hf_name(file, tensor, config)
         permuted = file.metadata["general.architecture"] in PAIRED and _is_permuted(file, tensor, config)
@@ -172,10 +171,10 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
 
 
 def _is_no_sink(file: Source, tensor: GgufTensor) -> bool:
-    """Whether these are granite_swa's attention sinks, [n_heads], of no weight: exp(-1e30) is 0.
+    """Whether a tensor holds granite_swa's attention sinks, float32 [n_heads], without effect.
 
     Raises:
-        Unsupported: they have some.
+        Unsupported: the sinks have an effect.
     """
     if file.metadata["general.architecture"] != "granite_swa" or not _SINKS.fullmatch(tensor.name):
         return False
@@ -185,8 +184,8 @@ def _is_no_sink(file: Source, tensor: GgufTensor) -> bool:
 
 
 def _biases(config: Mapping[str, Any]) -> Iterator[str]:
-    """The name of every bias that the program of this config adds. Each is optional in a GGUF file, layer by layer;
-    where some are given, the others are 0."""
+    """The names of all biases that the program of this config adds. A GGUF file may leave out any of them, which are
+    then 0."""
     attention = config["attention_bias"] or config["model_type"] == "qwen2"
     for part in _BIASED[config["model_type"]]:
         if attention if part.startswith("attn") else config["mlp_bias"]:
@@ -195,7 +194,7 @@ def _biases(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> str:
-    """Raises for a tensor that the program of this config does not use: llama.cpp refuses those as well."""
+    """Refuses a tensor that the program of this config does not use, as llama.cpp does."""
     if tensor.name in _TENSORS:
         return _TENSORS[tensor.name]
     match = _LAYER_TENSOR.fullmatch(tensor.name)
@@ -217,7 +216,7 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> str
 
 
 def _is_permuted(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> bool:
-    """Whether this tensor of a llama file has its rows in GGUF's order: q and k do, their biases too."""
+    """Whether a tensor of a llama file has its rows in GGUF's order: weights and biases of q and k."""
     if ".attn_q." in tensor.name:
         n_rows = config["num_attention_heads"] * config["head_dim"]
     elif ".attn_k." in tensor.name:

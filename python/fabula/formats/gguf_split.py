@@ -4,8 +4,8 @@
     NAME-00002-of-00003.gguf   split.no 1, split.count 3, split.tensors.count of all parts together; more tensors
     NAME-00003-of-00003.gguf   ...
 
-The parts lie beside each other and are found by the first one's name. Each must say that it is the part its name says,
-of as many as the first says, and together they must hold as many tensors as each of them says.
+The parts are in one folder and are found by the name of the first. Each part's keys must agree with its name and with
+the first part's count, and together they must hold split.tensors.count tensors.
 
 Source: llama.cpp's tools/gguf-split and src/llama-model-loader.cpp.
 """
@@ -21,20 +21,19 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, Unsupported
+from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.gguf import MAX_TENSORS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import check_kind
 from fabula.formats.gguf_keys import Keys
-from fabula.formats.readfile import shown
 from fabula.formats.split_names import MAX_PARTS, part_name, part_names, part_of
 
 
 def open_gguf_file(path: str | os.PathLike[str]) -> GgufFile | GgufParts:
-    """Opens a model's GGUF file, or all the parts that belong to it.
+    """Opens a model's GGUF file, with all its parts if it is split.
 
     Raises:
         ModelFileError: damaged, a part is missing or belongs to another model, or it is not the first part.
-        Unsupported: another family, or no model at all, or something of the format that is not offered.
+        Unsupported: another family, not a model, or an unsupported feature of the format.
         OutOfMemory: no room for the header.
     """
     first = GgufFile(path, check_kind=_check_first)
@@ -51,17 +50,17 @@ class GgufParts:
 
     Args:
         first: the first part, opened.
-        count: how many there are.
+        count: number of parts.
 
     Raises:
         ModelFileError: a part is missing, damaged, or belongs to another model.
-        Unsupported: the first part's name does not tell the others', or too many parts.
+        Unsupported: the first part's name has not the form above, or there are too many parts.
 
     Attributes:
         path: the first part.
         version: its version of GGUF.
         metadata: its key-values.
-        tensors: of all parts, by GGUF name. Offsets count in the part that holds the tensor.
+        tensors: of all parts, by GGUF name. An offset counts in the part that holds the tensor.
     """
 
     def __init__(self, first: GgufFile, count: int) -> None:
@@ -99,7 +98,7 @@ class GgufParts:
         self.close()
 
     def _open(self, first: GgufFile, path: Path, count: int) -> GgufFile:
-        """A later part, which must say what its name says, and nothing else about the model than the first part."""
+        """Opens a later part; its keys must agree with its name and with the first part."""
         _, number, _ = part_of(path.name) or ("", 0, 0)
         if not path.exists():
             raise ModelFileError(
@@ -148,7 +147,7 @@ class GgufParts:
 
 
 def _check_first(path: Path, metadata: Mapping[str, object]) -> None:
-    """Refuses later parts, then what is no model of an offered family."""
+    """Refuses later parts and files that are not a model of a supported family."""
     keys = Keys(path, metadata)
     if keys.integer("split.count", 1, low=0) > 1 and (number := keys.integer("split.no", 0, low=0)) > 0:
         count = keys.integer("split.count")

@@ -1,9 +1,8 @@
 """Writes GGUF files, version 3: the counterpart of gguf.py, which draws the format.
 
-The header is written first, since shapes and formats say where every tensor will lie; then the tensors' bytes follow
-one after the other, in pieces of any size, so no more than a piece is in memory. The file lies beside its name until it
-is complete. What the reader would refuse (a name twice, a row that is no whole number of blocks, a string too long) is
-refused here.
+The header comes first, since shapes and formats give each tensor's offset. The tensors' bytes follow in order, in
+pieces of any size, so only one piece is in memory. The file has a temporary name until it is complete. What the reader
+would refuse (a duplicate name, a row of partial blocks, a string that is too long) is refused here.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import InvalidArgument
+from fabula.errors import InvalidArgument, shown
 from fabula.files import writing_whole
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import (
@@ -36,12 +35,11 @@ from fabula.formats.gguf import (
     MAX_TENSORS,
     TENSOR_TYPES,
 )
-from fabula.formats.readfile import shown
 
 __all__ = ["GgufWriter", "NewTensor", "Value"]
 
-# A scalar without a width of its own becomes UINT32, or the narrowest of INT32, UINT64 and INT64 that holds it, and
-# FLOAT32, or FLOAT64 where that would round; numpy's scalars and arrays keep their own.
+# A Python int becomes UINT32, or the first of INT32, UINT64 and INT64 that holds it; a float FLOAT32, or FLOAT64 if
+# that would round. Numpy scalars and arrays keep their width.
 Value = bool | int | float | str | list[str] | np.generic | npt.NDArray[np.generic]
 
 _STRING, _ARRAY = 8, 9
@@ -52,7 +50,7 @@ _NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to be written.
+    """A tensor to write.
 
     Attributes:
         name: GGUF's name, e.g. "blk.0.attn_q.weight".
@@ -71,22 +69,22 @@ class NewTensor:
 
 
 class GgufWriter:
-    """A GGUF file under way, a context manager: leaving it well puts the file in place, if every tensor is complete.
+    """Writes a GGUF file. A context manager: a normal exit puts the file in place, if every tensor is complete.
 
     Example:
         >>> with GgufWriter(path, {"general.architecture": "llama"}, [NewTensor("t", DType.F32, (2, 3))]) as writer:
         ...     writer.write("t", np.zeros((2, 3), np.float32))
 
     Args:
-        path: name of the file.
-        metadata: key-values in the order they are to stand; `general.alignment` is written from `alignment`.
-        tensors: in the order they will be written.
+        path: of the file.
+        metadata: key-values in file order; `general.alignment` is written from `alignment`.
+        tensors: in the order in which they are written.
         alignment: of the tensors' bytes, a power of two.
-        overwrite: whether a file of that name may be replaced.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        InvalidArgument: a key, value or tensor that no reader would take; or the file exists. Nothing is left.
-        StoreFull, StoreReadOnly, StoreError: the system refused. Nothing is left.
+        InvalidArgument: a key, value or tensor that readers would refuse, or the file exists. Leaves no file.
+        StoreFull, StoreReadOnly, StoreError: the file cannot be written. Leaves no file.
     """
 
     def __init__(
@@ -107,12 +105,12 @@ class GgufWriter:
         self._overwrite = overwrite
         self._stack = contextlib.ExitStack()
         self._file: BinaryIO | None = None
-        self._index = 0  # of the tensor under way
-        self._written = 0  # bytes of it
+        self._index = 0  # of the current tensor
+        self._written = 0  # bytes of the current tensor
 
     @property
     def n_bytes(self) -> int:
-        """Bytes the whole file takes."""
+        """Size of the whole file in bytes."""
         return len(self._header) + sum(self._padded(tensor.n_bytes) for tensor in self._tensors)
 
     def __enter__(self) -> GgufWriter:
@@ -136,12 +134,12 @@ class GgufWriter:
         """Appends bytes to a tensor: all of it, or the next piece.
 
         Args:
-            name: of the tensor under way, or of the next one once that is complete.
-            piece: an array whose bytes are taken in row-major order.
+            name: of the current tensor, or of the next one once that is complete.
+            piece: an array; its bytes are written in row-major order.
 
         Raises:
-            InvalidArgument: not this tensor's turn, or more bytes than it has.
-            StoreFull, StoreError: the system refused; the file must be given up.
+            InvalidArgument: not the current tensor, or more bytes than it has left.
+            StoreFull, StoreError: the write failed; the file cannot be completed.
         """
         expected = self._tensors[self._index] if self._index < len(self._tensors) else None
         if expected is None or expected.name != name:
@@ -225,7 +223,7 @@ class GgufWriter:
             return struct.pack("<I", _STRING) + self._string(value, where)
         if isinstance(value, list):
             if not all(isinstance(item, str) for item in value):
-                raise InvalidArgument(f"{self.path}: {where}: a list of texts it must be; numbers come as numpy arrays")
+                raise InvalidArgument(f"{self.path}: {where}: must be a list of strings; give numbers as numpy arrays")
             head = struct.pack("<IIQ", _ARRAY, _STRING, len(value))
             return head + b"".join(self._string(item, f"item {i} of {shown(key)}") for i, item in enumerate(value))
         if isinstance(value, bool | int | float):

@@ -1,8 +1,8 @@
-"""Models of the Hugging Face hub, fetched by the optional `huggingface_hub` package into its own cache.
+"""Models from the Hugging Face hub, fetched by the optional `huggingface_hub` package into its own cache.
 
-Only what a checkpoint needs is fetched: config, tokenizer, chat template, weights as safetensors, or one
-named .gguf file. Large files lie in that cache under their SHA-256 as the server stated it; it is checked
-here, since the package does not. Which host is asked is the package's business ($HF_ENDPOINT).
+Only what a checkpoint needs is fetched: config, tokenizer, chat template and safetensors weights, or one named .gguf
+file. The cache stores large files under the SHA-256 that the server stated; it is checked here, since the package does
+not. The package chooses the host ($HF_ENDPOINT).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FILES = [
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    # Files that say the weights are not what config.json alone would make of them.
+    # Quantized weights and adapters, which must be refused rather than misread.
     "adapter_config.json",
     "hf_quant_config.json",
     "quantize_config.json",
@@ -79,14 +79,14 @@ def hub_installed() -> bool:
 
 
 def find_downloaded(name: HubName) -> Path | None:
-    """The model in huggingface_hub's cache, complete and checked; None without it. Uses no network.
+    """The model in huggingface_hub's cache, complete and checked; None if it is not there. Uses no network.
 
     Raises:
-        DownloadError: it is there with wrong bytes, which were removed.
+        DownloadError: its SHA-256 was wrong; the file was removed.
     """
     try:
         path = _call_hub(name, local_files_only=True)
-    except Exception:  # the package has no one exception for "not here": it differs by its version
+    except Exception:  # the exception for "not cached" differs between versions of the package
         return None
     if name.file is None and not _is_complete(path):
         return None
@@ -95,7 +95,7 @@ def find_downloaded(name: HubName) -> Path | None:
 
 
 def fetch(name: HubName, *, force: bool = False, progress: Progress | None = None) -> Path:
-    """Downloads a model, or what of it is missing or has changed.
+    """Downloads a model: the files that are missing or changed.
 
     Raises:
         ModelNotFound: no such repository or file.
@@ -104,7 +104,7 @@ def fetch(name: HubName, *, force: bool = False, progress: Progress | None = Non
     try:
         with _reporting(name, progress):
             path = _call_hub(name, force_download=force)
-    except Exception as error:  # a foreign package's boundary: everything it raises becomes one of ours
+    except Exception as error:  # translate whatever the package raises
         raise _translate(name, error) from error
     if name.file is None and not has_safetensors(path):
         raise ModelNotFound(
@@ -115,13 +115,13 @@ def fetch(name: HubName, *, force: bool = False, progress: Progress | None = Non
 
 
 def _call_hub(name: HubName, **options: Any) -> Path:
-    """Runs the package's download function with its progress bars silenced."""
+    """Calls the package's download function without its progress bars."""
     hub = importlib.import_module("huggingface_hub")
     bars = importlib.import_module("huggingface_hub.utils")
     silenced = bars.are_progress_bars_disabled()
     bars.disable_progress_bars()
     try:
-        if name.file is not None:  # with the other parts of a split model, which lie beside its first
+        if name.file is not None:  # with all parts of a split model
             folder, _, file = name.file.rpartition("/")
             parts = [f"{folder}/{part}" if folder else part for part in part_names(file)]
             first, *_ = [Path(hub.hf_hub_download(name.repo, part, **options)) for part in parts]
@@ -133,7 +133,7 @@ def _call_hub(name: HubName, **options: Any) -> Path:
 
 
 def _translate(name: HubName, error: Exception) -> EngineError:
-    """The exception of ours for one of the package's, told by class name as its modules have moved."""
+    """Our exception for one of the package's, chosen by class name, since its modules have moved."""
     classes = {cls.__name__ for cls in type(error).__mro__}
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     what = name.repo if name.file is None else f"{name.file} of {name.repo}"
@@ -147,7 +147,7 @@ def _translate(name: HubName, error: Exception) -> EngineError:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has its config, and its weights to the last shard."""
+    """Whether a snapshot has its config and all shards of its weights."""
     with contextlib.suppress(OSError, EngineError):
         if not has_safetensors(folder):
             return False
@@ -160,11 +160,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _verify(name: HubName, path: Path) -> None:
-    """Compares large files with the SHA-256 they are stored under, and removes wrong ones."""
+    """Checks large files against the SHA-256 in their cache name, and removes wrong ones."""
     for file in sorted(path.iterdir()) if path.is_dir() else map(path.with_name, part_names(path.name)):
         blob = file.resolve()
         if not file.is_symlink() or not _SHA256.fullmatch(blob.name):
-            continue  # small files are stored under a Git hash; a cache without links states none
+            continue  # small files are named by a Git hash; a cache without links has no hash
         try:
             genuine = has_sha256(blob, blob.name)
         except OSError as error:
@@ -180,7 +180,7 @@ def _verify(name: HubName, path: Path) -> None:
 
 @contextlib.contextmanager
 def _reporting(name: HubName, progress: Progress | None) -> Iterator[None]:
-    """Reports how the repository's part of the package's cache grows while the body runs."""
+    """Reports the growth of the repository's cache folder while the body runs."""
     if progress is None:
         yield
         return

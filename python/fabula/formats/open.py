@@ -1,7 +1,7 @@
-"""One door to every model on disk: looks at what lies at a path and opens it with the reader of its format.
+"""Opens a model on disk with the reader of its format.
 
-Only the path's kind and the names in a folder decide; what a file holds is its reader's business. What cannot be opened
-is named, with what would work.
+The choice depends only on the kind of the path and the file names in a folder. For what cannot be opened, the error
+says what it is and what would work.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import re
 import warnings
 from pathlib import Path
 
-from fabula.errors import EngineError, ModelFileError, ModelFileWarning, ModelNotFound
+from fabula.errors import EngineError, ModelFileError, ModelFileWarning, ModelNotFound, shown
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.contents import describe_file, describe_folder
 from fabula.formats.quantized import refuse_quantized
-from fabula.formats.readfile import read_json_object, shown
+from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -26,15 +26,15 @@ from fabula.formats.safetensors import (
 from fabula.formats.split_names import without_later_parts
 
 _GGUF_MAGIC = b"GGUF"  # first four bytes of every GGUF file (ggml's docs/gguf.md)
-_PROJECTOR = re.compile(r"(?:.*[-._])?mmproj(?:[-._].*)?\.gguf", re.IGNORECASE)  # of images, beside a language model
+_PROJECTOR = re.compile(r"(?:.*[-._])?mmproj(?:[-._].*)?\.gguf", re.IGNORECASE)  # an image encoder
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a model: a folder of config.json and safetensors or of one .gguf file, or a file of either kind.
 
     Raises:
-        ModelNotFound: nothing is there.
-        ModelFileError: something is there, but no model, or a damaged one.
+        ModelNotFound: the path does not exist.
+        ModelFileError: it is not a model, or a damaged one.
     """
     path = Path(path)
     try:
@@ -45,14 +45,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ModelFileError(f"{path}: cannot be read: {error}", path=path) from None
     if path.is_dir() or path.suffix == ".safetensors":
         return open_safetensors(path)
-    # Imported here so that a folder of safetensors opens without the GGUF reader.
+    # Imported here, so that safetensors models load without the GGUF reader.
     from fabula.formats.gguf_names import open_gguf
 
     return open_gguf(path)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a regular file at `path` begins as a GGUF file does; False also when it cannot be read."""
+    """Whether `path` is a regular file with GGUF's magic; False also if it cannot be read."""
     try:
         if not path.is_file():
             return False
@@ -63,7 +63,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The models among the .gguf files of a folder, by name: of one in several parts the first."""
+    """The .gguf models of a folder, sorted by name; of a split model the first part."""
     files = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
     firsts = without_later_parts(files)
     models = [file for file in firsts if not _PROJECTOR.fullmatch(file.name)]
@@ -76,7 +76,7 @@ def has_safetensors(folder: Path) -> bool:
 
 
 def _find_weights(path: Path) -> Path:
-    """The folder of safetensors, .safetensors file or GGUF file that `path` means."""
+    """Resolves `path` to a folder of safetensors, a .safetensors file or a GGUF file."""
     if not path.is_dir():
         if not path.exists():
             raise ModelNotFound(f"{path}: no such file or folder")

@@ -1,8 +1,8 @@
-"""Weights that another tool quantized: which method it was, so that a refusal can name it.
+"""Refuses safetensors weights that another tool quantized, naming the method.
 
-Fabula quantizes by itself (`--weights q4`, `fabula quantize`) and reads GGUF files that are; what other tools write
-into safetensors files it does not read. A method is known by `quantization_config` of config.json, by a file beside it,
-or by the names of tensors.
+Fabula reads quantized GGUF files and quantizes models itself (`--weights q4`, `fabula quantize`), but does not read the
+formats that other tools write into safetensors files. The method is recognized by `quantization_config` of config.json,
+by a file in the same folder, or by tensor names.
 
 Source: the `quant_method` names of transformers 5.24 (quantizers/auto.py), and what the tools write.
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.readfile import read_json_object, shown
+from fabula.errors import ModelFileError, Unsupported, shown
+from fabula.formats.readfile import read_json_object
 
 _METHODS = {
     "aqlm": "AQLM", "auto-round": "AutoRound", "awq": "AWQ", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes",
@@ -23,14 +23,14 @@ _METHODS = {
     "hqq": "HQQ", "modelopt": "ModelOpt", "modelopt_fp4": "ModelOpt NVFP4", "mxfp4": "MXFP4", "quanto": "Quanto",
     "quark": "Quark", "spqr": "SpQR", "torchao": "TorchAO", "vptq": "VPTQ",
 }  # fmt: skip
-# Files that tools write beside config.json: name, the key whose value says more, what it is called.
+# Files written next to config.json: name, key with the number of bits or the format, method.
 _FILES = (
     ("hf_quant_config.json", "quant_algo", "ModelOpt"),
     ("quantize_config.json", "bits", "GPTQ"),
     ("quant_config.json", "w_bit", "AWQ"),
     ("quanto_qmap.json", "", "Quanto"),
 )
-# Endings of tensor names, the telling ones first.
+# Endings of tensor names, the most specific first.
 _TENSORS = (
     (".qweight", "GPTQ or AWQ"),
     (".weight_packed", "compressed-tensors"),
@@ -50,11 +50,11 @@ _MAX_BYTES = 16_000_000  # some files list every tensor
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a model that config.json, or a file beside it, says is quantized.
+    """Refuses a model that is quantized according to config.json or a file in the same folder.
 
     Raises:
-        Unsupported: it is; names the method and what would work.
-        ModelFileError: the file that says so is damaged.
+        Unsupported: it is quantized; names the method and what would work.
+        ModelFileError: one of those files is damaged.
     """
     for key in ("quantization_config", "compression_config", "quantization"):
         found = config.get(key)
@@ -76,7 +76,7 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def refuse_quantized_tensors(names: Iterable[str], path: Path) -> None:
-    """Refuses a model whose tensors have the names of quantized ones, where no config said so; raises Unsupported."""
+    """Raises Unsupported if tensor names show that the model is quantized."""
     names = list(names)
     for ending, title in _TENSORS:
         if name := next((name for name in names if name.endswith(ending)), None):
@@ -84,7 +84,7 @@ def refuse_quantized_tensors(names: Iterable[str], path: Path) -> None:
 
 
 def _method(key: str, found: Mapping[str, Any]) -> str:
-    """What a quantization is called, with its bits or format where the config says them."""
+    """The name of a quantization method, with its bits or format if the config has them."""
     name = found.get("quant_method")
     if isinstance(name, str) and name:
         title = _METHODS.get(name.lower(), name[:60])

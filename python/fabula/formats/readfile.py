@@ -1,33 +1,22 @@
-"""Files that strangers wrote: opened as regular files only, read by position, and their JSON taken strictly.
+"""Reads untrusted files: regular files only, by position, with strict JSON.
 
-A model folder is untrusted input. So nothing here maps a file into memory (a file that another process
-shortens gives an error, not a signal), a pipe or device in place of a file is refused instead of waited for,
-and JSON is taken as the standard has it: no NaN or Infinity, no number beyond 64 bits, no key twice, UTF-8
-only. Every failure is a ModelFileError that names the file.
+Nothing here maps a file into memory, so a file that another process truncates gives an error, not a signal. A pipe or
+device in place of a file is refused, not waited for. Every failure is a ModelFileError that names the file.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fabula.errors import ModelFileError, OutOfMemory
-
-_INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
-
-
-def shown(name: object, limit: int = 80) -> str:
-    """A foreign name as a message may repeat it: quoted, control characters escaped, cut at `limit`."""
-    text = str(name)
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
+from fabula import strict_json
+from fabula.errors import ModelFileError, OutOfMemory, shown
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -37,7 +26,7 @@ def open_regular(path: Path) -> io.FileIO:
         ModelFileError: no such file, not a regular file, or not readable.
     """
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
+        # Without O_NONBLOCK, opening a named pipe would block until there is a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file", path=path) from None
@@ -71,7 +60,7 @@ def read_at(file: io.FileIO, offset: int, n_bytes: int, *, path: Path, field: st
         raise OutOfMemory(f"{where}: no memory for {n_bytes} bytes") from None
     view = buffer.data
     done = 0
-    while done < n_bytes:  # one turn, except that Linux moves at most 2 GiB a call
+    while done < n_bytes:  # Linux reads at most 2 GiB a call
         try:
             n = os.preadv(file.fileno(), [view[done:]], offset + done)
         except (OSError, ValueError, OverflowError) as error:
@@ -92,68 +81,25 @@ def parse_json_object(data: bytes, *, path: Path, what: str = "", wide_integers:
 
     Args:
         data: the whole text.
-        path: file it came from, for messages.
-        what: part of the file that is meant ("header"), "" for all of it.
-        wide_integers: whether numbers of up to 40 digits pass; transformers writes 10^30 where it means "no limit".
+        path: of the file, for messages.
+        what: the part of the file ("header"); "" for all of it.
+        wide_integers: accept integers of up to 40 digits; see `strict_json.parse`.
 
     Raises:
-        ModelFileError: not UTF-8, not JSON, not an object, a key twice, half a UTF-16 pair, NaN or Infinity,
-            a number beyond 64 bits, or nested too deep.
+        ModelFileError: not an object, or not strict JSON; see `strict_json.parse`.
+        OutOfMemory: no room for the values.
     """
     where = f"{path}: {what}" if what else str(path)
 
-    def fail(reason: str) -> NoReturn:
-        raise ModelFileError(f"{where}: {reason}", path=path, field=what)
-
-    def parse_constant(text: str) -> NoReturn:
-        fail(f"{text} is not JSON")
-
-    def parse_int(text: str) -> int:
-        # The length comes first: turning very many digits into an int takes quadratic time.
-        if wide_integers and len(text) <= 40:
-            return int(text)
-        if len(text) > 20 or not _INT_MIN <= (value := int(text)) <= _INT_MAX:
-            fail(f"the number {shown(text)} does not fit 64 bits")
-        return value
-
-    def parse_float(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            fail(f"the number {shown(text)} is too large")
-        return value
-
-    def parse_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    fail(f"the key {shown(key)} appears twice")
-                seen.add(key)
-        return result
+    def error(reason: str) -> ModelFileError:
+        return ModelFileError(f"{where}: {reason}", path=path, field=what)
 
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=parse_constant,
-            parse_int=parse_int,
-            parse_float=parse_float,
-            object_pairs_hook=parse_pairs,
-        )
-    except UnicodeDecodeError as error:
-        fail(f"is not UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        fail(f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}")
-    except RecursionError:
-        fail("is nested too deep")
+        value = strict_json.parse(data, error, wide_integers=wide_integers)
     except MemoryError:
         raise OutOfMemory(f"{where}: no memory to parse {len(data)} bytes of JSON") from None
     if not isinstance(value, dict):
-        fail(f"is a JSON {type(value).__name__}, not an object")
-    if b"\\ud" in data or b"\\uD" in data:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            fail("holds half a UTF-16 pair, which UTF-8 cannot carry")
+        raise error(f"is a JSON {type(value).__name__}, not an object")
     return value
 
 

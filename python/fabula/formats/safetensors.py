@@ -4,10 +4,9 @@ A file is an 8-byte little-endian header length, a JSON header, then the tensors
 
     [u64 n][header: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ..., "__metadata__"}][data]
 
-Format: https://github.com/huggingface/safetensors#format. The `safetensors` library judges each header first;
-then stricter rules of our own hold: every byte of data belongs to exactly one tensor, sizes equal shape x
-dtype in whole numbers, no name twice. Bytes are read by position at the header's offsets, so BF16 needs no
-torch and no file stays mapped into memory.
+Format: https://github.com/huggingface/safetensors#format. The `safetensors` library checks each header first. Then
+stricter rules apply: every byte of data belongs to exactly one tensor, sizes equal shape x dtype, names are unique.
+Bytes are read by position at the header's offsets, so BF16 needs no torch and no file is mapped into memory.
 """
 
 from __future__ import annotations
@@ -26,17 +25,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from fabula.errors import ModelFileError, ModelFileWarning, Unsupported
+from fabula.errors import ModelFileError, ModelFileWarning, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo, TensorTable
 from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
-from fabula.formats.readfile import (
-    file_size,
-    open_regular,
-    parse_json_object,
-    read_at,
-    read_json_object,
-    shown,
-)
+from fabula.formats.readfile import file_size, open_regular, parse_json_object, read_at, read_json_object
 from fabula.formats.tensor_names import canonical_names, is_head, is_leftover
 
 CONFIG_FILE = "config.json"
@@ -46,24 +38,22 @@ ADAPTER_FILE = "adapter_config.json"
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Limits on what a stranger's file may ask of us. The first is the format's own; the others leave every known
-# model room.
+# Limits on what an untrusted file may claim. The first is the format's own; the others are far above every known model.
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536
-MAX_DIMS = 4  # of a tensor that can be read
+MAX_DIMS = 4  # of a supported tensor
 MAX_RANK = 64  # of any tensor; as in NumPy and PyTorch
-MAX_DIM = 2**40  # also of an empty tensor, whose other dimensions no byte vouches for
-MAX_SHARDS = 512  # each holds a file descriptor, of which a process usually has 1,024
+MAX_DIM = 2**40  # also of an empty tensor, whose other dimensions the file's size does not bound
+MAX_SHARDS = 512  # each takes a file descriptor; the usual limit is 1,024 a process
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INDEX_BYTES = 16_000_000
-# JSON structure (commas, colons, brackets) that parsing may turn into objects. A tensor needs about 13, so
-# 65,536 of them stay below; without it 100 MB of "[],[]," would take gigabytes.
+# Commas, colons and brackets of a header. A tensor needs about 13. Without the limit, 100 MB of "[],[]," would parse
+# into gigabytes of objects.
 _MAX_STRUCTURE = 2_000_000
-_COMPARED = 1 << 22  # numbers of two tensors that are compared at a time
+_COMPARED = 1 << 22  # elements of two tensors compared at a time
 
 _READABLE = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
-# Bits of an element, as in the format's list of dtypes. A dtype not listed here is left to the library's own
-# check.
+# Bits of an element, from the format's list of dtypes. The library checks dtypes that are not listed here.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
@@ -73,7 +63,7 @@ _BITS = {
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One tensor as its header has it; `offset` counts from the start of the file."""
+    """One tensor of a header; `offset` counts from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -86,8 +76,8 @@ class _Shard:
     """An open file with its checked header.
 
     Attributes:
-        aliases: names to the tensor whose bytes they share.
-        unlisted: tensors that lie in it and not in the index.
+        aliases: name -> tensor whose bytes it shares.
+        unlisted: tensors in the file that the index does not list.
     """
 
     path: Path
@@ -101,9 +91,8 @@ class SafetensorsCheckpoint:
     """An opened model folder; see `fabula.formats.checkpoint.Checkpoint`. Made by `open_safetensors`.
 
     Tensors have the names of a `transformers` decoder with a head, whatever prefix they have in the files; see
-    `formats/tensor_names.py`. Those of other dtypes than F32, F16 and BF16, or of more than four dimensions, do not
-    stand in the way: they are left out of `tensors` when it is iterated, and only asking for one of them raises
-    Unsupported.
+    `formats/tensor_names.py`. Iterating over `tensors` skips those of other dtypes than F32, F16 and BF16 or of more
+    than four dimensions; looking one of them up raises Unsupported.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], shards: list[_Shard]) -> None:
@@ -136,10 +125,10 @@ class SafetensorsCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = TensorTable(path, tensors, unreadable)
 
     def _settle_head(self, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
-        """The config as the tensors have it, where they say otherwise than its `tie_word_embeddings`.
+        """Corrects `tie_word_embeddings` of the config by the tensors that are present.
 
-        As in transformers: of embedding and head of a tied model, the one that is there stands for both; where both are
-        there and differ, the model is not tied.
+        As in transformers: if a tied model has only one of embedding and head, it serves as both; if it has both and
+        they differ, the model is not tied.
         """
         if config.get("tie_word_embeddings") is not True or HEAD not in tensors:
             return config
@@ -158,7 +147,7 @@ class SafetensorsCheckpoint:
         return config
 
     def _are_equal(self, one: TensorInfo, other: TensorInfo) -> bool:
-        """Whether two tensors hold the same numbers; the first that differ end the comparison."""
+        """Whether two tensors hold the same numbers."""
         if self._places[one.name] == self._places[other.name]:
             return True
         if one.shape != other.shape:
@@ -171,7 +160,7 @@ class SafetensorsCheckpoint:
         return True
 
     def _numbers(self, info: TensorInfo, start: int, count: int) -> npt.NDArray[np.float32]:
-        """`count` elements of a tensor from `start` on, float32 [count]."""
+        """Elements `start` .. `start + count` of a tensor, float32 [count]."""
         shard, entry = self._places[info.name]
         size = entry.n_bytes // prod(entry.shape)
         raw = read_at(shard.file, entry.offset + start * size, count * size, path=shard.path, field=info.name)
@@ -184,7 +173,7 @@ class SafetensorsCheckpoint:
 
         Raises:
             ModelFileError: no such tensor, the file ended early, or the checkpoint is closed.
-            Unsupported: the tensor is of a dtype or rank Fabula does not read.
+            Unsupported: an unsupported dtype or number of dimensions.
             OutOfMemory: no room for the bytes.
         """
         if name not in self.tensors:
@@ -205,14 +194,14 @@ class SafetensorsCheckpoint:
 
 
 def open_safetensors(path: Path) -> SafetensorsCheckpoint:
-    """Opens a Hugging Face folder, or one .safetensors file that lies beside a config.json.
+    """Opens a Hugging Face folder, or one .safetensors file next to a config.json.
 
-    In a folder `model.safetensors` is taken if there is one, else the shards of `model.safetensors.index.json`; the
-    path of a shard stands for all of them.
+    In a folder, reads `model.safetensors` if it exists, else the shards of `model.safetensors.index.json`. The path of
+    one shard opens all of them.
 
     Raises:
         ModelFileError: a file is missing, damaged, incomplete or hostile; the message names file and reason.
-        Unsupported: the weights are quantized, or an adapter lies beside them.
+        Unsupported: the weights are quantized, or the folder holds an adapter too.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -225,7 +214,7 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
             " without it"
         )
     if path != folder and _is_listed(path):
-        path = folder  # one shard of several is no model
+        path = folder  # one of several shards: open all
     with ExitStack() as stack:
         if path != folder:
             shards = [_open_shard(path, stack)]
@@ -236,12 +225,12 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
         else:
             raise ModelFileError(f"{folder}: has neither {WEIGHTS_FILE} nor {INDEX_FILE}", path=folder)
         checkpoint = SafetensorsCheckpoint(folder, config, shards)
-        stack.pop_all()  # nothing failed: from here on the checkpoint owns the files
+        stack.pop_all()  # the checkpoint owns the files now
     return checkpoint
 
 
 def _is_listed(path: Path) -> bool:
-    """Whether a file is a shard that the index beside it names."""
+    """Whether a file is a shard in the index of its folder."""
     index_path = path.parent / INDEX_FILE
     if not index_path.is_file():
         return False
@@ -250,9 +239,9 @@ def _is_listed(path: Path) -> bool:
 
 
 def _open_indexed(folder: Path, config: Mapping[str, Any], stack: ExitStack) -> list[_Shard]:
-    """Opens the shards an index names and keeps of each only the tensors that the index places there.
+    """Opens the shards of an index and keeps of each only the tensors that the index assigns to it.
 
-    Some indexes also name tensors that were not written: the head of a tied model, and buffers without meaning.
+    Some indexes also list tensors that were not written: the head of a tied model, and unused buffers.
     """
     tied = config.get("tie_word_embeddings") is True
 
@@ -279,7 +268,7 @@ def _open_indexed(folder: Path, config: Mapping[str, Any], stack: ExitStack) -> 
     for file_name in [file_name for file_name, names in wanted.items() if all(map(may_be_missing, names))]:
         if Path(file_name).name == file_name and not (folder / file_name).exists():
             del wanted[file_name]
-    for file_name, names in wanted.items():  # all before the first is opened
+    for file_name, names in wanted.items():  # check all names before opening a file
         _check_shard_name(folder, file_name, index_path, names[0])
     shards = []
     for file_name, names in wanted.items():
@@ -305,10 +294,10 @@ def _open_indexed(folder: Path, config: Mapping[str, Any], stack: ExitStack) -> 
 
 
 def _check_shard_name(folder: Path, file_name: str, index_path: Path, tensor: str) -> None:
-    """Refuses a shard name that leaves the model's folder, by its text or through a symbolic link.
+    """Refuses a shard name that leads outside the model's folder, by its text or through a symbolic link.
 
-    The Hugging Face cache links snapshots/<commit>/<file> to blobs/<hash> of the same models--<owner>--<name>
-    folder; links that stay inside that folder are taken.
+    The Hugging Face cache links snapshots/<commit>/<file> to blobs/<hash> of the same models--<owner>--<name> folder;
+    links inside that folder are allowed.
     """
 
     def fail(reason: str) -> ModelFileError:
@@ -339,7 +328,7 @@ def _check_shard_name(folder: Path, file_name: str, index_path: Path, tensor: st
 
 
 def _open_shard(path: Path, stack: ExitStack) -> _Shard:
-    """Opens one .safetensors file and checks its whole header; `stack` closes it if anything fails."""
+    """Opens one .safetensors file and checks its header; `stack` owns the file."""
     file = stack.enter_context(open_regular(path))
     size = file_size(file)
     if size < 8:
@@ -363,11 +352,10 @@ def _open_shard(path: Path, stack: ExitStack) -> _Shard:
 
 
 def _ask_library(path: Path, head: bytes, size: int) -> None:
-    """Lets the `safetensors` library judge the header.
+    """Checks the header with the `safetensors` library.
 
-    The library maps the file into memory, where a file that shrinks meanwhile would end the process. So it is
-    shown an anonymous file of the same size that holds the same header and no data; where the system has
-    none, the file itself.
+    The library maps the file into memory, and a file that shrinks meanwhile would crash the process. So it gets an
+    anonymous file of the same size with the same header and no data; on systems without those, the file itself.
     """
     try:
         fd = os.memfd_create("fabula-header")
@@ -391,13 +379,13 @@ def _ask_library(path: Path, head: bytes, size: int) -> None:
 
 
 def _parse_header(path: Path, raw: bytes, *, first: int, size: int) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Parses a header the library accepted and applies the stricter rules.
+    """Parses a header that the library accepted, and applies the stricter rules.
 
     Args:
         path: the file, for messages.
         raw: the JSON text, which may be padded with spaces at its end.
-        first: position of the first data byte in the file.
-        size: bytes of the whole file.
+        first: offset of the first data byte in the file.
+        size: of the whole file in bytes.
 
     Returns:
         Tensors by name, and aliases (name -> name of the tensor whose bytes it shares).
@@ -435,8 +423,7 @@ def _parse_header(path: Path, raw: bytes, *, first: int, size: int) -> tuple[dic
 
     expected = first
     previous_offset = -1
-    # By offset, empty tensors first; one of those is followed by a tensor at the same offset unless it ends
-    # the file.
+    # By offset, empty tensors first: the next tensor has the same offset.
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if entry.offset == previous_offset:
             raise fail(name, "begins where another tensor begins")
@@ -447,8 +434,7 @@ def _parse_header(path: Path, raw: bytes, *, first: int, size: int) -> tuple[dic
     if expected != size:
         raise fail("", f"accounts for {expected} of {size} bytes; something is appended to the file")
 
-    # Writers that store shared tensors once (safetensors.torch.save_model) note the others as name -> stored
-    # name.
+    # safetensors.torch.save_model stores shared tensors once and records the others as name -> stored name.
     aliases = {
         name: stored
         for name, stored in (metadata if isinstance(metadata, dict) else {}).items()
@@ -458,5 +444,5 @@ def _parse_header(path: Path, raw: bytes, *, first: int, size: int) -> tuple[dic
 
 
 def _is_counts(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of whole numbers of at least 0 (JSON's true is none)."""
+    """Whether `value` is a list of integers >= 0; booleans do not count."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

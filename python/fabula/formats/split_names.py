@@ -11,7 +11,7 @@ _NAME = re.compile(r"(?P<stem>.*)-(?P<part>[0-9]{5})-of-(?P<count>[0-9]{5})\.ggu
 
 
 def part_of(name: str) -> tuple[str, int, int] | None:
-    """What a file's name says: what the parts' names begin with, its part from 1 on, how many parts; None: no part."""
+    """(stem, number of the part from 1, number of parts) of a file name; None if it is not a part."""
     match = _NAME.fullmatch(name)
     if match is None or not 1 <= int(match["part"]) <= int(match["count"]) <= MAX_PARTS:
         return None
@@ -19,12 +19,12 @@ def part_of(name: str) -> tuple[str, int, int] | None:
 
 
 def part_name(stem: str, part: int, count: int) -> str:
-    """The name of a part, from 1 on."""
+    """The name of a part; `part` counts from 1."""
     return f"{stem}-{part:05}-of-{count:05}.gguf"
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all parts for that of the first; of any other file only its own."""
+    """The names of all parts, given the first; for any other file just its own name."""
     split = part_of(name)
     if split is None or split[1] != 1:
         return [name]
@@ -33,7 +33,7 @@ def part_names(name: str) -> list[str]:
 
 
 def without_later_parts(files: Iterable[Path]) -> list[Path]:
-    """Files of a folder with one for every split model: the first of its parts that is there."""
+    """Drops the later parts of split models; keeps the first part that exists."""
     kept: dict[object, Path] = {}
     for file in sorted(files):
         split = part_of(file.name)

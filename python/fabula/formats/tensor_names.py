@@ -1,14 +1,14 @@
-"""The names of a checkpoint's tensors, brought to those of a `transformers` decoder with a head.
+"""Maps tensor names to the canonical ones: those of a `transformers` decoder with a head.
 
     found                                                canonical
     model.layers.0.mlp.up_proj.weight                    the same
     layers.0.mlp.up_proj.weight                          a model saved without its head (AutoModel)
-    language_model.model.layers.0...                     the text part of a model that also sees
+    language_model.model.layers.0...                     the text part of a vision model
     _orig_mod.model.layers.0..., module.model. ...       torch.compile, distributed training
-    base_model.model.model.layers.0...                   an adapter that was merged
+    base_model.model.model.layers.0...                   a merged adapter
 
-What stands before `layers.0` and `embed_tokens` is the trunk's prefix, whatever it is; `lm_head` lies beside the trunk
-or above it. Names that mean the same tensor are refused, as is a second trunk: which one is meant nobody can tell.
+Whatever precedes `layers.0` and `embed_tokens` is the trunk's prefix; `lm_head` is next to the trunk or above it. Two
+names for one tensor, and a second trunk, are refused as ambiguous.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.readfile import shown
+from fabula.errors import ModelFileError, Unsupported, shown
 
 TRUNK = "model."
 HEAD = "lm_head."
-# Modules that wrap others and add a name of their own, anywhere in a path: torch.compile, FSDP, checkpointed
-# activations, DeepSpeed. `module` (data-parallel training) wraps whole models only.
+# Wrapper modules that add a name anywhere in a path: torch.compile, FSDP, activation checkpointing, DeepSpeed. `module`
+# (data-parallel training) wraps whole models only.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _LAYER = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.\d+\.(?:self_attn|mlp|input_layernorm|post_attention_layernorm)\..+")
 _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.weight")
-_ROOTS = ("embed_tokens.", "layers.", "norm.")  # of a trunk without a prefix; some files mix both
+_ROOTS = ("embed_tokens.", "layers.", "norm.")  # of a trunk without prefix; some files mix both forms
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer|modules_to_save|original_module)(?:\.|$)")
 _MISTRAL = re.compile(r"layers\.\d+\.attention\.wq\.weight|tok_embeddings\.weight")
-# Buffers that older versions of transformers saved and every version computes anew.
+# Buffers that older versions of transformers saved; every version recomputes them.
 _LEFTOVER = re.compile(r".*(?:rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached|attn\.masked_bias|self_attn\.bias)")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a tensor is a buffer without meaning for the model."""
+    """Whether a tensor is a saved buffer that the model does not need."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
@@ -43,12 +42,12 @@ def canonical_names(names: Iterable[str], path: Path) -> dict[str, str]:
     """The canonical name of each tensor.
 
     Args:
-        names: as they are found.
-        path: of the model, named in errors.
+        names: as in the files.
+        path: of the model, for error messages.
 
     Raises:
-        ModelFileError: two names mean one tensor, or there are two trunks.
-        Unsupported: tensors of an adapter that was not merged, or of another format than Hugging Face's.
+        ModelFileError: two names for one tensor, or two trunks.
+        Unsupported: an adapter that is not merged, or another format than Hugging Face's.
     """
     unwrapped = {name: _unwrap(name) for name in names}
     for name in unwrapped:
@@ -87,7 +86,7 @@ def canonical_names(names: Iterable[str], path: Path) -> dict[str, str]:
 
 
 def _unwrap(name: str) -> str:
-    """A name without the names of modules that wrap others."""
+    """A name without wrapper modules."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts and parts[0] == "module":
         del parts[0]
@@ -95,8 +94,8 @@ def _unwrap(name: str) -> str:
 
 
 def _trunk(unwrapped: Mapping[str, str], path: Path) -> str | None:
-    """What stands before the trunk's tensors; None where there is no trunk."""
-    layers: dict[str, str] = {}  # prefix: a name that has it
+    """The trunk's prefix; None if there is no trunk."""
+    layers: dict[str, str] = {}  # prefix -> a name with it
     embeddings: dict[str, str] = {}
     for name, plain in unwrapped.items():
         for pattern, found in ((_LAYER, layers), (_EMBEDDING, embeddings)):

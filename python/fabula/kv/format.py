@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import product
-
+from fabula.choices import KV_FORMATS, KV_NAMES
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import DType
 
-_FORMATS = {"f16": DType.F16, "f32": DType.F32, "bf16": DType.BF16, "q8": DType.Q8_0}
-KV_NAMES = (*_FORMATS, *(f"{k}:{v}" for k, v in product(_FORMATS, _FORMATS) if k != v))
+_DTYPES = dict(zip(KV_FORMATS, (DType.F16, DType.F32, DType.BF16, DType.Q8_0), strict=True))
 
 
 def kv_dtypes(name: object) -> tuple[DType, DType]:
@@ -19,6 +17,6 @@ def kv_dtypes(name: object) -> tuple[DType, DType]:
     """
     k, _, v = name.partition(":") if isinstance(name, str) else ("", "", "")
     if name not in KV_NAMES:
-        one = ", ".join(_FORMATS)
+        one = ", ".join(KV_FORMATS)
         raise InvalidArgument(f"kv is {name!r}, must be one of {one}, or two of them as K:V, such as q8:f16")
-    return _FORMATS[k], _FORMATS[v or k]
+    return _DTYPES[k], _DTYPES[v or k]

@@ -1,10 +1,10 @@
-"""Builds a program: collects tensors as a family names them, operators and buffers; then the matrices are packed.
+"""Builds a program: collects a model's tensors, operators and buffers, then packs the matrices.
 
-A model that several devices share is described once, too: what is made for each of them stands in a list, in their
-order, and the operators of each are collected apart.
+A tensor-parallel model is described once. Values with one item per device are lists in the order of the devices, and
+each device has its own list of operators.
 
-Every tensor's shape is checked against what the config promises; a weight that holds NaN or infinity is packed but
-warned about, and a turn that meets it fails with NonFinite.
+Each tensor's shape is checked against the config. A weight with NaN or infinity is packed with a warning; a step that
+uses it fails with NonFinite.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from fabula.models.precision import Precision
 from fabula.models.shares import Axis, Shares, check_columns, widths
 
 F32 = npt.NDArray[np.float32]
-Weights = list[Weight]  # of a matrix, each device's share
+Weights = list[Weight]  # one matrix: each device's share
 
 EMBED, RMS_NORM, LINEAR, LINEAR_SWIGLU, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
-_SHOWN = 8  # names of unused tensors that a warning lists
+_SHOWN = 8  # unused tensors named in a warning
 
 
 class DamagedWeightWarning(UserWarning):
-    """A tensor holds NaN or infinity, or numbers that the chosen precision cannot hold."""
+    """A tensor holds NaN, infinity, or numbers beyond the range of the chosen format."""
 
 
 class ProgramBuilder:
-    """Collects what fb_program_create needs while a family's file reads like the model's description.
+    """Collects the arguments of fb_program_create.
 
-    Vectors are read at once; matrices hold nothing before `pack`.
+    Vectors are read immediately; matrices are empty until `pack`.
 
     Args:
-        checkpoint: where tensors come from.
-        weights: format of each matrix, by its entry in the checkpoint.
+        checkpoint: source of the tensors.
+        weights: chooses each matrix's format.
         n_threads: threads that pack.
-        shares: what each device holds.
-        progress: called with (bytes read so far, bytes in all) as tensors are read.
+        shares: the rows and columns of each device.
+        progress: callback (bytes read, total bytes).
 
     Attributes:
-        ops, widths: operators and widths of buffers, of each device.
-        weights: all of them, of all devices.
+        ops, widths: operators and buffer widths, per device.
+        weights: all weights of all devices.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ProgramBuilder:
         self.ops: list[list[Op]] = [[] for _ in range(shares.n)]
         self.widths: list[list[int]] = [[] for _ in range(shares.n)]
         self.weights: list[Weight] = []
-        self._sums: int | None = None  # buffer of products that are parts of sums
+        self._sums: int | None = None  # buffer of partial sums, with several devices
         self._packings: list[Packing] = []
         self._progress = progress
         self._done = 0
@@ -86,7 +86,7 @@ class ProgramBuilder:
         return name in self.checkpoint.tensors
 
     def _check(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """The tensor's entry, after its shape was compared with the config's."""
+        """Checks a tensor's shape and returns its entry."""
         info = self.checkpoint.tensors.get(name)
         path = self.checkpoint.path
         if info is None:
@@ -102,19 +102,19 @@ class ProgramBuilder:
             raise ModelFileError(
                 f"{path}: tensor {name!r} has rows of {shape[-1]}, not whole blocks of {block}", path=path, field=name
             )
-        if name in self._asked_for:  # it is read once more
+        if name in self._asked_for:  # it is read again
             self._total += info.n_bytes
         self._asked_for.add(name)
         return info
 
     def _count(self, n_bytes: int) -> None:
-        """So many more bytes were read."""
+        """Adds to the bytes read and calls `progress`."""
         self._done += n_bytes
         if self._progress:
             self._progress(self._done, self._total)
 
     def vector(self, name: str, length: int) -> F32:
-        """A tensor [length] as float32."""
+        """Reads a tensor [length] as float32."""
         info = self._check(name, (length,))
         vector = _native.dequantize(info.dtype, self.checkpoint.read(name), length)
         self._count(info.n_bytes)
@@ -123,7 +123,7 @@ class ProgramBuilder:
         return vector
 
     def joined(self, names: Sequence[str], axes: Sequence[Axis]) -> list[F32]:
-        """Vectors one behind the other, in the order of `stacked`."""
+        """Reads vectors and concatenates each device's shares, in the order of `stacked`."""
         vectors = [self.vector(name, axis.size) for name, axis in zip(names, axes, strict=True)]
         shares = zip(*(axis.shares for axis in axes), strict=True)
         return [
@@ -138,10 +138,10 @@ class ProgramBuilder:
         )
 
     def warn_of_unused(self, spare: Collection[str] = ()) -> None:
-        """Warns of tensors that no operator asked for, by their names.
+        """Warns about tensors that no operator uses.
 
         Args:
-            spare: tensors that are known not to be needed.
+            spare: tensors that are known to be redundant.
         """
         tensors = self.checkpoint.tensors
         names = tensors.all_names if isinstance(tensors, TensorTable) else tensors.keys()
@@ -149,25 +149,25 @@ class ProgramBuilder:
         if unused:
             shown = ", ".join(name[:80] for name in unused[:_SHOWN]) + (", ..." if len(unused) > _SHOWN else "")
             warnings.warn(
-                f"{self.checkpoint.path}: {len(unused)} tensors are no part of the model as its config describes it and"
+                f"{self.checkpoint.path}: {len(unused)} tensors are not part of the model in its config and"
                 f" are not used: {shown}",
                 ModelFileWarning,
                 stacklevel=2,
             )
 
     def pack(self, devices: Sequence[_native.Device] = ()) -> None:
-        """Reads and packs the matrices that were asked for, and moves each device's share there; none: the CPU.
+        """Reads and packs the collected matrices, and moves each device's share to it. No devices: the CPU.
 
         Raises:
-            ModelFileError, OutOfMemory: one cannot be read.
-            DeviceOutOfMemory, DeviceError: one cannot be moved.
+            ModelFileError, OutOfMemory: a tensor cannot be read.
+            DeviceOutOfMemory, DeviceError: a weight cannot be moved.
         """
         packer = Packer(self.checkpoint, self.n_threads, self._count, devices)
         for name, weight in packer.pack(self._packings):
             self._warn(name, DType(weight.dtype))
 
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> Weights:
-        """A weight for each device, of so many rows, to be packed from `parts`."""
+        """Creates one weight per device, with n_rows[i] rows, to be packed from `parts`."""
         for part in parts:
             for held in (dtype, part.info.dtype):
                 check_columns(part.info.name, columns, _native.dtype_block(held)[0])
@@ -181,8 +181,8 @@ class ProgramBuilder:
         return self.stacked([name], [rows], columns)[0]
 
     def stacked(self, names: Sequence[str], rows: Sequence[Axis], columns: Axis) -> list[Weights]:
-        """Matrices [rows[i], columns] on top of each other: one, or several where neighbours differ in format."""
-        # Shapes are checked before memory is taken for sizes that only the config claims.
+        """Stacks matrices [rows[i], columns]; returns one weight for each run of matrices with the same format."""
+        # Check shapes before allocating: until then the sizes are only the config's claim.
         entries = [(self._check(name, (axis.size, columns.size)), axis) for name, axis in zip(names, rows, strict=True)]
         stack: list[Weights] = []
         for dtype, group in groupby(entries, key=lambda entry: self._precision(entry[0])):
@@ -194,11 +194,11 @@ class ProgramBuilder:
             stack.append(self._weights(dtype, first_rows, columns, parts))
         return stack
 
-    def woven(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
-        """Two matrices [rows, columns], panel by panel in turn: gate and up for LINEAR_SWIGLU."""
+    def interleaved(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
+        """Interleaves two matrices [rows, columns] by panels of PANEL_ROWS rows: gate and up for LINEAR_SWIGLU."""
         infos = [self._check(name, (rows.size, columns.size)) for name in names]
         first, second = (self._precision(info) for info in infos)
-        # A weight has one format; f16 holds what the formats in blocks do, and f32 what bf16 does too.
+        # A weight has one format. f16 represents all block formats; f32 also bf16.
         dtype = first if first is second else DType.F32 if {first, second} & {DType.F32, DType.BF16} else DType.F16
         shares = list(zip(rows.shares, columns.shares, strict=True))
         parts = [
@@ -207,15 +207,15 @@ class ProgramBuilder:
         ]
         return self._weights(dtype, [2 * _padded(len(taken)) for taken in rows.shares], columns, parts)
 
-    def woven_bias(self, names: tuple[str, str], axis: Axis) -> list[F32]:
-        """Two biases in the order of `woven`."""
+    def interleaved_bias(self, names: tuple[str, str], axis: Axis) -> list[F32]:
+        """Interleaves two biases like `interleaved`."""
         halves = [self.vector(name, axis.size) for name in names]
-        return [_woven([half[share.start : share.stop] for half in halves]) for share in axis.shares]
+        return [_interleave([half[share.start : share.stop] for half in halves]) for share in axis.shares]
 
     # ---- Operators --------------------------------------------------------------------------------------------------
 
     def buffer(self, *axes: Axis) -> int:
-        """A new buffer, for each token as wide as a device's shares of all axes."""
+        """Adds a buffer; its width per token is the device's share of all axes. Returns its index."""
         for of_device, width in zip(self.widths, widths(axes), strict=True):
             of_device.append(width)
         return len(self.widths[0]) - 1
@@ -223,7 +223,7 @@ class ProgramBuilder:
     def _add(
         self, kind: int, *, weights: Weights | None = None, vectors: Sequence[F32] | None = None, **rest: Any
     ) -> None:
-        """An operator of every device, which takes its own of `weights` and `vectors`."""
+        """Adds an operator on each device, with that device's item of `weights` and `vectors`."""
         for i, ops in enumerate(self.ops):
             weight = None if weights is None else weights[i]
             vector = None if vectors is None else vectors[i]
@@ -236,7 +236,7 @@ class ProgramBuilder:
         self._add(RMS_NORM, input=x, out=out, vectors=[weight] * self.shares.n, eps=eps)
 
     def linear(self, x: int, out: int, stack: Sequence[Weights], *, bias: Sequence[F32] | None = None) -> None:
-        """Products with matrices on top of each other; a device's `bias` is as long as all of its shares."""
+        """Products with stacked matrices; each device's `bias` covers all its rows."""
         columns = [0] * self.shares.n
         for weights in stack:
             for i, weight in enumerate(weights):
@@ -245,14 +245,14 @@ class ProgramBuilder:
                 columns[i] += weight.n_rows
 
     def linear_add(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
-        """Adds to `out` the product with a matrix of whose columns, and of `x`, each device has its share."""
+        """out += weights @ x (+ bias), where each device has a share of the columns and of `x`."""
         n = self.shares.n
         if n == 1:
             self._add(LINEAR, input=x, out=out, weights=weights, vectors=None if bias is None else [bias], residual=out)
             return
         if self._sums is None:
             self._sums = self.buffer(self.shares.hidden)
-        for i, ops in enumerate(self.ops):  # a bias is added once, by the first
+        for i, ops in enumerate(self.ops):  # only the first adds the bias
             ops.append(Op(kind=LINEAR, input=x, out=self._sums, weight=weights[i], vector=bias if i == 0 else None))
         self._add(SUM, input=self._sums, out=out, residual=out)
 
@@ -282,7 +282,7 @@ def _padded(n_rows: int) -> int:
     return -(-n_rows // PANEL_ROWS) * PANEL_ROWS
 
 
-def _woven(halves: Sequence[F32]) -> F32:
+def _interleave(halves: Sequence[F32]) -> F32:
     length = len(halves[0])
     padded = [np.pad(half, (0, _padded(length) - length)).reshape(-1, PANEL_ROWS) for half in halves]
     return np.stack(padded, axis=1).reshape(-1)

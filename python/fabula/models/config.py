@@ -1,11 +1,10 @@
-"""The numbers of a decoder model, read from config.json and checked before any weight is touched.
+"""Reads the config of a decoder model from config.json and checks it before any weight is read.
 
-Keys are Hugging Face's (both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`). A config comes
-from a file nobody vouches for: every value is checked for type and range, and sizes that do not fit each other are
-refused here.
+Keys are Hugging Face's: both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`. The file is
+untrusted, so every value is checked for type and range, and sizes against each other.
 
-The law: what transformers reads of a config either changes the logits here in the same way, or the model is refused by
-the field's name. Fields that it ignores are ignored. `tests/test_config_flips.py` compares the two field by field.
+The law: a field that transformers reads either changes the logits here in the same way, or the model is refused by the
+field's name. Fields that transformers ignores are ignored. `tests/test_config_flips.py` compares them field by field.
 Source: configuration and modeling files of transformers 5.24.
 """
 
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 from fabula.errors import ModelFileError, Unsupported
 
-# Largest sizes taken seriously; the largest open models stay an order of magnitude below.
+# Largest accepted sizes, about ten times those of the largest open models.
 _MAX_LAYERS = 1024
 _MAX_HEADS = 1024
 _MAX_WIDTH = 1 << 20
@@ -29,7 +28,7 @@ _MAX_CONTEXT = 1 << 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the families need to know; names as in transformers unless stated.
+    """Sizes and switches of a model; names as in transformers unless stated.
 
     Attributes:
         model_type: the family's name in config.json.
@@ -37,9 +36,9 @@ class ModelConfig:
         context_length: max_position_embeddings.
         rms_norm_eps: epsilon of every norm.
         rope: theta and scaling, all keys in one mapping; see `models/rope.py`.
-        windows: per layer, how many positions a token sees, itself included; 0 for all.
-        tied: whether the head is the embedding.
-        base: whether it was saved as a base model (AutoModel), which need not have a head.
+        windows: per layer, how many positions a token attends to, itself included; 0 for all.
+        tied: whether head and embedding are one matrix.
+        base: whether it was saved as a base model (AutoModel), which may have no head.
         attention_bias: whether q, k and v have biases;  output_bias: whether o has one;  mlp_bias: gate, up and down.
     """
 
@@ -63,7 +62,7 @@ class ModelConfig:
 
 
 class ConfigReader:
-    """Typed access to config.json that names file and key when something is wrong."""
+    """Typed access to config.json; errors name file and key."""
 
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
         self.config = config
@@ -104,16 +103,16 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """What tells a family's config from Llama's: which fields it reads, and what stands for those that are missing.
+    """How a family's config differs from Llama's: which fields it reads, and defaults of missing ones.
 
     Attributes:
-        qkv_bias: whether q, k and v have biases; None where `attention_bias` says so, of all four projections.
+        qkv_bias: whether q, k and v have biases; None: `attention_bias` decides for q, k, v and o.
         mlp_bias: whether `mlp_bias` is read.
-        windowed: "never", "always" (every layer has `sliding_window`, or `layer_types` say which have), or "switched"
-            (`use_sliding_window` and `max_window_layers`, or `layer_types`, say which have it).
-        context_length: for a missing `max_position_embeddings`.
-        n_kv_heads: for a missing `num_key_value_heads`; None for as many as query heads. A null means that everywhere.
-        head_dim: for a missing `head_dim`; None for hidden_size / num_attention_heads.
+        windowed: layers with `sliding_window`: "never"; "always": all, or those in `layer_types`; "switched": by
+            `use_sliding_window` and `max_window_layers`, or by `layer_types`.
+        context_length: default of `max_position_embeddings`.
+        n_kv_heads: default of `num_key_value_heads`; None: as many as query heads, as null always means.
+        head_dim: default of `head_dim`; None: hidden_size / num_attention_heads.
     """
 
     qkv_bias: bool | None = None
@@ -124,22 +123,22 @@ class Traits:
     head_dim: int | None = None
 
 
-_WINDOW = 4096  # of a config without `sliding_window`, in every family that has one
-_MAX_WINDOW_LAYERS = 28  # layers below the first that has a window, where a config does not say
+_WINDOW = 4096  # default of `sliding_window`, in every family that has one
+_MAX_WINDOW_LAYERS = 28  # default of `max_window_layers`: layers below the first with a window
 
 
 def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelConfig:
     """Reads and checks a decoder's config.
 
     Args:
-        config: config.json's content.
-        path: named in errors.
+        config: content of config.json.
+        path: for error messages.
         traits: of the family.
 
     Raises:
         ModelFileError: a key is missing, of the wrong type, out of range, or does not fit another.
-        Unsupported: a field asks for what Fabula does not compute: an activation other than SiLU, attention to later
-            tokens, layers of different sizes.
+        Unsupported: a field asks for an unsupported computation, such as an activation other than SiLU, attention to
+            later tokens, or layers of different sizes.
     """
     read = ConfigReader(config, path)
     _refuse_unknown(read)
@@ -155,10 +154,10 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         raise read.error("hidden_size", f"is {hidden_size}, not a multiple of num_attention_heads {n_heads}")
     head_dim = read.integer("head_dim", 2, 1024, missing_dim or hidden_size // n_heads)
     if head_dim % 2 or head_dim < 2:
-        raise read.error("head_dim", f"is {head_dim}, must be even to be rotated")
+        raise read.error("head_dim", f"is {head_dim}, must be even for rotary embeddings")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise Unsupported(f"{path}: config 'hidden_act' is {_shown(activation)}; Fabula knows silu")
+        raise Unsupported(f"{path}: config 'hidden_act' is {_shown(activation)}; only silu is supported")
     attention_bias = read.flag("attention_bias", False)
     context_length = read.integer("max_position_embeddings", 1, _MAX_CONTEXT, traits.context_length)
     return ModelConfig(
@@ -171,7 +170,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         intermediate_size=read.integer("intermediate_size", 1, _MAX_WIDTH),
         vocab_size=read.integer("vocab_size", 1, _MAX_VOCABULARY),
         context_length=context_length,
-        rms_norm_eps=read.number("rms_norm_eps", 1e-30, 1.0, 1e-6),  # a row of zeros must not become 0 / 0
+        rms_norm_eps=read.number("rms_norm_eps", 1e-30, 1.0, 1e-6),  # > 0, so that a row of zeros does not become 0 / 0
         rope=_rope(read),
         windows=_windows(read, n_layers, traits.windowed, context_length),
         tied=read.flag("tie_word_embeddings", False),
@@ -260,7 +259,7 @@ def _windows(read: ConfigReader, n_layers: int, windowed: str, context_length: i
     elif read.config.get("sliding_window") is None:
         window = None
     elif windowed == "never" and (kinds is None or "sliding_attention" not in kinds):
-        # transformers computes such a prompt without a window, and forgets what lies before it when it decodes.
+        # transformers computes such a prompt without a window, but applies the window in decode.
         window = read.integer("sliding_window", context_length, _MAX_CONTEXT) if kinds is None else None
     else:
         window = read.integer("sliding_window", 1, _MAX_CONTEXT)

@@ -1,12 +1,11 @@
-"""The decoder that Llama introduced and most open models share, as a list of operators in the order of the paper.
+"""The decoder of Llama and most open models, as a list of operators in the order of the paper.
 
     x = embed(token)
     per layer:  x += o(attention(rope(qkv(norm(x)))))        pre-norm, grouped queries
                 x += down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))
 
-What differs between families (biases, norms of q and k, windows) are switches of the config; a family's own file says
-which it uses.
+Families differ in switches (biases, norms of q and k, windows); models/families.py sets them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fabula.models.shares import whole
 
 
 def has_head(checkpoint: Checkpoint, c: ModelConfig) -> bool:
-    """Whether a model makes logits; a base model that is not tied and has no `lm_head` makes embeddings only."""
+    """Whether a model has a head. An untied base model without `lm_head` gives embeddings only."""
     return c.tied or not c.base or "lm_head.weight" in checkpoint.tensors
 
 
@@ -31,14 +30,14 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
         head_norm: whether q and k heads have RMS norms of their own (Qwen3).
 
     Raises:
-        ModelFileError: a tensor is missing or has another shape than the config says.
+        ModelFileError: a tensor is missing or its shape does not match the config.
     """
     s = b.shares
     embedding = b.matrix("model.embed_tokens.weight", whole(c.vocab_size, s.n), s.hidden)
     x, h = b.buffer(s.hidden), b.buffer(s.hidden)
     qkv, attended, inner = b.buffer(s.q, s.kv, s.kv), b.buffer(s.q), b.buffer(s.inner)
 
-    # A bias of o that no layer has is 0, as in transformers: the model has biases on q, k and v only.
+    # If no layer has a bias of o it is 0, as in transformers: some models have biases on q, k and v only.
     output_bias = c.output_bias and any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
 
     b.embed(embedding, x)
@@ -64,9 +63,9 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
 
         b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
         gate, up, down = (mlp + name for name in ("gate_proj", "up_proj", "down_proj"))
-        weights = b.woven((gate + ".weight", up + ".weight"), s.inner, s.hidden)
+        weights = b.interleaved((gate + ".weight", up + ".weight"), s.inner, s.hidden)
         b.linear_swiglu(
-            h, inner, weights, bias=b.woven_bias((gate + ".bias", up + ".bias"), s.inner) if c.mlp_bias else None
+            h, inner, weights, bias=b.interleaved_bias((gate + ".bias", up + ".bias"), s.inner) if c.mlp_bias else None
         )
         weights = b.matrix(down + ".weight", s.hidden, s.inner)
         b.linear_add(inner, x, weights, bias=b.vector(down + ".bias", c.hidden_size) if c.mlp_bias else None)
@@ -74,7 +73,7 @@ def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) 
     wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
     b.gather_outputs(x, wanted)
     b.rms_norm(wanted, normed, b.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
-    shared = c.tied or not has_head(b.checkpoint, c)  # a program ends with a head; nobody sees what this one would say
+    shared = c.tied or not has_head(b.checkpoint, c)  # a program needs a head; without one, its logits are not used
     head = (
         embedding
         if shared and s.n == 1

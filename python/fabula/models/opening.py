@@ -1,7 +1,7 @@
-"""From a path to a model whose config and tensors are known to be good: what `load` and `inspect` both go through.
+"""Opens a model and checks its config and tensors: the common part of `load` and `inspect`.
 
-What a checkpoint lacks or asks for too much is found in one order, and before weights are read: how the weights are
-stored, the family, the config, then (behind the tokenizer, which is not this file's business) rope and tensors.
+Problems are found in a fixed order, before weights are read: storage of the weights, family, config, then (after the
+tokenizer, which the caller loads) rope and tensors.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ def open_model(path: Path) -> tuple[Checkpoint, ModelConfig]:
     """Opens a model and reads its config.
 
     Raises:
-        ModelNotFound: nothing is there.
-        ModelFileError: something is there, but no model, or a damaged one.
-        Unsupported: the weights are quantized by another tool, the family is unknown, or its config asks for what
-            Fabula does not compute.
+        ModelNotFound: the path does not exist.
+        ModelFileError: it is not a model, or a damaged one.
+        Unsupported: the weights were quantized by another tool, or the family or a field of its config is unsupported.
     """
     path = Path(path)
     _refuse_family(path)
@@ -48,11 +47,11 @@ def open_model(path: Path) -> tuple[Checkpoint, ModelConfig]:
 
 
 def lay_out(builder: ProgramBuilder, config: ModelConfig, context: int) -> Rope:
-    """Has the family emit its program into a builder, and finds the angles of its positions.
+    """Emits the family's program into a builder and computes its rope.
 
     Raises:
-        ModelFileError: a tensor is missing or of another shape than the config says, or a rope value is out of range.
-        Unsupported: a tensor's format or a rope scaling that Fabula does not know.
+        ModelFileError: a tensor is missing or its shape does not match the config, or a rope value is out of range.
+        Unsupported: an unsupported tensor format or rope scaling.
     """
     checkpoint = builder.checkpoint
     rope = make_rope(config.rope, config.head_dim, config.context_length, context, checkpoint.path)
@@ -61,12 +60,12 @@ def lay_out(builder: ProgramBuilder, config: ModelConfig, context: int) -> Rope:
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raises and warns as loading would, from names, formats and shapes alone; errors as `lay_out`."""
+    """Raises and warns like loading, from names, formats and shapes alone; errors as `lay_out`."""
     lay_out(_Checker(checkpoint, precision_of("auto", config), 1, Shares(config)), config, config.context_length)
 
 
 def check_context(checkpoint: Checkpoint, config: ModelConfig, context: int | None) -> None:
-    """Raises InvalidArgument for a context that the model's positions do not reach."""
+    """Raises InvalidArgument for a context longer than the model supports."""
     longest = longest_context(config.rope, config.context_length)
     if context is None or context <= longest:
         return
@@ -84,26 +83,26 @@ def check_context(checkpoint: Checkpoint, config: ModelConfig, context: int | No
 
 
 class _Checker(ProgramBuilder):
-    """A builder that looks at what a model's tensors are and reads none of them."""
+    """A builder that checks tensors without reading them."""
 
     def vector(self, name: str, length: int) -> F32:
         self._check(name, (length,))
         return np.zeros(length, np.float32)
 
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> list[Weight]:
-        del dtype, columns, parts  # nothing is packed
+        del dtype, columns, parts
         return [cast(Weight, _Rows(n)) for n in n_rows]
 
 
 class _Rows:
-    """All that the operators want to know of a weight while they are collected."""
+    """Stands for a Weight: operators only need its rows."""
 
     def __init__(self, n_rows: int) -> None:
         self.n_rows = n_rows
 
 
 def _refuse_family(path: Path) -> None:
-    """Refuses a folder of an unknown family before it is said that its weights lie there in a form to be converted."""
+    """Refuses an unknown family first, so that no error suggests to convert its weights."""
     config_file = path / CONFIG_FILE
     if not config_file.is_file() or (path / ADAPTER_FILE).exists():
         return

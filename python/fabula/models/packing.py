@@ -1,13 +1,11 @@
-"""Reading and packing the matrices of a model, several at a time.
+"""Reads and packs the matrices of a model in parallel.
 
-A small matrix is one thread's, from the file to its panels: nobody waits for the others after each of some hundred
-matrices, which on a busy machine took longer than packing. A large one is packed by all threads together, each of which
-touches its own share of the memory first.
+One thread reads and packs a small matrix: a barrier after each of some hundred matrices took longer than packing on a
+busy machine. All threads pack a large matrix together, each touching its own share of the memory first (NUMA).
 
-Where several devices share a matrix, the tensor is read once and each one's rows and columns are packed from it.
+With several devices, a tensor is read once and each device's rows and columns are packed from it.
 
-Each tensor is read, packed and dropped, and no more are held at a time than are as large as the largest, so the peak of
-memory is the packed size plus one tensor.
+The tensors held at a time take no more than the largest one, so peak memory is the packed size plus one tensor.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ import numpy.typing as npt
 from fabula._native import Device, Weight, dtype_block
 from fabula.formats.checkpoint import Checkpoint, TensorInfo
 
-LARGE = 16 << 20  # bytes of a tensor that all threads pack together
+LARGE = 16 << 20  # bytes from which all threads pack a tensor together
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Rows and columns of a tensor, and the rows of a device's weight they go to; see fb_weight_pack_rows."""
+    """Rows and columns of a tensor, and their destination rows in a device's weight; see fb_weight_pack_rows."""
 
     first_row: int
     rows: range
@@ -36,7 +34,7 @@ class Place:
     row_step: int = 1
 
     def cut(self, raw: npt.NDArray[np.uint8], info: TensorInfo) -> npt.NDArray[np.uint8]:
-        """The bytes of its rows and columns; the columns are whole blocks."""
+        """Copies the bytes of these rows and columns; the columns must be whole blocks."""
         size, n_bytes = dtype_block(info.dtype)
         rows = raw.reshape(info.shape[0], -1)
         first, last = self.columns.start // size * n_bytes, self.columns.stop // size * n_bytes
@@ -45,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor and where it goes, on each device."""
+    """A tensor and its destination on each device."""
 
     info: TensorInfo
     places: Sequence[Place]
@@ -53,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The weights of each device and the tensors they are packed from, one after the other: they may share a panel."""
+    """One weight per device and the tensors they are packed from, in order, since tensors may share a panel."""
 
     weights: Sequence[Weight]
     parts: Sequence[Part]
@@ -68,11 +66,10 @@ class Packer:
     """Packs weights.
 
     Args:
-        checkpoint: where tensors come from; several threads read from it.
+        checkpoint: source of the tensors; several threads read from it.
         n_threads: threads that pack.
-        read: told the bytes of tensors that were read, from the thread that called `pack`.
-        devices: GPUs that the weights move to when they are packed, so that this process never holds all of them; none
-            for the CPU.
+        read: callback with the number of bytes read, in the thread that called `pack`.
+        devices: GPUs to move packed weights to, so that host memory never holds all of them; none for the CPU.
     """
 
     def __init__(
@@ -80,47 +77,47 @@ class Packer:
     ) -> None:
         self._checkpoint, self._n_threads, self._read, self._devices = checkpoint, n_threads, read, devices
         self._lock = threading.Lock()
-        self._waiting: list[tuple[int, Packing]] = []  # small ones, the first at the end
-        self._n_read = 0  # bytes that nobody was told of
+        self._waiting: list[tuple[int, Packing]] = []  # small packings, first at the end
+        self._n_read = 0  # bytes not yet reported to `read`
         self._damaged: list[tuple[int, str, Weight]] = []
         self._failures: list[tuple[int, BaseException]] = []
 
     def pack(self, packings: Sequence[Packing]) -> list[tuple[str, Weight]]:
-        """Packs everything. Returns the tensors that hold what is not finite in their weight's format, with the weight.
+        """Packs everything. Returns (name, weight) of tensors that are not finite in the weight's format.
 
         Raises:
-            ModelFileError, OutOfMemory: a tensor cannot be read; the first one's error, if several.
+            ModelFileError, OutOfMemory: a tensor cannot be read; of several errors the first tensor's.
         """
         small = [(i, packing) for i, packing in enumerate(packings) if packing.largest < LARGE]
         for i, packing in enumerate(packings):
             if packing.largest >= LARGE:
                 self._pack(i, packing, self._n_threads)
-                self._tell()
+                self._report()
         self._waiting = small[::-1]
         helpers = [threading.Thread(target=self._work, name="fabula-pack") for _ in range(self._n_helpers(packings))]
         for helper in helpers:
             helper.start()
         try:
-            self._work(tell=True)
+            self._work(report=True)
         finally:
             self._stop()
             for helper in helpers:
                 helper.join()
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[0])[1]
-        self._tell()
+        self._report()
         return [(name, weight) for _, name, weight in sorted(self._damaged, key=lambda entry: entry[0])]
 
     def _n_helpers(self, packings: Sequence[Packing]) -> int:
-        """Threads beside the caller's: so many that what they hold together is no more than the largest tensor."""
+        """Threads beside the caller's, limited so that the tensors they hold take no more than the largest tensor."""
         sizes = [packing.largest for _, packing in self._waiting]
         if not sizes:
             return 0
         most = max(packing.largest for packing in packings)
         return min(self._n_threads, len(sizes), max(1, most // max(sizes))) - 1
 
-    def _work(self, *, tell: bool = False) -> None:
-        """Packs what waits until nothing does."""
+    def _work(self, *, report: bool = False) -> None:
+        """Packs waiting matrices until none is left."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -133,8 +130,8 @@ class Packer:
                 with self._lock:
                     self._failures.append((i, error))
                 return
-            if tell:
-                self._tell()
+            if report:
+                self._report()
 
     def _stop(self) -> None:
         with self._lock:
@@ -155,7 +152,7 @@ class Packer:
                     row_step=place.row_step,
                     n_threads=n_threads,
                 )
-            del raw  # before the next one is read
+            del raw  # free it before reading the next
             with self._lock:
                 self._n_read += info.n_bytes
                 if sum(weight.n_non_finite for weight in packing.weights) > before:
@@ -163,7 +160,7 @@ class Packer:
         for weight, device in zip(packing.weights, self._devices, strict=False):
             weight.move(device)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         with self._lock:
             n_read, self._n_read = self._n_read, 0
         self._read(n_read)

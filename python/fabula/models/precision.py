@@ -1,9 +1,10 @@
-"""The formats that a model's matrices are held in: those of the checkpoint, or others chosen by name."""
+"""The formats of a model's matrices in memory: those of the checkpoint, or others chosen by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from fabula.choices import WEIGHTS_ALIASES, WEIGHTS_NAMES
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS
@@ -13,33 +14,29 @@ from fabula.models.recipe import KINDS, Shape, dtype_for
 
 Precision = Callable[[TensorInfo], DType]
 
-# Short names for what of its size errs least.
-ALIASES: Mapping[str, str] = {"q8": "q8_0", "q6": "q6_k", "q5": "q5_k_m", "q4": "q4_k_m", "q3": "q3_k", "q2": "q2_k"}
-NAMES = ("auto", *KINDS, *ALIASES)
-
 
 def everywhere(dtype: DType) -> Precision:
-    """Every matrix in `dtype`, in f16 where its rows are not whole blocks."""
+    """Every matrix in `dtype`; f16 if its rows are not whole blocks."""
     size = BLOCKS[dtype][0]
     return lambda info: dtype if info.shape[-1] % size == 0 else DType.F16
 
 
 def precision_of(name: str, config: ModelConfig) -> Precision:
-    """What `--weights NAME` stands for.
+    """The precision that `--weights NAME` selects.
 
     Args:
-        name: one of `NAMES`. "auto" keeps every matrix as the checkpoint has it; the others choose by the matrix's part
-            in the model as `fabula quantize` does.
+        name: one of `choices.WEIGHTS_NAMES`. "auto" keeps each matrix as in the checkpoint; the others choose a format
+            by the role of the matrix, as `fabula quantize` does.
         config: of the model.
 
     Raises:
-        InvalidArgument: a name that is none.
+        InvalidArgument: unknown name.
     """
     if name == "auto":
         return lambda info: info.dtype
-    kind = KINDS.get(ALIASES.get(name, name))
+    kind = KINDS.get(WEIGHTS_ALIASES.get(name, name))
     if kind is None:
-        raise InvalidArgument(f"weights is {name!r}, must be one of {', '.join(NAMES)}")
+        raise InvalidArgument(f"weights is {name!r}, must be one of {', '.join(WEIGHTS_NAMES)}")
     if BLOCKS[kind.dtype][0] == 1:
         return everywhere(kind.dtype)
     shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
@@ -47,15 +44,15 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
 
 
 def block_of(checkpoint: Checkpoint, precision: Precision, ending: str) -> int:
-    """Columns that stay together, in the file and in memory, in all matrices whose names end so."""
+    """Columns per block, in the file and in memory, over all matrices whose names end with `ending`."""
     infos = [info for name, info in checkpoint.tensors.items() if name.endswith(ending) and len(info.shape) == 2]
     return max((BLOCKS[dtype][0] for info in infos for dtype in (info.dtype, precision(info))), default=1)
 
 
 def label_of(name: str, checkpoint: Checkpoint) -> str:
-    """How the weights are called: the format of most bytes for "auto", else the full name."""
+    """Display name of the weights: for "auto" the format of most bytes, else the full name."""
     if name != "auto":
-        return ALIASES.get(name, name)
+        return WEIGHTS_ALIASES.get(name, name)
     totals = dict.fromkeys(DType, 0)
     for info in checkpoint.tensors.values():
         if len(info.shape) == 2:
@@ -64,7 +61,7 @@ def label_of(name: str, checkpoint: Checkpoint) -> str:
 
 
 def identity_of(name: str, checkpoint: Checkpoint) -> str:
-    """What tells the numbers computed with these weights from those of the same checkpoint under another name."""
+    """Part of the fingerprint: distinguishes results of one checkpoint with different weights."""
     dtypes = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2}
     is_plain = len(dtypes) == 1 and all(BLOCKS[dtype][0] == 1 for dtype in dtypes)
     return label_of(name, checkpoint) if name != "auto" or is_plain else "auto"

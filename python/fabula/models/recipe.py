@@ -1,12 +1,12 @@
-"""Which format each tensor gets, in a file or in memory: the same that llama.cpp gives it.
+"""Chooses the format of each tensor, in a file or in memory, as llama.cpp does.
 
     f32 f16 bf16               every matrix in it
     q8_0 q6_k q5_k q3_k ...    every matrix in it
     q2_k q4_k iq4_nl           a few tensors of the first layers, or attn_v, attn_output and ffn_down, in more bits
     q4_k_m q5_k_m              attn_v and ffn_down of the first, the last and every third layer in Q6_K
 
-The head, or the embedding that is one too, is in Q6_K or better. Vectors (norms, biases) stay F32. Rows that are no
-whole number of a format's blocks fall back to a format in blocks of 32, and to F16 where even that does not fit.
+The head, and a tied embedding, get Q6_K or better. Vectors (norms, biases) stay F32. Rows that are not a multiple of a
+format's block fall back to a format with blocks of 32, or else to F16.
 
 Source: facts of llama.cpp's src/llama-quant.cpp. Its names for q4_k, q5_k and q3_k are Q4_K_S, Q5_K_S and Q3_K_S.
 """
@@ -25,11 +25,11 @@ _LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of file.
+    """A quantization type.
 
     Attributes:
-        dtype: of matrices that nothing else is said of.
-        file_type: llama.cpp's number of it (enum llama_ftype), `general.file_type`.
+        dtype: of matrices without a rule of their own.
+        file_type: its number in enum llama_ftype, for `general.file_type`.
     """
 
     dtype: DType
@@ -66,12 +66,12 @@ _FALLBACK = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a choice depends on beside the tensor.
+    """Properties of the model that the choice depends on.
 
     Attributes:
         n_layers: of the model.
         queries_per_kv: query heads that share a KV head.
-        tied: whether the embedding is the head too.
+        tied: whether head and embedding are one matrix.
     """
 
     n_layers: int
@@ -80,7 +80,7 @@ class Shape:
 
 
 def role_of(name: str) -> str:
-    """A tensor's part in the model, by its GGUF name: "embedding", "head", "attn_q", ..., or "norms and biases"."""
+    """A tensor's role, from its GGUF name: "embedding", "head", "attn_q", ..., or "norms and biases"."""
     if name == "token_embd.weight":
         return "embedding"
     if name == "output.weight":
@@ -98,7 +98,7 @@ def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DT
         return kind.dtype
     dtype = kind.dtype
     if role == "head" or (role == "embedding" and model.tied):
-        # Every logit passes here, so it gets more bits than the rest.
+        # It affects every logit, so it gets more bits than the rest.
         dtype = DType.Q6_K if dtype is not DType.Q8_0 and shape[-1] % BLOCKS[dtype][0] == 0 else DType.Q8_0
     elif match := _LAYER.fullmatch(name):
         dtype = _mixed(kind, role, int(match[1]), model)
@@ -108,8 +108,8 @@ def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DT
 
 
 def _mixed(kind: Kind, role: str, layer: int, model: Shape) -> DType:
-    """The format of a layer's matrix before its rows are looked at."""
-    many_queries = model.queries_per_kv >= 4  # then attn_v is small beside the rest
+    """The format of a layer's matrix before the fallback for its row length."""
+    many_queries = model.queries_per_kv >= 4  # then attn_v is small compared to the rest
     eighth = model.n_layers // 8
     if kind is KINDS["q2_k"]:
         if role == "attn_v":

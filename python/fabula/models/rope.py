@@ -2,7 +2,7 @@
 
     angle(position, i) = position * inv_freq[i],   inv_freq[i] = theta^(-2 i / dim) without scaling     (Su et al. 2021)
 
-Scaling kinds, as transformers names them, each with its source:
+Scaling types, with the names of transformers and their sources:
     linear    positions are divided by a factor                                   (kaiokendev 2023; Chen et al. 2023)
     dynamic   theta grows with the context                                        (NTK-aware, bloc97 2023)
     yarn      slow pairs are interpolated, fast ones kept, cos and sin are scaled (Peng et al. 2023)
@@ -10,8 +10,8 @@ Scaling kinds, as transformers names them, each with its source:
     longrope  a factor per pair, one list for short and one for long contexts      (Ding et al. 2024)
     frequency_factors  a factor per pair stored in a GGUF file
 
-`dynamic` and `longrope` depend on the length of the context: here it is the context the model is loaded with, once, so
-that keys in the cache never have to be rotated again. Up to the length a model was trained with that changes nothing.
+`dynamic` and `longrope` depend on the length of the context. Here that is fixed: the context the model is loaded with,
+so that cached keys never have to be rotated again. Up to the trained length it makes no difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fabula.errors import ModelFileError, Unsupported
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Angles of a model.
+    """The rotation angles of a model.
 
     Attributes:
         inv_freq: float32 [head_dim / 2], radians per position.
@@ -42,7 +42,7 @@ class Rope:
 
 
 class _Values:
-    """The rope mapping with checks that name file and key."""
+    """Typed access to the rope mapping; errors name file and key."""
 
     def __init__(self, rope: Mapping[str, Any], path: Path) -> None:
         self.rope, self.path = rope, path
@@ -72,10 +72,10 @@ class _Values:
 
 
 def longest_context(rope: Mapping[str, Any], trained_context: int) -> int:
-    """Positions that a model is good for.
+    """The longest context a model supports.
 
-    linear, dynamic and yarn stretch the length a model was trained with by a factor; some configs keep that length in
-    max_position_embeddings. With llama3 and longrope, configs have the stretched length there.
+    linear, dynamic and yarn extend the trained length by a factor; some configs keep the trained length in
+    max_position_embeddings. With llama3 and longrope, configs have the extended length there.
 
     Args:
         rope: theta and scaling from `ModelConfig.rope`.
@@ -98,18 +98,18 @@ def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, cont
         head_dim: rotated dimensions of a head.
         trained_context: max_position_embeddings.
         context: positions the model is loaded for.
-        path: named in errors.
+        path: for error messages.
 
     Raises:
         ModelFileError: a scaling value is missing or out of range.
-        Unsupported: a scaling kind Fabula does not know.
+        Unsupported: an unknown scaling type.
     """
     values = _Values(rope, path)
     try:
         with np.errstate(all="ignore"):
             made = _make(values, head_dim, trained_context, context)
         usable = np.isfinite(made.inv_freq).all() and math.isfinite(made.scale)
-    except (ArithmeticError, ValueError):  # numbers in their ranges, but of sizes that no formula bears
+    except (ArithmeticError, ValueError):  # each number is in range, but the formula overflows
         usable = False
     if not usable:
         raise values.error("rope_theta", "and the scaling's numbers give frequencies that are not finite")
@@ -117,7 +117,7 @@ def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, cont
 
 
 def _make(values: _Values, head_dim: int, trained_context: int, context: int) -> Rope:
-    """`make_rope` before the result is looked at."""
+    """`make_rope` without the check of the result."""
     rope = values.rope
     theta = values.number("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -151,7 +151,7 @@ def _rope(inv_freq: npt.NDArray[np.float64], scale: float = 1.0) -> Rope:
 
 
 def _llama3(values: _Values, plain: npt.NDArray[np.float64], trained_context: int) -> Rope:
-    """Waves longer than the old context / low_freq_factor are divided, shorter than / high_freq_factor kept."""
+    """Divides wavelengths above old_context / low_freq_factor, keeps those below old_context / high_freq_factor."""
     factor = values.number("factor")
     low, high = values.number("low_freq_factor"), values.number("high_freq_factor")
     old_context = values.number("original_max_position_embeddings", float(trained_context))
@@ -163,7 +163,7 @@ def _llama3(values: _Values, plain: npt.NDArray[np.float64], trained_context: in
 
 
 def _yarn(values: _Values, plain: npt.NDArray[np.float64], theta: float, dim: int, trained_context: int) -> Rope:
-    """Pairs that turn more than beta_fast times within the old context stay, less than beta_slow are interpolated."""
+    """Keeps pairs with more than beta_fast turns in the old context, interpolates those with less than beta_slow."""
     old_context = values.number("original_max_position_embeddings", float(trained_context))
     factor = values.number("factor", trained_context / old_context)
     fast, slow = values.number("beta_fast", 32.0), values.number("beta_slow", 1.0)
@@ -176,7 +176,7 @@ def _yarn(values: _Values, plain: npt.NDArray[np.float64], theta: float, dim: in
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001  # as transformers does, so that the ramp below has a slope
+        high += 0.001  # as in transformers: avoids a division by 0 below
     interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
     inv_freq = plain / factor * interpolated + plain * (1 - interpolated)
 

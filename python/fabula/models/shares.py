@@ -1,12 +1,12 @@
-"""How a model is cut for several devices that compute it together: which rows and columns of matrices each one holds.
+"""Tensor parallelism: which rows and columns of each matrix a device holds.
 
-    q, k, v     rows, by heads; with fewer KV heads than devices, neighbours hold the same one
-    o           columns, as the heads before it
-    gate, up    rows;  down: columns, as these
+    q, k, v     rows, by heads; with fewer KV heads than devices, adjacent devices hold the same head
+    o           columns, matching the heads
+    gate, up    rows;  down: columns, matching these rows
     head        rows of the vocabulary
-    everything else, the embedding among it, every device has as a whole
+    others      replicated, the embedding included
 
-So a layer needs two sums over the devices, behind o and down. A matrix in blocks is cut between blocks.
+So a layer needs two all-reduces, after o and after down. Quantized matrices are split at block boundaries.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from fabula.models.config import ModelConfig
 
 
 class Axis(NamedTuple):
-    """The rows or columns of a matrix: how many, and which of them each device holds."""
+    """The rows or columns of a matrix: their number, and the range of each device."""
 
     size: int
     shares: tuple[range, ...]
 
 
 def widths(axes: Sequence[Axis]) -> list[int]:
-    """What each device holds of axes side by side."""
+    """Each device's total share of several axes."""
     return [sum(map(len, ranges)) for ranges in zip(*(axis.shares for axis in axes), strict=True)]
 
 
 def whole(size: int, n: int) -> Axis:
-    """Every one of n devices holds all."""
+    """An axis replicated on n devices."""
     return Axis(size, (range(size),) * n)
 
 
 def alike(size: int, n: int) -> Axis:
-    """Shares of one length, as fb_program_join takes them: unless n divides the size, the last begin earlier."""
+    """Shares of equal length, as fb_program_join needs; if n does not divide the size, the last ones overlap."""
     share = -(-size // n)
     return Axis(size, tuple(range(first, first + share) for first in (min(i * share, size - share) for i in range(n))))
 
@@ -46,23 +46,23 @@ class Shares:
 
     Args:
         config: of the model.
-        n: devices.
-        block: columns of `down` that must stay together.
+        n: number of devices.
+        block: `down` is split at multiples of this many columns.
 
     Attributes:
-        n_heads, n_kv_heads: of each device.
+        n_heads, n_kv_heads: per device.
         hidden, q, kv, inner, vocabulary: axes.
 
     Raises:
-        InvalidArgument: heads, KV heads or blocks do not fit so many devices.
+        InvalidArgument: heads, KV heads or blocks cannot be split over n devices.
     """
 
     def __init__(self, config: ModelConfig, n: int = 1, block: int = 1) -> None:
         self.n = n
         if config.n_heads % n:
-            raise _misfit(n, f"{config.n_heads} heads do not divide by {n}")
+            raise _misfit(n, f"{config.n_heads} heads cannot be divided by {n}")
         if config.n_kv_heads % n and n % config.n_kv_heads:
-            raise _misfit(n, f"{config.n_kv_heads} KV heads neither divide by {n} nor divide it")
+            raise _misfit(n, f"{config.n_kv_heads} KV heads are neither a multiple of {n} nor a divisor of it")
         n_blocks = config.intermediate_size // block
         if n > 1 and n_blocks < n:
             raise _misfit(n, f"{config.intermediate_size} columns of down_proj in blocks of {block} are too few")

@@ -15,12 +15,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula._parallel import MOST_DEVICES
+from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, WEIGHTS_NAMES
 from fabula.engine.device import check_device, check_parallel, check_products
 from fabula.errors import InvalidArgument
-from fabula.formats.download import DEFAULT_MODEL
-from fabula.kv.format import KV_NAMES
-from fabula.models.precision import NAMES as PRECISIONS
 from fabula.workspace import SPILL_BYTES
 
 MAX_FILE_BYTES = 1 << 20
@@ -71,7 +68,7 @@ class Settings:
     )
     weights: str = field(
         default="auto",
-        metadata=_about("Models", "Precision of the weights in memory.", choices=PRECISIONS),
+        metadata=_about("Models", "Precision of the weights in memory.", choices=WEIGHTS_NAMES),
     )
     kv: str = field(default="f16", metadata=_about("Models", "Format of the KV cache; K:V for two.", choices=KV_NAMES))
     context: int | None = field(
@@ -109,7 +106,7 @@ class Settings:
     tensor_parallel: int = field(
         default=1,
         metadata=_about(
-            "Models", "GPUs, from the device on, that compute each model together.", low=1, high=MOST_DEVICES
+            "Models", "GPUs, from the device on, that compute each model together.", low=1, high=MAX_DEVICES
         ),
     )
     device_products: str = field(

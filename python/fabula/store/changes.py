@@ -1,4 +1,4 @@
-"""The writes, as SQL. Each function runs in a transaction of the caller's, and may run again after a rollback."""
+"""Writes, as SQL. Each function runs in the caller's transaction, and may run again after a rollback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def put_session(connection: sa.Connection, row: Row) -> None:
 def put_turn(connection: sa.Connection, turn: Row, tags: Sequence[str], session: Row) -> None:
     """Inserts or updates a turn, its tags and its session."""
     put_session(connection, session)
-    # A turn stays where it was made: an id that another session or tenant uses is refused by the primary key.
+    # A turn cannot move: the primary key refuses an id that another session or tenant uses.
     _put(connection, turns, ("id", "tenant", "session_id"), turn)
     _set_tags(connection, turn["id"], tags)
 
@@ -33,7 +33,7 @@ def put_tags(connection: sa.Connection, turn_id: str, tags: Sequence[str]) -> No
     """Replaces the tags of a turn.
 
     Raises:
-        InvalidArgument: there is no such turn.
+        InvalidArgument: unknown turn.
     """
     if connection.scalar(sa.select(turns.c.id).where(turns.c.id == turn_id)) is None:
         raise InvalidArgument(f"there is no turn {turn_id!r} in the store")
@@ -46,8 +46,8 @@ def set_head(
     """Moves the head of a session.
 
     Raises:
-        SessionNotFound: there is no such session.
-        Damaged: its row is not as it was written.
+        SessionNotFound: unknown session.
+        Damaged: the checksum of its row does not match.
     """
     session = find_session(connection, tenant, id)
     if session is None:
@@ -56,33 +56,33 @@ def set_head(
 
 
 def delete_turns(connection: sa.Connection, session: Row, ids: Iterable[str], orphan: Iterable[str]) -> None:
-    """Deletes turns of a session, whose row goes with it, and leaves other turns of it to sessions forked from them.
+    """Updates a session, deletes some of its turns and orphans others, which forked sessions still need.
 
     Raises:
-        InvalidArgument: another session begins at one of them.
+        InvalidArgument: another session was forked from one of the deleted turns.
     """
     put_session(connection, session)
-    _leave(connection, session["tenant"], session["id"], orphan)
+    _orphan(connection, session["tenant"], session["id"], orphan)
     _delete_turns(connection, session["tenant"], session["id"], ids)
 
 
 def delete_session(
     connection: sa.Connection, tenant: str, id: str, delete: Iterable[str], orphan: Iterable[str]
 ) -> None:
-    """Deletes a session and turns, and leaves other turns of it to the sessions forked from them. One that is not there
-    is deleted already.
+    """Deletes a session and some turns, and orphans its other turns, which forked sessions still need. Does nothing for
+    an unknown session.
 
     Raises:
-        InvalidArgument: another session begins at a turn to delete.
+        InvalidArgument: another session was forked from a deleted turn.
     """
     delete = list(delete)
-    _leave(connection, tenant, id, chain(delete, orphan))  # a turn that names the session would keep it from going
+    _orphan(connection, tenant, id, chain(delete, orphan))  # the foreign key of a turn would keep the session
     connection.execute(sa.delete(sessions).where(sessions.c.tenant == tenant, sessions.c.id == id))
     _delete_turns(connection, tenant, id, delete)
 
 
 def discard_draft(connection: sa.Connection, turn: Row) -> None:
-    """Deletes a turn that came to nothing; a session whose head it was goes back to the turn before."""
+    """Deletes a discarded turn; if it is the head of its session, the parent becomes the head."""
     session = find_session(connection, turn["tenant"], turn["session_id"])
     if session is not None and session.head_id == turn["id"]:
         put_session(connection, session_row(replace(session, head_id=turn["parent_id"])))
@@ -102,15 +102,15 @@ def _set_tags(connection: sa.Connection, turn_id: str, names: Sequence[str]) -> 
         connection.execute(sa.insert(tags), [{"turn_id": turn_id, "tag": name} for name in names])
 
 
-def _leave(connection: sa.Connection, tenant: str, session_id: str, ids: Iterable[str]) -> None:
-    """Turns of a session belong to none."""
+def _orphan(connection: sa.Connection, tenant: str, session_id: str, ids: Iterable[str]) -> None:
+    """Orphans turns: they belong to no session any more."""
     mine = (turns.c.tenant == tenant, turns.c.session_id == session_id)
     for some in _batches(ids):
         connection.execute(sa.update(turns).where(*mine, turns.c.id.in_(some)).values(session_id=None))
 
 
 def _delete_turns(connection: sa.Connection, tenant: str, session_id: str, ids: Iterable[str]) -> None:
-    """Deletes turns that the session lists, or none."""
+    """Deletes turns of the session, or orphaned ones."""
     mine = (turns.c.tenant == tenant, sa.or_(turns.c.session_id == session_id, turns.c.session_id.is_(None)))
     found: list[tuple[int, str]] = []
     for some in _batches(ids):
@@ -119,7 +119,7 @@ def _delete_turns(connection: sa.Connection, tenant: str, session_id: str, ids: 
             raise InvalidArgument(f"a turn cannot be deleted, as session {begun!r} begins at it")
         query = sa.select(turns.c.number, turns.c.id).where(*mine, turns.c.id.in_(some))
         found += [(number, id) for number, id in connection.execute(query)]
-    # Children before parents: a foreign key is checked at the end of each statement.
+    # Children before parents: foreign keys are checked at the end of each statement.
     for some in _batches(id for _, id in sorted(found, reverse=True)):
         connection.execute(sa.delete(turns).where(turns.c.id.in_(some)))
 

@@ -1,4 +1,4 @@
-"""What went wrong, as one of Fabula's errors. Only here are the codes of SQLite, PostgreSQL and the system known."""
+"""Converts errors of SQLite, PostgreSQL and the system to Fabula's errors, by their codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from fabula.errors import EngineError, StoreCorrupt, StoreError, StoreFull, StoreReadOnly
 from fabula.files import ERRORS_OF_WRITING
-from fabula.store.place import Place
+from fabula.store.location import Location
 from fabula.store.records import Damaged
 
 _BY_SQLITE_CODE = {
@@ -29,13 +29,13 @@ _BY_SQLSTATE = {
 }
 
 
-def translate(error: Exception, place: Place) -> EngineError:
-    """The error to raise in place of `error`, which becomes its cause. Fabula's own stay as they are."""
+def translate(error: Exception, place: Location) -> EngineError:
+    """The error to raise instead of `error`, which becomes its cause. Fabula's own errors stay as they are."""
     if isinstance(error, EngineError):
         return error
     reason = getattr(error, "orig", None) or error
     kind = _kind(reason, place)
-    message = " ".join(str(reason).split())  # PostgreSQL says more than a line
+    message = " ".join(str(reason).split())  # PostgreSQL's messages have several lines
     if isinstance(error, IntegrityError):
         message = f"does not fit what is stored: what it refers to is missing, or others refer to it ({message})"
     elif isinstance(reason, OSError):
@@ -45,13 +45,13 @@ def translate(error: Exception, place: Place) -> EngineError:
     return translated
 
 
-def _kind(reason: BaseException, place: Place) -> type[StoreError]:
+def _kind(reason: BaseException, place: Location) -> type[StoreError]:
     if isinstance(reason, Damaged):
         return StoreCorrupt
     if isinstance(reason, OSError):
         return ERRORS_OF_WRITING.get(reason.errno or 0, StoreError)
     if isinstance(reason, sqlite3.Error):
-        code = getattr(reason, "sqlite_errorcode", 0) & 0xFF  # the rest of it says more than is asked here
+        code = getattr(reason, "sqlite_errorcode", 0) & 0xFF  # the primary code
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and place.file is not None:
             return ERRORS_OF_WRITING.get(_errno_of_writing(place.file.parent), StoreError)
         return _BY_SQLITE_CODE.get(code, StoreError)
@@ -59,8 +59,8 @@ def _kind(reason: BaseException, place: Place) -> type[StoreError]:
 
 
 def _errno_of_writing(folder: Path) -> int:
-    """The system's error number for a small write to a folder, 0 when it succeeds. SQLite keeps to itself what it was
-    told, and a full quota or a lack of inodes looks like a broken disk."""
+    """The errno of a small write to a folder; 0 if it succeeds. SQLite hides the errno, so that an exceeded quota or a
+    lack of inodes looks like a broken disk."""
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(bytes(4096))

@@ -1,4 +1,4 @@
-"""Brings a database to the newest schema version, with alembic and without its command line or configuration file."""
+"""Migrates a database to the newest schema version, with alembic as a library."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fabula.errors import StoreError, StoreTooNew
 from fabula.store.schema import VERSION_TABLE
 
 _SCRIPTS = Path(__file__).with_name("migrations")
-_alembic = threading.Lock()  # its context is the process's, so one migration runs at a time
-_POSTGRES_LOCK = 0x466162756C61  # a number of our own among the database's advisory locks
+_alembic = threading.Lock()  # alembic's context is global to the process
+_POSTGRES_LOCK = 0x466162756C61  # our key among the database's advisory locks
 
 
 def migrate(connection: sa.Connection, place: str, *, revision: str = "head") -> None:
-    """Takes a database, new or of an older version, to `revision`: all the way or, when it fails, not at all.
+    """Migrates a new or older database to `revision` in one transaction.
 
     Args:
-        connection: in no transaction.
-        place: the database's name for messages.
-        revision: a schema version; tests ask for older ones.
+        connection: without an open transaction.
+        place: name of the database, for messages.
+        revision: a schema version; tests use older ones.
 
     Raises:
-        StoreTooNew: its version is none of those known here.
-        StoreError: the database has tables already, but none of Fabula's.
+        StoreTooNew: its schema version is unknown.
+        StoreError: it has tables of another program.
     """
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
@@ -37,7 +37,7 @@ def migrate(connection: sa.Connection, place: str, *, revision: str = "head") ->
     config.attributes["connection"] = connection
     scripts = ScriptDirectory.from_config(config)
     with _alembic, connection.begin():
-        if connection.dialect.name == "postgresql":  # another process may open the same database now
+        if connection.dialect.name == "postgresql":  # another process may open the same database at the same time
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_POSTGRES_LOCK)))
         current = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
         if current is None and sa.inspect(connection).get_table_names():

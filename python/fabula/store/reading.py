@@ -1,4 +1,4 @@
-"""The reads, as SQL. Each function runs in a transaction of the caller's, which sees one state of the database."""
+"""Reads, as SQL. Each function runs in the caller's transaction, which sees one snapshot of the database."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fabula.store.schema import sessions, tags, turns
 
 
 def find_session(connection: sa.Connection, tenant: str, id: str) -> SessionRecord | None:
-    """A session; None when there is no such.
+    """A session; None if there is none.
 
     Raises:
-        Damaged: its row is not as it was written.
+        Damaged: the checksum of its row does not match.
     """
     query = sa.select(sessions).where(sessions.c.tenant == tenant, sessions.c.id == id)
     row = connection.execute(query).mappings().one_or_none()
@@ -32,7 +32,7 @@ def find_session(connection: sa.Connection, tenant: str, id: str) -> SessionReco
 
 
 def pasts_of_others(connection: sa.Connection, tenant: str, id: str) -> set[str]:
-    """Ids of every turn that sessions of a tenant were forked from, up to the beginning, one session left out."""
+    """Ids of all ancestors of the forked sessions of a tenant, except of session `id`."""
     others = (sessions.c.tenant == tenant, sessions.c.id != id, sessions.c.base_id.is_not(None))
     lineage = sa.select(sessions.c.base_id.label("id")).where(*others).cte("lineage", recursive=True)
     before = (
@@ -42,7 +42,7 @@ def pasts_of_others(connection: sa.Connection, tenant: str, id: str) -> set[str]
 
 
 def list_sessions(connection: sa.Connection, tenant: str | None) -> tuple[list[SessionSummary], list[str]]:
-    """Sessions, the one that was changed last first, and what is wrong with those that are damaged."""
+    """Sessions, the last changed first, and the problems of damaged ones."""
     own = sa.select(sa.func.count()).where(turns.c.tenant == sessions.c.tenant, turns.c.session_id == sessions.c.id)
     query = sa.select(sessions, own.scalar_subquery().label("n_turns")).order_by(sessions.c.updated_at.desc())
     if tenant is not None:
@@ -59,7 +59,7 @@ def list_sessions(connection: sa.Connection, tenant: str | None) -> tuple[list[S
 
 
 def count_sessions(connection: sa.Connection, tenant: str | None, but: str = "") -> int:
-    """How many sessions there are, of a tenant or of all; without those whose names begin with `but`."""
+    """The number of sessions, of one tenant or all; excludes names that begin with `but`."""
     query = sa.select(sa.func.count()).select_from(sessions)
     if but:
         query = query.where(~sessions.c.id.startswith(but, autoescape=True))
@@ -67,17 +67,17 @@ def count_sessions(connection: sa.Connection, tenant: str | None, but: str = "")
 
 
 def load(connection: sa.Connection, tenant: str, id: str) -> tuple[SessionRecord, list[TurnRecord]]:
-    """A session, and every turn it reaches.
+    """A session and all turns it needs.
 
     Raises:
-        SessionNotFound: there is no such session.
-        Damaged: a row of it is not as it was written, or missing.
+        SessionNotFound: unknown session.
+        Damaged: a checksum does not match, or a turn is missing.
     """
     session = find_session(connection, tenant, id)
     if session is None:
         raise SessionNotFound(f"there is no session {id!r}")
     step = sa.select(turns.c.id, turns.c.parent_id).where(turns.c.tenant == tenant, turns.c.id == session.base_id)
-    # UNION drops what was seen before, so that damaged parents which lead in a circle come to an end.
+    # UNION drops duplicates, so that a cycle of damaged parents ends.
     lineage = step.cte("lineage", recursive=True)
     lineage = lineage.union(sa.select(turns.c.id, turns.c.parent_id).where(turns.c.id == lineage.c.parent_id))
     belongs = sa.or_(
@@ -103,8 +103,7 @@ def load(connection: sa.Connection, tenant: str, id: str) -> tuple[SessionRecord
 
 
 def check(connection: sa.Connection) -> list[str]:
-    """What is wrong with the database, in words: structure, every row's checksum, and turns that are referred to but
-    missing. Reads everything."""
+    """Problems of the database, as messages: its structure, checksums of all rows, missing turns. Reads everything."""
     problems = []
     if connection.dialect.name == "sqlite":
         verdicts = connection.exec_driver_sql("PRAGMA integrity_check").scalars()
@@ -150,7 +149,7 @@ def _session(row: Row) -> SessionRecord:
 
 
 def _parents_first(session: SessionRecord, found: list[TurnRecord]) -> list[TurnRecord]:
-    """Turns in the order given, oldest first, save that a clock which was set back puts no child before its parent."""
+    """Turns in the order given, oldest first, but parents before children even if the clock was set back."""
     waiting = {turn.id: turn for turn in found}
     ordered: dict[str, TurnRecord] = {}
     for turn in found:
@@ -159,7 +158,7 @@ def _parents_first(session: SessionRecord, found: list[TurnRecord]) -> list[Turn
         while step is not None and step.id not in ordered:
             path.append(step)
             parent_id = step.parent_id
-            # A turn on this path has been taken out of `waiting`, so parents in a circle are found missing.
+            # Turns on this path are no longer in `waiting`, so a cycle of parents is reported as missing.
             del waiting[step.id]
             if parent_id is None or parent_id in ordered:
                 break

@@ -1,7 +1,7 @@
 """Sessions and turns as data, and as rows of the database.
 
-A row carries a checksum of what it says. Columns that are NULL do not count in it, so that a column which a later
-schema version adds leaves the checksums of older rows as they are.
+Each row has a checksum of its values. NULL columns do not count, so that a column added by a later schema version does
+not change the checksums of older rows.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from fabula.errors import InvalidArgument
 Row = dict[str, Any]
 
 _MAX_INT = 2**31 - 1
-# `session_id` says who lists a turn, which changes when its session is deleted; foreign keys look after it.
+# Not in the checksum: `session_id` changes when a session is deleted; a foreign key protects it.
 _UNSEALED = {"checksum", "session_id"}
 
 
 class Damaged(Exception):
-    """A row does not say what was written; the message names it. Callers of `Store` see it as `StoreCorrupt`."""
+    """A row was damaged; the message names it. Callers of `Store` get `StoreCorrupt`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
-    """A turn as it is kept.
+    """A stored turn.
 
     Attributes:
-        id: its name, one for all tenants and sessions (a UUID's 32 hexadecimal digits).
-        session_id: the session that lists it; None once that was deleted, while a fork goes on from the turn.
+        id: unique over all tenants and sessions (a UUID's 32 hexadecimal digits).
+        session_id: its session; None if that was deleted while a fork still needs the turn.
         parent_id: the turn before; None for a first one.
-        number: distance from the empty start, from 1.
-        chat: whether prompt and answer went through the chat template.
-        prompt, text: what was said and answered.
-        kept: ids of the parent's past that it goes on from.
-        prompt_ids, token_ids: ids behind those, and of the answer; each fits 32 bits.
+        number: depth in the tree, from 1.
+        chat: whether prompt and reply use the chat template.
+        prompt, text: user input and reply.
+        kept: number of the parent's ids that it continues.
+        prompt_ids, token_ids: ids of the prompt after those, and of the reply; int32.
         params: sampling settings, as JSON.
-        finish_reason: why the answer ended; None when it was being made as this was written.
-        timings: counts and times, as JSON; None when unknown.
-        cut: what was left out of the past to fit the context, as JSON; None for nothing.
-        said: messages and options of the template, as JSON; None where `prompt` says it all.
+        finish_reason: why the reply ended; None: it was unfinished when this was written.
+        timings: counts and times, as JSON; None if unknown.
+        cut: what was dropped from the past to fit the context, as JSON; None for nothing.
+        said: messages and options of the template, as JSON; None if `prompt` is the whole user input.
         created_at: seconds since 1970.
-        tags: names the user gave it, sorted, each once.
+        tags: the user's tags, sorted, unique.
     """
 
     id: str
@@ -70,17 +70,17 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRecord:
-    """A session as it is kept; its turns name it. Tenant and id together tell it from others.
+    """A stored session, without its turns. Tenant and id together are unique.
 
     Attributes:
-        id: its name among its tenant's.
-        tenant: whom it belongs to.
-        model: name of the model it talks to.
+        id: unique for its tenant.
+        tenant: its owner.
+        model: name of its model.
         fingerprint: of that model's weights and tokenizer.
-        settings: system prompt, sampling settings and the like, as JSON.
-        base_id: the turn it was forked from; None for the empty start.
-        head_id: the turn that the next one follows; None for the empty start.
-        undone: heads that rollback left, for redo; the last one comes back first.
+        settings: system message, sampling settings and others, as JSON.
+        base_id: the turn it was forked from; None for the root.
+        head_id: its current turn; None for the root.
+        undone: redo stack: heads before rollbacks, the last one on top.
         created_at, updated_at: seconds since 1970.
     """
 
@@ -102,7 +102,7 @@ class SessionSummary:
 
     Attributes:
         record: the session.
-        n_turns: turns that it lists itself, without those it was forked from.
+        n_turns: its own turns, without those it was forked from.
     """
 
     record: SessionRecord
@@ -110,22 +110,22 @@ class SessionSummary:
 
     @property
     def id(self) -> str:
-        """Its name among its tenant's."""
+        """Its id, unique for its tenant."""
         return self.record.id
 
     @property
     def model(self) -> str:
-        """Name of the model it talks to."""
+        """Name of its model."""
         return self.record.model
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its title, for display."""
         return str(self.record.settings.get("title", ""))
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Names it has in common with others."""
+        """Its tags."""
         return tuple(self.record.settings.get("tags", ()))
 
     @property
@@ -143,10 +143,10 @@ class SessionSummary:
 
 
 def turn_row(turn: TurnRecord, tenant: str) -> Row:
-    """The row of a turn, but for its tags.
+    """The row of a turn, without its tags.
 
     Raises:
-        InvalidArgument: a value that cannot be kept; the message names it.
+        InvalidArgument: a value that cannot be stored; the message names it.
     """
     what = f"turn {turn.id!r}: "
     row = {
@@ -175,7 +175,7 @@ def session_row(session: SessionRecord) -> Row:
     """The row of a session.
 
     Raises:
-        InvalidArgument: a value that cannot be kept; the message names it.
+        InvalidArgument: a value that cannot be stored; the message names it.
     """
     what = f"session {session.id!r}: "
     row = {
@@ -194,10 +194,10 @@ def session_row(session: SessionRecord) -> Row:
 
 
 def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Tags as they are kept: sorted, each once.
+    """Tags for storage: sorted, unique.
 
     Raises:
-        InvalidArgument: one cannot be kept.
+        InvalidArgument: one cannot be stored.
     """
     return tuple(sorted({_name("tag", tag) for tag in tags}))
 
@@ -209,7 +209,7 @@ def turn_of(row: Row, tags: Iterable[str]) -> TurnRecord:
     """The turn of a row.
 
     Raises:
-        Damaged: the row is not as it was written.
+        Damaged: the checksum does not match.
     """
     verify(row)
     try:
@@ -240,7 +240,7 @@ def session_of(row: Row) -> SessionRecord:
     """The session of a row.
 
     Raises:
-        Damaged: the row is not as it was written.
+        Damaged: the checksum does not match.
     """
     verify(row)
     try:
@@ -251,7 +251,7 @@ def session_of(row: Row) -> SessionRecord:
 
 
 def checksum(row: Row) -> bytes:
-    """BLAKE2b, 128 bits, of a row's columns with their names and types."""
+    """BLAKE2b, 128 bits, over names, types and values of a row's columns."""
     digest = blake2b(digest_size=16)
     for name in sorted(row.keys() - _UNSEALED):
         value = row[name]
@@ -262,7 +262,7 @@ def checksum(row: Row) -> bytes:
 
 
 def verify(row: Row) -> None:
-    """Raises `Damaged` unless a row's checksum is that of its columns."""
+    """Raises `Damaged` if a row's checksum does not match its columns."""
     if row["checksum"] != checksum(row):
         raise Damaged("its checksum does not match")
 
@@ -271,11 +271,11 @@ def verify(row: Row) -> None:
 
 
 def _utf8(what: str, text: str) -> bytes:
-    """Text as bytes: PostgreSQL's own text type cannot hold NUL, which a model may say."""
+    """Text as bytes: PostgreSQL's text type cannot hold NUL, which a model may generate."""
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise InvalidArgument(f"{what} holds half of a surrogate pair, which is no text") from None
+        raise InvalidArgument(f"{what} holds half of a surrogate pair, which is not valid text") from None
 
 
 def _name(what: str, text: str) -> str:
@@ -288,7 +288,7 @@ def _json(what: str, value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{what} is no JSON: {error}") from None
+        raise InvalidArgument(f"{what} is not JSON: {error}") from None
     return _name(what, text)
 
 
@@ -301,7 +301,7 @@ def _count(what: str, number: int) -> int:
 def _time(what: str, seconds: float) -> float:
     if not math.isfinite(seconds):
         raise InvalidArgument(f"{what} must be a time, not {seconds}")
-    return float(seconds) + 0.0  # SQLite keeps no -0.0, and the checksum would see it
+    return float(seconds) + 0.0  # SQLite stores -0.0 as 0.0, which would change the checksum
 
 
 def _packed(what: str, ids: tuple[int, ...]) -> bytes:

@@ -1,4 +1,4 @@
-"""Tables of the newest schema version. migrations/ makes them, so a change here needs a revision there."""
+"""Tables of the newest schema version. migrations/ creates them, so a change here needs a revision there."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 
-VERSION_TABLE = "fabula_version"  # a name of our own: a PostgreSQL database may be others' too
+VERSION_TABLE = "fabula_version"  # not alembic's default: others may share a PostgreSQL database
 
 
 class Bytes(sa.LargeBinary):
-    """Bytes as the driver gives them: a damaged value must reach the checksum, whatever its type."""
+    """Bytes without conversion: a damaged value must reach the checksum, whatever its type."""
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:  # noqa: ARG002
         return None

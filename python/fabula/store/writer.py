@@ -1,8 +1,7 @@
-"""The thread that writes: the only one that does, over one connection.
+"""The writer thread: executes all writes over one connection.
 
-Everything queued while a transaction commits goes into the next one together (group commit), so that a disk which
-takes its time to sync is asked once for many. If that transaction fails, its jobs run again one by one, so that only
-those that are at fault fail.
+Jobs queued during a commit go into the next transaction together (group commit), so that many share one sync to disk.
+If a transaction fails, its jobs run again one by one, so that only the faulty ones fail.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sqlalchemy as sa
 from fabula.errors import EngineError, StoreError
 from fabula.store import changes
 from fabula.store.failures import translate
-from fabula.store.place import Place, checkpoint
+from fabula.store.location import Location, checkpoint
 from fabula.store.records import Row, SessionRecord, TurnRecord, checked_tags, session_row, turn_row
 
 Change = Callable[[sa.Connection], None]
@@ -36,7 +35,7 @@ class _Job:
 
 @dataclass(slots=True, frozen=True)
 class _Draft:
-    """A turn that is being made, as rows."""
+    """An unfinished turn, as rows."""
 
     turn: Row
     tags: tuple[str, ...]
@@ -47,21 +46,21 @@ class _Draft:
 
 
 class Watch:
-    """A turn that is being made, which the writer stores from time to time. Made by `Store.watch`."""
+    """An unfinished turn, which the writer checkpoints periodically. Made by `Store.watch`."""
 
     def __init__(self, writer: Writer, snapshot: Snapshot) -> None:
         self._writer, self._snapshot = writer, snapshot
         self._stored: _Draft | None = None
 
     def close(self, *, discard: bool = False) -> Future[None]:
-        """Ends the watch. Once this returns, nothing of the draft is written any more; it waits for a checkpoint that
-        is being written now. The snapshot function may still be called once, for nothing.
+        """Ends the watch. Waits for a running checkpoint; afterwards the draft is not written any more. The snapshot
+        function may still be called once; its result is ignored.
 
         Args:
-            discard: also delete what was stored of the draft.
+            discard: also delete the stored draft.
 
         Returns:
-            Done when the draft is deleted; done already if there is nothing to delete.
+            Done when the draft is deleted; done already if none was stored.
 
         Raises:
             StoreError: the store is closed, and there is something to delete.
@@ -75,7 +74,7 @@ class Watch:
         return done
 
     def take(self) -> _Draft | None:
-        """The draft as it is now; None when it is as it was stored last. For the writer.
+        """The current draft; None if it has not changed since it was stored. For the writer.
 
         Raises:
             Exception: whatever the snapshot function raises.
@@ -89,7 +88,7 @@ class Watch:
         return None if draft == self._stored else draft
 
     def stored(self, draft: _Draft) -> None:
-        """The draft is on disk. For the writer."""
+        """Marks a draft as stored. For the writer."""
         self._stored = draft
 
 
@@ -98,23 +97,23 @@ class Writer:
 
     Args:
         connection: for writing; the thread closes it at its end.
-        place: where that leads, for messages.
-        checkpoint_s: seconds between two looks at the turns that are being made.
+        place: its location, for messages.
+        checkpoint_s: seconds between checkpoints of unfinished turns.
 
     Attributes:
-        last_error: the last failure that nobody was waiting for; None so far.
+        last_error: the last background failure; None if there was none.
     """
 
-    def __init__(self, connection: sa.Connection, place: Place, checkpoint_s: float) -> None:
+    def __init__(self, connection: sa.Connection, place: Location, checkpoint_s: float) -> None:
         self.last_error: EngineError | None = None
         self._connection, self._place, self._checkpoint_s = connection, place, checkpoint_s
         self._pid = os.getpid()
-        # Reentrant, as Condition makes it: garbage collection may close a forgotten store in the middle of anything.
+        # Reentrant (Condition's default), because garbage collection may close a store at any point.
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._watches: list[Watch] = []
-        self._writing: list[Watch] = []  # whose drafts are in the transaction that runs now
-        self._due = 0.0  # when the watches are looked at next, by the monotonic clock
+        self._writing: list[Watch] = []  # whose drafts are in the current transaction
+        self._due = 0.0  # time of the next checkpoint, by the monotonic clock
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fabula-store", daemon=True)
         self._thread.start()
@@ -123,7 +122,7 @@ class Writer:
         """Queues a change.
 
         Raises:
-            StoreError: the store is closed, or belongs to the process that this one was forked from.
+            StoreError: the store is closed, or this is a forked child.
         """
         self.check_usable()
         job = _Job(change)
@@ -134,7 +133,7 @@ class Writer:
         return job.future
 
     def watch(self, snapshot: Snapshot) -> Watch:
-        """Looks at a turn that is being made, until the watch is closed.
+        """Starts to checkpoint an unfinished turn, until the watch is closed.
 
         Raises:
             StoreError: as `submit`.
@@ -150,7 +149,7 @@ class Writer:
         return watch
 
     def unwatch(self, watch: Watch) -> None:
-        """Stops looking, and waits for the draft's transaction if it runs now."""
+        """Ends a watch, and waits for a running transaction with its draft."""
         if os.getpid() != self._pid:
             return
         with self._changed:
@@ -159,7 +158,7 @@ class Writer:
             self._changed.wait_for(lambda: watch not in self._writing)
 
     def close(self) -> None:
-        """Writes what is queued and ends the thread."""
+        """Executes queued writes and ends the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -167,10 +166,10 @@ class Writer:
             self._thread.join()
 
     def check_usable(self) -> None:
-        """Raises `StoreError` when the store is closed, or was forked from another process: no thread writes here then,
-        and its locks may be held for ever."""
+        """Raises `StoreError` if the store is closed, or in a forked child, where no writer thread runs and locks may
+        never be released."""
         if os.getpid() != self._pid:
-            raise self._error("belongs to the process that this one was forked from; open it anew here")
+            raise self._error("was opened before os.fork(); open it again in this process")
         self._check_open()
 
     def _check_open(self) -> None:
@@ -184,7 +183,7 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            while self._turn_over():
+            while self._run_once():
                 pass
             checkpoint(self._connection)
         except Exception as error:
@@ -199,8 +198,8 @@ class Writer:
             with suppress(Exception):
                 self._connection.close()
 
-    def _turn_over(self) -> bool:
-        """Writes what is there to write, waiting for it first; False when the store is closing and nothing is left."""
+    def _run_once(self) -> bool:
+        """Waits for work and does it; False when the store is closing and nothing is left."""
         with self._changed:
             while not self._jobs and not self._closing and not self._is_due():
                 self._changed.wait(max(0.0, self._due - time.monotonic()) if self._watches else None)
@@ -211,12 +210,12 @@ class Writer:
             if not jobs and not due:
                 return not self._closing
         jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-        # Outside the lock, as a snapshot may wait for a lock whose holder closes its watch.
+        # Outside the lock: a snapshot may wait for a lock of a thread that is closing its watch.
         taken = [(watch, draft) for watch in due if (draft := self._take(watch)) is not None]
         with self._changed:
             drafts = [(watch, draft) for watch, draft in taken if watch in self._watches]
             self._writing = [watch for watch, _ in drafts]
-        # Drafts last: the turns before them may be among the jobs.
+        # Drafts last: their parents may be among the jobs.
         outcomes = self._write([*(job.change for job in jobs), *(draft.write for _, draft in drafts)])
         for (watch, draft), error in zip(drafts, outcomes[len(jobs) :], strict=True):
             if error is None:
@@ -239,7 +238,7 @@ class Writer:
     def _take(self, watch: Watch) -> _Draft | None:
         try:
             return watch.take()
-        except ReferenceError:  # what made the draft is gone: it stays as it was stored last
+        except ReferenceError:  # the owner of the draft is gone: keep the stored one
             with self._changed:
                 if watch in self._watches:
                     self._watches.remove(watch)
@@ -249,7 +248,7 @@ class Writer:
             return None
 
     def _write(self, all_changes: list[Change]) -> list[EngineError | None]:
-        """Makes changes together or, if that fails, each for itself; what went wrong with each, None for nothing."""
+        """Commits changes together or, if that fails, one by one. Returns the error of each, or None."""
         if not all_changes:
             return []
         error = self._transaction(all_changes)

@@ -1,14 +1,13 @@
-"""From messages to token ids, with the template's control tokens as control tokens and the user's as text.
+"""Encodes messages to token ids: control tokens of the template as control tokens, those in user input as text.
 
-A template renders one string in which its scaffolding and the users' words are mixed; encoded with control tokens
-parsed, a user who types "<|im_end|>" would end their own turn. So where a message holds the text of a control token,
-each such place is marked with a character that occurs nowhere else before rendering; afterwards the string is cut at
-the unmarked control tokens, the marks are taken out, and what lies between is encoded as plain text. Where no message
-holds any, which is nearly always, the string is encoded in one go, exactly as transformers does it.
+A template renders one string that mixes its scaffolding with user input. Encoded with control tokens parsed, a user who
+types "<|im_end|>" would end their own turn. So before rendering, each control token inside a message is marked with a
+character that occurs nowhere else. The rendered string is split at the unmarked control tokens, the marks are removed,
+and the pieces are encoded as plain text. If no message contains a control token, which is nearly always so, the string
+is encoded in one go, exactly as in transformers.
 
-Cutting is what the tokenizer itself does first, so the ids are the same; only a vocabulary that puts a space in front
-of the very first word alone (prepend_scheme "first") may see one more space behind a control token, in such a
-conversation.
+The tokenizer also splits at control tokens first, so the ids are the same, with one exception: a vocabulary that adds a
+space only before the very first word (prepend_scheme "first") may get one more space after a control token.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class ControlText(str):
-    """A text of a message whose control tokens are control tokens: its caller vouches for it."""
+    """Trusted text of a message: control tokens in it are control tokens."""
 
 
 def with_control_tokens(value: Any, depth: int = 0) -> Any:
-    """Messages, or what one holds, with every text as `ControlText`."""
+    """Converts all strings in messages to `ControlText`."""
     if depth > MAX_DEPTH:
         raise InvalidArgument(f"messages are nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -42,7 +41,7 @@ def with_control_tokens(value: Any, depth: int = 0) -> Any:
     return value
 
 
-# Private-use characters to mark with; the first that the conversation does not hold is taken.
+# Private-use characters for marks; the first that does not occur in the conversation is used.
 _MARKS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
@@ -60,14 +59,14 @@ def encode_chat(
     Args:
         tokenizer, template: of the model.
         messages: of the conversation.
-        continue_final_message: whether the ids end with the words of the last message, which is the assistant's; None
-            where it is, see `text/prefill.py`.
-        options: of the template.
+        continue_final_message: whether the ids end with the text of the last message, for the model to continue it;
+            None: if that message is the assistant's. See `text/prefill.py`.
+        options: variables of the template.
 
     Raises:
         TemplateError: the template fails or refuses.
-        InvalidArgument: a message is malformed, or holds a control token and every private-use character; or the last
-            message shall be continued and is not the assistant's.
+        InvalidArgument: a message is malformed, or holds a control token and every private-use character; or
+            continue_final_message is true and the last message is not the assistant's.
     """
     marks = Marks(tokenizer, template, messages, options)
     if is_prefilled(messages, continue_final_message, options.get("add_generation_prompt")):
@@ -76,15 +75,15 @@ def encode_chat(
 
 
 class Marks:
-    """Messages ready to be rendered, and the way back from the rendered text to ids.
+    """Marks control tokens in messages before rendering, and encodes the rendered text.
 
     Args:
         tokenizer, template: of the model.
         messages: of the conversation.
-        options: for the template; several, if it is to be rendered with each of them.
+        options: variables of the template; one mapping for each rendering.
 
     Attributes:
-        messages, options: those given, with control tokens in them marked.
+        messages, options: copies with control tokens marked.
 
     Raises:
         InvalidArgument: the messages hold a control token and every private-use character.
@@ -111,24 +110,24 @@ class Marks:
             self.options = _marked(options, self._pattern, self._mark)
 
     def unused(self) -> str:
-        """A private-use character that neither messages, options and template hold nor was given out before.
+        """A private-use character that does not occur in messages, options and template; a new one each call.
 
         Raises:
-            InvalidArgument: there is none.
+            InvalidArgument: all of them occur.
         """
         character = _unused(*self._texts)
         self._texts.append(character)
         return character
 
     def encode(self, text: str) -> list[int]:
-        """Ids of rendered text, or of a part of it that begins and ends beside a control token or an answer."""
+        """Ids of rendered text, or of a part of it that is bounded by control tokens or a reply."""
         if self._pattern is None or not self._mark:
             return self._tokenizer.encode(text, add_bos=False, special=True)
         return _encode_marked(self._tokenizer, text, self._pattern, self._mark)
 
 
 def _unused(*texts: str) -> str:
-    """A private-use character that none of the texts holds."""
+    """A private-use character that occurs in none of the texts."""
     present: set[str] = set().union(*texts)
     for codes in _MARKS:
         for code in codes:
@@ -138,13 +137,13 @@ def _unused(*texts: str) -> str:
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Matches any control token, the longest first."""
+    """A pattern of all control tokens, longest first; None if there are none."""
     tokens = sorted((token for token in tokenizer.special_tokens if token), key=len, reverse=True)
     return re.compile("|".join(re.escape(token) for token in tokens)) if tokens else None
 
 
 def _texts(value: object, depth: int = 0) -> Iterator[str]:
-    """Every text in nested plain data, keys too: those of a tool's arguments are its caller's."""
+    """All strings in nested data, keys included, since a tool's arguments may have keys from user input."""
     if depth > MAX_DEPTH:
         raise InvalidArgument(f"messages are nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -155,8 +154,8 @@ def _texts(value: object, depth: int = 0) -> Iterator[str]:
 
 
 def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
-    """The same value with the mark behind the first character of every control token in it. What remains may hold
-    another, shorter token, or one that only arises with the mark; the search goes on until none is left."""
+    """A copy with the mark after the first character of each control token. The rest may contain a shorter token, or
+    form one with the mark, so the search repeats until none is left."""
     if isinstance(value, ControlText):
         return value
     if isinstance(value, str):
@@ -172,8 +171,8 @@ def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
 
 
 def _encode_marked(tokenizer: Tokenizer, text: str, pattern: re.Pattern[str], mark: str) -> list[int]:
-    """Ids of a marked text: unmarked control tokens as such, the rest plain. A control token that takes the blanks
-    beside it (lstrip, rstrip) takes them here too."""
+    """Ids of a marked text: unmarked control tokens as such, the rest as plain text. Control tokens with lstrip or
+    rstrip also absorb the whitespace next to them."""
     ids: list[int] = []
     start, strip_left = 0, False
     for match in pattern.finditer(text):

@@ -1,15 +1,14 @@
-"""The next prompt of a conversation whose past is known as token ids.
+"""Encodes the next prompt of a conversation while keeping the token ids of its past.
 
-What a model wrote is kept as the ids it drew: reading its text back through the tokenizer, or through a template that
-trims answers or takes thoughts out of them, could give other ids, and every K and V behind them would be lost. So the
-template is rendered with a placeholder in place of each answer. What it puts behind the last placeholder is the
-scaffolding between that answer and the next one, whatever the answers hold, and only that is encoded. An answer whose
-tool calls the template words itself has no placeholder: the scaffolding begins at the first end token behind it.
+A reply is kept as the ids that were sampled. Encoding its text again, possibly through a template that trims replies or
+removes reasoning, could give other ids and invalidate the KV cache after them. So the template is rendered with a
+placeholder for each reply. What follows the last placeholder is the scaffolding up to the next reply, whatever the
+replies contain, and only that is encoded. A reply whose tool calls the template formats itself has no placeholder;
+there the scaffolding begins at the first end token.
 
-A template that words the past differently once there is more of it (a date, a count of messages), or under other
-options (tools in the system message), is noticed, since what it puts before the last answer must be what it rendered
-when that answer was made; then the whole conversation is encoded anew, and the caller sees by the ids how much of the
-past still fits.
+Some templates render the past differently when it grows (a date, a count of messages) or under other options (tools in
+the system message). To detect that, the text before the last reply is compared with what was rendered when the reply
+was made. If it differs, the whole conversation is encoded again, and the caller sees from the ids what still matches.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ def encode_next(
     options: Mapping[str, Any] = NOTHING,
     past: tuple[Sequence[Message], Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Token ids of a conversation, ready for the next answer, that keep the ids of the past where they can be kept.
+    """Token ids of the prompt for the next reply; keeps the ids of the past where possible.
 
     Args:
         tokenizer, template: of the model.
-        messages: the conversation; `known` ends with its last answer, and what follows that is new.
-        known: ids of everything up to that answer, its end token included if it has one; empty if nothing was said.
-        options: for the template.
-        past: messages and options that the last answer was made with, if they are not those of now.
+        messages: the conversation; those after the last reply are new.
+        known: ids up to the end of the last reply, with its end token if it has one; empty for a new conversation.
+        options: variables of the template.
+        past: messages and options of the last reply's prompt, if they differ from the current ones.
 
     Raises:
         TemplateError, InvalidArgument: as `encode_chat`.
@@ -53,43 +52,47 @@ def encode_next(
         return encode_chat(tokenizer, template, messages, **options)
     before, past_options = past if past is not None else (messages[:last], options)
     marks = Marks(tokenizer, template, [*messages, *before], options, past_options)
-    hole = marks.unused()
-    holed = [_with_hole(message, hole) for message in marks.messages]
+    placeholder = marks.unused()
+    masked = [_with_placeholder(message, placeholder) for message in marks.messages]
     now, then = marks.options
-    rendered = template.render(holed[: len(messages)], **now)
-    start = template.render(holed[len(messages) :], **then)
+    rendered = template.render(masked[: len(messages)], **now)
+    start = template.render(masked[len(messages) :], **then)
     if rendered.startswith(start):
-        tail = _behind_answer(tokenizer, rendered[len(start) :], hole if _is_plain(messages[last]) else "", known[-1])
-        if tail is not None and hole not in tail:
+        tail = _after_reply(
+            tokenizer, rendered[len(start) :], placeholder if _is_plain(messages[last]) else "", known[-1]
+        )
+        if tail is not None and placeholder not in tail:
             return [*known, *marks.encode(tail)]
     return encode_chat(tokenizer, template, messages, **options)
 
 
-def _is_plain(answer: Message) -> bool:
-    return not answer.get("tool_calls")
+def _is_plain(reply: Message) -> bool:
+    return not reply.get("tool_calls")
 
 
-def _with_hole(message: Message, hole: str) -> Message:
-    return {**message, "content": hole} if message.get("role") == "assistant" and _is_plain(message) else message
+def _with_placeholder(message: Message, placeholder: str) -> Message:
+    if message.get("role") != "assistant" or not _is_plain(message):
+        return message
+    return {**message, "content": placeholder}
 
 
-def _behind_answer(tokenizer: Tokenizer, text: str, hole: str, last: int) -> str | None:
-    """What a rendered text that begins with an answer holds behind that, and behind its end token if `last` is one.
+def _after_reply(tokenizer: Tokenizer, text: str, placeholder: str, last: int) -> str | None:
+    """The rendered text after a reply, and after its end token if `last` is one.
 
     Args:
-        text: from where the answer begins.
-        hole: stands for the answer; "" if the template worded it.
-        last: last id of the answer.
+        text: rendered text from the start of the reply.
+        placeholder: of the reply; "" if the template formatted it.
+        last: last id of the reply.
 
     Returns:
-        The rest; None if it is not clear where it begins.
+        The rest; None if its start cannot be determined.
     """
     ends = [token for token, i in tokenizer.special_tokens.items() if i in tokenizer.eos_ids]
     own = next((token for token, i in tokenizer.special_tokens.items() if i == last), None)
-    if hole:
-        if not text.startswith(hole):
+    if placeholder:
+        if not text.startswith(placeholder):
             return None
-        tail = text[len(hole) :]
+        tail = text[len(placeholder) :]
         return tail.removeprefix(own) if own is not None and own in ends else tail
     found = min(((place, end) for end in ends if (place := text.find(end)) >= 0), default=None)
     if found is None:

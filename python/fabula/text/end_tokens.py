@@ -1,7 +1,6 @@
-"""Tokens that end an answer, beside those a model's files name: the names the field has for them.
+"""Tokens that end a reply in addition to those in a model's files, known by name.
 
-The lists are those of llama.cpp (special_eog_ids in src/llama-vocab.cpp of the source that llama-cpp-python 0.3.36
-carries), exceptions included.
+Source: special_eog_ids in src/llama-vocab.cpp of the llama.cpp in llama-cpp-python 0.3.36, exceptions included.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ END_TOKENS = (
     "[e~[",  # MiniMax M2
 )
 
-# Tokens of fill-in-the-middle training, by the GGUF key that may name them. Where one of the first three comes, the gap
-# is filled: what would follow is padding, or another file. The key counts before the names, and the first name that a
-# vocabulary has before the others.
+# End tokens of fill-in-the-middle training, by the GGUF key for them: after one of these the gap is filled, and padding
+# or another file follows. The key has priority over the names, and an earlier name over later ones.
 GAP_ENDS: Mapping[str, tuple[str, ...]] = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -48,19 +46,19 @@ def end_ids(
     named: Iterable[int],
     gap_ends: Mapping[str, int | None],
 ) -> list[int]:
-    """Every token that ends an answer.
+    """All tokens that end a reply.
 
     Args:
         ids: of a vocabulary's tokens.
-        named: those the model's files call end tokens, the most important first.
-        gap_ends: those that the files name, by the keys of `GAP_ENDS`.
+        named: end tokens from the model's files, most important first.
+        gap_ends: those from the files, by the keys of `GAP_ENDS`.
 
     Returns:
         `named`, then the others in the order of `END_TOKENS` and `GAP_ENDS`.
     """
     found = dict.fromkeys(named)
     texts = {token: ids[token] for token in END_TOKENS if token in ids}
-    for token in _no_ends(texts, writes_plamo=ids.get("<|plamo:eos|>") in found):
+    for token in _not_ends(texts, writes_plamo=ids.get("<|plamo:eos|>") in found):
         texts.pop(token, None)
     found |= dict.fromkeys(texts.values())
     for key, names in GAP_ENDS.items():
@@ -72,9 +70,9 @@ def end_ids(
     return list(found)
 
 
-def _no_ends(texts: Container[str], *, writes_plamo: bool) -> list[str]:
-    """Tokens that are no ends beside those others: gpt-oss and Solar Open begin another message behind <|end|>, and
-    Gemma 4 and PLaMo write </s> as any word."""
+def _not_ends(texts: Container[str], *, writes_plamo: bool) -> list[str]:
+    """Tokens that do not end a reply in some vocabularies: gpt-oss and Solar Open continue with another message after
+    <|end|>, and for Gemma 4 and PLaMo </s> is ordinary text."""
     none = []
     calls = "<|call|>" in texts or "<|calls|>" in texts
     if calls and ("<|return|>" in texts or "<|flush|>" in texts):

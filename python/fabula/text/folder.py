@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, and the settings and templates that lie beside it."""
+"""Reads the tokenizer of a Hugging Face folder: tokenizer.json, its settings and chat templates."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fabula.text.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, build_backend
 
 MAX_SETTINGS_BYTES = 16 << 20  # tokenizer_config.json repeats every added token
 MAX_TEMPLATE_BYTES = 1 << 16
-MAX_TEMPLATES = 64  # of one model; the most in use are four
+MAX_TEMPLATES = 64  # of one model; known models have up to four
 _NAMED_TEMPLATES = "additional_chat_templates"  # a folder of them
-_PROBES = ("a", "1", ".", "")  # texts to see the post-processor by: one of them has tokens in any vocabulary
+_PROBES = ("a", "1", ".", "")  # texts to probe the post-processor with; any vocabulary has tokens for one of them
 
 
 def read_folder(folder: Path) -> Tokenizer:
@@ -61,7 +61,7 @@ def read_folder(folder: Path) -> Tokenizer:
 
 
 def _around(backend: Any) -> tuple[list[int], list[int]]:
-    """What the post-processor, of whatever kind, puts before a text and behind it."""
+    """Ids that the post-processor, of any type, adds before and after a text."""
     for probe in _PROBES:
         plain = backend.encode(probe, add_special_tokens=False).ids
         whole = backend.encode(probe, add_special_tokens=True).ids
@@ -90,7 +90,7 @@ def _is_id(value: object) -> TypeGuard[int]:
 
 
 def _token_text(value: object) -> str | None:
-    """A token is written as text, or as an object with its text in "content"."""
+    """The text of a token, given as a string or as an object with "content"."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
@@ -109,9 +109,9 @@ def _first_id(backend: Any, text: str | None, *ids: object) -> int | None:
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """The chat templates by name.
 
-    Files of their own come before the settings, as in transformers: chat_template.jinja is the one named "default",
-    those in `additional_chat_templates/` are named like their files. Without any, the settings hold one, or a list of
-    named ones; at last chat_template.json, which processors of images and sound have.
+    Files have priority over the settings, as in transformers: chat_template.jinja is "default", and those in
+    `additional_chat_templates/` have the names of their files. Without files, the settings have one template or a list
+    of named ones; last comes chat_template.json, written by processors of images and sound.
     """
     found: dict[str, str] = {}
     path = folder / "chat_template.jinja"
@@ -136,7 +136,7 @@ def _template(path: Path) -> str:
 
 
 def _named(value: object) -> dict[str, str]:
-    """Templates by name, from settings: one text, a list of objects with name and template, or an object."""
+    """Templates by name, from settings: one string, a list of objects with name and template, or an object."""
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):

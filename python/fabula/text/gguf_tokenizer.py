@@ -1,9 +1,9 @@
-"""A GGUF vocabulary as the tokenizer it was made from.
+"""Builds a tokenizer from the vocabulary in a GGUF file.
 
-Two kinds exist in the families Fabula runs: byte-level BPE ("gpt2" with a pre-tokenizer by name, see
-`text/pretokenizers.py`) and SentencePiece-like BPE with scores instead of merges ("llama"). Key names and values are
-those of the GGUF specification and llama.cpp's converter; what holds where a key is missing is llama.cpp's rule
-(src/llama-vocab.cpp of the source that llama-cpp-python 0.3.36 carries).
+The supported families have two kinds: byte-level BPE ("gpt2" with a named pre-tokenizer, see `text/pretokenizers.py`)
+and SentencePiece-like BPE with scores instead of merges ("llama"). Keys and values are those of the GGUF specification
+and llama.cpp's converter; defaults of missing keys are llama.cpp's (src/llama-vocab.cpp of the source in
+llama-cpp-python 0.3.36).
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ import numpy as np
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
-from fabula.errors import TokenizerError, Unsupported
-from fabula.formats.readfile import shown
+from fabula.errors import TokenizerError, Unsupported, shown
 from fabula.text.end_tokens import END_TOKENS, GAP_ENDS, end_ids
 from fabula.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, REFUSED, PreTokenizer
 from fabula.text.tokenizer import MAX_TOKEN_BYTES, Tokenizer, TokenizerWarning, build_backend, building
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_PIECES = (0, NORMAL, UNUSED)  # 0 says nothing of a token
-_ADDED = (CONTROL, USER_DEFINED, UNKNOWN)  # cut out of a text before it is merged
+_PIECES = (0, NORMAL, UNUSED)  # 0: unspecified
+_ADDED = (CONTROL, USER_DEFINED, UNKNOWN)  # split off before merging
 
-NORMALIZER = "fabula.tokenizer.normalizer"  # of files that Fabula writes; the GGUF specification has no key for it
-NO_TOKEN = 2**32 - 1  # -1 as converters write it where there is no such token
+NORMALIZER = "fabula.tokenizer.normalizer"  # written by Fabula; the GGUF specification has no key for it
+NO_TOKEN = 2**32 - 1  # -1: converters write it for "no such token"
 
-# Other kinds of vocabulary that llama.cpp reads.
+# Unsupported kinds of vocabulary that llama.cpp reads.
 _OTHER_MODELS = {
     "bert": "WordPiece",
     "t5": "Unigram",
@@ -48,19 +47,21 @@ _END_NAMES = frozenset(END_TOKENS).union(*GAP_ENDS.values())
 _MERGES = "tokenizer.ggml.merges"
 _TEMPLATE = "tokenizer.chat_template"
 _SPECIAL = "tokenizer.ggml.{}_token_id"
-# What llama.cpp takes for a SentencePiece vocabulary where the keys are missing. The ids are Llama's own; in another
-# vocabulary they count only if the tokens are of that kind.
+# llama.cpp's defaults for a SentencePiece vocabulary without these keys. The ids are Llama's; they are used only if the
+# token has that type.
 _SENTENCEPIECE_IDS = {"bos": (1, CONTROL), "eos": (2, CONTROL), "unknown": (0, UNKNOWN)}
-# Control tokens of Phi-3 that take no blanks beside them, as all others there do. Known by the model's name: GGUF holds
-# no flags of tokens.
+# Phi-3's control tokens absorb the whitespace after them, except these. Detected by the model's name, since GGUF has no
+# flags for tokens.
 _PHI3_NAMES = ("phi-3", "phi3")
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_LONGEST_PIECE = 512  # characters; SentencePiece itself stops at 16. Merges are found by cutting a piece everywhere.
+_LONGEST_PIECE = (
+    512  # characters; SentencePiece itself stops at 16. Bounds the search for merges, which tries every split.
+)
 
 
 class _Keys:
-    """The tokenizer's key-values with checks that name file and key."""
+    """Typed access to the tokenizer's keys; errors name file and key."""
 
     def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
         self._metadata, self.path = metadata, path
@@ -73,7 +74,7 @@ class _Keys:
         if value is None and optional:
             return None
         if not isinstance(value, list) or not set(map(type, value)) <= {str}:
-            raise self.error(key, "is missing" if value is None else "must be a list of texts")
+            raise self.error(key, "is missing" if value is None else "must be a list of strings")
         return value
 
     def numbers(self, key: str, kinds: str, length: int) -> np.ndarray[Any, Any] | None:
@@ -90,7 +91,7 @@ class _Keys:
     def text(self, key: str, default: str | None = None) -> str | None:
         value = self._metadata.get(key, default)
         if value is not None and not isinstance(value, str):
-            raise self.error(key, "must be a text")
+            raise self.error(key, "must be a string")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -103,13 +104,12 @@ class _Keys:
         return self._metadata.get(key)
 
     def token_id(self, name: str, n_tokens: int, *, needed: bool = True) -> int | None:
-        """The id of a special token, None if the file names none.
+        """The id of a special token; None if the file has none.
 
         Args:
             name: of the token, such as "bos".
             n_tokens: of the vocabulary.
-            needed: whether a wrong id is an error. One that nothing depends on, such as that of padding, is passed over
-                with a warning.
+            needed: whether a wrong id is an error; else it is ignored with a warning.
         """
         key = _SPECIAL.format(name)
         value = self._metadata.get(key)
@@ -147,7 +147,7 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     named = [i for name in ("eos", "eot", "eom") if (i := special[name]) is not None]
     ends = end_ids(ids, named, {name: special[name] for name in GAP_ENDS})
     words = _words(keys, ids, kinds)
-    for i in ends:  # old converters took some for text: then users could write them
+    for i in ends:  # old converters typed some as text, so that users could write them
         if tokens[i] in _END_NAMES and tokens[i] not in words:
             kinds[i] = CONTROL
     add_bos = model == "llama"
@@ -180,7 +180,7 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 def _special_ids(keys: _Keys, kinds: Sequence[int], model: str | None) -> dict[str, int | None]:
-    """Special tokens by their names in keys."""
+    """Ids of special tokens, by their names in keys."""
     found = {name: keys.token_id(name, len(kinds)) for name in ("bos", "eos")}
     others = ("eot", "eom", "unknown", "padding", *GAP_ENDS)
     found |= {name: keys.token_id(name, len(kinds), needed=False) for name in others}
@@ -192,8 +192,8 @@ def _special_ids(keys: _Keys, kinds: Sequence[int], model: str | None) -> dict[s
 
 
 def _words(keys: _Keys, ids: Mapping[str, int], kinds: Sequence[int]) -> set[str]:
-    """Names of end tokens that merging makes, as it does "</s>" in Qwen's vocabulary. They end an answer, as in
-    llama.cpp, but a user who writes HTML means the text."""
+    """End tokens that merges can also produce, such as "</s>" in Qwen's vocabulary. They end a reply, as in llama.cpp,
+    but in user input they are text, as in HTML."""
     plain = {name for name in _END_NAMES if name in ids and kinds[ids[name]] == NORMAL}
     if not plain:
         return plain
@@ -201,7 +201,7 @@ def _words(keys: _Keys, ids: Mapping[str, int], kinds: Sequence[int]) -> set[str
 
 
 def _added(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> list[AddedToken]:
-    """Tokens that are cut out of a text before it is merged."""
+    """Tokens that are split off a text before merging."""
     model = str(keys.get("general.name")).lower()
     is_phi3 = any(name in model for name in _PHI3_NAMES)
     return [
@@ -212,7 +212,7 @@ def _added(keys: _Keys, tokens: Sequence[str], kinds: Sequence[int]) -> list[Add
 
 
 def _rule(keys: _Keys) -> PreTokenizer:
-    """How texts are cut before merging."""
+    """The pre-tokenizer named by the file."""
     name = keys.text("tokenizer.ggml.pre")
     if not name:
         keys.warn(
@@ -234,8 +234,8 @@ def _rule(keys: _Keys) -> PreTokenizer:
 
 
 def _build(keys: _Keys, description: Mapping[str, Any], added: list[AddedToken]) -> Backend:
-    """What the library makes of a tokenizer.json of this content. Only its small parts go through JSON: tokens and
-    merges in it, written, checked and read again, would take five times as long."""
+    """Builds the library's tokenizer from the content of a tokenizer.json. Tokens and merges bypass JSON: writing,
+    checking and parsing them would take five times as long."""
     bpe = dict(description["model"])
     path = keys.path
     backend = build_backend(json.dumps({**description, "model": {"type": "BPE", "vocab": {}, "merges": []}}), path)
@@ -244,13 +244,13 @@ def _build(keys: _Keys, description: Mapping[str, Any], added: list[AddedToken])
             backend.model = models.BPE(**bpe)
             backend.add_tokens(added)
     except TokenizerError:
-        _check_merges(keys, bpe["vocab"])  # says which entry it was
+        _check_merges(keys, bpe["vocab"])  # raises an error that names the entry
         raise
     return backend
 
 
 def _ids_of(keys: _Keys, tokens: Sequence[str]) -> dict[str, int]:
-    """The vocabulary: every token's id."""
+    """The vocabulary: token -> id."""
     key = "tokenizer.ggml.tokens"
     if not tokens:
         raise keys.error(key, "is empty")
@@ -268,8 +268,8 @@ def _ids_of(keys: _Keys, tokens: Sequence[str]) -> dict[str, int]:
 
 
 class _Pairs(Sequence[tuple[str, ...]]):
-    """Merges as the library takes them, each cut in two when it is asked for: as many tuples at once took 3 MB more at
-    SmolLM2's peak, and a third of a tokenizer's time, since Python looks through them for cycles."""
+    """Merges as pairs, split lazily. A list of tuples took 3 MB more at the peak for SmolLM2, and a third of the time
+    to build the tokenizer, because Python's garbage collector scans them."""
 
     def __init__(self, merges: Sequence[str]) -> None:
         self._merges = merges
@@ -285,9 +285,9 @@ class _Pairs(Sequence[tuple[str, ...]]):
 
 
 def _byte_level(keys: _Keys, vocabulary: Mapping[str, int], rule: PreTokenizer) -> dict[str, Any]:
-    """Byte-level BPE: merges are in the file."""
+    """Description of a byte-level BPE tokenizer, with the merges of the file."""
     merges = _Pairs(keys.texts(_MERGES) or [])
-    if "" in vocabulary:  # the library would take a merge with nothing
+    if "" in vocabulary:  # the library would accept a merge with an empty token
         _check_merges(keys, vocabulary)
     return {
         "version": "1.0",
@@ -304,8 +304,8 @@ def _byte_level(keys: _Keys, vocabulary: Mapping[str, int], rule: PreTokenizer) 
 
 
 def _check_merges(keys: _Keys, vocabulary: Mapping[str, int]) -> None:
-    """Raises TokenizerError for the first merge that is none. The library looks for the same and is faster, but does
-    not tell the entry."""
+    """Raises TokenizerError for the first invalid merge. The library's own check is faster, but does not name the
+    entry."""
     for i, merge in enumerate(keys.texts(_MERGES, optional=True) or []):
         left, separator, right = merge.partition(" ")
         if not separator or not left or not right:
@@ -318,10 +318,10 @@ def _check_merges(keys: _Keys, vocabulary: Mapping[str, int]) -> None:
 def _sentencepiece(
     keys: _Keys, tokens: Sequence[str], vocabulary: Mapping[str, int], kinds: Sequence[int], unknown: int | None
 ) -> dict[str, Any]:
-    """SentencePiece's BPE keeps a score a piece: the merge that makes the piece of the highest score goes first.
-    Every way to cut a piece into two known ones is a merge of that piece's rank. Unused tokens are pieces too, as in
-    llama.cpp. Where two pieces have one score, which no trained vocabulary has, the one of the lower id goes first;
-    llama.cpp takes the one further left in the text."""
+    """Description of a SentencePiece BPE tokenizer. SentencePiece has a score per piece, and the merge that gives the
+    piece with the highest score goes first. So every split of a piece into two known ones is a merge with that piece's
+    rank. Unused tokens are pieces too, as in llama.cpp. Of pieces with equal scores, which no trained vocabulary has,
+    the lower id goes first; llama.cpp takes the leftmost in the text."""
     scores = keys.numbers("tokenizer.ggml.scores", "fiu", len(tokens))
     if scores is None:
         raise keys.error("tokenizer.ggml.scores", "is missing")

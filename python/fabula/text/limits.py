@@ -1,4 +1,4 @@
-"""Limits of chat templates: how much text, how much work, and what is checked before it runs. See `template.py`."""
+"""Limits of chat templates on text and work, and checks before an operation runs. See `template.py`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-MAX_TEXT = 4 << 20  # characters of any text a template makes: a conversation of a million tokens
-MAX_ALL_TEXT = 16 * MAX_TEXT  # characters of all the text that one render makes on its way
+MAX_TEXT = 4 << 20  # characters of one text: a conversation of a million tokens
+MAX_ALL_TEXT = 16 * MAX_TEXT  # characters of all texts made in one render, temporary ones included
 MAX_STEPS = 1_000_000  # loop iterations and calls
 MAX_WIDTH = 10_000  # of padding and of numbers in formats
 MAX_BITS = 4096  # of whole numbers
 
-# Filters that templates of open models use, and their nearest relatives. What reaches attributes (`attr`), makes text
-# of a wanted length (`batch`, `format`, `round`, `slice`, ...) or says something else each time (`random`) is out.
+# Filters that templates of open models use, and similar ones. Not allowed: access to attributes (`attr`), text of a
+# chosen length (`batch`, `format`, `round`, `slice`, ...) and nondeterminism (`random`).
 FILTERS = frozenset(
     (
         *(
@@ -39,7 +39,7 @@ FILTERS = frozenset(
 
 
 class LimitError(Exception):
-    """A template asked for more than it may have."""
+    """A template exceeded a limit."""
 
 
 class Budget:
@@ -58,7 +58,7 @@ class Budget:
         self._text_left = MAX_ALL_TEXT
 
     def spend(self) -> None:
-        """One iteration or call.
+        """Counts one iteration or call.
 
         Raises:
             LimitError: steps or time are used up.
@@ -70,10 +70,10 @@ class Budget:
             raise LimitError("it takes too long")
 
     def spend_text(self, length: int) -> None:
-        """A text or list of this many entries, before it is made.
+        """Counts a text or list of `length` entries before it is made.
 
         Raises:
-            LimitError: it is too long, or all that was made is.
+            LimitError: it is too long, or all texts together are.
         """
         if length > MAX_TEXT:
             raise LimitError(f"it makes a text or list of more than {MAX_TEXT} entries")
@@ -83,7 +83,7 @@ class Budget:
 
 
 def concatenate(pieces: Iterable[str], budget: Budget) -> str:
-    """Joins text within the budget: what jinja2 calls for blocks, macros and `~`."""
+    """Joins text within the budget; jinja2 uses it for blocks, macros and `~`."""
     kept = []
     length = 0
     for piece in pieces:
@@ -100,7 +100,7 @@ def _size(value: object) -> int:
 
 
 def binary_size(operator: str, left: Any, right: Any) -> int:
-    """Entries an operation's result may have.
+    """Upper bound of the entries in an operation's result.
 
     Raises:
         LimitError: a number would be too large, or a format too wide.
@@ -121,7 +121,7 @@ def binary_size(operator: str, left: Any, right: Any) -> int:
 
 
 def _format_size(text: str, args: Sequence[Any]) -> int:
-    """Length a format's result may have: each field may take all arguments and the widest number in it."""
+    """Upper bound of a formatted text's length: each field may hold all arguments and the largest width."""
     widest = max((int(number) for number in re.findall(r"[0-9]{1,30}", text)), default=0)
     if "*" in text or widest > MAX_WIDTH:
         raise LimitError(f"its format has a width of more than {MAX_WIDTH}")
@@ -130,7 +130,7 @@ def _format_size(text: str, args: Sequence[Any]) -> int:
 
 
 def _deep_size(value: object) -> int:
-    """Length of a text, or of the texts in a list: what printing it brings."""
+    """Length of a value when printed; lists and dicts count all their items."""
     if isinstance(value, list | tuple):
         return sum(_deep_size(item) + 4 for item in value)
     if isinstance(value, dict):
@@ -139,14 +139,14 @@ def _deep_size(value: object) -> int:
 
 
 def call_size(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Entries that the result of a text's method (or of the filter of that name, with the text first) may have.
+    """Upper bound of the entries in the result of a string method, or of the filter of that name.
 
     Args:
-        target: the bound method, or the filter's name.
+        target: the bound method, or the name of a filter, whose first argument is the text.
         args, kwargs: of the call.
 
     Raises:
-        LimitError: a width is too large, or the method is not offered.
+        LimitError: a width is too large, or the method is not allowed.
     """
     if isinstance(target, str):
         name, text, rest = target, args[0] if args else "", [*args[1:], *kwargs.values()]
@@ -172,5 +172,5 @@ def call_size(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if name in ("format", "format_map"):
         return _format_size(str(text), rest)
     if name == "translate":
-        raise LimitError("translate is not offered to templates")
+        raise LimitError("translate is not allowed in templates")
     return length

@@ -1,21 +1,19 @@
-"""Answers that somebody has begun: the last message is the assistant's, and the model writes on behind its words.
+"""Prefilled replies: the last message is the assistant's, and the model continues its text.
 
-transformers and vLLM call it `continue_final_message` and ask for it; Anthropic's API and Ollama do it by themselves
-wherever the last message is the assistant's, and so does Fabula: a new turn behind an answer is what nearly nobody
-means. `continue_final_message: false`, or `add_generation_prompt: true`, asks for that new turn, and
-`add_generation_prompt: false` alone for the conversation as it stands, as in transformers. As with all of them the
-answer holds what is new, without the words it was begun with.
+In transformers and vLLM this is `continue_final_message` and must be asked for. Anthropic's API and Ollama do it
+whenever the last message is the assistant's, and so does Fabula. `continue_final_message: false` or
+`add_generation_prompt: true` asks for a new turn instead, and `add_generation_prompt: false` alone for the conversation
+as it is, as in transformers. As everywhere, the reply holds only the new text.
 
-Templates know nothing of this. So a mark goes behind the words, the conversation is rendered, and the prompt is what
-stands before the mark: no end token, no generation prompt. transformers does the same; where a template takes the
-blanks off a message's end, they are taken off here, too. In three cases its prompt would be another than the words
-say, or none:
+Templates do not support this. So a mark is appended to the text, the conversation is rendered, and everything before
+the mark is the prompt: no end token, no generation prompt. transformers does the same; if a template strips trailing
+whitespace of a message, so do we. Three cases need more:
 
-    words that begin with a thought     templates that put a thought before every answer, empty where there is none,
-                                        would put one before these
-    a template that takes thoughts out  of past answers takes them out of this one: the words are put back
-    a template that refuses             a conversation that ends with an answer: the words go behind the generation
-                                        prompt, where those of an empty message go, too
+    text that starts with reasoning     some templates put a reasoning block, empty if there is none, before every
+                                        reply: it is removed, so that there are not two
+    a template that removes reasoning   from past replies also removes it here: the text is put back
+    a template that refuses             conversations that end with a reply: the text is put after the generation
+                                        prompt, as for an empty message
 """
 
 from __future__ import annotations
@@ -30,22 +28,23 @@ if TYPE_CHECKING:
     from fabula.text.template import ChatTemplate
 
 Message = Mapping[str, Any]
-_OPEN = "<think>"  # of a thought, in the templates of all models that write theirs as text
-_THOUGHT = re.compile(r"(?:<think>\s*)?(?:</think>\s*)?\Z")  # an empty one at the end of a text, or half of it
+_OPEN = "<think>"  # starts reasoning, in the templates of all models that write it as text
+_THOUGHT = re.compile(r"(?:<think>\s*)?(?:</think>\s*)?\Z")  # an empty or open reasoning block at the end of a text
 
 
 def is_prefilled(
     messages: Sequence[Message], continue_final_message: bool | None, add_generation_prompt: bool | None = None
 ) -> bool:
-    """Whether the answer goes on behind the words of the last message.
+    """Whether the reply continues the text of the last message.
 
     Args:
         messages: of the conversation.
-        continue_final_message: what the caller says of it; None leaves it to the messages.
-        add_generation_prompt: the same of a new turn.
+        continue_final_message: the caller's choice; None: decided by the messages.
+        add_generation_prompt: the caller's choice of a new turn; None: no choice.
 
     Raises:
-        InvalidArgument: it shall, but the last message has no words of the assistant, or a new turn is wanted as well.
+        InvalidArgument: continue_final_message is true, but the last message is not text of the assistant, or
+            add_generation_prompt is true as well.
     """
     for name, value in (
         ("continue_final_message", continue_final_message),
@@ -67,13 +66,13 @@ def is_prefilled(
 
 
 def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: str, options: Mapping[str, Any]) -> str:
-    """A conversation up to the last of the assistant's words.
+    """Renders a conversation up to the end of the assistant's text.
 
     Args:
         template: of the model.
         messages: the last is the assistant's.
-        mark: a character that stands nowhere in them, nor in the template.
-        options: of the template.
+        mark: a character that occurs neither in them nor in the template.
+        options: variables of the template.
 
     Raises:
         TemplateError, InvalidArgument: as `ChatTemplate.render`.
@@ -81,8 +80,8 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
     options = {name: value for name, value in options.items() if name != "add_generation_prompt"}
     words = _words(messages[-1]) or ""
 
-    def behind(content: str) -> str | None:
-        """What is rendered before the mark; a blank behind it shows whether the template keeps them."""
+    def rendered_up_to(content: str) -> str | None:
+        """The rendered text before the mark; a space after the mark shows whether the template keeps whitespace."""
         whole = [*messages[:-1], _with_words(messages[-1], content + mark + " ")]
         rendered = template.render(whole, add_generation_prompt=False, **options)
         place = rendered.rfind(mark)
@@ -95,7 +94,7 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
         return before.rstrip() + blanks
 
     def opened() -> str | None:
-        """The words behind the generation prompt."""
+        """The text after the generation prompt."""
         if len(messages) == 1:
             return None
         return _joined(template.render(messages[:-1], add_generation_prompt=True, **options), words)
@@ -103,11 +102,11 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
     if not words.strip() and (found := opened()) is not None:
         return found
     try:
-        found = behind(words)
+        found = rendered_up_to(words)
         if found is not None and _dense(found).endswith(_dense(words)):
             kept = words if found.endswith(words) else words.rstrip()
             return _joined(found.removesuffix(kept), kept) if found.endswith(kept) else found
-        start = behind("")
+        start = rendered_up_to("")
     except TemplateError:
         if (found := opened()) is None:
             raise
@@ -115,17 +114,17 @@ def render_prefilled(template: ChatTemplate, messages: Sequence[Message], mark: 
     if start is not None:
         return _joined(start, words)
     if (found := opened()) is None:
-        raise TemplateError("the chat template does not show the message that is to be continued", path=template.path)
+        raise TemplateError("the chat template does not render the message to continue", path=template.path)
     return found
 
 
 def _joined(start: str, words: str) -> str:
-    """The words behind a beginning, which loses a thought of its own if they bring one."""
+    """Appends the text to a rendered prompt, without the prompt's reasoning block if the text has its own."""
     return (_THOUGHT.sub("", start) if words.lstrip().startswith(_OPEN) else start) + words
 
 
 def _words(message: Message) -> str | None:
-    """The words of a message: its content, or the last of its parts that is text."""
+    """The text of a message: its content, or the last text part of it."""
     content = message.get("content")
     if isinstance(content, list | tuple):
         texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
@@ -144,5 +143,5 @@ def _with_words(message: Message, words: str) -> Message:
 
 
 def _dense(text: str) -> str:
-    """The text without its blanks: templates put other ones around thoughts."""
+    """The text without whitespace: templates change it around reasoning."""
     return "".join(text.split())

@@ -1,23 +1,22 @@
-r"""Pre-tokenizers of GGUF files: how byte-level BPE vocabularies cut a text before merging, by `tokenizer.ggml.pre`.
+r"""Pre-tokenizers of GGUF files: how byte-level BPE splits a text before merging, by `tokenizer.ggml.pre`.
 
-A GGUF file names its rule and does not spell it out; the names, and which of them share a rule, are those that
-llama.cpp reads (src/llama-vocab.cpp of the source that llama-cpp-python 0.3.36 carries). The rules themselves are
-regular expressions from the models' own tokenizer.json, in the words llama.cpp has for them.
+A GGUF file only names its rule. The names, and which of them share a rule, are those of llama.cpp (src/llama-vocab.cpp
+of the source in llama-cpp-python 0.3.36). The rules are the regular expressions of the models' own tokenizer.json, as
+llama.cpp applies them.
 
-Where the two differ, a GGUF file is read as llama.cpp reads it, so that both give the same ids; a Hugging Face folder
-is read as its tokenizer.json says. The differences:
+Where the two differ, a GGUF file follows llama.cpp, so that both give the same ids; a Hugging Face folder follows its
+tokenizer.json. llama.cpp differs in:
 
-    letters     llama.cpp takes Lu, Ll, Lt, Lm and Lo for one class. tekken and gpt-4o tell upper from lower case among
-                ASCII letters only, youtu and tiny_aya not at all, kimi-k2 neither, and there marks are no letters
-    's, 't ...  in any case, but not with U+017F, the long s, which case-insensitive matching takes for an s
-    blanks      those beyond ASCII are no characters of the ranges that deepseek-llm and deepseek-coder have
-    digits      afmoe and tiny_aya cut a run of digits in threes from its end, and glue its first group to what stands
-                before it until the next expression cuts there
-    NFC         texts are not normalized, where the tokenizer.json of Qwen2 and its kin asks for NFC
+    letters     Lu, Ll, Lt, Lm and Lo are one class. tekken and gpt-4o distinguish case among ASCII letters only; youtu,
+                tiny_aya and kimi-k2 not at all, and in kimi-k2 marks are not letters
+    's, 't ...  match in any case, but not with U+017F (long s), which case-insensitive matching takes for an s
+    whitespace  beyond ASCII is not in the character ranges of deepseek-llm and deepseek-coder
+    digits      afmoe and tiny_aya split runs of digits in threes from the end, and join the first group to the text
+                before it until the next expression splits there
+    NFC         no normalization, where the tokenizer.json of Qwen2 and similar models asks for NFC
 
-Each rule is a list of expressions. The first cuts the text, every further one cuts the pieces of the one before; what
-an expression matches is a piece, and what lies between two matches is one too. They are written for Oniguruma, the
-engine of the `tokenizers` library.
+Each rule is a list of expressions. The first splits the text, each further one the pieces of the one before. Matches
+and the text between them are pieces. The syntax is that of Oniguruma, the engine of the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """How texts are cut and begun.
+    """A rule for splitting texts.
 
     Attributes:
-        expressions: cut the text, one after the other.
-        whole_words: whether a piece that is a token as a whole is taken without merging (`ignore_merges`).
-        add_bos: whether the start token goes in front where the file does not say.
+        expressions: split the text, one after the other.
+        whole_words: whether a piece that is a token is used without merging (`ignore_merges`).
+        add_bos: default for a file that does not say whether to add the start token.
     """
 
     expressions: tuple[str, ...]
@@ -47,7 +46,7 @@ class PreTokenizer:
         """The steps of a Sequence in a tokenizer.json."""
         *first, last = self.expressions
         steps = [_step(expression) for expression in first]
-        # ByteLevel comes last: it puts characters that stand for bytes in place of the text. It can cut as GPT-2 does.
+        # ByteLevel comes last, since it maps bytes to other characters. It can do GPT-2's split itself.
         if last != _GPT2:
             steps.append(_step(last))
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": last == _GPT2}
@@ -63,7 +62,7 @@ def _step(expression: str) -> dict[str, Any]:
 # ---- Expressions ----------------------------------------------------------------------------------------------------
 
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"  # what is neither letters, digits nor symbols
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"  # whitespace
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
@@ -80,7 +79,7 @@ _JAIS2 = rf"{CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+|{_CASCAD
 _NO_SPACE = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"  # bloom; in brackets "(" and "|" are literal
 _LINES = r"[^\n]+|\n+"
 
-# Letters with a case, in the deepseek-llm tokenizer.json.
+# Cased letters, from the tokenizer.json of deepseek-llm.
 _CASED = (
     "A-Za-z"
     "\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
@@ -116,12 +115,12 @@ _HAN = (  # kimi-k2
     "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
     "\U0002b820-\U0002ceaf\U0002ceb0-\U0002ebef\uf900-\ufaff\U0002f800-\U0002fa1f"
 )
-# Runs of digits in threes from their end, the first group with what stands before it.
+# Splits runs of digits in threes from their end; the first group keeps the text before it.
 _THREES = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))|[^\p{N}]+"
 
 
 def _cased_words(letters: str, contractions: str, digits: str) -> str:
-    """Words in which capitals stand before small letters only; among ASCII letters."""
+    """Words with uppercase before lowercase only, among ASCII letters."""
     upper, lower = rf"[{letters}&&[^a-z]]", rf"[{letters}&&[^A-Z]]"
     lead = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{lead}{upper}*{lower}+{contractions}|{lead}{upper}+{lower}*{contractions}"
@@ -129,7 +128,7 @@ def _cased_words(letters: str, contractions: str, digits: str) -> str:
 
 
 def _one_case(digits: str) -> str:
-    """Words with marks in them, whatever their case, and contractions behind them."""
+    """Words of any case, with marks, followed by contractions."""
     return rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{CONTRACTIONS}?|{digits}|{_PATHS}|{_REST}"
 
 
@@ -216,8 +215,7 @@ _RULES: tuple[tuple[PreTokenizer, tuple[str, ...]], ...] = (
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType({name: rule for rule, names in _RULES for name in names})
 
-DEFAULT = "default"  # what llama.cpp takes where the key is missing
+DEFAULT = "default"  # llama.cpp's rule if the key is missing
 
-# Names that llama.cpp knows and that mean more than a way of cutting: BPE over characters instead of bytes, for
-# families that are not offered.
+# Names in llama.cpp that mean BPE over characters instead of bytes, for unsupported families.
 REFUSED = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")

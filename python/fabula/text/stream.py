@@ -1,9 +1,9 @@
-"""From token ids to text, a token at a time, never showing half a character.
+"""Streaming detokenizer: token ids to text, one token at a time, without partial characters.
 
-Both kinds of vocabulary reduce to bytes: in a byte-level one every character of a token stands for a byte (GPT-2's
-table), in a SentencePiece-like one a token is UTF-8 text with "▁" for a space, or one byte written <0xE2>. So a token
-is a byte string, a text is their sequence, and an incremental UTF-8 decoder does the rest: what may still become a
-character is held back, what cannot is U+FFFD. Cost per token does not depend on the length of the text.
+In both kinds of vocabulary a token is a byte string: in a byte-level one each character stands for a byte (GPT-2's
+table); in a SentencePiece-like one a token is UTF-8 with "▁" for a space, or a single byte written <0xE2>. An
+incremental UTF-8 decoder holds back incomplete characters and turns invalid bytes into U+FFFD. The cost per token does
+not depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def sentencepiece_bytes(token: str) -> bytes:
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes of every id, each found when it is first asked for: a vocabulary is long, a text uses little of it.
+    """Bytes of each id, computed on first use: a text uses only a small part of a vocabulary.
 
     Args:
-        tokens: as the vocabulary writes them, by id.
-        bytes_of: the bytes of one.
-        known: what is not to be asked of `bytes_of`.
+        tokens: as written in the vocabulary, by id.
+        bytes_of: computes the bytes of a token.
+        known: ids with given bytes.
     """
 
     def __init__(self, tokens: Mapping[int, str], bytes_of: Callable[[str], bytes], known: Mapping[int, bytes]) -> None:
@@ -57,7 +57,7 @@ class TokenBytes(dict[int, bytes]):
         self._tokens, self._bytes_of = tokens, bytes_of
 
     def __missing__(self, token_id: int) -> bytes:
-        """Raises KeyError for an id that no token has."""
+        """Raises KeyError for an unknown id."""
         found = self[token_id] = self._bytes_of(self._tokens[token_id])
         return found
 
@@ -66,8 +66,8 @@ class IncrementalDecoder:
     """Turns ids into text piece by piece; made by `Tokenizer.stream_decoder`.
 
     Args:
-        bytes_of: the bytes of every id, b"" for those that are skipped.
-        strip_space: whether one space at the very beginning is dropped (SentencePiece puts it there itself).
+        bytes_of: bytes of each id; b"" for skipped ones.
+        strip_space: whether to drop a space at the very beginning, which SentencePiece adds.
     """
 
     def __init__(self, bytes_of: Mapping[int, bytes], strip_space: bool) -> None:
@@ -76,12 +76,11 @@ class IncrementalDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Text that became certain with this token; often "" inside a character of several tokens."""
+        """The text completed by this token; "" inside a character of several tokens."""
         return self._clean(self._decoder.decode(self._bytes_of[token_id]))
 
     def breaks(self, token_id: int) -> bool:
-        """Whether this token does not go on with the character that is held back, which then becomes U+FFFD before
-        it."""
+        """Whether this token cannot complete the held-back character, which then becomes U+FFFD before it."""
         held, first = self._decoder.getstate()[0], self._bytes_of[token_id][:1]
         if not held or not first:
             return False
@@ -92,7 +91,7 @@ class IncrementalDecoder:
         return False
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for bytes that never became a character."""
+        """The rest at the end: U+FFFD for an incomplete character."""
         return self._clean(self._decoder.decode(b"", True))
 
     def _clean(self, text: str) -> str:

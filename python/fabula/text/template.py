@@ -1,16 +1,16 @@
-"""Chat templates: Jinja as models ship it, in a sandbox that a hostile template cannot leave, nor keep busy.
+"""Chat templates: Jinja from untrusted models, in a sandbox with limits on time and memory.
 
-jinja2's ImmutableSandboxedEnvironment stops attribute walks and changes to what is passed in. It has no limits on
-size and time, so these are added, each at the place where work or memory is made:
+jinja2's ImmutableSandboxedEnvironment blocks attribute walks and changes to arguments. It has no limits on size and
+time, so these are added wherever a template can use time or memory:
 
     source        64 KiB, 20,000 syntax nodes
-    loops, calls  every iteration and every call counts against one budget, which also looks at the clock
+    loops, calls  each iteration and call counts against one budget, which includes wall-clock time
     operators     * ** % + ~ are checked before they run: "x" * 10**9 fails instead of taking a gigabyte
-    filters       only those that templates in use need; those that can enlarge text are checked before they run
-    methods       of text likewise
-    output        counted while it is made, blocks and macros included
+    filters       a list of allowed ones; those that can enlarge text are checked before they run
+    methods       string methods likewise
+    output        counted while it is generated, blocks and macros included
 
-A template that goes over a limit, fails, or calls raise_exception gives a TemplateError with its line.
+A template that exceeds a limit, fails, or calls raise_exception gives a TemplateError with its line.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from fabula.text.limits import (
 )
 from fabula.text.tokenizer import choose
 
-MAX_SOURCE = 1 << 16  # characters; the largest template in use has a third of it
+MAX_SOURCE = 1 << 16  # characters; the largest known template has a third of that
 MAX_NODES = 20_000
-MAX_DEPTH = 64  # of what messages and options hold
+MAX_DEPTH = 64  # nesting of messages and options
 ROLES = ("system", "user", "assistant", "tool", "developer")
 RESERVED = (
     "messages", "add_generation_prompt", "continue_final_message", "chat_template", "bos_token", "eos_token",
@@ -59,11 +59,11 @@ BUILTIN_TEMPLATES: Mapping[str, str] = {
 
 
 class _Refusal(Exception):
-    """raise_exception was called."""
+    """The template called raise_exception."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's words for training; here it only lets its body through."""
+    """{% generation %} marks the assistant's text for training; here it just renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
 
@@ -106,7 +106,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return concatenate((str(part) for part in parts), self.budget)
 
     def _count(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Every loop of a template runs over this."""
+        """Wraps the iterable of every loop in a template."""
         budget = self.budget
         for item in items:
             budget.spend()
@@ -124,7 +124,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that can enlarge text, checked like the method of the same name."""
+        """Wraps a filter that can enlarge text with the check of the method of that name."""
         pass_context = getattr(function, "jinja_pass_arg", None)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return guarded
 
     def _to_json(self, value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-        """As transformers gives it to templates: no HTML escaping, letters kept."""
+        """tojson as in transformers: no HTML escaping, non-ASCII letters kept."""
         if indent is not None and not 0 <= indent <= 16:
             raise LimitError(f"tojson's indent is {indent}, must be 0 .. 16")
         allowed = {key: options[key] for key in ("separators", "sort_keys") if key in options}
@@ -146,7 +146,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return text
 
     def limited(self, tree: nodes.Template) -> nodes.Template:
-        """Puts every loop under the budget and every `~` under the limit of text."""
+        """Rewrites the syntax tree so that loops count against the budget and `~` against the limit of text."""
         if sum(1 for _ in _walk(tree)) > MAX_NODES:
             raise LimitError(f"the template has more than {MAX_NODES} syntax nodes")
         for loop in tree.find_all(nodes.For):
@@ -161,7 +161,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _walk(tree: nodes.Node) -> Iterator[nodes.Node]:
-    """Every node, parents first, without recursion: a deep tree must not overflow the stack."""
+    """All nodes, parents first. Not recursive, so that a deep tree cannot overflow the stack."""
     waiting: list[nodes.Node] = [tree]
     while waiting:
         node = waiting.pop()
@@ -188,19 +188,19 @@ def _strftime_now(form: str) -> str:
 
 
 class ChatTemplate:
-    """A compiled template, or one of several for each conversation. Safe to use from several threads.
+    """A compiled chat template, or several of which one is chosen per conversation. Thread-safe.
 
     Args:
         source: Jinja text.
-        path: named in errors.
-        special_tokens: what the template finds as bos_token, eos_token, ...
-        named: sources by name, `source` among them. A conversation with tools is rendered by the one named "tool_use",
-            as in transformers, and any by the one it asks for.
-        max_output: characters a rendered conversation may have.
-        max_seconds: CPU time one render may take.
+        path: for error messages.
+        special_tokens: variables bos_token, eos_token, ... of the template.
+        named: sources by name, including `source`. A conversation with tools uses "tool_use", as in transformers,
+            unless it asks for another name.
+        max_output: limit of a rendered conversation in characters.
+        max_seconds: limit of one render in seconds of CPU time.
 
     Raises:
-        TemplateError: the source is too long or no valid Jinja; carries the line.
+        TemplateError: the source is too long or not valid Jinja; carries the line.
     """
 
     def __init__(
@@ -215,9 +215,9 @@ class ChatTemplate:
     ) -> None:
         self.source, self.path = source, path
         self.named = dict(named or {})
-        self._compiled: dict[str, ChatTemplate] = {}  # the others, by their source
+        self._compiled: dict[str, ChatTemplate] = {}  # other named templates, by source
         self._special = dict(special_tokens or {})
-        self._variables: frozenset[str] | None = None  # found when they are first asked for
+        self._variables: frozenset[str] | None = None  # computed on first use
         self._max_output, self._max_seconds = max_output, max_seconds
         if len(source) > MAX_SOURCE:
             raise self._error(f"it has {len(source)} characters, at most {MAX_SOURCE} are read", None)
@@ -232,10 +232,10 @@ class ChatTemplate:
             raise self._error(str(error) or type(error).__name__, None) from None
 
     def variant(self, *, tools: bool, name: str | None = None) -> ChatTemplate:
-        """The template that renders a conversation with or without tools, or the one of a name.
+        """The template for a conversation with or without tools, or the one with a name.
 
         Raises:
-            InvalidArgument: there is none of that name.
+            InvalidArgument: no template has that name.
             TemplateError: it cannot be compiled.
         """
         source = choose(self.named, tools=tools, name=name) if self.named or name is not None else self.source
@@ -252,7 +252,7 @@ class ChatTemplate:
         return self._compiled[source]
 
     def reads(self, name: str) -> bool:
-        """Whether the template, or the one for conversations with tools, asks for a variable, such as `tools`."""
+        """Whether this template, or the one for conversations with tools, uses a variable such as `tools`."""
         if self._variables is None:
             self._variables = frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)))
         if name in self._variables:
@@ -272,15 +272,15 @@ class ChatTemplate:
         """Renders a conversation.
 
         Args:
-            messages: each with a role of `ROLES` and what the template reads (usually "content").
-            add_generation_prompt: whether the beginning of the assistant's turn is added.
+            messages: each with a role from `ROLES` and the fields that the template reads (usually "content").
+            add_generation_prompt: whether to add the start of the assistant's turn.
             chat_template: name of the template, such as "rag"; None for the one named "tool_use" where `tools` are
                 given, else the one named "default".
             options: further variables of the template (`tools`, `enable_thinking`, ...); plain data only.
 
         Raises:
-            InvalidArgument: a message is malformed, or an option is not plain data or has a reserved name, or there is
-                no template of that name.
+            InvalidArgument: a message is malformed, an option is not plain data or has a reserved name, or no template
+                has that name.
             TemplateError: the template fails or refuses; carries the line.
         """
         other = self.variant(tools=bool(options.get("tools")), name=chat_template)
@@ -308,7 +308,7 @@ class ChatTemplate:
         except EngineError:
             raise
         except RecursionError:
-            raise self._error("it calls itself without end", None) from None
+            raise self._error("it recurses without end", None) from None
         except Exception as error:
             raise self._error(f"{type(error).__name__}: {str(error)[:300]}", _line_of(error)) from None
         return "".join(pieces)
@@ -320,7 +320,7 @@ class ChatTemplate:
 
 
 def _line_of(error: BaseException) -> int | None:
-    """The innermost line of the template in a traceback (jinja2 rewrites it to the template's own lines)."""
+    """The innermost template line of a traceback, which jinja2 rewrites to the template's own lines."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":
@@ -343,7 +343,7 @@ def _message(message: object, index: int) -> dict[str, Any]:
 
 
 def _plain(value: object, name: str, depth: int = 0) -> Any:
-    """A copy made of dicts, lists, text, numbers, booleans and None: a template must not meet live objects."""
+    """A copy of dicts, lists, strings, numbers, booleans and None, so that templates get no live objects."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if depth > MAX_DEPTH:

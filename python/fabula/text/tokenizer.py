@@ -1,7 +1,7 @@
-"""`Tokenizer`: one face for tokenizer.json and for a GGUF vocabulary, both run by the `tokenizers` library.
+"""`Tokenizer`: one interface for tokenizer.json and GGUF vocabularies, on top of the `tokenizers` library.
 
-Control tokens ("<|im_end|>") typed by a user are text: `encode` parses them only when told to, and `encode_chat` lets
-only those of the template's own scaffolding through (see `text/chat.py`).
+Control tokens ("<|im_end|>") in user input are text: `encode` parses them only on request, and `encode_chat` only those
+of the template itself (see `text/chat.py`).
 """
 
 from __future__ import annotations
@@ -24,36 +24,35 @@ from fabula.text.stream import IncrementalDecoder, TokenBytes, byte_level_bytes,
 if TYPE_CHECKING:
     from fabula.text.template import ChatTemplate
 
-MAX_TOKENIZER_BYTES = 128 << 20  # the largest in use (256k tokens with merges) has 35 MB
+MAX_TOKENIZER_BYTES = 128 << 20  # the largest known one (256k tokens with merges) has 35 MB
 MAX_TOKEN_BYTES = 1 << 16
 MAX_VOCABULARY = 1 << 22
 
 
 class TokenizerWarning(UserWarning):
-    """A tokenizer's file lacks something or says something impossible, and is read all the same."""
+    """A tokenizer's file lacks something or has an impossible value, and is read anyway."""
 
 
 class Tokenizer:
-    """Encodes and decodes; safe to use from several threads.
+    """Encodes and decodes text. Thread-safe.
 
     Args:
-        backend: cuts texts.
-        vocabulary: every token and its id, added ones too; None asks the backend, which takes a while.
+        backend: tokenizer of the library.
+        vocabulary: token -> id, added tokens included; None: from the backend, which is slow.
 
     Attributes:
-        path: where it was read from.
+        path: of its file.
         kind: "byte-level" or "sentencepiece".
         vocab_size: largest id + 1, added tokens included.
-        bos_id: start token, None when there is none.
-        eos_ids: tokens that end an answer.
-        prefix, suffix: what the tokenizer's own template puts around a text, usually the start token or nothing, and
-            nothing or an end token.
-        add_bos: whether `encode` puts the prefix in front by itself.
-        add_eos: whether the template has a suffix.
+        bos_id: start token; None if there is none.
+        eos_ids: tokens that end a reply.
+        prefix, suffix: ids that the post-processor adds around a text: usually the start token or nothing, and nothing
+            or an end token.
+        add_bos: whether `encode` adds the prefix by default.
+        add_eos: whether there is a suffix.
         special_tokens: control tokens and their ids.
-        chat_templates: sources of the chat templates by name; "default" is for conversations without tools, "tool_use"
-            for those with tools.
-        chat_template: source of the one named "default", or of the first; None when there is none.
+        chat_templates: sources of chat templates by name: "default", and "tool_use" for conversations with tools.
+        chat_template: source of "default", or else of the first; None if there is none.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json and what lies beside it in a Hugging Face folder.
+        """Reads tokenizer.json and the files for it from a Hugging Face folder.
 
         Raises:
             TokenizerError: a file is missing or damaged.
@@ -111,11 +110,11 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-        """Builds the tokenizer that a GGUF file describes.
+        """Builds the tokenizer of a GGUF file.
 
         Raises:
             TokenizerError: a key is missing, of the wrong type, or contradicts another.
-            Unsupported: a vocabulary or pre-tokenizer kind Fabula does not know.
+            Unsupported: an unknown kind of vocabulary or pre-tokenizer.
         """
         from fabula.text.gguf_tokenizer import read_gguf
 
@@ -170,44 +169,41 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text.
 
-        The tokenizer's own template, a post-processor of tokenizer.json or the flags of a GGUF file, may put tokens
-        before a text and behind it. Those before belong to every text that begins. Those behind end it, so they are
-        left to who asks: an embedding is that of a whole text, and models whose template has an end token were trained
-        to put their vector there; a text that is to be continued has no end. (transformers gives both the same ids;
-        llama.cpp's completion tool refuses a model that asks for an end token.)
+        The post-processor of tokenizer.json, or the flags of a GGUF file, may add tokens before and after a text. Those
+        before belong to the start of every text. Those after end it, so the caller decides: an embedding is of a whole
+        text, and models with an end token were trained to give their vector there; a text to be continued has no end.
+        (transformers gives both the same ids; llama.cpp's completion tool refuses a model that asks for an end token.)
 
         Args:
             text: any text without lone surrogates.
-            add_bos: whether the start token goes in front, and what else the template puts there; None leaves it to
-                the model's own habit, but puts nothing before a text that begins with it already, written as control
-                tokens.
-            special: whether control tokens written in the text are control tokens; else they are plain text.
-            add_eos: whether the template's end goes behind, or, where it has none, the first end token; None leaves it
-                to the template.
+            add_bos: whether to add the prefix, or else the start token. None: the model's default, but nothing if the
+                text already begins with it as a control token.
+            special: whether control tokens in the text are parsed; else they are plain text.
+            add_eos: whether to add the suffix, or else the first end token; None: the model's default.
 
         Raises:
-            InvalidArgument: the text cannot be encoded as UTF-8, or a start or end token is wanted and there is none.
+            InvalidArgument: the text cannot be encoded as UTF-8, or there is no start or end token to add.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidArgument(f"the text holds a lone surrogate at position {error.start}") from None
         before: tuple[int, ...] = ()
-        behind: tuple[int, ...] = ()
+        after: tuple[int, ...] = ()
         if self.add_bos if add_bos is None else add_bos:
             before = self.prefix or (() if self.bos_id is None else (self.bos_id,))
             if not before:
                 raise InvalidArgument(f"{self.path}: the tokenizer has no start token")
         if self.add_eos if add_eos is None else add_eos:
-            behind = self.suffix or self.eos_ids[:1]
-            if not behind:
+            after = self.suffix or self.eos_ids[:1]
+            if not after:
                 raise InvalidArgument(f"{self.path}: the tokenizer has no end token")
         with self._lock:
             self._backend.encode_special_tokens = not special
             ids = self._backend.encode(text, add_special_tokens=False).ids
         if add_bos is None and special and before and ids[:1] == [before[0]]:
             before = ()
-        return [*before, *ids, *behind]
+        return [*before, *ids, *after]
 
     def encode_chat(
         self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], /, **options: Any
@@ -221,19 +217,19 @@ class Tokenizer:
         """Source of the chat template for a conversation.
 
         Args:
-            tools: whether the conversation has tools: then it is the one named "tool_use", if there is one.
-            name: of the template, instead.
+            tools: whether the conversation has tools, which selects "tool_use" if there is one.
+            name: of the template; overrides `tools`.
 
         Raises:
-            InvalidArgument: there is none of that name.
+            InvalidArgument: no template has that name.
         """
         return choose(self.chat_templates, tools=tools, name=name)
 
     def make_template(self, source: str | None = None) -> ChatTemplate:
-        """A chat template that knows this tokenizer's control tokens by name (bos_token, eos_token, ...).
+        """Compiles a chat template with this tokenizer's control tokens as variables (bos_token, eos_token, ...).
 
         Args:
-            source: Jinja text; None for the tokenizer's own templates, of which each conversation gets the one for it.
+            source: Jinja text; None for the tokenizer's own templates.
         """
         names = dict(self.named_special)
         if self.bos_id is not None:
@@ -248,7 +244,7 @@ class Tokenizer:
     # ---- Decoding ---------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD.
+        """Text of token ids; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             InvalidArgument: an id is outside the vocabulary.
@@ -259,12 +255,12 @@ class Tokenizer:
     def stream_decoder(
         self, *, skip_special: bool = True, continues: bool = False, shown: Collection[int] = ()
     ) -> IncrementalDecoder:
-        """A decoder that takes ids one at a time and never shows half a character.
+        """A decoder that takes one id at a time and returns only whole characters.
 
         Args:
-            skip_special: whether control tokens leave no text.
-            continues: whether the ids follow a text, so that a space at their beginning is a real one.
-            shown: control tokens that leave their text although others do not.
+            skip_special: whether to leave out control tokens.
+            continues: whether the ids continue a text, so that a leading space is kept.
+            shown: control tokens to keep in spite of `skip_special`.
         """
         bytes_of: Mapping[int, bytes] = self._visible if skip_special else self._bytes
         if skip_special and shown:
@@ -272,7 +268,7 @@ class Tokenizer:
         return IncrementalDecoder(bytes_of, self._strip_space and not continues)
 
     def token_text(self, token_id: int) -> str:
-        """The token as the vocabulary writes it ("Ġthe", "▁the", "<0xE2>")."""
+        """The token as written in the vocabulary ("Ġthe", "▁the", "<0xE2>")."""
         return self._tokens[self._known(token_id)]
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -280,17 +276,17 @@ class Tokenizer:
         return self._bytes[self._known(token_id)]
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it, None when there is none."""
+        """The id of a token as written in the vocabulary; None if there is none."""
         return self._backend.token_to_id(token)
 
     def description(self) -> Mapping[str, Any]:
-        """The tokenizer as the content of a tokenizer.json."""
+        """The content of a tokenizer.json for this tokenizer."""
         found: Mapping[str, Any] = json.loads(self._backend.to_str())
         return found
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that text and ids depend on, 32 hexadecimal digits."""
+        """Hash of everything that the mapping between text and ids depends on, 32 hexadecimal digits."""
         return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
 
     def _known(self, token_id: int) -> int:
@@ -313,25 +309,25 @@ def choose(templates: Mapping[str, str], *, tools: bool, name: str | None = None
 
 
 def build_backend(description: str | bytes, path: Path) -> tokenizers.Tokenizer:
-    """The library's tokenizer from its JSON, with every way it may fail turned into TokenizerError."""
+    """Builds the library's tokenizer from JSON; raises TokenizerError for every failure."""
     data = description if isinstance(description, bytes) else description.encode()
     if len(data) > MAX_TOKENIZER_BYTES:
         raise TokenizerError(f"{path}: the tokenizer has {len(data)} bytes, at most {MAX_TOKENIZER_BYTES}", path=path)
     parse_json_object(data, path=path)
     with building(path):
         backend = tokenizers.Tokenizer.from_buffer(data)
-        backend.no_padding()  # some were saved with those of their training, which would fill or cut every text
+        backend.no_padding()  # some files have settings of their training, which would pad or truncate every text
         backend.no_truncation()
         return backend
 
 
 @contextmanager
 def building(path: Path) -> Iterator[None]:
-    """Every way in which the library may fail to make a tokenizer becomes TokenizerError."""
+    """Converts every failure of the library to TokenizerError."""
     try:
         yield
     except BaseException as error:
-        # A panic of the Rust library is no Exception, and must not end the process.
+        # A panic of the Rust library is not an Exception subclass, and must not end the process.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise TokenizerError(f"{path}: the tokenizer cannot be built: {str(error)[:200]}", path=path) from None

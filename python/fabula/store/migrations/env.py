@@ -1,4 +1,4 @@
-"""What alembic runs to reach the database: the connection, and the transaction, of `migrate`."""
+"""Alembic's environment: runs migrations on the connection, and in the transaction, of `migrate`."""
 
 from __future__ import annotations
 

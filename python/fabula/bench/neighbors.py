@@ -1,4 +1,4 @@
-"""Busy neighbours: processes that compute all the time, as on a machine that others use, too."""
+"""Busy neighbors: processes that compute all the time, as on a shared machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# It ends with its parent, even one that was killed: reading from the pipe it holds then comes back.
+# It ends with its parent, even if that was killed: then the read from the pipe returns.
 _BUSY = """
 import os, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
@@ -17,8 +17,8 @@ while True:
 
 
 @contextmanager
-def neighbours(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many busy processes while the block runs."""
+def neighbors(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Runs n busy processes during the block."""
     busy: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(n):

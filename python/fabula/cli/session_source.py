@@ -1,4 +1,4 @@
-"""Where conversations lie: a workspace that keeps them, or the memory of this process."""
+"""The sessions of the terminal: in a workspace on disk, or in memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def told_if_locked(way_out: str) -> Iterator[None]:
-    """While opening a store: the error of one that another process uses says what can be done."""
+def explain_lock(way_out: str) -> Iterator[None]:
+    """Adds advice to the error of a store that another process uses."""
     try:
         yield
     except StoreLocked as error:
@@ -39,25 +39,25 @@ def open_workspace(folder: Path | None, *, way_out: str) -> Iterator[Workspace]:
     """The workspace of a folder; None for the user's.
 
     Raises:
-        StoreLocked: another process uses it; says `way_out` too.
-        StoreError: it cannot be used.
+        StoreLocked: another process uses it; the message includes `way_out`.
+        StoreError: it cannot be opened.
     """
     from fabula.workspace import Workspace  # imports the database: half a second
 
-    with told_if_locked(way_out):
+    with explain_lock(way_out):
         workspace = Workspace(folder)
     with workspace:
         yield workspace
 
 
 def kind_of(session: Session) -> str | None:
-    """What a session is, "chat" or "story"; None if nothing was said in it."""
+    """The kind of a session, "chat" or "story"; None if it is empty."""
     first = next(iter(session.turns), None)
     return None if first is None else "chat" if first.chat else "story"
 
 
 def first_words(turn: Turn) -> str:
-    """What a session began with."""
+    """The first text of a session, for lists."""
     return turn.prompt if turn.chat else turn.prompt + turn.text
 
 
@@ -66,12 +66,12 @@ class Listed:
     """A session in a list.
 
     Attributes:
-        name: of it.
-        kind: as `kind_of`.
-        model: it talks to.
-        n_turns: in its tree, with the past it was forked from.
+        name: its id.
+        kind: see `kind_of`.
+        model: name of its model.
+        n_turns: in its tree, including those it was forked from.
         changed_at: seconds since 1970.
-        first_words: it began with.
+        first_words: its first text.
         problem: why it cannot be read; "" if it can.
     """
 
@@ -85,7 +85,7 @@ class Listed:
 
     @classmethod
     def of(cls, session: Session, model: str, changed_at: float | None = None) -> Listed:
-        """A session as it is now; it changed when its newest turn was made, unless it is known better."""
+        """The entry of a session. Default of `changed_at`: when its last turn was created."""
         turns = session.turns
         if changed_at is None:
             changed_at = turns[-1].created_at if turns else session.created_at
@@ -94,7 +94,7 @@ class Listed:
 
 
 def listed(workspace: Workspace) -> Iterator[Listed]:
-    """The sessions of a workspace, the one changed last first."""
+    """The sessions of a workspace, the last changed first."""
     for summary in workspace.sessions(""):
         record = summary.record
         try:
@@ -104,13 +104,13 @@ def listed(workspace: Workspace) -> Iterator[Listed]:
 
 
 def find_record(workspace: Workspace, name: str) -> SessionRecord | None:
-    """What the workspace knows of a session without opening it; None if there is none."""
+    """The record of a session, without opening it; None if there is none."""
     records = (summary.record for summary in workspace.sessions(""))
     return next((record for record in records if record.id == name), None)
 
 
 def changed_last(workspace: Workspace, kind: str) -> SessionRecord:
-    """The chat, or the story, that was changed last.
+    """The chat or story that was changed last.
 
     Raises:
         InvalidArgument: there is none.
@@ -120,17 +120,17 @@ def changed_last(workspace: Workspace, kind: str) -> SessionRecord:
             if kind_of(workspace.open(summary.record.id)) == kind:
                 return summary.record
         except StoreCorrupt as error:
-            note(f"left out, as it is damaged: {error}")
+            note(f"skipped, because it is damaged: {error}")
     raise InvalidArgument(f"there is no {kind} to resume in {workspace.folder}")
 
 
-class Shelf:
-    """The sessions that a conversation in the terminal can go to. A new one lies here once something is said in it.
+class SessionSource:
+    """The sessions of a conversation in the terminal. A new one is added when it gets its first message.
 
     Args:
-        model: they talk to.
-        workspace: keeps them; None for in memory only.
-        name: what the workspace calls the model.
+        model: the model of the sessions.
+        workspace: stores them; None: in memory only.
+        name: the model's name in the workspace.
     """
 
     def __init__(self, model: Model, workspace: Workspace | None = None, name: str = "") -> None:
@@ -147,16 +147,16 @@ class Shelf:
         params: SamplingParams | None = None,
         policy: ContextPolicy | None = None,
     ) -> Session:
-        """A new session that is not kept yet."""
+        """A new session that is not stored yet."""
         self._blank = self.model.session(name, system=system, sampling=params, context_policy=policy)
         return self._blank
 
     def blank_like(self, session: Session, name: str, system: str | None) -> Session:
-        """A new session with the settings of another one and its own system message."""
+        """A new session with the settings of another one, except the system message."""
         return self.blank(name, system=system, params=session.params, policy=session.policy)
 
     def keep(self, session: Session) -> Session:
-        """The session to say something in; a blank one lies here from now on."""
+        """Adds a blank session before its first message, and returns the session to use."""
         if session is not self._blank:
             return session
         if self._workspace is None:
@@ -173,7 +173,7 @@ class Shelf:
         return kept
 
     def settle(self, session: Session) -> Session:
-        """The session to go on in after an answer: a session without any turn is not kept."""
+        """Removes a session that is still empty after a failed reply, and returns the session to use."""
         if session is self._blank or session.turns:
             return session
         session.delete()
@@ -181,10 +181,10 @@ class Shelf:
         return self.blank_like(session, session.id, session.system)
 
     def open(self, name: str) -> Session:
-        """A session that lies here.
+        """Opens a session.
 
         Raises:
-            InvalidArgument: there is none of that name, or it talks to another model.
+            InvalidArgument: no session has that name, or it uses another model.
             StoreCorrupt: it is damaged.
         """
         if self._workspace is None:
@@ -195,22 +195,22 @@ class Shelf:
         if record is None:
             raise InvalidArgument(f"there is no session {name!r}; /sessions lists them")
         if record.model != self._name:
-            raise InvalidArgument(f"{name} talks to {record.model}; leave, and open it by --session {name}")
+            raise InvalidArgument(f"{name} uses the model {record.model}; exit, and open it with --session {name}")
         return self._workspace.open(name)
 
     def fork(self, session: Session, name: str) -> Session:
-        """A new session that goes on from the head of another one."""
+        """A new session, forked from the head of another one."""
         self.check_free(name)
         fork = session.fork(id=name)
         if self._workspace is None:
             self._in_memory[name] = fork
         return fork
 
-    def take_in(self, data: Any) -> Session:
-        """A session from what `Session.export` gave, under its own name or one like it, for this model.
+    def import_(self, data: Any) -> Session:
+        """Imports the data of `Session.export` for this model, under its name or a similar free one.
 
         Raises:
-            InvalidArgument: the data is no session.
+            InvalidArgument: the data is not an exported session.
         """
         if not isinstance(data, dict) or not isinstance(data.get("id"), str):
             raise InvalidArgument("the file holds no exported session")
@@ -221,14 +221,14 @@ class Shelf:
         return session
 
     def contents(self) -> list[Listed]:
-        """What lies here, the one changed last first."""
+        """The sessions for a list, the last changed first."""
         if self._workspace is not None:
             return list(listed(self._workspace))
         found = [Listed.of(session, self._name) for session in self._in_memory.values()]
         return sorted(found, key=lambda item: item.changed_at, reverse=True)
 
     def names(self) -> set[str]:
-        """The names that are taken."""
+        """The names in use."""
         if self._workspace is None:
             return set(self._in_memory)
         return {summary.record.id for summary in self._workspace.sessions("")}
@@ -236,15 +236,15 @@ class Shelf:
     def check_free(self, name: str) -> None:
         """Raises InvalidArgument if a name is taken."""
         if name in self.names():
-            raise InvalidArgument(f"there is a session {name!r} already; /open goes there")
+            raise InvalidArgument(f"there is a session {name!r} already; /open {name} switches to it")
 
     def free_name(self, stem: str) -> str:
-        """A name that begins with `stem` and is not taken."""
+        """A free name that begins with `stem`."""
         taken = self.names()
         return next(name for n in itertools.count(1) if (name := f"{stem}-{n}") not in taken)
 
     def new_name(self, kind: str) -> str:
-        """A name for a new chat or story: chat-2026-11-24-1."""
+        """A name for a new chat or story, such as chat-2026-11-24-1."""
         return self.free_name(f"{kind}-{datetime.date.today()}")
 
 
@@ -252,7 +252,7 @@ class Shelf:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes a file that is there whole, or not at all.
+    """Writes a JSON file atomically.
 
     Raises:
         StoreError: it cannot be written.
@@ -272,14 +272,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-        InvalidArgument: it cannot be read, or is no JSON.
+        InvalidArgument: it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidArgument(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path} holds no JSON: {error}") from None
+        raise InvalidArgument(f"{path} is not JSON: {error}") from None

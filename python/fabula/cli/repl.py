@@ -1,4 +1,4 @@
-"""A chat or a story in the terminal: reads a line, obeys it or gives it to the model, until the end."""
+"""The REPL of chats and stories: reads lines, runs commands, streams replies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fabula.cli.commands import obey
+from fabula.cli.commands import run_command
 from fabula.cli.console import complain, emit, err, note
 from fabula.cli.drawing import show_opened
 from fabula.cli.options import Keeping, ModelOptions, is_given, with_given
-from fabula.cli.shelf import Shelf, changed_last, find_record, kind_of, open_workspace
+from fabula.cli.session_source import SessionSource, changed_last, find_record, kind_of, open_workspace
 from fabula.cli.story import summary
 from fabula.errors import ContextOverflow, EngineError, InvalidArgument
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fabula.store.records import SessionRecord
     from fabula.workspace import Workspace
 
-_NO_SPACE_BEFORE = ",.;:!?)]}'’”…-"  # nor between a word and what is typed behind it
+_NO_SPACE_BEFORE = ",.;:!?)]}'’”…-"  # typed text that begins with these is appended to a story without a space
 
 
 def converse(
@@ -42,18 +42,18 @@ def converse(
     """A chat or a story in the terminal, until /exit or Ctrl-D.
 
     Args:
-        loading: the model of a new session; one that exists has its own.
+        loading: the model of a new session; an existing session has its own.
         params: sampling settings.
-        keeping: which session, and where it is kept.
+        keeping: which session, and where it is stored.
         kind: "chat" or "story", of a new session.
         system: system message of a new chat.
-        prompt: said at once.
-        parse_special: whether control tokens that are typed are control tokens; None for the default of the kind.
+        prompt: the first input.
+        parse_special: whether to parse control tokens in user input; None for the default of the kind.
     """
     with ExitStack() as stack:
         workspace = None
         if keeping.save:
-            way_out = "end it, or use --data FOLDER for another folder, or --no-save to keep nothing"
+            way_out = "end it, use another folder with --data FOLDER, or use --no-save"
             workspace = stack.enter_context(open_workspace(keeping.data, way_out=way_out))
         record = _record(workspace, keeping, kind)
         if record is not None:
@@ -62,30 +62,32 @@ def converse(
         if workspace is None:
             stack.enter_context(model)
         if kind == "chat":
-            model.template.render([{"role": "user", "content": "?"}])  # a model that cannot chat says so now
+            model.template.render(
+                [{"role": "user", "content": "?"}]
+            )  # raises now if the model has no usable chat template
         note(
             f"{model.path.name} · {model.weights} · {model.threads} threads · context {model.context} · /help for help"
         )
-        shelf = Shelf(model, workspace, loading.name)
+        source = SessionSource(model, workspace, loading.name)
         if workspace is not None and record is not None:
             before = workspace.open(record.id)
             session = workspace.session(
                 record.id, system=system, sampling=with_given(before.params, params), context_policy=keeping.policy
             )
         else:
-            name = keeping.session or shelf.new_name(kind)
+            name = keeping.session or source.new_name(kind)
             chosen = model.defaults.in_terminal(params, kind)
-            session = shelf.blank(name, system=system, params=chosen, policy=keeping.policy)
-        talk = Talk(shelf, session, line_reader(), kind=kind, parse_special=parse_special)
+            session = source.blank(name, system=system, params=chosen, policy=keeping.policy)
+        repl = Repl(source, session, line_reader(), kind=kind, parse_special=parse_special)
         if record is not None:
-            talk.go_to(session)
+            repl.go_to(session)
         if prompt and kind == "story":
             emit(prompt)
-        talk.run(prompt)
+        repl.run(prompt)
 
 
 def _record(workspace: Workspace | None, keeping: Keeping, kind: str) -> SessionRecord | None:
-    """The session that is asked for, if it exists."""
+    """The record of the requested session, if it exists."""
     if workspace is None:
         return None
     if keeping.resume:
@@ -94,14 +96,14 @@ def _record(workspace: Workspace | None, keeping: Keeping, kind: str) -> Session
 
 
 def _model_of(record: SessionRecord, loading: ModelOptions) -> ModelOptions:
-    """How a session's own model is loaded."""
+    """Options to load a session's own model."""
     if is_given("model") and loading.name != record.model:
-        raise click.UsageError(f"session {record.id} talks to {record.model}; leave out --model")
+        raise click.UsageError(f"session {record.id} uses the model {record.model}; leave out --model")
     return dataclasses.replace(loading, model=record.model)
 
 
 def line_reader() -> Callable[[], str]:
-    """Reads a line with line editing and the history of this talk; nothing is written to disk."""
+    """Returns a function that reads a line, with editing and an in-memory history."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import HTML
     from prompt_toolkit.history import InMemoryHistory
@@ -117,32 +119,32 @@ def line_reader() -> Callable[[], str]:
     return lambda: session.prompt(HTML("<ansigreen><b>&gt; </b></ansigreen>"), prompt_continuation="  ")
 
 
-class Talk:
+class Repl:
     """The loop.
 
     Args:
-        shelf: of sessions.
-        session: to begin in.
-        read: returns the next line; EOFError ends the talk, KeyboardInterrupt drops the line.
-        kind: "chat" or "story", where the session is empty.
-        parse_special: as `converse`.
+        source: of sessions.
+        session: the first session.
+        read: returns the next line; EOFError ends the loop, KeyboardInterrupt discards the line.
+        kind: "chat" or "story", for an empty session.
+        parse_special: see `converse`.
 
     Attributes:
-        session: where we are.
-        choices: lines that mean something special if they come next.
-        is_over: whether the loop ends.
+        session: the current session.
+        choices: actions for the next line, by its text.
+        is_over: whether to end the loop.
     """
 
     def __init__(
         self,
-        shelf: Shelf,
+        source: SessionSource,
         session: Session,
         read: Callable[[], str],
         *,
         kind: str = "chat",
         parse_special: bool | None = None,
     ) -> None:
-        self.shelf, self.session, self._parse_special = shelf, session, parse_special
+        self.source, self.session, self._parse_special = source, session, parse_special
         self._read, self._kind = read, kind
         self.choices: dict[str, Callable[[], None]] = {}
         self.is_over = False
@@ -151,51 +153,51 @@ class Talk:
     # ---- The loop ---------------------------------------------------------------------------------------------------
 
     def run(self, first: str | None = None) -> None:
-        """Reads and answers until the end.
+        """Runs the loop.
 
         Args:
-            first: words to say before a line is read.
+            first: the first input, before a line is read.
         """
         before = signal.signal(signal.SIGINT, self._interrupted)
         try:
             if first:
-                self._guard(lambda: self._say(first))
+                self._guard(lambda: self._send(first))
             while not self.is_over:
                 try:
                     line = self._read()
                 except KeyboardInterrupt:
-                    note("/exit or Ctrl-D leaves")
+                    note("/exit or Ctrl-D exits")
                 except EOFError:
                     return
                 else:
-                    self._guard(lambda line=line: self._take(line))  # type: ignore[misc]
+                    self._guard(lambda line=line: self._handle(line))  # type: ignore[misc]
         finally:
             signal.signal(signal.SIGINT, before)
 
     def _guard(self, act: Callable[[], None]) -> None:
-        """Does something; what fails is told, and the talk goes on as it was."""
+        """Runs an action and prints its error; the loop continues."""
         try:
             act()
         except ContextOverflow as error:
-            complain(f"{error}. /undo goes back, /reset begins anew; --context-policy says what else could be done")
+            complain(f"{error}. /undo goes back, /reset starts a new session; see also --context-policy")
         except InvalidArgument as error:
             note(str(error))
         except EngineError as error:
             complain(str(error))
 
-    def _take(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         choices, self.choices = self.choices, {}
         word = line.strip()
         if word in choices:
             choices[word]()
         elif word.startswith("/"):
-            obey(self, word)
+            run_command(self, word)
         elif word:
-            self._say(line.rstrip() if self.kind == "story" else word)
+            self._send(line.rstrip() if self.kind == "story" else word)
         elif self.kind == "story" and not choices:
-            self._go_on()
+            self._continue()
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         special = self._parse_special
         if self.kind == "chat":
             self.answer(lambda session, params: session.say(text, params, parse_special=bool(special)))
@@ -203,14 +205,14 @@ class Talk:
             added = self._joined(text)
             self.answer(lambda session, params: session.tell(prompt=added, params=params, parse_special=special))
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         if self.session.head.number:
             self.answer(lambda session, params: session.tell(params=params))
         else:
-            note("type how the story begins")
+            note("type the beginning of the story")
 
     def _joined(self, text: str) -> str:
-        """Text for a story, with a space before it where it would run into the last word."""
+        """Text for a story, with a space before it if needed to separate words."""
         head = self.session.head
         end = (head.prompt + head.text)[-1:]
         runs_in = end and not end.isspace() and not text[0].isspace() and text[0] not in _NO_SPACE_BEFORE
@@ -220,24 +222,24 @@ class Talk:
 
     @property
     def kind(self) -> str:
-        """What this session is, "chat" or "story"."""
+        """The kind of this session, "chat" or "story"."""
         return kind_of(self.session) or self._kind
 
     def params(self) -> SamplingParams:
-        """Sampling settings of the next answer: a fixed seed repeats the whole talk, yet not each answer of it."""
+        """Sampling settings of the next reply. A fixed seed gives each turn a seed of its own, reproducibly."""
         params = self.session.params
         if params.seed is None:
             return params
         return dataclasses.replace(params, seed=(params.seed + len(self.session.turns)) % 2**64)
 
     def answer(self, begin: Callable[[Session, SamplingParams], Reply], *, show_begun: bool = False) -> None:
-        """Streams an answer until its end or Ctrl-C. What cannot be answered leaves the session as it was.
+        """Streams a reply until its end or Ctrl-C. On an error the session stays unchanged.
 
         Args:
-            begin: begins it in a session.
-            show_begun: also what the answer begins with already.
+            begin: starts the reply in a session.
+            show_begun: also print the given beginning of the reply.
         """
-        self.session = self.shelf.keep(self.session)
+        self.session = self.source.keep(self.session)
         try:
             with begin(self.session, self.params()) as reply, self.interruptible():
                 if show_begun:
@@ -245,31 +247,31 @@ class Talk:
                 for piece in reply:
                     emit(piece.text)
         finally:
-            self.session = self.shelf.settle(self.session)
+            self.session = self.source.settle(self.session)
         emit("\n")
         turn = reply.turn
         if turn is not None and turn.timings is not None and err().is_terminal:
             line = summary(turn.timings, turn.finish_reason, turn.params.seed if turn.params else None)
-            note(f"{line} · context {turn.n_ids}/{self.shelf.model.context}")
+            note(f"{line} · context {turn.n_ids}/{self.source.model.context}")
 
     def begin(self, system: str | None) -> None:
-        """Goes to a new session with the settings of this one; one in which nothing was said is simply begun anew."""
+        """Switches to a new session with the settings of this one; replaces an empty one."""
         name = self.new_name() if self.session.turns else self.session.id
-        self.session = self.shelf.blank_like(self.session, name, system)
+        self.session = self.source.blank_like(self.session, name, system)
         note(f"a new {self.kind}{' with a system message' if system else ''}")
 
     def new_name(self) -> str:
         """A name for a new session."""
-        return self.shelf.new_name(self.kind)
+        return self.source.new_name(self.kind)
 
     def go_to(self, session: Session) -> None:
-        """Goes to a session that exists, and shows where it stands."""
+        """Switches to an existing session and shows its last turns."""
         self.session = session
         show_opened(session)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """While Ctrl-C stops the answers that are being made."""
+        """Within the block, Ctrl-C stops the replies."""
         self._answering = True
         try:
             yield
@@ -277,6 +279,6 @@ class Talk:
             self._answering = False
 
     def _interrupted(self, *_: object) -> None:
-        """Ctrl-C, unless the line editor has the terminal. Between two answers it means nothing."""
-        if self._answering:  # another thread, as this one may hold the session's lock just now
+        """Handles Ctrl-C outside the line editor; ignored between replies."""
+        if self._answering:  # in another thread, since this one may hold the session's lock
             threading.Thread(target=self.session.stop, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Where a store lies: what a path or URL means, the lock of a file, and connections to it."""
+"""The location of a store: parsing of paths and URLs, file lock, and connections."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _PRAGMAS = """
     PRAGMA cell_size_check = ON;
     PRAGMA journal_size_limit = 16777216;
     PRAGMA temp_store = MEMORY;
-"""  # temp_store: nothing that was said goes to the folder of temporary files
+"""  # temp_store: no conversation goes to temporary files
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a store lies.
+class Location:
+    """The location of a store.
 
     Attributes:
         url: for SQLAlchemy.
         name: the path, or the URL without secrets, for messages.
-        file: SQLite's file; None for a server.
+        file: of SQLite; None for a database server.
     """
 
     url: sa.URL
@@ -43,7 +43,7 @@ class Place:
     file: Path | None
 
     def without_secrets(self, message: str) -> str:
-        """A message of somebody else's with the URL's secrets taken out."""
+        """Removes the URL's secrets from a message."""
         secrets = [self.url.password, *(v for k, v in self.url.query.items() if "pass" in k)]
         for secret in secrets:
             if secret:
@@ -51,19 +51,19 @@ class Place:
         return message
 
 
-def find_place(place: str | os.PathLike[str]) -> Place:
-    """What a path or URL means.
+def find_location(place: str | os.PathLike[str]) -> Location:
+    """Parses a path or URL.
 
     Args:
-        place: a file's path (one that exists, or ends with .sqlite3, .sqlite or .db), a folder's, in which the file is
-            then sessions.sqlite3, or a URL (sqlite:///path, postgresql+psycopg://user:password@host/database).
+        place: path of a file (it exists, or ends with .sqlite3, .sqlite or .db); path of a folder, for sessions.sqlite3
+            in it; or URL (sqlite:///path, postgresql+psycopg://user:password@host/database).
 
     Raises:
-        InvalidArgument: a URL that means nothing here.
+        InvalidArgument: an invalid or unsupported URL.
     """
     text = os.fspath(place)
     if "://" not in text:
-        return _file_place(Path(text))
+        return _file_location(Path(text))
     try:
         url = sa.make_url(text)
         driver = url.drivername
@@ -74,32 +74,32 @@ def find_place(place: str | os.PathLike[str]) -> Place:
     if driver in ("sqlite", "sqlite+pysqlite"):
         if url.query or url.database in (None, "", ":memory:"):
             raise InvalidArgument("a store in SQLite is a file: sqlite:///path, without a query")
-        return _file_place(Path(str(url.database)))
+        return _file_location(Path(str(url.database)))
     if driver in ("postgresql", "postgresql+psycopg"):
         shown = url.set(query={}).render_as_string(hide_password=True)
-        return Place(url.set(drivername="postgresql+psycopg"), shown, None)
-    raise InvalidArgument(f"a store cannot lie in {driver}; give a path, sqlite:/// or postgresql+psycopg://")
+        return Location(url.set(drivername="postgresql+psycopg"), shown, None)
+    raise InvalidArgument(f"{driver} is not supported for a store; give a path, sqlite:/// or postgresql+psycopg://")
 
 
-def _file_place(path: Path) -> Place:
+def _file_location(path: Path) -> Location:
     path = path.absolute()
     if path.is_dir() or (path.suffix not in _FILE_SUFFIXES and not path.exists()):
         path /= _FILE
-    return Place(sa.URL.create("sqlite", database=str(path)), str(path), path)
+    return Location(sa.URL.create("sqlite", database=str(path)), str(path), path)
 
 
 def prepare_file(file: Path) -> FileLock:
-    """Makes a database's folder and file, for this user alone, and takes its lock.
+    """Creates a database's folder and file, accessible to this user only, and locks it.
 
     Raises:
-        StoreLocked: another process, or another store of this one, has it.
-        OSError: the system refuses.
+        StoreLocked: another process, or another store in this one, uses it.
+        OSError: a system call failed.
     """
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock(file.with_name(file.name + ".lock"), file)
     try:
-        # Only now, as closing a file gives up every lock of SQLite that this process has on it. SQLite gives the files
-        # beside it the same mode.
+        # Only after locking, because closing a file releases all locks that SQLite has on it in this process. SQLite
+        # gives its other files the same mode.
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         fsync_folder(file.parent)
     except BaseException:
@@ -108,8 +108,8 @@ def prepare_file(file: Path) -> FileLock:
     return lock
 
 
-def make_engine(place: Place) -> sa.Engine:
-    """Connections to a place; none is made yet. Statements' values never stand in messages.
+def make_engine(place: Location) -> sa.Engine:
+    """Creates a SQLAlchemy engine, without connecting. Its messages never contain values.
 
     Raises:
         StoreError: the database's driver is not installed.
@@ -127,22 +127,22 @@ def make_engine(place: Place) -> sa.Engine:
 
 
 def connect(engine: sa.Engine, *, write: bool) -> sa.Connection:
-    """A connection whose transactions write, or see one state of the database from beginning to end."""
+    """A connection whose transactions write, or read one snapshot of the database."""
     if engine.dialect.name == "sqlite":
         return engine.connect().execution_options(sqlite_begin="BEGIN IMMEDIATE" if write else "BEGIN")
     return engine.connect().execution_options(isolation_level="READ COMMITTED" if write else "REPEATABLE READ")
 
 
 def checkpoint(connection: sa.Connection) -> None:
-    """Moves what SQLite's write-ahead log holds into the database file; does nothing elsewhere."""
+    """Moves the content of SQLite's write-ahead log into the database file; does nothing in other databases."""
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
         driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # transactions begin where SQLAlchemy says, schema changes included
-    # Bytes that are no UTF-8 must reach the checksum, which names their row, instead of failing the whole query.
+    connection.isolation_level = None  # SQLAlchemy begins all transactions, also for schema changes
+    # Invalid UTF-8 must reach the checksum, which names the row, instead of failing the query.
     connection.text_factory = lambda data: data.decode(errors="surrogateescape")
     for pragma in _PRAGMAS.split(";")[:-1]:
         connection.execute(pragma).fetchall()
