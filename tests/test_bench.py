@@ -355,7 +355,7 @@ def test_a_file_of_rows_is_checked(tmp_path: Path) -> None:
 
 def test_a_worker_that_says_something_else() -> None:
     worker = Worker("echo", ["/bin/sh", "-c", 'read line; echo hello; read line; echo \'{"error": "no room"}\''])
-    with pytest.raises(EngineError, match="says 'hello'"):
+    with pytest.raises(EngineError, match="printed 'hello'"):
         worker.ask("anything")
     with pytest.raises(EngineError, match="echo: no room"):
         worker.ask("anything")
