@@ -44,7 +44,7 @@ def test_what_is_shown_works(page: str, smollm2_gguf: Path, address: str, tmp_pa
         elif step.words[0] in ("fabula", "make", "pip"):
             check_exists(step)
     if page == "tutorial.md":  # the second branch of its chat begins at turn 1, and its fork reuses the past
-        tree = next(text for text in shown if text.startswith("0 the beginning"))
+        tree = next(text for text in shown if text.startswith("0 start"))
         assert [line.split(" ")[:2] for line in tree.splitlines()[2:4]] == [["├──", "2"], ["└──", "3"]]
         reused = [int(number) for number in re.findall(r"^(\d+) tokens reused", "".join(shown), re.MULTILINE)]
         assert reused and min(reused) > 10

@@ -401,7 +401,7 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "no words for 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "no key for 'dynamic'"),
         (
             {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}},
             "'longrope'",

@@ -307,7 +307,7 @@ def test_vocabulary_and_embedding_disagree(checkpoint) -> None:
     [
         (key("split.count", UINT16, 3), "join"),
         (key("llama.expert_count", UINT32, 8), "experts"),
-        (key("general.quantization_version", UINT32, 1), "quantise"),
+        (key("general.quantization_version", UINT32, 1), "quantize"),
         (key("llama.rope.dimension_count", UINT32, 8), "16"),
         (key("llama.attention.value_length", UINT32, 32), "16"),
     ],
