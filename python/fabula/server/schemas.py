@@ -234,7 +234,9 @@ class RollbackBody(SessionBody):
     """The turn to make the head."""
 
     turn: TurnRef = 1
-    target_turn: TurnRef = Field(1, description="An older name of `turn`.", deprecated=True)
+    target_turn: TurnRef = Field(
+        1, description="An older name of `turn`.", json_schema_extra={"deprecated": True}
+    )  # pydantic's own `deprecated` warns whoever reads the field, us too
     prune: bool = Field(False, description="Also delete the turns that follow it.")
 
     @property
