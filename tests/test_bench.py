@@ -273,7 +273,7 @@ def test_missing_peers_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
     with Model.load(tiny_folder) as model:
         assert peers.make_peers(model, 100, told.append) == []
-    assert len(told) == 2 and all('pip install "fabula[peers]"' in line for line in told)
+    assert len(told) == 2 and all("pip install llama-cpp-python" in line for line in told)
 
 
 def test_transformers_on_the_same_weights(tiny_folder: Path) -> None:

@@ -11,7 +11,7 @@ from fabula.bench.status import Status
 from fabula.errors import EngineError
 from fabula.model import Model
 
-INSTALL = 'pip install "fabula[peers]"'
+INSTALL = "pip install llama-cpp-python torch transformers gguf"
 
 
 def make_peers(

@@ -15,7 +15,7 @@ from typing import Any
 
 from fabula.errors import InvalidArgument, Unsupported
 
-INSTALL = 'pip install "fabula[plot]"'
+INSTALL = "pip install matplotlib"
 OURS = "Fabula"
 MAX_ROWS = 200
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")  # ours first

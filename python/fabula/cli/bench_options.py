@@ -38,7 +38,7 @@ json_option = click.option(
 )
 plot_option = click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Plot the results to a PNG file; needs `pip install \"fabula[plot]\"`.",
+    help="Plot the results to a PNG file; needs `pip install matplotlib`.",
 )  # fmt: skip
 peer_python_option = click.option(
     "--peer-python", metavar="FILE",

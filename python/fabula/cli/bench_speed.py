@@ -129,7 +129,8 @@ def model(
     """Measure prefill and greedy decode of a model, in tokens a second.
 
     All precisions and engines are in memory at once and run in turns. Shares are of the limits set by this machine's
-    memory (decode) and multiply-adds (prefill). Other engines need `pip install "fabula[peers]"`. llama.cpp reads the
+    memory (decode) and multiply-adds (prefill). Other engines need
+    `pip install llama-cpp-python torch transformers gguf`. llama.cpp reads the
     same GGUF file (or one with the same weights, written for it) with the threads, flash attention and batch it is
     fastest with; "same tokens" is how many of 32 greedy tokens agree. Decode runs after the prompt, so a long prompt
     measures decode at that context.

@@ -44,7 +44,7 @@ __all__ = [
     "pull",
 ]
 
-_HUB_MISSING = "it needs the huggingface_hub package (`pip install 'fabula[hub]'`)"
+_HUB_MISSING = "it needs the huggingface_hub package (`pip install huggingface_hub`)"
 _CACHE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")  # a plain folder name
 
 

@@ -217,7 +217,7 @@ class Settings:
     log_texts: bool = field(default=False, metadata=_about("Logs", "Log what users write and models answer."))
     traces: bool = field(
         default=False,
-        metadata=_about("Logs", "OpenTelemetry traces; needs fabula[otel], which the OTEL_ variables set up."),
+        metadata=_about("Logs", "OpenTelemetry traces; needs opentelemetry-sdk, which the OTEL_ variables set up."),
     )
 
     def __post_init__(self) -> None:

@@ -32,7 +32,9 @@ class Traces(Observer):
         try:
             from opentelemetry import propagate, trace
         except ImportError:
-            raise InvalidArgument("traces need OpenTelemetry: pip install 'fabula[otel]'") from None
+            raise InvalidArgument(
+                "traces need OpenTelemetry: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+            ) from None
         self._trace, self._propagate = trace, propagate
         self._provider = provider or exporting_provider()
         self._tracer = self._provider.get_tracer("fabula.server")
@@ -100,7 +102,9 @@ def exporting_provider() -> Any:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise InvalidArgument("traces need OpenTelemetry: pip install 'fabula[otel]'") from None
+        raise InvalidArgument(
+            "traces need OpenTelemetry: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        ) from None
     provider = TracerProvider(resource=Resource.create({"service.name": "fabula"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
