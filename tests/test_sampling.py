@@ -483,7 +483,7 @@ BAD_STRUCT: list[tuple[dict[str, Any], str]] = [
     ({"n_chain": -1}, "n_chain is -1"),
     ({"chain": [0]}, r"chain\[0\] is 0, must be in 1 .. 9"),
     ({"chain": [3, 10]}, r"chain\[1\] is 10"),
-    ({"chain": [5, 6, 5]}, r"chain\[2\] is 5, a step that stands"),
+    ({"chain": [5, 6, 5]}, r"chain\[2\] is 5, a step that is already"),
 ]
 
 
