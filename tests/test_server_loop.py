@@ -80,18 +80,18 @@ def test_a_failed_reply_waits_for_its_session_elsewhere(
         await client.ask("POST", "/write", session_id="a", text="once")
         session = state.workspace.open("a")
         failing = asyncio.Event()
-        fail, waits = Reply._fail, threading.Event()
+        end, waits = Reply._end, threading.Event()
 
         async def broken(_: Generation) -> Any:
             await failing.wait()
             raise NonFinite("a logit is NaN")
 
-        def settle(self: Reply) -> None:
+        def settle(self: Reply, **how: Any) -> None:
             waits.set()
-            fail(self)
+            end(self, **how)
 
         monkeypatch.setattr(Generation, "__anext__", broken)
-        monkeypatch.setattr(Reply, "_fail", settle)
+        monkeypatch.setattr(Reply, "_end", settle)
         asking = asyncio.create_task(client.ask("POST", "/story", session_id="a", max_len=3))
         while not state.runs.active():
             await asyncio.sleep(0.005)
