@@ -314,7 +314,7 @@ def test_a_session_keeps_its_model_and_settings(talk: Any, tiny_folder: Path, tm
     for more, text in (
         (["--session", "a", "--model", "other"], f"session a uses the model {tiny_folder}; leave out --model"),
         (["--session", "a", "--context-policy", "error"], "has the context policy slide, which cannot be changed"),
-        (["--session", "a", "--system", "Be rude."], "has begun with another system message"),
+        (["--session", "a", "--system", "Be rude."], "has turns with another system message"),
         (["--session", "a b", "--model", tiny_folder], "session id 'a b' must be"),
     ):
         result = talk(["chat", *more])

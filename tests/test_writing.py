@@ -66,7 +66,7 @@ def test_continue_goes_on_with_the_written_words(tiny_model: Model) -> None:
 
 def test_rewrite_refuses_what_cannot_be(tiny_model: Model) -> None:
     session = tiny_model.session()
-    with pytest.raises(InvalidArgument, match="nothing was said yet"):
+    with pytest.raises(InvalidArgument, match="turn 0 is the empty start"):
         session.rewrite(0, "a")
     session.say("hello", SHORT).text()
     with pytest.raises(InvalidArgument, match="text is empty"):

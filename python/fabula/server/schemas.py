@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from fabula.engine.constraint import Constraint
 from fabula.engine.sampling import MAX_LOGPROBS, STEPS, SamplingParams
 from fabula.errors import InvalidArgument
+from fabula.sessions.planning import MAX_BRANCHES
 from fabula.sessions.policy import ContextPolicy
-from fabula.sessions.session import MAX_BRANCHES
 
 
 class Strict(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +120,6 @@ class Blanks:
     def finish(self) -> list[Event]:
         """At the end of the answer: the events that were held back."""
         return [Content(self._held)] if self._held and not self._has_calls else []
-
-
-class Reader(Protocol):
-    """A parser of calls in text that arrives in pieces."""
-
-    def feed(self, text: str) -> list[Event]:
-        """Parses the next piece of text; returns the events that are certain."""
-
-    def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """At the end of the text: the remaining events."""
 
 
 def loaded(text: str) -> dict[str, Any] | None:

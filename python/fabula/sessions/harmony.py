@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from fabula.sessions.call_events import Arguments, CallBegun, CallEnded, Content, Event, loaded
+from fabula.sessions.call_reader import Reader
 from fabula.sessions.tool_syntax import n_half
 
 _MESSAGE = "<|message|>"
@@ -14,29 +14,19 @@ _BEGINS = ("<|channel|>", "<|start|>", "to=")
 _RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_-]{1,64})(?=[\s<])")
 
 
-class HarmonyReader:
+class HarmonyReader(Reader):
     """Parses an answer of several messages. A message to a function is a call; messages of the channel "analysis" are
-    thoughts, not content.
-    """
+    thoughts, not content."""
 
     def __init__(self) -> None:
-        self._held = ""
-        self._state: Callable[[list[Event]], bool] = self._begin
+        super().__init__(self._begin)
         self._index = -1
         self._is_call, self._is_thought = False, False
         self._arguments: list[str] = []
         self._raw = ""
 
-    def feed(self, text: str) -> list[Event]:
-        """Parses the next piece of text; returns the events that are certain."""
-        self._held += text
-        events: list[Event] = []
-        while self._held and self._state(events):
-            pass
-        return events
-
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """At the end of the text: the remaining events."""
+        """As `Reader.finish`."""
         events: list[Event] = []
         if self._state == self._header:
             match = _RECIPIENT.search(self._held)

@@ -5,7 +5,9 @@ Nothing here takes a lock, changes a tree or starts a generation.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
@@ -16,6 +18,8 @@ from fabula.sessions.prompts import Prompt, chat_prompt, common_length, parses_s
 from fabula.sessions.settings import Settings
 from fabula.sessions.turn import WRITTEN, Turn
 from fabula.sessions.user_input import UserInput
+
+MAX_BRANCHES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,9 @@ class Plan:
         )
 
 
+Planner = Callable[[LoadedModel], Plan]
+
+
 # ---- Plans ----------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +109,46 @@ def sibling(model: LoadedModel, settings: Settings, turn: Turn, user_input: User
     return next_turn(model, settings, turn.parent, user_input, params, chat=turn.chat)
 
 
+def story(
+    model: LoadedModel,
+    settings: Settings,
+    head: Turn,
+    text: str | None,
+    params: SamplingParams,
+    parse_special: bool | None,
+) -> Plan:
+    """Plans the next turn of a story, which appends `text` first; `parse_special` as `Session.tell` takes it."""
+    new = UserInput.of(text or "", parse_special=parses_special(parse_special, head))
+    return next_turn(model, settings, head, new, params, chat=False)
+
+
+def branch(
+    model: LoadedModel,
+    settings: Settings,
+    head: Turn,
+    user_input: UserInput,
+    params: SamplingParams | None,
+    options: Mapping[str, Any] | None,
+    parse_special: bool | None,
+    *,
+    is_new: bool,
+) -> Plan:
+    """Plans the turn of which `Session.branch` makes several.
+
+    Args:
+        model, settings, head: of the session.
+        user_input: what a new turn answers.
+        params, options, parse_special: as `Session.branch` takes them.
+        is_new: False for another answer to the head's message, or for a story as it is.
+    """
+    if head.number and head.chat and not is_new:
+        again = head.said.with_options(options)
+        return sibling(model, settings, head, again, params or branch_params(settings, head, again=True))
+    chat = head.chat if head.number else is_new
+    new = user_input if chat else replace(user_input, parse_special=parses_special(parse_special, head))
+    return next_turn(model, settings, head, new, params, chat=chat)
+
+
 def continuation(turn: Turn, begun: tuple[int, ...], params: SamplingParams) -> Plan:
     """Plans a sibling of `turn` with the same prompt whose answer begins with `begun`."""
     assert turn.parent is not None
@@ -109,17 +156,50 @@ def continuation(turn: Turn, begun: tuple[int, ...], params: SamplingParams) -> 
     return Plan(turn.parent, turn.said, turn.chat, prompt, params, turn, begun)
 
 
-def replayed(model: LoadedModel, settings: Settings, turn: Turn, params: SamplingParams) -> Plan:
-    """Plans `turn` again from its parent.
+def regenerated(model: LoadedModel, settings: Settings, turn: Turn, params: SamplingParams | None) -> Plan:
+    """Plans another answer to the user input of `turn`; `params` None: as `again_params`."""
+    return sibling(model, settings, turn, turn.said, params or again_params(settings, turn))
+
+
+def continued(
+    model: LoadedModel, settings: Settings, turn: Turn, n_tokens: int | None, params: SamplingParams | None
+) -> Plan:
+    """Plans a sibling of `turn` that continues its answer, without the end token if it has one.
+
+    Args:
+        n_tokens: max further tokens; None leaves it to the parameters.
+        params: None for the turn's.
+    """
+    ended = turn.token_ids[-1:] and turn.token_ids[-1] in model.engine.tokenizer.eos_ids
+    begun = turn.token_ids[:-1] if ended else turn.token_ids
+    return continuation(turn, begun, limited(params or same_params(settings, turn), n_tokens))
+
+
+def with_token(
+    model: LoadedModel, settings: Settings, turn: Turn, position: int, token: int, params: SamplingParams | None
+) -> Plan:
+    """Plans a sibling of `turn` whose answer has another token at `position` and continues from there.
+
+    Raises:
+        InvalidArgument: no such position or token.
+    """
+    check_position(turn, position)
+    begun = (*turn.token_ids[:position], *model.engine.runner.token_ids([token]).tolist())
+    return continuation(turn, begun, params or same_params(settings, turn))
+
+
+def replayed(model: LoadedModel, settings: Settings, turn: Turn, params: SamplingParams | None) -> Plan:
+    """Plans `turn` again from its parent; `params` None: the turn's, with its seed.
 
     Raises:
         InvalidArgument: it was written by hand.
     """
     if turn.finish_reason == WRITTEN:
         raise InvalidArgument(f"turn {turn.number} was written by hand: there is nothing to generate again")
+    chosen = params or same_params(settings, turn)
     if turn.n_begun:
-        return continuation(turn, turn.token_ids[: turn.n_begun], params)
-    return sibling(model, settings, turn, turn.said, params)
+        return continuation(turn, turn.token_ids[: turn.n_begun], chosen)
+    return sibling(model, settings, turn, turn.said, chosen)
 
 
 def prompt_of(
@@ -142,6 +222,33 @@ def prompt_of(
 def prompt_ids_of(turn: Turn) -> list[int]:
     """Every id before the turn's answer."""
     return turn.ids()[: turn.n_ids - len(turn.token_ids)]
+
+
+# ---- Sampling parameters --------------------------------------------------------------------------------------------
+
+
+def same_params(settings: Settings, turn: Turn) -> SamplingParams:
+    """Default parameters of an answer that repeats or continues that of `turn`: the turn's, with its seed."""
+    return turn.params or settings.params
+
+
+def again_params(settings: Settings, turn: Turn) -> SamplingParams:
+    """Default parameters of an answer that replaces that of `turn`: the turn's with a new seed, since the old seed
+    would give the same answer."""
+    return replace(same_params(settings, turn), seed=None)
+
+
+def branch_params(settings: Settings, head: Turn, *, again: bool) -> SamplingParams:
+    """Default parameters of branches: the session's. Where the head's message is answered `again`, with the head's
+    constraint and new seeds, since the old seed would give the head's answer."""
+    if not (again and head.number and head.chat):
+        return settings.params
+    return replace(settings.params, constraint=same_params(settings, head).constraint, seed=None)
+
+
+def limited(params: SamplingParams, n_tokens: int | None) -> SamplingParams:
+    """The same with another `max_tokens`; None keeps it."""
+    return params if n_tokens is None else replace(params, max_tokens=n_tokens)
 
 
 # ---- Turns written by hand ------------------------------------------------------------------------------------------
@@ -233,6 +340,12 @@ def check_kind(parent: Turn, *, chat: bool) -> None:
     if parent.number and parent.chat is not chat:
         kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
         raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
+
+
+def check_branches(n: object) -> None:
+    """Raises InvalidArgument if `n` is not a possible number of branches."""
+    if type(n) is not int or not 1 <= n <= MAX_BRANCHES:
+        raise InvalidArgument(f"n is {n!r}, must be a whole number in 1 .. {MAX_BRANCHES}")
 
 
 def check_position(turn: Turn, position: int) -> None:

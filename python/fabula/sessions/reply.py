@@ -9,6 +9,9 @@ from dataclasses import replace
 
 from fabula.engine.generation import Generation, Piece, Timings
 from fabula.errors import EngineError
+from fabula.sessions.model_handle import LoadedModel
+from fabula.sessions.planning import Plan
+from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.turn import Turn
 
 
@@ -162,3 +165,31 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         if not getattr(self, "_done", True):
             self.generation.abandon()
             self._left(self)
+
+
+def start_generation(
+    model: LoadedModel, plan: Plan, policy: ContextPolicy, tenant: str, timeout: float | None = None
+) -> Generation:
+    """Starts the generation of a planned turn, which reuses as much KV as the plan's source has.
+
+    Args:
+        model: generates it.
+        plan: the turn.
+        policy: of the session; gives the window of a turn without KV to reuse.
+        tenant: owner whose cached KV may be shared.
+        timeout: seconds until it ends by itself; None for no limit.
+    """
+    engine = model.engine
+    sequence = plan.source.fork_kv(plan.n_reusable, engine.cache)
+    if sequence is None:
+        sequence = engine.runner.sequence(policy.visible(engine.runner.context))
+    return Generation(
+        engine,
+        plan.prompt.ids,
+        plan.params,
+        continues=not plan.chat,
+        begun=plan.begun,
+        sequence=sequence,
+        salt=tenant,
+        timeout=timeout,
+    )

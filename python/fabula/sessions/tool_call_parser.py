@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from fabula.sessions.argument_scan import KeywordScanner, ObjectScanner
 from fabula.sessions.call_events import (
     Arguments,
     Blanks,
@@ -19,11 +20,11 @@ from fabula.sessions.call_events import (
     CallEnded,
     Content,
     Event,
-    Reader,
     ToolCall,
     gathered,
     loaded,
 )
+from fabula.sessions.call_reader import Reader, State
 from fabula.sessions.harmony import HarmonyReader
 from fabula.sessions.tool_forms import HERMES, ToolForm
 from fabula.sessions.tool_syntax import NAME, Syntax, matched, n_half
@@ -48,15 +49,13 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_HEAD = 256  # characters within which the name must be complete for arguments to be streamed
 THINK, END_OF_THOUGHT = "<think>", "</think>"
 _NAME = re.compile(NAME)
-_SIGNS = re.compile(r'[{}"\\]')
-_PYTHON_SIGNS = re.compile(r"""[\[\](){}"'\\,]""")
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 
 # Whether an answer may start with <think>, starts after it, or may think between control tokens, which leave no text.
 Thought = Literal["", "tagged", "open", "tokens"]
 
 
-class ToolCallReader:
+class ToolCallReader(Reader):
     """Parses calls in text that arrives in pieces, which may break anywhere.
 
     Args:
@@ -83,38 +82,23 @@ class ToolCallReader:
     ) -> None:
         self._form, self._schemas = form, schemas or {}
         self._syntax = Syntax.of(form)
-        self._held = ""
         self._index = 0
         self._sought = 0  # leading characters of the held text without a closing tag
         self._raw: list[str] = []  # text of the current call
         self._arguments: list[str] = []
-        self._depth, self._in_string, self._escaped = 0, "", False
-        self._n_scanned = 0  # leading characters of the held text already scanned
+        self._object, self._keywords = ObjectScanner(), KeywordScanner()
         self._in_section = False  # the next call is not the first of its section
         self._kinds = KINDS  # JSON types of the current value
-        self._has_value, self._is_bad = False, False
+        self._has_value, self._has_quote = False, False  # whether the current value, and its quote, have started
+        self._is_bad = False
         self._after_call = False  # white space here only separates calls
-        after_thought: Callable[[list[Event]], bool] = self._start if form.is_first else self._text
+        after_thought: State = self._start if form.is_first else self._text
         if is_exclusive and not form.is_first:
             thought, after_thought = "", self._either
-        self._state: Callable[[list[Event]], bool] = {"tagged": self._before_thought, "open": self._opened}.get(
-            thought, after_thought
-        )
-
-    def feed(self, text: str) -> list[Event]:
-        """Parses the next piece of text; returns the events that are certain."""
-        self._held += text
-        events: list[Event] = []
-        while self._held and self._state(events):
-            pass
-        return events
+        super().__init__({"tagged": self._before_thought, "open": self._opened}.get(thought, after_thought))
 
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """At the end of the text: the remaining events.
-
-        Args:
-            is_whole: whether the model ended it. If it was cut off, a partial tag at its end is not content.
-        """
+        """As `Reader.finish`."""
         events: list[Event] = []
         held, self._held = self._held, ""
         state = self._state
@@ -138,7 +122,7 @@ class ToolCallReader:
             self._end(events)
         return events
 
-    # ---- States outside of calls: each consumes held text and returns whether to go on ------------------------------
+    # ---- States outside of calls ------------------------------------------------------------------------------------
 
     def _before_thought(self, _: list[Event]) -> bool:
         """Where a thought may start."""
@@ -240,33 +224,15 @@ class ToolCallReader:
         self._raw.append(match[0])
         self._held = self._held[match.end() :]
         self._begin(match["name"], events)
-        self._depth, self._in_string, self._escaped, self._n_scanned = 0, "", False, 0
+        self._object, self._keywords = ObjectScanner(), KeywordScanner()
         self._state = {"json": self._body, "tagged": self._parameter, "python": self._python}[self._form.arguments]
 
     def _body(self, events: list[Event]) -> bool:
         """Inside JSON arguments, up to the closing brace."""
-        self._emit_arguments(self._take(self._end_of_object()), events)
-        if self._depth == 0:
-            self._depth, self._state = 1, self._tail
+        self._emit_arguments(self._take(self._object.end(self._held)), events)
+        if self._object.depth == 0:
+            self._object, self._state = ObjectScanner(depth=1), self._tail
         return bool(self._held)
-
-    def _end_of_object(self) -> int:
-        """Length of the held text that belongs to the open object; keeps the state of its JSON."""
-        start = 1 if self._escaped else 0
-        self._escaped = False
-        while (match := _SIGNS.search(self._held, start)) is not None:
-            sign, start = match[0], match.end()
-            if sign == "\\":
-                if start == len(self._held):
-                    self._escaped = True
-                start += 1
-            elif sign == '"':
-                self._in_string = "" if self._in_string else sign
-            elif not self._in_string:
-                self._depth += 1 if sign == "{" else -1
-                if self._depth == 0:
-                    return start
-        return len(self._held)
 
     def _tail(self, events: list[Event]) -> bool:
         """After the arguments, up to the closing tag, which may be missing; other keys are skipped."""
@@ -289,8 +255,8 @@ class ToolCallReader:
                 return False
             self._take(self._held.index("}") + 1 if end is None else end)
         else:
-            self._take(self._end_of_object())
-            if self._depth:
+            self._take(self._object.end(self._held))
+            if self._object.depth:
                 return False
         self._end(events)
         return bool(self._held)
@@ -309,7 +275,7 @@ class ToolCallReader:
                 self._kinds = frozenset(("string",)) if match["other"] is None else KINDS - {"string"}
             key = json.dumps(match["key"], ensure_ascii=False)
             self._emit_arguments(("{" if not self._arguments else ", ") + key + ": ", events)
-            self._state, self._has_value, self._n_scanned, self._sought = self._value, False, 0, 0
+            self._state, self._has_value, self._has_quote, self._sought = self._value, False, False, 0
             return True
         begun = matched(self._held, form.parameter[0])
         end = matched(self._held, form.call[2])
@@ -334,9 +300,9 @@ class ToolCallReader:
             if not self._held:
                 return False
         is_text = self._kinds == {"string"} and not self._form.cdata
-        if is_text and not self._n_scanned:
+        if is_text and not self._has_quote:
             self._emit_arguments('"', events)
-            self._n_scanned = 1  # the quote is written
+            self._has_quote = True
         place = self._held.find(syntax.value_close, 0 if is_text else self._sought)
         if place < 0:
             if is_text:
@@ -366,35 +332,20 @@ class ToolCallReader:
         if not self._has_value and self._syntax.is_on_lines:
             text = text.removeprefix("\n")
         if self._kinds == {"string"}:  # CDATA is emitted only when complete
-            self._emit_arguments("" if self._n_scanned else '"', events)
+            self._emit_arguments("" if self._has_quote else '"', events)
             self._emit_text(text, events)
         elif text.strip():
             self._emit_arguments(text.strip(), events)
 
     def _python(self, events: list[Event]) -> bool:
         """Python keyword arguments, up to the closing bracket."""
-        while (match := _PYTHON_SIGNS.search(self._held, self._n_scanned)) is not None:
-            sign, self._n_scanned = match[0], match.end()
-            if sign == "\\" and self._in_string:
-                self._n_scanned += 1
-            elif sign in "\"'":
-                self._in_string = "" if self._in_string == sign else self._in_string or sign
-            elif self._in_string or sign == "\\":
-                pass
-            elif sign in "[({":
-                self._depth += 1
-            elif sign in "])}" and self._depth:
-                self._depth -= 1
-            elif sign in "])},":
-                if self._depth:
-                    continue
-                self._keyword(self._take(self._n_scanned)[:-1], sign, events)
-                self._n_scanned = 0
-                if sign != ",":
-                    self._emit_arguments("{}" if not self._arguments else "}", events)
-                    self._end(events)
-                    return bool(self._held)
-        self._n_scanned = max(self._n_scanned, len(self._held))
+        while (found := self._keywords.end(self._held)) is not None:
+            end, sign = found
+            self._keyword(self._take(end)[:-1], sign, events)
+            if sign != ",":
+                self._emit_arguments("{}" if not self._arguments else "}", events)
+                self._end(events)
+                return bool(self._held)
         return False
 
     def _keyword(self, text: str, sign: str, events: list[Event]) -> None:

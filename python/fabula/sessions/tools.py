@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.json_schema import check_limits
 from fabula.errors import InvalidArgument
+from fabula.sessions.call_events import loaded
+from fabula.sessions.call_reader import Reader
 from fabula.sessions.tool_call_parser import (
     END_OF_THOUGHT,
     THINK,
-    Reader,
     Thought,
     ToolCall,
     ToolCallReader,
@@ -228,7 +229,7 @@ def _call(call: object, where: str) -> dict[str, Any]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ -")
     if isinstance(arguments, str):
-        arguments = _object(arguments or "{}")
+        arguments = loaded(arguments or "{}")
     if not isinstance(arguments, Mapping):
         raise InvalidArgument(f"{where}.function.arguments must be a JSON object")
     return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}
@@ -392,12 +393,3 @@ def _chosen(tools: list[Tool], choice: object) -> tuple[str, list[Tool]]:
     if not found:
         raise InvalidArgument(f"tool_choice names {name!r:.80}, which is none of the tools")
     return "required", found
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """Parses a JSON object; None for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

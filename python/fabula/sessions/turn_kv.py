@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from fabula.engine.generation import Engine
+from fabula.sessions.prompts import common_length
 from fabula.sessions.turn import WRITTEN, Turn
 
 
@@ -25,6 +26,13 @@ def keep_kv(turn: Turn, engine: Engine) -> None:
                 past.kv = turn.kv.fork(past.n_ids)
                 cache.keep(past.kv)
             kept = min(kept, past.kept)
+
+
+def share_kv(source: Turn, turn: Turn, engine: Engine) -> None:
+    """Gives a turn without KV that of the leading ids it has in common with `source`."""
+    turn.kv = source.fork_kv(common_length(source.ids(), turn.ids()), engine.cache)
+    if turn.kv is not None:
+        engine.cache.keep(turn.kv)
 
 
 def free_kv(turns: Sequence[Turn]) -> int:

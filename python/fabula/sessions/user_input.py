@@ -96,6 +96,14 @@ class UserInput:
         """
         return self if options is None else replace(self, options=_options(options))
 
+    def inheriting(self, other: UserInput, *, options: bool, parse_special: bool) -> UserInput:
+        """The same with another input's `options`, `parse_special`, or both."""
+        return replace(
+            self,
+            options=other.options if options else self.options,
+            parse_special=other.parse_special if parse_special else self.parse_special,
+        )
+
     # ---- As JSON ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any] | None:
