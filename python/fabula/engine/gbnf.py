@@ -1,24 +1,37 @@
-"""GBNF, the grammars of llama.cpp: reading them.
+"""Parser of GBNF, the grammars of llama.cpp.
 
 The notation is that of llama.cpp's `grammars/README.md` and `src/llama-grammar.cpp`: a context-free grammar over
-characters, where nothing is greedy and everything that can be read in two ways is read in both. What llama.cpp refuses
-but means something is taken here: left recursion, `_` in names, more than 2,000 repetitions.
+characters. Nothing is greedy: an ambiguous text is parsed in every way. Accepted here although llama.cpp refuses it:
+left recursion, `_` in names, more than 2,000 repetitions.
 
     root  ::= "1. " move (" " move)? "\\n"     a rule; the answer is a text of `root`
-    move  ::= [NBKQR]? [a-h] [1-8]            classes of characters, [^...] is any other, . any at all
-    moves ::= move{2,5} | ( move "," )*       * + ? {n} {n,} {n,m}; groups; alternatives; # is a comment
+    move  ::= [NBKQR]? [a-h] [1-8]            character classes; [^...] is any other character, . is any
+    moves ::= move{2,5} | ( move "," )*       * + ? {n} {n,} {n,m}; groups; alternatives; # starts a comment
     deep  ::= <think> !</think>* <[1001]>     tokens of the vocabulary, and any but one
 
-A newline ends a rule, but not within parentheses, nor behind ::= or |. The later of two rules of a name counts. From
-the grammar read here `engine/lexemes.py` makes what the library takes.
+A newline ends a rule, except within parentheses and after ::= or |. Of two rules with the same name the later one
+counts. `engine/lexemes.py` translates the grammar for llguidance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NoReturn
 
+from fabula.engine.grammar_nodes import (
+    ANY,
+    LAST,
+    NOTHING,
+    Chars,
+    Node,
+    Ref,
+    Token,
+    alternatives,
+    chars,
+    completed,
+    repeated,
+    sequence,
+)
 from fabula.errors import InvalidArgument
 
 MAX_RULES = 3000  # chains of rules are compiled recursively; the stack suffices for twice as many
@@ -26,125 +39,28 @@ MAX_NESTED = 64  # groups within each other
 MAX_STACKED = 8  # repetitions of repetitions without a group, such as "a"+*
 MAX_REPEATED = 100_000  # the largest number in braces
 
-Ranges = tuple[tuple[int, int], ...]
-
-
-# ---- What a grammar is made of --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Chars:
-    """One character out of ranges of code points, sorted, apart, without surrogates; may be none."""
-
-    ranges: Ranges
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token by its id, or any token but that one."""
-
-    token_id: int
-    negated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """What a rule says."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seq:
-    """One after the other; none: the empty text."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Alt:
-    """One of several; none: no text."""
-
-    options: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """From `low` to `high` times, None for without end."""
-
-    item: Node
-    low: int
-    high: int | None
-
-
-Node = Chars | Token | Ref | Seq | Alt | Repeat
-EMPTY, NOTHING = Seq(()), Alt(())
-LAST = 0x10FFFF
-
-
-def sequence(items: list[Node]) -> Node:
-    """Items one after the other, without needless nesting. A text within quotes stays together."""
-    kept = [item for item in items if item != EMPTY]
-    if NOTHING in kept:
-        return NOTHING
-    return kept[0] if len(kept) == 1 else Seq(tuple(kept))
-
-
-def alternatives(options: list[Node]) -> Node:
-    """One of the options, each once."""
-    kept = list(dict.fromkeys(option for option in options if option != NOTHING))
-    return kept[0] if len(kept) == 1 else Alt(tuple(kept))
-
-
-def repeated(item: Node, low: int, high: int | None) -> Node:
-    """An item some number of times."""
-    if high == 0 or item == EMPTY or (item == NOTHING and low == 0):
-        return EMPTY
-    if item == NOTHING:
-        return NOTHING
-    return item if (low, high) == (1, 1) else Repeat(item, low, high)
-
-
-def chars(ranges: list[tuple[int, int]], negated: bool = False) -> Chars:
-    """A class from ranges of code points in any order; surrogates are none."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted([*ranges, (0xD800, 0xDFFF)] if negated else ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-        else:
-            merged.append((low, high))
-    if negated:
-        edges = [-1, *(edge for pair in merged for edge in pair), LAST + 1]
-        return Chars(tuple((a + 1, b - 1) for a, b in zip(edges[::2], edges[1::2], strict=True) if a + 1 < b))
-    split = [part for low, high in merged for part in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high))]
-    return Chars(tuple((low, high) for low, high in split if low <= high))
-
-
-ANY = chars([], negated=True)
 _ESCAPES = {"t": "\t", "r": "\r", "n": "\n", "\\": "\\", '"': '"', "[": "[", "]": "]", "-": "-"}
 
 
-# ---- Reading --------------------------------------------------------------------------------------------------------
-
-
 def parse_gbnf(source: str, token_id: Callable[[str], int | None]) -> dict[str, Node]:
-    """The rules of a grammar, those that no text reaches left out.
+    """Parses a grammar and drops the rules that no text uses.
 
     Args:
         source: GBNF.
-        token_id: the id of a token from how it is written, such as `<think>`; None if there is no such token. Takes
+        token_id: returns the id of a token that is written as `<think>`, or None if there is no such token. Takes
             an id in decimal too.
 
     Returns:
-        Rules by name, `root` first; each can be reached from there, and can be completed.
+        Rules by name, `root` first; each can be reached from `root` and completed.
 
     Raises:
-        InvalidArgument: it is no GBNF, names what is not there, or no text satisfies it; names line and column.
+        InvalidArgument: it is not GBNF, refers to an unknown rule or token (names line and column), or no text
+            satisfies it.
     """
     reader = _Reader(source, token_id)
     rules = reader.rules()
     reader.check_names(rules)
-    return _completed(rules)
+    return completed(rules)
 
 
 class _Reader:
@@ -387,68 +303,3 @@ def _is_word(char: str) -> bool:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal()
-
-
-# ---- Rules that lead somewhere --------------------------------------------------------------------------------------
-
-
-def _completed(rules: dict[str, Node]) -> dict[str, Node]:
-    """The rules without what can never be completed, and only those that `root` needs."""
-    ends: set[str] = set()
-    users = users_of(rules)
-    waiting = list(rules)
-    while waiting:
-        name = waiting.pop()
-        if name not in ends and _ends(rules[name], ends):
-            ends.add(name)
-            waiting += users.get(name, ())
-    if "root" not in ends:
-        raise InvalidArgument("gbnf: no text satisfies it: root can never be completed")
-    needed: dict[str, Node] = {}
-    waiting = ["root"]
-    while waiting:
-        name = waiting.pop()
-        if name not in needed:
-            needed[name] = _pruned(rules[name], ends)
-            waiting += reversed(list(references(needed[name])))
-    return needed
-
-
-def references(node: Node) -> Iterator[str]:
-    """The rules that a part of a grammar refers to."""
-    if isinstance(node, Ref):
-        yield node.name
-    elif isinstance(node, Repeat):
-        yield from references(node.item)
-    elif isinstance(node, Seq | Alt):
-        for item in node.items if isinstance(node, Seq) else node.options:
-            yield from references(item)
-
-
-def users_of(rules: dict[str, Node]) -> dict[str, list[str]]:
-    """The rules that refer to a rule."""
-    users: dict[str, list[str]] = {}
-    for name, node in rules.items():
-        for reference in dict.fromkeys(references(node)):
-            users.setdefault(reference, []).append(name)
-    return users
-
-
-def _ends(node: Node, ends: set[str]) -> bool:
-    if isinstance(node, Ref):
-        return node.name in ends
-    if isinstance(node, Repeat):
-        return node.low == 0 or _ends(node.item, ends)
-    if isinstance(node, Seq):
-        return all(_ends(item, ends) for item in node.items)
-    return any(_ends(option, ends) for option in node.options) if isinstance(node, Alt) else True
-
-
-def _pruned(node: Node, ends: set[str]) -> Node:
-    if isinstance(node, Ref):
-        return node if node.name in ends else NOTHING
-    if isinstance(node, Repeat):
-        return repeated(_pruned(node.item, ends), node.low, node.high)
-    if isinstance(node, Seq):
-        return sequence([_pruned(item, ends) for item in node.items])
-    return alternatives([_pruned(option, ends) for option in node.options]) if isinstance(node, Alt) else node
