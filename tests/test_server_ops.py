@@ -207,7 +207,7 @@ def test_settings_come_from_flags_then_variables_then_the_file(tmp_path: Path) -
         ({}, {}, "port = ", "fabula.toml"),
         ({}, {}, "port = true", "port is True, must be a whole number"),
         ({}, {}, 'cors = ["example.org"]', "must be an origin"),
-        ({"model": ("a", "a")}, {}, "", "hold one twice"),
+        ({"model": ("a", "a")}, {}, "", "are not distinct"),
         ({"certificate": Path("x")}, {}, "", "go together"),
     ],
 )
@@ -247,8 +247,9 @@ def test_the_settings_file_shows_every_setting() -> None:
 
     path = Path(__file__).resolve().parent.parent / "deploy" / "fabula.toml"
     text = path.read_text(encoding="utf-8")
+    comments = " ".join(text.replace("\n## ", " ").split())
     for row in dataclasses.fields(Settings):
-        assert f"# {row.name} = " in text, f"{row.name} is missing"
+        assert f"{row.metadata['text']} # {row.name} = " in comments, f"{row.name} is missing or has another text"
     uncommented = "\n".join(line[2:] for line in text.splitlines() if line.startswith("# ") and " = " in line)
     import tomllib
 

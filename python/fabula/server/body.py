@@ -25,7 +25,7 @@ def parse(data: bytes) -> Any:
 
 
 def check_depth(data: bytes) -> None:
-    """Raises ApiError if brackets are nested too deep: json's parser would recurse as deep."""
+    """Raises ApiError if brackets are nested deeper than MAX_DEPTH, since json's parser recurses."""
     depth = 0
     for match in _BRACKETS.finditer(data):
         mark = match[0]

@@ -1,6 +1,6 @@
-"""The gate: what every request passes before anything else looks at it, and what every response carries.
+"""The gate: checks every request before its route runs, and sets the headers of every response.
 
-In this order: is the server stopping, is it called by a name it has, does a page of another site call, who is it.
+The checks, in order: contradictory lengths, Host header, Origin header, API key, and whether the server is stopping.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fabula.errors import InvalidArgument
 from fabula.server.failures import ApiError
 from fabula.server.settings import Settings
 
-# Where nobody is asked who he is: pages, the description of the API, and whether the server lives.
+# Paths that need no key: pages, the API description, and the health check.
 OPEN = frozenset({"/", "/docs", "/docs/style.css", "/openapi.json", "/health", "/favicon.ico"})
 OPEN_BEHIND = "/static/"
 
@@ -53,10 +53,10 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path) -> Keys:
-        """Keys from a file: `name:key` or `name:sha256:hash` on each line; # begins a comment.
+        """Reads keys from a file: `name:key` or `name:sha256:hash` on each line; # starts a comment.
 
         Raises:
-            InvalidArgument: it cannot be read, or a line says something else; names the line, never the key.
+            InvalidArgument: the file cannot be read, or a line is malformed; names the line, never the key.
         """
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -69,13 +69,13 @@ class Keys:
                 continue
             name, _, key = text.partition(":")
             if not _KEY_NAME.fullmatch(name):
-                raise InvalidArgument(f"keys: {path}: line {number} must begin with a name and a colon")
+                raise InvalidArgument(f"keys: {path}: line {number} must start with a name and a colon")
             if name in names.values():
-                raise InvalidArgument(f"keys: {path}: line {number} has the name {name} again")
+                raise InvalidArgument(f"keys: {path}: line {number} repeats the name {name}")
             if key.startswith("sha256:"):
                 digest = _hash(key[7:])
                 if digest is None:
-                    raise InvalidArgument(f"keys: {path}: line {number} must have 64 hexadecimal digits behind sha256:")
+                    raise InvalidArgument(f"keys: {path}: line {number} must have 64 hexadecimal digits after sha256:")
             elif len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidArgument(
                     f"keys: {path}: the key on line {number} must be {MIN_KEY_LENGTH} or more printable ASCII letters; "
@@ -89,7 +89,7 @@ class Keys:
         return cls(names)
 
     def owner(self, key: str) -> str | None:
-        """The name of a key; None if it is none. Takes the same time for every wrong key."""
+        """The name of a key; None if it is unknown. Compares with every key in constant time."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = None
         for known, name in self.names.items():
@@ -112,11 +112,11 @@ def new_key() -> str:
 
 
 def is_key_name(name: str) -> bool:
-    """Whether a key may be called so."""
+    """Whether a name is valid for a key."""
     return _KEY_NAME.fullmatch(name) is not None
 
 
-# ---- Names of the server --------------------------------------------------------------------------------------------
+# ---- Host and origin ------------------------------------------------------------------------------------------------
 
 
 def host_of(header: str) -> str:
@@ -128,10 +128,10 @@ def host_of(header: str) -> str:
 
 
 def is_known_host(header: str, allowed: tuple[str, ...]) -> bool:
-    """Whether the server may be called so.
+    """Whether a Host header names this server: an IP address, one of the machine's own names, or one of `allowed`.
 
-    A page whose name an attacker points at this machine (DNS rebinding) calls by that name; addresses and the machine's
-    own names cannot be pointed elsewhere.
+    This stops DNS rebinding: an attacker who points a name at this machine reaches the server under that name, but has
+    no control over addresses and the machine's own names.
     """
     host = host_of(header)
     try:
@@ -145,7 +145,7 @@ def is_known_host(header: str, allowed: tuple[str, ...]) -> bool:
 
 
 def is_own_origin(origin: str, host_header: str, allowed: tuple[str, ...]) -> bool:
-    """Whether a page of this origin may call: one of the server's own, or one that was named."""
+    """Whether pages of an origin may call: the server's own origin, or one of `allowed`."""
     scheme, _, rest = origin.partition("://")
     if origin.rstrip("/") in {name.rstrip("/") for name in allowed}:
         return True
@@ -156,14 +156,14 @@ def is_own_origin(origin: str, host_header: str, allowed: tuple[str, ...]) -> bo
 
 
 class Gate:
-    """Lets requests in.
+    """Checks requests and completes responses.
 
     Args:
         settings: of the server.
-        keys: None for a server without.
+        keys: None for a server without keys.
 
     Attributes:
-        is_draining: whether the server is stopping: then nothing new begins.
+        is_draining: whether the server is stopping: then new requests get 503.
     """
 
     def __init__(self, settings: Settings, keys: Keys | None) -> None:
@@ -171,7 +171,7 @@ class Gate:
         self.is_draining = False
 
     def install(self, app: Quart) -> None:
-        """Puts the gate in front of an app."""
+        """Registers the gate's hooks with an app."""
         app.before_request(self._enter)
         app.after_request(self._leave)
 
@@ -182,7 +182,7 @@ class Gate:
         g.tenant = ""
         settings = self._settings
         if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
-            # A proxy in front may believe the other of the two and see another request (RFC 9112, section 6.3).
+            # Request smuggling: a proxy may use the other length and see another request (RFC 9112, section 6.3).
             g.is_torn = True
             raise ApiError(400, "two_lengths", "send either Content-Length or Transfer-Encoding, not both")
         host = request.headers.get("Host", "")
@@ -190,25 +190,25 @@ class Gate:
             host, settings.allow_host
         ):
             raise ApiError(
-                403, "host_not_allowed", f"the server is not called {host[:128]!r}; --allow-host names further names"
+                403, "host_not_allowed", f"{host[:128]!r} is not a name of this server; --allow-host adds names"
             )
         origin = request.headers.get("Origin")
         if origin is not None and not is_own_origin(origin, host, settings.cors):
             raise ApiError(
                 403,
                 "origin_not_allowed",
-                f"pages of {origin[:128]!r} may not call this server; --cors names those that may",
+                f"pages of {origin[:128]!r} may not call this server; --cors allows an origin",
             )
         if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
             return Response(status=204)  # a preflight carries no key
         if self._keys is not None and not is_open(request.path):
-            g.tenant = self._who()
+            g.tenant = self._owner()
         if self.is_draining and request.path != "/health":
-            raise ApiError(503, "stopping", "the server is stopping; come again soon", retry_after=5)
+            raise ApiError(503, "stopping", "the server is stopping; try again soon", retry_after=5)
         return None
 
-    def _who(self) -> str:
-        """The owner of the key that came with the request."""
+    def _owner(self) -> str:
+        """The owner of the request's key."""
         assert self._keys is not None
         values = request.headers.getlist("Authorization")
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
@@ -222,7 +222,7 @@ class Gate:
             response.headers.setdefault(name, value)
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Request-Id"] = g.get("request_id", "")
-        # Who is answered before his body has come must not send another request behind it: the host closes then.
+        # The rest of an unread body must not be parsed as the next request, so close the connection after it.
         is_whole = request.body._complete.is_set() and not g.get("is_torn")
         if not is_whole and request.http_version in ("1.0", "1.1"):
             response.headers["Connection"] = "close"

@@ -1,6 +1,6 @@
-"""The server's log: a line on stderr for each request and each answer, as text or as JSON. Without what users write.
+"""The server's log: a line on stderr for each request and each answer, as text or as JSON, without users' texts.
 
-Every value that came from a client is escaped, so that none can begin a line of its own.
+Values from clients are escaped, so that none can forge a line.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from fabula.server.runs import Run, Source
 
 logger = logging.getLogger("fabula.server")
-QUIET = frozenset({"/health", "/metrics"})  # asked every few seconds by machines
+QUIET = frozenset({"/health", "/metrics"})  # polled every few seconds by monitoring
 
 
 def set_up(settings: Settings) -> None:
-    """Sends the log to stderr as the settings say; for the process that serves."""
+    """Configures the log of this process: stderr, in the format and level of the settings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logger.handlers = [handler]
@@ -37,7 +37,7 @@ def set_up(settings: Settings) -> None:
 
 
 def escaped(value: object) -> str:
-    """A value on one line: control characters, line ends and what turns the direction of text are escaped."""
+    """A value on one line, with control characters, line breaks and bidirectional marks escaped."""
     text = str(value)
     return (
         text
@@ -66,22 +66,22 @@ class JsonLines(logging.Formatter):
 
 
 def stamp(record: logging.LogRecord) -> str:
-    """When it happened, in UTC (RFC 3339)."""
+    """The time of a record, in UTC (RFC 3339)."""
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{seconds}.{int(record.msecs):03d}Z"
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What a record says beside its message."""
+    """The fields of a record, without empty ones."""
     found: dict[str, Any] = getattr(record, "fields", {})
     return {name: value for name, value in found.items() if value not in (None, "")}
 
 
 class Log(Observer):
-    """Writes down what happens in a server.
+    """Logs the events of a server.
 
     Args:
-        settings: say whether texts may be written.
+        settings: decide whether texts are logged.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -119,9 +119,9 @@ class Log(Observer):
     def failed(self, run: Run | None, error: BaseException) -> None:
         request = run.request_id if run is not None else g.get("request_id", "") if has_request_context() else ""
         about: dict[str, Any] = {"request": request, "error": type(error).__name__}
-        if isinstance(error, EngineError):  # its message is ours
+        if isinstance(error, EngineError):  # its message holds no user text
             about["about"] = error.message
-        else:  # a message of elsewhere may quote what a user wrote: the places do not
+        else:  # a foreign message may quote a user's text; the stack does not
             about["at"] = " < ".join(
                 f"{frame.name} ({frame.filename.rpartition('/')[2]}:{frame.lineno})"
                 for frame in reversed(traceback.extract_tb(error.__traceback__))

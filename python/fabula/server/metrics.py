@@ -1,7 +1,7 @@
-"""What the server counts, for Prometheus. Names follow its conventions: base units, `_total` for what only grows.
+"""Prometheus metrics of the server. Names follow Prometheus' conventions: base units, `_total` for counters.
 
-What is read when somebody asks (pages, queue, sessions) is gathered then; what happens is counted when it happens, by
-counters that are looked up once a run, as a token costs them a microsecond or two.
+Gauges (pages, queue, sessions) are read at each scrape. Events are counted as they happen. Labeled histograms are
+looked up once per model, since a lookup costs a microsecond or two and there is one observation per token.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ REQUEST_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 
 
 class Metrics(Observer):
-    """Counts what happens in a server.
+    """Counts the events of a server.
 
     Args:
-        server: whose queue, pages and sessions are told when somebody asks.
+        server: its queue, pages and sessions are read at each scrape.
     """
 
     def __init__(self, server: Server) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        registry.register(_Now(server))
+        registry.register(_Gauges(server))
         self._requests = Counter(
             "fabula_requests", "Requests answered.", ("method", "route", "status"), registry=registry
         )
         self._request_s = Histogram(
-            "fabula_request_seconds", "Time until a response begins.", ("route",), buckets=REQUEST_S, registry=registry
+            "fabula_request_seconds", "Time until a response starts.", ("route",), buckets=REQUEST_S, registry=registry
         )
         self._answers = Counter("fabula_answers", "Answers that ended.", ("model", "kind"), registry=registry)
         self._first = Histogram(
-            "fabula_first_token_seconds", "From an answer's begin to its first token.", ("model",), buckets=FIRST_S,
+            "fabula_first_token_seconds", "From an answer's start to its first token.", ("model",), buckets=FIRST_S,
             registry=registry,
         )  # fmt: skip
         self._between = Histogram(
@@ -56,35 +56,35 @@ class Metrics(Observer):
             registry=registry,
         )  # fmt: skip
         self._queued = Histogram(
-            "fabula_queue_seconds", "Time an answer waited for its place.", ("model",), buckets=FIRST_S,
+            "fabula_queue_seconds", "Time an answer waited before its prefill.", ("model",), buckets=FIRST_S,
             registry=registry,
         )  # fmt: skip
         self._tokens = Counter(
-            "fabula_tokens", "Tokens: of prompts, of those the reused ones, and generated.", ("model", "kind"),
+            "fabula_tokens", "Tokens: of prompts, reused ones among them, and generated.", ("model", "kind"),
             registry=registry,
         )  # fmt: skip
-        self._failures = Counter("fabula_failures", "Errors that are the server's fault.", ("kind",), registry=registry)
-        self._begun: weakref.WeakSet[Source] = weakref.WeakSet()  # answers that have a token
+        self._failures = Counter("fabula_failures", "Errors of the server itself.", ("kind",), registry=registry)
+        self._started: weakref.WeakSet[Source] = weakref.WeakSet()  # answers with a first token
         self._children: dict[str, tuple[Histogram, Histogram]] = {}
 
     def text(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
         del request_id
-        known = method if method in METHODS else "other"  # a client may call them what he likes
+        known = method if method in METHODS else "other"  # a client may send any method name
         self._requests.labels(known, route or "none", str(status)).inc()
         self._request_s.labels(route or "none").observe(seconds)
 
     def token(self, run: Run, source: Source, seconds: float) -> None:
-        if run.model not in self._children:  # models are those that are served: few
+        if run.model not in self._children:  # bounded: only served models get here
             self._children[run.model] = self._first.labels(run.model), self._between.labels(run.model)
         first, between = self._children[run.model]
-        if source in self._begun:
+        if source in self._started:
             between.observe(seconds)
         else:
-            self._begun.add(source)
+            self._started.add(source)
             first.observe(seconds)
 
     def answer_ended(self, run: Run, source: Source, kind: str) -> None:
@@ -101,12 +101,12 @@ class Metrics(Observer):
 
 
 def generation_of(source: Source) -> Generation:
-    """What makes an answer."""
+    """The generation of an answer."""
     return source.generation if isinstance(source, Reply) else source
 
 
-class _Now(Collector):
-    """What is so at the moment somebody asks."""
+class _Gauges(Collector):
+    """Values that are read at each scrape."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -115,14 +115,12 @@ class _Now(Collector):
         server = self._server
         load = server.load()
         yield GaugeMetricFamily("fabula_answers_running", "Answers that share the engine's steps.", load["running"])
-        yield GaugeMetricFamily("fabula_answers_waiting", "Answers that wait for a place.", load["waiting"])
-        yield GaugeMetricFamily("fabula_sessions", "Sessions kept.", server.workspace.n_sessions())
+        yield GaugeMetricFamily("fabula_answers_waiting", "Answers that wait to run.", load["waiting"])
+        yield GaugeMetricFamily("fabula_sessions", "Stored sessions.", server.workspace.n_sessions())
         ready = GaugeMetricFamily("fabula_model_ready", "Whether a model is loaded.", labels=["model"])
         pages = GaugeMetricFamily("fabula_kv_pages", "Pages of the KV cache.", labels=["model", "kind"])
         size = GaugeMetricFamily("fabula_kv_page_bytes", "Bytes of a page.", labels=["model"])
-        evicted = CounterMetricFamily(
-            "fabula_kv_evicted_pages", "Pages that were given up for others.", labels=["model"]
-        )
+        evicted = CounterMetricFamily("fabula_kv_evicted_pages", "Pages evicted to make room.", labels=["model"])
         for serving in server.models.values():
             ready.add_metric([serving.name], float(serving.state == "ready"))
             if serving.model is None:
@@ -135,5 +133,5 @@ class _Now(Collector):
             evicted.add_metric([serving.name], usage.n_evicted)
         yield from (ready, pages, size, evicted)
 
-    def describe(self) -> Iterator[Metric]:  # or it would be collected to know its names
+    def describe(self) -> Iterator[Metric]:  # without it, registering would call collect()
         return iter(())

@@ -1,8 +1,8 @@
-"""Markdown to HTML for the page: markdown-it-py with raw HTML off, code coloured by Pygments, then nh3 over the result.
+"""Markdown to HTML for the page: markdown-it-py without raw HTML, code colored by Pygments, the result cleaned by nh3.
 
-A text is rendered block by block (a paragraph, a list, a fence ...). What is appended to a text can only change its
-last block, so a page that shows a growing answer keeps the blocks before and sends only the text from `last_line` on.
-Link definitions are the exception: they reach across blocks, and count once the whole answer is rendered at its end.
+A text is rendered block by block (a paragraph, a list, a fence ...). Appending to a text changes only its last block,
+so a page that shows a growing answer keeps the earlier blocks and sends only the text from `last_line` on. Link
+definitions are the exception: they affect other blocks, and take effect when the whole answer is rendered at its end.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pygments.lexers import get_lexer_by_name
 from pygments.token import STANDARD_TYPES
 from pygments.util import ClassNotFound
 
-MAX_COLOURED = 20_000  # characters of a code block; colouring takes about a millisecond per thousand
-MAX_NESTED = 20  # quotes and lists inside each other; what lies deeper is left out
-MAX_MARKED = 100_000  # characters of a block of prose; a table takes ten microseconds for each
+MAX_COLORED = 20_000  # characters of a code block; coloring takes about a millisecond per thousand
+MAX_NESTED = 20  # levels of quotes and lists; deeper ones are left out
+MAX_MARKED = 100_000  # characters of a block of prose; a table takes ten microseconds per character
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)")
 ALIGNS = ("left", "center", "right")
 
@@ -49,7 +49,7 @@ class Rendered:
 
     Attributes:
         blocks: clean HTML of each block at the top level.
-        last_line: the line, from 0, where the last block begins; what stands before cannot change any more.
+        last_line: the line, from 0, where the last block starts; appended text cannot change what precedes it.
     """
 
     blocks: list[str]
@@ -57,7 +57,7 @@ class Rendered:
 
 
 def render(text: str) -> Rendered:
-    """HTML of a markdown text.
+    """Renders markdown to HTML.
 
     Every block is clean on its own: no scripts, styles, images or events, and links only to http, https and mailto.
     """
@@ -75,7 +75,7 @@ def render(text: str) -> Rendered:
 
 
 def _top_blocks(tokens: Sequence[Token]) -> Iterator[list[Token]]:
-    """The tokens of each block that lies in no other."""
+    """The tokens of each block at the top level."""
     block: list[Token] = []
     for token in tokens:
         block.append(token)
@@ -85,7 +85,7 @@ def _top_blocks(tokens: Sequence[Token]) -> Iterator[list[Token]]:
 
 
 def _longest_prose(text: str) -> int:
-    """The most characters between two empty lines, outside of fences."""
+    """Length in characters of the longest run of lines without an empty one, outside of fences."""
     most = length = 0
     fence = ""
     for line in text.splitlines():
@@ -104,7 +104,7 @@ def _longest_prose(text: str) -> int:
 
 
 class _Renderer(RendererHTML):
-    """Code with colours; images as links, as nothing is fetched; alignment as a class, as styles are not allowed."""
+    """Colors code; renders images as links, since nothing is fetched; alignment as a class, since styles are out."""
 
     def fence(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         del options, env
@@ -137,9 +137,9 @@ def _cell(token: Token) -> str:
 
 def _code(code: str, language: str) -> str:
     inner = escape(code)
-    if language and len(code) <= MAX_COLOURED:
+    if language and len(code) <= MAX_COLORED:
         with suppress(ClassNotFound):
-            inner = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), _COLOURS)
+            inner = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), _COLORS)
     return f'<pre class="code" data-language="{escape(language)}"><code>{inner}</code></pre>\n'
 
 
@@ -154,7 +154,7 @@ def _markdown() -> MarkdownIt:
     return found
 
 
-_COLOURS: HtmlFormatter[str] = HtmlFormatter(nowrap=True)
+_COLORS: HtmlFormatter[str] = HtmlFormatter(nowrap=True)
 _MARKDOWN = _markdown()
 _CLEANER = nh3.Cleaner(
     tags=_TAGS,

@@ -1,8 +1,8 @@
-"""Runs the app in this process, under Hypercorn, until somebody stops it.
+"""Runs the app in this process, under Hypercorn, until a signal stops it.
 
-One process, as sessions live in its memory. Stopping is gentle: nothing new begins, answers in the making get a while,
-what is left is told that the server stops, and everything said is on disk when the process ends. Who asks twice does
-not wait.
+One process, because sessions live in its memory. A graceful stop refuses new requests, gives running answers
+`grace_s` seconds, then ends their streams with an event that says so; every turn is on disk when the process ends. A
+second signal skips the wait.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fabula.workspace import Workspace, default_folder
 
 BACKLOG = 1024
 MAX_FILES = 65_536  # a connection is an open file, and the usual limit is 1,024
-CLOSE_S = 5.0  # for connections to end once every answer has
+CLOSE_S = 5.0  # for connections to close after the last answer has ended
 
 
 def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) -> None:
@@ -65,14 +65,14 @@ def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) ->
 
 
 def check(settings: Settings) -> dict[str, str]:
-    """Whether a server with these settings could start, as far as one can tell before anything is opened.
+    """Checks whether a server with these settings can start, without loading or opening anything.
 
     Returns:
-        What is there and what is still to be fetched, by the names of models.
+        For each model, by name: its path, or that it will be fetched.
 
     Raises:
-        InvalidArgument: keys are missing or cannot be read, neither can the certificate, or no data can be written.
-        ModelNotFound: a model is nowhere, and nothing of its name can be fetched.
+        InvalidArgument: keys or the certificate are missing or unreadable, or the data folder is not writable.
+        ModelNotFound: a model is not there and cannot be fetched.
     """
     check_access(settings)
     if settings.keys is not None:
@@ -86,7 +86,7 @@ def check(settings: Settings) -> dict[str, str]:
     folder = default_folder() if settings.data is None else settings.data
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InvalidArgument(f"data is {folder}, where nothing can be written")
+        raise InvalidArgument(f"data is {folder}, which is not writable")
     found = {}
     for name, place in settings.models:
         try:
@@ -99,10 +99,10 @@ def check(settings: Settings) -> dict[str, str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to the address.
+    """A socket that is bound to an address.
 
     Raises:
-        InvalidArgument: it cannot be; says why.
+        InvalidArgument: the address cannot be used; says why.
     """
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
@@ -110,13 +110,13 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         sock = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise InvalidArgument(f"host is {host!r}, which is no address of this machine: {error}") from None
+        raise InvalidArgument(f"host is {host!r}, which is not an address of this machine: {error}") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
     except OSError as error:
         sock.close()
-        hint = "; --port names another, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+        hint = "; --port sets another port, 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
         raise InvalidArgument(f"cannot listen at {host}:{port}: {error.strerror}{hint}") from None
     sock.setblocking(False)
     return sock
@@ -129,7 +129,7 @@ def address(sock: socket.socket, scheme: str) -> str:
 
 
 def raise_file_limit() -> None:
-    """Lets the process have as many connections as the system grants."""
+    """Raises the limit of open files, hence of connections, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -159,17 +159,17 @@ async def _serve(app: Quart, settings: Settings, sock: socket.socket, ready: Cal
     config.create_sockets = lambda: sockets  # type: ignore[method-assign]  # ours is bound already
     stop = Stop(app, settings)
     stop.listen()
-    told = asyncio.create_task(_tell_when_up(sock, ready))
+    notifier = asyncio.create_task(_notify_when_up(sock, ready))
     framework: ASGIFramework = app
     try:
         await hypercorn_serve(framework, config, shutdown_trigger=stop.wait, mode="asgi")
     finally:
-        told.cancel()
+        notifier.cancel()
         await app.extensions["fabula"].stop()
 
 
-async def _tell_when_up(sock: socket.socket, ready: Callable[[], None]) -> None:
-    """Calls `ready` when the socket takes connections."""
+async def _notify_when_up(sock: socket.socket, ready: Callable[[], None]) -> None:
+    """Calls `ready` when the socket accepts connections."""
     while True:
         with contextlib.suppress(OSError):
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -179,33 +179,33 @@ async def _tell_when_up(sock: socket.socket, ready: Callable[[], None]) -> None:
 
 
 class Stop:
-    """Ends a server: gently when it is asked once, at once when it is asked again.
+    """Stops a server: gracefully at the first request, at once at the second.
 
     Args:
-        app: the server's.
-        settings: say how long answers in the making may take.
+        app: of the server.
+        settings: give the time that running answers have to end.
     """
 
     def __init__(self, app: Quart, settings: Settings) -> None:
         self._server: Server = app.extensions["fabula"]
         self._grace_s = settings.grace_s
-        self._asked, self._urgent = asyncio.Event(), asyncio.Event()
+        self._requested, self._urgent = asyncio.Event(), asyncio.Event()
 
     def listen(self) -> None:
-        """Takes SIGINT and SIGTERM."""
+        """Handles SIGINT and SIGTERM."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.ask)
+            loop.add_signal_handler(number, self.request)
 
-    def ask(self) -> None:
-        """Somebody wants it to end."""
-        if self._asked.is_set():
+    def request(self) -> None:
+        """Requests a stop; a second request ends running answers at once."""
+        if self._requested.is_set():
             self._urgent.set()
-        self._asked.set()
+        self._requested.set()
 
     async def wait(self) -> None:
-        """Returns when the server may end: every answer has."""
-        await self._asked.wait()
+        """Waits for a request to stop, then for the end of every answer."""
+        await self._requested.wait()
         self._server.gate.is_draining = True
         end = asyncio.get_running_loop().time() + self._grace_s
         while self._server.runs.active() and not self._urgent.is_set():

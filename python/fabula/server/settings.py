@@ -1,7 +1,7 @@
-"""What can be set of a server, in one table: each row of `Settings` is a flag, a variable and a line of a TOML file.
+"""Settings of a server, in a table: each row of `Settings` is a flag, an environment variable and a key of a TOML file.
 
-The flag of `max_body_bytes` is `--max-body-bytes`, its variable FABULA_MAX_BODY_BYTES. A flag goes before a variable, a
-variable before the file, the file before the default.
+The flag of `max_body_bytes` is `--max-body-bytes`, its variable FABULA_MAX_BODY_BYTES. A flag overrides a variable, a
+variable overrides the file, and the file overrides the default.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def _about(
     choices: tuple[str, ...] = (),
     metavar: str = "",
 ) -> dict[str, Any]:
-    """What a row means, and what is allowed."""
+    """Metadata of a row: its help text, group and allowed values."""
     return {"text": text, "group": group, "low": low, "high": high, "choices": choices, "metavar": metavar}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Settings of `fabula serve`; what each means stands in its row.
+    """Settings of `fabula serve`; each row has its help text.
 
     Raises:
         InvalidArgument: a value has the wrong type or is out of its range.
@@ -61,8 +61,8 @@ class Settings:
         default=(DEFAULT_MODEL,),
         metadata=_about(
             "Models",
-            "Folder, .gguf file or name; `name=path` gives it a name. May be given several times; the first "
-            "answers requests that name none.",
+            "Folder, .gguf file or name; `name=path` names it. May be given several times; the first answers "
+            "requests without a model.",
             metavar="NAME",
         ),
     )
@@ -73,15 +73,13 @@ class Settings:
     kv: str = field(default="f16", metadata=_about("Models", "Format of the KV cache; K:V for two.", choices=KV_NAMES))
     context: int | None = field(
         default=None,
-        metadata=_about(
-            "Models", "Tokens a conversation may have; default: the model's own length.", low=1, high=1 << 24
-        ),
+        metadata=_about("Models", "Context length in tokens; default: the model's own.", low=1, high=1 << 24),
     )
     kv_memory: int | None = field(
         default=None,
         metadata=_about(
             "Models",
-            "Bytes of the KV cache, for each model; default: four texts of the whole context.",
+            "Bytes of each model's KV cache; default: four sequences of the full context length.",
             low=1,
             high=1 << 50,
         ),
@@ -90,7 +88,7 @@ class Settings:
         default="cpu",
         metadata=_about(
             "Models",
-            "Where models run: cpu; cuda or cuda:N, a GPU; auto, a GPU that has room, else the CPU.",
+            "Where models run: cpu; cuda or cuda:N, a GPU; auto, a GPU with enough memory, else the CPU.",
             metavar="NAME",
         ),
     )
@@ -98,7 +96,7 @@ class Settings:
         default=None,
         metadata=_about(
             "Models",
-            "Bytes of a GPU that each model may take, its cache included; default: what is free.",
+            "GPU memory in bytes for each model with its KV cache; default: what is free.",
             low=1,
             high=1 << 50,
         ),
@@ -106,14 +104,14 @@ class Settings:
     tensor_parallel: int = field(
         default=1,
         metadata=_about(
-            "Models", "GPUs, from the device on, that compute each model together.", low=1, high=MAX_DEVICES
+            "Models", "Number of GPUs that run each model together, starting at --device.", low=1, high=MAX_DEVICES
         ),
     )
     device_products: str = field(
         default="own",
         metadata=_about(
             "Models",
-            "What multiplies on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+            "Matrix products on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
             metavar="NAME",
         ),
     )
@@ -126,17 +124,17 @@ class Settings:
 
     data: Path | None = field(
         default=None,
-        metadata=_about("Storage", "Folder sessions are kept in; default: one of the user's.", metavar="FOLDER"),
+        metadata=_about("Storage", "Folder for sessions and KV; default: in the user's data folder.", metavar="FOLDER"),
     )
     store: str | None = field(
         default=None,
         metadata=_about(
-            "Storage", "SQLAlchemy URL of another place for the sessions, such as PostgreSQL.", metavar="URL"
+            "Storage", "SQLAlchemy URL of another database for sessions, such as PostgreSQL.", metavar="URL"
         ),
     )
     spill_bytes: int = field(
         default=SPILL_BYTES,
-        metadata=_about("Storage", "Of pages of K and V on disk, for each model; 0 for none.", low=0, high=1 << 50),
+        metadata=_about("Storage", "Bytes of KV pages on disk, for each model; 0 for none.", low=0, high=1 << 50),
     )
 
     # ---- Access -----------------------------------------------------------------------------------------------------
@@ -145,17 +143,15 @@ class Settings:
         default=None,
         metadata=_about(
             "Access",
-            "File of API keys, a line each: `name:key`, or `name:sha256:` and the key's hash. Needed where "
+            "File of API keys, one per line: `name:key`, or `name:sha256:` and the key's hash. Required if "
             "other machines can reach the address.",
             metavar="FILE",
         ),
     )
-    insecure: bool = field(default=False, metadata=_about("Access", "Serve other machines without keys."))
+    insecure: bool = field(default=False, metadata=_about("Access", "Serve other machines without API keys."))
     allow_host: tuple[str, ...] = field(
         default=(),
-        metadata=_about(
-            "Access", "Host names by which the server may be called, beside its own addresses.", metavar="NAME"
-        ),
+        metadata=_about("Access", "Host names under which the server may be called, besides its own.", metavar="NAME"),
     )
     cors: tuple[str, ...] = field(
         default=(),
@@ -167,30 +163,31 @@ class Settings:
     # ---- Limits -----------------------------------------------------------------------------------------------------
 
     max_body_bytes: int = field(
-        default=2_000_000, metadata=_about("Limits", "Of a request's body.", low=1024, high=1 << 32)
+        default=2_000_000, metadata=_about("Limits", "Bytes of a request's body.", low=1024, high=1 << 32)
     )
     max_message_bytes: int = field(
-        default=1_000_000, metadata=_about("Limits", "Of one message, as UTF-8.", low=1, high=1 << 32)
+        default=1_000_000, metadata=_about("Limits", "Bytes of one message, as UTF-8.", low=1, high=1 << 32)
     )
-    max_messages: int = field(default=1024, metadata=_about("Limits", "Of one request.", low=1, high=1 << 20))
-    max_sessions: int = field(default=1000, metadata=_about("Limits", "Of one key.", low=1, high=1 << 30))
-    max_turns: int = field(default=10_000, metadata=_about("Limits", "Of one session.", low=1, high=1 << 30))
+    max_messages: int = field(default=1024, metadata=_about("Limits", "Messages of one request.", low=1, high=1 << 20))
+    max_sessions: int = field(default=1000, metadata=_about("Limits", "Sessions of one key.", low=1, high=1 << 30))
+    max_turns: int = field(default=10_000, metadata=_about("Limits", "Turns of one session.", low=1, high=1 << 30))
     max_streams: int = field(
-        default=64, metadata=_about("Limits", "Answers one key may have in the making.", low=1, high=1 << 20)
+        default=64, metadata=_about("Limits", "Answers of one key that may run or wait at a time.", low=1, high=1 << 20)
     )
     tokens_per_minute: int = field(
-        default=0, metadata=_about("Limits", "Prompt and answer, of one key; 0 for no limit.", low=0, high=1 << 40)
+        default=0,
+        metadata=_about("Limits", "Computed and generated tokens of one key; 0 for no limit.", low=0, high=1 << 40),
     )
     max_running: int = field(
-        default=64, metadata=_about("Limits", "Answers that share the engine's steps.", low=1, high=4096)
+        default=64, metadata=_about("Limits", "Answers that run at a time, in one batch.", low=1, high=4096)
     )
     max_waiting: int = field(
         default=128,
-        metadata=_about("Limits", "Answers that wait for one of those places; more get 503.", low=1, high=1 << 20),
+        metadata=_about("Limits", "Answers that wait to run; more get 503.", low=1, high=1 << 20),
     )
     answer_s: float = field(
         default=600.0,
-        metadata=_about("Limits", "Seconds one answer may take; then it ends with reason timeout.", low=1, high=1e6),
+        metadata=_about("Limits", "Seconds an answer may take; then it ends with reason timeout.", low=1, high=1e6),
     )
     idle_s: float = field(
         default=15.0,
@@ -200,24 +197,24 @@ class Settings:
         default=60.0, metadata=_about("Limits", "Seconds a request's body may take.", low=1, high=1e6)
     )
     replay_s: float = field(
-        default=300.0, metadata=_about("Limits", "Seconds a finished stream can still be read again.", low=0, high=1e6)
+        default=300.0, metadata=_about("Limits", "Seconds a finished stream can be replayed.", low=0, high=1e6)
     )
     grace_s: float = field(
         default=30.0,
-        metadata=_about("Limits", "Seconds answers in the making have to end when the server stops.", low=0, high=1e6),
+        metadata=_about("Limits", "Seconds that running answers have to end when the server stops.", low=0, high=1e6),
     )
 
     # ---- Logs -------------------------------------------------------------------------------------------------------
 
-    log_format: str = field(default="text", metadata=_about("Logs", "How logs are written.", choices=("text", "json")))
+    log_format: str = field(default="text", metadata=_about("Logs", "Format of the log.", choices=("text", "json")))
     log_level: str = field(
         default="info",
-        metadata=_about("Logs", "Least weight of what is logged.", choices=("debug", "info", "warning", "error")),
+        metadata=_about("Logs", "Lowest level that is logged.", choices=("debug", "info", "warning", "error")),
     )
-    log_texts: bool = field(default=False, metadata=_about("Logs", "Log what users write and models answer."))
+    log_texts: bool = field(default=False, metadata=_about("Logs", "Log prompts and answers."))
     traces: bool = field(
         default=False,
-        metadata=_about("Logs", "OpenTelemetry traces; needs opentelemetry-sdk, which the OTEL_ variables set up."),
+        metadata=_about("Logs", "OpenTelemetry traces; needs opentelemetry-sdk, configured by OTEL_ variables."),
     )
 
     def __post_init__(self) -> None:
@@ -237,10 +234,10 @@ class Settings:
         check_parallel(self.tensor_parallel, self.device)
         check_products(self.device_products)
         if not self.model:
-            raise InvalidArgument("model is empty, the server needs one at least")
+            raise InvalidArgument("model is empty: the server needs at least one")
         names = [name for name, _ in self.models]
         if len(set(names)) < len(names):
-            raise InvalidArgument(f"model names {', '.join(names)} hold one twice")
+            raise InvalidArgument(f"the model names {', '.join(names)} are not distinct")
         if (self.certificate is None) is not (self.private_key is None):
             raise InvalidArgument("certificate and private_key go together; one of them is missing")
         for origin in self.cors:
@@ -249,7 +246,7 @@ class Settings:
 
     @property
     def models(self) -> tuple[tuple[str, str], ...]:
-        """Name and place of each model. A path without a name is called by its last part."""
+        """Name and location of each model. The default name of a path is its last part."""
         found = []
         for text in self.model:
             name, equals, place = text.partition("=")
@@ -268,7 +265,7 @@ class Settings:
             return self.host == "localhost"
 
     def shown(self) -> dict[str, Any]:
-        """Every setting as JSON, passwords left out."""
+        """Every setting as JSON, without passwords."""
         values = dataclasses.asdict(self)
         if self.store is not None and "@" in self.store:
             scheme, _, rest = self.store.partition("://")
@@ -280,7 +277,7 @@ _ABOUT: Mapping[str, Mapping[str, Any]] = {row.name: row.metadata for row in fie
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """The value as its type; numbers may become floats, lists tuples and text paths, and nothing else."""
+    """Converts a value to its type: only numbers to floats, lists to tuples and strings to paths."""
     kinds = get_args(kind) if get_origin(kind) is not tuple else (kind,)
     plain = kinds[0] if kinds else kind
     if value is None and type(None) in kinds:
@@ -289,14 +286,14 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) and item for item in items):
             return tuple(items)
-        raise InvalidArgument(f"{name} is {value!r}, must be a list of texts")
+        raise InvalidArgument(f"{name} is {value!r}, must be a list of strings")
     if plain is Path and isinstance(value, (str, Path)) and str(value):
         return Path(value)
     if plain is float and type(value) in (int, float):
         return float(value)
     if type(value) is plain:
         return value
-    word = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}[plain]
+    word = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}[plain]
     raise InvalidArgument(f"{name} is {value!r}, must be {word}")
 
 
@@ -304,10 +301,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def from_text(name: str, text: str) -> Any:
-    """A setting from the text of a variable; lists are separated by commas.
+    """Parses a setting from the text of a variable; items of lists are separated by commas.
 
     Raises:
-        InvalidArgument: the text is none of its values.
+        InvalidArgument: the text is not a value of the setting.
     """
     kind = get_type_hints(Settings)[name]
     plain = kind if get_origin(kind) is tuple else (get_args(kind) or (kind,))[0]
@@ -336,10 +333,10 @@ def from_text(name: str, text: str) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Settings from a TOML file.
+    """Reads settings from a TOML file.
 
     Raises:
-        InvalidArgument: it cannot be read, is not TOML, or sets what does not exist; names file and line or name.
+        InvalidArgument: it cannot be read, is not TOML, or has an unknown key; names the file and the line or key.
     """
     try:
         with path.open("rb") as file:
@@ -358,15 +355,18 @@ def read_file(path: Path) -> dict[str, Any]:
 def gather(
     flags: Mapping[str, Any], file: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> tuple[Settings, dict[str, str]]:
-    """The settings, and where each that is not the default comes from.
+    """Combines settings of all sources.
 
     Args:
         flags: values given on the command line.
-        file: TOML; None for that of FABULA_CONFIG, or none.
+        file: TOML; None for that of FABULA_CONFIG, if it is set.
         environment: variables.
 
+    Returns:
+        The settings, and the source of each that is not the default.
+
     Raises:
-        InvalidArgument: a value cannot be; names the setting and where it stands.
+        InvalidArgument: a value is invalid; names the setting and its source.
     """
     if file is None and environment.get("FABULA_CONFIG"):
         file = Path(environment["FABULA_CONFIG"])

@@ -1,7 +1,7 @@
-"""Traces, for those who run OpenTelemetry: a span for each request, and within it one for each answer.
+"""OpenTelemetry traces: a span per request, and within it a span per answer.
 
-Attributes follow OpenTelemetry's semantic conventions for HTTP servers and for generative AI; nothing that users write
-is among them. A caller's own trace (W3C `traceparent`) is continued.
+Attributes follow OpenTelemetry's semantic conventions for HTTP servers and for generative AI, and hold no text of
+users. A caller's trace (W3C `traceparent`) is continued.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Traces(Observer):
-    """Makes spans.
+    """Records a span per request and per answer.
 
     Args:
-        provider: makes the tracer; None for what the OTEL_ variables of the environment set up.
+        provider: of the tracer; None for `exporting_provider`.
 
     Raises:
         InvalidArgument: OpenTelemetry is not installed.
@@ -38,7 +38,7 @@ class Traces(Observer):
         self._trace, self._propagate = trace, propagate
         self._provider = provider or exporting_provider()
         self._tracer = self._provider.get_tracer("fabula.server")
-        self._spans: dict[int, Any] = {}  # of answers, by the identity of what makes them
+        self._spans: dict[int, Any] = {}  # of answers, by the id() of their source
 
     def request_begun(self) -> None:
         parent = self._propagate.extract(dict(request.headers))
@@ -91,7 +91,7 @@ class Traces(Observer):
 
 
 def exporting_provider() -> Any:
-    """A provider that exports over OTLP, where and how the OTEL_ variables say.
+    """A provider that exports over OTLP as the OTEL_ environment variables configure it.
 
     Raises:
         InvalidArgument: the SDK or its exporter is not installed.
