@@ -1,4 +1,4 @@
-"""Makes the app: everything a request meets, put together in one place. Any ASGI host may run it."""
+"""Creates the app: gate, routes, JSON and errors. Any ASGI host may run it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fabula.server.telemetry import Traces
 from fabula.server.validation import body_error
 from fabula.workspace import Workspace
 
-SMALL_BODY = 32_768  # bytes that are read at once, by the event loop's thread
-IMPORT_FACTOR = 32  # a session that is imported may be so many times as long as another request
+SMALL_BODY = 32_768  # bytes; larger bodies are parsed in a worker thread
+IMPORT_FACTOR = 32  # limit of an imported session's size, in units of `max_body_bytes`
 
 
 def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
@@ -38,7 +38,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
         settings: None for the defaults.
 
     Raises:
-        InvalidArgument: the keys cannot be read, or other machines can reach the address and there are none.
+        InvalidArgument: the keys cannot be read, or they are missing and other machines can reach the address.
     """
     settings = settings or Settings()
     keys = Keys.read(settings.keys) if settings.keys is not None else None
@@ -77,11 +77,11 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
 
 
 def check_access(settings: Settings) -> None:
-    """Raises InvalidArgument if anybody on the network could use the server."""
+    """Raises InvalidArgument if other machines can reach the server without a key."""
     if settings.keys is None and not settings.insecure and not settings.is_loopback:
         raise InvalidArgument(
             f"other machines can reach {settings.host}, so API keys are needed: --keys FILE (`fabula keys` makes "
-            "them), or --insecure to serve whoever comes"
+            "them), or --insecure to serve them without"
         )
 
 
@@ -98,7 +98,7 @@ class _App(Quart):
 
 
 class _Json(DefaultJSONProvider):
-    """JSON in and out: read strictly, written as it is."""
+    """Strict JSON in requests; in responses, non-ASCII characters stay as they are."""
 
     sort_keys = False
     ensure_ascii = False
@@ -113,7 +113,7 @@ class _Json(DefaultJSONProvider):
 
 def _request_class(settings: Settings) -> type[Request]:
     class ApiRequest(Request):
-        """A request whose body may be as long as its path allows."""
+        """A request whose body is limited by its path."""
 
         def __init__(self, method: str, scheme: str, path: str, *args: Any, **kwargs: Any) -> None:
             if path == "/sessions/import":
@@ -129,7 +129,7 @@ def _request_class(settings: Settings) -> type[Request]:
                 raise ApiError(415, "unsupported_encoding", "send the body without Content-Encoding")
             if self.content_length is not None and self.content_length > (self.max_content_length or 0):
                 raise too_large(self.max_content_length or 0)
-            # Not Quart's get_data: under it, until Python 3.12, wait_for may swallow that the client has gone.
+            # Not Quart's get_data: its wait_for may swallow the cancellation of a client that left, before Python 3.12.
             try:
                 async with asyncio.timeout(settings.body_s):
                     data: bytes = await self.body

@@ -1,4 +1,4 @@
-"""The OpenAPI description: quart-schema's document with what all routes share; decorators of routes."""
+"""The OpenAPI description: decorators of routes, and quart-schema's document completed with what all routes share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Changes of sessions, sent to the pages that show them.
+"""Sends changes of sessions to the pages that show them.
 
-A page first gets the state and then every change, in order. Nothing is kept for pages that are away: one that comes
-back gets the state again. Text of answers is not sent here; a page follows the stream of each answer.
+A page first gets the state, then every change, in order. Changes are not stored: a page that reconnects gets the state
+again. The text of answers is not sent here; a page follows the stream of each answer.
 """
 
 from __future__ import annotations

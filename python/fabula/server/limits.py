@@ -1,4 +1,4 @@
-"""Limits per API key. Each refusal says how much was asked for, how much is allowed, and when to retry."""
+"""Limits per API key. Each error says how much was requested, how much is allowed, and when to retry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fabula.server.settings import Settings
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
 
-HIDDEN = "resp."  # prefix of the sessions behind /v1/responses; they have a limit of their own
+HIDDEN = "resp."  # prefix of the sessions of /v1/responses; they have a limit of their own
 
 
 def check_free(id: str | None) -> None:
@@ -22,7 +22,7 @@ def check_free(id: str | None) -> None:
         raise ApiError(
             400,
             "invalid_value",
-            f"session_id begins with {HIDDEN!r}, as the sessions behind /v1/responses do; choose another",
+            f"session_id starts with {HIDDEN!r}, which is reserved for sessions of /v1/responses; choose another",
             param="session_id",
         )
 
@@ -30,7 +30,7 @@ def check_free(id: str | None) -> None:
 class Bucket:
     """A token bucket (as in RFC 2697) that holds up to a minute's worth.
 
-    A request may start while the level is above 0 and pays when it ends, as its length is not known before.
+    A request may start while the level is above 0 and is charged when it ends, since its length is not known before.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -128,7 +128,7 @@ class Limits:
                 409,
                 "too_many_turns",
                 f"session {session.id} has {have} turns and {n} more were requested; {most} are allowed: "
-                "roll back with prune, or begin another session",
+                "roll back with prune, or start another session",
                 limit=most,
             )
 

@@ -1,4 +1,4 @@
-"""Observers of a server's work: metrics, logs, traces, feeds. One that raises is logged and harms nobody."""
+"""Observers of a server's events: metrics, logs, traces, feeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("fabula.server")
 def notify(
     observers: Iterable[Observer], event: Callable[Concatenate[Observer, P], None], *args: P.args, **kwargs: P.kwargs
 ) -> None:
-    """Calls a method of `Observer` on every observer. One that raises is logged; the others and the answer go on."""
+    """Calls a method of `Observer` on every observer. An exception is logged and stops nothing else."""
     for observer in observers:
         try:
             getattr(observer, event.__name__)(*args, **kwargs)
@@ -29,19 +29,19 @@ class Observer:
     """Base of observers: callbacks in the event loop's thread that do nothing. Call them through `notify`."""
 
     def request_begun(self) -> None:
-        """A request came in; `quart.request` is it."""
+        """A request arrived: `quart.request`."""
 
     def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
         """A response's headers are ready. `route` is the rule, such as /sessions/<id>; "" for none."""
 
     def answer_begun(self, run: Run, source: Source) -> None:
-        """An answer was given to the engine."""
+        """An answer was passed to the engine."""
 
     def token(self, run: Run, source: Source, seconds: float) -> None:
-        """A token arrived, `seconds` after the one before, or after the answer's begin."""
+        """A token arrived, `seconds` after the previous one, or after the answer's start."""
 
     def answer_ended(self, run: Run, source: Source, kind: str) -> None:
         """An answer ended: "done", "cancelled" or "error"."""
 
     def failed(self, run: Run | None, error: BaseException) -> None:
-        """Something failed; a run, or a request outside of any."""
+        """A run failed, or with `run` None a request without one."""

@@ -1,4 +1,4 @@
-"""How a request names the session it works on: one that exists, or one that is created for it."""
+"""Opens the session of a request: one that exists, or a new one."""
 
 from __future__ import annotations
 

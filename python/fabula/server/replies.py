@@ -13,8 +13,8 @@ from fabula.sessions.session import Session
 from fabula.sessions.turn import Turn
 
 
-class Told(BaseModel):
-    """A reply."""
+class ReplyModel(BaseModel):
+    """Base of replies: no other fields."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,13 +28,13 @@ class ErrorAbout(BaseModel):
     code: str | None
 
 
-class ErrorReply(Told):
+class ErrorReply(ReplyModel):
     """An error."""
 
     error: ErrorAbout
 
 
-class UsageReply(Told):
+class UsageReply(ReplyModel):
     """Token counts of an answer. Reused tokens came from the KV cache. Tokens of the past are recomputed only if their
     KV pages were evicted."""
 
@@ -44,7 +44,7 @@ class UsageReply(Told):
     generated_tokens: int
 
 
-class TimingsReply(Told):
+class TimingsReply(ReplyModel):
     """Times of an answer."""
 
     queued_ms: float
@@ -55,7 +55,7 @@ class TimingsReply(Told):
     tokens_per_s: float
 
 
-class CutReply(Told):
+class CutReply(ReplyModel):
     """What the context policy left out."""
 
     policy: str
@@ -63,7 +63,7 @@ class CutReply(Told):
     n_turns: int
 
 
-class AnswerReply(Told):
+class AnswerReply(ReplyModel):
     """An answer. `turn` is null if it was stopped before its first token: then the session is as before."""
 
     session_id: str
@@ -80,7 +80,7 @@ class AnswerReply(Told):
     cut: CutReply | None
 
 
-class BegunReply(Told):
+class BegunReply(ReplyModel):
     """An answer that is generated in the background; `GET /streams/{stream_id}` reads it."""
 
     session_id: str
@@ -98,11 +98,11 @@ class TurnReply(BaseModel):
     finish_reason: str | None
     reused_tokens: int = Field(0, description="Prompt tokens taken from the KV cache. `reused` is an older name.")
     recomputed_tokens: int = Field(
-        0, description="Tokens of the past that were computed again. `recomputed` is an older name."
+        0, description="Tokens of the past that were recomputed. `recomputed` is an older name."
     )
 
 
-class HeadReply(Told):
+class HeadReply(ReplyModel):
     """The session's head: the current turn. Nothing was computed to get there."""
 
     session_id: str
@@ -115,22 +115,22 @@ class HeadReply(Told):
     freed_bytes: int = Field(0, description="KV cache freed by pruning.")
 
 
-class DeletedReply(Told):
+class DeletedReply(ReplyModel):
     """A session that was deleted."""
 
     session_id: str
     freed_bytes: int = Field(description="KV cache that was freed.")
 
 
-class BranchesReply(Told):
-    """Answers side by side; `/rollback` to one of their turn ids chooses it."""
+class BranchesReply(ReplyModel):
+    """Alternative answers; `/rollback` to one of their turn ids makes it the head."""
 
     session_id: str
     stream_id: str
     replies: list[AnswerReply]
 
 
-class ForkReply(Told):
+class ForkReply(ReplyModel):
     """A session that shares another's path."""
 
     session_id: str
@@ -138,13 +138,13 @@ class ForkReply(Told):
     head_id: str
 
 
-class StoppedReply(Told):
+class StoppedReply(ReplyModel):
     """Answers that were stopped."""
 
     stopped: int
 
 
-class AlternativeReply(Told):
+class AlternativeReply(ReplyModel):
     """A candidate token."""
 
     token_id: int
@@ -153,20 +153,20 @@ class AlternativeReply(Told):
     chosen: bool
 
 
-class AlternativesReply(Told):
+class AlternativesReply(ReplyModel):
     """Candidate tokens at a position, the likeliest first."""
 
     alternatives: list[AlternativeReply]
 
 
-class TokenReply(Told):
+class TokenReply(ReplyModel):
     """A token of an answer."""
 
     token_id: int
     text: str
 
 
-class TurnTokensReply(Told):
+class TurnTokensReply(ReplyModel):
     """The tokens of an answer, in their order."""
 
     turn_id: str
@@ -186,7 +186,7 @@ class SessionAbout(BaseModel):
     updated_at: float
 
 
-class SessionsReply(Told):
+class SessionsReply(ReplyModel):
     """Sessions, the last changed first."""
 
     sessions: list[SessionAbout]
@@ -224,27 +224,27 @@ class TreeReply(BaseModel):
     turns: list[dict[str, Any]]
 
 
-class TagsReply(Told):
+class TagsReply(ReplyModel):
     """Tags of a turn."""
 
     turn_id: str
     tags: list[str]
 
 
-class TokensReply(Told):
+class TokensReply(ReplyModel):
     """Token ids of a text."""
 
     tokens: list[int]
     n_tokens: int
 
 
-class TextReply(Told):
+class TextReply(ReplyModel):
     """The text of token ids."""
 
     text: str
 
 
-class CountReply(Told):
+class CountReply(ReplyModel):
     """Whether a message fits, and what it would cost."""
 
     prompt_tokens: int
@@ -313,7 +313,6 @@ def head_json(session: Session, *, path: bool = False) -> dict[str, Any]:
     """A session's head, as `HeadReply`."""
     head = session.head
     found = {"session_id": session.id, "head": head.number, "head_id": head.id}
-    if path:
-        # From one head: the session may move on meanwhile.
+    if path:  # of the same head: another request may move the session's
         found["path"] = [turn_json(turn) for turn in head.lineage() if turn.number > 0][::-1]
     return found | {"recomputed_tokens": 0, "freed_bytes": 0}

@@ -32,9 +32,9 @@ MAX_KEPT = 256  # finished runs that can be rejoined
 MAX_KEPT_EVENTS = 200_000  # of those runs together: some 100 MB, less without `n_logprobs`
 KEEP_ALIVE_S = 15.0  # between comments on an idle stream; proxies close streams that are silent for longer
 
-# Pieces of a fast answer travel together: every write wakes a reader, which takes time from what computes. The first
-# goes at once; later ones wait a tenth of the time the answer has taken, up to a thirtieth of a second, and never for
-# more than eight others.
+# Pieces of a fast answer are sent in batches, since every write wakes a reader, which takes CPU time from the engine.
+# The first piece is sent at once. Later ones wait a tenth of the answer's time so far, at most a thirtieth of a second,
+# and for eight others at most.
 MAX_REST_S, REST_SHARE, MAX_TOGETHER = 1 / 30, 0.1, 8
 
 
@@ -64,7 +64,7 @@ class Run:
         model: name of the model.
         describe: JSON of an answer that has ended, by its index; called in a worker thread, released at the end.
         start: JSON of the first event.
-        background: whether it goes on without readers.
+        background: whether it continues without readers.
         observers: notified of events.
         request_id: of the request that started it, for logs.
 
@@ -73,7 +73,7 @@ class Run:
         events: so far.
         session_id: of the session the answers belong to; None for none.
         is_done: whether all have ended.
-        is_left: whether it ends because no reader is left.
+        is_left: whether it ends because its last reader left.
         on_end: callback at the end of all answers; None for none.
         error: the first failure of any answer; None for none.
     """
@@ -161,11 +161,11 @@ class Run:
             "cancelled" if self._generation(index).finish_reason == "cancelled" else "done", index, data=result
         )
 
-    def _failed(self, told: ApiError, index: int, error: BaseException | None) -> Event:
-        self.error = self.error or told
+    def _failed(self, shown: ApiError, index: int, error: BaseException | None) -> Event:
+        self.error = self.error or shown
         if error is not None:
             notify(self._observers, Observer.failed, self, error)
-        return Event("error", index, data=told.body())
+        return Event("error", index, data=shown.body())
 
     def _generation(self, index: int) -> Generation:
         source = self.sources[index]
@@ -234,7 +234,7 @@ class Run:
                 async with asyncio.timeout(LAG_S):
                     await self._moved.wait()
             except TimeoutError:
-                if self._moved.is_set():  # at the last moment: the loop itself was held up
+                if self._moved.is_set():  # just now: the loop itself was late
                     continue
                 for reader in self._readers:
                     reader.given_up = True
@@ -245,14 +245,14 @@ class Run:
     # ---- Ends -------------------------------------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """Asks the answers to end; does not block."""
+        """Requests the end of the answers; does not block."""
         self._stopping = True
         self._moved.set()
         for i in range(len(self.sources)):
             self._generation(i).abandon()
 
     async def stop(self) -> None:
-        """Ends the answers; what was read of them stays. Returns when they have ended."""
+        """Ends the answers, which keep the pieces that were read. Returns when they have ended."""
         self.abandon()
         await asyncio.wait(self._tasks)
 
@@ -287,7 +287,7 @@ class Follower(AsyncIterator[list[tuple[int, Event]]]):
                 reader.position = min(first + MAX_BATCH, len(run.events))
                 run.taken()
                 if reader.position < len(run.events):
-                    await asyncio.sleep(0)  # a long replay gives way to others after each batch
+                    await asyncio.sleep(0)  # a long replay yields to other tasks after each batch
                 return list(enumerate(run.events[first : reader.position], first))
             if run.is_done:
                 break

@@ -236,7 +236,7 @@ class RollbackBody(SessionBody):
     turn: TurnRef = 1
     target_turn: TurnRef = Field(
         1, description="An older name of `turn`.", json_schema_extra={"deprecated": True}
-    )  # pydantic's own `deprecated` warns whoever reads the field, us too
+    )  # pydantic's own `deprecated` warns every reader of the field, us too
     prune: bool = Field(False, description="Also delete the turns that follow it.")
 
     @property
@@ -290,7 +290,7 @@ class ForkAtBody(AgainBody):
 
 
 class BranchBody(AgainBody):
-    """Several answers side by side."""
+    """Several alternative answers."""
 
     n: int = Field(description="How many.", json_schema_extra={"minimum": 1, "maximum": MAX_BRANCHES})
     message: str | None = Field(None, description="The message they answer. Default: the head's message again.")

@@ -1,6 +1,6 @@
-"""Starts the run of a request: makes its answers in a worker thread, then sends them whole or as a stream.
+"""Starts the run of a request: starts its answers in a worker thread, then sends them whole or as a stream.
 
-Every route that answers starts through `begin`, so a client that leaves early leaves nothing behind.
+Every route that generates uses `begin`, which undoes the start if the client leaves meanwhile.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def answered(data: Answering, open: Open, verb: Verb, *, n: int | None = N
         data: says whether the answers are streamed or generated in the background.
         open: opens the session; runs in a worker thread, as `verb` does.
         verb: starts the reply or the replies, given the session and the time limit in seconds.
-        n: number of replies generated side by side; None for one reply, which is then returned by itself.
+        n: number of replies that run at the same time; None for one reply, whose JSON is then not in a list.
         texts: user input by its field's name, checked against the length limit first.
     """
     state, tenant = server(), g.tenant
@@ -143,10 +143,10 @@ def start_run(
     describe: Callable[[int], dict[str, Any]],
     **options: Any,
 ) -> Run:
-    """Starts a run; the key pays for each answer when it ends.
+    """Starts a run; the key is charged for each answer when it ends.
 
     Args:
-        state, tenant: whose run it is.
+        state, tenant: server and owner of the run.
         model: name of the model.
         sources: the answers.
         describe, options: as for `Run`.

@@ -54,7 +54,7 @@ class Serving:
         done, total: bytes downloaded or read.
         error: why loading failed.
         model: set when ready.
-        usage: KV cache pages when somebody last asked; None before the model is loaded.
+        usage: KV cache pages at the last update; None before the model is loaded.
         is_stopping: whether to stop loading.
     """
 

@@ -16,7 +16,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 def response(body: AsyncIterator[bytes]) -> Response:
     """A response that streams events for as long as it takes."""
-    # Quart cuts a response that takes longer than a minute, silently, unless told not to.
+    # Quart's default timeout truncates a response after a minute, silently.
     found = Response(body, content_type="text/event-stream; charset=utf-8")
     found.timeout = None
     found.headers["Cache-Control"] = "no-cache"
@@ -53,7 +53,7 @@ def is_large(data: Any) -> bool:
 
 
 def native(run: Run, after: int = -1) -> AsyncIterator[bytes]:
-    """The events of a run behind number `after`, in the form of Fabula's own API."""
+    """The events of a run after number `after`, in the form of Fabula's own API."""
     return _native(run.follow(after))
 
 
@@ -71,7 +71,7 @@ def encode(number: int, event: Event) -> str:
 
 
 def payload(event: Event) -> dict[str, Any]:
-    """What an event carries. `index` stands there for all but the first of several answers."""
+    """The data of an event. `index` is left out for the first answer."""
     piece = event.piece
     if piece is None:
         found = dict(event.data or {})

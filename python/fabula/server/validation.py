@@ -1,4 +1,4 @@
-"""Turns pydantic's errors about a request body into one 400 whose message reads like the engine's own."""
+"""Converts pydantic's errors about a request body to one 400, in the wording of the engine's errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""OpenAI's API, as far as a server of language models can speak it: chat, completions, responses, embeddings, models.
+"""OpenAI's API: chat, completions, responses, embeddings, models.
 
-Clients of that API need another address and nothing else. What stands in a request and cannot be done is refused by its
-name, so that nobody believes in a setting that has no effect; fields that ask for nothing are listed as `Tolerated`.
+Its clients only change the base URL. A request with a field that is not supported is refused, and the error names the
+field, so that no setting is ignored silently; fields that need nothing from a server are listed in `Tolerated`.
 """
 
 from __future__ import annotations

@@ -241,6 +241,6 @@ class Chat:
     def last(self) -> Iterator[bytes]:
         """The lines at the end."""
         if self._wants_usage:
-            told = usage(self._generations, len(self._generations))
-            yield line(self.about("chat.completion.chunk") | {"choices": [], "usage": told})
+            counts = usage(self._generations, len(self._generations))
+            yield line(self.about("chat.completion.chunk") | {"choices": [], "usage": counts})
         yield DONE

@@ -150,15 +150,15 @@ class Texts:
         token begins; tokens that share a character have the offset of that character."""
         if self._data.logprobs is None:
             return None
-        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        found: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
-            told["tokens"].append(token_name(self._tokenizer, piece.token_id))
-            told["token_logprobs"].append(piece.logprob)
-            told["text_offset"].append(piece.offset)
-            told["top_logprobs"].append(
+            found["tokens"].append(token_name(self._tokenizer, piece.token_id))
+            found["token_logprobs"].append(piece.logprob)
+            found["text_offset"].append(piece.offset)
+            found["top_logprobs"].append(
                 {token_name(self._tokenizer, token): logprob for token, logprob in piece.top_logprobs} or None
             )
-        return told
+        return found
 
     # ---- Streamed ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""The sessions behind responses. A response is a turn; its id names the session and the turn.
+"""The sessions of `/v1/responses`. A response is a turn; its id names the session and the turn.
 
-They are ordinary sessions with hidden ids. A response after a session's last one is added to it. A response after an
-earlier one, or while another is being generated, goes to a fork, which shares the path and recomputes nothing.
+They are ordinary sessions with hidden ids. A response to a session's head is added to the session. A response to an
+earlier turn, or while another one is running, goes to a fork, which shares the path and recomputes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def response_id(session_id: str, turn_id: str) -> str:
 
 
 def lock_of(session: Session) -> threading.Lock:
-    """Lock from reading a session's head until its next turn has started."""
+    """Lock to hold from reading a session's head until its next turn has started."""
     with _GUARD:
         return _LOCKS.setdefault(session, threading.Lock())
 

@@ -27,7 +27,7 @@ routes = Blueprint("openai_embeddings", __name__)
 @document_response(EmbeddingsReply, 200)
 @fails(*WRITING)
 async def embeddings(data: EmbeddingBody) -> Any:
-    """Turns texts into vectors of length 1. A model that was not trained for it tells texts apart only roughly."""
+    """Embeds texts as vectors of length 1. Those of a model that was not trained for it are a rough measure."""
     state, tenant = server(), g.tenant
     texts = texts_of(data)
     for i, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""What the routes of OpenAI's API share: names, token counts, probabilities, the lines of a stream."""
+"""Shared by the routes of OpenAI's API: names, token counts, probabilities, the lines of a stream."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def start_generations(
 
 
 def fingerprint(model: Model) -> str:
-    """A name of everything besides the settings that a seeded answer depends on."""
+    """Fingerprint of everything but the settings that a seeded answer depends on."""
     return f"fp_{model.fingerprint.key[:16]}"
 
 
@@ -126,14 +126,14 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
 def chat_logprob(tokenizer: Tokenizer, piece: Piece) -> Json:
     """Log-probabilities of a token and of the likeliest ones, in chat's form."""
 
-    def told(token_id: int, logprob: float) -> Json:
+    def entry(token_id: int, logprob: float) -> Json:
         return {
             "token": token_name(tokenizer, token_id),
             "logprob": logprob,
             "bytes": list(tokenizer.token_bytes(token_id)),
         }
 
-    return told(piece.token_id, piece.logprob) | {"top_logprobs": [told(*one) for one in piece.top_logprobs]}
+    return entry(piece.token_id, piece.logprob) | {"top_logprobs": [entry(*one) for one in piece.top_logprobs]}
 
 
 # ---- Streams --------------------------------------------------------------------------------------------------------

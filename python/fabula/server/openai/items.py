@@ -1,4 +1,4 @@
-"""The items of a response: what is said, from the client's; what was answered, for the client, whole or as it comes."""
+"""Items of responses: converts a client's items to messages, and an answer to items, whole or streamed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fabula.sessions.tool_forms import HERMES
 from fabula.sessions.tools import Calling
 
 ROLES = ("user", "assistant", "system", "developer")
-IGNORED = ("reasoning",)  # of other models; nothing is said with it
+IGNORED = ("reasoning",)  # types of items that other models make; dropped
 
-# ---- What is said ---------------------------------------------------------------------------------------------------
+# ---- Input ----------------------------------------------------------------------------------------------------------
 
 
 def messages_of(given: str | list[Json], limits: Limits) -> list[Json]:
     """Messages from the input of a request.
 
     Raises:
-        ApiError: an item cannot be read, or is too long; names the place.
+        ApiError: an item is malformed or too long; names the field.
     """
     if isinstance(given, str):
         limits.check_text(given, "input")
@@ -63,7 +63,7 @@ def _message(item: Json, where: str) -> Json:
 
 
 def _add_call(found: list[Json], item: Json, where: str) -> None:
-    """A call belongs to the assistant's message before it, if there is one."""
+    """Adds a call to the assistant's message before it, if there is one."""
     if not found or found[-1]["role"] != "assistant":
         found.append({"role": "assistant", "content": ""})
     call = {
@@ -82,10 +82,10 @@ def _text(item: Json, name: str, where: str) -> str:
 
 
 def tools_of(given: list[Json] | None) -> list[Json]:
-    """Definitions of tools as chat has them, from the flat ones of a response.
+    """Converts the flat definitions of tools of a response to those of chat.
 
     Raises:
-        ApiError: one is no function.
+        ApiError: a tool is not a function.
     """
     found = []
     for i, tool in enumerate(given or []):
@@ -98,7 +98,7 @@ def tools_of(given: list[Json] | None) -> list[Json]:
 
 
 def flat_tools(tools: list[Json]) -> list[Json]:
-    """Chat's definitions as a response has them."""
+    """Converts definitions of chat to those of a response."""
     return [{"type": "function"} | tool["function"] for tool in tools]
 
 
@@ -106,12 +106,12 @@ def flat_tools(tools: list[Json]) -> list[Json]:
 
 
 class Output:
-    """The items of an answer, built from its text as it comes.
+    """The items of an answer, built from its text as it is generated.
 
     Args:
-        key: makes their ids, the same each time.
-        reads_calls: whether calls of tools are looked for.
-        calling: in which form; None for Hermes'.
+        key: prefix of their ids.
+        reads_calls: whether to parse tool calls.
+        calling: gives the form of the calls; None for Hermes'.
 
     Attributes:
         items: so far.
@@ -126,18 +126,18 @@ class Output:
         self.items: list[Json] = []
 
     def feed(self, text: str) -> Iterator[Json]:
-        """Takes more of the text; the events it makes."""
+        """Adds text; returns the events of the items."""
         if not text:
             return
         for event in self._reader.feed(text) if self._reader is not None else [Content(text)]:
             yield from self._take(event)
 
     def finish(self, *, is_whole: bool, ended_itself: bool | None = None) -> Iterator[Json]:
-        """At the end of the text. There is always an item.
+        """At the end of the text: the remaining events. There is always an item.
 
         Args:
-            is_whole: unless it was cut off.
-            ended_itself: whether the model ended it; not so behind a stop string. None: as `is_whole`.
+            is_whole: whether the answer was not truncated.
+            ended_itself: whether the model ended it, not a stop string. None: as `is_whole`.
         """
         ended = is_whole if ended_itself is None else ended_itself
         for event in self._reader.finish(is_whole=ended) if self._reader is not None else []:
@@ -188,7 +188,7 @@ class Output:
             yield self._about("response.output_text.delta", content_index=0, delta=text, logprobs=[])
 
     def _close(self) -> Iterator[Json]:
-        """Nothing more is said in the message that is open."""
+        """Ends the open message."""
         if not self._is_open:
             return
         self._is_open = False

@@ -24,7 +24,7 @@ def _told(state: Server, name: str) -> dict[str, Any]:
 @document_response(ModelsReply, 200)
 @fails(*READING)
 async def models() -> Any:
-    """The models, also those that are still being loaded."""
+    """The models, also those that are still loading."""
     state = server()
     return {"object": "list", "data": [_told(state, name) for name in state.models]}
 

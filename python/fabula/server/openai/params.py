@@ -1,7 +1,7 @@
-"""Sampling settings of a request to OpenAI's API. What a request leaves out is the model's own default.
+"""Sampling settings of a request to OpenAI's API. Settings that are left out are the model's defaults.
 
-Each function raises ApiError when two fields exclude each other or one asks for what cannot be done, and
-InvalidArgument for a value out of its range.
+Each function raises ApiError if two fields exclude each other or one is not supported, and InvalidArgument for a value
+out of its range.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def completion_params(data: CompletionBody, n: int) -> SamplingParams:
 def response_params(data: ResponseBody) -> SamplingParams:
     """Settings for `/v1/responses`, without the constraint of tools. None come from the previous response."""
     if data.n_logprobs is not None or "message.output_text.logprobs" in (data.include or []):
-        raise refuse("include", "cannot hold probabilities; /v1/chat/completions tells them", "unsupported")
+        raise refuse("include", "cannot hold probabilities; use /v1/chat/completions", "unsupported")
     params = _with_max_tokens(data, "max_output_tokens", data.max_output_tokens)
     wanted = data.text.format if data.text is not None else None
     if wanted is not None and wanted.type != "text":

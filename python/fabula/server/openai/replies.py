@@ -1,4 +1,4 @@
-"""What the routes below /v1 reply with, for the description of the API. Clients know these objects from OpenAI."""
+"""Replies of the routes below /v1, for the OpenAPI description. The objects are those of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Loose(BaseModel):
 
 
 class UsageTold(Loose):
-    """Tokens. `prompt_tokens_details.cached_tokens` are those that were not computed."""
+    """Token counts. `prompt_tokens_details.cached_tokens` counts prompt tokens taken from the KV cache."""
 
     prompt_tokens: int
     total_tokens: int
@@ -83,7 +83,7 @@ class ResponseReply(Loose):
 
 
 class DeletedReply(Loose):
-    """A response is gone."""
+    """A response that was deleted."""
 
     id: str
     object: Literal["response"]

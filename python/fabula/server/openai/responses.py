@@ -91,7 +91,7 @@ async def create(data: ResponseBody) -> Any:
 
 
 def _undo(state: Server, started: Started) -> None:
-    """Cancels a response nobody waits for, and deletes the session created for it; blocks."""
+    """Cancels a response whose client left, and deletes the session created for it; blocks."""
     started.source.cancel()
     if started.session is not None:
         if started.is_kept:
@@ -192,9 +192,9 @@ def _follow_response(
 def _instructions(session: Session, turn: Turn) -> str | None:
     """The last system message up to a turn."""
     for past in turn.lineage():
-        said = [message["content"] for message in past.said.given or () if message["role"] == "system"]
-        if said:
-            return str(said[-1])
+        texts = [message["content"] for message in past.said.given or () if message["role"] == "system"]
+        if texts:
+            return str(texts[-1])
     return session.system
 
 
@@ -299,8 +299,8 @@ class ResponseWriter:
         rest = output.finish(is_whole=status == "completed", ended_itself=self._ended_itself())
         for _ in (*output.feed(generation.read_so_far()[1]), *rest):
             pass
-        told = {"status": status, "incomplete_details": details, "output": output.items}
-        return self._about | told | {"usage": usage(generation.timings)}
+        end = {"status": status, "incomplete_details": details, "output": output.items}
+        return self._about | end | {"usage": usage(generation.timings)}
 
     def events(self, event: Event) -> Iterator[bytes]:
         """The lines of an event."""
@@ -312,9 +312,9 @@ class ResponseWriter:
                 yield self._line(one)
         elif event.kind == "error":
             error = (event.data or {}).get("error", {})
-            told = {name: error.get(name) for name in ("code", "message", "param")}
-            yield self._line({"type": "error"} | told)
-            failed = {"status": "failed", "error": {"code": "server_error", "message": told["message"]}}
+            fields = {name: error.get(name) for name in ("code", "message", "param")}
+            yield self._line({"type": "error"} | fields)
+            failed = {"status": "failed", "error": {"code": "server_error", "message": fields["message"]}}
             yield self._line({"type": "response.failed", "response": self._about | failed})
         else:
             whole = event.data or {}

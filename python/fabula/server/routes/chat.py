@@ -98,7 +98,7 @@ async def fork_at(data: ForkAtBody) -> Any:
 
 @answer_route(routes, "/branch", BranchBody, "Tree", BranchesReply)
 async def branch(data: BranchBody) -> Any:
-    """Generates several answers side by side. The head stays until `/rollback` to one of their turn ids chooses it.
+    """Generates several answers at the same time. The head stays until `/rollback` to one of their turn ids.
     Settings that are not given are the session's; other answers to the head's message get new seeds."""
     n = max(1, data.n)
 

@@ -1,4 +1,4 @@
-"""A readable page of the API's description, made from it; needs nothing from elsewhere."""
+"""The API's description as an HTML page that loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def style() -> Response:
 @routes.get("/docs")
 @hide
 async def docs() -> Response:
-    """The page, with what each model takes for settings that are left out."""
+    """The page, with the sampling defaults of each model."""
     before, after = (await _described())[1].split(MODELS_HERE)
     return Response(before + _models() + after, mimetype="text/html")
 
@@ -66,21 +66,19 @@ def _models() -> str:
     for name, defaults in loaded:
         values = (escape(str(value)) for value in defaults.to_json().values())
         rows += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-    about = (
-        "What is taken for settings that neither a request nor its session gives; <code>/health</code> tells the same."
-    )
+    about = "Values of settings that neither a request nor its session gives; <code>/health</code> has them too."
     return f"<h2>Sampling defaults</h2><p>{about}</p><div class='wide'><table><tr>{heads}</tr>{rows}</table></div>"
 
 
 @routes.get("/openapi.json")
 @hide
 async def openapi() -> Response:
-    """The document it is made from."""
+    """The OpenAPI document of the page."""
     return Response((await _described())[0], mimetype="application/json")
 
 
 async def _described() -> tuple[str, str]:
-    """The description as JSON and as HTML. Made once: it takes a fifth of a second, and anybody may ask for it."""
+    """The description as JSON and as HTML. Cached, since it takes 0.2 s and needs no key."""
     extensions = current_app.extensions
     if DESCRIBED not in extensions:
         provider = extensions["QUART_SCHEMA"].openapi_provider

@@ -14,6 +14,6 @@ routes = Blueprint("metrics", __name__)
 @routes.get("/metrics")
 @hide
 async def metrics() -> Response:
-    """For Prometheus; needs a key where keys are needed."""
+    """Metrics in Prometheus' text format; needs a key if the server has keys."""
     state = server()
     return Response(await state.call(state.metrics.text), content_type=CONTENT_TYPE)

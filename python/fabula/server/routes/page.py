@@ -19,7 +19,7 @@ from fabula.server.describe import READING, WRITING, fails, streams
 from fabula.server.failures import not_found
 from fabula.server.feed import Change
 from fabula.server.render import render
-from fabula.server.replies import Told
+from fabula.server.replies import ReplyModel
 from fabula.server.schemas import Strict
 from fabula.server.state import Server, server
 from fabula.server.stream import KEEP_ALIVE, dumps, response
@@ -42,7 +42,7 @@ class _File:
 
 
 def _read(folder: Traversable, prefix: str = "") -> dict[str, _File]:
-    """Every file of the page, by its path; they are small, and are read once."""
+    """Every file of the page, by its path; all are kept in memory."""
     found: dict[str, _File] = {}
     for entry in folder.iterdir():
         if entry.is_dir():
@@ -65,7 +65,7 @@ async def _send(name: str) -> Response:
         raise not_found("file", name[:128])
     sent = Response(file.data, content_type=f"{file.kind}; charset=utf-8")
     sent.set_etag(file.etag)
-    sent.headers["Cache-Control"] = "no-cache"  # kept, and asked about each time
+    sent.headers["Cache-Control"] = "no-cache"  # cached, and revalidated each time
     if request.if_none_match.contains(file.etag):
         sent.status_code = 304
         sent.set_data(b"")
@@ -99,15 +99,14 @@ class RenderBody(Strict):
     texts: Annotated[list[str], Field(max_length=MAX_TEXTS)]
 
 
-class RenderedReply(Told):
-    """A text as HTML: blocks that can be shown as they are. What is appended to the text changes only what stands from
-    `last_line` on."""
+class RenderedReply(ReplyModel):
+    """A text as clean HTML blocks. Appending to the text changes only blocks from `last_line` on."""
 
     blocks: list[str]
     last_line: int
 
 
-class RenderReply(Told):
+class RenderReply(ReplyModel):
     """Texts as HTML, in their order."""
 
     rendered: list[RenderedReply]
@@ -119,7 +118,7 @@ class RenderReply(Told):
 @document_response(RenderReply, 200)
 @fails(*WRITING)
 async def render_texts(data: RenderBody) -> Any:
-    """Markdown to HTML without scripts, styles, images or events, whatever the text holds. Nothing is kept."""
+    """Renders markdown to HTML without scripts, styles, images or events. Nothing is stored."""
     state = server()
     for text in data.texts:
         state.limits.check_text(text, "texts")
@@ -138,7 +137,7 @@ async def render_texts(data: RenderBody) -> Any:
 @tag(["Sessions"])
 @fails(*READING, 429)
 async def events(id: str) -> Any:
-    """What happens to a session, in order: the event `state`, with the answers in the making, then each change."""
+    """The changes of a session: first the event `state`, with the running answers, then each change, in order."""
     state, tenant = server(), g.tenant
     state.feed.check(tenant)
     session = await state.call(lambda: state.workspace.open(id, tenant=tenant))

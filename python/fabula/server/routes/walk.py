@@ -113,7 +113,7 @@ async def stop(data: StopBody) -> Any:
 @verb_route(routes, "/write", WriteBody, "Tree", HeadReply)
 @validate_querystring(PathQuery)
 async def write(data: WriteBody, query_args: PathQuery) -> Any:
-    """Adds text to a story as its author wrote it, or a note for the model. Nothing is computed."""
+    """Adds handwritten text to a story, or a note for the model. Nothing is computed."""
 
     def verb(session: Session) -> None:
         session.write(data.text, frozen=data.frozen, parse_special=data.parse_special)
