@@ -186,12 +186,12 @@ class Ours:
         """The end time of each step, in seconds."""
         none, settings = np.empty(0, np.int32), _sampling.sampling_struct(temperature=0.0)
         sampling = _program.Sampling(settings, none, np.empty(0, np.float32), none)
-        draws = []
+        sequences = []
         for i in range(batch):
             share = _program.BatchSequence(self._pages(i, self._pages_each), past, np.zeros(1, np.int32), 0, 0)
             history = np.full(past + 1 + n_steps, 3, np.int32)
-            draws.append(_program.Draw(share, n_steps, history, past + 1, none, sampling))
-        _, seconds = self._runner.program.draw(self._pool, draws, n_steps, _native.Flag().memory)
+            sequences.append(_program.DecodeSequence(share, n_steps, history, past + 1, none, sampling))
+        _, seconds = self._runner.program.decode(self._pool, sequences, n_steps, _native.Flag().memory)
         return seconds
 
     def _library_program(self) -> _program.Program:

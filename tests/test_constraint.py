@@ -321,7 +321,7 @@ def check_verbs(session: Session, schema: dict[str, Any], settings_: SamplingPar
     assert satisfies(schema, json.loads(session.head.text))
     assert session.head.token_ids[: n_cut + 1] == (*turn.token_ids[:n_cut], other)
     kept = session.head
-    with pytest.raises(InvalidArgument, match=f"forbids what the answer begins with, at token {n_cut}"):
+    with pytest.raises(InvalidArgument, match=f"forbids the start of the answer, at token {n_cut}"):
         session.fork_at(turn, n_cut, forbidden)
     assert session.head is kept
     session.replay(kept).text()

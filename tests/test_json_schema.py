@@ -1,4 +1,4 @@
-"""Schemas on their way to the library: what is passed over, what is refused and how it is named, white space."""
+"""Preparation of schemas for llguidance: ignored keywords, refused keywords and their paths, white space."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_white_space_that_cannot_be_bounded(key: str) -> None:
         (Constraint.json_schema({"oneOf": [STRING, STRING]}), "json_schema: oneOf can be enforced only where"),
         (
             Constraint.json_schema({"$ref": "http://x.y/z"}),
-            "json_schema: a reference must lead to a place in the schema",
+            "json_schema: a reference must point into the schema itself",
         ),
     ],
 )

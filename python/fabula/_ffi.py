@@ -1,8 +1,7 @@
 """Opens the native library: the only importer of cffi's module.
 
-`_cdef.py` is written at build time from fabula.h and lies beside libfabula.so. Both are checked against each other
-when the library is opened: the ABI number and the size of every public struct, so a stale build is refused with a
-clear sentence instead of crashing later.
+`_cdef.py` is generated at build time from fabula.h, next to libfabula.so. Opening the library compares the ABI number
+and the size of every public struct, so a stale build is refused with a clear message instead of crashing later.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def _open() -> tuple[Any, Any]:
     ffi: Any = _cdef.ffi
     path = Path(_cdef.__file__).with_name("libfabula.so")
     try:
-        # Never unmapped: at the interpreter's end destructors and the library's own threads may outlive this module.
+        # Never unmapped: at interpreter exit destructors and the library's threads may outlive this module.
         lib: Any = ffi.dlopen(str(path), ffi.RTLD_NOW | getattr(ffi, "RTLD_NODELETE", 0))
     except OSError as error:
         raise ImportError(f"cannot load {path.name}: {error}; build Fabula again") from error

@@ -1,10 +1,10 @@
-"""The caller of the native library: numpy arrays in and out, status codes become exceptions.
+"""Calls of the native library: numpy arrays in and out, status codes become exceptions.
 
-Programs, drawing, single operators and groups of GPUs stand in `_program`, `_sampling`, `_operators` and `_parallel`.
+Programs, sampling, single operators and groups of GPUs are in `_program`, `_sampling`, `_operators` and `_parallel`.
 
-Nothing here decides anything. Every function checks only what C cannot see (dtype, contiguity, lifetime) and leaves
-ranges and shapes to the library, whose message becomes the exception's text. Handles are wrapped in small classes
-that free themselves once, on close() or with the garbage collector.
+Functions check only what C cannot see (dtype, contiguity, lifetime). The library checks ranges and shapes; its message
+becomes the exception's text. Handles are wrapped in small classes that are freed once, by close() or by the garbage
+collector.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def dtype_block(dtype: int) -> tuple[int, int]:
 
 
 def join_strings(data: bytearray, start: int, most: int, max_length: int, out: bytearray) -> tuple[int, int, int]:
-    """Strings of a GGUF header from byte `start` on, one after the other into `out`, as long as `data`; how many, the
-    bytes they take of `data` and of `out`. See fb_join_strings."""
+    """Copies strings of a GGUF header, from byte `start` of `data`, into `out`, which is as long as `data`. Returns
+    their number, and the bytes read from `data` and written to `out`. See fb_join_strings."""
     sizes = ffi.new("size_t[3]")
     with ffi.from_buffer(data) as source, ffi.from_buffer(out, require_writable=True) as target:
         n_bytes = min(len(data), len(out)) - start
@@ -131,7 +131,7 @@ def join_strings(data: bytearray, start: int, most: int, max_length: int, out: b
 
 
 def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
-    """Turns raw bytes of any dtype into float32 [n_elements]."""
+    """Dequantizes raw bytes of any dtype to float32 [n_elements]."""
     raw = np.ascontiguousarray(raw, dtype=np.uint8)
     out = np.empty(n_elements, np.float32)
     check(lib.fb_dequantize(dtype, ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_elements, floats(out)))
@@ -139,7 +139,7 @@ def dequantize(dtype: int, raw: npt.NDArray[np.uint8], n_elements: int) -> F32:
 
 
 def quantize(dtype: int, rows: F32, n_threads: int = 1) -> npt.NDArray[np.uint8]:
-    """Turns float32 [n_rows, n_cols] into raw bytes of any dtype, uint8 [n_bytes]; see fb_quantize."""
+    """Quantizes float32 [n_rows, n_cols] to raw bytes of any dtype, uint8 [n_bytes]; see fb_quantize."""
     rows = f32(rows)
     n_rows, n_cols = rows.shape
     size, n_bytes = dtype_block(dtype)
@@ -206,19 +206,19 @@ class Device:
 
     @property
     def members(self) -> tuple[Device, ...]:
-        """The GPUs that it is: itself."""
+        """The GPUs of this device: itself; a group has several."""
         return (self,)
 
     def use_library(self, path: str | None) -> None:
-        """Lets programs made from now on compute products of many tokens with cuBLASLt; see fb_device_use_library.
+        """Makes later programs multiply matrices with cuBLASLt for many tokens; see fb_device_use_library.
 
         Raises:
-            Unsupported: it cannot be loaded, or this build does not know it.
+            Unsupported: cuBLASLt cannot be loaded, or this build has no support for it.
         """
         check(lib.fb_device_use_library(self.handle, ffi.NULL if path is None else path.encode()))
 
     def memory(self) -> tuple[int, int]:
-        """Bytes taken through this handle, and those that may still be taken."""
+        """Bytes allocated through this handle, and those that may still be allocated."""
         used, free = ffi.new("size_t *"), ffi.new("size_t *")
         check(lib.fb_device_memory(self.handle, used, free))
         return int(used[0]), int(free[0])
@@ -270,7 +270,7 @@ class Weight:
         )  # fmt: skip
 
     def move(self, device: Device) -> None:
-        """Moves it to a GPU, whose programs alone take it from then on."""
+        """Moves it to a GPU; from then on only that GPU's programs can use it."""
         check(lib.fb_weight_move(self.handle, device.handle))
 
     def row(self, index: int) -> F32:
@@ -332,7 +332,7 @@ class PagePool:
 
 
 def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-    """Bytes of a page of that shape: of a pool of one, which is reserved and never touched."""
+    """Bytes of a page of that shape; reserves a pool of one page and never touches it."""
     pool = PagePool(dtypes, 1, n_layers, n_kv_heads, head_dim)
     try:
         return pool.page_bytes

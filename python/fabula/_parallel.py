@@ -1,4 +1,4 @@
-"""Calls of the native library for several devices that compute one model together; beside `_native`."""
+"""Native calls for tensor parallelism: several devices that run one model together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ MOST_DEVICES: int = lib.FB_MOST_MEMBERS
 
 
 class DeviceGroup(Device):
-    """GPUs linked to each other; see fb_device_join in fabula.h. Pools lie on it, weights and programs on its members.
+    """A group of GPUs linked by NCCL; see fb_device_join in fabula.h. A pool belongs to the group, weights and programs
+    to its members.
 
     Raises:
-        Unsupported: NCCL, which links them, is missing.
-        DeviceError: they cannot be linked.
+        Unsupported: NCCL is missing.
+        DeviceError: the GPUs cannot be linked.
     """
 
     def __init__(self, members: Sequence[Device]) -> None:
@@ -37,12 +38,12 @@ class DeviceGroup(Device):
 
 
 class JoinedProgram(Program):
-    """Programs of a group's devices as one; see fb_program_join in fabula.h.
+    """The programs of a group's devices as one program; see fb_program_join in fabula.h.
 
     Args:
-        group: whose members the parts lie on, in this order.
-        parts: closed with it.
-        n_kv_heads, n_outputs: of the whole model: KV heads, and numbers of a row that is wanted.
+        group: of the devices.
+        parts: one program per device, in the group's order; closed with this one.
+        n_kv_heads, n_outputs: of the whole model: KV heads, and floats of an output row.
     """
 
     def __init__(self, group: DeviceGroup, parts: Sequence[Program], n_kv_heads: int, n_outputs: int) -> None:

@@ -68,11 +68,11 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """One sequence that samples up to `n_steps` tokens, none after one of `ends`; as in struct fb_draw.
+class DecodeSequence:
+    """One sequence of decode steps: samples up to `n_steps` tokens, none after one of `ends`; as in struct fb_draw.
 
-    `history` int32 has room for n_history + n_steps tokens, the share's at the end of the first n_history; those drawn
-    are written behind them. With n_steps 0 the share is only computed.
+    `history` int32 has room for n_history + n_steps tokens. Its first n_history tokens end with the share's; sampled
+    ones are written after them. With n_steps 0 the share is computed and nothing is sampled.
     """
 
     share: BatchSequence
@@ -85,8 +85,8 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class GraphInfo:
-    """Steps of a program on a GPU: graphs that are held, recordings, steps replayed and steps launched operator by
-    operator; why one could not be recorded, or ""."""
+    """Graph statistics of a program on a GPU: graphs in memory, recordings, steps replayed, steps launched operator by
+    operator; why a step could not be recorded, or ""."""
 
     is_on: bool
     n_graphs: int
@@ -146,8 +146,8 @@ class Program:
         self.shape = shape
         self.n_threads = n_threads
         last = ops[-1].weight if ops else None
-        self.n_outputs = last.n_rows if last is not None else 0  # numbers in an output row
-        self._draw_logits = np.empty(0, np.float32)
+        self.n_outputs = last.n_rows if last is not None else 0  # floats of an output row
+        self._decode_logits = np.empty(0, np.float32)
         # Borrowed by C: they must live as long as the program.
         self._weights = [op.weight for op in ops if op.weight is not None]
 
@@ -172,42 +172,43 @@ class Program:
         check(lib.fb_program_run(self.handle, pool.handle, batch, floats(logits), logits.size))
         return logits
 
-    def draw(
-        self, pool: PagePool, draws: Sequence[Draw], n_steps: int, stop: Any
+    def decode(
+        self, pool: PagePool, sequences: Sequence[DecodeSequence], n_steps: int, stop: Any
     ) -> tuple[list[tuple[I32, F32]], npt.NDArray[np.float64]]:
         """Up to n_steps decode steps; see fb_program_draw. `stop`: int32_t[1] of cffi.
 
         Returns:
             The tokens and logprobs of each sequence, and when each step was done, in seconds since the call.
         """
-        c_draws = ffi.new("struct fb_draw[]", len(draws))
-        logprobs = np.empty((len(draws), n_steps), np.float32)
+        c_sequences = ffi.new("struct fb_draw[]", len(sequences))
+        logprobs = np.empty((len(sequences), n_steps), np.float32)
         seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
-        for i, (c, draw) in enumerate(zip(c_draws, draws, strict=True)):
-            sampling = draw.sampling
-            _describe(c.sequence, draw.share, draw.share.pages)
-            c.n_steps, c.history, c.n_history = min(draw.n_steps, n_steps), ints(draw.history), draw.n_history
-            c.ends, c.n_ends, c.logprobs = ints(draw.ends), draw.ends.size, floats(logprobs[i])
+        for i, (c, sequence) in enumerate(zip(c_sequences, sequences, strict=True)):
+            sampling = sequence.sampling
+            _describe(c.sequence, sequence.share, sequence.share.pages)
+            c.n_steps = min(sequence.n_steps, n_steps)
+            c.history, c.n_history = ints(sequence.history), sequence.n_history
+            c.ends, c.n_ends, c.logprobs = ints(sequence.ends), sequence.ends.size, floats(logprobs[i])
             c.settings, c.breakers, c.n_breakers = sampling.settings, ints(sampling.breakers), sampling.breakers.size
             c.bias_ids, c.n_bias = ints(sampling.bias_ids), sampling.bias_ids.size
             c.bias_values = floats(sampling.bias_values)
-        n_logits = len(draws) * self.n_outputs
-        if self._draw_logits.size < n_logits:
-            self._draw_logits = np.empty(n_logits, np.float32)
+        n_logits = len(sequences) * self.n_outputs
+        if self._decode_logits.size < n_logits:
+            self._decode_logits = np.empty(n_logits, np.float32)
         check(
             lib.fb_program_draw(
-                self.handle, pool.handle, c_draws, len(draws), n_steps, stop,
-                floats(self._draw_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
+                self.handle, pool.handle, c_sequences, len(sequences), n_steps, stop,
+                floats(self._decode_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
             )
         )  # fmt: skip
-        drawn = []
-        for c, draw, row in zip(c_draws, draws, logprobs, strict=True):
+        sampled = []
+        for c, sequence, row in zip(c_sequences, sequences, logprobs, strict=True):
             n = int(c.n_drawn)
-            drawn.append((draw.history[draw.n_history : draw.n_history + n].copy(), row[:n]))
-        return drawn, seconds[: n_done[0]]
+            sampled.append((sequence.history[sequence.n_history : sequence.n_history + n].copy(), row[:n]))
+        return sampled, seconds[: n_done[0]]
 
     def set_graphs(self, is_on: bool) -> None:
-        """Whether steps on a GPU are recorded and launched as a whole, as they are from the start; for measurements.
+        """Sets whether steps on a GPU are recorded as graphs and replayed, which is the default; for measurements.
 
         Raises:
             Unsupported: it runs on the CPU.

@@ -56,7 +56,7 @@ cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package${PYTHONPATH:+:$PYTHONPATH}"
 attempt "$python" -m pytest -p no:cacheprovider -m gpu tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
-attempt env FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_draw.py tests/test_kv_cache.py tests/test_sessions.py
+attempt env FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_decode_steps.py tests/test_kv_cache.py tests/test_sessions.py
 
 export CUDA_LAUNCH_BLOCKING=1
 for tool in memcheck racecheck; do

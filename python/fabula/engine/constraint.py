@@ -35,7 +35,7 @@ class Constraint:
             text.
 
     Raises:
-        InvalidArgument: no such kind, or a source that is too long or, for a schema, no JSON object or too deep.
+        InvalidArgument: an unknown kind, or a source that is too long; for a schema: not a JSON object, or too deep.
     """
 
     kind: str
@@ -53,8 +53,8 @@ class Constraint:
             raise InvalidArgument(f"{self.kind}: the source holds a lone surrogate") from None
         most = MAX_TOOLS_BYTES if self.kind == "tools" else MAX_SOURCE_BYTES
         if n_bytes > most:
-            raise InvalidArgument(f"{self.kind}: the source has {n_bytes} bytes, at most {most} are read")
-        object.__setattr__(self, "shown", tuple(self.shown))  # a list, if it was read from a store
+            raise InvalidArgument(f"{self.kind}: the source has {n_bytes} bytes, at most {most} are allowed")
+        object.__setattr__(self, "shown", tuple(self.shown))  # stores have a list
         if self.kind == "json_schema":
             _parse_schema(self.source)
 
@@ -63,14 +63,14 @@ class Constraint:
         """JSON that satisfies a schema (draft 2020-12).
 
         Properties come in the order of the schema. Between its parts the JSON may hold up to 32 blanks. A keyword that
-        cannot be enforced, such as `not`, is an error when an answer begins; with `"x-guidance": {"lenient": true}` at
-        the top of the schema it is passed over.
+        cannot be enforced, such as `not`, is an error when an answer starts; it is ignored with `"x-guidance":
+        {"lenient": true}` at the top of the schema.
 
         Args:
             schema: as a mapping, or as JSON text.
 
         Raises:
-            InvalidArgument: no schema, or too large.
+            InvalidArgument: it is not a schema, or too large.
         """
         if isinstance(schema, str):
             if len(schema) > MAX_SOURCE_BYTES:  # before it is parsed
@@ -95,22 +95,22 @@ class Constraint:
 
     @classmethod
     def lark(cls, grammar: str) -> Constraint:
-        """Text of a context-free grammar in the library's dialect of Lark; it begins with the rule `start`."""
+        """Text of a context-free grammar in the library's dialect of Lark; the first rule is `start`."""
         return cls("lark", grammar)
 
     @classmethod
     def gbnf(cls, grammar: str) -> Constraint:
-        """Text of a context-free grammar in GBNF, as llama.cpp reads it; it begins with the rule `root`."""
+        """Text of a context-free grammar in llama.cpp's GBNF; the first rule is `root`."""
         return cls("gbnf", grammar)
 
     def to_lark(self, token_id: Callable[[str], int | None] = lambda _: None) -> str:
-        """The grammar in the library's form.
+        """Translates the grammar for llguidance.
 
         Args:
             token_id: of the vocabulary; as `parse_gbnf` takes it.
 
         Raises:
-            InvalidArgument: it cannot be said in Lark; says why.
+            InvalidArgument: it cannot be translated to Lark; says why.
         """
         if self.kind in ("json_schema", "json_object"):
             schema = _parse_schema(self.source) if self.source else {"type": "object"}

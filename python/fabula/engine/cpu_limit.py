@@ -1,7 +1,7 @@
 """Runs work in a thread of its own, limited by the CPU time the thread uses.
 
-Wall time would make the limit depend on who else uses the machine: on a busy one, valid input would be refused. A
-second limit, of wall time and much longer, covers work that blocks without using the CPU.
+A limit of wall time would depend on other load: a busy machine would refuse valid input. A second, much longer limit
+of wall time covers work that blocks without using the CPU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Clock = Callable[[], float]  # seconds since any fixed moment
 
 
 def thread_clock() -> Clock:
-    """A clock of the calling thread's CPU time, which other threads may read while the calling thread lives.
+    """A clock of the calling thread's CPU time; other threads may read it while the calling thread lives.
 
-    Where the platform has none (macOS, Windows): the process's CPU time or the wall time since now, whichever is less.
-    Both are at least what the thread used.
+    Platforms without one (macOS, Windows): the smaller of the process's CPU time and the wall time since this call.
+    Both are upper bounds of the thread's CPU time.
     """
     if hasattr(time, "pthread_getcpuclockid"):
         clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -84,7 +84,7 @@ class LimitedThread:
         end = self._wall_clock() + wall_seconds
         while True:
             used = self._cpu_seconds()
-            # The thread cannot reach its limit before so much time has passed: no need to look earlier.
+            # The thread cannot reach its limit before that much time has passed: no need to poll earlier.
             if self._done.wait(min(POLL_S, max(0.001, cpu_seconds - used))):
                 return True
             if self._cpu_seconds() >= cpu_seconds or self._wall_clock() >= end:

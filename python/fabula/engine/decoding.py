@@ -32,13 +32,13 @@ class Piece:
         text: may be empty (half a character, a possible stop string) or belong to
             several tokens.
         logprob: natural log-probability of the token under the plain softmax of the logits, before any constraint.
-        finish_reason: None while more may come; "stop" (end token, stop token, stop string, or a constraint that lets
-            nothing follow), "length" (max_tokens, or the context is full).
+        finish_reason: None while more may come; "stop" (end token, stop token, stop string, or a complete
+            constraint), "length" (max_tokens, or the context is full).
         top_logprobs: the most probable (token id, logprob), best first, `SamplingParams.n_logprobs` of them.
         offset: where the token begins in the answer's text, in characters. It does not depend on what is held back;
             tokens that share a character have the offset of that character.
-        n_certain: how many of the tokens sampled so far, from the first, are certain to be part of the text. A token
-            that may be part of a stop string is not, nor is one after the cut or an end token. Never falls.
+        n_certain: number of leading tokens that are certain to be part of the text. A token that may be part of a stop
+            string is not, nor is an end token or one after the truncation. Never decreases.
     """
 
     token_id: int
@@ -168,7 +168,7 @@ class Decoding:
         return Piece(token, text, logprob, reason, top_logprobs, offset, self._n_certain)
 
     def _count_certain(self, token: int, reason: FinishReason | None) -> None:
-        """Moves `_n_certain` on, past tokens that begin before what the stop matcher holds back or has cut off."""
+        """Advances `_n_certain` past tokens that start before the text that is held back or truncated."""
         stops, starts = self._stops, self._starts
         if stops.matched is None and (reason is not None or not self.params.stop):
             self._n_certain += len(starts)
@@ -189,10 +189,10 @@ class Decoding:
         """Whether the native library can sample the next tokens: Python needs neither logits nor every token."""
         return self._guide is None and not self.params.n_logprobs and self._n_sampled >= self.params.min_tokens
 
-    def drawn_by(self, share: _program.BatchSequence, n_steps: int) -> _program.Draw:
-        """Input of the native library: compute a share, then sample up to `n_steps` tokens."""
+    def decode_sequence(self, share: _program.BatchSequence, n_steps: int) -> _program.DecodeSequence:
+        """Input of `Program.decode`: computes a share, then samples up to `n_steps` tokens."""
         history, n_history = self.history.room_for(n_steps), share.n_past + len(share.tokens)
-        return _program.Draw(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
+        return _program.DecodeSequence(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
 
     def _sample_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""
@@ -230,8 +230,8 @@ class Decoding:
         return text, None
 
     def _ends_answer(self, token: int) -> bool:
-        """Whether this token, the last one sampled, ends the answer: under a constraint the model's own end tokens only
-        where the answer may end, those of `stop_tokens` anywhere."""
+        """Whether this token, the last one sampled, ends the answer. Under a constraint the model's end tokens count
+        only where the answer may end; those of `stop_tokens` always count."""
         return token in self._ends and (self._may_stop or token in self.params.stop_tokens)
 
     def _text_of(self, token: int) -> str:

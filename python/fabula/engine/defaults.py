@@ -1,11 +1,11 @@
-"""A model's own sampling defaults: what its files recommend for settings that are not given.
+"""A model's sampling defaults: the values that its files recommend for settings that are not given.
 
-This is the only place that reads them. They come, in this order, from the table of models that Fabula fetches by name,
-from a GGUF's sampling keys, or from generation_config.json. SDK, server and command line leave settings that are not
-given unset (`SamplingParams.given`), and `Generation` fills them in here: each turn stores the resolved values.
+They come, in this order, from the table of models that Fabula fetches by name, from a GGUF's sampling keys, or from
+generation_config.json. SDK, server and command line leave settings that are not given unset (`SamplingParams.given`);
+`Generation` fills them in, and each turn stores the resolved values.
 
-Only the choice of tokens depends on these values. So one that cannot be used is skipped with a warning that names file
-and key, and the model is loaded all the same.
+A value that cannot be used is skipped with a warning that names file and key: the model can still be loaded, since only
+the choice of tokens depends on it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _GGUF_PREFIX = "general.sampling."
 _MIROSTAT = "general.sampling.mirostat"  # 0: off; keys with this prefix then have no meaning
 
 
-# Used by the terminal commands for a model that recommends nothing: sampling from all tokens makes small models ramble.
-# SDK and server do sample from all tokens then.
+# Of the terminal commands, for models that recommend nothing: small models ramble when all tokens may be sampled.
+# SDK and server use neutral values then.
 TERMINAL: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {"chat": {"temperature": 0.7, "top_p": 0.9}, "story": {"temperature": 0.8, "top_p": 0.95}}
 )
@@ -67,8 +67,8 @@ class SamplingDefaults:
     """The sampling settings that a model recommends.
 
     Attributes:
-        values: by the names of `SamplingParams`; those not there are neutral.
-        source: where they come from: "generation_config.json", "gguf", "model card", or "" for nowhere.
+        values: by the names of `SamplingParams`; missing ones are neutral.
+        source: "generation_config.json", "gguf", "model card", or "" for none.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def read_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
     """The sampling defaults of a model.
 
     Raises:
-        ModelFileError: generation_config.json is no JSON object.
+        ModelFileError: generation_config.json is not a JSON object.
     """
     known = _of_known(checkpoint.path)
     if known:
@@ -150,7 +150,7 @@ def _of_gguf(metadata: Mapping[str, Any], path: Path) -> Iterator[tuple[str, flo
 
 
 def _checked(setting: str, value: object, key: str, path: Path) -> float | None:
-    """A valid value of the setting; None if there is none or it cannot be used."""
+    """A valid value of a setting; None if it is missing or cannot be used."""
     if value is None:
         return None
     if setting in _INTEGERS and isinstance(value, float) and value.is_integer():

@@ -1,4 +1,4 @@
-"""Where a model runs: the CPU, a GPU by its number, the first one with room for it, or several GPUs together."""
+"""Chooses where a model runs: the CPU, a GPU by number, the first GPU with enough memory, or several GPUs together."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fabula._parallel import MOST_DEVICES, DeviceGroup
 from fabula.choices import DEVICE_NAME, DEVICE_PRODUCTS
 from fabula.errors import DeviceError, EngineError, InvalidArgument, Unsupported
 
-LIBRARY = "FABULA_CUBLASLT"  # the variable that names cuBLASLt's file where the system does not find it
+LIBRARY = "FABULA_CUBLASLT"  # environment variable: path of cuBLASLt, if the system does not find it
 RESERVED = 0.05  # of a GPU's free memory that "auto" leaves for batches
 
 
 def check_device(name: object) -> str:
-    """The name of a device.
+    """Checks the name of a device.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: it is not one.
     """
     if not isinstance(name, str) or not re.fullmatch(DEVICE_NAME, name):
         raise InvalidArgument(f"device is {name!r}, must be cpu, cuda, cuda:N with the number of a GPU, or auto")
@@ -27,10 +27,10 @@ def check_device(name: object) -> str:
 
 
 def check_parallel(n: object, device: str) -> int:
-    """How many GPUs compute a model together.
+    """Checks the number of GPUs that run a model together.
 
     Raises:
-        InvalidArgument: no such number, or more than one of what is no GPU.
+        InvalidArgument: it is out of range, or above 1 for a device that is not a GPU.
     """
     if type(n) is not int or not 1 <= n <= MOST_DEVICES:
         raise InvalidArgument(f"tensor_parallel is {n!r}, must be a whole number in 1 .. {MOST_DEVICES}")
@@ -40,10 +40,10 @@ def check_parallel(n: object, device: str) -> int:
 
 
 def check_products(name: object) -> str:
-    """What computes a GPU's products.
+    """Checks the name of the implementation of a GPU's matrix products.
 
     Raises:
-        InvalidArgument: there is no such thing.
+        InvalidArgument: it is not one.
     """
     if name not in DEVICE_PRODUCTS:
         raise InvalidArgument(f"device_products is {name!r}, must be own or library")
@@ -51,24 +51,24 @@ def check_products(name: object) -> str:
 
 
 def library_path() -> str | None:
-    """The file of cuBLASLt that LIBRARY names; None for where the system finds it."""
+    """The path of cuBLASLt in LIBRARY; None if the variable is not set."""
     return os.environ.get(LIBRARY) or None
 
 
 class Placement:
-    """What may be chosen for one model.
+    """The devices that one model may run on.
 
     Args:
-        name: "cpu"; "cuda" for the first GPU; "cuda:N"; "auto" for a GPU that has room, else the CPU.
+        name: "cpu"; "cuda" for the first GPU; "cuda:N"; "auto" for a GPU with enough memory, else the CPU.
         memory: bytes of a GPU that the model may take; None for what is free.
-        n_devices: GPUs from the one named on, which compute the model together.
-        products: "own", or "library" for cuBLASLt where a GPU has many tokens to multiply.
+        n_devices: number of GPUs, starting at the named one, that run the model together.
+        products: "own", or "library" for cuBLASLt in batches of many tokens.
 
     Raises:
-        InvalidArgument: no name of a device or of products, or there are fewer GPUs.
-        Unsupported: a GPU is asked for, and this build has no CUDA; or several, and NCCL is missing; or cuBLASLt, and
-            it cannot be loaded.
-        DeviceError: a GPU is asked for, and the driver is missing, too old, or finds none.
+        InvalidArgument: an unknown name, or there are fewer GPUs.
+        Unsupported: this build has no CUDA; several GPUs were requested and NCCL is missing; or cuBLASLt was requested
+            and cannot be loaded.
+        DeviceError: a GPU was requested, and the driver is missing, too old, or finds none.
     """
 
     def __init__(self, name: str = "cpu", memory: int | None = None, n_devices: int = 1, products: str = "own") -> None:
@@ -86,7 +86,7 @@ class Placement:
                 self._n_tried = _native.device_count()
 
     def _open(self, name: str, first: int) -> _native.Device:
-        """The GPU that was named, or it and those after it."""
+        """The named GPU, or the group of GPUs that starts with it."""
         n, remedy = self.n_devices, "take device cpu or auto"
         if n > 1:
             name, remedy = f"{name}, tensor_parallel {n}", "take tensor_parallel 1 or other GPUs"
@@ -97,7 +97,7 @@ class Placement:
             raise type(error)(f"device {name}: {error}; {remedy}", status=error.status) from None
 
     def choose(self, n_bytes: int) -> _native.Device | None:
-        """The device for a model that takes so many bytes, None for the CPU."""
+        """The device for a model of that many bytes; None for the CPU."""
         for index in range(self._n_tried):
             with suppress(DeviceError):  # skip one that cannot be used
                 device = _native.Device(index, self._memory)

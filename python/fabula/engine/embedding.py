@@ -1,6 +1,6 @@
 """Embeddings: texts as vectors, pooled from the hidden states of a model's last layer.
 
-Texts share steps with each other but not with answers: between two steps whoever waits for the model gets his.
+Texts share batches with each other, not with answers: other requests run between two steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fabula.kv.pages import Sequence
 
 F32 = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last", "first"]
-STEP_TOKENS = 256  # of all texts together: so short that requests hardly wait
+STEP_TOKENS = 256  # of all texts in a step: few, so that other requests hardly wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,16 @@ class Embeddings:
 
 
 def checked_texts(texts: Items[str]) -> Items[str]:
-    """The texts, if there are some and none is empty.
+    """Checks that there are texts and none is empty.
 
     Raises:
-        InvalidArgument: otherwise; names the first at fault.
+        InvalidArgument: names the first text at fault.
     """
     if isinstance(texts, str) or not isinstance(texts, Items) or not texts:
-        raise InvalidArgument("texts must be a list of texts, with one at least")
+        raise InvalidArgument("texts must be a list of at least one string")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text:
-            raise InvalidArgument(f"texts[{i}] is {text!r:.40}, must be text with a character at least")
+            raise InvalidArgument(f"texts[{i}] is {text!r:.40}, must be a string of at least one character")
     return texts
 
 
@@ -79,14 +79,14 @@ class Embedder:
         for i, text in enumerate(tokens):
             if len(text) > self._runner.context:
                 raise ContextOverflow(
-                    f"texts[{i}] has {len(text)} tokens, which do not fit the context of {self._runner.context}",
+                    f"texts[{i}] has {len(text)} tokens, the context length is {self._runner.context}",
                     n_tokens=len(text),
                     context=self._runner.context,
                 )
         vectors = np.zeros((len(tokens), self._runner.config.hidden_size), np.float64)
         with self._lock, ExitStack() as held:
             work = [(i, text) for i, text in enumerate(tokens)]
-            open_sequence: Sequence | None = None  # of the text that did not fit the step before as a whole
+            open_sequence: Sequence | None = None  # of a text that continues from the previous step
             while work:
                 if should_stop():
                     raise EngineError("the embedding was stopped")
@@ -118,10 +118,11 @@ class Embedder:
 
 
 def _pool(vectors: npt.NDArray[np.float64], states: F32, rows: list[tuple[int, int, bool, bool]], pooling: str) -> None:
-    """Adds a step's hidden states to the texts' vectors. Token by token: a sum has one order, however a text was cut.
+    """Adds a step's hidden states to the texts' vectors, token by token: the order of the sum does not depend on how a
+    text was split.
 
     Args:
-        rows: of each part, in order: its text, its tokens, whether it holds the first and the last of the text.
+        rows: for each part, in order: its text, its tokens, whether it has the first and the last of the text.
     """
     start = 0
     for i, n, has_first, has_last in rows:

@@ -1,7 +1,7 @@
-"""One generation as its reader sees it: an iterator of pieces over a request that the scheduler runs.
+"""One generation, for its reader: an iterator of pieces over a request that the scheduler runs.
 
-The engine runs ahead of the reader by a few pieces and then pauses. Unread pieces do not count: a generation that is
-cancelled has exactly the tokens that were read.
+The engine runs a few pieces ahead of the reader and then pauses. A cancelled generation has exactly the tokens that
+were read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fabula.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What a generation runs on.
+    """The parts of a model that a generation uses.
 
     Attributes:
         runner, tokenizer: of the model.
@@ -48,7 +48,7 @@ class Timings:
 
     Attributes:
         prompt_tokens, generated_tokens: counts.
-        reused_tokens: prompt tokens whose KV was there already; only the others were computed.
+        reused_tokens: prompt tokens with KV in the cache; only the others were computed.
         queued_ms: time before prefill started.
         prompt_ms: time of prefill, shared with other requests.
         first_token_ms: from the request to the first token.
@@ -80,8 +80,8 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         params: sampling settings; those not given are the model's defaults.
         continues: whether the text continues the prompt's, so that a leading space is kept.
         begun: ids the answer starts with.
-        sequence: KV of a prefix of the prompt, handed over; extended, it is the attribute `sequence`. None: a new one,
-            which the cache retains at the end.
+        sequence: KV of a prefix of the prompt; the generation takes ownership and extends it. None: a new one, which
+            the cache retains at the end.
         window: what tokens see, if `sequence` is None.
         salt: of the owner; KV is shared under the same salt only.
         timeout: seconds until it ends with reason "timeout"; None for never.
@@ -235,13 +235,13 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         """The scheduler released the request; tokens that were not read are removed."""
         self.finish_reason = reason
         sequence = self._request.sequence
-        with self.engine.cache.lock:  # or it is evicted in between
+        with self.engine.cache.lock:  # nothing is evicted in between
             sequence.truncate(sequence.usable(len(self.prompt_ids) + len(self.token_ids)))
         if self._owned and sequence.n_tokens:
             self.engine.cache.keep(sequence, owned=True)
 
     def cancel(self) -> None:
-        """Ends the generation; may be called at any time, and twice. What was read so far stays."""
+        """Ends the generation; may be called at any time, and twice. Pieces that were read stay."""
         if self.finish_reason is None:
             self.engine.scheduler.cancel(self._request)
             with self._lock:
@@ -249,7 +249,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
                     self._finish("cancelled")
 
     def abandon(self) -> None:
-        """Asks the engine to end it, without waiting; `cancel` may follow. Safe in a destructor."""
+        """Ends it without waiting; `cancel` may follow. Safe in a destructor."""
         if self.finish_reason is None:
             self._request.abandoned = True
             self.engine.scheduler.wake()
@@ -267,7 +267,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     # ---- Results ----------------------------------------------------------------------------------------------------
 
     def read_so_far(self) -> tuple[tuple[int, ...], str]:
-        """The ids and the text of all that was read, `begun` included, at one moment."""
+        """The ids and the text that were read so far, `begun` included; a consistent pair."""
         with self._lock:
             return tuple(self.token_ids), "".join(self._texts)
 
@@ -283,7 +283,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
 
     @property
     def sequence(self) -> KvSequence:
-        """KV of what was computed; the caller's again once `finish_reason` is set."""
+        """KV of the computed tokens; belongs to the caller once `finish_reason` is set."""
         return self._request.sequence
 
     @property

@@ -1,14 +1,14 @@
-"""A compiled constraint, and the walk of one answer through it.
+"""Compiled constraints, and the state of one answer in a constraint.
 
-The `llguidance` library does the work: an Earley parser over a lazily built lexer, which computes the mask of tokens
-that may come next. It gets the bytes of our vocabulary, so every kind of tokenizer works the same way.
+The `llguidance` library has an Earley parser over a lazily built lexer, which computes the mask of tokens that may come
+next. It gets the bytes of our vocabulary, so every kind of tokenizer works the same way.
 
-Grammars are untrusted user input. What the library does not bound is bounded here and in `engine/constraint.py`:
+Grammars are untrusted user input. Limits that the library lacks are set here and in `engine/constraint.py`:
 
     stack       chains of rules are compiled recursively, 1,500 links overflow 8 MiB: the thread has a stack of 64 MiB
     time        2 s of CPU time, more for sources made of many schemas; then the caller gets an error, and the
                 library's fuel ends the thread soon after that
-    forcing     off: text with one possible continuation would be tokenized again at every token, 50 ms for 48 KB
+    forcing     off: text with one possible continuation would be retokenized at every token, 50 ms for 48 KB
     memory      an LRU cache of compiled grammars, limited by number and by an estimate of their bytes
 """
 
@@ -74,8 +74,8 @@ class Grammar:
 
 
 class _Bytes:
-    """A tokenizer with the interface that `TokenizerWrapper` needs. The library keeps it as long as the Vocabulary
-    lives, so it has only a weak reference to the tokenizer. Since nothing is forced, no text is ever tokenized."""
+    """A tokenizer with the interface of `TokenizerWrapper`. The library keeps it as long as the Vocabulary lives, so it
+    has only a weak reference to the tokenizer. Since forcing is off, the library never tokenizes text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = weakref.ref(tokenizer)
@@ -90,7 +90,7 @@ class _Bytes:
 
 
 class Vocabulary:
-    """A tokenizer's tokens in the library's form, and an LRU cache of grammars compiled for it. Thread-safe.
+    """A tokenizer's vocabulary for the library, and an LRU cache of grammars compiled for it. Thread-safe.
 
     Args:
         tokenizer: of a model.
@@ -118,7 +118,7 @@ class Vocabulary:
         self._grammars: OrderedDict[Constraint, Grammar] = OrderedDict()
 
     def grammar(self, constraint: Constraint) -> Grammar:
-        """The compiled constraint.
+        """Compiles a constraint, or takes it from the cache.
 
         Raises:
             InvalidArgument: it cannot be compiled, takes too much CPU time, or no text satisfies it; says why.
@@ -162,7 +162,7 @@ class Vocabulary:
             return error
 
     def _token_id(self, text: str) -> int | None:
-        """The id of a token from how it is written, or from the id in decimal; None if there is no such token."""
+        """The id of a token given by its text or its decimal id; None if there is no such token."""
         tokenizer = self._tokenizer()
         if tokenizer is None:
             return None
@@ -241,7 +241,7 @@ def _run_beside(work: Callable[[], object], constraint: Constraint) -> None:
 
 def explained(constraint: Constraint, message: str) -> str:
     """The library's message in terms of the user's source: with line and column for Lark, without for other kinds,
-    whose text the library never saw."""
+    which the library gets in translation."""
     if message.startswith("NoExtensionBias"):
         return "no text satisfies it"
     place = re.match(r"(?:at )?(\d+)\((\d+)\): ", message)
@@ -312,7 +312,7 @@ class Guide:
         n_valid = self._matcher.try_consume_tokens([int(i) for i in prefix_ids]) if len(prefix_ids) else 0
         if n_valid < len(prefix_ids):
             raise InvalidArgument(
-                f"{self._kind}: the constraint forbids what the answer begins with, at token {n_valid} "
+                f"{self._kind}: the constraint forbids the start of the answer, at token {n_valid} "
                 f"({tokenizer.decode([prefix_ids[n_valid]], skip_special=False)!r:.60})"
             )
         self._look()

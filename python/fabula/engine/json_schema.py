@@ -1,11 +1,11 @@
-"""JSON schemas as the library of grammars can hold an answer to them: limits, white space, and what cannot be enforced.
+"""Prepares JSON schemas for llguidance: limits, white space, and keywords that cannot be enforced.
 
-The library passes over keywords that it does not know where it is asked to be lenient, but some that it knows make it
-give up the whole schema: a `pattern` with look-ahead, bounds beyond 64 bits, names in `patternProperties` that overlap.
-So every such place is compiled by itself here, first: with `strict` the error names it, else it is passed over as well.
-A trial takes 0.3 ms, and equal ones are made once.
+In lenient mode the library ignores unknown keywords, but refuses the whole schema for some known ones: a `pattern` with
+look-ahead, bounds beyond 64 bits, overlapping names in `patternProperties`. So each such keyword is first compiled on
+its own: with `strict` the error names its path, otherwise it is ignored as well. A trial takes 0.3 ms; equal ones are
+made once.
 
-Schemas come from strangers; the limits below are those of `engine/constraint.py`.
+Schemas are untrusted input; the limits below are those of `engine/constraint.py`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 MAX_JSON_DEPTH = 64
 MULTIPLE_DIGITS = 5  # of multipleOf: an automaton of as many states, 0.5 s for 99,991 and 7 s for 999,983
-MAX_BLANKS = 32  # characters of white space between two parts: a weak model would write them without end
-MAX_SEPARATOR = 4 * MAX_BLANKS  # characters that a separator or white space chosen by the user may have
-LONG_PATTERN = 1000  # characters; beyond, a pattern is not tried together with lengths: 4 s for 10,000 of them
-MAX_TRIALS = 500  # of one schema; later faults are found when the whole is compiled
-MAX_MESSAGE = 300  # characters of another library's message that are passed on
+MAX_BLANKS = 32  # characters of white space between two parts: a weak model would write them forever
+MAX_SEPARATOR = 4 * MAX_BLANKS  # characters of a separator or white space chosen by the user
+LONG_PATTERN = 1000  # characters; longer patterns are not tried together with lengths: 4 s for 10,000 characters
+MAX_TRIALS = 500  # of one schema; later faults are found when the whole schema is compiled
+MAX_MESSAGE = 300  # characters of another library's message in ours
 
 WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{MAX_BLANKS}}}"
 
-# Keywords with schemas that the library applies; by name, or one or several.
+# Keywords of the library whose values are schemas: by name, or one or several.
 _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _INNER = frozenset(("additionalProperties", "items", "additionalItems", "prefixItems", "anyOf", "oneOf", "allOf"))
 _DATA = frozenset(("const", "enum", "default", "examples"))
 _NOTES = frozenset(("title", "description", "$comment", "$ref", "$anchor", "deprecated", "readOnly", "writeOnly"))
-# Those that may have to be passed over; looked at first when the one at fault is looked for.
+# Keywords that often cannot be enforced; tried first in the search for the one at fault.
 _TRIED = (
     "pattern", "patternProperties", "minProperties", "maxProperties", "format", "minLength", "maxLength", "minimum",
     "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "$schema", "$id",
@@ -47,20 +47,20 @@ _TRIED = (
 
 
 def prepare_schema(schema: object, *, strict: bool, where: str) -> dict[str, Any]:
-    """A copy of a schema that the library takes, with white space bounded.
+    """A copy of a schema that the library accepts, with bounded white space.
 
     Args:
         schema: JSON schema: a mapping, or true.
-        strict: whether a keyword that cannot be enforced is an error; else it is passed over.
-        where: what the schema is, as messages say it, such as `tools[1].function.parameters`.
+        strict: whether a keyword that cannot be enforced is an error; otherwise it is ignored.
+        where: path of the schema for messages, such as `tools[1].function.parameters`.
 
     Returns:
-        The schema; its `x-guidance` has the options for the library. Those of the caller stay, but for white space
-        and separators without end, which get one.
+        The schema; its `x-guidance` has the options for the library: those of the caller, with unbounded white space
+        and separators bounded.
 
     Raises:
-        InvalidArgument: no schema, nested too deep, or with `strict` a keyword that cannot be enforced; names the
-            place, such as `tools[1].function.parameters.properties.price.pattern`.
+        InvalidArgument: not a schema, nested too deep, or with `strict` a keyword that cannot be enforced; names its
+            path, such as `tools[1].function.parameters.properties.price.pattern`.
     """
     check_limits(schema, where)
     node: dict[str, Any] = {} if schema is True else dict(schema)  # type: ignore[call-overload]
@@ -72,7 +72,7 @@ def prepare_schema(schema: object, *, strict: bool, where: str) -> dict[str, Any
 
 
 def check_limits(schema: object, where: str, *, strict: bool = False) -> None:
-    """Raises InvalidArgument for what is no schema, nested too deep, or with `strict` takes too long to compile."""
+    """Raises InvalidArgument if it is not a schema, is nested too deep, or with `strict` takes too long to compile."""
     if not isinstance(schema, Mapping) and schema is not True:
         raise InvalidArgument(f"{where}: a schema is an object, or true")
     level: list[Any] = [schema]
@@ -93,7 +93,7 @@ def check_limits(schema: object, where: str, *, strict: bool = False) -> None:
 
 
 def is_lenient(schema: object) -> bool:
-    """Whether a schema's own options ask for keywords that cannot be enforced to be passed over."""
+    """Whether a schema's own options are lenient: keywords that cannot be enforced are ignored."""
     options = schema.get("x-guidance") if isinstance(schema, Mapping) else None
     return isinstance(options, Mapping) and options.get("lenient") is True
 
@@ -102,18 +102,18 @@ def is_lenient(schema: object) -> bool:
 
 
 class _Preparation:
-    """One schema on its way to the library."""
+    """Prepares one schema."""
 
     def __init__(self, root: Mapping[str, Any], *, strict: bool) -> None:
         self._strict = strict
         self._n_trials = 0
         references = list(_references(root))
-        # Keywords on the way of some `$ref` hold schemas whatever they are; behind an anchor any may.
+        # The value of any keyword in the path of a `$ref` is a schema; with anchors, that of every keyword.
         self._referred = {step for reference in references for step in re.split(r"[/#]", reference)}
         self._anywhere = any("#" in reference and "#/" not in reference[:-1] for reference in references)
 
     def schema(self, node: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """A copy of a schema and of all within, without what cannot be enforced."""
+        """A deep copy of a schema without keywords that cannot be enforced."""
         made: dict[str, Any] = {}
         for key, value in node.items():
             place = f"{where}{_step(key)}"
@@ -138,7 +138,7 @@ class _Preparation:
     # ---- What can be enforced ---------------------------------------------------------------------------------------
 
     def _enforceable(self, node: dict[str, Any], where: str) -> dict[str, Any]:
-        """A schema without its own keywords that cannot be enforced; what stands within is done already."""
+        """A schema without its own keywords that cannot be enforced; its subschemas are done already."""
         node = {key: _whole_number(value) if key[:3] in ("min", "max") else value for key, value in node.items()}
         message = _multiple_fault(node.get("multipleOf"))
         if message is not None:
@@ -159,7 +159,7 @@ class _Preparation:
         return self._enforceable(_without(node, culprit), where)
 
     def _culprit(self, node: Mapping[str, Any], fault: str) -> str | None:
-        """The keyword without which a schema has no fault, or another one; None if there is no such."""
+        """The keyword whose removal removes or changes a schema's fault; None if there is none."""
         listed = re.search(r"Unimplemented keys: (\[.*\])", fault)
         if listed is not None:
             return str(json.loads(listed[1])[0])
@@ -167,8 +167,8 @@ class _Preparation:
         return next((key for key in keys if self._fault(_without(node, key)) != fault), None)
 
     def _with_names(self, node: dict[str, Any], where: str) -> dict[str, Any]:
-        """A schema without those of its `patternProperties` that cannot be enforced. Where one is passed over, its
-        properties are free, and so any others must be."""
+        """A schema without those of its `patternProperties` that cannot be enforced. If one is ignored, additional
+        properties must be allowed, since its properties are among them."""
         kept: dict[str, Any] = {}
         for name, schema in node["patternProperties"].items():
             fault = self._fault({**node, "patternProperties": {**kept, name: schema}})
@@ -182,7 +182,7 @@ class _Preparation:
     def _pass_over(self, where: str, fault: str) -> None:
         if self._strict:
             raise InvalidArgument(
-                f"{where}: {in_words(fault)}; change it, or let it be passed over (strict false, lenient true)"
+                f"{where}: {in_words(fault)}; change it, or let it be ignored (strict false, lenient true)"
             )
 
     def _fault(self, node: Mapping[str, Any]) -> str | None:
@@ -197,7 +197,7 @@ class _Preparation:
 
 
 def _step(key: object) -> str:
-    """A key as a path shows it."""
+    """A key as part of a path."""
     text = str(key)
     return f".{text}" if re.fullmatch(r"[\w$-]+", text) else f"[{json.dumps(text, ensure_ascii=False)}]"
 
@@ -233,7 +233,7 @@ def _whole_number(value: object) -> object:
 
 
 def _shallow(node: Mapping[str, Any]) -> str | None:
-    """A schema as JSON with every schema within replaced by `true`; None if it is no JSON."""
+    """A schema as JSON with its subschemas replaced by `true`; None if it is not JSON."""
     made: dict[str, Any] = {}
     counted = bool(node.keys() & {"minProperties", "maxProperties", "patternProperties"})
     for key, value in node.items():
@@ -256,7 +256,7 @@ def _shallow(node: Mapping[str, Any]) -> str | None:
     try:
         return json.dumps(made, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
-        return None  # found where the whole is written as JSON
+        return None  # reported when the whole schema is converted to JSON
 
 
 @lru_cache(maxsize=4096)
@@ -268,12 +268,12 @@ def _trial(schema: str, lenient: bool) -> str | None:
     matcher = LLMatcher(_bytes_alone(), source, log_level=0)
     message = matcher.get_error() if matcher.is_error() else ""
     if "Unable" not in message and re.search("nsatisfiable|is empty:", message):
-        return None  # that no text satisfies it is no fault of a keyword
+        return None  # unsatisfiable, which is not a keyword's fault
     return message or None
 
 
 class _Bytes:
-    """A vocabulary of all bytes and an end, as the library takes it."""
+    """A vocabulary of all bytes and an end token, for trials."""
 
     eos_token_id = 256
     bos_token_id = None
@@ -300,7 +300,7 @@ def _bytes_alone() -> LLTokenizer:
 _LOOK_AROUND = r"look-around (look-ahead, look-behind, \b, ^ and $ in the middle) cannot be enforced"
 _WORDS = (
     ("look-around|lookarounds", _LOOK_AROUND),
-    ("Too many items", "there are too many ways to read the same text; let neighbors begin with different characters"),
+    ("Too many items", "there are too many ways to parse the same text; let neighbors start with different characters"),
     ("backreferences", "backreferences cannot be enforced"),
     ("Unimplemented keys", "this keyword cannot be enforced"),
     ("oneOf constraints", "oneOf can be enforced only where its schemas exclude each other; anyOf always can"),
@@ -310,13 +310,13 @@ _WORDS = (
     (r"Failed to generate regex for \w+ range|decimal literal invalid", "numbers this large cannot be enforced"),
     ("Unable to determine if regex is empty", "together with the other keywords here the pattern is too complex"),
     ("invalid multiple of", "must be more than 0"),
-    ("retrieving it failed", "a reference must lead to a place in the schema itself; nothing is retrieved"),
-    ("circular references with sibling keys", "keywords beside a $ref that leads back to itself cannot be enforced"),
+    ("retrieving it failed", "a reference must point into the schema itself; nothing is retrieved"),
+    ("circular references with sibling keys", "keywords next to a circular $ref cannot be enforced"),
 )
 
 
 def in_words(message: str) -> str:
-    """The library's message about a schema or a pattern, in the words of the schema."""
+    """The library's message about a schema or a pattern, in terms of the schema."""
     for pattern, words in _WORDS:
         if re.search(pattern, message):
             return words
@@ -345,10 +345,10 @@ def _options(options: object, where: str) -> dict[str, Any]:
 
 
 def _bounded(pattern: str, where: str) -> str:
-    """A regular expression whose repetitions without end stop after MAX_BLANKS.
+    """A regular expression whose unbounded repetitions are bounded by MAX_BLANKS.
 
     Raises:
-        InvalidArgument: it lets more than MAX_SEPARATOR characters follow each other all the same.
+        InvalidArgument: it still matches more than MAX_SEPARATOR characters.
     """
     made = re.sub(
         r"(?P<kept>\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\])|(?P<many>[*+])|\{(?P<low>\d+),\}",
@@ -377,11 +377,7 @@ def _trial_of_length(pattern: str) -> str | None:
         if not matcher.is_error():
             matcher.compute_bitmask()
         if "LONG" in lark:
-            return (
-                None
-                if matcher.is_error()
-                else f"it lets more than {MAX_SEPARATOR} characters follow each other; bound it"
-            )
+            return None if matcher.is_error() else f"it matches more than {MAX_SEPARATOR} characters; bound it"
         if matcher.is_error() and "NoExtension" not in matcher.get_error():
             return in_words(matcher.get_error())
     return None

@@ -1,13 +1,13 @@
-"""The scheduler's policy: functions of what the requests are, without threads, clocks or side effects.
+"""The scheduler's policy: pure functions of the requests' state, without threads, clocks or side effects.
 
-    plan             which requests a step holds, and how many tokens of each
-    decode_steps     how many decode steps one native call makes
+    plan             the requests of a step, and how many tokens of each
+    decode_steps     number of decode steps in one native call
     admits           whether a waiting request may start
     fits             whether there are pages for it
-    preempted        who releases its pages when there are none left
-    shares_prefix    whose KV pages a waiting request can use, or should wait for
+    preempted        the request that releases its pages when there are none left
+    shares_prefix    whether a waiting request uses, or waits for, KV pages of a running one
 
-`scheduler.py` carries the decisions out. Lists of running requests are in order of admission, the oldest first.
+`scheduler.py` executes the decisions. Lists of running requests are in order of admission, the oldest first.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fabula.engine.step_cost import StepCost
 
 
 class Schedulable(Protocol):
-    """What the policy looks at.
+    """The state of a request that the policy needs.
 
     Attributes:
         n_pending: tokens known but not computed; 1: the request decodes, more: it prefills.
-        paused: its reader is far behind.
+        paused: its reader has too many unread pieces.
     """
 
     @property
@@ -43,11 +43,11 @@ R = TypeVar("R", bound=Schedulable)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one step of a model may hold.
+    """Limits of one step of a model.
 
     Attributes:
         max_tokens: of a batch, 1 or more.
-        cost: measured cost of a step, which limits prefill while other requests decode.
+        cost: measured cost of a step; limits prefill while other requests decode.
     """
 
     max_tokens: int
@@ -55,10 +55,10 @@ class Budget:
 
 
 def plan(requests: Sequence[R], budget: Budget) -> list[tuple[R, int]]:
-    """Which requests the next step holds, and how many tokens of each.
+    """The requests of the next step, and how many tokens of each.
 
-    Decoding requests come first, one token each. Prefill gets what is left of the budget: the oldest prompt at least
-    half, the shortest ones the rest. So no prompt starves, and none holds up a short one.
+    Decoding requests come first, one token each. Prefill gets the rest of the budget: the oldest prompt at least half,
+    the shortest ones what is left. So no prompt starves, and a long one does not delay a short one.
 
     Args:
         requests: running requests of one model, in order of admission.
@@ -94,15 +94,15 @@ def decode_steps(
     emit_seconds: float,
     max_steps: int,
 ) -> int:
-    """How many decode steps one native call makes for requests that all decode.
+    """Number of decode steps in one native call, for requests that all decode.
 
     Args:
         cost: of a step.
-        read_ahead: for each request, tokens it may sample before its reader is too far behind.
-        page_room: for each request, positions that are left on its last page.
-        n_free: free pages; where there is not one for each request, none goes beyond its page, for nothing is evicted
-            in favor of tokens to come.
-        emit_seconds: readers get their tokens at least so often.
+        read_ahead: for each request, tokens it may sample before it pauses.
+        page_room: for each request, free positions of its last page.
+        n_free: free pages; if there are fewer than requests, no request goes beyond its page, since nothing is evicted
+            for tokens that are not sampled yet.
+        emit_seconds: the longest time between two pieces for a reader.
         max_steps: of a call.
     """
     room = list(page_room)
@@ -116,13 +116,12 @@ def decode_steps(
 
 
 def admits(request: Schedulable, n_running: int, max_running: int, *, blocked: bool) -> bool:
-    """Whether a waiting request may start, as far as its place in the order goes.
+    """Whether a waiting request may start, by its position in the queue.
 
     Args:
         request: the waiting one.
         n_running, max_running: requests of its model.
-        blocked: a request before it, of the same model, waits for pages: those after it wait too, or it would never
-            get them.
+        blocked: an earlier request of the same model waits for pages; later ones wait too, so that it does not starve.
     """
     return not blocked and not request.paused and n_running < max_running
 
@@ -133,23 +132,23 @@ def fits(n_needed: int, n_available: int, n_running: int) -> bool:
     Args:
         n_needed: pages for its tokens and one more.
         n_available: pages that are free or can be evicted.
-        n_running: requests of its model. Where it would run alone it starts anyway: no more pages will come, so it
-            either gets along or fails with an error.
+        n_running: requests of its model. With none it starts anyway: no more pages will become free, so it either
+            succeeds or fails with an error.
     """
     return n_needed <= n_available or n_running == 0
 
 
 def preempted(running: Sequence[R], request: R, served: Collection[R], holding: Collection[R]) -> R | None:
-    """Who is preempted so that `request` gets pages: the youngest that has no place in this step yet.
+    """The request that is preempted so that `request` gets pages: the youngest that is not in this step yet.
 
     Args:
         running: requests of the model, in order of admission.
         request: needs pages.
-        served: have their pages for this step.
-        holding: have pages at all.
+        served: requests with reserved pages for this step.
+        holding: requests with any pages.
 
     Returns:
-        None where there is no other: then `request` itself is preempted, or fails where it runs alone.
+        None if there is no other: then `request` itself is preempted, or fails if it runs alone.
     """
     others = [r for r in reversed(running) if r is not request]
     return next((r for r in others if r in holding and r not in served), None)
@@ -160,10 +159,10 @@ def preempted(running: Sequence[R], request: R, served: Collection[R], holding: 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a running request has of a waiting one's tokens.
+    """The prefix that a running request shares with a waiting one.
 
     Attributes:
-        n_common: tokens that both begin with.
+        n_common: length of the common prefix of their tokens.
         n_computed: tokens of the running request whose keys and values are computed.
         prefills: it is still computing its prompt.
     """
@@ -174,10 +173,10 @@ class Prefix:
 
 
 def shares_prefix(prefix: Prefix, n_have: int) -> bool | None:
-    """Whether a waiting request, which has KV for `n_have` tokens, uses what a running one has.
+    """Whether a waiting request, which has KV for `n_have` tokens, uses the KV of a running one.
 
     Returns:
-        None: it should wait, since a page or more of what it needs is being computed just now. False: there is
+        None: it should wait, since the running request is computing at least a page of what it needs. False: there is
         nothing to use, or not yet.
     """
     computing = prefix.prefills and prefix.n_computed < prefix.n_common

@@ -1,4 +1,4 @@
-"""The programs of a model, made from its builder: on one device, or a part on each of several that are joined."""
+"""Creates the programs of a model from its builder: on one device, or one part on each of several joined devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Programs:
-    """Makes programs that share one set of weights.
+    """Creates programs that share one set of weights.
 
     Args:
         builder: with packed matrices.
@@ -45,14 +45,14 @@ class Programs:
         self._config, self._shape, self._inv_freq, self._isa, self._device = config, shape, inv_freq, isa, device
 
     def program(self) -> _program.Program:
-        """The model, whose rows are logits, float32 [vocab_size]."""
+        """The model's program; its output rows are logits, float32 [vocab_size]."""
         return self._make(self._shape, self._ops, self._config.vocab_size)
 
     def hidden_program(self, max_tokens: int) -> _program.Program:
-        """The same up to the last norm: its rows are hidden states, float32 [hidden_size].
+        """The same up to the last norm; its output rows are hidden states, float32 [hidden_size].
 
-        It shares the weights, and has buffers of its own for `max_tokens` tokens. The library ends a program with a
-        product, so the states are multiplied by the identity matrix, which keeps their values.
+        It shares the weights and has its own buffers for `max_tokens` tokens. Since a program of the library ends with
+        a product, the states are multiplied by the identity matrix, which keeps their values.
         """
         n = self._config.hidden_size
         identity = np.eye(n, dtype=np.float32)

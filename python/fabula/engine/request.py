@@ -29,13 +29,13 @@ READ_AHEAD = 32  # unread pieces at which the request pauses
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What the scheduler emits: a piece, or how the request ended without one.
+    """An item of a request's queue: a piece, or the end of the request without one.
 
     Attributes:
         piece: None at an end without a token.
         at: time.perf_counter() when it was sampled.
-        reason: how the request ended, with or without a piece; None while more may come.
-        error: what ended it, if it failed.
+        reason: finish reason, with or without a piece; None while more may come.
+        error: why it failed, if it did.
     """
 
     piece: Piece | None
@@ -69,15 +69,15 @@ class Request:
     Args:
         runner, cache: of its model.
         decoding: samples its tokens.
-        sequence: KV of a prefix of its prompt, handed over and extended.
+        sequence: KV of a prefix of its prompt; the request takes ownership and extends it.
         salt: of its owner; KV is shared with requests of the same salt only.
         deadline: time.monotonic() at which it ends with reason "timeout"; None for never.
 
     Attributes:
         items: queue for the reader.
-        done: set when the scheduler released it: the sequence is the reader's again.
-        abandoned: nobody reads it any more; set without a lock, seen at the next step.
-        n_reused: prompt tokens whose KV was there already.
+        done: set when the scheduler has released it; the sequence then belongs to the reader.
+        abandoned: has no reader any more; set without a lock, checked at the next step.
+        n_reused: prompt tokens with KV in the cache.
         n_preempted: how often it was preempted.
     """
 
@@ -115,11 +115,11 @@ class Request:
 
     @property
     def paused(self) -> bool:
-        """The reader is far behind."""
+        """Whether the reader has READ_AHEAD unread pieces."""
         return self.read_ahead <= 0
 
     def may_share(self, other: Request) -> bool:
-        """Whether both may use the same KV where their tokens are the same."""
+        """Whether both may share the KV of a common prefix."""
         return other.runner is self.runner and other.salt == self.salt and other.sequence.window == self.sequence.window
 
     @property
@@ -138,7 +138,7 @@ class Request:
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
     def publish_pages(self, n_unsent: int = 0) -> None:
-        """Publishes the pages that are full by now under their prefix hashes, and releases those before the window.
+        """Publishes full pages under their prefix hashes, and releases pages before the window.
 
         Args:
             n_unsent: pieces of computed tokens that are not emitted yet.
@@ -150,17 +150,17 @@ class Request:
                 if pages[i] != HOLE:
                     self.runner.pool.name(pages[i], keys[i])
             self._n_published = n_full
-        if self.sequence.window.slides:  # only up to what was read: unread tokens may be removed again
+        if self.sequence.window.slides:  # only up to the tokens that were read: unread ones may be removed
             self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
 
     def adopt(self, sequence: Sequence) -> None:
-        """Replaces its sequence by one with more of the prompt."""
+        """Replaces its sequence by one with KV of more of the prompt."""
         self.sequence.close()
         self.sequence = sequence
         self._n_published = sequence.n_tokens // PAGE_POSITIONS
 
     def release(self) -> None:
-        """Evicts its KV, which is recomputed, or found, when it runs next."""
+        """Evicts its KV, which is found in the cache or recomputed when it runs next."""
         sequence = self.sequence
         self.sequence = self.runner.sequence(sequence.window)
         self._n_published = 0

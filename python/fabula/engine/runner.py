@@ -1,7 +1,6 @@
-"""A loaded model as the engine sees it: a program, its page pool, and steps over sequences.
+"""A loaded model for the engine: a program, its page pool, and steps over sequences.
 
-A runner executes one step at a time, guarded by a lock. Several callers may have sequences; with many requests, the
-scheduler decides what a step holds.
+A lock lets one step run at a time. Several callers may have sequences; the scheduler decides which requests a step has.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 
 I32 = npt.NDArray[np.int32]
 
-MAX_POSITIONS = 1 << 24  # of any text: f32 has no larger whole numbers without gaps
+MAX_POSITIONS = 1 << 24  # of any text: above it f32 cannot represent every integer
 PREFILL_CHUNK = 512  # tokens of a step: enough for the matrix kernels, short enough to cancel between steps
-DEVICE_CHUNK = 2048  # on a GPU, where each step reads, and for cuBLASLt dequantizes, all weights; an estimate
+DEVICE_CHUNK = 2048  # on a GPU, where each step reads all weights (cuBLASLt: dequantizes them); an estimate
 SEQUENCES_AT_FULL_LENGTH = 4  # sequences of full context length that the page pool can hold
 SHARE_OF_KV = 0.9  # of a GPU's free memory for pages; the rest is for batches and logits
 
@@ -54,7 +53,7 @@ class Runner:
     """Program + pages of one model.
 
     Args:
-        checkpoint: opened model; read completely during construction.
+        checkpoint: an open model; fully read by the constructor.
         weights: format of the packed matrices: one for all, or by each one's entry in the checkpoint.
         kv: formats of K and of V.
         n_threads: threads of every step.
@@ -66,7 +65,7 @@ class Runner:
 
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
-        DeviceOutOfMemory: the GPU that was asked for has no room for it; the memory it had is free again.
+        DeviceOutOfMemory: it does not fit the requested GPU; all of its memory was freed.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class Runner:
         self._closed = False
 
     def check_head(self) -> None:
-        """Raises Unsupported if the model has no head, and so no logits."""
+        """Raises Unsupported if the model has no output head, so no logits."""
         if self._headless:
             raise Unsupported(
                 f"{self._headless} was saved without a head (it has no lm_head.weight and is not tied): it gives"
@@ -164,7 +163,7 @@ class Runner:
         return Sequence(self.pool, window)
 
     def room(self, n_tokens: int, window: Window = EVERYTHING) -> int:
-        """Tokens that fit after `n_tokens` others: up to the context length, or MAX_POSITIONS where a window slides."""
+        """Tokens that fit after `n_tokens` others: up to the context length, or MAX_POSITIONS for a sliding window."""
         return (MAX_POSITIONS if window.slides else self.context) - n_tokens
 
     def check_room(self, n_tokens: int, window: Window = EVERYTHING) -> None:
@@ -181,7 +180,7 @@ class Runner:
 
         Args:
             parts: sequences, each with token ids to append, int32 [n]; at most `max_tokens` in all.
-            outputs: ascending rows of the batch whose logits are wanted.
+            outputs: rows of the batch to return logits of, ascending.
 
         Raises:
             ContextOverflow: a sequence would grow beyond the context; nothing was changed.
@@ -222,21 +221,21 @@ class Runner:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Guards a call into the library: one at a time, and not after `close`."""
+        """Guards a native call: one at a time, and none after `close`."""
         if os.getpid() != self._pid:  # fork copies neither threads nor the state of their locks
             raise EngineError("the process was forked after the model was loaded: load it in the child, or use spawn")
         with self._lock:
-            if self._closed:  # the library's memory is gone
+            if self._closed:  # the native memory was freed
                 raise InvalidArgument("the model is closed")
             yield
 
-    def draw(
-        self, draws: list[tuple[Sequence, _program.Draw]], n_steps: int, stop: _native.Flag
+    def decode(
+        self, inputs: list[tuple[Sequence, _program.DecodeSequence]], n_steps: int, stop: _native.Flag
     ) -> tuple[list[tuple[I32, npt.NDArray[np.float32]]], npt.NDArray[np.float64]]:
         """Up to `n_steps` steps that compute the sequences' pending tokens and sample their next ones.
 
         Args:
-            draws: each sequence with its sampling input, its pages reserved (`prepare`).
+            inputs: sequences with their pages reserved (`prepare`), and the input for each.
             n_steps: 1 or more.
             stop: ends the call after a step when it is set.
 
@@ -248,20 +247,20 @@ class Runner:
             NonFinite, InvalidArgument: as `run`; nothing was sampled.
         """
         with self._in_use():
-            drawn, seconds = self.program.draw(self.pool.native, [draw for _, draw in draws], n_steps, stop.memory)
-        for (sequence, draw), (tokens, _) in zip(draws, drawn, strict=True):
-            if draw.n_steps == 0:
-                sequence.n_tokens += len(draw.share.tokens)
+            sampled, seconds = self.program.decode(self.pool.native, [one for _, one in inputs], n_steps, stop.memory)
+        for (sequence, given), (tokens, _) in zip(inputs, sampled, strict=True):
+            if given.n_steps == 0:
+                sequence.n_tokens += len(given.share.tokens)
             elif len(tokens):
-                sequence.n_tokens += len(draw.share.tokens) - 1 + len(tokens)
-        return drawn, seconds
+                sequence.n_tokens += len(given.share.tokens) - 1 + len(tokens)
+        return sampled, seconds
 
     def another_program(self) -> _program.Program:
         """Another program with the current settings of the device; it shares the weights and has its own buffers."""
         return self._programs.program()
 
     def hidden_program(self, max_tokens: int) -> _program.Program:
-        """The program whose rows are hidden states, float32 [hidden_size], for up to `max_tokens` tokens."""
+        """A program with hidden states as output rows, float32 [hidden_size], for up to `max_tokens` tokens."""
         return self._programs.hidden_program(max_tokens)
 
     def prefill(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -279,7 +278,7 @@ class Runner:
         return scores
 
     def all_logits(self, tokens: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
-        """The logits of every token of a text, chunk by chunk, float32 [<= max_tokens, vocab_size]."""
+        """Yields the logits of every token of a text, chunk by chunk, float32 [<= max_tokens, vocab_size]."""
         with self.sequence() as sequence:
             self.check_room(len(tokens))
             for _, chunk in self._chunks(tokens):
@@ -290,7 +289,7 @@ class Runner:
             yield start, tokens[start : start + self.max_tokens]
 
     def close(self) -> None:
-        """Frees program, weights and pages once no step runs any more; may be called twice."""
+        """Waits for the running step, then frees program, weights and pages; may be called twice."""
         with self._lock:
             self._closed = True
             self.program.close()

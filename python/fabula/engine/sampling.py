@@ -1,7 +1,7 @@
 """Sampling settings, checked once, and the sampler that passes them to C.
 
-The meaning of every setting and its source stand in `SamplingParams`; the arithmetic is that of
-native/src/ops/sample*.c, and tests/reference/sampling.py is the same in plain NumPy.
+`SamplingParams` documents every setting with its source. The arithmetic is in native/src/ops/sample*.c, and again in
+plain NumPy in tests/reference/sampling.py.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ STEPS: Mapping[str, int] = MappingProxyType(
     }
 )
 
-# llama.cpp's order with the bias in front; see fb_sampling_default.
+# llama.cpp's order, after the bias; see fb_sampling_default.
 DEFAULT_CHAIN = ("bias", "penalties", "dry", "top_k", "typical_p", "top_p", "min_p", "xtc", "temperature")
 
 
 class _UnsetFloat(float):
-    """The neutral value of a setting that was not given: a plain number, until a model's default replaces it."""
+    """The neutral value of a setting that was not given; a model's default may replace it."""
 
 
 class _UnsetInt(int):
     """As `_UnsetFloat`."""
 
 
-# Settings a model may bring defaults for (`engine/defaults.py`), with their neutral values.
+# Settings that a model may have defaults for (`engine/defaults.py`), with their neutral values.
 _NEUTRAL: Mapping[str, float] = MappingProxyType(
     {
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0,
@@ -76,12 +76,12 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 class SamplingParams:
     """How tokens are chosen and when a generation ends.
 
-    What is not given is the model's own default (`Model.defaults`); where the model says nothing it is neutral: plain
-    sampling at temperature 1. A value that is given always wins, also one that equals the neutral one.
+    A setting that is not given has the model's default (`Model.defaults`), or is neutral if the model has none: plain
+    sampling at temperature 1. A given value always wins, also one that equals the neutral one.
 
-    Steps run in the order of `chain`; a step that is neutral or not in the chain does nothing, but for the
-    bias, which comes first if the chain does not name it. Each cut works on the distribution that the steps
-    before it left, renormalised, and keeps at least one token. Of equal logits that of the lower id counts
+    Steps run in the order of `chain`. A step that is neutral or not in the chain does nothing, except for the
+    bias, which comes first if the chain does not name it. Each step that removes tokens works on the renormalized
+    distribution of the steps before it and keeps at least one token. Of equal logits that of the lower id counts
     as the higher. The windows of penalties and DRY cover the prompt too.
 
     Attributes:
@@ -102,29 +102,29 @@ class SamplingParams:
         dry_multiplier: DRY (p-e-w, text-generation-webui, 2024): a token that would prolong a repetition of
             L tokens loses multiplier * base^(L - allowed_length); 0 is off.
         dry_base: 1 or more.
-        dry_allowed_length: repetitions shorter than this go free; 1 or more.
+        dry_allowed_length: shorter repetitions have no penalty; 1 or more.
         dry_window: how many last tokens DRY sees; -1 all, 0 none.
-        dry_breakers: texts that no repetition reaches over; each stands for the last of its tokens.
+        dry_breakers: texts that end a repetition; each stands for the last of its tokens.
         xtc_probability: XTC (p-e-w, 2024): with this probability, drop all tokens that reach the threshold
             but the least likely of them; in [0, 1], 0 is off.
         xtc_threshold: in [0, 1]; has an effect in (0, 0.5].
-        logit_bias: number added per token id, -inf bans; given as a mapping, kept as sorted pairs; 1,024 at
+        logit_bias: number added per token id, -inf bans; given as a mapping, stored as sorted pairs; 1,024 at
             most.
         banned_tokens: ids never sampled.
         seed: 0 .. 2^64 - 1; None lets the caller pick one by `resolved_seed`. The same seed, logits and
             position give the same token.
         chain: names of steps, each at most once, out of STEPS.
         max_tokens: tokens to generate at most; None leaves it to the context.
-        min_tokens: end tokens are banned before so many.
-        stop: texts that end the generation and are cut off; at most 16 of at most 256 bytes of UTF-8.
+        min_tokens: end tokens are banned before that many tokens.
+        stop: texts that end the generation and are not part of it; at most 16 of at most 256 bytes of UTF-8.
         stop_tokens: ids that end the generation like the model's own end tokens.
         ignore_eos: the model's end tokens do not end the generation.
-        n_logprobs: how many of the likeliest tokens are told with each token; 0 .. 20.
-        constraint: what the answer must look like; None for anything. It wins over other settings: end tokens come
-            only where the answer may end, and always where nothing else may follow. But `stop` and `stop_tokens` end
-            the answer wherever they come, also in the middle of it.
-        given: names out of MODEL_SETTINGS that were given; the others read as neutral until `resolved` fills them in.
-            Not an argument: `replace` keeps it. Settings compare by their values alone.
+        n_logprobs: how many of the likeliest tokens are reported with each token; 0 .. 20.
+        constraint: what the answer must satisfy; None for anything. It wins over other settings: end tokens come only
+            where the answer may end, and always where nothing else may follow. But `stop` and `stop_tokens` end the
+            answer anywhere, even where it is not complete.
+        given: names in MODEL_SETTINGS that were given; the others are neutral until `resolved` fills them in. Not an
+            argument: `replace` keeps it. Settings compare by their values alone.
 
     Raises:
         InvalidArgument: a value has the wrong type or is out of its range.
@@ -239,7 +239,7 @@ class SamplingParams:
             raise InvalidArgument(f"chain holds {unknown[0]!r}, must be one of {', '.join(STEPS)}")
         if len(set(chain)) < len(chain):
             twice = next(step for step in chain if chain.count(step) > 1)
-            raise InvalidArgument(f"chain holds {twice!r} twice, each step may stand once")
+            raise InvalidArgument(f"chain holds {twice!r} twice, each step may be named once")
 
     def _bias(self) -> None:
         value = self.logit_bias
@@ -260,7 +260,7 @@ class SamplingParams:
     # ---- Use -----------------------------------------------------------------------------------------------
 
     def resolved_seed(self) -> int:
-        """The seed, or a fresh random one of 53 bits, so that it passes through JSON unharmed."""
+        """The seed, or a new random one of 53 bits, which JSON numbers can represent."""
         return secrets.randbits(53) if self.seed is None else self.seed
 
     def resolved(self, defaults: Mapping[str, float]) -> SamplingParams:
@@ -278,7 +278,7 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
         raise InvalidArgument(f"{name} is {value!r}, must be an integer in {low} .. {high}")
 
 
-# Settings that stand under the same name in struct fb_sampling.
+# Settings with the same name in struct fb_sampling.
 _STRUCT_FIELDS = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
     "presence_penalty", "penalty_window", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_window",
@@ -290,8 +290,8 @@ _scratch = threading.local()
 
 
 def _scratch_for(vocab_size: int) -> Any:
-    """Scratch memory of the sampler. A thread has one, of the size that was needed last, so that answers that have
-    ended and are still referenced have none."""
+    """Scratch memory of the sampler: one buffer per thread, of the size that was needed last, so that ended answers
+    that are still referenced have none."""
     if getattr(_scratch, "vocab_size", None) != vocab_size:
         _scratch.work, _scratch.vocab_size = _sampling.sample_work(vocab_size), vocab_size
     return _scratch.work
@@ -312,8 +312,7 @@ class Sampler:
         Args:
             params: the settings.
             vocab_size: tokens in the vocabulary, 1 or more.
-            breaker_ids: tokens at which DRY's repetitions end; what `params.dry_breakers` are in the
-                vocabulary.
+            breaker_ids: tokens that end a repetition for DRY: those of `params.dry_breakers`.
 
         Raises:
             InvalidArgument: a token id of the settings or of breaker_ids is outside the vocabulary.
@@ -332,7 +331,7 @@ class Sampler:
         self._bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
         self._bias_values = np.fromiter(bias.values(), np.float32, len(bias))
         self._breakers = np.asarray(breaker_ids, np.int32)
-        # Bans must hold in every chain, so the bias runs even where the chain does not name it.
+        # Bans must hold for every chain, so the bias runs even if the chain does not name it.
         chain = params.chain if "bias" in params.chain else ("bias", *params.chain)
         self._settings = _sampling.sampling_struct(
             chain=[STEPS[step] for step in chain],

@@ -53,7 +53,7 @@ MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128
 IDLE_S = 1.0  # then the thread ends; the next request starts a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
-TELL_S = 0.016  # longest time between pieces when one call makes several decode steps: a frame of a screen
+EMIT_S = 0.016  # longest time between pieces when one call makes several decode steps: a frame of a screen
 MAX_STEPS = PAGE_POSITIONS  # decode steps in one call: at most one more page for each request
 MAX_MEASURED = 256  # tokens of a step that StepCost learns from; in longer ones attention dominates
 
@@ -374,7 +374,7 @@ class Scheduler:
             (r.read_ahead for r in requests),
             (PAGE_POSITIONS - r.sequence.n_tokens % PAGE_POSITIONS for r in requests),
             n_free=runner.pool.n_free,
-            emit_seconds=TELL_S,
+            emit_seconds=EMIT_S,
             max_steps=MAX_STEPS,
         )
         return most if most > 1 else least
@@ -382,15 +382,15 @@ class Scheduler:
     def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
         """Runs several steps in one native call. False if a request made no progress, for lack of pages or because of
         an error that a step from Python will find."""
-        draws = []
+        inputs = []
         try:
             for request, n in batch:
-                draws_now = n == request.n_pending  # also where no tokens are left: then the answer ends with this one
-                n_draws = max(1, min(n_steps, request.decoding.n_left)) if draws_now else 0
-                part = runner.prepare(request.sequence, request.next_tokens(n), max(n_draws - 1, 0))
-                draws.append((request.sequence, request.decoding.drawn_by(part.share, n_draws)))
+                samples_now = n == request.n_pending  # also with no tokens left: then this one ends the answer
+                n_sampled = max(1, min(n_steps, request.decoding.n_left)) if samples_now else 0
+                part = runner.prepare(request.sequence, request.next_tokens(n), max(n_sampled - 1, 0))
+                inputs.append((request.sequence, request.decoding.decode_sequence(part.share, n_sampled)))
             start = time.perf_counter()
-            drawn, seconds = runner.draw(draws, n_steps, self._interrupt)
+            sampled, seconds = runner.decode(inputs, n_steps, self._interrupt)
         except EngineError:
             return False
         except Exception as error:
@@ -400,14 +400,14 @@ class Scheduler:
         n_tokens = sum(n for _, n in batch)
         if n_tokens <= max(MAX_MEASURED, len(batch)):
             self._cost(runner).measured(n_tokens, seconds[-1] / len(seconds))
-        went_on = True
-        for (request, _), (_, draw), (tokens, logprobs) in zip(batch, draws, drawn, strict=True):
-            if draw.n_steps:
+        progressed = True
+        for (request, _), (_, given), (tokens, logprobs) in zip(batch, inputs, sampled, strict=True):
+            if given.n_steps:
                 self._take(request, tokens.tolist(), logprobs.tolist(), start + seconds)
-                went_on = went_on and len(tokens) > 0
+                progressed = progressed and len(tokens) > 0
             else:
                 request.publish_pages()
-        return went_on
+        return progressed
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
         """Emits sampled tokens, without those after the end of the answer."""

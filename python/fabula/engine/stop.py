@@ -1,12 +1,12 @@
-"""Finding stop strings in text that arrives in pieces.
+"""Finds stop strings in text that arrives in pieces.
 
-Text is given out as soon as it is certain that no stop string begins in it; only the longest end that could
-still become one is held back. Pieces may break anywhere, also inside a stop string: the result is that of a
-search in the whole.
+Text is emitted as soon as it is certain that no stop string starts in it; only the longest suffix that could still
+become one is held back. Pieces may break anywhere, also inside a stop string: the result is that of a search in the
+whole text.
 
-Control tokens are not shown, but a stop string may name them ("<|im_start|>", "<|im_end|>\\n"). So the matcher is given
-where they stand, and searches twice: in the text with the control tokens written out, and in the text as it is shown,
-where words on both sides of a control token stand together. Positions count characters of the former.
+Control tokens are hidden from the text, but a stop string may name them ("<|im_start|>", "<|im_end|>\\n"). So the
+matcher also gets the control tokens, and searches twice: in the text with them, and in the shown text, where the words
+before and after a control token are adjacent. Positions count characters of the former.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 class StopMatcher:
     """Watches a text for stop strings.
 
-    The stop string that is complete first wins, as if the text came character by character; of two that are
-    complete at the same character the longer one, which began earlier. So no further token is ever needed to
-    decide. The text is cut where the match begins.
+    The stop string that is complete first wins, as if the text came character by character; of two that are complete
+    at the same character the longer one, which started earlier. So no further token is ever needed to decide. The text
+    is truncated at the start of the match.
 
     Example:
         >>> matcher = StopMatcher(["\\nUser:"])
@@ -29,33 +29,34 @@ class StopMatcher:
         ('', '\\nUser:')
 
     Attributes:
-        matched: the stop string that was found, None before.
+        matched: the stop string that was found; None before.
         n_fed: characters that were fed, hidden ones included.
-        n_certain: how many of them no stop string can begin in any more; where the text was cut after a match.
+        n_certain: number of leading characters in which no stop string can start any more; after a match, the length of
+            the truncated text.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Args: stops: non-empty strings, as SamplingParams checks them; none at all lets every text pass."""
+        """Args: stops: non-empty strings, checked by SamplingParams; without any, all text passes."""
         self._stops = tuple(stops)
         self._held, self._shown = "", b""  # held back text, and for each of its characters 1 if it is shown
         self.matched: str | None = None
         self.n_fed = self.n_certain = 0
 
     def feed(self, piece: str, hidden: str = "") -> tuple[str, str | None]:
-        """Takes the next piece of text.
+        """Adds the next piece of text.
 
         Args:
             piece: any text, may be empty.
-            hidden: what stands behind it and is not shown: a control token as the vocabulary writes it.
+            hidden: text of the control token after it, which is not shown.
 
         Returns:
-            The text that is now certain, and the stop string if one is complete. After a match nothing more
-            is given out.
+            The text that is now certain, and the stop string if one is complete. After a match no more text is
+            returned.
         """
         if self.matched is not None:
             return "", self.matched
         text, shown = self._take(piece, hidden)
-        # A match cannot begin before the held text: then more would have been held.
+        # A match cannot start before the held text: otherwise more would be held.
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         seen: list[int] = []  # positions of the characters that are shown, where some are not
         visible = ""
@@ -74,12 +75,12 @@ class StopMatcher:
         return self._release(text, shown, cut), None
 
     def let_pass(self, piece: str, hidden: str = "") -> str:
-        """Takes a piece in which no stop string counts; returns it after everything that was held back."""
+        """Adds a piece without searching it; returns it after the text that was held back."""
         text, shown = self._take(piece, hidden)
         return self._release(text, shown, len(text))
 
     def flush(self) -> str:
-        """Returns what is still held back, at the end of the text; "" after a match."""
+        """At the end of the text: returns the text that is held back; "" after a match."""
         return self.let_pass("")
 
     def _take(self, piece: str, hidden: str) -> tuple[str, bytes]:
@@ -87,7 +88,7 @@ class StopMatcher:
         return self._held + piece + hidden, self._shown + b"\1" * len(piece) + b"\0" * len(hidden)
 
     def _release(self, text: str, shown: bytes, n: int, *, keep: bool = True) -> str:
-        """What is shown of the first n characters; the others are held back, or dropped after a match."""
+        """Returns the shown ones of the first n characters; holds back the others, or drops them after a match."""
         self.n_certain = self.n_fed - len(text) + n
         self._held, self._shown = (text[n:], shown[n:]) if keep else ("", b"")
         if 0 not in shown[:n]:

@@ -1,8 +1,8 @@
-"""How many threads this process may really use.
+"""The default number of threads.
 
-A container often sees all cores of its host but may use the time of two; more threads than that fight each other at
-every barrier. So the default is the smallest of three numbers: cores in the affinity mask, the cgroup's CPU quota
-rounded down, and physical cores (two hardware threads of one core share the units that the kernels keep busy).
+A container often sees all cores of its host but has the CPU time of two; more threads would delay each other at every
+barrier. So the default is the smallest of three numbers: cores in the affinity mask, the cgroup's CPU quota rounded
+down, and physical cores (two hardware threads of a core share the units that the kernels keep busy).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 
 def default_threads() -> int:
-    """The number of threads to use when the caller names none; at least 1."""
+    """The number of threads if the caller gives none; at least 1."""
     cores = _affinity()
     limits = [len(cores), _physical(cores), _quota()]
     return max(1, min(limit for limit in limits if limit is not None))
@@ -29,7 +29,7 @@ def _affinity() -> set[int]:
 
 
 def _physical(cores: set[int], cpus: Path = _CPUS) -> int | None:
-    """Distinct physical cores among `cores`, None when the system does not tell."""
+    """Number of distinct physical cores among `cores`; None if the system does not expose it."""
     siblings = set()
     for core in cores:
         try:

@@ -1,4 +1,4 @@
-"""Several tokens in one call of the library: the tokens, log-probabilities and pages of one step after the other."""
+"""Several decode steps in one native call give the tokens, log-probabilities and pages of single steps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def one_by_one(runner: Runner, sequence: Sequence, answer: Decoding) -> list[tup
 
 
 @pytest.mark.parametrize("window", [EVERYTHING, Window(16, 2)])
-def test_drawn_tokens_are_those_of_single_steps(model: Model, window: Window) -> None:
+def test_native_steps_give_the_tokens_of_single_steps(model: Model, window: Window) -> None:
     runner = model._runner
     texts = [[3 + i, 7, 11, *range(20, 20 + 9 * i)] for i in range(len(SETTINGS))]
     wanted = []
@@ -55,14 +55,14 @@ def test_drawn_tokens_are_those_of_single_steps(model: Model, window: Window) ->
             runner.prefill(sequence, np.array(ids[:-1], np.int32))
             wanted.append(one_by_one(runner, sequence, decoding(model, ids, params)))
     sequences = [runner.sequence(window) for _ in texts]
-    draws = []
+    inputs = []
     for sequence, ids, params in zip(sequences, texts, SETTINGS, strict=True):
         runner.prefill(sequence, np.array(ids[:-1], np.int32))
         answer = decoding(model, ids, params)
         part = runner.prepare(sequence, answer.history.ids[-1:].copy(), N_STEPS - 1)
-        draws.append((sequence, answer.drawn_by(part.share, N_STEPS)))
-    drawn, seconds = runner.draw(draws, N_STEPS, _native.Flag())
-    for (tokens, logprobs), expected in zip(drawn, wanted, strict=True):
+        inputs.append((sequence, answer.decode_sequence(part.share, N_STEPS)))
+    sampled, seconds = runner.decode(inputs, N_STEPS, _native.Flag())
+    for (tokens, logprobs), expected in zip(sampled, wanted, strict=True):
         assert list(zip(tokens.tolist(), logprobs.tolist(), strict=True)) == expected
     assert len(seconds) == max(len(expected) for expected in wanted) and (np.diff(seconds) > 0).all()
     for sequence, ids, expected in zip(sequences, texts, wanted, strict=True):
@@ -70,8 +70,8 @@ def test_drawn_tokens_are_those_of_single_steps(model: Model, window: Window) ->
         sequence.close()
 
 
-def test_texts_are_read_beside_those_that_draw(model: Model) -> None:
-    """A call's first step may compute many tokens of a sequence; with n_steps 0 it draws none."""
+def test_prefill_runs_with_decode_steps(model: Model) -> None:
+    """A call's first step may compute many tokens of a sequence; with n_steps 0 it samples none."""
     runner, ids = model._runner, [3, 7, 11, *range(20, 60)]
     wanted = []
     for params in SETTINGS:
@@ -80,17 +80,17 @@ def test_texts_are_read_beside_those_that_draw(model: Model) -> None:
             runner.prefill(sequence, np.array(ids[:-1], np.int32))
             wanted.append(one_by_one(runner, sequence, answer))
     sequences = [runner.sequence() for _ in (*SETTINGS, None)]
-    draws = []
+    inputs = []
     for i, (sequence, params) in enumerate(zip(sequences, [*SETTINGS, SETTINGS[0]], strict=True)):
         tokens, n_steps = np.array(ids[9 * i :], np.int32), N_STEPS if i < len(SETTINGS) else 0
         if i:
             runner.prefill(sequence, np.array(ids[: 9 * i], np.int32))
         part = runner.prepare(sequence, tokens, max(n_steps - 1, 0))
-        draws.append((sequence, decoding(model, ids, params).drawn_by(part.share, n_steps)))
-    drawn, seconds = runner.draw(draws, N_STEPS, _native.Flag())
-    for (tokens, logprobs), expected in zip(drawn, wanted, strict=False):
+        inputs.append((sequence, decoding(model, ids, params).decode_sequence(part.share, n_steps)))
+    sampled, seconds = runner.decode(inputs, N_STEPS, _native.Flag())
+    for (tokens, logprobs), expected in zip(sampled, wanted, strict=False):
         assert list(zip(tokens.tolist(), logprobs.tolist(), strict=True)) == expected
-    assert len(drawn[-1][0]) == 0 and sequences[-1].n_tokens == len(ids)
+    assert len(sampled[-1][0]) == 0 and sequences[-1].n_tokens == len(ids)
     assert len(seconds) == max(len(expected) for expected in wanted)
     for sequence, expected in zip(sequences, wanted, strict=False):
         assert sequence.n_tokens == len(ids) - 1 + len(expected)
@@ -98,15 +98,15 @@ def test_texts_are_read_beside_those_that_draw(model: Model) -> None:
         sequence.close()
 
 
-def test_a_flag_ends_the_call_behind_a_step(model: Model) -> None:
+def test_a_flag_ends_the_call_after_a_step(model: Model) -> None:
     runner, flag = model._runner, _native.Flag()
     for is_set in (True, False):
         flag.set() if is_set else flag.clear()
         with runner.sequence() as sequence:
             answer = decoding(model, [5], SamplingParams(temperature=0.0, ignore_eos=True))
             part = runner.prepare(sequence, np.array([5], np.int32), N_STEPS - 1)
-            drawn, seconds = runner.draw([(sequence, answer.drawn_by(part.share, N_STEPS))], N_STEPS, flag)
-            assert len(drawn[0][0]) == len(seconds) == (1 if is_set else N_STEPS)
+            sampled, seconds = runner.decode([(sequence, answer.decode_sequence(part.share, N_STEPS))], N_STEPS, flag)
+            assert len(sampled[0][0]) == len(seconds) == (1 if is_set else N_STEPS)
 
 
 def test_bad_arguments(model: Model) -> None:
@@ -114,22 +114,22 @@ def test_bad_arguments(model: Model) -> None:
     with runner.sequence() as sequence:
         answer = decoding(model, [5], SamplingParams(temperature=0.0))
         part = runner.prepare(sequence, np.array([5], np.int32))
-        draw = answer.drawn_by(part.share, 4)
-        far = replace(draw, share=replace(part.share, n_past=_native.PAGE_POSITIONS - 2))
+        given = answer.decode_sequence(part.share, 4)
+        far = replace(given, share=replace(part.share, n_past=_native.PAGE_POSITIONS - 2))
         for bad, words in (
             (far, "pages"),
-            (replace(draw, n_steps=-1), "n_steps"),
-            (replace(draw, n_history=0), "n_history"),
+            (replace(given, n_steps=-1), "n_steps"),
+            (replace(given, n_history=0), "n_history"),
         ):
             with pytest.raises(InvalidArgument, match=words):
-                runner.draw([(sequence, bad)], 4, _native.Flag())
+                runner.decode([(sequence, bad)], 4, _native.Flag())
         with pytest.raises(InvalidArgument, match="n_draws"):
-            runner.draw([], 4, _native.Flag())
+            runner.decode([], 4, _native.Flag())
         assert sequence.n_tokens == 0
 
 
 def answers(model: Model, seed: int) -> list[tuple[list[Any], str | None, str]]:
-    """Requests of many kinds at once; what each brought, how it ended, and what a second one behind it brings."""
+    """Requests of many kinds at once: pieces and end of each, and the text of a request that follows it."""
     rng = random.Random(seed)
     begun = []
     for _ in range(6):
@@ -148,10 +148,8 @@ def answers(model: Model, seed: int) -> list[tuple[list[Any], str | None, str]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_answers_do_not_depend_on_how_many_tokens_a_call_draws(
-    model: Model, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    monkeypatch.setattr(scheduler_module, "TELL_S", 10.0)
+def test_answers_do_not_depend_on_the_steps_of_a_call(model: Model, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(scheduler_module, "EMIT_S", 10.0)
     results = []
     for most in (1, 3, 32):
         monkeypatch.setattr(scheduler_module, "MAX_STEPS", most)
@@ -160,24 +158,24 @@ def test_answers_do_not_depend_on_how_many_tokens_a_call_draws(
     assert results[0] == results[1] == results[2]
 
 
-def test_calls_draw_many_tokens_and_no_more_than_are_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "TELL_S", 10.0)
+def test_calls_run_many_steps_within_the_read_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "EMIT_S", 10.0)
     counts: list[int] = []
-    draw = model._runner.draw
+    decode = model._runner.decode
 
-    def watched(draws: Any, n_steps: int, stop: Any) -> Any:
-        result = draw(draws, n_steps, stop)
+    def watched(inputs: Any, n_steps: int, stop: Any) -> Any:
+        result = decode(inputs, n_steps, stop)
         counts.append(len(result[1]))
         return result
 
-    monkeypatch.setattr(model._runner, "draw", watched)
+    monkeypatch.setattr(model._runner, "decode", watched)
     with model.generate([5], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=100)) as generation:
         assert len(list(generation)) == 100
     assert sum(counts) >= 90 and max(counts) > 4
     assert max(counts) <= request_module.READ_AHEAD
 
 
-def test_bans_hold_and_a_draw_without_any_token_has_its_usual_error(model: Model) -> None:
+def test_bans_hold_and_a_step_without_any_token_has_its_usual_error(model: Model) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     everything = tuple(range(tiny.VOCAB))
     with model.generate([5], replace(params, banned_tokens=everything[:-1])) as generation:
@@ -190,7 +188,7 @@ def test_bans_hold_and_a_draw_without_any_token_has_its_usual_error(model: Model
 
 
 def test_logits_that_break_in_the_middle(model: Model, tmp_path: Path) -> None:
-    """The embedding of the fifth token drawn is damaged: what was drawn up to it stays, then the error comes."""
+    """The embedding of a sampled token is damaged: the tokens up to it stay, then the error comes."""
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=12)
     with model.generate([5], params) as generation:
         expected = [piece.token_id for piece in generation]
@@ -207,9 +205,9 @@ def test_logits_that_break_in_the_middle(model: Model, tmp_path: Path) -> None:
             next(generation)
 
 
-def test_texts_go_on_in_the_page_where_the_last_answer_ended(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room reserved for tokens that were not drawn does not count as written: nothing is copied."""
-    monkeypatch.setattr(scheduler_module, "TELL_S", 10.0)
+def test_texts_continue_in_the_page_where_the_last_answer_ended(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions reserved for tokens that were not sampled do not count as written: nothing is copied."""
+    monkeypatch.setattr(scheduler_module, "EMIT_S", 10.0)
     copies: list[tuple[int, int]] = []
     copy = model._runner.pool.native.copy
     monkeypatch.setattr(model._runner.pool.native, "copy", lambda *pages: copies.append(pages) or copy(*pages))
@@ -221,5 +219,5 @@ def test_texts_go_on_in_the_page_where_the_last_answer_ended(model: Model, monke
     assert session.head.n_ids > 2 * _native.PAGE_POSITIONS and not copies
     session.rollback(3)
     session.tell(7, prompt="", params=replace(params, seed=99)).text()
-    assert len(copies) == 1  # of the page in which another branch went on
+    assert len(copies) == 1  # of the page that another branch continues
     session.delete()
