@@ -190,7 +190,7 @@ def test_sizes_that_the_file_does_not_have(
     changes: dict[str, int], tensor: str, expected: list[int], found: list[int], tmp_path: Path, refuse: Refuse
 ) -> None:
     folder = tiny.write_model(tmp_path / "bad", config=changes)
-    refuse(folder, tensor, f"asks for {expected}", f"has shape {found}", field=tensor)
+    refuse(folder, tensor, f"needs {expected}", f"has shape {found}", field=tensor)
 
 
 def test_more_layers_than_tensors(tmp_path: Path, refuse: Refuse) -> None:
@@ -211,7 +211,7 @@ def test_transposed_tensor(name: str, tmp_path: Path, refuse: Refuse) -> None:
     rows, columns = tensors[name].shape
     tensors[name] = np.ascontiguousarray(tensors[name].T)
     folder = tiny.write_model(tmp_path / "bad", tensors=tensors)
-    refuse(folder, f"has shape {[columns, rows]}", f"asks for {[rows, columns]}", field=name)
+    refuse(folder, f"has shape {[columns, rows]}", f"needs {[rows, columns]}", field=name)
 
 
 @pytest.mark.parametrize("name", [Q0, NORM0])

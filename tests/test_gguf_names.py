@@ -170,7 +170,7 @@ def test_rope_scaling(checkpoint) -> None:
     ):
         with pytest.raises(ModelFileError, match=r"rope_freqs\.weight"):
             scaling(factors=bad)
-    with pytest.raises(Unsupported, match="one of them only"):
+    with pytest.raises(Unsupported, match="only one of them may be given"):
         scaling(key(kind, STRING, "linear"), factor, factors=np.ones(8))
     with pytest.raises(Unsupported, match="longrope"):
         scaling(key(kind, STRING, "longrope"), factor)

@@ -140,7 +140,7 @@ def refused(path: Path, *words: str, error: type[EngineError] = ModelFileError) 
 def test_another_part_than_the_first(parts: list[Path], tmp_path: Path) -> None:
     refused(parts[1], "part 2 of 3", f"give the first part, {parts[0].name}")
     shutil.copy(parts[2], tmp_path / parts[2].name)
-    refused(tmp_path / parts[2].name, "part 3 of 3", f"{parts[0].name} must lie beside it, and is missing")
+    refused(tmp_path / parts[2].name, "part 3 of 3", f"{parts[0].name} must be in the same folder, and is missing")
     with pytest.raises(ModelFileError, match="part 2 of 3"):
         parts[0].unlink()
         Model.load(parts[0].parent)
@@ -150,7 +150,7 @@ def test_another_part_than_the_first(parts: list[Path], tmp_path: Path) -> None:
 
 def test_a_part_that_is_missing(parts: list[Path]) -> None:
     parts[1].unlink()
-    refused(parts[0], "part 2 of 3 is missing", f"{parts[1].name} must lie beside it")
+    refused(parts[0], "part 2 of 3 is missing", f"{parts[1].name} must be in the same folder")
     refused(parts[0].parent / parts[0].name, "missing")
     with pytest.raises(ModelFileError, match="part 2 of 3 is missing"):
         Model.load(parts[0].parent)
@@ -166,7 +166,7 @@ def test_a_part_that_is_damaged(parts: list[Path]) -> None:
 def test_parts_of_different_models(whole: Path, parts: list[Path], tmp_path: Path) -> None:
     other = split(whole, tmp_path / "other", "model", [0, 9, 12])
     shutil.copy(other[1], parts[1])
-    refused(parts[0], "stands in", parts[1].name, "different models")
+    refused(parts[0], "is in", parts[1].name, "different models")
     other = split(whole, tmp_path / "other", "model", [0, 8, 12, 1])
     shutil.copy(other[2], parts[2])
     refused(parts[0], parts[2].name, "split.count", "is 4, must be 3")
@@ -246,7 +246,7 @@ def test_other_families_are_refused_before_anything_else(tmp_path: Path, arch: s
     ("keys", "words"),
     [
         ({"general.architecture": "llama", "general.type": "adapter"}, ("a LoRA adapter", "merge it")),
-        ({"general.architecture": "clip", "general.type": "mmproj"}, ("encoder", "mmproj", "beside it")),
+        ({"general.architecture": "clip", "general.type": "mmproj"}, ("encoder", "mmproj", "next to it")),
         ({"general.architecture": "clip"}, ("encoder", "mmproj")),
         ({"general.type": "imatrix"}, ("importance matrix",)),
         ({"general.architecture": "controlvector"}, ("control vector",)),

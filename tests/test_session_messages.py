@@ -227,11 +227,11 @@ def test_options_may_have_any_other_name(hermes: Model) -> None:
 def test_a_story_takes_text(model: Model) -> None:
     session = model.session()
     session.tell(3, prompt="the", params=SHORT).text()
-    with pytest.raises(InvalidArgument, match="a story goes on with text"):
+    with pytest.raises(InvalidArgument, match="a story continues with text"):
         session.edit(1, [RESULT])
-    with pytest.raises(InvalidArgument, match="a story goes on with text"):
+    with pytest.raises(InvalidArgument, match="a story continues with text"):
         session.branch(2, "x", template_options={"a": 1})
-    with pytest.raises(InvalidArgument, match="tells a story"):
+    with pytest.raises(InvalidArgument, match="this session is a story"):
         session.say([RESULT])
     assert session.n_turns == 1
 

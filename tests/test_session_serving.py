@@ -93,7 +93,7 @@ def test_a_count_of_a_story_and_of_nothing(model: Model) -> None:
     count = session.count(" sat", chat=False)
     session.tell(5, prompt=" sat", params=SHORT).text()
     assert count.prompt_tokens == session.head.n_ids - 5 and count.reused_tokens == session.head.reused
-    with pytest.raises(InvalidArgument, match="tells a story"):
+    with pytest.raises(InvalidArgument, match="this session is a story"):
         session.count("x")
 
 

@@ -167,10 +167,10 @@ def bench_overhead(
 
 @contextmanager
 def running(served: Served, kind: str) -> Iterator[tuple[int, int]]:
-    """A server that has come up: its port and process; ended at the end, its folder removed.
+    """Starts a server: gives its port and process, then ends it and removes its folder.
 
     Raises:
-        EngineError: it ended, or does not answer within a minute; tells its last words.
+        EngineError: it ended, or does not answer within a minute; has the end of its output.
     """
     name = "fabula serve" if kind == "fabula" else PEER
     with ExitStack() as stack:

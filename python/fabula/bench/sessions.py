@@ -1,7 +1,7 @@
 """The cost of rollback and fork, by depth and by length, compared with copying the KV cache.
 
 "rollback and redo" moves the head back and forth, "fork" creates a session; the turn after either shows what had to be
-computed again. "full copy" reads all pages and writes them back, like an engine that keeps a copy of the cache for each
+recomputed. "full copy" reads all pages and writes them back, like an engine that keeps a copy of the cache for each
 turn. The peer is such an engine: it saves and loads its state. All run in turns.
 """
 

@@ -66,7 +66,7 @@ def sessions(
 ) -> None:
     """Measure the cost of rollback and redo, a fork, and a copy of the whole KV cache, in milliseconds.
 
-    A turn after each shows how many tokens had to be computed again. llama-cpp-python rolls back by saving and loading
+    A turn after each shows how many tokens had to be recomputed. llama-cpp-python rolls back by saving and loading
     its state, which is compared with each case of the same length. "ratio" is its time divided by ours.
 
     \b

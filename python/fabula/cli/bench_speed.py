@@ -175,7 +175,7 @@ def model(
 
     title = f"{rows[0].model}: {prompt_tokens} tokens of prompt, {tokens} decoded, medians of {rounds} rounds"
     if neighbors:
-        title += f", beside {neighbors} busy processes"
+        title += f", with {neighbors} busy processes"
     found = [row.to_json() for row in rows]
     give(found, machine.to_json(), lambda: (str(machine), title, model_table(rows)), as_json=as_json, plot=plot)
 

@@ -80,7 +80,7 @@ class Constraint:
         try:
             source = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InvalidArgument(f"json_schema: this is no JSON: {error}") from None
+            raise InvalidArgument(f"json_schema: this is not JSON: {error}") from None
         return cls("json_schema", source)
 
     @classmethod
@@ -130,6 +130,6 @@ def _parse_schema(source: str) -> Any:
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"json_schema: this is no JSON: {str(error)[:MAX_MESSAGE]}") from None
+        raise InvalidArgument(f"json_schema: this is not JSON: {str(error)[:MAX_MESSAGE]}") from None
     check_limits(schema, "json_schema", strict=not is_lenient(schema))
     return schema

@@ -213,7 +213,7 @@ class _Reader:
         return Token(found, negated)
 
     def _times(self) -> tuple[int, int | None]:
-        """How often what stands before is to come."""
+        """The minimum and maximum of a quantifier."""
         sign, start = self._peek(), self._at
         self._at += 1
         if sign != "{":
@@ -228,7 +228,7 @@ class _Reader:
         if high is not None and high < low:
             self._fail(f"{low} is more than {high}", start)
         if max(low, high or 0) > MAX_REPEATED:
-            self._fail(f"at most {MAX_REPEATED} repetitions can be asked for", start)
+            self._fail(f"at most {MAX_REPEATED} repetitions are allowed", start)
         return low, high
 
     def _number(self) -> int:

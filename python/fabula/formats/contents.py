@@ -57,7 +57,7 @@ def describe_folder(folder: Path) -> str | None:
             [name for name in safetensors if "config.json" not in present],
             lambda: (
                 f"weights ({_list(safetensors)}) without config.json, which says what they are; it belongs to the same"
-                " model, beside them"
+                " model, in the same folder"
             ),
         ),
         (

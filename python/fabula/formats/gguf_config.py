@@ -43,7 +43,7 @@ _TYPES = {
     "adapter": "a LoRA adapter, which changes another model; merge it into that model and convert the result, "
     "or give the model itself",
     "mmproj": "the image or audio encoder that goes with a model (mmproj); give the .gguf file of the language model "
-    "beside it",
+    "next to it",
     "imatrix": "an importance matrix, which serves to quantize a model; give the model itself",
 }
 # The same for architectures that are not text decoders.
@@ -257,7 +257,8 @@ def _rope_scaling(file: Source, keys: Keys, arch: str, head_dim: int) -> dict[st
         raise Unsupported(f"{file.path}: tensor {lists[0]!r}: without {prefix}.type 'longrope'")
     if ROPE_FREQS in file.tensors:
         if kind == "yarn" or factor != 1.0:
-            raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)} beside {ROPE_FREQS}: one of them only")
+            problem = f"is {shown(kind)}, and there is {ROPE_FREQS}: only one of them may be given"
+            raise keys.unsupported(f"{prefix}.type", problem)
         return _pair_factors(_factors(file, ROPE_FREQS, head_dim), attention)
     if kind == "yarn":
         return _yarn(keys, arch, factor, attention)
@@ -311,7 +312,7 @@ def _longrope(file: Source, keys: Keys, arch: str, head_dim: int, factor: float,
     if arch not in PAIRED:
         raise keys.unsupported(key, f"is 'longrope', which is offered with the architectures {', '.join(PAIRED)}")
     if ROPE_FREQS in file.tensors:
-        raise keys.unsupported(key, f"is 'longrope' beside {ROPE_FREQS}: one of them only")
+        raise keys.unsupported(key, f"is 'longrope', and there is {ROPE_FREQS}: only one of them may be given")
     lists = {}
     for name, ours in ((ROPE_SHORT, "short_factor"), (ROPE_LONG, "long_factor")):
         if name not in file.tensors:

@@ -102,7 +102,7 @@ class GgufParts:
         _, number, _ = part_of(path.name) or ("", 0, 0)
         if not path.exists():
             raise ModelFileError(
-                f"{first.path}: part {number} of {count} is missing: {path.name} must lie beside it",
+                f"{first.path}: part {number} of {count} is missing: {path.name} must be in the same folder",
                 path=first.path,
                 field="split.count",
             )
@@ -126,7 +126,7 @@ class GgufParts:
         for name, tensor in part.tensors.items():
             if name in self.tensors:
                 raise ModelFileError(
-                    f"{part.path}: tensor {shown(name)}: stands in {self._part_of[name].path.name} too: "
+                    f"{part.path}: tensor {shown(name)}: is in {self._part_of[name].path.name} too: "
                     "the parts are of different models",
                     path=part.path,
                     field=name,
@@ -155,7 +155,8 @@ def _check_first(path: Path, metadata: Mapping[str, object]) -> None:
         first = None if split is None else path.with_name(part_name(split[0], 1, split[2]))
         advice = "give the first part"
         if first is not None:
-            advice += f", {first.name}" if first.exists() else f": {first.name} must lie beside it, and is missing"
+            missing = f": {first.name} must be in the same folder, and is missing"
+            advice += f", {first.name}" if first.exists() else missing
         raise keys.error("split.no", f"is {number}: this is part {number + 1} of {count} of a split model; {advice}")
     check_kind(path, metadata)
 
@@ -168,7 +169,7 @@ def _names(first: GgufFile, count: int) -> list[str]:
     if split is None or split[1:] != (1, count):
         raise Unsupported(
             f"{first.path}: key 'split.count': is {count}: this is the first part of a split model, which must be "
-            f"called NAME-00001-of-{count:05}.gguf, with the others beside it; name the files so, or join them "
+            f"called NAME-00001-of-{count:05}.gguf, in one folder with the others; name the files so, or join them "
             "(llama-gguf-split --merge)"
         )
     return part_names(first.path.name)

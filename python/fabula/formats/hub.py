@@ -138,7 +138,7 @@ def _translate(name: HubName, error: Exception) -> EngineError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     what = name.repo if name.file is None else f"{name.file} of {name.repo}"
     if "GatedRepoError" in classes:
-        return DownloadError(f"{what} asks for consent: accept its terms on the hub, then run `hf auth login`")
+        return DownloadError(f"{what} requires consent: accept its terms on the hub, then run `hf auth login`")
     if "LocalEntryNotFoundError" in classes:
         return DownloadError(f"{what} is not in the local cache and the hub cannot be reached: {reason}")
     if classes & _NOT_FOUND:

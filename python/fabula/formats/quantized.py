@@ -72,7 +72,7 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
             found = read_json_object(folder / name, max_bytes=_MAX_BYTES)
             inner = found.get("quantization")
             value = (inner if isinstance(inner, Mapping) else found).get(key)
-            raise _refusal(folder, title if value is None else _with(title, key, value), f"{name} lies beside it")
+            raise _refusal(folder, title if value is None else _with(title, key, value), f"{name} is next to it")
 
 
 def refuse_quantized_tensors(names: Iterable[str], path: Path) -> None:

@@ -209,7 +209,7 @@ def open_safetensors(path: Path) -> SafetensorsCheckpoint:
     refuse_quantized(config, folder)
     if path == folder and (folder / ADAPTER_FILE).exists():
         raise Unsupported(
-            f"{folder}: {ADAPTER_FILE} lies beside the weights, so transformers would apply an adapter to them; merge"
+            f"{folder}: {ADAPTER_FILE} is next to the weights, so transformers would apply an adapter to them; merge"
             " it first (peft: merge_and_unload(), then save_pretrained), or move that file away to load the model"
             " without it"
         )

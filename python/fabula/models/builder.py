@@ -93,7 +93,7 @@ class ProgramBuilder:
             raise ModelFileError(f"{path}: tensor {name!r} is missing", path=path, field=name)
         if tuple(info.shape) != shape:
             raise ModelFileError(
-                f"{path}: tensor {name!r} has shape {list(info.shape)}, the config asks for {list(shape)}",
+                f"{path}: tensor {name!r} has shape {list(info.shape)}, the config needs {list(shape)}",
                 path=path,
                 field=name,
             )

@@ -137,7 +137,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
 
     Raises:
         ModelFileError: a key is missing, of the wrong type, out of range, or does not fit another.
-        Unsupported: a field asks for an unsupported computation, such as an activation other than SiLU, attention to
+        Unsupported: a field means an unsupported computation, such as an activation other than SiLU, attention to
             later tokens, or layers of different sizes.
     """
     read = ConfigReader(config, path)

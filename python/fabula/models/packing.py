@@ -109,7 +109,7 @@ class Packer:
         return [(name, weight) for _, name, weight in sorted(self._damaged, key=lambda entry: entry[0])]
 
     def _n_helpers(self, packings: Sequence[Packing]) -> int:
-        """Threads beside the caller's, limited so that the tensors they hold take no more than the largest tensor."""
+        """Threads besides the caller's, limited so that the tensors they hold take no more than the largest tensor."""
         sizes = [packing.largest for _, packing in self._waiting]
         if not sizes:
             return 0

@@ -82,7 +82,7 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 
 
 def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.uint8]]:
-    """The full KV pages of turns, each once: those they hold, or that the prefix index or the disk has."""
+    """The full KV pages of turns, each once: from the turns, the prefix index or the disk."""
     engine = session._handle.engine
     pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
     pages: dict[str, npt.NDArray[np.uint8]] = {}
@@ -126,12 +126,12 @@ def import_session(
     kv: str | os.PathLike[str] | None = None,
     persistence: Persistence | None = None,
 ) -> Session:
-    """A session from what `export_session` returned. Its turns get new ids, so that it can be imported twice.
+    """Imports a session from the data of `export_session`. Its turns get new ids, so that it can be imported twice.
 
     Args:
         data: JSON data.
-        handle: the model it talks to.
-        id: its id; None for the one it had.
+        handle: its model.
+        id: its id; None for that of the exported session.
         tenant: its owner.
         kv: file with its KV; None for none.
         persistence: where it is stored; None for in memory.
@@ -175,7 +175,7 @@ def import_session(
 
 def _check_head(data: Mapping[str, Any]) -> None:
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-        raise InvalidArgument('this is not an exported session: "format" is missing or something else')
+        raise InvalidArgument('this is not an exported session: "format" is missing or has another value')
     if data.get("version") != VERSION:
         raise InvalidArgument(f"the exported session has version {data.get('version')!r}; this Fabula reads {VERSION}")
     turns = data.get("turns")
@@ -205,7 +205,7 @@ def _turns_of(rows: list[Any]) -> dict[str, Turn]:
             raise InvalidArgument(f"{where}: tags must be strings")
         parent = START if row["parent_id"] is None else turns.get(row["parent_id"])
         if parent is None or row["id"] in turns or not row["id"]:
-            raise InvalidArgument(f"{where}: its parent does not come before it, or its id comes twice")
+            raise InvalidArgument(f"{where}: its parent is not before it, or its id is not unique")
         if row["number"] != parent.number + 1 or not 0 <= row["kept"] <= parent.n_ids or not _has_words(row):
             raise InvalidArgument(f"{where}: its number, kept or token_ids do not follow from its parent")
         fields = row | {name: tuple(row[name]) for name in ("prompt_ids", "token_ids", "tags")}
@@ -220,7 +220,7 @@ def _turns_of(rows: list[Any]) -> dict[str, Turn]:
 
 
 def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], session: Session) -> None:
-    """Reads KV pages, as many as there is room for."""
+    """Reads as many KV pages as there are free pages for."""
     from safetensors import safe_open
 
     engine, fingerprint = session._handle.engine, session._handle.fingerprint

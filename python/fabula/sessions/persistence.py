@@ -1,7 +1,7 @@
 """`Persistence`: from sessions in memory to rows in a store, and back.
 
 A finished turn is committed before its reply ends. A running one is stored from time to time, so that a crash leaves a
-partial turn. Writes of the head are queued, in order, and nobody waits for them.
+partial turn. Writes of the head are queued, in order, without waiting for them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Persistence:
         self.lock = threading.RLock()
         self._drafts: dict[tuple[str, str], set[str]] = {}  # checkpoints that could not be deleted, by session
         self._watches: weakref.WeakKeyDictionary[Reply, Watch] = weakref.WeakKeyDictionary()
-        self._unflushed: set[tuple[str, str]] = set()  # sessions with a write that nobody has waited for
+        self._unflushed: set[tuple[str, str]] = set()  # sessions with a queued write
 
     @property
     def in_use(self) -> list[Session]:

@@ -215,7 +215,7 @@ def prompt_of(
     if chat:
         return chat_prompt(model.engine, model.template(), settings.policy, params, parent, settings.system, user_input)
     if user_input.given is not None or user_input.options:
-        raise InvalidArgument("a story goes on with text; messages and template_options are for a chat")
+        raise InvalidArgument("a story continues with text; messages and template_options are for a chat")
     return story_prompt(model.engine, settings.policy, params, parent, user_input)
 
 
@@ -257,7 +257,7 @@ def limited(params: SamplingParams, n_tokens: int | None) -> SamplingParams:
 def written(
     model: LoadedModel, settings: Settings, parent: Turn, text: str, *, frozen: bool, parse_special: bool | None
 ) -> Turn:
-    """A piece of a story that a person wrote, following `parent`. Its KV is computed with the next answer.
+    """A handwritten piece of a story that follows `parent`. Its KV is computed with the next answer.
 
     Raises:
         InvalidArgument: the session is a chat, or the text is empty.
@@ -283,7 +283,7 @@ def written(
 
 
 def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, parse_special: bool | None) -> Turn:
-    """A sibling of `turn` with an answer that a person wrote, without KV.
+    """A sibling of `turn` with a handwritten answer, without KV.
 
     Raises:
         InvalidArgument: the text is empty.
@@ -315,7 +315,7 @@ def rewritten(model: LoadedModel, settings: Settings, turn: Turn, text: str, *, 
 
 
 def complete(turn: Turn, generation: Generation, why_cold: str) -> None:
-    """Fills in what is known when a turn's generation has ended: KV, what the model did not see, why KV was recomputed.
+    """Sets the fields of a turn that are known when its generation has ended: `kv`, `cut` and `why_recomputed`.
 
     Args:
         why_cold: see `LoadedModel.why_cold`; "" too for a model that is not loaded any more.
@@ -336,10 +336,10 @@ def complete(turn: Turn, generation: Generation, why_cold: str) -> None:
 
 
 def check_kind(parent: Turn, *, chat: bool) -> None:
-    """Raises InvalidArgument where a chat would go on as a story, or the reverse."""
+    """Raises InvalidArgument if a chat would continue as a story, or the reverse."""
     if parent.number and parent.chat is not chat:
-        kind, verb = ("is a chat", "tell()") if parent.chat else ("tells a story", "say()")
-        raise InvalidArgument(f"this session {kind}; {verb} needs a session of its own")
+        kind, verb = ("chat", "tell()") if parent.chat else ("story", "say()")
+        raise InvalidArgument(f"this session is a {kind}; {verb} needs another session")
 
 
 def check_branches(n: object) -> None:
@@ -349,7 +349,7 @@ def check_branches(n: object) -> None:
 
 
 def check_position(turn: Turn, position: int) -> None:
-    """Raises InvalidArgument if `position` is neither a token of the answer nor the place after its last."""
+    """Raises InvalidArgument if `position` is neither that of a token of the answer nor the one after the last."""
     if type(position) is not int or not 0 <= position <= len(turn.token_ids):
         raise InvalidArgument(f"position is {position!r}, must be 0 .. {len(turn.token_ids)}")
 

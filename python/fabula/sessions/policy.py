@@ -21,9 +21,9 @@ class ContextPolicy:
     Attributes:
         name: "error" raises, with both numbers. "slide" lets tokens attend to the first `sinks` positions and the last
             `window` (StreamingLLM, Xiao et al. 2023): memory and time per token stop growing, and texts may have any
-            length. "drop_oldest_turns" drops as few of the oldest turns from the prompt as make room for an answer, and
+            length. "drop_oldest_turns" drops the oldest turns from the prompt, as few as make room for an answer, and
             recomputes the rest.
-        window: positions, for "slide"; None for as many as the context has room for.
+        window: positions, for "slide"; None for the rest of the context after the sinks.
         sinks: 0 .. 32 first positions that stay visible, for "slide".
     """
 
@@ -79,7 +79,7 @@ class ContextPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What of the past the model did not see when a turn was generated.
+    """The part of the past that the model did not see when a turn was generated.
 
     Attributes:
         policy: the policy that hid it.

@@ -1,7 +1,7 @@
 """Prompts of turns, as token ids: the past as it was sampled, and the new input.
 
-With `drop_oldest_turns` a prompt that leaves too little room for an answer is built again without the oldest turns,
-until a quarter of the context is free: so the rest is recomputed only once in many turns. The caller checks whether the
+With `drop_oldest_turns` a prompt that leaves too little room for an answer is built without the oldest turns, until a
+quarter of the context is free, so that the rest is recomputed only once in many turns. The caller checks whether the
 prompt fits the context.
 """
 
@@ -32,7 +32,7 @@ class Prompt:
     Attributes:
         ids: all of it, past turns included.
         kept: number of leading ids that are the parent's too.
-        cut: what was left out; None for nothing.
+        cut: the part of the past that was left out; None for nothing.
     """
 
     ids: list[int]
@@ -81,7 +81,7 @@ def chat_prompt(
         return _for_template(template, messages_of(system, turns, new), options)
 
     def without(n: int) -> list[int]:
-        """The conversation without its n oldest turns, rendered as the new prompt is; the other answers keep their
+        """The conversation without its n oldest turns, rendered like the new prompt; the other answers keep their
         sampled tokens."""
         known: list[int] = []
         turns = seen[n:]
@@ -109,7 +109,7 @@ def chat_prompt(
 def _for_template(
     template: ChatTemplate, messages: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> tuple[list[Any], Mapping[str, Any]]:
-    """Messages and options as the template can render them: it may not know tools."""
+    """Messages and options for the template, which may not support tools."""
     tools = options.get("tools")
     if not tools and not any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
         return messages, options
@@ -141,10 +141,10 @@ def story_prompt(
     notes = [turn for turn in parent.lineage() if turn.frozen][::-1]
 
     def unended(ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids  # the story goes on after an end token
+        return ids[:-1] if ids and ids[-1] in tokenizer.eos_ids else ids  # the story continues after an end token
 
     def without(n: int) -> list[int]:
-        """The story without its n oldest turns, except notes; if none is left, as much of the last one's end as
+        """The story without its n oldest turns, except notes; without any turn, the longest suffix of the last one that
         fits."""
         left = seen[n:] or seen[-1:]
         kept = sorted({*notes, *left}, key=lambda turn: turn.number)
@@ -172,13 +172,13 @@ def story_prompt(
 
 
 def seen_turns(parent: Turn) -> list[Turn]:
-    """The turns up to `parent` that its prompt has not dropped, from the first; without notes, which never are."""
+    """The turns up to `parent` that are in its prompt, from the first; without notes, which are always in it."""
     first = parent.cut.n_turns if parent.cut is not None else 0
     return [turn for turn in parent.lineage() if turn.number > first and not turn.frozen][::-1]
 
 
 def goal(context: int, params: SamplingParams) -> int:
-    """Max tokens of a prompt once something must be dropped."""
+    """Maximum length of a prompt in tokens after turns were dropped."""
     answer = context // 4 if params.max_tokens is None else min(params.max_tokens, context // 2)
     return context - max(answer, context // 4)
 
@@ -193,7 +193,7 @@ def _fitted(
     without: Callable[[int], list[int]],
     may_begin: Callable[[int], bool] = lambda _: True,
 ) -> Prompt:
-    """The prompt `ids`, or one without some of the oldest turns, as the policy says."""
+    """The prompt `ids`, or under the policy `drop_oldest_turns` one without some of the oldest turns."""
     context, seen = engine.runner.context, seen_turns(parent)
     drops = policy.name == "drop_oldest_turns"
     cut = parent.cut if drops else None

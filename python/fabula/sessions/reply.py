@@ -19,7 +19,7 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
     """Pieces of an answer as they are generated; the turn is in the tree when the last one is returned.
 
     Iterate over it (`for` or `async for`), or call `text()`. `cancel()`, leaving a `with` block or dropping the last
-    reference ends it early; what was read so far stays as a partial turn.
+    reference ends it early; the pieces that were read stay as a partial turn.
 
     Attributes:
         turn: the finished turn; None while pieces may come, and when an error ended the reply: then the session is as
@@ -79,12 +79,12 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
 
     @property
     def number(self) -> int:
-        """The number its turn has, or will have."""
+        """The number of its turn."""
         return self._draft.number
 
     @property
     def prompt(self) -> str:
-        """What it answers, as a person reads it."""
+        """The user input as text for display."""
         return self._draft.prompt
 
     @property
@@ -110,7 +110,7 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         return self.generation.timings
 
     def draft(self) -> Turn:
-        """The turn as far as it was read: a new object with the same id each time."""
+        """The turn with the pieces that were read: a new object with the same id each time."""
         token_ids, text = self.generation.read_so_far()
         return replace(
             self._draft,
@@ -124,7 +124,7 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, in one way or another."""
+        """Whether it has ended, for any reason."""
         return self._done
 
     def cancel(self) -> None:
@@ -136,7 +136,7 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
         self._end()
 
     def _end(self, *, failed: bool = False) -> None:
-        """The only way a reply ends. The first call stops the generation and passes the turn on; others do nothing."""
+        """Ends the reply: the first call stops the generation and calls `on_end`; later ones do nothing."""
         if self._done:
             return
         self.generation.cancel()  # before the lock: it waits for the engine; nothing happens if it has finished

@@ -17,12 +17,12 @@ class ReplyQueue:
     """The running replies of a session, and the callers that wait for their end.
 
     Args:
-        lock: of the session; held by whoever calls a method.
+        lock: of the session; held by the caller of every method.
 
     Attributes:
         running: replies that have not ended. Weak, so that a reply that its caller forgets can end.
         waiting: callers, in the order in which they came.
-        forgotten: replies that nobody holds any more and that have not ended; appended to by destructors.
+        forgotten: replies without references that have not ended; appended to by destructors.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
@@ -32,7 +32,7 @@ class ReplyQueue:
         self._changed = threading.Condition(lock)
 
     def acquire(self, wait: bool | float, check: Callable[[], None]) -> bool:
-        """Waits until no reply is running and nobody came earlier.
+        """Waits until no reply is running and no caller is before this one.
 
         Args:
             wait: True for as long as it takes, False for not at all, or seconds.
@@ -59,7 +59,7 @@ class ReplyQueue:
             self._changed.notify_all()
 
     def discard(self, reply: Reply) -> None:
-        """Takes out a reply that has ended."""
+        """Removes a reply that has ended."""
         self.running.discard(reply)
         self._changed.notify_all()
 

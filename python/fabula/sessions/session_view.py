@@ -193,7 +193,7 @@ class SessionView:
         return views.diff(first, second)
 
     def tree_json(self) -> dict[str, Any]:
-        """The whole tree as JSON data, for those who draw it.
+        """The whole tree as JSON data, for display.
 
         Returns:
             The session's `id` and `title`; `head` and `head_id`, a number and an id, 0 and "" for the empty start;
@@ -226,7 +226,7 @@ class SessionView:
         return views.tokens_of(found, self._handle.engine.tokenizer)
 
     def alternatives(self, turn: TurnRef, position: int, n: int = 10) -> list[Alternative]:
-        """The likeliest tokens at a position of an answer, best first; the prompt is not computed again.
+        """The likeliest tokens at a position of an answer, best first; cached KV of the prompt is not recomputed.
 
         Args:
             turn: turn of the answer.

@@ -60,7 +60,7 @@ class ToolCallReader(Reader):
 
     Args:
         form: of the calls.
-        schemas: of the arguments, by tool name; they tell which values are strings.
+        schemas: of the arguments, by tool name; they decide which values are strings.
         thought: whether the answer may start with a thought in <think> tags ("tagged"), or starts inside one ("open");
             no calls are searched in it. Thoughts between control tokens ("tokens") are not visible.
         is_exclusive: whether an answer is calls or something else, never both: then an answer that does not start with

@@ -5,8 +5,8 @@ of the schema, required ones always, and each value matches its own schema: stri
 JSON.
 
 Tags of a form that are control tokens of the vocabulary are those tokens in the grammar, `<[id]>`; no text can replace
-them. The text before a call is a lexeme that ends, lazily, with the first opening tag: an answer cannot start a call
-and go on with something else.
+them. The text before a call is a lexeme that ends, lazily, with the first opening tag: an answer that starts a call
+must complete it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tools that a model may call: their definitions in the prompt, and the constraint on its answers.
 
-Pure functions. Definitions are those of OpenAI's API. In which form calls are written is read from the chat template
+Pure functions. Definitions are those of OpenAI's API. The form of calls is detected from the chat template
 (`tool_forms.py`); `tool_grammar.py` constrains an answer to that form and `tool_call_parser.py` parses it.
 `Calling` puts them together for one request.
 

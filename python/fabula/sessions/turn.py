@@ -1,7 +1,7 @@
 """`Turn`: one node of a session's tree, and the snapshot that a rollback to it restores.
 
-A turn holds what it added: the ids of its prompt and of its answer, and the list of their KV pages. The past is not
-copied; it is the parent. So a turn costs its own tokens and a list of page numbers, however long the path to it is.
+A turn has the ids that it added, those of its prompt and of its answer, and a KV sequence (a page table). The past is
+not copied: it is the parent. So a turn costs its own tokens and a list of page numbers, however long its path is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fabula.sessions.policy import Cut
 from fabula.sessions.user_input import UserInput
 
 End = FinishReason | Literal["written"]
-WRITTEN: Literal["written"] = "written"  # by hand: no token of it was sampled
+WRITTEN: Literal["written"] = "written"  # finish reason of a handwritten turn: none of its tokens was sampled
 
 
 @dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
@@ -42,9 +42,9 @@ class Turn:
         n_begun: number of leading answer ids that were given, not sampled: chosen by hand, or copied from another turn.
         params: sampling parameters, with the seed that was used.
         finish_reason: as in `Piece`; "cancelled", "timeout" and "interrupted" (the process ended) mark a partial turn;
-            "written" one that a person wrote.
+            "written" marks a handwritten one.
         timings: counts and times; prompt tokens reused and computed.
-        cut: what of the past the model did not see; None for nothing.
+        cut: the part of the past that the model did not see; None for nothing.
         why_recomputed: why KV of its past had to be recomputed; "" if it had not.
         created_at: seconds since 1970.
         frozen: whether it is a note: the model reads it, but it is not part of the story.
@@ -76,7 +76,7 @@ class Turn:
 
     @property
     def prompt(self) -> str:
-        """What it answers, as a person reads it."""
+        """The user input as text for display."""
         return self.said.text
 
     @property
@@ -86,7 +86,7 @@ class Turn:
 
     @property
     def recomputed(self) -> int:
-        """Tokens of the past whose KV had to be computed again. New input does not count, nor handwritten text that no
+        """Tokens of the past whose KV had to be recomputed. New input does not count, nor handwritten text that no
         answer follows yet, nor the last token of an answer: its KV was never computed."""
         if self.timings is None or self.parent is None:
             return 0
@@ -123,8 +123,8 @@ class Turn:
         return [token for piece in reversed(pieces) for token in piece]
 
     def fork_kv(self, n_tokens: int, cache: KvEvictionList) -> Sequence | None:
-        """A new sequence with the KV of the longest prefix of its ids that a turn on its path holds; None if there is
-        none. At most `n_tokens` long."""
+        """A new sequence with the KV of the longest prefix of its ids that a turn on its path has, at most `n_tokens`
+        long; None if there is none."""
         with cache.lock:  # nothing is evicted between the search and the fork
             best, most = self._longest_kv(n_tokens, cache)
             if best is None:

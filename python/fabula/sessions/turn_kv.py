@@ -1,4 +1,4 @@
-"""KV of turns: who keeps it after an answer, and what deleting turns frees."""
+"""KV of turns: retained after an answer, shared with other turns, freed when turns are deleted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fabula.sessions.turn import WRITTEN, Turn
 
 
 def keep_kv(turn: Turn, engine: Engine) -> None:
-    """Leaves the KV of a finished turn to the engine's cache, and shares it with the handwritten turns right before it,
-    which were prefilled as part of its prompt."""
+    """Retains the KV of a finished turn in the engine's cache, and shares it with the handwritten turns right before
+    it, which were prefilled as part of its prompt."""
     if turn.kv is None:
         return
     cache = engine.cache

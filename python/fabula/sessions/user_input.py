@@ -80,12 +80,12 @@ class UserInput:
 
     @property
     def repeats_answer(self) -> bool:
-        """Whether the first message repeats the previous answer, as the template is to render it."""
+        """Whether the first message repeats the previous answer, with the calls that the template renders."""
         return self.given is not None and self.given[0]["role"] == "assistant"
 
     @property
     def answers_call(self) -> bool:
-        """Whether it makes no sense without the previous turn."""
+        """Whether it needs the previous turn: it repeats its answer or has the result of a call."""
         return self.given is not None and self.given[0]["role"] in ("assistant", "tool")
 
     def with_options(self, options: Mapping[str, Any] | None) -> UserInput:

@@ -54,7 +54,7 @@ class Count:
         context: context length of the model.
         fits: whether the turn could start.
         max_answer: tokens its answer could have.
-        cut: what of the past the model would not see; None for nothing.
+        cut: the part of the past that the model would not see; None for nothing.
     """
 
     prompt_tokens: int

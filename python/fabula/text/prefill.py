@@ -1,6 +1,6 @@
 """Prefilled replies: the last message is the assistant's, and the model continues its text.
 
-In transformers and vLLM this is `continue_final_message` and must be asked for. Anthropic's API and Ollama do it
+In transformers and vLLM this is `continue_final_message` and must be requested. Anthropic's API and Ollama do it
 whenever the last message is the assistant's, and so does Fabula. `continue_final_message: false` or
 `add_generation_prompt: true` asks for a new turn instead, and `add_generation_prompt: false` alone for the conversation
 as it is, as in transformers. As everywhere, the reply holds only the new text.
