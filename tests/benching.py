@@ -1,4 +1,4 @@
-"""What the tests of `fabula bench` share: how it is called, a machine, and stand-ins for other engines."""
+"""Helpers of the tests of `fabula bench`: calls, a machine, and stand-ins for other engines."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Document:
 
     Attributes:
         text: all of it.
-        steps: programs (str) and commands in the order in which they stand there.
+        steps: programs (str) and commands, in order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,11 +85,11 @@ def commands(body: str) -> list[Command]:
 
 
 class Desk:
-    """A folder in which commands run as they are written, with data of its own.
+    """A folder in which commands run as they are written, with its own data.
 
     Args:
         folder: to run in.
-        address: of a server that stands for the one in documents; "" if there is none.
+        address: of the server that replaces the one in documents; "" if there is none.
     """
 
     def __init__(self, folder: Path, address: str = "") -> None:
@@ -101,7 +101,7 @@ class Desk:
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("FABULA_")} | {
             "PATH": f"{tools}:{os.environ['PATH']}",
             "FABULA_DATA": str(folder / ".data"),
-            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers where the cursor is
+            "PROMPT_TOOLKIT_NO_CPR": "1",  # the terminal does not answer where the cursor is
             "TERM": "dumb",
         }
         if "FABULA_CACHE" in os.environ:

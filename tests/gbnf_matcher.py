@@ -1,7 +1,7 @@
-"""GBNF by the book: grammars as trees, written as text, and matched in the plainest way that ends.
+"""A reference implementation of GBNF: grammars as trees, written as text, and matched in the simplest way.
 
-Nothing here is shared with the engine. `Matcher` asks for every rule and place where its texts end, again and again
-until no answer changes, so left recursion and rules that match nothing need no care.
+It shares no code with the engine. `Matcher` computes where the texts of every rule end, for every position, until a
+fixed point is reached; so left recursion and empty rules need no special care.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What llama.cpp makes of vocabularies: recorded in tests/data/pre_tokenizers.json, or asked of it where it is at hand.
+"""Token ids of llama.cpp for many vocabularies: recorded in tests/data/pre_tokenizers.json, or from an installed one.
 
     python tests/llama_vocabulary.py [PYTHON]
 
-records anew: texts and merges stay, ids are those of the llama_cpp that the interpreter PYTHON has (this one, if none
-is named). With `--answer` it is the other side: it reads files and texts as JSON and writes what llama.cpp says.
+updates the record: texts and merges stay, ids are those of the llama_cpp of the interpreter PYTHON (default: this one).
+With `--answer` it is the other process: it reads files and texts as JSON and writes llama.cpp's ids.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write(path: Path, keys: dict[str, Any]) -> Path:
 
 
 def record(python: str) -> None:
-    """Writes `RECORDED` anew. Texts that several names cut alike are written once."""
+    """Updates `RECORDED`. Texts that several names split alike are written once."""
     from fabula.text.pretokenizers import PRE_TOKENIZERS
 
     data = json.loads(RECORDED.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A world for tests of how models are found: an empty cache, a known model, a stand-in for pip."""
+"""Environment for tests of how models are found: an empty cache, a known model, a stand-in for pip."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_known(folder: Path, content: bytes = CONTENT) -> tuple[KnownModel, Path
 
 
 class Setting:
-    """One test's world: an empty cache, a known model, a stand-in for pip."""
+    """The environment of one test: an empty cache, a known model, a stand-in for pip."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch

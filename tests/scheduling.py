@@ -110,7 +110,7 @@ class Steps:
             self._gate.set()
 
     def reached(self) -> None:
-        """Waits until a step stands at the gate."""
+        """Waits until a step waits at the gate."""
         self._inside.wait()
 
     @contextmanager

@@ -66,7 +66,7 @@ class Shadow:
 
 @dataclass
 class Live:
-    """A reply in the making and what was read of it."""
+    """A running reply and the pieces that were read."""
 
     reply: Reply
     shadow: Shadow

@@ -73,7 +73,7 @@ class Gate:
 
 
 class Draft:
-    """A turn that grows each time somebody looks."""
+    """A turn that grows with every snapshot."""
 
     def __init__(self) -> None:
         self.turn, self.looks = a_turn(text="", token_ids=()), threading.Semaphore(0)
@@ -84,5 +84,5 @@ class Draft:
         return self.turn, a_session(head_id=self.turn.id)
 
     def wait_until_stored(self) -> None:
-        for _ in range(2):  # whoever looks again has stored what was seen before
+        for _ in range(2):  # the snapshot before was stored
             self.looks.acquire()

@@ -1,4 +1,4 @@
-"""Attention over pages: the bits of each sequence alone, whoever reads the same K and V, and whatever pages held."""
+"""Attention over pages: a sequence's bits do not depend on the batch, shared KV, or what its pages held before."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_shared_blocks_give_the_bits_of_each_alone(tiny_folder: Path, kv: Any, h
                 np.testing.assert_array_equal(together[row], alone[i])
             for copy in copies:
                 copy.close()
-        # A prompt that is being read beside them changes nothing.
+        # A prefill in the same batch changes nothing.
         copies = [sequences[i].fork() for i in range(6)]
         with runner.sequence(EVERYTHING) as reading:
             parts = [(copy, tokens[i : i + 1]) for i, copy in enumerate(copies)]

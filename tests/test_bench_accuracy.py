@@ -1,4 +1,4 @@
-"""`fabula bench perplexity`: what it computes beside plain sums, the other engine's side of it, and the gate."""
+"""`fabula bench perplexity`: against plain sums, the peer's side, and the gate."""
 
 from __future__ import annotations
 

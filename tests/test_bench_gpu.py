@@ -97,7 +97,7 @@ class Peers:
 
 @pytest.mark.gpu
 def test_the_peer_comes_last(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it stands beside waits for it, everything else does not."""
+    """Only rows that are compared with a peer wait for it."""
     monkeypatch.setattr(
         gpu, "peer_module", lambda: type("", (), {"Transformers": Peers, "matrix_peak": Peers.matrix_peak})
     )

@@ -1,4 +1,4 @@
-"""`fabula bench sessions`, `serve` and `load`: every case in JSON and tables, beside stand-ins for the other engine."""
+"""`fabula bench sessions`, `serve` and `load`: every case in JSON and tables, with stand-ins for the other engine."""
 
 from __future__ import annotations
 

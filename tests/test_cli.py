@@ -28,7 +28,7 @@ from waiting import Hang, Patience, heard, python, run_program, stacks
 
 @pytest.fixture(scope="module")
 def folder_without_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that greedily goes on for 65,536 tokens: control tokens are never the likeliest."""
+    """A model that greedily generates 65,536 tokens: control tokens are never the likeliest."""
     tensors = random_tensors()
     tensors["lm_head.weight"][:4] = 0.0
     folder = tmp_path_factory.mktemp("models") / "endless"
@@ -297,7 +297,7 @@ class Terminal:
         os.write(self._fd, text.encode())
 
     def wait_for(self, text: str) -> str:
-        """Reads on until `text` has come behind what was read before, and returns what came."""
+        """Reads until `text` has come after the text that was read before, and returns what it read."""
         return self._read_until(lambda came: text in came, repr(text))
 
     def wait_for_more(self, n: int) -> str:
@@ -305,7 +305,7 @@ class Terminal:
         return self._read_until(lambda came: len(came) >= n, f"{n} characters")
 
     def type_until(self, typed: str, text: str) -> None:
-        """Types the same again and again until `text` comes: for keys that count only once somebody listens."""
+        """Types the same keys repeatedly until `text` comes: for keys that only count once the program reads them."""
         for _ in range(50):
             self.type(typed)
             try:
@@ -349,7 +349,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_the_answer_not_the_program(terminal: Any, folder_without_end: Path) -> None:
-    """An answer that would go on for minutes, stopped in the middle; then the next one, then the end."""
+    """An answer that would take minutes is stopped in the middle; then the next one, then the end."""
     chat = terminal("chat", "--model", folder_without_end, "--max-tokens", 60000, "--temperature", 0)
     chat.wait_for("> ")
     chat.type("hello\r")

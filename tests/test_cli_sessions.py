@@ -62,7 +62,7 @@ def fabula(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def endless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that goes on for 65,536 tokens: control tokens are never the likeliest."""
+    """A model that generates 65,536 tokens: control tokens are never the likeliest."""
     tensors = random_tensors()
     tensors["lm_head.weight"][:4] = 0.0
     folder = tmp_path_factory.mktemp("models") / "endless"

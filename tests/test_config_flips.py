@@ -1,12 +1,12 @@
 """The law of configs: every field that transformers reads either changes the logits here alike, or is refused by name.
 
-Each field of each family's config class, the general ones, and those that modeling code asks for by name, is set to one
-or more other values on a tiny random checkpoint. Then transformers loads the folder, and so does Fabula:
+Each field of each family's config class, the general ones, and those that modeling code reads by name, is set to one or
+more other values on a tiny random checkpoint. Then transformers loads the folder, and so does Fabula:
 
     transformers gives logits     Fabula's are equal (1e-4 of the largest), or the load raises an error naming the field
     transformers refuses          Fabula raises a typed error, or the value is one that cannot change logits (LENIENT)
 
-A field that a newer transformers adds and nobody wrote values for fails the test. FABULA_TEST_LONG=1 flips what
+A field that a newer transformers adds fails the test until it has values here. FABULA_TEST_LONG=1 flips what
 families share on each of them, and pairs.
 """
 

@@ -293,7 +293,7 @@ def choice_in(session: Session, turn: Turn) -> tuple[int, list[int], int]:
 
 
 def check_verbs(session: Session, schema: dict[str, Any], settings_: SamplingParams) -> None:
-    """A turn cut in the middle of its JSON goes on, forks and is made again within its grammar."""
+    """A turn that was cancelled in the middle of its JSON is continued, forked and replayed within its grammar."""
     whole = session.say("Describe a person in JSON.", settings_)
     whole.text()
     turn = session.head
@@ -371,7 +371,7 @@ def test_kept_in_the_store(tmp_path: Path, tiny_folder: Path) -> None:
 
 
 def test_answers_that_gave_way_go_on_in_their_place(tiny_folder: Path) -> None:
-    """K and V given up for others and computed again do not move the grammar a second time."""
+    """Recomputing evicted KV does not advance the grammar a second time."""
     n_bytes = 8 * page_bytes(DType.F16, 2, 2, 6)
     schema = {**PERSON, "properties": PERSON["properties"] | {"name": {"type": "string", "minLength": 60,
                                                                       "maxLength": 70}}}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Constraints that cannot be, or that nobody should write: limits, and hostile grammars."""
+"""Invalid and hostile constraints: limits, and grammars made to take time or memory."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_what_takes_too_long_is_given_up(loaded_tiny: Model, monkeypatch: pytest
     try:
         with pytest.raises(InvalidArgument, match="takes more than"):
             Guide(loaded_tiny.tokenizer, tiny.VOCAB, Constraint.regex("slow"))
-        # Nobody waits for them any more, but they count until they have ended.
+        # No caller waits for them any more, but they count until they have ended.
         for _ in range(grammar_module.MAX_COMPILING - 1):
             with pytest.raises(InvalidArgument, match="takes more than"):
                 Guide(loaded_tiny.tokenizer, tiny.VOCAB, Constraint.regex("slow"))

@@ -84,7 +84,7 @@ def test_a_thread_s_clock_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_grammar_is_refused_for_cpu_time_alone(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that compiles stands still for longer than COMPILE_SECONDS, as one without a processor does."""
+    """The compiling thread sleeps for longer than COMPILE_SECONDS, like one that gets no CPU time."""
     wall, compile_ = Clock(1.0), Vocabulary._compile
     monkeypatch.setattr(cpu_limit, "POLL_S", 0.001)
     monkeypatch.setattr(

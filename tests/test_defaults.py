@@ -89,7 +89,7 @@ def test_what_is_not_given_is_the_models_own(model: Model, given: dict[str, Any]
 
 
 def test_the_defaults_draw_other_tokens(model: Model, tiny_model: Model) -> None:
-    """Not only told, but used: the same weights, seed and prompt."""
+    """Defaults are used, not only reported: the same weights, seed and prompt."""
     params = SamplingParams(seed=1, max_tokens=30, ignore_eos=True)
     own, explicit = (list(model.generate("the", p)) for p in (params, replace(params, **WANTED)))
     assert [piece.token_id for piece in own] == [piece.token_id for piece in explicit]

@@ -104,7 +104,7 @@ def test_scales_that_are_not_finite_stay_so(dtype: DType) -> None:
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantised_data_comes_back(name: str) -> None:
-    """Numbers quantised by the gguf package return within a step, plus f16's rounding of d and m."""
+    """Numbers quantized by the gguf package return within a step, plus f16's rounding of d and m."""
     dtype = DType[name]
     values = np.random.default_rng(7).standard_normal((64, 512)).astype(np.float32)
     raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[name])

@@ -1,4 +1,4 @@
-"""Where a model runs: names, what is said where there is no GPU, and a tiny model on one, real or emulated.
+"""Devices: names, messages on machines without a GPU, and a tiny model on a GPU, real or emulated.
 
 FABULA_TEST_DEVICE=cuda lets the tests of sessions, schedulers and pages load their models there too; see conftest.py.
 """
@@ -151,7 +151,7 @@ def on_gpu(tiny_folder: Path) -> Iterator[Model]:
     [("f32", "f32", 1e-5), ("f16", "f32", 1e-5), ("f32", "f16", 2e-3), ("f32", "q8", 2e-2), ("bf16", "bf16", 2e-2)],
 )
 def test_logits_are_those_of_the_cpu(tiny_folder: Path, weights: Any, kv: str, bound: float) -> None:
-    """Bounds: order of sums; inputs, which the CPU rounds to bf16; K and V between two numbers."""
+    """Bounds: order of sums; inputs, which the CPU rounds to bf16; keys and values between two numbers."""
     with (
         Model.load(tiny_folder, device="cpu", threads=1, weights=weights, kv=kv) as cpu,
         Model.load(tiny_folder, device="cuda", threads=1, weights=weights, kv=kv) as cuda,
@@ -180,7 +180,7 @@ def test_a_token_has_the_same_bits_in_every_batch(on_gpu: Model) -> None:
 
 @pytest.mark.gpu
 def test_recorded_steps_give_the_same_bits(on_gpu: Model) -> None:
-    """Answers side by side, and pages behind them, whether each step is one launch or many."""
+    """The answers of a batch and their pages, whether each step is one launch or many."""
     program, said = on_gpu._runner.program, []
     for is_on in (True, False):
         program.set_graphs(is_on)
@@ -226,8 +226,8 @@ DRAWS = {
 def test_the_gpu_draws_what_the_cpu_draws_from_its_logits(
     on_gpu: Model, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
 ) -> None:
-    """Who asks for log-probabilities gets logits, from which the CPU draws; for others none are copied, not even in
-    steps that read a prompt."""
+    """A request with log-probabilities gets logits, from which the CPU samples; for others none are copied, not even in
+    prefill steps."""
     params = replace(params, seed=5, max_tokens=40, ignore_eos=True)
     runner = on_gpu._runner
     wanted = list(on_gpu.generate(PROMPT, replace(params, n_logprobs=1)))
@@ -250,7 +250,7 @@ def test_the_gpu_draws_what_the_cpu_draws_from_its_logits(
 
 @pytest.mark.gpu
 def test_a_prompt_is_read_beside_those_that_draw(on_gpu: Model) -> None:
-    """Whatever is beside it, an answer is the same."""
+    """An answer does not depend on the other requests of the batch."""
     params = [replace(RANDOM, seed=i, max_tokens=30, n_logprobs=i // 3) for i in range(4)]
     prompts = [PROMPT, PROMPT * 4, "words", PROMPT * 2]
     alone = [on_gpu.generate(prompt, p).text() for prompt, p in zip(prompts, params, strict=True)]

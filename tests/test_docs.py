@@ -1,4 +1,4 @@
-"""What docs/ shows works as it stands there: programs, commands, requests, and the lines typed into them."""
+"""The programs, commands, requests and typed lines in docs/ work as written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def address(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def is_run(command: Command) -> bool:
-    """Whether a command is run: not what downloads, measures for minutes, builds, or sends requests to nobody."""
+    """Whether a command is run: not one that downloads, measures for minutes, builds, or needs a server."""
     words = command.words
     if words[0] == "fabula":
         return words[1] not in ("bench", "pull", "serve") or words[1:] in (["pull", "--list"], ["pull"])

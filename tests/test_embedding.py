@@ -1,4 +1,4 @@
-"""Embeddings: against transformers, whatever the batch, beside answers, and with nothing left behind."""
+"""Embeddings: against transformers, in any batch, with answers at the same time; nothing is left in the pool."""
 
 from __future__ import annotations
 

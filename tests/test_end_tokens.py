@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and what stands around a text: of GGUF files and of folders."""
+"""Which tokens end an answer, and which are added before and after a text: of GGUF files and of folders."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_padding_and_truncation_of_training_are_not_ours(tmp_path: Path) -> None
 
 
 def test_an_embedding_is_that_of_the_whole_text(tiny_folder: Path, tmp_path: Path) -> None:
-    """Its last token is the one that the tokenizer's template ends texts with; an answer begins behind the text."""
+    """Its last token is the one that the tokenizer's template ends texts with; an answer starts after the text."""
     for file in tiny_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     backend = Backend.from_file(str(tiny_folder / "tokenizer.json"))

@@ -95,7 +95,7 @@ NOTED: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 
 def tensors_of(config: Mapping[str, Any]) -> tiny.Tensors:
-    """Every tensor that a config asks for."""
+    """Every tensor that a config needs."""
     tensors = tiny.random_tensors(config)
     rng = np.random.default_rng(5)
     qkv_bias = config["model_type"] == "qwen2" or config.get("attention_bias", False)

@@ -159,7 +159,7 @@ def test_half_precision(weights: DType, tmp_path: Path) -> None:
     rounded to bf16, sums are in f32."""
     model = make_checkpoint(tmp_path, "Llama", ODD)
     torch_type = torch.float16 if weights == DType.F16 else torch.bfloat16
-    # With K and V rounded, too, more inputs would lie on the other side of a rounding to bf16 than theirs.
+    # With keys and values rounded, too, more inputs would lie on the other side of a rounding to bf16 than theirs.
     runner = load(tmp_path, weights=weights, kv=DType.F16 if weights == DType.F16 else DType.F32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

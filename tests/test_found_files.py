@@ -1,6 +1,6 @@
-"""Model folders as people have them: tensors under other names, weights in other forms, and what is said of each.
+"""Model folders as people have them: tensors under other names, weights in other forms, and the messages for each.
 
-`load` and `fabula inspect` must say the same; every refusal names what was found and what would work.
+`load` and `fabula inspect` have the same messages; every refusal names what was found and what would work.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def test_the_case_without_a_prefix() -> None:
         assert model.generate("Once upon a time").text()
 
 
-# ---- Tensors that nobody asked for, and those that may be missing
+# ---- Tensors that are not needed, and those that may be missing
 
 
 def test_unused_tensors_are_named(plain: Any, tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_the_command_line_refuses_long_contexts(tiny_folder: Path, fabula: Calla
 
 
 def test_copies_of_a_folder_load_alike(plain: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    """A folder under any name, also with what Python or git put beside the weights."""
+    """A folder under any name, also with files of Python or git next to the weights."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "x.y-z"))
     for name in (".gitattributes", "README.md", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""GBNF: what is read, and that answers follow it character by character as a plain matcher does."""
+"""GBNF: the parser, and answers that follow a grammar exactly as a plain matcher does."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_tokens_of_a_real_vocabulary(grammar: dict[str, Any], smollm2: Token
         text += smollm2.token_bytes(token).decode()
 
 
-# ---- What is read ---------------------------------------------------------------------------------------------------
+# ---- Parsing --------------------------------------------------------------------------------------------------------
 
 
 def accepts(tokenizer: Tokenizer, source: str, text: str) -> bool:
@@ -273,7 +273,7 @@ def lexemes_of(source: str) -> list[str]:
     ],
 )
 def test_only_what_the_lexer_ends_rightly_is_a_lexeme(source: str, n_lexemes: int, long: str | None) -> None:
-    """A mask takes 7 ms where a text is read character by character, 10 us where it is one lexeme."""
+    """A mask takes 7 ms if a text is parsed character by character, 10 us if it is one lexeme."""
     found = lexemes_of(source)
     assert len(found) == n_lexemes
     assert any(long in lexeme for lexeme in found) if long else not any(re.search(r"[+*{]/", one) for one in found)

@@ -1,4 +1,4 @@
-"""`Model.generate` on a tiny random model: what ends it, what it draws, what it gives back.
+"""`Model.generate` on a tiny random model: how it ends, what it samples, what it releases.
 
 The reference is `Model.logits`, which has tests of its own against transformers.
 """
@@ -38,7 +38,7 @@ def free(model: Model) -> bool:
 
 
 def settled(model: Model) -> None:
-    """Waits until the engine has let go of what nobody reads any more."""
+    """Waits until the engine has released abandoned requests."""
     wait_until(lambda: model._engine.scheduler.load == Load(0, 0), "requests do not come to rest")
 
 
@@ -292,7 +292,7 @@ def test_banning_everything_fails_and_cancels(model: Model) -> None:
 
 
 def test_more_than_fit_at_once(tiny_folder: Path) -> None:
-    """The pool holds four texts of full length; with more, some give way and are computed again."""
+    """The pool has pages for four texts of full length; with more, some are evicted and recomputed."""
     alone = []
     for _ in range(2):
         with Model.load(tiny_folder, threads=1, context=96) as small:

@@ -274,7 +274,7 @@ def test_m8_cut_anywhere(tmp_path: Path) -> None:
     path.write_bytes(parts.file)
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    # The padding behind the last tensor may be missing, so the last byte that counts is that tensor's.
+    # The padding after the last tensor may be missing, so the last byte that counts is that tensor's.
     with GgufFile(path) as file:
         last = max(t.offset + t.n_bytes for t in file.tensors.values())
     places = [random.Random(seed).randrange(len(parts.header), last) for _ in range(100)]

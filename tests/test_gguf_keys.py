@@ -1,7 +1,7 @@
-"""Every key behind the architecture's name is followed or refused by name, and so is every tensor.
+"""Every key with the architecture's prefix is followed or refused by name, and so is every tensor.
 
-Followed means: the logits are those of transformers with the config that says the same, and, where llama.cpp is at
-hand, those of llama.cpp with the same file.
+Followed means: the logits are those of transformers with an equivalent config, and, if llama.cpp is installed, those of
+llama.cpp with the same file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from llama_peer import LlamaCpp
 from test_export import make_folder
 
-# What llama.cpp knows behind the architecture's name, for any architecture: "%s.NAME" in src/llama-arch.cpp of the
+# Keys of llama.cpp with the architecture's prefix, for any architecture: "%s.NAME" in src/llama-arch.cpp of the
 # source that llama-cpp-python 0.3.36 carries, and {arch}.NAME in its gguf-py/gguf/constants.py.
 _NAMES = """
 activation.situ_beta activation.situ_linear_beta activation_sparsity_scale adapters.count adapters.lora_rank

@@ -1,4 +1,4 @@
-"""The GGUF writer: what it writes comes back, by our reader and by the gguf package's; nothing half is left behind."""
+"""The GGUF writer: our reader and the gguf package's read what it wrote; a failure leaves no partial file."""
 
 from __future__ import annotations
 

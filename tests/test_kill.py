@@ -1,4 +1,4 @@
-"""A day of conversations under kill -9: what was acknowledged stays, and the rest is what it would have been.
+"""A day of conversations under kill -9: acknowledged turns stay, and later ones are the same as without kills.
 
 FABULA_TEST_KILLS=200 for the full run.
 """

@@ -1,4 +1,4 @@
-"""The cache of K and V: what is found under a text's name is that text's, wherever it lay meanwhile."""
+"""The KV cache: pages found by a text's prefix hash are that text's, from memory or from disk."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Cache(RuleBasedStateMachine):
         return np.resize(np.frombuffer(blake2b(name).digest(), np.uint8), self.pool.page_bytes)
 
     def compute(self, held: Held) -> None:
-        """Appends the rest of the text, page by page as a prompt is read; full pages get their names."""
+        """Appends the rest of the text, page by page like a prefill; full pages are published."""
         sequence, n_tokens = held.sequence, len(held.text)
         keys = KeyChain(held.salt, sequence.window).keys(ids_of(held.text))
         while sequence.n_tokens < n_tokens:

@@ -51,7 +51,7 @@ every_sequence: weakref.WeakSet[Sequence] = weakref.WeakSet()
 
 @pytest.fixture(autouse=True)
 def _watched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists every sequence there is, so that the count of each page can be compared with who really holds it."""
+    """Lists every sequence, so that the reference count of each page can be checked."""
     begin = Sequence.__init__
 
     def watched(self: Sequence, *arguments: Any, **more: Any) -> None:
@@ -107,7 +107,7 @@ class Laws(RuleBasedStateMachine):
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
-        """Turns that nobody reaches any more give up their pages at once, even if somebody still looks at them."""
+        """Deleted turns release their pages at once, even if they are still referenced."""
         before = {turn for session in self.sessions.values() for turn in session.turns}
         yield
         for turn in before - {turn for session in self.sessions.values() for turn in session.turns}:
@@ -123,7 +123,7 @@ class Laws(RuleBasedStateMachine):
         return len(shadow.head.ids) < (LONGEST if shadow.policy.name == "slide" else 10**9)
 
     def begin_reply(self, session: Session, shadow: Shadow, text: str, params: SamplingParams) -> Live | None:
-        """Says or tells; None when the context is full, which must change nothing."""
+        """Calls `say` or `tell`; None if the context is full, which must change nothing."""
         parent = shadow.head
         if not shadow.chat and not text and parent is ROOT:
             text = "the"
@@ -176,7 +176,7 @@ class Laws(RuleBasedStateMachine):
         assert turn.finish_reason in ("cancelled", alone.finish_reason)
 
     def settled(self) -> None:
-        """Waits until the engine has nothing to do; replies that are read slowly pause."""
+        """Waits until the engine is idle; replies that are read slowly pause."""
         scheduler = self.model._engine.scheduler
         wait_until(
             lambda: not (scheduler.load.n_waiting or any(not request.paused for request in list(scheduler._running))),
@@ -433,7 +433,7 @@ class Laws(RuleBasedStateMachine):
 
     @rule(clean=st.booleans())
     def load_again(self, clean: bool) -> None:
-        """Unloads the model, which writes K and V to disk; or they are lost there, too."""
+        """Unloads the model, which writes its KV to disk, or loses that too."""
         self.workspace.unload("tiny")
         if clean:
             shutil.rmtree(self.data / "pages")
@@ -441,7 +441,7 @@ class Laws(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 9), k=st.integers(0, 30))
     def forget_and_open(self, i: int, k: int) -> None:
-        """What was done last must be there even if nobody holds the session any more."""
+        """The last change must be stored even if the session has no references any more."""
         session, shadow = self.pick(i)
         number = k % (shadow.head.number + 1)
         shadow.go_to(next(leaf for leaf in shadow.head.lineage() if leaf.number == number), False)

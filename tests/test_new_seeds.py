@@ -1,12 +1,12 @@
-"""Verbs that merge settings: which turn's they take, and whether the seed is a new one.
+"""Verbs that merge settings: the source of the settings, and whether the seed is new.
 
     say, tell, write                session's settings; its seed, if it has one
     regenerate, edit                the turn's settings, a new seed
     branch                          session's settings; other answers to the head's message get new seeds
     continue, fork_at, replay       the turn's settings and its seed
-    rewrite                         samples nothing; the turn keeps its settings for what goes on from it
-    PATCH                           what is given; null takes it back
-    /v1/responses                   nothing is taken over
+    rewrite                         samples nothing; the turn keeps its settings for continuations
+    PATCH                           what is given; null resets it
+    /v1/responses                   nothing is inherited
 
 A seed that is given always counts.
 """

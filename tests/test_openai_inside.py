@@ -1,4 +1,4 @@
-"""Conversations behind OpenAI's responses, failures in the middle and callers apart: with an app in this process."""
+"""Conversations of `/v1/responses`, failures while answering, and separate callers: with an app in this process."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def single(tiny_folder: Path) -> Iterator[Model]:
         yield model
 
 
-# ---- What is asked for ----------------------------------------------------------------------------------------------
+# ---- Options --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, -1, 17, 2.0, True, "2", None])
@@ -220,7 +220,7 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
 
 
 def write(folder: Path, changes: Mapping[str, Any]) -> Path:
-    """A tiny checkpoint with the tensors that its config asks for."""
+    """A tiny checkpoint with the tensors that its config needs."""
     config = {**tiny.CONFIG, **changes}
     sizes = config | {"head_dim": config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]}
     tensors, rng = tiny.random_tensors(sizes), np.random.default_rng(1)
@@ -309,7 +309,7 @@ def test_it_says_where_it_is(pair: Model) -> None:
 
 @with_marks(2)
 def test_a_page_is_laid_out_as_on_one_gpu(pair: Model, single: Model) -> None:
-    """The first layer's K and V are the same bits: no sum over GPUs lies before them."""
+    """The first layer's keys and values have the same bits: no sum over GPUs comes before them."""
     pages, ids = [], np.asarray(pair.tokenizer.encode(PROMPT)[:20], np.int32)
     for model in (single, pair):
         with model._runner.sequence() as sequence:
@@ -387,7 +387,7 @@ def test_a_session_is_walked(pair: Model) -> None:
 
 @with_marks(2)
 def test_pages_leave_and_come_back(tiny_folder: Path, tmp_path: Path) -> None:
-    """By disk and by file. With another number of GPUs a session goes on, and computes K and V again."""
+    """By disk and by file. With another number of GPUs a session continues, and recomputes its KV."""
     options: dict[str, Any] = {"name": "tiny", "threads": 1, "device": f"cuda:{FIRST}"}
     with Workspace(tmp_path / "data") as workspace:
         workspace.load(tiny_folder, tensor_parallel=2, **options)

@@ -284,7 +284,7 @@ def test_a_story_in_pieces_is_the_story_in_one(model: Model, oracle: Model, wind
 
 
 def test_pages_do_not_grow_with_a_story(tiny_folder: Path) -> None:
-    """Also in the making: a pool of eight pages is enough for any length."""
+    """Also while it runs: a pool of eight pages is enough for any length."""
     with Model.load(tiny_folder, threads=1, context=CONTEXT, kv_memory=8 * 5632) as model:
         assert model._runner.pool.n_pages == 8
         session = model.session(context_policy=SLIDE)
@@ -299,7 +299,7 @@ def test_pages_do_not_grow_with_a_story(tiny_folder: Path) -> None:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_walk_with_a_window(models: tuple[Model, Model], data: st.DataObject) -> None:
-    """Tells, forks and goes back to any place, also far behind the window; K and V are given up now and then."""
+    """Continues, forks and rolls back to any turn, also far before the window; KV is evicted now and then."""
     model, oracle = models
     window = Window(data.draw(st.integers(1, 100)), data.draw(st.integers(0, 32)))
     policy = ContextPolicy("slide", window=window.size, sinks=window.n_sinks)
@@ -331,7 +331,7 @@ def test_any_walk_with_a_window(models: tuple[Model, Model], data: st.DataObject
 
 
 def test_going_back_behind_the_window(model: Model) -> None:
-    """To a turn whose pages were given back as the text went on: its own are still held, or computed again."""
+    """To a turn whose pages were released as the text grew: its own are still there, or are recomputed."""
     session = model.session(context_policy=SLIDE)
     turns = [tell(session, 40, "the cat" if not i else "", seed=i) for i in range(8)]
     assert turns[-1].n_ids > 2 * CONTEXT
@@ -350,7 +350,7 @@ def test_going_back_behind_the_window(model: Model) -> None:
 
 
 def test_a_cancelled_story_holds_what_was_read(model: Model, oracle: Model) -> None:
-    """The engine is up to 32 tokens ahead, behind a window of 20: what the reader's next token sees must be there."""
+    """The engine is up to 32 tokens ahead, with a window of 20: pages that the reader's next token sees must stay."""
     session = model.session(context_policy=ContextPolicy("slide", window=20, sinks=2))
     for seed, n in enumerate((1, 30, 32, 65, 100)):
         params = replace(SHORT, seed=seed, banned_tokens=ENDS)

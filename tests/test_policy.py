@@ -1,4 +1,4 @@
-"""The scheduler's policy, as functions: budgets hold, nobody starves, preempted requests come back, order is kept."""
+"""The scheduler's policy, budgets hold, no request starves, preempted requests run again, order is kept."""
 
 from __future__ import annotations
 

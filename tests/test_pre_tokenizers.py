@@ -1,5 +1,5 @@
-"""How GGUF vocabularies cut texts: the ids of llama.cpp for every name it knows, recorded, and asked for where it is at
-hand. FABULA_TEST_LONG=1 asks about more texts; FABULA_TEST_LLAMA_CPP names an interpreter that has llama_cpp."""
+"""How GGUF vocabularies split texts: ids of llama.cpp for every name it knows, recorded or computed.
+FABULA_TEST_LONG=1 compares more texts; FABULA_TEST_LLAMA_CPP names an interpreter that has llama_cpp."""
 
 from __future__ import annotations
 

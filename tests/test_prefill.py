@@ -1,4 +1,4 @@
-"""Answers that somebody has begun, and templates by name: what transformers renders, and what a caller gets."""
+"""Answers that start with given text, and templates by name: as transformers renders them, and for callers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEMPLATES = {
 }
 THOUGHT = "<think>\nhm\n</think>\n\nSo it"
 
-# Template, words, what stands behind the user's turn.
+# Template, words, text after the user's turn.
 PROMPTS = [
     ("plain", "The answer is", "The answer is"),
     ("plain", "The answer is ", "The answer is "),

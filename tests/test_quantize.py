@@ -1,6 +1,6 @@
-"""f32 into blocks: byte for byte the gguf package's where it has a quantiser, and no worse than stated where not.
+"""Quantizes f32 to blocks: byte for byte like the gguf package where it has a quantizer, else within stated errors.
 
-llama.cpp's own quantisers, where its library is installed, are the second opinion on the formats that search.
+llama.cpp's own quantizers, if its library is installed, are a second reference for the formats that search.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rows_of(kind: str, n_rows: int = 64, n_cols: int = 768) -> np.ndarray:
 
 
 def error_of(dtype: DType, rows: np.ndarray, raw: np.ndarray) -> float:
-    """Relative RMS error of quantised rows."""
+    """Relative RMS error of quantized rows."""
     back = _native.dequantize(dtype, raw, rows.size).reshape(rows.shape).astype(np.float64)
     return float(np.sqrt(((back - rows) ** 2).sum() / (rows.astype(np.float64) ** 2).sum()))
 
@@ -128,7 +128,7 @@ def test_error_on_a_model_is_not_above_that_of_ggml(ggml: ctypes.CDLL, dtype: DT
     with GgufFile(smollm2_gguf) as file:
         tensor = file.tensors["blk.7.ffn_down.weight"]
         raw = file.read(tensor.name)
-    # Uneven after quantisation once: its own grid would make one format's levels exact.
+    # Uneven after quantizing once: its own grid would make one format's levels exact.
     rows = _native.dequantize(tensor.dtype, raw, int(np.prod(tensor.shape))).reshape(-1, 1536)[:128]
     noise = np.random.default_rng(9).standard_normal(rows.shape).astype(np.float32)
     rows = (rows + noise * np.float32(rows.std() / 16))[:, :1536]

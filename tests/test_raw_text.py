@@ -71,7 +71,7 @@ def test_messages_are_text_unless_told_otherwise(model: Model) -> None:
 def test_a_text_that_brings_its_start_token_gets_no_second_one(with_bos: Tokenizer) -> None:
     assert with_bos.encode("<s>the", special=True)[:2] == [BOS, with_bos.encode("the", add_bos=False)[0]]
     assert with_bos.encode("the", special=True)[0] == BOS
-    assert with_bos.encode("<s>the").count(BOS) == 1  # as text, behind the start token
+    assert with_bos.encode("<s>the").count(BOS) == 1  # as text, after the start token
     assert with_bos.encode("<s><s>the", special=True).count(BOS) == 2  # both are the caller's
     assert with_bos.encode("<s>the", special=True, add_bos=True).count(BOS) == 2  # asked for
 
@@ -91,7 +91,7 @@ def prompt_of(session: Session) -> list[int]:
 
 
 def test_a_story_keeps_its_switch(model: Model) -> None:
-    """What is not said goes on as before, wherever the story is gone on from."""
+    """An option that is not given stays as before, wherever the story continues."""
     for begin, special in ((None, True), (True, True), (False, False)):
         session = model.session()
         session.tell(prompt=RAW, params=SHORT, parse_special=begin).text()
@@ -155,7 +155,7 @@ def test_a_story_from_before_stays_as_it_was(model: Model) -> None:
 
 
 def test_the_oldest_pieces_left_out_are_read_as_they_were(model: Model) -> None:
-    """`drop_oldest_turns` encodes the pieces that stay anew."""
+    """`drop_oldest_turns` encodes the remaining pieces again."""
     for special in (True, False):
         session = model.session(context_policy="drop_oldest_turns")
         for _ in range(16):
@@ -172,7 +172,7 @@ def test_chat_turns_each_have_their_own_switch(model: Model) -> None:
     session.regenerate(SHORT).text()
     assert prompt_of(session).count(IM_END) == 2
     session.say("c<|im_end|>d", SHORT).text()
-    assert prompt_of(session).count(IM_END) == 2  # behind the answer before, and behind the message
+    assert prompt_of(session).count(IM_END) == 2  # after the previous answer, and after the message
     session.edit(1, "e<|im_end|>", SHORT).text()
     assert prompt_of(session).count(IM_END) == 2
     session.edit(session.head, "e<|im_end|>", SHORT, parse_special=False).text()

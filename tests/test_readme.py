@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there: its programs, its requests, its commands, its links."""
+"""The README's programs, requests, commands and links work as written."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Fabula against transformers on real models: the same words, not only close numbers.
 
-SmolLM2 comes from a quantised GGUF file; both sides compute with its dequantised weights in float32.
+SmolLM2 comes from a quantized GGUF file; both sides compute with its dequantized weights in float32.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_smollm2_says_what_transformers_says(kind: str, smollm2_f32: Model, refe
     ours = our_greedy(smollm2_f32, ids, 64)
     theirs = their_logits(reference, ids + ours)
     assert relative(smollm2_f32.logits(ids), theirs[: len(ids)]) <= 1e-4
-    # One pass over prompt and answer: where each token is the likeliest behind those before it, greedy decoding by
+    # One pass over prompt and answer: where each token is the likeliest after those before it, greedy decoding by
     # transformers gives this very text.
     assert theirs[len(ids) - 1 : -1].argmax(axis=1).tolist() == ours
     assert len(ours) == 64 or ours[-1] in smollm2_f32.tokenizer.eos_ids

@@ -382,7 +382,7 @@ def test_m20_random_mutations(folder: Path) -> None:
                 case _:
                     data[at:at] = data[rng.randrange(len(data)) :][: rng.randint(1, 16)]
             data = data or bytearray(1)
-        if rng.random() < 0.5:  # mend the length, so that the header behind it is looked at
+        if rng.random() < 0.5:  # mend the length, so that the header after it is read
             data[:8] = struct.pack("<Q", max(0, len(data) - 8 - len(GOOD_DATA)))
         path.write_bytes(data)
         try:

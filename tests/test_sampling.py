@@ -1,8 +1,8 @@
-"""The sampler against its plain reference: each step alone, random chains, hostile logits, draws,
-determinism, errors.
+"""The sampler against its plain reference: each step alone, random chains, hostile logits, sampled
+tokens, determinism, errors.
 
 Where the reference says that a decision was near its limit (1e-11 of the whole; the two programs differ by
-about 1e-15) the example is passed over; exact ties have tests with results worked out by hand.
+about 1e-15) the example is skipped; exact ties have tests with results worked out by hand.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def compare(
     breakers: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> bool:
-    """Asserts that token, logprob and probabilities agree; False if a decision was too near to tell."""
+    """Asserts that token, logprob and probabilities agree; False if a decision was too close to compare."""
     sampler = Sampler(params, len(logits), breakers)
     arguments = (logits, np.asarray(history, np.int32), position, banned)
     trace = reference.Trace(
@@ -279,7 +279,7 @@ def test_penalties_by_hand() -> None:
 def test_dry_by_hand() -> None:
     flat, history = [0.0] * 6, [1, 2, 3, 4, 1, 2, 3]
     dry = {"dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 2}
-    # "1 2 3" came before and went on with 4: a repetition of three tokens.
+    # "1 2 3" came before and continued with 4: a repetition of three tokens.
     np.testing.assert_allclose(logits_after(flat, history, **dry), [0, 0, 0, 0, -0.8 * 1.5, 0], atol=1e-6)
     # A breaker at 2 leaves a repetition of one, which is allowed; a breaker at 4 lets 4 go free.
     np.testing.assert_allclose(logits_after(flat, history, (2,), **dry), flat, atol=1e-6)
@@ -303,7 +303,7 @@ def test_greedy_ignores_cuts_and_the_seed() -> None:
         assert Sampler(params, 3).sample(logits, [], seed)[0] == 0
 
 
-# ---- Random numbers and draws
+# ---- Random numbers and sampled tokens
 # ----------------------------------------------------------------------------------------
 
 # Random123's published vectors (tests/kat_vectors of its distribution): counter, key, result.

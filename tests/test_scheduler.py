@@ -1,6 +1,6 @@
-"""The scheduler: many requests in one batch give what each gives alone, and nobody starves.
+"""The scheduler: many requests in one batch give the same as each alone, and no request starves.
 
-Nothing here looks at the clock to judge: what a step holds is read off a wrapper around `Runner.run`.
+No test depends on the clock: a wrapper around `Runner.run` records the requests of each step.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def model(tiny_model: Model) -> Model:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody pauses, however slow the reader."""
+    """No request pauses, however slow its reader."""
     monkeypatch.setattr(request_module, "READ_AHEAD", 10**6)
 
 
-# ---- The same tokens, whoever else is there -------------------------------------------------------------------------
+# ---- The same tokens in every batch ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,7 +86,7 @@ def test_more_than_the_pool_holds_fails_alone(tiny_folder: Path) -> None:
 
 
 def test_those_that_wait_hold_up_nobody(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sessions fill the pool with their past and go on at once: the one that waits gives up what it holds."""
+    """Two sessions fill the pool and continue at the same time: the KV of the waiting one is evicted."""
     with Model.load(tiny_folder, threads=1, kv_memory=10 * page_bytes(DType.F16, 2, 2, 6)) as small:
         steps = Steps(small, monkeypatch)
         sessions = [small.session() for _ in range(2)]
@@ -141,7 +141,7 @@ def test_a_short_prompt_is_done_while_a_long_one_is_read(long_folder: Path, monk
 
 
 def test_the_oldest_prompt_gets_half_of_each_step(long_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many short prompts come, the long one is read on."""
+    """However many short prompts come, the prefill of the long one advances."""
     with Model.load(long_folder, threads=1) as model:
         steps = Steps(model, monkeypatch)
         with steps.all_at_once(model):
@@ -213,7 +213,7 @@ def test_nothing_is_shared_under_another_salt(model: Model, steps: Steps, at_onc
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
 def test_no_freed_page_is_ever_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, kv: Any) -> None:
-    """A page is filled with NaN as soon as nobody holds it: whoever reads what another left behind fails."""
+    """A page is filled with NaN as soon as it is free: a request that reads old contents fails."""
     give_back = PagePool.give_back
     poisoned = 0
 
@@ -293,7 +293,7 @@ def test_a_failing_step_reaches_every_reader(model: Model, steps: Steps, error: 
 def test_a_failure_of_the_scheduler_itself_reaches_everybody(
     model: Model, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those who came while it failed, and those who cancel then."""
+    """Also requests that came while it failed, and those that are cancelled then."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     scheduler = model._engine.scheduler
     plan, late = scheduler._plan, []
@@ -316,7 +316,7 @@ def test_a_failure_of_the_scheduler_itself_reaches_everybody(
 
 
 def test_a_listener_that_fails_harms_nobody(model: Model, steps: Steps) -> None:
-    """An event loop may be closed in the moment before it is told."""
+    """An event loop may be closed right before it is notified."""
 
     def closed() -> None:
         raise RuntimeError("Event loop is closed")

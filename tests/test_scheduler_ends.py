@@ -152,7 +152,7 @@ def test_everything_may_be_forgotten_by_any_thread(tiny_folder: Path) -> None:
                     next(reply, None)
                 circle: list[Any] = [session, reply, model.generate([5, 6, n % 90 + 4], HOT)]
                 circle.append(circle)
-                shared[rng.randrange(8)] = circle  # the former one is let go of here
+                shared[rng.randrange(8)] = circle  # the former one is released here
             return 25
 
         def collect() -> None:
@@ -183,7 +183,7 @@ def test_a_sequence_given_up_while_its_reader_cuts_it(model: Model, monkeypatch:
         if verb == "truncate" and n_tokens:
             thread = threading.Thread(target=model._engine.cache.evict, args=(self,))
             thread.start()
-            thread.join(0.2)  # for ever, if the lock is held as it must be
+            thread.join(0.2)  # forever, if the lock is held as required
             waiting.append(thread)
 
     waiting: list[threading.Thread] = []

@@ -1,4 +1,4 @@
-"""Clients that leave, read slowly or come twice; a server that is stopped: nothing is lost, and nobody is held up."""
+"""Clients that leave, read slowly or reconnect; a server that is stopped: nothing is lost, and no client is blocked."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_clients_that_leave(served: Running, stream: bool, stage: str) -> None:
         else:
             text = "a b c " * 2500 if stage == "prefill" else "the whale"
             body = LONG | {"message": text, "session_id": f"gone-{i}", "max_len": 10_000, "stream": stream}
-            body["n_logprobs"] = 20  # more than buffers hold: nobody is too slow to leave in the middle
+            body["n_logprobs"] = 20  # more than buffers hold: every client leaves in the middle
             sock = served.unread(**body)
             if stage == "decode" and stream:
                 while b"event: token" not in sock.recv(65536):
@@ -141,7 +141,7 @@ def test_two_at_once(served: Running) -> None:
     assert statuses.count(200) >= 1 and set(statuses) <= {200, 409}
     assert served.get("/sessions/twice")["n_turns"] == statuses.count(200)
     held = served.unread(**LONG, session_id="twice", max_len=18_000, stream=True, n_logprobs=20)
-    held.recv(100)  # and no more: the answer is being made for as long as nobody reads on
+    held.recv(100)  # and no more: the answer pauses while it is not read
     assert served.post("/chat", 409, session_id="twice", message="too")["error"]["code"] == "session_busy"
     held.close()
     wait_idle(served)

@@ -1,4 +1,4 @@
-"""Bad input over HTTP: a typed error that says what is wrong, nothing lost, and a server that goes on."""
+"""Bad input over HTTP: a typed error that says what is wrong, no lost data, and a server that continues."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ def test_what_is_too_long(served: Running) -> None:
     over = served.post("/chat", 400, message="😀" * 2000)["error"]
     assert over["code"] == "context_length_exceeded" and over["n_tokens"] > over["context"] == 600
     exact = next(n for n in range(550, 600) if served.post("/count", message="z" * n)["prompt_tokens"] == 600)
-    full = served.post("/chat", message="z" * exact, max_len=50, ignore_eos=True)  # one token is drawn, and not read
+    full = served.post(
+        "/chat", message="z" * exact, max_len=50, ignore_eos=True
+    )  # one token is sampled and not computed
     assert full["finish_reason"] == "length" and full["usage"]["generated_tokens"] == 1
     more = served.post("/chat", 400, message="z" * (exact + 1))["error"]
     assert (more["code"], more["n_tokens"], more["context"]) == ("context_length_exceeded", 601, 600)
@@ -221,7 +223,7 @@ def test_http2_resets_and_pings(served: Running) -> None:
                 connection.ping(i.to_bytes(8, "big"))
                 sock.sendall(connection.data_to_send())
         except (OSError, ProtocolError):
-            pass  # it may close the connection on whoever does this
+            pass  # it may close the connection of such a client
     assert served.get("/health")["ready"] and memory_mb(served) < before + 60
     connection = h2.H2Connection(quiet)
     connection.initiate_connection()
@@ -272,7 +274,7 @@ def test_a_thousand_silent_connections_stop_nobody(hasty: Running) -> None:
     wait_until(close, lambda: f"{len(silent)} are open", lambda: len(silent), pause=lambda: time.sleep(0.1))
 
 
-# ---- Who may --------------------------------------------------------------------------------------------------------
+# ---- Access ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_route_asks_for_a_key(locked: Running, tiny_folder: Path, tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_every_route_asks_for_a_key(locked: Running, tiny_folder: Path, tmp_path
         assert locked.client.get("/sessions", headers=lower).status_code == 200
         for path in ("/health", "/docs", "/docs/style.css", "/openapi.json"):
             assert locked.client.get(path).status_code == 200
-        assert locked.client.get("/nothing").status_code == 401  # what there is, is told to nobody
+        assert locked.client.get("/nothing").status_code == 401  # errors must not reveal what exists
     finally:
         locked.client.headers["Authorization"] = f"Bearer {KEYS['alice']}"
 
@@ -342,7 +344,7 @@ def test_ids_may_be_anything_else(served: Running) -> None:
 
 
 def test_ids_of_responses_are_the_servers(served: Running) -> None:
-    """Sessions behind /v1/responses have limits of their own; whoever took their names would have none."""
+    """Sessions of /v1/responses have their own limits; a session with such a name would have none."""
     served.post("/chat", session_id="own", message="a", max_len=1)
     data = served.get("/sessions/own/export")
     told = [

@@ -1,4 +1,4 @@
-"""A client that leaves while its answer starts leaves nothing behind, on any route."""
+"""A client that leaves while its answer starts leaves no session and no run, on any route."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_client_that_leaves_while_its_answer_starts(
         monkeypatch.undo()
         await settled(state, model)
         assert what_is_there(state) == before and used_pages(model) == pages
-        status, found = await client.ask("POST", path, **body)  # and it works for those who stay
+        status, found = await client.ask("POST", path, **body)  # and it works for clients that stay
         assert status in (200, 202), found
 
     inside(tmp_path, tiny_folder, work)
@@ -168,7 +168,7 @@ def test_a_client_that_leaves_while_texts_are_embedded(
 def test_a_client_that_leaves_before_the_first_token(
     path: str, body: dict[str, Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its run is there already, and has read nothing."""
+    """Its run exists and has read nothing."""
 
     async def work(client: Inside) -> None:
         state = client.app.extensions["fabula"]

@@ -71,7 +71,7 @@ def test_health_tells_what_the_cache_holds_now(tiny_folder: Path, tmp_path: Path
 def test_a_failed_reply_waits_for_its_session_elsewhere(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop goes on while a reply that failed waits for the session's lock."""
+    """The loop continues while a failed reply waits for the session's lock."""
     from fabula.engine.generation import Generation
     from fabula.errors import NonFinite
 

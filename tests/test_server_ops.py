@@ -134,7 +134,7 @@ def test_traces(tiny_folder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a context for answers that last as long as nobody reads them."""
+    """The tiny model with a context for answers that last until they are read."""
     return tiny.write_model(tmp_path_factory.mktemp("long") / "m", config={"max_position_embeddings": 20_000})
 
 

@@ -1,4 +1,4 @@
-"""Runs on their own: who reads, who leaves, who is slow, and what is kept for those who come again."""
+"""Runs on their own: readers that come, leave and are slow, and events that are kept for reconnecting."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_run_that_loses_its_reader_ends_within_two_tokens(model: Model, n_read
         follower.close()
         assert await end_of(run) == "cancelled" and run.is_left
         assert n_tokens(run) <= there + 2
-        assert len(generation.token_ids) == n_tokens(run)  # what was made ahead is not part of it
+        assert len(generation.token_ids) == n_tokens(run)  # pieces that were generated ahead are not part of it
 
     asyncio.run(work())
 
@@ -85,11 +85,11 @@ def test_a_reader_that_stops_reading_is_given_up(
         stuck, quick = run.follow(), other.follow()
         await anext(stuck)
         async for _ in quick:  # others are not held up
-            assert background or len(run.events) <= runs.LAG + 3  # what is kept for who is slow is bounded
+            assert background or len(run.events) <= runs.LAG + 3  # the backlog of a slow reader is bounded
         assert n_tokens(other) == 500
         assert await end_of(run) == ("done" if background else "cancelled")
         assert n_tokens(run) == 2000 if background else n_tokens(run) <= runs.LAG + 3
-        assert [one async for one in stuck] == []  # his stream ends
+        assert [one async for one in stuck] == []  # the stream ends
 
     asyncio.run(work())
 
@@ -130,7 +130,7 @@ def test_finished_runs_are_dropped_on_an_idle_server_too(model: Model) -> None:
         run = begun(model, 4, background=True, session_id="s")
         kept.add(run)
         await end_of(run)
-        while kept.find(run.id, "") is not None:  # nobody adds another
+        while kept.find(run.id, "") is not None:  # none is added
             await asyncio.sleep(0.01)
 
     asyncio.run(work())

@@ -79,7 +79,7 @@ def say(session: Session, said: Any, **more: Any) -> Turn:
 
 
 def rendered(model: Model, messages: list[Any], **options: Any) -> str:
-    """What the template makes of a conversation, told of tools as it understands it."""
+    """The conversation as the template renders it, with tools in the form that it takes."""
     messages, more = with_tools(messages, options.pop("tools", ()), model.template)
     return model.template.render(messages, **options, **more)
 
@@ -311,7 +311,7 @@ def test_the_same_options_keep_the_past(hermes: Model) -> None:
 
 
 def test_other_options_word_the_past_anew_and_keep_answers_as_drawn(hermes: Model) -> None:
-    """What goes into the system message is in front of everything; answers are still the ids that were drawn."""
+    """The system message changes at the start of everything; answers still have their sampled ids."""
     session = hermes.session(system="s")
     drawn = replace(SHORT, temperature=3.0)
     turns = [say(session, "one", params=drawn), say(session, "two", params=drawn)]
@@ -344,7 +344,7 @@ def test_options_that_change_nothing_of_the_past_cost_nothing(hermes: Model) -> 
 @pytest.mark.parametrize("template", [HERMES, STRICT, tiny.CHATML], ids=["hermes", "strict", "knows no tools"])
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_conversation_with_tools(tmp_path: Path, template: str, ends: bool) -> None:
-    """The answer that called stays as it was drawn, though the template words its call itself."""
+    """The answer with a call keeps its sampled ids, although the template formats the call differently."""
     with Model.load(tiny.write_model(tmp_path / "m", template=template), threads=1) as model:
         session = model.session(system="s")
         options = {"tools": TOOLS}
@@ -368,7 +368,7 @@ def test_a_conversation_with_tools(tmp_path: Path, template: str, ends: bool) ->
 
 
 def test_a_call_that_was_cut_off_or_ends_otherwise(hermes: Model) -> None:
-    """Without its end token the template's own comes first; the ids drawn stay."""
+    """Without its end token the template's own comes first; the sampled ids stay."""
     session = hermes.session()
     first = say(session, "one", params=replace(calling(), max_tokens=20))
     assert first.finish_reason == "length"

@@ -484,7 +484,7 @@ def test_a_verb_while_a_task_reads(workspace: Workspace, verb: str, how: str) ->
 
 
 def test_a_task_that_waits_for_the_first_token(model: Model) -> None:
-    """It is woken, though nothing was said; the session is as it was."""
+    """It is woken, although there is no new turn; the session is as it was."""
     session = model.session()
     talk(session, "one")
 

@@ -175,7 +175,7 @@ def test_tags_and_numbers(model: Model) -> None:
         session.tag(1, "")
 
 
-# ---- Replies in the making ------------------------------------------------------------------------------------
+# ---- Running replies ------------------------------------------------------------------------------------------
 
 
 def test_one_reply_at_a_time(model: Model) -> None:
@@ -319,7 +319,7 @@ def test_a_template_that_rewords_the_past_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_reworded_past_never_lends_its_pages(tmp_path: Path) -> None:
-    """The second turn's pages are gone; the first's fit the third only as far as the second went on from them."""
+    """The second turn's pages were evicted; the third can use the first's only up to the start of the second."""
     with Model.load(tiny.write_model(tmp_path / "m", template=EXCITED), threads=1) as model:
         session = model.session()
         first, second = talk(session, "one", "two")
@@ -363,7 +363,7 @@ def test_replies_that_give_way_say_the_same(tiny_folder: Path) -> None:
 
 
 class Walks(RuleBasedStateMachine):
-    """Any walk through any number of sessions gives what each turn gives from scratch, and leaves no page behind."""
+    """Any walk through any number of sessions gives the same turns as from scratch, and leaks no page."""
 
     model: Model
 

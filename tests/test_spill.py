@@ -1,4 +1,4 @@
-"""The disk tier for KV pages: what comes back is what was put or nothing, whatever happened to the files meanwhile."""
+"""The disk tier for KV pages: a page is read as it was written, or not found, whatever happened to its file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_fingerprint_keys_depend_on_every_field_and_its_place() -> None:
     assert len(keys) == 6 and all(len(made) == 32 for made in keys)
 
 
-# ---- What is put comes back ------------------------------------------------------------------------------------------
+# ---- Writing and reading ---------------------------------------------------------------------------------------------
 
 
 def test_round_trip(spilled: SpillFolder) -> None:
@@ -396,7 +396,7 @@ def test_any_order_of_calls() -> None:
 
 
 def test_four_threads(tmp_path: Path) -> None:
-    """Each page's content follows from its key, so whoever finds one can tell whether it is right."""
+    """Each page's content follows from its key, so a reader can check it."""
     made = opened(tmp_path, n_pages=6)
     expected = [page(i) for i in range(10)]
     failures: list[str] = []

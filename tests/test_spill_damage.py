@@ -1,4 +1,4 @@
-"""The disk tier when its files are damaged, foreign, newer or gone: nothing of that comes back as a page."""
+"""The disk tier when its files are damaged, foreign, newer or missing: none of them is read as a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spilling import FILE_BYTES, FIRST, PAGE_BYTES, SECOND, content, file_of, fi
 
 
 def assert_refused(spilled: SpillFolder, path: Path) -> None:
-    """Page 0 is not found, its file is gone, and it can be put anew."""
+    """Page 0 is not found, its file is removed, and it can be written again."""
     before = spilled.n_damaged
     assert content(spilled, 0) is None
     assert spilled.n_damaged == before + 1 and isinstance(spilled.last_error, StoreCorrupt)

@@ -1,4 +1,4 @@
-"""A disk that stands still holds up nobody: eviction, lookup and usage go on while a page is being written or read."""
+"""A stuck disk blocks no other work: eviction, lookup and usage continue while a page is written or read."""
 
 from __future__ import annotations
 

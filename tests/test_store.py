@@ -1,4 +1,4 @@
-"""The store: what is acknowledged is there, what is damaged is said, and nothing hangs."""
+"""The store: acknowledged writes are there, damage is reported, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_draft_is_stored_until_its_watch_closes(tmp_path: Path) -> None:
         done(store.put_turn(final, a_session(head_id=final.id)))
         other = Draft()
         second = store.watch(other)
-        other.wait_until_stored()  # the writer went round twice, and would have looked at the first
+        other.wait_until_stored()  # the writer ran twice, and would have written the first
         second.close()
         assert final in store.load("t", "s")[1]
 

@@ -1,4 +1,4 @@
-"""The store when disks fail, power is lost and processes are killed: what was acknowledged is there all the same.
+"""The store when disks fail, power is lost and processes are killed: acknowledged writes are still there.
 
 More of it than usual: FABULA_TEST_KILLS, rounds of kill -9; FABULA_TEST_FAULT_STRIDE=1, every single write and sync
 made to fail instead of one in so many; FABULA_TEST_POWER, moments at which power is lost.

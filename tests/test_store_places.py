@@ -217,7 +217,7 @@ def test_errors_by_their_codes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Iterator[tuple[Store, sqlite3.Connection, list[TurnRecord]]]:
-    """A store with sessions "s" and "fine", and a connection of somebody else's to its file."""
+    """A store with sessions "s" and "fine", and another program's connection to its file."""
     found = chain(3, prompt_ids=(5, 6))
     with Store.open(tmp_path) as store:
         done(*put_all(store, found), *put_all(store, chain(1, session_id="fine")))

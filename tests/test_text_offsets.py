@@ -1,4 +1,4 @@
-"""Where every token stands in its text: offsets, the end of the text, and stop strings that name control tokens."""
+"""The offset of every token in its text, the end of the text, and stop strings that name control tokens."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _is_beginning(data: bytes) -> bool:
 
 
 def search(tokenizer: Tokenizer, tokens: list[int], stops: list[str], ends: set[int]) -> Wanted:
-    """Decodes the tokens one after the other, and looks for stop strings behind every single character: in the text
-    with its control tokens written out, and in the text as it is shown."""
+    """Decodes the tokens one after the other, and searches stop strings after every character: in the text with its
+    control tokens written out, and in the text as it is shown."""
     decoder = tokenizer.stream_decoder(continues=True)
     written: list[str] = []  # characters, with those of control tokens
     shown: list[int] = []  # positions in `written` of what is shown
@@ -223,7 +223,7 @@ def test_completions_and_chat_list_the_tokens_of_the_text(tiny_folder: Path, tmp
     async def work(client: Inside) -> None:
         _, plain = await client.ask("POST", "/v1/completions", **completion)
         text, listed = plain["choices"][0]["text"], plain["choices"][0]["logprobs"]
-        for i, offset in enumerate(listed["text_offset"]):  # every token stands where its offset says
+        for i, offset in enumerate(listed["text_offset"]):  # every token is at its offset
             token = listed["tokens"][i]
             assert "\ufffd" in token or text[offset:].startswith(token) or token in tiny.SPECIAL
         n_cut = 0

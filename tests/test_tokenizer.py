@@ -85,7 +85,7 @@ def test_folder_equals_the_library(story: Tokenizer, story_folder: Path, text: s
     assert story.encode(text) == reference.encode(text).ids
     assert story.encode(text, add_bos=False) == reference.encode(text, add_special_tokens=False).ids
     ids = reference.encode(text).ids
-    if 0 not in ids:  # the unknown token stands for what cannot come back
+    if 0 not in ids:  # the unknown token replaces what the vocabulary lacks
         assert story.decode(ids) == text == reference.decode(ids[1:])
 
 

@@ -1,4 +1,4 @@
-"""The form of tool calls is read from the chat template; answers are held to it and read by it.
+"""The form of tool calls is detected from the chat template; answers are constrained to it and parsed by it.
 
 The templates are small ones, written for the tests, and those of llama.cpp's source distribution where
 FABULA_TEST_TEMPLATES names their folder (models/templates).
@@ -222,7 +222,7 @@ def test_values_that_stand_as_text_are_held_too(name: str, arguments: dict[str, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_or_what_the_schema_says(name: str) -> None:
-    """`tools` beside `response_format`: one grammar for both."""
+    """`tools` with `response_format`: one grammar for both."""
     form = style_of(ChatTemplate(template_of(name))).form
     city = Constraint.json_schema(
         {
@@ -358,7 +358,7 @@ def test_thoughts_between_control_tokens() -> None:
 
 
 def test_marks_that_are_control_tokens() -> None:
-    """They are generated as such, written text does not stand for them, and they stay in the answer's text."""
+    """They are generated as such, plain text cannot replace them, and they stay in the answer's text."""
     form = style_of(ChatTemplate(template_of("mistral"))).form
     vocabulary = tokenizer(True)
     constraint = tool_constraint(TOOLS, "required", form=form, tokenizer=vocabulary)
@@ -416,7 +416,7 @@ def test_wherever_an_answer_is_cut_stream_and_whole_say_the_same(name: str) -> N
 
 
 def check_there_and_back(template: ChatTemplate) -> None:
-    """What the template renders is read as the calls, and the grammar takes exactly that text."""
+    """The rendered text is parsed as the calls, and the grammar accepts exactly that text."""
     form = style_of(template).form
     is_single = form.name in ("harmony", "llama3", "gigachat")  # templates that render one call of a message
     for calls in (

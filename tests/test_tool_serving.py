@@ -1,4 +1,4 @@
-"""Tools over HTTP, with models whose templates have calls in different forms: cut off, beside a schema, refused."""
+"""Tools over HTTP, with templates of different forms of calls: truncated, with a schema, refused."""
 
 from __future__ import annotations
 

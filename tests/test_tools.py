@@ -1,4 +1,4 @@
-"""Tools: what a definition may say, how models are told, held to them, and understood."""
+"""Tools: definitions, their text in the prompt, the constraint of calls, and the parser."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_what_a_template_reads() -> None:
 
 
 def accepted(tokenizer: Tokenizer, constraint: Constraint, text: str) -> Guide | None:
-    """The guide behind a text; None if the constraint forbids it."""
+    """The guide after a text; None if the constraint forbids it."""
     try:
         return Guide(tokenizer, tokenizer.vocab_size, constraint, tokenizer.encode(text, add_bos=False))
     except InvalidArgument as error:
@@ -294,7 +294,7 @@ def test_required(parallel: bool, choice: Any, loaded_tiny: Model) -> None:
 
 
 def test_strict(loaded_tiny: Model) -> None:
-    """A keyword that cannot be enforced is passed over, unless the tool is strict."""
+    """A keyword that cannot be enforced is ignored, unless the tool is strict."""
     schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}, "required": ["a"]}
     loose = tool_constraint([function(parameters=schema)], "required")
     assert loose is not None
@@ -347,7 +347,7 @@ def test_a_real_model_calls_tools(choice: Any, temperature: float, smollm2_model
 
 
 def read(pieces: list[str]) -> list[Event]:
-    """Events of a streamed text, neighbours of a kind joined."""
+    """Events of a streamed text, consecutive ones of a kind joined."""
     reader = ToolCallReader()
     events: list[Event] = []
     for event in [*(event for piece in pieces for event in reader.feed(piece)), *reader.finish()]:
@@ -423,7 +423,7 @@ def test_malformed_calls_are_content(text: str, calls: int) -> None:
     "arguments", ["{x: 1}}" + CLOSE, '{"x": 1' + CLOSE, '{"x": "' + CLOSE, '{"a": 1', '{"a":{"a":' * 3000]
 )
 def test_a_call_that_has_said_its_name_is_a_call(arguments: str) -> None:
-    """The stream has told of it already, and the whole answer says the same."""
+    """The stream has emitted it already, and the whole answer has the same."""
     content, calls = parse_tool_calls("a " + OPEN + '{"name": "f", "arguments": ' + arguments)
     assert content == "a"
     assert [(call.name, call.is_whole) for call in calls] == [("f", False)]

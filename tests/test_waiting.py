@@ -1,4 +1,4 @@
-"""How tests wait: who works is waited for, who does not is a hang, and it is said where everybody stands."""
+"""How tests wait: for work as long as it takes; a hang fails, with the stack of every thread."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_everything_survives_a_restart(desk: Desk) -> None:
 
 @pytest.mark.parametrize("policy", ["error", "slide", "drop_oldest_turns"])
 def test_a_restart_is_warm_and_says_the_same(desk: Desk, policy: str) -> None:
-    """The K and V of full pages come back from the disk; a turn computes what its parent's last page held."""
+    """The KV of full pages is read from disk; a turn computes the rest of its parent's last page."""
     session = desk.session(context_policy=policy)
     first, second = talk(session, PAST, PAST)
     expected = alone(desk.workspace.models["tiny"], second)
@@ -110,7 +110,7 @@ def test_a_session_outlives_its_model(desk: Desk) -> None:
 @pytest.mark.parametrize("n_read", [0, 3])
 @pytest.mark.parametrize("params", [LONG, SHORT], ids=["in the making", "made"])
 def test_the_model_goes_while_a_reply_is_read(desk: Desk, n_read: int, params: SamplingParams) -> None:
-    """An error, or the rest of what was made already; never a model that is loaded again behind the reader's back."""
+    """An error, or the pieces that were generated already; never a model that is silently loaded again."""
     session = desk.session()
     (first,) = talk(session, "one")
     reply = session.say("two", params)
@@ -168,7 +168,7 @@ def test_one_process_at_a_time(desk: Desk, tiny_folder: Path) -> None:
 
 
 def test_what_was_done_last_is_there_at_once(desk: Desk) -> None:
-    """Whoever forgets a session and opens it again finds it as he left it."""
+    """A session that lost its last reference is the same when it is opened again."""
     talk(desk.session(), "one", "two", "three")
     for _ in range(6):
         gc.collect()
@@ -248,7 +248,7 @@ def test_forks_of_forks_in_a_store(desk: Desk) -> None:
 
 
 def grow_and_fell(model: Model, session: Session, n: int, order: str) -> None:
-    """A bush of forks, some of which go on, and its end: every page is freed, once."""
+    """Many forks, some of which continue, and their end: every page is freed once."""
     pool, rng = model._runner.pool, random.Random(4)
     talk(session, PAST)
     forks = [session]

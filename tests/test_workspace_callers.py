@@ -1,4 +1,4 @@
-"""Workspaces with several callers at once: those who wait, those who cut in, and locks."""
+"""Workspaces with several concurrent callers: waiting in order, stopping others' replies, and locks."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_opening_a_stored_session_writes_nothing(desk: Desk, monkeypatch: pytest
 
 @pytest.mark.parametrize("verb", ["rollback", "redo", "delete", "prune", "close", "unload", "at"])
 def test_in_the_middle_of_a_reply(desk: Desk, verb: str) -> None:
-    """Another thread reads; each verb ends the reply, and leaves a session that goes on."""
+    """Another thread reads; each verb ends the reply, and the session can be continued."""
     session = desk.session()
     first, second = talk(session, "one", "two")
     session.rollback(1)

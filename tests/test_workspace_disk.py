@@ -43,7 +43,7 @@ def test_a_prompt_for_which_there_are_no_pages(tiny_folder: Path, tmp_path: Path
 
 
 def test_pages_from_the_disk_are_the_same(tiny_folder: Path, tmp_path: Path) -> None:
-    """Ten conversations in a pool for two: each comes back from the disk again and again."""
+    """Ten conversations in a pool for two: each is read from disk repeatedly."""
     with Workspace(tmp_path) as workspace:
         model = workspace.load(tiny_folder, name="tiny", threads=1, kv_memory=14 * PAGE)
         sessions = [workspace.session(f"s{i}") for i in range(10)]
@@ -178,7 +178,7 @@ import ctypes, random, sys
 from fabula import *
 folder, model, error, part, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 shim, rng = ctypes.CDLL(None), random.Random(seed)
-# The database alone being read-only is not what a disk does; the folder beside it tells a full one from a broken one.
+# A disk does not make only the database read-only; the folder shows whether it is full or broken.
 kind = StoreError if part.endswith("sessions.sqlite3") else {28: StoreFull, 30: StoreReadOnly}[error]
 short = SamplingParams(temperature=1.0, max_tokens=9, seed=3)
 w = Workspace(folder)
@@ -190,17 +190,17 @@ for n in range(6):
     s.say(words, short).text()
     if n % 2:
         s.rollback(0)
-def told():
+def state():
     return [(t.id, t.text, t.token_ids) for t in s.turns], s.head.id
 refused = 0
 for n in range(30):
-    before = told()
+    before = state()
     shim.fault_arm(part.encode(), ctypes.c_long(1 + rng.randrange(3)), error, 1)
     try:
         s.say(words, short).text()
     except kind as failure:
         refused += 1
-        assert shim.fault_hits() and told() == before and not s.is_busy, failure
+        assert shim.fault_hits() and state() == before and not s.is_busy, failure
         shim.fault_clear()
     shim.fault_clear()
     s.say(words, short).text()
@@ -208,13 +208,13 @@ for n in range(30):
     s.rollback(rng.randrange(s.head.number + 1) if s.head.number < 4 else 0)
 w._keeper.store.flush()
 assert w._keeper.store.check() == [], w._keeper.store.check()
-before = sorted(told()[0]), told()[1]
+before = sorted(state()[0]), state()[1]
 w.close()
 del s
 with Workspace(folder) as w:
     w.load(model, name="m", threads=1)
     s = w.open("a")
-    assert (sorted(told()[0]), told()[1]) == before
+    assert (sorted(state()[0]), state()[1]) == before
     s.say("again", short).text()
     s.delete()
     assert w._keeper.store.check() == []
@@ -225,8 +225,8 @@ print(refused)
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("part", ["sessions.sqlite3", "pages", ""])
 def test_the_disk_is_full_or_read_only(shim: Path, tiny_folder: Path, tmp_path: Path, error: int, part: str) -> None:
-    """A reply fails as a whole, session and store stay as before, and all is well once there is room. Where only pages
-    of K and V cannot be written, nothing fails."""
+    """A reply fails as a whole, session and store stay as before, and the next one works once there is room. If only KV
+    pages cannot be written, nothing fails."""
     folder = tmp_path / "data"
     result = run_program(
         [sys.executable, "-W", "error", "-c", FULL_DISK, folder, tiny_folder, error, f"{folder}/{part}", 1],

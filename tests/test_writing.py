@@ -20,7 +20,7 @@ PIECE = SamplingParams(temperature=1.0, max_tokens=9, seed=11, ignore_eos=True)
 
 
 def alone(model: Model, turn: Turn) -> list[int]:
-    """What a turn's answer is from scratch, behind the same ids."""
+    """A turn's answer from scratch, after the same ids."""
     assert turn.params is not None
     model.clear_cache()
     prompt = turn.ids()[: turn.n_ids - len(turn.token_ids)]

@@ -4,9 +4,9 @@ A timer ticks every 10 ms. A late tick alone says nothing: the machine may be bu
   - The loop's thread used more than LIMIT_S of processor time between two ticks. The limit is for a machine on which
     `calibration_s` takes REFERENCE_S, and grows with what it takes here.
   - A second thread saw the loop's thread sleep at one instruction for LIMIT_S: no processor time, and no context switch
-    either. A thread that waits for the interpreter's lock wakes every 5 ms to ask for it, so it is not taken for one
-    that waits for another lock, for a file or for a database. Moments in which threads of this process queue for
-    a processor do not count: whom it waits for may be among them.
+    either. A thread that waits for the GIL wakes every 5 ms, so it is not mistaken for one that waits for another lock,
+    a file or a database. Moments in which threads of this process queue for a processor do not count: the thread may
+    wait for one of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 LIMIT_S = 0.1
 TICK_S = 0.01
 REFERENCE_S = 0.004
-SHARE = 0.2  # of a moment: if threads stand in line for a processor for longer, the moment does not count
+SHARE = 0.2  # of a moment: if threads queue for a processor for longer, the moment does not count
 STOOD = "the event loop stood"
 
 
@@ -73,7 +73,7 @@ class Watch:
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     def _look(self) -> None:
-        """The thread that looks where the loop's thread stands."""
+        """The thread that samples the stack of the loop's thread."""
         before: Any = None
         waited_s, looked, queued = 0.0, time.monotonic(), self._queued_s()
         while not self._stopped.wait(TICK_S):
@@ -89,7 +89,7 @@ class Watch:
             is_idle = queued_now - queued < SHARE * (now - looked)
             if where != before or frame.f_code.co_filename.endswith("selectors.py"):
                 before, waited_s = where, 0.0
-            elif is_idle:  # or whom it waits for stands in line for a processor
+            elif is_idle:  # or the thread it waits for queues for a processor
                 waited_s += min(now - looked, 2 * TICK_S)
             looked, queued = now, queued_now
             if waited_s > LIMIT_S:
@@ -105,7 +105,7 @@ class Watch:
         return total
 
     def _moves(self) -> list[str]:
-        """Counters that change when the loop's thread runs, or asks for the interpreter's lock."""
+        """Counters that change when the loop's thread runs, or tries to take the GIL."""
         status = (self._task / "status").read_text().splitlines()
         return [line for line in status if "ctxt_switches" in line] + [
             (self._task / "schedstat").read_text().split()[0]
@@ -132,7 +132,7 @@ async def watched() -> AsyncIterator[Watch]:
 
 
 def main() -> None:
-    """Runs `fabula` with the words of the command line; a loop that stood is told on stderr."""
+    """Runs `fabula` with the arguments of the command line; reports a blocked loop on stderr."""
     from fabula.server.state import Server
 
     start = Server.start

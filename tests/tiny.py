@@ -41,7 +41,7 @@ VOCAB = int(CONFIG["vocab_size"])
 
 
 def tokenizer_json(n_more: int = 0) -> str:
-    """A byte-level BPE's description; `n_more` tokens that no text contains are put behind the others."""
+    """A byte-level BPE's description, with `n_more` tokens at the end that no text contains."""
     tokens = [*SPECIAL, *PIECES, *(merge.replace(" ", "") for merge in MERGES)]
     tokens += [f"unused{i}" for i in range(n_more)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

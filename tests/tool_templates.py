@@ -141,7 +141,7 @@ HARMONY = (
 
 
 def template_of(name: str, opened: str = "") -> str:
-    """A template whose calls have the form of that name; answers begin behind `opened`."""
+    """A template whose calls have the form of that name; answers start after `opened`."""
     if name == "harmony":
         return HARMONY
     return _CONVERSATION.replace("BODY", BODIES[name]).replace("OPENED", opened)
