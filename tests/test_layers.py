@@ -1,4 +1,4 @@
-"""The order of layers: allowed `#include` and `import`."""
+"""Who may know whom: the order of layers, checked over `#include` and `import`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-# From the bottom up; a folder may include itself and those before it.
+# From the bottom up; a folder may include itself and what stands before it.
 C_LAYERS = ["base", "quant", "kernels", "kv", "ops", "program", "bench"]
 # quant/weight.c packs with the kernels' converters, which themselves need quant/convert.h.
 C_EXCEPTIONS = {("quant", "kernels")}

@@ -1,7 +1,7 @@
-"""Native calls: single operators, plain serial loops for comparison, and loops that measure the machine.
+"""Calls of single operators, of the loops that measure a machine, and of plain serial ones to compare with.
 
-Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes. `out`
-receives the result if it is given.
+Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes. `out`,
+where given, takes the result.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def measure_read(n_bytes: int, n_repeats: int, n_threads: int) -> float:
 
 
 def measure_copy(device: Device, n_bytes: int, n_repeats: int) -> float:
-    """Bytes per second that a copy in a GPU's memory reads and writes; see fb_measure_copy."""
+    """Bytes per second that a GPU's memory moves, those read and those written; see fb_measure_copy."""
     out = ffi.new("double *")
     check(lib.fb_measure_copy(device.handle, n_bytes, n_repeats, out))
     return float(out[0])

@@ -216,7 +216,7 @@ class Workspace:
                     title=title or "",
                 )
                 self._keeper.register(session)
-        # Without the lock: no other caller waits for the commit of a new session. A session's lock is taken before this
+        # Without the lock: nobody else waits for the commit of a new session, and a session's lock is taken before this
         # one, since the session may load its model.
         if found is None:
             self._keeper.create(session)

@@ -76,8 +76,8 @@ class Request:
     Attributes:
         items: queue for the reader.
         done: set when the scheduler has released it; the sequence then belongs to the reader.
-        abandoned: has no reader any more; set without a lock, checked at the next step.
-        n_reused: prompt tokens with KV in the cache.
+        abandoned: nobody reads it any more; set without a lock, seen at the next step.
+        n_reused: prompt tokens whose KV was there already.
         n_preempted: how often it was preempted.
     """
 
@@ -160,7 +160,7 @@ class Request:
         self._n_published = sequence.n_tokens // PAGE_POSITIONS
 
     def release(self) -> None:
-        """Evicts its KV, which is found in the cache or recomputed when it runs next."""
+        """Evicts its KV, which is recomputed, or found, when it runs next."""
         sequence = self.sequence
         self.sequence = self.runner.sequence(sequence.window)
         self._n_published = 0

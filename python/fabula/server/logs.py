@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from fabula.server.runs import Run, Source
 
 logger = logging.getLogger("fabula.server")
-QUIET = frozenset({"/health", "/metrics"})  # polled every few seconds by monitoring
+QUIET = frozenset({"/health", "/metrics"})  # asked every few seconds by machines
 
 
 def set_up(settings: Settings) -> None:
-    """Configures the log of this process: stderr, in the format and level of the settings."""
+    """Sends the log to stderr as the settings say; for the process that serves."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logger.handlers = [handler]
