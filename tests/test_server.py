@@ -50,7 +50,7 @@ def test_chat_rollback_delete(served: Running) -> None:
     second = served.post("/chat", session_id="abc123", message="And you?", max_len=8)
     check_answer(second, "abc123", 2)
     assert second["usage"]["recomputed_tokens"] == 0
-    # The past is not recomputed, except for the last sampled token of the answer, which was never computed.
+    # What was said is not computed again, but for the last token of the answer, which was drawn and never read.
     known = first.json()["usage"]["prompt_tokens"] + first.json()["usage"]["generated_tokens"]
     assert second["usage"]["reused_tokens"] >= known - 1
     third = served.post("/chat", session_id="abc123", message="Why?", max_len=8)
@@ -215,7 +215,7 @@ def test_walking(served: Running) -> None:
     pruned = served.post("/rollback", session_id="walk", target_turn=0, prune=True)
     assert pruned["head"] == 0 and pruned["head_id"] == ""
     assert served.get("/sessions/walk")["n_turns"] == 0
-    assert served.get("/sessions/walk-on")["head"] == 3  # the turns of a fork stay
+    assert served.get("/sessions/walk-on")["head"] == 3  # what a fork goes on from stays
 
 
 def test_story(served: Running) -> None:
@@ -292,7 +292,7 @@ def test_stopping_keeps_everything(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_replies_of_verbs_do_not_grow_with_the_path(served: Running) -> None:
-    """`?path=true` adds the path."""
+    """Where the path is wanted, `?path=true` asks for it."""
     data = {"session_id": "grows", "text": "Once upon a time. "}
     short = len(json.dumps(served.post("/write", **data)))
     ids = [served.post("/write", **data)["head_id"] for _ in range(40)]
