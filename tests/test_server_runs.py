@@ -160,7 +160,7 @@ def test_what_is_kept_holds_neither_answers_nor_the_request(model: Model) -> Non
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("event", ["answer_begun", "token", "answer_ended"])
+@pytest.mark.parametrize("event", ["answer_started", "token", "answer_ended"])
 def test_an_observer_that_raises_is_logged_and_harms_nobody(
     model: Model, event: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from fabula import Constraint, InvalidArgument
 from fabula.engine.grammar import Guide
-from fabula.sessions.tool_call_parser import ToolCall, gathered, parse_tool_calls, reader_of
+from fabula.sessions.tool_call_parser import ToolCall, gathered, parse_tool_calls, parser_of
 from fabula.sessions.tool_forms import FORMS, HERMES, style_of
 from fabula.sessions.tools import Calling, tool_constraint, with_tools
 from fabula.text.template import ChatTemplate
@@ -271,12 +271,12 @@ def test_json_beside_tools_may_hold_the_marks_of_a_call(name: str) -> None:
     text = json.dumps({"a": "x " + calling.form.write([("now", {})])})
     assert accepts(constraint, text, tokenizer(False))
     for size in (1, 4, len(text)):
-        reader = calling.reader()
-        events = [event for i in range(0, len(text), size) for event in reader.feed(text[i : i + size])]
-        assert gathered([*events, *reader.finish()]) == (text, [])
-    reader = calling.reader()
+        parser = calling.parser()
+        events = [event for i in range(0, len(text), size) for event in parser.feed(text[i : i + size])]
+        assert gathered([*events, *parser.finish()]) == (text, [])
+    parser = calling.parser()
     call_ = calling.form.write([("now", {})])
-    assert len(gathered([*reader.feed("\n" + call_), *reader.finish()])[1]) == 1
+    assert len(gathered([*parser.feed("\n" + call_), *parser.finish()])[1]) == 1
 
 
 def test_a_grammar_that_cannot_stand_beside_calls_is_refused() -> None:
@@ -336,8 +336,8 @@ def test_no_call_is_looked_for_in_a_thought(name: str, opened: str) -> None:
     thought = ("" if opened else "<think>") + mention + "</think>"
     for answer, n_calls in ((thought + "\n" + text, 1), (thought, 0), (thought[:-3], 0), (text, 1), ("Hi", 0)):
         assert accepts(constraint, answer, vocabulary), answer
-        reader = calling.reader()
-        content, calls = gathered([*reader.feed(answer), *reader.finish()])
+        parser = calling.parser()
+        content, calls = gathered([*parser.feed(answer), *parser.finish()])
         assert len(calls) == n_calls
         assert content.rstrip("\n") == (answer.removesuffix(text).rstrip("\n"))
     assert not accepts(constraint, thought + text.replace("now", "noon"), vocabulary) or name == "llama3"
@@ -379,9 +379,9 @@ def test_marks_that_are_control_tokens() -> None:
 
 def streamed(text: str, size: int, name: str, is_whole: bool) -> tuple[str, list[ToolCall]]:
     form = next(form for form in FORMS if form.name == name)
-    reader = reader_of(form, {"get_weather": SCHEMA})
-    events = [event for i in range(0, len(text), size) for event in reader.feed(text[i : i + size])]
-    return gathered([*events, *reader.finish(is_whole=is_whole)])
+    parser = parser_of(form, {"get_weather": SCHEMA})
+    events = [event for i in range(0, len(text), size) for event in parser.feed(text[i : i + size])]
+    return gathered([*events, *parser.finish(is_whole=is_whole)])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -432,8 +432,8 @@ def check_there_and_back(template: ChatTemplate) -> None:
         expected = [(one["function"]["name"], one["function"]["arguments"]) for one in calls]
         for vocabulary in (tokenizer(True), tokenizer(False)):
             calling = Calling(template, vocabulary, TOOLS)
-            reader = calling.reader()
-            content, found = gathered([*reader.feed(answer), *reader.finish()])
+            parser = calling.parser()
+            content, found = gathered([*parser.feed(answer), *parser.finish()])
             assert content.strip() == "", (answer, content)
             assert [(one.name, json.loads(one.arguments), one.is_whole) for one in found] == [
                 (name, arguments, True) for name, arguments in expected

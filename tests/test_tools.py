@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 import tiny
 from fabula import Constraint, InvalidArgument, Model, SamplingParams
 from fabula.engine.grammar import Guide
-from fabula.sessions.tool_call_parser import CLOSE, OPEN, Arguments, CallBegun, CallEnded, Content, Event
+from fabula.sessions.tool_call_parser import CLOSE, OPEN, Arguments, CallEnded, CallStarted, Content, Event
 from fabula.sessions.tools import (
     MAX_TOOLS,
     ToolCall,
-    ToolCallReader,
+    ToolCallParser,
     call_text,
     parse_tool_calls,
     tool_constraint,
@@ -348,9 +348,9 @@ def test_a_real_model_calls_tools(choice: Any, temperature: float, smollm2_model
 
 def read(pieces: list[str]) -> list[Event]:
     """Events of a streamed text, consecutive ones of a kind joined."""
-    reader = ToolCallReader()
+    parser = ToolCallParser()
     events: list[Event] = []
-    for event in [*(event for piece in pieces for event in reader.feed(piece)), *reader.finish()]:
+    for event in [*(event for piece in pieces for event in parser.feed(piece)), *parser.finish()]:
         last = events[-1] if events else None
         if isinstance(event, Content) and isinstance(last, Content):
             events[-1] = Content(last.text + event.text)
@@ -373,10 +373,10 @@ def test_reading() -> None:
     ]
     assert read([text])[:5] == [
         Content("Let me see. "),
-        CallBegun(0, "get_weather"),
+        CallStarted(0, "get_weather"),
         Arguments(0, '{"city": "Rome", "days": 1}'),
         CallEnded(0, True, ROME),
-        CallBegun(1, "pick-one"),
+        CallStarted(1, "pick-one"),
     ]
 
 
@@ -451,9 +451,9 @@ def test_pieces_may_break_anywhere(text: str, sizes: list[int]) -> None:
 @given(st.lists(st.sampled_from(["<", "<tool", "_call", "x", " "]), max_size=12).map("".join))
 def test_no_half_tag_is_content(text: str) -> None:
     """What is given out is everything but the longest end that may still become a tag."""
-    reader, out = ToolCallReader(), ""
+    parser, out = ToolCallParser(), ""
     for i, character in enumerate(text):
-        out += "".join(event.text for event in reader.feed(character) if isinstance(event, Content))
+        out += "".join(event.text for event in parser.feed(character) if isinstance(event, Content))
         so_far = text[: i + 1]
         n_held = max(n for n in range(len(OPEN)) if so_far.endswith(OPEN[:n]))
         assert out == so_far[: len(so_far) - n_held]

@@ -196,11 +196,11 @@ def _respond(error: ApiError) -> Response:
 
 
 async def _notice() -> None:
-    notify(server().observers, Observer.request_begun)
+    notify(server().observers, Observer.request_started)
 
 
 async def _watch(response: Response) -> Response:
-    seconds = time.perf_counter() - g.get("begun", time.perf_counter())
+    seconds = time.perf_counter() - g.get("started", time.perf_counter())
     rule = request.url_rule
     notify(
         server().observers,

@@ -33,20 +33,20 @@ class Feed(Observer):
 
     # ---- Events -----------------------------------------------------------------------------------------------------
 
-    def answer_begun(self, run: Run, source: Source) -> None:
+    def answer_started(self, run: Run, source: Source) -> None:
         if run.session_id is not None and source is run.sources[0]:
-            self._tell(run.tenant, run.session_id, "begun", run.events[0].data or {})
+            self._send(run.tenant, run.session_id, "begun", run.events[0].data or {})
 
     def answer_ended(self, run: Run, source: Source, kind: str) -> None:
         if run.session_id is not None:
             data = {"stream_id": run.id, "answer": run.sources.index(source), "how": kind}
-            self._tell(run.tenant, run.session_id, "ended", data)
+            self._send(run.tenant, run.session_id, "ended", data)
 
     def changed(self, session: Session, what: What, **data: Any) -> None:
         """A request changed or deleted a session."""
-        self._tell(session.tenant, session.id, what, data if what == "deleted" else {"head_id": session.head.id} | data)
+        self._send(session.tenant, session.id, what, data if what == "deleted" else {"head_id": session.head.id} | data)
 
-    def _tell(self, tenant: str, session_id: str, what: What, data: dict[str, Any]) -> None:
+    def _send(self, tenant: str, session_id: str, what: What, data: dict[str, Any]) -> None:
         readers = self._readers.get((tenant, session_id))
         if not readers:
             return

@@ -178,7 +178,7 @@ class Gate:
     async def _enter(self) -> Response | None:
         given = request.headers.get("X-Request-Id", "")
         g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        g.begun = time.perf_counter()
+        g.started = time.perf_counter()
         g.tenant = ""
         settings = self._settings
         if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:

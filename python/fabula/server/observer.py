@@ -28,13 +28,13 @@ def notify(
 class Observer:
     """Base of observers: callbacks in the event loop's thread that do nothing. Call them through `notify`."""
 
-    def request_begun(self) -> None:
+    def request_started(self) -> None:
         """A request arrived: `quart.request`."""
 
     def request_ended(self, *, method: str, route: str, status: int, seconds: float, request_id: str) -> None:
         """A response's headers are ready. `route` is the rule, such as /sessions/<id>; "" for none."""
 
-    def answer_begun(self, run: Run, source: Source) -> None:
+    def answer_started(self, run: Run, source: Source) -> None:
         """An answer was passed to the engine."""
 
     def token(self, run: Run, source: Source, seconds: float) -> None:

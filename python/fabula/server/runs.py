@@ -106,7 +106,7 @@ class Run:
         self._left = len(self.sources)
         self.on_end: Callable[[Run], None] | None = None
         for source in self.sources:
-            notify(observers, Observer.answer_begun, self, source)
+            notify(observers, Observer.answer_started, self, source)
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.sources))]
 
     # ---- Generating -------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Traces(Observer):
         self._tracer = self._provider.get_tracer("fabula.server")
         self._spans: dict[int, Any] = {}  # of answers, by the id() of their source
 
-    def request_begun(self) -> None:
+    def request_started(self) -> None:
         parent = self._propagate.extract(dict(request.headers))
         g.span = self._tracer.start_span("request", context=parent, kind=self._trace.SpanKind.SERVER)
 
@@ -62,7 +62,7 @@ class Traces(Observer):
             span.set_status(self._trace.StatusCode.ERROR)
         span.end()
 
-    def answer_begun(self, run: Run, source: Source) -> None:
+    def answer_started(self, run: Run, source: Source) -> None:
         outer = g.get("span") if has_request_context() else None
         context = self._trace.set_span_in_context(outer) if outer is not None else None
         span = self._tracer.start_span(f"chat {run.model}", context=context)

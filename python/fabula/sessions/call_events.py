@@ -35,7 +35,7 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
-class CallBegun:
+class CallStarted:
     """A call has started and its name is known.
 
     Attributes:
@@ -75,7 +75,7 @@ class CallEnded:
     raw: str
 
 
-Event = Content | CallBegun | Arguments | CallEnded
+Event = Content | CallStarted | Arguments | CallEnded
 
 
 def gathered(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
@@ -86,7 +86,7 @@ def gathered(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
     for event in events:
         if isinstance(event, Content):
             content.append(event.text)
-        elif isinstance(event, CallBegun):
+        elif isinstance(event, CallStarted):
             name, arguments = event.name, ""
         elif isinstance(event, Arguments):
             arguments += event.text

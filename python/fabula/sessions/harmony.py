@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from fabula.sessions.call_events import Arguments, CallBegun, CallEnded, Content, Event, loaded
-from fabula.sessions.call_reader import Reader
+from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, Event, loaded
+from fabula.sessions.call_parser import CallParser
 from fabula.sessions.tool_syntax import n_half
 
 _MESSAGE = "<|message|>"
@@ -14,7 +14,7 @@ _BEGINS = ("<|channel|>", "<|start|>", "to=")
 _RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_-]{1,64})(?=[\s<])")
 
 
-class HarmonyReader(Reader):
+class HarmonyParser(CallParser):
     """Parses an answer of several messages. A message to a function is a call; messages of the channel "analysis" are
     thoughts, not content."""
 
@@ -26,7 +26,7 @@ class HarmonyReader(Reader):
         self._raw = ""
 
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """As `Reader.finish`."""
+        """As `CallParser.finish`."""
         events: list[Event] = []
         if self._state == self._header:
             match = _RECIPIENT.search(self._held)
@@ -87,7 +87,7 @@ class HarmonyReader(Reader):
     def _begin_call(self, name: str, header: str, events: list[Event]) -> None:
         self._index += 1
         self._is_call, self._is_thought, self._arguments, self._raw = True, False, [], header
-        events.append(CallBegun(self._index, name))
+        events.append(CallStarted(self._index, name))
 
     def _end(self, events: list[Event]) -> None:
         if self._is_call:

@@ -16,16 +16,16 @@ from fabula.sessions.argument_scan import KeywordScanner, ObjectScanner
 from fabula.sessions.call_events import (
     Arguments,
     Blanks,
-    CallBegun,
     CallEnded,
+    CallStarted,
     Content,
     Event,
     ToolCall,
     gathered,
     loaded,
 )
-from fabula.sessions.call_reader import Reader, State
-from fabula.sessions.harmony import HarmonyReader
+from fabula.sessions.call_parser import CallParser, State
+from fabula.sessions.harmony import HarmonyParser
 from fabula.sessions.tool_forms import HERMES, ToolForm
 from fabula.sessions.tool_syntax import NAME, Syntax, matched, n_half
 from fabula.sessions.tool_values import KINDS, json_of, json_of_python, kinds_of
@@ -33,16 +33,16 @@ from fabula.sessions.tool_values import KINDS, json_of, json_of_python, kinds_of
 __all__ = [
     "Arguments",
     "Blanks",
-    "CallBegun",
     "CallEnded",
+    "CallParser",
+    "CallStarted",
     "Content",
     "Event",
-    "Reader",
     "ToolCall",
-    "ToolCallReader",
+    "ToolCallParser",
     "gathered",
     "parse_tool_calls",
-    "reader_of",
+    "parser_of",
 ]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -55,7 +55,7 @@ _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(.*)", re.DOTALL)
 Thought = Literal["", "tagged", "open", "tokens"]
 
 
-class ToolCallReader(Reader):
+class ToolCallParser(CallParser):
     """Parses calls in text that arrives in pieces, which may break anywhere.
 
     Args:
@@ -67,8 +67,8 @@ class ToolCallReader(Reader):
             a call is all content.
 
     Example:
-        >>> reader = ToolCallReader()
-        >>> reader.feed("Let me see.<tool")
+        >>> parser = ToolCallParser()
+        >>> parser.feed("Let me see.<tool")
         [Content(text='Let me see.')]
     """
 
@@ -98,7 +98,7 @@ class ToolCallReader(Reader):
         super().__init__({"tagged": self._before_thought, "open": self._opened}.get(thought, after_thought))
 
     def finish(self, *, is_whole: bool = True) -> list[Event]:
-        """As `Reader.finish`."""
+        """As `CallParser.finish`."""
         events: list[Event] = []
         held, self._held = self._held, ""
         state = self._state
@@ -412,7 +412,7 @@ class ToolCallReader(Reader):
 
     def _begin(self, name: str, events: list[Event]) -> None:
         self._name, self._arguments, self._is_bad = name, [], False
-        events.append(CallBegun(self._index, name))
+        events.append(CallStarted(self._index, name))
 
     def _take_whole(self, inner: str, close: str, events: list[Event]) -> None:
         """Emits a complete call, or its text as content."""
@@ -448,25 +448,25 @@ def parse_tool_calls(
 
     Args:
         text: of the answer.
-        form, schemas, thought: as `ToolCallReader` takes them.
-        is_whole: as `ToolCallReader.finish` takes it.
+        form, schemas, thought: as `ToolCallParser` takes them.
+        is_whole: as `ToolCallParser.finish` takes it.
     """
-    reader = reader_of(form, schemas, thought)
-    content, calls = gathered([*reader.feed(text), *reader.finish(is_whole=is_whole)])
+    parser = parser_of(form, schemas, thought)
+    content, calls = gathered([*parser.feed(text), *parser.finish(is_whole=is_whole)])
     return (content.strip() if calls else content), calls
 
 
-def reader_of(
+def parser_of(
     form: ToolForm,
     schemas: Mapping[str, Mapping[str, Any]] | None = None,
     thought: Thought = "",
     *,
     is_exclusive: bool = False,
-) -> Reader:
-    """The parser of a form; arguments as `ToolCallReader`."""
+) -> CallParser:
+    """The parser of a form; arguments as `ToolCallParser`."""
     if form.arguments == "harmony":
-        return HarmonyReader()
-    return ToolCallReader(form, schemas, thought, is_exclusive=is_exclusive)
+        return HarmonyParser()
+    return ToolCallParser(form, schemas, thought, is_exclusive=is_exclusive)
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def tool_grammar(
         tokenizer: of the model; None if no tag of the form is a control token.
         is_required: whether the answer consists of calls only.
         is_parallel: whether there may be several calls.
-        thought: as `ToolCallReader` takes it.
+        thought: as `ToolCallParser` takes it.
         other: constraint of an answer without calls; None for any text.
 
     Raises:

@@ -20,15 +20,15 @@ from fabula.engine.constraint import Constraint
 from fabula.engine.json_schema import check_limits
 from fabula.errors import InvalidArgument
 from fabula.sessions.call_events import loaded
-from fabula.sessions.call_reader import Reader
+from fabula.sessions.call_parser import CallParser
 from fabula.sessions.tool_call_parser import (
     END_OF_THOUGHT,
     THINK,
     Thought,
     ToolCall,
-    ToolCallReader,
+    ToolCallParser,
     parse_tool_calls,
-    reader_of,
+    parser_of,
 )
 from fabula.sessions.tool_forms import HERMES, ToolForm, ToolStyle, arguments_for, opens_thought, style_of
 from fabula.sessions.tool_grammar import CallableTool, tool_grammar
@@ -42,7 +42,7 @@ __all__ = [
     "Calling",
     "Tool",
     "ToolCall",
-    "ToolCallReader",
+    "ToolCallParser",
     "call_text",
     "parse_tool_calls",
     "text_of",
@@ -290,7 +290,7 @@ def tool_constraint(
         parallel: whether there may be several calls. If not, the answer ends with the first.
         form: of the calls.
         tokenizer: of the model; needed if tags of the form are control tokens.
-        thought: as `ToolCallReader` takes it.
+        thought: as `ToolCallParser` takes it.
         other: constraint of an answer without calls; None for any text. With "required" or a name, it has no effect.
 
     Returns:
@@ -330,7 +330,7 @@ class Calling:
 
     Attributes:
         form: of the calls.
-        thought: whether answers start with a thought, as `ToolCallReader` takes it.
+        thought: whether answers start with a thought, as `ToolCallParser` takes it.
         is_exclusive: whether an answer is calls or something else, never both; `constraint` sets it.
 
     Raises:
@@ -370,9 +370,9 @@ class Calling:
             other=other,
         )
 
-    def reader(self) -> Reader:
+    def parser(self) -> CallParser:
         """A parser of one answer."""
-        return reader_of(self.form, self._schemas, self.thought, is_exclusive=self.is_exclusive)
+        return parser_of(self.form, self._schemas, self.thought, is_exclusive=self.is_exclusive)
 
 
 def _chosen(tools: list[Tool], choice: object) -> tuple[str, list[Tool]]:

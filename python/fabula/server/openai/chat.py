@@ -36,7 +36,7 @@ from fabula.server.runs import Event, Run
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
-from fabula.sessions.tool_call_parser import Arguments, Blanks, CallBegun, CallEnded, Content, gathered
+from fabula.sessions.tool_call_parser import Arguments, Blanks, CallEnded, CallStarted, Content, gathered
 from fabula.sessions.tool_call_parser import Event as Read
 from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
@@ -129,7 +129,7 @@ class Chat:
             "system_fingerprint": fingerprint(serving.model),
         }
         self._calling = calling
-        self._readers = [calling.reader() for _ in generations] if calling is not None else []
+        self._parsers = [calling.parser() for _ in generations] if calling is not None else []
         self._blanks = [Blanks() for _ in generations]
         self._certain = [CertainPieces() for _ in generations]
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
@@ -151,8 +151,8 @@ class Chat:
         reason = reason_of(generation.finish_reason)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if self._calling is not None:
-            reader, blanks = self._calling.reader(), Blanks()
-            events = [*reader.feed(text), *reader.finish(is_whole=self._ended_itself(index))]
+            parser, blanks = self._calling.parser(), Blanks()
+            events = [*parser.feed(text), *parser.finish(is_whole=self._ended_itself(index))]
             content, calls = gathered([*blanks.filter(events), *blanks.finish()])
             message["content"] = content
             if calls:
@@ -208,13 +208,13 @@ class Chat:
             return []
         if self._calling is None:
             return [{"content": text}]
-        return self._read(index, self._blanks[index].filter(self._readers[index].feed(text)))
+        return self._read(index, self._blanks[index].filter(self._parsers[index].feed(text)))
 
     def _rest(self, index: int) -> list[Json]:
         """The deltas held back until the end of an answer."""
         if self._calling is None:
             return []
-        blanks, rest = self._blanks[index], self._readers[index].finish(is_whole=self._ended_itself(index))
+        blanks, rest = self._blanks[index], self._parsers[index].finish(is_whole=self._ended_itself(index))
         return self._read(index, [*blanks.filter(rest), *blanks.finish()])
 
     def _read(self, index: int, events: Iterable[Read]) -> list[Json]:
@@ -225,7 +225,7 @@ class Chat:
         match event:
             case Content(text):
                 return {"content": text}
-            case CallBegun(call, name):
+            case CallStarted(call, name):
                 about = {"id": self.call_id(index, call), "type": "function"}
                 return {"tool_calls": [{"index": call, **about, "function": {"name": name, "arguments": ""}}]}
             case Arguments(call, text):

@@ -8,7 +8,7 @@ from typing import Any
 from fabula.server.limits import Limits
 from fabula.server.openai.format import Json, refuse
 from fabula.server.openai.messages import text_of
-from fabula.sessions.tool_call_parser import Arguments, CallBegun, CallEnded, Content, Reader, reader_of
+from fabula.sessions.tool_call_parser import Arguments, CallEnded, CallParser, CallStarted, Content, parser_of
 from fabula.sessions.tool_call_parser import Event as Read
 from fabula.sessions.tool_forms import HERMES
 from fabula.sessions.tools import Calling
@@ -110,18 +110,18 @@ class Output:
 
     Args:
         key: prefix of their ids.
-        reads_calls: whether to parse tool calls.
+        parses_calls: whether to parse tool calls.
         calling: gives the form of the calls; None for Hermes'.
 
     Attributes:
         items: so far.
     """
 
-    def __init__(self, key: str, reads_calls: bool, calling: Calling | None = None) -> None:
+    def __init__(self, key: str, parses_calls: bool, calling: Calling | None = None) -> None:
         self._key = key
-        self._reader: Reader | None = None
-        if reads_calls:
-            self._reader = calling.reader() if calling is not None else reader_of(HERMES)
+        self._parser: CallParser | None = None
+        if parses_calls:
+            self._parser = calling.parser() if calling is not None else parser_of(HERMES)
         self._blanks, self._is_open, self._cut = "", False, False
         self.items: list[Json] = []
 
@@ -129,7 +129,7 @@ class Output:
         """Adds text; returns the events of the items."""
         if not text:
             return
-        for event in self._reader.feed(text) if self._reader is not None else [Content(text)]:
+        for event in self._parser.feed(text) if self._parser is not None else [Content(text)]:
             yield from self._take(event)
 
     def finish(self, *, is_whole: bool, ended_itself: bool | None = None) -> Iterator[Json]:
@@ -140,7 +140,7 @@ class Output:
             ended_itself: whether the model ended it, not a stop string. None: as `is_whole`.
         """
         ended = is_whole if ended_itself is None else ended_itself
-        for event in self._reader.finish(is_whole=ended) if self._reader is not None else []:
+        for event in self._parser.finish(is_whole=ended) if self._parser is not None else []:
             yield from self._take(event)
         self._cut = not is_whole
         if not self.items:
@@ -151,7 +151,7 @@ class Output:
         match event:
             case Content(text):
                 yield from self._say(text)
-            case CallBegun(_, name):
+            case CallStarted(_, name):
                 yield from self._close()
                 yield from self._begin_call(name)
             case Arguments(_, text):
@@ -167,7 +167,7 @@ class Output:
     def _say(self, text: str, *, waits: bool = True) -> Iterator[Json]:
         if not self._is_open:
             text, self._blanks = self._blanks + text, ""
-            if waits and self._reader is not None and text.isspace():  # there may be nothing but calls
+            if waits and self._parser is not None and text.isspace():  # there may be nothing but calls
                 self._blanks = text
                 return
             self._is_open = True

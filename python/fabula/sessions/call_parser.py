@@ -11,7 +11,7 @@ from fabula.sessions.call_events import Event
 State = Callable[[list[Event]], bool]
 
 
-class Reader(ABC):
+class CallParser(ABC):
     """A parser of calls in text that arrives in pieces, which may break anywhere.
 
     Args:
