@@ -1,15 +1,15 @@
-"""Writes GGUF files byte by byte, right ones and wrong ones: every field can be given a value of its own.
+"""Writes GGUF files byte by byte, valid and invalid ones: every field can be set.
 
-`Key` and `Tensor` write themselves; `build` puts them together. Where a field is None the right value is
-worked out, so a test breaks one thing and leaves the rest as it should be. `small_keys` and `small_tensors`
-are a whole model of two layers.
+`Key` and `Tensor` serialize themselves; `build` combines them. A field that is None gets its correct value, so a test
+breaks one thing and leaves the rest valid. `small_keys` and `small_tensors` are a whole model of two layers.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -191,3 +191,14 @@ def replaced(keys: Sequence[Key], new: Key | None, name: str | None = None) -> l
     name = name if new is None else str(new.name)
     kept = [k for k in keys if k.name != name]
     return kept if new is None else [*kept, new]
+
+
+def writer(folder: Path) -> Callable[[bytes], Path]:
+    """A function that writes bytes to a file in a folder and returns its path."""
+
+    def write(raw: bytes) -> Path:
+        path = folder / "model.gguf"
+        path.write_bytes(raw)
+        return path
+
+    return write

@@ -39,19 +39,13 @@ from gguf_builder import (
     key,
     small_keys,
     small_tensors,
+    writer,
 )  # fmt: skip
 
 
 @pytest.fixture
 def write(tmp_path: Path):
-    """A function that writes bytes to a file and returns its path."""
-
-    def write(raw: bytes) -> Path:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(raw)
-        return path
-
-    return write
+    return writer(tmp_path)
 
 
 # ---- Good files ---------------------------------------------------------------------------------------

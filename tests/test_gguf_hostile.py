@@ -46,19 +46,13 @@ from gguf_builder import (
     small_keys,
     small_tensors,
     string,
+    writer,
 )  # fmt: skip
 
 
 @pytest.fixture
 def write(tmp_path: Path):
-    """A function that writes bytes to a file and returns its path."""
-
-    def write(raw: bytes) -> Path:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(raw)
-        return path
-
-    return write
+    return writer(tmp_path)
 
 
 @pytest.fixture
