@@ -138,11 +138,13 @@ def test_pages_are_read_while_another_file_is_worked_on(
         gate = Gate(monkeypatch, owner, name, lambda path, *_: key(1 if held == "touching" else 0).hex() in str(path))
         if held == "renaming":
             folder.discard(key(0))
-        work = {"removing": lambda: folder.put(key(3), a_page(3)), "touching": lambda: content(folder, 1) is not None}
+        work = {
+            "removing": lambda: folder.put(key(3), a_page(3)),
+            "touching": lambda: content(folder, 1) is not None,
+            "renaming": lambda: folder.put(key(0), a_page(0)),
+        }
         results: list[bool] = []
-        thread = threading.Thread(
-            target=lambda: results.append(work.get(held, lambda: folder.put(key(0), a_page(0)))())
-        )
+        thread = threading.Thread(target=lambda: results.append(work[held]()))
         thread.start()
         gate.reached.wait()
         try:
