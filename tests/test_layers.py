@@ -17,7 +17,7 @@ C_EXCEPTIONS = {("quant", "kernels")}
 
 PYTHON_LAYERS: list[set[str]] = [
     {"errors", "choices", "_cdef"},
-    {"_ffi", "files", "strict_json"},
+    {"_ffi", "files", "keyed_lock", "strict_json"},
     {"_native"},
     {"_program", "_sampling", "_operators"},
     {"_parallel"},

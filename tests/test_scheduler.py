@@ -17,6 +17,7 @@ import pytest
 import tiny
 from fabula import EngineBusy, EngineError, InvalidArgument, Model, NonFinite, OutOfMemory, Piece
 from fabula._native import page_bytes
+from fabula.engine import generation as generation_module
 from fabula.engine import request as request_module
 from fabula.engine.runner import Part, Runner
 from fabula.engine.scheduler import Scheduler
@@ -99,6 +100,34 @@ def test_those_that_wait_hold_up_nobody(tiny_folder: Path, monkeypatch: pytest.M
             reply.text()
             assert reply.turn is not None and len(reply.turn.token_ids) == 40
         del replies, reply, sessions, session
+        assert settled(small)
+
+
+def test_pages_of_a_request_that_has_just_come_are_waited_for(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the inbox when the only running request finds no page: nobody fails."""
+    with Model.load(tiny_folder, threads=1, kv_memory=10 * page_bytes(DType.F16, 2, 2, 6)) as small:
+        first = Wish(ids_of(180), HOT)
+        past, large = list(first.begin(small)), Wish(ids_of(200, 1), HOT)
+        alone = large.alone(small)
+        held = [first.begin(small)]
+        assert list(held[0]) == past
+        forks, come = [held.pop().sequence.fork(192)], []
+        prepare = small._runner.prepare
+
+        def prepared(*args: Any) -> Part:
+            try:
+                return prepare(*args)
+            except OutOfMemory:
+                if not come:
+                    engine, ids = small._engine, [*first.ids, *(piece.token_id for piece in past)]
+                    come.append(generation_module.Generation(engine, ids, HOT, sequence=forks.pop(), continues=True))
+                raise
+
+        monkeypatch.setattr(small._runner, "prepare", prepared)
+        assert list(large.begin(small)) == alone and len(list(come.pop())) == HOT.max_tokens
+        del held
         assert settled(small)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from fabula.engine.decoding import Piece
-from fabula.server import runs
+from fabula.server import logs, runs
 from fabula.server.stream import MAX_LETTERS, MAX_PARTS, dumps, dumps_in_parts, is_large
 from fabula.sessions.reply import Reply
 from test_openai_inside import Inside, inside
@@ -103,6 +105,40 @@ def test_a_failed_reply_waits_for_its_session_elsewhere(
         assert (await asking)[0] == 500
 
     inside(tmp_path, tiny_folder, work)
+
+
+def test_logging_waits_for_no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads the log stands still: lines are queued, and beyond a limit dropped and counted."""
+    monkeypatch.setattr(logs, "MAX_QUEUED", 5)
+    monkeypatch.setattr(logs, "FLUSH_S", 0.01)
+    entered, leave, written = threading.Event(), threading.Event(), io.StringIO()
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            entered.set()
+            leave.wait()
+            return written.write(text)
+
+    handler = logs.QueuedHandler(Stream())
+    handler.setFormatter(logs.TextLines())
+
+    def log(word: str) -> None:
+        handler.handle(logging.makeLogRecord({"msg": word, "levelname": "INFO", "msecs": 0.0}))
+
+    log("first")
+    entered.wait()
+    for i in range(8):
+        log(f"line{i}")
+    handler.flush()  # gives up soon
+    leave.set()
+    monkeypatch.setattr(logs, "FLUSH_S", None)
+    handler.flush()
+    lines = written.getvalue().splitlines()
+    assert [line.split()[2] for line in lines] == ["first", "line0", "line1", "line2", "line3", "line4", "lines"]
+    assert lines[-1].endswith("warning lines dropped n=3")
+    log("last")
+    handler.flush()
+    assert written.getvalue().splitlines()[-1].endswith("info last")
 
 
 def test_a_long_replay_comes_in_batches() -> None:

@@ -22,7 +22,8 @@ from fabula.kv.pages import PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, KeyChain
 from fabula.kv.spill import SpillFolder
 from fabula.kv.spill_writer import SpillWriter
-from spilling import FIRST
+from spilling import FILE_BYTES, FIRST, content, key, n_pages_of, opened
+from spilling import page as a_page
 
 N_PAGES = 8
 
@@ -118,6 +119,46 @@ def test_others_go_on_while_the_disk_stands_still(held: str, setting: Setting, m
     setting.writer.drain()
     assert setting.writer.folder.n_pages == 6
     setting.check(10, 4)
+
+
+@pytest.mark.parametrize("held", ["removing", "touching", "renaming"])
+def test_pages_are_read_while_another_file_is_worked_on(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is locked for no file operation, whatever it is."""
+    monkeypatch.setattr(spill_module, "_TOUCH_NS", 0 if held == "touching" else spill_module._TOUCH_NS)
+    with closing(opened(tmp_path, n_pages=3)) as folder:
+        for i in range(3):
+            assert folder.put(key(i), a_page(i))
+        owner, name = {
+            "removing": (Path, "unlink"),
+            "touching": (spill_module.os, "utime"),
+            "renaming": (Path, "replace"),
+        }[held]
+        gate = Gate(monkeypatch, owner, name, lambda path, *_: key(1 if held == "touching" else 0).hex() in str(path))
+        if held == "renaming":
+            folder.discard(key(0))
+        work = {
+            "removing": lambda: folder.put(key(3), a_page(3)),
+            "touching": lambda: content(folder, 1) is not None,
+            "renaming": lambda: folder.put(key(0), a_page(0)),
+        }
+        results: list[bool] = []
+        thread = threading.Thread(target=lambda: results.append(work[held]()))
+        thread.start()
+        gate.reached.wait()
+        try:
+            found = content(folder, 2)
+            assert found is not None and (found == a_page(2)).all()
+            assert folder.n_pages == {"removing": 2, "touching": 3, "renaming": 2}[held]
+            assert folder.folder_bytes == 3 * FILE_BYTES and not folder.other_fingerprints()
+            if held != "touching":
+                assert not folder.put(key(0), a_page(0)), "its file is being worked on"
+        finally:
+            gate.open()
+            thread.join()
+        assert results == [True] and folder.n_pages == 3
+    assert n_pages_of(tmp_path) == 3
 
 
 def test_others_go_on_while_a_page_is_read(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import threading
+import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fabula.choices import DEFAULT_MODEL
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import MAX_RUNNING, MAX_WAITING, Load, Scheduler
 from fabula.errors import InvalidArgument, SessionNotFound, StoreError
+from fabula.keyed_lock import KeyedLocks
 from fabula.kv.spill import SpillFolder
 from fabula.kv.spill_writer import SpillWriter
 from fabula.model import Model
@@ -80,8 +82,8 @@ class Workspace:
         self._models: dict[str, Model] = {}
         self._spills: dict[str, SpillWriter] = {}
         self._options: dict[str, dict[str, Any]] = {}
-        self._loading = threading.RLock()  # held while a model is loaded; taken before _lock
-        self._lock = threading.RLock()
+        self._loading = KeyedLocks()  # by model, held while it is loaded or unloaded; taken before _lock
+        self._lock = threading.RLock()  # of the dicts alone: never held over a load, the disk or a commit
         self._closed = False
 
     # ---- Models -----------------------------------------------------------------------------------------------------
@@ -98,21 +100,29 @@ class Workspace:
             The errors of `Model.load`.
         """
         name = os.fspath(model) if name is None else name
-        with self._loading:
+        with self._loading.of(name):
             with self._lock:
                 self._check_open()
                 if name in self._models:
                     return self._models[name]
                 self._options[name] = {"name_or_path": model, **options}
-            # Without the lock: it may take minutes, and sessions of other models continue.
             loaded = Model.load(model, scheduler=self._scheduler, **options)
+            spill: SpillWriter | None = None
             try:
+                self._check_open()
+                spill, why_cold = self._open_spill(name, loaded)
+                loaded._engine.cache.spill = spill
+                served = LoadedModel(loaded._engine, loaded._template, loaded._fingerprint, why_cold, loaded.defaults)
                 with self._lock:
                     self._check_open()
-                    self._host(name).attach(self._served(name, loaded))
+                    self._host(name).attach(served)
                     self._models[name] = loaded
+                    if spill is not None:
+                        self._spills[name] = spill
             except BaseException:
                 loaded.close()
+                if spill is not None:
+                    spill.close()
                 raise
             return loaded
 
@@ -122,15 +132,16 @@ class Workspace:
         Raises:
             InvalidArgument: it is not loaded.
         """
-        with self._lock:
-            model = self._models.pop(name, None)
-            if model is None:
-                raise InvalidArgument(f"{name} is not loaded; loaded are {', '.join(self._models) or 'none'}")
-            self._hosts[name].detach()
+        with self._loading.of(name):
+            with self._lock:
+                model = self._models.pop(name, None)
+                if model is None:
+                    raise InvalidArgument(f"{name} is not loaded; loaded are {', '.join(self._models) or 'none'}")
+                self._hosts[name].detach()
+                spill = self._spills.pop(name, None)
             model._engine.scheduler.drop(model._runner)
             model._engine.cache.save_all()
             model.close()
-            spill = self._spills.pop(name, None)
             if spill is not None:
                 spill.close()
 
@@ -145,24 +156,22 @@ class Workspace:
         """The number of running and of queued requests."""
         return self._scheduler.load
 
-    def _served(self, name: str, model: Model) -> LoadedModel:
-        """A loaded model for its sessions, with its spilled KV pages if enabled."""
-        why_cold = ""
-        if self._spill_bytes:
-            fingerprint = model.fingerprint
-            slug = re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-40:] + "-" + blake2b(name.encode(), digest_size=4).hexdigest()
-            try:
-                spill = SpillFolder(
-                    self.folder / "pages" / slug, fingerprint, model._runner.pool.page_bytes, self._spill_bytes
-                )
-            except StoreError as error:  # sessions work without: the KV cache can be recomputed
-                why_cold = f"pages are not kept on disk: {error}"
-            else:
-                self._spills[name] = model._engine.cache.spill = SpillWriter(spill)
-                others = spill.other_fingerprints()
-                if others and not spill.n_pages:
-                    why_cold = f"the pages on disk are of another model: {fingerprint.difference(others[0])}"
-        return LoadedModel(model._engine, model._template, model._fingerprint, why_cold, model.defaults)
+    def _open_spill(self, name: str, model: Model) -> tuple[SpillWriter | None, str]:
+        """Where KV pages of a model are kept on disk, and why those on disk cannot be used, if so. None: nowhere."""
+        if not self._spill_bytes:
+            return None, ""
+        fingerprint = model.fingerprint
+        slug = re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-40:] + "-" + blake2b(name.encode(), digest_size=4).hexdigest()
+        try:
+            spill = SpillFolder(
+                self.folder / "pages" / slug, fingerprint, model._runner.pool.page_bytes, self._spill_bytes
+            )
+        except StoreError as error:  # sessions work without: the KV cache can be recomputed
+            return None, f"pages are not kept on disk: {error}"
+        others = spill.other_fingerprints()
+        is_cold = others and not spill.n_pages
+        why = f"the pages on disk are of another model: {fingerprint.difference(others[0])}" if is_cold else ""
+        return SpillWriter(spill), why
 
     def _host(self, name: str) -> ModelHandle:
         with self._lock:
@@ -201,9 +210,10 @@ class Workspace:
             InvalidArgument: a setting is out of range, or the session uses another model.
             StoreError, StoreCorrupt: it cannot be read or written.
         """
-        with self._lock:
-            self._check_open()
-            found = self._find(tenant, id) if id is not None else None
+        self._check_open()
+        id = uuid.uuid4().hex if id is None else id
+        with self._keeper.exclusive(tenant, id):
+            found = self._find(tenant, id) if is_session_id(id) else None
             if found is None:
                 session = Session(
                     self._host(model or self._default_model()),
@@ -216,8 +226,6 @@ class Workspace:
                     title=title or "",
                 )
                 self._keeper.register(session)
-        # Without the lock: nobody else waits for the commit of a new session, and a session's lock is taken before this
-        # one, since the session may load its model.
         if found is None:
             self._keeper.create(session)
             return session
@@ -237,12 +245,16 @@ class Workspace:
             SessionNotFound: no session has that name.
             StoreCorrupt: it is damaged; says what.
         """
-        with self._lock:
-            self._check_open()
-            found = self._find(tenant, id) if is_session_id(id) else None
+        self._check_open()
+        found = None
+        if is_session_id(id):
+            found = self._keeper.sessions.get((tenant, id))
             if found is None:
-                raise SessionNotFound(f"there is no session {id!r}")
-            return found
+                with self._keeper.exclusive(tenant, id):  # or two threads would make two objects of one session
+                    found = self._find(tenant, id)
+        if found is None:
+            raise SessionNotFound(f"there is no session {id!r}")
+        return found
 
     def sessions(self, tenant: str | None = None) -> list[SessionSummary]:
         """Sessions of a tenant, or all; the last changed first."""
@@ -280,13 +292,12 @@ class Workspace:
             InvalidArgument: the data is invalid; says what.
             StoreError, StoreCorrupt: it cannot be stored, or the KV cache is damaged or of another model.
         """
-        with self._loading if kv is not None else nullcontext(), self._lock:
-            self._check_open()
-            model = data.get("model") if isinstance(data, Mapping) else None
-            host = self._host(model if isinstance(model, str) and model else self._default_model())
-            if kv is not None:
-                _ = host.loaded  # loads it
-            return import_session(data, host, id=id, tenant=tenant, kv=kv, persistence=self._keeper)
+        self._check_open()
+        model = data.get("model") if isinstance(data, Mapping) else None
+        host = self._host(model if isinstance(model, str) and model else self._default_model())
+        if kv is not None:
+            _ = host.loaded  # loads it
+        return import_session(data, host, id=id, tenant=tenant, kv=kv, persistence=self._keeper)
 
     def delete(self, id: str, *, tenant: str = "") -> int:
         """Deletes a session, and returns the freed bytes of the KV cache.
@@ -297,7 +308,7 @@ class Workspace:
         return self.open(id, tenant=tenant).delete()
 
     def _find(self, tenant: str, id: str) -> Session | None:
-        """A session in use, or from the store."""
+        """A session in use, or from the store; the caller has its name to itself (`Persistence.exclusive`)."""
         keeper = self._keeper
         live = keeper.sessions.get((tenant, id))
         if live is not None:
@@ -325,9 +336,10 @@ class Workspace:
         return session
 
     def _default_model(self) -> str:
-        if len(self._models) > 1:
-            raise InvalidArgument(f"several models are loaded; name one of {', '.join(self._models)}")
-        return next(iter(self._models), DEFAULT_MODEL)
+        names = list(self.models)
+        if len(names) > 1:
+            raise InvalidArgument(f"several models are loaded; name one of {', '.join(names)}")
+        return names[0] if names else DEFAULT_MODEL
 
     # ---- Closing ----------------------------------------------------------------------------------------------------
 
@@ -341,12 +353,11 @@ class Workspace:
             if self._closed:
                 return
             self._closed = True
-            sessions = self._keeper.in_use
-        for session in sessions:  # without the lock: a session may be waiting for it
+        for session in self._keeper.in_use:
             with suppress(StoreError):
                 session.stop()
-        with self._lock:
-            for name in list(self._models):
+        for name in self.models:
+            with suppress(InvalidArgument):  # another thread was quicker
                 self.unload(name)
         self._keeper.store.close()
 

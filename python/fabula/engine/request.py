@@ -23,6 +23,7 @@ from fabula.engine.runner import Runner
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
+from fabula.kv.prefix_read import PrefixRead
 
 READ_AHEAD = 32  # unread pieces at which the request pauses
 
@@ -59,6 +60,7 @@ class Clock:
 
 class State(Enum):
     WAITING = auto()
+    LOADING = auto()  # waits while KV of its prefix is read from disk
     RUNNING = auto()
     DONE = auto()
 
@@ -79,6 +81,8 @@ class Request:
         abandoned: nobody reads it any more; set without a lock, seen at the next step.
         n_reused: prompt tokens whose KV was there already.
         n_preempted: how often it was preempted.
+        read: of KV of its prefix from disk; None before and after.
+        has_read: what is on disk was read once, as far as it could be: the rest is recomputed.
     """
 
     def __init__(
@@ -102,6 +106,8 @@ class Request:
         self.n_reused = 0
         self.n_preempted = 0
         self.n_made = self.n_read = 0
+        self.read: PrefixRead | None = None
+        self.has_read = False
         self._chain = KeyChain(salt, sequence.window)
         self._n_published = 0
         self._listener: Callable[[], None] | None = None
@@ -159,8 +165,40 @@ class Request:
         self.sequence = sequence
         self._n_published = sequence.n_tokens // PAGE_POSITIONS
 
+    def load(self, on_done: Callable[[], None]) -> None:
+        """Starts to read KV of its prefix from disk, in another thread. Does not wait."""
+        self.state, self.has_read = State.LOADING, True
+        self.read = self.cache.read(self.keys(), self.sequence.window, on_done)
+
+    def loaded(self) -> None:
+        """Adopts what was read; nothing, if that is less than it has."""
+        assert self.read is not None
+        found, self.read, self.state = self.read.take(), None, State.WAITING
+        if found is not None:
+            self.adopt_longer(found)
+
+    def stop_loading(self) -> None:
+        """Releases the pages that are being read; waits for no disk."""
+        if self.read is not None:
+            self.read.cancel()
+            self.read, self.state = None, State.WAITING
+
+    @property
+    def holds_pages(self) -> bool:
+        """Whether it holds pages, also such that are being read."""
+        return bool(self.sequence.pages) or (self.read is not None and self.read.n_pages > 0)
+
+    def adopt_longer(self, sequence: Sequence) -> None:
+        """Adopts a sequence that has more of the prompt, or closes it."""
+        if sequence.n_tokens > self.sequence.n_tokens:
+            self.adopt(sequence)
+        else:
+            sequence.close()
+
     def release(self) -> None:
         """Evicts its KV, which is recomputed, or found, when it runs next."""
+        self.stop_loading()
+        self.has_read = False
         sequence = self.sequence
         self.sequence = self.runner.sequence(sequence.window)
         self._n_published = 0

@@ -4,7 +4,8 @@ Each step is one batch of one model. It holds the next token of every request th
 so that no request waits for the whole prompt of another:
 
     admit     waiting requests in order of arrival, while there are pages; KV of a known prefix is taken from the
-              cache, or from a running request with the same prefix
+              cache, or from a running request with the same prefix. While other threads read KV from disk for a
+              request, it waits (State.LOADING), and those after it are admitted
     plan      one token for each decoding request, then prefill chunks within what is left of the budget
     step      one call into the native library; other Python threads run meanwhile
     emit      each reader gets its piece; ends, errors and deadlines are settled
@@ -230,8 +231,9 @@ class Scheduler:
         """Releases a request and emits the reason or error, unless the last piece has it."""
         if request.state is State.RUNNING:
             self._running.remove(request)
-        elif request.state is State.WAITING and request in self._waiting:
+        elif request.state is not State.DONE and request in self._waiting:
             self._waiting.remove(request)
+        request.stop_loading()
         request.state = State.DONE
         request.cache.keep(request.sequence)  # not computed with any more: it may be evicted
         self._room = True
@@ -252,7 +254,7 @@ class Scheduler:
                 continue
             try:
                 if not self._find_prefix(request):
-                    continue  # a running request is computing what it needs
+                    continue  # it is being read from disk, or a running request is computing it
                 if not self._fits(request):
                     full.add(request.runner)
                     continue
@@ -267,14 +269,39 @@ class Scheduler:
             self._running.append(request)
 
     def _find_prefix(self, request: Request) -> bool:
-        """Adopts KV that is there already. False: a running request is computing more of the prefix just now."""
+        """Adopts KV that is there already. False: it waits for more of the prefix, from disk or a running request."""
+        if request.read is not None:
+            if not request.read.is_done:
+                return False
+            request.loaded()
+        keys, sequence = request.keys(), request.sequence
+        if len(keys) * PAGE_POSITIONS > sequence.n_tokens:
+            found = request.cache.find_in_memory(keys, sequence.window)
+            if found is not None:
+                request.adopt_longer(found)
+            if self._loads(request, keys):
+                return False
+        return self._share_with_running(request)
+
+    def _loads(self, request: Request, keys: list[bytes]) -> bool:
+        """Whether more of a request's prefix is being read from disk; starts that if there are pages for the request.
+        Where another request reads the same pages, this one shares them afterwards."""
+        cache, have = request.cache, request.sequence.n_tokens
+        if request.has_read or cache.n_findable(keys, request.sequence.window) <= have:
+            return False
+        first = keys[have // PAGE_POSITIONS]
+        for other in self._waiting:
+            read = other.read
+            if read is not None and not read.is_done and request.may_share(other) and first in read.keys:
+                return True
+        if not self._fits(request):
+            return False
+        request.load(self.wake)
+        return True
+
+    def _share_with_running(self, request: Request) -> bool:
+        """Adopts what a running request has of the prefix. False: one is computing more of it just now."""
         have = request.sequence.n_tokens
-        keys = request.keys()
-        if len(keys) * PAGE_POSITIONS > have:
-            found = request.cache.find(keys, request.sequence.window)
-            if found is not None and found.n_tokens > have:
-                request.adopt(found)
-                have = found.n_tokens
         history = request.decoding.history.ids[:-1]  # the last token must be computed for its logits
         for other in self._running:
             if not request.may_share(other):
@@ -438,7 +465,9 @@ class Scheduler:
                 running = self._running_of(request.runner)
                 holding = {r for r in running if r.sequence.pages}
                 victim = preempted(running, request, {other for other, _ in batch}, holding)
-                if victim is None and len(running) == 1:
+                # Requests in the inbox may hold the pages: then this one waits until they can be evicted, too.
+                n_unseen = self._n_outstanding - len(self._running) - len(self._waiting)
+                if victim is None and len(running) == 1 and not n_unseen:
                     self._finish(request, error=error)
                     return None
                 self._preempt(victim or request)
@@ -450,7 +479,7 @@ class Scheduler:
 
     def _evict_waiting(self, runner: Runner) -> bool:
         """Evicts the KV of the youngest waiting request that has any; False if none has."""
-        owner = next((r for r in reversed(self._waiting) if r.runner is runner and r.sequence.pages), None)
+        owner = next((r for r in reversed(self._waiting) if r.runner is runner and r.holds_pages), None)
         if owner is not None:
             owner.release()
         return owner is not None

@@ -5,7 +5,7 @@ disk and are read back when the same prefix comes again. Evicting loses nothing 
 keys and values are recomputed from them.
 
 Locks: the pool's lock guards the list and is never held over disk I/O. Eviction copies the bytes of a page under the
-lock and queues them (`Spill.put` does not wait); `find` reads from disk with no lock held.
+lock and queues them (`Spill.put` does not wait); `find` and the threads of `read` wait for the disk with no lock held.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula._native import PAGE_POSITIONS
-from fabula.errors import OutOfMemory
 from fabula.kv.pages import HOLE, PagePool, PoolUsage, Sequence
 from fabula.kv.prefix import Window
+from fabula.kv.prefix_read import PrefixRead, ReaderThreads
 
 DRAIN_BYTES = 64 << 20  # queued for the disk, while everything is saved
 
@@ -65,6 +66,7 @@ class KvEvictionList:
         # while `_kept` is iterated; `_collect` removes the entries.
         self._dead: deque[weakref.KeyedRef[int, Sequence]] = deque()
         self._anonymous: OrderedDict[int, Sequence] = OrderedDict()
+        self._readers = ReaderThreads()
         # The pool must not keep alive what keeps the pool alive.
         method = weakref.WeakMethod(self._reclaim)
         pool.reclaim = lambda n: call(n) if (call := method()) else None
@@ -116,37 +118,49 @@ class KvEvictionList:
     def find(self, keys: list[bytes], window: Window) -> Sequence | None:
         """The longest prefix of a text whose full pages are in memory or on disk, as a new sequence.
 
-        May wait for the disk: the caller should hold no lock.
+        May wait for the disk: the caller should hold no lock. `read` does not.
 
         Args:
             keys: prefix hashes of the text's full pages, see `KeyChain`.
             window: what its tokens see; pages that no later token sees need not be there.
         """
-        with self._pool.lock:
-            n_pages = self._longest(keys, window)
-        first = window.first_page(n_pages * PAGE_POSITIONS)
-        pages: list[int] = []
-        try:
-            for i, key in enumerate(keys[:n_pages]):
-                seen = i >= first or (i == 0 and window.n_sinks > 0)
-                page = self._page(key) if seen else HOLE
-                if page is None:  # evicted since, damaged on disk, or no page free to read it into
-                    break
-                pages.append(page)
-        except BaseException:
-            self._pool.give_back(pages)
-            raise
-        if not pages:
-            return None
-        sequence = Sequence.of(self._pool, pages, window)
-        if len(pages) < n_pages and sequence.usable(sequence.n_tokens) < sequence.n_tokens:
-            sequence.close()
-            return None
-        return sequence
+        found = self._prefix(keys, window, self.spill)
+        found.run()
+        return found.take()
 
-    def _longest(self, keys: list[bytes], window: Window) -> int:
-        """Number of pages of the longest prefix after which a text can go on: all that later tokens see is there."""
-        index, spill = self._pool.index, self.spill
+    def find_in_memory(self, keys: list[bytes], window: Window) -> Sequence | None:
+        """`find` without the disk: does not wait."""
+        with self._pool.lock:  # nothing is evicted between the search and the sharing
+            found = self._prefix(keys, window, None)
+            found.run()
+        return found.take()
+
+    def n_findable(self, keys: list[bytes], window: Window) -> int:
+        """Tokens of the prefix that `find` would return now. Does not wait."""
+        with self._pool.lock:
+            return self._longest(keys, window, self.spill) * PAGE_POSITIONS
+
+    def read(self, keys: list[bytes], window: Window, on_done: Callable[[], None]) -> PrefixRead:
+        """`find` in a thread that may wait for the disk, which this does not.
+
+        Args:
+            keys, window: as `find`.
+            on_done: called in that thread when nothing more will be read.
+        """
+        found = self._prefix(keys, window, self.spill)
+        self._readers.submit(found, on_done)
+        return found
+
+    def _prefix(self, keys: list[bytes], window: Window, spill: Spill | None) -> PrefixRead:
+        """The longest prefix after which a text can go on: all that later tokens see is in memory or on disk."""
+        with self._pool.lock:
+            n_pages = self._longest(keys, window, spill)
+        first = window.first_page(n_pages * PAGE_POSITIONS)
+        is_seen = [i >= first or (i == 0 and window.n_sinks > 0) for i in range(n_pages)]
+        return PrefixRead(self._pool, keys[:n_pages], is_seen, window, spill)
+
+    def _longest(self, keys: list[bytes], window: Window, spill: Spill | None) -> int:
+        index = self._pool.index
         best = run_start = 0
         sinks = False
         for i, key in enumerate(keys):
@@ -160,34 +174,6 @@ class KvEvictionList:
             if run_start <= window.first_page((i + 1) * PAGE_POSITIONS) and (sinks or not window.n_sinks):
                 best = i + 1
         return best
-
-    def _page(self, key: bytes) -> int | None:
-        """A page by its prefix hash with one reference more, read from disk if need be; None if it is nowhere."""
-        page = self._shared(key)
-        spill = self.spill
-        if page is not None or spill is None:
-            return page
-        data = np.empty(self._pool.page_bytes, np.uint8)
-        if not spill.get(key, data):
-            return None
-        with self._pool.lock:
-            page = self._shared(key)  # another thread may have read it meanwhile
-            if page is not None:
-                return page
-            try:
-                (page,) = self._pool.take(1)
-            except OutOfMemory:
-                return None
-            self._pool.native.write(page, data)
-            self._pool.name(page, key)
-            return page
-
-    def _shared(self, key: bytes) -> int | None:
-        with self._pool.lock:
-            page = self._pool.index.page(key)
-            if page is not None:
-                self._pool.share([page])
-            return page
 
     # ---- Eviction ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +215,7 @@ class KvEvictionList:
             key = self._pool.index.key(page) if page != HOLE else None
             few = n_references is None or self._pool.holders(page) <= n_references
             if key is not None and few and key not in spill:
-                spill.put(key, self._pool.native.read(page))
+                spill.put(key, self._pool.read(page))
 
     def _save_patiently(self, sequence: Sequence, n_references: int | None = None) -> None:
         """Spills a sequence's full pages at the speed of the disk. The caller must hold no lock."""

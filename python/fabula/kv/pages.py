@@ -100,6 +100,7 @@ class PagePool:
         self.reclaim: Callable[[int], None] | None = None  # evicts until so many pages are free
         # Held for counting and copying in memory, never over disk I/O or a step.
         self.lock = threading.RLock()
+        self._closed = False
         self._abandoned: deque[tuple[list[int], bool]] = deque()  # of collected sequences: pages, retained
         _pools.add(self)
 
@@ -156,8 +157,10 @@ class PagePool:
 
         Raises:
             OutOfMemory: fewer are free, also after evicting; says how many.
+            InvalidArgument: the model was closed.
         """
         with self.lock:
+            self._check_open()
             self._release_abandoned()
             if n > len(self._free) and self.reclaim is not None:
                 self.reclaim(n)
@@ -171,6 +174,30 @@ class PagePool:
                 self._count(page, 1, 0)
                 self._filled[page] = 0
             return pages
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        """A copy of a page's bytes, uint8 [page_bytes].
+
+        Raises:
+            InvalidArgument: the model was closed.
+        """
+        with self.lock:  # or another thread frees the memory meanwhile
+            self._check_open()
+            return self.native.read(page)
+
+    def write(self, page: int, data: npt.NDArray[np.uint8]) -> None:
+        """Sets a page's bytes, uint8 [page_bytes].
+
+        Raises:
+            InvalidArgument: the model was closed.
+        """
+        with self.lock:
+            self._check_open()
+            self.native.write(page, data)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the model is closed")
 
     def share(self, pages: list[int]) -> None:
         """Adds a reference to each page; holes are skipped."""
@@ -257,8 +284,10 @@ class PagePool:
             assert all(counts[page] for page in self.index.pages()), "a free page can be found"
 
     def close(self) -> None:
-        """Frees the memory; may be called twice. No sequence may be used afterwards."""
-        self.native.close()
+        """Frees the memory; may be called twice. Sequences can only be closed afterwards."""
+        with self.lock:
+            self._closed = True
+            self.native.close()
 
 
 _pools: weakref.WeakSet[PagePool] = weakref.WeakSet()

@@ -96,8 +96,8 @@ class _PageId(NamedTuple):
 class SpillFolder:
     """Pages of one fingerprint in a folder that several fingerprints, but only one process at a time, may use.
 
-    A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes]. Thread-safe; pages are read and written outside the
-    lock. After `close()` nothing is found and nothing is written.
+    A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes]. Thread-safe; no lock is held over file operations.
+    After `close()` nothing is found and nothing is written.
 
     Args:
         folder: made if missing, for this user alone.
@@ -130,12 +130,11 @@ class SpillFolder:
         self._file_bytes = _HEADER.size + page_bytes
         self._manifests = {self._home: _Manifest(fingerprint, page_bytes)}  # of every fingerprint with pages here
         self._stamps: OrderedDict[_PageId, int] = OrderedDict()  # files' modification times, least recently used first
-        self._writing: set[bytes] = set()
+        self._busy: set[_PageId] = set()  # pages whose files are being written or removed
         self.n_pages = 0
         self.folder_bytes = 0
         self._stamp = 0  # the last one given
-        # Keeps index and file names in step, so it is held over renames and removals, though not while pages are read
-        # or written. `in`, `n_pages` and `folder_bytes` do not take it: they never wait for the disk.
+        # Guards the index, never held over file operations. `in`, `n_pages` and `folder_bytes` do not take it.
         # Re-entrant: the garbage collector may discard a page in the middle of another call.
         self._lock = threading.RLock()
         self._closed = False
@@ -155,16 +154,24 @@ class SpillFolder:
             Whether it was written. False when it is there already, or was refused: then `last_error` says why.
         """
         self._check(key, data)
-        with self._lock:
-            if self._closed or key in self._writing or self._use(key) or not self._make_room(self._file_bytes):
-                return False
-            self._writing.add(key)
-            self.folder_bytes += self._file_bytes
-            stamp = self._next_stamp()
         page = _PageId(self._home, key)
+        if page in self._stamps:
+            self._use(page)
+            return False
+        with self._lock:
+            if self._closed or page in self._busy or page in self._stamps:
+                return False
+            victims, fits = self._make_room(self._file_bytes)
+            if fits:
+                self._busy.add(page)
+                self.folder_bytes += self._file_bytes
+            stamp = self._next_stamp()
+        self._remove(victims)
+        if not fits:
+            return False
         path = self._path(page)
         draft = path.with_name(path.name + _DRAFT)
-        kept = False
+        written = False
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with draft.open("wb") as file:
@@ -172,20 +179,23 @@ class SpillFolder:
                 file.write(data.data)
                 file.flush()
                 os.utime(file.fileno(), ns=(stamp, stamp))
-            with self._lock:
-                if not self._closed:
-                    draft.replace(path)
-                    self._stamps[page] = stamp
-                    self.n_pages += 1
-                    kept = True
+            if not self._closed:
+                draft.replace(path)
+                written = True
         except OSError as error:
             self.last_error = _store_error(path, error)
         finally:
-            with self._lock, contextlib.suppress(OSError):
-                self._writing.discard(key)
-                if not kept:
-                    self.folder_bytes -= self._file_bytes
+            if not written:
+                with contextlib.suppress(OSError):
                     draft.unlink()
+            with self._lock:
+                self._busy.discard(page)
+                kept = written and not self._closed
+                if kept:
+                    self._stamps[page] = stamp
+                    self.n_pages += 1
+                else:
+                    self.folder_bytes -= self._file_bytes
         return kept
 
     def get(self, key: bytes, out: Bytes) -> bool:
@@ -196,10 +206,9 @@ class SpillFolder:
         """
         self._check(key, out)
         page = _PageId(self._home, key)
-        with self._lock:
-            if not self._use(key):
-                return False
-            stamp = self._stamps[page]
+        stamp = self._use(page)
+        if stamp is None:
+            return False
         path = self._path(page)
         try:
             if self._read(path, key, out):
@@ -214,10 +223,12 @@ class SpillFolder:
                 self.last_error = error
                 return False
         with self._lock:
-            if self._stamps.get(page) == stamp:  # else another call removed the page, and perhaps wrote it again
+            ours = self._stamps.get(page) == stamp  # else another call removed the page, and perhaps wrote it again
+            if ours:
                 self._forget(page)
                 self.last_error = error
                 self.n_damaged += isinstance(error, StoreCorrupt)
+        self._remove([page] if ours else [])
         return False
 
     def __contains__(self, key: object) -> bool:
@@ -225,14 +236,16 @@ class SpillFolder:
 
     def discard(self, key: bytes) -> None:
         """Removes a page if it is there."""
+        page = _PageId(self._home, key)
         with self._lock:
-            self._forget(_PageId(self._home, key))
+            found = self._forget(page)
+        self._remove([page] if found else [])
 
     def clear(self) -> None:
         """Removes every page of this fingerprint; those of others stay."""
         with self._lock:
-            for page in [page for page in self._stamps if page.home == self._home]:
-                self._forget(page)
+            found = [page for page in list(self._stamps) if page.home == self._home and self._forget(page)]
+        self._remove(found)
 
     @property
     def n_bytes(self) -> int:
@@ -253,9 +266,9 @@ class SpillFolder:
             self._closed = True
             self._stamps.clear()
             self.n_pages = 0
-            self._file_lock.close()
+        self._file_lock.close()
 
-    # ---- Index (the caller holds the lock) and files -----------------------------------------------------------------
+    # ---- Index and files ---------------------------------------------------------------------------------------------
 
     def _path(self, page: _PageId) -> Path:
         name = page.key.hex()
@@ -266,39 +279,56 @@ class SpillFolder:
         self._stamp = max(self._stamp + 1, time.time_ns())
         return self._stamp
 
-    def _use(self, key: bytes) -> bool:
-        """Whether a page is there; makes it the most recently used."""
-        page = _PageId(self._home, key)
-        if page not in self._stamps:
-            return False
-        self._stamps.move_to_end(page)
-        stamp = self._next_stamp()
-        if stamp - self._stamps[page] >= _TOUCH_NS:
+    def _use(self, page: _PageId) -> int | None:
+        """Makes a page the most recently used, and returns its stamp; None if it is not there."""
+        with self._lock:
+            if page not in self._stamps:
+                return None
+            self._stamps.move_to_end(page)
+            before, stamp = self._stamps[page], self._next_stamp()
+            if stamp - before < _TOUCH_NS:
+                return before
             self._stamps[page] = stamp
-            with contextlib.suppress(OSError):
-                os.utime(self._path(page), ns=(stamp, stamp))
-        return True
+        with contextlib.suppress(OSError):
+            os.utime(self._path(page), ns=(stamp, stamp))
+        return stamp
 
-    def _make_room(self, n_bytes: int) -> bool:
-        """Removes the least recently used until `n_bytes` more fit the budget; False if they never will."""
+    def _make_room(self, n_bytes: int) -> tuple[list[_PageId], bool]:
+        """Takes the least recently used out of the index until `n_bytes` more fit the budget; the caller holds the
+        lock.
+
+        Returns:
+            Pages to `_remove`, and whether there is room then.
+        """
+        victims: list[_PageId] = []
         while self.folder_bytes + n_bytes > self.budget_bytes:
-            if n_bytes > self.budget_bytes or not self._stamps:
+            page = next(iter(self._stamps), None)
+            if n_bytes > self.budget_bytes or page is None:
                 text = f"{self.folder}: the budget of {self.budget_bytes} bytes has no room for a page of {n_bytes}"
                 self.last_error = StoreFull(text, path=self.folder)
-                return False
-            self._forget(next(iter(self._stamps)))
-        return True
+                return victims, False
+            self._forget(page)
+            victims.append(page)
+        return victims, True
 
-    def _forget(self, page: _PageId) -> None:
-        """Removes a page and its file if it is there."""
+    def _forget(self, page: _PageId) -> bool:
+        """Takes a page out of the index, if it is there: the caller holds the lock and then calls `_remove`."""
         if self._stamps.pop(page, None) is None:
-            return
+            return False
         self.folder_bytes -= self._manifests[page.home].file_bytes
         self.n_pages -= page.home == self._home
-        try:
-            self._path(page).unlink(missing_ok=True)
-        except OSError as error:
-            self.last_error = _store_error(self._path(page), error)
+        self._busy.add(page)  # or a new file of that name would be removed
+        return True
+
+    def _remove(self, pages: list[_PageId]) -> None:
+        """Removes the files of pages that are not in the index any more; the caller holds no lock."""
+        for page in pages:
+            try:
+                self._path(page).unlink(missing_ok=True)
+            except OSError as error:
+                self.last_error = _store_error(self._path(page), error)
+            with self._lock:
+                self._busy.discard(page)
 
     def _check(self, key: bytes, page: Bytes) -> None:
         if len(key) != KEY_BYTES:
@@ -347,7 +377,7 @@ class SpillFolder:
         home.mkdir(mode=0o700, exist_ok=True)
         if not (home / _MANIFEST).exists():
             _write_manifest(home, self._manifests[self._home])
-        self._make_room(0)
+        self._remove(self._make_room(0)[0])
 
 
 def _store_error(path: Path, error: OSError) -> StoreError:

@@ -111,10 +111,10 @@ class Limits:
             n = timings.prompt_tokens - timings.reused_tokens + timings.generated_tokens
             self._bucket(tenant).pay(n)
 
-    def check_sessions(self, tenant: str) -> None:
-        """Raises ApiError 429 if a key may not have another session; blocks."""
+    def check_sessions(self, tenant: str, n_more: int = 0) -> None:
+        """Raises ApiError 429 if a key may not have another session besides its own and `n_more`; blocks."""
         most = self._settings.max_sessions
-        have = self._workspace.n_sessions(tenant, but=HIDDEN)
+        have = self._workspace.n_sessions(tenant, but=HIDDEN) + n_more
         if have >= most:
             raise ApiError(
                 429, "too_many_sessions", f"this key has {have} sessions, {most} are allowed; delete one", limit=most

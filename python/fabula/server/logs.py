@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from quart import g, has_request_context
 
@@ -27,9 +30,13 @@ logger = logging.getLogger("fabula.server")
 QUIET = frozenset({"/health", "/metrics"})  # asked every few seconds by machines
 
 
+MAX_QUEUED = 10_000  # lines that wait to be written, a few MB
+FLUSH_S = 2.0  # how long the end of the process waits for a reader that stands still
+
+
 def set_up(settings: Settings) -> None:
     """Sends the log to stderr as the settings say; for the process that serves."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = QueuedHandler(sys.stderr)
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logger.handlers = [handler]
     logger.propagate = False
@@ -44,6 +51,65 @@ def escaped(value: object) -> str:
         if text.isascii() and text.isprintable()
         else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     )
+
+
+class QueuedHandler(logging.Handler):
+    """Writes lines in a thread of its own, for the event loop logs, and must not wait for who reads stderr. Lines that
+    find MAX_QUEUED others before them are dropped and counted."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: deque[str] = deque()
+        self._n_dropped = 0
+        self._is_writing = False
+        self._changed = threading.Condition()  # held over no writing
+        self._thread: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queues a line; does not wait."""
+        line = self.format(record)
+        with self._changed:
+            if len(self._lines) >= MAX_QUEUED:
+                self._n_dropped += 1
+                return
+            self._lines.append(line)
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="fabula-log", daemon=True)
+                self._thread.start()
+
+    def flush(self) -> None:
+        """Waits FLUSH_S at most until all lines are written; called by logging when the process ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines and not self._is_writing, FLUSH_S)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._lines)
+                self._is_writing = True
+                lines, n_dropped = list(self._lines), self._n_dropped
+                self._lines.clear()
+                self._n_dropped = 0
+            if n_dropped:
+                record = logger.makeRecord(
+                    logger.name,
+                    logging.WARNING,
+                    __file__,
+                    0,
+                    "lines dropped",
+                    (),
+                    None,
+                    None,
+                    {"fields": {"n": n_dropped}},
+                )
+                lines.append(self.format(record))
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                self._stream.write("".join(f"{line}\n" for line in lines))
+                self._stream.flush()
 
 
 class TextLines(logging.Formatter):

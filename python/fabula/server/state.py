@@ -148,7 +148,8 @@ class Server:
         self._threads = ThreadPoolExecutor(N_THREADS, "fabula-server")
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
         self._sessions_lock = threading.Lock()  # of the dict alone
-        self._opening = threading.Lock()
+        self._opening = threading.Condition()  # of the dict below alone
+        self._places: dict[str, list[object]] = {}  # of sessions that are being created, by key, the first ones first
         self._new: WeakSet[Session] = WeakSet()  # created by this process; some have no turn yet
         self._later: set[asyncio.Task[None]] = set()
         self.gate: Gate = Gate(settings, None)
@@ -308,13 +309,35 @@ class Server:
     def opening(self, tenant: str, id: str | None) -> Iterator[None]:
         """Checks that a key may have one more session, and holds that place during the block; blocks.
 
+        Sessions are created side by side. Only for the last places one waits for those that came before it.
+
         Raises:
             ApiError: 400, the id is reserved; 429, the key has too many sessions.
         """
         check_free(id)
-        with self._opening:  # two at once would both take the last place
-            self.limits.check_sessions(tenant)
+        place = object()
+        with self._opening:
+            places = self._places.setdefault(tenant, [])
+            places.append(place)
+        try:
+            self._take_place(tenant, places, place)
             yield
+        finally:
+            with self._opening:
+                places.remove(place)
+                if not places and self._places.get(tenant) is places:
+                    del self._places[tenant]
+                self._opening.notify_all()
+
+    def _take_place(self, tenant: str, places: list[object], place: object) -> None:
+        """Raises ApiError 429 if there is no room for this place and those before it, also when they are settled."""
+        while n_before := places.index(place):
+            with suppress(ApiError):
+                self.limits.check_sessions(tenant, n_before)  # without the lock: it reads from the store
+                return
+            with self._opening:
+                self._opening.wait_for(lambda n=n_before: places.index(place) < n)  # type: ignore[misc]
+        self.limits.check_sessions(tenant)
 
     def remember(self, session: Session, *, is_new: bool = False) -> None:
         """Keeps the trees of the last N_SESSIONS sessions in memory.

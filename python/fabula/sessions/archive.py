@@ -68,9 +68,9 @@ def export_session(session: Session, *, kv: str | os.PathLike[str] | None = None
             "created_at": record.created_at,
             "turns": [_turn_json(turn) for turn in turns],
         }
-        if kv is not None:
-            _write_kv(Path(kv), _pages_of(session, turns), record.fingerprint)
-        return data
+    if kv is not None:  # without the session's lock: it waits for the disk
+        _write_kv(Path(kv), _pages_of(session, turns), record.fingerprint)
+    return data
 
 
 def _turn_json(turn: Turn) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.u
             for i, (key, page) in enumerate(zip(keys, kv.pages[: kv.n_tokens // PAGE_POSITIONS], strict=False)):
                 if page != HOLE and key not in seen:
                     seen.add(key)
-                    pages[f"{turn.id}/{i}"] = pool.native.read(page)
+                    pages[f"{turn.id}/{i}"] = pool.read(page)
     return pages
 
 
@@ -245,7 +245,7 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
                         if data.dtype != np.uint8 or data.shape != (pool.page_bytes,):
                             raise StoreCorrupt(f"{path}: {row['id']}/{i} is not a KV page of this model", path=path)
                         (page,) = pool.take(1)
-                        pool.native.write(page, data)
+                        pool.write(page, data)
                         pool.name(page, key)
                         read.append(Sequence.of(pool, [page]))
                 turn.kv = engine.cache.find(keys, window)
@@ -256,7 +256,7 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
     except OutOfMemory:  # the rest is recomputed on demand
         return
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, StoreError):
+        if isinstance(error, StoreError | InvalidArgument):  # InvalidArgument: the model was closed meanwhile
             raise
         raise StoreCorrupt(f"{path}: the KV cannot be read: {error}", path=path) from error
     except Exception as error:  # safetensors raises its own kind

@@ -26,7 +26,7 @@ def checked_title(title: object) -> str:
     """
     if not isinstance(title, str) or len(title) > MAX_TITLE:
         raise InvalidArgument(f"title must be text of at most {MAX_TITLE} characters")
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in title):
+    if title and any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in title):
         raise InvalidArgument(f"title {title!r:.60} must be one line without control characters")
     return title
 
@@ -39,7 +39,7 @@ def checked_tags(tags: object) -> tuple[str, ...]:
     """
     if isinstance(tags, str) or not isinstance(tags, Iterable):
         raise InvalidArgument("tags must be a list of strings")
-    found = tuple(dict.fromkeys(tags))
+    found = tuple(dict.fromkeys(tags)) if tags else ()
     if len(found) > MAX_TAGS:
         raise InvalidArgument(f"a session has at most {MAX_TAGS} tags, not {len(found)}")
     for tag in found:

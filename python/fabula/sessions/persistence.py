@@ -11,13 +11,15 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fabula.engine.constraint import Constraint
 from fabula.engine.generation import Timings
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import SessionExists, StoreCorrupt
+from fabula.keyed_lock import KeyedLocks
 from fabula.sessions.policy import ContextPolicy, Cut
 from fabula.sessions.settings import Settings
 from fabula.sessions.turn import START, Turn
@@ -40,7 +42,7 @@ class Persistence:
     Attributes:
         sessions: those in use, by tenant and id.
         turns: those in use, by id: forks share the turns they were forked from.
-        lock: guards both; never held while the store writes.
+        lock: guards both; never held while the store reads or writes.
     """
 
     def __init__(self, store: Store) -> None:
@@ -48,6 +50,7 @@ class Persistence:
         self.sessions: weakref.WeakValueDictionary[tuple[str, str], Session] = weakref.WeakValueDictionary()
         self.turns: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
         self.lock = threading.RLock()
+        self._names = KeyedLocks()
         self._drafts: dict[tuple[str, str], set[str]] = {}  # checkpoints that could not be deleted, by session
         self._watches: weakref.WeakKeyDictionary[Reply, Watch] = weakref.WeakKeyDictionary()
         self._unflushed: set[tuple[str, str]] = set()  # sessions with a queued write
@@ -58,6 +61,13 @@ class Persistence:
         with self.lock:
             return list(self.sessions.values())
 
+    @contextmanager
+    def exclusive(self, tenant: str, id: str) -> Iterator[None]:
+        """During a `with` block no other thread creates, or reads from the store, a session of that name. The block may
+        wait for the store; sessions of other names are not held up."""
+        with self._names.of((tenant, id)):
+            yield
+
     # ---- New sessions -----------------------------------------------------------------------------------------------
 
     def register(self, session: Session) -> None:
@@ -67,10 +77,10 @@ class Persistence:
             SessionExists: the id is taken.
         """
         key = (session.tenant, session.id)
-        with self.lock:
+        with self.exclusive(*key):
             if key in self.sessions or self.store.find(*key) is not None:
                 raise SessionExists(f"there is a session {session.id!r} already; give another id")
-            self.sessions[key] = session
+            self.add(session)
 
     def create(self, session: Session) -> None:
         """Stores a registered session: it is committed when this returns.
@@ -202,9 +212,10 @@ class Persistence:
             return list(self._drafts.pop((session.tenant, session.id), ()))
 
     def _needed(self, session: Session, turns: list[Turn]) -> set[Turn]:
-        """Of these turns, those on the path to a fork."""
+        """Of these turns, those on the path to a fork, also one that is not committed yet."""
         mine = {turn.id: turn for turn in turns}
-        return {mine[id] for id in self.store.pasts_of_others(session.tenant, session.id) if id in mine}
+        stored = {mine[id] for id in self.store.pasts_of_others(session.tenant, session.id) if id in mine}
+        return stored | {past for turn in turns if turn.forks for past in turn.lineage() if past.id in mine}
 
     def _orphans(self, session: Session) -> list[str]:
         """Turns of deleted sessions that only this fork needs."""
@@ -245,7 +256,7 @@ class Persistence:
         return record, own, known
 
     def add(self, session: Session) -> None:
-        """Adds a session that was read."""
+        """Adds a session that was read or is new."""
         with self.lock:
             self.sessions[session.tenant, session.id] = session
 

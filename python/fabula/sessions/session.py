@@ -473,6 +473,7 @@ class Session(SessionView):
     def fork(self, turn: TurnRef | None = None, *, id: str | None = None) -> Session:
         """A new session that shares this one's path up to a turn (None: the head)."""
         with self._lock:
+            base, persistence = self._find(turn), self._persistence
             fork = Session(
                 self._handle,
                 id=id,
@@ -480,15 +481,19 @@ class Session(SessionView):
                 system=self.system,
                 params=self.params,
                 policy=self.policy,
-                base=self._find(turn),
-                persistence=self._persistence,
+                base=base,
+                persistence=persistence,
                 title=self.title,
                 tags=self.tags,
             )
-            if self._persistence is not None:
-                self._persistence.register(fork)
-                self._persistence.create(fork)
-            return fork
+        if persistence is not None:  # without the lock: nobody waits for the commit of another session
+            try:
+                persistence.register(fork)
+                persistence.create(fork)
+            except BaseException:
+                base.forks.discard(fork)
+                raise
+        return fork
 
     def delete(self) -> int:
         """Deletes every turn made here, except those on the path to a fork, and returns the bytes of KV freed."""

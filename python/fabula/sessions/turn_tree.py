@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from itertools import islice
 
 from fabula.errors import InvalidArgument
 from fabula.sessions.turn import START, Turn
@@ -109,7 +108,10 @@ class TurnTree:
         if isinstance(ref, bool) or not isinstance(ref, int):
             raise InvalidArgument(f"a turn must be given by its number or its id, not by {ref!r:.80}")
         if 0 <= ref <= self.head.number:  # numbers decrease by one along the lineage
-            return next(islice(self.head.lineage(), self.head.number - ref, None))
+            found = self.head
+            for _ in range(self.head.number - ref):
+                found = found.parent or START
+            return found
         raise InvalidArgument(f"there is no turn {ref} on the path, which has 0 .. {self.head.number}")
 
     def _by_id(self, id: str) -> Turn | None:
