@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 9 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 10 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -496,37 +496,6 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
  * bytes written. */
 enum fb_status fb_join_strings(const void *bytes, size_t n_bytes, size_t most, size_t max_length, char *out,
     size_t *n_strings, size_t *n_read, size_t *n_written);
-
-/* ---- Machine ----------------------------------------------------------------------------------------------------- */
-
-/* Measures, for benchmarks: bytes/s of reading `n_bytes` of memory `n_repeats` times, and f32 multiply-add
- * operations/s from registers (an add and a multiply count as two). Median over repeats of at least 3. */
-enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_threads, double *bytes_per_s);
-enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
-
-/* As fb_measure_fma, of the kernel for bf16 weights. */
-enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
-
-/* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
-enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
-
-/* Bytes/s of copying `n_bytes` from one place of a device's memory to another, reads and writes both counted: the
- * fastest of `n_repeats` copies after a first one. Allocates twice n_bytes meanwhile. */
-enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s);
-
-/* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
- * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */
-enum fb_status fb_serial_rms_norm(
-    const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out);
-enum fb_status fb_serial_gather(const float *table, int32_t n_cols, const int32_t *ids, int32_t n_ids, float *out);
-enum fb_status fb_serial_masked_softmax(
-    const float *x, int32_t n_rows, int32_t n_cols, bool causal, int32_t first_visible, float *out);
-enum fb_status fb_serial_swiglu(const float *gate, const float *up, size_t n, float *out);
-enum fb_status fb_serial_matmul_transb(const float *a, const float *b, int32_t m, int32_t n, int32_t k, float *out);
-enum fb_status fb_serial_rope(float *x, const int32_t *positions, int32_t n_rows, int32_t n_heads, int32_t head_dim,
-    int32_t rotary_dim, const float *inv_freq, float rope_scale);
-enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens,
-    int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out);
 
 /* cffi: end */
 

@@ -18,6 +18,7 @@
 #include "base/memory.h"
 #include "check.h"
 #include "fabula.h"
+#include "fabula_bench.h"
 
 /* ---- Wrappers ---------------------------------------------------------------------------------------------------- */
 

@@ -9,6 +9,7 @@
 #ifndef FABULA_BASE_DEVICE_H
 #define FABULA_BASE_DEVICE_H
 
+#include "base/exported.h"
 #include "fabula.h"
 
 #include <stdatomic.h>
@@ -88,7 +89,7 @@ void fb_device_drop(fb_device *device);
 
 /* Allocates device memory within the budget. The error message is "device ... has no memory for `what`".
  * n_bytes 0 returns NULL. */
-enum fb_status fb_device_allocate(fb_device *device, const char *what, size_t n_bytes, void **out);
-void fb_device_release(fb_device *device, void *memory, size_t n_bytes);
+FB_EXPORTED enum fb_status fb_device_allocate(fb_device *device, const char *what, size_t n_bytes, void **out);
+FB_EXPORTED void fb_device_release(fb_device *device, void *memory, size_t n_bytes);
 
 #endif

@@ -1,11 +1,12 @@
 /*
  * measure.c - the machine's limits as the engine meets them: memory reads, and multiply-adds in registers.
  *
- * Reads sum 64-byte lines in the widest vectors of the baseline instruction set, which is not the limit at
- * memory speed. Each thread reads one stream, because several per thread are slower. The multiply-adds are
- * those of the matrix kernels themselves (f32, bf16 pairs and 8-bit integers), on panels that stay in L1, at
- * their best tile size.
+ * Reads sum 64-byte lines in the widest vectors of the baseline instruction set, which is not the limit at memory
+ * speed. Each thread reads one stream, because several per thread are slower. The multiply-adds are those of the
+ * matrix kernels themselves (f32, bf16 pairs and 8-bit integers), on panels that stay in L1, at their best tile size.
  */
+#include "fabula_bench.h"
+
 #include "base/device.h"
 #include "base/memory.h"
 #include "base/status.h"
@@ -15,6 +16,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+uint32_t fb_bench_abi_version(void) {
+    return FB_ABI_VERSION;
+}
 
 enum { MAX_REPEATS = 1000, MAX_MEASURE_THREADS = 1024 };
 
@@ -156,8 +161,7 @@ static float call_pairs(const struct fb_kernels *kernels, size_t n_calls) {
     return y[0];
 }
 
-/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of
- * activations. */
+/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of activations. */
 static float call_dot(const struct fb_kernels *kernels, size_t n_calls, size_t n_tokens) {
     _Alignas(FB_LINE) char panels[PANELS * DOT_BLOCKS * (8 * FB_LINE + 32)];
     _Alignas(FB_LINE) struct fb_activation x[TILE_TOKENS * DOT_BLOCKS];
