@@ -1,9 +1,10 @@
 /*
  * measure.c - the machine's limits as the engine meets them: memory reads, and multiply-adds in registers.
  *
- * Reads sum 64-byte lines in the widest vectors of the baseline instruction set, which is not the limit at memory
- * speed. Each thread reads one stream, because several per thread are slower. The multiply-adds are those of the
- * matrix kernels themselves (f32, bf16 pairs and 8-bit integers), on panels that stay in L1, at their best tile size.
+ * Reads sum 64-byte lines in the widest vectors of the baseline instruction set, which is not the limit at
+ * memory speed. Each thread reads one stream, because several per thread are slower. The multiply-adds are
+ * those of the matrix kernels themselves (f32, bf16 pairs and 8-bit integers), on panels that stay in L1, at
+ * their best tile size.
  */
 #include "fabula_bench.h"
 

@@ -1,9 +1,9 @@
 /*
  * serial.c - the operators as plain serial loops, the obvious implementation.
  *
- * `fabula bench ops` compares the kernels with these. They are compiled like the rest (-O3, the architecture's
- * baseline instruction set) and share nothing with the kernels: their own order of sums, the C library's expf, sinf
- * and cosf.
+ * `fabula bench ops` compares the kernels with these. They are compiled like the rest (-O3, the
+ * architecture's baseline instruction set) and share nothing with the kernels: their own order of sums, the C
+ * library's expf, sinf and cosf.
  */
 #include "fabula_bench.h"
 

@@ -21,8 +21,7 @@
 
 enum { THREADS = 256, KEYS = FB_CUDA_KEY_BLOCK, PAGE = FB_PAGE_POSITIONS, N_STATS = 6 };
 
-/* ---- Visible keys of a tile
- * ------------------------------------------------------------------------------------- */
+/* ---- Visible keys of a tile -------------------------------------------------------------------------------------- */
 
 /* As fb_lowest_visible and fb_sees_sinks of ops/attention.h. */
 FB_BOTH int32_t lowest_visible(const fb_cuda_sequence &s, int32_t window, int32_t position) {

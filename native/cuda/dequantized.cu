@@ -40,8 +40,7 @@ static __global__ void dequantize_kernel(fb_cuda_weight weight, int32_t first_pa
     for (int32_t chunk = line; chunk < n_chunks; chunk += CHUNK_STRIDE) {
         unpacked.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
-        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighboring threads write rows that
-                                                    are far apart */
+        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: threads write rows that are far apart */
             const int32_t column = chunk * FB_CHUNK + 8 * o;
             fb_words4 eight = {};
 #pragma unroll

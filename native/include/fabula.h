@@ -233,18 +233,17 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
  * the batch or, after GATHER_OUTPUTS, per wanted output. The program plans their memory: buffers that are never alive
  * together share it. */
 enum fb_op_kind {
-    FB_OP_EMBED = 1,         /* out[t] = scale * row tokens[t] of `weight` */
-    FB_OP_RMS_NORM = 2,      /* out = in / sqrt(mean(in^2) + eps) * vector */
-    FB_OP_LINEAR = 3,        /* out from `column` on = in weight^T (+ vector as bias) (+ buffer `residual`, which may be
-                                 `out`) */
-    FB_OP_LINEAR_SWIGLU = 4, /* weight (and bias) interleave gate and up by 16 rows; out = silu(gate) * up */
-    FB_OP_HEAD_NORM = 5,     /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
-    FB_OP_ROPE = 6,          /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
-    FB_OP_KV_WRITE = 7,      /* writes K and V of `in` to the sequence's pages, layer `layer` */
-    FB_OP_ATTENTION = 8,     /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
+    FB_OP_EMBED = 1,    /* out[t] = scale * row tokens[t] of `weight` */
+    FB_OP_RMS_NORM = 2, /* out = in / sqrt(mean(in^2) + eps) * vector */
+    FB_OP_LINEAR = 3,   /* out from `column` on = in weight^T (+ bias `vector`) (+ `residual`, which may be `out`) */
+    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) interleave gate and up by 16 rows; out = silu(gate) * up */
+    FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
+    FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
+    FB_OP_KV_WRITE = 7,       /* writes K and V of `in` to the sequence's pages, layer `layer` */
+    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
     FB_OP_LOGITS = 10,        /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
-    FB_OP_SUM = 11 /* out = residual (if any) + sum of `in` over the joined programs in their order; devices only */
+    FB_OP_SUM = 11            /* out = residual (if any) + sum of `in` over the joined programs, in order; on devices */
 };
 
 struct fb_op {
@@ -425,8 +424,9 @@ struct fb_draw {
     struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
     int32_t n_steps;             /* tokens to sample at most; 0: a prefill chunk, computed in the first step only */
     int32_t n_drawn;             /* result: tokens sampled */
-    int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not
-                                    computed yet; sampled tokens are appended */
+    /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not computed yet; sampled tokens are
+     * appended. */
+    int32_t *history;
     int32_t n_history;
     int32_t n_ends;
     const int32_t *ends; /* end tokens: the sequence stops behind one */
@@ -452,9 +452,9 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
-/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32, row-
- * major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a
- * bad size. */
+/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32,
+ * row-major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or
+ * a bad size. */
 
 /* out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight;  x, out [n_rows, n_cols], weight [n_cols] */
 enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
@@ -490,10 +490,9 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
 
 /* ---- Files ------------------------------------------------------------------------------------------------------- */
 
-/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes`
- * to `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within
- * `bytes`, is longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the
- * bytes written. */
+/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes` to
+ * `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within `bytes`, is
+ * longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the bytes written. */
 enum fb_status fb_join_strings(const void *bytes, size_t n_bytes, size_t most, size_t max_length, char *out,
     size_t *n_strings, size_t *n_read, size_t *n_written);
 
