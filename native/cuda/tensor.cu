@@ -292,10 +292,6 @@ static int multiply_tiles(const fb_cuda_linear &a, const fb_cuda_inputs &in, fb_
     return fb_launch(tiled_kernel<D>, grid, TILED_THREADS, 0, stream, a, in);
 }
 
-template <> int multiply_tiles<FB_F32>(const fb_cuda_linear &, const fb_cuda_inputs &, fb_cuda_stream) {
-    return -1; /* fb_cuda_multiply takes these */
-}
-
 enum fb_dtype fb_cuda_inputs_dtype(enum fb_dtype weight, int32_t compute_major) {
     if (weight == FB_F32 || (weight == FB_BF16 && compute_major < 8)) return FB_F32;
     return weight == FB_BF16 ? FB_BF16 : FB_F16;
@@ -303,5 +299,5 @@ enum fb_dtype fb_cuda_inputs_dtype(enum fb_dtype weight, int32_t compute_major) 
 
 int fb_cuda_multiply_inputs(
     const struct fb_cuda_linear *linear, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream) {
-    return FB_FOR_DTYPE(linear->weight.dtype, multiply_tiles, *linear, *inputs, stream);
+    return FB_FOR_DTYPE_BUT_F32(linear->weight.dtype, multiply_tiles, *linear, *inputs, stream);
 }
