@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 9 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 10 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -233,18 +233,17 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
  * the batch or, after GATHER_OUTPUTS, per wanted output. The program plans their memory: buffers that are never alive
  * together share it. */
 enum fb_op_kind {
-    FB_OP_EMBED = 1,         /* out[t] = scale * row tokens[t] of `weight` */
-    FB_OP_RMS_NORM = 2,      /* out = in / sqrt(mean(in^2) + eps) * vector */
-    FB_OP_LINEAR = 3,        /* out from `column` on = in weight^T (+ vector as bias) (+ buffer `residual`, which may be
-                                 `out`) */
-    FB_OP_LINEAR_SWIGLU = 4, /* weight (and bias) interleave gate and up by 16 rows; out = silu(gate) * up */
-    FB_OP_HEAD_NORM = 5,     /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
-    FB_OP_ROPE = 6,          /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
-    FB_OP_KV_WRITE = 7,      /* writes K and V of `in` to the sequence's pages, layer `layer` */
-    FB_OP_ATTENTION = 8,     /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
+    FB_OP_EMBED = 1,    /* out[t] = scale * row tokens[t] of `weight` */
+    FB_OP_RMS_NORM = 2, /* out = in / sqrt(mean(in^2) + eps) * vector */
+    FB_OP_LINEAR = 3,   /* out from `column` on = in weight^T (+ bias `vector`) (+ `residual`, which may be `out`) */
+    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) interleave gate and up by 16 rows; out = silu(gate) * up */
+    FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
+    FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
+    FB_OP_KV_WRITE = 7,       /* writes K and V of `in` to the sequence's pages, layer `layer` */
+    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
     FB_OP_LOGITS = 10,        /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
-    FB_OP_SUM = 11 /* out = residual (if any) + sum of `in` over the joined programs in their order; devices only */
+    FB_OP_SUM = 11            /* out = residual (if any) + sum of `in` over the joined programs, in order; on devices */
 };
 
 struct fb_op {
@@ -425,8 +424,9 @@ struct fb_draw {
     struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
     int32_t n_steps;             /* tokens to sample at most; 0: a prefill chunk, computed in the first step only */
     int32_t n_drawn;             /* result: tokens sampled */
-    int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not
-                                    computed yet; sampled tokens are appended */
+    /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not computed yet; sampled tokens are
+     * appended. */
+    int32_t *history;
     int32_t n_history;
     int32_t n_ends;
     const int32_t *ends; /* end tokens: the sequence stops behind one */
@@ -452,9 +452,9 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
-/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32, row-
- * major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a
- * bad size. */
+/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32,
+ * row-major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or
+ * a bad size. */
 
 /* out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight;  x, out [n_rows, n_cols], weight [n_cols] */
 enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
@@ -490,43 +490,11 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
 
 /* ---- Files ------------------------------------------------------------------------------------------------------- */
 
-/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes`
- * to `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within
- * `bytes`, is longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the
- * bytes written. */
+/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes` to
+ * `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within `bytes`, is
+ * longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the bytes written. */
 enum fb_status fb_join_strings(const void *bytes, size_t n_bytes, size_t most, size_t max_length, char *out,
     size_t *n_strings, size_t *n_read, size_t *n_written);
-
-/* ---- Machine ----------------------------------------------------------------------------------------------------- */
-
-/* Measures, for benchmarks: bytes/s of reading `n_bytes` of memory `n_repeats` times, and f32 multiply-add
- * operations/s from registers (an add and a multiply count as two). Median over repeats of at least 3. */
-enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_threads, double *bytes_per_s);
-enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
-
-/* As fb_measure_fma, of the kernel for bf16 weights. */
-enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
-
-/* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
-enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
-
-/* Bytes/s of copying `n_bytes` from one place of a device's memory to another, reads and writes both counted: the
- * fastest of `n_repeats` copies after a first one. Allocates twice n_bytes meanwhile. */
-enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s);
-
-/* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
- * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */
-enum fb_status fb_serial_rms_norm(
-    const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out);
-enum fb_status fb_serial_gather(const float *table, int32_t n_cols, const int32_t *ids, int32_t n_ids, float *out);
-enum fb_status fb_serial_masked_softmax(
-    const float *x, int32_t n_rows, int32_t n_cols, bool causal, int32_t first_visible, float *out);
-enum fb_status fb_serial_swiglu(const float *gate, const float *up, size_t n, float *out);
-enum fb_status fb_serial_matmul_transb(const float *a, const float *b, int32_t m, int32_t n, int32_t k, float *out);
-enum fb_status fb_serial_rope(float *x, const int32_t *positions, int32_t n_rows, int32_t n_heads, int32_t head_dim,
-    int32_t rotary_dim, const float *inv_freq, float rope_scale);
-enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens,
-    int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out);
 
 /* cffi: end */
 

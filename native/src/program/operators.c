@@ -75,8 +75,7 @@ static int64_t work_of_attention(const struct fb_program *p, const struct fb_op 
     return work;
 }
 
-/* ---- Fusion into attention
- * -------------------------------------------------------------------------------------- */
+/* ---- Fusion into attention --------------------------------------------------------------------------------------- */
 
 static void defer_norm(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
     (void)p;
@@ -174,8 +173,7 @@ static bool runs_on_cpu(const struct fb_operator *kind) {
     return kind->stage != FB_STAGE_ROWS || kind->run_row;
 }
 
-/* ---- Checks for every kind
- * -------------------------------------------------------------------------------------- */
+/* ---- Checks for every kind --------------------------------------------------------------------------------------- */
 
 static enum fb_status check_order(const struct fb_program *p, const struct fb_check *c, uint32_t flags, bool gathered) {
     const struct fb_op *op = c->op;

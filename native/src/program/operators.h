@@ -20,8 +20,7 @@ enum {
     FB_IN_PLACE = 1 << 2,      /* `out` may be `in` */
     FB_WEIGHT = 1 << 3,        /* needs `weight` */
     FB_RESIDUAL = 1 << 4,      /* may add buffer `residual` */
-    FB_COLUMNS = 1 << 5,       /* fills as many columns as its weight has rows, from `column` on; others fill
-                                all of `out` */
+    FB_COLUMNS = 1 << 5,       /* fills its weight's rows from `column` on; others fill all of `out` */
     FB_FIRST = 1 << 6,         /* the first operator, and only that */
     FB_LAST = 1 << 7,          /* the last operator, and only that */
     FB_GATHERS = 1 << 8,       /* from here on a row is a wanted output, not a token */
@@ -29,11 +28,9 @@ enum {
     FB_OF_OUTPUTS = 1 << 10,   /* only after outputs are gathered */
     FB_HEADS = 1 << 11,        /* `in` holds q, k and v heads, concatenated */
     FB_LAYER = 1 << 12,        /* has a `layer` */
-    FB_NORM = 1 << 13,         /* has an `eps`; if it works on whole rows, the next products may take it into their
-                          stage */
+    FB_NORM = 1 << 13,         /* has an `eps`; one over whole rows may join the stage of the next products */
     FB_GATED = 1 << 14,        /* a product whose weight interleaves gate and up by panels: silu(gate) * up */
-    FB_SPANS_DEVICES = 1 << 15 /* combines the results of several devices: only parts of a joined program hold
-                                  it */
+    FB_SPANS_DEVICES = 1 << 15 /* combines results of several devices: only in parts of a joined program */
 };
 
 /* An operator that is being checked. */
@@ -56,16 +53,15 @@ struct fb_operator {
     /* The width that `out` must have; NULL if `check` or `column` decides. */
     int32_t (*width)(const struct fb_check *check);
 
-    /* FB_STAGE_ROWS: computes one row on the CPU; NULL if only devices run it. The other stages have one
-     * function for all kinds. */
+    /* FB_STAGE_ROWS: computes one row on the CPU; NULL if only devices run it. The other stages have one function for
+     * all kinds. */
     void (*run_row)(const struct fb_run *run, const struct fb_op *op, size_t row);
 
     /* Multiply-adds of a batch; NULL if negligible. */
     int64_t (*work)(const struct fb_program *program, const struct fb_op *op, const struct fb_batch *batch);
 
-    /* Fusion into attention (struct fb_raw_heads). head_step: the kind's position, from 1, in the order in
-     * which attention finishes a head; 0 if it cannot be fused. defer_head: records what attention must
-     * do. */
+    /* Fusion into attention (struct fb_raw_heads). head_step: the kind's position, from 1, in the order in which
+     * attention finishes a head; 0 if it cannot be fused. defer_head: records what attention must do. */
     int32_t head_step;
     void (*defer_head)(const struct fb_program *program, const struct fb_op *op, struct fb_raw_heads *raw);
 };
@@ -80,8 +76,8 @@ static inline bool fb_op_is(const struct fb_op *op, uint32_t flag) {
     return (fb_operator_of(op->kind)->flags & flag) != 0;
 }
 
-/* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether
- * outputs were gathered before it. */
+/* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether outputs
+ * were gathered before it. */
 enum fb_status fb_check_op(struct fb_program *p, int32_t index, bool *gathered);
 
 #endif
