@@ -11,7 +11,11 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -t
 NODE := $(shell node -e "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)" 2>/dev/null && command -v npm)
 PAGE := python/fabula/web tests/web package.json tsconfig.json
 
-.PHONY: run test test-page lint lint-page docs sanitize aarch64 cuda gpu emulated format format-page clean
+# Processes that tests are spread over: as many as there are processors, but each needs up to 2 GB.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
+
+.PHONY: run test test-all test-page lint lint-page docs sanitize aarch64 cuda gpu emulated format format-page clean
 
 # ARGS="--port 9000" and the like go to `fabula serve`.
 run: $(VENV)/installed
@@ -19,7 +23,11 @@ run: $(VENV)/installed
 
 test: $(VENV)/tested-with test-page
 	@$(BIN)/fabula pull smollm2-135m-instruct || echo "SmolLM2 could not be fetched: the tests that need it will skip"
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# With what is marked heavy: more examples of the same laws.
+test-all: test
+	$(PYTEST) -m heavy
 
 lint: $(VENV)/linted-with lint-page
 	$(BIN)/ruff check .

@@ -30,6 +30,8 @@ from waiting import wait_until
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run in several processes: torch and numpy take one processor each. A model of Fabula's has threads of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples every time, so that a change is judged by what it changed; FABULA_TEST_RANDOM=1 looks for new ones.
 # How long one takes says something of the machine only.
@@ -46,6 +48,7 @@ pytest_plugins = [
     "llama_peer",
     "places",
     "scheduling",
+    "serving",
     "spilling",
     "storing",
     "watchdog",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 import waiting
 from ticking import STOOD
@@ -153,6 +154,27 @@ class Running:
         if self.process.poll() is None:
             self.stop()
         assert STOOD not in (told := "".join(self.errors)), told
+
+
+def lasting_port() -> int:
+    """A free port for a server that comes back to it: none of those that the system hands out by itself, on Linux from
+    32768 on, which another process might get meanwhile."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("there is no free port")
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of the tiny model with the settings it has by itself, for every test whose sessions have names of their
+    own and that sets nothing else."""
+    with Running(tmp_path_factory.mktemp("server"), tiny_folder) as running:
+        yield running
 
 
 def parse(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

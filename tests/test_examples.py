@@ -47,11 +47,10 @@ def test_story_tree(tiny_folder: Path) -> None:
     assert done.stdout.endswith("6 turns in the tree, 3 on the path\n")
 
 
-def test_client_rest(tiny_folder: Path, tmp_path: Path) -> None:
-    with Running(tmp_path, tiny_folder) as running:
-        command = ["sh", str(EXAMPLES / "client_rest.sh")]
-        variables = os.environ | {"FABULA_URL": running.address}
-        done = run_program(command, env=variables)
+def test_client_rest(tiny_server: Running) -> None:
+    command = ["sh", str(EXAMPLES / "client_rest.sh")]
+    variables = os.environ | {"FABULA_URL": tiny_server.address}
+    done = run_program(command, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("> POST /") == 5 and '"head":1' in done.stdout and "freed_bytes" in done.stdout
     assert "event: start" in done.stdout and "event: done" in done.stdout

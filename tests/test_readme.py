@@ -18,13 +18,12 @@ def test_programs(number: int, smollm2_gguf: Path, tmp_path: Path) -> None:
     assert len(Desk(tmp_path).run(README.programs[number]).splitlines()) >= 2
 
 
-def test_requests(tiny_folder: Path, tmp_path: Path) -> None:
+def test_requests(tiny_server: Running, tmp_path: Path) -> None:
     requests = [command for command in README.commands if command.words[0] == "curl"]
     assert len(requests) >= 4
-    with Running(tmp_path / "data", tiny_folder) as running:
-        desk = Desk(tmp_path, running.address)
-        for request in requests:
-            desk.run(request)
+    desk = Desk(tmp_path, tiny_server.address)
+    for request in requests:
+        desk.run(request)
 
 
 def test_commands_exist() -> None:

@@ -28,14 +28,6 @@ CHAT = [{"role": "user", "content": "Explain in a few sentences why the sky is b
 TEXT = Path(__file__).parent / "data" / "lighthouse.txt"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def dequantised(checkpoint: Checkpoint, name: str) -> F32:
     info = checkpoint.tensors[name]
     return _native.dequantize(info.dtype, checkpoint.read(name), int(np.prod(info.shape))).reshape(info.shape)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from waiting import wait_until
 
 @pytest.fixture(scope="module", params=["hypercorn", "uvicorn"])
 def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Running]:
-    try:
-        model = request.getfixturevalue("smollm2_gguf")
-    except pytest.skip.Exception:
-        model = request.getfixturevalue("tiny_folder")
+    model = request.getfixturevalue("tiny_folder")
+    if request.param == "hypercorn":  # the other host says the same of any model
+        with suppress(pytest.skip.Exception):
+            model = request.getfixturevalue("smollm2_gguf")
     with Running(tmp_path_factory.mktemp("served"), model, host=request.param) as running:
         yield running
 
@@ -293,7 +294,7 @@ def test_stopping_keeps_everything(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_replies_of_verbs_do_not_grow_with_the_path(served: Running) -> None:
     """Where the path is wanted, `?path=true` asks for it."""
-    data = {"session_id": "grows", "text": "Once upon a time. "}
+    data = {"session_id": "grows", "text": "Once. "}
     short = len(json.dumps(served.post("/write", **data)))
     ids = [served.post("/write", **data)["head_id"] for _ in range(40)]
     here = {"session_id": "grows"}

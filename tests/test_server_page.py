@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from fabula.server.render import MAX_MARKED, render
 from serving import Running, parse
 
 
-@pytest.fixture(scope="module")
-def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with Running(tmp_path_factory.mktemp("page"), tiny_folder) as running:
-        yield running
+@pytest.fixture
+def served(tiny_server: Running) -> Running:
+    return tiny_server
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -242,7 +240,7 @@ def test_answers_in_the_making_are_told(served: Running) -> None:
 def test_search(served: Running) -> None:
     served.post("/chat", session_id="s1", message="a", max_len=1, title="The white WHALE")
     served.post("/chat", session_id="s2", message="a", max_len=1, title="Ships")
-    found = served.get("/sessions?search=whale")["sessions"]
+    found = served.get("/sessions?search=white%20whale")["sessions"]
     assert [one["session_id"] for one in found] == ["s1"]
     assert served.get("/sessions?search=nothing-of-that-kind")["sessions"] == []
     assert json.dumps(served.get("/sessions?search=S2")).count("s2") == 1

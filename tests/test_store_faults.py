@@ -1,7 +1,7 @@
 """The store when disks fail, power is lost and processes are killed: acknowledged writes are still there.
 
-More of it than usual: FABULA_TEST_KILLS, rounds of kill -9; FABULA_TEST_FAULT_STRIDE=1, every single write and sync
-made to fail instead of one in so many; FABULA_TEST_POWER, moments at which power is lost.
+Each comes twice, the second time heavy. More of that: FABULA_TEST_KILLS, rounds of kill -9; FABULA_TEST_FAULT_STRIDE=1,
+every single write and sync made to fail instead of one in so many; FABULA_TEST_POWER, moments at which power is lost.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from power import Disk, events  # noqa: E402
 from work import Ledger  # noqa: E402
 
 
+def few_or(many: str, default: int, few: int) -> pytest.MarkDecorator:
+    """Runs a test with `n` as few, and, heavy, as the variable `many` says."""
+    heavy = pytest.param(int(os.environ.get(many, default)), marks=pytest.mark.heavy, id="many")
+    return pytest.mark.parametrize("n", [pytest.param(few, id="few"), heavy])
+
+
 def run(program: str, *arguments: object, shim: Path | None = None) -> str:
     """Runs a program of faults/ and returns what it says."""
     result = run_program(
@@ -37,6 +43,7 @@ def run(program: str, *arguments: object, shim: Path | None = None) -> str:
 
 
 @pytest.mark.busy(1e5)
+@few_or("FABULA_TEST_FAULT_STRIDE", 17, few=53)
 @pytest.mark.parametrize(
     ("error", "mode"),
     [
@@ -48,18 +55,19 @@ def run(program: str, *arguments: object, shim: Path | None = None) -> str:
         (0, "short"),
     ],
 )
-def test_failing_writes_and_syncs(shim: Path, tmp_path: Path, error: int, mode: str) -> None:
-    stride = int(os.environ.get("FABULA_TEST_FAULT_STRIDE", "17"))
-    n_calls = int(run("fail.py", tmp_path, error, mode, stride, shim=shim))
+def test_failing_writes_and_syncs(shim: Path, tmp_path: Path, error: int, mode: str, n: int) -> None:
+    """One in n of them."""
+    n_calls = int(run("fail.py", tmp_path, error, mode, n, shim=shim))
     assert n_calls > 100, "the work came to its end, and the fault to many of its writes"
 
 
-def test_loss_of_power(shim: Path, tmp_path: Path) -> None:
+@few_or("FABULA_TEST_POWER", 80, few=30)
+def test_loss_of_power(shim: Path, tmp_path: Path, n: int) -> None:
     run("record.py", tmp_path / "live", tmp_path / "journal", 40, shim=shim)
     recorded = list(events((tmp_path / "journal").read_bytes()))
     assert {event.what for event in recorded} >= set("WTSUN")
     rng = random.Random(5)
-    cuts = set(rng.sample(range(len(recorded)), int(os.environ.get("FABULA_TEST_POWER", "80"))))
+    cuts = set(rng.sample(range(len(recorded)), n))
     disk, ledger = Disk(), Ledger()
     for at, event in enumerate(recorded):
         if at in cuts:
@@ -76,6 +84,6 @@ def test_loss_of_power(shim: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.busy(1e5)
-def test_kill_9(tmp_path: Path) -> None:
-    n_rounds = int(os.environ.get("FABULA_TEST_KILLS", "30"))
-    assert int(run("kill.py", tmp_path, n_rounds, 3)) > n_rounds, "what was acknowledged was looked for"
+@few_or("FABULA_TEST_KILLS", 30, few=10)
+def test_kill_9(tmp_path: Path, n: int) -> None:
+    assert int(run("kill.py", tmp_path, n, 3)) > n, "what was acknowledged was looked for"

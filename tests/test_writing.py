@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,10 +223,9 @@ def test_tokens_of_an_answer(tiny_model: Model) -> None:
 # ---- Over HTTP ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def served(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with Running(tmp_path_factory.mktemp("writing"), tiny_folder) as running:
-        yield running
+@pytest.fixture
+def served(tiny_server: Running) -> Running:
+    return tiny_server
 
 
 def post(served: Running, path: str, status: int = 200, **body: Any) -> Any:

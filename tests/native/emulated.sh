@@ -16,9 +16,9 @@ cp -r "$top/python/fabula" "$build/package/"
 cp "$build/native/"* "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package" LD_LIBRARY_PATH="$build/nccl" FABULA_CUBLASLT="$build/libfabula_products.so"
-"$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
+"$python" -m pytest -p no:cacheprovider -n "$(nproc)" --dist worksteal tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py
 # Only one of the long random walks over sessions, which takes half a minute.
-FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider tests/test_decode_steps.py tests/test_kv_cache.py tests/test_sessions.py \
+FABULA_TEST_DEVICE=cuda "$python" -m pytest -p no:cacheprovider -n "$(nproc)" --dist worksteal tests/test_decode_steps.py tests/test_kv_cache.py tests/test_sessions.py \
     -k "not every_walk or 1-f16"
-FABULA_TEST_DEVICE=cuda:2 FABULA_TEST_PARALLEL=2 "$python" -m pytest -p no:cacheprovider tests/test_sessions.py tests/test_kv_cache.py \
+FABULA_TEST_DEVICE=cuda:2 FABULA_TEST_PARALLEL=2 "$python" -m pytest -p no:cacheprovider -n "$(nproc)" --dist worksteal tests/test_sessions.py tests/test_kv_cache.py \
     -k "not every_walk"

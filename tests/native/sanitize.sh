@@ -18,5 +18,5 @@ cp -r "$top/python/fabula" "$build/package/"
 cp "$build/native/"* "$build/package/fabula/"
 cd "$top"
 LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$build/package \
-    "$python" -m pytest -p no:cacheprovider tests/test_native.py tests/test_dequantize.py tests/test_quantize.py tests/test_sampling.py \
+    "$python" -m pytest -p no:cacheprovider -n "$(nproc)" --dist worksteal tests/test_native.py tests/test_dequantize.py tests/test_quantize.py tests/test_sampling.py \
     tests/test_gguf_hostile.py tests/test_slide.py

@@ -110,25 +110,40 @@ static void fill_inputs(float *x, size_t n, bool tame) {
                 x[i + j] = i % 3 == 0 ? 0.0f : i % 3 == 1 ? j == 1 ? 127.0f : (float)j + 0.5f : 1e-39f;
 }
 
-static void test_quantize(const struct fb_kernels *k, const char *name, uint64_t seed) {
+/* A table under test; kernels are NULL where this CPU cannot run them. */
+struct table {
+    const char *name;
+    const struct fb_kernels *kernels;
+};
+
+static bool is_tested(const struct table *table) {
+    return table->kernels && table->kernels != &fb_kernels_reference;
+}
+
+static void test_quantize(const struct table *tables, size_t n_tables, uint64_t seed) {
     state = seed;
     const size_t n_blocks = next_random() % 20;
     float *x = take((n_blocks * 32 + 1) * sizeof *x);
     fill_inputs(x, n_blocks * 32 + 1, seed % 2);
     struct fb_activation *wanted = take(n_blocks * sizeof *wanted), *got = take(n_blocks * sizeof *got);
     fb_kernels_reference.quantize(x + 1, n_blocks, wanted);
-    k->quantize(x + 1, n_blocks, got);
-    for (size_t b = 0; b < n_blocks; b++)
-        CHECK_AT(memcmp(got[b].codes, wanted[b].codes, 32) == 0 && same(&got[b].scale, &wanted[b].scale, 1) &&
-                     same(got[b].sums, wanted[b].sums, 3) &&
-                     memcmp(got[b].minus_sums, wanted[b].minus_sums, sizeof got[b].minus_sums) == 0,
-            "%s quantize: block %zu, seed %llu", name, b, (unsigned long long)seed);
+    for (size_t i = 0; i < n_tables; i++) {
+        if (!is_tested(&tables[i])) continue;
+        memset(got, 0, n_blocks * sizeof *got);
+        tables[i].kernels->quantize(x + 1, n_blocks, got);
+        for (size_t b = 0; b < n_blocks; b++)
+            CHECK_AT(memcmp(got[b].codes, wanted[b].codes, 32) == 0 && same(&got[b].scale, &wanted[b].scale, 1) &&
+                         same(got[b].sums, wanted[b].sums, 3) &&
+                         memcmp(got[b].minus_sums, wanted[b].minus_sums, sizeof got[b].minus_sums) == 0,
+                "%s quantize: block %zu, seed %llu", tables[i].name, b, (unsigned long long)seed);
+    }
     free(x);
     free(wanted);
     free(got);
 }
 
-static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtype dtype, uint64_t seed) {
+/* The reference, which is slow, computes each product once for all tables. */
+static void test_gemm(const struct table *tables, size_t n_tables, enum fb_dtype dtype, uint64_t seed) {
     state = seed * 104729 + dtype;
     const bool tame = seed % 2;
     const size_t n_cols = (1 + next_random() % (MOST_COLUMNS / 256)) * 256 -
@@ -152,12 +167,17 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
     fill_inputs(x, n_tokens * ldx * 32, tame);
     fb_kernels_reference.quantize(x, n_tokens * ldx, activations);
     fb_kernels_reference.gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, wanted, ldy);
-    k->gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, got, ldy);
+    for (size_t i = 0; i < n_tables; i++) {
+        if (!is_tested(&tables[i])) continue;
+        memset(got, 0, n_tokens * ldy * sizeof *got);
+        tables[i].kernels->gemm_blocks(dtype, panels, n_panels, n_cols, activations, ldx, n_tokens, got, ldy);
 #if defined(__x86_64__)
-    CHECK_AT(!emulated_tiles_held(), "%s gemm_blocks: tiles not released, dtype %d", name, (int)dtype);
+        CHECK_AT(!emulated_tiles_held(), "%s gemm_blocks: tiles not released, dtype %d", tables[i].name, (int)dtype);
 #endif
-    CHECK_AT(same(got, wanted, n_tokens * ldy), "%s gemm_blocks: dtype %d, %zu panels, k %zu, %zu tokens, seed %llu",
-        name, (int)dtype, n_panels, n_cols, n_tokens, (unsigned long long)seed);
+        CHECK_AT(same(got, wanted, n_tokens * ldy),
+            "%s gemm_blocks: dtype %d, %zu panels, k %zu, %zu tokens, seed %llu", tables[i].name, (int)dtype, n_panels,
+            n_cols, n_tokens, (unsigned long long)seed);
+    }
 
     /* Against the dequantized numbers: the error is no larger than the rounding of the activations allows. */
     double worst = 0.0;
@@ -187,10 +207,7 @@ static void test_gemm(const struct fb_kernels *k, const char *name, enum fb_dtyp
 
 int main(int n_arguments, char **arguments) {
     const uint64_t n_seeds = n_arguments > 1 ? strtoull(arguments[1], NULL, 10) : 40;
-    const struct {
-        const char *name;
-        const struct fb_kernels *kernels;
-    } sets[] = {
+    const struct table tables[] = {
 #if defined(__x86_64__)
         {"avx2", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx2 : NULL},
         {"avx512", fb_isa_available(FB_ISA_AVX512) ? &fb_kernels_avx512 : NULL},
@@ -215,18 +232,14 @@ int main(int n_arguments, char **arguments) {
     for (uint64_t seed = 1; seed <= n_seeds; seed++)
         for (int d = 0; d < N_DTYPES; d++)
             test_layout(dtypes[d], seed);
-    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
-        if (!sets[i].kernels) {
-            printf("skipped: this CPU lacks %s\n", sets[i].name);
-            continue;
-        }
-        for (uint64_t seed = 1; seed <= n_seeds; seed++) {
-            test_quantize(sets[i].kernels, sets[i].name, seed);
-            for (int d = 0; d < N_DTYPES; d++)
-                test_gemm(sets[i].kernels, sets[i].name, dtypes[d], seed);
-        }
-        printf("tested: %s\n", sets[i].name);
+    enum { TABLES = sizeof tables / sizeof *tables };
+    for (uint64_t seed = 1; seed <= n_seeds; seed++) {
+        test_quantize(tables, TABLES, seed);
+        for (int d = 0; d < N_DTYPES; d++)
+            test_gemm(tables, TABLES, dtypes[d], seed);
     }
+    for (size_t i = 0; i < TABLES; i++)
+        printf(tables[i].kernels ? "tested: %s\n" : "skipped: this CPU lacks %s\n", tables[i].name);
 #if defined(__x86_64__)
     CHECK(!fb_isa_available(FB_ISA_AVX512_BF16) || emulated_tile_dots() > 0);
 #endif

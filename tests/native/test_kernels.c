@@ -67,7 +67,14 @@ static bool same_halfs(int dtype, const void *a, const void *b, size_t n) {
     return result;
 }
 
-static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t seed) {
+/* A table under test; kernels are NULL where this CPU cannot run them. */
+struct table {
+    const char *name;
+    const struct fb_kernels *kernels;
+};
+
+/* The reference, which is slow, computes each product once for all tables. */
+static void test_gemm(const struct table *tables, size_t n_tables, uint64_t seed) {
     static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25}, depths[] = {0, 1, 5, 64, 255, 256, 257, 600};
     for (int dtype = 0; dtype < FB_GEMM_DTYPES; dtype++)
         for (size_t n_panels = 1; n_panels <= 5; n_panels++)
@@ -83,25 +90,32 @@ static void test_gemm(const struct fb_kernels *k, const char *name, uint64_t see
                 char *odd = panels + 2 * (dtype != 0); /* misaligned for vectors, not for elements */
                 fb_kernels_reference.narrow[dtype](wide, held * stride, odd);
                 const struct fb_panels all = {odd, width, stride};
-                float *x = random_floats(n_tokens * ldx + 1, hostile), *y = random_floats(n_tokens * ldy, false);
-                float *wanted = malloc(n_tokens * ldy * sizeof *wanted + 1);
-                memcpy(wanted, y, n_tokens * ldy * sizeof *y);
+                float *x = random_floats(n_tokens * ldx + 1, hostile), *before = random_floats(n_tokens * ldy, false);
+                float *wanted = malloc(n_tokens * ldy * sizeof *wanted), *y = malloc(n_tokens * ldy * sizeof *y);
+                if (!panels || !wanted || !y) abort();
+                memcpy(wanted, before, n_tokens * ldy * sizeof *y);
                 fb_kernels_reference.gemm[dtype](
                     all, n_panels, n_k, x + 1, ldx, n_tokens, wanted, ldy, accumulate, NULL);
-                k->gemm[dtype](all, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
-                CHECK_AT(same(y, wanted, n_tokens * ldy),
-                    "%s gemm_%s: %zu panels, width %zu, k %zu, %zu tokens, seed %llu", name, dtype_names[dtype],
-                    n_panels, width, n_k, n_tokens, (unsigned long long)seed);
+                for (size_t i = 0; i < n_tables; i++) {
+                    if (!tables[i].kernels || tables[i].kernels == &fb_kernels_reference) continue;
+                    memcpy(y, before, n_tokens * ldy * sizeof *y);
+                    tables[i].kernels->gemm[dtype](
+                        all, n_panels, n_k, x + 1, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
+                    CHECK_AT(same(y, wanted, n_tokens * ldy),
+                        "%s gemm_%s: %zu panels, width %zu, k %zu, %zu tokens, seed %llu", tables[i].name,
+                        dtype_names[dtype], n_panels, width, n_k, n_tokens, (unsigned long long)seed);
+                }
                 free(wide);
                 free(panels);
                 free(x);
+                free(before);
                 free(y);
                 free(wanted);
             }
 }
 
 /* Numbers below the smallest normal f32 may count as zero, so neither inputs nor products are that small. */
-static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t seed) {
+static void test_pairs(const struct table *tables, size_t n_tables, uint64_t seed) {
     static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25, 49, 60},
                         columns[] = {1, 2, 3, 64, 255, 256, 257, 600};
     for (size_t n_panels = 1; n_panels <= 5; n_panels++)
@@ -115,35 +129,49 @@ static void test_pairs(const struct fb_kernels *k, const char *name, uint64_t se
             uint16_t *panels = malloc((n_held * stride + 1) * sizeof *panels), *odd = panels + 1;
             uint16_t *x = malloc((n_tokens * ldx + 1) * sizeof *x),
                      *wanted_x = malloc((n_tokens * ldx + 1) * sizeof *x);
-            float *y = random_floats(n_tokens * ldy, false), *wanted = malloc(n_tokens * ldy * sizeof *wanted);
-            if (!panels || !x || !wanted_x || !wanted) abort();
+            float *before = random_floats(n_tokens * ldy, false), *rows = malloc(n_tokens * n_cols * sizeof *rows);
+            float *wanted = malloc(n_tokens * ldy * sizeof *wanted), *y = malloc(n_tokens * ldy * sizeof *y);
+            if (!panels || !x || !wanted_x || !rows || !wanted || !y) abort();
             for (size_t i = 0; i < n_held * stride; i++) {
                 const float number = random_float(hostile);
                 odd[i] = fb_f32_to_bf16(fabsf(number) < 1e-9f ? 0.0f : number);
             }
-            memcpy(wanted, y, n_tokens * ldy * sizeof *y);
-            for (size_t t = 0; t < n_tokens; t++) {
-                float *row = random_floats(n_cols, hostile);
-                for (size_t i = 0; i < n_cols; i++)
-                    if (fabsf(row[i]) < 1e-9f) row[i] = 0.0f;
-                fb_kernels_reference.narrow_pairs(row, n_cols, wanted_x + t * ldx);
-                k->narrow_pairs(row, n_cols, x + t * ldx);
-                CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held),
-                    "%s narrow_pairs: n %zu, seed %llu", name, n_cols, (unsigned long long)seed);
-                free(row);
+            for (size_t i = 0; i < n_tokens * n_cols; i++) {
+                rows[i] = random_float(hostile);
+                if (fabsf(rows[i]) < 1e-9f) rows[i] = 0.0f;
             }
+            for (size_t t = 0; t < n_tokens; t++)
+                fb_kernels_reference.narrow_pairs(rows + t * n_cols, n_cols, wanted_x + t * ldx);
+            memcpy(wanted, before, n_tokens * ldy * sizeof *y);
             const struct fb_panels all = {odd, width, stride};
             fb_kernels_reference.gemm_pairs(
                 all, n_panels, n_cols, wanted_x, ldx, n_tokens, wanted, ldy, accumulate, NULL);
-            k->gemm_pairs(all, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
-            CHECK_AT(same(y, wanted, n_tokens * ldy),
-                "%s gemm_pairs: %zu panels, width %zu, %zu columns, %zu tokens, seed %llu", name, n_panels, width,
-                n_cols, n_tokens, (unsigned long long)seed);
+            for (size_t i = 0; i < n_tables; i++) {
+                const struct fb_kernels *k = tables[i].kernels;
+                if (!k || k == &fb_kernels_reference) continue;
+                for (size_t t = 0; t < n_tokens; t++) {
+                    /* A copy of its own, so that reads past its end are detected. */
+                    float *row = malloc(n_cols * sizeof *row);
+                    if (!row) abort();
+                    memcpy(row, rows + t * n_cols, n_cols * sizeof *row);
+                    k->narrow_pairs(row, n_cols, x + t * ldx);
+                    CHECK_AT(same_halfs(FB_BF16, x + t * ldx, wanted_x + t * ldx, held),
+                        "%s narrow_pairs: n %zu, seed %llu", tables[i].name, n_cols, (unsigned long long)seed);
+                    free(row);
+                }
+                memcpy(y, before, n_tokens * ldy * sizeof *y);
+                k->gemm_pairs(all, n_panels, n_cols, x, ldx, n_tokens, y, ldy, accumulate, hostile ? odd : NULL);
+                CHECK_AT(same(y, wanted, n_tokens * ldy),
+                    "%s gemm_pairs: %zu panels, width %zu, %zu columns, %zu tokens, seed %llu", tables[i].name,
+                    n_panels, width, n_cols, n_tokens, (unsigned long long)seed);
+            }
             free(panels);
             free(x);
             free(wanted_x);
-            free(y);
+            free(before);
+            free(rows);
             free(wanted);
+            free(y);
         }
 }
 
@@ -273,10 +301,7 @@ static void test_exp_accuracy(void) {
 int main(int n_arguments, char **arguments) {
     const uint64_t n_seeds = n_arguments > 1 ? strtoull(arguments[1], NULL, 10) : 20;
     static const size_t sizes[] = {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 255, 1000};
-    const struct {
-        const char *name;
-        const struct fb_kernels *kernels;
-    } sets[] = {
+    const struct table tables[] = {
 #if defined(__x86_64__)
         {"avx2", fb_isa_available(FB_ISA_AVX2) ? &fb_kernels_avx2 : NULL},
         {"avx512", fb_isa_available(FB_ISA_AVX512) ? &fb_kernels_avx512 : NULL},
@@ -297,22 +322,19 @@ int main(int n_arguments, char **arguments) {
 #endif
         {"reference", &fb_kernels_reference},
     };
+    enum { TABLES = sizeof tables / sizeof *tables };
     test_exp_accuracy();
-    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
-        if (!sets[i].kernels) {
-            printf("skipped: this CPU lacks %s\n", sets[i].name);
-            continue;
-        }
-        for (uint64_t seed = 1; seed <= n_seeds; seed++) {
-            test_gemm(sets[i].kernels, sets[i].name, seed);
-            test_pairs(sets[i].kernels, sets[i].name, seed);
-            for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+    for (uint64_t seed = 1; seed <= n_seeds; seed++) {
+        test_gemm(tables, TABLES, seed);
+        test_pairs(tables, TABLES, seed);
+        for (size_t i = 0; i < TABLES; i++)
+            for (size_t s = 0; tables[i].kernels && s < sizeof sizes / sizeof *sizes; s++) {
                 for (int hostile = 0; hostile < 2; hostile++)
-                    test_rest(sets[i].kernels, sets[i].name, seed, sizes[s], hostile);
-                test_vocabulary(sets[i].kernels, sets[i].name, seed, sizes[s]);
+                    test_rest(tables[i].kernels, tables[i].name, seed, sizes[s], hostile);
+                test_vocabulary(tables[i].kernels, tables[i].name, seed, sizes[s]);
             }
-        }
-        printf("tested: %s\n", sets[i].name);
     }
+    for (size_t i = 0; i < TABLES; i++)
+        printf(tables[i].kernels ? "tested: %s\n" : "skipped: this CPU lacks %s\n", tables[i].name);
     return check_result();
 }

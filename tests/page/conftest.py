@@ -16,8 +16,9 @@ CHROMIUM = next(
 )
 
 
-# By module: while a browser is open, playwright keeps an event loop in this thread.
-@pytest.fixture(scope="module")
+# For the package, not the session: while a browser is open, playwright keeps an event loop in this thread, and tests
+# elsewhere run their own.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
@@ -28,7 +29,7 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def served(browser: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Running]:
     del browser  # without one nothing is started
     try:
@@ -90,6 +91,16 @@ class Page:
     def until(self, condition: Callable[[], object], what: str | Callable[[], object] = "it does not come") -> None:
         """Waits for what cannot be asked by a selector."""
         wait_until(condition, what, pause=lambda: self.page.wait_for_timeout(100))
+
+    def impatient(self) -> Page:
+        """Pages opened from now on ask often whether the server is there."""
+        self.page.add_init_script(
+            """{
+                const real = window.setTimeout;
+                window.setTimeout = (work, ms, ...more) => real(work, Math.min(ms, 200), ...more);
+            }"""
+        )
+        return self
 
     def unhurried(self) -> None:
         """From now on nothing that is offered for some seconds goes away: messages, and what can be taken back."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import Page, crafted  # type: ignore[attr-defined]
-from serving import Running
+from page.conftest import Page, crafted
+from serving import Running, lasting_port
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_chinese(open_page: Callable[..., Page]) -> None:
 
 
 def test_reload_in_the_middle(page: Page, served: Running) -> None:
-    sampling = {"max_len": 700, "ignore_eos": True}  # whatever it would like to say, it takes a while
+    sampling = {"max_len": 250, "ignore_eos": True}  # whatever it would like to say, it takes a while
     id = served.post("/chat", message="Hello.", max_len=4, title="Long", sampling=sampling)["session_id"]
     page.open(f"#/chat/{id}").settled(1)
     page.say("Tell me a very long story.")
@@ -210,9 +210,10 @@ def test_two_pages_in_step(open_page: Callable[..., Page], short: str) -> None:
 
 
 def test_a_restart_in_the_middle(open_page: Callable[..., Page], tmp_path: Path, tiny_folder: Path) -> None:
-    first = Running(tmp_path / "data", tiny_folder)
+    port = str(lasting_port())
+    first = Running(tmp_path / "data", tiny_folder, "--port", port)
     try:
-        page = open_page(first.address).open()
+        page = open_page(first.address).impatient().open()
         page.page.click("#settings-button")
         page.page.fill("#set-max_tokens", "560")
         page.page.press("#set-max_tokens", "Tab")
@@ -225,7 +226,7 @@ def test_a_restart_in_the_middle(open_page: Callable[..., Page], tmp_path: Path,
         page.page.fill("#composer", "kept")
     finally:
         first.stop()
-    with Running(tmp_path / "data", tiny_folder, "--port", str(first.port)):
+    with Running(tmp_path / "data", tiny_folder, "--port", port):
         page.find(".banner").wait_for(state="hidden")
         page.find(".live").wait_for(state="detached")
         page.find(".said", has_text="go").wait_for()

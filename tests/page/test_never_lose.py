@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Page  # type: ignore[attr-defined]
+from page.conftest import Page
 from serving import Running
 
 KEY = "a-key-of-the-tests-only"

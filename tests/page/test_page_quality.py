@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Page, crafted  # type: ignore[attr-defined]
+from page.conftest import Page, crafted
 from serving import Running
 
 # Whether everything has been fetched and shown: what fades in has too little contrast for a moment.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import Page, crafted  # type: ignore[attr-defined]
+from page.conftest import Page, crafted
 from serving import Running
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Page
+from page.conftest import Page
 from serving import Running
 
 

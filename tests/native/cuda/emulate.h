@@ -18,7 +18,6 @@
 #include "quant/convert.h"
 
 #include <assert.h>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,14 +64,11 @@ struct copy {
 };
 
 struct fiber {
-    ucontext_t context;
-    char *stack;
-#ifdef __SANITIZE_ADDRESS__
-    void *fake_stack; /* AddressSanitizer's */
-#else
-    jmp_buf left; /* where it continues: swapcontext would make a system call each time */
+    ucontext_t context; /* how it starts */
+    void *left[5];      /* where it continues, for __builtin_longjmp */
     bool has_left;
-#endif
+    char *stack;
+    void *fake_stack; /* AddressSanitizer's */
     state now;
     unsigned n_shuffles;
     std::vector<copy> copies; /* requested and not yet waited for; see emulate_mma.h */
@@ -108,75 +104,71 @@ inline std::vector<piece> pieces;
 inline unsigned n_threads, current;
 inline unsigned block_arrived;
 inline const char *failure;
-#ifdef __SANITIZE_ADDRESS__
-inline ucontext_t scheduler;
+inline void *scheduler[5]; /* where it continues */
 inline void *scheduler_fake_stack;
 inline const void *scheduler_stack;
 inline size_t scheduler_stack_bytes;
-#else
-inline jmp_buf scheduler;
-#endif
 inline void (*body)(void *);
 inline void *body_context;
 
 /* ---- Fibers ------------------------------------------------------------------------------------------------------ */
 
+/* A switch is a jump: the compiler's own, since swapcontext makes two system calls, and AddressSanitizer takes a
+ * longjmp of the C library for the end of all frames between. It is told of the other stack instead, and its
+ * checks stay out of the functions that switch. */
+#define FB_SWITCHES __attribute__((noinline, no_sanitize("address")))
+
+inline void before_switch(void **fake_stack, const void *stack, size_t n_bytes) {
 #ifdef __SANITIZE_ADDRESS__
-
-/* Switches to the scheduler. A fiber that is done does not return from here. */
-inline void leave(bool is_done) {
-    fiber &self = fibers[current];
-    __sanitizer_start_switch_fiber(is_done ? nullptr : &self.fake_stack, scheduler_stack, scheduler_stack_bytes);
-    swapcontext(&self.context, &scheduler);
-    __sanitizer_finish_switch_fiber(fibers[current].fake_stack, &scheduler_stack, &scheduler_stack_bytes);
-}
-
-inline void fiber_main() {
-    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-    body(body_context);
-    fibers[current].now = state::done;
-    leave(true);
-}
-
-inline void go_on(fiber &f) {
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, STACK_BYTES);
-    swapcontext(&scheduler, &f.context);
-    __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-}
-
-inline bool is_reusable(const fiber &) {
-    return false;
-}
-
+    __sanitizer_start_switch_fiber(fake_stack, stack, n_bytes);
 #else
+    (void)fake_stack, (void)stack, (void)n_bytes;
+#endif
+}
+
+inline void after_switch(void *fake_stack, const void **from, size_t *n_bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake_stack, from, n_bytes);
+#else
+    (void)fake_stack, (void)from, (void)n_bytes;
+#endif
+}
+
+[[noreturn]] FB_SWITCHES inline void jump(void **to) {
+    __builtin_longjmp(to, 1);
+}
 
 /* Switches to the scheduler. A fiber that is done returns from here in another block. */
-inline void leave(bool) {
+FB_SWITCHES inline void leave() {
     fiber &self = fibers[current];
     self.has_left = true;
-    if (_setjmp(self.left) == 0) _longjmp(scheduler, 1);
+    before_switch(&self.fake_stack, scheduler_stack, scheduler_stack_bytes);
+    if (__builtin_setjmp(self.left) == 0) jump(scheduler);
+    after_switch(fibers[current].fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 }
 
 inline void fiber_main() {
+    after_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
     for (;;) {
         body(body_context);
         fibers[current].now = state::done;
-        leave(true);
+        leave();
     }
 }
 
-inline void go_on(fiber &f) {
-    if (_setjmp(scheduler) != 0) return;
-    if (f.has_left) _longjmp(f.left, 1);
-    setcontext(&f.context);
+FB_SWITCHES inline void go_on(fiber &f) {
+    before_switch(&scheduler_fake_stack, f.stack, STACK_BYTES);
+    if (__builtin_setjmp(scheduler) == 0) {
+        if (f.has_left) jump(f.left);
+        setcontext(&f.context);
+    }
+    after_switch(scheduler_fake_stack, nullptr, nullptr);
 }
 
 /* False for a fiber that a failed launch left unfinished. */
 inline bool is_reusable(const fiber &f) {
     return f.has_left && f.now == state::done;
 }
-
-#endif
 
 inline void enter(unsigned index) {
     current = index;
@@ -186,7 +178,7 @@ inline void enter(unsigned index) {
 
 inline void wait_here() {
     fibers[current].now = state::waiting;
-    leave(false);
+    leave();
 }
 
 inline void fail(const char *what) {
@@ -265,25 +257,20 @@ inline void prepare(unsigned threads) {
     n_threads = threads;
     for (unsigned i = 0; i < threads; i++) {
         fiber &f = fibers[i];
-#ifdef __SANITIZE_ADDRESS__
-        __asan_unpoison_memory_region(f.stack, STACK_BYTES);
-#endif
         const bool is_made = is_reusable(f);
         f.now = state::ready;
         f.n_shuffles = f.n_groups = 0;
         f.copies.clear();
         if (is_made) continue;
-#ifndef __SANITIZE_ADDRESS__
-        f.has_left = false;
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(f.stack, STACK_BYTES); /* of frames that a failed launch left */
 #endif
+        f.has_left = false;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack;
         f.context.uc_stack.ss_size = STACK_BYTES;
         f.context.uc_link = nullptr;
         makecontext(&f.context, fiber_main, 0);
-#ifdef __SANITIZE_ADDRESS__
-        f.context.uc_stack.ss_size = 0; /* or each switch would clear the shadow of the whole stack: slow */
-#endif
     }
 }
 
