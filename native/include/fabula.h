@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 10 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 11 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -201,7 +201,7 @@ void fb_weight_free(fb_weight *weight);          /* only after every program tha
 /* ---- KV pages ---------------------------------------------------------------------------------------------------- */
 
 /* A pool of KV pages. A page holds FB_PAGE_POSITIONS positions of K and V for all layers and KV heads:
- *     per layer and KV head:  K [2 blocks of 16 positions][head_dim][16]  then  V [head_dim / 16, rounded up][32][16]
+ *     per layer and KV head:  K [2 blocks of 16 positions][k_dim][16]  then  V [v_dim / 16, rounded up][32][16]
  * K and V blocks are panels like those of weights, so attention runs on the kernels of matrix products. K and V are
  * each F32, F16, BF16 or Q8_0; Q8_0 holds signed bytes, followed by one f32 [32], the scale of each position's
  * head. The pool holds bytes; reference counts and page tables are the caller's. One engine thread at a time. */
@@ -209,14 +209,20 @@ typedef struct fb_page_pool fb_page_pool;
 
 #define FB_PAGE_POSITIONS 32
 
-/* Reserves address space for all pages; only touched pages take memory. head_dim is 1 .. 1024. */
-enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
-    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
-/* The same on a device, where all memory is allocated at once; NULL for the CPU. A page has the same bytes
- * everywhere. On a group each member holds n_kv_heads / n_members heads of every page; with more members than
- * heads, neighbors hold copies of one head. One number must divide the other. */
+/* What a page holds of one layer: KV heads, and the width of a head of K and of V, 1 .. 1024 each. Layers that reuse
+ * another layer's K and V are not listed. */
+struct fb_kv_layer {
+    int32_t n_kv_heads, k_dim, v_dim;
+};
+
+/* Reserves address space for all pages; only touched pages take memory. `layers` [n_layers] is copied. */
+enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
+    const struct fb_kv_layer *layers, int32_t n_layers, fb_page_pool **out);
+/* The same on a device, where all memory is allocated at once and all layers are alike; NULL for the CPU. A page has
+ * the same bytes everywhere. On a group each member holds n_kv_heads / n_members heads of every page; with more
+ * members than heads, neighbors hold copies of one head. One number must divide the other. */
 enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
-    int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
+    const struct fb_kv_layer *layers, int32_t n_layers, fb_page_pool **out);
 void fb_page_pool_free(fb_page_pool *pool);
 size_t fb_page_bytes(const fb_page_pool *pool); /* bytes of one page; 0 for NULL */
 
@@ -233,63 +239,118 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
  * the batch or, after GATHER_OUTPUTS, per wanted output. The program plans their memory: buffers that are never alive
  * together share it. */
 enum fb_op_kind {
-    FB_OP_EMBED = 1,    /* out[t] = scale * row tokens[t] of `weight` */
-    FB_OP_RMS_NORM = 2, /* out = in / sqrt(mean(in^2) + eps) * vector */
-    FB_OP_LINEAR = 3,   /* out from `column` on = in weight^T (+ bias `vector`) (+ `residual`, which may be `out`) */
-    FB_OP_LINEAR_SWIGLU = 4,  /* weight (and bias) interleave gate and up by 16 rows; out = silu(gate) * up */
-    FB_OP_HEAD_NORM = 5,      /* in place on `in`: RMS norm of each q head by `vector` and k head by `vector2` */
-    FB_OP_ROPE = 6,           /* in place on `in` = [q heads, k heads, v heads]: rotate q and k by their position */
+    FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight` */
+    FB_OP_RMS_NORM = 2,       /* out = (residual +) in / sqrt(mean(in^2) + eps) * vector */
+    FB_OP_LINEAR = 3,         /* out from `column` on = (residual +) scale * activation(in weight^T + vector) */
+    FB_OP_LINEAR_GATED = 4,   /* weight and bias interleave gate and up by 16 rows; out = activation(gate) * up */
+    FB_OP_HEAD_NORM = 5,      /* in place on `in`: norm of each q head by `vector` and k head by `vector2` */
+    FB_OP_ROPE = 6,           /* in place on `in`: rotates q and k heads by their position */
     FB_OP_KV_WRITE = 7,       /* writes K and V of `in` to the sequence's pages, layer `layer` */
-    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`, causal; `window` limits how far back */
+    FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`; see the masks of struct fb_op */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
-    FB_OP_LOGITS = 10,        /* LINEAR whose result goes to the caller's logits [n_outputs, n_rows]; the last op */
-    FB_OP_SUM = 11            /* out = residual (if any) + sum of `in` over the joined programs, in order; on devices */
+    FB_OP_LOGITS = 10,        /* limit tanh(scale (in weight^T + vector) / limit) to the caller's logits
+                                 [n_outputs, n_rows]; limit 0: without tanh. The last op */
+    FB_OP_SUM = 11,           /* out = (residual +) sum of `in` over the joined programs in their order; devices only */
+    FB_OP_LAYER_NORM = 12,    /* out = (residual +) (in - mean(in)) / sqrt(variance(in) + eps) * vector + vector2 */
+    FB_OP_EMBED_POSITION = 13, /* out[t] = row `position of t` of `weight`; positions must be below its rows */
+    FB_OP_SCALE = 14,          /* out = scale * in; out may be in */
+    FB_OP_MULTIPLY = 15,       /* out = in * columns column .. column + width - 1 of `residual`; out may be in */
+    FB_OP_ADD = 16             /* out = scale * (in + residual); out may be in */
+};
+
+/* Activations of LINEAR and LINEAR_GATED. */
+enum fb_activation_kind {
+    FB_ACTIVATION_NONE = 0,
+    FB_ACTIVATION_SILU = 1,      /* x / (1 + e^-x) */
+    FB_ACTIVATION_GELU_TANH = 2, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+    FB_ACTIVATION_GELU = 3,      /* x / 2 (1 + erf(x / sqrt(2))) */
+    FB_ACTIVATION_RELU = 4,
+    FB_ACTIVATION_RELU2 = 5,   /* max(x, 0)^2 */
+    FB_ACTIVATION_CLAMP = 6,   /* x in -limit .. limit */
+    FB_ACTIVATION_XIELU = 7,   /* Huang & Schlag 2024: x > 0: a x^2 + b x; else: c (e^min(x, e) - 1 - x) + b x;
+                                vector2 = a, b, c, e */
+    FB_ACTIVATION_SIGMOID = 8, /* 1 / (1 + e^-x) */
+    FB_ACTIVATION_TANH = 9
+};
+
+/* Geometry of attention heads. A buffer of heads holds n_heads q heads [k_dim], then n_kv_heads k heads [k_dim] and v
+ * heads [v_dim]; or q heads alone, in a layer that reuses another layer's K and V. */
+struct fb_heads {
+    int32_t n_heads;
+    int32_t n_kv_heads; /* divides n_heads */
+    int32_t k_dim;      /* width of a q and a k head, 1 .. 1024 */
+    int32_t v_dim;      /* width of a v head, and of a head of attention's result, 1 .. 1024 */
+    int32_t rope;       /* rope table of ROPE, and of the rotation that sinks need; -1: positions are not encoded */
+};
+
+/* Angles of rotation. Pair i of a head, elements i and i + n_pairs, is rotated by position * inv_freq[i]; cos and sin
+ * are multiplied by `scale` (YaRN's attention factor; 1 usually). Elements from 2 n_pairs on stay. */
+struct fb_rope {
+    const float *inv_freq; /* [n_pairs] */
+    int32_t n_pairs;
+    float scale;
+};
+
+/* Flags of struct fb_op. */
+enum fb_op_flag {
+    FB_HEADS_LAYER_NORM = 1, /* HEAD_NORM: layer norms without bias instead of RMS norms */
+    FB_HEADS_WHOLE = 2,      /* HEAD_NORM: one RMS norm over all q heads together, one over all k heads */
+    FB_HEADS_VALUES = 4,     /* HEAD_NORM: also an RMS norm without weight of each v head */
+    FB_ATTEND_ALL = 8,       /* ATTENTION: to later tokens too. A sequence must be whole in its step */
+    FB_ATTEND_CHUNK = 16     /* ATTENTION: positions are cut into chunks of `window`; a token sees those of its own */
 };
 
 struct fb_op {
     enum fb_op_kind kind;
-    int32_t in;       /* buffer read; -1 for EMBED */
+    int32_t in;       /* buffer read; -1 for EMBED and EMBED_POSITION */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
-    int32_t residual; /* LINEAR, SUM: buffer added to the result, -1 for none */
-    int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 */
-    int32_t column;   /* LINEAR: first column of `out` that the product fills; columns before are filled already */
+    int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
+    int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
+    int32_t column;   /* LINEAR: first column of `out` that the product fills; columns before are filled already.
+                         MULTIPLY: first column of `residual` */
     int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
-    const fb_weight *weight; /* EMBED, LINEAR*, LOGITS; borrowed: it must outlive the program */
-    const float *vector;     /* norm weights [width], bias [n_rows], or q-head norm [head_dim]; copied */
-    const float *vector2;    /* HEAD_NORM: k-head norm [head_dim]; copied */
+    int32_t heads;    /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
+    enum fb_activation_kind activation;
+    uint32_t flags;          /* enum fb_op_flag */
+    const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS; borrowed: it must outlive the program */
+    const float *vector;     /* norm weights [width], or one for each of several groups of columns [width / n];
+                                bias [n_rows]; q-head norm [k_dim], or [n_heads k_dim]; ATTENTION: a logit of each head
+                                [n_heads] that takes its share of the softmax (Xiao et al. 2023; gpt-oss). Copied */
+    const float *vector2;    /* HEAD_NORM: k-head norm; LAYER_NORM: bias; XIELU: its numbers. Copied */
     int32_t vector_length;   /* of `vector`; 0 when NULL */
     int32_t vector2_length;
     float eps;   /* norms */
-    float scale; /* EMBED: factor on the row; ATTENTION: factor on q.k, usually 1/sqrt(head_dim) */
+    float scale; /* EMBED, LINEAR, LOGITS, SCALE, ADD: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim) */
+    float limit; /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP */
+    /* ATTENTION: a query at position p is multiplied by 1 + temperature ln(1 + floor((p + offset) / length)); 0: not */
+    float temperature;
+    int32_t temperature_offset, temperature_length;
 };
 
 /* What the operators of a program have in common. */
 struct fb_program_shape {
     uint32_t struct_size; /* sizeof(struct fb_program_shape) */
-    int32_t n_layers;
-    int32_t n_heads;
-    int32_t n_kv_heads; /* divides n_heads */
-    int32_t head_dim;   /* 1 .. 1024, even where ROPE is used */
-    int32_t rotary_dim; /* leading part of a head that is rotated, even, <= head_dim */
-    int32_t vocab_size; /* token ids are below it */
-    int32_t max_tokens; /* tokens in one batch at most: 1 .. 65536 */
+    int32_t n_layers;     /* of the page pool */
+    int32_t vocab_size;   /* token ids are below it */
+    int32_t max_tokens;   /* tokens in one batch at most: 1 .. 65536 */
     int32_t n_buffers;
-    float rope_scale; /* factor on cos and sin (YaRN's attention factor); 1 usually */
+    int32_t n_geometries;
+    const struct fb_heads *heads; /* [n_geometries] */
+    int32_t n_ropes;
+    const struct fb_rope *ropes; /* [n_ropes] */
 };
 
 typedef struct fb_program fb_program;
 
-/* Checks the operators (kinds, widths, aliasing, order), plans the buffers and allocates scratch memory. inv_freq:
- * f32 [rotary_dim / 2], the angle per position of each rotated pair; pair i is elements i and i + rotary_dim / 2.
- * buffer_widths: int32 [n_buffers]. Vectors and shapes are copied, weights borrowed. n_threads >= 1. FB_UNSUPPORTED
- * names the first operator that the CPU or the device cannot run. */
+/* Checks the operators (kinds, widths, aliasing, order), plans the buffers and allocates scratch memory.
+ * buffer_widths: int32 [n_buffers]. Vectors, shapes and angles are copied, weights borrowed. n_threads >= 1.
+ * FB_UNSUPPORTED names the first operator that the CPU or the device cannot run. */
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
-    const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
-    fb_program **out);
+    const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa, fb_program **out);
 /* The same on a device, which must hold all its weights; NULL for the CPU. It runs over pools of that device handle. */
 enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
-    const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
-    enum fb_isa isa, fb_program **out);
+    const int32_t *buffer_widths, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
+    fb_program **out);
 
 /* Joins the parts of one model, one program per member of `group` in its order. Each part has its share of the
  * heads, of the columns between products and of the rows of the last op, and a SUM where a product has only part of

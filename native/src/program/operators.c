@@ -5,8 +5,13 @@
 #include "program/run.h"
 
 #include <math.h>
+#include <string.h>
 
 /* ---- Widths ------------------------------------------------------------------------------------------------------ */
+
+static const struct fb_heads *heads_of(const struct fb_check *c) {
+    return &c->program->shape.heads[c->op->heads];
+}
 
 static int32_t width_of_input(const struct fb_check *c) {
     return c->in_width;
@@ -16,8 +21,8 @@ static int32_t width_of_row(const struct fb_check *c) {
     return c->op->weight->n_cols;
 }
 
-static int32_t width_of_q_heads(const struct fb_check *c) {
-    return c->program->shape.n_heads * c->program->shape.head_dim;
+static int32_t width_of_attended(const struct fb_check *c) {
+    return heads_of(c)->n_heads * heads_of(c)->v_dim;
 }
 
 /* ---- Checks ------------------------------------------------------------------------------------------------------ */
@@ -28,31 +33,92 @@ static enum fb_status check_embed(const struct fb_check *c) {
     return FB_OK;
 }
 
+/* One weight for each column, or for each column of a group. */
 static enum fb_status check_rms_norm(const struct fb_check *c) {
-    FB_REQUIRE(c->op->vector_length == c->in_width, "op %d (rms_norm): %d weights for a width of %d", c->index,
-        c->op->vector_length, c->in_width);
+    const int32_t length = c->op->vector_length;
+    FB_REQUIRE(length > 0 && c->in_width % length == 0, "op %d (rms_norm): %d weights for a width of %d", c->index,
+        length, c->in_width);
     return FB_OK;
+}
+
+static enum fb_status check_layer_norm(const struct fb_check *c) {
+    FB_REQUIRE(c->op->vector_length == c->in_width && c->op->vector2_length == c->in_width,
+        "op %d (layer_norm): %d weights and %d biases for a width of %d", c->index, c->op->vector_length,
+        c->op->vector2_length, c->in_width);
+    return FB_OK;
+}
+
+/* Whether a norm of n heads of `dim` has a length that its flags allow. */
+static bool is_norm_of(const struct fb_op *op, int32_t length, int32_t n, int32_t dim) {
+    const bool each = length == n * dim;
+    return op->flags & FB_HEADS_WHOLE ? each : each || length == dim;
 }
 
 static enum fb_status check_head_norm(const struct fb_check *c) {
-    const int32_t head_dim = c->program->shape.head_dim;
-    FB_REQUIRE(c->op->vector_length == head_dim && c->op->vector2_length == head_dim,
-        "op %d (head_norm): %d and %d weights for head_dim %d", c->index, c->op->vector_length, c->op->vector2_length,
-        head_dim);
+    const struct fb_heads *h = heads_of(c);
+    FB_REQUIRE(!(c->op->flags & FB_HEADS_WHOLE) || !(c->op->flags & FB_HEADS_LAYER_NORM),
+        "op %d (head_norm): a norm over all heads together is an RMS norm", c->index);
+    FB_REQUIRE(is_norm_of(c->op, c->op->vector_length, h->n_heads, h->k_dim),
+        "op %d (head_norm): %d weights for %d q heads of %d", c->index, c->op->vector_length, h->n_heads, h->k_dim);
+    if (!c->has_kv) return FB_OK;
+    FB_REQUIRE(is_norm_of(c->op, c->op->vector2_length, h->n_kv_heads, h->k_dim),
+        "op %d (head_norm): %d weights for %d k heads of %d", c->index, c->op->vector2_length, h->n_kv_heads, h->k_dim);
     return FB_OK;
 }
 
+static enum fb_status check_rope(const struct fb_check *c) {
+    FB_REQUIRE(heads_of(c)->rope >= 0, "op %d (rope): its heads have no rope table", c->index);
+    return FB_OK;
+}
+
+/* The operators of a KV layer must agree on what its pages hold. */
+static enum fb_status check_kv_layer(const struct fb_check *c) {
+    const struct fb_heads *h = heads_of(c);
+    const struct fb_kv_layer wanted = {h->n_kv_heads, h->k_dim, h->v_dim};
+    struct fb_kv_layer *known = &c->program->kv_layers[c->op->layer];
+    if (known->n_kv_heads == 0) *known = wanted;
+    FB_REQUIRE(memcmp(known, &wanted, sizeof wanted) == 0,
+        "op %d: layer %d holds %d KV heads of %d and %d, these have %d of %d and %d", c->index, c->op->layer,
+        known->n_kv_heads, known->k_dim, known->v_dim, wanted.n_kv_heads, wanted.k_dim, wanted.v_dim);
+    return FB_OK;
+}
+
+static enum fb_status check_kv_write(const struct fb_check *c) {
+    FB_REQUIRE(c->has_kv, "op %d (kv_write): buffer %d holds q heads only", c->index, c->op->in);
+    return check_kv_layer(c);
+}
+
 static enum fb_status check_attention(const struct fb_check *c) {
-    FB_REQUIRE(c->op->window >= 0, "op %d: window is %d, must not be negative", c->index, c->op->window);
-    FB_REQUIRE(c->op->scale > 0.0f, "op %d: scale of attention must be above 0", c->index);
+    const struct fb_op *op = c->op;
+    const int32_t n_heads = heads_of(c)->n_heads;
+    FB_REQUIRE(op->window >= 0, "op %d: window is %d, must not be negative", c->index, op->window);
+    FB_REQUIRE(op->scale > 0.0f, "op %d: scale of attention must be above 0", c->index);
+    FB_REQUIRE(
+        !(op->flags & FB_ATTEND_CHUNK) || op->window > 0, "op %d: attention in chunks needs their length", c->index);
+    FB_REQUIRE(op->vector_length == 0 || op->vector_length == n_heads, "op %d (attention): %d sinks for %d heads",
+        c->index, op->vector_length, n_heads);
+    FB_REQUIRE(isfinite(op->temperature) && (op->temperature == 0.0f || op->temperature_length > 0),
+        "op %d (attention): temperature must be finite, and its length above 0", c->index);
+    return check_kv_layer(c);
+}
+
+static enum fb_status check_linear(const struct fb_check *c) {
+    const struct fb_op *op = c->op;
+    FB_REQUIRE(op->activation != FB_ACTIVATION_XIELU || op->vector2_length == FB_ACTIVATION_NUMBERS,
+        "op %d (linear): xielu takes %d numbers, not %d", c->index, FB_ACTIVATION_NUMBERS, op->vector2_length);
+    FB_REQUIRE(
+        op->activation != FB_ACTIVATION_CLAMP || op->limit > 0.0f, "op %d (linear): clamp needs a limit", c->index);
     return FB_OK;
 }
 
 /* Gate and up are interleaved by panels: the last panel of each half may hold padding rows. */
-static enum fb_status check_swiglu(const struct fb_check *c) {
+static enum fb_status check_gated(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
+    FB_REQUIRE(c->op->activation != FB_ACTIVATION_NONE && c->op->activation != FB_ACTIVATION_CLAMP &&
+                   c->op->activation != FB_ACTIVATION_XIELU,
+        "op %d (linear_gated): activation %d is not one of a gate", c->index, (int)c->op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
-        "op %d (linear_swiglu): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
+        "op %d (linear_gated): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
         n_rows / 2, c->op->out, c->out_width);
     return FB_OK;
 }
@@ -65,11 +131,11 @@ static int64_t work_of_product(const struct fb_program *p, const struct fb_op *o
 }
 
 static int64_t work_of_attention(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
-    (void)op;
+    const struct fb_heads *h = &p->shape.heads[op->heads];
     int64_t work = 0;
     for (int32_t s = 0; s < batch->n_sequences; s++) {
         const struct fb_sequence *sequence = &batch->sequences[s];
-        work += 2 * (int64_t)p->shape.n_heads * p->shape.head_dim * sequence->n_tokens *
+        work += (int64_t)h->n_heads * (h->k_dim + h->v_dim) * sequence->n_tokens *
                 (sequence->n_past + sequence->n_tokens);
     }
     return work;
@@ -79,21 +145,17 @@ static int64_t work_of_attention(const struct fb_program *p, const struct fb_op 
 
 static void defer_norm(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
     (void)p;
-    raw->q_norm = op->vector;
-    raw->k_norm = op->vector2;
-    raw->eps = op->eps;
+    raw->norm = op;
 }
 
 static void defer_rope(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
-    (void)op;
-    raw->cos_sin = p->cos_sin;
+    raw->angles = &p->angles[p->shape.heads[op->heads].rope];
 }
 
-/* Attention always writes K and V of raw heads, so there is nothing to pass on. */
 static void defer_write(const struct fb_program *p, const struct fb_op *op, struct fb_raw_heads *raw) {
     (void)p;
     (void)op;
-    (void)raw;
+    raw->writes = true;
 }
 
 /* ---- The table --------------------------------------------------------------------------------------------------- */
@@ -106,19 +168,26 @@ static const struct fb_operator operators[] = {
         .width = width_of_row,
         .run_row = fb_embed_row},
     [FB_OP_RMS_NORM] = {.name = "rms_norm",
-        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_NORM,
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_NORM | FB_RESIDUAL,
         .stage = FB_STAGE_ROWS,
         .check = check_rms_norm,
         .width = width_of_input,
-        .run_row = fb_rms_norm_row},
+        .run_row = fb_norm_row},
+    [FB_OP_LAYER_NORM] = {.name = "layer_norm",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_NORM | FB_RESIDUAL,
+        .stage = FB_STAGE_ROWS,
+        .check = check_layer_norm,
+        .width = width_of_input,
+        .run_row = fb_norm_row},
     [FB_OP_LINEAR] = {.name = "linear",
-        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_RESIDUAL | FB_COLUMNS,
+        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_RESIDUAL | FB_COLUMNS | FB_SCALED,
         .stage = FB_STAGE_LINEAR,
+        .check = check_linear,
         .work = work_of_product},
-    [FB_OP_LINEAR_SWIGLU] = {.name = "linear_swiglu",
-        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_GATED,
+    [FB_OP_LINEAR_GATED] = {.name = "linear_gated",
+        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_GATED | FB_SCALED,
         .stage = FB_STAGE_LINEAR,
-        .check = check_swiglu,
+        .check = check_gated,
         .work = work_of_product},
     [FB_OP_HEAD_NORM] = {.name = "head_norm",
         .flags = FB_READS | FB_HEADS | FB_OF_TOKENS | FB_NORM,
@@ -130,12 +199,14 @@ static const struct fb_operator operators[] = {
     [FB_OP_ROPE] = {.name = "rope",
         .flags = FB_READS | FB_HEADS | FB_OF_TOKENS,
         .stage = FB_STAGE_ROWS,
+        .check = check_rope,
         .run_row = fb_rope_row,
         .head_step = 2,
         .defer_head = defer_rope},
     [FB_OP_KV_WRITE] = {.name = "kv_write",
         .flags = FB_READS | FB_HEADS | FB_OF_TOKENS | FB_LAYER,
         .stage = FB_STAGE_ROWS,
+        .check = check_kv_write,
         .run_row = fb_kv_write_row,
         .head_step = FB_HEAD_IS_WRITTEN,
         .defer_head = defer_write},
@@ -143,7 +214,7 @@ static const struct fb_operator operators[] = {
         .flags = FB_READS | FB_WRITES | FB_HEADS | FB_OF_TOKENS | FB_LAYER,
         .stage = FB_STAGE_ATTENTION,
         .check = check_attention,
-        .width = width_of_q_heads,
+        .width = width_of_attended,
         .work = work_of_attention},
     [FB_OP_GATHER_OUTPUTS] = {.name = "gather_outputs",
         .flags = FB_READS | FB_WRITES | FB_GATHERS,
@@ -151,13 +222,33 @@ static const struct fb_operator operators[] = {
         .width = width_of_input,
         .run_row = fb_gather_row},
     [FB_OP_LOGITS] = {.name = "logits",
-        .flags = FB_LAST | FB_READS | FB_WEIGHT | FB_OF_OUTPUTS,
+        .flags = FB_LAST | FB_READS | FB_WEIGHT | FB_OF_OUTPUTS | FB_SCALED,
         .stage = FB_STAGE_LINEAR,
         .work = work_of_product},
     [FB_OP_SUM] = {.name = "sum",
         .flags = FB_READS | FB_WRITES | FB_RESIDUAL | FB_SPANS_DEVICES,
         .stage = FB_STAGE_ROWS,
         .width = width_of_input},
+    [FB_OP_EMBED_POSITION] = {.name = "embed_position",
+        .flags = FB_WRITES | FB_WEIGHT | FB_OF_TOKENS | FB_POSITIONS,
+        .stage = FB_STAGE_ROWS,
+        .width = width_of_row,
+        .run_row = fb_embed_position_row},
+    [FB_OP_SCALE] = {.name = "scale",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_SCALED,
+        .stage = FB_STAGE_ROWS,
+        .width = width_of_input,
+        .run_row = fb_scale_row},
+    [FB_OP_MULTIPLY] = {.name = "multiply",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_FACTOR,
+        .stage = FB_STAGE_ROWS,
+        .width = width_of_input,
+        .run_row = fb_multiply_row},
+    [FB_OP_ADD] = {.name = "add",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SCALED,
+        .stage = FB_STAGE_ROWS,
+        .width = width_of_input,
+        .run_row = fb_add_row},
 };
 
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind) {
@@ -179,12 +270,18 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     const struct fb_op *op = c->op;
     const struct fb_program_shape *s = &p->shape;
     const int32_t i = c->index;
-    FB_REQUIRE(((flags & FB_FIRST) != 0) == (i == 0), "op %d: a program has one embed, at its beginning", i);
+    FB_REQUIRE(i > 0 || flags & FB_FIRST, "op 0: a program begins with embed");
     FB_REQUIRE(((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight, "op %d: its weight is null", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
-    FB_REQUIRE(isfinite(op->scale), "op %d: scale is not finite", i);
-    FB_REQUIRE(op->column == 0 || flags & FB_COLUMNS, "op %d: only linear takes a column", i);
+    FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
+        "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
+    FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_FACTOR), "op %d: only linear and multiply take a column", i);
+    FB_REQUIRE(op->limit >= 0.0f && isfinite(op->limit), "op %d: limit must be finite and not negative", i);
+    FB_REQUIRE((int)op->activation >= 0 && (int)op->activation < FB_ACTIVATION_KINDS, "op %d: activation %d is unknown",
+        i, (int)op->activation);
+    FB_REQUIRE(!(flags & FB_HEADS) || (op->heads >= 0 && op->heads < s->n_geometries),
+        "op %d: its heads are geometry %d of %d", i, op->heads, s->n_geometries);
     FB_REQUIRE(
         !gathered || !(flags & FB_OF_TOKENS), "op %d: works on tokens, so it must come before gather_outputs", i);
     FB_REQUIRE(!gathered || !(flags & FB_GATHERS), "op %d: a program has only one gather_outputs", i);
@@ -213,9 +310,12 @@ static enum fb_status check_input(
     in->last_use = i;
     c->in_width = in->width;
     if (kind->flags & FB_HEADS) {
-        const int64_t qkv = ((int64_t)s->n_heads + 2 * (int64_t)s->n_kv_heads) * s->head_dim;
-        FB_REQUIRE(c->in_width == qkv, "op %d: q, k and v of %d + 2 x %d heads are %lld wide, buffer %d is %d", i,
-            s->n_heads, s->n_kv_heads, (long long)qkv, op->in, c->in_width);
+        const struct fb_heads *h = &s->heads[op->heads];
+        const int64_t q = (int64_t)h->n_heads * h->k_dim, kv = (int64_t)h->n_kv_heads * (h->k_dim + h->v_dim);
+        c->has_kv = c->in_width == q + kv;
+        FB_REQUIRE(c->has_kv || c->in_width == q,
+            "op %d: %d q heads of %d are %lld wide, their k and v %lld more; buffer %d is %d", i, h->n_heads, h->k_dim,
+            (long long)q, (long long)kv, op->in, c->in_width);
     }
     if (kind->stage != FB_STAGE_LINEAR) return FB_OK;
     FB_REQUIRE(op->weight->n_cols == c->in_width, "op %d: the weight has %d columns, buffer %d is %d wide", i,
@@ -228,14 +328,18 @@ static enum fb_status check_input(
 static enum fb_status check_residual(struct fb_program *p, const struct fb_check *c, uint32_t flags, bool gathered) {
     const struct fb_op *op = c->op;
     const int32_t i = c->index;
+    FB_REQUIRE(op->residual != -1 || !(flags & FB_FACTOR), "op %d: has no second buffer", i);
     if (op->residual == -1) return FB_OK;
-    FB_REQUIRE(flags & FB_RESIDUAL, "op %d: only linear and sum take a residual", i);
+    FB_REQUIRE(flags & FB_RESIDUAL, "op %d: takes no residual", i);
     FB_REQUIRE(op->residual >= 0 && op->residual < p->shape.n_buffers, "op %d: residual is buffer %d of %d", i,
         op->residual, p->shape.n_buffers);
     struct fb_buffer *residual = &p->buffers[op->residual];
-    FB_REQUIRE(residual->first_write >= 0 && residual->filled == c->out_width && residual->width == c->out_width &&
-                   op->column == 0 && residual->per_output == gathered,
+    const bool fits = flags & FB_FACTOR ? op->column >= 0 && (int64_t)op->column + c->out_width <= residual->width
+                                        : residual->width == c->out_width && op->column == 0;
+    FB_REQUIRE(
+        residual->first_write >= 0 && residual->filled == residual->width && fits && residual->per_output == gathered,
         "op %d: buffer %d cannot be its residual (unwritten, or another width or kind of rows)", i, op->residual);
+    FB_REQUIRE(op->residual != op->in || !(flags & FB_NORM), "op %d: a norm cannot be added to its own input", i);
     residual->last_use = i;
     return FB_OK;
 }
@@ -247,7 +351,7 @@ static enum fb_status check_output(
     const int32_t i = c->index;
     if (!(flags & FB_WRITES)) {
         FB_REQUIRE(op->out == -1, "op %d: works in place, out must be -1", i);
-        FB_REQUIRE(op->residual == -1, "op %d: only linear and sum take a residual", i);
+        FB_REQUIRE(op->residual == -1, "op %d: takes no residual", i);
         return kind->check ? kind->check(c) : FB_OK;
     }
     FB_REQUIRE(
@@ -283,9 +387,10 @@ enum fb_status fb_check_op(struct fb_program *p, int32_t index, bool *gathered) 
     const struct fb_op *op = &p->ops[index];
     const struct fb_operator *kind = fb_operator_of(op->kind);
     FB_REQUIRE(kind, "op %d: kind %d is unknown", index, (int)op->kind);
-    if (p->device ? !p->device->kind->runs(op->kind) : !runs_on_cpu(kind))
-        return fb_fail(
-            FB_UNSUPPORTED, "op %d: the %s has no operator %s", index, p->device ? "GPU" : "CPU", kind->name);
+    const char *missing = p->device ? p->device->kind->lacks(p, op) : runs_on_cpu(kind) ? NULL : "";
+    if (missing)
+        return fb_fail(FB_UNSUPPORTED, "op %d: the %s has no operator %s%s%s", index, p->device ? "GPU" : "CPU",
+            kind->name, *missing ? " " : "", missing);
     struct fb_check check = {.program = p, .op = op, .index = index};
     FB_TRY(check_order(p, &check, kind->flags, *gathered));
     FB_TRY(check_input(p, &check, kind, *gathered));

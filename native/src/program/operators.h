@@ -15,22 +15,25 @@ struct fb_run;
 
 /* Where in a program the kind is allowed, and what it does to its buffers. */
 enum {
-    FB_READS = 1 << 0,         /* reads buffer `in` */
-    FB_WRITES = 1 << 1,        /* writes buffer `out`; without this flag `out` must be -1 */
-    FB_IN_PLACE = 1 << 2,      /* `out` may be `in` */
-    FB_WEIGHT = 1 << 3,        /* needs `weight` */
-    FB_RESIDUAL = 1 << 4,      /* may add buffer `residual` */
-    FB_COLUMNS = 1 << 5,       /* fills its weight's rows from `column` on; others fill all of `out` */
-    FB_FIRST = 1 << 6,         /* the first operator, and only that */
-    FB_LAST = 1 << 7,          /* the last operator, and only that */
-    FB_GATHERS = 1 << 8,       /* from here on a row is a wanted output, not a token */
-    FB_OF_TOKENS = 1 << 9,     /* only before outputs are gathered */
-    FB_OF_OUTPUTS = 1 << 10,   /* only after outputs are gathered */
-    FB_HEADS = 1 << 11,        /* `in` holds q, k and v heads, concatenated */
-    FB_LAYER = 1 << 12,        /* has a `layer` */
-    FB_NORM = 1 << 13,         /* has an `eps`; one over whole rows may join the stage of the next products */
-    FB_GATED = 1 << 14,        /* a product whose weight interleaves gate and up by panels: silu(gate) * up */
-    FB_SPANS_DEVICES = 1 << 15 /* combines results of several devices: only in parts of a joined program */
+    FB_READS = 1 << 0,          /* reads buffer `in` */
+    FB_WRITES = 1 << 1,         /* writes buffer `out`; without this flag `out` must be -1 */
+    FB_IN_PLACE = 1 << 2,       /* `out` may be `in` */
+    FB_WEIGHT = 1 << 3,         /* needs `weight` */
+    FB_RESIDUAL = 1 << 4,       /* may read buffer `residual` */
+    FB_COLUMNS = 1 << 5,        /* fills as many columns as its weight has rows, from `column` on; others all */
+    FB_FIRST = 1 << 6,          /* a program begins with it */
+    FB_LAST = 1 << 7,           /* the last operator, and only that */
+    FB_GATHERS = 1 << 8,        /* from here on a row is a wanted output, not a token */
+    FB_OF_TOKENS = 1 << 9,      /* only before outputs are gathered */
+    FB_OF_OUTPUTS = 1 << 10,    /* only after outputs are gathered */
+    FB_HEADS = 1 << 11,         /* `in` holds heads of geometry `heads` */
+    FB_LAYER = 1 << 12,         /* has a `layer` */
+    FB_NORM = 1 << 13,          /* has an `eps`; without residual, the next products may take it into their stage */
+    FB_GATED = 1 << 14,         /* a product whose weight interleaves gate and up by panels */
+    FB_SPANS_DEVICES = 1 << 15, /* combines the results of several devices: only in parts of a joined program */
+    FB_FACTOR = 1 << 16,        /* needs `residual`, of which it reads columns from `column` on */
+    FB_POSITIONS = 1 << 17,     /* its weight has a row for each position that a token may have */
+    FB_SCALED = 1 << 18         /* multiplies by `scale`, which must not be 0 */
 };
 
 /* An operator that is being checked. */
@@ -40,6 +43,7 @@ struct fb_check {
     int32_t index;    /* of the operator */
     int32_t in_width; /* of buffer `in`; 0 if it reads none */
     int32_t out_width;
+    bool has_kv; /* FB_HEADS: `in` holds k and v heads behind those of q */
 };
 
 struct fb_operator {
