@@ -314,16 +314,10 @@ class PagePool:
         device: GPU they lie on; None for the CPU.
     """
 
-    def __init__(
-        self, dtypes: KvDTypes, n_pages: int, layers: Sequence[KvLayer], device: Device | None = None
-    ) -> None:
+    def __init__(self, dtypes: KvDTypes, n_pages: int, layers: Sequence[KvLayer], device: Device | None = None) -> None:
         out = ffi.new("fb_page_pool **")
         c_layers = ffi.new("struct fb_kv_layer[]", list(layers))
-        check(
-            lib.fb_page_pool_create_on(
-                handle_of(device), *of_k_and_v(dtypes), n_pages, c_layers, len(layers), out
-            )
-        )
+        check(lib.fb_page_pool_create_on(handle_of(device), *of_k_and_v(dtypes), n_pages, c_layers, len(layers), out))
         self.handle: Any = ffi.gc(out[0], lib.fb_page_pool_free)
         self.n_pages = n_pages
         self.page_bytes = int(lib.fb_page_bytes(self.handle))

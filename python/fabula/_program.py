@@ -140,7 +140,8 @@ class Program:
         c_shape.struct_size = ffi.sizeof("struct fb_program_shape")
         keep: list[Any] = []
         c_shape.n_layers, c_shape.vocab_size, c_shape.max_tokens = shape.n_layers, shape.vocab_size, shape.max_tokens
-        c_shape.n_buffers, c_shape.n_geometries, c_shape.n_ropes = len(buffer_widths), len(shape.heads), len(shape.ropes)
+        c_shape.n_buffers = len(buffer_widths)
+        c_shape.n_geometries, c_shape.n_ropes = len(shape.heads), len(shape.ropes)
         c_shape.heads = c_heads = ffi.new("struct fb_heads[]", list(shape.heads))
         c_shape.ropes = c_ropes = ffi.new("struct fb_rope[]", len(shape.ropes))
         keep += [c_heads, c_ropes]

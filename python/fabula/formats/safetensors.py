@@ -105,7 +105,7 @@ class SafetensorsCheckpoint:
         unreadable: dict[str, str] = {}
         found = [name for shard in shards for name in (*shard.entries, *shard.aliases)]
         refuse_quantized_tensors(found, path)
-        canonical = canonical_names(found, path)
+        canonical = canonical_names(found, path, str(config.get("model_type")))
         for shard in shards:
             for name in shard.unlisted - canonical.keys():
                 unreadable[name] = f"lies in {shard.path.name}, but {INDEX_FILE} does not name it"
