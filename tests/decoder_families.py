@@ -31,6 +31,9 @@ ODD: Mapping[str, Any] = {
 # Families where a head is hidden_size / num_attention_heads.
 PLAIN = {key: value for key, value in ODD.items() if key != "head_dim"} | {"hidden_size": 144}
 GPT: Mapping[str, Any] = {"n_embd": 120, "n_layer": 2, "n_head": 3, "n_positions": 700, "vocab_size": 203}
+GPT = GPT | {key: ODD[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+NEOX = {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"} | {"num_attention_heads": 3}
+FALCON = {key: value for key, value in NEOX.items() if key != "intermediate_size"} | {"num_attention_heads": 6}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
 
@@ -54,7 +57,7 @@ class Case:
 
     @property
     def model_class(self) -> Any:
-        return getattr(transformers, f"{self.family}ForCausalLM")
+        return getattr(transformers, self.family + ("LMHeadModel" if self.family == "GPT2" else "ForCausalLM"))
 
     @property
     def model_type(self) -> str:
@@ -125,6 +128,19 @@ CASES: dict[str, Case] = {
         ODD | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}},
     ),
     "apertus": Case("Apertus"),
+    "falcon": Case("Falcon", FALCON),
+    "falcon-rows": Case("Falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon-groups": Case("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-groups-one-norm": Case(
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "bias": True},
+    ),
+    "gpt2": Case("GPT2", GPT),
+    "gpt2-scales": Case("GPT2", GPT | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 100}),
+    "gptj": Case("GPTJ", GPT | {"rotary_dim": 20}),
+    "gpt_neox": Case("GPTNeoX", NEOX),
+    "gpt_neox-sequential": Case("GPTNeoX", NEOX | {"use_parallel_residual": False, "attention_bias": False}),
+    "phi": Case("Phi", PLAIN | {"partial_rotary_factor": 0.6, "hidden_size": 240}),
 }
 
 

@@ -39,15 +39,27 @@ _MAX_CONTEXT = 1 << 24
 class ConfigReader:
     """Typed access to config.json; errors name file and key."""
 
-    def __init__(self, config: Mapping[str, Any], path: Path, names: Mapping[str, str] | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        path: Path,
+        names: Mapping[str, str] | None = None,
+        fields: Mapping[str, str] | None = None,
+        ignored: Sequence[str] = (),
+    ) -> None:
         self.path = path
-        for key, name in (names or {}).items():  # read from here on under the usual key
-            if key in config and config[key] != config.get(name, config[key]):
-                raise self.error(key, f"is {_shown(config[key])}, but {name!r} is {_shown(config[name])}")
+        self._names = {**(names or {}), **(fields or {})}
+        dropped = {*(fields or {}), *ignored}
+        self.config = {key: value for key, value in config.items() if key not in dropped}
+        for key, name in self._names.items():  # from here on under the usual key
             if name in config:
+                if self.config.get(key, config[name]) != config[name]:
+                    raise ModelFileError(
+                        f"{path}: config {key!r} is {_shown(config[key])}, but {name!r} is {_shown(config[name])}",
+                        path=path,
+                        field=key,
+                    )
                 self.config = {**self.config, key: config[name]}
-        self._names = names or {}
 
     def error(self, key: str, problem: str) -> ModelFileError:
         key = self._names.get(key, key)
@@ -100,7 +112,8 @@ class Traits:
     What only a config decides is set by `adapt`, and what no trait describes by `finish`.
 
     Attributes:
-        names: the family's own names of usual keys.
+        names: other names of usual keys, which may be used as well;  fields: those used instead;  ignored: keys that
+            the family does not read.
         context_length, n_kv_heads, head_dim, theta, tied: defaults of `max_position_embeddings`, of
             `num_key_value_heads` (None: as many as query heads, as null always means), of `head_dim` (None: hidden_size
             / num_attention_heads), of `rope_theta` and of `tie_word_embeddings`.
@@ -132,6 +145,8 @@ class Traits:
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
     context_length: int = 2048
     n_kv_heads: int | None = None
     head_dim: int | None = None
@@ -208,7 +223,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         Unsupported: a field asks for an unsupported computation, such as an unknown activation, attention to later
             tokens, or experts.
     """
-    read = ConfigReader(config, path, traits.names)
+    read = ConfigReader(config, path, traits.names, traits.fields, traits.ignored)
     refuse_unknown(read)
     t = traits.adapt(read, traits) if traits.adapt else traits
     config = read.config

@@ -197,6 +197,39 @@ def _neox(read: ConfigReader, t: Traits) -> Traits:
     return replace(t, parallel="two" if read.flag("use_parallel_residual", True) else "")
 
 
+def _gpt2(read: ConfigReader, c: ModelConfig) -> ModelConfig:
+    """Scores may have no scale, or one that shrinks with the layer."""
+    scale = c.head_dim**-0.5 if read.flag("scale_attn_weights", True) else 1.0
+    shrinks = read.flag("scale_attn_by_inverse_layer_idx", False)
+    layers = [
+        replace(layer, attention=replace(layer.attention, scale=scale / (i + 1 if shrinks else 1)))
+        for i, layer in enumerate(c.layers)
+    ]
+    return replace(c, layers=tuple(layers))
+
+
+def _gptj(read: ConfigReader, t: Traits) -> Traits:
+    return replace(t, rope={"rope_theta": 10000.0, "rotary_dim": read.integer("rotary_dim", 2, 1024, 64)})
+
+
+def _falcon(read: ConfigReader, t: Traits) -> Traits:
+    """Three generations: one KV head beside parallel halves, or none of both, or a few KV heads and two norms."""
+    for key in ("alibi",):
+        t = _refuse(key)(read, t)
+    grouped, parallel = read.flag("new_decoder_architecture", False), read.flag("parallel_attn", True)
+    n_norms = read.integer("num_ln_in_parallel_attn", 1, 2, 2 if grouped else 1)
+    if (grouped and not parallel) or (n_norms == 2 and not (grouped and parallel)):
+        raise read.unsupported("num_ln_in_parallel_attn" if parallel else "parallel_attn", "no released model has that")
+    one_kv_head = not grouped and read.flag("multi_query", True)
+    if one_kv_head:
+        read.config = {**read.config, "num_key_value_heads": 1}
+    return replace(
+        t,
+        qkv="stacked" if one_kv_head else "grouped",
+        parallel="" if not parallel else "two" if n_norms == 2 else "one",
+    )
+
+
 # Llama 3 scaling that Apertus and CWM configs stand for where they have none.
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
@@ -226,6 +259,23 @@ _GLM = Traits(
     qkv_bias=("attention_bias", True),
     output_bias=False,
 )
+_GPT: Mapping[str, Any] = {
+    "names": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    "fields": {"intermediate_size": "n_inner"},
+    "ignored": ("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "rope_theta"),
+    "inner": 4,
+    "norm": "layer",
+    "norm_biased": True,
+    "eps": ("layer_norm_epsilon", 1e-5),
+    "mlp_bias": True,
+    "gated": False,
+    "activation": ("activation_function", "gelu_new"),
+}
 _COHERE = Traits(
     context_length=8192,
     theta=500000.0,
@@ -538,6 +588,81 @@ FAMILIES: Mapping[str, Family] = {
             qk_norm="head",
             gated=False,
             activation=("hidden_act", "xielu"),
+        ),
+    ),
+    # Radford et al. 2019: learned positions; matrices are stored as [in, out].
+    "gpt2": Family(
+        "GPT-2",
+        Traits(
+            **_GPT,
+            tied=True,
+            learned_positions=True,
+            transposed=True,
+            finish=_gpt2,
+            adapt=_refuse("add_cross_attention"),
+            context_length=1024,
+            qkv_bias=True,
+            output_bias=True,
+        ),
+    ),
+    # Wang & Komatsuzaki 2021: both halves beside each other.
+    "gptj": Family("GPT-J", Traits(**_GPT, **_NO_BIAS, interleaved=True, parallel="one", head_bias=True, adapt=_gptj)),
+    # Black et al. 2022; Pythia.
+    "gpt_neox": Family(
+        "GPT-NeoX",
+        Traits(
+            fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+            ignored=("num_key_value_heads",),
+            reads_head_dim=False,
+            rotated=0.25,
+            norm="layer",
+            norm_biased=True,
+            eps=("layer_norm_eps", 1e-5),
+            qkv_bias=("attention_bias", True),
+            output_bias=("attention_bias", True),
+            mlp_bias=True,
+            gated=False,
+            activation=("hidden_act", "gelu"),
+            qkv="grouped",
+            adapt=_neox,
+        ),
+    ),
+    # Microsoft 2023: Phi-1, 1.5 and 2.
+    "phi": Family(
+        "Phi",
+        Traits(
+            rotated=0.5,
+            norm="layer",
+            norm_biased=True,
+            eps=("layer_norm_eps", 1e-5),
+            parallel="one",
+            qkv_bias=True,
+            output_bias=True,
+            mlp_bias=True,
+            gated=False,
+            activation=("hidden_act", "gelu_new"),
+            head_bias=True,
+            adapt=_refuse("qk_layernorm"),
+        ),
+    ),
+    # Almazrouei et al. 2023. Falcon 3 is Llama.
+    "falcon": Family(
+        "Falcon",
+        Traits(
+            fields={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
+            names={"hidden_size": "n_embed"},
+            inner=4,
+            reads_head_dim=False,
+            tied=True,
+            norm="layer",
+            norm_biased=True,
+            eps=("layer_norm_epsilon", 1e-5),
+            qkv_bias=("bias", False),
+            output_bias=("bias", False),
+            mlp_bias=("bias", False),
+            gated=False,
+            activation=("activation", "gelu"),
+            adapt=_falcon,
         ),
     ),
 }

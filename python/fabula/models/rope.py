@@ -89,6 +89,11 @@ def longest_context(config: ModelConfig) -> int:
     return max(trained_context, int(stretched)) if math.isfinite(stretched) else trained_context
 
 
+def rotated_width(rope: Mapping[str, Any], head_dim: int) -> int:
+    """Elements of a head that are rotated: `rotary_dim`, or a part of the head."""
+    return int(rope.get("rotary_dim") or head_dim * float(rope.get("partial_rotary_factor") or 1.0))
+
+
 def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, context: int, path: Path) -> Rope:
     """Computes the frequencies.
 
@@ -124,9 +129,10 @@ def _make(values: _Values, head_dim: int, trained_context: int, context: int) ->
     part = values.number("partial_rotary_factor", 1.0)
     if kind == "proportional":
         return _proportional(values, theta, head_dim, part)
-    head_dim = int(head_dim * part)
-    if head_dim < 2:
-        raise values.error("partial_rotary_factor", f"is {part:g}, which leaves no pair of a head to rotate")
+    head_dim = rotated_width(rope, head_dim)
+    if head_dim < 2 or head_dim % 2:
+        key = "rotary_dim" if rope.get("rotary_dim") else "partial_rotary_factor"
+        raise values.error(key, f"leaves {head_dim} elements of a head to rotate; pairs are rotated")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain = theta**-exponents
     if kind == "default" or kind is None:

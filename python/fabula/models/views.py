@@ -24,6 +24,7 @@ from fabula import _native
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 from fabula.models.description import Attention, ModelConfig
+from fabula.models.rope import rotated_width
 
 Rows = npt.NDArray[np.int64]
 
@@ -204,7 +205,7 @@ class _Views:
         if not self.config.interleaved or a.rope < 0:
             return None
         rope, _ = self.config.ropes[a.rope]
-        n = int(a.k_dim * float(rope.get("partial_rotary_factor") or 1.0))
+        n = rotated_width(rope, a.k_dim)
         head = np.concatenate([np.arange(0, n, 2), np.arange(1, n, 2), np.arange(n, a.k_dim)])
         rows: Rows = (np.arange(n_heads)[:, None] * a.k_dim + head).reshape(-1)
         return rows
