@@ -38,11 +38,12 @@ static int32_t tiles_of(const struct fb_cuda_extent *rows, int32_t n_found, int3
 static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cuda_sequence *sequences,
     int32_t n_sequences, struct fb_cuda_description *d) {
     const struct fb_program *program = p->program;
-    const int32_t group = program->shape.n_heads / program->shape.n_kv_heads, head_dim = program->shape.head_dim;
+    const struct fb_heads *h = fb_cuda_heads_of(program);
+    const int32_t group = h->n_heads / h->n_kv_heads, head_dim = h->k_dim;
     struct fb_cuda_attention of = {.tile_rows = fb_cuda_tile_rows(head_dim, true)};
     int32_t n_found = 0, n_parts;
     of.pages.head_dim = head_dim;
-    of.pages.n_kv_heads = program->shape.n_kv_heads;
+    of.pages.n_kv_heads = h->n_kv_heads;
     for (int32_t i = 0; i < program->n_ops; i++) {
         if (fb_operator_of(program->ops[i].kind)->stage != FB_STAGE_ATTENTION) continue;
         n_found = fb_cuda_tiles(sequences, n_sequences, group, of.tile_rows, program->ops[i].window, NULL, &n_parts);
@@ -61,7 +62,8 @@ static enum fb_status choose_tiles(struct fb_cuda_program *p, const struct fb_cu
 /* Fills the list of tiles, padded with tiles of a sequence without tokens. */
 static void list_tiles(const struct fb_program *program, const struct fb_cuda_sequence *sequences, int32_t n_sequences,
     struct fb_cuda_description *d, struct fb_cuda_tile *tiles) {
-    const int32_t group = program->shape.n_heads / program->shape.n_kv_heads;
+    const struct fb_heads *h = fb_cuda_heads_of(program);
+    const int32_t group = h->n_heads / h->n_kv_heads;
     int32_t n_parts;
     const int32_t n_found = fb_cuda_tiles(sequences, n_sequences, group, d->tile_rows, 0, tiles, &n_parts);
     d->n_tiles = tiles_of(&d->rows, n_found, group, d->tile_rows);
@@ -76,8 +78,8 @@ static void list_tiles(const struct fb_program *program, const struct fb_cuda_se
  * same address. */
 static enum fb_status lay_out(struct fb_cuda_program *p, const struct fb_batch *batch, struct fb_cuda_extent rows,
     struct fb_cuda_description *d) {
-    const struct fb_program_shape *shape = &p->program->shape;
-    const size_t n_tokens = (size_t)rows.n_tokens, group = (size_t)(shape->n_heads / shape->n_kv_heads);
+    const struct fb_heads *h = fb_cuda_heads_of(p->program);
+    const size_t n_tokens = (size_t)rows.n_tokens, group = (size_t)(h->n_heads / h->n_kv_heads);
     const size_t n_sequences = rows.is_padded ? n_tokens : (size_t)batch->n_sequences;
     size_t n_pages = 0;
     for (int32_t i = 0; i < batch->n_sequences; i++)
@@ -92,7 +94,7 @@ static enum fb_status lay_out(struct fb_cuda_program *p, const struct fb_batch *
     d->owners = add_array(d, n_tokens, sizeof(int32_t));
     d->outputs = add_array(d, (size_t)rows.n_outputs, sizeof(int32_t));
     /* A tile holds at least one row of a token's group, so this is the most there can be. */
-    const size_t least_rows = (size_t)fb_cuda_tile_rows(shape->head_dim, true);
+    const size_t least_rows = (size_t)fb_cuda_tile_rows(h->k_dim, true);
     d->tiles = add_array(d, n_tokens * group / least_rows + n_sequences, sizeof(struct fb_cuda_tile));
     d->pages = add_array(d, n_pages, sizeof(int32_t));
     return fb_cuda_grow(p, &p->inputs, d->n_bytes, true);

@@ -127,7 +127,7 @@ const struct fb_device_kind *fb_device_kind_of_build(void) {
         .copy = copy,
         .clear = clear,
         .load_products = load_products,
-        .runs = fb_cuda_runs,
+        .lacks = fb_cuda_lacks,
         .program_create = fb_cuda_program_create,
         .program_free = fb_cuda_program_free,
         .program_run = fb_cuda_program_run,

@@ -57,7 +57,7 @@ static void *part(struct fb_cuda_program *p, size_t *at, size_t n_bytes) {
 
 static size_t lay_out(struct fb_cuda_program *p) {
     const struct fb_program *program = p->program;
-    const size_t rotary = (size_t)program->shape.rotary_dim;
+    const size_t rotary = (size_t)fb_cuda_rotary_dim(program);
     const size_t angles = (size_t)program->shape.max_tokens * rotary * sizeof(float);
     size_t at = 0;
     p->vectors = part(p, &at, program->n_vector_floats * sizeof(float));
@@ -100,7 +100,7 @@ static enum fb_status build(struct fb_cuda_program *p) {
     p->fixed = fixed;
     lay_out(p);
     FB_TRY(upload(p, p->vectors, program->vectors, program->n_vector_floats));
-    return upload(p, p->inv_freq, program->inv_freq, (size_t)program->shape.rotary_dim / 2);
+    return upload(p, p->inv_freq, program->angles[0].inv_freq, program->angles[0].n_pairs);
 }
 
 enum fb_status fb_cuda_program_create(const fb_program *program, void **out) {

@@ -76,13 +76,22 @@ static inline float *fb_cuda_buffer(const struct fb_cuda_program *p, int32_t num
     return p->arena + p->program->buffers[number].offset;
 }
 
+/* All layers have the same heads, and their positions are encoded by one rope table (fb_cuda_lacks). */
+static inline const struct fb_heads *fb_cuda_heads_of(const fb_program *program) {
+    return &program->shape.heads[0];
+}
+
+static inline int32_t fb_cuda_rotary_dim(const fb_program *program) {
+    return 2 * program->shape.ropes[0].n_pairs;
+}
+
 /* Address of an operator's vector on the GPU. */
 static inline const float *fb_cuda_vector(const struct fb_cuda_program *p, const float *vector) {
     return vector ? p->vectors + (vector - p->program->vectors) : NULL;
 }
 
 /* The functions of that name in fb_device_kind (base/device.h). */
-bool fb_cuda_runs(enum fb_op_kind kind);
+const char *fb_cuda_lacks(const fb_program *program, const struct fb_op *op);
 enum fb_status fb_cuda_program_create(const fb_program *program, void **out);
 void fb_cuda_program_free(void *program);
 enum fb_status fb_cuda_program_run(

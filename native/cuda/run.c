@@ -12,8 +12,8 @@ struct launch {
     int32_t n_rows;
 };
 
-static const struct fb_program_shape *shape_of(const struct launch *l) {
-    return &l->p->program->shape;
+static const struct fb_heads *heads_of(const struct launch *l) {
+    return fb_cuda_heads_of(l->p->program);
 }
 
 static int64_t stride_of(const struct launch *l, int32_t buffer) {
@@ -22,12 +22,11 @@ static int64_t stride_of(const struct launch *l, int32_t buffer) {
 
 static int launch_embed(const struct launch *l, const struct fb_op *op) {
     struct fb_cuda_program *p = l->p;
-    const struct fb_program_shape *s = shape_of(l);
     const int error = fb_cuda_embed(&p->weights[op - p->program->ops], l->d->batch.tokens, l->n_rows, op->scale,
         fb_cuda_buffer(p, op->out), stride_of(l, op->out), p->stream);
     return error ? error
-                 : fb_cuda_angles(&l->d->batch, p->inv_freq, s->rotary_dim, s->rope_scale, p->cos_sin,
-                       p->sink_rotations, p->stream);
+                 : fb_cuda_angles(&l->d->batch, p->inv_freq, fb_cuda_rotary_dim(p->program),
+                       p->program->shape.ropes[0].scale, p->cos_sin, p->sink_rotations, p->stream);
 }
 
 static int launch_norm(const struct launch *l, const struct fb_op *op) {
@@ -35,34 +34,33 @@ static int launch_norm(const struct launch *l, const struct fb_op *op) {
 }
 
 static int launch_head_norm(const struct launch *l, const struct fb_op *op) {
-    const struct fb_program_shape *s = shape_of(l);
-    return fb_cuda_head_norm(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->n_rows, s->n_heads, s->n_kv_heads,
-        s->head_dim, fb_cuda_vector(l->p, op->vector), fb_cuda_vector(l->p, op->vector2), op->eps, l->p->stream);
+    const struct fb_heads *h = heads_of(l);
+    return fb_cuda_head_norm(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->n_rows, h->n_heads, h->n_kv_heads,
+        h->k_dim, fb_cuda_vector(l->p, op->vector), fb_cuda_vector(l->p, op->vector2), op->eps, l->p->stream);
 }
 
 static int launch_rope(const struct launch *l, const struct fb_op *op) {
-    const struct fb_program_shape *s = shape_of(l);
-    return fb_cuda_rope(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->n_rows, s->n_heads + s->n_kv_heads,
-        s->head_dim, s->rotary_dim, l->p->cos_sin, l->p->stream);
+    const struct fb_heads *h = heads_of(l);
+    return fb_cuda_rope(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), l->n_rows, h->n_heads + h->n_kv_heads,
+        h->k_dim, fb_cuda_rotary_dim(l->p->program), l->p->cos_sin, l->p->stream);
 }
 
 static int launch_kv_write(const struct launch *l, const struct fb_op *op) {
-    return fb_cuda_kv_write(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), &l->d->batch, shape_of(l)->n_heads,
+    return fb_cuda_kv_write(fb_cuda_buffer(l->p, op->in), stride_of(l, op->in), &l->d->batch, heads_of(l)->n_heads,
         l->pages, op->layer, l->p->stream);
 }
 
 static int launch_attention(const struct launch *l, const struct fb_op *op) {
     struct fb_cuda_program *p = l->p;
-    const struct fb_program_shape *s = shape_of(l);
     const struct fb_cuda_description *d = l->d;
     const struct fb_cuda_attention a = {.batch = d->batch,
         .pages = *l->pages,
         .layer = op->layer,
         .window = op->window,
-        .n_heads = s->n_heads,
+        .n_heads = heads_of(l)->n_heads,
         .scale = op->scale,
         .sink_rotations = p->sink_rotations,
-        .rotary_dim = s->rotary_dim,
+        .rotary_dim = fb_cuda_rotary_dim(p->program),
         .q = fb_cuda_buffer(p, op->in),
         .out = fb_cuda_buffer(p, op->out),
         .ldq = stride_of(l, op->in),
@@ -90,7 +88,7 @@ static const struct {
     [FB_OP_EMBED] = {launch_embed, true},
     [FB_OP_RMS_NORM] = {launch_norm, true},
     [FB_OP_LINEAR] = {NULL, true},
-    [FB_OP_LINEAR_SWIGLU] = {NULL, true},
+    [FB_OP_LINEAR_GATED] = {NULL, true},
     [FB_OP_HEAD_NORM] = {launch_head_norm, true},
     [FB_OP_ROPE] = {launch_rope, true},
     [FB_OP_KV_WRITE] = {launch_kv_write, true},
@@ -100,14 +98,33 @@ static const struct {
     [FB_OP_SUM] = {NULL, true},
 };
 
-bool fb_cuda_runs(enum fb_op_kind kind) {
-    return (int)kind >= 0 && (size_t)kind < sizeof launches / sizeof *launches && launches[kind].runs;
+/* What an operator of a kind that runs would need beyond it; NULL for nothing. */
+static const char *lacks_option(const fb_program *program, const struct fb_op *op) {
+    const enum fb_activation_kind activation = op->kind == FB_OP_LINEAR_GATED ? FB_ACTIVATION_SILU : FB_ACTIVATION_NONE;
+    if (op->activation != activation) return "with that activation";
+    if (op->limit != 0.0f) return "with a soft cap";
+    if (fb_is_product(op) && op->scale != 1.0f) return "with a scale";
+    if (op->flags) return "with flags";
+    if (op->temperature != 0.0f) return "with a temperature";
+    if (op->kind == FB_OP_ATTENTION && op->vector) return "with sink logits";
+    if (op->kind != FB_OP_RMS_NORM) return NULL;
+    if (op->residual >= 0) return "with a residual";
+    return op->vector_length != program->buffers[op->in].width ? "of groups" : NULL;
+}
+
+const char *fb_cuda_lacks(const fb_program *program, const struct fb_op *op) {
+    const struct fb_program_shape *s = &program->shape;
+    if ((size_t)op->kind >= sizeof launches / sizeof *launches || !launches[op->kind].runs) return "";
+    if (op != program->ops) return lacks_option(program, op);
+    if (s->n_geometries != 1 || s->heads[0].k_dim != s->heads[0].v_dim) return "for layers whose heads differ";
+    return s->n_ropes == 1 && s->heads[0].rope == 0 ? NULL : "for layers whose rope differs";
 }
 
 static int run_heads(struct fb_cuda_program *p, const struct fb_op *ops, int32_t n, const struct fb_cuda_pages *pages,
     const struct fb_cuda_description *d) {
-    const struct fb_program_shape *s = &p->program->shape;
-    struct fb_cuda_heads heads = {.n_heads = s->n_heads, .rotary_dim = s->rotary_dim, .layer = ops[n - 1].layer};
+    struct fb_cuda_heads heads = {.n_heads = fb_cuda_heads_of(p->program)->n_heads,
+        .rotary_dim = fb_cuda_rotary_dim(p->program),
+        .layer = ops[n - 1].layer};
     for (int32_t i = 0; i < n; i++) {
         if (ops[i].kind == FB_OP_ROPE) heads.cos_sin = p->cos_sin;
         if (ops[i].kind != FB_OP_HEAD_NORM) continue;
@@ -144,7 +161,7 @@ enum fb_status fb_cuda_launch(struct fb_cuda_program *p, struct fb_cuda_step *st
         }
         p->rounded_from = -1;
         const int32_t n = fb_ops_of_heads(op, p->program->n_ops - step->next_op);
-        if (n > 1) { /* all in one launch */
+        if (n > 1 && op[n - 1].kind == FB_OP_KV_WRITE) { /* all in one launch */
             FB_TRY(fb_cuda_check(run_heads(p, op, n, &step->pages, &step->d), "heads"));
             step->next_op += n - 1;
             continue;

@@ -17,10 +17,11 @@ static struct fb_cuda_part part_view(const struct fb_kv_part *part) {
 }
 
 void fb_cuda_pages_view(const fb_page_pool *pool, struct fb_cuda_pages *out) {
-    *out = (struct fb_cuda_pages){.k = part_view(&pool->k),
-        .v = part_view(&pool->v),
-        .n_kv_heads = pool->n_kv_heads,
-        .head_dim = pool->head_dim,
+    const struct fb_kv_layout *layer = &pool->layers[0]; /* all are alike */
+    *out = (struct fb_cuda_pages){.k = part_view(&layer->k),
+        .v = part_view(&layer->v),
+        .n_kv_heads = layer->n_kv_heads,
+        .head_dim = layer->k_dim,
         .page_bytes = (int64_t)pool->page_bytes,
         .memory = pool->memory};
 }

@@ -252,7 +252,7 @@ enum fb_op_kind {
                                  [n_outputs, n_rows]; limit 0: without tanh. The last op */
     FB_OP_SUM = 11,           /* out = (residual +) sum of `in` over the joined programs in their order; devices only */
     FB_OP_LAYER_NORM = 12,    /* out = (residual +) (in - mean(in)) / sqrt(variance(in) + eps) * vector + vector2 */
-    FB_OP_EMBED_POSITION = 13, /* out[t] = in[t] + row position[t] of `weight`; out may be in */
+    FB_OP_EMBED_POSITION = 13, /* out[t] = row `position of t` of `weight`; positions must be below its rows */
     FB_OP_SCALE = 14,          /* out = scale * in; out may be in */
     FB_OP_MULTIPLY = 15,       /* out = in * columns column .. column + width - 1 of `residual`; out may be in */
     FB_OP_ADD = 16             /* out = scale * (in + residual); out may be in */
@@ -292,7 +292,7 @@ struct fb_rope {
 /* Flags of struct fb_op. */
 enum fb_op_flag {
     FB_HEADS_LAYER_NORM = 1, /* HEAD_NORM: layer norms without bias instead of RMS norms */
-    FB_HEADS_WHOLE = 2,      /* HEAD_NORM: one norm over all q heads together, one over all k heads */
+    FB_HEADS_WHOLE = 2,      /* HEAD_NORM: one RMS norm over all q heads together, one over all k heads */
     FB_HEADS_VALUES = 4,     /* HEAD_NORM: also an RMS norm without weight of each v head */
     FB_ATTEND_ALL = 8,       /* ATTENTION: to later tokens too. A sequence must be whole in its step */
     FB_ATTEND_CHUNK = 16     /* ATTENTION: positions are cut into chunks of `window`; a token sees those of its own */
@@ -300,7 +300,7 @@ enum fb_op_flag {
 
 struct fb_op {
     enum fb_op_kind kind;
-    int32_t in;       /* buffer read; -1 for EMBED */
+    int32_t in;       /* buffer read; -1 for EMBED and EMBED_POSITION */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
     int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */

@@ -46,8 +46,8 @@ struct fb_device_kind {
      * `out` is freed with free(). */
     enum fb_status (*load_products)(int32_t index, const char *path, void **out);
 
-    /* Whether programs may hold operators of this kind. */
-    bool (*runs)(enum fb_op_kind kind);
+    /* What the device lacks to run an operator: NULL for nothing, "" for the kind, or what the kind would need. */
+    const char *(*lacks)(const fb_program *program, const struct fb_op *op);
 
     /* Creates the device's part of a checked and planned program, which must outlive it. */
     enum fb_status (*program_create)(const fb_program *program, void **out);

@@ -36,6 +36,9 @@ enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
  * gemm_pairs). */
 enum { FB_KERNEL_DTYPES = 3, FB_GEMM_DTYPES = 2 };
 
+/* Kinds of activations; numbers that one takes (xielu), at most. */
+enum { FB_ACTIVATION_KINDS = FB_ACTIVATION_XIELU + 1, FB_ACTIVATION_NUMBERS = 4 };
+
 /* Bytes per panel element of these formats, or of signed bytes, which use the number of Q8_0. */
 static inline size_t fb_element_bytes(enum fb_dtype dtype) {
     return dtype == FB_F32 ? 4 : dtype == FB_Q8_0 ? 1 : 2;
@@ -127,6 +130,15 @@ struct fb_kernels {
 
     /* (a, b) = (fma(a, cos, -(b sin)), fma(b, cos, a sin)) for n pairs */
     void (*rotate)(float *a, float *b, const float *cos, const float *sin, size_t n);
+
+    /* Elementwise functions in place (elementwise.h), by enum fb_activation_kind; NULL for NONE. numbers: the limit of
+     * clamp, the four numbers of xielu. soft_cap: x = cap tanh(x factor / cap). */
+    void (*activate[FB_ACTIVATION_KINDS])(float *x, size_t n, const float *numbers);
+    void (*soft_cap)(float *x, size_t n, float factor, float cap);
+
+    /* out = (x - mean) * (1 / sqrt(sum((x - mean)^2) / n + eps)) * weight + bias; out may be x. Both sums run in 16
+     * lanes, without fused multiply-adds. */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps, float *out);
 
     /* Loops over a vocabulary (vocabulary.h). top_logit: the largest of n logits; false if one is NaN or
      * +infinity. highest: the largest of n. */

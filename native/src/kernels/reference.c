@@ -183,6 +183,8 @@ static void widen_bf16(const void *x, size_t n, float *out) {
 
 #include "kernels/vocabulary.h"
 
+#include "kernels/elementwise.h"
+
 const struct fb_kernels fb_kernels_reference = {
     .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
@@ -202,4 +204,5 @@ const struct fb_kernels fb_kernels_reference = {
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},
     .widen = {widen_f32, widen_f16, widen_bf16},
     VOCABULARY_KERNELS,
+    ELEMENTWISE_KERNELS,
 };

@@ -377,6 +377,8 @@ FORMAT(bf16)
 
 #include "kernels/vocabulary.h"
 
+#include "kernels/elementwise.h"
+
 const struct fb_kernels KERNEL_TABLE = {
     .gemm = {gemm_f32, gemm_f16},
     .gemm_bytes = gemm_bytes,
@@ -396,4 +398,5 @@ const struct fb_kernels KERNEL_TABLE = {
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},
     .widen = {widen_f32, widen_f16, widen_bf16},
     VOCABULARY_KERNELS,
+    ELEMENTWISE_KERNELS,
 };

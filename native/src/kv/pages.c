@@ -10,7 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_HEAD_DIM = 1024, MAX_COUNT = 1 << 20 };
+/* Together they keep the bytes of a page below 2^63. */
+enum { MAX_HEAD_DIM = 1024, MAX_COUNT = 1 << 20, MAX_LAYERS = 1 << 20 };
 
 static struct fb_kv_part part_of(enum fb_dtype dtype, size_t dimensions) {
     const size_t elements = (size_t)FB_PAGE_POSITIONS * dimensions;
@@ -22,30 +23,38 @@ static bool holds_kv(enum fb_dtype dtype) {
     return dtype == FB_F32 || dtype == FB_F16 || dtype == FB_BF16 || dtype == FB_Q8_0;
 }
 
-/* Everything of a pool except its memory. */
-static enum fb_status lay_out(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
-    int32_t n_kv_heads, int32_t head_dim, struct fb_page_pool *out) {
-    FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
-        "K and V are stored in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
-    FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
-    FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_COUNT, "n_layers is %d, must be 1 .. %d", n_layers, MAX_COUNT);
-    FB_REQUIRE(n_kv_heads >= 1 && n_kv_heads <= MAX_COUNT, "n_kv_heads is %d, must be 1 .. %d", n_kv_heads, MAX_COUNT);
-    FB_REQUIRE(head_dim >= 1 && head_dim <= MAX_HEAD_DIM, "head_dim is %d, must be 1 .. %d", head_dim, MAX_HEAD_DIM);
-    const struct fb_kv_part k = part_of(k_dtype, fb_k_dimensions(k_dtype, (size_t)head_dim));
-    const struct fb_kv_part v = part_of(v_dtype, (size_t)(head_dim + 15) / 16 * 16);
-    size_t page_bytes, n_bytes;
-    if (!fb_size_multiply(k.bytes + v.bytes, (size_t)n_layers * (size_t)n_kv_heads, &page_bytes) ||
-        !fb_size_multiply(page_bytes, (size_t)n_pages, &n_bytes))
-        return fb_fail(FB_OUT_OF_MEMORY, "%d KV pages do not fit memory", n_pages);
-    *out = (struct fb_page_pool){.k = k,
-        .v = v,
-        .n_pages = n_pages,
-        .n_layers = n_layers,
-        .n_kv_heads = n_kv_heads,
-        .head_dim = head_dim,
-        .page_bytes = page_bytes,
-        .n_bytes = n_bytes};
+static enum fb_status check_layer(const struct fb_kv_layer *layer, int32_t i) {
+    FB_REQUIRE(layer->n_kv_heads >= 1 && layer->n_kv_heads <= MAX_COUNT, "layer %d: n_kv_heads is %d, must be 1 .. %d",
+        i, layer->n_kv_heads, MAX_COUNT);
+    FB_REQUIRE(layer->k_dim >= 1 && layer->k_dim <= MAX_HEAD_DIM && layer->v_dim >= 1 && layer->v_dim <= MAX_HEAD_DIM,
+        "layer %d: k_dim is %d and v_dim %d, must be 1 .. %d", i, layer->k_dim, layer->v_dim, MAX_HEAD_DIM);
     return FB_OK;
+}
+
+/* Fills the layout of every layer, one behind the other. */
+static enum fb_status lay_out(
+    struct fb_page_pool *pool, enum fb_dtype k_dtype, enum fb_dtype v_dtype, const struct fb_kv_layer *layers) {
+    for (int32_t i = 0; i < pool->n_layers; i++) {
+        const struct fb_kv_layer *from = &layers[i];
+        FB_TRY(check_layer(from, i));
+        struct fb_kv_layout *to = &pool->layers[i];
+        *to = (struct fb_kv_layout){.n_kv_heads = from->n_kv_heads,
+            .k_dim = from->k_dim,
+            .v_dim = from->v_dim,
+            .k = part_of(k_dtype, fb_k_dimensions(k_dtype, (size_t)from->k_dim)),
+            .v = part_of(v_dtype, (size_t)(from->v_dim + 15) / 16 * 16),
+            .offset = pool->page_bytes};
+        pool->page_bytes += fb_slab_bytes(to) * (size_t)from->n_kv_heads;
+    }
+    if (!fb_size_multiply(pool->page_bytes, (size_t)pool->n_pages, &pool->n_bytes))
+        return fb_fail(FB_OUT_OF_MEMORY, "%d KV pages do not fit memory", pool->n_pages);
+    return FB_OK;
+}
+
+bool fb_layers_are_alike(const struct fb_kv_layer *layers, int32_t n_layers) {
+    for (int32_t i = 1; i < n_layers; i++)
+        if (memcmp(&layers[i], &layers[0], sizeof layers[0]) != 0) return false;
+    return true;
 }
 
 static bool is_split(const struct fb_page_pool *pool) {
@@ -71,25 +80,40 @@ static enum fb_status allocate_memory(struct fb_page_pool *pool) {
     return status;
 }
 
-enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages, int32_t n_layers,
-    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
-    return fb_page_pool_create_on(NULL, k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, out);
+enum fb_status fb_page_pool_create(enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
+    const struct fb_kv_layer *layers, int32_t n_layers, fb_page_pool **out) {
+    return fb_page_pool_create_on(NULL, k_dtype, v_dtype, n_pages, layers, n_layers, out);
+}
+
+static enum fb_status build(
+    struct fb_page_pool *pool, enum fb_dtype k_dtype, enum fb_dtype v_dtype, const struct fb_kv_layer *layers) {
+    FB_TRY(lay_out(pool, k_dtype, v_dtype, layers));
+    return allocate_memory(pool);
 }
 
 enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, enum fb_dtype v_dtype, int32_t n_pages,
-    int32_t n_layers, int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out) {
-    FB_REQUIRE(out, "out is null");
-    struct fb_page_pool shape;
-    FB_TRY(lay_out(k_dtype, v_dtype, n_pages, n_layers, n_kv_heads, head_dim, &shape));
-    shape.device = device;
+    const struct fb_kv_layer *layers, int32_t n_layers, fb_page_pool **out) {
+    FB_REQUIRE(layers && out, "layers or out is null");
+    FB_REQUIRE(holds_kv(k_dtype) && holds_kv(v_dtype),
+        "K and V are stored in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
+    FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
+    FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_LAYERS, "n_layers is %d, must be 1 .. %d", n_layers, MAX_LAYERS);
+    if (device && !fb_layers_are_alike(layers, n_layers))
+        return fb_fail(FB_UNSUPPORTED, "a GPU holds KV pages of layers that are alike only");
     struct fb_page_pool *pool = calloc(1, sizeof *pool);
-    if (!pool) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a page pool");
-    const enum fb_status status = allocate_memory(&shape);
+    struct fb_kv_layout *layouts = calloc((size_t)n_layers, sizeof *layouts);
+    if (!pool || !layouts) {
+        free(pool);
+        free(layouts);
+        return fb_fail(FB_OUT_OF_MEMORY, "no memory for a page pool");
+    }
+    *pool = (struct fb_page_pool){.layers = layouts, .n_layers = n_layers, .n_pages = n_pages, .device = device};
+    const enum fb_status status = build(pool, k_dtype, v_dtype, layers);
     if (status != FB_OK) {
+        free(layouts);
         free(pool);
         return status;
     }
-    *pool = shape;
     *out = pool;
     return FB_OK;
 }
@@ -104,6 +128,7 @@ void fb_page_pool_free(fb_page_pool *pool) {
     } else {
         fb_memory_release(pool->memory, pool->n_bytes);
     }
+    free(pool->layers);
     free(pool);
 }
 
@@ -196,52 +221,52 @@ static void write_v_pairs(
     }
 }
 
-static void write_v(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *to, size_t at,
+static void write_v(const struct fb_kv_layout *layer, const struct fb_kernels *kernels, char *to, size_t at,
     bool is_last, const float *v) {
-    const size_t head_dim = (size_t)pool->head_dim;
-    if (pool->v.dtype == FB_BF16) {
-        write_v_pairs(kernels, (uint16_t *)(void *)to, at, is_last, head_dim, v);
+    const size_t v_dim = (size_t)layer->v_dim;
+    if (layer->v.dtype == FB_BF16) {
+        write_v_pairs(kernels, (uint16_t *)(void *)to, at, is_last, v_dim, v);
         return;
     }
     int8_t codes[MAX_HEAD_DIM];
-    float *scales = fb_part_scales(&pool->v, to);
-    if (scales) scales[at] = quantize_head(v, head_dim, codes);
-    for (size_t d = 0; d < head_dim; d += 16) {
-        const size_t lanes = head_dim - d < 16 ? head_dim - d : 16;
+    float *scales = fb_part_scales(&layer->v, to);
+    if (scales) scales[at] = quantize_head(v, v_dim, codes);
+    for (size_t d = 0; d < v_dim; d += 16) {
+        const size_t lanes = v_dim - d < 16 ? v_dim - d : 16;
         const size_t element = (d / 16 * FB_PAGE_POSITIONS + at) * 16;
         if (scales)
             memcpy(to + element, codes + d, lanes);
         else
-            kernels->narrow[pool->v.dtype](v + d, lanes, to + element * fb_element_bytes(pool->v.dtype));
+            kernels->narrow[layer->v.dtype](v + d, lanes, to + element * fb_element_bytes(layer->v.dtype));
     }
 }
 
-void fb_slab_write(const struct fb_page_pool *pool, const struct fb_kernels *kernels, char *slab, int32_t position,
+void fb_slab_write(const struct fb_kv_layout *layer, const struct fb_kernels *kernels, char *slab, int32_t position,
     bool is_last, const float *k, const float *v) {
-    write_v(pool, kernels, fb_slab_v(pool, slab), (size_t)position, is_last, v);
-    if (pool->k.dtype == FB_BF16) {
-        write_k_pairs(kernels, (uint16_t *)(void *)slab, (size_t)position, (size_t)pool->head_dim, k);
+    write_v(layer, kernels, fb_slab_v(layer, slab), (size_t)position, is_last, v);
+    if (layer->k.dtype == FB_BF16) {
+        write_k_pairs(kernels, (uint16_t *)(void *)slab, (size_t)position, (size_t)layer->k_dim, k);
         return;
     }
-    const size_t head_dim = (size_t)pool->head_dim, at = (size_t)position;
-    const size_t first = at / 16 * 16 * head_dim + at % 16; /* element of dimension 0 inside K */
+    const size_t k_dim = (size_t)layer->k_dim, at = (size_t)position;
+    const size_t first = at / 16 * 16 * k_dim + at % 16; /* element of dimension 0 inside K */
     uint32_t narrow[MAX_HEAD_DIM];                          /* fits any format */
-    float *k_scales = fb_part_scales(&pool->k, slab);
+    float *k_scales = fb_part_scales(&layer->k, slab);
     if (k_scales)
-        k_scales[at] = quantize_head(k, head_dim, (int8_t *)narrow);
+        k_scales[at] = quantize_head(k, k_dim, (int8_t *)narrow);
     else
-        kernels->narrow[pool->k.dtype](k, head_dim, narrow);
-    switch (fb_element_bytes(pool->k.dtype)) {
+        kernels->narrow[layer->k.dtype](k, k_dim, narrow);
+    switch (fb_element_bytes(layer->k.dtype)) {
     case 4:
-        for (size_t d = 0; d < head_dim; d++)
+        for (size_t d = 0; d < k_dim; d++)
             ((uint32_t *)(void *)slab)[first + d * 16] = narrow[d];
         break;
     case 2:
-        for (size_t d = 0; d < head_dim; d++)
+        for (size_t d = 0; d < k_dim; d++)
             ((uint16_t *)(void *)slab)[first + d * 16] = ((const uint16_t *)narrow)[d];
         break;
     default:
-        for (size_t d = 0; d < head_dim; d++)
+        for (size_t d = 0; d < k_dim; d++)
             slab[first + d * 16] = ((const char *)narrow)[d];
     }
 }

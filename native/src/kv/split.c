@@ -16,18 +16,21 @@ enum fb_status fb_split_heads(int32_t n_kv_heads, int32_t n_members, int32_t mem
 
 enum fb_status fb_split_create(struct fb_page_pool *pool) {
     const fb_device *group = pool->device;
-    for (int32_t i = 0; i < group->n_members; i++) {
+    const struct fb_kv_layout *layer = &pool->layers[0]; /* all are alike */
+    struct fb_kv_layer *shares = calloc((size_t)pool->n_layers, sizeof *shares);
+    enum fb_status status = shares ? FB_OK : fb_fail(FB_OUT_OF_MEMORY, "no memory for a page pool");
+    for (int32_t i = 0; status == FB_OK && i < group->n_members; i++) {
         int32_t first = 0, n = 0;
-        enum fb_status status = fb_split_heads(pool->n_kv_heads, group->n_members, i, &first, &n);
+        status = fb_split_heads(layer->n_kv_heads, group->n_members, i, &first, &n);
+        for (int32_t l = 0; status == FB_OK && l < pool->n_layers; l++)
+            shares[l] = (struct fb_kv_layer){n, layer->k_dim, layer->v_dim};
         if (status == FB_OK)
-            status = fb_page_pool_create_on(group->members[i], pool->k.dtype, pool->v.dtype, pool->n_pages,
-                pool->n_layers, n, pool->head_dim, &pool->parts[i]);
-        if (status != FB_OK) {
-            fb_split_free(pool);
-            return status;
-        }
+            status = fb_page_pool_create_on(group->members[i], layer->k.dtype, layer->v.dtype, pool->n_pages, shares,
+                pool->n_layers, &pool->parts[i]);
     }
-    return FB_OK;
+    free(shares);
+    if (status != FB_OK) fb_split_free(pool);
+    return status;
 }
 
 void fb_split_free(struct fb_page_pool *pool) {
@@ -53,8 +56,9 @@ static size_t layer_bytes(const struct fb_page_pool *pool) {
 }
 
 static size_t member_offset(const struct fb_page_pool *pool, int32_t member) {
-    const size_t first = (size_t)member * (size_t)pool->n_kv_heads / (size_t)pool->device->n_members;
-    return first * (pool->k.bytes + pool->v.bytes);
+    const struct fb_kv_layout *layer = &pool->layers[0];
+    const size_t first = (size_t)member * (size_t)layer->n_kv_heads / (size_t)pool->device->n_members;
+    return first * fb_slab_bytes(layer);
 }
 
 static enum fb_status allocate_buffer(const struct fb_page_pool *part, char **out) {

@@ -4,28 +4,31 @@
 #include <string.h>
 
 static struct fb_tile_layout layout_for(const struct fb_attention *a) {
-    return fb_tile_layout_of(a->n_heads, a->pool->n_kv_heads, a->pool->head_dim);
+    return fb_tile_layout_of(a->heads);
 }
 
 static int32_t tiles_in(const struct fb_tile_layout *l, const struct fb_sequence *sequence) {
     return (sequence->n_tokens + (int32_t)l->tile_tokens - 1) / (int32_t)l->tile_tokens;
 }
 
+/* With a window, a block that one token sees whole may be only partly visible to another. */
+static bool is_limited(const struct fb_attention *a) {
+    return a->mask.window > 0 || a->mask.sees_all;
+}
+
 /* Key blocks become work items if sequences share some of them, or if tiles alone leave threads idle and a
  * tile has several blocks. */
 size_t fb_attention_partials(const struct fb_attention *a, int n_threads) {
     const struct fb_tile_layout l = layout_for(a);
-    const bool shares = a->sharing &&
-                        a->window == 0; /* with a window, a block that one token sees whole may be only partly
-                                           visible to another */
+    const bool shares = a->sharing && !is_limited(a);
     int64_t tiles = 0, parts = 0;
     size_t floats = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
-        tiles += (int64_t)tiles_in(&l, &a->sequences[s]) * a->pool->n_kv_heads;
+        tiles += (int64_t)tiles_in(&l, &a->sequences[s]) * a->heads->n_kv_heads;
         if (tiles > (int64_t)4 * n_threads && !shares) return 0;
         if (tiles_in(&l, &a->sequences[s]) > 1) return 0;
         struct fb_tile t = fb_tile_of(a, &l, s, 0, 0);
-        const int64_t count = (int64_t)fb_tile_parts(&t) * a->pool->n_kv_heads;
+        const int64_t count = (int64_t)fb_tile_parts(&t) * a->heads->n_kv_heads;
         parts += count;
         floats += (size_t)count * fb_partial_floats(&l, (size_t)t.n_tokens * l.group);
         if (floats > FB_MOST_PARTIALS) return 0;
@@ -33,14 +36,14 @@ size_t fb_attention_partials(const struct fb_attention *a, int n_threads) {
     return shares || (n_threads > 1 && parts > tiles) ? floats : 0;
 }
 
-int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads) {
-    return (int32_t)fb_tile_layout_of(n_heads, n_kv_heads, 1).tile_tokens;
+int32_t fb_attention_most_members(const struct fb_heads *heads) {
+    return (int32_t)fb_tile_layout_of(heads).tile_tokens;
 }
 
 int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
     const struct fb_tile_layout l = layout_for(a);
     const size_t n_partials = fb_attention_partials(a, n_threads);
-    if (a->window > 0) a->sharing = NULL;
+    if (is_limited(a)) a->sharing = NULL;
     a->split = n_partials > 0 && n_partials <= a->n_partials;
     a->offsets[0] = a->partial_offsets[0] = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {
@@ -48,10 +51,10 @@ int64_t fb_attention_items(struct fb_attention *a, int n_threads) {
         if (a->split) {
             const struct fb_tile t = fb_tile_of(a, &l, s, 0, 0);
             count = fb_tile_parts(&t);
-            floats = count * a->pool->n_kv_heads * (int64_t)fb_partial_floats(&l, (size_t)t.n_tokens * l.group);
+            floats = count * a->heads->n_kv_heads * (int64_t)fb_partial_floats(&l, (size_t)t.n_tokens * l.group);
             if (a->sharing) count -= a->sharing[s].n_blocks;
         }
-        a->offsets[s + 1] = a->offsets[s] + count * a->pool->n_kv_heads;
+        a->offsets[s + 1] = a->offsets[s] + count * a->heads->n_kv_heads;
         a->partial_offsets[s + 1] = a->partial_offsets[s] + floats;
     }
     return a->offsets[a->n_sequences];
@@ -75,7 +78,7 @@ static struct fb_partial part_at(
     const struct fb_attention *a, const struct fb_tile_layout *l, int32_t sequence, int32_t kv_head, int32_t index) {
     const size_t rows = (size_t)a->sequences[sequence].n_tokens * l->group;
     const size_t floats = (size_t)(a->partial_offsets[sequence + 1] - a->partial_offsets[sequence]);
-    const size_t parts = floats / (fb_partial_floats(l, rows) * (size_t)a->pool->n_kv_heads);
+    const size_t parts = floats / (fb_partial_floats(l, rows) * (size_t)a->heads->n_kv_heads);
     const size_t before = ((size_t)kv_head * parts + (size_t)index) * fb_partial_floats(l, rows);
     return fb_partial_at(a->partials + (size_t)a->partial_offsets[sequence] + before, rows);
 }
@@ -86,7 +89,7 @@ static void finish_part(
     const struct fb_attention *a, const struct fb_tile_layout *l, int32_t sequence, int32_t kv_head) {
     const struct fb_tile t = fb_tile_of(a, l, sequence, kv_head, 0);
     const int32_t n_parts = fb_tile_parts(&t);
-    atomic_int *left = &a->parts_done[(size_t)sequence * (size_t)a->pool->n_kv_heads + (size_t)kv_head];
+    atomic_int *left = &a->parts_done[(size_t)sequence * (size_t)a->heads->n_kv_heads + (size_t)kv_head];
     if (atomic_fetch_add_explicit(left, 1, memory_order_acq_rel) + 1 < n_parts) return;
     atomic_store_explicit(left, 0, memory_order_relaxed);
     const struct fb_partial sum = part_at(a, l, sequence, kv_head, 0);
@@ -112,7 +115,7 @@ static void attend_shared(const struct fb_attention *a, const struct fb_tile_lay
         const struct fb_partial to = part_at(a, l, members[m], kv_head, block);
         memcpy(to.max, w->part.max + m * l->group, l->group * sizeof *to.max);
         memcpy(to.length, w->part.length + m * l->group, l->group * sizeof *to.length);
-        memcpy(to.values, w->part.values + m * l->group * l->padded, l->group * l->padded * sizeof *to.values);
+        memcpy(to.values, w->part.values + m * l->group * l->v_padded, l->group * l->v_padded * sizeof *to.values);
         finish_part(a, l, members[m], kv_head);
     }
 }
@@ -128,7 +131,7 @@ static bool leads(const struct fb_attention *a, int32_t sequence, int32_t block)
 void fb_attention_item(const struct fb_attention *a, int64_t index, int thread) {
     const struct fb_tile_layout l = layout_for(a);
     const struct fb_tile_work w = fb_tile_work_of(a, &l, thread);
-    const int32_t sequence = sequence_of(a, index), n_kv_heads = a->pool->n_kv_heads;
+    const int32_t sequence = sequence_of(a, index), n_kv_heads = a->heads->n_kv_heads;
     const int32_t within = (int32_t)(index - a->offsets[sequence]);
     if (a->split) {
         const int32_t parts = (int32_t)(a->offsets[sequence + 1] - a->offsets[sequence]) / n_kv_heads;

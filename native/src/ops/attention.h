@@ -25,6 +25,7 @@
 
 #include "kernels/kernels.h"
 #include "kv/pages.h"
+#include "ops/heads.h"
 #include "ops/sharing.h"
 
 #include <stdatomic.h>
@@ -33,12 +34,19 @@
  * If every sequence of a step has one token, attention can take heads as the products wrote them. A work item
  * then norms and rotates its own queries, and the item of the last key block of a KV head writes the token's
  * K and V, which no other item reads. That is a few hundred nanoseconds of work and saves a stage and its
- * barrier.
+ * barrier. A norm over all heads together is computed by every item.
  */
 struct fb_raw_heads {
-    const float *q_norm, *k_norm; /* [head_dim], NULL for none; with eps */
-    float eps;
-    const float *cos_sin; /* [n_tokens][rotary_dim]: cos of each pair, then sin; NULL for no rope */
+    const struct fb_op *norm;       /* HEAD_NORM, or NULL */
+    const struct fb_angles *angles; /* NULL: not rotated */
+    bool writes;                    /* K and V; else `q` holds q heads only */
+};
+
+/* Which positions an operator's tokens see: causal, by an own window or by chunks, or all. */
+struct fb_mask {
+    int32_t window;  /* 0: none */
+    bool is_chunked; /* `window` is the length of chunks */
+    bool sees_all;
 };
 
 struct fb_attention {
@@ -47,12 +55,13 @@ struct fb_attention {
     const struct fb_sequence *sequences;
     int32_t n_sequences;
     const int32_t *first_row; /* [n_sequences]: row of a sequence's first token in the batch */
-    int32_t n_heads;
-    int32_t layer, window;
-    float scale;
-    const float *sink_rotations; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences with a sliding
-                                    window are read */
-    int32_t rotary_dim;
+    const struct fb_heads *heads;
+    int32_t layer;
+    struct fb_mask mask;
+    float scale, soft_cap;         /* scores: scale q.k, then soft_cap tanh(score / soft_cap); 0: no cap */
+    const float *sink_logits;      /* [n_heads] or NULL: one more score of each head, without a value */
+    const struct fb_op *op;        /* for the temperature of queries; NULL: none */
+    const struct fb_angles *angles; /* for sinks of sequences; NULL: positions are not encoded */
     const float *q; /* [n_tokens][ldq], heads concatenated; raw heads: followed by those of K and V */
     float *out;     /* [n_tokens][ld_out] */
     size_t ldq, ld_out;
@@ -69,18 +78,27 @@ struct fb_attention {
     bool split;                       /* key blocks are work items; set by fb_attention_items if n_partials suffices */
 };
 
-/* The lowest position in the window of a token at `position`; `window` is the operator's own, 0 for none. */
-static inline int32_t fb_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position) {
-    int32_t low = window > 0 && position >= window ? position - window + 1 : 0;
+/* The lowest position in the window or chunk of a token at `position`. */
+static inline int32_t fb_lowest_visible(const struct fb_sequence *sequence, struct fb_mask mask, int32_t position) {
+    int32_t low = 0;
+    if (mask.window > 0 && mask.is_chunked)
+        low = position / mask.window * mask.window;
+    else if (mask.window > 0 && position >= mask.window)
+        low = position - mask.window + 1;
     if (sequence->window > 0 && position - sequence->window >= sequence->n_sinks && position - sequence->window >= low)
         low = position - sequence->window + 1;
     return low;
 }
 
+/* The highest position that a token at `position` sees. */
+static inline int32_t fb_highest_visible(const struct fb_sequence *sequence, struct fb_mask mask, int32_t position) {
+    return mask.sees_all ? sequence->n_past + sequence->n_tokens - 1 : position;
+}
+
 /* Whether a token at `position` sees sinks outside its window. */
-static inline bool fb_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position) {
+static inline bool fb_sees_sinks(const struct fb_sequence *sequence, struct fb_mask mask, int32_t position) {
     const int64_t reach = (int64_t)sequence->n_sinks + sequence->window;
-    return sequence->n_sinks > 0 && position >= reach && (window == 0 || window >= reach);
+    return sequence->n_sinks > 0 && position >= reach && (mask.window == 0 || (!mask.is_chunked && mask.window >= reach));
 }
 
 /* Floats of partial results per step at most: 256 MiB. 16 sequences of 32,000 positions of an 8B model need
@@ -88,10 +106,10 @@ static inline bool fb_sees_sinks(const struct fb_sequence *sequence, int32_t win
 enum { FB_MOST_PARTIALS = 1 << 26 };
 
 /* Bytes of scratch per thread. */
-size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim);
+size_t fb_attention_scratch_bytes(const struct fb_heads *heads);
 
 /* How many sequences may share a block. */
-int32_t fb_attention_most_members(int32_t n_heads, int32_t n_kv_heads);
+int32_t fb_attention_most_members(const struct fb_heads *heads);
 
 /* Floats of partial results needed to make key blocks work items; 0 if tiles alone are as good. Does not
  * depend on `n_partials`. */

@@ -4,27 +4,36 @@
 #include <math.h>
 #include <string.h>
 
-struct fb_tile_layout fb_tile_layout_of(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
-    struct fb_tile_layout l = {.head_dim = (size_t)head_dim, .padded = (size_t)(head_dim + 15) / 16 * 16};
-    l.group = (size_t)(n_heads / n_kv_heads);
+struct fb_tile_layout fb_tile_layout_of(const struct fb_heads *heads) {
+    struct fb_tile_layout l = {.k_dim = (size_t)heads->k_dim,
+        .v_dim = (size_t)heads->v_dim,
+        .k_padded = (size_t)(heads->k_dim + 15) / 16 * 16,
+        .v_padded = (size_t)(heads->v_dim + 15) / 16 * 16};
+    l.group = (size_t)(heads->n_heads / heads->n_kv_heads);
     l.tile_tokens = l.group >= FB_TILE_ROWS ? 1 : FB_TILE_ROWS / l.group;
     l.tile_rows = l.tile_tokens * l.group;
     return l;
 }
 
-size_t fb_attention_scratch_bytes(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
-    struct fb_tile_layout l = fb_tile_layout_of(n_heads, n_kv_heads, head_dim);
-    size_t floats = l.tile_rows * (l.head_dim + l.padded / 2 + FB_KEY_BLOCK) + 2 * fb_partial_floats(&l, l.tile_rows);
-    return (floats * sizeof(float) + 63) / 64 * 64;
+static size_t row_floats(const struct fb_heads *heads) {
+    return ((size_t)heads->n_heads * (size_t)heads->k_dim + 15) / 16 * 16;
+}
+
+size_t fb_attention_scratch_bytes(const struct fb_heads *heads) {
+    struct fb_tile_layout l = fb_tile_layout_of(heads);
+    size_t floats = l.tile_rows * (l.k_dim + l.k_padded / 2 + FB_KEY_BLOCK) + 2 * fb_partial_floats(&l, l.tile_rows);
+    return ((floats + row_floats(heads)) * sizeof(float) + 63) / 64 * 64;
 }
 
 struct fb_tile_work fb_tile_work_of(const struct fb_attention *a, const struct fb_tile_layout *l, int thread) {
     float *memory = (float *)(void *)(a->scratch + (size_t)thread * a->scratch_bytes);
-    struct fb_tile_work w = {.q = memory, .q_pairs = (uint16_t *)(void *)(memory + l->tile_rows * l->head_dim)};
-    w.scores = memory + l->tile_rows * (l->head_dim + l->padded / 2);
+    struct fb_tile_work w = {.q = memory, .q_pairs = (uint16_t *)(void *)(memory + l->tile_rows * l->k_dim)};
+    w.scores = memory + l->tile_rows * (l->k_dim + l->k_padded / 2);
     float *rest = w.scores + l->tile_rows * FB_KEY_BLOCK;
     w.sum = fb_partial_at(rest, l->tile_rows);
-    w.part = fb_partial_at(rest + fb_partial_floats(l, l->tile_rows), l->tile_rows);
+    rest += fb_partial_floats(l, l->tile_rows);
+    w.part = fb_partial_at(rest, l->tile_rows);
+    w.row = rest + fb_partial_floats(l, l->tile_rows);
     return w;
 }
 
@@ -37,55 +46,88 @@ struct fb_tile fb_tile_of(
     t.first_row = a->first_row[sequence] + t.first_token;
     int32_t first_position = t.sequence->n_past + t.first_token;
     const int32_t last_position = first_position + t.n_tokens - 1;
-    t.first_block = fb_lowest_visible(t.sequence, a->window, first_position) / FB_KEY_BLOCK;
-    t.end_block = last_position / FB_KEY_BLOCK + 1;
-    t.sinks = fb_sees_sinks(t.sequence, a->window, last_position);
+    t.first_block = fb_lowest_visible(t.sequence, a->mask, first_position) / FB_KEY_BLOCK;
+    t.end_block = fb_highest_visible(t.sequence, a->mask, last_position) / FB_KEY_BLOCK + 1;
+    t.sinks = fb_sees_sinks(t.sequence, a->mask, last_position);
     return t;
+}
+
+static const struct fb_kv_layout *layout_of(const struct fb_attention *a) {
+    return &a->pool->layers[a->layer];
 }
 
 /* For K in bf16: rounds queries to bf16 pairs. */
 static void narrow_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile_work *w,
     size_t first_row, size_t rows) {
-    if (a->pool->k.dtype != FB_BF16) return;
+    if (layout_of(a)->k.dtype != FB_BF16) return;
     for (size_t r = first_row; r < first_row + rows; r++)
-        a->kernels->narrow_pairs(w->q + r * l->head_dim, l->head_dim, w->q_pairs + r * l->padded);
+        a->kernels->narrow_pairs(w->q + r * l->k_dim, l->k_dim, w->q_pairs + r * l->k_padded);
 }
 
-/* Finishes a raw head of a token in place: norm and rope, see struct fb_raw_heads. */
-static void finish_head(const struct fb_attention *a, const float *norm, int32_t row, float *head) {
+/* Copies n q or k heads of a token, from head `first` of the `n_all` at `heads` on, and finishes them: norm and rope,
+ * see struct fb_raw_heads. */
+static void finish_heads(const struct fb_attention *a, const struct fb_tile_work *w, bool is_k, int32_t row,
+    const float *heads, int32_t n_all, int32_t first, int32_t n, float *out) {
     const struct fb_raw_heads *raw = a->raw;
-    const size_t half = (size_t)a->rotary_dim / 2;
-    if (norm) a->kernels->rms_norm(head, norm, (size_t)a->pool->head_dim, raw->eps, head);
-    if (!raw->cos_sin) return;
-    const float *cosines = raw->cos_sin + (size_t)row * 2 * half;
-    a->kernels->rotate(head, head + half, cosines, cosines + half, half);
+    const size_t dim = (size_t)a->heads->k_dim;
+    const struct fb_op *norm = raw->norm;
+    const float *vector = !norm ? NULL : is_k ? norm->vector2 : norm->vector;
+    const bool is_whole = norm && norm->flags & FB_HEADS_WHOLE;
+    if (is_whole) {
+        a->kernels->rms_norm(heads, vector, (size_t)n_all * dim, norm->eps, w->row);
+        heads = w->row;
+    }
+    memcpy(out, heads + (size_t)first * dim, (size_t)n * dim * sizeof *out);
+    for (int32_t i = 0; i < n; i++) {
+        float *head = out + (size_t)i * dim;
+        if (norm && !is_whole)
+            fb_norm_head(a->kernels, norm, vector, is_k ? norm->vector2_length : norm->vector_length, first + i, head,
+                a->heads->k_dim);
+        if (raw->angles) fb_rotate_head(a->kernels, head, raw->angles->cos_sin, (size_t)row, raw->angles->n_pairs);
+    }
 }
 
-/* Gathers the tile's queries from row first_row on, head_dim apart: row = token x group + head of
+/* The factor of a query at `position`; see struct fb_op. */
+static float temperature_at(const struct fb_op *op, int32_t position) {
+    const double steps = floor(((double)position + op->temperature_offset) / op->temperature_length);
+    return (float)(1.0 + (double)op->temperature * log(1.0 + steps));
+}
+
+/* Gathers the tile's queries from row first_row on, k_dim apart: row = token x group + head of
  * the group. */
 static void gather_queries(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     const struct fb_tile_work *w, size_t first_row) {
-    for (int32_t i = 0; i < t->n_tokens; i++)
-        memcpy(w->q + (first_row + (size_t)i * l->group) * l->head_dim,
-            a->q + (size_t)(t->first_row + i) * a->ldq + (size_t)t->kv_head * l->group * l->head_dim,
-            l->group * l->head_dim * sizeof *w->q);
-    for (size_t r = 0; a->raw && r < l->group; r++) /* raw heads: the tile has one token */
-        finish_head(a, a->raw->q_norm, t->first_row, w->q + (first_row + r) * l->head_dim);
+    const int32_t group = (int32_t)l->group, first_head = t->kv_head * group;
+    for (int32_t i = 0; i < t->n_tokens; i++) {
+        const float *heads = a->q + (size_t)(t->first_row + i) * a->ldq;
+        float *to = w->q + (first_row + (size_t)i * l->group) * l->k_dim;
+        if (a->raw)
+            finish_heads(a, w, false, t->first_row + i, heads, a->heads->n_heads, first_head, group, to);
+        else
+            memcpy(to, heads + (size_t)first_head * l->k_dim, l->group * l->k_dim * sizeof *to);
+        if (a->op && a->op->temperature != 0.0f)
+            a->kernels->scale(
+                to, l->group * l->k_dim, temperature_at(a->op, t->sequence->n_past + t->first_token + i));
+    }
     narrow_queries(a, l, w, first_row, (size_t)t->n_tokens * l->group);
 }
 
 /* Writes K and V of a tile's one token, whose heads are raw. */
 static void write_raw(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     const struct fb_tile_work *w) {
-    const int32_t position = t->sequence->n_past;
-    const float *heads = a->q + (size_t)t->first_row * a->ldq;
-    float *k = w->scores; /* not in use yet, and longer than a head */
-    memcpy(k, heads + (size_t)(a->n_heads + t->kv_head) * l->head_dim, l->head_dim * sizeof *k);
-    finish_head(a, a->raw->k_norm, t->first_row, k);
-    fb_slab_write(a->pool, a->kernels,
+    const int32_t position = t->sequence->n_past, n_kv_heads = a->heads->n_kv_heads;
+    const float *k_heads = a->q + (size_t)t->first_row * a->ldq + (size_t)a->heads->n_heads * l->k_dim;
+    const float *v = k_heads + (size_t)n_kv_heads * l->k_dim + (size_t)t->kv_head * l->v_dim;
+    float *k = w->scores, *normed = k + l->k_padded; /* not in use yet, and longer than two heads */
+    finish_heads(a, w, true, t->first_row, k_heads, n_kv_heads, t->kv_head, 1, k);
+    if (a->raw->norm && a->raw->norm->flags & FB_HEADS_VALUES) {
+        memcpy(normed, v, l->v_dim * sizeof *normed);
+        fb_norm_value(a->kernels, a->raw->norm, normed, (int32_t)l->v_dim);
+        v = normed;
+    }
+    fb_slab_write(layout_of(a), a->kernels,
         fb_slab(a->pool, t->sequence->pages[position / FB_PAGE_POSITIONS], a->layer, t->kv_head),
-        position % FB_PAGE_POSITIONS, true, k,
-        heads + (size_t)(a->n_heads + a->pool->n_kv_heads + t->kv_head) * l->head_dim);
+        position % FB_PAGE_POSITIONS, true, k, v);
 }
 
 /* Softmax without its division over columns from .. to-1 of a row's scores; the other columns of first ..
@@ -99,8 +141,10 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
         return;
     }
     const size_t n = (size_t)(to - from);
-    out->max[row] = a->kernels->max(scores + from, n) * a->scale;
-    out->length[row] = a->kernels->exp_sum(scores + from, n, a->scale, out->max[row], scores + from);
+    if (a->soft_cap > 0.0f) a->kernels->soft_cap(scores + from, n, a->scale, a->soft_cap);
+    const float scale = a->soft_cap > 0.0f ? 1.0f : a->scale;
+    out->max[row] = a->kernels->max(scores + from, n) * scale;
+    out->length[row] = a->kernels->exp_sum(scores + from, n, scale, out->max[row], scores + from);
     memset(scores + first, 0, (size_t)(from - first) * sizeof *scores);
     memset(scores + to, 0, (size_t)(end - to) * sizeof *scores);
 }
@@ -109,65 +153,64 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
  * prefetch. */
 static void score_keys(const struct fb_attention *a, const struct fb_tile_layout *l, char *slab, size_t panels,
     const struct fb_tile_work *w, size_t rows, float *scores, const char *next) {
-    const struct fb_kv_part *k = &a->pool->k;
+    const struct fb_kv_part *k = &layout_of(a)->k;
     if (k->dtype == FB_BF16) {
-        a->kernels->gemm_pairs((struct fb_panels){slab, 1, fb_k_dimensions(FB_BF16, l->head_dim) * 16}, panels,
-            l->head_dim, w->q_pairs, l->padded, rows, scores, FB_KEY_BLOCK, false, next);
+        a->kernels->gemm_pairs((struct fb_panels){slab, 1, fb_k_dimensions(FB_BF16, l->k_dim) * 16}, panels, l->k_dim,
+            w->q_pairs, l->k_padded, rows, scores, FB_KEY_BLOCK, false, next);
         return;
     }
-    fb_part_gemm(k, a->kernels)((struct fb_panels){slab, 1, l->head_dim * 16}, panels, l->head_dim, w->q, l->head_dim,
-        rows, scores, FB_KEY_BLOCK, false, next);
+    fb_part_gemm(k, a->kernels)((struct fb_panels){slab, 1, l->k_dim * 16}, panels, l->k_dim, w->q, l->k_dim, rows,
+        scores, FB_KEY_BLOCK, false, next);
     const float *scales = fb_part_scales(k, slab);
     for (size_t r = 0; scales && r < rows; r++)
         a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
 }
 
-/* values [rows][padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V.
+/* values [rows][v_padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V.
  * Overwrites the weights. `next`: V or K to prefetch. */
 static void sum_values(const struct fb_attention *a, const struct fb_tile_layout *l, char *at, size_t n, float *weights,
     size_t rows, float *values, bool accumulate, const char *next) {
-    const struct fb_kv_part *v = &a->pool->v;
+    const struct fb_kv_part *v = &layout_of(a)->v;
     if (v->dtype == FB_BF16) {
         uint16_t rounded[FB_TILE_ROWS * FB_PAGE_POSITIONS];
         for (size_t first = 0; first < rows; first += FB_TILE_ROWS) {
             const size_t count = rows - first < FB_TILE_ROWS ? rows - first : FB_TILE_ROWS;
             for (size_t r = 0; r < count; r++)
                 a->kernels->narrow_pairs(weights + (first + r) * FB_KEY_BLOCK, n, rounded + r * FB_PAGE_POSITIONS);
-            a->kernels->gemm_pairs((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->padded / 16, n,
-                rounded, FB_PAGE_POSITIONS, count, values + first * l->padded, l->padded, accumulate, next);
+            a->kernels->gemm_pairs((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->v_padded / 16, n,
+                rounded, FB_PAGE_POSITIONS, count, values + first * l->v_padded, l->v_padded, accumulate, next);
         }
         return;
     }
     const float *scales = fb_part_scales(v, at);
     for (size_t r = 0; scales && r < rows; r++)
         a->kernels->multiply(weights + r * FB_KEY_BLOCK, scales, n);
-    fb_part_gemm(v, a->kernels)((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->padded / 16, n, weights,
-        FB_KEY_BLOCK, rows, values, l->padded, accumulate, next);
+    fb_part_gemm(v, a->kernels)((struct fb_panels){at, 1, (size_t)FB_PAGE_POSITIONS * 16}, l->v_padded / 16, n, weights,
+        FB_KEY_BLOCK, rows, values, l->v_padded, accumulate, next);
 }
 
 /* The partial result of every query of the tile over the sinks outside its window. Rotates the queries in
  * `w`. */
 static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     const struct fb_tile_work *w, struct fb_partial out) {
-    const size_t rows = (size_t)t->n_tokens * l->group, half = (size_t)a->rotary_dim / 2;
+    const size_t rows = (size_t)t->n_tokens * l->group;
     const int32_t n_sinks = t->sequence->n_sinks;
     const int32_t first_position = t->sequence->n_past + t->first_token;
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t r = 0; a->angles && r < rows; r++) {
         const int32_t token = (int32_t)(r / l->group);
-        if (!fb_sees_sinks(t->sequence, a->window, first_position + token)) continue;
-        const float *cosines = a->sink_rotations + (size_t)(t->first_row + token) * 2 * half;
-        float *q = w->q + r * l->head_dim;
-        a->kernels->rotate(q, q + half, cosines, cosines + half, half);
+        if (!fb_sees_sinks(t->sequence, a->mask, first_position + token)) continue;
+        fb_rotate_head(a->kernels, w->q + r * l->k_dim, a->angles->sink_rotations, (size_t)(t->first_row + token),
+            a->angles->n_pairs);
     }
     narrow_queries(a, l, w, 0, rows);
     char *slab = fb_slab(a->pool, t->sequence->pages[0], a->layer, t->kv_head);
     const size_t panels = (size_t)(n_sinks - 1) / 16 + 1;
     score_keys(a, l, slab, panels, w, rows, w->scores, NULL);
     for (size_t r = 0; r < rows; r++) {
-        const bool sees = fb_sees_sinks(t->sequence, a->window, first_position + (int32_t)(r / l->group));
+        const bool sees = fb_sees_sinks(t->sequence, a->mask, first_position + (int32_t)(r / l->group));
         weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
     }
-    sum_values(a, l, fb_slab_v(a->pool, slab), (size_t)n_sinks, w->scores, rows, out.values, false, NULL);
+    sum_values(a, l, fb_slab_v(layout_of(a), slab), (size_t)n_sinks, w->scores, rows, out.values, false, NULL);
 }
 
 /* The pages of a key block, consecutive in a sequence's page table. */
@@ -184,7 +227,7 @@ static char *block_read(const struct fb_attention *a, const struct block_pages *
     const int32_t page = i < r->n_pages ? i : i - r->n_pages;
     if (page >= r->n_written) return NULL;
     char *slab = fb_slab(a->pool, r->pages[page], a->layer, r->kv_head);
-    return i < r->n_pages || i >= 2 * r->n_pages ? slab : fb_slab_v(a->pool, slab);
+    return i < r->n_pages || i >= 2 * r->n_pages ? slab : fb_slab_v(layout_of(a), slab);
 }
 
 enum { PREFETCH_DISTANCE = 2 }; /* reads ahead */
@@ -215,9 +258,9 @@ static void attend_block(const struct fb_attention *a, const struct fb_tile_layo
     int32_t block, const struct fb_tile_work *w, struct fb_partial out) {
     const size_t rows = (size_t)t->n_tokens * l->group;
     const int32_t first_position = t->sequence->n_past + t->first_token;
-    const int32_t last_position = first_position + t->n_tokens - 1;
+    const int32_t last_position = fb_highest_visible(t->sequence, a->mask, first_position + t->n_tokens - 1);
     /* Pages of the block that hold a key visible to some query of the tile. */
-    const int32_t visible = fb_lowest_visible(t->sequence, a->window, first_position);
+    const int32_t visible = fb_lowest_visible(t->sequence, a->mask, first_position);
     const int32_t low = visible > block * FB_KEY_BLOCK ? visible : block * FB_KEY_BLOCK;
     const int32_t end = block * FB_KEY_BLOCK + FB_KEY_BLOCK;
     const int32_t first_page = low / FB_PAGE_POSITIONS, start = first_page * FB_PAGE_POSITIONS;
@@ -230,7 +273,8 @@ static void attend_block(const struct fb_attention *a, const struct fb_tile_layo
     /* Softmax without its division, over what each query sees; the rest of its row becomes 0. */
     for (size_t row = 0; row < rows; row++) {
         const int32_t position = first_position + (int32_t)(row / l->group);
-        const int32_t from = fb_lowest_visible(t->sequence, a->window, position) - start, to = position - start + 1;
+        const int32_t from = fb_lowest_visible(t->sequence, a->mask, position) - start;
+        const int32_t to = fb_highest_visible(t->sequence, a->mask, position) - start + 1;
         weigh_scores(
             a, w->scores + row * FB_KEY_BLOCK, 0, n_keys, from > 0 ? from : 0, to < n_keys ? to : n_keys, &out, row);
     }
@@ -255,7 +299,7 @@ void fb_attend_together(const struct fb_attention *a, const struct fb_tile_layou
 
 void fb_attend_part(const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t,
     int32_t index, const struct fb_tile_work *w, struct fb_partial out) {
-    if (a->raw && index == fb_tile_parts(t) - 1) write_raw(a, l, t, w);
+    if (a->raw && a->raw->writes && index == fb_tile_parts(t) - 1) write_raw(a, l, t, w);
     if (t->sinks && index == 0) {
         gather_queries(a, l, t, w, 0);
         attend_sinks(a, l, t, w, out);
@@ -269,10 +313,10 @@ void fb_merge_partial(const struct fb_attention *a, const struct fb_tile_layout 
     struct fb_partial part) {
     for (size_t r = 0; r < rows; r++) {
         if (part.length[r] == 0.0f) continue;
-        float *values = sum.values + r * l->padded;
-        const float *more = part.values + r * l->padded;
+        float *values = sum.values + r * l->v_padded;
+        const float *more = part.values + r * l->v_padded;
         if (sum.length[r] == 0.0f) {
-            memcpy(values, more, l->padded * sizeof *values);
+            memcpy(values, more, l->v_padded * sizeof *values);
             sum.length[r] = part.length[r];
             sum.max[r] = part.max[r];
             continue;
@@ -281,20 +325,32 @@ void fb_merge_partial(const struct fb_attention *a, const struct fb_tile_layout 
         const float distance[2] = {sum.max[r] - top, part.max[r] - top};
         float factors[2];
         a->kernels->exp_sum(distance, 2, 1.0f, 0.0f, factors);
-        a->kernels->merge(values, factors[0], more, factors[1], l->padded);
+        a->kernels->merge(values, factors[0], more, factors[1], l->v_padded);
         sum.length[r] = fmaf(part.length[r], factors[1], sum.length[r] * factors[0]);
         sum.max[r] = top;
     }
+}
+
+/* Adds a head's sink logit to the softmax of a row: a score without a value. */
+static void add_sink_logit(const struct fb_attention *a, float logit, struct fb_partial sum, size_t row, float *values,
+    size_t v_dim) {
+    const float top = sum.max[row] > logit ? sum.max[row] : logit;
+    const float distance[2] = {sum.max[row] - top, logit - top};
+    float factors[2];
+    a->kernels->exp_sum(distance, 2, 1.0f, 0.0f, factors);
+    a->kernels->scale(values, v_dim, factors[0]);
+    sum.length[row] = fmaf(sum.length[row], factors[0], factors[1]);
 }
 
 void fb_store_attended(
     const struct fb_attention *a, const struct fb_tile_layout *l, const struct fb_tile *t, struct fb_partial sum) {
     for (int32_t i = 0; i < t->n_tokens; i++)
         for (size_t g = 0; g < l->group; g++) {
-            size_t r = (size_t)i * l->group + g;
-            float *values = sum.values + r * l->padded;
-            a->kernels->scale(values, l->head_dim, 1.0f / sum.length[r]);
-            memcpy(a->out + (size_t)(t->first_row + i) * a->ld_out + ((size_t)t->kv_head * l->group + g) * l->head_dim,
-                values, l->head_dim * sizeof *values);
+            const size_t r = (size_t)i * l->group + g, head = (size_t)t->kv_head * l->group + g;
+            float *values = sum.values + r * l->v_padded;
+            if (a->sink_logits) add_sink_logit(a, a->sink_logits[head], sum, r, values, l->v_dim);
+            a->kernels->scale(values, l->v_dim, 1.0f / sum.length[r]);
+            memcpy(a->out + (size_t)(t->first_row + i) * a->ld_out + head * l->v_dim, values,
+                l->v_dim * sizeof *values);
         }
 }

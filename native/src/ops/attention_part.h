@@ -12,22 +12,22 @@ enum {
         48 /* queries per tile, heads x tokens: with FB_KEY_BLOCK scores each 48 KiB, next to two pages in L2 */
 };
 
-/* Shape of a tile, the same in every layer of a program. */
+/* Shape of a tile, by the geometry of its heads. */
 struct fb_tile_layout {
-    size_t head_dim, padded; /* padded: rounded up to whole panels */
+    size_t k_dim, v_dim, k_padded, v_padded; /* padded: rounded up to whole panels */
     size_t group;            /* query heads per KV head */
     size_t tile_tokens, tile_rows;
 };
 
-struct fb_tile_layout fb_tile_layout_of(int32_t n_heads, int32_t n_kv_heads, int32_t head_dim);
+struct fb_tile_layout fb_tile_layout_of(const struct fb_heads *heads);
 
 /* Partial results of some queries: m, l and o of attention.h. */
 struct fb_partial {
-    float *max, *length, *values; /* [rows], [rows], [rows][padded] */
+    float *max, *length, *values; /* [rows], [rows], [rows][v_padded] */
 };
 
 static inline size_t fb_partial_floats(const struct fb_tile_layout *l, size_t rows) {
-    return rows * (l->padded + 2);
+    return rows * (l->v_padded + 2);
 }
 
 static inline struct fb_partial fb_partial_at(float *memory, size_t rows) {
@@ -36,8 +36,9 @@ static inline struct fb_partial fb_partial_at(float *memory, size_t rows) {
 
 /* A thread's scratch. */
 struct fb_tile_work {
-    float *q;          /* [tile_rows][head_dim] */
-    uint16_t *q_pairs; /* [tile_rows][head_dim, rounded up to whole panels]: for K in bf16 */
+    float *q;          /* [tile_rows][k_dim] */
+    uint16_t *q_pairs; /* [tile_rows][k_padded]: for K in bf16 */
+    float *row;        /* [n_heads k_dim]: all q or k heads of a token, for a norm over them together */
     float *scores;     /* [tile_rows][FB_KEY_BLOCK] */
     struct fb_partial sum, part;
 };

@@ -34,6 +34,19 @@ static bool all_finite(const float *x, size_t n) {
     return found == 0;
 }
 
+/* out = activation(gate) * up for a panel of each; `up` follows `gate`, `out` may be `gate`. */
+static void apply_gate(const struct fb_linear *linear, float *gate, float *out) {
+    const struct fb_kernels *kernels = linear->kernels;
+    float *up = gate + FB_LANES;
+    if (linear->activation == FB_ACTIVATION_SILU) {
+        kernels->swiglu(gate, up, FB_LANES, out);
+        return;
+    }
+    kernels->activate[linear->activation](gate, FB_LANES, linear->numbers);
+    kernels->multiply(gate, up, FB_LANES);
+    if (out != gate) memcpy(out, gate, FB_LANES * sizeof *out);
+}
+
 void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     const size_t blocks = (linear->n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK, item_panels = linear->item_panels;
     const size_t first_panel = (size_t)index / blocks * item_panels, first_token = (size_t)index % blocks * TOKEN_BLOCK;
@@ -60,8 +73,8 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
         linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, first_panel), n_panels, n_cols,
             linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, next);
 
-    const size_t outputs = linear->swiglu ? ld / 2 : ld; /* per token */
-    const size_t column = linear->swiglu ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;
+    const size_t outputs = linear->is_gated ? ld / 2 : ld; /* per token */
+    const size_t column = linear->is_gated ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;
     if (column >= linear->width) return;
     const size_t count = linear->width - column < outputs ? linear->width - column : outputs;
     const size_t n_biased = (size_t)linear->weight->n_rows - first_panel * FB_LANES < ld
@@ -70,14 +83,17 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     for (size_t t = 0; t < n_tokens; t++) {
         float *result = tile + t * ld;
         if (linear->bias) linear->kernels->add(result, linear->bias + first_panel * FB_LANES, n_biased);
-        if (linear->swiglu)
+        if (linear->is_gated)
             for (size_t p = 0; p + 1 < n_panels; p += 2)
-                linear->kernels->swiglu(
-                    result + p * FB_LANES, result + (p + 1) * FB_LANES, FB_LANES, result + p / 2 * FB_LANES);
+                apply_gate(linear, result + p * FB_LANES, result + p / 2 * FB_LANES);
+        else if (linear->activation)
+            linear->kernels->activate[linear->activation](result, count, linear->numbers);
+        if (linear->scale != 1.0f && linear->soft_cap == 0.0f) linear->kernels->scale(result, count, linear->scale);
         if (linear->residual)
             linear->kernels->add(result, linear->residual + (first_token + t) * linear->ld_residual + column, count);
         if (linear->non_finite && !all_finite(result, count))
             atomic_store_explicit(linear->non_finite, 1, memory_order_relaxed);
+        if (linear->soft_cap > 0.0f) linear->kernels->soft_cap(result, count, linear->scale, linear->soft_cap);
         memcpy(linear->out + (first_token + t) * linear->ld_out + column, result, count * sizeof *result);
     }
 }

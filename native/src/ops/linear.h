@@ -2,8 +2,8 @@
  * linear.h - out = x weight^T with fused operations, as work items for the threads.
  *
  * A work item is some panels x a block of tokens. Its product goes into a tile on the stack and is copied to
- * `out` once, with bias and residual added or after SwiGLU. So `residual` may be `out`, and no item reads
- * another's sums.
+ * `out` once, behind everything that is fused: bias, activation, scale, residual, soft cap. So `residual` may be
+ * `out`, and no item reads another's sums.
  */
 #ifndef FABULA_OPS_LINEAR_H
 #define FABULA_OPS_LINEAR_H
@@ -26,7 +26,11 @@ struct fb_linear {
     float *out;                              /* [n_tokens][ld_out], its first `width` columns written */
     size_t ldx, ld_pairs, ld_activations, ld_residual, ld_out;
     size_t n_tokens, width;
-    bool swiglu;            /* panels 2 i and 2 i + 1 are gate and up; width is half the rows */
+    bool is_gated;          /* panels 2 i and 2 i + 1 are gate and up; width is half the rows */
+    enum fb_activation_kind activation; /* of the gate, or of the result before `scale` */
+    float numbers[FB_ACTIVATION_NUMBERS]; /* of the activation */
+    float scale;            /* factor on the result before the residual */
+    float soft_cap;         /* 0: none */
     atomic_int *non_finite; /* NULL, or set to 1 when a result is NaN or infinite */
     size_t item_panels;     /* panels per work item; set by fb_linear_items */
 };

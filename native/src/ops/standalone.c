@@ -163,7 +163,8 @@ enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows
         .ld_residual = (size_t)weight->n_rows,
         .ld_out = (size_t)weight->n_rows,
         .n_tokens = (size_t)n_rows,
-        .width = (size_t)weight->n_rows};
+        .width = (size_t)weight->n_rows,
+        .scale = 1.0f};
     void *converted = NULL;
     size_t n_bytes = 0;
     if (fb_is_quantized(weight->dtype)) {
@@ -231,6 +232,7 @@ static void attention_item(void *context, int64_t index, int thread) {
 struct filling {
     const struct fb_kernels *kernels;
     const struct fb_page_pool *pool;
+    const struct fb_kv_layout *layer;
     const float *k, *v; /* [n_tokens, n_kv_heads, head_dim] */
     int32_t n_tokens;
 };
@@ -238,14 +240,14 @@ struct filling {
 static void fill_page(void *context, int64_t index, int thread) {
     (void)thread;
     const struct filling *f = context;
-    const int32_t n_kv_heads = f->pool->n_kv_heads, page = (int32_t)(index / n_kv_heads);
+    const int32_t n_kv_heads = f->layer->n_kv_heads, page = (int32_t)(index / n_kv_heads);
     const int32_t head = (int32_t)(index % n_kv_heads);
     char *slab = fb_slab(f->pool, page, 0, head);
     for (int32_t i = 0; i < FB_PAGE_POSITIONS && page * FB_PAGE_POSITIONS + i < f->n_tokens; i++) {
         size_t row = (size_t)(page * FB_PAGE_POSITIONS + i) * (size_t)n_kv_heads + (size_t)head;
-        size_t at = row * (size_t)f->pool->head_dim;
+        size_t at = row * (size_t)f->layer->k_dim;
         fb_slab_write(
-            f->pool, f->kernels, slab, i, page * FB_PAGE_POSITIONS + i == f->n_tokens - 1, f->k + at, f->v + at);
+            f->layer, f->kernels, slab, i, page * FB_PAGE_POSITIONS + i == f->n_tokens - 1, f->k + at, f->v + at);
     }
 }
 
@@ -261,10 +263,12 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     FB_TRY(begin_job(&job, n_tokens, head_dim, n_threads, isa));
     const int32_t n_pages = (n_tokens - 1) / FB_PAGE_POSITIONS + 1;
     fb_page_pool *pool;
-    FB_TRY(fb_page_pool_create(k_dtype, v_dtype, n_pages, 1, n_kv_heads, head_dim, &pool));
+    const struct fb_heads heads = {n_heads, n_kv_heads, head_dim, head_dim, -1};
+    const struct fb_kv_layer layer = {n_kv_heads, head_dim, head_dim};
+    FB_TRY(fb_page_pool_create(k_dtype, v_dtype, n_pages, &layer, 1, &pool));
 
     const size_t page_bytes = (size_t)n_pages * sizeof(int32_t);
-    const size_t scratch_bytes = fb_attention_scratch_bytes(n_heads, n_kv_heads, head_dim);
+    const size_t scratch_bytes = fb_attention_scratch_bytes(&heads);
     int32_t *pages = fb_memory_allocate(page_bytes);
     char *scratch = fb_memory_allocate(scratch_bytes * (size_t)n_threads);
     atomic_int *parts_done = fb_memory_allocate((size_t)n_kv_heads * sizeof *parts_done);
@@ -274,7 +278,12 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     } else {
         for (int32_t i = 0; i < n_pages; i++)
             pages[i] = i;
-        struct filling filling = {.kernels = job.kernels, .pool = pool, .k = k, .v = v, .n_tokens = n_tokens};
+        struct filling filling = {.kernels = job.kernels,
+            .pool = pool,
+            .layer = &pool->layers[0],
+            .k = k,
+            .v = v,
+            .n_tokens = n_tokens};
         fb_team_run(fill_page, &filling, (int64_t)n_pages * n_kv_heads, n_threads);
         const struct fb_sequence sequence = {.pages = pages, .n_pages = n_pages, .n_tokens = n_tokens};
         const int32_t first_row = 0;
@@ -284,8 +293,8 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
             .sequences = &sequence,
             .n_sequences = 1,
             .first_row = &first_row,
-            .n_heads = n_heads,
-            .window = window,
+            .heads = &heads,
+            .mask = {.window = window},
             .scale = scale,
             .q = q,
             .out = out,

@@ -4,26 +4,37 @@
 #include "base/status.h"
 
 enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *pool) {
-    FB_REQUIRE(pool->n_layers == p->shape.n_layers && pool->n_kv_heads == p->shape.n_kv_heads &&
-                   pool->head_dim == p->shape.head_dim,
-        "the page pool has %d layers, %d KV heads of %d; the program has %d, %d of %d", pool->n_layers,
-        pool->n_kv_heads, pool->head_dim, p->shape.n_layers, p->shape.n_kv_heads, p->shape.head_dim);
+    FB_REQUIRE(pool->n_layers == p->shape.n_layers, "the page pool has %d layers, the program %d", pool->n_layers,
+        p->shape.n_layers);
+    for (int32_t i = 0; i < pool->n_layers; i++) {
+        const struct fb_kv_layer *wanted = &p->kv_layers[i];
+        const struct fb_kv_layout *has = &pool->layers[i];
+        FB_REQUIRE(wanted->n_kv_heads == 0 || (has->n_kv_heads == wanted->n_kv_heads && has->k_dim == wanted->k_dim &&
+                                                  has->v_dim == wanted->v_dim),
+            "layer %d of the page pool has %d KV heads of %d and %d; the program has %d of %d and %d", i,
+            has->n_kv_heads, has->k_dim, has->v_dim, wanted->n_kv_heads, wanted->k_dim, wanted->v_dim);
+    }
     FB_REQUIRE(pool->device == p->device, "the page pool is not on the program's device");
     return FB_OK;
 }
 
-static enum fb_status check_sequence(const fb_page_pool *pool, const struct fb_sequence *s, int32_t index) {
+static enum fb_status check_sequence(
+    const struct fb_program *p, const fb_page_pool *pool, const struct fb_sequence *s, int32_t index) {
     FB_REQUIRE(s->n_tokens >= 1 && s->n_past >= 0, "sequence %d: n_tokens %d must be 1 or more, n_past %d 0 or more",
         index, s->n_tokens, s->n_past);
     int64_t end = (int64_t)s->n_past + s->n_tokens;
     FB_REQUIRE(end <= INT32_MAX, "sequence %d: %lld positions are too many", index, (long long)end);
+    FB_REQUIRE(p->n_positions == 0 || end <= p->n_positions, "sequence %d: %lld positions, the model has %d", index,
+        (long long)end, p->n_positions);
+    FB_REQUIRE(!p->attends_all || s->n_past == 0, "sequence %d: must be whole in its step, %d positions are past", index,
+        s->n_past);
     int64_t needed = (end + FB_PAGE_POSITIONS - 1) / FB_PAGE_POSITIONS;
     FB_REQUIRE(s->pages && s->n_pages >= needed, "sequence %d: %d pages for %lld positions, %lld are needed", index,
         s->n_pages, (long long)end, (long long)needed);
     FB_REQUIRE(s->window >= 0 && s->n_sinks >= 0 && s->n_sinks <= (s->window ? FB_PAGE_POSITIONS : 0),
         "sequence %d: window %d must be 0 or more, n_sinks %d 0 .. %d", index, s->window, s->n_sinks,
         s->window ? FB_PAGE_POSITIONS : 0);
-    const int32_t first_visible = fb_lowest_visible(s, 0, s->n_past) / FB_PAGE_POSITIONS;
+    const int32_t first_visible = fb_lowest_visible(s, (struct fb_mask){0}, s->n_past) / FB_PAGE_POSITIONS;
     for (int32_t i = 0; i < (int32_t)needed; i++) {
         const bool hidden = i < first_visible && !(i == 0 && s->n_sinks > 0);
         FB_REQUIRE((hidden && s->pages[i] == -1) || (s->pages[i] >= 0 && s->pages[i] < pool->n_pages),
@@ -70,7 +81,7 @@ enum fb_status fb_check_batch(
             "token %d is id %d, the vocabulary has %d", i, batch->tokens[i], p->shape.vocab_size);
     int64_t n_tokens = 0;
     for (int32_t i = 0; i < batch->n_sequences; i++) {
-        FB_TRY(check_sequence(pool, &batch->sequences[i], i));
+        FB_TRY(check_sequence(p, pool, &batch->sequences[i], i));
         n_tokens += batch->sequences[i].n_tokens;
     }
     FB_REQUIRE(n_tokens == batch->n_tokens, "the sequences hold %lld tokens, the batch %d", (long long)n_tokens,

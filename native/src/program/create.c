@@ -9,39 +9,100 @@
 #include <string.h>
 
 enum { MAX_OPS = 1 << 20, MAX_BUFFERS = 4096, MAX_BATCH = 65536, MAX_THREADS = 1024 };
+enum { MAX_HEAD_DIM = 1024, MAX_GEOMETRIES = 4096 };
+
+static enum fb_status check_heads(const struct fb_program_shape *s, int32_t i) {
+    const struct fb_heads *h = &s->heads[i];
+    FB_REQUIRE(h->n_heads >= 1 && h->n_heads <= 65536, "heads %d: n_heads is %d, must be 1 .. 65536", i, h->n_heads);
+    FB_REQUIRE(h->n_kv_heads >= 1 && h->n_heads % h->n_kv_heads == 0,
+        "heads %d: n_kv_heads is %d, must divide n_heads %d", i, h->n_kv_heads, h->n_heads);
+    FB_REQUIRE(h->k_dim >= 1 && h->k_dim <= MAX_HEAD_DIM && h->v_dim >= 1 && h->v_dim <= MAX_HEAD_DIM,
+        "heads %d: k_dim is %d and v_dim %d, must be 1 .. %d", i, h->k_dim, h->v_dim, MAX_HEAD_DIM);
+    FB_REQUIRE(h->rope >= -1 && h->rope < s->n_ropes, "heads %d: rope table %d of %d", i, h->rope, s->n_ropes);
+    FB_REQUIRE(h->rope < 0 || 2 * s->ropes[h->rope].n_pairs <= h->k_dim,
+        "heads %d: rope table %d rotates %d pairs of heads of %d", i, h->rope, s->ropes[h->rope].n_pairs, h->k_dim);
+    return FB_OK;
+}
+
+static enum fb_status check_rope(const struct fb_rope *rope, int32_t i) {
+    FB_REQUIRE(rope->n_pairs >= 1 && rope->n_pairs <= MAX_HEAD_DIM / 2 && rope->inv_freq,
+        "rope table %d: n_pairs is %d, must be 1 .. %d, and inv_freq not null", i, rope->n_pairs, MAX_HEAD_DIM / 2);
+    FB_REQUIRE(isfinite(rope->scale), "rope table %d: scale is not finite", i);
+    for (int32_t pair = 0; pair < rope->n_pairs; pair++)
+        FB_REQUIRE(isfinite(rope->inv_freq[pair]), "rope table %d: inv_freq[%d] is not finite", i, pair);
+    return FB_OK;
+}
 
 static enum fb_status check_shape(const struct fb_program_shape *s) {
     FB_REQUIRE(s->struct_size == sizeof *s, "shape.struct_size is %u, must be %zu", s->struct_size, sizeof *s);
     FB_REQUIRE(s->n_layers >= 1 && s->n_layers <= MAX_OPS, "n_layers is %d, must be 1 .. %d", s->n_layers, MAX_OPS);
-    FB_REQUIRE(s->n_heads >= 1 && s->n_heads <= 65536, "n_heads is %d, must be 1 .. 65536", s->n_heads);
-    FB_REQUIRE(s->n_kv_heads >= 1 && s->n_heads % s->n_kv_heads == 0, "n_kv_heads is %d, must divide n_heads %d",
-        s->n_kv_heads, s->n_heads);
-    FB_REQUIRE(s->head_dim >= 1 && s->head_dim <= 1024, "head_dim is %d, must be 1 .. 1024", s->head_dim);
-    FB_REQUIRE(s->rotary_dim >= 0 && s->rotary_dim <= s->head_dim && s->rotary_dim % 2 == 0,
-        "rotary_dim is %d, must be even and 0 .. head_dim %d", s->rotary_dim, s->head_dim);
     FB_REQUIRE(s->vocab_size >= 1 && s->vocab_size <= 1 << 30, "vocab_size is %d, must be 1 .. 2^30", s->vocab_size);
     FB_REQUIRE(s->max_tokens >= 1 && s->max_tokens <= MAX_BATCH, "max_tokens is %d, must be 1 .. %d", s->max_tokens,
         MAX_BATCH);
     FB_REQUIRE(s->n_buffers >= 1 && s->n_buffers <= MAX_BUFFERS, "n_buffers is %d, must be 1 .. %d", s->n_buffers,
         MAX_BUFFERS);
-    FB_REQUIRE(isfinite(s->rope_scale), "rope_scale is not finite");
+    FB_REQUIRE(s->n_geometries >= 1 && s->n_geometries <= MAX_GEOMETRIES && s->heads,
+        "n_geometries is %d, must be 1 .. %d, and heads not null", s->n_geometries, MAX_GEOMETRIES);
+    FB_REQUIRE(s->n_ropes >= 0 && s->n_ropes <= FB_MOST_ROPES && (s->ropes || !s->n_ropes),
+        "n_ropes is %d, must be 0 .. %d, and ropes not null", s->n_ropes, FB_MOST_ROPES);
+    for (int32_t i = 0; i < s->n_ropes; i++)
+        FB_TRY(check_rope(&s->ropes[i], i));
+    for (int32_t i = 0; i < s->n_geometries; i++)
+        FB_TRY(check_heads(s, i));
     return FB_OK;
+}
+
+static int32_t larger(int32_t a, int32_t b) {
+    return a > b ? a : b;
+}
+
+/* Copies the geometries and rope tables that the caller's arrays hold. */
+static enum fb_status copy_shape(struct fb_program *p, const struct fb_program_shape *from) {
+    struct fb_heads *heads = calloc((size_t)from->n_geometries, sizeof *heads);
+    struct fb_rope *ropes = calloc((size_t)from->n_ropes + 1, sizeof *ropes);
+    p->shape = *from;
+    p->shape.heads = heads;
+    p->shape.ropes = ropes;
+    p->angles = calloc((size_t)from->n_ropes + 1, sizeof *p->angles);
+    p->kv_layers = calloc((size_t)from->n_layers, sizeof *p->kv_layers);
+    if (!heads || !ropes || !p->angles || !p->kv_layers) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
+    p->most_members = MAX_BATCH;
+    for (int32_t i = 0; i < from->n_geometries; i++) {
+        const struct fb_heads *h = &from->heads[i];
+        heads[i] = *h;
+        p->most.n_heads = larger(p->most.n_heads, h->n_heads);
+        p->most.n_kv_heads = larger(p->most.n_kv_heads, h->n_kv_heads);
+        p->most.k_dim = larger(p->most.k_dim, h->k_dim);
+        p->most.v_dim = larger(p->most.v_dim, h->v_dim);
+        const int32_t members = fb_attention_most_members(h);
+        if (members < p->most_members) p->most_members = members;
+    }
+    for (int32_t i = 0; i < from->n_ropes; i++) {
+        ropes[i] = from->ropes[i];
+        p->n_vector_floats += (size_t)ropes[i].n_pairs;
+    }
+    return FB_OK;
+}
+
+static const float *copy_floats(const float *from, int32_t n, float **next) {
+    float *to = *next;
+    memcpy(to, from, (size_t)n * sizeof *to);
+    *next += n;
+    return to;
 }
 
 static void copy_vectors(struct fb_program *p) {
     float *next = p->vectors;
     for (int32_t i = 0; i < p->n_ops; i++) {
         struct fb_op *op = &p->ops[i];
-        if (op->vector) {
-            memcpy(next, op->vector, (size_t)op->vector_length * sizeof *next);
-            op->vector = next;
-            next += op->vector_length;
-        }
-        if (op->vector2) {
-            memcpy(next, op->vector2, (size_t)op->vector2_length * sizeof *next);
-            op->vector2 = next;
-            next += op->vector2_length;
-        }
+        if (op->vector) op->vector = copy_floats(op->vector, op->vector_length, &next);
+        if (op->vector2) op->vector2 = copy_floats(op->vector2, op->vector2_length, &next);
+    }
+    for (int32_t i = 0; i < p->shape.n_ropes; i++) {
+        const struct fb_rope *rope = &p->shape.ropes[i];
+        p->angles[i] = (struct fb_angles){.inv_freq = copy_floats(rope->inv_freq, rope->n_pairs, &next),
+            .n_pairs = (size_t)rope->n_pairs,
+            .scale = rope->scale};
     }
 }
 
@@ -86,16 +147,21 @@ static enum fb_status allocate_memory(struct fb_program *p) {
     p->own_input_bytes = FB_OWN_ROWS * (widest * sizeof(float) + p->activation_blocks * sizeof *p->activations +
                                            p->pair_stride * sizeof *p->pairs);
     FB_TRY(fb_plan_buffers(p->buffers, s->n_buffers, rows, &p->arena_floats));
-    p->attention_scratch_bytes = fb_attention_scratch_bytes(s->n_heads, s->n_kv_heads, s->head_dim);
+    for (int32_t i = 0; i < s->n_geometries; i++) {
+        const size_t n_bytes = fb_attention_scratch_bytes(&s->heads[i]);
+        if (n_bytes > p->attention_scratch_bytes) p->attention_scratch_bytes = n_bytes;
+    }
     p->arena = allocate(p, p->arena_floats, sizeof(float), &failed);
-    p->cos_sin = allocate(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
-    p->sink_rotations = allocate(p, rows * (size_t)s->rotary_dim, sizeof(float), &failed);
+    for (int32_t i = 0; i < s->n_ropes; i++) {
+        p->angles[i].cos_sin = allocate(p, 4 * rows * p->angles[i].n_pairs, sizeof(float), &failed);
+        if (p->angles[i].cos_sin) p->angles[i].sink_rotations = p->angles[i].cos_sin + 2 * rows * p->angles[i].n_pairs;
+    }
     p->positions = allocate(p, rows, sizeof(int32_t), &failed);
     p->owners = allocate(p, rows, sizeof(int32_t), &failed);
     p->first_row = allocate(p, rows, sizeof(int32_t), &failed);
     p->offsets = allocate(p, 2 * (rows + 1) * n_threads, sizeof(int64_t), &failed);
     p->sharing = allocate(p, rows, sizeof *p->sharing, &failed);
-    p->parts_done = allocate(p, rows * (size_t)s->n_kv_heads, sizeof *p->parts_done, &failed);
+    p->parts_done = allocate(p, rows * (size_t)p->most.n_kv_heads, sizeof *p->parts_done, &failed);
     p->attention_scratch = allocate(p, n_threads, p->attention_scratch_bytes, &failed);
     p->activations = allocate(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
     p->pairs = allocate(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
@@ -108,16 +174,12 @@ static enum fb_status allocate_memory(struct fb_program *p) {
     return FB_OK;
 }
 
-static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, const float *inv_freq) {
+static enum fb_status build(struct fb_program *p, const struct fb_program_shape *shape, const int32_t *buffer_widths) {
+    FB_TRY(copy_shape(p, shape));
     const struct fb_program_shape *s = &p->shape;
     p->buffers = calloc((size_t)s->n_buffers, sizeof *p->buffers);
     p->stages = calloc((size_t)p->n_ops, sizeof *p->stages);
-    p->inv_freq = calloc((size_t)s->rotary_dim / 2 + 1, sizeof *p->inv_freq);
-    if (!p->buffers || !p->stages || !p->inv_freq) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
-    for (int32_t i = 0; i < s->rotary_dim / 2; i++) {
-        FB_REQUIRE(isfinite(inv_freq[i]), "inv_freq[%d] is not finite", i);
-        p->inv_freq[i] = inv_freq[i];
-    }
+    if (!p->buffers || !p->stages) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     for (int32_t i = 0; i < s->n_buffers; i++) {
         FB_REQUIRE(buffer_widths[i] >= 1 && buffer_widths[i] <= 1 << 24, "buffer %d is %d wide, must be 1 .. 2^24", i,
             buffer_widths[i]);
@@ -129,7 +191,11 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
     bool gathered = false;
     for (int32_t i = 0; i < p->n_ops; i++) {
         FB_TRY(fb_check_op(p, i, &gathered));
-        p->n_vector_floats += (size_t)p->ops[i].vector_length + (size_t)p->ops[i].vector2_length;
+        const struct fb_op *op = &p->ops[i];
+        p->n_vector_floats += (size_t)op->vector_length + (size_t)op->vector2_length;
+        p->attends_all = p->attends_all || op->flags & FB_ATTEND_ALL;
+        if (fb_op_is(op, FB_POSITIONS) && (p->n_positions == 0 || op->weight->n_rows < p->n_positions))
+            p->n_positions = op->weight->n_rows;
     }
     p->vectors = calloc(p->n_vector_floats + 1, sizeof *p->vectors);
     if (!p->vectors) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program's vectors");
@@ -140,15 +206,14 @@ static enum fb_status build(struct fb_program *p, const int32_t *buffer_widths, 
 }
 
 enum fb_status fb_program_create(const struct fb_program_shape *shape, const int32_t *buffer_widths,
-    const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
-    fb_program **out) {
-    return fb_program_create_on(NULL, shape, buffer_widths, inv_freq, ops, n_ops, n_threads, isa, out);
+    const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa, fb_program **out) {
+    return fb_program_create_on(NULL, shape, buffer_widths, ops, n_ops, n_threads, isa, out);
 }
 
 enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
-    const int32_t *buffer_widths, const float *inv_freq, const struct fb_op *ops, int32_t n_ops, int32_t n_threads,
-    enum fb_isa isa, fb_program **out) {
-    FB_REQUIRE(shape && buffer_widths && inv_freq && ops && out, "shape, buffer_widths, inv_freq, ops or out is null");
+    const int32_t *buffer_widths, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
+    fb_program **out) {
+    FB_REQUIRE(shape && buffer_widths && ops && out, "shape, buffer_widths, ops or out is null");
     FB_REQUIRE(!device || device->n_members == 0,
         "a program is created on one device; join the members' programs for a group");
     FB_TRY(check_shape(shape));
@@ -164,13 +229,12 @@ enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_s
         return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program of %d operators", n_ops);
     }
     memcpy(copied, ops, (size_t)n_ops * sizeof *copied);
-    p->shape = *shape;
     p->kernels = fb_kernels_of(chosen);
     p->n_threads = n_threads;
     p->ops = copied;
     p->n_ops = n_ops;
     p->device = device;
-    enum fb_status status = build(p, buffer_widths, inv_freq);
+    enum fb_status status = build(p, shape, buffer_widths);
     if (status != FB_OK) {
         fb_program_free(p);
         return status;
@@ -198,6 +262,11 @@ void fb_program_free(fb_program *p) {
     free(p->buffers);
     free(p->stages);
     free(p->vectors);
-    free(p->inv_freq);
+    free(p->angles);
+    free(p->kv_layers);
+    if (!p->parts[0]) { /* a joined program borrows its parts' */
+        free((void *)p->shape.heads);
+        free((void *)p->shape.ropes);
+    }
     free(p);
 }

@@ -6,13 +6,13 @@
 #include "program/operators.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* Whether a part has the operators of the first one. */
 static enum fb_status check_alike(const fb_program *first, const fb_program *part, int32_t i) {
     const struct fb_program_shape *a = &first->shape, *b = &part->shape;
-    FB_REQUIRE(a->n_layers == b->n_layers && a->n_heads == b->n_heads && a->n_kv_heads == b->n_kv_heads &&
-                   a->head_dim == b->head_dim && a->rotary_dim == b->rotary_dim && a->vocab_size == b->vocab_size &&
-                   a->max_tokens == b->max_tokens && first->n_ops == part->n_ops,
+    FB_REQUIRE(a->n_layers == b->n_layers && memcmp(a->heads, b->heads, sizeof *a->heads) == 0 &&
+                   a->vocab_size == b->vocab_size && a->max_tokens == b->max_tokens && first->n_ops == part->n_ops,
         "part %d has a different shape than part 0", i);
     for (int32_t o = 0; o < part->n_ops; o++) {
         const struct fb_op *x = &first->ops[o], *y = &part->ops[o];
@@ -32,8 +32,8 @@ static enum fb_status check_part(
     FB_REQUIRE(part->device == group->members[i], "part %d is not on member %d of the group", i, i);
     int32_t first, n_heads;
     FB_TRY(fb_split_heads(n_kv_heads, n_members, i, &first, &n_heads));
-    FB_REQUIRE(part->shape.n_kv_heads == n_heads, "part %d has %d KV heads, its share of %d is %d", i,
-        part->shape.n_kv_heads, n_kv_heads, n_heads);
+    FB_REQUIRE(part->shape.heads[0].n_kv_heads == n_heads, "part %d has %d KV heads, its share of %d is %d", i,
+        part->shape.heads[0].n_kv_heads, n_kv_heads, n_heads);
     const int32_t share = (int32_t)(((int64_t)n_results + n_members - 1) / n_members);
     FB_REQUIRE(part->n_results == share, "part %d ends with %d rows, its share of %d is %d", i, part->n_results,
         n_results, share);
@@ -52,8 +52,15 @@ enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32
     struct fb_program *p = calloc(1, sizeof *p);
     if (!p) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     p->shape = parts[0]->shape;
-    p->shape.n_heads *= n_parts;
-    p->shape.n_kv_heads = n_kv_heads;
+    p->kv_layers = calloc((size_t)p->shape.n_layers, sizeof *p->kv_layers);
+    if (!p->kv_layers) {
+        free(p);
+        return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
+    }
+    for (int32_t i = 0; i < p->shape.n_layers; i++) {
+        p->kv_layers[i] = parts[0]->kv_layers[i];
+        p->kv_layers[i].n_kv_heads = n_kv_heads;
+    }
     p->n_threads = parts[0]->n_threads;
     p->n_results = n_results;
     p->device = group;

@@ -5,6 +5,7 @@
 #include "program/run.h"
 
 #include <math.h>
+#include <string.h>
 
 /* ---- Widths ------------------------------------------------------------------------------------------------------ */
 
@@ -32,12 +33,6 @@ static enum fb_status check_embed(const struct fb_check *c) {
     return FB_OK;
 }
 
-static enum fb_status check_embed_position(const struct fb_check *c) {
-    FB_REQUIRE(c->op->weight->n_cols == c->in_width, "op %d (embed_position): rows of %d for a width of %d", c->index,
-        c->op->weight->n_cols, c->in_width);
-    return FB_OK;
-}
-
 /* One weight for each column, or for each column of a group. */
 static enum fb_status check_rms_norm(const struct fb_check *c) {
     const int32_t length = c->op->vector_length;
@@ -61,6 +56,8 @@ static bool is_norm_of(const struct fb_op *op, int32_t length, int32_t n, int32_
 
 static enum fb_status check_head_norm(const struct fb_check *c) {
     const struct fb_heads *h = heads_of(c);
+    FB_REQUIRE(!(c->op->flags & FB_HEADS_WHOLE) || !(c->op->flags & FB_HEADS_LAYER_NORM),
+        "op %d (head_norm): a norm over all heads together is an RMS norm", c->index);
     FB_REQUIRE(is_norm_of(c->op, c->op->vector_length, h->n_heads, h->k_dim),
         "op %d (head_norm): %d weights for %d q heads of %d", c->index, c->op->vector_length, h->n_heads, h->k_dim);
     if (!c->has_kv) return FB_OK;
@@ -74,9 +71,21 @@ static enum fb_status check_rope(const struct fb_check *c) {
     return FB_OK;
 }
 
+/* The operators of a KV layer must agree on what its pages hold. */
+static enum fb_status check_kv_layer(const struct fb_check *c) {
+    const struct fb_heads *h = heads_of(c);
+    const struct fb_kv_layer wanted = {h->n_kv_heads, h->k_dim, h->v_dim};
+    struct fb_kv_layer *known = &c->program->kv_layers[c->op->layer];
+    if (known->n_kv_heads == 0) *known = wanted;
+    FB_REQUIRE(memcmp(known, &wanted, sizeof wanted) == 0,
+        "op %d: layer %d holds %d KV heads of %d and %d, these have %d of %d and %d", c->index, c->op->layer,
+        known->n_kv_heads, known->k_dim, known->v_dim, wanted.n_kv_heads, wanted.k_dim, wanted.v_dim);
+    return FB_OK;
+}
+
 static enum fb_status check_kv_write(const struct fb_check *c) {
     FB_REQUIRE(c->has_kv, "op %d (kv_write): buffer %d holds q heads only", c->index, c->op->in);
-    return FB_OK;
+    return check_kv_layer(c);
 }
 
 static enum fb_status check_attention(const struct fb_check *c) {
@@ -90,7 +99,7 @@ static enum fb_status check_attention(const struct fb_check *c) {
         c->index, op->vector_length, n_heads);
     FB_REQUIRE(isfinite(op->temperature) && (op->temperature == 0.0f || op->temperature_length > 0),
         "op %d (attention): temperature must be finite, and its length above 0", c->index);
-    return FB_OK;
+    return check_kv_layer(c);
 }
 
 static enum fb_status check_linear(const struct fb_check *c) {
@@ -170,12 +179,12 @@ static const struct fb_operator operators[] = {
         .width = width_of_input,
         .run_row = fb_norm_row},
     [FB_OP_LINEAR] = {.name = "linear",
-        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_RESIDUAL | FB_COLUMNS,
+        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_RESIDUAL | FB_COLUMNS | FB_SCALED,
         .stage = FB_STAGE_LINEAR,
         .check = check_linear,
         .work = work_of_product},
     [FB_OP_LINEAR_GATED] = {.name = "linear_gated",
-        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_GATED,
+        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_GATED | FB_SCALED,
         .stage = FB_STAGE_LINEAR,
         .check = check_gated,
         .work = work_of_product},
@@ -212,7 +221,7 @@ static const struct fb_operator operators[] = {
         .width = width_of_input,
         .run_row = fb_gather_row},
     [FB_OP_LOGITS] = {.name = "logits",
-        .flags = FB_LAST | FB_READS | FB_WEIGHT | FB_OF_OUTPUTS,
+        .flags = FB_LAST | FB_READS | FB_WEIGHT | FB_OF_OUTPUTS | FB_SCALED,
         .stage = FB_STAGE_LINEAR,
         .work = work_of_product},
     [FB_OP_SUM] = {.name = "sum",
@@ -220,13 +229,12 @@ static const struct fb_operator operators[] = {
         .stage = FB_STAGE_ROWS,
         .width = width_of_input},
     [FB_OP_EMBED_POSITION] = {.name = "embed_position",
-        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_WEIGHT | FB_OF_TOKENS,
+        .flags = FB_WRITES | FB_WEIGHT | FB_OF_TOKENS | FB_POSITIONS,
         .stage = FB_STAGE_ROWS,
-        .check = check_embed_position,
-        .width = width_of_input,
+        .width = width_of_row,
         .run_row = fb_embed_position_row},
     [FB_OP_SCALE] = {.name = "scale",
-        .flags = FB_READS | FB_WRITES | FB_IN_PLACE,
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_SCALED,
         .stage = FB_STAGE_ROWS,
         .width = width_of_input,
         .run_row = fb_scale_row},
@@ -236,7 +244,7 @@ static const struct fb_operator operators[] = {
         .width = width_of_input,
         .run_row = fb_multiply_row},
     [FB_OP_ADD] = {.name = "add",
-        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL,
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SCALED,
         .stage = FB_STAGE_ROWS,
         .width = width_of_input,
         .run_row = fb_add_row},
@@ -261,11 +269,12 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     const struct fb_op *op = c->op;
     const struct fb_program_shape *s = &p->shape;
     const int32_t i = c->index;
-    FB_REQUIRE(((flags & FB_FIRST) != 0) == (i == 0), "op %d: a program has one embed, at its beginning", i);
+    FB_REQUIRE(i > 0 || flags & FB_FIRST, "op 0: a program begins with embed");
     FB_REQUIRE(((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight, "op %d: its weight is null", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
-    FB_REQUIRE(isfinite(op->scale), "op %d: scale is not finite", i);
+    FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
+        "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
     FB_REQUIRE(
         op->column == 0 || flags & (FB_COLUMNS | FB_FACTOR), "op %d: only linear and multiply take a column", i);
     FB_REQUIRE(op->limit >= 0.0f && isfinite(op->limit), "op %d: limit must be finite and not negative", i);

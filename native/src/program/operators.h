@@ -21,7 +21,7 @@ enum {
     FB_WEIGHT = 1 << 3,         /* needs `weight` */
     FB_RESIDUAL = 1 << 4,       /* may read buffer `residual` */
     FB_COLUMNS = 1 << 5,        /* fills as many columns as its weight has rows, from `column` on; others all */
-    FB_FIRST = 1 << 6,          /* the first operator, and only that */
+    FB_FIRST = 1 << 6,          /* a program begins with it */
     FB_LAST = 1 << 7,           /* the last operator, and only that */
     FB_GATHERS = 1 << 8,        /* from here on a row is a wanted output, not a token */
     FB_OF_TOKENS = 1 << 9,      /* only before outputs are gathered */
@@ -31,7 +31,9 @@ enum {
     FB_NORM = 1 << 13,          /* has an `eps`; without residual, the next products may take it into their stage */
     FB_GATED = 1 << 14,         /* a product whose weight interleaves gate and up by panels */
     FB_SPANS_DEVICES = 1 << 15, /* combines the results of several devices: only in parts of a joined program */
-    FB_FACTOR = 1 << 16         /* needs `residual`, of which it reads columns from `column` on */
+    FB_FACTOR = 1 << 16,        /* needs `residual`, of which it reads columns from `column` on */
+    FB_POSITIONS = 1 << 17,     /* its weight has a row for each position that a token may have */
+    FB_SCALED = 1 << 18         /* multiplies by `scale`, which must not be 0 */
 };
 
 /* An operator that is being checked. */

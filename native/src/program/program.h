@@ -59,12 +59,12 @@ enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION };
 struct fb_stage {
     enum fb_stage_kind kind;
     int32_t first_op, n_ops;
-    int32_t norm;      /* LINEAR: index of the RMS_NORM that belongs to it, -1 for none */
+    int32_t norm;      /* LINEAR: index of the norm that belongs to it, -1 for none */
     bool is_quantized; /* LINEAR: some weight takes activations quantized to 8 bits */
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
-    bool is_of_heads; /* ROWS: if every sequence has one token, the following attention does this; see
-                         fb_raw_heads */
+    bool is_of_heads;  /* ROWS: if every sequence has one token, the following attention does this instead; see
+                          fb_raw_heads */
 };
 
 /* Whether the operator multiplies by a weight (FB_STAGE_LINEAR). */
@@ -76,10 +76,10 @@ struct fb_scratch {
     size_t n_bytes;
 };
 
-enum { FB_MOST_SCRATCH = 24 };
+enum { FB_MOST_ROPES = 16, FB_MOST_SCRATCH = 24 + FB_MOST_ROPES };
 
 struct fb_program {
-    struct fb_program_shape shape;
+    struct fb_program_shape shape; /* with copies of `heads` and `ropes` */
     const struct fb_kernels *kernels;
     int32_t n_threads;
     struct fb_op *ops;
@@ -87,9 +87,14 @@ struct fb_program {
     struct fb_buffer *buffers;
     struct fb_stage *stages;
     int32_t n_stages;
-    float *vectors; /* copies of every op's vectors */
+    float *vectors; /* copies of every op's vectors, and of the rope tables */
     size_t n_vector_floats;
-    float *inv_freq;                    /* [rotary_dim / 2] */
+    struct fb_kv_layer *kv_layers;      /* [n_layers]: what the operators say of them; zeros for a layer nobody writes */
+    struct fb_angles *angles;           /* [n_ropes] */
+    struct fb_heads most;               /* the largest of each size over the geometries */
+    int32_t n_positions;                /* that learned positions have rows for; 0: no limit */
+    bool attends_all;                   /* some attention is not causal */
+    int32_t most_members;               /* sequences that may share key blocks in every geometry */
     int32_t n_results;                  /* rows of the last op, summed over the parts */
     fb_device *device;                  /* NULL: the CPU */
     void *on_device;                    /* the device's part of the program */
@@ -99,9 +104,6 @@ struct fb_program {
     /* Memory of a run, allocated once. */
     float *arena; /* all buffers */
     size_t arena_floats;
-    float *cos_sin;             /* [max_tokens][rotary_dim]: cos of each pair, then sin */
-    float *sink_rotations;      /* likewise: rotates a query from its own position to the one at which sinks see it;
-                           see attention.h */
     int32_t *positions;         /* [max_tokens] */
     int32_t *owners;            /* [max_tokens]: sequence of each token */
     int32_t *first_row;         /* [max_tokens] */
@@ -109,7 +111,7 @@ struct fb_program {
     struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
     bool shares;                /* some sequences share key blocks */
     bool is_single;             /* every sequence has one token */
-    atomic_int *parts_done;     /* [max_tokens][n_kv_heads], see attention.h */
+    atomic_int *parts_done;     /* [max_tokens][most.n_kv_heads], see attention.h */
     struct fb_scratch partials; /* of attention; grown when a step is worth splitting */
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantized weight */
@@ -130,9 +132,17 @@ struct fb_program {
     int32_t n_scratch;
 };
 
-/* How many of the operators, from the first on, finish heads of one buffer in the order of their head_step; 0
- * if the last of them does not write K and V. */
+/* How many of the operators, from the first on, finish heads of one buffer in the order of their head_step. */
 int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops);
+
+/* Numbers of q heads, and of q, k and v heads together, in a row of heads. */
+static inline int32_t fb_q_width(const struct fb_heads *h) {
+    return h->n_heads * h->k_dim;
+}
+
+static inline int32_t fb_heads_width(const struct fb_heads *h) {
+    return fb_q_width(h) + h->n_kv_heads * (h->k_dim + h->v_dim);
+}
 
 /* Cuts checked operators into p->stages. */
 void fb_cut_stages(struct fb_program *p);

@@ -4,66 +4,128 @@
 #include <math.h>
 #include <string.h>
 
-void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+/* The angles of one rope table at a token's position, used by every layer. The product is rounded to f32 as in
+ * transformers; cos and sin are computed in double, so they are almost exact. */
+static void compute_angles(const struct fb_run *run, const struct fb_angles *a, size_t row) {
     const struct fb_program *p = run->program;
-    float *out = fb_row_of(p, op->out, row);
-    fb_weight_gather_row(op->weight, run->batch->tokens[row], out);
-    if (op->scale != 1.0f) p->kernels->scale(out, (size_t)op->weight->n_cols, op->scale);
-    /* The rope angles of this token's position, used by every layer. The product is rounded to f32 as in
-     * transformers; cos and sin are computed in double, so they are almost exact. */
-    const size_t half = (size_t)p->shape.rotary_dim / 2;
-    float *cosines = p->cos_sin + row * 2 * half, *sines = cosines + half;
-    for (size_t i = 0; i < half; i++) {
-        const float angle = (float)p->positions[row] * p->inv_freq[i];
-        cosines[i] = (float)cos((double)angle) * p->shape.rope_scale;
-        sines[i] = (float)sin((double)angle) * p->shape.rope_scale;
+    const float position = (float)p->positions[row];
+    float *cosines = a->cos_sin + row * 2 * a->n_pairs, *sines = cosines + a->n_pairs;
+    for (size_t i = 0; i < a->n_pairs; i++) {
+        const float angle = position * a->inv_freq[i];
+        cosines[i] = (float)cos((double)angle) * a->scale;
+        sines[i] = (float)sin((double)angle) * a->scale;
     }
     const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
-    if (!fb_sees_sinks(sequence, 0, p->positions[row])) return;
+    if (!fb_sees_sinks(sequence, (struct fb_mask){0}, p->positions[row])) return;
     /* From the query's own angle to the one at which sinks see it: the difference of both, each rounded to
      * f32. */
     const float seen_at = (float)(sequence->n_sinks + sequence->window - 1);
-    cosines = p->sink_rotations + row * 2 * half, sines = cosines + half;
-    for (size_t i = 0; i < half; i++) {
-        const float from = (float)p->positions[row] * p->inv_freq[i], to = seen_at * p->inv_freq[i];
+    cosines = a->sink_rotations + row * 2 * a->n_pairs, sines = cosines + a->n_pairs;
+    for (size_t i = 0; i < a->n_pairs; i++) {
+        const float from = position * a->inv_freq[i], to = seen_at * a->inv_freq[i];
         cosines[i] = (float)cos((double)to - (double)from);
         sines[i] = (float)sin((double)to - (double)from);
     }
 }
 
-void fb_rms_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
-    p->kernels->rms_norm(
-        fb_row_of(p, op->in, row), op->vector, (size_t)op->vector_length, op->eps, fb_row_of(p, op->out, row));
+    float *out = fb_row_of(p, op->out, row);
+    fb_weight_gather_row(op->weight, run->batch->tokens[row], out);
+    if (op->scale != 1.0f) p->kernels->scale(out, (size_t)op->weight->n_cols, op->scale);
+    for (int32_t i = 0; op == p->ops && i < p->shape.n_ropes; i++)
+        compute_angles(run, &p->angles[i], row);
+}
+
+void fb_embed_position_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    fb_weight_gather_row(op->weight, p->positions[row], fb_row_of(p, op->out, row));
+}
+
+void fb_apply_norm(const struct fb_kernels *kernels, const struct fb_op *op, const float *x, size_t width, float *out) {
+    const size_t n = (size_t)op->vector_length;
+    if (op->kind == FB_OP_LAYER_NORM)
+        kernels->layer_norm(x, op->vector, op->vector2, n, op->eps, out);
+    else
+        for (size_t first = 0; first < width; first += n)
+            kernels->rms_norm(x + first, op->vector, n, op->eps, out + first);
+}
+
+void fb_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
+    if (op->residual < 0) {
+        fb_apply_norm(p->kernels, op, in, width, out);
+        return;
+    }
+    fb_apply_norm(p->kernels, op, in, width, in);
+    if (op->residual != op->out) memcpy(out, fb_row_of(p, op->residual, row), width * sizeof *out);
+    p->kernels->add(out, in, width);
+}
+
+void fb_scale_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
+    if (out != in) memcpy(out, in, width * sizeof *out);
+    p->kernels->scale(out, width, op->scale);
+}
+
+void fb_multiply_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
+    if (out != in) memcpy(out, in, width * sizeof *out);
+    p->kernels->multiply(out, fb_row_of(p, op->residual, row) + op->column, width);
+}
+
+void fb_add_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
+    if (out != in) memcpy(out, in, width * sizeof *out);
+    if (op->residual >= 0) p->kernels->add(out, fb_row_of(p, op->residual, row), width);
+    if (op->scale != 1.0f) p->kernels->scale(out, width, op->scale);
+}
+
+static bool has_kv(const struct fb_program *p, const struct fb_op *op) {
+    return p->buffers[op->in].width != fb_q_width(&p->shape.heads[op->heads]);
 }
 
 void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
-    const size_t dim = (size_t)p->shape.head_dim;
-    float *head = fb_row_of(p, op->in, row);
-    for (int32_t h = 0; h < p->shape.n_heads + p->shape.n_kv_heads; h++, head += dim)
-        p->kernels->rms_norm(head, h < p->shape.n_heads ? op->vector : op->vector2, dim, op->eps, head);
+    const struct fb_heads *h = &p->shape.heads[op->heads];
+    float *q = fb_row_of(p, op->in, row), *k = q + fb_q_width(h);
+    fb_norm_heads(p->kernels, op, op->vector, op->vector_length, q, h->n_heads, h->k_dim);
+    if (!has_kv(p, op)) return;
+    fb_norm_heads(p->kernels, op, op->vector2, op->vector2_length, k, h->n_kv_heads, h->k_dim);
+    float *v = k + (size_t)h->n_kv_heads * (size_t)h->k_dim;
+    if (op->flags & FB_HEADS_VALUES)
+        for (int32_t i = 0; i < h->n_kv_heads; i++, v += h->v_dim)
+            fb_norm_value(p->kernels, op, v, h->v_dim);
 }
 
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
-    const size_t half = (size_t)p->shape.rotary_dim / 2;
-    const float *cosines = p->cos_sin + row * 2 * half;
+    const struct fb_heads *h = &p->shape.heads[op->heads];
+    const struct fb_angles *a = &p->angles[h->rope];
     float *head = fb_row_of(p, op->in, row);
-    for (int32_t h = 0; h < p->shape.n_heads + p->shape.n_kv_heads; h++, head += p->shape.head_dim)
-        p->kernels->rotate(head, head + half, cosines, cosines + half, half);
+    const int32_t n_heads = h->n_heads + (has_kv(p, op) ? h->n_kv_heads : 0);
+    for (int32_t i = 0; i < n_heads; i++, head += h->k_dim)
+        fb_rotate_head(p->kernels, head, a->cos_sin, row, a->n_pairs);
 }
 
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const struct fb_sequence *sequence = &run->batch->sequences[p->owners[row]];
     const int32_t position = p->positions[row], page = sequence->pages[position / FB_PAGE_POSITIONS];
-    const int32_t dim = p->shape.head_dim, n_kv_heads = p->shape.n_kv_heads;
-    const float *k = fb_row_of(p, op->in, row) + (size_t)p->shape.n_heads * (size_t)dim;
-    const float *v = k + (size_t)n_kv_heads * (size_t)dim;
-    for (int32_t h = 0; h < n_kv_heads; h++, k += dim, v += dim)
-        fb_slab_write(run->pool, p->kernels, fb_slab(run->pool, page, op->layer, h), position % FB_PAGE_POSITIONS,
-            position == sequence->n_past + sequence->n_tokens - 1, k, v);
+    const struct fb_heads *h = &p->shape.heads[op->heads];
+    const float *k = fb_row_of(p, op->in, row) + fb_q_width(h);
+    const float *v = k + (size_t)h->n_kv_heads * (size_t)h->k_dim;
+    for (int32_t i = 0; i < h->n_kv_heads; i++, k += h->k_dim, v += h->v_dim)
+        fb_slab_write(&run->pool->layers[op->layer], p->kernels, fb_slab(run->pool, page, op->layer, i),
+            position % FB_PAGE_POSITIONS, position == sequence->n_past + sequence->n_tokens - 1, k, v);
 }
 
 void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row) {

@@ -47,8 +47,7 @@ static void prepare_row(const struct fb_program *p, const struct fb_stage *stage
     struct fb_activation *activations) {
     const size_t width = (size_t)p->buffers[p->ops[stage->first_op].in].width;
     const struct fb_op *norm = stage->norm >= 0 ? &p->ops[stage->norm] : NULL;
-    if (norm)
-        p->kernels->rms_norm(fb_row_of(p, norm->in, row), norm->vector, (size_t)norm->vector_length, norm->eps, x);
+    if (norm) fb_apply_norm(p->kernels, norm, fb_row_of(p, norm->in, row), width, x);
     if (stage->is_quantized) p->kernels->quantize(x, width / FB_BLOCK_COLUMNS, activations);
     if (stage->is_paired) p->kernels->narrow_pairs(x, width, pairs);
 }
@@ -102,7 +101,12 @@ static struct fb_linear linear_of(
         .ld_activations = inputs->ld_activations,
         .bias = op->vector,
         .n_tokens = n_rows,
-        .swiglu = fb_op_is(op, FB_GATED)};
+        .is_gated = fb_op_is(op, FB_GATED),
+        .activation = op->activation,
+        .numbers = {op->limit},
+        .scale = op->scale,
+        .soft_cap = fb_op_is(op, FB_LAST) ? op->limit : 0.0f};
+    if (op->activation == FB_ACTIVATION_XIELU) memcpy(linear.numbers, op->vector2, sizeof linear.numbers);
     if (fb_op_is(op, FB_LAST)) {
         linear.out = run->logits;
         linear.width = linear.ld_out = (size_t)op->weight->n_rows;
@@ -148,22 +152,29 @@ static struct fb_raw_heads raw_heads(const struct fb_program *p, const struct fb
     return raw;
 }
 
+static struct fb_mask mask_of(const struct fb_op *op) {
+    return (struct fb_mask){op->window, op->flags & FB_ATTEND_CHUNK, op->flags & FB_ATTEND_ALL};
+}
+
 /* Attention of a batch, for one thread; `raw` is not set. */
 static struct fb_attention attention_of(const struct fb_run *run, const struct fb_op *op, int thread) {
     struct fb_program *p = run->program;
     const struct fb_buffer *in = &p->buffers[op->in], *out = &p->buffers[op->out];
+    const struct fb_heads *heads = &p->shape.heads[op->heads];
     int64_t *offsets = p->offsets + (size_t)thread * 2 * ((size_t)p->shape.max_tokens + 1);
     return (struct fb_attention){.kernels = p->kernels,
         .pool = run->pool,
         .sequences = run->batch->sequences,
         .n_sequences = run->batch->n_sequences,
         .first_row = p->first_row,
-        .n_heads = p->shape.n_heads,
+        .heads = heads,
         .layer = op->layer,
-        .window = op->window,
+        .mask = mask_of(op),
         .scale = op->scale,
-        .sink_rotations = p->sink_rotations,
-        .rotary_dim = p->shape.rotary_dim,
+        .soft_cap = op->limit,
+        .sink_logits = op->vector,
+        .op = op,
+        .angles = heads->rope < 0 ? NULL : &p->angles[heads->rope],
         .q = in->data,
         .ldq = in->stride,
         .out = out->data,
@@ -235,11 +246,12 @@ static int threads_for(const struct fb_program *p, const struct fb_batch *batch,
 static void grow_partials(struct fb_run *run, int n_threads) {
     struct fb_program *p = run->program;
     size_t most = 0;
-    int32_t window = -1; /* of the previous layer: most layers have the same */
+    const struct fb_op *before = NULL; /* most layers have the same shape as the one before them */
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_op *op = &p->ops[p->stages[s].first_op];
-        if (p->stages[s].kind != FB_STAGE_ATTENTION || op->window == window) continue;
-        window = op->window;
+        if (p->stages[s].kind != FB_STAGE_ATTENTION) continue;
+        if (before && before->window == op->window && before->flags == op->flags && before->heads == op->heads) continue;
+        before = op;
         const struct fb_attention attention = attention_of(run, op, 0);
         const size_t n = fb_attention_partials(&attention, n_threads);
         most = n > most ? n : most;
@@ -266,8 +278,7 @@ static void lay_out(struct fb_run *run, int n_threads) {
             p->owners[row] = s;
         }
     }
-    const int32_t most = fb_attention_most_members(p->shape.n_heads, p->shape.n_kv_heads);
-    p->shares = fb_find_sharing(batch->sequences, batch->n_sequences, most, p->sharing);
+    p->shares = fb_find_sharing(batch->sequences, batch->n_sequences, p->most_members, p->sharing);
     grow_partials(run, n_threads);
     memset(p->counters, 0, 2 * (size_t)p->n_stages * (size_t)n_threads * sizeof *p->counters);
 }

@@ -20,10 +20,17 @@ static inline float *fb_row_of(const struct fb_program *p, int32_t buffer, size_
 
 /* Operators of FB_STAGE_ROWS, each on one row. In rows.c. */
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
-void fb_rms_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_embed_position_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_scale_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_multiply_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_add_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+
+/* The norm of one row x [width], without residual. */
+void fb_apply_norm(const struct fb_kernels *kernels, const struct fb_op *op, const float *x, size_t width, float *out);
 
 #endif

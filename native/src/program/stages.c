@@ -1,10 +1,11 @@
 /* stages.c - cuts a program into stages. See program.h. */
 #include "program/operators.h"
 
-/* Whether two consecutive products can run in parallel: the second reads nothing that the first writes. */
+/* Whether a product can run in parallel with the one before it: both read the same buffer, and it adds nothing to
+ * what the other writes. Two that write one buffer fill it column by column. */
 static bool are_independent(const struct fb_op *first, const struct fb_op *second) {
-    return fb_op_is(first, FB_COLUMNS) && fb_op_is(second, FB_COLUMNS) && first->in == second->in &&
-           first->out == second->out && second->column > first->column && second->residual == -1;
+    if (first->in != second->in || second->out < 0 || second->residual != -1) return false;
+    return first->out == second->out ? second->column > first->column : second->out != first->in;
 }
 
 static int32_t last_op(const struct fb_stage *stage) {
@@ -64,9 +65,11 @@ static void prepare_products(struct fb_program *p) {
             }
             struct fb_stage *before = &p->stages[n_kept - 1]; /* exists: EMBED comes first */
             const struct fb_op *norm = &p->ops[last_op(before)];
-            const bool writes_its_input = p->ops[stage.first_op].out >= 0 && p->ops[stage.first_op].out == norm->in;
+            bool writes_its_input = false;
+            for (int32_t i = stage.first_op; i <= last_op(&stage); i++)
+                writes_its_input = writes_its_input || (p->ops[i].out >= 0 && p->ops[i].out == norm->in);
             if (before->kind == FB_STAGE_ROWS && fb_op_is(norm, FB_NORM) && norm->out >= 0 && norm->out != norm->in &&
-                norm->out == p->ops[stage.first_op].in && !writes_its_input &&
+                norm->residual < 0 && norm->out == p->ops[stage.first_op].in && !writes_its_input &&
                 !is_read_later(p, norm->out, last_op(&stage))) {
                 stage.norm = last_op(before);
                 struct fb_buffer *in = &p->buffers[norm->in];
@@ -81,16 +84,17 @@ static void prepare_products(struct fb_program *p) {
 
 int32_t fb_ops_of_heads(const struct fb_op *ops, int32_t n_ops) {
     int32_t n = 0;
-    for (int32_t step = 0; n < n_ops && ops[n].in == ops->in; n++) {
+    for (int32_t step = 0; n < n_ops && ops[n].in == ops->in && ops[n].heads == ops->heads; n++) {
         const int32_t next = fb_operator_of(ops[n].kind)->head_step;
         if (next <= step) break;
         step = next;
     }
-    return n > 0 && fb_operator_of(ops[n - 1].kind)->head_step == FB_HEAD_IS_WRITTEN ? n : 0;
+    return n;
 }
 
 /* Finds attention that can take raw heads: the stage before it consists of head norms, rope and the writing
- * of K and V at most, in this order and on its buffer, which nobody reads later. */
+ * of K and V at most, in this order and on its buffer, which nobody reads later. Without k and v heads there is
+ * nothing to write. */
 static void prepare_attention(struct fb_program *p) {
     for (int32_t s = 1; s < p->n_stages; s++) {
         struct fb_stage *before = &p->stages[s - 1];
@@ -98,8 +102,11 @@ static void prepare_attention(struct fb_program *p) {
         if (p->stages[s].kind != FB_STAGE_ATTENTION || before->kind != FB_STAGE_ROWS) continue;
         if (is_read_later(p, attention->in, p->stages[s].first_op)) continue;
         const struct fb_op *last = &p->ops[last_op(before)];
+        const bool writes = fb_operator_of(last->kind)->head_step == FB_HEAD_IS_WRITTEN;
+        const bool has_kv = p->buffers[attention->in].width != fb_q_width(&p->shape.heads[attention->heads]);
         before->is_of_heads = fb_ops_of_heads(&p->ops[before->first_op], before->n_ops) == before->n_ops &&
-                              last->in == attention->in && last->layer == attention->layer;
+                              last->in == attention->in && last->heads == attention->heads && writes == has_kv &&
+                              (!writes || last->layer == attention->layer);
     }
 }
 
