@@ -249,9 +249,9 @@ class ProgramBuilder:
     def embed(self, weights: Weights, out: int, *, scale: float = 1.0) -> None:
         self._add(EMBED, weights=weights, out=out, scale=scale)
 
-    def embed_position(self, x: int, weights: Weights) -> None:
-        """x += the row of each token's position."""
-        self._add(EMBED_POSITION, weights=weights, input=x, out=x)
+    def embed_position(self, weights: Weights, out: int) -> None:
+        """out = the row of each token's position."""
+        self._add(EMBED_POSITION, weights=weights, out=out)
 
     def norm(self, x: int, out: int, norm: Norm, weight: F32, bias: F32 | None = None, *, residual: int = -1) -> None:
         """out = (residual +) norm(x). With a residual `x` must not be read again."""

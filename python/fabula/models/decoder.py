@@ -66,7 +66,8 @@ class _Emitter:
         b.embed(embedding, self.x, scale=c.embedding_scale)
         if c.n_positions:
             positions = b.matrix("model.embed_positions.weight", whole(c.n_positions, s.n), s.hidden)
-            b.embed_position(self.x, positions)
+            b.embed_position(positions, self.h)
+            b.add(self.x, self.x, self.h)
         for i, layer in enumerate(c.layers):
             self.emit_layer(f"model.layers.{i}.", layer)
         wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
