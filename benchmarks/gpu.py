@@ -141,7 +141,7 @@ class Ours:
         self._by_library: _program.Program | None = None
         self._pages_each = -(-plan.context // _native.PAGE_POSITIONS)
         n_pages = min(max(plan.batches) * self._pages_each, int(SHARE_FOR_PAGES * on.memory()[1]) // page_bytes)
-        self._pool = _native.PagePool((KV, KV), max(n_pages, 1), shape.layers, shape.kv_heads, shape.head_dim, on)
+        self._pool = _native.PagePool((KV, KV), max(n_pages, 1), self._runner.config.kv_layers, on)
         self.position_bytes = page_bytes / _native.PAGE_POSITIONS
         self.n_bytes = self._runner.weight_bytes
 

@@ -27,6 +27,7 @@ from fabula import (
     Workspace,
     _native,
 )
+from fabula._native import kv_layers
 from fabula.cli.main import run
 from fabula.engine.device import Placement
 from fabula.server.settings import Settings, from_text
@@ -328,9 +329,9 @@ def test_memory_that_a_gpu_has_not(tiny_folder: Path) -> None:
         used = device.memory()[0]
         wanted = model.generate(PROMPT, GREEDY).text()
         ids = model.tokenizer.encode("z" * 250)[:250]
-        filler = _native.PagePool(0, 1, 1, 1, 16, device)
+        filler = _native.PagePool(0, 1, kv_layers(1, 1, 16), device)
         fill = (device.memory()[1] - 20_000) // filler.page_bytes
-        ballast = _native.PagePool(0, fill, 1, 1, 16, device)
+        ballast = _native.PagePool(0, fill, kv_layers(1, 1, 16), device)
         with pytest.raises(DeviceOutOfMemory, match="for a batch: it needs"):
             model.logits(ids)
         assert model.generate(PROMPT, GREEDY).text() == wanted

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from fabula._native import PAGE_POSITIONS
+from fabula._native import PAGE_POSITIONS, kv_layers
 from fabula.errors import OutOfMemory
 from fabula.formats.checkpoint import DType
 from fabula.kv.cache import KvEvictionList
@@ -77,7 +77,7 @@ class Cache(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(DType.F32, N_PAGES, 1, 1, 4)
+        self.pool = PagePool(DType.F32, N_PAGES, kv_layers(1, 1, 4))
         self.cache = KvEvictionList(self.pool, n_anonymous=3)
         self.cache.spill = self.shelf = Shelf()
         self.held: list[Held] = []
@@ -248,7 +248,7 @@ def test_names_do_not_depend_on_how_a_text_grew() -> None:
 
 @pytest.mark.parametrize("n_anonymous", [0, 1, 16])
 def test_nobodys_sequences_live_until_others_are_newer(n_anonymous: int) -> None:
-    pool = PagePool(DType.F32, 64, 1, 1, 4)
+    pool = PagePool(DType.F32, 64, kv_layers(1, 1, 4))
     cache = KvEvictionList(pool, n_anonymous=n_anonymous)
     for _ in range(20):
         sequence = Sequence(pool)

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabula import _native, ops
-from fabula._native import PagePool, Weight
-from fabula._program import BatchSequence, Op, Program, Shape
+from fabula._native import PagePool, Weight, kv_layers
+from fabula._program import BatchSequence, Heads, Op, Program, RopeTable, Shape
 from fabula.bench import library
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
@@ -308,13 +308,13 @@ def test_bytes_of_k_and_v_have_a_scale_for_each_head() -> None:
         (lambda: Weight(DType.F32, 2, 2).pack_rows(np.zeros(24, np.uint8), DType.F32, 3), "the last row would be 2"),
         (lambda: Weight(DType.F32, 2, 33).pack_rows(np.zeros(36, np.uint8), DType.Q4_0, 1), "whole blocks of 32"),
         (lambda: Weight(DType.F32, 2, 2).pack_rows(np.zeros(8, np.uint8), 99, 1), "src_dtype 99"),
-        (lambda: PagePool(DType.Q4_0, 1, 1, 1, 8), "f32, f16, bf16 or q8_0"),
-        (lambda: PagePool((DType.F16, DType.Q4_K), 1, 1, 1, 8), "not in dtypes 1 and 8"),
+        (lambda: PagePool(DType.Q4_0, 1, kv_layers(1, 1, 8)), "f32, f16, bf16 or q8_0"),
+        (lambda: PagePool((DType.F16, DType.Q4_K), 1, kv_layers(1, 1, 8)), "not in dtypes 1 and 8"),
         (lambda: ops.self_attention(random(1, 1, 2), random(1, 1, 2), random(1, 1, 2), kv="q8:"), "kv is 'q8:'"),
-        (lambda: PagePool(DType.F16, 0, 1, 1, 8), "n_pages is 0"),
-        (lambda: PagePool(DType.F16, 1, 1, 1, 2000), "head_dim is 2000"),
-        (lambda: PagePool(DType.F16, 2, 1, 1, 8).copy(0, 2), "src is page 2"),
-        (lambda: PagePool(DType.F16, 2, 1, 1, 8).write(0, np.zeros(3, np.uint8)), "src has 3 bytes"),
+        (lambda: PagePool(DType.F16, 0, kv_layers(1, 1, 8)), "n_pages is 0"),
+        (lambda: PagePool(DType.F16, 1, kv_layers(1, 1, 2000)), "k_dim is 2000"),
+        (lambda: PagePool(DType.F16, 2, kv_layers(1, 1, 8)).copy(0, 2), "src is page 2"),
+        (lambda: PagePool(DType.F16, 2, kv_layers(1, 1, 8)).write(0, np.zeros(3, np.uint8)), "src has 3 bytes"),
         (lambda: library.measure_read(10, 3, 1), "n_bytes is 10"),
         (lambda: library.measure_fma(1, 1), "n_repeats is 1"),
     ],
@@ -337,7 +337,7 @@ def test_memory_that_cannot_be_had() -> None:
     with pytest.raises(OutOfMemory):
         Weight(DType.F32, 1 << 30, 1 << 30)
     with pytest.raises(OutOfMemory):
-        PagePool(DType.F32, 2**31 - 1, 1 << 20, 1 << 20, 1024)
+        PagePool(DType.F32, 2**31 - 1, kv_layers(1 << 20, 1 << 20, 1024))
 
 
 def test_errors_belong_to_their_thread() -> None:
@@ -362,7 +362,7 @@ def test_errors_belong_to_their_thread() -> None:
 
 
 def test_pages_copy_read_write_zero() -> None:
-    pool = PagePool(DType.F16, 3, 2, 2, 24)
+    pool = PagePool(DType.F16, 3, kv_layers(2, 2, 24))
     # K: 32 x 24, V: 32 x 32 (padded to panels), per layer and head, two bytes each.
     assert pool.page_bytes == 2 * 2 * (32 * 24 + 32 * 32) * 2
     raw = np.random.default_rng(0).integers(0, 256, pool.page_bytes).astype(np.uint8)
@@ -379,8 +379,8 @@ def test_pages_copy_read_write_zero() -> None:
 
 # ---- Programs ----------------------------------------------------------------------------------------------
 
-SHAPE = Shape(n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, rotary_dim=8, vocab_size=20, max_tokens=64)
-INV_FREQ = np.array([1.0, 0.1, 0.01, 0.001], np.float32)
+ROPE = RopeTable(np.array([1.0, 0.1, 0.01, 0.001], np.float32))
+SHAPE = Shape(n_layers=1, vocab_size=20, max_tokens=64, heads=[Heads(2, 1, 8, 8)], ropes=[ROPE])
 
 
 def small_ops(spoil: F32 | None = None) -> list[Op]:
@@ -393,7 +393,7 @@ def small_ops(spoil: F32 | None = None) -> list[Op]:
         Op(kind=7, input=2),
         Op(kind=8, input=2, out=3, scale=0.35),
         Op(kind=3, input=3, out=0, weight=ops.pack(random(16, 16, seed=2)), residual=0),
-        Op(kind=4, input=0, out=4, weight=ops.pack(random(64, 16, seed=3))),
+        Op(kind=4, input=0, out=4, weight=ops.pack(random(64, 16, seed=3)), activation=1),
         Op(kind=3, input=4, out=0, weight=ops.pack(random(16, 27, seed=4)), residual=0),
         Op(kind=9, input=0, out=5),
         Op(kind=10, input=5, weight=embedding),
@@ -404,7 +404,7 @@ WIDTHS = [16, 16, 32, 16, 27, 16]
 
 
 def program(operators: list[Op] | None = None, *, widths: list[int] | None = None, n_threads: int = 2) -> Program:
-    return Program(SHAPE, widths or WIDTHS, INV_FREQ, operators or small_ops(), n_threads=n_threads)
+    return Program(SHAPE, widths or WIDTHS, operators or small_ops(), n_threads=n_threads)
 
 
 def changed(index: int, **fields: Any) -> list[Op]:
@@ -471,7 +471,7 @@ def sequence(pages: list[int], n_past: int, tokens: list[int]) -> BatchSequence:
     ],
 )
 def test_wrong_batches_change_nothing(sequences: list[BatchSequence], outputs: list[int], text: str) -> None:
-    pool = PagePool(DType.F32, 9, 1, 1, 8)
+    pool = PagePool(DType.F32, 9, kv_layers(1, 1, 8))
     marks = np.full(pool.page_bytes, 7, np.uint8)
     for page in range(9):
         pool.write(page, marks)
@@ -483,13 +483,13 @@ def test_wrong_batches_change_nothing(sequences: list[BatchSequence], outputs: l
 
 def test_a_pool_of_another_shape() -> None:
     with pytest.raises(InvalidArgument, match="the page pool has 2 layers"):
-        program().run(PagePool(DType.F32, 4, 2, 1, 8), [sequence([0], 0, [1])], [0])
+        program().run(PagePool(DType.F32, 4, kv_layers(2, 1, 8)), [sequence([0], 0, [1])], [0])
 
 
 def test_damaged_weights_fail_the_step() -> None:
     table = random(20, 16)
     table[5, 3] = np.nan
-    pool = PagePool(DType.F32, 2, 1, 1, 8)
+    pool = PagePool(DType.F32, 2, kv_layers(1, 1, 8))
     damaged = program(small_ops(table))
     with pytest.raises(NonFinite):
         damaged.run(pool, [sequence([0], 0, [5])], [0])
@@ -497,7 +497,7 @@ def test_damaged_weights_fail_the_step() -> None:
 
 def test_many_threads_give_the_bits_of_one() -> None:
     """Wide enough for every thread to take part: two prompts, then a mixed batch, on every instruction set."""
-    shape = Shape(n_layers=1, n_heads=8, n_kv_heads=2, head_dim=40, rotary_dim=8, vocab_size=500, max_tokens=300)
+    shape = Shape(n_layers=1, vocab_size=500, max_tokens=300, heads=[Heads(8, 2, 40, 40)], ropes=[ROPE])
     embedding = ops.pack(random(500, 72), precision="f16")
     operators = [
         Op(kind=1, weight=embedding, out=0),
@@ -507,7 +507,7 @@ def test_many_threads_give_the_bits_of_one() -> None:
         Op(kind=7, input=2),
         Op(kind=8, input=2, out=3, scale=0.35),
         Op(kind=3, input=3, out=0, weight=ops.pack(random(72, 320, seed=2)), residual=0),
-        Op(kind=4, input=0, out=4, weight=ops.pack(random(384, 72, seed=3))),
+        Op(kind=4, input=0, out=4, weight=ops.pack(random(384, 72, seed=3)), activation=1),
         Op(kind=3, input=4, out=0, weight=ops.pack(random(72, 187, seed=4)), residual=0),
         Op(kind=9, input=0, out=5),
         Op(kind=10, input=5, weight=embedding),
@@ -516,8 +516,8 @@ def test_many_threads_give_the_bits_of_one() -> None:
     results = []
     for isa in ISAS:
         for n_threads in (1,) if isa == "reference" else (1, 2, 3, 7):
-            pool = PagePool(DType.F16, 16, 1, 2, 40)
-            made = Program(shape, [72, 72, 480, 320, 187, 72], INV_FREQ, operators, n_threads=n_threads, isa=isa)
+            pool = PagePool(DType.F16, 16, kv_layers(1, 2, 40))
+            made = Program(shape, [72, 72, 480, 320, 187, 72], operators, n_threads=n_threads, isa=isa)
             first, second = [5, 1, 7, 3, 9, 2, 11], [0, 4, 6, 8, 10, 12, 13]
             batch = [sequence(first, 0, tokens[:150]), sequence(second, 0, tokens[150:])]
             prompt = made.run(pool, batch, np.arange(0, 290, 7))
@@ -530,7 +530,7 @@ def test_many_threads_give_the_bits_of_one() -> None:
 
 def test_stale_pages_are_never_read() -> None:
     """Pages full of NaN, as a poisoned allocator would leave them: positions not written must not matter."""
-    clean, poisoned = (PagePool(DType.F32, 4, 1, 1, 8) for _ in range(2))
+    clean, poisoned = (PagePool(DType.F32, 4, kv_layers(1, 1, 8)) for _ in range(2))
     for page in range(4):
         poisoned.write(page, np.full(poisoned.page_bytes, 0xFF, np.uint8))
     tokens = [1 + i % 19 for i in range(37)]
@@ -544,7 +544,7 @@ def test_stale_pages_are_never_read() -> None:
 
 
 def test_logits_are_made_only_where_asked() -> None:
-    pool = PagePool(DType.F32, 2, 1, 1, 8)
+    pool = PagePool(DType.F32, 2, kv_layers(1, 1, 8))
     tokens = [3, 1, 4, 1, 5]
     every = program().run(pool, [sequence([0], 0, tokens)], np.arange(5))
     assert program().run(pool, [sequence([1], 0, tokens)], []).shape == (0, 20)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fabula import Model
-from fabula._native import PAGE_POSITIONS
+from fabula._native import PAGE_POSITIONS, kv_layers
 from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
@@ -22,7 +22,7 @@ from fabula.kv.pages import PagePool, PoolUsage, Sequence
 
 @pytest.fixture
 def pool() -> Iterator[PagePool]:
-    made = PagePool(DType.F32, 8, 1, 1, 8)
+    made = PagePool(DType.F32, 8, kv_layers(1, 1, 8))
     yield made
     made.close()
 

@@ -31,6 +31,7 @@ from fabula import (
     _native,
     _program,
 )
+from fabula._native import kv_layers
 from fabula._parallel import DeviceGroup
 from fabula.cli.main import run
 from fabula.models.builder import DamagedWeightWarning
@@ -183,7 +184,7 @@ def test_memory_that_one_of_them_has_not(tiny_folder: Path) -> None:
         wanted = model.generate(PROMPT, GREEDY).text()
         ids = model.tokenizer.encode("z" * 250)[:250]
         full = device.members[1]
-        ballast = _native.PagePool(0, (full.memory()[1] - 20_000) // 8192, 1, 1, 32, full)
+        ballast = _native.PagePool(0, (full.memory()[1] - 20_000) // 8192, kv_layers(1, 1, 32), full)
         with pytest.raises(DeviceOutOfMemory, match="for a batch: it needs"):
             model.logits(ids)
         assert model.generate(PROMPT, GREEDY).text() == wanted
@@ -324,8 +325,7 @@ def test_a_page_is_laid_out_as_on_one_gpu(pair: Model, single: Model) -> None:
 def test_pages_move_as_a_whole(n: int, n_kv_heads: int) -> None:
     first = 0 if n > 2 else FIRST
     group = DeviceGroup([_native.Device(first + i) for i in range(n)])
-    shape = (3, 2, n_kv_heads, 10)  # pages, layers, heads
-    pool, cpu = _native.PagePool((7, 2), *shape, group), _native.PagePool((7, 2), *shape)
+    pool, cpu = (_native.PagePool((7, 2), 3, kv_layers(2, n_kv_heads, 10), on) for on in (group, None))
     assert pool.page_bytes == cpu.page_bytes
     raw = np.random.default_rng(n).integers(0, 256, pool.page_bytes).astype(np.uint8)
     pool.write(1, raw)
@@ -348,7 +348,7 @@ def test_what_does_not_fit_a_group() -> None:
     with pytest.raises(InvalidArgument, match="a group itself"):
         DeviceGroup([devices[0], group])
     with pytest.raises(InvalidArgument, match="3 KV heads cannot be split over 2 devices"):
-        _native.PagePool(0, 1, 1, 3, 4, group)
+        _native.PagePool(0, 1, kv_layers(1, 3, 4), group)
     weight = _native.Weight(0, 16, 16)
     with pytest.raises(InvalidArgument, match="a weight must lie on one device"):
         weight.move(group)
@@ -359,7 +359,7 @@ def test_what_does_not_fit_a_group() -> None:
 @with_marks(2)
 def test_a_part_does_not_run_alone(pair: Model) -> None:
     part = pair._runner.program._parts[0]  # type: ignore[attr-defined]
-    pool = _native.PagePool(0, 1, 2, 1, 6, pair._runner.device.members[0])  # type: ignore[union-attr]
+    pool = _native.PagePool(0, 1, kv_layers(2, 1, 6), pair._runner.device.members[0])  # type: ignore[union-attr]
     share = _program.BatchSequence(np.zeros(1, np.int32), 0, np.ones(1, np.int32))
     with pytest.raises(InvalidArgument, match="only the joined program runs"):
         part.run(pool, [share], [])

@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from fabula import _native
-from fabula._native import PagePool
+from fabula._native import PagePool, kv_layers
 from fabula._program import BatchSequence
 from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument
@@ -135,4 +135,4 @@ def test_page_bytes_as_the_library_counts_them() -> None:
     formats = (DType.F32, DType.F16, DType.BF16, DType.Q8_0)
     for dtype in (*formats, *product(formats, formats)):
         for shape in ((2, 3, 24), (1, 1, 16), (5, 2, 7)):
-            assert _native.page_bytes(dtype, *shape) == PagePool(dtype, 1, *shape).page_bytes
+            assert _native.page_bytes(dtype, kv_layers(*shape)) == PagePool(dtype, 1, kv_layers(*shape)).page_bytes

@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from fabula import SamplingParams, Workspace
-from fabula._native import PAGE_POSITIONS, page_bytes
+from fabula._native import PAGE_POSITIONS, kv_layers, page_bytes
 from fabula.formats.checkpoint import DType
 from fabula.kv import spill as spill_module
 from fabula.kv.cache import KvEvictionList
@@ -50,7 +50,7 @@ class Setting:
     """A pool with a disk tier."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.pool = PagePool(DType.F32, N_PAGES, 1, 1, 4)
+        self.pool = PagePool(DType.F32, N_PAGES, kv_layers(1, 1, 4))
         self.cache = KvEvictionList(self.pool)
         spilled = SpillFolder(folder, FIRST, self.pool.page_bytes, 100 * (self.pool.page_bytes + 32))
         self.cache.spill = self.writer = SpillWriter(spilled, **options)
@@ -188,7 +188,7 @@ def test_others_go_on_while_a_page_is_read(setting: Setting, monkeypatch: pytest
 def test_a_full_queue_refuses_pages_but_saving_waits_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = Setting(tmp_path, max_queued_bytes=2 * PagePool(DType.F32, 1, 1, 1, 4).page_bytes)
+    setting = Setting(tmp_path, max_queued_bytes=2 * PagePool(DType.F32, 1, kv_layers(1, 1, 4)).page_bytes)
     gate = Gate(monkeypatch, SpillFolder, "_header", lambda *_: True)
     old = setting.computed(10, 4)
     setting.cache.keep(old)

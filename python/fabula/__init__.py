@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from fabula.formats.locate import pull
     from fabula.model import Model
     from fabula.models.builder import DamagedWeightWarning
-    from fabula.models.config import ModelConfig
+    from fabula.models.description import ModelConfig
     from fabula.sessions.policy import ContextPolicy
     from fabula.sessions.reply import Reply
     from fabula.sessions.session import Session

@@ -9,8 +9,9 @@ collector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -291,24 +292,33 @@ def of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
     return dtypes if isinstance(dtypes, tuple) else (dtypes, dtypes)
 
 
-class PagePool:
-    """Bytes of KV pages; see fb_page_pool in fabula.h. Page tables and reference counts are in fabula.kv."""
+class KvLayer(NamedTuple):
+    """What a KV page holds of one layer; as in struct fb_kv_layer. Layers that reuse another layer's KV have none."""
 
-    def __init__(
-        self,
-        dtypes: KvDTypes,
-        n_pages: int,
-        n_layers: int,
-        n_kv_heads: int,
-        head_dim: int,
-        device: Device | None = None,
-    ) -> None:
+    n_kv_heads: int
+    k_dim: int
+    v_dim: int
+
+
+def kv_layers(n_layers: int, n_kv_heads: int, head_dim: int) -> tuple[KvLayer, ...]:
+    """Layers that are all alike."""
+    return (KvLayer(n_kv_heads, head_dim, head_dim),) * n_layers
+
+
+class PagePool:
+    """Bytes of KV pages; see fb_page_pool in fabula.h. Page tables and reference counts are in fabula.kv.
+
+    Args:
+        dtypes: formats of K and of V.
+        n_pages: pages in all.
+        layers: the layout of a page.
+        device: GPU they lie on; None for the CPU.
+    """
+
+    def __init__(self, dtypes: KvDTypes, n_pages: int, layers: Sequence[KvLayer], device: Device | None = None) -> None:
         out = ffi.new("fb_page_pool **")
-        check(
-            lib.fb_page_pool_create_on(
-                handle_of(device), *of_k_and_v(dtypes), n_pages, n_layers, n_kv_heads, head_dim, out
-            )
-        )
+        c_layers = ffi.new("struct fb_kv_layer[]", list(layers))
+        check(lib.fb_page_pool_create_on(handle_of(device), *of_k_and_v(dtypes), n_pages, c_layers, len(layers), out))
         self.handle: Any = ffi.gc(out[0], lib.fb_page_pool_free)
         self.n_pages = n_pages
         self.page_bytes = int(lib.fb_page_bytes(self.handle))
@@ -332,9 +342,9 @@ class PagePool:
         ffi.release(self.handle)
 
 
-def page_bytes(dtypes: KvDTypes, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-    """Bytes of a page of that shape; reserves a pool of one page and never touches it."""
-    pool = PagePool(dtypes, 1, n_layers, n_kv_heads, head_dim)
+def page_bytes(dtypes: KvDTypes, layers: Sequence[KvLayer]) -> int:
+    """Bytes of a page with that layout; reserves a pool of one page and never touches it."""
+    pool = PagePool(dtypes, 1, layers)
     try:
         return pool.page_bytes
     finally:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula._ffi import ffi, lib
 from fabula._native import F32, I32, Device, Isa, PagePool, Weight, check, f32, floats, handle_of, i32, ints, isa_number
-from fabula.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,28 +21,56 @@ class Op:
     input: int = -1
     out: int = -1
     residual: int = -1
-    column: int = 0
     layer: int = 0
+    column: int = 0
     window: int = 0
+    heads: int = 0
+    activation: int = 0
+    flags: int = 0
     weight: Weight | None = None
     vector: F32 | None = None
     vector2: F32 | None = None
     eps: float = 0.0
     scale: float = 1.0
+    limit: float = 0.0
+    temperature: float = 0.0
+    temperature_offset: int = 0
+    temperature_length: int = 1
+
+
+# Numbers of an operator that C takes under the same name.
+_OP_FIELDS = (
+    *("kind", "out", "residual", "layer", "column", "window", "heads", "activation", "flags"),
+    *("eps", "scale", "limit", "temperature", "temperature_offset", "temperature_length"),
+)
+
+
+class Heads(NamedTuple):
+    """Geometry of attention heads; as in struct fb_heads."""
+
+    n_heads: int
+    n_kv_heads: int
+    k_dim: int
+    v_dim: int
+    rope: int = 0
+
+
+class RopeTable(NamedTuple):
+    """Angles of rotation; as in struct fb_rope: inv_freq float32 [n_pairs], and a factor on cos and sin."""
+
+    inv_freq: F32
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the operators of a program share; fields as in struct fb_program_shape."""
+    """What the operators of a program share; as in struct fb_program_shape."""
 
     n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    rotary_dim: int
     vocab_size: int
     max_tokens: int
-    rope_scale: float = 1.0
+    heads: Sequence[Heads]
+    ropes: Sequence[RopeTable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +130,6 @@ class Program:
         self,
         shape: Shape,
         buffer_widths: Sequence[int],
-        inv_freq: npt.ArrayLike,
         ops: Sequence[Op],
         *,
         n_threads: int,
@@ -112,14 +138,20 @@ class Program:
     ) -> None:
         c_shape = ffi.new("struct fb_program_shape *")
         c_shape.struct_size = ffi.sizeof("struct fb_program_shape")
-        for field in Shape.__slots__:
-            setattr(c_shape, field, getattr(shape, field))
+        keep: list[Any] = []
+        c_shape.n_layers, c_shape.vocab_size, c_shape.max_tokens = shape.n_layers, shape.vocab_size, shape.max_tokens
         c_shape.n_buffers = len(buffer_widths)
+        c_shape.n_geometries, c_shape.n_ropes = len(shape.heads), len(shape.ropes)
+        c_shape.heads = c_heads = ffi.new("struct fb_heads[]", list(shape.heads))
+        c_shape.ropes = c_ropes = ffi.new("struct fb_rope[]", len(shape.ropes))
+        keep += [c_heads, c_ropes]
+        for c_rope, table in zip(c_ropes, shape.ropes, strict=True):
+            keep.append(f32(table.inv_freq))
+            c_rope.inv_freq, c_rope.n_pairs, c_rope.scale = floats(keep[-1]), keep[-1].size, table.scale
         c_ops = ffi.new("struct fb_op[]", len(ops))
-        keep: list[F32] = []
         for c_op, op in zip(c_ops, ops, strict=True):
-            c_op.kind, c_op.out, c_op.residual, c_op.column = op.kind, op.out, op.residual, op.column
-            c_op.layer, c_op.window, c_op.eps, c_op.scale = op.layer, op.window, op.eps, op.scale
+            for field in _OP_FIELDS:
+                setattr(c_op, field, getattr(op, field))
             setattr(c_op, "in", op.input)
             if op.weight is not None:
                 c_op.weight = op.weight.handle
@@ -129,17 +161,11 @@ class Program:
             if op.vector2 is not None:
                 keep.append(f32(op.vector2))
                 c_op.vector2, c_op.vector2_length = floats(keep[-1]), keep[-1].size
-        widths, frequencies = i32(buffer_widths), f32(inv_freq)
-        needed = shape.rotary_dim // 2
-        if frequencies.size != needed:
-            raise InvalidArgument(
-                f"inv_freq holds {frequencies.size} numbers, rotary_dim {shape.rotary_dim} needs {needed}"
-            )
+        widths = i32(buffer_widths)
         out = ffi.new("fb_program **")
         check(
             lib.fb_program_create_on(
-                handle_of(device), c_shape, ints(widths), floats(frequencies), c_ops, len(ops), n_threads,
-                isa_number(isa), out,
+                handle_of(device), c_shape, ints(widths), c_ops, len(ops), n_threads, isa_number(isa), out,
             )
         )  # fmt: skip
         self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))

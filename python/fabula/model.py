@@ -28,7 +28,7 @@ from fabula.formats.locate import locate
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
-from fabula.models.config import ModelConfig
+from fabula.models.description import ModelConfig
 from fabula.models.opening import check_context, open_model
 from fabula.models.precision import identity_of, label_of, precision_of
 from fabula.sessions.model_handle import LoadedModel, ModelHandle

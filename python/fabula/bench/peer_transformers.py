@@ -18,7 +18,7 @@ from fabula.errors import Unsupported
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.open import open_checkpoint
 from fabula.model import Model
-from fabula.models.config import ModelConfig
+from fabula.models.description import ModelConfig
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _HEAD = "lm_head.weight"

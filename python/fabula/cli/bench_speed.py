@@ -250,4 +250,4 @@ def kv_memory_of(model: str, kv: str, n_texts: int, n_positions: int) -> int:
     checkpoint, config = open_model(locate(model))
     checkpoint.close()
     n_pages = n_texts * -(-n_positions // PAGE_POSITIONS)
-    return n_pages * page_bytes(kv_dtypes(kv), config.n_layers, config.n_kv_heads, config.head_dim)
+    return n_pages * page_bytes(kv_dtypes(kv), config.kv_layers)

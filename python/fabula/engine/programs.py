@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fabula import _native, _program
 from fabula._parallel import DeviceGroup, JoinedProgram
 from fabula.formats.checkpoint import DType
 from fabula.models.builder import ProgramBuilder
-from fabula.models.config import ModelConfig
+from fabula.models.description import ModelConfig
 from fabula.models.shares import alike
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ class Programs:
         builder: with packed matrices.
         config: of the model.
         shape: of each device's program.
-        inv_freq: as fb_program_create takes it.
         isa: instruction set of the CPU.
         device: where it runs; None for the CPU.
     """
@@ -37,12 +35,11 @@ class Programs:
         builder: ProgramBuilder,
         config: ModelConfig,
         shape: _program.Shape,
-        inv_freq: npt.ArrayLike,
         isa: Isa,
         device: _native.Device | None,
     ) -> None:
         self._ops, self._widths, self._n_threads = builder.ops, builder.widths, builder.n_threads
-        self._config, self._shape, self._inv_freq, self._isa, self._device = config, shape, inv_freq, isa, device
+        self._config, self._shape, self._isa, self._device = config, shape, isa, device
 
     def program(self) -> _program.Program:
         """The model's program; its output rows are logits, float32 [vocab_size]."""
@@ -62,15 +59,14 @@ class Programs:
             weight.pack_rows(identity[rows.start : rows.stop].view(np.uint8).reshape(-1), DType.F32, len(rows))
             if self._device is not None:
                 weight.move(self._device.members[i])
-            ops.append([*self._ops[i][:-1], replace(self._ops[i][-1], weight=weight)])
+            last = replace(self._ops[i][-1], weight=weight, vector=None, scale=1.0, limit=0.0)
+            ops.append([*self._ops[i][:-1], last])
         return self._make(replace(self._shape, max_tokens=max_tokens), ops, n)
 
     def _make(self, shape: _program.Shape, ops: Sequence[Sequence[_program.Op]], n_outputs: int) -> _program.Program:
         devices = self._device.members if self._device else [None]
         parts = [
-            _program.Program(
-                shape, widths, self._inv_freq, of_device, n_threads=self._n_threads, isa=self._isa, device=device
-            )
+            _program.Program(shape, widths, of_device, n_threads=self._n_threads, isa=self._isa, device=device)
             for widths, of_device, device in zip(self._widths, ops, devices, strict=True)
         ]
         if not isinstance(self._device, DeviceGroup):

@@ -22,12 +22,13 @@ from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, Window
 from fabula.models.builder import ProgramBuilder
-from fabula.models.config import ModelConfig
 from fabula.models.decoder import has_head
+from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.opening import lay_out
 from fabula.models.precision import Precision, block_of, everywhere
 from fabula.models.shares import Shares
+from fabula.models.views import viewed
 
 if TYPE_CHECKING:
     from fabula._native import Isa
@@ -84,43 +85,41 @@ class Runner:
         family = family_of(checkpoint.config, checkpoint.path)
         self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
         config = self.config
+        checkpoint = viewed(checkpoint, config)
         if context is not None and not 1 <= context <= 1 << 24:
             raise InvalidArgument(f"context is {context}, must be 1 .. 2^24")
         self.context = context or config.context_length
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
         builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
-        rope = lay_out(builder, config, self.context)
+        ropes = lay_out(builder, config, self.context)
         self._headless = "" if has_head(checkpoint, config) else checkpoint.path.name
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
-        page_bytes = _native.page_bytes(kv, config.n_layers, config.n_kv_heads, config.head_dim)
+        page_bytes = _native.page_bytes(kv, config.kv_layers)
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
         buffer_bytes = 4 * min(DEVICE_CHUNK, self.context) * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
         self.max_tokens = min(PREFILL_CHUNK if self.device is None else DEVICE_CHUNK, self.context)
         self.products = "own" if self.device is None else placement.products
         shape = _program.Shape(
-            n_layers=config.n_layers,
-            n_heads=shares.n_heads,
-            n_kv_heads=shares.n_kv_heads,
-            head_dim=config.head_dim,
-            rotary_dim=config.head_dim,
+            n_layers=len(config.kv_layers),
             vocab_size=config.vocab_size,
             max_tokens=self.max_tokens,
-            rope_scale=rope.scale,
+            heads=shares.geometries(config),
+            ropes=ropes,
         )
         try:
             builder.pack(self.device.members if self.device else ())
-            self._programs = Programs(builder, config, shape, rope.inv_freq, isa, self.device)
+            self._programs = Programs(builder, config, shape, isa, self.device)
             self.program = self._programs.program()
             n_pages = SEQUENCES_AT_FULL_LENGTH * text_pages
             if kv_memory is not None:
                 n_pages = max(1, kv_memory // page_bytes)
             elif self.device is not None:
-                part_bytes = _native.page_bytes(kv, config.n_layers, shares.n_kv_heads, config.head_dim)
+                part_bytes = _native.page_bytes(kv, shares.kv_layers(config))
                 free = min(member.memory()[1] for member in self.device.members)
                 n_pages = min(n_pages, max(1, int(SHARE_OF_KV * free) // part_bytes))
-            self.pool = PagePool(kv, n_pages, config.n_layers, config.n_kv_heads, config.head_dim, self.device)
+            self.pool = PagePool(kv, n_pages, config.kv_layers, self.device)
         except DeviceOutOfMemory as error:
             raise DeviceOutOfMemory(
                 f"{error}; load it with smaller weights, a shorter context or less kv_memory, or on the CPU",

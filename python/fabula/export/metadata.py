@@ -16,7 +16,7 @@ from fabula.engine.defaults import GGUF_KEYS, SamplingDefaults
 from fabula.errors import Unsupported
 from fabula.formats.gguf_config import PAIRED, ROPE_FREQS
 from fabula.formats.gguf_write import Value
-from fabula.models.config import ModelConfig
+from fabula.models.description import ModelConfig
 from fabula.models.rope import make_rope
 
 _BASE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> architecture

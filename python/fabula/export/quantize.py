@@ -38,8 +38,8 @@ from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
-from fabula.models.config import ModelConfig
 from fabula.models.decoder import has_head
+from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
 from fabula.text.tokenizer import Tokenizer

@@ -66,16 +66,16 @@ class TensorTable(Mapping[str, TensorInfo]):
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], others: dict[str, str]) -> None:
         self._path = path
         self._tensors = tensors
-        self._others = others
+        self.others = others
 
     @property
     def all_names(self) -> set[str]:
         """Names of all tensors, unsupported ones included."""
-        return self._tensors.keys() | self._others.keys()
+        return self._tensors.keys() | self.others.keys()
 
     def __getitem__(self, name: str) -> TensorInfo:
-        if name in self._others:
-            raise Unsupported(f"{self._path}: tensor {name[:80]!r} {self._others[name]}")
+        if name in self.others:
+            raise Unsupported(f"{self._path}: tensor {name[:80]!r} {self.others[name]}")
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -6,6 +6,7 @@
     language_model.model.layers.0...                     the text part of a vision model
     _orig_mod.model.layers.0..., module.model. ...       torch.compile, distributed training
     base_model.model.model.layers.0...                   a merged adapter
+    transformer.h.0.mlp.c_fc.weight                      families with names of their own; see family_names.py
 
 Whatever precedes `layers.0` and `embed_tokens` is the trunk's prefix; `lm_head` is next to the trunk or above it. Two
 names for one tensor, and a second trunk, are refused as ambiguous.
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fabula.errors import ModelFileError, Unsupported, shown
+from fabula.formats.family_names import renamed
 
 TRUNK = "model."
 HEAD = "lm_head."
@@ -30,7 +32,9 @@ _ROOTS = ("embed_tokens.", "layers.", "norm.")  # of a trunk without prefix; som
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer|modules_to_save|original_module)(?:\.|$)")
 _MISTRAL = re.compile(r"layers\.\d+\.attention\.wq\.weight|tok_embeddings\.weight")
 # Buffers that older versions of transformers saved; every version recomputes them.
-_LEFTOVER = re.compile(r".*(?:rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached|attn\.masked_bias|self_attn\.bias)")
+_LEFTOVER = re.compile(
+    r".*(?:rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached|attn\.masked_bias|attn\.bias|attention\.(?:masked_)?bias)"
+)
 
 
 def is_leftover(name: str) -> bool:
@@ -38,18 +42,19 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def canonical_names(names: Iterable[str], path: Path) -> dict[str, str]:
+def canonical_names(names: Iterable[str], path: Path, model_type: str = "") -> dict[str, str]:
     """The canonical name of each tensor.
 
     Args:
         names: as in the files.
         path: of the model, for error messages.
+        model_type: the family, which may have names of its own.
 
     Raises:
         ModelFileError: two names for one tensor, or two trunks.
         Unsupported: an adapter that is not merged, or another format than Hugging Face's.
     """
-    unwrapped = {name: _unwrap(name) for name in names}
+    unwrapped = {name: renamed(_unwrap(name), model_type) for name in names}
     for name in unwrapped:
         if _ADAPTER.search(name):
             raise Unsupported(

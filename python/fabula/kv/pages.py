@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ class PagePool:
     Args:
         dtypes: of keys and values, or of each: F32, F16, BF16, or Q8_0 for bytes with a scale.
         n_pages: pages in all; only touched ones take memory.
-        n_layers, n_kv_heads, head_dim: shape of a position's keys and values.
+        layers: what a page holds of each layer.
         device: GPU they lie on, which takes memory for all at once; None for the CPU.
     """
 
@@ -85,12 +85,10 @@ class PagePool:
         self,
         dtypes: DType | tuple[DType, DType],
         n_pages: int,
-        n_layers: int,
-        n_kv_heads: int,
-        head_dim: int,
+        layers: Iterable[_native.KvLayer],
         device: _native.Device | None = None,
     ) -> None:
-        self.native = _native.PagePool(dtypes, n_pages, n_layers, n_kv_heads, head_dim, device)
+        self.native = _native.PagePool(dtypes, n_pages, tuple(layers), device)
         self._free = list(range(n_pages - 1, -1, -1))
         self._holders = [0] * n_pages  # references
         self._retained = [0] * n_pages  # of them, those of retained sequences

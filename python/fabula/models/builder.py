@@ -10,7 +10,7 @@ uses it fails with NonFinite.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +23,8 @@ from fabula._program import Op
 from fabula.errors import ModelFileError, ModelFileWarning
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 from fabula.formats.tensor_names import is_leftover
+from fabula.formats.text_part import is_of_another_part
+from fabula.models.description import Activation, Attention, HeadNorm, Norm, Temperature
 from fabula.models.packing import Packer, Packing, Part, Place
 from fabula.models.precision import Precision
 from fabula.models.shares import Axis, Shares, check_columns, widths
@@ -30,8 +32,14 @@ from fabula.models.shares import Axis, Shares, check_columns, widths
 F32 = npt.NDArray[np.float32]
 Weights = list[Weight]  # one matrix: each device's share
 
-EMBED, RMS_NORM, LINEAR, LINEAR_SWIGLU, HEAD_NORM = 1, 2, 3, 4, 5
+EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
+LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD = 12, 13, 14, 15, 16
+ACTIVATIONS: Mapping[Activation | None, int] = {
+    None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
+}  # fmt: skip
+# Flags of struct fb_op.
+HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK = 1, 2, 4, 16
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
 _SHOWN = 8  # unused tensors named in a warning
@@ -98,7 +106,7 @@ class ProgramBuilder:
                 field=name,
             )
         block = _native.dtype_block(info.dtype)[0]
-        if shape[-1] % block:
+        if shape and shape[-1] % block:
             raise ModelFileError(
                 f"{path}: tensor {name!r} has rows of {shape[-1]}, not whole blocks of {block}", path=path, field=name
             )
@@ -121,6 +129,16 @@ class ProgramBuilder:
         if not np.isfinite(vector).all():
             self._warn(name, DType.F32)
         return vector
+
+    def scalar(self, name: str) -> float:
+        """Reads a tensor of one number, [] or [1]."""
+        info = self._check_scalar(name)
+        self._count(info.n_bytes)
+        return float(_native.dequantize(info.dtype, self.checkpoint.read(name), 1)[0])
+
+    def _check_scalar(self, name: str) -> TensorInfo:
+        info = self.checkpoint.tensors.get(name)
+        return self._check(name, () if info is not None and info.shape == () else (1,))
 
     def joined(self, names: Sequence[str], axes: Sequence[Axis]) -> list[F32]:
         """Reads vectors and concatenates each device's shares, in the order of `stacked`."""
@@ -145,7 +163,8 @@ class ProgramBuilder:
         """
         tensors = self.checkpoint.tensors
         names = tensors.all_names if isinstance(tensors, TensorTable) else tensors.keys()
-        unused = sorted(name for name in names - self._asked_for if name not in spare and not is_leftover(name))
+        expected = {name for name in names if name in spare or is_leftover(name) or is_of_another_part(name)}
+        unused = sorted(names - self._asked_for - expected)
         if unused:
             shown = ", ".join(name[:80] for name in unused[:_SHOWN]) + (", ..." if len(unused) > _SHOWN else "")
             warnings.warn(
@@ -195,7 +214,7 @@ class ProgramBuilder:
         return stack
 
     def interleaved(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
-        """Interleaves two matrices [rows, columns] by panels of PANEL_ROWS rows: gate and up for LINEAR_SWIGLU."""
+        """Interleaves two matrices [rows, columns] by panels of PANEL_ROWS rows: gate and up for LINEAR_GATED."""
         infos = [self._check(name, (rows.size, columns.size)) for name in names]
         first, second = (self._precision(info) for info in infos)
         # A weight has one format. f16 represents all block formats; f32 also bf16.
@@ -229,26 +248,57 @@ class ProgramBuilder:
             vector = None if vectors is None else vectors[i]
             ops.append(Op(kind=kind, weight=weight, vector=vector, **rest))
 
-    def embed(self, weights: Weights, out: int) -> None:
-        self._add(EMBED, weights=weights, out=out)
+    def embed(self, weights: Weights, out: int, *, scale: float = 1.0) -> None:
+        self._add(EMBED, weights=weights, out=out, scale=scale)
 
-    def rms_norm(self, x: int, out: int, weight: F32, eps: float) -> None:
-        self._add(RMS_NORM, input=x, out=out, vectors=[weight] * self.shares.n, eps=eps)
+    def embed_position(self, weights: Weights, out: int) -> None:
+        """out = the row of each token's position."""
+        self._add(EMBED_POSITION, weights=weights, out=out)
 
-    def linear(self, x: int, out: int, stack: Sequence[Weights], *, bias: Sequence[F32] | None = None) -> None:
-        """Products with stacked matrices; each device's `bias` covers all its rows."""
+    def norm(self, x: int, out: int, norm: Norm, weight: F32, bias: F32 | None = None, *, residual: int = -1) -> None:
+        """out = (residual +) norm(x). With a residual `x` must not be read again."""
+        n = self.shares.n
+        if norm.kind == "rms":
+            self._add(RMS_NORM, input=x, out=out, residual=residual, vectors=[weight] * n, eps=norm.eps)
+        else:
+            bias = np.zeros_like(weight) if bias is None else bias
+            self._add(LAYER_NORM, input=x, out=out, residual=residual, vectors=[weight] * n, vector2=bias, eps=norm.eps)
+
+    def linear(
+        self,
+        x: int,
+        out: int,
+        stack: Sequence[Weights],
+        *,
+        bias: Sequence[F32] | None = None,
+        activation: Activation | None = None,
+        numbers: F32 | None = None,
+        scale: float = 1.0,
+        limit: float = 0.0,
+    ) -> None:
+        """Products with stacked matrices; each device's `bias` covers all its rows.
+
+        Args:
+            activation: of the results;  numbers: those of "xielu";  limit: that of "clamp".
+        """
         columns = [0] * self.shares.n
         for weights in stack:
             for i, weight in enumerate(weights):
                 part = None if bias is None else bias[i][columns[i] : columns[i] + weight.n_rows]
-                self.ops[i].append(Op(kind=LINEAR, input=x, out=out, column=columns[i], weight=weight, vector=part))
+                self.ops[i].append(
+                    Op(
+                        kind=LINEAR, input=x, out=out, column=columns[i], weight=weight, vector=part,
+                        activation=ACTIVATIONS[activation], vector2=numbers, scale=scale, limit=limit,
+                    )
+                )  # fmt: skip
                 columns[i] += weight.n_rows
 
-    def linear_add(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None) -> None:
-        """out += weights @ x (+ bias), where each device has a share of the columns and of `x`."""
+    def linear_add(self, x: int, out: int, weights: Weights, *, bias: F32 | None = None, scale: float = 1.0) -> None:
+        """out += scale * (weights @ x (+ bias)), where each device has a share of the columns and of `x`."""
         n = self.shares.n
         if n == 1:
-            self._add(LINEAR, input=x, out=out, weights=weights, vectors=None if bias is None else [bias], residual=out)
+            vectors = None if bias is None else [bias]
+            self._add(LINEAR, input=x, out=out, weights=weights, vectors=vectors, residual=out, scale=scale)
             return
         if self._sums is None:
             self._sums = self.buffer(self.shares.hidden)
@@ -256,26 +306,61 @@ class ProgramBuilder:
             ops.append(Op(kind=LINEAR, input=x, out=self._sums, weight=weights[i], vector=bias if i == 0 else None))
         self._add(SUM, input=self._sums, out=out, residual=out)
 
-    def linear_swiglu(self, x: int, out: int, weights: Weights, *, bias: Sequence[F32] | None = None) -> None:
-        self._add(LINEAR_SWIGLU, input=x, out=out, weights=weights, vectors=bias)
+    def linear_gated(
+        self, x: int, out: int, weights: Weights, *, activation: Activation = "silu", bias: Sequence[F32] | None = None
+    ) -> None:
+        """out = activation(gate) * up, of interleaved matrices."""
+        self._add(LINEAR_GATED, input=x, out=out, weights=weights, vectors=bias, activation=ACTIVATIONS[activation])
 
-    def head_norm(self, qkv: int, q_weight: F32, k_weight: F32, eps: float) -> None:
-        self._add(HEAD_NORM, input=qkv, vectors=[q_weight] * self.shares.n, vector2=k_weight, eps=eps)
+    def head_norm(self, qkv: int, heads: int, norm: HeadNorm, q_weight: F32, k_weight: F32 | None) -> None:
+        """Norms of q and k heads in place; k_weight None in a layer without k."""
+        flags = HEADS_LAYER_NORM * (norm.kind == "layer") | HEADS_WHOLE * (norm.weights == "row")
+        flags |= HEADS_VALUES * (norm.values and k_weight is not None)
+        vectors = [q_weight] * self.shares.n
+        self._add(HEAD_NORM, input=qkv, heads=heads, vectors=vectors, vector2=k_weight, eps=norm.eps, flags=flags)
 
-    def rope(self, qkv: int) -> None:
-        self._add(ROPE, input=qkv)
+    def rope(self, qkv: int, heads: int) -> None:
+        self._add(ROPE, input=qkv, heads=heads)
 
-    def kv_write(self, qkv: int, layer: int) -> None:
-        self._add(KV_WRITE, input=qkv, layer=layer)
+    def kv_write(self, qkv: int, heads: int, layer: int) -> None:
+        self._add(KV_WRITE, input=qkv, heads=heads, layer=layer)
 
-    def attention(self, qkv: int, out: int, layer: int, *, window: int, scale: float) -> None:
-        self._add(ATTENTION, input=qkv, out=out, layer=layer, window=window, scale=scale)
+    def attention(self, qkv: int, out: int, heads: int, attention: Attention) -> None:
+        """Attention over the pages of layer `attention.kv`; masks and scales as described."""
+        beta = attention.temperature or Temperature(0.0, 1)
+        self._add(
+            ATTENTION,
+            input=qkv,
+            out=out,
+            heads=heads,
+            layer=attention.kv,
+            window=attention.window,
+            scale=attention.scale,
+            limit=attention.cap,
+            flags=ATTEND_CHUNK * attention.chunked,
+            temperature=beta.beta,
+            temperature_offset=beta.offset,
+            temperature_length=beta.length,
+        )
+
+    def scale(self, x: int, out: int, factor: float) -> None:
+        self._add(SCALE, input=x, out=out, scale=factor)
+
+    def multiply(self, x: int, out: int, other: int, *, column: int = 0) -> None:
+        """out = x * as many columns of `other` from `column` on."""
+        self._add(MULTIPLY, input=x, out=out, residual=other, column=column)
+
+    def add(self, x: int, out: int, other: int, *, scale: float = 1.0) -> None:
+        """out = scale * (x + other)."""
+        self._add(ADD, input=x, out=out, residual=other, scale=scale)
 
     def gather_outputs(self, x: int, out: int) -> None:
         self._add(GATHER_OUTPUTS, input=x, out=out)
 
-    def logits(self, x: int, weights: Weights) -> None:
-        self._add(LOGITS, input=x, weights=weights)
+    def logits(
+        self, x: int, weights: Weights, *, bias: Sequence[F32] | None = None, scale: float = 1.0, cap: float = 0.0
+    ) -> None:
+        self._add(LOGITS, input=x, weights=weights, vectors=bias, scale=scale, limit=cap)
 
 
 def _padded(n_rows: int) -> int:

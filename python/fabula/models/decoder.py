@@ -1,19 +1,24 @@
-"""The decoder of Llama and most open models, as a list of operators in the order of the paper.
+"""Decoders as a list of operators in the order of the paper.
 
     x = embed(token)
     per layer:  x += o(attention(rope(qkv(norm(x)))))        pre-norm, grouped queries
                 x += down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))
 
-Families differ in switches (biases, norms of q and k, windows); models/families.py sets them.
+This is Llama. What other families have in place of it, `ModelConfig` describes layer by layer: norms before, after or
+around each half, both halves side by side, a plain MLP, and so on. Tensors have the names of Llama; a layer's norms are
+
+    input_layernorm -> attention -> post_self_attn_layernorm, post_attention_layernorm -> MLP -> post_mlp_layernorm
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from fabula.formats.checkpoint import Checkpoint
-from fabula.models.builder import ProgramBuilder
-from fabula.models.config import ModelConfig
-from fabula.models.shares import whole
+from fabula.models.builder import F32, ProgramBuilder, Weights
+from fabula.models.description import Attention, HeadNorm, Layer, Mlp, ModelConfig, Norm
+from fabula.models.shares import Axis, whole
 
 
 def has_head(checkpoint: Checkpoint, c: ModelConfig) -> bool:
@@ -21,63 +26,241 @@ def has_head(checkpoint: Checkpoint, c: ModelConfig) -> bool:
     return c.tied or not c.base or "lm_head.weight" in checkpoint.tensors
 
 
-def emit_decoder(b: ProgramBuilder, c: ModelConfig, *, head_norm: bool = False) -> None:
+def emit_decoder(b: ProgramBuilder, c: ModelConfig) -> None:
     """Emits the whole program.
 
     Args:
         b: collects operators, reads and packs tensors.
-        c: sizes and switches.
-        head_norm: whether q and k heads have RMS norms of their own (Qwen3).
+        c: the model.
 
     Raises:
         ModelFileError: a tensor is missing or its shape does not match the config.
     """
-    s = b.shares
-    embedding = b.matrix("model.embed_tokens.weight", whole(c.vocab_size, s.n), s.hidden)
-    x, h = b.buffer(s.hidden), b.buffer(s.hidden)
-    qkv, attended, inner = b.buffer(s.q, s.kv, s.kv), b.buffer(s.q), b.buffer(s.inner)
+    _Emitter(b, c).emit()
 
-    # If no layer has a bias of o it is 0, as in transformers: some models have biases on q, k and v only.
-    output_bias = c.output_bias and any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
 
-    b.embed(embedding, x)
-    for layer in range(c.n_layers):
-        prefix = f"model.layers.{layer}."
+class _Emitter:
+    """Emits one model.
+
+    Attributes:
+        x: buffer of the residual stream;  h: of what a norm makes of it;  y: of a half's result before its own norm.
+    """
+
+    def __init__(self, b: ProgramBuilder, c: ModelConfig) -> None:
+        self.b, self.c, self.s = b, c, b.shares
+        self.x, self.h = b.buffer(self.s.hidden), b.buffer(self.s.hidden)
+        self._scratch: dict[tuple[str, tuple[Axis, ...]], int] = {}
+        # If no layer has a bias of o it is 0, as in transformers: some models have biases on q, k and v only.
+        self.has_output_bias = any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
+
+    def scratch(self, name: str, *axes: Axis) -> int:
+        """A buffer for a layer's values; layers of the same widths share it."""
+        key = (name, axes)
+        if key not in self._scratch:
+            self._scratch[key] = self.b.buffer(*axes)
+        return self._scratch[key]
+
+    def emit(self) -> None:
+        b, c, s = self.b, self.c, self.s
+        embedding = b.matrix("model.embed_tokens.weight", whole(c.vocab_size, s.n), s.hidden)
+        b.embed(embedding, self.x, scale=c.embedding_scale)
+        if c.embedding_norm:
+            self.emit_norm("model.embed_norm", c.embedding_norm, self.x, self.h)
+            b.scale(self.h, self.x, 1.0)
+        if c.n_positions:
+            positions = b.matrix("model.embed_positions.weight", whole(c.n_positions, s.n), s.hidden)
+            b.embed_position(positions, self.h)
+            b.add(self.x, self.x, self.h)
+        if c.n_per_layer:
+            self.emit_per_layer_embeddings()
+        for i, layer in enumerate(c.layers):
+            self.emit_layer(f"model.layers.{i}.", layer)
+            if layer.n_per_layer:
+                self.emit_per_layer(i, layer)
+            if layer.scaled:
+                b.scale(self.x, self.x, b.scalar(f"model.layers.{i}.layer_scalar"))
+        wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
+        b.gather_outputs(self.x, wanted)
+        self.emit_norm("model.norm", c.final_norm, wanted, normed)
+        shared = c.tied or not has_head(b.checkpoint, c)  # a program needs a head; without one, its logits are not used
+        head = (
+            embedding
+            if shared and s.n == 1
+            else b.matrix("model.embed_tokens.weight" if shared else "lm_head.weight", s.vocabulary, s.hidden)
+        )
+        bias = b.joined(["lm_head.bias"], [s.vocabulary]) if c.head_bias else None
+        b.logits(normed, head, bias=bias, scale=c.logit_scale, cap=c.logit_cap)
+        b.warn_of_unused(self.redundant())
+
+    def redundant(self) -> set[str]:
+        """Tensors that files have and nothing uses: the head of a tied model, projections of layers that reuse KV."""
+        names = {"lm_head.weight"} if self.c.tied else set()
+        for i, layer in enumerate(self.c.layers):
+            if not layer.attention.writes:
+                names |= {f"model.layers.{i}.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")}
+        return names
+
+    def emit_layer(self, prefix: str, layer: Layer) -> None:
+        x, h = self.x, self.h
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        before, between = prefix + "input_layernorm", prefix + "post_attention_layernorm"
+        if layer.parallel:
+            h_mlp = h
+            self.emit_norm(before, layer.before_attention, x, h)
+            if layer.before_mlp:
+                h_mlp = self.scratch("h_mlp", self.s.hidden)
+                self.emit_norm(between, layer.before_mlp, x, h_mlp)
+            inner = self.emit_mlp(mlp, layer.mlp, h_mlp)
+            attended = self.emit_attention(attention, layer.attention, h)
+            self.emit_output(attention, layer, attended)
+            self.emit_down(mlp, layer, inner)
+            return
+        source = self.emit_norm(before, layer.before_attention, x, h)
+        attended = self.emit_attention(attention, layer.attention, source)
+        self.emit_output(attention, layer, attended, prefix + "post_self_attn_layernorm")
+        source = self.emit_norm(between, layer.before_mlp, x, h)
+        inner = self.emit_mlp(mlp, layer.mlp, source)
+        self.emit_down(mlp, layer, inner, prefix + "post_mlp_layernorm")
 
-        b.rms_norm(x, h, b.vector(prefix + "input_layernorm.weight", c.hidden_size), c.rms_norm_eps)
-        names, rows = [attention + name for name in ("q_proj", "k_proj", "v_proj")], (s.q, s.kv, s.kv)
-        stack = b.stacked([name + ".weight" for name in names], rows, s.hidden)
-        b.linear(h, qkv, stack, bias=b.joined([name + ".bias" for name in names], rows) if c.attention_bias else None)
-        if head_norm:
-            q_norm = b.vector(attention + "q_norm.weight", c.head_dim)
-            k_norm = b.vector(attention + "k_norm.weight", c.head_dim)
-            b.head_norm(qkv, q_norm, k_norm, c.rms_norm_eps)
-        b.rope(qkv)
-        b.kv_write(qkv, layer)
-        b.attention(qkv, attended, layer, window=c.windows[layer], scale=c.head_dim**-0.5)
-        weights = b.matrix(attention + "o_proj.weight", s.hidden, s.q)
-        b.linear_add(
-            attended, x, weights, bias=b.vector(attention + "o_proj.bias", c.hidden_size) if output_bias else None
-        )
+    # ---- Per-layer embeddings ---------------------------------------------------------------------------------------
 
-        b.rms_norm(x, h, b.vector(prefix + "post_attention_layernorm.weight", c.hidden_size), c.rms_norm_eps)
-        gate, up, down = (mlp + name for name in ("gate_proj", "up_proj", "down_proj"))
-        weights = b.interleaved((gate + ".weight", up + ".weight"), s.inner, s.hidden)
-        b.linear_swiglu(
-            h, inner, weights, bias=b.interleaved_bias((gate + ".bias", up + ".bias"), s.inner) if c.mlp_bias else None
-        )
-        weights = b.matrix(down + ".weight", s.hidden, s.inner)
-        b.linear_add(inner, x, weights, bias=b.vector(down + ".bias", c.hidden_size) if c.mlp_bias else None)
+    def emit_per_layer_embeddings(self) -> None:
+        """A second embedding, of `n_per_layer` numbers for each layer, mixed with a projection of the first."""
+        b, c, s = self.b, self.c, self.s
+        width = whole(c.n_layers * c.n_per_layer, s.n)
+        self.per_layer, projected, normed = b.buffer(width), b.buffer(width), b.buffer(width)
+        table = b.matrix("model.embed_tokens_per_layer.weight", whole(c.vocab_size, s.n), width)
+        b.embed(table, self.per_layer, scale=c.n_per_layer**0.5)
+        projection = b.matrix("model.per_layer_model_projection.weight", width, s.hidden)
+        b.linear(self.x, projected, [projection], scale=c.hidden_size**-0.5)
+        weight = b.vector("model.per_layer_projection_norm.weight", c.n_per_layer)
+        b.norm(projected, normed, Norm("rms", c.rms_norm_eps), weight)
+        b.add(self.per_layer, self.per_layer, normed, scale=2**-0.5)
 
-    wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
-    b.gather_outputs(x, wanted)
-    b.rms_norm(wanted, normed, b.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
-    shared = c.tied or not has_head(b.checkpoint, c)  # a program needs a head; without one, its logits are not used
-    head = (
-        embedding
-        if shared and s.n == 1
-        else b.matrix("model.embed_tokens.weight" if shared else "lm_head.weight", s.vocabulary, s.hidden)
-    )
-    b.logits(normed, head)
-    b.warn_of_unused({"lm_head.weight"} if c.tied else ())
+    def emit_per_layer(self, i: int, layer: Layer) -> None:
+        """x += norm(projection(activation(gate(x)) * this layer's part of the per-layer embeddings))."""
+        b, c, s = self.b, self.c, self.s
+        prefix, axis = f"model.layers.{i}.", whole(layer.n_per_layer, s.n)
+        gate, y = self.scratch("per_layer_gate", axis), self.scratch("y", s.hidden)
+        weights = b.matrix(prefix + "per_layer_input_gate.weight", axis, s.hidden)
+        b.linear(self.x, gate, [weights], activation=layer.mlp.activation)
+        b.multiply(gate, gate, self.per_layer, column=i * layer.n_per_layer)
+        b.linear(gate, y, [b.matrix(prefix + "per_layer_projection.weight", s.hidden, axis)])
+        weight = b.vector(prefix + "post_per_layer_input_norm.weight", c.hidden_size)
+        b.norm(y, self.x, Norm("rms", c.rms_norm_eps), weight, residual=self.x)
+
+    # ---- Norms and residuals ----------------------------------------------------------------------------------------
+
+    def norm_vectors(self, name: str, norm: Norm) -> tuple[F32, F32 | None]:
+        """Weights and bias of a norm; ones for one without weights."""
+        n = self.c.hidden_size
+        weight = self.b.vector(name + ".weight", n) if norm.weighted else np.ones(n, np.float32)
+        return weight, self.b.vector(name + ".bias", n) if norm.biased else None
+
+    def emit_norm(self, name: str, norm: Norm | None, x: int, out: int) -> int:
+        """out = norm(x). Returns the buffer to read: `x` where there is no norm."""
+        if norm is None:
+            return x
+        self.b.norm(x, out, norm, *self.norm_vectors(name, norm))
+        return out
+
+    def add_to_residual(
+        self, source: int, weights: Weights, bias: F32 | None, layer: Layer, norm: Norm | None, name: str
+    ) -> None:
+        """x += residual_scale * norm(weights @ source + bias)."""
+        b, x = self.b, self.x
+        if norm is None:
+            b.linear_add(source, x, weights, bias=bias, scale=layer.residual_scale)
+            return
+        y = self.scratch("y", self.s.hidden)
+        b.linear(source, y, [weights], bias=None if bias is None else [bias])
+        weight, norm_bias = self.norm_vectors(name, norm)
+        scale = np.float32(layer.residual_scale)
+        b.norm(y, x, norm, weight * scale, None if norm_bias is None else norm_bias * scale, residual=x)
+
+    # ---- Attention --------------------------------------------------------------------------------------------------
+
+    def emit_attention(self, prefix: str, a: Attention, source: int) -> int:
+        """Attention over `source`; returns the buffer of the heads' results."""
+        b, s = self.b, self.s
+        q, k, v = s.heads(a.n_heads, a.k_dim), s.heads(a.n_kv_heads, a.k_dim), s.heads(a.n_kv_heads, a.v_dim)
+        heads = self.c.geometries.index(a.heads)
+        rows = [q, k, v] if a.writes else [q]
+        parts = ["q_proj", "k_proj", "k_proj" if a.values_are_keys else "v_proj"][: len(rows)]
+        qkv, attended = self.scratch("qkv", *rows), self.scratch("attended", s.heads(a.n_heads, a.v_dim))
+        stack = b.stacked([f"{prefix}{part}.weight" for part in parts], rows, s.hidden)
+        bias = b.joined([f"{prefix}{part}.bias" for part in parts], rows) if a.qkv_bias else None
+        clip = a.qkv_clip
+        b.linear(source, qkv, stack, bias=bias, activation="clamp" if clip else None, limit=clip)
+        if a.norm and not a.norm.rotated:
+            self.emit_head_norm(prefix, a, a.norm, qkv, heads)
+        if a.rope >= 0:
+            b.rope(qkv, heads)
+        if a.norm and a.norm.rotated:
+            self.emit_head_norm(prefix, a, a.norm, qkv, heads)
+        if a.writes:
+            b.kv_write(qkv, heads, a.kv)
+        b.attention(qkv, attended, heads, a)
+        if a.gated:
+            axis = s.heads(a.n_heads, a.v_dim)
+            gate = self.scratch("gate", axis)
+            b.linear(source, gate, [b.matrix(prefix + "gate_proj.weight", axis, s.hidden)], activation="sigmoid")
+            b.multiply(attended, attended, gate)
+        return attended
+
+    def emit_head_norm(self, prefix: str, a: Attention, norm: HeadNorm, qkv: int, heads: int) -> None:
+        def weight(part: str, n_heads: int) -> F32:
+            length = a.k_dim * (n_heads if norm.weights in ("heads", "row") else 1)
+            if norm.weights == "none":
+                return np.ones(length, np.float32)
+            return self.b.vector(f"{prefix}{part}_norm.weight", length)
+
+        q_weight = weight("q", a.n_heads)
+        self.b.head_norm(qkv, heads, norm, q_weight, weight("k", a.n_kv_heads) if a.writes else None)
+
+    def emit_output(self, prefix: str, layer: Layer, attended: int, norm_name: str = "") -> None:
+        b, a, c = self.b, layer.attention, self.c
+        weights = b.matrix(prefix + "o_proj.weight", self.s.hidden, self.s.heads(a.n_heads, a.v_dim))
+        has_bias = a.output_bias and self.has_output_bias
+        bias = b.vector(prefix + "o_proj.bias", c.hidden_size) if has_bias else None
+        self.add_to_residual(attended, weights, bias, layer, layer.after_attention, norm_name)
+
+    # ---- MLP --------------------------------------------------------------------------------------------------------
+
+    def emit_mlp(self, prefix: str, mlp: Mlp, source: int) -> int:
+        """The first half of an MLP; returns the buffer between its matrices."""
+        b, s = self.b, self.s
+        axis = s.inner(mlp.size)
+        inner = self.scratch("inner", axis)
+        up, gate = prefix + "up_proj", prefix + "gate_proj"
+        if mlp.gated:
+            weights = b.interleaved((gate + ".weight", up + ".weight"), axis, s.hidden)
+            bias = b.interleaved_bias((gate + ".bias", up + ".bias"), axis) if mlp.bias else None
+            b.linear_gated(source, inner, weights, activation=mlp.activation, bias=bias)
+            return inner
+        bias = b.joined([up + ".bias"], [axis]) if mlp.bias else None
+        numbers = self.xielu_numbers(prefix) if mlp.activation == "xielu" else None
+        stack = b.stacked([up + ".weight"], [axis], s.hidden)
+        b.linear(source, inner, stack, bias=bias, activation=mlp.activation, numbers=numbers)
+        return inner
+
+    def xielu_numbers(self, prefix: str) -> F32:
+        """The four numbers of FB_ACTIVATION_XIELU, from the two that are trained and two that usually are not stored.
+
+        Source: Huang & Schlag 2024, arXiv:2411.13010.
+        """
+        b = self.b
+
+        def number(name: str, default: float) -> float:
+            name = f"{prefix}act_fn.{name}"
+            return b.scalar(name) if b.has(name) else default
+
+        p, n = (float(np.logaddexp(0.0, number(name, 0.0))) for name in ("alpha_p", "alpha_n"))  # softplus
+        beta = number("beta", 0.5)
+        return np.array([p, beta, beta + n, number("eps", -1e-6)], np.float32)
+
+    def emit_down(self, prefix: str, layer: Layer, inner: int, norm_name: str = "") -> None:
+        b, c, mlp = self.b, self.c, layer.mlp
+        weights = b.matrix(prefix + "down_proj.weight", self.s.hidden, self.s.inner(mlp.size))
+        bias = b.vector(prefix + "down_proj.bias", c.hidden_size) if mlp.down_bias else None
+        self.add_to_residual(inner, weights, bias, layer, layer.after_mlp, norm_name)

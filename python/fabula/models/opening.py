@@ -13,19 +13,23 @@ from typing import cast
 import numpy as np
 
 from fabula._native import Weight
+from fabula._program import RopeTable
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.open import gguf_files, has_safetensors, open_checkpoint
 from fabula.formats.quantized import refuse_quantized
 from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import ADAPTER_FILE, CONFIG_FILE, MAX_CONFIG_BYTES
+from fabula.formats.text_part import text_part
 from fabula.models.builder import F32, ProgramBuilder
-from fabula.models.config import ModelConfig
+from fabula.models.decoder import emit_decoder
+from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.packing import Part
 from fabula.models.precision import precision_of
-from fabula.models.rope import Rope, longest_context, make_rope
+from fabula.models.rope import longest_context, make_rope
 from fabula.models.shares import Axis, Shares
+from fabula.models.views import viewed
 
 
 def open_model(path: Path) -> tuple[Checkpoint, ModelConfig]:
@@ -46,27 +50,28 @@ def open_model(path: Path) -> tuple[Checkpoint, ModelConfig]:
         raise
 
 
-def lay_out(builder: ProgramBuilder, config: ModelConfig, context: int) -> Rope:
-    """Emits the family's program into a builder and computes its rope.
+def lay_out(builder: ProgramBuilder, config: ModelConfig, context: int) -> tuple[RopeTable, ...]:
+    """Emits the model's program into a builder and computes its rope tables.
 
     Raises:
         ModelFileError: a tensor is missing or its shape does not match the config, or a rope value is out of range.
         Unsupported: an unsupported tensor format or rope scaling.
     """
-    checkpoint = builder.checkpoint
-    rope = make_rope(config.rope, config.head_dim, config.context_length, context, checkpoint.path)
-    family_of(checkpoint.config, checkpoint.path).emit(builder, config)
-    return rope
+    path = builder.checkpoint.path
+    ropes = [make_rope(rope, head_dim, config.context_length, context, path) for rope, head_dim in config.ropes]
+    emit_decoder(builder, config)
+    return tuple(RopeTable(rope.inv_freq, rope.scale) for rope in ropes)
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raises and warns like loading, from names, formats and shapes alone; errors as `lay_out`."""
+    checkpoint = viewed(checkpoint, config)
     lay_out(_Checker(checkpoint, precision_of("auto", config), 1, Shares(config)), config, config.context_length)
 
 
 def check_context(checkpoint: Checkpoint, config: ModelConfig, context: int | None) -> None:
     """Raises InvalidArgument for a context longer than the model supports."""
-    longest = longest_context(config.rope, config.context_length)
+    longest = longest_context(config)
     if context is None or context <= longest:
         return
     scaling = (
@@ -89,6 +94,10 @@ class _Checker(ProgramBuilder):
         self._check(name, (length,))
         return np.zeros(length, np.float32)
 
+    def scalar(self, name: str) -> float:
+        self._check_scalar(name)
+        return 1.0
+
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> list[Weight]:
         del dtype, columns, parts
         return [cast(Weight, _Rows(n)) for n in n_rows]
@@ -107,7 +116,7 @@ def _refuse_family(path: Path) -> None:
     if not config_file.is_file() or (path / ADAPTER_FILE).exists():
         return
     if has_safetensors(path) or not gguf_files(path):
-        config = read_json_object(config_file, max_bytes=MAX_CONFIG_BYTES)
+        config = text_part(read_json_object(config_file, max_bytes=MAX_CONFIG_BYTES))
         refuse_quantized(config, path)
         if isinstance(config.get("model_type"), str):
             family_of(config, path)

@@ -9,7 +9,7 @@ from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS
 from fabula.formats.gguf_names import gguf_name
-from fabula.models.config import ModelConfig
+from fabula.models.description import ModelConfig
 from fabula.models.recipe import KINDS, Shape, dtype_for
 
 Precision = Callable[[TensorInfo], DType]

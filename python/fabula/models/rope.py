@@ -8,6 +8,7 @@ Scaling types, with the names of transformers and their sources:
     yarn      slow pairs are interpolated, fast ones kept, cos and sin are scaled (Peng et al. 2023)
     llama3    long waves are divided, short ones kept, smooth between              (Llama 3.1 release)
     longrope  a factor per pair, one list for short and one for long contexts      (Ding et al. 2024)
+    proportional  the first part of the pairs is rotated, with frequencies of the whole head    (Gemma 4)
     frequency_factors  a factor per pair stored in a GGUF file
 
 `dynamic` and `longrope` depend on the length of the context. Here that is fixed: the context the model is loaded with,
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported
+from fabula.models.description import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Rope:
     """The rotation angles of a model.
 
     Attributes:
-        inv_freq: float32 [head_dim / 2], radians per position.
+        inv_freq: float32 [rotated pairs], radians per position.
         scale: factor on cos and sin.
     """
 
@@ -71,16 +73,13 @@ class _Values:
         return np.asarray(value, np.float64)
 
 
-def longest_context(rope: Mapping[str, Any], trained_context: int) -> int:
-    """The longest context a model supports.
+def longest_context(config: ModelConfig) -> int:
+    """The longest context a model supports: that of its rope, or the table of its learned positions.
 
     linear, dynamic and yarn extend the trained length by a factor; some configs keep the trained length in
     max_position_embeddings. With llama3 and longrope, configs have the extended length there.
-
-    Args:
-        rope: theta and scaling from `ModelConfig.rope`.
-        trained_context: max_position_embeddings.
     """
+    rope, trained_context = config.rope, config.context_length
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
     if kind not in ("linear", "dynamic", "yarn") or isinstance(factor, bool) or not isinstance(factor, int | float):
         return trained_context
@@ -90,12 +89,18 @@ def longest_context(rope: Mapping[str, Any], trained_context: int) -> int:
     return max(trained_context, int(stretched)) if math.isfinite(stretched) else trained_context
 
 
+def rotated_width(rope: Mapping[str, Any], head_dim: int) -> int:
+    """Elements of a head that are rotated: `rotary_dim`, or a part of the head."""
+    return int(rope.get("rotary_dim") or head_dim * float(rope.get("partial_rotary_factor") or 1.0))
+
+
 def make_rope(rope: Mapping[str, Any], head_dim: int, trained_context: int, context: int, path: Path) -> Rope:
     """Computes the frequencies.
 
     Args:
-        rope: theta and scaling from `ModelConfig.rope`.
-        head_dim: rotated dimensions of a head.
+        rope: theta and scaling, one of `ModelConfig.ropes`; `partial_rotary_factor` is the part of a head that is
+            rotated.
+        head_dim: width of a head.
         trained_context: max_position_embeddings.
         context: positions the model is loaded for.
         path: for error messages.
@@ -121,6 +126,13 @@ def _make(values: _Values, head_dim: int, trained_context: int, context: int) ->
     rope = values.rope
     theta = values.number("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    part = values.number("partial_rotary_factor", 1.0)
+    if kind == "proportional":
+        return _proportional(values, theta, head_dim, part)
+    head_dim = rotated_width(rope, head_dim)
+    if head_dim < 2 or head_dim % 2:
+        key = "rotary_dim" if rope.get("rotary_dim") else "partial_rotary_factor"
+        raise values.error(key, f"leaves {head_dim} elements of a head to rotate; pairs are rotated")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain = theta**-exponents
     if kind == "default" or kind is None:
@@ -148,6 +160,14 @@ def _make(values: _Values, head_dim: int, trained_context: int, context: int) ->
 
 def _rope(inv_freq: npt.NDArray[np.float64], scale: float = 1.0) -> Rope:
     return Rope(inv_freq.astype(np.float32), scale)
+
+
+def _proportional(values: _Values, theta: float, head_dim: int, part: float) -> Rope:
+    """Rotates the first pairs of a whole head, with the frequencies they have there; the others stay (Gemma 4)."""
+    n = int(part * head_dim // 2)
+    inv_freq = np.zeros(head_dim // 2)
+    inv_freq[:n] = theta ** -(np.arange(0, 2 * n, 2) / head_dim) / values.number("factor", 1.0)
+    return _rope(inv_freq)
 
 
 def _llama3(values: _Values, plain: npt.NDArray[np.float64], trained_context: int) -> Rope:

@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fabula.errors import InvalidArgument
-from fabula.models.config import ModelConfig
+from fabula._native import KvLayer
+from fabula._program import Heads
+from fabula.errors import InvalidArgument, Unsupported
+from fabula.models.description import ModelConfig
 
 
 class Axis(NamedTuple):
@@ -51,32 +53,60 @@ class Shares:
 
     Attributes:
         n_heads, n_kv_heads: per device.
-        hidden, q, kv, inner, vocabulary: axes.
+        hidden, vocabulary: axes.
 
     Raises:
         InvalidArgument: heads, KV heads or blocks cannot be split over n devices.
+        Unsupported: several devices, and a model other than Llama's decoder.
     """
 
     def __init__(self, config: ModelConfig, n: int = 1, block: int = 1) -> None:
         self.n = n
+        self.hidden = whole(config.hidden_size, n)
+        self.vocabulary = alike(config.vocab_size, n)
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        if n == 1:
+            return
+        if config.differences:
+            raise Unsupported(
+                f"tensor_parallel is {n}: not offered for a {config.model_type} with {config.differences}"
+            )
         if config.n_heads % n:
             raise _misfit(n, f"{config.n_heads} heads cannot be divided by {n}")
         if config.n_kv_heads % n and n % config.n_kv_heads:
             raise _misfit(n, f"{config.n_kv_heads} KV heads are neither a multiple of {n} nor a divisor of it")
-        n_blocks = config.intermediate_size // block
-        if n > 1 and n_blocks < n:
+        if config.intermediate_size // block < n:
             raise _misfit(n, f"{config.intermediate_size} columns of down_proj in blocks of {block} are too few")
         self.n_heads, self.n_kv_heads = config.n_heads // n, max(1, config.n_kv_heads // n)
-        self.hidden = whole(config.hidden_size, n)
-        self.q = self._heads(config.n_heads, self.n_heads, config.head_dim)
-        self.kv = self._heads(config.n_kv_heads, self.n_kv_heads, config.head_dim)
-        cuts = [i * n_blocks // n * block for i in range(n)] + [config.intermediate_size]
-        self.inner = Axis(config.intermediate_size, tuple(range(cuts[i], cuts[i + 1]) for i in range(n)))
-        self.vocabulary = alike(config.vocab_size, n)
+        self._block = block
 
-    def _heads(self, n_all: int, n_each: int, head_dim: int) -> Axis:
+    def heads(self, n_all: int, dim: int) -> Axis:
+        """The axis of query or KV heads of width `dim`."""
+        if self.n == 1:
+            return whole(n_all * dim, 1)
+        n_each = max(1, n_all // self.n)
         firsts = [i * n_all // self.n for i in range(self.n)]
-        return Axis(n_all * head_dim, tuple(range(f * head_dim, (f + n_each) * head_dim) for f in firsts))
+        return Axis(n_all * dim, tuple(range(f * dim, (f + n_each) * dim) for f in firsts))
+
+    def geometries(self, config: ModelConfig) -> tuple[Heads, ...]:
+        """A device's head geometries, in the order of the model's."""
+        if self.n == 1:
+            return config.geometries
+        return tuple(heads._replace(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads) for heads in config.geometries)
+
+    def kv_layers(self, config: ModelConfig) -> tuple[KvLayer, ...]:
+        """What a device's share of a KV page holds."""
+        if self.n == 1:
+            return config.kv_layers
+        return tuple(layer._replace(n_kv_heads=self.n_kv_heads) for layer in config.kv_layers)
+
+    def inner(self, size: int) -> Axis:
+        """The axis between the two matrices of an MLP of that size."""
+        if self.n == 1:
+            return whole(size, 1)
+        n_blocks = size // self._block
+        cuts = [i * n_blocks // self.n * self._block for i in range(self.n)] + [size]
+        return Axis(size, tuple(range(cuts[i], cuts[i + 1]) for i in range(self.n)))
 
 
 def _misfit(n: int, problem: str) -> InvalidArgument:

@@ -1,0 +1,113 @@
+"""What families call the tensors that `transformers`' Llama has too: their names, and the canonical ones.
+
+A name is a path; the rules replace whole parts of it, one rule after the other. The canonical names are Llama's. A
+layer's norms are
+
+    input_layernorm             before attention        post_self_attn_layernorm    after it
+    post_attention_layernorm    before the MLP          post_mlp_layernorm          after it
+
+and a fused matrix is `qkv_proj` or `gate_up_proj`, one that is not gated `up_proj`.
+
+Source: modeling files of transformers 5.24; InternLM 2 and Baichuan: their published modeling files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Rules = Mapping[str, str]
+
+_SANDWICH: Rules = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+_POST: Rules = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+_GPT: Rules = {  # GPT-2 and its heirs
+    "h": "layers",
+    "wte": "embed_tokens",
+    "wpe": "embed_positions",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "ln_f": "norm",
+}
+
+NAMES: Mapping[str, Rules] = {
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "gemma3n_text": _SANDWICH,
+    "gemma4_text": _SANDWICH,
+    "muse_glimmer_text": _SANDWICH,
+    "olmo2": _POST,
+    "olmo3": _POST,
+    "exaone4": _POST,
+    "stablelm": {"q_layernorm": "q_norm", "k_layernorm": "k_norm"},
+    "hunyuan_v1_dense": {"query_layernorm": "q_norm", "key_layernorm": "k_norm"},
+    "apertus": {"attention_layernorm": "input_layernorm", "feedforward_layernorm": "post_attention_layernorm"},
+    "starcoder2": {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    "phi": {
+        "self_attn.dense": "self_attn.o_proj",
+        "q_layernorm": "q_norm",
+        "k_layernorm": "k_norm",
+        "mlp.fc1": "mlp.up_proj",
+        "mlp.fc2": "mlp.down_proj",
+        "final_layernorm": "norm",
+    },
+    "gpt2": {
+        **_GPT,
+        "attn.c_attn": "self_attn.qkv_proj",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.c_fc": "mlp.up_proj",
+        "mlp.c_proj": "mlp.down_proj",
+    },
+    "gptj": {
+        **_GPT,
+        "attn.out_proj": "self_attn.o_proj",
+        "attn": "self_attn",
+        "mlp.fc_in": "mlp.up_proj",
+        "mlp.fc_out": "mlp.down_proj",
+    },
+    "gpt_neox": {
+        "embed_in": "embed_tokens",
+        "embed_out": "lm_head",
+        "final_layer_norm": "norm",
+        "attention.query_key_value": "self_attn.qkv_proj",
+        "attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    },
+    "falcon": {
+        **_GPT,
+        "word_embeddings": "embed_tokens",
+        "ln_attn": "input_layernorm",
+        "ln_mlp": "post_attention_layernorm",
+        "self_attention.query_key_value": "self_attn.qkv_proj",
+        "self_attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+    },
+    "internlm2": {
+        "tok_embeddings": "embed_tokens",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention.wqkv": "self_attn.qkv_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "output": "lm_head",
+    },
+    "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
+    "llama4_text": {"feed_forward": "mlp"},
+}
+
+
+def renamed(name: str, model_type: str) -> str:
+    """A tensor's name by the rules of a family; the same where it has none."""
+    path = f".{name}."
+    for old, new in NAMES.get(model_type, {}).items():
+        path = path.replace(f".{old}.", f".{new}.")
+    return path[1:-1]

@@ -1,0 +1,258 @@
+"""A decoder in numbers: what `read_config` makes of a config.json and `emit_decoder` turns into operators.
+
+    ModelConfig         sizes, embedding, head, rope tables
+      Layer             norms around both halves, parallel or one after the other
+        Attention       head geometry, mask, rope table, KV layer, norms of q and k
+        Mlp             gated or plain, activation, biases
+
+Layers are described one by one, since many families mix windows, ropes or geometries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fabula._native import KvLayer
+from fabula._program import Heads
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid"]
+Rope = Mapping[str, Any]  # theta and scaling of one rope table; see models/rope.py
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm of a row.
+
+    Attributes:
+        kind: "rms", or "layer" for one that also subtracts the mean.
+        eps: added to the mean square or variance.
+        weighted: whether it has weights;  biased: whether it has a bias (layer norms only).
+    """
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    weighted: bool = True
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Norms of q and k heads.
+
+    Attributes:
+        kind, eps: as in `Norm`.
+        weights: "head": one vector [k_dim] for all heads;  "heads": one for each head;  "row": one norm over all heads
+            together;  "none": without weights.
+        values: whether v heads have an RMS norm, without weights.
+        rotated: whether it follows the rotation.
+    """
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    weights: Literal["head", "heads", "row", "none"] = "head"
+    values: bool = False
+    rotated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """A factor on queries that grows with their position: 1 + beta ln(1 + floor((position + offset) / length))."""
+
+    beta: float
+    length: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """The attention of a layer.
+
+    Attributes:
+        n_heads, n_kv_heads, k_dim, v_dim: head geometry.
+        rope: index of its rope table; -1 where positions are not encoded.
+        window: how many positions a token attends to, itself included; 0 for all.
+        chunked: whether positions are cut into chunks of `window` instead.
+        scale: factor on scores;  cap: soft cap of scores, 0 for none.
+        kv: layer of the page pool;  writes: whether it fills that layer, or reuses what an earlier one wrote.
+        values_are_keys: whether v is the k projection, before norm and rotation.
+        qkv_bias, output_bias: whether the projections have biases.
+        qkv_clip: q, k and v are kept within -qkv_clip .. qkv_clip; 0 for no bound.
+        gated: whether the result is multiplied by sigmoid(gate_proj(x)).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    rope: int = 0
+    window: int = 0
+    chunked: bool = False
+    cap: float = 0.0
+    temperature: Temperature | None = None
+    norm: HeadNorm | None = None
+    kv: int = 0
+    writes: bool = True
+    values_are_keys: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qkv_clip: float = 0.0
+    gated: bool = False
+
+    @property
+    def heads(self) -> Heads:
+        return Heads(self.n_heads, self.n_kv_heads, self.k_dim, self.v_dim, self.rope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """The MLP of a layer: down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated."""
+
+    size: int
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A layer:  x += scale after_attention(attention(before_attention(x))),  then the same for the MLP.
+
+    Attributes:
+        parallel: whether both halves read the layer's input; the MLP shares attention's norm if it has none.
+        residual_scale: factor on what each half adds.
+        scaled: whether the layer's result is multiplied by a stored number (`layer_scalar`).
+        n_per_layer: width of the per-layer embedding that is added at the end; 0 for none.
+    """
+
+    attention: Attention
+    mlp: Mlp
+    before_attention: Norm | None = None
+    after_attention: Norm | None = None
+    before_mlp: Norm | None = None
+    after_mlp: Norm | None = None
+    parallel: bool = False
+    residual_scale: float = 1.0
+    scaled: bool = False
+    n_per_layer: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A model. Names as in transformers unless stated; where layers differ, the flat sizes are those of the first one.
+
+    Attributes:
+        model_type: the family's name in config.json.
+        n_layers, n_heads, n_kv_heads, head_dim, hidden_size, intermediate_size, vocab_size: sizes.
+        context_length: max_position_embeddings.
+        rms_norm_eps: epsilon of the norms.
+        rope: theta and scaling of the first rope table, all keys in one mapping; see `models/rope.py`.
+        windows: per layer, how many positions a token attends to, itself included; 0 for all.
+        tied: whether head and embedding are one matrix.
+        base: whether it was saved as a base model (AutoModel), which may have no head.
+        attention_bias: whether q, k and v have biases;  output_bias: whether o has one;  mlp_bias: gate, up and down.
+        layers: each layer's description.
+        ropes: parameters of each rope table, and the width of the heads that it rotates.
+        qkv, transposed: how tensors are stored; see `Traits`.
+        interleaved: whether rotated pairs are neighbors (2i, 2i + 1) in the checkpoint, not halves of a head.
+        norm_offset: what the family adds to stored norm weights (files in GGUF contain it already).
+        offset_final_norm: whether that holds for the final norm, too.
+        final_norm: before the head.
+        embedding_scale: factor on embeddings;  n_positions: rows of the learned position embedding, 0 for none.
+        logit_scale: factor on logits;  logit_cap: soft cap, 0 for none;  head_bias: whether the head has one.
+        n_per_layer: width of per-layer embeddings, 0 for none.
+        embedding_norm: of the embeddings.
+        normalized_head: whether each row of the head is divided by its length.
+        left_out: parts of a multimodal checkpoint that are not loaded, such as "vision".
+    """
+
+    model_type: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int
+    rms_norm_eps: float
+    rope: Rope
+    windows: tuple[int, ...]
+    tied: bool
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    layers: tuple[Layer, ...]
+    ropes: tuple[tuple[Rope, int], ...]
+    final_norm: Norm
+    qkv: str = "stacked"
+    transposed: bool = False
+    interleaved: bool = False
+    norm_offset: float = 0.0
+    offset_final_norm: bool = True
+    embedding_scale: float = 1.0
+    n_positions: int = 0
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    head_bias: bool = False
+    n_per_layer: int = 0
+    embedding_norm: Norm | None = None
+    normalized_head: bool = False
+    left_out: tuple[str, ...] = ()
+    base: bool = False
+
+    @property
+    def geometries(self) -> tuple[Heads, ...]:
+        """The different head geometries of its layers."""
+        return tuple(dict.fromkeys(layer.attention.heads for layer in self.layers))
+
+    @property
+    def kv_layers(self) -> tuple[KvLayer, ...]:
+        """What a KV page holds: one entry for each layer that writes K and V of its own."""
+        own = [layer.attention for layer in self.layers if layer.attention.writes]
+        return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in own)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is the plain decoder of Llama: pre-norm RMS, one geometry, gated SiLU, one rope, no scales."""
+        return not self.differences
+
+    @property
+    def differences(self) -> str:
+        """What sets it apart from Llama's decoder, in words; "" for nothing. Windows, biases and q/k norms are not."""
+        first = self.layers[0]
+        a, norm = first.attention, Norm("rms", self.rms_norm_eps)
+        found = {
+            "layers of different shapes": len(self.geometries) > 1
+            or any((layer.mlp.size, layer.attention.writes) != (first.mlp.size, True) for layer in self.layers),
+            "several rope tables": len(self.ropes) > 1,
+            "no rotation, or one of a part of each head": not self.ropes
+            or (self.rope.get("partial_rotary_factor") or 1.0) != 1.0,
+            "interleaved rotation": self.interleaved,
+            "parallel blocks": first.parallel,
+            "norms other than RMS norms before both halves": (
+                *(first.before_attention, first.before_mlp, self.final_norm),
+                *(first.after_attention, first.after_mlp),
+            )
+            != (norm, norm, norm, None, None),
+            "an offset of norm weights": self.norm_offset != 0,
+            "an MLP other than gated SiLU": not first.mlp.gated or first.mlp.activation != "silu",
+            "norms of q and k other than per head": a.norm is not None
+            and (a.norm.kind, a.norm.weights, a.norm.values, a.norm.rotated) != ("rms", "head", False, False),
+            "a scale of embeddings, residuals or logits": (
+                *(self.embedding_scale, first.residual_scale, self.logit_scale, self.logit_cap),
+            )
+            != (1.0, 1.0, 1.0, 0.0),
+            "a score scale of its own": a.scale != a.k_dim**-0.5 or a.cap != 0 or a.temperature is not None,
+            "chunked attention": a.chunked,
+            "learned positions": self.n_positions > 0,
+            "a bias of the head": self.head_bias,
+            "per-layer embeddings": self.n_per_layer > 0,
+            "a norm of embeddings": self.embedding_norm is not None,
+            "an output gate": a.gated,
+            "clipped q, k and v": a.qkv_clip > 0,
+        }
+        return ", ".join(name for name, is_so in found.items() if is_so)

@@ -1,0 +1,188 @@
+"""Tiny random checkpoints of every family, made through transformers, with shapes that fit no register.
+
+Three query heads on one KV head or a few, heads of 24, 40 or 80, a vocabulary that is no multiple of 16, windows
+shorter than a prompt, and patterns of layers that the number of layers cuts short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ODD: Mapping[str, Any] = {
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "vocab_size": 203,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Families where a head is hidden_size / num_attention_heads.
+PLAIN = {key: value for key, value in ODD.items() if key != "head_dim"} | {"hidden_size": 144}
+GPT: Mapping[str, Any] = {"n_embd": 120, "n_layer": 2, "n_head": 3, "n_positions": 700, "vocab_size": 203}
+GPT = GPT | {key: ODD[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+NEOX = {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"} | {"num_attention_heads": 3}
+FALCON = {key: value for key, value in NEOX.items() if key != "intermediate_size"} | {"num_attention_heads": 6}
+GEMMA4 = ODD | {
+    "num_hidden_layers": 6,
+    "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "sliding_window": 19,
+    "head_dim": 24,
+    "global_head_dim": 40,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": 203,
+}
+LLAMA4 = ODD | {
+    "num_hidden_layers": 5,
+    "moe_layers": [],
+    "intermediate_size_mlp": 100,
+    "attention_chunk_size": 23,
+    "floor_scale": 16,
+    "attn_scale": 0.4,
+    "no_rope_layer_interval": 3,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with one setting.
+
+    Attributes:
+        family: name of the classes in transformers, before Config and ForCausalLM.
+        settings: of the config.
+        config: name of the config class, where it is another.
+    """
+
+    family: str
+    settings: Mapping[str, Any] = field(default_factory=lambda: ODD)
+    config: str = ""
+
+    @property
+    def config_class(self) -> Any:
+        return getattr(transformers, self.config or f"{self.family}Config")
+
+    @property
+    def model_class(self) -> Any:
+        return getattr(transformers, self.family + ("LMHeadModel" if self.family == "GPT2" else "ForCausalLM"))
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config_class.model_type)
+
+
+def _longrope(n: int) -> dict[str, Any]:
+    short = [1.0 + 0.1 * i for i in range(n)]
+    return {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": [2 * x for x in short],
+        "rope_theta": 10000.0,
+    }
+
+
+CASES: dict[str, Case] = {
+    "internlm3": Case("Llama", ODD | {"qkv_bias": True, "bias": True}, "InternLM3Config"),
+    "seed_oss": Case("SeedOss"),
+    "seed_oss-out-bias": Case("SeedOss", ODD | {"attention_out_bias": True, "mlp_bias": True}),
+    "iquestcoder": Case("Llama", PLAIN | {"head_dim": 24}, "IQuestCoderConfig"),
+    "ministral": Case("Ministral", ODD | {"sliding_window": 19, "layer_types": [SLIDING, FULL, SLIDING]}),
+    "ministral3": Case("Ministral3", ODD | {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}),
+    "cwm": Case("Cwm", ODD | {"sliding_window": 19}),
+    "smollm3": Case("SmolLM3", ODD | {"num_hidden_layers": 5}),
+    "smollm3-windows": Case(
+        "SmolLM3", ODD | {"use_sliding_window": True, "sliding_window": 21, "no_rope_layer_interval": 2}
+    ),
+    "granite": Case(
+        "Granite",
+        ODD
+        | {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.09,
+            "logits_scaling": 2.5,
+        },
+    ),
+    "arcee": Case("Arcee", ODD | {"mlp_bias": True, "attention_bias": True}),
+    "helium": Case("Helium", PLAIN | {"head_dim": 24, "attention_bias": True}),
+    "gemma": Case("Gemma"),
+    "gemma2": Case("Gemma2", ODD | {"sliding_window": 19, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0}),
+    "gemma3": Case(
+        "Gemma3", ODD | {"sliding_window": 19, "query_pre_attn_scalar": 20, "num_hidden_layers": 7}, "Gemma3TextConfig"
+    ),
+    "phi3": Case("Phi3", PLAIN | {"sliding_window": 23}),
+    "phi4-mini": Case("Phi3", PLAIN | {"tie_word_embeddings": True, "partial_rotary_factor": 0.75}),
+    "phi3-longrope": Case("Phi3", PLAIN | {"rope_parameters": _longrope(12), "original_max_position_embeddings": 16}),
+    "olmo": Case("Olmo", PLAIN | {"clip_qkv": 0.9}),
+    "olmo2": Case("Olmo2", PLAIN | {"attention_bias": True}),
+    "olmo3": Case("Olmo3", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
+    "glm": Case("Glm"),
+    "glm4": Case("Glm4"),
+    "exaone4": Case("Exaone4", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
+    "exaone4-full": Case("Exaone4", PLAIN | {"sliding_window": None, "layer_types": [FULL] * 3}),
+    "cohere": Case("Cohere", PLAIN | {"use_qk_norm": True, "attention_bias": True}),
+    "cohere2": Case("Cohere2", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
+    "stablelm": Case("StableLm", PLAIN | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm-parallel": Case("StableLm", PLAIN | {"use_parallel_residual": True, "qk_layernorm": True}),
+    "nemotron": Case("Nemotron", ODD | {"attention_bias": True, "mlp_bias": True}),
+    "starcoder2": Case("Starcoder2", PLAIN | {"sliding_window": 19}),
+    "ernie4_5": Case("Ernie4_5", ODD | {"use_bias": True}),
+    "hunyuan": Case("HunYuanDenseV1", ODD | {"attention_bias": True}),
+    "hunyuan-alpha": Case(
+        "HunYuanDenseV1",
+        ODD | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}},
+    ),
+    "apertus": Case("Apertus"),
+    "gemma4": Case("Gemma4", GEMMA4, "Gemma4TextConfig"),
+    "gemma4-k-is-v": Case(
+        "Gemma4",
+        GEMMA4
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"use_double_wide_mlp": True, "final_logit_softcapping": 3.0},
+        "Gemma4TextConfig",
+    ),
+    "gemma4-plain": Case(
+        "Gemma4", GEMMA4 | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, "Gemma4TextConfig"
+    ),
+    "llama4": Case("Llama4", LLAMA4, "Llama4TextConfig"),
+    "llama4-plain": Case("Llama4", LLAMA4 | {"use_qk_norm": False, "attention_chunk_size": None}, "Llama4TextConfig"),
+    "falcon": Case("Falcon", FALCON),
+    "falcon-rows": Case("Falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon-groups": Case("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-groups-one-norm": Case(
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "bias": True},
+    ),
+    "gpt2": Case("GPT2", GPT),
+    "gpt2-scales": Case("GPT2", GPT | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 100}),
+    "gptj": Case("GPTJ", GPT | {"rotary_dim": 20}),
+    "gpt_neox": Case("GPTNeoX", NEOX),
+    "gpt_neox-sequential": Case("GPTNeoX", NEOX | {"use_parallel_residual": False, "attention_bias": False}),
+    "phi": Case("Phi", PLAIN | {"partial_rotary_factor": 0.6, "hidden_size": 240}),
+}
+
+
+def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
+    """Writes a random checkpoint and returns the transformers model, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = case.config_class(**case.settings)
+    config._attn_implementation = "eager"
+    model = case.model_class(config).eval()
+    with torch.no_grad():  # the default start is so small that every logit is almost the same; biases start at 0
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if "norm" in name or "bias" in name or parameter.dim() < 2 else 0.15
+            parameter.add_(torch.randn_like(parameter) * spread)
+    model.save_pretrained(folder)
+    return model
