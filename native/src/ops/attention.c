@@ -15,9 +15,8 @@ static int32_t tiles_in(const struct fb_tile_layout *l, const struct fb_sequence
  * tile has several blocks. */
 size_t fb_attention_partials(const struct fb_attention *a, int n_threads) {
     const struct fb_tile_layout l = layout_for(a);
-    const bool shares = a->sharing &&
-                        a->window == 0; /* with a window, a block that one token sees whole may be only partly
-                                           visible to another */
+    /* With a window, a block that one token sees whole may be only partly visible to another. */
+    const bool shares = a->sharing && a->window == 0;
     int64_t tiles = 0, parts = 0;
     size_t floats = 0;
     for (int32_t s = 0; s < a->n_sequences; s++) {

@@ -50,8 +50,7 @@ struct fb_attention {
     int32_t n_heads;
     int32_t layer, window;
     float scale;
-    const float *sink_rotations; /* [n_tokens][rotary_dim] cos and sin; only rows of sequences with a sliding
-                                    window are read */
+    const float *sink_rotations; /* [n_tokens][rotary_dim] cos and sin; read are rows with a sliding window only */
     int32_t rotary_dim;
     const float *q; /* [n_tokens][ldq], heads concatenated; raw heads: followed by those of K and V */
     float *out;     /* [n_tokens][ld_out] */
@@ -60,8 +59,7 @@ struct fb_attention {
     size_t scratch_bytes;
     float *partials; /* [n_partials] memory for partial results; see fb_attention_partials */
     size_t n_partials;
-    atomic_int *parts_done;           /* [n_sequences][KV heads]: parts finished so far; 0 before and after a
-                                         run */
+    atomic_int *parts_done;           /* [n_sequences][KV heads]: parts finished so far; 0 outside a run */
     const struct fb_raw_heads *raw;   /* NULL: heads are finished, K and V are in their pages */
     const struct fb_sharing *sharing; /* [n_sequences], or NULL if nothing is shared; see sharing.h */
     int64_t *offsets;                 /* [n_sequences + 1]: first work item of each sequence */

@@ -63,8 +63,7 @@ struct fb_stage {
     bool is_quantized; /* LINEAR: some weight takes activations quantized to 8 bits */
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
-    bool is_of_heads; /* ROWS: if every sequence has one token, the following attention does this; see
-                         fb_raw_heads */
+    bool is_of_heads; /* ROWS: the following attention does this in decode steps; see fb_raw_heads */
 };
 
 /* Whether the operator multiplies by a weight (FB_STAGE_LINEAR). */
@@ -99,34 +98,30 @@ struct fb_program {
     /* Memory of a run, allocated once. */
     float *arena; /* all buffers */
     size_t arena_floats;
-    float *cos_sin;             /* [max_tokens][rotary_dim]: cos of each pair, then sin */
-    float *sink_rotations;      /* likewise: rotates a query from its own position to the one at which sinks see it;
-                           see attention.h */
-    int32_t *positions;         /* [max_tokens] */
-    int32_t *owners;            /* [max_tokens]: sequence of each token */
-    int32_t *first_row;         /* [max_tokens] */
-    int64_t *offsets;           /* [n_threads][2][max_tokens + 1]: of work items, see attention.h */
-    struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
-    bool shares;                /* some sequences share key blocks */
-    bool is_single;             /* every sequence has one token */
-    atomic_int *parts_done;     /* [max_tokens][n_kv_heads], see attention.h */
-    struct fb_scratch partials; /* of attention; grown when a step is worth splitting */
+    float *cos_sin;                    /* [max_tokens][rotary_dim]: cos of each pair, then sin */
+    float *sink_rotations;             /* likewise: rotates a query to where sinks see it; see attention.h */
+    int32_t *positions;                /* [max_tokens] */
+    int32_t *owners;                   /* [max_tokens]: sequence of each token */
+    int32_t *first_row;                /* [max_tokens] */
+    int64_t *offsets;                  /* [n_threads][2][max_tokens + 1]: of work items, see attention.h */
+    struct fb_sharing *sharing;        /* [max_tokens]: of the batch's sequences */
+    bool shares;                       /* some sequences share key blocks */
+    bool is_single;                    /* every sequence has one token */
+    atomic_int *parts_done;            /* [max_tokens][n_kv_heads], see attention.h */
+    struct fb_scratch partials;        /* of attention; grown when a step is worth splitting */
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantized weight */
     uint16_t *pairs;                   /* [max_tokens][pair_stride]: inputs rounded to bf16 */
     size_t pair_stride;                /* width of the widest input of a bf16 weight, rounded up to 32 */
-    char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs that a thread prepares for
-                                          itself */
+    char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs that a thread prepares for itself */
     size_t own_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* per thread */
     char *sample_work;              /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
     size_t sample_work_bytes;
-    struct fb_team team;         /* size of the team in steps of few tokens, which have a barrier every few
-                                    microseconds */
+    struct fb_team team;         /* its size in steps of few tokens, with a barrier every few microseconds */
     struct fb_counter *counters; /* [n_stages][2][n_threads], n_threads of the run */
-    struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above except `partials`; fb_program_free frees
-                                                   them in a loop */
+    struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above but `partials`, freed in a loop */
     int32_t n_scratch;
 };
 
