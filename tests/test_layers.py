@@ -58,6 +58,21 @@ def test_the_serving_library_does_not_know_the_measuring_one() -> None:
     assert [path.name for path in paths if re.search(r'#include "(fabula_bench|bench/)', path.read_text("utf-8"))] == []
 
 
+@pytest.mark.skipif(not (PROJECT / "native").is_dir(), reason="needs a checkout")
+def test_comments_in_c_are_as_they_were_written() -> None:
+    """A formatter that wraps comments folds rule lines into the next and a comment after code into lines of its own."""
+    paths = [path for folder in ("native", "tests/native") for path in (PROJECT / folder).rglob("*.*")]
+    wrapped = re.compile(r"^ *\* -{5,}|[^\s/][^\n]*[;,{(] */\*(?!.*\*/)")
+    found = [
+        f"{path.relative_to(PROJECT)}:{i}"
+        for path in paths
+        if path.suffix in (".c", ".h", ".cu", ".cuh", ".cpp")
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if wrapped.search(line)
+    ]
+    assert len(paths) > 100 and found == []
+
+
 def _imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, function bodies included, type checking included."""
     found = set()

@@ -418,7 +418,7 @@ def changed(index: int, **fields: Any) -> list[Op]:
 @pytest.mark.parametrize(
     ("operators", "text"),
     [
-        (lambda: small_ops()[1:], "one embed, at its beginning"),
+        (lambda: small_ops()[1:], "a program begins with embed"),
         (lambda: small_ops()[:-1], "one logits op, at its end"),
         (lambda: changed(1, kind=12), "kind 12 is unknown"),
         (lambda: changed(1, input=6), "in is buffer 6 of 6"),

@@ -103,8 +103,7 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
     _mm256_storeu_si256((__m256i *)out, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-/* ---- Bytes and integers
- * ----------------------------------------------------------------------------------------- */
+/* ---- Bytes and integers ------------------------------------------------------------------------------------------ */
 
 typedef struct {
     __m256i low, high;

@@ -82,8 +82,7 @@ static inline void v16_store_bf16(uint16_t *out, v16 a) {
     _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 
-/* ---- Bytes and integers
- * ----------------------------------------------------------------------------------------- */
+/* ---- Bytes and integers ------------------------------------------------------------------------------------------ */
 
 typedef __m512i v64;
 typedef __m512i v16i;

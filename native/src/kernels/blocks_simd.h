@@ -74,8 +74,7 @@ struct slice {
 /* Unrolled loops count to a constant and skip iterations with `continue`, so that a compiler without
  * optimization can unroll them too. */
 
-/* ---- Unpacking
- * -------------------------------------------------------------------------------------------------- */
+/* ---- Unpacking --------------------------------------------------------------------------------------------------- */
 
 INLINE v64 take_bits(v64 line, const int from, const int to, const int mask) {
     return v64_and(from > to ? v64_right(line, from - to) : from < to ? v64_left(line, to - from) : line, mask);

@@ -116,8 +116,7 @@ static inline void v16_store_bf16(uint16_t *out, v16 x) {
     vst1q_u16(out + 8, vuzp2q_u16(round_bf16(x.c), round_bf16(x.d)));
 }
 
-/* ---- Bytes and integers
- * ----------------------------------------------------------------------------------------- */
+/* ---- Bytes and integers ------------------------------------------------------------------------------------------ */
 
 typedef struct {
     uint8x16_t a, b, c, d; /* rows 0 .. 3, 4 .. 7, ... of a panel, 4 columns each */

@@ -105,10 +105,8 @@ static void gemm_pairs(struct fb_panels panels, size_t n_panels, size_t n_cols, 
 
 #else
 
-enum {
-    PAIR_TOKENS = 4 * MAX_TOKENS
-}; /* tokens whose inputs are widened at a time, next to the panels'
-                                          slices */
+/* Tokens whose inputs are widened at a time, next to the panels' slices. */
+enum { PAIR_TOKENS = 4 * MAX_TOKENS };
 
 /* Many tokens: panels and inputs are widened to f32 with the columns of each pair swapped, so that a plain
  * product adds them in the right order. */

@@ -36,8 +36,7 @@ const struct fb_kernels *fb_kernels_of(enum fb_isa isa) {
     }
 }
 
-/* ---- Best set
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- Best set ---------------------------------------------------------------------------------------------------- */
 
 /* Enough tokens for full tiles and a remainder in every table. */
 enum { TOKENS = 40, PANELS = 2, COLUMNS = 2 * FB_SUPER_COLUMNS };

@@ -5,8 +5,7 @@
 
 enum {
     MAX_PANELS = 4,   /* panels per work item; even, for gate and up */
-    FEW_TOKENS = 4,   /* up to so many tokens memory is the limit, and an item of two panels takes about a
-                         microsecond */
+    FEW_TOKENS = 4,   /* up to so many memory is the limit, and an item of two panels takes about a microsecond */
     TOKEN_BLOCK = 96, /* tokens per work item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };

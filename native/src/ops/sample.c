@@ -147,8 +147,7 @@ struct fb_candidates fb_candidates_in(void *work, int32_t vocab_size) {
     return c;
 }
 
-/* ---- Chain and selection
- * ---------------------------------------------------------------------------------------- */
+/* ---- Chain and selection ----------------------------------------------------------------------------------------- */
 
 /* Whether a step changes logits and is not neutral. */
 static bool changes_logits(const struct fb_sample_request *r, int step) {

@@ -193,8 +193,7 @@ static struct fb_attention attention_of(const struct fb_run *run, const struct f
  * cheaper than a barrier. */
 static void run_attention(struct fb_run *run, const struct fb_stage *stage, const struct worker *worker) {
     const struct fb_program *p = run->program;
-    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* stage[-1] exists: a program starts with
-                                                                  FB_FIRST */
+    const bool is_raw = p->is_single && stage[-1].is_of_heads; /* it exists: a program starts with FB_FIRST */
     const struct fb_raw_heads raw = is_raw ? raw_heads(p, stage - 1) : (struct fb_raw_heads){0};
     struct fb_attention attention = attention_of(run, &p->ops[stage->first_op], worker->thread);
     attention.raw = is_raw ? &raw : NULL;
