@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from decoder_families import CASES, make_model
 from devices import GREEDY, PROMPT, RANDOM
 from fabula import (
     DeviceError,
@@ -382,3 +383,23 @@ def test_auto_takes_a_gpu_with_room(tiny_folder: Path) -> None:
     if _native.device_count() > 1:
         with Model.load(tiny_folder, device="cuda:1", threads=1) as model:
             assert model.device == "cuda:1" and model.generate(PROMPT, GREEDY).text()
+
+
+# ---- Families -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gemma2", "operator attention with a soft cap"),
+        ("gemma3", "operator embed for layers whose heads differ"),
+        ("gpt2", "operator embed for layers whose rope differs"),
+        ("cohere", "operator layer_norm"),
+        ("granite", "operator linear with a scale"),
+    ],
+)
+def test_a_gpu_refuses_a_model_by_the_operator_it_lacks(tmp_path: Path, name: str, text: str) -> None:
+    make_model(CASES[name], tmp_path)
+    with pytest.raises(Unsupported, match=f"the GPU has no {text}"):
+        Model.load(tmp_path, device="cuda")
