@@ -300,5 +300,5 @@ def test_a_stopping_server_begins_nothing_and_who_asks_twice_does_not_wait(tiny_
 def test_one_server_for_a_folder(served: Running, tiny_folder: Path, tmp_path: Path) -> None:
     with Running(tmp_path, tiny_folder), pytest.raises(AssertionError, match=r"(?i)another process"):
         Running(tmp_path, tiny_folder)
-    with pytest.raises(AssertionError, match="--port names another"):
+    with pytest.raises(AssertionError, match="--port sets another port"):
         Running(tmp_path / "other", tiny_folder, "--port", str(served.port))

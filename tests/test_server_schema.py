@@ -27,7 +27,7 @@ def test_as_described(tmp_path: Path, tiny_folder: Path) -> None:
             "--checks",
             CHECKS,
         ]
-        endless = ["--exclude-path", "/sessions/{id}/events"]  # no reply to wait for: the stream is endless
+        endless = ["--exclude-path", "/sessions/{id}/events"]  # no reply to wait for: it goes on as long as one listens
         limits = ["--max-examples", "6", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
         patient = ["--request-timeout", "86400", "--suppress-health-check", "too_slow"]
         done = run_program([*command, *endless, *limits, *patient], cwd=tmp_path)
