@@ -252,9 +252,11 @@ class Decoding:
 
     def _hidden_text(self, token: int) -> str:
         """The text of a control or end token, where a stop string might contain it; "" for a token that is shown."""
+        if not self.params.stop:
+            return ""
         tokenizer = self._tokenizer
         is_hidden = token in tokenizer.special_ids or self._ends_answer(token)
-        if not self.params.stop or not is_hidden or token in self._shown:
+        if not is_hidden or token in self._shown:
             return ""
         try:
             return tokenizer.token_bytes(token).decode("utf-8", "replace")

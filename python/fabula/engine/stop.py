@@ -53,6 +53,10 @@ class StopMatcher:
             The text that is now certain, and the stop string if one is complete. After a match no more text is
             returned.
         """
+        if not self._stops:  # nothing is ever held back
+            self.n_fed += len(piece) + len(hidden)
+            self.n_certain = self.n_fed
+            return piece, None
         if self.matched is not None:
             return "", self.matched
         text, shown = self._take(piece, hidden)
