@@ -1,6 +1,6 @@
 """A day of conversations under kill -9: acknowledged turns stay, and later ones are the same as without kills.
 
-FABULA_TEST_KILLS=200 for the full run.
+Heavy with more kills: FABULA_TEST_KILLS=200 for the full run.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ FAULTS = Path(__file__).parent / "faults"
 
 @pytest.mark.busy(1e5)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_day_that_is_killed_again_and_again(tiny_folder: Path, tmp_path: Path) -> None:
-    n_kills = int(os.environ.get("FABULA_TEST_KILLS", "12"))
+@pytest.mark.parametrize(
+    "n_kills", [5, pytest.param(int(os.environ.get("FABULA_TEST_KILLS", "12")), marks=pytest.mark.heavy, id="many")]
+)
+def test_a_day_that_is_killed_again_and_again(tiny_folder: Path, tmp_path: Path, n_kills: int) -> None:
     result = run_program(
         [sys.executable, "-W", "error", str(FAULTS / "day.py"), str(tmp_path), str(tiny_folder), str(n_kills), "1"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

@@ -102,11 +102,7 @@ some_settings = st.fixed_dictionaries(
 )
 
 
-@given(logit_rows, some_settings, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.data())
-@settings(max_examples=1200, deadline=None)
-def test_random_chains_equal_the_reference(
-    row: list[float], chosen: dict[str, Any], seed: int, position: int, data: st.DataObject
-) -> None:
+def check_chain(row: list[float], chosen: dict[str, Any], seed: int, position: int, data: st.DataObject) -> None:
     assume(max(row) > -INF)
     ids = st.integers(0, len(row) - 1)
     few = st.integers(0, min(3, len(row) - 1))  # so that histories repeat themselves
@@ -125,6 +121,26 @@ def test_random_chains_equal_the_reference(
         banned=tuple(data.draw(st.lists(ids, max_size=2))),
     )
     assume(clear)
+
+
+random_chains = given(logit_rows, some_settings, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.data())
+
+
+@random_chains
+@settings(max_examples=400, deadline=None)
+def test_random_chains_equal_the_reference(
+    row: list[float], chosen: dict[str, Any], seed: int, position: int, data: st.DataObject
+) -> None:
+    check_chain(row, chosen, seed, position, data)
+
+
+@pytest.mark.heavy
+@random_chains
+@settings(max_examples=2000, deadline=None)
+def test_many_random_chains_equal_the_reference(
+    row: list[float], chosen: dict[str, Any], seed: int, position: int, data: st.DataObject
+) -> None:
+    check_chain(row, chosen, seed, position, data)
 
 
 STEP_ALONE: dict[str, dict[str, Any]] = {

@@ -13,7 +13,14 @@ from waiting import run_program
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-def test_as_described(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "phases",
+    [
+        pytest.param("examples,fuzzing", id="random"),
+        pytest.param("coverage", id="every constraint", marks=pytest.mark.heavy),  # 7,500 requests
+    ],
+)
+def test_as_described(tmp_path: Path, tiny_folder: Path, phases: str) -> None:
     pytest.importorskip("schemathesis")
     flags = ("--context", "100", "--max-sessions", "100000", "--answer-s", "5", "--max-waiting", "100000")
     with Running(tmp_path, tiny_folder, *flags) as running:
@@ -28,7 +35,7 @@ def test_as_described(tmp_path: Path, tiny_folder: Path) -> None:
             CHECKS,
         ]
         endless = ["--exclude-path", "/sessions/{id}/events"]  # no reply to wait for: it goes on as long as one listens
-        limits = ["--max-examples", "6", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"]
+        limits = ["--max-examples", "6", "--seed", "1", "--phases", phases, "--no-color"]
         patient = ["--request-timeout", "86400", "--suppress-health-check", "too_slow"]
         done = run_program([*command, *endless, *limits, *patient], cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
