@@ -287,7 +287,7 @@ class Scheduler:
         """Whether more of a request's prefix is being read from disk; starts that if there are pages for the request.
         Where another request reads the same pages, this one shares them afterwards."""
         cache, have = request.cache, request.sequence.n_tokens
-        if request.has_read or cache.n_findable(keys, request.sequence.window) <= have:
+        if request.has_read or cache.spill is None or cache.n_findable(keys, request.sequence.window) <= have:
             return False
         first = keys[have // PAGE_POSITIONS]
         for other in self._waiting:

@@ -132,11 +132,15 @@ class KvEvictionList:
         """`find` without the disk: does not wait."""
         with self._pool.lock:  # nothing is evicted between the search and the sharing
             found = self._prefix(keys, window, None)
+            if not found.keys:
+                return None
             found.run()
         return found.take()
 
     def n_findable(self, keys: list[bytes], window: Window) -> int:
         """Tokens of the prefix that `find` would return now. Does not wait."""
+        if not keys:
+            return 0
         with self._pool.lock:
             return self._longest(keys, window, self.spill) * PAGE_POSITIONS
 
