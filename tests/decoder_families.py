@@ -7,12 +7,14 @@ shorter than a prompt, and patterns of layers that the number of layers cuts sho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+import tiny
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ODD: Mapping[str, Any] = {
@@ -186,3 +188,13 @@ def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
             parameter.add_(torch.randn_like(parameter) * spread)
     model.save_pretrained(folder)
     return model
+
+
+def make_talking_model(case: Case, folder: Path) -> Path:
+    """A checkpoint with the tokenizer and the chat template of `tiny.py`: a model that sessions can use."""
+    tiny.write_model(folder)
+    with_tokens = {"vocab_size": tiny.VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    if "vocab_size_per_layer_input" in case.settings:
+        with_tokens["vocab_size_per_layer_input"] = tiny.VOCAB
+    make_model(replace(case, settings=case.settings | with_tokens), folder)
+    return folder

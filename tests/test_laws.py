@@ -24,10 +24,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import tiny
+from decoder_families import CASES, make_talking_model
 from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
-from fabula._native import page_bytes
 from fabula.engine.generation import Generation
-from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import Sequence
 from shadows import ROOT, Leaf, Live, Shadow
 from waiting import wait_until
@@ -71,6 +70,7 @@ class Laws(RuleBasedStateMachine):
     oracle: Model
     options: dict[str, Any]
     place: Path
+    policies: list[ContextPolicy]
     n_days = 0
 
     def __init__(self) -> None:
@@ -196,8 +196,10 @@ class Laws(RuleBasedStateMachine):
         self.n += 1
         name = f"s{self.n}"
         system = "s" if chat else None
-        self.sessions[name] = self.workspace.session(name, system=system, context_policy=POLICIES[policy])
-        self.shadows.append(Shadow(name, POLICIES[policy], chat, ROOT, ROOT))
+        self.sessions[name] = self.workspace.session(
+            name, system=system, context_policy=self.policies[policy % len(self.policies)]
+        )
+        self.shadows.append(Shadow(name, self.policies[policy % len(self.policies)], chat, ROOT, ROOT))
 
     @rule(i=st.integers(0, 9), text=st.sampled_from(TEXTS), n=st.integers(1, 14), hot=st.booleans())
     def go_on(self, i: int, text: str, n: int, hot: bool) -> None:
@@ -525,15 +527,12 @@ class Laws(RuleBasedStateMachine):
         shutil.rmtree(self.data)
 
 
-@pytest.mark.busy(1e5)
-@pytest.mark.parametrize(("kv", "threads"), [("f32", 1), ("f16", 2), ("q8:bf16", 2)])
-def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
-    tiny_folder: Path, tmp_path: Path, kv: Any, threads: int
-) -> None:
-    n_bytes = N_PAGES * page_bytes(kv_dtypes(kv), 2, 2, 6)
-    options = {"kv": kv, "threads": threads, "context": CONTEXT, "kv_memory": n_bytes}
-    with Model.load(tiny_folder, kv=kv, threads=1, context=CONTEXT) as oracle:
-        attributes = {"folder": tiny_folder, "oracle": oracle, "options": options, "place": tmp_path}
+def walk(folder: Path, place: Path, kv: Any, threads: int, *, policies: list[ContextPolicy] = POLICIES) -> None:
+    """Lets the machine run over a model that has room for N_PAGES pages."""
+    with Model.load(folder, kv=kv, threads=1, context=CONTEXT) as oracle:
+        n_bytes = N_PAGES * oracle._runner.pool.page_bytes
+        options = {"kv": kv, "threads": threads, "context": CONTEXT, "kv_memory": n_bytes}
+        attributes = {"folder": folder, "oracle": oracle, "options": options, "place": place, "policies": policies}
         machine = type("Machine", (Laws,), attributes)
         run_state_machine_as_test(
             machine,
@@ -545,3 +544,40 @@ def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
                 print_blob=False,
             ),
         )
+
+
+@pytest.mark.busy(1e5)
+@pytest.mark.parametrize(("kv", "threads"), [("f32", 1), ("f16", 2), ("q8:bf16", 2)])
+def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
+    tiny_folder: Path, tmp_path: Path, kv: Any, threads: int
+) -> None:
+    walk(tiny_folder, tmp_path, kv, threads)
+
+
+# One model of each structure: sandwich norms with two ropes and windows; heads of two widths, layers that reuse keys
+# and values, embeddings of each layer; chunks and layers without rotation; parallel blocks; norms over whole rows;
+# learned positions.
+@pytest.mark.busy(1e5)
+@pytest.mark.parametrize(
+    ("name", "kv"),
+    [
+        ("gemma3", "f16"),
+        ("gemma4", "q8:bf16"),
+        ("llama4", "f32"),
+        ("cohere2", "bf16"),
+        ("olmo2", "f16"),
+        ("gpt2", "q8"),
+    ],
+)
+def test_whatever_is_done_holds_for_every_structure(tmp_path: Path, name: str, kv: Any) -> None:
+    case = CASES[name]
+    folder = make_talking_model(case, tmp_path / "model")
+    policies = [p for p in POLICIES if p.name != "slide"] if name == "gpt2" else POLICIES
+    walk(folder, tmp_path, kv, 2, policies=policies)
+
+
+def test_learned_positions_do_not_slide(tmp_path: Path) -> None:
+    with Model.load(make_talking_model(CASES["gpt2"], tmp_path / "model"), threads=1) as model:
+        with pytest.raises(InvalidArgument, match="700 learned positions only"):
+            model.session(context_policy="slide")
+        assert model.session(context_policy="drop_oldest_turns").policy.name == "drop_oldest_turns"

@@ -84,7 +84,7 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.uint8]]:
     """The full KV pages of turns, each once: from the turns, the prefix index or the disk."""
     engine = session._handle.engine
-    pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
+    pool, window = engine.runner.pool, session.policy.visible_in(engine.runner)
     pages: dict[str, npt.NDArray[np.uint8]] = {}
     seen: set[bytes] = set()
     for turn in turns:
@@ -224,7 +224,7 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
     from safetensors import safe_open
 
     engine, fingerprint = session._handle.engine, session._handle.fingerprint
-    pool, window = engine.runner.pool, session.policy.visible(engine.runner.context)
+    pool, window = engine.runner.pool, session.policy.visible_in(engine.runner)
     try:
         with safe_open(path, framework="numpy") as file:
             theirs = (file.metadata() or {}).get("fingerprint")

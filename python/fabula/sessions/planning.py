@@ -357,4 +357,4 @@ def check_position(turn: Turn, position: int) -> None:
 def check_room(model: LoadedModel, settings: Settings, n_ids: int) -> None:
     """Raises ContextOverflow if `n_ids` do not fit the context under the session's policy."""
     runner = model.engine.runner
-    runner.check_room(n_ids, settings.policy.visible(runner.context))
+    runner.check_room(n_ids, settings.policy.visible_in(runner))

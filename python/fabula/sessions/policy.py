@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fabula.errors import InvalidArgument
 from fabula.kv.prefix import EVERYTHING, Window
+
+if TYPE_CHECKING:
+    from fabula.engine.runner import Runner
 
 PolicyName = Literal["error", "slide", "drop_oldest_turns"]
 _NAMES: tuple[str, ...] = get_args(PolicyName)
@@ -59,6 +62,20 @@ class ContextPolicy:
                 f"{self.sinks} sinks and a window of {max(size, 1)} do not fit the context of {context}"
             )
         return Window(size, self.sinks)
+
+    def visible_in(self, runner: Runner) -> Window:
+        """The attention window in a loaded model.
+
+        Raises:
+            InvalidArgument: as `visible`; or the model's learned positions end where its context does, so that a text
+                cannot slide past it.
+        """
+        if self.name == "slide" and runner.config.n_positions:
+            raise InvalidArgument(
+                f"context_policy is 'slide', but this model knows {runner.config.n_positions} learned positions only;"
+                f" take 'error' or 'drop_oldest_turns'"
+            )
+        return self.visible(runner.context)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""

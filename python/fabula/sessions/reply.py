@@ -182,7 +182,7 @@ def start_generation(
     engine = model.engine
     sequence = plan.source.fork_kv(plan.n_reusable, engine.cache)
     if sequence is None:
-        sequence = engine.runner.sequence(policy.visible(engine.runner.context))
+        sequence = engine.runner.sequence(policy.visible_in(engine.runner))
     return Generation(
         engine,
         plan.prompt.ids,

@@ -67,7 +67,7 @@ class SessionView:
         self.vocabulary = handle.vocabulary if vocabulary is None else vocabulary
         self._handle, self._settings = handle, settings
         if handle.is_loaded:
-            self.policy.visible(handle.engine.runner.context)
+            self.policy.visible_in(handle.engine.runner)
         self._tree = TurnTree(START if base is None else base)
         self._lock = threading.RLock()
         self._queue = ReplyQueue(self._lock)

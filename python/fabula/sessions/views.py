@@ -163,7 +163,7 @@ def count(
         prompt = Prompt(past, len(past), parent.cut if policy.name == "drop_oldest_turns" else None)
     else:
         prompt = prompt_of(model, settings, parent, user_input, params or settings.params, chat=chat)
-    n, cut, window = len(prompt.ids), prompt.cut, policy.visible(runner.context)
+    n, cut, window = len(prompt.ids), prompt.cut, policy.visible_in(runner)
     n_hidden = window.first_visible(n - 1) - window.n_sinks
     if n_hidden > 0:
         cut = Cut("slide", n_hidden)
