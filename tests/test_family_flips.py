@@ -38,7 +38,7 @@ OWN: dict[str, list[Any]] = {
     "final_logit_softcapping": [0.5, None],
     "floor_scale": [4],
     "hidden_activation": ["gelu", "silu", "relu", "no such", None, ABSENT],
-    "hidden_size_per_layer_input": [0, 8],
+    "hidden_size_per_layer_input": [8],
     "interleave_moe_layer_step": [2],
     "layer_norm_eps": [0.1, 0.0],
     "layer_norm_epsilon": [0.1, ABSENT],
@@ -68,7 +68,7 @@ OWN: dict[str, list[Any]] = {
     "scale_attn_weights": [False],
     "sliding_window_pattern": [2, None],
     "use_bias": [False, True],
-    "use_bidirectional_attention": [True, False, None],
+    "use_bidirectional_attention": [True, None],
     "use_double_wide_mlp": [True],
     "use_parallel_residual": [True, False],
     "use_qk_norm": [True, False],
@@ -85,16 +85,17 @@ IDLE = {
 }
 # What a refusal may speak of in place of the field: the tensors that are missing or of another shape then.
 WEIGHTS = {
-    **{key: ("tensor",) for key in ("bias", "use_bias", "use_qkv_bias", "use_qk_norm", "multi_query", "n_inner")},
-    **{
-        key: ("tensor",)
-        for key in ("attention_out_bias", "ffn_hidden_size", "num_kv_heads", "hidden_size_per_layer_input")
-    },
-    **{key: ("tensor",) for key in ("new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn")},
-    **{key: ("tensor",) for key in ("attention_k_eq_v", "use_double_wide_mlp", "use_parallel_residual", "n_positions")},
-    **{key: ("tensor",) for key in ("attention_bias", "mlp_bias", "qk_layernorm", "num_kv_shared_layers", "n_layer")},
+    **dict.fromkeys(("bias", "use_bias", "use_qkv_bias", "use_qk_norm", "multi_query", "n_inner"), ("tensor",)),
+    **dict.fromkeys(
+        ("attention_out_bias", "ffn_hidden_size", "num_kv_heads", "hidden_size_per_layer_input"), ("tensor",)
+    ),
+    **dict.fromkeys(("new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn"), ("tensor",)),
+    **dict.fromkeys(("attention_k_eq_v", "use_double_wide_mlp", "use_parallel_residual", "n_positions"), ("tensor",)),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "qk_layernorm", "num_kv_shared_layers", "n_layer"), ("tensor",)),
     "num_hidden_layers": ("layer_types", "no_rope_layers", "num_kv_shared_layers", "per_layer_config"),
-    "layer_types": ("sliding_window", "sliding_attention", "attention_chunk_size"),
+    "layer_types": ("sliding_window", "sliding_attention", "attention_chunk_size", "per_layer_config"),
+    "num_key_value_heads": ("tensor",),
+    "per_layer_config": ("tensor",),
     "sliding_window": ("layer_types",),
     "max_position_embeddings": ("tensor",),
     "rope_parameters": ("rope", "llama_4_scaling_beta"),
@@ -119,12 +120,18 @@ def flips(family: str, case: Case) -> Iterator[dict[str, Any]]:
     if "sliding_window" in declared:
         for kinds in mixed:
             yield {"sliding_window": 8, "layer_types": kinds[:n_layers]}
-    shared: list[dict[str, Any]] = [{key: value} for key, values in OTHERS.items() for value in values]
-    n_pairs = 12
-    for rope in flips_of_llama.ropes(n_pairs):
+    idle = ("mlp_layer_types",)  # not read, but its length is checked
+    shared: list[dict[str, Any]] = [
+        {key: value} for key, values in OTHERS.items() if key not in idle for value in values
+    ]
+    has_rope = "rope_parameters" in declared  # others check a rope they do not use
+    for rope in flips_of_llama.ropes(12) if has_rope else ():
         shared += [{"rope_scaling": rope}, {"rope_scaling": rope, "rope_theta": 70.0, "rope_parameters": ABSENT}]
         if rope is not None:
             shared.append({"rope_parameters": rope | {"rope_theta": 33.0}})
+    if not has_rope:
+        yield from shared
+        return
     shared += [{"rope_parameters": {kind: YARN | {"rope_theta": 50.0} for kind in (FULL, SLIDING)}}]
     shared += [
         {"partial_rotary_factor": 0.5, "rope_parameters": ABSENT},
