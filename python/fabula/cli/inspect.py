@@ -88,7 +88,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     for info in checkpoint.tensors.values():
         on_disk[info.dtype.name] = on_disk.get(info.dtype.name, 0) + info.n_bytes
     as_it_is = sum(info.n_bytes for info in infos if len(info.shape) > 1)
-    kv_numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    kv_numbers = sum(layer.n_kv_heads * (layer.k_dim + layer.v_dim) for layer in config.kv_layers)
     window = max(config.windows, default=0)
     return {
         "path": str(checkpoint.path),
@@ -106,6 +106,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "sliding_window": window or None,
         "tied_embeddings": config.tied,
         "has_head": has_head(checkpoint, config),
+        "left_out": list(config.left_out),
         "rope": dict(config.rope),
         "bytes_on_disk": on_disk,
         "bytes_in_memory": {"auto": as_it_is + 4 * vectors}
@@ -142,7 +143,8 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
             f"{facts['context_length']:,} tokens"
             + (f", window {facts['sliding_window']}" if facts["sliding_window"] else ""),
         ),
-        ("rope", rope),
+        ("rope", rope or "none"),
+        *([("left out", f"{' and '.join(facts['left_out'])}: it reads text only")] if facts["left_out"] else []),
         ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
         ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),

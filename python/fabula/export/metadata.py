@@ -30,9 +30,13 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
     have no effect, and YaRN's betas in mistral3, which otherwise equals llama.
 
     Raises:
-        Unsupported: no architecture has windows for this family.
+        Unsupported: no architecture for this family, or none with windows.
     """
-    base = _BASE[config.model_type]
+    base = _BASE.get(config.model_type)
+    if base is None:
+        raise Unsupported(f"{path}: model family {config.model_type!r} cannot be written to a GGUF file yet")
+    if config.differences:
+        raise Unsupported(f"{path}: a {config.model_type} with {config.differences} cannot be written to a GGUF file")
     if _has_windows(config):
         if base != "llama":
             raise Unsupported(
