@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from fabula.engine.defaults import GGUF_KEYS, SamplingDefaults
 from fabula.errors import Unsupported
-from fabula.formats.gguf_config import PAIRED, ROPE_FREQS
+from fabula.formats.gguf_config import ROPE_FREQS
+from fabula.formats.gguf_families import PAIRED
 from fabula.formats.gguf_write import Value
 from fabula.models.description import ModelConfig
 from fabula.models.rope import make_rope

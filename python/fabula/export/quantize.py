@@ -33,7 +33,8 @@ from fabula.export.metadata import (
 from fabula.export.vocabulary import vocabulary_keys
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile
-from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_FREQS
+from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_FREQS
+from fabula.formats.gguf_families import PAIRED
 from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
