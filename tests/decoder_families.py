@@ -34,6 +34,25 @@ GPT: Mapping[str, Any] = {"n_embd": 120, "n_layer": 2, "n_head": 3, "n_positions
 GPT = GPT | {key: ODD[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
 NEOX = {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"} | {"num_attention_heads": 3}
 FALCON = {key: value for key, value in NEOX.items() if key != "intermediate_size"} | {"num_attention_heads": 6}
+GEMMA4 = ODD | {
+    "num_hidden_layers": 6,
+    "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "sliding_window": 19,
+    "head_dim": 24,
+    "global_head_dim": 40,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": 203,
+}
+LLAMA4 = ODD | {
+    "num_hidden_layers": 5,
+    "moe_layers": [],
+    "intermediate_size_mlp": 100,
+    "attention_chunk_size": 23,
+    "floor_scale": 16,
+    "attn_scale": 0.4,
+    "no_rope_layer_interval": 3,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
 
@@ -126,6 +145,19 @@ CASES: dict[str, Case] = {
         ODD | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}},
     ),
     "apertus": Case("Apertus"),
+    "gemma4": Case("Gemma4", GEMMA4, "Gemma4TextConfig"),
+    "gemma4-k-is-v": Case(
+        "Gemma4",
+        GEMMA4
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"use_double_wide_mlp": True, "final_logit_softcapping": 3.0},
+        "Gemma4TextConfig",
+    ),
+    "gemma4-plain": Case(
+        "Gemma4", GEMMA4 | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, "Gemma4TextConfig"
+    ),
+    "llama4": Case("Llama4", LLAMA4, "Llama4TextConfig"),
+    "llama4-plain": Case("Llama4", LLAMA4 | {"use_qk_norm": False, "attention_chunk_size": None}, "Llama4TextConfig"),
     "falcon": Case("Falcon", FALCON),
     "falcon-rows": Case("Falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon-groups": Case("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),

@@ -141,10 +141,10 @@ def test_config(name: str, tmp_path: Path, refuse: Refuse) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"model_type": "gpt_neox"}, "gpt_neox"),
+        ({"model_type": "rwkv"}, "rwkv"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "linear"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )

@@ -306,7 +306,7 @@ def test_bytes_of_k_and_v_have_a_scale_for_each_head() -> None:
         (lambda: PagePool((DType.F16, DType.Q4_K), 1, kv_layers(1, 1, 8)), "not in dtypes 1 and 8"),
         (lambda: ops.self_attention(random(1, 1, 2), random(1, 1, 2), random(1, 1, 2), kv="q8:"), "kv is 'q8:'"),
         (lambda: PagePool(DType.F16, 0, kv_layers(1, 1, 8)), "n_pages is 0"),
-        (lambda: PagePool(DType.F16, 1, kv_layers(1, 1, 2000)), "head_dim is 2000"),
+        (lambda: PagePool(DType.F16, 1, kv_layers(1, 1, 2000)), "k_dim is 2000"),
         (lambda: PagePool(DType.F16, 2, kv_layers(1, 1, 8)).copy(0, 2), "src is page 2"),
         (lambda: PagePool(DType.F16, 2, kv_layers(1, 1, 8)).write(0, np.zeros(3, np.uint8)), "src has 3 bytes"),
         (lambda: _operators.measure_read(10, 3, 1), "n_bytes is 10"),

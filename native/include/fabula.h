@@ -267,8 +267,10 @@ enum fb_activation_kind {
     FB_ACTIVATION_RELU = 4,
     FB_ACTIVATION_RELU2 = 5, /* max(x, 0)^2 */
     FB_ACTIVATION_CLAMP = 6, /* x in -limit .. limit */
-    FB_ACTIVATION_XIELU = 7  /* Huang & Schlag 2024: x > 0: a x^2 + b x; else: c (e^min(x, e) - 1 - x) + b x;
+    FB_ACTIVATION_XIELU = 7, /* Huang & Schlag 2024: x > 0: a x^2 + b x; else: c (e^min(x, e) - 1 - x) + b x;
                                 vector2 = a, b, c, e */
+    FB_ACTIVATION_SIGMOID = 8, /* 1 / (1 + e^-x) */
+    FB_ACTIVATION_TANH = 9
 };
 
 /* Geometry of attention heads. A buffer of heads holds n_heads q heads [k_dim], then n_kv_heads k heads [k_dim] and v

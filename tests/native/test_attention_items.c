@@ -18,6 +18,10 @@ struct shape {
 static const struct shape shapes[] = {
     {"135M", 9, 3, 64}, {"1B", 32, 8, 64}, {"8B", 32, 8, 128}, {"70B", 64, 8, 128}, {"multi-head 7B", 32, 32, 128}};
 
+static struct fb_heads heads_of(const struct shape *s) {
+    return (struct fb_heads){s->n_heads, s->n_kv_heads, s->head_dim, s->head_dim, -1};
+}
+
 struct counted {
     int64_t n_items;
     bool split;
@@ -33,7 +37,7 @@ static struct counted count(const struct shape *s, int32_t n_sequences, int32_t 
     struct fb_sequence sequences[MOST];
     struct fb_sharing sharing[MOST];
     int64_t offsets[MOST + 1], partial_offsets[MOST + 1];
-    const struct fb_page_pool pool = {.n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
+    const struct fb_heads heads = heads_of(s);
     for (int32_t i = 0; i < n_sequences; i++) {
         int32_t *own = pages + (size_t)i * (size_t)n_pages;
         for (int32_t p = 0; p < n_pages; p++)
@@ -41,15 +45,14 @@ static struct counted count(const struct shape *s, int32_t n_sequences, int32_t 
         sequences[i] = (struct fb_sequence){.pages = own, .n_pages = n_pages, .n_past = n_past, .n_tokens = 1};
         first_row[i] = i;
     }
-    struct fb_attention a = {.pool = &pool,
-        .sequences = sequences,
+    struct fb_attention a = {.sequences = sequences,
         .n_sequences = n_sequences,
         .first_row = first_row,
-        .n_heads = s->n_heads,
-        .window = window,
+        .heads = &heads,
+        .mask = {.window = window},
         .offsets = offsets,
         .partial_offsets = partial_offsets};
-    const int32_t most = fb_attention_most_members(s->n_heads, s->n_kv_heads);
+    const int32_t most = fb_attention_most_members(&heads);
     if (fb_find_sharing(sequences, n_sequences, most, sharing)) a.sharing = sharing;
     struct counted found = {.n_partials = fb_attention_partials(&a, n_threads)};
     a.n_partials = room ? found.n_partials : 0;
@@ -70,7 +73,8 @@ int main(void) {
 
         /* Up to sixteen sequences with a common prompt: each of its blocks is one work item for all that fit
          * a tile. */
-        const int32_t most = fb_attention_most_members(s->n_heads, s->n_kv_heads);
+        const struct fb_heads heads = heads_of(s);
+        const int32_t most = fb_attention_most_members(&heads);
         const int32_t n = most < 16 ? most : 16;
         c = count(s, n, 4000, 3840, 0, 2, true);
         const int64_t shared = 3840 / FB_KEY_BLOCK, own = 4000 / FB_KEY_BLOCK + 1 - shared;

@@ -191,9 +191,11 @@ static enum fb_status create_weight(enum fb_dtype dtype, int32_t n_rows, int32_t
 CALL(create_small_weight, create_weight(FB_F16, 3, 5))
 CALL(create_large_weight, create_weight(FB_F32, 1000, 1000))
 
+static const struct fb_kv_layer kv_layers[2] = {{1, HEAD_DIM, HEAD_DIM}, {1, HEAD_DIM, HEAD_DIM}};
+
 static enum fb_status create_pool(int32_t n_pages) {
     fb_page_pool *made = (fb_page_pool *)&nothing;
-    const enum fb_status status = fb_page_pool_create(FB_F16, FB_F16, n_pages, 2, 1, HEAD_DIM, &made);
+    const enum fb_status status = fb_page_pool_create(FB_F16, FB_F16, n_pages, kv_layers, 2, &made);
     CHECK((made == (fb_page_pool *)&nothing) == (status != FB_OK));
     if (status == FB_OK) fb_page_pool_free(made);
     return status;
@@ -209,26 +211,33 @@ static enum fb_status make_program(int32_t max_tokens, fb_program **out) {
     const struct fb_op ops[] = {
         {.kind = FB_OP_EMBED, .in = -1, .out = X, .residual = -1, .weight = vocabulary, .scale = 1},
         {.kind = FB_OP_RMS_NORM, .in = X, .out = NORMED, .residual = -1, .vector = input, .vector_length = WIDTH},
-        {.kind = FB_OP_LINEAR, .in = NORMED, .out = HEADS, .residual = -1, .weight = to_qkv},
+        {.kind = FB_OP_LINEAR, .in = NORMED, .out = HEADS, .residual = -1, .weight = to_qkv, .scale = 1},
         {.kind = FB_OP_ROPE, .in = HEADS, .out = -1, .residual = -1},
         {.kind = FB_OP_KV_WRITE, .in = HEADS, .out = -1, .residual = -1},
         {.kind = FB_OP_ATTENTION, .in = HEADS, .out = ATTENDED, .residual = -1, .scale = 0.25f},
-        {.kind = FB_OP_LINEAR, .in = ATTENDED, .out = X, .residual = X, .weight = square},
-        {.kind = FB_OP_LINEAR_SWIGLU, .in = X, .out = HIDDEN, .residual = -1, .weight = interleaved},
+        {.kind = FB_OP_LINEAR, .in = ATTENDED, .out = X, .residual = X, .weight = square, .scale = 1},
+        {.kind = FB_OP_LINEAR_GATED,
+            .in = X,
+            .out = HIDDEN,
+            .residual = -1,
+            .weight = interleaved,
+            .activation = FB_ACTIVATION_SILU,
+            .scale = 1},
         {.kind = FB_OP_GATHER_OUTPUTS, .in = HIDDEN, .out = WANTED, .residual = -1},
-        {.kind = FB_OP_LOGITS, .in = WANTED, .out = -1, .residual = -1, .weight = vocabulary},
+        {.kind = FB_OP_LOGITS, .in = WANTED, .out = -1, .residual = -1, .weight = vocabulary, .scale = 1},
     };
+    const struct fb_heads heads = {N_HEADS, 1, HEAD_DIM, HEAD_DIM, 0};
+    const struct fb_rope rope = {input, HEAD_DIM / 2, 1};
     const struct fb_program_shape shape = {.struct_size = sizeof shape,
         .n_layers = 1,
-        .n_heads = N_HEADS,
-        .n_kv_heads = 1,
-        .head_dim = HEAD_DIM,
-        .rotary_dim = HEAD_DIM,
         .vocab_size = N_VOCAB,
         .max_tokens = max_tokens,
         .n_buffers = N_BUFFERS,
-        .rope_scale = 1};
-    return fb_program_create(&shape, widths, input, ops, (int32_t)(sizeof ops / sizeof *ops), 2, FB_ISA_AUTO, out);
+        .n_geometries = 1,
+        .heads = &heads,
+        .n_ropes = 1,
+        .ropes = &rope};
+    return fb_program_create(&shape, widths, ops, (int32_t)(sizeof ops / sizeof *ops), 2, FB_ISA_AUTO, out);
 }
 
 static enum fb_status create_program(int32_t max_tokens) {
@@ -409,8 +418,9 @@ static enum fb_status sample(void) {
 static void test_beyond_the_address_space(void) {
     CHECK(create_weight(FB_F32, 1 << 30, 1 << 30) == FB_OUT_OF_MEMORY);
     fb_page_pool *made = (fb_page_pool *)&nothing;
-    CHECK(fb_page_pool_create(FB_F32, FB_F32, INT32_MAX, 1 << 20, 1 << 20, 1024, &made) == FB_OUT_OF_MEMORY);
-    CHECK(fb_page_pool_create(FB_F32, FB_F32, 1 << 10, 1 << 20, 1 << 15, 1024, &made) == FB_OUT_OF_MEMORY);
+    const struct fb_kv_layer wide = {1 << 20, 1024, 1024};
+    CHECK(fb_page_pool_create(FB_F32, FB_F32, INT32_MAX, &wide, 1, &made) == FB_OUT_OF_MEMORY);
+    CHECK(fb_page_pool_create(FB_F32, FB_F32, 1 << 10, &wide, 1, &made) == FB_OUT_OF_MEMORY);
     CHECK(made == (fb_page_pool *)&nothing && n_mapped_bytes == 0);
 }
 
@@ -431,7 +441,7 @@ int main(void) {
     to_qkv = packed(QKV, WIDTH);
     interleaved = packed(2 * WIDTH, WIDTH);
     vocabulary = packed(N_VOCAB, WIDTH);
-    CHECK(fb_page_pool_create(FB_F16, FB_F16, 3, 1, 1, HEAD_DIM, &pool) == FB_OK);
+    CHECK(fb_page_pool_create(FB_F16, FB_F16, 3, kv_layers, 1, &pool) == FB_OK);
     sweep("fb_program_create, small", create_small_program, -1);
     sweep("fb_program_create, large", create_large_program, -1);
     CHECK(make_program(N_TOKENS, &program) == FB_OK);

@@ -92,7 +92,7 @@ static void build(struct model *m) {
         attention->scale = 0.125f;
         add(m, FB_OP_LINEAR, HEADS_OUT, STREAM, w[1])->residual = STREAM;
         add(m, FB_OP_RMS_NORM, STREAM, NORMED, NULL);
-        add(m, FB_OP_LINEAR_SWIGLU, NORMED, MLP, w[2]);
+        add(m, FB_OP_LINEAR_GATED, NORMED, MLP, w[2])->activation = FB_ACTIVATION_SILU;
         add(m, FB_OP_LINEAR, MLP, STREAM, w[3])->residual = STREAM;
     }
     add(m, FB_OP_GATHER_OUTPUTS, STREAM, ENDS, NULL);
@@ -103,13 +103,16 @@ static void build(struct model *m) {
 static void run(const struct model *m, enum fb_isa isa, int32_t n_threads, enum fb_dtype k, enum fb_dtype v,
     int32_t piece, float *logits) {
     static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH}, pages[PAGES] = {1, 0};
+    const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0};
+    const struct fb_rope rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
+    const struct fb_kv_layer layer = {KV_HEADS, HEAD_DIM, HEAD_DIM}, layers[LAYERS] = {layer, layer};
     const struct fb_program_shape shape = {
-        sizeof shape, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, VOCABULARY, TOKENS, N_BUFFERS, 1.0f};
+        sizeof shape, LAYERS, VOCABULARY, TOKENS, N_BUFFERS, 1, &heads, 1, &rope};
     fb_program *program = NULL;
     fb_page_pool *pool = NULL;
-    CHECK_AT(fb_program_create(&shape, widths, m->frequencies, m->ops, m->n_ops, n_threads, isa, &program) == FB_OK,
+    CHECK_AT(fb_program_create(&shape, widths, m->ops, m->n_ops, n_threads, isa, &program) == FB_OK,
         "%s", fb_last_error());
-    CHECK(fb_page_pool_create(k, v, PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool) == FB_OK);
+    CHECK(fb_page_pool_create(k, v, PAGES, layers, LAYERS, &pool) == FB_OK);
     int32_t tokens[TOKENS], outputs[TOKENS];
     for (int32_t t = 0; t < TOKENS; t++) {
         tokens[t] = t * t % VOCABULARY;

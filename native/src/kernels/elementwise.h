@@ -63,6 +63,13 @@ static inline void weigh_16(f16x *x, const f16x *u) {
     *x = *x / (1.0f + e);
 }
 
+static inline void sigmoid_16(f16x *x, const float *numbers) {
+    (void)numbers;
+    const f16x u = *x;
+    *x = 1.0f - (f16x){0};
+    weigh_16(x, &u);
+}
+
 static inline void silu_16(f16x *x, const float *numbers) {
     (void)numbers;
     const f16x u = *x;
@@ -112,6 +119,11 @@ static inline void xielu_16(f16x *x, const float *numbers) {
     *x = e + b * *x;
 }
 
+static inline void plain_tanh_16(f16x *x, const float *numbers) {
+    (void)numbers;
+    tanh_16(x);
+}
+
 /* numbers: the factor of x, and the cap. */
 static inline void cap_16(f16x *x, const float *numbers) {
     *x = *x * numbers[0];
@@ -142,6 +154,8 @@ ELEMENTWISE(activate_relu, relu_16)
 ELEMENTWISE(activate_relu2, relu2_16)
 ELEMENTWISE(activate_clamp, clamp_16)
 ELEMENTWISE(activate_xielu, xielu_16)
+ELEMENTWISE(activate_sigmoid, sigmoid_16)
+ELEMENTWISE(activate_tanh, plain_tanh_16)
 ELEMENTWISE(apply_cap, cap_16)
 #undef ELEMENTWISE
 
@@ -185,5 +199,7 @@ static void layer_norm(const float *x, const float *weight, const float *bias, s
         [FB_ACTIVATION_RELU] = activate_relu,                                                                          \
         [FB_ACTIVATION_RELU2] = activate_relu2,                                                                        \
         [FB_ACTIVATION_CLAMP] = activate_clamp,                                                                        \
-        [FB_ACTIVATION_XIELU] = activate_xielu},                                                                       \
+        [FB_ACTIVATION_XIELU] = activate_xielu,                                                                        \
+        [FB_ACTIVATION_SIGMOID] = activate_sigmoid,                                                                    \
+        [FB_ACTIVATION_TANH] = activate_tanh},                                                                         \
     .soft_cap = soft_cap, .layer_norm = layer_norm

@@ -114,7 +114,8 @@ static enum fb_status check_linear(const struct fb_check *c) {
 /* Gate and up are interleaved by panels: the last panel of each half may hold padding rows. */
 static enum fb_status check_gated(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
-    FB_REQUIRE(c->op->activation > FB_ACTIVATION_NONE && c->op->activation <= FB_ACTIVATION_RELU2,
+    FB_REQUIRE(c->op->activation != FB_ACTIVATION_NONE && c->op->activation != FB_ACTIVATION_CLAMP &&
+                   c->op->activation != FB_ACTIVATION_XIELU,
         "op %d (linear_gated): activation %d is not one of a gate", c->index, (int)c->op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
         "op %d (linear_gated): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
@@ -278,7 +279,7 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     FB_REQUIRE(
         op->column == 0 || flags & (FB_COLUMNS | FB_FACTOR), "op %d: only linear and multiply take a column", i);
     FB_REQUIRE(op->limit >= 0.0f && isfinite(op->limit), "op %d: limit must be finite and not negative", i);
-    FB_REQUIRE((int)op->activation >= 0 && op->activation <= FB_ACTIVATION_XIELU, "op %d: activation %d is unknown", i,
+    FB_REQUIRE((int)op->activation >= 0 && (int)op->activation < FB_ACTIVATION_KINDS, "op %d: activation %d is unknown", i,
         (int)op->activation);
     FB_REQUIRE(!(flags & FB_HEADS) || (op->heads >= 0 && op->heads < s->n_geometries),
         "op %d: its heads are geometry %d of %d", i, op->heads, s->n_geometries);

@@ -30,6 +30,7 @@ from fabula.formats.checkpoint import DType, TensorInfo, TensorTable
 from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
 from fabula.formats.readfile import file_size, open_regular, parse_json_object, read_at, read_json_object
 from fabula.formats.tensor_names import canonical_names, is_head, is_leftover
+from fabula.formats.text_part import text_part
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -98,6 +99,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, config: dict[str, Any], shards: list[_Shard]) -> None:
         self.path = path
         self.format = "safetensors"
+        config = text_part(config)
         self.metadata: Mapping[str, Any] = {}
         self._files = [shard.file for shard in shards]
         self._places: dict[str, tuple[_Shard, _Entry]] = {}

@@ -23,6 +23,7 @@ from fabula._program import Op
 from fabula.errors import ModelFileError, ModelFileWarning
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 from fabula.formats.tensor_names import is_leftover
+from fabula.formats.text_part import is_of_another_part
 from fabula.models.description import Activation, Attention, HeadNorm, Norm, Temperature
 from fabula.models.packing import Packer, Packing, Part, Place
 from fabula.models.precision import Precision
@@ -35,7 +36,7 @@ EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD = 12, 13, 14, 15, 16
 ACTIVATIONS: Mapping[Activation | None, int] = {
-    None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7,
+    None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
 }  # fmt: skip
 # Flags of struct fb_op.
 HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK = 1, 2, 4, 16
@@ -162,7 +163,8 @@ class ProgramBuilder:
         """
         tensors = self.checkpoint.tensors
         names = tensors.all_names if isinstance(tensors, TensorTable) else tensors.keys()
-        unused = sorted(name for name in names - self._asked_for if name not in spare and not is_leftover(name))
+        expected = {name for name in names if name in spare or is_leftover(name) or is_of_another_part(name)}
+        unused = sorted(names - self._asked_for - expected)
         if unused:
             shown = ", ".join(name[:80] for name in unused[:_SHOWN]) + (", ..." if len(unused) > _SHOWN else "")
             warnings.warn(
@@ -313,7 +315,7 @@ class ProgramBuilder:
     def head_norm(self, qkv: int, heads: int, norm: HeadNorm, q_weight: F32, k_weight: F32 | None) -> None:
         """Norms of q and k heads in place; k_weight None in a layer without k."""
         flags = HEADS_LAYER_NORM * (norm.kind == "layer") | HEADS_WHOLE * (norm.weights == "row")
-        flags |= HEADS_VALUES * norm.values
+        flags |= HEADS_VALUES * (norm.values and k_weight is not None)
         vectors = [q_weight] * self.shares.n
         self._add(HEAD_NORM, input=qkv, heads=heads, vectors=vectors, vector2=k_weight, eps=norm.eps, flags=flags)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fabula.errors import ModelFileError, Unsupported
+from fabula.formats.text_part import LEFT_OUT
 from fabula.models.description import (
     Activation,
     Attention,
@@ -25,6 +26,7 @@ from fabula.models.description import (
     Mlp,
     ModelConfig,
     Norm,
+    Rope,
     Temperature,
 )
 
@@ -127,9 +129,11 @@ class Traits:
         no_rope: which layers have no rotation, by the layers' kinds.
         windowed: layers with `sliding_window`: "never"; "always": all, or those in `layer_types`; "switched": by
             `use_sliding_window` and `max_window_layers`, or by `layer_types`.
-        window: default of `sliding_window`.
+        window, max_window_layers: defaults of `sliding_window` and of `max_window_layers`, the layers below the first
+            with a window.
         kinds: default of `layer_types`.
-        norm: kind of all norms;  eps: its key and default;  norm_weighted, norm_biased, norm_offset: see `Norm`.
+        norm: kind of all norms;  eps: its key and default;  norm_weighted, norm_biased: see `Norm`;  norm_offset,
+            offset_final_norm: see `ModelConfig`.
         norms: before both halves, after, or both.
         parallel: "" or whether both halves share "one" norm or have "two".
         qk_norm: as in `HeadNorm.weights`; "" for none.  qk_norm_kind, qk_norm_rotated: see there.
@@ -147,6 +151,7 @@ class Traits:
     names: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
+    reads: Sequence[str] = ()
     context_length: int = 2048
     n_kv_heads: int | None = None
     head_dim: int | None = None
@@ -162,12 +167,14 @@ class Traits:
     no_rope: Callable[[ConfigReader, Sequence[str]], list[bool]] | None = None
     windowed: Literal["never", "always", "switched"] = "never"
     window: int | None = 4096
+    max_window_layers: int = 28
     kinds: Kinds | None = None
     norm: Literal["rms", "layer"] = "rms"
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     norm_weighted: bool = True
     norm_biased: bool = False
     norm_offset: float = 0.0
+    offset_final_norm: bool = True
     norms: Literal["pre", "post", "sandwich"] = "pre"
     parallel: Literal["", "one", "two"] = ""
     qk_norm: Literal["", "head", "heads", "row", "none"] = ""
@@ -207,7 +214,6 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu2": "relu2",
     "xielu": "xielu",
 }
-_MAX_WINDOW_LAYERS = 28  # default of `max_window_layers`: layers below the first with a window
 
 
 def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelConfig:
@@ -224,7 +230,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
             tokens, or experts.
     """
     read = ConfigReader(config, path, traits.names, traits.fields, traits.ignored)
-    refuse_unknown(read)
+    refuse_unknown(read, traits.reads)
     t = traits.adapt(read, traits) if traits.adapt else traits
     config = read.config
     n_layers = read.integer("num_hidden_layers", 1, _MAX_LAYERS)
@@ -298,6 +304,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         final_norm=norm,
         interleaved=t.interleaved,
         norm_offset=t.norm_offset,
+        offset_final_norm=t.offset_final_norm,
         embedding_scale=t.embedding_scale,
         n_positions=context_length if t.learned_positions else 0,
         logit_scale=t.logit_scale,
@@ -305,6 +312,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         head_bias=t.head_bias,
         qkv=t.qkv,
         transposed=t.transposed,
+        left_out=tuple(config.get(LEFT_OUT, ())),
         base=any(name.endswith("Model") and "For" not in name for name in _architectures(read)),
     )
     return t.finish(read, found) if t.finish else found
@@ -334,7 +342,7 @@ def _activation(read: ConfigReader, key: str, default: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def refuse_unknown(read: ConfigReader) -> None:
+def refuse_unknown(read: ConfigReader, reads: Sequence[str] = ()) -> None:
     """Refuses what transformers would follow in a decoder of any family and Fabula does not compute."""
     config = read.config
 
@@ -343,11 +351,11 @@ def refuse_unknown(read: ConfigReader) -> None:
 
     if not config.get("is_causal", True):
         raise refuse("is_causal", "every token would attend to later ones too; Fabula's attention is causal")
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and "per_layer_config" not in reads:
         raise refuse("per_layer_config", "layers that differ from each other are not offered")
     if config.get("kv_sharing_modes"):
         raise refuse("kv_sharing_modes", "layers that share keys and values are not offered")
-    if config.get("attention_chunk_size") is not None:
+    if config.get("attention_chunk_size") is not None and "attention_chunk_size" not in reads:
         raise refuse("attention_chunk_size", "attention in chunks is not offered")
     if config.get("transformers_weights") is not None:
         raise refuse("transformers_weights", "weights are read from model.safetensors or its shards only")
@@ -367,9 +375,6 @@ def _architectures(read: ConfigReader) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise read.error("architectures", f"is {_shown(names)}, must be a list of names")
     return names
-
-
-Rope = Mapping[str, Any]
 
 
 def _ropes(
@@ -468,7 +473,7 @@ _OLD_LAYER_TYPES = {"attention": "full_attention"}  # older name: name; see tran
 
 def _windows(read: ConfigReader, n_layers: int, t: Traits, context_length: int) -> tuple[list[str], tuple[int, ...]]:
     """Each layer's kind, and its window; 0 for none."""
-    kinds = _layer_types(read, n_layers)
+    kinds = _layer_types(read, n_layers, "attention_chunk_size" in t.reads)
     listed = kinds is not None
     if kinds is None and t.kinds is not None:
         kinds = t.kinds(read, n_layers)
@@ -487,20 +492,23 @@ def _windows(read: ConfigReader, n_layers: int, t: Traits, context_length: int) 
         if "sliding_attention" in kinds and (window is None or t.windowed == "never"):
             key = "layer_types" if listed else "sliding_window"
             raise read.error(key, "names sliding_attention, but no sliding_window is set for this family")
-        return kinds, tuple(window or 0 if kind == "sliding_attention" else 0 for kind in kinds)
+        sizes = {"sliding_attention": window or 0}
+        if "chunked_attention" in kinds:
+            sizes["chunked_attention"] = read.integer("attention_chunk_size", 1, _MAX_CONTEXT, 8192)
+        return kinds, tuple(sizes.get(kind, 0) for kind in kinds)
     if window is None or t.windowed == "never":
         return ["full_attention"] * n_layers, (0,) * n_layers
-    first = read.integer("max_window_layers", 0, _MAX_LAYERS, _MAX_WINDOW_LAYERS) if t.windowed == "switched" else 0
+    first = read.integer("max_window_layers", 0, _MAX_LAYERS, t.max_window_layers) if t.windowed == "switched" else 0
     windows = tuple(window if layer >= first else 0 for layer in range(n_layers))
     return ["sliding_attention" if window else "full_attention" for window in windows], windows
 
 
-def _layer_types(read: ConfigReader, n_layers: int) -> list[str] | None:
+def _layer_types(read: ConfigReader, n_layers: int, reads_chunks: bool) -> list[str] | None:
     """`layer_types`, checked; None where the config has none."""
     kinds = read.config.get("layer_types")
     if kinds is None:
         return None
-    known = ("full_attention", "sliding_attention")
+    known = ("full_attention", "sliding_attention", *(["chunked_attention"] if reads_chunks else []))
     kinds = [_OLD_LAYER_TYPES.get(str(kind), str(kind)) for kind in kinds] if isinstance(kinds, list) else []
     if len(kinds) != n_layers or any(kind not in known for kind in kinds):
         raise read.error("layer_types", f"must list {' or '.join(known)} for each of {n_layers} layers")

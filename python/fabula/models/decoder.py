@@ -64,12 +64,21 @@ class _Emitter:
         b, c, s = self.b, self.c, self.s
         embedding = b.matrix("model.embed_tokens.weight", whole(c.vocab_size, s.n), s.hidden)
         b.embed(embedding, self.x, scale=c.embedding_scale)
+        if c.embedding_norm:
+            self.emit_norm("model.embed_norm", c.embedding_norm, self.x, self.h)
+            b.scale(self.h, self.x, 1.0)
         if c.n_positions:
             positions = b.matrix("model.embed_positions.weight", whole(c.n_positions, s.n), s.hidden)
             b.embed_position(positions, self.h)
             b.add(self.x, self.x, self.h)
+        if c.n_per_layer:
+            self.emit_per_layer_embeddings()
         for i, layer in enumerate(c.layers):
             self.emit_layer(f"model.layers.{i}.", layer)
+            if layer.n_per_layer:
+                self.emit_per_layer(i, layer)
+            if layer.scaled:
+                b.scale(self.x, self.x, b.scalar(f"model.layers.{i}.layer_scalar"))
         wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
         b.gather_outputs(self.x, wanted)
         self.emit_norm("model.norm", c.final_norm, wanted, normed)
@@ -81,7 +90,15 @@ class _Emitter:
         )
         bias = b.joined(["lm_head.bias"], [s.vocabulary]) if c.head_bias else None
         b.logits(normed, head, bias=bias, scale=c.logit_scale, cap=c.logit_cap)
-        b.warn_of_unused({"lm_head.weight"} if c.tied else ())
+        b.warn_of_unused(self.redundant())
+
+    def redundant(self) -> set[str]:
+        """Tensors that files have and nothing uses: the head of a tied model, projections of layers that reuse KV."""
+        names = {"lm_head.weight"} if self.c.tied else set()
+        for i, layer in enumerate(self.c.layers):
+            if not layer.attention.writes:
+                names |= {f"model.layers.{i}.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")}
+        return names
 
     def emit_layer(self, prefix: str, layer: Layer) -> None:
         x, h = self.x, self.h
@@ -104,6 +121,33 @@ class _Emitter:
         source = self.emit_norm(between, layer.before_mlp, x, h)
         inner = self.emit_mlp(mlp, layer.mlp, source)
         self.emit_down(mlp, layer, inner, prefix + "post_mlp_layernorm")
+
+    # ---- Per-layer embeddings ---------------------------------------------------------------------------------------
+
+    def emit_per_layer_embeddings(self) -> None:
+        """A second embedding, of `n_per_layer` numbers for each layer, mixed with a projection of the first."""
+        b, c, s = self.b, self.c, self.s
+        width = whole(c.n_layers * c.n_per_layer, s.n)
+        self.per_layer, projected, normed = b.buffer(width), b.buffer(width), b.buffer(width)
+        table = b.matrix("model.embed_tokens_per_layer.weight", whole(c.vocab_size, s.n), width)
+        b.embed(table, self.per_layer, scale=c.n_per_layer**0.5)
+        projection = b.matrix("model.per_layer_model_projection.weight", width, s.hidden)
+        b.linear(self.x, projected, [projection], scale=c.hidden_size**-0.5)
+        weight = b.vector("model.per_layer_projection_norm.weight", c.n_per_layer)
+        b.norm(projected, normed, Norm("rms", c.rms_norm_eps), weight)
+        b.add(self.per_layer, self.per_layer, normed, scale=2**-0.5)
+
+    def emit_per_layer(self, i: int, layer: Layer) -> None:
+        """x += norm(projection(activation(gate(x)) * this layer's part of the per-layer embeddings))."""
+        b, c, s = self.b, self.c, self.s
+        prefix, axis = f"model.layers.{i}.", whole(layer.n_per_layer, s.n)
+        gate, y = self.scratch("per_layer_gate", axis), self.scratch("y", s.hidden)
+        weights = b.matrix(prefix + "per_layer_input_gate.weight", axis, s.hidden)
+        b.linear(self.x, gate, [weights], activation=layer.mlp.activation)
+        b.multiply(gate, gate, self.per_layer, column=i * layer.n_per_layer)
+        b.linear(gate, y, [b.matrix(prefix + "per_layer_projection.weight", s.hidden, axis)])
+        weight = b.vector(prefix + "post_per_layer_input_norm.weight", c.hidden_size)
+        b.norm(y, self.x, Norm("rms", c.rms_norm_eps), weight, residual=self.x)
 
     # ---- Norms and residuals ----------------------------------------------------------------------------------------
 
@@ -157,6 +201,11 @@ class _Emitter:
         if a.writes:
             b.kv_write(qkv, heads, a.kv)
         b.attention(qkv, attended, heads, a)
+        if a.gated:
+            axis = s.heads(a.n_heads, a.v_dim)
+            gate = self.scratch("gate", axis)
+            b.linear(source, gate, [b.matrix(prefix + "gate_proj.weight", axis, s.hidden)], activation="sigmoid")
+            b.multiply(attended, attended, gate)
         return attended
 
     def emit_head_norm(self, prefix: str, a: Attention, norm: HeadNorm, qkv: int, heads: int) -> None:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from fabula._native import KvLayer
 from fabula._program import Heads
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid"]
+Rope = Mapping[str, Any]  # theta and scaling of one rope table; see models/rope.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +159,13 @@ class ModelConfig:
         qkv, transposed: how tensors are stored; see `Traits`.
         interleaved: whether rotated pairs are neighbors (2i, 2i + 1) in the checkpoint, not halves of a head.
         norm_offset: what the family adds to stored norm weights (files in GGUF contain it already).
+        offset_final_norm: whether that holds for the final norm, too.
         final_norm: before the head.
         embedding_scale: factor on embeddings;  n_positions: rows of the learned position embedding, 0 for none.
         logit_scale: factor on logits;  logit_cap: soft cap, 0 for none;  head_bias: whether the head has one.
-        n_per_layer: width of per-layer embeddings, 0 for none;  per_layer_vocab_size: rows of their table.
+        n_per_layer: width of per-layer embeddings, 0 for none.
+        embedding_norm: of the embeddings.
+        normalized_head: whether each row of the head is divided by its length.
         left_out: parts of a multimodal checkpoint that are not loaded, such as "vision".
     """
 
@@ -175,26 +179,28 @@ class ModelConfig:
     vocab_size: int
     context_length: int
     rms_norm_eps: float
-    rope: Mapping[str, Any]
+    rope: Rope
     windows: tuple[int, ...]
     tied: bool
     attention_bias: bool
     output_bias: bool
     mlp_bias: bool
     layers: tuple[Layer, ...]
-    ropes: tuple[tuple[Mapping[str, Any], int], ...]
+    ropes: tuple[tuple[Rope, int], ...]
     final_norm: Norm
     qkv: str = "stacked"
     transposed: bool = False
     interleaved: bool = False
     norm_offset: float = 0.0
+    offset_final_norm: bool = True
     embedding_scale: float = 1.0
     n_positions: int = 0
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     head_bias: bool = False
     n_per_layer: int = 0
-    per_layer_vocab_size: int = 0
+    embedding_norm: Norm | None = None
+    normalized_head: bool = False
     left_out: tuple[str, ...] = ()
     base: bool = False
 
@@ -245,6 +251,7 @@ class ModelConfig:
             "learned positions": self.n_positions > 0,
             "a bias of the head": self.head_bias,
             "per-layer embeddings": self.n_per_layer > 0,
+            "a norm of embeddings": self.embedding_norm is not None,
             "an output gate": a.gated,
             "clipped q, k and v": a.qkv_clip > 0,
         }

@@ -20,6 +20,7 @@ from fabula.formats.open import gguf_files, has_safetensors, open_checkpoint
 from fabula.formats.quantized import refuse_quantized
 from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import ADAPTER_FILE, CONFIG_FILE, MAX_CONFIG_BYTES
+from fabula.formats.text_part import text_part
 from fabula.models.builder import F32, ProgramBuilder
 from fabula.models.decoder import emit_decoder
 from fabula.models.description import ModelConfig
@@ -95,7 +96,7 @@ class _Checker(ProgramBuilder):
 
     def scalar(self, name: str) -> float:
         self._check_scalar(name)
-        return 0.0
+        return 1.0
 
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> list[Weight]:
         del dtype, columns, parts
@@ -115,7 +116,7 @@ def _refuse_family(path: Path) -> None:
     if not config_file.is_file() or (path / ADAPTER_FILE).exists():
         return
     if has_safetensors(path) or not gguf_files(path):
-        config = read_json_object(config_file, max_bytes=MAX_CONFIG_BYTES)
+        config = text_part(read_json_object(config_file, max_bytes=MAX_CONFIG_BYTES))
         refuse_quantized(config, path)
         if isinstance(config.get("model_type"), str):
             family_of(config, path)

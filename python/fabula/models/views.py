@@ -40,6 +40,7 @@ class View:
         transposed: whether the source is [columns, rows].
         flat: whether the result is a vector.
         offset: added to each number; the result is f32.
+        normalized: whether each row is divided by its length; the result is f32.
     """
 
     sources: tuple[str, ...]
@@ -48,6 +49,7 @@ class View:
     transposed: bool = False
     flat: bool = False
     offset: float = 0.0
+    normalized: bool = False
 
 
 class ViewedCheckpoint:
@@ -99,7 +101,7 @@ class ViewedCheckpoint:
             )
         taken = n_rows if view.rows is None else len(view.rows)
         shape = (taken, *shape[1:])
-        if view.offset:
+        if view.offset or view.normalized:
             return TensorInfo(name, DType.F32, shape, 4 * int(np.prod(shape)))
         size, n_bytes = _native.dtype_block(first.dtype)
         return TensorInfo(name, first.dtype, shape, int(np.prod(shape)) // size * n_bytes)
@@ -127,6 +129,11 @@ class ViewedCheckpoint:
         if view.offset:
             numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
             return (numbers + np.float32(view.offset)).view(np.uint8)
+        if view.normalized:
+            shape = infos[0].shape
+            matrix = _native.dequantize(infos[0].dtype, found, int(np.prod(shape))).reshape(shape)
+            lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
+            return np.asarray(matrix / lengths, np.float32).reshape(-1).view(np.uint8)
         return found
 
     def close(self) -> None:
@@ -166,7 +173,10 @@ class _Views:
                 self._add(f"{prefix}{name}.weight", [f"{prefix}{name}.weight"], transposed=self._transposed)
             for name in _NORMS:
                 self._shift(f"{prefix}{name}.weight")
-        self._shift("model.norm.weight")
+        if c.offset_final_norm:
+            self._shift("model.norm.weight")
+        if c.normalized_head:
+            self._add("lm_head.weight", ["lm_head.weight"], normalized=True)
 
     def _add(
         self, name: str, sources: Sequence[str], rows: Rows | None = None, *, transposed: bool = False, **rest: Any

@@ -11,6 +11,9 @@ enum { WIDTH = 256, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 64, INNER = 250, LAYERS 
 enum { QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, MOST_OPS = 1 + 12 * LAYERS + 3 };
 enum { STREAM, NORMED, HEADS_IN, HEADS_OUT, MLP, ENDS, ENDS_NORMED, N_BUFFERS };
 
+static const struct fb_kv_layer kv_layers[LAYERS] = {
+    {KV_HEADS, HEAD_DIM, HEAD_DIM}, {KV_HEADS, HEAD_DIM, HEAD_DIM}};
+
 struct model {
     fb_weight *weights[2 + 6 * LAYERS];
     int32_t n_weights, n_ops;
@@ -93,15 +96,17 @@ static void add_layer(struct model *m, int32_t layer) {
     op->window = layer ? 40 : 0;
     add(m, FB_OP_LINEAR, HEADS_OUT, STREAM, matrix(m, of[2], WIDTH, WIDTH, false))->residual = STREAM;
     add(m, FB_OP_RMS_NORM, STREAM, NORMED, NULL);
-    add(m, FB_OP_LINEAR_SWIGLU, NORMED, MLP, matrix(m, of[3], INNER, WIDTH, true));
+    add(m, FB_OP_LINEAR_GATED, NORMED, MLP, matrix(m, of[3], INNER, WIDTH, true))->activation = FB_ACTIVATION_SILU;
     add(m, FB_OP_LINEAR, MLP, STREAM, matrix(m, layer ? FB_F32 : FB_F16, WIDTH, INNER, false))->residual = STREAM;
 }
 
 struct model *model_create(fb_device *device) {
     static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH, WIDTH};
-    const struct fb_program_shape shape = {
-        sizeof shape, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, MODEL_VOCABULARY, MODEL_TOKENS, N_BUFFERS, 1.0f};
+    static const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0};
     struct model *m = calloc(1, sizeof *m);
+    const struct fb_rope rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
+    const struct fb_program_shape shape = {
+        sizeof shape, LAYERS, MODEL_VOCABULARY, MODEL_TOKENS, N_BUFFERS, 1, &heads, 1, &rope};
     m->device = device;
     state = 1;
     fill(m->norm, WIDTH, 1.0f);
@@ -120,8 +125,7 @@ struct model *model_create(fb_device *device) {
     for (int32_t i = 0; device && status == FB_OK && i < m->n_weights; i++)
         status = fb_weight_move(m->weights[i], device);
     if (status == FB_OK)
-        status = fb_program_create_on(
-            device, &shape, widths, m->frequencies, m->ops, m->n_ops, 1, FB_ISA_AUTO, &m->program);
+        status = fb_program_create_on(device, &shape, widths, m->ops, m->n_ops, 1, FB_ISA_AUTO, &m->program);
     if (status == FB_OK) return m;
     CHECK_AT(status == FB_DEVICE_FAILED || status == FB_DEVICE_MEMORY, "%d, %s", status, fb_last_error());
     model_free(m);
@@ -142,7 +146,7 @@ fb_program *model_program(const struct model *m) {
 
 fb_page_pool *model_pool(const struct model *m, int32_t n_pages) {
     fb_page_pool *pool = NULL;
-    CHECK_AT(fb_page_pool_create_on(m->device, FB_F32, FB_F32, n_pages, LAYERS, KV_HEADS, HEAD_DIM, &pool) == FB_OK,
+    CHECK_AT(fb_page_pool_create_on(m->device, FB_F32, FB_F32, n_pages, kv_layers, LAYERS, &pool) == FB_OK,
         "%s", fb_last_error());
     const size_t n_bytes = fb_page_bytes(pool);
     float *page = malloc(n_bytes);
@@ -272,9 +276,9 @@ int model_compare(
     static const int32_t pages[5][3] = {{5, 3, 4}, {9, 8, 7}, {2, 0, 1}, {12, 11, 10}, {14, 15, 16}};
     fb_page_pool *pool = NULL;
     fb_page_pool *pool_there = NULL;
-    CHECK(fb_page_pool_create(k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool) == FB_OK);
+    CHECK(fb_page_pool_create(k, v, MODEL_PAGES, kv_layers, LAYERS, &pool) == FB_OK);
     CHECK_AT(
-        fb_page_pool_create_on(on_device->device, k, v, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool_there) == FB_OK,
+        fb_page_pool_create_on(on_device->device, k, v, MODEL_PAGES, kv_layers, LAYERS, &pool_there) == FB_OK,
         "%s", fb_last_error());
     const struct fb_sequence whole = {pages[0], 3, 0, 0, 0, 0}, again = {pages[1], 3, 0, 0, 0, 0};
     const struct fb_sequence slides = {pages[2], 3, 0, 0, 30, 4}, slides_too = {pages[3], 3, 0, 0, 30, 4};
@@ -327,7 +331,7 @@ int model_compare(
 enum fb_status model_step(const struct model *m, float logits[MODEL_VOCABULARY]) {
     const int32_t page = 1, token = 3, output = 0;
     fb_page_pool *pool = NULL;
-    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, kv_layers, LAYERS, &pool);
     const struct fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
     const struct fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1};
     if (status == FB_OK) status = fb_program_run(m->program, pool, &batch, logits, MODEL_VOCABULARY);
@@ -341,7 +345,7 @@ enum fb_status model_draw(const struct model *m, int32_t *token, float *logprob)
     float scratch[MODEL_VOCABULARY];
     double seconds;
     fb_page_pool *pool = NULL;
-    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, kv_layers, LAYERS, &pool);
     const struct fb_sampling settings = settings_of(2);
     struct fb_draw draw = {.sequence = {&page, 1, 0, 3, 0, 0},
         .n_steps = 1,
@@ -364,7 +368,7 @@ enum fb_status model_prompt(const struct model *m, int32_t n_tokens, float logit
         tokens[t] = (t * t + 5 * t) % MODEL_VOCABULARY;
     fb_page_pool *pool = NULL;
     enum fb_status status = fb_page_pool_create_on(
-        m->device, FB_F16, FB_F16, MODEL_PAGES, LAYERS, KV_HEADS, HEAD_DIM, &pool);
+        m->device, FB_F16, FB_F16, MODEL_PAGES, kv_layers, LAYERS, &pool);
     const int32_t output = n_tokens - 1;
     const struct fb_sequence sequence = {pages, (n_tokens - 1) / FB_PAGE_POSITIONS + 1, 0, n_tokens, 0, 0};
     const struct fb_batch batch = {sizeof batch, n_tokens, tokens, &sequence, 1, &output, 1};
