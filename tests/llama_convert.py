@@ -45,7 +45,7 @@ def convert(folder: Path, out: Path) -> None:
     if config["model_type"].startswith("gemma3"):  # its embedding is cut to the vocabulary's tokens
         tokens = {"model": {"vocab": {f"t{i}": i for i in range(n_vocab)}}, "added_tokens": []}
         (folder / "tokenizer.json").write_text(json.dumps(tokens))
-    kind(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams).write()
+    kind(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams, model_name="tiny").write()
 
 
 def main(source: str, *paths: str) -> None:

@@ -272,9 +272,7 @@ def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:
 # ---- Rope ---------------------------------------------------------------------------------------------
 
 
-def _rope_scaling(
-    file: Source, keys: Keys, arch: str, row: Architecture, head_dim: int
-) -> dict[str, Any] | None:
+def _rope_scaling(file: Source, keys: Keys, arch: str, row: Architecture, head_dim: int) -> dict[str, Any] | None:
     """The `rope_scaling` of config.json; None without scaling.
 
     Llama 3's scaling is stored as a tensor of one divisor per rotated pair. config.json has no name for that, so we use
@@ -301,9 +299,7 @@ def _rope_scaling(
         raise Unsupported(f"{file.path}: tensor {lists[0]!r}: without {prefix}.type 'longrope'")
     if ROPE_FREQS in file.tensors:
         if not row.factors:
-            raise Unsupported(
-                f"{file.path}: tensor {ROPE_FREQS!r}: is not part of models of architecture {arch!r}"
-            )
+            raise Unsupported(f"{file.path}: tensor {ROPE_FREQS!r}: is not part of models of architecture {arch!r}")
         if kind == "yarn" or factor != 1.0:
             raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)} beside {ROPE_FREQS}: one of them only")
         return _pair_factors(_factors(file, ROPE_FREQS, head_dim), attention)

@@ -127,7 +127,7 @@ class Architecture:
 # ---- What only a file decides ---------------------------------------------------------------------------------------
 
 
-def _llama(f: Facts, config: Config) -> None:
+def _llama(_: Facts, config: Config) -> None:
     """A llama with windows is a mistral. Its biases are refused by gguf_names.py, as mistral has none."""
     if config.get("sliding_window"):
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -141,9 +141,7 @@ def _mistral3(f: Facts, config: Config) -> None:
     beta = f.number("attention.temperature_scale", 0.0, zero=0.0)
     if not beta:
         return
-    original = f.keys.integer(
-        f.key("rope.scaling.original_context_length"), config["max_position_embeddings"], low=1
-    )
+    original = f.keys.integer(f.key("rope.scaling.original_context_length"), config["max_position_embeddings"], low=1)
     scaling = config["rope_scaling"] or {"rope_type": "default"}
     config["rope_scaling"] = {
         **scaling, "original_max_position_embeddings": original, "llama_4_scaling_beta": beta,
@@ -179,7 +177,7 @@ def _minicpm(f: Facts, config: Config) -> None:
     }
 
 
-def _baichuan(f: Facts, config: Config) -> None:
+def _baichuan(f: Facts, _: Config) -> None:
     """Only the 7B model, known by its number of layers, has rotations."""
     if f.n_layers != 32:
         raise f.keys.unsupported(
@@ -232,7 +230,7 @@ def _olmo2(f: Facts, config: Config) -> None:
     }
 
 
-def _phi3(f: Facts, config: Config) -> None:
+def _phi3(_: Facts, config: Config) -> None:
     if (scaling := config["rope_scaling"]) is not None:
         config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
 
@@ -268,7 +266,7 @@ def _falcon(f: Facts, config: Config) -> None:
     }
 
 
-def _apertus(f: Facts, config: Config) -> None:
+def _apertus(f: Facts, _: Config) -> None:
     """The numbers of xIELU are keys of their own; see gguf_names.py."""
     for name in XIELU:
         value = f.keys.metadata.get(f"xielu.{name}")
@@ -282,13 +280,13 @@ def _apertus(f: Facts, config: Config) -> None:
 
 XIELU = ("alpha_n", "alpha_p", "beta", "eps")
 
-_GEMMA2 = {
+_GEMMA2: dict[str, Any] = {
     "layer": (*USUAL, *POST),
     "names": POST | {"ffn_norm": "post_attention_layernorm"},
     "biases": {"attention_bias": ATTENTION},
     "silu": False,
 }
-_GLM: Mapping[str, Any] = {
+_GLM: dict[str, Any] = {
     "names": {"ffn_up": "mlp.gate_up_proj"},
     "biases": {"attention_bias": ("attn_qkv", *QKV)},
     "rotated": True,
@@ -427,7 +425,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="starcoder2", model_class="Starcoder2ForCausalLM", **_LAYER_NORM, eps="norm_epsilon",
         layer=("attn_norm", *ATTENTION, "ffn_norm", *PLAIN_MLP), biases={"use_bias": (*ATTENTION, *PLAIN_MLP)},
     ),
-    # transformers and the model itself have the exact GELU; llama.cpp takes the approximation with tanh, here and below.
+    # transformers has the exact GELU; llama.cpp takes the approximation with tanh, here and in gptneox.
     "falcon": Architecture(
         model_type="falcon", model_class="FalconForCausalLM", **_LAYER_NORM, eps="layer_norm_epsilon",
         layer=("attn_norm", "attn_norm_2", "attn_qkv", "attn_output", *PLAIN_MLP),

@@ -2,7 +2,7 @@
 
     blk.3.attn_q.weight           ->  model.layers.3.self_attn.q_proj.weight   (see _TENSORS, _LAYER)
 
-The names are those of formats/tensor_names.py, which models/ takes for every family; a row of gguf_families.py has those
+The names are those of formats/tensor_names.py, which models/ takes for every family; gguf_families.py has those
 that an architecture calls otherwise. Fused tensors stay fused: `attn_qkv` is `qkv_proj`, and a doubled `ffn_up`
 `gate_up_proj`.
 
@@ -144,16 +144,37 @@ def permute_rows(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
 
 
-def gguf_name(name: str, row: Architecture | None = None) -> str | None:
-    """The GGUF name of a tensor, which may differ in an architecture; None if it has none."""
+def gguf_name(name: str) -> str | None:
+    """The GGUF name of a tensor, as most architectures have it; None if it has none."""
     if name in _GGUF_NAMES:
         return _GGUF_NAMES[name]
     match = _HF_LAYER_TENSOR.fullmatch(name)
-    if match is None:
-        return None
-    names = _GGUF_NAMES if row is None else _GGUF_NAMES | {theirs: ours for ours, theirs in row.names.items()}
-    part = names.get(match[2])
-    return None if part is None else f"blk.{match[1]}.{part}.{match[3]}"
+    part = None if match is None else _GGUF_NAMES.get(match[2])
+    return None if match is None or part is None else f"blk.{match[1]}.{part}.{match[3]}"
+
+
+def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | None:
+    """The name that models/ knows a GGUF tensor by; None if there is none. A name of that kind is returned as it is.
+
+    Args:
+        name: of the tensor.
+        arch: architecture of the file.
+        two_norms: whether it is a Falcon with two norms a layer, the second of which is that of attention.
+    """
+    row = ARCHITECTURES[arch]
+    if name in _TENSORS:
+        return _TENSORS[name]
+    if match := _LAYER_TENSOR.fullmatch(name):
+        part, kind = match[2], match[3]
+        if part not in row.names and part not in _LAYER:
+            return None
+        found = row.names.get(part, _LAYER.get(part, ""))
+        if two_norms:
+            found = {"attn_norm": _LAYER["attn_norm_2"], "attn_norm_2": _LAYER["attn_norm"]}.get(part, found)
+        return f"model.layers.{match[1]}.{found}" + ("" if part == "layer_output_scale" else f".{kind}")
+    if match := _HF_LAYER_TENSOR.fullmatch(name):
+        return name if match[2] in {*_LAYER.values(), *row.names.values()} else None
+    return name if name in _TENSORS.values() else None
 
 
 # ---- Tensors ------------------------------------------------------------------------------------------
@@ -220,7 +241,11 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
     """Refuses a tensor that the program of this config does not use, as llama.cpp does."""
     arch = file.metadata["general.architecture"]
     if tensor.name in _TENSORS:
-        wanted = {"output_norm.bias": row.norm_bias, "output.bias": row.head_bias, "position_embd.weight": row.positions}
+        wanted = {
+            "output_norm.bias": row.norm_bias,
+            "output.bias": row.head_bias,
+            "position_embd.weight": row.positions,
+        }
         if wanted.get(tensor.name, True):
             return _TENSORS[tensor.name]
     match = _LAYER_TENSOR.fullmatch(tensor.name)
@@ -236,15 +261,13 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
     allowed = part in row.layer
     if match[3] == "bias":
         allowed = allowed and (part in biased or (row.norm_bias and part in _NORMS))
-    if not allowed:
+    name = canonical_name(tensor.name, str(arch), two_norms=config.get("num_ln_in_parallel_attn") == 2)
+    if not allowed or name is None:
         window = " with a window" if is_mistral else ""
         raise Unsupported(
             f"{file.path}: tensor {shown(tensor.name)}: is not part of models of architecture {arch!r}{window}"
         )
-    name = row.names.get(part, _LAYER.get(part, ""))
-    if arch == "falcon" and config["num_ln_in_parallel_attn"] == 2:  # the second norm is that of attention
-        name = {"attn_norm": _LAYER["attn_norm_2"], "attn_norm_2": _LAYER["attn_norm"]}.get(part, name)
-    return f"model.layers.{match[1]}.{name}.{match[3]}"
+    return name
 
 
 def _is_permuted(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> bool:
