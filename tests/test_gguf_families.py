@@ -118,7 +118,7 @@ CUTS: Mapping[str, Cut] = {
     "olmo2": Cut("olmo2", {"attention_bias": False}),
     "olmo2-biased": Cut("olmo2", peer=_NO_BIAS),
     "olmo3": Cut("olmo3"),
-    "glm": Cut("glm", {"hidden_size": 240, "head_dim": 40}),
+    "glm": Cut("glm", {"hidden_size": 240, "head_dim": 40, "rms_norm_eps": 1e-5}),
     "glm-wide": Cut("glm", peer="llama.cpp wants whole heads", converted="it drops head_dim"),
     "glm4": Cut("glm4"),
     "exaone4": Cut("exaone4-full"),

@@ -60,7 +60,7 @@ def refuse_losses(path: Path, config: ModelConfig, metadata: Mapping[str, Any], 
     plain = {key: _plain(value) for key, value in metadata.items()}
     written = config_of(cast(Source, _Written(path, plain, tensors)))
     again = family_of(written, path).read(written, path)
-    if difference := next(_differences(config, again, path), None):
+    if difference := next(differences(config, again, path), None):
         what, ours, theirs = difference
         raise Unsupported(
             f"{path}: GGUF has no key for this in architecture {arch!r}: {what} is {ours}, and would be read as"
@@ -75,7 +75,8 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _differences(a: ModelConfig, b: ModelConfig, path: Path) -> Iterator[tuple[str, object, object]]:
+def differences(a: ModelConfig, b: ModelConfig, path: Path) -> Iterator[tuple[str, object, object]]:
+    """What two models compute differently, by its name, with the value of each. Biases are not compared."""
     for name in _COMPARED:
         yield from _differing(name, getattr(a, name), getattr(b, name))
     yield from _differing("windows", *(tuple(_window(window, c) for window in c.windows) for c in (a, b)))

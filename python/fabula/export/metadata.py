@@ -245,7 +245,8 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
         return any(name.endswith(f"{part}.bias") for name in names)
 
     problems = {
-        "Llama 3's scaling of positions": not ARCHITECTURES[arch].factors and ROPE_FREQS in names,
+        "Llama 3's scaling of positions": ROPE_FREQS in names
+        and (arch in ("qwen2", "qwen3") or not ARCHITECTURES[arch].factors),
         "a bias of attn_output": arch in without_output_bias and biased("attn_output"),
         "a bias of attn_qkv": arch == "falcon" and biased("attn_qkv"),
         "biases of the MLP": arch in without_mlp_bias and biased("ffn_up"),

@@ -64,6 +64,8 @@ class Facts:
         return any(name.startswith("blk.") and name.split(".")[2:] == [part, "weight"] for name in self.tensors)
 
     def number(self, name: str, default: float | None, *, zero: float | None = None) -> float:
+        if zero is not None and self.keys.metadata.get(self.key(name)) == 0:
+            return zero
         return self.keys.positive(self.key(name), default, zero=zero)
 
 
@@ -95,7 +97,8 @@ class Architecture:
         eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
         silu: whether the MLP is a gated SiLU.
         rotated: whether a part of each head may be rotated.
-        factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length.
+        factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length. (Qwen has
+            such files from `fabula quantize` only.)
         scalings: types of rope scaling.
         windows: None for none.
         fields: keys of config.json that stand in place of the usual ones.
@@ -301,10 +304,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
         windows=Windows(), finish=_llama,
     ),
-    "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}),
+    "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}, factors=True),
     "qwen3": Architecture(
         model_type="qwen3", model_class="Qwen3ForCausalLM", layer=(*USUAL, *HEAD_NORMS),
-        biases={"attention_bias": ATTENTION},
+        biases={"attention_bias": ATTENTION}, factors=True,
     ),
     # llama with more YaRN keys, and Ministral 3.
     "mistral3": Architecture(
