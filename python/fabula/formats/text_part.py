@@ -38,6 +38,7 @@ _PARTS = {"vision_config": "vision", "audio_config": "audio"}
 # Tensors of those parts, under any prefix.
 _OTHER_TENSORS = (
     *("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "embed_vision.", "vision_adapter."),
+    *("vision_projection.",),
     *("audio_tower.", "embed_audio.", "vision_embed_tokens.", "mm_projector.", "vision_projector."),
 )
 

@@ -131,7 +131,7 @@ class Traits:
             `use_sliding_window` and `max_window_layers`, or by `layer_types`.
         window, max_window_layers: defaults of `sliding_window` and of `max_window_layers`, the layers below the first
             with a window.
-        kinds: default of `layer_types`.
+        kinds: default of `layer_types`;  lists_kinds: whether they may differ.
         norm: kind of all norms;  eps: its key and default;  norm_weighted, norm_biased: see `Norm`;  norm_offset,
             offset_final_norm: see `ModelConfig`.
         norms: before both halves, after, or both.
@@ -169,6 +169,7 @@ class Traits:
     window: int | None = 4096
     max_window_layers: int = 28
     kinds: Kinds | None = None
+    lists_kinds: bool = True
     norm: Literal["rms", "layer"] = "rms"
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     norm_weighted: bool = True
@@ -435,7 +436,12 @@ def _ropes_by_kind(read: ConfigReader, t: Traits) -> dict[str, Rope]:
             f"{read.path}: config 'rope_parameters' has {_shown(flat[0])} for all layers: this family has ropes for"
             " sliding_attention and full_attention"
         )
-    full = {**(nested.get("full_attention") or {}), **_rope_object(read, "rope_scaling")}
+    scaling = _rope_object(read, "rope_scaling")
+    if "type" in scaling and "rope_type" not in scaling:  # transformers does not read it here
+        raise read.unsupported("rope_scaling", "its kind must be named rope_type in this family")
+    full = {**(nested.get("full_attention") or {}), **scaling}
+    if full.get("truncate") is False or (nested.get("sliding_attention") or {}).get("truncate") is False:
+        raise Unsupported(f"{read.path}: config rope 'truncate' is False: transformers does not read it in this family")
     local = dict(nested.get("sliding_attention") or {})
     if t.local_theta[0] == "rope_theta" and "rope_theta" not in full:  # as in transformers: it holds for one of them
         local.setdefault("rope_theta", t.local_theta[1])
@@ -488,6 +494,8 @@ def _windows(read: ConfigReader, n_layers: int, t: Traits, context_length: int) 
         window = read.integer("sliding_window", context_length, _MAX_CONTEXT) if kinds is None else None
     else:
         window = read.integer("sliding_window", 1, _MAX_CONTEXT)
+    if listed and not t.lists_kinds and window is not None and kinds != ["sliding_attention"] * n_layers:
+        raise read.error("layer_types", "must be sliding_attention for all layers: this family has one window for all")
     if kinds is not None:
         if "sliding_attention" in kinds and (window is None or t.windowed == "never"):
             key = "layer_types" if listed else "sliding_window"

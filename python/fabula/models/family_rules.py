@@ -81,7 +81,7 @@ def granite(read: ConfigReader, t: Traits) -> Traits:
         t,
         embedding_scale=number("embedding_multiplier"),
         residual_scale=number("residual_multiplier"),
-        score_scale=number("attention_multiplier"),
+        score_scale=read.number("attention_multiplier", 1e-9, 1e6, 1.0),
         logit_scale=1 / read.number("logits_scaling", 1e-6, 1e6, 1.0),
     )
 
@@ -116,11 +116,12 @@ def gemma(read: ConfigReader, t: Traits) -> Traits:
 
 
 def gemma2(read: ConfigReader, t: Traits) -> Traits:
-    """Gemma 2 and 3: soft caps, and a score scale of its own."""
+    """Gemma 2 and 3: soft caps, and a score scale of its own. Gemma 3 does not cap scores."""
+    caps = t.score_cap > 0
     return replace(
         gemma(read, t),
         score_scale=read.number("query_pre_attn_scalar", 1e-6, 1e6, 256) ** -0.5,
-        score_cap=read.number("attn_logit_softcapping", 0.0, 1e6, t.score_cap or None, nullable=True),
+        score_cap=read.number("attn_logit_softcapping", 0.0, 1e6, t.score_cap, nullable=True) if caps else 0.0,
         logit_cap=read.number("final_logit_softcapping", 0.0, 1e6, t.logit_cap or None, nullable=True),
     )
 
@@ -183,7 +184,11 @@ def gpt2(read: ConfigReader, c: ModelConfig) -> ModelConfig:
 
 
 def gptj(read: ConfigReader, t: Traits) -> Traits:
-    return replace(t, rope={"rope_theta": 10000.0, "rotary_dim": read.integer("rotary_dim", 2, 1024, 64)})
+    width = read.integer("hidden_size", 1, 1 << 20, 4096) // read.integer("num_attention_heads", 1, 1024, 16)
+    if "rotary_dim" in read.config and read.config["rotary_dim"] is None:
+        raise read.unsupported("rotary_dim", "no released model rotates whole rows")
+    rotary_dim = read.integer("rotary_dim", 2, width, min(64, width))
+    return replace(t, rope={"rope_theta": 10000.0, "rotary_dim": rotary_dim})
 
 
 def falcon(read: ConfigReader, t: Traits) -> Traits:

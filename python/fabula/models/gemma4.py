@@ -24,6 +24,9 @@ def adapt(read: ConfigReader, t: Traits) -> Traits:
     """The last layer never has a window. Bidirectional attention between parts of an image does not matter to text."""
     if read.config.get("use_bidirectional_attention") == "vision":
         read.config = {**read.config, "use_bidirectional_attention": None}
+    for key in ("rope_theta", "rope_scaling"):
+        if read.config.get(key) is not None:
+            raise read.unsupported(key, "this family has its ropes in rope_parameters")
     if read.config.get("enable_moe_block"):
         raise read.unsupported("enable_moe_block", "mixtures of experts are not offered")
     n_layers = read.integer("num_hidden_layers", 1, 1024)

@@ -129,10 +129,10 @@ def _make(values: _Values, head_dim: int, trained_context: int, context: int) ->
     part = values.number("partial_rotary_factor", 1.0)
     if kind == "proportional":
         return _proportional(values, theta, head_dim, part)
-    head_dim = rotated_width(rope, head_dim)
-    if head_dim < 2 or head_dim % 2:
+    whole, head_dim = head_dim, rotated_width(rope, head_dim)
+    if head_dim < 2 or head_dim % 2 or head_dim > whole:
         key = "rotary_dim" if rope.get("rotary_dim") else "partial_rotary_factor"
-        raise values.error(key, f"leaves {head_dim} elements of a head to rotate; pairs are rotated")
+        raise values.error(key, f"leaves {head_dim} of {whole} elements of a head to rotate; pairs are rotated")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain = theta**-exponents
     if kind == "default" or kind is None:

@@ -1,0 +1,157 @@
+"""The law of configs for every family: each field of its config class either changes logits as in transformers, or the
+load is refused by the field's name. See test_config_flips.py, whose judge this uses, for the four families with all
+general fields; here each family gets its own fields, and a part of the general ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import test_config_flips as flips_of_llama
+from decoder_families import CASES, FULL, SLIDING, Case, make_model
+from test_config_flips import ABSENT, FIELDS, LONG, OTHERS, SPOKEN, YARN, judge
+
+# One case of each family.
+FAMILIES: dict[str, Case] = {case.model_type: case for case in reversed(CASES.values())}
+OWN: dict[str, list[Any]] = {
+    "activation": ["relu", "silu", "no such"],
+    "activation_function": ["gelu", "relu", "silu", "gelu_fast", "no such"],
+    "add_cross_attention": [True],
+    "alibi": [True],
+    "attention_chunk_size": [8, None],
+    "attention_k_eq_v": [True],
+    "attention_multiplier": [0.3, -0.2],
+    "attention_out_bias": [True, False],
+    "attn_logit_softcapping": [0.5, None],
+    "attn_scale": [0.9],
+    "attn_temperature_tuning": [False],
+    "bias": [True, False],
+    "clip_qkv": [0.2, None],
+    "embedding_multiplier": [0.5, 7],
+    "enable_moe_block": [True],
+    "ffn_hidden_size": [None, ABSENT],
+    "final_logit_softcapping": [0.5, None],
+    "floor_scale": [4],
+    "hidden_activation": ["gelu", "silu", "relu", "no such", None, ABSENT],
+    "hidden_size_per_layer_input": [8],
+    "interleave_moe_layer_step": [2],
+    "layer_norm_eps": [0.1, 0.0],
+    "layer_norm_epsilon": [0.1, ABSENT],
+    "logit_scale": [0.5, ABSENT],
+    "logits_scaling": [0.5, 3],
+    "moe_layers": [None, [1]],
+    "multi_query": [False],
+    "n_inner": [None, 100],
+    "n_layer": [1],
+    "n_positions": [64, ABSENT],
+    "new_decoder_architecture": [True],
+    "no_rope_layer_interval": [1, 2],
+    "no_rope_layers": [[0, 1, 0, 1, 1], [1] * 5, None, [1], []],
+    "norm_eps": [0.1, ABSENT],
+    "norm_epsilon": [0.1, ABSENT],
+    "num_kv_heads": [1, 6],
+    "num_kv_shared_layers": [0, 1, 6],
+    "num_ln_in_parallel_attn": [1],
+    "original_max_position_embeddings": [16],
+    "parallel_attn": [False],
+    "qk_layernorm": [True],
+    "query_pre_attn_scalar": [4, 100],
+    "reorder_and_upcast_attn": [True],
+    "residual_multiplier": [0.1, 2],
+    "rotary_dim": [4, 3, None],
+    "scale_attn_by_inverse_layer_idx": [True],
+    "scale_attn_weights": [False],
+    "sliding_window_pattern": [2, None],
+    "use_bias": [False, True],
+    "use_bidirectional_attention": [True, None],
+    "use_double_wide_mlp": [True],
+    "use_parallel_residual": [True, False],
+    "use_qk_norm": [True, False],
+    "use_qkv_bias": [True, False],
+    "vocab_size_per_layer_input": [204, 100],
+}
+# Those that have no say in logits, and sizes, which test_decoder_families.py has in many values.
+IDLE = {
+    *("attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "eod_token_id", "hidden_dropout"),
+    *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts", "num_experts_per_tok"),
+    *("num_local_experts", "output_router_logits", "resid_pdrop", "residual_dropout", "router_aux_loss_coef"),
+    *("router_jitter_noise", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
+    *("summary_use_proj", "top_k_experts", "intermediate_size_mlp"),
+}
+# What a refusal may speak of in place of the field: the tensors that are missing or of another shape then.
+WEIGHTS = {
+    **dict.fromkeys(("bias", "use_bias", "use_qkv_bias", "use_qk_norm", "multi_query", "n_inner"), ("tensor",)),
+    **dict.fromkeys(
+        ("attention_out_bias", "ffn_hidden_size", "num_kv_heads", "hidden_size_per_layer_input"), ("tensor",)
+    ),
+    **dict.fromkeys(("new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn"), ("tensor",)),
+    **dict.fromkeys(("attention_k_eq_v", "use_double_wide_mlp", "use_parallel_residual", "n_positions"), ("tensor",)),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "qk_layernorm", "num_kv_shared_layers", "n_layer"), ("tensor",)),
+    "num_hidden_layers": ("layer_types", "no_rope_layers", "num_kv_shared_layers", "per_layer_config"),
+    "layer_types": ("sliding_window", "sliding_attention", "attention_chunk_size", "per_layer_config"),
+    "num_key_value_heads": ("tensor",),
+    "per_layer_config": ("tensor",),
+    "sliding_window": ("layer_types",),
+    "max_position_embeddings": ("tensor",),
+    "rope_parameters": ("rope", "llama_4_scaling_beta"),
+}
+KINDS = [[FULL], ["mamba", FULL], None]
+
+
+def flips(family: str, case: Case) -> Iterator[dict[str, Any]]:
+    declared = {field.name for field in dataclasses.fields(case.config_class)}
+    unknown = declared - FIELDS.keys() - OWN.keys() - IDLE
+    assert not unknown, f"fields nobody wrote values for: {unknown}"
+    n_layers = case.config_class(**case.settings).num_hidden_layers
+    mixed = [[FULL, SLIDING] * n_layers, [SLIDING, FULL] * n_layers, [FULL] * n_layers]
+    for key in sorted(declared):
+        values = FIELDS.get(key, OWN.get(key)) or OWN.get(key) or ()
+        if key == "layer_types":
+            values = [*KINDS, *(kinds[:n_layers] for kinds in mixed)]
+        elif key == "num_hidden_layers":
+            values = [1, "2"]
+        for value in values:
+            yield {key: value}
+    if "sliding_window" in declared:
+        for kinds in mixed:
+            yield {"sliding_window": 8, "layer_types": kinds[:n_layers]}
+    idle = ("mlp_layer_types",)  # not read, but its length is checked
+    shared: list[dict[str, Any]] = [
+        {key: value} for key, values in OTHERS.items() if key not in idle for value in values
+    ]
+    has_rope = "rope_parameters" in declared  # others check a rope they do not use
+    for rope in flips_of_llama.ropes(12) if has_rope else ():
+        shared += [{"rope_scaling": rope}, {"rope_scaling": rope, "rope_theta": 70.0, "rope_parameters": ABSENT}]
+        if rope is not None:
+            shared.append({"rope_parameters": rope | {"rope_theta": 33.0}})
+    if not has_rope:
+        yield from shared
+        return
+    shared += [{"rope_parameters": {kind: YARN | {"rope_theta": 50.0} for kind in (FULL, SLIDING)}}]
+    shared += [
+        {"partial_rotary_factor": 0.5, "rope_parameters": ABSENT},
+        {"rope_theta": 50.0, "rope_parameters": ABSENT},
+    ]
+    yield from shared if LONG else shared[sorted(FAMILIES).index(family) % 8 :: 8]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_model(FAMILIES[request.param], folder)
+    (folder / "config.json").rename(folder / "original.json")
+    return request.param, folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_field(made: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    family, folder = made
+    for key, words in WEIGHTS.items():
+        monkeypatch.setitem(SPOKEN, key, (*SPOKEN.get(key, ()), *words))
+    wrong = [problem for changes in flips(family, FAMILIES[family]) if (problem := judge(folder, changes))]
+    assert not wrong, "\n".join(wrong)
