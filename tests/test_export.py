@@ -16,6 +16,7 @@ from fabula.choices import FILE_TYPES
 from fabula.cli.main import run
 from fabula.errors import InvalidArgument, ModelFileError, NonFinite, TokenizerError, Unsupported
 from fabula.export import quantize as export
+from fabula.export.losses import differences
 from fabula.export.quantize import quantize_model
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.gguf import BLOCKS, GgufFile
@@ -175,11 +176,12 @@ def test_the_config_comes_back(case: tuple[Path, Path]) -> None:
                 assert theirs.windows == seen
             elif field == "model_type" and not any(seen):
                 assert theirs.model_type == ours.model_type.replace("mistral", "llama")
-            elif field not in ("rope", "attention_bias", "output_bias"):
+            elif field not in ("rope", "ropes", "layers", "attention_bias", "output_bias"):
                 assert getattr(ours, field) == getattr(theirs, field), field
         a, b = (make_rope(c.rope, c.head_dim, c.context_length, c.context_length, case[0]) for c in (ours, theirs))
         assert np.allclose(a.inv_freq, b.inv_freq, rtol=3e-7)
         assert abs(a.scale - b.scale) < 1e-6
+        assert list(differences(ours, theirs, case[0])) == []
     finally:
         before.close()
         after.close()

@@ -6,21 +6,39 @@ The architecture is chosen so that llama.cpp computes the same logits; `llama_cp
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fabula import _native
 from fabula.engine.defaults import GGUF_KEYS, SamplingDefaults
 from fabula.errors import Unsupported
-from fabula.formats.gguf_config import PAIRED, ROPE_FREQS
+from fabula.formats.checkpoint import Checkpoint
+from fabula.formats.gguf_config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
+from fabula.formats.gguf_families import ARCHITECTURES, XIELU
 from fabula.formats.gguf_write import Value
 from fabula.models.description import ModelConfig
-from fabula.models.rope import make_rope
+from fabula.models.rope import make_rope, rotated_width
 
-_BASE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> architecture
+# model_type -> architecture. GPT-J has none in llama.cpp, and Llama 4 only as a mixture of experts.
+_BASE: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "ministral", "cwm", "helium", "internlm2", "internlm3", "iquestcoder", "baichuan"),
+        "llama",
+    ),
+    **dict.fromkeys(("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), "qwen2"),
+    **dict.fromkeys(("qwen3", "qwen3_vl_text"), "qwen3"),
+    **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
+    "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
+    "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
+}  # fmt: skip
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
+# Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
+_WHOLE_HEADS = ("qwen2", "qwen2vl", "phi2", "phi3", "olmo", "olmo2", "command-r", "cohere2", "stablelm", "nemotron",
+                "starcoder2", "falcon", "gpt2", "gptneox", "internlm2", "baichuan", "chatglm", "exaone4")  # fmt: skip
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
@@ -32,17 +50,15 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
     Raises:
         Unsupported: no architecture for this family, or none with windows.
     """
-    base = _BASE.get(config.model_type)
-    if base is None:
-        raise Unsupported(f"{path}: model family {config.model_type!r} cannot be written to a GGUF file yet")
-    if config.differences:
-        raise Unsupported(f"{path}: a {config.model_type} with {config.differences} cannot be written to a GGUF file")
-    if _has_windows(config):
-        if base != "llama":
-            raise Unsupported(
-                f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
-            )
+    base = _BASE.get(config.model_type, config.model_type)
+    if base not in ARCHITECTURES:
+        raise Unsupported(f"{path}: GGUF files are not written for the family {config.model_type!r}")
+    if _has_windows(config) and base in ("llama", "mistral3"):
         return "granite_swa"
+    if _has_windows(config) and ARCHITECTURES[base].windows is None:
+        raise Unsupported(
+            f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
+        )
     return "mistral3" if base == "llama" and _other_betas(config) else base
 
 
@@ -58,8 +74,10 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
         Unsupported: GGUF has no key for something in the config.
     """
     arch = architecture_of(config, path)
-    if config.mlp_bias and arch not in PAIRED:
+    row = ARCHITECTURES[arch]
+    if config.mlp_bias and row.silu and not any("ffn_up" in parts for parts in row.biases.values()):
         raise Unsupported(f"{path}: config 'mlp_bias': GGUF has no key for it in family {config.model_type!r}")
+    norm = config.final_norm
     keys: dict[str, Value] = {
         "general.architecture": arch,
         "general.type": "model",
@@ -72,19 +90,107 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
         f"{arch}.attention.head_count_kv": config.n_kv_heads,
         f"{arch}.attention.key_length": config.head_dim,
         f"{arch}.attention.value_length": config.head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
-        f"{arch}.rope.dimension_count": config.head_dim,
-        f"{arch}.rope.freq_base": np.float32(config.rope["rope_theta"]),
-        f"{arch}.vocab_size": config.vocab_size,
+        f"{arch}.attention.layer_norm{'_rms' if norm.kind == 'rms' else ''}_epsilon": np.float32(norm.eps),
     }
-    if arch == "granite_swa":
-        sizes = set(config.windows) - {0}
-        if len(sizes) > 1:
-            raise Unsupported(f"{path}: config 'sliding_window': GGUF has no key for windows of different sizes")
-        keys[f"{arch}.attention.sliding_window"] = sizes.pop()
-        keys[f"{arch}.attention.sliding_window_pattern"] = np.array(config.windows, np.bool_)
-        keys[f"{arch}.logit_scale"] = np.float32(1.0)
-    keys |= {f"{arch}.rope.scaling.{key}": value for key, value in _scaling(config, path).items()}
+    if config.ropes:
+        rope, head_dim = main_rope(config)
+        keys[f"{arch}.rope.dimension_count"] = rotated_width(rope, head_dim)
+        keys[f"{arch}.rope.freq_base"] = np.float32(rope["rope_theta"])
+    keys[f"{arch}.vocab_size"] = config.vocab_size
+    keys |= {f"{arch}.{key}": value for key, value in _windows(config, arch, path).items()}
+    if arch in _OWN:
+        keys |= {f"{arch}.{key}": value for key, value in _OWN[arch](config).items()}
+    keys |= {f"{arch}.rope.scaling.{key}": value for key, value in _scaling(config, arch, path).items()}
+    return keys
+
+
+def main_rope(config: ModelConfig) -> tuple[Mapping[str, Any], int]:
+    """The rope of layers without a window, or else of all; and the width of their heads."""
+    tables = [
+        layer.attention.rope
+        for layer in sorted(config.layers, key=lambda layer: layer.attention.window > 0)
+        if layer.attention.rope >= 0
+    ]
+    return config.ropes[tables[0]]
+
+
+def _local_theta(config: ModelConfig) -> float | None:
+    """The theta of layers with a window."""
+    tables = [a.rope for layer in config.layers if (a := layer.attention).window and a.rope >= 0]
+    return float(config.ropes[tables[0]][0]["rope_theta"]) if tables else None
+
+
+def _windows(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
+    row = ARCHITECTURES[arch].windows
+    if row is None or arch in ("llama", "mistral3") or (not _has_windows(config) and row.default == 0):
+        return {}
+    sizes = set(config.windows) - {0}
+    if len(sizes) > 1:
+        raise Unsupported(f"{path}: config 'sliding_window': GGUF has no key for windows of different sizes")
+    window = sizes.pop() if sizes else config.context_length
+    if arch == "phi3":  # all layers, and no pattern
+        return {"attention.sliding_window": window}
+    return {
+        "attention.sliding_window": window,
+        "attention.sliding_window_pattern": np.array(config.windows, np.bool_),
+    }
+
+
+def _granite_keys(c: ModelConfig) -> dict[str, Value]:
+    return {
+        "logit_scale": np.float32(1 / c.logit_scale),
+        "residual_scale": np.float32(c.layers[0].residual_scale),
+        "embedding_scale": np.float32(c.embedding_scale),
+        "attention.scale": np.float32(c.layers[0].attention.scale),
+    }
+
+
+def _gemma3_keys(c: ModelConfig) -> dict[str, Value]:
+    keys: dict[str, Value] = {"final_logit_softcapping": np.float32(c.logit_cap)} if c.logit_cap else {}
+    theta = _local_theta(c)
+    return keys if theta is None else {**keys, "rope.freq_base_swa": np.float32(theta)}
+
+
+def _ministral3_keys(c: ModelConfig) -> dict[str, Value]:
+    temperature = c.layers[0].attention.temperature
+    return {} if temperature is None else {"attention.temperature_scale": np.float32(temperature.beta)}
+
+
+# What only one architecture has a key for.
+_OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
+    "granite_swa": lambda _: {"logit_scale": np.float32(1.0)},
+    "granite": _granite_keys,
+    "minicpm": _granite_keys,
+    "mistral3": _ministral3_keys,
+    "gemma2": lambda c: {
+        "attn_logit_softcapping": np.float32(c.layers[0].attention.cap),
+        "final_logit_softcapping": np.float32(c.logit_cap),
+    },
+    "gemma3": _gemma3_keys,
+    "olmo": lambda c: {"attention.clamp_kqv": np.float32(clip)} if (clip := c.layers[0].attention.qkv_clip) else {},
+    "command-r": lambda c: {"logit_scale": np.float32(c.logit_scale)},
+    "cohere2": lambda c: {"logit_scale": np.float32(c.logit_scale)},
+    "stablelm": lambda c: {"use_parallel_residual": c.layers[0].parallel},
+    "gptneox": lambda c: {"use_parallel_residual": c.layers[0].parallel},
+}
+
+
+def numbers_of_xielu(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Value]:
+    """The numbers of xIELU, which are keys in GGUF, of float32 [n_layers]."""
+    if config.layers[0].mlp.activation != "xielu":
+        return {}
+    defaults = {"beta": 0.5, "eps": -1e-6}  # not stored in every checkpoint
+    keys: dict[str, Value] = {}
+    for key in XIELU:
+        numbers = []
+        for i in range(config.n_layers):
+            name = f"model.layers.{i}.mlp.act_fn.{key}"
+            if name not in checkpoint.tensors and key in defaults:
+                numbers.append(defaults[key])
+                continue
+            info = checkpoint.tensors[name]
+            numbers.append(float(_native.dequantize(info.dtype, checkpoint.read(name), 1)[0]))
+        keys[f"xielu.{key}"] = np.array(numbers, np.float32)
     return keys
 
 
@@ -118,18 +224,37 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
                 f"it is written as granite_swa, in which llama.cpp has the window of {window} tokens; versions that do "
                 "not know this architecture refuse the file"
             )
-        else:
+        elif arch == "exaone4" and config.n_layers != 64:
+            yield f"llama.cpp has windows in architecture {arch} only in models of 64 layers, so its results differ"
+        elif arch in ("llama", "mistral3", "phi3"):
             yield (
                 f"llama.cpp has no window in architecture {arch}: it ignores that of {window} tokens, so its "
                 "results differ for longer texts; convert the model's Hugging Face folder for a file that keeps it"
             )
     if arch != "mistral3" and (betas := _other_betas(config)):
         yield f"llama.cpp ignores {' and '.join(betas)} of YaRN in architecture {arch}, so its results differ"
+    if arch == "falcon" or arch == "gptneox":
+        yield f"llama.cpp takes GELU's approximation with tanh in architecture {arch}, so its results differ slightly"
+    without_output_bias = (
+        "qwen2", "qwen3", "seed_oss", "olmo2", "glm4", "chatglm", "exaone4", "command-r", "cohere2", "smollm3", "gemma",
+        "gemma2", "gemma3", "hunyuan-dense", "arcee", "falcon", "ernie4_5",
+    )  # fmt: skip
+    without_mlp_bias = ("seed_oss", "smollm3", "arcee", "falcon", "ernie4_5")
+
+    def biased(part: str) -> bool:
+        return any(name.endswith(f"{part}.bias") for name in names)
+
     problems = {
-        "Llama 3's scaling of positions": arch not in PAIRED and ROPE_FREQS in names,
-        "a bias of attn_output": arch not in PAIRED and any(name.endswith("attn_output.bias") for name in names),
-        f"{config.n_heads} heads of {config.head_dim} in a hidden size of {config.hidden_size}": arch == "qwen2"
+        "Llama 3's scaling of positions": ROPE_FREQS in names
+        and (arch in ("qwen2", "qwen3") or not ARCHITECTURES[arch].factors),
+        "a bias of attn_output": arch in without_output_bias and biased("attn_output"),
+        "a bias of attn_qkv": arch == "falcon" and biased("attn_qkv"),
+        "biases of the MLP": arch in without_mlp_bias and biased("ffn_up"),
+        f"{config.n_heads} heads of {config.head_dim} in a hidden size of {config.hidden_size}": arch in _WHOLE_HEADS
         and config.n_heads * config.head_dim != config.hidden_size,
+        f"norms of q and k in {config.n_layers} layers": arch == "command-r"
+        and config.n_layers < 64
+        and any("attn_q_norm" in name for name in names),
     }
     for what, found in problems.items():
         if found:
@@ -152,36 +277,49 @@ def _other_betas(config: ModelConfig) -> list[str]:
     return [key for key, usual in _BETAS.items() if (config.rope.get(key) or usual) != usual]
 
 
-def _scaling(config: ModelConfig, path: Path) -> dict[str, Value]:
-    kind = _rope_kind(config)
+def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
+    if not config.ropes:
+        return {}
+    rope, head_dim = main_rope(config)
+    kind = str(rope.get("rope_type", rope.get("type")) or "default")
+    made = make_rope(rope, head_dim, config.context_length, config.context_length, path)
+    original = rope.get("original_max_position_embeddings", config.context_length)
+    if kind == "longrope" and arch == "phi3":
+        return {"type": kind, "original_context_length": int(original), "attn_factor": np.float32(made.scale)}
     if kind in ("default", "llama3"):
         return {}
     if kind not in ("linear", "yarn"):
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for {kind!r} in this family")
-    if kind == "yarn" and config.rope.get("truncate", True) is False:
+    if kind == "yarn" and rope.get("truncate", True) is False:
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for 'truncate' false")
-    rope = make_rope(config.rope, config.head_dim, config.context_length, config.context_length, path)
-    original = config.rope.get("original_max_position_embeddings", config.context_length)
-    factor = float(config.rope.get("factor", config.context_length / original))
+    factor = float(rope.get("factor", config.context_length / original))
     scaling: dict[str, Value] = {"type": kind, "factor": np.float32(factor)}
     if kind == "yarn":
         scaling["original_context_length"] = int(original)
         for key in _BETAS:
-            if config.rope.get(key) is not None:
-                scaling[f"yarn_{key}"] = np.float32(config.rope[key])
+            if rope.get(key) is not None:
+                scaling[f"yarn_{key}"] = np.float32(rope[key])
         # Readers multiply YaRN's default factor on cos and sin by this.
-        attention = rope.scale / (0.1 * math.log(max(factor, 1.0)) + 1.0)
+        attention = made.scale / (0.1 * math.log(max(factor, 1.0)) + 1.0)
         if abs(attention - 1.0) > 1e-6:
             scaling["attn_factor"] = np.float32(attention)
     return scaling
 
 
-def frequency_factors(config: ModelConfig, path: Path) -> npt.NDArray[np.float32] | None:
-    """Llama 3's scaling as the tensor rope_freqs.weight, float32 [head_dim / 2]: the divisor of each pair's frequency.
-    None without such scaling."""
-    if _rope_kind(config) != "llama3":
-        return None
-    rope = make_rope(config.rope, config.head_dim, config.context_length, config.context_length, path)
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    plain = float(config.rope["rope_theta"]) ** -exponents
-    return (plain / rope.inv_freq).astype(np.float32)
+def rope_tensors(config: ModelConfig, path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """Factors of rotated pairs, float32 [rotated / 2] each: Llama 3's scaling is the divisor of each pair's frequency,
+    longrope has one list for short and one for long contexts. Empty without such scaling."""
+    if not config.ropes:
+        return {}
+    rope, head_dim = main_rope(config)
+    kind = str(rope.get("rope_type", rope.get("type")) or "default")
+    if kind == "longrope":
+        lists = ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor"))
+        return {name: np.array(rope[key], np.float32) for name, key in lists}
+    if kind != "llama3":
+        return {}
+    made = make_rope(rope, head_dim, config.context_length, config.context_length, path)
+    width = rotated_width(rope, head_dim)
+    exponents = np.arange(0, width, 2, dtype=np.float64) / width
+    plain = float(rope["rope_theta"]) ** -exponents
+    return {ROPE_FREQS: (plain / made.inv_freq).astype(np.float32)}

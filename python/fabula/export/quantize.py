@@ -1,8 +1,8 @@
 """Writes any supported model as a GGUF file of another precision, tensor by tensor.
 
-From a Hugging Face folder, config, tokenizer and chat template become key-values (metadata.py, vocabulary.py), and the
-rows of q and k are permuted to GGUF's order for `llama`. A GGUF file keeps its key-values and rows. Memory use is one
-tensor's bytes, and a piece of it in f32.
+From a Hugging Face folder, config, tokenizer and chat template become key-values (metadata.py, vocabulary.py), tensors
+get GGUF's names and forms (tensors.py), and what the keys cannot say is refused (losses.py). A GGUF file keeps its
+key-values and rows. Memory use is one tensor's bytes, and a piece of it in f32.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.engine.defaults import read_defaults
 from fabula.engine.threads import default_threads
-from fabula.errors import InvalidArgument, ModelFileError, NonFinite, Unsupported, shown
+from fabula.errors import InvalidArgument, NonFinite, Unsupported, shown
+from fabula.export.losses import refuse_losses
 from fabula.export.metadata import (
     architecture_of,
     config_keys,
-    frequency_factors,
     has_sinks,
     llama_cpp_notes,
+    numbers_of_xielu,
+    rope_tensors,
     sampling_keys,
 )
+from fabula.export.tensors import laid_out
 from fabula.export.vocabulary import vocabulary_keys
-from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo
+from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.formats.gguf import BLOCKS, GgufFile
-from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_FREQS
-from fabula.formats.gguf_names import NO_SINK, gguf_name, permute_rows
+from fabula.formats.gguf_config import QUANTIZATION_VERSION
+from fabula.formats.gguf_names import NO_SINK
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.formats.open import open_checkpoint
@@ -47,7 +50,6 @@ from fabula.text.tokenizer import Tokenizer
 __all__ = ["Report", "Role", "quantize_model"]
 
 _PIECE = 1 << 22  # elements in f32 at a time: 16 MiB
-_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
 
 
 @dataclass(slots=True)
@@ -286,66 +288,22 @@ def _from_gguf(file: GgufFile | GgufParts, config: ModelConfig, shape: Shape) ->
 def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _Source:
     path = checkpoint.path
     folder = path if path.is_dir() else path.parent
+    arch = architecture_of(config, path)
     metadata = config_keys(config, folder.resolve().name or "model", path)
     vocabulary, notes = vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
-    metadata |= vocabulary
-    wanted = _expected(checkpoint, config)
+    metadata |= vocabulary | numbers_of_xielu(checkpoint, config)
+    source, shapes = laid_out(checkpoint, config, arch)
     tensors: list[_Tensor] = []
-    factors = frequency_factors(config, path)
-    if factors is not None:
+    for name, factors in rope_tensors(config, path).items():
         raw = factors.view(np.uint8)
-        tensors.append(_Tensor(ROPE_FREQS, DType.F32, factors.shape, factors.nbytes, lambda: raw))
-    for name, info in wanted.items():
-        tensors.append(_Tensor(name, info.dtype, info.shape, info.n_bytes, _reader(checkpoint, config, name, info)))
-    if has_sinks(architecture_of(config, path)):
+        tensors.append(_Tensor(name, DType.F32, factors.shape, factors.nbytes, lambda raw=raw: raw))  # type: ignore[misc]
+    for name, tensor_shape in shapes.items():
+        info = source.tensors[name]
+        tensors.append(_Tensor(name, info.dtype, tensor_shape, info.n_bytes, lambda name=name: source.read(name)))  # type: ignore[misc]
+    if has_sinks(arch):
         none = np.full(config.n_heads, NO_SINK).view(np.uint8)
         names = [f"blk.{layer}.attn_sinks.weight" for layer in range(config.n_layers)]
         tensors += [_Tensor(name, DType.F32, (config.n_heads,), none.nbytes, lambda: none) for name in names]
+    refuse_losses(path, config, metadata, {tensor.name: tensor for tensor in tensors})
     notes += llama_cpp_notes(config, metadata, {tensor.name for tensor in tensors})
     return _Source(metadata, tensors, shape, notes)
-
-
-def _reader(
-    checkpoint: Checkpoint, config: ModelConfig, name: str, info: TensorInfo
-) -> Callable[[], npt.NDArray[np.uint8]]:
-    """Returns a function that reads a tensor, with rows of q and k permuted for architectures in PAIRED."""
-    permuted = architecture_of(config, checkpoint.path) in PAIRED and role_of(name.replace(".bias", ".weight")) in (
-        "attn_q",
-        "attn_k",
-    )
-
-    def read() -> npt.NDArray[np.uint8]:
-        raw = checkpoint.read(info.name)
-        return permute_rows(raw, info.shape[0], config.head_dim) if permuted else raw
-
-    return read
-
-
-def _expected(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorInfo]:
-    """The checkpoint's tensors by GGUF name, in the order of the model; refuses missing and unknown ones."""
-    by_name: dict[str, TensorInfo] = {}
-    for name, info in checkpoint.tensors.items():
-        if name.endswith(_NOT_WEIGHTS) or (config.tied and name == "lm_head.weight"):
-            continue
-        translated = gguf_name(name)
-        if translated is None:
-            raise Unsupported(f"{checkpoint.path}: tensor {shown(name)}: GGUF has no name for it in this family")
-        by_name[translated] = info
-    order = ["token_embd.weight"]
-    layer = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
-    if config.model_type == "qwen3":
-        layer += ["attn_q_norm", "attn_k_norm"]
-    for i in range(config.n_layers):
-        order += [f"blk.{i}.{part}.weight" for part in layer]
-    order += ["output_norm.weight"] + ([] if config.tied else ["output.weight"])
-    for name in order:
-        if name not in by_name:
-            raise ModelFileError(f"{checkpoint.path}: tensor for {name} is missing", path=checkpoint.path, field=name)
-    biased = [part for part in layer[1:5] if (config.output_bias if part == "attn_output" else config.attention_bias)]
-    biased += layer[6:9] if config.mlp_bias else []
-    known = {*order, *(f"blk.{i}.{part}.bias" for i in range(config.n_layers) for part in biased)}
-    for name, info in by_name.items():
-        if name not in known:  # readers of the file would apply it
-            raise Unsupported(f"{checkpoint.path}: tensor {shown(info.name)}: not part of this model's config")
-    rest = [name for name in by_name if name not in set(order)]
-    return {name: by_name[name] for name in [*order, *rest]}

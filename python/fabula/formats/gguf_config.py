@@ -24,19 +24,8 @@ import numpy.typing as npt
 from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS, MAX_TENSORS, GgufTensor
+from fabula.formats.gguf_families import ARCHITECTURES, ATTENTION, FULL, MLP, SLIDING, Architecture, Facts
 from fabula.formats.gguf_keys import Keys, refuse_other_computations
-
-# general.architecture -> (model_type, architectures). mistral3 is llama with more YaRN keys. granite_swa is llama with
-# sliding windows, as `fabula quantize` writes it: all scales 1, sinks without effect.
-FAMILIES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "mistral3": ("llama", "LlamaForCausalLM"),
-    "granite_swa": ("llama", "LlamaForCausalLM"),
-}
-# Architectures that store the rows of q and k pairwise (gguf_names.py) and may have per-pair rope factors.
-PAIRED = ("llama", "mistral3", "granite_swa")
 
 # general.type of files that are not a language model -> what they are, and what would work.
 _TYPES = {
@@ -91,10 +80,10 @@ def check_kind(path: Path, metadata: Mapping[str, object]) -> None:
     if isinstance(kind, str) and kind in _TYPES:
         raise keys.unsupported("general.type", f"is {shown(kind)}: this is {_TYPES[kind]}")
     arch = keys.text("general.architecture")
-    if arch in FAMILIES:
+    if arch in ARCHITECTURES:
         return
     what = f": this is {_OTHER_KINDS[arch]}" if arch in _OTHER_KINDS else ""
-    raise keys.unsupported("general.architecture", f"is {shown(arch)}, offered are {', '.join(FAMILIES)}{what}")
+    raise keys.unsupported("general.architecture", f"is {shown(arch)}, offered are {', '.join(ARCHITECTURES)}{what}")
 
 
 def config_of(file: Source) -> dict[str, Any]:
@@ -123,76 +112,122 @@ def config_of(file: Source) -> dict[str, Any]:
             f"{arch}.attention.head_count",
             f"is {n_heads}, which does not divide embedding_length {hidden_size}",
         )
+    row = ARCHITECTURES[arch]
     head_dim = keys.integer(f"{arch}.attention.key_length", hidden_size // n_heads)
-    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
-        if (value := keys.integer(key, head_dim)) != head_dim:
-            raise keys.unsupported(key, f"is {value}; only that of a whole head, {head_dim}, is offered")
-    rope_theta = keys.positive(f"{arch}.rope.freq_base", 10000.0)
-    windows = _windows(keys, arch, n_layers)
-    scale = head_dim**-0.5
+    if (value := keys.integer(f"{arch}.attention.value_length", head_dim)) != head_dim:
+        raise keys.unsupported(
+            f"{arch}.attention.value_length", f"is {value}; only that of a whole head, {head_dim}, is offered"
+        )
+    rotated = _rotated(keys, arch, row, head_dim)
+    n_kv_heads = keys.same(f"{arch}.attention.head_count_kv", n_layers, n_heads)
+    windows = _windows(keys, arch, row, n_layers)
+    vocab_size = _vocab_size(file, keys)
+    fields = row.fields
+    config: dict[str, Any] = {
+        "model_type": row.model_type,
+        "architectures": [row.model_class],
+        "hidden_size": hidden_size,
+        fields.get("intermediate_size", "intermediate_size"): keys.same(f"{arch}.feed_forward_length", n_layers),
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        fields.get("num_key_value_heads", "num_key_value_heads"): n_kv_heads,
+        "head_dim": head_dim,
+        **({"hidden_act": "silu"} if row.silu else {}),
+        **_epsilon(keys, arch, row),
+        fields.get("rope_theta", "rope_theta"): keys.positive(f"{arch}.rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, keys, arch, row, rotated),
+        "max_position_embeddings": keys.integer(f"{arch}.context_length"),
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_bias_flags(file, row),
+        **_token_ids(keys, vocab_size),
+    }
+    if row.rotated:
+        config[fields.get("partial_rotary_factor", "partial_rotary_factor")] = _part(rotated, head_dim)
+    if windows is not None:
+        config["sliding_window"] = max(windows) or None
+        config["layer_types"] = [SLIDING if window else FULL for window in windows]
+    facts = Facts(
+        keys=keys, arch=arch, tensors=file.tensors, n_layers=n_layers, hidden_size=hidden_size, n_heads=n_heads,
+        n_kv_heads=n_kv_heads, head_dim=head_dim,
+    )  # fmt: skip
+    if row.finish is not None:
+        row.finish(facts, config)
+    _refuse_others(keys, arch, row, config, head_dim)
+    return config
+
+
+def _refuse_others(keys: Keys, arch: str, row: Architecture, config: Mapping[str, Any], head_dim: int) -> None:
+    """Refuses keys for computations that the architecture's program does not do."""
+    scale = float(config.get("query_pre_attn_scalar", head_dim)) ** -0.5
     neutral: dict[str, tuple[object, ...]] = {
         "attention.scale": (float(np.float32(scale)), scale),
         "attention.key_length_swa": (head_dim,),
         "attention.value_length_swa": (head_dim,),
-        "rope.dimension_count_swa": (head_dim,),
-        "rope.freq_base_swa": (rope_theta,),
-        "embedding_length_out": (hidden_size,),
-        "hidden_activation": ("silu", "swish", "swiglu"),
+        "rope.dimension_count_swa": (keys.integer(f"{arch}.rope.dimension_count", head_dim),),
+        "rope.freq_base_swa": (keys.positive(f"{arch}.rope.freq_base", 10000.0),),
+        "embedding_length_out": (config["hidden_size"],),
+        "hidden_activation": ("silu", "swish", "swiglu") if row.silu else (),
         "rope.scaling.yarn_attn_factor": (_own_yarn_factor(keys, arch),),
     }
-    if arch == "granite_swa":
-        keys.positive(f"{arch}.logit_scale")  # a divisor; refuse_other_computations accepts only 1
     pattern = keys.metadata.get(f"{arch}.attention.rope_pattern")
     if isinstance(pattern, np.ndarray) and not pattern.all():
         raise keys.unsupported(f"{arch}.attention.rope_pattern", "leaves layers without rotation, which is not offered")
     neutral["attention.rope_pattern"] = (pattern,)
-    refuse_other_computations(keys, arch, neutral)
-    vocab_size = _vocab_size(file, keys)
-    model_type, architecture = FAMILIES[arch]
+    refuse_other_computations(keys, arch, neutral, row.reads)
+
+
+def _rotated(keys: Keys, arch: str, row: Architecture, head_dim: int) -> int:
+    """How many elements of a head are rotated."""
+    key = f"{arch}.rope.dimension_count"
+    value = keys.integer(key, head_dim)
+    if value != head_dim and not row.rotated:
+        raise keys.unsupported(key, f"is {value}; only that of a whole head, {head_dim}, is offered")
+    if value > head_dim or value % 2:
+        raise keys.error(key, f"is {value}, must be an even number up to the width of a head, {head_dim}")
+    return value
+
+
+def _part(rotated: int, head_dim: int) -> float:
+    """The part of a head as a number that gives `rotated` back when it is multiplied by the head and cut."""
+    part = rotated / head_dim
+    return part if int(head_dim * part) == rotated else math.nextafter(part, 1.0)
+
+
+def _epsilon(keys: Keys, arch: str, row: Architecture) -> dict[str, float]:
+    if not row.eps:
+        return {"rms_norm_eps": keys.positive(f"{arch}.attention.layer_norm_rms_epsilon")}
+    return {row.eps: keys.positive(f"{arch}.attention.layer_norm_epsilon")} if row.eps != "-" else {}
+
+
+def _bias_flags(file: Source, row: Architecture) -> dict[str, bool]:
+    """The flags of config.json for biases, by the biases that are there."""
     biases = {name.split(".")[2] for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")}
-    config: dict[str, Any] = {
-        "model_type": model_type,
-        "architectures": [architecture],
-        "hidden_size": hidden_size,
-        "intermediate_size": keys.same(f"{arch}.feed_forward_length", n_layers),
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": keys.same(f"{arch}.attention.head_count_kv", n_layers, n_heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": keys.positive(f"{arch}.attention.layer_norm_rms_epsilon"),
-        "rope_theta": rope_theta,
-        "rope_scaling": _rope_scaling(file, keys, arch, head_dim),
-        "max_position_embeddings": keys.integer(f"{arch}.context_length"),
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": not biases.isdisjoint(("attn_q", "attn_k", "attn_v", "attn_output")),
-        "mlp_bias": not biases.isdisjoint(("ffn_gate", "ffn_up", "ffn_down")),
-        **_token_ids(keys, vocab_size),
-    }
-    if keys.has(f"{arch}.attention.sliding_window"):
-        config["sliding_window"] = max(windows) or None
-    if any(windows):
-        config["model_type"], config["architectures"] = "mistral", ["MistralForCausalLM"]
-        if 0 in windows:
-            config["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
-    return config
+    usual = {"attention_bias": ATTENTION, "mlp_bias": MLP} if row.silu else {}
+    flags = {flag: not biases.isdisjoint(parts) for flag, parts in usual.items()}
+    return flags | {flag: not biases.isdisjoint(parts) for flag, parts in row.biases.items() if flag}
 
 
-def _windows(keys: Keys, arch: str, n_layers: int) -> list[int]:
-    """Every layer's window, 0 for none.
-
-    llama.cpp has windows in granite_swa only; early versions of `fabula quantize` also wrote them for llama.
-    """
+def _windows(keys: Keys, arch: str, row: Architecture, n_layers: int) -> list[int] | None:
+    """Every layer's window, 0 for none; None where the file does not say and the architecture has none."""
     key, pattern_key = f"{arch}.attention.sliding_window", f"{arch}.attention.sliding_window_pattern"
-    window = keys.integer(key, low=1) if arch == "granite_swa" else keys.integer(key, 0, low=0)
-    if window and arch not in PAIRED:
-        raise keys.unsupported(key, f"is {window}; a window is offered with the architectures {', '.join(PAIRED)}")
+    if row.windows is None:
+        if window := keys.integer(key, 0, low=0):
+            raise keys.unsupported(key, f"is {window}; llama.cpp has no window in models of architecture {arch!r}")
+        return None
+    every, default = row.windows.every, row.windows.default
+    window = keys.integer(key, low=1) if default is None else keys.integer(key, default, low=0)
+    if default == 0 and every == 0 and not keys.has(key):
+        return None
     pattern = keys.metadata.get(pattern_key)
-    if pattern is None and arch == "granite_swa":
+    if pattern is None and default is None and not every:
         raise keys.error(pattern_key, "is missing")
-    if pattern is None or not window:
-        return [window] * n_layers
+    if not window:
+        return [0] * n_layers
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and every:
+        every, pattern = keys.integer(pattern_key, low=0), None
+    if pattern is None:
+        return [0 if every and i % every == every - 1 else window for i in range(n_layers)]
     if not isinstance(pattern, np.ndarray) or pattern.dtype.kind != "b" or len(pattern) != n_layers:
         raise keys.error(pattern_key, f"must be an array of {n_layers} booleans, one for each layer")
     return [window if has else 0 for has in pattern.tolist()]
@@ -237,25 +272,34 @@ def _token_ids(keys: Keys, vocab_size: int) -> dict[str, Any]:
 # ---- Rope ---------------------------------------------------------------------------------------------
 
 
-def _rope_scaling(file: Source, keys: Keys, arch: str, head_dim: int) -> dict[str, Any] | None:
+def _rope_scaling(file: Source, keys: Keys, arch: str, row: Architecture, head_dim: int) -> dict[str, Any] | None:
     """The `rope_scaling` of config.json; None without scaling.
 
     Llama 3's scaling is stored as a tensor of one divisor per rotated pair. config.json has no name for that, so we use
     a type of our own, with the factors as floats [head_dim / 2]:
     {"rope_type": "frequency_factors", "factors": [...], "attention_factor": ...}
+
+    `head_dim` is the part of a head that is rotated.
     """
     prefix = f"{arch}.rope.scaling"
     kind = keys.text(f"{prefix}.type", "linear")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)}, offered are none, linear, yarn and longrope")
+    # Phi-3's lists of factors need no type.
+    if row.scalings == ("longrope",) and (kind in ("none", "linear") and ROPE_LONG in file.tensors):
+        kind = "longrope"
     factor = 1.0 if kind == "none" else _factor(keys, arch, needed=keys.has(f"{prefix}.type") and kind != "longrope")
     attention = keys.positive(f"{prefix}.attn_factor", 1.0)  # on cos and sin
     lists = [name for name in (ROPE_LONG, ROPE_SHORT) if name in file.tensors]
     if kind == "longrope":
-        return _longrope(file, keys, arch, head_dim, factor, attention)
+        return _longrope(file, keys, arch, row, head_dim, factor, attention)
+    if kind not in row.scalings and (factor != 1.0 or attention != 1.0):
+        raise keys.unsupported(f"{prefix}.type", f"is {shown(kind)}, offered here: {', '.join(row.scalings)}")
     if lists:
         raise Unsupported(f"{file.path}: tensor {lists[0]!r}: without {prefix}.type 'longrope'")
     if ROPE_FREQS in file.tensors:
+        if not row.factors:
+            raise Unsupported(f"{file.path}: tensor {ROPE_FREQS!r}: is not part of models of architecture {arch!r}")
         if kind == "yarn" or factor != 1.0:
             problem = f"is {shown(kind)}, and there is {ROPE_FREQS}: only one of them may be given"
             raise keys.unsupported(f"{prefix}.type", problem)
@@ -306,11 +350,14 @@ def _yarn(keys: Keys, arch: str, factor: float, attention: float) -> dict[str, A
     return scaling
 
 
-def _longrope(file: Source, keys: Keys, arch: str, head_dim: int, factor: float, attention: float) -> dict[str, Any]:
+def _longrope(
+    file: Source, keys: Keys, arch: str, row: Architecture, head_dim: int, factor: float, attention: float
+) -> dict[str, Any]:
     """Per-pair factors: one list for contexts up to the original length, one for longer contexts."""
     key = f"{arch}.rope.scaling.type"
-    if arch not in PAIRED:
-        raise keys.unsupported(key, f"is 'longrope', which is offered with the architectures {', '.join(PAIRED)}")
+    if not row.longrope:
+        names = ", ".join(name for name, other in ARCHITECTURES.items() if other.longrope)
+        raise keys.unsupported(key, f"is 'longrope', which is offered with the architectures {names}")
     if ROPE_FREQS in file.tensors:
         raise keys.unsupported(key, f"is 'longrope', and there is {ROPE_FREQS}: only one of them may be given")
     lists = {}

@@ -2,7 +2,7 @@
 
 llama.cpp has about 170 such keys for all its architectures. For the supported ones, each key is one of:
 
-    READ         gguf_config.py applies it
+    READ         gguf_config.py applies it, or `reads` of the architecture's row in gguf_families.py
     NO_EFFECT    no logit depends on it
     others that name a computation: must be neutral (see `_is_neutral`), or the file is refused by the key's name
 
@@ -30,20 +30,17 @@ NO_TOKEN = 2**32 - 1  # -1 as UINT32: written by converters for "no such token"
 
 READ = frozenset([
     "attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+    "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
     "attention.sliding_window_pattern", "attention.value_length", "block_count",
     "context_length", "embedding_length", "expert_count", "feed_forward_length", "rope.dimension_count",
     "rope.freq_base", "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.factor",
     "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 ])  # fmt: skip
-READ_OF_MISTRAL3 = frozenset(["rope.scaling.yarn_log_multiplier"])
-
 NO_EFFECT = frozenset([
     "vocab_size",  # the vocabulary itself counts, and must match the rows of the embedding
     "tensor_data_layout",  # names the row order of q and k, which is always the same in these files
     "rope.scaling.finetuned",  # whether the model was trained with its scaling
-    "attention.layer_norm_epsilon",  # of LayerNorm, which these architectures do not use
     "pooling_type", "classifier.pooling_type", "classifier.output_labels",  # of embeddings; a head would be a tensor
     "decoder_start_token_id",  # of encoder-decoder models
 ])  # fmt: skip
@@ -178,18 +175,21 @@ class Keys:
         return value
 
 
-def refuse_other_computations(keys: Keys, arch: str, neutral: Mapping[str, Collection[object]]) -> None:
+def refuse_other_computations(
+    keys: Keys, arch: str, neutral: Mapping[str, Collection[object]], more: Collection[str] = ()
+) -> None:
     """Refuses keys for computations that the architecture's program does not do.
 
     Args:
         keys: of the file.
         arch: its architecture.
         neutral: values that agree with what is computed anyway, by key name without the architecture.
+        more: names of keys that only this architecture reads.
 
     Raises:
         Unsupported: such a key; names it and its value.
     """
-    read = READ | READ_OF_MISTRAL3 if arch == "mistral3" else READ
+    read = READ.union(more)
     for key, value in keys.metadata.items():
         name = key.removeprefix(f"{arch}.")
         if name == key or name in read or name in NO_EFFECT or not _COMPUTING.match(name):

@@ -2,6 +2,10 @@
 
     blk.3.attn_q.weight           ->  model.layers.3.self_attn.q_proj.weight   (see _TENSORS, _LAYER)
 
+The names are those of formats/tensor_names.py, which models/ takes for every family; gguf_families.py has those
+that an architecture calls otherwise. Fused tensors stay fused: `attn_qkv` is `qkv_proj`, and a doubled `ffn_up`
+`gate_up_proj`.
+
 GGUF's llama files store the rows of q and k in another order: ggml rotates neighboring rows (2 i, 2 i + 1) of a head,
 Hugging Face rows (i, i + head_dim / 2). So each head's rows are permuted back when they are read. Quantized blocks run
 along a row, so whole rows move unchanged. Qwen's files are in Hugging Face's order already.
@@ -25,7 +29,8 @@ import numpy.typing as npt
 from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
-from fabula.formats.gguf_config import PAIRED, QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
+from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
+from fabula.formats.gguf_families import ARCHITECTURES, XIELU, Architecture
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
@@ -34,6 +39,9 @@ _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "output_norm.bias": "model.norm.bias",
+    "output.bias": "lm_head.bias",
+    "position_embd.weight": "model.embed_positions.weight",
 }
 # blk.N.<key>.weight or .bias -> model.layers.N.<value>.weight or .bias
 _LAYER = {
@@ -44,24 +52,19 @@ _LAYER = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_norm_2": "post_attention_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z_]+)\.(weight|bias)")
-_GGUF_NAMES = {theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items())}
+_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z0-9_]+)\.(weight|bias)")
+_NORMS = ("attn_norm", "attn_norm_2", "ffn_norm")  # those that have biases if any norm has
+_GGUF_NAMES = {theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items()) if ours != "attn_norm_2"}
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
 _SINKS = re.compile(r"blk\.[0-9]{1,9}\.attn_sinks\.weight")
 NO_SINK = np.float32(-1e30)  # a sink logit without effect: exp(-1e30) is 0 in the softmax
-# By model_type: the tensors whose biases its program adds.
-_NORMS_OF_HEADS = ("attn_q_norm", "attn_k_norm")
-_BIASED = {
-    "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    "mistral": (),
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": ("attn_q", "attn_k", "attn_v", "attn_output"),
-}
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -108,7 +111,8 @@ class GgufCheckpoint:
             raise ModelFileError(f"{self.path}: has no tensor {shown(name)}", path=self.path, field=name)
         source = self._sources[name]
         if source.name is None:
-            return np.zeros(self.tensors[name].n_bytes, np.uint8)
+            numbers = np.full(self.tensors[name].shape, source.value, np.float32)
+            return numbers.reshape(-1).view(np.uint8)
         raw = self._file.read(source.name)
         return _unpermute(raw, source.shape[0], self._head_dim) if source.permuted else raw
 
@@ -119,12 +123,13 @@ class GgufCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a tensor comes from: its GGUF name (None: a bias that is not in the file, so 0), its shape, and whether
-    its rows are permuted."""
+    """Where a tensor comes from: its GGUF name (None: all its numbers are `value`, such as 0 for a bias that is not in
+    the file), its shape, and whether its rows are permuted."""
 
     name: str | None
     shape: tuple[int, ...]
     permuted: bool
+    value: float = 0.0
 
 
 def _unpermute(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:
@@ -140,12 +145,36 @@ def permute_rows(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.
 
 
 def gguf_name(name: str) -> str | None:
-    """The GGUF name of a Hugging Face tensor; None if it has none."""
+    """The GGUF name of a tensor, as most architectures have it; None if it has none."""
     if name in _GGUF_NAMES:
         return _GGUF_NAMES[name]
     match = _HF_LAYER_TENSOR.fullmatch(name)
     part = None if match is None else _GGUF_NAMES.get(match[2])
     return None if match is None or part is None else f"blk.{match[1]}.{part}.{match[3]}"
+
+
+def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | None:
+    """The name that models/ knows a GGUF tensor by; None if there is none. A name of that kind is returned as it is.
+
+    Args:
+        name: of the tensor.
+        arch: architecture of the file.
+        two_norms: whether it is a Falcon with two norms a layer, the second of which is that of attention.
+    """
+    row = ARCHITECTURES[arch]
+    if name in _TENSORS:
+        return _TENSORS[name]
+    if match := _LAYER_TENSOR.fullmatch(name):
+        part, kind = match[2], match[3]
+        if part not in row.names and part not in _LAYER:
+            return None
+        found = row.names.get(part, _LAYER.get(part, ""))
+        if two_norms:
+            found = {"attn_norm": _LAYER["attn_norm_2"], "attn_norm_2": _LAYER["attn_norm"]}.get(part, found)
+        return f"model.layers.{match[1]}.{found}" + ("" if part == "layer_output_scale" else f".{kind}")
+    if match := _HF_LAYER_TENSOR.fullmatch(name):
+        return name if match[2] in {*_LAYER.values(), *row.names.values()} else None
+    return name if name in _TENSORS.values() else None
 
 
 # ---- Tensors ------------------------------------------------------------------------------------------
@@ -155,19 +184,34 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
     """Sources and infos of the tensors, by Hugging Face name."""
     sources: dict[str, _Source] = {}
     infos: dict[str, TensorInfo] = {}
+    arch = str(file.metadata["general.architecture"])
+    row = ARCHITECTURES[arch]
+    is_mistral = config["model_type"] == "mistral"
     for tensor in file.tensors.values():
         if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # config_of has read those
             continue
-        name = _hf_name(file, tensor, config)
-        permuted = file.metadata["general.architecture"] in PAIRED and _is_permuted(file, tensor, config)
+        name = _hf_name(file, tensor, config, row)
+        permuted = row.paired and _is_permuted(file, tensor, config)
         sources[name] = _Source(tensor.name, tensor.shape, permuted)
         infos[name] = TensorInfo(name, tensor.dtype, tensor.shape, tensor.n_bytes)
-    for name in _biases(config):
+    for name in () if is_mistral else _biases(config, row):
         if name not in infos and (weight := infos.get(name.replace(".bias", ".weight"))) is not None:
             length = weight.shape[0]
             sources[name] = _Source(None, (length,), False)
             infos[name] = TensorInfo(name, DType.F32, (length,), 4 * length)
+    if arch == "apertus":
+        for name, value in _xielu_numbers(file, config["num_hidden_layers"]):
+            sources[name] = _Source(None, (1,), False, value)
+            infos[name] = TensorInfo(name, DType.F32, (1,), 4)
     return sources, infos
+
+
+def _xielu_numbers(file: Source, n_layers: int) -> Iterator[tuple[str, float]]:
+    """The numbers of xIELU, which are keys in GGUF and tensors elsewhere."""
+    for key in XIELU:
+        values = np.broadcast_to(np.asarray(file.metadata[f"xielu.{key}"]), n_layers)
+        for layer, value in enumerate(values.tolist()):
+            yield f"model.layers.{layer}.mlp.act_fn.{key}", value
 
 
 def _is_no_sink(file: Source, tensor: GgufTensor) -> bool:
@@ -183,36 +227,47 @@ def _is_no_sink(file: Source, tensor: GgufTensor) -> bool:
     return True
 
 
-def _biases(config: Mapping[str, Any]) -> Iterator[str]:
+def _biases(config: Mapping[str, Any], row: Architecture) -> Iterator[str]:
     """The names of all biases that the program of this config adds. A GGUF file may leave out any of them, which are
     then 0."""
-    attention = config["attention_bias"] or config["model_type"] == "qwen2"
-    for part in _BIASED[config["model_type"]]:
-        if attention if part.startswith("attn") else config["mlp_bias"]:
-            for layer in range(config["num_hidden_layers"]):
-                yield f"model.layers.{layer}.{_LAYER[part]}.bias"
+    for flag, parts in row.biases.items():
+        if not flag or config[flag]:
+            for part in parts:
+                for layer in range(config["num_hidden_layers"]):
+                    yield f"model.layers.{layer}.{row.names.get(part, _LAYER[part])}.bias"
 
 
-def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> str:
+def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: Architecture) -> str:
     """Refuses a tensor that the program of this config does not use, as llama.cpp does."""
+    arch = file.metadata["general.architecture"]
     if tensor.name in _TENSORS:
-        return _TENSORS[tensor.name]
+        wanted = {
+            "output_norm.bias": row.norm_bias,
+            "output.bias": row.head_bias,
+            "position_embd.weight": row.positions,
+        }
+        if wanted.get(tensor.name, True):
+            return _TENSORS[tensor.name]
     match = _LAYER_TENSOR.fullmatch(tensor.name)
-    if match is None or match[2] not in _LAYER:
+    if match is None or match[2] not in {**_LAYER, **row.names}:
         raise Unsupported(f"{file.path}: tensor {shown(tensor.name)}: is not part of any model family offered here")
+    part = match[2]
     if int(match[1]) >= config["num_hidden_layers"]:
         raise tensor_error(
             file, tensor, f"belongs to layer {match[1]}, but block_count is {config['num_hidden_layers']}"
         )
-    family = config["model_type"]
-    is_bias, is_head_norm = match[3] == "bias", match[2] in _NORMS_OF_HEADS
-    if match[2] not in _BIASED[family] if is_bias else is_head_norm and family != "qwen3":
-        window = " with a window" if family == "mistral" else ""
+    is_mistral = config["model_type"] == "mistral"
+    biased = () if is_mistral else {part for parts in row.biases.values() for part in parts}
+    allowed = part in row.layer
+    if match[3] == "bias":
+        allowed = allowed and (part in biased or (row.norm_bias and part in _NORMS))
+    name = canonical_name(tensor.name, str(arch), two_norms=config.get("num_ln_in_parallel_attn") == 2)
+    if not allowed or name is None:
+        window = " with a window" if is_mistral else ""
         raise Unsupported(
-            f"{file.path}: tensor {shown(tensor.name)}: is not part of models of architecture "
-            f"{file.metadata['general.architecture']!r}{window}"
+            f"{file.path}: tensor {shown(tensor.name)}: is not part of models of architecture {arch!r}{window}"
         )
-    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
+    return name
 
 
 def _is_permuted(file: Source, tensor: GgufTensor, config: Mapping[str, Any]) -> bool:

@@ -201,7 +201,7 @@ class _Views:
             order = self._order(a, count // a.k_dim) if part != "v" else None
             if fused in self._names:
                 rows = np.arange(first, first + count)
-                if self.config.qkv == "grouped":
+                if self.config.qkv == "grouped" and self.checkpoint.format == "safetensors":
                     rows = _grouped(a, part)
                 first += count
                 rows = rows if order is None else rows[order]

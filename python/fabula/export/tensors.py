@@ -1,0 +1,173 @@
+"""Lays out a model's tensors as GGUF has them: from canonical names and forms to those of an architecture.
+
+`models/views.py` gives every family one form: q, k and v apart, rotated pairs in halves, norm weights as they are
+multiplied. Here that becomes an architecture's: fused where llama.cpp wants them fused, rows of q and k pairwise, a
+norm for each head as a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fabula.errors import ModelFileError, Unsupported, shown
+from fabula.formats.checkpoint import Checkpoint, TensorTable
+from fabula.formats.gguf_families import ARCHITECTURES, MLP, PAIRED
+from fabula.formats.gguf_names import canonical_name
+from fabula.models.description import Attention, ModelConfig
+from fabula.models.rope import rotated_width
+from fabula.models.views import View, ViewedCheckpoint, viewed
+
+_FUSED = ("falcon", "gpt2", "gptneox")  # architectures that read q, k and v in one matrix only
+_NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
+_NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the file: its canonical sources, in order, and their rows (None: all, as they are).
+
+    Attributes:
+        needed: whether a model without it is incomplete.
+        n_heads: rows of the result where a vector becomes a matrix of one row for each head; 0 for none.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    rows: npt.NDArray[np.int64] | None = None
+    needed: bool = True
+    n_heads: int = 0
+
+
+def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+    """The checkpoint with GGUF's tensors, in the order of the model, and their shapes.
+
+    Raises:
+        ModelFileError: a tensor is missing.
+        Unsupported: a tensor that GGUF has no name for, or that the config does not mention.
+    """
+    source = viewed(checkpoint, config)
+    names = source.tensors.all_names if isinstance(source.tensors, TensorTable) else set(source.tensors)
+    views: dict[str, View] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    used: set[str] = set()
+    for part in _parts(config, arch):
+        if not all(name in names for name in part.sources):
+            if part.needed:
+                raise ModelFileError(
+                    f"{checkpoint.path}: tensor for {part.name} is missing", path=checkpoint.path, field=part.name
+                )
+            continue
+        views[part.name] = View(part.sources, part.rows)
+        used.update(part.sources)
+        shape = source.tensors[part.sources[0]].shape
+        shapes[part.name] = (part.n_heads, shape[0] // part.n_heads) if part.n_heads else ()
+    for name in sorted(names - used):
+        if name.endswith(_NOT_WEIGHTS) or _NUMBERS in name or (config.tied and name == "lm_head.weight"):
+            continue
+        known = canonical_name(name, arch)
+        raise Unsupported(
+            f"{checkpoint.path}: tensor {shown(name)}: "
+            + ("not part of this model's config" if known else "GGUF has no name for it in this family")
+        )
+    made = ViewedCheckpoint(source, views)
+    return made, {name: shape or made.tensors[name].shape for name, shape in shapes.items()}
+
+
+def _parts(config: ModelConfig, arch: str) -> Iterator[Part]:
+    """Everything that the config mentions. Biases that it allows may be missing from some layers."""
+    yield Part("token_embd.weight", ("model.embed_tokens.weight",))
+    if config.n_positions:
+        yield Part("position_embd.weight", ("model.embed_positions.weight",))
+    if config.n_per_layer:
+        yield Part("per_layer_token_embd.weight", ("model.embed_tokens_per_layer.weight",))
+        yield Part("per_layer_model_proj.weight", ("model.per_layer_model_projection.weight",))
+        yield Part("per_layer_proj_norm.weight", ("model.per_layer_projection_norm.weight",))
+    for i in range(config.n_layers):
+        yield from _layer(config, arch, i)
+    if config.final_norm.weighted:
+        yield Part("output_norm.weight", ("model.norm.weight",))
+    if config.final_norm.biased:
+        yield Part("output_norm.bias", ("model.norm.bias",))
+    if not config.tied:
+        yield Part("output.weight", ("lm_head.weight",))
+    if config.head_bias:
+        yield Part("output.bias", ("lm_head.bias",))
+
+
+def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
+    row, layer = ARCHITECTURES[arch], config.layers[i]
+    a, prefix = layer.attention, f"model.layers.{i}."
+    norms = {
+        "input_layernorm": layer.before_attention,
+        "post_self_attn_layernorm": layer.after_attention,
+        "post_attention_layernorm": layer.before_mlp,
+        "post_mlp_layernorm": layer.after_mlp,
+    }
+    biases = {
+        **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_qkv"), a.qkv_bias),
+        "attn_output": a.output_bias,
+        **dict.fromkeys(MLP, layer.mlp.bias),
+        "ffn_down": layer.mlp.down_bias,
+    }
+    two_norms = arch == "falcon" and layer.before_mlp is not None
+    for part in row.layer:
+        name = canonical_name(f"blk.{i}.{part}.weight", arch, two_norms=two_norms)
+        assert name is not None
+        short = name.removeprefix(prefix).removesuffix(".weight")
+        if short in norms:
+            norm = norms[short]
+            if norm is not None and norm.weighted:
+                yield Part(f"blk.{i}.{part}.weight", (name,))
+            if norm is not None and norm.biased:
+                yield Part(f"blk.{i}.{part}.bias", (name.replace(".weight", ".bias"),))
+            continue
+        if part in ("attn_q_norm", "attn_k_norm"):
+            yield from _head_norm(config, arch, a, f"blk.{i}.{part}.weight", name)
+            continue
+        if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
+            continue
+        if part == "ffn_gate" and (not layer.mlp.gated or "gate_up_proj" in row.names.get("ffn_up", "")):
+            continue
+        if (part == "attn_v" and a.values_are_keys) or (part in ("attn_k", "attn_v") and not a.writes):
+            continue
+        sources: tuple[str, ...] = (name,)
+        rows = None
+        if part == "attn_qkv":
+            sources = tuple(f"{prefix}self_attn.{x}_proj.weight" for x in "qkv")
+        elif short == "mlp.gate_up_proj":
+            sources = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+        elif part in ("attn_q", "attn_k"):
+            rows = _pairwise(config, arch, a, a.n_heads if part == "attn_q" else a.n_kv_heads)
+        yield Part(f"blk.{i}.{part}.weight", sources, rows, needed=part != "layer_output_scale")
+        if biases.get(part):
+            sources = tuple(source.replace(".weight", ".bias") for source in sources)
+            yield Part(f"blk.{i}.{part}.bias", sources, rows, needed=False)
+
+
+def _head_norm(config: ModelConfig, arch: str, a: Attention, target: str, name: str) -> Iterator[Part]:
+    """The norm of q or k heads."""
+    is_q = ".attn_q_norm." in target
+    if a.norm is None or a.norm.weights == "none" or not (is_q or a.writes):
+        return
+    n_heads = a.n_heads if is_q else a.n_kv_heads
+    several = a.norm.weights in ("heads", "row")
+    rows = None if a.norm.rotated else _pairwise(config, arch, a, n_heads if several else 1)
+    yield Part(target, (name,), rows, n_heads=n_heads if a.norm.weights == "heads" else 0)
+
+
+def _pairwise(config: ModelConfig, arch: str, a: Attention, n_heads: int) -> npt.NDArray[np.int64] | None:
+    """The rows of heads with rotated pairs side by side; None if they stay in halves.
+
+    Architectures in PAIRED want that in every layer. Of the others those do whose family has pairs side by side; there
+    a layer without rotation keeps its order.
+    """
+    if arch not in PAIRED and (not config.interleaved or a.rope < 0):
+        return None
+    n = rotated_width(config.ropes[a.rope][0], a.k_dim) if arch not in PAIRED else a.k_dim
+    head = np.concatenate([np.arange(n).reshape(2, n // 2).T.reshape(-1), np.arange(n, a.k_dim)])
+    rows: npt.NDArray[np.int64] = (np.arange(n_heads)[:, None] * a.k_dim + head).reshape(-1)
+    return rows

@@ -1,0 +1,450 @@
+"""The architectures of GGUF files, one row each: which family's config.json and tensors they hold, and how.
+
+A row says what differs from Llama: the tensors a layer has, which of them may have biases, the order of q's and k's
+rows, the windows, and keys that only this architecture reads. What only a file decides is set by a function above the
+table.
+
+Some numbers are in no key: llama.cpp derives them from the architecture and the number of layers, as noted at each row.
+
+Source: load_arch_hparams and load_arch_tensors of llama.cpp's src/models, its conversion scripts, and the list of rope
+types in src/llama-model.cpp, all in the source of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fabula.errors import shown
+from fabula.formats.gguf_keys import Keys
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+QKV = ("attn_q", "attn_k", "attn_v")
+ATTENTION = (*QKV, "attn_output")
+FUSED = ("attn_qkv", *ATTENTION)
+PLAIN_MLP = ("ffn_up", "ffn_down")
+MLP = ("ffn_gate", *PLAIN_MLP)
+USUAL = ("attn_norm", *ATTENTION, "ffn_norm", *MLP)
+HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+# A norm behind each half of a layer.
+POST = {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a row's function may ask.
+
+    Attributes:
+        keys, arch: of the file.
+        tensors: the names of its tensors.
+        n_layers, n_kv_heads, hidden_size, n_heads, head_dim: sizes.
+    """
+
+    keys: Keys
+    arch: str
+    tensors: Collection[str]
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    def key(self, name: str) -> str:
+        return f"{self.arch}.{name}"
+
+    def has(self, part: str) -> bool:
+        """Whether the layers have a tensor of that name."""
+        return any(name.startswith("blk.") and name.split(".")[2:] == [part, "weight"] for name in self.tensors)
+
+    def number(self, name: str, default: float | None, *, zero: float | None = None) -> float:
+        if zero is not None and self.keys.metadata.get(self.key(name)) == 0:
+            return zero
+        return self.keys.positive(self.key(name), default, zero=zero)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """The sliding windows of an architecture.
+
+    Attributes:
+        default: its length where the key is missing; None where the key must be there, 0 for no windows.
+        every: without a pattern in the file each layer but every n-th has one; 0: all have.
+    """
+
+    default: int | None = 0
+    every: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """How a file of an architecture is read.
+
+    Attributes:
+        model_type: of the config.json that says the same;  model_class: of transformers.
+        paired: whether rows of q and k are stored pairwise, unlike in transformers (gguf_names.py).
+        layer: names of a layer's tensors.
+        names: names behind `model.layers.N.`, where they differ from those that are usual.
+        biases: by flag of config.json, the tensors that may have a bias; "" for a bias that config.json has no flag
+            for, since it is always there.
+        norm_bias, head_bias, positions: whether norms have biases, the head has one, and positions are learned.
+        eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
+        silu: whether the MLP is a gated SiLU.
+        rotated: whether a part of each head may be rotated.
+        factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length. (Qwen has
+            such files from `fabula quantize` only.)
+        scalings: types of rope scaling.
+        windows: None for none.
+        fields: keys of config.json that stand in place of the usual ones.
+        reads: keys that only this architecture reads.
+        finish: adds to the config what only the file decides, or changes it.
+    """
+
+    model_type: str
+    model_class: str
+    paired: bool = False
+    layer: tuple[str, ...] = USUAL
+    names: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    norm_bias: bool = False
+    head_bias: bool = False
+    positions: bool = False
+    eps: str = ""
+    silu: bool = True
+    rotated: bool = False
+    factors: bool = False
+    longrope: bool = False
+    scalings: tuple[str, ...] = ("none", "linear", "yarn", "longrope")
+    windows: Windows | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
+    finish: Callable[[Facts, Config], None] | None = None
+
+
+# ---- What only a file decides ---------------------------------------------------------------------------------------
+
+
+def _llama(_: Facts, config: Config) -> None:
+    """A llama with windows is a mistral. Its biases are refused by gguf_names.py, as mistral has none."""
+    if config.get("sliding_window"):
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        if FULL not in config["layer_types"]:
+            del config["layer_types"]
+
+
+def _mistral3(f: Facts, config: Config) -> None:
+    """Queries grow with their position where the file says so (Ministral 3)."""
+    _llama(f, config)
+    beta = f.number("attention.temperature_scale", 0.0, zero=0.0)
+    if not beta:
+        return
+    original = f.keys.integer(f.key("rope.scaling.original_context_length"), config["max_position_embeddings"], low=1)
+    scaling = config["rope_scaling"] or {"rope_type": "default"}
+    config["rope_scaling"] = {
+        **scaling, "original_max_position_embeddings": original, "llama_4_scaling_beta": beta,
+    }  # fmt: skip
+    config |= {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"]}
+
+
+def _granite_swa(f: Facts, config: Config) -> None:
+    f.number("logit_scale", None)  # a divisor; gguf_config.py accepts only 1
+    _llama(f, config)
+
+
+def _granite(f: Facts, config: Config) -> None:
+    """Factors; 0 stands for "not given". `rope.scaling.finetuned` false means layers without rotation."""
+    key = f.key("rope.scaling.finetuned")
+    if not f.keys.flag(key, True):
+        raise f.keys.unsupported(key, "is false, which means layers without rotation here; that is not offered")
+    config |= {
+        "logits_scaling": f.number("logit_scale", None),
+        "residual_multiplier": f.number("residual_scale", 1.0, zero=1.0),
+        "embedding_multiplier": f.number("embedding_scale", 1.0, zero=1.0),
+        "attention_multiplier": f.number("attention.scale", f.head_dim**-0.5, zero=f.head_dim**-0.5),
+    }
+
+
+def _minicpm(f: Facts, config: Config) -> None:
+    """Granite's factors under other names; the defaults are those of the first release."""
+    config |= {
+        "logits_scaling": f.number("logit_scale", f.hidden_size / 256),
+        "residual_multiplier": f.number("residual_scale", 1.4 / math.sqrt(f.n_layers), zero=1.0),
+        "embedding_multiplier": f.number("embedding_scale", 12.0, zero=1.0),
+        "attention_multiplier": f.head_dim**-0.5,
+    }
+
+
+def _baichuan(f: Facts, _: Config) -> None:
+    """Only the 7B model, known by its number of layers, has rotations."""
+    if f.n_layers != 32:
+        raise f.keys.unsupported(
+            f.key("block_count"), f"is {f.n_layers}: only the model of 32 layers has rotations, others have ALiBi"
+        )
+
+
+def query_scale(f: Facts, n_layers_27b: int) -> float:
+    """Gemma's query_pre_attn_scalar, for which there is no key: 27B models, known by their layers, have another."""
+    return f.hidden_size / f.n_heads if f.n_layers == n_layers_27b else f.head_dim
+
+
+def _gemma2(f: Facts, config: Config) -> None:
+    config["query_pre_attn_scalar"] = query_scale(f, 46)
+    for name, key, default in (
+        ("attn_logit_softcapping", "attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", "final_logit_softcapping", 30.0),
+    ):
+        config[name] = f.number(key, default)
+
+
+def _gemma3(f: Facts, config: Config) -> None:
+    config["query_pre_attn_scalar"] = query_scale(f, 62)
+    config["attn_logit_softcapping"] = None
+    config["final_logit_softcapping"] = f.number("final_logit_softcapping", 0.0, zero=0.0) or None
+    config["rope_local_base_freq"] = f.number("rope.freq_base_swa", 10000.0)
+
+
+def _olmo(f: Facts, config: Config) -> None:
+    key = f.key("attention.layer_norm_epsilon")
+    if not math.isclose(f.keys.positive(key), 1e-5, rel_tol=1e-6):
+        raise f.keys.unsupported(key, "is not 1e-05, which this family always has")
+    config["clip_qkv"] = f.number("attention.clamp_kqv", 0.0, zero=0.0) or None
+
+
+def _olmo2(f: Facts, config: Config) -> None:
+    """OLMo 3 has windows, whose layers have no scaling."""
+    if not config.pop("sliding_window", None):
+        config.pop("layer_types")
+        return
+    theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
+    config |= {
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "sliding_window": f.keys.integer(f.key("attention.sliding_window")),
+        "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
+            SLIDING: {"rope_type": "default", "rope_theta": theta},
+        },
+    }
+
+
+def _phi3(_: Facts, config: Config) -> None:
+    if (scaling := config["rope_scaling"]) is not None:
+        config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+
+
+def _command_r(f: Facts, config: Config) -> None:
+    config["logit_scale"] = f.number("logit_scale", 1.0, zero=1.0)
+    config["use_qk_norm"] = f.has("attn_q_norm")
+
+
+def _cohere2(f: Facts, config: Config) -> None:
+    config["logit_scale"] = f.number("logit_scale", None, zero=1.0)
+
+
+def _stablelm(f: Facts, config: Config) -> None:
+    """As in llama.cpp the tensors decide, not the key `use_parallel_residual`."""
+    config["use_parallel_residual"] = not f.has("ffn_norm")
+    config["qk_layernorm"] = f.has("attn_q_norm")
+
+
+def _neox(f: Facts, config: Config) -> None:
+    config["use_parallel_residual"] = f.keys.flag(f.key("use_parallel_residual"), True)
+
+
+def _falcon(f: Facts, config: Config) -> None:
+    """Three generations: one KV head; a few and one norm; a few and two norms."""
+    two_norms = f.has("attn_norm_2")
+    config |= {
+        "new_decoder_architecture": f.n_kv_heads > 1 or two_norms,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "multi_query": True,
+        "parallel_attn": True,
+        "alibi": False,
+    }
+
+
+def _apertus(f: Facts, _: Config) -> None:
+    """The numbers of xIELU are keys of their own; see gguf_names.py."""
+    for name in XIELU:
+        value = f.keys.metadata.get(f"xielu.{name}")
+        if value is None:
+            raise f.keys.error(f"xielu.{name}", "is missing")
+        if isinstance(value, np.ndarray) and (value.dtype.kind != "f" or len(value) != f.n_layers):
+            raise f.keys.error(f"xielu.{name}", f"must be a number or {f.n_layers} numbers, one for each layer")
+        if not isinstance(value, np.ndarray | float):
+            raise f.keys.error(f"xielu.{name}", f"is {shown(value)}, must be a number")
+
+
+XIELU = ("alpha_n", "alpha_p", "beta", "eps")
+
+_GEMMA2: dict[str, Any] = {
+    "layer": (*USUAL, *POST),
+    "names": POST | {"ffn_norm": "post_attention_layernorm"},
+    "biases": {"attention_bias": ATTENTION},
+    "silu": False,
+}
+_GLM: dict[str, Any] = {
+    "names": {"ffn_up": "mlp.gate_up_proj"},
+    "biases": {"attention_bias": ("attn_qkv", *QKV)},
+    "rotated": True,
+}
+_LAYER_NORM: Mapping[str, Any] = {"norm_bias": True, "silu": False}
+_BOTH = {"attention_bias": ATTENTION, "mlp_bias": MLP}
+_PLAIN = ("attn_norm", "attn_qkv", *ATTENTION, "ffn_norm", *PLAIN_MLP)
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    # Early versions of `fabula quantize` wrote windows for llama, which llama.cpp does not have there.
+    "llama": Architecture(
+        model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
+        windows=Windows(), finish=_llama,
+    ),
+    "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}, factors=True),
+    "qwen3": Architecture(
+        model_type="qwen3", model_class="Qwen3ForCausalLM", layer=(*USUAL, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, factors=True,
+    ),
+    # llama with more YaRN keys, and Ministral 3.
+    "mistral3": Architecture(
+        model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
+        windows=Windows(), reads=frozenset(["rope.scaling.yarn_log_multiplier", "attention.temperature_scale"]),
+        finish=_mistral3,
+    ),
+    # llama with windows, as `fabula quantize` writes it: all scales 1, sinks without effect.
+    "granite_swa": Architecture(
+        model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
+        windows=Windows(default=None), finish=_granite_swa,
+    ),
+    # The text part; for text all sections of a position are equal, so rotations are the usual ones.
+    "qwen2vl": Architecture(
+        model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV},
+        reads=frozenset(["rope.dimension_sections"]),
+    ),
+    "qwen3vl": Architecture(
+        model_type="qwen3", model_class="Qwen3ForCausalLM", layer=(*USUAL, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, reads=frozenset(["rope.dimension_sections", "n_deepstack_layers"]),
+    ),
+    "exaone": Architecture(model_type="llama", model_class="LlamaForCausalLM", factors=True),
+    "internlm2": Architecture(model_type="llama", model_class="LlamaForCausalLM", paired=True),
+    "baichuan": Architecture(model_type="llama", model_class="LlamaForCausalLM", paired=True, finish=_baichuan),
+    "granite": Architecture(
+        model_type="granite", model_class="GraniteForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
+        reads=frozenset(["logit_scale", "residual_scale", "embedding_scale", "attention.scale"]), finish=_granite,
+    ),
+    "minicpm": Architecture(
+        model_type="granite", model_class="GraniteForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
+        reads=frozenset(["logit_scale", "residual_scale", "embedding_scale"]), finish=_minicpm,
+    ),
+    "smollm3": Architecture(model_type="smollm3", model_class="SmolLM3ForCausalLM", paired=True, biases=_BOTH),
+    "arcee": Architecture(
+        model_type="arcee", model_class="ArceeForCausalLM", paired=True, factors=True, silu=False,
+        layer=("attn_norm", *ATTENTION, "ffn_norm", *PLAIN_MLP),
+        biases={"attention_bias": ATTENTION, "mlp_bias": PLAIN_MLP},
+    ),
+    "gemma": Architecture(
+        model_type="gemma", model_class="GemmaForCausalLM", biases={"attention_bias": ATTENTION}, silu=False
+    ),
+    "gemma2": Architecture(
+        model_type="gemma2", model_class="Gemma2ForCausalLM", **_GEMMA2, windows=Windows(default=4096, every=2),
+        reads=frozenset(["attn_logit_softcapping", "final_logit_softcapping"]), finish=_gemma2,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text", model_class="Gemma3ForCausalLM", **_GEMMA2 | {"layer": (*USUAL, *POST, *HEAD_NORMS)},
+        windows=Windows(every=6), scalings=("none", "linear"),
+        reads=frozenset(["final_logit_softcapping", "rope.freq_base_swa"]), finish=_gemma3,
+    ),
+    # llama.cpp ignores the window; transformers does not.
+    "phi3": Architecture(
+        model_type="phi3", model_class="Phi3ForCausalLM", layer=(*USUAL, "attn_qkv"), longrope=True, rotated=True,
+        names={"ffn_up": "mlp.gate_up_proj"}, scalings=("longrope",), windows=Windows(), finish=_phi3,
+    ),
+    "phi2": Architecture(
+        model_type="phi", model_class="PhiForCausalLM", **_LAYER_NORM, eps="layer_norm_eps", head_bias=True,
+        layer=("attn_norm", *FUSED, *PLAIN_MLP), rotated=True, biases={"": (*FUSED, *PLAIN_MLP)},
+    ),
+    "olmo": Architecture(
+        model_type="olmo", model_class="OlmoForCausalLM", paired=True, layer=(*ATTENTION, *MLP), eps="-",
+        reads=frozenset(["attention.clamp_kqv"]), finish=_olmo,
+    ),
+    # OLMo 2, and 3 with windows. The norm in front of the MLP stands behind attention.
+    "olmo2": Architecture(
+        model_type="olmo2", model_class="Olmo2ForCausalLM", layer=(*ATTENTION, *MLP, *HEAD_NORMS, *POST), names=POST,
+        biases={"attention_bias": ATTENTION}, windows=Windows(every=4), finish=_olmo2,
+    ),
+    # Layers without a window have no rotation; llama.cpp has windows only in the model of 64 layers.
+    "exaone4": Architecture(
+        model_type="exaone4", model_class="Exaone4ForCausalLM", layer=(*ATTENTION, *MLP, *HEAD_NORMS, *POST),
+        names=POST, factors=True, windows=Windows(every=4),
+    ),
+    "glm4": Architecture(
+        model_type="glm4", model_class="Glm4ForCausalLM", **_GLM | {"names": {**POST, **_GLM["names"]}},
+        layer=(*USUAL, "attn_qkv", *POST),
+    ),
+    "chatglm": Architecture(model_type="glm", model_class="GlmForCausalLM", **_GLM, layer=(*USUAL, "attn_qkv")),
+    "command-r": Architecture(
+        model_type="cohere", model_class="CohereForCausalLM", eps="layer_norm_eps",
+        layer=("attn_norm", *ATTENTION, *MLP, *HEAD_NORMS), biases={"attention_bias": ATTENTION},
+        reads=frozenset(["logit_scale"]), finish=_command_r,
+    ),
+    "cohere2": Architecture(
+        model_type="cohere2", model_class="Cohere2ForCausalLM", eps="layer_norm_eps",
+        layer=("attn_norm", *ATTENTION, *MLP), biases={"attention_bias": ATTENTION},
+        windows=Windows(default=None, every=4), reads=frozenset(["logit_scale"]), finish=_cohere2,
+    ),
+    "stablelm": Architecture(
+        model_type="stablelm", model_class="StableLmForCausalLM", norm_bias=True, eps="layer_norm_eps", rotated=True,
+        layer=(*USUAL, *HEAD_NORMS), biases={"use_qkv_bias": QKV}, reads=frozenset(["use_parallel_residual"]),
+        finish=_stablelm,
+    ),
+    "nemotron": Architecture(
+        model_type="nemotron", model_class="NemotronForCausalLM", **_LAYER_NORM, eps="norm_eps", rotated=True,
+        layer=("attn_norm", *ATTENTION, "ffn_norm", *PLAIN_MLP),
+        biases={"attention_bias": ATTENTION, "mlp_bias": PLAIN_MLP},
+    ),
+    "seed_oss": Architecture(
+        model_type="seed_oss", model_class="SeedOssForCausalLM",
+        layer=("attn_norm", *ATTENTION, "post_attention_norm", *MLP),
+        names={"post_attention_norm": "post_attention_layernorm"},
+        biases={"attention_bias": QKV, "attention_out_bias": ("attn_output",), "mlp_bias": MLP},
+    ),
+    "ernie4_5": Architecture(
+        model_type="ernie4_5", model_class="Ernie4_5ForCausalLM", biases={"use_bias": (*ATTENTION, *MLP)}
+    ),
+    "hunyuan-dense": Architecture(
+        model_type="hunyuan_v1_dense", model_class="HunYuanDenseV1ForCausalLM", layer=(*USUAL, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION},
+    ),
+    "apertus": Architecture(
+        model_type="apertus", model_class="ApertusForCausalLM", factors=True, longrope=True, silu=False,
+        layer=("attn_norm", *ATTENTION, "ffn_norm", *PLAIN_MLP, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, finish=_apertus,
+    ),
+    "starcoder2": Architecture(
+        model_type="starcoder2", model_class="Starcoder2ForCausalLM", **_LAYER_NORM, eps="norm_epsilon",
+        layer=("attn_norm", *ATTENTION, "ffn_norm", *PLAIN_MLP), biases={"use_bias": (*ATTENTION, *PLAIN_MLP)},
+    ),
+    # transformers has the exact GELU; llama.cpp takes the approximation with tanh, here and in gptneox.
+    "falcon": Architecture(
+        model_type="falcon", model_class="FalconForCausalLM", **_LAYER_NORM, eps="layer_norm_epsilon",
+        layer=("attn_norm", "attn_norm_2", "attn_qkv", "attn_output", *PLAIN_MLP),
+        biases={"bias": ("attn_qkv", "attn_output", *PLAIN_MLP)},
+        fields={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"}, finish=_falcon,
+    ),
+    "gpt2": Architecture(
+        model_type="gpt2", model_class="GPT2LMHeadModel", **_LAYER_NORM, eps="layer_norm_epsilon", layer=_PLAIN,
+        biases={"": (*FUSED, *PLAIN_MLP)}, positions=True, fields={"intermediate_size": "n_inner"},
+    ),
+    "gptneox": Architecture(
+        model_type="gpt_neox", model_class="GPTNeoXForCausalLM", **_LAYER_NORM, eps="layer_norm_eps", rotated=True,
+        layer=_PLAIN, biases={"attention_bias": FUSED, "": PLAIN_MLP},
+        fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+        reads=frozenset(["use_parallel_residual"]), finish=_neox,
+    ),
+}  # fmt: skip
+# Architectures that store the rows of q and k pairwise (gguf_names.py).
+PAIRED = tuple(arch for arch, row in ARCHITECTURES.items() if row.paired)

@@ -1,0 +1,407 @@
+"""Every family as a GGUF file: written by Fabula, converted by llama.cpp, and read by both.
+
+The tiny checkpoints are those of decoder_families.py, with shapes that llama.cpp can take: what it does not know (heads
+of another width in some architectures, some biases) is in a case of its own, which it then is not asked about.
+
+FABULA_TEST_LLAMA_CPP names a Python that has llama_cpp, FABULA_TEST_LLAMA_SOURCE llama.cpp's source tree, whose
+conversion is run; tests that need one of them skip without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import llama_convert
+import tiny
+from decoder_families import CASES, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
+from fabula.engine.runner import Runner
+from fabula.errors import EngineError, Unsupported
+from fabula.export.quantize import quantize_model
+from fabula.formats.checkpoint import DType
+from fabula.formats.gguf import GgufFile
+from fabula.formats.gguf_families import ARCHITECTURES
+from fabula.formats.gguf_names import open_gguf
+from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
+from fabula.models.opening import check_tensors, open_model
+from llama_peer import LlamaCpp
+from test_gguf_keys import rewritten
+
+IDS = np.random.default_rng(1).integers(3, 203, 60).astype(np.int32)
+WHOLE = PLAIN | {"head_dim": 24}  # heads of hidden_size / n_heads
+F = np.float32
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A case for GGUF.
+
+    Attributes:
+        of: the case of decoder_families.py.
+        changes: to its settings.
+        peer: why llama.cpp is not asked for the file's logits; "" if it is.
+        converted: why llama.cpp's conversion is not compared; "" if it is.
+        bound: of the difference from llama.cpp's logits. GELU is a table of float16 there.
+        exact: whether logits are those of the safetensors file bit by bit: some numbers are float32 in GGUF.
+    """
+
+    of: str
+    changes: Mapping[str, Any] | None = None
+    peer: str = ""
+    converted: str = ""
+    bound: float = 1e-4
+    exact: bool = True
+
+    @property
+    def case(self) -> Case:
+        case = CASES[self.of]
+        return replace(case, settings={**case.settings, **(self.changes or {})})
+
+
+_UNKNOWN = "llama.cpp's conversion does not know the family"
+_NO_BIAS = "llama.cpp has no such bias in this architecture"
+GELU = 2e-3
+CUTS: Mapping[str, Cut] = {
+    "llama": Cut("internlm3"),
+    "iquestcoder": Cut("iquestcoder"),
+    "helium": Cut("helium", converted=_UNKNOWN),
+    "ministral": Cut("ministral", converted=_UNKNOWN),
+    "cwm": Cut("cwm", converted=_UNKNOWN),
+    "ministral3": Cut(
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 10000.0,
+                "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3, "beta_fast": 32.0, "beta_slow": 1.0,
+            },
+            "max_position_embeddings": 96,
+        },
+    ),
+    "seed_oss": Cut("seed_oss"),
+    "seed_oss-out-bias": Cut("seed_oss-out-bias", peer=_NO_BIAS),
+    "smollm3": Cut("smollm3"),
+    "granite": Cut("granite", converted="it drops head_dim"),
+    "granite-whole": Cut("granite", {"hidden_size": 240}),
+    "arcee": Cut("arcee", {"mlp_bias": False, "attention_bias": False}),
+    "arcee-biased": Cut("arcee", peer=_NO_BIAS),
+    "gemma": Cut("gemma", bound=GELU),
+    "gemma2": Cut("gemma2", {"query_pre_attn_scalar": 40}, bound=GELU),
+    "gemma3": Cut("gemma3", {"query_pre_attn_scalar": 40}, bound=GELU),
+    "gemma3-linear": Cut(
+        "gemma3",
+        {
+            "query_pre_attn_scalar": 40,
+            "final_logit_softcapping": 7.0,
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                SLIDING: {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+        bound=GELU,
+    ),
+    "phi3": Cut("phi3", {"sliding_window": None}),
+    "phi3-window": Cut("phi3", peer="llama.cpp ignores the window"),
+    "phi4-mini": Cut("phi4-mini"),
+    "phi3-longrope": Cut("phi3-longrope", exact=False),
+    "olmo": Cut("olmo"),
+    "olmo2": Cut("olmo2", {"attention_bias": False}),
+    "olmo2-biased": Cut("olmo2", peer=_NO_BIAS),
+    "olmo3": Cut("olmo3"),
+    "glm": Cut("glm", {"hidden_size": 240, "head_dim": 40, "rms_norm_eps": 1e-5}),
+    "glm-wide": Cut("glm", peer="llama.cpp wants whole heads", converted="it drops head_dim"),
+    "glm4": Cut("glm4"),
+    "exaone4": Cut("exaone4-full"),
+    "exaone4-windows": Cut("exaone4", peer="llama.cpp has windows only in the model of 64 layers"),
+    "cohere": Cut("cohere", {"use_qk_norm": False, "attention_bias": False}),
+    "cohere-norms": Cut("cohere", peer="llama.cpp has norms of q and k only in the model of 64 layers"),
+    "cohere2": Cut("cohere2"),
+    "stablelm": Cut("stablelm"),
+    "stablelm-parallel": Cut("stablelm-parallel", converted="it loses the norms of q and k"),
+    "nemotron": Cut("nemotron", {"hidden_size": 240, "attention_bias": False}),
+    "nemotron-wide": Cut("nemotron", peer="llama.cpp wants whole heads", converted="it rotates part of a whole head"),
+    "starcoder2": Cut("starcoder2", {"sliding_window": None}, bound=GELU),
+    "ernie4_5": Cut("ernie4_5", {"use_bias": False}),
+    "ernie4_5-biased": Cut("ernie4_5", peer=_NO_BIAS),
+    "hunyuan": Cut("hunyuan", {"attention_bias": False}),
+    "hunyuan-alpha": Cut("hunyuan-alpha", converted="it takes the released sizes only", exact=False),
+    "apertus": Cut("apertus", exact=False),
+    "falcon": Cut("falcon", {"num_kv_heads": 1}, bound=GELU),
+    "falcon-groups": Cut("falcon-groups", bound=GELU),
+    "falcon-one-norm": Cut("falcon-groups-one-norm", {"bias": False, "num_kv_heads": 2}, bound=GELU),
+    "gpt2": Cut("gpt2", bound=GELU),
+    "gpt_neox": Cut("gpt_neox", bound=GELU),
+    "gpt_neox-sequential": Cut("gpt_neox-sequential", {"attention_bias": True}, bound=GELU),
+    "phi": Cut("phi", {"intermediate_size": 960, "num_key_value_heads": 6}, bound=GELU),
+    "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
+}  # fmt: skip
+
+
+class Made:
+    """Checkpoints, and files of them, each made when it is asked for first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self._logits: dict[str, npt.NDArray[np.float32]] = {}
+
+    def folder(self, name: str) -> Path:
+        folder = self.root / name / "m"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            make_model(CUTS[name].case, folder)
+            (folder / "tokenizer.json").write_text(tiny.tokenizer_json())
+            (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+        return folder
+
+    def file(self, name: str) -> Path:
+        target = self.root / name / "out.gguf"
+        if not target.exists():
+            quantize_model(self.folder(name), target, "f32", threads=1)
+        return target
+
+    def logits(self, name: str) -> npt.NDArray[np.float32]:
+        if name not in self._logits:
+            self._logits[name] = logits(self.folder(name))
+        return self._logits[name]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("gguf_families"))
+
+
+def logits(path: Path) -> npt.NDArray[np.float32]:
+    checkpoint, _ = open_model(path)
+    try:
+        # longrope depends on the context's length, which is that a model is loaded for.
+        runner = Runner(checkpoint, weights=DType.F32, kv=(DType.F32, DType.F32), n_threads=1, context=len(IDS))
+    finally:
+        checkpoint.close()
+    try:
+        return np.array(next(runner.all_logits(IDS)))
+    finally:
+        runner.close()
+
+
+def difference(ours: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """The largest, as a part of the largest logit."""
+    return float(np.abs(ours - other).max() / np.abs(other).max())
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_written_is_the_same_model(made: Made, name: str) -> None:
+    ours, theirs = logits(made.file(name)), made.logits(name)
+    assert (ours == theirs).all() if CUTS[name].exact else difference(ours, theirs) <= 1e-5
+
+
+def test_every_architecture_is_written_or_read_elsewhere(made: Made) -> None:
+    written = set()
+    for name in CUTS:
+        with GgufFile(made.file(name)) as file:
+            written.add(file.metadata["general.architecture"])
+    # Others have no family of their own: their files are those of another with other names for keys.
+    others = {"qwen2", "qwen3", "qwen2vl", "qwen3vl", "exaone", "internlm2", "baichuan", "minicpm"}
+    assert written | others == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_names_are_those_that_the_format_has(made: Made, name: str) -> None:
+    """The gguf package lists each architecture's tensors."""
+    with GgufFile(made.file(name)) as file:
+        arch = file.metadata["general.architecture"]
+        number = next((each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == arch), None)
+        if number is None:
+            pytest.skip(f"the gguf package does not know {arch}")
+        known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[number]}
+        found = {
+            ".".join("{bid}" if part.isdecimal() else part for part in tensor.split(".")[:-1])
+            for tensor in file.tensors
+        }
+    assert found <= known
+
+
+@pytest.mark.parametrize("name", [name for name, cut in CUTS.items() if not cut.peer])
+def test_llama_cpp_computes_the_same(llama_cpp: LlamaCpp, made: Made, name: str) -> None:
+    context = len(IDS) if "longrope" in name else 256
+    theirs = llama_cpp.logits(made.file(name), IDS.tolist(), context=context)
+    assert theirs is not None
+    assert difference(made.logits(name), theirs) <= CUTS[name].bound
+
+
+# ---- llama.cpp's conversion -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def converted(made: Made) -> Path:
+    """A folder with all cases as llama.cpp's conversion writes them, made by one process."""
+    source = os.environ.get("FABULA_TEST_LLAMA_SOURCE")
+    if source is None:
+        pytest.skip("llama.cpp's conversion is not at hand: FABULA_TEST_LLAMA_SOURCE names no source tree of it")
+    names = [name for name, cut in CUTS.items() if not cut.converted]
+    folder = made.root / "converted"
+    folder.mkdir()
+    paths = [path for name in names for path in (str(made.folder(name)), str(folder / f"{name}.gguf"))]
+    run = [sys.executable, llama_convert.__file__, source, *paths]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    problems = json.loads(out.stdout.splitlines()[-1])
+    assert {folder: why for folder, why in problems.items() if why} == {}
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, cut in CUTS.items() if not cut.converted])
+def test_what_llama_cpp_converts_is_the_same_model(made: Made, converted: Path, name: str) -> None:
+    ours = logits(converted / f"{name}.gguf")
+    assert difference(ours, made.logits(name)) <= 1e-5
+
+
+# ---- What GGUF cannot say -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (CASES["gemma2"], "'gemma2': layer 0 attention scale is 0.2236.*would be read as 0.158"),
+        (CASES["gemma3"], "'gemma3': layer 0 attention scale"),
+        (CASES["gpt2-scales"], "'gpt2': layer 1 attention scale"),
+        (CASES["falcon-rows"], "'falcon': layer 0 parallel is False"),
+        (CASES["smollm3-windows"], "no key for a window in family 'smollm3'"),
+        (Case("SmolLM3", ODD | {"no_rope_layers": [1, 0, 1]}), "'smollm3': layer 1: rotation is none"),
+        (CASES["starcoder2"], "no key for a window in family 'starcoder2'"),
+        (CASES["gptj"], "not written for the family 'gptj'"),
+        (Case("Falcon", FALCON | {"activation": "relu"}), "'falcon': layer 0 mlp activation is relu"),
+        (Case("Starcoder2", WHOLE | {"sliding_window": None, "hidden_act": "gelu"}), "mlp activation is gelu,"),
+        (Case("Olmo3", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5, "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": 9000.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+        }}), "'olmo2': layer 0: the rotation's frequencies"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, case: Case, words: str) -> None:
+    folder = tmp_path / "m"
+    make_model(case, folder)
+    (folder / "tokenizer.json").write_text(tiny.tokenizer_json())
+    with pytest.raises(Unsupported, match=words):
+        quantize_model(folder, tmp_path / "out.gguf", "f32")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+# ---- Keys of single architectures -----------------------------------------------------------------------------------
+
+
+def config_of(path: Path) -> Mapping[str, Any]:
+    checkpoint = open_gguf(path)
+    checkpoint.close()
+    return checkpoint.config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "found"),
+    [
+        # A pattern may be a number: each n-th layer has no window; 0: all have one. Without it, the architecture's.
+        ("gemma3", {"attention.sliding_window_pattern": 3}, {"layer_types": [SLIDING, SLIDING, FULL] * 2 + [SLIDING]}),
+        ("gemma3", {"attention.sliding_window_pattern": 0}, {"layer_types": [SLIDING] * 7}),
+        ("gemma3", {"attention.sliding_window_pattern": None}, {"layer_types": [SLIDING] * 5 + [FULL, SLIDING]}),
+        ("gemma2", {"attention.sliding_window_pattern": None}, {"layer_types": [SLIDING, FULL, SLIDING]}),
+        ("gemma2", {"attention.sliding_window": None}, {"sliding_window": 4096}),
+        ("cohere2", {"attention.sliding_window_pattern": None}, {"layer_types": [SLIDING] * 3 + [FULL, SLIDING]}),
+        ("olmo3", {"attention.sliding_window_pattern": None}, {"layer_types": [SLIDING] * 3 + [FULL, SLIDING]}),
+        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None},
+         {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
+        ("gemma3", {"rope.freq_base_swa": None}, {"rope_local_base_freq": 10000.0}),
+        ("granite", {"residual_scale": None, "embedding_scale": F(0), "attention.scale": None},
+         {"residual_multiplier": 1.0, "embedding_multiplier": 1.0, "attention_multiplier": 40**-0.5}),
+        ("cohere", {"logit_scale": None}, {"logit_scale": 1.0}),
+        ("olmo", {"attention.clamp_kqv": None}, {"clip_qkv": None}),
+        ("stablelm", {"use_parallel_residual": True}, {"use_parallel_residual": False}),  # the tensors decide
+    ],
+)  # fmt: skip
+def test_keys_that_may_be_missing(
+    made: Made, tmp_path: Path, name: str, changes: dict[str, Value | None], found: Mapping[str, Any]
+) -> None:
+    config = config_of(rewritten(made.file(name), tmp_path / "out.gguf", changes))
+    assert {key: config[key] for key in found} == found
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("granite", {"rope.scaling.finetuned": False}, r"'granite\.rope\.scaling\.finetuned': is false"),
+        ("granite", {"logit_scale": None}, r"'granite\.logit_scale': is missing"),
+        ("cohere2", {"attention.sliding_window": None}, r"'cohere2\.attention\.sliding_window': is missing"),
+        ("cohere2", {"logit_scale": None}, r"'cohere2\.logit_scale': is missing"),
+        ("cohere2", {"rope.dimension_count": 12}, r"'cohere2\.rope\.dimension_count': is 12; only that of a whole"),
+        ("gemma2", {"final_logit_softcapping": F(0)}, r"'gemma2\.final_logit_softcapping'"),
+        ("gemma3", {"attention.scale": F(0.22)}, r"'gemma3\.attention\.scale'"),
+        ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": F(4)}, r"offered here: none, linear"),
+        ("olmo", {"attention.layer_norm_epsilon": F(1e-6)}, r"'olmo\.attention\.layer_norm_epsilon': is not 1e-05"),
+        ("olmo3", {"rope.freq_base_swa": F(77)}, r"'olmo2\.rope\.freq_base_swa'"),
+        ("apertus", {"attention.sliding_window": 9}, r"'apertus\.attention\.sliding_window': is 9"),
+        ("phi", {"rope.dimension_count": 7}, r"'phi2\.rope\.dimension_count': is 7, must be an even number"),
+        ("glm4", {"nextn_predict_layers": 1}, r"'glm4\.nextn_predict_layers'"),
+        ("glm4", {"rope.dimension_sections": np.array([4, 4, 2, 0], np.int32)}, r"'glm4\.rope\.dimension_sections'"),
+        ("falcon", {"expert_count": 8}, r"'falcon\.expert_count': is 8"),
+    ],
+)  # fmt: skip
+def test_keys_that_are_refused(
+    made: Made, tmp_path: Path, name: str, changes: dict[str, Value | None], words: str
+) -> None:
+    with pytest.raises(EngineError, match=words):
+        config_of(rewritten(made.file(name), tmp_path / "out.gguf", changes))
+
+
+def test_numbers_of_xielu_are_needed(made: Made, tmp_path: Path) -> None:
+    source = made.file("apertus")
+    with GgufFile(source) as file:
+        keys = {key: value for key, value in file.metadata.items() if key.startswith("xielu.")}
+    assert {len(value) for value in keys.values() if isinstance(value, np.ndarray)} == {3} and len(keys) == 4
+    for value, words in ((None, "is missing"), (np.zeros(2, F), "3 numbers"), ("x", "must be a number")):
+        path = rewritten(source, tmp_path / "out.gguf", {"general.xielu": 1})
+        with pytest.raises(EngineError, match=rf"'xielu\.beta': {words}|{words}"):
+            config_of(_with_key(path, tmp_path / "other.gguf", "xielu.beta", value))
+
+
+def _with_key(source: Path, target: Path, key: str, value: Any) -> Path:
+    """A copy with another value of a key that does not start with the architecture's name."""
+    with GgufFile(source) as file:
+        metadata: dict[str, Any] = {**file.metadata, key: value}
+        metadata = {name: each for name, each in metadata.items() if each is not None}
+        new = [NewTensor(t.name, t.dtype, t.shape) for t in file.tensors.values()]
+        with GgufWriter(target, metadata, new, overwrite=True) as writer:
+            for tensor in file.tensors.values():
+                writer.write(tensor.name, file.read(tensor.name))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("arch", "source", "changes", "model_type"),
+    [
+        ("qwen2vl", "internlm2-as-llama", {"rope.dimension_sections": np.array([4, 4, 4, 0], np.int32)}, "qwen2"),
+        ("exaone", "internlm2-as-llama", {}, "llama"),
+        ("internlm2", "internlm2-as-llama", {}, "llama"),
+        ("minicpm", "granite", {"attention.scale": None}, "granite"),
+    ],
+)
+def test_architectures_that_share_a_family(
+    made: Made, tmp_path: Path, arch: str, source: str, changes: dict[str, Value | None], model_type: str
+) -> None:
+    path = rewritten(made.file(source), tmp_path / "out.gguf", changes, arch=arch)
+    checkpoint, config = open_model(path)
+    check_tensors(checkpoint, config)
+    checkpoint.close()
+    assert config.model_type == model_type and np.isfinite(logits(path)).all()
+
+
+def test_a_baichuan_of_another_size_has_no_rotation(made: Made, tmp_path: Path) -> None:
+    path = rewritten(made.file("internlm2-as-llama"), tmp_path / "out.gguf", {}, arch="baichuan")
+    with pytest.raises(Unsupported, match=r"'baichuan\.block_count': is 3: only the model of 32 layers has rotations"):
+        config_of(path)
