@@ -1,0 +1,129 @@
+"""docs/models.md: which families load, from which files, and how close their logits are.
+
+`FABULA_WRITE_DOCS=1 pytest tests/test_models_page.py -m heavy` measures every family and writes the page. Without it the
+page must list the families that there are, and what is measured must be no worse than the page says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decoder_families import CASES, Case, make_model
+from fabula.formats.checkpoint import DType
+from fabula.formats.gguf_families import ARCHITECTURES
+from fabula.models.families import FAMILIES
+from test_decoder_families import N, expected, load, text
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+FORMATS = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
+# The largest error that a format may have: of f32 |difference| / max |logit|, of the others the relative error (root
+# mean square). Random models of three layers are less kind than trained ones.
+BOUNDS: Mapping[DType, float] = {
+    DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 1e-1, DType.Q8_0: 3e-1, DType.Q4_0: 1.5,
+}  # fmt: skip
+_MORE = {name: Case(family) for name, family in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))}
+_MORE["qwen3"] = Case("Qwen3")
+# Compared with the code that is published beside their weights, or with the family that they are.
+_ELSEWHERE = {
+    "internlm2": "their published code", "baichuan": "their published code", "minicpm": "their published code",
+    "muse_glimmer_text": "transformers, in tests/test_text_parts.py",
+    "qwen2_vl_text": "transformers, in tests/test_text_parts.py",
+    "qwen2_5_vl_text": "transformers, in tests/test_text_parts.py",
+    "qwen3_vl_text": "transformers, in tests/test_text_parts.py",
+}  # fmt: skip
+
+HEAD = """# Models
+
+Written by `FABULA_WRITE_DOCS=1 .venv/bin/python -m pytest tests/test_models_page.py -m heavy`; do not edit.
+
+A family loads from a Hugging Face folder by the `model_type` of its config.json, and from a GGUF file by its
+architecture.
+Text parts of multimodal checkpoints load too; `fabula inspect` says what is left out.
+A name that is not listed is refused, and so is a field of a config that Fabula does not compute.
+
+Each family is compared with transformers on a tiny random checkpoint with odd shapes (three layers, heads of 24 or 40,
+windows shorter than the text).
+`f32` is the largest difference of a logit, relative to the largest logit.
+The other columns are the relative error of all logits, weights in that format; random weights keep less of it than
+trained ones.
+Families with several settings show the worst.
+
+| family | model_type | GGUF architectures | f32 | f16 | bf16 | q8_0 | q4_0 |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def cases_of(model_type: str) -> dict[str, Case]:
+    return {name: case for name, case in (CASES | _MORE).items() if case.model_type == model_type}
+
+
+def widened(case: Case) -> Case:
+    """The case with widths of whole blocks, so that block formats are used."""
+    wide = {"hidden_size": 192, "n_embd": 192, "intermediate_size": 256}
+    return replace(case, settings={key: wide.get(key, value) for key, value in case.settings.items()})
+
+
+def errors(case: Case, folder: Path) -> list[float]:
+    """The error in each of FORMATS."""
+    ids, found = text(1, N), []
+    model = make_model(case, folder)
+    theirs = expected(model, ids)
+    for dtype in FORMATS:
+        runner = load(folder, weights=dtype, context=N if "longrope" in str(case.settings) else None)
+        (ours,) = runner.all_logits(ids)
+        runner.close()
+        apart = ours - theirs
+        exact = dtype is DType.F32
+        found.append(
+            float(
+                np.abs(apart).max() / np.abs(theirs).max() if exact else np.linalg.norm(apart) / np.linalg.norm(theirs)
+            )
+        )
+    return found
+
+
+def rows() -> Iterator[list[str]]:
+    """The rows of the page without figures: family, model_type, architectures."""
+    for model_type, family in FAMILIES.items():
+        names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type]
+        yield [family.name, f"`{model_type}`", ", ".join(f"`{name}`" for name in names)]
+
+
+def shown() -> list[list[str]]:
+    """The cells of the page's rows."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_lists_every_family() -> None:
+    if os.environ.get("FABULA_WRITE_DOCS") == "1":
+        pytest.skip("it is being written")
+    assert [row[:3] for row in shown()] == list(rows())
+
+
+@pytest.mark.heavy
+def test_every_format_of_every_family(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Errors in f32, f16, bf16, q8_0 and q4_0 keep their bounds, and are no worse than the page says."""
+    writes = os.environ.get("FABULA_WRITE_DOCS") == "1"
+    known: dict[str, Any] = {} if writes else {row[1]: row[3:] for row in shown()}
+    lines = []
+    for model_type, (name, column, architectures) in zip(FAMILIES, rows(), strict=True):
+        cases = cases_of(model_type)
+        if not cases:
+            lines.append([name, column, architectures, f"{_ELSEWHERE[model_type]}", "", "", "", ""])
+            continue
+        found = np.max([errors(widened(case), tmp_path_factory.mktemp(model_type)) for case in cases.values()], axis=0)
+        for error, dtype in zip(found, FORMATS, strict=True):
+            assert error <= BOUNDS[dtype], f"{model_type} in {dtype.name}: {error:.1e}"
+        for error, cell in zip(found, known.get(column, []), strict=False):
+            assert error <= 2 * float(cell) + 1e-6, f"{model_type}: the page says {cell}, measured {error:.1e}"
+        lines.append([name, column, architectures, *(f"{error:.1e}" for error in found)])
+    if writes:
+        PAGE.write_text(HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines))
