@@ -15,4 +15,6 @@ add_library(fabula_products SHARED tests/native/cuda/runtime/library.cpp)
 target_include_directories(fabula_products PRIVATE tests/native/cuda/runtime native/include native/src)
 set_target_properties(fabula_products PROPERTIES CXX_STANDARD 17)
 target_compile_options(fabula_products PRIVATE -Wall -Wextra -O2)
-target_compile_options(fabula_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off $<$<COMPILE_LANGUAGE:CXX>:-O2>)
+include(tests/native/cuda/fma.cmake)
+target_compile_options(fabula_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off
+  $<$<COMPILE_LANGUAGE:CXX>:-O2> $<$<COMPILE_LANGUAGE:CXX>:${fma}>)
