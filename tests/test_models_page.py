@@ -1,11 +1,12 @@
 """docs/models.md: which families load, from which files, and how close their logits are.
 
-`FABULA_WRITE_DOCS=1 pytest tests/test_models_page.py -m heavy` measures every family and writes the page. Without it the
-page must list the families that there are, and what is measured must be no worse than the page says.
+`FABULA_WRITE_DOCS=1 pytest tests/test_models_page.py -m heavy` measures every family and writes the page. Without it
+the page must list the families that there are, and what is measured must be no worse than the page says.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,7 +27,7 @@ FORMATS = (DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q4_0)
 # The largest error that a format may have: of f32 |difference| / max |logit|, of the others the relative error (root
 # mean square). Random models of three layers are less kind than trained ones.
 BOUNDS: Mapping[DType, float] = {
-    DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 1e-1, DType.Q8_0: 3e-1, DType.Q4_0: 1.5,
+    DType.F32: 1e-4, DType.F16: 3e-2, DType.BF16: 2e-1, DType.Q8_0: 5e-1, DType.Q4_0: 1.5,
 }  # fmt: skip
 _MORE = {name: Case(family) for name, family in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))}
 _MORE["qwen3"] = Case("Qwen3")
@@ -66,27 +67,37 @@ def cases_of(model_type: str) -> dict[str, Case]:
 
 def widened(case: Case) -> Case:
     """The case with widths of whole blocks, so that block formats are used."""
-    wide = {"hidden_size": 192, "n_embd": 192, "intermediate_size": 256}
-    return replace(case, settings={key: wide.get(key, value) for key, value in case.settings.items()})
+    old = case.settings
+    if "longrope" in str(old):  # one factor for each pair of a head
+        return case
+    key = "n_embd" if "n_embd" in old else "hidden_size"
+    factor = 32 // math.gcd(32, old[key])
+    settings = {**old, key: old[key] * factor} | ({"intermediate_size": 256} if "intermediate_size" in old else {})
+    if "head_dim" in old and old["head_dim"] * old["num_attention_heads"] == old[key]:
+        settings["head_dim"] = old["head_dim"] * factor
+    return replace(case, settings=settings)
 
 
-def errors(case: Case, folder: Path) -> list[float]:
-    """The error in each of FORMATS."""
+def error_of(case: Case, folder: Path, *dtypes: DType) -> list[float]:
+    """The error of a case in some formats."""
     ids, found = text(1, N), []
     model = make_model(case, folder)
     theirs = expected(model, ids)
-    for dtype in FORMATS:
+    for dtype in dtypes:
         runner = load(folder, weights=dtype, context=N if "longrope" in str(case.settings) else None)
         (ours,) = runner.all_logits(ids)
         runner.close()
-        apart = ours - theirs
-        exact = dtype is DType.F32
-        found.append(
-            float(
-                np.abs(apart).max() / np.abs(theirs).max() if exact else np.linalg.norm(apart) / np.linalg.norm(theirs)
-            )
+        apart, exact = ours - theirs, dtype is DType.F32
+        relative = (
+            np.abs(apart).max() / np.abs(theirs).max() if exact else np.linalg.norm(apart) / np.linalg.norm(theirs)
         )
+        found.append(float(relative))
     return found
+
+
+def errors(case: Case, folder: Path) -> list[float]:
+    """The error in each of FORMATS. A wider random model doubts more: f32 is measured on the case as it is."""
+    return error_of(case, folder / "f32", DType.F32) + error_of(widened(case), folder / "wide", *FORMATS[1:])
 
 
 def rows() -> Iterator[list[str]]:
@@ -119,7 +130,7 @@ def test_every_format_of_every_family(tmp_path_factory: pytest.TempPathFactory) 
         if not cases:
             lines.append([name, column, architectures, f"{_ELSEWHERE[model_type]}", "", "", "", ""])
             continue
-        found = np.max([errors(widened(case), tmp_path_factory.mktemp(model_type)) for case in cases.values()], axis=0)
+        found = np.max([errors(case, tmp_path_factory.mktemp(model_type)) for case in cases.values()], axis=0)
         for error, dtype in zip(found, FORMATS, strict=True):
             assert error <= BOUNDS[dtype], f"{model_type} in {dtype.name}: {error:.1e}"
         for error, cell in zip(found, known.get(column, []), strict=False):
