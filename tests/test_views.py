@@ -14,7 +14,7 @@ from fabula import _native
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.family_names import NAMES, renamed
-from fabula.formats.tensor_names import canonical_names
+from fabula.formats.tensor_names import canonical_names, is_leftover
 from fabula.models.views import View, ViewedCheckpoint
 
 MATRIX = np.random.default_rng(0).standard_normal((12, 64)).astype(np.float32)
@@ -123,3 +123,11 @@ def test_rules_do_not_meet() -> None:
     for family, rules in NAMES.items():
         found = [renamed(f"model.layers.0.{old}.weight", family) for old in rules]
         assert len(set(found)) == len(found), family
+
+
+def test_saved_buffers() -> None:
+    """Masks and angles that older files hold, and no bias of a projection."""
+    for name in ("h.0.attn.bias", "model.layers.0.self_attn.masked_bias", "layers.0.attention.rotary_emb.inv_freq"):
+        assert is_leftover(name)
+    for name in ("h.0.attn.c_attn.bias", "model.layers.0.self_attn.q_proj.bias"):
+        assert not is_leftover(name)
