@@ -314,7 +314,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         qkv=t.qkv,
         transposed=t.transposed,
         left_out=tuple(config.get(LEFT_OUT, ())),
-        base=any(name.endswith("Model") and "For" not in name for name in _architectures(read)),
+        base=any(name.endswith("Model") and "For" not in name and "Head" not in name for name in _architectures(read)),
     )
     return t.finish(read, found) if t.finish else found
 
