@@ -255,7 +255,7 @@ enum fb_op_kind {
     FB_OP_EMBED_POSITION = 13, /* out[t] = row `position of t` of `weight`; positions must be below its rows */
     FB_OP_SCALE = 14,          /* out = scale * in; out may be in */
     FB_OP_MULTIPLY = 15,       /* out = in * columns column .. column + width - 1 of `residual`; out may be in */
-    FB_OP_ADD = 16             /* out = scale * (in + residual); out may be in */
+    FB_OP_ADD = 16             /* out = scale * (in + columns of `residual`, as MULTIPLY); out may be in */
 };
 
 /* Activations of LINEAR and LINEAR_GATED. */
@@ -307,7 +307,7 @@ struct fb_op {
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
     int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
     int32_t column;   /* LINEAR: first column of `out` that the product fills; columns before are filled already.
-                         MULTIPLY: first column of `residual` */
+                         MULTIPLY, ADD: first column of `residual` */
     int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
     int32_t heads;    /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
     enum fb_activation_kind activation;

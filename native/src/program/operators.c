@@ -240,12 +240,12 @@ static const struct fb_operator operators[] = {
         .width = width_of_input,
         .run_row = fb_scale_row},
     [FB_OP_MULTIPLY] = {.name = "multiply",
-        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_FACTOR,
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SECOND,
         .stage = FB_STAGE_ROWS,
         .width = width_of_input,
         .run_row = fb_multiply_row},
     [FB_OP_ADD] = {.name = "add",
-        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SCALED,
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SECOND | FB_SCALED,
         .stage = FB_STAGE_ROWS,
         .width = width_of_input,
         .run_row = fb_add_row},
@@ -276,7 +276,7 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
     FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
         "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
-    FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_FACTOR), "op %d: only linear and multiply take a column", i);
+    FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_SECOND), "op %d: only linear and multiply take a column", i);
     FB_REQUIRE(op->limit >= 0.0f && isfinite(op->limit), "op %d: limit must be finite and not negative", i);
     FB_REQUIRE((int)op->activation >= 0 && (int)op->activation < FB_ACTIVATION_KINDS, "op %d: activation %d is unknown",
         i, (int)op->activation);
@@ -328,13 +328,13 @@ static enum fb_status check_input(
 static enum fb_status check_residual(struct fb_program *p, const struct fb_check *c, uint32_t flags, bool gathered) {
     const struct fb_op *op = c->op;
     const int32_t i = c->index;
-    FB_REQUIRE(op->residual != -1 || !(flags & FB_FACTOR), "op %d: has no second buffer", i);
+    FB_REQUIRE(op->residual != -1 || !(flags & FB_SECOND), "op %d: has no second buffer", i);
     if (op->residual == -1) return FB_OK;
     FB_REQUIRE(flags & FB_RESIDUAL, "op %d: takes no residual", i);
     FB_REQUIRE(op->residual >= 0 && op->residual < p->shape.n_buffers, "op %d: residual is buffer %d of %d", i,
         op->residual, p->shape.n_buffers);
     struct fb_buffer *residual = &p->buffers[op->residual];
-    const bool fits = flags & FB_FACTOR ? op->column >= 0 && (int64_t)op->column + c->out_width <= residual->width
+    const bool fits = flags & FB_SECOND ? op->column >= 0 && (int64_t)op->column + c->out_width <= residual->width
                                         : residual->width == c->out_width && op->column == 0;
     FB_REQUIRE(
         residual->first_write >= 0 && residual->filled == residual->width && fits && residual->per_output == gathered,

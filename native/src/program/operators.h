@@ -31,7 +31,7 @@ enum {
     FB_NORM = 1 << 13,          /* has an `eps`; without residual, the next products may take it into their stage */
     FB_GATED = 1 << 14,         /* a product whose weight interleaves gate and up by panels */
     FB_SPANS_DEVICES = 1 << 15, /* combines the results of several devices: only in parts of a joined program */
-    FB_FACTOR = 1 << 16,        /* needs `residual`, of which it reads columns from `column` on */
+    FB_SECOND = 1 << 16,        /* needs `residual`: its columns from `column` on are the second input */
     FB_POSITIONS = 1 << 17,     /* its weight has a row for each position that a token may have */
     FB_SCALED = 1 << 18         /* multiplies by `scale`, which must not be 0 */
 };

@@ -64,28 +64,31 @@ void fb_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     p->kernels->add(out, in, width);
 }
 
+/* The row of `out`, with the contents of `in`. */
+static float *copied_row(const struct fb_program *p, const struct fb_op *op, size_t row, size_t width) {
+    const float *in = fb_row_of(p, op->in, row);
+    float *out = fb_row_of(p, op->out, row);
+    if (out != in) memcpy(out, in, width * sizeof *out);
+    return out;
+}
+
 void fb_scale_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;
-    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
-    if (out != in) memcpy(out, in, width * sizeof *out);
-    p->kernels->scale(out, width, op->scale);
+    p->kernels->scale(copied_row(p, op, row, width), width, op->scale);
 }
 
 void fb_multiply_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;
-    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
-    if (out != in) memcpy(out, in, width * sizeof *out);
-    p->kernels->multiply(out, fb_row_of(p, op->residual, row) + op->column, width);
+    p->kernels->multiply(copied_row(p, op, row, width), fb_row_of(p, op->residual, row) + op->column, width);
 }
 
 void fb_add_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;
-    float *in = fb_row_of(p, op->in, row), *out = fb_row_of(p, op->out, row);
-    if (out != in) memcpy(out, in, width * sizeof *out);
-    if (op->residual >= 0) p->kernels->add(out, fb_row_of(p, op->residual, row), width);
+    float *out = copied_row(p, op, row, width);
+    p->kernels->add(out, fb_row_of(p, op->residual, row), width);
     if (op->scale != 1.0f) p->kernels->scale(out, width, op->scale);
 }
 
