@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # What an extra of pyproject.toml names. `pip install .[test]` would build Fabula again, from the start.
 NEEDS = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
-SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef.py' -not -name '*.so')
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -type f -not -name '*.pyc' -not -name '_cdef*.py' -not -name '*.so')
 
 # The page's JavaScript is tested and checked with node. Without it, or with an older one, that is skipped.
 NODE := $(shell node -e "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)" 2>/dev/null && command -v npm)

@@ -39,7 +39,8 @@ from typing import Any
 
 import numpy as np
 
-from fabula import _native, _operators, _program, _sampling
+from fabula import _native, _program, _sampling
+from fabula.bench import library
 from fabula.bench.row import Row
 from fabula.engine.device import Placement, library_path
 from fabula.engine.runner import Runner
@@ -249,7 +250,7 @@ def peer_module() -> Any | None:
 
 def limits_of(device: _native.Device, plan: Plan, peers: Any | None) -> tuple[Limits, list[Row]]:
     """The GPU's limits."""
-    copied = _operators.measure_copy(device, plan.copy_bytes, COPIES)
+    copied = library.measure_copy(device, plan.copy_bytes, COPIES)
     rows = [Row(case=f"copy {plan.copy_bytes >> 20} MiB", unit="GB/s", ours=copied / 1e9)]
     if peers is None:
         tell("no limit for products: torch with CUDA is not installed")

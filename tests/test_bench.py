@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 
 from benching import MACHINE, call, rows_of
 from fabula import _native, _operators
+from fabula.bench import library, peers
 from fabula.bench import model as bench_model_module
-from fabula.bench import peers
 from fabula.bench.machine import Machine, cpu_name
 from fabula.bench.model import Lengths, Run, agreement, bench_models, limits, prompt_ids
 from fabula.bench.neighbors import neighbors
@@ -27,6 +28,7 @@ from fabula.bench.timing import Times, interleaved, measure, turns
 from fabula.bench.worker import Worker, memory_bytes
 from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
+from waiting import run_program
 
 # ---- Timing --------------------------------------------------------------------------------------------------------
 
@@ -143,6 +145,21 @@ def test_a_broken_operator_is_found(monkeypatch: pytest.MonkeyPatch, operator: s
     monkeypatch.setattr(_operators, operator, wrong)
     with pytest.raises(EngineError, match="differs from the serial loop"):
         bench_ops(MACHINE, quick=True, min_seconds=0.0)
+
+
+def test_the_measuring_library_is_of_the_same_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "ABI_VERSION", library.ABI_VERSION + 1)
+    with pytest.raises(ImportError, match=r"libfabula_bench\.so has ABI .* build Fabula again"):
+        library._open()
+
+
+def test_only_benchmarks_load_the_measuring_library() -> None:
+    code = (
+        "import sys, fabula._operators, fabula.cli, fabula.model, fabula.ops, fabula.server.app, fabula.workspace\n"
+        "print([m in sys.modules for m in ('fabula._ffi', 'fabula.bench.library', 'fabula._cdef_bench')])"
+    )
+    done = run_program([sys.executable, "-c", code])
+    assert done.stdout.strip() == "[True, False, False]", done.stderr
 
 
 def test_an_operator_that_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fabula import _native, _operators
+from fabula import _native
+from fabula.bench import library
 from fabula.bench.row import KEYS, read_rows
 from fabula.errors import DeviceError, DeviceOutOfMemory, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import DType
@@ -66,13 +67,13 @@ def test_what_does_not_fit_is_left_out(gpu: Any, capsys: pytest.CaptureFixture[s
 @pytest.mark.gpu
 def test_measuring_copies() -> None:
     device = _native.Device(0, 1 << 20)
-    assert _operators.measure_copy(device, 1000, 3) > 0
+    assert library.measure_copy(device, 1000, 3) > 0
     with pytest.raises(InvalidArgument, match="n_bytes is 0"):
-        _operators.measure_copy(device, 0, 3)
+        library.measure_copy(device, 0, 3)
     with pytest.raises(InvalidArgument, match="n_repeats is 2"):
-        _operators.measure_copy(device, 1000, 2)
+        library.measure_copy(device, 1000, 2)
     with pytest.raises(DeviceOutOfMemory, match="for a measurement"):  # twice that does not fit
-        _operators.measure_copy(device, 1 << 20, 3)
+        library.measure_copy(device, 1 << 20, 3)
     assert device.memory()[0] == 0
 
 

@@ -11,12 +11,12 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a folder may include itself and what stands before it.
-C_LAYERS = ["base", "quant", "kernels", "kv", "ops", "program", "bench"]
+C_LAYERS = ["base", "quant", "kernels", "kv", "ops", "program"]
 # quant/weight.c packs with the kernels' converters, which themselves need quant/convert.h.
 C_EXCEPTIONS = {("quant", "kernels")}
 
 PYTHON_LAYERS: list[set[str]] = [
-    {"errors", "choices", "_cdef"},
+    {"errors", "choices", "_cdef", "_cdef_bench"},
     {"_ffi", "files", "strict_json"},
     {"_native"},
     {"_program", "_sampling", "_operators"},
@@ -30,7 +30,11 @@ PYTHON_LAYERS: list[set[str]] = [
     {"bench", "server"},
     {"cli"},
 ]
-ONLY = {"_ffi": {"_native", "_program", "_sampling", "_operators", "_parallel"}, "_cdef": {"_ffi"}}
+ONLY = {
+    "_ffi": {"_native", "_program", "_sampling", "_operators", "_parallel"},
+    "_cdef": {"_ffi"},
+    "_cdef_bench": {"bench"},
+}
 
 
 @pytest.mark.skipif(not (PROJECT / "native").is_dir(), reason="needs a checkout")
@@ -45,6 +49,13 @@ def test_c_layers() -> None:
             allowed = C_LAYERS.index(layer) <= C_LAYERS.index(folder) or (folder, layer) in C_EXCEPTIONS
             assert allowed, f"{path.name} in {folder}/ includes {layer}/"
     assert checked > 50
+
+
+@pytest.mark.skipif(not (PROJECT / "native").is_dir(), reason="needs a checkout")
+def test_the_serving_library_does_not_know_the_measuring_one() -> None:
+    paths = [path for folder in ("src", "cuda", "include") for path in (PROJECT / "native" / folder).rglob("*.*")]
+    assert len(paths) > 100
+    assert [path.name for path in paths if re.search(r'#include "(fabula_bench|bench/)', path.read_text("utf-8"))] == []
 
 
 def _imports(path: Path) -> set[str]:
@@ -65,7 +76,7 @@ def test_python_layers() -> None:
     checked = 0
     for path in sorted(package.rglob("*.py")):
         unit = path.relative_to(package).parts[0].removesuffix(".py")
-        if unit in ("__init__", "__main__", "_cdef"):
+        if unit in ("__init__", "__main__", "_cdef", "_cdef_bench"):
             continue
         for other in _imports(path) & level.keys():
             checked += 1

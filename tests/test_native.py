@@ -4,7 +4,11 @@ instruction set, and every status provoked: wrong arguments leave a clear senten
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -13,14 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabula import _native, _operators, ops
+from fabula import _native, ops
 from fabula._native import PagePool, Weight, kv_layers
 from fabula._program import BatchSequence, Heads, Op, Program, RopeTable, Shape
+from fabula.bench import library
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
 from fabula.formats.checkpoint import DType
 
 ISAS: list[Any] = [isa for isa in get_args(_native.Isa) if isa != "auto" and _native.isa_available(isa)]
 F32 = npt.NDArray[np.float32]
+NATIVE = Path(__file__).resolve().parent.parent / "native"
 
 
 def random(*shape: int, seed: int = 0) -> F32:
@@ -309,8 +315,8 @@ def test_bytes_of_k_and_v_have_a_scale_for_each_head() -> None:
         (lambda: PagePool(DType.F16, 1, kv_layers(1, 1, 2000)), "k_dim is 2000"),
         (lambda: PagePool(DType.F16, 2, kv_layers(1, 1, 8)).copy(0, 2), "src is page 2"),
         (lambda: PagePool(DType.F16, 2, kv_layers(1, 1, 8)).write(0, np.zeros(3, np.uint8)), "src has 3 bytes"),
-        (lambda: _operators.measure_read(10, 3, 1), "n_bytes is 10"),
-        (lambda: _operators.measure_fma(1, 1), "n_repeats is 1"),
+        (lambda: library.measure_read(10, 3, 1), "n_bytes is 10"),
+        (lambda: library.measure_fma(1, 1), "n_repeats is 1"),
     ],
 )
 def test_wrong_arguments(call: Any, text: str) -> None:
@@ -550,3 +556,26 @@ def test_struct_sizes_and_abi() -> None:
     lib = _native.lib
     assert lib.fb_abi_version() == lib.FB_ABI_VERSION
     assert lib.fb_sizeof(b"no such struct") == 0
+
+
+@pytest.mark.skipif(not NATIVE.is_dir() or shutil.which("nm") is None, reason="needs a checkout and binutils")
+def test_libraries_export_what_their_headers_declare() -> None:
+    """And the serving library what the measuring one calls of it, under a mark of its own; nothing is in both."""
+
+    def exported(name: str) -> set[str]:
+        path = Path(_native.__file__).with_name(name)
+        out = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        return {line.split()[-1] for line in out.splitlines()}
+
+    def declared(header: str) -> set[str]:
+        text = re.sub(r"/\*.*?\*/", "", (NATIVE / header).read_text(encoding="utf-8"), flags=re.S)
+        return set(re.findall(r"\b(fb_\w+)\(", text))
+
+    shared = set[str]()
+    for path in (NATIVE / "src").rglob("*.h"):
+        shared |= set(re.findall(r"^FB_EXPORTED [^(]*\b(fb_\w+)\(", path.read_text(encoding="utf-8"), flags=re.M))
+    assert len(shared) > 3
+    ours = {name for name in exported("libfabula.so") if name.startswith("fb_")}
+    assert ours == declared("include/fabula.h") | shared
+    theirs = {name for name in exported("libfabula_bench.so") if name.startswith("fb_")}
+    assert theirs == declared("bench/fabula_bench.h")

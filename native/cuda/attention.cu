@@ -21,8 +21,7 @@
 
 enum { THREADS = 256, KEYS = FB_CUDA_KEY_BLOCK, PAGE = FB_PAGE_POSITIONS, N_STATS = 6 };
 
-/* ---- Visible keys of a tile
- * ------------------------------------------------------------------------------------- */
+/* ---- Visible keys of a tile -------------------------------------------------------------------------------------- */
 
 /* As fb_lowest_visible and fb_sees_sinks of ops/attention.h. */
 FB_BOTH int32_t lowest_visible(const fb_cuda_sequence &s, int32_t window, int32_t position) {
@@ -375,15 +374,21 @@ size_t fb_cuda_partial_floats(const struct fb_cuda_attention *a) {
 }
 
 template <int R> static int attend(const fb_cuda_attention &a, fb_cuda_stream stream) {
-    const bool is_split = a.n_parts > 0;
-    const size_t bytes = shared_floats(a.pages.head_dim, R, is_split) * sizeof(float);
-    const dim3 grid((unsigned)a.n_tiles, (unsigned)a.pages.n_kv_heads, is_split ? (unsigned)a.n_parts : 1);
-    if (!is_split) return fb_launch(attend_kernel<R, false>, grid, THREADS, bytes, stream, a);
+    const size_t bytes = shared_floats(a.pages.head_dim, R, false) * sizeof(float);
+    const dim3 grid((unsigned)a.n_tiles, (unsigned)a.pages.n_kv_heads);
+    return fb_launch(attend_kernel<R, false>, grid, THREADS, bytes, stream, a);
+}
+
+template <int R> static int attend_split(const fb_cuda_attention &a, fb_cuda_stream stream) {
+    const size_t bytes = shared_floats(a.pages.head_dim, R, true) * sizeof(float);
+    const dim3 grid((unsigned)a.n_tiles, (unsigned)a.pages.n_kv_heads, (unsigned)a.n_parts);
     const int status = fb_launch(attend_kernel<R, true>, grid, THREADS, bytes, stream, a);
     return status ? status : fb_launch(merge_kernel, dim3(grid.x, grid.y), THREADS, 0, stream, a);
 }
 
+/* The sizes that fb_cuda_tile_rows returns. */
 int fb_cuda_attend(const struct fb_cuda_attention *a, fb_cuda_stream stream) {
+    if (a->n_parts > 0) return a->tile_rows == 4 ? attend_split<4>(*a, stream) : attend_split<8>(*a, stream);
     return a->tile_rows == 4   ? attend<4>(*a, stream)
            : a->tile_rows == 8 ? attend<8>(*a, stream)
                                : attend<16>(*a, stream);

@@ -71,8 +71,7 @@ static void list_tiles(const struct fb_program *program, const struct fb_cuda_se
         tiles[i] = (struct fb_cuda_tile){.sequence = n_sequences};
 }
 
-/* ---- Description
- * ------------------------------------------------------------------------------------------------ */
+/* ---- Description ------------------------------------------------------------------------------------------------- */
 
 /* Pages come last: their number changes from step to step, and everything else must stay at the
  * same address. */

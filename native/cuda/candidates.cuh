@@ -100,8 +100,7 @@ FB_DEVICE int32_t candidate_slot(const candidates &c, int32_t id) {
     return low < c.now.n && c.id[low] == id ? low : -1;
 }
 
-/* ---- Operations of a block
- * -------------------------------------------------------------------------------------- */
+/* ---- Operations of a block --------------------------------------------------------------------------------------- */
 
 FB_DEVICE int32_t sample_thread() {
     return (int32_t)threadIdx.x;

@@ -228,8 +228,8 @@ FB_DEVICE double logit_below(const candidates &c, double floor) {
 }
 
 FB_DEVICE void step_top_p(candidates &c, double p) {
-    const double floor = 0.5 * (1.0 - p) * c.now.total / c.now.n; /* lower bound of the nucleus: see
-                                                                     ops/sample_cut.c */
+    /* A lower bound of the nucleus: see ops/sample_cut.c. */
+    const double floor = 0.5 * (1.0 - p) * c.now.total / c.now.n;
     const double *weight = c.weight;
     const measure what = measure_weight(c, p);
     compact(c, logit_below(c, floor), [=](int32_t slot) { return weight[slot] >= floor; });

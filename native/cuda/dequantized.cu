@@ -40,8 +40,7 @@ static __global__ void dequantize_kernel(fb_cuda_weight weight, int32_t first_pa
     for (int32_t chunk = line; chunk < n_chunks; chunk += CHUNK_STRIDE) {
         unpacked.load(panel, weight.n_cols, chunk, lane);
 #pragma unroll
-        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: neighboring threads write rows that
-                                                    are far apart */
+        for (int o = 0; o < FB_CHUNK / 8; o++) { /* one store for eight: threads write rows that are far apart */
             const int32_t column = chunk * FB_CHUNK + 8 * o;
             fb_words4 eight = {};
 #pragma unroll
@@ -91,13 +90,9 @@ static int dequantize(const fb_cuda_weight &weight, int32_t first_panel, int32_t
         dequantize_kernel<D>, dim3((unsigned)n_panels), DEQUANTIZE_THREADS, 0, stream, weight, first_panel, out);
 }
 
-template <> int dequantize<FB_F32>(const fb_cuda_weight &, int32_t, int32_t, const fb_cuda_rows &, fb_cuda_stream) {
-    return -1; /* fb_cuda_multiply takes these */
-}
-
 int fb_cuda_dequantize_rows(const struct fb_cuda_weight *weight, int32_t first_panel, int32_t n_panels,
     const struct fb_cuda_rows *out, fb_cuda_stream stream) {
-    return FB_FOR_DTYPE(weight->dtype, dequantize, *weight, first_panel, n_panels, *out, stream);
+    return FB_FOR_DTYPE_BUT_F32(weight->dtype, dequantize, *weight, first_panel, n_panels, *out, stream);
 }
 
 int fb_cuda_round_rows(const float *x, int64_t ldx, int32_t n_tokens, int32_t n_cols, const struct fb_cuda_rows *out,

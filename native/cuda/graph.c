@@ -27,8 +27,7 @@ struct fb_cuda_extent fb_cuda_extent_of(const struct fb_cuda_program *p, const s
     return rows;
 }
 
-/* ---- Graphs by key
- * ---------------------------------------------------------------------------------------------- */
+/* ---- Graphs by key ----------------------------------------------------------------------------------------------- */
 
 static bool same_memory(const struct fb_cuda_graph_key *a, const struct fb_cuda_graph_key *b) {
     return a->inputs == b->inputs && a->outputs == b->outputs && a->partials == b->partials &&
@@ -102,8 +101,8 @@ static bool record(struct fb_cuda_program *p, struct fb_cuda_graph *graph, const
     int error = cudaStreamBeginCapture(p->stream, cudaStreamCaptureModeThreadLocal);
     if (error) return refuse(&p->graphs, graph, "starting to record", error);
     const enum fb_status status = fb_cuda_launch(p, &launched);
-    error = cudaStreamEndCapture(p->stream, &recorded); /* also after a failure, or the stream would keep
-                                                           recording */
+    /* Also after a failure, or the stream would keep recording. */
+    error = cudaStreamEndCapture(p->stream, &recorded);
     if (!error && status != FB_OK) error = cudaErrorUnknown;
     if (!error) {
         fb_cuda_lock_memory(); /* it allocates memory */
@@ -151,8 +150,7 @@ enum fb_status fb_cuda_run_step(struct fb_cuda_program *p, struct fb_cuda_step *
     return fb_cuda_launch(p, step);
 }
 
-/* ---- Public functions
- * ------------------------------------------------------------------------------------------- */
+/* ---- Public functions -------------------------------------------------------------------------------------------- */
 
 void fb_cuda_set_graphs(void *program, bool is_on) {
     struct fb_cuda_program *p = program;

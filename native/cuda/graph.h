@@ -20,8 +20,7 @@
 
 enum {
     FB_CUDA_GRAPH_TOKENS = 256, /* per step; larger steps hide the cost of launches */
-    FB_CUDA_MOST_GRAPHS = 32,   /* per program: two for every doubling of a batch, its outputs or the longest
-                                   past */
+    FB_CUDA_MOST_GRAPHS = 32,   /* per program: two for every doubling of batch, outputs or longest past */
     FB_CUDA_MOST_BROKEN = 3     /* broken recordings of a step before it is refused */
 };
 

@@ -120,8 +120,8 @@ static enum fb_status reserve_gathered(struct group_run *run, const struct fb_ba
  * if that is NULL. */
 static enum fb_status gather(struct group_run *run, const float *const *from, size_t part_floats) {
     struct group *group = run->group;
-    fb_cuda_lock_memory(); /* no memory may be allocated or freed while only some GPUs have their part: see
-                              runtime.h */
+    /* No memory may be allocated or freed while only some GPUs have their part: see runtime.h. */
+    fb_cuda_lock_memory();
     int error = group->nccl.group_start();
     for (int32_t i = 0; i < group->n && error == FB_NCCL_SUCCESS; i++) {
         struct fb_cuda_program *p = run->programs[i];
@@ -129,8 +129,8 @@ static enum fb_status gather(struct group_run *run, const float *const *from, si
         error = group->nccl.all_gather(
             own, gathered(p, 0, part_floats), part_floats, FB_NCCL_FLOAT32, group->comms[i], p->stream);
     }
-    const int at_end = group->nccl.group_end(); /* also after a failure, or the next call would belong to this
-                                                   group */
+    /* Also after a failure, or the next call would belong to this group. */
+    const int at_end = group->nccl.group_end();
     fb_cuda_unlock_memory();
     if (error == FB_NCCL_SUCCESS) error = at_end;
     const enum fb_status status = check(group, error, "exchanging results between GPUs");

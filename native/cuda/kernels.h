@@ -73,8 +73,7 @@ struct fb_cuda_batch {
     const int32_t *pages;
 };
 
-/* ---- Row by row (rows.cu)
- * --------------------------------------------------------------------------------------- */
+/* ---- Row by row (rows.cu) ---------------------------------------------------------------------------------------- */
 
 /* out[t] = scale * row tokens[t];  out [n_tokens][ld_out] */
 int fb_cuda_embed(const struct fb_cuda_weight *weight, const int32_t *tokens, int32_t n_tokens, float scale, float *out,
@@ -148,8 +147,7 @@ struct fb_cuda_inputs {
     int32_t n_rows, n_chunks; /* n_rows: tokens, rounded up to whole tiles; n_chunks: columns / 32, rounded up */
     uint16_t *halfs;          /* [FB_CUDA_PARTS][n_chunks][n_rows][32], columns in the order of fragments.cuh */
     float *scales;            /* [n_rows]: factor on a token's results */
-    float *sums;              /* [n_chunks][FB_CUDA_SUMS][n_rows], f16 only: sums of columns 0 .. 15, 16 ..
-                                 31, and both */
+    float *sums; /* [n_chunks][FB_CUDA_SUMS][n_rows], f16 only: sums of columns 0 .. 15, 16 .. 31, and both */
 };
 
 /* The format to which inputs of a weight are rounded on a GPU of compute capability `compute_major`; FB_F32
@@ -173,8 +171,7 @@ int fb_cuda_norm_round(const float *in, int64_t ld_in, const float *weight, int3
 int fb_cuda_multiply_inputs(
     const struct fb_cuda_linear *linear, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream);
 
-/* ---- Products with cuBLASLt (dequantized.cu)
- * -------------------------------------------------------------------- */
+/* ---- Products with cuBLASLt (dequantized.cu) --------------------------------------------------------------------- */
 
 /* Plain rows in 16 bits: f16, each row scaled by a power of two, or bf16. */
 struct fb_cuda_rows {
@@ -217,8 +214,8 @@ struct fb_cuda_attention {
     int64_t ldq, ld_out;
     const struct fb_cuda_tile *tiles; /* [n_tiles], from fb_cuda_tiles */
     int32_t n_tiles, tile_rows;
-    int32_t n_parts; /* split: at least those of the tile with the most parts; 0: one block of threads computes
-                    all parts of a tile */
+    /* Split: at least those of the tile with the most parts. 0: one block of threads computes all parts of a tile. */
+    int32_t n_parts;
     float *partials; /* fb_cuda_partial_floats floats, if split */
 };
 
@@ -234,7 +231,7 @@ size_t fb_cuda_partial_floats(const struct fb_cuda_attention *attention);
 
 int fb_cuda_attend(const struct fb_cuda_attention *attention, fb_cuda_stream stream);
 
-/* ---- Several GPUs (sums.cu) --------------------------------------------------------------------------------------- */
+/* ---- Several GPUs (sums.cu) -------------------------------------------------------------------------------------- */
 
 /* Results of every GPU, gathered on one: part i starts at parts + i * part_floats. */
 struct fb_cuda_parts {

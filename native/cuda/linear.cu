@@ -56,12 +56,8 @@ template <fb_dtype D, int N> static __global__ void few_kernel(fb_cuda_linear a)
             for (int t = 0; t < N; t++) {
                 const float *x = from[t] + column;
                 float in[4];
-                if constexpr (!fb_chunk<D>::is_plain) {
-                    fb_load4(x, in);
-                } else { /* n_cols may be any number */
-                    for (int i = 0; i < 4; i++)
-                        in[i] = column + i < n_cols ? x[i] : 0.0f;
-                }
+                for (int i = 0; i < 4; i++) /* n_cols may be any number */
+                    in[i] = column + i < n_cols ? x[i] : 0.0f;
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     sum[t] = fmaf(w[i], in[i], sum[t]);

@@ -7,8 +7,7 @@
 
 enum { PIECE_BYTES = 32 << 20, MOST_PIECE_ROWS = 4096, PAIR_ROWS = 32, LANES = 16 };
 
-/* ---- With cuBLASLt
- * ---------------------------------------------------------------------------------------------- */
+/* ---- With cuBLASLt ----------------------------------------------------------------------------------------------- */
 
 /* Layout of p->dequantized: rows of the weight in 16 bits (a piece of it at a time), all inputs, and the sums
  * of that piece's rows. */
@@ -97,8 +96,7 @@ static enum fb_status run_in_library(struct fb_cuda_program *p, const struct fb_
     return FB_OK;
 }
 
-/* ---- With this library's kernels
- * -------------------------------------------------------------------------------- */
+/* ---- With this library's kernels --------------------------------------------------------------------------------- */
 
 size_t fb_cuda_rounded_bytes(const struct fb_cuda_program *p) {
     const struct fb_program *program = p->program;

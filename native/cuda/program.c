@@ -135,7 +135,7 @@ void fb_cuda_program_free(void *on_device) {
     release_pinned(p->host_non_finite);
     if (p->stream) cudaStreamDestroy(p->stream);
     free(p->weights);
-    fb_device_release(p->device, p->fixed, p->n_fixed_bytes); /* last: it may hold the last reference to the
-                                                                 device handle */
+    /* Last: it may hold the last reference to the device handle. */
+    fb_device_release(p->device, p->fixed, p->n_fixed_bytes);
     free(p);
 }

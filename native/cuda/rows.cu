@@ -203,8 +203,7 @@ int fb_cuda_kv_write(const float *x, int64_t ldx, const struct fb_cuda_batch *ba
     return fb_launch(kv_write_kernel, grid, 2 * FB_WARP, 0, stream, x, ldx, *batch, n_heads, *pages, layer);
 }
 
-/* ---- Heads, fused
- * ----------------------------------------------------------------------------------------------- */
+/* ---- Heads, fused ------------------------------------------------------------------------------------------------ */
 
 /* A block takes a KV head of a token and the q heads of its group: the q heads first, then K. */
 static __global__ void heads_kernel(float *x, int64_t ldx, fb_cuda_heads h, fb_cuda_batch batch, fb_cuda_pages pages) {

@@ -81,8 +81,8 @@ static int launch_gather(const struct launch *l, const struct fb_op *op) {
 /* The launch function of each operator kind. A kind without a row is refused by name when a program is
  * created. */
 static const struct {
-    int (*launch)(const struct launch *l, const struct fb_op *op); /* NULL: products and sums are launched
-                                                                      elsewhere */
+    /* NULL: products and sums are launched elsewhere. */
+    int (*launch)(const struct launch *l, const struct fb_op *op);
     bool runs;
 } launches[] = {
     [FB_OP_EMBED] = {launch_embed, true},

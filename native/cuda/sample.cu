@@ -95,8 +95,7 @@ static __global__ void weigh_kernel(fb_cuda_sampling a, int32_t first_plan) {
     if (c.saved->wants_weights) make_weights(c, first_group, weights);
 }
 
-/* ---- Selection
- * -------------------------------------------------------------------------------------------------- */
+/* ---- Selection --------------------------------------------------------------------------------------------------- */
 
 /* The first of the highest logits of the whole vocabulary; -1 if all are banned. Without steps they are read
  * from `row`. */

@@ -155,8 +155,8 @@ static __global__ void __launch_bounds__(SPLIT_THREADS, 2) split_kernel(fb_cuda_
     const int lane = (int)threadIdx.x % FB_WARP, segment = (int)threadIdx.x / FB_WARP;
     const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES, panel = (int32_t)blockIdx.x * 2;
     const int64_t first_token = (int64_t)blockIdx.y * 8 * N;
-    const char *first = fb_panel_of<D>(a.weight, panel); /* a single last panel is repeated; its sums are not
-                                                            used */
+    /* A single last panel is repeated; its sums are not used. */
+    const char *first = fb_panel_of<D>(a.weight, panel);
     const char *const panels[2] = {first, panel + 1 < n_panels ? fb_panel_of<D>(a.weight, panel + 1) : first};
     const int32_t length = tensor_length(in.n_chunks), begin = segment * length;
     const int32_t end = begin + length < in.n_chunks ? begin + length : in.n_chunks;
@@ -204,16 +204,16 @@ template <fb_dtype D>
 static __global__ void __launch_bounds__(TILED_THREADS, 3) tiled_kernel(fb_cuda_linear a, fb_cuda_inputs in) {
     constexpr int n_sums = 2 * TILED_COLUMNS * 4; /* per lane */
     FB_SHARED(fb_words4, tiles, STAGES * TILE_SIZE);
-    constexpr int n_totals = n_sums * TILED_THREADS; /* each thread its own; in registers they would halve the
-                                                        number of warps */
+    /* Each thread its own; in registers they would halve the number of warps. */
+    constexpr int n_totals = n_sums * TILED_THREADS;
     FB_SHARED(float, totals, n_totals);
     const int thread = (int)threadIdx.x, lane = thread % FB_WARP;
     const int32_t n_panels = (a.weight.n_rows + FB_LANES - 1) / FB_LANES, length = tensor_length(in.n_chunks);
     const int32_t panel = (int32_t)blockIdx.y * TILED_WARPS * 2 + thread / FB_WARP * 2;
     const int64_t first_token = (int64_t)blockIdx.x * FB_CUDA_TILE_TOKENS;
-    const bool is_idle = panel >= n_panels; /* true for the whole warp, which only takes part in barriers and
-                                               copies */
-    const char *panels[2];                  /* padding repeats the first panel; its sums are not used */
+    /* True for the whole warp, which only takes part in barriers and copies. */
+    const bool is_idle = panel >= n_panels;
+    const char *panels[2]; /* padding repeats the first panel; its sums are not used */
     for (int p = 0; p < 2; p++)
         panels[p] = fb_panel_of<D>(a.weight, panel + p < n_panels ? panel + p : 0);
 
@@ -292,10 +292,6 @@ static int multiply_tiles(const fb_cuda_linear &a, const fb_cuda_inputs &in, fb_
     return fb_launch(tiled_kernel<D>, grid, TILED_THREADS, 0, stream, a, in);
 }
 
-template <> int multiply_tiles<FB_F32>(const fb_cuda_linear &, const fb_cuda_inputs &, fb_cuda_stream) {
-    return -1; /* fb_cuda_multiply takes these */
-}
-
 enum fb_dtype fb_cuda_inputs_dtype(enum fb_dtype weight, int32_t compute_major) {
     if (weight == FB_F32 || (weight == FB_BF16 && compute_major < 8)) return FB_F32;
     return weight == FB_BF16 ? FB_BF16 : FB_F16;
@@ -303,5 +299,5 @@ enum fb_dtype fb_cuda_inputs_dtype(enum fb_dtype weight, int32_t compute_major) 
 
 int fb_cuda_multiply_inputs(
     const struct fb_cuda_linear *linear, const struct fb_cuda_inputs *inputs, fb_cuda_stream stream) {
-    return FB_FOR_DTYPE(linear->weight.dtype, multiply_tiles, *linear, *inputs, stream);
+    return FB_FOR_DTYPE_BUT_F32(linear->weight.dtype, multiply_tiles, *linear, *inputs, stream);
 }

@@ -182,10 +182,12 @@ template <fb_dtype D> FB_DEVICE const char *fb_panel_of(const fb_cuda_weight &we
 }
 
 /* FB_FOR_DTYPE(dtype, what, ...): calls what<dtype>(...) for the format known at run time; -1 if it is
- * unknown. */
+ * unknown. FB_FOR_DTYPE_BUT_F32: the same without f32, whose products run on ordinary cores. */
 #define FB_FOR_DTYPE(dtype, what, ...)                                                                                 \
-    (dtype) == FB_F32      ? what<FB_F32>(__VA_ARGS__)                                                                 \
-    : (dtype) == FB_F16    ? what<FB_F16>(__VA_ARGS__)                                                                 \
+    (dtype) == FB_F32 ? what<FB_F32>(__VA_ARGS__) : FB_FOR_DTYPE_BUT_F32(dtype, what, __VA_ARGS__)
+
+#define FB_FOR_DTYPE_BUT_F32(dtype, what, ...)                                                                         \
+    (dtype) == FB_F16      ? what<FB_F16>(__VA_ARGS__)                                                                 \
     : (dtype) == FB_BF16   ? what<FB_BF16>(__VA_ARGS__)                                                                \
     : (dtype) == FB_Q4_0   ? what<FB_Q4_0>(__VA_ARGS__)                                                                \
     : (dtype) == FB_Q4_1   ? what<FB_Q4_1>(__VA_ARGS__)                                                                \

@@ -265,9 +265,9 @@ enum fb_activation_kind {
     FB_ACTIVATION_GELU_TANH = 2, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
     FB_ACTIVATION_GELU = 3,      /* x / 2 (1 + erf(x / sqrt(2))) */
     FB_ACTIVATION_RELU = 4,
-    FB_ACTIVATION_RELU2 = 5, /* max(x, 0)^2 */
-    FB_ACTIVATION_CLAMP = 6, /* x in -limit .. limit */
-    FB_ACTIVATION_XIELU = 7, /* Huang & Schlag 2024: x > 0: a x^2 + b x; else: c (e^min(x, e) - 1 - x) + b x;
+    FB_ACTIVATION_RELU2 = 5,   /* max(x, 0)^2 */
+    FB_ACTIVATION_CLAMP = 6,   /* x in -limit .. limit */
+    FB_ACTIVATION_XIELU = 7,   /* Huang & Schlag 2024: x > 0: a x^2 + b x; else: c (e^min(x, e) - 1 - x) + b x;
                                 vector2 = a, b, c, e */
     FB_ACTIVATION_SIGMOID = 8, /* 1 / (1 + e^-x) */
     FB_ACTIVATION_TANH = 9
@@ -485,8 +485,9 @@ struct fb_draw {
     struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
     int32_t n_steps;             /* tokens to sample at most; 0: a prefill chunk, computed in the first step only */
     int32_t n_drawn;             /* result: tokens sampled */
-    int32_t *history;            /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not
-                                    computed yet; sampled tokens are appended */
+    /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not computed yet; sampled tokens are
+     * appended. */
+    int32_t *history;
     int32_t n_history;
     int32_t n_ends;
     const int32_t *ends; /* end tokens: the sequence stops behind one */
@@ -512,9 +513,9 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
-/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32, row-
- * major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or a
- * bad size. */
+/* The operators of programs, one at a time on the caller's arrays, with the same kernels. Arrays are f32,
+ * row-major, and do not overlap unless stated. n_threads >= 1. Each returns FB_INVALID_ARGUMENT for a null pointer or
+ * a bad size. */
 
 /* out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight;  x, out [n_rows, n_cols], weight [n_cols] */
 enum fb_status fb_rms_norm(const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps,
@@ -550,43 +551,11 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
 
 /* ---- Files ------------------------------------------------------------------------------------------------------- */
 
-/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes`
- * to `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within
- * `bytes`, is longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the
- * bytes written. */
+/* Copies strings as GGUF stores them (each a little-endian u64 length and so many bytes) from the start of `bytes` to
+ * `out` [n_bytes], with a NUL after each. Stops at `most` strings, or before one that does not end within `bytes`, is
+ * longer than max_length, or contains a NUL. Returns how many were copied, the bytes read, and the bytes written. */
 enum fb_status fb_join_strings(const void *bytes, size_t n_bytes, size_t most, size_t max_length, char *out,
     size_t *n_strings, size_t *n_read, size_t *n_written);
-
-/* ---- Machine ----------------------------------------------------------------------------------------------------- */
-
-/* Measures, for benchmarks: bytes/s of reading `n_bytes` of memory `n_repeats` times, and f32 multiply-add
- * operations/s from registers (an add and a multiply count as two). Median over repeats of at least 3. */
-enum fb_status fb_measure_read(size_t n_bytes, int32_t n_repeats, int32_t n_threads, double *bytes_per_s);
-enum fb_status fb_measure_fma(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
-
-/* As fb_measure_fma, of the kernel for bf16 weights. */
-enum fb_status fb_measure_pairs(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *flops_per_s);
-
-/* As fb_measure_fma, of the kernel for weights in Q8_0: products of bytes, their scales included. */
-enum fb_status fb_measure_dot(int32_t n_repeats, int32_t n_threads, enum fb_isa isa, double *ops_per_s);
-
-/* Bytes/s of copying `n_bytes` from one place of a device's memory to another, reads and writes both counted: the
- * fastest of `n_repeats` copies after a first one. Allocates twice n_bytes meanwhile. */
-enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repeats, double *bytes_per_s);
-
-/* The operators as plain serial loops, the way a reader would first write them: what `fabula bench ops` compares with.
- * Same shapes as above; matmul_transb: out [m, n] = a [m, k] b [n, k]^T. No argument checks beyond null pointers. */
-enum fb_status fb_serial_rms_norm(
-    const float *x, const float *weight, int32_t n_rows, int32_t n_cols, float eps, float *out);
-enum fb_status fb_serial_gather(const float *table, int32_t n_cols, const int32_t *ids, int32_t n_ids, float *out);
-enum fb_status fb_serial_masked_softmax(
-    const float *x, int32_t n_rows, int32_t n_cols, bool causal, int32_t first_visible, float *out);
-enum fb_status fb_serial_swiglu(const float *gate, const float *up, size_t n, float *out);
-enum fb_status fb_serial_matmul_transb(const float *a, const float *b, int32_t m, int32_t n, int32_t k, float *out);
-enum fb_status fb_serial_rope(float *x, const int32_t *positions, int32_t n_rows, int32_t n_heads, int32_t head_dim,
-    int32_t rotary_dim, const float *inv_freq, float rope_scale);
-enum fb_status fb_serial_self_attention(const float *q, const float *k, const float *v, int32_t n_tokens,
-    int32_t n_heads, int32_t n_kv_heads, int32_t head_dim, int32_t window, float scale, float *out);
 
 /* cffi: end */
 

@@ -76,7 +76,7 @@ _HOMES = {
     "Generation": "engine.generation",
     "InvalidArgument": "errors",
     "Model": "model",
-    "ModelConfig": "models.config",
+    "ModelConfig": "models.description",
     "ModelFileError": "errors",
     "ModelNotFound": "errors",
     "NonFinite": "errors",

@@ -34,6 +34,7 @@ Isa = Literal[
     "neon", "neon_dotprod", "neon_i8mm",
 ]  # fmt: skip
 
+ABI_VERSION: int = lib.FB_ABI_VERSION
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
 
 _ERRORS: dict[int, type[EngineError]] = {

@@ -1,4 +1,4 @@
-"""Calls of single operators, of the loops that measure a machine, and of plain serial ones to compare with.
+"""Calls of single operators.
 
 Shapes are checked and documented in fabula.ops; here arrays are float32, C-contiguous and of matching sizes. `out`,
 where given, takes the result.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fabula._ffi import ffi, lib
-from fabula._native import F32, I32, Device, Isa, KvDTypes, Weight, check, floats, ints, isa_number, of_k_and_v
+from fabula._ffi import lib
+from fabula._native import F32, I32, Isa, KvDTypes, Weight, check, floats, ints, isa_number, of_k_and_v
 
 
 def rms_norm(x: F32, weight: F32, eps: float, n_threads: int, isa: Isa, out: F32 | None = None) -> F32:
@@ -96,79 +96,3 @@ def self_attention(
         )
     )  # fmt: skip
     return out
-
-
-# ---- Machine and serial loops, for benchmarks --------------------------------------------------------------
-
-
-def measure_read(n_bytes: int, n_repeats: int, n_threads: int) -> float:
-    """Bytes per second of streaming reads; see fb_measure_read."""
-    out = ffi.new("double *")
-    check(lib.fb_measure_read(n_bytes, n_repeats, n_threads, out))
-    return float(out[0])
-
-
-def measure_copy(device: Device, n_bytes: int, n_repeats: int) -> float:
-    """Bytes per second that a GPU's memory moves, those read and those written; see fb_measure_copy."""
-    out = ffi.new("double *")
-    check(lib.fb_measure_copy(device.handle, n_bytes, n_repeats, out))
-    return float(out[0])
-
-
-def measure_fma(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
-    """f32 operations per second of multiply-adds in registers; see fb_measure_fma."""
-    out = ffi.new("double *")
-    check(lib.fb_measure_fma(n_repeats, n_threads, isa_number(isa), out))
-    return float(out[0])
-
-
-def measure_pairs(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
-    """Operations per second of products of bf16; see fb_measure_pairs."""
-    out = ffi.new("double *")
-    check(lib.fb_measure_pairs(n_repeats, n_threads, isa_number(isa), out))
-    return float(out[0])
-
-
-def measure_dot(n_repeats: int, n_threads: int, isa: Isa = "auto") -> float:
-    """Operations per second of products of bytes; see fb_measure_dot."""
-    out = ffi.new("double *")
-    check(lib.fb_measure_dot(n_repeats, n_threads, isa_number(isa), out))
-    return float(out[0])
-
-
-def serial_rms_norm(x: F32, weight: F32, eps: float, out: F32) -> None:
-    check(lib.fb_serial_rms_norm(floats(x), floats(weight), *x.shape, eps, floats(out)))
-
-
-def serial_gather(table: F32, ids: I32, out: F32) -> None:
-    check(lib.fb_serial_gather(floats(table), table.shape[1], ints(ids), ids.size, floats(out)))
-
-
-def serial_masked_softmax(x: F32, causal: bool, first_visible: int, out: F32) -> None:
-    check(lib.fb_serial_masked_softmax(floats(x), *x.shape, causal, first_visible, floats(out)))
-
-
-def serial_swiglu(gate: F32, up: F32, out: F32) -> None:
-    check(lib.fb_serial_swiglu(floats(gate), floats(up), gate.size, floats(out)))
-
-
-def serial_matmul_transb(a: F32, b: F32, out: F32) -> None:
-    check(lib.fb_serial_matmul_transb(floats(a), floats(b), *out.shape, a.shape[1], floats(out)))
-
-
-def serial_rope(x: F32, positions: I32, inv_freq: F32, rope_scale: float) -> None:
-    rows, heads, dim = x.shape
-    check(
-        lib.fb_serial_rope(
-            floats(x), ints(positions), rows, heads, dim, 2 * inv_freq.size, floats(inv_freq), rope_scale
-        )
-    )
-
-
-def serial_self_attention(q: F32, k: F32, v: F32, window: int, scale: float, out: F32) -> None:
-    tokens, heads, dim = q.shape
-    check(
-        lib.fb_serial_self_attention(
-            floats(q), floats(k), floats(v), tokens, heads, k.shape[1], dim, window, scale, floats(out)
-        )
-    )

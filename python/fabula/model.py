@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fabula._native import kv_layers
 from fabula.choices import DEFAULT_MODEL, MAX_THREADS, WEIGHTS_NAMES, WeightsName
 from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
@@ -89,7 +90,10 @@ class Model:
         self._embedder_lock = threading.Lock()
         self._template = TemplateOf(tokenizer, path)
         c = runner.config
-        layout = f"2: {c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}, rope for {runner.context}"
+        layers = f"{c.n_layers} layers x {c.n_kv_heads} heads x {c.head_dim}"
+        if c.kv_layers != kv_layers(c.n_layers, c.n_kv_heads, c.head_dim):
+            layers = ", ".join("x".join(map(str, layer)) for layer in c.kv_layers)
+        layout = f"2: {layers}, rope for {runner.context}"
         if runner.device is not None:  # results differ from those of other devices: a sequence must not mix them
             layout += f", computed with CUDA {runner.device.info.compute}"
             if len(runner.device.members) > 1:  # so do those of another number of GPUs

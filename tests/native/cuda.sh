@@ -16,13 +16,13 @@ fi
 
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug \
     ${FABULA_CUDA_ARCHITECTURES:+"-DFABULA_CUDA_ARCHITECTURES=$FABULA_CUDA_ARCHITECTURES"}
-cmake --build "$build" --target fabula fabula_cdef fabula_cuda_model -j "${JOBS:-2}"
+cmake --build "$build" --target fabula_native fabula_cuda_model -j "${JOBS:-2}"
 "$build/fabula_cuda_model"
 
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
-cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cp "$build/native/"* "$build/package/fabula/"
 cd "$top"
 PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_parallel.py
 echo "CUDA: the kernels were compiled for $(sed -n 's/^FABULA_CUDA_ARCHITECTURES:[A-Z]*=//p' "$build/CMakeCache.txt")"

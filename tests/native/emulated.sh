@@ -8,12 +8,12 @@ build=$top/build/emulated
 python=${PYTHON:-python3}
 
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=EMULATED -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE=Debug
-cmake --build "$build" --target fabula fabula_cdef fabula_products -j "${JOBS:-2}"
+cmake --build "$build" --target fabula_native fabula_products -j "${JOBS:-2}"
 
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
-cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cp "$build/native/"* "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package" LD_LIBRARY_PATH="$build/nccl" FABULA_CUBLASLT="$build/libfabula_products.so"
 "$python" -m pytest -p no:cacheprovider tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py

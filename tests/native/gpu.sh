@@ -40,7 +40,7 @@ attempt() { # continues after a failure: time on a GPU may be short
 programs="fabula_cuda_rows fabula_cuda_linear fabula_cuda_tensor fabula_cuda_attention fabula_cuda_sample fabula_cuda_model"
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_CUDA=ON -DFABULA_WERROR=ON -DCMAKE_BUILD_TYPE="${BUILD_TYPE:-Debug}" \
     -DFABULA_CUDA_ARCHITECTURES="${FABULA_CUDA_ARCHITECTURES:-native}"
-cmake --build "$build" --target fabula fabula_cdef $programs -j "${JOBS:-2}"
+cmake --build "$build" --target fabula_native $programs -j "${JOBS:-2}"
 
 # Tests read results as soon as a launch returns.
 export CUDA_LAUNCH_BLOCKING=1
@@ -52,7 +52,7 @@ unset CUDA_LAUNCH_BLOCKING
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
-cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cp "$build/native/"* "$build/package/fabula/"
 cd "$top"
 export PYTHONPATH="$build/package${PYTHONPATH:+:$PYTHONPATH}"
 attempt "$python" -m pytest -p no:cacheprovider -m gpu tests/test_device.py tests/test_parallel.py tests/test_bench_gpu.py

@@ -7,7 +7,7 @@ build=$top/build/sanitize
 python=${PYTHON:-python3}
 
 cmake -S "$top" -B "$build" -DPython_EXECUTABLE="$python" -DFABULA_SANITIZE=ON -DFABULA_NATIVE_TESTS=ON -DFABULA_WERROR=ON
-cmake --build "$build" -j "$(nproc)"
+cmake --build "$build" -j "$(nproc)" --target all fabula_native
 (cd "$build" && ctest -j "$(nproc)" --output-on-failure)
 
 # A copy of the package with the sanitized library. The interpreter itself is not instrumented, so the runtime is preloaded,
@@ -15,7 +15,7 @@ cmake --build "$build" -j "$(nproc)"
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -r "$top/python/fabula" "$build/package/"
-cp "$build/_cdef.py" "$build/libfabula.so" "$build/package/fabula/"
+cp "$build/native/"* "$build/package/fabula/"
 cd "$top"
 LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$build/package \
     "$python" -m pytest -p no:cacheprovider tests/test_native.py tests/test_dequantize.py tests/test_quantize.py tests/test_sampling.py \

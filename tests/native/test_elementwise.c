@@ -92,7 +92,8 @@ static bool same(const float *a, const float *b, size_t n) {
 }
 
 static void check_table(enum fb_isa isa) {
-    static const float special[] = {0.0f, -0.0f, 1e-40f, 3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 0.625f, -87.5f, 89.0f};
+    static const float special[] = {
+        0.0f, -0.0f, 1e-40f, 3.4e38f, -3.4e38f, INFINITY, -INFINITY, NAN, 0.625f, -87.5f, 89.0f};
     const struct fb_kernels *kernels = fb_kernels_of(isa), *reference = fb_kernels_of(FB_ISA_REFERENCE);
     float x[MOST], got[MOST], wanted[MOST], weight[MOST], bias[MOST];
     fill(weight, MOST, 1.0f, 5);

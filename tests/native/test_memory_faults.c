@@ -18,6 +18,7 @@
 #include "base/memory.h"
 #include "check.h"
 #include "fabula.h"
+#include "fabula_bench.h"
 
 /* ---- Wrappers ---------------------------------------------------------------------------------------------------- */
 
@@ -133,8 +134,7 @@ static void sweep(const char *name, call_function call, long expected) {
         }
 }
 
-/* ---- Inputs of the calls
- * --------------------------------------------------------------------------------------- */
+/* ---- Inputs of the calls ----------------------------------------------------------------------------------------- */
 
 enum {
     WIDTH = 32,
@@ -251,8 +251,7 @@ static enum fb_status create_program(int32_t max_tokens) {
 CALL(create_small_program, create_program(N_TOKENS))
 CALL(create_large_program, create_program(LONG))
 
-/* ---- Operators that allocate scratch memory
- * -------------------------------------------------------------------- */
+/* ---- Operators that allocate scratch memory ---------------------------------------------------------------------- */
 
 static enum fb_status attend(int32_t n_tokens, int32_t n_heads, int32_t n_kv_heads, int32_t head_dim) {
     const size_t n = (size_t)n_tokens * (size_t)n_heads * (size_t)head_dim;
@@ -348,8 +347,7 @@ static enum fb_status decode_tokens(void) {
     return check_output(status, 2 * N_VOCAB);
 }
 
-/* ---- Calls that allocate nothing
- * ------------------------------------------------------------------------------- */
+/* ---- Calls that allocate nothing --------------------------------------------------------------------------------- */
 
 static enum fb_status run_program(void) {
     const int32_t pages[] = {0, 1}, outputs[] = {0, N_TOKENS - 1};
@@ -412,8 +410,7 @@ static enum fb_status sample(void) {
         input, N_VOCAB, &settings, 0, positions, N_TOKENS, NULL, NULL, 0, NULL, 0, work, output);
 }
 
-/* ---- More than the address space
- * ------------------------------------------------------------------------------- */
+/* ---- More than the address space --------------------------------------------------------------------------------- */
 
 static void test_beyond_the_address_space(void) {
     CHECK(create_weight(FB_F32, 1 << 30, 1 << 30) == FB_OUT_OF_MEMORY);

@@ -106,12 +106,11 @@ static void run(const struct model *m, enum fb_isa isa, int32_t n_threads, enum 
     const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0};
     const struct fb_rope rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
     const struct fb_kv_layer layer = {KV_HEADS, HEAD_DIM, HEAD_DIM}, layers[LAYERS] = {layer, layer};
-    const struct fb_program_shape shape = {
-        sizeof shape, LAYERS, VOCABULARY, TOKENS, N_BUFFERS, 1, &heads, 1, &rope};
+    const struct fb_program_shape shape = {sizeof shape, LAYERS, VOCABULARY, TOKENS, N_BUFFERS, 1, &heads, 1, &rope};
     fb_program *program = NULL;
     fb_page_pool *pool = NULL;
-    CHECK_AT(fb_program_create(&shape, widths, m->ops, m->n_ops, n_threads, isa, &program) == FB_OK,
-        "%s", fb_last_error());
+    CHECK_AT(
+        fb_program_create(&shape, widths, m->ops, m->n_ops, n_threads, isa, &program) == FB_OK, "%s", fb_last_error());
     CHECK(fb_page_pool_create(k, v, PAGES, layers, LAYERS, &pool) == FB_OK);
     int32_t tokens[TOKENS], outputs[TOKENS];
     for (int32_t t = 0; t < TOKENS; t++) {

@@ -9,6 +9,7 @@
 #ifndef FABULA_BASE_DEVICE_H
 #define FABULA_BASE_DEVICE_H
 
+#include "base/exported.h"
 #include "fabula.h"
 
 #include <stdatomic.h>
@@ -19,8 +20,7 @@ struct fb_sample_change;
 /* Results of a batch: for each output row its logits, or the token that a sampling plan selects from them. */
 struct fb_results {
     float *logits;                          /* [n_outputs][rows of the last op] */
-    const bool *is_sampled;                 /* [n_outputs] true: the row is sampled and its logits are not
-                                                 copied; NULL: no row is */
+    const bool *is_sampled;                 /* [n_outputs] true: sampled, its logits are not copied; NULL: no row is */
     const struct fb_sample_plan *plans;     /* [n_plans] one for each sampled row, in order */
     const struct fb_sample_change *changes; /* [n_changes] logit changes of all plans */
     int32_t n_plans, n_changes;
@@ -35,8 +35,7 @@ enum fb_direction { FB_TO_DEVICE, FB_FROM_DEVICE, FB_ON_DEVICE };
 struct fb_device_kind {
     enum fb_status (*count)(int32_t *out);
     enum fb_status (*describe)(int32_t index, struct fb_device_info *out);
-    enum fb_status (*check)(int32_t index); /* FB_DEVICE_FAILED, with the reason, if this build cannot use the
-                                               device */
+    enum fb_status (*check)(int32_t index); /* FB_DEVICE_FAILED, with the reason: this build cannot use the device */
     enum fb_status (*allocate)(int32_t index, size_t n_bytes, void **out); /* or FB_DEVICE_MEMORY */
     void (*release)(int32_t index, void *memory);
     enum fb_status (*copy)(int32_t index, enum fb_direction direction, void *to, const void *from, size_t n_bytes);
@@ -88,7 +87,7 @@ void fb_device_drop(fb_device *device);
 
 /* Allocates device memory within the budget. The error message is "device ... has no memory for `what`".
  * n_bytes 0 returns NULL. */
-enum fb_status fb_device_allocate(fb_device *device, const char *what, size_t n_bytes, void **out);
-void fb_device_release(fb_device *device, void *memory, size_t n_bytes);
+FB_EXPORTED enum fb_status fb_device_allocate(fb_device *device, const char *what, size_t n_bytes, void **out);
+FB_EXPORTED void fb_device_release(fb_device *device, void *memory, size_t n_bytes);
 
 #endif

@@ -2,16 +2,18 @@
 #ifndef FABULA_BASE_MEMORY_H
 #define FABULA_BASE_MEMORY_H
 
+#include "base/exported.h"
+
 #include <stddef.h>
 
 /* Allocates zeroed, 64-byte aligned memory. Blocks of 64 KiB and more are anonymous mappings with huge pages
  * requested, of which only touched pages take memory. Blocks of 2 MiB and more are 2 MiB-aligned; smaller
  * ones share a mapping, which is unmapped with its last block. NULL if the system refuses. n_bytes 0
  * allocates one cache line. */
-void *fb_memory_allocate(size_t n_bytes);
+FB_EXPORTED void *fb_memory_allocate(size_t n_bytes);
 
 /* Releases what fb_memory_allocate returned; n_bytes must be the same. NULL is allowed. */
-void fb_memory_release(void *memory, size_t n_bytes);
+FB_EXPORTED void fb_memory_release(void *memory, size_t n_bytes);
 
 /* *out = a * b; false on overflow. */
 static inline int fb_size_multiply(size_t a, size_t b, size_t *out) {

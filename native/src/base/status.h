@@ -7,12 +7,14 @@
 #ifndef FABULA_BASE_STATUS_H
 #define FABULA_BASE_STATUS_H
 
+#include "base/exported.h"
 #include "fabula.h"
 
 /* Records the text (printf format, truncated to 511 bytes) and returns `status`, so that a failure is one
  * line:
  *     return fb_fail(FB_INVALID_ARGUMENT, "n_rows is %d, must be 1 or more", n_rows); */
-enum fb_status fb_fail(enum fb_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+FB_EXPORTED enum fb_status fb_fail(enum fb_status status, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 
 /* Returns from the current function if the call failed; the text is already recorded. */
 #define FB_TRY(call)                                                                                                   \

@@ -27,6 +27,7 @@
 #ifndef FABULA_KERNELS_H
 #define FABULA_KERNELS_H
 
+#include "base/exported.h"
 #include "fabula.h"
 #include "quant/layout.h"
 
@@ -157,11 +158,11 @@ struct fb_kernels {
 };
 
 /* The table of an instruction set (resolve AUTO first). Never NULL. */
-const struct fb_kernels *fb_kernels_of(enum fb_isa isa);
+FB_EXPORTED const struct fb_kernels *fb_kernels_of(enum fb_isa isa);
 
 /* Resolves AUTO to the best set. FB_INVALID_ARGUMENT for a value outside the enum, FB_UNSUPPORTED for a set
  * that this CPU lacks. */
-enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out);
+FB_EXPORTED enum fb_status fb_isa_resolve(enum fb_isa wanted, enum fb_isa *out);
 
 /* Whether a table's products of quantized weights equal the reference's bit for bit, on a small matrix of
  * each kind of layout. */

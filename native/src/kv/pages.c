@@ -250,7 +250,7 @@ void fb_slab_write(const struct fb_kv_layout *layer, const struct fb_kernels *ke
     }
     const size_t k_dim = (size_t)layer->k_dim, at = (size_t)position;
     const size_t first = at / 16 * 16 * k_dim + at % 16; /* element of dimension 0 inside K */
-    uint32_t narrow[MAX_HEAD_DIM];                          /* fits any format */
+    uint32_t narrow[MAX_HEAD_DIM];                       /* fits any format */
     float *k_scales = fb_part_scales(&layer->k, slab);
     if (k_scales)
         k_scales[at] = quantize_head(k, k_dim, (int8_t *)narrow);

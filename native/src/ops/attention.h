@@ -58,12 +58,12 @@ struct fb_attention {
     const struct fb_heads *heads;
     int32_t layer;
     struct fb_mask mask;
-    float scale, soft_cap;         /* scores: scale q.k, then soft_cap tanh(score / soft_cap); 0: no cap */
-    const float *sink_logits;      /* [n_heads] or NULL: one more score of each head, without a value */
-    const struct fb_op *op;        /* for the temperature of queries; NULL: none */
+    float scale, soft_cap;          /* scores: scale q.k, then soft_cap tanh(score / soft_cap); 0: no cap */
+    const float *sink_logits;       /* [n_heads] or NULL: one more score of each head, without a value */
+    const struct fb_op *op;         /* for the temperature of queries; NULL: none */
     const struct fb_angles *angles; /* for sinks of sequences; NULL: positions are not encoded */
-    const float *q; /* [n_tokens][ldq], heads concatenated; raw heads: followed by those of K and V */
-    float *out;     /* [n_tokens][ld_out] */
+    const float *q;                 /* [n_tokens][ldq], heads concatenated; raw heads: followed by those of K and V */
+    float *out;                     /* [n_tokens][ld_out] */
     size_t ldq, ld_out;
     char *scratch; /* n_threads x fb_attention_scratch_bytes */
     size_t scratch_bytes;
@@ -98,7 +98,8 @@ static inline int32_t fb_highest_visible(const struct fb_sequence *sequence, str
 /* Whether a token at `position` sees sinks outside its window. */
 static inline bool fb_sees_sinks(const struct fb_sequence *sequence, struct fb_mask mask, int32_t position) {
     const int64_t reach = (int64_t)sequence->n_sinks + sequence->window;
-    return sequence->n_sinks > 0 && position >= reach && (mask.window == 0 || (!mask.is_chunked && mask.window >= reach));
+    return sequence->n_sinks > 0 && position >= reach &&
+           (mask.window == 0 || (!mask.is_chunked && mask.window >= reach));
 }
 
 /* Floats of partial results per step at most: 256 MiB. 16 sequences of 32,000 positions of an 8B model need

@@ -106,8 +106,7 @@ static void gather_queries(const struct fb_attention *a, const struct fb_tile_la
         else
             memcpy(to, heads + (size_t)first_head * l->k_dim, l->group * l->k_dim * sizeof *to);
         if (a->op && a->op->temperature != 0.0f)
-            a->kernels->scale(
-                to, l->group * l->k_dim, temperature_at(a->op, t->sequence->n_past + t->first_token + i));
+            a->kernels->scale(to, l->group * l->k_dim, temperature_at(a->op, t->sequence->n_past + t->first_token + i));
     }
     narrow_queries(a, l, w, first_row, (size_t)t->n_tokens * l->group);
 }
@@ -332,8 +331,8 @@ void fb_merge_partial(const struct fb_attention *a, const struct fb_tile_layout 
 }
 
 /* Adds a head's sink logit to the softmax of a row: a score without a value. */
-static void add_sink_logit(const struct fb_attention *a, float logit, struct fb_partial sum, size_t row, float *values,
-    size_t v_dim) {
+static void add_sink_logit(
+    const struct fb_attention *a, float logit, struct fb_partial sum, size_t row, float *values, size_t v_dim) {
     const float top = sum.max[row] > logit ? sum.max[row] : logit;
     const float distance[2] = {sum.max[row] - top, logit - top};
     float factors[2];
@@ -350,7 +349,7 @@ void fb_store_attended(
             float *values = sum.values + r * l->v_padded;
             if (a->sink_logits) add_sink_logit(a, a->sink_logits[head], sum, r, values, l->v_dim);
             a->kernels->scale(values, l->v_dim, 1.0f / sum.length[r]);
-            memcpy(a->out + (size_t)(t->first_row + i) * a->ld_out + head * l->v_dim, values,
-                l->v_dim * sizeof *values);
+            memcpy(
+                a->out + (size_t)(t->first_row + i) * a->ld_out + head * l->v_dim, values, l->v_dim * sizeof *values);
         }
 }

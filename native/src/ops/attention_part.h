@@ -15,7 +15,7 @@ enum {
 /* Shape of a tile, by the geometry of its heads. */
 struct fb_tile_layout {
     size_t k_dim, v_dim, k_padded, v_padded; /* padded: rounded up to whole panels */
-    size_t group;            /* query heads per KV head */
+    size_t group;                            /* query heads per KV head */
     size_t tile_tokens, tile_rows;
 };
 

@@ -2,9 +2,10 @@
 #include "ops/heads.h"
 
 /* 1024 ones and zeros, as many as the widest head has numbers: norms without weight or bias. */
-#define ONE_16  1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
-#define ONE_256 ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, \
-                ONE_16, ONE_16, ONE_16
+#define ONE_16 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
+#define ONE_256                                                                                                        \
+    ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16, ONE_16,    \
+        ONE_16, ONE_16
 static const float ones[1024] = {ONE_256, ONE_256, ONE_256, ONE_256};
 static const float zeros[1024];
 

@@ -26,13 +26,13 @@ struct fb_linear {
     float *out;                              /* [n_tokens][ld_out], its first `width` columns written */
     size_t ldx, ld_pairs, ld_activations, ld_residual, ld_out;
     size_t n_tokens, width;
-    bool is_gated;          /* panels 2 i and 2 i + 1 are gate and up; width is half the rows */
-    enum fb_activation_kind activation; /* of the gate, or of the result before `scale` */
+    bool is_gated;                        /* panels 2 i and 2 i + 1 are gate and up; width is half the rows */
+    enum fb_activation_kind activation;   /* of the gate, or of the result before `scale` */
     float numbers[FB_ACTIVATION_NUMBERS]; /* of the activation */
-    float scale;            /* factor on the result before the residual */
-    float soft_cap;         /* 0: none */
-    atomic_int *non_finite; /* NULL, or set to 1 when a result is NaN or infinite */
-    size_t item_panels;     /* panels per work item; set by fb_linear_items */
+    float scale;                          /* factor on the result before the residual */
+    float soft_cap;                       /* 0: none */
+    atomic_int *non_finite;               /* NULL, or set to 1 when a result is NaN or infinite */
+    size_t item_panels;                   /* panels per work item; set by fb_linear_items */
 };
 
 /* Number of work items; chooses item_panels so that `n_threads` threads get enough of them. */

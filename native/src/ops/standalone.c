@@ -278,12 +278,8 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     } else {
         for (int32_t i = 0; i < n_pages; i++)
             pages[i] = i;
-        struct filling filling = {.kernels = job.kernels,
-            .pool = pool,
-            .layer = &pool->layers[0],
-            .k = k,
-            .v = v,
-            .n_tokens = n_tokens};
+        struct filling filling = {
+            .kernels = job.kernels, .pool = pool, .layer = &pool->layers[0], .k = k, .v = v, .n_tokens = n_tokens};
         fb_team_run(fill_page, &filling, (int64_t)n_pages * n_kv_heads, n_threads);
         const struct fb_sequence sequence = {.pages = pages, .n_pages = n_pages, .n_tokens = n_tokens};
         const int32_t first_row = 0;

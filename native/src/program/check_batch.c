@@ -26,8 +26,8 @@ static enum fb_status check_sequence(
     FB_REQUIRE(end <= INT32_MAX, "sequence %d: %lld positions are too many", index, (long long)end);
     FB_REQUIRE(p->n_positions == 0 || end <= p->n_positions, "sequence %d: %lld positions, the model has %d", index,
         (long long)end, p->n_positions);
-    FB_REQUIRE(!p->attends_all || s->n_past == 0, "sequence %d: must be whole in its step, %d positions are past", index,
-        s->n_past);
+    FB_REQUIRE(!p->attends_all || s->n_past == 0, "sequence %d: must be whole in its step, %d positions are past",
+        index, s->n_past);
     int64_t needed = (end + FB_PAGE_POSITIONS - 1) / FB_PAGE_POSITIONS;
     FB_REQUIRE(s->pages && s->n_pages >= needed, "sequence %d: %d pages for %lld positions, %lld are needed", index,
         s->n_pages, (long long)end, (long long)needed);

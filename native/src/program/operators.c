@@ -93,8 +93,8 @@ static enum fb_status check_attention(const struct fb_check *c) {
     const int32_t n_heads = heads_of(c)->n_heads;
     FB_REQUIRE(op->window >= 0, "op %d: window is %d, must not be negative", c->index, op->window);
     FB_REQUIRE(op->scale > 0.0f, "op %d: scale of attention must be above 0", c->index);
-    FB_REQUIRE(!(op->flags & FB_ATTEND_CHUNK) || op->window > 0, "op %d: attention in chunks needs their length",
-        c->index);
+    FB_REQUIRE(
+        !(op->flags & FB_ATTEND_CHUNK) || op->window > 0, "op %d: attention in chunks needs their length", c->index);
     FB_REQUIRE(op->vector_length == 0 || op->vector_length == n_heads, "op %d (attention): %d sinks for %d heads",
         c->index, op->vector_length, n_heads);
     FB_REQUIRE(isfinite(op->temperature) && (op->temperature == 0.0f || op->temperature_length > 0),
@@ -106,8 +106,8 @@ static enum fb_status check_linear(const struct fb_check *c) {
     const struct fb_op *op = c->op;
     FB_REQUIRE(op->activation != FB_ACTIVATION_XIELU || op->vector2_length == FB_ACTIVATION_NUMBERS,
         "op %d (linear): xielu takes %d numbers, not %d", c->index, FB_ACTIVATION_NUMBERS, op->vector2_length);
-    FB_REQUIRE(op->activation != FB_ACTIVATION_CLAMP || op->limit > 0.0f, "op %d (linear): clamp needs a limit",
-        c->index);
+    FB_REQUIRE(
+        op->activation != FB_ACTIVATION_CLAMP || op->limit > 0.0f, "op %d (linear): clamp needs a limit", c->index);
     return FB_OK;
 }
 
@@ -276,11 +276,10 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
     FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
         "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
-    FB_REQUIRE(
-        op->column == 0 || flags & (FB_COLUMNS | FB_FACTOR), "op %d: only linear and multiply take a column", i);
+    FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_FACTOR), "op %d: only linear and multiply take a column", i);
     FB_REQUIRE(op->limit >= 0.0f && isfinite(op->limit), "op %d: limit must be finite and not negative", i);
-    FB_REQUIRE((int)op->activation >= 0 && (int)op->activation < FB_ACTIVATION_KINDS, "op %d: activation %d is unknown", i,
-        (int)op->activation);
+    FB_REQUIRE((int)op->activation >= 0 && (int)op->activation < FB_ACTIVATION_KINDS, "op %d: activation %d is unknown",
+        i, (int)op->activation);
     FB_REQUIRE(!(flags & FB_HEADS) || (op->heads >= 0 && op->heads < s->n_geometries),
         "op %d: its heads are geometry %d of %d", i, op->heads, s->n_geometries);
     FB_REQUIRE(
@@ -335,11 +334,10 @@ static enum fb_status check_residual(struct fb_program *p, const struct fb_check
     FB_REQUIRE(op->residual >= 0 && op->residual < p->shape.n_buffers, "op %d: residual is buffer %d of %d", i,
         op->residual, p->shape.n_buffers);
     struct fb_buffer *residual = &p->buffers[op->residual];
-    const bool fits = flags & FB_FACTOR
-                          ? op->column >= 0 && (int64_t)op->column + c->out_width <= residual->width
-                          : residual->width == c->out_width && op->column == 0;
-    FB_REQUIRE(residual->first_write >= 0 && residual->filled == residual->width && fits &&
-                   residual->per_output == gathered,
+    const bool fits = flags & FB_FACTOR ? op->column >= 0 && (int64_t)op->column + c->out_width <= residual->width
+                                        : residual->width == c->out_width && op->column == 0;
+    FB_REQUIRE(
+        residual->first_write >= 0 && residual->filled == residual->width && fits && residual->per_output == gathered,
         "op %d: buffer %d cannot be its residual (unwritten, or another width or kind of rows)", i, op->residual);
     FB_REQUIRE(op->residual != op->in || !(flags & FB_NORM), "op %d: a norm cannot be added to its own input", i);
     residual->last_use = i;

@@ -57,16 +57,15 @@ struct fb_operator {
     /* The width that `out` must have; NULL if `check` or `column` decides. */
     int32_t (*width)(const struct fb_check *check);
 
-    /* FB_STAGE_ROWS: computes one row on the CPU; NULL if only devices run it. The other stages have one
-     * function for all kinds. */
+    /* FB_STAGE_ROWS: computes one row on the CPU; NULL if only devices run it. The other stages have one function for
+     * all kinds. */
     void (*run_row)(const struct fb_run *run, const struct fb_op *op, size_t row);
 
     /* Multiply-adds of a batch; NULL if negligible. */
     int64_t (*work)(const struct fb_program *program, const struct fb_op *op, const struct fb_batch *batch);
 
-    /* Fusion into attention (struct fb_raw_heads). head_step: the kind's position, from 1, in the order in
-     * which attention finishes a head; 0 if it cannot be fused. defer_head: records what attention must
-     * do. */
+    /* Fusion into attention (struct fb_raw_heads). head_step: the kind's position, from 1, in the order in which
+     * attention finishes a head; 0 if it cannot be fused. defer_head: records what attention must do. */
     int32_t head_step;
     void (*defer_head)(const struct fb_program *program, const struct fb_op *op, struct fb_raw_heads *raw);
 };
@@ -81,8 +80,8 @@ static inline bool fb_op_is(const struct fb_op *op, uint32_t flag) {
     return (fb_operator_of(op->kind)->flags & flag) != 0;
 }
 
-/* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether
- * outputs were gathered before it. */
+/* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether outputs
+ * were gathered before it. */
 enum fb_status fb_check_op(struct fb_program *p, int32_t index, bool *gathered);
 
 #endif

@@ -63,7 +63,7 @@ struct fb_stage {
     bool is_quantized; /* LINEAR: some weight takes activations quantized to 8 bits */
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
-    bool is_of_heads;  /* ROWS: if every sequence has one token, the following attention does this instead; see
+    bool is_of_heads; /* ROWS: if every sequence has one token, the following attention does this instead; see
                           fb_raw_heads */
 };
 
@@ -89,30 +89,30 @@ struct fb_program {
     int32_t n_stages;
     float *vectors; /* copies of every op's vectors, and of the rope tables */
     size_t n_vector_floats;
-    struct fb_kv_layer *kv_layers;      /* [n_layers]: what the operators say of them; zeros for a layer nobody writes */
-    struct fb_angles *angles;           /* [n_ropes] */
-    struct fb_heads most;               /* the largest of each size over the geometries */
-    int32_t n_positions;                /* that learned positions have rows for; 0: no limit */
-    bool attends_all;                   /* some attention is not causal */
-    int32_t most_members;               /* sequences that may share key blocks in every geometry */
-    int32_t n_results;                  /* rows of the last op, summed over the parts */
-    fb_device *device;                  /* NULL: the CPU */
-    void *on_device;                    /* the device's part of the program */
-    bool is_part;                       /* holds a SUM, so only a joined program runs it */
+    struct fb_kv_layer *kv_layers; /* [n_layers]: what the operators say of them; zeros for a layer nobody writes */
+    struct fb_angles *angles;      /* [n_ropes] */
+    struct fb_heads most;          /* the largest of each size over the geometries */
+    int32_t n_positions;           /* that learned positions have rows for; 0: no limit */
+    bool attends_all;              /* some attention is not causal */
+    int32_t most_members;          /* sequences that may share key blocks in every geometry */
+    int32_t n_results;             /* rows of the last op, summed over the parts */
+    fb_device *device;             /* NULL: the CPU */
+    void *on_device;               /* the device's part of the program */
+    bool is_part;                  /* holds a SUM, so only a joined program runs it */
     fb_program *parts[FB_MOST_MEMBERS]; /* of a joined program, one per member of `device`; borrowed */
 
     /* Memory of a run, allocated once. */
     float *arena; /* all buffers */
     size_t arena_floats;
-    int32_t *positions;         /* [max_tokens] */
-    int32_t *owners;            /* [max_tokens]: sequence of each token */
-    int32_t *first_row;         /* [max_tokens] */
-    int64_t *offsets;           /* [n_threads][2][max_tokens + 1]: of work items, see attention.h */
-    struct fb_sharing *sharing; /* [max_tokens]: of the batch's sequences */
-    bool shares;                /* some sequences share key blocks */
-    bool is_single;             /* every sequence has one token */
-    atomic_int *parts_done;     /* [max_tokens][most.n_kv_heads], see attention.h */
-    struct fb_scratch partials; /* of attention; grown when a step is worth splitting */
+    int32_t *positions;                /* [max_tokens] */
+    int32_t *owners;                   /* [max_tokens]: sequence of each token */
+    int32_t *first_row;                /* [max_tokens] */
+    int64_t *offsets;                  /* [n_threads][2][max_tokens + 1]: of work items, see attention.h */
+    struct fb_sharing *sharing;        /* [max_tokens]: of the batch's sequences */
+    bool shares;                       /* some sequences share key blocks */
+    bool is_single;                    /* every sequence has one token */
+    atomic_int *parts_done;            /* [max_tokens][most.n_kv_heads], see attention.h */
+    struct fb_scratch partials;        /* of attention; grown when a step is worth splitting */
     struct fb_activation *activations; /* [max_tokens][activation_blocks] */
     size_t activation_blocks;          /* of the widest input of a quantized weight */
     uint16_t *pairs;                   /* [max_tokens][pair_stride]: inputs rounded to bf16 */

@@ -250,7 +250,8 @@ static void grow_partials(struct fb_run *run, int n_threads) {
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_op *op = &p->ops[p->stages[s].first_op];
         if (p->stages[s].kind != FB_STAGE_ATTENTION) continue;
-        if (before && before->window == op->window && before->flags == op->flags && before->heads == op->heads) continue;
+        if (before && before->window == op->window && before->flags == op->flags && before->heads == op->heads)
+            continue;
         before = op;
         const struct fb_attention attention = attention_of(run, op, 0);
         const size_t n = fb_attention_partials(&attention, n_threads);

@@ -247,8 +247,7 @@ static void dequantize_q3_k(const struct fb_block_q3_k *block, size_t n_blocks, 
     }
 }
 
-/* ---- Entry points
- * ------------------------------------------------------------------------------------------------ */
+/* ---- Entry points ------------------------------------------------------------------------------------------------ */
 
 void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, float *dst) {
     switch (dtype) {

@@ -13,8 +13,7 @@ struct row_block {
     uint8_t s[2], mins[2]; /* sub-block scales and mins of K-quants */
 };
 
-/* ---- Reading the file's blocks
- * ----------------------------------------------------------------------------------- */
+/* ---- Reading the file's blocks ----------------------------------------------------------------------------------- */
 
 static inline void nibbles(const uint8_t *qs, uint8_t *codes) {
     for (int j = 0; j < 16; j++) {

@@ -126,8 +126,7 @@ FB_INLINE int fb_try_affine(int n, const float *x, const float *w, float inverse
     float d = xl / ll, m = 0.0f;
     if (determinant > 0.0f) { /* otherwise all levels are equal */
         const float free = (ll * sum_x - l * xl) / determinant;
-        if (free < 0.0f) { /* m must be <= 0, because the format subtracts its minimum; otherwise the best is
-                              m = 0 */
+        if (free < 0.0f) { /* the format subtracts its minimum, so m is at most 0, and 0 is best otherwise */
             m = free;
             d = (sum_w * xl - sum_x * l) / determinant;
         }

@@ -16,8 +16,7 @@
 
 enum {
     MAX_DIMENSION = 1 << 30,
-    CHUNK = 256 /* columns converted at a time: 16 rows x 256 floats stay in L1, and every block size divides
-                   it */
+    CHUNK = 256 /* columns converted at a time: 16 rows of them stay in L1, and every block size divides it */
 };
 
 static bool is_plain(enum fb_dtype dtype) {

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fabula import _native, _operators
+from fabula import _native
+from fabula.bench import library
 
 _READ_BYTES = 512 << 20  # larger than any cache
 _REPEATS = 7
@@ -47,10 +48,10 @@ class Machine:
             isa=_native.isa_best(),
             cores=_cores(),
             threads=threads,
-            read_bytes_per_s=max(_operators.measure_read(read_bytes, repeats, threads) for _ in range(_TRIES)),
-            flops_per_s=max(_operators.measure_fma(repeats, threads) for _ in range(_TRIES)),
-            pairs_per_s=max(_operators.measure_pairs(repeats, threads) for _ in range(_TRIES)),
-            dots_per_s=max(_operators.measure_dot(repeats, threads) for _ in range(_TRIES)),
+            read_bytes_per_s=max(library.measure_read(read_bytes, repeats, threads) for _ in range(_TRIES)),
+            flops_per_s=max(library.measure_fma(repeats, threads) for _ in range(_TRIES)),
+            pairs_per_s=max(library.measure_pairs(repeats, threads) for _ in range(_TRIES)),
+            dots_per_s=max(library.measure_dot(repeats, threads) for _ in range(_TRIES)),
         )
 
     def peak(self, weights: str) -> float:

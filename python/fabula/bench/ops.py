@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula import _operators, ops
+from fabula.bench import library
 from fabula.bench.machine import Machine
 from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
@@ -199,7 +200,7 @@ def _rms_norm(less: int, threads: int) -> Case:
     plain, out = _filled(x.shape), _filled(x.shape)
 
     def serial() -> F32:
-        _operators.serial_rms_norm(x, weight, _EPS, plain)
+        library.serial_rms_norm(x, weight, _EPS, plain)
         return plain
 
     def fast() -> F32:
@@ -216,7 +217,7 @@ def _gather(less: int, threads: int) -> Case:
     plain, out = _filled((ids.size, 576)), _filled((ids.size, 576))
 
     def serial() -> F32:
-        _operators.serial_gather(table, ids, plain)
+        library.serial_gather(table, ids, plain)
         return plain
 
     def fast() -> F32:
@@ -234,7 +235,7 @@ def _masked_softmax(less: int, threads: int) -> Case:
     visible = float(np.minimum(first + np.arange(rows), cols).sum())
 
     def serial() -> F32:
-        _operators.serial_masked_softmax(x, True, first, plain)
+        library.serial_masked_softmax(x, True, first, plain)
         return plain
 
     def fast() -> F32:
@@ -251,7 +252,7 @@ def _swiglu(less: int, threads: int) -> Case:
     plain, out = _filled(gate.shape), _filled(gate.shape)
 
     def serial() -> F32:
-        _operators.serial_swiglu(gate, up, plain)
+        library.serial_swiglu(gate, up, plain)
         return plain
 
     def fast() -> F32:
@@ -271,7 +272,7 @@ def _matmul_transb(less: int, threads: int) -> Case:
     plain = _filled((m, n))
 
     def serial() -> F32:
-        _operators.serial_matmul_transb(a, b, plain)
+        library.serial_matmul_transb(a, b, plain)
         return plain
 
     def fast(precision: Literal["f32", "f16", "bf16"]) -> Callable[[], F32]:
@@ -291,7 +292,7 @@ def _rope(less: int, threads: int) -> Case:
     plain, out = x.copy(), x.copy()
 
     def serial() -> F32:
-        _operators.serial_rope(plain, positions, inv_freq, 1.0)
+        library.serial_rope(plain, positions, inv_freq, 1.0)
         return plain
 
     def fast() -> F32:
@@ -313,7 +314,7 @@ def _self_attention(less: int, threads: int) -> Case:
     scale = dim**-0.5
 
     def serial() -> F32:
-        _operators.serial_self_attention(q, k, v, 0, scale, plain)
+        library.serial_self_attention(q, k, v, 0, scale, plain)
         return plain
 
     def fast() -> F32:

@@ -109,9 +109,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "context_length": config.context_length,
         "sliding_window": window or None,
         "n_windowed_layers": sum(each > 0 for each in config.windows),
-        "left_out": list(config.left_out),
         "tied_embeddings": config.tied,
         "has_head": has_head(checkpoint, config),
+        "left_out": list(config.left_out),
         "rope": dict(config.rope),
         "ropes": [dict(rope) for rope, _ in config.ropes],
         "bytes_on_disk": on_disk,
@@ -142,8 +142,6 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
     part = f" in {windowed} layers" if windowed < facts["n_layers"] else ""
     runs = f"yes, in {size(facts['bytes_in_memory']['auto'])} as it is, and "
     runs += f"{size(facts['kv_bytes_per_1000_tokens']['f16'])} for every 1,000 tokens of context (f16)"
-    if facts["left_out"]:
-        runs += f"; left out: {', '.join(facts['left_out'])}"
     rows = [
         ("runs", runs),
         ("file", f"{facts['path']} ({facts['format']})"),
@@ -161,6 +159,7 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
             + (f", window {facts['sliding_window']}{part}" if facts["sliding_window"] else ""),
         ),
         ("rope", "; ".join(ropes) or "none: positions are learned"),
+        *([("left out", f"{' and '.join(facts['left_out'])}: it reads text only")] if facts["left_out"] else []),
         ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
         ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),

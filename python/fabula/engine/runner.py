@@ -164,7 +164,8 @@ class Runner:
 
     def room(self, n_tokens: int, window: Window = EVERYTHING) -> int:
         """Tokens that fit after `n_tokens` others: up to the context length, or MAX_POSITIONS where a window slides."""
-        return (MAX_POSITIONS if window.slides else self.context) - n_tokens
+        slides = window.slides and not self.config.n_positions  # learned positions end with their table
+        return (MAX_POSITIONS if slides else self.context) - n_tokens
 
     def check_room(self, n_tokens: int, window: Window = EVERYTHING) -> None:
         """Raises ContextOverflow unless a text of `n_tokens` fits."""

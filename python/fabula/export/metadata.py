@@ -49,7 +49,7 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
     have no effect, and YaRN's betas in mistral3, which otherwise equals llama.
 
     Raises:
-        Unsupported: no architecture has windows for this family.
+        Unsupported: no architecture for this family, or none with windows.
     """
     base = _BASE.get(config.model_type, config.model_type)
     if base not in ARCHITECTURES:

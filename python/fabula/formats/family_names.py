@@ -80,7 +80,8 @@ NAMES: Mapping[str, Rules] = {
         "mlp.dense_4h_to_h": "mlp.down_proj",
     },
     "falcon": {
-        **_GPT,
+        "h": "layers",
+        "ln_f": "norm",
         "word_embeddings": "embed_tokens",
         "ln_attn": "input_layernorm",
         "ln_mlp": "post_attention_layernorm",

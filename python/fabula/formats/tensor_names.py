@@ -33,7 +33,7 @@ _ADAPTER = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer|modules_to_save|or
 _MISTRAL = re.compile(r"layers\.\d+\.attention\.wq\.weight|tok_embeddings\.weight")
 # Buffers that older versions of transformers saved; every version recomputes them.
 _LEFTOVER = re.compile(
-    r".*(?:rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached|attn\.masked_bias|attn\.bias|attention\.(?:masked_)?bias)"
+    r"(?:.*\.)?(?:rotary_emb\.(?:inv_freq|(?:cos|sin)_cached)|(?:self_)?(?:attn|attention)\.(?:masked_)?bias)"
 )
 
 

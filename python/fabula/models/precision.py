@@ -40,7 +40,12 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
     if BLOCKS[kind.dtype][0] == 1:
         return everywhere(kind.dtype)
     shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
-    return lambda info: dtype_for(kind, gguf_name(info.name) or info.name, info.shape, shape)
+
+    def choose(info: TensorInfo) -> DType:
+        other = "blk.0.other.weight" if len(info.shape) == 2 else info.name  # matrices that only some families have
+        return dtype_for(kind, gguf_name(info.name) or other, info.shape, shape)
+
+    return choose
 
 
 def block_of(checkpoint: Checkpoint, precision: Precision, ending: str) -> int:

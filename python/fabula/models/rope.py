@@ -91,6 +91,8 @@ def longest_context(config: ModelConfig) -> int:
 
 def rotated_width(rope: Mapping[str, Any], head_dim: int) -> int:
     """Elements of a head that are rotated: `rotary_dim`, or a part of the head."""
+    if rope.get("rope_type", rope.get("type")) == "proportional":  # some pairs by an angle of 0
+        return head_dim
     return int(rope.get("rotary_dim") or head_dim * float(rope.get("partial_rotary_factor") or 1.0))
 
 

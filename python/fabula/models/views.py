@@ -12,6 +12,8 @@ Blocks of quantized formats run along columns, so rows can be taken from every f
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +57,8 @@ class View:
 class ViewedCheckpoint:
     """A checkpoint whose tensors are views of another's; those that no view uses keep their names.
 
+    A source of several views is read once: its bytes are kept until each of them was read.
+
     Args:
         checkpoint: source of the tensors.
         views: by canonical name.
@@ -66,6 +70,9 @@ class ViewedCheckpoint:
         self.format: str = checkpoint.format
         self.config: Mapping[str, Any] = checkpoint.config
         self.metadata: Mapping[str, Any] = checkpoint.metadata
+        self._lock = threading.Lock()
+        self._held: dict[str, npt.NDArray[np.uint8]] = {}
+        self._readers = Counter(source for view in views.values() for source in view.sources)  # still to come
         used = {source for view in views.values() for source in view.sources}
         tensors = {name: info for name, info in checkpoint.tensors.items() if name not in used}
         others: dict[str, str] = {}
@@ -107,6 +114,7 @@ class ViewedCheckpoint:
         return TensorInfo(name, first.dtype, shape, int(np.prod(shape)) // size * n_bytes)
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """Reads one tensor; see `Checkpoint.read`."""
         view = self._views.get(name)
         if view is None:
             return self._checkpoint.read(name)
@@ -114,7 +122,7 @@ class ViewedCheckpoint:
         size, n_bytes = _native.dtype_block(infos[0].dtype)
         parts = []
         for info in infos:
-            raw = self._checkpoint.read(info.name)
+            raw = self._source(info.name)
             if view.flat or len(info.shape) == 1:
                 parts.append(raw.reshape(-1, n_bytes))
             elif view.transposed:
@@ -136,7 +144,20 @@ class ViewedCheckpoint:
             return np.asarray(matrix / lengths, np.float32).reshape(-1).view(np.uint8)
         return found
 
+    def _source(self, name: str) -> npt.NDArray[np.uint8]:
+        """A source's bytes."""
+        with self._lock:
+            self._readers[name] -= 1
+            more_come, held = self._readers[name] > 0, self._held.pop(name, None)
+        raw = self._checkpoint.read(name) if held is None else held
+        if more_come:
+            with self._lock:
+                self._held[name] = raw
+        return raw
+
     def close(self) -> None:
+        """Closes the checkpoint."""
+        self._held.clear()
         self._checkpoint.close()
 
 

@@ -194,8 +194,7 @@ inline void fail(const char *what) {
     wait_here(); /* forever */
 }
 
-/* ---- Functions that kernels call
- * ------------------------------------------------------------------------------- */
+/* ---- Functions that kernels call --------------------------------------------------------------------------------- */
 
 inline void sync_block() {
     if (++block_arrived < n_threads) {
@@ -283,8 +282,7 @@ inline void prepare(unsigned threads) {
         f.context.uc_link = nullptr;
         makecontext(&f.context, fiber_main, 0);
 #ifdef __SANITIZE_ADDRESS__
-        f.context.uc_stack.ss_size = 0; /* or each switch would clear the shadow of the whole stack, which is
-                                           slow */
+        f.context.uc_stack.ss_size = 0; /* or each switch would clear the shadow of the whole stack: slow */
 #endif
     }
 }

@@ -11,8 +11,7 @@ enum { WIDTH = 256, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 64, INNER = 250, LAYERS 
 enum { QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, MOST_OPS = 1 + 12 * LAYERS + 3 };
 enum { STREAM, NORMED, HEADS_IN, HEADS_OUT, MLP, ENDS, ENDS_NORMED, N_BUFFERS };
 
-static const struct fb_kv_layer kv_layers[LAYERS] = {
-    {KV_HEADS, HEAD_DIM, HEAD_DIM}, {KV_HEADS, HEAD_DIM, HEAD_DIM}};
+static const struct fb_kv_layer kv_layers[LAYERS] = {{KV_HEADS, HEAD_DIM, HEAD_DIM}, {KV_HEADS, HEAD_DIM, HEAD_DIM}};
 
 struct model {
     fb_weight *weights[2 + 6 * LAYERS];
@@ -146,8 +145,8 @@ fb_program *model_program(const struct model *m) {
 
 fb_page_pool *model_pool(const struct model *m, int32_t n_pages) {
     fb_page_pool *pool = NULL;
-    CHECK_AT(fb_page_pool_create_on(m->device, FB_F32, FB_F32, n_pages, kv_layers, LAYERS, &pool) == FB_OK,
-        "%s", fb_last_error());
+    CHECK_AT(fb_page_pool_create_on(m->device, FB_F32, FB_F32, n_pages, kv_layers, LAYERS, &pool) == FB_OK, "%s",
+        fb_last_error());
     const size_t n_bytes = fb_page_bytes(pool);
     float *page = malloc(n_bytes);
     state = 3;
@@ -277,8 +276,7 @@ int model_compare(
     fb_page_pool *pool = NULL;
     fb_page_pool *pool_there = NULL;
     CHECK(fb_page_pool_create(k, v, MODEL_PAGES, kv_layers, LAYERS, &pool) == FB_OK);
-    CHECK_AT(
-        fb_page_pool_create_on(on_device->device, k, v, MODEL_PAGES, kv_layers, LAYERS, &pool_there) == FB_OK,
+    CHECK_AT(fb_page_pool_create_on(on_device->device, k, v, MODEL_PAGES, kv_layers, LAYERS, &pool_there) == FB_OK,
         "%s", fb_last_error());
     const struct fb_sequence whole = {pages[0], 3, 0, 0, 0, 0}, again = {pages[1], 3, 0, 0, 0, 0};
     const struct fb_sequence slides = {pages[2], 3, 0, 0, 30, 4}, slides_too = {pages[3], 3, 0, 0, 30, 4};
@@ -367,8 +365,7 @@ enum fb_status model_prompt(const struct model *m, int32_t n_tokens, float logit
     for (int32_t t = 0; t < n_tokens; t++)
         tokens[t] = (t * t + 5 * t) % MODEL_VOCABULARY;
     fb_page_pool *pool = NULL;
-    enum fb_status status = fb_page_pool_create_on(
-        m->device, FB_F16, FB_F16, MODEL_PAGES, kv_layers, LAYERS, &pool);
+    enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, MODEL_PAGES, kv_layers, LAYERS, &pool);
     const int32_t output = n_tokens - 1;
     const struct fb_sequence sequence = {pages, (n_tokens - 1) / FB_PAGE_POSITIONS + 1, 0, n_tokens, 0, 0};
     const struct fb_batch batch = {sizeof batch, n_tokens, tokens, &sequence, 1, &output, 1};

@@ -113,9 +113,8 @@ struct setting {
         for (int32_t j = 0; j <= p; j++) {
             const bool is_sink = slides && j < s.n_sinks;
             if (slides && !is_sink && j <= p - s.window) continue;
-            const int32_t reach = is_sink ? s.n_sinks + s.window
-                                          : p - j + 1; /* distance of the farthest sink, so all are hidden or
-                                                          none */
+            /* Of a sink the distance of the farthest one, so all are hidden or none. */
+            const int32_t reach = is_sink ? s.n_sinks + s.window : p - j + 1;
             if (c.window > 0 && reach > c.window) continue;
             double dot = 0.0;
             const double *key = &keys[(size_t)(j * c.n_kv_heads + kv_head) * dim];

@@ -199,8 +199,8 @@ static void test_failures(fb_device *device) {
         CHECK(is_refused == (here.info().n_replayed == 0));
         if (is_through) break;
     }
-    CHECK_AT(n_refused == 5, "%d calls cost a graph", n_refused); /* start, clearing a flag, end, instantiate,
-                                                                     launch */
+    /* Start, clearing a flag, end, instantiate, launch. */
+    CHECK_AT(n_refused == 5, "%d calls cost a graph", n_refused);
     CHECK(fake_n_held == before);
 }
 

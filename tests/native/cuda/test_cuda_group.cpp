@@ -60,8 +60,7 @@ static void test_concatenate(int32_t n_parts, int32_t n_rows, int32_t n_cols) {
     CHECK(fb_cuda_concatenate(&view, n_rows, n_cols, out.data, &flag, nullptr) == 0 && flag == 1);
 }
 
-/* ---- A joined program
- * ------------------------------------------------------------------------------------------ */
+/* ---- A joined program -------------------------------------------------------------------------------------------- */
 
 /* x = embed(token); x += second(first(x)); logits = head(x): a device has its share of the rows of `first`,
  * of the columns of `second`, and of the rows of the head, where the shares of three devices overlap. */
@@ -273,8 +272,7 @@ static void test_two_threads(const matrices &numbers) {
         });
         for (int32_t i = 0; i < 100 || n_made < 10; i++) {
             CHECK(step(group.program, group.pool, 3, &got) == FB_OK && got.same_as(wanted));
-            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other thread would hardly
-                                                                            run */
+            std::this_thread::sleep_for(std::chrono::microseconds(300)); /* or the other thread would hardly run */
         }
         is_done = true;
         other.join();

@@ -198,8 +198,7 @@ int main() {
     test_places(device);
     test_library(m);
     int n_failures = 0;
-    for (int n_processors : {1, 100}) { /* tiles alone fill one processor, but not 100; and bf16 on ordinary
-                                           cores */
+    for (int n_processors : {1, 100}) { /* tiles alone fill one processor, not 100; and bf16 on ordinary cores */
         fake_n_processors = n_processors;
         fake_major = n_processors == 1 ? 7 : 8;
         emulate::backward = n_processors == 1;

@@ -46,13 +46,11 @@ struct cudaDeviceProp {
 
 extern long fake_fails_at;            /* counts down; -1: none */
 extern size_t fake_bytes_from_device; /* copied to the host */
-extern size_t fake_bytes_to_pageable; /* of those, to memory that is not pinned: such a copy waits for the
-                                         stream */
+extern size_t fake_bytes_to_pageable; /* of those, to memory that is not pinned: such a copy waits for the stream */
 extern long fake_n_held;              /* allocations, streams and graphs that were not freed */
 extern int fake_n_processors;         /* of the GPU */
 extern int fake_major;                /* its compute capability */
-extern long fake_n_in_group;          /* calls by any thread that allocated or freed memory while a group of exchanges
-                                was open */
+extern long fake_n_in_group;          /* allocations and releases by any thread while a group of exchanges was open */
 extern void (*fake_while_recording)(void); /* called before a recording ends; NULL: nothing */
 
 void fake_open_group(int is_open); /* called by the emulated NCCL if a test allows it */

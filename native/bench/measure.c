@@ -6,6 +6,8 @@
  * those of the matrix kernels themselves (f32, bf16 pairs and 8-bit integers), on panels that stay in L1, at
  * their best tile size.
  */
+#include "fabula_bench.h"
+
 #include "base/device.h"
 #include "base/memory.h"
 #include "base/status.h"
@@ -15,6 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+uint32_t fb_bench_abi_version(void) {
+    return FB_ABI_VERSION;
+}
 
 enum { MAX_REPEATS = 1000, MAX_MEASURE_THREADS = 1024 };
 
@@ -156,8 +162,7 @@ static float call_pairs(const struct fb_kernels *kernels, size_t n_calls) {
     return y[0];
 }
 
-/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of
- * activations. */
+/* 9 KiB of panels with codes and scales above 0, and 6 KiB (12 tokens) or 16 KiB (32 tokens) of activations. */
 static float call_dot(const struct fb_kernels *kernels, size_t n_calls, size_t n_tokens) {
     _Alignas(FB_LINE) char panels[PANELS * DOT_BLOCKS * (8 * FB_LINE + 32)];
     _Alignas(FB_LINE) struct fb_activation x[TILE_TOKENS * DOT_BLOCKS];

@@ -5,6 +5,8 @@
  * architecture's baseline instruction set) and share nothing with the kernels: their own order of sums, the C
  * library's expf, sinf and cosf.
  */
+#include "fabula_bench.h"
+
 #include "base/status.h"
 
 #include <math.h>
