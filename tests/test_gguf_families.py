@@ -32,12 +32,13 @@ from fabula.errors import EngineError, Unsupported
 from fabula.export.quantize import quantize_model
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import GgufFile
+from fabula.formats.gguf_config import config_of as read_config
 from fabula.formats.gguf_families import ARCHITECTURES
 from fabula.formats.gguf_names import open_gguf
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.models.opening import check_tensors, open_model
 from llama_peer import LlamaCpp
-from test_gguf_keys import rewritten
+from test_gguf_keys import FOLLOWED, NAMES, NO_EFFECT, rewritten
 
 IDS = np.random.default_rng(1).integers(3, 203, 60).astype(np.int32)
 WHOLE = PLAIN | {"head_dim": 24}  # heads of hidden_size / n_heads
@@ -423,3 +424,22 @@ def test_inspect_says_that_it_runs_and_in_how_much(made: Made, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="0"):
         run(["inspect", str(path)])
     assert "yes, in" in capsys.readouterr().out
+
+
+class _Changed:
+    """A file with another value of one key, in memory."""
+
+    def __init__(self, file: GgufFile, key: str, value: Any) -> None:
+        self.path, self.tensors, self.read = file.path, file.tensors, file.read
+        self.metadata = {**file.metadata, key: value}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_keys_of_other_computations_are_refused_in_every_architecture(made: Made, name: str) -> None:
+    """A key that this architecture does not read, with a value that no architecture ignores."""
+    with GgufFile(made.file(name)) as file:
+        arch = str(file.metadata["general.architecture"])
+        read = ARCHITECTURES[arch].reads | FOLLOWED | NO_EFFECT.keys() | {"rope.freq_base_swa"}
+        for key in sorted(NAMES - read - {"attention.rope_pattern"}):
+            with pytest.raises(EngineError, match=rf"'{arch}\.{key}'"):
+                read_config(_Changed(file, f"{arch}.{key}", 7))
