@@ -314,7 +314,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         qkv=t.qkv,
         transposed=t.transposed,
         left_out=tuple(config.get(LEFT_OUT, ())),
-        base=any(name.endswith("Model") and "For" not in name for name in _architectures(read)),
+        base=any(name.endswith("Model") and "For" not in name and "Head" not in name for name in _architectures(read)),
     )
     return t.finish(read, found) if t.finish else found
 
@@ -458,6 +458,8 @@ def _completed(read: ConfigReader, t: Traits, rope: dict[str, Any], key: str, de
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
         raise read.error(key, f"is {_shown(theta)}, must be a number above 0")
     rope["rope_theta"] = float(theta)
+    if rope.get("rope_type", rope.get("type")) == "proportional" and not t.rope_by_kind:
+        raise Unsupported(f"{read.path}: rope scaling 'proportional' is not offered for this family")
     outside, inside = config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")
     if t.rotated is None:
         if (outside or 1.0) != 1.0 or (inside or 1.0) != 1.0:
