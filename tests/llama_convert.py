@@ -42,10 +42,15 @@ def convert(folder: Path, out: Path) -> None:
         self.gguf_writer.add_eos_token_id(2)
 
     kind.set_vocab = set_vocab
-    if config["model_type"].startswith("gemma3"):  # its embedding is cut to the vocabulary's tokens
+    tokenizer = folder / "tokenizer.json"
+    before = tokenizer.read_text()
+    if config["model_type"].startswith(("gemma3", "gemma4")):  # its embedding is cut to the vocabulary's tokens
         tokens = {"model": {"vocab": {f"t{i}": i for i in range(n_vocab)}}, "added_tokens": []}
-        (folder / "tokenizer.json").write_text(json.dumps(tokens))
-    kind(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams, model_name="tiny").write()
+        tokenizer.write_text(json.dumps(tokens))
+    try:
+        kind(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams, model_name="tiny").write()
+    finally:
+        tokenizer.write_text(before)
 
 
 def main(source: str, *paths: str) -> None:

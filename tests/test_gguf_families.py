@@ -26,17 +26,19 @@ import pytest
 import llama_convert
 import tiny
 from decoder_families import CASES, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
+from fabula.cli.main import run
 from fabula.engine.runner import Runner
 from fabula.errors import EngineError, Unsupported
 from fabula.export.quantize import quantize_model
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import GgufFile
+from fabula.formats.gguf_config import config_of as read_config
 from fabula.formats.gguf_families import ARCHITECTURES
 from fabula.formats.gguf_names import open_gguf
 from fabula.formats.gguf_write import GgufWriter, NewTensor, Value
 from fabula.models.opening import check_tensors, open_model
 from llama_peer import LlamaCpp
-from test_gguf_keys import rewritten
+from test_gguf_keys import FOLLOWED, NAMES, NO_EFFECT, rewritten
 
 IDS = np.random.default_rng(1).integers(3, 203, 60).astype(np.int32)
 WHOLE = PLAIN | {"head_dim": 24}  # heads of hidden_size / n_heads
@@ -143,6 +145,11 @@ CUTS: Mapping[str, Cut] = {
     "gpt_neox": Cut("gpt_neox", bound=GELU),
     "gpt_neox-sequential": Cut("gpt_neox-sequential", {"attention_bias": True}, bound=GELU),
     "phi": Cut("phi", {"intermediate_size": 960, "num_key_value_heads": 6}, bound=GELU),
+    "gemma4": Cut("gemma4", {"final_logit_softcapping": 4.0, "num_kv_shared_layers": 3}, bound=GELU),
+    "gemma4-k-is-v": Cut("gemma4-k-is-v", {"num_kv_shared_layers": 3}, bound=3 * GELU),
+    "gemma4-plain": Cut(
+        "gemma4-plain", bound=GELU, converted="without a cap of logits it writes no key, which is read as 30"
+    ),
     "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
 }  # fmt: skip
 
@@ -405,3 +412,34 @@ def test_a_baichuan_of_another_size_has_no_rotation(made: Made, tmp_path: Path) 
     path = rewritten(made.file("internlm2-as-llama"), tmp_path / "out.gguf", {}, arch="baichuan")
     with pytest.raises(Unsupported, match=r"'baichuan\.block_count': is 3: only the model of 32 layers has rotations"):
         config_of(path)
+
+
+def test_inspect_says_that_it_runs_and_in_how_much(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made.file("gemma3")
+    with pytest.raises(SystemExit, match="0"):
+        run(["inspect", str(path), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["runs"] and facts["n_windowed_layers"] == 6 and len(facts["ropes"]) == 2
+    assert facts["kv_bytes_per_1000_tokens"]["f16"] == 1000 * 7 * 2 * (40 + 40) * 2
+    with pytest.raises(SystemExit, match="0"):
+        run(["inspect", str(path)])
+    assert "yes, in" in capsys.readouterr().out
+
+
+class _Changed:
+    """A file with another value of one key, in memory."""
+
+    def __init__(self, file: GgufFile, key: str, value: Any) -> None:
+        self.path, self.tensors, self.read = file.path, file.tensors, file.read
+        self.metadata = {**file.metadata, key: value}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_keys_of_other_computations_are_refused_in_every_architecture(made: Made, name: str) -> None:
+    """A key that this architecture does not read, with a value that no architecture ignores."""
+    with GgufFile(made.file(name)) as file:
+        arch = str(file.metadata["general.architecture"])
+        read = ARCHITECTURES[arch].reads | FOLLOWED | NO_EFFECT.keys() | {"rope.freq_base_swa"}
+        for key in sorted(NAMES - read - {"attention.rope_pattern"}):
+            with pytest.raises(EngineError, match=rf"'{arch}\.{key}'"):
+                read_config(_Changed(file, f"{arch}.{key}", 7))

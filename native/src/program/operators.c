@@ -339,7 +339,10 @@ static enum fb_status check_residual(struct fb_program *p, const struct fb_check
     FB_REQUIRE(
         residual->first_write >= 0 && residual->filled == residual->width && fits && residual->per_output == gathered,
         "op %d: buffer %d cannot be its residual (unwritten, or another width or kind of rows)", i, op->residual);
-    FB_REQUIRE(op->residual != op->in || !(flags & FB_NORM), "op %d: a norm cannot be added to its own input", i);
+    FB_REQUIRE(!(flags & FB_NORM) || (op->residual != op->in && op->out != op->in),
+        "op %d: a norm with a residual destroys buffer %d, so it can be neither residual nor result", i, op->in);
+    FB_REQUIRE(!(flags & FB_SECOND) || op->residual != op->out || op->out == op->in,
+        "op %d: buffer %d cannot be second input and result", i, op->out);
     residual->last_use = i;
     return FB_OK;
 }

@@ -23,7 +23,9 @@ _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 @click.option("--template", is_flag=True, help="Print the chat template and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
-    """Show family, shapes, sizes in memory, tokenizer and chat template of MODEL.
+    """Show whether MODEL runs, its family, shapes, sizes in memory, tokenizer and chat template.
+
+    A model that does not run is refused with what is missing, as by every command.
 
     \b
     Examples:
@@ -89,8 +91,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         on_disk[info.dtype.name] = on_disk.get(info.dtype.name, 0) + info.n_bytes
     as_it_is = sum(info.n_bytes for info in infos if len(info.shape) > 1)
     kv_numbers = sum(layer.n_kv_heads * (layer.k_dim + layer.v_dim) for layer in config.kv_layers)
+    kv_bytes = {name: kv_numbers * _BYTES[name] for name in ("f32", "f16")}
     window = max(config.windows, default=0)
     return {
+        "runs": True,
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "family": family.name,
@@ -104,14 +108,17 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "context_length": config.context_length,
         "sliding_window": window or None,
+        "n_windowed_layers": sum(each > 0 for each in config.windows),
         "tied_embeddings": config.tied,
         "has_head": has_head(checkpoint, config),
         "left_out": list(config.left_out),
         "rope": dict(config.rope),
+        "ropes": [dict(rope) for rope, _ in config.ropes],
         "bytes_on_disk": on_disk,
         "bytes_in_memory": {"auto": as_it_is + 4 * vectors}
         | {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
-        "kv_bytes_per_token": {name: kv_numbers * _BYTES[name] for name in ("f32", "f16")},
+        "kv_bytes_per_token": kv_bytes,
+        "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
     }
 
 
@@ -127,8 +134,16 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
     names = {number: name for name, number in tokens["special_tokens"].items()}
     bos = "none" if tokens["bos_id"] is None else f"{tokens['bos_id']} {names.get(tokens['bos_id'], '')}".strip()
     template = facts["chat_template"]
-    rope = ", ".join(f"{key} {value}" for key, value in facts["rope"].items() if not isinstance(value, list))
+    ropes = [
+        ", ".join(f"{key} {value}" for key, value in rope.items() if not isinstance(value, list))
+        for rope in facts["ropes"]
+    ]
+    windowed = facts["n_windowed_layers"]
+    part = f" in {windowed} layers" if windowed < facts["n_layers"] else ""
+    runs = f"yes, in {size(facts['bytes_in_memory']['auto'])} as it is, and "
+    runs += f"{size(facts['kv_bytes_per_1000_tokens']['f16'])} for every 1,000 tokens of context (f16)"
     rows = [
+        ("runs", runs),
         ("file", f"{facts['path']} ({facts['format']})"),
         ("family", f"{facts['family']}, {facts['n_parameters'] / 1e6:,.1f} M parameters"),
         ("layers", f"{facts['n_layers']} of hidden size {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
@@ -141,9 +156,9 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         (
             "context",
             f"{facts['context_length']:,} tokens"
-            + (f", window {facts['sliding_window']}" if facts["sliding_window"] else ""),
+            + (f", window {facts['sliding_window']}{part}" if facts["sliding_window"] else ""),
         ),
-        ("rope", rope or "none"),
+        ("rope", "; ".join(ropes) or "none: positions are learned"),
         *([("left out", f"{' and '.join(facts['left_out'])}: it reads text only")] if facts["left_out"] else []),
         ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
         ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),

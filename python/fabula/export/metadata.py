@@ -35,6 +35,7 @@ _BASE: Mapping[str, str] = {
     "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
     "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
 }  # fmt: skip
+_UNROTATED = 1e30  # as in llama.cpp's conversion
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
 # Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
 _WHOLE_HEADS = ("qwen2", "qwen2vl", "phi2", "phi3", "olmo", "olmo2", "command-r", "cohere2", "stablelm", "nemotron",
@@ -151,6 +152,27 @@ def _gemma3_keys(c: ModelConfig) -> dict[str, Value]:
     return keys if theta is None else {**keys, "rope.freq_base_swa": np.float32(theta)}
 
 
+def _gemma4_keys(c: ModelConfig) -> dict[str, Value]:
+    """Sizes by layer. Without its key, the cap of logits is taken to be 30."""
+    full = next(layer.attention for layer in c.layers if not layer.attention.window)
+    narrow = next((layer.attention for layer in c.layers if layer.attention.window), full)
+    theta = _local_theta(c)
+    keys: dict[str, Value] = {
+        "attention.key_length": full.k_dim,
+        "attention.value_length": full.k_dim,
+        "attention.key_length_swa": narrow.k_dim,
+        "attention.value_length_swa": narrow.k_dim,
+        "attention.head_count_kv": np.array([layer.attention.n_kv_heads for layer in c.layers], np.int32),
+        "feed_forward_length": np.array([layer.mlp.size for layer in c.layers], np.int32),
+        "rope.dimension_count": full.k_dim,
+        "rope.dimension_count_swa": narrow.k_dim,
+        "attention.shared_kv_layers": sum(not layer.attention.writes for layer in c.layers),
+        "embedding_length_per_layer_input": c.n_per_layer,
+        "final_logit_softcapping": np.float32(c.logit_cap),
+    }
+    return keys if theta is None else {**keys, "rope.freq_base_swa": np.float32(theta)}
+
+
 def _ministral3_keys(c: ModelConfig) -> dict[str, Value]:
     temperature = c.layers[0].attention.temperature
     return {} if temperature is None else {"attention.temperature_scale": np.float32(temperature.beta)}
@@ -167,6 +189,7 @@ _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
         "final_logit_softcapping": np.float32(c.logit_cap),
     },
     "gemma3": _gemma3_keys,
+    "gemma4": _gemma4_keys,
     "olmo": lambda c: {"attention.clamp_kqv": np.float32(clip)} if (clip := c.layers[0].attention.qkv_clip) else {},
     "command-r": lambda c: {"logit_scale": np.float32(c.logit_scale)},
     "cohere2": lambda c: {"logit_scale": np.float32(c.logit_scale)},
@@ -286,7 +309,7 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
     original = rope.get("original_max_position_embeddings", config.context_length)
     if kind == "longrope" and arch == "phi3":
         return {"type": kind, "original_context_length": int(original), "attn_factor": np.float32(made.scale)}
-    if kind in ("default", "llama3"):
+    if kind in ("default", "llama3") or (kind == "proportional" and rope.get("factor", 1.0) == 1.0):
         return {}
     if kind not in ("linear", "yarn"):
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for {kind!r} in this family")
@@ -308,7 +331,8 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
 
 def rope_tensors(config: ModelConfig, path: Path) -> dict[str, npt.NDArray[np.float32]]:
     """Factors of rotated pairs, float32 [rotated / 2] each: Llama 3's scaling is the divisor of each pair's frequency,
-    longrope has one list for short and one for long contexts. Empty without such scaling."""
+    longrope has one list for short and one for long contexts, and pairs that stay in place have a divisor so large that
+    they do. Empty without such scaling."""
     if not config.ropes:
         return {}
     rope, head_dim = main_rope(config)
@@ -316,6 +340,9 @@ def rope_tensors(config: ModelConfig, path: Path) -> dict[str, npt.NDArray[np.fl
     if kind == "longrope":
         lists = ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor"))
         return {name: np.array(rope[key], np.float32) for name, key in lists}
+    if kind == "proportional":
+        n = int(float(rope.get("partial_rotary_factor", 1.0)) * head_dim // 2)
+        return {ROPE_FREQS: np.array([1.0] * n + [_UNROTATED] * (head_dim // 2 - n), np.float32)}
     if kind != "llama3":
         return {}
     made = make_rope(rope, head_dim, config.context_length, config.context_length, path)

@@ -130,6 +130,8 @@ def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
             continue
         if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
             continue
+        if part in ("inp_gate", "proj", "post_norm") and not layer.n_per_layer:
+            continue
         if part == "ffn_gate" and (not layer.mlp.gated or "gate_up_proj" in row.names.get("ffn_up", "")):
             continue
         if (part == "attn_v" and a.values_are_keys) or (part in ("attn_k", "attn_v") and not a.writes):

@@ -119,7 +119,8 @@ def config_of(file: Source) -> dict[str, Any]:
             f"{arch}.attention.value_length", f"is {value}; only that of a whole head, {head_dim}, is offered"
         )
     rotated = _rotated(keys, arch, row, head_dim)
-    n_kv_heads = keys.same(f"{arch}.attention.head_count_kv", n_layers, n_heads)
+    same = keys.same if not row.varied else lambda *about: keys.each(*about)[0]
+    n_kv_heads = same(f"{arch}.attention.head_count_kv", n_layers, n_heads)
     windows = _windows(keys, arch, row, n_layers)
     vocab_size = _vocab_size(file, keys)
     fields = row.fields
@@ -127,7 +128,7 @@ def config_of(file: Source) -> dict[str, Any]:
         "model_type": row.model_type,
         "architectures": [row.model_class],
         "hidden_size": hidden_size,
-        fields.get("intermediate_size", "intermediate_size"): keys.same(f"{arch}.feed_forward_length", n_layers),
+        fields.get("intermediate_size", "intermediate_size"): same(f"{arch}.feed_forward_length", n_layers),
         "num_hidden_layers": n_layers,
         "num_attention_heads": n_heads,
         fields.get("num_key_value_heads", "num_key_value_heads"): n_kv_heads,
@@ -159,7 +160,7 @@ def config_of(file: Source) -> dict[str, Any]:
 
 def _refuse_others(keys: Keys, arch: str, row: Architecture, config: Mapping[str, Any], head_dim: int) -> None:
     """Refuses keys for computations that the architecture's program does not do."""
-    scale = float(config.get("query_pre_attn_scalar", head_dim)) ** -0.5
+    scale = row.scale or float(config.get("query_pre_attn_scalar", head_dim)) ** -0.5
     neutral: dict[str, tuple[object, ...]] = {
         "attention.scale": (float(np.float32(scale)), scale),
         "attention.key_length_swa": (head_dim,),

@@ -96,6 +96,8 @@ class Architecture:
         norm_bias, head_bias, positions: whether norms have biases, the head has one, and positions are learned.
         eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
         silu: whether the MLP is a gated SiLU.
+        varied: whether KV heads and MLPs may differ from layer to layer; `finish` reads them.
+        scale: of scores, where it is not that of a head's width.
         rotated: whether a part of each head may be rotated.
         factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length. (Qwen has
             such files from `fabula quantize` only.)
@@ -117,6 +119,8 @@ class Architecture:
     positions: bool = False
     eps: str = ""
     silu: bool = True
+    varied: bool = False
+    scale: float | None = None
     rotated: bool = False
     factors: bool = False
     longrope: bool = False
@@ -207,6 +211,49 @@ def _gemma3(f: Facts, config: Config) -> None:
     config["attn_logit_softcapping"] = None
     config["final_logit_softcapping"] = f.number("final_logit_softcapping", 0.0, zero=0.0) or None
     config["rope_local_base_freq"] = f.number("rope.freq_base_swa", 10000.0)
+
+
+def _gemma4(f: Facts, config: Config) -> None:
+    """Two head geometries, and layers that share KV; see models/gemma4.py.
+
+    Layers without a window have frequency factors: 1 for rotated pairs, 1e30 for the others.
+    """
+    keys, n = f.keys, f.n_layers
+    kinds = config["layer_types"]
+    if kinds[-1] == SLIDING:
+        raise keys.unsupported(f.key("attention.sliding_window_pattern"), "ends with a window, which no model has")
+    narrow = keys.integer(f.key("attention.key_length_swa"))
+    for name in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        if (value := keys.integer(f.key(name), narrow)) != narrow:
+            raise keys.unsupported(f.key(name), f"is {value}; only that of a whole head, {narrow}, is offered")
+    kv_heads = keys.each(f.key("attention.head_count_kv"), n, f.n_heads)
+    sizes = keys.each(f.key("feed_forward_length"), n)
+    shared = keys.integer(f.key("attention.shared_kv_layers"), 0, low=0, high=n - 1)
+    wide = sizes[-1] == 2 * sizes[0]
+    if sizes != [sizes[0] * (2 if wide and i >= n - shared else 1) for i in range(n)]:
+        raise keys.unsupported(f.key("feed_forward_length"), "differs in other layers than those that share KV")
+    full = [i for i in range(n - shared) if kinds[i] == FULL]
+    k_is_v = not any(f"blk.{i}.attn_v.weight" in f.tensors for i in full)
+    theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
+    config |= {
+        "head_dim": narrow,
+        "num_key_value_heads": kv_heads[0],
+        "intermediate_size": sizes[0],
+        "per_layer_config": {
+            str(i): {"num_key_value_heads": kv_heads[i], "head_dim": narrow if kinds[i] == SLIDING else f.head_dim}
+            for i in range(n)
+        },
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": wide,
+        "attention_k_eq_v": k_is_v,
+        "hidden_size_per_layer_input": keys.integer(f.key("embedding_length_per_layer_input"), low=0),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "final_logit_softcapping": f.number("final_logit_softcapping", 30.0, zero=0.0) or None,
+        "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
+            SLIDING: {"rope_type": "default", "rope_theta": f.number("rope.freq_base_swa", 10000.0)},
+        },
+    }
 
 
 def _olmo(f: Facts, config: Config) -> None:
@@ -357,6 +404,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="gemma3_text", model_class="Gemma3ForCausalLM", **_GEMMA2 | {"layer": (*USUAL, *POST, *HEAD_NORMS)},
         windows=Windows(every=6), scalings=("none", "linear"),
         reads=frozenset(["final_logit_softcapping", "rope.freq_base_swa"]), finish=_gemma3,
+    ),
+    "gemma4": Architecture(
+        model_type="gemma4_text", model_class="Gemma4ForCausalLM", silu=False, varied=True, scale=1.0, factors=True,
+        layer=(*USUAL, *POST, *HEAD_NORMS, "inp_gate", "proj", "post_norm", "layer_output_scale"),
+        names={
+            **_GEMMA2["names"], "inp_gate": "per_layer_input_gate", "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm", "layer_output_scale": "layer_scalar",
+        },
+        windows=Windows(default=None), scalings=("none", "linear"),
+        reads=frozenset([
+            "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa",
+            "attention.shared_kv_layers", "embedding_length_per_layer_input", "final_logit_softcapping",
+        ]), finish=_gemma4,
     ),
     # llama.cpp ignores the window; transformers does not.
     "phi3": Architecture(

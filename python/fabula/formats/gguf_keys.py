@@ -115,6 +115,15 @@ class Keys:
             )
         return self._integer(key, int(distinct[0]), 1, INT32_MAX)
 
+    def each(self, key: str, n_layers: int, default: int | None = None) -> list[int]:
+        """An integer above 0 for each layer; one stands for all."""
+        value = self._get(key, default)
+        if not isinstance(value, np.ndarray):
+            return [self._integer(key, value, 1, INT32_MAX)] * n_layers
+        if value.dtype.kind not in "iu" or len(value) != n_layers:
+            raise self.error(key, f"must be an integer or {n_layers} integers, one for each layer")
+        return [self._integer(key, int(item), 1, INT32_MAX) for item in value]
+
     def flag(self, key: str, default: bool) -> bool:
         """A boolean; integers 0 and 1 are accepted too."""
         value = self._get(key, default)

@@ -42,6 +42,9 @@ _TENSORS = {
     "output_norm.bias": "model.norm.bias",
     "output.bias": "lm_head.bias",
     "position_embd.weight": "model.embed_positions.weight",
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
 # blk.N.<key>.weight or .bias -> model.layers.N.<value>.weight or .bias
 _LAYER = {
@@ -199,6 +202,11 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             length = weight.shape[0]
             sources[name] = _Source(None, (length,), False)
             infos[name] = TensorInfo(name, DType.F32, (length,), 4 * length)
+    if arch == "gemma4":
+        for layer in range(config["num_hidden_layers"]):  # 1 where it is missing
+            name = f"model.layers.{layer}.layer_scalar"
+            sources.setdefault(name, _Source(None, (1,), False, 1.0))
+            infos.setdefault(name, TensorInfo(name, DType.F32, (1,), 4))
     if arch == "apertus":
         for name, value in _xielu_numbers(file, config["num_hidden_layers"]):
             sources[name] = _Source(None, (1,), False, value)

@@ -1,7 +1,8 @@
 """Builds a tokenizer from the vocabulary in a GGUF file.
 
-The supported families have two kinds: byte-level BPE ("gpt2" with a named pre-tokenizer, see `text/pretokenizers.py`)
-and SentencePiece-like BPE with scores instead of merges ("llama"). Keys and values are those of the GGUF specification
+The supported families have three kinds: byte-level BPE ("gpt2" with a named pre-tokenizer, see
+`text/pretokenizers.py`), SentencePiece-like BPE with scores instead of merges ("llama"), and the same with merges
+("gemma4"). Keys and values are those of the GGUF specification
 and llama.cpp's converter; defaults of missing keys are llama.cpp's (src/llama-vocab.cpp of the source in
 llama-cpp-python 0.3.36).
 """
@@ -37,7 +38,6 @@ _OTHER_MODELS = {
     "t5": "Unigram",
     "rwkv": "RWKV's own",
     "plamo2": "PLaMo 2's own",
-    "gemma4": "BPE of characters",
     "hybriddna": "BPE with DNA in it",
     "whitespace": "whole words",
     "no_vocab": "the file has none",
@@ -150,8 +150,13 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     for i in ends:  # old converters typed some as text, so that users could write them
         if tokens[i] in _END_NAMES and tokens[i] not in words:
             kinds[i] = CONTROL
-    add_bos = model == "llama"
-    if model == "gpt2":
+    add_bos = model in ("llama", "gemma4")
+    if model == "gemma4":
+        description = _characters(keys, ids, tokens, special["unknown"])
+        for i, token in enumerate(tokens):  # runs of lines are tokens without merges
+            if kinds[i] == NORMAL and len(token) > 1 and not token.strip("\n"):
+                kinds[i] = USER_DEFINED
+    elif model == "gpt2":
         rule = _rule(keys)
         add_bos = rule.add_bos
         description = _byte_level(keys, ids, rule)
@@ -160,8 +165,8 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     else:
         about = f" ({_OTHER_MODELS[model]})" if model in _OTHER_MODELS else ""
         raise Unsupported(
-            f"{path}: tokenizer.ggml.model is {shown(model)}{about}; known are gpt2 and llama, which the families that "
-            "run here have"
+            f"{path}: tokenizer.ggml.model is {shown(model)}{about}; known are gpt2, llama and gemma4, which the "
+            "families that run here have"
         )
     backend = _build(keys, description, _added(keys, tokens, kinds))
     bos, eos = special["bos"], special["eos"]
@@ -301,6 +306,34 @@ def _byte_level(keys: _Keys, vocabulary: Mapping[str, int], rule: PreTokenizer) 
             "ignore_merges": rule.whole_words,
         },
     }
+
+
+def _characters(
+    keys: _Keys, vocabulary: Mapping[str, int], tokens: Sequence[str], unknown: int | None
+) -> dict[str, Any]:
+    """Description of a BPE tokenizer of characters, with the merges of the file: spaces are written as "▁", nothing is
+    merged across the end of a line, and characters that are no token become bytes."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {
+            "type": "Split", "pattern": {"Regex": "\n+"}, "behavior": "Isolated", "invert": False
+        },
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {
+            "unk_token": None if unknown is None else tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocabulary,
+            "merges": _Pairs(keys.texts(_MERGES) or []),
+        },
+    }  # fmt: skip
 
 
 def _check_merges(keys: _Keys, vocabulary: Mapping[str, int]) -> None:
