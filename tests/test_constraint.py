@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import tiny
 from constrained import PERSON, PROMPT, params, said, satisfies
 from fabula import Constraint, InvalidArgument, Model, NonFinite, SamplingParams, Session, Turn, Workspace
-from fabula._native import page_bytes
+from fabula._native import kv_layers, page_bytes
 from fabula.engine.decoding import Decoding
 from fabula.engine.grammar import Guide
 from fabula.formats.checkpoint import DType
@@ -372,7 +372,7 @@ def test_kept_in_the_store(tmp_path: Path, tiny_folder: Path) -> None:
 
 def test_answers_that_gave_way_go_on_in_their_place(tiny_folder: Path) -> None:
     """Recomputing evicted KV does not advance the grammar a second time."""
-    n_bytes = 8 * page_bytes(DType.F16, 2, 2, 6)
+    n_bytes = 8 * page_bytes(DType.F16, kv_layers(2, 2, 6))
     schema = {**PERSON, "properties": PERSON["properties"] | {"name": {"type": "string", "minLength": 60,
                                                                       "maxLength": 70}}}  # fmt: skip
     settings_ = [params(Constraint.json_schema(schema), seed=i) for i in range(6)]

@@ -6,7 +6,7 @@ general fields; here each family gets its own fields, and a part of the general 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ WEIGHTS = {
 KINDS = [[FULL], ["mamba", FULL], None]
 
 
-def flips(family: str, case: Case) -> Iterator[dict[str, Any]]:
+def flips(case: Case) -> Iterator[dict[str, Any]]:
     declared = {field.name for field in dataclasses.fields(case.config_class)}
     unknown = declared - FIELDS.keys() - OWN.keys() - IDLE
     assert not unknown, f"fields nobody wrote values for: {unknown}"
@@ -120,6 +120,11 @@ def flips(family: str, case: Case) -> Iterator[dict[str, Any]]:
     if "sliding_window" in declared:
         for kinds in mixed:
             yield {"sliding_window": 8, "layer_types": kinds[:n_layers]}
+
+
+def shared_flips(family: str, case: Case) -> list[dict[str, Any]]:
+    """Fields of every config, and the forms of rope: a part of them for each family, all with FABULA_TEST_LONG=1."""
+    declared = {field.name for field in dataclasses.fields(case.config_class)}
     idle = ("mlp_layer_types",)  # not read, but its length is checked
     shared: list[dict[str, Any]] = [
         {key: value} for key, values in OTHERS.items() if key not in idle for value in values
@@ -130,14 +135,13 @@ def flips(family: str, case: Case) -> Iterator[dict[str, Any]]:
         if rope is not None:
             shared.append({"rope_parameters": rope | {"rope_theta": 33.0}})
     if not has_rope:
-        yield from shared
-        return
+        return shared
     shared += [{"rope_parameters": {kind: YARN | {"rope_theta": 50.0} for kind in (FULL, SLIDING)}}]
     shared += [
         {"partial_rotary_factor": 0.5, "rope_parameters": ABSENT},
         {"rope_theta": 50.0, "rope_parameters": ABSENT},
     ]
-    yield from shared if LONG else shared[sorted(FAMILIES).index(family) % 8 :: 8]
+    return shared if LONG else shared[sorted(FAMILIES).index(family) % 8 :: 8]
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -148,10 +152,19 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, folder
 
 
+def problems(made: tuple[str, Path], patch: pytest.MonkeyPatch, changes: Iterable[dict[str, Any]]) -> str:
+    _, folder = made
+    for key, words in WEIGHTS.items():
+        patch.setitem(SPOKEN, key, (*SPOKEN.get(key, ()), *words))
+    return "\n".join(problem for change in changes if (problem := judge(folder, change)))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_every_field(made: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    family, folder = made
-    for key, words in WEIGHTS.items():
-        monkeypatch.setitem(SPOKEN, key, (*SPOKEN.get(key, ()), *words))
-    wrong = [problem for changes in flips(family, FAMILIES[family]) if (problem := judge(folder, changes))]
-    assert not wrong, "\n".join(wrong)
+    assert not problems(made, monkeypatch, flips(FAMILIES[made[0]]))
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")
+def test_shared_fields(made: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not problems(made, monkeypatch, shared_flips(made[0], FAMILIES[made[0]]))

@@ -42,18 +42,18 @@ _ELSEWHERE = {
 
 HEAD = """# Models
 
-Written by `FABULA_WRITE_DOCS=1 .venv/bin/python -m pytest tests/test_models_page.py -m heavy`; do not edit.
+Written by a test: `FABULA_WRITE_DOCS=1 .venv/bin/python -m pytest -m heavy tests/test_models_page.py`.
 
-A family loads from a Hugging Face folder by the `model_type` of its config.json, and from a GGUF file by its
-architecture.
+A family loads from a Hugging Face folder by the `model_type` of its config.json, and from a GGUF
+file by its architecture.
 Text parts of multimodal checkpoints load too; `fabula inspect` says what is left out.
 A name that is not listed is refused, and so is a field of a config that Fabula does not compute.
 
-Each family is compared with transformers on a tiny random checkpoint with odd shapes (three layers, heads of 24 or 40,
-windows shorter than the text).
+Each family is compared with transformers on a tiny random checkpoint with odd shapes: three layers,
+heads of 24 or 40, windows shorter than the text.
 `f32` is the largest difference of a logit, relative to the largest logit.
-The other columns are the relative error of all logits, weights in that format; random weights keep less of it than
-trained ones.
+The other columns are the relative error of all logits, with weights in that format.
+Random weights keep less of it than trained ones.
 Families with several settings show the worst.
 
 | family | model_type | GGUF architectures | f32 | f16 | bf16 | q8_0 | q4_0 |

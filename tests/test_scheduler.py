@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from fabula import EngineBusy, EngineError, InvalidArgument, Model, NonFinite, OutOfMemory, Piece
-from fabula._native import page_bytes
+from fabula._native import kv_layers, page_bytes
 from fabula.engine import generation as generation_module
 from fabula.engine import request as request_module
 from fabula.engine.runner import Part, Runner
@@ -66,7 +66,7 @@ def test_many_at_once_equal_each_alone(model: Model, seed: int) -> None:
 def test_those_that_give_way_say_the_same(tiny_folder: Path, model: Model, seed: int) -> None:
     wanted = wishes(12, seed)
     alone = [wish.alone(model) for wish in wanted]
-    n_bytes = 9 * page_bytes(DType.F16, 2, 2, 6)  # the longest alone has 8 pages
+    n_bytes = 9 * page_bytes(DType.F16, kv_layers(2, 2, 6))  # the longest alone has 8 pages
     with Model.load(tiny_folder, threads=1, kv_memory=n_bytes) as small:
         running = [wish.begin(small) for wish in wanted]
         random.Random(seed).shuffle(running)
@@ -76,7 +76,7 @@ def test_those_that_give_way_say_the_same(tiny_folder: Path, model: Model, seed:
 
 
 def test_more_than_the_pool_holds_fails_alone(tiny_folder: Path) -> None:
-    with Model.load(tiny_folder, threads=1, kv_memory=3 * page_bytes(DType.F16, 2, 2, 6)) as small:
+    with Model.load(tiny_folder, threads=1, kv_memory=3 * page_bytes(DType.F16, kv_layers(2, 2, 6))) as small:
         large, other = Wish(ids_of(90), HOT), Wish(ids_of(20, 1), HOT)
         alone = other.alone(small)
         doomed, fine = large.begin(small), other.begin(small)
@@ -88,7 +88,7 @@ def test_more_than_the_pool_holds_fails_alone(tiny_folder: Path) -> None:
 
 def test_those_that_wait_hold_up_nobody(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sessions fill the pool and continue at the same time: the KV of the waiting one is evicted."""
-    with Model.load(tiny_folder, threads=1, kv_memory=10 * page_bytes(DType.F16, 2, 2, 6)) as small:
+    with Model.load(tiny_folder, threads=1, kv_memory=10 * page_bytes(DType.F16, kv_layers(2, 2, 6))) as small:
         steps = Steps(small, monkeypatch)
         sessions = [small.session() for _ in range(2)]
         for i, session in enumerate(sessions):
@@ -107,7 +107,7 @@ def test_pages_of_a_request_that_has_just_come_are_waited_for(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is in the inbox when the only running request finds no page: nobody fails."""
-    with Model.load(tiny_folder, threads=1, kv_memory=10 * page_bytes(DType.F16, 2, 2, 6)) as small:
+    with Model.load(tiny_folder, threads=1, kv_memory=10 * page_bytes(DType.F16, kv_layers(2, 2, 6))) as small:
         first = Wish(ids_of(180), HOT)
         past, large = list(first.begin(small)), Wish(ids_of(200, 1), HOT)
         alone = large.alone(small)
@@ -258,7 +258,7 @@ def test_no_freed_page_is_ever_read(tiny_folder: Path, monkeypatch: pytest.Monke
     with Model.load(tiny_folder, threads=1, kv=kv) as clean:
         alone = [wish.alone(clean) for wish in wanted]
     monkeypatch.setattr(PagePool, "give_back", poisoning)
-    layers = page_bytes(DType.F16 if kv == "f16" else DType.F32, 2, 2, 6)
+    layers = page_bytes(DType.F16 if kv == "f16" else DType.F32, kv_layers(2, 2, 6))
     with Model.load(tiny_folder, threads=1, kv=kv, kv_memory=12 * layers) as model:
         for page in range(12):
             model._runner.pool.native.write(page, np.full(layers, 0xFF, np.uint8))

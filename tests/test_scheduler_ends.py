@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fabula import InvalidArgument, Model, Piece
-from fabula._native import page_bytes
+from fabula._native import kv_layers, page_bytes
 from fabula.engine import request as request_module
 from fabula.engine.generation import Generation
 from fabula.engine.runner import Part
@@ -108,7 +108,7 @@ def test_cancel_by_another_thread(long_folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_two_hundred_random_cancels_leave_no_page(tiny_folder: Path) -> None:
-    n_bytes = 14 * page_bytes(DType.F16, 2, 2, 6)
+    n_bytes = 14 * page_bytes(DType.F16, kv_layers(2, 2, 6))
     with Model.load(tiny_folder, threads=1, kv_memory=n_bytes) as model:
         wanted = wishes(20, 7)
         alone = [[piece.token_id for piece in wish.alone(model)] for wish in wanted]
@@ -139,7 +139,7 @@ def test_everything_may_be_forgotten_by_any_thread(tiny_folder: Path) -> None:
     """Sessions, replies, generations and sequences are collected wherever the collector happens to run."""
     gc.collect()
     gc.freeze()  # what other tests and imports left is not walked again and again
-    n_bytes = 40 * page_bytes(DType.F16, 2, 2, 6)
+    n_bytes = 40 * page_bytes(DType.F16, kv_layers(2, 2, 6))
     with Model.load(tiny_folder, threads=1, kv_memory=n_bytes) as model:
         stop, shared = threading.Event(), [None] * 8
 

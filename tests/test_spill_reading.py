@@ -16,7 +16,7 @@ import pytest
 
 from desks import LONG, SHORT, Desk, alone, talk
 from fabula import InvalidArgument, Session
-from fabula._native import PAGE_POSITIONS, page_bytes
+from fabula._native import PAGE_POSITIONS, kv_layers, page_bytes
 from fabula.engine.request import Request, State
 from fabula.errors import StoreError
 from fabula.formats.checkpoint import DType
@@ -28,7 +28,7 @@ from scheduling import Clock, settled
 from threaded import in_threads
 from waiting import run_program, wait_until
 
-PAGE = page_bytes(DType.F16, 2, 2, 6)
+PAGE = page_bytes(DType.F16, kv_layers(2, 2, 6))
 PAST = "a b c d e f g " * 12
 
 

@@ -248,7 +248,7 @@ def test_collected_sequences_leave_the_list(setting: Setting) -> None:
 
 def test_answers_of_a_workspace_do_not_wait_for_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions push each other out of memory while nothing can be written."""
-    n_bytes = 8 * page_bytes(DType.F16, 2, 2, 6)
+    n_bytes = 8 * page_bytes(DType.F16, kv_layers(2, 2, 6))
     folder, params = tiny.write_model(tmp_path / "m"), SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     alone: list[str] = []
     for gated in (False, True):

@@ -18,11 +18,11 @@ import pytest
 
 from desks import LONG, PAST, SHORT, Desk, alone, talk, told
 from fabula import OutOfMemory, StoreCorrupt, StoreFull, Workspace
-from fabula._native import page_bytes
+from fabula._native import kv_layers, page_bytes
 from fabula.formats.checkpoint import DType
 from waiting import run_program, wait_until
 
-PAGE = page_bytes(DType.F16, 2, 2, 6)
+PAGE = page_bytes(DType.F16, kv_layers(2, 2, 6))
 
 
 # ---- Pages run out --------------------------------------------------------------------------------------------------

@@ -248,8 +248,7 @@ enum fb_op_kind {
     FB_OP_KV_WRITE = 7,       /* writes K and V of `in` to the sequence's pages, layer `layer` */
     FB_OP_ATTENTION = 8,      /* q of `in` over the pages of layer `layer`; see the masks of struct fb_op */
     FB_OP_GATHER_OUTPUTS = 9, /* out[i] = in[row of the i-th wanted output]; later ops see only those rows */
-    FB_OP_LOGITS = 10,        /* limit tanh(scale (in weight^T + vector) / limit) to the caller's logits
-                                 [n_outputs, n_rows]; limit 0: without tanh. The last op */
+    FB_OP_LOGITS = 10,        /* scale (in weight^T + vector), capped, to the caller's logits [n_outputs, n_rows] */
     FB_OP_SUM = 11,           /* out = (residual +) sum of `in` over the joined programs in their order; devices only */
     FB_OP_LAYER_NORM = 12,    /* out = (residual +) (in - mean(in)) / sqrt(variance(in) + eps) * vector + vector2 */
     FB_OP_EMBED_POSITION = 13, /* out[t] = row `position of t` of `weight`; positions must be below its rows */
@@ -258,7 +257,8 @@ enum fb_op_kind {
     FB_OP_ADD = 16             /* out = scale * (in + columns of `residual`, as MULTIPLY); out may be in */
 };
 
-/* Activations of LINEAR and LINEAR_GATED. */
+/* Activations of LINEAR and LINEAR_GATED. XIELU, with vector2 = a, b, c, e:
+ *     x > 0: a x^2 + b x      else: c (e^min(x, e) - 1 - x) + b x */
 enum fb_activation_kind {
     FB_ACTIVATION_NONE = 0,
     FB_ACTIVATION_SILU = 1,      /* x / (1 + e^-x) */
@@ -267,8 +267,7 @@ enum fb_activation_kind {
     FB_ACTIVATION_RELU = 4,
     FB_ACTIVATION_RELU2 = 5,   /* max(x, 0)^2 */
     FB_ACTIVATION_CLAMP = 6,   /* x in -limit .. limit */
-    FB_ACTIVATION_XIELU = 7,   /* Huang & Schlag 2024: x > 0: a x^2 + b x; else: c (e^min(x, e) - 1 - x) + b x;
-                                vector2 = a, b, c, e */
+    FB_ACTIVATION_XIELU = 7,   /* Huang & Schlag 2024, with the numbers of `vector2`; see above */
     FB_ACTIVATION_SIGMOID = 8, /* 1 / (1 + e^-x) */
     FB_ACTIVATION_TANH = 9
 };
@@ -300,22 +299,25 @@ enum fb_op_flag {
     FB_ATTEND_CHUNK = 16     /* ATTENTION: positions are cut into chunks of `window`; a token sees those of its own */
 };
 
+/* One operator. `vector` is, by kind:
+ *     norms        weights [width], or those of one of several groups of columns [width / n]
+ *     products     bias [n_rows]
+ *     HEAD_NORM    weights of q heads, [k_dim] for all or [n_heads k_dim]
+ *     ATTENTION    a logit of each head [n_heads], which takes its share of the softmax (Xiao et al. 2023; gpt-oss)
+ * LOGITS and the scores of ATTENTION have a soft cap where `limit` is not 0: limit tanh(x / limit). */
 struct fb_op {
     enum fb_op_kind kind;
     int32_t in;       /* buffer read; -1 for EMBED and EMBED_POSITION */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
     int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
-    int32_t column;   /* LINEAR: first column of `out` that the product fills; columns before are filled already.
-                         MULTIPLY, ADD: first column of `residual` */
+    int32_t column;   /* LINEAR: first column of `out`, those before are filled; MULTIPLY, ADD: of `residual` */
     int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
     int32_t heads;    /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
     enum fb_activation_kind activation;
     uint32_t flags;          /* enum fb_op_flag */
     const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS; borrowed: it must outlive the program */
-    const float *vector;     /* norm weights [width], or one for each of several groups of columns [width / n];
-                                bias [n_rows]; q-head norm [k_dim], or [n_heads k_dim]; ATTENTION: a logit of each head
-                                [n_heads] that takes its share of the softmax (Xiao et al. 2023; gpt-oss). Copied */
+    const float *vector;     /* weights of a norm, bias, or sink logits; see above. Copied */
     const float *vector2;    /* HEAD_NORM: k-head norm; LAYER_NORM: bias; XIELU: its numbers. Copied */
     int32_t vector_length;   /* of `vector`; 0 when NULL */
     int32_t vector2_length;

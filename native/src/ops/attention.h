@@ -69,8 +69,7 @@ struct fb_attention {
     size_t scratch_bytes;
     float *partials; /* [n_partials] memory for partial results; see fb_attention_partials */
     size_t n_partials;
-    atomic_int *parts_done;           /* [n_sequences][KV heads]: parts finished so far; 0 before and after a
-                                         run */
+    atomic_int *parts_done;           /* [n_sequences][KV heads]: parts finished so far; 0 outside a run */
     const struct fb_raw_heads *raw;   /* NULL: heads are finished, K and V are in their pages */
     const struct fb_sharing *sharing; /* [n_sequences], or NULL if nothing is shared; see sharing.h */
     int64_t *offsets;                 /* [n_sequences + 1]: first work item of each sequence */

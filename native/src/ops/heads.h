@@ -13,8 +13,7 @@ struct fb_angles {
     size_t n_pairs;
     float scale;
     float *cos_sin;        /* [n_tokens][2][n_pairs]: cos of each pair, then sin */
-    float *sink_rotations; /* likewise: rotates a query from its own position to the one at which sinks see it; only
-                              rows of sequences with a sliding window are used. See attention.h */
+    float *sink_rotations; /* likewise: from a query's position to the one at which sinks see it (attention.h) */
 };
 
 /* Norms n heads of width `dim` in place: all together with FB_HEADS_WHOLE, else each. `vector` [length] holds the

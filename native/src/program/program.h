@@ -63,8 +63,7 @@ struct fb_stage {
     bool is_quantized; /* LINEAR: some weight takes activations quantized to 8 bits */
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
-    bool is_of_heads; /* ROWS: if every sequence has one token, the following attention does this instead; see
-                          fb_raw_heads */
+    bool is_of_heads; /* ROWS: attention does this where every sequence has one token; see fb_raw_heads */
 };
 
 /* Whether the operator multiplies by a weight (FB_STAGE_LINEAR). */
@@ -117,18 +116,15 @@ struct fb_program {
     size_t activation_blocks;          /* of the widest input of a quantized weight */
     uint16_t *pairs;                   /* [max_tokens][pair_stride]: inputs rounded to bf16 */
     size_t pair_stride;                /* width of the widest input of a bf16 weight, rounded up to 32 */
-    char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs that a thread prepares for
-                                          itself */
+    char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs of few rows, for each thread */
     size_t own_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* per thread */
     char *sample_work;              /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
     size_t sample_work_bytes;
-    struct fb_team team;         /* size of the team in steps of few tokens, which have a barrier every few
-                                    microseconds */
+    struct fb_team team;         /* size of the team in steps of few tokens, with a barrier every few us */
     struct fb_counter *counters; /* [n_stages][2][n_threads], n_threads of the run */
-    struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above except `partials`; fb_program_free frees
-                                                   them in a loop */
+    struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above but `partials`, freed by a loop */
     int32_t n_scratch;
 };
 
