@@ -42,7 +42,7 @@ _ELSEWHERE = {
 
 HEAD = """# Models
 
-Written by a test: `FABULA_WRITE_DOCS=1 .venv/bin/python -m pytest -m heavy tests/test_models_page.py`.
+Written by `tests/test_models_page.py`, when `FABULA_WRITE_DOCS=1` and its heavy tests run.
 
 A family loads from a Hugging Face folder by the `model_type` of its config.json, and from a GGUF
 file by its architecture.
