@@ -31,7 +31,10 @@ def is_run(command: Command) -> bool:
     return words[0] == "curl"
 
 
-@pytest.mark.parametrize("page", SHOWN)
+# The tutorial goes through what a newcomer meets; the other pages are more examples of the same programs and commands.
+@pytest.mark.parametrize(
+    "page", [page if page == "tutorial.md" else pytest.param(page, marks=pytest.mark.heavy) for page in SHOWN]
+)
 def test_what_is_shown_works(page: str, smollm2_gguf: Path, address: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").symlink_to(smollm2_gguf)
     desk = Desk(tmp_path, address)

@@ -25,7 +25,7 @@ def axe() -> str:
     return next(Path(found.submodule_search_locations[0]).rglob("axe.min.js")).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(
     "place", ["", "#/chat/{id}", "#/tree/{id}", "#/story/{id}", "settings", "keys", "notes", "closer"]
 )
