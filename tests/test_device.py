@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from decoder_families import CASES, make_model
+from decoder_families import CASES, make_talking_model
 from devices import GREEDY, PROMPT, RANDOM
 from fabula import (
     DeviceError,
@@ -240,7 +240,7 @@ def test_the_gpu_draws_what_the_cpu_draws_from_its_logits(
 
     monkeypatch.setattr(runner, "run", refuse)
     scratch = np.full(4 * runner.program.n_outputs, np.nan, np.float32)
-    monkeypatch.setattr(runner.program, "_draw_logits", scratch)
+    monkeypatch.setattr(runner.program, "_decode_logits", scratch)
     on_gpu.clear_cache()
     both = [on_gpu.generate(PROMPT, params), on_gpu.generate(PROMPT[:20], replace(params, max_tokens=9))]
     got = [list(generation) for generation in both]
@@ -400,6 +400,6 @@ def test_auto_takes_a_gpu_with_room(tiny_folder: Path) -> None:
     ],
 )
 def test_a_gpu_refuses_a_model_by_the_operator_it_lacks(tmp_path: Path, name: str, text: str) -> None:
-    make_model(CASES[name], tmp_path)
+    make_talking_model(CASES[name], tmp_path)
     with pytest.raises(Unsupported, match=f"the GPU has no {text}"):
         Model.load(tmp_path, device="cuda")

@@ -284,7 +284,7 @@ struct fb_heads {
 
 /* Angles of rotation. Pair i of a head, elements i and i + n_pairs, is rotated by position * inv_freq[i]; cos and sin
  * are multiplied by `scale` (YaRN's attention factor; 1 usually). Elements from 2 n_pairs on stay. */
-struct fb_rope {
+struct fb_rope_table {
     const float *inv_freq; /* [n_pairs] */
     int32_t n_pairs;
     float scale;
@@ -339,7 +339,7 @@ struct fb_program_shape {
     int32_t n_geometries;
     const struct fb_heads *heads; /* [n_geometries] */
     int32_t n_ropes;
-    const struct fb_rope *ropes; /* [n_ropes] */
+    const struct fb_rope_table *ropes; /* [n_ropes] */
 };
 
 typedef struct fb_program fb_program;

@@ -52,7 +52,7 @@ class JoinedProgram(Program):
         check(lib.fb_program_join(group.handle, handles, len(handles), n_kv_heads, n_outputs, out))
         self.handle: Any = ffi.gc(out[0], lib.fb_program_free, lib.fb_program_scratch_bytes(out[0]))
         self.shape, self.n_threads, self.n_outputs = parts[0].shape, parts[0].n_threads, n_outputs
-        self._draw_logits = np.empty(0, np.float32)
+        self._decode_logits = np.empty(0, np.float32)
         self._parts = tuple(parts)  # borrowed by C
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ class Heads(NamedTuple):
 
 
 class RopeTable(NamedTuple):
-    """Angles of rotation; as in struct fb_rope: inv_freq float32 [n_pairs], and a factor on cos and sin."""
+    """Angles of rotation; as in struct fb_rope_table: inv_freq float32 [n_pairs], and a factor on cos and sin."""
 
     inv_freq: F32
     scale: float = 1.0
@@ -143,7 +143,7 @@ class Program:
         c_shape.n_buffers = len(buffer_widths)
         c_shape.n_geometries, c_shape.n_ropes = len(shape.heads), len(shape.ropes)
         c_shape.heads = c_heads = ffi.new("struct fb_heads[]", list(shape.heads))
-        c_shape.ropes = c_ropes = ffi.new("struct fb_rope[]", len(shape.ropes))
+        c_shape.ropes = c_ropes = ffi.new("struct fb_rope_table[]", len(shape.ropes))
         keep += [c_heads, c_ropes]
         for c_rope, table in zip(c_ropes, shape.ropes, strict=True):
             keep.append(f32(table.inv_freq))

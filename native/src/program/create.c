@@ -24,7 +24,7 @@ static enum fb_status check_heads(const struct fb_program_shape *s, int32_t i) {
     return FB_OK;
 }
 
-static enum fb_status check_rope(const struct fb_rope *rope, int32_t i) {
+static enum fb_status check_rope(const struct fb_rope_table *rope, int32_t i) {
     FB_REQUIRE(rope->n_pairs >= 1 && rope->n_pairs <= MAX_HEAD_DIM / 2 && rope->inv_freq,
         "rope table %d: n_pairs is %d, must be 1 .. %d, and inv_freq not null", i, rope->n_pairs, MAX_HEAD_DIM / 2);
     FB_REQUIRE(isfinite(rope->scale), "rope table %d: scale is not finite", i);
@@ -59,7 +59,7 @@ static int32_t larger(int32_t a, int32_t b) {
 /* Copies the geometries and rope tables that the caller's arrays hold. */
 static enum fb_status copy_shape(struct fb_program *p, const struct fb_program_shape *from) {
     struct fb_heads *heads = calloc((size_t)from->n_geometries, sizeof *heads);
-    struct fb_rope *ropes = calloc((size_t)from->n_ropes + 1, sizeof *ropes);
+    struct fb_rope_table *ropes = calloc((size_t)from->n_ropes + 1, sizeof *ropes);
     p->shape = *from;
     p->shape.heads = heads;
     p->shape.ropes = ropes;
@@ -99,7 +99,7 @@ static void copy_vectors(struct fb_program *p) {
         if (op->vector2) op->vector2 = copy_floats(op->vector2, op->vector2_length, &next);
     }
     for (int32_t i = 0; i < p->shape.n_ropes; i++) {
-        const struct fb_rope *rope = &p->shape.ropes[i];
+        const struct fb_rope_table *rope = &p->shape.ropes[i];
         p->angles[i] = (struct fb_angles){.inv_freq = copy_floats(rope->inv_freq, rope->n_pairs, &next),
             .n_pairs = (size_t)rope->n_pairs,
             .scale = rope->scale};

@@ -59,7 +59,7 @@ enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32
     }
     for (int32_t i = 0; i < p->shape.n_layers; i++) {
         p->kv_layers[i] = parts[0]->kv_layers[i];
-        p->kv_layers[i].n_kv_heads = n_kv_heads;
+        if (p->kv_layers[i].n_kv_heads) p->kv_layers[i].n_kv_heads = n_kv_heads;
     }
     p->n_threads = parts[0]->n_threads;
     p->n_results = n_results;

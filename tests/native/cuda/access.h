@@ -16,6 +16,10 @@ void access_layout(enum fb_dtype dtype, int32_t numbers[5]);
 void access_slab_write(fb_page_pool *pool, int32_t page, int32_t layer, int32_t kv_head, int32_t position, bool is_last,
     const float *k, const float *v);
 
+/* A page pool on a device (NULL: the CPU) whose layers are alike. */
+enum fb_status access_pool(fb_device *device, enum fb_dtype k, enum fb_dtype v, int32_t n_pages, int32_t n_layers,
+    int32_t n_kv_heads, int32_t head_dim, fb_page_pool **out);
+
 int32_t access_lowest_visible(const struct fb_sequence *sequence, int32_t window, int32_t position);
 bool access_sees_sinks(const struct fb_sequence *sequence, int32_t window, int32_t position);
 

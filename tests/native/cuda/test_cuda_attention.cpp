@@ -51,7 +51,7 @@ struct setting {
         int32_t n_pages = 1;
         for (const sequence_case &s : c.sequences)
             n_pages += (s.n_past + s.n_tokens + 31) / 32;
-        CHECK(fb_page_pool_create(c.k, c.v, n_pages, LAYERS, c.n_kv_heads, c.head_dim, &pool) == FB_OK);
+        CHECK(access_pool(nullptr, c.k, c.v, n_pages, LAYERS, c.n_kv_heads, c.head_dim, &pool) == FB_OK);
         fb_cuda_pages_view(pool, &view);
         n_page_bytes = (size_t)n_pages * fb_page_bytes(pool);
         memset(view.memory, 0xFF, n_page_bytes);

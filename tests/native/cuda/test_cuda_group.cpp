@@ -99,6 +99,8 @@ static fb_status pack(const buffer<float> &from, int32_t n_columns, int32_t firs
     return device ? fb_weight_move(*out, device) : FB_OK;
 }
 
+const fb_kv_layer kv_layer = {HEADS, 2, 2};
+
 /* Part `i` of n; the undivided program on the CPU if n is 1. */
 static fb_status make(const matrices &numbers, fb_device *device, int32_t i, int32_t n, model *m) {
     const int32_t inner = INNER / n, share = (VOCABULARY + n - 1) / n;
@@ -122,8 +124,10 @@ static fb_status make(const matrices &numbers, fb_device *device, int32_t i, int
     add(FB_OP_LOGITS, ENDS, -1, m->weights[3], -1);
     const int32_t widths[] = {WIDTH, inner, WIDTH, WIDTH};
     const float frequency = 1.0f;
-    const fb_program_shape shape = {sizeof shape, 1, HEADS / n, HEADS / n, 2, 2, VOCABULARY, TOKENS, 4, 1.0f};
-    return fb_program_create_on(device, &shape, widths, &frequency, ops, n_ops, 1, FB_ISA_AUTO, &m->program);
+    const fb_heads heads = {HEADS / n, HEADS / n, 2, 2, 0};
+    const fb_rope_table rope = {&frequency, 1, 1.0f};
+    const fb_program_shape shape = {sizeof shape, 1, VOCABULARY, TOKENS, 4, 1, &heads, 1, &rope};
+    return fb_program_create_on(device, &shape, widths, ops, n_ops, 1, FB_ISA_AUTO, &m->program);
 }
 
 struct joined {
@@ -144,7 +148,7 @@ struct joined {
             programs[i] = parts[i].program;
         }
         if (status == FB_OK) status = fb_program_join(group, programs, n, HEADS, VOCABULARY, &program);
-        if (status == FB_OK) status = fb_page_pool_create_on(group, FB_F32, FB_F32, 4, 1, HEADS, 2, &pool);
+        if (status == FB_OK) status = fb_page_pool_create_on(group, FB_F32, FB_F32, 4, &kv_layer, 1, &pool);
         for (int32_t i = 0; i < n; i++)
             fb_device_free(devices[i]);
         fb_device_free(group);
@@ -343,7 +347,7 @@ int main() {
     model whole;
     fb_page_pool *pool = nullptr;
     CHECK(make(numbers, nullptr, 0, 1, &whole) == FB_OK);
-    CHECK(fb_page_pool_create(FB_F32, FB_F32, 4, 1, HEADS, 2, &pool) == FB_OK);
+    CHECK(fb_page_pool_create(FB_F32, FB_F32, 4, &kv_layer, 1, &pool) == FB_OK);
     test_numbers(numbers, whole, pool);
     test_failures(numbers);
     test_lost_link(numbers);

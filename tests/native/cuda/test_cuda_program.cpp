@@ -102,9 +102,10 @@ static void test_memory() {
     model *m = model_create(device);
     CHECK(m && fb_device_memory(device, &used, &left) == FB_OK && used > 0);
     fb_page_pool *pool = nullptr;
-    CHECK(fb_page_pool_create_on(device, FB_F32, FB_F32, 10000, 2, 2, 64, &pool) == FB_DEVICE_MEMORY);
+    const fb_kv_layer layers[2] = {{2, 64, 64}, {2, 64, 64}};
+    CHECK(fb_page_pool_create_on(device, FB_F32, FB_F32, 10000, layers, 2, &pool) == FB_DEVICE_MEMORY);
     CHECK_AT(strstr(fb_last_error(), "for KV pages: it needs 625.0 MiB"), "%s", fb_last_error());
-    CHECK(fb_page_pool_create_on(small, FB_F32, FB_F32, 20, 2, 2, 64, &pool) == FB_DEVICE_MEMORY);
+    CHECK(fb_page_pool_create_on(small, FB_F32, FB_F32, 20, layers, 2, &pool) == FB_DEVICE_MEMORY);
     CHECK(fb_device_memory(device, &used_then, &left) == FB_OK && used == used_then && !pool);
     CHECK(model_step(m, logits) == FB_OK);
     model_free(m);

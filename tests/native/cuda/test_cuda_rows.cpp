@@ -175,7 +175,7 @@ static void test_kv_write() {
             const int32_t n_heads = 4, n_kv_heads = 2, n_layers = 2, layer = 1;
             const size_t dim = (size_t)head_dim, ld = (n_heads + 2 * n_kv_heads) * dim + 3;
             fb_page_pool *pool = nullptr;
-            CHECK(fb_page_pool_create(format[0], format[1], PAGES, n_layers, n_kv_heads, head_dim, &pool) == FB_OK);
+            CHECK(access_pool(nullptr, format[0], format[1], PAGES, n_layers, n_kv_heads, head_dim, &pool) == FB_OK);
             const size_t n_bytes = PAGES * fb_page_bytes(pool);
             buffer<float> x(TOKENS * ld);
             buffer<char> memory(n_bytes);
@@ -213,7 +213,7 @@ static void test_fused_heads() {
             const size_t dim = (size_t)head_dim, ld = (size_t)(n_heads + 2 * n_kv_heads) * dim + 3;
             const int32_t rotary_dim = head_dim - 4;
             fb_page_pool *pool = nullptr;
-            CHECK(fb_page_pool_create(FB_F16, FB_Q8_0, PAGES, n_layers, n_kv_heads, head_dim, &pool) == FB_OK);
+            CHECK(access_pool(nullptr, FB_F16, FB_Q8_0, PAGES, n_layers, n_kv_heads, head_dim, &pool) == FB_OK);
             const size_t n_bytes = PAGES * fb_page_bytes(pool);
             buffer<char> apart(n_bytes), together(n_bytes);
             memset(apart.data, 0, n_bytes);
