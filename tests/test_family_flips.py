@@ -144,7 +144,14 @@ def shared_flips(family: str, case: Case) -> list[dict[str, Any]]:
     return shared if LONG else shared[sorted(FAMILIES).index(family) % 8 :: 8]
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+# One family of each structure; the others are more examples of the same reader.
+QUICK = ("apertus", "cohere2", "gemma2", "gemma4_text", "gpt2", "gpt_neox", "granite", "llama4_text", "olmo2", "phi3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in sorted(FAMILIES)],
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     make_model(FAMILIES[request.param], folder)
