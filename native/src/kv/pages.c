@@ -51,7 +51,8 @@ static enum fb_status lay_out(
     return FB_OK;
 }
 
-bool fb_layers_are_alike(const struct fb_kv_layer *layers, int32_t n_layers) {
+/* Whether all layers have the same heads, as devices need. */
+static bool are_alike(const struct fb_kv_layer *layers, int32_t n_layers) {
     for (int32_t i = 1; i < n_layers; i++)
         if (memcmp(&layers[i], &layers[0], sizeof layers[0]) != 0) return false;
     return true;
@@ -98,7 +99,7 @@ enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, 
         "K and V are stored in f32, f16, bf16 or q8_0, not in dtypes %d and %d", (int)k_dtype, (int)v_dtype);
     FB_REQUIRE(n_pages >= 1, "n_pages is %d, must be 1 or more", n_pages);
     FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_LAYERS, "n_layers is %d, must be 1 .. %d", n_layers, MAX_LAYERS);
-    if (device && !fb_layers_are_alike(layers, n_layers))
+    if (device && !are_alike(layers, n_layers))
         return fb_fail(FB_UNSUPPORTED, "a GPU holds KV pages of layers that are alike only");
     struct fb_page_pool *pool = calloc(1, sizeof *pool);
     struct fb_kv_layout *layouts = calloc((size_t)n_layers, sizeof *layouts);

@@ -1,8 +1,9 @@
 /*
  * pages.h - the layout of KV pages, and access to them.
  *
- * A page holds 32 positions of every layer that has K and V of its own. Per layer and KV head it has a slab of
- * two parts, K and V. Layers may differ in heads and widths. Both parts are panels of 16 lanes (16 positions, or 16 dimensions) in the layout that fb_kernels.gemm multiplies:
+ * A page holds 32 positions of every layer that has keys and values of its own. Per layer and KV head it has a
+ * slab of two parts, K and V. Layers may differ in heads and widths. Both parts are panels of 16 lanes (16
+ * positions, or 16 dimensions) in the layout that fb_kernels.gemm multiplies:
  *
  *     K   [2 blocks of 16 positions][k_dim][16]        scores of 16 positions = panel x query
  *     V   [v_dim / 16, rounded up][32 positions][16]   16 outputs = panel x probabilities
@@ -42,9 +43,6 @@ struct fb_page_pool {
     fb_device *device;                           /* NULL: the CPU */
     struct fb_page_pool *parts[FB_MOST_MEMBERS]; /* on a group, instead of memory: see split.h */
 };
-
-/* Whether all layers have the same heads, as devices need. */
-bool fb_layers_are_alike(const struct fb_kv_layer *layers, int32_t n_layers);
 
 static inline size_t fb_slab_bytes(const struct fb_kv_layout *layer) {
     return layer->k.bytes + layer->v.bytes;

@@ -216,11 +216,6 @@ class ModelConfig:
         return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in own)
 
     @property
-    def is_uniform(self) -> bool:
-        """Whether it is the plain decoder of Llama: pre-norm RMS, one geometry, gated SiLU, one rope, no scales."""
-        return not self.differences
-
-    @property
     def differences(self) -> str:
         """What sets it apart from Llama's decoder, in words; "" for nothing. Windows, biases and q/k norms are not."""
         first = self.layers[0]
