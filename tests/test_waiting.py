@@ -15,6 +15,7 @@ import pytest
 
 import waiting
 from waiting import Hang, Patience, abort, run_program, wait_until
+from watchdog import Watchdog
 
 TESTS = Path(__file__).parent
 
@@ -54,13 +55,9 @@ def working() -> Iterator[None]:
 
 
 def test_a_hang_is_found_and_says_who_stands_where() -> None:
-    waiting_for, patience = threading.Event(), waiting.PATIENCE_S
-    waiting.PATIENCE_S = 0.5
-    try:
-        with blocked(), pytest.raises(Hang, match=r"(?s)the answer does not come.*in deadlocked"):
-            wait_until(waiting_for.is_set, "the answer does not come")
-    finally:
-        waiting.PATIENCE_S = patience
+    never = threading.Event()
+    with blocked(), pytest.raises(Hang, match=r"(?s)the answer does not come.*in deadlocked"):
+        wait_until(never.is_set, "the answer does not come", seconds=0.5)
 
 
 def test_who_works_is_waited_for() -> None:
@@ -96,6 +93,18 @@ def test_a_program_that_hangs_says_where() -> None:
     assert process.stdout is not None and process.stdout.readline() == b"hello\n"
     _, errors = abort(process)
     assert "in stuck" in errors and process.returncode < 0
+
+
+def test_a_late_signal_hits_no_other_test() -> None:
+    """What is told of one part of a test must not be raised in the next, nor between two, where pytest itself runs."""
+    watchdog = Watchdog(errors=-1)
+    first, second = ("first", 1.0), ("second", 1.0)
+    for watched, told in ((second, first), (None, first), (second, None)):
+        watchdog.watched, watchdog._fired = watched, told and (told, "it hangs")
+        watchdog._interrupt()
+    watchdog.watched, watchdog._fired = second, (second, "it hangs")
+    with pytest.raises(Hang, match="it hangs"):
+        watchdog._interrupt()
 
 
 HANGS = """

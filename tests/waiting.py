@@ -118,12 +118,12 @@ class Patience:
 
     Args:
         counters: whatever else is progress, such as bytes that were read; each change of what they return is.
-        seconds: without progress.
+        seconds: without progress; `PATIENCE_S` where nothing is said.
     """
 
     def __init__(self, *counters: Callable[[], object], seconds: float | None = None) -> None:
         self._counters = counters
-        self._seconds = PATIENCE_S if seconds is None else seconds
+        self.seconds = PATIENCE_S if seconds is None else seconds
         self._demand, self._counts = demand_s(), [counter() for counter in counters]
         self._at = self._looked = time.monotonic()
         self._still_s = self._window_s = 0.0
@@ -132,17 +132,17 @@ class Patience:
     def is_out(self) -> bool:
         now = time.monotonic()
         # A thread that comes to look seldom is held up itself: then the others were, too.
-        self._window_s += min(now - self._at, 1.0, self._seconds / 10)
+        self._window_s += min(now - self._at, 1.0, self.seconds / 10)
         self._at = now
         counts = [counter() for counter in self._counters]
         if counts != self._counts:
             self._counts, self._window_s = counts, 0.0
             self._demand = demand_s()
-        elif now - self._looked >= min(1.0, self._seconds / 4):
+        elif now - self._looked >= min(1.0, self.seconds / 4):
             self._looked, demand = now, demand_s()
-            if abs(demand - self._demand) >= SHARE * self._seconds:
+            if abs(demand - self._demand) >= SHARE * self.seconds:
                 self._demand, self._window_s = demand, 0.0
-        return self._window_s >= self._seconds
+        return self._window_s >= self.seconds
 
 
 # ---- Waiting --------------------------------------------------------------------------------------------------------
@@ -153,6 +153,7 @@ def wait_until(
     what: str | Callable[[], object] = "it does not come to be",
     *counters: Callable[[], object],
     pause: Callable[[], object] = lambda: time.sleep(0.001),
+    seconds: float | None = None,
 ) -> None:
     """Polls until the condition holds.
 
@@ -161,11 +162,12 @@ def wait_until(
         what: is wrong if it never holds; a function is called only then.
         counters: further signs of progress, as for `Patience`.
         pause: between two looks.
+        seconds: without progress, as for `Patience`.
 
     Raises:
         Hang: nobody moves, and it does not hold.
     """
-    patience = Patience(*counters)
+    patience = Patience(*counters, seconds=seconds)
     while not condition():
         if patience.is_out:
             raise Hang(f"{what() if callable(what) else what}\n{stacks()}")
