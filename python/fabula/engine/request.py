@@ -144,7 +144,7 @@ class Request:
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
     def publish_pages(self, n_unsent: int = 0) -> None:
-        """Publishes full pages under their prefix hashes, and releases pages before the window.
+        """Publishes full pages under their prefix hashes, and releases those before the window.
 
         Args:
             n_unsent: pieces of computed tokens that are not emitted yet.
@@ -156,7 +156,11 @@ class Request:
                 if pages[i] != HOLE:
                     self.runner.pool.name(pages[i], keys[i])
             self._n_published = n_full
-        if self.sequence.window.slides:  # only up to the tokens that were read: unread ones may be removed
+        self.release_passed(n_unsent)
+
+    def release_passed(self, n_unsent: int = 0) -> None:
+        """Releases the pages that no token after those already read sees; unread ones may still be removed."""
+        if self.sequence.window.slides:
             self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
 
     def adopt(self, sequence: Sequence) -> None:

@@ -414,6 +414,7 @@ class Scheduler:
             for request, n in batch:
                 samples_now = n == request.n_pending  # also with no tokens left: then this one ends the answer
                 n_sampled = max(1, min(n_steps, request.decoding.n_left)) if samples_now else 0
+                request.release_passed()
                 part = runner.prepare(request.sequence, request.next_tokens(n), max(n_sampled - 1, 0))
                 inputs.append((request.sequence, request.decoding.decode_sequence(part.share, n_sampled)))
             start = time.perf_counter()
@@ -458,6 +459,7 @@ class Scheduler:
         preempted, or ended with an error."""
         while True:
             try:
+                request.release_passed()
                 return request.runner.prepare(request.sequence, request.next_tokens(n))
             except OutOfMemory as error:
                 if self._evict_waiting(request.runner):
