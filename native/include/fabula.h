@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 11 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 12 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -482,11 +482,11 @@ void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4
 
 /* ---- Decoding several tokens in one call ------------------------------------------------------------------------- */
 
-/* A sequence that is decoded. Sampling arguments as in fb_sample, which gets the position n_history + n_drawn. */
-struct fb_draw {
+/* A sequence that is decoded. Sampling arguments as in fb_sample, which gets the position n_history + n_sampled. */
+struct fb_decode_request {
     struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
     int32_t n_steps;             /* tokens to sample at most; 0: a prefill chunk, computed in the first step only */
-    int32_t n_drawn;             /* result: tokens sampled */
+    int32_t n_sampled;           /* result: tokens sampled */
     /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not computed yet; sampled tokens are
      * appended. */
     int32_t *history;
@@ -508,10 +508,11 @@ struct fb_draw {
  * another thread may set, is not 0. A sequence whose sampling fails stops with fewer tokens and no end token;
  * fb_sample says why. An error in the first step is returned; a later one ends the call, and the next call meets
  * it.
- *   logits    scratch of at least n_draws x vocab_size
+ *   logits    scratch of at least n_requests x vocab_size
  *   seconds   [n_steps] since the call for each step;  n_done  how many steps ran */
-enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct fb_draw *draws, int32_t n_draws,
-    int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds, int32_t *n_done);
+enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct fb_decode_request *requests,
+    int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds,
+    int32_t *n_done);
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 
