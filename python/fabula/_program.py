@@ -96,7 +96,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSequence:
-    """One sequence of decode steps: samples up to `n_steps` tokens, none after one of `ends`; as in struct fb_decode_request.
+    """One sequence of decode steps, as struct fb_decode_request: up to `n_steps` tokens are sampled, none after one of
+    `ends`.
 
     `history` int32 has room for n_history + n_steps tokens. Its first n_history tokens end with the share's; sampled
     ones are written after them. With n_steps 0 the share is computed and nothing is sampled.

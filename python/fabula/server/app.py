@@ -12,7 +12,7 @@ from quart_schema import QuartSchema, RequestSchemaValidationError
 from werkzeug.exceptions import HTTPException, RequestTimeout
 
 from fabula.errors import EngineError, InvalidArgument
-from fabula.server import body
+from fabula.server import body, queries
 from fabula.server.describe import Describer, info
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
@@ -57,7 +57,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
         info=info(),
         conversion_preference="pydantic",
         openapi_provider_class=Describer,
-        security_schemes={"key": {"type": "http", "scheme": "bearer"}} if keys is not None else None,
+        security_schemes={"key": {"type": "http", "scheme": "bearer"}},
         security=[{"key": []}] if keys is not None else None,
     )
     app.json = _Json(app)
@@ -67,6 +67,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     state.gate = Gate(settings, keys)
     app.before_request(_notice)
     state.gate.install(app)
+    queries.install(app)
     app.after_request(_watch)
     _handle_errors(app)
     for blueprint in blueprints():

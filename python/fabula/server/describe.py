@@ -10,6 +10,7 @@ from quart import Blueprint
 from quart_schema import Info, OpenAPIProvider, document_response, tag, validate_request
 
 from fabula import __version__
+from fabula.server.examples import EXAMPLES
 from fabula.server.gate import is_open
 from fabula.server.replies import AnswerReply, BegunReply, ErrorReply
 
@@ -104,6 +105,8 @@ class Describer(OpenAPIProvider):
             for method, operation in operations.items():
                 if "requestBody" in operation:
                     operation["requestBody"]["required"] = True
+                    if (method, path) in EXAMPLES:
+                        operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[method, path]
                 if is_open(path):
                     operation["security"] = []
                 responses = operation.get("responses", {})

@@ -122,6 +122,52 @@ class DeletedReply(ReplyModel):
     freed_bytes: int = Field(description="KV cache that was freed.")
 
 
+class DeletedSessionsReply(ReplyModel):
+    """Sessions that were deleted."""
+
+    session_ids: list[str]
+    freed_bytes: int = Field(description="KV cache that was freed.")
+
+
+class MatchReply(ReplyModel):
+    """A turn that has the text."""
+
+    session_id: str
+    turn_id: str
+    number: int
+    field: Literal["prompt", "text"] = Field(description="Where it is: what was said to the model, or its answer.")
+    excerpt: str
+    created_at: float
+
+
+class SearchReply(ReplyModel):
+    """Turns that have a text, the last made first."""
+
+    matches: list[MatchReply]
+
+
+class KeyLimits(ReplyModel):
+    """Limits of each key."""
+
+    sessions: int
+    answers: int = Field(description="Answers that may be generated at the same time.")
+    tokens_per_minute: int | None = Field(description="Null for no limit.")
+
+
+class KeyUsageReply(ReplyModel):
+    """What a key has used."""
+
+    key: str | None = Field(description="Its name; null on a server without keys.")
+    since: float = Field(description="When the server started, in seconds since 1970.")
+    answers: int = Field(description="Answers that ended, embeddings included.")
+    prompt_tokens: int
+    reused_tokens: int = Field(description="Of the prompts' tokens, those whose KV was there.")
+    generated_tokens: int
+    sessions: int
+    active_answers: int
+    limits: KeyLimits
+
+
 class BranchesReply(ReplyModel):
     """Alternative answers; `/rollback` to one of their turn ids makes it the head."""
 

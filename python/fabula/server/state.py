@@ -289,6 +289,10 @@ class Server:
             self.drop_empty(session)
             raise
 
+    def keep_empty(self, session: Session) -> None:
+        """A session stays also if it never gets a turn: somebody asked for it."""
+        self._new.discard(session)
+
     def drop_empty(self, session: Session) -> None:
         """Deletes a session that was created for an answer that never came, unless it is in use; blocks."""
         if session in self._new and not session.n_turns and not session.is_busy:

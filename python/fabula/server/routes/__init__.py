@@ -8,8 +8,8 @@ from quart import Blueprint
 def blueprints() -> list[Blueprint]:
     """Every part of the API."""
     from fabula.server import openai
-    from fabula.server.routes import chat, docs, health, metrics, page, sessions, streams, text, walk
+    from fabula.server.routes import chat, docs, health, metrics, page, sessions, streams, text, usage, walk
 
     return [
-        module.routes for module in (chat, walk, sessions, streams, text, health, metrics, page, docs)
+        module.routes for module in (chat, walk, sessions, streams, text, health, metrics, usage, page, docs)
     ] + openai.blueprints()
