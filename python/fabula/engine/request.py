@@ -144,7 +144,7 @@ class Request:
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
     def publish_pages(self, n_unsent: int = 0) -> None:
-        """Publishes full pages under their prefix hashes, and releases pages before the window.
+        """Publishes full pages under their prefix hashes, and releases KV that no later token sees.
 
         Args:
             n_unsent: pieces of computed tokens that are not emitted yet.
@@ -158,6 +158,8 @@ class Request:
             self._n_published = n_full
         if self.sequence.window.slides:  # only up to the tokens that were read: unread ones may be removed
             self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
+        elif self.runner.pool.drops:
+            self.sequence.drop_windowed()
 
     def adopt(self, sequence: Sequence) -> None:
         """Replaces its sequence by one with KV of more of the prompt."""

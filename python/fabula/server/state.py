@@ -183,6 +183,7 @@ class Server:
             kv=cast(Any, settings.kv),
             context=settings.context,
             kv_memory=settings.kv_memory,
+            window_kv=cast(Any, settings.window_kv),
             device=settings.device,
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,
