@@ -633,7 +633,8 @@ class Sequence:
         if not 0 <= n_tokens <= self.n_tokens:
             raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens, {self.n_tokens} are held")
         if self.usable(n_tokens) < n_tokens:
-            raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens: the window has moved on")
+            gone = "its windowed KV was dropped" if self.n_dropped else "the window has moved on"
+            raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens: {gone}")
 
     def close(self) -> None:
         """Releases every page; may be called twice."""

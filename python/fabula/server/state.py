@@ -112,6 +112,7 @@ class Serving:
                 "weight_bytes": self.model.weight_bytes,
                 "context": self.model.context,
                 "sampling_defaults": self.model.defaults.to_json(),
+                "window_kv": self.model.window_kv,
                 "cache_bytes": usage.used_bytes,
                 "cache_limit_bytes": usage.n_pages * usage.page_bytes,
             }
