@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tiny
 from decoder_families import CASES, make_talking_model
-from fabula import InvalidArgument, Model, SamplingParams, Workspace
+from fabula import InvalidArgument, Model, SamplingParams, Unsupported, Workspace
 from fabula._native import PAGE_POSITIONS, KvLayer, page_bytes
+from fabula.cli.inspect import describe
+from fabula.cli.main import cli
 from fabula.engine.generation import Generation
 from fabula.engine.runner import Runner
 from fabula.formats.checkpoint import DType
@@ -121,6 +124,9 @@ def test_the_first_visible_page_never_falls(windowed: WindowedLayers) -> None:
 # ---- Sequences ------------------------------------------------------------------------------------------------------
 
 
+BACK = st.integers(0, 300) | st.integers(0, TAKE_BACK) | st.just(TAKE_BACK)  # tokens from the end
+
+
 class Texts(RuleBasedStateMachine):
     """Texts that grow, fork, shrink and drop what no window shows, over a pool that holds few whole pages."""
 
@@ -155,16 +161,16 @@ class Texts(RuleBasedStateMachine):
         assert sequence.usable(least) == least, "what may be taken back can go on"
 
     @precondition(lambda self: len(self.alive) < 6)
-    @rule(i=st.integers(0, 99), cut=st.integers(0, 300))
-    def fork(self, i: int, cut: int) -> None:
+    @rule(i=st.integers(0, 99), back=BACK)
+    def fork(self, i: int, back: int) -> None:
         sequence, tokens = self.some(i)
-        n = sequence.usable(min(cut, len(tokens)))
+        n = sequence.usable(max(0, len(tokens) - back))
         self.alive.append((sequence.fork(n), tokens[:n]))
 
-    @rule(i=st.integers(0, 99), cut=st.integers(0, 300))
-    def truncate(self, i: int, cut: int) -> None:
+    @rule(i=st.integers(0, 99), back=BACK)
+    def truncate(self, i: int, back: int) -> None:
         sequence, tokens = self.some(i)
-        n = sequence.usable(min(cut, len(tokens)))
+        n = sequence.usable(max(0, len(tokens) - back))
         sequence.truncate(n)
         del tokens[n:]
 
@@ -423,6 +429,29 @@ def test_export_and_import_with_dropped_windows(folders: dict[str, Path], tmp_pa
         workspace.delete(carried.id)
         model.clear_cache()
         assert model._runner.pool.n_bytes == 0
+
+
+def test_a_gpu_refuses_to_drop(folders: dict[str, Path]) -> None:
+    """Its pages are allocated at once. Before anything is packed, so this needs no GPU."""
+    placement = SimpleNamespace(n_devices=1, products="own", choose=lambda _: SimpleNamespace(members=()))
+    checkpoint = open_checkpoint(folders["gemma3"])
+    options: dict[str, Any] = {"weights": DType.F32, "kv": (DType.F16, DType.F16), "n_threads": 1}
+    with pytest.raises(Unsupported, match='window_kv="drop" needs the CPU'):
+        Runner(checkpoint, **options, placement=placement, drops_windowed=True)
+    checkpoint.close()
+
+
+def test_inspect_knows_both_sizes(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(folders["gemma3"])
+    found = describe(checkpoint)["kv_bytes_of_context"]["f16"]
+    checkpoint.close()
+    with loaded(folders["gemma3"], "keep") as kept, loaded(folders["gemma3"], "drop") as dropped:
+        for model, name in ((kept, "keep"), (dropped, "drop")):
+            usage = model.kv_usage
+            assert usage.n_pages == -(-4 * found[name] // usage.page_bytes), "four texts of the full context"
+    assert found["drop"] < found["keep"]
+    cli.main(["inspect", str(folders["gemma3"])], standalone_mode=False)
+    assert "without dead windows" in capsys.readouterr().out
 
 
 def test_bad_values(folders: dict[str, Path]) -> None:
