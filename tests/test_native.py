@@ -4,9 +4,11 @@ instruction set, and every status provoked: wrong arguments leave a clear senten
 
 from __future__ import annotations
 
+import mmap
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabula import _native, ops
-from fabula._native import PagePool, Weight, kv_layers
+from fabula._native import KvLayer, PagePool, Weight, kv_layers, page_bytes
 from fabula._program import BatchSequence, Heads, Op, Program, RopeTable, Shape
 from fabula.bench import library
 from fabula.errors import InvalidArgument, NonFinite, OutOfMemory, Unsupported
@@ -374,6 +376,31 @@ def test_pages_copy_read_write_zero() -> None:
     assert not pool.read(0).any()
     np.testing.assert_array_equal(pool.read(2), raw)
     pool.close()
+    pool.close()
+
+
+def test_layers_of_a_page_are_discarded() -> None:
+    """The system takes back what is whole pages of its own: here 4 KiB and more, in a pool of several MiB."""
+    layers = [KvLayer(2, 32, 32), KvLayer(4, 64, 64), KvLayer(4, 64, 64), KvLayer(1, 32, 32)]
+    pool = PagePool(DType.F32, 40, layers)
+    raw = np.random.default_rng(0).integers(1, 256, pool.page_bytes).astype(np.uint8)
+    for page in (16, 17, 18):
+        pool.write(page, raw)
+    pool.discard(17, 1, 2)
+    start, end = page_bytes(DType.F32, layers[:1]), page_bytes(DType.F32, layers[:3])
+    left = pool.read(17)
+    np.testing.assert_array_equal(left[:start], raw[:start])
+    np.testing.assert_array_equal(left[end:], raw[end:])
+    if sys.platform == "linux":
+        assert np.count_nonzero(left[start:end]) < 2 * mmap.PAGESIZE
+    for page in (16, 18):
+        np.testing.assert_array_equal(pool.read(page), raw)
+    pool.write(17, raw)
+    np.testing.assert_array_equal(pool.read(17), raw)
+    for bad in ((40, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 0, 0), (0, 1, 4), (0, 3, 2**31 - 1)):
+        with pytest.raises(InvalidArgument):
+            pool.discard(*bad)
+    pool.discard(0, 0, 4)
     pool.close()
 
 

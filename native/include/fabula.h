@@ -232,6 +232,9 @@ enum fb_status fb_page_copy(fb_page_pool *pool, int32_t dst, int32_t src);
 enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page);
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes);
 enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, size_t n_bytes);
+/* Returns the memory of some layers of a page to the system, as far as whole pages of the system lie in it. What it held
+ * is undefined until it is written again. Nothing happens on a device, whose memory is allocated once. */
+enum fb_status fb_page_discard(fb_page_pool *pool, int32_t page, int32_t first_layer, int32_t n_layers);
 
 /* ---- Programs ---------------------------------------------------------------------------------------------------- */
 

@@ -329,6 +329,9 @@ class PagePool:
     def zero(self, page: int) -> None:
         check(lib.fb_page_zero(self.handle, page))
 
+    def discard(self, page: int, first_layer: int, n_layers: int) -> None:
+        check(lib.fb_page_discard(self.handle, page, first_layer, n_layers))
+
     def read(self, page: int) -> npt.NDArray[np.uint8]:
         out = np.empty(self.page_bytes, np.uint8)
         check(lib.fb_page_read(self.handle, page, ffi.cast("void *", out.ctypes.data), out.nbytes))

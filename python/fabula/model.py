@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._native import kv_layers
-from fabula.choices import DEFAULT_MODEL, MAX_THREADS, WEIGHTS_NAMES, WeightsName
+from fabula.choices import DEFAULT_MODEL, MAX_THREADS, WEIGHTS_NAMES, WINDOW_KV, WeightsName, WindowKv
 from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
@@ -59,6 +59,7 @@ class Model:
         tokenizer: `encode` and `decode`.
         weights: precision of most matrices, e.g. "f16" or "q8_0".
         kv: precision of the KV cache.
+        window_kv: whether KV that no window shows any more is kept while there is room, or dropped.
         threads: threads per step.
         context: context length in tokens.
         device: "cpu", "cuda:0", ..., or several GPUs as "cuda:0+1".
@@ -79,6 +80,7 @@ class Model:
         defaults: SamplingDefaults | None = None,
     ) -> None:
         self.path = path
+        self.window_kv: WindowKv = "drop" if runner.pool.drops else "keep"
         self.defaults = defaults or SamplingDefaults()
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
@@ -114,6 +116,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         kv_memory: int | None = None,
+        window_kv: WindowKv = "keep",
         device: str = "cpu",
         device_memory: int | None = None,
         tensor_parallel: int = 1,
@@ -134,6 +137,10 @@ class Model:
             context: context length in tokens; None for the model's own, which is also the limit.
             kv_memory: bytes of the KV cache; None for four sequences of the full context. On the CPU only used pages
                 take memory; on a GPU the cache is allocated, up to the free memory.
+            window_kv: for models with windowed layers, on the CPU: when their KV left of the window is dropped. "keep":
+                when memory runs out, before anything else is evicted; "drop": as soon as the text has grown beyond
+                it, and `kv_memory` None means less. A rollback, fork or new answer where it was dropped recomputes it,
+                with the same results; the counts of reused and recomputed tokens show it.
             device: "cpu"; "cuda", the first GPU, or "cuda:N"; "auto", a GPU with enough memory, else the CPU.
             device_memory: limit of each GPU's memory in bytes, including the KV cache; None for what is free.
             tensor_parallel: number of GPUs, from `device` on, that share every layer.
@@ -149,7 +156,7 @@ class Model:
             DownloadError: the download failed.
             ModelFileError: a file is damaged; names file and tensor or key.
             Unsupported: an unsupported family, tensor type or tokenizer; or this build has no CUDA, NCCL is missing for
-                several GPUs, or cuBLASLt cannot be loaded.
+                several GPUs, or cuBLASLt cannot be loaded; or window_kv is "drop" on a GPU.
             InvalidArgument: an option is out of range.
             OutOfMemory: the system refused memory.
             DeviceOutOfMemory: the GPU has not enough memory.
@@ -167,6 +174,8 @@ class Model:
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
+        if window_kv not in WINDOW_KV:
+            raise InvalidArgument(f"window_kv is {window_kv!r}, must be one of {', '.join(WINDOW_KV)}")
         placement = Placement(device, device_memory, tensor_parallel, device_products)
         n_threads = threads or default_threads()
         path = locate(name_or_path, fetch=fetch, progress=fetch_progress)
@@ -185,6 +194,7 @@ class Model:
                 n_threads=n_threads,
                 context=context,
                 kv_memory=kv_memory,
+                drops_windowed=window_kv == "drop",
                 progress=load_progress,
                 placement=placement,
             )

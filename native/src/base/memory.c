@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 enum { SHARES_MAPPINGS = 0 }; /* one mapping per block, so that ASan reports reads past its end */
@@ -119,4 +120,14 @@ void fb_memory_release(void *memory, size_t n_bytes) {
         munmap(memory, round_up(n_bytes, PAGE));
     else
         free(memory);
+}
+
+void fb_memory_discard(void *memory, size_t n_bytes) {
+    const long unit = sysconf(_SC_PAGESIZE);
+    if (unit <= 0) return;
+    const uintptr_t at = (uintptr_t)memory, end = (at + n_bytes) / (size_t)unit * (size_t)unit;
+    const uintptr_t first = round_up(at, (size_t)unit);
+    if (first >= end) return;
+    /* A hint: if it is refused, the memory stays in use and keeps its contents. */
+    madvise((char *)memory + (first - at), end - first, MADV_DONTNEED);
 }

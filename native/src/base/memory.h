@@ -15,6 +15,10 @@ FB_EXPORTED void *fb_memory_allocate(size_t n_bytes);
 /* Releases what fb_memory_allocate returned; n_bytes must be the same. NULL is allowed. */
 FB_EXPORTED void fb_memory_release(void *memory, size_t n_bytes);
 
+/* Returns the system's pages that lie whole in a part of such a block to the system, until it is written again. The
+ * part's contents are undefined afterwards: what they were, or zero. */
+void fb_memory_discard(void *memory, size_t n_bytes);
+
 /* *out = a * b; false on overflow. */
 static inline int fb_size_multiply(size_t a, size_t b, size_t *out) {
     return !__builtin_mul_overflow(a, b, out);

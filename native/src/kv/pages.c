@@ -169,6 +169,17 @@ enum fb_status fb_page_zero(fb_page_pool *pool, int32_t page) {
     return FB_OK;
 }
 
+enum fb_status fb_page_discard(fb_page_pool *pool, int32_t page, int32_t first_layer, int32_t n_layers) {
+    FB_TRY(check_page(pool, "page", page));
+    FB_REQUIRE(first_layer >= 0 && n_layers >= 1 && n_layers <= pool->n_layers - first_layer,
+        "first_layer is %d and n_layers %d, the pool has %d layers", first_layer, n_layers, pool->n_layers);
+    if (pool->device) return FB_OK;
+    const struct fb_kv_layout *first = &pool->layers[first_layer], *last = first + n_layers - 1;
+    const size_t end = last->offset + fb_slab_bytes(last) * (size_t)last->n_kv_heads;
+    fb_memory_discard(page_at(pool, page) + first->offset, end - first->offset);
+    return FB_OK;
+}
+
 enum fb_status fb_page_read(const fb_page_pool *pool, int32_t page, void *dst, size_t n_bytes) {
     FB_TRY(check_page(pool, "page", page));
     FB_REQUIRE(dst && n_bytes == pool->page_bytes, "dst has %zu bytes, a page has %zu", n_bytes, pool->page_bytes);

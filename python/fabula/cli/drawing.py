@@ -234,12 +234,13 @@ def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
     else:
         turns = f"{turn.cut.n_turns} turns, " if turn.cut.n_turns else ""
         rows.append(("dropped", f"{turns}{turn.cut.n_tokens} tokens, by {turn.cut.policy}"))
+    dropped = f", {usage.n_dropped} without dead windows" if usage.n_dropped else ""
     rows += [
         ("context", f"{turn.n_ids} of {context} tokens"),
         (
             "pages",
             f"{usage.n_used} of {usage.n_pages} used, {usage.n_shared} shared, {usage.n_cached} cached, "
-            f"{usage.n_spilled} on disk; {usage.page_bytes / 1e3:.0f} kB each",
+            f"{usage.n_spilled} on disk{dropped}; {usage.page_bytes / 1e3:.0f} kB each",
         ),
     ]
     note("\n".join(f"{name:11} {value}" for name, value in rows))

@@ -76,6 +76,11 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
+    from fabula._native import page_bytes
+    from fabula.engine.runner import PREFILL_CHUNK
+    from fabula.kv.format import kv_dtypes
+    from fabula.kv.pages import pages_for
+    from fabula.kv.windowed import WindowedLayers
     from fabula.models.decoder import has_head
     from fabula.models.families import family_of
 
@@ -92,6 +97,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     as_it_is = sum(info.n_bytes for info in infos if len(info.shape) > 1)
     kv_numbers = sum(layer.n_kv_heads * (layer.k_dim + layer.v_dim) for layer in config.kv_layers)
     kv_bytes = {name: kv_numbers * _BYTES[name] for name in ("f32", "f16")}
+    windowed, n_pages = WindowedLayers.of(config.kv_windows), pages_for(config.context_length)
+    context_bytes = {
+        name: {
+            "keep": n_pages * page_bytes(kv_dtypes(name), config.kv_layers),
+            "drop": windowed.text_bytes(kv_dtypes(name), config.kv_layers, n_pages, PREFILL_CHUNK),
+        }
+        for name in kv_bytes
+    }
     window = max(config.windows, default=0)
     return {
         "runs": True,
@@ -119,6 +132,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         | {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
+        "kv_bytes_of_context": context_bytes,
     }
 
 
@@ -142,6 +156,10 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
     part = f" in {windowed} layers" if windowed < facts["n_layers"] else ""
     runs = f"yes, in {size(facts['bytes_in_memory']['auto'])} as it is, and "
     runs += f"{size(facts['kv_bytes_per_1000_tokens']['f16'])} for every 1,000 tokens of context (f16)"
+    kv_of_context = "; ".join(
+        f"{name} {size(each['keep'])}" + (f", {size(each['drop'])} without dead windows" if windowed else "")
+        for name, each in facts["kv_bytes_of_context"].items()
+    )
     rows = [
         ("runs", runs),
         ("file", f"{facts['path']} ({facts['format']})"),
@@ -163,6 +181,7 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
         ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),
+        ("KV of context", kv_of_context),
         ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),
         ("start token", bos + (", added to texts" if tokens["adds_bos"] else "")),
         ("end tokens", ", ".join(f"{i} {names.get(i, '')}".strip() for i in tokens["eos_ids"]) or "none"),

@@ -19,11 +19,12 @@ from fabula.choices import (
     MAX_DEVICES,
     MAX_THREADS,
     WEIGHTS_NAMES,
+    WINDOW_KV,
 )
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
-    from fabula.choices import WeightsName
+    from fabula.choices import WeightsName, WindowKv
     from fabula.engine.sampling import SamplingParams
     from fabula.model import Model
     from fabula.sessions.policy import ContextPolicy
@@ -70,6 +71,10 @@ _MODEL = (
     ),
     kv_option,
     click.option(
+        "--window-kv", type=click.Choice(WINDOW_KV), default="keep", show_default=True,
+        help="KV left of the windows of windowed layers: keep, until memory runs out; drop, at once.",
+    ),
+    click.option(
         "-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
         help="Default: as many as this process may use.",
     ),
@@ -95,6 +100,7 @@ class ModelOptions:
     tensor_parallel: int = 1
     device_products: str = "own"
     kv_memory: int | None = None
+    window_kv: str = "keep"
 
     @property
     def name(self) -> str:
@@ -114,6 +120,7 @@ class ModelOptions:
                 threads=self.threads,
                 context=self.context,
                 kv_memory=self.kv_memory,
+                window_kv=cast("WindowKv", self.window_kv),
                 device=self.device,
                 tensor_parallel=self.tensor_parallel,
                 device_products=self.device_products,
@@ -131,6 +138,7 @@ def model_options(function: _Function) -> _Function:
         model: str,
         weights: str,
         kv: str,
+        window_kv: str,
         threads: int | None,
         context: int | None,
         device: str,
@@ -138,7 +146,9 @@ def model_options(function: _Function) -> _Function:
         device_products: str,
         **rest: Any,
     ) -> Any:
-        loading = ModelOptions(model, weights, kv, threads, context, device, tensor_parallel, device_products)
+        loading = ModelOptions(
+            model, weights, kv, threads, context, device, tensor_parallel, device_products, window_kv=window_kv
+        )
         return function(*args, loading=loading, **rest)
 
     for option in reversed(_MODEL):

@@ -144,7 +144,7 @@ class Request:
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
 
     def publish_pages(self, n_unsent: int = 0) -> None:
-        """Publishes full pages under their prefix hashes, and releases those before the window.
+        """Publishes full pages under their prefix hashes, and releases KV that no later token sees.
 
         Args:
             n_unsent: pieces of computed tokens that are not emitted yet.
@@ -159,9 +159,11 @@ class Request:
         self.release_passed(n_unsent)
 
     def release_passed(self, n_unsent: int = 0) -> None:
-        """Releases the pages that no token after those already read sees; unread ones may still be removed."""
+        """Releases KV that no token after those already read sees; unread ones may still be removed."""
         if self.sequence.window.slides:
             self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
+        elif self.runner.pool.drops:
+            self.sequence.drop_windowed()
 
     def adopt(self, sequence: Sequence) -> None:
         """Replaces its sequence by one with KV of more of the prompt."""

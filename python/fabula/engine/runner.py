@@ -21,6 +21,7 @@ from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, Inval
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
 from fabula.kv.prefix import EVERYTHING, Window
+from fabula.kv.windowed import WindowedLayers
 from fabula.models.builder import ProgramBuilder
 from fabula.models.decoder import has_head
 from fabula.models.description import ModelConfig
@@ -60,6 +61,7 @@ class Runner:
         n_threads: threads of every step.
         context: positions a sequence may have; None takes the model's own length.
         kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
+        drops_windowed: whether KV that no window shows any more is dropped at once, not only when pages run out.
         isa: instruction set, for tests.
         placement: where it may run.
         progress: called with (bytes read, bytes in all) while tensors are packed.
@@ -67,6 +69,7 @@ class Runner:
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
         DeviceOutOfMemory: it does not fit the requested GPU; all of its memory was freed.
+        Unsupported: also for `drops_windowed` on a GPU.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Runner:
         n_threads: int,
         context: int | None = None,
         kv_memory: int | None = None,
+        drops_windowed: bool = False,
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
         placement: Placement = CPU,
@@ -99,6 +103,10 @@ class Runner:
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
         buffer_bytes = 4 * min(DEVICE_CHUNK, self.context) * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
+        if drops_windowed and self.device is not None:
+            raise Unsupported(
+                'window_kv="drop" needs the CPU: a GPU holds the KV of all layers of a page, so load it with "keep"'
+            )
         self.max_tokens = min(PREFILL_CHUNK if self.device is None else DEVICE_CHUNK, self.context)
         self.products = "own" if self.device is None else placement.products
         shape = _program.Shape(
@@ -112,14 +120,18 @@ class Runner:
             builder.pack(self.device.members if self.device else ())
             self._programs = Programs(builder, config, shape, isa, self.device)
             self.program = self._programs.program()
-            n_pages = SEQUENCES_AT_FULL_LENGTH * text_pages
+            windowed = WindowedLayers.of(config.kv_windows)
+            text_bytes = text_pages * page_bytes
+            if drops_windowed:
+                text_bytes = windowed.text_bytes(kv, config.kv_layers, text_pages, self.max_tokens)
+            n_pages = -(-SEQUENCES_AT_FULL_LENGTH * text_bytes // page_bytes)
             if kv_memory is not None:
                 n_pages = max(1, kv_memory // page_bytes)
             elif self.device is not None:
                 part_bytes = _native.page_bytes(kv, shares.kv_layers(config))
                 free = min(member.memory()[1] for member in self.device.members)
                 n_pages = min(n_pages, max(1, int(SHARE_OF_KV * free) // part_bytes))
-            self.pool = PagePool(kv, n_pages, config.kv_layers, self.device)
+            self.pool = PagePool(kv, n_pages, config.kv_layers, self.device, windowed=windowed, drops=drops_windowed)
         except DeviceOutOfMemory as error:
             raise DeviceOutOfMemory(
                 f"{error}; load it with smaller weights, a shorter context or less kv_memory, or on the CPU",

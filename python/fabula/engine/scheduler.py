@@ -320,8 +320,8 @@ class Scheduler:
         """Whether there are pages for all its tokens and one more, also by preempting requests whose readers are slow
         and may be waiting for this one."""
         pool = request.runner.pool
-        needed = request.sequence.pages_needed(len(request.decoding.history) + 1)
-        while not fits(needed, pool.n_available(), len(running := self._running_of(request.runner))):
+        needed = request.sequence.pages_needed(len(request.decoding.history) + 1, request.runner.max_tokens)
+        while not fits(needed, pool.n_available(needed), len(running := self._running_of(request.runner))):
             paused = next((r for r in reversed(running) if r.paused), None)
             if paused is None:
                 return False

@@ -2,7 +2,8 @@
 
 When the pool runs out of pages, the least recently used sequences are evicted. Their full pages may go to a folder on
 disk and are read back when the same prefix comes again. Evicting loses nothing but time: tokens are the truth, and
-keys and values are recomputed from them.
+keys and values are recomputed from them. Before that, sequences give up the windowed KV that none of their later tokens
+sees (`windowed.py`), which costs time only after a rollback.
 
 Locks: the pool's lock guards the list and is never held over disk I/O. Eviction copies the bytes of a page under the
 lock and queues them (`Spill.put` does not wait); `find` and the threads of `read` wait for the disk with no lock held.
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from fabula._native import PAGE_POSITIONS
 from fabula.kv.pages import HOLE, PagePool, PoolUsage, Sequence
 from fabula.kv.prefix import Window
-from fabula.kv.prefix_read import PrefixRead, ReaderThreads
+from fabula.kv.prefix_read import PrefixRead, ReaderThreads, partial_key
 
 DRAIN_BYTES = 64 << 20  # queued for the disk, while everything is saved
 
@@ -161,30 +162,50 @@ class KvEvictionList:
             n_pages = self._longest(keys, window, spill)
         first = window.first_page(n_pages * PAGE_POSITIONS)
         is_seen = [i >= first or (i == 0 and window.n_sinks > 0) for i in range(n_pages)]
-        return PrefixRead(self._pool, keys[:n_pages], is_seen, window, spill)
+        first_whole = 0 if window.slides else self._pool.windowed.first_page(n_pages * PAGE_POSITIONS)
+        return PrefixRead(self._pool, keys[:n_pages], is_seen, first_whole, window, spill)
 
     def _longest(self, keys: list[bytes], window: Window, spill: Spill | None) -> int:
-        index = self._pool.index
-        best = run_start = 0
+        windowed = self._pool.windowed
+        best = run_start = whole_start = 0  # runs of pages that are there, and that have their windowed part
         sinks = False
         for i, key in enumerate(keys):
-            here = index.page(key) is not None or (spill is not None and key in spill)
-            if not here:
-                if not window.slides:
+            is_whole = self._has(key, spill)
+            if not is_whole and not window.slides:
+                if not self._has_part(key, spill):
                     return best
+                whole_start = i + 1
+                continue
+            if not is_whole:
                 run_start = i + 1
                 continue
             sinks = sinks or i == 0
-            if run_start <= window.first_page((i + 1) * PAGE_POSITIONS) and (sinks or not window.n_sinks):
+            n_tokens = (i + 1) * PAGE_POSITIONS
+            continues = whole_start == 0 or whole_start <= windowed.first_page(n_tokens)
+            if continues and run_start <= window.first_page(n_tokens) and (sinks or not window.n_sinks):
                 best = i + 1
         return best
+
+    def _has(self, key: bytes, spill: Spill | None) -> bool:
+        """Whether a whole page is in memory or on disk."""
+        page = self._pool.index.page(key)
+        return (page is not None and self._pool.is_whole(page)) or (spill is not None and key in spill)
+
+    def _has_part(self, key: bytes, spill: Spill | None) -> bool:
+        """Whether a page without its windowed part is."""
+        return self._pool.index.page(key) is not None or (spill is not None and partial_key(key) in spill)
 
     # ---- Eviction ---------------------------------------------------------------------------------------------------
 
     def _reclaim(self, n_free: int) -> None:
-        """Evicts, the least recently used first, until `n_free` pages are free or nothing is left."""
+        """Drops dead windowed KV, then evicts, the least recently used first, until `n_free` pages are free or nothing
+        is left."""
         with self._pool.lock:
             self._collect()
+            for each in (*self._sequences(), *self._pool.sequences()) if self._pool.windowed else ():
+                if self._pool.n_free >= n_free:
+                    return
+                each.drop_windowed()
             before = self._pool.n_free
             for ref in list(self._kept.values()):
                 sequence = ref()
@@ -218,8 +239,12 @@ class KvEvictionList:
         for page in pages:
             key = self._pool.index.key(page) if page != HOLE else None
             few = n_references is None or self._pool.holders(page) <= n_references
-            if key is not None and few and key not in spill:
+            if key is None or not few or key in spill:
+                continue
+            if self._pool.is_whole(page):
                 spill.put(key, self._pool.read(page))
+            elif partial_key(key) not in spill:
+                spill.put(partial_key(key), self._pool.read(page))
 
     def _save_patiently(self, sequence: Sequence, n_references: int | None = None) -> None:
         """Spills a sequence's full pages at the speed of the disk. The caller must hold no lock."""
@@ -272,4 +297,5 @@ class KvEvictionList:
             usage.n_cached,
             0 if spill is None else spill.n_pages,
             self._n_evicted,
+            usage.n_dropped,
         )

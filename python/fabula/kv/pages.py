@@ -7,7 +7,11 @@ already written gets a copy of the page (copy on write).
 
 A sequence with a sliding window releases the pages before the window: its page table has a hole.
 
-All arithmetic of positions and pages is here: `pages_for`, `Sequence.pages_needed`.
+Where layers have windows of their own, a page has two parts with a count of references each: the KV of windowed layers,
+and the rest. A sequence may drop its references to windowed parts that none of its later tokens sees; the memory of one
+without references serves other sequences. So a pool counts bytes: it has more page numbers than whole pages fit.
+
+All arithmetic of positions and pages is here and in `windowed.py`: `pages_for`, `Sequence.pages_needed`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +31,7 @@ from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
 from fabula.kv.prefix import EVERYTHING, PrefixIndex, Window
+from fabula.kv.windowed import MOST_IDS, NONE_WINDOWED, TAKE_BACK, WindowedLayers
 
 HOLE = -1  # in a page table, in place of a page that no later token sees
 
@@ -38,7 +43,8 @@ def pages_for(n_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """Pages of a pool at one moment.
+    """Pages of a pool at one moment. Pages whose windowed KV was dropped count for the bytes they still take; the sums
+    are rounded up to whole pages.
 
     Attributes:
         n_pages: in all.
@@ -47,6 +53,7 @@ class PoolUsage:
         n_cached: of those used, referenced only by retained sequences: evicted when pages run out.
         n_spilled: on disk, or queued to be written there.
         n_evicted: since the model was loaded.
+        n_dropped: page numbers in use whose windowed KV was dropped.
         page_bytes: bytes of a page.
     """
 
@@ -57,6 +64,7 @@ class PoolUsage:
     n_cached: int = 0
     n_spilled: int = 0
     n_evicted: int = 0
+    n_dropped: int = 0
 
     @property
     def used_bytes(self) -> int:
@@ -71,14 +79,52 @@ class PoolUsage:
         return self.n_spilled * self.page_bytes
 
 
+class _References:
+    """Counts the references to one part of each page.
+
+    Attributes:
+        holders: references to each page;  retained: of them, those of retained sequences.
+        n_used, n_shared, n_cached: pages with a reference, with several, and with those of retained sequences only.
+    """
+
+    def __init__(self, n_pages: int) -> None:
+        self.holders, self.retained = [0] * n_pages, [0] * n_pages
+        self.n_used = self.n_shared = self.n_cached = 0
+
+    def count(self, page: int, n: int, n_retained: int) -> int:
+        """Adds to a page's references, and to those of retained sequences; returns the references it has then."""
+        old, old_retained = self.holders[page], self.retained[page]
+        new, new_retained = old + n, old_retained + n_retained
+        self.n_used += (new > 0) - (old > 0)
+        self.n_shared += (new > 1) - (old > 1)
+        self.n_cached += (0 < new == new_retained) - (0 < old == old_retained)
+        self.holders[page], self.retained[page] = new, new_retained
+        return new
+
+    def check(self, counts: npt.NDArray[np.int64]) -> None:
+        """Raises AssertionError unless these are the references to each page."""
+        assert counts.tolist() == self.holders, "references are miscounted"
+        assert all(0 <= few <= n for few, n in zip(self.retained, self.holders, strict=True))
+        assert self.n_used == sum(n > 0 for n in self.holders)
+        assert self.n_shared == sum(n > 1 for n in self.holders)
+        assert self.n_cached == sum(0 < n == few for few, n in zip(self.retained, self.holders, strict=True))
+
+
 class PagePool:
-    """A fixed number of pages of `PAGE_POSITIONS` positions each. Thread-safe.
+    """Memory for a fixed number of pages of `PAGE_POSITIONS` positions each. Thread-safe.
 
     Args:
         dtypes: of keys and values, or of each: F32, F16, BF16, or Q8_0 for bytes with a scale.
-        n_pages: pages in all; only touched ones take memory.
+        n_pages: whole pages that fit; only touched ones take memory.
         layers: what a page holds of each layer.
         device: GPU they lie on, which takes memory for all at once; None for the CPU.
+        windowed: the windowed layers, whose KV can be dropped. None of a GPU's pool.
+        drops: whether sequences drop dead windowed KV as they grow; else when pages run out.
+
+    Attributes:
+        n_pages, windowed, drops: as given.
+        windowed_bytes: of the windowed part of a page.
+        n_dropped_ever: windowed parts dropped since the pool was made.
     """
 
     def __init__(
@@ -87,29 +133,57 @@ class PagePool:
         n_pages: int,
         layers: Iterable[_native.KvLayer],
         device: _native.Device | None = None,
+        *,
+        windowed: WindowedLayers = NONE_WINDOWED,
+        drops: bool = False,
     ) -> None:
-        self.native = _native.PagePool(dtypes, n_pages, tuple(layers), device)
-        self._free = list(range(n_pages - 1, -1, -1))
-        self._holders = [0] * n_pages  # references
-        self._retained = [0] * n_pages  # of them, those of retained sequences
-        self._n_shared = self._n_cached = 0  # pages with several references; pages with retained references only
-        self._filled = [0] * n_pages  # positions of a page that were written through any reference
+        layers = tuple(layers)
+        self.n_pages, self.drops = n_pages, drops
+        self.windowed = NONE_WINDOWED if device else windowed
+        self.windowed_bytes = self.windowed.part_bytes(dtypes, layers)
+        n_ids = n_pages
+        if self.windowed:
+            whole = _native.page_bytes(dtypes, layers)
+            n_ids = min(MOST_IDS * n_pages, n_pages * whole // max(1, whole - self.windowed_bytes))
+        try:
+            self.native = _native.PagePool(dtypes, n_ids, layers, device)
+        except OutOfMemory:
+            if n_ids == n_pages:
+                raise
+            n_ids = n_pages  # address space is limited: dropping then makes no room for more pages
+            self.native = _native.PagePool(dtypes, n_ids, layers, device)
+        self._limit = n_pages * self.page_bytes
+        self._layers, self._runs = len(layers), self.windowed.runs()
+        self._fresh = list(range(n_ids - 1, -1, -1))  # free page numbers that take no memory
+        self._free: deque[int] = deque()  # the other free ones, those used last at the end
+        self._touched = [0] * n_ids  # bytes of each page that were used and not discarded since
+        self._touched_bytes = 0
+        self._references = _References(n_ids)
+        self._windowed = _References(n_ids if self.windowed else 0)  # to the windowed parts
+        self._filled = [0] * n_ids  # positions of a page that were written through any reference
+        self.n_dropped_ever = 0
         self.index = PrefixIndex()  # under `lock`
         self.reclaim: Callable[[int], None] | None = None  # evicts until so many pages are free
         # Held for counting and copying in memory, never over disk I/O or a step.
         self.lock = threading.RLock()
         self._closed = False
-        self._abandoned: deque[tuple[list[int], bool]] = deque()  # of collected sequences: pages, retained
+        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()  # of a pool with windowed layers
+        self._abandoned: deque[tuple[list[int], bool, int]] = (
+            deque()
+        )  # pages, retained, n_dropped of collected sequences
         _pools.add(self)
 
     @property
-    def n_pages(self) -> int:
-        return self.native.n_pages
+    def n_free(self) -> int:
+        """Whole pages that can be allocated without evicting anything."""
+        self._release_abandoned()
+        return min(len(self._free) + len(self._fresh), (self._limit - self.n_bytes) // self.page_bytes)
 
     @property
-    def n_free(self) -> int:
-        self._release_abandoned()
-        return len(self._free)
+    def n_bytes(self) -> int:
+        """Bytes of the pages with references."""
+        n_windowed = self._windowed.n_used if self.windowed else 0
+        return self._references.n_used * (self.page_bytes - self.windowed_bytes) + n_windowed * self.windowed_bytes
 
     @property
     def page_bytes(self) -> int:
@@ -118,37 +192,62 @@ class PagePool:
     def usage(self) -> PoolUsage:
         """Pages in use, shared and cached. Reads counters and waits for no lock."""
         self._release_abandoned()
-        n_used = self.n_pages - len(self._free)
-        return PoolUsage(self.n_pages, n_used, self._n_shared, self.page_bytes, min(self._n_cached, n_used))
+        n_used = -(-self.n_bytes // self.page_bytes)
+        n_cached = min(-(-self._cached_bytes() // self.page_bytes), n_used)
+        n_dropped = max(0, self._references.n_used - self._windowed.n_used) if self.windowed else 0
+        return PoolUsage(
+            self.n_pages, n_used, self._references.n_shared, self.page_bytes, n_cached, n_dropped=n_dropped
+        )
 
-    def n_available(self) -> int:
-        """Pages that are free or can be evicted."""
-        return self.n_free + self._n_cached
+    def _cached_bytes(self) -> int:
+        n_windowed = self._windowed.n_cached if self.windowed else 0
+        return self._references.n_cached * (self.page_bytes - self.windowed_bytes) + n_windowed * self.windowed_bytes
 
-    def abandon(self, pages: list[int], retained: bool) -> None:
+    def n_available(self, wanted: int = 0) -> int:
+        """Whole pages that are free or can be evicted. If there are fewer than `wanted`, dead windowed KV is dropped
+        first."""
+        self._release_abandoned()
+        if self._n_available() < wanted:
+            for sequence in self.sequences():
+                sequence.drop_windowed()
+        return self._n_available()
+
+    def _n_available(self) -> int:
+        return (self._limit - self.n_bytes + self._cached_bytes()) // self.page_bytes
+
+    def register(self, sequence: Sequence) -> None:
+        """Makes a sequence known, whose dead windowed KV is dropped when pages run out."""
+        if self.windowed:
+            with self.lock:
+                self._sequences.add(sequence)
+
+    def sequences(self) -> list[Sequence]:
+        """Sequences that may have dead windowed KV; none without windowed layers."""
+        with self.lock:
+            return list(self._sequences)
+
+    def in_whole_pages(self, n_pages: int, n_step: int) -> int:
+        """Whole pages that as many bytes take as `n_pages` of one sequence whose dead windowed KV is dropped."""
+        n_windowed = min(n_pages, self.windowed.most_pages(n_step))
+        n_bytes = n_pages * (self.page_bytes - self.windowed_bytes) + n_windowed * self.windowed_bytes
+        return -(-n_bytes // self.page_bytes)
+
+    def abandon(self, pages: list[int], retained: bool, n_dropped: int = 0) -> None:
         """`give_back` for destructors. The garbage collector runs them at any moment, in a thread that may hold any
         lock, so this waits for none: if another thread has the pool's lock, a later call releases the pages."""
-        self._abandoned.append((pages, retained))
+        self._abandoned.append((pages, retained, n_dropped))
         self._release_abandoned()
 
     def _release_abandoned(self) -> None:
         while self._abandoned and self.lock.acquire(blocking=False):
             try:
                 while self._abandoned:
-                    pages, retained = self._abandoned.popleft()
+                    pages, retained, n_dropped = self._abandoned.popleft()
                     if retained:
-                        self.retain(pages, -1)
-                    self.give_back(pages)
+                        self.retain(pages, -1, n_dropped)
+                    self.give_back(pages, n_dropped)
             finally:
                 self.lock.release()
-
-    def _count(self, page: int, n: int, n_retained: int) -> None:
-        """Adds to a page's references, and to those of retained sequences. The caller holds the lock."""
-        old, old_retained = self._holders[page], self._retained[page]
-        new, new_retained = old + n, old_retained + n_retained
-        self._n_shared += (new > 1) - (old > 1)
-        self._n_cached += (0 < new == new_retained) - (0 < old == old_retained)
-        self._holders[page], self._retained[page] = new, new_retained
 
     def take(self, n: int) -> list[int]:
         """Allocates n free pages, all or none, each with one reference.
@@ -159,19 +258,36 @@ class PagePool:
         """
         with self.lock:
             self._check_open()
-            self._release_abandoned()
-            if n > len(self._free) and self.reclaim is not None:
+            if n > self.n_free and self.reclaim is not None:
                 self.reclaim(n)
-            if n > len(self._free):
+            if n > self.n_free:
                 raise OutOfMemory(
-                    f"the KV cache has {len(self._free)} of {self.n_pages} pages free, {n} are needed; close other "
+                    f"the KV cache has {self.n_free} of {self.n_pages} pages free, {n} are needed; close other "
                     f"generations or load the model with a smaller context"
                 )
-            pages = [self._free.pop() for _ in range(n)]
-            for page in pages:
-                self._count(page, 1, 0)
-                self._filled[page] = 0
-            return pages
+            return [self._take_one() for _ in range(n)]
+
+    def _take_one(self) -> int:
+        page = self._free.pop() if self._free else self._fresh.pop()
+        self._references.count(page, 1, 0)
+        self._filled[page] = 0
+        if self.windowed:
+            self._windowed.count(page, 1, 0)
+            self._touch(page, self.page_bytes)
+            self._discard_unused()
+        return page
+
+    def _touch(self, page: int, n_bytes: int) -> None:
+        self._touched_bytes += n_bytes - self._touched[page]
+        self._touched[page] = n_bytes
+
+    def _discard_unused(self) -> None:
+        """Returns the memory of free pages to the system while more was touched than the pool may take."""
+        while self._touched_bytes > self._limit and self._free:
+            page = self._free.popleft()
+            self.native.discard(page, 0, self._layers)
+            self._touch(page, 0)
+            self._fresh.append(page)
 
     def read(self, page: int) -> npt.NDArray[np.uint8]:
         """A copy of a page's bytes, uint8 [page_bytes].
@@ -197,39 +313,79 @@ class PagePool:
         if self._closed:
             raise InvalidArgument("the model is closed")
 
-    def share(self, pages: list[int]) -> None:
-        """Adds a reference to each page; holes are skipped."""
+    def share(self, pages: list[int], n_dropped: int = 0) -> None:
+        """Adds a reference to each page, without the windowed part in the first `n_dropped`; holes are skipped."""
         with self.lock:
             for page in pages:
                 if page != HOLE:
-                    self._count(page, 1, 0)
+                    self._references.count(page, 1, 0)
+            for page in self._windowed_of(pages, n_dropped):
+                self._windowed.count(page, 1, 0)
 
-    def give_back(self, pages: list[int]) -> None:
-        """Releases a reference to each page; a page without any is free. Holes are skipped."""
+    def _windowed_of(self, pages: list[int], n_dropped: int) -> Iterator[int]:
+        """The pages of a table whose windowed parts it references."""
+        return (page for page in pages[n_dropped:] if page != HOLE) if self.windowed else iter(())
+
+    def give_back(self, pages: list[int], n_dropped: int = 0) -> None:
+        """Releases a reference to each page, without the windowed part in the first `n_dropped`; a page without any is
+        free. Holes are skipped."""
         with self.lock:
+            windowed = list(self._windowed_of(pages, n_dropped))
+            for page in windowed:
+                self._windowed.count(page, -1, 0)
             for page in pages:
-                if page == HOLE:
-                    continue
-                self._count(page, -1, 0)
-                if self._holders[page] == 0:
+                if page != HOLE and self._references.count(page, -1, 0) == 0:
                     self.index.forget(page)
                     self._free.append(page)
+            self._discard_dropped(windowed)
 
-    def retain(self, pages: list[int], n: int = 1) -> None:
-        """Marks a reference to each page as that of a retained sequence (n = 1), or no longer (-1)."""
+    def retain(self, pages: list[int], n: int = 1, n_dropped: int = 0) -> None:
+        """Marks a reference to each page, without the windowed part in the first `n_dropped`, as that of a retained
+        sequence (n = 1), or no longer (-1)."""
         with self.lock:
             for page in pages:
                 if page != HOLE:
-                    self._count(page, 0, n)
+                    self._references.count(page, 0, n)
+            for page in self._windowed_of(pages, n_dropped):
+                self._windowed.count(page, 0, n)
+
+    def drop(self, pages: list[int], *, retained: bool = False) -> None:
+        """Releases a reference to the windowed part of each page.
+
+        Args:
+            pages: that the caller keeps its other reference to.
+            retained: whether it is that of a retained sequence.
+        """
+        with self.lock:
+            for page in pages:
+                self._windowed.count(page, -1, -1 if retained else 0)
+            self._discard_dropped(pages)
+
+    def _discard_dropped(self, pages: Iterable[int]) -> None:
+        """Returns the memory of windowed parts without references to the system, where the page itself has some."""
+        for page in pages if not self._closed else ():
+            if self._references.holders[page] and not self._windowed.holders[page]:
+                self.n_dropped_ever += 1
+                for first, n in self._runs:
+                    self.native.discard(page, first, n)
+                self._touch(page, self.page_bytes - self.windowed_bytes)
+
+    def is_whole(self, page: int) -> bool:
+        """Whether a page with a reference has its windowed part."""
+        return not self.windowed or self._windowed.holders[page] > 0
 
     def holders(self, page: int) -> int:
         """References to a page."""
-        return self._holders[page]
+        return self._references.holders[page]
 
     def name(self, page: int, key: bytes) -> None:
-        """Publishes a full page under the hash of its prefix. The caller has a reference to it."""
+        """Publishes a full page under the hash of its prefix, in place of one whose windowed part was dropped. The
+        caller has a reference to it."""
         with self.lock:
             self._filled[page] = PAGE_POSITIONS
+            known = self.index.page(key)
+            if known is not None and known != page and not self.is_whole(known):
+                self.index.forget(known)
             self.index.add(key, page)
 
     def append_to(self, page: int, offset: int, end: int) -> int:
@@ -247,7 +403,7 @@ class PagePool:
             OutOfMemory: a copy is needed and no page is free; nothing was changed.
         """
         with self.lock:
-            if self._holders[page] > 1 and self._filled[page] > offset:
+            if self._references.holders[page] > 1 and self._filled[page] > offset:
                 (copy,) = self.take(1)
                 self.native.copy(copy, page)
                 self.give_back([page])
@@ -261,25 +417,31 @@ class PagePool:
         with self.lock:
             self._filled[page] = min(self._filled[page], end)
 
-    def check(self, held: list[list[int]]) -> None:
+    def check(self, held: list[list[int]], dropped: list[int] | None = None) -> None:
         """Compares the counts with the page tables; for tests.
 
         Args:
             held: the page table of every sequence of this pool.
+            dropped: for each, the leading pages whose windowed part it dropped; None where that is not known.
 
         Raises:
             AssertionError: a count is wrong, or a page is both free and held.
         """
         with self.lock:
             self._release_abandoned()
+            n_ids = len(self._filled)
             really = [page for pages in held for page in pages if page != HOLE]
-            counts = np.bincount(np.array(really, np.int64), minlength=self.n_pages)
-            assert counts.tolist() == self._holders, "references are miscounted"
-            assert all(0 <= few <= n for few, n in zip(self._retained, self._holders, strict=True))
-            assert self._n_shared == sum(n > 1 for n in self._holders)
-            assert self._n_cached == sum(0 < n == few for few, n in zip(self._retained, self._holders, strict=True))
-            assert sorted(self._free) == [page for page in range(self.n_pages) if not counts[page]]
+            counts = np.bincount(np.array(really, np.int64), minlength=n_ids)
+            self._references.check(counts)
+            assert sorted([*self._free, *self._fresh]) == [page for page in range(n_ids) if not counts[page]]
             assert all(counts[page] for page in self.index.pages()), "a free page can be found"
+            if not self.windowed:
+                return
+            if dropped is not None:
+                parts = [p for pages, n in zip(held, dropped, strict=True) for p in self._windowed_of(pages, n)]
+                self._windowed.check(np.bincount(np.array(parts, np.int64), minlength=n_ids))
+            assert all(n <= whole for n, whole in zip(self._windowed.holders, self._references.holders, strict=True))
+            assert self.n_bytes <= self._limit and self._touched_bytes == sum(self._touched) <= self._limit
 
     def close(self) -> None:
         """Frees the memory; may be called twice. Sequences can only be closed afterwards."""
@@ -311,6 +473,7 @@ class Sequence:
         pool: as given.
         n_tokens: positions whose keys and values were computed; pages that no later token sees may be released.
         window: as given.
+        n_dropped: leading pages whose windowed part it gave up; 0 under a sliding window, which releases whole pages.
         retained: whether it is in the eviction list: no running request needs it.
     """
 
@@ -319,14 +482,17 @@ class Sequence:
         self._pages: list[int] = []
         self._hole = 0  # pages after that of the sinks and before this one were released
         self.window = window
-        self.n_tokens = 0
+        self.n_tokens = self.n_dropped = 0
         self.retained = False
+        pool.register(self)
 
     @classmethod
-    def of(cls, pool: PagePool, pages: list[int], window: Window = EVERYTHING) -> Sequence:
-        """A sequence of full pages, which takes over the caller's references; holes where nothing is seen."""
+    def of(cls, pool: PagePool, pages: list[int], window: Window = EVERYTHING, n_dropped: int = 0) -> Sequence:
+        """A sequence of full pages, which takes over the caller's references, those to the windowed parts of the first
+        `n_dropped` excepted; holes where nothing is seen."""
         sequence = cls(pool, window)
-        sequence._pages, sequence.n_tokens = pages, len(pages) * PAGE_POSITIONS
+        # The length comes last: without it, a thread that drops windowed KV leaves the sequence as it is.
+        sequence.n_dropped, sequence._pages, sequence.n_tokens = n_dropped, pages, len(pages) * PAGE_POSITIONS
         sequence._hole = next((i for i in range(len(pages), 0, -1) if pages[i - 1] == HOLE), 0)
         return sequence
 
@@ -335,28 +501,36 @@ class Sequence:
         """The page table: entry i is the page of positions 32 i .. 32 i + 31, -1 for one that was released."""
         return list(self._pages)
 
-    def pages_needed(self, n_tokens: int) -> int:
-        """Pages to allocate at most for a length of `n_tokens`, one for the copy of a shared last page included."""
-        return max(0, pages_for(n_tokens) - max(self.window.first_page(self.n_tokens), self.n_tokens // PAGE_POSITIONS))
+    def pages_needed(self, n_tokens: int, n_step: int = 0) -> int:
+        """Pages to allocate at most for a length of `n_tokens`, one for the copy of a shared last page included.
+
+        Args:
+            n_tokens: the length.
+            n_step: tokens of a step at most; only with it, dead windowed KV does not count.
+        """
+        n = max(0, pages_for(n_tokens) - max(self.window.first_page(self.n_tokens), self.n_tokens // PAGE_POSITIONS))
+        return self.pool.in_whole_pages(n, n_step) if n_step and not self.window.slides else n
 
     def retain(self) -> None:
         """Counts its pages as cached: only retained sequences reference them, so they can be evicted."""
         with self.pool.lock:
             if not self.retained:
                 self.retained = True
-                self.pool.retain(self._pages)
+                self.pool.retain(self._pages, 1, self.n_dropped)
 
     def unretain(self) -> None:
         """Counts its pages as in use."""
         with self.pool.lock:
             if self.retained:
                 self.retained = False
-                self.pool.retain(self._pages, -1)
+                self.pool.retain(self._pages, -1, self.n_dropped)
 
-    def _release(self, pages: list[int]) -> None:
+    def _release(self, first: int, end: int | None = None) -> None:
+        """Releases pages of its table; the caller removes them from it."""
+        pages, n_dropped = self._pages[first:end], max(0, self.n_dropped - first)
         if self.retained:
-            self.pool.retain(pages, -1)
-        self.pool.give_back(pages)
+            self.pool.retain(pages, -1, n_dropped)
+        self.pool.give_back(pages, n_dropped)
 
     def reserve(self, n_tokens: int) -> npt.NDArray[np.int32]:
         """Reserves pages for a length of up to `n_tokens` positions.
@@ -402,13 +576,24 @@ class Sequence:
         start = max(first, self._hole)
         if end > start:
             with self.pool.lock:
-                self._release(self._pages[start:end])
+                self._release(start, end)
                 self._pages[start:end] = [HOLE] * (end - start)
                 self._hole = end
 
+    def drop_windowed(self) -> None:
+        """Drops windowed KV that no token after it sees, nor one after TAKE_BACK fewer tokens."""
+        if self.pool.windowed and not self.window.slides:
+            with self.pool.lock:
+                end = self.pool.windowed.first_page(max(0, self.n_tokens - TAKE_BACK))
+                if end > self.n_dropped:
+                    self.pool.drop(self._pages[self.n_dropped : end], retained=self.retained)
+                    self.n_dropped = end
+
     def usable(self, n_tokens: int) -> int:
-        """The longest prefix, of at most `n_tokens`, after which a text can go on: all pages that it sees are there."""
+        """The longest prefix, of at most `n_tokens`, after which a text can go on: all that it sees is there."""
         n_tokens = min(n_tokens, self.n_tokens)
+        if self.n_dropped and self.pool.windowed.first_page(n_tokens) < self.n_dropped:
+            return 0
         if not self._hole or self.window.first_page(n_tokens) >= self._hole:
             return n_tokens
         return min(n_tokens, PAGE_POSITIONS if self.window.n_sinks else 0)
@@ -424,7 +609,8 @@ class Sequence:
             n_tokens = self.n_tokens if n_tokens is None else n_tokens
             self._check("fork", n_tokens)
             pages = self._pages[: pages_for(n_tokens)]
-            self.pool.share(pages)
+            other.n_dropped = min(self.n_dropped, len(pages))
+            self.pool.share(pages, other.n_dropped)
             other._pages, other.n_tokens = pages, n_tokens
             other._hole = min(self._hole, len(pages))
         return other
@@ -438,15 +624,17 @@ class Sequence:
         keep = pages_for(n_tokens)
         with self.pool.lock:
             self._check("truncate", n_tokens)
-            self._release(self._pages[keep:])
+            self._release(keep)
             del self._pages[keep:]
             self.n_tokens, self._hole = n_tokens, min(self._hole, keep)
+            self.n_dropped = min(self.n_dropped, keep)
 
     def _check(self, verb: str, n_tokens: int) -> None:
         if not 0 <= n_tokens <= self.n_tokens:
             raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens, {self.n_tokens} are held")
         if self.usable(n_tokens) < n_tokens:
-            raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens: the window has moved on")
+            gone = "its windowed KV was dropped" if self.n_dropped else "the window has moved on"
+            raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens: {gone}")
 
     def close(self) -> None:
         """Releases every page; may be called twice."""
@@ -454,7 +642,7 @@ class Sequence:
 
     def __del__(self) -> None:
         if hasattr(self, "retained") and self._pages:
-            self.pool.abandon(self._pages, self.retained)
+            self.pool.abandon(self._pages, self.retained, self.n_dropped)
 
     def __enter__(self) -> Sequence:
         return self

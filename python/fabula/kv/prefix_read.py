@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -17,9 +18,14 @@ import numpy.typing as npt
 
 from fabula.errors import OutOfMemory
 from fabula.kv.pages import HOLE, PagePool, Sequence
-from fabula.kv.prefix import Window
+from fabula.kv.prefix import KEY_BYTES, Window
 
 MAX_READERS = 4  # threads of a model; more reads at once make a disk no faster (an estimate)
+
+
+def partial_key(key: bytes) -> bytes:
+    """The key on disk of a page without its windowed part; those bytes of the file mean nothing."""
+    return blake2b(key, digest_size=KEY_BYTES, person=b"fabula partial").digest()
 
 
 class Source(Protocol):
@@ -35,6 +41,7 @@ class PrefixRead:
         pool: they are read into.
         keys: prefix hashes of the pages, from the first on.
         is_seen: for each page, whether a token after the prefix sees it; the others become holes.
+        first_whole: the first page whose windowed part is seen.
         window: of the sequence.
         source: the disk; None for pages in memory only.
 
@@ -44,12 +51,20 @@ class PrefixRead:
     """
 
     def __init__(
-        self, pool: PagePool, keys: list[bytes], is_seen: list[bool], window: Window, source: Source | None
+        self,
+        pool: PagePool,
+        keys: list[bytes],
+        is_seen: list[bool],
+        first_whole: int,
+        window: Window,
+        source: Source | None,
     ) -> None:
         self.keys = keys
         self.is_done = False
         self._pool, self._is_seen, self._window, self._source = pool, is_seen, window, source
-        self._pages: list[int] = []  # under the pool's lock, as the next one
+        self._first_whole = first_whole
+        self._pages: list[int] = []  # under the pool's lock, as the next two
+        self._n_dropped = 0  # of those pages, as in a Sequence: a page without its windowed part is the last of them
         self._canceled = False
 
     def run(self) -> None:
@@ -68,7 +83,8 @@ class PrefixRead:
         if self._canceled or self._source is None:
             return False
         data = np.empty(self._pool.page_bytes, np.uint8)
-        if not self._source.get(key, data):
+        is_whole = self._source.get(key, data)
+        if not is_whole and (self._needs_whole or not self._source.get(partial_key(key), data)):
             return False
         with self._pool.lock:
             if self._canceled:
@@ -80,22 +96,36 @@ class PrefixRead:
             except OutOfMemory:
                 return False
             self._pool.write(page, data)
+            if not is_whole:
+                self._pool.drop([page])
             self._pool.name(page, key)
-            return self._append(page)
+            return self._append(page, is_whole=is_whole)
+
+    @property
+    def _needs_whole(self) -> bool:
+        """Whether the next page is needed with its windowed part."""
+        return len(self._pages) >= self._first_whole
 
     def _share(self, key: bytes) -> bool:
         with self._pool.lock:
             page = self._pool.index.page(key)
             if page is None or self._canceled:
                 return False
-            self._pool.share([page])
-            return self._append(page)
+            is_whole = self._pool.is_whole(page)
+            if not is_whole and self._needs_whole:
+                return False
+            self._pool.share([page], 0 if is_whole else 1)
+            return self._append(page, is_whole=is_whole)
 
-    def _append(self, page: int) -> bool:
+    def _append(self, page: int, *, is_whole: bool = True) -> bool:
         with self._pool.lock:
-            if not self._canceled:
-                self._pages.append(page)
-            return not self._canceled
+            if self._canceled:
+                return False
+            self._pages.append(page)
+            if not is_whole:  # none before it is needed, either
+                self._pool.drop(self._pages[self._n_dropped : -1])
+                self._n_dropped = len(self._pages)
+            return True
 
     @property
     def n_pages(self) -> int:
@@ -107,7 +137,7 @@ class PrefixRead:
         with self._pool.lock:
             self._canceled = True
             pages, self._pages = self._pages, []
-            self._pool.give_back(pages)
+            self._pool.give_back(pages, self._n_dropped)
 
     def take(self) -> Sequence | None:
         """What was read, as a sequence of the caller's; None if that is nothing, or a text could not go on after it."""
@@ -115,7 +145,7 @@ class PrefixRead:
             pages, self._pages = self._pages, []
         if not pages:
             return None
-        sequence = Sequence.of(self._pool, pages, self._window)
+        sequence = Sequence.of(self._pool, pages, self._window, self._n_dropped)
         if sequence.usable(sequence.n_tokens) < sequence.n_tokens:
             sequence.close()
             return None
@@ -123,7 +153,7 @@ class PrefixRead:
 
     def __del__(self) -> None:
         if getattr(self, "_pages", None):
-            self._pool.abandon(self._pages, False)
+            self._pool.abandon(self._pages, False, self._n_dropped)
 
 
 class ReaderThreads:

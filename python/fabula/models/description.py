@@ -216,6 +216,16 @@ class ModelConfig:
         return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in own)
 
     @property
+    def kv_windows(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
+        """For each of `kv_layers`, the windows of the layers that read it: size (0 for all), and whether in chunks."""
+        readers = [layer.attention for layer in self.layers]
+        return tuple(
+            tuple((reader.window, reader.chunked) for reader in readers if reader.kv == own.kv)
+            for own in readers
+            if own.writes
+        )
+
+    @property
     def differences(self) -> str:
         """What sets it apart from Llama's decoder, in words; "" for nothing. Windows, biases and q/k norms are not."""
         first = self.layers[0]

@@ -126,7 +126,7 @@ class _Gauges(Collector):
             if serving.model is None:
                 continue
             usage = serving.model.kv_usage
-            for kind in ("n_pages", "n_used", "n_shared", "n_cached", "n_spilled"):
+            for kind in ("n_pages", "n_used", "n_shared", "n_cached", "n_spilled", "n_dropped"):
                 name = {"n_pages": "all", "n_spilled": "on_disk"}.get(kind, kind[2:])
                 pages.add_metric([serving.name, name], getattr(usage, kind))
             size.add_metric([serving.name], usage.page_bytes)

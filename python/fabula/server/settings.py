@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, WEIGHTS_NAMES
+from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, WEIGHTS_NAMES, WINDOW_KV
 from fabula.engine.device import check_device, check_parallel, check_products
 from fabula.errors import InvalidArgument
 from fabula.workspace import SPILL_BYTES
@@ -82,6 +82,14 @@ class Settings:
             "Bytes of each model's KV cache; default: four sequences of the full context length.",
             low=1,
             high=1 << 50,
+        ),
+    )
+    window_kv: str = field(
+        default="keep",
+        metadata=_about(
+            "Models",
+            "KV left of the windows of windowed layers: keep, until memory runs out; drop, at once.",
+            choices=WINDOW_KV,
         ),
     )
     device: str = field(

@@ -112,6 +112,7 @@ class Serving:
                 "weight_bytes": self.model.weight_bytes,
                 "context": self.model.context,
                 "sampling_defaults": self.model.defaults.to_json(),
+                "window_kv": self.model.window_kv,
                 "cache_bytes": usage.used_bytes,
                 "cache_limit_bytes": usage.n_pages * usage.page_bytes,
             }
@@ -183,6 +184,7 @@ class Server:
             kv=cast(Any, settings.kv),
             context=settings.context,
             kv_memory=settings.kv_memory,
+            window_kv=cast(Any, settings.window_kv),
             device=settings.device,
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,

@@ -1,7 +1,8 @@
 """Export and import of sessions: JSON, and on request their KV as a safetensors file.
 
 The JSON has what the store has: every turn with its ids as they were sampled. Each full KV page is a tensor
-"<turn>/<index>"; only a model with the same fingerprint imports it.
+"<turn>/<index>", or "<turn>/<index>/partial" if the KV of its windowed layers was dropped (those bytes mean nothing);
+only a model with the same fingerprint imports it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory, StoreCorrupt, StoreError
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
+from fabula.kv.prefix_read import partial_key
 from fabula.sessions.persistence import Persistence, params_of, policy_of, session_record, turn_of, turn_record
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START, WRITTEN, Turn
@@ -96,10 +98,19 @@ def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.u
             continue
         with kv:
             for i, (key, page) in enumerate(zip(keys, kv.pages[: kv.n_tokens // PAGE_POSITIONS], strict=False)):
-                if page != HOLE and key not in seen:
-                    seen.add(key)
-                    pages[f"{turn.id}/{i}"] = pool.read(page)
+                if page == HOLE:
+                    continue
+                with pool.lock:  # or another thread drops its windowed part meanwhile
+                    is_whole = pool.is_whole(page)
+                    if key in seen or (not is_whole and partial_key(key) in seen):
+                        continue
+                    seen.add(key if is_whole else partial_key(key))
+                    pages[_page_name(turn.id, i, is_whole=is_whole)] = pool.read(page)
     return pages
+
+
+def _page_name(turn_id: str, i: int, *, is_whole: bool) -> str:
+    return f"{turn_id}/{i}" if is_whole else f"{turn_id}/{i}/partial"
 
 
 def _write_kv(path: Path, pages: Mapping[str, npt.NDArray[np.uint8]], fingerprint: str) -> None:
@@ -240,14 +251,20 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
                 keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
                 read: list[Sequence] = []  # keeps the pages until the turn does
                 for i, key in enumerate(keys):
-                    if f"{row['id']}/{i}" in names and pool.index.page(key) is None:
-                        data = file.get_tensor(f"{row['id']}/{i}")
-                        if data.dtype != np.uint8 or data.shape != (pool.page_bytes,):
-                            raise StoreCorrupt(f"{path}: {row['id']}/{i} is not a KV page of this model", path=path)
-                        (page,) = pool.take(1)
-                        pool.write(page, data)
-                        pool.name(page, key)
-                        read.append(Sequence.of(pool, [page]))
+                    known = pool.index.page(key)
+                    is_whole = _page_name(row["id"], i, is_whole=True) in names
+                    name = _page_name(row["id"], i, is_whole=is_whole)
+                    if name not in names or (known is not None and (pool.is_whole(known) or not is_whole)):
+                        continue
+                    data = file.get_tensor(name)
+                    if data.dtype != np.uint8 or data.shape != (pool.page_bytes,):
+                        raise StoreCorrupt(f"{path}: {name} is not a KV page of this model", path=path)
+                    (page,) = pool.take(1)
+                    pool.write(page, data)
+                    if not is_whole:
+                        pool.drop([page])
+                    pool.name(page, key)
+                    read.append(Sequence.of(pool, [page], n_dropped=0 if is_whole else 1))
                 turn.kv = engine.cache.find(keys, window)
                 if turn.kv is not None:
                     engine.cache.keep(turn.kv)

@@ -326,7 +326,9 @@ def complete(turn: Turn, generation: Generation, why_cold: str) -> None:
     if n_hidden > 0:
         turn.cut = Cut("slide", n_hidden)
     if turn.recomputed and turn.parent is not None and turn.kept == turn.parent.n_ids:
-        turn.why_recomputed = why_cold or "the KV of the past was evicted, or never kept"
+        evicted = "the KV of the past was evicted, or never kept"
+        dropped = "the KV of the past was evicted or never kept, or that of its windowed layers was dropped"
+        turn.why_recomputed = why_cold or (dropped if turn.kv.pool.n_dropped_ever else evicted)
     elif turn.recomputed:
         reworded, shorter = "the chat template rendered the past differently", "the oldest turns were left out"
         turn.why_recomputed = reworded if turn.cut is None else shorter

@@ -43,7 +43,7 @@ def free_kv(turns: Sequence[Turn]) -> int:
         if turn not in needed and turn.kv is not None:
             pool = turn.kv.pool
             with pool.lock:  # other threads must not reserve or release pages while these are counted
-                n_free = pool.n_free
+                n_before = pool.n_bytes
                 turn.kv.close()
-                n_bytes += (pool.n_free - n_free) * pool.page_bytes
+                n_bytes += n_before - pool.n_bytes
     return n_bytes

@@ -108,6 +108,7 @@
  * @property {number} [weight_bytes]
  * @property {number} [cache_bytes]
  * @property {number} [cache_limit_bytes]
+ * @property {"keep" | "drop"} [window_kv]
  */
 
 /** @typedef {{ready: boolean, version: string, models: ModelHealth[]}} Health Reply of GET /health. */
