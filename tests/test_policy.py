@@ -25,6 +25,7 @@ class Stub:
     n_preempted: int = 0
     first_step: int = -1
     admitted: int = -1
+    chances: tuple[float, ...] = ()
 
     @property
     def n_pending(self) -> int:

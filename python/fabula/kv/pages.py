@@ -442,6 +442,16 @@ class Sequence:
             del self._pages[keep:]
             self.n_tokens, self._hole = n_tokens, min(self._hole, keep)
 
+    def roll_back(self, n_tokens: int) -> None:
+        """Removes the positions from `n_tokens` on as if they had not been reserved: pages after them are released, and
+        forks may append in the page where the text ends now.
+
+        Raises:
+            InvalidArgument: as `fork`.
+        """
+        self.truncate(n_tokens)
+        self.settle()
+
     def _check(self, verb: str, n_tokens: int) -> None:
         if not 0 <= n_tokens <= self.n_tokens:
             raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens, {self.n_tokens} are held")
