@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from fabula.choices import SpeculationName
 from fabula.engine.decoding import Decoding, FinishReason, Piece
 from fabula.engine.draft_model import DraftModel, ModelDrafts
 from fabula.engine.drafts import DraftTexts
@@ -20,7 +21,7 @@ from fabula.engine.request import Item, Request
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
-from fabula.engine.speculation import Speculation, SpeculationName
+from fabula.engine.speculation import Speculation
 from fabula.errors import InvalidArgument
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence as KvSequence

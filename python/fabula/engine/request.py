@@ -27,7 +27,7 @@ from fabula.kv.prefix import KeyChain
 from fabula.kv.prefix_read import PrefixRead
 
 READ_AHEAD = 32  # unread pieces at which the request pauses
-FREE_PAGES = 128  # for two of each request of a full batch
+PAGES_TO_SPARE = 2  # for each request: a copy of its last page, and one more behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class Request:
             self.speculation.drop()
             return
         room = PAGE_POSITIONS - self.sequence.n_tokens % PAGE_POSITIONS
-        if self.runner.pool.n_free >= FREE_PAGES:
+        if self.runner.pool.n_free >= PAGES_TO_SPARE * n_decoding:
             room += PAGE_POSITIONS
         self.speculation.propose(min(self.read_ahead, room) - 1, n_decoding)
 

@@ -18,13 +18,12 @@ pay, from their chances and the measured cost of steps, which may be none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula.engine.drafts import NO_DRAFT, Draft, DraftSource, DraftTexts, LookupDrafts, Rate
-from fabula.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from fabula.engine.decoding import Decoding, Piece
@@ -32,19 +31,11 @@ if TYPE_CHECKING:
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-SpeculationName = Literal["auto", "off"]
-SPECULATION_NAMES: tuple[str, ...] = get_args(SpeculationName)
-
 MAX_DRAFT = 15  # tokens: steps of up to 16 rows are where a row costs less than a step
 WARM_TOKENS = 24  # after an accepted draft, in which the next one is looked for every WARM_STEPS steps
 WARM_STEPS = 2
 COLD_STEPS = 32
-
-
-def check_speculation(name: str) -> None:
-    """Raises InvalidArgument for an unknown setting."""
-    if name not in SPECULATION_NAMES:
-        raise InvalidArgument(f"speculation is {name!r}, must be one of {', '.join(SPECULATION_NAMES)}")
+SOURCE_STEPS = 4  # where a source other than lookup has no draft yet, or none that pays
 
 
 class Speculation:
@@ -122,8 +113,10 @@ class Speculation:
     def blind_steps(self) -> int:
         """Decode steps that may run before drafts are looked for again. While drafts are accepted, each token may be
         where the next one begins."""
-        is_warm = not self._is_off and len(self._decoding.history) < self._warm_until
-        return WARM_STEPS if is_warm else COLD_STEPS
+        if self._is_off:
+            return COLD_STEPS
+        is_warm = len(self._decoding.history) < self._warm_until
+        return WARM_STEPS if is_warm else COLD_STEPS if self._source is None else SOURCE_STEPS
 
     # ---- After a step -----------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class StepCost:
         mean = self._rows[n_rows][0] if n_rows in self._rows else seconds
         new = mean + 0.25 * (min(seconds, 3 * mean) - mean)  # a thread that was descheduled says little
         self._rows[n_rows] = new, self._n_steps
-        if len(self._rows) > 2:
+        if len(self._rows) > 1:
             least, oldest = min(self._rows), self._n_steps - FORGET_STEPS
             self._rows = {n: one for n, one in self._rows.items() if one[1] >= oldest or n == least}
 
