@@ -232,7 +232,7 @@ def test_repeating_text_takes_fewer_steps(model: Model, monkeypatch: pytest.Monk
         assert [piece.token_id for piece in generation] == expected
     timings = generation.timings
     assert counted.n < 60
-    assert timings.drafted > timings.accepted > 300 - 60 and counted.n + timings.accepted == 300
+    assert timings.drafted >= timings.accepted > 300 - 60 and counted.n + timings.accepted == 300
 
 
 def test_a_swipe_repeats_its_sibling(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
