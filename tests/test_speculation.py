@@ -154,12 +154,13 @@ def test_a_rejected_draft_leaves_pages_and_tables_as_without(moves: list[Any], w
             sequence = group[which % len(group)]
             n = sequence.n_tokens
             if what == "step":
-                sequence.reserve(n + 1 + n_accepted + extra)
-                sequence.n_tokens += 1 + n_accepted + extra
-                sequence.roll_back(n + 1 + n_accepted)
+                end = n + 1 + 3 * n_accepted
+                sequence.reserve(end + extra)
+                sequence.n_tokens = end + extra
+                sequence.roll_back(end)
                 sequence.slide(sequence.n_tokens)
             elif what == "fork":
-                group.append(sequence.fork(sequence.usable(max(0, n - n_accepted))))
+                group.append(sequence.fork(sequence.usable(n * n_more // 15)))
             elif len(group) > 1:
                 group.remove(sequence)
                 sequence.close()
@@ -171,6 +172,26 @@ def test_a_rejected_draft_leaves_pages_and_tables_as_without(moves: list[Any], w
     for group in groups:
         for sequence in group:
             sequence.close()
+
+
+def test_a_fork_of_the_sinks_alone_has_no_hole() -> None:
+    """It grows like any text; what its source released is none of its pages."""
+    pool = PagePool(DType.F16, 20, kv_layers(1, 1, 8))
+    with Sequence(pool, Window(40, 4)) as long:
+        long.reserve(150)
+        long.n_tokens = 150
+        long.slide(150)
+        with long.fork(long.usable(100)) as fork:
+            assert fork.n_tokens == PAGE_POSITIONS
+            fork.reserve(40)
+            fork.n_tokens = 40
+            fork.roll_back(34)
+            assert fork.usable(33) == 33 and len(fork.pages) == 2
+        long.truncate(long.usable(100))
+        long.reserve(40)
+        long.n_tokens = 40
+        long.roll_back(34)
+    assert pool.n_free == pool.n_pages
 
 
 def view(sequence: Sequence) -> Any:

@@ -426,7 +426,7 @@ class Sequence:
             pages = self._pages[: pages_for(n_tokens)]
             self.pool.share(pages)
             other._pages, other.n_tokens = pages, n_tokens
-            other._hole = min(self._hole, len(pages))
+            other._hole = self._hole_within(len(pages))
         return other
 
     def truncate(self, n_tokens: int) -> None:
@@ -440,7 +440,11 @@ class Sequence:
             self._check("truncate", n_tokens)
             self._release(self._pages[keep:])
             del self._pages[keep:]
-            self.n_tokens, self._hole = n_tokens, min(self._hole, keep)
+            self.n_tokens, self._hole = n_tokens, self._hole_within(keep)
+
+    def _hole_within(self, n_pages: int) -> int:
+        """`_hole` of the first pages; 0 where they are that of the sinks and none was released."""
+        return min(self._hole, n_pages) if n_pages > (1 if self.window.n_sinks else 0) else 0
 
     def roll_back(self, n_tokens: int) -> None:
         """Removes the positions from `n_tokens` on as if they had not been reserved: pages after them are released, and
