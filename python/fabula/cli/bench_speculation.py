@@ -67,8 +67,7 @@ def speculation(
 
     check_plot(plot)
     n_threads = n_threads_of(threads)
-    context = 2 * tokens + 256
-    with ModelOptions(model, weights, kv, n_threads, context, draft_model=draft_model).load() as loaded:
+    with ModelOptions(model, weights, kv, n_threads, None, draft_model=draft_model).load() as loaded:
         rows = bench_speculation(loaded, cases=cases, n_tokens=tokens, rounds=rounds, status=note)
     title = f"{rows[0].model}, {rows[0].weights}, KV {kv}, {n_threads} threads"
     give(

@@ -199,7 +199,8 @@ class LookupDrafts:
         """Nothing: `observe` compares every token."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Frees the index; `observe` builds it again."""
+        self._own, self._n_seen, self._match = NgramIndex(), 0, None
 
     def observe(self, history: I32) -> None:
         """Follows the match over the tokens that are new since the last call, and looks for a longer one."""

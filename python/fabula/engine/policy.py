@@ -45,6 +45,8 @@ class Schedulable(Protocol):
 
 R = TypeVar("R", bound=Schedulable)
 
+MAX_DRAFT_ROWS = 48  # of a step: further ones cost what their share of a prefill chunk does
+DRAFT_STRETCH = 1.5  # how much longer a step may take because of other requests' drafts
 DRAFT_GAIN = 1.05  # a draft must promise so many times the tokens per second: chances and costs are estimates
 
 
@@ -101,7 +103,8 @@ def draft_rows(cost: StepCost, chances: Sequence[Sequence[float]], most: int) ->
     times as many as without any.
 
     A step of n requests with r draft tokens gives n tokens and the sum of the r chances. The likeliest come first, and
-    since chances never rise along a draft, those before a token are taken before it.
+    since chances never rise along a draft, those before a token are taken before it. Among several requests, none may
+    get its tokens DRAFT_STRETCH times as slowly as without drafts, for the sake of the others.
 
     Args:
         cost: of a step.
@@ -111,16 +114,18 @@ def draft_rows(cost: StepCost, chances: Sequence[Sequence[float]], most: int) ->
     Returns:
         A number for each request.
     """
-    counts, n = [0] * len(chances), len(chances)
-    ranked = sorted(((-chance, i) for i, row in enumerate(chances) for chance in row), key=lambda one: one[0])[:most]
-    if not ranked or cost.seconds(n) <= 0:
-        return counts
-    best, tokens = DRAFT_GAIN * n / cost.seconds(n), float(n)
-    n_best = 0
-    for n_drafted, (chance, _) in enumerate(ranked, 1):
-        tokens -= chance
-        if (speed := tokens / cost.seconds(n + n_drafted)) > best:
-            best, n_best = speed, n_drafted
+    n, counts = len(chances), [0] * len(chances)
+    plain = cost.seconds(n)
+    ranked = sorted(((-chance, i) for i, row in enumerate(chances) for chance in row), key=lambda one: one[0])
+    ranked = ranked[: min(most, MAX_DRAFT_ROWS)] if plain > 0 else []
+    expected = [1.0] * n  # tokens of each request
+    best, n_best, total = DRAFT_GAIN * n / plain if ranked else 0.0, 0, float(n)
+    for n_drafted, (chance, i) in enumerate(ranked, 1):
+        expected[i] -= chance
+        total -= chance
+        seconds = cost.seconds(n + n_drafted)
+        if total / seconds > best and (n == 1 or seconds <= DRAFT_STRETCH * plain * min(expected)):
+            best, n_best = total / seconds, n_drafted
     for _, i in ranked[:n_best]:
         counts[i] += 1
     return counts

@@ -356,12 +356,13 @@ class Scheduler:
 
     def _step(self, runner: Runner) -> None:
         """Computes one batch of a model and emits the results."""
+        began = time.perf_counter()
         planned = self._plan(runner)
         n_steps = self._native_steps(runner, planned)
         if n_steps:
-            if self._decode_natively(runner, planned, n_steps):
+            if self._decode_natively(runner, planned, n_steps, began):
                 return
-            planned = self._plan(runner)  # some may have made progress
+            began, planned = time.perf_counter(), self._plan(runner)  # some may have made progress
         batch: list[tuple[Request, Part]] = []
         for request, n in planned:
             if request.state is State.RUNNING:  # or it was preempted for one before it
@@ -398,7 +399,7 @@ class Scheduler:
                 first += n
         if is_decode:  # a token's sampling is paid with or without a draft
             sampling = (time.perf_counter() - computed) * len(batch) / max(n_sampled, len(batch))
-            self.cost(runner).measured_rows(len(rows), computed - start + sampling)
+            self.cost(runner).measured_rows(len(rows), computed - began + sampling)
 
     def _native_steps(self, runner: Runner, batch: list[tuple[Request, int]]) -> int:
         """Number of decode steps to run in one native call; 0: run one step from Python.
@@ -425,9 +426,9 @@ class Scheduler:
         )
         return most if most > 1 else least
 
-    def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
-        """Runs several steps in one native call. False if a request made no progress, for lack of pages or because of
-        an error that a step from Python will find."""
+    def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int, began: float) -> bool:
+        """Runs several steps in one native call, planned since `began`. False if a request made no progress, for lack
+        of pages or because of an error that a step from Python will find."""
         inputs = []
         try:
             for request, n in batch:
@@ -446,8 +447,6 @@ class Scheduler:
         n_tokens = sum(n for _, n in batch)
         if n_tokens <= max(MAX_MEASURED, len(batch)):
             self.cost(runner).measured(n_tokens, seconds[-1] / len(seconds))
-        if n_tokens == len(batch):
-            self.cost(runner).measured_rows(n_tokens, seconds[-1] / len(seconds), len(seconds))
         progressed = True
         for (request, _), (_, given), (tokens, logprobs) in zip(batch, inputs, sampled, strict=True):
             if given.n_steps:
@@ -455,6 +454,9 @@ class Scheduler:
                 progressed = progressed and len(tokens) > 0
             else:
                 request.publish_pages()
+        if n_tokens == len(batch):
+            n_done = len(seconds)
+            self.cost(runner).measured_rows(n_tokens, (time.perf_counter() - began) / n_done, n_done)
         return progressed
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:

@@ -106,6 +106,7 @@ class Speculation:
     def close(self) -> None:
         """The answer has ended, or lost its KV."""
         self.drop()
+        self._lookup.close()
         if self._source is not None:
             self._source.close()
 
