@@ -1,8 +1,8 @@
 """The law of sessions: whatever was done, in whatever order, every turn is what it would be from scratch.
 
 A machine does what users do, at random, with a workspace whose pages run out all the time. Beside it walk a naive model
-of the trees (`Shadow`) and a second model of the same folder that never shares anything (the oracle). After every step
-tokens, trees, and the count of every page are compared. FABULA_TEST_LAWS=20 does twenty times as much.
+of the trees (`Shadow`) and a second model of the same folder that never shares anything, nor speculates (the oracle).
+After every step tokens, trees, and the count of every page are compared. FABULA_TEST_LAWS=20 does twenty times as much.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tiny
 from decoder_families import CASES, make_talking_model
+from drafting import cheap_rows
 from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
 from fabula.engine.generation import Generation
 from fabula.kv.pages import Sequence
@@ -58,6 +59,11 @@ def _watched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         every_sequence.add(self)
 
     monkeypatch.setattr(Sequence, "__init__", watched)
+
+
+@pytest.fixture(autouse=True)
+def _drafts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_rows(monkeypatch, row=0.02)
 
 
 # ---- The machine ----------------------------------------------------------------------------------------------------
@@ -539,7 +545,7 @@ def walk(
     window_kv: Any = "keep",
 ) -> None:
     """Lets the machine run over a model that has room for N_PAGES pages."""
-    with Model.load(folder, kv=kv, threads=1, context=context) as oracle:
+    with Model.load(folder, kv=kv, threads=1, context=context, speculation="off") as oracle:
         n_bytes = N_PAGES * oracle._runner.pool.page_bytes
         options = {"kv": kv, "threads": threads, "context": context, "kv_memory": n_bytes, "window_kv": window_kv}
         attributes = {"folder": folder, "oracle": oracle, "options": options, "place": place, "policies": policies}

@@ -194,6 +194,16 @@ class Decoding:
         history, n_history = self.history.room_for(n_steps), share.n_past + len(share.tokens)
         return _program.DecodeSequence(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
 
+    def forced_tokens(self, most: int) -> list[int]:
+        """Tokens of the text that the constraint forces next, at most so many; empty where it leaves a choice."""
+        return [] if self._guide is None else self._guide.forced(most)
+
+    def n_possible(self, tokens: Sequence[int]) -> int:
+        """How many leading ones of `tokens` may be sampled next, one after the other: none after an end token, and none
+        that the constraint forbids, if that is found out soon."""
+        n = next((i for i, token in enumerate(tokens, 1) if token in self._ends), len(tokens))
+        return n if self._guide is None or not n else self._guide.n_allowed(tokens[:n])
+
     def _sample_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""
         allowed = guide.allowed

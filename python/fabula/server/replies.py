@@ -45,7 +45,7 @@ class UsageReply(ReplyModel):
 
 
 class TimingsReply(ReplyModel):
-    """Times of an answer."""
+    """Times of an answer. Of the tokens that speculation `drafted`, `accepted` were right, and each saved a step."""
 
     queued_ms: float
     prompt_ms: float
@@ -53,6 +53,8 @@ class TimingsReply(ReplyModel):
     total_ms: float
     prompt_tokens_per_s: float
     tokens_per_s: float
+    drafted: int
+    accepted: int
 
 
 class CutReply(ReplyModel):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, WEIGHTS_NAMES, WINDOW_KV
+from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, SPECULATION_NAMES, WEIGHTS_NAMES, WINDOW_KV
 from fabula.engine.device import check_device, check_parallel, check_products
 from fabula.errors import InvalidArgument
 from fabula.workspace import SPILL_BYTES
@@ -120,6 +120,22 @@ class Settings:
         metadata=_about(
             "Models",
             "Matrix products on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
+            metavar="NAME",
+        ),
+    )
+    speculation: str = field(
+        default="auto",
+        metadata=_about(
+            "Models",
+            "Guess several tokens and verify them in one step, with the same results: auto, where it is faster; off.",
+            choices=SPECULATION_NAMES,
+        ),
+    )
+    draft_model: str | None = field(
+        default=None,
+        metadata=_about(
+            "Models",
+            "A smaller model with the same vocabulary that guesses, too: a folder, .gguf file or name.",
             metavar="NAME",
         ),
     )

@@ -189,6 +189,8 @@ class Server:
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,
             device_products=settings.device_products,
+            speculation=cast(Any, settings.speculation),
+            draft_model=settings.draft_model,
             threads=settings.threads,
             fetch=settings.fetch,
             fetch_progress=serving,
