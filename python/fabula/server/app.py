@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException, RequestTimeout
 from fabula.errors import EngineError, InvalidArgument
 from fabula.server import body
 from fabula.server.describe import Describer, info
+from fabula.server.faces import error_body, reads_any_type
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
 from fabula.server.logs import Log
@@ -121,7 +122,7 @@ def _request_class(settings: Settings) -> type[Request]:
             super().__init__(method, scheme, path, *args, **kwargs)
 
         async def get_json(self, *_args: Any, **_kwargs: Any) -> Any:
-            if not self.is_json:
+            if not self.is_json and not reads_any_type(self):
                 raise ApiError(
                     415, "unsupported_media_type", "send JSON, with the header Content-Type: application/json"
                 )
@@ -190,7 +191,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _respond(error: ApiError) -> Response:
-    response = Response(dumps(error.body()) + "\n", status=error.status, mimetype="application/json")
+    response = Response(dumps(error_body(request.path, error)) + "\n", status=error.status, mimetype="application/json")
     response.headers.update(error.headers())
     return response
 

@@ -208,13 +208,18 @@ class Gate:
         return None
 
     def _owner(self) -> str:
-        """The owner of the request's key."""
+        """The owner of the request's key. Without an Authorization header the key may be in `x-api-key`, where
+        Anthropic's clients send it."""
         assert self._keys is not None
-        values = request.headers.getlist("Authorization")
+        values, others = (request.headers.getlist(name) for name in ("Authorization", "X-Api-Key"))
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        if not values and len(others) == 1:
+            scheme, key = "bearer", others[0]
         owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         if owner is None:
-            raise ApiError(401, "invalid_api_key", "send a key of this server: `Authorization: Bearer KEY`")
+            raise ApiError(
+                401, "invalid_api_key", "send a key of this server: `Authorization: Bearer KEY`, or `x-api-key: KEY`"
+            )
         return owner
 
     async def _leave(self, response: Response) -> Response:

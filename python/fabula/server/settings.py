@@ -48,6 +48,12 @@ class Settings:
 
     host: str = field(default="127.0.0.1", metadata=_about("Address", "Address to listen at."))
     port: int = field(default=8000, metadata=_about("Address", "0 takes a free one.", low=0, high=65535))
+    ollama_port: int | None = field(
+        default=None,
+        metadata=_about(
+            "Address", "A second port, such as 11434, for clients that look for Ollama there.", low=1, high=65535
+        ),
+    )
     certificate: Path | None = field(
         default=None, metadata=_about("Address", "PEM file for HTTPS; needs --private-key.", metavar="FILE")
     )
@@ -119,6 +125,9 @@ class Settings:
         default=None, metadata=_about("Models", "Default: as many as this process may use.", low=1, high=1024)
     )
     fetch: bool = field(default=True, metadata=_about("Models", "Whether a missing model may be downloaded."))
+    pull: bool = field(
+        default=False, metadata=_about("Models", "Whether /api/pull may download further models and have them served.")
+    )
 
     # ---- Storage ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,101 @@
+"""`/v1/messages`: answers to conversations that the client stores; `/v1/messages/count_tokens` counts their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from quart import Blueprint, Response, g
+from quart_schema import document_response, tag, validate_request
+
+from fabula.engine.generation import Generation
+from fabula.model import Model
+from fabula.server.answer_parts import AnswerParser
+from fabula.server.anthropic.errors import AnthropicErrorReply
+from fabula.server.anthropic.prompt import Prompt, params_of, prompt_of, template_options
+from fabula.server.anthropic.schemas import CountBody, CountReply, MessageReply, MessagesBody, PromptBody
+from fabula.server.anthropic.writer import PING, MessageWriter
+from fabula.server.borrowed import Json, add_face, follow, ignore, serving_of, unknown_fields
+from fabula.server.describe import WRITING, fails, streams
+from fabula.server.openai.format import start_generations
+from fabula.server.start_run import begin, cancel_all, start_run
+from fabula.server.state import Server, Serving, server
+from fabula.server.stream import response
+from fabula.sessions.tools import Calling, with_tools
+from fabula.text.prefill import is_prefilled
+
+routes = add_face(Blueprint("anthropic_messages", __name__))
+
+
+@routes.after_request
+async def _name_request(response: Response) -> Response:
+    response.headers["request-id"] = g.get("request_id", "")  # under this name Anthropic's clients look for it
+    return response
+
+
+@routes.post("/v1/messages")
+@streams
+@tag(["Anthropic"])
+@validate_request(MessagesBody)
+@document_response(MessageReply, 200)
+@fails(*WRITING, reply=AnthropicErrorReply)
+async def messages(data: MessagesBody) -> Any:
+    """Answers a conversation in the form of Anthropic's Messages API. It is not stored; a prefix shared with an earlier
+    request is not recomputed."""
+    state, tenant = server(), g.tenant
+    ignore(*unknown_fields(data))
+    serving = serving_of(state, data.model)
+    writer: MessageWriter
+
+    def describe(_: int) -> Json:
+        return writer.whole()
+
+    generations, calling = await begin(lambda: _begin(state, serving, tenant, data), lambda made: cancel_all(made[0]))
+    run = start_run(state, tenant, serving.name, generations, describe)
+    has_stops = bool(generations[0].params.stop)
+    writer = MessageWriter(serving.name, generations[0], run, lambda: AnswerParser(calling), has_stops=has_stops)
+    if data.stream:
+        return response(follow(run, writer.events, lambda: (), idle=PING))
+    return (await run.finish())[0]
+
+
+@routes.post("/v1/messages/count_tokens")
+@tag(["Anthropic"])
+@validate_request(CountBody)
+@document_response(CountReply, 200)
+@fails(*WRITING, reply=AnthropicErrorReply)
+async def count_tokens(data: CountBody) -> Any:
+    """Counts the tokens of a conversation's prompt; generates nothing."""
+    state = server()
+    ignore(*unknown_fields(data))
+    model = _model(serving_of(state, data.model))
+    ids = await state.call(lambda: _prompt_ids(model, data, prompt_of(data, state.limits))[0])
+    return {"input_tokens": len(ids)}
+
+
+def _model(serving: Serving) -> Model:
+    assert serving.model is not None
+    return serving.model
+
+
+def _prompt_ids(model: Model, data: PromptBody, prompt: Prompt) -> tuple[list[int], bool]:
+    """Token ids of the prompt, and whether the answer continues its last message; blocks."""
+    plain, options = prompt.messages, template_options(data)
+    if prompt.tools or any(m["role"] == "tool" or "tool_calls" in m for m in plain):
+        plain, more = with_tools(plain, prompt.tools, model.template)
+        options |= more
+    ids = model.chat_ids(plain, parse_special=bool(data.parse_special), **options)
+    return ids, is_prefilled(plain, None)
+
+
+def _begin(state: Server, serving: Serving, tenant: str, data: MessagesBody) -> tuple[list[Generation], Calling | None]:
+    """Reads the request and starts its answer; blocks."""
+    model, params, prompt = _model(serving), params_of(data), prompt_of(data, state.limits)
+    calling = None
+    if prompt.tools:
+        calling = Calling(model.template, model.tokenizer, prompt.tools, template_options(data))
+        params = replace(params, constraint=calling.constraint(prompt.choice, prompt.parallel, params.constraint))
+    ids, continues = _prompt_ids(model, data, prompt)
+    timeout = state.settings.answer_s
+    made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
+    return made, calling
