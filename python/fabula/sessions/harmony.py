@@ -6,7 +6,7 @@ import re
 
 from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, Event, loaded
 from fabula.sessions.call_parser import CallParser
-from fabula.sessions.tool_syntax import n_half
+from fabula.text.reasoning import n_half
 
 _MESSAGE = "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")

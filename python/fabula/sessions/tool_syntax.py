@@ -123,8 +123,3 @@ def matched(text: str, literal: str) -> int | None:
             return -1 if place + len(rest) == len(text) and piece.startswith(rest) else None
         place += len(piece)
     return place
-
-
-def n_half(text: str, mark: str) -> int:
-    """Length of the longest suffix of a text that is a proper prefix of a mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
