@@ -51,10 +51,12 @@ def prompt(*messages: dict[str, Any], **more: Any) -> Any:
 
 
 def test_blocks_become_messages() -> None:
+    thought = {"type": "thinking", "thinking": "A tool.", "signature": "s"}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [text("Sunny"), text(", 25°C")]}
     found = prompt(
         user(text("What is"), text(" the weather?")),
-        {"role": "assistant", "content": [{"type": "thinking", "thinking": "A tool.", "signature": "s"}, text("Let me see."), CALL]},
-        user(text("Here it is."), {"type": "tool_result", "tool_use_id": "t1", "content": [text("Sunny"), text(", 25°C")]}),
+        {"role": "assistant", "content": [thought, text("Let me see."), CALL]},
+        user(text("Here it is."), result),
         system=[text("x-anthropic-billing-header: cc_version=2.1; cch=a5145;"), text("Be brief."), text("Be kind.")],
     )  # fmt: skip
     call = {"id": "t1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
@@ -187,7 +189,12 @@ def test_a_stream_is_the_whole_answer_in_pieces(folder: Path, tmp_path: Path) ->
         events = await stream(client, **asked)
         assert [event["type"] for event in events[:3]] == ["message_start", "ping", "content_block_start"]
         check(gathered(events), whole)
-        forced = asked | {"tools": [WEATHER], "tool_choice": {"type": "any"}, "logit_bias": NO_BLANKS, "max_tokens": 200}
+        forced = asked | {
+            "tools": [WEATHER],
+            "tool_choice": {"type": "any"},
+            "logit_bias": NO_BLANKS,
+            "max_tokens": 200,
+        }
         status, whole = await client.ask("POST", "/v1/messages", **forced)
         assert whole["stop_reason"] == "tool_use" and set(whole["content"][0]["input"]) == {"city"}
         check(gathered(await stream(client, **forced)), whole)
@@ -208,7 +215,11 @@ def test_why_an_answer_ended(folder: Path, tmp_path: Path) -> None:
         reason, _, words = await ended(client, max_tokens=12)
         assert reason == "max_tokens" and len(words) > 6
         stop = words[3:5]
-        assert await ended(client, max_tokens=12, stop_sequences=["~never~", stop]) == ("stop_sequence", stop, words[:3])
+        assert await ended(client, max_tokens=12, stop_sequences=["~never~", stop]) == (
+            "stop_sequence",
+            stop,
+            words[:3],
+        )
         assert (await ended(client, max_tokens=3, constraint={"regex": "a"}))[0] == "end_turn"
         assert (await ended(client, ignore_eos=True))[0] == "model_context_window_exceeded"
         schema = {"type": "json_schema", "schema": CITY}
@@ -217,6 +228,33 @@ def test_why_an_answer_ended(folder: Path, tmp_path: Path) -> None:
             assert reason == "end_turn" and set(json.loads(words)) == {"city"}
 
     inside(tmp_path, folder, work)
+
+
+THINKING = tiny.CHATML.replace("assistant\n", "assistant\n{{ '<think>\n' if enable_thinking else '<think></think>' }}")
+
+
+def test_thoughts_are_blocks_of_their_own(tmp_path: Path) -> None:
+    async def work(client: Inside) -> None:
+        asked: dict[str, Any] = {"messages": [user("hi")], "max_tokens": 30, "seed": 3, "ignore_eos": True}
+        for thinking in ({"type": "enabled", "budget_tokens": 6}, {"type": "adaptive", "budget_tokens": 6}):
+            status, whole = await client.ask("POST", "/v1/messages", **asked, thinking=thinking)
+            assert status == 200 and [block["type"] for block in whole["content"]] == ["thinking", "text"]
+            thought, answer = whole["content"]
+            assert 0 < len(thought["thinking"]) <= 12 and thought["signature"] and "think>" not in answer["text"]
+            events = await stream(client, **asked, thinking=thinking)
+            kinds = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
+            assert list(dict.fromkeys(kinds)) == ["thinking_delta", "signature_delta", "text_delta"]
+            streamed = [event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta"]
+            assert "".join(streamed) == answer["text"]
+        hidden = {"type": "enabled", "budget_tokens": 6, "display": "omitted"}
+        _, whole = await client.ask("POST", "/v1/messages", **asked, thinking=hidden)
+        assert [block.get("thinking", "") for block in whole["content"]] == ["", ""]
+        for thinking in (None, {"type": "disabled"}):
+            _, whole = await client.ask("POST", "/v1/messages", **asked, thinking=thinking)
+            assert [block["type"] for block in whole["content"]] == ["text"]
+
+    folder = tiny.write_model(tmp_path / "m", template=THINKING)
+    inside(tmp_path / "w", folder, work)
 
 
 def test_an_answer_that_continues(folder: Path, tmp_path: Path) -> None:
@@ -348,7 +386,12 @@ def client(served: Running) -> Iterator[Any]:
 
 
 def test_sdk_answers_and_streams(client: Any) -> None:
-    asked: dict[str, Any] = {"model": "claude-opus-4-1", "max_tokens": 7, "messages": [user("hi")], "extra_body": {"seed": 5}}
+    asked: dict[str, Any] = {
+        "model": "claude-opus-4-1",
+        "max_tokens": 7,
+        "messages": [user("hi")],
+        "extra_body": {"seed": 5},
+    }
     message = client.messages.create(**asked)
     assert message.type == "message" and message.role == "assistant" and message.stop_reason == "max_tokens"
     assert message.usage.output_tokens == 7 and message.content[0].type == "text" and message._request_id

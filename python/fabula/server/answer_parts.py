@@ -1,41 +1,60 @@
-"""An answer's text as parts: text and tool calls, in the events of `call_events`."""
+"""An answer's text as parts: thoughts, text and tool calls."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fabula.engine.generation import Generation
-from fabula.sessions.tool_call_parser import Blanks, CallParser, Content, Event
+from fabula.engine.sampling import SamplingParams
+from fabula.server.reasoning import parser_of
+from fabula.sessions.call_events import Blanks, Content, Event
 from fabula.sessions.tools import Calling
 
 
-class AnswerParser:
-    """Parses the text of one answer, which arrives in pieces.
+@dataclass(frozen=True, slots=True)
+class ReasoningText:
+    """Text of a thought.
 
-    Args:
-        calling: how the answer calls tools; None if it does not.
+    Attributes:
+        text: the next part of it.
     """
 
-    def __init__(self, calling: Calling | None) -> None:
-        self._calls: CallParser | None = calling.parser() if calling is not None else None
+    text: str
+
+
+class AnswerParser:
+    """Parses one answer into thoughts, content and tool calls, as its text arrives.
+
+    Args:
+        params: of the answer; `thinking` says which marks it has.
+        calling: how it calls tools; None if it does not.
+    """
+
+    def __init__(self, params: SamplingParams, calling: Calling | None) -> None:
+        is_harmony = calling is not None and calling.form.arguments == "harmony"
+        self._thoughts = parser_of(params, is_raw=is_harmony)
+        if calling is not None and params.thinking is not None:
+            calling.thought = ""
+        self._calls = calling.parser() if calling is not None else None
         self._blanks = Blanks()
 
-    def feed(self, text: str) -> list[Event]:
-        """The events that are certain with the next piece of text."""
-        if not text:
-            return []
+    def feed(self, text: str) -> list[Event | ReasoningText]:
+        """Parses the next piece of text; returns the events that are certain."""
+        return [event for kind, part in self._thoughts.feed(text) for event in self._take(kind, part)]
+
+    def finish(self, *, is_whole: bool) -> list[Event | ReasoningText]:
+        """At the end of the text: the remaining events; `is_whole` as for `CallParser.finish`."""
+        events = [event for kind, part in self._thoughts.finish() for event in self._take(kind, part)]
+        if self._calls is not None:
+            events += [*self._blanks.filter(self._calls.finish(is_whole=is_whole)), *self._blanks.finish()]
+        return events
+
+    def _take(self, kind: str, text: str) -> list[Event | ReasoningText]:
+        if kind == "reasoning":
+            return [ReasoningText(text)]
         if self._calls is None:
             return [Content(text)]
-        return list(self._blanks.filter(self._calls.feed(text)))
-
-    def finish(self, *, ended_itself: bool) -> list[Event]:
-        """The events that were held back until the end.
-
-        Args:
-            ended_itself: whether the model ended the answer: it was not truncated, nor cut at a stop string.
-        """
-        if self._calls is None:
-            return []
-        rest = self._calls.finish(is_whole=ended_itself)
-        return [*self._blanks.filter(rest), *self._blanks.finish()]
+        return [*self._blanks.filter(self._calls.feed(text))]
 
 
 def stop_string_of(generation: Generation) -> str | None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from quart import Blueprint, Response, g
 
-from fabula.server.failures import ApiError
 from fabula.server.runs import Event, Follower, Run
 from fabula.server.state import Server, Serving
 
@@ -84,14 +83,6 @@ def serving_of(state: Server, name: str | None) -> Serving:
         ApiError: 404, several are served and none has that name; or as `Server.model`.
     """
     return state.model(None if not name or (name not in state.models and len(state.models) == 1) else name)
-
-
-# ---- Errors ---------------------------------------------------------------------------------------------------------
-
-
-def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
-    """400 about a field."""
-    return ApiError(400, code, f"{param} {message}", param=param)
 
 
 def add_face(blueprint: Blueprint) -> Blueprint:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Iterator
 
+from fabula.server.answer_parts import ReasoningText
 from fabula.server.borrowed import Json
 from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, Event, loaded
 
@@ -15,14 +18,15 @@ class Blocks:
 
     Args:
         key: part of the ids of its tool calls.
+        thoughts: "shown"; "omitted": their blocks are empty; "" for no such blocks.
 
     Attributes:
         items: finished blocks, and the one that is open.
         calls_are_whole: whether there are calls, every one complete.
     """
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    def __init__(self, key: str, thoughts: str = "") -> None:
+        self._key, self._thoughts = key, thoughts
         self._open = ""  # type of the block that is open
         self._arguments = ""
         self._n_calls = self._n_whole = 0
@@ -32,10 +36,13 @@ class Blocks:
     def calls_are_whole(self) -> bool:
         return 0 < self._n_calls == self._n_whole
 
-    def take(self, events: Iterable[Event]) -> Iterator[Json]:
+    def take(self, events: Iterable[Event | ReasoningText]) -> Iterator[Json]:
         """Adds parts of the answer; yields Anthropic's events for them."""
         for event in events:
             match event:
+                case ReasoningText(text):
+                    if self._thoughts:
+                        yield from self._add("thinking", text if self._thoughts == "shown" else "")
                 case Content(text):
                     yield from self._add("text", text)
                 case CallStarted(_, name):
@@ -60,9 +67,11 @@ class Blocks:
     def _add(self, kind: str, text: str) -> Iterator[Json]:
         if self._open != kind:
             yield from self._close()
-            yield self._begin({"type": kind, kind: ""})
-        self.items[-1][kind] += text
-        yield self._delta({"type": f"{kind}_delta", kind: text})
+            signature = {"signature": ""} if kind == "thinking" else {}
+            yield self._begin({"type": kind, kind: ""} | signature)
+        if text:
+            self.items[-1][kind] += text
+            yield self._delta({"type": f"{kind}_delta", kind: text})
 
     def _begin(self, block: Json) -> Json:
         self._open = block["type"]
@@ -77,5 +86,13 @@ class Blocks:
             return
         if self._open == "tool_use":
             self.items[-1]["input"] = loaded(self._arguments) or {}
+        if self._open == "thinking":
+            signature = self.items[-1]["signature"] = _signature(self.items[-1]["thinking"])
+            yield self._delta({"type": "signature_delta", "signature": signature})
         self._open = ""
         yield {"type": Stop, "index": len(self.items) - 1}
+
+
+def _signature(thought: str) -> str:
+    """What clients send back with a thought: its hash, since some drop a thought without a signature."""
+    return base64.b64encode(hashlib.sha256(thought.encode()).digest()).decode()

@@ -12,12 +12,13 @@ from fabula.engine.generation import Generation
 from fabula.model import Model
 from fabula.server.answer_parts import AnswerParser
 from fabula.server.anthropic.errors import AnthropicErrorReply
-from fabula.server.anthropic.prompt import Prompt, params_of, prompt_of, template_options
+from fabula.server.anthropic.prompt import Prompt, params_of, prompt_of, thoughts_of, wish_of
 from fabula.server.anthropic.schemas import CountBody, CountReply, MessageReply, MessagesBody, PromptBody
 from fabula.server.anthropic.writer import PING, MessageWriter
 from fabula.server.borrowed import Json, add_face, follow, ignore, serving_of, unknown_fields
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import start_generations
+from fabula.server.reasoning import Reasoning
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
@@ -52,8 +53,10 @@ async def messages(data: MessagesBody) -> Any:
 
     generations, calling = await begin(lambda: _begin(state, serving, tenant, data), lambda made: cancel_all(made[0]))
     run = start_run(state, tenant, serving.name, generations, describe)
-    has_stops = bool(generations[0].params.stop)
-    writer = MessageWriter(serving.name, generations[0], run, lambda: AnswerParser(calling), has_stops=has_stops)
+    generation = generations[0]
+    writer = MessageWriter(
+        serving.name, generation, run, lambda: AnswerParser(generation.params, calling), thoughts_of(data)
+    )
     if data.stream:
         return response(follow(run, writer.events, lambda: (), idle=PING))
     return (await run.finish())[0]
@@ -69,8 +72,11 @@ async def count_tokens(data: CountBody) -> Any:
     state = server()
     ignore(*unknown_fields(data))
     model = _model(serving_of(state, data.model))
-    ids = await state.call(lambda: _prompt_ids(model, data, prompt_of(data, state.limits))[0])
-    return {"input_tokens": len(ids)}
+
+    def count() -> int:
+        return len(_prompt_ids(model, data, prompt_of(data, state.limits), Reasoning(model, wish_of(data)))[0])
+
+    return {"input_tokens": await state.call(count)}
 
 
 def _model(serving: Serving) -> Model:
@@ -78,24 +84,25 @@ def _model(serving: Serving) -> Model:
     return serving.model
 
 
-def _prompt_ids(model: Model, data: PromptBody, prompt: Prompt) -> tuple[list[int], bool]:
-    """Token ids of the prompt, and whether the answer continues its last message; blocks."""
-    plain, options = prompt.messages, template_options(data)
+def _prompt_ids(model: Model, data: PromptBody, prompt: Prompt, reasoning: Reasoning) -> tuple[list[int], str | None]:
+    """Token ids of the prompt, and the text at its end that the answer continues; None for a new turn. Blocks."""
+    plain, options = reasoning.messages(prompt.messages), dict(reasoning.options)
     if prompt.tools or any(m["role"] == "tool" or "tool_calls" in m for m in plain):
         plain, more = with_tools(plain, prompt.tools, model.template)
         options |= more
     ids = model.chat_ids(plain, parse_special=bool(data.parse_special), **options)
-    return ids, is_prefilled(plain, None)
+    return ids, str(plain[-1]["content"]) if is_prefilled(plain, None) else None
 
 
 def _begin(state: Server, serving: Serving, tenant: str, data: MessagesBody) -> tuple[list[Generation], Calling | None]:
     """Reads the request and starts its answer; blocks."""
     model, params, prompt = _model(serving), params_of(data), prompt_of(data, state.limits)
-    calling = None
+    reasoning, calling = Reasoning(model, wish_of(data)), None
     if prompt.tools:
-        calling = Calling(model.template, model.tokenizer, prompt.tools, template_options(data))
+        calling = Calling(model.template, model.tokenizer, prompt.tools, reasoning.options)
         params = replace(params, constraint=calling.constraint(prompt.choice, prompt.parallel, params.constraint))
-    ids, continues = _prompt_ids(model, data, prompt)
-    timeout = state.settings.answer_s
+    ids, reply = _prompt_ids(model, data, prompt, reasoning)
+    params, timeout = reasoning.params(params, ids, reply or ""), state.settings.answer_s
+    continues = reply is not None
     made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
     return made, calling

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fabula.engine.constraint import Constraint
 from fabula.engine.sampling import SamplingParams
 from fabula.server.anthropic.schemas import MessageIn, MessagesBody, PromptBody
-from fabula.server.borrowed import Json, ignore, refuse
+from fabula.server.borrowed import Json, ignore
+from fabula.server.failures import refuse
 from fabula.server.limits import Limits
+from fabula.server.reasoning import Wish
 
 # The first system block of Claude Code, from version 2.1.36 on: a line of bookkeeping whose hash changes with every
 # request, so that no prefix of the prompt would ever be found in the KV cache. It says nothing to the model.
@@ -226,15 +227,16 @@ def schema_of(data: PromptBody) -> Json | None:
     return None if wanted is None else wanted.schema_
 
 
-def thinks(data: PromptBody) -> bool:
-    """Whether the answer may show thoughts."""
-    return data.thinking is not None and data.thinking.type != "disabled"
+def thoughts_of(data: PromptBody) -> str:
+    """What the answer tells of its thoughts, as `Blocks` takes it."""
+    if data.thinking is None or data.thinking.type == "disabled":
+        return ""
+    return "omitted" if data.thinking.display == "omitted" else "shown"
 
 
-def template_options(data: PromptBody) -> dict[str, Any]:
-    """Variables of the chat template that turn thinking on or off; a template that does not know them ignores them."""
-    options: dict[str, Any] = {"enable_thinking": thinks(data)}
+def wish_of(data: PromptBody) -> Wish:
+    """What a request says about thinking: without `thinking` there is none, as in Anthropic's API."""
+    if data.thinking is None or not thoughts_of(data):
+        return Wish(False)
     effort = data.output_config.effort if data.output_config is not None else None
-    if effort is not None:
-        options["reasoning_effort"] = effort
-    return options
+    return Wish(True, effort, data.thinking.budget_tokens)

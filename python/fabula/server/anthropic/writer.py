@@ -36,23 +36,23 @@ class MessageWriter:
         generation: the answer.
         run: generates it.
         parser: makes a parser of its text.
-        has_stops: whether the request has stop strings.
+        thoughts: as `Blocks` takes it.
     """
 
     def __init__(
-        self, model: str, generation: Generation, run: Run, parser: Callable[[], AnswerParser], *, has_stops: bool
+        self, model: str, generation: Generation, run: Run, parser: Callable[[], AnswerParser], thoughts: str
     ) -> None:
-        self._generation, self._run, self._new_parser, self._has_stops = generation, run, parser, has_stops
+        self._generation, self._run, self._new_parser, self._thoughts = generation, run, parser, thoughts
         key = run.id.removeprefix("run_")
         self._key = "".join(c for c in key if c.isalnum())
         self._about: Json = {"id": f"msg_{self._key}", "type": "message", "role": "assistant", "model": model}
-        self._parser, self._blocks = parser(), Blocks(self._key)
+        self._parser, self._blocks = parser(), Blocks(self._key, thoughts)
 
     def whole(self) -> Json:
         """The message after its end."""
-        generation, parser, blocks = self._generation, self._new_parser(), Blocks(self._key)
+        generation, parser, blocks = self._generation, self._new_parser(), Blocks(self._key, self._thoughts)
         events = parser.feed(generation.read_so_far()[1])
-        for _ in (*blocks.take([*events, *parser.finish(ended_itself=self._ended_itself())]), *blocks.finish()):
+        for _ in (*blocks.take([*events, *parser.finish(is_whole=self._ended_itself())]), *blocks.finish()):
             pass
         reason, stop = self._reason(blocks)
         end = {"content": blocks.items, "stop_reason": reason, "stop_sequence": stop}
@@ -70,7 +70,7 @@ class MessageWriter:
         elif event.kind == "error":
             yield sse(error_json(self._run.error or INTERNAL))
         else:
-            rest = self._parser.finish(ended_itself=self._ended_itself())
+            rest = self._parser.finish(is_whole=self._ended_itself())
             for one in (*self._blocks.take(rest), *self._blocks.finish()):
                 yield sse(one)
             whole = event.data or {}
@@ -79,7 +79,7 @@ class MessageWriter:
             yield sse({"type": "message_stop"})
 
     def _ended_itself(self) -> bool:
-        return ended_itself(self._generation, has_stops=self._has_stops)
+        return ended_itself(self._generation, has_stops=bool(self._generation.params.stop))
 
     def _reason(self, blocks: Blocks) -> tuple[str, str | None]:
         """Why the answer ended, and the stop string if one ended it."""

@@ -10,6 +10,7 @@ from quart import Response, g
 from fabula.engine.generation import Generation
 from fabula.server.answer_parts import AnswerParser
 from fabula.server.borrowed import Json, follow
+from fabula.server.ollama.schemas import Answered
 from fabula.server.ollama.writer import AnswerWriter, now
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Serving, server
@@ -26,7 +27,7 @@ async def answer(
     make: Callable[[], Made],
     shaped: Shaped,
     *,
-    streams: bool,
+    data: Answered,
     more: Callable[[Generation], Json] = lambda _: {},
 ) -> Any:
     """The response to a request for an answer.
@@ -35,7 +36,7 @@ async def answer(
         serving: the model.
         make: starts the answer; blocks.
         shaped, more: as for `AnswerWriter`.
-        streams: whether to send lines while it is generated.
+        data: the request; says whether to send lines while it is generated.
     """
     state, tenant = server(), g.tenant
     writer: AnswerWriter
@@ -45,8 +46,9 @@ async def answer(
 
     generations, calling = await begin(make, lambda made: cancel_all(made[0]))
     run = start_run(state, tenant, serving.name, generations, describe)
-    writer = AnswerWriter(serving.name, generations[0], run, lambda: AnswerParser(calling), shaped, more)
-    if streams:
+    generation = generations[0]
+    writer = AnswerWriter(serving.name, generation, run, lambda: AnswerParser(generation.params, calling), shaped, more)
+    if data.stream is not False:
         return lines(follow(run, writer.lines, lambda: ()))
     return (await run.finish())[0]
 

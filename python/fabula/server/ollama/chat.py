@@ -13,10 +13,11 @@ from fabula.server.describe import WRITING, fails, streams_as
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import find
-from fabula.server.ollama.options import params_of, template_options
+from fabula.server.ollama.options import params_of, wish_of
 from fabula.server.ollama.prompt import messages_of
 from fabula.server.ollama.schemas import ChatIn, ChatOut
 from fabula.server.openai.format import start_generations
+from fabula.server.reasoning import Reasoning
 from fabula.server.state import Server, Serving, server
 from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
@@ -38,9 +39,7 @@ async def chat(data: ChatIn) -> Any:
     serving = find(data.model)
     if not data.messages:
         return loaded(serving, _shaped)
-    return await answer(
-        serving, lambda: _begin(state, serving, tenant, data), _shaped, streams=data.stream is not False
-    )
+    return await answer(serving, lambda: _begin(state, serving, tenant, data), _shaped, data=data)
 
 
 def _shaped(piece: Json) -> Json:
@@ -52,7 +51,8 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatIn) -> Made:
     model = serving.model
     assert model is not None and data.messages is not None
     params, messages = params_of(data), messages_of(data.messages, state.limits)
-    options = template_options(data.think)
+    reasoning = Reasoning(model, wish_of(data.think))
+    messages, options = reasoning.messages(messages), dict(reasoning.options)
     calling, tools = None, [{"type": "function"} | tool for tool in data.tools or []]
     if tools:
         calling = Calling(model.template, model.tokenizer, tools, options)
@@ -62,5 +62,6 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatIn) -> Made:
         options |= more
     ids = model.chat_ids(messages, **options)
     continues, timeout = is_prefilled(messages, None), state.settings.answer_s
+    params = reasoning.params(params, ids, str(messages[-1]["content"]) if continues else "")
     made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
     return made, calling

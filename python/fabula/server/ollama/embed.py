@@ -11,8 +11,9 @@ from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Timings
-from fabula.server.borrowed import add_face, ignore, refuse, unknown_fields
+from fabula.server.borrowed import add_face, ignore, unknown_fields
 from fabula.server.describe import WRITING, fails
+from fabula.server.failures import refuse
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import find
 from fabula.server.ollama.schemas import EmbeddingIn, EmbeddingOut, EmbedIn, EmbedOut

@@ -17,8 +17,8 @@ from fabula.models.opening import open_model
 from fabula.server.borrowed import Json
 from fabula.server.ollama.names import shown
 from fabula.server.ollama.writer import rfc3339
+from fabula.server.reasoning import Reasoning
 from fabula.server.state import Serving, server
-from fabula.sessions.tool_forms import style_of
 
 _KEY = "fabula.ollama.facts"
 
@@ -145,6 +145,6 @@ def capabilities(model: Model, facts: Facts) -> list[str]:
     found = ["completion"]
     if model.tokenizer.chat_template is not None:
         found.append("tools")
-        if style_of(model.template).thinks:
+        if Reasoning(model).form is not None:
             found.append("thinking")
     return found

@@ -9,15 +9,17 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Generation
 from fabula.model import Model
-from fabula.server.borrowed import Json, add_face, ignore, refuse, unknown_fields
+from fabula.server.borrowed import Json, add_face, ignore, unknown_fields
 from fabula.server.describe import WRITING, fails, streams_as
+from fabula.server.failures import refuse
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import find
-from fabula.server.ollama.options import params_of, template_options
+from fabula.server.ollama.options import params_of, wish_of
 from fabula.server.ollama.prompt import NO_IMAGES
 from fabula.server.ollama.schemas import GenerateIn, GenerateOut
 from fabula.server.openai.format import start_generations
+from fabula.server.reasoning import Reasoning
 from fabula.server.state import Server, Serving, server
 from fabula.text.continuation import encode_next
 
@@ -41,9 +43,7 @@ async def generate(data: GenerateIn) -> Any:
     if data.context and data.system:
         ignore("system")  # the context has its own
     more = _nothing if data.raw else _context
-    return await answer(
-        serving, lambda: _begin(state, serving, tenant, data), _shaped, streams=data.stream is not False, more=more
-    )
+    return await answer(serving, lambda: _begin(state, serving, tenant, data), _shaped, data=data, more=more)
 
 
 def _check(data: GenerateIn) -> None:
@@ -84,13 +84,15 @@ def _begin(state: Server, serving: Serving, tenant: str, data: GenerateIn) -> Ma
     if data.raw:
         ids = model.tokenizer.encode(prompt, special=True)
     else:
-        options = template_options(data.think)
+        reasoning = Reasoning(model, wish_of(data.think))
+        options = reasoning.options
         messages = [{"role": "user", "content": prompt}]
         if data.context:
             ids = _continued(model, list(data.context), messages, options)
         else:
             system = [{"role": "system", "content": data.system}] if data.system else []
             ids = model.chat_ids([*system, *messages], **options)
+        params = reasoning.params(params, ids)
     continues, timeout = bool(data.raw), state.settings.answer_s
     made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
     return made, None

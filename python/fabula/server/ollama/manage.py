@@ -10,9 +10,9 @@ from quart import Blueprint, Response
 from quart_schema import document_response, tag, validate_request
 
 from fabula.formats.locate import can_be_fetched
-from fabula.server.borrowed import Json, add_face, ignore, refuse, unknown_fields
+from fabula.server.borrowed import Json, add_face, ignore, unknown_fields
 from fabula.server.describe import WRITING, fails, streams_as
-from fabula.server.failures import ApiError
+from fabula.server.failures import ApiError, refuse
 from fabula.server.ollama.answer import LINES, lines
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import LATEST, add_copy, known, missing, remove_copy

@@ -6,8 +6,9 @@ from typing import Any
 
 from fabula.engine.constraint import Constraint
 from fabula.engine.sampling import SamplingParams
-from fabula.server.borrowed import refuse
+from fabula.server.failures import refuse
 from fabula.server.ollama.schemas import Answered, OptionsIn
+from fabula.server.reasoning import EFFORTS, Wish
 
 # Ollama's name -> ours, where the values mean the same.
 _SAME = {
@@ -20,7 +21,6 @@ _SAME = {
 }
 # The smallest share of probability that is told from 0: it keeps the likeliest token alone, as 0 does in Ollama.
 _LIKELIEST_ALONE = 1e-6
-THINK_LEVELS = ("low", "medium", "high", "max")
 
 
 def params_of(data: Answered) -> SamplingParams:
@@ -45,6 +45,8 @@ def params_of(data: Answered) -> SamplingParams:
         given["seed"] = options.seed
     if options.stop:
         given["stop"] = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop)
+    if data.logprobs and data.top_logprobs is not None:
+        given["n_logprobs"] = data.top_logprobs
     constraint = _constraint(data.format)
     if constraint is not None:
         given["constraint"] = constraint
@@ -62,16 +64,14 @@ def _constraint(format: object) -> Constraint | None:
     return Constraint.json_schema(format if "x-guidance" in format else {**format, "x-guidance": {"lenient": True}})
 
 
-def template_options(think: bool | str | None) -> dict[str, Any]:
-    """Variables of the chat template for `think`; a template that does not know them ignores them.
+def wish_of(think: bool | str | None) -> Wish:
+    """What a request says about thinking; without `think` the model does as it does by itself.
 
     Raises:
         ApiError: it is a word that is no level.
     """
-    if think is None:
-        return {}
-    if isinstance(think, bool):
-        return {"enable_thinking": think}
-    if think not in THINK_LEVELS:
-        raise refuse("think", f"is {think!r:.40}, must be a boolean or one of {', '.join(THINK_LEVELS)}")
-    return {"enable_thinking": True, "reasoning_effort": think}
+    if think is None or isinstance(think, bool):
+        return Wish(think)
+    if think not in EFFORTS:
+        raise refuse("think", f"is {think!r:.40}, must be a boolean or one of {', '.join(EFFORTS)}")
+    return Wish(effort=think)

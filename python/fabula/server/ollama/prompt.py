@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fabula.server.borrowed import Json, refuse
+from fabula.server.borrowed import Json
+from fabula.server.failures import refuse
 from fabula.server.limits import Limits
 from fabula.server.ollama.schemas import ChatMessageIn
 

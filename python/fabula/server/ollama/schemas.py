@@ -64,6 +64,8 @@ class Answered(Named):
     format: Any = FORMAT
     options: OptionsIn | None = OPTIONS
     think: bool | str | None = THINK
+    logprobs: bool | None = Field(None, description="Whether the log-probability of each token is sent.")
+    top_logprobs: Whole | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     keep_alive: float | str | None = KEEP_ALIVE
 
 

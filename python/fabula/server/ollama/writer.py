@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Iterator
 
+from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
-from fabula.server.answer_parts import AnswerParser
+from fabula.server.answer_parts import AnswerParser, ReasoningText
 from fabula.server.borrowed import Json
 from fabula.server.failures import INTERNAL
 from fabula.server.ollama.errors import error_json
-from fabula.server.openai.format import ended_itself
+from fabula.server.openai.format import CertainPieces, chat_logprob, ended_itself, pieces_of
 from fabula.server.runs import Event, Run
 from fabula.server.stream import dumps
 from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, loaded
@@ -42,10 +43,12 @@ class Parts:
     def __init__(self, key: str) -> None:
         self._key, self._name, self._arguments, self._n_calls = key, "", "", 0
 
-    def take(self, events: Iterable[Part]) -> Iterator[Json]:
+    def take(self, events: Iterable[Part | ReasoningText]) -> Iterator[Json]:
         """Pieces for these events; a call is one piece, as soon as it is complete. One that is not is text."""
         for event in events:
             match event:
+                case ReasoningText(text):
+                    yield {"thinking": text}
                 case Content(text):
                     yield {"content": text}
                 case CallStarted(_, name):
@@ -80,6 +83,7 @@ class AnswerWriter:
         run: generates it.
         parser: makes a parser of its text.
         shaped: makes the fields of a reply from a piece of the message.
+        logprobs: whether log-probabilities are sent.
         more: further fields of the last line; called at the end.
     """
 
@@ -91,9 +95,12 @@ class AnswerWriter:
         parser: Callable[[], AnswerParser],
         shaped: Callable[[Json], Json],
         more: Callable[[Generation], Json] = lambda _: {},
+        *,
+        logprobs: bool = False,
     ) -> None:
         self._model, self._generation, self._run, self._new_parser = model, generation, run, parser
-        self._shaped, self._more = shaped, more
+        self._shaped, self._more, self._logprobs = shaped, more, logprobs
+        self._certain = CertainPieces()
         self._key = "".join(c for c in run.id.removeprefix("run_") if c.isalnum())[-12:]
         self._parser, self._parts = parser(), Parts(self._key)
 
@@ -101,21 +108,28 @@ class AnswerWriter:
         """The reply after the answer's end."""
         parser, parts = self._new_parser(), Parts(self._key)
         events = parser.feed(self._generation.read_so_far()[1])
-        pieces = parts.take([*events, *parser.finish(ended_itself=self._ended_itself())])
-        return self._about(joined(pieces)) | self._end()
+        pieces = parts.take([*events, *parser.finish(is_whole=self._ended_itself())])
+        return self._about(joined(pieces)) | self._told(pieces_of(self._run, 0)) | self._end()
 
     def lines(self, event: Event) -> Iterator[bytes]:
         """The lines of a run's event."""
         if event.piece is not None:
-            for piece in self._parts.take(self._parser.feed(event.piece.text)):
-                yield line(self._about(piece) | {"done": False})
+            told = self._told(self._certain.feed(event.piece)) if self._logprobs else {}
+            pieces = [*self._parts.take(self._parser.feed(event.piece.text))] or ([{}] if told else [])
+            for i, piece in enumerate(pieces):
+                yield line(self._about(piece) | (told if i == 0 else {}) | {"done": False})
         elif event.kind == "error":
             yield line(error_json(self._run.error or INTERNAL))
         elif event.kind != "start":
-            rest = self._parser.finish(ended_itself=self._ended_itself())
+            rest = self._parser.finish(is_whole=self._ended_itself())
             for piece in self._parts.take(rest):
                 yield line(self._about(piece) | {"done": False})
             yield line(self._about({}) | self._end())
+
+    def _told(self, pieces: list[Piece]) -> Json:
+        """Log-probabilities of tokens, if they are wanted."""
+        tokenizer = self._generation.engine.tokenizer
+        return {"logprobs": [chat_logprob(tokenizer, piece) for piece in pieces]} if self._logprobs and pieces else {}
 
     def _ended_itself(self) -> bool:
         return ended_itself(self._generation, has_stops=bool(self._generation.params.stop))
