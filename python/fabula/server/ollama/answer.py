@@ -47,7 +47,15 @@ async def answer(
     generations, calling = await begin(make, lambda made: cancel_all(made[0]))
     run = start_run(state, tenant, serving.name, generations, describe)
     generation = generations[0]
-    writer = AnswerWriter(serving.name, generation, run, lambda: AnswerParser(generation.params, calling), shaped, more)
+    writer = AnswerWriter(
+        serving.name,
+        generation,
+        run,
+        lambda: AnswerParser(generation.params, calling),
+        shaped,
+        more,
+        logprobs=bool(data.logprobs),
+    )
     if data.stream is not False:
         return lines(follow(run, writer.lines, lambda: ()))
     return (await run.finish())[0]
