@@ -160,6 +160,21 @@ class Settings:
         ),
     )
 
+    # ---- OpenAI's API -----------------------------------------------------------------------------------------------
+
+    strict: bool = field(
+        default=False,
+        metadata=_about("OpenAI's API", "Refuse unknown fields below /v1; otherwise they are ignored and named."),
+    )
+    model_names: str = field(
+        default="any",
+        metadata=_about(
+            "OpenAI's API",
+            "any: where one model is served, it answers to any name; exact: an unknown name gives 404.",
+            choices=("any", "exact"),
+        ),
+    )
+
     # ---- Limits -----------------------------------------------------------------------------------------------------
 
     max_body_bytes: int = field(
