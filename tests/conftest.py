@@ -18,6 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+import environment  # noqa: F401 (first)
 import tiny
 from fabula import _native
 from fabula.engine.scheduler import Load
@@ -27,11 +28,6 @@ from fabula.formats.locate import locate
 from fabula.model import Model
 from fabula.text.tokenizer import Tokenizer
 from waiting import wait_until
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests run in several processes: torch and numpy take one processor each. A model of Fabula's has threads of its own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples every time, so that a change is judged by what it changed; FABULA_TEST_RANDOM=1 looks for new ones.
 # How long one takes says something of the machine only.
