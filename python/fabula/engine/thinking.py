@@ -24,6 +24,7 @@ class Thinking:
         form: name of the marks, one of `fabula.text.reasoning.FORMS`.
         is_open: whether the prompt ends inside a thought.
         budget: tokens of thought at most, the marks not counted; None for no limit, 0 closes a thought at once.
+        unless: text that starts something else in place of the open thought, such as a tool call; "" for none.
 
     Raises:
         InvalidArgument: an unknown form, or a budget out of its range.
@@ -32,12 +33,15 @@ class Thinking:
     form: str
     is_open: bool = False
     budget: int | None = None
+    unless: str = ""
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise InvalidArgument(f"thinking form is {self.form!r:.40}, must be one of {', '.join(FORMS)}")
         if not isinstance(self.is_open, bool):
             raise InvalidArgument(f"thinking is_open is {self.is_open!r:.40}, must be True or False")
+        if not isinstance(self.unless, str):
+            raise InvalidArgument(f"thinking unless is {self.unless!r:.40}, must be text")
         budget = self.budget
         if budget is not None and (
             not isinstance(budget, int) or isinstance(budget, bool) or not 0 <= budget <= MAX_BUDGET
@@ -62,7 +66,7 @@ class Thought:
         form = FORMS[thinking.form]
         self.shown = form.shown(tokenizer)
         self.delays = thinking.is_open
-        self._parser = ReasoningParser(form, is_open=thinking.is_open)
+        self._parser = ReasoningParser(form, is_open=thinking.is_open, unless=thinking.unless)
         self._closing = form.closing_ids(tokenizer)
         self._budget = thinking.budget
         self.n_used = 0

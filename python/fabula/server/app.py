@@ -19,6 +19,8 @@ from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
 from fabula.server.logs import Log
 from fabula.server.observer import Observer, notify
+from fabula.server.openai.tolerance import ignored_fields, name_ignored
+from fabula.server.paths import canonical, nearest
 from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
@@ -68,6 +70,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     state.gate = Gate(settings, keys)
     app.before_request(_notice)
     state.gate.install(app)
+    app.after_request(name_ignored)
     app.after_request(_watch)
     _handle_errors(app)
     for blueprint in blueprints():
@@ -117,6 +120,7 @@ def _request_class(settings: Settings) -> type[Request]:
         """A request whose body is limited by its path."""
 
         def __init__(self, method: str, scheme: str, path: str, *args: Any, **kwargs: Any) -> None:
+            path = canonical(path)
             if path == "/sessions/import":
                 kwargs["max_content_length"] = IMPORT_FACTOR * settings.max_body_bytes
             super().__init__(method, scheme, path, *args, **kwargs)
@@ -164,14 +168,17 @@ def _handle_errors(app: Quart) -> None:
 
     @app.errorhandler(RequestSchemaValidationError)
     async def invalid(error: RequestSchemaValidationError) -> Response:
-        return _respond(body_error(error.validation_error))
+        return _respond(body_error(error.validation_error, ignored_fields()))
 
     @app.errorhandler(HTTPException)
     async def http(error: HTTPException) -> Response:
         status = error.code or 500
         if status == 413:
             return _respond(too_large(request.max_content_length or 0))
-        words = {404: "there is no such path", 405: f"the path does not answer {request.method}"}
+        words = {405: f"the path does not answer {request.method}"}
+        if status == 404:
+            near = nearest(request.path, (rule.rule for rule in app.url_map.iter_rules()))
+            words[404] = "there is no such path" + (f"; did you mean {near}?" if near else "")
         words[408] = "the body took too long to arrive"
         message = words.get(status, error.description or error.name)
         found = ApiError(status, error.name.lower().replace(" ", "_"), message)

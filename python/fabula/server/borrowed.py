@@ -1,97 +1,47 @@
 """Shared by the APIs of others that the server speaks besides OpenAI's: Anthropic's and Ollama's.
 
-Their clients send fields that mean nothing here. Such a field is ignored; the header `fabula-ignored` of the response
-names it, and so does a line of the log at level debug. Errors have the shape that the API's own clients read.
+Their clients send fields that mean nothing here. Such a field is ignored and named (`openai/tolerance.py`). Errors have
+the shape that the API's own clients read (`faces.py`).
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
-from quart import Blueprint, Response, g
+from pydantic import model_validator
+from quart import g
 
+from fabula.server.openai.tolerance import ignored_fields, tolerant
 from fabula.server.runs import Event, Follower, Run
-from fabula.server.state import Server, Serving
+from fabula.server.schemas import Strict
 
 Json = dict[str, Any]
-IGNORED = "fabula-ignored"
-MAX_NAMED = 16  # ignored fields that the header names
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
-logger = logging.getLogger("fabula.server")
 
 
-# ---- Bodies ---------------------------------------------------------------------------------------------------------
+def as_it_is(_: Json) -> None:
+    """Translates nothing."""
 
 
-class Tolerant(BaseModel):
-    """A body whose unknown fields are kept aside instead of refused."""
+class Tolerant(Strict):
+    """A body whose unknown fields, and those of bodies in it, are ignored and named. Null means absent.
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    Attributes:
+        translate: turns dialects into fields of the body, in place.
+    """
 
+    translate: ClassVar[Callable[[Json], None]] = as_it_is
 
-def _integral(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_integral)]  # also written 100.0, as some JSON encoders do
-
-
-def unknown_fields(body: BaseModel) -> Iterator[str]:
-    """Paths of the fields that a body does not declare, those of bodies in it included."""
-    for name in body.model_extra or {}:
-        yield name
-    for name in type(body).model_fields:
-        value = getattr(body, name)
-        for place, item in enumerate(value) if isinstance(value, list) else [(-1, value)]:
-            if isinstance(item, BaseModel):
-                where = name if place < 0 else f"{name}[{place}]"
-                yield from (f"{where}.{path}" for path in unknown_fields(item))
+    @model_validator(mode="before")
+    @classmethod
+    def _tolerant(cls, given: Any) -> Any:
+        return tolerant(cls, given, cls.translate)
 
 
 def ignore(*paths: str) -> None:
     """Notes fields of the current request that have no effect."""
-    found: list[str] = g.setdefault("ignored", [])
-    found += [path for path in paths if path not in found]
-
-
-def ignored() -> list[str]:
-    """The fields noted so far, as the header names them."""
-    return [_UNSAFE.sub("_", path)[:64] for path in g.get("ignored", [])]
-
-
-async def name_ignored(response: Response) -> Response:
-    """Names the ignored fields in the response's header and the log."""
-    names = ignored()
-    if names:
-        more = [f"+{len(names) - MAX_NAMED}"] if len(names) > MAX_NAMED else []
-        response.headers[IGNORED] = ", ".join([*names[:MAX_NAMED], *more])
-        logger.debug("request %s: ignored %s", g.get("request_id", ""), response.headers[IGNORED])
-    return response
-
-
-# ---- Models ---------------------------------------------------------------------------------------------------------
-
-
-def serving_of(state: Server, name: str | None) -> Serving:
-    """The model of a request. Where one model is served, every name means it; the reply says which it is.
-
-    Raises:
-        ApiError: 404, several are served and none has that name; or as `Server.model`.
-    """
-    return state.model(None if not name or (name not in state.models and len(state.models) == 1) else name)
-
-
-def add_face(blueprint: Blueprint) -> Blueprint:
-    """Makes the routes of a blueprint name the fields they ignore."""
-    blueprint.after_request(name_ignored)
-    return blueprint
-
-
-# ---- Streams --------------------------------------------------------------------------------------------------------
+    known = ignored_fields()
+    g.ignored = [*known, *(path for path in paths if path not in known)]
 
 
 def follow(

@@ -7,6 +7,7 @@ A request to think less than a template can be told is met by the limit: a thoug
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,10 @@ from fabula.engine.thinking import Thinking, Thought
 from fabula.errors import EngineError
 from fabula.model import Model
 from fabula.server.failures import refuse
-from fabula.text.reasoning import ReasoningParser, form_of
+from fabula.sessions.call_events import Blanks, Content, Event
+from fabula.sessions.tools import Calling
+from fabula.text.reasoning import FORMS, ReasoningParser, form_of
+from fabula.text.tokenizer import Tokenizer
 
 # Tokens of thought by effort, for templates that do not know efforts; None for no limit. The figures are those of
 # litellm's DEFAULT_REASONING_EFFORT_..._THINKING_BUDGET, where "high" is not limited here.
@@ -91,13 +95,16 @@ class Reasoning:
         self.options |= given or {}
         self._is_open = False
 
-    def params(self, params: SamplingParams, prompt_ids: Sequence[int], reply: str = "") -> SamplingParams:
+    def params(
+        self, params: SamplingParams, prompt_ids: Sequence[int], reply: str = "", *, unless: str = ""
+    ) -> SamplingParams:
         """The settings with the limit of thoughts.
 
         Args:
             params: of the request.
             prompt_ids: of the whole prompt.
             reply: text at its end that the answer continues.
+            unless: text that starts a tool call, which may come in place of an open thought.
         """
         if self.form is None:
             return params
@@ -110,13 +117,14 @@ class Reasoning:
             if reply:
                 tail = tail.rstrip().removesuffix(reply.rstrip())
             self._is_open = self.form.is_open(tail)
-        return self._limited(params)
+        return self._limited(params, unless)
 
-    def params_before(self, params: SamplingParams, **options: Any) -> SamplingParams:
+    def params_before(self, params: SamplingParams, *, unless: str = "", **options: Any) -> SamplingParams:
         """As `params`, before the prompt is known: whether an answer starts inside a thought is tried out.
 
         Args:
             params: of the request.
+            unless: as for `params`.
             options: of the chat template, besides `options`.
         """
         if self.form is None:
@@ -127,15 +135,11 @@ class Reasoning:
         except EngineError:  # the template refuses it
             prompt = ""
         self._is_open = self.form.is_open(prompt)
-        return self._limited(params)
+        return self._limited(params, unless)
 
-    def _limited(self, params: SamplingParams) -> SamplingParams:
+    def _limited(self, params: SamplingParams, unless: str) -> SamplingParams:
         assert self.form is not None
-        return replace(params, thinking=Thinking(self.form.name, self._is_open, self._budget))
-
-    def parser(self, *, is_raw: bool = False) -> ReasoningParser:
-        """A parser of one answer, after `params`; `is_raw` as for `ReasoningParser`."""
-        return ReasoningParser(self.form, is_open=self._is_open, is_raw=is_raw)
+        return replace(params, thinking=Thinking(self.form.name, self._is_open, self._budget, unless))
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages with the thoughts of earlier answers under the keys that the template reads, or without them."""
@@ -152,21 +156,76 @@ class Reasoning:
 
 def n_thought_tokens(generation: Generation) -> int:
     """Tokens of thought of an answer, so far."""
-    if generation.params.thinking is None:
+    return count_thought(generation.params, generation.read_so_far()[0], generation.engine.tokenizer)
+
+
+def count_thought(params: SamplingParams, token_ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """Tokens of thought among those of an answer."""
+    if params.thinking is None:
         return 0
-    tokenizer = generation.engine.tokenizer
-    thought = Thought(generation.params.thinking, tokenizer)
+    thought = Thought(params.thinking, tokenizer)
     decoder = tokenizer.stream_decoder(continues=True, shown=thought.shown)
-    for token in generation.read_so_far()[0]:
-        thought.take(token, decoder.push(token))
+    for token in token_ids:
+        with suppress(KeyError):  # an id that only pads the model's vocabulary
+            thought.take(token, decoder.push(token))
     return thought.n_used
 
 
 def parser_of(params: SamplingParams | None, *, is_raw: bool = False) -> ReasoningParser:
-    """A parser of an answer with these settings, such as those of a stored turn."""
-    from fabula.text.reasoning import FORMS
+    """A parser of an answer with these settings, which `Reasoning` made.
 
+    Args:
+        params: of the answer, or of a stored turn; without `thinking`, all is text.
+        is_raw: as for `ReasoningParser`.
+    """
     thinking = params.thinking if params is not None else None
     if thinking is None:
         return ReasoningParser(None)
-    return ReasoningParser(FORMS[thinking.form], is_open=thinking.is_open, is_raw=is_raw)
+    form = FORMS[thinking.form]
+    return ReasoningParser(form, is_open=thinking.is_open, unless=thinking.unless, is_raw=is_raw)
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningText:
+    """Text of a thought.
+
+    Attributes:
+        text: the next part of it.
+    """
+
+    text: str
+
+
+class AnswerParser:
+    """Parses one answer into thoughts, content and tool calls, as its text arrives.
+
+    Args:
+        params: of the answer; `thinking` says which marks it has.
+        calling: how it calls tools; None if it does not.
+        separates: whether thoughts are separated from the content.
+    """
+
+    def __init__(self, params: SamplingParams, calling: Calling | None, *, separates: bool = True) -> None:
+        is_harmony = calling is not None and calling.form.arguments == "harmony"
+        self._thoughts = parser_of(params if separates else None, is_raw=is_harmony)
+        has_thoughts = params.thinking is None or not separates
+        self._calls = calling.parser(has_thoughts=has_thoughts) if calling is not None else None
+        self._blanks = Blanks()
+
+    def feed(self, text: str) -> list[Event | ReasoningText]:
+        """Parses the next piece of text; returns the events that are certain."""
+        return [event for kind, part in self._thoughts.feed(text) for event in self._take(kind, part)]
+
+    def finish(self, *, is_whole: bool) -> list[Event | ReasoningText]:
+        """At the end of the text: the remaining events; `is_whole` as for `CallParser.finish`."""
+        events = [event for kind, part in self._thoughts.finish() for event in self._take(kind, part)]
+        if self._calls is not None:
+            events += [*self._blanks.filter(self._calls.finish(is_whole=is_whole)), *self._blanks.finish()]
+        return events
+
+    def _take(self, kind: str, text: str) -> list[Event | ReasoningText]:
+        if kind == "reasoning":
+            return [ReasoningText(text)]
+        if self._calls is None:
+            return [Content(text)]
+        return [*self._blanks.filter(self._calls.feed(text))]

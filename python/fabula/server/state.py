@@ -234,6 +234,28 @@ class Server:
             raise ApiError(503, "model_loading", f"model {serving.name} is still loading; retry soon", retry_after=1)
         return serving
 
+    def model_for(self, name: str | None) -> Serving:
+        """The model of a request to a borrowed API, whose clients have names of their own for it.
+
+        Args:
+            name: a model's name, also with a provider's before it or a tag behind it, in any case; None or "" means the
+                first. Where one model is served, any name is its, unless the setting `model_names` is "exact".
+
+        Raises:
+            ApiError: as `model`; 404 names the models there are.
+        """
+        names = list(self.models)
+        if not name or name in self.models:
+            return self.model(name or None)
+        if self.settings.model_names == "any":
+            last = name.rpartition("/")[2].removesuffix(":latest").casefold()
+            found = [one for one in names if one.casefold() in (name.casefold(), last)]
+            if len(found) == 1 or len(names) == 1:
+                return self.model((found or names)[0])
+        raise ApiError(
+            404, "model_not_found", f"there is no model {name[:128]!r}; there are {', '.join(names)}", param="model"
+        )
+
     def add_model(self, place: str) -> Serving:
         """Serves one more model, which loads in the background. One that failed is tried again.
 

@@ -11,7 +11,7 @@ from fabula.text.reasoning import n_half
 _MESSAGE = "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")
 _BEGINS = ("<|channel|>", "<|start|>", "to=")
-_RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_-]{1,64})(?=[\s<])")
+_RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_./-]{1,64})(?=[\s<])")
 
 
 class HarmonyParser(CallParser):

@@ -117,6 +117,7 @@ class ReasoningParser:
     Args:
         form: of the model; None: everything is text.
         is_open: whether the text starts inside a thought, as the prompt ends with the mark.
+        unless: text that starts something else, such as a call, in place of the open thought; "" for none.
         is_raw: whether marks outside of thoughts stay in the text, for a parser of tool calls; for harmony alone.
 
     Example:
@@ -127,8 +128,10 @@ class ReasoningParser:
         [('text', 'Four.')]
     """
 
-    def __init__(self, form: ReasoningForm | None, *, is_open: bool = False, is_raw: bool = False) -> None:
-        self._form, self._is_raw = form, is_raw
+    def __init__(
+        self, form: ReasoningForm | None, *, is_open: bool = False, unless: str = "", is_raw: bool = False
+    ) -> None:
+        self._form, self._unless, self._is_raw = form, unless, is_raw
         self._held = ""  # text that is not decided yet
         self._has_begun = False  # the current thought has text
         self._is_thought = self._is_final = False  # harmony: the current message is a thought, is the answer
@@ -172,11 +175,13 @@ class ReasoningParser:
         """Where a thought may begin."""
         assert self._form is not None
         start, text = self._form.start, self._held.lstrip()
-        if len(text) < len(start) and start.startswith(text):
+        unless = self._unless if self._opened else ""
+        if any(len(text) < len(mark) and mark.startswith(text) for mark in (start, unless)):
             return False
         if text.startswith(start):
             self._held, self._state = text[len(start) :], self._thought
         else:
+            self._opened = self._opened and not (unless and text.startswith(unless))
             self._state = self._thought if self._opened else self._text
         return True
 

@@ -6,8 +6,8 @@ import base64
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from fabula.server.answer_parts import ReasoningText
 from fabula.server.borrowed import Json
+from fabula.server.reasoning import ReasoningText
 from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, Event, loaded
 
 Start, Delta, Stop = "content_block_start", "content_block_delta", "content_block_stop"

@@ -10,22 +10,21 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Generation
 from fabula.model import Model
-from fabula.server.answer_parts import AnswerParser
 from fabula.server.anthropic.errors import AnthropicErrorReply
 from fabula.server.anthropic.prompt import Prompt, params_of, prompt_of, thoughts_of, wish_of
 from fabula.server.anthropic.schemas import CountBody, CountReply, MessageReply, MessagesBody, PromptBody
 from fabula.server.anthropic.writer import PING, MessageWriter
-from fabula.server.borrowed import Json, add_face, follow, ignore, serving_of, unknown_fields
+from fabula.server.borrowed import Json, follow
 from fabula.server.describe import WRITING, fails, streams
 from fabula.server.openai.format import start_generations
-from fabula.server.reasoning import Reasoning
+from fabula.server.reasoning import AnswerParser, Reasoning
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
 from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
 
-routes = add_face(Blueprint("anthropic_messages", __name__))
+routes = Blueprint("anthropic_messages", __name__)
 
 
 @routes.after_request
@@ -44,8 +43,7 @@ async def messages(data: MessagesBody) -> Any:
     """Answers a conversation in the form of Anthropic's Messages API. It is not stored; a prefix shared with an earlier
     request is not recomputed."""
     state, tenant = server(), g.tenant
-    ignore(*unknown_fields(data))
-    serving = serving_of(state, data.model)
+    serving = state.model_for(data.model)
     writer: MessageWriter
 
     def describe(_: int) -> Json:
@@ -70,8 +68,7 @@ async def messages(data: MessagesBody) -> Any:
 async def count_tokens(data: CountBody) -> Any:
     """Counts the tokens of a conversation's prompt; generates nothing."""
     state = server()
-    ignore(*unknown_fields(data))
-    model = _model(serving_of(state, data.model))
+    model = _model(state.model_for(data.model))
 
     def count() -> int:
         return len(_prompt_ids(model, data, prompt_of(data, state.limits), Reasoning(model, wish_of(data)))[0])
@@ -102,7 +99,8 @@ def _begin(state: Server, serving: Serving, tenant: str, data: MessagesBody) -> 
         calling = Calling(model.template, model.tokenizer, prompt.tools, reasoning.options)
         params = replace(params, constraint=calling.constraint(prompt.choice, prompt.parallel, params.constraint))
     ids, reply = _prompt_ids(model, data, prompt, reasoning)
-    params, timeout = reasoning.params(params, ids, reply or ""), state.settings.answer_s
+    unless, timeout = calling.form.opening if calling is not None else "", state.settings.answer_s
+    params = reasoning.params(params, ids, reply or "", unless=unless)
     continues = reply is not None
     made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
     return made, calling

@@ -5,19 +5,23 @@ Bodies also take the fields of `Sampling`, the settings of Fabula's own API: see
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from fabula.server.borrowed import Tolerant, Whole
-from fabula.server.schemas import Sampling
-
-
-def _off_if_negative(value: Any) -> Any:
-    return 0 if value == -1 else value
+from fabula.server.borrowed import Json, Tolerant
+from fabula.server.schemas import Sampling, Strict
 
 
-class MessageIn(Tolerant):
+def _without_limits(body: Json) -> None:
+    """-1 means no limit, as in other servers."""
+    for name in ("max_tokens", "top_k"):
+        if body.get(name) == -1:
+            del body[name]
+
+
+class MessageIn(Strict):
     """A message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
@@ -27,17 +31,15 @@ class MessageIn(Tolerant):
     )
 
 
-class ThinkingIn(Tolerant):
+class ThinkingIn(Strict):
     """Whether the model thinks before it answers."""
 
     type: str = Field(description='"disabled", or any other word: "enabled", "adaptive".')
-    budget_tokens: Whole | None = Field(
-        None, description="Tokens of thought at most.", json_schema_extra={"minimum": 1}
-    )
+    budget_tokens: int | None = Field(None, description="Tokens of thought at most.", json_schema_extra={"minimum": 1})
     display: str | None = Field(None, description='"omitted": thoughts are not sent, their blocks are empty.')
 
 
-class ToolChoiceIn(Tolerant):
+class ToolChoiceIn(Strict):
     """Which tools the answer calls."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -45,14 +47,14 @@ class ToolChoiceIn(Tolerant):
     disable_parallel_tool_use: bool | None = Field(None, description="Whether the answer has one call at most.")
 
 
-class OutputFormatIn(Tolerant):
+class OutputFormatIn(Strict):
     """A JSON schema for the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfigIn(Tolerant):
+class OutputConfigIn(Strict):
     """Settings of the output."""
 
     format: OutputFormatIn | None = None
@@ -82,12 +84,11 @@ class PromptBody(Tolerant):
 class MessagesBody(PromptBody, Sampling):
     """A conversation to answer."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    translate: ClassVar[Callable[[Json], None]] = _without_limits
 
-    max_tokens: Whole | None = Field(None, description="Default: what the context has room for.", ge=1)
+    max_tokens: int | None = Field(None, description="Default: what the context has room for.", ge=1)
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer; at most 16 of 256 bytes.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is generated.")
-    top_k: Annotated[Whole | None, BeforeValidator(_off_if_negative)] = Field(None, description="0 and -1 are off.")
     metadata: dict[str, Any] | None = Field(None, description="Has no effect.")
     service_tier: str | None = Field(None, description="Has no effect.")
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fabula.engine.generation import Generation
-from fabula.server.answer_parts import AnswerParser, stop_string_of
 from fabula.server.anthropic.blocks import Blocks
 from fabula.server.anthropic.errors import error_json
 from fabula.server.borrowed import Json
 from fabula.server.failures import INTERNAL
 from fabula.server.openai.format import ended_itself
+from fabula.server.reasoning import AnswerParser, n_thought_tokens
 from fabula.server.runs import Event, Run
+from fabula.server.stop_string import stop_string_of
 from fabula.server.stream import dumps
 
 
@@ -95,9 +96,12 @@ class MessageWriter:
 
     def _usage(self) -> Json:
         timings = self._generation.timings
+        more = (
+            {"output_tokens_details": {"thinking_tokens": n_thought_tokens(self._generation)}} if self._thoughts else {}
+        )
         return {
             "input_tokens": timings.prompt_tokens - timings.reused_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": timings.reused_tokens,
             "output_tokens": timings.generated_tokens,
-        }
+        } | more

@@ -8,10 +8,10 @@ from typing import Any
 from quart import Response, g
 
 from fabula.engine.generation import Generation
-from fabula.server.answer_parts import AnswerParser
 from fabula.server.borrowed import Json, follow
 from fabula.server.ollama.schemas import Answered
 from fabula.server.ollama.writer import AnswerWriter, now
+from fabula.server.reasoning import AnswerParser
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Serving, server
 from fabula.server.stream import response

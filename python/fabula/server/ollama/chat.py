@@ -8,7 +8,7 @@ from typing import Any
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
-from fabula.server.borrowed import Json, add_face, ignore, unknown_fields
+from fabula.server.borrowed import Json
 from fabula.server.describe import WRITING, fails, streams_as
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
@@ -22,7 +22,7 @@ from fabula.server.state import Server, Serving, server
 from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
 
-routes = add_face(Blueprint("ollama_chat", __name__))
+routes = Blueprint("ollama_chat", __name__)
 
 
 @routes.post("/api/chat")
@@ -35,7 +35,6 @@ async def chat(data: ChatIn) -> Any:
     """Answers a conversation in the form of Ollama's API. It is not stored; a prefix shared with an earlier request is
     not recomputed."""
     state, tenant = server(), g.tenant
-    ignore(*unknown_fields(data))
     serving = find(data.model)
     if not data.messages:
         return loaded(serving, _shaped)
@@ -62,6 +61,7 @@ def _begin(state: Server, serving: Serving, tenant: str, data: ChatIn) -> Made:
         options |= more
     ids = model.chat_ids(messages, **options)
     continues, timeout = is_prefilled(messages, None), state.settings.answer_s
-    params = reasoning.params(params, ids, str(messages[-1]["content"]) if continues else "")
+    reply, unless = str(messages[-1]["content"]) if continues else "", calling.form.opening if calling else ""
+    params = reasoning.params(params, ids, reply, unless=unless)
     made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
     return made, calling

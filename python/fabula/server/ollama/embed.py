@@ -11,7 +11,6 @@ from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Timings
-from fabula.server.borrowed import add_face, ignore, unknown_fields
 from fabula.server.describe import WRITING, fails
 from fabula.server.failures import refuse
 from fabula.server.ollama.errors import OllamaErrorReply
@@ -21,7 +20,7 @@ from fabula.server.openai.schemas import MAX_INPUTS
 from fabula.server.start_run import begin
 from fabula.server.state import Serving, server
 
-routes = add_face(Blueprint("ollama_embed", __name__))
+routes = Blueprint("ollama_embed", __name__)
 
 
 @routes.post("/api/embed")
@@ -31,7 +30,6 @@ routes = add_face(Blueprint("ollama_embed", __name__))
 @fails(*WRITING, reply=OllamaErrorReply)
 async def embed(data: EmbedIn) -> Any:
     """Embeds texts as vectors of length 1. Those of a model that was not trained for it are a rough measure."""
-    ignore(*unknown_fields(data))
     serving = find(data.model)
     texts = [data.input] if isinstance(data.input, str) else list(data.input or [])
     assert serving.model is not None
@@ -56,7 +54,6 @@ async def embed(data: EmbedIn) -> Any:
 @fails(*WRITING, reply=OllamaErrorReply)
 async def embeddings(data: EmbeddingIn) -> Any:
     """Embeds a text; an older form of `/api/embed`."""
-    ignore(*unknown_fields(data))
     vectors, _ = await _embedded(find(data.model), [data.prompt] if data.prompt else [], "prompt")
     return {"embedding": vectors[0] if vectors else []}
 

@@ -9,7 +9,7 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Generation
 from fabula.model import Model
-from fabula.server.borrowed import Json, add_face, ignore, unknown_fields
+from fabula.server.borrowed import Json, ignore
 from fabula.server.describe import WRITING, fails, streams_as
 from fabula.server.failures import refuse
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
@@ -23,7 +23,7 @@ from fabula.server.reasoning import Reasoning
 from fabula.server.state import Server, Serving, server
 from fabula.text.continuation import encode_next
 
-routes = add_face(Blueprint("ollama_generate", __name__))
+routes = Blueprint("ollama_generate", __name__)
 
 
 @routes.post("/api/generate")
@@ -35,7 +35,6 @@ routes = add_face(Blueprint("ollama_generate", __name__))
 async def generate(data: GenerateIn) -> Any:
     """Answers a prompt in the form of Ollama's API; with `raw`, continues it as it is."""
     state, tenant = server(), g.tenant
-    ignore(*unknown_fields(data))
     serving = find(data.model)
     _check(data)
     if not data.prompt:

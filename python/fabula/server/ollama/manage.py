@@ -10,7 +10,7 @@ from quart import Blueprint, Response
 from quart_schema import document_response, tag, validate_request
 
 from fabula.formats.locate import can_be_fetched
-from fabula.server.borrowed import Json, add_face, ignore, unknown_fields
+from fabula.server.borrowed import Json
 from fabula.server.describe import WRITING, fails, streams_as
 from fabula.server.failures import ApiError, refuse
 from fabula.server.ollama.answer import LINES, lines
@@ -20,7 +20,7 @@ from fabula.server.ollama.schemas import CopyIn, ModelIn, PullIn, StatusReply
 from fabula.server.ollama.writer import line
 from fabula.server.state import Serving, server
 
-routes = add_face(Blueprint("ollama_manage", __name__))
+routes = Blueprint("ollama_manage", __name__)
 
 POLL_S = 0.1  # between two looks at a model that is loading
 _HUB = ("hf.co/", "huggingface.co/")  # what Ollama writes before names on the hub
@@ -35,7 +35,6 @@ _HUB = ("hf.co/", "huggingface.co/")  # what Ollama writes before names on the h
 async def pull(data: PullIn) -> Any:
     """Reports the progress of a model until it is loaded. With `--pull` it also fetches and serves one that is not
     served yet: a model that Fabula knows by name, or `owner/repository` on the Hugging Face hub."""
-    ignore(*unknown_fields(data))
     name = data.model or data.name
     if not name:
         raise refuse("model", "is missing", "missing_field")
@@ -97,7 +96,6 @@ async def _steps(serving: Serving) -> AsyncIterator[Json]:
 @fails(*WRITING, reply=OllamaErrorReply)
 async def copy(data: CopyIn) -> Any:
     """Gives a model another name for this key, until the server stops."""
-    ignore(*unknown_fields(data))
     add_copy(data.source, data.destination)
     return {"status": "success"}
 
@@ -109,7 +107,6 @@ async def copy(data: CopyIn) -> Any:
 @fails(*WRITING, reply=OllamaErrorReply)
 async def delete(data: ModelIn) -> Response | Json:
     """Removes a name that `/api/copy` gave, or a model that `/api/pull` added. Files stay."""
-    ignore(*unknown_fields(data))
     name = data.model or data.name
     if not name:
         raise refuse("model", "is missing", "missing_field")

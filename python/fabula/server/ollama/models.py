@@ -8,7 +8,7 @@ from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
 from fabula import __version__
-from fabula.server.borrowed import Json, add_face, ignore, unknown_fields
+from fabula.server.borrowed import Json
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.ollama import facts
 from fabula.server.ollama.errors import OllamaErrorReply
@@ -17,7 +17,7 @@ from fabula.server.ollama.schemas import ModelIn, ShowReply, TagsReply, VersionR
 from fabula.server.ollama.writer import rfc3339
 from fabula.server.state import server
 
-routes = add_face(Blueprint("ollama_models", __name__))
+routes = Blueprint("ollama_models", __name__)
 
 API_VERSION = "0.13.0"  # of Ollama, whose API this follows; clients ask for a lowest one
 NEVER = "9999-12-31T23:59:59Z"  # when a model is unloaded
@@ -66,7 +66,6 @@ async def ps() -> Any:
 @fails(*WRITING, reply=OllamaErrorReply)
 async def show(data: ModelIn) -> Any:
     """What is known of a model: its chat template, sampling defaults, metadata, and what it can do."""
-    ignore(*unknown_fields(data))
     state, serving = server(), find_any(data.model or data.name)
     state.model(serving.name)  # 503 while it is loading
     model, known = serving.model, await facts.facts_of(serving)

@@ -6,7 +6,6 @@ import re
 
 from quart import current_app, g
 
-from fabula.server.borrowed import serving_of
 from fabula.server.failures import ApiError
 from fabula.server.state import Serving, server
 
@@ -42,16 +41,17 @@ def find(name: str | None) -> Serving:
     """The model of a request, which is ready.
 
     Raises:
-        ApiError: as `serving_of`.
+        ApiError: as `Server.model_for`.
     """
     serving = known(name)
-    return serving_of(server(), (name or "").removesuffix(LATEST) if serving is None else serving.name)
+    return server().model_for(name) if serving is None else server().model(serving.name)
 
 
 def find_any(name: str | None) -> Serving:
     """As `find`, also while the model is loading."""
     models = server().models
-    serving = known(name) or (next(iter(models.values())) if not name or len(models) == 1 else None)
+    takes_any = not name or (len(models) == 1 and server().settings.model_names == "any")
+    serving = known(name) or (next(iter(models.values())) if takes_any else None)
     if serving is None:
         raise missing(name)
     return serving

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fabula.server.borrowed import Tolerant, Whole
+from fabula.server.borrowed import Tolerant
+from fabula.server.schemas import Strict
 
 KEEP_ALIVE: Any = Field(None, description="Has no effect: models stay loaded.")
 OPTIONS: Any = Field(
@@ -28,24 +29,24 @@ class Named(Tolerant):
     model: str | None = Field(None, description="`name:latest` is `name`. With one model served, every name means it.")
 
 
-class OptionsIn(Tolerant):
+class OptionsIn(Strict):
     """Sampling settings."""
 
-    num_predict: Whole | None = Field(None, description="Tokens to generate at most; -1 and -2: what has room.")
+    num_predict: int | None = Field(None, description="Tokens to generate at most; -1 and -2: what has room.")
     temperature: float | None = None
-    top_k: Whole | None = None
+    top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
     repeat_penalty: float | None = None
-    repeat_last_n: Whole | None = None
+    repeat_last_n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: Whole | None = Field(None, description="Negative: another one each time.")
+    seed: int | None = Field(None, description="Negative: another one each time.")
     stop: list[str] | str | None = None
 
 
-class ChatMessageIn(Tolerant):
+class ChatMessageIn(Strict):
     """A message of the conversation."""
 
     role: str
@@ -65,7 +66,7 @@ class Answered(Named):
     options: OptionsIn | None = OPTIONS
     think: bool | str | None = THINK
     logprobs: bool | None = Field(None, description="Whether the log-probability of each token is sent.")
-    top_logprobs: Whole | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
+    top_logprobs: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     keep_alive: float | str | None = KEEP_ALIVE
 
 
@@ -82,7 +83,7 @@ class GenerateIn(Answered):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = Field(None, description="Continue the prompt as it is, without a chat template.")
-    context: list[Whole] | None = Field(None, description="Of the reply to continue from.")
+    context: list[int] | None = Field(None, description="Of the reply to continue from.")
     images: list[Any] | None = Field(None, description="Refused: the model reads text.")
     template: str | None = Field(None, description="Must be empty: the model's own chat template is used.")
     suffix: str | None = Field(None, description="Must be empty: the models do not fill gaps.")
@@ -93,7 +94,7 @@ class EmbedIn(Named):
 
     input: str | list[str] | None = None
     truncate: bool | None = Field(None, description="Has no effect: a text longer than the context is an error.")
-    dimensions: Whole | None = Field(None, description="Must be the size the model has.")
+    dimensions: int | None = Field(None, description="Must be the size the model has.")
     options: dict[str, Any] | None = Field(None, description="Has no effect.")
     keep_alive: float | str | None = KEEP_ALIVE
 

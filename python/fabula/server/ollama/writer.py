@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
-from fabula.server.answer_parts import AnswerParser, ReasoningText
 from fabula.server.borrowed import Json
 from fabula.server.failures import INTERNAL
 from fabula.server.ollama.errors import error_json
 from fabula.server.openai.format import CertainPieces, chat_logprob, ended_itself, pieces_of
+from fabula.server.reasoning import AnswerParser, ReasoningText
 from fabula.server.runs import Event, Run
 from fabula.server.stream import dumps
 from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, loaded

@@ -12,6 +12,7 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.server.describe import WRITING, fails, streams
+from fabula.server.failures import refuse
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
@@ -22,7 +23,6 @@ from fabula.server.openai.format import (
     line,
     pieces_of,
     reason_of,
-    refuse,
     start_generations,
     token_name,
     usage,
@@ -50,7 +50,7 @@ async def completions(data: CompletionBody) -> Any:
     """Continues texts. `max_tokens` is 16 unless it is given."""
     state, tenant = server(), g.tenant
     n, prompts = choices_of(data), prompts_of(data)
-    serving = state.model(data.model)
+    serving = state.model_for(data.model)
     texts: Texts
 
     def describe(index: int) -> Json:

@@ -12,7 +12,8 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Timings
 from fabula.server.describe import WRITING, fails
-from fabula.server.openai.format import Json, refuse
+from fabula.server.failures import refuse
+from fabula.server.openai.format import Json
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
 from fabula.server.start_run import begin
@@ -32,7 +33,7 @@ async def embeddings(data: EmbeddingBody) -> Any:
     texts = texts_of(data)
     for i, text in enumerate(texts):
         state.limits.check_text(text, "input" if isinstance(data.input, str) else f"input[{i}]")
-    serving = state.model(data.model)
+    serving = state.model_for(data.model)
     model = serving.model
     assert model is not None
     size = model.config.hidden_size

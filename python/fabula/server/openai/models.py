@@ -16,7 +16,24 @@ routes = Blueprint("openai_models", __name__)
 
 
 def _told(state: Server, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(state.begun_at), "owned_by": "fabula"}
+    """A model, with what clients of other servers look for: its context length, family and quantization."""
+    found = {"id": name, "object": "model", "created": int(state.begun_at), "owned_by": "fabula"}
+    model = state.models[name].model
+    if model is None:  # still loading
+        return found
+    return found | {
+        "context_length": model.context,
+        "max_model_len": model.context,  # vLLM's name for it
+        "family": model.config.model_type,
+        "quantization": model.weights,
+        "meta": {  # llama.cpp's
+            "n_ctx_train": model.config.context_length,
+            "n_ctx": model.context,
+            "n_vocab": model.config.vocab_size,
+            "n_embd": model.config.hidden_size,
+            "size": model.weight_bytes,
+        },
+    }
 
 
 @routes.get("/v1/models")

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from fabula.engine.constraint import Constraint
 from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
-from fabula.server.openai.format import Json, refuse
+from fabula.server.failures import refuse
+from fabula.server.openai.format import Json
 from fabula.server.openai.schemas import ChatCompletionBody, CompletionBody, ResponseBody
+from fabula.server.reasoning import Wish
 from fabula.server.schemas import Sampling
 
 MAX_TOKENS = 16  # of a completion that sets no limit; the default of OpenAI's API
@@ -66,6 +68,11 @@ def response_params(data: ResponseBody) -> SamplingParams:
         params = _with_format(params, "text.format", schema, wanted.strict, "text.format.schema")
     check_tool_choice(data)
     return params
+
+
+def wish_of(data: ChatCompletionBody | ResponseBody) -> Wish:
+    """What a request says about thinking."""
+    return Wish(data.enable_thinking, data.reasoning_effort, data.thinking_budget)
 
 
 def uses_tools(data: ChatCompletionBody | ResponseBody) -> bool:
