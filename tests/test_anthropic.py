@@ -69,6 +69,21 @@ def test_blocks_become_messages() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("system", "left"),
+    [
+        ("x-anthropic-billing-header: cc_version=2.1.1; cc_entrypoint=cli; cch=a5;You are kind.", "You are kind."),
+        ("x-anthropic-billing-header: cc_version=2; cch=1;\nYou are kind.", "You are kind."),
+        ("Never write x-anthropic-billing-header: a=b;", "Never write x-anthropic-billing-header: a=b;"),
+        ("", None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_bookkeeping_is_left_out(system: Any, left: str | None) -> None:
+    found = prompt(user("hi"), system=system).messages
+    assert [one["content"] for one in found if one["role"] == "system"] == ([left] if left else [])
+
+
 def test_turns_of_one_role_are_one_turn() -> None:
     found = prompt(user("a"), user("b"), {"role": "assistant", "content": "c"}, {"role": "assistant", "content": "d"})
     assert [one["content"] for one in found.messages] == ["a\n\nb", "cd"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,9 @@ from fabula.server.failures import refuse
 from fabula.server.limits import Limits
 from fabula.server.reasoning import Wish
 
-# The first system block of Claude Code, from version 2.1.36 on: a line of bookkeeping whose hash changes with every
+# What the system prompt of Claude Code starts with, from version 2.1.36 on: bookkeeping whose hash changes with every
 # request, so that no prefix of the prompt would ever be found in the KV cache. It says nothing to the model.
-_BOOKKEEPING = "x-anthropic-billing-header:"
+_BOOKKEEPING = re.compile(r"x-anthropic-billing-header:(?: *\w+=[^;\n]*;)*\s*")
 _UNREADABLE = {"image": "image input is not supported", "document": "only documents with text are supported"}
 # Blocks of history that only Anthropic's own servers make.
 _FOREIGN = ("redacted_thinking", "server_tool_use", "mcp_tool_use", "container_upload", "compaction")
@@ -61,7 +62,10 @@ def prompt_of(data: PromptBody, limits: Limits) -> Prompt:
 
 
 def _system(given: object) -> str:
-    texts = [text for text in _texts(given, "system") if not text.startswith(_BOOKKEEPING)] if given else []
+    texts = []
+    for text in _texts(given or [], "system"):
+        match = _BOOKKEEPING.match(text)
+        texts.append(text[match.end() :] if match is not None else text)
     return "\n\n".join(text for text in texts if text)
 
 
