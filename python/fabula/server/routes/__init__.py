@@ -7,9 +7,10 @@ from quart import Blueprint
 
 def blueprints() -> list[Blueprint]:
     """Every part of the API."""
-    from fabula.server import openai
+    from fabula.server import llama, openai
     from fabula.server.routes import chat, docs, health, metrics, page, sessions, streams, text, walk
 
-    return [
-        module.routes for module in (chat, walk, sessions, streams, text, health, metrics, page, docs)
-    ] + openai.blueprints()
+    return [module.routes for module in (chat, walk, sessions, streams, text, health, metrics, page, docs)] + [
+        *openai.blueprints(),
+        *llama.blueprints(),
+    ]
