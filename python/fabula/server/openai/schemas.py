@@ -177,7 +177,9 @@ class EmbeddingBody(Tolerated):
 
     translate: ClassVar[Callable[[dict[str, Any]], None]] = dialects.embedding
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(description="Texts; token ids are refused.")
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Texts, or token ids of this model's tokenizer."
+    )
     model: str | None = Field(None, description="Default: the server's first.")
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="base64: of float32, little-endian. Default: float."
