@@ -198,7 +198,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"messages": [{"role": "user", "content": "a" * 5000}]}, "tokens do not fit"),
     ("/api/generate", {"prompt": "a", "images": ["aGk="]}, "images holds images: image input is not supported"),
     ("/api/generate", {"prompt": "a", "template": "{{ .Prompt }}"}, "template is not supported"),
-    ("/api/generate", {"prompt": "a", "suffix": "b"}, "suffix is not supported"),
+    ("/api/generate", {"prompt": "a", "suffix": "b"}, "suffix needs a model with marks for gaps"),
     ("/api/generate", {"prompt": "a", "raw": True, "system": "b"}, "raw excludes"),
     ("/api/generate", {"prompt": "a", "context": [10**9]}, "token id"),
     ("/api/embed", {"input": ["a", ""]}, "input[1] is empty"),

@@ -71,8 +71,8 @@ def test_a_field_in_place_of_another(tiny_server: Running, thinker: Running) -> 
         error = reply.json()["error"]
         assert (reply.status_code, error["code"], error["param"]) == (400, "missing_field", "messages")
         assert error["message"] == "messages is missing; prompt: no such field"
-    reply = tiny_server.client.post("/tokenize", json={"content": "hi"})
-    assert reply.status_code == 400 and reply.json()["error"]["message"] == "text is missing; content: no such field"
+    reply = tiny_server.client.post("/chat", json={"prompt": "hi"})
+    assert reply.status_code == 400 and reply.json()["error"]["message"] == "message is missing; prompt: no such field"
 
 
 def test_any_name_means_the_only_model(tiny_server: Running, thinker: Running) -> None:

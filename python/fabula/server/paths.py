@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 PREFIX = "/v1/"
 BORROWED = ("chat/completions", "completions", "embeddings", "messages", "models", "responses")  # below PREFIX
-ALIASES = {"/v1/health": "/health", "/healthz": "/health", "/api/v1/health": "/health"}
+ALIASES = {"/v1/health": "/health", "/healthz": "/health", "/api/v1/health": "/health"} | dict.fromkeys(
+    ("/v1/rerank", "/v1/reranking", "/reranking"), "/rerank"
+)
 BEFORE = ("/api/v1/", "/openai/v1/", "/v1/v1/")  # other servers' names for PREFIX, and a base URL with one too many
 
 

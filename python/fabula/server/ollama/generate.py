@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from quart import Blueprint, g
@@ -22,6 +23,7 @@ from fabula.server.openai.format import start_generations
 from fabula.server.reasoning import Reasoning
 from fabula.server.state import Server, Serving, server
 from fabula.text.continuation import encode_next
+from fabula.text.fim import gap_prompt
 
 routes = Blueprint("ollama_generate", __name__)
 
@@ -41,7 +43,7 @@ async def generate(data: GenerateIn) -> Any:
         return loaded(serving, _shaped)
     if data.context and data.system:
         ignore("system")  # the context has its own
-    more = _nothing if data.raw else _context
+    more = _nothing if data.raw or data.suffix else _context
     return await answer(serving, lambda: _begin(state, serving, tenant, data), _shaped, data=data, more=more)
 
 
@@ -53,10 +55,9 @@ def _check(data: GenerateIn) -> None:
         raise refuse(
             "template", "is not supported: the model's own chat template is used, or none with raw", "unsupported"
         )
-    if data.suffix:
-        raise refuse("suffix", "is not supported: the models continue texts, they do not fill gaps", "unsupported")
-    if data.raw and (data.context or data.system):
-        raise refuse("raw", "excludes context and system: write them into the prompt")
+    if (data.raw or data.suffix) and (data.context or data.system):
+        word = "raw" if data.raw else "suffix"
+        raise refuse(word, "excludes context and system: write them into the prompt")
 
 
 def _shaped(piece: Json) -> Json:
@@ -80,7 +81,13 @@ def _begin(state: Server, serving: Serving, tenant: str, data: GenerateIn) -> Ma
     params, prompt = params_of(data), data.prompt
     state.limits.check_text(prompt, "prompt")
     state.limits.check_text(data.system or "", "system")
-    if data.raw:
+    if data.suffix:
+        state.limits.check_text(data.suffix, "suffix")
+        gap = gap_prompt(model.tokenizer, prompt, data.suffix)
+        if gap is None:
+            raise refuse("suffix", "needs a model with marks for gaps, such as Qwen2.5-Coder", "unsupported")
+        ids, params = gap.ids, replace(params, stop_tokens=(*params.stop_tokens, *gap.ends))
+    elif data.raw:
         ids = model.tokenizer.encode(prompt, special=True)
     else:
         reasoning = Reasoning(model, wish_of(data.think))
@@ -92,7 +99,7 @@ def _begin(state: Server, serving: Serving, tenant: str, data: GenerateIn) -> Ma
             system = [{"role": "system", "content": data.system}] if data.system else []
             ids = model.chat_ids([*system, *messages], **options)
         params = reasoning.params(params, ids)
-    continues, timeout = bool(data.raw), state.settings.answer_s
+    continues, timeout = bool(data.raw or data.suffix), state.settings.answer_s
     made = start_generations(model, [ids], params, 1, continues=continues, tenant=tenant, timeout=timeout)
     return made, None
 

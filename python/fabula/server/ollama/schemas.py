@@ -86,7 +86,7 @@ class GenerateIn(Answered):
     context: list[int] | None = Field(None, description="Of the reply to continue from.")
     images: list[Any] | None = Field(None, description="Refused: the model reads text.")
     template: str | None = Field(None, description="Must be empty: the model's own chat template is used.")
-    suffix: str | None = Field(None, description="Must be empty: the models do not fill gaps.")
+    suffix: str | None = Field(None, description="Text after the gap to fill; for models with marks for it.")
 
 
 class EmbedIn(Named):

@@ -15,6 +15,7 @@ def blueprints() -> list[Blueprint]:
     from fabula.server.openai.completions import routes as completions
     from fabula.server.openai.embeddings import routes as embeddings
     from fabula.server.openai.models import routes as models
+    from fabula.server.openai.response_inputs import routes as response_inputs
     from fabula.server.openai.responses import routes as responses
 
-    return [models, chat, completions, responses, embeddings]
+    return [models, chat, completions, responses, response_inputs, embeddings]

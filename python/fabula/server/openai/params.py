@@ -43,16 +43,12 @@ def chat_params(data: ChatCompletionBody) -> SamplingParams:
 
 def completion_params(data: CompletionBody, n: int) -> SamplingParams:
     """Settings for `/v1/completions` with n answers to a prompt."""
-    if data.suffix:
-        raise refuse("suffix", "is not supported: the models continue texts, they do not fill gaps", "unsupported")
     if data.best_of not in (None, n):
         raise refuse("best_of", f"is {data.best_of}, must be n, {n}: every answer is returned", "unsupported")
     if data.n_logprobs is not None:
         raise refuse("n_logprobs", "is called logprobs here", "unknown_field")
     if data.logprobs is not None and not 0 <= data.logprobs <= MAX_LOGPROBS:
         raise refuse("logprobs", f"is {data.logprobs}, must be in 0 .. {MAX_LOGPROBS}")
-    if data.echo and data.logprobs is not None:
-        raise refuse("echo", "and logprobs exclude each other: prompts have no probabilities here", "unsupported")
     params = replace(data.params(SamplingParams()), n_logprobs=data.logprobs or 0)
     return params if params.max_tokens is not None else replace(params, max_tokens=max(MAX_TOKENS, params.min_tokens))
 

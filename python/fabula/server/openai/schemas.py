@@ -160,14 +160,16 @@ class CompletionBody(Asked):
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Texts, or token ids.")
     best_of: int | None = Field(None, description="Must be n.")
-    echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")
+    echo: bool | None = Field(
+        None, description="Whether the answer begins with the prompt; with `logprobs` also those of its tokens."
+    )
     logprobs: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 20})
     parse_special: bool | None = Field(
         None,
         description="Whether control tokens written in the prompt are parsed as control tokens; false: as text. "
         "Default: true.",
     )
-    suffix: str | None = Field(None, description="Must be empty: the models do not fill gaps.")
+    suffix: str | None = Field(None, description="Text after the gap to fill, for models that were trained for it.")
 
 
 class EmbeddingBody(Tolerated):
@@ -175,7 +177,9 @@ class EmbeddingBody(Tolerated):
 
     translate: ClassVar[Callable[[dict[str, Any]], None]] = dialects.embedding
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(description="Texts; token ids are refused.")
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Texts, or token ids of this model's tokenizer."
+    )
     model: str | None = Field(None, description="Default: the server's first.")
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="base64: of float32, little-endian. Default: float."

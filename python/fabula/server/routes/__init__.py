@@ -7,8 +7,8 @@ from quart import Blueprint
 
 def blueprints() -> list[Blueprint]:
     """Every part of the API."""
-    from fabula.server import anthropic, ollama, openai
+    from fabula.server import anthropic, llama, ollama, openai
     from fabula.server.routes import chat, docs, health, metrics, page, sessions, streams, text, walk
 
     own = [module.routes for module in (chat, walk, sessions, streams, text, health, metrics, page, docs)]
-    return [*own, *openai.blueprints(), *anthropic.blueprints(), *ollama.blueprints()]
+    return own + [one for face in (openai, llama, anthropic, ollama) for one in face.blueprints()]
