@@ -420,6 +420,12 @@ def test_sdk_answers_and_streams(client: Any) -> None:
     assert counted.input_tokens == message.usage.input_tokens
 
 
+def test_sdk_lists_the_models(client: Any) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.display_name, model.type, model.max_input_tokens) == ("tiny", "tiny", "model", 4096)
+    assert client.models.retrieve("tiny").created_at == model.created_at
+
+
 def test_sdk_uses_tools(client: Any) -> None:
     asked: dict[str, Any] = {
         "model": "claude", "max_tokens": 300, "tools": [WEATHER], "extra_body": {"logit_bias": NO_BLANKS, "seed": 4},
