@@ -16,7 +16,7 @@ from fabula.server.failures import ApiError
 from fabula.server.limits import Limits
 from fabula.server.settings import Settings
 from serving import Running
-from test_openai_inside import Inside, inside
+from test_openai_inside import Inside, break_after_three, inside
 
 CITY = {
     "type": "object",
@@ -358,6 +358,19 @@ def test_errors_have_anthropics_shape(folder: Path, tmp_path: Path) -> None:
             assert words in error["error"]["message"] and error["request_id"]
         found, error = await client.get("/v1/messages/none")
         assert (found, error["error"]["type"]) == (404, "not_found_error")
+
+    inside(tmp_path, folder, work)
+
+
+def test_a_failure_in_the_middle_ends_the_stream(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_after_three(monkeypatch)
+
+    async def work(client: Inside) -> None:
+        asked: dict[str, Any] = {"messages": [user("hi")], "ignore_eos": True, "seed": 1}
+        *_, last = await stream(client, **asked)
+        assert last["type"] == "error" and last["error"]["type"] == "api_error" and last["error"]["message"]
+        status, error = await client.ask("POST", "/v1/messages", **asked)
+        assert status == 500 and error["error"] == last["error"]
 
     inside(tmp_path, folder, work)
 

@@ -20,7 +20,7 @@ from fabula.server.settings import Settings
 from fabula.sessions.tool_call_parser import parser_of
 from fabula.sessions.tool_forms import HERMES
 from serving import Running, lasting_port
-from test_openai_inside import Inside, inside
+from test_openai_inside import Inside, break_after_three, inside
 
 CITY = {
     "type": "object",
@@ -217,6 +217,19 @@ def test_errors_have_ollamas_shape(folder: Path, tmp_path: Path) -> None:
         for path, method in (("/api/push", "POST"), ("/api/create", "POST"), ("/api/chat", "GET")):
             status, found = await client.ask(method, path, model="tiny")
             assert status in (404, 405) and found.keys() == {"error"}
+
+    inside(tmp_path, folder, work)
+
+
+def test_a_failure_in_the_middle_ends_the_stream(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_after_three(monkeypatch)
+
+    async def work(client: Inside) -> None:
+        asked: dict[str, Any] = {"messages": HI, "format": {"type": "array", "minItems": 9}}
+        *pieces, last = await lines(client, "/api/chat", **asked)
+        assert pieces and last.keys() == {"error"} and last["error"]
+        status, error = await client.ask("POST", "/api/chat", **asked, stream=False)
+        assert status == 500 and error == last
 
     inside(tmp_path, folder, work)
 
