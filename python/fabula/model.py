@@ -399,7 +399,7 @@ class Model:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[int]],
         *,
         pooling: Pooling = "mean",
         normalize: bool = True,
@@ -415,7 +415,7 @@ class Model:
         of a text does not depend on the others.
 
         Args:
-            texts: at least one, none of them empty.
+            texts: at least one, none of them empty; each as text, or as token ids, which are used as they are.
             pooling: "mean" of all tokens, which suits generative models (Muennighoff, 2022, weights by position
                 instead), "last" token, or "first".
             normalize: whether to scale vectors to length 1, so that their dot product is the cosine similarity.
@@ -428,7 +428,10 @@ class Model:
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
             OutOfMemory: no free KV pages.
         """
-        ids = [self.tokenizer.encode(text, special=parse_special, add_eos=None) for text in checked_texts(texts)]
+        ids = [
+            self.tokenizer.encode(text, special=parse_special, add_eos=None) if isinstance(text, str) else text
+            for text in checked_texts(texts)
+        ]
         return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
 
     def _embedder(self) -> Embedder:

@@ -282,14 +282,15 @@ class TagsReply(ReplyModel):
 class TokensReply(ReplyModel):
     """Token ids of a text."""
 
-    tokens: list[int]
+    tokens: list[int] | list[dict[str, Any]]
     n_tokens: int
 
 
 class TextReply(ReplyModel):
-    """The text of token ids."""
+    """The text of token ids; `content`, llama.cpp's name, has control tokens too."""
 
     text: str
+    content: str
 
 
 class CountReply(ReplyModel):

@@ -385,13 +385,16 @@ class SettingsBody(Strict):
 
 
 class TextBody(Strict):
-    """A text for a model's tokenizer."""
+    """A text for a model's tokenizer; `content` and what follows it are llama.cpp's names."""
 
-    text: str
+    text: str | None = None
     model: str | None = None
     parse_special: bool | None = _parse_special("the text", "false")
     special: bool = Field(False, description="An older name of `parse_special`.")
     add_bos: bool = Field(False, description="Whether to put the model's start token in front.")
+    content: str | None = Field(None, description="Another name of `text`; control tokens are parsed by default.")
+    add_special: bool = Field(False, description="Another name of `add_bos`.")
+    with_pieces: bool = Field(False, description="Whether each token comes with its text.")
 
 
 class TokensBody(Strict):

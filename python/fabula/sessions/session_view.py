@@ -262,6 +262,7 @@ class SessionView:
         chat: bool = True,
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool | None = None,
+        at: TurnRef | None = None,
     ) -> Count:
         """What a next turn would cost, after the head as it is now, also while a reply is running.
 
@@ -273,14 +274,15 @@ class SessionView:
             chat: False for a story.
             template_options: as `say`.
             parse_special: as `say` or `tell`.
+            at: another turn that it would follow.
 
         Raises:
-            InvalidArgument: `say` would refuse it, whatever its length.
+            InvalidArgument: there is no such turn, or `say` would refuse it, whatever its length.
             TemplateError: as `say`.
             SessionNotFound: the session was deleted.
         """
         self._check_exists()
-        parent, model = self.head, self._handle.loaded
+        parent, model = self._find(at), self._handle.loaded
         self._check_vocabulary(model)
         new = None
         if said is not None:
