@@ -25,6 +25,8 @@ void fb_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_scale_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_multiply_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_add_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_mix_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_match_rms_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);
