@@ -113,6 +113,16 @@ def test_match_rms(in_place: bool) -> None:
     assert_near(rows.run(), wanted)
 
 
+@pytest.mark.parametrize("cutoff", [1.6448536, 0.0, -0.7])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_sparsify(cutoff: float, in_place: bool) -> None:
+    op = Op(kind=kinds.SPARSIFY, input=0, out=0 if in_place else 1, scale=cutoff, activation=kinds.ACTIVATIONS["silu"])
+    rows = Rows([100], [100], [op], op.out)
+    (x,) = rows.inputs()
+    above = np.maximum(x - x.mean(axis=1, keepdims=True) - cutoff * x.std(axis=1, keepdims=True), 0)
+    assert_near(rows.run(), above / (1 + np.exp(-above)))
+
+
 def test_second_inputs_may_be_constant() -> None:
     vector = np.random.default_rng(2).standard_normal(W).astype(np.float32)
     for kind, wanted in ((kinds.MULTIPLY, np.multiply), (kinds.ADD, np.add)):
@@ -139,6 +149,8 @@ def test_a_later_table_may_have_fewer_rows() -> None:
         (Op(kind=kinds.MATCH_RMS, input=0, out=2), "has no second input"),
         (Op(kind=kinds.MATCH_RMS, input=0, out=2, residual=1), "cannot be its residual"),
         (Op(kind=kinds.MATCH_RMS, input=0, out=2, residual=0, eps=-1.0), "eps must be finite"),
+        (Op(kind=kinds.SPARSIFY, input=0, out=2, activation=6), "activation 6 is not one of a gate"),
+        (Op(kind=kinds.SPARSIFY, input=1, out=2), "the result is 4 wide, buffer 2 is 42"),
         (Op(kind=kinds.MULTIPLY, input=0, out=2, vector=np.ones(3, np.float32)), "has no second input"),
     ],
 )

@@ -256,7 +256,8 @@ enum fb_op_kind {
     FB_OP_MULTIPLY = 15,       /* out = in * columns column .. column + width - 1 of `residual`; out may be in */
     FB_OP_ADD = 16,            /* out = scale * (in + columns of `residual`, as MULTIPLY); out may be in */
     FB_OP_MIX = 17,            /* of streams side by side: out_i = (residual_i +) sum over j of factor[i][j] in_j */
-    FB_OP_MATCH_RMS = 18       /* out = in * rms(columns of `residual`) / max(rms(in), sqrt(eps)); out may be in */
+    FB_OP_MATCH_RMS = 18,      /* out = in * rms(columns of `residual`) / max(rms(in), sqrt(eps)); out may be in */
+    FB_OP_SPARSIFY = 19        /* out = activation(max(in - mean(in) - scale * deviation(in), 0)); out may be in */
 };
 
 /* Activations of LINEAR and LINEAR_GATED. XIELU, with vector2 = a, b, c, e:

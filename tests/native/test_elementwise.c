@@ -123,6 +123,9 @@ static void check_table(enum fb_isa isa) {
         kernels->layer_norm(x, weight, bias, n, 1e-6f, got);
         reference->layer_norm(x, weight, bias, n, 1e-6f, wanted);
         CHECK_AT(same(got, wanted, n), "isa %d, layer norm of %zu", (int)isa, n);
+        kernels->sparsify(x, n, 0.8f, got);
+        reference->sparsify(x, n, 0.8f, wanted);
+        CHECK_AT(same(got, wanted, n), "isa %d, sparsify of %zu", (int)isa, n);
         got[0] = kernels->mean_square(x, n);
         wanted[0] = reference->mean_square(x, n);
         CHECK_AT(same(got, wanted, 1), "isa %d, mean square of %zu", (int)isa, n);

@@ -5,7 +5,7 @@
  * Errors, against exact functions of the f32 input: exp and tanh about 2e-7 of the result, erf 1.5e-7 in all. NaN stays
  * NaN, so damaged weights are found in the logits.
  *
- * Defines activate_*, soft_cap, layer_norm and mean_square (contracts in kernels.h), and ELEMENTWISE_KERNELS, their entries in the
+ * Defines activate_*, soft_cap, layer_norm, sparsify and mean_square (contracts in kernels.h), and ELEMENTWISE_KERNELS, their entries in the
  * table. Tested by test_kernels for every table.
  */
 /* Vectors are passed by pointer: by value, a function's ABI would depend on the registers that it is compiled for. */
@@ -170,7 +170,8 @@ static inline float fold_16(const f16x *lanes) {
     return fb_fold(all);
 }
 
-static void layer_norm(const float *x, const float *weight, const float *bias, size_t n, float eps, float *out) {
+/* Returns the variance. */
+static inline float moments(const float *x, size_t n, float *mean_of) {
     f16x sum = {0}, squares = {0}, in;
     size_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -187,9 +188,22 @@ static void layer_norm(const float *x, const float *weight, const float *bias, s
     }
     for (size_t k = i; k < n; k++)
         squares[k - i] += (x[k] - mean) * (x[k] - mean);
-    const float factor = 1.0f / sqrtf(fold_16(&squares) / (float)n + eps);
+    *mean_of = mean;
+    return fold_16(&squares) / (float)n;
+}
+
+static void layer_norm(const float *x, const float *weight, const float *bias, size_t n, float eps, float *out) {
+    float mean;
+    const float factor = 1.0f / sqrtf(moments(x, n, &mean) + eps);
     for (size_t k = 0; k < n; k++)
         out[k] = (x[k] - mean) * factor * weight[k] + bias[k];
+}
+
+static void sparsify(const float *x, size_t n, float factor, float *out) {
+    float mean;
+    const float deviation = sqrtf(moments(x, n, &mean)), least = mean + factor * deviation;
+    for (size_t k = 0; k < n; k++)
+        out[k] = x[k] <= least ? 0.0f : x[k] - least; /* NaN stays */
 }
 
 static float mean_square(const float *x, size_t n) {
@@ -214,4 +228,4 @@ static float mean_square(const float *x, size_t n) {
         [FB_ACTIVATION_XIELU] = activate_xielu,                                                                        \
         [FB_ACTIVATION_SIGMOID] = activate_sigmoid,                                                                    \
         [FB_ACTIVATION_TANH] = activate_tanh},                                                                         \
-    .soft_cap = soft_cap, .layer_norm = layer_norm, .mean_square = mean_square
+    .soft_cap = soft_cap, .layer_norm = layer_norm, .sparsify = sparsify, .mean_square = mean_square

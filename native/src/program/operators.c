@@ -142,6 +142,12 @@ static enum fb_status check_mix(const struct fb_check *c) {
     return FB_OK;
 }
 
+static enum fb_status check_sparsify(const struct fb_check *c) {
+    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU,
+        "op %d (sparsify): activation %d is not one of a gate", c->index, (int)c->op->activation);
+    return FB_OK;
+}
+
 static enum fb_status check_match_rms(const struct fb_check *c) {
     FB_REQUIRE(c->op->eps >= 0.0f && isfinite(c->op->eps), "op %d: eps must be finite and not negative", c->index);
     return FB_OK;
@@ -284,6 +290,12 @@ static const struct fb_operator operators[] = {
         .check = check_match_rms,
         .width = width_of_input,
         .run_row = fb_match_rms_row},
+    [FB_OP_SPARSIFY] = {.name = "sparsify",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE,
+        .stage = FB_STAGE_ROWS,
+        .check = check_sparsify,
+        .width = width_of_input,
+        .run_row = fb_sparsify_row},
 };
 
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind) {

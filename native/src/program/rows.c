@@ -123,6 +123,14 @@ void fb_match_rms_row(const struct fb_run *run, const struct fb_op *op, size_t r
     p->kernels->scale(out, width, wanted / sqrtf(square > op->eps ? square : op->eps));
 }
 
+void fb_sparsify_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *out = fb_row_of(p, op->out, row);
+    p->kernels->sparsify(fb_row_of(p, op->in, row), width, op->scale, out);
+    if (op->activation != FB_ACTIVATION_NONE) p->kernels->activate[op->activation](out, width, NULL);
+}
+
 static bool has_kv(const struct fb_program *p, const struct fb_op *op) {
     return p->buffers[op->in].width != fb_q_width(&p->shape.heads[op->heads]);
 }

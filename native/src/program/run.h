@@ -27,6 +27,7 @@ void fb_multiply_row(const struct fb_run *run, const struct fb_op *op, size_t ro
 void fb_add_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_mix_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_match_rms_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_sparsify_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);

@@ -34,7 +34,7 @@ Weights = list[Weight]  # one matrix: each device's share
 
 EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
-LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS = 12, 13, 14, 15, 16, 17, 18
+LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS, SPARSIFY = 12, 13, 14, 15, 16, 17, 18, 19
 ACTIVATIONS: Mapping[Activation | None, int] = {
     None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
     "tanh": 9,
@@ -375,6 +375,10 @@ class ProgramBuilder:
     def match_rms(self, x: int, out: int, other: int, *, eps: float) -> None:
         """out = x scaled to the root mean square of the first columns of `other`; eps is the least square of x."""
         self._add(MATCH_RMS, input=x, out=out, residual=other, eps=eps)
+
+    def sparsify(self, x: int, out: int, *, cutoff: float, activation: Activation | None = None) -> None:
+        """out = activation(max(x - mean(x) - cutoff * deviation(x), 0))."""
+        self._add(SPARSIFY, input=x, out=out, scale=cutoff, activation=ACTIVATIONS[activation])
 
     def gather_outputs(self, x: int, out: int) -> None:
         self._add(GATHER_OUTPUTS, input=x, out=out)
