@@ -167,7 +167,7 @@ CASES: dict[str, Case] = {
         GEMMA3N
         | {"altup_num_inputs": 3, "altup_active_idx": 1, "altup_correct_scale": False, "num_kv_shared_layers": 0}
         | {"intermediate_size": [100, 60, 100, 24, 100, 100, 33], "attention_bias": True}
-        | {"final_logit_softcapping": 5.0},
+        | {"final_logit_softcapping": 5.0, "activation_sparsity_pattern": [0.0, 0.5, 0.0, 0.2, 0.0, 0.0, 0.7]},
         "Gemma3nTextConfig",
     ),
     "gemma4": Case("Gemma4", GEMMA4, "Gemma4TextConfig"),

@@ -564,7 +564,7 @@ def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
         ("gemma3", "f16"),
         ("gemma4", "q8:bf16"),
         ("gemma3n", "f16"),
-        ("bloom", "q8"),
+        pytest.param("bloom", "q8", marks=pytest.mark.heavy),
         ("llama4", "f32"),
         ("cohere2", "bf16"),
         ("olmo2", "f16"),

@@ -128,7 +128,8 @@ void fb_sparsify_row(const struct fb_run *run, const struct fb_op *op, size_t ro
     const size_t width = (size_t)p->buffers[op->in].width;
     float *out = fb_row_of(p, op->out, row);
     p->kernels->sparsify(fb_row_of(p, op->in, row), width, op->scale, out);
-    if (op->activation != FB_ACTIVATION_NONE) p->kernels->activate[op->activation](out, width, NULL);
+    void (*const activate)(float *, size_t, const float *) = p->kernels->activate[op->activation];
+    if (activate) activate(out, width, NULL);
 }
 
 static bool has_kv(const struct fb_program *p, const struct fb_op *op) {

@@ -240,7 +240,8 @@ def shared_kv(read: ConfigReader, c: ModelConfig, shares: int) -> list[tuple[int
         if writes:
             own[window > 0] = i
         elif (window > 0) not in own:
-            raise read.error("num_kv_shared_layers", f"is {shares}: by layer_types, layer {i} has none of its kind to share with")
+            problem = f"is {shares}: by layer_types, layer {i} has none of its kind to share with"
+            raise read.error("num_kv_shared_layers", problem)
         found.append((own[window > 0], writes))
     return found
 
