@@ -571,14 +571,16 @@ def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
 
 
 # One model of each structure: sandwich norms with two ropes and windows; heads of two widths, layers that reuse keys
-# and values, embeddings of each layer; chunks and layers without rotation; parallel blocks; norms over whole rows;
-# learned positions.
+# and values, embeddings of each layer; several residual streams; ALiBi; chunks and layers without rotation; parallel
+# blocks; norms over whole rows; learned positions.
 @pytest.mark.busy(1e5)
 @pytest.mark.parametrize(
     ("name", "kv"),
     [
         ("gemma3", "f16"),
         ("gemma4", "q8:bf16"),
+        ("gemma3n", "f16"),
+        pytest.param("bloom", "q8", marks=pytest.mark.heavy),
         ("llama4", "f32"),
         ("cohere2", "bf16"),
         ("olmo2", "f16"),

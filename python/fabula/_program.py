@@ -21,6 +21,8 @@ class Op:
     input: int = -1
     out: int = -1
     residual: int = -1
+    factors: int = -1
+    width: int = 0
     layer: int = 0
     column: int = 0
     window: int = 0
@@ -40,7 +42,7 @@ class Op:
 
 # Numbers of an operator that C takes under the same name.
 _OP_FIELDS = (
-    *("kind", "out", "residual", "layer", "column", "window", "heads", "activation", "flags"),
+    *("kind", "out", "residual", "factors", "width", "layer", "column", "window", "heads", "activation", "flags"),
     *("eps", "scale", "limit", "temperature", "temperature_offset", "temperature_length"),
 )
 
