@@ -481,7 +481,8 @@ class Scheduler:
         preempted, or ended with an error."""
         while True:
             try:
-                return request.runner.prepare(request.sequence, request.next_tokens(n))
+                n_drafted = max(0, n - request.n_pending)
+                return request.runner.prepare(request.sequence, request.next_tokens(n), 0, n_drafted)
             except OutOfMemory as error:
                 if n > request.n_pending:
                     n = request.n_pending  # nobody releases pages for a draft
