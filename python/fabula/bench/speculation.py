@@ -2,7 +2,7 @@
 
     edit    a text of the model's own is copied with a word replaced: the word is banned, the rest follows the text
     code    a program with parts that are alike
-    story   a text at temperature 0.8, where there is little to guess: it must not become slower
+    story   a text at temperature 1, where there is little to guess: it must not become slower
 
 Both give the same tokens, which is checked.
 """
@@ -106,7 +106,7 @@ def _asked(model: Model, case: str, n_tokens: int) -> tuple[list[int], SamplingP
     """Prompt and parameters of a case."""
     encode = model.tokenizer.encode
     greedy = SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
-    warm = replace(greedy, temperature=0.8, seed=1)
+    warm = replace(greedy, temperature=1.0, seed=1)
     if case == "code":
         return encode(_CODE), greedy
     if case == "story":

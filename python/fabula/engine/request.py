@@ -183,7 +183,8 @@ class Request:
             self.speculation.stop()
 
     def sample(self, logits: npt.NDArray[np.float32]) -> tuple[list[Piece], BaseException | None]:
-        """Samples the tokens of a step, and removes draft tokens that were not sampled from its KV.
+        """Samples the tokens of a step. The KV of draft tokens that are sampled is added to its sequence, and the rest
+        of what was reserved for the draft is released.
 
         Args:
             logits: float32 [1 + draft tokens that were computed, vocab_size].
@@ -196,7 +197,8 @@ class Request:
         if self.speculation is not None and draft:
             n_accepted = sum(piece.token_id == token for piece, token in zip(pieces, draft, strict=False))
             self.speculation.verified(len(draft), n_accepted)
-            self.sequence.roll_back(len(self.decoding.history) - (error is None))
+            self.sequence.n_tokens = len(self.decoding.history) - (error is None)  # the last one is not computed
+            self.sequence.roll_back(self.sequence.n_tokens)
             self.publish_pages(len(pieces))
         return pieces, error
 

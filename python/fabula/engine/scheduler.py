@@ -483,7 +483,8 @@ class Scheduler:
         while True:
             try:
                 request.release_passed()
-                return request.runner.prepare(request.sequence, request.next_tokens(n))
+                n_drafted = max(0, n - request.n_pending)
+                return request.runner.prepare(request.sequence, request.next_tokens(n), 0, n_drafted)
             except OutOfMemory as error:
                 if n > request.n_pending:
                     n = request.n_pending  # nobody releases pages for a draft
