@@ -37,5 +37,31 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/chat/completions"): {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64},
     ("post", "/v1/completions"): {"prompt": "Once upon a time", "max_tokens": 64},
     ("post", "/v1/responses"): {"input": "Hello!", "max_output_tokens": 64},
+    ("post", "/v1/responses/input_tokens"): {"input": "Hello!"},
     ("post", "/v1/embeddings"): {"input": ["a lighthouse", "the sea"]},
+    ("post", "/completion"): {"prompt": "Once upon a time", "n_predict": 64},
+    ("post", "/infill"): {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 16},
+    ("post", "/apply-template"): {"messages": [{"role": "user", "content": "Hello!"}]},
+    ("post", "/rerank"): {"query": "ships at night", "documents": ["a lighthouse", "a cookbook"]},
+    ("post", "/v1/messages"): {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64},
+    ("post", "/v1/messages/count_tokens"): {"messages": [{"role": "user", "content": "Hello!"}]},
+    ("post", "/api/show"): {"model": "smollm2-135m-instruct"},
+    ("post", "/api/chat"): {
+        "model": "smollm2-135m-instruct",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "options": {"num_predict": 64},
+    },
+    ("post", "/api/generate"): {
+        "model": "smollm2-135m-instruct",
+        "prompt": "Once upon a time",
+        "stream": False,
+        "options": {"num_predict": 64},
+    },
+    ("post", "/api/embed"): {"model": "smollm2-135m-instruct", "input": ["a lighthouse", "the sea"]},
+    ("post", "/api/embeddings"): {"model": "smollm2-135m-instruct", "prompt": "a lighthouse"},
+    ("post", "/api/pull"): {"model": "smollm2-135m-instruct"},
+    ("post", "/api/copy"): {"source": "smollm2-135m-instruct", "destination": "smol"},
+    ("delete", "/api/delete"): {"model": "smol"},
 }
+# Which of them need more than any server has: a model with tokens for it, leave to load and remove models.
+CONDITIONAL = frozenset({"/infill", "/api/pull", "/api/copy", "/api/delete"})
