@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 PREFIX = "/v1/"
-BORROWED = ("chat/completions", "completions", "embeddings", "models", "responses")  # below PREFIX
+BORROWED = ("chat/completions", "completions", "conversations", "embeddings", "models", "responses")  # below PREFIX
 ALIASES = {"/v1/health": "/health", "/healthz": "/health", "/api/v1/health": "/health"} | dict.fromkeys(
     ("/v1/rerank", "/v1/reranking", "/reranking"), "/rerank"
 )

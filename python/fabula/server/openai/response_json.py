@@ -95,11 +95,17 @@ def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params
         tools=data.tools or [],
         truncation=data.truncation or "disabled",
         user=data.user,
+        conversation=None if data.conversation is None else _named(data.conversation),
         metadata=data.metadata or {},
     )
     if data.text is not None and data.text.format is not None:
         about["text"] = {"format": data.text.format.model_dump(by_alias=True, exclude_none=True)}
     return about
+
+
+def _named(conversation: str | Json) -> Json:
+    """A conversation by its id."""
+    return {"id": conversation} if isinstance(conversation, str) else {"id": conversation.get("id")}
 
 
 def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
