@@ -90,6 +90,7 @@ def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params
         instructions=data.instructions,
         parallel_tool_calls=data.parallel_tool_calls is not False,
         previous_response_id=data.previous_response_id,
+        reasoning={"effort": data.reasoning_effort, "summary": None},
         store=is_kept,
         tool_choice="auto" if data.tool_choice is None else data.tool_choice,
         tools=data.tools or [],
