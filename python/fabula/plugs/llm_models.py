@@ -1,8 +1,8 @@
 """Models of a running server for the `llm` program, with conversations that the server keeps.
 
-A conversation is a session of the server: each prompt sends only itself and says which turn it follows, so nothing is
-encoded or computed again. llm's log holds the turn's id, hence `llm -c` continues a conversation of another day, and
-`FabulaModel.rollback` and `fork` go back or on from any response.
+A conversation is a session of the server, named after it: each prompt sends only itself and says which turn it follows,
+so nothing is encoded or computed again. `llm -c` continues a conversation of another day; `FabulaModel.rollback` and
+`fork` go back, and on from any response.
 
 The server is that of FABULA_URL, and its key, if it has keys, that of `llm keys set fabula` or FABULA_API_KEY.
 """
@@ -37,6 +37,18 @@ def register_models(register: Callable[..., None]) -> None:
         register(FabulaModel(name, server))
 
 
+class Refused(llm.ModelError):  # type: ignore[misc]
+    """The server refused a request.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Server:
     """A server over HTTP.
 
@@ -53,7 +65,7 @@ class Server:
         """The JSON of a path.
 
         Raises:
-            llm.ModelError: the server refuses.
+            Refused: the server refuses.
             OSError: there is no server.
         """
         with self._open(path, None, timeout) as reply:
@@ -86,7 +98,7 @@ class Server:
             return urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
             with error:
-                raise llm.ModelError(_message(error.read())) from None
+                raise Refused(_message(error.read()), error.code) from None
 
 
 def _message(body: bytes) -> str:
@@ -119,6 +131,7 @@ class FabulaModel(llm.Model):  # type: ignore[misc]
     def __init__(self, name: str, server: Server | None = None) -> None:
         self.model_id = f"fabula/{name}"
         self._name, self._server = name, server or Server()
+        self._forks: set[str] = set()  # ids of conversations whose session is a fork
 
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
@@ -126,16 +139,14 @@ class FabulaModel(llm.Model):  # type: ignore[misc]
         """Answers a prompt as the turn after the conversation's last one.
 
         Raises:
-            llm.ModelError: the server refuses, or the conversation's last response is of another model.
+            llm.ModelError: the server refuses, or no longer has the conversation.
         """
         body: Json = {"message": prompt.prompt}
         body |= {name: value for name, value in prompt.options.model_dump().items() if value is not None}
-        if conversation is not None and conversation.responses:
-            last = _turn_of(conversation.responses[-1])
-            self._server.post("/rollback", session_id=last["session_id"], turn=last["turn_id"])
-            body["session_id"] = last["session_id"]
-        else:
+        id, turn = self._place(conversation)
+        if not self._goes_to(id, turn):
             body |= {"model": self._name} | ({"system": prompt.system} if prompt.system else {})
+        body |= {"session_id": id} if id else {}
         found: Json = {}
         for kind, data in self._server.events("/chat", **body):
             if kind == "token":
@@ -147,7 +158,7 @@ class FabulaModel(llm.Model):  # type: ignore[misc]
                 found = data
         if not stream:
             yield found.get("text", "")
-        response.response_json = {name: found.get(name) for name in ("session_id", "turn_id", "finish_reason", "usage")}
+        response.response_json = {name: found.get(name) for name in ("session_id", "turn", "finish_reason", "usage")}
         usage = found.get("usage") or {}
         response.set_usage(input=usage.get("prompt_tokens"), output=usage.get("generated_tokens"))
 
@@ -159,16 +170,47 @@ class FabulaModel(llm.Model):  # type: ignore[misc]
         conversation.responses[:] = conversation.responses[: len(conversation.responses) - n]
 
     def fork(self, conversation: llm.Conversation) -> llm.Conversation:
-        """Another conversation that goes on from the same response: its next prompt makes a branch of its own."""
+        """Another conversation that goes on from the same response, in a session that shares the past."""
         found = llm.Conversation(model=self)
+        id, turn = self._place(conversation)
+        if turn:
+            self._server.post("/fork", session_id=id, turn=turn, new_session_id=_session_of(found))
+            self._forks.add(found.id)
         found.responses = list(conversation.responses)
         return found
 
+    def _place(self, conversation: llm.Conversation | None) -> tuple[str | None, int]:
+        """The session of a conversation, and the number of the turn that the next one follows."""
+        if conversation is None:
+            return None, 0
+        if not conversation.responses:  # llm loads those of its log as messages
+            known = getattr(conversation, "loaded_messages", None) or ()
+            return _session_of(conversation), sum(message.role == "user" for message in known)
+        last = conversation.responses[-1]
+        last.text()  # to its end, if it is still being read
+        about = getattr(last, "response_json", None)
+        if not isinstance(about, dict) or not about.get("session_id") or not about.get("turn"):
+            raise llm.ModelError("the conversation's last response is of another model; start a new conversation")
+        is_fork = conversation.id in self._forks
+        return _session_of(conversation) if is_fork else about["session_id"], about["turn"]
 
-def _turn_of(response: Any) -> Json:
-    """Session and turn of a response."""
-    response.text()  # to its end, if it is still being read
-    found = getattr(response, "response_json", None)
-    if not isinstance(found, dict) or not found.get("session_id") or not found.get("turn_id"):
-        raise llm.ModelError("the conversation's last response is of another model; start a new conversation")
-    return found
+    def _goes_to(self, id: str | None, turn: int) -> bool:
+        """Makes a turn the head of a session; returns whether there is that session."""
+        if id is None:
+            return False
+        try:
+            head = self._server.get(f"/sessions/{id}")["head"]
+        except Refused as error:
+            if error.status != 404:
+                raise
+            if turn:
+                raise llm.ModelError(f"the server has no session {id} any more; start a new conversation") from None
+            return False
+        if head != turn:
+            self._server.post("/rollback", session_id=id, turn=turn)
+        return True
+
+
+def _session_of(conversation: llm.Conversation) -> str:
+    """The session that is named after a conversation."""
+    return f"llm-{conversation.id}"
