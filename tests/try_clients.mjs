@@ -1,6 +1,6 @@
 // The quick starts of the npm clients against a server, as rows of docs/clients.md; see try_clients.py.
 //
-//     npm install openai ai @ai-sdk/openai-compatible zod
+//     npm install openai ai @ai-sdk/openai-compatible zod @anthropic-ai/sdk ollama
 //     NODE_PATH=node_modules node try_clients.mjs http://127.0.0.1:8000
 
 import { createRequire } from "node:module";
@@ -50,8 +50,34 @@ async function ai() {
   return "generateText, streamText, generateObject";
 }
 
+async function anthropic() {
+  const { default: Anthropic } = await load("@anthropic-ai/sdk");
+  const client = new Anthropic({ baseURL: address, apiKey: "none" });
+  const asked = { model, max_tokens: 20, messages: [{ role: "user", content: question }] };
+  check((await client.messages.create(asked)).content[0].text, "the message");
+  check((await client.messages.stream(asked).finalMessage()).usage.output_tokens, "the stream");
+  check((await client.messages.countTokens({ model, messages: asked.messages })).input_tokens, "the count");
+  return "messages, stream, countTokens";
+}
+
+async function ollama() {
+  const { Ollama } = await load("ollama");
+  const client = new Ollama({ host: address });
+  const asked = { model, messages: [{ role: "user", content: question }], options: { num_predict: 20 } };
+  check((await client.chat(asked)).message.content, "the chat");
+  let text = "";
+  for await (const part of await client.chat({ ...asked, stream: true })) text += part.message.content;
+  check(text, "the stream");
+  check((await client.generate({ model, prompt: question, options: asked.options })).response, "the answer");
+  check((await client.embed({ model, input: "a" })).embeddings[0].length, "the embedding");
+  check((await client.list()).models.length && (await client.show({ model })).capabilities, "the models");
+  return "chat, stream, generate, embed, list, show";
+}
+
+const clients = [["openai", openai], ["ai", ai], ["@anthropic-ai/sdk", anthropic], ["ollama", ollama]];
+const named = process.argv.slice(3);
 let failed = 0;
-for (const [name, run] of [["openai", openai], ["ai", ai]]) {
+for (const [name, run] of clients.filter(([name]) => !named.length || named.includes(name))) {
   try {
     console.log(`| ${name} (npm) | ${version(name)} | ${await run()} | runs |`);
   } catch (error) {

@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import face_clients
+
 Check = Callable[[str, str], str]
 CHECKS: dict[str, tuple[str, Check]] = {}
 QUESTION = "What is the capital of France?"
@@ -246,6 +248,9 @@ def dspy(base: str, model: str) -> str:
     except AdapterParseError:
         return "LM; Predict is answered, but so small a model misses its form"
     return "LM, Predict"
+
+
+CHECKS |= face_clients.CHECKS
 
 
 def main() -> int:
