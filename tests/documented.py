@@ -55,8 +55,8 @@ class Document:
 
     @property
     def modules(self) -> set[str]:
-        """Packages that the programs import."""
-        return set(re.findall(r"^(?:from|import) (\w+)", "\n".join(self.programs), re.MULTILINE))
+        """Modules that the programs import."""
+        return set(re.findall(r"^(?:from|import) ([\w.]+)", "\n".join(self.programs), re.MULTILINE))
 
     @property
     def commands(self) -> list[Command]:

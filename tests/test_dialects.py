@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fabula import Constraint, SamplingParams
 from fabula.errors import InvalidArgument
 from fabula.server import Settings
 from fabula.server.failures import ApiError
 from fabula.server.limits import Limits
+from fabula.server.openai import dialects
 from fabula.server.openai.messages import plain_messages
 from fabula.server.openai.params import chat_params, completion_params, response_params, wish_of
 from fabula.server.openai.schemas import ChatCompletionBody, CompletionBody, ResponseBody
@@ -247,6 +252,36 @@ def test_dialects_that_make_no_sense(given: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as error:
         chat(**given)
     assert (error.value.status, error.value.param) == (400, param)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.sampled_from(["", "off", "random", "{"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["type", "name", "function", "content", "role", "json", "choice", "schema", "tools", "value", "effort",
+             "allowed_tools", "thinking", "arguments", "tool_calls", "text", "mode"]
+        ),
+        inner | st.sampled_from(["function", "assistant", "thinking", "allowed_tools", "json_schema", "tool"]),
+        max_size=4,
+    ),
+    max_leaves=8,
+)  # fmt: skip
+FIELDS = sorted(
+    {name for given, _ in SAMPLING for name in given}
+    | set(dialects.BUDGETS)
+    | {"response_format", "functions", "function_call", "tools", "tool_choice", "messages", "thinking", "reasoning",
+       "chat_template_kwargs", "think", "logprobs", "top_logprobs"}
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
+def test_any_json_is_understood_or_refused(body: dict[str, Any]) -> None:
+    for kind, start in ((ChatCompletionBody, {"messages": USER}), (CompletionBody, {"prompt": "x"}),
+                        (ResponseBody, {"input": "x"})):  # fmt: skip
+        with contextlib.suppress(ApiError, ValidationError):
+            kind.model_validate(start | body)
 
 
 @pytest.mark.parametrize(

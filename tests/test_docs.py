@@ -13,6 +13,7 @@ from serving import Running
 
 DOCS = PROJECT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+NEEDED = {"anthropic": "anthropic", "ollama": "ollama", "fabula.plugs.llm_models": "llm"}  # packages of some clients
 SHOWN = [page for page in PAGES if Document(DOCS / page).steps]
 
 
@@ -36,8 +37,8 @@ def is_run(command: Command) -> bool:
     "page", [page if page == "tutorial.md" else pytest.param(page, marks=pytest.mark.heavy) for page in SHOWN]
 )
 def test_what_is_shown_works(page: str, smollm2_gguf: Path, address: str, tmp_path: Path) -> None:
-    for module in sorted(Document(DOCS / page).modules & {"anthropic", "ollama"}):
-        pytest.importorskip(module, reason=f"the {module} package is not installed")
+    for package in sorted({NEEDED[module] for module in Document(DOCS / page).modules & NEEDED.keys()}):
+        pytest.importorskip(package, reason=f"the {package} package is not installed")
     (tmp_path / "model.gguf").symlink_to(smollm2_gguf)
     desk = Desk(tmp_path, address)
     shown = []

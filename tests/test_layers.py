@@ -29,6 +29,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"workspace"},
     {"bench", "server"},
     {"cli"},
+    {"plugs"},
 ]
 ONLY = {
     "_ffi": {"_native", "_program", "_sampling", "_operators", "_parallel"},

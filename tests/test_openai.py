@@ -373,6 +373,29 @@ def test_a_response_streams(small: Served) -> None:
     assert text == whole.output_text == events[-1].response.output_text == final.output_text
 
 
+def test_conversations(small: Served) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_output_tokens": 6, "extra_body": {"seed": 1}}
+    with small.client as client:
+        made = client.conversations.create(metadata={"topic": "rivers"})
+        assert made.id.startswith("conv_") and made.metadata == {"topic": "rivers"}
+        first = client.responses.create(input="hi", conversation=made.id, instructions="Be brief.", **asked)
+        second = client.responses.create(input="more", conversation={"id": made.id}, **asked)
+        assert second.conversation.id == made.id
+        assert second.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+        items = list(client.conversations.items.list(made.id, order="asc"))
+        roles = [item.role for item in items]
+        assert roles == ["system", "user", "assistant", "user", "assistant"]
+        assert items[1].content[0].text == "hi" and items[-1].content[0].text == second.output_text
+        assert [item.id for item in client.conversations.items.list(made.id, limit=2)] == [i.id for i in items[::-1]]
+        assert client.conversations.retrieve(made.id).id == made.id
+        assert client.conversations.delete(made.id).deleted
+        for gone in (made.id, "conv_1"):
+            with pytest.raises(openai.NotFoundError):
+                client.conversations.retrieve(gone)
+        with pytest.raises(openai.BadRequestError, match="items"):
+            client.conversations.create(items=[{"type": "message", "role": "user", "content": "x"}])
+
+
 def test_responses_call_tools(small: Served) -> None:
     tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
     asked: dict[str, Any] = {"model": "tiny", "tools": [tool], "max_output_tokens": 300}
@@ -463,7 +486,8 @@ def test_responses_with_a_schema_or_forgotten(small: Served) -> None:
         ),
         ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, "unsupported", "input[0].type"),
         ("responses", {"input": "x", "background": True}, "invalid_value", "background"),
-        ("responses", {"input": "x", "conversation": "c"}, "unsupported", "conversation"),
+        ("responses", {"input": "x", "conversation": "c", "previous_response_id": "r"}, "invalid_value",
+         "conversation"),
         ("responses", {"input": "x", "tools": [{"type": "web_search"}]}, "unsupported", "tools[0].type"),
         ("responses", {"input": "x" * 9000}, "context_length_exceeded", None),
         ("embeddings", {"input": []}, "invalid_value", "input"),
@@ -556,6 +580,7 @@ def test_the_description_names_the_routes(small: Served) -> None:
     assert {path for path in found["paths"] if path.startswith("/v1/")} == {
         "/v1/models", "/v1/models/{id}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
         "/v1/responses", "/v1/responses/{id}", "/v1/responses/{id}/input_items", "/v1/responses/input_tokens",
+        "/v1/conversations", "/v1/conversations/{id}", "/v1/conversations/{id}/items",
     }  # fmt: skip
     chat = found["paths"]["/v1/chat/completions"]["post"]
     assert "text/event-stream" in chat["responses"]["200"]["content"] and chat["tags"] == ["OpenAI"]

@@ -73,19 +73,22 @@ _CONFIG = click.option(
 @_CONFIG
 @settings_options
 def serve(config: Path | None, **given: Any) -> None:
-    """Serve models over HTTP: sessions with Fabula's own API, and an OpenAI-compatible API.
+    """Serve models over HTTP: sessions with Fabula's own API, and the APIs of OpenAI, Anthropic and Ollama.
 
     \b
     Examples:
       fabula serve
       fabula serve --port 9000 --model ./model.gguf --data ./data
       fabula serve --host 0.0.0.0 --keys keys.txt
+      fabula serve --ollama-port 11434
     """
     settings, _ = gathered(config, given)
     from fabula.server.serve import run
 
     def ready(address: str) -> None:
         click.echo(f"Fabula serves {', '.join(name for name, _ in settings.models)} at {address}")
+        if settings.ollama_port is not None:
+            note(f"Ollama's clients find it at port {settings.ollama_port}, too")
         note(f"the API: {address}/docs; Ctrl-C stops it")
 
     run(settings, ready=ready)

@@ -6,7 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 PREFIX = "/v1/"
-BORROWED = ("chat/completions", "completions", "embeddings", "messages", "models", "responses")  # below PREFIX
+# Below PREFIX.
+BORROWED = (
+    "chat/completions", "completions", "conversations", "embeddings", "messages", "models", "responses",
+)  # fmt: skip
 ALIASES = {"/v1/health": "/health", "/healthz": "/health", "/api/v1/health": "/health"} | dict.fromkeys(
     ("/v1/rerank", "/v1/reranking", "/reranking"), "/rerank"
 )
@@ -33,8 +36,11 @@ def canonical(path: str) -> str:
 
 def nearest(path: str, known: Iterable[str]) -> str | None:
     """The path among known ones that is most like a wrong one; None if none is."""
-    paths = sorted(one for one in set(known) if "<" not in one)
     last = path.rstrip("/").rpartition("/")[2]
-    ends = [one for one in paths if last and one.rpartition("/")[2] == last]
-    found = ends[:1] or difflib.get_close_matches(path[:128], paths, n=1, cutoff=0.6)
-    return found[0] if found else None
+
+    def likeness(one: str) -> float:
+        same_end = bool(last) and one.rpartition("/")[2] == last
+        return difflib.SequenceMatcher(None, path[:128], one).ratio() + 0.2 * same_end
+
+    found = max(sorted(one for one in set(known) if "<" not in one), key=likeness, default="")
+    return found if likeness(found) >= 0.6 else None

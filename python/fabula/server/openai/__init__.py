@@ -13,9 +13,10 @@ def blueprints() -> list[Blueprint]:
     """The routes below /v1."""
     from fabula.server.openai.chat import routes as chat
     from fabula.server.openai.completions import routes as completions
+    from fabula.server.openai.conversation_routes import routes as conversations
     from fabula.server.openai.embeddings import routes as embeddings
     from fabula.server.openai.models import routes as models
     from fabula.server.openai.response_inputs import routes as response_inputs
     from fabula.server.openai.responses import routes as responses
 
-    return [models, chat, completions, responses, response_inputs, embeddings]
+    return [models, chat, completions, responses, response_inputs, conversations, embeddings]

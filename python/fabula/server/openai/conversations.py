@@ -22,6 +22,7 @@ MAX_CONVERSATIONS = 1000  # of one key; the least recently used is deleted for a
 DELETED = "deleted"  # tag of a deleted response that others continue
 
 _ID = re.compile(r"resp_([0-9a-f]{24})_([0-9a-f]{32})")
+_CONVERSATION = re.compile(r"conv_([0-9a-f]{24})")
 _LOCKS: WeakKeyDictionary[Session, threading.Lock] = WeakKeyDictionary()
 _GUARD = threading.Lock()
 
@@ -84,6 +85,26 @@ def delete(state: Server, session: Session, turn: Turn) -> None:
             state.delete(session)
         else:
             session.rollback(turn.parent, prune=True)
+
+
+def conversation_id(session_id: str) -> str:
+    """The id of a conversation."""
+    return "conv_" + session_id.removeprefix(HIDDEN)
+
+
+def find_conversation(state: Server, tenant: str, id: str) -> Session:
+    """A conversation's session; blocks.
+
+    Raises:
+        ApiError: 404, there is none, or it belongs to another key.
+    """
+    match = _CONVERSATION.fullmatch(id)
+    try:
+        if match is not None:
+            return state.open(tenant, HIDDEN + match[1])
+    except SessionNotFound:
+        pass
+    raise ApiError(404, "conversation_not_found", f"there is no conversation {id[:128]!r}")
 
 
 def not_found(id: str) -> ApiError:

@@ -295,7 +295,7 @@ def _allowed(body: Json, choice: Json) -> None:
     tools, given = inner.get("tools") if isinstance(inner, dict) else None, body.get("tools")
     if not isinstance(tools, list) or not isinstance(given, list):
         return
-    names = {_name_of(one) for one in tools}
+    names = [_name_of(one) for one in tools]
     body["tools"] = [one for one in given if _name_of(one) in names]
     body["tool_choice"] = inner.get("mode", "auto")
 

@@ -99,6 +99,23 @@ class InputTokensReply(Loose):
     input_tokens: int
 
 
+class ConversationReply(Loose):
+    """A conversation."""
+
+    id: str
+    object: Literal["conversation"]
+    created_at: int
+    metadata: dict[str, Any]
+
+
+class DeletedConversationReply(Loose):
+    """A conversation that was deleted."""
+
+    id: str
+    object: Literal["conversation.deleted"]
+    deleted: Literal[True]
+
+
 class DeletedReply(Loose):
     """A response that was deleted."""
 

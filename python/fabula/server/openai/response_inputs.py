@@ -42,31 +42,38 @@ class ItemsQuery(BaseModel):
 async def input_items(id: str, query_args: ItemsQuery) -> Any:
     """The input of a stored response, without that of the responses before it."""
     state, tenant = server(), g.tenant
-    if not 1 <= query_args.limit <= MAX_ITEMS:
-        raise refuse("limit", f"is {query_args.limit}, must be in 1 .. {MAX_ITEMS}")
 
     def work() -> Json:
         found = conversations.find(state, tenant, id)
         if found is None:
             raise conversations.not_found(id)
-        items = items_of(found[1])
-        if query_args.order == "desc":
-            items.reverse()
-        if query_args.after is not None:
-            places = [i for i, item in enumerate(items, 1) if item["id"] == query_args.after]
-            if not places:
-                raise refuse("after", f"is {query_args.after!r:.80}, which is none of the items")
-            items = items[places[0] :]
-        page = items[: query_args.limit]
-        return {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(items) > len(page),
-        }
+        return page_of(items_of(found[1]), query_args)
 
     return await state.call(work)
+
+
+def page_of(items: list[Json], query: ItemsQuery) -> Json:
+    """A page of items.
+
+    Raises:
+        ApiError: 400, the query is out of its range.
+    """
+    if not 1 <= query.limit <= MAX_ITEMS:
+        raise refuse("limit", f"is {query.limit}, must be in 1 .. {MAX_ITEMS}")
+    items = items[::-1] if query.order == "desc" else items
+    if query.after is not None:
+        places = [i for i, item in enumerate(items, 1) if item["id"] == query.after]
+        if not places:
+            raise refuse("after", f"is {query.after!r:.80}, which is none of the items")
+        items = items[places[0] :]
+    page = items[: query.limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(items) > len(page),
+    }
 
 
 def items_of(turn: Turn) -> list[Json]:

@@ -90,16 +90,23 @@ def of_request(data: ResponseBody, id: str, model: str, *, is_kept: bool, params
         instructions=data.instructions,
         parallel_tool_calls=data.parallel_tool_calls is not False,
         previous_response_id=data.previous_response_id,
+        reasoning={"effort": data.reasoning_effort, "summary": None},
         store=is_kept,
         tool_choice="auto" if data.tool_choice is None else data.tool_choice,
         tools=data.tools or [],
         truncation=data.truncation or "disabled",
         user=data.user,
+        conversation=None if data.conversation is None else _named(data.conversation),
         metadata=data.metadata or {},
     )
     if data.text is not None and data.text.format is not None:
         about["text"] = {"format": data.text.format.model_dump(by_alias=True, exclude_none=True)}
     return about
+
+
+def _named(conversation: str | Json) -> Json:
+    """A conversation by its id."""
+    return {"id": conversation} if isinstance(conversation, str) else {"id": conversation.get("id")}
 
 
 def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:

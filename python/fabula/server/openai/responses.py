@@ -147,15 +147,14 @@ def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
     if data.instructions:
         state.limits.check_text(data.instructions, "instructions")
     params = response_params(data)
-    if data.conversation is not None:
-        raise refuse("conversation", "is not supported; continue with previous_response_id", "unsupported")
     tools = tools_of(data.tools) if uses_tools(data) else []
     has_history = any(message["role"] == "assistant" for message in messages)
+    given = "previous_response_id" if data.previous_response_id is not None else "conversation"
+    if getattr(data, given) is not None and has_history:
+        raise refuse("input", f"holds messages of the assistant; leave them out with {given}, which has them")
+    if data.conversation is not None:
+        return _join_conversation(state, tenant, data, messages, params, tools)
     if data.previous_response_id is not None:
-        if has_history:
-            raise refuse(
-                "input", "holds messages of the assistant; leave them out with previous_response_id, which has them"
-            )
         return _follow_response(state, tenant, data, messages, params, tools)
     serving = state.model_for(data.model)
     if has_history or data.store is False:
@@ -167,6 +166,21 @@ def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
     )
     state.remember(session, is_new=True)
     return _add_turn(state, session, data, messages, params, tools, is_new=True)
+
+
+def _join_conversation(
+    state: Server, tenant: str, data: ResponseBody, messages: list[Json], params: SamplingParams, tools: list[Json]
+) -> Started:
+    """Starts a response that follows the last one of a conversation."""
+    if data.previous_response_id is not None:
+        raise refuse("conversation", "and previous_response_id exclude each other")
+    given = data.conversation if isinstance(data.conversation, str) else (data.conversation or {}).get("id")
+    session = conversations.find_conversation(state, tenant, str(given))
+    if data.model and state.model_for(data.model).name != session.model:
+        raise refuse("model", f"is {data.model!r:.128}, but the conversation uses {session.model}")
+    if data.instructions and data.instructions != _instructions(session, session.head):
+        messages = [{"role": "system", "content": data.instructions}, *messages]
+    return _add_turn(state, session, data, messages, params, tools, is_new=False)
 
 
 def _follow_response(

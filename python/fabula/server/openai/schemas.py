@@ -243,4 +243,6 @@ class ResponseBody(Sampling, Tolerated):
     reasoning_effort: str | None = EFFORT
     enable_thinking: bool | None = THINKS
     thinking_budget: int | None = BUDGET
-    conversation: Any = Field(None, description="Not supported: use previous_response_id.")
+    conversation: str | dict[str, Any] | None = Field(
+        None, description="A conversation, or its id: the response follows the last one in it."
+    )

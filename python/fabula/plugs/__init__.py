@@ -1,0 +1,1 @@
+"""Plugins for other programs. Each module is loaded by its program, and nothing here imports them."""
