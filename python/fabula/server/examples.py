@@ -37,6 +37,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/chat/completions"): {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64},
     ("post", "/v1/completions"): {"prompt": "Once upon a time", "max_tokens": 64},
     ("post", "/v1/responses"): {"input": "Hello!", "max_output_tokens": 64},
+    ("post", "/v1/conversations"): {"metadata": {"topic": "lighthouses"}},
     ("post", "/v1/responses/input_tokens"): {"input": "Hello!"},
     ("post", "/v1/embeddings"): {"input": ["a lighthouse", "the sea"]},
     ("post", "/completion"): {"prompt": "Once upon a time", "n_predict": 64},
