@@ -309,4 +309,5 @@ def test_nearest_paths() -> None:
     known = ["/v1/chat/completions", "/chat", "/sessions/<id>", "/tokenize"]
     assert nearest("/api/chat/completion", known) == "/v1/chat/completions"
     assert nearest("/v2/tokenize", known) == "/tokenize"
+    assert nearest("/v1/chat/completion", [*known, "/completion"]) == "/v1/chat/completions"
     assert nearest("/xyz", known) is None and nearest("/", known) is None

@@ -14,6 +14,7 @@ ALIASES = {"/v1/health": "/health", "/healthz": "/health", "/api/v1/health": "/h
     ("/v1/rerank", "/v1/reranking", "/reranking"), "/rerank"
 )
 BEFORE = ("/api/v1/", "/openai/v1/", "/v1/v1/")  # other servers' names for PREFIX, and a base URL with one too many
+MIN_LIKENESS = 0.6  # of a path to suggest; difflib's own cutoff
 
 
 def canonical(path: str) -> str:
@@ -36,11 +37,12 @@ def canonical(path: str) -> str:
 
 def nearest(path: str, known: Iterable[str]) -> str | None:
     """The path among known ones that is most like a wrong one; None if none is."""
-    last = path.rstrip("/").rpartition("/")[2]
+    path = path.rstrip("/")[:128]
+    last = path.rpartition("/")[2]
 
     def likeness(one: str) -> float:
         same_end = bool(last) and one.rpartition("/")[2] == last
-        return difflib.SequenceMatcher(None, path[:128], one).ratio() + 0.2 * same_end
+        return difflib.SequenceMatcher(None, path, one).ratio() + 0.2 * same_end
 
-    found = max(sorted(one for one in set(known) if "<" not in one), key=likeness, default="")
-    return found if likeness(found) >= 0.6 else None
+    best = max(sorted(one for one in set(known) if "<" not in one), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= MIN_LIKENESS else None
