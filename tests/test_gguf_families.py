@@ -157,6 +157,7 @@ CUTS: Mapping[str, Cut] = {
     "gemma3n": Cut(
         "gemma3n",
         {
+            "vocab_size_per_layer_input": 203,
             "num_hidden_layers": 22, "num_kv_shared_layers": 2, "laurel_rank": 64, "hidden_size_per_layer_input": 256,
             "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12, "intermediate_size": 640,
         },

@@ -248,7 +248,7 @@ def _refused(checkpoint, keys: list[Key], tensors: list[Tensor], error: type[Eng
     assert n_open_files() == before
 
 
-@pytest.mark.parametrize("arch", ["gemma3n", "LLAMA", "", "x" * 1000, "clip"])
+@pytest.mark.parametrize("arch", ["rwkv7", "LLAMA", "", "x" * 1000, "clip"])
 def test_unknown_architectures(checkpoint, arch: str) -> None:
     keys = replaced(small_keys(), key("general.architecture", STRING, arch))
     _refused(checkpoint, keys, small_tensors(), Unsupported, "general.architecture", "llama, qwen2, qwen3")

@@ -59,7 +59,7 @@ CASES = {
 class Layer:
     """The weights of one attention layer, and its program."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, most: int = N) -> None:
         rng = np.random.default_rng(7)
         h = self.heads = case.heads
         self.case = case
@@ -83,7 +83,7 @@ class Layer:
             Op(kind=GATHER, input=2, out=3),
             Op(kind=LOGITS, input=3, weight=ops.pack(self.out)),
         ]
-        shape = Shape(n_layers=1, vocab_size=VOCAB, max_tokens=N, heads=(h,), ropes=())
+        shape = Shape(n_layers=1, vocab_size=VOCAB, max_tokens=most, heads=(h,), ropes=())
         attended = h.n_heads * h.v_dim
         self.programs = [
             Program(shape, [HIDDEN, sum(self.widths), attended, attended], operators, n_threads=n) for n in (1, 3)
@@ -150,6 +150,26 @@ def test_attention_is_the_formula(name: str) -> None:
         return
     assert (layer.run(ids, [20, 33, *[1] * 17]) == whole).all(), "chunks, then token by token"
     assert (layer.run(ids, [1] * N, which=1) == whole).all(), "token by token"
+
+
+def test_alibi_of_sequences_that_share_a_block() -> None:
+    """Whole blocks of keys that lie in the same pages are computed for several sequences at once."""
+    layer = Layer(CASES["alibi"], most=300)
+    shared = np.random.default_rng(2).integers(0, VOCAB, 290).astype(np.int32)
+    h, own = layer.heads, [9, 10, 11]
+    pool = PagePool(DType.F32, 12, [KvLayer(h.n_kv_heads, h.k_dim, h.v_dim)])
+    pages = [np.array([*range(9), page], np.int32) for page in own]
+    program = layer.programs[0]
+    program.run(pool, [BatchSequence(pages[0], 0, shared[:288])], [])
+    for table in pages:
+        program.run(pool, [BatchSequence(table, 288, shared[288:])], [])
+    last = np.arange(3, dtype=np.int32)
+    alone = [program.run(pool, [BatchSequence(pages[i], 290, last[i : i + 1])], [0]) for i in range(3)]
+    batch = [BatchSequence(pages[i], 290, last[i : i + 1]) for i in range(3)]
+    for each in layer.programs:
+        np.testing.assert_array_equal(each.run(pool, batch, last), np.concatenate(alone))
+    wanted = layer.expected(np.append(shared, last[2]))[-1]
+    assert np.abs(alone[2] - wanted).max() <= 2e-6 * np.abs(wanted).max() + 1e-6
 
 
 def test_attention_to_all_needs_whole_sequences() -> None:

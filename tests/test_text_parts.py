@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from decoder_families import CASES as CASES_OF_TEXT
 from decoder_families import GEMMA4, LLAMA4, ODD, PLAIN, YARN, make_model
+from fabula.formats.checkpoint import DType, TensorInfo
+from fabula.formats.tensor_names import canonical_names
 from fabula.formats.text_part import text_part
+from fabula.models.families import family_of
+from fabula.models.opening import check_tensors
 from test_decoder_families import assert_close, expected, load, text
 
 TOWER: dict[str, Any] = {
@@ -126,6 +131,31 @@ def test_gemma3n(tmp_path: Path) -> None:
         assert runner.config.left_out == ("vision", "audio")
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize(("n_layers", "inner", "n_shared"), [(30, 8192, 10), (35, 16384, 15)], ids=["e2b", "e4b"])
+def test_released_shapes_of_gemma3n(n_layers: int, inner: int, n_shared: int, tmp_path: Path) -> None:
+    """Every tensor of the released sizes has the shape that the program asks for; nothing is left over."""
+    settings = {
+        "num_hidden_layers": n_layers,
+        "intermediate_size": [inner] * n_layers,
+        "num_kv_shared_layers": n_shared,
+    }
+    whole = transformers.Gemma3nTextConfig(**settings)
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in transformers.Gemma3nForCausalLM(whole).state_dict().items()}
+    infos = {
+        name: TensorInfo(name, DType.BF16, tuple(shapes[old]), 2 * shapes[old].numel())
+        for old, name in canonical_names(shapes, tmp_path, "gemma3n_text").items()
+    }
+    about = whole.to_dict()
+    made: Any = SimpleNamespace(path=tmp_path, format="safetensors", config=about, metadata={}, tensors=infos)
+    config = family_of(about, tmp_path).read(about, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_tensors(made, config)
+    assert len(config.kv_layers) == n_layers - n_shared
+    assert [layer.mlp.cutoff is not None for layer in config.layers] == [i < 10 for i in range(n_layers)]
 
 
 def test_older_layout_of_qwen2_vl(tmp_path: Path) -> None:

@@ -294,13 +294,13 @@ def _gemma3n(f: Facts, config: Config) -> None:
         cutoffs = np.array([1.6448533535 if i < 10 else -np.inf for i in range(n)])
     if not isinstance(cutoffs, np.ndarray) or cutoffs.dtype.kind != "f" or len(cutoffs) != n:
         raise keys.error(f.key("activation_sparsity_scale"), f"must be an array of {n} numbers, one for each layer")
-    laurel = f.tensors.get("blk.0.laurel_l.weight")
+    laurel, table = (f.tensors.get(f"{name}.weight") for name in ("blk.0.laurel_l", "per_layer_token_embd"))
     theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
     config |= {
         "intermediate_size": keys.each(f.key("feed_forward_length"), n),
         "num_kv_shared_layers": keys.integer(f.key("attention.shared_kv_layers"), max(n - 20, 0), low=0, high=n - 1),
         "hidden_size_per_layer_input": keys.integer(f.key("embedding_length_per_layer_input"), 256),
-        "vocab_size_per_layer_input": config["vocab_size"],
+        "vocab_size_per_layer_input": table.shape[0] if table is not None else config["vocab_size"],
         "altup_active_idx": keys.integer(f.key("altup.active_idx"), 0, low=0),
         "altup_num_inputs": keys.integer(f.key("altup.num_inputs"), 4),
         "altup_correct_scale": f.has("altup_correct_scale"),
