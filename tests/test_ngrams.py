@@ -137,17 +137,18 @@ def test_chances_follow_what_was_measured() -> None:
         pieces += [*text[i : i + 3].tolist(), 2000 + i, 3000 + i]
         misled.observe(ids(*pieces))
     assert good.acceptance.chances(MAX_MATCH, 3)[2] > 0.9
-    assert bad.acceptance.chances(3, 1)[0] < 0.1
+    assert bad.acceptance.chances(N, 1)[0] < 0.1
+    assert good.acceptance.chances(N, 1)[0] > Acceptance().chances(N, 1)[0] > bad.acceptance.chances(10, 1)[0]
 
 
 @given(st.lists(st.booleans(), max_size=300))
 def test_a_rate_is_a_share(hits: list[bool]) -> None:
     rate = Rate(0.5)
-    assert rate.value == 0.5
+    assert rate.value() == 0.5 and rate.value(0.5) == 0.25
     for hit in hits:
-        before = rate.value
+        before = rate.value()
         rate.count(hit)
-        assert 0 < rate.value < 1 and (rate.value > before) == hit
+        assert 0 < rate.value() < 1 and (rate.value() > before) == hit
 
 
 @pytest.mark.parametrize("length", [0, 1, N, 10, MAX_MATCH, 10 * MAX_MATCH])

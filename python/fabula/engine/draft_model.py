@@ -106,7 +106,7 @@ class ModelDrafts:
             sequence = self._caught_up(history)
             if sequence is None:
                 return NO_DRAFT
-            n, rate = self._length(most, n_decoding), self._rate.value
+            n, rate = self._length(most, n_decoding), self._rate.value()
             if not n:
                 if len(history) < self._try_at:
                     return NO_DRAFT
@@ -133,7 +133,7 @@ class ModelDrafts:
         plain = cost.seconds(n_decoding)
         if plain <= 0:
             return 0
-        rate, chance, tokens = self._rate.value, 1.0, float(n_decoding)
+        rate, chance, tokens = self._rate.value(), 1.0, float(n_decoding)
         best, n_best = tokens / plain, 0
         for n in range(1, most + 1):
             chance *= rate

@@ -22,6 +22,9 @@ from fabula.engine.ngrams import GAP, MAX_MATCH, NONE, N, NgramIndex
 I32 = npt.NDArray[np.int32]
 
 MAX_TREE_TOKENS = 1 << 15  # of one session's other branches
+KEEP = 1.0 - 1.0 / 64  # of the weight of a trial with each one after it: some 64 are remembered
+PRIOR_TRIALS = 4.0  # that a prior counts for
+HIGHEST_PRIOR = 0.95
 _CONTEXT = 8  # tokens before a text that are indexed with it, so that a match may begin before it
 
 
@@ -64,48 +67,56 @@ class Rate:
 
     Args:
         prior: the share before the first trial.
-        weight: trials that the prior counts for.
-        memory: trials that are remembered, about.
     """
 
-    __slots__ = ("_hits", "_keep", "_prior", "_trials", "_weight")
+    __slots__ = ("_hits", "_trials", "prior")
 
-    def __init__(self, prior: float, weight: float = 4.0, memory: float = 64.0) -> None:
-        self._prior, self._weight, self._keep = prior, weight, 1.0 - 1.0 / memory
+    def __init__(self, prior: float) -> None:
+        self.prior = prior
         self._hits = self._trials = 0.0
 
     def count(self, hit: bool) -> None:
         """Adds a trial."""
-        self._hits = self._hits * self._keep + hit
-        self._trials = self._trials * self._keep + 1.0
+        self._hits = self._hits * KEEP + hit
+        self._trials = self._trials * KEEP + 1.0
 
-    @property
-    def value(self) -> float:
-        return (self._hits + self._weight * self._prior) / (self._trials + self._weight)
+    def value(self, factor: float = 1.0) -> float:
+        """The share, with a prior so many times as high."""
+        prior = min(self.prior * factor, HIGHEST_PRIOR)
+        return (self._hits + PRIOR_TRIALS * prior) / (self._trials + PRIOR_TRIALS)
 
 
 # Chances that a drafted token is right, by the number of tokens before it that match: priors, until they are measured.
-# The first is that of the token after one that did not match: a word was replaced, and the text goes on.
+# The first is that of the token after one that did not match: a word was replaced, and the text goes on. In free text
+# they are half as high, in a copy nearly 1.
 _LENGTHS = (1, N, N + 2, 8, 12, 18, 26, MAX_MATCH)  # the first number of each further class
-_PRIORS = (0.4, 0.4, 0.4, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
+_PRIORS = (0.3, 0.3, 0.3, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9)
 _CLASS_OF = tuple(sum(length >= first for first in _LENGTHS) for length in range(MAX_MATCH + 1))
 
 
 class Acceptance:
-    """How often lookup is right, by the length of the match; of one session, or of one answer."""
+    """How often lookup is right, by the length of the match; of one session, or of one answer.
+
+    What was measured for some lengths says something about the others: their priors rise and fall with it.
+    """
 
     def __init__(self) -> None:
         self._rates = [Rate(prior) for prior in _PRIORS]
+        self._hits = self._expected = 0.0  # of all lengths; expected: the sum of their priors
 
     def count(self, length: int, hit: bool) -> None:
         """A match of so many tokens was right about the next token, or not."""
-        self._rates[_CLASS_OF[min(length, MAX_MATCH)]].count(hit)
+        rate = self._rates[_CLASS_OF[min(length, MAX_MATCH)]]
+        rate.count(hit)
+        self._hits = self._hits * KEEP + hit
+        self._expected = self._expected * KEEP + rate.prior
 
     def chances(self, length: int, n: int) -> list[float]:
         """For each of n tokens after a match of so many, the chance that it and those before it are right."""
+        factor = (self._hits + 1.0) / (self._expected + 1.0)
         chance, found = 1.0, []
         for i in range(length, length + n):
-            chance *= self._rates[_CLASS_OF[min(i, MAX_MATCH)]].value
+            chance *= self._rates[_CLASS_OF[min(i, MAX_MATCH)]].value(factor)
             found.append(chance)
         return found
 

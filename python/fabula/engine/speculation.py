@@ -86,7 +86,7 @@ class Speculation:
         forced = forced[: decoding.n_possible(forced)]
         if forced:
             self._is_forced = True
-            rate = self._forced.value
+            rate = self._forced.value()
             return Draft(forced, [rate ** (i + 1) for i in range(len(forced))])
         draft = self._lookup.propose(history, most)
         if not draft.tokens and self._source is not None:
