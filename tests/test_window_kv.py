@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from fabula.formats.open import open_checkpoint
 from fabula.kv.pages import PagePool, Sequence, pages_for
 from fabula.kv.prefix import Window
 from fabula.kv.windowed import TAKE_BACK, WindowedLayers
+from scheduling import settled, wishes
 
 # Of each structure: windows in most layers; in most, with layers that reuse the KV of others; chunks; in all layers.
 NAMES = ("gemma3", "cohere2", "gemma4", "llama4", "starcoder2")
@@ -335,6 +337,31 @@ def test_pressure_drops_before_it_evicts_or_preempts(folders: dict[str, Path]) -
             assert generation.token_ids == tokens
         assert sum(generation._request.n_preempted for generation in running) == 0
         assert model.kv_usage.n_evicted == 0 < model.kv_usage.n_dropped
+
+
+@pytest.mark.parametrize(("name", "window_kv"), [("gemma3", "keep"), ("cohere2", "drop")])
+def test_requests_of_a_tight_pool(folders: dict[str, Path], tmp_path: Path, name: str, window_kv: Any) -> None:
+    """Requests with common prefixes run together, end early, are preempted, and go to disk and back."""
+    wanted = wishes(12, 3, longest=330)
+    with Model.load(folders[name], threads=1, context=400) as clean:
+        alone = [wish.alone(clean) for wish in wanted]
+        n_bytes = 16 * clean._runner.pool.page_bytes
+    with Workspace(tmp_path) as workspace:
+        model = workspace.load(folders[name], name="m", threads=1, context=400, kv_memory=n_bytes, window_kv=window_kv)
+        rng = random.Random(1)
+        for _ in range(2):
+            running = [wish.begin(model) for wish in wanted]
+            gone = set(rng.sample(range(len(wanted)), 3))
+            for i in gone:
+                next(running[i])
+                running[i].cancel()
+            for i, generation in enumerate(running):
+                if i not in gone:
+                    assert list(generation) == alone[i]
+        del running, generation
+        assert model._runner.pool.n_dropped_ever > 0
+        assert settled(model)
+        model._runner.pool.check([], [])
 
 
 def test_a_prefix_counts_only_where_its_windows_are_there(folders: dict[str, Path]) -> None:
