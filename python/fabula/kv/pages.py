@@ -168,9 +168,8 @@ class PagePool:
         self.lock = threading.RLock()
         self._closed = False
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()  # of a pool with windowed layers
-        self._abandoned: deque[tuple[list[int], bool, int]] = (
-            deque()
-        )  # pages, retained, n_dropped of collected sequences
+        # Of collected sequences: pages, whether retained, and n_dropped.
+        self._abandoned: deque[tuple[list[int], bool, int]] = deque()
         _pools.add(self)
 
     @property
