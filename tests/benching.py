@@ -48,6 +48,24 @@ def peer_python(folder: Path, skew: float = 1.0) -> Path:
     return script
 
 
+def picky_python(folder: Path) -> Path:
+    """A stand-in that SIGILL ends unless weights stay as they lie in the file."""
+    script = folder / "python-picky"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *--as-in-file*) exec {peer_python(folder)} "$@";; esac\nread line; kill -ILL $$\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def killed_python(folder: Path) -> Path:
+    """An interpreter that something kills."""
+    script = folder / "python-killed"
+    script.write_text("#!/bin/sh\nread line; kill -KILL $$\n")
+    script.chmod(0o755)
+    return script
+
+
 def broken_python(folder: Path) -> Path:
     """An interpreter that has no llama-cpp-python."""
     script = folder / "python-broken"

@@ -46,6 +46,18 @@ GEMMA4 = ODD | {
     "hidden_size_per_layer_input": 24,
     "vocab_size_per_layer_input": 203,
 }
+GEMMA3N = ODD | {
+    "num_hidden_layers": 7,
+    "sliding_window": 19,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 12,
+    "hidden_size_per_layer_input": 24,
+    "vocab_size_per_layer_input": 190,  # the tokens behind it have no embedding of their own
+    "activation_sparsity_pattern": [0.8, 0.5, 0.3, 0.95, 0.0, 0.0, 0.6],
+}
+BLOOM = {key: ODD[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+MPT = BLOOM | {"d_model": 72, "n_heads": 3, "n_layers": 3, "max_seq_len": 700}
+BLOOM |= {"hidden_size": 120, "n_head": 6, "n_layer": 3}
 LLAMA4 = ODD | {
     "num_hidden_layers": 5,
     "moe_layers": [],
@@ -66,11 +78,13 @@ class Case:
         family: name of the classes in transformers, before Config and ForCausalLM.
         settings: of the config.
         config: name of the config class, where it is another.
+        attention: which code of transformers computes attention.
     """
 
     family: str
     settings: Mapping[str, Any] = field(default_factory=lambda: ODD)
     config: str = ""
+    attention: str = "eager"
 
     @property
     def config_class(self) -> Any:
@@ -147,6 +161,15 @@ CASES: dict[str, Case] = {
         ODD | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}},
     ),
     "apertus": Case("Apertus"),
+    "gemma3n": Case("Gemma3n", GEMMA3N, "Gemma3nTextConfig"),
+    "gemma3n-three-streams": Case(
+        "Gemma3n",
+        GEMMA3N
+        | {"altup_num_inputs": 3, "altup_active_idx": 1, "altup_correct_scale": False, "num_kv_shared_layers": 0}
+        | {"intermediate_size": [100, 60, 100, 24, 100, 100, 33], "attention_bias": True}
+        | {"final_logit_softcapping": 5.0, "activation_sparsity_pattern": [0.0, 0.5, 0.0, 0.2, 0.0, 0.0, 0.7]},
+        "Gemma3nTextConfig",
+    ),
     "gemma4": Case("Gemma4", GEMMA4, "Gemma4TextConfig"),
     "gemma4-k-is-v": Case(
         "Gemma4",
@@ -167,12 +190,22 @@ CASES: dict[str, Case] = {
         "Falcon",
         FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "bias": True},
     ),
+    # Without the fused kernel of torch, transformers 5.24 adds Falcon's biases twice.
+    "falcon-rw": Case(
+        "Falcon",
+        FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        attention="sdpa",
+    ),
+    "bloom": Case("Bloom", BLOOM),
+    "mpt": Case("Mpt", MPT),
+    "mpt-scaled": Case("Mpt", MPT | {"n_heads": 4, "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3}}),
     "gpt2": Case("GPT2", GPT),
     "gpt2-scales": Case("GPT2", GPT | {"scale_attn_by_inverse_layer_idx": True, "n_inner": 100}),
     "gptj": Case("GPTJ", GPT | {"rotary_dim": 20}),
     "gpt_neox": Case("GPTNeoX", NEOX),
     "gpt_neox-sequential": Case("GPTNeoX", NEOX | {"use_parallel_residual": False, "attention_bias": False}),
     "phi": Case("Phi", PLAIN | {"partial_rotary_factor": 0.6, "hidden_size": 240}),
+    "phi-norms": Case("Phi", PLAIN | {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
 }
 
 
@@ -180,7 +213,7 @@ def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
     """Writes a random checkpoint and returns the transformers model, in evaluation mode."""
     torch.manual_seed(seed)
     config = case.config_class(**case.settings)
-    config._attn_implementation = "eager"
+    config._attn_implementation = case.attention
     model = case.model_class(config).eval()
     with torch.no_grad():  # the default start is so small that every logit is almost the same; biases start at 0
         for name, parameter in model.named_parameters():

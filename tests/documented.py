@@ -54,6 +54,11 @@ class Document:
         return [step for step in self.steps if isinstance(step, str)]
 
     @property
+    def modules(self) -> set[str]:
+        """Packages that the programs import."""
+        return set(re.findall(r"^(?:from|import) (\w+)", "\n".join(self.programs), re.MULTILINE))
+
+    @property
     def commands(self) -> list[Command]:
         return [step for step in self.steps if isinstance(step, Command)]
 

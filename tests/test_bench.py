@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benching import MACHINE, call, rows_of
+from decoder_families import CASES, make_talking_model
 from fabula import _native, _operators
 from fabula.bench import library, peers
 from fabula.bench import model as bench_model_module
@@ -293,10 +294,12 @@ def test_missing_peers_are_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPat
     assert len(told) == 2 and all("pip install llama-cpp-python" in line for line in told)
 
 
-def test_transformers_on_the_same_weights(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_transformers_on_the_same_weights(tiny_folder: Path, tmp_path: Path, family: str) -> None:
     pytest.importorskip("transformers")
+    folder = tiny_folder if family == "llama" else make_talking_model(CASES[family], tmp_path / family)
     told: list[str] = []
-    with Model.load(tiny_folder, weights="f32", kv="f32", threads=1) as model:
+    with Model.load(folder, weights="f32", kv="f32", threads=1) as model:
         found = peers.make_peers(model, 100, told.append)
         assert [peer.name for peer in found] == ["transformers"]
         assert any("llama.cpp is not measured" in line for line in told)  # missing, or no GGUF to start from
@@ -304,6 +307,18 @@ def test_transformers_on_the_same_weights(tiny_folder: Path) -> None:
         theirs = found[0].run(prompt, 32).tokens
         assert theirs == bench_model_module.Fabula(model).run(prompt, 32).tokens
         found[0].close()
+
+
+def test_what_transformers_cannot_load_is_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    told: list[str] = []
+    with Model.load(tiny_folder, weights="q8_0") as model:
+        assert peers.make_peers(model, 100, told.append) == []
+        assert any("it computes in f32, f16, bf16, the weights are q8_0" in line for line in told)
+    monkeypatch.setattr(transformers.models.llama.LlamaForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    with Model.load(tiny_folder) as model:
+        assert peers.make_peers(model, 100, told.append) == []
+    assert any("cannot load tiny: division by zero" in line for line in told)
 
 
 @pytest.mark.parametrize("weights", ["auto", "q8_0"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benching import broken_python, call, peer_python, rows_of
+from benching import broken_python, call, killed_python, peer_python, picky_python, rows_of
 from fabula.bench import clients as clients_module
 from fabula.bench import serve as serve_module
 from fabula.bench.clients import Recorded, chat_with
@@ -19,7 +19,7 @@ from fabula.bench.load import bench_load
 from fabula.bench.peer_llama_cpp import LlamaStates
 from fabula.bench.serve import Served, bench_serve, free_port, running
 from fabula.bench.sessions import bench_sessions, in_turns
-from fabula.errors import EngineError, InvalidArgument
+from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
 
 # ---- Sessions ------------------------------------------------------------------------------------------------------
@@ -105,6 +105,17 @@ def test_load(tiny_folder: Path, tmp_path: Path) -> None:
         assert rows[1]["over_weights"] == pytest.approx(rows[1]["ours"] - rows[1]["limit"])
     table = call(*arguments).stdout
     assert "start to first token" in table and "settings" not in table
+
+
+def test_a_peer_that_is_killed_is_started_otherwise(tiny_folder: Path, tmp_path: Path) -> None:
+    """llama.cpp with AMX: it ends by SIGILL where its weights are laid out for tiles that it did not configure."""
+    there = ["--model", str(tiny_folder), "--threads", "1", "--peers", "--peer-python", str(picky_python(tmp_path))]
+    rows = rows_of(call("load", *there, "--weights", "f16", "--rounds", "1", "--json"))
+    assert rows[0]["same_token"] is True
+    rows = rows_of(call("sessions", *there[:2], *there[4:], *FEW, "--json"))
+    assert {row["peer_name"] for row in rows[4:]} == {"llama-cpp-python"}
+    with pytest.raises(Unsupported, match="was ended by SIGKILL"):
+        LlamaStates(tiny_folder, threads=1, kv="f16", n_positions=9, python=str(killed_python(tmp_path)))
 
 
 def test_load_errors(tiny_folder: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_bad_arguments(model: Model) -> None:
         ):
             with pytest.raises(InvalidArgument, match=words):
                 runner.decode([(sequence, bad)], 4, _native.Flag())
-        with pytest.raises(InvalidArgument, match="n_draws"):
+        with pytest.raises(InvalidArgument, match="n_requests"):
             runner.decode([], 4, _native.Flag())
         assert sequence.n_tokens == 0
 

@@ -394,6 +394,7 @@ def test_auto_takes_a_gpu_with_room(tiny_folder: Path) -> None:
     [
         ("gemma2", "operator attention with a soft cap"),
         ("gemma3", "operator embed for layers whose heads differ"),
+        ("gemma3n", "operator embed for layers whose rope differs"),
         ("gpt2", "operator embed for layers whose rope differs"),
         ("cohere", "operator layer_norm"),
         ("granite", "operator linear with a scale"),

@@ -36,6 +36,8 @@ def is_run(command: Command) -> bool:
     "page", [page if page == "tutorial.md" else pytest.param(page, marks=pytest.mark.heavy) for page in SHOWN]
 )
 def test_what_is_shown_works(page: str, smollm2_gguf: Path, address: str, tmp_path: Path) -> None:
+    for module in sorted(Document(DOCS / page).modules & {"anthropic", "ollama"}):
+        pytest.importorskip(module, reason=f"the {module} package is not installed")
     (tmp_path / "model.gguf").symlink_to(smollm2_gguf)
     desk = Desk(tmp_path, address)
     shown = []

@@ -284,6 +284,14 @@ def test_rows_that_do_not_fit_fall_back() -> None:
     assert dtype_for(KINDS["q4_0"], "token_embd.weight", (64, 512), model) is DType.Q6_K
     assert dtype_for(KINDS["q4_0"], "token_embd.weight", (64, 512), Shape(30, 3, False)) is DType.Q4_0
     assert dtype_for(KINDS["q4_0"], "blk.0.attn_norm.weight", (512,), model) is DType.F32
+    assert dtype_for(KINDS["q4_k"], "per_layer_token_embd.weight", (64, 512), model) is DType.Q4_K
+    for name in (
+        "altup_proj.weight",
+        "blk.0.altup_router.weight",
+        "blk.0.laurel_l.weight",
+        "per_layer_model_proj.weight",
+    ):
+        assert dtype_for(KINDS["q4_k"], name, (64, 512), model) is DType.F16
     assert role_of("blk.3.attn_q_norm.weight") == role_of("blk.3.attn_q.bias") == "norms and biases"
 
 

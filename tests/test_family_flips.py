@@ -19,10 +19,34 @@ from test_config_flips import ABSENT, FIELDS, LONG, OTHERS, SPOKEN, YARN, judge
 # One case of each family.
 FAMILIES: dict[str, Case] = {case.model_type: case for case in reversed(CASES.values())}
 OWN: dict[str, list[Any]] = {
+    "activation_sparsity_pattern": [[0.1] * 7, [0.0] * 7, None, [0.5]],
+    "altup_active_idx": [2],
+    "altup_correct_scale": [False],
+    "altup_num_inputs": [2, 3],
+    "apply_residual_connection_post_layernorm": [True],
+    "attn_config": [
+        {"clip_qkv": 0.1},
+        {"softmax_scale": 0.9},
+        {"alibi": False},
+        {"qk_ln": True},
+        {"prefix_lm": True},
+        {"attn_type": "multiquery_attention"},
+        {"attn_pdrop": 0},
+        None,
+    ],
+    "d_model": [144],
+    "expansion_ratio": [2],
+    "laurel_rank": [8],
+    "learned_pos_emb": [False],
+    "n_heads": [4],
+    "n_layers": [2],
+    "no_bias": [False],
+    "norm_type": ["rmsnorm"],
+    "slow_but_exact": [True],
     "activation": ["relu", "silu", "no such"],
     "activation_function": ["gelu", "relu", "silu", "gelu_fast", "no such"],
     "add_cross_attention": [True],
-    "alibi": [True],
+    "alibi": [None],  # true: test_decoder_families.py; the code that runs here adds biases twice
     "attention_chunk_size": [8, None],
     "attention_k_eq_v": [True],
     "attention_multiplier": [0.3, -0.2],
@@ -78,6 +102,7 @@ OWN: dict[str, list[Any]] = {
 # Those that have no say in logits, and sizes, which test_decoder_families.py has in many values.
 IDLE = {
     *("attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "eod_token_id", "hidden_dropout"),
+    *("altup_coef_clip", "emb_pdrop", "embedding_fraction", "init_device", "max_seq_len", "pretraining_tp"),
     *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts", "num_experts_per_tok"),
     *("num_local_experts", "output_router_logits", "resid_pdrop", "residual_dropout", "router_aux_loss_coef"),
     *("router_jitter_noise", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
@@ -92,10 +117,18 @@ WEIGHTS = {
     **dict.fromkeys(("new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn"), ("tensor",)),
     **dict.fromkeys(("attention_k_eq_v", "use_double_wide_mlp", "use_parallel_residual", "n_positions"), ("tensor",)),
     **dict.fromkeys(("attention_bias", "mlp_bias", "qk_layernorm", "num_kv_shared_layers", "n_layer"), ("tensor",)),
-    "num_hidden_layers": ("layer_types", "no_rope_layers", "num_kv_shared_layers", "per_layer_config"),
+    **dict.fromkeys(("d_model", "n_heads", "n_layers", "altup_num_inputs", "laurel_rank"), ("tensor",)),
+    "num_hidden_layers": (
+        "layer_types",
+        "no_rope_layers",
+        "intermediate_size",
+        "num_kv_shared_layers",
+        "per_layer_config",
+    ),
     "layer_types": ("sliding_window", "sliding_attention", "attention_chunk_size", "per_layer_config"),
     "num_key_value_heads": ("tensor",),
     "per_layer_config": ("tensor",),
+    "vocab_size_per_layer_input": ("tensor",),
     "sliding_window": ("layer_types",),
     "max_position_embeddings": ("tensor",),
     "rope_parameters": ("rope", "llama_4_scaling_beta"),
@@ -145,7 +178,19 @@ def shared_flips(family: str, case: Case) -> list[dict[str, Any]]:
 
 
 # One family of each structure; the others are more examples of the same reader.
-QUICK = ("apertus", "cohere2", "gemma2", "gemma4_text", "gpt2", "gpt_neox", "granite", "llama4_text", "olmo2", "phi3")
+QUICK = (
+    "apertus",
+    "cohere2",
+    "gemma2",
+    "gemma3n_text",
+    "gemma4_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama4_text",
+    "olmo2",
+    "phi3",
+)
 
 
 @pytest.fixture(

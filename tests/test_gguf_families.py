@@ -22,6 +22,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import llama_convert
 import tiny
@@ -56,6 +57,7 @@ class Cut:
         converted: why llama.cpp's conversion is not compared; "" if it is.
         bound: of the difference from llama.cpp's logits. GELU is a table of float16 there.
         exact: whether logits are those of the safetensors file bit by bit: some numbers are float32 in GGUF.
+        calm: whether what layers add is made a tenth: else many random layers make much of a small difference.
     """
 
     of: str
@@ -64,6 +66,7 @@ class Cut:
     converted: str = ""
     bound: float = 1e-4
     exact: bool = True
+    calm: bool = False
 
     @property
     def case(self) -> Case:
@@ -145,6 +148,28 @@ CUTS: Mapping[str, Cut] = {
     "gpt_neox": Cut("gpt_neox", bound=GELU),
     "gpt_neox-sequential": Cut("gpt_neox-sequential", {"attention_bias": True}, bound=GELU),
     "phi": Cut("phi", {"intermediate_size": 960, "num_key_value_heads": 6}, bound=GELU),
+    "bloom": Cut("bloom", bound=GELU),
+    "mpt": Cut("mpt", bound=GELU, converted=_UNKNOWN),
+    "mpt-clipped": Cut(
+        "mpt-scaled", {"attn_config": {"clip_qkv": 0.7, "alibi_bias_max": 12}}, bound=GELU, converted=_UNKNOWN
+    ),
+    # llama.cpp has the numbers of the released models, and another deviation: that of a sample.
+    "gemma3n": Cut(
+        "gemma3n",
+        {
+            "num_hidden_layers": 22, "num_kv_shared_layers": 2, "laurel_rank": 64, "hidden_size_per_layer_input": 256,
+            "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12, "intermediate_size": 640,
+        },
+        bound=GELU, exact=False, calm=True,
+    ),
+    "gemma3n-small": Cut(
+        "gemma3n", peer="llama.cpp has the released sizes only", exact=False,
+        converted="tokens without an embedding of each layer get one of zeros",
+    ),
+    "gemma3n-three-streams": Cut(
+        "gemma3n-three-streams", peer="llama.cpp has the released sizes only", converted="it takes four streams only",
+        exact=False,
+    ),
     "gemma4": Cut("gemma4", {"final_logit_softcapping": 4.0, "num_kv_shared_layers": 3}, bound=GELU),
     "gemma4-k-is-v": Cut("gemma4-k-is-v", {"num_kv_shared_layers": 3}, bound=3 * GELU),
     "gemma4-plain": Cut(
@@ -166,6 +191,10 @@ class Made:
         if not folder.exists():
             folder.mkdir(parents=True)
             make_model(CUTS[name].case, folder)
+            if CUTS[name].calm:
+                tensors = load_file(folder / "model.safetensors")
+                calmed = {key: 0.1 * x if "norm" in key and ".post_" in key else x for key, x in tensors.items()}
+                save_file(calmed, folder / "model.safetensors", {"format": "pt"})
             (folder / "tokenizer.json").write_text(tiny.tokenizer_json())
             (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
         return folder
@@ -284,6 +313,9 @@ def test_what_llama_cpp_converts_is_the_same_model(made: Made, converted: Path, 
         (CASES["smollm3-windows"], "no key for a window in family 'smollm3'"),
         (Case("SmolLM3", ODD | {"no_rope_layers": [1, 0, 1]}), "'smollm3': layer 1: rotation is none"),
         (CASES["starcoder2"], "no key for a window in family 'starcoder2'"),
+        (CASES["falcon-rw"], "'falcon': layer 0"),
+        (CASES["phi-norms"], "norm.*not part of this model's config"),
+        (CASES["mpt-scaled"], "'mpt': layer 0 attention scale is 0.3"),
         (CASES["gptj"], "not written for the family 'gptj'"),
         (Case("Falcon", FALCON | {"activation": "relu"}), "'falcon': layer 0 mlp activation is relu"),
         (Case("Starcoder2", WHOLE | {"sliding_window": None, "hidden_act": "gelu"}), "mlp activation is gelu,"),
@@ -329,6 +361,8 @@ def config_of(path: Path) -> Mapping[str, Any]:
          {"residual_multiplier": 1.0, "embedding_multiplier": 1.0, "attention_multiplier": 40**-0.5}),
         ("cohere", {"logit_scale": None}, {"logit_scale": 1.0}),
         ("olmo", {"attention.clamp_kqv": None}, {"clip_qkv": None}),
+        ("gemma3n", {"activation_sparsity_scale": None, "altup.num_inputs": None, "attention.shared_kv_layers": None},
+         {"altup_num_inputs": 4, "num_kv_shared_layers": 2}),
         ("stablelm", {"use_parallel_residual": True}, {"use_parallel_residual": False}),  # the tensors decide
     ],
 )  # fmt: skip
@@ -357,6 +391,9 @@ def test_keys_that_may_be_missing(
         ("glm4", {"nextn_predict_layers": 1}, r"'glm4\.nextn_predict_layers'"),
         ("glm4", {"rope.dimension_sections": np.array([4, 4, 2, 0], np.int32)}, r"'glm4\.rope\.dimension_sections'"),
         ("falcon", {"expert_count": 8}, r"'falcon\.expert_count': is 8"),
+        ("mpt", {"attention.max_alibi_bias": F(0)}, r"'mpt\.attention\.max_alibi_bias': is 0"),
+        ("bloom", {"attention.max_alibi_bias": F(4)}, r"'bloom\.attention\.max_alibi_bias'"),
+        ("gemma3n-small", {"activation_sparsity_scale": np.zeros(3, F)}, "must be an array of 7 numbers"),
     ],
 )  # fmt: skip
 def test_keys_that_are_refused(
@@ -408,10 +445,43 @@ def test_architectures_that_share_a_family(
     assert config.model_type == model_type and np.isfinite(logits(path)).all()
 
 
-def test_a_baichuan_of_another_size_has_no_rotation(made: Made, tmp_path: Path) -> None:
+def test_a_baichuan_of_another_size_is_refused(made: Made, tmp_path: Path) -> None:
     path = rewritten(made.file("internlm2-as-llama"), tmp_path / "out.gguf", {}, arch="baichuan")
-    with pytest.raises(Unsupported, match=r"'baichuan\.block_count': is 3: only the model of 32 layers has rotations"):
+    with pytest.raises(Unsupported, match=r"'baichuan\.block_count': is 3: models of 32 layers have rotations"):
         config_of(path)
+
+
+@pytest.mark.parametrize("n_layers", [32, 40])
+def test_baichuan_rotates_or_has_alibi(llama_cpp: LlamaCpp, tmp_path: Path, n_layers: int) -> None:
+    """By its number of layers; heads are 6, no power of 2."""
+    folder = tmp_path / "m"
+    make_model(
+        replace(CUTS["iquestcoder"].case, settings=PLAIN | {"head_dim": 24, "num_hidden_layers": n_layers}), folder
+    )
+    (folder / "tokenizer.json").write_text(tiny.tokenizer_json())
+    quantize_model(folder, tmp_path / "out.gguf", "f32", threads=1)
+    path = rewritten(tmp_path / "out.gguf", tmp_path / "other.gguf", {}, arch="baichuan")
+    checkpoint, config = open_model(path)
+    checkpoint.close()
+    assert bool(config.layers[0].attention.slopes) == (n_layers == 40)
+    theirs = llama_cpp.logits(path, IDS.tolist(), context=256)
+    assert theirs is not None
+    assert difference(logits(path), theirs) <= 1e-4
+
+
+def test_qwen3vl_is_qwen3_for_text(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    make_model(Case("Qwen3"), folder)
+    (folder / "tokenizer.json").write_text(tiny.tokenizer_json())
+    quantize_model(folder, tmp_path / "out.gguf", "f32", threads=1)
+    keys: dict[str, Value | None] = {
+        "rope.dimension_sections": np.array([7, 7, 6, 0], np.int32),  # with others it leaves slow pairs unrotated
+        "n_deepstack_layers": 0,
+    }
+    path = rewritten(tmp_path / "out.gguf", tmp_path / "other.gguf", keys, arch="qwen3vl")
+    ours, theirs = logits(path), llama_cpp.logits(path, IDS.tolist(), context=256)
+    assert (ours == logits(folder)).all()
+    assert theirs is not None and difference(ours, theirs) <= 1e-4
 
 
 def test_inspect_says_that_it_runs_and_in_how_much(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

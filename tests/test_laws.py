@@ -1,8 +1,8 @@
 """The law of sessions: whatever was done, in whatever order, every turn is what it would be from scratch.
 
 A machine does what users do, at random, with a workspace whose pages run out all the time. Beside it walk a naive model
-of the trees (`Shadow`) and a second model of the same folder that never shares anything (the oracle). After every step
-tokens, trees, and the count of every page are compared. FABULA_TEST_LAWS=20 does twenty times as much.
+of the trees (`Shadow`) and a second model of the same folder that never shares anything, nor speculates (the oracle).
+After every step tokens, trees, and the count of every page are compared. FABULA_TEST_LAWS=20 does twenty times as much.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tiny
 from decoder_families import CASES, make_talking_model
+from drafting import cheap_rows
 from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
 from fabula.engine.generation import Generation
 from fabula.kv.pages import Sequence
@@ -58,6 +59,11 @@ def _watched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         every_sequence.add(self)
 
     monkeypatch.setattr(Sequence, "__init__", watched)
+
+
+@pytest.fixture(autouse=True)
+def _drafts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_rows(monkeypatch, row=0.02)
 
 
 # ---- The machine ----------------------------------------------------------------------------------------------------
@@ -540,7 +546,7 @@ def walk(
     n_days: int = 5,
 ) -> None:
     """Lets the machine run over a model that has room for N_PAGES pages."""
-    with Model.load(folder, kv=kv, threads=1, context=context) as oracle:
+    with Model.load(folder, kv=kv, threads=1, context=context, speculation="off") as oracle:
         n_bytes = N_PAGES * oracle._runner.pool.page_bytes
         options = {"kv": kv, "threads": threads, "context": context, "kv_memory": n_bytes, "window_kv": window_kv}
         attributes = {"folder": folder, "oracle": oracle, "options": options, "place": place, "policies": policies}
@@ -566,14 +572,16 @@ def test_whatever_is_done_every_turn_is_what_it_is_from_scratch(
 
 
 # One model of each structure: sandwich norms with two ropes and windows; heads of two widths, layers that reuse keys
-# and values, embeddings of each layer; chunks and layers without rotation; parallel blocks; norms over whole rows;
-# learned positions.
+# and values, embeddings of each layer; several residual streams; ALiBi; chunks and layers without rotation; parallel
+# blocks; norms over whole rows; learned positions.
 @pytest.mark.busy(1e5)
 @pytest.mark.parametrize(
     ("name", "kv"),
     [
         ("gemma3", "f16"),
         ("gemma4", "q8:bf16"),
+        ("gemma3n", "f16"),
+        pytest.param("bloom", "q8", marks=pytest.mark.heavy),
         ("llama4", "f32"),
         ("cohere2", "bf16"),
         ("olmo2", "f16"),

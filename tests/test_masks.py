@@ -1,5 +1,5 @@
-"""Attention of one layer against plain numpy: every mask, soft cap, sink logits, temperature, and heads whose K and V
-differ in width. In f32; prefill in chunks and decode give the same bits."""
+"""Attention of one layer against plain numpy: every mask, soft cap, sink logits, ALiBi, temperature, and heads whose K
+and V differ in width. In f32; prefill in chunks and decode give the same bits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from fabula import ops
 from fabula._native import KvLayer, PagePool
 from fabula._program import BatchSequence, Heads, Op, Program, Shape
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import DType
+from fabula.models.config import alibi_slopes
 
 N, VOCAB, HIDDEN = 70, 23, 24
 EMBED, LINEAR, KV_WRITE, ATTENTION, GATHER, LOGITS = 1, 3, 7, 8, 9, 10
-ALL, CHUNK = 8, 16
+ALL, CHUNK, ALIBI_BF16 = 8, 16, 64
 F32 = npt.NDArray[np.float32]
 
 
@@ -30,6 +32,7 @@ class Case:
     cap: float = 0.0
     sinks: bool = False
     temperature: float = 0.0
+    alibi: bool = False
 
 
 PLAIN = Heads(6, 2, 12, 12, -1)
@@ -47,6 +50,9 @@ CASES = {
     "sink logits": Case(PLAIN, sinks=True),
     "sink logits in a window": Case(Heads(6, 3, 24, 24, -1), window=9, sinks=True, cap=2.0),
     "temperature": Case(PLAIN, temperature=0.4),
+    "alibi": Case(PLAIN, alibi=True),
+    "alibi in a window": Case(Heads(6, 3, 24, 24, -1), window=9, alibi=True, sinks=True),
+    "alibi rounded": Case(PLAIN, alibi=True, flags=ALIBI_BF16),
 }
 
 
@@ -64,6 +70,9 @@ class Layer:
         fields: dict[str, Any] = {"window": case.window, "flags": case.flags, "limit": case.cap, "scale": 0.3}
         if case.sinks:
             fields["vector"] = self.sinks
+        self.slopes = np.array(alibi_slopes(h.n_heads, 8.0), np.float32)
+        if case.alibi:
+            fields["vector2"] = self.slopes
         if case.temperature:
             fields |= {"temperature": case.temperature, "temperature_offset": 1, "temperature_length": 8}
         operators = [
@@ -91,6 +100,15 @@ class Layer:
             past += n
         return np.concatenate(found)
 
+    def biases(self, head: int, n: int) -> npt.NDArray[np.float64]:
+        """What ALiBi adds to the score of each query and key, [n, n]."""
+        slope, position = torch.tensor(self.slopes[head]), torch.arange(n)
+        if self.case.flags & ALIBI_BF16:  # as transformers' Falcon
+            each = 0.3 * np.asarray((slope.bfloat16() * position).double())
+        else:
+            each = np.asarray(slope.double() * position)
+        return np.asarray(each[None, :] - each[:, None])
+
     def expected(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         h, case, n = self.heads, self.case, len(ids)
         row = (self.embedding[ids] @ self.qkv.T).astype(np.float64)
@@ -110,6 +128,8 @@ class Layer:
         for head in range(h.n_heads):
             kv = head // (h.n_heads // h.n_kv_heads)
             scores = 0.3 * q[:, head] @ k[:, kv].T
+            if case.alibi:
+                scores = scores + self.biases(head, n)
             if case.cap:
                 scores = case.cap * np.tanh(scores / case.cap)
             weights = np.where(seen, np.exp(scores), 0.0)

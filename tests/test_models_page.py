@@ -70,7 +70,7 @@ def widened(case: Case) -> Case:
     old = case.settings
     if "longrope" in str(old):  # one factor for each pair of a head
         return case
-    key = "n_embd" if "n_embd" in old else "hidden_size"
+    key = next(key for key in ("n_embd", "d_model", "hidden_size") if key in old)
     factor = 32 // math.gcd(32, old[key])
     settings = {**old, key: old[key] * factor} | ({"intermediate_size": 256} if "intermediate_size" in old else {})
     if "head_dim" in old and old["head_dim"] * old["num_attention_heads"] == old[key]:

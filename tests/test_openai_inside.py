@@ -61,6 +61,19 @@ class Inside:
         return answer
 
 
+def break_after_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every answer fail after its third token."""
+    read = Generation._read
+
+    def fail(self: Generation, item: Any) -> Any:
+        if len(self.token_ids) == 3:
+            self.cancel()
+            raise NonFinite("layer 1 gives NaN")
+        return read(self, item)
+
+    monkeypatch.setattr(Generation, "_read", fail)
+
+
 def test_two_go_on_from_one(tiny_folder: Path, tmp_path: Path) -> None:
     async def work(client: Inside) -> None:
         first = await client.respond(input="hi", seed=1)
@@ -142,15 +155,7 @@ def test_keys_have_their_own(tiny_folder: Path, tmp_path: Path) -> None:
 def test_what_fails_in_the_middle_is_told(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, kinds: list[str]
 ) -> None:
-    read = Generation._read
-
-    def fail(self: Generation, item: Any) -> Any:
-        if len(self.token_ids) == 3:
-            self.cancel()
-            raise NonFinite("layer 1 gives NaN")
-        return read(self, item)
-
-    monkeypatch.setattr(Generation, "_read", fail)
+    break_after_three(monkeypatch)
 
     async def work(client: Inside) -> None:
         answer = await client.app.test_client().post(

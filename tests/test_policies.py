@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +19,11 @@ from hypothesis import strategies as st
 import tiny
 from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
 from fabula.engine.generation import Generation
+from fabula.engine.request import READ_AHEAD
 from fabula.engine.scheduler import Load
-from fabula.kv.pages import HOLE
+from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import Window
+from waiting import wait_until
 
 CONTEXT = 160
 SHORT = SamplingParams(temperature=1.0, max_tokens=12, seed=11, ignore_eos=True)
@@ -283,16 +287,26 @@ def test_a_story_in_pieces_is_the_story_in_one(model: Model, oracle: Model, wind
     assert session.head.ids() == whole.head.ids()
 
 
-def test_pages_do_not_grow_with_a_story(tiny_folder: Path) -> None:
-    """Also while it runs: a pool of eight pages is enough for any length."""
+def test_pages_do_not_grow_with_a_story(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it runs, and when a reader takes in one go all that waits for him: five pages at most."""
     with Model.load(tiny_folder, threads=1, context=CONTEXT, kv_memory=8 * 5632) as model:
-        assert model._runner.pool.n_pages == 8
+        pool, scheduler = model._runner.pool, model._engine.scheduler
+        assert pool.n_pages == 8
+        held = []
+        reserve = Sequence.reserve
+
+        def counted(sequence: Sequence, n_tokens: int) -> npt.NDArray[np.int32]:
+            pages = reserve(sequence, n_tokens)
+            held.append(pool.n_pages - pool.n_free)
+            return pages
+
+        monkeypatch.setattr(Sequence, "reserve", counted)
         session = model.session(context_policy=SLIDE)
-        most = 0
-        for _ in session.tell(1500, prompt="the cat", params=SHORT):
-            most = max(most, model._runner.pool.n_pages - model._runner.pool.n_free)
+        for i, _ in enumerate(session.tell(1500, prompt="the cat", params=SHORT)):
+            if i % READ_AHEAD == 0:
+                wait_until(lambda: all(request.paused for request in scheduler._running))
         assert session.head.finish_reason == "length" and len(session.head.token_ids) == 1500
-        assert most <= 5, "a page of sinks, two of the window, one that is begun, one not yet read"
+        assert max(held) == 5, "a page of sinks, two of the window, one that is begun, one not yet read"
         del session
 
 

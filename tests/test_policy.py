@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fabula._native import PAGE_POSITIONS
-from fabula.engine.policy import Budget, Prefix, admits, decode_steps, fits, plan, preempted, shares_prefix
-from fabula.engine.step_cost import MIN_CHUNK, StepCost
+from fabula.engine.policy import (
+    DRAFT_GAIN,
+    DRAFT_STRETCH,
+    Budget,
+    Prefix,
+    admits,
+    decode_steps,
+    draft_rows,
+    fits,
+    plan,
+    preempted,
+    shares_prefix,
+)
+from fabula.engine.step_cost import FORGET_STEPS, MIN_CHUNK, StepCost
 from fabula.kv.pages import pages_for
 
 
@@ -25,6 +39,7 @@ class Stub:
     n_preempted: int = 0
     first_step: int = -1
     admitted: int = -1
+    chances: tuple[float, ...] = ()
 
     @property
     def n_pending(self) -> int:
@@ -196,3 +211,72 @@ def test_a_shared_prefix_is_used_waited_for_or_left() -> None:
     assert shares_prefix(Prefix(100, 10, prefills=True), 0) is None, "it is being computed"
     assert shares_prefix(Prefix(page + 3, 10, prefills=True), 4) is False, "less than a page: not worth waiting"
     assert shares_prefix(Prefix(100, 120, prefills=True), 0) is True, "that part of the prompt is done"
+
+
+# ---- Drafts ---------------------------------------------------------------------------------------------------------
+
+drafts = st.lists(st.floats(0.01, 1.0), max_size=8).map(lambda row: [min(row[: i + 1]) for i in range(len(row))])
+tiles = st.lists(st.floats(0.01, 2.0), min_size=40, max_size=40)
+
+
+def rows_cost(seconds: Sequence[float]) -> StepCost:
+    """The cost of steps of 1, 2, ... rows, each so many seconds longer than the one before it."""
+    cost, total = StepCost(), 0.0
+    for n, more in enumerate(seconds, 1):
+        total += more
+        cost.measured_rows(n, total)
+    return cost
+
+
+@given(st.lists(drafts, min_size=1, max_size=4), tiles, st.integers(0, 12))
+@settings(max_examples=300, deadline=None)
+def test_drafts_are_as_long_as_they_pay(chances: list[list[float]], seconds: list[float], most: int) -> None:
+    """No draft is taken that promises no more tokens per second than plain decoding, nor at the cost of other requests;
+    and for one request, no other length promises more."""
+    cost, n = rows_cost(seconds), len(chances)
+    counts = draft_rows(cost, chances, most)
+    assert all(0 <= count <= len(row) for count, row in zip(counts, chances, strict=True)) and sum(counts) <= most
+
+    def speed(lengths: Sequence[int]) -> float:
+        tokens = n + sum(sum(row[:length]) for row, length in zip(chances, lengths, strict=True))
+        return tokens / cost.seconds(n + sum(lengths))
+
+    plain = DRAFT_GAIN * speed([0] * n)
+    if any(counts):
+        assert speed(counts) > plain * (1 - 1e-9)
+        slowest = min(1 + sum(row[:count]) for row, count in zip(chances, counts, strict=True))
+        assert n == 1 or cost.seconds(n + sum(counts)) <= DRAFT_STRETCH * cost.seconds(n) * slowest * (1 + 1e-9)
+    if n == 1:
+        best = max(speed([length]) for length in range(min(len(chances[0]), most) + 1))
+        assert speed(counts) >= best * (1 - 1e-9) if any(counts) else best <= plain * (1 + 1e-9)
+
+
+def test_no_draft_before_a_step_was_measured_nor_where_rows_cost_as_much_as_steps() -> None:
+    assert draft_rows(StepCost(), [[1.0] * 8], 100) == [0]
+    assert draft_rows(rows_cost([1.0] * 40), [[1.0] * 8], 100) == [0]
+    assert draft_rows(rows_cost([1.0] + [0.1] * 39), [[1.0] * 8, []], 100) == [5, 0], "the other one waits, too"
+    assert draft_rows(rows_cost([1.0] + [0.1] * 39), [[1.0] * 8, [0.99] * 8], 9) == [8, 1]
+    assert draft_rows(rows_cost([1.0] + [0.1] * 39), [[0.9, 0.5, 0.05, 0.01]], 100) == [2]
+
+
+def test_a_plan_counts_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepCost, "seconds", lambda _, n: 1 + 0.01 * n)
+    drafting, plain, reading = Stub(40, 0, 39, chances=(0.9,) * 5), Stub(9, 0, 8), Stub(500, chances=(0.9,) * 5)
+    planned = plan([drafting, plain, reading], Budget(64, StepCost()))
+    assert planned[:2] == [(drafting, 6), (plain, 1)] and planned[2][0] is reading
+    assert MIN_CHUNK <= planned[2][1] <= 64 - 7
+    assert plan([drafting, plain], Budget(4, StepCost())) == [(drafting, 3), (plain, 1)], "within the batch"
+    assert plan([plain, drafting], Budget(1, StepCost())) == [(plain, 1)]
+
+
+def test_the_cost_of_rows() -> None:
+    cost = StepCost()
+    assert cost.seconds(1) == cost.seconds(5) == 0.0
+    cost.measured_rows(1, 0.010)
+    assert cost.seconds(1) == 0.010 < cost.seconds(2) < cost.seconds(4) <= 0.020, "a guess, until it is measured"
+    cost.measured_rows(4, 0.040)
+    assert cost.seconds(4) == 0.040 and abs(cost.seconds(2) - 0.020) < 1e-9, "between two that were"
+    cost.measured_rows(4, 10.0)
+    assert cost.seconds(4) <= 0.060, "one slow step does not say much"
+    cost.measured_rows(1, 0.010, FORGET_STEPS + 1)
+    assert cost.seconds(4) <= 0.020, "measured long ago: it is tried again"

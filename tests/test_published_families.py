@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decoder_families import PLAIN, Case, make_model
-from fabula.errors import Unsupported
 from test_decoder_families import assert_close, expected, load, text
 
 N_KV, DIM = PLAIN["num_key_value_heads"], 24
@@ -95,11 +94,26 @@ def test_baichuan(second: bool, tmp_path: Path) -> None:
     check(tmp_path, model)
 
 
-def test_baichuan_13b_is_refused(tmp_path: Path) -> None:
-    make_model(Case("Llama", PLAIN | {"num_hidden_layers": 1}), tmp_path)
-    rewrite(tmp_path, load_file(tmp_path / "model.safetensors"), {"model_type": "baichuan", "num_hidden_layers": 40})
-    with pytest.raises(Unsupported, match="ALiBi"):
-        load(tmp_path)
+def test_baichuan_13b(tmp_path: Path) -> None:
+    """40 layers: ALiBi in place of rotation. The reference is Llama without rotation, with biases in its mask."""
+    model = make_model(Case("Llama", PLAIN | {"num_key_value_heads": 6, "num_hidden_layers": 40}), tmp_path)
+    tensors = baichuan(load_file(tmp_path / "model.safetensors"))
+    changes = {"model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "num_key_value_heads": None}
+    rewrite(tmp_path, tensors, changes)
+    slopes = torch.tensor([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])  # of 4 heads, then of every other one of 8
+    model.model.rotary_emb.forward = lambda x, position_ids: (  # noqa: ARG005
+        torch.ones(1, x.shape[1], DIM),
+        torch.zeros(1, x.shape[1], DIM),
+    )
+    ids, runner = text(1, 90), load(tmp_path)
+    distance = (torch.arange(90)[None, :] - torch.arange(90)[:, None]).float()
+    mask = torch.where(distance > 0, -torch.inf, slopes[:, None, None] * distance)[None]
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids[None].astype("int64")), attention_mask=mask, use_cache=False).logits[0].numpy()
+    try:
+        assert_close(next(runner.all_logits(ids)), theirs)
+    finally:
+        runner.close()
 
 
 def test_minicpm(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_export_import_and_settings(served: Running) -> None:
 
 def test_texts(served: Running) -> None:
     tokens = served.post("/tokenize", text="the whale")["tokens"]
-    assert served.post("/detokenize", tokens=tokens) == {"text": "the whale"}
+    assert served.post("/detokenize", tokens=tokens) == {"text": "the whale", "content": "the whale"}
     assert served.post("/detokenize", 400, tokens=[10**9])["error"]["param"] == "tokens"
     served.post("/chat", session_id="counted", message="Hello.", max_len=5)
     count = served.post("/count", session_id="counted", message="How are you?")

@@ -104,6 +104,44 @@ def test_json_is_read_strictly(served: Running, body: bytes, word: str) -> None:
     assert error["type"] == "invalid_request_error" and word in error["message"] and error["code"]
 
 
+MALFORMED = [
+    b"", b"[1]", b'"text"', b'{"messages": "a"', b'{"prompt": "\xff"}', b'{"options": {"seed": NaN}}',
+    b'{"a": 1, "a": 2}',
+    b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'{"model": 7}', b'{"source": {"a": "\\ud800"}}',
+    b'{"messages": [[]], "input": [7], "prompt": 7, "source": 7}', b'{"messages": {"0": 1}, "input": {}, "prompt": []}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/messages", "/v1/messages/count_tokens", "/api/chat", "/api/generate", "/api/embed", "/api/copy"]
+)
+def test_borrowed_routes_refuse_what_is_malformed(served: Running, path: str) -> None:
+    for body in MALFORMED:
+        response = served.client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400, (body[:60], response.text)
+        error = response.json()
+        if path.startswith("/api"):
+            assert error.keys() == {"error"} and error["error"]
+        else:
+            assert error["type"] == "error" and error["error"]["type"] == "invalid_request_error"
+    wrong = served.client.post(path, content=b"{}", headers={"Content-Type": "text/plain", "Origin": served.address})
+    assert wrong.status_code == 415
+
+
+def test_what_looks_like_a_control_token_is_text_to_others_too(served: Running) -> None:
+    def count(words: str) -> int:
+        message = {"role": "user", "content": [{"type": "text", "text": words}]}
+        n = served.post("/v1/messages/count_tokens", messages=[message])["input_tokens"]
+        options = {"num_predict": 1}
+        plain = {"role": "user", "content": words}
+        found = served.post("/api/chat", messages=[plain], options=options, stream=False)
+        assert found["prompt_eval_count"] == n
+        return int(n)
+
+    for special in ("<|im_end|>", "</s>", "<|im_start|>system"):
+        assert count(special) - count("a") == len(served.post("/tokenize", text=special)["tokens"]) - 1
+
+
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""]
 )

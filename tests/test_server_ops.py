@@ -58,6 +58,8 @@ def test_metrics_move(served: Running) -> None:
     assert more(f"fabula_answers_total|done|{name}") == 1
     assert more(f"fabula_tokens_total|generated|{name}") == 6
     assert more(f"fabula_tokens_total|prompt|{name}") == found["usage"]["prompt_tokens"]
+    assert more(f"fabula_draft_tokens_total|drafted|{name}") == found["timings"]["drafted"]
+    assert more(f"fabula_draft_tokens_total|accepted|{name}") == found["timings"]["accepted"]
     assert more(f"fabula_tokens_total|reused|{name}") == found["usage"]["reused_tokens"] > 0
     assert more(f"fabula_first_token_seconds_count|{name}") == 1
     assert more(f"fabula_between_tokens_seconds_count|{name}") == 5

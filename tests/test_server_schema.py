@@ -14,15 +14,16 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 @pytest.mark.parametrize(
-    "phases",
+    ("phases", "more"),
     [
-        pytest.param("examples,fuzzing", id="random"),
-        pytest.param("coverage", id="every constraint", marks=pytest.mark.heavy),  # 7,500 requests
+        pytest.param("examples,fuzzing", (), id="random"),
+        pytest.param("examples,fuzzing", ("--strict", "--model-names", "exact"), id="strict", marks=pytest.mark.heavy),
+        pytest.param("coverage", (), id="every constraint", marks=pytest.mark.heavy),  # 7,500 requests
     ],
 )
-def test_as_described(tmp_path: Path, tiny_folder: Path, phases: str) -> None:
+def test_as_described(tmp_path: Path, tiny_folder: Path, phases: str, more: tuple[str, ...]) -> None:
     pytest.importorskip("schemathesis")
-    flags = ("--context", "100", "--max-sessions", "100000", "--answer-s", "5", "--max-waiting", "100000")
+    flags = ("--context", "100", "--max-sessions", "100000", "--answer-s", "5", "--max-waiting", "100000", *more)
     with Running(tmp_path, tiny_folder, *flags) as running:
         running.post("/chat", session_id="abc", message="the whale", max_len=2)
         command = [

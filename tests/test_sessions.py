@@ -168,7 +168,7 @@ def test_tags_and_numbers(model: Model) -> None:
     (first,), (foreign,) = talk(session, "one"), talk(other, "one")
     session.tag(1, "good")
     assert first.tags == {"good"} and first.to_json()["tags"] == ["good"]
-    for turn in (2, -1, foreign):
+    for turn in (2, -2, foreign):
         with pytest.raises(InvalidArgument, match="no turn"):
             session.rollback(turn)
     with pytest.raises(InvalidArgument, match="tag is empty"):

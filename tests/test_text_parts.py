@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from decoder_families import GEMMA4, LLAMA4, ODD, PLAIN, YARN
+from decoder_families import CASES as CASES_OF_TEXT
+from decoder_families import GEMMA4, LLAMA4, ODD, PLAIN, YARN, make_model
 from fabula.formats.text_part import text_part
 from test_decoder_families import assert_close, expected, load, text
 
@@ -100,6 +102,28 @@ def test_text_part(name: str, tmp_path: Path) -> None:
             runner.prefill(sequence, ids[:90])
             (one,) = runner.step([(sequence, ids[90:91])], [0])
             assert np.array_equal(one, ours[90])
+    finally:
+        runner.close()
+
+
+def test_gemma3n(tmp_path: Path) -> None:
+    """transformers builds the whole model with the towers' library only, so the text part is wrapped by hand."""
+    model = make_model(CASES_OF_TEXT["gemma3n"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    wrapped = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    others = ("vision_tower.x.weight", "audio_tower.x.weight", "embed_vision.embedding.weight", "embed_audio.y.weight")
+    save_file(wrapped | {f"model.{name}": torch.zeros(2, 2) for name in others}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    towers = {"vision_config": {"model_type": "gemma3n_vision"}, "audio_config": {"model_type": "gemma3n_audio"}}
+    names = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps({**names, **towers, "text_config": config}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner = load(tmp_path)
+    try:
+        ids = text(1, 50)
+        assert_close(next(runner.all_logits(ids)), expected(model, ids))
+        assert runner.config.left_out == ("vision", "audio")
     finally:
         runner.close()
 

@@ -72,7 +72,7 @@ def test_descendants_are_those_with_it_in_their_lineage(parents: list[int], past
 
 def test_what_is_no_turn_is_refused() -> None:
     tree, _ = tree_of([0, 1])
-    for wrong in (3, -1, True, "nothing", turn_after(START), 1.0, None):
+    for wrong in (3, -3, True, "nothing", turn_after(START), 1.0, None):
         with pytest.raises(InvalidArgument):
             tree.find(wrong)  # type: ignore[arg-type]
 

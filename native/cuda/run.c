@@ -104,9 +104,12 @@ static const char *lacks_option(const fb_program *program, const struct fb_op *o
     if (op->activation != activation) return "with that activation";
     if (op->limit != 0.0f) return "with a soft cap";
     if (fb_is_product(op) && op->scale != 1.0f) return "with a scale";
+    if (op->kind == FB_OP_EMBED && op->weight && op->weight->n_rows < program->shape.vocab_size)
+        return "of a smaller table";
     if (op->flags) return "with flags";
     if (op->temperature != 0.0f) return "with a temperature";
     if (op->kind == FB_OP_ATTENTION && op->vector) return "with sink logits";
+    if (op->kind == FB_OP_ATTENTION && op->vector2) return "with ALiBi";
     if (op->kind != FB_OP_RMS_NORM) return NULL;
     if (op->residual >= 0) return "with a residual";
     return op->vector_length != program->buffers[op->in].width ? "of groups" : NULL;

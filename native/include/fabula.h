@@ -242,7 +242,7 @@ enum fb_status fb_page_discard(fb_page_pool *pool, int32_t page, int32_t first_l
  * the batch or, after GATHER_OUTPUTS, per wanted output. The program plans their memory: buffers that are never alive
  * together share it. */
 enum fb_op_kind {
-    FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight` */
+    FB_OP_EMBED = 1,          /* out[t] = scale * row tokens[t] of `weight`; row 0 if a later table has no such row */
     FB_OP_RMS_NORM = 2,       /* out = (residual +) in / sqrt(mean(in^2) + eps) * vector */
     FB_OP_LINEAR = 3,         /* out from `column` on = (residual +) scale * activation(in weight^T + vector) */
     FB_OP_LINEAR_GATED = 4,   /* weight and bias interleave gate and up by 16 rows; out = activation(gate) * up */
@@ -257,7 +257,10 @@ enum fb_op_kind {
     FB_OP_EMBED_POSITION = 13, /* out[t] = row `position of t` of `weight`; positions must be below its rows */
     FB_OP_SCALE = 14,          /* out = scale * in; out may be in */
     FB_OP_MULTIPLY = 15,       /* out = in * columns column .. column + width - 1 of `residual`; out may be in */
-    FB_OP_ADD = 16             /* out = scale * (in + columns of `residual`, as MULTIPLY); out may be in */
+    FB_OP_ADD = 16,            /* out = scale * (in + columns of `residual`, as MULTIPLY); out may be in */
+    FB_OP_MIX = 17,            /* of streams side by side: out_i = (residual_i +) sum over j of factor[i][j] in_j */
+    FB_OP_MATCH_RMS = 18,      /* out = in * rms(columns of `residual`) / max(rms(in), sqrt(eps)); out may be in */
+    FB_OP_SPARSIFY = 19        /* out = activation(max(in - mean(in) - scale * deviation(in), 0)); out may be in */
 };
 
 /* Activations of LINEAR and LINEAR_GATED. XIELU, with vector2 = a, b, c, e:
@@ -299,32 +302,41 @@ enum fb_op_flag {
     FB_HEADS_WHOLE = 2,      /* HEAD_NORM: one RMS norm over all q heads together, one over all k heads */
     FB_HEADS_VALUES = 4,     /* HEAD_NORM: also an RMS norm without weight of each v head */
     FB_ATTEND_ALL = 8,       /* ATTENTION: to later tokens too. A sequence must be whole in its step */
-    FB_ATTEND_CHUNK = 16     /* ATTENTION: positions are cut into chunks of `window`; a token sees those of its own */
+    FB_ATTEND_CHUNK = 16,    /* ATTENTION: positions are cut into chunks of `window`; a token sees those of its own */
+    FB_HEADS_BIASED = 32,    /* HEAD_NORM: both vectors hold weights, then as many biases; layer norms only */
+    FB_ALIBI_BF16 = 64       /* ATTENTION: biases are rounded as Falcon's; see `vector2` */
 };
 
 /* One operator. `vector` is, by kind:
  *     norms        weights [width], or those of one of several groups of columns [width / n]
  *     products     bias [n_rows]
  *     HEAD_NORM    weights of q heads, [k_dim] for all or [n_heads k_dim]
+ *     MULTIPLY, ADD, MATCH_RMS   the second input [width], where `residual` is -1
+ *     MIX          the factors [n][m], where `factors` is -1
  *     ATTENTION    a logit of each head [n_heads], which takes its share of the softmax (Xiao et al. 2023; gpt-oss)
+ * `vector2` of ATTENTION holds a slope for each head [n_heads]: slope * (position of the key - that of the query) is
+ * added to its scores (ALiBi, Press et al. 2022). With FB_ALIBI_BF16 that is scale * (b(key) - b(query)) with
+ * b(p) = slope * p, where slope, p and b are rounded to bf16.
  * LOGITS and the scores of ATTENTION have a soft cap where `limit` is not 0: limit tanh(x / limit). */
 struct fb_op {
     enum fb_op_kind kind;
     int32_t in;       /* buffer read; -1 for EMBED and EMBED_POSITION */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
+    int32_t factors;  /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector` */
+    int32_t width;    /* MIX: of a stream */
     int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
-    int32_t column;   /* LINEAR: first column of `out`, those before are filled; MULTIPLY, ADD: of `residual` */
+    int32_t column;   /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */
     int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
     int32_t heads;    /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
     enum fb_activation_kind activation;
     uint32_t flags;          /* enum fb_op_flag */
     const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS; borrowed: it must outlive the program */
     const float *vector;     /* weights of a norm, bias, or sink logits; see above. Copied */
-    const float *vector2;    /* HEAD_NORM: k-head norm; LAYER_NORM: bias; XIELU: its numbers. Copied */
-    int32_t vector_length;   /* of `vector`; 0 when NULL */
+    const float *vector2;  /* HEAD_NORM: k-head norm; LAYER_NORM: bias; XIELU: its numbers; ATTENTION: slopes. Copied */
+    int32_t vector_length; /* of `vector`; 0 when NULL */
     int32_t vector2_length;
-    float eps;   /* norms */
+    float eps;   /* norms, MATCH_RMS */
     float scale; /* EMBED, LINEAR, LOGITS, SCALE, ADD: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim) */
     float limit; /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP */
     /* ATTENTION: a query at position p is multiplied by 1 + temperature ln(1 + floor((p + offset) / length)); 0: not */
@@ -485,11 +497,11 @@ void fb_random(uint64_t seed, uint64_t position, uint32_t stream, uint32_t out[4
 
 /* ---- Decoding several tokens in one call ------------------------------------------------------------------------- */
 
-/* A sequence that is decoded. Sampling arguments as in fb_sample, which gets the position n_history + n_drawn. */
-struct fb_draw {
+/* A sequence that is decoded. Sampling arguments as in fb_sample, which gets the position n_history + n_sampled. */
+struct fb_decode_request {
     struct fb_sequence sequence; /* as the first step computes it; pages for all positions of n_steps */
     int32_t n_steps;             /* tokens to sample at most; 0: a prefill chunk, computed in the first step only */
-    int32_t n_drawn;             /* result: tokens sampled */
+    int32_t n_sampled;           /* result: tokens sampled */
     /* [n_history + n_steps]: the tokens so far, the last sequence.n_tokens of them not computed yet; sampled tokens are
      * appended. */
     int32_t *history;
@@ -511,10 +523,11 @@ struct fb_draw {
  * another thread may set, is not 0. A sequence whose sampling fails stops with fewer tokens and no end token;
  * fb_sample says why. An error in the first step is returned; a later one ends the call, and the next call meets
  * it.
- *   logits    scratch of at least n_draws x vocab_size
+ *   logits    scratch of at least n_requests x vocab_size
  *   seconds   [n_steps] since the call for each step;  n_done  how many steps ran */
-enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct fb_draw *draws, int32_t n_draws,
-    int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds, int32_t *n_done);
+enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct fb_decode_request *requests,
+    int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds,
+    int32_t *n_done);
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 

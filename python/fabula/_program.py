@@ -21,6 +21,8 @@ class Op:
     input: int = -1
     out: int = -1
     residual: int = -1
+    factors: int = -1
+    width: int = 0
     layer: int = 0
     column: int = 0
     window: int = 0
@@ -40,7 +42,7 @@ class Op:
 
 # Numbers of an operator that C takes under the same name.
 _OP_FIELDS = (
-    *("kind", "out", "residual", "layer", "column", "window", "heads", "activation", "flags"),
+    *("kind", "out", "residual", "factors", "width", "layer", "column", "window", "heads", "activation", "flags"),
     *("eps", "scale", "limit", "temperature", "temperature_offset", "temperature_length"),
 )
 
@@ -96,7 +98,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSequence:
-    """One sequence of decode steps: samples up to `n_steps` tokens, none after one of `ends`; as in struct fb_draw.
+    """One sequence of decode steps, as struct fb_decode_request: up to `n_steps` tokens are sampled, none after one of
+    `ends`.
 
     `history` int32 has room for n_history + n_steps tokens. Its first n_history tokens end with the share's; sampled
     ones are written after them. With n_steps 0 the share is computed and nothing is sampled.
@@ -201,12 +204,12 @@ class Program:
     def decode(
         self, pool: PagePool, sequences: Sequence[DecodeSequence], n_steps: int, stop: Any
     ) -> tuple[list[tuple[I32, F32]], npt.NDArray[np.float64]]:
-        """Up to n_steps decode steps; see fb_program_draw. `stop`: int32_t[1] of cffi.
+        """Up to n_steps decode steps; see fb_program_decode. `stop`: int32_t[1] of cffi.
 
         Returns:
             The tokens and logprobs of each sequence, and when each step was done, in seconds since the call.
         """
-        c_sequences = ffi.new("struct fb_draw[]", len(sequences))
+        c_sequences = ffi.new("struct fb_decode_request[]", len(sequences))
         logprobs = np.empty((len(sequences), n_steps), np.float32)
         seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
         for i, (c, sequence) in enumerate(zip(c_sequences, sequences, strict=True)):
@@ -222,14 +225,14 @@ class Program:
         if self._decode_logits.size < n_logits:
             self._decode_logits = np.empty(n_logits, np.float32)
         check(
-            lib.fb_program_draw(
+            lib.fb_program_decode(
                 self.handle, pool.handle, c_sequences, len(sequences), n_steps, stop,
                 floats(self._decode_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
             )
         )  # fmt: skip
         sampled = []
         for c, sequence, row in zip(c_sequences, sequences, logprobs, strict=True):
-            n = int(c.n_drawn)
+            n = int(c.n_sampled)
             sampled.append((sequence.history[sequence.n_history : sequence.n_history + n].copy(), row[:n]))
         return sampled, seconds[: n_done[0]]
 

@@ -26,6 +26,10 @@ KV_NAMES = (*KV_FORMATS, *(f"{k}:{v}" for k in KV_FORMATS for v in KV_FORMATS if
 WindowKv = Literal["keep", "drop"]
 WINDOW_KV: tuple[str, ...] = get_args(WindowKv)
 
+# Whether several tokens are guessed and verified in one step: where it pays, or never.
+SpeculationName = Literal["auto", "off"]
+SPECULATION_NAMES: tuple[str, ...] = get_args(SpeculationName)
+
 DEVICE_NAME = r"cpu|auto|cuda(?::([0-9]{1,3}))?"  # pattern of a whole name; the group is the GPU's number
 DEVICE_PRODUCTS = ("own", "library")
 MAX_DEVICES = 16  # GPUs of one model; FB_MOST_MEMBERS of fabula.h

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._native import kv_layers
-from fabula.choices import DEFAULT_MODEL, MAX_THREADS, WEIGHTS_NAMES, WINDOW_KV, WeightsName, WindowKv
+from fabula.choices import (
+    DEFAULT_MODEL,
+    MAX_THREADS,
+    SPECULATION_NAMES,
+    WEIGHTS_NAMES,
+    WINDOW_KV,
+    SpeculationName,
+    WeightsName,
+    WindowKv,
+)
 from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
+from fabula.engine.draft_model import DraftModel
 from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
 from fabula.engine.generation import Engine, Generation
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
 from fabula.engine.threads import default_threads
-from fabula.errors import InvalidArgument, TemplateError, TokenizerError
+from fabula.errors import InvalidArgument, TemplateError, TokenizerError, Unsupported
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.download import Progress
 from fabula.formats.fingerprint import Fingerprinting
@@ -65,6 +76,7 @@ class Model:
         device: "cpu", "cuda:0", ..., or several GPUs as "cuda:0+1".
         device_name: name of the GPU; "" for the CPU.
         defaults: the model's recommended sampling settings, used where `SamplingParams` leaves one unset.
+        speculation: "auto" or "off"; see `load`.
     """
 
     def __init__(
@@ -78,6 +90,8 @@ class Model:
         scheduler: Scheduler | None = None,
         digest: str = "",
         defaults: SamplingDefaults | None = None,
+        *,
+        speculation: SpeculationName = "auto",
     ) -> None:
         self.path = path
         self.window_kv: WindowKv = "drop" if runner.pool.drops else "keep"
@@ -85,8 +99,15 @@ class Model:
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
         self._runner = runner
+        self.speculation = speculation
+        self._drafter: Model | None = None
         self._engine = Engine(
-            runner, tokenizer, KvEvictionList(runner.pool), scheduler or Scheduler(), self.defaults.values
+            runner,
+            tokenizer,
+            KvEvictionList(runner.pool),
+            scheduler or Scheduler(),
+            self.defaults.values,
+            speculation,
         )
         self._embedders: Embedder | None = None  # created on first use
         self._embedder_lock = threading.Lock()
@@ -125,6 +146,8 @@ class Model:
         fetch_progress: Progress | None = None,
         load_progress: Callable[[int, int], None] | None = None,
         scheduler: Scheduler | None = None,
+        speculation: SpeculationName = "auto",
+        draft_model: str | os.PathLike[str] | None = None,
     ) -> Model:
         """Finds a model, downloads it if needed, and loads it.
 
@@ -150,6 +173,11 @@ class Model:
             fetch_progress: callback for a download's progress.
             load_progress: callback (bytes read, total bytes) while weights are packed.
             scheduler: shared with other models; None for a new one.
+            speculation: "auto" guesses several tokens and verifies them in one step where that is faster: what was
+                written before, in the prompt, the answer, or other turns of the session, and what a constraint forces.
+                Tokens, log-probabilities and seeds stay the same, bit for bit. "off" never does. On a GPU it is off.
+            draft_model: a smaller model with the same vocabulary that guesses where nothing was written before; as
+                `name_or_path`. It runs on the CPU and has its own KV cache, of the same context length.
 
         Raises:
             ModelNotFound: no model has that name.
@@ -164,6 +192,10 @@ class Model:
         """
         if weights not in WEIGHTS_NAMES:
             raise InvalidArgument(f"weights is {weights!r}, must be one of {', '.join(WEIGHTS_NAMES)}")
+        if speculation not in SPECULATION_NAMES:
+            raise InvalidArgument(f"speculation is {speculation!r}, must be one of {', '.join(SPECULATION_NAMES)}")
+        if draft_model is not None and speculation == "off":
+            raise InvalidArgument("a draft model is given, but speculation is off")
         kv_formats = kv_dtypes(kv)
         limits = (
             ("threads", threads, MAX_THREADS),
@@ -201,7 +233,30 @@ class Model:
         finally:
             checkpoint.close()
         digest = f"{checkpoint.digest}-{identity_of(weights, checkpoint)}"
-        return cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults)
+        model = cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults, speculation=speculation)
+        if draft_model is not None:
+            try:
+                model._drafts_with(cls.load(draft_model, threads=n_threads, fetch=fetch, fetch_progress=fetch_progress))
+            except BaseException:
+                model.close()
+                raise
+        return model
+
+    def _drafts_with(self, drafter: Model) -> None:
+        """Lets another model draft for this one, which closes it.
+
+        Raises:
+            InvalidArgument: it has another vocabulary.
+            Unsupported: it has no head, or this model runs on a GPU.
+        """
+        self._drafter = drafter
+        if self._runner.device is not None:
+            raise Unsupported("a model on a GPU does not use a draft model: speculation is off there")
+        drafter._runner.check_head()
+        source = DraftModel(drafter._runner, drafter.tokenizer, drafter._engine.cache)
+        source.check_vocabulary(self.tokenizer)
+        self._engine = replace(self._engine, draft_model=source)
+        self._handle.attach(LoadedModel(self._engine, self._template, self._fingerprint, "", self.defaults))
 
     # ---- Properties ------------------------------------------------------------------------------------------------
 
@@ -344,7 +399,7 @@ class Model:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[int]],
         *,
         pooling: Pooling = "mean",
         normalize: bool = True,
@@ -360,7 +415,7 @@ class Model:
         of a text does not depend on the others.
 
         Args:
-            texts: at least one, none of them empty.
+            texts: at least one, none of them empty; each as text, or as token ids, which are used as they are.
             pooling: "mean" of all tokens, which suits generative models (Muennighoff, 2022, weights by position
                 instead), "last" token, or "first".
             normalize: whether to scale vectors to length 1, so that their dot product is the cosine similarity.
@@ -373,7 +428,10 @@ class Model:
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
             OutOfMemory: no free KV pages.
         """
-        ids = [self.tokenizer.encode(text, special=parse_special, add_eos=None) for text in checked_texts(texts)]
+        ids = [
+            self.tokenizer.encode(text, special=parse_special, add_eos=None) if isinstance(text, str) else text
+            for text in checked_texts(texts)
+        ]
         return self._embedder().embed(ids, pooling=pooling, normalize=normalize, should_stop=should_stop)
 
     def _embedder(self) -> Embedder:
@@ -435,6 +493,8 @@ class Model:
         self._engine.scheduler.drop(self._runner)
         self._engine.cache.close()
         self._runner.close()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def __enter__(self) -> Model:
         return self

@@ -28,7 +28,7 @@ from fabula.sessions.persistence import Persistence, params_of, policy_of
 from fabula.sessions.policy import ContextPolicy
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START
-from fabula.store.records import SessionSummary
+from fabula.store.records import Match, SessionSummary
 from fabula.store.store import Store
 
 SPILL_BYTES = 1 << 30
@@ -259,6 +259,34 @@ class Workspace:
     def sessions(self, tenant: str | None = None) -> list[SessionSummary]:
         """Sessions of a tenant, or all; the last changed first."""
         return self._keeper.store.sessions(tenant)
+
+    def search(
+        self,
+        text: str,
+        *,
+        session_id: str | None = None,
+        tenant: str = "",
+        but: str = "",
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[Match]:
+        """Turns whose prompt or answer has a text, in any case; the last made first.
+
+        Args:
+            text: to find.
+            session_id: of the only session to search; None for all of the tenant's.
+            tenant: their owner.
+            but: sessions whose ids begin with it are left out; "" for none.
+            limit, offset: which of the matches.
+
+        Raises:
+            InvalidArgument: the text is empty, limit is not positive or offset negative.
+        """
+        if not text:
+            raise InvalidArgument("there is nothing to search for: the text is empty")
+        if limit < 1 or offset < 0:
+            raise InvalidArgument(f"limit is {limit}, must be 1 or more; offset is {offset}, must be 0 or more")
+        return self._keeper.store.search(tenant, text, session_id=session_id, but=but, limit=limit, offset=offset)
 
     def has(self, id: str, *, tenant: str = "") -> bool:
         """Whether a session has that name; False for an invalid name."""

@@ -72,11 +72,15 @@ static void check_values(void) {
     fill(weight, MOST, 1.0f, 2);
     fill(bias, MOST, 1.0f, 3);
     for (size_t n = 1; n <= MOST; n++) {
-        double mean = 0.0, variance = 0.0;
+        double mean = 0.0, variance = 0.0, square = 0.0;
         for (size_t i = 0; i < n; i++)
             mean += (double)x[i] / (double)n;
         for (size_t i = 0; i < n; i++)
             variance += ((double)x[i] - mean) * ((double)x[i] - mean) / (double)n;
+        for (size_t i = 0; i < n; i++)
+            square += (double)x[i] * (double)x[i] / (double)n;
+        const double found = (double)kernels->mean_square(x, n);
+        CHECK_AT(fabs(found - square) <= 1e-6 * square, "mean square of %zu: %g, not %g", n, found, square);
         kernels->layer_norm(x, weight, bias, n, 1e-5f, out);
         for (size_t i = 0; i < n; i++) {
             const double wanted = ((double)x[i] - mean) / sqrt(variance + 1e-5) * (double)weight[i] + (double)bias[i];
@@ -119,6 +123,12 @@ static void check_table(enum fb_isa isa) {
         kernels->layer_norm(x, weight, bias, n, 1e-6f, got);
         reference->layer_norm(x, weight, bias, n, 1e-6f, wanted);
         CHECK_AT(same(got, wanted, n), "isa %d, layer norm of %zu", (int)isa, n);
+        kernels->sparsify(x, n, 0.8f, got);
+        reference->sparsify(x, n, 0.8f, wanted);
+        CHECK_AT(same(got, wanted, n), "isa %d, sparsify of %zu", (int)isa, n);
+        got[0] = kernels->mean_square(x, n);
+        wanted[0] = reference->mean_square(x, n);
+        CHECK_AT(same(got, wanted, 1), "isa %d, mean square of %zu", (int)isa, n);
     }
 }
 

@@ -331,19 +331,19 @@ static enum fb_status decode_tokens(void) {
     float logprobs[2][STEPS];
     double seconds[STEPS];
     struct fb_sampling settings;
-    struct fb_draw draws[2];
+    struct fb_decode_request requests[2];
     fb_sampling_default(&settings);
     for (int i = 0; i < 2; i++)
-        draws[i] = (struct fb_draw){.sequence = {.pages = &pages[i], .n_pages = 1, .n_tokens = 1},
+        requests[i] = (struct fb_decode_request){.sequence = {.pages = &pages[i], .n_pages = 1, .n_tokens = 1},
             .n_steps = STEPS,
             .history = history[i],
             .n_history = 1,
             .logprobs = logprobs[i],
             .settings = &settings};
     mark_output(2 * N_VOCAB);
-    const enum fb_status status = fb_program_draw(
-        program, pool, draws, 2, STEPS, NULL, output, 2 * N_VOCAB, seconds, &n_done);
-    CHECK(status == FB_OK ? n_done == STEPS && draws[0].n_drawn == STEPS : n_done == -1 && history[0][1] == 0);
+    const enum fb_status status = fb_program_decode(
+        program, pool, requests, 2, STEPS, NULL, output, 2 * N_VOCAB, seconds, &n_done);
+    CHECK(status == FB_OK ? n_done == STEPS && requests[0].n_sampled == STEPS : n_done == -1 && history[0][1] == 0);
     return check_output(status, 2 * N_VOCAB);
 }
 
@@ -452,7 +452,7 @@ int main(void) {
     sweep("fb_measure_read, large", measure_large_read, 1);
 
     sweep("fb_program_run", run_program, 0);
-    sweep("fb_program_draw", decode_tokens, -1);
+    sweep("fb_program_decode", decode_tokens, -1);
     sweep("fb_page_*", move_pages, 0);
     sweep("fb_weight_pack_rows", pack_weight, 0);
     sweep("fb_dequantize", dequantize, 0);

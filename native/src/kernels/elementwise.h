@@ -1,11 +1,11 @@
 /*
- * elementwise.h - activations, soft caps and layer norm. reference.c and simd.h include it behind vocabulary.h, so one
+ * elementwise.h - activations, soft caps, means and layer norm. reference.c and simd.h include it behind vocabulary.h, so one
  * source is compiled for every instruction set, and gives the same bits: lanes are independent and nothing is fused.
  *
  * Errors, against exact functions of the f32 input: exp and tanh about 2e-7 of the result, erf 1.5e-7 in all. NaN stays
  * NaN, so damaged weights are found in the logits.
  *
- * Defines activate_*, soft_cap and layer_norm (contracts in kernels.h), and ELEMENTWISE_KERNELS, their entries in the
+ * Defines activate_*, soft_cap, layer_norm, sparsify and mean_square (contracts in kernels.h), and ELEMENTWISE_KERNELS, their entries in the
  * table. Tested by test_kernels for every table.
  */
 /* Vectors are passed by pointer: by value, a function's ABI would depend on the registers that it is compiled for. */
@@ -170,7 +170,8 @@ static inline float fold_16(const f16x *lanes) {
     return fb_fold(all);
 }
 
-static void layer_norm(const float *x, const float *weight, const float *bias, size_t n, float eps, float *out) {
+/* Returns the variance. */
+static inline float moments(const float *x, size_t n, float *mean_of) {
     f16x sum = {0}, squares = {0}, in;
     size_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -187,9 +188,34 @@ static void layer_norm(const float *x, const float *weight, const float *bias, s
     }
     for (size_t k = i; k < n; k++)
         squares[k - i] += (x[k] - mean) * (x[k] - mean);
-    const float factor = 1.0f / sqrtf(fold_16(&squares) / (float)n + eps);
+    *mean_of = mean;
+    return fold_16(&squares) / (float)n;
+}
+
+static void layer_norm(const float *x, const float *weight, const float *bias, size_t n, float eps, float *out) {
+    float mean;
+    const float factor = 1.0f / sqrtf(moments(x, n, &mean) + eps);
     for (size_t k = 0; k < n; k++)
         out[k] = (x[k] - mean) * factor * weight[k] + bias[k];
+}
+
+static void sparsify(const float *x, size_t n, float factor, float *out) {
+    float mean;
+    const float deviation = sqrtf(moments(x, n, &mean)), least = mean + factor * deviation;
+    for (size_t k = 0; k < n; k++)
+        out[k] = x[k] <= least ? 0.0f : x[k] - least; /* NaN stays */
+}
+
+static float mean_square(const float *x, size_t n) {
+    f16x squares = {0}, in;
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        memcpy(&in, x + i, sizeof in);
+        squares += in * in;
+    }
+    for (size_t k = i; k < n; k++)
+        squares[k - i] += x[k] * x[k];
+    return fold_16(&squares) / (float)n;
 }
 
 #define ELEMENTWISE_KERNELS                                                                                            \
@@ -202,4 +228,4 @@ static void layer_norm(const float *x, const float *weight, const float *bias, s
         [FB_ACTIVATION_XIELU] = activate_xielu,                                                                        \
         [FB_ACTIVATION_SIGMOID] = activate_sigmoid,                                                                    \
         [FB_ACTIVATION_TANH] = activate_tanh},                                                                         \
-    .soft_cap = soft_cap, .layer_norm = layer_norm
+    .soft_cap = soft_cap, .layer_norm = layer_norm, .sparsify = sparsify, .mean_square = mean_square

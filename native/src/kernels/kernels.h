@@ -141,6 +141,12 @@ struct fb_kernels {
      * lanes, without fused multiply-adds. */
     void (*layer_norm)(const float *x, const float *weight, const float *bias, size_t n, float eps, float *out);
 
+    /* out = max(x - (mean + factor * sqrt(variance)), 0), means as above; out may be x */
+    void (*sparsify)(const float *x, size_t n, float factor, float *out);
+
+    /* sum(x^2) / n, likewise */
+    float (*mean_square)(const float *x, size_t n);
+
     /* Loops over a vocabulary (vocabulary.h). top_logit: the largest of n logits; false if one is NaN or
      * +infinity. highest: the largest of n. */
     bool (*top_logit)(const float *logits, size_t n, float *top);

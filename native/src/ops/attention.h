@@ -60,6 +60,8 @@ struct fb_attention {
     struct fb_mask mask;
     float scale, soft_cap;          /* scores: scale q.k, then soft_cap tanh(score / soft_cap); 0: no cap */
     const float *sink_logits;       /* [n_heads] or NULL: one more score of each head, without a value */
+    const float *slopes;            /* [n_heads] or NULL: of ALiBi, see struct fb_op */
+    bool rounds_biases;             /* FB_ALIBI_BF16 */
     const struct fb_op *op;         /* for the temperature of queries; NULL: none */
     const struct fb_angles *angles; /* for sinks of sequences; NULL: positions are not encoded */
     const float *q;                 /* [n_tokens][ldq], heads concatenated; raw heads: followed by those of K and V */

@@ -1,6 +1,8 @@
 /* attention_part.c - partial results of attention, and merging them. See attention_part.h. */
 #include "ops/attention_part.h"
 
+#include "quant/convert.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -129,10 +131,34 @@ static void write_raw(const struct fb_attention *a, const struct fb_tile_layout 
         position % FB_PAGE_POSITIONS, true, k, v);
 }
 
+/* A row of scores: its head, the position of column 0, and the one at which the keys see the query. */
+struct score_row {
+    size_t head;
+    int32_t start, query;
+};
+
+static float rounded(float x) {
+    return fb_bf16_to_f32(fb_f32_to_bf16(x));
+}
+
+/* Adds ALiBi's biases to columns from .. to-1 of a row's scores, scaled already. */
+static void add_biases(
+    const struct fb_attention *a, float *scores, int32_t from, int32_t to, const struct score_row *row) {
+    const float slope = a->slopes[row->head];
+    if (!a->rounds_biases) {
+        for (int32_t k = from; k < to; k++)
+            scores[k] += slope * (float)(row->start + k - row->query);
+        return;
+    }
+    const float coarse = rounded(slope), at_query = rounded(coarse * rounded((float)row->query));
+    for (int32_t k = from; k < to; k++)
+        scores[k] += a->scale * (rounded(coarse * rounded((float)(row->start + k))) - at_query);
+}
+
 /* Softmax without its division over columns from .. to-1 of a row's scores; the other columns of first ..
  * end-1 become 0. A row that sees nothing gets length 0. */
 static void weigh_scores(const struct fb_attention *a, float *scores, int32_t first, int32_t end, int32_t from,
-    int32_t to, const struct fb_partial *out, size_t row) {
+    int32_t to, struct score_row about, const struct fb_partial *out, size_t row) {
     if (from >= to) {
         memset(scores + first, 0, (size_t)(end - first) * sizeof *scores);
         out->max[row] = -INFINITY;
@@ -140,8 +166,16 @@ static void weigh_scores(const struct fb_attention *a, float *scores, int32_t fi
         return;
     }
     const size_t n = (size_t)(to - from);
-    if (a->soft_cap > 0.0f) a->kernels->soft_cap(scores + from, n, a->scale, a->soft_cap);
-    const float scale = a->soft_cap > 0.0f ? 1.0f : a->scale;
+    float scale = a->scale;
+    if (a->soft_cap > 0.0f) {
+        a->kernels->soft_cap(scores + from, n, scale, a->soft_cap);
+        scale = 1.0f;
+    }
+    if (a->slopes) {
+        a->kernels->scale(scores + from, n, scale);
+        add_biases(a, scores, from, to, &about);
+        scale = 1.0f;
+    }
     out->max[row] = a->kernels->max(scores + from, n) * scale;
     out->length[row] = a->kernels->exp_sum(scores + from, n, scale, out->max[row], scores + from);
     memset(scores + first, 0, (size_t)(from - first) * sizeof *scores);
@@ -207,7 +241,8 @@ static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layo
     score_keys(a, l, slab, panels, w, rows, w->scores, NULL);
     for (size_t r = 0; r < rows; r++) {
         const bool sees = fb_sees_sinks(t->sequence, a->mask, first_position + (int32_t)(r / l->group));
-        weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, &out, r);
+        const struct score_row about = {t->kv_head * l->group + r % l->group, 0, n_sinks + t->sequence->window - 1};
+        weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, about, &out, r);
     }
     sum_values(a, l, fb_slab_v(layout_of(a), slab), (size_t)n_sinks, w->scores, rows, out.values, false, NULL);
 }
@@ -274,8 +309,9 @@ static void attend_block(const struct fb_attention *a, const struct fb_tile_layo
         const int32_t position = first_position + (int32_t)(row / l->group);
         const int32_t from = fb_lowest_visible(t->sequence, a->mask, position) - start;
         const int32_t to = fb_highest_visible(t->sequence, a->mask, position) - start + 1;
-        weigh_scores(
-            a, w->scores + row * FB_KEY_BLOCK, 0, n_keys, from > 0 ? from : 0, to < n_keys ? to : n_keys, &out, row);
+        const struct score_row about = {t->kv_head * l->group + row % l->group, start, position};
+        weigh_scores(a, w->scores + row * FB_KEY_BLOCK, 0, n_keys, from > 0 ? from : 0, to < n_keys ? to : n_keys,
+            about, &out, row);
     }
     sum_block(a, l, &r, n_keys, w, rows, out.values);
 }
@@ -291,8 +327,12 @@ void fb_attend_together(const struct fb_attention *a, const struct fb_tile_layou
         .n_written = PAGES,
         .kv_head = members[0].kv_head};
     score_block(a, l, &r, FB_KEY_BLOCK, w, rows);
-    for (size_t row = 0; row < rows; row++)
-        weigh_scores(a, w->scores + row * FB_KEY_BLOCK, 0, FB_KEY_BLOCK, 0, FB_KEY_BLOCK, &w->part, row);
+    for (size_t row = 0; row < rows; row++) {
+        const struct fb_tile *t = &members[row / l->group];
+        const struct score_row about = {
+            t->kv_head * l->group + row % l->group, block * FB_KEY_BLOCK, t->sequence->n_past + t->first_token};
+        weigh_scores(a, w->scores + row * FB_KEY_BLOCK, 0, FB_KEY_BLOCK, 0, FB_KEY_BLOCK, about, &w->part, row);
+    }
     sum_block(a, l, &r, FB_KEY_BLOCK, w, rows, w->part.values);
 }
 

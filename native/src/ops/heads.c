@@ -11,9 +11,11 @@ static const float zeros[1024];
 
 void fb_norm_head(const struct fb_kernels *kernels, const struct fb_op *op, const float *vector, int32_t length,
     int32_t index, float *head, int32_t dim) {
-    const float *weight = length == dim ? vector : vector + (size_t)index * (size_t)dim;
+    const bool is_biased = op->flags & FB_HEADS_BIASED;
+    const int32_t n_weights = is_biased ? length / 2 : length;
+    const float *weight = n_weights == dim ? vector : vector + (size_t)index * (size_t)dim;
     if (op->flags & FB_HEADS_LAYER_NORM)
-        kernels->layer_norm(head, weight, zeros, (size_t)dim, op->eps, head);
+        kernels->layer_norm(head, weight, is_biased ? weight + n_weights : zeros, (size_t)dim, op->eps, head);
     else
         kernels->rms_norm(head, weight, (size_t)dim, op->eps, head);
 }

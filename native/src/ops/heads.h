@@ -17,7 +17,7 @@ struct fb_angles {
 };
 
 /* Norms n heads of width `dim` in place: all together with FB_HEADS_WHOLE, else each. `vector` [length] holds the
- * weights, of one head or of all. */
+ * weights, of one head or of all, and with FB_HEADS_BIASED then as many biases. */
 void fb_norm_heads(const struct fb_kernels *kernels, const struct fb_op *op, const float *vector, int32_t length,
     float *heads, int32_t n, int32_t dim);
 

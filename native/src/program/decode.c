@@ -1,5 +1,5 @@
 /*
- * decode.c - several decode steps in one call (fb_program_draw). Each step computes every sequence's pending
+ * decode.c - several decode steps in one call (fb_program_decode). Each step computes every sequence's pending
  * tokens and samples its next one. The tokens are those that fb_program_run and fb_sample would give in turn.
  * A device samples itself (ops/sample_plan.h), without copying logits.
  */
@@ -14,16 +14,16 @@
 
 /* State of one call, besides the program. */
 struct decoding {
-    struct fb_draw *draws;
-    int32_t *active; /* [n_draws] indices into `draws` of the sequences that still decode */
+    struct fb_decode_request *requests;
+    int32_t *active; /* [n_requests] indices into `requests` of the sequences that still decode */
     struct fb_sequence *sequences;
     int32_t *tokens;              /* the first step's tokens, which are the most */
-    int32_t *outputs;             /* [n_draws] batch row of each active sequence's logits */
-    bool *failed, *is_sampled;    /* [n_draws] is_sampled: by the device */
-    struct fb_sample_plan *plans; /* [n_draws] of the rows that the device samples */
+    int32_t *outputs;             /* [n_requests] batch row of each active sequence's logits */
+    bool *failed, *is_sampled;    /* [n_requests] is_sampled: by the device */
+    struct fb_sample_plan *plans; /* [n_requests] of the rows that the device samples */
     struct fb_sample_changes changes;
-    int32_t *sampled; /* [n_draws] tokens that the device sampled */
-    float *logprobs;  /* [n_draws] and their log-probabilities */
+    int32_t *sampled; /* [n_requests] tokens that the device sampled */
+    float *logprobs;  /* [n_requests] and their log-probabilities */
     int32_t n_active;
     const float *logits;
     char *work;
@@ -31,27 +31,27 @@ struct decoding {
     int32_t vocab_size;
 };
 
-static enum fb_status check_draw(const struct fb_program *p, const struct fb_draw *d, int32_t i) {
+static enum fb_status check_request(const struct fb_program *p, const struct fb_decode_request *d, int32_t i) {
     const int32_t n_tokens = d->sequence.n_tokens;
-    FB_REQUIRE(n_tokens >= 1 && n_tokens <= p->shape.max_tokens, "draw %d: its sequence has %d tokens, must be 1 .. %d",
-        i, n_tokens, p->shape.max_tokens);
+    FB_REQUIRE(n_tokens >= 1 && n_tokens <= p->shape.max_tokens,
+        "request %d: its sequence has %d tokens, must be 1 .. %d", i, n_tokens, p->shape.max_tokens);
     FB_REQUIRE(d->n_steps >= 0 && d->n_history >= n_tokens && d->history && (d->logprobs || d->n_steps == 0),
-        "draw %d: n_steps %d must be 0 or more, n_history %d at least %d, history and logprobs not null", i, d->n_steps,
-        d->n_history, n_tokens);
+        "request %d: n_steps %d must be 0 or more, n_history %d at least %d, history and logprobs not null", i,
+        d->n_steps, d->n_history, n_tokens);
     FB_REQUIRE(
         (int64_t)d->sequence.n_past + n_tokens - 1 + d->n_steps <= (int64_t)d->sequence.n_pages * FB_PAGE_POSITIONS,
-        "draw %d: %d pages for %d positions, %d tokens and %d steps", i, d->sequence.n_pages, d->sequence.n_past,
+        "request %d: %d pages for %d positions, %d tokens and %d steps", i, d->sequence.n_pages, d->sequence.n_past,
         n_tokens, d->n_steps);
-    FB_REQUIRE(d->n_ends >= 0 && (d->n_ends == 0 || d->ends), "draw %d: ends is null, n_ends is %d", i, d->n_ends);
+    FB_REQUIRE(d->n_ends >= 0 && (d->n_ends == 0 || d->ends), "request %d: ends is null, n_ends is %d", i, d->n_ends);
     for (int32_t t = d->n_history - n_tokens; t < d->n_history; t++)
-        FB_REQUIRE(d->history[t] >= 0 && d->history[t] < p->shape.vocab_size, "draw %d: its token %d is %d", i, t,
+        FB_REQUIRE(d->history[t] >= 0 && d->history[t] < p->shape.vocab_size, "request %d: its token %d is %d", i, t,
             d->history[t]);
     return FB_OK;
 }
 
 /* The arguments of fb_sample for a sequence's next token. */
-static struct fb_sample_request request_of(const struct fb_draw *d, const float *logits, int32_t vocab_size) {
-    const int32_t n = d->n_history + d->n_drawn;
+static struct fb_sample_request request_of(const struct fb_decode_request *d, const float *logits, int32_t vocab_size) {
+    const int32_t n = d->n_history + d->n_sampled;
     return (struct fb_sample_request){logits, vocab_size, d->settings, (uint64_t)n, d->history, n, d->bias_ids,
         d->bias_values, d->n_bias, d->breakers, d->n_breakers};
 }
@@ -60,7 +60,7 @@ static struct fb_sample_request request_of(const struct fb_draw *d, const float 
  * gets the reason from fb_sample. */
 static void sample_one(void *context, int64_t index, int thread) {
     struct decoding *all = context;
-    struct fb_draw *d = &all->draws[all->active[index]];
+    struct fb_decode_request *d = &all->requests[all->active[index]];
     const struct fb_sample_request r = request_of(
         d, all->logits + (size_t)index * (size_t)all->vocab_size, all->vocab_size);
     int32_t token = -1;
@@ -76,25 +76,25 @@ static void sample_one(void *context, int64_t index, int thread) {
     }
     if (all->failed[index]) return;
     d->history[r.n_history] = token;
-    d->logprobs[d->n_drawn++] = logprob;
+    d->logprobs[d->n_sampled++] = logprob;
 }
 
-static bool is_unfinished(const struct fb_draw *d) {
-    if (d->n_drawn == d->n_steps) return false;
-    const int32_t last = d->history[d->n_history + d->n_drawn - 1];
+static bool is_unfinished(const struct fb_decode_request *d) {
+    if (d->n_sampled == d->n_steps) return false;
+    const int32_t last = d->history[d->n_history + d->n_sampled - 1];
     for (int32_t i = 0; i < d->n_ends; i++)
         if (d->ends[i] == last) return false;
     return true;
 }
 
 /* Describes a sequence's part of the next step; returns its number of tokens. */
-static int32_t describe(const struct fb_draw *d, struct fb_sequence *sequence, int32_t *tokens) {
+static int32_t describe(const struct fb_decode_request *d, struct fb_sequence *sequence, int32_t *tokens) {
     *sequence = d->sequence;
-    if (d->n_drawn > 0) {
-        sequence->n_past += d->sequence.n_tokens - 1 + d->n_drawn;
+    if (d->n_sampled > 0) {
+        sequence->n_past += d->sequence.n_tokens - 1 + d->n_sampled;
         sequence->n_tokens = 1;
     }
-    const int32_t *from = d->history + d->n_history + d->n_drawn - sequence->n_tokens;
+    const int32_t *from = d->history + d->n_history + d->n_sampled - sequence->n_tokens;
     memcpy(tokens, from, (size_t)sequence->n_tokens * sizeof *tokens);
     return sequence->n_tokens;
 }
@@ -104,7 +104,7 @@ static int32_t describe(const struct fb_draw *d, struct fb_sequence *sequence, i
 static enum fb_status plan(struct decoding *all, struct fb_results *results) {
     all->changes.n = 0;
     for (int32_t i = 0; i < all->n_active; i++) {
-        const struct fb_sample_request request = request_of(&all->draws[all->active[i]], NULL, all->vocab_size);
+        const struct fb_sample_request request = request_of(&all->requests[all->active[i]], NULL, all->vocab_size);
         struct fb_sample_plan *next = &all->plans[results->n_plans];
         const enum fb_status status = fb_plan_sample(&request, all->work, &all->changes, next);
         if (status == FB_OUT_OF_MEMORY) return status;
@@ -127,8 +127,8 @@ static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct decoding
     int32_t n_tokens = 0, n_outputs = 0;
     for (int32_t i = 0; i < n_sequences; i++) {
         const int32_t index = all->active[i];
-        n_tokens += describe(&all->draws[index], &all->sequences[i], all->tokens + n_tokens);
-        if (all->draws[index].n_steps == 0) continue;
+        n_tokens += describe(&all->requests[index], &all->sequences[i], all->tokens + n_tokens);
+        if (all->requests[index].n_steps == 0) continue;
         all->active[n_outputs] = index;
         all->outputs[n_outputs++] = n_tokens - 1;
     }
@@ -150,7 +150,7 @@ static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct decoding
 static void drop_finished(struct decoding *all) {
     int32_t n = 0;
     for (int32_t i = 0; i < all->n_active; i++)
-        if (!all->failed[i] && is_unfinished(&all->draws[all->active[i]])) all->active[n++] = all->active[i];
+        if (!all->failed[i] && is_unfinished(&all->requests[all->active[i]])) all->active[n++] = all->active[i];
     all->n_active = n;
 }
 
@@ -172,23 +172,24 @@ static enum fb_status run_steps(fb_program *p, fb_page_pool *pool, struct decodi
     return FB_OK;
 }
 
-enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct fb_draw *draws, int32_t n_draws,
-    int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds, int32_t *n_done) {
-    FB_REQUIRE(program && pool && draws && logits && seconds && n_done,
-        "program, pool, draws, logits, seconds or n_done is null");
+enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct fb_decode_request *requests,
+    int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds,
+    int32_t *n_done) {
+    FB_REQUIRE(program && pool && requests && logits && seconds && n_done,
+        "program, pool, requests, logits, seconds or n_done is null");
     const int32_t most = program->shape.max_tokens, vocab_size = program->shape.vocab_size;
-    FB_REQUIRE(n_draws >= 1 && n_draws <= most, "n_draws is %d, must be 1 .. %d", n_draws, most);
+    FB_REQUIRE(n_requests >= 1 && n_requests <= most, "n_requests is %d, must be 1 .. %d", n_requests, most);
     FB_REQUIRE(n_steps >= 1, "n_steps is %d, must be 1 or more", n_steps);
     FB_REQUIRE(program->n_results == vocab_size, "the program's last op has %d rows, the vocabulary %d tokens",
         program->n_results, vocab_size);
-    FB_REQUIRE(n_logits >= (size_t)n_draws * (size_t)vocab_size, "%zu logits, %d x %d are needed", n_logits, n_draws,
-        vocab_size);
-    size_t n = (size_t)n_draws, n_tokens = 0;
-    for (int32_t i = 0; i < n_draws; i++) {
-        FB_TRY(check_draw(program, &draws[i], i));
-        n_tokens += (size_t)draws[i].sequence.n_tokens;
+    FB_REQUIRE(n_logits >= (size_t)n_requests * (size_t)vocab_size, "%zu logits, %d x %d are needed", n_logits,
+        n_requests, vocab_size);
+    size_t n = (size_t)n_requests, n_tokens = 0;
+    for (int32_t i = 0; i < n_requests; i++) {
+        FB_TRY(check_request(program, &requests[i], i));
+        n_tokens += (size_t)requests[i].sequence.n_tokens;
     }
-    struct decoding all = {.draws = draws, .n_active = n_draws, .logits = logits, .vocab_size = vocab_size};
+    struct decoding all = {.requests = requests, .n_active = n_requests, .logits = logits, .vocab_size = vocab_size};
     all.sequences = calloc(n, sizeof *all.sequences);
     all.active = calloc(3 * n + n_tokens, sizeof *all.active);
     all.failed = calloc(2 * n, sizeof *all.failed);
@@ -198,15 +199,15 @@ enum fb_status fb_program_draw(fb_program *program, fb_page_pool *pool, struct f
     all.work_bytes = program->sample_work_bytes;
     enum fb_status status = FB_OK;
     if (!all.sequences || !all.active || !all.failed || !all.plans || !all.logprobs) {
-        status = fb_fail(FB_OUT_OF_MEMORY, "no memory to decode %d sequences", n_draws);
+        status = fb_fail(FB_OUT_OF_MEMORY, "no memory to decode %d sequences", n_requests);
     } else {
         all.sampled = all.active + n;
         all.outputs = all.sampled + n;
         all.tokens = all.outputs + n;
         all.is_sampled = all.failed + n;
-        for (int32_t i = 0; i < n_draws; i++) {
+        for (int32_t i = 0; i < n_requests; i++) {
             all.active[i] = i;
-            draws[i].n_drawn = 0;
+            requests[i].n_sampled = 0;
         }
         status = run_steps(program, pool, &all, n_steps, stop, logits, seconds, n_done);
     }

@@ -28,8 +28,8 @@ static int32_t width_of_attended(const struct fb_check *c) {
 /* ---- Checks ------------------------------------------------------------------------------------------------------ */
 
 static enum fb_status check_embed(const struct fb_check *c) {
-    FB_REQUIRE(c->op->weight->n_rows >= c->program->shape.vocab_size, "op %d (embed): %d rows for a vocabulary of %d",
-        c->index, c->op->weight->n_rows, c->program->shape.vocab_size);
+    FB_REQUIRE(c->index > 0 || c->op->weight->n_rows >= c->program->shape.vocab_size,
+        "op %d (embed): %d rows for a vocabulary of %d", c->index, c->op->weight->n_rows, c->program->shape.vocab_size);
     return FB_OK;
 }
 
@@ -50,6 +50,10 @@ static enum fb_status check_layer_norm(const struct fb_check *c) {
 
 /* Whether a norm of n heads of `dim` has a length that its flags allow. */
 static bool is_norm_of(const struct fb_op *op, int32_t length, int32_t n, int32_t dim) {
+    if (op->flags & FB_HEADS_BIASED) {
+        if (length % 2) return false;
+        length /= 2;
+    }
     const bool each = length == n * dim;
     return op->flags & FB_HEADS_WHOLE ? each : each || length == dim;
 }
@@ -58,6 +62,8 @@ static enum fb_status check_head_norm(const struct fb_check *c) {
     const struct fb_heads *h = heads_of(c);
     FB_REQUIRE(!(c->op->flags & FB_HEADS_WHOLE) || !(c->op->flags & FB_HEADS_LAYER_NORM),
         "op %d (head_norm): a norm over all heads together is an RMS norm", c->index);
+    FB_REQUIRE(!(c->op->flags & FB_HEADS_BIASED) || c->op->flags & FB_HEADS_LAYER_NORM,
+        "op %d (head_norm): an RMS norm has no biases", c->index);
     FB_REQUIRE(is_norm_of(c->op, c->op->vector_length, h->n_heads, h->k_dim),
         "op %d (head_norm): %d weights for %d q heads of %d", c->index, c->op->vector_length, h->n_heads, h->k_dim);
     if (!c->has_kv) return FB_OK;
@@ -97,6 +103,8 @@ static enum fb_status check_attention(const struct fb_check *c) {
         !(op->flags & FB_ATTEND_CHUNK) || op->window > 0, "op %d: attention in chunks needs their length", c->index);
     FB_REQUIRE(op->vector_length == 0 || op->vector_length == n_heads, "op %d (attention): %d sinks for %d heads",
         c->index, op->vector_length, n_heads);
+    FB_REQUIRE(op->vector2_length == (op->flags & FB_ALIBI_BF16 ? n_heads : 0) || op->vector2_length == n_heads,
+        "op %d (attention): %d slopes for %d heads", c->index, op->vector2_length, n_heads);
     FB_REQUIRE(isfinite(op->temperature) && (op->temperature == 0.0f || op->temperature_length > 0),
         "op %d (attention): temperature must be finite, and its length above 0", c->index);
     return check_kv_layer(c);
@@ -120,6 +128,28 @@ static enum fb_status check_gated(const struct fb_check *c) {
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
         "op %d (linear_gated): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
         n_rows / 2, c->op->out, c->out_width);
+    return FB_OK;
+}
+
+static enum fb_status check_mix(const struct fb_check *c) {
+    const struct fb_op *op = c->op;
+    const int32_t n_factors = op->vector ? op->vector_length : c->program->buffers[op->factors].width;
+    FB_REQUIRE(op->width > 0 && c->in_width % op->width == 0 && c->out_width % op->width == 0,
+        "op %d (mix): streams of %d do not fill buffers of %d and %d", c->index, op->width, c->in_width, c->out_width);
+    const int64_t n_in = c->in_width / op->width, n_out = c->out_width / op->width;
+    FB_REQUIRE(n_in * n_out == n_factors, "op %d (mix): %d factors for %d streams made of %d", c->index, n_factors,
+        (int)n_out, (int)n_in);
+    return FB_OK;
+}
+
+static enum fb_status check_sparsify(const struct fb_check *c) {
+    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU,
+        "op %d (sparsify): activation %d is not one of a gate", c->index, (int)c->op->activation);
+    return FB_OK;
+}
+
+static enum fb_status check_match_rms(const struct fb_check *c) {
+    FB_REQUIRE(c->op->eps >= 0.0f && isfinite(c->op->eps), "op %d: eps must be finite and not negative", c->index);
     return FB_OK;
 }
 
@@ -249,6 +279,23 @@ static const struct fb_operator operators[] = {
         .stage = FB_STAGE_ROWS,
         .width = width_of_input,
         .run_row = fb_add_row},
+    [FB_OP_MIX] = {.name = "mix",
+        .flags = FB_READS | FB_WRITES | FB_RESIDUAL | FB_FACTORS,
+        .stage = FB_STAGE_ROWS,
+        .check = check_mix,
+        .run_row = fb_mix_row},
+    [FB_OP_MATCH_RMS] = {.name = "match_rms",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SECOND,
+        .stage = FB_STAGE_ROWS,
+        .check = check_match_rms,
+        .width = width_of_input,
+        .run_row = fb_match_rms_row},
+    [FB_OP_SPARSIFY] = {.name = "sparsify",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE,
+        .stage = FB_STAGE_ROWS,
+        .check = check_sparsify,
+        .width = width_of_input,
+        .run_row = fb_sparsify_row},
 };
 
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind) {
@@ -328,7 +375,8 @@ static enum fb_status check_input(
 static enum fb_status check_residual(struct fb_program *p, const struct fb_check *c, uint32_t flags, bool gathered) {
     const struct fb_op *op = c->op;
     const int32_t i = c->index;
-    FB_REQUIRE(op->residual != -1 || !(flags & FB_SECOND), "op %d: has no second buffer", i);
+    FB_REQUIRE(op->residual != -1 || !(flags & FB_SECOND) || op->vector_length == c->out_width,
+        "op %d: has no second input", i);
     if (op->residual == -1) return FB_OK;
     FB_REQUIRE(flags & FB_RESIDUAL, "op %d: takes no residual", i);
     FB_REQUIRE(op->residual >= 0 && op->residual < p->shape.n_buffers, "op %d: residual is buffer %d of %d", i,
@@ -347,6 +395,20 @@ static enum fb_status check_residual(struct fb_program *p, const struct fb_check
     return FB_OK;
 }
 
+static enum fb_status check_factors(struct fb_program *p, const struct fb_check *c, bool gathered) {
+    const struct fb_op *op = c->op;
+    const int32_t i = c->index;
+    if (op->vector) return FB_OK;
+    FB_REQUIRE(op->factors >= 0 && op->factors < p->shape.n_buffers, "op %d: factors are buffer %d of %d", i,
+        op->factors, p->shape.n_buffers);
+    struct fb_buffer *factors = &p->buffers[op->factors];
+    FB_REQUIRE(factors->first_write >= 0 && factors->filled == factors->width && factors->per_output == gathered &&
+                   op->factors != op->out,
+        "op %d: buffer %d cannot be its factors (unwritten, its result, or another kind of rows)", i, op->factors);
+    factors->last_use = i;
+    return FB_OK;
+}
+
 static enum fb_status check_output(
     struct fb_program *p, struct fb_check *c, const struct fb_operator *kind, bool gathered) {
     const struct fb_op *op = c->op;
@@ -362,6 +424,7 @@ static enum fb_status check_output(
     FB_REQUIRE(op->out != op->in || flags & FB_IN_PLACE, "op %d: cannot write the buffer it reads", i);
     struct fb_buffer *out = &p->buffers[op->out];
     c->out_width = out->width;
+    if (flags & FB_FACTORS) FB_TRY(check_factors(p, c, gathered));
     if (kind->check) FB_TRY(kind->check(c));
     if (flags & FB_COLUMNS) {
         FB_REQUIRE(op->column >= 0 && (int64_t)op->column + op->weight->n_rows <= out->width,

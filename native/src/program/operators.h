@@ -31,9 +31,10 @@ enum {
     FB_NORM = 1 << 13,          /* has an `eps`; without residual, the next products may take it into their stage */
     FB_GATED = 1 << 14,         /* a product whose weight interleaves gate and up by panels */
     FB_SPANS_DEVICES = 1 << 15, /* combines the results of several devices: only in parts of a joined program */
-    FB_SECOND = 1 << 16,        /* needs `residual`: its columns from `column` on are the second input */
+    FB_SECOND = 1 << 16,        /* second input: columns of `residual` from `column` on, or `vector` */
     FB_POSITIONS = 1 << 17,     /* its weight has a row for each position that a token may have */
-    FB_SCALED = 1 << 18         /* multiplies by `scale`, which must not be 0 */
+    FB_SCALED = 1 << 18,        /* multiplies by `scale`, which must not be 0 */
+    FB_FACTORS = 1 << 19        /* reads buffer `factors`, or `vector` in its place */
 };
 
 /* An operator that is being checked. */
@@ -78,6 +79,11 @@ const struct fb_operator *fb_operator_of(enum fb_op_kind kind);
 
 static inline bool fb_op_is(const struct fb_op *op, uint32_t flag) {
     return (fb_operator_of(op->kind)->flags & flag) != 0;
+}
+
+/* Whether an operator reads a buffer. */
+static inline bool fb_op_reads(const struct fb_op *op, int32_t buffer) {
+    return op->in == buffer || op->residual == buffer || (fb_op_is(op, FB_FACTORS) && op->factors == buffer);
 }
 
 /* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether outputs

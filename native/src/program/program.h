@@ -49,7 +49,7 @@ struct fb_buffer {
     size_t stride;                 /* floats from token to token: width rounded up to 16 */
     bool per_output;               /* rows are wanted outputs, not tokens */
     int32_t filled;                /* columns written so far, while operators are checked */
-    int32_t first_write, last_use; /* operators; -1 when unused */
+    int32_t first_write, last_use; /* operators; -1 when unused. fb_cut_stages extends them to whole stages */
     float *data;                   /* set by the plan */
     size_t offset;                 /* in floats, from the start of the arena */
 };

@@ -31,7 +31,8 @@ static void compute_angles(const struct fb_run *run, const struct fb_angles *a, 
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     float *out = fb_row_of(p, op->out, row);
-    fb_weight_gather_row(op->weight, run->batch->tokens[row], out);
+    const int32_t token = run->batch->tokens[row];
+    fb_weight_gather_row(op->weight, token < op->weight->n_rows ? token : 0, out);
     if (op->scale != 1.0f) p->kernels->scale(out, (size_t)op->weight->n_cols, op->scale);
     for (int32_t i = 0; op == p->ops && i < p->shape.n_ropes; i++)
         compute_angles(run, &p->angles[i], row);
@@ -72,6 +73,11 @@ static float *copied_row(const struct fb_program *p, const struct fb_op *op, siz
     return out;
 }
 
+/* The second input of an operator. */
+static const float *second_row(const struct fb_program *p, const struct fb_op *op, size_t row) {
+    return op->residual < 0 ? op->vector : fb_row_of(p, op->residual, row) + op->column;
+}
+
 void fb_scale_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;
@@ -81,15 +87,49 @@ void fb_scale_row(const struct fb_run *run, const struct fb_op *op, size_t row) 
 void fb_multiply_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;
-    p->kernels->multiply(copied_row(p, op, row, width), fb_row_of(p, op->residual, row) + op->column, width);
+    p->kernels->multiply(copied_row(p, op, row, width), second_row(p, op, row), width);
 }
 
 void fb_add_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;
     float *out = copied_row(p, op, row, width);
-    p->kernels->add(out, fb_row_of(p, op->residual, row), width);
+    p->kernels->add(out, second_row(p, op, row), width);
     if (op->scale != 1.0f) p->kernels->scale(out, width, op->scale);
+}
+
+void fb_mix_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)op->width;
+    const size_t n_in = (size_t)p->buffers[op->in].width / width, n_out = (size_t)p->buffers[op->out].width / width;
+    const float *factors = op->vector ? op->vector : fb_row_of(p, op->factors, row), *in = fb_row_of(p, op->in, row);
+    const float *residual = op->residual < 0 ? NULL : fb_row_of(p, op->residual, row);
+    float *out = fb_row_of(p, op->out, row);
+    if (!residual)
+        memset(out, 0, n_out * width * sizeof *out);
+    else if (residual != out)
+        memcpy(out, residual, n_out * width * sizeof *out);
+    for (size_t i = 0; i < n_out * n_in; i++)
+        if (!op->vector || factors[i] != 0.0f) /* constant factors of 0 choose streams */
+            p->kernels->merge(out + i / n_in * width, 1.0f, in + i % n_in * width, factors[i], width);
+}
+
+void fb_match_rms_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *out = copied_row(p, op, row, width);
+    const float wanted = sqrtf(p->kernels->mean_square(second_row(p, op, row), width));
+    const float square = p->kernels->mean_square(out, width);
+    p->kernels->scale(out, width, wanted / sqrtf(square > op->eps ? square : op->eps));
+}
+
+void fb_sparsify_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width;
+    float *out = fb_row_of(p, op->out, row);
+    p->kernels->sparsify(fb_row_of(p, op->in, row), width, op->scale, out);
+    void (*const activate)(float *, size_t, const float *) = p->kernels->activate[op->activation];
+    if (activate) activate(out, width, NULL);
 }
 
 static bool has_kv(const struct fb_program *p, const struct fb_op *op) {

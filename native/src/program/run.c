@@ -173,6 +173,8 @@ static struct fb_attention attention_of(const struct fb_run *run, const struct f
         .scale = op->scale,
         .soft_cap = op->limit,
         .sink_logits = op->vector,
+        .slopes = op->vector2,
+        .rounds_biases = op->flags & FB_ALIBI_BF16,
         .op = op,
         .angles = heads->rope < 0 ? NULL : &p->angles[heads->rope],
         .q = in->data,

@@ -37,7 +37,7 @@ static void cut(struct fb_program *p) {
 static bool is_read_later(const struct fb_program *p, int32_t buffer, int32_t i) {
     for (i++; i < p->n_ops; i++) {
         const struct fb_op *op = &p->ops[i];
-        if (op->in == buffer || op->residual == buffer) return true;
+        if (fb_op_reads(op, buffer)) return true;
         if (op->out == buffer) return false;
     }
     return false;
@@ -110,8 +110,35 @@ static void prepare_attention(struct fb_program *p) {
     }
 }
 
+/* The stage that runs an operator, norms included that were moved into it. */
+static const struct fb_stage *stage_of(const struct fb_program *p, int32_t op) {
+    int32_t low = 0, high = p->n_stages - 1;
+    while (low < high) {
+        const int32_t middle = (low + high + 1) / 2;
+        const struct fb_stage *stage = &p->stages[middle];
+        if ((stage->norm >= 0 ? stage->norm : stage->first_op) <= op)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return &p->stages[low];
+}
+
+/* Within a stage one row may be done when another begins, so a buffer is alive from the first to the last operator of
+ * the stages that use it: else a row of one buffer could lie where a row of another is still needed. */
+static void extend_lives(struct fb_program *p) {
+    for (int32_t i = 0; i < p->shape.n_buffers; i++) {
+        struct fb_buffer *buffer = &p->buffers[i];
+        if (buffer->first_write < 0) continue;
+        const struct fb_stage *first = stage_of(p, buffer->first_write), *last = stage_of(p, buffer->last_use);
+        buffer->first_write = first->norm >= 0 ? first->norm : first->first_op;
+        if (buffer->last_use < last_op(last)) buffer->last_use = last_op(last);
+    }
+}
+
 void fb_cut_stages(struct fb_program *p) {
     cut(p);
     prepare_products(p);
     prepare_attention(p);
+    extend_lives(p);
 }

@@ -12,6 +12,8 @@ answers each with one on stdout, `{"error": text}` on failure:
     {"do": "hold", "path", "threads", "kv", "positions"}         -> {"settings"}, llama-cpp-python's own class
     {"do": "read", "tokens": [ids]}                              -> {"bytes"} of its state
     {"do": "save_and_load"}                                      -> {"seconds"}
+
+With --as-in-file weights stay as they lie in the file; else llama.cpp lays them out anew for the processor.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ _TRIAL_PROMPT, _TRIAL_TOKENS, _TRIAL_ROUNDS = 512, 12, 3
 _HOPELESS = 1.5  # a setting this many times slower than the fastest in both cases is dropped
 _UBATCHES = (512, 2048)  # llama.cpp's default, and one for long prompts
 _KV = {"f32": 0, "f16": 1, "q8": 8, "bf16": 30}  # enum ggml_type
+_AS_IN_FILE = "--as-in-file" in sys.argv[1:]
+_SOME = 40  # tokens that are enough for llama.cpp's products of matrices
 _QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 
 
@@ -53,6 +57,14 @@ def _is_near_best(setting: Setting, times: dict[Setting, list[float]]) -> bool:
     return min(times[setting]) <= _HOPELESS * min(map(min, times.values()))
 
 
+def _version() -> str:
+    return version("llama-cpp-python") + (", weights as in the file" if _AS_IN_FILE else "")
+
+
+def _some(n_vocab: int) -> list[int]:
+    return [i % n_vocab for i in range(_SOME)]
+
+
 class Worker:
     """A model, and its contexts by setting except threads, created on first use."""
 
@@ -61,6 +73,7 @@ class Worker:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = not _AS_IN_FILE
         self._model: Any = llama_cpp.llama_model_load_from_file(path.encode(), params)
         if not self._model:
             raise RuntimeError("it cannot load the model")
@@ -104,6 +117,10 @@ class Worker:
                 self._best = {"prefill": setting, "decode": setting}
                 return {case: self._told(case) for case in self._best}
         raise RuntimeError("it cannot make a context")
+
+    def warm_up(self) -> None:
+        """A prefill, so that what kills the process does so at once."""
+        self._step(_some(self._n_vocab)[: self._positions], 0)
 
     def logits(self, tokens: Sequence[int], path: str) -> int:
         """Writes the logits after each token except the last; returns the number of rows."""
@@ -161,7 +178,7 @@ class Worker:
         return self._told(case)
 
     def _told(self, case: str) -> str:
-        return f"{version('llama-cpp-python')}, {self._best[case]}, kv {self._kv}"
+        return f"{_version()}, {self._best[case]}, kv {self._kv}"
 
     def _context_of(self, setting: Setting, sequences: int) -> tuple[Any, ...]:
         return (setting.flash, setting.ubatch, setting.unified, sequences)
@@ -252,6 +269,15 @@ class Holder:
 
     def __init__(self, path: str, threads: int, kv: str, positions: int) -> None:
         k, _, v = kv.partition(":")
+        if _AS_IN_FILE:  # the class has no argument for it
+            defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+            def as_in_file() -> Any:
+                params = defaults()
+                params.use_extra_bufts = False
+                return params
+
+            llama_cpp.llama_cpp.llama_model_default_params = as_in_file
         self._llama = llama_cpp.Llama(
             path,
             n_ctx=positions,
@@ -262,7 +288,9 @@ class Holder:
             verbose=False,
         )
         self._state: Any = None
-        self.settings = f"{version('llama-cpp-python')}, save_state and load_state, kv {kv}"
+        self._llama.eval(_some(self._llama.n_vocab())[:positions])
+        self._llama.reset()
+        self.settings = f"{_version()}, save_state and load_state, kv {kv}"
 
     def read(self, tokens: Sequence[int]) -> int:
         self._llama.reset()
@@ -292,7 +320,10 @@ class Answers:
 
     def load(self, choose: bool = True, **request: Any) -> dict[str, Any]:
         self._worker = Worker(**request)
-        return {"settings": self._worker.choose() if choose else self._worker.plain()}
+        settings = self._worker.choose() if choose else self._worker.plain()
+        if not choose:
+            self._worker.warm_up()
+        return {"settings": settings}
 
     def run(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         return self._loaded().run(prompt, tokens)

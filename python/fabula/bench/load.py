@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fabula.bench.peer_llama_cpp import gguf_of, start_worker
 from fabula.bench.row import Row
 from fabula.bench.status import Status, silent
 from fabula.bench.timing import Times, turns
-from fabula.bench.worker import Worker
+from fabula.bench.worker import Killed, Worker
 from fabula.choices import WeightsName
 from fabula.errors import EngineError, InvalidArgument
 from fabula.model import Model
@@ -32,11 +32,12 @@ _POSITIONS = 512
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """How to start an engine's process, and the request for it."""
+    """How to start an engine's process, how else if a signal ends it, and the request for it."""
 
     name: str
     start: Callable[[], Worker]
     request: Mapping[str, Any]
+    otherwise: Callable[[], Worker] | None = None
 
 
 @dataclass(slots=True)
@@ -89,18 +90,19 @@ def bench_load(
             "prompt": model.tokenizer.encode(PROMPT),
         }
         ours = _Engine("fabula", _start_ours, {**request, "weights": "auto" if peers else weights, "device": device})
-        engines = [ours, _Engine("llama.cpp", lambda: start_worker(python), request)] if peers else [ours]
-        found = _measure(engines, rounds, status)
+        theirs = _Engine("llama.cpp", lambda: start_worker(python), request, lambda: start_worker(python, repack=False))
+        found = _measure([ours, theirs] if peers else [ours], rounds, status)
     return _rows(path.name, kv, threads, found)
 
 
 def _measure(engines: Sequence[_Engine], rounds: int, status: Status) -> dict[str, _Measured]:
     """Results by name, ours first. A peer that fails is reported and left out."""
     found: dict[str, _Measured] = {}
+    working = []
     for engine in engines:
         status(f"{engine.name}: warm-up process")
         try:
-            _once(engine, _Measured())
+            working.append(_warmed_up(engine))
         except EngineError as error:
             if engine is engines[0]:
                 raise
@@ -108,9 +110,21 @@ def _measure(engines: Sequence[_Engine], rounds: int, status: Status) -> dict[st
             continue
         found[engine.name] = _Measured()
     status(f"{rounds} rounds of {', '.join(found)}")
-    for engine in turns([engine for engine in engines if engine.name in found], rounds):
+    for engine in turns(working, rounds):
         _once(engine, found[engine.name])
     return found
+
+
+def _warmed_up(engine: _Engine) -> _Engine:
+    """The engine, with the start that works, after a first run."""
+    try:
+        _once(engine, _Measured())
+    except Killed:
+        if engine.otherwise is None:
+            raise
+        engine = replace(engine, start=engine.otherwise, otherwise=None)
+        _once(engine, _Measured())
+    return engine
 
 
 def _once(engine: _Engine, measured: _Measured) -> None:

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula.bench.model import Run
 from fabula.bench.status import Status
-from fabula.bench.worker import Worker
+from fabula.bench.worker import Killed, Worker
 from fabula.errors import EngineError, Unsupported
 from fabula.export.quantize import quantize_model
 from fabula.formats.open import is_gguf, open_checkpoint
@@ -52,11 +53,9 @@ class LlamaCpp:
         python: str | None = None,
         choose: bool = True,
     ) -> None:
-        self._worker = start_worker(python)
         request = {"path": str(path), "threads": threads, "kv": kv, "positions": n_positions}
-        with _closing_on_error(self._worker, python):
-            answer = self._worker.ask("load", **request, sequences=n_sequences, choose=choose)
-            self.settings: dict[str, str] = answer["settings"]
+        self._worker, answer = _begin(python, "load", **request, sequences=n_sequences, choose=choose)
+        self.settings: dict[str, str] = answer["settings"]
 
     @classmethod
     def of(
@@ -123,10 +122,9 @@ class LlamaStates:
     """
 
     def __init__(self, path: Path, *, threads: int, kv: str, n_positions: int, python: str | None = None) -> None:
-        self._worker = start_worker(python)
         request = {"path": str(path), "threads": threads, "kv": kv, "positions": n_positions}
-        with _closing_on_error(self._worker, python):
-            self.settings: str = self._worker.ask("hold", **request)["settings"]
+        self._worker, answer = _begin(python, "hold", **request)
+        self.settings: str = answer["settings"]
 
     def read(self, tokens: Sequence[int]) -> int:
         """Replaces the conversation by these tokens; returns the bytes of its state."""
@@ -141,9 +139,36 @@ class LlamaStates:
         self._worker.close()
 
 
-def start_worker(python: str | None) -> Worker:
-    """Starts a worker process; None: with this interpreter."""
-    return Worker("llama.cpp", [python or sys.executable, str(_WORKER)], hint="; is llama_cpp installed there?")
+def start_worker(python: str | None, *, repack: bool = True) -> Worker:
+    """Starts a worker process.
+
+    Args:
+        python: its interpreter; None for this one.
+        repack: whether llama.cpp may lay out weights anew for the processor. With AMX, 0.3.36 is ended by SIGILL on
+            some machines then: it uses tiles that it did not configure.
+    """
+    words = [python or sys.executable, str(_WORKER), *([] if repack else ["--as-in-file"])]
+    return Worker("llama.cpp", words, hint="; is llama_cpp installed there?")
+
+
+def _begin(python: str | None, what: str, **request: Any) -> tuple[Worker, dict[str, Any]]:
+    """Starts a worker and returns it with its first answer. Where repacked weights kill it, it does without.
+
+    Raises:
+        Unsupported: the interpreter, or its llama.cpp, fails.
+    """
+    for repack in (True, False):
+        worker = start_worker(python, repack=repack)
+        try:
+            return worker, worker.ask(what, **request)
+        except EngineError as error:
+            worker.close()
+            if not (repack and isinstance(error, Killed)):
+                raise Unsupported(f"{error} ({python or sys.executable})") from None
+        except BaseException:
+            worker.close()
+            raise
+    raise AssertionError
 
 
 @contextmanager
@@ -157,18 +182,6 @@ def gguf_of(model: Model, status: Status) -> Iterator[Path]:
             status(f"{model.weights}: writing a GGUF for llama.cpp")
             quantize_model(model.path, path, model.weights, threads=model.threads)
         yield path
-
-
-@contextmanager
-def _closing_on_error(worker: Worker, python: str | None) -> Iterator[None]:
-    try:
-        yield
-    except EngineError as error:
-        worker.close()
-        raise Unsupported(f"{error} ({python or sys.executable})") from None
-    except BaseException:
-        worker.close()
-        raise
 
 
 def _label(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""transformers' Llama on the CPU, built from the tensors of a loaded model's file."""
+"""transformers on the CPU, on the file of a loaded model."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
-from fabula import _native
 from fabula.bench.model import Run
 from fabula.bench.status import Status
 from fabula.errors import Unsupported
-from fabula.formats.checkpoint import Checkpoint
-from fabula.formats.open import open_checkpoint
+from fabula.formats.open import is_gguf
 from fabula.model import Model
-from fabula.models.description import ModelConfig
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_HEAD = "lm_head.weight"
 
 
 class Transformers:
-    """A Llama in transformers.
+    """A model in transformers.
 
     Args:
         model: in evaluation mode.
@@ -47,24 +41,23 @@ class Transformers:
         """Opens transformers for a loaded model.
 
         Raises:
-            Unsupported: the model is not a Llama, has other tensors, or quantized weights.
+            Unsupported: transformers cannot load its file, or the weights are quantized.
         """
-        if model.config.model_type != "llama":
-            raise Unsupported(f"only Llama is built here, the model is {model.config.model_type}")
         if model.weights not in _DTYPES:
             raise Unsupported(f"it computes in {', '.join(_DTYPES)}, the weights are {model.weights}")
         status(f"{model.weights}: building transformers' model")
-        checkpoint = open_checkpoint(model.path)
+        transformers.utils.logging.disable_progress_bar()
+        path, options = model.path, {}
+        if not path.is_dir():
+            path, options = path.parent, {"gguf_file": path.name} if is_gguf(path) else {}
         try:
-            config = _config(model.config)
-            built: Any = transformers.LlamaForCausalLM(config)
-            missing, unexpected = built.load_state_dict(_tensors(checkpoint), strict=False)
-        finally:
-            checkpoint.close()
-        if set(missing) - {_HEAD} or unexpected:
-            raise Unsupported("the model has other tensors than transformers' Llama")
-        built.tie_weights()
-        return cls(built.to(_DTYPES[model.weights]).eval(), model.threads)
+            built: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=_DTYPES[model.weights], local_files_only=True, **options
+            )
+        except Exception as error:  # whatever its families raise
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise Unsupported(f"it cannot load {model.path.name}: {reason}") from error
+        return cls(built.eval(), model.threads)
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
         with torch.inference_mode():
@@ -89,31 +82,3 @@ class Transformers:
             input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True
         )
         return int(out.logits[0, -1].argmax()), out.past_key_values
-
-
-def _config(c: ModelConfig) -> Any:
-    return transformers.LlamaConfig(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.context_length,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default"} | dict(c.rope),
-        tie_word_embeddings=c.tied,
-        attention_bias=c.attention_bias,
-        mlp_bias=c.mlp_bias,
-    )
-
-
-def _tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All tensors of a checkpoint as f32."""
-    tensors = {}
-    for name, info in checkpoint.tensors.items():
-        n = int(np.prod(info.shape, dtype=np.int64))
-        values: npt.NDArray[np.float32] = _native.dequantize(info.dtype, checkpoint.read(name), n)
-        tensors[name] = torch.from_numpy(values.reshape(info.shape))
-    return tensors

@@ -109,6 +109,25 @@ def sessions_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def speculation_table(rows: Sequence[Row]) -> Table:
+    """Decoding with and without speculation."""
+    numbers = ("tokens/s", "without", "ratio", "of CPU time", "tokens a step", "drafted", "accepted")
+    table = _table(("case",), numbers)
+    for row in rows:
+        more = row.more
+        table.add_row(
+            row.case,
+            _format(row.ours, ",.1f"),
+            _format(row.peer, ",.1f"),
+            _format(row.ratio, ".2f"),
+            _format(more["cpu_ratio"], ".2f"),
+            f"{more['tokens_per_step']:.2f}",
+            str(more["drafted"]),
+            str(more["accepted"]),
+        )
+    return table
+
+
 def rows_table(rows: Sequence[Row]) -> Table:
     """Any rows: a value, the peer's, the ratio."""
     peers = any(row.peer_name is not None for row in rows)

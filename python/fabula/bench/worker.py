@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +13,10 @@ from typing import Any
 from fabula.errors import EngineError, Unsupported
 
 _CLOSE_S = 10.0
+
+
+class Killed(EngineError):
+    """A signal ended a worker, such as SIGILL where it was built for another processor."""
 
 
 class Worker:
@@ -38,6 +43,7 @@ class Worker:
 
         Raises:
             EngineError: the process failed, ended, or its output is not an answer.
+            Killed: a signal ended it.
         """
         assert self._process.stdin and self._process.stdout
         try:
@@ -80,6 +86,10 @@ class Worker:
             self._process.stdout.close()
 
     def _ended(self) -> EngineError:
+        with suppress(subprocess.TimeoutExpired):  # its pipe is closed, it may still run
+            code = self._process.wait(_CLOSE_S)
+            if code < 0:
+                return Killed(f"{self._name}'s process was ended by {signal.Signals(-code).name}")
         return EngineError(f"{self._name}'s process has ended{self._hint}")
 
 

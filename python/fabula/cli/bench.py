@@ -8,6 +8,7 @@ import click
 
 from fabula.cli.bench_accuracy import perplexity
 from fabula.cli.bench_sessions import serve, sessions
+from fabula.cli.bench_speculation import speculation
 from fabula.cli.bench_speed import load, model, ops
 from fabula.cli.console import note
 
@@ -24,6 +25,7 @@ def bench() -> None:
     Examples:
       fabula bench ops
       fabula bench model --peers --weights f32 --weights f16 --plot model.png
+      fabula bench speculation
       fabula bench sessions --peers
       fabula bench serve --clients 16 --seconds 60
       fabula bench load --weights q8_0
@@ -50,5 +52,5 @@ def plot(file: Path, out: Path) -> None:
     note(f"{out}: written")
 
 
-for _command in (ops, model, sessions, serve, load, perplexity, plot):
+for _command in (ops, model, speculation, sessions, serve, load, perplexity, plot):
     bench.add_command(_command)

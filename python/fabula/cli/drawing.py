@@ -229,6 +229,8 @@ def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
             ("prompt", f"{t.prompt_tokens} tokens: {turn.reused} reused, {t.prompt_tokens - turn.reused} computed"),
             ("recomputed", f"{turn.recomputed}{why}"),
         ]
+        if t.drafted:
+            rows.append(("drafted", f"{t.drafted} tokens, {t.accepted} of them accepted"))
     if turn.cut is None:
         rows.append(("dropped", "nothing"))
     else:

@@ -21,6 +21,7 @@ _COMMANDS = {
     "config": ("fabula.cli.serve", "config", "Check the settings of the server."),
     "inspect": ("fabula.cli.inspect", "inspect", "Describe a model without loading its weights."),
     "keys": ("fabula.cli.serve", "keys", "Create an API key for the server."),
+    "launch": ("fabula.cli.launch", "launch", "Run a coding agent with a running server's model."),
     "pull": ("fabula.cli.pull", "pull", "Download a model."),
     "quantize": ("fabula.cli.quantize", "quantize", "Write a model as a smaller GGUF file."),
     "run": ("fabula.cli.run", "run", "Chat in a terminal; elsewhere write a short story."),

@@ -18,13 +18,14 @@ from fabula.choices import (
     KV_NAMES,
     MAX_DEVICES,
     MAX_THREADS,
+    SPECULATION_NAMES,
     WEIGHTS_NAMES,
     WINDOW_KV,
 )
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
-    from fabula.choices import WeightsName, WindowKv
+    from fabula.choices import SpeculationName, WeightsName, WindowKv
     from fabula.engine.sampling import SamplingParams
     from fabula.model import Model
     from fabula.sessions.policy import ContextPolicy
@@ -63,6 +64,14 @@ products_option = click.option(
     help="Matrix products on a GPU: own; library, cuBLASLt for long prompts, whose results depend on the batch.",
 )  # fmt: skip
 
+speculation_option = click.option(
+    "--speculation", type=click.Choice(SPECULATION_NAMES), default="auto", show_default=True, metavar="NAME",
+    help="Guess several tokens and verify them in one step, with the same results: auto, where it is faster; off.",
+)  # fmt: skip
+draft_option = click.option(
+    "--draft-model", metavar="NAME", help="A smaller model with the same vocabulary that guesses, too; as --model."
+)
+
 _MODEL = (
     model_option,
     click.option(
@@ -84,6 +93,8 @@ _MODEL = (
     device_option,
     parallel_option,
     products_option,
+    speculation_option,
+    draft_option,
 )  # fmt: skip
 
 
@@ -101,6 +112,8 @@ class ModelOptions:
     device_products: str = "own"
     kv_memory: int | None = None
     window_kv: str = "keep"
+    speculation: str = "auto"
+    draft_model: str | None = None
 
     @property
     def name(self) -> str:
@@ -124,6 +137,8 @@ class ModelOptions:
                 device=self.device,
                 tensor_parallel=self.tensor_parallel,
                 device_products=self.device_products,
+                speculation=cast("SpeculationName", self.speculation),
+                draft_model=self.draft_model,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -144,10 +159,22 @@ def model_options(function: _Function) -> _Function:
         device: str,
         tensor_parallel: int,
         device_products: str,
+        speculation: str,
+        draft_model: str | None,
         **rest: Any,
     ) -> Any:
         loading = ModelOptions(
-            model, weights, kv, threads, context, device, tensor_parallel, device_products, window_kv=window_kv
+            model,
+            weights,
+            kv,
+            threads,
+            context,
+            device,
+            tensor_parallel,
+            device_products,
+            speculation=speculation,
+            draft_model=draft_model,
+            window_kv=window_kv,
         )
         return function(*args, loading=loading, **rest)
 

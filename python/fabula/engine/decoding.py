@@ -14,6 +14,7 @@ from fabula import _program
 from fabula.engine.grammar import Guide
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
+from fabula.engine.thinking import Thought
 from fabula.errors import InvalidArgument, NonFinite
 from fabula.text.tokenizer import Tokenizer
 
@@ -82,7 +83,7 @@ class Decoding:
 
     Under a constraint only tokens that it allows are sampled, whatever the other settings: `min_tokens` and
     `ignore_eos` do not apply where only an end token may follow. Stop strings and `stop_tokens` end the answer
-    anywhere, also where the constraint requires more.
+    anywhere, also where the constraint requires more, but not inside a thought (`engine/thinking.py`).
 
     Args:
         tokenizer: of the model.
@@ -127,7 +128,9 @@ class Decoding:
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
+        self._thought = None if params.thinking is None else Thought(params.thinking, tokenizer)
         shown = params.constraint.shown if params.constraint is not None else ()
+        shown = shown if self._thought is None else (*shown, *self._thought.shown)
         self._shown = frozenset(shown)
         self._decoder = tokenizer.stream_decoder(continues=continues, shown=shown)
         self._tokenizer = tokenizer
@@ -135,8 +138,14 @@ class Decoding:
         self._n_certain = 0
         self._starts: deque[int] = deque()  # of tokens that are not certain, as positions of the stop matcher
         self._stops = StopMatcher(params.stop)
-        self._guide = None if params.constraint is None else Guide(tokenizer, vocab_size, params.constraint, begun)
-        self.begun_text = "".join(self._text_of(token) for token in begun)
+        texts, n_before = [], 0  # n_before: tokens of `begun` that the constraint does not apply to
+        for i, token in enumerate(begun, 1):
+            n_before = i if self._is_unconstrained else n_before
+            texts.append(self._text_of(token))
+        self.begun_text = "".join(texts)
+        self._guide = None
+        if params.constraint is not None:
+            self._guide = Guide(tokenizer, vocab_size, params.constraint, begun[n_before:])
 
     def accept(self, logits: F32) -> Piece:
         """Samples the next token.
@@ -149,8 +158,14 @@ class Decoding:
                 or its grammar becomes too complex.
         """
         history = self.history
-        if self._guide is None:
-            held = sorted(self._ends) if self._n_sampled < self.params.min_tokens else []
+        forced = self._forced()
+        if forced is not None:
+            token, logprob = forced, float(logits[forced]) - finite_sum(logits)
+            if self._guide is not None and not self._is_unconstrained:
+                self._guide.advance(token)
+        elif self._guide is None or self._is_unconstrained:
+            no_end = self._n_sampled < self.params.min_tokens or self._guide is not None
+            held = sorted(self._ends) if no_end else []
             token, logprob = self._sampler.sample(logits, history.ids, len(history), banned=held)
         else:
             token, logprob = self._sample_allowed(logits, self._guide)
@@ -180,19 +195,54 @@ class Decoding:
             self._n_certain += 1
 
     @property
+    def _is_unconstrained(self) -> bool:
+        """Whether the answer is inside a thought to which its constraint does not apply; that of tools does."""
+        thought, constraint = self._thought, self.params.constraint
+        return (
+            thought is not None
+            and constraint is not None
+            and constraint.kind != "tools"
+            and thought.delays
+            and thought.is_thinking
+        )
+
+    def _forced(self) -> int | None:
+        """The token that must come next, as the thought has used its budget and the constraint allows it."""
+        if self._thought is None or (token := self._thought.forced) is None:
+            return None
+        if self._guide is not None and not self._is_unconstrained and not self._guide.allowed[token]:
+            self._thought.stop_forcing()
+            return None
+        return token
+
+    @property
     def n_left(self) -> int:
-        """Tokens that may be sampled before the answer has its maximum length."""
-        return self._room - self._n_sampled
+        """Tokens that may be sampled before the answer has its maximum length, or a token may be forced."""
+        n_left = self._room - self._n_sampled
+        n_free = None if self._thought is None else self._thought.n_free
+        return n_left if n_free is None else min(n_left, n_free)
 
     @property
     def samples_natively(self) -> bool:
         """Whether the native library can sample the next tokens: Python needs neither logits nor every token."""
+        if self._thought is not None and self._thought.forced is not None:
+            return False
         return self._guide is None and not self.params.n_logprobs and self._n_sampled >= self.params.min_tokens
 
     def decode_sequence(self, share: _program.BatchSequence, n_steps: int) -> _program.DecodeSequence:
         """Input of `Program.decode`: computes a share, then samples up to `n_steps` tokens."""
         history, n_history = self.history.room_for(n_steps), share.n_past + len(share.tokens)
         return _program.DecodeSequence(share, n_steps, history, n_history, self._end_ids, self._sampler.sampling)
+
+    def forced_tokens(self, most: int) -> list[int]:
+        """Tokens of the text that the constraint forces next, at most so many; empty where it leaves a choice."""
+        return [] if self._guide is None else self._guide.forced(most)
+
+    def n_possible(self, tokens: Sequence[int]) -> int:
+        """How many leading ones of `tokens` may be sampled next, one after the other: none after an end token, and none
+        that the constraint forbids, if that is found out soon."""
+        n = next((i for i, token in enumerate(tokens, 1) if token in self._ends), len(tokens))
+        return n if self._guide is None or not n else self._guide.n_allowed(tokens[:n])
 
     def _sample_allowed(self, logits: F32, guide: Guide) -> tuple[int, float]:
         """A token that the constraint allows, and its log-probability among all."""
@@ -202,9 +252,7 @@ class Decoding:
             others = allowed.copy()
             others[held] = False
             allowed = others if others.any() else allowed
-        total = log_sum_exp(logits)
-        if not np.isfinite(total):
-            raise NonFinite("the logits hold NaN or infinity: the model's weights or its input are damaged")
+        total = finite_sum(logits)
         masked = np.where(allowed, logits, np.float32(-np.inf))
         token, _ = self._sampler.sample(masked, self.history.ids, len(self.history))
         self._may_stop = guide.may_end
@@ -216,14 +264,16 @@ class Decoding:
         hidden = self._hidden_text(token)
         if self._ends_answer(token):
             return self._flush(hidden), "stop"
+        may_stop = self._n_sampled > self.params.min_tokens or not self.params.min_tokens
+        is_thinking = self._thought is not None and self._thought.is_thinking
         text, guide = self._text_of(token), self._guide
-        if self._n_sampled > self.params.min_tokens or not self.params.min_tokens:
+        if may_stop and not is_thinking:
             text, stop = self._stops.feed(text, hidden)
             if stop is not None:
                 return text, "stop"
         else:
             text = self._stops.let_pass(text, hidden)
-        if guide is not None and guide.is_complete:
+        if guide is not None and guide.is_complete and not self._is_unconstrained:
             return text + self._flush(), "stop"
         if self._n_sampled >= self._room:
             return text + self._flush(), "length"
@@ -239,8 +289,10 @@ class Decoding:
         try:
             text = self._decoder.push(token)
         except KeyError:
-            return ""
+            text = ""
         self._n_chars += len(text)
+        if self._thought is not None:
+            self._thought.take(token, text)
         return text
 
     def _breaks_character(self, token: int) -> int:
@@ -286,3 +338,11 @@ def log_sum_exp(logits: F32) -> float:
     with np.errstate(invalid="ignore"):
         top = logits.max()
         return float(top) + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+
+
+def finite_sum(logits: F32) -> float:
+    """`log_sum_exp`; raises NonFinite instead of returning NaN."""
+    total = log_sum_exp(logits)
+    if not np.isfinite(total):
+        raise NonFinite("the logits hold NaN or infinity: the model's weights or its input are damaged")
+    return total

@@ -37,8 +37,8 @@ class Embeddings:
     n_tokens: tuple[int, ...]
 
 
-def checked_texts(texts: Items[str]) -> Items[str]:
-    """Checks that there are texts and none is empty.
+def checked_texts(texts: Items[str | Items[int]]) -> Items[str | Items[int]]:
+    """Checks that there are texts, as text or as token ids, and none is empty.
 
     Raises:
         InvalidArgument: names the first text at fault.
@@ -46,8 +46,8 @@ def checked_texts(texts: Items[str]) -> Items[str]:
     if isinstance(texts, str) or not isinstance(texts, Items) or not texts:
         raise InvalidArgument("texts must be a list of at least one string")
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text:
-            raise InvalidArgument(f"texts[{i}] is {text!r:.40}, must be a string of at least one character")
+        if not isinstance(text, str | list | tuple) or not text:
+            raise InvalidArgument(f"texts[{i}] is {text!r:.40}, must be a string that is not empty, or token ids")
     return texts
 
 

@@ -11,12 +11,17 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
+from fabula.choices import SpeculationName
 from fabula.engine.decoding import Decoding, FinishReason, Piece
+from fabula.engine.draft_model import DraftModel, ModelDrafts
+from fabula.engine.drafts import DraftTexts
 from fabula.engine.request import Item, Request
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
 from fabula.engine.scheduler import Scheduler
+from fabula.engine.speculation import Speculation
 from fabula.errors import InvalidArgument
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence as KvSequence
@@ -33,6 +38,9 @@ class Engine:
         cache: retained KV sequences.
         scheduler: runs requests; other models may share it.
         defaults: sampling settings that the model recommends, by name; used for those that are not given.
+        speculation: whether drafts of several tokens are verified in one step, which changes no result: "auto", where
+            it pays, or "off".
+        draft_model: drafts, too; None for none.
     """
 
     runner: Runner
@@ -40,6 +48,16 @@ class Engine:
     cache: KvEvictionList
     scheduler: Scheduler
     defaults: Mapping[str, float] = field(default_factory=dict)
+    speculation: SpeculationName = "auto"
+    draft_model: DraftModel | None = None
+
+    def drafts(self, decoding: Decoding, window: Window, salt: str, texts: DraftTexts | None) -> Speculation | None:
+        """Speculation of an answer; None for none. On a GPU there is none: sampling runs there, behind each step."""
+        if self.speculation == "off" or self.runner.device is not None:
+            return None
+        model = self.draft_model
+        source = None if model is None else ModelDrafts(model, partial(self.scheduler.cost, self.runner), window, salt)
+        return Speculation(decoding, texts, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +73,8 @@ class Timings:
         total_ms: from the request to the last token.
         prompt_tokens_per_s: prefill speed, of the tokens that were computed.
         tokens_per_s: decode speed, without the first token; 0 before the second.
+        drafted: tokens that were guessed and verified, see `Model.load`.
+        accepted: those of them that are part of the answer, so decode steps that were saved.
     """
 
     prompt_tokens: int
@@ -66,6 +86,8 @@ class Timings:
     total_ms: float
     prompt_tokens_per_s: float
     tokens_per_s: float
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Generation(Iterator[Piece], AsyncIterator[Piece]):
@@ -85,6 +107,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         window: what tokens see, if `sequence` is None.
         salt: of the owner; KV is shared under the same salt only.
         timeout: seconds until it ends with reason "timeout"; None for never.
+        texts: of the session, where drafts may be found; None for none.
 
     Attributes:
         prompt_ids: the prompt's token ids.
@@ -113,6 +136,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         window: Window = EVERYTHING,
         salt: str = "",
         timeout: float | None = None,
+        texts: DraftTexts | None = None,
     ) -> None:
         runner = engine.runner
         runner.check_head()
@@ -146,7 +170,10 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self._first = self._last = 0.0
         self._lock = threading.Lock()  # one thread may read while another cancels
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._request = Request(runner, engine.cache, decoding, sequence, salt=salt, deadline=deadline)
+        drafts = engine.drafts(decoding, sequence.window, salt, texts)
+        self._request = Request(
+            runner, engine.cache, decoding, sequence, salt=salt, deadline=deadline, speculation=drafts
+        )
         engine.scheduler.submit(self._request)
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
@@ -289,7 +316,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     @property
     def timings(self) -> Timings:
         """Times so far."""
-        request, clock = self._request, self._request.clock
+        request, clock, drafts = self._request, self._request.clock, self._request.speculation
         n = len(self.token_ids) - self._n_prefix
         prompt_s = max(0.0, clock.prompt_done - clock.started)
         decode_s = self._last - self._first
@@ -303,6 +330,8 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             total_ms=1e3 * max(0.0, self._last - clock.submitted),
             prompt_tokens_per_s=(request.n_prompt - request.n_reused) / prompt_s if prompt_s > 0 else 0.0,
             tokens_per_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else 0.0,
+            drafted=drafts.n_drafted if drafts is not None else 0,
+            accepted=drafts.n_accepted if drafts is not None else 0,
         )
 
 

@@ -50,6 +50,10 @@ SOURCE_FACTOR = 64  # bytes that a grammar holds for a byte of its source: 7 MiB
 BYTES_PER_SECOND = 128 << 20
 FREE_SECONDS = 100e-6
 
+MAX_FORCED_CHOICES = 64  # tokens that begin a text with one continuation, its first bytes, are fewer
+FORCED_BYTES = 8  # of a forced token, about; more of the text is not tokenized
+COPY_SECONDS = 200e-6  # of a copy of an answer's state, for drafts: usually 2 to 10 us; 10 ms behind 48 KB of text
+
 
 class Grammar:
     """A compiled constraint; each answer uses a copy of it, and copies share the lexer.
@@ -303,6 +307,9 @@ class Guide:
         self, tokenizer: Tokenizer, vocab_size: int, constraint: Constraint, prefix_ids: Sequence[int] = ()
     ) -> None:
         vocabulary = vocabulary_of(tokenizer)
+        self._tokenizer = weakref.ref(tokenizer)
+        self._forced_text = b""  # that must come next; b"" where it is not known
+        self._n_slow, self._is_small = 0, True  # copies of the state
         self._kind = constraint.kind
         self._n_tokens = min(vocab_size, vocabulary.n_tokens)
         self._ends = np.asarray([i for i in tokenizer.eos_ids if i < vocab_size], np.int64)
@@ -327,7 +334,45 @@ class Guide:
         """
         if not self._matcher.consume_token(token):
             self._fail()
+        if self._forced_text:
+            self._follow(token)
         self._look()
+
+    # ---- For drafts -------------------------------------------------------------------------------------------------
+
+    def forced(self, most: int) -> list[int]:
+        """Tokens of the text that must come next, at most so many; empty where there is a choice."""
+        if not self._forced_text and np.count_nonzero(self.allowed) <= MAX_FORCED_CHOICES:
+            copy = self._copy()
+            self._forced_text = b"" if copy is None else copy.compute_ff_bytes()
+        text, tokenizer, n_bytes = self._forced_text, self._tokenizer(), most * FORCED_BYTES
+        if not text or tokenizer is None:
+            return []
+        ids = tokenizer.encode(text[:n_bytes].decode("utf-8", "ignore"), add_bos=False)
+        return ids[:most] if len(text) <= n_bytes else ids[:-1][:most]  # the last one may be half a word
+
+    def n_allowed(self, tokens: Sequence[int]) -> int:
+        """How many leading ones of `tokens` may come next, one after the other; all of them if that takes long."""
+        copy = self._copy()
+        return len(tokens) if copy is None else min(copy.validate_tokens(list(tokens)), len(tokens))
+
+    def _follow(self, token: int) -> None:
+        """Removes a token from the front of the forced text."""
+        tokenizer = self._tokenizer()
+        text = b"" if tokenizer is None else tokenizer.token_bytes(token)
+        self._forced_text = self._forced_text[len(text) :] if self._forced_text.startswith(text) else b""
+
+    def _copy(self) -> LLMatcher | None:
+        """A copy of the state: what exceeds a limit in it changes nothing for the answer. None if copies are slow."""
+        if not self._is_small:
+            return None
+        start = time.thread_time()
+        copy = self._matcher.deep_copy()
+        seconds = time.thread_time() - start
+        self._n_slow += seconds > COPY_SECONDS  # the first one may be: it fills caches
+        self._is_small = self._n_slow < 3
+        self._grammar.worked(seconds)
+        return copy
 
     def _look(self) -> None:
         matcher, start = self._matcher, time.thread_time()

@@ -1,6 +1,7 @@
 """The scheduler's policy: pure functions of the requests' state, without threads, clocks or side effects.
 
     plan             the requests of a step, and how many tokens of each
+    draft_rows       how many draft tokens of each request are verified in a step
     decode_steps     number of decode steps in one native call
     admits           whether a waiting request may start
     fits             whether there are pages for it
@@ -29,16 +30,24 @@ class Schedulable(Protocol):
     Attributes:
         n_pending: tokens known but not computed; 1: the request decodes, more: it prefills.
         paused: its reader has too many unread pieces.
+        chances: for each token of its draft, the chance that it and those before it are right; empty: it has none.
     """
 
     @property
     def n_pending(self) -> int: ...
 
     @property
+    def chances(self) -> Sequence[float]: ...
+
+    @property
     def paused(self) -> bool: ...
 
 
 R = TypeVar("R", bound=Schedulable)
+
+MAX_DRAFT_ROWS = 48  # of a step: further ones cost what their share of a prefill chunk does
+DRAFT_STRETCH = 1.5  # how much longer a step may take because of other requests' drafts
+DRAFT_GAIN = 1.05  # a draft must promise so many times the tokens per second: chances and costs are estimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +66,25 @@ class Budget:
 def plan(requests: Sequence[R], budget: Budget) -> list[tuple[R, int]]:
     """The requests of the next step, and how many tokens of each.
 
-    Decoding requests come first, one token each. Prefill gets the rest of the budget: the oldest prompt at least half,
-    the shortest ones what is left. So no prompt starves, and a long one does not delay a short one.
+    Decoding requests come first, one token each, and draft tokens as far as they pay. Prefill gets the rest of the
+    budget: the oldest prompt at least half, the shortest ones what is left. So no prompt starves, and a long one does
+    not delay a short one.
 
     Args:
         requests: running requests of one model, in order of admission.
         budget: of the step.
 
     Returns:
-        Requests with 1 or more tokens, in the order given; at most `budget.max_tokens` in all.
+        Requests with 1 or more tokens, in the order given; at most `budget.max_tokens` in all. A request that decodes
+        has one token, and those of its draft.
     """
     active = [r for r in requests if not r.paused]
     decoding = [r for r in active if r.n_pending == 1][: budget.max_tokens]
     prefilling = [r for r in active if r.n_pending > 1]
-    share = {id(r): 1 for r in decoding}
-    left = budget.cost.prefill_tokens(len(decoding), budget.max_tokens - len(decoding))
+    drafts = draft_rows(budget.cost, [r.chances for r in decoding], budget.max_tokens - len(decoding))
+    share = {id(r): 1 + n for r, n in zip(decoding, drafts, strict=True)}
+    n_rows = sum(share.values())
+    left = budget.cost.prefill_tokens(n_rows, budget.max_tokens - n_rows)
     if prefilling:
         oldest = prefilling[0]
         shortest = sorted(prefilling[1:], key=lambda r: r.n_pending)
@@ -83,6 +96,39 @@ def plan(requests: Sequence[R], budget: Budget) -> list[tuple[R, int]]:
             left -= share[id(request)]
         share[id(oldest)] += min(oldest.n_pending - share[id(oldest)], left)
     return [(r, share[id(r)]) for r in active if share.get(id(r), 0) > 0]
+
+
+def draft_rows(cost: StepCost, chances: Sequence[Sequence[float]], most: int) -> list[int]:
+    """How many draft tokens of each request pay: with them, the step gives the most tokens per second, and DRAFT_GAIN
+    times as many as without any.
+
+    A step of n requests with r draft tokens gives n tokens and the sum of the r chances. The likeliest come first, and
+    since chances never rise along a draft, those before a token are taken before it. Among several requests, none may
+    get its tokens DRAFT_STRETCH times as slowly as without drafts, for the sake of the others.
+
+    Args:
+        cost: of a step.
+        chances: of each request that decodes; see `Schedulable`.
+        most: draft tokens in all.
+
+    Returns:
+        A number for each request.
+    """
+    n, counts = len(chances), [0] * len(chances)
+    plain = cost.seconds(n)
+    ranked = sorted(((-chance, i) for i, row in enumerate(chances) for chance in row), key=lambda one: one[0])
+    ranked = ranked[: min(most, MAX_DRAFT_ROWS)] if plain > 0 else []
+    expected = [1.0] * n  # tokens of each request
+    best, n_best, total = DRAFT_GAIN * n / plain if ranked else 0.0, 0, float(n)
+    for n_drafted, (chance, i) in enumerate(ranked, 1):
+        expected[i] -= chance
+        total -= chance
+        seconds = cost.seconds(n + n_drafted)
+        if total / seconds > best and (n == 1 or seconds <= DRAFT_STRETCH * plain * min(expected)):
+            best, n_best = total / seconds, n_drafted
+    for _, i in ranked[:n_best]:
+        counts[i] += 1
+    return counts
 
 
 def decode_steps(

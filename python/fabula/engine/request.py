@@ -20,12 +20,14 @@ import numpy.typing as npt
 from fabula._native import PAGE_POSITIONS
 from fabula.engine.decoding import Decoding, FinishReason, Piece
 from fabula.engine.runner import Runner
+from fabula.engine.speculation import Speculation, sampled_rows
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
 from fabula.kv.prefix_read import PrefixRead
 
 READ_AHEAD = 32  # unread pieces at which the request pauses
+PAGES_TO_SPARE = 2  # for each request: a copy of its last page, and one more behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Request:
         sequence: KV of a prefix of its prompt; the request takes ownership and extends it.
         salt: of its owner; KV is shared with requests of the same salt only.
         deadline: time.monotonic() at which it ends with reason "timeout"; None for never.
+        speculation: drafts its tokens; None for one token a step.
 
     Attributes:
         items: queue for the reader.
@@ -94,7 +97,9 @@ class Request:
         *,
         salt: str = "",
         deadline: float | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
+        self.speculation = speculation
         self.runner, self.cache, self.decoding, self.sequence = runner, cache, decoding, sequence
         self.salt, self.deadline = salt, deadline
         self.items: queue.SimpleQueue[Item] = queue.SimpleQueue()
@@ -134,9 +139,68 @@ class Request:
         return READ_AHEAD - (self.n_made - self.n_read)
 
     def next_tokens(self, n: int) -> npt.NDArray[np.int32]:
-        """The next n tokens to compute."""
-        start = self.sequence.n_tokens
-        return self.decoding.history.ids[start : start + n].copy()
+        """The next n tokens to compute; those after the history are of the draft."""
+        start, n_drafted = self.sequence.n_tokens, n - self.n_pending
+        known = self.decoding.history.ids[start : start + n]
+        return known.copy() if n_drafted <= 0 else np.concatenate([known, np.array(self.draft[:n_drafted], np.int32)])
+
+    # ---- Drafts -----------------------------------------------------------------------------------------------------
+
+    def propose(self, n_decoding: int) -> None:
+        """Drafts tokens for the next step, of so many requests that decode, if this one does.
+
+        A draft takes no page that others need: it goes beyond the last page only while pages are free, as nothing is
+        evicted for tokens that are not sampled yet.
+        """
+        if self.speculation is None:
+            return
+        if self.n_pending != 1 or self.paused:
+            self.speculation.drop()
+            return
+        room = PAGE_POSITIONS - self.sequence.n_tokens % PAGE_POSITIONS
+        if self.runner.pool.n_free >= PAGES_TO_SPARE * n_decoding:
+            room += PAGE_POSITIONS
+        self.speculation.propose(min(self.read_ahead, room) - 1, n_decoding)
+
+    @property
+    def draft(self) -> list[int]:
+        """Draft tokens of the next step."""
+        return [] if self.speculation is None else self.speculation.draft.tokens
+
+    @property
+    def chances(self) -> list[float]:
+        """For each of them, the chance that it and those before it are right."""
+        return [] if self.speculation is None else self.speculation.draft.chances
+
+    @property
+    def blind_steps(self) -> int:
+        """Decode steps that may run before it is asked for a draft again."""
+        return READ_AHEAD if self.speculation is None else self.speculation.blind_steps
+
+    def stop_drafts(self) -> None:
+        """No more drafts for this answer."""
+        if self.speculation is not None:
+            self.speculation.stop()
+
+    def sample(self, logits: npt.NDArray[np.float32]) -> tuple[list[Piece], BaseException | None]:
+        """Samples the tokens of a step. The KV of draft tokens that are sampled is added to its sequence, and the rest
+        of what was reserved for the draft is released.
+
+        Args:
+            logits: float32 [1 + draft tokens that were computed, vocab_size].
+
+        Returns:
+            As `sampled_rows`.
+        """
+        draft = self.draft[: len(logits) - 1]
+        pieces, error = sampled_rows(self.decoding, logits, draft)
+        if self.speculation is not None and draft:
+            n_accepted = sum(piece.token_id == token for piece, token in zip(pieces, draft, strict=False))
+            self.speculation.verified(len(draft), n_accepted)
+            self.sequence.n_tokens = len(self.decoding.history) - (error is None)  # the last one is not computed
+            self.sequence.roll_back(self.sequence.n_tokens)
+            self.publish_pages(len(pieces))
+        return pieces, error
 
     def keys(self) -> list[bytes]:
         """Prefix hashes of the full pages, without the last token, which must be computed for its logits."""
@@ -156,7 +220,11 @@ class Request:
                 if pages[i] != HOLE:
                     self.runner.pool.name(pages[i], keys[i])
             self._n_published = n_full
-        if self.sequence.window.slides:  # only up to the tokens that were read: unread ones may be removed
+        self.release_passed(n_unsent)
+
+    def release_passed(self, n_unsent: int = 0) -> None:
+        """Releases KV that no token after those already read sees; unread ones may still be removed."""
+        if self.sequence.window.slides:
             self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
         elif self.runner.pool.drops:
             self.sequence.drop_windowed()
@@ -201,6 +269,8 @@ class Request:
         """Evicts its KV, which is recomputed, or found, when it runs next."""
         self.stop_loading()
         self.has_read = False
+        if self.speculation is not None:
+            self.speculation.close()
         sequence = self.sequence
         self.sequence = self.runner.sequence(sequence.window)
         self._n_published = 0

@@ -44,11 +44,13 @@ SHARE_OF_KV = 0.9  # of a GPU's free memory for pages; the rest is for batches a
 
 
 class Part(NamedTuple):
-    """One sequence's share of a step, its pages reserved."""
+    """One sequence's share of a step, its pages reserved. The last `n_drafted` of its tokens may be wrong: they do not
+    count as positions of the sequence."""
 
     sequence: Sequence
     share: _program.BatchSequence
     n_tokens: int
+    n_drafted: int = 0
 
 
 class Runner:
@@ -202,8 +204,8 @@ class Runner:
         """
         return self.run([self.prepare(sequence, tokens) for sequence, tokens in parts], outputs)
 
-    def prepare(self, sequence: Sequence, tokens: I32, n_more: int = 0) -> Part:
-        """Reserves pages for the tokens of the next step and for `n_more` after them.
+    def prepare(self, sequence: Sequence, tokens: I32, n_more: int = 0, n_drafted: int = 0) -> Part:
+        """Reserves pages for the tokens of the next step, the last ones perhaps drafted, and for `n_more` after them.
 
         Raises:
             ContextOverflow: the sequence would grow beyond the context; nothing was changed.
@@ -213,9 +215,8 @@ class Runner:
         self.check_room(end, sequence.window)
         pages = sequence.reserve(end)
         window = sequence.window
-        return Part(
-            sequence, _program.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks), len(tokens)
-        )
+        share = _program.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks)
+        return Part(sequence, share, len(tokens), n_drafted)
 
     def run(
         self, parts: list[Part], outputs: npt.ArrayLike, program: _program.Program | None = None
@@ -228,7 +229,7 @@ class Runner:
         with self._in_use():
             logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
         for part in parts:
-            part.sequence.n_tokens += part.n_tokens
+            part.sequence.n_tokens += part.n_tokens - part.n_drafted
         return logits
 
     @contextmanager

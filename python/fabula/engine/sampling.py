@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fabula import _program, _sampling
 from fabula.engine.constraint import Constraint
+from fabula.engine.thinking import Thinking
 from fabula.errors import InvalidArgument
 
 F32 = npt.NDArray[np.float32]
@@ -123,6 +124,7 @@ class SamplingParams:
         constraint: what the answer must satisfy; None for anything. It wins over other settings: end tokens come only
             where the answer may end, and always where nothing else may follow. But `stop` and `stop_tokens` end the
             answer anywhere, even where it is not complete.
+        thinking: marks of the answer's thoughts and their limit; None: thoughts are text like any other.
         given: names in MODEL_SETTINGS that were given; the others are neutral until `resolved` fills them in. Not an
             argument: `replace` keeps it. Settings compare by their values alone.
 
@@ -157,6 +159,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n_logprobs: int = 0
     constraint: Constraint | None = None
+    thinking: Thinking | None = None
     given: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -192,6 +195,8 @@ class SamplingParams:
             raise InvalidArgument(f"ignore_eos is {self.ignore_eos!r}, must be True or False")
         if self.constraint is not None and not isinstance(self.constraint, Constraint):
             raise InvalidArgument(f"constraint is {self.constraint!r:.80}, must be a Constraint or None")
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            raise InvalidArgument(f"thinking is {self.thinking!r:.80}, must be a Thinking or None")
         for name in ("banned_tokens", "stop_tokens"):
             ids = self._sequence(name, "token ids")
             for token in ids:

@@ -234,6 +234,7 @@ class Scheduler:
         elif request.state is not State.DONE and request in self._waiting:
             self._waiting.remove(request)
         request.stop_loading()
+        request.stop_drafts()
         request.state = State.DONE
         request.cache.keep(request.sequence)  # not computed with any more: it may be evicted
         self._room = True
@@ -343,19 +344,25 @@ class Scheduler:
 
     def _plan(self, runner: Runner) -> list[tuple[Request, int]]:
         """Which requests the next step holds, and how many tokens of each."""
-        return plan(self._running_of(runner), Budget(runner.max_tokens, self._cost(runner)))
+        running = self._running_of(runner)
+        n_decoding = sum(request.n_pending == 1 and not request.paused for request in running)
+        for request in running:
+            request.propose(n_decoding)
+        return plan(running, Budget(runner.max_tokens, self.cost(runner)))
 
-    def _cost(self, runner: Runner) -> StepCost:
+    def cost(self, runner: Runner) -> StepCost:
+        """Measured cost of a model's steps."""
         return self._costs.setdefault(runner, StepCost())
 
     def _step(self, runner: Runner) -> None:
         """Computes one batch of a model and emits the results."""
+        began = time.perf_counter()
         planned = self._plan(runner)
         n_steps = self._native_steps(runner, planned)
         if n_steps:
-            if self._decode_natively(runner, planned, n_steps):
+            if self._decode_natively(runner, planned, n_steps, began):
                 return
-            planned = self._plan(runner)  # some may have made progress
+            began, planned = time.perf_counter(), self._plan(runner)  # some may have made progress
         batch: list[tuple[Request, Part]] = []
         for request, n in planned:
             if request.state is State.RUNNING:  # or it was preempted for one before it
@@ -364,11 +371,14 @@ class Scheduler:
                     batch.append((request, part))
         if not batch:
             return
-        rows = np.cumsum([part.n_tokens for _, part in batch]) - 1
-        wanted = [i for i, (request, part) in enumerate(batch) if part.n_tokens == request.n_pending]
+        # Requests whose next token is sampled: rows of the last known token and of the draft behind it.
+        wanted = [(request, part.n_tokens - request.n_pending + 1) for request, part in batch]
+        ends = np.cumsum([part.n_tokens for _, part in batch]).tolist()
+        rows = [row for end, (_, n) in zip(ends, wanted, strict=True) for row in range(end - max(n, 0), end)]
+        is_decode = len(rows) == ends[-1]
         start = time.perf_counter()
         try:
-            logits = runner.run([part for _, part in batch], rows[wanted])
+            logits = runner.run([part for _, part in batch], rows)
         except NonFinite as error:
             self._find_damaged(batch, error)
             return
@@ -376,44 +386,55 @@ class Scheduler:
             for request, _ in batch:
                 self._finish(request, error=error)
             return
-        n_tokens = sum(part.n_tokens for _, part in batch)
-        if n_tokens <= MAX_MEASURED:
-            self._cost(runner).measured(n_tokens, time.perf_counter() - start)
-        for request, _ in batch:
-            request.publish_pages()
-        for i, row in enumerate(wanted):
-            self._sample(batch[row][0], logits[i])
+        computed = time.perf_counter()
+        if ends[-1] <= MAX_MEASURED:
+            self.cost(runner).measured(ends[-1], computed - start)
+        for request, n in wanted:
+            if n <= 1:  # with a draft it is done when that is verified
+                request.publish_pages()
+        n_sampled = first = 0
+        for request, n in wanted:
+            if n > 0:
+                n_sampled += self._sample(request, logits[first : first + n])
+                first += n
+        if is_decode:  # a token's sampling is paid with or without a draft
+            sampling = (time.perf_counter() - computed) * len(batch) / max(n_sampled, len(batch))
+            self.cost(runner).measured_rows(len(rows), computed - began + sampling)
 
     def _native_steps(self, runner: Runner, batch: list[tuple[Request, int]]) -> int:
         """Number of decode steps to run in one native call; 0: run one step from Python.
 
-        Constraints and logprobs need the logits in Python. On a device every other step is native, since sampling runs
-        where the logits are; on the CPU that is worth it for several steps, while no request prefills.
+        Constraints, logprobs and drafts need the logits in Python. On a device every other step is native, since
+        sampling runs where the logits are; on the CPU that is worth it for several steps, while no request prefills.
         """
-        if not all(n < request.n_pending or request.decoding.samples_natively for request, n in batch):
+        if not all(
+            n < request.n_pending or (n == request.n_pending and request.decoding.samples_natively)
+            for request, n in batch
+        ):
             return 0
         least = 0 if runner.device is None else 1
         if not all(request.n_pending == 1 for request, _ in batch):
             return least
         requests = [request for request, _ in batch]
         most = decode_steps(
-            self._cost(runner),
+            self.cost(runner),
             (r.read_ahead for r in requests),
             (PAGE_POSITIONS - r.sequence.n_tokens % PAGE_POSITIONS for r in requests),
             n_free=runner.pool.n_free,
             emit_seconds=EMIT_S,
-            max_steps=MAX_STEPS,
+            max_steps=min([MAX_STEPS, *(r.blind_steps for r in requests)]),
         )
         return most if most > 1 else least
 
-    def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int) -> bool:
-        """Runs several steps in one native call. False if a request made no progress, for lack of pages or because of
-        an error that a step from Python will find."""
+    def _decode_natively(self, runner: Runner, batch: list[tuple[Request, int]], n_steps: int, began: float) -> bool:
+        """Runs several steps in one native call, planned since `began`. False if a request made no progress, for lack
+        of pages or because of an error that a step from Python will find."""
         inputs = []
         try:
             for request, n in batch:
                 samples_now = n == request.n_pending  # also with no tokens left: then this one ends the answer
                 n_sampled = max(1, min(n_steps, request.decoding.n_left)) if samples_now else 0
+                request.release_passed()
                 part = runner.prepare(request.sequence, request.next_tokens(n), max(n_sampled - 1, 0))
                 inputs.append((request.sequence, request.decoding.decode_sequence(part.share, n_sampled)))
             start = time.perf_counter()
@@ -426,7 +447,7 @@ class Scheduler:
             return True
         n_tokens = sum(n for _, n in batch)
         if n_tokens <= max(MAX_MEASURED, len(batch)):
-            self._cost(runner).measured(n_tokens, seconds[-1] / len(seconds))
+            self.cost(runner).measured(n_tokens, seconds[-1] / len(seconds))
         progressed = True
         for (request, _), (_, given), (tokens, logprobs) in zip(batch, inputs, sampled, strict=True):
             if given.n_steps:
@@ -434,6 +455,9 @@ class Scheduler:
                 progressed = progressed and len(tokens) > 0
             else:
                 request.publish_pages()
+        if n_tokens == len(batch):
+            n_done = len(seconds)
+            self.cost(runner).measured_rows(n_tokens, (time.perf_counter() - began) / n_done, n_done)
         return progressed
 
     def _take(self, request: Request, tokens: list[int], logprobs: list[float], times: npt.NDArray[np.float64]) -> None:
@@ -458,8 +482,13 @@ class Scheduler:
         preempted, or ended with an error."""
         while True:
             try:
-                return request.runner.prepare(request.sequence, request.next_tokens(n))
+                request.release_passed()
+                n_drafted = max(0, n - request.n_pending)
+                return request.runner.prepare(request.sequence, request.next_tokens(n), 0, n_drafted)
             except OutOfMemory as error:
+                if n > request.n_pending:
+                    n = request.n_pending  # nobody releases pages for a draft
+                    continue
                 if self._evict_waiting(request.runner):
                     continue
                 running = self._running_of(request.runner)
@@ -491,21 +520,29 @@ class Scheduler:
         request.release()
         self._waiting.appendleft(request)
 
-    def _sample(self, request: Request, logits: npt.NDArray[np.float32]) -> None:
-        """Samples a request's next token and emits it."""
+    def _sample(self, request: Request, logits: npt.NDArray[np.float32]) -> int:
+        """Samples a request's next token, and those of its draft that are right, and emits them. Returns how many."""
         now = time.perf_counter()
         request.clock.prompt_done = request.clock.prompt_done or now
-        try:
-            piece = request.decoding.accept(logits)
-        except Exception as error:
-            self._finish(request, error=error)
-            return
-        if piece.finish_reason:
+        pieces, error = request.sample(logits)
+        at, reason = time.perf_counter(), pieces[-1].finish_reason if pieces else None
+        if reason:
             self._finish(request)
-        request.emit(Item(piece, time.perf_counter(), piece.finish_reason))
+        for piece in pieces:
+            request.emit(Item(piece, at, piece.finish_reason))
+        if error is not None:
+            self._finish(request, error=error)
+        return len(pieces)
 
     def _find_damaged(self, batch: list[tuple[Request, Part]], error: NonFinite) -> None:
-        """Finds whose logits are not finite: computes each request alone and ends those that fail again."""
+        """Finds whose logits are not finite: computes each request alone and ends those that fail again. A draft may be
+        at fault, of a token that would never be sampled: then its request goes on without."""
+        drafting = [request for request, part in batch if part.n_tokens > request.n_pending]
+        for request in drafting:
+            request.stop_drafts()
+            request.sequence.roll_back(request.sequence.n_tokens)
+        if drafting:
+            return
         if len(batch) == 1:
             self._finish(batch[0][0], error=error)
             return
@@ -518,7 +555,7 @@ class Scheduler:
                 continue
             request.publish_pages()
             if outputs:
-                self._sample(request, logits[0])
+                self._sample(request, logits)
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()

@@ -26,7 +26,7 @@ from fabula.models.rope import make_rope
 # Of the whole model; layers are compared one by one, and ropes by their frequencies.
 _COMPARED = (
     "n_layers", "hidden_size", "vocab_size", "context_length", "tied", "final_norm", "embedding_scale",
-    "n_positions", "logit_scale", "logit_cap", "head_bias", "n_per_layer", "embedding_norm", "normalized_head",
+    "n_positions", "logit_scale", "logit_cap", "head_bias", "n_per_layer", "altup", "embedding_norm", "normalized_head",
 )  # fmt: skip
 _TOLERANCE = 1e-6  # keys are float32
 

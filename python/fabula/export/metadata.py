@@ -32,14 +32,16 @@ _BASE: Mapping[str, str] = {
     **dict.fromkeys(("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), "qwen2"),
     **dict.fromkeys(("qwen3", "qwen3_vl_text"), "qwen3"),
     **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
-    "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
+    "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
+    "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
     "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
 }  # fmt: skip
 _UNROTATED = 1e30  # as in llama.cpp's conversion
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
 # Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
 _WHOLE_HEADS = ("qwen2", "qwen2vl", "phi2", "phi3", "olmo", "olmo2", "command-r", "cohere2", "stablelm", "nemotron",
-                "starcoder2", "falcon", "gpt2", "gptneox", "internlm2", "baichuan", "chatglm", "exaone4")  # fmt: skip
+                "starcoder2", "falcon", "gpt2", "gptneox", "bloom", "mpt", "internlm2", "baichuan", "chatglm",
+                "exaone4")  # fmt: skip
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
@@ -52,6 +54,8 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
         Unsupported: no architecture for this family, or none with windows.
     """
     base = _BASE.get(config.model_type, config.model_type)
+    if config.model_type == "baichuan" and (config.normalized_head or config.layers[0].attention.slopes):
+        base = "baichuan"
     if base not in ARCHITECTURES:
         raise Unsupported(f"{path}: GGUF files are not written for the family {config.model_type!r}")
     if _has_windows(config) and base in ("llama", "mistral3"):
@@ -152,6 +156,30 @@ def _gemma3_keys(c: ModelConfig) -> dict[str, Value]:
     return keys if theta is None else {**keys, "rope.freq_base_swa": np.float32(theta)}
 
 
+def _gemma3n_keys(c: ModelConfig) -> dict[str, Value]:
+    assert c.altup is not None
+    cutoffs = [-math.inf if layer.mlp.cutoff is None else layer.mlp.cutoff for layer in c.layers]
+    theta = _local_theta(c)
+    keys: dict[str, Value] = {
+        "feed_forward_length": np.array([layer.mlp.size for layer in c.layers], np.int32),
+        "altup.active_idx": c.altup.active,
+        "altup.num_inputs": c.altup.n,
+        "activation_sparsity_scale": np.array(cutoffs, np.float32),
+        "attention.shared_kv_layers": sum(not layer.attention.writes for layer in c.layers),
+        "embedding_length_per_layer_input": c.n_per_layer,
+        "final_logit_softcapping": np.float32(c.logit_cap),
+    }
+    return keys if theta is None else {**keys, "rope.freq_base_swa": np.float32(theta)}
+
+
+def _mpt_keys(c: ModelConfig) -> dict[str, Value]:
+    """The largest bias is the exponent of the last slope of a power of 2 heads."""
+    a = c.layers[0].attention
+    slope = a.slopes[(1 << (a.n_heads.bit_length() - 1)) - 1]
+    keys: dict[str, Value] = {"attention.max_alibi_bias": np.float32(-math.log2(slope))}
+    return {**keys, "attention.clamp_kqv": np.float32(a.qkv_clip)} if a.qkv_clip else keys
+
+
 def _gemma4_keys(c: ModelConfig) -> dict[str, Value]:
     """Sizes by layer. Without its key, the cap of logits is taken to be 30."""
     full = next(layer.attention for layer in c.layers if not layer.attention.window)
@@ -189,7 +217,9 @@ _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
         "final_logit_softcapping": np.float32(c.logit_cap),
     },
     "gemma3": _gemma3_keys,
+    "gemma3n": _gemma3n_keys,
     "gemma4": _gemma4_keys,
+    "mpt": _mpt_keys,
     "olmo": lambda c: {"attention.clamp_kqv": np.float32(clip)} if (clip := c.layers[0].attention.qkv_clip) else {},
     "command-r": lambda c: {"logit_scale": np.float32(c.logit_scale)},
     "cohere2": lambda c: {"logit_scale": np.float32(c.logit_scale)},

@@ -17,12 +17,14 @@ from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import Checkpoint, TensorTable
 from fabula.formats.gguf_families import ARCHITECTURES, MLP, PAIRED
 from fabula.formats.gguf_names import canonical_name
+from fabula.models.decoder import redundant
 from fabula.models.description import Attention, ModelConfig
 from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint, viewed
 
-_FUSED = ("falcon", "gpt2", "gptneox")  # architectures that read q, k and v in one matrix only
+_FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
+_STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
 
 
@@ -33,6 +35,7 @@ class Part:
     Attributes:
         needed: whether a model without it is incomplete.
         n_heads: rows of the result where a vector becomes a matrix of one row for each head; 0 for none.
+        stacked: whether the result has one more dimension, that of the sources.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Part:
     rows: npt.NDArray[np.int64] | None = None
     needed: bool = True
     n_heads: int = 0
+    stacked: bool = False
 
 
 def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
@@ -65,8 +69,10 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
         used.update(part.sources)
         shape = source.tensors[part.sources[0]].shape
         shapes[part.name] = (part.n_heads, shape[0] // part.n_heads) if part.n_heads else ()
-    for name in sorted(names - used):
-        if name.endswith(_NOT_WEIGHTS) or _NUMBERS in name or (config.tied and name == "lm_head.weight"):
+        if part.stacked:
+            shapes[part.name] = (len(part.sources), *shape)
+    for name in sorted(names - used - redundant(config)):
+        if name.endswith(_NOT_WEIGHTS) or _NUMBERS in name:
             continue
         known = canonical_name(name, arch)
         raise Unsupported(
@@ -83,9 +89,23 @@ def _parts(config: ModelConfig, arch: str) -> Iterator[Part]:
     if config.n_positions:
         yield Part("position_embd.weight", ("model.embed_positions.weight",))
     if config.n_per_layer:
-        yield Part("per_layer_token_embd.weight", ("model.embed_tokens_per_layer.weight",))
+        # Readers want a row for each token; those without one take that of token 0.
+        n = config.n_per_layer_rows or config.vocab_size
+        rows = (
+            None
+            if n == config.vocab_size
+            else np.where(np.arange(config.vocab_size) < n, np.arange(config.vocab_size), 0)
+        )
+        yield Part("per_layer_token_embd.weight", ("model.embed_tokens_per_layer.weight",), rows)
         yield Part("per_layer_model_proj.weight", ("model.per_layer_model_projection.weight",))
         yield Part("per_layer_proj_norm.weight", ("model.per_layer_projection_norm.weight",))
+    if config.embedding_norm and config.embedding_norm.weighted:
+        yield Part("token_embd_norm.weight", ("model.embed_norm.weight",))
+        yield Part("token_embd_norm.bias", ("model.embed_norm.bias",))
+    if config.altup:
+        for name, part in (("altup_proj", "altup_projections"), ("altup_unembd_proj", "altup_unembed_projections")):
+            matrices = tuple(f"model.{part}.{i}.weight" for i in range(config.altup.n - 1))
+            yield Part(f"{name}.weight", matrices, stacked=True)
     for i in range(config.n_layers):
         yield from _layer(config, arch, i)
     if config.final_norm.weighted:
@@ -125,6 +145,10 @@ def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
             if norm is not None and norm.biased:
                 yield Part(f"blk.{i}.{part}.bias", (name.replace(".weight", ".bias"),))
             continue
+        if part in ("attn_k", "attn_v", "attn_k_norm") and not a.writes:
+            if arch == "gemma3n":  # llama.cpp wants them there, and does not use them
+                yield Part(f"blk.{i}.{part}.weight", (name.replace(prefix, f"model.layers.{a.kv}.", 1),))
+            continue
         if part in ("attn_q_norm", "attn_k_norm"):
             yield from _head_norm(config, arch, a, f"blk.{i}.{part}.weight", name)
             continue
@@ -132,9 +156,11 @@ def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
             continue
         if part in ("inp_gate", "proj", "post_norm") and not layer.n_per_layer:
             continue
+        if name.endswith(_STREAM_SCALE) and not (config.altup and config.altup.scaled):
+            continue
         if part == "ffn_gate" and (not layer.mlp.gated or "gate_up_proj" in row.names.get("ffn_up", "")):
             continue
-        if (part == "attn_v" and a.values_are_keys) or (part in ("attn_k", "attn_v") and not a.writes):
+        if part == "attn_v" and a.values_are_keys:
             continue
         sources: tuple[str, ...] = (name,)
         rows = None
@@ -153,7 +179,7 @@ def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
 def _head_norm(config: ModelConfig, arch: str, a: Attention, target: str, name: str) -> Iterator[Part]:
     """The norm of q or k heads."""
     is_q = ".attn_q_norm." in target
-    if a.norm is None or a.norm.weights == "none" or not (is_q or a.writes):
+    if a.norm is None or a.norm.weights == "none":
         return
     n_heads = a.n_heads if is_q else a.n_kv_heads
     several = a.norm.weights in ("heads", "row")

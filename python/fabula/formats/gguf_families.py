@@ -13,13 +13,15 @@ types in src/llama-model.cpp, all in the source of llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from fabula.errors import shown
+from fabula.formats.gguf import GgufTensor
 from fabula.formats.gguf_keys import Keys
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -34,6 +36,23 @@ HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 # A norm behind each half of a layer.
 POST = {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
 
+# Tensors of Gemma 3n's streams and low-rank residuals.
+ALTUP = {
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_correct_scale": "altup.correct_output_scale",
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
+}
+PER_LAYER = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+
 Config = dict[str, Any]
 
 
@@ -43,13 +62,13 @@ class Facts:
 
     Attributes:
         keys, arch: of the file.
-        tensors: the names of its tensors.
+        tensors: its tensors, by name.
         n_layers, n_kv_heads, hidden_size, n_heads, head_dim: sizes.
     """
 
     keys: Keys
     arch: str
-    tensors: Collection[str]
+    tensors: Mapping[str, GgufTensor]
     n_layers: int
     hidden_size: int
     n_heads: int
@@ -93,7 +112,8 @@ class Architecture:
         names: names behind `model.layers.N.`, where they differ from those that are usual.
         biases: by flag of config.json, the tensors that may have a bias; "" for a bias that config.json has no flag
             for, since it is always there.
-        norm_bias, head_bias, positions: whether norms have biases, the head has one, and positions are learned.
+        norm_bias, head_bias, positions, embedding_norm: whether norms have biases, the head has one, positions are
+            learned, and embeddings have a norm.
         eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
         silu: whether the MLP is a gated SiLU.
         varied: whether KV heads and MLPs may differ from layer to layer; `finish` reads them.
@@ -117,6 +137,7 @@ class Architecture:
     norm_bias: bool = False
     head_bias: bool = False
     positions: bool = False
+    embedding_norm: bool = False
     eps: str = ""
     silu: bool = True
     varied: bool = False
@@ -185,11 +206,20 @@ def _minicpm(f: Facts, config: Config) -> None:
 
 
 def _baichuan(f: Facts, _: Config) -> None:
-    """Only the 7B model, known by its number of layers, has rotations."""
-    if f.n_layers != 32:
+    """The number of layers decides: models of 32 have rotations, those of 40 ALiBi."""
+    if f.n_layers not in (32, 40):
         raise f.keys.unsupported(
-            f.key("block_count"), f"is {f.n_layers}: only the model of 32 layers has rotations, others have ALiBi"
+            f.key("block_count"), f"is {f.n_layers}: models of 32 layers have rotations, those of 40 ALiBi; others none"
         )
+
+
+def _mpt(f: Facts, config: Config) -> None:
+    most = f.number("attention.max_alibi_bias", 0.0, zero=0.0)
+    if not most:
+        raise f.keys.unsupported(f.key("attention.max_alibi_bias"), "is 0: models without ALiBi are not offered")
+    config["attn_config"] = {
+        "alibi_bias_max": most, "clip_qkv": f.number("attention.clamp_kqv", 0.0, zero=0.0) or None,
+    }  # fmt: skip
 
 
 def query_scale(f: Facts, n_layers_27b: int) -> float:
@@ -249,6 +279,34 @@ def _gemma4(f: Facts, config: Config) -> None:
         "hidden_size_per_layer_input": keys.integer(f.key("embedding_length_per_layer_input"), low=0),
         "vocab_size_per_layer_input": config["vocab_size"],
         "final_logit_softcapping": f.number("final_logit_softcapping", 30.0, zero=0.0) or None,
+        "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
+            SLIDING: {"rope_type": "default", "rope_theta": f.number("rope.freq_base_swa", 10000.0)},
+        },
+    }
+
+
+def _gemma3n(f: Facts, config: Config) -> None:
+    """llama.cpp has numbers of its own for most of these keys, those of the released models."""
+    keys, n = f.keys, f.n_layers
+    cutoffs = keys.metadata.get(f.key("activation_sparsity_scale"))
+    if cutoffs is None:
+        cutoffs = np.array([1.6448533535 if i < 10 else -np.inf for i in range(n)])
+    if not isinstance(cutoffs, np.ndarray) or cutoffs.dtype.kind != "f" or len(cutoffs) != n:
+        raise keys.error(f.key("activation_sparsity_scale"), f"must be an array of {n} numbers, one for each layer")
+    laurel = f.tensors.get("blk.0.laurel_l.weight")
+    theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
+    config |= {
+        "intermediate_size": keys.each(f.key("feed_forward_length"), n),
+        "num_kv_shared_layers": keys.integer(f.key("attention.shared_kv_layers"), max(n - 20, 0), low=0, high=n - 1),
+        "hidden_size_per_layer_input": keys.integer(f.key("embedding_length_per_layer_input"), 256),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "altup_active_idx": keys.integer(f.key("altup.active_idx"), 0, low=0),
+        "altup_num_inputs": keys.integer(f.key("altup.num_inputs"), 4),
+        "altup_correct_scale": f.has("altup_correct_scale"),
+        "laurel_rank": laurel.shape[0] if laurel is not None else 64,
+        "activation_sparsity_pattern": [NormalDist().cdf(float(cutoff)) for cutoff in cutoffs],
+        "final_logit_softcapping": f.number("final_logit_softcapping", 30.0),
         "rope_parameters": {
             FULL: {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
             SLIDING: {"rope_type": "default", "rope_theta": f.number("rope.freq_base_swa", 10000.0)},
@@ -378,7 +436,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "exaone": Architecture(model_type="llama", model_class="LlamaForCausalLM", factors=True),
     "internlm2": Architecture(model_type="llama", model_class="LlamaForCausalLM", paired=True),
-    "baichuan": Architecture(model_type="llama", model_class="LlamaForCausalLM", paired=True, finish=_baichuan),
+    # Heads of Baichuan 2 are normalized when they are loaded, which llama.cpp does not do.
+    "baichuan": Architecture(model_type="baichuan", model_class="BaichuanForCausalLM", paired=True, finish=_baichuan),
     "granite": Architecture(
         model_type="granite", model_class="GraniteForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
         reads=frozenset(["logit_scale", "residual_scale", "embedding_scale", "attention.scale"]), finish=_granite,
@@ -405,13 +464,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         windows=Windows(every=6), scalings=("none", "linear"),
         reads=frozenset(["final_logit_softcapping", "rope.freq_base_swa"]), finish=_gemma3,
     ),
+    "gemma3n": Architecture(
+        model_type="gemma3n_text", model_class="Gemma3nForCausalLM", silu=False, varied=True, scale=1.0,
+        layer=(*USUAL, *POST, *HEAD_NORMS, *PER_LAYER, *ALTUP), names={**_GEMMA2["names"], **PER_LAYER, **ALTUP},
+        biases={"attention_bias": ATTENTION}, windows=Windows(default=None, every=5), scalings=("none", "linear"),
+        reads=frozenset([
+            "altup.active_idx", "altup.num_inputs", "activation_sparsity_scale", "embedding_length_per_layer_input",
+            "attention.shared_kv_layers", "rope.freq_base_swa", "final_logit_softcapping",
+        ]), finish=_gemma3n,
+    ),
     "gemma4": Architecture(
         model_type="gemma4_text", model_class="Gemma4ForCausalLM", silu=False, varied=True, scale=1.0, factors=True,
-        layer=(*USUAL, *POST, *HEAD_NORMS, "inp_gate", "proj", "post_norm", "layer_output_scale"),
-        names={
-            **_GEMMA2["names"], "inp_gate": "per_layer_input_gate", "proj": "per_layer_projection",
-            "post_norm": "post_per_layer_input_norm", "layer_output_scale": "layer_scalar",
-        },
+        layer=(*USUAL, *POST, *HEAD_NORMS, *PER_LAYER, "layer_output_scale"),
+        names={**_GEMMA2["names"], **PER_LAYER, "layer_output_scale": "layer_scalar"},
         windows=Windows(default=None), scalings=("none", "linear"),
         reads=frozenset([
             "attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa", "rope.freq_base_swa",
@@ -494,6 +559,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer=("attn_norm", "attn_norm_2", "attn_qkv", "attn_output", *PLAIN_MLP),
         biases={"bias": ("attn_qkv", "attn_output", *PLAIN_MLP)},
         fields={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"}, finish=_falcon,
+    ),
+    "bloom": Architecture(
+        model_type="bloom", model_class="BloomForCausalLM", **_LAYER_NORM, eps="layer_norm_epsilon", layer=_PLAIN,
+        biases={"": (*FUSED, *PLAIN_MLP)}, embedding_norm=True,
+    ),
+    "mpt": Architecture(
+        model_type="mpt", model_class="MptForCausalLM", eps="layer_norm_epsilon", silu=False, layer=_PLAIN,
+        reads=frozenset(["attention.clamp_kqv", "attention.max_alibi_bias"]), finish=_mpt,
     ),
     "gpt2": Architecture(
         model_type="gpt2", model_class="GPT2LMHeadModel", **_LAYER_NORM, eps="layer_norm_epsilon", layer=_PLAIN,

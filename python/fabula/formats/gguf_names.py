@@ -30,7 +30,7 @@ from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
-from fabula.formats.gguf_families import ARCHITECTURES, XIELU, Architecture
+from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, XIELU, Architecture
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
@@ -42,6 +42,10 @@ _TENSORS = {
     "output_norm.bias": "model.norm.bias",
     "output.bias": "lm_head.bias",
     "position_embd.weight": "model.embed_positions.weight",
+    "token_embd_norm.weight": "model.embed_norm.weight",
+    "token_embd_norm.bias": "model.embed_norm.bias",
+    "altup_proj.weight": "model.altup_projections.weight",
+    "altup_unembd_proj.weight": "model.altup_unembed_projections.weight",
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
@@ -64,7 +68,11 @@ _LAYER = {
 }
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z0-9_]+)\.(weight|bias)")
 _NORMS = ("attn_norm", "attn_norm_2", "ffn_norm")  # those that have biases if any norm has
-_GGUF_NAMES = {theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items()) if ours != "attn_norm_2"}
+_GGUF_NAMES = {
+    theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items(), *ALTUP.items()) if ours != "attn_norm_2"
+}
+_NO_WEIGHTS = ("layer_output_scale", "altup_correct_scale")  # their names end there in safetensors files
+_OF_STREAM = re.compile(r"(model\.altup_[a-z]*projections)\.[0-9]+\.weight")
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
 _SINKS = re.compile(r"blk\.[0-9]{1,9}\.attn_sinks\.weight")
 NO_SINK = np.float32(-1e30)  # a sink logit without effect: exp(-1e30) is 0 in the softmax
@@ -149,6 +157,7 @@ def permute_rows(raw: npt.NDArray[np.uint8], n_rows: int, head_dim: int) -> npt.
 
 def gguf_name(name: str) -> str | None:
     """The GGUF name of a tensor, as most architectures have it; None if it has none."""
+    name = _OF_STREAM.sub(r"\1.weight", name)
     if name in _GGUF_NAMES:
         return _GGUF_NAMES[name]
     match = _HF_LAYER_TENSOR.fullmatch(name)
@@ -174,7 +183,7 @@ def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | No
         found = row.names.get(part, _LAYER.get(part, ""))
         if two_norms:
             found = {"attn_norm": _LAYER["attn_norm_2"], "attn_norm_2": _LAYER["attn_norm"]}.get(part, found)
-        return f"model.layers.{match[1]}.{found}" + ("" if part == "layer_output_scale" else f".{kind}")
+        return f"model.layers.{match[1]}.{found}" + ("" if part in _NO_WEIGHTS else f".{kind}")
     if match := _HF_LAYER_TENSOR.fullmatch(name):
         return name if match[2] in {*_LAYER.values(), *row.names.values()} else None
     return name if name in _TENSORS.values() else None
@@ -195,8 +204,11 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             continue
         name = _hf_name(file, tensor, config, row)
         permuted = row.paired and _is_permuted(file, tensor, config)
-        sources[name] = _Source(tensor.name, tensor.shape, permuted)
-        infos[name] = TensorInfo(name, tensor.dtype, tensor.shape, tensor.n_bytes)
+        shape = tensor.shape
+        if name.startswith("model.altup_") and len(shape) == 3:  # a matrix for each stream, one below the other
+            shape = (shape[0] * shape[1], shape[2])
+        sources[name] = _Source(tensor.name, shape, permuted)
+        infos[name] = TensorInfo(name, tensor.dtype, shape, tensor.n_bytes)
     for name in () if is_mistral else _biases(config, row):
         if name not in infos and (weight := infos.get(name.replace(".bias", ".weight"))) is not None:
             length = weight.shape[0]
@@ -253,6 +265,10 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
             "output_norm.bias": row.norm_bias,
             "output.bias": row.head_bias,
             "position_embd.weight": row.positions,
+            "token_embd_norm.weight": row.embedding_norm,
+            "token_embd_norm.bias": row.embedding_norm,
+            "altup_proj.weight": "altup_router" in row.layer,
+            "altup_unembd_proj.weight": "altup_router" in row.layer,
         }
         if wanted.get(tensor.name, True):
             return _TENSORS[tensor.name]

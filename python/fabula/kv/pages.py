@@ -614,7 +614,7 @@ class Sequence:
             other.n_dropped = min(self.n_dropped, len(pages))
             self.pool.share(pages, other.n_dropped)
             other._pages, other.n_tokens = pages, n_tokens
-            other._hole = min(self._hole, len(pages))
+            other._hole = self._hole_within(len(pages))
         return other
 
     def truncate(self, n_tokens: int) -> None:
@@ -628,8 +628,22 @@ class Sequence:
             self._check("truncate", n_tokens)
             self._release(keep)
             del self._pages[keep:]
-            self.n_tokens, self._hole = n_tokens, min(self._hole, keep)
+            self.n_tokens, self._hole = n_tokens, self._hole_within(keep)
             self.n_dropped = min(self.n_dropped, keep)
+
+    def _hole_within(self, n_pages: int) -> int:
+        """`_hole` of the first pages; 0 where they are that of the sinks and none was released."""
+        return min(self._hole, n_pages) if n_pages > (1 if self.window.n_sinks else 0) else 0
+
+    def roll_back(self, n_tokens: int) -> None:
+        """Removes the positions from `n_tokens` on as if they had not been reserved: pages after them are released, and
+        forks may append in the page where the text ends now.
+
+        Raises:
+            InvalidArgument: as `fork`.
+        """
+        self.truncate(n_tokens)
+        self.settle()
 
     def _check(self, verb: str, n_tokens: int) -> None:
         if not 0 <= n_tokens <= self.n_tokens:

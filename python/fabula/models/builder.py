@@ -34,12 +34,13 @@ Weights = list[Weight]  # one matrix: each device's share
 
 EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
-LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD = 12, 13, 14, 15, 16
+LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS, SPARSIFY = 12, 13, 14, 15, 16, 17, 18, 19
 ACTIVATIONS: Mapping[Activation | None, int] = {
     None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
+    "tanh": 9,
 }  # fmt: skip
 # Flags of struct fb_op.
-HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK = 1, 2, 4, 16
+HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK, HEADS_BIASED, ALIBI_BF16 = 1, 2, 4, 16, 32, 64
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
 _SHOWN = 8  # unused tensors named in a warning
@@ -313,9 +314,9 @@ class ProgramBuilder:
         self._add(LINEAR_GATED, input=x, out=out, weights=weights, vectors=bias, activation=ACTIVATIONS[activation])
 
     def head_norm(self, qkv: int, heads: int, norm: HeadNorm, q_weight: F32, k_weight: F32 | None) -> None:
-        """Norms of q and k heads in place; k_weight None in a layer without k."""
+        """Norms of q and k heads in place; k_weight None in a layer without k. Biases follow weights."""
         flags = HEADS_LAYER_NORM * (norm.kind == "layer") | HEADS_WHOLE * (norm.weights == "row")
-        flags |= HEADS_VALUES * (norm.values and k_weight is not None)
+        flags |= HEADS_VALUES * (norm.values and k_weight is not None) | HEADS_BIASED * norm.biased
         vectors = [q_weight] * self.shares.n
         self._add(HEAD_NORM, input=qkv, heads=heads, vectors=vectors, vector2=k_weight, eps=norm.eps, flags=flags)
 
@@ -337,7 +338,8 @@ class ProgramBuilder:
             window=attention.window,
             scale=attention.scale,
             limit=attention.cap,
-            flags=ATTEND_CHUNK * attention.chunked,
+            flags=ATTEND_CHUNK * attention.chunked | ALIBI_BF16 * attention.rounds_biases,
+            vector2=np.array(attention.slopes, np.float32) if attention.slopes else None,
             temperature=beta.beta,
             temperature_offset=beta.offset,
             temperature_length=beta.length,
@@ -350,9 +352,33 @@ class ProgramBuilder:
         """out = x * as many columns of `other` from `column` on."""
         self._add(MULTIPLY, input=x, out=out, residual=other, column=column)
 
+    def multiply_by(self, x: int, out: int, vector: F32) -> None:
+        """out = x * vector."""
+        self._add(MULTIPLY, input=x, out=out, vectors=[vector] * self.shares.n)
+
     def add(self, x: int, out: int, other: int, *, scale: float = 1.0) -> None:
         """out = scale * (x + other)."""
         self._add(ADD, input=x, out=out, residual=other, scale=scale)
+
+    def mix(self, x: int, out: int, width: int, factors: int | F32, *, residual: int = -1) -> None:
+        """Streams [width] side by side: out_i = (residual_i +) sum over j of factors[i][j] x_j.
+
+        Args:
+            factors: the buffer that holds them, or constants.
+        """
+        if isinstance(factors, int):
+            self._add(MIX, input=x, out=out, width=width, factors=factors, residual=residual)
+        else:
+            vectors = [factors.reshape(-1)] * self.shares.n
+            self._add(MIX, input=x, out=out, width=width, vectors=vectors, residual=residual)
+
+    def match_rms(self, x: int, out: int, other: int, *, eps: float) -> None:
+        """out = x scaled to the root mean square of the first columns of `other`; eps is the least square of x."""
+        self._add(MATCH_RMS, input=x, out=out, residual=other, eps=eps)
+
+    def sparsify(self, x: int, out: int, *, cutoff: float, activation: Activation | None = None) -> None:
+        """out = activation(max(x - mean(x) - cutoff * deviation(x), 0))."""
+        self._add(SPARSIFY, input=x, out=out, scale=cutoff, activation=ACTIVATIONS[activation])
 
     def gather_outputs(self, x: int, out: int) -> None:
         self._add(GATHER_OUTPUTS, input=x, out=out)

@@ -136,7 +136,9 @@ class Traits:
             offset_final_norm: see `ModelConfig`.
         norms: before both halves, after, or both.
         parallel: "" or whether both halves share "one" norm or have "two".
-        qk_norm: as in `HeadNorm.weights`; "" for none.  qk_norm_kind, qk_norm_rotated: see there.
+        qk_norm: as in `HeadNorm.weights`; "" for none.  qk_norm_kind, qk_norm_biased, qk_norm_rotated: see there.
+        alibi: largest exponent of ALiBi's slopes (`alibi_slopes`), which then stands for rotation; 0 for none.
+            alibi_rounded: see `Attention.rounds_biases`.
         qkv_bias, output_bias, mlp_bias, down_bias: biases; down_bias None: as mlp_bias.
         qkv_clip: bound of q, k and v; 0 for none.
         gated: whether the MLP is.  activation: its key and default.
@@ -180,7 +182,10 @@ class Traits:
     parallel: Literal["", "one", "two"] = ""
     qk_norm: Literal["", "head", "heads", "row", "none"] = ""
     qk_norm_kind: Literal["rms", "layer"] = "rms"
+    qk_norm_biased: bool = False
     qk_norm_rotated: bool = False
+    alibi: float = 0.0
+    alibi_rounded: bool = False
     qkv_bias: Flag = ("attention_bias", False)
     output_bias: Flag = ("attention_bias", False)
     mlp_bias: Flag = False
@@ -264,10 +269,14 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         scale=head_dim**-0.5 if t.score_scale is None else t.score_scale,
         cap=t.score_cap,
         temperature=t.temperature,
-        norm=HeadNorm(t.qk_norm_kind, eps, t.qk_norm, rotated=t.qk_norm_rotated) if t.qk_norm else None,
+        norm=HeadNorm(t.qk_norm_kind, eps, t.qk_norm, t.qk_norm_biased, rotated=t.qk_norm_rotated)
+        if t.qk_norm
+        else None,
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         qkv_clip=t.qkv_clip,
+        slopes=alibi_slopes(n_heads, t.alibi) if t.alibi else (),
+        rounds_biases=t.alibi_rounded,
     )
     before, after = (norm if t.norms in kind else None for kind in (("pre", "sandwich"), ("post", "sandwich")))
     layers = tuple(
@@ -323,6 +332,16 @@ def _flag(read: ConfigReader, flag: Flag) -> bool:
     return flag if isinstance(flag, bool) else read.flag(*flag)
 
 
+def alibi_slopes(n_heads: int, most: float) -> tuple[float, ...]:
+    """The slopes of ALiBi (Press et al. 2022, arXiv:2108.12409): 2^(-most k / n), k = 1 .. n, for n heads.
+
+    Where n is no power of 2, those of the power below, then every other one of the power above.
+    """
+    n = 1 << (n_heads.bit_length() - 1)
+    series = [2.0 ** (-most * k / n) for k in range(1, n + 1)]
+    return tuple(series + [2.0 ** (-most * k / (2 * n)) for k in range(1, 2 * (n_heads - n), 2)])
+
+
 def _head_dim(read: ConfigReader, t: Traits, hidden_size: int, n_heads: int) -> int:
     missing_dim = None if "head_dim" in read.config else t.head_dim
     if read.config.get("head_dim") is None and missing_dim is None and hidden_size % n_heads:
@@ -330,7 +349,7 @@ def _head_dim(read: ConfigReader, t: Traits, hidden_size: int, n_heads: int) -> 
     head_dim = read.integer("head_dim", 2, 1024, missing_dim or hidden_size // n_heads)
     if not t.reads_head_dim and head_dim * n_heads != hidden_size:
         raise read.error("head_dim", f"is {head_dim}, in this family it is hidden_size / num_attention_heads")
-    if (head_dim % 2 or head_dim < 2) and not t.learned_positions:
+    if (head_dim % 2 or head_dim < 2) and not (t.learned_positions or t.alibi):
         raise read.error("head_dim", f"is {head_dim}, must be even for rotary embeddings")
     return head_dim
 
@@ -382,7 +401,7 @@ def _ropes(
     read: ConfigReader, t: Traits, kinds: Sequence[str], head_dim: int
 ) -> tuple[tuple[tuple[Rope, int], ...], list[int]]:
     """The rope tables, and each layer's; -1 for a layer without rotation."""
-    if t.learned_positions:
+    if t.learned_positions or t.alibi:
         return (), [-1] * len(kinds)
     by_kind = _ropes_by_kind(read, t) if t.rope_by_kind else dict.fromkeys(kinds, _rope(read, t))
     without = t.no_rope(read, kinds) if t.no_rope else [False] * len(kinds)

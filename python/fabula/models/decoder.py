@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from fabula.formats.checkpoint import Checkpoint
+from fabula.models.altup import Streams
 from fabula.models.builder import F32, ProgramBuilder, Weights
 from fabula.models.description import Attention, HeadNorm, Layer, Mlp, ModelConfig, Norm
 from fabula.models.shares import Axis, whole
@@ -24,6 +25,20 @@ from fabula.models.shares import Axis, whole
 def has_head(checkpoint: Checkpoint, c: ModelConfig) -> bool:
     """Whether a model has a head. An untied base model without `lm_head` gives embeddings only."""
     return c.tied or not c.base or "lm_head.weight" in checkpoint.tensors
+
+
+def redundant(c: ModelConfig) -> set[str]:
+    """Tensors that files have and nothing uses: the head of a tied model, projections of layers that reuse KV, scales
+    that the config turns off."""
+    names = {"lm_head.weight"} if c.tied else set()
+    for i, layer in enumerate(c.layers):
+        prefix = f"model.layers.{i}."
+        if c.altup and not c.altup.scaled:
+            names.add(prefix + "altup.correct_output_scale")
+        if not layer.attention.writes:
+            names |= {f"{prefix}self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")}
+            names |= {f"{prefix}self_attn.{part}.bias" for part in ("k_proj", "v_proj")}
+    return names
 
 
 def emit_decoder(b: ProgramBuilder, c: ModelConfig) -> None:
@@ -44,12 +59,14 @@ class _Emitter:
 
     Attributes:
         x: buffer of the residual stream;  h: of what a norm makes of it;  y: of a half's result before its own norm.
+        streams: the streams of a model with several; then x is the one that a layer computes.
     """
 
     def __init__(self, b: ProgramBuilder, c: ModelConfig) -> None:
         self.b, self.c, self.s = b, c, b.shares
         self.x, self.h = b.buffer(self.s.hidden), b.buffer(self.s.hidden)
         self._scratch: dict[tuple[str, tuple[Axis, ...]], int] = {}
+        self.streams = Streams(b, c, c.altup, self.x, self.h) if c.altup else None
         # If no layer has a bias of o it is 0, as in transformers: some models have biases on q, k and v only.
         self.has_output_bias = any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
 
@@ -73,14 +90,24 @@ class _Emitter:
             b.add(self.x, self.x, self.h)
         if c.n_per_layer:
             self.emit_per_layer_embeddings()
+        if self.streams:
+            self.streams.begin()
         for i, layer in enumerate(c.layers):
-            self.emit_layer(f"model.layers.{i}.", layer)
+            prefix = f"model.layers.{i}."
+            if self.streams:
+                self.streams.predict(prefix + "altup.")
+            self.emit_layer(prefix, layer)
+            if self.streams:
+                self.streams.correct(prefix + "altup.")
             if layer.n_per_layer:
                 self.emit_per_layer(i, layer)
             if layer.scaled:
-                b.scale(self.x, self.x, b.scalar(f"model.layers.{i}.layer_scalar"))
+                b.scale(self.x, self.x, b.scalar(prefix + "layer_scalar"))
         wanted, normed = b.buffer(s.hidden), b.buffer(s.hidden)
-        b.gather_outputs(self.x, wanted)
+        if self.streams:
+            self.streams.end(wanted)
+        else:
+            b.gather_outputs(self.x, wanted)
         self.emit_norm("model.norm", c.final_norm, wanted, normed)
         shared = c.tied or not has_head(b.checkpoint, c)  # a program needs a head; without one, its logits are not used
         head = (
@@ -90,15 +117,7 @@ class _Emitter:
         )
         bias = b.joined(["lm_head.bias"], [s.vocabulary]) if c.head_bias else None
         b.logits(normed, head, bias=bias, scale=c.logit_scale, cap=c.logit_cap)
-        b.warn_of_unused(self.redundant())
-
-    def redundant(self) -> set[str]:
-        """Tensors that files have and nothing uses: the head of a tied model, projections of layers that reuse KV."""
-        names = {"lm_head.weight"} if self.c.tied else set()
-        for i, layer in enumerate(self.c.layers):
-            if not layer.attention.writes:
-                names |= {f"model.layers.{i}.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")}
-        return names
+        b.warn_of_unused(redundant(c))
 
     def emit_layer(self, prefix: str, layer: Layer) -> None:
         x, h = self.x, self.h
@@ -116,11 +135,34 @@ class _Emitter:
             self.emit_down(mlp, layer, inner)
             return
         source = self.emit_norm(before, layer.before_attention, x, h)
+        low = self.emit_laurel(prefix, layer.laurel, source)
         attended = self.emit_attention(attention, layer.attention, source)
         self.emit_output(attention, layer, attended, prefix + "post_self_attn_layernorm")
+        if layer.laurel:
+            self.add_laurel(prefix, layer.laurel, low)
         source = self.emit_norm(between, layer.before_mlp, x, h)
         inner = self.emit_mlp(mlp, layer.mlp, source)
         self.emit_down(mlp, layer, inner, prefix + "post_mlp_layernorm")
+
+    # ---- Low-rank residuals -----------------------------------------------------------------------------------------
+
+    def emit_laurel(self, prefix: str, rank: int, source: int) -> int:
+        """The first product of the low-rank residual, beside those of attention."""
+        if not rank:
+            return -1
+        axis = whole(rank, self.s.n)
+        low = self.scratch("laurel", axis)
+        self.b.linear(source, low, [self.b.matrix(prefix + "laurel.linear_left.weight", axis, self.s.hidden)])
+        return low
+
+    def add_laurel(self, prefix: str, rank: int, low: int) -> None:
+        """x = (x + h + norm(right(low))) / sqrt(2), where h is what attention read."""
+        b, x, h = self.b, self.x, self.h
+        y = self.scratch("y", self.s.hidden)
+        b.linear(low, y, [b.matrix(prefix + "laurel.linear_right.weight", self.s.hidden, whole(rank, self.s.n))])
+        weight = b.vector(prefix + "laurel.post_laurel_norm.weight", self.c.hidden_size)
+        b.norm(y, h, Norm("rms", self.c.rms_norm_eps), weight, residual=h)
+        b.add(x, x, h, scale=2**-0.5)
 
     # ---- Per-layer embeddings ---------------------------------------------------------------------------------------
 
@@ -129,7 +171,7 @@ class _Emitter:
         b, c, s = self.b, self.c, self.s
         width = whole(c.n_layers * c.n_per_layer, s.n)
         self.per_layer, projected, normed = b.buffer(width), b.buffer(width), b.buffer(width)
-        table = b.matrix("model.embed_tokens_per_layer.weight", whole(c.vocab_size, s.n), width)
+        table = b.matrix("model.embed_tokens_per_layer.weight", whole(c.n_per_layer_rows or c.vocab_size, s.n), width)
         b.embed(table, self.per_layer, scale=c.n_per_layer**0.5)
         projection = b.matrix("model.per_layer_model_projection.weight", width, s.hidden)
         b.linear(self.x, projected, [projection], scale=c.hidden_size**-0.5)
@@ -138,7 +180,10 @@ class _Emitter:
         b.add(self.per_layer, self.per_layer, normed, scale=2**-0.5)
 
     def emit_per_layer(self, i: int, layer: Layer) -> None:
-        """x += norm(projection(activation(gate(x)) * this layer's part of the per-layer embeddings))."""
+        """x += norm(projection(activation(gate(x)) * this layer's part of the per-layer embeddings)).
+
+        Of several streams the first stays as it is.
+        """
         b, c, s = self.b, self.c, self.s
         prefix, axis = f"model.layers.{i}.", whole(layer.n_per_layer, s.n)
         gate, y = self.scratch("per_layer_gate", axis), self.scratch("y", s.hidden)
@@ -147,7 +192,12 @@ class _Emitter:
         b.multiply(gate, gate, self.per_layer, column=i * layer.n_per_layer)
         b.linear(gate, y, [b.matrix(prefix + "per_layer_projection.weight", s.hidden, axis)])
         weight = b.vector(prefix + "post_per_layer_input_norm.weight", c.hidden_size)
-        b.norm(y, self.x, Norm("rms", c.rms_norm_eps), weight, residual=self.x)
+        norm = Norm("rms", c.rms_norm_eps)
+        if self.streams:
+            b.norm(y, self.h, norm, weight)
+            self.streams.add_to_others(self.h)
+        else:
+            b.norm(y, self.x, norm, weight, residual=self.x)
 
     # ---- Norms and residuals ----------------------------------------------------------------------------------------
 
@@ -213,7 +263,8 @@ class _Emitter:
             length = a.k_dim * (n_heads if norm.weights in ("heads", "row") else 1)
             if norm.weights == "none":
                 return np.ones(length, np.float32)
-            return self.b.vector(f"{prefix}{part}_norm.weight", length)
+            kinds = ("weight", "bias") if norm.biased else ("weight",)
+            return np.concatenate([self.b.vector(f"{prefix}{part}_norm.{kind}", length) for kind in kinds])
 
         q_weight = weight("q", a.n_heads)
         self.b.head_norm(qkv, heads, norm, q_weight, weight("k", a.n_kv_heads) if a.writes else None)
@@ -233,6 +284,13 @@ class _Emitter:
         axis = s.inner(mlp.size)
         inner = self.scratch("inner", axis)
         up, gate = prefix + "up_proj", prefix + "gate_proj"
+        if mlp.cutoff is not None:
+            gates = self.scratch("gates", axis)
+            b.linear(source, gates, [b.matrix(gate + ".weight", axis, s.hidden)])
+            b.linear(source, inner, [b.matrix(up + ".weight", axis, s.hidden)])
+            b.sparsify(gates, gates, cutoff=mlp.cutoff, activation=mlp.activation)
+            b.multiply(inner, inner, gates)
+            return inner
         if mlp.gated:
             weights = b.interleaved((gate + ".weight", up + ".weight"), axis, s.hidden)
             bias = b.interleaved_bias((gate + ".bias", up + ".bias"), axis) if mlp.bias else None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fabula._native import KvLayer
 from fabula._program import Heads
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid", "tanh"]
 Rope = Mapping[str, Any]  # theta and scaling of one rope table; see models/rope.py
 
 
@@ -45,6 +45,7 @@ class HeadNorm:
         kind, eps: as in `Norm`.
         weights: "head": one vector [k_dim] for all heads;  "heads": one for each head;  "row": one norm over all heads
             together;  "none": without weights.
+        biased: whether it has biases, as many as weights (layer norms only).
         values: whether v heads have an RMS norm, without weights.
         rotated: whether it follows the rotation.
     """
@@ -52,6 +53,7 @@ class HeadNorm:
     kind: Literal["rms", "layer"]
     eps: float
     weights: Literal["head", "heads", "row", "none"] = "head"
+    biased: bool = False
     values: bool = False
     rotated: bool = False
 
@@ -80,6 +82,8 @@ class Attention:
         qkv_bias, output_bias: whether the projections have biases.
         qkv_clip: q, k and v are kept within -qkv_clip .. qkv_clip; 0 for no bound.
         gated: whether the result is multiplied by sigmoid(gate_proj(x)).
+        slopes: of ALiBi, one for each head; () for none.  rounds_biases: whether its biases are rounded as Falcon's are
+            (FB_ALIBI_BF16 in fabula.h).
     """
 
     n_heads: int
@@ -100,6 +104,8 @@ class Attention:
     output_bias: bool = False
     qkv_clip: float = 0.0
     gated: bool = False
+    slopes: tuple[float, ...] = ()
+    rounds_biases: bool = False
 
     @property
     def heads(self) -> Heads:
@@ -108,13 +114,19 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
-    """The MLP of a layer: down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated."""
+    """The MLP of a layer: down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated.
+
+    Attributes:
+        cutoff: of sparse gates: those below the mean + cutoff standard deviations count as that limit, which is
+            subtracted from all; None for none.
+    """
 
     size: int
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
     down_bias: bool = False
+    cutoff: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +138,7 @@ class Layer:
         residual_scale: factor on what each half adds.
         scaled: whether the layer's result is multiplied by a stored number (`layer_scalar`).
         n_per_layer: width of the per-layer embedding that is added at the end; 0 for none.
+        laurel: rank of the learned residual beside attention (LAuReL, Menghani et al. 2024); 0 for none.
     """
 
     attention: Attention
@@ -138,6 +151,21 @@ class Layer:
     residual_scale: float = 1.0
     scaled: bool = False
     n_per_layer: int = 0
+    laurel: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AltUp:
+    """Alternating updates: see models/altup.py.
+
+    Attributes:
+        n: number of streams;  active: the one that layers compute;  scaled: whether it is scaled by trained numbers
+            before the per-layer embedding.
+    """
+
+    n: int
+    active: int
+    scaled: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +191,9 @@ class ModelConfig:
         final_norm: before the head.
         embedding_scale: factor on embeddings;  n_positions: rows of the learned position embedding, 0 for none.
         logit_scale: factor on logits;  logit_cap: soft cap, 0 for none;  head_bias: whether the head has one.
-        n_per_layer: width of per-layer embeddings, 0 for none.
+        n_per_layer: width of per-layer embeddings, 0 for none;  n_per_layer_rows: how many tokens have one, if not all:
+            the others take that of token 0.
+        altup: its streams; None for one residual stream.
         embedding_norm: of the embeddings.
         normalized_head: whether each row of the head is divided by its length.
         left_out: parts of a multimodal checkpoint that are not loaded, such as "vision".
@@ -199,6 +229,8 @@ class ModelConfig:
     logit_cap: float = 0.0
     head_bias: bool = False
     n_per_layer: int = 0
+    n_per_layer_rows: int = 0
+    altup: AltUp | None = None
     embedding_norm: Norm | None = None
     normalized_head: bool = False
     left_out: tuple[str, ...] = ()
@@ -257,6 +289,8 @@ class ModelConfig:
             "a bias of the head": self.head_bias,
             "per-layer embeddings": self.n_per_layer > 0,
             "a norm of embeddings": self.embedding_norm is not None,
+            "ALiBi": bool(a.slopes),
+            "several residual streams": self.altup is not None,
             "an output gate": a.gated,
             "clipped q, k and v": a.qkv_clip > 0,
         }

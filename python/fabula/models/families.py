@@ -14,7 +14,7 @@ from typing import Any
 
 from fabula.errors import ModelFileError, Unsupported
 from fabula.models import family_rules as rules
-from fabula.models import gemma4
+from fabula.models import gemma3n, gemma4
 from fabula.models.config import Traits, read_config
 from fabula.models.description import ModelConfig
 
@@ -98,6 +98,16 @@ _GPT: Mapping[str, Any] = {
     "mlp_bias": True,
     "gated": False,
     "activation": ("activation_function", "gelu_new"),
+}
+# BLOOM and MPT: heads and MLPs of one width, ALiBi in place of rotation.
+_UNROTATED: Mapping[str, Any] = {
+    "ignored": (*_GPT["ignored"], "intermediate_size"),
+    "inner": 4,
+    "tied": True,
+    "norm": "layer",
+    "eps": ("layer_norm_epsilon", 1e-5),
+    "gated": False,
+    "alibi": 8.0,
 }
 _COHERE = Traits(
     context_length=8192,
@@ -269,6 +279,27 @@ FAMILIES: Mapping[str, Family] = {
             qk_norm="head",
             score_cap=0.0,
             logit_cap=0.0,
+        ),
+    ),
+    # Gemma team 2025; see models/gemma3n.py.
+    "gemma3n_text": Family(
+        "Gemma 3n",
+        Traits(
+            context_length=32768,
+            n_kv_heads=2,
+            head_dim=256,
+            tied=True,
+            rope_by_kind=True,
+            theta=1e6,
+            local_theta=("rope_local_base_freq", 10000.0),
+            windowed="always",
+            window=512,
+            kinds=rules.every(5),
+            norms="sandwich",
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            score_scale=1.0,
+            adapt=gemma3n.adapt,
+            finish=gemma3n.finish,
         ),
     ),
     # Gemma team 2026; see models/gemma4.py.
@@ -492,10 +523,10 @@ FAMILIES: Mapping[str, Family] = {
             gated=False,
             activation=("hidden_act", "gelu_new"),
             head_bias=True,
-            adapt=rules.refuse("qk_layernorm"),
+            adapt=rules.phi,
         ),
     ),
-    # Almazrouei et al. 2023. Falcon 3 is Llama.
+    # Almazrouei et al. 2023; Falcon-RW with ALiBi. Falcon 3 is Llama.
     "falcon": Family(
         "Falcon",
         Traits(
@@ -522,8 +553,47 @@ FAMILIES: Mapping[str, Family] = {
             context_length=32768, qkv="grouped", qkv_bias=("bias", True), output_bias=("bias", True), mlp_bias=False
         ),
     ),
-    # Baichuan 2023.
-    "baichuan": Family("Baichuan", Traits(**_NO_BIAS, context_length=4096, finish=rules.baichuan)),
+    # Baichuan 2023: 7B with rotation, 13B with ALiBi.
+    "baichuan": Family(
+        "Baichuan", Traits(**_NO_BIAS, context_length=4096, adapt=rules.baichuan, finish=rules.baichuan_head)
+    ),
+    # BigScience 2022: ALiBi, a norm of embeddings.
+    "bloom": Family(
+        "BLOOM",
+        Traits(
+            **_UNROTATED,
+            names={
+                "hidden_size": "n_embed",
+                "max_position_embeddings": "seq_length",
+                "num_attention_heads": "n_head",
+                "num_hidden_layers": "n_layer",
+            },
+            norm_biased=True,
+            qkv_bias=True,
+            output_bias=True,
+            mlp_bias=True,
+            activation=("", "gelu_new"),
+            qkv="grouped",
+            adapt=rules.refuse("apply_residual_connection_post_layernorm"),
+            finish=rules.bloom,
+        ),
+    ),
+    # MosaicML 2023: ALiBi, no biases.
+    "mpt": Family(
+        "MPT",
+        Traits(
+            **_UNROTATED,
+            **_NO_BIAS,
+            names={
+                "hidden_size": "d_model",
+                "max_position_embeddings": "max_seq_len",
+                "num_attention_heads": "n_heads",
+                "num_hidden_layers": "n_layers",
+            },
+            activation=("", "gelu"),
+            adapt=rules.mpt,
+        ),
+    ),
     # Hu et al. 2024.
     "minicpm": Family("MiniCPM", Traits(context_length=32768, tied=True, adapt=rules.minicpm)),
     # Meta 2025: chunks, layers without rotation, norms of q and k behind it.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from fabula.errors import Unsupported
 from fabula.models.config import ConfigReader, Kinds, Traits
 from fabula.models.description import ModelConfig, Norm, Temperature
 
@@ -148,6 +147,46 @@ def cohere(read: ConfigReader, t: Traits) -> Traits:
     return replace(t, qk_norm="heads" if has_norms else "", logit_scale=read.number("logit_scale", -1e6, 1e6, 0.0625))
 
 
+def phi(read: ConfigReader, t: Traits) -> Traits:
+    if not read.flag("qk_layernorm", False):
+        return t
+    return replace(t, qk_norm="head", qk_norm_kind="layer", qk_norm_biased=True)
+
+
+def bloom(read: ConfigReader, c: ModelConfig) -> ModelConfig:
+    del read
+    return replace(c, embedding_norm=c.final_norm)
+
+
+def mpt(read: ConfigReader, t: Traits) -> Traits:
+    """Settings of attention are in an object of their own.
+
+    transformers 5.24 takes slopes of 8 whatever `alibi_bias_max` says; here it counts, as in the published code and in
+    llama.cpp. What transformers ignores and that code does not is refused.
+    """
+    about = read.config.get("attn_config")
+    if about is not None and not isinstance(about, Mapping):
+        raise read.error("attn_config", f"is {about!r}, must be an object")
+    attention = ConfigReader(about or {}, read.path)
+    usual = {"alibi": True, "attn_type": "multihead_attention", "prefix_lm": False, "qk_ln": False, "kv_n_heads": None}
+    usual |= {"qk_gn": False, "rope": False, "sliding_window_size": -1}
+    for key, value in usual.items():
+        if attention.config.get(key, value) not in (value, None):
+            raise read.unsupported("attn_config", f"{key} other than {value} is not offered")
+    for key, value in {"expansion_ratio": 4, "logit_scale": None, "no_bias": True}.items():
+        if read.config.get(key, value) != value:
+            raise read.unsupported(key, f"only {value} is offered")
+    if "layernorm" not in str(read.config.get("norm_type", "layernorm")).lower():
+        raise read.unsupported("norm_type", "only layer norms are offered")
+    scale = attention.config.get("softmax_scale")
+    return replace(
+        t,
+        alibi=attention.number("alibi_bias_max", 1e-3, 1e3, 8.0),
+        qkv_clip=attention.number("clip_qkv", 0.0, 1e6, None, nullable=True),
+        score_scale=None if scale is None else attention.number("softmax_scale", 1e-9, 1e6, None),
+    )
+
+
 def stablelm(read: ConfigReader, t: Traits) -> Traits:
     return replace(
         t,
@@ -191,9 +230,26 @@ def gptj(read: ConfigReader, t: Traits) -> Traits:
     return replace(t, rope={"rope_theta": 10000.0, "rotary_dim": rotary_dim})
 
 
+def shared_kv(read: ConfigReader, c: ModelConfig, shares: int) -> list[tuple[int, bool]]:
+    """The KV layer of each layer, and whether it writes it: the last `shares` attend to that of the last layer of their
+    kind before them, with a window or without."""
+    own: dict[bool, int] = {}  # KV layer of the last layer with a window, and of the last without
+    found: list[tuple[int, bool]] = []
+    for i, window in enumerate(c.windows):
+        writes = i < c.n_layers - shares
+        if writes:
+            own[window > 0] = i
+        elif (window > 0) not in own:
+            problem = f"is {shares}: by layer_types, layer {i} has none of its kind to share with"
+            raise read.error("num_kv_shared_layers", problem)
+        found.append((own[window > 0], writes))
+    return found
+
+
 def falcon(read: ConfigReader, t: Traits) -> Traits:
     """Three generations: one KV head beside parallel halves, or none of both, or a few KV heads and two norms."""
-    t = refuse("alibi")(read, t)
+    if read.flag("alibi", False):
+        t = replace(t, alibi=8.0, alibi_rounded=True)
     grouped, parallel = read.flag("new_decoder_architecture", False), read.flag("parallel_attn", True)
     n_norms = read.integer("num_ln_in_parallel_attn", 1, 2, 2 if grouped else 1)
     if (grouped and not parallel) or (n_norms == 2 and not (grouped and parallel)):
@@ -266,10 +322,13 @@ def minicpm(read: ConfigReader, t: Traits) -> Traits:
     )
 
 
-def baichuan(read: ConfigReader, c: ModelConfig) -> ModelConfig:
-    """Baichuan 2 divides each row of the head by its length. The 13B models have no rotation but ALiBi."""
-    if c.n_layers >= 40:
-        raise Unsupported(f"{read.path}: config 'num_hidden_layers' is {c.n_layers}: Baichuan 13B needs ALiBi")
+def baichuan(read: ConfigReader, t: Traits) -> Traits:
+    """The 13B models, known by their 40 layers, have ALiBi in place of rotation."""
+    return replace(t, alibi=8.0 if read.integer("num_hidden_layers", 1, 1024) >= 40 else 0.0)
+
+
+def baichuan_head(read: ConfigReader, c: ModelConfig) -> ModelConfig:
+    """Baichuan 2 divides each row of the head by its length."""
     return replace(c, normalized_head=c.vocab_size == 125696 or read.config.get("z_loss_weight") is not None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fabula.models.config import ConfigReader, Traits
 from fabula.models.description import HeadNorm, Layer, ModelConfig, Rope
-from fabula.models.family_rules import FULL, SLIDING, every, gemma
+from fabula.models.family_rules import FULL, SLIDING, every, gemma, shared_kv
 
 ROPES: Mapping[str, Any] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
@@ -47,16 +47,12 @@ def finish(read: ConfigReader, c: ModelConfig) -> ModelConfig:
         raise read.error("vocab_size_per_layer_input", f"is {n_rows}, must be vocab_size {c.vocab_size}")
     sizes = [_sizes(read, i, not window) for i, window in enumerate(c.windows)]
     dims: dict[int, int] = {}  # of each rope table
-    own: dict[bool, int] = {}  # KV layer of the last layer with a window, and of the last without
+    kv = shared_kv(read, c, shares)
     layers: list[Layer] = []
     for i, (layer, (n_kv_heads, head_dim)) in enumerate(zip(c.layers, sizes, strict=True)):
-        windowed, writes = c.windows[i] > 0, i < c.n_layers - shares
+        windowed, (number, writes) = c.windows[i] > 0, kv[i]
         if c.n_heads % n_kv_heads:
             raise read.error("num_key_value_heads", f"is {n_kv_heads} in layer {i}, must divide {c.n_heads}")
-        if writes:
-            own[windowed] = sum(each.attention.writes for each in layers)
-        elif windowed not in own:
-            raise read.error("num_kv_shared_layers", f"is {shares}: layer {i} has no layer of its kind to share with")
         if dims.setdefault(layer.attention.rope, head_dim) != head_dim:
             raise read.unsupported("per_layer_config", "layers that share a rope have heads of different widths")
         attention = replace(
@@ -66,7 +62,7 @@ def finish(read: ConfigReader, c: ModelConfig) -> ModelConfig:
             v_dim=head_dim,
             norm=HeadNorm("rms", c.rms_norm_eps, values=True),
             values_are_keys=k_is_v and not windowed,
-            kv=own[windowed],
+            kv=number,
             writes=writes,
         )
         mlp = replace(layer.mlp, size=layer.mlp.size * (2 if wide and not writes else 1))

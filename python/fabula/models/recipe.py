@@ -5,8 +5,9 @@
     q2_k q4_k iq4_nl           a few tensors of the first layers, or attn_v, attn_output and ffn_down, in more bits
     q4_k_m q5_k_m              attn_v and ffn_down of the first, the last and every third layer in Q6_K
 
-The head, and a tied embedding, get Q6_K or better. Vectors (norms, biases) stay F32. Rows that are not a multiple of a
-format's block fall back to a format with blocks of 32, or else to F16.
+The head, and a tied embedding, get Q6_K or better. Small matrices of Gemma 3n and 4 stay F16 (_SMALL). Vectors (norms,
+biases) stay F32. Rows that are not a multiple of a format's block fall back to a format with blocks of 32, or else to
+F16.
 
 Source: facts of llama.cpp's src/llama-quant.cpp. Its names for q4_k, q5_k and q3_k are Q4_K_S, Q5_K_S and Q3_K_S.
 """
@@ -21,6 +22,13 @@ from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS
 
 _LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
+_ROLES = {
+    "token_embd.weight": "embedding",
+    "output.weight": "head",
+    **{f"{role}.weight": role for role in ("per_layer_token_embd", "per_layer_model_proj")},
+    **{f"{role}.weight": role for role in ("altup_proj", "altup_unembd_proj")},
+}
+_SMALL = ("altup_", "laurel_", "per_layer_model_proj")  # beginnings of roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +89,8 @@ class Shape:
 
 def role_of(name: str) -> str:
     """A tensor's role, from its GGUF name: "embedding", "head", "attn_q", ..., or "norms and biases"."""
-    if name == "token_embd.weight":
-        return "embedding"
-    if name == "output.weight":
-        return "head"
+    if name in _ROLES:
+        return _ROLES[name]
     match = _LAYER.fullmatch(name)
     return match[2] if match and not match[2].endswith("norm") else "norms and biases"
 
@@ -96,6 +102,8 @@ def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DT
         return DType.F32
     if BLOCKS[kind.dtype][0] == 1:
         return kind.dtype
+    if role.startswith(_SMALL):
+        return DType.F16
     dtype = kind.dtype
     if role == "head" or (role == "embedding" and model.tied):
         # It affects every logit, so it gets more bits than the rest.

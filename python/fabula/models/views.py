@@ -12,6 +12,7 @@ Blocks of quantized formats run along columns, so rows can be taken from every f
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -194,6 +195,11 @@ class _Views:
                 self._add(f"{prefix}{name}.weight", [f"{prefix}{name}.weight"], transposed=self._transposed)
             for name in _NORMS:
                 self._shift(f"{prefix}{name}.weight")
+        for part in ("altup_projections", "altup_unembed_projections") if c.altup else ():
+            n, size = c.altup.n - 1 if c.altup else 0, c.hidden_size
+            for i in range(n):  # GGUF files have them in one
+                rows = np.arange(i * size, (i + 1) * size)
+                self._add(f"model.{part}.{i}.weight", [f"model.{part}.weight"], rows, n_rows=n * size)
         if c.offset_final_norm:
             self._shift("model.norm.weight")
         if c.normalized_head:
@@ -252,17 +258,18 @@ class _Views:
     def _head_norms(self, prefix: str, a: Attention) -> None:
         if a.norm is None or a.norm.weights == "none":
             return
-        for part, n in (("q", a.n_heads), ("k", a.n_kv_heads)):
-            name = f"{prefix}{part}_norm.weight"
-            pieces = [f"{prefix}{part}_norm.norms.{i}.weight" for i in range(n)]
+        kinds = ("weight", "bias") if a.norm.biased else ("weight",)
+        for (part, n), kind in itertools.product((("q", a.n_heads), ("k", a.n_kv_heads)), kinds):
+            name = f"{prefix}{part}_norm.{kind}"
+            pieces = [f"{prefix}{part}_norm.norms.{i}.{kind}" for i in range(n)]
             sources = pieces if pieces[0] in self._names else [name]
             if sources[0] not in self._names:
                 continue
             order = None if a.norm.rotated else self._order(a, 1 if a.norm.weights == "head" else n)
             flat = len(self.checkpoint.tensors[sources[0]].shape) > 1
-            self._add(
-                name, sources, order, flat=flat, offset=self._offset, n_rows=None if order is None else len(order)
-            )
+            offset = self._offset if kind == "weight" else 0.0
+            n_rows = None if order is None else len(order)
+            self._add(name, sources, order, flat=flat, offset=offset, n_rows=n_rows)
 
 
 def _grouped(a: Attention, part: str) -> Rows:

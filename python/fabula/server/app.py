@@ -12,12 +12,15 @@ from quart_schema import QuartSchema, RequestSchemaValidationError
 from werkzeug.exceptions import HTTPException, RequestTimeout
 
 from fabula.errors import EngineError, InvalidArgument
-from fabula.server import body
+from fabula.server import body, queries
 from fabula.server.describe import Describer, info
+from fabula.server.faces import error_body, reads_any_type
 from fabula.server.failures import INTERNAL, ApiError, of_engine
 from fabula.server.gate import Gate, Keys
 from fabula.server.logs import Log
 from fabula.server.observer import Observer, notify
+from fabula.server.openai.tolerance import ignored_fields, name_ignored
+from fabula.server.paths import canonical, nearest
 from fabula.server.routes import blueprints
 from fabula.server.settings import Settings
 from fabula.server.state import Server, server
@@ -57,7 +60,7 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
         info=info(),
         conversion_preference="pydantic",
         openapi_provider_class=Describer,
-        security_schemes={"key": {"type": "http", "scheme": "bearer"}} if keys is not None else None,
+        security_schemes={"key": {"type": "http", "scheme": "bearer"}},
         security=[{"key": []}] if keys is not None else None,
     )
     app.json = _Json(app)
@@ -67,6 +70,8 @@ def create_app(workspace: Workspace, settings: Settings | None = None) -> Quart:
     state.gate = Gate(settings, keys)
     app.before_request(_notice)
     state.gate.install(app)
+    queries.install(app)
+    app.after_request(name_ignored)
     app.after_request(_watch)
     _handle_errors(app)
     for blueprint in blueprints():
@@ -116,12 +121,13 @@ def _request_class(settings: Settings) -> type[Request]:
         """A request whose body is limited by its path."""
 
         def __init__(self, method: str, scheme: str, path: str, *args: Any, **kwargs: Any) -> None:
+            path = canonical(path)
             if path == "/sessions/import":
                 kwargs["max_content_length"] = IMPORT_FACTOR * settings.max_body_bytes
             super().__init__(method, scheme, path, *args, **kwargs)
 
         async def get_json(self, *_args: Any, **_kwargs: Any) -> Any:
-            if not self.is_json:
+            if not self.is_json and not reads_any_type(self):
                 raise ApiError(
                     415, "unsupported_media_type", "send JSON, with the header Content-Type: application/json"
                 )
@@ -163,14 +169,17 @@ def _handle_errors(app: Quart) -> None:
 
     @app.errorhandler(RequestSchemaValidationError)
     async def invalid(error: RequestSchemaValidationError) -> Response:
-        return _respond(body_error(error.validation_error))
+        return _respond(body_error(error.validation_error, ignored_fields()))
 
     @app.errorhandler(HTTPException)
     async def http(error: HTTPException) -> Response:
         status = error.code or 500
         if status == 413:
             return _respond(too_large(request.max_content_length or 0))
-        words = {404: "there is no such path", 405: f"the path does not answer {request.method}"}
+        words = {405: f"the path does not answer {request.method}"}
+        if status == 404:
+            near = nearest(request.path, (rule.rule for rule in app.url_map.iter_rules()))
+            words[404] = "there is no such path" + (f"; did you mean {near}?" if near else "")
         words[408] = "the body took too long to arrive"
         message = words.get(status, error.description or error.name)
         found = ApiError(status, error.name.lower().replace(" ", "_"), message)
@@ -190,7 +199,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _respond(error: ApiError) -> Response:
-    response = Response(dumps(error.body()) + "\n", status=error.status, mimetype="application/json")
+    response = Response(dumps(error_body(request.path, error)) + "\n", status=error.status, mimetype="application/json")
     response.headers.update(error.headers())
     return response
 

@@ -10,6 +10,7 @@ from quart import Blueprint
 from quart_schema import Info, OpenAPIProvider, document_response, tag, validate_request
 
 from fabula import __version__
+from fabula.server.examples import EXAMPLES
 from fabula.server.gate import is_open
 from fabula.server.replies import AnswerReply, BegunReply, ErrorReply
 
@@ -45,12 +46,12 @@ def info() -> Info:
     )
 
 
-def fails(*statuses: int) -> Callable[[F], F]:
-    """Documents the errors of a route."""
+def fails(*statuses: int, reply: type[BaseModel] = ErrorReply) -> Callable[[F], F]:
+    """Documents the errors of a route; `reply` is their shape, a model whose name ends with ErrorReply."""
 
     def decorate(function: F) -> F:
         for status in statuses:
-            function = document_response(ErrorReply, status)(function)
+            function = document_response(reply, status)(function)
         return function
 
     return decorate
@@ -83,8 +84,17 @@ def verb_route(
 
 def streams(function: F) -> F:
     """Documents that a route may send events instead of JSON."""
-    function._fabula_streams = True  # type: ignore[attr-defined]
-    return function
+    return streams_as("text/event-stream")(function)
+
+
+def streams_as(media_type: str) -> Callable[[F], F]:
+    """Documents that a route may send a stream of this type instead of JSON."""
+
+    def decorate(function: F) -> F:
+        function._fabula_streams = media_type  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 class Describer(OpenAPIProvider):
@@ -104,6 +114,8 @@ class Describer(OpenAPIProvider):
             for method, operation in operations.items():
                 if "requestBody" in operation:
                     operation["requestBody"]["required"] = True
+                    if (method, path) in EXAMPLES:
+                        operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[method, path]
                 if is_open(path):
                     operation["security"] = []
                 responses = operation.get("responses", {})
@@ -111,10 +123,10 @@ class Describer(OpenAPIProvider):
                     if int(status) in STATUSES and "ErrorReply" in str(response):
                         response["description"] = STATUSES[int(status)]
                 view = views.get(path)
-                if method in ("get", "post") and getattr(view, "_fabula_streams", False):
-                    responses.setdefault("200", {"description": "Events."}).setdefault("content", {})[
-                        "text/event-stream"
-                    ] = {"schema": {}}
+                streamed = getattr(view, "_fabula_streams", None)
+                if method in ("get", "post") and streamed is not None:
+                    found_200 = responses.setdefault("200", {"description": "Events."})
+                    found_200.setdefault("content", {})[streamed] = {"schema": {}}
         return found
 
 

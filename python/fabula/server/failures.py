@@ -106,6 +106,11 @@ def of_engine(error: errors.EngineError) -> ApiError:
 _PLAIN_NAMES = frozenset({"temperature", "seed", "stop", "chain", "n", "position", "title", "timeout"})
 
 
+def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """400 about a field."""
+    return ApiError(400, code, f"{param} {message}", param=param)
+
+
 def not_found(what: str, name: str) -> ApiError:
     """404 for a session, stream or model that does not exist or belongs to another key."""
     return ApiError(404, f"{what}_not_found", f"there is no {what} {name[:128]!r}")

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from quart import Quart, Response, g, request
 
 from fabula.errors import InvalidArgument
 from fabula.server.failures import ApiError
+from fabula.server.origins import is_known_host, is_named_origin, is_own_origin
 from fabula.server.settings import Settings
 
 # Paths that need no key: pages, the API description, and the health check.
@@ -116,42 +115,6 @@ def is_key_name(name: str) -> bool:
     return _KEY_NAME.fullmatch(name) is not None
 
 
-# ---- Host and origin ------------------------------------------------------------------------------------------------
-
-
-def host_of(header: str) -> str:
-    """The host of a Host header, without its port, in lower case."""
-    text = header.strip().lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0] if text.count(":") <= 1 else text
-
-
-def is_known_host(header: str, allowed: tuple[str, ...]) -> bool:
-    """Whether a Host header names this server: an IP address, one of the machine's own names, or one of `allowed`.
-
-    This stops DNS rebinding: an attacker who points a name at this machine reaches the server under that name, but has
-    no control over addresses and the machine's own names.
-    """
-    host = host_of(header)
-    try:
-        ipaddress.ip_address(host)
-        return True
-    except ValueError:
-        pass
-    own = socket.gethostname().lower()
-    known = {"localhost", own, own.partition(".")[0] + ".local", *(name.lower() for name in allowed)}
-    return host in known or host.endswith(".localhost")
-
-
-def is_own_origin(origin: str, host_header: str, allowed: tuple[str, ...]) -> bool:
-    """Whether pages of an origin may call: the server's own origin, or one of `allowed`."""
-    scheme, _, rest = origin.partition("://")
-    if origin.rstrip("/") in {name.rstrip("/") for name in allowed}:
-        return True
-    return scheme in ("http", "https") and rest.lower() == host_header.strip().lower()
-
-
 # ---- The gate -------------------------------------------------------------------------------------------------------
 
 
@@ -186,18 +149,18 @@ class Gate:
             g.is_torn = True
             raise ApiError(400, "two_lengths", "send either Content-Length or Transfer-Encoding, not both")
         host = request.headers.get("Host", "")
-        if (self._keys is None or settings.is_loopback or settings.allow_host) and not is_known_host(
-            host, settings.allow_host
-        ):
+        checks_host = self._keys is None or settings.is_loopback or bool(settings.allow_host)
+        if checks_host and request.path != "/health" and not is_known_host(host, settings.allow_host):
             raise ApiError(
                 403, "host_not_allowed", f"{host[:128]!r} is not a name of this server; --allow-host adds names"
             )
         origin = request.headers.get("Origin")
         if origin is not None and not is_own_origin(origin, host, settings.cors):
+            g.refused_origin = True
             raise ApiError(
                 403,
                 "origin_not_allowed",
-                f"pages of {origin[:128]!r} may not call this server; --cors allows an origin",
+                f"pages of {origin[:128]!r} may not call this server; `--cors {origin[:128]}` allows them",
             )
         if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
             return Response(status=204)  # a preflight carries no key
@@ -208,13 +171,18 @@ class Gate:
         return None
 
     def _owner(self) -> str:
-        """The owner of the request's key."""
+        """The owner of the request's key. Without an Authorization header the key may be in `x-api-key`, where
+        Anthropic's clients send it."""
         assert self._keys is not None
-        values = request.headers.getlist("Authorization")
+        values, others = (request.headers.getlist(name) for name in ("Authorization", "X-Api-Key"))
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        if not values and len(others) == 1:
+            scheme, key = "bearer", others[0]
         owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         if owner is None:
-            raise ApiError(401, "invalid_api_key", "send a key of this server: `Authorization: Bearer KEY`")
+            raise ApiError(
+                401, "invalid_api_key", "send a key of this server: `Authorization: Bearer KEY`, or `x-api-key: KEY`"
+            )
         return owner
 
     async def _leave(self, response: Response) -> Response:
@@ -227,14 +195,19 @@ class Gate:
         if not is_whole and request.http_version in ("1.0", "1.1"):
             response.headers["Connection"] = "close"
         origin = request.headers.get("Origin")
-        if origin is not None and origin.rstrip("/") in {name.rstrip("/") for name in self._settings.cors}:
+        if origin is not None and g.get("refused_origin") and request.method != "OPTIONS":
+            # The page may read why, and nothing else.
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+            response.headers.add("Vary", "Origin")
+        elif origin is not None and is_named_origin(origin, self._settings.cors):
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers.add("Vary", "Origin")
             response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
             asked = request.headers.get("Access-Control-Request-Headers", "")
             response.headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type, Last-Event-ID"
             response.headers["Access-Control-Allow-Methods"] = "GET, POST, PATCH, DELETE, OPTIONS"
-            response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+            response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After, fabula-ignored"
         return response
 
 

@@ -10,6 +10,7 @@ from fabula.engine.generation import Timings
 from fabula.server.failures import ApiError
 from fabula.server.runs import Runs
 from fabula.server.settings import Settings
+from fabula.server.usage import Usage
 from fabula.sessions.session import Session
 from fabula.workspace import Workspace
 
@@ -55,12 +56,16 @@ class Limits:
     Args:
         settings: the limits.
         workspace: its sessions are counted.
+
+    Attributes:
+        usage: what each key has used.
     """
 
     def __init__(self, settings: Settings, workspace: Workspace) -> None:
         self._settings, self._workspace = settings, workspace
         self._buckets: dict[str, Bucket] = {}  # by key; keys are few and known
         self._beginning: dict[str, int] = {}  # by key
+        self.usage = Usage()
 
     @contextmanager
     def beginning(self, runs: Runs, tenant: str, n: int = 1) -> Iterator[None]:
@@ -107,6 +112,7 @@ class Limits:
 
     def pay(self, tenant: str, timings: Timings) -> None:
         """Charges a key for an answer that ended: for the tokens computed, not for those reused."""
+        self.usage.count(tenant, timings)
         if self._settings.tokens_per_minute:
             n = timings.prompt_tokens - timings.reused_tokens + timings.generated_tokens
             self._bucket(tenant).pay(n)

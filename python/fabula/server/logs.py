@@ -157,7 +157,7 @@ class Log(Observer):
         level = logging.DEBUG if route in QUIET else logging.INFO if status < 500 else logging.WARNING
         tenant = g.get("tenant", "") if has_request_context() else ""
         about = {"request": request_id, "method": method, "route": route or "none", "status": status, "key": tenant}
-        _log(level, "request", about | {"ms": round(1e3 * seconds, 1)})
+        log_line(level, "request", about | {"ms": round(1e3 * seconds, 1)})
 
     def answer_ended(self, run: Run, source: Source, kind: str) -> None:
         generation = generation_of(source)
@@ -180,7 +180,7 @@ class Log(Observer):
             about["text"] = generation.read_so_far()[1]
             if isinstance(source, Reply):
                 about["prompt"] = source.draft().prompt
-        _log(logging.INFO, "answer", about)
+        log_line(logging.INFO, "answer", about)
 
     def failed(self, run: Run | None, error: BaseException) -> None:
         request = run.request_id if run is not None else g.get("request_id", "") if has_request_context() else ""
@@ -194,9 +194,10 @@ class Log(Observer):
             )
             if self._texts:
                 about["about"] = str(error)
-        _log(logging.ERROR, "failed", about)
+        log_line(logging.ERROR, "failed", about)
 
 
-def _log(level: int, message: str, fields: dict[str, Any]) -> None:
+def log_line(level: int, message: str, fields: dict[str, Any]) -> None:
+    """Writes a line, if the log has that level."""
     if logger.isEnabledFor(level):
         logger.log(level, message, extra={"fields": fields})

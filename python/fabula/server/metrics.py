@@ -63,6 +63,10 @@ class Metrics(Observer):
             "fabula_tokens", "Tokens: of prompts, reused ones among them, and generated.", ("model", "kind"),
             registry=registry,
         )  # fmt: skip
+        self._drafts = Counter(
+            "fabula_draft_tokens", "Tokens guessed by speculation, and those of them that were right.",
+            ("model", "kind"), registry=registry,
+        )  # fmt: skip
         self._failures = Counter("fabula_failures", "Errors of the server itself.", ("kind",), registry=registry)
         self._started: weakref.WeakSet[Source] = weakref.WeakSet()  # answers with a first token
         self._children: dict[str, tuple[Histogram, Histogram]] = {}
@@ -94,6 +98,8 @@ class Metrics(Observer):
         self._tokens.labels(run.model, "prompt").inc(timings.prompt_tokens)
         self._tokens.labels(run.model, "reused").inc(timings.reused_tokens)
         self._tokens.labels(run.model, "generated").inc(timings.generated_tokens)
+        self._drafts.labels(run.model, "drafted").inc(timings.drafted)
+        self._drafts.labels(run.model, "accepted").inc(timings.accepted)
 
     def failed(self, run: Run | None, error: BaseException) -> None:
         del run

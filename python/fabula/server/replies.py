@@ -45,7 +45,7 @@ class UsageReply(ReplyModel):
 
 
 class TimingsReply(ReplyModel):
-    """Times of an answer."""
+    """Times of an answer. Of the tokens that speculation `drafted`, `accepted` were right, and each saved a step."""
 
     queued_ms: float
     prompt_ms: float
@@ -53,6 +53,8 @@ class TimingsReply(ReplyModel):
     total_ms: float
     prompt_tokens_per_s: float
     tokens_per_s: float
+    drafted: int
+    accepted: int
 
 
 class CutReply(ReplyModel):
@@ -120,6 +122,52 @@ class DeletedReply(ReplyModel):
 
     session_id: str
     freed_bytes: int = Field(description="KV cache that was freed.")
+
+
+class DeletedSessionsReply(ReplyModel):
+    """Sessions that were deleted."""
+
+    session_ids: list[str]
+    freed_bytes: int = Field(description="KV cache that was freed.")
+
+
+class MatchReply(ReplyModel):
+    """A turn that has the text."""
+
+    session_id: str
+    turn_id: str
+    number: int
+    field: Literal["prompt", "text"] = Field(description="Where it is: what was said to the model, or its answer.")
+    excerpt: str
+    created_at: float
+
+
+class SearchReply(ReplyModel):
+    """Turns that have a text, the last made first."""
+
+    matches: list[MatchReply]
+
+
+class KeyLimits(ReplyModel):
+    """Limits of each key."""
+
+    sessions: int
+    answers: int = Field(description="Answers that may be generated at the same time.")
+    tokens_per_minute: int | None = Field(description="Null for no limit.")
+
+
+class KeyUsageReply(ReplyModel):
+    """What a key has used."""
+
+    key: str | None = Field(description="Its name; null on a server without keys.")
+    since: float = Field(description="When the server started, in seconds since 1970.")
+    answers: int = Field(description="Answers that ended, embeddings included.")
+    prompt_tokens: int
+    reused_tokens: int = Field(description="Of the prompts' tokens, those whose KV was there.")
+    generated_tokens: int
+    sessions: int
+    active_answers: int
+    limits: KeyLimits
 
 
 class BranchesReply(ReplyModel):
@@ -234,14 +282,15 @@ class TagsReply(ReplyModel):
 class TokensReply(ReplyModel):
     """Token ids of a text."""
 
-    tokens: list[int]
+    tokens: list[int] | list[dict[str, Any]]
     n_tokens: int
 
 
 class TextReply(ReplyModel):
-    """The text of token ids."""
+    """The text of token ids; `content`, llama.cpp's name, has control tokens too."""
 
     text: str
+    content: str
 
 
 class CountReply(ReplyModel):

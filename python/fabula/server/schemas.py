@@ -36,7 +36,13 @@ def _parse_special(what: str, default: str) -> Any:
 
 
 SessionId = Annotated[str, Field(description="1 to 128 of `A-Za-z0-9._-`.")]
-TurnRef = Annotated[int | str, Field(description="A turn: its number on the path (0 is the empty start), or its id.")]
+TurnRef = Annotated[
+    int | str,
+    Field(
+        description="A turn: its number on the path (0 is the empty start; a negative one counts back from the head), "
+        "its id, or a tag of it."
+    ),
+]
 
 
 Policy = Literal["error", "slide", "drop_oldest_turns"]
@@ -190,11 +196,15 @@ class Opening(Answering):
 
     def policy(self) -> ContextPolicy | None:
         """The context policy; None if none is given."""
-        if self.context_policy is None and self.window is None:
-            return None
-        if self.window is not None and self.context_policy != "slide":
-            raise InvalidArgument("window needs the context_policy slide")
-        return replace(ContextPolicy.of(self.context_policy), window=self.window)
+        return _policy(self.context_policy, self.window)
+
+
+def _policy(name: Policy | None, window: int | None) -> ContextPolicy | None:
+    if name is None and window is None:
+        return None
+    if window is not None and name != "slide":
+        raise InvalidArgument("window needs the context_policy slide")
+    return replace(ContextPolicy.of(name), window=window)
 
 
 class ChatBody(Opening):
@@ -237,20 +247,28 @@ class RollbackBody(SessionBody):
     target_turn: TurnRef = Field(
         1, description="An older name of `turn`.", json_schema_extra={"deprecated": True}
     )  # pydantic's own `deprecated` warns every reader of the field, us too
+    steps: int | None = Field(
+        None, description="Turns to go back from the head, instead of `turn`.", json_schema_extra={"minimum": 1}
+    )
     prune: bool = Field(False, description="Also delete the turns that follow it.")
 
     @property
     def target(self) -> int | str:
-        """The turn, under whichever name it was given.
+        """The turn, whichever way it was given.
 
         Raises:
-            InvalidArgument: under both.
+            InvalidArgument: in two ways, or fewer than one step back.
         """
-        if "target_turn" not in self.model_fields_set:
-            return self.turn
-        if "turn" in self.model_fields_set:
+        given = {"turn", "target_turn", "steps"} & self.model_fields_set
+        if given == {"turn", "target_turn"}:
             raise InvalidArgument("turn and target_turn are two names of one field; give one of them")
-        return self.target_turn
+        if len(given) > 1:
+            raise InvalidArgument("give either turn or steps")
+        if self.steps is not None:
+            if self.steps < 1:
+                raise InvalidArgument(f"steps is {self.steps}, must be 1 or more")
+            return -self.steps
+        return self.target_turn if given == {"target_turn"} else self.turn
 
 
 class ForkBody(SessionBody):
@@ -327,6 +345,23 @@ class TagBody(SessionBody):
     remove: bool = False
 
 
+class CreateBody(Strict):
+    """Settings of a new session."""
+
+    session_id: str | None = Field(None, description="1 to 128 of `A-Za-z0-9._-`. Default: a random one.")
+    model: str | None = None
+    system: str | None = Field(None, description="System message.")
+    title: str | None = Field(None, json_schema_extra={"maxLength": 200})
+    tags: list[str] | None = Field(None, json_schema_extra={"maxItems": 16})
+    sampling: Sampling | None = Field(None, description="Settings of its turns that give none.")
+    context_policy: Policy | None = Field(None, description="What it does when its context is full.")
+    window: int | None = Field(None, description="Tokens that the policy `slide` keeps.")
+
+    def policy(self) -> ContextPolicy | None:
+        """The context policy; None if none is given."""
+        return _policy(self.context_policy, self.window)
+
+
 class StopBody(Strict):
     """What to stop; give one of the two."""
 
@@ -350,13 +385,16 @@ class SettingsBody(Strict):
 
 
 class TextBody(Strict):
-    """A text for a model's tokenizer."""
+    """A text for a model's tokenizer; `content` and what follows it are llama.cpp's names."""
 
-    text: str
+    text: str | None = None
     model: str | None = None
     parse_special: bool | None = _parse_special("the text", "false")
     special: bool = Field(False, description="An older name of `parse_special`.")
     add_bos: bool = Field(False, description="Whether to put the model's start token in front.")
+    content: str | None = Field(None, description="Another name of `text`; control tokens are parsed by default.")
+    add_special: bool = Field(False, description="Another name of `add_bos`.")
+    with_pieces: bool = Field(False, description="Whether each token comes with its text.")
 
 
 class TokensBody(Strict):

@@ -49,8 +49,9 @@ def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) ->
     """
     check(settings)
     logs.set_up(settings)
-    sock = listen(settings.host, settings.port)
-    with contextlib.closing(sock):
+    with contextlib.ExitStack() as stack:
+        ports = [settings.port, *([] if settings.ollama_port is None else [settings.ollama_port])]
+        socks = [stack.enter_context(contextlib.closing(listen(settings.host, port))) for port in ports]
         raise_file_limit()
         with Workspace(
             settings.data,
@@ -61,7 +62,7 @@ def run(settings: Settings, *, ready: Callable[[str], None] = lambda _: None) ->
         ) as workspace:
             app = create_app(workspace, settings)
             scheme = "http" if settings.certificate is None else "https"
-            asyncio.run(_serve(app, settings, sock, lambda: ready(address(sock, scheme))))
+            asyncio.run(_serve(app, settings, socks, lambda: ready(address(socks[0], scheme))))
 
 
 def check(settings: Settings) -> dict[str, str]:
@@ -152,14 +153,13 @@ def hypercorn_config(settings: Settings) -> Config:
     return config
 
 
-async def _serve(app: Quart, settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> None:
+async def _serve(app: Quart, settings: Settings, socks: list[socket.socket], ready: Callable[[], None]) -> None:
     config = hypercorn_config(settings)
-    secure = [sock] if config.ssl_enabled else []
-    sockets = Sockets(secure, [] if secure else [sock], [])
-    config.create_sockets = lambda: sockets  # type: ignore[method-assign]  # ours is bound already
+    sockets = Sockets(socks, [], []) if config.ssl_enabled else Sockets([], socks, [])
+    config.create_sockets = lambda: sockets  # type: ignore[method-assign]  # ours are bound already
     stop = Stop(app, settings)
     stop.listen()
-    notifier = asyncio.create_task(_notify_when_up(sock, ready))
+    notifier = asyncio.create_task(_notify_when_up(socks[-1], ready))
     framework: ASGIFramework = app
     try:
         await hypercorn_serve(framework, config, shutdown_trigger=stop.wait, mode="asgi")

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, WEIGHTS_NAMES, WINDOW_KV
+from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, SPECULATION_NAMES, WEIGHTS_NAMES, WINDOW_KV
 from fabula.engine.device import check_device, check_parallel, check_products
 from fabula.errors import InvalidArgument
+from fabula.server.origins import check_origin
 from fabula.workspace import SPILL_BYTES
 
 MAX_FILE_BYTES = 1 << 20
@@ -48,6 +49,12 @@ class Settings:
 
     host: str = field(default="127.0.0.1", metadata=_about("Address", "Address to listen at."))
     port: int = field(default=8000, metadata=_about("Address", "0 takes a free one.", low=0, high=65535))
+    ollama_port: int | None = field(
+        default=None,
+        metadata=_about(
+            "Address", "A second port, such as 11434, for clients that look for Ollama there.", low=1, high=65535
+        ),
+    )
     certificate: Path | None = field(
         default=None, metadata=_about("Address", "PEM file for HTTPS; needs --private-key.", metavar="FILE")
     )
@@ -123,10 +130,29 @@ class Settings:
             metavar="NAME",
         ),
     )
+    speculation: str = field(
+        default="auto",
+        metadata=_about(
+            "Models",
+            "Guess several tokens and verify them in one step, with the same results: auto, where it is faster; off.",
+            choices=SPECULATION_NAMES,
+        ),
+    )
+    draft_model: str | None = field(
+        default=None,
+        metadata=_about(
+            "Models",
+            "A smaller model with the same vocabulary that guesses, too: a folder, .gguf file or name.",
+            metavar="NAME",
+        ),
+    )
     threads: int | None = field(
         default=None, metadata=_about("Models", "Default: as many as this process may use.", low=1, high=1024)
     )
     fetch: bool = field(default=True, metadata=_about("Models", "Whether a missing model may be downloaded."))
+    pull: bool = field(
+        default=False, metadata=_about("Models", "Whether /api/pull may download further models and have them served.")
+    )
 
     # ---- Storage ----------------------------------------------------------------------------------------------------
 
@@ -164,7 +190,25 @@ class Settings:
     cors: tuple[str, ...] = field(
         default=(),
         metadata=_about(
-            "Access", "Origins whose pages may call the API, such as https://example.org.", metavar="ORIGIN"
+            "Access",
+            "Origins whose pages may call the API, such as https://example.org or app://obsidian.md; * at the end "
+            "of one stands for anything, loopback for pages of this machine, * for every page.",
+            metavar="ORIGIN",
+        ),
+    )
+
+    # ---- OpenAI's API -----------------------------------------------------------------------------------------------
+
+    strict: bool = field(
+        default=False,
+        metadata=_about("OpenAI's API", "Refuse unknown fields below /v1; otherwise they are ignored and named."),
+    )
+    model_names: str = field(
+        default="any",
+        metadata=_about(
+            "OpenAI's API",
+            "any: where one model is served, it answers to any name; exact: an unknown name gives 404.",
+            choices=("any", "exact"),
         ),
     )
 
@@ -249,8 +293,7 @@ class Settings:
         if (self.certificate is None) is not (self.private_key is None):
             raise InvalidArgument("certificate and private_key go together; one of them is missing")
         for origin in self.cors:
-            if not origin.startswith(("http://", "https://")) or origin.rstrip("/").count("/") != 2:
-                raise InvalidArgument(f"cors holds {origin!r}, must be an origin such as https://example.org")
+            check_origin(origin)
 
     @property
     def models(self) -> tuple[tuple[str, str], ...]:

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 N_THREADS = 32  # for blocking work: tokenizing, waiting for a commit
 MAX_USAGE_WAIT_S = 0.05
+MAX_ADDED = 8  # models that clients may add to those of the settings
 N_SESSIONS = 256  # most recently used ones keep their trees in memory
 
 
@@ -153,6 +154,7 @@ class Server:
         self._places: dict[str, list[object]] = {}  # of sessions that are being created, by key, the first ones first
         self._new: WeakSet[Session] = WeakSet()  # created by this process; some have no turn yet
         self._later: set[asyncio.Task[None]] = set()
+        self._added: set[str] = set()  # models that a client added
         self.gate: Gate = Gate(settings, None)
         self._loading: asyncio.Task[None] | None = None
 
@@ -164,15 +166,20 @@ class Server:
         self._loading = asyncio.create_task(self._load_all())
 
     async def _load_all(self) -> None:
-        for serving in self.models.values():
-            try:
-                await asyncio.to_thread(self._load, serving)
-            except Exception as error:
-                if serving.is_stopping:
-                    return
-                serving.state = "failed"
-                serving.error = str(error) if isinstance(error, EngineError) else "see the server's log"
-                notify(self.observers, Observer.failed, None, error)
+        for serving in list(self.models.values()):
+            await self._load_one(serving)
+
+    async def _load_one(self, serving: Serving) -> None:
+        if serving.is_stopping:
+            return
+        try:
+            await asyncio.to_thread(self._load, serving)
+        except Exception as error:
+            if serving.is_stopping:
+                return
+            serving.state = "failed"
+            serving.error = str(error) if isinstance(error, EngineError) else "see the server's log"
+            notify(self.observers, Observer.failed, None, error)
 
     def _load(self, serving: Serving) -> None:
         settings = self.settings
@@ -189,6 +196,8 @@ class Server:
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,
             device_products=settings.device_products,
+            speculation=cast(Any, settings.speculation),
+            draft_model=settings.draft_model,
             threads=settings.threads,
             fetch=settings.fetch,
             fetch_progress=serving,
@@ -228,6 +237,60 @@ class Server:
         if serving.state != "ready" or serving.model is None:
             raise ApiError(503, "model_loading", f"model {serving.name} is still loading; retry soon", retry_after=1)
         return serving
+
+    def model_for(self, name: str | None) -> Serving:
+        """The model of a request to a borrowed API, whose clients have names of their own for it.
+
+        Args:
+            name: a model's name, also with a provider's before it or a tag behind it, in any case; None or "" means the
+                first. Where one model is served, any name is its, unless the setting `model_names` is "exact".
+
+        Raises:
+            ApiError: as `model`; 404 names the models there are.
+        """
+        names = list(self.models)
+        if not name or name in self.models:
+            return self.model(name or None)
+        if self.settings.model_names == "any":
+            last = name.rpartition("/")[2].removesuffix(":latest").casefold()
+            found = [one for one in names if one.casefold() in (name.casefold(), last)]
+            if len(found) == 1 or len(names) == 1:
+                return self.model((found or names)[0])
+        raise ApiError(
+            404, "model_not_found", f"there is no model {name[:128]!r}; there are {', '.join(names)}", param="model"
+        )
+
+    def add_model(self, place: str) -> Serving:
+        """Serves one more model, which loads in the background. One that failed is tried again.
+
+        Raises:
+            ApiError: 429, MAX_ADDED were added.
+        """
+        found = self.models.get(place)
+        if found is not None and found.state != "failed":
+            return found
+        if len(self._added - {place}) >= MAX_ADDED:
+            raise ApiError(429, "too_many_models", f"{MAX_ADDED} models were added; delete one", limit=MAX_ADDED)
+        self._added.add(place)
+        serving = self.models[place] = Serving(place, place)
+        self.later(self._load_one(serving))
+        return serving
+
+    async def remove_model(self, serving: Serving) -> None:
+        """Unloads a model that `add_model` added. Its answers end with an error; its sessions stay.
+
+        Raises:
+            ApiError: 400, the server was started with it; 409, it is loading.
+        """
+        name = serving.name
+        if name not in self._added:
+            raise ApiError(400, "unsupported", f"model {name} cannot be deleted: the server was started with it")
+        if serving.state not in ("ready", "failed"):
+            raise ApiError(409, "model_loading", f"model {name} is still loading; delete it later")
+        del self.models[name]
+        self._added.discard(name)
+        if serving.model is not None:
+            await self.call(lambda: self.workspace.unload(name))
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs a coroutine in the background; `stop` waits for it."""
@@ -290,6 +353,10 @@ class Server:
         except BaseException:
             self.drop_empty(session)
             raise
+
+    def keep_empty(self, session: Session) -> None:
+        """A session stays also if it never gets a turn: somebody asked for it."""
+        self._new.discard(session)
 
     def drop_empty(self, session: Session) -> None:
         """Deletes a session that was created for an answer that never came, unless it is in use; blocks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,11 +14,22 @@ _REPR = reprlib.Repr()  # bounded: the input may be megabytes long
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
-def body_error(error: Any) -> ApiError:
-    """Converts a pydantic ValidationError to a 400 that names the first invalid field, and up to 8 others."""
+def body_error(error: Any, ignored: Sequence[str] = ()) -> ApiError:
+    """Converts a pydantic ValidationError to a 400 that names the first invalid field, and up to 8 others.
+
+    Args:
+        error: of the body.
+        ignored: unknown fields, one of which may be meant where one is missing.
+    """
     if not isinstance(error, ValidationError):
         return ApiError(400, "invalid_body", f"the body must be a JSON object: {error}")
     problems = error.errors(include_url=False, include_context=False)
+    unknown = [path_of(problem["loc"]) for problem in problems if problem["type"] == "extra_forbidden"] or list(ignored)
+    missing = [problem for problem in problems if problem["type"] == "missing"]
+    if missing and unknown:  # the one may be written for the other
+        wanted = path_of(missing[0]["loc"])
+        names = ", ".join(name[:80] for name in unknown[:8])
+        return ApiError(400, "missing_field", f"{wanted} is missing; {names}: no such field", param=wanted)
     first = problems[0]
     param = path_of(first["loc"])
     message = f"{param}: {_sentence(first)}" if param else f"the body {_sentence(first)}"

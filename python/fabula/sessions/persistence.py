@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fabula.engine.constraint import Constraint
 from fabula.engine.generation import Timings
 from fabula.engine.sampling import SamplingParams
+from fabula.engine.thinking import Thinking
 from fabula.errors import SessionExists, StoreCorrupt
 from fabula.keyed_lock import KeyedLocks
 from fabula.sessions.policy import ContextPolicy, Cut
@@ -388,6 +389,8 @@ def params_json(params: SamplingParams) -> dict[str, Any]:
     if params.constraint is not None:
         constraint = dataclasses.asdict(params.constraint)
         found["constraint"] = {name: value for name, value in constraint.items() if name != "shown" or value}
+    if params.thinking is not None:
+        found["thinking"] = dataclasses.asdict(params.thinking)
     return found
 
 
@@ -402,4 +405,6 @@ def params_of(value: Mapping[str, Any]) -> SamplingParams:
         found["logit_bias"] = {token: float(bias) for token, bias in found["logit_bias"]}
     if "constraint" in found:
         found["constraint"] = Constraint(**found["constraint"])
+    if "thinking" in found:
+        found["thinking"] = Thinking(**found["thinking"])
     return SamplingParams(**found)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
+from fabula.engine.drafts import DraftTexts
 from fabula.engine.generation import Generation, Piece, Timings
 from fabula.errors import EngineError
 from fabula.sessions.model_handle import LoadedModel
@@ -168,7 +169,12 @@ class Reply(Iterator[Piece], AsyncIterator[Piece]):
 
 
 def start_generation(
-    model: LoadedModel, plan: Plan, policy: ContextPolicy, tenant: str, timeout: float | None = None
+    model: LoadedModel,
+    plan: Plan,
+    policy: ContextPolicy,
+    tenant: str,
+    timeout: float | None = None,
+    texts: DraftTexts | None = None,
 ) -> Generation:
     """Starts the generation of a planned turn, which reuses as much KV as the plan's source has.
 
@@ -178,6 +184,7 @@ def start_generation(
         policy: of the session; gives the window of a turn without KV to reuse.
         tenant: owner whose cached KV may be shared.
         timeout: seconds until it ends by itself; None for no limit.
+        texts: of the session, for drafts.
     """
     engine = model.engine
     sequence = plan.source.fork_kv(plan.n_reusable, engine.cache)
@@ -192,4 +199,5 @@ def start_generation(
         sequence=sequence,
         salt=tenant,
         timeout=timeout,
+        texts=texts,
     )

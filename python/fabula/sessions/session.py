@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fabula.engine.drafts import DraftTexts
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument, SessionBusy
 from fabula.sessions import planning
+from fabula.sessions.draft_texts import with_turns
 from fabula.sessions.model_handle import LoadedModel, ModelHandle
 from fabula.sessions.names import checked_tags
 from fabula.sessions.persistence import Persistence
@@ -80,6 +82,7 @@ class Session(SessionView):
             handle, settings, id=id, tenant=tenant, base=base, created_at=created_at, vocabulary=vocabulary
         )
         self._persistence = persistence
+        self._texts = DraftTexts()  # of the tree, added when a reply starts
         if base is not None:
             base.forks.add(self)
 
@@ -422,6 +425,7 @@ class Session(SessionView):
                 self._persistence.delete_turns(self, gone, head)
             self._tree.set_head(head, ())
             self._tree.remove(gone)
+            self._texts.forget()
             if not gone:
                 self._save_head()
             return free_kv(gone)
@@ -505,6 +509,7 @@ class Session(SessionView):
                 self._persistence = None
             self._tree.root.forks.discard(self)
             self._tree.clear()
+            self._texts.forget()
             self._deleted = True
             return free_kv(own)
 
@@ -553,10 +558,11 @@ class Session(SessionView):
         does."""
         with self._ready(wait) as model, ExitStack() as started:
             planned = plan(model)
+            texts = with_turns(self._texts, self._tree)
             replies: list[Reply] = []
             for i in range(n):
                 seeded = planned.with_seed(i)
-                generation = start_generation(model, seeded, self.policy, self.tenant, timeout)
+                generation = start_generation(model, seeded, self.policy, self.tenant, timeout, texts)
                 draft = seeded.draft(generation.params)
                 reply = Reply(generation, draft, self._lock, self._ended, self._queue.forgotten.append, selects=selects)
                 replies.append(started.enter_context(reply))

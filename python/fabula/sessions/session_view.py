@@ -15,7 +15,7 @@ from typing import Any
 from fabula.engine.defaults import SamplingDefaults
 from fabula.engine.sampling import SamplingParams
 from fabula.errors import InvalidArgument, SessionNotFound
-from fabula.sessions import planning, views
+from fabula.sessions import planning, texts, views
 from fabula.sessions.model_handle import LoadedModel, ModelHandle
 from fabula.sessions.names import is_session_id
 from fabula.sessions.policy import ContextPolicy
@@ -32,8 +32,8 @@ from fabula.sessions.views import Alternative, Count, Node
 class SessionView:
     """The read side of a session: its settings, tree and tokens, and what a next turn would cost.
 
-    A turn is given by its number on the path to the head, by its id, or as a `Turn`. Methods may be called from any
-    thread, also while a reply is running.
+    A turn is given by its number on the path to the head (-1 is one before the head), by its id or one of its tags, or
+    as a `Turn`. Methods may be called from any thread, also while a reply is running.
 
     Args:
         handle: the model.
@@ -165,6 +165,14 @@ class SessionView:
         """The conversation on the path, as `Model.chat` takes it."""
         return messages_of(self.system, self.path)
 
+    def to_markdown(self) -> str:
+        """The path as a document: the title, and each message under its role's name, or a story's text."""
+        return texts.markdown(self.title, self.messages, self.path)
+
+    def to_text(self) -> str:
+        """The path as plain text; a story as it reads."""
+        return texts.plain(self.title, self.messages, self.path)
+
     @property
     def is_busy(self) -> bool:
         """Whether a reply is running."""
@@ -254,6 +262,7 @@ class SessionView:
         chat: bool = True,
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool | None = None,
+        at: TurnRef | None = None,
     ) -> Count:
         """What a next turn would cost, after the head as it is now, also while a reply is running.
 
@@ -265,14 +274,15 @@ class SessionView:
             chat: False for a story.
             template_options: as `say`.
             parse_special: as `say` or `tell`.
+            at: another turn that it would follow.
 
         Raises:
-            InvalidArgument: `say` would refuse it, whatever its length.
+            InvalidArgument: there is no such turn, or `say` would refuse it, whatever its length.
             TemplateError: as `say`.
             SessionNotFound: the session was deleted.
         """
         self._check_exists()
-        parent, model = self.head, self._handle.loaded
+        parent, model = self._find(at), self._handle.loaded
         self._check_vocabulary(model)
         new = None
         if said is not None:

@@ -55,6 +55,7 @@ def tool_grammar(
     is_required: bool,
     is_parallel: bool,
     thought: Thought = "",
+    marks: tuple[str, str] = (THINK, END_OF_THOUGHT),
     other: Constraint | None = None,
 ) -> Constraint:
     """The constraint of an answer that may call tools.
@@ -66,6 +67,7 @@ def tool_grammar(
         is_required: whether the answer consists of calls only.
         is_parallel: whether there may be several calls.
         thought: as `ToolCallParser` takes it.
+        marks: control tokens around a thought, of "tokens".
         other: constraint of an answer without calls; None for any text.
 
     Raises:
@@ -79,7 +81,7 @@ def tool_grammar(
     else:
         start = grammar.start(len(tools), is_required, is_parallel, thought, other)
         if thought == "tokens" and not is_required and other is None:
-            start = grammar.after_tokens(start)
+            start = grammar.after_tokens(start, marks)
     lines = [start, *grammar.rules.values(), r"WS: /[ \n]{1,8}/", f"HOLE: /{ID_PATTERN}/"]
     return Constraint("tools", "\n".join(lines), tuple(sorted(grammar.shown)))
 
@@ -165,10 +167,10 @@ class _Grammar:
         self.set("rest", "(head group)* text" if is_parallel else "text | head group")
         return "start: text | thought rest | first_head group" + (" rest" if is_parallel else "")
 
-    def after_tokens(self, start: str) -> str:
+    def after_tokens(self, start: str, marks: tuple[str, str]) -> str:
         """The rule `start` after a thought between control tokens; the first of them may be in the prompt."""
         self.set("inner", f"/{_TEXT}/")
-        self.set("thought", f"(<[{self.token(THINK)}]>)? inner <[{self.token(END_OF_THOUGHT)}]>")
+        self.set("thought", f"(<[{self.token(marks[0])}]>)? inner <[{self.token(marks[1])}]>")
         return f"start: thought? ({start.removeprefix('start: ')})"
 
     def loose_start(self, n_tools: int, is_parallel: bool, thought: Thought) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fabula.sessions.tool_forms import HOLE, ID_PATTERN, ToolForm
 
-NAME = r"[A-Za-z0-9_-]{1,64}"
+NAME = r"[A-Za-z0-9_./-]{1,64}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Syntax:
         if len(dense) <= len(begins):
             return begins.startswith(dense)
         rest = dense.removeprefix(begins)
-        name = re.match(r"[A-Za-z0-9_-]{0,64}", rest)
+        name = re.match(r"[A-Za-z0-9_./-]{0,64}", rest)
         assert name is not None
         return dense.startswith(begins) and "".join(self.form.call[1].split()).startswith(rest[name.end() :])
 
@@ -123,8 +123,3 @@ def matched(text: str, literal: str) -> int | None:
             return -1 if place + len(rest) == len(text) and piece.startswith(rest) else None
         place += len(piece)
     return place
-
-
-def n_half(text: str, mark: str) -> int:
-    """Length of the longest suffix of a text that is a proper prefix of a mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)

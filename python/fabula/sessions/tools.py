@@ -32,6 +32,7 @@ from fabula.sessions.tool_call_parser import (
 )
 from fabula.sessions.tool_forms import HERMES, ToolForm, ToolStyle, arguments_for, opens_thought, style_of
 from fabula.sessions.tool_grammar import CallableTool, tool_grammar
+from fabula.text.reasoning import form_of
 from fabula.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 
 Message = Mapping[str, Any]
 
@@ -62,7 +63,7 @@ class Tool:
     """A function that may be called.
 
     Attributes:
-        name: 1 .. 64 of A-Z a-z 0-9 _ -.
+        name: 1 .. 64 of A-Z a-z 0-9 _ - . /.
         description: what it does.
         parameters: JSON schema of its arguments, an object.
         strict: whether a keyword of the schema that cannot be enforced is an error; otherwise it is ignored.
@@ -110,7 +111,7 @@ def _tool(definition: object, where: str) -> Tool:
         raise InvalidArgument(f"{where}.function must be an object")
     name, description = function.get("name"), function.get("description")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ -")
+        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ - . /")
     if not isinstance(description, str | None):
         raise InvalidArgument(f"{where}.function.description must be a string")
     strict = function.get("strict")
@@ -227,7 +228,7 @@ def _call(call: object, where: str) -> dict[str, Any]:
         raise InvalidArgument(f"{where}.function must be an object")
     name, arguments = function.get("name"), function.get("arguments", {})
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ -")
+        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ - . /")
     if isinstance(arguments, str):
         arguments = loaded(arguments or "{}")
     if not isinstance(arguments, Mapping):
@@ -278,6 +279,7 @@ def tool_constraint(
     form: ToolForm = HERMES,
     tokenizer: Tokenizer | None = None,
     thought: Thought = "",
+    marks: tuple[str, str] = (THINK, END_OF_THOUGHT),
     other: Constraint | None = None,
 ) -> Constraint | None:
     """The constraint that makes the calls of an answer valid.
@@ -291,6 +293,7 @@ def tool_constraint(
         form: of the calls.
         tokenizer: of the model; needed if tags of the form are control tokens.
         thought: as `ToolCallParser` takes it.
+        marks: control tokens around a thought, of "tokens".
         other: constraint of an answer without calls; None for any text. With "required" or a name, it has no effect.
 
     Returns:
@@ -315,6 +318,7 @@ def tool_constraint(
         is_required=mode == "required",
         is_parallel=parallel,
         thought=thought,
+        marks=marks,
         other=other,
     )
 
@@ -349,8 +353,10 @@ class Calling:
         self._schemas = {tool.name: tool.parameters for tool in tools_of(tools)}
         self.is_exclusive = False
         self.thought: Thought = ""
-        if style.thinks and {THINK, END_OF_THOUGHT} <= tokenizer.special_tokens.keys():
-            self.thought = "tokens"
+        self._marks = (THINK, END_OF_THOUGHT)
+        form = form_of([template.source, *template.named.values()], tokenizer)
+        if form is not None and {form.start, form.end} <= tokenizer.special_tokens.keys():
+            self.thought, self._marks = "tokens", (form.start, form.end)
         elif style.thinks and self.form.opening not in tokenizer.special_tokens:
             is_open = opens_thought(template, **{"tools": list(tools), **(options or {})})
             self.thought = "open" if is_open and not self.form.is_first else "tagged"
@@ -367,12 +373,18 @@ class Calling:
             form=self.form,
             tokenizer=self._tokenizer,
             thought=self.thought,
+            marks=self._marks,
             other=other,
         )
 
-    def parser(self) -> CallParser:
-        """A parser of one answer."""
-        return parser_of(self.form, self._schemas, self.thought, is_exclusive=self.is_exclusive)
+    def parser(self, *, has_thoughts: bool = True) -> CallParser:
+        """A parser of one answer.
+
+        Args:
+            has_thoughts: whether thoughts are still part of the text; False after a `ReasoningParser`.
+        """
+        thought: Thought = self.thought if has_thoughts else ""
+        return parser_of(self.form, self._schemas, thought, is_exclusive=self.is_exclusive)
 
 
 def _chosen(tools: list[Tool], choice: object) -> tuple[str, list[Tool]]:

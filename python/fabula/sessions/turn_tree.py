@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from fabula.errors import InvalidArgument
 from fabula.sessions.turn import START, Turn
 
-TurnRef = int | str | Turn  # a turn by its number on the path to the head (0 is the empty start), by its id, or itself
+# A turn by its number on the path to the head (0 is the empty start; -1 is one before the head), by its id or one of
+# its tags, or itself.
+TurnRef = int | str | Turn
 
 MAX_REDO = 256  # rollbacks that can be undone
 
@@ -93,26 +95,37 @@ class TurnTree:
         """A turn of this tree.
 
         Args:
-            ref: the turn itself, its id, or its number on the path to the head.
+            ref: the turn itself, its id, or its number on the path to the head; a negative number counts back from the
+                head. Or a tag: of several turns that have it, the one nearest to the head on its path, else the last
+                one made.
 
         Raises:
             InvalidArgument: there is none.
         """
-        if isinstance(ref, Turn | str):
-            found = self._by_id(ref if isinstance(ref, str) else ref.id)
-            if found is not None and (isinstance(ref, str) or found is ref):
-                return found
-            if isinstance(ref, str):
-                raise InvalidArgument(f"there is no turn with the id {ref!r:.80} in this session")
-            raise InvalidArgument(f"there is no turn {ref!r} in this session")
-        if isinstance(ref, bool) or not isinstance(ref, int):
-            raise InvalidArgument(f"a turn must be given by its number or its id, not by {ref!r:.80}")
-        if 0 <= ref <= self.head.number:  # numbers decrease by one along the lineage
-            found = self.head
-            for _ in range(self.head.number - ref):
-                found = found.parent or START
+        if isinstance(ref, str):
+            found = self._by_id(ref) or self._tagged(ref)
+            if found is None:
+                raise InvalidArgument(f"there is no turn with the id or tag {ref!r:.80} in this session")
             return found
-        raise InvalidArgument(f"there is no turn {ref} on the path, which has 0 .. {self.head.number}")
+        if isinstance(ref, Turn):
+            if self._by_id(ref.id) is not ref:
+                raise InvalidArgument(f"there is no turn {ref!r} in this session")
+            return ref
+        if isinstance(ref, bool) or not isinstance(ref, int):
+            raise InvalidArgument(f"a turn must be given by its number, its id or a tag, not by {ref!r:.80}")
+        if not -self.head.number <= ref <= self.head.number:
+            raise InvalidArgument(f"there is no turn {ref} on the path, which has 0 .. {self.head.number}")
+        n_back = -ref if ref < 0 else self.head.number - ref
+        turn = self.head
+        for _ in range(n_back):  # numbers decrease by one along the lineage
+            turn = turn.parent or START
+        return turn
+
+    def _tagged(self, tag: str) -> Turn | None:
+        for turn in self.head.lineage():
+            if tag in turn.tags:
+                return turn
+        return next((turn for turn in reversed(self._own.values()) if tag in turn.tags), None)
 
     def _by_id(self, id: str) -> Turn | None:
         if id in self._own:

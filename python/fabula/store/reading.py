@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from fabula.errors import SessionNotFound
 from fabula.store.records import (
     Damaged,
+    Match,
     Row,
     SessionRecord,
     SessionSummary,
@@ -18,6 +19,8 @@ from fabula.store.records import (
     turn_of,
 )
 from fabula.store.schema import sessions, tags, turns
+
+_AROUND = 60  # characters of an excerpt before and after what was found
 
 
 def find_session(connection: sa.Connection, tenant: str, id: str) -> SessionRecord | None:
@@ -64,6 +67,60 @@ def count_sessions(connection: sa.Connection, tenant: str | None, but: str = "")
     if but:
         query = query.where(~sessions.c.id.startswith(but, autoescape=True))
     return connection.scalar(query if tenant is None else query.where(sessions.c.tenant == tenant)) or 0
+
+
+def search(
+    connection: sa.Connection, tenant: str, text: str, *, session_id: str | None, but: str, limit: int, offset: int
+) -> list[Match]:
+    """Turns whose prompt or answer has a text, in any case, the last made first.
+
+    Args:
+        tenant: their owner.
+        text: to find; not empty.
+        session_id: of the only session to search; None for all.
+        but: sessions whose ids begin with it are left out; "" for none.
+        limit, offset: which of the matches.
+    """
+    columns = (turns.c.session_id, turns.c.id, turns.c.number, turns.c.prompt, turns.c.text, turns.c.created_at)
+    query = sa.select(*columns).where(turns.c.tenant == tenant, turns.c.session_id.is_not(None))
+    if session_id is not None:
+        query = query.where(turns.c.session_id == session_id)
+    if but:
+        query = query.where(~turns.c.session_id.startswith(but, autoescape=True))
+    wanted, found, n_found = text.casefold(), [], 0
+    query = query.order_by(turns.c.created_at.desc(), turns.c.id).execution_options(yield_per=256)
+    for row in connection.execute(query):
+        for field, raw in (("prompt", row.prompt), ("text", row.text)):
+            held = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else ""
+            at = _find(held, wanted)
+            if at < 0:
+                continue
+            n_found += 1
+            if n_found > offset:
+                excerpt = _excerpt(held, at, len(text))
+                found.append(Match(row.session_id, row.id, row.number, field, excerpt, row.created_at))
+            if len(found) == limit:
+                return found
+    return found
+
+
+def _find(text: str, folded: str) -> int:
+    """Where a text has one that is case-folded; -1 if it has not. Folding may make a letter two."""
+    whole = text.casefold()
+    at = whole.find(folded)
+    if at <= 0 or len(whole) == len(text):
+        return at
+    n = 0
+    for i, letter in enumerate(text):
+        if n >= at:
+            return i
+        n += len(letter.casefold())
+    return len(text) - 1
+
+
+def _excerpt(text: str, at: int, length: int) -> str:
+    start, end = max(0, at - _AROUND), min(len(text), at + length + _AROUND)
+    return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
 
 
 def load(connection: sa.Connection, tenant: str, id: str) -> tuple[SessionRecord, list[TurnRecord]]:

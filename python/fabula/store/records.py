@@ -97,6 +97,26 @@ class SessionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """A turn that has a text.
+
+    Attributes:
+        session_id: of the session it was made in.
+        turn_id, number: of the turn.
+        field: where the text is: "prompt", the user's, or "text", the answer.
+        excerpt: what is around the first place.
+        created_at: seconds since 1970.
+    """
+
+    session_id: str
+    turn_id: str
+    number: int
+    field: str
+    excerpt: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSummary:
     """A session in a list.
 

@@ -21,6 +21,7 @@ from fabula.store.location import Location, connect, find_location, make_engine,
 from fabula.store.migrate import migrate
 from fabula.store.records import (
     Damaged,
+    Match,
     SessionRecord,
     SessionSummary,
     TurnRecord,
@@ -195,6 +196,17 @@ class Store:
     def count(self, tenant: str | None = None, but: str = "") -> int:
         """The number of sessions, of one tenant or all; excludes names that begin with `but`."""
         return self._read(partial(reading.count_sessions, tenant=tenant, but=but))
+
+    def search(
+        self, tenant: str, text: str, *, session_id: str | None = None, but: str = "", limit: int = 100, offset: int = 0
+    ) -> list[Match]:
+        """Turns of a tenant, or of one session, whose prompt or answer has a text, in any case; the last made first.
+        Leaves out sessions whose ids begin with `but`. Reads all of their texts."""
+        return self._read(
+            partial(
+                reading.search, tenant=tenant, text=text, session_id=session_id, but=but, limit=limit, offset=offset
+            )
+        )
 
     def find(self, tenant: str, id: str) -> SessionRecord | None:
         """A session's record, without its turns; None if there is none.

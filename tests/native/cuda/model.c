@@ -211,8 +211,8 @@ static struct fb_sampling settings_of(int32_t kind) {
 /* Sequences that continue from the same pages, some with several tokens first, and one prefill chunk: what
  * the device samples in one call must equal what fb_sample returns for the logits of one run after
  * another. */
-static void check_drawing(const struct model *m, fb_page_pool *pool, const struct fb_sequence *from) {
-    enum { N = 4, STEPS = 5, DRAWN = 3, MOST = 4 };
+static void check_decoding(const struct model *m, fb_page_pool *pool, const struct fb_sequence *from) {
+    enum { N = 4, STEPS = 5, SAMPLED = 3, MOST = 4 };
     static const int32_t pages[N][3] = {{20, 21, 22}, {23, 24, 25}, {26, 27, 28}, {17, 18, 19}};
     static const int32_t bias_ids[2] = {9, 4};
     static const float bias[2] = {-INFINITY, 1.0f};
@@ -222,18 +222,18 @@ static void check_drawing(const struct model *m, fb_page_pool *pool, const struc
     struct fb_sampling settings[N];
     int32_t history[N][LENGTH + MOST + STEPS], again[LENGTH + MOST + STEPS];
     float logprobs[N][STEPS];
-    struct fb_draw draws[N];
+    struct fb_decode_request requests[N];
     for (int32_t i = 0; i < N; i++) {
         settings[i] = settings_of(i);
         for (int32_t t = 0; t < LENGTH + MOST; t++)
             history[i][t] = (7 * t + i) % 30;
         for (int32_t page = 0; page < 2; page++)
             CHECK(fb_page_copy(pool, pages[i][page], from->pages[page]) == FB_OK);
-        draws[i] = (struct fb_draw){.sequence = {pages[i], 3, LENGTH, 1 + i, 0, 0},
-            .n_steps = i < DRAWN ? STEPS : 0,
+        requests[i] = (struct fb_decode_request){.sequence = {pages[i], 3, LENGTH, 1 + i, 0, 0},
+            .n_steps = i < SAMPLED ? STEPS : 0,
             .history = history[i],
             .n_history = LENGTH + 1 + i,
-            .logprobs = i < DRAWN ? logprobs[i] : NULL,
+            .logprobs = i < SAMPLED ? logprobs[i] : NULL,
             .settings = &settings[i],
             .bias_ids = bias_ids,
             .bias_values = bias,
@@ -243,25 +243,25 @@ static void check_drawing(const struct model *m, fb_page_pool *pool, const struc
         scratch[i] = NAN;
     double seconds[STEPS];
     int32_t n_done = 0;
-    CHECK_AT(fb_program_draw(
-                 m->program, pool, draws, N, STEPS, NULL, scratch, N * MODEL_VOCABULARY, seconds, &n_done) == FB_OK,
+    CHECK_AT(fb_program_decode(
+                 m->program, pool, requests, N, STEPS, NULL, scratch, N * MODEL_VOCABULARY, seconds, &n_done) == FB_OK,
         "%s", fb_last_error());
-    CHECK(n_done == STEPS && draws[DRAWN].n_drawn == 0);
+    CHECK(n_done == STEPS && requests[SAMPLED].n_sampled == 0);
     for (size_t i = 0; i < N * MODEL_VOCABULARY; i++)
         CHECK(isnan(scratch[i])); /* no logits were copied */
-    for (int32_t i = 0; i < DRAWN; i++) {
-        CHECK(draws[i].n_drawn == STEPS);
+    for (int32_t i = 0; i < SAMPLED; i++) {
+        CHECK(requests[i].n_sampled == STEPS);
         for (int32_t page = 0; page < 2; page++)
             CHECK(fb_page_copy(pool, pages[i][page], from->pages[page]) == FB_OK);
         memcpy(again, history[i], sizeof again);
         for (int32_t step = 0; step < STEPS; step++) {
-            const int32_t n = draws[i].n_history + step, n_tokens = step ? 1 : 1 + i, output = n_tokens - 1;
+            const int32_t n = requests[i].n_history + step, n_tokens = step ? 1 : 1 + i, output = n_tokens - 1;
             const struct fb_sequence sequence = {pages[i], 3, n - n_tokens, n_tokens, 0, 0};
             const struct fb_batch batch = {sizeof batch, n_tokens, again + n - n_tokens, &sequence, 1, &output, 1};
             float logprob;
             CHECK(fb_program_run(m->program, pool, &batch, scratch, MODEL_VOCABULARY) == FB_OK);
             CHECK(fb_sample(scratch, MODEL_VOCABULARY, &settings[i], (uint64_t)n, again, n, bias_ids, bias,
-                      draws[i].n_bias, NULL, 0, work, &again[n], &logprob) == FB_OK);
+                      requests[i].n_bias, NULL, 0, work, &again[n], &logprob) == FB_OK);
             CHECK_AT(again[n] == history[i][n], "text %d, step %d: %d, not %d", i, step, history[i][n], again[n]);
             CHECK_AT(fabsf(logprob - logprobs[i][step]) <= 1e-6f * fabsf(logprob), "text %d, step %d: %g, not %g", i,
                 step, (double)logprobs[i][step], (double)logprob);
@@ -305,7 +305,7 @@ int model_compare(
     CHECK(fb_program_run(on_device->program, pool_there, &batch, other, 3 * MODEL_VOCABULARY) == FB_OK);
     CHECK(memcmp(got, other, 3 * MODEL_VOCABULARY * sizeof *got) == 0);
 
-    check_drawing(on_device, pool_there, &both[0]);
+    check_decoding(on_device, pool_there, &both[0]);
 
     /* Pages copied to the host and back. */
     const size_t n_bytes = fb_page_bytes(pool);
@@ -337,7 +337,7 @@ enum fb_status model_step(const struct model *m, float logits[MODEL_VOCABULARY])
     return status;
 }
 
-enum fb_status model_draw(const struct model *m, int32_t *token, float *logprob) {
+enum fb_status model_decode(const struct model *m, int32_t *token, float *logprob) {
     const int32_t page = 1;
     int32_t history[] = {3, 4, 5, -1}, n_done;
     float scratch[MODEL_VOCABULARY];
@@ -345,14 +345,15 @@ enum fb_status model_draw(const struct model *m, int32_t *token, float *logprob)
     fb_page_pool *pool = NULL;
     enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, kv_layers, LAYERS, &pool);
     const struct fb_sampling settings = settings_of(2);
-    struct fb_draw draw = {.sequence = {&page, 1, 0, 3, 0, 0},
+    struct fb_decode_request request = {.sequence = {&page, 1, 0, 3, 0, 0},
         .n_steps = 1,
         .history = history,
         .n_history = 3,
         .logprobs = logprob,
         .settings = &settings};
     if (status == FB_OK)
-        status = fb_program_draw(m->program, pool, &draw, 1, 1, NULL, scratch, MODEL_VOCABULARY, &seconds, &n_done);
+        status = fb_program_decode(
+            m->program, pool, &request, 1, 1, NULL, scratch, MODEL_VOCABULARY, &seconds, &n_done);
     fb_page_pool_free(pool);
     *token = history[3];
     return status;

@@ -28,7 +28,7 @@ int model_compare(
 enum fb_status model_step(const struct model *model, float logits[MODEL_VOCABULARY]);
 
 /* The same, sampling a token. */
-enum fb_status model_draw(const struct model *model, int32_t *token, float *logprob);
+enum fb_status model_decode(const struct model *model, int32_t *token, float *logprob);
 
 /* Logits after a prompt, over a pool of its own. */
 enum fb_status model_prompt(const struct model *model, int32_t n_tokens, float logits[MODEL_VOCABULARY]);

@@ -12,18 +12,18 @@
 #include <math.h>
 
 /* Every call of a step that samples fails once; fewer bytes than the logits are copied from the device. */
-static void test_failures_of_drawing(const model *m) {
+static void test_failures_of_decoding(const model *m) {
     int32_t wanted, token;
     float wanted_logprob, logprob;
     for (long at = 0;; at++) {
         fake_fails_at = at;
-        const fb_status status = model_draw(m, &token, &logprob);
+        const fb_status status = model_decode(m, &token, &logprob);
         const bool is_through = fake_fails_at >= 0;
         fake_fails_at = -1;
-        CHECK_AT(is_through == (status == FB_OK), "call %ld of a draw: %d", at, status);
-        if (at == 0) CHECK(model_draw(m, &wanted, &wanted_logprob) == FB_OK && wanted >= 0);
+        CHECK_AT(is_through == (status == FB_OK), "call %ld of a step: %d", at, status);
+        if (at == 0) CHECK(model_decode(m, &wanted, &wanted_logprob) == FB_OK && wanted >= 0);
         fake_bytes_from_device = 0;
-        CHECK(model_draw(m, &token, &logprob) == FB_OK && token == wanted && logprob == wanted_logprob);
+        CHECK(model_decode(m, &token, &logprob) == FB_OK && token == wanted && logprob == wanted_logprob);
         CHECK(fake_bytes_from_device > 0 && fake_bytes_from_device < MODEL_VOCABULARY * sizeof(float));
         if (status == FB_OK) break;
     }
@@ -62,7 +62,7 @@ static void test_failures() {
         CHECK(model_step(m, logits) == FB_OK && memcmp(logits, wanted, sizeof logits) == 0);
         if (status == FB_OK) break;
     }
-    test_failures_of_drawing(m);
+    test_failures_of_decoding(m);
     model_free(m);
     CHECK(fake_n_held == before);
 }

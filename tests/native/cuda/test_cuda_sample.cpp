@@ -18,7 +18,7 @@ static bool chance(uint32_t one_of) {
 }
 
 /* One token to sample: its settings and inputs. */
-struct draw {
+struct sampling {
     fb_sampling settings;
     std::vector<int32_t> history, bias_ids, breakers;
     std::vector<float> bias;
@@ -54,9 +54,9 @@ static void shuffle_chain(fb_sampling *s) {
     if (chance(3)) s->n_chain -= (int32_t)below((uint32_t)s->n_chain);
 }
 
-static draw make_draw(int32_t n) {
+static sampling make_sampling(int32_t n) {
     static const float shares[] = {1e-9f, 0.1f, 0.5f, 0.9f, 0.99f, 0.9999999f};
-    draw d;
+    sampling d;
     fb_sampling *s = &d.settings;
     fb_sampling_default(s);
     s->seed = below(1u << 30);
@@ -96,23 +96,23 @@ static const float LOGPROB_ERROR = 1e-6f; /* CUDA's logarithm is not the C libra
 static const float LOGPROB_ERROR = 0.0f;
 #endif
 
-static int n_drawn = 0, n_refused = 0;
+static int n_sampled = 0, n_refused = 0;
 
 /* A batch that samples from some rows of logits, and not from others. */
-static void compare(int32_t n, size_t n_draws) {
+static void compare(int32_t n, size_t n_rows) {
     const size_t ld = (size_t)n + below(3), row_bytes = fb_cuda_sample_bytes(n),
-                 n_at_once = 1 + below((uint32_t)n_draws);
-    std::vector<draw> draws;
-    buffer<fb_sample_plan> plans(n_draws);
+                 n_at_once = 1 + below((uint32_t)n_rows);
+    std::vector<sampling> rows;
+    buffer<fb_sample_plan> plans(n_rows);
     fb_sample_changes changes = {nullptr, 0, 0};
     buffer<char> work(fb_sample_work_bytes(n)), scratch(n_at_once * row_bytes);
-    buffer<float> logits(2 * n_draws * ld), logprobs(n_draws);
-    buffer<int32_t> tokens(n_draws);
-    for (size_t i = 0; i < n_draws; i++) {
+    buffer<float> logits(2 * n_rows * ld), logprobs(n_rows);
+    buffer<int32_t> tokens(n_rows);
+    for (size_t i = 0; i < n_rows; i++) {
         const int kind = chance(3) ? NORMAL : (int)below(KINDS);
         make_logits(&logits[2 * i * ld], n, kind);
-        draws.push_back(make_draw(n));
-        const draw &d = draws[i];
+        rows.push_back(make_sampling(n));
+        const sampling &d = rows[i];
         CHECK_AT(access_plan(n, &d.settings, d.position, d.history.data(), (int32_t)d.history.size(), d.bias_ids.data(),
                      d.bias.data(), (int32_t)d.bias_ids.size(), d.breakers.data(), (int32_t)d.breakers.size(),
                      work.data, &changes, &plans[i]) == FB_OK,
@@ -121,13 +121,13 @@ static void compare(int32_t n, size_t n_draws) {
     }
     buffer<fb_sample_change> there((size_t)changes.n);
     if (changes.n) memcpy(there.data, changes.all, there.n * sizeof *changes.all);
-    const fb_cuda_sampling all = {logits.data, (int64_t)ld, plans.data, there.data, (int32_t)n_draws, n, tokens.data,
+    const fb_cuda_sampling all = {logits.data, (int64_t)ld, plans.data, there.data, (int32_t)n_rows, n, tokens.data,
         logprobs.data, scratch.data, (int32_t)n_at_once};
     emulate::backward = chance(2);
     CHECK(fb_cuda_sample(&all, nullptr) == 0);
     emulate::backward = false;
-    for (size_t i = 0; i < n_draws; i++) {
-        const draw &d = draws[i];
+    for (size_t i = 0; i < n_rows; i++) {
+        const sampling &d = rows[i];
         int32_t token = -1;
         float logprob = 0.0f;
         const fb_status status = fb_sample(&logits[2 * i * ld], n, &d.settings, d.position, d.history.data(),
@@ -135,13 +135,13 @@ static void compare(int32_t n, size_t n_draws) {
             (int32_t)d.breakers.size(), work.data, &token, &logprob);
         const fb_sampling &s = d.settings;
         CHECK_AT((status == FB_OK) == (tokens[i] >= 0) && (status != FB_OK || tokens[i] == token),
-            "draw %zu of %d: %d, not %d (%s); temperature %g, top_k %d, top_p %g, typical_p %g, min_p %g, xtc %g %g", i,
+            "row %zu of %d: %d, not %d (%s); temperature %g, top_k %d, top_p %g, typical_p %g, min_p %g, xtc %g %g", i,
             n, tokens[i], token, status == FB_OK ? "" : fb_last_error(), (double)s.temperature, s.top_k,
             (double)s.top_p, (double)s.typical_p, (double)s.min_p, (double)s.xtc_probability, (double)s.xtc_threshold);
-        n_drawn += status == FB_OK;
+        n_sampled += status == FB_OK;
         n_refused += status != FB_OK;
         if (status != FB_OK || tokens[i] != token) continue;
-        CHECK_AT(fabsf(logprobs[i] - logprob) <= LOGPROB_ERROR * fabsf(logprob), "draw %zu of %d: %.9g, not %.9g", i, n,
+        CHECK_AT(fabsf(logprobs[i] - logprob) <= LOGPROB_ERROR * fabsf(logprob), "row %zu of %d: %.9g, not %.9g", i, n,
             (double)logprobs[i], (double)logprob);
     }
     free(changes.all);
@@ -154,7 +154,7 @@ int main(int argc, char **argv) {
         compare(sizes[(size_t)i % (sizeof sizes / sizeof *sizes)], 1 + below(5));
     if (argc > 1) {
         compare(151936, 3);
-        printf("%d sampled, %d refused\n", n_drawn, n_refused);
+        printf("%d sampled, %d refused\n", n_sampled, n_refused);
     }
     return check_result();
 }

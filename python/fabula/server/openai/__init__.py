@@ -1,7 +1,7 @@
 """OpenAI's API: chat, completions, responses, embeddings, models.
 
-Its clients only change the base URL. A request with a field that is not supported is refused, and the error names the
-field, so that no setting is ignored silently; fields that need nothing from a server are listed in `Tolerated`.
+Its clients only change the base URL. Fields of other servers' dialects are understood (`dialects.py`), and unknown ones
+are ignored and named in a header of the reply (`tolerance.py`). What would change the answer's meaning is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ def blueprints() -> list[Blueprint]:
     from fabula.server.openai.completions import routes as completions
     from fabula.server.openai.embeddings import routes as embeddings
     from fabula.server.openai.models import routes as models
+    from fabula.server.openai.response_inputs import routes as response_inputs
     from fabula.server.openai.responses import routes as responses
 
-    return [models, chat, completions, responses, embeddings]
+    return [models, chat, completions, responses, response_inputs, embeddings]

@@ -29,14 +29,15 @@ from fabula.server.openai.format import (
     usage,
 )
 from fabula.server.openai.messages import plain_messages
-from fabula.server.openai.params import chat_params, uses_tools
+from fabula.server.openai.params import chat_params, uses_tools, wish_of
 from fabula.server.openai.replies import ChatCompletionReply
 from fabula.server.openai.schemas import ChatCompletionBody
+from fabula.server.reasoning import AnswerParser, Reasoning, ReasoningText
 from fabula.server.runs import Event, Run
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
-from fabula.sessions.tool_call_parser import Arguments, Blanks, CallEnded, CallStarted, Content, gathered
+from fabula.sessions.tool_call_parser import Arguments, CallEnded, CallStarted, Content, gathered
 from fabula.sessions.tool_call_parser import Event as Read
 from fabula.sessions.tools import Calling, with_tools
 from fabula.text.prefill import is_prefilled
@@ -54,7 +55,7 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
     """Answers a conversation. It is not stored; a prefix shared with an earlier request is not recomputed."""
     state, tenant = server(), g.tenant
     n = choices_of(data)
-    serving = state.model(data.model)
+    serving = state.model_for(data.model)
     chat: Chat
 
     def describe(index: int) -> Json:
@@ -80,20 +81,24 @@ def _begin(
     state.limits.check_messages(len(data.messages), "messages")
     messages = plain_messages(data.messages, state.limits)
     params = chat_params(data)
-    options: Json = {}
+    reasoning = Reasoning(model, wish_of(data), data.chat_template_kwargs)
+    messages, options = reasoning.messages(messages), reasoning.options
     tools = data.tools if uses_tools(data) and data.tools else []
-    calling = Calling(model.template, model.tokenizer, tools) if tools else None
+    calling = Calling(model.template, model.tokenizer, tools, options) if tools else None
     if calling is not None:
         constraint = calling.constraint(data.tool_choice, data.parallel_tool_calls is not False, params.constraint)
         params = replace(params, constraint=constraint)
     if tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
-        messages, options = with_tools(messages, tools, model.template)
+        messages, more = with_tools(messages, tools, model.template)
+        options = {**options, **more}
     asked, turn = data.continue_final_message, data.add_generation_prompt
     continues = is_prefilled(messages, asked, turn)
     if turn is not None:
         options = {**options, "add_generation_prompt": turn}
     special = bool(data.parse_special)
     ids = model.chat_ids(messages, continue_final_message=asked, parse_special=special, **options)
+    reply = str(messages[-1]["content"]) if continues else ""
+    params = reasoning.params(params, ids, reply, unless=calling.form.opening if calling is not None else "")
     made = start_generations(
         model, [ids], params, n, continues=continues, tenant=tenant, timeout=state.settings.answer_s
     )
@@ -129,8 +134,8 @@ class Chat:
             "system_fingerprint": fingerprint(serving.model),
         }
         self._calling = calling
-        self._parsers = [calling.parser() for _ in generations] if calling is not None else []
-        self._blanks = [Blanks() for _ in generations]
+        self._is_legacy = data.functions is not None
+        self._parsers = [self._parser(generation) for generation in generations]
         self._certain = [CertainPieces() for _ in generations]
         self._wants_usage = bool(data.stream_options and data.stream_options.include_usage)
 
@@ -142,6 +147,9 @@ class Chat:
         """The id of a tool call."""
         return f"call_{self._common['id'][-16:]}_{index}_{call}"
 
+    def _parser(self, generation: Generation) -> AnswerParser:
+        return AnswerParser(generation.params, self._calling, separates=self._data.reasoning_format != "none")
+
     # ---- Whole ------------------------------------------------------------------------------------------------------
 
     def choice(self, index: int) -> Json:
@@ -150,23 +158,25 @@ class Chat:
         text = generation.read_so_far()[1]
         reason = reason_of(generation.finish_reason)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
-        if self._calling is not None:
-            parser, blanks = self._calling.parser(), Blanks()
-            events = [*parser.feed(text), *parser.finish(is_whole=self._ended_itself(index))]
-            content, calls = gathered([*blanks.filter(events), *blanks.finish()])
-            message["content"] = content
-            if calls:
-                message["content"] = content or None
+        parser = self._parser(generation)
+        events = [*parser.feed(text), *parser.finish(is_whole=self._ended_itself(index))]
+        thought = "".join(event.text for event in events if isinstance(event, ReasoningText))
+        content, calls = gathered([event for event in events if not isinstance(event, ReasoningText)])
+        message["content"] = content
+        if thought:
+            message["reasoning_content"] = thought
+        if calls:
+            message["content"] = content or None
+            functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+            if self._is_legacy:
+                message["function_call"] = functions[0]
+            else:
                 message["tool_calls"] = [
-                    {
-                        "id": self.call_id(index, i),
-                        "type": "function",
-                        "function": {"name": call.name, "arguments": call.arguments},
-                    }
-                    for i, call in enumerate(calls)
+                    {"id": self.call_id(index, i), "type": "function", "function": function}
+                    for i, function in enumerate(functions)
                 ]
-                if reason == "stop" and all(call.is_whole for call in calls):
-                    reason = "tool_calls"
+            if reason == "stop" and all(call.is_whole for call in calls):
+                reason = "function_call" if self._is_legacy else "tool_calls"
         return {"index": index, "message": message, "logprobs": self._logprobs(index), "finish_reason": reason}
 
     def _ended_itself(self, index: int) -> bool:
@@ -204,25 +214,26 @@ class Chat:
             yield self._chunk(event.index, {}, reason=(event.data or {})["finish_reason"])
 
     def _deltas(self, index: int, text: str) -> list[Json]:
-        if not text:
-            return []
-        if self._calling is None:
-            return [{"content": text}]
-        return self._read(index, self._blanks[index].filter(self._parsers[index].feed(text)))
+        return self._read(self._parsers[index].feed(text), index) if text else []
 
     def _rest(self, index: int) -> list[Json]:
         """The deltas held back until the end of an answer."""
-        if self._calling is None:
-            return []
-        blanks, rest = self._blanks[index], self._parsers[index].finish(is_whole=self._ended_itself(index))
-        return self._read(index, [*blanks.filter(rest), *blanks.finish()])
+        return self._read(self._parsers[index].finish(is_whole=self._ended_itself(index)), index)
 
-    def _read(self, index: int, events: Iterable[Read]) -> list[Json]:
-        """The deltas for events of the tool-call parser."""
+    def _read(self, events: Iterable[Read | ReasoningText], index: int) -> list[Json]:
+        """The deltas for events of the parser."""
         return [delta for event in events if (delta := self._delta(index, event)) is not None]
 
-    def _delta(self, index: int, event: Read) -> Json | None:
+    def _delta(self, index: int, event: Read | ReasoningText) -> Json | None:
+        if self._is_legacy and isinstance(event, CallStarted | Arguments):
+            if event.index:  # it had room for one call only
+                return None
+            if isinstance(event, CallStarted):
+                return {"function_call": {"name": event.name, "arguments": ""}}
+            return {"function_call": {"arguments": event.text}} if event.text else None
         match event:
+            case ReasoningText(text):
+                return {"reasoning_content": text}
             case Content(text):
                 return {"content": text}
             case CallStarted(call, name):

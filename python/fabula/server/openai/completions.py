@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.decoding import Piece
-from fabula.engine.generation import Generation
+from fabula.engine.generation import Generation, Timings
+from fabula.model import Model
 from fabula.server.describe import WRITING, fails, streams
+from fabula.server.failures import refuse
+from fabula.server.openai.echo import prompt_pieces
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
@@ -22,7 +27,6 @@ from fabula.server.openai.format import (
     line,
     pieces_of,
     reason_of,
-    refuse,
     start_generations,
     token_name,
     usage,
@@ -34,6 +38,7 @@ from fabula.server.runs import Event, Run
 from fabula.server.start_run import begin, cancel_all, start_run
 from fabula.server.state import Server, Serving, server
 from fabula.server.stream import response
+from fabula.text.fim import Gap, gap_prompt
 
 routes = Blueprint("openai_completions", __name__)
 
@@ -50,15 +55,20 @@ async def completions(data: CompletionBody) -> Any:
     """Continues texts. `max_tokens` is 16 unless it is given."""
     state, tenant = server(), g.tenant
     n, prompts = choices_of(data), prompts_of(data)
-    serving = state.model(data.model)
+    serving = state.model_for(data.model)
     texts: Texts
 
     def describe(index: int) -> Json:
         return texts.choice(index)
 
-    generations = await begin(lambda: _begin(state, serving, tenant, data, prompts, n), cancel_all, n * len(prompts))
+    is_echo_alone = bool(data.echo) and data.max_tokens == 0
+    if is_echo_alone:
+        data = data.model_copy(update={"max_tokens": 1})  # of which nothing is told
+    generations, echoes = await begin(
+        lambda: _begin(state, serving, tenant, data, prompts, n), lambda made: cancel_all(made[0]), n * len(prompts)
+    )
     run = start_run(state, tenant, serving.name, generations, describe)
-    texts = Texts(data, serving, prompts, n, generations, run)
+    texts = Texts(data, serving, prompts, n, generations, run, echoes, is_echo_alone=is_echo_alone)
     if data.stream:
         return response(follow(run, texts.chunks, texts.last))
     choices = await run.finish()
@@ -76,20 +86,45 @@ def prompts_of(data: CompletionBody) -> list[Prompt]:
 
 def _begin(
     state: Server, serving: Serving, tenant: str, data: CompletionBody, prompts: list[Prompt], n: int
-) -> list[Generation]:
-    """Reads the request and starts its answers; blocks."""
+) -> tuple[list[Generation], list[list[Piece]]]:
+    """Reads the request and starts its answers; also returns the tokens of each prompt, if asked for. Blocks."""
     model = serving.model
     assert model is not None
     params = completion_params(data, n)
-    ids = []
+    special, tokenizer = data.parse_special is not False, model.tokenizer
+    ids: list[list[int]] = []
+    echoes: list[list[Piece]] = []
     for prompt in prompts:
+        n_hidden = 0
         if isinstance(prompt, str):
             state.limits.check_text(prompt, "prompt")
-            ids.append(model.tokenizer.encode(prompt, special=data.parse_special is not False))
+            ids.append(tokenizer.encode(prompt, special=special))
+            n_hidden = len(ids[-1]) - len(tokenizer.encode(prompt, special=special, add_bos=False))
         else:
             ids.append(prompt)
+        if data.suffix:
+            gap = _gap(state, model, prompt, data.suffix)
+            ids[-1] = gap.ids
+            params = replace(params, stop_tokens=(*params.stop_tokens, *gap.ends))
+        if data.echo and data.logprobs is not None:
+            skip = not isinstance(prompt, str)
+            found = prompt_pieces(model, ids[-1], data.logprobs, skip_special=skip, n_hidden=n_hidden)
+            state.limits.pay(tenant, Timings(len(found), 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+            echoes.append(found)
     timeout = state.settings.answer_s
-    return start_generations(model, ids, params, n, continues=True, tenant=tenant, timeout=timeout)
+    made = start_generations(model, ids, params, n, continues=True, tenant=tenant, timeout=timeout)
+    return made, echoes
+
+
+def _gap(state: Server, model: Model, prompt: Prompt, suffix: str) -> Gap:
+    """The prompt for the text between prompt and suffix."""
+    state.limits.check_text(suffix, "suffix")
+    if not isinstance(prompt, str):
+        raise refuse("suffix", "needs a text as prompt, not token ids", "unsupported")
+    gap = gap_prompt(model.tokenizer, prompt, suffix)
+    if gap is None:
+        raise refuse("suffix", "needs a model with marks for gaps, such as Qwen2.5-Coder", "unsupported")
+    return gap
 
 
 class Texts:
@@ -102,6 +137,8 @@ class Texts:
         n: answers to each.
         generations: the answers, those to a prompt side by side.
         run: generates them.
+        echoes: the tokens of each prompt; empty if they are not asked for.
+        is_echo_alone: whether only the prompt is told.
     """
 
     def __init__(
@@ -112,9 +149,13 @@ class Texts:
         n: int,
         generations: list[Generation],
         run: Run,
+        echoes: list[list[Piece]],
+        *,
+        is_echo_alone: bool,
     ) -> None:
         assert serving.model is not None
         self._data, self._prompts, self._n, self._generations, self._run = data, prompts, n, generations, run
+        self._echoes, self._is_echo_alone = echoes, is_echo_alone
         self._tokenizer = serving.model.tokenizer
         self._common: Json = {
             "id": "cmpl-" + run.id.removeprefix("run_"),
@@ -140,10 +181,23 @@ class Texts:
     def choice(self, index: int) -> Json:
         """An answer that has ended."""
         generation = self._generations[index]
-        text = self._echo(index) + generation.read_so_far()[1]
-        logprobs = self._logprobs(pieces_of(self._run, index))
+        text, pieces = self._echo(index), pieces_of(self._run, index)
+        if self._is_echo_alone:
+            pieces = []
+        else:
+            text += generation.read_so_far()[1]
+        logprobs = self._logprobs([*self._echoed(index), *self._shifted(index, pieces)])
         reason = reason_of(generation.finish_reason)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _echoed(self, index: int) -> list[Piece]:
+        """The tokens of an answer's prompt, if they are told."""
+        return self._echoes[index // self._n] if self._echoes else []
+
+    def _shifted(self, index: int, pieces: list[Piece]) -> list[Piece]:
+        """Pieces of an answer with their offsets after those of the prompt."""
+        n = len(self._echo(index)) if self._echoes else 0
+        return [replace(piece, offset=piece.offset + n) for piece in pieces] if n else pieces
 
     def _logprobs(self, pieces: list[Piece]) -> Json | None:
         """Tokens with their probabilities. `text_offset` counts characters from the answer's beginning to where the
@@ -153,7 +207,7 @@ class Texts:
         found: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
             found["tokens"].append(token_name(self._tokenizer, piece.token_id))
-            found["token_logprobs"].append(piece.logprob)
+            found["token_logprobs"].append(None if math.isnan(piece.logprob) else piece.logprob)
             found["text_offset"].append(piece.offset)
             found["top_logprobs"].append(
                 {token_name(self._tokenizer, token): logprob for token, logprob in piece.top_logprobs} or None
@@ -168,14 +222,15 @@ class Texts:
         if event.kind == "start":
             for one in range(len(self._generations)):
                 if self._data.echo:
-                    yield self._chunk(one, self._echo(one))
-        elif piece is not None:
-            logprobs = self._logprobs(self._certain[index].feed(piece))
+                    echoed = self._echoed(one)
+                    yield self._chunk(one, self._echo(one), logprobs=self._logprobs(echoed) if echoed else None)
+        elif piece is not None and not self._is_echo_alone:
+            logprobs = self._logprobs(self._shifted(index, self._certain[index].feed(piece)))
             if piece.text or (logprobs is not None and logprobs["tokens"]):
                 yield self._chunk(index, piece.text, logprobs=logprobs)
         elif event.kind == "error":
             yield line(event.data or {})
-        else:
+        elif piece is None:
             yield self._chunk(index, "", reason=(event.data or {})["finish_reason"])
 
     def _chunk(self, index: int, text: str, *, logprobs: Json | None = None, reason: str | None = None) -> bytes:

@@ -12,7 +12,8 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.generation import Timings
 from fabula.server.describe import WRITING, fails
-from fabula.server.openai.format import Json, refuse
+from fabula.server.failures import refuse
+from fabula.server.openai.format import Json
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
 from fabula.server.start_run import begin
@@ -31,11 +32,13 @@ async def embeddings(data: EmbeddingBody) -> Any:
     state, tenant = server(), g.tenant
     texts = texts_of(data)
     for i, text in enumerate(texts):
-        state.limits.check_text(text, "input" if isinstance(data.input, str) else f"input[{i}]")
-    serving = state.model(data.model)
+        if isinstance(text, str):
+            state.limits.check_text(text, "input" if isinstance(data.input, str) else f"input[{i}]")
+    serving = state.model_for(data.model)
     model = serving.model
     assert model is not None
     size = model.config.hidden_size
+    _check_ids(texts, model.config.vocab_size)
     if data.dimensions not in (None, size):
         raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
     left = threading.Event()
@@ -68,14 +71,26 @@ async def embeddings(data: EmbeddingBody) -> Any:
     }
 
 
-def texts_of(data: EmbeddingBody) -> list[str]:
-    """The texts of a request."""
+def texts_of(data: EmbeddingBody) -> list[str | list[int]]:
+    """The texts of a request, as texts or as token ids."""
     given: Any = [data.input] if isinstance(data.input, str) else data.input
+    if given and isinstance(given[0], int):
+        given = [given]
     if not given or len(given) > MAX_INPUTS:
         raise refuse("input", f"holds {len(given)} texts, must hold 1 .. {MAX_INPUTS}")
-    if not all(isinstance(text, str) for text in given):
-        raise refuse("input", "holds token ids; send texts", "unsupported")
     for i, text in enumerate(given):
         if not text:
             raise refuse("input" if isinstance(data.input, str) else f"input[{i}]", "is empty")
     return list(given)
+
+
+def _check_ids(texts: list[str | list[int]], vocab_size: int) -> None:
+    """Refuses token ids of another tokenizer, as far as they can be told from this one's."""
+    ids = [token for text in texts if not isinstance(text, str) for token in text]
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise refuse(
+            "input",
+            f"holds the token id {wrong}, but this model's vocabulary has {vocab_size}. Ids must be of this model's "
+            "tokenizer; LangChain sends those of another one unless check_embedding_ctx_length is False",
+        )

@@ -11,19 +11,15 @@ from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
-from fabula.server.failures import ApiError
+from fabula.server.failures import refuse
 from fabula.server.openai.schemas import MAX_CHOICES, Asked
+from fabula.server.reasoning import n_thought_tokens
 from fabula.server.runs import Event, Follower, Run
 from fabula.server.stream import KEEP_ALIVE, dumps
 from fabula.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 Json = dict[str, Any]
-
-
-def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
-    """400 about a field."""
-    return ApiError(400, code, f"{param} {message}", param=param)
 
 
 # ---- Starting -------------------------------------------------------------------------------------------------------
@@ -92,7 +88,7 @@ def usage(generations: Sequence[Generation], n: int) -> Json:
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
         "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in firsts)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(map(n_thought_tokens, generations))},
     }
 
 

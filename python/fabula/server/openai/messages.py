@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fabula.server.failures import refuse
 from fabula.server.limits import Limits
-from fabula.server.openai.format import refuse
 from fabula.server.openai.schemas import Message
 
 Json = dict[str, Any]
@@ -27,7 +27,7 @@ def plain_messages(messages: Sequence[Message], limits: Limits) -> list[Json]:
             raise refuse(f"{where}.content", "is missing", "missing_field")
         plain["content"] = text_of("" if message.content is None else message.content, f"{where}.content")
         limits.check_text(plain["content"], f"{where}.content")
-        for name in ("name", "tool_call_id", "tool_calls"):
+        for name in ("name", "tool_call_id", "tool_calls", "reasoning_content"):
             value = getattr(message, name)
             if value:
                 plain[name] = value
@@ -50,6 +50,9 @@ def text_of(content: object, where: str) -> str:
     texts = []
     for i, part in enumerate(content):
         place = f"{where}[{i}]"
+        if isinstance(part, str):
+            texts.append(part)
+            continue
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in TEXT_TYPES:
             raise refuse(f"{place}.type", f"is {str(kind)[:40]!r}: only text parts are supported", "unsupported")

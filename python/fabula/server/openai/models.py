@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from quart import Blueprint
@@ -16,7 +17,27 @@ routes = Blueprint("openai_models", __name__)
 
 
 def _told(state: Server, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(state.begun_at), "owned_by": "fabula"}
+    """A model, with what clients of other servers look for: its context length, family and quantization."""
+    found = {"id": name, "object": "model", "created": int(state.begun_at), "owned_by": "fabula"}
+    begun_at = datetime.fromtimestamp(int(state.begun_at), UTC).isoformat().replace("+00:00", "Z")
+    found |= {"type": "model", "display_name": name, "created_at": begun_at}  # Anthropic's
+    model = state.models[name].model
+    if model is None:  # still loading
+        return found
+    return found | {
+        "context_length": model.context,
+        "max_model_len": model.context,  # vLLM's name for it
+        "max_input_tokens": model.context,  # Anthropic's
+        "family": model.config.model_type,
+        "quantization": model.weights,
+        "meta": {  # llama.cpp's
+            "n_ctx_train": model.config.context_length,
+            "n_ctx": model.context,
+            "n_vocab": model.config.vocab_size,
+            "n_embd": model.config.hidden_size,
+            "size": model.weight_bytes,
+        },
+    }
 
 
 @routes.get("/v1/models")
@@ -26,7 +47,9 @@ def _told(state: Server, name: str) -> dict[str, Any]:
 async def models() -> Any:
     """The models, also those that are still loading."""
     state = server()
-    return {"object": "list", "data": [_told(state, name) for name in state.models]}
+    found = [_told(state, name) for name in state.models]
+    pages = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}  # Anthropic's
+    return {"object": "list", "data": found} | pages
 
 
 @routes.get("/v1/models/<path:id>")

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from fabula.engine.constraint import Constraint
 from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
-from fabula.server.openai.format import Json, refuse
+from fabula.server.failures import refuse
+from fabula.server.openai.format import Json
 from fabula.server.openai.schemas import ChatCompletionBody, CompletionBody, ResponseBody
+from fabula.server.reasoning import Wish
 from fabula.server.schemas import Sampling
 
 MAX_TOKENS = 16  # of a completion that sets no limit; the default of OpenAI's API
@@ -41,16 +43,12 @@ def chat_params(data: ChatCompletionBody) -> SamplingParams:
 
 def completion_params(data: CompletionBody, n: int) -> SamplingParams:
     """Settings for `/v1/completions` with n answers to a prompt."""
-    if data.suffix:
-        raise refuse("suffix", "is not supported: the models continue texts, they do not fill gaps", "unsupported")
     if data.best_of not in (None, n):
         raise refuse("best_of", f"is {data.best_of}, must be n, {n}: every answer is returned", "unsupported")
     if data.n_logprobs is not None:
         raise refuse("n_logprobs", "is called logprobs here", "unknown_field")
     if data.logprobs is not None and not 0 <= data.logprobs <= MAX_LOGPROBS:
         raise refuse("logprobs", f"is {data.logprobs}, must be in 0 .. {MAX_LOGPROBS}")
-    if data.echo and data.logprobs is not None:
-        raise refuse("echo", "and logprobs exclude each other: prompts have no probabilities here", "unsupported")
     params = replace(data.params(SamplingParams()), n_logprobs=data.logprobs or 0)
     return params if params.max_tokens is not None else replace(params, max_tokens=max(MAX_TOKENS, params.min_tokens))
 
@@ -66,6 +64,11 @@ def response_params(data: ResponseBody) -> SamplingParams:
         params = _with_format(params, "text.format", schema, wanted.strict, "text.format.schema")
     check_tool_choice(data)
     return params
+
+
+def wish_of(data: ChatCompletionBody | ResponseBody) -> Wish:
+    """What a request says about thinking."""
+    return Wish(data.enable_thinking, data.reasoning_effort, data.thinking_budget)
 
 
 def uses_tools(data: ChatCompletionBody | ResponseBody) -> bool:

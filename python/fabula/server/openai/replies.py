@@ -82,6 +82,23 @@ class ResponseReply(Loose):
     previous_response_id: str | None
 
 
+class InputItemsReply(Loose):
+    """Input of a response."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class InputTokensReply(Loose):
+    """Tokens of a prompt."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class DeletedReply(Loose):
     """A response that was deleted."""
 

@@ -14,6 +14,7 @@ from fabula.server.openai.conversations import response_id
 from fabula.server.openai.format import Json
 from fabula.server.openai.items import Output, flat_tools
 from fabula.server.openai.schemas import ResponseBody
+from fabula.server.reasoning import count_thought
 from fabula.sessions.session import Session
 from fabula.sessions.tool_grammar import is_exclusive
 from fabula.sessions.tools import Calling
@@ -27,13 +28,13 @@ def status_of(reason: str | None) -> tuple[str, Json | None]:
     return "incomplete", {"reason": "max_output_tokens"}
 
 
-def usage(timings: Timings) -> Json:
-    """Token counts of a response."""
+def usage(timings: Timings, n_thought: int = 0) -> Json:
+    """Token counts of a response, with those of its thoughts."""
     return {
         "input_tokens": timings.prompt_tokens,
         "input_tokens_details": {"cached_tokens": timings.reused_tokens},
         "output_tokens": timings.generated_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": n_thought},
         "total_tokens": timings.prompt_tokens + timings.generated_tokens,
     }
 
@@ -113,10 +114,13 @@ def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
     ends = model.tokenizer.eos_ids if model is not None else turn.token_ids[-1:]
     whole = status == "completed"
     itself = whole and (not stops or (bool(turn.token_ids) and turn.token_ids[-1] in ends))
-    output = Output(turn.id, bool(tools), calling)
+    output = Output(turn.id, bool(tools), calling, turn.params)
     for _ in (*output.feed(turn.text), *output.finish(is_whole=whole, ended_itself=itself)):
         pass
     parent = turn.parent
+    n_thought = 0
+    if model is not None and turn.params is not None:
+        n_thought = count_thought(turn.params, turn.token_ids, model.tokenizer)
     return _common(
         id,
         session.model,
@@ -129,5 +133,5 @@ def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
         previous_response_id=response_id(session.id, parent.id) if parent is not None and parent.number else None,
         tools=flat_tools(tools),
         truncation="auto" if session.policy.name == "drop_oldest_turns" else "disabled",
-        usage=usage(turn.timings) if turn.timings is not None else None,
+        usage=usage(turn.timings, n_thought) if turn.timings is not None else None,
     )

@@ -14,13 +14,15 @@ from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
 from fabula.server.describe import READING, WRITING, fails, streams
+from fabula.server.failures import refuse
 from fabula.server.openai import conversations
-from fabula.server.openai.format import Json, ended_itself, follow, refuse, start_generations
+from fabula.server.openai.format import Json, ended_itself, follow, start_generations
 from fabula.server.openai.items import Output, messages_of, tools_of
-from fabula.server.openai.params import response_params, uses_tools
+from fabula.server.openai.params import response_params, uses_tools, wish_of
 from fabula.server.openai.replies import DeletedReply, ResponseReply
 from fabula.server.openai.response_json import of_request, of_turn, status_of, usage
 from fabula.server.openai.schemas import ResponseBody
+from fabula.server.reasoning import Reasoning, n_thought_tokens
 from fabula.server.runs import Event
 from fabula.server.start_run import begin, start_run
 from fabula.server.state import Server, Serving, server
@@ -145,6 +147,8 @@ def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
     if data.instructions:
         state.limits.check_text(data.instructions, "instructions")
     params = response_params(data)
+    if data.conversation is not None:
+        raise refuse("conversation", "is not supported; continue with previous_response_id", "unsupported")
     tools = tools_of(data.tools) if uses_tools(data) else []
     has_history = any(message["role"] == "assistant" for message in messages)
     if data.previous_response_id is not None:
@@ -153,7 +157,7 @@ def _start(state: Server, tenant: str, data: ResponseBody) -> Started:
                 "input", "holds messages of the assistant; leave them out with previous_response_id, which has them"
             )
         return _follow_response(state, tenant, data, messages, params, tools)
-    serving = state.model(data.model)
+    serving = state.model_for(data.model)
     if has_history or data.store is False:
         return _answer_once(state, tenant, serving, data, messages, params, tools)
     conversations.make_room(state, tenant)
@@ -173,7 +177,7 @@ def _follow_response(
     if found is None:
         raise refuse("previous_response_id", "names no response", "previous_response_not_found")
     session, turn = found
-    if data.model not in (None, session.model):
+    if data.model and state.model_for(data.model).name != session.model:
         raise refuse("model", f"is {data.model!r:.128}, but the conversation uses {session.model}")
     if data.truncation == "auto" and session.policy.name != "drop_oldest_turns":
         raise refuse("truncation", "was disabled by the conversation's first response and cannot change", "unsupported")
@@ -214,8 +218,9 @@ def _add_turn(
         state.limits.check_turns(session)
         model = state.model(session.model).model
         assert model is not None
-        params, calling = _calling(data, model, params, tools)
-        options = {"tools": tools} if tools else None
+        reasoning = Reasoning(model, wish_of(data))
+        params, calling = _calling(data, model, params, tools, reasoning)
+        options = {**reasoning.options, **({"tools": tools} if tools else {})} or None
         reply = session.say(
             messages,
             params,
@@ -245,9 +250,10 @@ def _answer_once(
     assert model is not None
     if data.instructions:
         messages = [{"role": "system", "content": data.instructions}, *messages]
-    params, calling = _calling(data, model, params, tools)
-    worded, options = with_tools(messages, tools, model.template)
-    ids = model.chat_ids(worded, parse_special=bool(data.parse_special), **options)
+    reasoning = Reasoning(model, wish_of(data))
+    params, calling = _calling(data, model, params, tools, reasoning)
+    worded, options = with_tools(reasoning.messages(messages), tools, model.template)
+    ids = model.chat_ids(worded, parse_special=bool(data.parse_special), **{**reasoning.options, **options})
     timeout = state.settings.answer_s
     generation = start_generations(model, [ids], params, 1, continues=False, tenant=tenant, timeout=timeout)[0]
     key = secrets.token_hex(16)
@@ -255,14 +261,15 @@ def _answer_once(
 
 
 def _calling(
-    data: ResponseBody, model: Model, params: SamplingParams, tools: list[Json]
+    data: ResponseBody, model: Model, params: SamplingParams, tools: list[Json], reasoning: Reasoning
 ) -> tuple[SamplingParams, Calling | None]:
-    """The settings with the constraint of the tools, and how the answer calls them."""
+    """The settings with the limit of thoughts and the constraint of the tools, and how the answer calls them."""
     if not tools:
-        return params, None
-    calling = Calling(model.template, model.tokenizer, tools)
+        return reasoning.params_before(params), None
+    calling = Calling(model.template, model.tokenizer, tools, reasoning.options)
     constraint = calling.constraint(data.tool_choice, data.parallel_tool_calls is not False, params.constraint)
-    return replace(params, constraint=constraint), calling
+    params = replace(params, constraint=constraint)
+    return reasoning.params_before(params, unless=calling.form.opening, tools=tools), calling
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -286,7 +293,7 @@ class ResponseWriter:
 
     def _new_output(self) -> Output:
         calling = self._started.calling
-        return Output(self._started.key, calling is not None, calling)
+        return Output(self._started.key, calling is not None, calling, self._started.generation.params)
 
     def _ended_itself(self) -> bool:
         return ended_itself(self._started.generation, has_stops=bool(self._data.stop))
@@ -300,7 +307,7 @@ class ResponseWriter:
         for _ in (*output.feed(generation.read_so_far()[1]), *rest):
             pass
         end = {"status": status, "incomplete_details": details, "output": output.items}
-        return self._about | end | {"usage": usage(generation.timings)}
+        return self._about | end | {"usage": usage(generation.timings, n_thought_tokens(generation))}
 
     def events(self, event: Event) -> Iterator[bytes]:
         """The lines of an event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
 from typing import Any
 
@@ -16,6 +17,7 @@ routes = Blueprint("docs", __name__)
 
 DESCRIBED = "fabula.described"
 MODELS_HERE = "<!-- models -->"
+SAMPLING = "Sampling"  # the schema of sampling settings
 
 STYLE = """
 body {
@@ -32,11 +34,12 @@ table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem; border-top: 1px solid #ddd }
 .wide { overflow-x: auto }
 details { margin: .2rem 0 }
+pre { overflow-x: auto; padding: .5rem .8rem; border-left: 3px solid #ccc; font: 14px/1.4 ui-monospace, monospace }
 details[open] > summary { font-weight: 600 }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #161616 }
   .quiet { color: #a5a5a5 }
-  td, th, h2 { border-color: #444 }
+  td, th, h2, pre { border-color: #444 }
   a { color: #8ab4f8 }
 }
 """
@@ -101,6 +104,14 @@ def page(schema: dict[str, Any]) -> str:
             group = (operation.get("tags") or ["Other"])[0]
             groups.setdefault(group, []).append(_operation(path, method, operation, schema))
     parts = "".join(f"<h2>{escape(name)}</h2>{''.join(found)}" for name, found in groups.items())
+    sampling = schema["components"]["schemas"].get(SAMPLING)
+    if sampling is not None:
+        about_sampling = (
+            "Every body that says “Sampling settings” may have these; so may the field <code>sampling</code>."
+        )
+        parts += (
+            f'<h2 id="{SAMPLING}">Sampling settings</h2><p>{about_sampling}</p>{_table("Setting", _rows(sampling))}'
+        )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<title>{escape(about["title"])} API</title><link rel="stylesheet" href="/docs/style.css"></head><body>'
@@ -118,9 +129,11 @@ def _operation(path: str, method: str, operation: dict[str, Any], schema: dict[s
     ]
     if rows:
         parts.append(_table("Parameter", rows))
-    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-    if body is not None:
-        parts.append(_fields("Body", body, schema))
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    if "schema" in content:
+        parts.append(_fields("Body", content["schema"], schema))
+    if "example" in content:
+        parts.append(_example(content["example"]))
     for status, response in sorted(operation.get("responses", {}).items()):
         if status.startswith("2"):
             content = response.get("content", {})
@@ -145,13 +158,28 @@ def _operation(path: str, method: str, operation: dict[str, Any], schema: dict[s
 
 
 def _fields(title: str, found: dict[str, Any], schema: dict[str, Any]) -> str:
+    """A table of a body's fields, those that must be given first; sampling settings are listed once, behind."""
     found = _resolved(found, schema)
+    rows = _rows(found)
+    sampling = schema["components"]["schemas"].get(SAMPLING, {}).get("properties", {})
+    has_sampling = bool(sampling) and sampling.keys() <= found.get("properties", {}).keys()
+    if has_sampling and len(rows) > len(sampling):
+        rows = [row for row in rows if row[0] not in sampling]
+        rows.append(("…", {"$ref": SAMPLING}, False, "Sampling settings, as listed below."))
+    return _table(title, rows) if rows else ""
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any], bool, str]]:
     required = set(found.get("required", []))
     rows = [
         (name, about, name in required, about.get("description", ""))
         for name, about in found.get("properties", {}).items()
     ]
-    return _table(title, rows) if rows else ""
+    return sorted(rows, key=lambda row: not row[2])
+
+
+def _example(example: object) -> str:
+    return f"<pre>{escape(json.dumps(example, ensure_ascii=False, indent=2))}</pre>"
 
 
 def _table(title: str, rows: list[tuple[str, dict[str, Any], bool, str]]) -> str:

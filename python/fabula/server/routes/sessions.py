@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
+from fabula.errors import SessionNotFound
 from fabula.server.describe import READING, WRITING, fails
 from fabula.server.failures import ApiError
 from fabula.server.limits import HIDDEN
 from fabula.server.mutation import PathQuery, looked_up, mutated
 from fabula.server.open_session import existing
-from fabula.server.replies import SessionReply, SessionsReply, TreeReply, turn_json, with_token_names
-from fabula.server.schemas import SettingsBody
+from fabula.server.replies import (
+    DeletedReply,
+    DeletedSessionsReply,
+    SearchReply,
+    SessionReply,
+    SessionsReply,
+    TreeReply,
+    turn_json,
+    with_token_names,
+)
+from fabula.server.schemas import CreateBody, SettingsBody
 from fabula.server.state import Server, server
 from fabula.server.stream import dumps
 from fabula.sessions.persistence import params_json
 from fabula.sessions.session import Session
 
 routes = Blueprint("sessions", __name__)
+
+_AGE = re.compile(r"^[0-9]{1,6}[mhd]$")
+_SECONDS = {"m": 60, "h": 3600, "d": 86400}
+_TYPES = {"markdown": ("md", "text/markdown"), "text": ("txt", "text/plain")}
 
 
 class ListQuery(BaseModel):
@@ -29,6 +47,32 @@ class ListQuery(BaseModel):
     limit: int = Field(100, ge=1, le=1000)
     offset: int = Field(0, ge=0, le=2**31 - 1)
     search: str = Field("", max_length=200, description="Text that the title, a tag or the id contains, in any case.")
+
+
+class OldQuery(BaseModel):
+    """Which sessions to delete."""
+
+    older_than: str = Field(
+        description="Sessions that did not change for so long: a number and `m`, `h` or `d` (minutes, hours, days).",
+        pattern=_AGE.pattern,
+    )
+
+
+class SearchQuery(BaseModel):
+    """What to find."""
+
+    text: str = Field(min_length=1, max_length=200, description="In any case.")
+    session_id: str | None = Field(None, description="The only session to search. Default: all of the key's.")
+    limit: int = Field(100, ge=1, le=1000)
+    offset: int = Field(0, ge=0, le=2**31 - 1)
+
+
+class ExportQuery(BaseModel):
+    """Form of an export."""
+
+    format: Literal["json", "markdown", "text"] = Field(
+        "json", description="`json` holds the whole tree and can be imported; the others hold the path, for people."
+    )
 
 
 class ImportQuery(BaseModel):
@@ -98,6 +142,92 @@ async def sessions(query_args: ListQuery) -> Any:
     return await looked_up(work)
 
 
+@routes.post("/sessions")
+@tag(["Sessions"])
+@validate_request(CreateBody)
+@document_response(SessionReply, 201)
+@fails(*WRITING)
+async def create(data: CreateBody) -> Any:
+    """Creates an empty session."""
+
+    def work(state: Server, tenant: str) -> dict[str, Any]:
+        if data.session_id is not None and state.workspace.has(data.session_id, tenant=tenant):
+            raise ApiError(409, "session_exists", f"there is a session {data.session_id!r} already", param="session_id")
+        settings = {"system": data.system, "title": data.title, "context_policy": data.policy()}
+        with state.joined(tenant, data.session_id, data.model, data.sampling, **settings) as session:
+            if data.tags is not None:
+                session.configure(tags=data.tags)
+            state.keep_empty(session)
+            return about(session)
+
+    return await looked_up(work), 201
+
+
+@routes.delete("/sessions")
+@tag(["Sessions"])
+@validate_querystring(OldQuery)
+@document_response(DeletedSessionsReply, 200)
+@fails(*WRITING)
+async def delete_old(query_args: OldQuery) -> Any:
+    """Deletes the sessions of this key that did not change for a while. Those that are answering stay."""
+    oldest = time.time() - int(query_args.older_than[:-1]) * _SECONDS[query_args.older_than[-1]]
+    state, tenant = server(), g.tenant
+
+    def work() -> tuple[list[Session], int]:
+        deleted, freed = [], 0
+        for one in state.workspace.sessions(tenant):
+            if one.updated_at > oldest or one.id.startswith(HIDDEN):
+                continue
+            with suppress(SessionNotFound):  # somebody else deleted it
+                session = state.workspace.open(one.id, tenant=tenant)
+                if not session.is_busy:
+                    freed += state.delete(session)
+                    deleted.append(session)
+        return deleted, freed
+
+    deleted, freed = await state.call(work)
+    for session in deleted:
+        state.feed.changed(session, "deleted")
+    return {"session_ids": [session.id for session in deleted], "freed_bytes": freed}
+
+
+@routes.delete("/sessions/<id>")
+@tag(["Sessions"])
+@document_response(DeletedReply, 200)
+@fails(*WRITING)
+async def delete(id: str) -> Any:
+    """Deletes a session; turns that forks follow stay. A reply being generated is stopped first."""
+    return await deleted(id)
+
+
+async def deleted(id: str) -> dict[str, Any]:
+    """Deletes a session; the reply."""
+    state = server()
+
+    def verb(session: Session) -> dict[str, Any]:
+        return {"session_id": session.id, "freed_bytes": state.delete(session)}
+
+    return await mutated("deleted", existing(id, needs_model=False), verb)
+
+
+@routes.get("/search")
+@tag(["Sessions"])
+@validate_querystring(SearchQuery)
+@document_response(SearchReply, 200)
+@fails(*READING)
+async def search(query_args: SearchQuery) -> Any:
+    """Turns of this key's sessions whose prompt or answer has a text."""
+
+    def work(state: Server, tenant: str) -> dict[str, Any]:
+        if query_args.session_id is not None:
+            state.workspace.open(query_args.session_id, tenant=tenant)  # or 404
+        asked = query_args.model_dump()
+        found = state.workspace.search(asked.pop("text"), tenant=tenant, but=HIDDEN, **asked)
+        return {"matches": [asdict(one) for one in found]}
+
+    return await looked_up(work)
+
+
 @routes.get("/sessions/<id>")
 @tag(["Sessions"])
 @document_response(SessionReply, 200)
@@ -142,14 +272,22 @@ def tree_json(session: Session) -> dict[str, Any]:
 
 @routes.get("/sessions/<id>/export")
 @tag(["Sessions"])
+@validate_querystring(ExportQuery)
 @document_response(ImportBody, 200)
 @fails(*READING, 409)
-async def export(id: str) -> Any:
-    """The whole session as JSON, for `/sessions/import` here or elsewhere."""
+async def export(id: str, query_args: ExportQuery) -> Any:
+    """The whole session as JSON, for `/sessions/import` here or elsewhere; or its path as Markdown or plain text."""
     state, tenant = server(), g.tenant
-    text = await state.call(lambda: dumps(state.workspace.open(id, tenant=tenant).export()))
-    response = Response(text + "\n", mimetype="application/json")
-    response.headers["Content-Disposition"] = f'attachment; filename="{id}.json"'
+    suffix, kind = _TYPES.get(query_args.format, ("json", "application/json"))
+
+    def work() -> str:
+        session = state.workspace.open(id, tenant=tenant)
+        if query_args.format == "json":
+            return dumps(session.export()) + "\n"
+        return session.to_markdown() if query_args.format == "markdown" else session.to_text()
+
+    response = Response(await state.call(work), mimetype=kind)
+    response.headers["Content-Disposition"] = f'attachment; filename="{id}.{suffix}"'
     return response
 
 

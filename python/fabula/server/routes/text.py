@@ -12,6 +12,7 @@ from fabula.server.failures import ApiError
 from fabula.server.replies import CountReply, TextReply, TokensReply
 from fabula.server.schemas import CountBody, TextBody, TokensBody
 from fabula.server.state import server
+from fabula.text.tokenizer import Tokenizer
 
 routes = Blueprint("text", __name__)
 
@@ -24,12 +25,31 @@ routes = Blueprint("text", __name__)
 async def tokenize(data: TextBody) -> Any:
     """The token ids of a text."""
     state = server()
-    state.limits.check_text(data.text, "text")
+    text = data.text if data.content is None else data.content
+    if text is None:
+        raise ApiError(400, "missing_field", "text is missing", param="text")
+    state.limits.check_text(text, "text" if data.content is None else "content")
     model = state.model(data.model).model
     assert model is not None
-    special = data.special if data.parse_special is None else data.parse_special
-    ids = await state.call(lambda: model.tokenizer.encode(data.text, special=special, add_bos=data.add_bos))
-    return {"tokens": ids, "n_tokens": len(ids)}
+    tokenizer = model.tokenizer
+    default = data.special or data.content is not None
+    special = default if data.parse_special is None else data.parse_special
+    add_bos = (data.add_bos or data.add_special) and (data.content is None or tokenizer.add_bos)
+    ids = await state.call(lambda: tokenizer.encode(text, special=special, add_bos=add_bos))
+    return {"tokens": _pieces(tokenizer, ids) if data.with_pieces else ids, "n_tokens": len(ids)}
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
+    """Tokens with their texts; bytes where one is not UTF-8 by itself."""
+    found = []
+    for token in ids:
+        data = tokenizer.token_bytes(token)
+        try:
+            piece: str | list[int] = data.decode()
+        except UnicodeDecodeError:
+            piece = list(data)
+        found.append({"id": token, "piece": piece})
+    return found
 
 
 @routes.post("/detokenize")
@@ -44,14 +64,15 @@ async def detokenize(data: TokensBody) -> Any:
     assert model is not None
     tokenizer = model.tokenizer
 
-    def work() -> str:
+    def work() -> dict[str, Any]:
         for i, token in enumerate(data.tokens):
             if not 0 <= token < tokenizer.vocab_size:
                 message = f"tokens[{i}] is {token}, must be in 0 .. {tokenizer.vocab_size - 1}"
                 raise ApiError(400, "invalid_value", message, param="tokens")
-        return tokenizer.decode(data.tokens, skip_special=data.skip_special)
+        text = tokenizer.decode(data.tokens, skip_special=data.skip_special)
+        return {"text": text, "content": tokenizer.decode(data.tokens, skip_special=False)}
 
-    return {"text": await state.call(work)}
+    return await state.call(work)
 
 
 @routes.post("/count")

@@ -21,6 +21,7 @@ from fabula.server.replies import (
     TagsReply,
     TurnTokensReply,
 )
+from fabula.server.routes.sessions import deleted
 from fabula.server.schemas import (
     AlternativesBody,
     ForkBody,
@@ -80,12 +81,7 @@ async def fork(data: ForkBody) -> Any:
 @verb_route(routes, "/delete_session", SessionBody, "Sessions", DeletedReply)
 async def delete_session(data: SessionBody) -> Any:
     """Deletes a session; turns that forks follow stay. A reply being generated is stopped first."""
-    state = server()
-
-    def verb(session: Session) -> dict[str, Any]:
-        return {"session_id": session.id, "freed_bytes": state.delete(session)}
-
-    return await mutated("deleted", existing(data.session_id, needs_model=False), verb)
+    return await deleted(data.session_id)
 
 
 @verb_route(routes, "/stop", StopBody, "Conversation", StoppedReply)
