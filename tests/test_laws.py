@@ -543,6 +543,7 @@ def walk(
     policies: list[ContextPolicy] = POLICIES,
     context: int = CONTEXT,
     window_kv: Any = "keep",
+    n_days: int = 5,
 ) -> None:
     """Lets the machine run over a model that has room for N_PAGES pages."""
     with Model.load(folder, kv=kv, threads=1, context=context, speculation="off") as oracle:
@@ -553,7 +554,7 @@ def walk(
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=5 * MORE,
+                max_examples=n_days * MORE,
                 stateful_step_count=30,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
@@ -602,7 +603,7 @@ def test_whatever_is_done_holds_for_every_structure(tmp_path: Path, name: str, k
 )
 def test_whatever_is_done_holds_without_dead_windows(tmp_path: Path, name: str, kv: Any, window_kv: Any) -> None:
     folder = make_talking_model(CASES[name], tmp_path / "model")
-    walk(folder, tmp_path, kv, 2, context=256, window_kv=window_kv)
+    walk(folder, tmp_path, kv, 2, context=256, window_kv=window_kv, n_days=2)
 
 
 def test_learned_positions_do_not_slide(tmp_path: Path) -> None:

@@ -246,10 +246,10 @@ def test_no_freed_page_is_ever_read(tiny_folder: Path, monkeypatch: pytest.Monke
     give_back = PagePool.give_back
     poisoned = 0
 
-    def poisoning(self: PagePool, pages: list[int]) -> None:
+    def poisoning(self: PagePool, pages: list[int], n_dropped: int = 0) -> None:
         nonlocal poisoned
         with self.lock:
-            give_back(self, pages)
+            give_back(self, pages, n_dropped)
             for page in {page for page in pages if page != HOLE and not self.holders(page)}:
                 self.native.write(page, np.full(self.page_bytes, 0xFF, np.uint8))
                 poisoned += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +29,10 @@ from fabula.formats.open import open_checkpoint
 from fabula.kv.pages import PagePool, Sequence, pages_for
 from fabula.kv.prefix import Window
 from fabula.kv.windowed import TAKE_BACK, WindowedLayers
+from scheduling import settled, wishes
 
-# Of each structure: windows in most layers; in most, with layers that reuse the KV of others; chunks.
-NAMES = ("gemma3", "cohere2", "gemma4", "llama4")
+# Of each structure: windows in most layers; in most, with layers that reuse the KV of others; chunks; in all layers.
+NAMES = ("gemma3", "cohere2", "gemma4", "llama4", "starcoder2")
 VOCAB = tiny.VOCAB
 I32 = npt.NDArray[np.int32]
 
@@ -88,7 +90,7 @@ def test_windowed_layers_of_families(folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         runner = load(folder)
         found[name] = runner.pool.windowed
-        assert 0 < runner.pool.windowed_bytes < runner.pool.page_bytes
+        assert 0 < runner.pool.windowed_bytes <= runner.pool.page_bytes
         layers = runner.config.kv_layers
         own = sum(page_bytes(DType.F32, [layers[i]]) for i in runner.pool.windowed.layers)
         assert runner.pool.windowed_bytes == own
@@ -97,6 +99,7 @@ def test_windowed_layers_of_families(folders: dict[str, Path]) -> None:
     assert found["cohere2"] == WindowedLayers((0, 1, 2, 4), 19)  # every fourth
     assert found["gemma4"] == WindowedLayers((0, 1, 3), 19)  # the last two of six reuse layers 2 and 3
     assert found["llama4"] == WindowedLayers((0, 1, 3, 4), 0, (23,))
+    assert found["starcoder2"] == WindowedLayers((0, 1, 2), 19)
 
 
 def test_a_layer_that_one_reader_sees_whole_is_not_windowed() -> None:
@@ -198,7 +201,9 @@ class Texts(RuleBasedStateMachine):
         assert pool.n_bytes == 0 and pool.n_free == pool.n_pages
 
 
-@pytest.mark.parametrize(("name", "kv"), [("gemma3", DType.F16), ("llama4", DType.F32), ("gemma4", DType.Q8_0)])
+@pytest.mark.parametrize(
+    ("name", "kv"), [("gemma3", DType.F16), ("llama4", DType.F32), ("gemma4", DType.Q8_0), ("starcoder2", DType.BF16)]
+)
 def test_every_text_has_the_bits_of_one_from_scratch(folders: dict[str, Path], name: str, kv: DType) -> None:
     runner = load(folders[name], kv=kv)
     machine = type("Machine", (Texts,), {"runner": runner})
@@ -306,7 +311,7 @@ def loaded(folder: Path, window_kv: Any, **options: Any) -> Iterator[Model]:
         assert pool.n_bytes == 0 and pool.n_free == pool.n_pages
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llama4"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "starcoder2"])
 def test_drop_takes_less_memory_and_gives_the_same_tokens(folders: dict[str, Path], name: str) -> None:
     ids = some_ids(700).tolist()
     with loaded(folders[name], "keep") as kept, loaded(folders[name], "drop") as dropped:
@@ -332,6 +337,31 @@ def test_pressure_drops_before_it_evicts_or_preempts(folders: dict[str, Path]) -
             assert generation.token_ids == tokens
         assert sum(generation._request.n_preempted for generation in running) == 0
         assert model.kv_usage.n_evicted == 0 < model.kv_usage.n_dropped
+
+
+@pytest.mark.parametrize(("name", "window_kv"), [("gemma3", "keep"), ("cohere2", "drop")])
+def test_requests_of_a_tight_pool(folders: dict[str, Path], tmp_path: Path, name: str, window_kv: Any) -> None:
+    """Requests with common prefixes run together, end early, are preempted, and go to disk and back."""
+    wanted = wishes(12, 3, longest=330)
+    with Model.load(folders[name], threads=1, context=400) as clean:
+        alone = [wish.alone(clean) for wish in wanted]
+        n_bytes = 16 * clean._runner.pool.page_bytes
+    with Workspace(tmp_path) as workspace:
+        model = workspace.load(folders[name], name="m", threads=1, context=400, kv_memory=n_bytes, window_kv=window_kv)
+        rng = random.Random(1)
+        for _ in range(2):
+            running = [wish.begin(model) for wish in wanted]
+            gone = set(rng.sample(range(len(wanted)), 3))
+            for i in gone:
+                next(running[i])
+                running[i].cancel()
+            for i, generation in enumerate(running):
+                if i not in gone:
+                    assert list(generation) == alone[i]
+        del running, generation
+        assert model._runner.pool.n_dropped_ever > 0
+        assert settled(model)
+        model._runner.pool.check([], [])
 
 
 def test_a_prefix_counts_only_where_its_windows_are_there(folders: dict[str, Path]) -> None:

@@ -241,10 +241,9 @@ class KvEvictionList:
             few = n_references is None or self._pool.holders(page) <= n_references
             if key is None or not few or key in spill:
                 continue
-            if self._pool.is_whole(page):
-                spill.put(key, self._pool.read(page))
-            elif partial_key(key) not in spill:
-                spill.put(partial_key(key), self._pool.read(page))
+            name = key if self._pool.is_whole(page) else partial_key(key)
+            if name not in spill and not spill.put(name, self._pool.read(page)):
+                return  # no room: copying the pages after it would be in vain
 
     def _save_patiently(self, sequence: Sequence, n_references: int | None = None) -> None:
         """Spills a sequence's full pages at the speed of the disk. The caller must hold no lock."""

@@ -168,9 +168,8 @@ class PagePool:
         self.lock = threading.RLock()
         self._closed = False
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()  # of a pool with windowed layers
-        self._abandoned: deque[tuple[list[int], bool, int]] = (
-            deque()
-        )  # pages, retained, n_dropped of collected sequences
+        # Of collected sequences: pages, whether retained, and n_dropped.
+        self._abandoned: deque[tuple[list[int], bool, int]] = deque()
         _pools.add(self)
 
     @property
@@ -204,16 +203,19 @@ class PagePool:
         return self._references.n_cached * (self.page_bytes - self.windowed_bytes) + n_windowed * self.windowed_bytes
 
     def n_available(self, wanted: int = 0) -> int:
-        """Whole pages that are free or can be evicted. If there are fewer than `wanted`, dead windowed KV is dropped
-        first."""
+        """Whole pages that are free or can be evicted. While there are fewer than `wanted`, sequences in use drop dead
+        windowed KV."""
         self._release_abandoned()
-        if self._n_available() < wanted:
-            for sequence in self.sequences():
+        for sequence in self.sequences():
+            if self._n_available() >= wanted:
+                break
+            if not sequence.retained:  # what is retained can be evicted as it is
                 sequence.drop_windowed()
         return self._n_available()
 
     def _n_available(self) -> int:
-        return (self._limit - self.n_bytes + self._cached_bytes()) // self.page_bytes
+        n_numbers = len(self._free) + len(self._fresh) + self._references.n_cached
+        return min(n_numbers, (self._limit - self.n_bytes + self._cached_bytes()) // self.page_bytes)
 
     def register(self, sequence: Sequence) -> None:
         """Makes a sequence known, whose dead windowed KV is dropped when pages run out."""
