@@ -22,6 +22,12 @@ FILE_TYPES = tuple(name for name in WEIGHTS_NAMES if name != "auto" and name not
 KV_FORMATS = ("f16", "f32", "bf16", "q8")
 KV_NAMES = (*KV_FORMATS, *(f"{k}:{v}" for k in KV_FORMATS for v in KV_FORMATS if k != v))  # for both, or K:V
 
+Isa = Literal[
+    "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_amx",
+    "neon", "neon_dotprod", "neon_i8mm",
+]  # fmt: skip
+ISA_NAMES: tuple[Isa, ...] = get_args(Isa)[1:]  # without "auto", the best of them
+
 DEVICE_NAME = r"cpu|auto|cuda(?::([0-9]{1,3}))?"  # pattern of a whole name; the group is the GPU's number
 DEVICE_PRODUCTS = ("own", "library")
 MAX_DEVICES = 16  # GPUs of one model; FB_MOST_MEMBERS of fabula.h

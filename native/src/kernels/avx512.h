@@ -168,7 +168,7 @@ static inline v16 dot_pair(v16 sums, v64 line, const uint16_t *x) {
 #endif
 
 #ifdef __AVX512VNNI__
-enum { DOT_KNOWS_ZERO = 0 };
+enum { DOT_KNOWS_ZERO = 0, DOT_CHAINS = 2 };
 static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
     (void)is_wide;
     return _mm512_dpbusd_epi32(sums, codes, four_of(x));
@@ -176,7 +176,7 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 #else
 /* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their
  * sign moves to the activation, so that a pair is at most 2 x 128 x 127. */
-enum { DOT_KNOWS_ZERO = 1 };
+enum { DOT_KNOWS_ZERO = 1, DOT_CHAINS = 2 };
 static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
     __m512i four = four_of(x);
     if (is_wide) {

@@ -244,14 +244,14 @@ static inline activations load_activations(const int8_t *x) {
 #endif
 
 #if defined(FABULA_NEON_I8MM)
-enum { DOT_KNOWS_ZERO = 0 };
+enum { DOT_KNOWS_ZERO = 0, DOT_CHAINS = 2 };
 static inline int32x4_t dot_4(int32x4_t sums, uint8x16_t codes, activations four, bool is_wide) {
     (void)is_wide;
     return vusdotq_lane_s32(sums, codes, four, 0);
 }
 #else
 /* Codes are multiplied as signed bytes: 8-bit ones after subtracting 128, the others are small enough. */
-enum { DOT_KNOWS_ZERO = 1 };
+enum { DOT_KNOWS_ZERO = 1, DOT_CHAINS = 2 };
 static inline int32x4_t dot_4(int32x4_t sums, uint8x16_t codes, activations four, bool is_wide) {
     if (is_wide) codes = veorq_u8(codes, vdupq_n_u8(0x80));
     const int8x16_t with_sign = vreinterpretq_s8_u8(codes);
