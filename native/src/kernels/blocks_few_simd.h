@@ -73,7 +73,9 @@ INLINE void few_tile(const enum fb_dtype dtype, const enum rows rows, const size
         if (t < n_wanted) store_rows_of(rows, y + t * ldy, sums[t]);
 }
 
-/* The first tile of a panel reads it from memory, those for further tokens from the cache. */
+/* The first tile of a panel reads it from memory, the others from the cache. The second one prefetches the next
+ * panel, or the first if it is alone: a Sapphire Rapids core reads 1.2 to 1.45 times as fast with it, even for
+ * one token. */
 INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_panels, size_t n_cols,
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
     const size_t panel_bytes = fb_panel_bytes(dtype, n_cols);
@@ -84,7 +86,6 @@ INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_p
             const size_t rest = n_tokens - t;
             const struct fb_activation *from = x + t * ldx;
             float *out = y + t * ldy + p * FB_LANES;
-            const bool is_second = t > 0 && t <= FEW_TOKENS; /* the second tile prefetches */
             taken = rest;
 #define TILE_CASE(T, least)                                                                                            \
     if (rest >= (least)) {                                                                                             \
@@ -93,7 +94,8 @@ INLINE void few_tokens(const enum fb_dtype dtype, const char *panels, size_t n_p
             few_tile(dtype, LOW_ROWS, T, panel, n_cols, from, ldx, taken, false, out, ldy);                            \
             few_tile(dtype, HIGH_ROWS, T, panel, n_cols, from, ldx, taken, t == 0, out, ldy);                          \
         } else                                                                                                         \
-            few_tile(dtype, ALL_ROWS, T, panel, n_cols, from, ldx, taken, is_second, out, ldy);                        \
+            few_tile(dtype, ALL_ROWS, T, panel, n_cols, from, ldx, taken,                                              \
+                t == 0 ? taken == n_tokens : t <= FEW_TOKENS && !HAS_HALVES(FEW_TOKENS), out, ldy);                    \
         continue;                                                                                                      \
     }
             FEW_TILES(TILE_CASE)

@@ -40,7 +40,7 @@
  *   v16_to_codes             16 f32 to 16 int8, rounding to even; returns the sum of the codes
  *   v16_top_magnitude        bits of the largest magnitude of 32 f32; as integers NaN > infinity > the rest
  *   FEW_TOKENS               tokens of the largest tile of few tokens
- *   MAX_FEW_TILES            at most so many such tiles per panel
+ *   MAX_FEW_TILES(bits)      at most so many such tiles per panel of codes of that many bits
  *   FEW_TILES(X)             X(tokens, least) for each such tile, the largest first: it is used for `least`
  *                            tokens or more, and computes the missing ones for nothing
  *   BLOCK_TOKENS BLOCK_PANELS   largest tile of a slice: tokens x panels
@@ -55,7 +55,7 @@
  *
  *     values                        avx2  avx512  avx512_amx  neon  neon_i8mm
  *     FEW_TOKENS                       6       6           6     3          3
- *     MAX_FEW_TILES                    3       4           4     4          2
+ *     MAX_FEW_TILES                 2, 3       4           4     4          2
  *     BLOCK_TOKENS x BLOCK_PANELS  3 x 1   6 x 2      16 x 2  3 x 1     2 x 1
  *     SCALE_REPEATS                    1       1           1     1          2
  *
@@ -375,7 +375,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
 #define FORMAT_CASE(name)                                                                                              \
     case name:                                                                                                         \
-        if (n_tokens <= FEW_TOKENS * MAX_FEW_TILES)                                                                    \
+        if (n_tokens <= FEW_TOKENS * MAX_FEW_TILES(fb_layout_of(name).bits))                                           \
             few_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                      \
         else                                                                                                           \
             many_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                     \

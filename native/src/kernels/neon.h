@@ -278,11 +278,13 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 #if defined(FABULA_NEON_I8MM)
 /* Few tokens use USDOT, which takes a line as it is stored. A block for 7 tokens takes about 400 vector
  * instructions either way; from then on SMMLA wins, which takes 70 for each further pair of tokens. */
-#define MATRIX_TILES "kernels/blocks_mmla.h"
-enum { FEW_TOKENS = 3, MAX_FEW_TILES = 2, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
+#define MATRIX_TILES        "kernels/blocks_mmla.h"
+#define MAX_FEW_TILES(bits) 2
+enum { FEW_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
 #else
-enum { FEW_TOKENS = 3, MAX_FEW_TILES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
-#define BLOCK_TILES(X) X(2, 1) X(3, 1)
+#define MAX_FEW_TILES(bits) 4
+enum { FEW_TOKENS = 3, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
+#define BLOCK_TILES(X)      X(2, 1) X(3, 1)
 #endif
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 2 };
