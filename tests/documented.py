@@ -169,10 +169,19 @@ def check_exists(command: Command) -> None:
         assert words[1] == "install" and extra is not None and (extra[1] is None or extra[1] in extras), command
     elif words[0] == "fabula" and words[1] != "--help":
         found: click.Command = cli
-        for word in words[1:]:
+        options = {"--help"}
+        rest = iter(words[1:])
+        for word in rest:
+            own = {name: option for option in found.params for name in (*option.opts, *option.secondary_opts)}
+            options |= set(own)
             if not isinstance(found, click.Group):
                 break
+            if word.startswith("--"):  # an option of the group, before its command
+                assert word in own, (command, word)
+                if not getattr(own[word], "is_flag", False):
+                    next(rest)
+                continue
             found = found.get_command(click.Context(found), word)  # type: ignore[assignment]
             assert found is not None, (command, word)
-        options = {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
-        assert {word for word in words if word.startswith("--")} <= options | {"--help"}, command
+        options |= {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= options, command

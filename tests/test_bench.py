@@ -27,6 +27,7 @@ from fabula.bench.row import Row, read_rows
 from fabula.bench.status import silent
 from fabula.bench.timing import Times, interleaved, measure, turns
 from fabula.bench.worker import Worker, memory_bytes
+from fabula.choices import ISA_NAMES
 from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
 from waiting import run_program
@@ -95,6 +96,18 @@ def test_machine(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("flags\t: a b\nmodel name\t: Quick 9000\n")
     assert cpu_name(tmp_path / "cpuinfo") == "Quick 9000"
     assert cpu_name(tmp_path / "absent")
+
+
+def test_forced_instruction_set() -> None:
+    best = _native.isa_best()
+    rows = rows_of(call("--isa", "reference", "ops", "--quick", "--json", "--threads", "1"))
+    assert {row["machine"]["isa"] for row in rows} == {"reference"}
+    assert _native.isa_best() == best  # only during the command
+    refused = call("--isa", "reference", "load")
+    assert refused.exit_code == 2 and "--isa does not apply to load" in refused.output
+    missing = next(isa for isa in ISA_NAMES if not _native.isa_available(isa))
+    with pytest.raises(Unsupported, match=f"isa is '{missing}', which this CPU lacks; it has reference"):
+        call("--isa", missing, "ops", "--quick")
 
 
 # ---- Operators -----------------------------------------------------------------------------------------------------

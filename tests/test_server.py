@@ -45,7 +45,9 @@ def test_chat_rollback_delete(served: Running) -> None:
         '"temperature": 1.0}'
     )
     json_type = {"Content-Type": "application/json"}
-    served.post("/sessions", 201, session_id="abc123", sampling={"seed": 11})  # answers of the tiny model end soon with it
+    served.post(
+        "/sessions", 201, session_id="abc123", sampling={"seed": 11}
+    )  # answers of the tiny model end soon with it
     first = served.client.post("/chat", content=body, headers=json_type)
     assert first.status_code == 200, first.text
     check_answer(first.json(), "abc123", 1)

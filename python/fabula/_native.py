@@ -9,14 +9,17 @@ collector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula._ffi import ffi, lib
+from fabula.choices import ISA_NAMES
+from fabula.choices import Isa as Isa
 from fabula.errors import (
     DeviceError,
     DeviceOutOfMemory,
@@ -29,10 +32,6 @@ from fabula.errors import (
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-Isa = Literal[
-    "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_amx",
-    "neon", "neon_dotprod", "neon_i8mm",
-]  # fmt: skip
 
 ABI_VERSION: int = lib.FB_ABI_VERSION
 PAGE_POSITIONS: int = lib.FB_PAGE_POSITIONS
@@ -110,8 +109,27 @@ def isa_available(name: Isa) -> bool:
 
 def isa_best() -> str:
     """The instruction set that "auto" stands for here."""
-    best = lib.fb_isa_best()
-    return next(name for name, value in _ISAS.items() if value == best)
+    best = _ISAS["auto"] or lib.fb_isa_best()
+    return next(name for name, value in _ISAS.items() if value == best and name != "auto")
+
+
+@contextmanager
+def isa_forced(name: Isa) -> Iterator[None]:
+    """Inside, "auto" stands for `name` in the whole process: for measurements of a lesser instruction set.
+
+    Raises:
+        Unsupported: this CPU or build lacks it.
+    """
+    before, number = _ISAS["auto"], isa_number(name)
+    if not isa_available(name):
+        raise Unsupported(
+            f"isa is {name!r}, which this CPU lacks; it has {', '.join(isa for isa in ISA_NAMES if isa_available(isa))}"
+        )
+    _ISAS["auto"] = number
+    try:
+        yield
+    finally:
+        _ISAS["auto"] = before
 
 
 # ---- Number formats ----------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ WINDOW_KV: tuple[str, ...] = get_args(WindowKv)
 SpeculationName = Literal["auto", "off"]
 SPECULATION_NAMES: tuple[str, ...] = get_args(SpeculationName)
 
+Isa = Literal[
+    "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_amx",
+    "neon", "neon_dotprod", "neon_i8mm",
+]  # fmt: skip
+ISA_NAMES: tuple[Isa, ...] = get_args(Isa)[1:]  # without "auto", the best of them
+
 DEVICE_NAME = r"cpu|auto|cuda(?::([0-9]{1,3}))?"  # pattern of a whole name; the group is the GPU's number
 DEVICE_PRODUCTS = ("own", "library")
 MAX_DEVICES = 16  # GPUs of one model; FB_MOST_MEMBERS of fabula.h

@@ -6,9 +6,13 @@
  * input: 12 fused multiply-adds for 8 loads, which keeps both FMA units busy. One token takes one panel: its
  * two sums are dependency chains, but a core reads one stream from memory faster than several.
  *
- *     includes it    defines            products of 4 bytes            pairs of bf16
- *     avx2.c         -                  VPMADDUBSW + VPMADDWD          widened to f32
- *     avx_vnni.c     FABULA_DPBUSD_256  VPDPBUSD                       widened to f32
+ * A tile of quantized blocks also keeps a dot product per sum. So it is 3 tokens x 1 panel (6 sums, 6 dot
+ * products, 2 lines, 1 input), or 6 tokens x half a panel, which prepares half as many lines per product.
+ *
+ *     includes it    defines            products of 4 bytes                     pairs of bf16
+ *     avx2.c         -                  VPMADDUBSW, then VPMADDWD; codes of 6   widened to f32
+ *                                       bits and less are added in between
+ *     avx_vnni.c     FABULA_DPBUSD_256  VPDPBUSD                                widened to f32
  *
  * EACH makes a v16 of its two halves, BOTH a v64. The contract of v16_*, v64_* and v16i_* is in simd.h and
  * blocks_simd.h.
@@ -36,6 +40,12 @@ static inline v16 v16_load(const float *x) {
 }
 static inline void v16_store(float *out, v16 a) {
     _mm256_storeu_ps(out, a.low);
+    _mm256_storeu_ps(out + 8, a.high);
+}
+static inline void v16_store_low(float *out, v16 a) {
+    _mm256_storeu_ps(out, a.low);
+}
+static inline void v16_store_high(float *out, v16 a) {
     _mm256_storeu_ps(out + 8, a.high);
 }
 static inline v16 v16_add(v16 a, v16 b) {
@@ -196,35 +206,59 @@ static inline uint32_t v16_top_magnitude(v16 a, v16 b) {
 }
 
 #ifdef FABULA_DPBUSD_256
-enum { DOT_KNOWS_ZERO = 0 };
-static inline __m256i dot_8(__m256i sums, __m256i codes, __m256i four, bool is_wide) {
+enum { DOT_KNOWS_ZERO = 0, DOT_CHAINS = 2 };
+static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
     (void)is_wide;
-    return FABULA_DPBUSD_256(sums, codes, four);
+    int32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    const __m256i four = _mm256_set1_epi32(bits);
+    return BOTH(FABULA_DPBUSD_256(sums.low, codes.low, four), FABULA_DPBUSD_256(sums.high, codes.high, four));
 }
 #else
 /* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their
  * sign moves to the activation, so that a pair is at most 2 x 128 x 127. */
-enum { DOT_KNOWS_ZERO = 1 };
-static inline __m256i dot_8(__m256i sums, __m256i codes, __m256i four, bool is_wide) {
-    if (is_wide) {
-        codes = _mm256_xor_si256(codes, _mm256_set1_epi8((char)0x80));
-        four = _mm256_sign_epi8(four, codes);
-        codes = _mm256_abs_epi8(codes);
-    }
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), _mm256_set1_epi16(1)));
+enum { DOT_KNOWS_ZERO = 1, DOT_CHAINS = 1 };
+#define HAS_PAIR_SUMS
+static inline v64 v64_signed(v64 a) {
+    const __m256i sign = _mm256_set1_epi8((char)0x80);
+    return BOTH(_mm256_xor_si256(a.low, sign), _mm256_xor_si256(a.high, sign));
 }
-#endif
-
-static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
+static inline v64 v64_magnitudes(v64 a) {
+    return BOTH(_mm256_abs_epi8(a.low), _mm256_abs_epi8(a.high));
+}
+static inline __m256i signed_dot_8(__m256i sums, __m256i magnitudes, __m256i codes, __m256i four) {
+    const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(four, codes));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline v16i v16i_signed_dot(v16i sums, v64 magnitudes, v64 codes, const int8_t *x) {
     int32_t bits;
     memcpy(&bits, x, sizeof bits);
     const __m256i four = _mm256_set1_epi32(bits);
-    return BOTH(dot_8(sums.low, codes.low, four, is_wide), dot_8(sums.high, codes.high, four, is_wide));
+    return BOTH(signed_dot_8(sums.low, magnitudes.low, codes.low, four),
+        signed_dot_8(sums.high, magnitudes.high, codes.high, four));
 }
 
-enum { FEW_TOKENS = 3, MAX_FEW_TILES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
-#define FEW_TILES(X)   X(3, 3) X(2, 2) X(1, 1)
-#define BLOCK_TILES(X) X(2, 1) X(3, 1)
+static inline v64 v64_pairs(v64 codes, const int8_t *x) {
+    int32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    const __m256i four = _mm256_set1_epi32(bits);
+    return BOTH(_mm256_maddubs_epi16(codes.low, four), _mm256_maddubs_epi16(codes.high, four));
+}
+static inline v64 v64_add_pairs(v64 a, v64 b) {
+    return BOTH(_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high));
+}
+static inline v16i v16i_from_pairs(v64 a) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return BOTH(_mm256_madd_epi16(a.low, ones), _mm256_madd_epi16(a.high, ones));
+}
+#endif
+
+enum { FEW_TOKENS = 6, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
+#define MAX_FEW_TILES(bits) ((bits) == 6 ? 2 : 3)
+#define FEW_TILES(X)        X(6, 6) X(4, 4) X(3, 3) X(2, 2) X(1, 1)
+#define BLOCK_TILES(X)      X(2, 1) X(3, 1)
+#define HALF_TILES(X)       X(4) X(5) X(6)
+#define HAS_HALVES(tokens)  ((tokens) >= (DOT_KNOWS_ZERO ? 3 : 4))
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
 #define TILE_PANELS(tokens) ((tokens) == 1 ? 1 : (tokens) == 2 ? 3 : (tokens) == 3 ? 2 : 1)

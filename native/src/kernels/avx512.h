@@ -168,7 +168,7 @@ static inline v16 dot_pair(v16 sums, v64 line, const uint16_t *x) {
 #endif
 
 #ifdef __AVX512VNNI__
-enum { DOT_KNOWS_ZERO = 0 };
+enum { DOT_KNOWS_ZERO = 0, DOT_CHAINS = 2 };
 static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
     (void)is_wide;
     return _mm512_dpbusd_epi32(sums, codes, four_of(x));
@@ -176,7 +176,7 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 #else
 /* Pairs of products are added in 16 bits, which 8-bit codes would overflow: those become signed and their
  * sign moves to the activation, so that a pair is at most 2 x 128 x 127. */
-enum { DOT_KNOWS_ZERO = 1 };
+enum { DOT_KNOWS_ZERO = 1, DOT_CHAINS = 2 };
 static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide) {
     __m512i four = four_of(x);
     if (is_wide) {
@@ -190,7 +190,8 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 
 /* A tile of 6 tokens uses 12 of the 32 registers (few tokens) or 24 (two panels) for dot products and sums,
  * the rest for lines, scales and one broadcast. More than 24 tokens run in tiles of 5 or 6. */
-enum { FEW_TOKENS = 6, MAX_FEW_TILES = 4, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
+#define MAX_FEW_TILES(bits) 4
+enum { FEW_TOKENS = 6, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
 #define FEW_TILES(X)   X(6, 5) X(4, 3) X(2, 2) X(1, 1)
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 

@@ -12,7 +12,7 @@
  *
  * AMX-BF16 cannot serve gemm_pairs: it adds pairs in another order.
  *
- *     defines          store_unpacked, store_scales, begin_tiles, end_tiles, block_tiles
+ *     defines          unpack_block, store_scales, begin_tiles, end_tiles, block_tiles
  *     template over    struct tile_kind (1 or 2 groups, offset or not), n_panels 1 or 2
  *     tested           test_blocks: every format and 1 .. 50 tokens, on AMX where the CPU has it and emulated
  */
@@ -26,10 +26,13 @@ struct products {
     _Alignas(64) int32_t of[BLOCK_PANELS][STEP][TILE_TOKENS][FB_LANES];
 };
 
-INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
+INLINE void unpack_block(const enum fb_dtype dtype, const uint8_t *codes, uint8_t *unpacked) {
+    const int zero_shift = fb_layout_of(dtype).zero_shift;
     UNROLL
-    for (int q = 0; q < FB_UNPACKED_LINES; q++)
-        v64_store(unpacked + q * FB_LINE, zero_shift ? v64_minus(lines[q], 1 << zero_shift) : lines[q]);
+    for (int q = 0; q < FB_UNPACKED_LINES; q++) {
+        const v64 line = unpack_line(dtype, codes, q);
+        v64_store(unpacked + q * FB_LINE, zero_shift ? v64_minus(line, 1 << zero_shift) : line);
+    }
 }
 
 INLINE void store_scales(float *out, v16 scales) {

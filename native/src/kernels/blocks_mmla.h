@@ -13,7 +13,7 @@
  * instructions, 32 of them SMMLA and 24 for scales; with USDOT it took 100, 64 of them USDOT. Four tokens per
  * tile would halve the loads, but need more of the other instructions.
  *
- *     defines          store_unpacked, store_scales, begin_tiles, end_tiles, block_tiles
+ *     defines          unpack_block, store_scales, begin_tiles, end_tiles, block_tiles
  *     template over    struct tile_kind (1 or 2 groups, offset or not); 1 panel, 2 tokens
  *     tested           test_blocks under qemu (tests/native/aarch64.sh): every format, 1 .. 50 tokens
  */
@@ -23,10 +23,11 @@ INLINE void store_rows(uint8_t *out, uint8x16_t first, uint8x16_t second) {
     vst1q_u8(out + 16, vreinterpretq_u8_u32(vzip2q_u32(x, y)));
 }
 
-INLINE void store_unpacked(uint8_t *unpacked, const v64 lines[FB_UNPACKED_LINES], const int zero_shift) {
+INLINE void unpack_block(const enum fb_dtype dtype, const uint8_t *codes, uint8_t *unpacked) {
+    const int zero_shift = fb_layout_of(dtype).zero_shift;
     UNROLL
     for (int q = 0; q < FB_UNPACKED_LINES; q += 2) {
-        v64 x = lines[q], y = lines[q + 1];
+        v64 x = unpack_line(dtype, codes, q), y = unpack_line(dtype, codes, q + 1);
         if (zero_shift) {
             x = v64_minus(x, 1 << zero_shift);
             y = v64_minus(y, 1 << zero_shift);

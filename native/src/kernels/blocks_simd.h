@@ -27,24 +27,35 @@
  *   v16i                     16 int32, lane j for row j of a panel
  *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all
  *                            lanes)
- *   DOT_KNOWS_ZERO           whether v16i_dot of wide codes subtracts their zero point of 128
+ *   HAS_PAIR_SUMS            optional, where a CPU multiplies bytes only in pairs, into 16 bits; instead of
+ *                            v16i_dot:
+ *       v64_pairs            2 sums of 2 products in each lane, of codes up to 127
+ *       v64_add_pairs        adds them; v16i_from_pairs adds the two sums of each lane, as int32
+ *       v64_signed           wide codes - 128; v64_magnitudes of those
+ *       v16i_signed_dot      v16i_dot of magnitudes and signed codes
+ *   DOT_KNOWS_ZERO           whether dot products of wide codes subtract their zero point of 128
+ *   DOT_CHAINS               chains of dot products with one or two tokens, 1 or 2; 1 with HAS_PAIR_SUMS
  *   v16i_start               -(sum of activations) << shift in all lanes
  *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i
  *   v16_to_codes             16 f32 to 16 int8, rounding to even; returns the sum of the codes
  *   v16_top_magnitude        bits of the largest magnitude of 32 f32; as integers NaN > infinity > the rest
  *   FEW_TOKENS               tokens of the largest tile of few tokens
- *   MAX_FEW_TILES            at most so many such tiles per panel
+ *   MAX_FEW_TILES(bits)      at most so many such tiles per panel of codes of that many bits
  *   FEW_TILES(X)             X(tokens, least) for each such tile, the largest first: it is used for `least`
  *                            tokens or more, and computes the missing ones for nothing
  *   BLOCK_TOKENS BLOCK_PANELS   largest tile of a slice: tokens x panels
  *   BLOCK_TILES(X)           X(tokens, panels) for each tile of a slice; not with MATRIX_TILES
+ *   HALF_TILES(X)            optional: X(tokens) for tiles of half a panel of wide codes with
+ *                            HAS_PAIR_SUMS, of up to 2 BLOCK_TOKENS tokens
+ *   HAS_HALVES(tokens)       optional: whether such a tile of few tokens is two of half a panel
+ *   v16_store_low v16_store_high    rows 0 .. 7 and 8 .. 15, for halves
  *   SCALE_REPEATS            how often a slice stores each scale
  *   MATRIX_TILES             optional: the header that computes tiles with matrix instructions for bytes,
  *                            blocks_mmla.h or blocks_amx.h. They take signed codes, minus their zero point
  *
  *     values                        avx2  avx512  avx512_amx  neon  neon_i8mm
- *     FEW_TOKENS                       3       6           6     3          3
- *     MAX_FEW_TILES                    4       4           4     4          2
+ *     FEW_TOKENS                       6       6           6     3          3
+ *     MAX_FEW_TILES                 2, 3       4           4     4          2
  *     BLOCK_TOKENS x BLOCK_PANELS  3 x 1   6 x 2      16 x 2  3 x 1     2 x 1
  *     SCALE_REPEATS                    1       1           1     1          2
  *
@@ -55,9 +66,16 @@
 
 enum { SLICE_BLOCKS = 8 }; /* unpacked at a time: 4 KiB of codes per panel */
 
+/* Lines of a block in a slice: codes, and with HAS_PAIR_SUMS the magnitudes of wide codes. */
+#ifdef HAS_PAIR_SUMS
+enum { SLICE_LINES = 2 * FB_UNPACKED_LINES };
+#else
+enum { SLICE_LINES = FB_UNPACKED_LINES };
+#endif
+
 /* Unpacked blocks of some panels, the input of tiles. */
 struct slice {
-    _Alignas(64) uint8_t unpacked[BLOCK_PANELS][SLICE_BLOCKS][FB_UNPACKED_LINES * FB_LINE];
+    _Alignas(64) uint8_t unpacked[BLOCK_PANELS][SLICE_BLOCKS][SLICE_LINES * FB_LINE];
     float scales[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     float offsets[BLOCK_PANELS][SLICE_BLOCKS][2][SCALE_REPEATS * FB_LANES];
     size_t n_panels, n_blocks;
@@ -80,22 +98,20 @@ INLINE v64 take_bits(v64 line, const int from, const int to, const int mask) {
     return v64_and(from > to ? v64_right(line, from - to) : from < to ? v64_left(line, to - from) : line, mask);
 }
 
-INLINE void unpack_lines(const enum fb_dtype dtype, const uint8_t *codes, v64 lines[FB_UNPACKED_LINES]) {
+/* Line q of a block whose stored codes are at `codes`. */
+INLINE v64 unpack_line(const enum fb_dtype dtype, const uint8_t *codes, const int q) {
     const int bits = fb_layout_of(dtype).bits;
     const uint8_t *high = codes + (bits >= 4 ? 4 : 2) * FB_LINE;
-    UNROLL
-    for (int q = 0; q < FB_UNPACKED_LINES; q++) {
-        if (bits == 8)
-            lines[q] = v64_load(codes + q * FB_LINE);
-        else if (bits >= 4)
-            lines[q] = take_bits(v64_load(codes + q % 4 * FB_LINE), q / 4 * 4, 0, 15);
-        else
-            lines[q] = take_bits(v64_load(codes + q / 4 * FB_LINE), q % 4 * 2, 0, 3);
-        if (bits == 6) lines[q] = v64_or(lines[q], take_bits(v64_load(high + q / 4 * FB_LINE), q % 4 * 2, 4, 48));
-        if (bits == 5 || bits == 3)
-            lines[q] = v64_or(lines[q], take_bits(v64_load(high), q, bits - 1, 1 << (bits - 1)));
-        if (dtype == FB_IQ4_NL) lines[q] = v64_lookup(fb_iq4_nl_values, lines[q]);
-    }
+    v64 line;
+    if (bits == 8)
+        line = v64_load(codes + q * FB_LINE);
+    else if (bits >= 4)
+        line = take_bits(v64_load(codes + q % 4 * FB_LINE), q / 4 * 4, 0, 15);
+    else
+        line = take_bits(v64_load(codes + q / 4 * FB_LINE), q % 4 * 2, 0, 3);
+    if (bits == 6) line = v64_or(line, take_bits(v64_load(high + q / 4 * FB_LINE), q % 4 * 2, 4, 48));
+    if (bits == 5 || bits == 3) line = v64_or(line, take_bits(v64_load(high), q, bits - 1, 1 << (bits - 1)));
+    return dtype == FB_IQ4_NL ? v64_lookup(fb_iq4_nl_values, line) : line;
 }
 
 INLINE v16 minus(v16 x) {
@@ -141,6 +157,105 @@ INLINE void unpack_scales(
     }
 }
 
+/* ---- Dot products ------------------------------------------------------------------------------------------------ */
+
+/* Where `max_code` is an argument, it is a constant: the largest unpacked code of a format, WIDE for is_wide. */
+enum { WIDE = 255 };
+
+INLINE int max_code_of(const enum fb_dtype dtype) {
+    return fb_layout_of(dtype).is_wide ? WIDE : (1 << fb_layout_of(dtype).bits) - 1;
+}
+
+/* The rows of a panel that a tile computes. Vectors of a half hold all 16 rows, but only 8 are stored, so the
+ * compiler drops what is computed for the others. */
+enum rows { ALL_ROWS, LOW_ROWS, HIGH_ROWS };
+
+INLINE void store_rows_of(const enum rows rows, float *y, v16 sums) {
+#ifdef HALF_TILES
+    if (rows == LOW_ROWS) {
+        v16_store_low(y, sums);
+        return;
+    }
+    if (rows == HIGH_ROWS) {
+        v16_store_high(y, sums);
+        return;
+    }
+#endif
+    (void)rows;
+    v16_store(y, sums);
+}
+
+/* A line of codes. With HAS_PAIR_SUMS wide codes are minus their zero point, beside their magnitudes. */
+struct line {
+    v64 codes;
+#ifdef HAS_PAIR_SUMS
+    v64 magnitudes;
+#endif
+};
+
+INLINE struct line line_of(const int max_code, v64 codes) {
+    struct line line;
+    line.codes = codes;
+#ifdef HAS_PAIR_SUMS
+    if (max_code == WIDE) line.codes = v64_signed(codes);
+    line.magnitudes = max_code == WIDE ? v64_magnitudes(line.codes) : codes;
+#endif
+    (void)max_code;
+    return line;
+}
+
+/* A dot product of a group of columns while its lines are added. */
+struct dot {
+    v16i sum;
+#ifdef HAS_PAIR_SUMS
+    v64 pairs; /* not yet in `sum` */
+#endif
+};
+
+/* How many lines add up exactly in 16 bits, if each adds two products of a code and a number up to 127. 0:
+ * only one, or the table adds in 32 bits at once. */
+INLINE int lines_of_pairs(const int max_code) {
+#ifdef HAS_PAIR_SUMS
+    const int most = INT16_MAX / (2 * 127 * max_code);
+    return most > 1 ? most : 0;
+#else
+    (void)max_code;
+    return 0;
+#endif
+}
+
+/* Adds line i of n_lines. */
+INLINE void add_line(
+    const int max_code, const int n_lines, const int i, struct line line, const int8_t *x, struct dot *dot) {
+#ifdef HAS_PAIR_SUMS
+    const int most = lines_of_pairs(max_code);
+    if (most) {
+        const v64 pairs = v64_pairs(line.codes, x);
+        dot->pairs = i % most == 0 ? pairs : v64_add_pairs(dot->pairs, pairs);
+        if (i % most == most - 1 || i == n_lines - 1) dot->sum = v16i_add(dot->sum, v16i_from_pairs(dot->pairs));
+    } else
+        dot->sum = v16i_signed_dot(dot->sum, line.magnitudes, line.codes, x);
+#else
+    (void)n_lines, (void)i;
+    dot->sum = v16i_dot(dot->sum, line.codes, x, max_code == WIDE);
+#endif
+}
+
+/* What the zero point of codes contributes to a dot product: its first term, or where sums of pairs take the
+ * registers meanwhile, its last. */
+INLINE v16i first_term(const int max_code, const bool has_zero, int zero_shift, const int32_t *minus_sum) {
+    const bool has_none = !has_zero || lines_of_pairs(max_code) || (max_code == WIDE && DOT_KNOWS_ZERO);
+    return has_none ? v16i_start(NULL, 0) : v16i_start(minus_sum, zero_shift);
+}
+
+INLINE v16i with_last_term(
+    const int max_code, const bool has_zero, int zero_shift, const int32_t *minus_sum, v16i sum) {
+    return has_zero && lines_of_pairs(max_code) ? v16i_add(sum, v16i_start(minus_sum, zero_shift)) : sum;
+}
+
+#ifndef HAS_HALVES
+#define HAS_HALVES(tokens) false
+#endif
 #include "kernels/blocks_few_simd.h"
 
 /* ---- Many tokens ------------------------------------------------------------------------------------------------- */
@@ -148,7 +263,8 @@ INLINE void unpack_scales(
 /* The constants that specialize tiles for a format. */
 struct tile_kind {
     int n_groups;
-    bool has_offset, is_wide;
+    bool has_offset;
+    int max_code;
 };
 
 /* Prefetches block b of the panels that come next. */
@@ -166,19 +282,21 @@ enum { UNPACKS_SIGNED = 0 };
 #include "kernels/blocks_dots.h"
 #endif
 
-/* Unpacks n_blocks blocks of a panel into row p of the slice; `block` starts 256 columns. 8-bit codes stay in
- * the weight, unless tiles need them signed. */
+/* Whether slices hold codes of 8 bits too, as tiles need them signed; else tiles read them from the weight. */
+#ifdef HAS_PAIR_SUMS
+enum { UNPACKS_BYTES = 1 };
+#else
+enum { UNPACKS_BYTES = UNPACKS_SIGNED };
+#endif
+
+/* Unpacks n_blocks blocks of a panel into row p of the slice; `block` starts 256 columns. */
 INLINE void unpack_slice(
     const enum fb_dtype dtype, const char *panel, size_t block, size_t n_blocks, size_t p, struct slice *slice) {
     const struct fb_layout layout = fb_layout_of(dtype);
     const struct supers supers = unpack_supers(dtype, panel + fb_supers_at(dtype, block));
     const char *from = panel + fb_block_at(dtype, block);
     for (size_t i = 0; i < n_blocks; i++, from += fb_block_bytes(dtype)) {
-        if (UNPACKS_SIGNED || layout.bits != 8) {
-            v64 lines[FB_UNPACKED_LINES];
-            unpack_lines(dtype, (const uint8_t *)from, lines);
-            store_unpacked(slice->unpacked[p][i], lines, layout.zero_shift);
-        }
+        if (UNPACKS_BYTES || layout.bits != 8) unpack_block(dtype, (const uint8_t *)from, slice->unpacked[p][i]);
         for (int g = 0; g < (int)fb_groups(dtype); g++) {
             v16 scale = v16_zero(), offset = v16_zero();
             unpack_scales(dtype, g, from + layout.bits * FB_LINE, &supers, &scale, &offset);
@@ -192,21 +310,30 @@ INLINE void unpack_slice(
  * struct tile_kind. */
 typedef void (*tiles_function)(const struct slice *slice, const struct fb_activation *x, size_t ldx, size_t n_tokens,
     float *y, size_t ldy, bool accumulate);
-#define TILE_KIND(name, n_groups, has_offset, is_wide)                                                                 \
+#define TILE_KIND(name, n_groups, has_offset, max_code)                                                                \
     static __attribute__((noinline)) void name(const struct slice *slice, const struct fb_activation *x, size_t ldx,   \
         size_t n_tokens, float *y, size_t ldy, bool accumulate) {                                                      \
-        const struct tile_kind kind = {n_groups, has_offset, is_wide};                                                 \
+        const struct tile_kind kind = {n_groups, has_offset, max_code};                                                \
         block_tiles(kind, slice, x, ldx, n_tokens, y, ldy, accumulate);                                                \
     }
-TILE_KIND(tiles_wide, 1, false, true)
-TILE_KIND(tiles_32, 1, false, false)
-TILE_KIND(tiles_32_offset, 1, true, false)
-TILE_KIND(tiles_16, 2, false, false)
-TILE_KIND(tiles_16_offset, 2, true, false)
+TILE_KIND(tiles_wide, 1, false, WIDE)
+TILE_KIND(tiles_32, 1, false, 15)
+TILE_KIND(tiles_32_offset, 1, true, 15)
+TILE_KIND(tiles_16, 2, false, 7)
+TILE_KIND(tiles_16_offset, 2, true, 3)
+#ifdef HAS_PAIR_SUMS /* tiles that depend on how many lines are added in 16 bits */
+TILE_KIND(tiles_32_of_5_bits, 1, false, 31)
+TILE_KIND(tiles_32_of_5_bits_offset, 1, true, 31)
+TILE_KIND(tiles_16_of_6_bits, 2, false, 63)
+#endif
 #undef TILE_KIND
 
 INLINE tiles_function tiles_of(const enum fb_dtype dtype) {
     if (fb_layout_of(dtype).is_wide && !UNPACKS_SIGNED) return tiles_wide;
+#ifdef HAS_PAIR_SUMS
+    if (fb_layout_of(dtype).bits == 5) return fb_has_offset(dtype) ? tiles_32_of_5_bits_offset : tiles_32_of_5_bits;
+    if (fb_layout_of(dtype).bits == 6) return tiles_16_of_6_bits;
+#endif
     if (fb_groups(dtype) == 1) return fb_has_offset(dtype) ? tiles_32_offset : tiles_32;
     return fb_has_offset(dtype) ? tiles_16_offset : tiles_16;
 }
@@ -227,7 +354,7 @@ INLINE void many_tokens(const enum fb_dtype dtype, const char *panels, size_t n_
             slice.n_blocks = total - b < SLICE_BLOCKS ? total - b : SLICE_BLOCKS;
             for (size_t i = 0; i < slice.n_panels; i++)
                 unpack_slice(dtype, from + i * panel_bytes, b, slice.n_blocks, i, &slice);
-            if (!UNPACKS_SIGNED && layout.bits == 8) {
+            if (!UNPACKS_BYTES && layout.bits == 8) {
                 slice.codes = (const uint8_t *)from + fb_block_at(dtype, b);
                 slice.panel_stride = panel_bytes;
                 slice.block_stride = fb_block_bytes(dtype);
@@ -248,7 +375,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
     const struct fb_activation *x, size_t ldx, size_t n_tokens, float *y, size_t ldy) {
 #define FORMAT_CASE(name)                                                                                              \
     case name:                                                                                                         \
-        if (n_tokens <= FEW_TOKENS * MAX_FEW_TILES)                                                                    \
+        if (n_tokens <= FEW_TOKENS * MAX_FEW_TILES(fb_layout_of(name).bits))                                           \
             few_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                      \
         else                                                                                                           \
             many_tokens(name, panels, n_panels, n_cols, x, ldx, n_tokens, y, ldy);                                     \

@@ -244,14 +244,14 @@ static inline activations load_activations(const int8_t *x) {
 #endif
 
 #if defined(FABULA_NEON_I8MM)
-enum { DOT_KNOWS_ZERO = 0 };
+enum { DOT_KNOWS_ZERO = 0, DOT_CHAINS = 2 };
 static inline int32x4_t dot_4(int32x4_t sums, uint8x16_t codes, activations four, bool is_wide) {
     (void)is_wide;
     return vusdotq_lane_s32(sums, codes, four, 0);
 }
 #else
 /* Codes are multiplied as signed bytes: 8-bit ones after subtracting 128, the others are small enough. */
-enum { DOT_KNOWS_ZERO = 1 };
+enum { DOT_KNOWS_ZERO = 1, DOT_CHAINS = 2 };
 static inline int32x4_t dot_4(int32x4_t sums, uint8x16_t codes, activations four, bool is_wide) {
     if (is_wide) codes = veorq_u8(codes, vdupq_n_u8(0x80));
     const int8x16_t with_sign = vreinterpretq_s8_u8(codes);
@@ -278,11 +278,13 @@ static inline v16i v16i_dot(v16i sums, v64 codes, const int8_t *x, bool is_wide)
 #if defined(FABULA_NEON_I8MM)
 /* Few tokens use USDOT, which takes a line as it is stored. A block for 7 tokens takes about 400 vector
  * instructions either way; from then on SMMLA wins, which takes 70 for each further pair of tokens. */
-#define MATRIX_TILES "kernels/blocks_mmla.h"
-enum { FEW_TOKENS = 3, MAX_FEW_TILES = 2, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
+#define MATRIX_TILES        "kernels/blocks_mmla.h"
+#define MAX_FEW_TILES(bits) 2
+enum { FEW_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 2 };
 #else
-enum { FEW_TOKENS = 3, MAX_FEW_TILES = 4, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
-#define BLOCK_TILES(X) X(2, 1) X(3, 1)
+#define MAX_FEW_TILES(bits) 4
+enum { FEW_TOKENS = 3, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
+#define BLOCK_TILES(X)      X(2, 1) X(3, 1)
 #endif
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 2 };
