@@ -31,6 +31,7 @@ from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
 from fabula.kv.prefix import EVERYTHING, PrefixIndex, Window
+from fabula.kv.references import References
 from fabula.kv.windowed import MOST_IDS, NONE_WINDOWED, TAKE_BACK, WindowedLayers
 
 HOLE = -1  # in a page table, in place of a page that no later token sees
@@ -77,37 +78,6 @@ class PoolUsage:
     @property
     def spilled_bytes(self) -> int:
         return self.n_spilled * self.page_bytes
-
-
-class _References:
-    """Counts the references to one part of each page.
-
-    Attributes:
-        holders: references to each page;  retained: of them, those of retained sequences.
-        n_used, n_shared, n_cached: pages with a reference, with several, and with those of retained sequences only.
-    """
-
-    def __init__(self, n_pages: int) -> None:
-        self.holders, self.retained = [0] * n_pages, [0] * n_pages
-        self.n_used = self.n_shared = self.n_cached = 0
-
-    def count(self, page: int, n: int, n_retained: int) -> int:
-        """Adds to a page's references, and to those of retained sequences; returns the references it has then."""
-        old, old_retained = self.holders[page], self.retained[page]
-        new, new_retained = old + n, old_retained + n_retained
-        self.n_used += (new > 0) - (old > 0)
-        self.n_shared += (new > 1) - (old > 1)
-        self.n_cached += (0 < new == new_retained) - (0 < old == old_retained)
-        self.holders[page], self.retained[page] = new, new_retained
-        return new
-
-    def check(self, counts: npt.NDArray[np.int64]) -> None:
-        """Raises AssertionError unless these are the references to each page."""
-        assert counts.tolist() == self.holders, "references are miscounted"
-        assert all(0 <= few <= n for few, n in zip(self.retained, self.holders, strict=True))
-        assert self.n_used == sum(n > 0 for n in self.holders)
-        assert self.n_shared == sum(n > 1 for n in self.holders)
-        assert self.n_cached == sum(0 < n == few for few, n in zip(self.retained, self.holders, strict=True))
 
 
 class PagePool:
@@ -158,8 +128,8 @@ class PagePool:
         self._free: deque[int] = deque()  # the other free ones, those used last at the end
         self._touched = [0] * n_ids  # bytes of each page that were used and not discarded since
         self._touched_bytes = 0
-        self._references = _References(n_ids)
-        self._windowed = _References(n_ids if self.windowed else 0)  # to the windowed parts
+        self._references = References(n_ids)
+        self._windowed = References(n_ids if self.windowed else 0)  # to the windowed parts
         self._filled = [0] * n_ids  # positions of a page that were written through any reference
         self.n_dropped_ever = 0
         self.index = PrefixIndex()  # under `lock`
