@@ -145,6 +145,7 @@ def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_module, "_END_S", 1e6)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("own_time")
 def test_serve_beside_a_peer(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["serve", "--model", str(tiny_folder), "--weights", "f16", *BRIEF]

@@ -516,6 +516,7 @@ def test_errors_are_the_clients_own(small: Served) -> None:
 # ---- Other programs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_langchain(real: Served) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its imports; what it does with the server is not warned about

@@ -107,6 +107,7 @@ def test_smollm2_says_what_transformers_says(kind: str, smollm2_f32: Model, refe
     assert len(set(ours)) >= 10
 
 
+@pytest.mark.heavy
 def test_the_gguf_file_is_read_as_transformers_reads_it(smollm2_gguf: Path, reference: Any) -> None:
     """transformers has a reader of its own (on gguf-py): the same names, rows in the same order, the same numbers."""
     pytest.importorskip("gguf")
