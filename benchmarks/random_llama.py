@@ -100,7 +100,7 @@ class RandomLlama:
         self.path = Path("random") / shape.name
         self.config: Mapping[str, Any] = shape.config(context)
         self.metadata: Mapping[str, Any] = {}
-        rows = np.random.default_rng(0).standard_normal((_PIECE // 32, 32), np.float32) * np.float32(_SPREAD)
+        rows = np.random.default_rng(0).standard_normal((_PIECE // 256, 256), np.float32) * np.float32(_SPREAD)
         self._piece = _native.quantize(dtype, rows, 1)
         elements, n_bytes = _native.dtype_block(dtype)
         tensors = [

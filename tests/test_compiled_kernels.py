@@ -72,8 +72,8 @@ def loops_of(function: str, start: int, end: int) -> Iterator[Loop]:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the tiles of other CPUs have more registers")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump")
-@pytest.mark.parametrize("source", ["avx2.c", "avx_vnni.c"])
-def test_tiles_stay_in_registers(source: str) -> None:
+@pytest.mark.parametrize(("source", "n_spilled"), [("avx2.c", 0), ("avx_vnni.c", 4)])
+def test_tiles_stay_in_registers(source: str, n_spilled: int) -> None:
     functions = functions_of(source)
     if not functions:
         pytest.skip(f"{LIBRARY} was stripped of the names of its functions")
@@ -83,4 +83,5 @@ def test_tiles_stay_in_registers(source: str) -> None:
     assert len(loops) >= 2 * len(names) and len(few) >= 11 * 2  # the loops are found
     # Sums of 5- and 6-bit codes do not all fit in registers. Spilled loads were a quarter to a third.
     assert [loop for loop in loops if loop.share > 0.14] == []
-    assert [loop for loop in few if loop.share > 0.2] == []
+    # AVX-VNNI: three tokens of the formats with two groups a block, as halves of a panel are slower in all others.
+    assert len([loop for loop in few if loop.share > 0.2]) <= n_spilled
