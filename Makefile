@@ -11,8 +11,8 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find native python -t
 NODE := $(shell node -e "process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)" 2>/dev/null && command -v npm)
 PAGE := python/fabula/web tests/web package.json tsconfig.json
 
-# Processes that tests are spread over: as many as there are processors, but each needs up to 2 GB.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# Processes that tests are spread over: one more than there are processors, as some tests wait; each needs up to 2 GB.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 .PHONY: run test test-all test-page lint lint-page docs sanitize aarch64 cuda gpu emulated format format-page clean

@@ -182,7 +182,6 @@ QUICK = (
     "apertus",
     "cohere2",
     "gemma2",
-    "gemma3n_text",
     "gemma4_text",
     "gpt2",
     "gpt_neox",

@@ -302,7 +302,7 @@ def test_a_turn_by_its_id(model: Model) -> None:
         lambda turn: session.alternatives(turn, 0), lambda turn: session.diff(turn, 0),
     ]  # fmt: skip
     before = (session.head, session.turns, session._tree.redo_stack)
-    for wrong in (foreign, foreign.id, "1", "x" * 500, 99, -1, 1.0, True, [], b"x", first.id + " "):
+    for wrong in (foreign, foreign.id, "1", "x" * 500, 99, -99, 1.0, True, [], b"x", first.id + " "):
         for call in calls:
             with pytest.raises(InvalidArgument, match="turn"):
                 call(wrong)
@@ -511,7 +511,7 @@ def test_wrong_turns_stop_no_reply(model: Model) -> None:
     (first,) = talk(session, "one")
     reply = session.say("two", SHORT)
     pieces = [next(reply)]
-    for wrong in (2, -1, "x"):  # its own turn is not there yet
+    for wrong in (2, -2, "x"):  # its own turn is not there yet
         for verb in (session.rollback, session.prune):
             with pytest.raises(InvalidArgument, match="turn"):
                 verb(wrong)  # type: ignore[operator]
