@@ -259,10 +259,36 @@ test("a head that moved elsewhere moves here, without loading the tree again", a
   server.add("b");
   await open();
   const n = server.asked("/sessions/s/tree").length;
-  server.feeds[0].send("head", { head_id: "a" });
+  server.feeds[0].send("head", { head_id: "a", can_redo: true });
   await until(() => state.headId === "a", "the head");
   assert.deepEqual(state.path, ["a"]);
+  assert.equal(state.canRedo, true);
   assert.equal(server.asked("/sessions/s/tree").length, n);
+});
+
+test("a tree from before a move is asked for again", async () => {
+  server.add("a");
+  server.add("b");
+  await open();
+  const turns = server.turns;
+  const replies = [
+    { head_id: "b", can_redo: false, turns },
+    { head_id: "a", can_redo: true, turns },
+  ];
+  let release;
+  const held = new Promise((resolve) => (release = resolve));
+  server.replies["GET /sessions/s/tree"] = async () => {
+    const reply = replies.shift();
+    if (reply.head_id === "b") await held;
+    return json(reply);
+  };
+  server.feeds[0].send("tags", { head_id: "b", can_redo: false });
+  await until(() => replies.length === 1, "the first tree");
+  server.head = "a";
+  await store.do.rollback("a");
+  release();
+  await until(() => replies.length === 0, "the second tree");
+  await until(() => state.canRedo && state.headId === "a", "the head where it was moved to");
 });
 
 test("a reply that began elsewhere is read here", async () => {

@@ -44,7 +44,8 @@ class Feed(Observer):
 
     def changed(self, session: Session, what: What, **data: Any) -> None:
         """A request changed or deleted a session."""
-        self._send(session.tenant, session.id, what, data if what == "deleted" else {"head_id": session.head.id} | data)
+        now = {} if what == "deleted" else {"head_id": session.head.id, "can_redo": session.can_redo}
+        self._send(session.tenant, session.id, what, now | data)
 
     def _send(self, tenant: str, session_id: str, what: What, data: dict[str, Any]) -> None:
         readers = self._readers.get((tenant, session_id))

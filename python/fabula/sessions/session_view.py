@@ -174,6 +174,11 @@ class SessionView:
         return texts.plain(self.title, self.messages, self.path)
 
     @property
+    def can_redo(self) -> bool:
+        """Whether `redo` has a rollback to undo."""
+        return self._tree.can_redo
+
+    @property
     def is_busy(self) -> bool:
         """Whether a reply is running."""
         with self._lock:

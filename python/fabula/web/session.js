@@ -69,24 +69,41 @@ export const open = guarded(async (/** @type {string} */ id) => {
   if (!state.sessions.some((one) => one.session_id === id)) list();
 });
 
+/** How often the head was moved. What was asked for before a move is out of date after it. */
+let nMoves = 0;
+
 /** Loads the settings and the tree of the open session again. */
 export async function reload() {
   const id = state.session?.session_id;
   if (!id) return;
-  const [session, tree] = await Promise.all([
-    /** @type {Promise<Session>} */ (api.get(`/sessions/${id}`)),
-    /** @type {Promise<TreeReply>} */ (api.get(`/sessions/${id}/tree`)),
-  ]);
-  if (state.session?.session_id !== id) return;
-  state.session = session;
-  state.turns = turnsById(tree.turns);
-  state.canRedo = tree.can_redo;
-  setHead(tree.head_id);
-  touch("session", "tree");
+  for (;;) {
+    const asked = nMoves;
+    const [session, tree] = await Promise.all([
+      /** @type {Promise<Session>} */ (api.get(`/sessions/${id}`)),
+      /** @type {Promise<TreeReply>} */ (api.get(`/sessions/${id}/tree`)),
+    ]);
+    if (state.session?.session_id !== id) return;
+    if (asked !== nMoves) continue;
+    state.session = session;
+    state.turns = turnsById(tree.turns);
+    state.canRedo = tree.can_redo;
+    showHead(tree.head_id);
+    touch("session", "tree");
+    return;
+  }
+}
+
+/**
+ * The head was moved: here, or on another page.
+ * @param {string} id
+ */
+export function setHead(id) {
+  nMoves++;
+  showHead(id);
 }
 
 /** @param {string} id */
-export function setHead(id) {
+function showHead(id) {
   state.headId = id;
   state.path = pathTo(state.turns, id).map((turn) => turn.id);
   touch("tree");
@@ -152,8 +169,10 @@ async function onSessionEvent({ event, data }, isAgain) {
   } else if (event === "begun") join(data);
   else if (event === "ended") {
     if (!state.live.has(data.stream_id)) await reload();
-  } else if (event === "head" && state.turns.has(data.head_id)) setHead(data.head_id);
-  else await reload();
+  } else if (event === "head" && state.turns.has(data.head_id)) {
+    state.canRedo = data.can_redo;
+    setHead(data.head_id);
+  } else await reload();
 }
 
 // ---- Streams of replies -------------------------------------------------------------------------

@@ -142,7 +142,7 @@
  * @typedef {{id: number, event: "state", data: {head_id: string, streams: StreamStart[]}}
  *   | {id: number, event: "begun", data: StreamStart}   | {id: number, event: "ended", data:
  * {stream_id: string}}   | {id: number, event: "head" | "tree" | "tags" | "settings", data:
- * {head_id: string}}   | {id: number, event: "deleted", data: object}} SessionEvent An event of GET
+ * {head_id: string, can_redo: boolean}}   | {id: number, event: "deleted", data: object}} SessionEvent An event of GET
  * /sessions/{id}/events.
  */
 
