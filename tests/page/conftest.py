@@ -39,7 +39,9 @@ def served(browser: Any, tmp_path_factory: pytest.TempPathFactory, request: pyte
     with Running(tmp_path_factory.mktemp("page"), model) as running:
         yield running
 
-MOST_MS = 15 * 60_000.0  # of one wait for a selector
+
+# Of one wait. The browser asks again and again what a page shows, which the watchdog takes for progress.
+MOST_MS = 15 * 60_000.0
 
 
 class Page:
@@ -125,8 +127,6 @@ def open_page(browser: Any, served: Running) -> Iterator[Callable[..., Page]]:
 
     def open(address: str = "", **how: Any) -> Page:
         contexts.append(browser.new_context(viewport=how.pop("viewport", {"width": 1280, "height": 800}), **how))
-        contexts[-1].set_default_timeout(0)  # a test that hangs is ended from outside
-        # The browser asks again and again what a page shows, which looks like progress; so a wait has an end of its own.
         contexts[-1].set_default_timeout(MOST_MS)
         pages.append(Page(contexts[-1].new_page(), address or served.address))
         return pages[-1]
