@@ -84,14 +84,14 @@ def verb_route(
 
 def streams(function: F) -> F:
     """Documents that a route may send events instead of JSON."""
-    return streams_as("text/event-stream")(function)
+    return sends("text/event-stream")(function)
 
 
-def streams_as(media_type: str) -> Callable[[F], F]:
-    """Documents that a route may send a stream of this type instead of JSON."""
+def sends(*media_types: str) -> Callable[[F], F]:
+    """Documents that a route may reply with other types than JSON, such as a stream of events."""
 
     def decorate(function: F) -> F:
-        function._fabula_streams = media_type  # type: ignore[attr-defined]
+        function._fabula_types = media_types  # type: ignore[attr-defined]
         return function
 
     return decorate
@@ -123,10 +123,9 @@ class Describer(OpenAPIProvider):
                     if int(status) in STATUSES and "ErrorReply" in str(response):
                         response["description"] = STATUSES[int(status)]
                 view = views.get(path)
-                streamed = getattr(view, "_fabula_streams", None)
-                if method in ("get", "post") and streamed is not None:
+                for media_type in getattr(view, "_fabula_types", ()) if method in ("get", "post") else ():
                     found_200 = responses.setdefault("200", {"description": "Events."})
-                    found_200.setdefault("content", {})[streamed] = {"schema": {}}
+                    found_200.setdefault("content", {})[media_type] = {"schema": {}}
         return found
 
 

@@ -9,7 +9,7 @@ from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
 from fabula.server.borrowed import Json
-from fabula.server.describe import WRITING, fails, streams_as
+from fabula.server.describe import WRITING, fails, sends
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import find
@@ -26,7 +26,7 @@ routes = Blueprint("ollama_chat", __name__)
 
 
 @routes.post("/api/chat")
-@streams_as(LINES)
+@sends(LINES)
 @tag(["Ollama"])
 @validate_request(ChatIn)
 @document_response(ChatOut, 200)

@@ -11,7 +11,7 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.generation import Generation
 from fabula.model import Model
 from fabula.server.borrowed import Json, ignore
-from fabula.server.describe import WRITING, fails, streams_as
+from fabula.server.describe import WRITING, fails, sends
 from fabula.server.failures import refuse
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
@@ -29,7 +29,7 @@ routes = Blueprint("ollama_generate", __name__)
 
 
 @routes.post("/api/generate")
-@streams_as(LINES)
+@sends(LINES)
 @tag(["Ollama"])
 @validate_request(GenerateIn)
 @document_response(GenerateOut, 200)

@@ -11,7 +11,7 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.formats.locate import can_be_fetched
 from fabula.server.borrowed import Json
-from fabula.server.describe import WRITING, fails, streams_as
+from fabula.server.describe import WRITING, fails, sends
 from fabula.server.failures import ApiError, refuse
 from fabula.server.ollama.answer import LINES, lines
 from fabula.server.ollama.errors import OllamaErrorReply
@@ -27,7 +27,7 @@ _HUB = ("hf.co/", "huggingface.co/")  # what Ollama writes before names on the h
 
 
 @routes.post("/api/pull")
-@streams_as(LINES)
+@sends(LINES)
 @tag(["Ollama"])
 @validate_request(PullIn)
 @document_response(StatusReply, 200)

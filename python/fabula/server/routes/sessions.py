@@ -13,7 +13,7 @@ from quart import Blueprint, Response, g
 from quart_schema import document_response, tag, validate_querystring, validate_request
 
 from fabula.errors import SessionNotFound
-from fabula.server.describe import READING, WRITING, fails
+from fabula.server.describe import READING, WRITING, fails, sends
 from fabula.server.failures import ApiError
 from fabula.server.limits import HIDDEN
 from fabula.server.mutation import PathQuery, looked_up, mutated
@@ -271,6 +271,7 @@ def tree_json(session: Session) -> dict[str, Any]:
 
 
 @routes.get("/sessions/<id>/export")
+@sends(*(kind for _, kind in _TYPES.values()))
 @tag(["Sessions"])
 @validate_querystring(ExportQuery)
 @document_response(ImportBody, 200)
