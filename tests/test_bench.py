@@ -98,6 +98,7 @@ def test_machine(tmp_path: Path) -> None:
     assert cpu_name(tmp_path / "absent")
 
 
+@pytest.mark.heavy
 def test_forced_instruction_set() -> None:
     best = _native.isa_best()
     rows = rows_of(call("--isa", "reference", "ops", "--quick", "--json", "--threads", "1"))

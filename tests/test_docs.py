@@ -32,10 +32,8 @@ def is_run(command: Command) -> bool:
     return words[0] == "curl"
 
 
-# The tutorial goes through what a newcomer meets; the other pages are more examples of the same programs and commands.
-@pytest.mark.parametrize(
-    "page", [page if page == "tutorial.md" else pytest.param(page, marks=pytest.mark.heavy) for page in SHOWN]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("page", SHOWN)
 def test_what_is_shown_works(page: str, smollm2_gguf: Path, address: str, tmp_path: Path) -> None:
     for package in sorted({NEEDED[module] for module in Document(DOCS / page).modules & NEEDED.keys()}):
         pytest.importorskip(package, reason=f"the {package} package is not installed")
