@@ -13,7 +13,7 @@ answers each with one on stdout, `{"error": text}` on failure:
     {"do": "read", "tokens": [ids]}                              -> {"bytes"} of its state
     {"do": "save_and_load"}                                      -> {"seconds"}
 
-With --as-in-file weights stay as they lie in the file; else llama.cpp lays them out anew for the processor.
+With --as-in-file weights keep the file's layout; else llama.cpp repacks them for the processor.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def start_worker(python: str | None, *, repack: bool = True) -> Worker:
 
     Args:
         python: its interpreter; None for this one.
-        repack: whether llama.cpp may lay out weights anew for the processor. With AMX, 0.3.36 is ended by SIGILL on
+        repack: whether llama.cpp may repack weights for the processor. With AMX, 0.3.36 is ended by SIGILL on
             some machines then: it uses tiles that it did not configure.
     """
     words = [python or sys.executable, str(_WORKER), *([] if repack else ["--as-in-file"])]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from typing import Any
 
-from quart import Blueprint, g
+from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
 from fabula import __version__
-from fabula.engine.generation import Timings
 from fabula.server.describe import READING, WRITING, fails
+from fabula.server.embed import embedded
 from fabula.server.failures import refuse
 from fabula.server.llama.schemas import PropsReply, RerankBody, RerankReply, TemplateBody, TemplateReply
 from fabula.server.openai.format import Json
 from fabula.server.openai.messages import plain_messages
 from fabula.server.reasoning import Reasoning, Wish
-from fabula.server.start_run import begin
 from fabula.server.state import server
 from fabula.sessions.tools import with_tools
 
@@ -89,7 +86,7 @@ async def props() -> Any:
 @fails(*WRITING)
 async def rerank(data: RerankBody) -> Any:
     """Documents in the order of their likeness to a query: the cosine of their embeddings' angle."""
-    state, tenant = server(), g.tenant
+    state = server()
     serving = state.model_for(data.model)
     model = serving.model
     assert model is not None
@@ -105,14 +102,8 @@ async def rerank(data: RerankBody) -> Any:
         texts.append(text)
     if data.top_n is not None and data.top_n < 1:
         raise refuse("top_n", f"is {data.top_n}, must be 1 or more")
-    left = threading.Event()
-    try:
-        found = await begin(lambda: model.embed(texts, should_stop=left.is_set), lambda _: None)
-    except asyncio.CancelledError:  # the client left
-        left.set()
-        raise
+    found = await embedded(model, texts)
     n_tokens = sum(found.n_tokens)
-    state.limits.pay(tenant, Timings(n_tokens, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     scores = (found.vectors[1:] @ found.vectors[0]).tolist()
     order = sorted(range(len(given)), key=lambda i: -scores[i])[: data.top_n]
     results: list[Json] = [{"index": i, "relevance_score": scores[i]} for i in order]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from typing import Any
 
-from quart import Blueprint, g
+from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
-from fabula.engine.generation import Timings
 from fabula.server.describe import WRITING, fails
+from fabula.server.embed import embedded
 from fabula.server.failures import refuse
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import find
 from fabula.server.ollama.schemas import EmbeddingIn, EmbeddingOut, EmbedIn, EmbedOut
 from fabula.server.openai.schemas import MAX_INPUTS
-from fabula.server.start_run import begin
 from fabula.server.state import Serving, server
 
 routes = Blueprint("ollama_embed", __name__)
@@ -64,7 +61,7 @@ async def _embedded(serving: Serving, texts: list[str], param: str) -> tuple[lis
     Raises:
         ApiError: there are too many texts, or one is empty or too long.
     """
-    state, tenant, model = server(), g.tenant, serving.model
+    state, model = server(), serving.model
     assert model is not None
     if len(texts) > MAX_INPUTS:
         raise refuse(param, f"holds {len(texts)} texts, must hold {MAX_INPUTS} at most")
@@ -74,12 +71,6 @@ async def _embedded(serving: Serving, texts: list[str], param: str) -> tuple[lis
         state.limits.check_text(text, f"{param}[{i}]")
     if not texts:
         return [], 0
-    left = threading.Event()
-    try:
-        found = await begin(lambda: model.embed(texts, should_stop=left.is_set), lambda _: None)
-    except asyncio.CancelledError:  # the client left
-        left.set()
-        raise
+    found = await embedded(model, texts)
     n_tokens = sum(found.n_tokens)
-    state.limits.pay(tenant, Timings(n_tokens, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     return await state.call(lambda: [vector.tolist() for vector in found.vectors]), n_tokens

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import threading
 from typing import Any
 
-from quart import Blueprint, g
+from quart import Blueprint
 from quart_schema import document_response, tag, validate_request
 
-from fabula.engine.generation import Timings
 from fabula.server.describe import WRITING, fails
+from fabula.server.embed import embedded
 from fabula.server.failures import refuse
 from fabula.server.openai.format import Json
 from fabula.server.openai.replies import EmbeddingsReply
 from fabula.server.openai.schemas import MAX_INPUTS, EmbeddingBody
-from fabula.server.start_run import begin
 from fabula.server.state import server
 
 routes = Blueprint("openai_embeddings", __name__)
@@ -29,7 +26,7 @@ routes = Blueprint("openai_embeddings", __name__)
 @fails(*WRITING)
 async def embeddings(data: EmbeddingBody) -> Any:
     """Embeds texts as vectors of length 1. Those of a model that was not trained for it are a rough measure."""
-    state, tenant = server(), g.tenant
+    state = server()
     texts = texts_of(data)
     for i, text in enumerate(texts):
         if isinstance(text, str):
@@ -41,19 +38,9 @@ async def embeddings(data: EmbeddingBody) -> Any:
     _check_ids(texts, model.config.vocab_size)
     if data.dimensions not in (None, size):
         raise refuse("dimensions", f"is {data.dimensions}, the model has {size}", "unsupported")
-    left = threading.Event()
-
-    def embed() -> Any:
-        special = data.parse_special is not False
-        return model.embed(texts, pooling=data.pooling or "mean", parse_special=special, should_stop=left.is_set)
-
-    try:
-        found = await begin(embed, lambda _: None)
-    except asyncio.CancelledError:  # the client left
-        left.set()
-        raise
+    special = data.parse_special is not False
+    found = await embedded(model, texts, pooling=data.pooling or "mean", parse_special=special)
     n_tokens = sum(found.n_tokens)
-    state.limits.pay(tenant, Timings(n_tokens, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     as_bytes = data.encoding_format == "base64"
 
     def encoded(vector: Any) -> Any:
