@@ -20,8 +20,10 @@ import tiny
 from constrained import PERSON, params, said, satisfies
 from fabula import Constraint, EngineBusy, InvalidArgument, Model, SamplingParams
 from fabula.engine import grammar as grammar_module
-from fabula.engine.constraint import MAX_JSON_DEPTH, MAX_RULES, MAX_SOURCE_BYTES
+from fabula.engine.constraint import MAX_SOURCE_BYTES
+from fabula.engine.gbnf import MAX_RULES
 from fabula.engine.grammar import MAX_CACHED, MAX_CACHED_BYTES, Guide, Vocabulary, vocabulary_of
+from fabula.engine.json_schema import MAX_JSON_DEPTH
 from fabula.sessions.persistence import params_json, params_of
 from fabula.text.tokenizer import Tokenizer
 from threaded import in_threads

@@ -16,7 +16,7 @@ C_LAYERS = ["base", "quant", "kernels", "kv", "ops", "program"]
 C_EXCEPTIONS = {("quant", "kernels")}
 
 PYTHON_LAYERS: list[set[str]] = [
-    {"errors", "choices", "_cdef", "_cdef_bench"},
+    {"errors", "choices", "lean_dataclasses", "_cdef", "_cdef_bench"},
     {"_ffi", "files", "keyed_lock", "strict_json"},
     {"_native"},
     {"_program", "_sampling", "_operators"},

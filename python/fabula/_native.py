@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,7 @@ from fabula.errors import (
     OutOfMemory,
     Unsupported,
 )
+from fabula.lean_dataclasses import dataclass
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from fabula._ffi import ffi, lib
 from fabula._native import F32, I32, Device, Isa, PagePool, Weight, check, f32, floats, handle_of, i32, ints, isa_number
+from fabula.lean_dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

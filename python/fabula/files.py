@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,7 +97,7 @@ def writing_whole(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     if not path.parent.is_dir():
         raise InvalidArgument(f"{path}: there is no folder {path.parent}")
     _refuse_existing(path, overwrite)
-    draft = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
+    draft = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.part")
     try:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             yield file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,6 @@ from fabula.choices import (
 )
 from fabula.engine.defaults import SamplingDefaults, read_defaults
 from fabula.engine.device import Placement
-from fabula.engine.draft_model import DraftModel
-from fabula.engine.embedding import Embedder, Embeddings, Pooling, checked_texts
 from fabula.engine.generation import Engine, Generation
 from fabula.engine.runner import Runner
 from fabula.engine.sampling import SamplingParams
@@ -40,6 +37,7 @@ from fabula.formats.locate import locate
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.format import kv_dtypes
 from fabula.kv.pages import PoolUsage
+from fabula.lean_dataclasses import replace
 from fabula.models.description import ModelConfig
 from fabula.models.opening import check_context, open_model
 from fabula.models.precision import identity_of, label_of, precision_of
@@ -48,6 +46,7 @@ from fabula.text.prefill import is_prefilled
 from fabula.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from fabula.engine.embedding import Embedder, Embeddings, Pooling
     from fabula.kv.spill import Fingerprint
     from fabula.sessions.policy import ContextPolicy
     from fabula.sessions.session import Session
@@ -253,6 +252,8 @@ class Model:
         if self._runner.device is not None:
             raise Unsupported("a model on a GPU does not use a draft model: speculation is off there")
         drafter._runner.check_head()
+        from fabula.engine.draft_model import DraftModel
+
         source = DraftModel(drafter._runner, drafter.tokenizer, drafter._engine.cache)
         source.check_vocabulary(self.tokenizer)
         self._engine = replace(self._engine, draft_model=source)
@@ -428,6 +429,8 @@ class Model:
             ContextOverflow: a text is longer than the context; names it and carries both numbers.
             OutOfMemory: no free KV pages.
         """
+        from fabula.engine.embedding import checked_texts
+
         ids = [
             self.tokenizer.encode(text, special=parse_special, add_eos=None) if isinstance(text, str) else text
             for text in checked_texts(texts)
@@ -437,6 +440,8 @@ class Model:
     def _embedder(self) -> Embedder:
         with self._embedder_lock:
             if self._embedders is None:
+                from fabula.engine.embedding import Embedder
+
                 self._embedders = Embedder(self._runner)
             return self._embedders
 

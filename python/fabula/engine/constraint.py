@@ -1,20 +1,17 @@
 """Constraints on an answer, as a setting: a JSON schema, a regular expression or a grammar, translated to the dialect
 of the `llguidance` library. `engine/grammar.py` compiles them and computes the token masks.
+
+The parsers are imported when a constraint needs them: most answers have none.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from fabula.engine.gbnf import MAX_RULES
-from fabula.engine.json_schema import MAX_JSON_DEPTH, MAX_MESSAGE, WHITESPACE, check_limits, is_lenient, prepare_schema
-from fabula.engine.lexemes import gbnf_to_lark
 from fabula.errors import InvalidArgument
-
-__all__ = ["KINDS", "MAX_JSON_DEPTH", "MAX_MESSAGE", "MAX_RULES", "MAX_SOURCE_BYTES", "WHITESPACE", "Constraint"]
+from fabula.lean_dataclasses import dataclass
 
 KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf", "tools")
 MAX_SOURCE_BYTES = 1 << 16
@@ -76,7 +73,7 @@ class Constraint:
             if len(schema) > MAX_SOURCE_BYTES:  # before it is parsed
                 return cls("json_schema", schema)
             schema = _parse_schema(schema)
-        check_limits(schema, "json_schema", strict=not is_lenient(schema))
+        _check_schema(schema)
         try:
             source = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -114,13 +111,19 @@ class Constraint:
         """
         if self.kind in ("json_schema", "json_object"):
             schema = _parse_schema(self.source) if self.source else {"type": "object"}
+            from fabula.engine.json_schema import prepare_schema
+
             prepared = prepare_schema(schema, strict=True, where=self.kind)
             return f"start: %json {json.dumps(prepared, ensure_ascii=False)}"
         if self.kind == "regex":
             from llguidance import regex_to_lark
 
             return f"start: /{regex_to_lark(self.source)}/" if self.source else 'start: ""'
-        return gbnf_to_lark(self.source, token_id) if self.kind == "gbnf" else self.source
+        if self.kind != "gbnf":
+            return self.source
+        from fabula.engine.lexemes import gbnf_to_lark
+
+        return gbnf_to_lark(self.source, token_id)
 
 
 # ---- Sources --------------------------------------------------------------------------------------------------------
@@ -130,6 +133,12 @@ def _parse_schema(source: str) -> Any:
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"json_schema: this is not JSON: {str(error)[:MAX_MESSAGE]}") from None
-    check_limits(schema, "json_schema", strict=not is_lenient(schema))
+        raise InvalidArgument(f"json_schema: this is not JSON: {str(error)[:300]}") from None
+    _check_schema(schema)
     return schema
+
+
+def _check_schema(schema: Any) -> None:
+    from fabula.engine.json_schema import check_limits, is_lenient
+
+    check_limits(schema, "json_schema", strict=not is_lenient(schema))

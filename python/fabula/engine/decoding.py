@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula import _program
-from fabula.engine.grammar import Guide
 from fabula.engine.sampling import Sampler, SamplingParams
 from fabula.engine.stop import StopMatcher
-from fabula.engine.thinking import Thought
 from fabula.errors import InvalidArgument, NonFinite
+from fabula.lean_dataclasses import dataclass, replace
 from fabula.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fabula.engine.grammar import Guide
+    from fabula.engine.thinking import Thought
 
 # "interrupted": the process ended during the answer; seen on turns that were read from a store.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "interrupted"]
@@ -128,7 +130,11 @@ class Decoding:
         self._all_ends = sorted(self._ends | set(self._ignored_ends))
         breakers = [tokenizer.encode(text, add_bos=False) for text in params.dry_breakers if params.dry_multiplier]
         self._sampler = Sampler(self.params, vocab_size, tuple({ids[-1] for ids in breakers if ids}))
-        self._thought = None if params.thinking is None else Thought(params.thinking, tokenizer)
+        self._thought: Thought | None = None
+        if params.thinking is not None:
+            from fabula.engine.thinking import Thought
+
+            self._thought = Thought(params.thinking, tokenizer)
         shown = params.constraint.shown if params.constraint is not None else ()
         shown = shown if self._thought is None else (*shown, *self._thought.shown)
         self._shown = frozenset(shown)
@@ -143,8 +149,10 @@ class Decoding:
             n_before = i if self._is_unconstrained else n_before
             texts.append(self._text_of(token))
         self.begun_text = "".join(texts)
-        self._guide = None
+        self._guide: Guide | None = None
         if params.constraint is not None:
+            from fabula.engine.grammar import Guide
+
             self._guide = Guide(tokenizer, vocab_size, params.constraint, begun[n_before:])
 
     def accept(self, logits: F32) -> Piece:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +21,7 @@ from fabula.errors import InvalidArgument, shown
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.download import KNOWN_MODELS
 from fabula.formats.readfile import read_json_object
+from fabula.lean_dataclasses import dataclass, field, replace
 
 GENERATION_CONFIG = "generation_config.json"
 _MAX_BYTES = 16 << 20  # as of the other settings in a folder

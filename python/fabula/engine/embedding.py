@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from fabula.engine.runner import Runner
 from fabula.errors import ContextOverflow, EngineError, InvalidArgument
 from fabula.kv.pages import Sequence
+from fabula.lean_dataclasses import dataclass
 
 F32 = npt.NDArray[np.float32]
 Pooling = Literal["mean", "last", "first"]

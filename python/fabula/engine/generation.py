@@ -10,12 +10,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fabula.choices import SpeculationName
 from fabula.engine.decoding import Decoding, FinishReason, Piece
-from fabula.engine.draft_model import DraftModel, ModelDrafts
 from fabula.engine.drafts import DraftTexts
 from fabula.engine.request import Item, Request
 from fabula.engine.runner import Runner
@@ -26,7 +25,11 @@ from fabula.errors import InvalidArgument
 from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import Sequence as KvSequence
 from fabula.kv.prefix import EVERYTHING, Window
+from fabula.lean_dataclasses import dataclass, field
 from fabula.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fabula.engine.draft_model import DraftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,12 @@ class Engine:
         """Speculation of an answer; None for none. On a GPU there is none: sampling runs there, behind each step."""
         if self.speculation == "off" or self.runner.device is not None:
             return None
-        model = self.draft_model
-        source = None if model is None else ModelDrafts(model, partial(self.scheduler.cost, self.runner), window, salt)
-        return Speculation(decoding, texts, source)
+        if self.draft_model is None:
+            return Speculation(decoding, texts, None)
+        from fabula.engine.draft_model import ModelDrafts
+
+        cost = partial(self.scheduler.cost, self.runner)
+        return Speculation(decoding, texts, ModelDrafts(self.draft_model, cost, window, salt))
 
 
 @dataclass(frozen=True, slots=True)

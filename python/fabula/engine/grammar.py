@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fabula.engine.constraint import MAX_MESSAGE, MAX_SOURCE_BYTES, Constraint
+from fabula.engine.constraint import MAX_SOURCE_BYTES, Constraint
 from fabula.engine.cpu_limit import LimitedThread
-from fabula.engine.json_schema import in_words
+from fabula.engine.json_schema import MAX_MESSAGE, in_words
 from fabula.errors import EngineBusy, InvalidArgument
 from fabula.text.tokenizer import Tokenizer
 

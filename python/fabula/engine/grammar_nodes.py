@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fabula.errors import InvalidArgument
+from fabula.lean_dataclasses import dataclass
 
 Ranges = tuple[tuple[int, int], ...]
 

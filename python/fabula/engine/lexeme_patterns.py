@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from fabula.engine.grammar_nodes import Alt, Chars, Node, Ref, Repeat, Seq, lead_bytes, references
+from fabula.lean_dataclasses import dataclass
 
 MAX_CHARACTERS = 6000  # positions in a lexeme's pattern, with its repetitions written out
 MAX_DEPTH = 70  # levels of nodes in a lexeme; the library's regular expressions take 250

@@ -22,13 +22,13 @@ lexemes are split as well, since llguidance would have to build it too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from fabula.engine.gbnf import parse_gbnf
 from fabula.engine.grammar_nodes import Alt, Node, Ref, Repeat, Seq, Token, alternatives, repeated
 from fabula.engine.lexeme_automaton import Automaton, TooLargeError
 from fabula.engine.lexeme_patterns import Pattern, Patterns, times
+from fabula.lean_dataclasses import dataclass
 
 MAX_ROUNDS = 12  # rounds of checking and splitting; after that all lexemes are single characters
 

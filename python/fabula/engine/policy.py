@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from fabula._native import PAGE_POSITIONS
 from fabula.engine.step_cost import StepCost
+from fabula.lean_dataclasses import dataclass
 
 
 class Schedulable(Protocol):

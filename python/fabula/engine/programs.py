@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from fabula import _native, _program
 from fabula._parallel import DeviceGroup, JoinedProgram
 from fabula.formats.checkpoint import DType
+from fabula.lean_dataclasses import replace
 from fabula.models.builder import ProgramBuilder
 from fabula.models.description import ModelConfig
 from fabula.models.shares import alike

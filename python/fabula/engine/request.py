@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum, auto
 
 import numpy as np
@@ -25,6 +24,7 @@ from fabula.kv.cache import KvEvictionList
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
 from fabula.kv.prefix_read import PrefixRead
+from fabula.lean_dataclasses import dataclass
 
 READ_AHEAD = 32  # unread pieces at which the request pauses
 PAGES_TO_SPARE = 2  # for each request: a copy of its last page, and one more behind it

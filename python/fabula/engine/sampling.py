@@ -7,10 +7,9 @@ plain NumPy in tests/reference/sampling.py.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +20,7 @@ from fabula import _program, _sampling
 from fabula.engine.constraint import Constraint
 from fabula.engine.thinking import Thinking
 from fabula.errors import InvalidArgument
+from fabula.lean_dataclasses import dataclass, field, replace
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -266,7 +266,7 @@ class SamplingParams:
 
     def resolved_seed(self) -> int:
         """The seed, or a new random one of 53 bits, which JSON numbers can represent."""
-        return secrets.randbits(53) if self.seed is None else self.seed
+        return self.seed if self.seed is not None else int.from_bytes(os.urandom(7)) >> 3  # 53 bits
 
     def resolved(self, defaults: Mapping[str, float]) -> SamplingParams:
         """These settings with every one of MODEL_SETTINGS given.

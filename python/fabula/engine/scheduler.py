@@ -26,7 +26,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +48,7 @@ from fabula.engine.request import Item, Request, State
 from fabula.engine.runner import Part, Runner
 from fabula.engine.step_cost import StepCost
 from fabula.errors import EngineBusy, EngineError, InvalidArgument, NonFinite, OutOfMemory
+from fabula.lean_dataclasses import dataclass
 
 MAX_RUNNING = 64  # requests in one batch
 MAX_WAITING = 128

@@ -7,11 +7,13 @@ a thought, and a constraint of an answer whose thought was opened by the prompt 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fabula.errors import InvalidArgument
-from fabula.text.reasoning import FORMS, ReasoningParser
-from fabula.text.tokenizer import Tokenizer
+from fabula.lean_dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from fabula.text.tokenizer import Tokenizer
 
 MAX_BUDGET = 2**31 - 1
 
@@ -36,6 +38,8 @@ class Thinking:
     unless: str = ""
 
     def __post_init__(self) -> None:
+        from fabula.text.reasoning import FORMS
+
         if self.form not in FORMS:
             raise InvalidArgument(f"thinking form is {self.form!r:.40}, must be one of {', '.join(FORMS)}")
         if not isinstance(self.is_open, bool):
@@ -63,6 +67,8 @@ class Thought:
     """
 
     def __init__(self, thinking: Thinking, tokenizer: Tokenizer) -> None:
+        from fabula.text.reasoning import FORMS, ReasoningParser
+
         form = FORMS[thinking.form]
         self.shown = form.shown(tokenizer)
         self.delays = thinking.is_open

@@ -19,13 +19,13 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from fabula.errors import DownloadError, EngineError, ModelFileError
 from fabula.files import fsync_folder
 from fabula.formats.readfile import read_json_object
+from fabula.lean_dataclasses import dataclass
 
 _RECORD = "model.json"
 _MAX_RECORD_BYTES = 65_536
@@ -204,6 +204,8 @@ def _read_record(folder: Path) -> _Record | None:
 
 def _write_record(folder: Path, record: _Record, mtime_ns: int) -> None:
     """Writes model.json atomically, by rename."""
+    from dataclasses import asdict
+
     fields = asdict(record) | {"mtime_ns": mtime_ns}
     draft = folder / f".{_RECORD}.{os.urandom(8).hex()}"
     try:

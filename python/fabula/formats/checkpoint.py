@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import Unsupported
+from fabula.lean_dataclasses import dataclass
 
 
 class DType(enum.IntEnum):

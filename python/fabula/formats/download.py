@@ -13,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from fabula.choices import DEFAULT_MODEL
 from fabula.errors import DownloadError, EngineError, shown
 from fabula.formats.cache import copy_hashed, has_sha256, sha256_of
+from fabula.lean_dataclasses import dataclass, field
 
 if TYPE_CHECKING:
     import subprocess  # imported at run time only by downloads, as is zipfile

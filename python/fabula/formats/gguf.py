@@ -19,7 +19,6 @@ import io
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -30,6 +29,7 @@ from fabula._native import join_strings
 from fabula.errors import ModelFileError, OutOfMemory, Unsupported, shown
 from fabula.formats.checkpoint import DType
 from fabula.formats.readfile import file_size, open_regular, read_at
+from fabula.lean_dataclasses import dataclass, replace
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 65_536

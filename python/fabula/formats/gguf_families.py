@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from fabula.errors import shown
 from fabula.formats.gguf import GgufTensor
 from fabula.formats.gguf_keys import Keys
+from fabula.lean_dataclasses import dataclass, field
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -294,6 +293,8 @@ def _gemma3n(f: Facts, config: Config) -> None:
         cutoffs = np.array([1.6448533535 if i < 10 else -np.inf for i in range(n)])
     if not isinstance(cutoffs, np.ndarray) or cutoffs.dtype.kind != "f" or len(cutoffs) != n:
         raise keys.error(f.key("activation_sparsity_scale"), f"must be an array of {n} numbers, one for each layer")
+    from statistics import NormalDist  # slow to import
+
     laurel, table = (f.tensors.get(f"{name}.weight") for name in ("blk.0.laurel_l", "per_layer_token_embd"))
     theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
     config |= {

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
 from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, XIELU, Architecture
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
+from fabula.lean_dataclasses import dataclass
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
 

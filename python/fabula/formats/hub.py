@@ -13,7 +13,6 @@ import importlib.util
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from fabula.formats.open import has_safetensors
 from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE
 from fabula.formats.split_names import part_names
+from fabula.lean_dataclasses import dataclass
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"  # of a repository's name, at most 96 characters
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?::(?P<file>[A-Za-z0-9._/-]+\.gguf))?")

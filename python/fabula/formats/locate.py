@@ -7,7 +7,6 @@ wins; an error lists every place that was searched.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -265,6 +264,8 @@ def _is_file(path: Path) -> bool:
 
 def _not_found(text: str, looked: list[str]) -> ModelNotFound:
     """An error that lists the places searched and similar names."""
+    import difflib
+
     names = sorted({*KNOWN_MODELS, *(model.name for model in list_cached())})
     close = difflib.get_close_matches(text.lower()[:200], names, n=3, cutoff=0.5)
     lines = [f"no model {shown(text)} was found. Looked in:", *(f"  - {place}" for place in looked)]

@@ -16,14 +16,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from fabula.errors import ModelFileError, ModelFileWarning, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo, TensorTable
@@ -31,6 +29,7 @@ from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
 from fabula.formats.readfile import file_size, open_regular, parse_json_object, read_at, read_json_object
 from fabula.formats.tensor_names import canonical_names, is_head, is_leftover
 from fabula.formats.text_part import text_part
+from fabula.lean_dataclasses import dataclass
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -359,6 +358,8 @@ def _ask_library(path: Path, head: bytes, size: int) -> None:
     The library maps the file into memory, and a file that shrinks meanwhile would crash the process. So it gets an
     anonymous file of the same size with the same header and no data; on systems without those, the file itself.
     """
+    from safetensors import SafetensorError, safe_open  # GGUF files need no library
+
     try:
         fd = os.memfd_create("fabula-header")
     except (AttributeError, OSError):

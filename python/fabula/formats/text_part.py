@@ -8,8 +8,9 @@ Its tensors are found by their names; see tensor_names.py. What belongs to image
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from fabula.lean_dataclasses import dataclass
 
 LEFT_OUT = "left_out"  # key of the flat config: the parts that are not loaded
 

@@ -21,7 +21,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +32,7 @@ from fabula.formats.checkpoint import DType
 from fabula.kv.prefix import EVERYTHING, PrefixIndex, Window
 from fabula.kv.references import References
 from fabula.kv.windowed import MOST_IDS, NONE_WINDOWED, TAKE_BACK, WindowedLayers
+from fabula.lean_dataclasses import dataclass
 
 HOLE = -1  # in a page table, in place of a page that no later token sees
 

@@ -10,13 +10,13 @@ another has asked (prompt stealing by cache hits, e.g. arXiv 2409.20002).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula._native import PAGE_POSITIONS
+from fabula.lean_dataclasses import dataclass
 
 KEY_BYTES = 16
 

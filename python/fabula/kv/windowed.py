@@ -9,10 +9,10 @@ windowed KV was dropped can go on at its end; at an earlier position it is recom
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from fabula._native import PAGE_POSITIONS, KvDTypes, KvLayer, page_bytes
+from fabula.lean_dataclasses import dataclass
 
 # Positions at the end of a sequence that may be removed again without recomputing anything: 32 pieces that nobody read
 # (READ_AHEAD of a request) and 32 steps of one native call (MAX_STEPS of the scheduler).

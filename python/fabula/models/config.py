@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.text_part import LEFT_OUT
+from fabula.lean_dataclasses import dataclass, field, replace
 from fabula.models.description import (
     Activation,
     Attention,

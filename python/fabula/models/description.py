@@ -11,11 +11,11 @@ Layers are described one by one, since many families mix windows, ropes or geome
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from fabula._native import KvLayer
 from fabula._program import Heads
+from fabula.lean_dataclasses import dataclass
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid", "tanh"]
 Rope = Mapping[str, Any]  # theta and scaling of one rope table; see models/rope.py

@@ -8,11 +8,11 @@ from Llama's are in formats/family_names.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fabula.errors import ModelFileError, Unsupported
+from fabula.lean_dataclasses import dataclass, replace
 from fabula.models import family_rules as rules
 from fabula.models import gemma3n, gemma4
 from fabula.models.config import Traits, read_config

@@ -6,8 +6,8 @@ An `adapt` function sets traits by a config's fields; a `finish` function change
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
+from fabula.lean_dataclasses import replace
 from fabula.models.config import ConfigReader, Kinds, Traits
 from fabula.models.description import ModelConfig, Norm, Temperature
 

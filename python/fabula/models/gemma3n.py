@@ -6,12 +6,11 @@ Source: configuration and modeling files of transformers 5.24.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from fabula.lean_dataclasses import replace
 from fabula.models.config import ConfigReader, Traits
 from fabula.models.description import AltUp, HeadNorm, Layer, ModelConfig
 from fabula.models.family_rules import gemma, shared_kv
@@ -69,4 +68,6 @@ def _cutoffs(read: ConfigReader, n_layers: int) -> Sequence[float | None]:
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, int | float) or not part < 1:
             raise read.error("activation_sparsity_pattern", f"has {part!r}, must be numbers below 1")
+    from statistics import NormalDist  # slow to import
+
     return [NormalDist().inv_cdf(float(np.float32(part))) if part > 0 else None for part in parts]

@@ -7,9 +7,9 @@ K and V of their own: they attend to those of the last layer of their kind befor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from fabula.lean_dataclasses import replace
 from fabula.models.config import ConfigReader, Traits
 from fabula.models.description import HeadNorm, Layer, ModelConfig, Rope
 from fabula.models.family_rules import FULL, SLIDING, every, gemma, shared_kv

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula._native import Device, Weight, dtype_block
 from fabula.formats.checkpoint import Checkpoint, TensorInfo
+from fabula.lean_dataclasses import dataclass
 
 LARGE = 16 << 20  # bytes from which all threads pack a tensor together
 

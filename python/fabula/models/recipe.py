@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS
+from fabula.lean_dataclasses import dataclass
 
 _LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
 _ROLES = {

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported
+from fabula.lean_dataclasses import dataclass
 from fabula.models.description import ModelConfig
 
 

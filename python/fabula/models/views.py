@@ -16,7 +16,6 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
+from fabula.lean_dataclasses import dataclass, field
 from fabula.models.description import Attention, ModelConfig
 from fabula.models.rope import rotated_width
 

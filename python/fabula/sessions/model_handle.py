@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fabula.engine.defaults import SamplingDefaults
 from fabula.engine.generation import Engine
 from fabula.errors import InvalidArgument
+from fabula.lean_dataclasses import dataclass, field
 
 if TYPE_CHECKING:
     from fabula.kv.spill import Fingerprint

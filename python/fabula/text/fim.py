@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from fabula.lean_dataclasses import dataclass
 from fabula.text.tokenizer import Tokenizer
 
 # Marks before the prefix, the suffix and the middle. Sources: the model cards of Qwen2.5-Coder and CodeGemma, StarCoder

@@ -22,9 +22,10 @@ and the text between them are pieces. The syntax is that of Oniguruma, the engin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+from fabula.lean_dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ Pure functions and one state machine over text. Marks that are control tokens mu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from fabula.lean_dataclasses import dataclass
 
 if TYPE_CHECKING:
     from fabula.text.tokenizer import Tokenizer
