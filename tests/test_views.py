@@ -40,6 +40,9 @@ class Stored:
         self.reads.append(name)
         return self._raw[name]
 
+    def span(self, name: str) -> None:
+        """In no file."""
+
     def close(self) -> None:
         """Nothing to close."""
 

@@ -184,6 +184,29 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
     enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads);
 
+/* A matrix in a file, and its rows in a weight. */
+struct fb_file_rows {
+    fb_weight *weight;
+    int32_t file; /* descriptor of an open file, which is read by position */
+    enum fb_dtype src_dtype;
+    int64_t offset; /* of the first row, in bytes; whole rows of the weight's n_cols follow each other */
+    int32_t first_row, row_block, row_step, n_rows; /* as of fb_weight_pack_rows */
+    int32_t error;        /* set: 0; the errno of a read that failed; -1 where the file ends too early */
+    int64_t n_non_finite; /* set: as fb_weight_non_finite, of these rows alone */
+};
+
+/* Reads and packs many matrices at once, as fb_weight_pack_rows would. A thread packs the same share of each weight as
+ * it multiplies in a step, so the memory is first touched by the thread that reads it. It reads piece by piece: memory
+ * beyond the weights is some 256 KiB a thread.
+ *   parts:     first_row is a multiple of 16, and so is row_block unless row_step is 1; no two parts of a weight share
+ *              a panel of 16 rows
+ *   stop:      another thread sets it to end the call early; NULL for never
+ *   n_read:    counts bytes while the call runs; NULL for none
+ * FB_OK also if reading failed: then `error` of a part tells, and the weights' contents are undefined, as they are
+ * after `stop`. */
+enum fb_status fb_weights_pack_files(
+    struct fb_file_rows *parts, int32_t n_parts, int32_t n_threads, const int32_t *stop, int64_t *n_read);
+
 /* Dequantizes row `row` to f32 [n_cols]. */
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst);
 

@@ -300,6 +300,55 @@ class Weight:
         return out
 
 
+class FileRows(NamedTuple):
+    """A matrix in a file and its rows in a weight; see struct fb_file_rows in fabula.h."""
+
+    weight: Weight
+    file: int
+    dtype: int
+    offset: int
+    n_rows: int
+    first_row: int = 0
+    row_block: int = 1
+    row_step: int = 1
+
+
+class FilePacking:
+    """One call of fb_weights_pack_files, which takes long and needs nothing of Python while it runs.
+
+    Args:
+        parts: matrices; see fb_weights_pack_files for what it takes.
+        n_threads: threads that read and pack.
+    """
+
+    def __init__(self, parts: Sequence[FileRows], n_threads: int) -> None:
+        self._weights = [part.weight for part in parts]  # alive as long as this
+        self._parts = ffi.new("struct fb_file_rows[]", len(parts))
+        for to, part in zip(self._parts, parts, strict=True):
+            to.weight, to.file, to.src_dtype, to.offset = part.weight.handle, part.file, part.dtype, part.offset
+            to.first_row, to.row_block, to.row_step = part.first_row, part.row_block, part.row_step
+            to.n_rows = part.n_rows
+        self._n_threads = n_threads
+        self._stop, self._n_read = ffi.new("int32_t *"), ffi.new("int64_t *")
+
+    @property
+    def n_read(self) -> int:
+        """Bytes read so far."""
+        return int(self._n_read[0])
+
+    def stop(self) -> None:
+        """Ends a running call early."""
+        self._stop[0] = 1
+
+    def run(self) -> None:
+        """Reads and packs everything."""
+        check(lib.fb_weights_pack_files(self._parts, len(self._weights), self._n_threads, self._stop, self._n_read))
+
+    def results(self) -> list[tuple[int, int]]:
+        """Of each part: 0, the errno of a failed read or -1 at the file's end; how many elements are not finite."""
+        return [(part.error, part.n_non_finite) for part in self._parts]
+
+
 # ---- KV pages ----------------------------------------------------------------------------------------------
 
 

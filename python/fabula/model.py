@@ -213,9 +213,13 @@ class Model:
         opened, config = open_model(path)
         checkpoint = Fingerprinting(opened)
         try:
-            tokenizer = load_tokenizer(checkpoint)
-            check_vocabulary(tokenizer, config, checkpoint.path)
             check_context(checkpoint, config, context)
+            tokenizers: list[Tokenizer] = []
+
+            def read_tokenizer() -> None:
+                tokenizers.append(load_tokenizer(checkpoint))
+                check_vocabulary(tokenizers[0], config, checkpoint.path)
+
             defaults = read_defaults(checkpoint)
             label = label_of(weights, checkpoint)
             runner = Runner(
@@ -228,9 +232,11 @@ class Model:
                 drops_windowed=window_kv == "drop",
                 progress=load_progress,
                 placement=placement,
+                meanwhile=read_tokenizer,
             )
         finally:
             checkpoint.close()
+        tokenizer = tokenizers[0]
         digest = f"{checkpoint.digest}-{identity_of(weights, checkpoint)}"
         model = cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults, speculation=speculation)
         if draft_model is not None:

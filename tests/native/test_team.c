@@ -60,7 +60,7 @@ static void test_barrier_counts_long_waits(void) {
             const int64_t until = fb_now_ns() + (round ? 30 * MS : 0);
             while (omp_get_thread_num() == 1 && fb_now_ns() < until)
                 ;
-            fb_barrier_wait(&barrier, 2);
+            fb_barrier_wait(&barrier, omp_get_thread_num(), 2);
         }
         if (round && omp_get_max_threads() > 1) CHECK(atomic_load(&barrier.lost_ns) > 5 * MS);
     }

@@ -25,22 +25,53 @@ int64_t fb_now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-void fb_barrier_wait(struct fb_barrier *barrier, int n_threads) {
-    if (n_threads == 1) return;
-    unsigned generation = atomic_load_explicit(&barrier->generation, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) == n_threads - 1) {
-        atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&barrier->generation, generation + 1, memory_order_release);
-        return;
-    }
+/* Whether this thread is the last of n to arrive. The others wait for `generation` to change. */
+static bool arrives_last(struct fb_meeting *meeting, int n, unsigned *generation) {
+    *generation = atomic_load_explicit(&meeting->generation, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&meeting->arrived, 1, memory_order_acq_rel) < n - 1) return false;
+    atomic_store_explicit(&meeting->arrived, 0, memory_order_relaxed);
+    return true;
+}
+
+static void release(struct fb_meeting *meeting, unsigned generation) {
+    atomic_store_explicit(&meeting->generation, generation + 1, memory_order_release);
+}
+
+static void await(struct fb_barrier *barrier, const struct fb_meeting *meeting, unsigned generation) {
     for (int spins = 0; spins < SPINS; spins++) {
-        if (atomic_load_explicit(&barrier->generation, memory_order_acquire) != generation) return;
+        if (atomic_load_explicit(&meeting->generation, memory_order_acquire) != generation) return;
         spin_pause();
     }
     const int64_t start = fb_now_ns();
-    while (atomic_load_explicit(&barrier->generation, memory_order_acquire) == generation)
+    while (atomic_load_explicit(&meeting->generation, memory_order_acquire) == generation)
         sched_yield();
     atomic_fetch_add_explicit(&barrier->lost_ns, fb_now_ns() - start, memory_order_relaxed);
+}
+
+static void meet_at_root(struct fb_barrier *barrier, int n) {
+    unsigned generation;
+    if (arrives_last(&barrier->root, n, &generation))
+        release(&barrier->root, generation);
+    else
+        await(barrier, &barrier->root, generation);
+}
+
+void fb_barrier_wait(struct fb_barrier *barrier, int thread, int n_threads) {
+    if (n_threads == 1) return;
+    const int n_groups = fb_barrier_groups(n_threads);
+    if (n_groups == 0) {
+        meet_at_root(barrier, n_threads);
+        return;
+    }
+    const int group = thread / FB_BARRIER_GROUP, others = n_threads - group * FB_BARRIER_GROUP;
+    struct fb_meeting *meeting = &barrier->groups[group];
+    unsigned generation;
+    if (!arrives_last(meeting, others < FB_BARRIER_GROUP ? others : FB_BARRIER_GROUP, &generation)) {
+        await(barrier, meeting, generation);
+        return;
+    }
+    meet_at_root(barrier, n_groups);
+    release(meeting, generation);
 }
 
 /* A team of n threads that waits for more than LOST_OF_A_THREAD / n of its time is slower than a team of

@@ -167,6 +167,8 @@ static enum fb_status allocate_memory(struct fb_program *p) {
     p->pairs = allocate(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
     p->own_inputs = allocate(p, n_threads, p->own_input_bytes, &failed);
     p->counters = allocate(p, 2 * (size_t)p->n_stages * n_threads, sizeof(struct fb_counter), &failed);
+    const int n_groups = fb_barrier_groups(p->n_threads);
+    if (n_groups) p->barrier_groups = allocate(p, (size_t)n_groups, sizeof *p->barrier_groups, &failed);
     allocate_sample_work(p, &failed);
     if (failed) return fb_fail(FB_OUT_OF_MEMORY, "no memory for the buffers of %d tokens", s->max_tokens);
     for (int32_t i = 0; i < s->n_buffers; i++)

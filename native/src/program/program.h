@@ -122,8 +122,9 @@ struct fb_program {
     size_t attention_scratch_bytes; /* per thread */
     char *sample_work;              /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
     size_t sample_work_bytes;
-    struct fb_team team;         /* size of the team in steps of few tokens, with a barrier every few us */
-    struct fb_counter *counters; /* [n_stages][2][n_threads], n_threads of the run */
+    struct fb_team team;               /* size of the team in steps of few tokens, with a barrier every few us */
+    struct fb_counter *counters;       /* [n_stages][2][n_threads], n_threads of the run */
+    struct fb_meeting *barrier_groups; /* [fb_barrier_groups(n_threads)]; NULL if there are none */
     struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above but `partials`, freed by a loop */
     int32_t n_scratch;
 };

@@ -71,7 +71,7 @@ static struct inputs prepare_inputs(
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
             prepare_row(p, stage, (size_t)row, fb_row_of(p, number, (size_t)row),
                 p->pairs + (size_t)row * p->pair_stride, p->activations + (size_t)row * p->activation_blocks);
-        fb_barrier_wait(&run->barrier, worker->n_threads);
+        fb_barrier_wait(&run->barrier, worker->thread, worker->n_threads);
         return inputs;
     }
     struct fb_activation *activations = (struct fb_activation *)(p->own_inputs +
@@ -218,7 +218,7 @@ static void run_stages(struct fb_run *run, int thread, int n_threads) {
             run_products(run, stage, &worker, n_rows);
         else
             run_attention(run, stage, &worker);
-        if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, n_threads);
+        if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, thread, n_threads);
     }
 }
 
@@ -292,7 +292,8 @@ enum fb_status fb_program_run(
         return fb_program_run_on_device(program, pool, batch, &(struct fb_results){.logits = logits}, n_logits);
     FB_TRY(fb_check_pool(program, pool));
     FB_TRY(fb_check_batch(program, pool, batch, n_logits));
-    struct fb_run run = {.program = program, .batch = batch, .pool = pool, .logits = logits};
+    struct fb_run run = {
+        .program = program, .batch = batch, .pool = pool, .logits = logits, .barrier.groups = program->barrier_groups};
     const int64_t start = fb_now_ns();
     const int n_threads = threads_for(program, batch, start);
     lay_out(&run, n_threads);

@@ -10,9 +10,12 @@
 #include "quant/dequantize.h"
 #include "quant/quantize.h"
 
+#include <errno.h>
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     MAX_DIMENSION = 1 << 30,
@@ -59,6 +62,7 @@ struct packing {
     struct fb_weight *weight;
     const struct fb_kernels *kernels;
     const char *src;
+    int32_t src_row; /* the source's row at `src` */
     enum fb_dtype src_dtype;
     size_t row_bytes, block_bytes;
     int32_t block_size, first_row, row_block, row_step, n_rows;
@@ -84,7 +88,8 @@ static int64_t count_non_finite(const float *x, size_t n) {
 }
 
 static const char *source_at(const struct packing *job, int32_t row, int32_t column) {
-    return job->src + (size_t)row * job->row_bytes + (size_t)(column / job->block_size) * job->block_bytes;
+    return job->src + (size_t)(row - job->src_row) * job->row_bytes +
+           (size_t)(column / job->block_size) * job->block_bytes;
 }
 
 /* Elements from a row's column to its next in two panels side by side; bf16: from a pair of columns to the
@@ -169,17 +174,22 @@ static int64_t pack_blocks(const struct packing *job, const int32_t source[16], 
     return non_finite;
 }
 
-/* Fills the rows of one panel that come from the source. */
+/* Fills the rows of one panel that come from the source; returns how many elements are not finite. */
+static int64_t pack_panel(const struct packing *job, int64_t number) {
+    int32_t source[16], n = 0;
+    for (int32_t j = 0; j < 16; j++) {
+        source[j] = source_row(job, 16 * number + j);
+        n += source[j] >= 0;
+    }
+    if (n == 0) return 0;
+    return is_plain(job->weight->dtype) ? pack_plain(job, source, (int32_t)(16 * number))
+                                        : pack_blocks(job, source, fb_weight_panel(job->weight, (size_t)number));
+}
+
 static void pack_one_panel(void *context, int64_t index, int thread) {
     (void)thread;
     const struct packing *job = context;
-    const int64_t number = job->first_row / 16 + index;
-    int32_t source[16];
-    for (int32_t j = 0; j < 16; j++)
-        source[j] = source_row(job, 16 * number + j);
-    const int64_t non_finite = is_plain(job->weight->dtype)
-                                   ? pack_plain(job, source, (int32_t)(16 * number))
-                                   : pack_blocks(job, source, fb_weight_panel(job->weight, (size_t)number));
+    const int64_t non_finite = pack_panel(job, job->first_row / 16 + index);
     if (non_finite) atomic_fetch_add(&job->weight->non_finite, non_finite);
 }
 
@@ -216,6 +226,163 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
     fb_team_run(pack_one_panel, &job, end / 16 - first_row / 16 + 1, n_threads);
     return FB_OK;
 }
+
+/* ---- From files -------------------------------------------------------------------------------------------------- */
+
+enum { PIECE_BYTES = 256 << 10 }; /* read at a time: it is packed from L2, and a read costs little beside it */
+
+/* One part of fb_weights_pack_files. Its items are groups of panels. */
+struct file_job {
+    struct packing job; /* `src` is set for each piece */
+    struct fb_file_rows *part;
+    int64_t first_panel, n_panels, item_panels, n_items;
+};
+
+struct file_jobs {
+    struct file_job *all;
+    int32_t n;
+    struct fb_counter *counters; /* [n][n_threads] */
+    char *pieces;                /* [n_threads][piece_bytes] */
+    size_t piece_bytes;
+    const int32_t *stop;
+    int64_t *n_read;
+    atomic_int failed;
+};
+
+static enum fb_status make_file_job(struct fb_file_rows *part, int32_t i, struct file_job *out, size_t *piece_bytes) {
+    fb_weight *weight = part->weight;
+    FB_REQUIRE(weight && !weight->device, "part %d: weight is null or on a device", i);
+    const int32_t block_size = fb_dtype_block_size(part->src_dtype);
+    FB_REQUIRE(block_size > 0 && weight->n_cols % block_size == 0,
+        "part %d: rows of %d elements are not whole blocks of src_dtype %d", i, weight->n_cols, (int)part->src_dtype);
+    FB_REQUIRE(part->file >= 0 && part->offset >= 0, "part %d: file %d, offset %lld must be 0 or more", i, part->file,
+        (long long)part->offset);
+    FB_REQUIRE(part->n_rows >= 1 && part->first_row >= 0 && part->row_block >= 1 && part->row_step >= 1 &&
+                   part->first_row % 16 == 0 && (part->row_step == 1 || part->row_block % 16 == 0),
+        "part %d: n_rows %d, first_row %d, row_block %d, row_step %d: parts must start at a panel of 16 rows", i,
+        part->n_rows, part->first_row, part->row_block, part->row_step);
+    const int64_t last = (int64_t)part->n_rows - 1, block = part->row_block;
+    const int64_t end = part->first_row + last / block * block * part->row_step + last % block;
+    FB_REQUIRE(end < weight->n_rows, "part %d: the last row would be %lld, the weight has %d", i, (long long)end,
+        weight->n_rows);
+    const size_t block_bytes = fb_dtype_block_bytes(part->src_dtype);
+    const size_t row_bytes = (size_t)(weight->n_cols / block_size) * block_bytes;
+    *out = (struct file_job){.job = {.weight = weight,
+                                 .kernels = fb_kernels_of(fb_isa_best()),
+                                 .src_dtype = part->src_dtype,
+                                 .row_bytes = row_bytes,
+                                 .block_bytes = block_bytes,
+                                 .block_size = block_size,
+                                 .first_row = part->first_row,
+                                 .row_block = part->row_block,
+                                 .row_step = part->row_step,
+                                 .n_rows = part->n_rows},
+        .part = part,
+        .first_panel = part->first_row / 16,
+        .n_panels = end / 16 - part->first_row / 16 + 1};
+    /* An even number: two panels of a plain format share cache lines. */
+    const int64_t pairs = (int64_t)(PIECE_BYTES / (32 * row_bytes));
+    out->item_panels = pairs < 1 ? 2 : 2 * pairs;
+    out->n_items = (out->n_panels + out->item_panels - 1) / out->item_panels;
+    const size_t n_bytes = 16 * (size_t)out->item_panels * row_bytes;
+    if (n_bytes > *piece_bytes) *piece_bytes = n_bytes;
+    part->error = 0;
+    part->n_non_finite = 0;
+    return FB_OK;
+}
+
+/* Reads n_bytes at `offset`; 0, an errno, or -1 at the end of the file. */
+static int32_t read_piece(int file, int64_t offset, size_t n_bytes, char *out) {
+    for (size_t done = 0; done < n_bytes;) {
+        const ssize_t n = pread(file, out + done, n_bytes - done, (off_t)(offset + (int64_t)done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return errno;
+        if (n == 0) return -1;
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+/* Reads and packs one item; false if reading failed. */
+static bool pack_file_item(struct file_jobs *jobs, const struct file_job *from, int64_t index, char *piece) {
+    struct packing job = from->job;
+    const int64_t first = from->first_panel + index * from->item_panels, past = from->first_panel + from->n_panels;
+    const int64_t end = first + from->item_panels < past ? first + from->item_panels : past;
+    int32_t low = INT32_MAX, high = -1; /* source rows of these panels: they follow each other */
+    for (int64_t row = 16 * first; row < 16 * end; row++) {
+        const int32_t source = source_row(&job, row);
+        if (source >= 0 && source < low) low = source;
+        if (source > high) high = source;
+    }
+    if (high < 0) return true; /* all of them belong to another part */
+    const size_t n_bytes = (size_t)(high - low + 1) * job.row_bytes;
+    const int32_t error = read_piece(
+        from->part->file, from->part->offset + (int64_t)((size_t)low * job.row_bytes), n_bytes, piece);
+    if (error) {
+        __atomic_store_n(&from->part->error, error, __ATOMIC_RELAXED);
+        return false;
+    }
+    if (jobs->n_read) __atomic_fetch_add(jobs->n_read, (int64_t)n_bytes, __ATOMIC_RELAXED);
+    job.src = piece;
+    job.src_row = low;
+    for (int64_t panel = first; panel < end; panel++) {
+        const int64_t non_finite = pack_panel(&job, panel);
+        if (!non_finite) continue;
+        __atomic_fetch_add(&from->part->n_non_finite, non_finite, __ATOMIC_RELAXED);
+        atomic_fetch_add(&job.weight->non_finite, non_finite);
+    }
+    return true;
+}
+
+/* First its own share of every part, then what others have left. */
+static void pack_files(struct file_jobs *jobs, int thread, int n_threads) {
+    char *piece = jobs->pieces + (size_t)thread * jobs->piece_bytes;
+    for (int pass = 0; pass < 2; pass++)
+        for (int32_t i = 0; i < jobs->n; i++) {
+            const struct file_job *from = &jobs->all[i];
+            struct fb_items items = fb_items_of(
+                jobs->counters + (size_t)i * (size_t)n_threads, from->n_items, thread, n_threads);
+            for (;;) {
+                if (atomic_load_explicit(&jobs->failed, memory_order_relaxed)) return;
+                if (jobs->stop && __atomic_load_n(jobs->stop, __ATOMIC_RELAXED)) return;
+                const int64_t index = pass ? fb_next_item(&items) : fb_next_of_share(&items, thread);
+                if (index < 0) break;
+                if (!pack_file_item(jobs, from, index, piece)) atomic_store(&jobs->failed, 1);
+            }
+        }
+}
+
+enum fb_status fb_weights_pack_files(
+    struct fb_file_rows *parts, int32_t n_parts, int32_t n_threads, const int32_t *stop, int64_t *n_read) {
+    FB_REQUIRE(parts || n_parts == 0, "parts is null");
+    FB_REQUIRE(n_parts >= 0, "n_parts is %d, must be 0 or more", n_parts);
+    FB_REQUIRE(n_threads >= 1 && n_threads <= 1024, "n_threads is %d, must be 1 .. 1024", n_threads);
+    if (n_parts == 0) return FB_OK;
+    struct file_jobs jobs = {.n = n_parts, .stop = stop, .n_read = n_read};
+    const size_t n_counters = (size_t)n_parts * (size_t)n_threads;
+    jobs.all = calloc((size_t)n_parts, sizeof *jobs.all);
+    jobs.counters = fb_memory_allocate(n_counters * sizeof *jobs.counters);
+    enum fb_status status = jobs.all ? FB_OK : FB_OUT_OF_MEMORY;
+    for (int32_t i = 0; i < n_parts && status == FB_OK; i++)
+        status = make_file_job(&parts[i], i, &jobs.all[i], &jobs.piece_bytes);
+    if (status == FB_OK) jobs.pieces = fb_memory_allocate((size_t)n_threads * jobs.piece_bytes);
+    if (status == FB_OUT_OF_MEMORY || (status == FB_OK && (!jobs.counters || !jobs.pieces)))
+        status = fb_fail(FB_OUT_OF_MEMORY, "no memory to read %d matrices", n_parts);
+    if (status == FB_OK) {
+#pragma omp parallel num_threads(n_threads)
+        {
+            const fb_float_mode mode = fb_float_mode_enter();
+            pack_files(&jobs, omp_get_thread_num(), omp_get_num_threads());
+            fb_float_mode_leave(mode);
+        }
+    }
+    free(jobs.all);
+    fb_memory_release(jobs.counters, n_counters * sizeof *jobs.counters);
+    fb_memory_release(jobs.pieces, (size_t)n_threads * jobs.piece_bytes);
+    return status;
+}
+
+/* ---- Rows -------------------------------------------------------------------------------------------------------- */
 
 void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst) {
     const size_t n = (size_t)weight->n_cols;

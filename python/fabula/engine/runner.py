@@ -67,6 +67,7 @@ class Runner:
         isa: instruction set, for tests.
         placement: where it may run.
         progress: called with (bytes read, bytes in all) while tensors are packed.
+        meanwhile: called once while other threads read and pack, which takes most of the time.
 
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
@@ -87,6 +88,7 @@ class Runner:
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
         placement: Placement = CPU,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         family = family_of(checkpoint.config, checkpoint.path)
         self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
@@ -119,7 +121,7 @@ class Runner:
             ropes=ropes,
         )
         try:
-            builder.pack(self.device.members if self.device else ())
+            builder.pack(self.device.members if self.device else (), meanwhile)
             self._programs = Programs(builder, config, shape, isa, self.device)
             self.program = self._programs.program()
             windowed = WindowedLayers.of(config.kv_windows)

@@ -7,9 +7,9 @@ Both readers use Hugging Face's names: `config` has the keys of config.json and 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,22 @@ class TensorInfo:
     dtype: DType
     shape: tuple[int, ...]
     n_bytes: int
+
+
+class Span(NamedTuple):
+    """Where a file has the bytes that `Checkpoint.read` would return, for code that reads them itself.
+
+    Attributes:
+        file: descriptor, open until the checkpoint is closed.
+        offset: of the first byte.
+        path: for messages.
+        after: to be called once the bytes were read, by any thread; None for nothing.
+    """
+
+    file: int
+    offset: int
+    path: Path
+    after: Callable[[], None] | None = None
 
 
 class TensorTable(Mapping[str, TensorInfo]):
@@ -108,6 +124,10 @@ class Checkpoint(Protocol):
         Raises:
             ModelFileError: no such tensor, or the file ended early.
         """
+        ...
+
+    def span(self, name: str) -> Span | None:
+        """Where a file has these bytes; None if they are not in one piece there, so that only `read` gives them."""
         ...
 
     def close(self) -> None:

@@ -6,7 +6,10 @@ number of the tensors it touches, so samples are enough. It does not detect a ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fabula.formats.checkpoint import Checkpoint, TensorInfo
+from fabula.formats.checkpoint import Checkpoint, Span, TensorInfo
 
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each tensor
 
@@ -38,13 +41,30 @@ class Fingerprinting:
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """Reads one tensor's raw bytes; see `Checkpoint.read`."""
         raw = self._checkpoint.read(name)
+        self._hash(name, raw.size, lambda start, n_bytes: raw.data[start : start + n_bytes])
+        return raw
+
+    def span(self, name: str) -> Span | None:
+        """See `Checkpoint.span`; its `after` reads the samples."""
+        span = self._checkpoint.span(name)
+        return None if span is None else span._replace(after=partial(self._hash_span, name, span))
+
+    def _hash_span(self, name: str, span: Span) -> None:
+        def part(start: int, n_bytes: int) -> bytes:
+            with suppress(OSError):  # whoever reads all of it reports that
+                return os.pread(span.file, n_bytes, span.offset + start)
+            return b""
+
+        self._hash(name, self.tensors[name].n_bytes, part)
+
+    def _hash(self, name: str, size: int, part: Callable[[int, int], bytes | memoryview]) -> None:
+        """Hashes samples of a tensor of `size` bytes; part(start, n_bytes) gives one."""
         info = self.tensors[name]
         digest = blake2b(f"{name} {info.dtype.name} {info.shape}".encode(), digest_size=16)
-        last = max(0, raw.size - SAMPLE_BYTES)
+        last, length = max(0, size - SAMPLE_BYTES), min(size, SAMPLE_BYTES)
         starts = sorted({i * last // (SAMPLES - 1) for i in range(SAMPLES)})
-        digest.update(b"".join([raw.data[start : start + SAMPLE_BYTES] for start in starts]))
+        digest.update(b"".join([part(start, length) for start in starts]))
         self._digests[name] = digest.digest()
-        return raw
 
     def close(self) -> None:
         """Closes the files; may be called twice."""

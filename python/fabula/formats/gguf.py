@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from fabula._native import join_strings
 from fabula.errors import ModelFileError, OutOfMemory, Unsupported, shown
-from fabula.formats.checkpoint import DType
+from fabula.formats.checkpoint import DType, Span
 from fabula.formats.readfile import file_size, open_regular, read_at
 from fabula.lean_dataclasses import dataclass, replace
 
@@ -155,6 +155,14 @@ class GgufFile:
         if tensor is None:
             raise ModelFileError(f"{self.path}: has no tensor {shown(name)}", path=self.path, field=name)
         return read_at(self._file, tensor.offset, tensor.n_bytes, path=self.path, field=name)
+
+    def span(self, name: str) -> Span:
+        """Where the file has a tensor's bytes; errors as `read`."""
+        tensor = self.tensors.get(name)
+        if tensor is None or self._file.closed:
+            problem = f"has no tensor {shown(name)}" if tensor is None else "is closed"
+            raise ModelFileError(f"{self.path}: {problem}", path=self.path, field=name)
+        return Span(self._file.fileno(), tensor.offset, self.path)
 
     def close(self) -> None:
         """Closes the file; may be called twice."""

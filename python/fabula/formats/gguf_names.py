@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported, shown
-from fabula.formats.checkpoint import DType, TensorInfo
+from fabula.formats.checkpoint import DType, Span, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
 from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, XIELU, Architecture
@@ -126,6 +126,13 @@ class GgufCheckpoint:
             return numbers.reshape(-1).view(np.uint8)
         raw = self._file.read(source.name)
         return _unpermute(raw, source.shape[0], self._head_dim) if source.permuted else raw
+
+    def span(self, name: str) -> Span | None:
+        """Where the file has these bytes; see `Checkpoint.span`."""
+        source = self._sources.get(name)
+        if source is None or source.name is None or source.permuted:
+            return None
+        return self._file.span(source.name)
 
     def close(self) -> None:
         """Closes the file; may be called twice."""

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported, shown
+from fabula.formats.checkpoint import Span
 from fabula.formats.gguf import MAX_TENSORS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import check_kind
 from fabula.formats.gguf_keys import Keys
@@ -82,6 +83,12 @@ class GgufParts:
         if name not in self._part_of:
             raise ModelFileError(f"{self.path}: has no tensor {shown(name)}", path=self.path, field=name)
         return self._part_of[name].read(name)
+
+    def span(self, name: str) -> Span:
+        """Where a part has a tensor's bytes; errors as `read`."""
+        if name not in self._part_of:
+            raise ModelFileError(f"{self.path}: has no tensor {shown(name)}", path=self.path, field=name)
+        return self._part_of[name].span(name)
 
     def close(self) -> None:
         """Closes the files; may be called twice."""

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, ModelFileWarning, Unsupported, shown
-from fabula.formats.checkpoint import DType, TensorInfo, TensorTable
+from fabula.formats.checkpoint import DType, Span, TensorInfo, TensorTable
 from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
 from fabula.formats.readfile import file_size, open_regular, parse_json_object, read_at, read_json_object
 from fabula.formats.tensor_names import canonical_names, is_head, is_leftover
@@ -181,6 +181,13 @@ class SafetensorsCheckpoint:
             raise ModelFileError(f"{self.path}: holds no tensor {shown(name)}", path=self.path, field=str(name))
         shard, entry = self._places[name]
         return read_at(shard.file, entry.offset, entry.n_bytes, path=shard.path, field=name)
+
+    def span(self, name: str) -> Span | None:
+        """Where a file has these bytes; see `Checkpoint.span`."""
+        if name not in self.tensors:
+            return None
+        shard, entry = self._places[name]
+        return None if shard.file.closed else Span(shard.file.fileno(), entry.offset, shard.path)
 
     def close(self) -> None:
         """Closes the files; may be called twice."""

@@ -175,15 +175,19 @@ class ProgramBuilder:
                 stacklevel=2,
             )
 
-    def pack(self, devices: Sequence[_native.Device] = ()) -> None:
+    def pack(self, devices: Sequence[_native.Device] = (), meanwhile: Callable[[], None] | None = None) -> None:
         """Reads and packs the collected matrices, and moves each device's share to it. No devices: the CPU.
+
+        Args:
+            devices: GPUs.
+            meanwhile: called once, by this thread, while others read and pack.
 
         Raises:
             ModelFileError, OutOfMemory: a tensor cannot be read.
             DeviceOutOfMemory, DeviceError: a weight cannot be moved.
         """
         packer = Packer(self.checkpoint, self.n_threads, self._count, devices)
-        for name, weight in packer.pack(self._packings):
+        for name, weight in packer.pack(self._packings, meanwhile):
             self._warn(name, DType(weight.dtype))
 
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> Weights:

@@ -1,7 +1,11 @@
 """Reads and packs the matrices of a model in parallel.
 
-One thread reads and packs a small matrix: a barrier after each of some hundred matrices took longer than packing on a
-busy machine. All threads pack a large matrix together, each touching its own share of the memory first (NUMA).
+Matrices that a file holds as they are go through one native call, which reads and packs piece by piece: it holds no
+tensor, each thread touches its own share of every weight first (NUMA), and Python's lock is left to the thread that
+called `pack`, which reads the tokenizer meanwhile.
+
+The others (rows in another order, several devices) are read here. One thread packs a small matrix: a barrier after each
+of some hundred matrices took longer than packing on a busy machine. All threads pack a large matrix together.
 
 With several devices, a tensor is read once and each device's rows and columns are packed from it.
 
@@ -10,16 +14,21 @@ The tensors held at a time take no more than the largest one, so peak memory is 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from fabula._native import Device, Weight, dtype_block
-from fabula.formats.checkpoint import Checkpoint, TensorInfo
+from fabula._native import Device, FilePacking, FileRows, Weight, dtype_block
+from fabula.errors import ModelFileError
+from fabula.formats.checkpoint import Checkpoint, Span, TensorInfo
 from fabula.lean_dataclasses import dataclass
 
+PANEL = 16  # rows
+REPORT_S = 0.05  # between two reports of the bytes read
+_ENDS_EARLY = "the file ends too early; it was cut, or changed while in use"
 LARGE = 16 << 20  # bytes from which all threads pack a tensor together
 
 
@@ -80,21 +89,67 @@ class Packer:
         self._waiting: list[tuple[int, Packing]] = []  # small packings, first at the end
         self._n_read = 0  # bytes not yet reported to `read`
         self._damaged: list[tuple[int, str, Weight]] = []
+        self._n_direct = 0  # bytes of the native call that were reported
         self._failures: list[tuple[int, BaseException]] = []
 
-    def pack(self, packings: Sequence[Packing]) -> list[tuple[str, Weight]]:
+    def pack(
+        self, packings: Sequence[Packing], meanwhile: Callable[[], None] | None = None
+    ) -> list[tuple[str, Weight]]:
         """Packs everything. Returns (name, weight) of tensors that are not finite in the weight's format.
+
+        Args:
+            packings: weights and their tensors.
+            meanwhile: called once, by this thread, while others pack.
 
         Raises:
             ModelFileError, OutOfMemory: a tensor cannot be read; of several errors the first tensor's.
         """
-        small = [(i, packing) for i, packing in enumerate(packings) if packing.largest < LARGE]
-        for i, packing in enumerate(packings):
+        spans = [self._spans(packing) for packing in packings]
+        direct = [(i, packing, found) for i, (packing, found) in enumerate(zip(packings, spans, strict=True)) if found]
+        with _Direct(direct, self._n_threads) as running:
+            if meanwhile is not None:
+                meanwhile()
+            for _, _, found in direct:
+                for span in found:
+                    if span.after is not None:
+                        span.after()
+            self._pack_here([(i, packing) for i, packing in enumerate(packings) if not spans[i]])
+            running.wait(self._report_direct)
+        self._damaged += running.damaged
+        self._failures += running.failures
+        if self._failures:
+            raise min(self._failures, key=lambda failure: failure[0])[1]
+        return [(name, weight) for _, name, weight in sorted(self._damaged, key=lambda entry: entry[0])]
+
+    def _spans(self, packing: Packing) -> list[Span]:
+        """Where a file has the tensors; none if they cannot be packed by a native call."""
+        if self._devices or len(packing.weights) != 1:
+            return []
+        found = []
+        for part in packing.parts:
+            place, n_cols = part.places[0], packing.weights[0].n_cols
+            whole = place.rows == range(part.info.shape[0]) and place.columns == range(n_cols)
+            aligned = place.first_row % PANEL == 0 and (place.row_step == 1 or place.row_block % PANEL == 0)
+            span = self._checkpoint.span(part.info.name) if whole and aligned else None
+            if span is None:
+                return []
+            found.append(span)
+        return found
+
+    def _report_direct(self, n_read: int) -> None:
+        self._read(n_read - self._n_direct)
+        self._n_direct = n_read
+
+    def _pack_here(self, packings: Sequence[tuple[int, Packing]]) -> None:
+        """Packs from what the checkpoint reads."""
+        small = [(i, packing) for i, packing in packings if packing.largest < LARGE]
+        for i, packing in packings:
             if packing.largest >= LARGE:
                 self._pack(i, packing, self._n_threads)
                 self._report()
         self._waiting = small[::-1]
-        helpers = [threading.Thread(target=self._work, name="fabula-pack") for _ in range(self._n_helpers(packings))]
+        n_helpers = self._n_helpers([packing for _, packing in packings])
+        helpers = [threading.Thread(target=self._work, name="fabula-pack") for _ in range(n_helpers)]
         for helper in helpers:
             helper.start()
         try:
@@ -103,10 +158,8 @@ class Packer:
             self._stop()
             for helper in helpers:
                 helper.join()
-        if self._failures:
-            raise min(self._failures, key=lambda failure: failure[0])[1]
-        self._report()
-        return [(name, weight) for _, name, weight in sorted(self._damaged, key=lambda entry: entry[0])]
+        if not self._failures:
+            self._report()
 
     def _n_helpers(self, packings: Sequence[Packing]) -> int:
         """Threads besides the caller's, limited so that the tensors they hold take no more than the largest tensor."""
@@ -164,3 +217,69 @@ class Packer:
         with self._lock:
             n_read, self._n_read = self._n_read, 0
         self._read(n_read)
+
+
+class _Direct:
+    """The native call that reads and packs, in a thread of its own; stopped if the block is left early.
+
+    Attributes:
+        damaged: (number of the packing, name, weight) of tensors that are not finite in the weight's format.
+        failures: (number of the packing, error).
+    """
+
+    def __init__(self, packings: Sequence[tuple[int, Packing, Sequence[Span]]], n_threads: int) -> None:
+        self._of = [
+            (i, part, packing.weights[0], span)
+            for i, packing, spans in packings
+            for part, span in zip(packing.parts, spans, strict=True)
+        ]
+        self._call = FilePacking([_rows_of(weight, part, span) for _, part, weight, span in self._of], n_threads)
+        self._thread = threading.Thread(target=self._run, name="fabula-pack")
+        self.damaged: list[tuple[int, str, Weight]] = []
+        self.failures: list[tuple[int, BaseException]] = []
+
+    def __enter__(self) -> _Direct:
+        if self._of:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call.stop()
+        if self._of:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._call.run()
+        except BaseException as error:
+            self.failures.append((self._of[0][0], error))
+
+    def wait(self, report: Callable[[int], None]) -> None:
+        """Waits for the end; `report` gets the bytes read so far."""
+        while self._of and self._thread.is_alive():
+            self._thread.join(REPORT_S)
+            report(self._call.n_read)
+        if self.failures:
+            return
+        report(self._call.n_read)
+        for (i, part, weight, span), (error, n_non_finite) in zip(self._of, self._call.results(), strict=True):
+            name = part.info.name
+            if error:
+                reason = f"cannot be read: {os.strerror(error)}" if error > 0 else _ENDS_EARLY
+                self.failures.append((i, ModelFileError(f"{span.path}: {name}: {reason}", path=span.path, field=name)))
+            elif n_non_finite:
+                self.damaged.append((i, name, weight))
+
+
+def _rows_of(weight: Weight, part: Part, span: Span) -> FileRows:
+    place = part.places[0]
+    return FileRows(
+        weight=weight,
+        file=span.file,
+        dtype=part.info.dtype,
+        offset=span.offset,
+        n_rows=len(place.rows),
+        first_row=place.first_row,
+        row_block=place.row_block,
+        row_step=place.row_step,
+    )

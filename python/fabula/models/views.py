@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from fabula import _native
 from fabula.errors import ModelFileError, Unsupported
-from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
+from fabula.formats.checkpoint import Checkpoint, DType, Span, TensorInfo, TensorTable
 from fabula.lean_dataclasses import dataclass, field
 from fabula.models.description import Attention, ModelConfig
 from fabula.models.rope import rotated_width
@@ -144,6 +144,10 @@ class ViewedCheckpoint:
             lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
             return np.asarray(matrix / lengths, np.float32).reshape(-1).view(np.uint8)
         return found
+
+    def span(self, name: str) -> Span | None:
+        """See `Checkpoint.span`; a view is in no file."""
+        return None if name in self._views else self._checkpoint.span(name)
 
     def _source(self, name: str) -> npt.NDArray[np.uint8]:
         """A source's bytes."""
