@@ -51,6 +51,30 @@ class Answers:
         return {"seconds": 1e-3 * self.n_read}
 
 
+class TorchAnswers:
+    """Answers as bench/torch_worker.py does: zentorch works, ipex does not."""
+
+    model: Any = None
+
+    def backends(self) -> dict[str, Any]:
+        return {"backends": ["zentorch", "ipex"]}
+
+    def load(self, path: str, options: dict[str, str], dtype: str, threads: int, backend: str) -> dict[str, Any]:
+        from fabula.model import Model
+
+        if backend == "ipex":
+            return {"error": "made for another torch"}
+        assert dtype == "float32" and not options
+        self.model = Model.load(path, threads=threads, kv="f32")
+        return {"settings": f"{backend} of {SETTINGS}"}
+
+    def run(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+        from fabula.bench.model import Fabula
+
+        run = Fabula(self.model).run(prompt, tokens)
+        return {"prefill_s": run.prefill_s, "decode_s": run.decode_s, "tokens": list(run.tokens)}
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._reply(b"{}")
@@ -75,7 +99,7 @@ def main() -> None:
     if words[:2] == ["-m", "llama_cpp.server"]:
         port = int(words[words.index("--port") + 1])
         ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-    answers = Answers(skew)
+    answers: Any = TorchAnswers() if words[0].endswith("torch_worker.py") else Answers(skew)
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(getattr(answers, request.pop("do"))(**request)), flush=True)

@@ -19,13 +19,17 @@ With --as-in-file weights keep the file's layout; else llama.cpp repacks them fo
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -58,7 +62,32 @@ def _is_near_best(setting: Setting, times: dict[Setting, list[float]]) -> bool:
 
 
 def _version() -> str:
-    return version("llama-cpp-python") + (", weights as in the file" if _AS_IN_FILE else "")
+    built = "".join(f", {name}" for name in built_with())
+    return version("llama-cpp-python") + built + (", weights as in the file" if _AS_IN_FILE else "")
+
+
+def built_with() -> list[str]:
+    """What llama.cpp was built with besides its own kernels: backends such as BLAS or ZENDNN, and the libraries of
+    matrix products that are in this process."""
+    found = []
+    with suppress(Exception):  # internal to llama-cpp-python; without it, the libraries still tell
+        ggml = importlib.import_module("llama_cpp._ggml").libggml
+        ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+        ggml.ggml_backend_reg_get.argtypes, ggml.ggml_backend_reg_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+        ggml.ggml_backend_reg_name.argtypes, ggml.ggml_backend_reg_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+        names = [ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(i)) for i in range(ggml.ggml_backend_reg_count())]
+        found += [name.decode() for name in names if name != b"CPU"]
+    with suppress(OSError):
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        found += libraries_of([line.split()[-1] for line in mapped.splitlines() if "/" in line])
+    return found
+
+
+def libraries_of(paths: Sequence[str]) -> list[str]:
+    """Names of the libraries of matrix products among files, without numpy's own copy of OpenBLAS."""
+    known = re.compile(r"lib(openblas|dnnl|mkl_rt|mkl_core|blis|zendnn|amdblis)[-.\w]*\.so")
+    found = [known.match(path.rpartition("/")[2]) for path in paths if "numpy" not in path and "scipy" not in path]
+    return sorted({match[1] for match in found if match})
 
 
 def _some(n_vocab: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fabula.bench.model import Engine
+from fabula.bench.peer_torch import torch_backends
 from fabula.bench.status import Status
 from fabula.errors import EngineError
 from fabula.model import Model
@@ -38,7 +39,7 @@ def make_peers(
             engines.append(make(model, n_positions, status, options))
         except (EngineError, ImportError, OSError, RuntimeError) as error:
             status(f"{name} is not measured: {error}")
-    return engines
+    return [*engines, *torch_backends(model, status, options.get("python"))]
 
 
 def _llama_cpp(model: Model, n_positions: int, status: Status, options: dict[str, Any]) -> Engine:

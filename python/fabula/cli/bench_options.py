@@ -42,7 +42,7 @@ plot_option = click.option(
 )  # fmt: skip
 peer_python_option = click.option(
     "--peer-python", metavar="FILE",
-    help="Python interpreter that has llama-cpp-python; default: the one that runs this.",
+    help="Python interpreter that has llama-cpp-python, and zentorch or ipex; default: the one that runs this.",
 )  # fmt: skip
 
 

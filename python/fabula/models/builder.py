@@ -187,7 +187,14 @@ class ProgramBuilder:
             DeviceOutOfMemory, DeviceError: a weight cannot be moved.
         """
         packer = Packer(self.checkpoint, self.n_threads, self._count, devices)
-        for name, weight in packer.pack(self._packings, meanwhile):
+        try:
+            damaged = packer.pack(self._packings, meanwhile)
+        except BaseException:
+            # The exception may keep frames alive that hold this builder; their memory may be most of the machine's.
+            for held in (self.weights, self._packings, self.ops):
+                held.clear()
+            raise
+        for name, weight in damaged:
             self._warn(name, DType(weight.dtype))
 
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> Weights:

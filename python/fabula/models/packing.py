@@ -14,6 +14,7 @@ The tensors held at a time take no more than the largest one, so peak memory is 
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -105,14 +106,12 @@ class Packer:
             ModelFileError, OutOfMemory: a tensor cannot be read; of several errors the first tensor's.
         """
         spans = [self._spans(packing) for packing in packings]
-        direct = [(i, packing, found) for i, (packing, found) in enumerate(zip(packings, spans, strict=True)) if found]
-        with _Direct(direct, self._n_threads) as running:
+        with _Direct(packings, spans, self._n_threads) as running:
             if meanwhile is not None:
                 meanwhile()
-            for _, _, found in direct:
-                for span in found:
-                    if span.after is not None:
-                        span.after()
+            for span in itertools.chain.from_iterable(spans):
+                if span.after is not None:
+                    span.after()
             self._pack_here([(i, packing) for i, packing in enumerate(packings) if not spans[i]])
             running.wait(self._report_direct)
         self._damaged += running.damaged
@@ -222,16 +221,22 @@ class Packer:
 class _Direct:
     """The native call that reads and packs, in a thread of its own; stopped if the block is left early.
 
+    Args:
+        packings: those to pack, and others.
+        spans: of each packing, where a file has its tensors; none if it is one of the others.
+        n_threads: threads of the call.
+
     Attributes:
         damaged: (number of the packing, name, weight) of tensors that are not finite in the weight's format.
         failures: (number of the packing, error).
     """
 
-    def __init__(self, packings: Sequence[tuple[int, Packing, Sequence[Span]]], n_threads: int) -> None:
+    def __init__(self, packings: Sequence[Packing], spans: Sequence[Sequence[Span]], n_threads: int) -> None:
         self._of = [
             (i, part, packing.weights[0], span)
-            for i, packing, spans in packings
-            for part, span in zip(packing.parts, spans, strict=True)
+            for i, (packing, found) in enumerate(zip(packings, spans, strict=True))
+            if found
+            for part, span in zip(packing.parts, found, strict=True)
         ]
         self._call = FilePacking([_rows_of(weight, part, span) for _, part, weight, span in self._of], n_threads)
         self._thread = threading.Thread(target=self._run, name="fabula-pack")
@@ -247,6 +252,7 @@ class _Direct:
         self._call.stop()
         if self._of:
             self._thread.join()
+        self._of, self._call = [], FilePacking([], 1)  # an exception may keep this alive: hold no weights
 
     def _run(self) -> None:
         try:
