@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import threading
 import weakref
@@ -166,13 +167,47 @@ def test_the_fingerprint_is_found_when_it_is_asked_for(tiny_folder: Path, monkey
     assert session._handle.fingerprint == first.key  # also when the model is closed
 
 
+# Modules that cost time and that few answers need; which of them a program imported is printed as its last line.
+HEAVY = (
+    *("pydantic", "sqlalchemy", "alembic", "quart", "hypercorn", "asyncio", "jinja2", "llguidance", "rich", "click"),
+    *("subprocess", "zipfile", "dataclasses", "statistics", "secrets", "difflib", "ssl", "http.client", "logging"),
+    *("torch", "transformers", "huggingface_hub", "matplotlib"),
+    *("fabula.server", "fabula.store", "fabula.bench", "fabula.export", "fabula.sessions.session", "fabula.workspace"),
+    *("fabula.engine.grammar", "fabula.engine.gbnf", "fabula.engine.json_schema", "fabula.engine.embedding"),
+    *("fabula.engine.draft_model", "fabula.text.reasoning", "fabula.kv.spill"),
+)
+PRINTS = f"print([name for name in {HEAVY!r} if name in sys.modules])"
+NATIVE = ("numpy", "tokenizers", "cffi", "_cffi_backend", "fabula._ffi", "fabula.model")
+
+
+def imported(code: str, *arguments: object) -> list[str]:
+    done = run_program([sys.executable, "-c", code, *arguments], input="")
+    assert done.returncode == 0, done.stderr
+    found: list[str] = ast.literal_eval(done.stdout.splitlines()[-1])
+    return found
+
+
 def test_a_first_token_imports_no_more_than_it_needs(tiny_folder: Path) -> None:
     code = (
         "import sys; from fabula import Model, SamplingParams; m = Model.load(sys.argv[1], threads=1);"
-        "next(m.generate('a', SamplingParams(max_tokens=1))); m.close();"
-        "others = ('sqlalchemy', 'alembic', 'jinja2', 'asyncio', 'subprocess', 'zipfile', 'quart', 'llguidance');"
-        "print([name for name in others if name in sys.modules])"
+        f"next(m.generate('a', SamplingParams(max_tokens=1))); m.close(); {PRINTS}"
     )
-    done = run_program([sys.executable, "-c", code, tiny_folder])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert imported(code, tiny_folder) == []
+
+
+def test_import_and_help_load_nothing() -> None:
+    native = f"print([name for name in {NATIVE!r} if name in sys.modules])"
+    assert imported(f"import sys, fabula; {PRINTS}") == imported(f"import sys, fabula; {native}") == []
+    for word in ("--help", "--version"):
+        code = f"import sys, fabula.cli.main as m\ntry: m.run(['{word}'])\nfinally: "
+        assert set(imported(code + PRINTS)) <= {"click", "dataclasses", "logging"}
+        assert imported(code + native) == []
+
+
+def test_a_story_without_a_terminal_imports_no_server_or_store(tiny_folder: Path) -> None:
+    """`fabula run` in a pipe: the command line and a chat template, and nothing else."""
+    code = (
+        "import sys, fabula.cli.main as m\n"
+        f"try: m.run(['run', '-m', sys.argv[1], '-t', '1', '-n', '1'])\nfinally: {PRINTS}"
+    )
+    assert set(imported(code, tiny_folder)) <= {"click", "jinja2", "logging", "dataclasses", "difflib"}

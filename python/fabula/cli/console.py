@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -21,6 +22,11 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def _is_plain() -> bool:
+    """Whether stderr is no terminal and gets no colors: then rich, which is slow to import, is not needed."""
+    return not sys.stderr.isatty() and not os.environ.get("FORCE_COLOR")
+
+
 def clean(text: str) -> str:
     """Replaces control characters in a text."""
     return text.translate(_CONTROLS)
@@ -34,6 +40,9 @@ def shorten(text: str, length: int = 40) -> str:
 
 def note(text: str, *, style: str = "dim") -> None:
     """Prints a message for the user on stderr."""
+    if _is_plain():
+        print(clean(text), file=sys.stderr)
+        return
     from rich.text import Text
 
     err().print(Text(clean(text), style=style))
@@ -41,6 +50,9 @@ def note(text: str, *, style: str = "dim") -> None:
 
 def complain(text: str) -> None:
     """Prints an error in red on stderr."""
+    if _is_plain():
+        print(f"error: {clean(text)}", file=sys.stderr)
+        return
     from rich.text import Text
 
     err().print(Text("error: ", style="bold red") + Text(clean(text), style="not bold red"))
@@ -81,8 +93,8 @@ class FetchProgress:
 @contextlib.contextmanager
 def bars() -> Iterator[Bar]:
     """Progress bars that disappear at the end of the block. Without a terminal, a download writes one line."""
-    console = err()
-    if not console.is_terminal:
+    console = None if _is_plain() else err()
+    if console is None or not console.is_terminal:
 
         def announce(title: str, total: int | None) -> Callable[[int, int | None], None]:
             # Loading takes about a second; only downloads deserve a line in a log.
