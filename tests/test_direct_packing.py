@@ -17,7 +17,7 @@ from fabula._native import FilePacking, FileRows, Weight
 from fabula.errors import InvalidArgument, ModelFileError, TokenizerError
 from fabula.formats.checkpoint import DType, Span, TensorInfo
 from fabula.formats.fingerprint import Fingerprinting
-from fabula.models.packing import Packer, Packing, Part, Place
+from fabula.models.packing import Packer, Packing, Part, Place, Placing
 from fabula.text.tokenizer import Tokenizer
 
 COLUMNS = 256
@@ -193,3 +193,41 @@ def test_a_stopped_call_ends(tmp_path: Path) -> None:
     call.run()
     assert call.n_read == 0
     file.close()
+
+
+def test_threads_are_bound_to_the_cpus_that_are_given(tiny_folder: Path, tmp_path: Path) -> None:
+    """In threads of the test's own, which are bound from then on."""
+    cpus = sorted(os.sched_getaffinity(0))
+    found: list[set[int]] = []
+    with Model.load(tiny_folder, threads=2) as free, Model.load(tiny_folder, threads=2, pin_threads=True) as pinned:
+        ids, logits = list(range(3, 40)), list[npt.NDArray[np.float32]]()
+        worker = threading.Thread(
+            target=lambda: (logits.append(pinned.logits(ids)), found.append(os.sched_getaffinity(0)))
+        )
+        worker.start()
+        worker.join()
+        np.testing.assert_array_equal(logits[0], free.logits(ids))
+    file = OneFile(tmp_path / "f")
+    rows = [FileRows(Weight(DType.F32, 300, COLUMNS), file._file, DType.F32, file.offsets["t0"], 300)]
+    worker = threading.Thread(
+        target=lambda: (FilePacking(rows, 2, [cpus[-1]] * 2).run(), found.append(os.sched_getaffinity(0)))
+    )
+    worker.start()
+    worker.join()
+    file.close()
+    assert found == [{cpus[0]}, {cpus[-1]}]
+    with pytest.raises(InvalidArgument, match=r"cpus\[0\] is 1024"):
+        FilePacking([GOOD], 1, [1024]).run()
+
+
+def test_memory_over_all_nodes(tmp_path: Path) -> None:
+    """Where the system lets a process choose; the packed bits are the same."""
+    results = []
+    for interleaves in (False, True):
+        file = OneFile(tmp_path / "f")
+        packings = packings_of(file, None)
+        Packer(file, 2, lambda _: None, placing=Placing(interleaves=interleaves)).pack(packings)
+        results.append(rows_of(packings))
+        file.close()
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)

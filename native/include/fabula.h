@@ -196,16 +196,21 @@ struct fb_file_rows {
 };
 
 /* Reads and packs many matrices at once, as fb_weight_pack_rows would. A thread packs the same share of each weight as
- * it multiplies in a step, so the memory is first touched by the thread that reads it. It reads piece by piece: memory
+ * it multiplies in a step, so bound to the same CPU it first touches the memory that it then reads. It reads piece by piece: memory
  * beyond the weights is some 256 KiB a thread.
  *   parts:     first_row is a multiple of 16, and so is row_block unless row_step is 1; no two parts of a weight share
  *              a panel of 16 rows
+ *   cpus:      [n_threads] that the threads are bound to, as by fb_program_pin; the caller, too. NULL: to none
  *   stop:      another thread sets it to end the call early; NULL for never
  *   n_read:    counts bytes while the call runs; NULL for none
  * FB_OK also if reading failed: then `error` of a part tells, and the weights' contents are undefined, as they are
  * after `stop`. */
-enum fb_status fb_weights_pack_files(
-    struct fb_file_rows *parts, int32_t n_parts, int32_t n_threads, const int32_t *stop, int64_t *n_read);
+enum fb_status fb_weights_pack_files(struct fb_file_rows *parts, int32_t n_parts, int32_t n_threads,
+    const int32_t *cpus, const int32_t *stop, int64_t *n_read);
+
+/* From now on spreads the memory that the calling thread, and threads that it starts, touch first over all nodes, page
+ * by page. For weights that threads read from any node. FB_UNSUPPORTED where the system refuses. */
+enum fb_status fb_thread_interleave(void);
 
 /* Dequantizes row `row` to f32 [n_cols]. */
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst);
@@ -391,6 +396,11 @@ enum fb_status fb_program_create(const struct fb_program_shape *shape, const int
 enum fb_status fb_program_create_on(fb_device *device, const struct fb_program_shape *shape,
     const int32_t *buffer_widths, const struct fb_op *ops, int32_t n_ops, int32_t n_threads, enum fb_isa isa,
     fb_program **out);
+
+/* Binds the threads of all later runs: thread i to cpus[i], numbers 0 .. 1023. Thread 0 is the one that calls
+ * fb_program_run or fb_program_decode. A thread stays where it is until another program binds it; one that the system
+ * refuses to bind runs anywhere. n_cpus is the program's n_threads. FB_UNSUPPORTED for a program on a device. */
+enum fb_status fb_program_pin(fb_program *program, const int32_t *cpus, int32_t n_cpus);
 
 /* Joins the parts of one model, one program per member of `group` in its order. Each part has its share of the
  * heads, of the columns between products and of the rows of the last op, and a SUM where a product has only part of

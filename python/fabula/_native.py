@@ -319,9 +319,10 @@ class FilePacking:
     Args:
         parts: matrices; see fb_weights_pack_files for what it takes.
         n_threads: threads that read and pack.
+        cpus: of each thread, to be bound to; () for none.
     """
 
-    def __init__(self, parts: Sequence[FileRows], n_threads: int) -> None:
+    def __init__(self, parts: Sequence[FileRows], n_threads: int, cpus: Sequence[int] = ()) -> None:
         self._weights = [part.weight for part in parts]  # alive as long as this
         self._parts = ffi.new("struct fb_file_rows[]", len(parts))
         for to, part in zip(self._parts, parts, strict=True):
@@ -329,6 +330,7 @@ class FilePacking:
             to.first_row, to.row_block, to.row_step = part.first_row, part.row_block, part.row_step
             to.n_rows = part.n_rows
         self._n_threads = n_threads
+        self._cpus = ffi.new("int32_t[]", list(cpus)) if cpus else ffi.NULL
         self._stop, self._n_read = ffi.new("int32_t *"), ffi.new("int64_t *")
 
     @property
@@ -342,11 +344,18 @@ class FilePacking:
 
     def run(self) -> None:
         """Reads and packs everything."""
-        check(lib.fb_weights_pack_files(self._parts, len(self._weights), self._n_threads, self._stop, self._n_read))
+        n = len(self._weights)
+        check(lib.fb_weights_pack_files(self._parts, n, self._n_threads, self._cpus, self._stop, self._n_read))
 
     def results(self) -> list[tuple[int, int]]:
         """Of each part: 0, the errno of a failed read or -1 at the file's end; how many elements are not finite."""
         return [(part.error, part.n_non_finite) for part in self._parts]
+
+
+def interleave_memory() -> bool:
+    """From now on spreads what this thread, and those it starts, touch first over all nodes of memory; False where the
+    system refuses."""
+    return bool(lib.fb_thread_interleave() == lib.FB_OK)
 
 
 # ---- KV pages ----------------------------------------------------------------------------------------------

@@ -180,6 +180,10 @@ class Program:
         # Borrowed by C: they must live as long as the program.
         self._weights = [op.weight for op in ops if op.weight is not None]
 
+    def pin(self, cpus: Sequence[int]) -> None:
+        """Binds the threads of later runs, one CPU for each; see fb_program_pin. Thread 0 is the one that runs it."""
+        check(lib.fb_program_pin(self.handle, list(cpus), len(cpus)))
+
     @property
     def scratch_bytes(self) -> int:
         return int(lib.fb_program_scratch_bytes(self.handle))

@@ -134,6 +134,7 @@ class Model:
         weights: WeightsName = "auto",
         kv: KvName = "f16",
         threads: int | None = None,
+        pin_threads: bool = False,
         context: int | None = None,
         kv_memory: int | None = None,
         window_kv: WindowKv = "keep",
@@ -155,7 +156,11 @@ class Model:
             weights: precision of the matrices in memory. "auto" keeps each matrix as in the checkpoint; the others
                 quantize at load, as `fabula quantize` does ("q8", "q4", ... are short for q8_0, q4_k_m, ...).
             kv: format of the KV cache: "f16", "f32", "bf16" or "q8", or two of them for K and V, as "q8:f16".
-            threads: None for as many as this process may use (affinity, CPU quota, physical cores).
+            threads: None for as many as this process may use (affinity, CPU quota, physical cores, without the slow
+                ones of hybrid CPUs).
+            pin_threads: whether each thread is bound to a CPU of its own, on Linux. It helps on machines of several
+                sockets that run nothing else, where weights are then in the memory next to their thread, and harms
+                beside other processes.
             context: context length in tokens; None for the model's own, which is also the limit.
             kv_memory: bytes of the KV cache; None for four sequences of the full context. On the CPU only used pages
                 take memory; on a GPU the cache is allocated, up to the free memory.
@@ -233,6 +238,7 @@ class Model:
                 progress=load_progress,
                 placement=placement,
                 meanwhile=read_tokenizer,
+                pins=pin_threads,
             )
         finally:
             checkpoint.close()

@@ -266,6 +266,8 @@ void fb_program_free(fb_program *p) {
     free(p->vectors);
     free(p->angles);
     free(p->kv_layers);
+    free(p->cpus);
+    free(p->pinned);
     if (!p->parts[0]) { /* a joined program borrows its parts' */
         free((void *)p->shape.heads);
         free((void *)p->shape.ropes);

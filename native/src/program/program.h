@@ -37,6 +37,10 @@
 /* With at most so many rows every thread prepares a stage's inputs for itself. */
 enum { FB_OWN_ROWS = 4 };
 
+/* Nor if several rows have more numbers than this together: a norm and a conversion take 0.3 ns a number, so that is
+ * 5 us of every thread, as long as a barrier of many. */
+enum { FB_OWN_NUMBERS = 16384 };
+
 /* Products per stage at most; q, k and v are three. */
 enum { FB_MOST_PRODUCTS = 8 };
 
@@ -127,6 +131,8 @@ struct fb_program {
     struct fb_meeting *barrier_groups; /* [fb_barrier_groups(n_threads)]; NULL if there are none */
     struct fb_scratch scratch[FB_MOST_SCRATCH]; /* all of the above but `partials`, freed by a loop */
     int32_t n_scratch;
+    int32_t *cpus;     /* [n_threads] that threads are bound to; NULL: to none */
+    uintptr_t *pinned; /* [n_threads]: the system's thread that was bound as this one */
 };
 
 /* How many of the operators, from the first on, finish heads of one buffer in the order of their head_step. */

@@ -4,12 +4,15 @@
  */
 #include "program/run.h"
 
+#include "base/affinity.h"
 #include "base/float_mode.h"
 #include "base/memory.h"
 #include "base/status.h"
 #include "program/operators.h"
 
 #include <omp.h>
+#include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------ */
@@ -66,7 +69,8 @@ static struct inputs prepare_inputs(
         .activations = p->activations,
         .ld_activations = p->activation_blocks};
     if (stage->norm < 0 && !stage->is_quantized && !stage->is_paired) return inputs;
-    if (n_rows > FB_OWN_ROWS) {
+    const bool is_long = n_rows > 1 && n_rows * (size_t)in->width > FB_OWN_NUMBERS;
+    if (n_rows > FB_OWN_ROWS || is_long) {
         struct fb_items items = items_of(worker, 1, (int64_t)n_rows);
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
             prepare_row(p, stage, (size_t)row, fb_row_of(p, number, (size_t)row),
@@ -204,6 +208,37 @@ static void run_attention(struct fb_run *run, const struct fb_stage *stage, cons
         fb_attention_item(&attention, i, worker->thread);
 }
 
+enum fb_status fb_program_pin(fb_program *program, const int32_t *cpus, int32_t n_cpus) {
+    FB_REQUIRE(program && cpus, "program or cpus is null");
+    if (program->device) return fb_fail(FB_UNSUPPORTED, "a program on a device has no threads to bind");
+    FB_REQUIRE(n_cpus == program->n_threads, "n_cpus is %d, the program has %d threads", n_cpus, program->n_threads);
+    for (int32_t i = 0; i < n_cpus; i++)
+        FB_REQUIRE(
+            cpus[i] >= 0 && cpus[i] < FB_MOST_CPUS, "cpus[%d] is %d, must be 0 .. %d", i, cpus[i], FB_MOST_CPUS - 1);
+    const size_t n = (size_t)n_cpus;
+    int32_t *copy = calloc(n, sizeof *copy);
+    uintptr_t *pinned = calloc(n, sizeof *pinned);
+    if (!copy || !pinned) {
+        free(copy);
+        free(pinned);
+        return fb_fail(FB_OUT_OF_MEMORY, "no memory to bind %d threads", n_cpus);
+    }
+    memcpy(copy, cpus, n * sizeof *copy);
+    free(program->cpus);
+    free(program->pinned);
+    program->cpus = copy;
+    program->pinned = pinned;
+    return FB_OK;
+}
+
+/* Binds this thread unless it was already: a system call takes longer than a comparison. */
+static void pin(struct fb_program *p, int thread) {
+    const uintptr_t self = (uintptr_t)pthread_self();
+    if (p->pinned[thread] == self) return;
+    fb_thread_pin(p->cpus[thread]);
+    p->pinned[thread] = self;
+}
+
 static void run_stages(struct fb_run *run, int thread, int n_threads) {
     const struct fb_program *p = run->program;
     for (int32_t s = 0; s < p->n_stages; s++) {
@@ -300,6 +335,7 @@ enum fb_status fb_program_run(
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
         const fb_float_mode mode = fb_float_mode_enter();
+        if (program->cpus) pin(program, omp_get_thread_num());
         run_stages(&run, omp_get_thread_num(), omp_get_num_threads());
         fb_float_mode_leave(mode);
         if (omp_get_thread_num() == 0) run.left_ns = fb_now_ns();

@@ -1,6 +1,7 @@
 /* weight.c - packs rows into panels and unpacks them. See weight.h. */
 #include "quant/weight.h"
 
+#include "base/affinity.h"
 #include "base/float_mode.h"
 #include "base/memory.h"
 #include "base/status.h"
@@ -352,11 +353,14 @@ static void pack_files(struct file_jobs *jobs, int thread, int n_threads) {
         }
 }
 
-enum fb_status fb_weights_pack_files(
-    struct fb_file_rows *parts, int32_t n_parts, int32_t n_threads, const int32_t *stop, int64_t *n_read) {
+enum fb_status fb_weights_pack_files(struct fb_file_rows *parts, int32_t n_parts, int32_t n_threads,
+    const int32_t *cpus, const int32_t *stop, int64_t *n_read) {
     FB_REQUIRE(parts || n_parts == 0, "parts is null");
     FB_REQUIRE(n_parts >= 0, "n_parts is %d, must be 0 or more", n_parts);
     FB_REQUIRE(n_threads >= 1 && n_threads <= 1024, "n_threads is %d, must be 1 .. 1024", n_threads);
+    for (int32_t i = 0; cpus && i < n_threads; i++)
+        FB_REQUIRE(
+            cpus[i] >= 0 && cpus[i] < FB_MOST_CPUS, "cpus[%d] is %d, must be 0 .. %d", i, cpus[i], FB_MOST_CPUS - 1);
     if (n_parts == 0) return FB_OK;
     struct file_jobs jobs = {.n = n_parts, .stop = stop, .n_read = n_read};
     const size_t n_counters = (size_t)n_parts * (size_t)n_threads;
@@ -372,6 +376,7 @@ enum fb_status fb_weights_pack_files(
 #pragma omp parallel num_threads(n_threads)
         {
             const fb_float_mode mode = fb_float_mode_enter();
+            if (cpus) fb_thread_pin(cpus[omp_get_thread_num()]);
             pack_files(&jobs, omp_get_thread_num(), omp_get_num_threads());
             fb_float_mode_leave(mode);
         }

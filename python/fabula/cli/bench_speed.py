@@ -164,7 +164,14 @@ def model(
         loaded = [
             stack.enter_context(
                 ModelOptions(
-                    model, precision, kv, machine.threads, lengths.context, device, tensor_parallel, kv_memory=kv_memory
+                    model,
+                    precision,
+                    kv,
+                    machine.threads,
+                    lengths.context,
+                    device,
+                    tensor_parallel=tensor_parallel,
+                    kv_memory=kv_memory,
                 ).load()
             )
             for precision in weights

@@ -72,6 +72,11 @@ draft_option = click.option(
     "--draft-model", metavar="NAME", help="A smaller model with the same vocabulary that guesses, too; as --model."
 )
 
+pin_option = click.option(
+    "--pin-threads", is_flag=True, envvar="FABULA_PIN_THREADS",
+    help="Bind each thread to a CPU of its own: for machines of several sockets that run nothing else.",
+)  # fmt: skip
+
 _MODEL = (
     model_option,
     click.option(
@@ -87,6 +92,7 @@ _MODEL = (
         "-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
         help="Default: as many as this process may use.",
     ),
+    pin_option,
     click.option(
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
     ),
@@ -108,6 +114,7 @@ class ModelOptions:
     threads: int | None
     context: int | None
     device: str = "cpu"
+    pin_threads: bool = False
     tensor_parallel: int = 1
     device_products: str = "own"
     kv_memory: int | None = None
@@ -131,6 +138,7 @@ class ModelOptions:
                 weights=cast("WeightsName", self.weights),
                 kv=self.kv,
                 threads=self.threads,
+                pin_threads=self.pin_threads,
                 context=self.context,
                 kv_memory=self.kv_memory,
                 window_kv=cast("WindowKv", self.window_kv),
@@ -155,6 +163,7 @@ def model_options(function: _Function) -> _Function:
         kv: str,
         window_kv: str,
         threads: int | None,
+        pin_threads: bool,
         context: int | None,
         device: str,
         tensor_parallel: int,
@@ -169,9 +178,10 @@ def model_options(function: _Function) -> _Function:
             kv,
             threads,
             context,
-            device,
-            tensor_parallel,
-            device_products,
+            device=device,
+            pin_threads=pin_threads,
+            tensor_parallel=tensor_parallel,
+            device_products=device_products,
             speculation=speculation,
             draft_model=draft_model,
             window_kv=window_kv,

@@ -174,7 +174,7 @@ def export(name: str, file: Path | None, kv: Path | None, device: str, tensor_pa
 
 
 def _load(workspace: Workspace, model: str, device: str, tensor_parallel: int) -> None:
-    ModelOptions(model, "auto", "f16", None, None, device, tensor_parallel).load(workspace)
+    ModelOptions(model, "auto", "f16", None, None, device, tensor_parallel=tensor_parallel).load(workspace)
 
 
 @sessions.command("import", short_help="Import an exported session.")

@@ -39,6 +39,7 @@ class Programs:
         device: _native.Device | None,
     ) -> None:
         self._ops, self._widths, self._n_threads = builder.ops, builder.widths, builder.n_threads
+        self._cpus = builder.placing.cpus
         self._config, self._shape, self._isa, self._device = config, shape, isa, device
 
     def program(self) -> _program.Program:
@@ -69,6 +70,8 @@ class Programs:
             _program.Program(shape, widths, of_device, n_threads=self._n_threads, isa=self._isa, device=device)
             for widths, of_device, device in zip(self._widths, ops, devices, strict=True)
         ]
+        if self._device is None and self._cpus:
+            parts[0].pin(self._cpus)
         if not isinstance(self._device, DeviceGroup):
             return parts[0]
         return JoinedProgram(self._device, parts, self._config.n_kv_heads, n_outputs)

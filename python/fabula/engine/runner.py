@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fabula import _native, _program
 from fabula.engine.device import CPU, Placement
 from fabula.engine.programs import Programs
+from fabula.engine.threads import placing_of
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType
 from fabula.kv.pages import PagePool, Sequence
@@ -68,6 +69,7 @@ class Runner:
         placement: where it may run.
         progress: called with (bytes read, bytes in all) while tensors are packed.
         meanwhile: called once while other threads read and pack, which takes most of the time.
+        pins: whether each thread is bound to a CPU of its own.
 
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
@@ -89,6 +91,7 @@ class Runner:
         progress: Callable[[int, int], None] | None = None,
         placement: Placement = CPU,
         meanwhile: Callable[[], None] | None = None,
+        pins: bool = False,
     ) -> None:
         family = family_of(checkpoint.config, checkpoint.path)
         self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
@@ -99,7 +102,7 @@ class Runner:
         self.context = context or config.context_length
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
-        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
+        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress, placing_of(n_threads, pins))
         ropes = lay_out(builder, config, self.context)
         self._headless = "" if has_head(checkpoint, config) else checkpoint.path.name
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fabula.models.packing import Placing
+
 _CGROUP = Path("/sys/fs/cgroup")
 _DEVICES = Path("/sys/devices")  # of sysfs
 _CPUS = _DEVICES / "system" / "cpu"
@@ -66,6 +68,13 @@ def pinned_cores(n_threads: int, cores: set[int] | None = None, devices: Path = 
     chosen = sorted(first.values())
     order = [*chosen, *sorted(fast - set(chosen)), *sorted(allowed - fast)]
     return [order[i % len(order)] for i in range(n_threads)]
+
+
+def placing_of(n_threads: int, pins: bool, devices: Path = _DEVICES) -> Placing:
+    """Where a model's threads run: bound to CPUs, or with weights spread over the nodes if there are several."""
+    if pins:
+        return Placing(cpus=tuple(pinned_cores(n_threads, devices=devices)))
+    return Placing(interleaves=len(memory_nodes(devices)) > 1)
 
 
 def memory_nodes(devices: Path = _DEVICES) -> list[int]:

@@ -25,7 +25,7 @@ from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 from fabula.formats.tensor_names import is_leftover
 from fabula.formats.text_part import is_of_another_part
 from fabula.models.description import Activation, Attention, HeadNorm, Norm, Temperature
-from fabula.models.packing import Packer, Packing, Part, Place
+from fabula.models.packing import ANYWHERE, Packer, Packing, Part, Place, Placing
 from fabula.models.precision import Precision
 from fabula.models.shares import Axis, Shares, check_columns, widths
 
@@ -61,6 +61,7 @@ class ProgramBuilder:
         n_threads: threads that pack.
         shares: the rows and columns of each device.
         progress: callback (bytes read, total bytes).
+        placing: where threads run, and where memory comes from.
 
     Attributes:
         ops, widths: operators and buffer widths, per device.
@@ -74,7 +75,9 @@ class ProgramBuilder:
         n_threads: int,
         shares: Shares,
         progress: Callable[[int, int], None] | None = None,
+        placing: Placing = ANYWHERE,
     ) -> None:
+        self.placing = placing
         self.checkpoint = checkpoint
         self._precision = weights
         self.n_threads = n_threads
@@ -186,7 +189,7 @@ class ProgramBuilder:
             ModelFileError, OutOfMemory: a tensor cannot be read.
             DeviceOutOfMemory, DeviceError: a weight cannot be moved.
         """
-        packer = Packer(self.checkpoint, self.n_threads, self._count, devices)
+        packer = Packer(self.checkpoint, self.n_threads, self._count, devices, self.placing)
         try:
             damaged = packer.pack(self._packings, meanwhile)
         except BaseException:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fabula._native import Device, FilePacking, FileRows, Weight, dtype_block
+from fabula._native import Device, FilePacking, FileRows, Weight, dtype_block, interleave_memory
 from fabula.errors import ModelFileError
 from fabula.formats.checkpoint import Checkpoint, Span, TensorInfo
 from fabula.lean_dataclasses import dataclass
@@ -31,6 +31,23 @@ PANEL = 16  # rows
 REPORT_S = 0.05  # between two reports of the bytes read
 _ENDS_EARLY = "the file ends too early; it was cut, or changed while in use"
 LARGE = 16 << 20  # bytes from which all threads pack a tensor together
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where threads run, and where the memory of weights comes from, on machines with several nodes of memory.
+
+    Attributes:
+        cpus: the CPU of each thread; () leaves that to the system.
+        interleaves: whether weights are spread over all nodes. Where threads are bound to CPUs they are not: then each
+            thread's share of every weight is on its own node.
+    """
+
+    cpus: tuple[int, ...] = ()
+    interleaves: bool = False
+
+
+ANYWHERE = Placing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +97,18 @@ class Packer:
         n_threads: threads that pack.
         read: callback with the number of bytes read, in the thread that called `pack`.
         devices: GPUs to move packed weights to, so that host memory never holds all of them; none for the CPU.
+        placing: where threads run, and where memory comes from.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, n_threads: int, read: Callable[[int], None], devices: Sequence[Device] = ()
+        self,
+        checkpoint: Checkpoint,
+        n_threads: int,
+        read: Callable[[int], None],
+        devices: Sequence[Device] = (),
+        placing: Placing = ANYWHERE,
     ) -> None:
+        self._placing = placing
         self._checkpoint, self._n_threads, self._read, self._devices = checkpoint, n_threads, read, devices
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, Packing]] = []  # small packings, first at the end
@@ -106,7 +130,7 @@ class Packer:
             ModelFileError, OutOfMemory: a tensor cannot be read; of several errors the first tensor's.
         """
         spans = [self._spans(packing) for packing in packings]
-        with _Direct(packings, spans, self._n_threads) as running:
+        with _Direct(packings, spans, self._n_threads, self._placing) as running:
             if meanwhile is not None:
                 meanwhile()
             for span in itertools.chain.from_iterable(spans):
@@ -225,20 +249,26 @@ class _Direct:
         packings: those to pack, and others.
         spans: of each packing, where a file has its tensors; none if it is one of the others.
         n_threads: threads of the call.
+        placing: where they run.
 
     Attributes:
         damaged: (number of the packing, name, weight) of tensors that are not finite in the weight's format.
         failures: (number of the packing, error).
     """
 
-    def __init__(self, packings: Sequence[Packing], spans: Sequence[Sequence[Span]], n_threads: int) -> None:
+    def __init__(
+        self, packings: Sequence[Packing], spans: Sequence[Sequence[Span]], n_threads: int, placing: Placing
+    ) -> None:
+        self._interleaves = placing.interleaves
         self._of = [
             (i, part, packing.weights[0], span)
             for i, (packing, found) in enumerate(zip(packings, spans, strict=True))
             if found
             for part, span in zip(packing.parts, found, strict=True)
         ]
-        self._call = FilePacking([_rows_of(weight, part, span) for _, part, weight, span in self._of], n_threads)
+        self._call = FilePacking(
+            [_rows_of(weight, part, span) for _, part, weight, span in self._of], n_threads, placing.cpus
+        )
         self._thread = threading.Thread(target=self._run, name="fabula-pack")
         self.damaged: list[tuple[int, str, Weight]] = []
         self.failures: list[tuple[int, BaseException]] = []
@@ -256,6 +286,8 @@ class _Direct:
 
     def _run(self) -> None:
         try:
+            if self._interleaves:  # this thread's, which ends with the call, and those of its team
+                interleave_memory()
             self._call.run()
         except BaseException as error:
             self.failures.append((self._of[0][0], error))

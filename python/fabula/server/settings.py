@@ -149,6 +149,13 @@ class Settings:
     threads: int | None = field(
         default=None, metadata=_about("Models", "Default: as many as this process may use.", low=1, high=1024)
     )
+    pin_threads: bool = field(
+        default=False,
+        metadata=_about(
+            "Models",
+            "Bind each thread to a CPU of its own: for machines of several sockets that run nothing else.",
+        ),
+    )
     fetch: bool = field(default=True, metadata=_about("Models", "Whether a missing model may be downloaded."))
     pull: bool = field(
         default=False, metadata=_about("Models", "Whether /api/pull may download further models and have them served.")

@@ -199,6 +199,7 @@ class Server:
             speculation=cast(Any, settings.speculation),
             draft_model=settings.draft_model,
             threads=settings.threads,
+            pin_threads=settings.pin_threads,
             fetch=settings.fetch,
             fetch_progress=serving,
             load_progress=serving.loaded,
