@@ -66,7 +66,8 @@ static inline size_t fb_panel_at(const struct fb_panels *panels, size_t line, si
  *   panels   n_panels panels of [n_k][16] elements
  *   x        [n_tokens][ldx], its first n_k columns used
  *   y        [n_tokens][ldy], its first 16 n_panels columns used
- *   next     panels of the same shape that are read next, prefetched meanwhile; NULL for none */
+ *   next     prefetched meanwhile, in the same steps: panels of the same shape that are read next, or these
+ *            themselves some bytes ahead; NULL for none. May go beyond the end of the weight */
 typedef void (*fb_gemm_kernel)(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 

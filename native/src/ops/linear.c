@@ -4,9 +4,10 @@
 #include <string.h>
 
 enum {
-    MAX_PANELS = 4,   /* panels per work item; even, for gate and up */
-    FEW_TOKENS = 4,   /* up to so many memory is the limit, and an item of two panels takes about a microsecond */
-    TOKEN_BLOCK = 96, /* tokens per work item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
+    MAX_PANELS = 4,    /* panels per work item; even, for gate and up */
+    FEW_TOKENS = 4,    /* up to so many memory is the limit, and an item of two panels takes about a microsecond */
+    READ_AHEAD = 8192, /* bytes that few tokens prefetch: 128 lines in flight outlast the latency of memory */
+    TOKEN_BLOCK = 96,  /* tokens per work item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };
 
@@ -59,15 +60,15 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     const struct fb_weight *weight = linear->weight;
     const char *panels = fb_weight_panel(weight, first_panel);
     const size_t n_cols = (size_t)weight->n_cols;
-    /* With few tokens this item's own panels already use the full memory bandwidth. */
-    const bool prefetches = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
-    const char *next = prefetches ? panels + n_panels * weight->panel_bytes : NULL;
+    const bool is_few = n_tokens <= FEW_TOKENS, has_next = first_panel + n_panels < (size_t)weight->n_panels;
+    const char *next = is_few ? panels + READ_AHEAD : has_next ? panels + n_panels * weight->panel_bytes : NULL;
     if (fb_is_quantized(weight->dtype))
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
     else if (weight->dtype == FB_BF16)
         linear->kernels->gemm_pairs(fb_weight_plain(weight, first_panel), n_panels, n_cols,
-            linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld, false, NULL);
+            linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld, false,
+            is_few ? next : NULL);
     else
         linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, first_panel), n_panels, n_cols,
             linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, next);
