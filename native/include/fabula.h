@@ -85,7 +85,7 @@ bool fb_isa_available(enum fb_isa isa);
  * given the reference's bits on this machine. */
 enum fb_isa fb_isa_best(void);
 
-/* Formats of weights: three plain ones, and GGUF's block formats. The values are this library's, not GGUF's. */
+/* Formats of weights: three plain ones, and GGUF's block formats (MXFP4 is OCP's). The values are this library's, not GGUF's. */
 enum fb_dtype {
     FB_F32 = 0,
     FB_F16 = 1,
@@ -100,7 +100,8 @@ enum fb_dtype {
     FB_Q6_K = 10,
     FB_Q2_K = 11,
     FB_Q3_K = 12,
-    FB_IQ4_NL = 13
+    FB_IQ4_NL = 13,
+    FB_MXFP4 = 14
 };
 
 /* Elements in one block of `dtype` (1 for the plain formats), and its bytes. 0 for an unknown dtype. */

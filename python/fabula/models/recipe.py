@@ -2,6 +2,7 @@
 
     f32 f16 bf16               every matrix in it
     q8_0 q6_k q5_k q3_k ...    every matrix in it
+    mxfp4                      the matrices of MLPs and experts in it, all others in Q8_0
     q2_k q4_k iq4_nl           a few tensors of the first layers, or attn_v, attn_output and ffn_down, in more bits
     q4_k_m q5_k_m              attn_v and ffn_down of the first, the last and every third layer in Q6_K
 
@@ -59,6 +60,7 @@ KINDS: Mapping[str, Kind] = {
     "q4_1": Kind(DType.Q4_1, 3),
     "q4_0": Kind(DType.Q4_0, 2),
     "iq4_nl": Kind(DType.IQ4_NL, 25),
+    "mxfp4": Kind(DType.MXFP4, 38),
     "q3_k": Kind(DType.Q3_K, 11),
     "q2_k": Kind(DType.Q2_K, 10),
 }
@@ -105,7 +107,9 @@ def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DT
     if role.startswith(_SMALL):
         return DType.F16
     dtype = kind.dtype
-    if role == "head" or (role == "embedding" and model.tied):
+    if kind is KINDS["mxfp4"] and not role.startswith("ffn_"):
+        dtype = DType.Q8_0
+    elif role == "head" or (role == "embedding" and model.tied):
         # It affects every logit, so it gets more bits than the rest.
         dtype = DType.Q6_K if dtype is not DType.Q8_0 and shape[-1] % BLOCKS[dtype][0] == 0 else DType.Q8_0
     elif match := _LAYER.fullmatch(name):
