@@ -332,8 +332,9 @@ enum fb_op_flag {
     FB_ROUTE_TOP = 1024,     /* ROUTER: a group is as good as its best expert; else as the sum of its best two */
     FB_EXPERTS_GATED = 2048, /* EXPERTS: weight and bias interleave gate and up by 16 rows */
     FB_EXPERTS_SUM = 4096,   /* EXPERTS: results are summed */
-    FB_EXPERTS_WEIGH = 8192  /* EXPERTS: products are multiplied by the expert's weight before bias and activation; with
-                                FB_EXPERTS_SUM: that was done, results are summed as they are */
+    /* EXPERTS: products are multiplied by the expert's weight before bias and activation; with FB_EXPERTS_SUM that was
+     * done, and results are summed as they are. */
+    FB_EXPERTS_WEIGH = 8192
 };
 
 /* One operator. `vector` is, by kind:
@@ -353,8 +354,9 @@ struct fb_op {
     int32_t in;       /* buffer read; -1 for EMBED and EMBED_POSITION */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
-    int32_t factors;  /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector`.
-                         EXPERTS: buffer of the router's result */
+    /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector`. EXPERTS: buffer of the
+     * router's result. */
+    int32_t factors;
     int32_t width;    /* MIX: of a stream */
     int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
     int32_t column;   /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */

@@ -12,9 +12,9 @@
 #include "ops/routes.h"
 
 struct fb_experts {
-    struct fb_linear
-        product;             /* weight, inputs, bias [n_experts][weight rows], activation, scale, residual, out; `width`
-                                 results per expert. Inputs are rows by place */
+    /* Weight, bias [n_experts][weight rows], activation, scale, residual, out of `width` results per expert. Inputs are
+     * rows by place. */
+    struct fb_linear product;
     struct fb_routes routes; /* sorted */
     bool by_pair;            /* inputs are rows by pair, not by place: only if no group has more than one row */
     bool sums, weighs;       /* FB_EXPERTS_SUM, FB_EXPERTS_WEIGH */
