@@ -67,6 +67,7 @@ LLAMA4 = ODD | {
     "attn_scale": 0.4,
     "no_rope_layer_interval": 3,
 }
+MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
 
@@ -148,6 +149,20 @@ CASES: dict[str, Case] = {
     "glm4": Case("Glm4"),
     "exaone4": Case("Exaone4", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
     "exaone4-full": Case("Exaone4", PLAIN | {"sliding_window": None, "layer_types": [FULL] * 3}),
+    "mixtral": Case("Mixtral", ODD | {"num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 19}),
+    "qwen2_moe": Case(
+        "Qwen2Moe", PLAIN | MOE | {"shared_expert_intermediate_size": 60, "mlp_only_layers": [1], "head_dim": 24}
+    ),
+    "qwen2_moe-windows": Case(
+        "Qwen2Moe",
+        PLAIN
+        | MOE
+        | {"shared_expert_intermediate_size": 60, "decoder_sparse_step": 2, "norm_topk_prob": True, "head_dim": 24}
+        | {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 2, "num_hidden_layers": 4},
+    ),
+    "qwen3_moe": Case("Qwen3Moe", ODD | MOE),
+    "qwen3_moe-steps": Case("Qwen3Moe", ODD | MOE | {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "olmoe": Case("Olmoe", PLAIN | MOE | {"norm_topk_prob": True}),
     "cohere": Case("Cohere", PLAIN | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": Case("Cohere2", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
     "stablelm": Case("StableLm", PLAIN | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),

@@ -33,8 +33,7 @@ static bool all_finite(const float *x, size_t n) {
     return found == 0;
 }
 
-/* out = activation(gate) * up for a panel of each; `up` follows `gate`, `out` may be `gate`. */
-static void apply_gate(const struct fb_linear *linear, float *gate, float *out) {
+void fb_linear_gate(const struct fb_linear *linear, float *gate, float *out) {
     const struct fb_kernels *kernels = linear->kernels;
     float *up = gate + FB_LANES;
     if (linear->activation == FB_ACTIVATION_SILU) {
@@ -44,6 +43,21 @@ static void apply_gate(const struct fb_linear *linear, float *gate, float *out) 
     kernels->activate[linear->activation](gate, FB_LANES, linear->numbers);
     kernels->multiply(gate, up, FB_LANES);
     if (out != gate) memcpy(out, gate, FB_LANES * sizeof *out);
+}
+
+void fb_linear_multiply(const struct fb_linear *linear, size_t panel, size_t n_panels, size_t row, size_t n_rows,
+    const char *next, float *tile, size_t ld) {
+    const struct fb_weight *weight = linear->weight;
+    const size_t n_cols = (size_t)weight->n_cols;
+    if (fb_is_quantized(weight->dtype))
+        linear->kernels->gemm_blocks(weight->dtype, fb_weight_panel(weight, panel), n_panels, n_cols,
+            linear->activations + row * linear->ld_activations, linear->ld_activations, n_rows, tile, ld);
+    else if (weight->dtype == FB_BF16)
+        linear->kernels->gemm_pairs(fb_weight_plain(weight, panel), n_panels, n_cols,
+            linear->pairs + row * linear->ld_pairs, linear->ld_pairs, n_rows, tile, ld, false, NULL);
+    else
+        linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, panel), n_panels, n_cols,
+            linear->x + row * linear->ldx, linear->ldx, n_rows, tile, ld, false, next);
 }
 
 void fb_linear_item(const struct fb_linear *linear, int64_t index) {
@@ -57,20 +71,10 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     float tile[TOKEN_BLOCK * MAX_PANELS * FB_LANES];
     const size_t ld = n_panels * FB_LANES;
     const struct fb_weight *weight = linear->weight;
-    const char *panels = fb_weight_panel(weight, first_panel);
-    const size_t n_cols = (size_t)weight->n_cols;
     /* With few tokens this item's own panels already use the full memory bandwidth. */
     const bool prefetches = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
-    const char *next = prefetches ? panels + n_panels * weight->panel_bytes : NULL;
-    if (fb_is_quantized(weight->dtype))
-        linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
-            linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
-    else if (weight->dtype == FB_BF16)
-        linear->kernels->gemm_pairs(fb_weight_plain(weight, first_panel), n_panels, n_cols,
-            linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld, false, NULL);
-    else
-        linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, first_panel), n_panels, n_cols,
-            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, next);
+    const char *next = prefetches ? fb_weight_panel(weight, first_panel + n_panels) : NULL;
+    fb_linear_multiply(linear, first_panel, n_panels, first_token, n_tokens, next, tile, ld);
 
     const size_t outputs = linear->is_gated ? ld / 2 : ld; /* per token */
     const size_t column = linear->is_gated ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;
@@ -84,7 +88,7 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
         if (linear->bias) linear->kernels->add(result, linear->bias + first_panel * FB_LANES, n_biased);
         if (linear->is_gated)
             for (size_t p = 0; p + 1 < n_panels; p += 2)
-                apply_gate(linear, result + p * FB_LANES, result + p / 2 * FB_LANES);
+                fb_linear_gate(linear, result + p * FB_LANES, result + p / 2 * FB_LANES);
         else if (linear->activation)
             linear->kernels->activate[linear->activation](result, count, linear->numbers);
         if (linear->scale != 1.0f && linear->soft_cap == 0.0f) linear->kernels->scale(result, count, linear->scale);

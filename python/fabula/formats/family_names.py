@@ -35,6 +35,8 @@ _GPT: Rules = {  # GPT-2 and its heirs
     "ln_f": "norm",
 }
 
+_MIXTRAL: Rules = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
 NAMES: Mapping[str, Rules] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -121,6 +123,7 @@ NAMES: Mapping[str, Rules] = {
         "feed_forward.w2": "mlp.down_proj",
         "output": "lm_head",
     },
+    "mixtral": _MIXTRAL,
     "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
     "llama4_text": {"feed_forward": "mlp"},
 }

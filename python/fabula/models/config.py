@@ -21,6 +21,7 @@ from fabula.formats.text_part import LEFT_OUT
 from fabula.models.description import (
     Activation,
     Attention,
+    Experts,
     HeadNorm,
     Layer,
     Mlp,
@@ -146,6 +147,7 @@ class Traits:
             learned_positions: see `ModelConfig`, `Layer` and `Attention`.
         qkv: how a fused `qkv_proj` holds its rows: "stacked", or "grouped": the queries of a KV head, then its k and v.
         transposed: whether matrices are stored as [in, out] in safetensors files.
+        experts: of a config's n layers, None for one with an MLP.
         adapt: the traits of one config.
         finish: last changes to the description.
     """
@@ -204,6 +206,7 @@ class Traits:
     qkv_clip: float = 0.0
     qkv: Literal["stacked", "grouped"] = "stacked"
     transposed: bool = False
+    experts: Callable[[ConfigReader, int], Sequence[Experts | None]] | None = None
     adapt: Callable[[ConfigReader, Traits], Traits] | None = None
     finish: Callable[[ConfigReader, ModelConfig], ModelConfig] | None = None
 
@@ -256,7 +259,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
     inner = read.integer("intermediate_size", 1, _MAX_WIDTH, t.inner * hidden_size if t.inner else None)
     mlp = Mlp(
         size=inner,
-        activation=_activation(read, *t.activation),
+        activation=read_activation(read, *t.activation),
         gated=t.gated,
         bias=mlp_bias,
         down_bias=mlp_bias if t.down_bias is None else _flag(read, t.down_bias),
@@ -278,6 +281,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         slopes=alibi_slopes(n_heads, t.alibi) if t.alibi else (),
         rounds_biases=t.alibi_rounded,
     )
+    experts = t.experts(read, n_layers) if t.experts else [None] * n_layers
     before, after = (norm if t.norms in kind else None for kind in (("pre", "sandwich"), ("post", "sandwich")))
     layers = tuple(
         Layer(
@@ -289,6 +293,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
             after_mlp=after,
             parallel=bool(t.parallel),
             residual_scale=t.residual_scale,
+            experts=experts[i],
         )
         for i, (kind, window, table) in enumerate(zip(kinds, windows, tables, strict=True))
     )
@@ -354,7 +359,7 @@ def _head_dim(read: ConfigReader, t: Traits, hidden_size: int, n_heads: int) -> 
     return head_dim
 
 
-def _activation(read: ConfigReader, key: str, default: str) -> Activation:
+def read_activation(read: ConfigReader, key: str, default: str) -> Activation:
     name = read.config.get(key, default)
     if not isinstance(name, str) or name not in _ACTIVATIONS or (name == "xielu") != (default == "xielu"):
         names = "xielu" if default == "xielu" else ", ".join(name for name in _ACTIVATIONS if name != "xielu")

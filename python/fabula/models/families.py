@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fabula.errors import ModelFileError, Unsupported
+from fabula.models import expert_rules as experts
 from fabula.models import family_rules as rules
 from fabula.models import gemma3n, gemma4
 from fabula.models.config import Traits, read_config
@@ -135,6 +136,65 @@ FAMILIES: Mapping[str, Family] = {
     # Qwen team 2025: norms on q and k heads.
     "qwen3": Family(
         "Qwen3", Traits(windowed="switched", context_length=32768, n_kv_heads=32, head_dim=128, qk_norm="head")
+    ),
+    # Jiang et al. 2024.
+    "mixtral": Family(
+        "Mixtral",
+        Traits(
+            **_NO_BIAS,
+            names={"num_experts": "num_local_experts"},
+            windowed="always",
+            window=None,
+            lists_kinds=False,
+            context_length=131072,
+            n_kv_heads=8,
+            theta=1e6,
+            eps=("rms_norm_eps", 1e-5),
+            experts=experts.mixtral,
+        ),
+    ),
+    # Qwen team 2024: shared experts with a gate.
+    "qwen2_moe": Family(
+        "Qwen2-MoE",
+        Traits(
+            qkv_bias=("qkv_bias", True),
+            output_bias=False,
+            names={"num_experts": "num_local_experts"},
+            windowed="switched",
+            kinds=experts.qwen2_kinds,
+            context_length=32768,
+            n_kv_heads=16,
+            reads_head_dim=False,
+            experts=experts.qwen2,
+        ),
+    ),
+    # Qwen team 2025: norms on q and k heads.
+    "qwen3_moe": Family(
+        "Qwen3-MoE",
+        Traits(
+            names={"num_experts": "num_local_experts"},
+            windowed="switched",
+            lists_kinds=False,
+            kinds=experts.qwen3_kinds,
+            context_length=32768,
+            n_kv_heads=4,
+            qk_norm="head",
+            experts=experts.qwen3,
+        ),
+    ),
+    # Muennighoff et al. 2024: norms on whole rows of q and k.
+    "olmoe": Family(
+        "OLMoE",
+        Traits(
+            names={"num_experts": "num_local_experts"},
+            context_length=4096,
+            reads_head_dim=False,
+            eps=("rms_norm_eps", 1e-5),
+            inner=1,
+            qk_norm="row",
+            adapt=rules.refuse("clip_qkv"),
+            experts=experts.olmoe,
+        ),
     ),
     # Llama under another name.
     "internlm3": Family(
