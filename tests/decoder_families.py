@@ -68,6 +68,7 @@ LLAMA4 = ODD | {
     "no_rope_layer_interval": 3,
 }
 MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+GPT_OSS = {"num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 19}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
 
@@ -162,6 +163,14 @@ CASES: dict[str, Case] = {
     ),
     "qwen3_moe": Case("Qwen3Moe", ODD | MOE),
     "qwen3_moe-steps": Case("Qwen3Moe", ODD | MOE | {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "gpt_oss": Case("GptOss", ODD | GPT_OSS),
+    "gpt_oss-plain": Case(
+        "GptOss",
+        ODD
+        | GPT_OSS
+        | {"attention_bias": False, "layer_types": [FULL, FULL, SLIDING], "swiglu_limit": 0.7}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    ),
     "olmoe": Case("Olmoe", PLAIN | MOE | {"norm_topk_prob": True}),
     "cohere": Case("Cohere", PLAIN | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": Case("Cohere2", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),

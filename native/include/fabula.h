@@ -297,7 +297,9 @@ enum fb_activation_kind {
     FB_ACTIVATION_CLAMP = 6,   /* x in -limit .. limit */
     FB_ACTIVATION_XIELU = 7,   /* Huang & Schlag 2024, with the numbers of `vector2`; see above */
     FB_ACTIVATION_SIGMOID = 8, /* 1 / (1 + e^-x) */
-    FB_ACTIVATION_TANH = 9
+    FB_ACTIVATION_TANH = 9,
+    /* Of gates alone, gpt-oss: with g = min(gate, limit), u = up in -limit .. limit:  g / (1 + e^(-1.702 g)) (u + 1) */
+    FB_ACTIVATION_CLAMPED_SILU = 10
 };
 
 /* Geometry of attention heads. A buffer of heads holds n_heads q heads [k_dim], then n_kv_heads k heads [k_dim] and v

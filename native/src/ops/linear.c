@@ -33,6 +33,20 @@ static bool all_finite(const float *x, size_t n) {
     return found == 0;
 }
 
+/* FB_ACTIVATION_CLAMPED_SILU; NaN stays NaN. 1.702 is the factor with which x sigmoid(1.702 x) comes nearest to GELU
+ * (Hendrycks and Gimpel 2016). */
+static void clamped_silu(const struct fb_kernels *kernels, float limit, float *gate, float *up) {
+    static const float alpha = 1.702f;
+    for (size_t j = 0; j < FB_LANES; j++) {
+        const float g = gate[j] > limit ? limit : gate[j];
+        const float low = up[j] < -limit ? -limit : up[j];
+        gate[j] = g * alpha;
+        up[j] = (low > limit ? limit : low) + 1.0f;
+    }
+    kernels->swiglu(gate, up, FB_LANES, gate);
+    kernels->scale(gate, FB_LANES, 1.0f / alpha);
+}
+
 void fb_linear_gate(const struct fb_linear *linear, float *gate, float *out) {
     const struct fb_kernels *kernels = linear->kernels;
     float *up = gate + FB_LANES;
@@ -40,8 +54,12 @@ void fb_linear_gate(const struct fb_linear *linear, float *gate, float *out) {
         kernels->swiglu(gate, up, FB_LANES, out);
         return;
     }
-    kernels->activate[linear->activation](gate, FB_LANES, linear->numbers);
-    kernels->multiply(gate, up, FB_LANES);
+    if (linear->activation == FB_ACTIVATION_CLAMPED_SILU) {
+        clamped_silu(kernels, linear->numbers[0], gate, up);
+    } else {
+        kernels->activate[linear->activation](gate, FB_LANES, linear->numbers);
+        kernels->multiply(gate, up, FB_LANES);
+    }
     if (out != gate) memcpy(out, gate, FB_LANES * sizeof *out);
 }
 

@@ -114,8 +114,17 @@ static enum fb_status check_attention(const struct fb_check *c) {
     return check_kv_layer(c);
 }
 
+/* Whether a product with gates may have the operator's activation. */
+static bool is_of_gates(const struct fb_op *op) {
+    if (op->activation == FB_ACTIVATION_CLAMPED_SILU) return op->limit > 0.0f;
+    return op->activation != FB_ACTIVATION_NONE && op->activation != FB_ACTIVATION_CLAMP &&
+           op->activation != FB_ACTIVATION_XIELU;
+}
+
 static enum fb_status check_linear(const struct fb_check *c) {
     const struct fb_op *op = c->op;
+    FB_REQUIRE(op->activation != FB_ACTIVATION_CLAMPED_SILU, "op %d (linear): activation %d is one of gates", c->index,
+        (int)op->activation);
     FB_REQUIRE(op->activation != FB_ACTIVATION_XIELU || op->vector2_length == FB_ACTIVATION_NUMBERS,
         "op %d (linear): xielu takes %d numbers, not %d", c->index, FB_ACTIVATION_NUMBERS, op->vector2_length);
     FB_REQUIRE(
@@ -126,8 +135,7 @@ static enum fb_status check_linear(const struct fb_check *c) {
 /* Gate and up are interleaved by panels: the last panel of each half may hold padding rows. */
 static enum fb_status check_gated(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
-    FB_REQUIRE(c->op->activation != FB_ACTIVATION_NONE && c->op->activation != FB_ACTIVATION_CLAMP &&
-                   c->op->activation != FB_ACTIVATION_XIELU,
+    FB_REQUIRE(is_of_gates(c->op),
         "op %d (linear_gated): activation %d is not one of a gate", c->index, (int)c->op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
         "op %d (linear_gated): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
@@ -147,7 +155,8 @@ static enum fb_status check_mix(const struct fb_check *c) {
 }
 
 static enum fb_status check_sparsify(const struct fb_check *c) {
-    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU,
+    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU &&
+                   c->op->activation != FB_ACTIVATION_CLAMPED_SILU,
         "op %d (sparsify): activation %d is not one of a gate", c->index, (int)c->op->activation);
     return FB_OK;
 }
@@ -200,8 +209,7 @@ static enum fb_status check_experts(const struct fb_check *c) {
         FB_REQUIRE(width == n_rows, "op %d (experts): results of %d rows, the weight has %d", i, width, n_rows);
         return FB_OK;
     }
-    FB_REQUIRE(op->activation != FB_ACTIVATION_NONE && op->activation != FB_ACTIVATION_CLAMP &&
-                   op->activation != FB_ACTIVATION_XIELU,
+    FB_REQUIRE(is_of_gates(op),
         "op %d (experts): activation %d is not one of a gate", i, (int)op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && width <= n_rows / 2 && width > n_rows / 2 - 16,
         "op %d (experts): %d interleaved rows fit at most %d columns, not %d", i, n_rows, n_rows / 2, width);

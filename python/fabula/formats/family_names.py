@@ -124,6 +124,7 @@ NAMES: Mapping[str, Rules] = {
         "output": "lm_head",
     },
     "mixtral": _MIXTRAL,
+    "gpt_oss": {"mlp.router": "mlp.gate"},
     "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
     "llama4_text": {"feed_forward": "mlp"},
 }

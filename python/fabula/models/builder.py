@@ -38,7 +38,7 @@ LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS, SPARSIFY = 12,
 ROUTER, EXPERTS = 20, 21
 ACTIVATIONS: Mapping[Activation | None, int] = {
     None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
-    "tanh": 9,
+    "tanh": 9, "clamped_silu": 10,
 }  # fmt: skip
 # Flags of struct fb_op.
 HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK, HEADS_BIASED, ALIBI_BF16 = 1, 2, 4, 16, 32, 64
@@ -133,6 +133,15 @@ class ProgramBuilder:
         if not np.isfinite(vector).all():
             self._warn(name, DType.F32)
         return vector
+
+    def table(self, name: str, n_rows: int, n_columns: int) -> F32:
+        """Reads a small tensor [n_rows, n_columns] as float32: biases of experts."""
+        info = self._check(name, (n_rows, n_columns))
+        numbers = _native.dequantize(info.dtype, self.checkpoint.read(name), n_rows * n_columns)
+        self._count(info.n_bytes)
+        if not np.isfinite(numbers).all():
+            self._warn(name, DType.F32)
+        return numbers.reshape(n_rows, n_columns)
 
     def scalar(self, name: str) -> float:
         """Reads a tensor of one number, [] or [1]."""
@@ -258,10 +267,25 @@ class ProgramBuilder:
             for e in range(n):
                 infos.append((self._check(f"{prefix}{e}.{part}.weight", (n_rows, n_columns)), [place(i, e, 0)]))
         dtype = self._common([info for info, _ in infos])
-        weight = Weight(dtype, n_rows if step == 1 else step * _padded(n_rows), n_columns, n)
-        self._packings.append(Packing([weight], [Part(info, places) for info, places in infos]))
+        rows = n_rows if step == 1 else step * _padded(n_rows)
+        return self._expert_weights(dtype, rows, n_columns, n, [Part(info, places) for info, places in infos])
+
+    def _expert_weights(self, dtype: DType, n_rows: int, n_columns: int, n: int, parts: Sequence[Part]) -> Weights:
+        """Creates the weight of n experts, each [n_rows, n_columns], to be packed from `parts`."""
+        weight = Weight(dtype, n_rows, n_columns, n)
+        self._packings.append(Packing([weight], parts))
         self.weights.append(weight)
         return [weight]
+
+    def expert_gate_biases(self, prefix: str, n: int, size: int) -> F32:
+        """Biases of the gate and up matrices of n experts, interleaved as those, [n * 2 * size padded]."""
+        fused = prefix + "gate_up_proj_bias"
+        if self.has(fused):
+            both = self.table(fused, n, 2 * size)
+            halves = both[:, :size], both[:, size:]
+        else:
+            halves = self.table(prefix + "gate_proj_bias", n, size), self.table(prefix + "up_proj_bias", n, size)
+        return np.concatenate([_interleave(pair) for pair in zip(*halves, strict=True)])
 
     def _found(self, name: str) -> str:
         """The name of a tensor with or without ".weight"; "" if there is none."""
@@ -379,7 +403,9 @@ class ProgramBuilder:
     def kv_write(self, qkv: int, heads: int, layer: int) -> None:
         self._add(KV_WRITE, input=qkv, heads=heads, layer=layer)
 
-    def attention(self, qkv: int, out: int, heads: int, attention: Attention) -> None:
+    def attention(
+        self, qkv: int, out: int, heads: int, attention: Attention, *, sinks: Sequence[F32] | None = None
+    ) -> None:
         """Attention over the pages of layer `attention.kv`; masks and scales as described."""
         beta = attention.temperature or Temperature(0.0, 1)
         self._add(
@@ -391,6 +417,7 @@ class ProgramBuilder:
             window=attention.window,
             scale=attention.scale,
             limit=attention.cap,
+            vectors=sinks,
             flags=ATTEND_CHUNK * attention.chunked | ALIBI_BF16 * attention.rounds_biases,
             vector2=np.array(attention.slopes, np.float32) if attention.slopes else None,
             temperature=beta.beta,
@@ -463,6 +490,7 @@ class ProgramBuilder:
             vectors=None if bias is None else [bias],
             n_chosen=experts.router.n_chosen,
             activation=ACTIVATIONS[experts.activation],
+            limit=experts.limit,
             flags=EXPERTS_GATED | EXPERTS_WEIGH * experts.weighs_input,
         )
 

@@ -142,6 +142,7 @@ class Traits:
             alibi_rounded: see `Attention.rounds_biases`.
         qkv_bias, output_bias, mlp_bias, down_bias: biases; down_bias None: as mlp_bias.
         qkv_clip: bound of q, k and v; 0 for none.
+        sinks: see `Attention`.
         gated: whether the MLP is.  activation: its key and default.
         embedding_scale, residual_scale, score_scale, score_cap, logit_scale, logit_cap, temperature, head_bias,
             learned_positions: see `ModelConfig`, `Layer` and `Attention`.
@@ -192,6 +193,7 @@ class Traits:
     output_bias: Flag = ("attention_bias", False)
     mlp_bias: Flag = False
     down_bias: Flag | None = None
+    sinks: bool = False
     gated: bool = True
     activation: tuple[str, str] = ("hidden_act", "silu")
     embedding_scale: float = 1.0
@@ -278,6 +280,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         qkv_clip=t.qkv_clip,
+        sinks=t.sinks,
         slopes=alibi_slopes(n_heads, t.alibi) if t.alibi else (),
         rounds_biases=t.alibi_rounded,
     )

@@ -254,7 +254,11 @@ class _Emitter:
             self.emit_head_norm(prefix, a, a.norm, qkv, heads)
         if a.writes:
             b.kv_write(qkv, heads, a.kv)
-        b.attention(qkv, attended, heads, a)
+        sinks = None
+        if a.sinks:
+            each = b.vector(prefix + "sinks", a.n_heads)
+            sinks = [each[share.start : share.stop] for share in s.heads(a.n_heads, 1).shares]
+        b.attention(qkv, attended, heads, a, sinks=sinks)
         if a.gated:
             axis = s.heads(a.n_heads, a.v_dim)
             gate = self.scratch("gate", axis)

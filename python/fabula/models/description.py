@@ -17,7 +17,9 @@ from typing import Any, Literal
 from fabula._native import KvLayer
 from fabula._program import Heads
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid", "tanh"]
+Activation = Literal[
+    "silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid", "tanh", "clamped_silu"
+]  # fmt: skip
 Rope = Mapping[str, Any]  # theta and scaling of one rope table; see models/rope.py
 
 
@@ -82,6 +84,7 @@ class Attention:
         qkv_bias, output_bias: whether the projections have biases.
         qkv_clip: q, k and v are kept within -qkv_clip .. qkv_clip; 0 for no bound.
         gated: whether the result is multiplied by sigmoid(gate_proj(x)).
+        sinks: whether each head has a logit that takes its share of the softmax.
         slopes: of ALiBi, one for each head; () for none.  rounds_biases: whether its biases are rounded as Falcon's are
             (FB_ALIBI_BF16 in fabula.h).
     """
@@ -104,6 +107,7 @@ class Attention:
     output_bias: bool = False
     qkv_clip: float = 0.0
     gated: bool = False
+    sinks: bool = False
     slopes: tuple[float, ...] = ()
     rounds_biases: bool = False
 
@@ -165,6 +169,7 @@ class Experts:
         router: chooses the experts.
         size: inner width of an expert, which is a gated MLP with `activation`.
         bias: whether the experts' matrices have biases.
+        limit: of the activation, where it has one.
         weighs_input: whether an expert's weight is a factor on its input, not on its result.
         shared: inner width of the shared experts together, which every row goes to; 0 for none.
         shared_gated: whether their result is multiplied by sigmoid(shared_expert_gate(x)).
@@ -174,6 +179,7 @@ class Experts:
     size: int
     activation: Activation = "silu"
     bias: bool = False
+    limit: float = 0.0
     weighs_input: bool = False
     shared: int = 0
     shared_gated: bool = False

@@ -26,6 +26,22 @@ def width(read: ConfigReader, key: str, default: int | None = None) -> int:
     return read.integer(key, 1, _MAX_WIDTH, default)
 
 
+def gpt_oss(read: ConfigReader, n_layers: int) -> Layers:
+    """Biases everywhere; weights are the softmax over the chosen logits."""
+    n, chosen = counts(read, 128, 4)
+    router = Router(n_experts=n, n_chosen=chosen, scores="chosen", biased=True)
+    if read.number("swiglu_alpha", 0.0, 1e6, 1.702) != 1.702:
+        raise read.unsupported("swiglu_alpha", "experts of this family have 1.702")
+    experts = Experts(
+        router=router,
+        size=width(read, "intermediate_size", 2880),
+        activation="clamped_silu",
+        bias=True,
+        limit=read.number("swiglu_limit", 1e-6, 1e6, 7.0),
+    )
+    return [experts] * n_layers
+
+
 def sparse_steps(read: ConfigReader, n_layers: int, experts: Experts) -> list[Experts | None]:
     """Each `decoder_sparse_step`-th layer has experts, but for those in `mlp_only_layers`."""
     step, dense = read.integer("decoder_sparse_step", 1, 1024, 1), read.config.get("mlp_only_layers") or []

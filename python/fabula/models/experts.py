@@ -58,13 +58,15 @@ def emit_experts(
     b.router(logits, routes, router, correction)
 
     weights = b.experts(prefix + "experts.", ("gate_proj", "up_proj"), n, experts.size, hidden.size)
-    b.expert_gates(x, inner, routes, weights, experts)
+    biases = b.expert_gate_biases(prefix + "experts.", n, experts.size) if experts.bias else None
+    b.expert_gates(x, inner, routes, weights, experts, bias=biases)
     if experts.shared:
         weights = b.matrix(prefix + "shared_expert.down_proj.weight", hidden, whole(experts.shared, 1))
         emit_shared(b, scratch, shared, gate, weights, out, residual, scale)
         residual = out
     weights = b.experts(prefix + "experts.", ("down_proj",), n, hidden.size, experts.size)
-    b.expert_sum(inner, out, routes, weights, experts, residual=residual, scale=scale)
+    biases = b.table(prefix + "experts.down_proj_bias", n, hidden.size).reshape(-1) if experts.bias else None
+    b.expert_sum(inner, out, routes, weights, experts, bias=biases, residual=residual, scale=scale)
 
 
 def emit_shared(

@@ -196,6 +196,34 @@ FAMILIES: Mapping[str, Family] = {
             experts=experts.olmoe,
         ),
     ),
+    # OpenAI 2025: sinks, windows in every other layer, biases, clamped gates, experts in MXFP4.
+    "gpt_oss": Family(
+        "gpt-oss",
+        Traits(
+            names={"num_experts": "num_local_experts"},
+            ignored=("hidden_act",),
+            windowed="always",
+            window=128,
+            kinds=rules.every(2),
+            context_length=131072,
+            n_kv_heads=8,
+            head_dim=64,
+            theta=150000.0,
+            rope={
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            eps=("rms_norm_eps", 1e-5),
+            qkv_bias=("attention_bias", True),
+            output_bias=("attention_bias", True),
+            sinks=True,
+            experts=experts.gpt_oss,
+        ),
+    ),
     # Llama under another name.
     "internlm3": Family(
         "InternLM 3",

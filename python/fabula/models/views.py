@@ -27,6 +27,7 @@ from fabula import _native
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 from fabula.models.description import Attention, ModelConfig
+from fabula.models.gpt_oss import GptOssExperts
 from fabula.models.rope import rotated_width
 
 Rows = npt.NDArray[np.int64]
@@ -164,6 +165,8 @@ class ViewedCheckpoint:
 
 def viewed(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """The checkpoint under canonical names and forms; itself if it has them already."""
+    if config.model_type == "gpt_oss" and checkpoint.format == "safetensors":
+        checkpoint = GptOssExperts(checkpoint)
     views = _Views(checkpoint, config).views
     return ViewedCheckpoint(checkpoint, views) if views else checkpoint
 
