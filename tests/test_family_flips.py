@@ -123,7 +123,8 @@ WEIGHTS = {
     **dict.fromkeys(("attention_k_eq_v", "use_double_wide_mlp", "use_parallel_residual", "n_positions"), ("tensor",)),
     **dict.fromkeys(("attention_bias", "mlp_bias", "qk_layernorm", "num_kv_shared_layers", "n_layer"), ("tensor",)),
     **dict.fromkeys(("decoder_sparse_step", "mlp_only_layers", "qkv_bias"), ("tensor",)),
-    **dict.fromkeys(("shared_expert_intermediate_size",), ("tensor",)),
+    "shared_expert_intermediate_size": ("tensor",),
+    "use_sliding_window": ("sliding_window",),
     **dict.fromkeys(("d_model", "n_heads", "n_layers", "altup_num_inputs", "laurel_rank"), ("tensor",)),
     "num_hidden_layers": (
         "layer_types",

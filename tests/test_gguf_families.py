@@ -176,6 +176,10 @@ CUTS: Mapping[str, Cut] = {
     "gemma4-plain": Cut(
         "gemma4-plain", bound=GELU, converted="without a cap of logits it writes no key, which is read as 30"
     ),
+    "mixtral": Cut("mixtral", {"sliding_window": None}),
+    "qwen2_moe": Cut("qwen2_moe", {"mlp_only_layers": []}),
+    "qwen3_moe": Cut("qwen3_moe-steps", {"decoder_sparse_step": 1}),
+    "olmoe": Cut("olmoe", {"norm_topk_prob": False, "num_key_value_heads": 6}),
     "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
 }  # fmt: skip
 
@@ -317,6 +321,10 @@ def test_what_llama_cpp_converts_is_the_same_model(made: Made, converted: Path, 
         (CASES["falcon-rw"], "'falcon': layer 0"),
         (CASES["phi-norms"], "norm.*not part of this model's config"),
         (CASES["mpt-scaled"], "'mpt': layer 0 attention scale is 0.3"),
+        (CASES["qwen3_moe-steps"], "no layers without experts in family 'qwen3_moe'"),
+        (CASES["qwen3_moe"], "'qwen3moe': layer 0 experts router renormalized is False"),
+        (CASES["olmoe"], "'olmoe': layer 0 experts router renormalized is True"),
+        (CASES["mixtral"], "no key for a window in family 'mixtral'"),
         (CASES["gptj"], "not written for the family 'gptj'"),
         (Case("Falcon", FALCON | {"activation": "relu"}), "'falcon': layer 0 mlp activation is relu"),
         (Case("Starcoder2", WHOLE | {"sliding_window": None, "hidden_act": "gelu"}), "mlp activation is gelu,"),

@@ -33,6 +33,10 @@ PLAIN_MLP = ("ffn_up", "ffn_down")
 MLP = ("ffn_gate", *PLAIN_MLP)
 USUAL = ("attn_norm", *ATTENTION, "ffn_norm", *MLP)
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+EXPERT_KEYS = frozenset(["expert_count", "expert_used_count", "expert_feed_forward_length"])
+SPARSE = ("attn_norm", *ATTENTION, "ffn_norm", *EXPERTS)
 # A norm behind each half of a layer.
 POST = {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
 
@@ -155,12 +159,50 @@ class Architecture:
 # ---- What only a file decides ---------------------------------------------------------------------------------------
 
 
-def _llama(_: Facts, config: Config) -> None:
-    """A llama with windows is a mistral. Its biases are refused by gguf_names.py, as mistral has none."""
+def _llama(f: Facts, config: Config) -> None:
+    """A llama with windows is a mistral, one with experts a mixtral. Their biases are refused by gguf_names.py."""
+    if f.keys.integer(f.key("expert_count"), 0, low=0) and f.arch == "llama":
+        config |= {"intermediate_size": _read_experts(f, config)}
+        config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        config.pop("layer_types", None)
+        return
     if config.get("sliding_window"):
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         if FULL not in config["layer_types"]:
             del config["layer_types"]
+
+
+def _read_experts(f: Facts, config: Config) -> int:
+    """Numbers of experts, and their width, which is also that of their tensors. Returns it."""
+    config |= {
+        "num_experts": f.keys.integer(f.key("expert_count")),
+        "num_experts_per_tok": f.keys.integer(f.key("expert_used_count")),
+    }
+    down = next((t for name, t in f.tensors.items() if name.endswith(".ffn_down_exps.weight")), None)
+    if down is None:
+        raise f.keys.error(f.key("expert_count"), "is there, but no tensor of experts (ffn_down_exps)")
+    width = down.shape[-1]
+    if (said := f.keys.integer(f.key("expert_feed_forward_length"), width)) != width:
+        raise f.keys.error(f.key("expert_feed_forward_length"), f"is {said}, but experts are {width} wide")
+    return width
+
+
+def _qwen3moe(f: Facts, config: Config) -> None:
+    """llama.cpp always divides the weights by their sum."""
+    config |= {"moe_intermediate_size": _read_experts(f, config), "norm_topk_prob": True}
+
+
+def _qwen2moe(f: Facts, config: Config) -> None:
+    """llama.cpp never divides the weights by their sum."""
+    config |= {"moe_intermediate_size": _read_experts(f, config), "norm_topk_prob": False}
+    shared = next((t for name, t in f.tensors.items() if name.endswith(".ffn_gate_shexp.weight")), None)
+    width = config["intermediate_size"] if shared is None else shared.shape[0]
+    config["shared_expert_intermediate_size"] = f.keys.integer(f.key("expert_shared_feed_forward_length"), width)
+
+
+def _olmoe(f: Facts, config: Config) -> None:
+    config |= {"intermediate_size": _read_experts(f, config), "norm_topk_prob": False}
+    config["clip_qkv"] = f.number("attention.clamp_kqv", 0.0, zero=0.0) or None
 
 
 def _mistral3(f: Facts, config: Config) -> None:
@@ -407,7 +449,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     # Early versions of `fabula quantize` wrote windows for llama, which llama.cpp does not have there.
     "llama": Architecture(
         model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
-        windows=Windows(), finish=_llama,
+        layer=(*USUAL, *EXPERTS), windows=Windows(), reads=EXPERT_KEYS, finish=_llama,
+    ),
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe", model_class="Qwen2MoeForCausalLM", biases={"": QKV}, factors=True,
+        layer=(*SPARSE, *SHARED, "ffn_gate_inp_shexp"),
+        reads=EXPERT_KEYS | {"expert_shared_feed_forward_length"}, finish=_qwen2moe,
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", layer=(*SPARSE, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, factors=True, reads=EXPERT_KEYS, finish=_qwen3moe,
+    ),
+    "olmoe": Architecture(
+        model_type="olmoe", model_class="OlmoeForCausalLM",
+        layer=(*SPARSE, *HEAD_NORMS),
+        reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
     ),
     "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}, factors=True),
     "qwen3": Architecture(
