@@ -195,6 +195,10 @@ class _Views:
             for kind in ("weight", "bias"):
                 self._projections(prefix + "self_attn.", layer.attention, kind)
                 self._gate_up(prefix + "mlp.", kind)
+                self._gate_up(prefix + "mlp.shared_expert.", kind)
+            correction = prefix + "mlp.gate.e_score_correction_bias"
+            if correction in self._names and len(self.checkpoint.tensors[correction].shape) > 1:
+                self._add(correction, [correction], flat=True)
             self._head_norms(prefix + "self_attn.", layer.attention)
             for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
                 self._add(f"{prefix}{name}.weight", [f"{prefix}{name}.weight"], transposed=self._transposed)
