@@ -196,6 +196,7 @@ FAMILIES: Mapping[str, Family] = {
             experts=experts.olmoe,
         ),
     ),
+<<<<<<< HEAD
     # OpenAI 2025: sinks, windows in every other layer, biases, clamped gates, experts in MXFP4.
     "gpt_oss": Family(
         "gpt-oss",
@@ -222,6 +223,88 @@ FAMILIES: Mapping[str, Family] = {
             output_bias=("attention_bias", True),
             sinks=True,
             experts=experts.gpt_oss,
+=======
+    # IBM 2024 and 2025: with shared experts or without.
+    "granitemoe": Family(
+        "Granite MoE",
+        Traits(names={"num_experts": "num_local_experts"}, adapt=rules.granite, experts=experts.granite_alone),
+    ),
+    "granitemoeshared": Family(
+        "Granite MoE with shared experts",
+        Traits(names={"num_experts": "num_local_experts"}, adapt=rules.granite, experts=experts.granite),
+    ),
+    # Zhipu AI 2025: GLM-4.5, 4.6, 4.7.
+    "glm4_moe": Family(
+        "GLM-4.5",
+        Traits(
+            names={"n_routed_experts": "num_local_experts"},
+            context_length=131072,
+            n_kv_heads=8,
+            eps=("rms_norm_eps", 1e-5),
+            rotated=0.5,
+            output_bias=False,
+            adapt=experts.glm4_norms,
+            experts=experts.glm4,
+        ),
+    ),
+    # Rednote 2025.
+    "dots1": Family(
+        "dots.llm1",
+        Traits(
+            names={"n_routed_experts": "num_local_experts"},
+            windowed="always",
+            kinds=experts.dots1_kinds,
+            n_kv_heads=32,
+            qk_norm="head",
+            output_bias=("attention_bias", False),
+            experts=experts.dots1,
+        ),
+    ),
+    # Baidu 2025.
+    "ernie4_5_moe": Family(
+        "ERNIE 4.5 MoE",
+        Traits(
+            names={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
+            context_length=131072,
+            n_kv_heads=4,
+            theta=500000.0,
+            tied=True,
+            eps=("rms_norm_eps", 1e-5),
+            interleaved=True,
+            qkv_bias=("use_bias", False),
+            output_bias=("use_bias", False),
+            mlp_bias=("use_bias", False),
+            adapt=rules.refuse("use_bias"),
+            experts=experts.ernie,
+        ),
+    ),
+    # MiniMax 2025: norms on whole rows of q and k.
+    "minimax_m2": Family(
+        "MiniMax M2",
+        Traits(
+            **_NO_BIAS,
+            names={"num_experts": "num_local_experts"},
+            context_length=196608,
+            n_kv_heads=8,
+            head_dim=128,
+            theta=5e6,
+            rotated=1.0,
+            qk_norm="row",
+            adapt=experts.minimax_m2_rotation,
+            experts=experts.minimax_m2,
+        ),
+    ),
+    # Tencent 2025: norms of q and k behind the rotation.
+    "hunyuan_v1_moe": Family(
+        "Hunyuan MoE",
+        Traits(
+            names={"num_experts_per_tok": "moe_topk"},
+            eps=("rms_norm_eps", 1e-5),
+            qk_norm="head",
+            qk_norm_rotated=True,
+            finish=rules.hunyuan,
+            experts=experts.hunyuan,
+>>>>>>> moe
         ),
     ),
     # Llama under another name.
