@@ -189,6 +189,8 @@ CUTS: Mapping[str, Cut] = {
     "ernie4_5_moe-alone": Cut("ernie4_5_moe-alone"),
     "minimax_m2": Cut("minimax_m2"),
     "hunyuan_moe": Cut("hunyuan_moe", {"attention_bias": False}),
+    "gpt_oss": Cut("gpt_oss-plain", {"attention_bias": True, "swiglu_limit": 7.0, "layer_types": None}),
+    "gpt_oss-yarn": Cut("gpt_oss", {"tie_word_embeddings": False}, bound=1e-2),
     "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
 }  # fmt: skip
 

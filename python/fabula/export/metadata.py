@@ -34,7 +34,7 @@ _BASE: Mapping[str, str] = {
     **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
     "granitemoeshared": "granitemoe", "glm4_moe": "glm4moe", "ernie4_5_moe": "ernie4_5-moe",
-    "minimax_m2": "minimax-m2", "hunyuan_v1_moe": "hunyuan-moe",
+    "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "hunyuan_v1_moe": "hunyuan-moe",
     "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
     "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
     "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
@@ -64,7 +64,8 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
         raise Unsupported(f"{path}: GGUF files are not written for the family {config.model_type!r}")
     if any(not layer.experts for layer in config.layers) and "ffn_down" not in ARCHITECTURES[base].layer:
         raise Unsupported(f"{path}: GGUF has no layers without experts in family {config.model_type!r}")
-    if _has_windows(config) and any(layer.experts for layer in config.layers):
+    is_sparse = any(layer.experts for layer in config.layers)
+    if _has_windows(config) and is_sparse and ARCHITECTURES[base].windows is None:
         raise Unsupported(
             f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
         )

@@ -201,6 +201,8 @@ def _of_experts(
             yield Part(target, (name,))
     elif part == "ffn_gate_inp":
         yield Part(target, (name,))
+        if router.biased:
+            yield Part(f"blk.{i}.{part}.bias", (name.replace(".weight", ".bias"),))
     else:
         matrix = name.removesuffix(".weight").rsplit(".", 1)[1]
         prefix = name.removesuffix(f"{matrix}.weight")
@@ -216,6 +218,9 @@ def _of_experts(
             yield Part(target, (fused,), rows, shape=shape)
         else:
             yield Part(target, tuple(f"{prefix}{e}.{matrix}.weight" for e in range(n)), shape=shape)
+        if experts.bias:
+            stored = f"{prefix}{matrix}.bias"
+            yield Part(f"blk.{i}.{part}.bias", (stored if stored in names else f"{prefix}{matrix}_bias",))
 
 
 def _head_norm(config: ModelConfig, arch: str, a: Attention, target: str, name: str) -> Iterator[Part]:

@@ -132,9 +132,7 @@ NAMES: Mapping[str, Rules] = {
         "output": "lm_head",
     },
     "mixtral": _MIXTRAL,
-<<<<<<< HEAD
     "gpt_oss": {"mlp.router": "mlp.gate"},
-=======
     "minimax_m2": {**_MIXTRAL, "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias"},
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
@@ -150,7 +148,6 @@ NAMES: Mapping[str, Rules] = {
         "mlp.gate.wg": "mlp.gate",
         "mlp.shared_mlp": "mlp.shared_expert",
     },
->>>>>>> moe
     "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
     "llama4_text": {"feed_forward": "mlp"},
 }

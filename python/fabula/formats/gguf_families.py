@@ -266,6 +266,13 @@ def _hunyuan_moe(f: Facts, config: Config) -> None:
         raise f.keys.unsupported(f.key("expert_shared_feed_forward_length"), f"is {shared}, experts are {size} wide")
 
 
+def _gpt_oss(f: Facts, config: Config) -> None:
+    """The rotation is that of the published model, whose ramp is not cut to whole numbers; llama.cpp cuts it."""
+    config["intermediate_size"] = _read_experts(f, config)
+    if config["rope_scaling"]:
+        config["rope_scaling"] = {**config["rope_scaling"], "truncate": False}
+
+
 def _olmoe(f: Facts, config: Config) -> None:
     config |= {"intermediate_size": _read_experts(f, config), "norm_topk_prob": False}
     config["clip_qkv"] = f.number("attention.clamp_kqv", 0.0, zero=0.0) or None
@@ -556,6 +563,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hunyuan-moe": Architecture(
         model_type="hunyuan_v1_moe", model_class="HunYuanMoEV1ForCausalLM", layer=(*SPARSE, *SHARED, *HEAD_NORMS),
         biases={"attention_bias": ATTENTION}, reads=_SHARED_KEYS, finish=_hunyuan_moe,
+    ),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss", model_class="GptOssForCausalLM",
+        layer=("attn_norm", *ATTENTION, "attn_sinks", "post_attention_norm", *EXPERTS),
+        names={"attn_sinks": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
+        biases={"attention_bias": ATTENTION, "": EXPERTS}, windows=Windows(default=None, every=2),
+        reads=EXPERT_KEYS, finish=_gpt_oss,
     ),
     "olmoe": Architecture(
         model_type="olmoe", model_class="OlmoeForCausalLM",

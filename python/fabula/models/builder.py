@@ -279,13 +279,12 @@ class ProgramBuilder:
 
     def expert_gate_biases(self, prefix: str, n: int, size: int) -> F32:
         """Biases of the gate and up matrices of n experts, interleaved as those, [n * 2 * size padded]."""
-        fused = prefix + "gate_up_proj_bias"
-        if self.has(fused):
-            both = self.table(fused, n, 2 * size)
-            halves = both[:, :size], both[:, size:]
-        else:
-            halves = self.table(prefix + "gate_proj_bias", n, size), self.table(prefix + "up_proj_bias", n, size)
+        halves = self.expert_biases(prefix + "gate_proj", n, size), self.expert_biases(prefix + "up_proj", n, size)
         return np.concatenate([_interleave(pair) for pair in zip(*halves, strict=True)])
+
+    def expert_biases(self, name: str, n: int, size: int) -> F32:
+        """Biases of one matrix of each of n experts, [n, size]."""
+        return self.table(name + (".bias" if self.has(name + ".bias") else "_bias"), n, size)
 
     def _found(self, name: str) -> str:
         """The name of a tensor with or without ".weight"; "" if there is none."""

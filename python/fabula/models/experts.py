@@ -65,7 +65,7 @@ def emit_experts(
         emit_shared(b, scratch, shared, gate, weights, out, residual, scale)
         residual = out
     weights = b.experts(prefix + "experts.", ("down_proj",), n, hidden.size, experts.size)
-    biases = b.table(prefix + "experts.down_proj_bias", n, hidden.size).reshape(-1) if experts.bias else None
+    biases = b.expert_biases(prefix + "experts.down_proj", n, hidden.size).reshape(-1) if experts.bias else None
     b.expert_sum(inner, out, routes, weights, experts, bias=biases, residual=residual, scale=scale)
 
 

@@ -196,7 +196,6 @@ FAMILIES: Mapping[str, Family] = {
             experts=experts.olmoe,
         ),
     ),
-<<<<<<< HEAD
     # OpenAI 2025: sinks, windows in every other layer, biases, clamped gates, experts in MXFP4.
     "gpt_oss": Family(
         "gpt-oss",
@@ -223,7 +222,8 @@ FAMILIES: Mapping[str, Family] = {
             output_bias=("attention_bias", True),
             sinks=True,
             experts=experts.gpt_oss,
-=======
+        ),
+    ),
     # IBM 2024 and 2025: with shared experts or without.
     "granitemoe": Family(
         "Granite MoE",
@@ -304,7 +304,6 @@ FAMILIES: Mapping[str, Family] = {
             qk_norm_rotated=True,
             finish=rules.hunyuan,
             experts=experts.hunyuan,
->>>>>>> moe
         ),
     ),
     # Llama under another name.

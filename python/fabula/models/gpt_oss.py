@@ -3,7 +3,7 @@
     found in safetensors files                         becomes
     gate_up_proj       [n, hidden, 2 size]             [n, 2 size, hidden]
     gate_up_proj       [n, 2 size, hidden] in MXFP4    [n, 2 size, hidden]
-    gate_up_proj_bias  [n, 2 size]                     [n, 2 size]
+    gate_up_proj_bias  [n, 2 size]                     gate_proj_bias and up_proj_bias, each [n, size]
     down_proj          [n, size, hidden]               [n, hidden, size]; in MXFP4 it is so already
 
 Gates and ups alternate in the files. Source: modeling_gpt_oss.py of transformers 5.24.
@@ -23,7 +23,8 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 
-_EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|gate_up_proj_bias|down_proj)")
+_EXPERTS = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)")
+_BIAS = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)gate_up_proj_bias")
 
 
 class GptOssExperts:
@@ -38,9 +39,19 @@ class GptOssExperts:
         self._parts = {
             name: match[1]
             for name, info in checkpoint.tensors.items()
-            if (match := _EXPERTS.fullmatch(name)) and len(info.shape) == (2 if match[1].endswith("bias") else 3)
+            if (match := _EXPERTS.fullmatch(name)) and len(info.shape) == 3
         }
-        tensors = {name: self._described(info) for name, info in checkpoint.tensors.items()}
+        self._biases: dict[str, tuple[str, int]] = {}  # the tensor that has them, and the first of its columns
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in checkpoint.tensors.items():
+            match = _BIAS.fullmatch(name)
+            if match is None or len(info.shape) != 2 or info.shape[1] % 2:
+                tensors[name] = self._described(info)
+                continue
+            for first, part in enumerate(("gate_proj_bias", "up_proj_bias")):
+                self._biases[match[1] + part] = name, first
+                shape, n_bytes = (info.shape[0], info.shape[1] // 2), info.n_bytes // 2
+                tensors[match[1] + part] = TensorInfo(match[1] + part, info.dtype, shape, n_bytes)
         others = checkpoint.tensors.others if isinstance(checkpoint.tensors, TensorTable) else {}
         self.tensors: Mapping[str, TensorInfo] = TensorTable(self.path, tensors, dict(others))
 
@@ -55,6 +66,11 @@ class GptOssExperts:
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """Reads one tensor; see `Checkpoint.read`."""
+        if name in self._biases:
+            stored, first = self._biases[name]
+            info = self._checkpoint.tensors[stored]
+            columns = self._checkpoint.read(stored).reshape(info.shape[0], info.shape[1] // 2, 2, -1)
+            return np.ascontiguousarray(columns[:, :, first]).reshape(-1)
         raw = self._checkpoint.read(name)
         part = self._parts.get(name)
         if part is None:
@@ -64,7 +80,7 @@ class GptOssExperts:
         if self._is_transposed(info):
             rows = raw.reshape(*info.shape, n_bytes).swapaxes(1, 2)
         else:
-            rows = raw.reshape(info.shape[0], info.shape[1], 1, -1)
+            rows = raw.reshape(info.shape[0], info.shape[1], -1)
         if part == "down_proj":
             return np.ascontiguousarray(rows).reshape(-1)
         n_rows = rows.shape[1]
