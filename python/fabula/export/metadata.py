@@ -381,8 +381,10 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
         return {}
     if kind not in ("linear", "yarn"):
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for {kind!r} in this family")
-    if kind == "yarn" and rope.get("truncate", True) is False:
-        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for 'truncate' false")
+    # The architecture says whether the ends of the ramp are cut to whole numbers.
+    is_cut = rope.get("truncate", True) is not False
+    if kind == "yarn" and is_cut == (arch == "gpt-oss"):
+        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for 'truncate' {str(is_cut).lower()}")
     factor = float(rope.get("factor", config.context_length / original))
     scaling: dict[str, Value] = {"type": kind, "factor": np.float32(factor)}
     if kind == "yarn":

@@ -271,6 +271,8 @@ def _gpt_oss(f: Facts, config: Config) -> None:
     config["intermediate_size"] = _read_experts(f, config)
     if config["rope_scaling"]:
         config["rope_scaling"] = {**config["rope_scaling"], "truncate": False}
+    else:  # a config without any means the scaling of the published models
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
 
 
 def _olmoe(f: Facts, config: Config) -> None:
