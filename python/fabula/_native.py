@@ -252,13 +252,14 @@ def handle_of(device: Device | None) -> Any:
 
 
 class Weight:
-    """A packed matrix [n_rows, n_cols]; see fb_weight in fabula.h. Immutable once packed, shared freely."""
+    """A packed matrix [n_rows, n_cols], or one for each expert; see fb_weight in fabula.h. Immutable once packed,
+    shared freely."""
 
-    def __init__(self, dtype: int, n_rows: int, n_cols: int) -> None:
+    def __init__(self, dtype: int, n_rows: int, n_cols: int, n_experts: int = 1) -> None:
         out = ffi.new("fb_weight **")
-        check(lib.fb_weight_create(dtype, n_rows, n_cols, out))
+        check(lib.fb_weight_create_experts(dtype, n_experts, n_rows, n_cols, out))
         self.handle: Any = ffi.gc(out[0], lib.fb_weight_free, lib.fb_weight_bytes(out[0]))
-        self.dtype, self.n_rows, self.n_cols = dtype, n_rows, n_cols
+        self.dtype, self.n_rows, self.n_cols, self.n_experts = dtype, n_rows, n_cols, n_experts
 
     @property
     def n_bytes(self) -> int:
@@ -279,12 +280,13 @@ class Weight:
         row_block: int = 1,
         row_step: int = 1,
         n_threads: int = 1,
+        expert: int = 0,
     ) -> None:
-        """Packs rows given as the raw bytes of a row-major matrix of any dtype; see fb_weight_pack_rows."""
+        """Packs rows given as the raw bytes of a row-major matrix of any dtype; see fb_weight_pack_expert."""
         raw = np.ascontiguousarray(raw, dtype=np.uint8)
         check(
-            lib.fb_weight_pack_rows(
-                self.handle, first_row, row_block, row_step, dtype,
+            lib.fb_weight_pack_expert(
+                self.handle, expert, first_row, row_block, row_step, dtype,
                 ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_rows, n_threads,
             )
         )  # fmt: skip
@@ -294,7 +296,7 @@ class Weight:
         check(lib.fb_weight_move(self.handle, device.handle))
 
     def row(self, index: int) -> F32:
-        """Row `index` as float32 [n_cols]."""
+        """Row `index` as float32 [n_cols]; rows of expert e begin at e * n_rows."""
         out = np.empty(self.n_cols, np.float32)
         check(lib.fb_weight_unpack_row(self.handle, index, floats(out)))
         return out

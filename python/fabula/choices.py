@@ -12,7 +12,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 # "auto" keeps each matrix as in the checkpoint; then the formats of models/recipe.py; then their short names.
 WeightsName = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
+    "iq4_nl", "mxfp4", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
 ]  # fmt: skip
 WEIGHTS_NAMES: tuple[str, ...] = get_args(WeightsName)
 # Short names: the format of that size with the least error.

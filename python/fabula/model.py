@@ -148,6 +148,7 @@ class Model:
         scheduler: Scheduler | None = None,
         speculation: SpeculationName = "auto",
         draft_model: str | os.PathLike[str] | None = None,
+        ignore_memory: bool = False,
     ) -> Model:
         """Finds a model, downloads it if needed, and loads it.
 
@@ -178,6 +179,8 @@ class Model:
                 Tokens, log-probabilities and seeds stay the same, bit for bit. "off" never does. On a GPU it is off.
             draft_model: a smaller model with the same vocabulary that guesses where nothing was written before; as
                 `name_or_path`. It runs on the CPU and has its own KV cache, of the same context length.
+            ignore_memory: loads weights that do not fit the available memory, too: the system may then swap, or end
+                the process.
 
         Raises:
             ModelNotFound: no model has that name.
@@ -186,7 +189,8 @@ class Model:
             Unsupported: an unsupported family, tensor type or tokenizer; or this build has no CUDA, NCCL is missing for
                 several GPUs, or cuBLASLt cannot be loaded; or window_kv is "drop" on a GPU.
             InvalidArgument: an option is out of range.
-            OutOfMemory: the system refused memory.
+            OutOfMemory: the weights do not fit the available memory (of the system, or of a cgroup), or the system
+                refused memory.
             DeviceOutOfMemory: the GPU has not enough memory.
             DeviceError: no driver, no GPU, or it failed.
         """
@@ -229,6 +233,7 @@ class Model:
                 drops_windowed=window_kv == "drop",
                 progress=load_progress,
                 placement=placement,
+                ignore_memory=ignore_memory,
             )
         finally:
             checkpoint.close()
@@ -236,7 +241,15 @@ class Model:
         model = cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults, speculation=speculation)
         if draft_model is not None:
             try:
-                model._drafts_with(cls.load(draft_model, threads=n_threads, fetch=fetch, fetch_progress=fetch_progress))
+                model._drafts_with(
+                    cls.load(
+                        draft_model,
+                        threads=n_threads,
+                        fetch=fetch,
+                        fetch_progress=fetch_progress,
+                        ignore_memory=ignore_memory,
+                    )
+                )
             except BaseException:
                 model.close()
                 raise

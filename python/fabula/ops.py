@@ -42,8 +42,9 @@ __all__ = [
 F32 = npt.NDArray[np.float32]
 Weight = _native.Weight
 Precision = Literal[
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k"
-]
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "mxfp4", "q3_k",
+    "q2_k",
+]  # fmt: skip
 
 _DTYPES = {dtype.name.lower(): dtype for dtype in DType}
 

@@ -38,7 +38,7 @@ enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 enum { FB_KERNEL_DTYPES = 3, FB_GEMM_DTYPES = 2 };
 
 /* Kinds of activations; numbers that one takes (xielu), at most. */
-enum { FB_ACTIVATION_KINDS = FB_ACTIVATION_TANH + 1, FB_ACTIVATION_NUMBERS = 4 };
+enum { FB_ACTIVATION_KINDS = FB_ACTIVATION_CLAMPED_SILU + 1, FB_ACTIVATION_NUMBERS = 4 };
 
 /* Bytes per panel element of these formats, or of signed bytes, which use the number of Q8_0. */
 static inline size_t fb_element_bytes(enum fb_dtype dtype) {

@@ -35,6 +35,14 @@ struct fb_linear {
     size_t item_panels;                   /* panels per work item; set by fb_linear_items */
 };
 
+/* The product of some rows of the input and panels of the weight, counted through all experts, into a tile
+ * [n_rows][ld]. next: panels that are read next, or NULL; few rows prefetch these panels themselves instead. */
+void fb_linear_multiply(const struct fb_linear *linear, size_t panel, size_t n_panels, size_t row, size_t n_rows,
+    const char *next, float *tile, size_t ld);
+
+/* out = activation(gate) * up for a panel of each; `up` follows `gate`, `out` may be `gate`. */
+void fb_linear_gate(const struct fb_linear *linear, float *gate, float *out);
+
 /* Number of work items; chooses item_panels so that `n_threads` threads get enough of them. */
 int64_t fb_linear_items(struct fb_linear *linear, int n_threads);
 void fb_linear_item(const struct fb_linear *linear, int64_t index);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,8 +13,10 @@ from fabula.choices import DEFAULT_MODEL
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
-    from fabula.formats.checkpoint import Checkpoint
+    from fabula.formats.checkpoint import Checkpoint, TensorInfo
+    from fabula.models.description import Experts, ModelConfig
 
+_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.")
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -91,6 +94,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         infos = [info for info in infos if info.name != "lm_head.weight"]
     matrices = sum(math.prod(info.shape) for info in infos if len(info.shape) > 1)
     vectors = sum(math.prod(info.shape) for info in infos if len(info.shape) < 2)
+    shares = [_share(info, config) for info in infos]
     on_disk: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         on_disk[info.dtype.name] = on_disk.get(info.dtype.name, 0) + info.n_bytes
@@ -112,6 +116,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": checkpoint.format,
         "family": family.name,
         "n_parameters": matrices + vectors,
+        "n_active_parameters": int(
+            sum(share * math.prod(info.shape) for info, share in zip(infos, shares, strict=True))
+        ),
+        "active_bytes": int(sum(share * info.n_bytes for info, share in zip(infos, shares, strict=True))),
+        "n_experts": max((e.router.n_experts for e in _experts(config)), default=0),
+        "n_chosen_experts": max((e.router.n_chosen for e in _experts(config)), default=0),
         "n_layers": config.n_layers,
         "n_heads": config.n_heads,
         "n_kv_heads": config.n_kv_heads,
@@ -134,6 +144,20 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
     }
+
+
+def _experts(config: ModelConfig) -> list[Experts]:
+    return [layer.experts for layer in config.layers if layer.experts]
+
+
+def _share(info: TensorInfo, config: ModelConfig) -> float:
+    """The share of a tensor that one token reads: of experts the chosen ones, of an embedding that is not the head too
+    one row, of all others the whole."""
+    if info.name == "model.embed_tokens.weight" and not config.tied:
+        return 1 / info.shape[0]
+    match = _EXPERTS.match(info.name)
+    experts = config.layers[int(match[1])].experts if match and int(match[1]) < config.n_layers else None
+    return experts.router.n_chosen / experts.router.n_experts if experts else 1.0
 
 
 def _print(facts: dict[str, Any], sampling: str) -> None:
@@ -164,6 +188,17 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         ("runs", runs),
         ("file", f"{facts['path']} ({facts['format']})"),
         ("family", f"{facts['family']}, {facts['n_parameters'] / 1e6:,.1f} M parameters"),
+        *(
+            [
+                (
+                    "experts",
+                    f"{facts['n_chosen_experts']} of {facts['n_experts']} in a layer: a token reads"
+                    f" {facts['n_active_parameters'] / 1e6:,.1f} M parameters, {size(facts['active_bytes'])}",
+                )
+            ]
+            if facts["n_experts"]
+            else []
+        ),
         ("layers", f"{facts['n_layers']} of hidden size {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("heads", f"{facts['n_heads']} of {facts['head_dim']}, {facts['n_kv_heads']} for keys and values"),
         (

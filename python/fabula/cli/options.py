@@ -90,6 +90,9 @@ _MODEL = (
     click.option(
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
     ),
+    click.option(
+        "--ignore-memory", is_flag=True, help="Load weights that do not fit the available memory, too."
+    ),
     device_option,
     parallel_option,
     products_option,
@@ -114,6 +117,7 @@ class ModelOptions:
     window_kv: str = "keep"
     speculation: str = "auto"
     draft_model: str | None = None
+    ignore_memory: bool = False
 
     @property
     def name(self) -> str:
@@ -139,6 +143,7 @@ class ModelOptions:
                 device_products=self.device_products,
                 speculation=cast("SpeculationName", self.speculation),
                 draft_model=self.draft_model,
+                ignore_memory=self.ignore_memory,
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -161,6 +166,7 @@ def model_options(function: _Function) -> _Function:
         device_products: str,
         speculation: str,
         draft_model: str | None,
+        ignore_memory: bool,
         **rest: Any,
     ) -> Any:
         loading = ModelOptions(
@@ -175,6 +181,7 @@ def model_options(function: _Function) -> _Function:
             speculation=speculation,
             draft_model=draft_model,
             window_kv=window_kv,
+            ignore_memory=ignore_memory,
         )
         return function(*args, loading=loading, **rest)
 

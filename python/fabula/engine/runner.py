@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fabula import _native, _program
 from fabula.engine.device import CPU, Placement
+from fabula.engine.memory import check_memory
 from fabula.engine.programs import Programs
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType
@@ -26,7 +27,7 @@ from fabula.models.builder import ProgramBuilder
 from fabula.models.decoder import has_head
 from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
-from fabula.models.opening import lay_out
+from fabula.models.opening import lay_out, packed_bytes
 from fabula.models.precision import Precision, block_of, everywhere
 from fabula.models.shares import Shares
 from fabula.models.views import viewed
@@ -66,10 +67,12 @@ class Runner:
         drops_windowed: whether KV that no window shows any more is dropped at once, not only when pages run out.
         isa: instruction set, for tests.
         placement: where it may run.
+        ignore_memory: whether weights are loaded that do not fit the available memory.
         progress: called with (bytes read, bytes in all) while tensors are packed.
 
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
+        OutOfMemory: the weights do not fit the available memory; nothing was read.
         DeviceOutOfMemory: it does not fit the requested GPU; all of its memory was freed.
         Unsupported: also for `drops_windowed` on a GPU.
     """
@@ -87,6 +90,7 @@ class Runner:
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
         placement: Placement = CPU,
+        ignore_memory: bool = False,
     ) -> None:
         family = family_of(checkpoint.config, checkpoint.path)
         self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
@@ -97,6 +101,8 @@ class Runner:
         self.context = context or config.context_length
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
+        if placement.is_cpu and not ignore_memory:
+            check_memory(packed_bytes(checkpoint, precision, config, shares), checkpoint.path.name)
         builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
         ropes = lay_out(builder, config, self.context)
         self._headless = "" if has_head(checkpoint, config) else checkpoint.path.name
@@ -105,6 +111,8 @@ class Runner:
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
         buffer_bytes = 4 * min(DEVICE_CHUNK, self.context) * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
+        if self.device is None and not (placement.is_cpu or ignore_memory):
+            check_memory(self.weight_bytes, checkpoint.path.name)
         if drops_windowed and self.device is not None:
             raise Unsupported(
                 'window_kv="drop" needs the CPU: a GPU holds the KV of all layers of a page, so load it with "keep"'

@@ -101,7 +101,7 @@ def config_of(file: Source) -> dict[str, Any]:
             f"{arch}.attention.causal",
             "is false: tokens would attend to later ones, as in an encoder; only causal models are supported",
         )
-    if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0:
+    if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0 and "ffn_down_exps" not in ARCHITECTURES[arch].layer:
         raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")
     _check_quantization(file, keys)
     n_layers = keys.integer(f"{arch}.block_count", high=MAX_TENSORS)

@@ -99,6 +99,9 @@ class Settings:
             choices=WINDOW_KV,
         ),
     )
+    ignore_memory: bool = field(
+        default=False, metadata=_about("Models", "Load weights that do not fit the available memory, too.")
+    )
     device: str = field(
         default="cpu",
         metadata=_about(

@@ -192,6 +192,7 @@ class Server:
             context=settings.context,
             kv_memory=settings.kv_memory,
             window_kv=cast(Any, settings.window_kv),
+            ignore_memory=settings.ignore_memory,
             device=settings.device,
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,
