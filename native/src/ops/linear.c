@@ -65,7 +65,7 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     if (fb_is_quantized(weight->dtype))
         linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
             linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
-    else if (weight->dtype == FB_BF16)
+    else if (fb_takes_pairs(weight))
         linear->kernels->gemm_pairs(fb_weight_plain(weight, first_panel), n_panels, n_cols,
             linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld, false, NULL);
     else
