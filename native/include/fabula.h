@@ -203,6 +203,12 @@ int64_t fb_weight_non_finite(const fb_weight *weight);
  * device handle take it. On failure it stays where it is. */
 enum fb_status fb_weight_move(fb_weight *weight, fb_device *device);
 
+/* Makes products with a bf16 weight take inputs in f32. As created, they round inputs to bf16, so that one instruction
+ * of AVX-512 BF16 adds two products; a CPU without it needs half the time with inputs in f32. The two give different
+ * bits, each the same on every CPU. To be called before a program is created with the weight; a GPU rounds in its own
+ * way in either case. FB_INVALID_ARGUMENT if the weight is not in bf16. */
+enum fb_status fb_weight_use_f32_inputs(fb_weight *weight);
+
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
 void fb_weight_free(fb_weight *weight);          /* only after every program that uses it was freed */
 

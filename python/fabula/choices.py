@@ -30,6 +30,10 @@ WINDOW_KV: tuple[str, ...] = get_args(WindowKv)
 SpeculationName = Literal["auto", "off"]
 SPECULATION_NAMES: tuple[str, ...] = get_args(SpeculationName)
 
+# Inputs of products with bf16 weights, on a CPU: rounded to bf16, or f32. "auto": whichever this CPU multiplies faster.
+Bf16Inputs = Literal["auto", "bf16", "f32"]
+BF16_INPUTS: tuple[str, ...] = get_args(Bf16Inputs)
+
 Isa = Literal[
     "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_amx",
     "neon", "neon_dotprod", "neon_i8mm",

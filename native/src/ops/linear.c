@@ -73,7 +73,7 @@ void fb_linear_multiply(const struct fb_linear *linear, size_t panel, size_t n_p
     if (fb_is_quantized(weight->dtype))
         linear->kernels->gemm_blocks(weight->dtype, fb_weight_panel(weight, panel), n_panels, n_cols,
             linear->activations + row * linear->ld_activations, linear->ld_activations, n_rows, tile, ld);
-    else if (weight->dtype == FB_BF16)
+    else if (fb_takes_pairs(weight))
         linear->kernels->gemm_pairs(fb_weight_plain(weight, panel), n_panels, n_cols,
             linear->pairs + row * linear->ld_pairs, linear->ld_pairs, n_rows, tile, ld, false, is_few ? next : NULL);
     else

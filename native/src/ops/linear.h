@@ -16,7 +16,7 @@
 struct fb_linear {
     const struct fb_kernels *kernels;
     const struct fb_weight *weight;
-    /* The inputs in the format that the weight takes: `x` for f32 and f16, `pairs` for bf16, `activations`
+    /* The inputs in the format that the weight takes: `x`, `pairs` for bf16 (fb_takes_pairs), `activations`
      * for blocks. */
     const float *x;                          /* [n_tokens][ldx] */
     const uint16_t *pairs;                   /* [n_tokens][ld_pairs] */

@@ -17,7 +17,7 @@ static size_t aligned(size_t n_bytes) {
 static size_t input_bytes(const struct fb_weight *weight) {
     const size_t n_cols = (size_t)weight->n_cols;
     if (fb_is_quantized(weight->dtype)) return n_cols / FB_BLOCK_COLUMNS * sizeof(struct fb_activation);
-    return aligned(weight->dtype == FB_BF16 ? (n_cols + 1) / 2 * 2 * sizeof(uint16_t) : n_cols * sizeof(float));
+    return aligned(fb_takes_pairs(weight) ? (n_cols + 1) / 2 * 2 * sizeof(uint16_t) : n_cols * sizeof(float));
 }
 
 bool fb_lay_out_experts(const struct fb_program *p, struct fb_expert_layout *l) {
@@ -75,7 +75,7 @@ static void convert(const struct fb_kernels *kernels, const struct fb_weight *we
     const size_t n_cols = (size_t)weight->n_cols;
     if (fb_is_quantized(weight->dtype))
         kernels->quantize(x, n_cols / FB_BLOCK_COLUMNS, (struct fb_activation *)out);
-    else if (weight->dtype == FB_BF16)
+    else if (fb_takes_pairs(weight))
         kernels->narrow_pairs(x, n_cols, (uint16_t *)out);
     else
         memcpy(out, x, n_cols * sizeof *x);

@@ -55,7 +55,7 @@ static void prepare_products(struct fb_program *p) {
                 const struct fb_weight *weight = p->ops[i].weight;
                 const size_t n_blocks = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
                 const size_t width = ((size_t)weight->n_cols + 31) / 32 * 32;
-                if (weight->dtype == FB_BF16) {
+                if (fb_takes_pairs(weight)) {
                     stage.is_paired = true;
                     if (width > p->pair_stride) p->pair_stride = width;
                 }

@@ -65,6 +65,14 @@ enum fb_status fb_weight_create_experts(
     return FB_OK;
 }
 
+enum fb_status fb_weight_use_f32_inputs(fb_weight *weight) {
+    FB_REQUIRE(weight, "weight is null");
+    FB_REQUIRE(weight->dtype == FB_BF16,
+        "only products with bf16 weights have a choice of inputs, the weight is in dtype %d", (int)weight->dtype);
+    weight->takes_f32 = true;
+    return FB_OK;
+}
+
 struct packing {
     struct fb_weight *weight;
     const struct fb_kernels *kernels;

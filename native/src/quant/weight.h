@@ -33,10 +33,16 @@ struct fb_weight {
     int32_t expert_panels; /* from a matrix to the next; even for the plain formats */
     size_t panel_bytes;
     size_t n_bytes;
+    bool takes_f32; /* bf16: products take inputs in f32, not rounded to bf16 */
     atomic_llong non_finite;
     char *panels;      /* on the device, if there is one */
     fb_device *device; /* NULL: the CPU */
 };
+
+/* Whether products take inputs rounded to bf16, by gemm_pairs. */
+static inline bool fb_takes_pairs(const struct fb_weight *weight) {
+    return weight->dtype == FB_BF16 && !weight->takes_f32;
+}
 
 /* A panel of blocks, or the start of a pair of plain panels. */
 static inline char *fb_weight_panel(const struct fb_weight *weight, size_t panel) {

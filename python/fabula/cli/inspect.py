@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.")
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+_ARITHMETIC = {
+    "bf16": "BF16 weights take inputs rounded to bf16 on this CPU; --bf16-inputs f32 gives the results of others",
+    "f32": "BF16 weights take inputs in f32 on this CPU; --bf16-inputs bf16 gives the results of AVX-512 BF16",
+}
 
 
 @click.command(short_help="Describe a model without loading its weights.")
@@ -79,8 +83,9 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
-    from fabula._native import page_bytes
+    from fabula._native import inputs_of_bf16, page_bytes
     from fabula.engine.runner import PREFILL_CHUNK
+    from fabula.formats.checkpoint import DType
     from fabula.kv.format import kv_dtypes
     from fabula.kv.pages import pages_for
     from fabula.kv.windowed import WindowedLayers
@@ -140,6 +145,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes_on_disk": on_disk,
         "bytes_in_memory": {"auto": as_it_is + 4 * vectors}
         | {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
+        "bf16_inputs": inputs_of_bf16("auto")
+        if any(len(i.shape) > 1 and i.dtype is DType.BF16 for i in infos)
+        else None,
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
@@ -215,6 +223,7 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         *([("left out", f"{' and '.join(facts['left_out'])}: it reads text only")] if facts["left_out"] else []),
         ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
         ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),
+        *([("arithmetic", _ARITHMETIC[facts["bf16_inputs"]])] if facts["bf16_inputs"] else []),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),
         ("KV of context", kv_of_context),
         ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),

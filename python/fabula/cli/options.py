@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from fabula.choices import (
+    BF16_INPUTS,
     DEFAULT_MODEL,
     DEVICE_NAME,
     DEVICE_PRODUCTS,
@@ -25,7 +26,7 @@ from fabula.choices import (
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
-    from fabula.choices import SpeculationName, WeightsName, WindowKv
+    from fabula.choices import Bf16Inputs, SpeculationName, WeightsName, WindowKv
     from fabula.engine.sampling import SamplingParams
     from fabula.model import Model
     from fabula.sessions.policy import ContextPolicy
@@ -84,6 +85,11 @@ _MODEL = (
         help="KV left of the windows of windowed layers: keep, until memory runs out; drop, at once.",
     ),
     click.option(
+        "--bf16-inputs", type=click.Choice(BF16_INPUTS), default="auto", show_default=True,
+        help="Inputs of products with BF16 weights: bf16, f32, or auto, what this CPU is faster with; "
+        "results differ.",
+    ),
+    click.option(
         "-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
         help="Default: as many as this process may use.",
     ),
@@ -118,6 +124,7 @@ class ModelOptions:
     speculation: str = "auto"
     draft_model: str | None = None
     ignore_memory: bool = False
+    bf16_inputs: str = "auto"
 
     @property
     def name(self) -> str:
@@ -144,6 +151,7 @@ class ModelOptions:
                 speculation=cast("SpeculationName", self.speculation),
                 draft_model=self.draft_model,
                 ignore_memory=self.ignore_memory,
+                bf16_inputs=cast("Bf16Inputs", self.bf16_inputs),
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -159,6 +167,7 @@ def model_options(function: _Function) -> _Function:
         weights: str,
         kv: str,
         window_kv: str,
+        bf16_inputs: str,
         threads: int | None,
         context: int | None,
         device: str,
@@ -182,6 +191,7 @@ def model_options(function: _Function) -> _Function:
             draft_model=draft_model,
             window_kv=window_kv,
             ignore_memory=ignore_memory,
+            bf16_inputs=bf16_inputs,
         )
         return function(*args, loading=loading, **rest)
 

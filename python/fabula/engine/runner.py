@@ -34,6 +34,7 @@ from fabula.models.views import viewed
 
 if TYPE_CHECKING:
     from fabula._native import Isa
+    from fabula.choices import Bf16Inputs
 
 I32 = npt.NDArray[np.int32]
 
@@ -65,16 +66,20 @@ class Runner:
         context: positions a sequence may have; None takes the model's own length.
         kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
         drops_windowed: whether KV that no window shows any more is dropped at once, not only when pages run out.
+        bf16_inputs: inputs of products with bf16 weights, on the CPU.
         isa: instruction set, for tests.
         placement: where it may run.
         ignore_memory: whether weights are loaded that do not fit the available memory.
         progress: called with (bytes read, bytes in all) while tensors are packed.
 
+    Attributes:
+        bf16_inputs: "bf16" or "f32"; None without bf16 weights and on a GPU.
+
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
         OutOfMemory: the weights do not fit the available memory; nothing was read.
         DeviceOutOfMemory: it does not fit the requested GPU; all of its memory was freed.
-        Unsupported: also for `drops_windowed` on a GPU.
+        Unsupported: also for `drops_windowed`, and `bf16_inputs` other than "auto", on a GPU.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Runner:
         context: int | None = None,
         kv_memory: int | None = None,
         drops_windowed: bool = False,
+        bf16_inputs: Bf16Inputs = "auto",
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
         placement: Placement = CPU,
@@ -103,7 +109,8 @@ class Runner:
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
         if placement.is_cpu and not ignore_memory:
             check_memory(packed_bytes(checkpoint, precision, config, shares), checkpoint.path.name)
-        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress)
+        inputs = _native.inputs_of_bf16(bf16_inputs, isa)
+        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress, f32_inputs=inputs == "f32")
         ropes = lay_out(builder, config, self.context)
         self._headless = "" if has_head(checkpoint, config) else checkpoint.path.name
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
@@ -117,6 +124,12 @@ class Runner:
             raise Unsupported(
                 'window_kv="drop" needs the CPU: a GPU holds the KV of all layers of a page, so load it with "keep"'
             )
+        if bf16_inputs != "auto" and self.device is not None:
+            raise Unsupported(
+                f'bf16_inputs="{bf16_inputs}" needs the CPU: a GPU rounds in its own way, so leave "auto"'
+            )
+        has_bf16 = any(weight.dtype == DType.BF16 for weight in builder.weights)
+        self.bf16_inputs = inputs if has_bf16 and self.device is None else None
         self.max_tokens = min(PREFILL_CHUNK if self.device is None else DEVICE_CHUNK, self.context)
         self.products = "own" if self.device is None else placement.products
         shape = _program.Shape(

@@ -64,6 +64,7 @@ class ProgramBuilder:
         n_threads: threads that pack.
         shares: the rows and columns of each device.
         progress: callback (bytes read, total bytes).
+        f32_inputs: whether products with bf16 weights take inputs in f32, not rounded to bf16.
 
     Attributes:
         ops, widths: operators and buffer widths, per device.
@@ -77,9 +78,11 @@ class ProgramBuilder:
         n_threads: int,
         shares: Shares,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        f32_inputs: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
-        self._precision = weights
+        self._precision, self._f32_inputs = weights, f32_inputs
         self.n_threads = n_threads
         self.shares = shares
         self.ops: list[list[Op]] = [[] for _ in range(shares.n)]
@@ -203,7 +206,9 @@ class ProgramBuilder:
         for part in parts:
             for held in (dtype, part.info.dtype):
                 check_columns(part.info.name, columns, _native.dtype_block(held)[0])
-        weights = [Weight(dtype, n, len(share)) for n, share in zip(n_rows, columns.shares, strict=True)]
+        takes_f32 = self._f32_inputs and dtype == DType.BF16
+        sizes = zip(n_rows, columns.shares, strict=True)
+        weights = [Weight(dtype, n, len(share), f32_inputs=takes_f32) for n, share in sizes]
         self._packings.append(Packing(weights, parts))
         self.weights += weights
         return weights
@@ -272,7 +277,7 @@ class ProgramBuilder:
 
     def _expert_weights(self, dtype: DType, n_rows: int, n_columns: int, n: int, parts: Sequence[Part]) -> Weights:
         """Creates the weight of n experts, each [n_rows, n_columns], to be packed from `parts`."""
-        weight = Weight(dtype, n_rows, n_columns, n)
+        weight = Weight(dtype, n_rows, n_columns, n, f32_inputs=self._f32_inputs and dtype == DType.BF16)
         self._packings.append(Packing([weight], parts))
         self.weights.append(weight)
         return [weight]
