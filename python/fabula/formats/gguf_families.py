@@ -39,7 +39,7 @@ EXPERT_KEYS = frozenset(["expert_count", "expert_used_count", "expert_feed_forwa
 _SHARED_KEYS = EXPERT_KEYS | {"expert_shared_feed_forward_length"}
 _GROUP_KEYS = EXPERT_KEYS | {
     *("expert_shared_count", "expert_weights_scale", "expert_weights_norm", "expert_gating_func"),
-    "leading_dense_block_count",
+    *("leading_dense_block_count", "expert_group_count", "expert_group_used_count"),
 }
 _SIGMOID = 2  # of enum llama_expert_gating_func_type
 SPARSE = ("attn_norm", *ATTENTION, "ffn_norm", *EXPERTS)
@@ -217,6 +217,8 @@ def _of_groups(f: Facts, config: Config) -> None:
     config |= {"moe_intermediate_size": _read_experts(f, config)}
     config |= {
         "n_routed_experts": config.pop("num_experts"),
+        "n_group": f.keys.integer(f.key("expert_group_count"), 1),
+        "topk_group": f.keys.integer(f.key("expert_group_used_count"), 1),
         "n_shared_experts": f.keys.integer(f.key("expert_shared_count")),
         "first_k_dense_replace": f.keys.integer(f.key("leading_dense_block_count"), 0, low=0),
         "routed_scaling_factor": f.number("expert_weights_scale", 1.0, zero=1.0),
@@ -244,11 +246,12 @@ def _ernie_moe(f: Facts, config: Config) -> None:
     size = _read_experts(f, config)
     config |= {"moe_num_experts": config.pop("num_experts"), "moe_k": config.pop("num_experts_per_tok")}
     shared = _shared_width(f, 0)
-    if shared % size:
-        raise f.keys.error(f.key("expert_shared_feed_forward_length"), f"is {shared}, no multiple of {size}")
+    n_shared = f.keys.integer(f.key("expert_shared_count"), shared // size, low=0)
+    if shared != n_shared * size:
+        raise f.keys.error(f.key("expert_shared_feed_forward_length"), f"is {shared}, not {n_shared} times {size}")
     config |= {
         "moe_intermediate_size": size,
-        "moe_num_shared_experts": shared // size,
+        "moe_num_shared_experts": n_shared,
         "moe_layer_start_index": f.keys.integer(f.key("leading_dense_block_count"), 0, low=0),
         "moe_layer_interval": f.keys.integer(f.key("interleave_moe_layer_step"), 1),
     }
@@ -538,7 +541,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer=(
             *("attn_norm", *ATTENTION, "post_attention_norm", *MLP, *HEAD_NORMS), *EXPERTS, *SHARED, "exp_probs_b",
         ),
-        names={"post_attention_norm": "post_attention_layernorm"}, reads=_GROUP_KEYS, finish=_of_groups,
+        names={"post_attention_norm": "post_attention_layernorm"},
+        reads=_GROUP_KEYS | {"nextn_predict_layers"}, finish=_of_groups,
     ),
     "dots1": Architecture(
         model_type="dots1", model_class="Dots1ForCausalLM", biases={"attention_bias": ATTENTION},
@@ -547,7 +551,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "ernie4_5-moe": Architecture(
         model_type="ernie4_5_moe", model_class="Ernie4_5_MoeForCausalLM",
         layer=(*USUAL, *EXPERTS, *SHARED, "exp_probs_b"),
-        reads=_SHARED_KEYS | {"leading_dense_block_count", "interleave_moe_layer_step"}, finish=_ernie_moe,
+        reads=_SHARED_KEYS | {"expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step"},
+        finish=_ernie_moe,
     ),
     "minimax-m2": Architecture(
         model_type="minimax_m2", model_class="MiniMaxM2ForCausalLM", rotated=True,

@@ -208,6 +208,8 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
     for tensor in file.tensors.values():
         if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # config_of has read those
             continue
+        if file.metadata.get(f"{arch}.nextn_predict_layers") and _layer_of(tensor.name) >= config["num_hidden_layers"]:
+            continue
         name = _hf_name(file, tensor, config, row)
         permuted = row.paired and _is_permuted(file, tensor, config)
         shape = tensor.shape
@@ -232,6 +234,12 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             sources[name] = _Source(None, (1,), False, value)
             infos[name] = TensorInfo(name, DType.F32, (1,), 4)
     return sources, infos
+
+
+def _layer_of(name: str) -> int:
+    """The number of a tensor's layer, -1 for one of no layer."""
+    match = re.match(r"blk\.([0-9]{1,9})\.", name)
+    return int(match[1]) if match else -1
 
 
 def _xielu_numbers(file: Source, n_layers: int) -> Iterator[tuple[str, float]]:
