@@ -34,6 +34,7 @@ MLP = ("ffn_gate", *PLAIN_MLP)
 USUAL = ("attn_norm", *ATTENTION, "ffn_norm", *MLP)
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+OF_EXPERTS = ("_exps", "_shexp", "ffn_gate_inp", "exp_probs_b")  # ends of the names of their tensors
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 EXPERT_KEYS = frozenset(["expert_count", "expert_used_count", "expert_feed_forward_length"])
 _SHARED_KEYS = EXPERT_KEYS | {"expert_shared_feed_forward_length"}
@@ -172,6 +173,9 @@ def _llama(f: Facts, config: Config) -> None:
         config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
         config.pop("layer_types", None)
         return
+    for name in sorted(EXPERT_KEYS) if f.arch == "llama" else ():
+        if f.keys.integer(f.key(name), 0, low=0):
+            raise f.keys.unsupported(f.key(name), "is there, but no expert_count: a mixture without experts")
     if config.get("sliding_window"):
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         if FULL not in config["layer_types"]:
@@ -180,13 +184,11 @@ def _llama(f: Facts, config: Config) -> None:
 
 def _read_experts(f: Facts, config: Config) -> int:
     """Numbers of experts, and their width, which is also that of their tensors. Returns it."""
-    config |= {
-        "num_experts": f.keys.integer(f.key("expert_count")),
-        "num_experts_per_tok": f.keys.integer(f.key("expert_used_count")),
-    }
+    n = f.keys.integer(f.key("expert_count"))
     down = next((t for name, t in f.tensors.items() if name.endswith(".ffn_down_exps.weight")), None)
     if down is None:
-        raise f.keys.error(f.key("expert_count"), "is there, but no tensor of experts (ffn_down_exps)")
+        raise f.keys.unsupported(f.key("expert_count"), f"is {n}, but no tensor holds all experts (ffn_down_exps)")
+    config |= {"num_experts": n, "num_experts_per_tok": f.keys.integer(f.key("expert_used_count"))}
     width = down.shape[-1]
     if (said := f.keys.integer(f.key("expert_feed_forward_length"), width)) != width:
         raise f.keys.error(f.key("expert_feed_forward_length"), f"is {said}, but experts are {width} wide")
@@ -520,53 +522,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
         layer=(*USUAL, *EXPERTS), windows=Windows(), reads=EXPERT_KEYS, finish=_llama,
     ),
-    "qwen2moe": Architecture(
-        model_type="qwen2_moe", model_class="Qwen2MoeForCausalLM", biases={"": QKV}, factors=True,
-        layer=(*SPARSE, *SHARED, "ffn_gate_inp_shexp"),
-        reads=_SHARED_KEYS, finish=_qwen2moe,
-    ),
-    "qwen3moe": Architecture(
-        model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", layer=(*SPARSE, *HEAD_NORMS),
-        biases={"attention_bias": ATTENTION}, factors=True, reads=EXPERT_KEYS, finish=_qwen3moe,
-    ),
-    "granitemoe": Architecture(
-        model_type="granitemoeshared", model_class="GraniteMoeSharedForCausalLM", paired=True, factors=True,
-        longrope=True, layer=(*SPARSE, *SHARED), biases={"attention_bias": ATTENTION},
-        reads=_SHARED_KEYS | {"logit_scale", "residual_scale", "embedding_scale", "attention.scale"},
-        finish=_granite_moe,
-    ),
-    # The norm in front of the MLP has the name of one behind attention.
-    "glm4moe": Architecture(
-        model_type="glm4_moe", model_class="Glm4MoeForCausalLM", rotated=True, biases={"attention_bias": QKV},
-        layer=(
-            *("attn_norm", *ATTENTION, "post_attention_norm", *MLP, *HEAD_NORMS), *EXPERTS, *SHARED, "exp_probs_b",
-        ),
-        names={"post_attention_norm": "post_attention_layernorm"},
-        reads=_GROUP_KEYS | {"nextn_predict_layers"}, finish=_of_groups,
-    ),
-    "dots1": Architecture(
-        model_type="dots1", model_class="Dots1ForCausalLM", biases={"attention_bias": ATTENTION},
-        layer=(*USUAL, *HEAD_NORMS, *EXPERTS, *SHARED, "exp_probs_b"), reads=_GROUP_KEYS, finish=_of_groups,
-    ),
-    "ernie4_5-moe": Architecture(
-        model_type="ernie4_5_moe", model_class="Ernie4_5_MoeForCausalLM",
-        layer=(*USUAL, *EXPERTS, *SHARED, "exp_probs_b"),
-        reads=_SHARED_KEYS | {"expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step"},
-        finish=_ernie_moe,
-    ),
-    "minimax-m2": Architecture(
-        model_type="minimax_m2", model_class="MiniMaxM2ForCausalLM", rotated=True,
-        layer=(*SPARSE, *HEAD_NORMS, "exp_probs_b"), reads=EXPERT_KEYS | {"expert_gating_func"}, finish=_minimax_m2,
-    ),
-    "hunyuan-moe": Architecture(
-        model_type="hunyuan_v1_moe", model_class="HunYuanMoEV1ForCausalLM", layer=(*SPARSE, *SHARED, *HEAD_NORMS),
-        biases={"attention_bias": ATTENTION}, reads=_SHARED_KEYS, finish=_hunyuan_moe,
-    ),
-    "olmoe": Architecture(
-        model_type="olmoe", model_class="OlmoeForCausalLM",
-        layer=(*SPARSE, *HEAD_NORMS),
-        reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
-    ),
     "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}, factors=True),
     "qwen3": Architecture(
         model_type="qwen3", model_class="Qwen3ForCausalLM", layer=(*USUAL, *HEAD_NORMS),
@@ -735,6 +690,54 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer=_PLAIN, biases={"attention_bias": FUSED, "": PLAIN_MLP},
         fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         reads=frozenset(["use_parallel_residual"]), finish=_neox,
+    ),
+    # Mixtures of experts.
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe", model_class="Qwen2MoeForCausalLM", biases={"": QKV}, factors=True,
+        layer=(*SPARSE, *SHARED, "ffn_gate_inp_shexp"),
+        reads=_SHARED_KEYS, finish=_qwen2moe,
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", layer=(*SPARSE, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, factors=True, reads=EXPERT_KEYS, finish=_qwen3moe,
+    ),
+    "granitemoe": Architecture(
+        model_type="granitemoeshared", model_class="GraniteMoeSharedForCausalLM", paired=True, factors=True,
+        longrope=True, layer=(*SPARSE, *SHARED), biases={"attention_bias": ATTENTION},
+        reads=_SHARED_KEYS | {"logit_scale", "residual_scale", "embedding_scale", "attention.scale"},
+        finish=_granite_moe,
+    ),
+    # The norm in front of the MLP has the name of one behind attention.
+    "glm4moe": Architecture(
+        model_type="glm4_moe", model_class="Glm4MoeForCausalLM", rotated=True, biases={"attention_bias": QKV},
+        layer=(
+            *("attn_norm", *ATTENTION, "post_attention_norm", *MLP, *HEAD_NORMS), *EXPERTS, *SHARED, "exp_probs_b",
+        ),
+        names={"post_attention_norm": "post_attention_layernorm"},
+        reads=_GROUP_KEYS | {"nextn_predict_layers"}, finish=_of_groups,
+    ),
+    "dots1": Architecture(
+        model_type="dots1", model_class="Dots1ForCausalLM", biases={"attention_bias": ATTENTION},
+        layer=(*USUAL, *HEAD_NORMS, *EXPERTS, *SHARED, "exp_probs_b"), reads=_GROUP_KEYS, finish=_of_groups,
+    ),
+    "ernie4_5-moe": Architecture(
+        model_type="ernie4_5_moe", model_class="Ernie4_5_MoeForCausalLM",
+        layer=(*USUAL, *EXPERTS, *SHARED, "exp_probs_b"),
+        reads=_SHARED_KEYS | {"expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step"},
+        finish=_ernie_moe,
+    ),
+    "minimax-m2": Architecture(
+        model_type="minimax_m2", model_class="MiniMaxM2ForCausalLM", rotated=True,
+        layer=(*SPARSE, *HEAD_NORMS, "exp_probs_b"), reads=EXPERT_KEYS | {"expert_gating_func"}, finish=_minimax_m2,
+    ),
+    "hunyuan-moe": Architecture(
+        model_type="hunyuan_v1_moe", model_class="HunYuanMoEV1ForCausalLM", layer=(*SPARSE, *SHARED, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, reads=_SHARED_KEYS, finish=_hunyuan_moe,
+    ),
+    "olmoe": Architecture(
+        model_type="olmoe", model_class="OlmoeForCausalLM",
+        layer=(*SPARSE, *HEAD_NORMS),
+        reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
     ),
 }  # fmt: skip
 # Architectures that store the rows of q and k pairwise (gguf_names.py).

@@ -30,7 +30,7 @@ from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
-from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, XIELU, Architecture
+from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, OF_EXPERTS, XIELU, Architecture
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
@@ -298,7 +298,8 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
         )
     is_mistral = config["model_type"] in _NO_BIASES
     biased = () if is_mistral else {part for parts in row.biases.values() for part in parts}
-    allowed = part in row.layer
+    is_sparse = any(key in config for key in ("num_experts", "n_routed_experts", "moe_num_experts"))
+    allowed = part in row.layer and (is_sparse or not part.endswith(OF_EXPERTS))
     if match[3] == "bias":
         allowed = allowed and (part in (*biased, "exp_probs_b") or (row.norm_bias and part in _NORMS))
     name = canonical_name(tensor.name, str(arch), two_norms=config.get("num_ln_in_parallel_attn") == 2)
