@@ -75,6 +75,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 2048,
         },
     ),
+    # No released model: 64 experts, 8 for a token; 3.9 billion weights, of which 0.7 compute a token.
+    "moe-4b-a1b": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "vocab_size": 49152,
+            "max_position_embeddings": 4096,
+        },
+    ),
     "phi-4-mini-8-layers": (
         "phi3",
         {

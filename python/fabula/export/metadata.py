@@ -171,6 +171,8 @@ def _experts(c: ModelConfig, arch: str) -> dict[str, Value]:
         "expert_weights_scale": np.float32(router.scale),
         "expert_weights_norm": router.renormalized,
         "expert_gating_func": _SIGMOID,
+        "expert_group_count": router.n_groups or 1,
+        "expert_group_used_count": router.n_top_groups or 1,
         "leading_dense_block_count": first,
         "interleave_moe_layer_step": sparse[1] - first if len(sparse) > 1 else 1,
     }
@@ -335,7 +337,9 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
     def biased(part: str) -> bool:
         return any(name.endswith(f"{part}.bias") for name in names)
 
+    experts = [layer.experts is not None for layer in config.layers]
     problems = {
+        "layers without experts behind the first with": arch == "ernie4_5-moe" and experts != sorted(experts),
         "Llama 3's scaling of positions": ROPE_FREQS in names
         and (arch in ("qwen2", "qwen3") or not ARCHITECTURES[arch].factors),
         "a bias of attn_output": arch in without_output_bias and biased("attn_output"),

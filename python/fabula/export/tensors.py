@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import Checkpoint, TensorTable
-from fabula.formats.gguf_families import ARCHITECTURES, MLP, PAIRED
+from fabula.formats.gguf_families import ARCHITECTURES, MLP, OF_EXPERTS, PAIRED
 from fabula.formats.gguf_names import canonical_name
 from fabula.models.decoder import redundant
 from fabula.models.description import Attention, Experts, ModelConfig
@@ -23,7 +23,6 @@ from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint, viewed
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
-_OF_EXPERTS = ("_exps", "_shexp", "ffn_gate_inp", "exp_probs_b")  # ends of names
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
 _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
@@ -157,7 +156,7 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
             continue
         if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
             continue
-        if part.endswith(_OF_EXPERTS):
+        if part.endswith(OF_EXPERTS):
             if layer.experts:
                 yield from _of_experts(config.hidden_size, layer.experts, i, part, name, names)
             continue

@@ -105,6 +105,8 @@ def config_of(file: Source) -> dict[str, Any]:
         raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")
     _check_quantization(file, keys)
     n_layers = keys.integer(f"{arch}.block_count", high=MAX_TENSORS)
+    if "nextn_predict_layers" in ARCHITECTURES[arch].reads:  # the last layers predict further tokens, and are not used
+        n_layers -= keys.integer(f"{arch}.nextn_predict_layers", 0, low=0, high=n_layers - 1)
     hidden_size = keys.integer(f"{arch}.embedding_length")
     n_heads = keys.same(f"{arch}.attention.head_count", n_layers)
     if not keys.has(f"{arch}.attention.key_length") and hidden_size % n_heads:

@@ -34,12 +34,13 @@ MLP = ("ffn_gate", *PLAIN_MLP)
 USUAL = ("attn_norm", *ATTENTION, "ffn_norm", *MLP)
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+OF_EXPERTS = ("_exps", "_shexp", "ffn_gate_inp", "exp_probs_b")  # ends of the names of their tensors
 SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 EXPERT_KEYS = frozenset(["expert_count", "expert_used_count", "expert_feed_forward_length"])
 _SHARED_KEYS = EXPERT_KEYS | {"expert_shared_feed_forward_length"}
 _GROUP_KEYS = EXPERT_KEYS | {
     *("expert_shared_count", "expert_weights_scale", "expert_weights_norm", "expert_gating_func"),
-    "leading_dense_block_count",
+    *("leading_dense_block_count", "expert_group_count", "expert_group_used_count"),
 }
 _SIGMOID = 2  # of enum llama_expert_gating_func_type
 SPARSE = ("attn_norm", *ATTENTION, "ffn_norm", *EXPERTS)
@@ -172,6 +173,9 @@ def _llama(f: Facts, config: Config) -> None:
         config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
         config.pop("layer_types", None)
         return
+    for name in sorted(EXPERT_KEYS) if f.arch == "llama" else ():
+        if f.keys.integer(f.key(name), 0, low=0):
+            raise f.keys.unsupported(f.key(name), "is there, but no expert_count: a mixture without experts")
     if config.get("sliding_window"):
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         if FULL not in config["layer_types"]:
@@ -180,13 +184,11 @@ def _llama(f: Facts, config: Config) -> None:
 
 def _read_experts(f: Facts, config: Config) -> int:
     """Numbers of experts, and their width, which is also that of their tensors. Returns it."""
-    config |= {
-        "num_experts": f.keys.integer(f.key("expert_count")),
-        "num_experts_per_tok": f.keys.integer(f.key("expert_used_count")),
-    }
+    n = f.keys.integer(f.key("expert_count"))
     down = next((t for name, t in f.tensors.items() if name.endswith(".ffn_down_exps.weight")), None)
     if down is None:
-        raise f.keys.error(f.key("expert_count"), "is there, but no tensor of experts (ffn_down_exps)")
+        raise f.keys.unsupported(f.key("expert_count"), f"is {n}, but no tensor holds all experts (ffn_down_exps)")
+    config |= {"num_experts": n, "num_experts_per_tok": f.keys.integer(f.key("expert_used_count"))}
     width = down.shape[-1]
     if (said := f.keys.integer(f.key("expert_feed_forward_length"), width)) != width:
         raise f.keys.error(f.key("expert_feed_forward_length"), f"is {said}, but experts are {width} wide")
@@ -217,6 +219,8 @@ def _of_groups(f: Facts, config: Config) -> None:
     config |= {"moe_intermediate_size": _read_experts(f, config)}
     config |= {
         "n_routed_experts": config.pop("num_experts"),
+        "n_group": f.keys.integer(f.key("expert_group_count"), 1),
+        "topk_group": f.keys.integer(f.key("expert_group_used_count"), 1),
         "n_shared_experts": f.keys.integer(f.key("expert_shared_count")),
         "first_k_dense_replace": f.keys.integer(f.key("leading_dense_block_count"), 0, low=0),
         "routed_scaling_factor": f.number("expert_weights_scale", 1.0, zero=1.0),
@@ -244,11 +248,12 @@ def _ernie_moe(f: Facts, config: Config) -> None:
     size = _read_experts(f, config)
     config |= {"moe_num_experts": config.pop("num_experts"), "moe_k": config.pop("num_experts_per_tok")}
     shared = _shared_width(f, 0)
-    if shared % size:
-        raise f.keys.error(f.key("expert_shared_feed_forward_length"), f"is {shared}, no multiple of {size}")
+    n_shared = f.keys.integer(f.key("expert_shared_count"), shared // size, low=0)
+    if shared != n_shared * size:
+        raise f.keys.error(f.key("expert_shared_feed_forward_length"), f"is {shared}, not {n_shared} times {size}")
     config |= {
         "moe_intermediate_size": size,
-        "moe_num_shared_experts": shared // size,
+        "moe_num_shared_experts": n_shared,
         "moe_layer_start_index": f.keys.integer(f.key("leading_dense_block_count"), 0, low=0),
         "moe_layer_interval": f.keys.integer(f.key("interleave_moe_layer_step"), 1),
     }
@@ -526,58 +531,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
         layer=(*USUAL, *EXPERTS), windows=Windows(), reads=EXPERT_KEYS, finish=_llama,
     ),
-    "qwen2moe": Architecture(
-        model_type="qwen2_moe", model_class="Qwen2MoeForCausalLM", biases={"": QKV}, factors=True,
-        layer=(*SPARSE, *SHARED, "ffn_gate_inp_shexp"),
-        reads=_SHARED_KEYS, finish=_qwen2moe,
-    ),
-    "qwen3moe": Architecture(
-        model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", layer=(*SPARSE, *HEAD_NORMS),
-        biases={"attention_bias": ATTENTION}, factors=True, reads=EXPERT_KEYS, finish=_qwen3moe,
-    ),
-    "granitemoe": Architecture(
-        model_type="granitemoeshared", model_class="GraniteMoeSharedForCausalLM", paired=True, factors=True,
-        longrope=True, layer=(*SPARSE, *SHARED), biases={"attention_bias": ATTENTION},
-        reads=_SHARED_KEYS | {"logit_scale", "residual_scale", "embedding_scale", "attention.scale"},
-        finish=_granite_moe,
-    ),
-    # The norm in front of the MLP has the name of one behind attention.
-    "glm4moe": Architecture(
-        model_type="glm4_moe", model_class="Glm4MoeForCausalLM", rotated=True, biases={"attention_bias": QKV},
-        layer=(
-            *("attn_norm", *ATTENTION, "post_attention_norm", *MLP, *HEAD_NORMS), *EXPERTS, *SHARED, "exp_probs_b",
-        ),
-        names={"post_attention_norm": "post_attention_layernorm"}, reads=_GROUP_KEYS, finish=_of_groups,
-    ),
-    "dots1": Architecture(
-        model_type="dots1", model_class="Dots1ForCausalLM", biases={"attention_bias": ATTENTION},
-        layer=(*USUAL, *HEAD_NORMS, *EXPERTS, *SHARED, "exp_probs_b"), reads=_GROUP_KEYS, finish=_of_groups,
-    ),
-    "ernie4_5-moe": Architecture(
-        model_type="ernie4_5_moe", model_class="Ernie4_5_MoeForCausalLM",
-        layer=(*USUAL, *EXPERTS, *SHARED, "exp_probs_b"),
-        reads=_SHARED_KEYS | {"leading_dense_block_count", "interleave_moe_layer_step"}, finish=_ernie_moe,
-    ),
-    "minimax-m2": Architecture(
-        model_type="minimax_m2", model_class="MiniMaxM2ForCausalLM", rotated=True,
-        layer=(*SPARSE, *HEAD_NORMS, "exp_probs_b"), reads=EXPERT_KEYS | {"expert_gating_func"}, finish=_minimax_m2,
-    ),
-    "hunyuan-moe": Architecture(
-        model_type="hunyuan_v1_moe", model_class="HunYuanMoEV1ForCausalLM", layer=(*SPARSE, *SHARED, *HEAD_NORMS),
-        biases={"attention_bias": ATTENTION}, reads=_SHARED_KEYS, finish=_hunyuan_moe,
-    ),
-    "gpt-oss": Architecture(
-        model_type="gpt_oss", model_class="GptOssForCausalLM",
-        layer=("attn_norm", *ATTENTION, "attn_sinks", "post_attention_norm", *EXPERTS),
-        names={"attn_sinks": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
-        biases={"attention_bias": ATTENTION, "": EXPERTS}, windows=Windows(default=None, every=2),
-        reads=EXPERT_KEYS, finish=_gpt_oss,
-    ),
-    "olmoe": Architecture(
-        model_type="olmoe", model_class="OlmoeForCausalLM",
-        layer=(*SPARSE, *HEAD_NORMS),
-        reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
-    ),
     "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}, factors=True),
     "qwen3": Architecture(
         model_type="qwen3", model_class="Qwen3ForCausalLM", layer=(*USUAL, *HEAD_NORMS),
@@ -746,6 +699,61 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer=_PLAIN, biases={"attention_bias": FUSED, "": PLAIN_MLP},
         fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         reads=frozenset(["use_parallel_residual"]), finish=_neox,
+    ),
+    # Mixtures of experts.
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe", model_class="Qwen2MoeForCausalLM", biases={"": QKV}, factors=True,
+        layer=(*SPARSE, *SHARED, "ffn_gate_inp_shexp"),
+        reads=_SHARED_KEYS, finish=_qwen2moe,
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", layer=(*SPARSE, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, factors=True, reads=EXPERT_KEYS, finish=_qwen3moe,
+    ),
+    "granitemoe": Architecture(
+        model_type="granitemoeshared", model_class="GraniteMoeSharedForCausalLM", paired=True, factors=True,
+        longrope=True, layer=(*SPARSE, *SHARED), biases={"attention_bias": ATTENTION},
+        reads=_SHARED_KEYS | {"logit_scale", "residual_scale", "embedding_scale", "attention.scale"},
+        finish=_granite_moe,
+    ),
+    # The norm in front of the MLP has the name of one behind attention.
+    "glm4moe": Architecture(
+        model_type="glm4_moe", model_class="Glm4MoeForCausalLM", rotated=True, biases={"attention_bias": QKV},
+        layer=(
+            *("attn_norm", *ATTENTION, "post_attention_norm", *MLP, *HEAD_NORMS), *EXPERTS, *SHARED, "exp_probs_b",
+        ),
+        names={"post_attention_norm": "post_attention_layernorm"},
+        reads=_GROUP_KEYS | {"nextn_predict_layers"}, finish=_of_groups,
+    ),
+    "dots1": Architecture(
+        model_type="dots1", model_class="Dots1ForCausalLM", biases={"attention_bias": ATTENTION},
+        layer=(*USUAL, *HEAD_NORMS, *EXPERTS, *SHARED, "exp_probs_b"), reads=_GROUP_KEYS, finish=_of_groups,
+    ),
+    "ernie4_5-moe": Architecture(
+        model_type="ernie4_5_moe", model_class="Ernie4_5_MoeForCausalLM",
+        layer=(*USUAL, *EXPERTS, *SHARED, "exp_probs_b"),
+        reads=_SHARED_KEYS | {"expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step"},
+        finish=_ernie_moe,
+    ),
+    "minimax-m2": Architecture(
+        model_type="minimax_m2", model_class="MiniMaxM2ForCausalLM", rotated=True,
+        layer=(*SPARSE, *HEAD_NORMS, "exp_probs_b"), reads=EXPERT_KEYS | {"expert_gating_func"}, finish=_minimax_m2,
+    ),
+    "hunyuan-moe": Architecture(
+        model_type="hunyuan_v1_moe", model_class="HunYuanMoEV1ForCausalLM", layer=(*SPARSE, *SHARED, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, reads=_SHARED_KEYS, finish=_hunyuan_moe,
+    ),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss", model_class="GptOssForCausalLM",
+        layer=("attn_norm", *ATTENTION, "attn_sinks", "post_attention_norm", *EXPERTS),
+        names={"attn_sinks": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
+        biases={"attention_bias": ATTENTION, "": EXPERTS}, windows=Windows(default=None, every=2),
+        reads=EXPERT_KEYS, finish=_gpt_oss,
+    ),
+    "olmoe": Architecture(
+        model_type="olmoe", model_class="OlmoeForCausalLM",
+        layer=(*SPARSE, *HEAD_NORMS),
+        reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
     ),
 }  # fmt: skip
 # Architectures that store the rows of q and k pairwise (gguf_names.py).

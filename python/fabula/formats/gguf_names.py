@@ -30,7 +30,7 @@ from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
-from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, XIELU, Architecture
+from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, OF_EXPERTS, XIELU, Architecture
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 
 __all__ = ["NO_SINK", "QUANTIZATION_VERSION", "GgufCheckpoint", "gguf_name", "open_gguf", "permute_rows"]
@@ -213,6 +213,8 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
     for tensor in file.tensors.values():
         if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # config_of has read those
             continue
+        if file.metadata.get(f"{arch}.nextn_predict_layers") and _layer_of(tensor.name) >= config["num_hidden_layers"]:
+            continue
         name = _hf_name(file, tensor, config, row)
         permuted = row.paired and _is_permuted(file, tensor, config)
         shape = tensor.shape
@@ -237,6 +239,12 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             sources[name] = _Source(None, (1,), False, value)
             infos[name] = TensorInfo(name, DType.F32, (1,), 4)
     return sources, infos
+
+
+def _layer_of(name: str) -> int:
+    """The number of a tensor's layer, -1 for one of no layer."""
+    match = re.match(r"blk\.([0-9]{1,9})\.", name)
+    return int(match[1]) if match else -1
 
 
 def _xielu_numbers(file: Source, n_layers: int) -> Iterator[tuple[str, float]]:
@@ -295,7 +303,8 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
         )
     is_mistral = config["model_type"] in _NO_BIASES
     biased = () if is_mistral else {part for parts in row.biases.values() for part in parts}
-    allowed = part in row.layer
+    is_sparse = any(key in config for key in ("num_experts", "n_routed_experts", "moe_num_experts"))
+    allowed = part in row.layer and (is_sparse or not part.endswith(OF_EXPERTS))
     if match[3] == "bias":
         allowed = allowed and (part in (*biased, "exp_probs_b") or (row.norm_bias and part in _NORMS))
     name = canonical_name(tensor.name, str(arch), two_norms=config.get("num_ln_in_parallel_attn") == 2)
