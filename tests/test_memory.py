@@ -55,7 +55,7 @@ def test_version_1(system: dict[str, Path], tmp_path: Path) -> None:
     folder = system["root"] / "memory" / "c"
     write(folder / "memory.limit_in_bytes", f"{2 * GIB}\n")
     write(folder / "memory.usage_in_bytes", f"{GIB}\n")
-    write(folder / "memory.stat", f"inactive_file 7\ntotal_inactive_file 1000\ntotal_active_file 24\n")
+    write(folder / "memory.stat", "inactive_file 7\ntotal_inactive_file 1000\ntotal_active_file 24\n")
     assert memory.available_memory(**system) == GIB + 1024
     write(folder / "memory.limit_in_bytes", "9223372036854771712\n")  # how version 1 says that there is none
     assert memory.available_memory(**system) == 8 * GIB

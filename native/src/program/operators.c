@@ -135,8 +135,8 @@ static enum fb_status check_linear(const struct fb_check *c) {
 /* Gate and up are interleaved by panels: the last panel of each half may hold padding rows. */
 static enum fb_status check_gated(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
-    FB_REQUIRE(is_of_gates(c->op),
-        "op %d (linear_gated): activation %d is not one of a gate", c->index, (int)c->op->activation);
+    FB_REQUIRE(is_of_gates(c->op), "op %d (linear_gated): activation %d is not one of a gate", c->index,
+        (int)c->op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
         "op %d (linear_gated): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
         n_rows / 2, c->op->out, c->out_width);
@@ -209,8 +209,7 @@ static enum fb_status check_experts(const struct fb_check *c) {
         FB_REQUIRE(width == n_rows, "op %d (experts): results of %d rows, the weight has %d", i, width, n_rows);
         return FB_OK;
     }
-    FB_REQUIRE(is_of_gates(op),
-        "op %d (experts): activation %d is not one of a gate", i, (int)op->activation);
+    FB_REQUIRE(is_of_gates(op), "op %d (experts): activation %d is not one of a gate", i, (int)op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && width <= n_rows / 2 && width > n_rows / 2 - 16,
         "op %d (experts): %d interleaved rows fit at most %d columns, not %d", i, n_rows, n_rows / 2, width);
     return FB_OK;

@@ -1,7 +1,7 @@
 """How much memory is available, so that a model larger than that is refused before it is read.
 
-Available is what the system says it can give without swapping (`MemAvailable`), and of each memory cgroup up to the root
-what its limit leaves; files that its processes have read count as free, as the kernel drops them first.
+Available is what the system says it can give without swapping (`MemAvailable`), and of each memory cgroup up to the
+root what its limit leaves; files that its processes have read count as free, as the kernel drops them first.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def check_memory(n_bytes: int, name: str, available: int | None = None) -> None:
     if available is None or n_bytes <= available:
         return
     raise OutOfMemory(
-        f"{name}: its weights take {_size(n_bytes)} of memory, but {_size(available)} are available. Take smaller weights"
-        " (--weights q4) or a smaller model, or free memory; ignore_memory (--ignore-memory) loads it all the same"
+        f"{name}: its weights take {_size(n_bytes)} of memory, but {_size(available)} are available. Take smaller"
+        " weights (--weights q4) or a smaller model, or free memory; ignore_memory (--ignore-memory) loads it all the"
+        " same"
     )
 
 

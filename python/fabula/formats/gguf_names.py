@@ -76,7 +76,12 @@ _NORMS = ("attn_norm", "attn_norm_2", "ffn_norm")  # those that have biases if a
 _GGUF_NAMES = {
     theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items(), *ALTUP.items()) if ours != "attn_norm_2"
 }
-_NO_WEIGHTS = ("layer_output_scale", "altup_correct_scale", "exp_probs_b", "attn_sinks")  # their names end there in safetensors files
+_NO_WEIGHTS = (
+    "layer_output_scale",
+    "altup_correct_scale",
+    "exp_probs_b",
+    "attn_sinks",
+)  # their names end there in safetensors files
 _OF_STREAM = re.compile(r"(model\.altup_[a-z]*projections)\.[0-9]+\.weight")
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
 _NO_BIASES = ("mistral", "mixtral")  # families in files of architecture llama that have no biases

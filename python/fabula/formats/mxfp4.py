@@ -4,8 +4,8 @@
                                           its high one
     NAME_scales  U8 [..., rows, n]        exponents, biased by 127
 
-They become one tensor NAME [..., rows, 32 n] in the blocks that GGUF has, which hold the same bits in another order: the
-scale first, then bytes with columns j and j + 16.
+They become one tensor NAME [..., rows, 32 n] in the blocks that GGUF has, which hold the same bits in another order:
+the scale first, then bytes with columns j and j + 16.
 
 Source: OCP Microscaling Formats 1.0; `convert_moe_packed_tensors` of transformers 5.24 for the order of nibbles.
 """

@@ -1,8 +1,8 @@
 """Refuses safetensors weights that another tool quantized, naming the method.
 
 Fabula reads quantized GGUF files and quantizes models itself (`--weights q4`, `fabula quantize`), but of the formats
-that other tools write into safetensors files only MXFP4 (`formats/mxfp4.py`). The method is recognized by `quantization_config` of config.json,
-by a file in the same folder, or by tensor names.
+that other tools write into safetensors files only MXFP4 (`formats/mxfp4.py`). The method is recognized by
+`quantization_config` of config.json, by a file in the same folder, or by tensor names.
 
 Source: the `quant_method` names of transformers 5.24 (quantizers/auto.py), and what the tools write.
 """

@@ -117,9 +117,7 @@ class _Checker(ProgramBuilder):
             self.n_bytes += _weight_bytes(dtype, n, len(share))
         return [cast(Weight, _Rows(n)) for n in n_rows]
 
-    def _expert_weights(
-        self, dtype: DType, n_rows: int, n_columns: int, n: int, parts: Sequence[Part]
-    ) -> list[Weight]:
+    def _expert_weights(self, dtype: DType, n_rows: int, n_columns: int, n: int, parts: Sequence[Part]) -> list[Weight]:
         del parts
         self.n_bytes += n * _weight_bytes(dtype, n_rows, n_columns)
         return [cast(Weight, _Rows(n_rows))]
