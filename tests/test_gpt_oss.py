@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import tiny
 from decoder_families import GPT_OSS, ODD, Case, make_model
-from fabula import _native
+from fabula import _native, ops
 from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument, ModelFileError, Unsupported
 from fabula.export.quantize import quantize_model
@@ -30,6 +30,7 @@ CASE = Case(
     ODD | GPT_OSS | {"hidden_size": 96, "intermediate_size": 64}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 )  # fmt: skip
+ISAS = [cast(_native.Isa, isa) for isa in get_args(_native.Isa) if isa != "auto" and _native.isa_available(isa)]
 IDS = np.random.default_rng(2).integers(3, 203, 60).astype(np.int32)
 F32 = npt.NDArray[np.float32]
 
@@ -104,6 +105,18 @@ def test_blocks_are_the_numbers_of_transformers() -> None:
     theirs = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
     ours = _native.dequantize(DType.MXFP4, ggml_blocks(blocks, scales), 3 * 10 * 96).reshape(3, 10, 96)
     np.testing.assert_array_equal(ours, theirs.transpose(1, 2).numpy())
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 30, 47])
+def test_products_have_the_same_bits_on_every_instruction_set(n_tokens: int) -> None:
+    rng = np.random.default_rng(n_tokens)
+    matrix, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((53, 288), (n_tokens, 288)))
+    weight = ops.pack(matrix, precision="mxfp4")
+    first, *others = [ops.linear(x, weight, isa=isa) for isa in ISAS]
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    exact = x.astype(np.float64) @ np.stack([weight.row(i) for i in range(53)]).astype(np.float64).T
+    np.testing.assert_allclose(first, exact, atol=0.02 * np.abs(exact).max())
 
 
 def test_logits_are_those_of_transformers(published: Published) -> None:
