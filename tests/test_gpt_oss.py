@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import tiny
 from decoder_families import GPT_OSS, ODD, Case, make_model
 from fabula import _native, ops
+from fabula.cli.main import cli
 from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument, ModelFileError, Unsupported
 from fabula.export.quantize import quantize_model
@@ -192,3 +194,23 @@ def test_a_clamped_gate_is_for_gates_only() -> None:
     op = Op(kind=kinds.LINEAR, input=0, out=1, weight=test_experts.ops.pack(x), activation=10, limit=7.0)
     with pytest.raises(InvalidArgument, match="activation 10 is one of gates"):
         test_experts.Rows([x], [4], [op], 1).run()
+
+
+def test_inspect_shows_what_a_token_reads(published: Published) -> None:
+    found = CliRunner().invoke(cli, ["inspect", str(published.folder), "--json"])
+    facts = json.loads(found.output)
+    assert (facts["n_experts"], facts["n_chosen_experts"]) == (7, 3)
+    checkpoint, _ = open_model(published.folder)
+    try:
+        infos = list(checkpoint.tensors.values())
+    finally:
+        checkpoint.close()
+    experts = [info for info in infos if ".mlp.experts." in info.name]
+    embedding = next(info for info in infos if info.name == "model.embed_tokens.weight")
+    others = sum(info.n_bytes for info in infos) - sum(info.n_bytes for info in experts) - embedding.n_bytes
+    read = others + 3 / 7 * sum(info.n_bytes for info in experts) + embedding.n_bytes / embedding.shape[0]
+    assert abs(facts["active_bytes"] - read) <= 1
+    assert facts["n_active_parameters"] < facts["n_parameters"]
+    assert facts["bytes_on_disk"]["MXFP4"] == 3 * 7 * (128 * 3 + 96 * 2) * 17
+    shown = CliRunner().invoke(cli, ["inspect", str(published.folder)]).output
+    assert "3 of 7 in a layer: a token reads" in shown
