@@ -82,6 +82,8 @@ OWN: dict[str, list[Any]] = {
     "topk_group": [1, 2],
     "routed_scaling_factor": [0.3, 1.0],
     "shared_intermediate_size": [30, 0],
+    "swiglu_alpha": [1.0, ABSENT],
+    "swiglu_limit": [0.5, ABSENT],
     "moe_layers": [None, [1]],
     "multi_query": [False],
     "n_inner": [None, 100],

@@ -366,11 +366,11 @@ struct fb_op {
     /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector`. EXPERTS: buffer of the
      * router's result. */
     int32_t factors;
-    int32_t width;    /* MIX: of a stream */
-    int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
-    int32_t column;   /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */
-    int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
-    int32_t heads;    /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
+    int32_t width;  /* MIX: of a stream */
+    int32_t layer;  /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
+    int32_t column; /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */
+    int32_t window; /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
+    int32_t heads;  /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
     enum fb_activation_kind activation;
     uint32_t flags;          /* enum fb_op_flag */
     const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS, EXPERTS; borrowed: it must outlive the program */

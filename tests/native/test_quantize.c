@@ -12,9 +12,8 @@
 
 enum { N_DTYPES = 15, ROWS = 7, COLS = 768, N = ROWS * COLS };
 
-static const char *names[N_DTYPES] = {
-    "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl",
-    "mxfp4"};
+static const char *names[N_DTYPES] = {"f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k",
+    "q6_k", "q2_k", "q3_k", "iq4_nl", "mxfp4"};
 
 /* Relative RMS error of the format on normally distributed numbers, measured, plus a tenth. */
 static const double most_error[N_DTYPES] = {

@@ -4,6 +4,7 @@
 #include "quant/blocks.h"
 #include "quant/convert.h"
 
+#include <math.h>
 #include <string.h>
 
 /* The next 32 columns of one row, in the same form for every format. */
@@ -311,6 +312,16 @@ static bool is_finite_f16(uint16_t half) {
     return (half & 0x7C00u) != 0x7C00u;
 }
 
+/* Elements of an mxfp4 block that are not finite: all if its scale is OCP's NaN, else those that overflow. */
+static int64_t damaged_by_exponent(const struct row_block *row) {
+    enum { LARGEST = 252 }; /* 12 x 2^(252 - 128) is finite */
+    if (row->s[0] == FB_E8M0_NAN) return FB_BLOCK_COLUMNS;
+    int64_t n = 0;
+    for (int j = 0; j < 32 && row->s[0] > LARGEST; j++)
+        n += !isfinite(fb_e8m0_to_f32(row->s[0]) * (float)fb_mxfp4_values[row->codes[j]]);
+    return n;
+}
+
 /* `dtype` is a constant in each inlined copy, so the loops have no branches on it. */
 static inline __attribute__((always_inline)) int64_t pack_panel(
     const enum fb_dtype dtype, const char *const rows[16], size_t first_block, size_t n_blocks, char *panel) {
@@ -332,8 +343,10 @@ static inline __attribute__((always_inline)) int64_t pack_panel(
             for (size_t q = 0; q < FB_UNPACKED_LINES; q++)
                 memcpy(unpacked + q * FB_LINE + 4 * j, row.codes + 4 * q, 4);
             store_scales(dtype, &row, j, scales, supers);
-            const bool is_nan = layout.kind == FB_SCALE_E && row.s[0] == FB_E8M0_NAN;
-            if (is_nan || !is_finite_f16(row.d) || !is_finite_f16(row.m)) damaged += FB_BLOCK_COLUMNS;
+            if (layout.kind == FB_SCALE_E)
+                damaged += damaged_by_exponent(&row);
+            else if (!is_finite_f16(row.d) || !is_finite_f16(row.m))
+                damaged += FB_BLOCK_COLUMNS;
         }
         store_codes(layout.bits, unpacked, lines);
     }

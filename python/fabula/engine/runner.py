@@ -120,6 +120,8 @@ class Runner:
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
         if self.device is None and not (placement.is_cpu or ignore_memory):
             check_memory(self.weight_bytes, checkpoint.path.name)
+        if self.device is not None and any(weight.dtype == DType.MXFP4 for weight in builder.weights):
+            raise Unsupported("weights in MXFP4 run on the CPU only: load the model with --weights q4, or on the CPU")
         if drops_windowed and self.device is not None:
             raise Unsupported(
                 'window_kv="drop" needs the CPU: a GPU holds the KV of all layers of a page, so load it with "keep"'
