@@ -28,8 +28,9 @@ from fabula.text.tokenizer import Tokenizer
 _SPREAD = 0.02  # standard deviation of weights, about that of trained models
 _PIECE = 1 << 18  # random numbers
 
-# Shapes from config.json of google/gemma-3-1b-it, microsoft/phi-1_5 and microsoft/Phi-4-mini-instruct; the last with
-# 8 of its 32 layers, so that it is as large as the others.
+# Shapes from config.json of google/gemma-3-1b-it, meta-llama/Llama-3.2-1B (without its scaling of rope),
+# microsoft/phi-1_5 and microsoft/Phi-4-mini-instruct; the last with 8 of its 32 layers, so that it is as large as the
+# others.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-1b": (
         "gemma3_text",
@@ -47,6 +48,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama-3.2-1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 128256,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi-1.5": (
         "phi",
         {
@@ -58,6 +73,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 51200,
             "partial_rotary_factor": 0.5,
             "max_position_embeddings": 2048,
+        },
+    ),
+    # No released model: 64 experts, 8 for a token; 3.9 billion weights, of which 0.7 compute a token.
+    "moe-4b-a1b": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "vocab_size": 49152,
+            "max_position_embeddings": 4096,
         },
     ),
     "phi-4-mini-8-layers": (

@@ -67,6 +67,20 @@ LLAMA4 = ODD | {
     "attn_scale": 0.4,
     "no_rope_layer_interval": 3,
 }
+MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+GPT_OSS = {"num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 19}
+LOCAL = {"num_local_experts": 7, "num_experts_per_tok": 3}
+ROUTED = {
+    **{"n_routed_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_shared_experts": 2},
+    **{"routed_scaling_factor": 1.7, "first_k_dense_replace": 1, "norm_topk_prob": True},
+}
+GROUPS = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.09,
+    "logits_scaling": 2.5,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
 
@@ -148,6 +162,45 @@ CASES: dict[str, Case] = {
     "glm4": Case("Glm4"),
     "exaone4": Case("Exaone4", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
     "exaone4-full": Case("Exaone4", PLAIN | {"sliding_window": None, "layer_types": [FULL] * 3}),
+    "mixtral": Case("Mixtral", ODD | {"num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 19}),
+    "qwen2_moe": Case(
+        "Qwen2Moe", PLAIN | MOE | {"shared_expert_intermediate_size": 60, "mlp_only_layers": [1], "head_dim": 24}
+    ),
+    "qwen2_moe-windows": Case(
+        "Qwen2Moe",
+        PLAIN
+        | MOE
+        | {"shared_expert_intermediate_size": 60, "decoder_sparse_step": 2, "norm_topk_prob": True, "head_dim": 24}
+        | {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 2, "num_hidden_layers": 4},
+    ),
+    "qwen3_moe": Case("Qwen3Moe", ODD | MOE),
+    "qwen3_moe-steps": Case("Qwen3Moe", ODD | MOE | {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "gpt_oss": Case("GptOss", ODD | GPT_OSS),
+    "gpt_oss-plain": Case(
+        "GptOss",
+        ODD
+        | GPT_OSS
+        | {"attention_bias": False, "layer_types": [FULL, FULL, SLIDING], "swiglu_limit": 0.7}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    ),
+    "olmoe": Case("Olmoe", PLAIN | MOE | {"norm_topk_prob": True}),
+    "granitemoe": Case("GraniteMoe", PLAIN | LOCAL | GRANITE),
+    "granitemoeshared": Case("GraniteMoeShared", PLAIN | LOCAL | GRANITE | {"shared_intermediate_size": 60}),
+    "glm4_moe": Case("Glm4Moe", ODD | ROUTED | {"use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe-groups": Case("Glm4Moe", ODD | ROUTED | GROUPS | {"norm_topk_prob": False}),
+    "dots1": Case("Dots1", ODD | ROUTED | {"sliding_window": 19, "max_window_layers": 1, "n_group": 1}),
+    "ernie4_5_moe": Case(
+        "Ernie4_5_Moe",
+        PLAIN | {"moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 40, "moe_num_shared_experts": 2},
+    ),
+    "ernie4_5_moe-alone": Case(
+        "Ernie4_5_Moe",
+        PLAIN
+        | {"moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 40, "moe_num_shared_experts": 0}
+        | {"moe_layer_interval": 2, "moe_layer_start_index": 0, "num_hidden_layers": 4},
+    ),
+    "minimax_m2": Case("MiniMaxM2", ODD | LOCAL | {"rotary_dim": 20}),
+    "hunyuan_moe": Case("HunYuanMoEV1", ODD | {"num_experts": 7, "moe_topk": 3, "attention_bias": True}),
     "cohere": Case("Cohere", PLAIN | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": Case("Cohere2", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
     "stablelm": Case("StableLm", PLAIN | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
@@ -216,7 +269,8 @@ def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
     config._attn_implementation = case.attention
     model = case.model_class(config).eval()
     with torch.no_grad():  # the default start is so small that every logit is almost the same; biases start at 0
-        for name, parameter in model.named_parameters():
+        corrections = [pair for pair in model.named_buffers() if "correction" in pair[0]]
+        for name, parameter in [*model.named_parameters(), *corrections]:
             spread = 0.3 if "norm" in name or "bias" in name or parameter.dim() < 2 else 0.15
             parameter.add_(torch.randn_like(parameter) * spread)
     model.save_pretrained(folder)

@@ -28,6 +28,7 @@ from fabula.bench.status import silent
 from fabula.bench.timing import Times, interleaved, measure, turns
 from fabula.bench.worker import Worker, memory_bytes
 from fabula.choices import ISA_NAMES
+from fabula.engine.sampling import SamplingParams
 from fabula.errors import EngineError, InvalidArgument, Unsupported
 from fabula.model import Model
 from waiting import run_program
@@ -257,6 +258,26 @@ def test_model_beside_a_peer(tiny_folder: Path) -> None:
     assert (decode.case, decode.peer, decode.peer_settings) == ("decode", 2.0, "d")
     assert decode.ratio == pytest.approx(decode.ours / 2.0)
     assert prefill.rounds == 3
+
+
+def test_each_token_is_a_step(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other engines compute a token a step; a text that repeats would be faster here than it is."""
+    begun: list[Any] = []
+    real = bench_model_module.Generation
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        begun.append(real(*args, **options))
+        return begun[-1]
+
+    monkeypatch.setattr(bench_model_module, "Generation", recorded)
+    with Model.load(smollm2_gguf, fetch=False) as model:
+        prompt = [*prompt_ids(model, 20), *([model.tokenizer.encode(" so", add_bos=False)[0]] * 40)]
+        with model.generate(prompt, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)) as usual:
+            usual.text()
+        measured = bench_model_module.Fabula(model).run(prompt, 60)
+        bench_model_module.Fabula(model).together([prompt, prompt], 0, 40)
+    assert usual.timings.drafted > 20 and tuple(usual.token_ids) == measured.tokens
+    assert [generation.timings.drafted for generation in begun] == [0] * 5
 
 
 def test_sequences_together(tiny_folder: Path) -> None:

@@ -19,7 +19,7 @@ from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS, GgufFile
 
-# Byte positions of the f16 numbers in a block of each format (native/src/quant/blocks.h).
+# Byte positions of the f16 numbers in a block of each format (native/src/quant/blocks.h). MXFP4's scale is a byte.
 SCALES = {
     DType.Q4_0: (0,),
     DType.Q4_1: (0, 2),
@@ -32,23 +32,28 @@ SCALES = {
     DType.Q2_K: (80, 82),
     DType.Q3_K: (108,),
     DType.IQ4_NL: (0,),
+    DType.MXFP4: (),
 }
+MOST_E = 252  # of MXFP4's scale byte: 12 * 2^(e - 128) is infinite above it
 QUANTISED = pytest.mark.parametrize("dtype", SCALES, ids=lambda dtype: dtype.name)
 
 
 def reference(dtype: DType, raw: np.ndarray) -> np.ndarray:
     """The gguf package's decoding of uint8 [n_blocks, block_bytes], flat."""
-    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[dtype.name]).reshape(-1)
+    with np.errstate(over="ignore"):  # MXFP4's largest scales
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[dtype.name]).reshape(-1)
 
 
 def random_blocks(dtype: DType, n_blocks: int, seed: int) -> np.ndarray:
-    """Random bytes, uint8 [n_blocks, block_bytes], with every scale a random finite half."""
+    """Random bytes, uint8 [n_blocks, block_bytes], with every scale a random finite number."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (n_blocks, BLOCKS[dtype][1]), dtype=np.uint8)
     for place in SCALES[dtype]:
         sign = rng.integers(0, 2, n_blocks, dtype=np.uint16) << 15
         halfs = rng.integers(0, 0x7C00, n_blocks, dtype=np.uint16) | sign
         raw[:, place : place + 2] = halfs.view(np.uint8).reshape(-1, 2)
+    if dtype is DType.MXFP4:
+        raw[:, 0] = rng.integers(0, MOST_E + 1, n_blocks)
     return raw
 
 
@@ -93,7 +98,15 @@ def test_extreme_blocks(dtype: DType) -> None:
             assert same_bits(ours, reference(dtype, raw)), (fill, hex(half))
 
 
-@QUANTISED
+def test_every_scale_of_mxfp4() -> None:
+    raw = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 17, axis=1)
+    raw[:, 1:] = np.arange(16, dtype=np.uint8) * 0x11
+    ours = _native.dequantize(DType.MXFP4, raw.reshape(-1), 256 * 32)
+    assert same_bits(ours, reference(DType.MXFP4, raw))
+    assert np.isfinite(ours.reshape(256, 32)[: MOST_E + 1]).all()
+
+
+@pytest.mark.parametrize("dtype", [d for d, at in SCALES.items() if at], ids=lambda dtype: dtype.name)
 def test_scales_that_are_not_finite_stay_so(dtype: DType) -> None:
     raw = random_blocks(dtype, 3, seed=5)
     raw[1, SCALES[dtype][0] : SCALES[dtype][0] + 2] = np.array([0x7E00], np.uint16).view(np.uint8)

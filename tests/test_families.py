@@ -153,29 +153,31 @@ def test_mixed_batch(case: Any) -> None:
     assert runner.pool.n_free == runner.pool.n_pages
 
 
-@pytest.mark.parametrize("weights", [DType.F16, DType.BF16])
-def test_half_precision(weights: DType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "inputs"), [(DType.F16, "auto"), (DType.BF16, "bf16"), (DType.BF16, "f32")])
+def test_half_precision(weights: DType, inputs: str, tmp_path: Path) -> None:
     """16-bit weights: close to transformers on the same rounded weights, f16 with KV in f16; bf16 weights take inputs
-    rounded to bf16, sums are in f32."""
+    in f32 or rounded to bf16, sums are in f32."""
     model = make_checkpoint(tmp_path, "Llama", ODD)
     torch_type = torch.float16 if weights == DType.F16 else torch.bfloat16
     # With keys and values rounded, too, more inputs would lie on the other side of a rounding to bf16 than theirs.
-    runner = load(tmp_path, weights=weights, kv=DType.F16 if weights == DType.F16 else DType.F32)
+    runner = load(tmp_path, weights=weights, kv=DType.F16 if weights == DType.F16 else DType.F32, bf16_inputs=inputs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.copy_(parameter.to(torch_type).float())
-    if weights == DType.BF16:
+    if inputs == "bf16":
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16().float(),))
     ids = np.random.default_rng(3).integers(0, 203, 100).astype(np.int32)
-    bound = 2e-3 if weights == DType.F16 else 1e-2  # near the middle of two bf16, an input may round the other way
+    # Near the middle of two bf16, an input may round the other way.
+    bound = 2e-3 if weights == DType.F16 else 1e-2 if inputs == "bf16" else 1e-4
     assert_close(np.concatenate(list(runner.all_logits(ids))), expected(model, ids), bound=bound)
     runner.close()
 
 
-def test_threads_and_instruction_sets_give_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "inputs"), [(DType.F16, "auto"), (DType.BF16, "bf16"), (DType.BF16, "f32")])
+def test_threads_and_instruction_sets_give_the_same_bits(tmp_path: Path, weights: DType, inputs: str) -> None:
     from fabula import _native
 
     make_checkpoint(tmp_path, "Qwen3", ODD)
@@ -187,7 +189,7 @@ def test_threads_and_instruction_sets_give_the_same_bits(tmp_path: Path) -> None
         for n_threads in (1, 2, 3):
             if isa == "reference" and n_threads > 1:
                 continue
-            runner = load(tmp_path, isa=isa, n_threads=n_threads, weights=DType.F16, kv=DType.F16)
+            runner = load(tmp_path, isa=isa, n_threads=n_threads, weights=weights, kv=DType.F16, bf16_inputs=inputs)
             results.append(np.concatenate(list(runner.all_logits(ids))))
             runner.close()
     assert len(results) >= 1

@@ -84,14 +84,17 @@ def test_swiglu() -> None:
     rows=st.integers(1, 90),
     cols=st.integers(1, 300),
     tokens=st.integers(1, 30),
-    precision=st.sampled_from(["f32", "f16", "bf16"]),
+    precision=st.sampled_from(["f32", "f16", "bf16", "bf16 x f32"]),
     extras=st.tuples(st.booleans(), st.booleans()),
 )
 def test_linear(rows: int, cols: int, tokens: int, precision: Any, extras: tuple[bool, bool]) -> None:
     matrix, x = random(rows, cols), random(tokens, cols, seed=1)
     bias = random(rows, seed=2) if extras[0] else None
     residual = random(tokens, rows, seed=3) if extras[1] else None
-    weight = ops.pack(matrix, precision=precision)
+    if precision == "bf16 x f32":
+        weight = ops.pack(matrix, precision="bf16", bf16_inputs="f32")
+    else:
+        weight = ops.pack(matrix, precision=precision)
     held = np.stack([weight.row(i) for i in range(rows)])
     ours = everywhere(lambda **how: ops.linear(x, weight, bias=bias, residual=residual, **how))
     taken = x

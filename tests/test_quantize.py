@@ -30,6 +30,7 @@ SEARCHED = {
     DType.Q5_K: 0.039,
     DType.Q6_K: 0.0195,
     DType.IQ4_NL: 0.084,
+    DType.MXFP4: 0.123,
 }
 SMALLEST = np.float32(
     1e-35
@@ -153,9 +154,14 @@ def test_any_row_comes_back_near(dtype: DType, row: np.ndarray, shift: int) -> N
     back = _native.dequantize(dtype, _native.quantize(dtype, rows), 256)
     assert np.isfinite(back).all()
     largest = float(np.abs(rows).max())
-    steps = {DType.Q2_K: 1.5, DType.Q3_K: 2.2, DType.IQ4_NL: 4.0, DType.Q4_K: 6.0, DType.Q5_K: 12.0, DType.Q6_K: 20.0}
-    # The smallest scales of f16 are 2^-24 apart, which times a level of 127 is what the largest number may be off.
-    assert np.abs(back - rows[0]).max() <= largest / steps[dtype] + 64 * 2.0**-24
+    steps = {
+        DType.Q2_K: 1.5, DType.Q3_K: 2.2, DType.IQ4_NL: 4.0, DType.MXFP4: 4.0, DType.Q4_K: 6.0, DType.Q5_K: 12.0,
+        DType.Q6_K: 20.0,
+    }  # fmt: skip
+    # The smallest scales of f16 are 2^-24 apart. Half of that times the largest level, or the largest product of a
+    # level and the scale of a sub-block, is what the largest number may be off.
+    factors = {DType.Q4_K: 63 * 15, DType.Q5_K: 63 * 31, DType.Q6_K: 128 * 32}
+    assert np.abs(back - rows[0]).max() <= largest / steps[dtype] + factors.get(dtype, 127) / 2 * 2.0**-24
 
 
 @pytest.mark.parametrize("dtype", [*SIMPLE, *SEARCHED], ids=lambda dtype: dtype.name)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ticking import LIMIT_S, STOOD, watched
+from ticking import LIMIT_S, STOOD, Watch, is_page_fault, watched
 from waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see what a thread waits for")
@@ -30,6 +30,30 @@ def test_a_loop_that_waits_for_a_lock() -> None:
                 pass
 
     with pytest.raises(AssertionError, match=f"(?s){STOOD}: it waited.*with lock:"):
+        asyncio.run(work())
+
+
+def test_a_page_that_is_read_back_is_no_fault_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_page_fault("-1 0x7ffc2c1b5d20 0x7f1d5a0c1e2b\n")
+    assert not is_page_fault("202 0x1 0x0 0x0 0x0 0x0 0x0 0x7ffc 0x7f1d\n") and not is_page_fault("running\n")
+    monkeypatch.setattr(Watch, "_call", lambda _: "-1 0x7ffc2c1b5d20 0x7f1d5a0c1e2b\n")
+
+    async def work() -> None:
+        async with watched():
+            time.sleep(5 * LIMIT_S)
+
+    asyncio.run(work())
+
+
+def test_a_loop_that_sleeps_is_found() -> None:
+    async def work() -> None:
+        async with watched() as watch:
+            for _ in range(100):  # a machine that is busy holds up the one who looks, too
+                time.sleep(5 * LIMIT_S)
+                if watch.found:
+                    break
+
+    with pytest.raises(AssertionError, match=f"{STOOD}: it waited in system call [0-9]+"):
         asyncio.run(work())
 
 

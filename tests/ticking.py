@@ -6,7 +6,8 @@ A timer ticks every 10 ms. A late tick alone says nothing: the machine may be bu
   - A second thread saw the loop's thread sleep at one instruction for LIMIT_S: no processor time, and no context switch
     either. A thread that waits for the GIL wakes every 5 ms, so it is not mistaken for one that waits for another lock,
     a file or a database. Moments in which threads of this process queue for a processor do not count: the thread may
-    wait for one of them.
+    wait for one of them. Nor do moments in which it waits for a page of memory, outside of any system call: another
+    process made the machine drop that page.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def calibration_s() -> float:
 def cpu_limit_s() -> float:
     """LIMIT_S on this machine, as fast as it is now."""
     return LIMIT_S * max(1.0, calibration_s() / REFERENCE_S)
+
+
+def is_page_fault(call: str) -> bool:
+    """Whether a thread of which /proc/.../syscall tells this waits in the kernel, but in no system call."""
+    return call.startswith("-1 ")
 
 
 class Watch:
@@ -86,14 +92,14 @@ class Watch:
             self._stack = "".join(traceback.format_stack(frame))
             where = (id(frame), frame.f_lasti, self._moves())
             now, queued_now = time.monotonic(), self._queued_s()
-            is_idle = queued_now - queued < SHARE * (now - looked)
+            is_idle = queued_now - queued < SHARE * (now - looked) and not is_page_fault(self._call())
             if where != before or frame.f_code.co_filename.endswith("selectors.py"):
                 before, waited_s = where, 0.0
             elif is_idle:  # or the thread it waits for queues for a processor
                 waited_s += min(now - looked, 2 * TICK_S)
             looked, queued = now, queued_now
             if waited_s > LIMIT_S:
-                self._report("waited", self._stack)
+                self._report(f"waited in system call {self._call().split()[0]}", self._stack)
                 before = None
 
     def _queued_s(self) -> float:
@@ -103,6 +109,12 @@ class Watch:
             with suppress(OSError, IndexError, ValueError):
                 total += int((task / "schedstat").read_text().split()[1]) * 1e-9
         return total
+
+    def _call(self) -> str:
+        """Where the loop's thread is in the kernel, as proc(5) tells."""
+        with suppress(OSError):
+            return (self._task / "syscall").read_text()
+        return "unknown"
 
     def _moves(self) -> list[str]:
         """Counters that change when the loop's thread runs, or tries to take the GIL."""

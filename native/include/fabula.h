@@ -85,7 +85,7 @@ bool fb_isa_available(enum fb_isa isa);
  * given the reference's bits on this machine. */
 enum fb_isa fb_isa_best(void);
 
-/* Formats of weights: three plain ones, and GGUF's block formats. The values are this library's, not GGUF's. */
+/* Formats of weights: three plain ones, and GGUF's block formats (MXFP4 is OCP's). The values are this library's, not GGUF's. */
 enum fb_dtype {
     FB_F32 = 0,
     FB_F16 = 1,
@@ -100,7 +100,8 @@ enum fb_dtype {
     FB_Q6_K = 10,
     FB_Q2_K = 11,
     FB_Q3_K = 12,
-    FB_IQ4_NL = 13
+    FB_IQ4_NL = 13,
+    FB_MXFP4 = 14
 };
 
 /* Elements in one block of `dtype` (1 for the plain formats), and its bytes. 0 for an unknown dtype. */
@@ -212,7 +213,14 @@ enum fb_status fb_weights_pack_files(struct fb_file_rows *parts, int32_t n_parts
  * by page. For weights that threads read from any node. FB_UNSUPPORTED where the system refuses. */
 enum fb_status fb_thread_interleave(void);
 
-/* Dequantizes row `row` to f32 [n_cols]. */
+/* The matrices of n_experts experts as one weight: each [n_rows, n_cols], 1 .. 1024 of them. The second function packs
+ * rows of expert `expert`, as fb_weight_pack_rows. Only EXPERTS takes such a weight. */
+enum fb_status fb_weight_create_experts(
+    enum fb_dtype dtype, int32_t n_experts, int32_t n_rows, int32_t n_cols, fb_weight **out);
+enum fb_status fb_weight_pack_expert(fb_weight *weight, int32_t expert, int32_t first_row, int32_t row_block,
+    int32_t row_step, enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads);
+
+/* Dequantizes row `row` to f32 [n_cols]. Rows of expert e begin at e n_rows. */
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst);
 
 /* Counts the elements packed so far that are NaN or infinite in the weight's format: damaged input, or numbers beyond
@@ -222,6 +230,12 @@ int64_t fb_weight_non_finite(const fb_weight *weight);
 /* Moves a packed weight to a device, byte for byte, and frees its memory here. From then on only programs on that
  * device handle take it. On failure it stays where it is. */
 enum fb_status fb_weight_move(fb_weight *weight, fb_device *device);
+
+/* Makes products with a bf16 weight take inputs in f32. As created, they round inputs to bf16, so that one instruction
+ * of AVX-512 BF16 adds two products; a CPU without it needs half the time with inputs in f32. The two give different
+ * bits, each the same on every CPU. To be called before a program is created with the weight; a GPU rounds in its own
+ * way in either case. FB_INVALID_ARGUMENT if the weight is not in bf16. */
+enum fb_status fb_weight_use_f32_inputs(fb_weight *weight);
 
 size_t fb_weight_bytes(const fb_weight *weight); /* bytes held; 0 for NULL */
 void fb_weight_free(fb_weight *weight);          /* only after every program that uses it was freed */
@@ -288,8 +302,22 @@ enum fb_op_kind {
     FB_OP_ADD = 16,            /* out = scale * (in + columns of `residual`, as MULTIPLY); out may be in */
     FB_OP_MIX = 17,            /* of streams side by side: out_i = (residual_i +) sum over j of factor[i][j] in_j */
     FB_OP_MATCH_RMS = 18,      /* out = in * rms(columns of `residual`) / max(rms(in), sqrt(eps)); out may be in */
-    FB_OP_SPARSIFY = 19        /* out = activation(max(in - mean(in) - scale * deviation(in), 0)); out may be in */
+    FB_OP_SPARSIFY = 19,       /* out = activation(max(in - mean(in) - scale * deviation(in), 0)); out may be in */
+    FB_OP_ROUTER = 20,         /* out = the n_chosen experts of a row and their weights, by `in`, a logit of each */
+    FB_OP_EXPERTS = 21         /* products with the matrices of the experts that a router chose; see below */
 };
+
+/* Mixtures of experts. ROUTER gives each expert a score: the softmax over all logits, their sigmoids, or the logits
+ * themselves. The n_chosen experts with the largest score + vector [n_experts] (or score alone, without `vector`) are a
+ * row's, best first; of equal ones the lower index goes first. `out` [2 n_chosen] holds their indices, then their
+ * weights: `scale` times their scores, divided by `eps` + the sum of all chosen if they are renormalized. With groups of
+ * n_experts / n_groups neighbors, only experts of the best n_top_groups groups are chosen.
+ *
+ * EXPERTS multiplies a row by the matrix of each of its experts: `in` [n_cols], which all of them read, or
+ * [n_chosen n_cols], a part for each. Router's result is buffer `factors`, `vector` a bias [n_experts n_rows].
+ *     plain      out [n_chosen n_rows]: the results side by side, best expert first
+ *     gated      out [n_chosen width], each as LINEAR_GATED
+ *     sums       out = (residual +) scale * sum over the experts, best first, of weight * result */
 
 /* Activations of LINEAR and LINEAR_GATED. XIELU, with vector2 = a, b, c, e:
  *     x > 0: a x^2 + b x      else: c (e^min(x, e) - 1 - x) + b x */
@@ -303,7 +331,9 @@ enum fb_activation_kind {
     FB_ACTIVATION_CLAMP = 6,   /* x in -limit .. limit */
     FB_ACTIVATION_XIELU = 7,   /* Huang & Schlag 2024, with the numbers of `vector2`; see above */
     FB_ACTIVATION_SIGMOID = 8, /* 1 / (1 + e^-x) */
-    FB_ACTIVATION_TANH = 9
+    FB_ACTIVATION_TANH = 9,
+    /* Of gates alone, gpt-oss: with g = min(gate, limit), u = up in -limit .. limit:  g / (1 + e^(-1.702 g)) (u + 1) */
+    FB_ACTIVATION_CLAMPED_SILU = 10
 };
 
 /* Geometry of attention heads. A buffer of heads holds n_heads q heads [k_dim], then n_kv_heads k heads [k_dim] and v
@@ -332,13 +362,23 @@ enum fb_op_flag {
     FB_ATTEND_ALL = 8,       /* ATTENTION: to later tokens too. A sequence must be whole in its step */
     FB_ATTEND_CHUNK = 16,    /* ATTENTION: positions are cut into chunks of `window`; a token sees those of its own */
     FB_HEADS_BIASED = 32,    /* HEAD_NORM: both vectors hold weights, then as many biases; layer norms only */
-    FB_ALIBI_BF16 = 64       /* ATTENTION: biases are rounded as Falcon's; see `vector2` */
+    FB_ALIBI_BF16 = 64,      /* ATTENTION: biases are rounded as Falcon's; see `vector2` */
+    FB_ROUTE_SIGMOID = 128,  /* ROUTER: scores are sigmoids */
+    FB_ROUTE_CHOSEN = 256,   /* ROUTER: scores are logits; weights are the softmax over those chosen */
+    FB_ROUTE_NORM = 512,     /* ROUTER: weights are divided by their sum */
+    FB_ROUTE_TOP = 1024,     /* ROUTER: a group is as good as its best expert; else as the sum of its best two */
+    FB_EXPERTS_GATED = 2048, /* EXPERTS: weight and bias interleave gate and up by 16 rows */
+    FB_EXPERTS_SUM = 4096,   /* EXPERTS: results are summed */
+    /* EXPERTS: products are multiplied by the expert's weight before bias and activation; with FB_EXPERTS_SUM that was
+     * done, and results are summed as they are. */
+    FB_EXPERTS_WEIGH = 8192
 };
 
 /* One operator. `vector` is, by kind:
  *     norms        weights [width], or those of one of several groups of columns [width / n]
  *     products     bias [n_rows]
  *     HEAD_NORM    weights of q heads, [k_dim] for all or [n_heads k_dim]
+ *     ROUTER, EXPERTS   corrections [n_experts], biases [n_experts n_rows]
  *     MULTIPLY, ADD, MATCH_RMS   the second input [width], where `residual` is -1
  *     MIX          the factors [n][m], where `factors` is -1
  *     ATTENTION    a logit of each head [n_heads], which takes its share of the softmax (Xiao et al. 2023; gpt-oss)
@@ -351,25 +391,30 @@ struct fb_op {
     int32_t in;       /* buffer read; -1 for EMBED and EMBED_POSITION */
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
-    int32_t factors;  /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector` */
-    int32_t width;    /* MIX: of a stream */
-    int32_t layer;    /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
-    int32_t column;   /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */
-    int32_t window;   /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
-    int32_t heads;    /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
+    /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector`. EXPERTS: buffer of the
+     * router's result. */
+    int32_t factors;
+    int32_t width;  /* MIX: of a stream */
+    int32_t layer;  /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
+    int32_t column; /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */
+    int32_t window; /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
+    int32_t heads;  /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
     enum fb_activation_kind activation;
     uint32_t flags;          /* enum fb_op_flag */
-    const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS; borrowed: it must outlive the program */
+    const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS, EXPERTS; borrowed: it must outlive the program */
     const float *vector;     /* weights of a norm, bias, or sink logits; see above. Copied */
     const float *vector2;  /* HEAD_NORM: k-head norm; LAYER_NORM: bias; XIELU: its numbers; ATTENTION: slopes. Copied */
     int32_t vector_length; /* of `vector`; 0 when NULL */
     int32_t vector2_length;
-    float eps;   /* norms, MATCH_RMS */
-    float scale; /* EMBED, LINEAR, LOGITS, SCALE, ADD: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim) */
+    float eps; /* norms, MATCH_RMS, ROUTER */
+    /* EMBED, LINEAR, LOGITS, SCALE, ADD, ROUTER, EXPERTS: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim) */
+    float scale;
     float limit; /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP */
     /* ATTENTION: a query at position p is multiplied by 1 + temperature ln(1 + floor((p + offset) / length)); 0: not */
     float temperature;
     int32_t temperature_offset, temperature_length;
+    int32_t n_chosen;               /* ROUTER, EXPERTS: experts of a row */
+    int32_t n_groups, n_top_groups; /* ROUTER; 0: no groups */
 };
 
 /* What the operators of a program have in common. */

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula._ffi import ffi, lib
-from fabula.choices import ISA_NAMES
+from fabula.choices import BF16_INPUTS, ISA_NAMES, Bf16Inputs
 from fabula.choices import Isa as Isa
 from fabula.errors import (
     DeviceError,
@@ -57,6 +57,7 @@ _ISAS: dict[str, int] = {
     "neon_i8mm": lib.FB_ISA_NEON_I8MM,
     "avx512_amx": lib.FB_ISA_AVX512_AMX,
 }
+_MULTIPLY_BF16 = ("avx512_bf16", "avx512_amx")  # two products of bf16 are one instruction
 
 
 def check(status: int) -> None:
@@ -111,6 +112,19 @@ def isa_best() -> str:
     """The instruction set that "auto" stands for here."""
     best = _ISAS["auto"] or lib.fb_isa_best()
     return next(name for name, value in _ISAS.items() if value == best and name != "auto")
+
+
+def inputs_of_bf16(wanted: Bf16Inputs, isa: Isa = "auto") -> Literal["bf16", "f32"]:
+    """The inputs of products with bf16 weights that "auto" stands for with an instruction set, or those wanted.
+
+    Raises:
+        InvalidArgument: neither "auto", "bf16" nor "f32".
+    """
+    if wanted not in BF16_INPUTS:
+        raise InvalidArgument(f"bf16_inputs is {wanted!r}, must be one of {', '.join(BF16_INPUTS)}")
+    if wanted != "auto":
+        return wanted
+    return "bf16" if (isa_best() if isa == "auto" else isa) in _MULTIPLY_BF16 else "f32"
 
 
 @contextmanager
@@ -252,13 +266,20 @@ def handle_of(device: Device | None) -> Any:
 
 
 class Weight:
-    """A packed matrix [n_rows, n_cols]; see fb_weight in fabula.h. Immutable once packed, shared freely."""
+    """A packed matrix [n_rows, n_cols], or one for each expert; see fb_weight in fabula.h. Immutable once packed,
+    shared freely.
 
-    def __init__(self, dtype: int, n_rows: int, n_cols: int) -> None:
+    Args:
+        f32_inputs: products take inputs in f32 instead of rounded to bf16; for bf16 alone.
+    """
+
+    def __init__(self, dtype: int, n_rows: int, n_cols: int, n_experts: int = 1, *, f32_inputs: bool = False) -> None:
         out = ffi.new("fb_weight **")
-        check(lib.fb_weight_create(dtype, n_rows, n_cols, out))
+        check(lib.fb_weight_create_experts(dtype, n_experts, n_rows, n_cols, out))
         self.handle: Any = ffi.gc(out[0], lib.fb_weight_free, lib.fb_weight_bytes(out[0]))
-        self.dtype, self.n_rows, self.n_cols = dtype, n_rows, n_cols
+        if f32_inputs:
+            check(lib.fb_weight_use_f32_inputs(self.handle))
+        self.dtype, self.n_rows, self.n_cols, self.n_experts = dtype, n_rows, n_cols, n_experts
 
     @property
     def n_bytes(self) -> int:
@@ -279,12 +300,13 @@ class Weight:
         row_block: int = 1,
         row_step: int = 1,
         n_threads: int = 1,
+        expert: int = 0,
     ) -> None:
-        """Packs rows given as the raw bytes of a row-major matrix of any dtype; see fb_weight_pack_rows."""
+        """Packs rows given as the raw bytes of a row-major matrix of any dtype; see fb_weight_pack_expert."""
         raw = np.ascontiguousarray(raw, dtype=np.uint8)
         check(
-            lib.fb_weight_pack_rows(
-                self.handle, first_row, row_block, row_step, dtype,
+            lib.fb_weight_pack_expert(
+                self.handle, expert, first_row, row_block, row_step, dtype,
                 ffi.cast("void *", raw.ctypes.data), raw.nbytes, n_rows, n_threads,
             )
         )  # fmt: skip
@@ -294,7 +316,7 @@ class Weight:
         check(lib.fb_weight_move(self.handle, device.handle))
 
     def row(self, index: int) -> F32:
-        """Row `index` as float32 [n_cols]."""
+        """Row `index` as float32 [n_cols]; rows of expert e begin at e * n_rows."""
         out = np.empty(self.n_cols, np.float32)
         check(lib.fb_weight_unpack_row(self.handle, index, floats(out)))
         return out

@@ -38,12 +38,16 @@ class Op:
     temperature: float = 0.0
     temperature_offset: int = 0
     temperature_length: int = 1
+    n_chosen: int = 0
+    n_groups: int = 0
+    n_top_groups: int = 0
 
 
 # Numbers of an operator that C takes under the same name.
 _OP_FIELDS = (
     *("kind", "out", "residual", "factors", "width", "layer", "column", "window", "heads", "activation", "flags"),
     *("eps", "scale", "limit", "temperature", "temperature_offset", "temperature_length"),
+    *("n_chosen", "n_groups", "n_top_groups"),
 )
 
 

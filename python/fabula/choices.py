@@ -12,7 +12,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 # "auto" keeps each matrix as in the checkpoint; then the formats of models/recipe.py; then their short names.
 WeightsName = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0",
-    "iq4_nl", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
+    "iq4_nl", "mxfp4", "q3_k", "q2_k", "q8", "q6", "q5", "q4", "q3", "q2",
 ]  # fmt: skip
 WEIGHTS_NAMES: tuple[str, ...] = get_args(WeightsName)
 # Short names: the format of that size with the least error.
@@ -29,6 +29,10 @@ WINDOW_KV: tuple[str, ...] = get_args(WindowKv)
 # Whether several tokens are guessed and verified in one step: where it pays, or never.
 SpeculationName = Literal["auto", "off"]
 SPECULATION_NAMES: tuple[str, ...] = get_args(SpeculationName)
+
+# Inputs of products with bf16 weights, on a CPU: rounded to bf16, or f32. "auto": whichever this CPU multiplies faster.
+Bf16Inputs = Literal["auto", "bf16", "f32"]
+BF16_INPUTS: tuple[str, ...] = get_args(Bf16Inputs)
 
 Isa = Literal[
     "auto", "reference", "avx2", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_amx",

@@ -6,18 +6,19 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fabula._native import kv_layers
+from fabula._native import inputs_of_bf16, kv_layers
 from fabula.choices import (
     DEFAULT_MODEL,
     MAX_THREADS,
     SPECULATION_NAMES,
     WEIGHTS_NAMES,
     WINDOW_KV,
+    Bf16Inputs,
     SpeculationName,
     WeightsName,
     WindowKv,
@@ -70,6 +71,7 @@ class Model:
         weights: precision of most matrices, e.g. "f16" or "q8_0".
         kv: precision of the KV cache.
         window_kv: whether KV that no window shows any more is kept while there is room, or dropped.
+        bf16_inputs: inputs of products with bf16 weights, "bf16" or "f32"; None without such weights and on a GPU.
         threads: threads per step.
         context: context length in tokens.
         device: "cpu", "cuda:0", ..., or several GPUs as "cuda:0+1".
@@ -94,6 +96,7 @@ class Model:
     ) -> None:
         self.path = path
         self.window_kv: WindowKv = "drop" if runner.pool.drops else "keep"
+        self.bf16_inputs: Literal["bf16", "f32"] | None = runner.bf16_inputs
         self.defaults = defaults or SamplingDefaults()
         self.tokenizer = tokenizer
         self.weights, self.kv, self.threads = weights, kv, threads
@@ -116,6 +119,8 @@ class Model:
         if c.kv_layers != kv_layers(c.n_layers, c.n_kv_heads, c.head_dim):
             layers = ", ".join("x".join(map(str, layer)) for layer in c.kv_layers)
         layout = f"2: {layers}, rope for {runner.context}"
+        if runner.bf16_inputs is not None:
+            layout += f", bf16 weights x {runner.bf16_inputs} inputs"
         if runner.device is not None:  # results differ from those of other devices: a sequence must not mix them
             layout += f", computed with CUDA {runner.device.info.compute}"
             if len(runner.device.members) > 1:  # so do those of another number of GPUs
@@ -148,6 +153,8 @@ class Model:
         scheduler: Scheduler | None = None,
         speculation: SpeculationName = "auto",
         draft_model: str | os.PathLike[str] | None = None,
+        ignore_memory: bool = False,
+        bf16_inputs: Bf16Inputs = "auto",
     ) -> Model:
         """Finds a model, downloads it if needed, and loads it.
 
@@ -182,15 +189,21 @@ class Model:
                 Tokens, log-probabilities and seeds stay the same, bit for bit. "off" never does. On a GPU it is off.
             draft_model: a smaller model with the same vocabulary that guesses where nothing was written before; as
                 `name_or_path`. It runs on the CPU and has its own KV cache, of the same context length.
+            ignore_memory: loads weights that do not fit the available memory, too: the system may then swap, or end
+                the process.
+            bf16_inputs: inputs of products with bf16 weights: rounded to "bf16", or "f32". The results differ, but each
+                kind has the same bits on every CPU. "auto" is the faster one: "bf16" on CPUs with AVX-512 BF16, else
+                "f32". Name one to replay elsewhere what was generated here; `Model.bf16_inputs` says which it was.
 
         Raises:
             ModelNotFound: no model has that name.
             DownloadError: the download failed.
             ModelFileError: a file is damaged; names file and tensor or key.
             Unsupported: an unsupported family, tensor type or tokenizer; or this build has no CUDA, NCCL is missing for
-                several GPUs, or cuBLASLt cannot be loaded; or window_kv is "drop" on a GPU.
+                several GPUs, or cuBLASLt cannot be loaded; or window_kv is "drop", or bf16_inputs is set, on a GPU.
             InvalidArgument: an option is out of range.
-            OutOfMemory: the system refused memory.
+            OutOfMemory: the weights do not fit the available memory (of the system, or of a cgroup), or the system
+                refused memory.
             DeviceOutOfMemory: the GPU has not enough memory.
             DeviceError: no driver, no GPU, or it failed.
         """
@@ -210,6 +223,7 @@ class Model:
         for name, value, most in limits:
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise InvalidArgument(f"{name} is {value!r}, must be a whole number in 1 .. {most}")
+        inputs_of_bf16(bf16_inputs)
         if window_kv not in WINDOW_KV:
             raise InvalidArgument(f"window_kv is {window_kv!r}, must be one of {', '.join(WINDOW_KV)}")
         placement = Placement(device, device_memory, tensor_parallel, device_products)
@@ -235,10 +249,12 @@ class Model:
                 context=context,
                 kv_memory=kv_memory,
                 drops_windowed=window_kv == "drop",
+                bf16_inputs=bf16_inputs,
                 progress=load_progress,
                 placement=placement,
                 meanwhile=read_tokenizer,
                 pins=pin_threads,
+                ignore_memory=ignore_memory,
             )
         finally:
             checkpoint.close()
@@ -247,7 +263,15 @@ class Model:
         model = cls(path, runner, tokenizer, label, kv, n_threads, scheduler, digest, defaults, speculation=speculation)
         if draft_model is not None:
             try:
-                model._drafts_with(cls.load(draft_model, threads=n_threads, fetch=fetch, fetch_progress=fetch_progress))
+                model._drafts_with(
+                    cls.load(
+                        draft_model,
+                        threads=n_threads,
+                        fetch=fetch,
+                        fetch_progress=fetch_progress,
+                        ignore_memory=ignore_memory,
+                    )
+                )
             except BaseException:
                 model.close()
                 raise

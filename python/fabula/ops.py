@@ -42,8 +42,9 @@ __all__ = [
 F32 = npt.NDArray[np.float32]
 Weight = _native.Weight
 Precision = Literal[
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k"
-]
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "mxfp4", "q3_k",
+    "q2_k",
+]  # fmt: skip
 
 _DTYPES = {dtype.name.lower(): dtype for dtype in DType}
 
@@ -138,10 +139,26 @@ def swiglu(gate: npt.ArrayLike, up: npt.ArrayLike, *, threads: int | None = None
     return _operators.swiglu(left, right, _threads(threads), isa)
 
 
-def pack(matrix: npt.ArrayLike, *, precision: Precision = "f32", threads: int | None = None) -> Weight:
-    """Packs a matrix [n_rows, n_cols], one output per row, for `linear`."""
+def pack(
+    matrix: npt.ArrayLike,
+    *,
+    precision: Precision = "f32",
+    threads: int | None = None,
+    bf16_inputs: Literal["bf16", "f32"] = "bf16",
+) -> Weight:
+    """Packs a matrix [n_rows, n_cols], one output per row, for `linear`.
+
+    Args:
+        matrix: float32 [n_rows, n_cols].
+        precision: format in memory.
+        bf16_inputs: what products with a matrix in bf16 take: inputs rounded to "bf16", which CPUs with AVX-512 BF16
+            multiply faster, or "f32", which others do. The results differ.
+    """
     rows = _array(matrix, "matrix", 2)
-    weight = Weight(_precision("precision", precision, _DTYPES), *rows.shape)
+    dtype = _precision("precision", precision, _DTYPES)
+    if bf16_inputs not in ("bf16", "f32"):
+        raise InvalidArgument(f"bf16_inputs is {bf16_inputs!r}, must be bf16 or f32")
+    weight = Weight(dtype, *rows.shape, f32_inputs=dtype == DType.BF16 and bf16_inputs == "f32")
     weight.pack_rows(rows.view(np.uint8).reshape(-1), DType.F32, rows.shape[0], n_threads=_threads(threads))
     return weight
 

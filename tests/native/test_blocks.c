@@ -22,7 +22,7 @@ extern const struct fb_kernels fb_kernels_avx512_emulated;
 #endif
 
 static const enum fb_dtype dtypes[] = {
-    FB_Q8_0, FB_Q4_0, FB_Q4_1, FB_Q5_0, FB_Q5_1, FB_Q4_K, FB_Q5_K, FB_Q6_K, FB_Q2_K, FB_Q3_K, FB_IQ4_NL};
+    FB_Q8_0, FB_Q4_0, FB_Q4_1, FB_Q5_0, FB_Q5_1, FB_Q4_K, FB_Q5_K, FB_Q6_K, FB_Q2_K, FB_Q3_K, FB_IQ4_NL, FB_MXFP4};
 enum { N_DTYPES = sizeof dtypes / sizeof *dtypes, MOST_COLUMNS = 1024, MOST_PANELS = 5, MOST_TOKENS = 50 };
 
 static uint64_t state;
@@ -52,6 +52,10 @@ static void fill_blocks(enum fb_dtype dtype, char *rows, size_t n_blocks, bool t
     if (!tame) return;
     for (size_t b = 0; b < n_blocks; b++) {
         char *block = rows + b * block_bytes;
+        if (dtype == FB_MXFP4) {
+            block[0] = (char)(112 + (uint8_t)block[0] % 32);
+            continue;
+        }
         char *d = dtype == FB_Q6_K || dtype == FB_Q3_K ? block + block_bytes - 2
                   : dtype == FB_Q2_K                   ? block + block_bytes - 4
                                                        : block;

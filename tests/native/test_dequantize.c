@@ -139,6 +139,17 @@ static void test_blocks_of_32(void) {
     iq4_nl.qs[15] = 0x78; /* element 15: level 8, element 31: level 7 */
     decode(FB_IQ4_NL, &iq4_nl, x);
     CHECK(x[0] == -63.5f && x[16] == 56.5f && x[15] == 0.5f && x[31] == -5.0f);
+
+    struct fb_block_mxfp4 mxfp4 = {.e = 128};
+    mxfp4.qs[0] = 0xF1;  /* element 0: level 1, element 16: level 15 */
+    mxfp4.qs[15] = 0x78; /* element 15: minus zero, element 31: level 7 */
+    decode(FB_MXFP4, &mxfp4, x);
+    CHECK(x[0] == 1.0f && x[16] == -12.0f && x[15] == 0.0f && !signbit(x[15]) && x[31] == 12.0f);
+    for (int e = 0; e < 256; e++) {
+        mxfp4.e = (uint8_t)e;
+        decode(FB_MXFP4, &mxfp4, x);
+        CHECK(x[0] == ldexpf(1.0f, e - 128) && x[16] == -12.0f * x[0]);
+    }
 }
 
 /* Scales and mins of q4_k and q5_k: scale 0 = 1, scale 1 = 63, scale 5 = 0x2A, min 0 = 2, min 5 = 0x15. */

@@ -76,13 +76,14 @@ struct table {
 /* The reference, which is slow, computes each product once for all tables. */
 static void test_gemm(const struct table *tables, size_t n_tables, uint64_t seed) {
     static const size_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25}, depths[] = {0, 1, 5, 64, 255, 256, 257, 600};
-    for (int dtype = 0; dtype < FB_GEMM_DTYPES; dtype++)
+    for (int dtype = 0; dtype < FB_KERNEL_DTYPES; dtype++)
         for (size_t n_panels = 1; n_panels <= 5; n_panels++)
             for (size_t ti = 0; ti < sizeof tokens / sizeof *tokens; ti++) {
                 state = seed + n_panels * 131 + ti;
                 const size_t n_tokens = tokens[ti], n_k = depths[next_random() % 8], gap = next_random() % 3 * 16;
                 const size_t width = 1 + next_random() % 2, held = (n_panels + 1) / 2 * 2;
-                const size_t stride = n_k * 16 + gap, ldx = n_k + next_random() % 5,
+                const size_t held_k = dtype == FB_BF16 ? (n_k + 1) / 2 * 2 : n_k; /* columns in pairs */
+                const size_t stride = held_k * 16 + gap, ldx = n_k + next_random() % 5,
                              ldy = n_panels * 16 + next_random() % 5;
                 const bool hostile = next_random() % 4 == 0, accumulate = next_random() % 2;
                 float *wide = random_floats(held * stride + 16, hostile);

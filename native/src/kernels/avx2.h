@@ -142,12 +142,9 @@ static inline __attribute__((always_inline)) v64 v64_left(v64 a, int n) {
 static inline __attribute__((always_inline)) v64 v64_right(v64 a, int n) {
     return BOTH(_mm256_srli_epi16(a.low, n), _mm256_srli_epi16(a.high, n));
 }
-/* table[a] + 128 */
-static inline v64 v64_lookup(const int8_t table[16], v64 a) {
+static inline v64 v64_lookup(const uint8_t table[16], v64 a) {
     const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    const __m256i sign = _mm256_set1_epi8((char)0x80);
-    return BOTH(_mm256_xor_si256(_mm256_shuffle_epi8(all, a.low), sign),
-        _mm256_xor_si256(_mm256_shuffle_epi8(all, a.high), sign));
+    return BOTH(_mm256_shuffle_epi8(all, a.low), _mm256_shuffle_epi8(all, a.high));
 }
 static inline v16 v16_first_of_pairs(v64 a) {
     return EACH(_mm256_castsi256_ps(_mm256_slli_epi32(a.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.high, 16)));
@@ -182,6 +179,16 @@ static inline __attribute__((always_inline)) v16i v16i_right(v16i a, int n) {
 }
 static inline v16 v16_from_v16i(v16i a) {
     return EACH(_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high));
+}
+/* The larger of the bits of a normal and of a subnormal number is the right one, for every byte. */
+static inline __m256 load_e8m0_8(const uint8_t *x) {
+    const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x)), one = _mm256_set1_epi32(1);
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, one), 23);
+    const __m256i subnormal = _mm256_slli_epi32(_mm256_add_epi32(e, one), 21);
+    return _mm256_castsi256_ps(_mm256_max_epi32(normal, subnormal));
+}
+static inline v16 v16_load_e8m0(const uint8_t *x) {
+    return EACH(load_e8m0_8(x), load_e8m0_8(x + 8));
 }
 static inline int32_t v16_to_codes(v16 a, int8_t *out) {
     const __m256i low = _mm256_cvtps_epi32(a.low), high = _mm256_cvtps_epi32(a.high);

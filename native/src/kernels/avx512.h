@@ -108,10 +108,8 @@ static inline __attribute__((always_inline)) v64 v64_left(v64 a, unsigned n) {
 static inline __attribute__((always_inline)) v64 v64_right(v64 a, unsigned n) {
     return _mm512_srli_epi16(a, n);
 }
-/* table[a] + 128 */
-static inline v64 v64_lookup(const int8_t table[16], v64 a) {
-    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
-    return _mm512_xor_si512(_mm512_shuffle_epi8(all, a), _mm512_set1_epi8((char)0x80));
+static inline v64 v64_lookup(const uint8_t table[16], v64 a) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), a);
 }
 static inline v16 v16_first_of_pairs(v64 a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
@@ -140,6 +138,13 @@ static inline __attribute__((always_inline)) v16i v16i_right(v16i a, unsigned n)
 }
 static inline v16 v16_from_v16i(v16i a) {
     return _mm512_cvtepi32_ps(a);
+}
+/* As load_e8m0_8 of avx2.h. */
+static inline v16 v16_load_e8m0(const uint8_t *x) {
+    const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x)), one = _mm512_set1_epi32(1);
+    const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, one), 23);
+    const __m512i subnormal = _mm512_slli_epi32(_mm512_add_epi32(e, one), 21);
+    return _mm512_castsi512_ps(_mm512_max_epi32(normal, subnormal));
 }
 static inline int32_t v16_to_codes(v16 a, int8_t *out) {
     const __m512i codes = _mm512_cvtps_epi32(a);

@@ -22,7 +22,7 @@
  *   v64                      64 bytes: a line of a block
  *   v64_load v64_store v64_and (with one byte everywhere) v64_or
  *   v64_left v64_right       shifts of 16-bit lanes by a constant; bits that cross bytes are masked here
- *   v64_lookup               bytes 0 .. 15 to table[byte] + 128, table of 16
+ *   v64_lookup               bytes 0 .. 15 to table[byte], table of 16
  *   v64_minus                subtracts one byte from all; only with MATRIX_TILES
  *   v16i                     16 int32, lane j for row j of a panel
  *   v16i_dot                 sums + dot product of each lane's 4 codes with 4 activations (the same for all
@@ -36,6 +36,7 @@
  *   DOT_KNOWS_ZERO           whether dot products of wide codes subtract their zero point of 128
  *   DOT_CHAINS               chains of dot products with one or two tokens, 1 or 2; 1 with HAS_PAIR_SUMS
  *   v16i_start               -(sum of activations) << shift in all lanes
+ *   v16_load_e8m0            16 bytes e to 2^(e - 128), as fb_e8m0_to_f32
  *   v16i_add v16i_load_u8 v16i_load_s8 v16i_and v16i_right v16_from_v16i
  *   v16_to_codes             16 f32 to 16 int8, rounding to even; returns the sum of the codes
  *   v16_top_magnitude        bits of the largest magnitude of 32 f32; as integers NaN > infinity > the rest
@@ -60,10 +61,8 @@
  *     SCALE_REPEATS                    1       1           1     1          2
  *
  * Tested by test_blocks, bit for bit against reference_blocks.c: every table that the CPU or an emulation
- * has, all 11 formats, 1 .. 50 tokens, 1 .. 5 panels, 32 .. 1024 columns.
+ * has, all 12 formats, 1 .. 50 tokens, 1 .. 5 panels, 32 .. 1024 columns.
  */
-#include "quant/blocks.h"
-
 enum { SLICE_BLOCKS = 8 }; /* unpacked at a time: 4 KiB of codes per panel */
 
 /* Lines of a block in a slice: codes, and with HAS_PAIR_SUMS the magnitudes of wide codes. */
@@ -111,7 +110,7 @@ INLINE v64 unpack_line(const enum fb_dtype dtype, const uint8_t *codes, const in
         line = take_bits(v64_load(codes + q / 4 * FB_LINE), q % 4 * 2, 0, 3);
     if (bits == 6) line = v64_or(line, take_bits(v64_load(high + q / 4 * FB_LINE), q % 4 * 2, 4, 48));
     if (bits == 5 || bits == 3) line = v64_or(line, take_bits(v64_load(high), q, bits - 1, 1 << (bits - 1)));
-    return dtype == FB_IQ4_NL ? v64_lookup(fb_iq4_nl_values, line) : line;
+    return fb_code_table(dtype) ? v64_lookup(fb_code_table(dtype), line) : line;
 }
 
 INLINE v16 minus(v16 x) {
@@ -140,6 +139,9 @@ INLINE void unpack_scales(
     case FB_SCALE_D:
         *scale = v16_load_f16(halfs);
         break;
+    case FB_SCALE_E:
+        *scale = v16_load_e8m0(bytes);
+        break;
     case FB_SCALE_D_M:
         *scale = v16_load_f16(halfs);
         *offset = v16_load_f16(halfs + 16);
@@ -159,10 +161,12 @@ INLINE void unpack_scales(
 
 /* ---- Dot products ------------------------------------------------------------------------------------------------ */
 
-/* Where `max_code` is an argument, it is a constant: the largest unpacked code of a format, WIDE for is_wide. */
+/* Where `max_code` is an argument, it is a constant: the largest unpacked code of a format, WIDE for is_wide. The
+ * table of mxfp4 ends at 28, which 5 bits hold. */
 enum { WIDE = 255 };
 
 INLINE int max_code_of(const enum fb_dtype dtype) {
+    if (dtype == FB_MXFP4) return 31;
     return fb_layout_of(dtype).is_wide ? WIDE : (1 << fb_layout_of(dtype).bits) - 1;
 }
 
@@ -331,7 +335,7 @@ TILE_KIND(tiles_16_of_6_bits, 2, false, 63)
 INLINE tiles_function tiles_of(const enum fb_dtype dtype) {
     if (fb_layout_of(dtype).is_wide && !UNPACKS_SIGNED) return tiles_wide;
 #ifdef HAS_PAIR_SUMS
-    if (fb_layout_of(dtype).bits == 5) return fb_has_offset(dtype) ? tiles_32_of_5_bits_offset : tiles_32_of_5_bits;
+    if (max_code_of(dtype) == 31) return fb_has_offset(dtype) ? tiles_32_of_5_bits_offset : tiles_32_of_5_bits;
     if (fb_layout_of(dtype).bits == 6) return tiles_16_of_6_bits;
 #endif
     if (fb_groups(dtype) == 1) return fb_has_offset(dtype) ? tiles_32_offset : tiles_32;
@@ -392,6 +396,7 @@ static void gemm_blocks(enum fb_dtype dtype, const char *panels, size_t n_panels
         FORMAT_CASE(FB_Q2_K)
         FORMAT_CASE(FB_Q3_K)
         FORMAT_CASE(FB_IQ4_NL)
+        FORMAT_CASE(FB_MXFP4)
     default:
         break;
     }

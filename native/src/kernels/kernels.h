@@ -14,7 +14,8 @@
  *                 y = fma(weight offset, activation scale * sum of codes, y)        formats with an offset
  *   pairs      products of bf16 weights and inputs rounded to bf16: as products, but of each pair of columns
  *              the second is added first. Numbers and sums below the smallest normal f32 may count as zero,
- *              as the CPU's instructions for it do.
+ *              as the CPU's instructions for it do. Where a CPU lacks those, bf16 weights are faster as
+ *              `products` with inputs in f32, which gives other bits: a weight says which it takes.
  *   sums       a sum over n numbers runs in 16 lanes (number i in lane i % 16), which are then folded:
  *              lane j + lane j+8, then +4, +2, +1.
  *   exp        one polynomial, the same operations in the same order everywhere (see exp.h).
@@ -33,12 +34,11 @@
 
 enum { FB_LANES = 16 }; /* rows of a panel, lanes of a sum */
 
-/* Formats that `narrow` and `widen` convert (F32, F16, BF16) and that `gemm` takes (F32, F16; bf16 uses
- * gemm_pairs). */
-enum { FB_KERNEL_DTYPES = 3, FB_GEMM_DTYPES = 2 };
+/* The plain formats F32, F16 and BF16, which `narrow`, `widen` and `gemm` take. */
+enum { FB_KERNEL_DTYPES = 3 };
 
 /* Kinds of activations; numbers that one takes (xielu), at most. */
-enum { FB_ACTIVATION_KINDS = FB_ACTIVATION_TANH + 1, FB_ACTIVATION_NUMBERS = 4 };
+enum { FB_ACTIVATION_KINDS = FB_ACTIVATION_CLAMPED_SILU + 1, FB_ACTIVATION_NUMBERS = 4 };
 
 /* Bytes per panel element of these formats, or of signed bytes, which use the number of Q8_0. */
 static inline size_t fb_element_bytes(enum fb_dtype dtype) {
@@ -63,10 +63,11 @@ static inline size_t fb_panel_at(const struct fb_panels *panels, size_t line, si
 }
 
 /* y[t][16 p + j] = (accumulate ? y : 0) + sum over k of panel_p[k][j] * x[t][k]
- *   panels   n_panels panels of [n_k][16] elements
+ *   panels   n_panels panels of [n_k][16] elements; of bf16 [(n_k + 1) / 2][16] pairs of columns
  *   x        [n_tokens][ldx], its first n_k columns used
  *   y        [n_tokens][ldy], its first 16 n_panels columns used
- *   next     panels of the same shape that are read next, prefetched meanwhile; NULL for none */
+ *   next     prefetched meanwhile, in the same steps: panels of the same shape that are read next, or these
+ *            themselves some bytes ahead; NULL for none. May go beyond the end of the weight */
 typedef void (*fb_gemm_kernel)(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
     size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next);
 
@@ -100,7 +101,7 @@ typedef void (*fb_gemm_pairs_kernel)(struct fb_panels panels, size_t n_panels, s
 typedef void (*fb_quantize_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
 struct fb_kernels {
-    fb_gemm_kernel gemm[FB_GEMM_DTYPES];
+    fb_gemm_kernel gemm[FB_KERNEL_DTYPES];
     fb_gemm_kernel gemm_bytes; /* panels of signed bytes, used as integers */
     fb_gemm_blocks_kernel gemm_blocks;
     fb_quantize_kernel quantize;

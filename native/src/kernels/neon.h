@@ -158,9 +158,8 @@ static inline __attribute__((always_inline)) uint8x16_t right(uint8x16_t x, int 
 static inline __attribute__((always_inline)) v64 v64_right(v64 x, int n) {
     return (v64){right(x.a, n), right(x.b, n), right(x.c, n), right(x.d, n)};
 }
-/* table[x] + 128 */
-static inline v64 v64_lookup(const int8_t table[16], v64 x) {
-    const uint8x16_t all = veorq_u8(vreinterpretq_u8_s8(vld1q_s8(table)), vdupq_n_u8(0x80));
+static inline v64 v64_lookup(const uint8_t table[16], v64 x) {
+    const uint8x16_t all = vld1q_u8(table);
     return (v64){vqtbl1q_u8(all, x.a), vqtbl1q_u8(all, x.b), vqtbl1q_u8(all, x.c), vqtbl1q_u8(all, x.d)};
 }
 static inline float32x4_t first_of_pairs(uint8x16_t x) {
@@ -206,6 +205,16 @@ static inline __attribute__((always_inline)) v16i v16i_right(v16i x, int n) {
 }
 static inline v16 v16_from_v16i(v16i x) {
     return OF_1(v16, vcvtq_f32_s32, x);
+}
+/* As load_e8m0_8 of avx2.h. */
+static inline float32x4_t e8m0_4(int32x4_t e) {
+    const int32x4_t one = vdupq_n_s32(1);
+    const int32x4_t normal = vshlq_n_s32(vsubq_s32(e, one), 23), subnormal = vshlq_n_s32(vaddq_s32(e, one), 21);
+    return vreinterpretq_f32_s32(vmaxq_s32(normal, subnormal));
+}
+static inline v16 v16_load_e8m0(const uint8_t *x) {
+    const v16i e = v16i_load_u8(x);
+    return OF_1(v16, e8m0_4, e);
 }
 static inline int32_t v16_to_codes(v16 x, int8_t *out) {
     const v16i whole = OF_1(v16i, vcvtnq_s32_f32, x);

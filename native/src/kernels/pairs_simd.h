@@ -1,6 +1,6 @@
 /*
- * pairs_simd.h - products of bf16 weights and inputs rounded to bf16; simd.h includes it. A line of 64 bytes
- * holds two columns of 16 rows:
+ * pairs_simd.h - products of bf16 weights and inputs rounded to bf16; simd.h includes it, and has those with
+ * inputs in f32. A line of 64 bytes holds two columns of 16 rows:
  *
  *     panel       | line 0: columns 0, 1 | line 1: columns 2, 3 | ...        PAIR_LINE = 32 elements per line
  *     line        | row 0: 2 columns | row 1: 2 columns | ... | row 15: 2 columns |

@@ -12,10 +12,19 @@
 #include <math.h>
 #include <string.h>
 
-static float element(enum fb_dtype dtype, const void *base, size_t index) {
-    if (dtype == FB_F32) return ((const float *)base)[index];
-    if (dtype == FB_Q8_0) return (float)((const int8_t *)base)[index];
-    return fb_f16_to_f32(((const uint16_t *)base)[index]);
+/* Columns of a line. */
+static size_t columns_of(enum fb_dtype dtype) {
+    return dtype == FB_BF16 ? 2 : 1;
+}
+
+/* Column k of lane j of the panel that begins at element `panel`. */
+static float element(enum fb_dtype dtype, const struct fb_panels *panels, size_t panel, size_t j, size_t k) {
+    const size_t columns = columns_of(dtype);
+    const size_t index = panel + (k / columns * panels->width * FB_LANES + j) * columns + k % columns;
+    if (dtype == FB_F32) return ((const float *)panels->first)[index];
+    if (dtype == FB_Q8_0) return (float)((const int8_t *)panels->first)[index];
+    const uint16_t half = ((const uint16_t *)panels->first)[index];
+    return dtype == FB_BF16 ? fb_bf16_to_f32(half) : fb_f16_to_f32(half);
 }
 
 static void gemm(enum fb_dtype dtype, struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
@@ -25,9 +34,9 @@ static void gemm(enum fb_dtype dtype, struct fb_panels panels, size_t n_panels, 
             for (size_t j = 0; j < FB_LANES; j++) {
                 float *out = &y[t * ldy + p * FB_LANES + j];
                 float sum = accumulate ? *out : 0.0f;
-                const size_t at = fb_panel_at(&panels, FB_LANES, p) + j;
+                const size_t panel = fb_panel_at(&panels, FB_LANES * columns_of(dtype), p);
                 for (size_t k = 0; k < n_k; k++)
-                    sum = fmaf(element(dtype, panels.first, at + k * panels.width * FB_LANES), x[t * ldx + k], sum);
+                    sum = fmaf(element(dtype, &panels, panel, j, k), x[t * ldx + k], sum);
                 *out = sum;
             }
 }
@@ -42,6 +51,12 @@ static void gemm_f16(struct fb_panels panels, size_t n_panels, size_t n_k, const
     float *y, size_t ldy, bool accumulate, const void *next) {
     (void)next;
     gemm(FB_F16, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
+}
+
+static void gemm_bf16(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate, const void *next) {
+    (void)next;
+    gemm(FB_BF16, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate);
 }
 
 static void gemm_bytes(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
@@ -186,7 +201,7 @@ static void widen_bf16(const void *x, size_t n, float *out) {
 #include "kernels/elementwise.h"
 
 const struct fb_kernels fb_kernels_reference = {
-    .gemm = {gemm_f32, gemm_f16},
+    .gemm = {gemm_f32, gemm_f16, gemm_bf16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = fb_reference_gemm_blocks,
     .quantize = fb_reference_quantize,

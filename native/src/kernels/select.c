@@ -43,7 +43,7 @@ enum { TOKENS = 40, PANELS = 2, COLUMNS = 2 * FB_SUPER_COLUMNS };
 
 bool fb_kernels_agree(const struct fb_kernels *kernels) {
     /* One format of each code width and each kind of scales. */
-    static const enum fb_dtype formats[] = {FB_Q8_0, FB_Q5_1, FB_Q4_K, FB_Q6_K, FB_Q2_K};
+    static const enum fb_dtype formats[] = {FB_Q8_0, FB_Q5_1, FB_Q4_K, FB_Q6_K, FB_Q2_K, FB_MXFP4};
     enum { BLOCKS = COLUMNS / FB_BLOCK_COLUMNS };
     float inputs[COLUMNS], wanted[TOKENS * PANELS * FB_LANES], got[TOKENS * PANELS * FB_LANES];
     struct fb_activation activations[TOKENS * BLOCKS];

@@ -5,6 +5,7 @@
  *
  *     panel    16 rows of W, column after column:   | line 0 | line 1 | ... | line n_k - 1 |
  *     line     one column of a panel, a v16:        | row 0 | row 1 | ... | row 15 |
+ *              in bf16 a pair of columns, a v64:    | row 0: 2 columns | ... | row 15: 2 columns |
  *     tile     n_tokens x n_panels sums in registers, each a v16 with lane j for row j of its panel. All
  *              lines are multiplied into it; each line is loaded once and each input broadcast once:
  *
@@ -40,8 +41,8 @@
  *                             3: 2, 4 .. 6: 1   4 .. 12: 2       others: 1
  *
  * Every order of summation is that of kernels.h, so results equal reference.c bit for bit. Tested by
- * test_kernels for every table that the CPU or an emulation has: f32 and f16, 1 .. 5 panels, width 1 and 2, k
- * of 0 .. 600, 1 .. 7, 11 .. 13 and 25 tokens, with and without `accumulate` and `next`, misaligned and
+ * test_kernels for every table that the CPU or an emulation has: f32, f16 and bf16, 1 .. 5 panels, width 1 and
+ * 2, k of 0 .. 600, 1 .. 7, 11 .. 13 and 25 tokens, with and without `accumulate` and `next`, misaligned and
  * hostile inputs.
  */
 #include "kernels/exp.h"
@@ -66,9 +67,19 @@ enum { PREFETCH_TOKENS = MAX_TOKENS - 1 };
 
 /* ---- Matrix products --------------------------------------------------------------------------------------------- */
 
-INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index) {
+/* Columns of a line. */
+INLINE size_t columns_of(const enum fb_dtype dtype) {
+    return dtype == FB_BF16 ? 2 : 1;
+}
+
+/* One column of the line that begins at element `index`. */
+INLINE v16 load_weights(const enum fb_dtype dtype, const void *panels, size_t index, const size_t column) {
     if (dtype == FB_F32) return v16_load((const float *)panels + index);
     if (dtype == FB_F16) return v16_load_f16((const uint16_t *)panels + index);
+    if (dtype == FB_BF16) {
+        const v64 pairs = v64_load((const uint8_t *)((const uint16_t *)panels + index));
+        return column == 0 ? v16_first_of_pairs(pairs) : v16_second_of_pairs(pairs);
+    }
     return v16_from_v16i(v16i_load_s8((const uint8_t *)panels + index));
 }
 
@@ -99,36 +110,47 @@ INLINE size_t panels_of_tile(const struct fb_panels *panels, size_t element_byte
     return panels->stride * element_bytes < MEMORY_PAGE ? 1 : TILE_PANELS(tokens);
 }
 
-/* One tile over all n_k lines. `apart`: elements from panel to panel; `step`: from line to line. The first
+/* Adds one column of a line, that of the inputs at x. `apart`: elements from panel to panel. */
+INLINE void tile_column(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
+    size_t apart, size_t index, const size_t column, const float *x, size_t ldx, v16 *sums) {
+    v16 weights[MAX_PANELS];
+    UNROLL
+    for (size_t p = 0; p < n_panels; p++)
+        weights[p] = load_weights(dtype, panels, p * apart + index, column);
+    UNROLL
+    for (size_t t = 0; t < n_tokens; t++) {
+        v16 input = v16_set1(x[t * ldx]);
+        UNROLL
+        for (size_t p = 0; p < n_panels; p++)
+            sums[p * n_tokens + t] = v16_fma(weights[p], input, sums[p * n_tokens + t]);
+    }
+}
+
+/* One tile over all n_k columns. `apart`: elements from panel to panel; `step`: from line to line. The first
  * three arguments are constants at every call, so each tile compiles to straight-line code. */
 INLINE void tile(const enum fb_dtype dtype, const size_t n_tokens, const size_t n_panels, const void *panels,
     size_t apart, size_t step, size_t n_k, const float *x, size_t ldx, float *y, size_t ldy, bool accumulate,
     const void *next) {
     v16 sums[SUMS];
     load_sums(n_tokens, n_panels, y, ldy, accumulate, sums);
-    for (size_t k = 0; k < n_k; k++) {
-        v16 weights[MAX_PANELS];
-        UNROLL
-        for (size_t p = 0; p < n_panels; p++)
-            weights[p] = load_weights(dtype, panels, p * apart + k * step);
+    size_t k = 0, index = 0;
+    for (; k + columns_of(dtype) <= n_k; k += columns_of(dtype), index += step) {
         if (n_tokens <= PREFETCH_TOKENS) UNROLL
         for (size_t p = 0; p < n_panels; p++)
-            __builtin_prefetch((const char *)next + (p * apart + k * step) * fb_element_bytes(dtype), 0, 2);
-        UNROLL
-        for (size_t t = 0; t < n_tokens; t++) {
-            v16 input = v16_set1(x[t * ldx + k]);
-            UNROLL
-            for (size_t p = 0; p < n_panels; p++)
-                sums[p * n_tokens + t] = v16_fma(weights[p], input, sums[p * n_tokens + t]);
-        }
+            __builtin_prefetch((const char *)next + (p * apart + index) * fb_element_bytes(dtype), 0, 2);
+        tile_column(dtype, n_tokens, n_panels, panels, apart, index, 0, x + k, ldx, sums);
+        if (columns_of(dtype) == 2)
+            tile_column(dtype, n_tokens, n_panels, panels, apart, index, 1, x + k + 1, ldx, sums);
     }
+    if (columns_of(dtype) == 2 && k < n_k)
+        tile_column(dtype, n_tokens, n_panels, panels, apart, index, 0, x + k, ldx, sums);
     store_sums(n_tokens, n_panels, sums, y, ldy);
 }
 
 INLINE void gemm_tiles(const enum fb_dtype dtype, const struct fb_panels panels, size_t n_panels, size_t n_k,
     const float *x, size_t ldx, size_t n_tokens, float *y, size_t ldy, bool accumulate, const void *next) {
-    const size_t element_bytes = fb_element_bytes(dtype);
-    const size_t apart = panels.width == 1 ? panels.stride : FB_LANES, step = panels.width * FB_LANES;
+    const size_t element_bytes = fb_element_bytes(dtype), line = columns_of(dtype) * FB_LANES;
+    const size_t apart = panels.width == 1 ? panels.stride : line, step = panels.width * line;
     size_t tokens;
     for (size_t t = 0; t < n_tokens; t += tokens) {
         /* Tiles of nearly equal size: one of 12 and one of 4 would take longer than two of 8. */
@@ -137,7 +159,7 @@ INLINE void gemm_tiles(const enum fb_dtype dtype, const struct fb_panels panels,
         const size_t most = panels_of_tile(&panels, element_bytes, tokens);
         for (size_t p = 0; p < n_panels; p += most) {
             const size_t count = n_panels - p < most ? n_panels - p : most;
-            const size_t at = fb_panel_at(&panels, FB_LANES, p) * element_bytes;
+            const size_t at = fb_panel_at(&panels, line, p) * element_bytes;
             const char *from = (const char *)panels.first + at;
             /* Only a single tile prefetches: with several, the first ones wait for memory themselves. */
             const char *after = next && n_tiles == 1 ? (const char *)next + at : from;
@@ -165,7 +187,7 @@ INLINE void gemm(const enum fb_dtype dtype, const struct fb_panels panels, size_
         gemm_tiles(dtype, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
         return;
     }
-    const size_t slice_panels = TILE_PANELS(MAX_TOKENS), step = panels.width * FB_LANES;
+    const size_t slice_panels = TILE_PANELS(MAX_TOKENS), columns = columns_of(dtype), line = columns * FB_LANES;
     /* One of two interleaved panels is copied too: its lines would occupy half of L1's sets. */
     const bool copies = dtype != FB_F32 || slice_panels < panels.width;
     _Alignas(64) float slice[MAX_PANELS * SLICE * FB_LANES];
@@ -175,13 +197,17 @@ INLINE void gemm(const enum fb_dtype dtype, const struct fb_panels panels, size_
             const size_t length = n_k - k < SLICE ? n_k - k : SLICE;
             struct fb_panels part = {slice, 1, SLICE * FB_LANES};
             for (size_t q = 0; copies && q < count; q++) {
-                const size_t at = fb_panel_at(&panels, FB_LANES, p + q) + k * step;
-                for (size_t i = 0; i < length; i++)
-                    v16_store(slice + (q * SLICE + i) * FB_LANES, load_weights(dtype, panels.first, at + i * step));
+                size_t at = fb_panel_at(&panels, line, p + q) + k / columns * panels.width * line;
+                for (size_t i = 0; i < length; i += columns, at += panels.width * line) {
+                    float *out = slice + (q * SLICE + i) * FB_LANES;
+                    v16_store(out, load_weights(dtype, panels.first, at, 0));
+                    if (columns == 2 && i + 1 < length)
+                        v16_store(out + FB_LANES, load_weights(dtype, panels.first, at, 1));
+                }
             }
             if (!copies) {
                 part = panels;
-                part.first = (const float *)panels.first + fb_panel_at(&panels, FB_LANES, p) + k * step;
+                part.first = (const float *)panels.first + fb_panel_at(&panels, line, p) + k * panels.width * line;
             }
             gemm_tiles(
                 FB_F32, part, count, length, x + k, ldx, n_tokens, y + p * FB_LANES, ldy, accumulate || k > 0, NULL);
@@ -197,6 +223,11 @@ static void gemm_f32(struct fb_panels panels, size_t n_panels, size_t n_k, const
 static void gemm_f16(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
     float *y, size_t ldy, bool accumulate, const void *next) {
     gemm(FB_F16, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
+}
+
+static void gemm_bf16(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx, size_t n_tokens,
+    float *y, size_t ldy, bool accumulate, const void *next) {
+    gemm(FB_BF16, panels, n_panels, n_k, x, ldx, n_tokens, y, ldy, accumulate, next);
 }
 
 static void gemm_bytes(struct fb_panels panels, size_t n_panels, size_t n_k, const float *x, size_t ldx,
@@ -380,7 +411,7 @@ FORMAT(bf16)
 #include "kernels/elementwise.h"
 
 const struct fb_kernels KERNEL_TABLE = {
-    .gemm = {gemm_f32, gemm_f16},
+    .gemm = {gemm_f32, gemm_f16, gemm_bf16},
     .gemm_bytes = gemm_bytes,
     .gemm_blocks = gemm_blocks,
     .quantize = quantize,

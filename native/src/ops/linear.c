@@ -4,9 +4,10 @@
 #include <string.h>
 
 enum {
-    MAX_PANELS = 4,   /* panels per work item; even, for gate and up */
-    FEW_TOKENS = 4,   /* up to so many memory is the limit, and an item of two panels takes about a microsecond */
-    TOKEN_BLOCK = 96, /* tokens per work item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
+    MAX_PANELS = 4,    /* panels per work item; even, for gate and up */
+    FEW_TOKENS = 4,    /* up to so many memory is the limit, and an item of two panels takes about a microsecond */
+    READ_AHEAD = 8192, /* bytes that few tokens prefetch: 128 lines in flight outlast the latency of memory */
+    TOKEN_BLOCK = 96,  /* tokens per work item: 96 KiB per 256 columns stay in L2; 96 = 16 x 6 = 8 x 12 */
     ITEMS_PER_THREAD = 8
 };
 
@@ -33,17 +34,51 @@ static bool all_finite(const float *x, size_t n) {
     return found == 0;
 }
 
-/* out = activation(gate) * up for a panel of each; `up` follows `gate`, `out` may be `gate`. */
-static void apply_gate(const struct fb_linear *linear, float *gate, float *out) {
+/* FB_ACTIVATION_CLAMPED_SILU; NaN stays NaN. 1.702 is the factor with which x sigmoid(1.702 x) comes nearest to GELU
+ * (Hendrycks and Gimpel 2016). */
+static void clamped_silu(const struct fb_kernels *kernels, float limit, float *gate, float *up) {
+    static const float alpha = 1.702f;
+    for (size_t j = 0; j < FB_LANES; j++) {
+        const float g = gate[j] > limit ? limit : gate[j];
+        const float low = up[j] < -limit ? -limit : up[j];
+        gate[j] = g * alpha;
+        up[j] = (low > limit ? limit : low) + 1.0f;
+    }
+    kernels->swiglu(gate, up, FB_LANES, gate);
+    kernels->scale(gate, FB_LANES, 1.0f / alpha);
+}
+
+void fb_linear_gate(const struct fb_linear *linear, float *gate, float *out) {
     const struct fb_kernels *kernels = linear->kernels;
     float *up = gate + FB_LANES;
     if (linear->activation == FB_ACTIVATION_SILU) {
         kernels->swiglu(gate, up, FB_LANES, out);
         return;
     }
-    kernels->activate[linear->activation](gate, FB_LANES, linear->numbers);
-    kernels->multiply(gate, up, FB_LANES);
+    if (linear->activation == FB_ACTIVATION_CLAMPED_SILU) {
+        clamped_silu(kernels, linear->numbers[0], gate, up);
+    } else {
+        kernels->activate[linear->activation](gate, FB_LANES, linear->numbers);
+        kernels->multiply(gate, up, FB_LANES);
+    }
     if (out != gate) memcpy(out, gate, FB_LANES * sizeof *out);
+}
+
+void fb_linear_multiply(const struct fb_linear *linear, size_t panel, size_t n_panels, size_t row, size_t n_rows,
+    const char *next, float *tile, size_t ld) {
+    const struct fb_weight *weight = linear->weight;
+    const size_t n_cols = (size_t)weight->n_cols;
+    const bool is_few = n_rows <= FEW_TOKENS;
+    if (is_few) next = fb_weight_panel(weight, panel) + READ_AHEAD;
+    if (fb_is_quantized(weight->dtype))
+        linear->kernels->gemm_blocks(weight->dtype, fb_weight_panel(weight, panel), n_panels, n_cols,
+            linear->activations + row * linear->ld_activations, linear->ld_activations, n_rows, tile, ld);
+    else if (fb_takes_pairs(weight))
+        linear->kernels->gemm_pairs(fb_weight_plain(weight, panel), n_panels, n_cols,
+            linear->pairs + row * linear->ld_pairs, linear->ld_pairs, n_rows, tile, ld, false, is_few ? next : NULL);
+    else
+        linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, panel), n_panels, n_cols,
+            linear->x + row * linear->ldx, linear->ldx, n_rows, tile, ld, false, next);
 }
 
 void fb_linear_item(const struct fb_linear *linear, int64_t index) {
@@ -57,20 +92,9 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
     float tile[TOKEN_BLOCK * MAX_PANELS * FB_LANES];
     const size_t ld = n_panels * FB_LANES;
     const struct fb_weight *weight = linear->weight;
-    const char *panels = fb_weight_panel(weight, first_panel);
-    const size_t n_cols = (size_t)weight->n_cols;
-    /* With few tokens this item's own panels already use the full memory bandwidth. */
-    const bool prefetches = n_tokens > FEW_TOKENS && first_panel + n_panels < (size_t)weight->n_panels;
-    const char *next = prefetches ? panels + n_panels * weight->panel_bytes : NULL;
-    if (fb_is_quantized(weight->dtype))
-        linear->kernels->gemm_blocks(weight->dtype, panels, n_panels, n_cols,
-            linear->activations + first_token * linear->ld_activations, linear->ld_activations, n_tokens, tile, ld);
-    else if (weight->dtype == FB_BF16)
-        linear->kernels->gemm_pairs(fb_weight_plain(weight, first_panel), n_panels, n_cols,
-            linear->pairs + first_token * linear->ld_pairs, linear->ld_pairs, n_tokens, tile, ld, false, NULL);
-    else
-        linear->kernels->gemm[weight->dtype](fb_weight_plain(weight, first_panel), n_panels, n_cols,
-            linear->x + first_token * linear->ldx, linear->ldx, n_tokens, tile, ld, false, next);
+    const bool has_next = first_panel + n_panels < (size_t)weight->n_panels;
+    const char *next = has_next ? fb_weight_panel(weight, first_panel + n_panels) : NULL;
+    fb_linear_multiply(linear, first_panel, n_panels, first_token, n_tokens, next, tile, ld);
 
     const size_t outputs = linear->is_gated ? ld / 2 : ld; /* per token */
     const size_t column = linear->is_gated ? first_panel / 2 * FB_LANES : first_panel * FB_LANES;
@@ -84,7 +108,7 @@ void fb_linear_item(const struct fb_linear *linear, int64_t index) {
         if (linear->bias) linear->kernels->add(result, linear->bias + first_panel * FB_LANES, n_biased);
         if (linear->is_gated)
             for (size_t p = 0; p + 1 < n_panels; p += 2)
-                apply_gate(linear, result + p * FB_LANES, result + p / 2 * FB_LANES);
+                fb_linear_gate(linear, result + p * FB_LANES, result + p / 2 * FB_LANES);
         else if (linear->activation)
             linear->kernels->activate[linear->activation](result, count, linear->numbers);
         if (linear->scale != 1.0f && linear->soft_cap == 0.0f) linear->kernels->scale(result, count, linear->scale);

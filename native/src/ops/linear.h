@@ -16,7 +16,7 @@
 struct fb_linear {
     const struct fb_kernels *kernels;
     const struct fb_weight *weight;
-    /* The inputs in the format that the weight takes: `x` for f32 and f16, `pairs` for bf16, `activations`
+    /* The inputs in the format that the weight takes: `x`, `pairs` for bf16 (fb_takes_pairs), `activations`
      * for blocks. */
     const float *x;                          /* [n_tokens][ldx] */
     const uint16_t *pairs;                   /* [n_tokens][ld_pairs] */
@@ -34,6 +34,14 @@ struct fb_linear {
     atomic_int *non_finite;               /* NULL, or set to 1 when a result is NaN or infinite */
     size_t item_panels;                   /* panels per work item; set by fb_linear_items */
 };
+
+/* The product of some rows of the input and panels of the weight, counted through all experts, into a tile
+ * [n_rows][ld]. next: panels that are read next, or NULL; few rows prefetch these panels themselves instead. */
+void fb_linear_multiply(const struct fb_linear *linear, size_t panel, size_t n_panels, size_t row, size_t n_rows,
+    const char *next, float *tile, size_t ld);
+
+/* out = activation(gate) * up for a panel of each; `up` follows `gate`, `out` may be `gate`. */
+void fb_linear_gate(const struct fb_linear *linear, float *gate, float *out);
 
 /* Number of work items; chooses item_panels so that `n_threads` threads get enough of them. */
 int64_t fb_linear_items(struct fb_linear *linear, int n_threads);

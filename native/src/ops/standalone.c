@@ -174,7 +174,7 @@ enum fb_status fb_linear(const fb_weight *weight, const float *x, int32_t n_rows
         if (!converted) return fb_fail(FB_OUT_OF_MEMORY, "no memory for %d rows quantized to 8 bits", n_rows);
         linear.activations = converted;
         fb_team_run(quantize_item, &linear, n_rows, n_threads);
-    } else if (weight->dtype == FB_BF16) {
+    } else if (fb_takes_pairs(weight)) {
         linear.ld_pairs = ((size_t)weight->n_cols + 1) / 2 * 2;
         n_bytes = (size_t)n_rows * linear.ld_pairs * sizeof(uint16_t);
         converted = fb_memory_allocate(n_bytes);

@@ -166,6 +166,13 @@ static enum fb_status allocate_memory(struct fb_program *p) {
     p->activations = allocate(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
     p->pairs = allocate(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
     p->own_inputs = allocate(p, n_threads, p->own_input_bytes, &failed);
+    struct fb_expert_layout layout;
+    if (fb_lay_out_experts(p, &layout)) {
+        p->expert_layout = allocate(p, 1, sizeof layout, &failed);
+        p->expert_inputs = allocate(p, 1, layout.n_input_bytes, &failed);
+        p->expert_memory = allocate(p, n_threads, layout.n_bytes, &failed);
+        if (p->expert_layout) *p->expert_layout = layout;
+    }
     p->counters = allocate(p, 2 * (size_t)p->n_stages * n_threads, sizeof(struct fb_counter), &failed);
     const int n_groups = fb_barrier_groups(p->n_threads);
     if (n_groups) p->barrier_groups = allocate(p, (size_t)n_groups, sizeof *p->barrier_groups, &failed);

@@ -21,6 +21,10 @@ static int32_t width_of_row(const struct fb_check *c) {
     return c->op->weight->n_cols;
 }
 
+static int32_t width_of_routes(const struct fb_check *c) {
+    return 2 * c->op->n_chosen;
+}
+
 static int32_t width_of_attended(const struct fb_check *c) {
     return heads_of(c)->n_heads * heads_of(c)->v_dim;
 }
@@ -110,8 +114,17 @@ static enum fb_status check_attention(const struct fb_check *c) {
     return check_kv_layer(c);
 }
 
+/* Whether a product with gates may have the operator's activation. */
+static bool is_of_gates(const struct fb_op *op) {
+    if (op->activation == FB_ACTIVATION_CLAMPED_SILU) return op->limit > 0.0f;
+    return op->activation != FB_ACTIVATION_NONE && op->activation != FB_ACTIVATION_CLAMP &&
+           op->activation != FB_ACTIVATION_XIELU;
+}
+
 static enum fb_status check_linear(const struct fb_check *c) {
     const struct fb_op *op = c->op;
+    FB_REQUIRE(op->activation != FB_ACTIVATION_CLAMPED_SILU, "op %d (linear): activation %d is one of gates", c->index,
+        (int)op->activation);
     FB_REQUIRE(op->activation != FB_ACTIVATION_XIELU || op->vector2_length == FB_ACTIVATION_NUMBERS,
         "op %d (linear): xielu takes %d numbers, not %d", c->index, FB_ACTIVATION_NUMBERS, op->vector2_length);
     FB_REQUIRE(
@@ -122,9 +135,8 @@ static enum fb_status check_linear(const struct fb_check *c) {
 /* Gate and up are interleaved by panels: the last panel of each half may hold padding rows. */
 static enum fb_status check_gated(const struct fb_check *c) {
     const int32_t n_rows = c->op->weight->n_rows;
-    FB_REQUIRE(c->op->activation != FB_ACTIVATION_NONE && c->op->activation != FB_ACTIVATION_CLAMP &&
-                   c->op->activation != FB_ACTIVATION_XIELU,
-        "op %d (linear_gated): activation %d is not one of a gate", c->index, (int)c->op->activation);
+    FB_REQUIRE(is_of_gates(c->op), "op %d (linear_gated): activation %d is not one of a gate", c->index,
+        (int)c->op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && c->out_width <= n_rows / 2 && c->out_width > n_rows / 2 - 16,
         "op %d (linear_gated): %d interleaved rows fit at most %d columns, buffer %d has %d", c->index, n_rows,
         n_rows / 2, c->op->out, c->out_width);
@@ -143,7 +155,8 @@ static enum fb_status check_mix(const struct fb_check *c) {
 }
 
 static enum fb_status check_sparsify(const struct fb_check *c) {
-    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU,
+    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU &&
+                   c->op->activation != FB_ACTIVATION_CLAMPED_SILU,
         "op %d (sparsify): activation %d is not one of a gate", c->index, (int)c->op->activation);
     return FB_OK;
 }
@@ -153,11 +166,64 @@ static enum fb_status check_match_rms(const struct fb_check *c) {
     return FB_OK;
 }
 
+static enum fb_status check_router(const struct fb_check *c) {
+    const struct fb_op *op = c->op;
+    const int32_t i = c->index, n = c->in_width;
+    FB_REQUIRE(n <= FB_MOST_EXPERTS, "op %d (router): %d experts, at most %d are possible", i, n, FB_MOST_EXPERTS);
+    FB_REQUIRE(op->n_chosen >= 1 && op->n_chosen <= n && op->n_chosen <= FB_MOST_CHOSEN,
+        "op %d (router): %d experts of %d are chosen, must be 1 .. %d", i, op->n_chosen, n, FB_MOST_CHOSEN);
+    FB_REQUIRE(op->vector_length == 0 || op->vector_length == n, "op %d (router): %d corrections for %d experts", i,
+        op->vector_length, n);
+    FB_REQUIRE(op->eps >= 0.0f && isfinite(op->eps), "op %d (router): eps must be finite and not negative", i);
+    FB_REQUIRE(!(op->flags & FB_ROUTE_SIGMOID) || !(op->flags & FB_ROUTE_CHOSEN),
+        "op %d (router): scores are sigmoids or logits, not both", i);
+    if (op->n_groups == 0) return FB_OK;
+    FB_REQUIRE(op->n_groups >= 1 && n % op->n_groups == 0 && op->n_top_groups >= 1 &&
+                   op->n_top_groups <= op->n_groups && (int64_t)op->n_top_groups * (n / op->n_groups) >= op->n_chosen,
+        "op %d (router): %d experts of the best %d of %d groups do not give %d", i, n, op->n_top_groups, op->n_groups,
+        op->n_chosen);
+    return FB_OK;
+}
+
+static enum fb_status check_experts(const struct fb_check *c) {
+    const struct fb_op *op = c->op;
+    const struct fb_weight *weight = op->weight;
+    const int32_t i = c->index, n = op->n_chosen, n_rows = weight->n_rows;
+    const bool is_gated = op->flags & FB_EXPERTS_GATED, sums = op->flags & FB_EXPERTS_SUM;
+    FB_REQUIRE(n >= 1 && n <= FB_MOST_CHOSEN && n <= weight->n_experts,
+        "op %d (experts): %d experts of %d are chosen, must be 1 .. %d", i, n, weight->n_experts, FB_MOST_CHOSEN);
+    FB_REQUIRE(c->in_width == weight->n_cols || c->in_width == (int64_t)n * weight->n_cols,
+        "op %d (experts): matrices of %d columns for %d experts of a row, buffer %d is %d wide", i, weight->n_cols, n,
+        op->in, c->in_width);
+    FB_REQUIRE(c->program->buffers[op->factors].width == 2 * n, "op %d (experts): buffer %d holds no %d experts", i,
+        op->factors, n);
+    FB_REQUIRE(op->vector_length == 0 || op->vector_length == (int64_t)weight->n_experts * n_rows,
+        "op %d (experts): %d biases for %d x %d rows", i, op->vector_length, weight->n_experts, n_rows);
+    FB_REQUIRE(!sums || !is_gated, "op %d (experts): gated results are not summed", i);
+    FB_REQUIRE(sums || op->residual == -1, "op %d (experts): only sums take a residual", i);
+    FB_REQUIRE(c->out_width % (sums ? 1 : n) == 0, "op %d (experts): buffer %d of %d does not hold %d results", i,
+        op->out, c->out_width, n);
+    const int32_t width = c->out_width / (sums ? 1 : n);
+    if (!is_gated) {
+        FB_REQUIRE(op->activation == FB_ACTIVATION_NONE, "op %d (experts): only gates have an activation", i);
+        FB_REQUIRE(width == n_rows, "op %d (experts): results of %d rows, the weight has %d", i, width, n_rows);
+        return FB_OK;
+    }
+    FB_REQUIRE(is_of_gates(op), "op %d (experts): activation %d is not one of a gate", i, (int)op->activation);
+    FB_REQUIRE(n_rows % 32 == 0 && width <= n_rows / 2 && width > n_rows / 2 - 16,
+        "op %d (experts): %d interleaved rows fit at most %d columns, not %d", i, n_rows, n_rows / 2, width);
+    return FB_OK;
+}
+
 /* ---- Work -------------------------------------------------------------------------------------------------------- */
 
 static int64_t work_of_product(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
     const int64_t n_rows = p->buffers[op->in].per_output ? batch->n_outputs : batch->n_tokens;
     return (int64_t)op->weight->n_rows * op->weight->n_cols * n_rows;
+}
+
+static int64_t work_of_experts(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
+    return op->n_chosen * work_of_product(p, op, batch);
 }
 
 static int64_t work_of_attention(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
@@ -296,6 +362,17 @@ static const struct fb_operator operators[] = {
         .check = check_sparsify,
         .width = width_of_input,
         .run_row = fb_sparsify_row},
+    [FB_OP_ROUTER] = {.name = "router",
+        .flags = FB_READS | FB_WRITES | FB_SCALED | FB_ROUTES,
+        .stage = FB_STAGE_ROWS,
+        .check = check_router,
+        .width = width_of_routes,
+        .run_row = fb_router_row},
+    [FB_OP_EXPERTS] = {.name = "experts",
+        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_RESIDUAL | FB_SCALED | FB_ROUTED,
+        .stage = FB_STAGE_EXPERTS,
+        .check = check_experts,
+        .work = work_of_experts},
 };
 
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind) {
@@ -321,6 +398,8 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     FB_REQUIRE(((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight, "op %d: its weight is null", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
+    FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->n_experts == 1 || flags & FB_ROUTED, "op %d: a weight of %d experts",
+        i, op->weight->n_experts);
     FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
         "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
     FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_SECOND), "op %d: only linear and multiply take a column", i);
@@ -398,7 +477,7 @@ static enum fb_status check_residual(struct fb_program *p, const struct fb_check
 static enum fb_status check_factors(struct fb_program *p, const struct fb_check *c, bool gathered) {
     const struct fb_op *op = c->op;
     const int32_t i = c->index;
-    if (op->vector) return FB_OK;
+    if (op->vector && !fb_op_is(op, FB_ROUTED)) return FB_OK;
     FB_REQUIRE(op->factors >= 0 && op->factors < p->shape.n_buffers, "op %d: factors are buffer %d of %d", i,
         op->factors, p->shape.n_buffers);
     struct fb_buffer *factors = &p->buffers[op->factors];
@@ -424,7 +503,7 @@ static enum fb_status check_output(
     FB_REQUIRE(op->out != op->in || flags & FB_IN_PLACE, "op %d: cannot write the buffer it reads", i);
     struct fb_buffer *out = &p->buffers[op->out];
     c->out_width = out->width;
-    if (flags & FB_FACTORS) FB_TRY(check_factors(p, c, gathered));
+    if (flags & (FB_FACTORS | FB_ROUTED)) FB_TRY(check_factors(p, c, gathered));
     if (kind->check) FB_TRY(kind->check(c));
     if (flags & FB_COLUMNS) {
         FB_REQUIRE(op->column >= 0 && (int64_t)op->column + op->weight->n_rows <= out->width,

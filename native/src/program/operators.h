@@ -34,7 +34,9 @@ enum {
     FB_SECOND = 1 << 16,        /* second input: columns of `residual` from `column` on, or `vector` */
     FB_POSITIONS = 1 << 17,     /* its weight has a row for each position that a token may have */
     FB_SCALED = 1 << 18,        /* multiplies by `scale`, which must not be 0 */
-    FB_FACTORS = 1 << 19        /* reads buffer `factors`, or `vector` in its place */
+    FB_FACTORS = 1 << 19,       /* reads buffer `factors`, or `vector` in its place */
+    FB_ROUTES = 1 << 20,        /* chooses experts: steps of few rows may leave it to its readers */
+    FB_ROUTED = 1 << 21         /* `factors` are a router's result; takes a weight of several experts */
 };
 
 /* An operator that is being checked. */
@@ -83,7 +85,8 @@ static inline bool fb_op_is(const struct fb_op *op, uint32_t flag) {
 
 /* Whether an operator reads a buffer. */
 static inline bool fb_op_reads(const struct fb_op *op, int32_t buffer) {
-    return op->in == buffer || op->residual == buffer || (fb_op_is(op, FB_FACTORS) && op->factors == buffer);
+    return op->in == buffer || op->residual == buffer ||
+           (fb_op_is(op, FB_FACTORS | FB_ROUTED) && op->factors == buffer);
 }
 
 /* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether outputs

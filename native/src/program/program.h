@@ -8,6 +8,7 @@
  *     check_batch.c  checks a batch
  *     run.c          runs the stages over a checked batch in one parallel region
  *     rows.c         the operators that work row by row
+ *     experts.c      the grouped products of mixtures of experts
  *     decode.c       runs several decode steps, sampling tokens between them
  *     join.c         joins the programs of a group's devices into one
  *
@@ -31,6 +32,7 @@
 #include "kernels/kernels.h"
 #include "kv/pages.h"
 #include "ops/attention.h"
+#include "ops/experts.h"
 #include "ops/linear.h"
 #include "base/team.h"
 
@@ -58,7 +60,7 @@ struct fb_buffer {
     size_t offset;                 /* in floats, from the start of the arena */
 };
 
-enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION };
+enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION, FB_STAGE_EXPERTS };
 
 struct fb_stage {
     enum fb_stage_kind kind;
@@ -68,6 +70,8 @@ struct fb_stage {
     bool is_paired;    /* LINEAR: some weight takes activations rounded to bf16 */
     bool per_output;
     bool is_of_heads; /* ROWS: attention does this where every sequence has one token; see fb_raw_heads */
+    bool is_router;   /* ROWS: a router, which for few rows every thread runs for itself in the EXPERTS stages */
+    int32_t router;   /* EXPERTS: the index of that router, -1 for none */
 };
 
 /* Whether the operator multiplies by a weight (FB_STAGE_LINEAR). */
@@ -122,6 +126,9 @@ struct fb_program {
     size_t pair_stride;                /* width of the widest input of a bf16 weight, rounded up to 32 */
     char *own_inputs;                  /* [n_threads][own_input_bytes]: inputs of few rows, for each thread */
     size_t own_input_bytes;
+    char *expert_inputs;                    /* of a grouped product: rows by place, see routes.h */
+    struct fb_expert_layout *expert_layout; /* NULL: no grouped products */
+    char *expert_memory;                    /* [n_threads][expert_layout->n_bytes] */
     char *attention_scratch;
     size_t attention_scratch_bytes; /* per thread */
     char *sample_work;              /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
@@ -146,6 +153,15 @@ static inline int32_t fb_q_width(const struct fb_heads *h) {
 static inline int32_t fb_heads_width(const struct fb_heads *h) {
     return fb_q_width(h) + h->n_kv_heads * (h->k_dim + h->v_dim);
 }
+
+/* Where a thread's memory for grouped products holds what. Offsets in bytes. */
+struct fb_expert_layout {
+    size_t pairs, places, groups, chosen, inputs, scratch, n_bytes;
+    size_t n_input_bytes; /* of all rows of a step */
+};
+
+/* The memory that the grouped products of a program need. False: it has none. */
+bool fb_lay_out_experts(const struct fb_program *p, struct fb_expert_layout *layout);
 
 /* Cuts checked operators into p->stages. */
 void fb_cut_stages(struct fb_program *p);

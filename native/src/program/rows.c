@@ -171,6 +171,12 @@ void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t ro
             position % FB_PAGE_POSITIONS, position == sequence->n_past + sequence->n_tokens - 1, k, v);
 }
 
+void fb_router_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    fb_route_row(
+        p->kernels, op, fb_row_of(p, op->in, row), (size_t)p->buffers[op->in].width, fb_row_of(p, op->out, row));
+}
+
 void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     memcpy(fb_row_of(p, op->out, row), fb_row_of(p, op->in, (size_t)run->batch->outputs[row]),

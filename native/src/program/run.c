@@ -17,21 +17,11 @@
 
 /* ---- Stages ------------------------------------------------------------------------------------------------------ */
 
-/* A thread in the stage that it runs. */
-struct worker {
-    struct fb_counter *counters; /* [2][n_threads] of the stage */
-    int thread, n_threads;
-};
-
-static struct fb_items items_of(const struct worker *worker, int which, int64_t n_items) {
-    return fb_items_of(worker->counters + which * worker->n_threads, n_items, worker->thread, worker->n_threads);
-}
-
 static void run_rows(
-    const struct fb_run *run, const struct fb_stage *stage, const struct worker *worker, size_t n_rows) {
+    const struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows) {
     const size_t block = n_rows < 64 ? 1 : 8; /* rows per item */
     const struct fb_op *ops = &run->program->ops[stage->first_op];
-    struct fb_items items = items_of(worker, 0, (int64_t)((n_rows + block - 1) / block));
+    struct fb_items items = fb_worker_items(worker, 0, (int64_t)((n_rows + block - 1) / block));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         for (size_t row = (size_t)i * block; row < n_rows && row < ((size_t)i + 1) * block; row++)
             for (int32_t o = 0; o < stage->n_ops; o++)
@@ -58,7 +48,7 @@ static void prepare_row(const struct fb_program *p, const struct fb_stage *stage
 /* Norm and conversion of a stage's inputs: each thread for itself if there are few rows, divided among them
  * otherwise. */
 static struct inputs prepare_inputs(
-    struct fb_run *run, const struct fb_stage *stage, const struct worker *worker, size_t n_rows) {
+    struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows) {
     const struct fb_program *p = run->program;
     const int32_t number = p->ops[stage->first_op].in;
     const struct fb_buffer *in = &p->buffers[number];
@@ -71,7 +61,7 @@ static struct inputs prepare_inputs(
     if (stage->norm < 0 && !stage->is_quantized && !stage->is_paired) return inputs;
     const bool is_long = n_rows > 1 && n_rows * (size_t)in->width > FB_OWN_NUMBERS;
     if (n_rows > FB_OWN_ROWS || is_long) {
-        struct fb_items items = items_of(worker, 1, (int64_t)n_rows);
+        struct fb_items items = fb_worker_items(worker, 1, (int64_t)n_rows);
         for (int64_t row; (row = fb_next_item(&items)) >= 0;)
             prepare_row(p, stage, (size_t)row, fb_row_of(p, number, (size_t)row),
                 p->pairs + (size_t)row * p->pair_stride, p->activations + (size_t)row * p->activation_blocks);
@@ -129,7 +119,8 @@ static struct fb_linear linear_of(
 }
 
 /* Work items are numbered product after product. */
-static void run_products(struct fb_run *run, const struct fb_stage *stage, const struct worker *worker, size_t n_rows) {
+static void run_products(
+    struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows) {
     const struct inputs inputs = prepare_inputs(run, stage, worker, n_rows);
     struct fb_linear products[FB_MOST_PRODUCTS];
     int64_t ends[FB_MOST_PRODUCTS], n_items = 0;
@@ -137,7 +128,7 @@ static void run_products(struct fb_run *run, const struct fb_stage *stage, const
         products[o] = linear_of(run, &run->program->ops[stage->first_op + o], &inputs, n_rows);
         ends[o] = n_items += fb_linear_items(&products[o], worker->n_threads);
     }
-    struct fb_items items = items_of(worker, 0, n_items);
+    struct fb_items items = fb_worker_items(worker, 0, n_items);
     for (int64_t i; (i = fb_next_item(&items)) >= 0;) {
         int32_t o = 0;
         while (i >= ends[o])
@@ -197,13 +188,13 @@ static struct fb_attention attention_of(const struct fb_run *run, const struct f
 
 /* Every thread computes the list of work items (tiles or key blocks) for itself: for a few sequences that is
  * cheaper than a barrier. */
-static void run_attention(struct fb_run *run, const struct fb_stage *stage, const struct worker *worker) {
+static void run_attention(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker) {
     const struct fb_program *p = run->program;
     const bool is_raw = p->is_single && stage[-1].is_of_heads; /* it exists: a program starts with FB_FIRST */
     const struct fb_raw_heads raw = is_raw ? raw_heads(p, stage - 1) : (struct fb_raw_heads){0};
     struct fb_attention attention = attention_of(run, &p->ops[stage->first_op], worker->thread);
     attention.raw = is_raw ? &raw : NULL;
-    struct fb_items items = items_of(worker, 0, fb_attention_items(&attention, worker->n_threads));
+    struct fb_items items = fb_worker_items(worker, 0, fb_attention_items(&attention, worker->n_threads));
     for (int64_t i; (i = fb_next_item(&items)) >= 0;)
         fb_attention_item(&attention, i, worker->thread);
 }
@@ -244,13 +235,16 @@ static void run_stages(struct fb_run *run, int thread, int n_threads) {
     for (int32_t s = 0; s < p->n_stages; s++) {
         const struct fb_stage *stage = &p->stages[s];
         const size_t n_rows = (size_t)(stage->per_output ? run->batch->n_outputs : run->batch->n_tokens);
-        const struct worker worker = {&p->counters[2 * s * n_threads], thread, n_threads};
+        const struct fb_worker worker = {&p->counters[2 * s * n_threads], thread, n_threads};
         if (n_rows == 0) break; /* no logits are wanted: the rest of the program computes only outputs */
         if (p->is_single && stage->is_of_heads) continue;
+        if (stage->is_router && n_rows <= FB_OWN_ROWS) continue;
         if (stage->kind == FB_STAGE_ROWS)
             run_rows(run, stage, &worker, n_rows);
         else if (stage->kind == FB_STAGE_LINEAR)
             run_products(run, stage, &worker, n_rows);
+        else if (stage->kind == FB_STAGE_EXPERTS)
+            fb_run_experts(run, stage, &worker, n_rows);
         else
             run_attention(run, stage, &worker);
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, thread, n_threads);

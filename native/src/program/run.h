@@ -18,6 +18,19 @@ static inline float *fb_row_of(const struct fb_program *p, int32_t buffer, size_
     return p->buffers[buffer].data + row * p->buffers[buffer].stride;
 }
 
+/* A thread in the stage that it runs. */
+struct fb_worker {
+    struct fb_counter *counters; /* [2][n_threads] of the stage */
+    int thread, n_threads;
+};
+
+static inline struct fb_items fb_worker_items(const struct fb_worker *worker, int which, int64_t n_items) {
+    return fb_items_of(worker->counters + which * worker->n_threads, n_items, worker->thread, worker->n_threads);
+}
+
+/* A stage of FB_STAGE_EXPERTS. In experts.c. */
+void fb_run_experts(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows);
+
 /* Operators of FB_STAGE_ROWS, each on one row. In rows.c. */
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_embed_position_row(const struct fb_run *run, const struct fb_op *op, size_t row);
@@ -32,6 +45,7 @@ void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t r
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_router_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 
 /* The norm of one row x [width], without residual. */
 void fb_apply_norm(const struct fb_kernels *kernels, const struct fb_op *op, const float *x, size_t width, float *out);

@@ -29,7 +29,7 @@ static void cut(struct fb_program *p) {
             before->n_ops++;
         else
             p->stages[p->n_stages++] = (struct fb_stage){
-                .kind = kind, .first_op = i, .n_ops = 1, .norm = -1, .per_output = gathered};
+                .kind = kind, .first_op = i, .n_ops = 1, .norm = -1, .router = -1, .per_output = gathered};
     }
 }
 
@@ -55,7 +55,7 @@ static void prepare_products(struct fb_program *p) {
                 const struct fb_weight *weight = p->ops[i].weight;
                 const size_t n_blocks = (size_t)weight->n_cols / FB_BLOCK_COLUMNS;
                 const size_t width = ((size_t)weight->n_cols + 31) / 32 * 32;
-                if (weight->dtype == FB_BF16) {
+                if (fb_takes_pairs(weight)) {
                     stage.is_paired = true;
                     if (width > p->pair_stride) p->pair_stride = width;
                 }
@@ -110,6 +110,43 @@ static void prepare_attention(struct fb_program *p) {
     }
 }
 
+/* The last operator that reads a router's result; -1 if one reads it that is not routed by it, or if the router's input
+ * is overwritten before. */
+static int32_t last_routed(const struct fb_program *p, int32_t router) {
+    const struct fb_op *from = &p->ops[router];
+    int32_t last = -1, overwritten = p->n_ops;
+    for (int32_t i = router + 1; i < p->n_ops; i++) {
+        const struct fb_op *op = &p->ops[i];
+        if (op->out == from->in && overwritten == p->n_ops) overwritten = i;
+        if (fb_op_reads(op, from->out)) {
+            if (!fb_op_is(op, FB_ROUTED) || op->factors != from->out || op->in == from->out) return -1;
+            last = i;
+        }
+        if (op->out == from->out) break;
+    }
+    return last < overwritten ? last : -1;
+}
+
+/* Finds routers that are stages of their own, and the grouped products that can run them for few rows. */
+static void prepare_experts(struct fb_program *p) {
+    struct fb_stage *router = NULL; /* the last that can be left to its readers */
+    int32_t last = -1;
+    for (int32_t s = 0; s < p->n_stages; s++) {
+        struct fb_stage *stage = &p->stages[s];
+        const struct fb_op *op = &p->ops[stage->first_op];
+        if (stage->kind == FB_STAGE_ROWS && stage->n_ops == 1 && fb_op_is(op, FB_ROUTES)) {
+            last = last_routed(p, stage->first_op);
+            router = last < 0 ? NULL : stage;
+            if (!router) continue;
+            router->is_router = true;
+            struct fb_buffer *logits = &p->buffers[op->in];
+            if (logits->last_use < last) logits->last_use = last;
+        }
+        if (stage->kind != FB_STAGE_EXPERTS || !router || stage->first_op > last) continue;
+        if (op->factors == p->ops[router->first_op].out) stage->router = router->first_op;
+    }
+}
+
 /* The stage that runs an operator, norms included that were moved into it. */
 static const struct fb_stage *stage_of(const struct fb_program *p, int32_t op) {
     int32_t low = 0, high = p->n_stages - 1;
@@ -140,5 +177,6 @@ void fb_cut_stages(struct fb_program *p) {
     cut(p);
     prepare_products(p);
     prepare_attention(p);
+    prepare_experts(p);
     extend_lives(p);
 }

@@ -80,6 +80,23 @@ _Static_assert(sizeof(struct fb_block_iq4_nl) == 18, "iq4_nl: 18 bytes for 32 el
  * table is part of the format. */
 static const int8_t fb_iq4_nl_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
+/*  byte  0   1                17
+ *        | e | qs: 16 bytes   |        x = 2^(e - 128) * fb_mxfp4_values[q],  q = 0 .. 15
+ *
+ *  Source: OCP Microscaling Formats 1.0: E2M1 numbers with a shared E8M0 scale, in ggml's order of nibbles. Of OCP's
+ *  scale 2^(e - 127) the table takes a factor of 2, so that its numbers are whole. e = 255 is NaN for OCP and
+ *  2^127 for ggml; it dequantizes as in ggml, and a weight that holds it is damaged. */
+struct FB_BLOCK fb_block_mxfp4 {
+    uint8_t e;
+    uint8_t qs[16];
+};
+_Static_assert(sizeof(struct fb_block_mxfp4) == 17, "mxfp4: 17 bytes for 32 elements");
+
+/* Twice the numbers of E2M1, by sign, exponent and mantissa bit. Minus zero is read as zero. */
+static const int8_t fb_mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+enum { FB_E8M0_NAN = 255 };
+
 /* ---- Blocks of 256 ----------------------------------------------------------------------------------------------- */
 
 /*  byte  0   2      4                   16                 144

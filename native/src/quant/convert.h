@@ -1,5 +1,5 @@
 /*
- * convert.h - f32 from and to the two 16-bit floats, one number at a time, in plain C that runs on every CPU.
+ * convert.h - f32 from and to the two 16-bit floats, and from powers of two, one number at a time, in plain C that runs on every CPU.
  *
  *     f16   s eeeee mmmmmmmmmm       IEEE 754 binary16, exponent bias 15
  *     bf16  s eeeeeeee mmmmmmm       the upper half of an f32
@@ -73,6 +73,12 @@ static inline uint16_t fb_f32_to_bf16(float value) {
         return (uint16_t)((bits >> 16) | 0x0040u);
     }
     return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* 2^(e - 128), for every e: below 2 a subnormal number, whose bits are (e + 1) << 21. */
+static inline float fb_e8m0_to_f32(uint8_t e) {
+    const uint32_t normal = ((uint32_t)e - 1u) << 23, subnormal = ((uint32_t)e + 1u) << 21;
+    return fb_f32_from_bits(e < 2 ? subnormal : normal);
 }
 
 #endif

@@ -35,6 +35,7 @@ static const struct {
     [FB_Q2_K] = {256, sizeof(struct fb_block_q2_k)},
     [FB_Q3_K] = {256, sizeof(struct fb_block_q3_k)},
     [FB_IQ4_NL] = {32, sizeof(struct fb_block_iq4_nl)},
+    [FB_MXFP4] = {32, sizeof(struct fb_block_mxfp4)},
 };
 
 static bool is_known(enum fb_dtype dtype) {
@@ -139,6 +140,16 @@ static void dequantize_iq4_nl(const struct fb_block_iq4_nl *block, size_t n_bloc
         for (int j = 0; j < 16; j++) {
             dst[j] = d * (float)fb_iq4_nl_values[block->qs[j] & 0xF];
             dst[j + 16] = d * (float)fb_iq4_nl_values[block->qs[j] >> 4];
+        }
+    }
+}
+
+static void dequantize_mxfp4(const struct fb_block_mxfp4 *block, size_t n_blocks, float *restrict dst) {
+    for (; n_blocks > 0; n_blocks--, block++, dst += 32) {
+        const float d = fb_e8m0_to_f32(block->e);
+        for (int j = 0; j < 16; j++) {
+            dst[j] = d * (float)fb_mxfp4_values[block->qs[j] & 0xF];
+            dst[j + 16] = d * (float)fb_mxfp4_values[block->qs[j] >> 4];
         }
     }
 }
@@ -292,6 +303,9 @@ void fb_dequantize_row(enum fb_dtype dtype, const void *src, size_t n_elements, 
         break;
     case FB_IQ4_NL:
         dequantize_iq4_nl(src, n_elements / 32, dst);
+        break;
+    case FB_MXFP4:
+        dequantize_mxfp4(src, n_elements / 32, dst);
         break;
     }
 }

@@ -4,6 +4,7 @@
 #include "quant/blocks.h"
 #include "quant/convert.h"
 
+#include <math.h>
 #include <string.h>
 
 /* The next 32 columns of one row, in the same form for every format. */
@@ -59,6 +60,12 @@ static inline __attribute__((always_inline)) void read_block(
     case FB_IQ4_NL: {
         const struct fb_block_iq4_nl *block = (const struct fb_block_iq4_nl *)row + b;
         out->d = block->d;
+        nibbles(block->qs, out->codes);
+        break;
+    }
+    case FB_MXFP4: {
+        const struct fb_block_mxfp4 *block = (const struct fb_block_mxfp4 *)row + b;
+        out->s[0] = block->e;
         nibbles(block->qs, out->codes);
         break;
     }
@@ -181,7 +188,7 @@ static inline void store_codes(uint8_t bits, const uint8_t *unpacked, uint8_t *l
     }
 }
 
-/* Code at byte `i` of unpacked line q; for iq4_nl the index into its table. */
+/* Code at byte `i` of unpacked line q; for iq4_nl and mxfp4 the index into the table. */
 static inline uint8_t code_at(uint8_t bits, const uint8_t *lines, size_t q, size_t i) {
     const uint8_t *high = lines + (bits >= 4 ? 4 : 2) * FB_LINE;
     int code;
@@ -214,6 +221,9 @@ static void scale_at(
     case FB_SCALE_D:
         *scale = fb_f16_to_f32(halfs[j]);
         break;
+    case FB_SCALE_E:
+        *scale = fb_e8m0_to_f32(bytes[j]);
+        break;
     case FB_SCALE_D_M:
         *scale = fb_f16_to_f32(halfs[j]);
         *offset = fb_f16_to_f32(halfs[16 + j]);
@@ -235,9 +245,9 @@ void fb_unpack_block(enum fb_dtype dtype, const char *panel, size_t block, struc
     const struct fb_layout layout = fb_layout_of(dtype);
     const char *lines = panel + fb_block_at(dtype, block);
     unpack_codes(layout.bits, (const uint8_t *)lines, out->codes);
-    if (dtype == FB_IQ4_NL)
-        for (size_t i = 0; i < sizeof out->codes; i++)
-            out->codes[i] = (uint8_t)(fb_iq4_nl_values[out->codes[i]] + 128);
+    const uint8_t *table = fb_code_table(dtype);
+    for (size_t i = 0; table && i < sizeof out->codes; i++)
+        out->codes[i] = table[out->codes[i]];
     const char *scales = lines + FB_LINE * layout.bits, *supers = panel + fb_supers_at(dtype, block);
     for (int g = 0; g < (int)fb_groups(dtype); g++)
         for (int j = 0; j < 16; j++)
@@ -247,6 +257,7 @@ void fb_unpack_block(enum fb_dtype dtype, const char *panel, size_t block, struc
 void fb_unpack_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t j, float *dst) {
     const struct fb_layout layout = fb_layout_of(dtype);
     const int zero = layout.zero_shift ? 1 << layout.zero_shift : 0, n_groups = (int)fb_groups(dtype);
+    const uint8_t *table = fb_code_table(dtype);
     for (size_t b = 0; b < n_cols / FB_BLOCK_COLUMNS; b++, dst += FB_BLOCK_COLUMNS) {
         const uint8_t *lines = (const uint8_t *)panel + fb_block_at(dtype, b);
         const char *scales = (const char *)lines + FB_LINE * layout.bits, *supers = panel + fb_supers_at(dtype, b);
@@ -257,7 +268,7 @@ void fb_unpack_row(enum fb_dtype dtype, const char *panel, size_t n_cols, size_t
             for (size_t i = 0; i < 4; i++) {
                 const int g = n_groups == 2 ? (int)(q / 4) : 0;
                 int code = code_at(layout.bits, lines, q, 4 * j + i);
-                if (dtype == FB_IQ4_NL) code = fb_iq4_nl_values[code] + 128;
+                if (table) code = table[code];
                 const float product = scale[g] * (float)(code - zero); /* may be -0, and -0 + 0 is +0 */
                 dst[4 * q + i] = fb_has_offset(dtype) ? product + offset[g] : product;
             }
@@ -272,6 +283,9 @@ static inline void store_scales(
     switch (fb_layout_of(dtype).kind) {
     case FB_SCALE_D:
         halfs[j] = row->d;
+        return;
+    case FB_SCALE_E:
+        bytes[j] = row->s[0];
         return;
     case FB_SCALE_D_M:
         halfs[j] = row->d;
@@ -298,6 +312,16 @@ static bool is_finite_f16(uint16_t half) {
     return (half & 0x7C00u) != 0x7C00u;
 }
 
+/* Elements of an mxfp4 block that are not finite: all if its scale is OCP's NaN, else those that overflow. */
+static int64_t damaged_by_exponent(const struct row_block *row) {
+    enum { LARGEST = 252 }; /* 12 x 2^(252 - 128) is finite */
+    if (row->s[0] == FB_E8M0_NAN) return FB_BLOCK_COLUMNS;
+    int64_t n = 0;
+    for (int j = 0; j < 32 && row->s[0] > LARGEST; j++)
+        n += !isfinite(fb_e8m0_to_f32(row->s[0]) * (float)fb_mxfp4_values[row->codes[j]]);
+    return n;
+}
+
 /* `dtype` is a constant in each inlined copy, so the loops have no branches on it. */
 static inline __attribute__((always_inline)) int64_t pack_panel(
     const enum fb_dtype dtype, const char *const rows[16], size_t first_block, size_t n_blocks, char *panel) {
@@ -314,12 +338,15 @@ static inline __attribute__((always_inline)) int64_t pack_panel(
         if (!is_whole) unpack_codes(layout.bits, lines, unpacked);
         for (size_t j = 0; j < 16; j++) {
             if (!rows[j]) continue;
-            struct row_block row = {.m = 0};
+            struct row_block row = {.d = 0};
             read_block(dtype, rows[j], b, &row);
             for (size_t q = 0; q < FB_UNPACKED_LINES; q++)
                 memcpy(unpacked + q * FB_LINE + 4 * j, row.codes + 4 * q, 4);
             store_scales(dtype, &row, j, scales, supers);
-            if (!is_finite_f16(row.d) || !is_finite_f16(row.m)) damaged += FB_BLOCK_COLUMNS;
+            if (layout.kind == FB_SCALE_E)
+                damaged += damaged_by_exponent(&row);
+            else if (!is_finite_f16(row.d) || !is_finite_f16(row.m))
+                damaged += FB_BLOCK_COLUMNS;
         }
         store_codes(layout.bits, unpacked, lines);
     }
@@ -343,6 +370,7 @@ int64_t fb_pack_panel(
         CASE(FB_Q2_K)
         CASE(FB_Q3_K)
         CASE(FB_IQ4_NL)
+        CASE(FB_MXFP4)
     default:
         return 0;
     }

@@ -26,6 +26,7 @@
  * columns:
  *
  *     scales of a block       d[16] as f16                    q8_0 q4_0 q5_0 iq4_nl  scale d
+ *                             e[16] as u8                     mxfp4                  scale 2^(e - 128)
  *                             d[16], m[16] as f16             q4_1 q5_1              scale d, offset m
  *                             s[16], m[16] as u8              q4_k q5_k              scale D s, offset -(M m)
  *                             s[16] of columns 0 .. 15, then s[16] of 16 .. 31:
@@ -35,8 +36,8 @@
  *     supers of 256 columns   D[16] as f16                    q6_k q3_k
  *                             D[16], M[16] as f16             q4_k q5_k q2_k
  *
- * No bit of the file's blocks is lost, so a row can be unpacked exactly. The codes of iq4_nl are indices into
- * its table; unpacked, they are the table's numbers + 128. Products of f16 and 8 bits are exact in f32.
+ * No bit of the file's blocks is lost, so a row can be unpacked exactly. The codes of iq4_nl and mxfp4 are indices
+ * into tables; unpacked, they are the table's numbers plus the zero point. Products of f16 and 8 bits are exact in f32.
  */
 #ifndef FABULA_QUANT_LAYOUT_H
 #define FABULA_QUANT_LAYOUT_H
@@ -45,7 +46,7 @@
 
 enum { FB_BLOCK_COLUMNS = 32, FB_SUPER_COLUMNS = 256, FB_LINE = 64, FB_UNPACKED_LINES = 8 };
 
-enum fb_scale_kind { FB_SCALE_D, FB_SCALE_D_M, FB_SCALE_K, FB_SCALE_K16, FB_SCALE_K16_M };
+enum fb_scale_kind { FB_SCALE_D, FB_SCALE_D_M, FB_SCALE_K, FB_SCALE_K16, FB_SCALE_K16_M, FB_SCALE_E };
 
 struct fb_layout {
     uint8_t bits;        /* of a stored code; 0 for the plain formats */
@@ -81,9 +82,18 @@ static inline struct fb_layout fb_layout_of(enum fb_dtype dtype) {
         return (struct fb_layout){3, 2, FB_SCALE_K16, false, 32, 32};
     case FB_Q2_K:
         return (struct fb_layout){2, 0, FB_SCALE_K16_M, false, 32, 64};
+    case FB_MXFP4:
+        return (struct fb_layout){4, 4, FB_SCALE_E, false, 16, 0};
     default:
         return (struct fb_layout){0, 0, FB_SCALE_D, false, 0, 0};
     }
+}
+
+/* Where stored codes are indices into a table: their unpacked codes, [16]. NULL for the other formats. */
+static inline const uint8_t *fb_code_table(enum fb_dtype dtype) {
+    static const uint8_t iq4_nl[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+    static const uint8_t mxfp4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+    return dtype == FB_IQ4_NL ? iq4_nl : dtype == FB_MXFP4 ? mxfp4 : NULL;
 }
 
 static inline bool fb_is_quantized(enum fb_dtype dtype) {

@@ -59,6 +59,7 @@ static const struct {
     [FB_Q2_K] = {fb_quantize_q2_k, "Q2_K"},
     [FB_Q3_K] = {fb_quantize_q3_k, "Q3_K"},
     [FB_IQ4_NL] = {fb_quantize_iq4_nl, "IQ4_NL"},
+    [FB_MXFP4] = {fb_quantize_mxfp4, "MXFP4"},
 };
 
 size_t fb_quantize_blocks(enum fb_dtype dtype, const float *src, size_t n_blocks, void *dst) {
@@ -128,6 +129,6 @@ enum fb_status fb_quantize(enum fb_dtype dtype, const float *src, int32_t n_rows
     if (block_size == 1)
         return fb_fail(FB_NON_FINITE, "row %d, column %d holds %g, which is infinite in %s", row, column,
             (double)src[refused], formats[dtype].name);
-    return fb_fail(FB_NON_FINITE, "row %d, columns %d .. %d hold numbers too large for %s, whose scales are f16", row,
-        column, column + block_size - 1, formats[dtype].name);
+    return fb_fail(FB_NON_FINITE, "row %d, columns %d .. %d hold numbers too large for %s%s", row, column,
+        column + block_size - 1, formats[dtype].name, dtype == FB_MXFP4 ? "" : ", whose scales are f16");
 }

@@ -4,7 +4,7 @@
  *
  * The quantizer of a format converts `n_blocks` whole blocks from `src` to `dst` and returns how many blocks
  * from the start are finite: n_blocks, or the index of the first whose numbers are too large for the format's
- * f16 scale. Source numbers are finite. Blocks are independent, so any split over threads gives the same
+ * scale. Source numbers are finite. Blocks are independent, so any split over threads gives the same
  * bits.
  */
 #ifndef FABULA_QUANT_QUANTIZE_H
@@ -23,6 +23,7 @@ size_t fb_quantize_q5_0(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q5_1(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q8_0(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_iq4_nl(const float *src, size_t n_blocks, void *dst);
+size_t fb_quantize_mxfp4(const float *src, size_t n_blocks, void *dst);
 
 size_t fb_quantize_q2_k(const float *src, size_t n_blocks, void *dst);
 size_t fb_quantize_q3_k(const float *src, size_t n_blocks, void *dst);

@@ -20,6 +20,7 @@
 
 enum {
     MAX_DIMENSION = 1 << 30,
+    MAX_EXPERTS = 1024,
     CHUNK = 256 /* columns converted at a time: 16 rows of them stay in L1, and every block size divides it */
 };
 
@@ -28,7 +29,13 @@ static bool is_plain(enum fb_dtype dtype) {
 }
 
 enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_cols, fb_weight **out) {
+    return fb_weight_create_experts(dtype, 1, n_rows, n_cols, out);
+}
+
+enum fb_status fb_weight_create_experts(
+    enum fb_dtype dtype, int32_t n_experts, int32_t n_rows, int32_t n_cols, fb_weight **out) {
     FB_REQUIRE(out, "out is null");
+    FB_REQUIRE(n_experts >= 1 && n_experts <= MAX_EXPERTS, "n_experts is %d, must be 1 .. %d", n_experts, MAX_EXPERTS);
     const int32_t block_size = fb_dtype_block_size(dtype);
     FB_REQUIRE(block_size > 0, "dtype is %d, must be one of enum fb_dtype", (int)dtype);
     FB_REQUIRE(n_rows >= 1 && n_rows <= MAX_DIMENSION, "n_rows is %d, must be 1 .. 2^30", n_rows);
@@ -40,15 +47,18 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
     const size_t panel_bytes = is_plain(dtype) ? n_held * 16 * fb_dtype_block_bytes(dtype)
                                                : fb_panel_bytes(dtype, (size_t)n_cols);
     size_t n_bytes;
-    if (!fb_size_multiply(n_stored, panel_bytes, &n_bytes))
-        return fb_fail(FB_OUT_OF_MEMORY, "a weight of %d x %d does not fit memory", n_rows, n_cols);
+    if (!fb_size_multiply(n_stored, panel_bytes, &n_bytes) || !fb_size_multiply(n_bytes, (size_t)n_experts, &n_bytes))
+        return fb_fail(FB_OUT_OF_MEMORY, "a weight of %d x %d x %d does not fit memory", n_experts, n_rows, n_cols);
     struct fb_weight *weight = calloc(1, sizeof *weight);
     char *panels = weight ? fb_memory_allocate(n_bytes) : NULL;
     if (!panels) {
         free(weight);
-        return fb_fail(FB_OUT_OF_MEMORY, "no memory for a weight of %d x %d (%zu bytes)", n_rows, n_cols, n_bytes);
+        return fb_fail(
+            FB_OUT_OF_MEMORY, "no memory for a weight of %d x %d x %d (%zu bytes)", n_experts, n_rows, n_cols, n_bytes);
     }
     weight->dtype = dtype;
+    weight->n_experts = n_experts;
+    weight->expert_panels = (int32_t)n_stored;
     weight->n_rows = n_rows;
     weight->n_cols = n_cols;
     weight->n_panels = n_panels;
@@ -56,6 +66,14 @@ enum fb_status fb_weight_create(enum fb_dtype dtype, int32_t n_rows, int32_t n_c
     weight->n_bytes = n_bytes;
     weight->panels = panels;
     *out = weight;
+    return FB_OK;
+}
+
+enum fb_status fb_weight_use_f32_inputs(fb_weight *weight) {
+    FB_REQUIRE(weight, "weight is null");
+    FB_REQUIRE(weight->dtype == FB_BF16,
+        "only products with bf16 weights have a choice of inputs, the weight is in dtype %d", (int)weight->dtype);
+    weight->takes_f32 = true;
     return FB_OK;
 }
 
@@ -67,6 +85,7 @@ struct packing {
     enum fb_dtype src_dtype;
     size_t row_bytes, block_bytes;
     int32_t block_size, first_row, row_block, row_step, n_rows;
+    int64_t first_panel; /* of the expert */
 };
 
 /* The source row that becomes row `row` of the weight, -1 for none. */
@@ -97,8 +116,8 @@ static const char *source_at(const struct packing *job, int32_t row, int32_t col
  * next. */
 enum { STEP = 2 * FB_LANES, PAIR_STEP = 4 * FB_LANES };
 
-/* Address of column 0 of a row of a plain format. */
-static void *plain_row(const struct fb_weight *weight, int32_t row) {
+/* Address of column 0 of a row of a plain format; rows are counted through all panels. */
+static void *plain_row(const struct fb_weight *weight, int64_t row) {
     const size_t panel = (size_t)row / FB_LANES, lane = (size_t)row % FB_LANES;
     const size_t line = weight->dtype == FB_BF16 ? 2 * FB_LANES : FB_LANES;
     const size_t element = panel % 2 * line + lane * line / FB_LANES;
@@ -107,7 +126,7 @@ static void *plain_row(const struct fb_weight *weight, int32_t row) {
 
 /* Plain formats: in chunks of columns, rows are dequantized to f32, narrowed to the weight's format and
  * transposed. */
-static int64_t pack_plain(const struct packing *job, const int32_t source[16], int32_t first_row) {
+static int64_t pack_plain(const struct packing *job, const int32_t source[16], int64_t first_row) {
     const struct fb_weight *weight = job->weight;
     const int32_t n_cols = weight->n_cols;
     int64_t non_finite = 0;
@@ -183,8 +202,9 @@ static int64_t pack_panel(const struct packing *job, int64_t number) {
         n += source[j] >= 0;
     }
     if (n == 0) return 0;
-    return is_plain(job->weight->dtype) ? pack_plain(job, source, (int32_t)(16 * number))
-                                        : pack_blocks(job, source, fb_weight_panel(job->weight, (size_t)number));
+    const int64_t panel = job->first_panel + number;
+    return is_plain(job->weight->dtype) ? pack_plain(job, source, 16 * panel)
+                                        : pack_blocks(job, source, fb_weight_panel(job->weight, (size_t)panel));
 }
 
 static void pack_one_panel(void *context, int64_t index, int thread) {
@@ -196,7 +216,14 @@ static void pack_one_panel(void *context, int64_t index, int thread) {
 
 enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t row_block, int32_t row_step,
     enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads) {
+    return fb_weight_pack_expert(
+        weight, 0, first_row, row_block, row_step, src_dtype, src, src_bytes, n_rows, n_threads);
+}
+
+enum fb_status fb_weight_pack_expert(fb_weight *weight, int32_t expert, int32_t first_row, int32_t row_block,
+    int32_t row_step, enum fb_dtype src_dtype, const void *src, size_t src_bytes, int32_t n_rows, int32_t n_threads) {
     FB_REQUIRE(weight && src, "weight or src is null");
+    FB_REQUIRE(expert >= 0 && expert < weight->n_experts, "expert %d of %d", expert, weight->n_experts);
     FB_REQUIRE(!weight->device, "the weight is on a device");
     int32_t block_size = fb_dtype_block_size(src_dtype);
     FB_REQUIRE(block_size > 0, "src_dtype %d is unknown", (int)src_dtype);
@@ -223,7 +250,8 @@ enum fb_status fb_weight_pack_rows(fb_weight *weight, int32_t first_row, int32_t
         .first_row = first_row,
         .row_block = row_block,
         .row_step = row_step,
-        .n_rows = n_rows};
+        .n_rows = n_rows,
+        .first_panel = (int64_t)expert * weight->expert_panels};
     fb_team_run(pack_one_panel, &job, end / 16 - first_row / 16 + 1, n_threads);
     return FB_OK;
 }
@@ -253,6 +281,7 @@ struct file_jobs {
 static enum fb_status make_file_job(struct fb_file_rows *part, int32_t i, struct file_job *out, size_t *piece_bytes) {
     fb_weight *weight = part->weight;
     FB_REQUIRE(weight && !weight->device, "part %d: weight is null or on a device", i);
+    FB_REQUIRE(weight->n_experts == 1, "part %d: weights of experts are packed one by one", i);
     const int32_t block_size = fb_dtype_block_size(part->src_dtype);
     FB_REQUIRE(block_size > 0 && weight->n_cols % block_size == 0,
         "part %d: rows of %d elements are not whole blocks of src_dtype %d", i, weight->n_cols, (int)part->src_dtype);
@@ -389,7 +418,8 @@ enum fb_status fb_weights_pack_files(struct fb_file_rows *parts, int32_t n_parts
 
 /* ---- Rows -------------------------------------------------------------------------------------------------------- */
 
-void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst) {
+/* Rows are counted through all panels. */
+static void unpack(const struct fb_weight *weight, int64_t row, float *dst) {
     const size_t n = (size_t)weight->n_cols;
     if (!is_plain(weight->dtype)) {
         fb_unpack_row(weight->dtype, fb_weight_panel(weight, (size_t)(row / 16)), n, (size_t)(row % 16), dst);
@@ -408,12 +438,18 @@ void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *ds
     }
 }
 
+void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst) {
+    unpack(weight, row, dst);
+}
+
 enum fb_status fb_weight_unpack_row(const fb_weight *weight, int32_t row, float *dst) {
     FB_REQUIRE(weight && dst, "weight or dst is null");
     FB_REQUIRE(!weight->device, "the weight is on a device");
-    FB_REQUIRE(row >= 0 && row < weight->n_rows, "row is %d, must be 0 .. %d", row, weight->n_rows - 1);
+    const int64_t n_rows = (int64_t)weight->n_experts * weight->n_rows;
+    FB_REQUIRE(row >= 0 && row < n_rows, "row is %d, must be 0 .. %lld", row, (long long)n_rows - 1);
+    const int64_t first = (int64_t)row / weight->n_rows * weight->expert_panels * FB_LANES; /* of its expert */
     const fb_float_mode mode = fb_float_mode_enter();
-    fb_weight_gather_row(weight, row, dst);
+    unpack(weight, first + row % weight->n_rows, dst);
     fb_float_mode_leave(mode);
     return FB_OK;
 }

@@ -27,14 +27,22 @@
 
 struct fb_weight {
     enum fb_dtype dtype;
+    int32_t n_experts; /* matrices, one after another; 1 usually */
     int32_t n_rows, n_cols;
-    int32_t n_panels; /* n_rows / 16, rounded up */
+    int32_t n_panels;      /* n_rows / 16, rounded up */
+    int32_t expert_panels; /* from a matrix to the next; even for the plain formats */
     size_t panel_bytes;
     size_t n_bytes;
+    bool takes_f32; /* bf16: products take inputs in f32, not rounded to bf16 */
     atomic_llong non_finite;
     char *panels;      /* on the device, if there is one */
     fb_device *device; /* NULL: the CPU */
 };
+
+/* Whether products take inputs rounded to bf16, by gemm_pairs. */
+static inline bool fb_takes_pairs(const struct fb_weight *weight) {
+    return weight->dtype == FB_BF16 && !weight->takes_f32;
+}
 
 /* A panel of blocks, or the start of a pair of plain panels. */
 static inline char *fb_weight_panel(const struct fb_weight *weight, size_t panel) {
@@ -47,7 +55,7 @@ static inline struct fb_panels fb_weight_plain(const struct fb_weight *weight, s
         fb_weight_panel(weight, panel), 2, weight->panel_bytes / fb_dtype_block_bytes(weight->dtype)};
 }
 
-/* Dequantizes row `row` to f32 [n_cols], unchecked. */
+/* Dequantizes row `row` of the first matrix to f32 [n_cols], unchecked. */
 void fb_weight_gather_row(const struct fb_weight *weight, int32_t row, float *dst);
 
 #endif

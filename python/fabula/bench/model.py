@@ -77,18 +77,19 @@ MakePeers = Callable[[Model, int, Status], list[Engine]]
 
 
 class Fabula:
-    """A loaded model through the SDK, including sampler and detokenizer."""
+    """A loaded model through the SDK, including sampler and detokenizer; without speculation: each token is a step."""
 
     name = "fabula"
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self._engine = replace(model._engine, speculation="off")
         self.settings = dict.fromkeys(("prefill", "decode"), f"{model.threads} threads")
 
     def run(self, prompt: Sequence[int], n_tokens: int) -> Run:
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
         self._model.clear_cache()
-        with self._model.generate(prompt, params) as generation:
+        with Generation(self._engine, prompt, params, continues=True) as generation:
             start = time.perf_counter()
             next(generation)
             first = time.perf_counter()
@@ -102,7 +103,7 @@ class Fabula:
         self._model.clear_cache()
         params = SamplingParams(temperature=0.0, max_tokens=n_tokens + 1, ignore_eos=True)
         for ids in prompts:  # prefill all first, or the first reply would end before the last prompt is processed
-            self._model.generate(ids, replace(params, max_tokens=1)).text()
+            Generation(self._engine, ids, replace(params, max_tokens=1), continues=True).text()
         times: list[list[float]] = [[] for _ in prompts]
 
         def drain(generation: Generation, out: list[float]) -> None:
@@ -111,7 +112,9 @@ class Fabula:
 
         # Start all before reading any; each runs at most a few tokens ahead of its reader.
         with ExitStack() as stack, ThreadPoolExecutor(len(prompts)) as readers:
-            generations = [stack.enter_context(self._model.generate(ids, params)) for ids in prompts]
+            generations = [
+                stack.enter_context(Generation(self._engine, ids, params, continues=True)) for ids in prompts
+            ]
             for _ in readers.map(drain, generations, times):
                 pass
         begin, end = max(t[0] for t in times), min(t[-1] for t in times)

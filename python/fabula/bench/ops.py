@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fabula import _operators, ops
+from fabula import _native, _operators, ops
 from fabula.bench import library
 from fabula.bench.machine import Machine
 from fabula.bench.row import Row
@@ -276,7 +276,8 @@ def _matmul_transb(less: int, threads: int) -> Case:
         return plain
 
     def fast(precision: Literal["f32", "f16", "bf16"]) -> Callable[[], F32]:
-        weight, out = ops.pack(b, precision=precision, threads=threads), _filled((m, n))
+        inputs = _native.inputs_of_bf16("auto")
+        weight, out = ops.pack(b, precision=precision, threads=threads, bf16_inputs=inputs), _filled((m, n))
         return lambda: _operators.linear(weight, a, None, None, threads, "auto", out)
 
     variants = {"f32": fast("f32"), "f16": fast("f16"), "bf16": fast("bf16")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,9 +13,15 @@ from fabula.choices import DEFAULT_MODEL
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
-    from fabula.formats.checkpoint import Checkpoint
+    from fabula.formats.checkpoint import Checkpoint, TensorInfo
+    from fabula.models.description import Experts, ModelConfig
 
+_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.")
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+_ARITHMETIC = {
+    "bf16": "BF16 weights take inputs rounded to bf16 on this CPU; --bf16-inputs f32 gives the results of others",
+    "f32": "BF16 weights take inputs in f32 on this CPU; --bf16-inputs bf16 gives the results of AVX-512 BF16",
+}
 
 
 @click.command(short_help="Describe a model without loading its weights.")
@@ -76,8 +83,9 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
-    from fabula._native import page_bytes
+    from fabula._native import inputs_of_bf16, page_bytes
     from fabula.engine.runner import PREFILL_CHUNK
+    from fabula.formats.checkpoint import DType
     from fabula.kv.format import kv_dtypes
     from fabula.kv.pages import pages_for
     from fabula.kv.windowed import WindowedLayers
@@ -91,6 +99,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         infos = [info for info in infos if info.name != "lm_head.weight"]
     matrices = sum(math.prod(info.shape) for info in infos if len(info.shape) > 1)
     vectors = sum(math.prod(info.shape) for info in infos if len(info.shape) < 2)
+    shares = [_share(info, config) for info in infos]
     on_disk: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         on_disk[info.dtype.name] = on_disk.get(info.dtype.name, 0) + info.n_bytes
@@ -112,6 +121,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": checkpoint.format,
         "family": family.name,
         "n_parameters": matrices + vectors,
+        "n_active_parameters": int(
+            sum(share * math.prod(info.shape) for info, share in zip(infos, shares, strict=True))
+        ),
+        "active_bytes": int(sum(share * info.n_bytes for info, share in zip(infos, shares, strict=True))),
+        "n_experts": max((e.router.n_experts for e in _experts(config)), default=0),
+        "n_chosen_experts": max((e.router.n_chosen for e in _experts(config)), default=0),
         "n_layers": config.n_layers,
         "n_heads": config.n_heads,
         "n_kv_heads": config.n_kv_heads,
@@ -130,10 +145,27 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes_on_disk": on_disk,
         "bytes_in_memory": {"auto": as_it_is + 4 * vectors}
         | {name: matrices * size + 4 * vectors for name, size in _BYTES.items()},
+        "bf16_inputs": inputs_of_bf16("auto")
+        if any(len(i.shape) > 1 and i.dtype is DType.BF16 for i in infos)
+        else None,
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
     }
+
+
+def _experts(config: ModelConfig) -> list[Experts]:
+    return [layer.experts for layer in config.layers if layer.experts]
+
+
+def _share(info: TensorInfo, config: ModelConfig) -> float:
+    """The share of a tensor that one token reads: of experts the chosen ones, of an embedding that is not the head too
+    one row, of all others the whole."""
+    if info.name == "model.embed_tokens.weight" and not config.tied:
+        return 1 / info.shape[0]
+    match = _EXPERTS.match(info.name)
+    experts = config.layers[int(match[1])].experts if match and int(match[1]) < config.n_layers else None
+    return experts.router.n_chosen / experts.router.n_experts if experts else 1.0
 
 
 def _print(facts: dict[str, Any], sampling: str) -> None:
@@ -164,6 +196,17 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         ("runs", runs),
         ("file", f"{facts['path']} ({facts['format']})"),
         ("family", f"{facts['family']}, {facts['n_parameters'] / 1e6:,.1f} M parameters"),
+        *(
+            [
+                (
+                    "experts",
+                    f"{facts['n_chosen_experts']} of {facts['n_experts']} in a layer: a token reads"
+                    f" {facts['n_active_parameters'] / 1e6:,.1f} M parameters, {size(facts['active_bytes'])}",
+                )
+            ]
+            if facts["n_experts"]
+            else []
+        ),
         ("layers", f"{facts['n_layers']} of hidden size {facts['hidden_size']}, MLP {facts['intermediate_size']}"),
         ("heads", f"{facts['n_heads']} of {facts['head_dim']}, {facts['n_kv_heads']} for keys and values"),
         (
@@ -180,6 +223,7 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         *([("left out", f"{' and '.join(facts['left_out'])}: it reads text only")] if facts["left_out"] else []),
         ("on disk", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_on_disk"].items())),
         ("in memory", ", ".join(f"{name} {size(n)}" for name, n in facts["bytes_in_memory"].items())),
+        *([("arithmetic", _ARITHMETIC[facts["bf16_inputs"]])] if facts["bf16_inputs"] else []),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),
         ("KV of context", kv_of_context),
         ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),

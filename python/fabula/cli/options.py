@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from fabula.choices import (
+    BF16_INPUTS,
     DEFAULT_MODEL,
     DEVICE_NAME,
     DEVICE_PRODUCTS,
@@ -25,7 +26,7 @@ from fabula.choices import (
 from fabula.cli.console import FetchProgress, bars
 
 if TYPE_CHECKING:
-    from fabula.choices import SpeculationName, WeightsName, WindowKv
+    from fabula.choices import Bf16Inputs, SpeculationName, WeightsName, WindowKv
     from fabula.engine.sampling import SamplingParams
     from fabula.model import Model
     from fabula.sessions.policy import ContextPolicy
@@ -89,12 +90,20 @@ _MODEL = (
         help="KV left of the windows of windowed layers: keep, until memory runs out; drop, at once.",
     ),
     click.option(
+        "--bf16-inputs", type=click.Choice(BF16_INPUTS), default="auto", show_default=True,
+        help="Inputs of products with BF16 weights: bf16, f32, or auto, what this CPU is faster with; "
+        "results differ.",
+    ),
+    click.option(
         "-t", "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N",
         help="Default: as many as this process may use.",
     ),
     pin_option,
     click.option(
         "-c", "--context", type=click.IntRange(1), metavar="N", help="Tokens; default: the model's own length."
+    ),
+    click.option(
+        "--ignore-memory", is_flag=True, help="Load weights that do not fit the available memory, too."
     ),
     device_option,
     parallel_option,
@@ -121,6 +130,8 @@ class ModelOptions:
     window_kv: str = "keep"
     speculation: str = "auto"
     draft_model: str | None = None
+    ignore_memory: bool = False
+    bf16_inputs: str = "auto"
 
     @property
     def name(self) -> str:
@@ -147,6 +158,8 @@ class ModelOptions:
                 device_products=self.device_products,
                 speculation=cast("SpeculationName", self.speculation),
                 draft_model=self.draft_model,
+                ignore_memory=self.ignore_memory,
+                bf16_inputs=cast("Bf16Inputs", self.bf16_inputs),
                 fetch_progress=FetchProgress(bar, f"fetching {self.model}"),
                 load_progress=lambda done, total: bar.show("loading", done, total),
             )
@@ -162,6 +175,7 @@ def model_options(function: _Function) -> _Function:
         weights: str,
         kv: str,
         window_kv: str,
+        bf16_inputs: str,
         threads: int | None,
         pin_threads: bool,
         context: int | None,
@@ -170,6 +184,7 @@ def model_options(function: _Function) -> _Function:
         device_products: str,
         speculation: str,
         draft_model: str | None,
+        ignore_memory: bool,
         **rest: Any,
     ) -> Any:
         loading = ModelOptions(
@@ -185,6 +200,8 @@ def model_options(function: _Function) -> _Function:
             speculation=speculation,
             draft_model=draft_model,
             window_kv=window_kv,
+            ignore_memory=ignore_memory,
+            bf16_inputs=bf16_inputs,
         )
         return function(*args, loading=loading, **rest)
 

@@ -76,6 +76,7 @@ class Placement:
         self.n_devices = check_parallel(n_devices, name)
         self.products = check_products(products)
         self._memory = memory
+        self.is_cpu = name == "cpu"
         self._device: _native.Device | None = None
         self._n_tried = 0  # GPUs to try
         if name not in ("cpu", "auto"):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fabula import _native, _program
 from fabula.engine.device import CPU, Placement
+from fabula.engine.memory import check_memory
 from fabula.engine.programs import Programs
 from fabula.engine.threads import placing_of
 from fabula.errors import ContextOverflow, DeviceOutOfMemory, EngineError, InvalidArgument, Unsupported
@@ -27,13 +28,14 @@ from fabula.models.builder import ProgramBuilder
 from fabula.models.decoder import has_head
 from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
-from fabula.models.opening import lay_out
+from fabula.models.opening import lay_out, packed_bytes
 from fabula.models.precision import Precision, block_of, everywhere
 from fabula.models.shares import Shares
 from fabula.models.views import viewed
 
 if TYPE_CHECKING:
     from fabula._native import Isa
+    from fabula.choices import Bf16Inputs
 
 I32 = npt.NDArray[np.int32]
 
@@ -65,16 +67,22 @@ class Runner:
         context: positions a sequence may have; None takes the model's own length.
         kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
         drops_windowed: whether KV that no window shows any more is dropped at once, not only when pages run out.
+        bf16_inputs: inputs of products with bf16 weights, on the CPU.
         isa: instruction set, for tests.
         placement: where it may run.
+        ignore_memory: whether weights are loaded that do not fit the available memory.
         progress: called with (bytes read, bytes in all) while tensors are packed.
         meanwhile: called once while other threads read and pack, which takes most of the time.
         pins: whether each thread is bound to a CPU of its own.
 
+    Attributes:
+        bf16_inputs: "bf16" or "f32"; None without bf16 weights and on a GPU.
+
     Raises:
         ModelFileError, Unsupported: the checkpoint is damaged or of an unknown kind.
+        OutOfMemory: the weights do not fit the available memory; nothing was read.
         DeviceOutOfMemory: it does not fit the requested GPU; all of its memory was freed.
-        Unsupported: also for `drops_windowed` on a GPU.
+        Unsupported: also for `drops_windowed`, and `bf16_inputs` other than "auto", on a GPU.
     """
 
     def __init__(
@@ -87,11 +95,13 @@ class Runner:
         context: int | None = None,
         kv_memory: int | None = None,
         drops_windowed: bool = False,
+        bf16_inputs: Bf16Inputs = "auto",
         isa: Isa = "auto",
         progress: Callable[[int, int], None] | None = None,
         placement: Placement = CPU,
         meanwhile: Callable[[], None] | None = None,
         pins: bool = False,
+        ignore_memory: bool = False,
     ) -> None:
         family = family_of(checkpoint.config, checkpoint.path)
         self.config: ModelConfig = family.read(checkpoint.config, checkpoint.path)
@@ -102,7 +112,11 @@ class Runner:
         self.context = context or config.context_length
         precision = everywhere(weights) if isinstance(weights, DType) else weights
         shares = Shares(config, placement.n_devices, block_of(checkpoint, precision, "mlp.down_proj.weight"))
-        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress, placing_of(n_threads, pins))
+        if placement.is_cpu and not ignore_memory:
+            check_memory(packed_bytes(checkpoint, precision, config, shares), checkpoint.path.name)
+        inputs = _native.inputs_of_bf16(bf16_inputs, isa)
+        places = placing_of(n_threads, pins)
+        builder = ProgramBuilder(checkpoint, precision, n_threads, shares, progress, places, f32_inputs=inputs == "f32")
         ropes = lay_out(builder, config, self.context)
         self._headless = "" if has_head(checkpoint, config) else checkpoint.path.name
         self.weight_bytes = sum(weight.n_bytes for weight in builder.weights)
@@ -110,10 +124,20 @@ class Runner:
         text_pages = -(-self.context // _native.PAGE_POSITIONS)
         buffer_bytes = 4 * min(DEVICE_CHUNK, self.context) * sum(map(sum, builder.widths))
         self.device = placement.choose(self.weight_bytes + buffer_bytes + (kv_memory or text_pages * page_bytes))
+        if self.device is None and not (placement.is_cpu or ignore_memory):
+            check_memory(self.weight_bytes, checkpoint.path.name)
+        if self.device is not None and any(weight.dtype == DType.MXFP4 for weight in builder.weights):
+            raise Unsupported("weights in MXFP4 run on the CPU only: load the model with --weights q4, or on the CPU")
         if drops_windowed and self.device is not None:
             raise Unsupported(
                 'window_kv="drop" needs the CPU: a GPU holds the KV of all layers of a page, so load it with "keep"'
             )
+        if bf16_inputs != "auto" and self.device is not None:
+            raise Unsupported(
+                f'bf16_inputs="{bf16_inputs}" needs the CPU: a GPU rounds in its own way, so leave "auto"'
+            )
+        has_bf16 = any(weight.dtype == DType.BF16 for weight in builder.weights)
+        self.bf16_inputs = inputs if has_bf16 and self.device is None else None
         self.max_tokens = min(PREFILL_CHUNK if self.device is None else DEVICE_CHUNK, self.context)
         self.products = "own" if self.device is None else placement.products
         shape = _program.Shape(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fabula.models.packing import Placing
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 _DEVICES = Path("/sys/devices")  # of sysfs
 _CPUS = _DEVICES / "system" / "cpu"
 _SLOW = 0.5  # share of the largest capacity below which a core counts as slow: Arm's little cores have 0.2 to 0.45
@@ -118,25 +118,32 @@ def _physical(cores: set[int], cpus: Path = _CPUS) -> int | None:
     return len(siblings) or None
 
 
-def _quota(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+def _quota(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
     """Whole CPUs of the cgroup's quota, at least 1; None without a quota. Every level up to the root may set one."""
     quotas = []
-    for folder in _cgroup_folders(root, membership):
+    for folder in cgroup_folders(root, membership, "cpu"):
         quota = _read_quota(folder)
         if quota is not None:
             quotas.append(quota)
     return max(1, int(min(quotas))) if quotas else None
 
 
-def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
+def cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
+    """The folders of the cgroups that limit this process by a controller, in both versions, up to the root.
+
+    Args:
+        root: where cgroups are mounted.
+        membership: the process's /proc/self/cgroup.
+        controller: "cpu" or "memory".
+    """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         lines = []
-    folders = [root, root / "cpu", root / "cpu,cpuacct"]
+    folders = [root, root / controller, *([root / "cpu,cpuacct"] if controller == "cpu" else [])]
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         base = root / controllers if controllers else root
         folder = base / path.lstrip("/")

@@ -32,16 +32,20 @@ _BASE: Mapping[str, str] = {
     **dict.fromkeys(("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), "qwen2"),
     **dict.fromkeys(("qwen3", "qwen3_vl_text"), "qwen3"),
     **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
+    "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+    "granitemoeshared": "granitemoe", "glm4_moe": "glm4moe", "ernie4_5_moe": "ernie4_5-moe",
+    "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "hunyuan_v1_moe": "hunyuan-moe",
     "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
     "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
     "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
 }  # fmt: skip
+_SIGMOID = 2  # of enum llama_expert_gating_func_type
 _UNROTATED = 1e30  # as in llama.cpp's conversion
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
 # Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
 _WHOLE_HEADS = ("qwen2", "qwen2vl", "phi2", "phi3", "olmo", "olmo2", "command-r", "cohere2", "stablelm", "nemotron",
                 "starcoder2", "falcon", "gpt2", "gptneox", "bloom", "mpt", "internlm2", "baichuan", "chatglm",
-                "exaone4")  # fmt: skip
+                "exaone4", "qwen2moe", "olmoe")  # fmt: skip
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
@@ -58,6 +62,13 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
         base = "baichuan"
     if base not in ARCHITECTURES:
         raise Unsupported(f"{path}: GGUF files are not written for the family {config.model_type!r}")
+    if any(not layer.experts for layer in config.layers) and "ffn_down" not in ARCHITECTURES[base].layer:
+        raise Unsupported(f"{path}: GGUF has no layers without experts in family {config.model_type!r}")
+    is_sparse = any(layer.experts for layer in config.layers)
+    if _has_windows(config) and is_sparse and ARCHITECTURES[base].windows is None:
+        raise Unsupported(
+            f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
+        )
     if _has_windows(config) and base in ("llama", "mistral3"):
         return "granite_swa"
     if _has_windows(config) and ARCHITECTURES[base].windows is None:
@@ -103,6 +114,7 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
         keys[f"{arch}.rope.freq_base"] = np.float32(rope["rope_theta"])
     keys[f"{arch}.vocab_size"] = config.vocab_size
     keys |= {f"{arch}.{key}": value for key, value in _windows(config, arch, path).items()}
+    keys |= {f"{arch}.{key}": value for key, value in _experts(config, arch).items()}
     if arch in _OWN:
         keys |= {f"{arch}.{key}": value for key, value in _OWN[arch](config).items()}
     keys |= {f"{arch}.rope.scaling.{key}": value for key, value in _scaling(config, arch, path).items()}
@@ -139,6 +151,32 @@ def _windows(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
         "attention.sliding_window": window,
         "attention.sliding_window_pattern": np.array(config.windows, np.bool_),
     }
+
+
+def _experts(c: ModelConfig, arch: str) -> dict[str, Value]:
+    experts = next((layer.experts for layer in c.layers if layer.experts), None)
+    if experts is None:
+        return {}
+    keys: dict[str, Value] = {
+        "expert_count": experts.router.n_experts,
+        "expert_used_count": experts.router.n_chosen,
+        "expert_feed_forward_length": experts.size,
+    }
+    reads = ARCHITECTURES[arch].reads
+    router, first = experts.router, next(i for i, layer in enumerate(c.layers) if layer.experts)
+    sparse = [i for i, layer in enumerate(c.layers) if layer.experts]
+    more: dict[str, Value] = {
+        "expert_shared_feed_forward_length": experts.shared,
+        "expert_shared_count": experts.shared // experts.size,
+        "expert_weights_scale": np.float32(router.scale),
+        "expert_weights_norm": router.renormalized,
+        "expert_gating_func": _SIGMOID,
+        "expert_group_count": router.n_groups or 1,
+        "expert_group_used_count": router.n_top_groups or 1,
+        "leading_dense_block_count": first,
+        "interleave_moe_layer_step": sparse[1] - first if len(sparse) > 1 else 1,
+    }
+    return keys | {key: value for key, value in more.items() if key in reads}
 
 
 def _granite_keys(c: ModelConfig) -> dict[str, Value]:
@@ -210,6 +248,7 @@ def _ministral3_keys(c: ModelConfig) -> dict[str, Value]:
 _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
     "granite_swa": lambda _: {"logit_scale": np.float32(1.0)},
     "granite": _granite_keys,
+    "granitemoe": _granite_keys,
     "minicpm": _granite_keys,
     "mistral3": _ministral3_keys,
     "gemma2": lambda c: {
@@ -290,14 +329,17 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
         yield f"llama.cpp takes GELU's approximation with tanh in architecture {arch}, so its results differ slightly"
     without_output_bias = (
         "qwen2", "qwen3", "seed_oss", "olmo2", "glm4", "chatglm", "exaone4", "command-r", "cohere2", "smollm3", "gemma",
-        "gemma2", "gemma3", "hunyuan-dense", "arcee", "falcon", "ernie4_5",
+        "gemma2", "gemma3", "hunyuan-dense", "arcee", "falcon", "ernie4_5", "qwen3moe", "dots1", "glm4moe",
+        "hunyuan-moe",
     )  # fmt: skip
     without_mlp_bias = ("seed_oss", "smollm3", "arcee", "falcon", "ernie4_5")
 
     def biased(part: str) -> bool:
         return any(name.endswith(f"{part}.bias") for name in names)
 
+    experts = [layer.experts is not None for layer in config.layers]
     problems = {
+        "layers without experts behind the first with": arch == "ernie4_5-moe" and experts != sorted(experts),
         "Llama 3's scaling of positions": ROPE_FREQS in names
         and (arch in ("qwen2", "qwen3") or not ARCHITECTURES[arch].factors),
         "a bias of attn_output": arch in without_output_bias and biased("attn_output"),
@@ -343,8 +385,10 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
         return {}
     if kind not in ("linear", "yarn"):
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for {kind!r} in this family")
-    if kind == "yarn" and rope.get("truncate", True) is False:
-        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for 'truncate' false")
+    # The architecture says whether the ends of the ramp are cut to whole numbers.
+    is_cut = rope.get("truncate", True) is not False
+    if kind == "yarn" and is_cut == (arch == "gpt-oss"):
+        raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for 'truncate' {str(is_cut).lower()}")
     factor = float(rope.get("factor", config.context_length / original))
     scaling: dict[str, Value] = {"type": kind, "factor": np.float32(factor)}
     if kind == "yarn":

@@ -7,7 +7,7 @@ norm for each head as a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import Checkpoint, TensorTable
-from fabula.formats.gguf_families import ARCHITECTURES, MLP, PAIRED
+from fabula.formats.gguf_families import ARCHITECTURES, MLP, OF_EXPERTS, PAIRED
 from fabula.formats.gguf_names import canonical_name
 from fabula.models.decoder import redundant
-from fabula.models.description import Attention, ModelConfig
+from fabula.models.description import Attention, Experts, ModelConfig
 from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint, viewed
 
@@ -36,6 +36,7 @@ class Part:
         needed: whether a model without it is incomplete.
         n_heads: rows of the result where a vector becomes a matrix of one row for each head; 0 for none.
         stacked: whether the result has one more dimension, that of the sources.
+        shape: of the result, where the sources do not say it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Part:
     needed: bool = True
     n_heads: int = 0
     stacked: bool = False
+    shape: tuple[int, ...] = ()
 
 
 def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
@@ -58,7 +60,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
     views: dict[str, View] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     used: set[str] = set()
-    for part in _parts(config, arch):
+    for part in _parts(config, arch, names):
         if not all(name in names for name in part.sources):
             if part.needed:
                 raise ModelFileError(
@@ -68,7 +70,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
         views[part.name] = View(part.sources, part.rows)
         used.update(part.sources)
         shape = source.tensors[part.sources[0]].shape
-        shapes[part.name] = (part.n_heads, shape[0] // part.n_heads) if part.n_heads else ()
+        shapes[part.name] = (part.n_heads, shape[0] // part.n_heads) if part.n_heads else part.shape
         if part.stacked:
             shapes[part.name] = (len(part.sources), *shape)
     for name in sorted(names - used - redundant(config)):
@@ -83,7 +85,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
     return made, {name: shape or made.tensors[name].shape for name, shape in shapes.items()}
 
 
-def _parts(config: ModelConfig, arch: str) -> Iterator[Part]:
+def _parts(config: ModelConfig, arch: str, names: Collection[str]) -> Iterator[Part]:
     """Everything that the config mentions. Biases that it allows may be missing from some layers."""
     yield Part("token_embd.weight", ("model.embed_tokens.weight",))
     if config.n_positions:
@@ -107,7 +109,7 @@ def _parts(config: ModelConfig, arch: str) -> Iterator[Part]:
             matrices = tuple(f"model.{part}.{i}.weight" for i in range(config.altup.n - 1))
             yield Part(f"{name}.weight", matrices, stacked=True)
     for i in range(config.n_layers):
-        yield from _layer(config, arch, i)
+        yield from _layer(config, arch, i, names)
     if config.final_norm.weighted:
         yield Part("output_norm.weight", ("model.norm.weight",))
     if config.final_norm.biased:
@@ -118,7 +120,7 @@ def _parts(config: ModelConfig, arch: str) -> Iterator[Part]:
         yield Part("output.bias", ("lm_head.bias",))
 
 
-def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
+def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> Iterator[Part]:
     row, layer = ARCHITECTURES[arch], config.layers[i]
     a, prefix = layer.attention, f"model.layers.{i}."
     norms = {
@@ -154,6 +156,12 @@ def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
             continue
         if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
             continue
+        if part.endswith(OF_EXPERTS):
+            if layer.experts:
+                yield from _of_experts(config.hidden_size, layer.experts, i, part, name, names)
+            continue
+        if part in MLP and layer.experts:
+            continue
         if part in ("inp_gate", "proj", "post_norm") and not layer.n_per_layer:
             continue
         if name.endswith(_STREAM_SCALE) and not (config.altup and config.altup.scaled):
@@ -174,6 +182,44 @@ def _layer(config: ModelConfig, arch: str, i: int) -> Iterator[Part]:
         if biases.get(part):
             sources = tuple(source.replace(".weight", ".bias") for source in sources)
             yield Part(f"blk.{i}.{part}.bias", sources, rows, needed=False)
+
+
+def _of_experts(
+    hidden_size: int, experts: Experts, i: int, part: str, name: str, names: Collection[str]
+) -> Iterator[Part]:
+    """A tensor of a mixture of experts: the matrices of all experts in one."""
+    router, target = experts.router, f"blk.{i}.{part}.weight"
+    if part == "exp_probs_b":
+        if router.corrected:
+            yield Part(f"blk.{i}.{part}.bias", (name,))
+    elif part == "ffn_gate_inp_shexp":
+        if experts.shared_gated:
+            yield Part(target, (name,), shape=(hidden_size,))
+    elif part.endswith("_shexp"):
+        if experts.shared:
+            yield Part(target, (name,))
+    elif part == "ffn_gate_inp":
+        yield Part(target, (name,))
+        if router.biased:
+            yield Part(f"blk.{i}.{part}.bias", (name.replace(".weight", ".bias"),))
+    else:
+        matrix = name.removesuffix(".weight").rsplit(".", 1)[1]
+        prefix = name.removesuffix(f"{matrix}.weight")
+        n, size = router.n_experts, experts.size
+        shape = (n, hidden_size, size) if matrix == "down_proj" else (n, size, hidden_size)
+        fused = next((x for x in (f"{prefix}gate_up_proj", f"{prefix}gate_up_proj.weight") if x in names), None)
+        whole = next((x for x in (f"{prefix}{matrix}", f"{prefix}{matrix}.weight") if x in names), None)
+        if whole:
+            yield Part(target, (whole,), shape=shape)
+        elif fused and matrix != "down_proj":
+            first = 0 if matrix == "gate_proj" else size
+            rows = (np.arange(n)[:, None] * 2 * size + np.arange(first, first + size)).reshape(-1)
+            yield Part(target, (fused,), rows, shape=shape)
+        else:
+            yield Part(target, tuple(f"{prefix}{e}.{matrix}.weight" for e in range(n)), shape=shape)
+        if experts.bias:
+            stored = f"{prefix}{matrix}.bias"
+            yield Part(f"blk.{i}.{part}.bias", (stored if stored in names else f"{prefix}{matrix}_bias",))
 
 
 def _head_norm(config: ModelConfig, arch: str, a: Attention, target: str, name: str) -> Iterator[Part]:

@@ -35,6 +35,7 @@ class DType(enum.IntEnum):
     Q2_K = 11
     Q3_K = 12
     IQ4_NL = 13
+    MXFP4 = 14
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,16 @@ _GPT: Rules = {  # GPT-2 and its heirs
     "ln_f": "norm",
 }
 
+_SHARED: Rules = {"mlp.shared_experts": "mlp.shared_expert"}
+_GRANITE_MOE: Rules = {
+    "block_sparse_moe.router.layer": "mlp.gate",
+    "block_sparse_moe.input_linear": "mlp.experts.gate_up_proj",
+    "block_sparse_moe.output_linear": "mlp.experts.down_proj",
+    "shared_mlp.input_linear": "mlp.shared_expert.gate_up_proj",
+    "shared_mlp.output_linear": "mlp.shared_expert.down_proj",
+}
+_MIXTRAL: Rules = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
 NAMES: Mapping[str, Rules] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -120,6 +130,23 @@ NAMES: Mapping[str, Rules] = {
         "feed_forward.w3": "mlp.up_proj",
         "feed_forward.w2": "mlp.down_proj",
         "output": "lm_head",
+    },
+    "mixtral": _MIXTRAL,
+    "gpt_oss": {"mlp.router": "mlp.gate"},
+    "minimax_m2": {**_MIXTRAL, "mlp.e_score_correction_bias": "mlp.gate.e_score_correction_bias"},
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": _GRANITE_MOE,
+    "glm4_moe": _SHARED,
+    "dots1": _SHARED,
+    "ernie4_5_moe": {
+        **_SHARED,
+        "mlp.moe_statics.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+    },
+    "hunyuan_v1_moe": {
+        "query_layernorm": "q_norm",
+        "key_layernorm": "k_norm",
+        "mlp.gate.wg": "mlp.gate",
+        "mlp.shared_mlp": "mlp.shared_expert",
     },
     "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
     "llama4_text": {"feed_forward": "mlp"},

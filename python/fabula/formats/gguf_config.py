@@ -101,10 +101,12 @@ def config_of(file: Source) -> dict[str, Any]:
             f"{arch}.attention.causal",
             "is false: tokens would attend to later ones, as in an encoder; only causal models are supported",
         )
-    if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0:
+    if (n := keys.integer(f"{arch}.expert_count", 0, low=0)) > 0 and "ffn_down_exps" not in ARCHITECTURES[arch].layer:
         raise keys.unsupported(f"{arch}.expert_count", f"is {n}: mixtures of experts are not offered")
     _check_quantization(file, keys)
     n_layers = keys.integer(f"{arch}.block_count", high=MAX_TENSORS)
+    if "nextn_predict_layers" in ARCHITECTURES[arch].reads:  # the last layers predict further tokens, and are not used
+        n_layers -= keys.integer(f"{arch}.nextn_predict_layers", 0, low=0, high=n_layers - 1)
     hidden_size = keys.integer(f"{arch}.embedding_length")
     n_heads = keys.same(f"{arch}.attention.head_count", n_layers)
     if not keys.has(f"{arch}.attention.key_length") and hidden_size % n_heads:

@@ -32,6 +32,17 @@ PLAIN_MLP = ("ffn_up", "ffn_down")
 MLP = ("ffn_gate", *PLAIN_MLP)
 USUAL = ("attn_norm", *ATTENTION, "ffn_norm", *MLP)
 HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+OF_EXPERTS = ("_exps", "_shexp", "ffn_gate_inp", "exp_probs_b")  # ends of the names of their tensors
+SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+EXPERT_KEYS = frozenset(["expert_count", "expert_used_count", "expert_feed_forward_length"])
+_SHARED_KEYS = EXPERT_KEYS | {"expert_shared_feed_forward_length"}
+_GROUP_KEYS = EXPERT_KEYS | {
+    *("expert_shared_count", "expert_weights_scale", "expert_weights_norm", "expert_gating_func"),
+    *("leading_dense_block_count", "expert_group_count", "expert_group_used_count"),
+}
+_SIGMOID = 2  # of enum llama_expert_gating_func_type
+SPARSE = ("attn_norm", *ATTENTION, "ffn_norm", *EXPERTS)
 # A norm behind each half of a layer.
 POST = {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
 
@@ -154,12 +165,123 @@ class Architecture:
 # ---- What only a file decides ---------------------------------------------------------------------------------------
 
 
-def _llama(_: Facts, config: Config) -> None:
-    """A llama with windows is a mistral. Its biases are refused by gguf_names.py, as mistral has none."""
+def _llama(f: Facts, config: Config) -> None:
+    """A llama with windows is a mistral, one with experts a mixtral. Their biases are refused by gguf_names.py."""
+    if f.keys.integer(f.key("expert_count"), 0, low=0) and f.arch == "llama":
+        config |= {"intermediate_size": _read_experts(f, config)}
+        config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        config.pop("layer_types", None)
+        return
+    for name in sorted(EXPERT_KEYS) if f.arch == "llama" else ():
+        if f.keys.integer(f.key(name), 0, low=0):
+            raise f.keys.unsupported(f.key(name), "is there, but no expert_count: a mixture without experts")
     if config.get("sliding_window"):
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         if FULL not in config["layer_types"]:
             del config["layer_types"]
+
+
+def _read_experts(f: Facts, config: Config) -> int:
+    """Numbers of experts, and their width, which is also that of their tensors. Returns it."""
+    n = f.keys.integer(f.key("expert_count"))
+    down = next((t for name, t in f.tensors.items() if name.endswith(".ffn_down_exps.weight")), None)
+    if down is None:
+        raise f.keys.unsupported(f.key("expert_count"), f"is {n}, but no tensor holds all experts (ffn_down_exps)")
+    config |= {"num_experts": n, "num_experts_per_tok": f.keys.integer(f.key("expert_used_count"))}
+    width = down.shape[-1]
+    if (said := f.keys.integer(f.key("expert_feed_forward_length"), width)) != width:
+        raise f.keys.error(f.key("expert_feed_forward_length"), f"is {said}, but experts are {width} wide")
+    return width
+
+
+def _qwen3moe(f: Facts, config: Config) -> None:
+    """llama.cpp always divides the weights by their sum."""
+    config |= {"moe_intermediate_size": _read_experts(f, config), "norm_topk_prob": True}
+
+
+def _qwen2moe(f: Facts, config: Config) -> None:
+    """llama.cpp never divides the weights by their sum."""
+    config |= {"moe_intermediate_size": _read_experts(f, config), "norm_topk_prob": False}
+    config["shared_expert_intermediate_size"] = _shared_width(f, config["intermediate_size"])
+
+
+def _shared_width(f: Facts, default: int) -> int:
+    """The width of the shared experts together."""
+    shared = next((t for name, t in f.tensors.items() if name.endswith(".ffn_gate_shexp.weight")), None)
+    return f.keys.integer(
+        f.key("expert_shared_feed_forward_length"), default if shared is None else shared.shape[0], low=0
+    )
+
+
+def _of_groups(f: Facts, config: Config) -> None:
+    """Sigmoids with a correction, shared experts, dense layers first."""
+    config |= {"moe_intermediate_size": _read_experts(f, config)}
+    config |= {
+        "n_routed_experts": config.pop("num_experts"),
+        "n_group": f.keys.integer(f.key("expert_group_count"), 1),
+        "topk_group": f.keys.integer(f.key("expert_group_used_count"), 1),
+        "n_shared_experts": f.keys.integer(f.key("expert_shared_count")),
+        "first_k_dense_replace": f.keys.integer(f.key("leading_dense_block_count"), 0, low=0),
+        "routed_scaling_factor": f.number("expert_weights_scale", 1.0, zero=1.0),
+        "norm_topk_prob": f.keys.flag(f.key("expert_weights_norm"), False),
+    }
+    _want_sigmoids(f)
+    if f.arch == "glm4moe":
+        config["use_qk_norm"] = f.has("attn_q_norm")
+    else:
+        config["sliding_window"] = None
+
+
+def _want_sigmoids(f: Facts) -> None:
+    key = f.key("expert_gating_func")
+    if (kind := f.keys.integer(key, _SIGMOID)) != _SIGMOID:
+        raise f.keys.unsupported(key, f"is {kind}, which is not a sigmoid, as in all models of this architecture")
+
+
+def _minimax_m2(f: Facts, config: Config) -> None:
+    config |= {"intermediate_size": _read_experts(f, config)}
+    _want_sigmoids(f)
+
+
+def _ernie_moe(f: Facts, config: Config) -> None:
+    size = _read_experts(f, config)
+    config |= {"moe_num_experts": config.pop("num_experts"), "moe_k": config.pop("num_experts_per_tok")}
+    shared = _shared_width(f, 0)
+    n_shared = f.keys.integer(f.key("expert_shared_count"), shared // size, low=0)
+    if shared != n_shared * size:
+        raise f.keys.error(f.key("expert_shared_feed_forward_length"), f"is {shared}, not {n_shared} times {size}")
+    config |= {
+        "moe_intermediate_size": size,
+        "moe_num_shared_experts": n_shared,
+        "moe_layer_start_index": f.keys.integer(f.key("leading_dense_block_count"), 0, low=0),
+        "moe_layer_interval": f.keys.integer(f.key("interleave_moe_layer_step"), 1),
+    }
+
+
+def _granite_moe(f: Facts, config: Config) -> None:
+    _granite(f, config)
+    config |= {"intermediate_size": _read_experts(f, config), "shared_intermediate_size": _shared_width(f, 0)}
+
+
+def _hunyuan_moe(f: Facts, config: Config) -> None:
+    size = _read_experts(f, config)
+    config |= {"intermediate_size": size, "moe_topk": config.pop("num_experts_per_tok")}
+    if (shared := _shared_width(f, size)) != size:
+        raise f.keys.unsupported(f.key("expert_shared_feed_forward_length"), f"is {shared}, experts are {size} wide")
+
+
+def _gpt_oss(f: Facts, config: Config) -> None:
+    """The rotation is that of the published model, whose ramp is not cut to whole numbers; llama.cpp cuts it."""
+    config["intermediate_size"] = _read_experts(f, config)
+    if config["rope_scaling"]:
+        config["rope_scaling"] = {**config["rope_scaling"], "truncate": False}
+    else:  # a config without any means the scaling of the published models
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+
+
+def _olmoe(f: Facts, config: Config) -> None:
+    config |= {"intermediate_size": _read_experts(f, config), "norm_topk_prob": False}
+    config["clip_qkv"] = f.number("attention.clamp_kqv", 0.0, zero=0.0) or None
 
 
 def _mistral3(f: Facts, config: Config) -> None:
@@ -408,7 +530,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     # Early versions of `fabula quantize` wrote windows for llama, which llama.cpp does not have there.
     "llama": Architecture(
         model_type="llama", model_class="LlamaForCausalLM", paired=True, biases=_BOTH, factors=True, longrope=True,
-        windows=Windows(), finish=_llama,
+        layer=(*USUAL, *EXPERTS), windows=Windows(), reads=EXPERT_KEYS, finish=_llama,
     ),
     "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biases={"": QKV}, factors=True),
     "qwen3": Architecture(
@@ -578,6 +700,61 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer=_PLAIN, biases={"attention_bias": FUSED, "": PLAIN_MLP},
         fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         reads=frozenset(["use_parallel_residual"]), finish=_neox,
+    ),
+    # Mixtures of experts.
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe", model_class="Qwen2MoeForCausalLM", biases={"": QKV}, factors=True,
+        layer=(*SPARSE, *SHARED, "ffn_gate_inp_shexp"),
+        reads=_SHARED_KEYS, finish=_qwen2moe,
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe", model_class="Qwen3MoeForCausalLM", layer=(*SPARSE, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, factors=True, reads=EXPERT_KEYS, finish=_qwen3moe,
+    ),
+    "granitemoe": Architecture(
+        model_type="granitemoeshared", model_class="GraniteMoeSharedForCausalLM", paired=True, factors=True,
+        longrope=True, layer=(*SPARSE, *SHARED), biases={"attention_bias": ATTENTION},
+        reads=_SHARED_KEYS | {"logit_scale", "residual_scale", "embedding_scale", "attention.scale"},
+        finish=_granite_moe,
+    ),
+    # The norm in front of the MLP has the name of one behind attention.
+    "glm4moe": Architecture(
+        model_type="glm4_moe", model_class="Glm4MoeForCausalLM", rotated=True, biases={"attention_bias": QKV},
+        layer=(
+            *("attn_norm", *ATTENTION, "post_attention_norm", *MLP, *HEAD_NORMS), *EXPERTS, *SHARED, "exp_probs_b",
+        ),
+        names={"post_attention_norm": "post_attention_layernorm"},
+        reads=_GROUP_KEYS | {"nextn_predict_layers"}, finish=_of_groups,
+    ),
+    "dots1": Architecture(
+        model_type="dots1", model_class="Dots1ForCausalLM", biases={"attention_bias": ATTENTION},
+        layer=(*USUAL, *HEAD_NORMS, *EXPERTS, *SHARED, "exp_probs_b"), reads=_GROUP_KEYS, finish=_of_groups,
+    ),
+    "ernie4_5-moe": Architecture(
+        model_type="ernie4_5_moe", model_class="Ernie4_5_MoeForCausalLM",
+        layer=(*USUAL, *EXPERTS, *SHARED, "exp_probs_b"),
+        reads=_SHARED_KEYS | {"expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step"},
+        finish=_ernie_moe,
+    ),
+    "minimax-m2": Architecture(
+        model_type="minimax_m2", model_class="MiniMaxM2ForCausalLM", rotated=True,
+        layer=(*SPARSE, *HEAD_NORMS, "exp_probs_b"), reads=EXPERT_KEYS | {"expert_gating_func"}, finish=_minimax_m2,
+    ),
+    "hunyuan-moe": Architecture(
+        model_type="hunyuan_v1_moe", model_class="HunYuanMoEV1ForCausalLM", layer=(*SPARSE, *SHARED, *HEAD_NORMS),
+        biases={"attention_bias": ATTENTION}, reads=_SHARED_KEYS, finish=_hunyuan_moe,
+    ),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss", model_class="GptOssForCausalLM",
+        layer=("attn_norm", *ATTENTION, "attn_sinks", "post_attention_norm", *EXPERTS),
+        names={"attn_sinks": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
+        biases={"attention_bias": ATTENTION, "": EXPERTS}, windows=Windows(default=None, every=2),
+        reads=EXPERT_KEYS, finish=_gpt_oss,
+    ),
+    "olmoe": Architecture(
+        model_type="olmoe", model_class="OlmoeForCausalLM",
+        layer=(*SPARSE, *HEAD_NORMS),
+        reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
     ),
 }  # fmt: skip
 # Architectures that store the rows of q and k pairwise (gguf_names.py).

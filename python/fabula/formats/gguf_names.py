@@ -29,7 +29,7 @@ from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import DType, Span, TensorInfo
 from fabula.formats.gguf import BLOCKS, GgufFile, GgufTensor
 from fabula.formats.gguf_config import QUANTIZATION_VERSION, ROPE_TENSORS, Source, config_of, tensor_error
-from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, XIELU, Architecture
+from fabula.formats.gguf_families import ALTUP, ARCHITECTURES, OF_EXPERTS, XIELU, Architecture
 from fabula.formats.gguf_split import GgufParts, open_gguf_file
 from fabula.lean_dataclasses import dataclass
 
@@ -65,15 +65,26 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+    **{f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z0-9_]+)\.(weight|bias)")
 _NORMS = ("attn_norm", "attn_norm_2", "ffn_norm")  # those that have biases if any norm has
 _GGUF_NAMES = {
     theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items(), *ALTUP.items()) if ours != "attn_norm_2"
 }
-_NO_WEIGHTS = ("layer_output_scale", "altup_correct_scale")  # their names end there in safetensors files
+_NO_WEIGHTS = (
+    "layer_output_scale",
+    "altup_correct_scale",
+    "exp_probs_b",
+    "attn_sinks",
+)  # their names end there in safetensors files
 _OF_STREAM = re.compile(r"(model\.altup_[a-z]*projections)\.[0-9]+\.weight")
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
+_NO_BIASES = ("mistral", "mixtral")  # families in files of architecture llama that have no biases
 _SINKS = re.compile(r"blk\.[0-9]{1,9}\.attn_sinks\.weight")
 NO_SINK = np.float32(-1e30)  # a sink logit without effect: exp(-1e30) is 0 in the softmax
 
@@ -205,15 +216,19 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
     infos: dict[str, TensorInfo] = {}
     arch = str(file.metadata["general.architecture"])
     row = ARCHITECTURES[arch]
-    is_mistral = config["model_type"] == "mistral"
+    is_mistral = config["model_type"] in _NO_BIASES
     for tensor in file.tensors.values():
         if tensor.name in ROPE_TENSORS or _is_no_sink(file, tensor):  # config_of has read those
+            continue
+        if file.metadata.get(f"{arch}.nextn_predict_layers") and _layer_of(tensor.name) >= config["num_hidden_layers"]:
             continue
         name = _hf_name(file, tensor, config, row)
         permuted = row.paired and _is_permuted(file, tensor, config)
         shape = tensor.shape
         if name.startswith("model.altup_") and len(shape) == 3:  # a matrix for each stream, one below the other
             shape = (shape[0] * shape[1], shape[2])
+        if name.endswith(".shared_expert_gate.weight") and len(shape) == 1:
+            shape = (1, *shape)
         sources[name] = _Source(tensor.name, shape, permuted)
         infos[name] = TensorInfo(name, tensor.dtype, shape, tensor.n_bytes)
     for name in () if is_mistral else _biases(config, row):
@@ -231,6 +246,12 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             sources[name] = _Source(None, (1,), False, value)
             infos[name] = TensorInfo(name, DType.F32, (1,), 4)
     return sources, infos
+
+
+def _layer_of(name: str) -> int:
+    """The number of a tensor's layer, -1 for one of no layer."""
+    match = re.match(r"blk\.([0-9]{1,9})\.", name)
+    return int(match[1]) if match else -1
 
 
 def _xielu_numbers(file: Source, n_layers: int) -> Iterator[tuple[str, float]]:
@@ -287,14 +308,15 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
         raise tensor_error(
             file, tensor, f"belongs to layer {match[1]}, but block_count is {config['num_hidden_layers']}"
         )
-    is_mistral = config["model_type"] == "mistral"
+    is_mistral = config["model_type"] in _NO_BIASES
     biased = () if is_mistral else {part for parts in row.biases.values() for part in parts}
-    allowed = part in row.layer
+    is_sparse = any(key in config for key in ("num_experts", "n_routed_experts", "moe_num_experts"))
+    allowed = part in row.layer and (is_sparse or not part.endswith(OF_EXPERTS))
     if match[3] == "bias":
-        allowed = allowed and (part in biased or (row.norm_bias and part in _NORMS))
+        allowed = allowed and (part in (*biased, "exp_probs_b") or (row.norm_bias and part in _NORMS))
     name = canonical_name(tensor.name, str(arch), two_norms=config.get("num_ln_in_parallel_attn") == 2)
     if not allowed or name is None:
-        window = " with a window" if is_mistral else ""
+        window = " with a window" if config["model_type"] == "mistral" else ""
         raise Unsupported(
             f"{file.path}: tensor {shown(tensor.name)}: is not part of models of architecture {arch!r}{window}"
         )

@@ -1,8 +1,8 @@
 """Refuses safetensors weights that another tool quantized, naming the method.
 
-Fabula reads quantized GGUF files and quantizes models itself (`--weights q4`, `fabula quantize`), but does not read the
-formats that other tools write into safetensors files. The method is recognized by `quantization_config` of config.json,
-by a file in the same folder, or by tensor names.
+Fabula reads quantized GGUF files and quantizes models itself (`--weights q4`, `fabula quantize`), but of the formats
+that other tools write into safetensors files only MXFP4 (`formats/mxfp4.py`). The method is recognized by
+`quantization_config` of config.json, by a file in the same folder, or by tensor names.
 
 Source: the `quant_method` names of transformers 5.24 (quantizers/auto.py), and what the tools write.
 """
@@ -20,7 +20,7 @@ _METHODS = {
     "aqlm": "AQLM", "auto-round": "AutoRound", "awq": "AWQ", "bitnet": "BitNet", "bitsandbytes": "bitsandbytes",
     "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "eetq": "EETQ", "exl2": "EXL2",
     "exl3": "EXL3", "fbgemm_fp8": "FBGEMM FP8", "fp8": "FP8", "fp_quant": "FP-Quant", "gptq": "GPTQ", "higgs": "HIGGS",
-    "hqq": "HQQ", "modelopt": "ModelOpt", "modelopt_fp4": "ModelOpt NVFP4", "mxfp4": "MXFP4", "quanto": "Quanto",
+    "hqq": "HQQ", "modelopt": "ModelOpt", "modelopt_fp4": "ModelOpt NVFP4", "quanto": "Quanto",
     "quark": "Quark", "spqr": "SpQR", "torchao": "TorchAO", "vptq": "VPTQ",
 }  # fmt: skip
 # Files written next to config.json: name, key with the number of bits or the format, method.
@@ -58,7 +58,7 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     """
     for key in ("quantization_config", "compression_config", "quantization"):
         found = config.get(key)
-        if found is None:
+        if found is None or (isinstance(found, Mapping) and found.get("quant_method") == "mxfp4"):
             continue
         if not isinstance(found, Mapping):
             raise ModelFileError(

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, ModelFileWarning, Unsupported, shown
+from fabula.formats import mxfp4
 from fabula.formats.checkpoint import DType, Span, TensorInfo, TensorTable
 from fabula.formats.quantized import refuse_quantized, refuse_quantized_tensors
 from fabula.formats.readfile import file_size, open_regular, parse_json_object, read_at, read_json_object
@@ -92,7 +93,8 @@ class SafetensorsCheckpoint:
 
     Tensors have the names of a `transformers` decoder with a head, whatever prefix they have in the files; see
     `formats/tensor_names.py`. Iterating over `tensors` skips those of other dtypes than F32, F16 and BF16 or of more
-    than four dimensions; looking one of them up raises Unsupported.
+    than four dimensions; looking one of them up raises Unsupported. The two byte tensors of an MXFP4 one are that one
+    (`formats/mxfp4.py`).
     """
 
     def __init__(self, path: Path, config: dict[str, Any], shards: list[_Shard]) -> None:
@@ -102,6 +104,7 @@ class SafetensorsCheckpoint:
         self.metadata: Mapping[str, Any] = {}
         self._files = [shard.file for shard in shards]
         self._places: dict[str, tuple[_Shard, _Entry]] = {}
+        self._scales: dict[str, tuple[_Shard, _Entry]] = {}  # of MXFP4 tensors, whose blocks are at their place
         tensors: dict[str, TensorInfo] = {}
         unreadable: dict[str, str] = {}
         found = [name for shard in shards for name in (*shard.entries, *shard.aliases)]
@@ -110,11 +113,14 @@ class SafetensorsCheckpoint:
         for shard in shards:
             for name in shard.unlisted - canonical.keys():
                 unreadable[name] = f"lies in {shard.path.name}, but {INDEX_FILE} does not name it"
+        in_bytes: dict[str, tuple[_Shard, _Entry]] = {}
         for shard in shards:
             names = {name: name for name in shard.entries} | shard.aliases
             for found_name, stored in names.items():
                 entry, name = shard.entries[stored], canonical[found_name]
                 dtype = _READABLE.get(entry.dtype)
+                if entry.dtype == "U8":
+                    in_bytes[name] = shard, entry
                 if dtype is None:
                     unreadable[name] = f"is {entry.dtype}; Fabula reads F32, F16 and BF16 from safetensors files"
                 elif len(entry.shape) > MAX_DIMS:
@@ -122,8 +128,23 @@ class SafetensorsCheckpoint:
                 else:
                     tensors[name] = TensorInfo(name, dtype, entry.shape, entry.n_bytes)
                     self._places[name] = (shard, entry)
+        for name, info in self._mxfp4(in_bytes).items():
+            tensors[name] = info
+            for ending in (mxfp4.BLOCKS, mxfp4.SCALES):
+                del unreadable[name + ending]
         self.config: Mapping[str, Any] = self._settle_head(config, tensors)
         self.tensors: Mapping[str, TensorInfo] = TensorTable(path, tensors, unreadable)
+
+    def _mxfp4(self, in_bytes: Mapping[str, tuple[_Shard, _Entry]]) -> dict[str, TensorInfo]:
+        """Tensors in MXFP4, which are stored as two tensors of bytes each."""
+        found = {}
+        for stored in in_bytes:
+            name = stored.removesuffix(mxfp4.BLOCKS)
+            if name != stored and name + mxfp4.SCALES in in_bytes:
+                self._places[name], self._scales[name] = in_bytes[stored], in_bytes[name + mxfp4.SCALES]
+                shapes = self._places[name][1].shape, self._scales[name][1].shape
+                found[name] = mxfp4.joined(name, *shapes, self.path)
+        return found
 
     def _settle_head(self, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
         """Corrects `tie_word_embeddings` of the config by the tensors that are present.
@@ -180,11 +201,16 @@ class SafetensorsCheckpoint:
         if name not in self.tensors:
             raise ModelFileError(f"{self.path}: holds no tensor {shown(name)}", path=self.path, field=str(name))
         shard, entry = self._places[name]
-        return read_at(shard.file, entry.offset, entry.n_bytes, path=shard.path, field=name)
+        raw = read_at(shard.file, entry.offset, entry.n_bytes, path=shard.path, field=name)
+        if name not in self._scales:
+            return raw
+        shard, entry = self._scales[name]
+        scales = read_at(shard.file, entry.offset, entry.n_bytes, path=shard.path, field=name)
+        return mxfp4.ggml_blocks(raw, scales)
 
     def span(self, name: str) -> Span | None:
         """Where a file has these bytes; see `Checkpoint.span`."""
-        if name not in self.tensors:
+        if name not in self.tensors or name in self._scales:
             return None
         shard, entry = self._places[name]
         return None if shard.file.closed else Span(shard.file.fileno(), entry.offset, shard.path)

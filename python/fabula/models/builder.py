@@ -20,11 +20,11 @@ import numpy.typing as npt
 from fabula import _native
 from fabula._native import Weight
 from fabula._program import Op
-from fabula.errors import ModelFileError, ModelFileWarning
+from fabula.errors import ModelFileError, ModelFileWarning, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
 from fabula.formats.tensor_names import is_leftover
 from fabula.formats.text_part import is_of_another_part
-from fabula.models.description import Activation, Attention, HeadNorm, Norm, Temperature
+from fabula.models.description import Activation, Attention, Experts, HeadNorm, Norm, Router, Temperature
 from fabula.models.packing import ANYWHERE, Packer, Packing, Part, Place, Placing
 from fabula.models.precision import Precision
 from fabula.models.shares import Axis, Shares, check_columns, widths
@@ -35,12 +35,15 @@ Weights = list[Weight]  # one matrix: each device's share
 EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS, SPARSIFY = 12, 13, 14, 15, 16, 17, 18, 19
+ROUTER, EXPERTS = 20, 21
 ACTIVATIONS: Mapping[Activation | None, int] = {
     None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
-    "tanh": 9,
+    "tanh": 9, "clamped_silu": 10,
 }  # fmt: skip
 # Flags of struct fb_op.
 HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK, HEADS_BIASED, ALIBI_BF16 = 1, 2, 4, 16, 32, 64
+ROUTE_SIGMOID, ROUTE_CHOSEN, ROUTE_NORM, ROUTE_TOP = 128, 256, 512, 1024
+EXPERTS_GATED, EXPERTS_SUM, EXPERTS_WEIGH = 2048, 4096, 8192
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
 _SHOWN = 8  # unused tensors named in a warning
@@ -62,6 +65,7 @@ class ProgramBuilder:
         shares: the rows and columns of each device.
         progress: callback (bytes read, total bytes).
         placing: where threads run, and where memory comes from.
+        f32_inputs: whether products with bf16 weights take inputs in f32, not rounded to bf16.
 
     Attributes:
         ops, widths: operators and buffer widths, per device.
@@ -76,10 +80,12 @@ class ProgramBuilder:
         shares: Shares,
         progress: Callable[[int, int], None] | None = None,
         placing: Placing = ANYWHERE,
+        *,
+        f32_inputs: bool = False,
     ) -> None:
         self.placing = placing
         self.checkpoint = checkpoint
-        self._precision = weights
+        self._precision, self._f32_inputs = weights, f32_inputs
         self.n_threads = n_threads
         self.shares = shares
         self.ops: list[list[Op]] = [[] for _ in range(shares.n)]
@@ -133,6 +139,15 @@ class ProgramBuilder:
         if not np.isfinite(vector).all():
             self._warn(name, DType.F32)
         return vector
+
+    def table(self, name: str, n_rows: int, n_columns: int) -> F32:
+        """Reads a small tensor [n_rows, n_columns] as float32: biases of experts."""
+        info = self._check(name, (n_rows, n_columns))
+        numbers = _native.dequantize(info.dtype, self.checkpoint.read(name), n_rows * n_columns)
+        self._count(info.n_bytes)
+        if not np.isfinite(numbers).all():
+            self._warn(name, DType.F32)
+        return numbers.reshape(n_rows, n_columns)
 
     def scalar(self, name: str) -> float:
         """Reads a tensor of one number, [] or [1]."""
@@ -205,7 +220,9 @@ class ProgramBuilder:
         for part in parts:
             for held in (dtype, part.info.dtype):
                 check_columns(part.info.name, columns, _native.dtype_block(held)[0])
-        weights = [Weight(dtype, n, len(share)) for n, share in zip(n_rows, columns.shares, strict=True)]
+        takes_f32 = self._f32_inputs and dtype == DType.BF16
+        sizes = zip(n_rows, columns.shares, strict=True)
+        weights = [Weight(dtype, n, len(share), f32_inputs=takes_f32) for n, share in sizes]
         self._packings.append(Packing(weights, parts))
         self.weights += weights
         return weights
@@ -231,15 +248,79 @@ class ProgramBuilder:
     def interleaved(self, names: tuple[str, str], rows: Axis, columns: Axis) -> Weights:
         """Interleaves two matrices [rows, columns] by panels of PANEL_ROWS rows: gate and up for LINEAR_GATED."""
         infos = [self._check(name, (rows.size, columns.size)) for name in names]
-        first, second = (self._precision(info) for info in infos)
-        # A weight has one format. f16 represents all block formats; f32 also bf16.
-        dtype = first if first is second else DType.F32 if {first, second} & {DType.F32, DType.BF16} else DType.F16
+        dtype = self._common(infos)
         shares = list(zip(rows.shares, columns.shares, strict=True))
         parts = [
             Part(info, [Place(i * PANEL_ROWS, taken, across, PANEL_ROWS, 2) for taken, across in shares])
             for i, info in enumerate(infos)
         ]
         return self._weights(dtype, [2 * _padded(len(taken)) for taken in rows.shares], columns, parts)
+
+    def experts(self, prefix: str, parts: Sequence[str], n: int, n_rows: int, n_columns: int) -> Weights:
+        """The matrices [n_rows, n_columns] of n experts as one weight; two of each are interleaved as by `interleaved`.
+
+        A part of all experts is one tensor [n, n_rows, n_columns] named `prefix` + part, or one matrix for each, with
+        the expert's number between them. Gate and up may also be one, gate_up_proj [n, 2 n_rows, n_columns].
+
+        Raises:
+            Unsupported: the model is shared by several devices.
+        """
+        if self.shares.n > 1:
+            raise Unsupported(f"{self.checkpoint.path}: a mixture of experts does not run on several GPUs")
+        fused = self._found(f"{prefix}gate_up_proj")
+        infos: list[tuple[TensorInfo, list[Place]]] = []
+        step, columns = len(parts), range(n_columns)
+
+        def place(i: int, expert: int, first: int) -> Place:
+            rows = range(first, first + n_rows)
+            return Place(i * PANEL_ROWS, rows, columns, PANEL_ROWS, step, expert)
+
+        if step == 2 and fused:
+            info = self._check(fused, (n, 2 * n_rows, n_columns))
+            infos = [(info, [place(i, e, (2 * e + i) * n_rows) for e in range(n) for i in range(2)])]
+        for i, part in enumerate(parts) if not infos else ():
+            if whole := self._found(prefix + part):
+                info = self._check(whole, (n, n_rows, n_columns))
+                infos.append((info, [place(i, e, e * n_rows) for e in range(n)]))
+                continue
+            for e in range(n):
+                infos.append((self._check(f"{prefix}{e}.{part}.weight", (n_rows, n_columns)), [place(i, e, 0)]))
+        dtype = self._common([info for info, _ in infos])
+        rows = n_rows if step == 1 else step * _padded(n_rows)
+        return self._expert_weights(dtype, rows, n_columns, n, [Part(info, places) for info, places in infos])
+
+    def _expert_weights(self, dtype: DType, n_rows: int, n_columns: int, n: int, parts: Sequence[Part]) -> Weights:
+        """Creates the weight of n experts, each [n_rows, n_columns], to be packed from `parts`."""
+        weight = Weight(dtype, n_rows, n_columns, n, f32_inputs=self._f32_inputs and dtype == DType.BF16)
+        self._packings.append(Packing([weight], parts))
+        self.weights.append(weight)
+        return [weight]
+
+    def expert_gate_biases(self, prefix: str, n: int, size: int) -> F32:
+        """Biases of the gate and up matrices of n experts, interleaved as those, [n * 2 * size padded]."""
+        halves = self.expert_biases(prefix + "gate_proj", n, size), self.expert_biases(prefix + "up_proj", n, size)
+        return np.concatenate([_interleave(pair) for pair in zip(*halves, strict=True)])
+
+    def expert_biases(self, name: str, n: int, size: int) -> F32:
+        """Biases of one matrix of each of n experts, [n, size]."""
+        return self.table(name + (".bias" if self.has(name + ".bias") else "_bias"), n, size)
+
+    def _found(self, name: str) -> str:
+        """The name of a tensor with or without ".weight"; "" if there is none."""
+        return next((found for found in (name, name + ".weight") if self.has(found)), "")
+
+    def _common(self, infos: Sequence[TensorInfo]) -> DType:
+        """The format of a weight made of several tensors: theirs, or one that represents all of theirs."""
+        dtypes = {self._precision(info) for info in infos}
+        if len(dtypes) == 1:
+            return dtypes.pop()
+        return DType.F32 if dtypes & {DType.F32, DType.BF16} else DType.F16  # f16 represents all block formats
+
+    def plain_matrix(self, name: str, rows: Axis, columns: Axis) -> Weights:
+        """A matrix in f32, whatever the others are in: a small one that decides."""
+        shares = zip(rows.shares, columns.shares, strict=True)
+        part = Part(self._check(name, (rows.size, columns.size)), [Place(0, taken, across) for taken, across in shares])
+        return self._weights(DType.F32, [len(share) for share in rows.shares], columns, [part])
 
     def interleaved_bias(self, names: tuple[str, str], axis: Axis) -> list[F32]:
         """Interleaves two biases like `interleaved`."""
@@ -340,7 +421,9 @@ class ProgramBuilder:
     def kv_write(self, qkv: int, heads: int, layer: int) -> None:
         self._add(KV_WRITE, input=qkv, heads=heads, layer=layer)
 
-    def attention(self, qkv: int, out: int, heads: int, attention: Attention) -> None:
+    def attention(
+        self, qkv: int, out: int, heads: int, attention: Attention, *, sinks: Sequence[F32] | None = None
+    ) -> None:
         """Attention over the pages of layer `attention.kv`; masks and scales as described."""
         beta = attention.temperature or Temperature(0.0, 1)
         self._add(
@@ -352,6 +435,7 @@ class ProgramBuilder:
             window=attention.window,
             scale=attention.scale,
             limit=attention.cap,
+            vectors=sinks,
             flags=ATTEND_CHUNK * attention.chunked | ALIBI_BF16 * attention.rounds_biases,
             vector2=np.array(attention.slopes, np.float32) if attention.slopes else None,
             temperature=beta.beta,
@@ -393,6 +477,66 @@ class ProgramBuilder:
     def sparsify(self, x: int, out: int, *, cutoff: float, activation: Activation | None = None) -> None:
         """out = activation(max(x - mean(x) - cutoff * deviation(x), 0))."""
         self._add(SPARSIFY, input=x, out=out, scale=cutoff, activation=ACTIVATIONS[activation])
+
+    def router(self, logits: int, out: int, router: Router, correction: F32 | None = None) -> None:
+        """out [2 n_chosen] = the experts of each row and their weights."""
+        flags = ROUTE_SIGMOID * (router.scores == "sigmoid") | ROUTE_CHOSEN * (router.scores == "chosen")
+        flags |= ROUTE_NORM * router.renormalized | ROUTE_TOP * router.rated_by_best
+        self._add(
+            ROUTER,
+            input=logits,
+            out=out,
+            n_chosen=router.n_chosen,
+            n_groups=router.n_groups,
+            n_top_groups=router.n_top_groups,
+            vectors=None if correction is None else [correction],
+            scale=router.scale,
+            eps=router.eps,
+            flags=flags,
+        )
+
+    def expert_gates(
+        self, x: int, out: int, routes: int, weights: Weights, experts: Experts, *, bias: F32 | None = None
+    ) -> None:
+        """out = activation(gate) * up of each of a row's experts, side by side."""
+        self._add(
+            EXPERTS,
+            input=x,
+            out=out,
+            factors=routes,
+            weights=weights,
+            vectors=None if bias is None else [bias],
+            n_chosen=experts.router.n_chosen,
+            activation=ACTIVATIONS[experts.activation],
+            limit=experts.limit,
+            flags=EXPERTS_GATED | EXPERTS_WEIGH * experts.weighs_input,
+        )
+
+    def expert_sum(
+        self,
+        x: int,
+        out: int,
+        routes: int,
+        weights: Weights,
+        experts: Experts,
+        *,
+        bias: F32 | None = None,
+        residual: int = -1,
+        scale: float = 1.0,
+    ) -> None:
+        """out = (residual +) scale * sum over a row's experts of weight * (weights @ its part of x + bias)."""
+        self._add(
+            EXPERTS,
+            input=x,
+            out=out,
+            factors=routes,
+            weights=weights,
+            vectors=None if bias is None else [bias],
+            n_chosen=experts.router.n_chosen,
+            residual=residual,
+            scale=scale,
+            flags=EXPERTS_SUM | EXPERTS_WEIGH * experts.weighs_input,
+        )
 
     def gather_outputs(self, x: int, out: int) -> None:
         self._add(GATHER_OUTPUTS, input=x, out=out)

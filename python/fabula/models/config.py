@@ -21,6 +21,7 @@ from fabula.lean_dataclasses import dataclass, field, replace
 from fabula.models.description import (
     Activation,
     Attention,
+    Experts,
     HeadNorm,
     Layer,
     Mlp,
@@ -141,11 +142,13 @@ class Traits:
             alibi_rounded: see `Attention.rounds_biases`.
         qkv_bias, output_bias, mlp_bias, down_bias: biases; down_bias None: as mlp_bias.
         qkv_clip: bound of q, k and v; 0 for none.
+        sinks: see `Attention`.
         gated: whether the MLP is.  activation: its key and default.
         embedding_scale, residual_scale, score_scale, score_cap, logit_scale, logit_cap, temperature, head_bias,
             learned_positions: see `ModelConfig`, `Layer` and `Attention`.
         qkv: how a fused `qkv_proj` holds its rows: "stacked", or "grouped": the queries of a KV head, then its k and v.
         transposed: whether matrices are stored as [in, out] in safetensors files.
+        experts: of a config's n layers, None for one with an MLP.
         adapt: the traits of one config.
         finish: last changes to the description.
     """
@@ -190,6 +193,7 @@ class Traits:
     output_bias: Flag = ("attention_bias", False)
     mlp_bias: Flag = False
     down_bias: Flag | None = None
+    sinks: bool = False
     gated: bool = True
     activation: tuple[str, str] = ("hidden_act", "silu")
     embedding_scale: float = 1.0
@@ -204,6 +208,7 @@ class Traits:
     qkv_clip: float = 0.0
     qkv: Literal["stacked", "grouped"] = "stacked"
     transposed: bool = False
+    experts: Callable[[ConfigReader, int], Sequence[Experts | None]] | None = None
     adapt: Callable[[ConfigReader, Traits], Traits] | None = None
     finish: Callable[[ConfigReader, ModelConfig], ModelConfig] | None = None
 
@@ -256,7 +261,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
     inner = read.integer("intermediate_size", 1, _MAX_WIDTH, t.inner * hidden_size if t.inner else None)
     mlp = Mlp(
         size=inner,
-        activation=_activation(read, *t.activation),
+        activation=read_activation(read, *t.activation),
         gated=t.gated,
         bias=mlp_bias,
         down_bias=mlp_bias if t.down_bias is None else _flag(read, t.down_bias),
@@ -275,9 +280,11 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         qkv_clip=t.qkv_clip,
+        sinks=t.sinks,
         slopes=alibi_slopes(n_heads, t.alibi) if t.alibi else (),
         rounds_biases=t.alibi_rounded,
     )
+    experts = t.experts(read, n_layers) if t.experts else [None] * n_layers
     before, after = (norm if t.norms in kind else None for kind in (("pre", "sandwich"), ("post", "sandwich")))
     layers = tuple(
         Layer(
@@ -289,6 +296,7 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
             after_mlp=after,
             parallel=bool(t.parallel),
             residual_scale=t.residual_scale,
+            experts=experts[i],
         )
         for i, (kind, window, table) in enumerate(zip(kinds, windows, tables, strict=True))
     )
@@ -354,7 +362,7 @@ def _head_dim(read: ConfigReader, t: Traits, hidden_size: int, n_heads: int) -> 
     return head_dim
 
 
-def _activation(read: ConfigReader, key: str, default: str) -> Activation:
+def read_activation(read: ConfigReader, key: str, default: str) -> Activation:
     name = read.config.get(key, default)
     if not isinstance(name, str) or name not in _ACTIVATIONS or (name == "xielu") != (default == "xielu"):
         names = "xielu" if default == "xielu" else ", ".join(name for name in _ACTIVATIONS if name != "xielu")

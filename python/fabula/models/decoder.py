@@ -18,7 +18,8 @@ import numpy as np
 from fabula.formats.checkpoint import Checkpoint
 from fabula.models.altup import Streams
 from fabula.models.builder import F32, ProgramBuilder, Weights
-from fabula.models.description import Attention, HeadNorm, Layer, Mlp, ModelConfig, Norm
+from fabula.models.description import Attention, Experts, HeadNorm, Layer, Mlp, ModelConfig, Norm
+from fabula.models.experts import emit_experts
 from fabula.models.shares import Axis, whole
 
 
@@ -141,6 +142,9 @@ class _Emitter:
         if layer.laurel:
             self.add_laurel(prefix, layer.laurel, low)
         source = self.emit_norm(between, layer.before_mlp, x, h)
+        if layer.experts:
+            self.emit_experts(mlp, layer, layer.experts, source, prefix + "post_mlp_layernorm")
+            return
         inner = self.emit_mlp(mlp, layer.mlp, source)
         self.emit_down(mlp, layer, inner, prefix + "post_mlp_layernorm")
 
@@ -250,7 +254,11 @@ class _Emitter:
             self.emit_head_norm(prefix, a, a.norm, qkv, heads)
         if a.writes:
             b.kv_write(qkv, heads, a.kv)
-        b.attention(qkv, attended, heads, a)
+        sinks = None
+        if a.sinks:
+            each = b.vector(prefix + "sinks", a.n_heads)
+            sinks = [each[share.start : share.stop] for share in s.heads(a.n_heads, 1).shares]
+        b.attention(qkv, attended, heads, a, sinks=sinks)
         if a.gated:
             axis = s.heads(a.n_heads, a.v_dim)
             gate = self.scratch("gate", axis)
@@ -301,6 +309,17 @@ class _Emitter:
         stack = b.stacked([up + ".weight"], [axis], s.hidden)
         b.linear(source, inner, stack, bias=bias, activation=mlp.activation, numbers=numbers)
         return inner
+
+    def emit_experts(self, prefix: str, layer: Layer, experts: Experts, source: int, norm_name: str) -> None:
+        """x += residual_scale * norm(mixture(source))."""
+        norm, scale = layer.after_mlp, np.float32(layer.residual_scale)
+        if norm is None:
+            emit_experts(self.b, self.scratch, prefix, experts, source, self.x, residual=self.x, scale=float(scale))
+            return
+        y = self.scratch("y", self.s.hidden)
+        emit_experts(self.b, self.scratch, prefix, experts, source, y)
+        weight, bias = self.norm_vectors(norm_name, norm)
+        self.b.norm(y, self.x, norm, weight * scale, None if bias is None else bias * scale, residual=self.x)
 
     def xielu_numbers(self, prefix: str) -> F32:
         """The four numbers of FB_ACTIVATION_XIELU, from the two that are trained and two that usually are not stored.

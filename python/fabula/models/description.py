@@ -17,7 +17,9 @@ from fabula._native import KvLayer
 from fabula._program import Heads
 from fabula.lean_dataclasses import dataclass
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid", "tanh"]
+Activation = Literal[
+    "silu", "gelu_tanh", "gelu", "relu", "relu2", "clamp", "xielu", "sigmoid", "tanh", "clamped_silu"
+]  # fmt: skip
 Rope = Mapping[str, Any]  # theta and scaling of one rope table; see models/rope.py
 
 
@@ -82,6 +84,7 @@ class Attention:
         qkv_bias, output_bias: whether the projections have biases.
         qkv_clip: q, k and v are kept within -qkv_clip .. qkv_clip; 0 for no bound.
         gated: whether the result is multiplied by sigmoid(gate_proj(x)).
+        sinks: whether each head has a logit that takes its share of the softmax.
         slopes: of ALiBi, one for each head; () for none.  rounds_biases: whether its biases are rounded as Falcon's are
             (FB_ALIBI_BF16 in fabula.h).
     """
@@ -104,6 +107,7 @@ class Attention:
     output_bias: bool = False
     qkv_clip: float = 0.0
     gated: bool = False
+    sinks: bool = False
     slopes: tuple[float, ...] = ()
     rounds_biases: bool = False
 
@@ -130,10 +134,63 @@ class Mlp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """How a row's experts and their weights are chosen; see FB_OP_ROUTER in fabula.h.
+
+    Attributes:
+        n_experts, n_chosen: experts, and how many a row goes to.
+        scores: "softmax" over all experts, "sigmoid" of each, or "chosen": softmax over those chosen.
+        renormalized: whether weights are divided by their sum + `eps`.
+        scale: factor on the weights.
+        n_groups, n_top_groups: experts are chosen from the best groups only; 0 for no groups.
+        rated_by_best: whether a group is as good as its best expert, not as the sum of its best two.
+        corrected: whether a stored correction is added to the scores for choosing.
+        biased: whether the logits have a bias.
+    """
+
+    n_experts: int
+    n_chosen: int
+    scores: Literal["softmax", "sigmoid", "chosen"] = "softmax"
+    renormalized: bool = False
+    eps: float = 0.0
+    scale: float = 1.0
+    n_groups: int = 0
+    n_top_groups: int = 0
+    rated_by_best: bool = False
+    corrected: bool = False
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of an MLP: sum of weight_e * expert_e(x), plus the shared experts.
+
+    Attributes:
+        router: chooses the experts.
+        size: inner width of an expert, which is a gated MLP with `activation`.
+        bias: whether the experts' matrices have biases.
+        limit: of the activation, where it has one.
+        weighs_input: whether an expert's weight is a factor on its input, not on its result.
+        shared: inner width of the shared experts together, which every row goes to; 0 for none.
+        shared_gated: whether their result is multiplied by sigmoid(shared_expert_gate(x)).
+    """
+
+    router: Router
+    size: int
+    activation: Activation = "silu"
+    bias: bool = False
+    limit: float = 0.0
+    weighs_input: bool = False
+    shared: int = 0
+    shared_gated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """A layer:  x += scale after_attention(attention(before_attention(x))),  then the same for the MLP.
 
     Attributes:
+        experts: in place of the MLP; None for none.
         parallel: whether both halves read the layer's input; the MLP shares attention's norm if it has none.
         residual_scale: factor on what each half adds.
         scaled: whether the layer's result is multiplied by a stored number (`layer_scalar`).
@@ -147,6 +204,7 @@ class Layer:
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
+    experts: Experts | None = None
     parallel: bool = False
     residual_scale: float = 1.0
     scaled: bool = False
@@ -292,6 +350,7 @@ class ModelConfig:
             "ALiBi": bool(a.slopes),
             "several residual streams": self.altup is not None,
             "an output gate": a.gated,
+            "a mixture of experts": any(layer.experts for layer in self.layers),
             "clipped q, k and v": a.qkv_clip > 0,
         }
         return ", ".join(name for name, is_so in found.items() if is_so)

@@ -6,13 +6,13 @@ tokenizer, which the caller loads) rope and tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from fabula._native import Weight
+from fabula._native import Weight, dtype_block
 from fabula._program import RopeTable
 from fabula.errors import InvalidArgument
 from fabula.formats.checkpoint import Checkpoint, DType
@@ -21,12 +21,12 @@ from fabula.formats.quantized import refuse_quantized
 from fabula.formats.readfile import read_json_object
 from fabula.formats.safetensors import ADAPTER_FILE, CONFIG_FILE, MAX_CONFIG_BYTES
 from fabula.formats.text_part import text_part
-from fabula.models.builder import F32, ProgramBuilder
+from fabula.models.builder import F32, PANEL_ROWS, ProgramBuilder
 from fabula.models.decoder import emit_decoder
 from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.packing import Part
-from fabula.models.precision import precision_of
+from fabula.models.precision import Precision, precision_of
 from fabula.models.rope import longest_context, make_rope
 from fabula.models.shares import Axis, Shares
 from fabula.models.views import viewed
@@ -87,20 +87,54 @@ def check_context(checkpoint: Checkpoint, config: ModelConfig, context: int | No
     )
 
 
+def packed_bytes(checkpoint: Checkpoint, precision: Precision, config: ModelConfig, shares: Shares) -> int:
+    """Bytes that the packed matrices of a model take, from names, formats and shapes alone; errors as `lay_out`."""
+    builder = _Sizes(checkpoint, precision, 1, shares)
+    emit_decoder(builder, config)
+    return builder.n_bytes
+
+
 class _Checker(ProgramBuilder):
     """A builder that checks tensors without reading them."""
+
+    n_bytes = 0  # of the weights that it stands for
 
     def vector(self, name: str, length: int) -> F32:
         self._check(name, (length,))
         return np.zeros(length, np.float32)
+
+    def table(self, name: str, n_rows: int, n_columns: int) -> F32:
+        self._check(name, (n_rows, n_columns))
+        return np.zeros((n_rows, n_columns), np.float32)
 
     def scalar(self, name: str) -> float:
         self._check_scalar(name)
         return 1.0
 
     def _weights(self, dtype: DType, n_rows: Sequence[int], columns: Axis, parts: Sequence[Part]) -> list[Weight]:
-        del dtype, columns, parts
+        del parts
+        for n, share in zip(n_rows, columns.shares, strict=True):
+            self.n_bytes += _weight_bytes(dtype, n, len(share))
         return [cast(Weight, _Rows(n)) for n in n_rows]
+
+    def _expert_weights(self, dtype: DType, n_rows: int, n_columns: int, n: int, parts: Sequence[Part]) -> list[Weight]:
+        del parts
+        self.n_bytes += n * _weight_bytes(dtype, n_rows, n_columns)
+        return [cast(Weight, _Rows(n_rows))]
+
+
+class _Sizes(_Checker):
+    """A builder that only counts bytes, and leaves warnings to the one that loads."""
+
+    def warn_of_unused(self, spare: Collection[str] = ()) -> None:
+        del spare
+
+
+def _weight_bytes(dtype: DType, n_rows: int, n_columns: int) -> int:
+    """Bytes of a weight in memory: whole panels, in pairs for the plain formats."""
+    size, _ = dtype_block(dtype)
+    rows, columns = (2 * PANEL_ROWS, 2 if dtype is DType.BF16 else 1) if size == 1 else (PANEL_ROWS, size)
+    return -(-n_rows // rows) * -(-n_columns // columns) * Weight(dtype, rows, columns).n_bytes
 
 
 class _Rows:

@@ -15,6 +15,7 @@ The tensors held at a time take no more than the largest one, so peak memory is 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -59,18 +60,20 @@ class Place:
     columns: range
     row_block: int = 1
     row_step: int = 1
+    expert: int = 0
 
     def cut(self, raw: npt.NDArray[np.uint8], info: TensorInfo) -> npt.NDArray[np.uint8]:
-        """Copies the bytes of these rows and columns; the columns must be whole blocks."""
+        """Copies the bytes of these rows and columns; the columns must be whole blocks. Rows of a tensor with three
+        dimensions are counted through all its matrices."""
         size, n_bytes = dtype_block(info.dtype)
-        rows = raw.reshape(info.shape[0], -1)
+        rows = raw.reshape(math.prod(info.shape[:-1]), -1)
         first, last = self.columns.start // size * n_bytes, self.columns.stop // size * n_bytes
         return np.ascontiguousarray(rows[self.rows.start : self.rows.stop, first:last]).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor and its destination on each device."""
+    """A tensor and its destination on each device, or in the matrices of the experts of a single weight."""
 
     info: TensorInfo
     places: Sequence[Place]
@@ -146,7 +149,7 @@ class Packer:
 
     def _spans(self, packing: Packing) -> list[Span]:
         """Where a file has the tensors; none if they cannot be packed by a native call."""
-        if self._devices or len(packing.weights) != 1:
+        if self._devices or len(packing.weights) != 1 or packing.weights[0].n_experts > 1:
             return []
         found = []
         for part in packing.parts:
@@ -218,7 +221,8 @@ class Packer:
             info = part.info
             raw = self._checkpoint.read(info.name)
             before = sum(weight.n_non_finite for weight in packing.weights)
-            for weight, place in zip(packing.weights, part.places, strict=True):
+            weights = packing.weights if len(packing.weights) > 1 else [*packing.weights] * len(part.places)
+            for weight, place in zip(weights, part.places, strict=True):
                 weight.pack_rows(
                     place.cut(raw, info),
                     info.dtype,
@@ -227,6 +231,7 @@ class Packer:
                     row_block=place.row_block,
                     row_step=place.row_step,
                     n_threads=n_threads,
+                    expert=place.expert,
                 )
             del raw  # free it before reading the next
             with self._lock:

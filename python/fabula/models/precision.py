@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from fabula.choices import WEIGHTS_ALIASES, WEIGHTS_NAMES
@@ -13,6 +14,7 @@ from fabula.models.description import ModelConfig
 from fabula.models.recipe import KINDS, Shape, dtype_for
 
 Precision = Callable[[TensorInfo], DType]
+_EXPERT = re.compile(r"\.mlp\.(experts(\.\d+)?|shared_experts?)\.")
 
 
 def everywhere(dtype: DType) -> Precision:
@@ -42,8 +44,9 @@ def precision_of(name: str, config: ModelConfig) -> Precision:
     shape = Shape(config.n_layers, config.n_heads // config.n_kv_heads, config.tied)
 
     def choose(info: TensorInfo) -> DType:
-        other = "blk.0.other.weight" if len(info.shape) == 2 else info.name  # matrices that only some families have
-        return dtype_for(kind, gguf_name(info.name) or other, info.shape, shape)
+        other = "blk.0.other.weight" if len(info.shape) >= 2 else info.name  # matrices that only some families have
+        name = _EXPERT.sub(".mlp.", info.name)  # an expert's matrix has the role of an MLP's
+        return dtype_for(kind, gguf_name(name) or other, info.shape, shape)
 
     return choose
 
@@ -60,13 +63,13 @@ def label_of(name: str, checkpoint: Checkpoint) -> str:
         return WEIGHTS_ALIASES.get(name, name)
     totals = dict.fromkeys(DType, 0)
     for info in checkpoint.tensors.values():
-        if len(info.shape) == 2:
+        if len(info.shape) >= 2:
             totals[info.dtype] += info.n_bytes
     return max(totals, key=lambda dtype: totals[dtype]).name.lower()
 
 
 def identity_of(name: str, checkpoint: Checkpoint) -> str:
     """Part of the fingerprint: distinguishes results of one checkpoint with different weights."""
-    dtypes = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2}
+    dtypes = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) >= 2}
     is_plain = len(dtypes) == 1 and all(BLOCKS[dtype][0] == 1 for dtype in dtypes)
     return label_of(name, checkpoint) if name != "auto" or is_plain else "auto"

@@ -2,12 +2,13 @@
 
     f32 f16 bf16               every matrix in it
     q8_0 q6_k q5_k q3_k ...    every matrix in it
+    mxfp4                      the matrices of MLPs and experts in it, all others in Q8_0
     q2_k q4_k iq4_nl           a few tensors of the first layers, or attn_v, attn_output and ffn_down, in more bits
     q4_k_m q5_k_m              attn_v and ffn_down of the first, the last and every third layer in Q6_K
 
 The head, and a tied embedding, get Q6_K or better. Small matrices of Gemma 3n and 4 stay F16 (_SMALL). Vectors (norms,
-biases) stay F32. Rows that are not a multiple of a format's block fall back to a format with blocks of 32, or else to
-F16.
+biases) and routers stay F32. Rows that are not a multiple of a format's block fall back to a format with blocks of 32,
+or else to F16.
 
 Source: facts of llama.cpp's src/llama-quant.cpp. Its names for q4_k, q5_k and q3_k are Q4_K_S, Q5_K_S and Q3_K_S.
 """
@@ -59,6 +60,7 @@ KINDS: Mapping[str, Kind] = {
     "q4_1": Kind(DType.Q4_1, 3),
     "q4_0": Kind(DType.Q4_0, 2),
     "iq4_nl": Kind(DType.IQ4_NL, 25),
+    "mxfp4": Kind(DType.MXFP4, 38),
     "q3_k": Kind(DType.Q3_K, 11),
     "q2_k": Kind(DType.Q2_K, 10),
 }
@@ -98,6 +100,8 @@ def role_of(name: str) -> str:
 def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DType:
     """The format of a tensor, by its GGUF name."""
     role = role_of(name)
+    if role.startswith("ffn_gate_inp"):  # they decide which experts are chosen
+        return DType.F32
     if len(shape) < 2 or role == "norms and biases":
         return DType.F32
     if BLOCKS[kind.dtype][0] == 1:
@@ -105,11 +109,13 @@ def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DT
     if role.startswith(_SMALL):
         return DType.F16
     dtype = kind.dtype
-    if role == "head" or (role == "embedding" and model.tied):
+    if kind is KINDS["mxfp4"] and not role.startswith("ffn_"):
+        dtype = DType.Q8_0
+    elif role == "head" or (role == "embedding" and model.tied):
         # It affects every logit, so it gets more bits than the rest.
         dtype = DType.Q6_K if dtype is not DType.Q8_0 and shape[-1] % BLOCKS[dtype][0] == 0 else DType.Q8_0
     elif match := _LAYER.fullmatch(name):
-        dtype = _mixed(kind, role, int(match[1]), model)
+        dtype = _mixed(kind, role.removesuffix("_exps").removesuffix("_shexp"), int(match[1]), model)
     if shape[-1] % BLOCKS[dtype][0]:
         dtype = _FALLBACK.get(dtype, DType.F16)
     return DType.F16 if shape[-1] % BLOCKS[dtype][0] else dtype

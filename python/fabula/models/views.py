@@ -27,6 +27,7 @@ from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, Span, TensorInfo, TensorTable
 from fabula.lean_dataclasses import dataclass, field
 from fabula.models.description import Attention, ModelConfig
+from fabula.models.gpt_oss import GptOssExperts
 from fabula.models.rope import rotated_width
 
 Rows = npt.NDArray[np.int64]
@@ -53,6 +54,11 @@ class View:
     flat: bool = False
     offset: float = 0.0
     normalized: bool = False
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The matrices of experts one below the other."""
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
 
 
 class ViewedCheckpoint:
@@ -86,7 +92,7 @@ class ViewedCheckpoint:
     def _describe(self, name: str, view: View) -> TensorInfo:
         infos = [self._checkpoint.tensors[source] for source in view.sources]
         first = infos[0]
-        shape = first.shape[::-1] if view.transposed else first.shape
+        shape = _matrix(first.shape)[::-1] if view.transposed else _matrix(first.shape)
         if view.transposed and _native.dtype_block(first.dtype)[0] != 1:
             raise Unsupported(
                 f"{self.path}: tensor {first.name!r} is stored as [in, out] in blocks of {first.dtype.name}"
@@ -97,7 +103,7 @@ class ViewedCheckpoint:
                 path=self.path,
                 field=first.name,
             )
-        n_rows = shape[0] if len(infos) == 1 else sum(info.shape[0] for info in infos)
+        n_rows = shape[0] if len(infos) == 1 else sum(_matrix(info.shape)[0] for info in infos)
         if view.flat:
             n_rows, shape = n_rows * int(np.prod(shape[1:])), shape[:1]
         if view.n_rows not in (None, n_rows):
@@ -130,7 +136,7 @@ class ViewedCheckpoint:
                 columns = raw.reshape(info.shape[0], info.shape[1], n_bytes)
                 parts.append(np.ascontiguousarray(columns.transpose(1, 0, 2)).reshape(info.shape[1], -1))
             else:
-                parts.append(raw.reshape(info.shape[0], -1))
+                parts.append(raw.reshape(_matrix(info.shape)[0], -1))
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if view.rows is not None:
             rows = rows[view.rows]
@@ -168,6 +174,8 @@ class ViewedCheckpoint:
 
 def viewed(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """The checkpoint under canonical names and forms; itself if it has them already."""
+    if config.model_type == "gpt_oss" and checkpoint.format == "safetensors":
+        checkpoint = GptOssExperts(checkpoint)
     views = _Views(checkpoint, config).views
     return ViewedCheckpoint(checkpoint, views) if views else checkpoint
 
@@ -194,6 +202,10 @@ class _Views:
             for kind in ("weight", "bias"):
                 self._projections(prefix + "self_attn.", layer.attention, kind)
                 self._gate_up(prefix + "mlp.", kind)
+                self._gate_up(prefix + "mlp.shared_expert.", kind)
+            correction = prefix + "mlp.gate.e_score_correction_bias"
+            if correction in self._names and len(self.checkpoint.tensors[correction].shape) > 1:
+                self._add(correction, [correction], flat=True)
             self._head_norms(prefix + "self_attn.", layer.attention)
             for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
                 self._add(f"{prefix}{name}.weight", [f"{prefix}{name}.weight"], transposed=self._transposed)

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fabula.choices import DEFAULT_MODEL, KV_NAMES, MAX_DEVICES, SPECULATION_NAMES, WEIGHTS_NAMES, WINDOW_KV
+from fabula.choices import (
+    BF16_INPUTS,
+    DEFAULT_MODEL,
+    KV_NAMES,
+    MAX_DEVICES,
+    SPECULATION_NAMES,
+    WEIGHTS_NAMES,
+    WINDOW_KV,
+)
 from fabula.engine.device import check_device, check_parallel, check_products
 from fabula.errors import InvalidArgument
 from fabula.server.origins import check_origin
@@ -97,6 +105,17 @@ class Settings:
             "Models",
             "KV left of the windows of windowed layers: keep, until memory runs out; drop, at once.",
             choices=WINDOW_KV,
+        ),
+    )
+    ignore_memory: bool = field(
+        default=False, metadata=_about("Models", "Load weights that do not fit the available memory, too.")
+    )
+    bf16_inputs: str = field(
+        default="auto",
+        metadata=_about(
+            "Models",
+            "Inputs of products with BF16 weights: bf16, f32, or auto, what this CPU is faster with; results differ.",
+            choices=BF16_INPUTS,
         ),
     )
     device: str = field(

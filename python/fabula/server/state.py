@@ -114,6 +114,7 @@ class Serving:
                 "context": self.model.context,
                 "sampling_defaults": self.model.defaults.to_json(),
                 "window_kv": self.model.window_kv,
+                "bf16_inputs": self.model.bf16_inputs,
                 "cache_bytes": usage.used_bytes,
                 "cache_limit_bytes": usage.n_pages * usage.page_bytes,
             }
@@ -192,6 +193,8 @@ class Server:
             context=settings.context,
             kv_memory=settings.kv_memory,
             window_kv=cast(Any, settings.window_kv),
+            ignore_memory=settings.ignore_memory,
+            bf16_inputs=cast(Any, settings.bf16_inputs),
             device=settings.device,
             device_memory=settings.device_memory,
             tensor_parallel=settings.tensor_parallel,

@@ -109,6 +109,7 @@
  * @property {number} [cache_bytes]
  * @property {number} [cache_limit_bytes]
  * @property {"keep" | "drop"} [window_kv]
+ * @property {"bf16" | "f32" | null} [bf16_inputs]
  */
 
 /** @typedef {{ready: boolean, version: string, models: ModelHealth[]}} Health Reply of GET /health. */
