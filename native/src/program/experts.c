@@ -129,7 +129,7 @@ static void prepare_inputs(struct fb_run *run, const struct fb_op *op, struct fb
     struct fb_items items = fb_worker_items(worker, 1, (int64_t)n_rows);
     for (int64_t row; (row = fb_next_item(&items)) >= 0;)
         prepare_row(run, op, experts, (size_t)row, inputs, n_bytes);
-    fb_barrier_wait(&run->barrier, worker->n_threads);
+    fb_barrier_wait(&run->barrier, worker->thread, worker->n_threads);
 }
 
 void fb_run_experts(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows) {
