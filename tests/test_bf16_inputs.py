@@ -83,7 +83,9 @@ def test_bad_values(tiny_folder: Path) -> None:
 
 def test_a_gpu_has_its_own_arithmetic(tiny_folder: Path) -> None:
     """Before anything is packed, so this needs no GPU."""
-    placement: Any = SimpleNamespace(n_devices=1, products="own", choose=lambda _: SimpleNamespace(members=()))
+    placement: Any = SimpleNamespace(
+        n_devices=1, is_cpu=False, products="own", choose=lambda _: SimpleNamespace(members=())
+    )
     options: dict[str, Any] = {"weights": DType.BF16, "kv": (DType.F16, DType.F16), "n_threads": 1}
     checkpoint = open_checkpoint(tiny_folder)
     with pytest.raises(Unsupported, match='bf16_inputs="bf16" needs the CPU'):
