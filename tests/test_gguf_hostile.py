@@ -254,7 +254,7 @@ def test_m7_names(refuse) -> None:
     refuse(build(tensors=[Tensor("", [8])]), "tensor 0", "empty")
 
 
-@pytest.mark.parametrize("kind", [4, 5, 9, 15, 16, 23, 26, 28, 31, 39, 40, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("kind", [4, 5, 9, 15, 16, 23, 26, 28, 31, 40, 41, 2**31, 2**32 - 1])
 def test_unknown_tensor_types_are_named(refuse, kind: int) -> None:
     refuse(build(tensors=[Tensor("blk.0.t", [256], kind)]), "'blk.0.t'", f"type {kind} ", error=Unsupported)
 

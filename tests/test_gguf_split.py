@@ -262,7 +262,7 @@ def test_what_is_no_model_is_named(tmp_path: Path, keys: dict[str, str], words: 
 
 def test_types_that_are_not_offered_are_named_with_their_tensors(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    kinds = {16: "IQ2_XXS", 39: "MXFP4", 34: "TQ1_0", 40: "NVFP4", 77: "unknown"}
+    kinds = {16: "IQ2_XXS", 23: "IQ4_XS", 34: "TQ1_0", 40: "NVFP4", 77: "unknown"}
     for kind, name in kinds.items():
         tensors = [*small_tensors(), *(Tensor(f"blk.{i}.more.weight", [256], kind) for i in range(5))]
         path.write_bytes(build(small_keys(), tensors))

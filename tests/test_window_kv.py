@@ -463,7 +463,7 @@ def test_export_and_import_with_dropped_windows(folders: dict[str, Path], tmp_pa
 
 def test_a_gpu_refuses_to_drop(folders: dict[str, Path]) -> None:
     """Its pages are allocated at once. Before anything is packed, so this needs no GPU."""
-    placement = SimpleNamespace(n_devices=1, products="own", choose=lambda _: SimpleNamespace(members=()))
+    placement = SimpleNamespace(n_devices=1, is_cpu=False, products="own", choose=lambda _: SimpleNamespace(members=()))
     checkpoint = open_checkpoint(folders["gemma3"])
     options: dict[str, Any] = {"weights": DType.F32, "kv": (DType.F16, DType.F16), "n_threads": 1}
     with pytest.raises(Unsupported, match='window_kv="drop" needs the CPU'):

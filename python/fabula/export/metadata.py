@@ -64,8 +64,8 @@ def architecture_of(config: ModelConfig, path: Path) -> str:
         raise Unsupported(f"{path}: GGUF files are not written for the family {config.model_type!r}")
     if any(not layer.experts for layer in config.layers) and "ffn_down" not in ARCHITECTURES[base].layer:
         raise Unsupported(f"{path}: GGUF has no layers without experts in family {config.model_type!r}")
-    is_sparse = any(layer.experts for layer in config.layers)
-    if _has_windows(config) and is_sparse and ARCHITECTURES[base].windows is None:
+    is_sparse = any(layer.experts for layer in config.layers)  # "llama" has windows for Mistral, not for Mixtral
+    if _has_windows(config) and is_sparse and (base == "llama" or ARCHITECTURES[base].windows is None):
         raise Unsupported(
             f"{path}: config 'sliding_window': GGUF has no key for a window in family {config.model_type!r}"
         )
