@@ -59,9 +59,9 @@ def refuse(tiny_folder: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch
         packed: list[weakref.ref[Weight]] = []
 
         class Counted(Weight):
-            def __init__(self, dtype: int, n_rows: int, n_cols: int) -> None:
+            def __init__(self, dtype: int, n_rows: int, n_cols: int, *rest: Any, **options: Any) -> None:
                 assert n_rows * n_cols <= 1 << 16, "memory was taken for a size that only the config claims"
-                super().__init__(dtype, n_rows, n_cols)
+                super().__init__(dtype, n_rows, n_cols, *rest, **options)
                 packed.append(weakref.ref(self))
 
         monkeypatch.setattr(builder, "Weight", Counted)

@@ -45,6 +45,16 @@ def test_a_page_that_is_read_back_is_no_fault_of_the_loop(monkeypatch: pytest.Mo
     asyncio.run(work())
 
 
+def test_a_thread_whose_loop_has_ended_may_wait() -> None:
+    async def work() -> Watch:
+        return Watch()
+
+    watch = asyncio.run(work())
+    time.sleep(5 * LIMIT_S)
+    watch.stop()
+    assert watch.found == []
+
+
 def test_a_loop_that_sleeps_is_found() -> None:
     async def work() -> None:
         async with watched() as watch:

@@ -83,7 +83,8 @@ class Watch:
         before: Any = None
         waited_s, looked, queued = 0.0, time.monotonic(), self._queued_s()
         while not self._stopped.wait(TICK_S):
-            if time.monotonic() - self._ticked < 2 * TICK_S:
+            # When the loop has ended, its thread may wait: a server that stops saves everything then.
+            if time.monotonic() - self._ticked < 2 * TICK_S or not self._loop.is_running():
                 before = None
                 continue
             frame = sys._current_frames().get(self._ident)
