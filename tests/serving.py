@@ -153,9 +153,9 @@ class Running:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.stop()
-        told = "".join(self.errors)
-        if STOOD in told:  # the end of what CI shows has the reason; an assertion's would be the end of the log
-            raise AssertionError(f"{told}\n\n{told[told.index(STOOD) :][:8000]}")
+        log = "".join(self.errors)
+        if STOOD in log:  # the reason comes last: where output is cut, its end is kept
+            raise AssertionError(f"{log}\n\n{log[log.index(STOOD) :][:8000]}")
 
 
 def lasting_port() -> int:

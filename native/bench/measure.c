@@ -73,7 +73,7 @@ enum fb_status fb_measure_copy(fb_device *device, size_t n_bytes, int32_t n_repe
     return status;
 }
 
-/* How far ahead of itself a read asks for memory. */
+/* Lines that a read prefetches ahead of itself. */
 enum { READ_AHEAD_LINES = 64 };
 
 /*
