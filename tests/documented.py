@@ -165,7 +165,7 @@ def check_exists(command: Command) -> None:
     elif words[0] == "pip":
         text = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
         extras = tomllib.loads(text)["project"]["optional-dependencies"]
-        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
+        extra = re.fullmatch(r"\.(?:\[([\w-]+)\])?", words[2])
         assert words[1] == "install" and extra is not None and (extra[1] is None or extra[1] in extras), command
     elif words[0] == "fabula" and words[1] != "--help":
         found: click.Command = cli

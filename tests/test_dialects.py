@@ -22,8 +22,9 @@ from fabula.server.openai.params import chat_params, completion_params, response
 from fabula.server.openai.schemas import ChatCompletionBody, CompletionBody, ResponseBody
 from fabula.server.paths import canonical, nearest
 from fabula.server.reasoning import Wish
-from fabula.sessions.tool_call_parser import parse_tool_calls
-from fabula.sessions.tool_forms import FORMS, ToolForm
+from fabula.sessions.call_events import gathered
+from fabula.sessions.tool_call_parser import parse_tool_calls, parser_of
+from fabula.sessions.tool_forms import FORMS, MAX_NAME, ToolForm
 from fabula.sessions.tools import tools_of
 
 USER = [{"role": "user", "content": "hi"}]
@@ -231,7 +232,21 @@ def test_calls_of_names_with_dots_and_slashes(form: ToolForm) -> None:
     assert [(call.name, call.is_whole) for call in calls] == [("files.read/v2", True)] and content == ""
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a:b", "a" * 65, "<f>", 'a"'])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_calls_of_the_longest_names(form: ToolForm) -> None:
+    """Names of MCP servers' tools have more than the 64 characters that OpenAI allows."""
+    name = "mcp__" + "server_" * 10 + "t" * 53
+    assert len(name) == MAX_NAME
+    text = form.write([(name, {"a": 1})], ["0"])
+    content, calls = parse_tool_calls(text, form, {name: SCHEMA})
+    assert [(call.name, call.is_whole) for call in calls] == [(name, True)] and content == ""
+    parser = parser_of(form, {name: SCHEMA})
+    events = [event for letter in text for event in parser.feed(letter)]
+    content, calls = gathered([*events, *parser.finish(is_whole=True)])
+    assert [(call.name, call.is_whole) for call in calls] == [(name, True)] and not content.strip()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:b", "a" * 129, "<f>", 'a"'])
 def test_names_that_are_refused(name: str) -> None:
     with pytest.raises(InvalidArgument, match="name"):
         tools_of([{"type": "function", "function": {"name": name}}])

@@ -13,7 +13,13 @@ from serving import Running
 
 DOCS = PROJECT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
-NEEDED = {"anthropic": "anthropic", "ollama": "ollama", "fabula.plugs.llm_models": "llm"}  # packages of some clients
+NEEDED = {  # packages of some clients, by the modules that are imported
+    "anthropic": "anthropic",
+    "fabula.plugs.langchain_chat": "langchain_core",
+    "fabula.plugs.llamaindex_llm": "llama_index.core",
+    "fabula.plugs.llm_models": "llm",
+    "ollama": "ollama",
+}
 SHOWN = [page for page in PAGES if Document(DOCS / page).steps]
 
 

@@ -109,7 +109,7 @@ def test_definitions() -> None:
     assert [tool.name for tool in known] == ["get_weather", "pick-one", "now"]
     assert known[0].to_json() == WEATHER
     assert known[2].parameters == {"type": "object", "properties": {}, "additionalProperties": False}
-    assert tools_of([function(name="a" * 64, parameters={}, strict=True, description=None)])[0].strict
+    assert tools_of([function(name="a" * 128, parameters={}, strict=True, description=None)])[0].strict
     assert len(tools_of([function(name=f"f{i}") for i in range(MAX_TOOLS)])) == MAX_TOOLS
 
 
@@ -124,7 +124,7 @@ def test_definitions() -> None:
         ([{"function": {"name": "f"}}], r"tools\[0\].type"),
         ([{"type": "function", "name": "f"}], r"tools\[0\].function must"),
         ([TIME, WEATHER, function(name="")], r"tools\[2\].function.name"),
-        ([function(name="a" * 65)], r"tools\[0\].function.name"),
+        ([function(name="a" * 129)], r"tools\[0\].function.name"),
         ([function(name='f"')], r"tools\[0\].function.name"),
         ([function(name="f\n")], r"tools\[0\].function.name"),
         ([function(name=7)], r"tools\[0\].function.name"),

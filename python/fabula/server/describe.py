@@ -22,16 +22,18 @@ STATUSES = {
     403: "The Host header is not allowed, or the call came from a page of another site.",
     404: "Not found, or it belongs to another key.",
     408: "The body took too long to arrive.",
-    409: "A reply of the session is being generated, or the session is full.",
+    409: "A reply of the session is being generated, the session is full, or the answer was stopped.",
     413: "Too large.",
     415: "Not JSON.",
     429: "A limit of the key is reached; `Retry-After` says when to retry.",
     500: "The server failed.",
     503: "The queue is full, a model is loading, or the server is stopping; `Retry-After` says when to retry.",
+    504: "The answer took longer than the server allows.",
     507: "No room on the disk.",
 }
 READING = (400, 401, 403, 404, 503)
 WRITING = (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 507)
+LENDING = (*WRITING, 504)  # of routes of other APIs that answer: a partial answer is an error there
 
 
 def info() -> Info:

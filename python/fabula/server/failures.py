@@ -42,6 +42,7 @@ class ApiError(Exception):
         message: for people: what is wrong, where, and what to do.
         param: the field at fault; None if no field is.
         retry_after: seconds until a retry may work; None: no header.
+        is_final: whether clients must not retry by themselves, as they do after some statuses.
         details: further fields of the error object.
     """
 
@@ -53,11 +54,12 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry_after: float | None = None,
+        is_final: bool = False,
         **details: Any,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
-        self.retry_after, self.details = retry_after, details
+        self.retry_after, self.is_final, self.details = retry_after, is_final, details
 
     @property
     def type(self) -> str:
@@ -82,6 +84,8 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, round(self.retry_after)))
+        if self.is_final:
+            headers["x-should-retry"] = "false"  # which OpenAI's and Anthropic's clients follow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
@@ -114,6 +118,23 @@ def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
 def not_found(what: str, name: str) -> ApiError:
     """404 for a session, stream or model that does not exist or belongs to another key."""
     return ApiError(404, f"{what}_not_found", f"there is no {what} {name[:128]!r}")
+
+
+def stopped() -> ApiError:
+    """503 for an answer that the stop of the server ended; another try may find it running again."""
+    message = "the server was stopped before the answer was complete"
+    return ApiError(503, "stopped", message, retry_after=RETRY_AFTER_S)
+
+
+def ended_early(reason: str | None) -> ApiError | None:
+    """The error for an answer's finish reason; None if the answer is complete, or as long as it was asked to be."""
+    if reason == "timeout":
+        message = "the answer took longer than the server's answer_s; ask for fewer tokens"
+        return ApiError(504, "timeout", message, is_final=True)
+    if reason == "cancelled":
+        message = "the answer was stopped, or its session deleted, before it was complete"
+        return ApiError(409, "cancelled", message, is_final=True)
+    return None
 
 
 INTERNAL = ApiError(500, "internal_error", "the server failed; its log has the cause under this request's id")

@@ -19,7 +19,7 @@ from typing import Any
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.errors import EngineError
-from fabula.server.failures import INTERNAL, ApiError, of_engine
+from fabula.server.failures import INTERNAL, ApiError, ended_early, of_engine, stopped
 from fabula.server.observer import Observer, notify
 from fabula.sessions.reply import Reply
 
@@ -65,6 +65,8 @@ class Run:
         describe: JSON of an answer that has ended, by its index; called in a worker thread, released at the end.
         start: JSON of the first event.
         background: whether it continues without readers.
+        partial_fails: whether an answer that the server ended early is an error: the APIs of others have no finish
+            reason for it, and their clients would take it for complete, or for as long as it was asked to be.
         observers: notified of events.
         request_id: of the request that started it, for logs.
 
@@ -88,6 +90,7 @@ class Run:
         start: dict[str, Any] | None = None,
         session_id: str | None = None,
         background: bool = False,
+        partial_fails: bool = False,
         observers: Sequence[Observer] = (),
         request_id: str = "",
     ) -> None:
@@ -101,7 +104,8 @@ class Run:
         self._describe, self._observers = describe, observers
         self.events: list[Event] = [Event("start", data={"stream_id": self.id} | (start or {}))]
         self._readers: set[Reader] = set()
-        self._stopping = False
+        self._stopping, self._partial_fails = False, partial_fails
+        self._stopped_by: ApiError | None = None  # why `stop` was called
         self._moved = asyncio.Event()  # a reader took events, or left
         self._left = len(self.sources)
         self.on_end: Callable[[Run], None] | None = None
@@ -117,6 +121,7 @@ class Run:
         last = begin = time.perf_counter()
         n_pieces = 0
         event: Event | None = None
+        kind = "error"
         try:
             async for piece in source:
                 seconds, last = generation.made_at - last, generation.made_at
@@ -132,15 +137,15 @@ class Run:
                 if self._stopping:  # pieces generated ahead are dropped: the turn ends here
                     await asyncio.to_thread(source.cancel)
             event = await self._ended(index)
+            kind = "cancelled" if generation.finish_reason == "cancelled" else "done"
         except EngineError as error:
             event = self._failed(of_engine(error), index, error)
         except asyncio.CancelledError:
-            event = self._failed(ApiError(503, "stopped", "the server was stopped"), index, None)
+            event = self._failed(stopped(), index, None)
             raise
         except Exception as error:
             event = self._failed(INTERNAL, index, error)
         finally:
-            kind = event.kind if event is not None else "error"
             notify(self._observers, Observer.answer_ended, self, source, kind)
             self._left -= 1
             if not self._left:
@@ -157,9 +162,11 @@ class Run:
 
     async def _ended(self, index: int) -> Event:
         result = self.results[index] = await asyncio.to_thread(self._describe, index)
-        return Event(
-            "cancelled" if self._generation(index).finish_reason == "cancelled" else "done", index, data=result
-        )
+        reason = self._generation(index).finish_reason
+        error = ended_early(reason) if self._partial_fails else None
+        if error is not None:
+            return self._failed((reason == "cancelled" and self._stopped_by) or error, index, None)
+        return Event("cancelled" if reason == "cancelled" else "done", index, data=result)
 
     def _failed(self, shown: ApiError, index: int, error: BaseException | None) -> Event:
         self.error = self.error or shown
@@ -251,8 +258,13 @@ class Run:
         for i in range(len(self.sources)):
             self._generation(i).abandon()
 
-    async def stop(self) -> None:
-        """Ends the answers, which keep the pieces that were read. Returns when they have ended."""
+    async def stop(self, why: ApiError | None = None) -> None:
+        """Ends the answers, which keep the pieces that were read. Returns when they have ended.
+
+        Args:
+            why: for clients that get an error for a partial answer; None: somebody asked for it.
+        """
+        self._stopped_by = self._stopped_by or why
         self.abandon()
         await asyncio.wait(self._tasks)
 

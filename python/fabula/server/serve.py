@@ -25,6 +25,7 @@ from fabula.errors import InvalidArgument, ModelNotFound
 from fabula.formats.locate import can_be_fetched, locate
 from fabula.server import logs
 from fabula.server.app import check_access, create_app
+from fabula.server.failures import stopped
 from fabula.server.gate import Keys
 from fabula.server.settings import Settings
 from fabula.server.state import Server
@@ -215,6 +216,6 @@ class Stop:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, 0.1)):
                     await self._urgent.wait()
-        await asyncio.gather(*(run.stop() for run in self._server.runs.active()))
+        await asyncio.gather(*(run.stop(stopped()) for run in self._server.runs.active()))
         self._server.feed.close()
         await asyncio.sleep(0.05)  # readers get their last event

@@ -19,7 +19,7 @@ from fabula.engine.sampling import SamplingParams
 from fabula.errors import EngineError, InvalidArgument, SessionNotFound
 from fabula.kv.pages import PoolUsage
 from fabula.model import Model
-from fabula.server.failures import ApiError, not_found
+from fabula.server.failures import ApiError, not_found, stopped
 from fabula.server.feed import Feed
 from fabula.server.gate import Gate
 from fabula.server.limits import Limits, check_free
@@ -221,7 +221,7 @@ class Server:
             serving.is_stopping = True
         if self._loading is not None:
             await asyncio.wait([self._loading])
-        await asyncio.gather(*(run.stop() for run in self.runs.active()))
+        await asyncio.gather(*(run.stop(stopped()) for run in self.runs.active()))
         await asyncio.gather(*self._later, return_exceptions=True)
         self._sessions.clear()
 

@@ -6,12 +6,13 @@ import re
 
 from fabula.sessions.call_events import Arguments, CallEnded, CallStarted, Content, Event, loaded
 from fabula.sessions.call_parser import CallParser
+from fabula.sessions.tool_forms import NAME
 from fabula.text.reasoning import n_half
 
 _MESSAGE = "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")
 _BEGINS = ("<|channel|>", "<|start|>", "to=")
-_RECIPIENT = re.compile(r"to=functions\.([A-Za-z0-9_./-]{1,64})(?=[\s<])")
+_RECIPIENT = re.compile(rf"to=functions\.({NAME})(?=[\s<])")
 
 
 class HarmonyParser(CallParser):

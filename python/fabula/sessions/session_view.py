@@ -23,6 +23,7 @@ from fabula.sessions.prompts import messages_of, parses_special
 from fabula.sessions.reply import start_generation
 from fabula.sessions.reply_queue import ReplyQueue
 from fabula.sessions.settings import Settings
+from fabula.sessions.tree_html import tree_html
 from fabula.sessions.turn import START, Turn
 from fabula.sessions.turn_tree import TurnRef, TurnTree
 from fabula.sessions.user_input import Messages, UserInput
@@ -172,6 +173,12 @@ class SessionView:
     def to_text(self) -> str:
         """The path as plain text; a story as it reads."""
         return texts.plain(self.title, self.messages, self.path)
+
+    def _repr_html_(self) -> str:
+        """The tree, as notebooks show a session: its head, the path to it, and the other branches."""
+        with self._lock:
+            turns, head, is_busy = self.turns, self.head, self.is_busy
+        return tree_html(self.title or self.id, self.model, turns, head, is_busy=is_busy)
 
     @property
     def can_redo(self) -> bool:

@@ -26,8 +26,8 @@ from fabula.sessions.call_events import (
 )
 from fabula.sessions.call_parser import CallParser, State
 from fabula.sessions.harmony import HarmonyParser
-from fabula.sessions.tool_forms import HERMES, ToolForm
-from fabula.sessions.tool_syntax import NAME, Syntax, matched
+from fabula.sessions.tool_forms import HERMES, NAME, ToolForm
+from fabula.sessions.tool_syntax import Syntax, matched
 from fabula.sessions.tool_values import KINDS, json_of, json_of_python, kinds_of
 from fabula.text.reasoning import n_half
 

@@ -35,6 +35,8 @@ from fabula.errors import EngineError
 from fabula.text.template import ChatTemplate
 
 HOLE = "\0"  # placeholder for the id of a call in the literals of a form
+MAX_NAME = 128  # characters of a tool's name, as in Anthropic's API; those of MCP servers are often longer than 64
+NAME = rf"[A-Za-z0-9_./-]{{1,{MAX_NAME}}}"
 ID_PATTERN = "[A-Za-z0-9_.:-]{1,64}"
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fabula.sessions.tool_forms import HOLE, ID_PATTERN, ToolForm
-
-NAME = r"[A-Za-z0-9_./-]{1,64}"
+from fabula.sessions.tool_forms import HOLE, ID_PATTERN, NAME, ToolForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +89,9 @@ class Syntax:
         if len(dense) <= len(begins):
             return begins.startswith(dense)
         rest = dense.removeprefix(begins)
-        name = re.match(r"[A-Za-z0-9_./-]{0,64}", rest)
-        assert name is not None
-        return dense.startswith(begins) and "".join(self.form.call[1].split()).startswith(rest[name.end() :])
+        name = re.match(NAME, rest)
+        end = name.end() if name is not None else 0
+        return dense.startswith(begins) and "".join(self.form.call[1].split()).startswith(rest[end:])
 
 
 def _pattern(literal: str) -> str:

@@ -30,7 +30,16 @@ from fabula.sessions.tool_call_parser import (
     parse_tool_calls,
     parser_of,
 )
-from fabula.sessions.tool_forms import HERMES, ToolForm, ToolStyle, arguments_for, opens_thought, style_of
+from fabula.sessions.tool_forms import (
+    HERMES,
+    MAX_NAME,
+    NAME,
+    ToolForm,
+    ToolStyle,
+    arguments_for,
+    opens_thought,
+    style_of,
+)
 from fabula.sessions.tool_grammar import CallableTool, tool_grammar
 from fabula.text.reasoning import form_of
 from fabula.text.tokenizer import Tokenizer
@@ -53,7 +62,7 @@ __all__ = [
 ]
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
+_NAME = re.compile(NAME)
 
 Message = Mapping[str, Any]
 
@@ -63,7 +72,7 @@ class Tool:
     """A function that may be called.
 
     Attributes:
-        name: 1 .. 64 of A-Z a-z 0-9 _ - . /.
+        name: 1 .. MAX_NAME of A-Z a-z 0-9 _ - . /.
         description: what it does.
         parameters: JSON schema of its arguments, an object.
         strict: whether a keyword of the schema that cannot be enforced is an error; otherwise it is ignored.
@@ -111,7 +120,7 @@ def _tool(definition: object, where: str) -> Tool:
         raise InvalidArgument(f"{where}.function must be an object")
     name, description = function.get("name"), function.get("description")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ - . /")
+        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. {MAX_NAME} of A-Z a-z 0-9 _ - . /")
     if not isinstance(description, str | None):
         raise InvalidArgument(f"{where}.function.description must be a string")
     strict = function.get("strict")
@@ -228,7 +237,7 @@ def _call(call: object, where: str) -> dict[str, Any]:
         raise InvalidArgument(f"{where}.function must be an object")
     name, arguments = function.get("name"), function.get("arguments", {})
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. 64 of A-Z a-z 0-9 _ - . /")
+        raise InvalidArgument(f"{where}.function.name is {name!r:.80}, must be 1 .. {MAX_NAME} of A-Z a-z 0-9 _ - . /")
     if isinstance(arguments, str):
         arguments = loaded(arguments or "{}")
     if not isinstance(arguments, Mapping):

@@ -15,7 +15,7 @@ from fabula.server.anthropic.prompt import Prompt, params_of, prompt_of, thought
 from fabula.server.anthropic.schemas import CountBody, CountReply, MessageReply, MessagesBody, PromptBody
 from fabula.server.anthropic.writer import PING, MessageWriter
 from fabula.server.borrowed import Json, follow
-from fabula.server.describe import WRITING, fails, streams
+from fabula.server.describe import LENDING, WRITING, fails, streams
 from fabula.server.openai.format import start_generations
 from fabula.server.reasoning import AnswerParser, Reasoning
 from fabula.server.start_run import begin, cancel_all, start_run
@@ -38,7 +38,7 @@ async def _name_request(response: Response) -> Response:
 @tag(["Anthropic"])
 @validate_request(MessagesBody)
 @document_response(MessageReply, 200)
-@fails(*WRITING, reply=AnthropicErrorReply)
+@fails(*LENDING, reply=AnthropicErrorReply)
 async def messages(data: MessagesBody) -> Any:
     """Answers a conversation in the form of Anthropic's Messages API. It is not stored; a prefix shared with an earlier
     request is not recomputed."""
@@ -50,7 +50,7 @@ async def messages(data: MessagesBody) -> Any:
         return writer.whole()
 
     generations, calling = await begin(lambda: _begin(state, serving, tenant, data), lambda made: cancel_all(made[0]))
-    run = start_run(state, tenant, serving.name, generations, describe)
+    run = start_run(state, tenant, serving.name, generations, describe, partial_fails=True)
     generation = generations[0]
     writer = MessageWriter(
         serving.name, generation, run, lambda: AnswerParser(generation.params, calling), thoughts_of(data)

@@ -13,7 +13,7 @@ from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import MAX_LOGPROBS, SamplingParams
 from fabula.model import Model
-from fabula.server.describe import WRITING, fails, streams
+from fabula.server.describe import LENDING, fails, streams
 from fabula.server.failures import refuse
 from fabula.server.llama.schemas import InfillBody, LlamaCompletionBody, Loose
 from fabula.server.openai.format import Json, follow, line, pieces_of, start_generations, token_name
@@ -33,7 +33,7 @@ MAX_PROMPTS = 64
 @tag(["llama.cpp"])
 @validate_request(LlamaCompletionBody)
 @document_response(Loose, 200)
-@fails(*WRITING)
+@fails(*LENDING)
 async def completion(data: LlamaCompletionBody) -> Any:
     """Continues a text, in llama.cpp's form."""
     state = server()
@@ -51,7 +51,7 @@ async def completion(data: LlamaCompletionBody) -> Any:
 @tag(["llama.cpp"])
 @validate_request(InfillBody)
 @document_response(Loose, 200)
-@fails(*WRITING)
+@fails(*LENDING)
 async def infill(data: InfillBody) -> Any:
     """Fills the gap between a prefix and a suffix, for models that were trained for it."""
     state = server()
@@ -119,7 +119,7 @@ async def _answer(
         return answers.whole(index)
 
     generations = await begin(start, cancel_all, n)
-    run = start_run(state, tenant, serving.name, generations, describe)
+    run = start_run(state, tenant, serving.name, generations, describe, partial_fails=True)
     answers = LlamaAnswers(data, serving, generations, run)
     if data.stream:
         return response(follow(run, answers.chunks, lambda: ()))

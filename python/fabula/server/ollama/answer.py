@@ -45,7 +45,7 @@ async def answer(
         return writer.whole()
 
     generations, calling = await begin(make, lambda made: cancel_all(made[0]))
-    run = start_run(state, tenant, serving.name, generations, describe)
+    run = start_run(state, tenant, serving.name, generations, describe, partial_fails=True)
     generation = generations[0]
     writer = AnswerWriter(
         serving.name,

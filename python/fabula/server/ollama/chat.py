@@ -9,7 +9,7 @@ from quart import Blueprint, g
 from quart_schema import document_response, tag, validate_request
 
 from fabula.server.borrowed import Json
-from fabula.server.describe import WRITING, fails, sends
+from fabula.server.describe import LENDING, fails, sends
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
 from fabula.server.ollama.names import find
@@ -30,7 +30,7 @@ routes = Blueprint("ollama_chat", __name__)
 @tag(["Ollama"])
 @validate_request(ChatIn)
 @document_response(ChatOut, 200)
-@fails(*WRITING, reply=OllamaErrorReply)
+@fails(*LENDING, reply=OllamaErrorReply)
 async def chat(data: ChatIn) -> Any:
     """Answers a conversation in the form of Ollama's API. It is not stored; a prefix shared with an earlier request is
     not recomputed."""

@@ -11,7 +11,7 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.generation import Generation
 from fabula.model import Model
 from fabula.server.borrowed import Json, ignore
-from fabula.server.describe import WRITING, fails, sends
+from fabula.server.describe import LENDING, fails, sends
 from fabula.server.failures import refuse
 from fabula.server.ollama.answer import LINES, Made, answer, loaded
 from fabula.server.ollama.errors import OllamaErrorReply
@@ -33,7 +33,7 @@ routes = Blueprint("ollama_generate", __name__)
 @tag(["Ollama"])
 @validate_request(GenerateIn)
 @document_response(GenerateOut, 200)
-@fails(*WRITING, reply=OllamaErrorReply)
+@fails(*LENDING, reply=OllamaErrorReply)
 async def generate(data: GenerateIn) -> Any:
     """Answers a prompt in the form of Ollama's API; with `raw`, continues it as it is."""
     state, tenant = server(), g.tenant

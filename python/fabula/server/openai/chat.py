@@ -12,7 +12,7 @@ from quart_schema import document_response, tag, validate_request
 
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation
-from fabula.server.describe import WRITING, fails, streams
+from fabula.server.describe import LENDING, fails, streams
 from fabula.server.openai.format import (
     DONE,
     CertainPieces,
@@ -50,7 +50,7 @@ routes = Blueprint("openai_chat", __name__)
 @tag(["OpenAI"])
 @validate_request(ChatCompletionBody)
 @document_response(ChatCompletionReply, 200)
-@fails(*WRITING)
+@fails(*LENDING)
 async def chat_completions(data: ChatCompletionBody) -> Any:
     """Answers a conversation. It is not stored; a prefix shared with an earlier request is not recomputed."""
     state, tenant = server(), g.tenant
@@ -64,7 +64,7 @@ async def chat_completions(data: ChatCompletionBody) -> Any:
     generations, calling = await begin(
         lambda: _begin(state, serving, tenant, data, n), lambda made: cancel_all(made[0]), n
     )
-    run = start_run(state, tenant, serving.name, generations, describe)
+    run = start_run(state, tenant, serving.name, generations, describe, partial_fails=True)
     chat = Chat(data, serving, generations, run, calling)
     if data.stream:
         return response(follow(run, chat.chunks, chat.last))

@@ -14,7 +14,7 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.decoding import Piece
 from fabula.engine.generation import Generation, Timings
 from fabula.model import Model
-from fabula.server.describe import WRITING, fails, streams
+from fabula.server.describe import LENDING, fails, streams
 from fabula.server.failures import refuse
 from fabula.server.openai.echo import prompt_pieces
 from fabula.server.openai.format import (
@@ -50,7 +50,7 @@ Prompt = str | list[int]
 @tag(["OpenAI"])
 @validate_request(CompletionBody)
 @document_response(CompletionReply, 200)
-@fails(*WRITING)
+@fails(*LENDING)
 async def completions(data: CompletionBody) -> Any:
     """Continues texts. `max_tokens` is 16 unless it is given."""
     state, tenant = server(), g.tenant
@@ -67,7 +67,7 @@ async def completions(data: CompletionBody) -> Any:
     generations, echoes = await begin(
         lambda: _begin(state, serving, tenant, data, prompts, n), lambda made: cancel_all(made[0]), n * len(prompts)
     )
-    run = start_run(state, tenant, serving.name, generations, describe)
+    run = start_run(state, tenant, serving.name, generations, describe, partial_fails=True)
     texts = Texts(data, serving, prompts, n, generations, run, echoes, is_echo_alone=is_echo_alone)
     if data.stream:
         return response(follow(run, texts.chunks, texts.last))

@@ -66,7 +66,7 @@ def fingerprint(model: Model) -> str:
 
 
 def reason_of(reason: str | None) -> str:
-    """OpenAI's finish reason. An answer that was cancelled or timed out was truncated: "length"."""
+    """OpenAI's finish reason of an answer that is complete, or as long as it was asked to be; others are errors."""
     return "stop" if reason == "stop" else "length"
 
 

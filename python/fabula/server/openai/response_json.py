@@ -18,14 +18,30 @@ from fabula.server.reasoning import count_thought
 from fabula.sessions.session import Session
 from fabula.sessions.tool_grammar import is_exclusive
 from fabula.sessions.tools import Calling
-from fabula.sessions.turn import Turn
+from fabula.sessions.turn import WRITTEN, Turn
 
 
 def status_of(reason: str | None) -> tuple[str, Json | None]:
-    """Status and details of a finish reason. Cancelled and timed out count as truncated, like "length"."""
-    if reason == "stop":
+    """Status and details of a finish reason. What ended before its end for another reason than its length has failed:
+    `incomplete_details` knows no word for that."""
+    if reason in ("stop", WRITTEN):
         return "completed", None
-    return "incomplete", {"reason": "max_output_tokens"}
+    if reason == "length":
+        return "incomplete", {"reason": "max_output_tokens"}
+    return "failed", None
+
+
+def failure(message: str) -> Json:
+    """The error of a response that failed."""
+    return {"code": "server_error", "message": message}
+
+
+_STOPPED = "the answer was stopped before it was complete"
+# Why a stored response is partial, by its finish reason.
+_WHY = {
+    "timeout": "the answer took longer than the server allows",
+    "interrupted": "the server's process ended before the answer was complete",
+}
 
 
 def usage(timings: Timings, n_thought: int = 0) -> Json:
@@ -134,6 +150,7 @@ def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
         turn.params or SamplingParams(),
         created_at=turn.created_at,
         status=status,
+        error=failure(_WHY.get(turn.finish_reason or "", _STOPPED)) if status == "failed" else None,
         incomplete_details=details,
         instructions=session.system,
         output=output.items,

@@ -13,14 +13,14 @@ from quart_schema import document_response, tag, validate_request
 from fabula.engine.generation import Generation
 from fabula.engine.sampling import SamplingParams
 from fabula.model import Model
-from fabula.server.describe import READING, WRITING, fails, streams
+from fabula.server.describe import LENDING, READING, fails, streams
 from fabula.server.failures import refuse
 from fabula.server.openai import conversations
 from fabula.server.openai.format import Json, ended_itself, follow, start_generations
 from fabula.server.openai.items import Output, messages_of, tools_of
 from fabula.server.openai.params import response_params, uses_tools, wish_of
 from fabula.server.openai.replies import DeletedReply, ResponseReply
-from fabula.server.openai.response_json import of_request, of_turn, status_of, usage
+from fabula.server.openai.response_json import failure, of_request, of_turn, status_of, usage
 from fabula.server.openai.schemas import ResponseBody
 from fabula.server.reasoning import Reasoning, n_thought_tokens
 from fabula.server.runs import Event
@@ -67,7 +67,7 @@ class Started:
 @tag(["OpenAI"])
 @validate_request(ResponseBody)
 @document_response(ResponseReply, 200)
-@fails(*WRITING)
+@fails(*LENDING)
 async def create(data: ResponseBody) -> Any:
     """Answers, after any earlier response or as the first of a conversation.
 
@@ -86,7 +86,7 @@ async def create(data: ResponseBody) -> Any:
     started = await begin(lambda: _start(state, tenant, data), lambda made: _undo(state, made))
     writer = ResponseWriter(data, started)
     session_id = started.session.id if started.session is not None else None
-    run = start_run(state, tenant, started.model, [started.source], describe, session_id=session_id)
+    run = start_run(state, tenant, started.model, [started.source], describe, session_id=session_id, partial_fails=True)
     if data.stream:
         return response(follow(run, writer.events, lambda: ()))
     return (await run.finish())[0]
@@ -321,7 +321,11 @@ class ResponseWriter:
         for _ in (*output.feed(generation.read_so_far()[1]), *rest):
             pass
         end = {"status": status, "incomplete_details": details, "output": output.items}
-        return self._about | end | {"usage": usage(generation.timings, n_thought_tokens(generation))}
+        return self._about | end | self._used()
+
+    def _used(self) -> Json:
+        generation = self._started.generation
+        return {"usage": usage(generation.timings, n_thought_tokens(generation))}
 
     def events(self, event: Event) -> Iterator[bytes]:
         """The lines of an event."""
@@ -334,9 +338,11 @@ class ResponseWriter:
         elif event.kind == "error":
             error = (event.data or {}).get("error", {})
             fields = {name: error.get(name) for name in ("code", "message", "param")}
+            for one in self._output.finish(is_whole=False):
+                yield self._line(one)
             yield self._line({"type": "error"} | fields)
-            failed = {"status": "failed", "error": {"code": "server_error", "message": fields["message"]}}
-            yield self._line({"type": "response.failed", "response": self._about | failed})
+            failed = {"status": "failed", "error": failure(str(fields["message"])), "output": self._output.items}
+            yield self._line({"type": "response.failed", "response": self._about | failed | self._used()})
         else:
             whole = event.data or {}
             rest = self._output.finish(is_whole=whole["status"] == "completed", ended_itself=self._ended_itself())
