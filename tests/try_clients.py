@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import app_clients
 import face_clients
 
 Check = Callable[[str, str], str]
@@ -250,7 +251,15 @@ def dspy(base: str, model: str) -> str:
     return "LM, Predict"
 
 
-CHECKS |= face_clients.CHECKS
+CHECKS |= face_clients.CHECKS | app_clients.CHECKS
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> int:
@@ -265,12 +274,12 @@ def main() -> int:
     with urllib.request.urlopen(base + "/models") as reply:
         model = json.load(reply)["data"][0]["id"]
     n_failed = 0
-    for name, (package, check) in CHECKS.items():
+    programs = app_clients.PROGRAMS
+    for name, (package, check) in (CHECKS | programs).items():
         if given.names and name not in given.names:
             continue
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+        version = app_clients.version_of(package) if name in programs else version_of(package)
+        if version is None:
             print(f"| {name} | not installed | | |", flush=True)
             continue
         try:
