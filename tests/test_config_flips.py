@@ -271,7 +271,14 @@ SPOKEN = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# The others are more examples of the same reader.
+QUICK = ("Llama", "Mistral")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in FAMILIES],
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     family = request.param
     folder = write(tmp_path_factory.mktemp(family), family, BASE[family])

@@ -143,9 +143,8 @@ def test_greedy_text(made: tuple[Case, Any, Runner]) -> None:
     with runner.sequence() as sequence:
         logits = runner.prefill(sequence, ids)
         for _ in range(64):
-            token = int(logits.argmax())
-            theirs = expected(model, ids)[-1]
-            gap = (theirs.max() - theirs[token]) / np.abs(theirs).max()
-            assert gap <= 2e-4
-            ids = np.append(ids, np.int32(token))
+            ids = np.append(ids, np.int32(logits.argmax()))
             (logits,) = runner.step([(sequence, ids[-1:])], [0])
+    theirs = expected(model, ids)[19:-1]  # what each of the 64 follows
+    gaps = theirs.max(axis=1) - theirs[np.arange(64), ids[20:]]
+    assert (gaps <= 2e-4 * np.abs(theirs).max(axis=1)).all()

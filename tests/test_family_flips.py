@@ -211,10 +211,7 @@ QUICK = (
     "gemma2",
     "gemma4_text",
     "gpt2",
-    "gpt_neox",
-    "granite",
     "llama4_text",
-    "olmo2",
     "phi3",
     "qwen3_moe",
 )
