@@ -2,7 +2,7 @@
 
 llama.cpp has about 170 such keys for all its architectures. For the supported ones, each key is one of:
 
-    READ         gguf_config.py applies it, or `reads` of the architecture's row in gguf_families.py
+    READ         gguf_config.py applies it, or `reads` of the architecture's row
     NO_EFFECT    no logit depends on it
     others that name a computation: must be neutral (see `_is_neutral`), or the file is refused by the key's name
 

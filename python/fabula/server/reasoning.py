@@ -148,6 +148,9 @@ class Reasoning:
         for message in messages:
             copy = dict(message)
             thought = copy.pop(KEYS[0], None)
+            if thought and self.form is not None and self.form.is_harmony and copy.get("tool_calls"):
+                # Templates take one of both before a call: what a message says there belongs to the thought.
+                thought, copy["content"] = "\n\n".join(filter(None, (thought, copy.get("content")))), ""
             if thought:
                 copy |= dict.fromkeys(keys, thought)
             found.append(copy)

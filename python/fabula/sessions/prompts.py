@@ -20,6 +20,7 @@ from fabula.sessions.turn import Turn
 from fabula.sessions.user_input import UserInput
 from fabula.text.chat import with_control_tokens
 from fabula.text.continuation import encode_next
+from fabula.text.reasoning import form_of, split_reasoning
 
 if TYPE_CHECKING:
     from fabula.text.template import ChatTemplate
@@ -40,12 +41,17 @@ class Prompt:
     cut: Cut | None = None
 
 
-def messages_of(system: str | None, turns: Sequence[Turn], user_input: UserInput | None = None) -> list[dict[str, Any]]:
-    """A conversation as chat templates take it."""
+def messages_of(
+    system: str | None,
+    turns: Sequence[Turn],
+    user_input: UserInput | None = None,
+    answer_of: Callable[[Turn], str] = lambda turn: turn.text,
+) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it; `answer_of` gives what they take for an answer."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         _say(messages, turn.said)
-        messages.append({"role": "assistant", "content": turn.text})
+        messages.append({"role": "assistant", "content": answer_of(turn)})
     if user_input is not None:
         _say(messages, user_input)
     return messages
@@ -74,11 +80,19 @@ def chat_prompt(
     if user_input.repeats_answer and not parent.number:
         raise InvalidArgument("messages[0].role is 'assistant', but there is no answer before it")
     tokenizer, past, seen = engine.tokenizer, parent.ids(), seen_turns(parent)
+    form = form_of([template.source, *template.named.values()], tokenizer)
+
+    def answer_of(turn: Turn) -> str:
+        """An answer without its thoughts where templates refuse those: in messages with headers of their own."""
+        if form is None or not form.is_harmony:
+            return turn.text
+        ids = turn.token_ids[:-1] if turn.token_ids[-1:] and turn.token_ids[-1] in tokenizer.eos_ids else turn.token_ids
+        return split_reasoning(tokenizer.decode(ids, skip_special=False), form)[1]
 
     def for_template(
         turns: Sequence[Turn], new: UserInput, options: Mapping[str, Any]
     ) -> tuple[list[Any], Mapping[str, Any]]:
-        return _for_template(template, messages_of(system, turns, new), options)
+        return _for_template(template, messages_of(system, turns, new, answer_of), options)
 
     def without(n: int) -> list[int]:
         """The conversation without its n oldest turns, rendered like the new prompt; the other answers keep their

@@ -4,7 +4,8 @@ A reply is kept as the ids that were sampled. Encoding its text again, possibly 
 removes reasoning, could give other ids and invalidate the KV cache after them. So the template is rendered with a
 placeholder for each reply. What follows the last placeholder is the scaffolding up to the next reply, whatever the
 replies contain, and only that is encoded. A reply whose tool calls the template formats itself has no placeholder;
-there the scaffolding begins at the first end token.
+there the scaffolding begins at the first end token. A template may also write marks before a reply that the model wrote
+itself (harmony's channel); they are not encoded again.
 
 Some templates render the past differently when it grows (a date, a count of messages) or under other options (tools in
 the system message). To detect that, the text before the last reply is compared with what was rendered when the reply
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fabula.text.template import ChatTemplate
     from fabula.text.tokenizer import Tokenizer
 
+_END, _RETURN = "<|end|>", "<|return|>"  # of a message, of an answer, in the harmony format
 Message = Mapping[str, Any]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -58,12 +60,24 @@ def encode_next(
     rendered = template.render(masked[: len(messages)], **now)
     start = template.render(masked[len(messages) :], **then)
     if rendered.startswith(start):
-        tail = _after_reply(
-            tokenizer, rendered[len(start) :], placeholder if _is_plain(messages[last]) else "", known[-1]
-        )
+        is_plain = _is_plain(messages[last])
+        reply = rendered[len(start) :]
+        if is_plain:
+            reply = _without_header(tokenizer, reply, placeholder, known)
+        tail = _after_reply(tokenizer, reply, placeholder if is_plain else "", known[-1])
         if tail is not None and placeholder not in tail:
+            if tail.startswith(_END) and tokenizer.special_tokens.get(_RETURN) == known[-1]:
+                known = known[:-1]  # a message of the past ends otherwise than an answer does
             return [*known, *marks.encode(tail)]
     return encode_chat(tokenizer, template, messages, **options)
+
+
+def _without_header(tokenizer: Tokenizer, reply: str, placeholder: str, known: Sequence[int]) -> str:
+    """A rendered reply from its placeholder on, if all before it is what the model wrote."""
+    header = reply.partition(placeholder)[0]
+    if not header or header not in tokenizer.decode(known, skip_special=False):
+        return reply
+    return reply[len(header) :]
 
 
 def _is_plain(reply: Message) -> bool:

@@ -15,6 +15,7 @@ from fabula.server.openai.format import Json
 from fabula.server.openai.items import messages_of, tools_of
 from fabula.server.openai.params import uses_tools, wish_of
 from fabula.server.openai.replies import InputItemsReply, InputTokensReply
+from fabula.server.openai.response_json import repeated_calls
 from fabula.server.openai.schemas import ResponseBody
 from fabula.server.reasoning import Reasoning
 from fabula.server.state import server
@@ -120,6 +121,7 @@ async def input_tokens(data: ResponseBody) -> Any:
             model = state.model(session.model).model
             assert model is not None
             options = {**Reasoning(model, wish_of(data)).options, **({"tools": tools} if tools else {})}
+            messages = [*repeated_calls(session, turn, model, messages), *messages]
             count = session.count(messages, at=turn.id, template_options=options or None, parse_special=special)
             n_tokens = count.prompt_tokens
         return {"object": "response.input_tokens", "input_tokens": n_tokens}

@@ -16,6 +16,7 @@ from fabula.server.openai.items import Output, flat_tools
 from fabula.server.openai.schemas import ResponseBody
 from fabula.server.reasoning import count_thought
 from fabula.sessions.session import Session
+from fabula.sessions.tool_forms import style_of
 from fabula.sessions.tool_grammar import is_exclusive
 from fabula.sessions.tools import Calling
 from fabula.sessions.turn import WRITTEN, Turn
@@ -159,3 +160,21 @@ def of_turn(id: str, session: Session, turn: Turn, model: Model | None) -> Json:
         truncation="auto" if session.policy.name == "drop_oldest_turns" else "disabled",
         usage=usage(turn.timings, n_thought) if turn.timings is not None else None,
     )
+
+
+def repeated_calls(session: Session, turn: Turn, model: Model, messages: list[Json]) -> list[Json]:
+    """A turn's answer with its calls as a message, where results of them follow and the template wants that: in the
+    harmony format a result has the name of its function. Empty where it does not."""
+    is_result = bool(messages) and messages[0]["role"] != "assistant" and any(m["role"] == "tool" for m in messages)
+    if not is_result or not turn.number or style_of(model.template).form.arguments != "harmony":
+        return []
+    calls = [
+        {
+            "id": item["call_id"],
+            "type": "function",
+            "function": {"name": item["name"], "arguments": item["arguments"]},
+        }
+        for item in of_turn("", session, turn, model)["output"]
+        if item["type"] == "function_call"
+    ]
+    return [{"role": "assistant", "content": "", "tool_calls": calls}] if calls else []

@@ -20,7 +20,7 @@ from fabula.server.openai.format import Json, ended_itself, follow, start_genera
 from fabula.server.openai.items import Output, messages_of, tools_of
 from fabula.server.openai.params import response_params, uses_tools, wish_of
 from fabula.server.openai.replies import DeletedReply, ResponseReply
-from fabula.server.openai.response_json import failure, of_request, of_turn, status_of, usage
+from fabula.server.openai.response_json import failure, of_request, of_turn, repeated_calls, status_of, usage
 from fabula.server.openai.schemas import ResponseBody
 from fabula.server.reasoning import Reasoning, n_thought_tokens
 from fabula.server.runs import Event
@@ -234,6 +234,7 @@ def _add_turn(
         assert model is not None
         reasoning = Reasoning(model, wish_of(data))
         params, calling = _calling(data, model, params, tools, reasoning)
+        messages = [*repeated_calls(session, session.head, model, messages), *messages]
         options = {**reasoning.options, **({"tools": tools} if tools else {})} or None
         reply = session.say(
             messages,
