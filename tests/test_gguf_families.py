@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 import llama_convert
 import tiny
-from decoder_families import CASES, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
+from decoder_families import CASES, DEEP_YARN, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
 from fabula.cli.main import run
 from fabula.engine.runner import Runner
 from fabula.errors import EngineError, Unsupported
@@ -192,6 +192,18 @@ CUTS: Mapping[str, Cut] = {
     "hunyuan_moe": Cut("hunyuan_moe", {"attention_bias": False}, converted="it wants a key that is not in the config"),
     "gpt_oss": Cut("gpt_oss-plain", {"attention_bias": True, "swiglu_limit": 7.0, "layer_types": None}),
     "gpt_oss-yarn": Cut("gpt_oss", peer="llama.cpp cuts the ends of YaRN's ramp to whole numbers, the model does not"),
+    "deepseek_v2": Cut("deepseek_v2"),
+    # llama.cpp knows models without a latent of queries by their number of layers.
+    "deepseek_v2-lite": Cut(
+        "deepseek_v2-groups", {"topk_method": "greedy", "attention_bias": False, "num_hidden_layers": 26}
+    ),
+    "deepseek_v2-groups": Cut(
+        "deepseek_v2-groups", {"attention_bias": False}, peer="llama.cpp rates groups by their best two experts"
+    ),
+    "deepseek_v3": Cut("deepseek_v3", {"rope_parameters": DEEP_YARN}),
+    "glm4_moe_lite": Cut("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "sarvam_mla": Cut("sarvam_mla", {"q_lora_rank": 33}, converted=_UNKNOWN),
+    "youtu": Cut("youtu"),
     "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fabula.errors import shown
+from fabula.formats import gguf_latent
 from fabula.formats.gguf import GgufTensor
 from fabula.formats.gguf_keys import Keys
 from fabula.lean_dataclasses import dataclass, field
@@ -127,6 +128,7 @@ class Architecture:
         eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
         silu: whether the MLP is a gated SiLU.
         varied: whether KV heads and MLPs may differ from layer to layer; `finish` reads them.
+        latent: whether attention is that of latents, whose rotated part `head_dim` stands for.
         scale: of scores, where it is not that of a head's width.
         rotated: whether a part of each head may be rotated.
         factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length. (Qwen has
@@ -151,6 +153,7 @@ class Architecture:
     eps: str = ""
     silu: bool = True
     varied: bool = False
+    latent: bool = False
     scale: float | None = None
     rotated: bool = False
     factors: bool = False
@@ -756,6 +759,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer=(*SPARSE, *HEAD_NORMS),
         reads=EXPERT_KEYS | {"attention.clamp_kqv"}, finish=_olmoe,
     ),
+    **{arch: Architecture(**row) for arch, row in gguf_latent.ROWS.items()},
 }  # fmt: skip
 # Architectures that store the rows of q and k pairwise (gguf_names.py).
 PAIRED = tuple(arch for arch, row in ARCHITECTURES.items() if row.paired)

@@ -15,7 +15,7 @@ from fabula.errors import ModelFileError, Unsupported
 from fabula.lean_dataclasses import dataclass, replace
 from fabula.models import expert_rules as experts
 from fabula.models import family_rules as rules
-from fabula.models import gemma3n, gemma4
+from fabula.models import gemma3n, gemma4, mla
 from fabula.models.config import Traits, read_config
 from fabula.models.description import ModelConfig
 
@@ -814,6 +814,7 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3-VL",
         Traits(context_length=128000, n_kv_heads=32, head_dim=128, theta=500000.0, qk_norm="head", finish=rules.mrope),
     ),
+    **{kind: Family(name, traits) for kind, (name, traits) in mla.ROWS.items()},
 }
 
 
