@@ -41,6 +41,7 @@ from fabula.models.opening import check_tensors, open_model
 from llama_peer import LlamaCpp
 from test_gguf_keys import FOLLOWED, NAMES, NO_EFFECT, rewritten
 
+PLAIN_V2 = {"attention_bias": False, "norm_topk_prob": False}
 IDS = np.random.default_rng(1).integers(3, 203, 60).astype(np.int32)
 WHOLE = PLAIN | {"head_dim": 24}  # heads of hidden_size / n_heads
 F = np.float32
@@ -192,13 +193,14 @@ CUTS: Mapping[str, Cut] = {
     "hunyuan_moe": Cut("hunyuan_moe", {"attention_bias": False}, converted="it wants a key that is not in the config"),
     "gpt_oss": Cut("gpt_oss-plain", {"attention_bias": True, "swiglu_limit": 7.0, "layer_types": None}),
     "gpt_oss-yarn": Cut("gpt_oss", peer="llama.cpp cuts the ends of YaRN's ramp to whole numbers, the model does not"),
-    "deepseek_v2": Cut("deepseek_v2"),
+    "deepseek_v2": Cut("deepseek_v2", {"norm_topk_prob": False}),
     # llama.cpp knows models without a latent of queries by their number of layers.
     "deepseek_v2-lite": Cut(
-        "deepseek_v2-groups", {"topk_method": "greedy", "attention_bias": False, "num_hidden_layers": 26}
+        "deepseek_v2-groups",
+        PLAIN_V2 | {"topk_method": "greedy", "num_hidden_layers": 26, "n_group": 1, "topk_group": 1},
     ),
     "deepseek_v2-groups": Cut(
-        "deepseek_v2-groups", {"attention_bias": False}, peer="llama.cpp rates groups by their best two experts"
+        "deepseek_v2-groups", PLAIN_V2, peer="llama.cpp rates groups by their best two experts"
     ),
     "deepseek_v3": Cut("deepseek_v3", {"rope_parameters": DEEP_YARN}),
     "glm4_moe_lite": Cut("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "sparse"]}),

@@ -5,6 +5,7 @@ Whole families are in decoder_families.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from dataclasses import replace
@@ -16,14 +17,20 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import tiny
 from decoder_families import CASES, make_model
 from fabula import _native, ops
 from fabula._native import F32, KvLayer, PagePool, page_bytes
 from fabula._program import BatchSequence, Heads, Op, Program, RopeTable, Shape
+from fabula.engine.runner import Runner
 from fabula.errors import InvalidArgument, ModelFileError, Unsupported
+from fabula.export.quantize import quantize_model
 from fabula.formats.checkpoint import DType
+from fabula.formats.gguf import GgufFile
+from fabula.formats.gguf_write import GgufWriter, NewTensor
 from fabula.models import builder as kinds
 from fabula.models.opening import open_model
+from llama_peer import LlamaCpp
 from test_decoder_families import I32, Logits, assert_close, expected, load, text
 from test_experts import ISAS, Rows, held, pack, random
 
@@ -255,7 +262,7 @@ def test_formats_of_weights_and_latents(dense: tuple[Path, Any], weights: DType,
     ids, runner = text(3, 70), load(folder, weights=weights, kv=(kv, kv))
     try:
         ours, theirs = bits(runner, ids, [3, 69]), expected(model, ids)
-        bound = {DType.F16: 0.02, DType.BF16: 0.05, DType.Q8_0: 0.1}.get(weights, 0.8)
+        bound = {DType.F16: 0.05, DType.BF16: 0.05, DType.Q8_0: 0.1}.get(weights, 0.8)
         assert np.linalg.norm(ours - theirs) <= bound * np.linalg.norm(theirs)
     finally:
         runner.close()
@@ -324,3 +331,57 @@ def test_configs_that_are_refused(
     (tmp_path / "model.safetensors").symlink_to(deepseek[0] / "model.safetensors")
     with pytest.raises((ModelFileError, Unsupported), match=words):
         load(tmp_path)
+
+
+# ---- Older files in GGUF --------------------------------------------------------------------------------------------
+
+
+def joined_file(folder: Path, target: Path, kind: str) -> None:
+    """Writes a model as llama.cpp once did: k_b and v_b in one matrix, in the format that `kind` names."""
+    (folder / "tokenizer.json").write_text(tiny.tokenizer_json())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    new = target.with_suffix(".new.gguf")
+    quantize_model(folder, new, "f32", threads=1)
+    with contextlib.closing(GgufFile(new)) as file:
+        metadata: dict[str, Any] = dict(file.metadata)
+        heads, rank = metadata["deepseek2.attention.head_count"], metadata["deepseek2.attention.kv_lora_rank"]
+        for part in ("key", "value"):
+            metadata[f"deepseek2.attention.{part}_length"] = metadata.pop(f"deepseek2.attention.{part}_length_mla")
+        metadata["deepseek2.attention.head_count_kv"] = heads
+        dtype, tensors = DType[kind.upper()], {}
+        for name, info in file.tensors.items():
+            raw = file.read(name)
+            if name.endswith("attn_k_b.weight"):
+                value = name.replace("attn_k_b", "attn_v_b")
+                k = raw.view(np.float32).reshape(info.shape).swapaxes(1, 2)
+                v = file.read(value).view(np.float32).reshape(file.tensors[value].shape)
+                both = np.concatenate([k, v], axis=1).reshape(-1, rank)
+                joined = name.replace("attn_k_b", "attn_kv_b")
+                tensors[joined] = NewTensor(joined, dtype, both.shape), _native.quantize(dtype, both, 1)
+            elif not name.endswith("attn_v_b.weight"):
+                tensors[name] = NewTensor(name, info.dtype, info.shape), raw
+        with GgufWriter(target, metadata, [tensor for tensor, _ in tensors.values()]) as writer:
+            for name, (_, raw) in tensors.items():
+                writer.write(name, raw)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_older_files_have_keys_and_values_in_one_matrix(dense: tuple[Path, Any], tmp_path: Path, kind: str) -> None:
+    target, ids = tmp_path / "old.gguf", text(4, 40)
+    joined_file(dense[0], target, kind)
+    theirs, checkpoint = expected(dense[1], ids), open_model(target)[0]
+    with contextlib.closing(checkpoint):
+        runner = Runner(checkpoint, weights=lambda info: info.dtype, kv=(DType.F32, DType.F32), n_threads=1)
+    try:
+        error = np.abs(bits(runner, ids, [11]) - theirs).max() / np.abs(theirs).max()
+    finally:
+        runner.close()
+    assert error <= {"f32": 1e-4, "f16": 5e-3, "q8_0": 5e-2}[kind]
+
+
+def test_llama_cpp_reads_an_older_file_alike(llama_cpp: LlamaCpp, dense: tuple[Path, Any], tmp_path: Path) -> None:
+    joined_file(dense[0], tmp_path / "old.gguf", "f32")
+    ids = text(4, 40)
+    theirs = llama_cpp.logits(tmp_path / "old.gguf", ids.tolist())
+    assert theirs is not None
+    assert_close(theirs, expected(dense[1], ids))
