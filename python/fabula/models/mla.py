@@ -150,7 +150,8 @@ def _mistral4(read: ConfigReader, t: Traits) -> Traits:
         if isinstance(rope, Mapping) and "partial_rotary_factor" in rope:
             part = rope["partial_rotary_factor"]
             if not isinstance(part, int | float) or int((rotated + plain) * part) != rotated:
-                raise read.error(key, f"partial_rotary_factor is {part!r}, must be {rotated / (rotated + plain):g}")
+                wanted = f"qk_rope_head_dim of qk_nope_head_dim + qk_rope_head_dim, {rotated / (rotated + plain):g}"
+                raise read.error(key, f"partial_rotary_factor is {part!r}, must be {wanted}")
             read.config = {**read.config, key: {k: v for k, v in rope.items() if k != "partial_rotary_factor"}}
     return rules.ministral3(read, t)
 
@@ -176,7 +177,7 @@ _V3: dict[str, Any] = {
     **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128},
     **{"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048, "num_experts_per_tok": 8},
     **{"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "norm_topk_prob": True},
-    **{"routed_scaling_factor": 2.5, "intermediate_size": 18432},
+    **{"routed_scaling_factor": 2.5, "intermediate_size": 18432, "num_key_value_heads": 128},
 }
 _DEEPSEEK_V3 = Traits(
     context_length=4096,
@@ -199,7 +200,7 @@ ROWS: Mapping[str, tuple[str, Traits]] = {
                 **_V3
                 | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "n_group": None}
                 | {"topk_group": None, "topk_method": "greedy", "first_k_dense_replace": 0, "num_experts_per_tok": None}
-                | {"routed_scaling_factor": 1.0, "intermediate_size": 11008, "rope_interleave": True},
+                | {"routed_scaling_factor": 1.0, "intermediate_size": 11008, "num_key_value_heads": None},
             ),
         ),
     ),
@@ -219,7 +220,7 @@ ROWS: Mapping[str, tuple[str, Traits]] = {
                 **_V3
                 | {"n_routed_experts": 64, "moe_intermediate_size": 1536, "num_experts_per_tok": 4, "n_group": 1}
                 | {"topk_group": 1, "routed_scaling_factor": 1.8, "q_lora_rank": 768, "v_head_dim": 256}
-                | {"qk_nope_head_dim": 192, "intermediate_size": 10240},
+                | {"qk_nope_head_dim": 192, "intermediate_size": 10240, "num_key_value_heads": 20},
             ),
         ),
     ),
@@ -232,7 +233,7 @@ ROWS: Mapping[str, tuple[str, Traits]] = {
             adapt=_with_defaults(
                 **_V3
                 | {"n_routed_experts": 128, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
-                | {"first_k_dense_replace": 1, "intermediate_size": 16384},
+                | {"first_k_dense_replace": 1, "intermediate_size": 16384, "num_key_value_heads": None},
             ),
         ),
     ),
@@ -253,7 +254,7 @@ ROWS: Mapping[str, tuple[str, Traits]] = {
                 **_V3
                 | {"n_routed_experts": 128, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
                 | {"routed_scaling_factor": 1.0, "kv_lora_rank": 256, "q_lora_rank": 1024, "qk_nope_head_dim": 64}
-                | {"first_k_dense_replace": 0, "intermediate_size": 12288},
+                | {"first_k_dense_replace": 0, "intermediate_size": 12288, "num_key_value_heads": 32},
             ),
         ),
     ),
@@ -265,7 +266,7 @@ ROWS: Mapping[str, tuple[str, Traits]] = {
             context_length=131072,
             tied=True,
             experts=None,
-            adapt=_with_defaults(**_V3 | {"intermediate_size": 6144}),
+            adapt=_with_defaults(**_V3 | {"intermediate_size": 6144, "num_key_value_heads": 16}),
         ),
     ),
     # OpenBMB 2024: without experts; pairs are halves of the rotated part.
@@ -280,7 +281,7 @@ ROWS: Mapping[str, tuple[str, Traits]] = {
                 _minicpm3,
                 **{"kv_lora_rank": 256, "q_lora_rank": 768, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64},
                 **{"v_head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
-                **{"intermediate_size": 6400},
+                **{"intermediate_size": 6400, "num_key_value_heads": 40},
             ),
             finish=finish,
         ),
