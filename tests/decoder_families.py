@@ -81,6 +81,15 @@ GRANITE = {
     "attention_multiplier": 0.09,
     "logits_scaling": 2.5,
 }
+MLA = {key: value for key, value in ODD.items() if key != "head_dim"} | {
+    **{"num_key_value_heads": 6, "kv_lora_rank": 40, "q_lora_rank": 33, "qk_rope_head_dim": 12},
+    **{"qk_nope_head_dim": 20, "v_head_dim": 27},
+}
+NO_Q_LATENT = {"q_lora_rank": None, "attention_bias": True}
+DEEP_YARN = {
+    **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+    **{"mscale": 0.7, "mscale_all_dim": 0.7, "beta_fast": 32.0, "beta_slow": 1.0},
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 
 
@@ -201,6 +210,24 @@ CASES: dict[str, Case] = {
     ),
     "minimax_m2": Case("MiniMaxM2", ODD | LOCAL | {"rotary_dim": 20}),
     "hunyuan_moe": Case("HunYuanMoEV1", ODD | {"num_experts": 7, "moe_topk": 3, "attention_bias": True}),
+    "deepseek_v2": Case("DeepseekV2", MLA | ROUTED | {"rope_parameters": DEEP_YARN}),
+    "deepseek_v2-groups": Case(
+        "DeepseekV2", MLA | ROUTED | GROUPS | NO_Q_LATENT | {"topk_method": "group_limited_greedy"}
+    ),
+    "deepseek_v3": Case("DeepseekV3", MLA | ROUTED | GROUPS | {"rope_parameters": DEEP_YARN | {"mscale": 1.0}}),
+    "deepseek_v3-halves": Case(
+        "DeepseekV3",
+        MLA | ROUTED | NO_Q_LATENT | {"n_group": 1, "topk_group": 1, "rope_interleave": False, "norm_topk_prob": False},
+    ),
+    "glm4_moe_lite": Case("Glm4MoeLite", MLA | ROUTED | {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    "sarvam_mla": Case("DeepseekV3", MLA | ROUTED | {"q_lora_rank": None}, "SarvamMLAConfig"),
+    "mistral4": Case(
+        "Mistral4",
+        MLA | ROUTED | GROUPS | {"rope_parameters": DEEP_YARN | {"llama_4_scaling_beta": 0.3}},
+    ),
+    # transformers 5.24 makes the embedding of a padding token 0 when it loads this family.
+    "youtu": Case("Youtu", MLA | {"pad_token_id": None}),
+    "minicpm3": Case("MiniCPM3", MLA | {"scale_emb": 3, "dim_model_base": 18, "v_head_dim": None}),
     "cohere": Case("Cohere", PLAIN | {"use_qk_norm": True, "attention_bias": True}),
     "cohere2": Case("Cohere2", PLAIN | {"sliding_window": 19, "num_hidden_layers": 5}),
     "stablelm": Case("StableLm", PLAIN | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),

@@ -26,6 +26,8 @@ def convert(folder: Path, out: Path) -> None:
         "gpt2": {"n_ctx": config.get("n_positions")},
         "cohere2": {"rotary_pct": 1.0},
         "gpt_neox": {"rotary_pct": config.get("rotary_pct", part)},
+        "deepseek_v3": {"scoring_func": "sigmoid"},
+        "glm4_moe_lite": {"scoring_func": "sigmoid"},
     }.get(config["model_type"], {})
     hparams = {**old, **hparams}
     kind: Any = get_model_class(config["architectures"][0])

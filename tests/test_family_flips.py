@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import test_config_flips as flips_of_llama
 from decoder_families import CASES, FULL, SLIDING, Case, make_model
 from test_config_flips import ABSENT, FIELDS, LONG, OTHERS, SPOKEN, YARN, judge
 
+# In transformers a part of Mistral 3's multimodal models only.
+transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True)
 # One case of each family.
 FAMILIES: dict[str, Case] = {case.model_type: case for case in reversed(CASES.values())}
 OWN: dict[str, list[Any]] = {
@@ -36,6 +39,17 @@ OWN: dict[str, list[Any]] = {
     ],
     "d_model": [144],
     "expansion_ratio": [2],
+    "dim_model_base": [36, None],
+    "kv_lora_rank": [20],
+    "mlp_layer_types": [["sparse", "dense", "sparse"], ["dense"] * 3, None, ["dense"]],
+    "q_lora_rank": [None, 20],
+    "qk_nope_head_dim": [10],
+    "qk_rope_head_dim": [6, 7],
+    "rope_interleave": [True, False, None],
+    "scale_depth": [0.9, None],
+    "scale_emb": [2, 0.5],
+    "topk_method": ["group_limited_greedy", "noaux_tc", "greedy"],
+    "v_head_dim": [13, None],
     "laurel_rank": [8],
     "learned_pos_emb": [False],
     "n_heads": [4],
@@ -121,12 +135,19 @@ OWN: dict[str, list[Any]] = {
 # Those that have no say in logits, and sizes, which test_decoder_families.py has in many values.
 IDLE = {
     *("attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "eod_token_id", "hidden_dropout"),
-    *("altup_coef_clip", "emb_pdrop", "embedding_fraction", "init_device", "max_seq_len", "pretraining_tp"),
+    *(
+        "altup_coef_clip",
+        "emb_pdrop",
+        "embedding_fraction",
+        "init_device",
+        "max_seq_len",
+        "pretraining_tp",
+    ),
     *("moe_k", "moe_num_experts", "moe_topk", "n_routed_experts", "num_mtp_layers", "sep_token_id"),
     *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts", "num_experts_per_tok"),
     *("num_local_experts", "output_router_logits", "resid_pdrop", "residual_dropout", "router_aux_loss_coef"),
     *("router_jitter_noise", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
-    *("summary_use_proj", "top_k_experts", "intermediate_size_mlp"),
+    *("summary_use_proj", "top_k_experts", "intermediate_size_mlp", "embedding_initializer_range"),
 }
 # What a refusal may speak of in place of the field: the tensors that are missing or of another shape then.
 WEIGHTS = {
@@ -144,6 +165,9 @@ WEIGHTS = {
     **dict.fromkeys(("moe_layer_end_index", "moe_num_shared_experts", "n_shared_experts"), ("tensor",)),
     **dict.fromkeys(("n_group", "topk_group"), ("n_group", "topk_group", "num_experts_per_tok")),
     "shared_intermediate_size": ("tensor",),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "mlp_layer_types"), ("tensor",)),
+    "qk_rope_head_dim": ("tensor", "head_dim"),
+    "topk_method": ("n_group",),
     **dict.fromkeys(("d_model", "n_heads", "n_layers", "altup_num_inputs", "laurel_rank"), ("tensor",)),
     "num_hidden_layers": (
         "layer_types",
@@ -175,6 +199,8 @@ def flips(case: Case) -> Iterator[dict[str, Any]]:
             values = [*KINDS, *(kinds[:n_layers] for kinds in mixed)]
         elif key == "num_hidden_layers":
             values = [1, "2"]
+        elif case.family == "Youtu" and key == "pad_token_id":
+            values = ()  # see decoder_families.py
         for value in values:
             yield {key: value}
     if "sliding_window" in declared:
@@ -208,6 +234,7 @@ def shared_flips(family: str, case: Case) -> list[dict[str, Any]]:
 QUICK = (
     "apertus",
     "cohere2",
+    "deepseek_v3",
     "gemma2",
     "gemma4_text",
     "gpt2",

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 import llama_convert
 import tiny
-from decoder_families import CASES, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
+from decoder_families import CASES, DEEP_YARN, FALCON, FULL, ODD, PLAIN, SLIDING, Case, make_model
 from fabula.cli.main import run
 from fabula.engine.runner import Runner
 from fabula.errors import EngineError, Unsupported
@@ -41,6 +41,7 @@ from fabula.models.opening import check_tensors, open_model
 from llama_peer import LlamaCpp
 from test_gguf_keys import FOLLOWED, NAMES, NO_EFFECT, rewritten
 
+PLAIN_V2 = {"attention_bias": False, "norm_topk_prob": False}
 IDS = np.random.default_rng(1).integers(3, 203, 60).astype(np.int32)
 WHOLE = PLAIN | {"head_dim": 24}  # heads of hidden_size / n_heads
 F = np.float32
@@ -192,6 +193,19 @@ CUTS: Mapping[str, Cut] = {
     "hunyuan_moe": Cut("hunyuan_moe", {"attention_bias": False}, converted="it wants a key that is not in the config"),
     "gpt_oss": Cut("gpt_oss-plain", {"attention_bias": True, "swiglu_limit": 7.0, "layer_types": None}),
     "gpt_oss-yarn": Cut("gpt_oss", peer="llama.cpp cuts the ends of YaRN's ramp to whole numbers, the model does not"),
+    "deepseek_v2": Cut("deepseek_v2", {"norm_topk_prob": False}),
+    # llama.cpp knows models without a latent of queries by their number of layers.
+    "deepseek_v2-lite": Cut(
+        "deepseek_v2-groups",
+        PLAIN_V2 | {"topk_method": "greedy", "num_hidden_layers": 26, "n_group": 1, "topk_group": 1},
+    ),
+    "deepseek_v2-groups": Cut(
+        "deepseek_v2-groups", PLAIN_V2, peer="llama.cpp rates groups by their best two experts"
+    ),
+    "deepseek_v3": Cut("deepseek_v3", {"rope_parameters": DEEP_YARN}),
+    "glm4_moe_lite": Cut("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "sarvam_mla": Cut("sarvam_mla", {"q_lora_rank": 33}, converted=_UNKNOWN),
+    "youtu": Cut("youtu"),
     "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
 }  # fmt: skip
 

@@ -214,7 +214,8 @@ enum fb_status fb_weights_pack_files(struct fb_file_rows *parts, int32_t n_parts
 enum fb_status fb_thread_interleave(void);
 
 /* The matrices of n_experts experts as one weight: each [n_rows, n_cols], 1 .. 1024 of them. The second function packs
- * rows of expert `expert`, as fb_weight_pack_rows. Only EXPERTS takes such a weight. */
+ * rows of expert `expert`, as fb_weight_pack_rows. Only EXPERTS and HEAD_LINEAR (a matrix for each head) take such a
+ * weight. */
 enum fb_status fb_weight_create_experts(
     enum fb_dtype dtype, int32_t n_experts, int32_t n_rows, int32_t n_cols, fb_weight **out);
 enum fb_status fb_weight_pack_expert(fb_weight *weight, int32_t expert, int32_t first_row, int32_t row_block,
@@ -251,8 +252,8 @@ typedef struct fb_page_pool fb_page_pool;
 
 #define FB_PAGE_POSITIONS 32
 
-/* What a page holds of one layer: KV heads, and the width of a head of K and of V, 1 .. 1024 each. Layers that reuse
- * another layer's K and V are not listed. */
+/* What a page holds of one layer: KV heads, and the width of a head of K and of V, 1 .. 1024 each. v_dim 0: V is a part
+ * of K (struct fb_heads) and not held; on the CPU only. Layers that reuse another layer's K and V are not listed. */
 struct fb_kv_layer {
     int32_t n_kv_heads, k_dim, v_dim;
 };
@@ -304,7 +305,10 @@ enum fb_op_kind {
     FB_OP_MATCH_RMS = 18,      /* out = in * rms(columns of `residual`) / max(rms(in), sqrt(eps)); out may be in */
     FB_OP_SPARSIFY = 19,       /* out = activation(max(in - mean(in) - scale * deviation(in), 0)); out may be in */
     FB_OP_ROUTER = 20,         /* out = the n_chosen experts of a row and their weights, by `in`, a logit of each */
-    FB_OP_EXPERTS = 21         /* products with the matrices of the experts that a router chose; see below */
+    FB_OP_EXPERTS = 21,        /* products with the matrices of the experts that a router chose; see below */
+    /* A product for each head of `in`, by the matrix of `weight` that has its number: of the head's last n_cols numbers.
+     * Those before them are copied: a head of `out` is the copy, then the result [n_rows]. Fills columns 0 and up. */
+    FB_OP_HEAD_LINEAR = 30
 };
 
 /* Mixtures of experts. ROUTER gives each expert a score: the softmax over all logits, their sigmoids, or the logits
@@ -344,6 +348,9 @@ struct fb_heads {
     int32_t k_dim;      /* width of a q and a k head, 1 .. 1024 */
     int32_t v_dim;      /* width of a v head, and of a head of attention's result, 1 .. 1024 */
     int32_t rope;       /* rope table of ROPE, and of the rotation that sinks need; -1: positions are not encoded */
+    /* 1: a v head is the last v_dim numbers of its k head, rotation included. Buffers and pages do not hold it a second
+     * time. For latent attention (DeepSeek-AI 2024, arXiv:2405.04434), whose latent is both. */
+    int32_t v_in_k;
 };
 
 /* Angles of rotation. Pair i of a head, elements i and i + n_pairs, is rotated by position * inv_freq[i]; cos and sin
@@ -371,13 +378,14 @@ enum fb_op_flag {
     FB_EXPERTS_SUM = 4096,   /* EXPERTS: results are summed */
     /* EXPERTS: products are multiplied by the expert's weight before bias and activation; with FB_EXPERTS_SUM that was
      * done, and results are summed as they are. */
-    FB_EXPERTS_WEIGH = 8192
+    FB_EXPERTS_WEIGH = 8192,
+    FB_HEADS_LATENT = 1 << 20 /* HEAD_NORM: only an RMS norm of the last v_dim numbers of each k head, by `vector2` */
 };
 
 /* One operator. `vector` is, by kind:
  *     norms        weights [width], or those of one of several groups of columns [width / n]
  *     products     bias [n_rows]
- *     HEAD_NORM    weights of q heads, [k_dim] for all or [n_heads k_dim]
+ *     HEAD_NORM    weights of q heads, [k_dim] for all or [n_heads k_dim]; NULL with FB_HEADS_LATENT
  *     ROUTER, EXPERTS   corrections [n_experts], biases [n_experts n_rows]
  *     MULTIPLY, ADD, MATCH_RMS   the second input [width], where `residual` is -1
  *     MIX          the factors [n][m], where `factors` is -1

@@ -391,7 +391,8 @@ def of_k_and_v(dtypes: KvDTypes) -> tuple[int, int]:
 
 
 class KvLayer(NamedTuple):
-    """What a KV page holds of one layer; as in struct fb_kv_layer. Layers that reuse another layer's KV have none."""
+    """What a KV page holds of one layer; as in struct fb_kv_layer: v_dim 0 where values are a part of K. Layers that
+    reuse another layer's KV have none."""
 
     n_kv_heads: int
     k_dim: int

@@ -59,6 +59,7 @@ class Heads(NamedTuple):
     k_dim: int
     v_dim: int
     rope: int = 0
+    v_in_k: int = 0
 
 
 class RopeTable(NamedTuple):

@@ -19,7 +19,7 @@ static const struct shape shapes[] = {
     {"135M", 9, 3, 64}, {"1B", 32, 8, 64}, {"8B", 32, 8, 128}, {"70B", 64, 8, 128}, {"multi-head 7B", 32, 32, 128}};
 
 static struct fb_heads heads_of(const struct shape *s) {
-    return (struct fb_heads){s->n_heads, s->n_kv_heads, s->head_dim, s->head_dim, -1};
+    return (struct fb_heads){s->n_heads, s->n_kv_heads, s->head_dim, s->head_dim, -1, 0};
 }
 
 struct counted {

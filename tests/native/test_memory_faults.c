@@ -226,7 +226,7 @@ static enum fb_status make_program(int32_t max_tokens, fb_program **out) {
         {.kind = FB_OP_GATHER_OUTPUTS, .in = HIDDEN, .out = WANTED, .residual = -1},
         {.kind = FB_OP_LOGITS, .in = WANTED, .out = -1, .residual = -1, .weight = vocabulary, .scale = 1},
     };
-    const struct fb_heads heads = {N_HEADS, 1, HEAD_DIM, HEAD_DIM, 0};
+    const struct fb_heads heads = {N_HEADS, 1, HEAD_DIM, HEAD_DIM, 0, 0};
     const struct fb_rope_table rope = {input, HEAD_DIM / 2, 1};
     const struct fb_program_shape shape = {.struct_size = sizeof shape,
         .n_layers = 1,

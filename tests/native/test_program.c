@@ -103,7 +103,7 @@ static void build(struct model *m) {
 static void run(const struct model *m, enum fb_isa isa, int32_t n_threads, enum fb_dtype k, enum fb_dtype v,
     int32_t piece, float *logits) {
     static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH}, pages[PAGES] = {1, 0};
-    const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0};
+    const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0, 0};
     const struct fb_rope_table rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
     const struct fb_kv_layer layer = {KV_HEADS, HEAD_DIM, HEAD_DIM}, layers[LAYERS] = {layer, layer};
     const struct fb_program_shape shape = {sizeof shape, LAYERS, VOCABULARY, TOKENS, N_BUFFERS, 1, &heads, 1, &rope};

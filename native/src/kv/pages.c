@@ -26,8 +26,9 @@ static bool holds_kv(enum fb_dtype dtype) {
 static enum fb_status check_layer(const struct fb_kv_layer *layer, int32_t i) {
     FB_REQUIRE(layer->n_kv_heads >= 1 && layer->n_kv_heads <= MAX_COUNT, "layer %d: n_kv_heads is %d, must be 1 .. %d",
         i, layer->n_kv_heads, MAX_COUNT);
-    FB_REQUIRE(layer->k_dim >= 1 && layer->k_dim <= MAX_HEAD_DIM && layer->v_dim >= 1 && layer->v_dim <= MAX_HEAD_DIM,
-        "layer %d: k_dim is %d and v_dim %d, must be 1 .. %d", i, layer->k_dim, layer->v_dim, MAX_HEAD_DIM);
+    FB_REQUIRE(layer->k_dim >= 1 && layer->k_dim <= MAX_HEAD_DIM && layer->v_dim >= 0 && layer->v_dim <= MAX_HEAD_DIM,
+        "layer %d: k_dim is %d and v_dim %d, must be 1 .. %d, or v_dim 0 for values that are a part of K", i,
+        layer->k_dim, layer->v_dim, MAX_HEAD_DIM);
     return FB_OK;
 }
 
@@ -42,7 +43,8 @@ static enum fb_status lay_out(
             .k_dim = from->k_dim,
             .v_dim = from->v_dim,
             .k = part_of(k_dtype, fb_k_dimensions(k_dtype, (size_t)from->k_dim)),
-            .v = part_of(v_dtype, (size_t)(from->v_dim + 15) / 16 * 16),
+            .v = from->v_dim ? part_of(v_dtype, (size_t)(from->v_dim + 15) / 16 * 16)
+                             : (struct fb_kv_part){k_dtype, 0, 0},
             .offset = pool->page_bytes};
         pool->page_bytes += fb_slab_bytes(to) * (size_t)from->n_kv_heads;
     }
@@ -101,6 +103,8 @@ enum fb_status fb_page_pool_create_on(fb_device *device, enum fb_dtype k_dtype, 
     FB_REQUIRE(n_layers >= 1 && n_layers <= MAX_LAYERS, "n_layers is %d, must be 1 .. %d", n_layers, MAX_LAYERS);
     if (device && !are_alike(layers, n_layers))
         return fb_fail(FB_UNSUPPORTED, "a GPU holds KV pages of layers that are alike only");
+    if (device && layers[0].v_dim == 0)
+        return fb_fail(FB_UNSUPPORTED, "a GPU holds no KV pages of layers whose values are a part of K");
     struct fb_page_pool *pool = calloc(1, sizeof *pool);
     struct fb_kv_layout *layouts = calloc((size_t)n_layers, sizeof *layouts);
     if (!pool || !layouts) {
@@ -271,7 +275,7 @@ static void write_v(const struct fb_kv_layout *layer, const struct fb_kernels *k
 
 void fb_slab_write(const struct fb_kv_layout *layer, const struct fb_kernels *kernels, char *slab, int32_t position,
     bool is_last, const float *k, const float *v) {
-    write_v(layer, kernels, fb_slab_v(layer, slab), (size_t)position, is_last, v);
+    if (layer->v_dim) write_v(layer, kernels, fb_slab_v(layer, slab), (size_t)position, is_last, v);
     if (layer->k.dtype == FB_BF16) {
         write_k_pairs(kernels, (uint16_t *)(void *)slab, (size_t)position, (size_t)layer->k_dim, k);
         return;

@@ -13,6 +13,8 @@
  *     K   [2 blocks of 16 positions][k_dim / 2, rounded up][16][2 dimensions]
  *     V   [v_dim / 16, rounded up][16][16][2 positions]
  *
+ * A layer with v_dim 0 has no V part: its values are a part of K, which fb_slab_values puts into V's layout.
+ *
  * Lanes of V beyond v_dim stay zero. In a Q8_0 part the panels are followed by one scale per position. The
  * scores of K are multiplied by it, and so are the probabilities before they multiply V.
  */
@@ -73,10 +75,20 @@ static inline fb_gemm_kernel fb_part_gemm(const struct fb_kv_part *part, const s
     return part->dtype == FB_Q8_0 ? kernels->gemm_bytes : kernels->gemm[part->dtype];
 }
 
-/* Writes one position (0 .. 31 of its page) of one head: k f32 [k_dim], v [v_dim]. With `is_last` (the last
+/* Writes one position (0 .. 31 of its page) of one head: k f32 [k_dim], v [v_dim], unused if v_dim is 0. With `is_last` (the last
  * position that a step writes), the other half of V's pair is zeroed: attention multiplies it by probability
  * zero. */
 void fb_slab_write(const struct fb_kv_layout *layer, const struct fb_kernels *kernels, char *slab, int32_t position,
     bool is_last, const float *k, const float *v);
+
+/* Bytes that fb_slab_values writes at most. */
+static inline size_t fb_values_bytes(size_t v_dim) {
+    return (v_dim + 15) / 16 * 16 * FB_PAGE_POSITIONS * sizeof(float) + FB_PAGE_POSITIONS * sizeof(float);
+}
+
+/* For a layer without V: copies the last v_dim numbers of the first `n` positions of a slab's K to `out`, in the layout
+ * and format of a V part, scales included. Other positions are undefined, but for those that share a pair with one of
+ * the first n: they become zero. In values.c. */
+void fb_slab_values(const struct fb_kv_layout *layer, const char *slab, size_t v_dim, size_t n, char *out);
 
 #endif

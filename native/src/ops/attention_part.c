@@ -17,6 +17,10 @@ struct fb_tile_layout fb_tile_layout_of(const struct fb_heads *heads) {
     return l;
 }
 
+static size_t value_floats(const struct fb_heads *heads) {
+    return heads->v_in_k ? fb_values_bytes((size_t)heads->v_dim) / sizeof(float) : 0;
+}
+
 static size_t row_floats(const struct fb_heads *heads) {
     return ((size_t)heads->n_heads * (size_t)heads->k_dim + 15) / 16 * 16;
 }
@@ -24,7 +28,7 @@ static size_t row_floats(const struct fb_heads *heads) {
 size_t fb_attention_scratch_bytes(const struct fb_heads *heads) {
     struct fb_tile_layout l = fb_tile_layout_of(heads);
     size_t floats = l.tile_rows * (l.k_dim + l.k_padded / 2 + FB_KEY_BLOCK) + 2 * fb_partial_floats(&l, l.tile_rows);
-    return ((floats + row_floats(heads)) * sizeof(float) + 63) / 64 * 64;
+    return ((floats + row_floats(heads) + value_floats(heads)) * sizeof(float) + 63) / 64 * 64;
 }
 
 struct fb_tile_work fb_tile_work_of(const struct fb_attention *a, const struct fb_tile_layout *l, int thread) {
@@ -36,6 +40,7 @@ struct fb_tile_work fb_tile_work_of(const struct fb_attention *a, const struct f
     rest += fb_partial_floats(l, l->tile_rows);
     w.part = fb_partial_at(rest, l->tile_rows);
     w.row = rest + fb_partial_floats(l, l->tile_rows);
+    w.values = (char *)(w.row + row_floats(a->heads));
     return w;
 }
 
@@ -56,6 +61,11 @@ struct fb_tile fb_tile_of(
 
 static const struct fb_kv_layout *layout_of(const struct fb_attention *a) {
     return &a->pool->layers[a->layer];
+}
+
+/* Where a slab has its values: behind K, or in it. */
+static char *slab_values(const struct fb_attention *a, char *slab) {
+    return a->heads->v_in_k ? slab : fb_slab_v(layout_of(a), slab);
 }
 
 /* For K in bf16: rounds queries to bf16 pairs. */
@@ -80,9 +90,12 @@ static void finish_heads(const struct fb_attention *a, const struct fb_tile_work
         heads = w->row;
     }
     memcpy(out, heads + (size_t)first * dim, (size_t)n * dim * sizeof *out);
+    const bool is_latent = norm && norm->flags & FB_HEADS_LATENT;
     for (int32_t i = 0; i < n; i++) {
         float *head = out + (size_t)i * dim;
-        if (norm && !is_whole)
+        if (is_latent && is_k)
+            fb_norm_latent(a->kernels, norm, head, a->heads);
+        else if (norm && !is_whole && !is_latent)
             fb_norm_head(a->kernels, norm, vector, is_k ? norm->vector2_length : norm->vector_length, first + i, head,
                 a->heads->k_dim);
         if (raw->angles) fb_rotate_head(a->kernels, head, raw->angles->cos_sin, (size_t)row, raw->angles->n_pairs);
@@ -199,11 +212,17 @@ static void score_keys(const struct fb_attention *a, const struct fb_tile_layout
         a->kernels->multiply(scores + r * FB_KEY_BLOCK, scales, panels * 16);
 }
 
-/* values [rows][v_padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V.
- * Overwrites the weights. `next`: V or K to prefetch. */
-static void sum_values(const struct fb_attention *a, const struct fb_tile_layout *l, char *at, size_t n, float *weights,
-    size_t rows, float *values, bool accumulate, const char *next) {
+/* values [rows][v_padded] = (accumulate ? values : 0) + weights times the first n positions of a slab's V, or of a slab
+ * whose K has them. Overwrites the weights. `next`: V or K to prefetch. */
+static void sum_values(const struct fb_attention *a, const struct fb_tile_layout *l, char *at, size_t n,
+    const struct fb_tile_work *w, float *weights, size_t rows, float *values, bool accumulate, const char *next) {
     const struct fb_kv_part *v = &layout_of(a)->v;
+    const struct fb_kv_part of_k = {v->dtype, (size_t)FB_PAGE_POSITIONS * l->v_padded, 0};
+    if (a->heads->v_in_k) {
+        fb_slab_values(layout_of(a), at, l->v_dim, n, w->values);
+        v = &of_k;
+        at = w->values;
+    }
     if (v->dtype == FB_BF16) {
         uint16_t rounded[FB_TILE_ROWS * FB_PAGE_POSITIONS];
         for (size_t first = 0; first < rows; first += FB_TILE_ROWS) {
@@ -244,7 +263,7 @@ static void attend_sinks(const struct fb_attention *a, const struct fb_tile_layo
         const struct score_row about = {t->kv_head * l->group + r % l->group, 0, n_sinks + t->sequence->window - 1};
         weigh_scores(a, w->scores + r * FB_KEY_BLOCK, 0, n_sinks, 0, sees ? n_sinks : 0, about, &out, r);
     }
-    sum_values(a, l, fb_slab_v(layout_of(a), slab), (size_t)n_sinks, w->scores, rows, out.values, false, NULL);
+    sum_values(a, l, slab_values(a, slab), (size_t)n_sinks, w, w->scores, rows, out.values, false, NULL);
 }
 
 /* The pages of a key block, consecutive in a sequence's page table. */
@@ -261,7 +280,7 @@ static char *block_read(const struct fb_attention *a, const struct block_pages *
     const int32_t page = i < r->n_pages ? i : i - r->n_pages;
     if (page >= r->n_written) return NULL;
     char *slab = fb_slab(a->pool, r->pages[page], a->layer, r->kv_head);
-    return i < r->n_pages || i >= 2 * r->n_pages ? slab : fb_slab_v(layout_of(a), slab);
+    return i < r->n_pages || i >= 2 * r->n_pages ? slab : slab_values(a, slab);
 }
 
 enum { PREFETCH_DISTANCE = 2 }; /* reads ahead */
@@ -282,7 +301,7 @@ static void sum_block(const struct fb_attention *a, const struct fb_tile_layout 
     for (int32_t i = 0; i < r->n_pages; i++) {
         const int32_t rest = n_keys - i * FB_PAGE_POSITIONS;
         sum_values(a, l, block_read(a, r, r->n_pages + i),
-            (size_t)(rest < FB_PAGE_POSITIONS ? rest : FB_PAGE_POSITIONS), w->scores + i * FB_PAGE_POSITIONS, rows,
+            (size_t)(rest < FB_PAGE_POSITIONS ? rest : FB_PAGE_POSITIONS), w, w->scores + i * FB_PAGE_POSITIONS, rows,
             values, i > 0, block_read(a, r, r->n_pages + i + PREFETCH_DISTANCE));
     }
 }

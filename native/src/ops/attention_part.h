@@ -41,6 +41,7 @@ struct fb_tile_work {
     float *row;        /* [n_heads k_dim]: all q or k heads of a token, for a norm over them together */
     float *scores;     /* [tile_rows][FB_KEY_BLOCK] */
     struct fb_partial sum, part;
+    char *values; /* fb_values_bytes: V of a page, where it is a part of K */
 };
 
 struct fb_tile_work fb_tile_work_of(const struct fb_attention *a, const struct fb_tile_layout *l, int thread);

@@ -33,3 +33,9 @@ void fb_norm_heads(const struct fb_kernels *kernels, const struct fb_op *op, con
 void fb_norm_value(const struct fb_kernels *kernels, const struct fb_op *op, float *head, int32_t dim) {
     kernels->rms_norm(head, ones, (size_t)dim, op->eps, head);
 }
+
+void fb_norm_latent(
+    const struct fb_kernels *kernels, const struct fb_op *op, float *head, const struct fb_heads *geometry) {
+    float *latent = head + geometry->k_dim - geometry->v_dim;
+    kernels->rms_norm(latent, op->vector2, (size_t)geometry->v_dim, op->eps, latent);
+}

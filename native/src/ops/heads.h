@@ -28,6 +28,10 @@ void fb_norm_head(const struct fb_kernels *kernels, const struct fb_op *op, cons
 /* RMS norm without weight of one v head. */
 void fb_norm_value(const struct fb_kernels *kernels, const struct fb_op *op, float *head, int32_t dim);
 
+/* FB_HEADS_LATENT: RMS norm of the last v_dim numbers of one k head. */
+void fb_norm_latent(
+    const struct fb_kernels *kernels, const struct fb_op *op, float *head, const struct fb_heads *geometry);
+
 static inline void fb_rotate_head(
     const struct fb_kernels *kernels, float *head, const float *cos_sin, size_t row, size_t n_pairs) {
     const float *cosines = cos_sin + row * 2 * n_pairs;

@@ -263,7 +263,7 @@ enum fb_status fb_self_attention(const float *q, const float *k, const float *v,
     FB_TRY(begin_job(&job, n_tokens, head_dim, n_threads, isa));
     const int32_t n_pages = (n_tokens - 1) / FB_PAGE_POSITIONS + 1;
     fb_page_pool *pool;
-    const struct fb_heads heads = {n_heads, n_kv_heads, head_dim, head_dim, -1};
+    const struct fb_heads heads = {n_heads, n_kv_heads, head_dim, head_dim, -1, 0};
     const struct fb_kv_layer layer = {n_kv_heads, head_dim, head_dim};
     FB_TRY(fb_page_pool_create(k_dtype, v_dtype, n_pages, &layer, 1, &pool));
 

@@ -18,6 +18,9 @@ static enum fb_status check_heads(const struct fb_program_shape *s, int32_t i) {
         "heads %d: n_kv_heads is %d, must divide n_heads %d", i, h->n_kv_heads, h->n_heads);
     FB_REQUIRE(h->k_dim >= 1 && h->k_dim <= MAX_HEAD_DIM && h->v_dim >= 1 && h->v_dim <= MAX_HEAD_DIM,
         "heads %d: k_dim is %d and v_dim %d, must be 1 .. %d", i, h->k_dim, h->v_dim, MAX_HEAD_DIM);
+    FB_REQUIRE(h->v_in_k == 0 || (h->v_in_k == 1 && h->v_dim <= h->k_dim),
+        "heads %d: v_in_k is %d with heads of %d and %d; it must be 0, or 1 with a v_dim of at most k_dim", i,
+        h->v_in_k, h->k_dim, h->v_dim);
     FB_REQUIRE(h->rope >= -1 && h->rope < s->n_ropes, "heads %d: rope table %d of %d", i, h->rope, s->n_ropes);
     FB_REQUIRE(h->rope < 0 || 2 * s->ropes[h->rope].n_pairs <= h->k_dim,
         "heads %d: rope table %d rotates %d pairs of heads of %d", i, h->rope, s->ropes[h->rope].n_pairs, h->k_dim);
@@ -173,6 +176,11 @@ static enum fb_status allocate_memory(struct fb_program *p) {
         p->expert_memory = allocate(p, n_threads, layout.n_bytes, &failed);
         if (p->expert_layout) *p->expert_layout = layout;
     }
+    for (int32_t i = 0; i < p->n_ops; i++) {
+        const size_t n_bytes = fb_op_is(&p->ops[i], FB_OF_EACH_HEAD) ? fb_head_linear_bytes(p->ops[i].weight) : 0;
+        if (n_bytes > p->head_input_bytes) p->head_input_bytes = n_bytes;
+    }
+    p->head_inputs = allocate(p, n_threads, p->head_input_bytes, &failed);
     p->counters = allocate(p, 2 * (size_t)p->n_stages * n_threads, sizeof(struct fb_counter), &failed);
     const int n_groups = fb_barrier_groups(p->n_threads);
     if (n_groups) p->barrier_groups = allocate(p, (size_t)n_groups, sizeof *p->barrier_groups, &failed);
@@ -194,6 +202,7 @@ static enum fb_status build(struct fb_program *p, const struct fb_program_shape 
             buffer_widths[i]);
         p->buffers[i] = (struct fb_buffer){.width = buffer_widths[i],
             .stride = ((size_t)buffer_widths[i] + 15) / 16 * 16,
+            .tail = buffer_widths[i],
             .first_write = -1,
             .last_use = -1};
     }

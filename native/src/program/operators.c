@@ -25,6 +25,12 @@ static int32_t width_of_routes(const struct fb_check *c) {
     return 2 * c->op->n_chosen;
 }
 
+/* Each head is what the matrix has no columns for, then its results. */
+static int32_t width_of_products(const struct fb_check *c) {
+    const struct fb_weight *weight = c->op->weight;
+    return c->in_width + weight->n_experts * (weight->n_rows - weight->n_cols);
+}
+
 static int32_t width_of_attended(const struct fb_check *c) {
     return heads_of(c)->n_heads * heads_of(c)->v_dim;
 }
@@ -64,6 +70,13 @@ static bool is_norm_of(const struct fb_op *op, int32_t length, int32_t n, int32_
 
 static enum fb_status check_head_norm(const struct fb_check *c) {
     const struct fb_heads *h = heads_of(c);
+    if (c->op->flags & FB_HEADS_LATENT) {
+        FB_REQUIRE(c->op->flags == FB_HEADS_LATENT && c->has_kv && h->v_in_k && c->op->vector_length == 0 &&
+                       c->op->vector2_length == h->v_dim,
+            "op %d (head_norm): a norm of latents needs k heads that hold v, %d weights, and no other flags", c->index,
+            h->v_dim);
+        return FB_OK;
+    }
     FB_REQUIRE(!(c->op->flags & FB_HEADS_WHOLE) || !(c->op->flags & FB_HEADS_LAYER_NORM),
         "op %d (head_norm): a norm over all heads together is an RMS norm", c->index);
     FB_REQUIRE(!(c->op->flags & FB_HEADS_BIASED) || c->op->flags & FB_HEADS_LAYER_NORM,
@@ -84,7 +97,7 @@ static enum fb_status check_rope(const struct fb_check *c) {
 /* The operators of a KV layer must agree on what its pages hold. */
 static enum fb_status check_kv_layer(const struct fb_check *c) {
     const struct fb_heads *h = heads_of(c);
-    const struct fb_kv_layer wanted = {h->n_kv_heads, h->k_dim, h->v_dim};
+    const struct fb_kv_layer wanted = {h->n_kv_heads, h->k_dim, h->v_in_k ? 0 : h->v_dim};
     struct fb_kv_layer *known = &c->program->kv_layers[c->op->layer];
     if (known->n_kv_heads == 0) *known = wanted;
     FB_REQUIRE(memcmp(known, &wanted, sizeof wanted) == 0,
@@ -161,6 +174,18 @@ static enum fb_status check_sparsify(const struct fb_check *c) {
     return FB_OK;
 }
 
+static enum fb_status check_head_linear(const struct fb_check *c) {
+    const struct fb_weight *weight = c->op->weight;
+    const int32_t n = weight->n_experts;
+    FB_REQUIRE(c->in_width % n == 0 && c->in_width / n >= weight->n_cols,
+        "op %d (head_linear): %d matrices of %d columns for a buffer of %d", c->index, n, weight->n_cols, c->in_width);
+    FB_REQUIRE((int64_t)n * weight->n_rows <= 1 << 24, "op %d (head_linear): %d matrices of %d rows are too many",
+        c->index, n, weight->n_rows);
+    FB_REQUIRE(c->op->column == 0 && c->op->vector_length == 0 && c->op->activation == FB_ACTIVATION_NONE,
+        "op %d (head_linear): has no column, bias or activation", c->index);
+    return FB_OK;
+}
+
 static enum fb_status check_match_rms(const struct fb_check *c) {
     FB_REQUIRE(c->op->eps >= 0.0f && isfinite(c->op->eps), "op %d: eps must be finite and not negative", c->index);
     return FB_OK;
@@ -220,6 +245,10 @@ static enum fb_status check_experts(const struct fb_check *c) {
 static int64_t work_of_product(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
     const int64_t n_rows = p->buffers[op->in].per_output ? batch->n_outputs : batch->n_tokens;
     return (int64_t)op->weight->n_rows * op->weight->n_cols * n_rows;
+}
+
+static int64_t work_of_heads(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
+    return op->weight->n_experts * work_of_product(p, op, batch);
 }
 
 static int64_t work_of_experts(const struct fb_program *p, const struct fb_op *op, const struct fb_batch *batch) {
@@ -373,6 +402,12 @@ static const struct fb_operator operators[] = {
         .stage = FB_STAGE_EXPERTS,
         .check = check_experts,
         .work = work_of_experts},
+    [FB_OP_HEAD_LINEAR] = {.name = "head_linear",
+        .flags = FB_READS | FB_WRITES | FB_WEIGHT | FB_COLUMNS | FB_OF_EACH_HEAD,
+        .stage = FB_STAGE_HEADS,
+        .check = check_head_linear,
+        .width = width_of_products,
+        .work = work_of_heads},
 };
 
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind) {
@@ -398,8 +433,8 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
     FB_REQUIRE(((flags & FB_LAST) != 0) == (i == p->n_ops - 1), "op %d: a program has one logits op, at its end", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight, "op %d: its weight is null", i);
     FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->device == p->device, "op %d: its weight is on another device", i);
-    FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->n_experts == 1 || flags & FB_ROUTED, "op %d: a weight of %d experts",
-        i, op->weight->n_experts);
+    FB_REQUIRE(!(flags & FB_WEIGHT) || op->weight->n_experts == 1 || flags & (FB_ROUTED | FB_OF_EACH_HEAD),
+        "op %d: a weight of %d experts", i, op->weight->n_experts);
     FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
         "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
     FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_SECOND), "op %d: only linear and multiply take a column", i);
@@ -437,7 +472,8 @@ static enum fb_status check_input(
     c->in_width = in->width;
     if (kind->flags & FB_HEADS) {
         const struct fb_heads *h = &s->heads[op->heads];
-        const int64_t q = (int64_t)h->n_heads * h->k_dim, kv = (int64_t)h->n_kv_heads * (h->k_dim + h->v_dim);
+        const int64_t q = (int64_t)h->n_heads * h->k_dim;
+        const int64_t kv = (int64_t)h->n_kv_heads * (h->k_dim + (h->v_in_k ? 0 : h->v_dim));
         c->has_kv = c->in_width == q + kv;
         FB_REQUIRE(c->has_kv || c->in_width == q,
             "op %d: %d q heads of %d are %lld wide, their k and v %lld more; buffer %d is %d", i, h->n_heads, h->k_dim,
@@ -488,6 +524,35 @@ static enum fb_status check_factors(struct fb_program *p, const struct fb_check 
     return FB_OK;
 }
 
+/* Records n columns that an operator writes. They follow those written before, or end where the written end of the
+ * buffer begins; column 0 begins anew unless only that end was written. */
+static enum fb_status fill_columns(const struct fb_check *c, struct fb_buffer *out, int32_t n) {
+    const struct fb_op *op = c->op;
+    const int64_t end = (int64_t)op->column + n;
+    FB_REQUIRE(op->column >= 0 && end <= out->width, "op %d: %d rows from column %d on do not fit buffer %d of %d",
+        c->index, n, op->column, op->out, out->width);
+    const bool is_empty = out->first_write < 0 || out->filled == out->width;
+    if (op->column == 0) {
+        if (is_empty || out->filled > 0) out->tail = out->width;
+        FB_REQUIRE(end <= out->tail, "op %d: %d rows overlap the end of buffer %d, written from column %d on", c->index,
+            n, op->out, out->tail);
+        out->filled = n;
+    } else if (!is_empty && op->column == out->filled && end <= out->tail) {
+        out->filled = (int32_t)end;
+    } else {
+        if (is_empty) {
+            out->filled = 0;
+            out->tail = out->width;
+        }
+        FB_REQUIRE(end == out->tail && op->column >= out->filled,
+            "op %d: column %d of buffer %d does not follow what was written, %d columns", c->index, op->column, op->out,
+            out->filled);
+        out->tail = op->column;
+    }
+    if (out->filled == out->tail) out->filled = out->tail = out->width;
+    return FB_OK;
+}
+
 static enum fb_status check_output(
     struct fb_program *p, struct fb_check *c, const struct fb_operator *kind, bool gathered) {
     const struct fb_op *op = c->op;
@@ -506,12 +571,7 @@ static enum fb_status check_output(
     if (flags & (FB_FACTORS | FB_ROUTED)) FB_TRY(check_factors(p, c, gathered));
     if (kind->check) FB_TRY(kind->check(c));
     if (flags & FB_COLUMNS) {
-        FB_REQUIRE(op->column >= 0 && (int64_t)op->column + op->weight->n_rows <= out->width,
-            "op %d: %d rows from column %d on do not fit buffer %d of %d", i, op->weight->n_rows, op->column, op->out,
-            out->width);
-        FB_REQUIRE(op->column == 0 || (out->first_write >= 0 && op->column == out->filled),
-            "op %d: column %d of buffer %d does not follow what was written, %d columns", i, op->column, op->out,
-            out->filled);
+        FB_TRY(fill_columns(c, out, kind->width ? kind->width(c) : op->weight->n_rows));
     } else if (kind->width) {
         const int32_t width = kind->width(c);
         FB_REQUIRE(out->width == width, "op %d: the result is %d wide, buffer %d is %d", i, width, op->out, out->width);
@@ -524,7 +584,7 @@ static enum fb_status check_output(
     FB_REQUIRE(out->per_output == gathered, "op %d: buffer %d holds rows of %s", i, op->out,
         out->per_output ? "outputs" : "tokens");
     if (out->last_use < i) out->last_use = i;
-    out->filled = flags & FB_COLUMNS ? op->column + op->weight->n_rows : out->width;
+    if (!(flags & FB_COLUMNS)) out->filled = out->tail = out->width;
     return FB_OK;
 }
 

@@ -36,7 +36,8 @@ enum {
     FB_SCALED = 1 << 18,        /* multiplies by `scale`, which must not be 0 */
     FB_FACTORS = 1 << 19,       /* reads buffer `factors`, or `vector` in its place */
     FB_ROUTES = 1 << 20,        /* chooses experts: steps of few rows may leave it to its readers */
-    FB_ROUTED = 1 << 21         /* `factors` are a router's result; takes a weight of several experts */
+    FB_ROUTED = 1 << 21,        /* `factors` are a router's result; takes a weight of several experts */
+    FB_OF_EACH_HEAD = 1 << 28   /* takes a weight of a matrix for each head */
 };
 
 /* An operator that is being checked. */

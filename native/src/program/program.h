@@ -9,6 +9,7 @@
  *     run.c          runs the stages over a checked batch in one parallel region
  *     rows.c         the operators that work row by row
  *     experts.c      the grouped products of mixtures of experts
+ *     heads.c        products with a matrix for each head
  *     decode.c       runs several decode steps, sampling tokens between them
  *     join.c         joins the programs of a group's devices into one
  *
@@ -33,6 +34,7 @@
 #include "kv/pages.h"
 #include "ops/attention.h"
 #include "ops/experts.h"
+#include "ops/head_linear.h"
 #include "ops/linear.h"
 #include "base/team.h"
 
@@ -51,16 +53,18 @@ enum { FB_MOST_PRODUCTS = 8 };
 enum { FB_SAMPLING_THREADS = 8 };
 
 struct fb_buffer {
-    int32_t width;                 /* numbers per token */
-    size_t stride;                 /* floats from token to token: width rounded up to 16 */
-    bool per_output;               /* rows are wanted outputs, not tokens */
-    int32_t filled;                /* columns written so far, while operators are checked */
+    int32_t width;   /* numbers per token */
+    size_t stride;   /* floats from token to token: width rounded up to 16 */
+    bool per_output; /* rows are wanted outputs, not tokens */
+    /* While operators are checked: columns 0 .. filled-1 are written, and those from `tail` on. Where both meet, `filled`
+     * is the width. */
+    int32_t filled, tail;
     int32_t first_write, last_use; /* operators; -1 when unused. fb_cut_stages extends them to whole stages */
     float *data;                   /* set by the plan */
     size_t offset;                 /* in floats, from the start of the arena */
 };
 
-enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION, FB_STAGE_EXPERTS };
+enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION, FB_STAGE_EXPERTS, FB_STAGE_HEADS };
 
 struct fb_stage {
     enum fb_stage_kind kind;
@@ -129,6 +133,8 @@ struct fb_program {
     char *expert_inputs;                    /* of a grouped product: rows by place, see routes.h */
     struct fb_expert_layout *expert_layout; /* NULL: no grouped products */
     char *expert_memory;                    /* [n_threads][expert_layout->n_bytes] */
+    char *head_inputs; /* [n_threads][head_input_bytes]: inputs of a HEAD_LINEAR, in the format that its weight takes */
+    size_t head_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* per thread */
     char *sample_work;              /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
@@ -151,7 +157,7 @@ static inline int32_t fb_q_width(const struct fb_heads *h) {
 }
 
 static inline int32_t fb_heads_width(const struct fb_heads *h) {
-    return fb_q_width(h) + h->n_kv_heads * (h->k_dim + h->v_dim);
+    return fb_q_width(h) + h->n_kv_heads * (h->k_dim + (h->v_in_k ? 0 : h->v_dim));
 }
 
 /* Where a thread's memory for grouped products holds what. Offsets in bytes. */

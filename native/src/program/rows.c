@@ -140,6 +140,11 @@ void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t r
     const struct fb_program *p = run->program;
     const struct fb_heads *h = &p->shape.heads[op->heads];
     float *q = fb_row_of(p, op->in, row), *k = q + fb_q_width(h);
+    if (op->flags & FB_HEADS_LATENT) {
+        for (int32_t i = 0; i < h->n_kv_heads; i++)
+            fb_norm_latent(p->kernels, op, k + (size_t)i * (size_t)h->k_dim, h);
+        return;
+    }
     fb_norm_heads(p->kernels, op, op->vector, op->vector_length, q, h->n_heads, h->k_dim);
     if (!has_kv(p, op)) return;
     fb_norm_heads(p->kernels, op, op->vector2, op->vector2_length, k, h->n_kv_heads, h->k_dim);

@@ -31,6 +31,9 @@ static inline struct fb_items fb_worker_items(const struct fb_worker *worker, in
 /* A stage of FB_STAGE_EXPERTS. In experts.c. */
 void fb_run_experts(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows);
 
+/* A stage of FB_STAGE_HEADS. In heads.c. */
+void fb_run_heads(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows);
+
 /* Operators of FB_STAGE_ROWS, each on one row. In rows.c. */
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_embed_position_row(const struct fb_run *run, const struct fb_op *op, size_t row);

@@ -36,10 +36,11 @@ _BASE: Mapping[str, str] = {
     "granitemoeshared": "granitemoe", "glm4_moe": "glm4moe", "ernie4_5_moe": "ernie4_5-moe",
     "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "hunyuan_v1_moe": "hunyuan-moe",
     "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "sarvam_mla", "youtu"), "deepseek2"),
     "gemma4_text": "gemma4", "phi": "phi2", "glm": "chatglm",
     "cohere": "command-r", "hunyuan_v1_dense": "hunyuan-dense", "gpt_neox": "gptneox",
 }  # fmt: skip
-_SIGMOID = 2  # of enum llama_expert_gating_func_type
+_SOFTMAX, _SIGMOID = 1, 2  # of enum llama_expert_gating_func_type
 _UNROTATED = 1e30  # as in llama.cpp's conversion
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
 # Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
@@ -170,7 +171,7 @@ def _experts(c: ModelConfig, arch: str) -> dict[str, Value]:
         "expert_shared_count": experts.shared // experts.size,
         "expert_weights_scale": np.float32(router.scale),
         "expert_weights_norm": router.renormalized,
-        "expert_gating_func": _SIGMOID,
+        "expert_gating_func": _SIGMOID if router.scores == "sigmoid" else _SOFTMAX,
         "expert_group_count": router.n_groups or 1,
         "expert_group_used_count": router.n_top_groups or 1,
         "leading_dense_block_count": first,
@@ -244,6 +245,29 @@ def _ministral3_keys(c: ModelConfig) -> dict[str, Value]:
     return {} if temperature is None else {"attention.temperature_scale": np.float32(temperature.beta)}
 
 
+def _deepseek2_keys(c: ModelConfig) -> dict[str, Value]:
+    """Widths of latents and, of their own, those of heads. Readers want numbers of experts in models without, too."""
+    latent = c.layers[0].attention.latent
+    assert latent is not None
+    keys: dict[str, Value] = {
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": latent.rank,
+        "attention.key_length": latent.width,
+        "attention.value_length": latent.rank,
+        "attention.key_length_mla": latent.plain + latent.rotated,
+        "attention.value_length_mla": latent.value,
+        "rope.dimension_count": latent.rotated,
+    }
+    if latent.q_rank:
+        keys["attention.q_lora_rank"] = latent.q_rank
+    if not any(layer.experts for layer in c.layers):
+        keys |= {"leading_dense_block_count": c.n_layers, "expert_shared_count": 0}
+        keys["expert_feed_forward_length"] = c.intermediate_size
+    if _rope_kind(c) == "yarn":
+        keys["rope.scaling.yarn_log_multiplier"] = np.float32(0.1 * float(c.rope.get("mscale_all_dim") or 0.0))
+    return keys
+
+
 # What only one architecture has a key for.
 _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
     "granite_swa": lambda _: {"logit_scale": np.float32(1.0)},
@@ -259,6 +283,7 @@ _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
     "gemma3n": _gemma3n_keys,
     "gemma4": _gemma4_keys,
     "mpt": _mpt_keys,
+    "deepseek2": _deepseek2_keys,
     "olmo": lambda c: {"attention.clamp_kqv": np.float32(clip)} if (clip := c.layers[0].attention.qkv_clip) else {},
     "command-r": lambda c: {"logit_scale": np.float32(c.logit_scale)},
     "cohere2": lambda c: {"logit_scale": np.float32(c.logit_scale)},
@@ -385,6 +410,12 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
         return {}
     if kind not in ("linear", "yarn"):
         raise Unsupported(f"{path}: config 'rope_scaling': GGUF has no key for {kind!r} in this family")
+    if arch == "deepseek2" and (
+        kind != "yarn" or not rope.get("mscale_all_dim") or rope.get("mscale") != rope["mscale_all_dim"]
+    ):
+        raise Unsupported(
+            f"{path}: config 'rope_scaling': in this family GGUF has YaRN with 'mscale' equal to 'mscale_all_dim' only"
+        )
     # The architecture says whether the ends of the ramp are cut to whole numbers.
     is_cut = rope.get("truncate", True) is not False
     if kind == "yarn" and is_cut == (arch == "gpt-oss"):
@@ -398,7 +429,7 @@ def _scaling(config: ModelConfig, arch: str, path: Path) -> dict[str, Value]:
                 scaling[f"yarn_{key}"] = np.float32(rope[key])
         # Readers multiply YaRN's default factor on cos and sin by this.
         attention = made.scale / (0.1 * math.log(max(factor, 1.0)) + 1.0)
-        if abs(attention - 1.0) > 1e-6:
+        if abs(attention - 1.0) > 1e-6 and arch != "deepseek2":  # there the logarithm stands for both
             scaling["attn_factor"] = np.float32(attention)
     return scaling
 

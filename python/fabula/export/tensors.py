@@ -17,12 +17,15 @@ from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import Checkpoint, TensorTable
 from fabula.formats.gguf_families import ARCHITECTURES, MLP, OF_EXPERTS, PAIRED
 from fabula.formats.gguf_names import canonical_name
+from fabula.formats.tensor_names import of_further_tokens
 from fabula.models.decoder import redundant
 from fabula.models.description import Attention, Experts, ModelConfig
+from fabula.models.latent import orders
 from fabula.models.rope import rotated_width
 from fabula.models.views import View, ViewedCheckpoint, viewed
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
+_OF_QUERIES = ("attn_q", "attn_q_a", "attn_q_a_norm", "attn_q_b")  # with a latent of queries, or without
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
 _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
@@ -73,7 +76,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
         shapes[part.name] = (part.n_heads, shape[0] // part.n_heads) if part.n_heads else part.shape
         if part.stacked:
             shapes[part.name] = (len(part.sources), *shape)
-    for name in sorted(names - used - redundant(config)):
+    for name in sorted(names - used - redundant(config) - of_further_tokens(names)):
         if name.endswith(_NOT_WEIGHTS) or _NUMBERS in name:
             continue
         known = canonical_name(name, arch)
@@ -154,6 +157,10 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
         if part in ("attn_q_norm", "attn_k_norm"):
             yield from _head_norm(config, arch, a, f"blk.{i}.{part}.weight", name)
             continue
+        if part in _OF_QUERIES and a.latent and (part == "attn_q") == (a.latent.q_rank > 0):
+            continue
+        if part == "attn_kv_b":  # stands for attn_k_b and attn_v_b in older files
+            continue
         if (part == "attn_qkv") != (arch in _FUSED) and part in ("attn_qkv", "attn_q", "attn_k", "attn_v"):
             continue
         if part.endswith(OF_EXPERTS):
@@ -171,14 +178,23 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
         if part == "attn_v" and a.values_are_keys:
             continue
         sources: tuple[str, ...] = (name,)
-        rows = None
+        rows: npt.NDArray[np.int64] | None = None
+        shape: tuple[int, ...] = ()
         if part == "attn_qkv":
             sources = tuple(f"{prefix}self_attn.{x}_proj.weight" for x in "qkv")
         elif short == "mlp.gate_up_proj":
             sources = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+        elif a.latent:
+            order = orders(a, a.latent, interleaved=True).get(short.removeprefix("self_attn."))
+            rows = None if order is None else np.argsort(order)
+            shape = {
+                "attn_k_b": (a.n_heads, a.latent.rank, a.latent.plain),
+                "attn_v_b": (a.n_heads, a.latent.value, a.latent.rank),
+            }.get(part, ())
         elif part in ("attn_q", "attn_k"):
             rows = _pairwise(config, arch, a, a.n_heads if part == "attn_q" else a.n_kv_heads)
-        yield Part(f"blk.{i}.{part}.weight", sources, rows, needed=part != "layer_output_scale")
+        needed = part != "layer_output_scale"
+        yield Part(f"blk.{i}.{part}.weight", sources, rows, needed=needed, shape=shape)
         if biases.get(part):
             sources = tuple(source.replace(".weight", ".bias") for source in sources)
             yield Part(f"blk.{i}.{part}.bias", sources, rows, needed=False)

@@ -137,6 +137,7 @@ NAMES: Mapping[str, Rules] = {
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
     "glm4_moe": _SHARED,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "sarvam_mla", "mistral4"), _SHARED),
     "dots1": _SHARED,
     "ernie4_5_moe": {
         **_SHARED,

@@ -116,6 +116,7 @@ class Architecture:
         eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
         silu: whether the MLP is a gated SiLU.
         varied: whether KV heads and MLPs may differ from layer to layer; `finish` reads them.
+        latent: whether attention is that of latents, whose rotated part `head_dim` stands for.
         scale: of scores, where it is not that of a head's width.
         rotated: whether a part of each head may be rotated.
         factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length. (Qwen has
@@ -140,6 +141,7 @@ class Architecture:
     eps: str = ""
     silu: bool = True
     varied: bool = False
+    latent: bool = False
     scale: float | None = None
     rotated: bool = False
     factors: bool = False

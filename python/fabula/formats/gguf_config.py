@@ -116,7 +116,9 @@ def config_of(file: Source) -> dict[str, Any]:
         )
     row = ARCHITECTURES[arch]
     head_dim = keys.integer(f"{arch}.attention.key_length", hidden_size // n_heads)
-    if (value := keys.integer(f"{arch}.attention.value_length", head_dim)) != head_dim:
+    if row.latent:
+        head_dim = keys.integer(f"{arch}.rope.dimension_count")
+    elif (value := keys.integer(f"{arch}.attention.value_length", head_dim)) != head_dim:
         raise keys.unsupported(
             f"{arch}.attention.value_length", f"is {value}; only that of a whole head, {head_dim}, is offered"
         )

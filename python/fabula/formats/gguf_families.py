@@ -26,6 +26,7 @@ from fabula.formats.gguf_architecture import (
     Facts,
 )
 from fabula.formats.gguf_dense import DENSE
+from fabula.formats.gguf_latent import LATENT
 from fabula.formats.gguf_layer_norm import LAYER_NORM
 from fabula.formats.gguf_sparse import SPARSE
 
@@ -43,6 +44,6 @@ __all__ = [
     "Facts",
 ]
 
-ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **LAYER_NORM, **SPARSE}
+ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **LAYER_NORM, **SPARSE, **LATENT}
 # Architectures that store the rows of q and k pairwise (gguf_names.py).
 PAIRED = tuple(arch for arch, row in ARCHITECTURES.items() if row.paired)

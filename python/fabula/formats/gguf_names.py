@@ -236,6 +236,12 @@ def _tensors(file: Source, config: Mapping[str, Any]) -> tuple[dict[str, _Source
             length = weight.shape[0]
             sources[name] = _Source(None, (length,), False)
             infos[name] = TensorInfo(name, DType.F32, (length,), 4 * length)
+    if config["model_type"] == "deepseek_v3":  # no correction where it is missing
+        n = config["n_routed_experts"]
+        for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
+            name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+            sources.setdefault(name, _Source(None, (n,), False))
+            infos.setdefault(name, TensorInfo(name, DType.F32, (n,), 4 * n))
     if arch == "gemma4":
         for layer in range(config["num_hidden_layers"]):  # 1 where it is missing
             name = f"model.layers.{layer}.layer_scalar"

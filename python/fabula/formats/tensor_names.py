@@ -31,6 +31,7 @@ _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.weight")
 _ROOTS = ("embed_tokens.", "layers.", "norm.")  # of a trunk without prefix; some files mix both forms
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_[A-Za-z_]+|base_layer|modules_to_save|original_module)(?:\.|$)")
 _MISTRAL = re.compile(r"layers\.\d+\.attention\.wq\.weight|tok_embeddings\.weight")
+_FURTHER = "eh_proj.weight"  # joins a token's embedding with the hidden state before it
 # Buffers that older versions of transformers saved; every version recomputes them.
 _LEFTOVER = re.compile(
     r"(?:.*\.)?(?:rotary_emb\.(?:inv_freq|(?:cos|sin)_cached)|(?:self_)?(?:attn|attention)\.(?:masked_)?bias)"
@@ -40,6 +41,13 @@ _LEFTOVER = re.compile(
 def is_leftover(name: str) -> bool:
     """Whether a tensor is a saved buffer that the model does not need."""
     return _LEFTOVER.fullmatch(name) is not None
+
+
+def of_further_tokens(names: Iterable[str]) -> set[str]:
+    """The tensors of layers behind the last that predict further tokens (DeepSeek V3, GLM), which are not used."""
+    names = set(names)
+    layers = tuple(name.removesuffix(_FURTHER) for name in names if name.endswith("." + _FURTHER))
+    return {name for name in names if name.startswith(layers)}
 
 
 def canonical_names(names: Iterable[str], path: Path, model_type: str = "") -> dict[str, str]:

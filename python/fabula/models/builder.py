@@ -22,7 +22,7 @@ from fabula._native import Weight
 from fabula._program import Op
 from fabula.errors import ModelFileError, ModelFileWarning, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, TensorInfo, TensorTable
-from fabula.formats.tensor_names import is_leftover
+from fabula.formats.tensor_names import is_leftover, of_further_tokens
 from fabula.formats.text_part import is_of_another_part
 from fabula.models.description import Activation, Attention, Experts, HeadNorm, Norm, Router, Temperature
 from fabula.models.packing import ANYWHERE, Packer, Packing, Part, Place, Placing
@@ -36,6 +36,7 @@ EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS, SPARSIFY = 12, 13, 14, 15, 16, 17, 18, 19
 ROUTER, EXPERTS = 20, 21
+HEAD_LINEAR = 30
 ACTIVATIONS: Mapping[Activation | None, int] = {
     None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
     "tanh": 9, "clamped_silu": 10,
@@ -44,6 +45,7 @@ ACTIVATIONS: Mapping[Activation | None, int] = {
 HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK, HEADS_BIASED, ALIBI_BF16 = 1, 2, 4, 16, 32, 64
 ROUTE_SIGMOID, ROUTE_CHOSEN, ROUTE_NORM, ROUTE_TOP = 128, 256, 512, 1024
 EXPERTS_GATED, EXPERTS_SUM, EXPERTS_WEIGH = 2048, 4096, 8192
+HEADS_LATENT = 1 << 20
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
 _SHOWN = 8  # unused tensors named in a warning
@@ -183,7 +185,7 @@ class ProgramBuilder:
         tensors = self.checkpoint.tensors
         names = tensors.all_names if isinstance(tensors, TensorTable) else tensors.keys()
         expected = {name for name in names if name in spare or is_leftover(name) or is_of_another_part(name)}
-        unused = sorted(names - self._asked_for - expected)
+        unused = sorted(names - self._asked_for - expected - of_further_tokens(names))
         if unused:
             shown = ", ".join(name[:80] for name in unused[:_SHOWN]) + (", ..." if len(unused) > _SHOWN else "")
             warnings.warn(
@@ -537,6 +539,18 @@ class ProgramBuilder:
             scale=scale,
             flags=EXPERTS_SUM | EXPERTS_WEIGH * experts.weighs_input,
         )
+
+    def linear_into(self, x: int, out: int, weights: Weights, *, column: int = 0, bias: F32 | None = None) -> None:
+        """Columns of `out` from `column` on = weights @ x (+ bias); one device."""
+        self._add(LINEAR, input=x, out=out, weights=weights, column=column, vectors=None if bias is None else [bias])
+
+    def head_linear(self, x: int, out: int, weights: Weights) -> None:
+        """Each head of `out` = the first numbers of its head of `x`, then its matrix times the rest of them."""
+        self._add(HEAD_LINEAR, input=x, out=out, weights=weights)
+
+    def latent_norm(self, rows: int, heads: int, norm: Norm, weight: F32) -> None:
+        """RMS norm of the values in k heads, in place."""
+        self._add(HEAD_NORM, input=rows, heads=heads, vector2=weight, eps=norm.eps, flags=HEADS_LATENT)
 
     def gather_outputs(self, x: int, out: int) -> None:
         self._add(GATHER_OUTPUTS, input=x, out=out)

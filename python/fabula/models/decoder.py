@@ -20,6 +20,7 @@ from fabula.models.altup import Streams
 from fabula.models.builder import F32, ProgramBuilder, Weights
 from fabula.models.description import Attention, Experts, HeadNorm, Layer, Mlp, ModelConfig, Norm
 from fabula.models.experts import emit_experts
+from fabula.models.latent import emit_latent_attention
 from fabula.models.shares import Axis, whole
 
 
@@ -237,6 +238,8 @@ class _Emitter:
     def emit_attention(self, prefix: str, a: Attention, source: int) -> int:
         """Attention over `source`; returns the buffer of the heads' results."""
         b, s = self.b, self.s
+        if a.latent:
+            return emit_latent_attention(b, self.scratch, prefix, a, self.c.geometries.index(a.heads), source)
         q, k, v = s.heads(a.n_heads, a.k_dim), s.heads(a.n_kv_heads, a.k_dim), s.heads(a.n_kv_heads, a.v_dim)
         heads = self.c.geometries.index(a.heads)
         rows = [q, k, v] if a.writes else [q]
@@ -279,7 +282,7 @@ class _Emitter:
 
     def emit_output(self, prefix: str, layer: Layer, attended: int, norm_name: str = "") -> None:
         b, a, c = self.b, layer.attention, self.c
-        weights = b.matrix(prefix + "o_proj.weight", self.s.hidden, self.s.heads(a.n_heads, a.v_dim))
+        weights = b.matrix(prefix + "o_proj.weight", self.s.hidden, self.s.heads(a.n_heads, a.result_dim))
         has_bias = a.output_bias and self.has_output_bias
         bias = b.vector(prefix + "o_proj.bias", c.hidden_size) if has_bias else None
         self.add_to_residual(attended, weights, bias, layer, layer.after_attention, norm_name)

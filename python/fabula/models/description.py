@@ -70,6 +70,29 @@ class Temperature:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """The widths of multi-head latent attention; see models/latent.py.
+
+    Attributes:
+        rank: of the latent that keys and values are made of.
+        q_rank: of the latent that queries are made of; 0 for none.
+        plain, rotated: the two parts of a q and a k head.
+        value: width of a v head.
+    """
+
+    rank: int
+    q_rank: int
+    plain: int
+    rotated: int
+    value: int
+
+    @property
+    def width(self) -> int:
+        """What is kept of a position."""
+        return self.rotated + self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """The attention of a layer.
 
@@ -85,6 +108,7 @@ class Attention:
         qkv_clip: q, k and v are kept within -qkv_clip .. qkv_clip; 0 for no bound.
         gated: whether the result is multiplied by sigmoid(gate_proj(x)).
         sinks: whether each head has a logit that takes its share of the softmax.
+        latent: of latent attention, where the geometry is that of queries for latents; None for none.
         slopes: of ALiBi, one for each head; () for none.  rounds_biases: whether its biases are rounded as Falcon's are
             (FB_ALIBI_BF16 in fabula.h).
     """
@@ -110,10 +134,16 @@ class Attention:
     sinks: bool = False
     slopes: tuple[float, ...] = ()
     rounds_biases: bool = False
+    latent: Latent | None = None
 
     @property
     def heads(self) -> Heads:
-        return Heads(self.n_heads, self.n_kv_heads, self.k_dim, self.v_dim, self.rope)
+        return Heads(self.n_heads, self.n_kv_heads, self.k_dim, self.v_dim, self.rope, int(self.latent is not None))
+
+    @property
+    def result_dim(self) -> int:
+        """Width of a head of the result that o_proj reads."""
+        return self.latent.value if self.latent else self.v_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,7 +333,7 @@ class ModelConfig:
     def kv_layers(self) -> tuple[KvLayer, ...]:
         """What a KV page holds: one entry for each layer that writes K and V of its own."""
         own = [layer.attention for layer in self.layers if layer.attention.writes]
-        return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in own)
+        return tuple(KvLayer(a.n_kv_heads, a.k_dim, 0 if a.latent else a.v_dim) for a in own)
 
     @property
     def kv_windows(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
@@ -350,6 +380,7 @@ class ModelConfig:
             "ALiBi": bool(a.slopes),
             "several residual streams": self.altup is not None,
             "an output gate": a.gated,
+            "latent attention": a.latent is not None,
             "a mixture of experts": any(layer.experts for layer in self.layers),
             "clipped q, k and v": a.qkv_clip > 0,
         }

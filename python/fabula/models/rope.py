@@ -202,17 +202,19 @@ def _yarn(values: _Values, plain: npt.NDArray[np.float64], theta: float, dim: in
     interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
     inv_freq = plain / factor * interpolated + plain * (1 - interpolated)
 
-    def scale_of(stretch: float, weight: float = 1.0) -> float:
-        return 1.0 if stretch <= 1 else 0.1 * weight * math.log(stretch) + 1.0
-
     if values.rope.get("attention_factor") is not None:
         scale = values.number("attention_factor")
     elif values.rope.get("mscale") and values.rope.get("mscale_all_dim"):
         all_dim = values.number("mscale_all_dim")
-        scale = scale_of(factor, values.number("mscale")) / scale_of(factor, all_dim)
+        scale = yarn_magnitude(factor, values.number("mscale")) / yarn_magnitude(factor, all_dim)
     else:
-        scale = scale_of(factor)
+        scale = yarn_magnitude(factor)
     return _rope(inv_freq, scale)
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor on q and k, which make up for attention that spreads over a longer context (Peng et al. 2023)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _longrope(values: _Values, plain: npt.NDArray[np.float64], trained_context: int, context: int) -> Rope:

@@ -28,6 +28,7 @@ from fabula.formats.checkpoint import Checkpoint, DType, Span, TensorInfo, Tenso
 from fabula.lean_dataclasses import dataclass, field
 from fabula.models.description import Attention, ModelConfig
 from fabula.models.gpt_oss import GptOssExperts
+from fabula.models.latent import SplitLatents, has_joined_latents, orders
 from fabula.models.rope import rotated_width
 
 Rows = npt.NDArray[np.int64]
@@ -176,6 +177,8 @@ def viewed(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """The checkpoint under canonical names and forms; itself if it has them already."""
     if config.model_type == "gpt_oss" and checkpoint.format == "safetensors":
         checkpoint = GptOssExperts(checkpoint)
+    if has_joined_latents(checkpoint, config):
+        checkpoint = SplitLatents(checkpoint, config)
     views = _Views(checkpoint, config).views
     return ViewedCheckpoint(checkpoint, views) if views else checkpoint
 
@@ -235,6 +238,10 @@ class _Views:
         self._add(name, [name], offset=self._offset)
 
     def _projections(self, prefix: str, a: Attention, kind: str) -> None:
+        if a.latent:
+            for part, rows in orders(a, a.latent, self.config.interleaved).items():
+                self._add(f"{prefix}{part}.{kind}", [f"{prefix}{part}.{kind}"], rows, n_rows=len(rows))
+            return
         fused = f"{prefix}qkv_proj.{kind}"
         transposed = self._transposed and kind == "weight"
         counts = {"q": a.n_heads * a.k_dim, "k": a.n_kv_heads * a.k_dim, "v": a.n_kv_heads * a.v_dim}

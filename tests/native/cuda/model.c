@@ -101,7 +101,7 @@ static void add_layer(struct model *m, int32_t layer) {
 
 struct model *model_create(fb_device *device) {
     static const int32_t widths[N_BUFFERS] = {WIDTH, WIDTH, QKV, WIDTH, INNER, WIDTH, WIDTH};
-    static const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0};
+    static const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0, 0};
     struct model *m = calloc(1, sizeof *m);
     const struct fb_rope_table rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
     const struct fb_program_shape shape = {
