@@ -31,6 +31,9 @@ static inline struct fb_items fb_worker_items(const struct fb_worker *worker, in
 /* A stage of FB_STAGE_EXPERTS. In experts.c. */
 void fb_run_experts(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows);
 
+/* A stage of FB_STAGE_STATES. In states.c. */
+void fb_run_states(const struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker);
+
 /* Operators of FB_STAGE_ROWS, each on one row. In rows.c. */
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_embed_position_row(const struct fb_run *run, const struct fb_op *op, size_t row);
@@ -45,6 +48,7 @@ void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t r
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_gated_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_router_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 
 /* The norm of one row x [width], without residual. */
