@@ -14,10 +14,11 @@ from typing import Any
 from fabula.errors import ModelFileError, Unsupported
 from fabula.models.dense_families import DENSE
 from fabula.models.family import Family
+from fabula.models.hybrid_families import HYBRIDS
 from fabula.models.layer_norm_families import LAYER_NORM
 from fabula.models.sparse_families import SPARSE
 
-FAMILIES: Mapping[str, Family] = {**DENSE, **LAYER_NORM, **SPARSE}
+FAMILIES: Mapping[str, Family] = {**DENSE, **LAYER_NORM, **SPARSE, **HYBRIDS}
 
 
 def family_of(config: Mapping[str, Any], path: Path) -> Family:
