@@ -151,6 +151,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
+        "n_recurrent_layers": len(config.state_layers),
+        "state_bytes": 4 * sum(config.state_layers),
     }
 
 
@@ -226,6 +228,17 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         *([("arithmetic", _ARITHMETIC[facts["bf16_inputs"]])] if facts["bf16_inputs"] else []),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),
         ("KV of context", kv_of_context),
+        *(
+            [
+                (
+                    "states",
+                    f"{size(facts['state_bytes'])} in {facts['n_recurrent_layers']} recurrent layers, for each place"
+                    " that a text can go on from",
+                )
+            ]
+            if facts["state_bytes"]
+            else []
+        ),
         ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),
         ("start token", bos + (", added to texts" if tokens["adds_bos"] else "")),
         ("end tokens", ", ".join(f"{i} {names.get(i, '')}".strip() for i in tokens["eos_ids"]) or "none"),
