@@ -1,4 +1,4 @@
-"""What the rows of models/families.py say in functions: kinds of layers, and what only a config decides.
+"""What the rows of families say in functions: kinds of layers, and what only a config decides.
 
 An `adapt` function sets traits by a config's fields; a `finish` function changes the finished description.
 """
