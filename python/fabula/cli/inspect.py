@@ -83,7 +83,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
-    from fabula._native import inputs_of_bf16, page_bytes
+    from fabula._native import inputs_of_bf16, page_bytes, state_bytes
     from fabula.engine.runner import PREFILL_CHUNK
     from fabula.formats.checkpoint import DType
     from fabula.kv.format import kv_dtypes
@@ -152,7 +152,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
         "n_recurrent_layers": len(config.state_layers),
-        "state_bytes": 4 * sum(config.state_layers),
+        "state_bytes": state_bytes(config.state_layers) if config.state_layers else 0,
     }
 
 
