@@ -151,7 +151,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
-        "n_recurrent_layers": len(config.state_layers),
+        "n_recurrent_layers": sum(layer.mixer is not None for layer in config.layers),
         "state_bytes": state_bytes(config.state_layers) if config.state_layers else 0,
     }
 
@@ -232,8 +232,7 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
             [
                 (
                     "states",
-                    f"{size(facts['state_bytes'])} in {facts['n_recurrent_layers']} recurrent layers, for each place"
-                    " that a text can go on from",
+                    f"{size(facts['state_bytes'])} of recurrent layers, for each place that a text can go on from",
                 )
             ]
             if facts["state_bytes"]

@@ -458,11 +458,6 @@ class ModelConfig:
         return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in self.attentions if a.writes)
 
     @property
-    def state_layers(self) -> tuple[int, ...]:
-        """Floats of the state of each recurrent layer."""
-        return ()
-
-    @property
     def kv_windows(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
         """For each of `kv_layers`, the windows of the layers that read it: size (0 for all), and whether in chunks."""
         readers = self.attentions
