@@ -237,6 +237,11 @@ class Mamba2:
         return self.n_heads * self.head_dim
 
     @property
+    def part_widths(self) -> tuple[int, ...]:
+        """Columns of the gate, x, B, C and time steps."""
+        return self.inner, self.inner, self.n_groups * self.state_dim, self.n_groups * self.state_dim, self.n_heads
+
+    @property
     def conv_width(self) -> int:
         """Columns of x, B and C together."""
         return self.inner + 2 * self.n_groups * self.state_dim
@@ -456,11 +461,6 @@ class ModelConfig:
     def kv_layers(self) -> tuple[KvLayer, ...]:
         """What a KV page holds: one entry for each layer that writes K and V of its own."""
         return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in self.attentions if a.writes)
-
-    @property
-    def state_layers(self) -> tuple[int, ...]:
-        """Floats of the state of each recurrent layer."""
-        return ()
 
     @property
     def kv_windows(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
