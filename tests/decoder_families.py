@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import tiny
-from hybrid_families import hybrid_settings
+from hybrid_families import hybrid_settings, use_recurrent_form
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ODD: Mapping[str, Any] = {
@@ -270,6 +270,7 @@ def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
     config = case.config_class(**case.settings)
     config._attn_implementation = case.attention
     model = case.model_class(config).eval()
+    use_recurrent_form(model)
     with torch.no_grad():  # the default start is so small that every logit is almost the same; biases start at 0
         corrections = [pair for pair in model.named_buffers() if pair[0].endswith(("correction_bias", "expert_bias"))]
         for name, parameter in [*model.named_parameters(), *corrections]:

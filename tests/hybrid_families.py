@@ -3,10 +3,19 @@ attention, odd heads, several heads on a k head, groups of B and C, and convolut
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 FULL, CONV, LINEAR = "full_attention", "conv", "linear_attention"
+
+
+def use_recurrent_form(model: Any) -> None:
+    """Lets a model of transformers compute delta rules token by token in prefill, too, not in chunks with a rounding of
+    their own."""
+    module = sys.modules[type(model).__module__]
+    if hasattr(module, "torch_chunk_gated_delta_rule"):
+        setattr(module, "torch_chunk_gated_delta_rule", module.torch_recurrent_gated_delta_rule)
 
 
 def hybrid_settings(odd: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any], str]]:
@@ -126,3 +135,74 @@ def hybrid_settings(odd: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[st
             "",
         ),
     }
+
+
+# Values of fields for test_family_flips.py.
+FLIPS: dict[str, list[Any]] = {
+    "attention_in_multiplier": [0.5],
+    "attention_out_multiplier": [0.5],
+    "attn_layer_indices": [[0], [1, 2], None],
+    "block_auto_adjust_ff_dim": [True, False],
+    "block_ffn_dim_multiplier": [1.5, None],
+    "block_multiple_of": [7],
+    "conv_L_cache": [2, 4],
+    "conv_bias": [True, False],
+    "conv_kernel": [3],
+    "full_attn_idxs": [[0], None],
+    "key_multiplier": [0.3, -1.0],
+    "layers_block_type": [[LINEAR, FULL], ["mlp"], [LINEAR, "moe"], ["no such"], None],
+    "linear_allow_neg_eigval": [False, True],
+    "linear_conv_kernel_dim": [3],
+    "linear_key_head_dim": [10, None],
+    "linear_num_key_heads": [1, 2],
+    "linear_num_value_heads": [3],
+    "linear_value_head_dim": [12],
+    "lm_head_multiplier": [2.0],
+    "mamba_conv_bias": [False, True],
+    "mamba_d_conv": [3],
+    "mamba_d_head": ["auto", 24],
+    "mamba_d_ssm": [None, 144],
+    "mamba_d_state": [10],
+    "mamba_expand": [1, 3],
+    "mamba_head_dim": [10],
+    "mamba_hidden_act": ["gelu", "relu", "no such"],
+    "mamba_n_groups": [1, 3],
+    "mamba_n_heads": [3, 12],
+    "mamba_norm_before_gate": [False, True],
+    "mamba_num_heads": [3],
+    "mamba_proj_bias": [True],
+    "mamba_rms_norm": [True],
+    "mlp_hidden_act": ["silu", "gelu", "no such"],
+    "mlp_multipliers": [[0.5, 2.0], None, [1.0]],
+    "n_groups": [1, 2],
+    "num_dense_layers": [0, 2],
+    "num_nextn_predict_layers": [1],
+    "position_embedding_type": ["rope", None, "nope"],
+    "projectors_bias": [True],
+    "residual_in_fp32": [True],
+    "ssm_in_multiplier": [0.5],
+    "ssm_multipliers": [[0.5, 2.0, 1.0, 1.5, 0.3], None, [1.0]],
+    "ssm_out_multiplier": [0.5],
+    "ssm_state_size": [12],
+    "time_step_limit": [[0.1, 0.3], [0.0, 0.2], [0.2, {"__float__": "Infinity"}]],
+    "time_step_min": [0.05, 0.7],
+    "use_conv_bias": [False],
+    "use_expert_bias": [False],
+}
+IDLE = {
+    *("chunk_size", "expand", "linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max"),
+    *("linear_dt_min", "mamba_chunk_size", "mamba_ssm_cache_dtype", "moe_latent_size", "mtp_layers_block_type"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "num_logits_to_keep", "time_step_floor"),
+    *("rescale_prenorm_residual", "time_step_max", "use_mamba_kernels", "z_loss_coefficient"),
+}
+# What a refusal may speak of in place of the field: tensors that are missing or of another shape then.
+SPOKEN = {
+    **dict.fromkeys(FLIPS, ("tensor",)),
+    "layers_block_type": ("tensor", "moe"),
+    **dict.fromkeys(("mamba_d_head", "mamba_expand", "mamba_n_heads"), ("tensor", "mamba_n_heads", "mamba_n_groups")),
+    "mamba_d_ssm": ("tensor", "mamba_n_heads"),
+    "mamba_num_heads": ("tensor", "n_groups"),
+    "attn_layer_indices": ("tensor", "attn_layer_indices"),
+    "linear_num_key_heads": ("tensor", "linear_num_value_heads"),
+    "linear_num_value_heads": ("tensor",),
+}

@@ -374,7 +374,7 @@ enum fb_op_kind {
  *
  * GATED_NORM norms n_groups groups of columns each; `vector` holds weights of all columns or of a group; the gate is
  * activation(columns of `residual` from `column` on):
- *     out = rms_norm(in) * gate, or rms_norm(in * gate) with FB_GATE_FIRST */
+ *     out = rms_norm(in) * gate, or rms_norm(in * gate) with FB_GATE_FIRST, or in * gate without `vector` */
 
 /* Activations of LINEAR and LINEAR_GATED. XIELU, with vector2 = a, b, c, e:
  *     x > 0: a x^2 + b x      else: c (e^min(x, e) - 1 - x) + b x */

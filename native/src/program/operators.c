@@ -229,7 +229,7 @@ static enum fb_status check_gated_norm(const struct fb_check *c) {
     FB_REQUIRE(n >= 1 && c->in_width % n == 0, "op %d (gated_norm): %d groups of %d columns", c->index, n, c->in_width);
     FB_REQUIRE(op->residual >= 0 && op->residual != op->out,
         "op %d (gated_norm): its gate is buffer %d, must be one that it does not write", c->index, op->residual);
-    FB_REQUIRE(op->vector_length == c->in_width || op->vector_length == c->in_width / n,
+    FB_REQUIRE(!op->vector || op->vector_length == c->in_width || op->vector_length == c->in_width / n,
         "op %d (gated_norm): %d weights for %d groups of %d", c->index, op->vector_length, n, c->in_width / n);
     FB_REQUIRE(op->eps >= 0.0f && isfinite(op->eps), "op %d: eps must be finite and not negative", c->index);
     FB_REQUIRE(op->activation != FB_ACTIVATION_NONE && !fb_has_numbers(op->activation),

@@ -142,7 +142,7 @@ void fb_gated_norm_row(const struct fb_run *run, const struct fb_op *op, size_t 
     float *out = copied_row(p, op, row, width);
     const bool is_first = op->flags & FB_GATE_FIRST, has_own_weights = (size_t)op->vector_length == width;
     if (is_first) multiply_by_gate(p, op, gate, width, out);
-    for (size_t first = 0; first < width; first += n)
+    for (size_t first = 0; op->vector && first < width; first += n)
         p->kernels->rms_norm(out + first, op->vector + (has_own_weights ? first : 0), n, op->eps, out + first);
     if (!is_first) multiply_by_gate(p, op, gate, width, out);
 }

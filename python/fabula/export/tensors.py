@@ -21,7 +21,7 @@ from fabula.formats.gguf_names import canonical_name, stored_name
 from fabula.models.decoder import redundant
 from fabula.models.description import Attention, Experts, ModelConfig
 from fabula.models.rope import rotated_width
-from fabula.models.views import View, ViewedCheckpoint, viewed
+from fabula.models.views import View, ViewedCheckpoint
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
 _NUMBERS = ".act_fn."  # numbers of xIELU, which are keys
@@ -29,14 +29,18 @@ _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
 
 
-def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+def laid_out(source: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """The checkpoint with GGUF's tensors, in the order of the model, and their shapes.
+
+    Args:
+        source: the checkpoint with canonical names (`viewed`).
+        config: of the model.
+        arch: architecture of the file.
 
     Raises:
         ModelFileError: a tensor is missing.
         Unsupported: a tensor that GGUF has no name for, or that the config does not mention.
     """
-    source = viewed(checkpoint, config)
     names = source.tensors.all_names if isinstance(source.tensors, TensorTable) else set(source.tensors)
     views: dict[str, View] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -45,7 +49,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
         if not all(name in names for name in part.sources):
             if part.needed:
                 raise ModelFileError(
-                    f"{checkpoint.path}: tensor for {part.name} is missing", path=checkpoint.path, field=part.name
+                    f"{source.path}: tensor for {part.name} is missing", path=source.path, field=part.name
                 )
             continue
         views[part.name] = View(part.sources, part.rows, columns=part.columns)
@@ -59,7 +63,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
             continue
         known = canonical_name(name, arch)
         raise Unsupported(
-            f"{checkpoint.path}: tensor {shown(name)}: "
+            f"{source.path}: tensor {shown(name)}: "
             + ("not part of this model's config" if known else "GGUF has no name for it in this family")
         )
     made = ViewedCheckpoint(source, views)

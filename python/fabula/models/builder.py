@@ -154,14 +154,16 @@ class ProgramBuilder:
     def taps(self, name: str, width: int, n_taps: int) -> F32:
         """Reads the weights of a convolution of each column, [width, 1, n_taps] or [width, n_taps], as float32
         [n_taps, width]."""
-        info = self.checkpoint.tensors.get(name)
-        shape = (width, 1, n_taps) if info is not None and len(info.shape) == 3 else (width, n_taps)
-        info = self._check(name, shape)
+        info = self._check_taps(name, width, n_taps)
         numbers = _native.dequantize(info.dtype, self.checkpoint.read(name), width * n_taps)
         self._count(info.n_bytes)
         if not np.isfinite(numbers).all():
             self._warn(name, DType.F32)
         return np.ascontiguousarray(numbers.reshape(width, n_taps).T)
+
+    def _check_taps(self, name: str, width: int, n_taps: int) -> TensorInfo:
+        info = self.checkpoint.tensors.get(name)
+        return self._check(name, (width, 1, n_taps) if info is not None and len(info.shape) == 3 else (width, n_taps))
 
     def scalar(self, name: str) -> float:
         """Reads a tensor of one number, [] or [1]."""
@@ -685,9 +687,9 @@ class ProgramBuilder:
         x: int,
         out: int,
         gate: int,
-        weight: F32,
+        weight: F32 | None,
         *,
-        eps: float,
+        eps: float = 0.0,
         n_groups: int = 1,
         column: int = 0,
         gate_first: bool = False,
@@ -696,7 +698,7 @@ class ProgramBuilder:
         """RMS norm of n_groups groups of columns, times activation(columns of `gate` from `column` on).
 
         Args:
-            weight: of all columns, or of each group's.
+            weight: of all columns, or of each group's; None for no norm.
             gate_first: norm(x * gate) instead of norm(x) * gate.
         """
         self._add(
@@ -705,7 +707,7 @@ class ProgramBuilder:
             out=out,
             residual=gate,
             column=column,
-            vectors=[weight] * self.shares.n,
+            vectors=None if weight is None else [weight] * self.shares.n,
             eps=eps,
             n_groups=n_groups,
             activation=ACTIVATIONS[activation],

@@ -237,6 +237,11 @@ class Mamba2:
         return self.n_heads * self.head_dim
 
     @property
+    def part_widths(self) -> tuple[int, ...]:
+        """Columns of the gate, x, B, C and time steps."""
+        return self.inner, self.inner, self.n_groups * self.state_dim, self.n_groups * self.state_dim, self.n_heads
+
+    @property
     def conv_width(self) -> int:
         """Columns of x, B and C together."""
         return self.inner + 2 * self.n_groups * self.state_dim

@@ -234,14 +234,16 @@ def time_steps(read: ConfigReader) -> tuple[float, float]:
     return float(low), 0.0 if math.isinf(high) else float(high)
 
 
-def mamba2(read: ConfigReader, names: Mapping[str, str] = _NAMES, inner: int | None = None, **more: Any) -> Mamba2:
+def mamba2(
+    read: ConfigReader, names: Mapping[str, str] = _NAMES, inner: int | None = None, *, eps: float = 1e-6
+) -> Mamba2:
     """A state space layer.
 
     Args:
         read: the config.
         names: of its fields.
         inner: columns that the heads must have together; None for `mamba_expand` times the hidden size.
-        more: further fields.
+        eps: default of the norm's.
     """
     if inner is None:
         inner = read.integer("mamba_expand", 1, 64, 2) * read.integer("hidden_size", 1, _MAX_WIDTH)
@@ -260,14 +262,16 @@ def mamba2(read: ConfigReader, names: Mapping[str, str] = _NAMES, inner: int | N
         n_heads=n_heads,
         head_dim=head_dim,
         n_groups=n_groups,
-        state_dim=read.integer(names["d_state"], 1, MOST_WIDE, more.pop("state_dim", 256)),
+        state_dim=read.integer(names["d_state"], 1, MOST_WIDE, 256),
         n_taps=read.integer(names["d_conv"], 2, MOST_TAPS, 4),
         conv_bias=read.flag(names["conv_bias"], True),
         activation=read_activation(read, names["act"], "silu"),
+        bias=bias,
+        out_bias=bias,
         dt_low=low,
         dt_limit=limit,
+        norm=Norm("rms", read.number(names["eps"], 1e-30, 1.0, eps)),
         n_norm_groups=n_groups,
-        **{"bias": bias, "out_bias": bias, "norm": Norm("rms", read.number(names["eps"], 1e-30, 1.0, 1e-6))} | more,
     )
 
 
@@ -306,7 +310,7 @@ def granite_hybrid_experts(read: ConfigReader, n_layers: int) -> Sequence[Expert
 
 
 def bamba_mamba(read: ConfigReader) -> Mamba2:
-    return mamba2(read, norm=Norm("rms", read.number("rms_norm_eps", 1e-30, 1.0, 1e-5)))
+    return mamba2(read, eps=1e-5)
 
 
 def bamba_kinds(read: ConfigReader, n_layers: int) -> list[str]:
@@ -343,11 +347,11 @@ def falcon_h1_layers(read: ConfigReader, c: ModelConfig) -> ModelConfig:
     inner = None
     if read.config.get("mamba_d_ssm", 1024) is not None:
         inner = read.integer("mamba_d_ssm", 1, _MAX_WIDTH, 1024)
-    mixer = mamba2(
-        read,
-        inner=inner,
-        norm=Norm("rms", c.rms_norm_eps) if read.flag("mamba_rms_norm", False) else None,
-        gate_first=not read.flag("mamba_norm_before_gate", True),
+    is_normed = read.flag("mamba_rms_norm", False)
+    mixer = replace(
+        mamba2(read, inner=inner),
+        norm=Norm("rms", c.rms_norm_eps) if is_normed else None,
+        gate_first=not (is_normed and read.flag("mamba_norm_before_gate", True)),
         out_bias=read.flag("projectors_bias", False),
         in_scale=_factor(read, "ssm_in_multiplier"),
         scales=_factors(read, "ssm_multipliers", 5),
@@ -386,7 +390,7 @@ _NEMOTRON: Mapping[str, str] = {
 _OLD_NEMOTRON = {
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
-    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_min": "time_step_min",
     "mamba_conv_bias": "use_conv_bias",
 }
 
@@ -401,7 +405,7 @@ def _nemotron_kinds(read: ConfigReader) -> list[str]:
     known = (*_LETTERS.values(), *_OLD)
     if not isinstance(kinds, list) or not 1 <= len(kinds) <= 1024 or any(kind not in known for kind in kinds):
         raise read.error(key, f"must list {', '.join(_LETTERS.values())}")
-    return [_OLD.get(kind, kind) for kind in kinds]
+    return [_OLD.get(str(kind), str(kind)) for kind in kinds]
 
 
 def nemotron_h(read: ConfigReader, t: Traits) -> Traits:
@@ -416,12 +420,15 @@ def nemotron_h(read: ConfigReader, t: Traits) -> Traits:
 
 
 def nemotron_mamba(read: ConfigReader) -> Mamba2:
+    """transformers takes `time_step_min` as the bound of time steps, whatever `time_step_limit` says."""
+    read.config = {key: value for key, value in read.config.items() if key != "time_step_limit"}
     heads = read.integer("mamba_num_heads", 1, MOST_HEADS, 128)
     head_dim = read.integer("mamba_head_dim", 1, MOST_WIDE, 64)
-    if "n_groups" not in read.config:
-        read.config = {**read.config, "n_groups": 8}
-    norm = Norm("rms", read.number("layer_norm_epsilon", 1e-30, 1.0, 1e-5))
-    return mamba2(read, _NEMOTRON, heads * head_dim, norm=norm, state_dim=128)
+    for key, value in (("n_groups", 8), ("ssm_state_size", 128), ("mamba_head_dim", head_dim)):
+        if read.config.get(key) is None:
+            read.config = {**read.config, key: value}
+    least = read.number("time_step_min", 0.0, 1e6, 1e-3)
+    return replace(mamba2(read, _NEMOTRON, heads * head_dim, eps=1e-5), dt_low=least, dt_limit=0.0)
 
 
 def nemotron_layers(read: ConfigReader, c: ModelConfig) -> ModelConfig:
@@ -431,9 +438,16 @@ def nemotron_layers(read: ConfigReader, c: ModelConfig) -> ModelConfig:
             raise read.unsupported("layers_block_type", "mixtures of experts are not offered in this family")
         norm = c.final_norm
         is_mlp = kind == "mlp"
-        before = {"before_attention": None if is_mlp else norm, "before_mlp": norm if is_mlp else None}
-        attention = replace(layer.attention, kv=n_kv)
-        layers.append(replace(layer, attention=attention, attends=kind == FULL, has_mlp=is_mlp, **before))
+        layers.append(
+            replace(
+                layer,
+                attention=replace(layer.attention, kv=n_kv),
+                attends=kind == FULL,
+                has_mlp=is_mlp,
+                before_attention=None if is_mlp else norm,
+                before_mlp=norm if is_mlp else None,
+            )
+        )
         n_kv += kind == FULL
     left_out = ("heads for drafts (MTP)",) if read.config.get("num_nextn_predict_layers") else ()
     return replace(c, layers=tuple(layers), left_out=(*c.left_out, *left_out))

@@ -111,8 +111,7 @@ def _mamba2(b: ProgramBuilder, scratch: Scratch, states: States, prefix: str, m:
     bias = b.joined([prefix + "in_proj.bias"], [rows]) if m.bias else None
     b.linear(x, projected, [b.matrix(prefix + "in_proj.weight", rows, b.shares.hidden)], bias=bias)
     if set(m.scales) != {1.0}:
-        widths = (m.inner, m.inner, m.n_groups * m.state_dim, m.n_groups * m.state_dim, m.n_heads)
-        b.multiply_by(projected, projected, np.repeat(np.array(m.scales, np.float32), widths))
+        b.multiply_by(projected, projected, np.repeat(np.array(m.scales, np.float32), m.part_widths))
     conv_bias = b.vector(prefix + "conv1d.bias", m.conv_width) if m.conv_bias else None
     weights = b.taps(prefix + "conv1d.weight", m.conv_width, m.n_taps)
     b.short_conv(projected, mixed, states.next(), weights, bias=conv_bias, column=m.inner, activation=m.activation)
@@ -132,7 +131,7 @@ def _mamba2(b: ProgramBuilder, scratch: Scratch, states: States, prefix: str, m:
         column=m.inner + m.conv_width,
     )
     if m.norm is None:
-        b.gate(result, out, projected)
+        b.gated_norm(result, out, projected, None)
         return out
     weight = b.vector(prefix + "norm.weight", m.inner)
     groups = m.n_norm_groups

@@ -108,8 +108,7 @@ class _Checker(ProgramBuilder):
         return np.zeros((n_rows, n_columns), np.float32)
 
     def taps(self, name: str, width: int, n_taps: int) -> F32:
-        info = self.checkpoint.tensors.get(name)
-        self._check(name, (width, 1, n_taps) if info is not None and len(info.shape) == 3 else (width, n_taps))
+        self._check_taps(name, width, n_taps)
         return np.zeros((n_taps, width), np.float32)
 
     def scalar(self, name: str) -> float:

@@ -47,6 +47,7 @@ class View:
         offset: added to each number; the result is f32.
         normalized: whether each row is divided by its length; the result is f32.
         decay: whether the result is -exp of the numbers, in f32.
+        factors: of all rows, or of each; the result is f32.
     """
 
     sources: tuple[str, ...]
@@ -58,6 +59,12 @@ class View:
     normalized: bool = False
     decay: bool = False
     columns: Rows | None = None
+    factors: npt.NDArray[np.float32] | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether numbers change, and not only their places."""
+        return bool(self.offset) or self.normalized or self.decay or self.factors is not None
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,7 +131,7 @@ class ViewedCheckpoint:
             )
         taken = n_rows if view.rows is None else len(view.rows)
         shape = (taken, *shape[1:])
-        if view.offset or view.normalized or view.decay:
+        if view.computes:
             return TensorInfo(name, DType.F32, shape, 4 * int(np.prod(shape)))
         size, n_bytes = _native.dtype_block(first.dtype)
         return TensorInfo(name, first.dtype, shape, int(np.prod(shape)) // size * n_bytes)
@@ -155,6 +162,10 @@ class ViewedCheckpoint:
         if view.offset:
             numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
             return (numbers + np.float32(view.offset)).view(np.uint8)
+        if view.factors is not None:
+            numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
+            scaled = numbers.reshape(len(rows), -1) * view.factors[:, None]
+            return np.asarray(scaled, np.float32).reshape(-1).view(np.uint8)
         if view.decay:
             numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
             return np.asarray(-np.exp(numbers), np.float32).view(np.uint8)
