@@ -151,7 +151,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
-        "n_recurrent_layers": len(config.state_layers),
+        "n_recurrent_layers": sum(layer.mixer is not None for layer in config.layers),
         "state_bytes": 4 * sum(config.state_layers),
     }
 
