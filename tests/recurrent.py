@@ -240,9 +240,8 @@ def ssm_case(
             group = h // (n_heads // n_groups)
             state = np.zeros((state_dim, head_dim))
             for t in range(len(rows)):
-                head, row, readout = (
-                    x[t].reshape(n_heads, head_dim)[h], b[t].reshape(n_groups, -1)[group], c[t].reshape(n_groups, -1)[group]
-                )  # fmt: skip
+                head = x[t].reshape(n_heads, head_dim)[h]
+                row, readout = (each[t].reshape(n_groups, state_dim)[group] for each in (b, c))
                 dt = np.clip(softplus(gates[t, column + h] + bias[h]), limits[0], limits[1] or np.inf)
                 state = state * np.exp(decay[h] * dt) + np.outer(dt * row, head)
                 out[t, h] = readout @ state + skip[h] * head
