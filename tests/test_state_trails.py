@@ -24,7 +24,7 @@ from fabula.kv.prefix import EVERYTHING, KeyChain
 from fabula.kv.states import MAX_SLOTS, MIN_SLOTS, Rank, State, slots_for
 
 FLOATS = (6, 10)  # of two recurrent layers
-SLOT_BYTES = 64
+SLOT_BYTES = 128
 N_PAGES, N_SLOTS, EVERY = 24, 9, 64
 Text = tuple[int, ...]
 
@@ -296,9 +296,9 @@ def grown(pool: PagePool, n_tokens: int, step: int = 1000) -> Sequence:
 
 
 def test_budget_in_slots() -> None:
-    assert slots_for(10 * SLOT_BYTES + 3, FLOATS) == 10
-    assert slots_for(1, FLOATS) == MIN_SLOTS and slots_for(None, FLOATS) == MAX_SLOTS
-    assert slots_for(None, [5_000_000]) == (1 << 30) // 20_000_000
+    assert slots_for(10 * SLOT_BYTES + 3, SLOT_BYTES) == 10
+    assert slots_for(1, SLOT_BYTES) == MIN_SLOTS and slots_for(None, SLOT_BYTES) == MAX_SLOTS
+    assert slots_for(None, 20_000_000) == (1 << 30) // 20_000_000
 
 
 def test_lower_ranks_are_evicted_first(pool: PagePool) -> None:

@@ -83,7 +83,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
-    from fabula._native import inputs_of_bf16, page_bytes
+    from fabula._native import inputs_of_bf16, page_bytes, state_bytes
     from fabula.engine.runner import PREFILL_CHUNK
     from fabula.formats.checkpoint import DType
     from fabula.kv.format import kv_dtypes
@@ -152,7 +152,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
         "n_recurrent_layers": sum(layer.mixer is not None for layer in config.layers),
-        "state_bytes": 4 * sum(config.state_layers),
+        "state_bytes": state_bytes(config.state_layers) if config.state_layers else 0,
     }
 
 
@@ -232,8 +232,7 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
             [
                 (
                     "states",
-                    f"{size(facts['state_bytes'])} in {facts['n_recurrent_layers']} recurrent layers, for each place"
-                    " that a text can go on from",
+                    f"{size(facts['state_bytes'])} of recurrent layers, for each place that a text can go on from",
                 )
             ]
             if facts["state_bytes"]

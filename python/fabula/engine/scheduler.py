@@ -267,6 +267,7 @@ class Scheduler:
                 self._finish(request, error=error)
                 continue
             self._waiting.remove(request)
+            request.keep_branch()
             request.state = State.RUNNING
             if not request.clock.started:
                 request.clock.started = time.perf_counter()
@@ -285,7 +286,6 @@ class Scheduler:
                 request.adopt_longer(found)
             if self._loads(request, request.keys()):
                 return False
-            request.keep_branch()
         return self._share_with_running(request)
 
     def _loads(self, request: Request, keys: list[bytes]) -> bool:

@@ -163,8 +163,10 @@ class PagePool:
         self.lock = threading.RLock()
         self._closed = False
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()  # of a pool with windowed or recurrent layers
-        self.states = StateSlots(state_floats, slots_for(state_memory, state_floats)) if state_floats else None
-        if self.states is not None:
+        self.states: StateSlots | None = None
+        if state_floats:
+            n_slots = slots_for(state_memory, _native.state_bytes(state_floats))
+            self.states = StateSlots(state_floats, n_slots)
             registered = weakref.ref(self)
             self.states.in_use = lambda: pool._states_in_use() if (pool := registered()) else ()
         # Of collected sequences: pages, whether retained, and n_dropped.

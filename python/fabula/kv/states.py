@@ -89,10 +89,9 @@ def tail_of(ids: I32) -> bytes:
     return ids.astype("<i4").tobytes()
 
 
-def slots_for(n_bytes: int | None, layer_floats: Iterable[int]) -> int:
+def slots_for(n_bytes: int | None, slot_bytes: int) -> int:
     """Slots of a pool with a budget in bytes; None for the default."""
-    slot_bytes = 4 * sum(layer_floats)
-    return max(MIN_SLOTS, min(MAX_SLOTS, (DEFAULT_BYTES if n_bytes is None else n_bytes) // max(1, slot_bytes)))
+    return max(MIN_SLOTS, min(MAX_SLOTS, (DEFAULT_BYTES if n_bytes is None else n_bytes) // slot_bytes))
 
 
 class StateSlots:
