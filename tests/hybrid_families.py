@@ -15,7 +15,7 @@ def use_recurrent_form(model: Any) -> None:
     their own."""
     module = sys.modules[type(model).__module__]
     if hasattr(module, "torch_chunk_gated_delta_rule"):
-        setattr(module, "torch_chunk_gated_delta_rule", module.torch_recurrent_gated_delta_rule)
+        module.torch_chunk_gated_delta_rule = module.torch_recurrent_gated_delta_rule
 
 
 def hybrid_settings(odd: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any], str]]:

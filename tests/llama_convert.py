@@ -39,7 +39,8 @@ def convert(folder: Path, out: Path) -> None:
     if config["model_type"] == "granitemoehybrid":
         hparams["layer_types"] = listed
     if config["model_type"] == "nemotron_h":  # by its fields it would be a mixture of experts
-        del hparams["num_experts_per_tok"]
+        hparams = {key: value for key, value in hparams.items() if "expert" not in key and "group" not in key}
+        hparams["n_groups"] = config["n_groups"]
     kind: Any = get_model_class(config["architectures"][0])
     kind = getattr(kind, "Ministral3Model", kind)
     n_vocab = int(config["vocab_size"])

@@ -203,10 +203,14 @@ CUTS: Mapping[str, Cut] = {
     "granitemoehybrid": Cut("granitemoehybrid"),
     "granitemoehybrid-dense": Cut(
         "granitemoehybrid-dense",
-        {"time_step_limit": [0.0, float("inf")], "mamba_proj_bias": False, "intermediate_size": 60},
+        {
+            "time_step_limit": [0.0, float("inf")], "mamba_proj_bias": False, "intermediate_size": 60,
+            "position_embedding_type": None,
+        },
     ),
     "granitemoehybrid-biased": Cut(
-        "granitemoehybrid-dense", {"time_step_limit": [0.0, float("inf")], "intermediate_size": 60}, peer=_NO_BIAS
+        "granitemoehybrid-dense", {"time_step_limit": [0.0, float("inf")], "intermediate_size": 60}, peer=_NO_BIAS,
+        converted="it takes it that nothing is rotated",
     ),
     "bamba": Cut("bamba", peer="llama.cpp rotates other elements of a head"),
     "falcon_h1": Cut("falcon_h1-gate-first"),

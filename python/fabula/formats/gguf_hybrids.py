@@ -199,7 +199,8 @@ def _falcon_h1(f: Facts, config: Config) -> None:
 
 
 def _nemotron_h(f: Facts, config: Config) -> None:
-    """A layer with neither KV heads nor an MLP is recurrent."""
+    """A layer with neither KV heads nor an MLP is recurrent. Nothing is rotated."""
+    del config["partial_rotary_factor"]
     _mamba(
         f, config,
         mamba_n_heads="mamba_num_heads", mamba_d_head="mamba_head_dim", mamba_n_groups="n_groups",
@@ -212,7 +213,6 @@ def _nemotron_h(f: Facts, config: Config) -> None:
     config |= {
         "layers_block_type": ["mlp" if size else kind for size, kind in zip(sizes, kinds, strict=True)],
         "mlp_hidden_act": "relu2",
-        "layer_norm_epsilon": config.pop("rms_norm_eps"),
     }
 
 
@@ -272,7 +272,8 @@ HYBRIDS: Mapping[str, Architecture] = {
         reads=_SSM_KEYS, finish=_falcon_h1,
     ),
     "nemotron_h": Architecture(
-        model_type="nemotron_h", model_class="NemotronHForCausalLM", varied=True, silu=False,
+        model_type="nemotron_h", model_class="NemotronHForCausalLM", varied=True, silu=False, rotated=True,
+        eps="layer_norm_epsilon",
         layer=("attn_norm", *_MAMBA, *ATTENTION, *PLAIN_MLP), names=_MAMBA,
         biases={"mlp_bias": PLAIN_MLP, "use_conv_bias": ("ssm_conv1d",), "use_bias": ("ssm_in", "ssm_out")},
         reads=_SSM_KEYS, finish=_nemotron_h,

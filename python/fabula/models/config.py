@@ -340,7 +340,10 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         left_out=tuple(config.get(LEFT_OUT, ())),
         base=any(name.endswith("Model") and "For" not in name and "Head" not in name for name in _architectures(read)),
     )
-    return t.finish(read, found) if t.finish else found
+    found = t.finish(read, found) if t.finish else found
+    if not found.attentions:
+        raise read.unsupported("layer_types", "a model without any layer with attention is not offered")
+    return found
 
 
 def _flag(read: ConfigReader, flag: Flag) -> bool:
