@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import tiny
+from hybrid_families import hybrid_settings, use_recurrent_form
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ODD: Mapping[str, Any] = {
@@ -287,6 +288,7 @@ CASES: dict[str, Case] = {
     "phi": Case("Phi", PLAIN | {"partial_rotary_factor": 0.6, "hidden_size": 240}),
     "phi-norms": Case("Phi", PLAIN | {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
 }
+CASES |= {name: Case(*about) for name, about in hybrid_settings(ODD, PLAIN).items()}
 
 
 def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
@@ -295,8 +297,9 @@ def make_model(case: Case, folder: Path, seed: int = 0) -> Any:
     config = case.config_class(**case.settings)
     config._attn_implementation = case.attention
     model = case.model_class(config).eval()
+    use_recurrent_form(model)
     with torch.no_grad():  # the default start is so small that every logit is almost the same; biases start at 0
-        corrections = [pair for pair in model.named_buffers() if "correction" in pair[0]]
+        corrections = [pair for pair in model.named_buffers() if pair[0].endswith(("correction_bias", "expert_bias"))]
         for name, parameter in [*model.named_parameters(), *corrections]:
             spread = 0.3 if "norm" in name or "bias" in name or parameter.dim() < 2 else 0.15
             parameter.add_(torch.randn_like(parameter) * spread)

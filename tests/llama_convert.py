@@ -22,7 +22,15 @@ def convert(folder: Path, out: Path) -> None:
     rope = config.get("rope_parameters") or {}
     part = rope.get("partial_rotary_factor")
     # Keys of released configs that transformers no longer writes.
+    kinds = {"full_attention": "attention", "linear_attention": "mamba"}
+    listed = [kinds.get(kind, kind) for kind in config.get("layer_types") or config.get("layers_block_type") or ()]
+    letters = {"mamba": "M", "attention": "*", "mlp": "-"}
     old = {
+        "bamba": {"attn_rotary_emb": int((part or 0.5) * config.get("hidden_size", 0)) // config["num_attention_heads"]}
+        if config["model_type"] == "bamba"
+        else {},
+        "falcon_h1": {"head_dim": config.get("hidden_size", 0) // config.get("num_attention_heads", 1)},
+        "nemotron_h": {"hybrid_override_pattern": "".join(letters.get(kind, "?") for kind in listed)},
         "gpt2": {"n_ctx": config.get("n_positions")},
         "cohere2": {"rotary_pct": 1.0},
         "gpt_neox": {"rotary_pct": config.get("rotary_pct", part)},
@@ -30,6 +38,11 @@ def convert(folder: Path, out: Path) -> None:
         "glm4_moe_lite": {"scoring_func": "sigmoid"},
     }.get(config["model_type"], {})
     hparams = {**old, **hparams}
+    if config["model_type"] == "granitemoehybrid":
+        hparams["layer_types"] = listed
+    if config["model_type"] == "nemotron_h":  # by its fields it would be a mixture of experts
+        hparams = {key: value for key, value in hparams.items() if "expert" not in key and "group" not in key}
+        hparams["n_groups"] = config["n_groups"]
     kind: Any = get_model_class(config["architectures"][0])
     kind = getattr(kind, "Ministral3Model", kind)
     n_vocab = int(config["vocab_size"])
@@ -44,6 +57,7 @@ def convert(folder: Path, out: Path) -> None:
         self.gguf_writer.add_eos_token_id(2)
 
     kind.set_vocab = set_vocab
+    kind.no_mtp = True
     tokenizer = folder / "tokenizer.json"
     before = tokenizer.read_text()
     if config["model_type"].startswith(("gemma3", "gemma4")):  # its embedding is cut to the vocabulary's tokens

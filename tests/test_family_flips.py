@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import transformers
 
+import hybrid_families as hybrids
 import test_config_flips as flips_of_llama
 from decoder_families import CASES, FULL, SLIDING, Case, make_model
 from test_config_flips import ABSENT, FIELDS, LONG, OTHERS, SPOKEN, YARN, judge
@@ -22,6 +23,7 @@ transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transfor
 # One case of each family.
 FAMILIES: dict[str, Case] = {case.model_type: case for case in reversed(CASES.values())}
 OWN: dict[str, list[Any]] = {
+    **hybrids.FLIPS,
     "activation_sparsity_pattern": [[0.1] * 7, [0.0] * 7, None, [0.5]],
     "altup_active_idx": [2],
     "altup_correct_scale": [False],
@@ -134,6 +136,7 @@ OWN: dict[str, list[Any]] = {
 }
 # Those that have no say in logits, and sizes, which test_decoder_families.py has in many values.
 IDLE = {
+    *hybrids.IDLE,
     *("attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "eod_token_id", "hidden_dropout"),
     *(
         "altup_coef_clip",
@@ -151,6 +154,7 @@ IDLE = {
 }
 # What a refusal may speak of in place of the field: the tensors that are missing or of another shape then.
 WEIGHTS = {
+    **hybrids.SPOKEN,
     **dict.fromkeys(("bias", "use_bias", "use_qkv_bias", "use_qk_norm", "multi_query", "n_inner"), ("tensor",)),
     **dict.fromkeys(
         ("attention_out_bias", "ffn_hidden_size", "num_kv_heads", "hidden_size_per_layer_input"), ("tensor",)
@@ -176,7 +180,7 @@ WEIGHTS = {
         "num_kv_shared_layers",
         "per_layer_config",
     ),
-    "layer_types": ("sliding_window", "sliding_attention", "attention_chunk_size", "per_layer_config"),
+    "layer_types": ("tensor", "sliding_window", "sliding_attention", "attention_chunk_size", "per_layer_config"),
     "num_key_value_heads": ("tensor",),
     "per_layer_config": ("tensor",),
     "vocab_size_per_layer_input": ("tensor",),
@@ -191,7 +195,8 @@ def flips(case: Case) -> Iterator[dict[str, Any]]:
     declared = {field.name for field in dataclasses.fields(case.config_class)}
     unknown = declared - FIELDS.keys() - OWN.keys() - IDLE
     assert not unknown, f"fields nobody wrote values for: {unknown}"
-    n_layers = case.config_class(**case.settings).num_hidden_layers
+    config = case.config_class(**case.settings)
+    n_layers = config.num_hidden_layers
     mixed = [[FULL, SLIDING] * n_layers, [SLIDING, FULL] * n_layers, [FULL] * n_layers]
     for key in sorted(declared):
         values = FIELDS.get(key, OWN.get(key)) or OWN.get(key) or ()
@@ -203,6 +208,8 @@ def flips(case: Case) -> Iterator[dict[str, Any]]:
             values = ()  # see decoder_families.py
         for value in values:
             yield {key: value}
+    if {"conv", "linear_attention"} & set(kinds := getattr(config, "layer_types", None) or ()):
+        yield {"layer_types": kinds[::-1]}
     if "sliding_window" in declared:
         for kinds in mixed:
             yield {"sliding_window": 8, "layer_types": kinds[:n_layers]}
@@ -238,6 +245,7 @@ QUICK = (
     "gemma2",
     "gemma4_text",
     "gpt2",
+    "lfm2",
     "llama4_text",
     "phi3",
     "qwen3_moe",

@@ -206,6 +206,37 @@ CUTS: Mapping[str, Cut] = {
     "glm4_moe_lite": Cut("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "sparse"]}),
     "sarvam_mla": Cut("sarvam_mla", {"q_lora_rank": 33}, converted=_UNKNOWN),
     "youtu": Cut("youtu"),
+    "lfm2": Cut("lfm2", {"hidden_size": 240}),
+    "lfm2-biased": Cut("lfm2-adjusted", peer=_NO_BIAS, converted="it fails at biases of a convolution"),
+    "lfm2_moe": Cut("lfm2_moe"),
+    "qwen3_next": Cut("qwen3_next", {"mlp_only_layers": [], "linear_value_head_dim": 20}),
+    "qwen3_5": Cut("qwen3_5", {"linear_value_head_dim": 20}),
+    "qwen3_5-wide": Cut("qwen3_5", peer="llama.cpp wants v heads as wide as k heads"),
+    "qwen3_5-two-first": Cut("qwen3_5-two-first", {"linear_value_head_dim": 20}),
+    "qwen3_5_moe": Cut("qwen3_5_moe", {"linear_value_head_dim": 20}),
+    "granitemoehybrid": Cut("granitemoehybrid"),
+    "granitemoehybrid-dense": Cut(
+        "granitemoehybrid-dense",
+        {
+            "time_step_limit": [0.0, float("inf")], "mamba_proj_bias": False, "intermediate_size": 60,
+            "position_embedding_type": None,
+        },
+    ),
+    "granitemoehybrid-biased": Cut(
+        "granitemoehybrid-dense", {"time_step_limit": [0.0, float("inf")], "intermediate_size": 60}, peer=_NO_BIAS,
+        converted="it takes it that nothing is rotated",
+    ),
+    "bamba": Cut("bamba", peer="llama.cpp rotates other elements of a head"),
+    "falcon_h1": Cut("falcon_h1-gate-first"),
+    "falcon_h1-factors": Cut("falcon_h1", exact=False),
+    "falcon_h1-tied": Cut("falcon_h1", {"tie_word_embeddings": True}, converted="it loses a factor", exact=False),
+    "falcon_h1-biased": Cut("falcon_h1-normed", {"mamba_norm_before_gate": False}, peer=_NO_BIAS,
+                            converted="it loses factors", exact=False),
+    # llama.cpp has no least time step.
+    "nemotron_h": Cut("nemotron_h", {"mamba_head_dim": 64}, bound=5e-3),
+    "nemotron_h-biased": Cut(
+        "nemotron_h-biased", {"mlp_hidden_act": "relu2"}, peer=_NO_BIAS, converted="it wants heads of 64"
+    ),
     "internlm2-as-llama": Cut("internlm3", {"qkv_bias": False, "bias": False}),
 }  # fmt: skip
 

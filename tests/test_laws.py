@@ -29,6 +29,7 @@ from drafting import cheap_rows
 from fabula import ContextOverflow, ContextPolicy, InvalidArgument, Model, SamplingParams, Session, Turn, Workspace
 from fabula.engine.generation import Generation
 from fabula.kv.pages import Sequence
+from hybrids import make_hybrid
 from shadows import ROOT, Leaf, Live, Shadow
 from waiting import wait_until
 
@@ -78,6 +79,7 @@ class Laws(RuleBasedStateMachine):
     place: Path
     policies: list[ContextPolicy]
     context: int
+    every: int
     n_days = 0
 
     def __init__(self) -> None:
@@ -94,7 +96,12 @@ class Laws(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.workspace = Workspace(self.data)
+        self.load()
+
+    def load(self) -> None:
         self.model = self.workspace.load(self.folder, name="tiny", **self.options)
+        if self.pool.states is not None:
+            self.pool.states.every = self.every
 
     @property
     def pool(self) -> Any:
@@ -446,7 +453,7 @@ class Laws(RuleBasedStateMachine):
         self.workspace.unload("tiny")
         if clean:
             shutil.rmtree(self.data / "pages")
-        self.model = self.workspace.load(self.folder, name="tiny", **self.options)
+        self.load()
 
     @rule(i=st.integers(0, 9), k=st.integers(0, 30))
     def forget_and_open(self, i: int, k: int) -> None:
@@ -521,6 +528,8 @@ class Laws(RuleBasedStateMachine):
         usage = self.model.kv_usage
         assert usage.n_used == usage.n_pages - self.pool.n_free == usage.n_cached
         assert usage.used_bytes == usage.n_used * self.pool.page_bytes
+        states = {state.slot for sequence in held for state in sequence.states()}
+        assert usage.n_slots_used == len(states), "a slot is held for nobody"
 
     def teardown(self) -> None:
         for shadow in list(self.shadows):
@@ -529,6 +538,7 @@ class Laws(RuleBasedStateMachine):
         gc.collect()
         self.model.clear_cache()
         assert self.model.kv_usage.n_used == self.model.kv_usage.used_bytes == 0
+        assert self.model.kv_usage.n_slots_used == 0
         assert self.workspace.sessions() == [] and self.workspace._keeper.store.check() == []
         self.workspace.close()
         shutil.rmtree(self.data)
@@ -544,13 +554,17 @@ def walk(
     context: int = CONTEXT,
     window_kv: Any = "keep",
     n_days: int = 5,
+    n_slots: int = 0,
+    every: int = 64,
 ) -> None:
-    """Lets the machine run over a model that has room for N_PAGES pages."""
+    """Lets the machine run over a model that has room for N_PAGES pages; a hybrid for so many states."""
     with Model.load(folder, kv=kv, threads=1, context=context, speculation="off") as oracle:
         n_bytes = N_PAGES * oracle._runner.pool.page_bytes
         options = {"kv": kv, "threads": threads, "context": context, "kv_memory": n_bytes, "window_kv": window_kv}
+        if n_slots:
+            options["state_memory"] = n_slots * oracle.kv_usage.slot_bytes
         attributes = {"folder": folder, "oracle": oracle, "options": options, "place": place, "policies": policies}
-        machine = type("Machine", (Laws,), attributes | {"context": context})
+        machine = type("Machine", (Laws,), attributes | {"context": context, "every": every})
         run_state_machine_as_test(
             machine,
             settings=settings(
@@ -593,6 +607,16 @@ def test_whatever_is_done_holds_for_every_structure(tmp_path: Path, name: str, k
     folder = make_talking_model(case, tmp_path / "model")
     policies = [p for p in POLICIES if p.name != "slide"] if name == "gpt2" else POLICIES
     walk(folder, tmp_path, kv, 2, policies=policies)
+
+
+# Hybrids have few slots, so states are evicted all the time, or many.
+@pytest.mark.busy(1e5)
+@pytest.mark.parametrize(("n_slots", "every", "threads"), [(9, 32, 1), (40, 64, 2)])
+def test_whatever_is_done_holds_for_hybrids(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_slots: int, every: int, threads: int
+) -> None:
+    make_hybrid(monkeypatch)
+    walk(tiny_folder, tmp_path, "f16", threads, n_slots=n_slots, every=every)
 
 
 # A text of 256 positions has dead KV in windowed layers. It is dropped under pressure, or always.

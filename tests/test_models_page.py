@@ -74,6 +74,9 @@ def widened(case: Case) -> Case:
     key = next(key for key in ("n_embd", "d_model", "hidden_size") if key in old)
     factor = 32 // math.gcd(32, old[key])
     settings = {**old, key: old[key] * factor} | ({"intermediate_size": 256} if "intermediate_size" in old else {})
+    settings |= {key: old[key] * factor for key in ("mamba_d_head", "mamba_d_ssm") if key in old}
+    settings |= {"mamba_head_dim": 32} if "mamba_head_dim" in old else {}
+    settings |= {key: 32 for key in ("linear_key_head_dim", "linear_value_head_dim") if key in old}
     settings |= {key: 64 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in old}
     if "head_dim" in old and old["head_dim"] * old["num_attention_heads"] == old[key]:
         settings["head_dim"] = old["head_dim"] * factor

@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from fabula.errors import InvalidArgument, StoreFull, StoreLocked, StoreReadOnly
+from fabula.errors import InvalidArgument, StoreError, StoreFull, StoreLocked, StoreReadOnly
 from fabula.kv import spill
 from fabula.kv.spill import Bytes, Fingerprint, SpillFolder
 from spilling import FILE_BYTES, FIRST, PAGE_BYTES, SECOND, content, file_of, files, key, n_pages_of, opened, page
@@ -177,6 +177,79 @@ def test_a_budget_below_one_page(tmp_path: Path) -> None:
     assert not made.put(key(0), page(0))
     assert isinstance(made.last_error, StoreFull) and "budget of 131 bytes" in str(made.last_error)
     made.close()
+
+
+# ---- States ----------------------------------------------------------------------------------------------------------
+
+STATE_BYTES = 250
+
+
+def state(i: int) -> Bytes:
+    return np.random.default_rng(1000 + i).integers(0, 256, STATE_BYTES).astype(np.uint8)
+
+
+def with_states(folder: Path, fingerprint: Fingerprint = FIRST, budget: int = 10_000) -> SpillFolder:
+    return SpillFolder(folder, fingerprint, PAGE_BYTES, budget, STATE_BYTES)
+
+
+def state_of(spilled: SpillFolder, i: int) -> Bytes | None:
+    out = np.zeros(STATE_BYTES, np.uint8)
+    return out if spilled.get(key(i), out) else None
+
+
+def test_states_lie_beside_pages_and_survive_reopening(tmp_path: Path) -> None:
+    made = with_states(tmp_path)
+    assert made.put(key(0), page(0)) and made.put(key(1), state(1)) and made.put(key(2), state(2))
+    assert not made.put(key(1), state(1)) and key(1) in made and key(9) not in made
+    made.close()
+    made = with_states(tmp_path)
+    assert (made.n_pages, made.n_states) == (1, 2) and made.other_fingerprints() == []
+    assert made.folder_bytes == made.n_bytes == FILE_BYTES + 2 * (STATE_BYTES + 32)
+    np.testing.assert_array_equal(content(made, 0), page(0))
+    np.testing.assert_array_equal(state_of(made, 2), state(2))
+    assert content(made, 1) is None and state_of(made, 0) is None, "a state is no page"
+    made.discard(key(1))
+    assert (made.n_pages, made.n_states) == (1, 1)
+    made.clear()
+    assert (made.n_pages, made.n_states, made.folder_bytes) == (0, 0, 0) and files(tmp_path) == set()
+    made.close()
+
+
+def test_pages_and_states_share_a_budget(tmp_path: Path) -> None:
+    made = with_states(tmp_path, budget=2 * FILE_BYTES + STATE_BYTES + 32)
+    assert made.put(key(0), state(0)) and made.put(key(1), page(1)) and made.put(key(2), page(2))
+    assert made.put(key(3), page(3)), "the state was used the longest time ago"
+    assert (made.n_pages, made.n_states) == (3, 0)
+    assert made.put(key(4), state(4)) and (made.n_pages, made.n_states) == (2, 1)
+    made.close()
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+def test_a_damaged_state_is_removed(tmp_path: Path, harm: str) -> None:
+    made = with_states(tmp_path)
+    made.put(key(1), state(1))
+    (path,) = [path for path in tmp_path.rglob(key(1).hex()) if path.is_file()]
+    data = bytearray(path.read_bytes())
+    if harm == "gone":
+        path.unlink()
+    else:
+        data[100] ^= 1
+        path.write_bytes(bytes(data) if harm == "flip" else bytes(data[:-1]))
+    assert state_of(made, 1) is None and made.n_states == 0 and made.folder_bytes == 0
+    assert isinstance(made.last_error, StoreError) and files(tmp_path) == set()
+    assert made.put(key(1), state(1)) and state_of(made, 1) is not None
+    made.close()
+
+
+def test_states_of_another_fingerprint_are_not_found(tmp_path: Path) -> None:
+    first = with_states(tmp_path)
+    first.put(key(1), state(1))
+    first.close()
+    second = with_states(tmp_path, SECOND)
+    assert second.n_states == 0 and state_of(second, 1) is None and second.folder_bytes == STATE_BYTES + 32
+    second.close()
+    with pytest.raises(InvalidArgument, match="state_bytes 100 must be 0 or more, and not page_bytes"):
+        SpillFolder(tmp_path / "new", FIRST, PAGE_BYTES, 1, PAGE_BYTES)
 
 
 # ---- Disks and folders that refuse -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fabula.formats.tensor_names import canonical_names
 from fabula.formats.text_part import text_part
 from fabula.models.families import family_of
 from fabula.models.opening import check_tensors
+from hybrid_families import use_recurrent_form
 from test_decoder_families import assert_close, expected, load, text
 
 TOWER: dict[str, Any] = {
@@ -33,6 +34,7 @@ TOWER: dict[str, Any] = {
 }
 QWEN_TOWER: dict[str, Any] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
 MROPE = {"type": "mrope", "mrope_section": [4, 4, 4], "rope_theta": 10000.0}
+PART = {"mrope_section": [3, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 THREE_WAYS = {"rope_type": "default", "mrope_section": [8, 6, 6], "mrope_interleaved": True, "rope_theta": 10000.0}
 # Name of the classes, the text part's config, the tower's.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -63,6 +65,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**ODD, "rope_parameters": THREE_WAYS},
         QWEN_TOWER | {"out_hidden_size": 72, "deepstack_visual_indexes": [0]},
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {**CASES_OF_TEXT["qwen3_5"].settings, "rope_parameters": {"rope_type": "default", **PART}},
+        QWEN_TOWER | {"out_hidden_size": 72},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {**CASES_OF_TEXT["qwen3_5_moe"].settings, "rope_parameters": {"rope_type": "default", **PART}},
+        QWEN_TOWER | {"out_hidden_size": 72},
+    ),
     "llama4": (
         "Llama4",
         dict(LLAMA4),
@@ -87,6 +99,7 @@ def make(name: str, folder: Path) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() < 2 else 0.15))
+    use_recurrent_form(model)
     model.save_pretrained(folder)
     # Without an image Llama 4's own class fails in transformers 5.24; the language model inside it has logits, too.
     return model.language_model if family == "Llama4" else model

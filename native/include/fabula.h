@@ -33,7 +33,7 @@ extern "C" {
 
 /* ---- Status and library ------------------------------------------------------------------------------------------ */
 
-#define FB_ABI_VERSION 12 /* raised whenever a declaration below changes; compared by the Python package at import */
+#define FB_ABI_VERSION 13 /* raised whenever a declaration below changes; compared by the Python package at import */
 
 enum fb_status {
     FB_OK = 0,
@@ -279,6 +279,30 @@ enum fb_status fb_page_write(fb_page_pool *pool, int32_t page, const void *src, 
  * is undefined until it is written again. Nothing happens on a device, whose memory is allocated once. */
 enum fb_status fb_page_discard(fb_page_pool *pool, int32_t page, int32_t first_layer, int32_t n_layers);
 
+/* ---- Recurrent states -------------------------------------------------------------------------------------------- */
+
+/* A pool of state slots. A slot holds what the recurrent operators of one sequence remember at one position: for each
+ * layer of the pool, which is one operator, so many f32. The pool holds bytes; which slot belongs to whom is the
+ * caller's. One engine thread at a time. */
+typedef struct fb_state_pool fb_state_pool;
+
+/* Reserves address space for all slots; only touched slots take memory. layer_floats [n_layers]: numbers of each layer
+ * (struct fb_op), 1 or more. */
+enum fb_status fb_state_pool_create(
+    const int64_t *layer_floats, int32_t n_layers, int32_t n_slots, fb_state_pool **out);
+void fb_state_pool_free(fb_state_pool *pool);
+size_t fb_state_bytes(const fb_state_pool *pool); /* bytes of one slot; 0 for NULL */
+
+/* Copies slot `src` over slot `dst`, zeroes a slot (the state before the first token), or reads and writes its bytes.
+ * `n_bytes` must equal fb_state_bytes. */
+enum fb_status fb_state_copy(fb_state_pool *pool, int32_t dst, int32_t src);
+enum fb_status fb_state_zero(fb_state_pool *pool, int32_t slot);
+enum fb_status fb_state_read(const fb_state_pool *pool, int32_t slot, void *dst, size_t n_bytes);
+enum fb_status fb_state_write(fb_state_pool *pool, int32_t slot, const void *src, size_t n_bytes);
+/* Returns a slot's memory to the system, as far as whole pages of the system lie in it. What it held is undefined until
+ * it is written again. */
+enum fb_status fb_state_discard(fb_state_pool *pool, int32_t slot);
+
 /* ---- Programs ---------------------------------------------------------------------------------------------------- */
 
 /* Operators read and write buffers, numbered 0 .. n_buffers-1. A buffer holds one f32 row of a fixed width per token of
@@ -306,9 +330,13 @@ enum fb_op_kind {
     FB_OP_SPARSIFY = 19,       /* out = activation(max(in - mean(in) - scale * deviation(in), 0)); out may be in */
     FB_OP_ROUTER = 20,         /* out = the n_chosen experts of a row and their weights, by `in`, a logit of each */
     FB_OP_EXPERTS = 21,        /* products with the matrices of the experts that a router chose; see below */
+    FB_OP_SHORT_CONV = 22,     /* causal convolution of each column over the last tokens; see below */
+    FB_OP_DELTA_RULE = 23,     /* gated delta rule; see below */
+    FB_OP_SSM = 24,            /* state space model with one decay a head (Mamba-2); see below */
+    FB_OP_GATED_NORM = 25,     /* RMS norm of groups of columns, and a gate: columns of `residual`; see below */
     /* A product for each head of `in`, by the matrix of `weight` that has its number: of the head's last n_cols numbers.
      * Those before them are copied: a head of `out` is the copy, then the result [n_rows]. Fills columns 0 and up. */
-    FB_OP_HEAD_LINEAR = 30
+    FB_OP_HEAD_LINEAR = 26
 };
 
 /* Mixtures of experts. ROUTER gives each expert a score: the softmax over all logits, their sigmoids, or the logits
@@ -322,6 +350,35 @@ enum fb_op_kind {
  *     plain      out [n_chosen n_rows]: the results side by side, best expert first
  *     gated      out [n_chosen width], each as LINEAR_GATED
  *     sums       out = (residual +) scale * sum over the experts, best first, of weight * result */
+
+/* Recurrent operators. Each has a layer of the state pool, used by no other, and computes the tokens of a sequence in
+ * their order, so that results have the same bits however a sequence is cut into steps. Gates are columns of buffer
+ * `factors`, from `column` on.
+ *
+ * SHORT_CONV, with w = `width` and K = vector_length / w taps, 2 .. 64. Its state [K - 1][w] is the last inputs, oldest
+ * first.
+ *     out[t][c] = activation(vector2[c] + sum over i, ascending, of vector[i][c] x[t - K + 1 + i][c])
+ * x are the columns column .. column + w - 1 of `in`. With FB_CONV_GATED these columns and the 2 w behind them are b, c
+ * and u (LFM2): x = b u, and the result is multiplied by c.
+ *
+ * DELTA_RULE (Yang et al. 2024, "Gated Delta Networks"). `in` holds n_groups q heads [k_dim], as many k heads, n_heads v
+ * heads [v_dim]; `factors` n_heads numbers b, then n_heads numbers a. Head h takes q and k of head
+ * h / (n_heads / n_groups), with FB_HEADS_TILED of head h % n_groups. Its state S is [k_dim][v_dim]:
+ *     q = scale q / sqrt(sum(q^2) + eps), k = k / sqrt(sum(k^2) + eps)
+ *     S = e^(vector[h] softplus(a + vector2[h])) S;  d = sigmoid(b) (v - S^T k);  S = S + k d^T;  out = S^T q
+ * With FB_DELTA_NEGATIVE the sigmoid is doubled. `limit` is 0.
+ *
+ * SSM (Dao & Gu 2024, "Transformers are SSMs"). `in` holds n_heads heads x [v_dim], then n_groups rows B [k_dim], then as
+ * many rows C; `factors` n_heads numbers dt. Head h takes B and C of group h / (n_heads / n_groups). `vector` holds A
+ * [n_heads], then D [n_heads]; vector2 the biases of dt. The state S of a head is [k_dim][v_dim]:
+ *     dt = min(max(softplus(dt + vector2[h]), low), limit);  S = e^(A dt) S + (dt B) x^T;  out = S^T C + D x
+ * with low = `eps`; limit 0: none.
+ *
+ * The state of DELTA_RULE and SSM is stored as [n_heads][v_dim / 16, rounded up][k_dim][16], with zeros behind v_dim.
+ *
+ * GATED_NORM norms n_groups groups of columns each; `vector` holds weights of all columns or of a group; the gate is
+ * activation(columns of `residual` from `column` on):
+ *     out = rms_norm(in) * gate, or rms_norm(in * gate) with FB_GATE_FIRST, or in * gate without `vector` */
 
 /* Activations of LINEAR and LINEAR_GATED. XIELU, with vector2 = a, b, c, e:
  *     x > 0: a x^2 + b x      else: c (e^min(x, e) - 1 - x) + b x */
@@ -379,7 +436,11 @@ enum fb_op_flag {
     /* EXPERTS: products are multiplied by the expert's weight before bias and activation; with FB_EXPERTS_SUM that was
      * done, and results are summed as they are. */
     FB_EXPERTS_WEIGH = 8192,
-    FB_HEADS_LATENT = 1 << 20 /* HEAD_NORM: only an RMS norm of the last v_dim numbers of each k head, by `vector2` */
+    FB_CONV_GATED = 16384,     /* SHORT_CONV: `in` holds b, c and u */
+    FB_HEADS_TILED = 32768,    /* DELTA_RULE: head h has q and k of head h % n_groups */
+    FB_DELTA_NEGATIVE = 65536, /* DELTA_RULE: the factor of updates is 0 .. 2, so eigenvalues may be negative */
+    FB_GATE_FIRST = 131072,    /* GATED_NORM: the gate comes before the norm */
+    FB_HEADS_LATENT = 262144   /* HEAD_NORM: only an RMS norm of the last v_dim numbers of each k head, by `vector2` */
 };
 
 /* One operator. `vector` is, by kind:
@@ -389,6 +450,7 @@ enum fb_op_flag {
  *     ROUTER, EXPERTS   corrections [n_experts], biases [n_experts n_rows]
  *     MULTIPLY, ADD, MATCH_RMS   the second input [width], where `residual` is -1
  *     MIX          the factors [n][m], where `factors` is -1
+ *     SHORT_CONV   weights [K][width];  DELTA_RULE: factors of the decay [n_heads];  SSM: A and D [2 n_heads]
  *     ATTENTION    a logit of each head [n_heads], which takes its share of the softmax (Xiao et al. 2023; gpt-oss)
  * `vector2` of ATTENTION holds a slope for each head [n_heads]: slope * (position of the key - that of the query) is
  * added to its scores (ALiBi, Press et al. 2022). With FB_ALIBI_BF16 that is scale * (b(key) - b(query)) with
@@ -400,29 +462,36 @@ struct fb_op {
     int32_t out;      /* buffer written; -1 where the op works in place or writes the caller's logits */
     int32_t residual; /* buffer added to the result, -1 for none. A norm with a residual destroys `in` */
     /* MIX: buffer [n m] of the factors of m streams of `in` in n streams of `out`; -1: `vector`. EXPERTS: buffer of the
-     * router's result. */
+     * router's result. DELTA_RULE, SSM: buffer of the gates. */
     int32_t factors;
-    int32_t width;  /* MIX: of a stream */
-    int32_t layer;  /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool */
-    int32_t column; /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual` */
+    int32_t width; /* MIX: of a stream; SHORT_CONV: columns */
+    int32_t layer; /* KV_WRITE, ATTENTION: 0 .. n_layers-1 of the page pool; recurrent operators: of the state pool */
+    /* LINEAR: first column of `out`, those before are filled; second inputs: of `residual`; SHORT_CONV: of `in`; gates:
+     * of `factors` */
+    int32_t column;
     int32_t window; /* ATTENTION: a token sees itself and window-1 before it; 0 for all */
     int32_t heads;  /* HEAD_NORM, ROPE, KV_WRITE, ATTENTION: index of the geometry */
     enum fb_activation_kind activation;
     uint32_t flags;          /* enum fb_op_flag */
     const fb_weight *weight; /* EMBED*, LINEAR*, LOGITS, EXPERTS; borrowed: it must outlive the program */
     const float *vector;     /* weights of a norm, bias, or sink logits; see above. Copied */
-    const float *vector2;  /* HEAD_NORM: k-head norm; LAYER_NORM: bias; XIELU: its numbers; ATTENTION: slopes. Copied */
+    /* HEAD_NORM: k-head norm; LAYER_NORM, SHORT_CONV: bias; XIELU: its numbers; ATTENTION: slopes; DELTA_RULE, SSM: biases
+     * of gates. Copied */
+    const float *vector2;
     int32_t vector_length; /* of `vector`; 0 when NULL */
     int32_t vector2_length;
-    float eps; /* norms, MATCH_RMS, ROUTER */
-    /* EMBED, LINEAR, LOGITS, SCALE, ADD, ROUTER, EXPERTS: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim) */
+    float eps; /* norms, MATCH_RMS, ROUTER, DELTA_RULE; SSM: the smallest dt */
+    /* EMBED, LINEAR, LOGITS, SCALE, ADD, ROUTER, EXPERTS: factor; ATTENTION: factor on q.k, usually 1/sqrt(k_dim);
+     * DELTA_RULE: factor on q */
     float scale;
-    float limit; /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP */
+    /* LOGITS, ATTENTION: soft cap of logits or scores, limit tanh(x / limit), 0 for none; CLAMP; SSM: the largest dt */
+    float limit;
     /* ATTENTION: a query at position p is multiplied by 1 + temperature ln(1 + floor((p + offset) / length)); 0: not */
     float temperature;
     int32_t temperature_offset, temperature_length;
     int32_t n_chosen;               /* ROUTER, EXPERTS: experts of a row */
-    int32_t n_groups, n_top_groups; /* ROUTER; 0: no groups */
+    int32_t n_groups, n_top_groups; /* ROUTER; 0: no groups. n_groups of DELTA_RULE, SSM, GATED_NORM: see above */
+    int32_t n_heads, k_dim, v_dim;  /* DELTA_RULE, SSM; k_dim, v_dim 1 .. 1024 */
 };
 
 /* What the operators of a program have in common. */
@@ -436,6 +505,7 @@ struct fb_program_shape {
     const struct fb_heads *heads; /* [n_geometries] */
     int32_t n_ropes;
     const struct fb_rope_table *ropes; /* [n_ropes] */
+    int32_t n_state_layers;            /* of the state pool; 0 without recurrent operators, which then need none */
 };
 
 typedef struct fb_program fb_program;
@@ -465,6 +535,11 @@ enum fb_status fb_program_join(fb_device *group, fb_program *const *parts, int32
 void fb_program_free(fb_program *program);
 size_t fb_program_scratch_bytes(const fb_program *program);
 
+/* The state after the first n_tokens tokens of a step, 1 or more, is also written to `slot`. */
+struct fb_state_keep {
+    int32_t n_tokens, slot;
+};
+
 /* One sequence's share of a batch: its tokens follow the n_past positions already in its pages.
  *
  * With a window W and S sinks (Xiao et al. 2023, "attention sinks") the token at position p >= S + W attends to the
@@ -481,6 +556,11 @@ struct fb_sequence {
     int32_t n_tokens; /* >= 1 */
     int32_t window;   /* W: 0 for everything, else >= 1 */
     int32_t n_sinks;  /* S: 0 .. FB_PAGE_POSITIONS; 0 without a window */
+    /* Slots of the state pool, ignored by programs without recurrent operators. */
+    int32_t state_in;                  /* read: the state after n_past tokens; -1: zeros, where n_past is 0 */
+    int32_t state_out;                 /* written: the state after n_past + n_tokens; may be state_in, in place */
+    const struct fb_state_keep *keeps; /* [n_keeps], n_tokens ascending and below the sequence's */
+    int32_t n_keeps;
 };
 
 struct fb_batch {
@@ -491,12 +571,14 @@ struct fb_batch {
     int32_t n_sequences;
     const int32_t *outputs; /* [n_outputs] rows of the batch whose logits are wanted, ascending, no row twice */
     int32_t n_outputs;
+    fb_state_pool *states; /* NULL for a program without recurrent operators */
 };
 
-/* Runs the program over a batch in one parallel region. Writes the batch's positions of the pages and `logits`
- * [n_outputs, rows of the last op's weight], nothing else. Two sequences of a batch must not write the same page. On an
- * error pages and logits are unchanged, except after FB_NON_FINITE and FB_DEVICE_FAILED: then the batch's positions are
- * undefined and must not be used. */
+/* Runs the program over a batch in one parallel region. Writes the batch's positions of the pages, the slots state_out
+ * and those of `keeps`, and `logits` [n_outputs, rows of the last op's weight], nothing else. Two sequences of a batch
+ * must not write the same page or slot, nor may one read a slot that another writes. On an error pages, slots and logits
+ * are unchanged, except after FB_NON_FINITE and FB_DEVICE_FAILED: then the batch's positions and the slots that it
+ * writes are undefined and must not be used. */
 enum fb_status fb_program_run(
     fb_program *program, fb_page_pool *pool, const struct fb_batch *batch, float *logits, size_t n_logits);
 
@@ -601,6 +683,9 @@ struct fb_decode_request {
     int32_t n_bias;
     int32_t n_breakers;
     const int32_t *breakers;
+    /* Result: tokens that the state in sequence.state_out has seen; -1 where a step failed and it is undefined. Only of
+     * programs with recurrent operators. */
+    int32_t state_position;
 };
 
 /* Runs up to n_steps decode steps. Each computes the tokens of every active sequence that are not computed yet and
@@ -609,11 +694,13 @@ struct fb_decode_request {
  * another thread may set, is not 0. A sequence whose sampling fails stops with fewer tokens and no end token;
  * fb_sample says why. An error in the first step is returned; a later one ends the call, and the next call meets
  * it.
+ *   states    the state pool, NULL for a program without recurrent operators. The first step goes from state_in to
+ *             state_out and writes `keeps`; later ones are in place
  *   logits    scratch of at least n_requests x vocab_size
  *   seconds   [n_steps] since the call for each step;  n_done  how many steps ran */
-enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct fb_decode_request *requests,
-    int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds,
-    int32_t *n_done);
+enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, fb_state_pool *states,
+    struct fb_decode_request *requests, int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits,
+    size_t n_logits, double *seconds, int32_t *n_done);
 
 /* ---- Operators on their own -------------------------------------------------------------------------------------- */
 

@@ -444,6 +444,55 @@ class PagePool:
         ffi.release(self.handle)
 
 
+class StatePool:
+    """Bytes of state slots, for programs with recurrent operators; see fb_state_pool in fabula.h. Which slot belongs to
+    whom is in fabula.kv.
+
+    Args:
+        layer_floats: numbers of each layer, in the order of the operators' `layer`.
+        n_slots: slots in all; only touched ones take memory.
+    """
+
+    def __init__(self, layer_floats: Sequence[int], n_slots: int) -> None:
+        out = ffi.new("fb_state_pool **")
+        c_floats = ffi.new("int64_t[]", list(layer_floats))
+        check(lib.fb_state_pool_create(c_floats, len(layer_floats), n_slots, out))
+        self.handle: Any = ffi.gc(out[0], lib.fb_state_pool_free)
+        self.n_slots = n_slots
+        self.slot_bytes = int(lib.fb_state_bytes(self.handle))
+
+    def copy(self, dst: int, src: int) -> None:
+        check(lib.fb_state_copy(self.handle, dst, src))
+
+    def zero(self, slot: int) -> None:
+        check(lib.fb_state_zero(self.handle, slot))
+
+    def discard(self, slot: int) -> None:
+        """Returns its memory to the system; what it held is undefined until it is written again."""
+        check(lib.fb_state_discard(self.handle, slot))
+
+    def read(self, slot: int) -> npt.NDArray[np.uint8]:
+        out = np.empty(self.slot_bytes, np.uint8)
+        check(lib.fb_state_read(self.handle, slot, ffi.cast("void *", out.ctypes.data), out.nbytes))
+        return out
+
+    def write(self, slot: int, raw: npt.NDArray[np.uint8]) -> None:
+        raw = np.ascontiguousarray(raw, dtype=np.uint8)
+        check(lib.fb_state_write(self.handle, slot, ffi.cast("void *", raw.ctypes.data), raw.nbytes))
+
+    def close(self) -> None:
+        ffi.release(self.handle)
+
+
+def state_bytes(layer_floats: Sequence[int]) -> int:
+    """Bytes of a slot with these layers; reserves a pool of one slot and never touches it."""
+    pool = StatePool(layer_floats, 1)
+    try:
+        return pool.slot_bytes
+    finally:
+        pool.close()
+
+
 def page_bytes(dtypes: KvDTypes, layers: Sequence[KvLayer]) -> int:
     """Bytes of a page with that layout; reserves a pool of one page and never touches it."""
     pool = PagePool(dtypes, 1, layers)

@@ -9,7 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._ffi import ffi, lib
-from fabula._native import F32, I32, Device, Isa, PagePool, Weight, check, f32, floats, handle_of, i32, ints, isa_number
+from fabula._native import (
+    F32,
+    I32,
+    Device,
+    Isa,
+    PagePool,
+    StatePool,
+    Weight,
+    check,
+    f32,
+    floats,
+    handle_of,
+    i32,
+    ints,
+    isa_number,
+)
 from fabula.lean_dataclasses import dataclass
 
 
@@ -41,13 +56,16 @@ class Op:
     n_chosen: int = 0
     n_groups: int = 0
     n_top_groups: int = 0
+    n_heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
 
 
 # Numbers of an operator that C takes under the same name.
 _OP_FIELDS = (
     *("kind", "out", "residual", "factors", "width", "layer", "column", "window", "heads", "activation", "flags"),
     *("eps", "scale", "limit", "temperature", "temperature_offset", "temperature_length"),
-    *("n_chosen", "n_groups", "n_top_groups"),
+    *("n_chosen", "n_groups", "n_top_groups", "n_heads", "k_dim", "v_dim"),
 )
 
 
@@ -69,6 +87,16 @@ class RopeTable(NamedTuple):
     scale: float = 1.0
 
 
+def conv_floats(width: int, n_taps: int) -> int:
+    """Numbers of a state layer of SHORT_CONV: the last n_taps - 1 inputs of each column."""
+    return (n_taps - 1) * width
+
+
+def head_floats(n_heads: int, k_dim: int, v_dim: int) -> int:
+    """Numbers of a state layer of DELTA_RULE or SSM: [k_dim, v_dim] of each head, v_dim rounded up to whole vectors."""
+    return n_heads * k_dim * (-(-v_dim // 16) * 16)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What the operators of a program share; as in struct fb_program_shape."""
@@ -78,17 +106,25 @@ class Shape:
     max_tokens: int
     heads: Sequence[Heads]
     ropes: Sequence[RopeTable]
+    n_state_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSequence:
-    """One sequence's share of a batch: pages int32, positions already held, tokens to append; as in fb_sequence."""
+    """One sequence's share of a batch: pages int32, positions already held, tokens to append; as in fb_sequence.
+
+    With recurrent operators also state slots: the one read (-1: zeros), the one written, and (n_tokens, slot) of states
+    that are kept on the way.
+    """
 
     pages: I32
     n_past: int
     tokens: I32
     window: int = 0
     n_sinks: int = 0
+    state_in: int = -1
+    state_out: int = -1
+    keeps: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +184,7 @@ class Program:
         c_shape.struct_size = ffi.sizeof("struct fb_program_shape")
         keep: list[Any] = []
         c_shape.n_layers, c_shape.vocab_size, c_shape.max_tokens = shape.n_layers, shape.vocab_size, shape.max_tokens
-        c_shape.n_buffers = len(buffer_widths)
+        c_shape.n_buffers, c_shape.n_state_layers = len(buffer_widths), shape.n_state_layers
         c_shape.n_geometries, c_shape.n_ropes = len(shape.heads), len(shape.ropes)
         c_shape.heads = c_heads = ffi.new("struct fb_heads[]", list(shape.heads))
         c_shape.ropes = c_ropes = ffi.new("struct fb_rope_table[]", len(shape.ropes))
@@ -193,27 +229,49 @@ class Program:
     def scratch_bytes(self) -> int:
         return int(lib.fb_program_scratch_bytes(self.handle))
 
-    def run(self, pool: PagePool, sequences: Sequence[BatchSequence], outputs: npt.ArrayLike) -> F32:
-        """Runs one batch; `outputs` are the rows whose logits are wanted. Returns float32 [n_rows, self.n_outputs]."""
+    def run(
+        self,
+        pool: PagePool,
+        sequences: Sequence[BatchSequence],
+        outputs: npt.ArrayLike,
+        *,
+        states: StatePool | None = None,
+    ) -> F32:
+        """Runs one batch; `outputs` are the rows whose logits are wanted; `states` only with recurrent operators.
+        Returns float32 [n_rows, self.n_outputs]."""
         tokens = np.concatenate([i32(s.tokens) for s in sequences]) if sequences else np.empty(0, np.int32)
         wanted = i32(outputs)
         c_sequences = ffi.new("struct fb_sequence[]", max(len(sequences), 1))
-        keep = [i32(s.pages) for s in sequences]
-        for c_sequence, sequence, pages in zip(c_sequences, sequences, keep, strict=False):
-            _describe(c_sequence, sequence, pages)
+        pages = [i32(s.pages) for s in sequences]
+        keeps = [_keeps(s) for s in sequences]
+        for c_sequence, sequence, its_pages, its_keeps in zip(c_sequences, sequences, pages, keeps, strict=False):
+            _describe(c_sequence, sequence, its_pages, its_keeps)
         batch = ffi.new("struct fb_batch *")
         batch.struct_size = ffi.sizeof("struct fb_batch")
         batch.n_tokens, batch.tokens = tokens.size, ints(tokens)
         batch.sequences, batch.n_sequences = c_sequences, len(sequences)
         batch.outputs, batch.n_outputs = ints(wanted), wanted.size
+        batch.states = _states(states)
         logits = np.empty((wanted.size, self.n_outputs), np.float32)
         check(lib.fb_program_run(self.handle, pool.handle, batch, floats(logits), logits.size))
         return logits
 
     def decode(
-        self, pool: PagePool, sequences: Sequence[DecodeSequence], n_steps: int, stop: Any
+        self,
+        pool: PagePool,
+        sequences: Sequence[DecodeSequence],
+        n_steps: int,
+        stop: Any,
+        *,
+        states: StatePool | None = None,
+        state_positions: list[int] | None = None,
     ) -> tuple[list[tuple[I32, F32]], npt.NDArray[np.float64]]:
         """Up to n_steps decode steps; see fb_program_decode. `stop`: int32_t[1] of cffi.
+
+        Args:
+            states: only with recurrent operators.
+            state_positions: receives, of each sequence, how many tokens the state in its slot state_out has seen; -1
+                where a step failed after others and left it undefined.
 
         Returns:
             The tokens and logprobs of each sequence, and when each step was done, in seconds since the call.
@@ -221,9 +279,10 @@ class Program:
         c_sequences = ffi.new("struct fb_decode_request[]", len(sequences))
         logprobs = np.empty((len(sequences), n_steps), np.float32)
         seconds, n_done = np.empty(n_steps, np.float64), ffi.new("int32_t *")
+        keeps = [_keeps(s.share) for s in sequences]
         for i, (c, sequence) in enumerate(zip(c_sequences, sequences, strict=True)):
             sampling = sequence.sampling
-            _describe(c.sequence, sequence.share, sequence.share.pages)
+            _describe(c.sequence, sequence.share, sequence.share.pages, keeps[i])
             c.n_steps = min(sequence.n_steps, n_steps)
             c.history, c.n_history = ints(sequence.history), sequence.n_history
             c.ends, c.n_ends, c.logprobs = ints(sequence.ends), sequence.ends.size, floats(logprobs[i])
@@ -235,10 +294,12 @@ class Program:
             self._decode_logits = np.empty(n_logits, np.float32)
         check(
             lib.fb_program_decode(
-                self.handle, pool.handle, c_sequences, len(sequences), n_steps, stop,
+                self.handle, pool.handle, _states(states), c_sequences, len(sequences), n_steps, stop,
                 floats(self._decode_logits), n_logits, ffi.cast("double *", seconds.ctypes.data), n_done,
             )
         )  # fmt: skip
+        if state_positions is not None:
+            state_positions[:] = [int(c.state_position) for c in c_sequences]
         sampled = []
         for c, sequence, row in zip(c_sequences, sequences, logprobs, strict=True):
             n = int(c.n_sampled)
@@ -265,7 +326,16 @@ class Program:
         ffi.release(self.handle)
 
 
-def _describe(c: Any, share: BatchSequence, pages: I32) -> None:
-    """Fills a struct fb_sequence; `pages` are the share's, and must live as long as it."""
+def _describe(c: Any, share: BatchSequence, pages: I32, keeps: Any) -> None:
+    """Fills a struct fb_sequence; `pages` and `keeps` are the share's, and must live as long as it."""
     c.pages, c.n_pages = ints(pages), pages.size
     c.n_past, c.n_tokens, c.window, c.n_sinks = share.n_past, len(share.tokens), share.window, share.n_sinks
+    c.state_in, c.state_out, c.keeps, c.n_keeps = share.state_in, share.state_out, keeps, len(share.keeps)
+
+
+def _keeps(share: BatchSequence) -> Any:
+    return ffi.new("struct fb_state_keep[]", list(share.keeps)) if share.keeps else ffi.NULL
+
+
+def _states(states: StatePool | None) -> Any:
+    return ffi.NULL if states is None else states.handle

@@ -119,6 +119,8 @@ class Model:
         if c.kv_layers != kv_layers(c.n_layers, c.n_kv_heads, c.head_dim):
             layers = ", ".join("x".join(map(str, layer)) for layer in c.kv_layers)
         layout = f"2: {layers}, rope for {runner.context}"
+        if c.state_layers:
+            layout += ", states of " + "+".join(map(str, c.state_layers))
         if runner.bf16_inputs is not None:
             layout += f", bf16 weights x {runner.bf16_inputs} inputs"
         if runner.device is not None:  # results differ from those of other devices: a sequence must not mix them
@@ -142,6 +144,7 @@ class Model:
         pin_threads: bool = False,
         context: int | None = None,
         kv_memory: int | None = None,
+        state_memory: int | None = None,
         window_kv: WindowKv = "keep",
         device: str = "cpu",
         device_memory: int | None = None,
@@ -171,6 +174,10 @@ class Model:
             context: context length in tokens; None for the model's own, which is also the limit.
             kv_memory: bytes of the KV cache; None for four sequences of the full context. On the CPU only used pages
                 take memory; on a GPU the cache is allocated, up to the free memory.
+            state_memory: bytes of the recurrent states of a hybrid model, one for each place that a text can go on from
+                without being computed again; None for 1 GiB. Only used slots take memory. The least recently used are
+                evicted, to disk where there is a place; the counts of reused and recomputed tokens show what that
+                costs. Of no effect for other models.
             window_kv: for models with windowed layers, on the CPU: when their KV left of the window is dropped. "keep":
                 when memory runs out, before anything else is evicted; "drop": as soon as the text has grown beyond
                 it, and `kv_memory` None means less. A rollback, fork or new answer where it was dropped recomputes it,
@@ -218,6 +225,7 @@ class Model:
             ("threads", threads, MAX_THREADS),
             ("context", context, 1 << 24),
             ("kv_memory", kv_memory, 1 << 50),
+            ("state_memory", state_memory, 1 << 50),
             ("device_memory", device_memory, 1 << 50),
         )
         for name, value, most in limits:
@@ -248,6 +256,7 @@ class Model:
                 n_threads=n_threads,
                 context=context,
                 kv_memory=kv_memory,
+                state_memory=state_memory,
                 drops_windowed=window_kv == "drop",
                 bf16_inputs=bf16_inputs,
                 progress=load_progress,
@@ -519,7 +528,7 @@ class Model:
 
     @property
     def kv_usage(self) -> PoolUsage:
-        """Pages of the KV cache: used, shared, cached, on disk."""
+        """Pages of the KV cache: used, shared, cached, on disk; and slots of recurrent states."""
         return self._engine.cache.usage()
 
     def clear_cache(self) -> None:

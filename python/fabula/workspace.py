@@ -163,8 +163,9 @@ class Workspace:
         fingerprint = model.fingerprint
         slug = re.sub(r"[^A-Za-z0-9.-]+", "_", name)[-40:] + "-" + blake2b(name.encode(), digest_size=4).hexdigest()
         try:
+            pool = model._runner.pool
             spill = SpillFolder(
-                self.folder / "pages" / slug, fingerprint, model._runner.pool.page_bytes, self._spill_bytes
+                self.folder / "pages" / slug, fingerprint, pool.page_bytes, self._spill_bytes, pool.state_record_bytes
             )
         except StoreError as error:  # sessions work without: the KV cache can be recomputed
             return None, f"pages are not kept on disk: {error}"

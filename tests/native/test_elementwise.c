@@ -1,5 +1,5 @@
 /*
- * test_elementwise.c - activations, soft cap and layer norm: the reference against exact functions in double, and every
+ * test_elementwise.c - activations, softplus, soft cap and layer norm: the reference against exact functions in double, and every
  * table of this CPU against the reference, bit for bit, for sizes with and without a rest, and for NaN and infinity.
  */
 #include "check.h"
@@ -67,6 +67,14 @@ static void check_values(void) {
         CHECK_AT(fabs((double)y - wanted) <= 1e-6 * fabs(wanted), "soft cap of %g: %g, not %g", (double)x, (double)y,
             wanted);
     }
+    for (int step = -4000; step <= 4000; step++) {
+        const float x = (float)step / 40.0f;
+        float y = x;
+        kernels->softplus(&y, 1);
+        const double wanted = x > 0.0f ? (double)x + log1p(exp(-(double)x)) : log1p(exp((double)x));
+        CHECK_AT(fabs((double)y - wanted) <= 1e-6 * wanted || (x < -87.0f && y == 0.0f), "softplus of %g: %g, not %g",
+            (double)x, (double)y, wanted);
+    }
     float x[MOST], weight[MOST], bias[MOST], out[MOST];
     fill(x, MOST, 3.0f, 1);
     fill(weight, MOST, 1.0f, 2);
@@ -120,6 +128,13 @@ static void check_table(enum fb_isa isa) {
         kernels->soft_cap(got, n, 0.3f, 20.0f);
         reference->soft_cap(wanted, n, 0.3f, 20.0f);
         CHECK_AT(same(got, wanted, n), "isa %d, soft cap of %zu", (int)isa, n);
+        memcpy(got, x, sizeof got);
+        memcpy(wanted, x, sizeof wanted);
+        kernels->softplus(got, n);
+        reference->softplus(wanted, n);
+        CHECK_AT(same(got, wanted, n), "isa %d, softplus of %zu", (int)isa, n);
+        for (size_t i = 0; i < n; i++)
+            CHECK_AT(!isnan(x[i]) || isnan(got[i]), "isa %d, softplus loses NaN", (int)isa);
         kernels->layer_norm(x, weight, bias, n, 1e-6f, got);
         reference->layer_norm(x, weight, bias, n, 1e-6f, wanted);
         CHECK_AT(same(got, wanted, n), "isa %d, layer norm of %zu", (int)isa, n);

@@ -299,6 +299,55 @@ static void test_exp_accuracy(void) {
     CHECK_AT(worst < 2e-7, "exp is off by %g", worst);
 }
 
+/* The state before and behind of some tokens, for columns that are no whole blocks, and the results. */
+static void test_recurrent(const struct fb_kernels *kernels, const char *name, uint64_t seed, bool hostile) {
+    enum { TOKENS = 3, MOST_ROWS = 33, MOST_COLUMNS = 144, LD = 150 };
+    static const size_t rows[] = {1, 2, 16, MOST_ROWS}, columns[] = {1, 15, 16, 17, 33, 64, 80, 130};
+    const struct fb_kernels *reference = &fb_kernels_reference;
+    state = seed * 7919 + 13;
+    float *q = random_floats(TOKENS * MOST_ROWS, hostile), *k = random_floats(TOKENS * MOST_ROWS, hostile);
+    float *v = random_floats(TOKENS * LD, hostile), *from = random_floats(MOST_ROWS * MOST_COLUMNS, hostile);
+    float *gates = random_floats(2 * TOKENS, hostile);
+    static float out[2][TOKENS * LD], to[2][MOST_ROWS * MOST_COLUMNS];
+    for (size_t r = 0; r < 4; r++)
+        for (size_t c = 0; c < 8; c++)
+            for (int is_ssm = 0; is_ssm < 2; is_ssm++) {
+                const size_t n = columns[c], n_state = (n + 15) / 16 * 16 * rows[r];
+                for (int i = 0; i < 2; i++) {
+                    memset(out[i], 0, sizeof out[i]);
+                    if (i == 1) memcpy(to[i], from, n_state * sizeof **to); /* the reference works in place */
+                    const struct fb_delta_rule rule = {
+                        q, k, gates, gates + TOKENS, v, out[i], i ? to[i] : from, to[i], LD, LD, TOKENS, rows[r], n};
+                    const struct fb_ssm ssm = {k, q, gates, v, out[i], i ? to[i] : from, to[i], gates[TOKENS], rows[r],
+                        LD, LD, TOKENS, rows[r], n};
+                    const struct fb_kernels *table = i ? reference : kernels;
+                    if (is_ssm)
+                        table->ssm(&ssm);
+                    else
+                        table->delta_rule(&rule);
+                }
+                bool agrees = same(out[0], out[1], TOKENS * LD);
+                for (size_t i = 0; i < n_state; i++)
+                    if (i / 16 / rows[r] * 16 + i % 16 < n) agrees = agrees && same(&to[0][i], &to[1][i], 1);
+                CHECK_AT(agrees, "%s, %s, %zu x %zu, seed %llu", name, is_ssm ? "ssm" : "delta_rule", rows[r], n,
+                    (unsigned long long)seed);
+            }
+    for (size_t n_taps = 1; n_taps <= 5; n_taps++)
+        for (size_t n = 0; n <= 67; n++)
+            for (int biased = 0; biased < 2; biased++) {
+                for (int i = 0; i < 2; i++)
+                    (i ? reference : kernels)
+                        ->short_conv(v + 1, 68, from + 3, 70, biased ? from : NULL, n_taps, n, out[i]);
+                CHECK_AT(same(out[0], out[1], n), "%s, short_conv of %zu taps and %zu columns, seed %llu", name, n_taps,
+                    n, (unsigned long long)seed);
+            }
+    free(q);
+    free(k);
+    free(v);
+    free(from);
+    free(gates);
+}
+
 int main(int n_arguments, char **arguments) {
     const uint64_t n_seeds = n_arguments > 1 ? strtoull(arguments[1], NULL, 10) : 20;
     static const size_t sizes[] = {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 255, 1000};
@@ -328,6 +377,9 @@ int main(int n_arguments, char **arguments) {
     for (uint64_t seed = 1; seed <= n_seeds; seed++) {
         test_gemm(tables, TABLES, seed);
         test_pairs(tables, TABLES, seed);
+        for (size_t i = 0; i < TABLES; i++)
+            for (int hostile = 0; tables[i].kernels && hostile < 2; hostile++)
+                test_recurrent(tables[i].kernels, tables[i].name, seed, hostile);
         for (size_t i = 0; i < TABLES; i++)
             for (size_t s = 0; tables[i].kernels && s < sizeof sizes / sizeof *sizes; s++) {
                 for (int hostile = 0; hostile < 2; hostile++)

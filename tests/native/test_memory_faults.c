@@ -201,6 +201,17 @@ static enum fb_status create_pool(int32_t n_pages) {
     return status;
 }
 
+static enum fb_status create_states(int32_t n_slots) {
+    static const int64_t layer_floats[] = {100, 3000};
+    fb_state_pool *made = (fb_state_pool *)&nothing;
+    const enum fb_status status = fb_state_pool_create(layer_floats, 2, n_slots, &made);
+    CHECK((made == (fb_state_pool *)&nothing) == (status != FB_OK));
+    if (status == FB_OK) fb_state_pool_free(made);
+    return status;
+}
+
+CALL(create_small_states, create_states(1))
+CALL(create_large_states, create_states(LONG))
 CALL(create_small_pool, create_pool(3))
 CALL(create_large_pool, create_pool(LONG))
 
@@ -342,7 +353,7 @@ static enum fb_status decode_tokens(void) {
             .settings = &settings};
     mark_output(2 * N_VOCAB);
     const enum fb_status status = fb_program_decode(
-        program, pool, requests, 2, STEPS, NULL, output, 2 * N_VOCAB, seconds, &n_done);
+        program, pool, NULL, requests, 2, STEPS, NULL, output, 2 * N_VOCAB, seconds, &n_done);
     CHECK(status == FB_OK ? n_done == STEPS && requests[0].n_sampled == STEPS : n_done == -1 && history[0][1] == 0);
     return check_output(status, 2 * N_VOCAB);
 }
@@ -433,6 +444,8 @@ int main(void) {
     sweep("fb_weight_create, large", create_large_weight, 2);
     sweep("fb_page_pool_create, small", create_small_pool, -1);
     sweep("fb_page_pool_create, large", create_large_pool, -1);
+    sweep("fb_state_pool_create, small", create_small_states, -1);
+    sweep("fb_state_pool_create, large", create_large_states, -1);
 
     square = packed(WIDTH, WIDTH);
     to_qkv = packed(QKV, WIDTH);

@@ -106,7 +106,7 @@ static void run(const struct model *m, enum fb_isa isa, int32_t n_threads, enum 
     const struct fb_heads heads = {HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, 0, 0};
     const struct fb_rope_table rope = {m->frequencies, HEAD_DIM / 2, 1.0f};
     const struct fb_kv_layer layer = {KV_HEADS, HEAD_DIM, HEAD_DIM}, layers[LAYERS] = {layer, layer};
-    const struct fb_program_shape shape = {sizeof shape, LAYERS, VOCABULARY, TOKENS, N_BUFFERS, 1, &heads, 1, &rope};
+    const struct fb_program_shape shape = {sizeof shape, LAYERS, VOCABULARY, TOKENS, N_BUFFERS, 1, &heads, 1, &rope, 0};
     fb_program *program = NULL;
     fb_page_pool *pool = NULL;
     CHECK_AT(
@@ -119,8 +119,8 @@ static void run(const struct model *m, enum fb_isa isa, int32_t n_threads, enum 
     }
     for (int32_t past = 0; past < TOKENS; past += piece) {
         const int32_t n = TOKENS - past < piece ? TOKENS - past : piece;
-        const struct fb_sequence sequence = {pages, PAGES, past, n, 0, 0};
-        const struct fb_batch batch = {sizeof batch, n, tokens + past, &sequence, 1, outputs, n};
+        const struct fb_sequence sequence = {pages, PAGES, past, n, 0, 0, 0, 0, NULL, 0};
+        const struct fb_batch batch = {sizeof batch, n, tokens + past, &sequence, 1, outputs, n, NULL};
         CHECK_AT(fb_program_run(program, pool, &batch, logits + past * VOCABULARY, (size_t)n * VOCABULARY) == FB_OK,
             "%s", fb_last_error());
     }

@@ -268,6 +268,7 @@ enum { FEW_TOKENS = 6, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
 #define HAS_HALVES(tokens)  ((tokens) >= (DOT_KNOWS_ZERO ? 3 : 4))
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 4 };
+enum { STATE_BLOCKS = 2 };
 #define TILE_PANELS(tokens) ((tokens) == 1 ? 1 : (tokens) == 2 ? 3 : (tokens) == 3 ? 2 : 1)
 #define TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(2, 3) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 

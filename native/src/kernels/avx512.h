@@ -201,6 +201,7 @@ enum { FEW_TOKENS = 6, BLOCK_TOKENS = 6, BLOCK_PANELS = 2, SCALE_REPEATS = 1 };
 #define BLOCK_TILES(X) X(5, 1) X(5, 2) X(6, 1) X(6, 2)
 
 enum { SUMS = 24, MAX_TOKENS = 12, MAX_PANELS = 4 };
+enum { STATE_BLOCKS = 4 };
 #define TILE_PANELS(tokens) ((tokens) <= 3 ? 1 : 2)
 /* clang-format off */
 #define TILES(X) \

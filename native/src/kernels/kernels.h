@@ -100,6 +100,30 @@ typedef void (*fb_gemm_pairs_kernel)(struct fb_panels panels, size_t n_panels, s
  * as zero. */
 typedef void (*fb_quantize_kernel)(const float *x, size_t n_blocks, struct fb_activation *out);
 
+/* Some tokens of a head with the gated delta rule, and some columns of its state S [k_dim][n_cols]. */
+struct fb_delta_rule {
+    const float *q, *k;        /* [n_tokens][k_dim], normed */
+    const float *decay, *beta; /* [n_tokens] */
+    const float *v;            /* [n_tokens][ldv] */
+    float *out;                /* [n_tokens][ld_out] */
+    const float *from;         /* [n_cols / 16, rounded up][k_dim][16]: S before the first token */
+    float *to;                 /* and behind the last; may be `from` */
+    size_t ldv, ld_out, n_tokens, k_dim, n_cols;
+};
+
+/* The same of a state space model: its rows are those of B and C. */
+struct fb_ssm {
+    const float *b;     /* [n_tokens][k_dim], multiplied by dt */
+    const float *c;     /* [n_tokens][ldc] */
+    const float *decay; /* [n_tokens] */
+    const float *x;     /* [n_tokens][ldx] */
+    float *out;         /* [n_tokens][ld_out] */
+    const float *from;  /* as of struct fb_delta_rule */
+    float *to;
+    float skip; /* D */
+    size_t ldc, ldx, ld_out, n_tokens, k_dim, n_cols;
+};
+
 struct fb_kernels {
     fb_gemm_kernel gemm[FB_KERNEL_DTYPES];
     fb_gemm_kernel gemm_bytes; /* panels of signed bytes, used as integers */
@@ -130,6 +154,19 @@ struct fb_kernels {
     /* out = gate / (1 + exp(-gate)) * up; out may be gate or up */
     void (*swiglu)(const float *gate, const float *up, size_t n, float *out);
 
+    /* out[c] = bias[c] + sum over i of weights[i ld_weights + c] x[i ldx + c], for n columns: starts at the bias (NULL:
+     * 0) and adds n_taps products, each with a fused multiply-add */
+    void (*short_conv)(const float *x, size_t ldx, const float *weights, size_t ld_weights, const float *bias,
+        size_t n_taps, size_t n, float *out);
+
+    /* Token by token, each sum from 0 over i in order by fused multiply-adds:
+     *     S[i] = S[i] decay;  sum = sum over i of S[i] k[i];  d = (v - sum) beta
+     *     S[i] = fma(k[i], d, S[i]);  out = sum over i of S[i] q[i] */
+    void (*delta_rule)(const struct fb_delta_rule *rule);
+
+    /* Likewise:  S[i] = fma(b[i], x, S[i] decay);  out = fma(x, skip, sum over i of S[i] c[i]) */
+    void (*ssm)(const struct fb_ssm *ssm);
+
     /* (a, b) = (fma(a, cos, -(b sin)), fma(b, cos, a sin)) for n pairs */
     void (*rotate)(float *a, float *b, const float *cos, const float *sin, size_t n);
 
@@ -137,6 +174,9 @@ struct fb_kernels {
      * clamp, the four numbers of xielu. soft_cap: x = cap tanh(x factor / cap). */
     void (*activate[FB_ACTIVATION_KINDS])(float *x, size_t n, const float *numbers);
     void (*soft_cap)(float *x, size_t n, float factor, float cap);
+
+    /* x = log(1 + e^x) */
+    void (*softplus)(float *x, size_t n);
 
     /* out = (x - mean) * (1 / sqrt(sum((x - mean)^2) / n + eps)) * weight + bias; out may be x. Both sums run in 16
      * lanes, without fused multiply-adds. */

@@ -297,6 +297,7 @@ enum { FEW_TOKENS = 3, BLOCK_TOKENS = 3, BLOCK_PANELS = 1, SCALE_REPEATS = 1 };
 #endif
 
 enum { SUMS = 6, MAX_TOKENS = 6, MAX_PANELS = 2 };
+enum { STATE_BLOCKS = 2 };
 #define TILE_PANELS(tokens) ((tokens) == 2 ? 2 : 1)
 #define TILES(X)            X(1, 1) X(1, 2) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 

@@ -168,6 +168,56 @@ static void rotate(float *a, float *b, const float *cos, const float *sin, size_
     }
 }
 
+static void short_conv(const float *x, size_t ldx, const float *weights, size_t ld_weights, const float *bias,
+    size_t n_taps, size_t n, float *out) {
+    for (size_t c = 0; c < n; c++) {
+        float sum = bias ? bias[c] : 0.0f;
+        for (size_t i = 0; i < n_taps; i++)
+            sum = fmaf(weights[i * ld_weights + c], x[i * ldx + c], sum);
+        out[c] = sum;
+    }
+}
+
+static void delta_rule(const struct fb_delta_rule *r) {
+    const size_t block = r->k_dim * FB_LANES;
+    for (size_t c = 0; c < r->n_cols; c++) {
+        const float *from = r->from + c / FB_LANES * block + c % FB_LANES;
+        float *to = r->to + c / FB_LANES * block + c % FB_LANES;
+        for (size_t t = 0; t < r->n_tokens; t++, from = to) {
+            const float *q = r->q + t * r->k_dim, *k = r->k + t * r->k_dim;
+            float sum = 0.0f, out = 0.0f;
+            for (size_t i = 0; i < r->k_dim; i++) {
+                to[i * FB_LANES] = from[i * FB_LANES] * r->decay[t];
+                sum = fmaf(to[i * FB_LANES], k[i], sum);
+            }
+            const float d = (r->v[t * r->ldv + c] - sum) * r->beta[t];
+            for (size_t i = 0; i < r->k_dim; i++) {
+                to[i * FB_LANES] = fmaf(k[i], d, to[i * FB_LANES]);
+                out = fmaf(to[i * FB_LANES], q[i], out);
+            }
+            r->out[t * r->ld_out + c] = out;
+        }
+    }
+}
+
+static void ssm(const struct fb_ssm *r) {
+    const size_t block = r->k_dim * FB_LANES;
+    for (size_t col = 0; col < r->n_cols; col++) {
+        const float *from = r->from + col / FB_LANES * block + col % FB_LANES;
+        float *to = r->to + col / FB_LANES * block + col % FB_LANES;
+        for (size_t t = 0; t < r->n_tokens; t++, from = to) {
+            const float *b = r->b + t * r->k_dim, *c = r->c + t * r->ldc;
+            const float x = r->x[t * r->ldx + col];
+            float out = 0.0f;
+            for (size_t i = 0; i < r->k_dim; i++) {
+                to[i * FB_LANES] = fmaf(b[i], x, from[i * FB_LANES] * r->decay[t]);
+                out = fmaf(to[i * FB_LANES], c[i], out);
+            }
+            r->out[t * r->ld_out + col] = fmaf(x, r->skip, out);
+        }
+    }
+}
+
 static void narrow_f32(const float *x, size_t n, void *out) {
     memcpy(out, x, n * sizeof *x);
 }
@@ -216,6 +266,9 @@ const struct fb_kernels fb_kernels_reference = {
     .multiply = multiply,
     .swiglu = swiglu,
     .rotate = rotate,
+    .short_conv = short_conv,
+    .delta_rule = delta_rule,
+    .ssm = ssm,
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},
     .widen = {widen_f32, widen_f16, widen_bf16},
     VOCABULARY_KERNELS,

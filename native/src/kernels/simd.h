@@ -31,12 +31,14 @@
  *   MAX_TOKENS MAX_PANELS    largest tile; tokens x panels <= SUMS
  *   TILE_PANELS(tokens)      panels of a tile with that many tokens, where panels are not interleaved
  *   TILES(X)                 X(tokens, panels) for every tile that panels_of_tile can choose
+ *   STATE_BLOCKS             blocks of 16 columns of a state that run side by side: each has two sums in registers
  *   KERNEL_TABLE             name of the table
  *   and what blocks_simd.h requires
  *
  *     values                  avx2              avx512           neon
  *     SUMS                    6                 24               6
  *     MAX_TOKENS MAX_PANELS   6 4               12 4             6 2
+ *     STATE_BLOCKS            2                 4                2
  *     TILE_PANELS             1: 1, 2: 3,       1 .. 3: 1,       2: 2,
  *                             3: 2, 4 .. 6: 1   4 .. 12: 2       others: 1
  *
@@ -406,6 +408,8 @@ FORMAT(bf16)
 
 #include "kernels/pairs_simd.h"
 
+#include "kernels/recurrent_simd.h"
+
 #include "kernels/vocabulary.h"
 
 #include "kernels/elementwise.h"
@@ -426,6 +430,9 @@ const struct fb_kernels KERNEL_TABLE = {
     .multiply = multiply,
     .swiglu = swiglu,
     .rotate = rotate,
+    .short_conv = short_conv,
+    .delta_rule = delta_rule,
+    .ssm = ssm,
     .narrow = {narrow_f32, narrow_f16, narrow_bf16},
     .widen = {widen_f32, widen_f16, widen_bf16},
     VOCABULARY_KERNELS,

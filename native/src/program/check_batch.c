@@ -43,6 +43,65 @@ static enum fb_status check_sequence(
     return FB_OK;
 }
 
+static enum fb_status check_states(const struct fb_program *p, const fb_state_pool *states) {
+    const int32_t n_layers = p->shape.n_state_layers;
+    if (n_layers == 0) return FB_OK;
+    FB_REQUIRE(states, "the program has %d recurrent operators and needs a state pool; states is null", n_layers);
+    FB_REQUIRE(
+        states->n_layers == n_layers, "the state pool has %d layers, the program %d", states->n_layers, n_layers);
+    for (int32_t i = 0; i < n_layers; i++)
+        FB_REQUIRE(p->state_floats[i] == 0 || (int64_t)states->layers[i].n_floats == p->state_floats[i],
+            "layer %d of the state pool has %zu numbers, the program's %lld", i, states->layers[i].n_floats,
+            (long long)p->state_floats[i]);
+    return FB_OK;
+}
+
+static enum fb_status check_slots(const fb_state_pool *states, const struct fb_sequence *s, int32_t index) {
+    const int32_t n = states->n_slots;
+    FB_REQUIRE(s->state_in >= -1 && s->state_in < n && (s->state_in >= 0 || s->n_past == 0),
+        "sequence %d: state_in is slot %d of a pool of %d, after %d tokens", index, s->state_in, n, s->n_past);
+    FB_REQUIRE(s->state_out >= 0 && s->state_out < n, "sequence %d: state_out is slot %d of a pool of %d", index,
+        s->state_out, n);
+    FB_REQUIRE(s->n_keeps >= 0 && (s->keeps || s->n_keeps == 0),
+        "sequence %d: n_keeps is %d, must be 0 or more, and keeps not null", index, s->n_keeps);
+    for (int32_t i = 0; i < s->n_keeps; i++) {
+        const struct fb_state_keep *keep = &s->keeps[i];
+        FB_REQUIRE(keep->slot >= 0 && keep->slot < n && keep->slot != s->state_in && keep->slot != s->state_out,
+            "sequence %d: keeps its state in slot %d of a pool of %d, must not be state_in or state_out", index,
+            keep->slot, n);
+        FB_REQUIRE(keep->n_tokens > (i ? keep[-1].n_tokens : 0) && keep->n_tokens < s->n_tokens,
+            "sequence %d: keeps its state after %d of %d tokens; keeps must ascend within 1 .. %d", index,
+            keep->n_tokens, s->n_tokens, s->n_tokens - 1);
+        for (int32_t j = 0; j < i; j++)
+            FB_REQUIRE(s->keeps[j].slot != keep->slot, "sequence %d: keeps two states in slot %d", index, keep->slot);
+    }
+    return FB_OK;
+}
+
+static bool writes_slot(const struct fb_sequence *s, int32_t slot) {
+    if (s->state_out == slot) return true;
+    for (int32_t i = 0; i < s->n_keeps; i++)
+        if (s->keeps[i].slot == slot) return true;
+    return false;
+}
+
+/* No slot may be written by one sequence of the batch and used by another. */
+static enum fb_status check_slot_writers(const struct fb_batch *batch) {
+    for (int32_t a = 0; a < batch->n_sequences; a++) {
+        const struct fb_sequence *other = &batch->sequences[a];
+        for (int32_t b = 0; b < batch->n_sequences; b++) {
+            const struct fb_sequence *writer = &batch->sequences[b];
+            if (a == b) continue;
+            int32_t shared = other->state_in >= 0 && writes_slot(writer, other->state_in) ? other->state_in : -1;
+            if (writes_slot(writer, other->state_out)) shared = other->state_out;
+            for (int32_t i = 0; i < other->n_keeps; i++)
+                if (writes_slot(writer, other->keeps[i].slot)) shared = other->keeps[i].slot;
+            FB_REQUIRE(shared < 0, "sequence %d writes state slot %d, which sequence %d uses", b, shared, a);
+        }
+    }
+    return FB_OK;
+}
+
 /* No page may be written by two sequences of the batch. (One may read earlier positions of a page that
  * another writes.) Quadratic in the written pages, which are few: one per sequence in decode, the chunk's in
  * prefill. */
@@ -70,6 +129,7 @@ enum fb_status fb_check_batch(
         batch->struct_size == sizeof *batch, "batch.struct_size is %u, must be %zu", batch->struct_size, sizeof *batch);
     FB_REQUIRE(batch->n_tokens >= 1 && batch->n_tokens <= p->shape.max_tokens, "n_tokens is %d, must be 1 .. %d",
         batch->n_tokens, p->shape.max_tokens);
+    FB_TRY(check_states(p, batch->states));
     FB_REQUIRE(batch->tokens && batch->sequences && batch->n_sequences >= 1, "tokens or sequences are missing");
     FB_REQUIRE(batch->n_outputs >= 0 && batch->n_outputs <= batch->n_tokens && (batch->outputs || !batch->n_outputs),
         "n_outputs is %d, must be 0 .. %d", batch->n_outputs, batch->n_tokens);
@@ -82,6 +142,7 @@ enum fb_status fb_check_batch(
     int64_t n_tokens = 0;
     for (int32_t i = 0; i < batch->n_sequences; i++) {
         FB_TRY(check_sequence(p, pool, &batch->sequences[i], i));
+        if (p->shape.n_state_layers) FB_TRY(check_slots(batch->states, &batch->sequences[i], i));
         n_tokens += batch->sequences[i].n_tokens;
     }
     FB_REQUIRE(n_tokens == batch->n_tokens, "the sequences hold %lld tokens, the batch %d", (long long)n_tokens,
@@ -90,5 +151,6 @@ enum fb_status fb_check_batch(
         FB_REQUIRE(batch->outputs[i] >= 0 && batch->outputs[i] < batch->n_tokens &&
                        (i == 0 || batch->outputs[i] > batch->outputs[i - 1]),
             "outputs[%d] is row %d: rows must ascend within 0 .. %d", i, batch->outputs[i], batch->n_tokens - 1);
+    if (p->shape.n_state_layers) FB_TRY(check_slot_writers(batch));
     return check_writers(batch);
 }

@@ -46,6 +46,8 @@ static enum fb_status check_shape(const struct fb_program_shape *s) {
         MAX_BUFFERS);
     FB_REQUIRE(s->n_geometries >= 1 && s->n_geometries <= MAX_GEOMETRIES && s->heads,
         "n_geometries is %d, must be 1 .. %d, and heads not null", s->n_geometries, MAX_GEOMETRIES);
+    FB_REQUIRE(s->n_state_layers >= 0 && s->n_state_layers <= MAX_OPS, "n_state_layers is %d, must be 0 .. %d",
+        s->n_state_layers, MAX_OPS);
     FB_REQUIRE(s->n_ropes >= 0 && s->n_ropes <= FB_MOST_ROPES && (s->ropes || !s->n_ropes),
         "n_ropes is %d, must be 0 .. %d, and ropes not null", s->n_ropes, FB_MOST_ROPES);
     for (int32_t i = 0; i < s->n_ropes; i++)
@@ -68,7 +70,9 @@ static enum fb_status copy_shape(struct fb_program *p, const struct fb_program_s
     p->shape.ropes = ropes;
     p->angles = calloc((size_t)from->n_ropes + 1, sizeof *p->angles);
     p->kv_layers = calloc((size_t)from->n_layers, sizeof *p->kv_layers);
-    if (!heads || !ropes || !p->angles || !p->kv_layers) return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
+    p->state_floats = calloc((size_t)from->n_state_layers + 1, sizeof *p->state_floats);
+    if (!heads || !ropes || !p->angles || !p->kv_layers || !p->state_floats)
+        return fb_fail(FB_OUT_OF_MEMORY, "no memory for a program");
     p->most_members = MAX_BATCH;
     for (int32_t i = 0; i < from->n_geometries; i++) {
         const struct fb_heads *h = &from->heads[i];
@@ -166,6 +170,7 @@ static enum fb_status allocate_memory(struct fb_program *p) {
     p->sharing = allocate(p, rows, sizeof *p->sharing, &failed);
     p->parts_done = allocate(p, rows * (size_t)p->most.n_kv_heads, sizeof *p->parts_done, &failed);
     p->attention_scratch = allocate(p, n_threads, p->attention_scratch_bytes, &failed);
+    p->state_scratch = allocate(p, n_threads, p->state_scratch_floats * sizeof(float), &failed);
     p->activations = allocate(p, rows * p->activation_blocks, sizeof *p->activations, &failed);
     p->pairs = allocate(p, rows * p->pair_stride, sizeof *p->pairs, &failed);
     p->own_inputs = allocate(p, n_threads, p->own_input_bytes, &failed);
@@ -211,6 +216,10 @@ static enum fb_status build(struct fb_program *p, const struct fb_program_shape 
         FB_TRY(fb_check_op(p, i, &gathered));
         const struct fb_op *op = &p->ops[i];
         p->n_vector_floats += (size_t)op->vector_length + (size_t)op->vector2_length;
+        if (fb_op_is(op, FB_STATE)) {
+            const size_t n_floats = (fb_operator_of(op->kind)->scratch_floats(op) + 15) / 16 * 16;
+            if (n_floats > p->state_scratch_floats) p->state_scratch_floats = n_floats;
+        }
         p->attends_all = p->attends_all || op->flags & FB_ATTEND_ALL;
         if (fb_op_is(op, FB_POSITIONS) && (p->n_positions == 0 || op->weight->n_rows < p->n_positions))
             p->n_positions = op->weight->n_rows;
@@ -282,6 +291,7 @@ void fb_program_free(fb_program *p) {
     free(p->vectors);
     free(p->angles);
     free(p->kv_layers);
+    free(p->state_floats);
     free(p->cpus);
     free(p->pinned);
     if (!p->parts[0]) { /* a joined program borrows its parts' */

@@ -18,6 +18,7 @@ struct decoding {
     int32_t *active; /* [n_requests] indices into `requests` of the sequences that still decode */
     struct fb_sequence *sequences;
     int32_t *tokens;              /* the first step's tokens, which are the most */
+    int32_t *in_step;             /* [n_requests] indices into `requests` of the sequences of the present step */
     int32_t *outputs;             /* [n_requests] batch row of each active sequence's logits */
     bool *failed, *is_sampled;    /* [n_requests] is_sampled: by the device */
     struct fb_sample_plan *plans; /* [n_requests] of the rows that the device samples */
@@ -29,6 +30,7 @@ struct decoding {
     char *work;
     size_t work_bytes;
     int32_t vocab_size;
+    fb_state_pool *states;
 };
 
 static enum fb_status check_request(const struct fb_program *p, const struct fb_decode_request *d, int32_t i) {
@@ -91,6 +93,8 @@ static bool is_unfinished(const struct fb_decode_request *d) {
 static int32_t describe(const struct fb_decode_request *d, struct fb_sequence *sequence, int32_t *tokens) {
     *sequence = d->sequence;
     if (d->n_sampled > 0) {
+        sequence->state_in = sequence->state_out;
+        sequence->n_keeps = 0;
         sequence->n_past += d->sequence.n_tokens - 1 + d->n_sampled;
         sequence->n_tokens = 1;
     }
@@ -121,12 +125,22 @@ static enum fb_status plan(struct decoding *all, struct fb_results *results) {
     return FB_OK;
 }
 
+/* Runs a step's batch. */
+static enum fb_status run_batch(fb_program *p, fb_page_pool *pool, struct decoding *all, const struct fb_batch *batch,
+    float *logits, size_t n_logits) {
+    if (!p->device) return fb_program_run(p, pool, batch, logits, n_logits);
+    struct fb_results results = {.logits = logits};
+    FB_TRY(plan(all, &results));
+    return fb_program_run_on_device(p, pool, batch, &results, n_logits);
+}
+
 /* Runs one step over all active sequences. Afterwards `active` holds those that sample (n_steps > 0). */
 static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct decoding *all, float *logits) {
     const int32_t n_sequences = all->n_active;
     int32_t n_tokens = 0, n_outputs = 0;
     for (int32_t i = 0; i < n_sequences; i++) {
         const int32_t index = all->active[i];
+        all->in_step[i] = index;
         n_tokens += describe(&all->requests[index], &all->sequences[i], all->tokens + n_tokens);
         if (all->requests[index].n_steps == 0) continue;
         all->active[n_outputs] = index;
@@ -139,12 +153,15 @@ static enum fb_status compute(fb_program *p, fb_page_pool *pool, struct decoding
         .sequences = all->sequences,
         .n_sequences = n_sequences,
         .outputs = all->outputs,
-        .n_outputs = n_outputs};
+        .n_outputs = n_outputs,
+        .states = all->states};
     const size_t n_logits = (size_t)n_outputs * (size_t)all->vocab_size;
-    if (!p->device) return fb_program_run(p, pool, &batch, logits, n_logits);
-    struct fb_results results = {.logits = logits};
-    FB_TRY(plan(all, &results));
-    return fb_program_run_on_device(p, pool, &batch, &results, n_logits);
+    const enum fb_status status = run_batch(p, pool, all, &batch, logits, n_logits);
+    for (int32_t i = 0; i < n_sequences; i++) {
+        const struct fb_sequence *sequence = &all->sequences[i];
+        all->requests[all->in_step[i]].state_position = status == FB_OK ? sequence->n_past + sequence->n_tokens : -1;
+    }
+    return status;
 }
 
 static void drop_finished(struct decoding *all) {
@@ -172,9 +189,9 @@ static enum fb_status run_steps(fb_program *p, fb_page_pool *pool, struct decodi
     return FB_OK;
 }
 
-enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct fb_decode_request *requests,
-    int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits, size_t n_logits, double *seconds,
-    int32_t *n_done) {
+enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, fb_state_pool *states,
+    struct fb_decode_request *requests, int32_t n_requests, int32_t n_steps, const int32_t *stop, float *logits,
+    size_t n_logits, double *seconds, int32_t *n_done) {
     FB_REQUIRE(program && pool && requests && logits && seconds && n_done,
         "program, pool, requests, logits, seconds or n_done is null");
     const int32_t most = program->shape.max_tokens, vocab_size = program->shape.vocab_size;
@@ -189,9 +206,10 @@ enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct
         FB_TRY(check_request(program, &requests[i], i));
         n_tokens += (size_t)requests[i].sequence.n_tokens;
     }
-    struct decoding all = {.requests = requests, .n_active = n_requests, .logits = logits, .vocab_size = vocab_size};
+    struct decoding all = {
+        .requests = requests, .n_active = n_requests, .logits = logits, .vocab_size = vocab_size, .states = states};
     all.sequences = calloc(n, sizeof *all.sequences);
-    all.active = calloc(3 * n + n_tokens, sizeof *all.active);
+    all.active = calloc(4 * n + n_tokens, sizeof *all.active);
     all.failed = calloc(2 * n, sizeof *all.failed);
     all.plans = calloc(n, sizeof *all.plans);
     all.logprobs = calloc(n, sizeof *all.logprobs);
@@ -203,7 +221,8 @@ enum fb_status fb_program_decode(fb_program *program, fb_page_pool *pool, struct
     } else {
         all.sampled = all.active + n;
         all.outputs = all.sampled + n;
-        all.tokens = all.outputs + n;
+        all.in_step = all.outputs + n;
+        all.tokens = all.in_step + n;
         all.is_sampled = all.failed + n;
         for (int32_t i = 0; i < n_requests; i++) {
             all.active[i] = i;

@@ -3,6 +3,7 @@
 
 #include "base/status.h"
 #include "program/run.h"
+#include "program/states.h"
 
 #include <math.h>
 #include <string.h>
@@ -21,6 +22,10 @@ static int32_t width_of_row(const struct fb_check *c) {
     return c->op->weight->n_cols;
 }
 
+static int32_t width_of_op(const struct fb_check *c) {
+    return c->op->width;
+}
+
 static int32_t width_of_routes(const struct fb_check *c) {
     return 2 * c->op->n_chosen;
 }
@@ -29,6 +34,10 @@ static int32_t width_of_routes(const struct fb_check *c) {
 static int32_t width_of_products(const struct fb_check *c) {
     const struct fb_weight *weight = c->op->weight;
     return c->in_width + weight->n_experts * (weight->n_rows - weight->n_cols);
+}
+
+static int32_t width_of_values(const struct fb_check *c) {
+    return c->op->n_heads * c->op->v_dim;
 }
 
 static int32_t width_of_attended(const struct fb_check *c) {
@@ -168,9 +177,8 @@ static enum fb_status check_mix(const struct fb_check *c) {
 }
 
 static enum fb_status check_sparsify(const struct fb_check *c) {
-    FB_REQUIRE(c->op->activation != FB_ACTIVATION_CLAMP && c->op->activation != FB_ACTIVATION_XIELU &&
-                   c->op->activation != FB_ACTIVATION_CLAMPED_SILU,
-        "op %d (sparsify): activation %d is not one of a gate", c->index, (int)c->op->activation);
+    FB_REQUIRE(!fb_has_numbers(c->op->activation), "op %d (sparsify): activation %d is not one of a gate", c->index,
+        (int)c->op->activation);
     return FB_OK;
 }
 
@@ -237,6 +245,20 @@ static enum fb_status check_experts(const struct fb_check *c) {
     FB_REQUIRE(is_of_gates(op), "op %d (experts): activation %d is not one of a gate", i, (int)op->activation);
     FB_REQUIRE(n_rows % 32 == 0 && width <= n_rows / 2 && width > n_rows / 2 - 16,
         "op %d (experts): %d interleaved rows fit at most %d columns, not %d", i, n_rows, n_rows / 2, width);
+    return FB_OK;
+}
+
+static enum fb_status check_gated_norm(const struct fb_check *c) {
+    const struct fb_op *op = c->op;
+    const int32_t n = op->n_groups;
+    FB_REQUIRE(n >= 1 && c->in_width % n == 0, "op %d (gated_norm): %d groups of %d columns", c->index, n, c->in_width);
+    FB_REQUIRE(op->residual >= 0 && op->residual != op->out,
+        "op %d (gated_norm): its gate is buffer %d, must be one that it does not write", c->index, op->residual);
+    FB_REQUIRE(!op->vector || op->vector_length == c->in_width || op->vector_length == c->in_width / n,
+        "op %d (gated_norm): %d weights for %d groups of %d", c->index, op->vector_length, n, c->in_width / n);
+    FB_REQUIRE(op->eps >= 0.0f && isfinite(op->eps), "op %d: eps must be finite and not negative", c->index);
+    FB_REQUIRE(op->activation != FB_ACTIVATION_NONE && !fb_has_numbers(op->activation),
+        "op %d (gated_norm): activation %d is not one of a gate", c->index, (int)op->activation);
     return FB_OK;
 }
 
@@ -408,6 +430,42 @@ static const struct fb_operator operators[] = {
         .check = check_head_linear,
         .width = width_of_products,
         .work = work_of_heads},
+    [FB_OP_SHORT_CONV] = {.name = "short_conv",
+        .flags = FB_READS | FB_WRITES | FB_OF_TOKENS | FB_STATE | FB_COLUMN_IN,
+        .stage = FB_STAGE_STATES,
+        .check = fb_check_conv,
+        .width = width_of_op,
+        .state_floats = fb_conv_floats,
+        .scratch_floats = fb_conv_scratch,
+        .n_items = fb_conv_items,
+        .run_item = fb_conv_item,
+        .work = fb_conv_work},
+    [FB_OP_DELTA_RULE] = {.name = "delta_rule",
+        .flags = FB_READS | FB_WRITES | FB_OF_TOKENS | FB_STATE | FB_GATES | FB_SCALED,
+        .stage = FB_STAGE_STATES,
+        .check = fb_check_delta_rule,
+        .width = width_of_values,
+        .state_floats = fb_matrix_floats,
+        .scratch_floats = fb_delta_rule_scratch,
+        .n_items = fb_matrix_items,
+        .run_item = fb_delta_rule_item,
+        .work = fb_delta_rule_work},
+    [FB_OP_SSM] = {.name = "ssm",
+        .flags = FB_READS | FB_WRITES | FB_OF_TOKENS | FB_STATE | FB_GATES,
+        .stage = FB_STAGE_STATES,
+        .check = fb_check_ssm,
+        .width = width_of_values,
+        .state_floats = fb_matrix_floats,
+        .scratch_floats = fb_ssm_scratch,
+        .n_items = fb_matrix_items,
+        .run_item = fb_ssm_item,
+        .work = fb_ssm_work},
+    [FB_OP_GATED_NORM] = {.name = "gated_norm",
+        .flags = FB_READS | FB_WRITES | FB_IN_PLACE | FB_RESIDUAL | FB_SECOND,
+        .stage = FB_STAGE_ROWS,
+        .check = check_gated_norm,
+        .width = width_of_input,
+        .run_row = fb_gated_norm_row},
 };
 
 const struct fb_operator *fb_operator_of(enum fb_op_kind kind) {
@@ -437,7 +495,8 @@ static enum fb_status check_order(const struct fb_program *p, const struct fb_ch
         "op %d: a weight of %d experts", i, op->weight->n_experts);
     FB_REQUIRE(isfinite(op->scale) && (op->scale != 0.0f || !(flags & FB_SCALED)),
         "op %d: scale is %g, must be finite and not 0", i, (double)op->scale);
-    FB_REQUIRE(op->column == 0 || flags & (FB_COLUMNS | FB_SECOND), "op %d: only linear and multiply take a column", i);
+    FB_REQUIRE(
+        op->column == 0 || flags & (FB_COLUMNS | FB_SECOND | FB_COLUMN_IN | FB_GATES), "op %d: takes no column", i);
     FB_REQUIRE(op->limit >= 0.0f && isfinite(op->limit), "op %d: limit must be finite and not negative", i);
     FB_REQUIRE((int)op->activation >= 0 && (int)op->activation < FB_ACTIVATION_KINDS, "op %d: activation %d is unknown",
         i, (int)op->activation);
@@ -513,7 +572,7 @@ static enum fb_status check_residual(struct fb_program *p, const struct fb_check
 static enum fb_status check_factors(struct fb_program *p, const struct fb_check *c, bool gathered) {
     const struct fb_op *op = c->op;
     const int32_t i = c->index;
-    if (op->vector && !fb_op_is(op, FB_ROUTED)) return FB_OK;
+    if (op->vector && fb_op_is(op, FB_FACTORS)) return FB_OK;
     FB_REQUIRE(op->factors >= 0 && op->factors < p->shape.n_buffers, "op %d: factors are buffer %d of %d", i,
         op->factors, p->shape.n_buffers);
     struct fb_buffer *factors = &p->buffers[op->factors];
@@ -568,7 +627,7 @@ static enum fb_status check_output(
     FB_REQUIRE(op->out != op->in || flags & FB_IN_PLACE, "op %d: cannot write the buffer it reads", i);
     struct fb_buffer *out = &p->buffers[op->out];
     c->out_width = out->width;
-    if (flags & (FB_FACTORS | FB_ROUTED)) FB_TRY(check_factors(p, c, gathered));
+    if (flags & (FB_FACTORS | FB_ROUTED | FB_GATES)) FB_TRY(check_factors(p, c, gathered));
     if (kind->check) FB_TRY(kind->check(c));
     if (flags & FB_COLUMNS) {
         FB_TRY(fill_columns(c, out, kind->width ? kind->width(c) : op->weight->n_rows));

@@ -12,6 +12,7 @@
 #include "program/program.h"
 
 struct fb_run;
+struct fb_worker;
 
 /* Where in a program the kind is allowed, and what it does to its buffers. */
 enum {
@@ -37,7 +38,10 @@ enum {
     FB_FACTORS = 1 << 19,       /* reads buffer `factors`, or `vector` in its place */
     FB_ROUTES = 1 << 20,        /* chooses experts: steps of few rows may leave it to its readers */
     FB_ROUTED = 1 << 21,        /* `factors` are a router's result; takes a weight of several experts */
-    FB_OF_EACH_HEAD = 1 << 28   /* takes a weight of a matrix for each head */
+    FB_STATE = 1 << 22,         /* recurrent: has a `layer` of the state pool for itself */
+    FB_COLUMN_IN = 1 << 23,     /* reads columns of `in`, from `column` on */
+    FB_GATES = 1 << 24,         /* reads columns of `factors`, from `column` on */
+    FB_OF_EACH_HEAD = 1 << 25   /* takes a weight of a matrix for each head */
 };
 
 /* An operator that is being checked. */
@@ -65,6 +69,13 @@ struct fb_operator {
      * all kinds. */
     void (*run_row)(const struct fb_run *run, const struct fb_op *op, size_t row);
 
+    /* FB_STATE, all of FB_STAGE_STATES: numbers of the operator's layer of the state pool, and of a thread's scratch
+     * memory; work items, and one of them. */
+    int64_t (*state_floats)(const struct fb_op *op);
+    size_t (*scratch_floats)(const struct fb_op *op);
+    int64_t (*n_items)(const struct fb_run *run, const struct fb_op *op, int n_threads);
+    void (*run_item)(const struct fb_run *run, const struct fb_op *op, int64_t item, const struct fb_worker *worker);
+
     /* Multiply-adds of a batch; NULL if negligible. */
     int64_t (*work)(const struct fb_program *program, const struct fb_op *op, const struct fb_batch *batch);
 
@@ -84,10 +95,16 @@ static inline bool fb_op_is(const struct fb_op *op, uint32_t flag) {
     return (fb_operator_of(op->kind)->flags & flag) != 0;
 }
 
+/* Whether an activation needs more than its input. */
+static inline bool fb_has_numbers(enum fb_activation_kind activation) {
+    return activation == FB_ACTIVATION_CLAMP || activation == FB_ACTIVATION_XIELU ||
+           activation == FB_ACTIVATION_CLAMPED_SILU;
+}
+
 /* Whether an operator reads a buffer. */
 static inline bool fb_op_reads(const struct fb_op *op, int32_t buffer) {
     return op->in == buffer || op->residual == buffer ||
-           (fb_op_is(op, FB_FACTORS | FB_ROUTED) && op->factors == buffer);
+           (fb_op_is(op, FB_FACTORS | FB_ROUTED | FB_GATES) && op->factors == buffer);
 }
 
 /* Checks operator `index` of p->ops and records in p->buffers what it reads and writes; `gathered`: whether outputs

@@ -10,12 +10,14 @@
  *     rows.c         the operators that work row by row
  *     experts.c      the grouped products of mixtures of experts
  *     heads.c        products with a matrix for each head
+ *     states.c       the recurrent operators, with recurrences.c
  *     decode.c       runs several decode steps, sampling tokens between them
  *     join.c         joins the programs of a group's devices into one
  *
  * A stage is what happens between two barriers. Consecutive operators that work token by token (norms, rope,
  * writing KV) are one stage: the thread that takes a token runs all of them on it. Products that read the
- * same buffer and write the same one are a stage. Attention is a stage of its own.
+ * same buffer and write the same one are a stage. Attention is a stage of its own, and so is each
+ * recurrent operator.
  *
  * A stage of products may start with a norm, and with converting its input to what its weights take (bf16, or
  * quantized to 8 bits). For a few rows every thread does that for itself, in memory of its own, which takes
@@ -32,6 +34,7 @@
 #include "base/device.h"
 #include "kernels/kernels.h"
 #include "kv/pages.h"
+#include "kv/states.h"
 #include "ops/attention.h"
 #include "ops/experts.h"
 #include "ops/head_linear.h"
@@ -64,7 +67,14 @@ struct fb_buffer {
     size_t offset;                 /* in floats, from the start of the arena */
 };
 
-enum fb_stage_kind { FB_STAGE_ROWS, FB_STAGE_LINEAR, FB_STAGE_ATTENTION, FB_STAGE_EXPERTS, FB_STAGE_HEADS };
+enum fb_stage_kind {
+    FB_STAGE_ROWS,
+    FB_STAGE_LINEAR,
+    FB_STAGE_ATTENTION,
+    FB_STAGE_EXPERTS,
+    FB_STAGE_HEADS,
+    FB_STAGE_STATES
+};
 
 struct fb_stage {
     enum fb_stage_kind kind;
@@ -101,6 +111,7 @@ struct fb_program {
     float *vectors; /* copies of every op's vectors, and of the rope tables */
     size_t n_vector_floats;
     struct fb_kv_layer *kv_layers; /* [n_layers]: what the operators say of them; zeros for a layer nobody writes */
+    int64_t *state_floats;         /* [n_state_layers]: numbers of each layer of the state pool; 0: nobody's */
     struct fb_angles *angles;      /* [n_ropes] */
     struct fb_heads most;          /* the largest of each size over the geometries */
     int32_t n_positions;           /* that learned positions have rows for; 0: no limit */
@@ -137,7 +148,9 @@ struct fb_program {
     size_t head_input_bytes;
     char *attention_scratch;
     size_t attention_scratch_bytes; /* per thread */
-    char *sample_work;              /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
+    float *state_scratch;           /* [n_threads][state_scratch_floats], of recurrent operators */
+    size_t state_scratch_floats;
+    char *sample_work; /* [min(n_threads, FB_SAMPLING_THREADS)][sample_work_bytes] */
     size_t sample_work_bytes;
     struct fb_team team;               /* size of the team in steps of few tokens, with a barrier every few us */
     struct fb_counter *counters;       /* [n_stages][2][n_threads], n_threads of the run */
@@ -179,9 +192,9 @@ enum fb_status fb_plan_buffers(struct fb_buffer *buffers, int32_t n_buffers, siz
 /* Allocates the host memory for sampling. */
 enum fb_status fb_allocate_sample_work(struct fb_program *p);
 
-/* fb_check_pool: the pool has the program's shape and is on its device. fb_check_batch: counts agree, tokens
- * are in the vocabulary, pages are in the pool, and no two sequences write the same page. Neither reads the
- * pool's memory. */
+/* fb_check_pool: the pool has the program's shape and is on its device. fb_check_batch: counts agree, tokens are in the
+ * vocabulary, the state pool has the program's shape if it needs one, pages and slots are in their pools, and no two
+ * sequences write the same ones. Neither reads the pools' memory. */
 enum fb_status fb_check_pool(const struct fb_program *p, const fb_page_pool *pool);
 enum fb_status fb_check_batch(
     const struct fb_program *p, const fb_page_pool *pool, const struct fb_batch *batch, size_t n_logits);

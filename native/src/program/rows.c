@@ -123,6 +123,30 @@ void fb_match_rms_row(const struct fb_run *run, const struct fb_op *op, size_t r
     p->kernels->scale(out, width, wanted / sqrtf(square > op->eps ? square : op->eps));
 }
 
+/* y = y * activation(gate), piece by piece: the gate may belong to a buffer that is read again. */
+static void multiply_by_gate(
+    const struct fb_program *p, const struct fb_op *op, const float *gate, size_t n, float *y) {
+    float piece[256];
+    for (size_t i = 0; i < n; i += sizeof piece / sizeof *piece) {
+        const size_t rest = n - i < sizeof piece / sizeof *piece ? n - i : sizeof piece / sizeof *piece;
+        memcpy(piece, gate + i, rest * sizeof *piece);
+        p->kernels->activate[op->activation](piece, rest, NULL);
+        p->kernels->multiply(y + i, piece, rest);
+    }
+}
+
+void fb_gated_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
+    const struct fb_program *p = run->program;
+    const size_t width = (size_t)p->buffers[op->in].width, n = width / (size_t)op->n_groups;
+    const float *gate = second_row(p, op, row);
+    float *out = copied_row(p, op, row, width);
+    const bool is_first = op->flags & FB_GATE_FIRST, has_own_weights = (size_t)op->vector_length == width;
+    if (is_first) multiply_by_gate(p, op, gate, width, out);
+    for (size_t first = 0; op->vector && first < width; first += n)
+        p->kernels->rms_norm(out + first, op->vector + (has_own_weights ? first : 0), n, op->eps, out + first);
+    if (!is_first) multiply_by_gate(p, op, gate, width, out);
+}
+
 void fb_sparsify_row(const struct fb_run *run, const struct fb_op *op, size_t row) {
     const struct fb_program *p = run->program;
     const size_t width = (size_t)p->buffers[op->in].width;

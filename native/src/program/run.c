@@ -247,6 +247,8 @@ static void run_stages(struct fb_run *run, int thread, int n_threads) {
             fb_run_experts(run, stage, &worker, n_rows);
         else if (stage->kind == FB_STAGE_HEADS)
             fb_run_heads(run, stage, &worker, n_rows);
+        else if (stage->kind == FB_STAGE_STATES)
+            fb_run_states(run, stage, &worker);
         else
             run_attention(run, stage, &worker);
         if (s + 1 < p->n_stages) fb_barrier_wait(&run->barrier, thread, n_threads);

@@ -33,6 +33,8 @@ void fb_run_experts(struct fb_run *run, const struct fb_stage *stage, const stru
 
 /* A stage of FB_STAGE_HEADS. In heads.c. */
 void fb_run_heads(struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker, size_t n_rows);
+/* A stage of FB_STAGE_STATES. In states.c. */
+void fb_run_states(const struct fb_run *run, const struct fb_stage *stage, const struct fb_worker *worker);
 
 /* Operators of FB_STAGE_ROWS, each on one row. In rows.c. */
 void fb_embed_row(const struct fb_run *run, const struct fb_op *op, size_t row);
@@ -48,6 +50,7 @@ void fb_head_norm_row(const struct fb_run *run, const struct fb_op *op, size_t r
 void fb_rope_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_kv_write_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_gather_row(const struct fb_run *run, const struct fb_op *op, size_t row);
+void fb_gated_norm_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 void fb_router_row(const struct fb_run *run, const struct fb_op *op, size_t row);
 
 /* The norm of one row x [width], without residual. */

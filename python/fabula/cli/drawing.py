@@ -245,6 +245,14 @@ def show_stats(turn: Turn, context: int, usage: PoolUsage) -> None:
             f"{usage.n_spilled} on disk{dropped}; {usage.page_bytes / 1e3:.0f} kB each",
         ),
     ]
+    if usage.n_slots:
+        rows.append(
+            (
+                "states",
+                f"{usage.n_slots_used} of {usage.n_slots} slots used, {usage.n_states_evicted} evicted, "
+                f"{usage.n_states_spilled} on disk; {usage.slot_bytes / 1e3:.0f} kB each",
+            )
+        )
     note("\n".join(f"{name:11} {value}" for name, value in rows))
 
 

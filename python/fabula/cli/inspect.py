@@ -83,7 +83,7 @@ def inspect(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts about a checkpoint, with its sizes on disk and in memory by precision."""
-    from fabula._native import inputs_of_bf16, page_bytes
+    from fabula._native import inputs_of_bf16, page_bytes, state_bytes
     from fabula.engine.runner import PREFILL_CHUNK
     from fabula.formats.checkpoint import DType
     from fabula.kv.format import kv_dtypes
@@ -151,6 +151,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kv_bytes_per_token": kv_bytes,
         "kv_bytes_per_1000_tokens": {name: 1000 * n_bytes for name, n_bytes in kv_bytes.items()},
         "kv_bytes_of_context": context_bytes,
+        "n_recurrent_layers": sum(layer.mixer is not None for layer in config.layers),
+        "state_bytes": state_bytes(config.state_layers) if config.state_layers else 0,
     }
 
 
@@ -226,6 +228,16 @@ def _print(facts: dict[str, Any], sampling: str) -> None:
         *([("arithmetic", _ARITHMETIC[facts["bf16_inputs"]])] if facts["bf16_inputs"] else []),
         ("KV per token", ", ".join(f"{name} {size(n)}" for name, n in facts["kv_bytes_per_token"].items())),
         ("KV of context", kv_of_context),
+        *(
+            [
+                (
+                    "states",
+                    f"{size(facts['state_bytes'])} of recurrent layers, for each place that a text can go on from",
+                )
+            ]
+            if facts["state_bytes"]
+            else []
+        ),
         ("tokenizer", f"{tokens['kind']}, {tokens['vocab_size']:,} tokens, {len(names)} of them control tokens"),
         ("start token", bos + (", added to texts" if tokens["adds_bos"] else "")),
         ("end tokens", ", ".join(f"{i} {names.get(i, '')}".strip() for i in tokens["eos_ids"]) or "none"),

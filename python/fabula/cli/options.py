@@ -90,6 +90,10 @@ _MODEL = (
         help="KV left of the windows of windowed layers: keep, until memory runs out; drop, at once.",
     ),
     click.option(
+        "--state-memory", type=click.IntRange(1, 1 << 50), metavar="BYTES",
+        help="Recurrent states of a hybrid model, each a place to go on from; default: 1 GiB.",
+    ),
+    click.option(
         "--bf16-inputs", type=click.Choice(BF16_INPUTS), default="auto", show_default=True,
         help="Inputs of products with BF16 weights: bf16, f32, or auto, what this CPU is faster with; "
         "results differ.",
@@ -127,6 +131,7 @@ class ModelOptions:
     tensor_parallel: int = 1
     device_products: str = "own"
     kv_memory: int | None = None
+    state_memory: int | None = None
     window_kv: str = "keep"
     speculation: str = "auto"
     draft_model: str | None = None
@@ -152,6 +157,7 @@ class ModelOptions:
                 pin_threads=self.pin_threads,
                 context=self.context,
                 kv_memory=self.kv_memory,
+                state_memory=self.state_memory,
                 window_kv=cast("WindowKv", self.window_kv),
                 device=self.device,
                 tensor_parallel=self.tensor_parallel,
@@ -175,6 +181,7 @@ def model_options(function: _Function) -> _Function:
         weights: str,
         kv: str,
         window_kv: str,
+        state_memory: int | None,
         bf16_inputs: str,
         threads: int | None,
         pin_threads: bool,
@@ -200,6 +207,7 @@ def model_options(function: _Function) -> _Function:
             speculation=speculation,
             draft_model=draft_model,
             window_kv=window_kv,
+            state_memory=state_memory,
             ignore_memory=ignore_memory,
             bf16_inputs=bf16_inputs,
         )

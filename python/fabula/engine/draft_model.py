@@ -147,12 +147,15 @@ class ModelDrafts:
         model, sequence = self._model, self._sequence
         if sequence is None:
             keys = self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
-            sequence = model.cache.find_in_memory(keys, self._window) or model.runner.sequence(self._window)
+            found = model.cache.find_in_memory(keys, self._window, history[:-1])
+            sequence = found or model.runner.sequence(self._window)
+            sequence.keep_states()
             self._sequence, self._n_published = sequence, sequence.n_tokens // PAGE_POSITIONS
         n_before, drafted = self._drafted
         if drafted:  # the KV of drafted tokens that were not sampled
             n_right = common_length(history[n_before:], np.array(drafted, np.int32))
-            sequence.roll_back(min(sequence.n_tokens, n_before + n_right, len(history) - 1))
+            n_right = min(sequence.n_tokens, n_before + n_right, len(history) - 1)
+            sequence.roll_back(sequence.usable(n_right))
             self._drafted = 0, []
         n_missing = len(history) - sequence.n_tokens
         if n_missing > CHUNK:
@@ -164,6 +167,8 @@ class ModelDrafts:
             for i in range(self._n_published, n_full):
                 model.runner.pool.name(pages[i], keys[i])
             self._n_published = n_full
+        sequence.publish_states(self._chain.keys(history), history, also_passing=True)
+        sequence.drop_passing(sequence.n_tokens)
         if sequence.window.slides:
             sequence.slide(sequence.n_tokens - CHUNK)
         return sequence if n_missing <= CHUNK else None

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula.engine.runner import Runner
-from fabula.errors import ContextOverflow, EngineError, InvalidArgument
+from fabula.errors import ContextOverflow, EngineError, InvalidArgument, OutOfMemory
 from fabula.kv.pages import Sequence
 from fabula.lean_dataclasses import dataclass
 
@@ -96,7 +96,13 @@ class Embedder:
                     i, text = work[0]
                     sequence = open_sequence or held.enter_context(self._runner.sequence())
                     share, rest = text[:room], text[room:]
-                    parts.append(self._runner.prepare(sequence, share))
+                    try:
+                        parts.append(self._runner.prepare(sequence, share))
+                    except OutOfMemory:
+                        if not parts:
+                            raise
+                        open_sequence = sequence  # with the next step, when others have ended
+                        break
                     rows.append((i, len(share), sequence.n_tokens == 0, not len(rest)))
                     room -= len(share)
                     if len(rest):

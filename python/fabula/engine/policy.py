@@ -2,6 +2,7 @@
 
     plan             the requests of a step, and how many tokens of each
     draft_rows       how many draft tokens of each request are verified in a step
+    kept_of_draft    after which of them the state of recurrent layers is kept
     decode_steps     number of decode steps in one native call
     admits           whether a waiting request may start
     fits             whether there are pages for it
@@ -129,6 +130,30 @@ def draft_rows(cost: StepCost, chances: Sequence[Sequence[float]], most: int) ->
     for _, i in ranked[:n_best]:
         counts[i] += 1
     return counts
+
+
+def kept_of_draft(chances: Sequence[float], row: float, base: float, share: float) -> list[int]:
+    """After how many draft tokens the state of recurrent layers is kept, for a draft that may be right up to there.
+
+    A rejected draft goes back to the last state at or before its last right token; the tokens between are rows of the
+    next step. The state before the step is there anyway, and so is the one after the whole draft.
+
+    Args:
+        chances: of the draft; see `Schedulable`.
+        row, base: seconds of a further row of a step, and of its first one.
+        share: of a step's first row that a copy of the state takes.
+
+    Returns:
+        Numbers of right draft tokens, 0 .. len(chances) - 1, ascending.
+    """
+    kept: list[int] = []
+    before = -1  # the state before the step lacks the last known token, too
+    for n, chance in enumerate([1.0, *chances[:-1]]):
+        goes_back = chance - chances[-1]  # to here or a later token, but not beyond the draft
+        if goes_back * (n - before) * row > share * base:
+            kept.append(n)
+            before = n
+    return kept
 
 
 def decode_steps(

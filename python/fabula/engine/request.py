@@ -27,6 +27,8 @@ from fabula.kv.prefix_read import PrefixRead
 from fabula.lean_dataclasses import dataclass
 
 READ_AHEAD = 32  # unread pieces at which the request pauses
+MAX_CATCH_UP = 64  # tokens computed again at the end of an answer, for its state: those of one native call, with room
+WORTH_SAVING = 128  # tokens after the last kept state at which that of a preempted request goes to disk (an estimate)
 PAGES_TO_SPARE = 2  # for each request: a copy of its last page, and one more behind it
 
 
@@ -113,6 +115,7 @@ class Request:
         self.n_made = self.n_read = 0
         self.read: PrefixRead | None = None
         self.has_read = False
+        self._keep_states()
         self._chain = KeyChain(salt, sequence.window)
         self._n_published = 0
         self._listener: Callable[[], None] | None = None
@@ -174,8 +177,10 @@ class Request:
 
     @property
     def blind_steps(self) -> int:
-        """Decode steps that may run before it is asked for a draft again."""
-        return READ_AHEAD if self.speculation is None else self.speculation.blind_steps
+        """Decode steps that may run before it is asked for a draft again, or a state is kept."""
+        n = READ_AHEAD if self.speculation is None else self.speculation.blind_steps
+        trail = self.sequence.trail
+        return n if trail is None else min(n, trail.steps_to_fixed(self.sequence.n_tokens) or n)
 
     def stop_drafts(self) -> None:
         """No more drafts for this answer."""
@@ -198,7 +203,7 @@ class Request:
             n_accepted = sum(piece.token_id == token for piece, token in zip(pieces, draft, strict=False))
             self.speculation.verified(len(draft), n_accepted)
             self.sequence.n_tokens = len(self.decoding.history) - (error is None)  # the last one is not computed
-            self.sequence.roll_back(self.sequence.n_tokens)
+            self.sequence.roll_back(self.sequence.usable(self.sequence.n_tokens))
             self.publish_pages(len(pieces))
         return pieces, error
 
@@ -206,6 +211,44 @@ class Request:
         """Prefix hashes of the full pages, without the last token, which must be computed for its logits."""
         history = self.decoding.history.ids
         return self._chain.keys(history)[: (len(history) - 1) // PAGE_POSITIONS]
+
+    @property
+    def n_findable(self) -> int:
+        """Tokens that a prefix of its text may have which is found by its hashes."""
+        n_known = len(self.decoding.history) - 1
+        n_full = n_known // PAGE_POSITIONS * PAGE_POSITIONS
+        return n_full if self.sequence.trail is None or not n_full else n_known
+
+    def find_in_memory(self) -> Sequence | None:
+        """KV of a prefix of its text that is in memory; None for none."""
+        return self.cache.find_in_memory(self.keys(), self.sequence.window, self.decoding.history.ids[:-1])
+
+    def n_stored(self) -> int:
+        """Tokens of the longest prefix of its text that is in memory or on disk."""
+        return self.cache.n_findable(self.keys(), self.sequence.window, self.decoding.history.ids[:-1])
+
+    # ---- States of recurrent layers ---------------------------------------------------------------------------------
+
+    def _keep_states(self) -> None:
+        """Lets its sequence keep states where texts will go on: a new answer to the same prompt needs the one before
+        the last token of the prompt, for the logits of that."""
+        self.sequence.keep_states(self.n_prompt - 1)
+
+    def keep_branch(self) -> None:
+        """Keeps the state where its text leaves another one, whose KV is known but no state was kept there: what two
+        texts have in common, a third one may have too."""
+        if self.sequence.trail is not None:
+            n_known = self.cache.n_known(self.keys(), self.sequence.window)
+            if n_known > self.sequence.n_tokens + PAGE_POSITIONS:
+                self.sequence.keep_states(n_known)
+
+    @property
+    def n_behind(self) -> int:
+        """Tokens at the end of its answer whose state was not kept, as a step went beyond them; 0 for too many."""
+        n = len(self.decoding.history) - 1 - self.sequence.n_tokens
+        return n if self.sequence.trail is not None and 0 < n <= MAX_CATCH_UP else 0
+
+    # ---- Pages ------------------------------------------------------------------------------------------------------
 
     def publish_pages(self, n_unsent: int = 0) -> None:
         """Publishes full pages under their prefix hashes, and releases KV that no later token sees.
@@ -220,7 +263,14 @@ class Request:
                 if pages[i] != HOLE:
                     self.runner.pool.name(pages[i], keys[i])
             self._n_published = n_full
+        self.publish_states()
         self.release_passed(n_unsent)
+
+    def publish_states(self, *, all_of_them: bool = False) -> None:
+        """Publishes states; `all_of_them`: also those that are dropped soon while it runs."""
+        history = self.decoding.history.ids
+        if self.sequence.trail is not None:
+            self.sequence.publish_states(self._chain.keys(history), history, also_passing=all_of_them)
 
     def release_passed(self, n_unsent: int = 0) -> None:
         """Releases KV that no token after those already read sees; unread ones may still be removed."""
@@ -228,17 +278,20 @@ class Request:
             self.sequence.slide(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
         elif self.runner.pool.drops:
             self.sequence.drop_windowed()
+        if self.sequence.trail is not None:
+            self.sequence.drop_passing(self.sequence.n_tokens - (self.n_made + n_unsent - self.n_read))
 
     def adopt(self, sequence: Sequence) -> None:
         """Replaces its sequence by one with KV of more of the prompt."""
         self.sequence.close()
         self.sequence = sequence
+        self._keep_states()
         self._n_published = sequence.n_tokens // PAGE_POSITIONS
 
     def load(self, on_done: Callable[[], None]) -> None:
         """Starts to read KV of its prefix from disk, in another thread. Does not wait."""
         self.state, self.has_read = State.LOADING, True
-        self.read = self.cache.read(self.keys(), self.sequence.window, on_done)
+        self.read = self.cache.read(self.keys(), self.sequence.window, on_done, self.decoding.history.ids[:-1].copy())
 
     def loaded(self) -> None:
         """Adopts what was read; nothing, if that is less than it has."""
@@ -272,7 +325,12 @@ class Request:
         if self.speculation is not None:
             self.speculation.close()
         sequence = self.sequence
+        kept = sequence.usable(sequence.n_tokens - 1) if sequence.trail is not None and sequence.n_tokens else 0
+        if sequence.n_tokens - kept >= WORTH_SAVING:
+            sequence.keep_states(sequence.n_tokens)
+        self.publish_states(all_of_them=True)  # what is spilled must be found again
         self.sequence = self.runner.sequence(sequence.window)
+        self._keep_states()
         self._n_published = 0
         self.cache.evict(sequence)
 

@@ -66,6 +66,7 @@ class Runner:
         n_threads: threads of every step.
         context: positions a sequence may have; None takes the model's own length.
         kv_memory: bytes of the page pool; None for SEQUENCES_AT_FULL_LENGTH.
+        state_memory: bytes of recurrent states; None for `kv.states.DEFAULT_BYTES`.
         drops_windowed: whether KV that no window shows any more is dropped at once, not only when pages run out.
         bf16_inputs: inputs of products with bf16 weights, on the CPU.
         isa: instruction set, for tests.
@@ -94,6 +95,7 @@ class Runner:
         n_threads: int,
         context: int | None = None,
         kv_memory: int | None = None,
+        state_memory: int | None = None,
         drops_windowed: bool = False,
         bf16_inputs: Bf16Inputs = "auto",
         isa: Isa = "auto",
@@ -146,6 +148,7 @@ class Runner:
             max_tokens=self.max_tokens,
             heads=shares.geometries(config),
             ropes=ropes,
+            n_state_layers=len(config.state_layers),
         )
         try:
             builder.pack(self.device.members if self.device else (), meanwhile)
@@ -162,7 +165,17 @@ class Runner:
                 part_bytes = _native.page_bytes(kv, shares.kv_layers(config))
                 free = min(member.memory()[1] for member in self.device.members)
                 n_pages = min(n_pages, max(1, int(SHARE_OF_KV * free) // part_bytes))
-            self.pool = PagePool(kv, n_pages, config.kv_layers, self.device, windowed=windowed, drops=drops_windowed)
+            self.pool = PagePool(
+                kv,
+                n_pages,
+                config.kv_layers,
+                self.device,
+                windowed=windowed,
+                drops=drops_windowed,
+                state_floats=config.state_layers,
+                state_memory=state_memory,
+            )
+            self._states = self.pool.states.native if self.pool.states is not None else None
         except DeviceOutOfMemory as error:
             raise DeviceOutOfMemory(
                 f"{error}; load it with smaller weights, a shorter context or less kv_memory, or on the CPU",
@@ -233,8 +246,11 @@ class Runner:
         """
         return self.run([self.prepare(sequence, tokens) for sequence, tokens in parts], outputs)
 
-    def prepare(self, sequence: Sequence, tokens: I32, n_more: int = 0, n_drafted: int = 0) -> Part:
-        """Reserves pages for the tokens of the next step, the last ones perhaps drafted, and for `n_more` after them.
+    def prepare(
+        self, sequence: Sequence, tokens: I32, n_more: int = 0, n_drafted: int = 0, keeps: Iterable[int] = ()
+    ) -> Part:
+        """Reserves pages for the tokens of the next step, the last ones perhaps drafted, and for `n_more` after them;
+        with recurrent layers, states too, also those at the positions `keeps`.
 
         Raises:
             ContextOverflow: the sequence would grow beyond the context; nothing was changed.
@@ -244,7 +260,10 @@ class Runner:
         self.check_room(end, sequence.window)
         pages = sequence.reserve(end)
         window = sequence.window
-        share = _program.BatchSequence(pages, sequence.n_tokens, tokens, window.size, window.n_sinks)
+        states = sequence.reserve_state(len(tokens), keeps)
+        share = _program.BatchSequence(
+            pages, sequence.n_tokens, tokens, window.size, window.n_sinks, *(states if states is not None else ())
+        )
         return Part(sequence, share, len(tokens), n_drafted)
 
     def run(
@@ -256,9 +275,10 @@ class Runner:
             program: None for the model's own.
         """
         with self._in_use():
-            logits = (program or self.program).run(self.pool.native, [part.share for part in parts], outputs)
+            shares = [part.share for part in parts]
+            logits = (program or self.program).run(self.pool.native, shares, outputs, states=self._states)
         for part in parts:
-            part.sequence.n_tokens += part.n_tokens - part.n_drafted
+            part.sequence.advance(part.n_tokens, part.n_drafted)
         return logits
 
     @contextmanager
@@ -283,18 +303,29 @@ class Runner:
 
         Returns:
             Tokens and logprobs of each sequence, and the end of each step, in seconds since the call. The length of a
-            sequence is what it computed: all but the last sampled token. One that could not sample is unchanged.
+            sequence is what it computed: all but the last sampled token. One that could not sample is unchanged, and so
+            is the length of one with recurrent layers where a later step failed.
 
         Raises:
             NonFinite, InvalidArgument: as `run`; nothing was sampled.
         """
         with self._in_use():
-            sampled, seconds = self.program.decode(self.pool.native, [one for _, one in inputs], n_steps, stop.memory)
-        for (sequence, given), (tokens, _) in zip(inputs, sampled, strict=True):
+            positions: list[int] = []
+            sampled, seconds = self.program.decode(
+                self.pool.native,
+                [one for _, one in inputs],
+                n_steps,
+                stop.memory,
+                states=self._states,
+                state_positions=positions,
+            )
+        for (sequence, given), (tokens, _), position in zip(inputs, sampled, positions, strict=True):
+            if position < 0 and self._states is not None:
+                continue  # a later step failed: what was sampled before it is computed again
             if given.n_steps == 0:
-                sequence.n_tokens += len(given.share.tokens)
+                sequence.advance(len(given.share.tokens))
             elif len(tokens):
-                sequence.n_tokens += len(given.share.tokens) - 1 + len(tokens)
+                sequence.advance(len(given.share.tokens) - 1 + len(tokens))
         return sampled, seconds
 
     def another_program(self) -> _program.Program:

@@ -26,6 +26,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ from fabula.engine.policy import (
     common_length,
     decode_steps,
     fits,
+    kept_of_draft,
     plan,
     preempted,
     shares_prefix,
@@ -56,6 +58,7 @@ IDLE_S = 1.0  # then the thread ends; the next request starts a new one
 PAUSE_S = 0.05  # how often paused and abandoned requests are looked at when nothing else happens
 EMIT_S = 0.016  # longest time between pieces when one call makes several decode steps: a frame of a screen
 MAX_STEPS = PAGE_POSITIONS  # decode steps in one call: at most one more page for each request
+SLOTS_NEEDED = 2  # of recurrent states, by a request: before and after a step
 MAX_MEASURED = 256  # tokens of a step that StepCost learns from; in longer ones attention dominates
 
 
@@ -236,6 +239,7 @@ class Scheduler:
         request.stop_loading()
         request.stop_drafts()
         request.state = State.DONE
+        request.publish_states(all_of_them=True)
         request.cache.keep(request.sequence)  # not computed with any more: it may be evicted
         self._room = True
         with self._start_lock:
@@ -263,6 +267,7 @@ class Scheduler:
                 self._finish(request, error=error)
                 continue
             self._waiting.remove(request)
+            request.keep_branch()
             request.state = State.RUNNING
             if not request.clock.started:
                 request.clock.started = time.perf_counter()
@@ -275,22 +280,21 @@ class Scheduler:
             if not request.read.is_done:
                 return False
             request.loaded()
-        keys, sequence = request.keys(), request.sequence
-        if len(keys) * PAGE_POSITIONS > sequence.n_tokens:
-            found = request.cache.find_in_memory(keys, sequence.window)
+        if request.n_findable > request.sequence.n_tokens:
+            found = request.find_in_memory()
             if found is not None:
                 request.adopt_longer(found)
-            if self._loads(request, keys):
+            if self._loads(request, request.keys()):
                 return False
         return self._share_with_running(request)
 
     def _loads(self, request: Request, keys: list[bytes]) -> bool:
         """Whether more of a request's prefix is being read from disk; starts that if there are pages for the request.
         Where another request reads the same pages, this one shares them afterwards."""
-        cache, have = request.cache, request.sequence.n_tokens
-        if request.has_read or cache.spill is None or cache.n_findable(keys, request.sequence.window) <= have:
+        have = request.sequence.n_tokens
+        if request.has_read or request.cache.spill is None or request.n_stored() <= have:
             return False
-        first = keys[have // PAGE_POSITIONS]
+        first = keys[min(have // PAGE_POSITIONS, len(keys) - 1)]  # a state may be after all pages
         for other in self._waiting:
             read = other.read
             if read is not None and not read.is_done and request.may_share(other) and first in read.keys:
@@ -311,6 +315,7 @@ class Scheduler:
             sequence = other.sequence
             shares = shares_prefix(Prefix(n_common, sequence.n_tokens, other.n_pending > 1), have)
             if shares is None:
+                sequence.keep_states(n_common)
                 return False
             if shares and sequence.usable(n_common) > have:
                 have = sequence.usable(n_common)
@@ -320,14 +325,21 @@ class Scheduler:
     def _fits(self, request: Request) -> bool:
         """Whether there are pages for all its tokens and one more, also by preempting requests whose readers are slow
         and may be waiting for this one."""
-        pool = request.runner.pool
-        needed = request.sequence.pages_needed(len(request.decoding.history) + 1, request.runner.max_tokens)
-        while not fits(needed, pool.n_available(needed), len(running := self._running_of(request.runner))):
+        while not self._fits_now(request):
+            running = self._running_of(request.runner)
             paused = next((r for r in reversed(running) if r.paused), None)
             if paused is None:
                 return False
             self._preempt(paused)
         return True
+
+    def _fits_now(self, request: Request) -> bool:
+        pool, n_running = request.runner.pool, len(self._running_of(request.runner))
+        needed = request.sequence.pages_needed(len(request.decoding.history) + 1, request.runner.max_tokens)
+        if not fits(needed, pool.n_available(needed), n_running):
+            return False
+        n_slots = pool.n_slots_available()
+        return n_slots is None or fits(SLOTS_NEEDED + n_running, n_slots, n_running)  # each running one takes another
 
     def _running_of(self, runner: Runner) -> list[Request]:
         return [r for r in self._running if r.runner is runner]
@@ -469,13 +481,22 @@ class Scheduler:
             pieces.append(request.decoding.take(token, logprob))
             if pieces[-1].finish_reason:
                 break
-        request.sequence.n_tokens -= len(tokens) - len(pieces)
-        request.sequence.settle()
+        request.sequence.take_back(len(request.decoding.history) - 1)
         request.publish_pages(len(pieces))
         if pieces and pieces[-1].finish_reason:
+            self._catch_up(request)
             self._finish(request)
         for piece, at in zip(pieces, times.tolist(), strict=False):
             request.emit(Item(piece, at, piece.finish_reason))
+
+    def _catch_up(self, request: Request) -> None:
+        """Computes the last tokens of an answer again where the step that ended it went beyond them and no state was
+        kept there. So the next turn has nothing to recompute."""
+        n = request.n_behind
+        if n:
+            with suppress(EngineError):  # no pages or no slot: the next turn recomputes them
+                request.runner.step([(request.sequence, request.next_tokens(n))], [])
+                request.publish_pages()
 
     def _prepare(self, request: Request, n: int, batch: list[tuple[Request, Part]]) -> Part | None:
         """Reserves pages for a request's next tokens, preempting others if there are none. None: this request was
@@ -484,7 +505,8 @@ class Scheduler:
             try:
                 request.release_passed()
                 n_drafted = max(0, n - request.n_pending)
-                return request.runner.prepare(request.sequence, request.next_tokens(n), 0, n_drafted)
+                tokens, keeps = request.next_tokens(n), self._kept_of_draft(request, n_drafted)
+                return request.runner.prepare(request.sequence, tokens, 0, n_drafted, keeps)
             except OutOfMemory as error:
                 if n > request.n_pending:
                     n = request.n_pending  # nobody releases pages for a draft
@@ -505,6 +527,15 @@ class Scheduler:
             except EngineError as error:
                 self._finish(request, error=error)
                 return None
+
+    def _kept_of_draft(self, request: Request, n_drafted: int) -> list[int]:
+        """Positions within a draft at which keeping the recurrent state costs less than computing tokens again."""
+        states, runner = request.runner.pool.states, request.runner
+        if states is None or not n_drafted:
+            return []
+        share = 2 * states.slot_bytes / runner.weight_bytes  # of the memory a step reads: a copy reads and writes
+        kept = kept_of_draft(request.chances[:n_drafted], *self.cost(runner).row_and_base(), share)
+        return [request.sequence.n_tokens + 1 + i for i in kept]
 
     def _evict_waiting(self, runner: Runner) -> bool:
         """Evicts the KV of the youngest waiting request that has any; False if none has."""
@@ -527,6 +558,7 @@ class Scheduler:
         pieces, error = request.sample(logits)
         at, reason = time.perf_counter(), pieces[-1].finish_reason if pieces else None
         if reason:
+            self._catch_up(request)
             self._finish(request)
         for piece in pieces:
             request.emit(Item(piece, at, piece.finish_reason))

@@ -60,6 +60,11 @@ class StepCost:
             least, oldest = min(self._rows), self._n_steps - FORGET_STEPS
             self._rows = {n: one for n, one in self._rows.items() if one[1] >= oldest or n == least}
 
+    def row_and_base(self) -> tuple[float, float]:
+        """Seconds of a second row of a decode step, and of the first; (0, 0) before the first step."""
+        first = self.seconds(1)
+        return max(0.0, self.seconds(2) - first), first
+
     def seconds(self, n_rows: int) -> float:
         """Seconds of a decode step of so many rows: measured, between two that were, or guessed from fewer rows; 0
         before the first."""

@@ -16,11 +16,12 @@ import numpy.typing as npt
 from fabula import _native
 from fabula.engine.defaults import GGUF_KEYS, SamplingDefaults
 from fabula.errors import Unsupported
+from fabula.export.hybrids import HYBRID_KEYS
 from fabula.formats.checkpoint import Checkpoint
 from fabula.formats.gguf_config import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from fabula.formats.gguf_families import ARCHITECTURES, XIELU
 from fabula.formats.gguf_write import Value
-from fabula.models.description import ModelConfig
+from fabula.models.description import DeltaRule, ModelConfig
 from fabula.models.rope import make_rope, rotated_width
 
 # model_type -> architecture. GPT-J has none in llama.cpp, and Llama 4 only as a mixture of experts.
@@ -34,6 +35,8 @@ _BASE: Mapping[str, str] = {
     **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
     "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
     "granitemoeshared": "granitemoe", "glm4_moe": "glm4moe", "ernie4_5_moe": "ernie4_5-moe",
+    "lfm2_moe": "lfm2moe", "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
+    "granitemoehybrid": "granitehybrid", "bamba": "granitehybrid", "falcon_h1": "falcon-h1",
     "minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "hunyuan_v1_moe": "hunyuan-moe",
     "ministral3": "mistral3", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "sarvam_mla", "youtu"), "deepseek2"),
@@ -46,7 +49,7 @@ _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN: defaults of readers
 # Architectures whose heads are hidden_size / n_heads wide in llama.cpp.
 _WHOLE_HEADS = ("qwen2", "qwen2vl", "phi2", "phi3", "olmo", "olmo2", "command-r", "cohere2", "stablelm", "nemotron",
                 "starcoder2", "falcon", "gpt2", "gptneox", "bloom", "mpt", "internlm2", "baichuan", "chatglm",
-                "exaone4", "qwen2moe", "olmoe")  # fmt: skip
+                "exaone4", "qwen2moe", "olmoe", "lfm2", "lfm2moe")  # fmt: skip
 
 
 def architecture_of(config: ModelConfig, path: Path) -> str:
@@ -125,16 +128,16 @@ def config_keys(config: ModelConfig, name: str, path: Path) -> dict[str, Value]:
 def main_rope(config: ModelConfig) -> tuple[Mapping[str, Any], int]:
     """The rope of layers without a window, or else of all; and the width of their heads."""
     tables = [
-        layer.attention.rope
-        for layer in sorted(config.layers, key=lambda layer: layer.attention.window > 0)
-        if layer.attention.rope >= 0
+        attention.rope
+        for attention in sorted(config.attentions, key=lambda attention: attention.window > 0)
+        if attention.rope >= 0
     ]
     return config.ropes[tables[0]]
 
 
 def _local_theta(config: ModelConfig) -> float | None:
     """The theta of layers with a window."""
-    tables = [a.rope for layer in config.layers if (a := layer.attention).window and a.rope >= 0]
+    tables = [a.rope for a in config.attentions if a.window and a.rope >= 0]
     return float(config.ropes[tables[0]][0]["rope_theta"]) if tables else None
 
 
@@ -289,6 +292,7 @@ _OWN: Mapping[str, Callable[[ModelConfig], dict[str, Value]]] = {
     "cohere2": lambda c: {"logit_scale": np.float32(c.logit_scale)},
     "stablelm": lambda c: {"use_parallel_residual": c.layers[0].parallel},
     "gptneox": lambda c: {"use_parallel_residual": c.layers[0].parallel},
+    **HYBRID_KEYS,
 }
 
 
@@ -372,6 +376,9 @@ def llama_cpp_notes(config: ModelConfig, metadata: Mapping[str, Value], names: C
         "biases of the MLP": arch in without_mlp_bias and biased("ffn_up"),
         f"{config.n_heads} heads of {config.head_dim} in a hidden size of {config.hidden_size}": arch in _WHOLE_HEADS
         and config.n_heads * config.head_dim != config.hidden_size,
+        "biases of recurrent layers": biased("ssm_in") or biased("ssm_out") or biased("shortconv.conv"),
+        "heads of v that are not as wide as those of k": arch.startswith("qwen3")
+        and any(isinstance(m := layer.mixer, DeltaRule) and m.v_dim != m.k_dim for layer in config.layers),
         f"norms of q and k in {config.n_layers} layers": arch == "command-r"
         and config.n_layers < 64
         and any("attn_q_norm" in name for name in names),

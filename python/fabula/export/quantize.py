@@ -22,6 +22,7 @@ from fabula import _native
 from fabula.engine.defaults import read_defaults
 from fabula.engine.threads import default_threads
 from fabula.errors import InvalidArgument, NonFinite, Unsupported, shown
+from fabula.export.factors import folded
 from fabula.export.losses import refuse_losses
 from fabula.export.metadata import (
     architecture_of,
@@ -45,6 +46,7 @@ from fabula.models.decoder import has_head
 from fabula.models.description import ModelConfig
 from fabula.models.families import family_of
 from fabula.models.recipe import KINDS, Shape, dtype_for, role_of
+from fabula.models.views import viewed
 from fabula.text.tokenizer import Tokenizer
 
 __all__ = ["Report", "Role", "quantize_model"]
@@ -288,11 +290,12 @@ def _from_gguf(file: GgufFile | GgufParts, config: ModelConfig, shape: Shape) ->
 def _from_folder(checkpoint: Checkpoint, config: ModelConfig, shape: Shape) -> _Source:
     path = checkpoint.path
     folder = path if path.is_dir() else path.parent
+    source, config = folded(viewed(checkpoint, config), config)
     arch = architecture_of(config, path)
     metadata = config_keys(config, folder.resolve().name or "model", path)
     vocabulary, notes = vocabulary_keys(Tokenizer.from_folder(folder), config.vocab_size)
     metadata |= vocabulary | numbers_of_xielu(checkpoint, config)
-    source, shapes = laid_out(checkpoint, config, arch)
+    source, shapes = laid_out(source, config, arch)
     tensors: list[_Tensor] = []
     for name, factors in rope_tensors(config, path).items():
         raw = factors.view(np.uint8)

@@ -8,21 +8,22 @@ norm for each head as a matrix.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fabula.errors import ModelFileError, Unsupported, shown
+from fabula.export import hybrids
+from fabula.export.part import Part
 from fabula.formats.checkpoint import Checkpoint, TensorTable
 from fabula.formats.gguf_families import ARCHITECTURES, MLP, OF_EXPERTS, PAIRED
-from fabula.formats.gguf_names import canonical_name
+from fabula.formats.gguf_names import canonical_name, stored_name
 from fabula.formats.tensor_names import of_further_tokens
 from fabula.models.decoder import redundant
 from fabula.models.description import Attention, Experts, ModelConfig
 from fabula.models.latent import orders
 from fabula.models.rope import rotated_width
-from fabula.models.views import View, ViewedCheckpoint, viewed
+from fabula.models.views import View, ViewedCheckpoint
 
 _FUSED = ("falcon", "gpt2", "gptneox", "bloom", "mpt")  # architectures that read q, k and v in one matrix only
 _OF_QUERIES = ("attn_q", "attn_q_a", "attn_q_a_norm", "attn_q_b")  # with a latent of queries, or without
@@ -31,34 +32,18 @@ _STREAM_SCALE = ".altup.correct_output_scale"
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"  # a buffer in older checkpoints, derived from the config
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor of the file: its canonical sources, in order, and their rows (None: all, as they are).
-
-    Attributes:
-        needed: whether a model without it is incomplete.
-        n_heads: rows of the result where a vector becomes a matrix of one row for each head; 0 for none.
-        stacked: whether the result has one more dimension, that of the sources.
-        shape: of the result, where the sources do not say it.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    rows: npt.NDArray[np.int64] | None = None
-    needed: bool = True
-    n_heads: int = 0
-    stacked: bool = False
-    shape: tuple[int, ...] = ()
-
-
-def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+def laid_out(source: Checkpoint, config: ModelConfig, arch: str) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """The checkpoint with GGUF's tensors, in the order of the model, and their shapes.
+
+    Args:
+        source: the checkpoint with canonical names (`viewed`).
+        config: of the model.
+        arch: architecture of the file.
 
     Raises:
         ModelFileError: a tensor is missing.
         Unsupported: a tensor that GGUF has no name for, or that the config does not mention.
     """
-    source = viewed(checkpoint, config)
     names = source.tensors.all_names if isinstance(source.tensors, TensorTable) else set(source.tensors)
     views: dict[str, View] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -67,10 +52,10 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
         if not all(name in names for name in part.sources):
             if part.needed:
                 raise ModelFileError(
-                    f"{checkpoint.path}: tensor for {part.name} is missing", path=checkpoint.path, field=part.name
+                    f"{source.path}: tensor for {part.name} is missing", path=source.path, field=part.name
                 )
             continue
-        views[part.name] = View(part.sources, part.rows)
+        views[part.name] = View(part.sources, part.rows, columns=part.columns)
         used.update(part.sources)
         shape = source.tensors[part.sources[0]].shape
         shapes[part.name] = (part.n_heads, shape[0] // part.n_heads) if part.n_heads else part.shape
@@ -81,7 +66,7 @@ def laid_out(checkpoint: Checkpoint, config: ModelConfig, arch: str) -> tuple[Ch
             continue
         known = canonical_name(name, arch)
         raise Unsupported(
-            f"{checkpoint.path}: tensor {shown(name)}: "
+            f"{source.path}: tensor {shown(name)}: "
             + ("not part of this model's config" if known else "GGUF has no name for it in this family")
         )
     made = ViewedCheckpoint(source, views)
@@ -114,7 +99,7 @@ def _parts(config: ModelConfig, arch: str, names: Collection[str]) -> Iterator[P
     for i in range(config.n_layers):
         yield from _layer(config, arch, i, names)
     if config.final_norm.weighted:
-        yield Part("output_norm.weight", ("model.norm.weight",))
+        yield Part(f"{ARCHITECTURES[arch].final_norm}.weight", ("model.norm.weight",))
     if config.final_norm.biased:
         yield Part("output_norm.bias", ("model.norm.bias",))
     if not config.tied:
@@ -143,12 +128,21 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
         name = canonical_name(f"blk.{i}.{part}.weight", arch, two_norms=two_norms)
         assert name is not None
         short = name.removeprefix(prefix).removesuffix(".weight")
+        if short == "input_layernorm" and not layer.attends and not layer.mixer:  # an MLP alone
+            short = "post_attention_layernorm"
+            name = f"{prefix}{short}.weight"
         if short in norms:
             norm = norms[short]
             if norm is not None and norm.weighted:
-                yield Part(f"blk.{i}.{part}.weight", (name,))
+                yield Part(stored_name(i, part, arch), (name,))
             if norm is not None and norm.biased:
                 yield Part(f"blk.{i}.{part}.bias", (name.replace(".weight", ".bias"),))
+            continue
+        if (short.startswith("self_attn.") and not layer.attends) or (short.startswith("mlp.") and not layer.has_mlp):
+            continue
+        if short.startswith(hybrids.PARTS):
+            if layer.mixer and short.startswith(layer.mixer.part):
+                yield from hybrids.mixer_parts(layer.mixer, arch, i, part, name)
             continue
         if part in ("attn_k", "attn_v", "attn_k_norm") and not a.writes:
             if arch == "gemma3n":  # llama.cpp wants them there, and does not use them
@@ -191,6 +185,8 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
                 "attn_k_b": (a.n_heads, a.latent.rank, a.latent.plain),
                 "attn_v_b": (a.n_heads, a.latent.value, a.latent.rank),
             }.get(part, ())
+        elif part == "attn_q" and a.gated:
+            sources, rows = (name, name.replace("q_proj", "gate_proj")), hybrids.gated_queries(a)
         elif part in ("attn_q", "attn_k"):
             rows = _pairwise(config, arch, a, a.n_heads if part == "attn_q" else a.n_kv_heads)
         needed = part != "layer_output_scale"

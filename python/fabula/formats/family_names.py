@@ -45,6 +45,20 @@ _GRANITE_MOE: Rules = {
 }
 _MIXTRAL: Rules = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
+_LFM2: Rules = {
+    "embedding_norm": "norm",
+    "operator_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "self_attn.out_proj": "self_attn.o_proj",
+    "q_layernorm": "q_norm",
+    "k_layernorm": "k_norm",
+    "feed_forward.expert_bias": "mlp.gate.e_score_correction_bias",
+    "feed_forward": "mlp",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+}
+
 NAMES: Mapping[str, Rules] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -149,6 +163,39 @@ NAMES: Mapping[str, Rules] = {
         "mlp.gate.wg": "mlp.gate",
         "mlp.shared_mlp": "mlp.shared_expert",
     },
+    "olmo_hybrid": {
+        "attention_layer_norm": "input_layernorm",
+        "feedforward_layer_norm": "post_attention_layernorm",
+        "post_feedforward_layernorm": "post_mlp_layernorm",
+        "linear_attn.a_proj": "linear_attn.in_proj_a",
+        "linear_attn.b_proj": "linear_attn.in_proj_b",
+        "linear_attn.g_proj": "linear_attn.in_proj_z",
+        "linear_attn.o_proj": "linear_attn.out_proj",
+        "linear_attn.o_norm": "linear_attn.norm",
+    },
+    "granitemoehybrid": _GRANITE_MOE,
+    "bamba": {
+        "pre_ff_layernorm": "post_attention_layernorm",
+        "feed_forward": "mlp",
+        "final_layernorm": "norm",
+    },
+    "falcon_h1": {
+        "pre_ff_layernorm": "post_attention_layernorm",
+        "feed_forward": "mlp",
+        "final_layernorm": "norm",
+    },
+    "nemotron_h": {
+        "embeddings": "embed_tokens",
+        "mixer.norm": "mamba.gate_norm",
+        "norm": "input_layernorm",
+        "mamba.gate_norm": "mamba.norm",
+        "norm_f": "norm",
+        **{f"mixer.{part}_proj": f"self_attn.{part}_proj" for part in "qkvo"},
+        **{f"mixer.{part}_proj": f"mlp.{part}_proj" for part in ("up", "down")},
+        "mixer": "mamba",
+    },
+    "lfm2": _LFM2,
+    "lfm2_moe": _LFM2,
     "baichuan": {"self_attn.W_pack": "self_attn.qkv_proj"},
     "llama4_text": {"feed_forward": "mlp"},
 }

@@ -1,6 +1,6 @@
 """How a row of the tables of GGUF architectures is made: its fields, names of tensors, and what several rows read.
 
-The rows are in gguf_dense.py, gguf_layer_norm.py and gguf_sparse.py.
+The rows are in gguf_dense.py, gguf_layer_norm.py, gguf_sparse.py and gguf_hybrids.py.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Facts:
     def key(self, name: str) -> str:
         return f"{self.arch}.{name}"
 
-    def has(self, part: str) -> bool:
+    def has(self, part: str, kind: str = "weight") -> bool:
         """Whether the layers have a tensor of that name."""
-        return any(name.startswith("blk.") and name.split(".")[2:] == [part, "weight"] for name in self.tensors)
+        return any(name.startswith("blk.") and name.split(".")[2:] == [part, kind] for name in self.tensors)
 
     def number(self, name: str, default: float | None, *, zero: float | None = None) -> float:
         if zero is not None and self.keys.metadata.get(self.key(name)) == 0:
@@ -115,8 +115,9 @@ class Architecture:
             learned, and embeddings have a norm.
         eps: key of config.json for the epsilon of layer norms; "" for RMS norms.
         silu: whether the MLP is a gated SiLU.
-        varied: whether KV heads and MLPs may differ from layer to layer; `finish` reads them.
         latent: whether attention is that of latents, whose rotated part `head_dim` stands for.
+        varied: whether heads and MLPs may differ from layer to layer, or be missing; `finish` reads them.
+        final_norm: the name of the norm before the head.
         scale: of scores, where it is not that of a head's width.
         rotated: whether a part of each head may be rotated.
         factors, longrope: whether rope factors may come as tensors: one list, or two by the context's length. (Qwen has
@@ -142,6 +143,7 @@ class Architecture:
     silu: bool = True
     varied: bool = False
     latent: bool = False
+    final_norm: str = "output_norm"
     scale: float | None = None
     rotated: bool = False
     factors: bool = False

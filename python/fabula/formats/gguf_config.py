@@ -123,7 +123,7 @@ def config_of(file: Source) -> dict[str, Any]:
             f"{arch}.attention.value_length", f"is {value}; only that of a whole head, {head_dim}, is offered"
         )
     rotated = _rotated(keys, arch, row, head_dim)
-    same = keys.same if not row.varied else lambda *about: keys.each(*about)[0]
+    same = keys.some if row.varied else keys.same
     n_kv_heads = same(f"{arch}.attention.head_count_kv", n_layers, n_heads)
     windows = _windows(keys, arch, row, n_layers)
     vocab_size = _vocab_size(file, keys)
@@ -207,7 +207,7 @@ def _epsilon(keys: Keys, arch: str, row: Architecture) -> dict[str, float]:
 
 def _bias_flags(file: Source, row: Architecture) -> dict[str, bool]:
     """The flags of config.json for biases, by the biases that are there."""
-    biases = {name.split(".")[2] for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")}
+    biases = {name.split(".", 2)[2][:-5] for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")}
     usual = {"attention_bias": ATTENTION, "mlp_bias": MLP} if row.silu else {}
     flags = {flag: not biases.isdisjoint(parts) for flag, parts in usual.items()}
     return flags | {flag: not biases.isdisjoint(parts) for flag, parts in row.biases.items() if flag}

@@ -75,7 +75,11 @@ def granite(f: Facts, config: Config) -> None:
     key = f.key("rope.scaling.finetuned")
     if not f.keys.flag(key, True):
         raise f.keys.unsupported(key, "is false, which means layers without rotation here; that is not offered")
-    config |= {
+    config |= granite_factors(f)
+
+
+def granite_factors(f: Facts) -> Config:
+    return {
         "logits_scaling": f.number("logit_scale", None),
         "residual_multiplier": f.number("residual_scale", 1.0, zero=1.0),
         "embedding_multiplier": f.number("embedding_scale", 1.0, zero=1.0),

@@ -2,7 +2,7 @@
 
 A row says what differs from Llama: the tensors a layer has, which of them may have biases, the order of q's and k's
 rows, the windows, and keys that only this architecture reads. What only a file decides is set by a function. Rows and
-functions are in tables by kind: gguf_dense.py, gguf_layer_norm.py, gguf_sparse.py.
+functions are in tables by kind: gguf_dense.py, gguf_layer_norm.py, gguf_sparse.py, gguf_hybrids.py.
 
 Some numbers are in no key: llama.cpp derives them from the architecture and the number of layers, as noted at each row.
 
@@ -26,6 +26,7 @@ from fabula.formats.gguf_architecture import (
     Facts,
 )
 from fabula.formats.gguf_dense import DENSE
+from fabula.formats.gguf_hybrids import HYBRIDS
 from fabula.formats.gguf_latent import LATENT
 from fabula.formats.gguf_layer_norm import LAYER_NORM
 from fabula.formats.gguf_sparse import SPARSE
@@ -44,6 +45,6 @@ __all__ = [
     "Facts",
 ]
 
-ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **LAYER_NORM, **SPARSE, **LATENT}
+ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **LAYER_NORM, **SPARSE, **LATENT, **HYBRIDS}
 # Architectures that store the rows of q and k pairwise (gguf_names.py).
 PAIRED = tuple(arch for arch, row in ARCHITECTURES.items() if row.paired)

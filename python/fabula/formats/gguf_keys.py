@@ -115,14 +115,21 @@ class Keys:
             )
         return self._integer(key, int(distinct[0]), 1, INT32_MAX)
 
-    def each(self, key: str, n_layers: int, default: int | None = None) -> list[int]:
-        """An integer above 0 for each layer; one stands for all."""
+    def each(self, key: str, n_layers: int, default: int | None = None, *, low: int = 1) -> list[int]:
+        """An integer, `low` or more, for each layer; one stands for all."""
         value = self._get(key, default)
         if not isinstance(value, np.ndarray):
-            return [self._integer(key, value, 1, INT32_MAX)] * n_layers
+            return [self._integer(key, value, low, INT32_MAX)] * n_layers
         if value.dtype.kind not in "iu" or len(value) != n_layers:
             raise self.error(key, f"must be an integer or {n_layers} integers, one for each layer")
-        return [self._integer(key, int(item), 1, INT32_MAX) for item in value]
+        return [self._integer(key, int(item), low, INT32_MAX) for item in value]
+
+    def some(self, key: str, n_layers: int, default: int | None = None) -> int:
+        """An integer above 0 for each layer, 0 for those without: that of the first layer that has one."""
+        found = [item for item in self.each(key, n_layers, default, low=0) if item]
+        if not found:
+            raise self.error(key, "is 0 for all layers")
+        return found[0]
 
     def flag(self, key: str, default: bool) -> bool:
         """A boolean; integers 0 and 1 are accepted too."""

@@ -71,7 +71,9 @@ _LAYER = {
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
-_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z0-9_]+)\.(weight|bias)")
+_LAYER_TENSOR = re.compile(
+    r"blk\.(0|[1-9][0-9]{0,8})\.(?:((?:shortconv\.)?[a-z0-9_]+)\.(weight|bias)|(ssm_[ad]|ffn_norm))"
+)
 _NORMS = ("attn_norm", "attn_norm_2", "ffn_norm")  # those that have biases if any norm has
 _GGUF_NAMES = {
     theirs: ours for ours, theirs in (*_TENSORS.items(), *_LAYER.items(), *ALTUP.items()) if ours != "attn_norm_2"
@@ -81,6 +83,9 @@ _NO_WEIGHTS = (
     "altup_correct_scale",
     "exp_probs_b",
     "attn_sinks",
+    "ssm_a",
+    "ssm_d",
+    "ssm_dt",
 )  # their names end there in safetensors files
 _OF_STREAM = re.compile(r"(model\.altup_[a-z]*projections)\.[0-9]+\.weight")
 _HF_LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.([a-z_.]+)\.(weight|bias)")
@@ -192,10 +197,12 @@ def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | No
         two_norms: whether it is a Falcon with two norms a layer, the second of which is that of attention.
     """
     row = ARCHITECTURES[arch]
+    if name == f"{row.final_norm}.weight":
+        return "model.norm.weight"
     if name in _TENSORS:
         return _TENSORS[name]
     if match := _LAYER_TENSOR.fullmatch(name):
-        part, kind = match[2], match[3]
+        part, kind = match[2] or match[4], match[3] or "weight"
         if part not in row.names and part not in _LAYER:
             return None
         found = row.names.get(part, _LAYER.get(part, ""))
@@ -205,6 +212,12 @@ def canonical_name(name: str, arch: str, *, two_norms: bool = False) -> str | No
     if match := _HF_LAYER_TENSOR.fullmatch(name):
         return name if match[2] in {*_LAYER.values(), *row.names.values()} else None
     return name if name in _TENSORS.values() else None
+
+
+def stored_name(layer: int, part: str, arch: str = "") -> str:
+    """A layer's tensor in a file of an architecture."""
+    ending = {"ssm_a": "", "ssm_d": "", "ssm_dt": ".bias", "exp_probs_b": ".bias"}.get(part, ".weight")
+    return f"blk.{layer}.{part}" + ("" if (arch, part) == ("falcon-h1", "ffn_norm") else ending)
 
 
 # ---- Tensors ------------------------------------------------------------------------------------------
@@ -288,14 +301,17 @@ def _biases(config: Mapping[str, Any], row: Architecture) -> Iterator[str]:
         if not flag or config[flag]:
             for part in parts:
                 for layer in range(config["num_hidden_layers"]):
-                    yield f"model.layers.{layer}.{row.names.get(part, _LAYER[part])}.bias"
+                    yield f"model.layers.{layer}.{row.names.get(part) or _LAYER[part]}.bias"
 
 
 def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: Architecture) -> str:
     """Refuses a tensor that the program of this config does not use, as llama.cpp does."""
     arch = file.metadata["general.architecture"]
+    if tensor.name == f"{row.final_norm}.weight":
+        return "model.norm.weight"
     if tensor.name in _TENSORS:
         wanted = {
+            "output_norm.weight": False,
             "output_norm.bias": row.norm_bias,
             "output.bias": row.head_bias,
             "position_embd.weight": row.positions,
@@ -307,9 +323,9 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
         if wanted.get(tensor.name, True):
             return _TENSORS[tensor.name]
     match = _LAYER_TENSOR.fullmatch(tensor.name)
-    if match is None or match[2] not in {**_LAYER, **row.names}:
+    part = "" if match is None else match[2] or match[4]
+    if match is None or part not in {**_LAYER, **row.names}:
         raise Unsupported(f"{file.path}: tensor {shown(tensor.name)}: is not part of any model family offered here")
-    part = match[2]
     if int(match[1]) >= config["num_hidden_layers"]:
         raise tensor_error(
             file, tensor, f"belongs to layer {match[1]}, but block_count is {config['num_hidden_layers']}"
@@ -319,7 +335,7 @@ def _hf_name(file: Source, tensor: GgufTensor, config: Mapping[str, Any], row: A
     is_sparse = any(key in config for key in ("num_experts", "n_routed_experts", "moe_num_experts"))
     allowed = part in row.layer and (is_sparse or not part.endswith(OF_EXPERTS))
     if match[3] == "bias":
-        allowed = allowed and (part in (*biased, "exp_probs_b") or (row.norm_bias and part in _NORMS))
+        allowed = allowed and (part in (*biased, "exp_probs_b", "ssm_dt") or (row.norm_bias and part in _NORMS))
     name = canonical_name(tensor.name, str(arch), two_norms=config.get("num_ln_in_parallel_attn") == 2)
     if not allowed or name is None:
         window = " with a window" if config["model_type"] == "mistral" else ""

@@ -51,14 +51,14 @@ def _of_groups(f: Facts, config: Config) -> None:
         "routed_scaling_factor": f.number("expert_weights_scale", 1.0, zero=1.0),
         "norm_topk_prob": f.keys.flag(f.key("expert_weights_norm"), False),
     }
-    _want_sigmoids(f)
+    want_sigmoids(f)
     if f.arch == "glm4moe":
         config["use_qk_norm"] = f.has("attn_q_norm")
     else:
         config["sliding_window"] = None
 
 
-def _want_sigmoids(f: Facts) -> None:
+def want_sigmoids(f: Facts) -> None:
     key = f.key("expert_gating_func")
     if (kind := f.keys.integer(key, _SIGMOID)) != _SIGMOID:
         raise f.keys.unsupported(key, f"is {kind}, which is not a sigmoid, as in all models of this architecture")
@@ -66,7 +66,7 @@ def _want_sigmoids(f: Facts) -> None:
 
 def _minimax_m2(f: Facts, config: Config) -> None:
     config |= {"intermediate_size": read_experts(f, config)}
-    _want_sigmoids(f)
+    want_sigmoids(f)
 
 
 def _ernie_moe(f: Facts, config: Config) -> None:

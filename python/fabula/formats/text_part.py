@@ -32,14 +32,16 @@ _WRAPPERS: Mapping[str, _Wrapper] = {
     "qwen2_vl": _Wrapper("qwen2_vl_text", False),
     "qwen2_5_vl": _Wrapper("qwen2_5_vl_text", False),
     "qwen3_vl": _Wrapper("qwen3_vl_text", False),
+    "qwen3_5": _Wrapper("qwen3_5_text", False),
+    "qwen3_5_moe": _Wrapper("qwen3_5_moe_text", False),
     "muse_glimmer": _Wrapper("muse_glimmer_text", False),
 }
 _KEPT = ("quantization_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 _PARTS = {"vision_config": "vision", "audio_config": "audio"}
-# Tensors of those parts, under any prefix.
+# Tensors of those parts, under any prefix, and of heads that predict further tokens for drafts (MTP).
 _OTHER_TENSORS = (
     *("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "embed_vision.", "vision_adapter."),
-    *("vision_projection.",),
+    *("vision_projection.", "mtp."),
     *("audio_tower.", "embed_audio.", "vision_embed_tokens.", "mm_projector.", "vision_projector."),
 )
 

@@ -21,18 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 from fabula._native import PAGE_POSITIONS
-from fabula.kv.pages import HOLE, PagePool, PoolUsage, Sequence
+from fabula.kv.pages import HOLE, PagePool, PoolUsage, Sequence, pages_for
 from fabula.kv.prefix import Window
-from fabula.kv.prefix_read import PrefixRead, ReaderThreads, partial_key
+from fabula.kv.prefix_read import PrefixRead, ReaderThreads, Source, StoredState, partial_key
+from fabula.kv.states import I32, NO_IDS, State, state_key, tail_of
+from fabula.lean_dataclasses import replace
 
 DRAIN_BYTES = 64 << 20  # queued for the disk, while everything is saved
 
 
 class Spill(Protocol):
-    """Pages on disk by their prefix hashes; see `fabula.kv.spill` and `fabula.kv.spill_writer`."""
+    """Pages, and states, on disk by their prefix hashes; see `fabula.kv.spill` and `fabula.kv.spill_writer`."""
 
     def put(self, key: bytes, data: npt.NDArray[np.uint8]) -> bool:
-        """Takes a page's bytes without waiting for a disk; False when they are there already or there is no room."""
+        """Takes a page's or a state's bytes without waiting for a disk; False when they are there already, or there is
+        no room."""
 
     def get(self, key: bytes, out: npt.NDArray[np.uint8]) -> bool:
         """Reads a page's bytes into `out`; False when they are not there or damaged. May wait for a disk."""
@@ -41,6 +44,9 @@ class Spill(Protocol):
 
     @property
     def n_pages(self) -> int: ...
+
+    @property
+    def n_states(self) -> int: ...
 
     def drain(self, max_bytes: int = 0) -> None:
         """Waits until at most so many bytes are still to be written."""
@@ -71,6 +77,9 @@ class KvEvictionList:
         # The pool must not keep alive what keeps the pool alive.
         method = weakref.WeakMethod(self._reclaim)
         pool.reclaim = lambda n: call(n) if (call := method()) else None
+        if pool.states is not None:
+            save = weakref.WeakMethod(self._save_evicted)
+            pool.states.on_evict = lambda state: call(state) if (call := save()) else None
 
     def keep(self, sequence: Sequence, *, owned: bool = False) -> None:
         """Retains a sequence that no running request needs, as the most recently used.
@@ -116,54 +125,112 @@ class KvEvictionList:
 
     # ---- Lookup -----------------------------------------------------------------------------------------------------
 
-    def find(self, keys: list[bytes], window: Window) -> Sequence | None:
-        """The longest prefix of a text whose full pages are in memory or on disk, as a new sequence.
+    def find(self, keys: list[bytes], window: Window, ids: I32 = NO_IDS) -> Sequence | None:
+        """The longest prefix of a text whose full pages are in memory or on disk, as a new sequence. That of a hybrid
+        ends where a state was kept, perhaps within a page.
 
         May wait for the disk: the caller should hold no lock. `read` does not.
 
         Args:
             keys: prefix hashes of the text's full pages, see `KeyChain`.
             window: what its tokens see; pages that no later token sees need not be there.
+            ids: int32 [n_tokens], the text; of use with recurrent layers only.
         """
-        found = self._prefix(keys, window, self.spill)
+        held = self.find_in_memory(keys, window, ids) if self._pool.states is not None else None
+        found = self._prefix(keys, window, self.spill, ids)
+        if held is not None and found.n_tokens <= held.n_tokens:
+            return held
         found.run()
-        return found.take()
+        return found.take() or held
 
-    def find_in_memory(self, keys: list[bytes], window: Window) -> Sequence | None:
+    def find_in_memory(self, keys: list[bytes], window: Window, ids: I32 = NO_IDS) -> Sequence | None:
         """`find` without the disk: does not wait."""
         with self._pool.lock:  # nothing is evicted between the search and the sharing
+            if self._pool.states is not None:
+                holder, n_tokens = self._state_holder(keys, window, ids)
+                return None if holder is None else holder.fork(n_tokens)
             found = self._prefix(keys, window, None)
             if not found.keys:
                 return None
             found.run()
         return found.take()
 
-    def n_findable(self, keys: list[bytes], window: Window) -> int:
+    def n_findable(self, keys: list[bytes], window: Window, ids: I32 = NO_IDS) -> int:
         """Tokens of the prefix that `find` would return now. Does not wait."""
         if not keys:
             return 0
         with self._pool.lock:
+            if self._pool.states is None:
+                return self._longest(keys, window, self.spill) * PAGE_POSITIONS
+            stored = self._stored_state(keys, window, ids, self.spill)
+            return max(self._state_holder(keys, window, ids)[1], 0 if stored is None else stored.n_tokens)
+
+    def n_known(self, keys: list[bytes], window: Window) -> int:
+        """Tokens of the prefix whose KV is in memory or on disk, whether or not a state was kept there."""
+        with self._pool.lock:
             return self._longest(keys, window, self.spill) * PAGE_POSITIONS
 
-    def read(self, keys: list[bytes], window: Window, on_done: Callable[[], None]) -> PrefixRead:
-        """`find` in a thread that may wait for the disk, which this does not.
+    def read(self, keys: list[bytes], window: Window, on_done: Callable[[], None], ids: I32 = NO_IDS) -> PrefixRead:
+        """`find` in a thread that may wait for the disk, which this does not. States in memory are not looked for.
 
         Args:
-            keys, window: as `find`.
+            keys, window, ids: as `find`.
             on_done: called in that thread when nothing more will be read.
         """
-        found = self._prefix(keys, window, self.spill)
+        found = self._prefix(keys, window, self.spill, ids)
         self._readers.submit(found, on_done)
         return found
 
-    def _prefix(self, keys: list[bytes], window: Window, spill: Spill | None) -> PrefixRead:
+    def read_state(self, keys: list[bytes], window: Window, state: StoredState, source: Source) -> Sequence | None:
+        """A sequence up to a state that is read from elsewhere; None unless its pages are in memory."""
+        found = self._read(keys[: state.n_tokens // PAGE_POSITIONS], window, source, state)
+        found.run()
+        return found.take()
+
+    def _prefix(self, keys: list[bytes], window: Window, spill: Spill | None, ids: I32 = NO_IDS) -> PrefixRead:
         """The longest prefix after which a text can go on: all that later tokens see is in memory or on disk."""
+        state: StoredState | None = None
         with self._pool.lock:
-            n_pages = self._longest(keys, window, spill)
+            if self._pool.states is None:
+                n_pages = self._longest(keys, window, spill)
+            else:
+                state = self._stored_state(keys, window, ids, spill)
+                n_pages = 0 if state is None else state.n_tokens // PAGE_POSITIONS
+        return self._read(keys[:n_pages], window, spill, state)
+
+    def _read(self, keys: list[bytes], window: Window, source: Source | None, state: StoredState | None) -> PrefixRead:
+        n_pages = len(keys)
         first = window.first_page(n_pages * PAGE_POSITIONS)
         is_seen = [i >= first or (i == 0 and window.n_sinks > 0) for i in range(n_pages)]
         first_whole = 0 if window.slides else self._pool.windowed.first_page(n_pages * PAGE_POSITIONS)
-        return PrefixRead(self._pool, keys[:n_pages], is_seen, first_whole, window, spill)
+        return PrefixRead(self._pool, keys, is_seen, first_whole, window, source, state)
+
+    def _state_holder(self, keys: list[bytes], window: Window, ids: I32) -> tuple[Sequence | None, int]:
+        """A sequence that has the last state in memory of a text, and its position; (None, 0) if there is none. The
+        caller holds the lock."""
+        states = self._pool.states
+        if states is None:
+            return None, 0
+        for n_pages in range(len(keys), 0, -1):
+            for state in states.find(keys[n_pages - 1], ids[n_pages * PAGE_POSITIONS :]):
+                for sequence in self._pool.sequences():
+                    if sequence.window == window and sequence.has_state(state):
+                        return sequence, state.position
+        return None, 0
+
+    def _stored_state(self, keys: list[bytes], window: Window, ids: I32, spill: Spill | None) -> StoredState | None:
+        """The last state on disk of a text, whose KV is in memory or on disk; None if there is none."""
+        if spill is None or not spill.n_states:
+            return None
+        for n_pages in range(len(keys), 0, -1):
+            page_key, start = keys[n_pages - 1], n_pages * PAGE_POSITIONS
+            if not self._has(page_key, spill) and not self._has_part(page_key, spill):
+                continue
+            for n_tail in range(max(0, min(PAGE_POSITIONS - 1, len(ids) - start)), -1, -1):
+                name = page_key, tail_of(ids[start : start + n_tail])
+                if state_key(*name) in spill and self._longest(keys[:n_pages], window, spill) == n_pages:
+                    return StoredState(start + n_tail, name)
+        return None
 
     def _longest(self, keys: list[bytes], window: Window, spill: Spill | None) -> int:
         windowed = self._pool.windowed
@@ -214,18 +281,22 @@ class KvEvictionList:
             self._n_evicted += max(0, self._pool.n_free - before)
 
     def _shorten(self, sequence: Sequence) -> None:
-        """Evicts the last page of a sequence; all of them, if a text could not go on after the rest."""
+        """Evicts the last page of a sequence, or those after the state before it; all of them, if a text could not go
+        on after the rest."""
         n_left = (sequence.n_tokens - 1) // PAGE_POSITIONS * PAGE_POSITIONS
-        if not n_left or sequence.usable(n_left) < n_left:
+        usable = sequence.usable(n_left)
+        if not usable or (usable < n_left and sequence.trail is None):
             self.evict(sequence)
             return
-        self._save(sequence.pages[-1:])
-        sequence.truncate(n_left)
+        self._save(sequence.pages[pages_for(usable) :])
+        self._save_states(sequence, usable)
+        sequence.truncate(usable)
 
     def evict(self, sequence: Sequence) -> None:
         """Closes a sequence; its full pages that nothing else references are spilled if there is a place."""
         with self._pool.lock:
             self._save(sequence.pages)
+            self._save_states(sequence)
             sequence.close()
             sequence.unretain()
             self._kept.pop(id(sequence), None)
@@ -245,11 +316,40 @@ class KvEvictionList:
             if name not in spill and not spill.put(name, self._pool.read(page)):
                 return  # no room: copying the pages after it would be in vain
 
+    def _save_states(self, sequence: Sequence, after: int = -1) -> None:
+        """Spills the states of a sequence after a position that no other sequence has. The caller holds the lock."""
+        if self.spill is None or sequence.trail is None:
+            return
+        others = [other for other in self._pool.sequences() if other is not sequence]
+        elsewhere = {id(state) for other in others for state in other.states()}
+        for state in sequence.states():
+            if state.position > after and id(state) not in elsewhere:
+                self._save_state(state, sequence)
+
+    def _save_state(self, state: State, holder: Sequence) -> None:
+        """Spills a state that texts are expected to go back to, with the page that it ends in."""
+        spill = self.spill
+        if spill is None or state.name is None or not state.rank or state_key(*state.name) in spill:
+            return
+        spill.put(state_key(*state.name), holder.read_state(state))
+
+    def _save_evicted(self, state: State) -> None:
+        """Spills a state whose slot is needed for another. The pool calls it under its lock."""
+        if self.spill is not None and state.rank:
+            holder = next((sequence for sequence in self._pool.sequences() if sequence.has_state(state)), None)
+            if holder is not None:
+                self._save_state(state, holder)
+
     def _save_patiently(self, sequence: Sequence, n_references: int | None = None) -> None:
-        """Spills a sequence's full pages at the speed of the disk. The caller must hold no lock."""
+        """Spills a sequence's full pages, and states, at the speed of the disk. The caller must hold no lock."""
         spill = self.spill
         if spill is None:
             return
+        for state in sequence.states():
+            spill.drain(DRAIN_BYTES)
+            with self._pool.lock:
+                if state.slot >= 0 and sequence.has_state(state):
+                    self._save_state(state, sequence)
         i, n_pages = 0, 1
         while i < n_pages:  # page by page: meanwhile others may evict it
             spill.drain(DRAIN_BYTES)
@@ -272,6 +372,9 @@ class KvEvictionList:
             self.evict(sequence)
         if self.spill is not None:
             self.spill.drain()
+        if self._pool.states is not None:
+            with self._pool.lock:
+                self._pool.states.discard_free()
 
     def close(self) -> None:
         """Evicts everything for good, as the pool goes; nothing is spilled any more."""
@@ -288,13 +391,6 @@ class KvEvictionList:
     def usage(self) -> PoolUsage:
         """Pages used, shared, cached and on disk. Reads counters and waits for no lock."""
         usage, spill = self._pool.usage(), self.spill
-        return PoolUsage(
-            usage.n_pages,
-            usage.n_used,
-            usage.n_shared,
-            usage.page_bytes,
-            usage.n_cached,
-            0 if spill is None else spill.n_pages,
-            self._n_evicted,
-            usage.n_dropped,
-        )
+        n_states = spill.n_states if spill is not None and usage.n_slots else 0
+        n_spilled = spill.n_pages if spill is not None else 0
+        return replace(usage, n_spilled=n_spilled, n_evicted=self._n_evicted, n_states_spilled=n_states)

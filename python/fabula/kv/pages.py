@@ -7,6 +7,9 @@ already written gets a copy of the page (copy on write).
 
 A sequence with a sliding window releases the pages before the window: its page table has a hole.
 
+A hybrid's sequence has states of its recurrent layers beside its pages (`states.py`). A text can go on only where one
+was kept, which `Sequence.usable` knows.
+
 Where layers have windows of their own, a page has two parts with a count of references each: the KV of windowed layers,
 and the rest. A sequence may drop its references to windowed parts that none of its later tokens sees; the memory of one
 without references serves other sequences. So a pool counts bytes: it has more page numbers than whole pages fit.
@@ -31,8 +34,10 @@ from fabula.errors import InvalidArgument, OutOfMemory
 from fabula.formats.checkpoint import DType
 from fabula.kv.prefix import EVERYTHING, PrefixIndex, Window
 from fabula.kv.references import References
+from fabula.kv.stateful import Stateful
+from fabula.kv.states import State, StateSlots, Trail, slots_for
 from fabula.kv.windowed import MOST_IDS, NONE_WINDOWED, TAKE_BACK, WindowedLayers
-from fabula.lean_dataclasses import dataclass
+from fabula.lean_dataclasses import dataclass, replace
 
 HOLE = -1  # in a page table, in place of a page that no later token sees
 
@@ -44,8 +49,8 @@ def pages_for(n_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
-    """Pages of a pool at one moment. Pages whose windowed KV was dropped count for the bytes they still take; the sums
-    are rounded up to whole pages.
+    """Pages, and slots of recurrent states, of a pool at one moment. Pages whose windowed KV was dropped count for the
+    bytes they still take; the sums are rounded up to whole pages.
 
     Attributes:
         n_pages: in all.
@@ -56,6 +61,11 @@ class PoolUsage:
         n_evicted: since the model was loaded.
         n_dropped: page numbers in use whose windowed KV was dropped.
         page_bytes: bytes of a page.
+        n_slots: slots of recurrent states in all; 0 for a model without recurrent layers.
+        n_slots_used: that hold a state.
+        n_states_spilled: states on disk, or queued to be written there.
+        n_states_evicted: since the model was loaded.
+        slot_bytes: bytes of a state.
     """
 
     n_pages: int
@@ -66,6 +76,11 @@ class PoolUsage:
     n_spilled: int = 0
     n_evicted: int = 0
     n_dropped: int = 0
+    n_slots: int = 0
+    n_slots_used: int = 0
+    n_states_spilled: int = 0
+    n_states_evicted: int = 0
+    slot_bytes: int = 0
 
     @property
     def used_bytes(self) -> int:
@@ -79,6 +94,11 @@ class PoolUsage:
     def spilled_bytes(self) -> int:
         return self.n_spilled * self.page_bytes
 
+    @property
+    def state_bytes(self) -> int:
+        """Of the slots that hold a state."""
+        return self.n_slots_used * self.slot_bytes
+
 
 class PagePool:
     """Memory for a fixed number of pages of `PAGE_POSITIONS` positions each. Thread-safe.
@@ -90,11 +110,14 @@ class PagePool:
         device: GPU they lie on, which takes memory for all at once; None for the CPU.
         windowed: the windowed layers, whose KV can be dropped. None of a GPU's pool.
         drops: whether sequences drop dead windowed KV as they grow; else when pages run out.
+        state_floats: floats of the state of each recurrent layer; none for a model without such layers.
+        state_memory: bytes of states; None for the default.
 
     Attributes:
         n_pages, windowed, drops: as given.
         windowed_bytes: of the windowed part of a page.
         n_dropped_ever: windowed parts dropped since the pool was made.
+        states: slots of recurrent states; None without recurrent layers.
     """
 
     def __init__(
@@ -106,6 +129,8 @@ class PagePool:
         *,
         windowed: WindowedLayers = NONE_WINDOWED,
         drops: bool = False,
+        state_floats: tuple[int, ...] = (),
+        state_memory: int | None = None,
     ) -> None:
         layers = tuple(layers)
         self.n_pages, self.drops = n_pages, drops
@@ -137,7 +162,13 @@ class PagePool:
         # Held for counting and copying in memory, never over disk I/O or a step.
         self.lock = threading.RLock()
         self._closed = False
-        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()  # of a pool with windowed layers
+        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()  # of a pool with windowed or recurrent layers
+        self.states: StateSlots | None = None
+        if state_floats:
+            n_slots = slots_for(state_memory, _native.state_bytes(state_floats))
+            self.states = StateSlots(state_floats, n_slots)
+            registered = weakref.ref(self)
+            self.states.in_use = lambda: pool._states_in_use() if (pool := registered()) else ()
         # Of collected sequences: pages, whether retained, and n_dropped.
         self._abandoned: deque[tuple[list[int], bool, int]] = deque()
         _pools.add(self)
@@ -155,8 +186,18 @@ class PagePool:
         return self._references.n_used * (self.page_bytes - self.windowed_bytes) + n_windowed * self.windowed_bytes
 
     @property
+    def n_bytes_held(self) -> int:
+        """Bytes of the pages with references, and of the slots with states."""
+        return self.n_bytes + (0 if self.states is None else self.states.n_used * self.states.slot_bytes)
+
+    @property
     def page_bytes(self) -> int:
         return self.native.page_bytes
+
+    @property
+    def state_record_bytes(self) -> int:
+        """Bytes of a state outside the pool: the page that it ends in, and its slot; 0 without recurrent layers."""
+        return 0 if self.states is None else self.page_bytes + self.states.slot_bytes
 
     def usage(self) -> PoolUsage:
         """Pages in use, shared and cached. Reads counters and waits for no lock."""
@@ -164,8 +205,18 @@ class PagePool:
         n_used = -(-self.n_bytes // self.page_bytes)
         n_cached = min(-(-self._cached_bytes() // self.page_bytes), n_used)
         n_dropped = max(0, self._references.n_used - self._windowed.n_used) if self.windowed else 0
-        return PoolUsage(
+        usage = PoolUsage(
             self.n_pages, n_used, self._references.n_shared, self.page_bytes, n_cached, n_dropped=n_dropped
+        )
+        states = self.states
+        if states is None:
+            return usage
+        return replace(
+            usage,
+            n_slots=states.n_slots,
+            n_slots_used=states.n_used,
+            n_states_evicted=states.n_evicted,
+            slot_bytes=states.slot_bytes,
         )
 
     def _cached_bytes(self) -> int:
@@ -176,7 +227,7 @@ class PagePool:
         """Whole pages that are free or can be evicted. While there are fewer than `wanted`, sequences in use drop dead
         windowed KV."""
         self._release_abandoned()
-        for sequence in self.sequences():
+        for sequence in self.sequences() if self.windowed else ():
             if self._n_available() >= wanted:
                 break
             if not sequence.retained:  # what is retained can be evicted as it is
@@ -188,15 +239,28 @@ class PagePool:
         return min(n_numbers, (self._limit - self.n_bytes + self._cached_bytes()) // self.page_bytes)
 
     def register(self, sequence: Sequence) -> None:
-        """Makes a sequence known, whose dead windowed KV is dropped when pages run out."""
-        if self.windowed:
+        """Makes a sequence known: its dead windowed KV is dropped when pages run out, and its states are found."""
+        if self.windowed or self.states is not None:
             with self.lock:
                 self._sequences.add(sequence)
 
     def sequences(self) -> list[Sequence]:
-        """Sequences that may have dead windowed KV; none without windowed layers."""
+        """Sequences that may have dead windowed KV, or states; none without windowed or recurrent layers."""
         with self.lock:
             return list(self._sequences)
+
+    def _states_in_use(self) -> Iterator[State]:
+        """States that running requests need."""
+        for sequence in self.sequences():
+            if not sequence.retained:
+                yield from sequence.states_in_use()
+
+    def n_slots_available(self) -> int | None:
+        """Slots of states that are free or can be evicted; None without recurrent layers."""
+        if self.states is None:
+            return None
+        with self.lock:
+            return self.states.n_available()
 
     def in_whole_pages(self, n_pages: int, n_step: int) -> int:
         """Whole pages that as many bytes take as `n_pages` of one sequence whose dead windowed KV is dropped."""
@@ -407,6 +471,8 @@ class PagePool:
             self._references.check(counts)
             assert sorted([*self._free, *self._fresh]) == [page for page in range(n_ids) if not counts[page]]
             assert all(counts[page] for page in self.index.pages()), "a free page can be found"
+            if self.states is not None:
+                self.states.check(state for sequence in self.sequences() for state in sequence.held_states())
             if not self.windowed:
                 return
             if dropped is not None:
@@ -420,6 +486,8 @@ class PagePool:
         with self.lock:
             self._closed = True
             self.native.close()
+            if self.states is not None:
+                self.states.close()
 
 
 _pools: weakref.WeakSet[PagePool] = weakref.WeakSet()
@@ -434,7 +502,7 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
-class Sequence:
+class Sequence(Stateful):
     """The page table of one growing text. Use as a context manager, or call `close()`.
 
     Args:
@@ -447,6 +515,7 @@ class Sequence:
         window: as given.
         n_dropped: leading pages whose windowed part it gave up; 0 under a sliding window, which releases whole pages.
         retained: whether it is in the eviction list: no running request needs it.
+        trail: its states; None without recurrent layers. One that is not retained has the state after `n_tokens`.
     """
 
     def __init__(self, pool: PagePool, window: Window = EVERYTHING) -> None:
@@ -456,15 +525,26 @@ class Sequence:
         self.window = window
         self.n_tokens = self.n_dropped = 0
         self.retained = False
+        self.trail = Trail(pool.states) if pool.states is not None else None
         pool.register(self)
 
     @classmethod
-    def of(cls, pool: PagePool, pages: list[int], window: Window = EVERYTHING, n_dropped: int = 0) -> Sequence:
+    def of(
+        cls,
+        pool: PagePool,
+        pages: list[int],
+        window: Window = EVERYTHING,
+        n_dropped: int = 0,
+        state: State | None = None,
+    ) -> Sequence:
         """A sequence of full pages, which takes over the caller's references, those to the windowed parts of the first
-        `n_dropped` excepted; holes where nothing is seen."""
+        `n_dropped` excepted; holes where nothing is seen. With a state it ends there, perhaps within the last page."""
         sequence = cls(pool, window)
+        if state is not None and sequence.trail is not None:
+            sequence.trail.add(state)
         # The length comes last: without it, a thread that drops windowed KV leaves the sequence as it is.
-        sequence.n_dropped, sequence._pages, sequence.n_tokens = n_dropped, pages, len(pages) * PAGE_POSITIONS
+        n_tokens = len(pages) * PAGE_POSITIONS if state is None else state.position
+        sequence.n_dropped, sequence._pages, sequence.n_tokens = n_dropped, pages, n_tokens
         sequence._hole = next((i for i in range(len(pages), 0, -1) if pages[i - 1] == HOLE), 0)
         return sequence
 
@@ -489,6 +569,8 @@ class Sequence:
             if not self.retained:
                 self.retained = True
                 self.pool.retain(self._pages, 1, self.n_dropped)
+                if self.trail is not None:
+                    self.trail.end(self.n_tokens)
 
     def unretain(self) -> None:
         """Counts its pages as in use."""
@@ -563,6 +645,14 @@ class Sequence:
 
     def usable(self, n_tokens: int) -> int:
         """The longest prefix, of at most `n_tokens`, after which a text can go on: all that it sees is there."""
+        if self.trail is None:
+            return self._visible(n_tokens)
+        with self.pool.lock:
+            positions = self.trail.positions(min(n_tokens, self.n_tokens))
+            return next((position for position in positions if self._visible(position) == position), 0)
+
+    def _visible(self, n_tokens: int) -> int:
+        """The longest prefix, of at most `n_tokens`, after which all keys and values that a text sees are there."""
         n_tokens = min(n_tokens, self.n_tokens)
         if self.n_dropped and self.pool.windowed.first_page(n_tokens) < self.n_dropped:
             return 0
@@ -584,6 +674,8 @@ class Sequence:
             other.n_dropped = min(self.n_dropped, len(pages))
             self.pool.share(pages, other.n_dropped)
             other._pages, other.n_tokens = pages, n_tokens
+            if self.trail is not None:
+                other.trail = self.trail.fork(n_tokens)
             other._hole = self._hole_within(len(pages))
         return other
 
@@ -600,6 +692,11 @@ class Sequence:
             del self._pages[keep:]
             self.n_tokens, self._hole = n_tokens, self._hole_within(keep)
             self.n_dropped = min(self.n_dropped, keep)
+            if self.trail is not None:
+                self.trail.truncate(n_tokens)
+                if self.retained:
+                    self.trail.end(n_tokens)
+                    self.trail.drop_all_passing()
 
     def _hole_within(self, n_pages: int) -> int:
         """`_hole` of the first pages; 0 where they are that of the sinks and none was released."""
@@ -615,11 +712,20 @@ class Sequence:
         self.truncate(n_tokens)
         self.settle()
 
+    def take_back(self, n_tokens: int) -> None:
+        """Removes computed positions from `n_tokens` on, or more where no state was kept there, and releases reserved
+        ones."""
+        if self.n_tokens > n_tokens and self.trail is not None:
+            self.truncate(self.usable(n_tokens))
+        self.n_tokens = min(self.n_tokens, n_tokens)
+        self.settle()
+
     def _check(self, verb: str, n_tokens: int) -> None:
         if not 0 <= n_tokens <= self.n_tokens:
             raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens, {self.n_tokens} are held")
         if self.usable(n_tokens) < n_tokens:
             gone = "its windowed KV was dropped" if self.n_dropped else "the window has moved on"
+            gone = gone if self.trail is None else "no recurrent state was kept there"
             raise InvalidArgument(f"cannot {verb} at {n_tokens} tokens: {gone}")
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """Reading a prefix back: pages in memory are shared at once, those on disk are read by threads that may wait for it.
 
+The prefix of a hybrid ends at a state: on disk it lies with the page that it ends in, which need not be full.
+
 A `PrefixRead` has the pages that are read so far. It can be canceled at any moment without waiting for the disk: the
 reader notices under the pool's lock, before it allocates the next page.
 """
@@ -16,9 +18,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fabula._native import PAGE_POSITIONS
 from fabula.errors import OutOfMemory
 from fabula.kv.pages import HOLE, PagePool, Sequence
 from fabula.kv.prefix import KEY_BYTES, Window
+from fabula.kv.states import Rank, State, state_key
+from fabula.lean_dataclasses import dataclass
 
 MAX_READERS = 4  # threads of a model; more reads at once make a disk no faster (an estimate)
 
@@ -34,6 +39,23 @@ class Source(Protocol):
     def get(self, key: bytes, out: npt.NDArray[np.uint8]) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StoredState:
+    """A state on disk.
+
+    Attributes:
+        n_tokens: before it.
+        name: see `State.name`.
+    """
+
+    n_tokens: int
+    name: tuple[bytes, bytes]
+
+    @property
+    def key(self) -> bytes:
+        return state_key(*self.name)
+
+
 class PrefixRead:
     """The pages of one prefix, while they are read.
 
@@ -44,6 +66,7 @@ class PrefixRead:
         first_whole: the first page whose windowed part is seen.
         window: of the sequence.
         source: the disk; None for pages in memory only.
+        state: at which a hybrid's prefix ends, after the last of the pages; None without recurrent layers.
 
     Attributes:
         keys: as given.
@@ -58,9 +81,12 @@ class PrefixRead:
         first_whole: int,
         window: Window,
         source: Source | None,
+        state: StoredState | None = None,
     ) -> None:
         self.keys = keys
         self.is_done = False
+        self._wanted = state
+        self._state: State | None = None
         self._pool, self._is_seen, self._window, self._source = pool, is_seen, window, source
         self._first_whole = first_whole
         self._pages: list[int] = []  # under the pool's lock, as the next two
@@ -74,6 +100,8 @@ class PrefixRead:
             for key, seen in zip(self.keys, self._is_seen, strict=True):
                 if not (self._add(key) if seen else self._append(HOLE)):
                     return
+            if self._wanted is not None and self._source is not None:
+                self._read_state(self._wanted, self._source)
         finally:
             self.is_done = True
 
@@ -100,6 +128,34 @@ class PrefixRead:
                 self._pool.drop([page])
             self._pool.name(page, key)
             return self._append(page, is_whole=is_whole)
+
+    def _read_state(self, wanted: StoredState, source: Source) -> None:
+        """Reads the state, and the page that it ends in unless that is full."""
+        states, page_bytes = self._pool.states, self._pool.page_bytes
+        data = np.empty(self._pool.state_record_bytes, np.uint8)
+        if states is None or not source.get(wanted.key, data):
+            return
+        with self._pool.lock:
+            if self._canceled:
+                return
+            try:
+                tail = self._pool.take(1 if wanted.n_tokens % PAGE_POSITIONS else 0)
+            except OutOfMemory:
+                return
+            try:
+                state = states.take()
+            except OutOfMemory:
+                self._pool.give_back(tail)
+                return
+            states.native.write(state.slot, data[page_bytes:])
+            for page in tail:
+                self._pool.write(page, data[:page_bytes])
+                self._pool.append_to(page, 0, wanted.n_tokens % PAGE_POSITIONS)
+                self._append(page)
+            state.position, state.rank = wanted.n_tokens, Rank.END
+            self._state = states.publish(state, wanted.name)
+            state.pinned = True  # until a sequence has it
+            states.touch(self._state)
 
     @property
     def _needs_whole(self) -> bool:
@@ -128,6 +184,11 @@ class PrefixRead:
             return True
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens of the prefix when all is read."""
+        return len(self.keys) * PAGE_POSITIONS if self._wanted is None else self._wanted.n_tokens
+
+    @property
     def n_pages(self) -> int:
         """Pages in its table so far, holes included."""
         return len(self._pages)
@@ -137,15 +198,19 @@ class PrefixRead:
         with self._pool.lock:
             self._canceled = True
             pages, self._pages = self._pages, []
+            self._state = None
             self._pool.give_back(pages, self._n_dropped)
 
     def take(self) -> Sequence | None:
         """What was read, as a sequence of the caller's; None if that is nothing, or a text could not go on after it."""
         with self._pool.lock:
             pages, self._pages = self._pages, []
-        if not pages:
-            return None
-        sequence = Sequence.of(self._pool, pages, self._window, self._n_dropped)
+            state, self._state = self._state, None
+            if not pages:
+                return None
+            sequence = Sequence.of(self._pool, pages, self._window, self._n_dropped, state)
+            if state is not None:
+                state.pinned = False
         if sequence.usable(sequence.n_tokens) < sequence.n_tokens:
             sequence.close()
             return None

@@ -1,8 +1,12 @@
 """A disk tier for KV pages: files that outlive the process, each one page of one model's KV.
 
+The recurrent states of a hybrid are files of another size, in a folder of their own. What is said of pages below holds
+for them, too.
+
     <folder>/lock                           held (flock) by the one process that uses the folder
     <folder>/<fingerprint>/manifest.json    format, the fingerprint, bytes of a page
     <folder>/<fingerprint>/a3/a34f...       one page, the file name is its key: a header, then the bytes as in memory
+    <folder>/<fingerprint'>/...             the same with states; its layout says so
 
 A spilled page is only a cache: what cannot be written is skipped, what fails its checksum is removed; both are counted
 instead of raised. Files come into place whole, by rename, and are not synced: one that a loss of power cut
@@ -22,7 +26,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +41,7 @@ _FORMAT = 1  # of manifest and page files
 _MAGIC = b"FbKV"
 _HEADER = struct.Struct("<4sIQ16s")  # magic, format, page_bytes, BLAKE2b-128 of key, fingerprint and page
 _MANIFEST = "manifest.json"
+_STATES = ", recurrent states"  # ends the layout of their fingerprint
 _DRAFT = ".tmp"  # ends the name of a file that is being written
 _HOME = re.compile("[0-9a-f]{32}")
 _PAGE = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}(\.tmp)?")
@@ -94,9 +99,11 @@ class _PageId(NamedTuple):
 
 
 class SpillFolder:
-    """Pages of one fingerprint in a folder that several fingerprints, but only one process at a time, may use.
+    """Pages and states of one fingerprint in a folder that several fingerprints, but only one process at a time, may
+    use.
 
-    A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes]. Thread-safe; no lock is held over file operations.
+    A key is KEY_BYTES bytes, a page contiguous uint8 [page_bytes], a state uint8 [state_bytes]. Thread-safe; no lock is
+    held over file operations.
     After `close()` nothing is found and nothing is written.
 
     Args:
@@ -104,9 +111,11 @@ class SpillFolder:
         fingerprint: what the pages are computed from.
         page_bytes: bytes of a page.
         budget_bytes: files of pages of all fingerprints together; the least recently used go first.
+        state_bytes: bytes of a state, other than those of a page; 0 for a model without states.
 
     Attributes:
         n_pages: pages of this fingerprint.
+        n_states: states of it.
         folder_bytes: files of pages of all fingerprints, what the budget limits.
         n_damaged: files that were damaged, truncated, foreign or of an older format, and were removed.
         last_error: why a page was last not written or not found where it should be; None before.
@@ -117,9 +126,13 @@ class SpillFolder:
         StoreTooNew: a newer version of Fabula keeps pages in the folder; nothing was changed.
     """
 
-    def __init__(self, folder: Path, fingerprint: Fingerprint, page_bytes: int, budget_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: Fingerprint, page_bytes: int, budget_bytes: int, state_bytes: int = 0
+    ) -> None:
         if page_bytes < 1 or budget_bytes < 0:
             raise InvalidArgument(f"page_bytes {page_bytes} must be 1 or more, budget_bytes {budget_bytes} 0 or more")
+        if state_bytes < 0 or state_bytes == page_bytes:
+            raise InvalidArgument(f"state_bytes {state_bytes} must be 0 or more, and not page_bytes")
         self.folder = folder
         self.fingerprint = fingerprint
         self.page_bytes = page_bytes
@@ -127,11 +140,16 @@ class SpillFolder:
         self.n_damaged = 0
         self.last_error: StoreError | None = None
         self._home = fingerprint.key
-        self._file_bytes = _HEADER.size + page_bytes
         self._manifests = {self._home: _Manifest(fingerprint, page_bytes)}  # of every fingerprint with pages here
+        self._homes = {page_bytes: self._home}  # of this fingerprint, by the size of what is there
+        self._state_home = ""
+        if state_bytes:
+            of_states = replace(fingerprint, layout=fingerprint.layout + _STATES)
+            self._state_home = self._homes[state_bytes] = of_states.key
+            self._manifests[self._state_home] = _Manifest(of_states, state_bytes)
         self._stamps: OrderedDict[_PageId, int] = OrderedDict()  # files' modification times, least recently used first
         self._busy: set[_PageId] = set()  # pages whose files are being written or removed
-        self.n_pages = 0
+        self.n_pages = self.n_states = 0
         self.folder_bytes = 0
         self._stamp = 0  # the last one given
         # Guards the index, never held over file operations. `in`, `n_pages` and `folder_bytes` do not take it.
@@ -153,18 +171,18 @@ class SpillFolder:
         Returns:
             Whether it was written. False when it is there already, or was refused: then `last_error` says why.
         """
-        self._check(key, data)
-        page = _PageId(self._home, key)
+        page = _PageId(self._check(key, data), key)
+        file_bytes = self._manifests[page.home].file_bytes
         if page in self._stamps:
             self._use(page)
             return False
         with self._lock:
             if self._closed or page in self._busy or page in self._stamps:
                 return False
-            victims, fits = self._make_room(self._file_bytes)
+            victims, fits = self._make_room(file_bytes)
             if fits:
                 self._busy.add(page)
-                self.folder_bytes += self._file_bytes
+                self.folder_bytes += file_bytes
             stamp = self._next_stamp()
         self._remove(victims)
         if not fits:
@@ -175,7 +193,7 @@ class SpillFolder:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with draft.open("wb") as file:
-                file.write(self._header(key, data))
+                file.write(self._header(page, data))
                 file.write(data.data)
                 file.flush()
                 os.utime(file.fileno(), ns=(stamp, stamp))
@@ -193,9 +211,9 @@ class SpillFolder:
                 kept = written and not self._closed
                 if kept:
                     self._stamps[page] = stamp
-                    self.n_pages += 1
+                    self._count(page, 1)
                 else:
-                    self.folder_bytes -= self._file_bytes
+                    self.folder_bytes -= file_bytes
         return kept
 
     def get(self, key: bytes, out: Bytes) -> bool:
@@ -204,14 +222,13 @@ class SpillFolder:
         Returns:
             Whether the page is there and whole. One that is not whole is removed.
         """
-        self._check(key, out)
-        page = _PageId(self._home, key)
+        page = _PageId(self._check(key, out), key)
         stamp = self._use(page)
         if stamp is None:
             return False
         path = self._path(page)
         try:
-            if self._read(path, key, out):
+            if self._read(path, page, out):
                 return True
             error: StoreError = StoreCorrupt(f"{path}: not the bytes that were written; removed", path=path)
         except OSError as cause:
@@ -232,31 +249,34 @@ class SpillFolder:
         return False
 
     def __contains__(self, key: object) -> bool:
-        return (self._home, key) in self._stamps  # no lock: it is called under the pool's
+        stamps = self._stamps  # no lock: it is called under the pool's
+        return (self._home, key) in stamps or (bool(self.n_states) and (self._state_home, key) in stamps)
 
     def discard(self, key: bytes) -> None:
-        """Removes a page if it is there."""
-        page = _PageId(self._home, key)
+        """Removes a page, or a state, if it is there."""
         with self._lock:
-            found = self._forget(page)
-        self._remove([page] if found else [])
+            found = [page for home in self._homes.values() if self._forget(page := _PageId(home, key))]
+        self._remove(found)
 
     def clear(self) -> None:
-        """Removes every page of this fingerprint; those of others stay."""
+        """Removes every page and state of this fingerprint; those of others stay."""
         with self._lock:
-            found = [page for page in list(self._stamps) if page.home == self._home and self._forget(page)]
+            own = [page for page in self._stamps if page.home in self._homes.values()]
+            found = [page for page in own if self._forget(page)]
         self._remove(found)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of this fingerprint's files."""
-        return self.n_pages * self._file_bytes
+        counts = {self._home: self.n_pages, self._state_home: self.n_states}
+        return sum(counts[home] * self._manifests[home].file_bytes for home in self._homes.values())
 
     def other_fingerprints(self) -> list[Fingerprint]:
         """Fingerprints of the other pages in the folder, the most recently used first."""
         with self._lock:
             homes = dict.fromkeys(page.home for page in reversed(self._stamps))
-            return [self._manifests[home].fingerprint for home in homes if home != self._home]
+            others = [self._manifests[home].fingerprint for home in homes if home not in self._homes.values()]
+            return [other for other in others if not other.layout.endswith(_STATES)]
 
     def close(self) -> None:
         """Lets other processes use the folder; may be called twice."""
@@ -265,7 +285,7 @@ class SpillFolder:
                 return
             self._closed = True
             self._stamps.clear()
-            self.n_pages = 0
+            self.n_pages = self.n_states = 0
         self._file_lock.close()
 
     # ---- Index and files ---------------------------------------------------------------------------------------------
@@ -316,7 +336,7 @@ class SpillFolder:
         if self._stamps.pop(page, None) is None:
             return False
         self.folder_bytes -= self._manifests[page.home].file_bytes
-        self.n_pages -= page.home == self._home
+        self._count(page, -1)
         self._busy.add(page)  # or a new file of that name would be removed
         return True
 
@@ -330,23 +350,31 @@ class SpillFolder:
             with self._lock:
                 self._busy.discard(page)
 
-    def _check(self, key: bytes, page: Bytes) -> None:
+    def _count(self, page: _PageId, n: int) -> None:
+        self.n_pages += n * (page.home == self._home)
+        self.n_states += n * (page.home == self._state_home)
+
+    def _check(self, key: bytes, page: Bytes) -> str:
+        """Checks a key and a page, or a state, and returns which folder it belongs in."""
         if len(key) != KEY_BYTES:
             raise InvalidArgument(f"a key has {KEY_BYTES} bytes, this one {len(key)}")
-        if page.dtype != np.uint8 or page.shape != (self.page_bytes,) or not page.flags.c_contiguous:
-            raise InvalidArgument(f"a page is contiguous uint8 [{self.page_bytes}], not {page.dtype} {page.shape}")
+        home = self._homes.get(page.size)
+        if page.dtype != np.uint8 or page.ndim != 1 or home is None or not page.flags.c_contiguous:
+            sizes = " or ".join(f"[{n}]" for n in self._homes)
+            raise InvalidArgument(f"a page is contiguous uint8 {sizes}, not {page.dtype} {page.shape}")
+        return home
 
-    def _header(self, key: bytes, data: Bytes) -> bytes:
-        checksum = hashlib.blake2b(key + self._home.encode("ascii"), digest_size=16)
+    def _header(self, page: _PageId, data: Bytes) -> bytes:
+        checksum = hashlib.blake2b(page.key + page.home.encode("ascii"), digest_size=16)
         checksum.update(data.data)
-        return _HEADER.pack(_MAGIC, _FORMAT, self.page_bytes, checksum.digest())
+        return _HEADER.pack(_MAGIC, _FORMAT, data.nbytes, checksum.digest())
 
-    def _read(self, path: Path, key: bytes, out: Bytes) -> bool:
+    def _read(self, path: Path, page: _PageId, out: Bytes) -> bool:
         """Whether the file is whole and this page's; its bytes are then in `out`."""
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
-            whole = file.readinto(out.data) == self.page_bytes and not file.read(1)
-        return whole and header == self._header(key, out)
+            whole = file.readinto(out.data) == out.nbytes and not file.read(1)
+        return whole and header == self._header(page, out)
 
     def _scan(self) -> None:
         """Fills the index, removes unusable files, and makes this fingerprint's folder."""
@@ -372,11 +400,12 @@ class SpillFolder:
         for stamp, page in sorted(found):
             self._stamps[page] = self._stamp = stamp
             self.folder_bytes += self._manifests[page.home].file_bytes
-            self.n_pages += page.home == self._home
-        home = self.folder / self._home
-        home.mkdir(mode=0o700, exist_ok=True)
-        if not (home / _MANIFEST).exists():
-            _write_manifest(home, self._manifests[self._home])
+            self._count(page, 1)
+        for key in self._homes.values():
+            home = self.folder / key
+            home.mkdir(mode=0o700, exist_ok=True)
+            if not (home / _MANIFEST).exists():
+                _write_manifest(home, self._manifests[key])
         self._remove(self._make_room(0)[0])
 
 

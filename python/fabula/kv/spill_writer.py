@@ -35,7 +35,7 @@ class SpillWriter:
         self.folder = folder
         self._max_queued = max_queued_bytes
         self._queue: OrderedDict[bytes, npt.NDArray[np.uint8]] = OrderedDict()  # a page stays until it is on disk
-        self._queued_bytes = 0
+        self._queued_bytes = self._n_queued_states = 0
         self._changed = threading.Condition()  # held over no I/O
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -66,6 +66,7 @@ class SpillWriter:
                 self._thread = thread
             self._queue[key] = data
             self._queued_bytes += data.nbytes
+            self._n_queued_states += data.nbytes != self.folder.page_bytes
         return True
 
     def get(self, key: bytes, out: npt.NDArray[np.uint8]) -> bool:
@@ -82,7 +83,12 @@ class SpillWriter:
     @property
     def n_pages(self) -> int:
         """Pages on disk and in the queue."""
-        return self.folder.n_pages + len(self._queue)
+        return self.folder.n_pages + len(self._queue) - self._n_queued_states
+
+    @property
+    def n_states(self) -> int:
+        """States on disk and in the queue."""
+        return self.folder.n_states + self._n_queued_states
 
     def drain(self, max_bytes: int = 0) -> None:
         """Waits for the disk until at most so many bytes are queued. The caller must hold no lock."""
@@ -111,4 +117,5 @@ class SpillWriter:
             with self._changed:
                 del self._queue[key]
                 self._queued_bytes -= data.nbytes
+                self._n_queued_states -= data.nbytes != self.folder.page_bytes
                 self._changed.notify_all()

@@ -36,7 +36,7 @@ EMBED, RMS_NORM, LINEAR, LINEAR_GATED, HEAD_NORM = 1, 2, 3, 4, 5
 ROPE, KV_WRITE, ATTENTION, GATHER_OUTPUTS, LOGITS, SUM = 6, 7, 8, 9, 10, 11
 LAYER_NORM, EMBED_POSITION, SCALE, MULTIPLY, ADD, MIX, MATCH_RMS, SPARSIFY = 12, 13, 14, 15, 16, 17, 18, 19
 ROUTER, EXPERTS = 20, 21
-HEAD_LINEAR = 30
+SHORT_CONV, DELTA_RULE, SSM, GATED_NORM, HEAD_LINEAR = 22, 23, 24, 25, 26
 ACTIVATIONS: Mapping[Activation | None, int] = {
     None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5, "clamp": 6, "xielu": 7, "sigmoid": 8,
     "tanh": 9, "clamped_silu": 10,
@@ -45,7 +45,7 @@ ACTIVATIONS: Mapping[Activation | None, int] = {
 HEADS_LAYER_NORM, HEADS_WHOLE, HEADS_VALUES, ATTEND_CHUNK, HEADS_BIASED, ALIBI_BF16 = 1, 2, 4, 16, 32, 64
 ROUTE_SIGMOID, ROUTE_CHOSEN, ROUTE_NORM, ROUTE_TOP = 128, 256, 512, 1024
 EXPERTS_GATED, EXPERTS_SUM, EXPERTS_WEIGH = 2048, 4096, 8192
-HEADS_LATENT = 1 << 20
+CONV_GATED, HEADS_TILED, DELTA_NEGATIVE, GATE_FIRST, HEADS_LATENT = 16384, 32768, 65536, 131072, 262144
 
 PANEL_ROWS = 16  # rows of a panel; see fb_weight in fabula.h
 _SHOWN = 8  # unused tensors named in a warning
@@ -150,6 +150,20 @@ class ProgramBuilder:
         if not np.isfinite(numbers).all():
             self._warn(name, DType.F32)
         return numbers.reshape(n_rows, n_columns)
+
+    def taps(self, name: str, width: int, n_taps: int) -> F32:
+        """Reads the weights of a convolution of each column, [width, 1, n_taps] or [width, n_taps], as float32
+        [n_taps, width]."""
+        info = self._check_taps(name, width, n_taps)
+        numbers = _native.dequantize(info.dtype, self.checkpoint.read(name), width * n_taps)
+        self._count(info.n_bytes)
+        if not np.isfinite(numbers).all():
+            self._warn(name, DType.F32)
+        return np.ascontiguousarray(numbers.reshape(width, n_taps).T)
+
+    def _check_taps(self, name: str, width: int, n_taps: int) -> TensorInfo:
+        info = self.checkpoint.tensors.get(name)
+        return self._check(name, (width, 1, n_taps) if info is not None and len(info.shape) == 3 else (width, n_taps))
 
     def scalar(self, name: str) -> float:
         """Reads a tensor of one number, [] or [1]."""
@@ -551,6 +565,166 @@ class ProgramBuilder:
     def latent_norm(self, rows: int, heads: int, norm: Norm, weight: F32) -> None:
         """RMS norm of the values in k heads, in place."""
         self._add(HEAD_NORM, input=rows, heads=heads, vector2=weight, eps=norm.eps, flags=HEADS_LATENT)
+
+    def _add_recurrent(self, kind: int, **rest: Any) -> None:
+        if self.shares.n > 1:
+            raise Unsupported(f"{self.checkpoint.path}: recurrent layers do not run on several GPUs")
+        self._add(kind, **rest)
+
+    def short_conv(
+        self,
+        x: int,
+        out: int,
+        layer: int,
+        weights: F32,
+        *,
+        bias: F32 | None = None,
+        activation: Activation | None = None,
+        column: int = 0,
+        gated: bool = False,
+    ) -> None:
+        """out = activation(causal convolution of columns of `x`, from `column` on).
+
+        Args:
+            layer: of the state pool, conv_floats(width, n_taps) numbers.
+            weights: [n_taps, width], those of the oldest input first.
+            gated: the columns are b, c and u, side by side; the convolution of b * u is multiplied by c.
+        """
+        self._add_recurrent(
+            SHORT_CONV,
+            input=x,
+            out=out,
+            layer=layer,
+            width=weights.shape[1],
+            vectors=[weights.reshape(-1)],
+            vector2=bias,
+            activation=ACTIVATIONS[activation],
+            column=column,
+            flags=CONV_GATED * gated,
+        )
+
+    def delta_rule(
+        self,
+        qkv: int,
+        out: int,
+        layer: int,
+        gates: int,
+        *,
+        n_heads: int,
+        n_groups: int,
+        k_dim: int,
+        v_dim: int,
+        decay: F32,
+        bias: F32,
+        scale: float,
+        eps: float = 1e-6,
+        column: int = 0,
+        tiled: bool = False,
+        negative: bool = False,
+    ) -> None:
+        """Gated delta rule of n_heads value heads, whose q and k are those of n_groups heads.
+
+        Args:
+            qkv: buffer of q heads, k heads and v heads; q and k are normed here.
+            layer: of the state pool, head_floats(n_heads, k_dim, v_dim) numbers.
+            gates: buffer of n_heads inputs of the update's factor, then n_heads inputs of the decay, from `column` on.
+            decay, bias: [n_heads], the decay is exp(decay * softplus(input + bias)): -exp(A_log) and dt_bias.
+            scale: factor on q, usually 1 / sqrt(k_dim).
+            tiled: head h has q and k of head h % n_groups; else n_heads / n_groups neighbors share them.
+            negative: the update's factor is 2 sigmoid(input), not sigmoid(input).
+        """
+        self._add_recurrent(
+            DELTA_RULE,
+            input=qkv,
+            out=out,
+            layer=layer,
+            factors=gates,
+            column=column,
+            n_heads=n_heads,
+            n_groups=n_groups,
+            k_dim=k_dim,
+            v_dim=v_dim,
+            vectors=[decay],
+            vector2=bias,
+            scale=scale,
+            eps=eps,
+            flags=HEADS_TILED * tiled | DELTA_NEGATIVE * negative,
+        )
+
+    def ssm(
+        self,
+        xbc: int,
+        out: int,
+        layer: int,
+        gates: int,
+        *,
+        n_heads: int,
+        n_groups: int,
+        head_dim: int,
+        state_dim: int,
+        decay: F32,
+        skip: F32,
+        bias: F32,
+        limits: tuple[float, float] = (0.0, 0.0),
+        column: int = 0,
+    ) -> None:
+        """State space model (Mamba-2) of n_heads heads, which share B and C in n_groups groups of neighbors.
+
+        Args:
+            xbc: buffer of x heads [head_dim], B [n_groups, state_dim] and C, side by side.
+            layer: of the state pool, head_floats(n_heads, state_dim, head_dim) numbers.
+            gates: buffer of n_heads numbers dt, from `column` on.
+            decay, skip, bias: A = -exp(A_log), D and dt_bias, [n_heads] each.
+            limits: least and largest dt after softplus; 0 for no largest.
+        """
+        self._add_recurrent(
+            SSM,
+            input=xbc,
+            out=out,
+            layer=layer,
+            factors=gates,
+            column=column,
+            n_heads=n_heads,
+            n_groups=n_groups,
+            k_dim=state_dim,
+            v_dim=head_dim,
+            vectors=[np.concatenate([decay, skip])],
+            vector2=bias,
+            eps=limits[0],
+            limit=limits[1],
+        )
+
+    def gated_norm(
+        self,
+        x: int,
+        out: int,
+        gate: int,
+        weight: F32 | None,
+        *,
+        eps: float = 0.0,
+        n_groups: int = 1,
+        column: int = 0,
+        gate_first: bool = False,
+        activation: Activation = "silu",
+    ) -> None:
+        """RMS norm of n_groups groups of columns, times activation(columns of `gate` from `column` on).
+
+        Args:
+            weight: of all columns, or of each group's; None for no norm.
+            gate_first: norm(x * gate) instead of norm(x) * gate.
+        """
+        self._add(
+            GATED_NORM,
+            input=x,
+            out=out,
+            residual=gate,
+            column=column,
+            vectors=None if weight is None else [weight] * self.shares.n,
+            eps=eps,
+            n_groups=n_groups,
+            activation=ACTIVATIONS[activation],
+            flags=GATE_FIRST * gate_first,
+        )
 
     def gather_outputs(self, x: int, out: int) -> None:
         self._add(GATHER_OUTPUTS, input=x, out=out)

@@ -24,6 +24,7 @@ from fabula.models.description import (
     Experts,
     HeadNorm,
     Layer,
+    Mixer,
     Mlp,
     ModelConfig,
     Norm,
@@ -133,6 +134,7 @@ class Traits:
         window, max_window_layers: defaults of `sliding_window` and of `max_window_layers`, the layers below the first
             with a window.
         kinds: default of `layer_types`;  lists_kinds: whether they may differ.
+        mixers: by the kind of a layer, the recurrent layer that it has in place of attention.
         norm: kind of all norms;  eps: its key and default;  norm_weighted, norm_biased: see `Norm`;  norm_offset,
             offset_final_norm: see `ModelConfig`.
         norms: before both halves, after, or both.
@@ -175,6 +177,7 @@ class Traits:
     max_window_layers: int = 28
     kinds: Kinds | None = None
     lists_kinds: bool = True
+    mixers: Mapping[str, Callable[[ConfigReader], Mixer]] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     norm_weighted: bool = True
@@ -286,9 +289,13 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
     )
     experts = t.experts(read, n_layers) if t.experts else [None] * n_layers
     before, after = (norm if t.norms in kind else None for kind in (("pre", "sandwich"), ("post", "sandwich")))
+    mixers = {kind: t.mixers[kind](read) for kind in dict.fromkeys(kinds) if kind in t.mixers}
+    kv = [sum(kind not in mixers for kind in kinds[:i]) for i in range(n_layers)]
     layers = tuple(
         Layer(
-            attention=replace(attention, kv=i, window=window, chunked=kind == "chunked_attention", rope=table),
+            attention=replace(attention, kv=kv[i], window=window, chunked=kind == "chunked_attention", rope=table),
+            mixer=mixers.get(kind),
+            attends=kind not in mixers,
             mlp=mlp,
             before_attention=before,
             after_attention=after,
@@ -333,7 +340,10 @@ def read_config(config: Mapping[str, Any], path: Path, traits: Traits) -> ModelC
         left_out=tuple(config.get(LEFT_OUT, ())),
         base=any(name.endswith("Model") and "For" not in name and "Head" not in name for name in _architectures(read)),
     )
-    return t.finish(read, found) if t.finish else found
+    found = t.finish(read, found) if t.finish else found
+    if not found.attentions:
+        raise read.unsupported("layer_types", "a model without any layer with attention is not offered")
+    return found
 
 
 def _flag(read: ConfigReader, flag: Flag) -> bool:
@@ -416,10 +426,13 @@ def _ropes(
     ropes: list[Rope] = []
     tables = []
     for kind, skipped in zip(kinds, without, strict=True):
+        if skipped or kind in t.mixers:
+            tables.append(-1)
+            continue
         rope = by_kind[kind]
-        if rope not in ropes and not skipped:
+        if rope not in ropes:
             ropes.append(rope)
-        tables.append(-1 if skipped else ropes.index(rope))
+        tables.append(ropes.index(rope))
     return tuple((rope, head_dim) for rope in ropes), tables
 
 
@@ -503,12 +516,15 @@ def _completed(read: ConfigReader, t: Traits, rope: dict[str, Any], key: str, de
     return rope
 
 
-_OLD_LAYER_TYPES = {"attention": "full_attention"}  # older name: name; see transformers' configuration_utils.py
+_OLD_LAYER_TYPES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+}  # older name: name; see transformers' configuration_utils.py
 
 
 def _windows(read: ConfigReader, n_layers: int, t: Traits, context_length: int) -> tuple[list[str], tuple[int, ...]]:
     """Each layer's kind, and its window; 0 for none."""
-    kinds = _layer_types(read, n_layers, "attention_chunk_size" in t.reads)
+    kinds = _layer_types(read, n_layers, t)
     listed = kinds is not None
     if kinds is None and t.kinds is not None:
         kinds = t.kinds(read, n_layers)
@@ -540,12 +556,14 @@ def _windows(read: ConfigReader, n_layers: int, t: Traits, context_length: int) 
     return ["sliding_attention" if window else "full_attention" for window in windows], windows
 
 
-def _layer_types(read: ConfigReader, n_layers: int, reads_chunks: bool) -> list[str] | None:
+def _layer_types(read: ConfigReader, n_layers: int, t: Traits) -> list[str] | None:
     """`layer_types`, checked; None where the config has none."""
     kinds = read.config.get("layer_types")
     if kinds is None:
         return None
-    known = ("full_attention", "sliding_attention", *(["chunked_attention"] if reads_chunks else []))
+    windows = () if t.mixers and t.windowed == "never" else ("sliding_attention",)
+    chunks = ("chunked_attention",) if "attention_chunk_size" in t.reads else ()
+    known = ("full_attention", *windows, *chunks, *t.mixers)
     kinds = [_OLD_LAYER_TYPES.get(str(kind), str(kind)) for kind in kinds] if isinstance(kinds, list) else []
     if len(kinds) != n_layers or any(kind not in known for kind in kinds):
         raise read.error("layer_types", f"must list {' or '.join(known)} for each of {n_layers} layers")

@@ -9,6 +9,8 @@ This is Llama. What other families have in place of it, `ModelConfig` describes 
 around each half, both halves side by side, a plain MLP, and so on. Tensors have the names of Llama; a layer's norms are
 
     input_layernorm -> attention -> post_self_attn_layernorm, post_attention_layernorm -> MLP -> post_mlp_layernorm
+
+A recurrent layer (models/mixers.py) stands in place of attention or beside it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import numpy as np
 from fabula.formats.checkpoint import Checkpoint
 from fabula.models.altup import Streams
 from fabula.models.builder import F32, ProgramBuilder, Weights
-from fabula.models.description import Attention, Experts, HeadNorm, Layer, Mlp, ModelConfig, Norm
+from fabula.models.description import Attention, Experts, HeadNorm, Layer, Mixer, Mlp, ModelConfig, Norm
 from fabula.models.experts import emit_experts
 from fabula.models.latent import emit_latent_attention
+from fabula.models.mixers import States, emit_mixer
 from fabula.models.shares import Axis, whole
 
 
@@ -37,7 +40,7 @@ def redundant(c: ModelConfig) -> set[str]:
         prefix = f"model.layers.{i}."
         if c.altup and not c.altup.scaled:
             names.add(prefix + "altup.correct_output_scale")
-        if not layer.attention.writes:
+        if layer.attends and not layer.attention.writes:
             names |= {f"{prefix}self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm")}
             names |= {f"{prefix}self_attn.{part}.bias" for part in ("k_proj", "v_proj")}
     return names
@@ -68,6 +71,7 @@ class _Emitter:
         self.b, self.c, self.s = b, c, b.shares
         self.x, self.h = b.buffer(self.s.hidden), b.buffer(self.s.hidden)
         self._scratch: dict[tuple[str, tuple[Axis, ...]], int] = {}
+        self._states = States()
         self.streams = Streams(b, c, c.altup, self.x, self.h) if c.altup else None
         # If no layer has a bias of o it is 0, as in transformers: some models have biases on q, k and v only.
         self.has_output_bias = any(b.has(f"model.layers.{i}.self_attn.o_proj.bias") for i in range(c.n_layers))
@@ -122,7 +126,7 @@ class _Emitter:
         b.warn_of_unused(redundant(c))
 
     def emit_layer(self, prefix: str, layer: Layer) -> None:
-        x, h = self.x, self.h
+        b, x, h = self.b, self.x, self.h
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         before, between = prefix + "input_layernorm", prefix + "post_attention_layernorm"
         if layer.parallel:
@@ -138,10 +142,20 @@ class _Emitter:
             return
         source = self.emit_norm(before, layer.before_attention, x, h)
         low = self.emit_laurel(prefix, layer.laurel, source)
-        attended = self.emit_attention(attention, layer.attention, source)
-        self.emit_output(attention, layer, attended, prefix + "post_self_attn_layernorm")
+        after = prefix + "post_self_attn_layernorm"
+        mixed = attended = -1
+        if layer.mixer:
+            mixed = emit_mixer(b, self.scratch, self._states, prefix, layer.mixer, source)
+        if layer.attends:
+            attended = self.emit_attention(attention, layer.attention, source)
+        if layer.mixer:
+            self.emit_mixer_output(prefix, layer, layer.mixer, mixed, after)
+        if layer.attends:
+            self.emit_output(attention, layer, attended, after)
         if layer.laurel:
             self.add_laurel(prefix, layer.laurel, low)
+        if not layer.has_mlp:
+            return
         source = self.emit_norm(between, layer.before_mlp, x, h)
         if layer.experts:
             self.emit_experts(mlp, layer, layer.experts, source, prefix + "post_mlp_layernorm")
@@ -220,15 +234,22 @@ class _Emitter:
         return out
 
     def add_to_residual(
-        self, source: int, weights: Weights, bias: F32 | None, layer: Layer, norm: Norm | None, name: str
+        self,
+        source: int,
+        weights: Weights,
+        bias: F32 | None,
+        layer: Layer,
+        norm: Norm | None,
+        name: str,
+        factor: float = 1.0,
     ) -> None:
-        """x += residual_scale * norm(weights @ source + bias)."""
+        """x += residual_scale * norm(factor * (weights @ source + bias))."""
         b, x = self.b, self.x
         if norm is None:
-            b.linear_add(source, x, weights, bias=bias, scale=layer.residual_scale)
+            b.linear_add(source, x, weights, bias=bias, scale=layer.residual_scale * factor)
             return
         y = self.scratch("y", self.s.hidden)
-        b.linear(source, y, [weights], bias=None if bias is None else [bias])
+        b.linear(source, y, [weights], bias=None if bias is None else [bias], scale=factor)
         weight, norm_bias = self.norm_vectors(name, norm)
         scale = np.float32(layer.residual_scale)
         b.norm(y, x, norm, weight * scale, None if norm_bias is None else norm_bias * scale, residual=x)
@@ -248,6 +269,7 @@ class _Emitter:
         stack = b.stacked([f"{prefix}{part}.weight" for part in parts], rows, s.hidden)
         bias = b.joined([f"{prefix}{part}.bias" for part in parts], rows) if a.qkv_bias else None
         clip = a.qkv_clip
+        source = self.scaled(source, a.in_scale)
         b.linear(source, qkv, stack, bias=bias, activation="clamp" if clip else None, limit=clip)
         if a.norm and not a.norm.rotated:
             self.emit_head_norm(prefix, a, a.norm, qkv, heads)
@@ -269,6 +291,14 @@ class _Emitter:
             b.multiply(attended, attended, gate)
         return attended
 
+    def scaled(self, source: int, factor: float) -> int:
+        """The buffer of factor * source."""
+        if factor == 1.0:
+            return source
+        out = self.scratch("scaled", self.s.hidden)
+        self.b.scale(source, out, factor)
+        return out
+
     def emit_head_norm(self, prefix: str, a: Attention, norm: HeadNorm, qkv: int, heads: int) -> None:
         def weight(part: str, n_heads: int) -> F32:
             length = a.k_dim * (n_heads if norm.weights in ("heads", "row") else 1)
@@ -285,7 +315,14 @@ class _Emitter:
         weights = b.matrix(prefix + "o_proj.weight", self.s.hidden, self.s.heads(a.n_heads, a.result_dim))
         has_bias = a.output_bias and self.has_output_bias
         bias = b.vector(prefix + "o_proj.bias", c.hidden_size) if has_bias else None
-        self.add_to_residual(attended, weights, bias, layer, layer.after_attention, norm_name)
+        self.add_to_residual(attended, weights, bias, layer, layer.after_attention, norm_name, a.out_scale)
+
+    def emit_mixer_output(self, prefix: str, layer: Layer, mixer: Mixer, mixed: int, norm_name: str) -> None:
+        """x += residual_scale * norm(out_proj(mixed))."""
+        b, prefix = self.b, prefix + mixer.part
+        weights = b.matrix(prefix + "out_proj.weight", self.s.hidden, whole(mixer.inner, self.s.n))
+        bias = b.vector(prefix + "out_proj.bias", self.c.hidden_size) if mixer.out_bias else None
+        self.add_to_residual(mixed, weights, bias, layer, layer.after_attention, norm_name, mixer.out_scale)
 
     # ---- MLP --------------------------------------------------------------------------------------------------------
 
@@ -300,6 +337,15 @@ class _Emitter:
             b.linear(source, gates, [b.matrix(gate + ".weight", axis, s.hidden)])
             b.linear(source, inner, [b.matrix(up + ".weight", axis, s.hidden)])
             b.sparsify(gates, gates, cutoff=mlp.cutoff, activation=mlp.activation)
+            b.multiply(inner, inner, gates)
+            return inner
+        if mlp.gate_scale != 1.0:
+            gates = self.scratch("gates", axis)
+            gate_bias = [b.vector(gate + ".bias", axis.size) * np.float32(mlp.gate_scale)] if mlp.bias else None
+            up_bias = [b.vector(up + ".bias", axis.size)] if mlp.bias else None
+            matrix = b.matrix(gate + ".weight", axis, s.hidden)
+            b.linear(self.scaled(source, mlp.gate_scale), gates, [matrix], bias=gate_bias, activation=mlp.activation)
+            b.linear(source, inner, [b.matrix(up + ".weight", axis, s.hidden)], bias=up_bias)
             b.multiply(inner, inner, gates)
             return inner
         if mlp.gated:
@@ -343,4 +389,4 @@ class _Emitter:
         b, c, mlp = self.b, self.c, layer.mlp
         weights = b.matrix(prefix + "down_proj.weight", self.s.hidden, self.s.inner(mlp.size))
         bias = b.vector(prefix + "down_proj.bias", c.hidden_size) if mlp.down_bias else None
-        self.add_to_residual(inner, weights, bias, layer, layer.after_mlp, norm_name)
+        self.add_to_residual(inner, weights, bias, layer, layer.after_mlp, norm_name, mlp.out_scale)

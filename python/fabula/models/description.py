@@ -3,6 +3,7 @@
     ModelConfig         sizes, embedding, head, rope tables
       Layer             norms around both halves, parallel or one after the other
         Attention       head geometry, mask, rope table, KV layer, norms of q and k
+        Mixer           a recurrent layer, in place of attention or beside it
         Mlp             gated or plain, activation, biases
 
 Layers are described one by one, since many families mix windows, ropes or geometries.
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fabula._native import KvLayer
-from fabula._program import Heads
+from fabula._program import Heads, conv_floats, head_floats
 from fabula.lean_dataclasses import dataclass
 
 Activation = Literal[
@@ -107,6 +108,7 @@ class Attention:
         qkv_bias, output_bias: whether the projections have biases.
         qkv_clip: q, k and v are kept within -qkv_clip .. qkv_clip; 0 for no bound.
         gated: whether the result is multiplied by sigmoid(gate_proj(x)).
+        in_scale: factor on the input;  out_scale: on the result.
         sinks: whether each head has a logit that takes its share of the softmax.
         latent: of latent attention, where the geometry is that of queries for latents; None for none.
         slopes: of ALiBi, one for each head; () for none.  rounds_biases: whether its biases are rounded as Falcon's are
@@ -131,6 +133,8 @@ class Attention:
     output_bias: bool = False
     qkv_clip: float = 0.0
     gated: bool = False
+    in_scale: float = 1.0
+    out_scale: float = 1.0
     sinks: bool = False
     slopes: tuple[float, ...] = ()
     rounds_biases: bool = False
@@ -147,12 +151,148 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConv:
+    """A gated short convolution: out_proj(c * conv(b * u)), where b, c and u are the thirds of in_proj(x).
+
+    Attributes:
+        width: columns of each third.
+        n_taps: tokens that the convolution sees, the current one included.
+        bias: whether all three have biases.
+    """
+
+    width: int
+    n_taps: int
+    bias: bool = False
+    part = "conv."
+    out_scale = 1.0
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether out_proj has a bias."""
+        return self.bias
+
+    @property
+    def inner(self) -> int:
+        """Columns of what out_proj reads."""
+        return self.width
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """f32 numbers that each of its recurrent operators remembers of a sequence."""
+        return (conv_floats(self.width, self.n_taps),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaRule:
+    """A gated delta rule behind a short convolution of q, k and v, with a gated norm of its result (FB_OP_DELTA_RULE).
+
+    Attributes:
+        n_k_heads, n_v_heads: heads of q and k, and of v; several v heads share a k head.
+        k_dim, v_dim: widths of a head.
+        n_taps: tokens that the convolution sees.
+        norm: of each head of the result, whose weights all heads share; the gate is a factor behind it.
+        activation: of the convolution.
+        tiled: whether v head h has k head h % n_k_heads, as in files of llama.cpp's conversion; else neighbors share.
+        negative: whether the factor of updates is 0 .. 2.
+    """
+
+    n_k_heads: int
+    n_v_heads: int
+    k_dim: int
+    v_dim: int
+    n_taps: int
+    norm: Norm
+    activation: Activation = "silu"
+    tiled: bool = False
+    negative: bool = False
+    part = "linear_attn."
+    out_bias = False
+    out_scale = 1.0
+
+    @property
+    def inner(self) -> int:
+        """Columns of v, of the gate and of the result."""
+        return self.n_v_heads * self.v_dim
+
+    @property
+    def conv_width(self) -> int:
+        """Columns of q, k and v together."""
+        return 2 * self.n_k_heads * self.k_dim + self.n_v_heads * self.v_dim
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """See `ShortConv`."""
+        return conv_floats(self.conv_width, self.n_taps), head_floats(self.n_v_heads, self.k_dim, self.v_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba2:
+    """A state space model behind a short convolution, with a gate of its result (FB_OP_SSM).
+
+    Attributes:
+        n_heads, head_dim: of x, the gate and the result.
+        n_groups, state_dim: groups of B and C, and their width.
+        n_taps: tokens that the convolution sees.
+        conv_bias: whether the convolution has a bias;  activation: its activation.
+        bias, out_bias: whether in_proj and out_proj have biases.
+        dt_low, dt_limit: bounds of time steps; dt_limit 0 for none.
+        norm: of the gated result; None for a gate without a norm.
+        n_norm_groups: groups of columns that are normed by themselves.
+        gate_first: whether the gate is a factor before the norm.
+        in_scale: factor on the input;  scales: on the gate, x, B, C and time steps;  out_scale: on the result.
+    """
+
+    n_heads: int
+    head_dim: int
+    n_groups: int
+    state_dim: int
+    n_taps: int
+    conv_bias: bool = True
+    activation: Activation = "silu"
+    bias: bool = False
+    out_bias: bool = False
+    dt_low: float = 0.0
+    dt_limit: float = 0.0
+    norm: Norm | None = None
+    n_norm_groups: int = 1
+    gate_first: bool = True
+    in_scale: float = 1.0
+    scales: tuple[float, ...] = (1.0,) * 5
+    out_scale: float = 1.0
+    part = "mamba."
+
+    @property
+    def inner(self) -> int:
+        """Columns of x, of the gate and of the result."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def part_widths(self) -> tuple[int, ...]:
+        """Columns of the gate, x, B, C and time steps."""
+        return self.inner, self.inner, self.n_groups * self.state_dim, self.n_groups * self.state_dim, self.n_heads
+
+    @property
+    def conv_width(self) -> int:
+        """Columns of x, B and C together."""
+        return self.inner + 2 * self.n_groups * self.state_dim
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """See `ShortConv`."""
+        return conv_floats(self.conv_width, self.n_taps), head_floats(self.n_heads, self.state_dim, self.head_dim)
+
+
+Mixer = ShortConv | DeltaRule | Mamba2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
     """The MLP of a layer: down(activation(gate(x)) * up(x)), or down(activation(up(x))) where it is not gated.
 
     Attributes:
         cutoff: of sparse gates: those below the mean + cutoff standard deviations count as that limit, which is
             subtracted from all; None for none.
+        gate_scale: factor on gates before their activation;  out_scale: on the result.
     """
 
     size: int
@@ -161,6 +301,8 @@ class Mlp:
     bias: bool = False
     down_bias: bool = False
     cutoff: float | None = None
+    gate_scale: float = 1.0
+    out_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +362,9 @@ class Layer:
     """A layer:  x += scale after_attention(attention(before_attention(x))),  then the same for the MLP.
 
     Attributes:
+        mixer: a recurrent layer that reads what attention reads; what both give is added. None for none.
+        attends: whether there is attention;  has_mlp: whether there is an MLP or a mixture of experts. A part that is
+            missing is described, but not there.
         experts: in place of the MLP; None for none.
         parallel: whether both halves read the layer's input; the MLP shares attention's norm if it has none.
         residual_scale: factor on what each half adds.
@@ -234,6 +379,9 @@ class Layer:
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
+    mixer: Mixer | None = None
+    attends: bool = True
+    has_mlp: bool = True
     experts: Experts | None = None
     parallel: bool = False
     residual_scale: float = 1.0
@@ -325,20 +473,31 @@ class ModelConfig:
     base: bool = False
 
     @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Attention of the layers that have it."""
+        return tuple(layer.attention for layer in self.layers if layer.attends)
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """f32 numbers in a state slot, for each recurrent operator in the order of the program; () without any."""
+        return tuple(n for layer in self.layers if layer.mixer for n in layer.mixer.state_layers)
+
+    @property
     def geometries(self) -> tuple[Heads, ...]:
         """The different head geometries of its layers."""
-        return tuple(dict.fromkeys(layer.attention.heads for layer in self.layers))
+        return tuple(dict.fromkeys(attention.heads for attention in self.attentions))
 
     @property
     def kv_layers(self) -> tuple[KvLayer, ...]:
         """What a KV page holds: one entry for each layer that writes K and V of its own."""
         own = [layer.attention for layer in self.layers if layer.attention.writes]
         return tuple(KvLayer(a.n_kv_heads, a.k_dim, 0 if a.latent else a.v_dim) for a in own)
+        return tuple(KvLayer(a.n_kv_heads, a.k_dim, a.v_dim) for a in self.attentions if a.writes)
 
     @property
     def kv_windows(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
         """For each of `kv_layers`, the windows of the layers that read it: size (0 for all), and whether in chunks."""
-        readers = [layer.attention for layer in self.layers]
+        readers = self.attentions
         return tuple(
             tuple((reader.window, reader.chunked) for reader in readers if reader.kv == own.kv)
             for own in readers
@@ -383,5 +542,6 @@ class ModelConfig:
             "latent attention": a.latent is not None,
             "a mixture of experts": any(layer.experts for layer in self.layers),
             "clipped q, k and v": a.qkv_clip > 0,
+            "recurrent layers": any(layer.mixer for layer in self.layers),
         }
         return ", ".join(name for name, is_so in found.items() if is_so)

@@ -14,11 +14,12 @@ from typing import Any
 from fabula.errors import ModelFileError, Unsupported
 from fabula.models.dense_families import DENSE
 from fabula.models.family import Family
+from fabula.models.hybrid_families import HYBRIDS
 from fabula.models.layer_norm_families import LAYER_NORM
 from fabula.models.mla import LATENT
 from fabula.models.sparse_families import SPARSE
 
-FAMILIES: Mapping[str, Family] = {**DENSE, **LAYER_NORM, **SPARSE, **LATENT}
+FAMILIES: Mapping[str, Family] = {**DENSE, **LAYER_NORM, **SPARSE, **LATENT, **HYBRIDS}
 
 
 def family_of(config: Mapping[str, Any], path: Path) -> Family:

@@ -1,5 +1,5 @@
-"""What a family is: a name and its traits. The rows are in dense_families.py, layer_norm_families.py and
-sparse_families.py.
+"""What a family is: a name and its traits. The rows are in dense_families.py, layer_norm_families.py,
+sparse_families.py and hybrid_families.py.
 """
 
 from __future__ import annotations

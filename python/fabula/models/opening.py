@@ -107,6 +107,10 @@ class _Checker(ProgramBuilder):
         self._check(name, (n_rows, n_columns))
         return np.zeros((n_rows, n_columns), np.float32)
 
+    def taps(self, name: str, width: int, n_taps: int) -> F32:
+        self._check_taps(name, width, n_taps)
+        return np.zeros((n_taps, width), np.float32)
+
     def scalar(self, name: str) -> float:
         self._check_scalar(name)
         return 1.0

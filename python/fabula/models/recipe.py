@@ -7,8 +7,8 @@
     q4_k_m q5_k_m              attn_v and ffn_down of the first, the last and every third layer in Q6_K
 
 The head, and a tied embedding, get Q6_K or better. Small matrices of Gemma 3n and 4 stay F16 (_SMALL). Vectors (norms,
-biases) and routers stay F32. Rows that are not a multiple of a format's block fall back to a format with blocks of 32,
-or else to F16.
+biases), routers and convolutions stay F32. Rows that are not a multiple of a format's block fall back to a format with
+blocks of 32, or else to F16.
 
 Source: facts of llama.cpp's src/llama-quant.cpp. Its names for q4_k, q5_k and q3_k are Q4_K_S, Q5_K_S and Q3_K_S.
 """
@@ -22,7 +22,7 @@ from fabula.formats.checkpoint import DType
 from fabula.formats.gguf import BLOCKS
 from fabula.lean_dataclasses import dataclass
 
-_LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.weight")
+_LAYER = re.compile(r"blk\.(\d+)\.((?:shortconv\.)?[a-z_]+)\.weight")
 _ROLES = {
     "token_embd.weight": "embedding",
     "output.weight": "head",
@@ -102,7 +102,7 @@ def dtype_for(kind: Kind, name: str, shape: tuple[int, ...], model: Shape) -> DT
     role = role_of(name)
     if role.startswith("ffn_gate_inp"):  # they decide which experts are chosen
         return DType.F32
-    if len(shape) < 2 or role == "norms and biases":
+    if len(shape) < 2 or role in ("norms and biases", "shortconv.conv"):
         return DType.F32
     if BLOCKS[kind.dtype][0] == 1:
         return kind.dtype

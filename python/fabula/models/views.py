@@ -6,6 +6,7 @@
     transposed  matrices stored as [in, out]
     joined      one vector from several
     offset      norm weights stored as w - 1
+    decay       decays stored as logarithms
 
 Blocks of quantized formats run along columns, so rows can be taken from every format.
 """
@@ -26,10 +27,10 @@ from fabula import _native
 from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, Span, TensorInfo, TensorTable
 from fabula.lean_dataclasses import dataclass, field
-from fabula.models.description import Attention, ModelConfig
-from fabula.models.gpt_oss import GptOssExperts
+from fabula.models.description import Attention, DeltaRule, Mamba2, ModelConfig
 from fabula.models.latent import SplitLatents, has_joined_latents, orders
 from fabula.models.rope import rotated_width
+from fabula.models.transposed_experts import GptOssExperts
 
 Rows = npt.NDArray[np.int64]
 
@@ -40,12 +41,14 @@ class View:
 
     Attributes:
         sources: their names; rows are counted through all of them.
-        rows: those taken, in order; None for all.
+        rows, columns: those taken, in order; None for all. Columns only of formats without blocks.
         n_rows: rows that the sources must have together; None for any number.
         transposed: whether the source is [columns, rows].
         flat: whether the result is a vector.
         offset: added to each number; the result is f32.
         normalized: whether each row is divided by its length; the result is f32.
+        decay: whether the result is -exp of the numbers, in f32.
+        factors: of all rows, or of each; the result is f32.
     """
 
     sources: tuple[str, ...]
@@ -55,6 +58,14 @@ class View:
     flat: bool = False
     offset: float = 0.0
     normalized: bool = False
+    decay: bool = False
+    columns: Rows | None = None
+    factors: npt.NDArray[np.float32] | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether numbers change, and not only their places."""
+        return bool(self.offset) or self.normalized or self.decay or self.factors is not None
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -114,9 +125,14 @@ class ViewedCheckpoint:
                 path=self.path,
                 field=first.name,
             )
+        if view.columns is not None and _native.dtype_block(first.dtype)[0] != 1:
+            raise Unsupported(
+                f"{self.path}: tensor {first.name!r} is in blocks of {first.dtype.name}, and its columns have another"
+                " order in the file to be written"
+            )
         taken = n_rows if view.rows is None else len(view.rows)
         shape = (taken, *shape[1:])
-        if view.offset or view.normalized:
+        if view.computes:
             return TensorInfo(name, DType.F32, shape, 4 * int(np.prod(shape)))
         size, n_bytes = _native.dtype_block(first.dtype)
         return TensorInfo(name, first.dtype, shape, int(np.prod(shape)) // size * n_bytes)
@@ -141,10 +157,19 @@ class ViewedCheckpoint:
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if view.rows is not None:
             rows = rows[view.rows]
+        if view.columns is not None:
+            rows = rows.reshape(len(rows), -1, n_bytes)[:, view.columns]
         found = np.ascontiguousarray(rows).reshape(-1)
         if view.offset:
             numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
             return (numbers + np.float32(view.offset)).view(np.uint8)
+        if view.factors is not None:
+            numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
+            scaled = numbers.reshape(len(rows), -1) * view.factors[:, None]
+            return np.asarray(scaled, np.float32).reshape(-1).view(np.uint8)
+        if view.decay:
+            numbers = _native.dequantize(infos[0].dtype, found, found.size // n_bytes * size)
+            return np.asarray(-np.exp(numbers), np.float32).view(np.uint8)
         if view.normalized:
             shape = infos[0].shape
             matrix = _native.dequantize(infos[0].dtype, found, int(np.prod(shape))).reshape(shape)
@@ -206,10 +231,20 @@ class _Views:
                 self._projections(prefix + "self_attn.", layer.attention, kind)
                 self._gate_up(prefix + "mlp.", kind)
                 self._gate_up(prefix + "mlp.shared_expert.", kind)
+            if not layer.experts:
+                self._only_shared(prefix + "mlp.")
+            if not layer.attends and not layer.mixer:  # an MLP alone, in Nemotron-H
+                self._rename(prefix + "post_attention_layernorm.weight", prefix + "input_layernorm.weight")
+            if layer.after_attention and not layer.before_mlp:  # one name for either, in OLMo Hybrid
+                self._rename(prefix + "post_self_attn_layernorm.weight", prefix + "post_attention_layernorm.weight")
             correction = prefix + "mlp.gate.e_score_correction_bias"
             if correction in self._names and len(self.checkpoint.tensors[correction].shape) > 1:
                 self._add(correction, [correction], flat=True)
             self._head_norms(prefix + "self_attn.", layer.attention)
+            if isinstance(layer.mixer, DeltaRule):
+                self._delta_rule(prefix + layer.mixer.part, layer.mixer)
+            elif isinstance(layer.mixer, Mamba2):
+                self._mamba2(prefix + layer.mixer.part)
             for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
                 self._add(f"{prefix}{name}.weight", [f"{prefix}{name}.weight"], transposed=self._transposed)
             for name in _NORMS:
@@ -246,8 +281,12 @@ class _Views:
         transposed = self._transposed and kind == "weight"
         counts = {"q": a.n_heads * a.k_dim, "k": a.n_kv_heads * a.k_dim, "v": a.n_kv_heads * a.v_dim}
         first = 0
+        if a.gated and f"{prefix}gate_proj.{kind}" not in self._names:  # behind each q head
+            self._gated(prefix, a, kind)
         for part, count in counts.items():
             name = f"{prefix}{part}_proj.{kind}"
+            if name in self.views:
+                continue
             order = self._order(a, count // a.k_dim) if part != "v" else None
             if fused in self._names:
                 rows = np.arange(first, first + count)
@@ -278,6 +317,48 @@ class _Views:
             for part, rows in zip(("gate", "up"), halves, strict=True):
                 self._add(f"{prefix}{part}_proj.{kind}", [fused], rows)
 
+    def _rename(self, name: str, source: str) -> None:
+        if name not in self._names:
+            self._add(name, [source])
+
+    def _only_shared(self, prefix: str) -> None:
+        """The shared MLP of a mixture without experts (Granite 4)."""
+        shared = prefix + "shared_expert."
+        for part in ("gate_proj", "up_proj"):
+            if view := self.views.pop(f"{shared}{part}.weight", None):
+                self.views[f"{prefix}{part}.weight"] = view
+        self._add(prefix + "down_proj.weight", [shared + "down_proj.weight"])
+
+    def _gated(self, prefix: str, a: Attention, kind: str) -> None:
+        """q_proj holds, for each head, its queries and its gate."""
+        name = f"{prefix}q_proj.{kind}"
+        for part, rows in _by_head(a.n_heads, {"q": a.k_dim, "gate": a.v_dim}).items():
+            self._add(f"{prefix}{part}_proj.{kind}", [name], rows, n_rows=a.n_heads * (a.k_dim + a.v_dim))
+
+    def _delta_rule(self, prefix: str, m: DeltaRule) -> None:
+        """Decays are stored as logarithms; q, k, v and gates may be apart, or side by side for each k head."""
+        self._add(prefix + "decay", [prefix + "A_log"], decay=True)
+        self._add(prefix + "in_proj_qkv.weight", [f"{prefix}{part}_proj.weight" for part in "qkv"])
+        self._add(prefix + "conv1d.weight", [f"{prefix}{part}_conv1d.weight" for part in "qkv"])
+        shared = m.n_v_heads // m.n_k_heads
+        widths = {"q": m.k_dim, "k": m.k_dim, "v": shared * m.v_dim, "z": shared * m.v_dim}
+        rows = _by_head(m.n_k_heads, widths)
+        fused, n_rows = prefix + "in_proj_qkvz.weight", m.conv_width + m.inner
+        qkv = np.concatenate([rows[part] for part in "qkv"])
+        self._add(prefix + "in_proj_qkv.weight", [fused], qkv, n_rows=n_rows)
+        self._add(prefix + "in_proj_z.weight", [fused], rows["z"], n_rows=n_rows)
+        rows, fused = _by_head(m.n_k_heads, {"b": shared, "a": shared}), prefix + "in_proj_ba.weight"
+        for part in "ba":
+            self._add(f"{prefix}in_proj_{part}.weight", [fused], rows[part], n_rows=2 * m.n_v_heads)
+
+    def _mamba2(self, prefix: str) -> None:
+        """Decays are stored as logarithms. Vectors of GGUF files may be matrices."""
+        self._add(prefix + "decay", [prefix + "A_log"], decay=True)
+        for name in ("decay", "D", "norm.weight"):
+            name = prefix + name
+            if name in self._names and len(self.checkpoint.tensors[name].shape) > 1:
+                self._add(name, [name], flat=True)
+
     def _head_norms(self, prefix: str, a: Attention) -> None:
         if a.norm is None or a.norm.weights == "none":
             return
@@ -293,6 +374,15 @@ class _Views:
             offset = self._offset if kind == "weight" else 0.0
             n_rows = None if order is None else len(order)
             self._add(name, sources, order, flat=flat, offset=offset, n_rows=n_rows)
+
+
+def _by_head(n_heads: int, widths: Mapping[str, int]) -> dict[str, Rows]:
+    """Rows of each part of a matrix that holds, for each head, its rows of all parts."""
+    step, first, found = sum(widths.values()), 0, {}
+    for part, width in widths.items():
+        found[part] = (np.arange(n_heads)[:, None] * step + first + np.arange(width)).reshape(-1)
+        first += width
+    return found
 
 
 def _grouped(a: Attention, part: str) -> Rows:

@@ -127,6 +127,9 @@ class _Gauges(Collector):
         pages = GaugeMetricFamily("fabula_kv_pages", "Pages of the KV cache.", labels=["model", "kind"])
         size = GaugeMetricFamily("fabula_kv_page_bytes", "Bytes of a page.", labels=["model"])
         evicted = CounterMetricFamily("fabula_kv_evicted_pages", "Pages evicted to make room.", labels=["model"])
+        states = GaugeMetricFamily("fabula_states", "Recurrent states of hybrid models.", labels=["model", "kind"])
+        slot = GaugeMetricFamily("fabula_state_bytes", "Bytes of a recurrent state.", labels=["model"])
+        lost = CounterMetricFamily("fabula_evicted_states", "Recurrent states evicted to make room.", labels=["model"])
         for serving in server.models.values():
             ready.add_metric([serving.name], float(serving.state == "ready"))
             if serving.model is None:
@@ -137,7 +140,13 @@ class _Gauges(Collector):
                 pages.add_metric([serving.name, name], getattr(usage, kind))
             size.add_metric([serving.name], usage.page_bytes)
             evicted.add_metric([serving.name], usage.n_evicted)
-        yield from (ready, pages, size, evicted)
+            if usage.n_slots:
+                counts = {"all": usage.n_slots, "used": usage.n_slots_used, "on_disk": usage.n_states_spilled}
+                for kind, n in counts.items():
+                    states.add_metric([serving.name, kind], n)
+                slot.add_metric([serving.name], usage.slot_bytes)
+                lost.add_metric([serving.name], usage.n_states_evicted)
+        yield from (ready, pages, size, evicted, states, slot, lost)
 
     def describe(self) -> Iterator[Metric]:  # without it, registering would call collect()
         return iter(())

@@ -99,6 +99,15 @@ class Settings:
             high=1 << 50,
         ),
     )
+    state_memory: int | None = field(
+        default=None,
+        metadata=_about(
+            "Models",
+            "Bytes of each hybrid model's recurrent states; default: 1 GiB.",
+            low=1,
+            high=1 << 50,
+        ),
+    )
     window_kv: str = field(
         default="keep",
         metadata=_about(

@@ -117,6 +117,8 @@ class Serving:
                 "bf16_inputs": self.model.bf16_inputs,
                 "cache_bytes": usage.used_bytes,
                 "cache_limit_bytes": usage.n_pages * usage.page_bytes,
+                "state_bytes": usage.state_bytes,
+                "state_limit_bytes": usage.n_slots * usage.slot_bytes,
             }
         return found
 
@@ -192,6 +194,7 @@ class Server:
             kv=cast(Any, settings.kv),
             context=settings.context,
             kv_memory=settings.kv_memory,
+            state_memory=settings.state_memory,
             window_kv=cast(Any, settings.window_kv),
             ignore_memory=settings.ignore_memory,
             bf16_inputs=cast(Any, settings.bf16_inputs),

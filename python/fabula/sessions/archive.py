@@ -1,8 +1,9 @@
 """Export and import of sessions: JSON, and on request their KV as a safetensors file.
 
 The JSON has what the store has: every turn with its ids as they were sampled. Each full KV page is a tensor
-"<turn>/<index>", or "<turn>/<index>/partial" if the KV of its windowed layers was dropped (those bytes mean nothing);
-only a model with the same fingerprint imports it.
+"<turn>/<index>", or "<turn>/<index>/partial" if the KV of its windowed layers was dropped (those bytes mean nothing).
+Each recurrent state of a hybrid is one, "<turn>/state/<position>", with the page that it ends in before it. Only a
+model with the same fingerprint imports it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fabula._native import PAGE_POSITIONS
 from fabula.errors import InvalidArgument, OutOfMemory, StoreCorrupt, StoreError
 from fabula.kv.pages import HOLE, Sequence
 from fabula.kv.prefix import KeyChain
-from fabula.kv.prefix_read import partial_key
+from fabula.kv.prefix_read import StoredState, partial_key
+from fabula.kv.states import tail_of
 from fabula.sessions.persistence import Persistence, params_of, policy_of, session_record, turn_of, turn_record
 from fabula.sessions.session import Session
 from fabula.sessions.turn import START, WRITTEN, Turn
@@ -88,12 +90,14 @@ def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.u
     engine = session._handle.engine
     pool, window = engine.runner.pool, session.policy.visible_in(engine.runner)
     pages: dict[str, npt.NDArray[np.uint8]] = {}
-    seen: set[bytes] = set()
+    seen: set[bytes | int] = set()
     for turn in turns:
-        keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
+        ids = np.asarray(turn.ids(), np.int32)
+        keys = KeyChain(session.tenant, window).keys(ids)
         with pool.lock:
-            kv = turn.kv.fork() if turn.kv is not None and turn.kv.n_tokens and engine.cache.owns(turn.kv) else None
-        kv = kv or engine.cache.find(keys, window)  # without the lock: it may read from disk
+            usable = turn.kv.usable(turn.n_ids) if turn.kv is not None and engine.cache.owns(turn.kv) else 0
+            kv = turn.kv.fork(usable) if turn.kv is not None and usable else None
+        kv = kv or engine.cache.find(keys, window, ids)  # without the lock: it may read from disk
         if kv is None:
             continue
         with kv:
@@ -106,11 +110,20 @@ def _pages_of(session: Session, turns: list[Turn]) -> dict[str, npt.NDArray[np.u
                         continue
                     seen.add(key if is_whole else partial_key(key))
                     pages[_page_name(turn.id, i, is_whole=is_whole)] = pool.read(page)
+            for state in kv.states():
+                with pool.lock:  # or it is evicted meanwhile
+                    if state.slot >= 0 and state.rank and id(state) not in seen:
+                        seen.add(id(state))
+                        pages[_state_name(turn.id, state.position)] = kv.read_state(state)
     return pages
 
 
 def _page_name(turn_id: str, i: int, *, is_whole: bool) -> str:
     return f"{turn_id}/{i}" if is_whole else f"{turn_id}/{i}/partial"
+
+
+def _state_name(turn_id: str, position: int) -> str:
+    return f"{turn_id}/state/{position}"
 
 
 def _write_kv(path: Path, pages: Mapping[str, npt.NDArray[np.uint8]], fingerprint: str) -> None:
@@ -248,7 +261,8 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
             names = set(file.keys())
             for row in rows:
                 turn = turns[row["id"]]
-                keys = KeyChain(session.tenant, window).keys(np.asarray(turn.ids(), np.int32))
+                ids = np.asarray(turn.ids(), np.int32)
+                keys = KeyChain(session.tenant, window).keys(ids)
                 read: list[Sequence] = []  # keeps the pages until the turn does
                 for i, key in enumerate(keys):
                     known = pool.index.page(key)
@@ -265,10 +279,16 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
                         pool.drop([page])
                     pool.name(page, key)
                     read.append(Sequence.of(pool, [page], n_dropped=0 if is_whole else 1))
-                turn.kv = engine.cache.find(keys, window)
+                with_states: list[Sequence] = []
+                for state in _states_of(row["id"], names, keys, ids) if pool.states is not None else ():
+                    source = _Tensor(file, _state_name(row["id"], state.n_tokens), pool.state_record_bytes)
+                    sequence = engine.cache.read_state(keys, window, state, source)
+                    with_states += [] if sequence is None else [sequence]
+                turn.kv = engine.cache.find(keys, window, ids)
                 if turn.kv is not None:
+                    turn.kv.add_states(state for sequence in with_states for state in sequence.states())
                     engine.cache.keep(turn.kv)
-                for sequence in read:
+                for sequence in (*read, *with_states):
                     sequence.close()
     except OutOfMemory:  # the rest is recomputed on demand
         return
@@ -278,3 +298,33 @@ def _read_kv(path: Path, rows: list[dict[str, Any]], turns: Mapping[str, Turn], 
         raise StoreCorrupt(f"{path}: the KV cannot be read: {error}", path=path) from error
     except Exception as error:  # safetensors raises its own kind
         raise StoreCorrupt(f"{path}: the KV cannot be read: {error}", path=path) from error
+
+
+class _Tensor:
+    """A tensor of the file as the source of a state, for `KvEvictionList.read_state`."""
+
+    def __init__(self, file: Any, name: str, n_bytes: int) -> None:
+        self._file, self._name, self._n_bytes = file, name, n_bytes
+
+    def get(self, key: bytes, out: npt.NDArray[np.uint8]) -> bool:
+        del key  # there is only one
+        if out.nbytes != self._n_bytes:
+            return False  # a page, which is in memory or was damaged
+        data = self._file.get_tensor(self._name)
+        if data.dtype != np.uint8 or data.shape != out.shape:
+            raise StoreCorrupt(f"{self._name} is not a recurrent state of this model")
+        out[:] = data
+        return True
+
+
+def _states_of(turn_id: str, names: set[str], keys: list[bytes], ids: npt.NDArray[np.int32]) -> list[StoredState]:
+    """The states of a turn in a file, in order."""
+    prefix = _state_name(turn_id, 0)[:-1]
+    numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    states = []
+    for n_tokens in sorted(int(number) for number in numbers if number.isdecimal()):
+        n_pages = n_tokens // PAGE_POSITIONS
+        if 0 < n_pages <= len(keys) and n_tokens <= len(ids):
+            name = keys[n_pages - 1], tail_of(ids[n_pages * PAGE_POSITIONS : n_tokens])
+            states.append(StoredState(n_tokens, name))
+    return states

@@ -328,6 +328,8 @@ def complete(turn: Turn, generation: Generation, why_cold: str) -> None:
     if turn.recomputed and turn.parent is not None and turn.kept == turn.parent.n_ids:
         evicted = "the KV of the past was evicted, or never kept"
         dropped = "the KV of the past was evicted or never kept, or that of its windowed layers was dropped"
+        if turn.kv.pool.states is not None:
+            evicted = "the recurrent state where its past ends was evicted, or never kept"
         turn.why_recomputed = why_cold or (dropped if turn.kv.pool.n_dropped_ever else evicted)
     elif turn.recomputed:
         reworded, shorter = "the chat template rendered the past differently", "the oldest turns were left out"

@@ -20,10 +20,12 @@ def keep_kv(turn: Turn, engine: Engine) -> None:
     kept = turn.kept
     with cache.lock:  # nothing is evicted between the check and the fork
         for past in islice(turn.lineage(), 1, None):
-            if past.finish_reason != WRITTEN or kept < past.n_ids or turn.kv.usable(past.n_ids) < past.n_ids:
+            usable = turn.kv.usable(past.n_ids)
+            # A hybrid has the state before the last id of a prompt, whose logits are needed again anyway.
+            if past.finish_reason != WRITTEN or kept < past.n_ids or usable < past.n_ids - (turn.kv.trail is not None):
                 break
-            if past.kv is None or past.kv.usable(past.n_ids) < past.n_ids:
-                past.kv = turn.kv.fork(past.n_ids)
+            if past.kv is None or past.kv.usable(usable) < usable:
+                past.kv = turn.kv.fork(usable)
                 cache.keep(past.kv)
             kept = min(kept, past.kept)
 
@@ -43,7 +45,7 @@ def free_kv(turns: Sequence[Turn]) -> int:
         if turn not in needed and turn.kv is not None:
             pool = turn.kv.pool
             with pool.lock:  # other threads must not reserve or release pages while these are counted
-                n_before = pool.n_bytes
+                n_before = pool.n_bytes_held
                 turn.kv.close()
-                n_bytes += n_before - pool.n_bytes
+                n_bytes += n_before - pool.n_bytes_held
     return n_bytes

@@ -182,6 +182,10 @@ export function mountSidebar(root, store) {
         all: mb(found.cache_limit_bytes),
       };
       model.append(h("small", {}, t("memory", figures)));
+      if (found.state_limit_bytes) {
+        const states = { used: mb(found.state_bytes), all: mb(found.state_limit_bytes) };
+        model.append(h("small", {}, t("memoryOfStates", states)));
+      }
     }
     model.title = health ? `Fabula ${health.version}` : "";
   }

@@ -108,6 +108,8 @@
  * @property {number} [weight_bytes]
  * @property {number} [cache_bytes]
  * @property {number} [cache_limit_bytes]
+ * @property {number} [state_bytes] Of recurrent states; 0 unless it is a hybrid.
+ * @property {number} [state_limit_bytes]
  * @property {"keep" | "drop"} [window_kv]
  * @property {"bf16" | "f32" | null} [bf16_inputs]
  */

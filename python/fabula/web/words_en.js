@@ -19,6 +19,7 @@ export const en = {
   tagSession: "Tags",
   tagSessionHelp: "Words that group conversations, separated by commas. Search finds them.",
   memory: "{weights} MB of weights, cache {used} of {all} MB",
+  memoryOfStates: "recurrent states {used} of {all} MB",
 
   // The frame
   menu: "Menu",

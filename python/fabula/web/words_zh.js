@@ -20,6 +20,7 @@ export const zh = {
   tagSession: "标签",
   tagSessionHelp: "用来归类对话的词，用逗号分开。搜索能找到它们。",
   memory: "权重 {weights} MB，缓存 {used} / {all} MB",
+  memoryOfStates: "循环状态 {used} / {all} MB",
 
   // The frame
   menu: "菜单",

@@ -190,7 +190,7 @@ static void run_text(const struct model *m, fb_page_pool *pool, const struct mod
         const int32_t n = LENGTH - past < piece ? LENGTH - past : piece;
         sequence.n_past = past;
         sequence.n_tokens = n;
-        const struct fb_batch batch = {sizeof batch, n, tokens + past, &sequence, 1, outputs, n};
+        const struct fb_batch batch = {sizeof batch, n, tokens + past, &sequence, 1, outputs, n, NULL};
         run_both(
             m, pool, on_device, pool_there, &batch, wanted + past * MODEL_VOCABULARY, got + past * MODEL_VOCABULARY);
     }
@@ -229,7 +229,7 @@ static void check_decoding(const struct model *m, fb_page_pool *pool, const stru
             history[i][t] = (7 * t + i) % 30;
         for (int32_t page = 0; page < 2; page++)
             CHECK(fb_page_copy(pool, pages[i][page], from->pages[page]) == FB_OK);
-        requests[i] = (struct fb_decode_request){.sequence = {pages[i], 3, LENGTH, 1 + i, 0, 0},
+        requests[i] = (struct fb_decode_request){.sequence = {pages[i], 3, LENGTH, 1 + i, 0, 0, 0, 0, NULL, 0},
             .n_steps = i < SAMPLED ? STEPS : 0,
             .history = history[i],
             .n_history = LENGTH + 1 + i,
@@ -243,8 +243,8 @@ static void check_decoding(const struct model *m, fb_page_pool *pool, const stru
         scratch[i] = NAN;
     double seconds[STEPS];
     int32_t n_done = 0;
-    CHECK_AT(fb_program_decode(
-                 m->program, pool, requests, N, STEPS, NULL, scratch, N * MODEL_VOCABULARY, seconds, &n_done) == FB_OK,
+    CHECK_AT(fb_program_decode(m->program, pool, NULL, requests, N, STEPS, NULL, scratch, N * MODEL_VOCABULARY, seconds,
+                 &n_done) == FB_OK,
         "%s", fb_last_error());
     CHECK(n_done == STEPS && requests[SAMPLED].n_sampled == 0);
     for (size_t i = 0; i < N * MODEL_VOCABULARY; i++)
@@ -256,8 +256,9 @@ static void check_decoding(const struct model *m, fb_page_pool *pool, const stru
         memcpy(again, history[i], sizeof again);
         for (int32_t step = 0; step < STEPS; step++) {
             const int32_t n = requests[i].n_history + step, n_tokens = step ? 1 : 1 + i, output = n_tokens - 1;
-            const struct fb_sequence sequence = {pages[i], 3, n - n_tokens, n_tokens, 0, 0};
-            const struct fb_batch batch = {sizeof batch, n_tokens, again + n - n_tokens, &sequence, 1, &output, 1};
+            const struct fb_sequence sequence = {pages[i], 3, n - n_tokens, n_tokens, 0, 0, 0, 0, NULL, 0};
+            const struct fb_batch batch = {
+                sizeof batch, n_tokens, again + n - n_tokens, &sequence, 1, &output, 1, NULL};
             float logprob;
             CHECK(fb_program_run(m->program, pool, &batch, scratch, MODEL_VOCABULARY) == FB_OK);
             CHECK(fb_sample(scratch, MODEL_VOCABULARY, &settings[i], (uint64_t)n, again, n, bias_ids, bias,
@@ -278,8 +279,10 @@ int model_compare(
     CHECK(fb_page_pool_create(k, v, MODEL_PAGES, kv_layers, LAYERS, &pool) == FB_OK);
     CHECK_AT(fb_page_pool_create_on(on_device->device, k, v, MODEL_PAGES, kv_layers, LAYERS, &pool_there) == FB_OK,
         "%s", fb_last_error());
-    const struct fb_sequence whole = {pages[0], 3, 0, 0, 0, 0}, again = {pages[1], 3, 0, 0, 0, 0};
-    const struct fb_sequence slides = {pages[2], 3, 0, 0, 30, 4}, slides_too = {pages[3], 3, 0, 0, 30, 4};
+    const struct fb_sequence whole = {pages[0], 3, 0, 0, 0, 0, 0, 0, NULL, 0},
+                             again = {pages[1], 3, 0, 0, 0, 0, 0, 0, NULL, 0};
+    const struct fb_sequence slides = {pages[2], 3, 0, 0, 30, 4, 0, 0, NULL, 0},
+                             slides_too = {pages[3], 3, 0, 0, 30, 4, 0, 0, NULL, 0};
     for (int32_t kind = 0; kind < 2; kind++) {
         run_text(m, pool, on_device, pool_there, kind ? slides : whole, 30, wanted, got);
         const double apart = difference(got, wanted, LENGTH * MODEL_VOCABULARY);
@@ -292,14 +295,14 @@ int model_compare(
     const int32_t forked[3] = {pages[0][0], pages[4][1], pages[0][2]};
     CHECK(fb_page_copy(pool, pages[4][1], pages[0][1]) == FB_OK);
     CHECK(fb_page_copy(pool_there, pages[4][1], pages[0][1]) == FB_OK);
-    const struct fb_sequence both[3] = {
-        {pages[0], 3, LENGTH, 1, 0, 0}, {forked, 3, LENGTH, 2, 0, 0}, {pages[2], 3, LENGTH, 3, 30, 4}};
+    const struct fb_sequence both[3] = {{pages[0], 3, LENGTH, 1, 0, 0, 0, 0, NULL, 0},
+        {forked, 3, LENGTH, 2, 0, 0, 0, 0, NULL, 0}, {pages[2], 3, LENGTH, 3, 30, 4, 0, 0, NULL, 0}};
     const int32_t tokens[6] = {7, 8, 9, 10, 11, 12}, outputs[3] = {0, 2, 5};
-    const struct fb_batch batch = {sizeof batch, 6, tokens, both, 3, outputs, 3};
+    const struct fb_batch batch = {sizeof batch, 6, tokens, both, 3, outputs, 3, NULL};
     run_both(m, pool, on_device, pool_there, &batch, wanted, got);
     const double apart = difference(got, wanted, 3 * MODEL_VOCABULARY);
     CHECK_AT(apart <= tolerance, "K %d, V %d: side by side off by %g", (int)k, (int)v, apart);
-    const struct fb_batch silent = {sizeof silent, 6, tokens, both, 3, NULL, 0};
+    const struct fb_batch silent = {sizeof silent, 6, tokens, both, 3, NULL, 0, NULL};
     CHECK(fb_program_run(on_device->program, pool_there, &silent, NULL, 0) == FB_OK);
     CHECK(fb_program_run(on_device->program, pool_there, &batch, other, 5) == FB_INVALID_ARGUMENT);
     CHECK(fb_program_run(on_device->program, pool_there, &batch, other, 3 * MODEL_VOCABULARY) == FB_OK);
@@ -330,8 +333,8 @@ enum fb_status model_step(const struct model *m, float logits[MODEL_VOCABULARY])
     const int32_t page = 1, token = 3, output = 0;
     fb_page_pool *pool = NULL;
     enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, kv_layers, LAYERS, &pool);
-    const struct fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
-    const struct fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1};
+    const struct fb_sequence sequence = {&page, 1, 0, 1, 0, 0, 0, 0, NULL, 0};
+    const struct fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1, NULL};
     if (status == FB_OK) status = fb_program_run(m->program, pool, &batch, logits, MODEL_VOCABULARY);
     fb_page_pool_free(pool);
     return status;
@@ -345,7 +348,7 @@ enum fb_status model_decode(const struct model *m, int32_t *token, float *logpro
     fb_page_pool *pool = NULL;
     enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, 2, kv_layers, LAYERS, &pool);
     const struct fb_sampling settings = settings_of(2);
-    struct fb_decode_request request = {.sequence = {&page, 1, 0, 3, 0, 0},
+    struct fb_decode_request request = {.sequence = {&page, 1, 0, 3, 0, 0, 0, 0, NULL, 0},
         .n_steps = 1,
         .history = history,
         .n_history = 3,
@@ -353,7 +356,7 @@ enum fb_status model_decode(const struct model *m, int32_t *token, float *logpro
         .settings = &settings};
     if (status == FB_OK)
         status = fb_program_decode(
-            m->program, pool, &request, 1, 1, NULL, scratch, MODEL_VOCABULARY, &seconds, &n_done);
+            m->program, pool, NULL, &request, 1, 1, NULL, scratch, MODEL_VOCABULARY, &seconds, &n_done);
     fb_page_pool_free(pool);
     *token = history[3];
     return status;
@@ -368,8 +371,9 @@ enum fb_status model_prompt(const struct model *m, int32_t n_tokens, float logit
     fb_page_pool *pool = NULL;
     enum fb_status status = fb_page_pool_create_on(m->device, FB_F16, FB_F16, MODEL_PAGES, kv_layers, LAYERS, &pool);
     const int32_t output = n_tokens - 1;
-    const struct fb_sequence sequence = {pages, (n_tokens - 1) / FB_PAGE_POSITIONS + 1, 0, n_tokens, 0, 0};
-    const struct fb_batch batch = {sizeof batch, n_tokens, tokens, &sequence, 1, &output, 1};
+    const struct fb_sequence sequence = {
+        pages, (n_tokens - 1) / FB_PAGE_POSITIONS + 1, 0, n_tokens, 0, 0, 0, 0, NULL, 0};
+    const struct fb_batch batch = {sizeof batch, n_tokens, tokens, &sequence, 1, &output, 1, NULL};
     if (status == FB_OK) status = fb_program_run(m->program, pool, &batch, logits, MODEL_VOCABULARY);
     fb_page_pool_free(pool);
     return status;

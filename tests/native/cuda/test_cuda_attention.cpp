@@ -69,7 +69,7 @@ struct setting {
 
     void add(const sequence_case &s, int32_t *next) {
         const int32_t end = s.n_past + s.n_tokens, n_kv = c.n_kv_heads;
-        const fb_sequence as_public = {nullptr, 0, s.n_past, s.n_tokens, s.window, s.n_sinks};
+        const fb_sequence as_public = {nullptr, 0, s.n_past, s.n_tokens, s.window, s.n_sinks, 0, 0, nullptr, 0};
         const int32_t first_visible = access_lowest_visible(&as_public, 0, s.n_past) / 32;
         std::vector<int32_t> own;
         for (int32_t i = 0; i * 32 < end; i++)
@@ -239,7 +239,7 @@ static void test_case(const attention_case &c, size_t number) {
 static void test_visibility() {
     for (int32_t i = 0; i < 20000; i++) {
         const int32_t n_sinks = i % 5, window = i % 3 ? i % 37 + 1 : 0, own = i % 4 ? 0 : i % 41, position = i % 97;
-        const fb_sequence s = {nullptr, 0, 0, 1, window, window ? n_sinks : 0};
+        const fb_sequence s = {nullptr, 0, 0, 1, window, window ? n_sinks : 0, 0, 0, nullptr, 0};
         const fb_cuda_sequence on_device = {0, 0, 1, s.window, s.n_sinks, 0};
         CHECK(lowest_visible(on_device, own, position) == access_lowest_visible(&s, own, position));
         CHECK(sees_sinks(on_device, own, position) == access_sees_sinks(&s, own, position));

@@ -53,13 +53,13 @@ struct place {
                 for (int32_t page = 0; page <= LONG_PAST / FB_PAGE_POSITIONS; page++)
                     pages[0][page] = page;
             const int32_t n_past = is_long && i == 0 ? LONG_PAST - 40 + at % 40 : 32 + (at + 3 * i) % 32;
-            sequences[i] = {
-                pages[i], n_past / FB_PAGE_POSITIONS + 1, n_past, 1, i % 3 == 2 ? 20 : 0, i % 3 == 2 ? 4 : 0};
+            sequences[i] = {pages[i], n_past / FB_PAGE_POSITIONS + 1, n_past, 1, i % 3 == 2 ? 20 : 0,
+                i % 3 == 2 ? 4 : 0, 0, 0, nullptr, 0};
             tokens[i] = (7 * at + 11 * i) % MODEL_VOCABULARY;
         }
         for (int32_t i = 0; i < n_outputs; i++)
             outputs[i] = n - n_outputs + i;
-        const fb_batch batch = {sizeof batch, n, tokens, sequences, n, outputs, n_outputs};
+        const fb_batch batch = {sizeof batch, n, tokens, sequences, n, outputs, n_outputs, nullptr};
         logits.assign((size_t)n_outputs * MODEL_VOCABULARY, 0.0f);
         return fb_program_run(model_program(m), pool, &batch, logits.data(), logits.size());
     }
@@ -76,8 +76,8 @@ struct place {
         int32_t tokens[most], outputs[most];
         for (int32_t t = 0; t < most; t++)
             tokens[t] = outputs[t] = t;
-        const fb_sequence sequence = {pages, 2, 0, most, 0, 0};
-        const fb_batch batch = {sizeof batch, most, tokens, &sequence, 1, outputs, most};
+        const fb_sequence sequence = {pages, 2, 0, most, 0, 0, 0, 0, nullptr, 0};
+        const fb_batch batch = {sizeof batch, most, tokens, &sequence, 1, outputs, most, nullptr};
         std::vector<float> logits(most * MODEL_VOCABULARY);
         CHECK_AT(fb_program_run(model_program(m), pool, &batch, logits.data(), logits.size()) == FB_OK, "%s",
             fb_last_error());
@@ -126,8 +126,8 @@ static void test_table(fb_device *device) {
     /* Different pages need a different graph. */
     fb_page_pool *other = model_pool(here.m, 2);
     const int32_t page = 1, token = 3, output = 0;
-    const fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
-    const fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1};
+    const fb_sequence sequence = {&page, 1, 0, 1, 0, 0, 0, 0, nullptr, 0};
+    const fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, 1, nullptr};
     float logits[2][MODEL_VOCABULARY];
     for (int32_t i = 0; i < 6; i++)
         CHECK(fb_program_run(
@@ -148,10 +148,10 @@ static void test_limit(fb_device *device) {
     const place here(device, true);
     std::vector<fb_page_pool *> pools;
     const int32_t page = 1, token = 3, output = 0;
-    const fb_sequence sequence = {&page, 1, 0, 1, 0, 0};
+    const fb_sequence sequence = {&page, 1, 0, 1, 0, 0, 0, 0, nullptr, 0};
     float logits[MODEL_VOCABULARY];
     const auto step = [&](fb_page_pool *pool, int32_t n_outputs) {
-        const fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, n_outputs};
+        const fb_batch batch = {sizeof batch, 1, &token, &sequence, 1, &output, n_outputs, nullptr};
         CHECK(
             fb_program_run(model_program(here.m), pool, &batch, logits, (size_t)n_outputs * MODEL_VOCABULARY) == FB_OK);
     };

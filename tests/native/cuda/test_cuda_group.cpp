@@ -168,8 +168,8 @@ static fb_status step(fb_program *program, fb_page_pool *pool, int32_t n, buffer
         if (i % 3 != 1) outputs[n_outputs++] = i;
     }
     const int32_t page = 1;
-    const fb_sequence sequence = {&page, 1, 0, n, 0, 0};
-    const fb_batch batch = {sizeof batch, n, tokens, &sequence, 1, outputs, n_outputs};
+    const fb_sequence sequence = {&page, 1, 0, n, 0, 0, 0, 0, nullptr, 0};
+    const fb_batch batch = {sizeof batch, n, tokens, &sequence, 1, outputs, n_outputs, nullptr};
     logits->poison();
     return fb_program_run(program, pool, &batch, logits->data, (size_t)n_outputs * VOCABULARY);
 }
