@@ -24,11 +24,14 @@ def convert(folder: Path, out: Path) -> None:
     # Keys of released configs that transformers no longer writes.
     old = {
         "gpt2": {"n_ctx": config.get("n_positions")},
+        "phimoe": {"original_max_position_embeddings": config.get("max_position_embeddings")},
         "cohere2": {"rotary_pct": 1.0},
         "gpt_neox": {"rotary_pct": config.get("rotary_pct", part)},
     }.get(config["model_type"], {})
     hparams = {**old, **hparams}
-    kind: Any = get_model_class(config["architectures"][0])
+    # transformers writes another name than the published config has.
+    name = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}.get(config["architectures"][0], config["architectures"][0])
+    kind: Any = get_model_class(name)
     kind = getattr(kind, "Ministral3Model", kind)
     n_vocab = int(config["vocab_size"])
 

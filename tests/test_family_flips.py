@@ -18,6 +18,8 @@ from test_config_flips import ABSENT, FIELDS, LONG, OTHERS, SPOKEN, YARN, judge
 
 # One case of each family.
 FAMILIES: dict[str, Case] = {case.model_type: case for case in reversed(CASES.values())}
+FAMILIES["gemma4_text-experts"] = CASES["gemma4-experts"]
+FAMILIES["llama4_text-dense"] = CASES["llama4"]
 OWN: dict[str, list[Any]] = {
     "activation_sparsity_pattern": [[0.1] * 7, [0.0] * 7, None, [0.5]],
     "altup_active_idx": [2],
@@ -58,14 +60,14 @@ OWN: dict[str, list[Any]] = {
     "clip_qkv": [0.2, None],
     "decoder_sparse_step": [1, 2, 3],
     "embedding_multiplier": [0.5, 7],
-    "enable_moe_block": [True],
+    "enable_moe_block": [True, False],
     "ffn_hidden_size": [None, ABSENT],
     "final_logit_softcapping": [0.5, None],
     "first_k_dense_replace": [0, 2],
     "floor_scale": [4],
     "hidden_activation": ["gelu", "silu", "relu", "no such", None, ABSENT],
     "hidden_size_per_layer_input": [8],
-    "interleave_moe_layer_step": [2],
+    "interleave_moe_layer_step": [1, 2],
     "layer_norm_eps": [0.1, 0.0],
     "layer_norm_epsilon": [0.1, ABSENT],
     "logit_scale": [0.5, ABSENT],
@@ -81,10 +83,15 @@ OWN: dict[str, list[Any]] = {
     "n_shared_experts": [1],
     "topk_group": [1, 2],
     "routed_scaling_factor": [0.3, 1.0],
+    "router_jitter_noise": [0.05, 0.0],
+    "num_experts_per_tok": [1, 2],
+    "top_k_experts": [1, 2],
     "shared_intermediate_size": [30, 0],
     "swiglu_alpha": [1.0, ABSENT],
     "swiglu_limit": [0.5, ABSENT],
-    "moe_layers": [None, [1]],
+    "lm_head_bias": [True, False],
+    "mlp_layer_types": [["dense", "sparse", "sparse"], ["sparse"] * 3, ["sparse"], ["other"] * 3, None],
+    "moe_layers": [None, [1], []],
     "multi_query": [False],
     "n_inner": [None, 100],
     "n_layer": [1],
@@ -123,10 +130,18 @@ IDLE = {
     *("attn_pdrop", "classifier_dropout", "embd_pdrop", "embedding_dropout", "eod_token_id", "hidden_dropout"),
     *("altup_coef_clip", "emb_pdrop", "embedding_fraction", "init_device", "max_seq_len", "pretraining_tp"),
     *("moe_k", "moe_num_experts", "moe_topk", "n_routed_experts", "num_mtp_layers", "sep_token_id"),
-    *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts", "num_experts_per_tok"),
+    *("is_decoder", "moe_intermediate_size", "n_embd", "n_head", "num_experts"),
     *("num_local_experts", "output_router_logits", "resid_pdrop", "residual_dropout", "router_aux_loss_coef"),
-    *("router_jitter_noise", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
-    *("summary_use_proj", "top_k_experts", "intermediate_size_mlp"),
+    *(
+        "input_jitter_noise",
+        "mtp_layer_types",
+        "mtp_mlp_layer_types",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+    ),
+    *("summary_use_proj", "intermediate_size_mlp"),
 }
 # What a refusal may speak of in place of the field: the tensors that are missing or of another shape then.
 WEIGHTS = {
@@ -144,6 +159,8 @@ WEIGHTS = {
     **dict.fromkeys(("moe_layer_end_index", "moe_num_shared_experts", "n_shared_experts"), ("tensor",)),
     **dict.fromkeys(("n_group", "topk_group"), ("n_group", "topk_group", "num_experts_per_tok")),
     "shared_intermediate_size": ("tensor",),
+    **dict.fromkeys(("moe_layers", "interleave_moe_layer_step", "mlp_layer_types", "lm_head_bias"), ("tensor",)),
+    "enable_moe_block": ("tensor", "num_experts"),
     **dict.fromkeys(("d_model", "n_heads", "n_layers", "altup_num_inputs", "laurel_rank"), ("tensor",)),
     "num_hidden_layers": (
         "layer_types",

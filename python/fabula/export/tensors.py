@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fabula.errors import ModelFileError, Unsupported, shown
 from fabula.formats.checkpoint import Checkpoint, TensorTable
 from fabula.formats.gguf_families import ARCHITECTURES, MLP, OF_EXPERTS, PAIRED
-from fabula.formats.gguf_names import canonical_name
+from fabula.formats.gguf_names import canonical_name, stored_name
 from fabula.models.decoder import redundant
 from fabula.models.description import Attention, Experts, ModelConfig
 from fabula.models.rope import rotated_width
@@ -137,7 +137,7 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
     }
     two_norms = arch == "falcon" and layer.before_mlp is not None
     for part in row.layer:
-        name = canonical_name(f"blk.{i}.{part}.weight", arch, two_norms=two_norms)
+        name = canonical_name(stored_name(i, part), arch, two_norms=two_norms)
         assert name is not None
         short = name.removeprefix(prefix).removesuffix(".weight")
         if short in norms:
@@ -160,7 +160,7 @@ def _layer(config: ModelConfig, arch: str, i: int, names: Collection[str]) -> It
             if layer.experts:
                 yield from _of_experts(config.hidden_size, layer.experts, i, part, name, names)
             continue
-        if part in MLP and layer.experts:
+        if part in MLP and layer.experts and not layer.experts.beside_mlp:
             continue
         if part in ("inp_gate", "proj", "post_norm") and not layer.n_per_layer:
             continue
@@ -188,13 +188,21 @@ def _of_experts(
     hidden_size: int, experts: Experts, i: int, part: str, name: str, names: Collection[str]
 ) -> Iterator[Part]:
     """A tensor of a mixture of experts: the matrices of all experts in one."""
-    router, target = experts.router, f"blk.{i}.{part}.weight"
+    router, target = experts.router, stored_name(i, part)
     if part == "exp_probs_b":
         if router.corrected:
             yield Part(f"blk.{i}.{part}.bias", (name,))
     elif part == "ffn_gate_inp_shexp":
         if experts.shared_gated:
             yield Part(target, (name,), shape=(hidden_size,))
+    elif part.endswith(".scale"):
+        if router.scaled if part == "ffn_down_exps.scale" else router.normed:
+            yield Part(target, (name,))
+    elif part.startswith(("pre_", "post_")):
+        if experts.beside_mlp:
+            yield Part(target, (name,))
+    elif part == "ffn_gate_up_exps":  # gate and up are written apart
+        return
     elif part.endswith("_shexp"):
         if experts.shared:
             yield Part(target, (name,))

@@ -27,8 +27,8 @@ from fabula.errors import ModelFileError, Unsupported
 from fabula.formats.checkpoint import Checkpoint, DType, Span, TensorInfo, TensorTable
 from fabula.lean_dataclasses import dataclass, field
 from fabula.models.description import Attention, ModelConfig
-from fabula.models.gpt_oss import GptOssExperts
 from fabula.models.rope import rotated_width
+from fabula.models.transposed_experts import TransposedExperts
 
 Rows = npt.NDArray[np.int64]
 
@@ -174,8 +174,8 @@ class ViewedCheckpoint:
 
 def viewed(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
     """The checkpoint under canonical names and forms; itself if it has them already."""
-    if config.model_type == "gpt_oss" and checkpoint.format == "safetensors":
-        checkpoint = GptOssExperts(checkpoint)
+    if config.model_type in ("gpt_oss", "llama4_text") and checkpoint.format == "safetensors":
+        checkpoint = TransposedExperts(checkpoint, alternate=config.model_type == "gpt_oss")
     views = _Views(checkpoint, config).views
     return ViewedCheckpoint(checkpoint, views) if views else checkpoint
 
